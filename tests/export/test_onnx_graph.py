@@ -55,3 +55,11 @@ def test_another_structure_is_translated_anew_and_the_oldest_translation_is_drop
         for graph in (first, wider, first):
             export_onnx(graph, tmp_path)
     assert translations.call_count == 3
+
+
+def test_files_name_no_path_of_this_machine(tmp_path: Path) -> None:
+    """torch.onnx gives every node the stack trace of its call."""
+    export_onnx(simulation(0).graph(), tmp_path)
+    for name, content in files(tmp_path).items():
+        assert b"stack_trace" not in content, name
+        assert str(Path(onnx_graph.__file__).parents[3]).encode() not in content, name

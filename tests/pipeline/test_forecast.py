@@ -126,6 +126,14 @@ def test_a_plan_reads_no_weights_and_no_text(recipe_path: Path, tmp_path: Path) 
     assert not (tmp_path / "none").exists()
 
 
+def test_every_kind_of_target_has_an_estimate(recipe_path: Path) -> None:
+    shared = ("base.weights=w4-block32", "simulation.base_activations=adapter_only")
+    recipe = load_recipe(recipe_path, ("export.targets=[onnx, aimet, qairt, hf]", *shared))
+    found = {stage.stage: stage for stage in estimates.plan_job(recipe, Path()).stages}
+    assert {"export/qairt", "export/hf", "export/aimet/first", "verify/qairt/none"} < {*found}
+    assert all(stage.seconds > 0 and stage.peak > 0 for stage in found.values())
+
+
 def test_what_does_not_fit_names_the_stage_and_a_setting(
     recipe_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

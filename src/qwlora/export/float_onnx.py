@@ -143,17 +143,12 @@ class _FloatRewriter:
                 self._activation(node, name, encoding)
             else:
                 self._weight(node, name, encoding)
-        from onnx_ir.passes.common import (
-            ClearMetadataAndDocStringPass,
-            RemoveUnusedNodesPass,
-            ShapeInferencePass,
-        )
+        from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
 
         RemoveUnusedNodesPass()(self.model)
         self.model.graph.opset_imports.pop(NAMESPACE, None)
         self._check()
         ShapeInferencePass()(self.model)
-        ClearMetadataAndDocStringPass()(self.model)  # torch's stack traces
 
     def _activation(self, node: Any, name: str, encoding: Encoding) -> None:
         source = node.inputs[0]

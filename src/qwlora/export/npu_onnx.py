@@ -61,8 +61,6 @@ def npu_onnx(graph: QuantizedGraph, metadata: Mapping[str, str]) -> tuple[Any, d
             _quantize_bias_(model, node)
         elif node.op_type == "Add":
             _quantize_before_bias_(model, node)
-    for node in model.graph:
-        node.metadata_props.clear()  # stack traces, ten times the size of a small graph
     return model, _adapter_inputs_(model, graph)
 
 

@@ -118,6 +118,9 @@ def _translate(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> A
         raise ExportError(f"torch.onnx cannot translate the graph: {error}") from error
     if exported is None:
         raise ExportError("torch.onnx returned no program")
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(exported.model)  # stack traces, with paths of this machine
     return exported.model
 
 

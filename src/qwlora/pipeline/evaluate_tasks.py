@@ -20,7 +20,7 @@ from qwlora.errors import DirectoryError
 from qwlora.export.registry import TARGETS
 from qwlora.pipeline.job_models import JobModels, ModelName
 from qwlora.pipeline.plan import has_float_model
-from qwlora.pipeline.run_job import add_task_scores, quiet_libraries
+from qwlora.pipeline.run_job import add_task_scores, check_stages, quiet_libraries
 from qwlora.progress import Track, untracked
 
 
@@ -52,21 +52,17 @@ def evaluate_tasks(
     chosen = list(models) if models is not None else _all_models(job, say)
     for name in chosen:
         job.check(name)
+    check_stages(folder, dict.fromkeys(stage_of(name) for name in chosen))
     quiet_libraries()
     from qwlora.analysis.task_harness import load_tasks, score_tasks
 
     loaded = load_tasks(tasks)
-    scores: dict[ModelName, dict[str, Any]] = {}
+    found: dict[str, Any] = {}
     for name in chosen:  # one model in memory at a time
         model = job.open(name, exact=True)
-        scores[name] = score_tasks(
-            model, job.tokenizer(name), loaded, limit, f"tasks, {name}", track
-        )
+        scores = score_tasks(model, job.tokenizer(name), loaded, limit, f"tasks, {name}", track)
         del model
-    results = add_task_scores(
-        folder, {str(name): (stage_of(name), found) for name, found in scores.items()}
-    )
-    found: dict[str, Any] = results.get("tasks", {})
+        found = add_task_scores(folder, {str(name): (stage_of(name), scores)}).get("tasks", {})
     return found
 
 

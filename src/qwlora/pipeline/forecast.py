@@ -17,7 +17,7 @@ from typing import Any
 
 from qwlora.adapter.chunked_loss import CHUNK_LOGITS
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget
+from qwlora.export.target import UseCasesTarget, WeightsTarget
 from qwlora.formats.model_source import fetch
 from qwlora.formats.shard_writer import SHARD_BYTES
 from qwlora.grid.activation_observer import VALUES
@@ -161,7 +161,9 @@ class Forecaster:
         return extra + arrays * chunk, self.speed.moving((16 if compared else 5) * logits)
 
     def _adapter(self, stage: Stage) -> Adapter:
-        return next(a for a in self.recipe.adapters if a.name == stage.adapter)
+        """The stage's adapter, or the first one if the stage is of all."""
+        adapters = self.recipe.adapters
+        return next((a for a in adapters if a.name == stage.adapter), adapters[0])
 
     def _text(self, stage: Stage) -> Data:
         text = self.recipe.base_text() if stage.adapter is None else None
@@ -373,8 +375,7 @@ class Forecaster:
         return self.speed.tracing(CAPTURE * run.operators)
 
     def _calibrate(self, stage: Stage) -> Forecast:
-        adapters = list(self.recipe.adapters)
-        adapter = self._adapter(stage) if stage.adapter is not None else adapters[0]
+        adapter = self._adapter(stage)
         text = self._text(stage)
         tokens, count = text.sequence_tokens, text.calibration_sequences
         if (most := self.recipe.simulation.calibration_tokens) is not None:
@@ -387,7 +388,7 @@ class Forecaster:
         seconds = self._load_base() + self._capture_seconds(adapter) + count * each
         seconds += _ACTIVATION_SECONDS * values
         if stage.adapter is None:
-            seconds *= len(adapters)
+            seconds *= len(self.recipe.adapters)
         disk = 2 * FLOAT * self.models.trained_values(adapter)
         return Forecast(
             stage.name,
@@ -404,7 +405,7 @@ class Forecaster:
     def _export(self, stage: Stage) -> Forecast:
         models, speed = self.models, self.speed
         _, name, *_ = stage.name.split("/")
-        if not isinstance(TARGETS[name], GraphTarget):
+        if isinstance(TARGETS[name], WeightsTarget):
             size = models.packed_bytes + FLOAT * models.float_values
             memory = self._base_memory | {"files": float(size)}
             return Forecast(
@@ -422,6 +423,9 @@ class Forecaster:
         seconds = speed.tracing(TRANSLATE * run.operators) + _SCALE_SECONDS * models.scales
         seconds += speed.moving(20 * models.packed_weights)
         disk = models.packed_bytes + FLOAT * models.float_values + 24 * models.scales
+        if isinstance(TARGETS[name], UseCasesTarget):  # weights in float, once for all graphs
+            seconds *= len(self.recipe.use_cases())
+            disk += FLOAT * models.packed_weights
         return Forecast(stage.name, seconds, memory, disk, ("base.weights.block_size",))
 
     def _verify(self, stage: Stage) -> Forecast:
@@ -431,7 +435,7 @@ class Forecaster:
         adapter, tokens = self._adapter(stage), text.sequence_tokens
         count = min(section.sequences, text.evaluation_sequences)
         memory = self._base_memory
-        if not isinstance(TARGETS[name], GraphTarget):
+        if isinstance(TARGETS[name], WeightsTarget):
             seconds = self._load_base() + 2 * count * self._forward("adapted", tokens, adapter)
             memory["exported model"] = sum(self._base_memory.values())
             memory["activations and logits"] = 3 * self._logits(tokens)

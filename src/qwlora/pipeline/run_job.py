@@ -21,7 +21,7 @@ from typing import Any
 from qwlora import strict_json
 from qwlora.atomic import write_text
 from qwlora.data.prepared_data import summary
-from qwlora.errors import CalibrationError, DirectoryError, RecipeError
+from qwlora.errors import CalibrationError, DirectoryError, RecipeError, described
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.directory import Directory, Record, as_directory_errors
 from qwlora.pipeline.distributed import (
@@ -276,7 +276,7 @@ def _estimated(context: Any, waiting: Sequence[Stage], track: Track, say: Say) -
             context.recipe, waiting, context.path, track, context.holds_float_model
         )
     except Exception as error:
-        say(f"no estimate of time and memory: {error}")
+        say(f"no estimate of time and memory: {described(error)}")
         return JobProgress({stage.name: 60.0 for stage in waiting}, track)
     say(summary_line(estimates))
     for problem in estimates.problems:
@@ -357,7 +357,7 @@ def add_task_scores(
     with Directory.open(folder, recipe) as directory:
         plan = make_plan(recipe, JobTexts(recipe), directory.digests)
         stale = find_stale(plan, directory)
-        keys = {stage.name: stage.key for stage in plan}
+        keys = {name: record.key for name, record in directory.records.items()}
         with as_directory_errors(folder):
             keep_scores(directory.private, scores, keys)
         earlier = _earlier_results(folder)
@@ -388,12 +388,29 @@ def check_current(context: Any, stage: str) -> None:
     Raises:
         DirectoryError: it is not, or the recipe no longer has this stage.
     """
-    directory = Directory.read(context.path)
-    plan = make_plan(context.recipe, context.texts, directory.digests)
+    _check_current(context.path, context.recipe, context.texts, stage)
+
+
+def check_stages(folder: Path, stages: Iterable[str]) -> None:
+    """Check that a job can be written, and that its stages are current.
+
+    Raises:
+        DirectoryError: it cannot, or one is not.
+    """
+    recipe = resolve_compute(job_recipe(folder))
+    texts = JobTexts(recipe)
+    Directory.read(folder).check_writable()
+    for stage in stages:
+        _check_current(folder, recipe, texts, stage)
+
+
+def _check_current(path: Path, recipe: Recipe, texts: JobTexts, stage: str) -> None:
+    directory = Directory.read(path)
+    plan = make_plan(recipe, texts, directory.digests)
     needed = upstream(plan, stage)
     if not needed:
         raise DirectoryError(
-            f"{str(context.path)!r} holds {stage}, but its recipe no longer does; add it to the "
+            f"{str(path)!r} holds {stage}, but its recipe no longer does; add it to the "
             "recipe and run the job again"
         )
     if stale := find_stale(needed, directory):
@@ -401,8 +418,8 @@ def check_current(context: Any, stage: str) -> None:
             stage,
             [s for s in needed if s.name in stale],
             stale,
-            context.path,
-            lambda verb: command_line(verb, context.path),
+            path,
+            lambda verb: command_line(verb, path),
         )
 
 

@@ -46,7 +46,7 @@ def keep_scores(
 
     Args:
         scores: by model: the stage that made it, and scores by task.
-        keys: of all stages of the job.
+        keys: of the stages whose artifacts were scored, as recorded when those were made.
     """
     kept = _read(private)
     for model, (stage, tasks) in scores.items():

@@ -60,6 +60,13 @@ def test_a_job_writes_and_verifies_every_use_case_and_refuses_an_edited_file(
             "choose another name",
         ),
         ({"export": {"targets": ["qairt"]}, "workflow": "qwa-lora"}, "use workflow qw-lora"),
+        (
+            {
+                "export": {"targets": ["qairt"]},
+                "adapters": [ADAPTERS[0], {**ADAPTERS[1], "data": {"sequence_tokens": 16}}],
+            },
+            "sequence_tokens: first 32, second 16; .* remove qairt",
+        ),
     ],
 )
 def test_use_cases_that_cannot_be_are_refused(

@@ -19,8 +19,14 @@ from command_line import qwlora
 from conftest import reseal
 from qwlora import load_adapter, load_base
 from qwlora.atomic import files_in, read_tensors
-from qwlora.errors import FingerprintError, RecipeError, SourceError
-from qwlora.export.bundle import proofs, record_digest, verify_bundle
+from qwlora.errors import FingerprintError, QwloraWarning, RecipeError, SourceError
+from qwlora.export.bundle import (
+    other_proofs,
+    proofs,
+    record_digest,
+    verify_bundle,
+    write_readme,
+)
 from qwlora.export.registry import TARGETS
 from qwlora.pipeline.run_job import run
 from qwlora.pipeline.stages import VERBS
@@ -185,6 +191,52 @@ def test_one_changed_bit_in_any_file_of_a_bundle_is_refused(job: Path, tmp_path:
     (moved / "base" / "added.json").write_text("{}")
     with pytest.raises(FingerprintError, match=r"added\.json"):
         verify_bundle(moved)
+
+
+@pytest.mark.parametrize("added", ["notes.txt", "third/x", "proof/x", "proof/first/x"])
+def test_a_file_without_a_proof_is_refused(added: str, job: Path, tmp_path: Path) -> None:
+    moved = bundle(job, tmp_path)
+    (moved / ".gitattributes").write_text("added by a download")
+    (moved / added).parent.mkdir(exist_ok=True)
+    (moved / added).write_text("x")
+    with pytest.raises(FingerprintError, match=rf"{re.escape(added.split('/')[-1])}|third"):
+        verify_bundle(moved)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "cannot be read"),
+        ("[]", "no JSON object"),
+        ('{"format": 2}', "format 2, not 1"),
+        ('{"format": 1, "of": {}}', "no limits.perplexity_difference"),
+        ('{"format": 1, "limits": {"perplexity_difference": 1}}', "no of"),
+    ],
+)
+def test_a_damaged_proof_is_named_and_does_not_block_the_job(
+    content: str, said: str, job: Path, tmp_path: Path
+) -> None:
+    moved = bundle(job, tmp_path)
+    path = moved / "proof" / "first" / "proof.json"
+    path.write_text(content)
+    with pytest.raises(SourceError, match=rf"first/proof\.json' .*{said}"):
+        verify_bundle(moved)
+    assert other_proofs(moved, "first").keys() == {"second"}
+    with pytest.warns(QwloraWarning, match=rf"leaves out adapter first: .*{said}"):
+        assert other_proofs(moved, "second") == {}
+
+
+def test_an_edited_readme_is_kept(job: Path, tmp_path: Path) -> None:
+    moved = bundle(job, tmp_path)
+    readme, records = moved / "README.md", proofs(moved)
+    written = readme.read_text()
+    readme.write_text("\n".join(written.splitlines()[:-1]) + "\nMine.\n")
+    edited = readme.read_text()
+    write_readme(moved, records)
+    assert readme.read_text() == edited
+    readme.write_text(f"Mine.\n{written}")
+    write_readme(moved, records)
+    assert readme.read_text() == written
 
 
 def test_a_base_or_an_adapter_of_another_bundle_is_refused(job: Path, tmp_path: Path) -> None:

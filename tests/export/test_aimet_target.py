@@ -202,6 +202,12 @@ def test_a_base_with_float_offsets_is_refused(lpbq: Simulation, tmp_path: Path) 
         to_float_onnx(replace(graph, encodings=floats), SAMPLE)
 
 
+def test_a_folder_without_model_aimet_is_incomplete(tmp_path: Path) -> None:
+    with pytest.raises(VerificationError, match=r"not a complete \.aimet folder") as raised:
+        open_aimet(tmp_path)
+    assert "model.onnx is missing" in raised.value.problems
+
+
 def test_ai_hubs_client_takes_the_folder(folder: Path) -> None:
     client = pytest.importorskip("qai_hub.client")
     assert client._determine_model_type(folder / "model.aimet").name == "AIMET_ONNX"

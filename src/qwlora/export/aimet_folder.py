@@ -65,11 +65,12 @@ def open_aimet(folder: Path) -> FloatOnnxModel:
         VerificationError: the `.aimet` folder lacks a file or holds another one, or see
             `FloatOnnxModel.check`.
     """
-    found = {path.name for path in (folder / FOLDER).iterdir()} if folder.is_dir() else set()
+    model = folder / FOLDER
+    found = {path.name for path in model.iterdir()} if model.is_dir() else set()
     if problems := [f"{name} is missing" for name in sorted(_FILES - found)] + [
         f"{name} does not belong there: AI Hub refuses the folder" for name in found - _FILES
     ]:
-        raise VerificationError(f"{folder / FOLDER} is not a complete .aimet folder", problems)
-    model = FloatOnnxModel(folder / FOLDER / MODEL_FILE, folder / FOLDER / ENCODINGS_FILE)
-    model.check()
-    return model
+        raise VerificationError(f"{model} is not a complete .aimet folder", problems)
+    opened = FloatOnnxModel(model / MODEL_FILE, model / ENCODINGS_FILE)
+    opened.check()
+    return opened

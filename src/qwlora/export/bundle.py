@@ -6,23 +6,26 @@
     README.md                 what it is, how to run it, what was proven
 
 A changed, missing or additional file is refused, and so is a base or an adapter of another bundle.
-README.md may be edited.
+README.md may be edited; without its last line, `CARD_MARK`, no later run replaces it. Hidden files
+next to it (.gitattributes, .cache) are ignored.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from qwlora.atomic import files_in, read_tensors, write_tensors, write_text
-from qwlora.errors import FingerprintError, SourceError, reading
+from qwlora.errors import FingerprintError, QwloraWarning, SourceError
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import WeightsTarget
 from qwlora.formats import manifest
+from qwlora.formats.card_mark import CARD_MARK, is_users_card
 from qwlora.messages import listed, size
 from qwlora.progress import Track, untracked
 
@@ -52,16 +55,85 @@ def proofs(bundle: Path) -> dict[str, dict[str, Any]]:
     """The records of all adapters of a bundle, by name.
 
     Raises:
-        SourceError: one cannot be read.
+        SourceError: one cannot be read; see `_read_proof`.
+    """
+    return {path.parent.name: _read_proof(path) for path in _proof_paths(bundle)}
+
+
+def other_proofs(bundle: Path, name: str) -> dict[str, dict[str, Any]]:
+    """The records of the adapters that are there, except of `name`.
+
+    Warns:
+        QwloraWarning: one cannot be read, or was edited; it is left out.
     """
     found = {}
-    for path in sorted(bundle.glob(f"{PROOF}/*/{PROOF_RECORD}")):
+    for path in _proof_paths(bundle):
+        other = path.parent.name
+        if other == name or not (bundle / other).is_dir():
+            continue
         try:
-            with reading(path):
-                found[path.parent.name] = dict(json.loads(path.read_text()))
-        except (OSError, ValueError) as error:
-            raise SourceError(f"{str(path)!r} cannot be read ({error}); copy it again") from error
+            record = _read_proof(path)
+            if manifest.changed_files(path.parent, PROOF_RECORD, only=()):
+                raise SourceError(f"{str(path)!r} changed after saving")
+            found[other] = record
+        except SourceError as error:
+            warnings.warn(
+                f"{README} leaves out adapter {other}: {error}", QwloraWarning, stacklevel=2
+            )
     return found
+
+
+def _proof_paths(bundle: Path) -> list[Path]:
+    return sorted(bundle.glob(f"{PROOF}/*/{PROOF_RECORD}"))
+
+
+def _read_proof(path: Path) -> dict[str, Any]:
+    """A proof.json.
+
+    Raises:
+        SourceError: it cannot be read, has another format, or lacks the limits.
+    """
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(f"{str(path)!r} cannot be read ({error}); copy it again") from error
+    again = "copy it again, or verify the job again"
+    if not isinstance(record, dict):
+        raise SourceError(f"{str(path)!r} holds no JSON object; {again}")
+    if record.get("format") != FORMAT:
+        raise SourceError(
+            f"{str(path)!r} has format {record.get('format')!r}, not {FORMAT}; verify the job again"
+        )
+    limits, of = record.get("limits"), record.get("of")
+    limit = limits.get("perplexity_difference") if isinstance(limits, dict) else None
+    if not isinstance(limit, int | float) or not isinstance(of, dict):
+        missing = "of" if not isinstance(of, dict) else "limits.perplexity_difference"
+        raise SourceError(f"{str(path)!r} has no {missing}; {again}")
+    return record
+
+
+def check_complete(bundle: Path, records: Collection[str]) -> None:
+    """Check that nothing is in the bundle but what the proofs are of.
+
+    Args:
+        records: names of the adapters with a proof.
+
+    Raises:
+        FingerprintError: a file or folder has no proof.
+    """
+    known = {BASE, PROOF, README, *records}
+    parts = [(path, path.name in known) for path in bundle.iterdir()]
+    parts += [(path, path.name in records) for path in (bundle / PROOF).iterdir()]
+    added = sorted(
+        str(path.relative_to(bundle))
+        for path, is_known in parts
+        if not is_known and not path.name.startswith(".")
+    )
+    if added:
+        raise FingerprintError(
+            f"{str(bundle)!r} holds files without a proof: {listed(added)}; remove them, or verify "
+            "the job that exported them"
+        )
 
 
 def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
@@ -87,6 +159,10 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
             raise FingerprintError(
                 f"{what} holds files that were not exported: {listed(added)}; remove them"
             )
+    if added := sorted(set(files_in(bundle / PROOF / name)) - {PROOF_RECORD, REFERENCE}):
+        raise FingerprintError(
+            f"{str(bundle / PROOF / name)!r} holds files of no proof: {listed(added)}; remove them"
+        )
 
 
 def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str, Any]]:
@@ -96,10 +172,10 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
         figures by adapter, as in proof.json.
 
     Raises:
-        FingerprintError: see `check_files`.
+        FingerprintError: see `check_files` and `check_complete`.
         MissingExtraError: the target's program is not installed.
         ExportError: it refuses the files.
-        SourceError: the folder is no bundle of a known target.
+        SourceError: the folder is no bundle of a known target, or a proof.json cannot be read.
     """
     found = {}
     records = proofs(bundle)
@@ -107,6 +183,7 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
         raise SourceError(
             f"{str(bundle)!r} has no {PROOF}/NAME/{PROOF_RECORD}; verify the job that exported it"
         )
+    check_complete(bundle, records)
     for name, record in records.items():
         check_files(bundle, name, record)
     for name, record in track(records.items(), "verifying", len(records)):
@@ -152,7 +229,9 @@ def facts(model: Any, source: str) -> dict[str, Any]:
 
 
 def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write README.md from the records of all adapters."""
+    """Write README.md from the records of all adapters, unless the user edited it."""
+    if is_users_card(bundle / README):
+        return
     names, some = sorted(records), next(iter(records.values()))
     target = TARGETS[some["target"]]
     assert isinstance(target, WeightsTarget)
@@ -175,6 +254,7 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         "## Proof\n\n" + "\n".join(proof_table(records)),
         "`qwlora verify .` repeats this, on any machine that has the program.",
         f"## License\n\n{_license(some['license'])}",
+        CARD_MARK,
     ]
     write_text(bundle / README, "\n\n".join(parts) + "\n")
 

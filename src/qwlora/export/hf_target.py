@@ -58,7 +58,7 @@ class HfTarget(WeightsTarget):
 
 
 def load(folder: Path, **arguments: Any) -> Any:
-    """The folder in transformers, in float32.
+    """The folder in transformers, in float32. Code in the folder is not run.
 
     Args:
         arguments: passed on to `from_pretrained`.
@@ -70,7 +70,9 @@ def load(folder: Path, **arguments: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     with foreign_as(ExportError, f"transformers cannot load {str(folder)!r}"):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **arguments).eval()
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, **arguments
+        ).eval()
 
 
 def loading_in_transformers(needs: str, base: str, adapter: str | None) -> str:

@@ -31,6 +31,7 @@ from typing import Any
 from qwlora import strict_json
 from qwlora.atomic import link, move_into_place, write_text
 from qwlora.errors import DirectoryError, RecipeError, file_being_read
+from qwlora.formats.card_mark import is_users_card, text_of
 from qwlora.messages import listed
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.output_path import check_output, lock_folder, remove_empty
@@ -47,8 +48,6 @@ from qwlora.recipe.yaml_core import dump_yaml
 
 _FULL_BYTES = 64 * 1024
 CARD = "README.md"  # the model card in an artifact: for people, no input of any stage
-CARD_MARK = "<!-- Written by QWLoRA. Delete this line to keep your own changes. -->"
-_PEFT_TEMPLATE = "[More Information Needed]"  # in the card that PEFT writes next to an adapter
 
 
 @dataclass(frozen=True)
@@ -310,7 +309,7 @@ class Directory:
             DirectoryError: it cannot be written.
         """
         card = self.path / artifact / CARD
-        if not card.parent.is_dir() or is_users_card(card) or _text_of(card) == text:
+        if not card.parent.is_dir() or is_users_card(card) or text_of(card) == text:
             return
         with as_directory_errors(self.path):
             made = self._files_made(artifact)
@@ -480,19 +479,6 @@ class Directory:
             lines.append(f"{strict_json.dumps(stage)}: {strict_json.dumps(content)}")
         write_text(self.private / "stages.json", "{\n" + ",\n".join(lines) + "\n}\n")
         self.damaged_records = 0
-
-
-def is_users_card(card: Path) -> bool:
-    """Whether a model card was written or edited by the user."""
-    text = _text_of(card)
-    return bool(text) and CARD_MARK not in text and _PEFT_TEMPLATE not in text
-
-
-def _text_of(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _parse_record(line: bytes) -> tuple[str, Record] | None:

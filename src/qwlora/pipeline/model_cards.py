@@ -25,8 +25,9 @@ from typing import TYPE_CHECKING, Any
 from qwlora.errors import QwloraError, QwloraWarning
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import UseCasesTarget
+from qwlora.formats.card_mark import CARD_MARK
 from qwlora.formats.model_origin import UNKNOWN, Origin, origin_of
-from qwlora.pipeline.directory import CARD_MARK, Directory
+from qwlora.pipeline.directory import Directory
 from qwlora.recipe import Data, Recipe
 from qwlora.report.job import Job, finite, runtime
 

@@ -31,11 +31,12 @@ from qwlora.export.registry import TARGETS
 from qwlora.export.target import GraphTarget, UseCasesTarget
 from qwlora.formats import manifest
 from qwlora.formats.base_folder import RECORD, read_record
+from qwlora.formats.card_mark import is_users_card
 from qwlora.formats.model_origin import origin_of
 from qwlora.formats.shard_writer import STEM
 from qwlora.messages import listed, suggestion
 from qwlora.pipeline.artifacts import MOMENTS, SOLVER_SCALES
-from qwlora.pipeline.directory import CARD, Directory, as_directory_errors, is_users_card
+from qwlora.pipeline.directory import CARD, Directory, as_directory_errors
 from qwlora.pipeline.job_report import read_job
 from qwlora.pipeline.model_cards import Places, adapter_card_text, base_card
 from qwlora.pipeline.run_job import command_line, job_recipe

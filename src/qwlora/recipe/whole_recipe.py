@@ -239,6 +239,14 @@ class Recipe(Section):
                 f"target {targets[0]} calibrates use cases after training, which would replace "
                 "the grids that workflow qwa-lora trained through; use workflow qw-lora"
             )
+        tokens = {a.name: self.data_of(a).sequence_tokens for a in self.adapters}
+        if targets and len(set(tokens.values())) > 1:
+            found = ", ".join(f"{name} {count}" for name, count in tokens.items())
+            raise ValueError(
+                f"adapters[].data.sequence_tokens: {found}; target {targets[0]} has one graph of a "
+                f"fixed length for all adapters. Use equal values, or remove {targets[0]} from "
+                "export.targets"
+            )
         cases = self.use_cases()
         for case in cases:
             parts = [] if case == "none" else case.split("+")

@@ -166,7 +166,14 @@ def _prove(
     scratch: Path,
 ) -> dict[str, Any]:
     """Write the proof of an adapter, with which it can be verified elsewhere, and the README."""
-    from qwlora.export.bundle import facts, proofs, proven, record_digest, write_proof, write_readme
+    from qwlora.export.bundle import (
+        facts,
+        other_proofs,
+        proven,
+        record_digest,
+        write_proof,
+        write_readme,
+    )
     from qwlora.export.proof import make_reference
     from qwlora.formats import manifest
 
@@ -190,6 +197,5 @@ def _prove(
     else:
         record |= proven(target, bundle, adapter, reference, limits)
     write_proof(scratch, reference, record)
-    others = {n: r for n, r in proofs(bundle).items() if (bundle / n).is_dir()}
-    write_readme(bundle, {**others, adapter: record})
+    write_readme(bundle, {**other_proofs(bundle, adapter), adapter: record})
     return record

@@ -24,6 +24,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import byte_tokenizer, tiny_model
 from qwlora.cli.main import main
+from qwlora.pipeline.evaluate_tasks import stage_of
+from qwlora.pipeline.job_models import JobModels
 from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 
@@ -207,6 +209,30 @@ def test_a_folder_that_is_no_job_or_has_no_base_is_refused(
     assert (code, err.count("\n")) == (2, 1)
     assert "has no base yet. Run first: qwlora quantize" in err
     assert "&& qwlora train --out" in err
+
+
+def test_a_use_case_is_found_by_its_own_name(job: Path, call: Call, tmp_path: Path) -> None:
+    """Use cases share a folder, export/qairt."""
+    shutil.copytree(job / "base", tmp_path / "base")
+    for part in ("adapters/first", "adapters/second"):
+        (tmp_path / part).mkdir(parents=True)
+    recipe = json.loads((job / "recipe.yaml").read_text())
+    recipe["export"] = {"targets": ["qairt"], "use_cases": ["first+second", "none"]}
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    code, _, err = call("generate", tmp_path, PROMPT, "--stage", "qairt", "--adapter", "none")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "has not exported use cases to qairt yet. Run first: qwlora export --out" in err
+    (tmp_path / "export" / "qairt").mkdir(parents=True)
+    code, _, err = call("generate", tmp_path, PROMPT, "--stage", "qairt", "--adapter", "second")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "has no use case 'second'" in err
+    models = JobModels(tmp_path)
+    for adapter in (None, "first+second", "none"):
+        name = models.name("qairt", adapter)
+        models.check(name)
+        assert stage_of(name) == "export/qairt"
+        assert models.tokenizer(name).chat_template == TEMPLATE
+    assert models.name("qairt", None).adapters == ["first", "second"]
 
 
 def test_exported_files_of_another_adapter_are_not_run(

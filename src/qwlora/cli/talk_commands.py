@@ -33,7 +33,7 @@ Name = Annotated[
     str | None,
     typer.Option(
         "--adapter",
-        help="The adapter's name. Default: the first in the recipe.",
+        help="The adapter's name, or a use case of qairt. Default: the first in the recipe.",
         show_default=False,
     ),
 ]

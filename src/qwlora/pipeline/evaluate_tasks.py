@@ -75,15 +75,15 @@ def stage_of(name: ModelName) -> str:
             return f"train/{name.adapter}"
         case "simulated":
             return f"calibrate/{name.adapter}"
-        case target:
-            return f"export/{target}/{name.adapter}"
+        case _:
+            return name.export_stage
 
 
 def _all_models(job: JobModels, say: Callable[[str], None]) -> list[ModelName]:
     names = [ModelName("float", None)] if has_float_model(job.recipe) else []
     names.append(ModelName("base", None))
     for stage in ("adapted", "simulated", *job.recipe.export.targets):
-        names += [ModelName(stage, adapter) for adapter in job.adapters]
+        names += job.models(stage)
     found = []
     for name in names:
         try:

@@ -5,6 +5,7 @@
     adapted/NAME       base and adapter; NAME alone means the same
     simulated/NAME     base, adapter and activations as integers
     TARGET/NAME        exported files in their runtime, such as onnx/NAME
+    qairt/CASE         a use case, such as qairt/NAME, qairt/NAME+NAME or qairt/none
 
 float, base and adapted use a key-value cache. A simulation is captured without one, and exported
 files are run without one, so there each new token runs the whole sequence again.
@@ -38,10 +39,27 @@ STAGES = ("float", "base", "adapted", "simulated", *TARGETS)
 
 @dataclass(frozen=True)
 class ModelName:
-    """A model of a job: its stage, and its adapter unless the stage is `float` or `base`."""
+    """A model of a job: its stage, and its adapter or use case unless it is `float` or `base`."""
 
     stage: str
     adapter: str | None
+
+    @property
+    def is_use_case(self) -> bool:
+        """Whether `adapter` is a use case: none, one or several adapters."""
+        return isinstance(TARGETS.get(self.stage), UseCasesTarget)
+
+    @property
+    def adapters(self) -> list[str]:
+        """Names of its adapters."""
+        if self.adapter is None or (self.is_use_case and self.adapter == "none"):
+            return []
+        return self.adapter.split("+") if self.is_use_case else [self.adapter]
+
+    @property
+    def export_stage(self) -> str:
+        """The stage that writes its files, and their folder; of a target only."""
+        return f"export/{self.stage}" + ("" if self.is_use_case else f"/{self.adapter}")
 
     def __str__(self) -> str:
         return self.stage if self.adapter is None else f"{self.stage}/{self.adapter}"
@@ -84,11 +102,17 @@ class JobModels:
         """Names of the recipe's adapters."""
         return [adapter.name for adapter in self.recipe.adapters]
 
+    def models(self, stage: str) -> list[ModelName]:
+        """The models of a stage other than `float` and `base`: one an adapter or use case."""
+        is_use_case = ModelName(stage, None).is_use_case
+        names = self.recipe.use_cases() if is_use_case else self.adapters
+        return [ModelName(stage, name) for name in names]
+
     def name(self, stage: str, adapter: str | None) -> ModelName:
         """The model of a stage.
 
         Args:
-            adapter: default: the first in the recipe.
+            adapter: adapter or use case. Default: the first in the recipe.
 
         Raises:
             DirectoryError: there is no such stage.
@@ -97,39 +121,42 @@ class JobModels:
             raise DirectoryError(f"there is no stage {stage!r}{suggestion(stage, STAGES)}")
         if stage in ("float", "base"):
             return ModelName(stage, None)
-        return ModelName(stage, adapter or self.adapters[0])
+        return self.models(stage)[0] if adapter is None else ModelName(stage, adapter)
 
     def check(self, name: ModelName) -> None:
         """Check that the model's files are there, before anything large is loaded.
 
         Raises:
-            DirectoryError: the adapter is unknown, or a step of the job has to run first.
+            DirectoryError: the adapter or use case is unknown, or a step has to run first.
         """
         if name.stage == "float":
             return
-        if name.adapter is not None and name.adapter not in self.adapters:
+        if name.adapter is not None and name not in self.models(name.stage):
+            kind = "use case" if name.is_use_case else "adapter"
+            known = [str(model.adapter) for model in self.models(name.stage)]
             raise DirectoryError(
-                f"{str(self.folder)!r} has no adapter {name.adapter!r}"
-                f"{suggestion(name.adapter, self.adapters)}"
+                f"{str(self.folder)!r} has no {kind} {name.adapter!r}"
+                f"{suggestion(name.adapter, known)}"
             )
         needed = [("base", "quantize", "has no base yet")]
-        if name.adapter is not None:
-            made = f"has not trained adapter {name.adapter!r} yet"
-            needed.append((f"adapters/{name.adapter}", "train", made))
+        for adapter in name.adapters:
+            made = f"has not trained adapter {adapter!r} yet"
+            needed.append((f"adapters/{adapter}", "train", made))
         if name.stage == "simulated":
             made = f"has not calibrated adapter {name.adapter!r} yet"
             needed.append((f"simulation/{name.adapter}", "calibrate", made))
         if name.stage in TARGETS:
-            made = f"has not exported adapter {name.adapter!r} to {name.stage} yet"
-            needed.append((f"export/{name.stage}/{name.adapter}", "export", made))
-        verbs = []
+            what = "use cases" if name.is_use_case else f"adapter {name.adapter!r}"
+            made = f"has not exported {what} to {name.stage} yet"
+            needed.append((name.export_stage, "export", made))
+        verbs: list[str] = []
         lacking = ""
         for path, verb, what in needed:
             if not (self.folder / path).is_dir():
                 verbs.append(verb)
                 lacking = lacking or what
         if verbs:
-            commands = " && ".join(command_line(verb, self.folder) for verb in verbs)
+            commands = " && ".join(command_line(verb, self.folder) for verb in dict.fromkeys(verbs))
             raise DirectoryError(f"{str(self.folder)!r} {lacking}. Run first: {commands}")
 
     def open(self, name: ModelName, exact: bool = False) -> PreTrainedModel:
@@ -171,7 +198,7 @@ class JobModels:
         return model
 
     def _open_graph(self, name: ModelName) -> PreTrainedModel:
-        context, adapter = open_job(self.folder, name.adapter)
+        context, adapter = open_job(self.folder, next(iter(name.adapters), None))
         if name.stage == "simulated":
             is_calibrated(context, adapter)
             simulated: PreTrainedModel = context.simulation(adapter).model()
@@ -181,11 +208,10 @@ class JobModels:
         target, exported = TARGETS[name.stage], self.folder / "export" / name.stage
         if isinstance(target, WeightsTarget):
             check_current(context, f"export/{name.stage}")
+        check_current(context, name.export_stage)
         if isinstance(target, UseCasesTarget):
-            check_current(context, f"export/{name.stage}")
-            logits = use_case_logits(target, exported, adapter)
+            logits = use_case_logits(target, exported, str(name.adapter))
             return ExportedModel(logits, context.skeleton())
-        check_current(context, f"export/{name.stage}/{adapter}")
         logits = exported_logits(target, exported / adapter, exported / "base")
         return ExportedModel(logits, context.skeleton())
 
@@ -200,6 +226,7 @@ class JobModels:
         base, model = self.folder / "base", self.recipe.model
         source = str(base) if base.is_dir() else model.source
         tokenizer = load_tokenizer(source, model.trust_remote_code)
-        if (template := self.recipe.data_of(name.adapter).read_template()) is not None:
+        data = self.recipe.data_of(next(iter(name.adapters), None))
+        if (template := data.read_template()) is not None:
             tokenizer.chat_template = template
         return tokenizer

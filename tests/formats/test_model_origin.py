@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gguf import GGUFWriter
@@ -45,8 +46,33 @@ def test_a_license_is_not_guessed(tmp_path: Path, card: str | None) -> None:
 
 
 def test_a_folder_in_the_cache_has_the_id_of_the_hub(tmp_path: Path) -> None:
-    place = folder(tmp_path / "models--owner--name" / "snapshots" / "abc", None)
-    assert origin_of(str(place)).repository == "owner/name"
+    place = folder(tmp_path / "models--owner--name--v2" / "snapshots" / "abc", None)
+    assert origin_of(str(place)).repository == "owner/name--v2"
+
+
+def test_of_a_model_on_the_hub_only_the_card_is_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there, asked = folder(tmp_path / "m", "---\nlicense: mit\n---\n"), []
+
+    def download(repository: str, **options: Any) -> str:
+        asked.append((repository, options["allow_patterns"]))
+        return str(there)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    found = origin_of("owner/name")
+    assert (found.name, found.repository, found.license) == ("name", "owner/name", "mit")
+    assert asked == [("owner/name", ["README.md"])]
+
+
+def test_a_model_on_the_hub_keeps_its_id_without_a_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def download(repository: str, **options: Any) -> str:
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert origin_of("owner/name") == Origin("name", "owner/name")
 
 
 def test_a_gguf_file_has_what_its_keys_say(tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +21,15 @@ import qwlora
 from command_line import qwlora as command
 from docs.snippets import ROOT, blocks
 from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
+from qwlora.atomic import files_in
 from qwlora.errors import DirectoryError, UploadError
-from qwlora.pipeline.push import prepared, send
+from qwlora.formats import manifest
+from qwlora.pipeline.push import _without_paths, prepared, send
 from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 
 CARD = "README.md"
+STAGES = ("quantize", "train", "evaluate", "export", "verify")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +53,7 @@ def job(
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
     recipe = load_recipe(folder / "recipe.yaml")
-    run(recipe, folder / "out", ("quantize", "train", "evaluate", "export"))
+    run(recipe, folder / "out", STAGES)
     return folder / "out"
 
 
@@ -97,7 +102,7 @@ def test_cards_say_how_each_runtime_loads_the_files(job: Path) -> None:
     assert 'PeftModel.from_pretrained(model, "export/hf/first")' in adapter
     assert "--enable-lora" in adapter
     assert "--enable-lora" not in base
-    assert "have not been run yet" in adapter
+    assert "all limits hold" in adapter
 
 
 def test_the_python_of_a_card_loads_the_files(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +163,7 @@ def test_a_card_is_written_again_unless_the_user_edited_it(job: Path) -> None:
 
 def _run(recipe: Any, job: Path) -> list[str]:
     said: list[str] = []
-    run(recipe, job, ("quantize", "train", "evaluate", "export"), say=said.append)
+    run(recipe, job, STAGES, say=said.append)
     return [line for line in said if line.startswith(("quantize", "train", "export"))]
 
 
@@ -221,13 +226,120 @@ def test_a_public_repository_needs_public(job: Path, hub: FakeHub) -> None:
     assert "base.json" in hub.repositories["me/base"].files
 
 
-def test_another_upload_removes_what_is_out_of_date_and_nothing_else(
+def test_another_upload_deletes_what_an_earlier_one_left_and_nothing_else(
     job: Path, hub: FakeHub
 ) -> None:
-    old = {"base-00001-of-00002.safetensors": b"", "gguf/base.gguf": b"", "picture.png": b"mine"}
-    hub.repositories["me/base"] = Repository(private=True, files=dict(old))
+    mine = {"base-00001-of-00002.safetensors": b"", "gguf/notes.txt": b"", "hf/mine.md": b"mine"}
+    hub.repositories["me/base"] = Repository(private=True, files=dict(mine))
+    with prepared(job, "me/base", None) as upload:
+        files = {**upload.files, "gguf/base.gguf": upload.files["config.json"]}
+        send(replace(upload, files=files), job)
+    assert "gguf/base.gguf" in hub.repositories["me/base"].files
+    ended = push(job, "--to", "me/base")
+    assert ended.returncode == 2
+    assert "gguf/base.gguf is deleted there" in ended.stdout
+    assert "gguf/base.gguf" in hub.repositories["me/base"].files
     assert push(job, "--to", "me/base", "--yes").returncode == 0
-    assert old.keys() & hub.repositories["me/base"].files.keys() == {"picture.png"}
+    assert "gguf/base.gguf" not in hub.repositories["me/base"].files
+    assert mine.keys() <= hub.repositories["me/base"].files.keys()
+
+
+@pytest.mark.parametrize(
+    ("held", "arguments"), [("base.json", ("--adapter", "first")), ("qwlora.json", ())]
+)
+def test_a_base_and_an_adapter_do_not_share_a_repository(
+    job: Path, hub: FakeHub, held: str, arguments: tuple[str, ...]
+) -> None:
+    hub.repositories["me/it"] = Repository(private=True, files={held: b"{}"})
+    ended = push(job, *arguments, "--to", "me/it", "--yes")
+    assert ended.returncode == 2
+    assert held in ended.stderr
+    assert "--to" in ended.stderr
+    assert hub.repositories["me/it"].files == {held: b"{}"}
+
+
+@contextmanager
+def edited(file: Path, text: str) -> Iterator[None]:
+    before = file.read_text()
+    try:
+        file.write_text(text)
+        yield
+    finally:
+        file.write_text(before)
+
+
+def test_files_that_were_not_checked_are_left_out(job: Path) -> None:
+    stages = job / ".qwlora" / "stages.json"
+    lines = stages.read_text().splitlines(keepends=True)
+    unchecked = "".join(line for line in lines if not line.startswith('"verify/'))
+    with edited(stages, unchecked):
+        for adapter in (None, "first"):
+            with prepared(job, "me/it", adapter) as upload:
+                assert not any(name.startswith("hf/") for name in upload.files)
+                assert any("verify/hf/first" in note for note in upload.notes)
+
+
+def test_a_recipe_that_was_not_run_is_refused(job: Path) -> None:
+    content = yaml.safe_load((job / "recipe.yaml").read_text())
+    content["adapters"][0]["steps"] = 4
+    with edited(job / "recipe.yaml", yaml.safe_dump(content)):
+        with (
+            pytest.raises(DirectoryError, match=r"train/first its inputs changed.*qwlora run"),
+            prepared(job, "me/it", "first"),
+        ):
+            pass
+        content["base"]["weights"] = "w8-channel"
+        (job / "recipe.yaml").write_text(yaml.safe_dump(content))
+        with (
+            pytest.raises(DirectoryError, match=r"quantize its inputs changed.*qwlora run"),
+            prepared(job, "me/it", None),
+        ):
+            pass
+
+
+def test_files_of_others_are_not_uploaded(job: Path) -> None:
+    places = [job / folder for folder in ("base", "adapters/first", "export/hf/first")]
+    added = [folder / name for folder in places for name in ("secret.pem", ".env")]
+    try:
+        for file in added:
+            file.write_text("mine")
+        for adapter in (None, "first"):
+            with prepared(job, "me/it", adapter) as upload:
+                assert not any("secret" in name or ".env" in name for name in upload.files)
+    finally:
+        for file in added:
+            file.unlink()
+
+
+def test_a_card_that_names_a_path_is_refused(job: Path) -> None:
+    with (
+        edited(job / "base" / CARD, f"My base, made in {job}.\n"),
+        pytest.raises(DirectoryError, match=rf"{CARD}.*names '{job}'"),
+        prepared(job, "me/base", None),
+    ):
+        pass
+
+
+def test_an_adapter_inside_an_export_does_not_name_its_base_here(tmp_path: Path) -> None:
+    export, inner = tmp_path / "export", tmp_path / "export" / "adapter"
+    inner.mkdir(parents=True)
+    (inner / "adapter_config.json").write_text('{"r": 4, "base_model_name_or_path": "/a/base"}')
+    (inner / CARD).write_text("base_model: /a/base")
+    (export / "model.onnx").write_bytes(b"onnx")
+    manifest.write(inner, "qwlora.json", {}, ["adapter_config.json"])
+    manifest.write(
+        export, "qwlora.json", {}, ["model.onnx", *(f"adapter/{f.name}" for f in inner.iterdir())]
+    )
+    files = {f"onnx/{f}": export / f for f in files_in(export) if Path(f).name != CARD}
+    there = tmp_path / "there" / "onnx"
+    for name, path in _without_paths(files, tmp_path / "scratch", "me/base").items():
+        (there.parent / name).parent.mkdir(parents=True, exist_ok=True)
+        (there.parent / name).write_bytes(path.read_bytes())
+    config = json.loads((there / "adapter" / "adapter_config.json").read_text())
+    assert config == {"r": 4, "base_model_name_or_path": "me/base"}
+    for folder in (there, there / "adapter"):
+        assert manifest.has_digests(folder, "qwlora.json")
+        assert manifest.changed_files(folder, "qwlora.json") == []
 
 
 @pytest.mark.parametrize(
@@ -279,7 +391,7 @@ def test_a_changed_file_and_an_unknown_name_are_refused(job: Path) -> None:
     try:
         file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
         with (
-            pytest.raises(DirectoryError, match=r"has changed.*Run first: qwlora train"),
+            pytest.raises(DirectoryError, match=r"has changed.*Run first: qwlora run"),
             prepared(job, "me/a", "first"),
         ):
             pass

@@ -74,6 +74,8 @@ def push(
         )
         for name in sorted(upload.files):
             print(f"  {name}")
+        for name in upload.outdated:
+            print(f"  {name} is deleted there: an earlier upload of this job")
         for note in upload.notes:
             print(f"note: {note}")
         if not yes:

@@ -51,6 +51,12 @@ def has_digests(folder: Path, name: str) -> bool:
     return FILES in _read(folder / name)
 
 
+def listed_files(folder: Path, name: str) -> list[str]:
+    """The files with a digest in the record; empty if it has no digests."""
+    listed = _read(folder / name).get(FILES, {})
+    return sorted(listed) if isinstance(listed, dict) else []
+
+
 def check(
     folder: Path, name: str, what: str, remedy: str, only: Iterable[str] | None = None
 ) -> None:

@@ -5,7 +5,7 @@ checkpoint folder   the metadata of its README.md (a model card): license, licen
 GGUF file           general.license, general.license.name, general.license.link; the hub id
                     from general.source.huggingface.repository, general.source.repo_url or
                     general.repo_url
-hub id              the id itself, and the files in the cache as above
+hub id              the id itself, and the metadata of its README.md, the only file downloaded
 base folder         as for a checkpoint folder
 """
 
@@ -20,8 +20,9 @@ from typing import Any
 
 import yaml
 
-from qwlora.errors import QwloraError
-from qwlora.formats.model_source import CARD, Location, fetch, locate
+from qwlora.errors import QwloraError, SourceError
+from qwlora.formats.hub import downloaded
+from qwlora.formats.model_source import CARD, Location, locate
 
 UNKNOWN = "unknown"  # the hub's own word, which it shows as such
 _ON_HUB = re.compile(r"https?://huggingface\.co/([\w.-]+/[\w.-]+?)/?")
@@ -48,17 +49,25 @@ class Origin:
 
 
 def origin_of(source: str) -> Origin:
-    """The origin of the model that a recipe names. Empty but for the name if it is gone."""
+    """The origin of the model that a recipe names. Only its name and hub id if it is gone."""
     name = source.rsplit("+", 1)[0].rstrip("/").rpartition("/")[2] or source
     try:
-        asked = locate(source)
-        location = asked if asked.files else fetch(source)
+        location = locate(source)
     except (QwloraError, OSError):
         return Origin(name)
+    if not location.files:
+        return _on_hub(name, location.pretrained)
     read = _of_gguf if location.gguf_file else _of_folder
     found = read(name, location.path)
-    repository = asked.pretrained if not asked.files else found.repository or _cached_id(location)
-    return replace(found, repository=repository)
+    return replace(found, repository=found.repository or _cached_id(location))
+
+
+def _on_hub(name: str, repository: str) -> Origin:
+    try:
+        folder = downloaded("model", repository, (CARD,), ("*/*",))
+    except SourceError:
+        return Origin(name, repository)
+    return replace(_of_folder(name, folder), repository=repository)
 
 
 def _of_folder(name: str, folder: Path) -> Origin:
@@ -101,7 +110,7 @@ def _cached_id(location: Location) -> str | None:
     parts = location.path.absolute().parts
     for folder, below in pairwise(parts):
         if below == "snapshots" and folder.startswith("models--"):
-            return folder.removeprefix("models--").replace("--", "/")
+            return folder.removeprefix("models--").replace("--", "/", 1)
     return None
 
 

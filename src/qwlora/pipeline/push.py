@@ -7,25 +7,28 @@ A repository holds what somebody else needs, and nothing that names a path of th
     adapter             adapter_model.safetensors, adapter_config.json, qwlora.json, model card
     TARGET/             the files of the adapter for each runtime it was exported for
 
-Left out: second moments and other inputs of training, and exported files that are out of date or
-failed their check. The upload is one commit, so a reader sees all of it or nothing.
+Uploaded are the files that the job's stages wrote, and the model card. Left out: second moments and
+other inputs of training, and exported files that are out of date or did not pass their check. The
+upload is one commit, so a reader sees all of it or nothing. It deletes only files that this job
+uploaded there before (`PUSHED`).
 """
 
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from qwlora import strict_json
 from qwlora.adapter.adapter_check import problems
 from qwlora.adapter.adapter_folder import CONFIG, FILE
-from qwlora.atomic import files_in, write_text
+from qwlora.atomic import write_text
 from qwlora.errors import DirectoryError, UploadError, described
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import GraphTarget, UseCasesTarget
@@ -33,17 +36,22 @@ from qwlora.formats import manifest
 from qwlora.formats.base_folder import RECORD, read_record
 from qwlora.formats.card_mark import is_users_card
 from qwlora.formats.model_origin import origin_of
-from qwlora.formats.shard_writer import STEM
 from qwlora.messages import listed, suggestion
 from qwlora.pipeline.artifacts import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.directory import CARD, Directory, as_directory_errors
-from qwlora.pipeline.job_report import read_job
-from qwlora.pipeline.model_cards import Places, adapter_card_text, base_card
-from qwlora.pipeline.run_job import command_line, job_recipe
+from qwlora.pipeline.job_texts import JobTexts
+from qwlora.pipeline.model_cards import Places, adapter_card_text, base_card, job_of
+from qwlora.pipeline.plan import make_plan, resolve_compute
+from qwlora.pipeline.results import collect_results
+from qwlora.pipeline.run_job import job_recipe
+from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stale_stages import find_stale, upstream
 from qwlora.recipe import Recipe
 from qwlora.report.job import Job
 
-PUSHED = "pushed.json"  # in .qwlora/: where the base was uploaded to
+PUSHED = "pushed.json"  # in .qwlora/: where the base was uploaded to, and which files went where
+_BASE_PATH = "base_model_name_or_path"  # in adapter_config.json
+_TEXTS = (".json", ".yaml", ".md", ".txt", ".py")  # files that may name a path
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,7 @@ class Upload:
         is_private: whether a new repository is private.
         files: by path in the repository.
         notes: what is left out, and why.
+        outdated: files that this job uploaded there before, and that are not among `files`.
     """
 
     what: str
@@ -63,6 +72,7 @@ class Upload:
     is_private: bool
     files: dict[str, Path]
     notes: tuple[str, ...]
+    outdated: tuple[str, ...] = ()
 
     @property
     def size_bytes(self) -> int:
@@ -87,19 +97,28 @@ def prepared(
 
     Raises:
         DirectoryError: the folder is not a job directory, or what is asked for is not there,
-            incomplete or changed.
+            incomplete, changed, or of another recipe than the one that is there now; or a file
+            to upload names a path of this machine.
+        SourceError: the model or a text of the recipe is not there any more.
     """
-    recipe, job, directory = job_recipe(folder), read_job(folder), Directory.read(folder)
-    _check(recipe, directory, "quantize", "the base", "quantize")
+    recipe, directory = resolve_compute(job_recipe(folder)), Directory.read(folder)
+    plan = make_plan(recipe, JobTexts(recipe), directory.digests)
+    stale = find_stale(plan, directory)
+    job = job_of(folder, recipe, collect_results(directory, recipe, plan, stale))
+    _check(directory, plan, stale, "quantize", "the base")
     if adapter is not None:
         known = [a.name for a in recipe.adapters]
         if adapter not in known:
             raise DirectoryError(
                 f"{str(folder)!r} has no adapter {adapter!r}{suggestion(adapter, known)}"
             )
-        _check(recipe, directory, f"train/{adapter}", f"adapter {adapter!r}", "train")
+        _check(directory, plan, stale, f"train/{adapter}", f"adapter {adapter!r}")
     with tempfile.TemporaryDirectory(prefix="qwlora-push-") as scratch:
-        exports, notes = _exports(job, directory, adapter)
+        exports, notes = _exports(job, directory, stale, adapter)
+        fingerprint = read_record(folder / "base")["fingerprint"]
+        exports = _without_paths(
+            exports, Path(scratch) / "export", _pushed_base(folder, fingerprint)
+        )
         if adapter is None:
             files = _base_files(recipe, job, directory, Path(scratch), repository, license)
         else:
@@ -107,8 +126,12 @@ def prepared(
                 recipe, job, directory, Path(scratch), adapter, repository, license
             )
             files, notes = own, [*notes, *lacking]
+        files |= exports
+        _check_no_path(folder, files)
         what = "the base" if adapter is None else f"adapter {adapter}"
-        yield Upload(what, repository, is_private, files | exports, tuple(notes))
+        before = _pushed(folder)["files"].get(repository, [])
+        outdated = tuple(name for name in before if name not in files)
+        yield Upload(what, repository, is_private, files, tuple(notes), outdated)
 
 
 def send(upload: Upload, folder: Path) -> str:
@@ -116,7 +139,7 @@ def send(upload: Upload, folder: Path) -> str:
 
     Raises:
         UploadError: the hub refuses, or cannot be reached, or the repository is public although it
-            should be private.
+            should be private, or holds a base where an adapter is uploaded, or the reverse.
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
 
@@ -134,8 +157,9 @@ def send(upload: Upload, folder: Path) -> str:
                 "upload to it, or another --to"
             )
         there = api.list_repo_files(repository)
+        _check_kind(upload, there)
         added = [CommitOperationAdd(name, str(path)) for name, path in upload.files.items()]
-        gone = [CommitOperationDelete(name) for name in there if _is_outdated(name, upload)]
+        gone = [CommitOperationDelete(name) for name in upload.outdated if name in there]
         commit = api.create_commit(
             repository, [*added, *gone], commit_message=f"Upload {upload.what} with QWLoRA"
         )
@@ -143,18 +167,23 @@ def send(upload: Upload, folder: Path) -> str:
         raise
     except Exception as error:  # the client raises many types: offline, forbidden, too large ...
         raise UploadError(_refused(error, repository)) from error
+    note = _pushed(folder)
+    note["files"][repository] = sorted(upload.files)
     if RECORD in upload.files:
-        note = {"base": repository, "fingerprint": read_record(folder / "base")["fingerprint"]}
-        with as_directory_errors(folder):
-            write_text(folder / ".qwlora" / PUSHED, strict_json.dumps(note, indent=1) + "\n")
+        note |= {"base": repository, "fingerprint": read_record(folder / "base")["fingerprint"]}
+    with as_directory_errors(folder):
+        write_text(folder / ".qwlora" / PUSHED, strict_json.dumps(note, indent=1) + "\n")
     return str(commit.commit_url)
 
 
-def _is_outdated(name: str, upload: Upload) -> bool:
-    """Whether a file in the repository is of an earlier upload: other shards, dropped targets."""
-    if name in upload.files:
-        return False
-    return name.partition("/")[0] in TARGETS or name.startswith(f"{STEM}-")
+def _check_kind(upload: Upload, there: Collection[str]) -> None:
+    """Check that the repository does not hold a base if an adapter is uploaded, or the reverse."""
+    for record, what in ((RECORD, "a base"), (FILE, "an adapter")):
+        if record in there and record not in upload.files:
+            raise UploadError(
+                f"{upload.repository} holds {what} ({record}), and {upload.what} would mix with "
+                "it. Nothing was uploaded. Give another --to"
+            )
 
 
 def _refused(error: Exception, repository: str) -> str:
@@ -173,16 +202,33 @@ def _refused(error: Exception, repository: str) -> str:
     return f"{repository}: nothing was uploaded: {why}"
 
 
-def _check(recipe: Recipe, directory: Directory, stage: str, what: str, verb: str) -> None:
-    if (reason := directory.problem(stage, None)) is not None:
+def _check(
+    directory: Directory, plan: list[Stage], stale: Mapping[str, str], stage: str, what: str
+) -> None:
+    """Check that a stage, and all that it needs, is current for the recipe as it is now."""
+    if found := [f"{s.name} {stale[s.name]}" for s in upstream(plan, stage) if s.name in stale]:
         raise DirectoryError(
-            f"{what} of {str(directory.path)!r} cannot be uploaded: {stage} {reason}. Run first: "
-            f"{command_line(verb, directory.path)}"
+            f"{what} of {str(directory.path)!r} cannot be uploaded: {'; '.join(found)}. Run first: "
+            f"{_run_line(directory.path)}"
         )
 
 
+def _run_line(folder: Path) -> str:
+    return shlex.join(["qwlora", "run", str(folder / "recipe.yaml"), "--out", str(folder)])
+
+
+def _recorded(directory: Directory, stage: str, artifact: str) -> dict[str, Path]:
+    """The files that a stage wrote, by path in its artifact. What others put there is not one."""
+    prefix = f"{artifact}/"
+    return {
+        file.removeprefix(prefix): directory.path / file
+        for file in directory.records[stage].files
+        if file.startswith(prefix)
+    }
+
+
 def _exports(
-    job: Job, directory: Directory, adapter: str | None
+    job: Job, directory: Directory, stale: Mapping[str, str], adapter: str | None
 ) -> tuple[dict[str, Path], list[str]]:
     """Exported files by their path in the repository, and what is left out."""
     files, notes = dict[str, Path](), list[str]()
@@ -194,15 +240,71 @@ def _exports(
         if isinstance(kind, GraphTarget) and adapter is None:
             continue
         stage = f"export/{target}" if adapter is None else f"export/{target}/{adapter}"
-        folder = directory.path / "export" / target / (adapter or "base")
-        parity = job.section("parity", target, adapter or "")
-        if (reason := directory.problem(stage, None)) is not None:
+        checks = [f"verify/{target}/{name}" for name in ([adapter] if adapter else job.adapters)]
+        unchecked = [check for check in checks if check in stale]
+        if (reason := stale.get(stage)) is not None:
             notes.append(f"{stage} is left out: {reason}")
-        elif parity and not parity.get("passed", True):
-            notes.append(f"{stage} is left out: it failed its check")
+        elif len(unchecked) == len(checks):  # a base is checked with any of its adapters
+            check = unchecked[0]
+            notes.append(
+                f"{stage} is left out: it has not passed its check ({check}: {stale[check]}). "
+                f"Run first: {_run_line(directory.path)}"
+            )
         else:
-            files |= {f"{target}/{name}": folder / name for name in files_in(folder)}
+            folder = directory.path / "export" / target / (adapter or "base")
+            own = _recorded(directory, stage, f"export/{target}/{adapter or 'base'}")
+            if CARD in manifest.listed_files(folder, FILE):  # how to use it; no card of the hub
+                own[CARD] = folder / CARD
+            files |= {f"{target}/{name}": path for name, path in own.items()}
+            if adapter and (missing := job.get("parity", target, adapter, "not_run")):
+                notes.append(f"{stage} was not run here: {missing}")
     return files, notes
+
+
+def _without_paths(files: dict[str, Path], scratch: Path, base: str | None) -> dict[str, Path]:
+    """The files, but adapter configurations name the base on the hub, not its path here.
+
+    The records next to them, and above them, list the files as they are uploaded.
+    """
+    files = dict(files)
+    for name in [name for name in files if PurePosixPath(name).name == CONFIG]:
+        config = json.loads(files[name].read_text())
+        if config.get(_BASE_PATH) is not None:
+            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+            write_text(scratch / name, strict_json.dumps({**config, _BASE_PATH: base}, indent=2))
+            files[name] = scratch / name
+    records = [name for name in files if PurePosixPath(name).name == FILE]
+    for name in sorted(records, key=lambda name: -name.count("/")):
+        folder = (scratch / name).parent
+        record, prefix = json.loads(files[name].read_text()), name.removesuffix(FILE)
+        listed_files = list(record.get(manifest.FILES, {}))
+        gone = [file for file in listed_files if prefix + file not in files]
+        changed = [file for file in listed_files if (folder / file).is_file()]
+        if gone or changed:
+            record[manifest.FILES] = {
+                f: d for f, d in record[manifest.FILES].items() if f not in gone
+            }
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(scratch / name, strict_json.dumps(record, indent=1) + "\n")
+            manifest.add(folder, FILE, changed)
+            files[name] = scratch / name
+    return files
+
+
+def _check_no_path(folder: Path, files: Mapping[str, Path]) -> None:
+    """Check that no text file names the job's folder or a file in the user's home folder."""
+    paths = [str(folder.absolute()), str(folder.resolve())]
+    if Path.home() != Path(Path.home().anchor):
+        paths.append(f"{Path.home()}/")
+    written = {form for path in paths for form in (path, json.dumps(path)[1:-1])}
+    for name, file in files.items():
+        if file.suffix in _TEXTS:
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if found := next((path for path in sorted(written) if path in text), None):
+                raise DirectoryError(
+                    f"{name} ({str(file)!r}) names {found!r}, a path of this machine. Nothing was "
+                    "uploaded. Remove it from the file, or from the recipe and run it again"
+                )
 
 
 def _base_files(
@@ -216,9 +318,9 @@ def _base_files(
     folder = directory.path / "base"
     unwanted = (MOMENTS, SOLVER_SCALES.partition("/")[0])
     files = {
-        name: folder / name
-        for name in files_in(folder)
-        if name.partition("/")[0] not in unwanted and not name.startswith(".")
+        name: path
+        for name, path in _recorded(directory, "quantize", "base").items()
+        if name.partition("/")[0] not in unwanted
     }
     record = read_record(folder)
     origin = origin_of(recipe.model.source)
@@ -233,6 +335,8 @@ def _base_files(
         )
         write_text(scratch / CARD, base_card(job, recipe, places))
         files[CARD] = scratch / CARD
+    else:
+        files[CARD] = folder / CARD
     return files
 
 
@@ -255,11 +359,11 @@ def _adapter_files(
             "the base was not uploaded from this job, so nothing can say where it is. Upload it "
             "first: leave --adapter out"
         )
-    files = {file: folder / file for file in files_in(folder) if not file.startswith(".")}
+    files = _recorded(directory, f"train/{name}", f"adapters/{name}")
     config = json.loads((folder / CONFIG).read_text())
     write_text(
         scratch / CONFIG,
-        strict_json.dumps({**config, "base_model_name_or_path": base}, indent=2),
+        strict_json.dumps({**config, _BASE_PATH: base}, indent=2),
     )
     record = json.loads((folder / FILE).read_text())
     files[CONFIG] = scratch / CONFIG
@@ -276,6 +380,8 @@ def _adapter_files(
         )
         write_text(scratch / CARD, adapter_card_text(job, recipe, name, places))
         files[CARD] = scratch / CARD
+    else:
+        files[CARD] = folder / CARD
     return files, notes
 
 
@@ -292,8 +398,14 @@ def _resealed(folder: Path, name: str, record: dict[str, Any], scratch: Path) ->
 
 def _pushed_base(folder: Path, fingerprint: str) -> str | None:
     """Where the base was uploaded to, if it is still this one."""
+    note = _pushed(folder)
+    return str(note["base"]) if note.get("fingerprint") == fingerprint else None
+
+
+def _pushed(folder: Path) -> dict[str, Any]:
+    """What was uploaded from this job: `base`, `fingerprint`, and `files` by repository."""
     try:
         note = json.loads((folder / ".qwlora" / PUSHED).read_text())
-        return str(note["base"]) if note["fingerprint"] == fingerprint else None
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        return {"files": {}, **note}
+    except (OSError, ValueError, TypeError):
+        return {"files": {}}

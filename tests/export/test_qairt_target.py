@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from conftest import tiny_model
 from qwlora import quantize_
 from qwlora.errors import VerificationError
 from qwlora.export.canonical_adapter import CanonicalAdapter
+from qwlora.export.float_runtime import FloatOnnxModel
 from qwlora.export.qairt_check import open_qairt
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, ExportedUseCases, UseCasesTarget
@@ -233,6 +236,29 @@ def move_base(document: dict[str, Any]) -> None:
     entry["offset"] = [entry["offset"][0] + 1]
 
 
+def test_a_folder_is_checked_once_and_one_model_at_a_time(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[FloatOnnxModel] = weakref.WeakSet()
+    most, checked = 0, FloatOnnxModel.check
+
+    def check(model: FloatOnnxModel) -> None:
+        nonlocal most
+        gc.collect()
+        alive.add(model)
+        checked(model)
+        most = max(most, sum("_initializers" in vars(model) for model in alive))
+        calls.append(model.encodings.name)
+
+    calls: list[str] = []
+    monkeypatch.setattr(FloatOnnxModel, "check", check)
+    for case in CASES:
+        open_qairt(copied, case)
+    expected = ["base", *CASES, "base_v3"]
+    assert calls == [f"{name}.encodings" for name in expected]
+    assert most == 1
+
+
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -287,6 +313,7 @@ def move_base(document: dict[str, Any]) -> None:
 def test_damaged_files_are_refused_by_name(
     damage: Callable[[Path], None], said: str, copied: Path
 ) -> None:
+    open_qairt(copied, "A")  # unchanged files are not checked again
     damage(copied)
     with pytest.raises(VerificationError, match=f"(?s){said}"):
         open_qairt(copied, "A")

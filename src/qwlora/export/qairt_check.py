@@ -20,6 +20,8 @@ from typing import Any
 import yaml
 from safetensors import SafetensorError, safe_open
 
+from qwlora import encodings
+from qwlora.atomic import files_in
 from qwlora.encodings.compare import encoding_differences
 from qwlora.encodings.model import EncodingsFile
 from qwlora.errors import EncodingsFileError, ExportError, VerificationError
@@ -47,13 +49,31 @@ from qwlora.system.optional_packages import require
 def open_qairt(folder: Path, case: str) -> FloatOnnxModel:
     """A use case in ONNX Runtime, after all checks of the folder.
 
+    A folder is checked once per process, and again after a file has changed.
+
     Raises:
         VerificationError: files contradict each other. All problems are listed, each with the name
             of its file.
     """
-    if problems := list(find_problems(folder)):
-        raise VerificationError(f"{folder}: the files contradict each other", problems)
+    state = _state(folder)
+    if _checked.get(folder.resolve()) != state:
+        if problems := list(find_problems(folder)):
+            raise VerificationError(f"{folder}: the files contradict each other", problems)
+        _checked[folder.resolve()] = state
     return _opened(folder, case)
+
+
+_State = list[tuple[str, int, int, int]]
+_checked: dict[Path, _State] = {}  # folders without a problem, by the state of their files
+
+
+def _state(folder: Path) -> _State:
+    """Name, size, time of change and inode of every file."""
+    found = []
+    for name in files_in(folder):
+        stat = (folder / name).stat()
+        found.append((name, stat.st_size, stat.st_mtime_ns, stat.st_ino))
+    return found
 
 
 def find_problems(folder: Path) -> Iterator[str]:
@@ -77,24 +97,29 @@ def find_problems(folder: Path) -> Iterator[str]:
     if found:
         yield from found
         return
-    base = FloatOnnxModel(folder / MODEL_FILE, folder / BASE_ENCODINGS)
-    models = [base, *(_opened(folder, case) for case in cases)]
-    models.append(FloatOnnxModel(folder / V3_FILE, folder / V3_ENCODINGS))
-    broken = False
-    for model in models:
-        try:
-            model.check()
-        except VerificationError as error:
-            broken = True
-            yield from error.problems
-        except (EncodingsFileError, ExportError) as error:
-            broken = True
-            yield f"{model.encodings.name}: {error}"
-    if not broken:
-        fixed = _fixed(folder, base.file, names)
-        for model in models[1:-1]:
-            yield from _entry_problems(base.file, model.file, model.encodings.name, fixed)
+    found = _value_problems(FloatOnnxModel(folder / MODEL_FILE, folder / BASE_ENCODINGS))
+    for case in cases:
+        found += _value_problems(_opened(folder, case))
+    found += _value_problems(FloatOnnxModel(folder / V3_FILE, folder / V3_ENCODINGS))
+    yield from found
+    if not found:
+        base = encodings.read(folder / BASE_ENCODINGS)
+        fixed = _fixed(folder, base, names)
+        for case in cases:
+            file = f"{case}.encodings"
+            yield from _entry_problems(base, encodings.read(folder / file), file, fixed)
         yield from _graph_problems(folder, cases, set(names))
+
+
+def _value_problems(model: FloatOnnxModel) -> list[str]:
+    """Problems of one model. Its weights are in memory only here: one model at a time."""
+    try:
+        model.check()
+    except VerificationError as error:
+        return list(error.problems)
+    except (EncodingsFileError, ExportError) as error:
+        return [f"{model.encodings.name}: {error}"]
+    return []
 
 
 def _opened(folder: Path, case: str) -> FloatOnnxModel:

@@ -90,7 +90,9 @@ def test_a_closed_terminal_ends_a_command_that_still_cleans_up(tmp_path: Path) -
     process, terminal = pty.fork()
     if process == 0:
         os.execv(command[0], command)
-    assert b"waiting" in os.read(terminal, 1000)
+    seen = b""
+    while b"waiting" not in seen:
+        seen += os.read(terminal, 1000)
     os.close(terminal)  # the kernel sends SIGHUP
     _, status = os.waitpid(process, 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP

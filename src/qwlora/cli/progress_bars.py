@@ -126,12 +126,18 @@ class ProgressDisplay:
         expected = items.seconds if isinstance(items, OneCall) else None
         step = _Step(description, total, expected)
         self._steps.append(step)
+        self._refresh()  # so that a short step is seen as well
         try:
             for item in items:
                 yield item
                 step.done += 1
+            self._refresh()
         finally:
             self._steps.remove(step)
+
+    def _refresh(self) -> None:
+        if self._live is not None:
+            self._live.refresh()
 
     def _rows(self) -> Group:
         steps, job = list(self._steps), self._job

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import re
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
-from qwlora.errors import DirectoryError, RecipeError
+from qwlora.errors import DirectoryError, GridError, RecipeError
+from qwlora.pipeline.results_table import print_summary
 from qwlora.pipeline.run_job import run
 from qwlora.pipeline.stages import VERBS
 from qwlora.recipe import load_recipe
@@ -51,7 +56,10 @@ def test_a_job_writes_and_verifies_every_use_case_and_refuses_an_edited_file(
         ({"export": {"targets": ["qairt"], "use_cases": ["first+third"]}}, "no adapter third"),
         ({"export": {"targets": ["qairt"], "use_cases": ["first+first"]}}, "an adapter twice"),
         ({"export": {"targets": ["qairt"], "use_cases": ["none"]}}, "must hold an adapter"),
-        ({"export": {"targets": ["onnx"], "use_cases": ["first"]}}, "no effect without"),
+        (
+            {"export": {"targets": ["onnx"], "use_cases": ["first"]}},
+            "no effect without target qairt or qnn",
+        ),
         (
             {
                 "export": {"targets": ["qairt"]},
@@ -74,3 +82,104 @@ def test_use_cases_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=said):
         load_recipe(recipe_for(**{"adapters": ADAPTERS, **sections}))
+
+
+HTP = {
+    "base": {
+        "weights": "w4-channel",
+        "rules": [{"match": "*embed_tokens", "bitwidth": 8, "granularity": "tensor"}],
+    },
+    "simulation": {
+        "residual_adds": "quantize",
+        "symmetric_matmul_second_input": True,
+        "key_value_bitwidth": 8,
+        "adapter_weights": {"granularity": "tensor"},
+        "base_activations": "none",
+    },
+    "export": {"targets": ["qnn"], "graphs": {"prefill": 8, "decode": 1, "context": 32}},
+}
+TWO = [
+    {"name": name, "rank": 2, "steps": steps, "warmup_steps": 1}
+    for name, steps in (("first", 4), ("second", 8))
+]
+
+
+def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_for: Any) -> None:
+    with pytest.raises(RecipeError) as found:
+        load_recipe(
+            recipe_for(
+                base={"weights": "w3-channel"},
+                simulation={"rules": [{"match": "*.softmax", "keep": "float"}]},
+                export={"targets": ["qnn"]},
+            )
+        )
+    for remedy in (
+        "simulation.residual_adds: quantize",
+        "simulation.symmetric_matmul_second_input: true",
+        "simulation.key_value_bitwidth: 8",
+        "simulation.base_activations: none",
+        "simulation.adapter_weights.granularity: tensor",
+        "remove keep: float",
+        "w4-channel instead of w3-channel",
+    ):
+        assert remedy in str(found.value)
+
+
+@pytest.mark.parametrize(
+    ("sections", "said"),
+    [
+        ({"export": {"targets": ["qnn"], "graphs": {"prefill": 8, "decode": 8}}}, "less than"),
+        ({"export": {"targets": ["qnn"], "graphs": {"context": 128}}}, "greater than prefill 128"),
+        ({"export": {"targets": ["onnx"], "graphs": {"prefill": 8}}}, "without target qnn"),
+        ({"adapters": [{**TWO[0], "name": "zero"}]}, "zero is the name of another file"),
+    ],
+)
+def test_graphs_of_the_htp_that_cannot_be_are_refused(
+    sections: dict[str, Any], said: str, recipe_for: Any
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe(recipe_for(**{"adapters": TWO, **HTP, **sections}))
+
+
+def test_an_embedding_that_the_htp_cannot_read_is_refused_before_training(
+    recipe_for: Any, tmp_path: Path
+) -> None:
+    recipe = load_recipe(recipe_for(**{"adapters": TWO, **HTP, "base": {"weights": "w4-channel"}}))
+    with pytest.raises(GridError, match="embed_tokens', bitwidth: 8, granularity: tensor"):
+        run(recipe, tmp_path / "job", VERBS)
+
+
+@pytest.mark.slow
+def test_a_job_writes_graphs_for_the_htp_and_runs_every_adapter(
+    recipe_for: Any, tmp_path: Path
+) -> None:
+    verify = {"sequences": 1, "perplexity_difference": 0.02}
+    recipe = load_recipe(recipe_for(**{"adapters": TWO, **HTP, "verify": verify}))
+    job = tmp_path / "job"
+    results = run(recipe, job, VERBS)
+    is_emulated = importlib.util.find_spec("onnxruntime_qnn") is not None
+    found = results["parity"]["qnn"]
+    assert found.keys() == {"first", "second", "none"}
+    console = Console(file=StringIO(), width=200)
+    print_summary(results, console)
+    summary = console.file.getvalue()
+    for case in found.values():
+        assert case["cpu"]["sqnr"] > 40
+        if is_emulated:
+            assert case["passed"]
+            assert case["htp_sqnr"] > 30
+            assert case["placement"].keys() == {"prefill", "decode"}
+            assert all(p["partitions"] == 1 for p in case["placement"].values())
+        else:
+            assert "qwlora[qnn]" in case["not_run"]
+    said = "PASS" if is_emulated else "written, not run"
+    assert len(re.findall(rf"verdict, qnn \w+ +{said}", summary)) == 3
+    assert len({case["simulated_perplexity"] for case in found.values()}) == 3
+    record = json.loads((job / "export/qnn/base/graphs.json").read_text())
+    assert record["context"] == 32
+    assert results["export"]["qnn"].keys() == {"base", "first", "second", "none"}
+    path = job / "export/qnn/second/adapter.safetensors"
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(DirectoryError, match=r"adapter.safetensors has changed"):
+        run(recipe, job, ["verify"])

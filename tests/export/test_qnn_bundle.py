@@ -17,6 +17,7 @@ from qwlora.errors import ExportError, FingerprintError
 from qwlora.export.htp_limits import input_problem, table_problem, weight_problem
 from qwlora.export.qnn_bundle import export_qnn
 from qwlora.export.qnn_runtime import QnnModel
+from qwlora.export.verify import Limits
 from qwlora.export.verify_qnn import check_bundle, verify_qnn
 from qwlora.grid.scheme import PerChannel, parse_scheme
 from qwlora.simulation.adapter_simulations import simulate_adapters
@@ -90,7 +91,7 @@ def test_every_adapter_computes_its_simulation(
     simulations, folder = bundle
     simulation = simulations["base" if name == "zero" else name]
     parity = verify_qnn(folder, name, simulation, IDS, steps=4)
-    assert list(parity.broken_limits(0.02)) == []
+    assert list(parity.broken_limits(Limits(perplexity_difference=0.02))) == []
     assert parity.cpu.sqnr > 45
     assert parity.cpu.top1_agreement > 0.9
     others = [simulations[other] for other in simulations if simulations[other] is not simulation]

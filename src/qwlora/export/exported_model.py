@@ -38,7 +38,7 @@ def exported_logits(target: Target, folder: Path, base: Path) -> Logits:
     """
     target.require_packages()
     if isinstance(target, GraphTarget):
-        return _runtime_logits(target.open(folder))
+        return runtime_logits(target.open(folder))
     assert isinstance(target, WeightsTarget)
     weights = target.open(base)
     weights.use(folder)
@@ -49,13 +49,14 @@ def use_case_logits(target: UseCasesTarget, folder: Path, case: str) -> Logits:
     """`exported_logits` of one use case.
 
     Raises:
-        VerificationError, ExportError: see `UseCasesTarget.open`.
+        VerificationError, ExportError: see `UseCasesTarget.logits`.
     """
     target.require_packages()
-    return _runtime_logits(target.open(folder, case))
+    return target.logits(folder, case)
 
 
-def _runtime_logits(graph: Runtime) -> Logits:
+def runtime_logits(graph: Runtime) -> Logits:
+    """Logits [1, tokens, vocabulary] that a runtime computes of token ids [1, tokens]."""
     return lambda ids: graph.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[
         "logits"
     ]

@@ -41,7 +41,8 @@ def problem(target: Target, grid: Grid) -> str | None:
     """Why a target cannot hold a grid; None if it can."""
     if grid.of_embedding and target.writes_float_embeddings:
         return None
-    if found := target.problem(grid.scheme):
+    holds = target.embedding_problem if grid.of_embedding else target.problem
+    if found := holds(grid.scheme):
         return found
     if target.has_float16_scales and grid.solver is not None:
         if not isinstance(grid.scheme.granularity, PerBlock):

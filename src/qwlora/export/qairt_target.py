@@ -5,6 +5,7 @@ Imports torch and ONNX packages only when it writes or opens files (see `target.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,8 +13,12 @@ from qwlora.export.held_schemes import encodings_problem
 from qwlora.export.target import ExportedUseCases, UseCasesTarget
 
 if TYPE_CHECKING:
-    from qwlora.export.verify import Runtime
+    from torch import Tensor
+
+    from qwlora.data.sequences import Sequences
+    from qwlora.export.verify import LanguageModelParity, Reference
     from qwlora.grid.scheme import Scheme
+    from qwlora.progress import Track
 
 
 class QairtTarget(UseCasesTarget):
@@ -22,6 +27,7 @@ class QairtTarget(UseCasesTarget):
     extra = "onnx"
     packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
     activation_bitwidths = (8, 16)
+    reserved = frozenset({"none", "base", "base_v3", "model"})
 
     def loading(self, base: str, adapter: str | None) -> str:
         return (
@@ -37,7 +43,17 @@ class QairtTarget(UseCasesTarget):
 
         write_qairt(exported, folder)
 
-    def open(self, folder: Path, case: str) -> Runtime:
+    def logits(self, folder: Path, case: str) -> Callable[[Tensor], Tensor]:
+        from qwlora.export.exported_model import runtime_logits
         from qwlora.export.qairt_check import open_qairt
 
-        return open_qairt(folder, case)
+        return runtime_logits(open_qairt(folder, case))
+
+    def verify(
+        self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track
+    ) -> LanguageModelParity:
+        from qwlora.export.qairt_check import open_qairt
+        from qwlora.export.verify import verify_language_model
+
+        tokens = text.input_ids.shape[1]  # shapes are fixed
+        return verify_language_model(open_qairt(folder, case), simulation, text, tokens, track)

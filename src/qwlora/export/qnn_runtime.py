@@ -68,6 +68,15 @@ def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
     return {"onnxruntime-qnn": str(require("onnxruntime_qnn", "qnn").__version__), **CHIP}
 
 
+def most_tokens(bundle: Path) -> int:
+    """Tokens of a sequence that its graphs run without dropping any from the cache."""
+    with reading(bundle / BASE / GRAPHS):
+        record = json.loads((bundle / BASE / GRAPHS).read_text())
+    largest = max(graph["tokens"] for graph in record["graphs"].values())
+    context: int = record["context"]
+    return context - context % largest
+
+
 class QnnModel:
     """The graphs of a bundle with one adapter at a time.
 

@@ -10,6 +10,7 @@ from qwlora.export.mlx_target import MlxTarget
 from qwlora.export.onnx_target import OnnxTarget
 from qwlora.export.openvino_target import OpenvinoTarget
 from qwlora.export.qairt_target import QairtTarget
+from qwlora.export.qnn_target import QnnTarget
 from qwlora.export.qweight_targets import AwqTarget, GptqTarget
 from qwlora.export.target import Target
 
@@ -17,6 +18,7 @@ TARGETS: dict[str, Target] = {
     "onnx": OnnxTarget(),
     "aimet": AimetTarget(),
     "qairt": QairtTarget(),
+    "qnn": QnnTarget(),
     "genai": GenaiTarget(),
     "hf": HfTarget(),
     "gguf": GgufTarget(),

@@ -12,8 +12,8 @@ the registry before anything heavy is loaded.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from qwlora.data.sequences import Sequences
     from qwlora.export.canonical_adapter import CanonicalAdapter
-    from qwlora.export.verify import Reference, Runtime
+    from qwlora.export.verify import LanguageModelParity, Reference, Runtime
+    from qwlora.export.verify_qnn import QnnParity
     from qwlora.export.verify_weights import WeightsRuntime
     from qwlora.grid.scheme import Scheme
+    from qwlora.progress import Track
     from qwlora.simulation.shared_encodings import BaseActivations
 
 
@@ -49,6 +52,10 @@ class Target(ABC):
     def problem(self, scheme: Scheme) -> str | None:
         """Why the files cannot hold integers of a scheme, and what they can; None if they can."""
         return None
+
+    def embedding_problem(self, scheme: Scheme) -> str | None:
+        """`problem` of the embedding's scheme."""
+        return self.problem(scheme)
 
     def conflict(self, schemes: Collection[Scheme]) -> str | None:
         """Why the files cannot hold layers of all these schemes together; None if they can."""
@@ -145,11 +152,15 @@ class ExportedUseCases:
         base: the zero adapter.
         cases: by name. Their graphs differ in the adapter's weights and in encodings only.
         updatable: which encodings change with the use case; see `simulation/shared_encodings.py`.
+        graphs: number of new tokens of each graph with a key-value cache, by name.
+        context: new and past tokens together, in each of them.
     """
 
     base: ExportedGraph
     cases: Mapping[str, ExportedGraph]
     updatable: BaseActivations
+    graphs: Mapping[str, int] = field(default_factory=dict)
+    context: int = 0
 
 
 class UseCasesTarget(Target):
@@ -157,9 +168,13 @@ class UseCasesTarget(Target):
 
     Attributes:
         activation_bitwidths: as of a graph target.
+        reserved: names of other files, which no adapter can have.
+        has_graphs: the sizes of the files are `export.graphs` of the recipe.
     """
 
     activation_bitwidths: tuple[int, ...]
+    reserved: frozenset[str]
+    has_graphs = False
 
     @abstractmethod
     def write(self, exported: ExportedUseCases, folder: Path) -> None:
@@ -169,12 +184,31 @@ class UseCasesTarget(Target):
             ExportError: the files cannot express the graphs, or their bases differ.
         """
 
+    def own_files(self, folder: Path, case: str) -> list[Path]:
+        """The files that only one use case needs."""
+        return list(folder.glob(f"{case}.*"))
+
     @abstractmethod
-    def open(self, folder: Path, case: str) -> Runtime:
-        """The files of a use case, opened in a runtime, after every check that they allow.
+    def logits(self, folder: Path, case: str) -> Callable[[Tensor], Tensor]:
+        """Logits that the runtime computes of token ids [1, tokens], for a use case.
 
         Raises:
+            MissingExtraError: a package of the runtime is missing.
             VerificationError: the files contradict each other; every problem names its file.
+            ExportError: the runtime refuses them.
+        """
+
+    @abstractmethod
+    def verify(
+        self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track
+    ) -> LanguageModelParity | QnnParity:
+        """Run a use case, after every check that its files allow, and compare it.
+
+        Args:
+            text: held-out sequences.
+
+        Raises:
+            FingerprintError, VerificationError: a file has changed, or files contradict each other.
             ExportError: the runtime refuses them.
         """
 

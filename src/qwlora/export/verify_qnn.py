@@ -34,7 +34,7 @@ from qwlora.export.qnn_runtime import (
     QnnModel,
     require_emulator,
 )
-from qwlora.export.verify import token_losses
+from qwlora.export.verify import Limits, token_losses
 from qwlora.formats import manifest
 from qwlora.graph.scaling_input import ALPHA
 from qwlora.grid.sqnr import sqnr_db
@@ -81,10 +81,16 @@ class QnnParity:
     not_run: str | None
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields; those of `htp` also by themselves, under the names of other targets."""
+        found = {key: value for key, value in asdict(self).items() if value is not None}
+        if self.htp is not None:
+            found["perplexity"] = self.htp.perplexity
+            found["top1_agreement"] = self.htp.top1_agreement
+        return {**found, "sequences": 1}
 
-    def broken_limits(self, perplexity_difference: float) -> Iterator[str]:
+    def broken_limits(self, limits: Limits) -> Iterator[str]:
         """A sentence for each limit that is exceeded."""
+        perplexity_difference = limits.perplexity_difference
         for place, run in (("the CPU", self.cpu), ("the HTP", self.htp)):
             if run is None:
                 continue

@@ -72,6 +72,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
             f"{context.whole_because}"
         )
     if "quantize" in verbs:
+        _check_table(context, model)
         if context.recipe.base.tuning.steps:
             _check_tuning(context, model, packed)
         embedding: Any = model.get_input_embeddings()
@@ -88,6 +89,30 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
             else:
                 with context.lazy.one_block_at_a_time() as passing:
                     check_isolation(passing)
+
+
+def _check_table(context: JobContext, model: PreTrainedModel) -> None:
+    """Check that the targets that read embeddings as integers hold their scheme.
+
+    With solver keep, `target_table` checks it.
+    """
+    base = context.recipe.base
+    targets = {name: TARGETS[name] for name in context.recipe.export.targets}
+    graphs = {n: t for n, t in targets.items() if isinstance(t, UseCasesTarget) and t.has_graphs}
+    if base.solver == "keep" or not graphs:
+        return
+    embedding = model.get_input_embeddings()
+    path = next(name for name, module in model.named_modules() if module is embedding)
+    name = next(n for n, found in find_tensors(model).items() if path in found.paths)
+    plan = plan_layers(model, base.weights.scheme(), base.solver, base.layer_rules())
+    for target, kind in graphs.items():
+        stays_float = f"{path} stays float"
+        problem = kind.embedding_problem(plan[name].scheme) if name in plan else stays_float
+        if problem:
+            raise GridError(
+                f"target {target}: {problem}, and the HTP reads its rows with one scale. Add to "
+                f"base.rules, first: {{match: '{path}', bitwidth: 8, granularity: tensor}}"
+            )
 
 
 def _check_tuning(

@@ -113,6 +113,8 @@ def _verdict(parity: dict[str, Any]) -> str:
 
 def _parity_rows(name: str, parity: dict[str, Any]) -> list[Row]:
     """How closely a runtime agrees with the simulation or with the trained model."""
+    if "placement" in parity:
+        return _htp_rows(name, parity)
     is_graph = "simulated_perplexity" in parity
     other = "simulated_perplexity" if is_graph else "reference_perplexity"
     found = (
@@ -150,6 +152,33 @@ def _parity_rows(name: str, parity: dict[str, Any]) -> list[Row]:
             "",
             f"worst of {parity['layers']} layers: {parity['worst_layer_steps']:.2f} steps, worst "
             f"mean {parity['worst_layer_mean_steps']:.4f}",
+        ),
+    ]
+
+
+def _htp_rows(name: str, parity: dict[str, Any]) -> list[Row]:
+    """What Qualcomm's HTP computes, and how much of each graph it runs."""
+    run, place = parity["cpu"], "the CPU"
+    if "htp" in parity:
+        run, place = parity["htp"], "the HTP emulator"
+    return [
+        (
+            f"parity {name}",
+            f"perplexity {run['perplexity']:.3f} on {place}, "
+            f"{parity['simulated_perplexity']:.3f} simulated (on {parity['tokens']} tokens)",
+        ),
+        (
+            "",
+            f"logits {run['sqnr']:.1f} dB, same likeliest token {run['top1_agreement']:.2%}; "
+            f"two simulations {parity['perturbed_sqnr']:.1f} dB, "
+            f"{parity['perturbed_top1_agreement']:.2%}",
+        ),
+        (
+            "",
+            "; ".join(
+                f"{graph}: partitions {found['partitions']}, CPU nodes {found['cpu_nodes']}"
+                for graph, found in parity["placement"].items()
+            ),
         ),
     ]
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from qwlora.export.htp_limits import input_problem
 from qwlora.grid.range_estimator import Estimator, EstimatorName
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 from qwlora.recipe.section import Count, Section
@@ -133,6 +135,27 @@ class SimulationSection(Section):
         "its own values and weights, the base's activations are shared; none: one set for "
         "all adapters",
     )
+
+    def htp_problems(self) -> Iterator[str]:
+        """What keeps Qualcomm's HTP from running the simulation, with the key to change."""
+        wanted = {
+            "policy": "npu",
+            "activation_bitwidth": 16,
+            "residual_adds": "quantize",
+            "symmetric_matmul_second_input": True,
+            "key_value_bitwidth": 8,
+            "base_activations": "none",
+        }
+        found = self.model_dump()
+        for key, value in wanted.items():
+            if found[key] != value:
+                shown = str(value).lower() if isinstance(value, bool) else value
+                yield f"set simulation.{key}: {shown}"
+        if (problem := input_problem(self.adapter_weights.scheme())) is not None:
+            yield f"simulation.adapter_weights: {problem}"
+        for number, rule in enumerate(self.rules):
+            if rule.keep is not None:
+                yield f"simulation.rules.{number}: every value needs a grid; remove keep: float"
 
     def estimator(self) -> Estimator:
         """How activation ranges are chosen."""

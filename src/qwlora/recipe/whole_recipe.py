@@ -8,6 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from qwlora.export.bundle import BASE, PROOF
 from qwlora.export.grid_table import refusal
+from qwlora.export.qnn_target import QnnTarget
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import GraphTarget, UseCasesTarget, WeightsTarget
 from qwlora.recipe.adapter_section import Adapter
@@ -34,6 +35,31 @@ PRESETS: dict[str, dict[str, Any]] = {
 _USE_CASE = r"^[A-Za-z0-9][A-Za-z0-9_-]*(\+[A-Za-z0-9][A-Za-z0-9_-]*)*$"
 
 
+class Graphs(Section):
+    """For target qnn: the fixed sizes of its graphs, in tokens."""
+
+    prefill: Annotated[int, Field(ge=2)] = Field(
+        128, description="new tokens in a call of the graph that reads a prompt"
+    )
+    decode: Count = Field(1, description="new tokens in a call of the graph that generates")
+    context: Annotated[int, Field(ge=3)] = Field(
+        1024, description="new tokens and those in the key-value cache together, in both graphs"
+    )
+
+    @model_validator(mode="after")
+    def _larger_than_the_next(self) -> Graphs:
+        problems = []
+        if self.decode >= self.prefill:
+            problems.append(f"decode {self.decode} must be less than prefill {self.prefill}")
+        if self.context <= self.prefill:
+            problems.append(f"context {self.context} must be greater than prefill {self.prefill}")
+        if problems:
+            raise ValueError(
+                f"{'; '.join(problems)}. Defaults: prefill 128, decode 1, context 1024"
+            )
+        return self
+
+
 class Export(Section):
     """Step 4: the files to write."""
 
@@ -43,10 +69,11 @@ class Export(Section):
     )
     use_cases: list[Annotated[str, Field(pattern=_USE_CASE)]] | None = Field(
         None,
-        description="for target qairt: what the runtime can switch to. An adapter's name, several "
-        "joined by a plus sign for all of them at once, or none for the base. Default: each "
-        "adapter alone, and none",
+        description="for targets qairt and qnn: what the runtime can switch to. An adapter's name, "
+        "several joined by a plus sign for all of them at once, or none for the base. Default: "
+        "each adapter alone, and none",
     )
+    graphs: Graphs = Field(Graphs(), description="for target qnn: the sizes of its graphs")
 
 
 class Verify(Section):
@@ -170,6 +197,20 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _htp_takes_everything(self) -> Recipe:
+        targets = {n: t for n in self.export.targets if isinstance(t := TARGETS[n], QnnTarget)}
+        if not targets:
+            if self.export.graphs != Graphs():
+                raise ValueError("export.graphs has no effect without target qnn; remove it")
+            return self
+        problems = list(self.simulation.htp_problems())
+        if self.base.solver != "keep" and (found := refusal(self.base.grids(), targets)):
+            problems.append(f"base.weights, base.rules: {found}")
+        if problems:
+            raise ValueError(f"target {', '.join(targets)}: {'; '.join(problems)}")
+        return self
+
+    @model_validator(mode="after")
     def _runtimes_have_the_bits(self) -> Recipe:
         section = self.simulation
         asked = {
@@ -227,13 +268,18 @@ class Recipe(Section):
     def _use_cases_exist(self) -> Recipe:
         targets = [t for t in self.export.targets if isinstance(TARGETS[t], UseCasesTarget)]
         if not targets and self.export.use_cases is not None:
-            raise ValueError("export.use_cases has no effect without target qairt; remove it")
-        names = {a.name for a in self.adapters}
-        if targets and (reserved := names & {"none", "base", "base_v3", "model"}):
             raise ValueError(
-                f"adapters: {', '.join(sorted(reserved))} is the name of another file of target "
-                f"{targets[0]}; choose another name"
+                "export.use_cases has no effect without target qairt or qnn; remove it"
             )
+        names = {a.name for a in self.adapters}
+        for target in targets:
+            kind = TARGETS[target]
+            assert isinstance(kind, UseCasesTarget)
+            if taken := names & kind.reserved:
+                raise ValueError(
+                    f"adapters: {', '.join(sorted(taken))} is the name of another file of target "
+                    f"{target}; choose another name"
+                )
         if targets and self.workflow == "qwa-lora":
             raise ValueError(
                 f"target {targets[0]} calibrates use cases after training, which would replace "

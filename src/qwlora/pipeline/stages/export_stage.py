@@ -55,8 +55,12 @@ def add(plan: PlanBuilder, target: str, name: str) -> None:
 
 def add_use_cases(plan: PlanBuilder, target: str) -> None:
     """Add the stage of a use case target."""
-    stage, version = f"{NAME}/{target}", plan.recipe.export.encodings_version
-    plan.add(stage, [version], (CASES,), None, stage)
+    stage, section, kind = f"{NAME}/{target}", plan.recipe.export, TARGETS[target]
+    assert isinstance(kind, UseCasesTarget)
+    inputs: list[Any] = [section.encodings_version]
+    if kind.has_graphs:  # they are compiled once the compiler is installed
+        inputs = [section.graphs.model_dump(), kind.missing()]
+    plan.add(stage, inputs, (CASES,), None, stage)
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -105,22 +109,30 @@ def _write_use_cases(
 
     simulations = use_case_simulations(context)
     sample = context.sample(context.recipe.adapters[0].name)
-    version = context.recipe.export.encodings_version
+    section = context.recipe.export
     made = {
         case: ExportedGraph(
             simulation,
             {"qwlora.base_fingerprint": context.base_fingerprint, "qwlora.use_case": case},
             sample,
-            version,
+            section.encodings_version,
         )
         for case, simulation in simulations.items()
     }
     base = made.pop(BASE)
-    target.write(ExportedUseCases(base, made, context.recipe.simulation.base_activations), scratch)
+    graphs = section.graphs
+    exported = ExportedUseCases(
+        base,
+        made,
+        context.recipe.simulation.base_activations,
+        {"prefill": graphs.prefill, "decode": graphs.decode},
+        graphs.context,
+    )
+    target.write(exported, scratch)
     record = {"base_fingerprint": context.base_fingerprint, "use_cases": list(made)}
     manifest.write(scratch, RECORD, record, files_in(scratch))
     sizes = {
-        case: {"bytes": sum(file.stat().st_size for file in scratch.glob(f"{case}.*"))}
+        case: {"bytes": sum(file.stat().st_size for file in target.own_files(scratch, case))}
         for case in made
     }
     whole = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())

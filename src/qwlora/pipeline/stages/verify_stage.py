@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from qwlora.data.sequences import Sequences
     from qwlora.export.verify import LanguageModelParity, Limits
+    from qwlora.export.verify_qnn import QnnParity
     from qwlora.export.verify_weights import WeightsParity
     from qwlora.pipeline.context import JobContext
 
@@ -37,9 +38,13 @@ def add(plan: PlanBuilder, target: str, name: str) -> None:
 
 def add_use_cases(plan: PlanBuilder, target: str) -> None:
     """Add a stage for every use case of a target."""
+    kind = TARGETS[target]
+    assert isinstance(kind, UseCasesTarget)
     texts = [plan.texts.key(text) for text in plan.recipe.texts().values()]
     for case in plan.recipe.use_cases():
         inputs: list[Any] = [plan.recipe.verify.model_dump(), texts]
+        if kind.has_graphs:
+            inputs.append(kind.missing())  # the emulator
         plan.add(f"{NAME}/{target}/{case}", inputs, (f"export/{target}",))
 
 
@@ -47,10 +52,11 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     """Run the exported files on held-out text and compare the result with the recipe's limits."""
     from qwlora.errors import VerificationError
     from qwlora.export.verify import Limits
+    from qwlora.export.verify_qnn import QnnParity
 
     _, name, case = stage.name.split("/")
     target, adapter, section = TARGETS[name], str(stage.adapter), context.recipe.verify
-    parity: LanguageModelParity | WeightsParity
+    parity: LanguageModelParity | QnnParity | WeightsParity
     of, proof = "simulated", dict[str, Any]()
     if isinstance(target, UseCasesTarget):
         adapter, parity = case, _verify_use_case(context, target, name, case)
@@ -76,6 +82,8 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         "problems": problems,
         "limits": _limits_of(parity, limits),
     }
+    if isinstance(parity, QnnParity) and parity.not_run is not None:
+        del measured["not_run" if problems else "passed"]
     results = {"parity": {name: {adapter: measured}}}
     if problems:
         what = f"export/{name}/{adapter}: the exported files do not compute what was {of}"
@@ -83,8 +91,11 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     return results
 
 
-def _limits_of(parity: LanguageModelParity | WeightsParity, limits: Limits) -> dict[str, float]:
+def _limits_of(
+    parity: LanguageModelParity | QnnParity | WeightsParity, limits: Limits
+) -> dict[str, float]:
     """What was required, for results.json."""
+    from qwlora.export.verify_qnn import LEAST_SQNR, QnnParity
     from qwlora.export.verify_weights import AGREEMENT, LOGIT_DIFFERENCE, WeightsParity
 
     if isinstance(parity, WeightsParity):
@@ -93,6 +104,8 @@ def _limits_of(parity: LanguageModelParity | WeightsParity, limits: Limits) -> d
             "logit_difference": LOGIT_DIFFERENCE * parity.largest_logit,
             "top1_agreement": AGREEMENT,
         }
+    if isinstance(parity, QnnParity):
+        return {"perplexity_difference": limits.perplexity_difference, "sqnr": LEAST_SQNR}
     return {
         "perplexity_difference": limits.perplexity_difference,
         "layer_steps": limits.layer_steps,
@@ -124,23 +137,16 @@ def _held_out(context: JobContext, adapter: str) -> Sequences:
 
 def _verify_use_case(
     context: JobContext, target: UseCasesTarget, name: str, case: str
-) -> LanguageModelParity:
+) -> LanguageModelParity | QnnParity:
     from qwlora.export.use_cases import members
-    from qwlora.export.verify import verify_language_model
     from qwlora.formats import manifest
     from qwlora.pipeline.use_cases import use_case_simulations
 
     folder = context.path / "export" / name
     manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
     names = members(case) or [context.recipe.adapters[0].name]
-    held_out = context.text(names[0]).data.held_out
-    return verify_language_model(
-        target.open(folder, case),
-        use_case_simulations(context)[case],
-        held_out.first(context.recipe.verify.sequences),
-        held_out.input_ids.shape[1],
-        context.track,
-    )
+    text = _held_out(context, names[0])
+    return target.verify(folder, case, use_case_simulations(context)[case], text, context.track)
 
 
 def _verify_weights(

@@ -1,0 +1,100 @@
+"""The `qnn` target: graphs with a key-value cache for Qualcomm's HTP, and adapters as their inputs.
+
+Imports torch and ONNX packages only when it writes or opens files (see `target.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwlora.errors import MissingExtraError
+from qwlora.export.htp_limits import table_problem, weight_problem
+from qwlora.export.target import ExportedUseCases, UseCasesTarget
+from qwlora.system.optional_packages import require
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwlora.data.sequences import Sequences
+    from qwlora.export.verify import Reference
+    from qwlora.export.verify_qnn import QnnParity
+    from qwlora.grid.scheme import Scheme
+    from qwlora.progress import Track
+
+NONE, ZERO = "none", "zero"  # a use case, and the folder of its adapter
+DECODED = 4  # of the last tokens that are verified: one by one, since the emulator takes seconds
+
+
+class QnnTarget(UseCasesTarget):
+    """`export_qnn` and `verify_qnn` as a target."""
+
+    extra = "onnx"
+    packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
+    activation_bitwidths = (16,)
+    reserved = frozenset({NONE, ZERO, "base"})
+    has_graphs = True
+
+    def loading(self, base: str, adapter: str | None) -> str:
+        return (
+            f"`{base}` holds graphs with a key-value cache for Qualcomm's HTP, and a folder for "
+            "each adapter, whose tensors are inputs of the graphs."
+        )
+
+    def problem(self, scheme: Scheme) -> str | None:
+        found = weight_problem(scheme)
+        return found and f"{scheme}: {found}"
+
+    def embedding_problem(self, scheme: Scheme) -> str | None:
+        found = table_problem(scheme)
+        return found and f"{scheme} of an embedding: {found}"
+
+    def missing(self) -> str | None:
+        """Also whether the compiler and the emulator are missing."""
+        if (found := super().missing()) is not None:
+            return found
+        try:
+            require("onnxruntime_qnn", "qnn")
+        except MissingExtraError as error:
+            return str(error)
+        return None
+
+    def write(self, exported: ExportedUseCases, folder: Path) -> None:
+        from qwlora.export.qnn_bundle import export_qnn
+        from qwlora.simulation.simulated_graph import SimulatedGraph
+
+        simulations = {}
+        for case, graph in exported.cases.items():
+            assert isinstance(graph.simulation, SimulatedGraph)
+            if case != NONE:
+                simulations[case] = graph.simulation
+        metadata = exported.base.metadata
+        export_qnn(simulations, exported.graphs, exported.context, folder, metadata)
+
+    def own_files(self, folder: Path, case: str) -> list[Path]:
+        return list((folder / _folder(case)).iterdir())
+
+    def logits(self, folder: Path, case: str) -> Callable[[Tensor], Tensor]:
+        from qwlora.export.qnn_runtime import BASE, QnnModel
+        from qwlora.export.verify_qnn import check_bundle
+
+        check_bundle(folder, _folder(case))
+        return QnnModel(folder / BASE, folder / _folder(case), htp=True).logits
+
+    def verify(
+        self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track
+    ) -> QnnParity:
+        """The first sequence, cut where the graphs' context ends."""
+        from qwlora.export.qnn_runtime import most_tokens
+        from qwlora.export.verify_qnn import verify_qnn
+        from qwlora.simulation.simulated_graph import SimulatedGraph
+
+        assert isinstance(simulation, SimulatedGraph)
+        ids = text.input_ids[:1, : most_tokens(folder)]
+        steps = min(DECODED, ids.shape[1] - 1)
+        return verify_qnn(folder, _folder(case), simulation, ids, steps)
+
+
+def _folder(case: str) -> str:
+    return ZERO if case == NONE else case

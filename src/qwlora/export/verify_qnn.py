@@ -86,7 +86,7 @@ class QnnParity:
         if self.htp is not None:
             found["perplexity"] = self.htp.perplexity
             found["top1_agreement"] = self.htp.top1_agreement
-        return {**found, "sequences": 1}
+        return found
 
     def broken_limits(self, limits: Limits) -> Iterator[str]:
         """A sentence for each limit that is exceeded."""

@@ -19,14 +19,16 @@ from qwlora.adapter.attach import (
 from qwlora.adapter.train import check_loggers
 from qwlora.data.document_isolation import check_isolation
 from qwlora.errors import GridError, SourceError, TrainingError
+from qwlora.export.grid_table import problems
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget, UseCasesTarget
+from qwlora.export.target import GraphTarget, Target, UseCasesTarget
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.max_positions import check_positions
 from qwlora.formats.model_source import fetch
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.pipeline.context import JobContext
 from qwlora.pipeline.plan import TUNING_DEVICE, has_float_model
+from qwlora.pipeline.target_table import kept_grids
 from qwlora.quantize.quantize_model import find_tensors, plan_layers
 from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import slow_compute, training_device
@@ -92,26 +94,42 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
 
 
 def _check_table(context: JobContext, model: PreTrainedModel) -> None:
-    """Check that the targets that read embeddings as integers hold their scheme.
-
-    With solver keep, `target_table` checks it.
-    """
+    """Check that the targets that read embeddings as integers hold their scheme, and, with solver
+    keep, every other scheme."""
     base = context.recipe.base
     targets = {name: TARGETS[name] for name in context.recipe.export.targets}
     graphs = {n: t for n, t in targets.items() if isinstance(t, UseCasesTarget) and t.has_graphs}
+    if base.solver == "keep":
+        _check_kept(context.recipe, graphs)
     if base.solver == "keep" or not graphs:
         return
     embedding = model.get_input_embeddings()
     path = next(name for name, module in model.named_modules() if module is embedding)
-    name = next(n for n, found in find_tensors(model).items() if path in found.paths)
+    name = next((n for n, found in find_tensors(model).items() if path in found.paths), "")
     plan = plan_layers(model, base.weights.scheme(), base.solver, base.layer_rules())
     for target, kind in graphs.items():
-        stays_float = f"{path} stays float"
-        problem = kind.embedding_problem(plan[name].scheme) if name in plan else stays_float
+        problem: str | None = f"{path} stays float"
+        if name in plan:
+            problem = kind.embedding_problem(plan[name].scheme)
         if problem:
             raise GridError(
                 f"target {target}: {problem}, and the HTP reads its rows with one scale. Add to "
                 f"base.rules, first: {{match: '{path}', bitwidth: 8, granularity: tensor}}"
+            )
+
+
+def _check_kept(recipe: Recipe, targets: Mapping[str, Target]) -> None:
+    if not targets:
+        return
+    grids = list(kept_grids(recipe))
+    for name, target in targets.items():
+        found = problems(target, grids)
+        if not any(grid.of_embedding for grid in grids):
+            found.append("an embedding as floats")
+        if found:
+            raise GridError(
+                f"{name} cannot hold {'; '.join(found)}. Remove the target, or quantize the model "
+                "anew"
             )
 
 

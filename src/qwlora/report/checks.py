@@ -288,9 +288,11 @@ def _few_tokens(job: Job, target: str) -> Iterator[Check]:
     known = {name: number for name, number in tokens.items() if number is not None}
     if known and min(known.values()) < FEW_TOKENS:
         name = min(known, key=lambda n: known[n])
+        is_counted = job.number("parity", target, name, "sequences") is not None
+        more = "; raise verify.sequences" if is_counted else ""
         yield Check(
             Outcome.CAUTION,
-            f"Tokens on which {runtime(target)} was checked; raise verify.sequences",
+            f"Tokens on which {runtime(target)} was checked{more}",
             tagged(count(known[name]), known[name], ("parity", target, name, "tokens")),
             f"{count(FEW_TOKENS)} or more expected",
             f"{'it was' if len(known) == 1 else 'they were'} checked on "

@@ -19,7 +19,7 @@ RUNTIMES = {
     "hf": "transformers",
     "gguf": "llama.cpp",
     "mlx": "MLX",
-    "qnn": "Qualcomm's HTP emulator",
+    "qnn": "HTP emulator",
 }  # others as they are
 FILES = {"onnx": "ONNX file"}
 FEW_TOKENS = 1000  # a proof on fewer tokens is a caution

@@ -29,15 +29,13 @@ def remedies(job: Job) -> list[str | Markup]:
                         code("verify.sequences"),
                     )
                 )
-            found.append(
-                Markup(
-                    "<b>Look at the worst layer</b> under Runtimes: {}, {} steps off. A broken "
-                    "layer shows as many steps, not as a small drift."
-                ).format(
-                    code(str(parity.get("worst_layer") or "unknown")),
-                    significant(job.number("parity", target, name, "worst_layer_steps") or 0),
+            if (steps := job.number("parity", target, name, "worst_layer_steps")) is not None:
+                found.append(
+                    Markup(
+                        "<b>Look at the worst layer</b> under Runtimes: {}, {} steps off. A broken "
+                        "layer shows as many steps, not as a small drift."
+                    ).format(code(str(parity.get("worst_layer") or "unknown")), significant(steps))
                 )
-            )
             found.append(
                 Markup("<b>Do not use</b> the files in {} until the check has passed.").format(
                     code(f"export/{target}/{name}")

@@ -64,7 +64,8 @@ def _draw(rows: list[Row], width: int) -> Drawing:
     scale = Scale(low, 1.0, left, width - right)
     height = 50 + step * len(rows)
     words = "; ".join(
-        f"{row.name} {precise_percent(row.share)}, noise floor {precise_percent(row.floor or 0)}"
+        f"{row.name} {precise_percent(row.share)}"
+        + (f", noise floor {precise_percent(row.floor)}" if row.floor is not None else "")
         if row.share is not None
         else f"{row.name} {row.why}"
         for row in rows
@@ -136,7 +137,11 @@ def _answer(job: Job, adapter: str, rows: list[Row]) -> Markup:
             " {} with the simulation as often as the simulation agrees with itself when sums are "
             "taken in another order."
         ).format("It agrees" if len(rows) == 1 else f"{listed(graphs)} agrees")
-    if weights := [row.name for row in rows if row.floor is None]:
+    if close := [row.name for row in rows if row.floor is None and row.own is not None]:
+        answer += Markup(" {} is as close to the simulation as its limits require.").format(
+            listed(close)
+        )
+    if weights := [row.name for row in rows if row.floor is None and row.own is None]:
         answer += Markup(" {} has the logits of the trained model, up to rounding.").format(
             listed(weights)
         )

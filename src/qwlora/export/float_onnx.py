@@ -251,7 +251,7 @@ def carry(model: Any, encodings: dict[str, TensorEncoding]) -> None:
             continue
         first = encodings[sources[0].name]
         if first.encoding.scale.ndim or any(
-            not _same_grid(first.encoding, encodings[source.name].encoding) for source in sources
+            not same_grid(first.encoding, encodings[source.name].encoding) for source in sources
         ):
             continue
         for output in node.outputs:
@@ -265,7 +265,8 @@ def _moved_inputs(node: Any) -> list[Any]:
     return list(node.inputs) if node.op_type == "Concat" else [node.inputs[0]]
 
 
-def _same_grid(a: Encoding, b: Encoding) -> bool:
+def same_grid(a: Encoding, b: Encoding) -> bool:
+    """Whether two encodings have the same scheme, scales and offsets."""
     return a is b or (
         a.scheme == b.scheme
         and bool(torch.equal(a.scale, b.scale))

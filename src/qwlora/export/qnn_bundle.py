@@ -32,6 +32,7 @@ import torch
 from qwlora import strict_json
 from qwlora.atomic import files_in, write_tensors, write_text
 from qwlora.errors import ExportError, MissingExtraError
+from qwlora.export.float_onnx import same_grid
 from qwlora.export.htp_limits import SMALLEST_RESCALE, input_problem, table_problem, weight_problem
 from qwlora.export.npu_onnx import CODES, npu_onnx
 from qwlora.export.onnx_model import build_model
@@ -167,9 +168,7 @@ def _refuse_different_encodings(simulations: Mapping[str, SimulatedGraph]) -> No
     for name, other in others:
         found = other.encodings
         differing = [
-            key
-            for key in {**known, **found}
-            if key not in known or key not in found or not _equal(known[key], found[key])
+            key for key in {**known, **found} if not _is_same(known.get(key), found.get(key))
         ]
         if differing:
             raise ExportError(
@@ -179,8 +178,10 @@ def _refuse_different_encodings(simulations: Mapping[str, SimulatedGraph]) -> No
             )
 
 
-def _equal(one: Any, other: Any) -> bool:
-    return one.scheme == other.scheme and torch.equal(one.scale, other.scale)
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Encoding) and isinstance(other, Encoding):
+        return same_grid(one, other)
+    return one is other
 
 
 def _rank(simulation: SimulatedGraph) -> int:

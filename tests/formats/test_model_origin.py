@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +95,14 @@ def test_a_model_that_is_gone_has_a_name(tmp_path: Path) -> None:
 def test_metadata_of_a_card_end_at_the_second_line_of_dashes(tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text("---\na: 1\n---\nb: 2\n---\n")
     assert card_metadata(tmp_path / "README.md") == {"a": 1}
+
+
+def test_the_origin_of_a_gguf_file_is_read_without_torch(tmp_path: Path) -> None:
+    """Every run writes the model cards, also one that skips all stages."""
+    file = gguf(tmp_path / "a.gguf", name="A", organization="someone")
+    code = (
+        "import sys; from qwlora.formats.model_origin import origin_of; "
+        f"print(origin_of({str(file)!r}).name, 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["a.gguf", "False"]

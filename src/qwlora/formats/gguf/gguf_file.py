@@ -20,12 +20,9 @@ import math
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from jaxtyping import UInt8
-from torch import Tensor
 
 from qwlora.errors import MissingExtraError, SourceError
 
@@ -35,6 +32,10 @@ except ImportError as error:
     raise MissingExtraError(
         "gguf is needed to read GGUF files and is not installed: pip install 'qwlora[gguf]'"
     ) from error
+
+if TYPE_CHECKING:
+    from jaxtyping import UInt8
+    from torch import Tensor
 
 VERSIONS = (2, 3)
 MOST_AXES, MOST_NAME_BYTES = 4, 64  # limits of ggml
@@ -105,6 +106,8 @@ class GgufFile:
 
     def raw(self, name: str) -> UInt8[Tensor, "*rows bytes"]:
         """The bytes of one tensor, row by row; a view of the mapped file."""
+        import torch  # not above: a run that skips everything reads metadata only
+
         tensor = self.tensors[name]
         part = torch.from_numpy(self._bytes[tensor.start : tensor.start + tensor.size_bytes])
         return part.view(*tensor.shape[:-1], -1)

@@ -38,6 +38,7 @@ from qwlora.cli.plan_command import plan
 from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.push_command import push
 from qwlora.cli.report_command import report
+from qwlora.cli.shared_arguments import RecipeFile
 from qwlora.cli.simulate_command import simulate
 from qwlora.cli.talk_commands import chat, generate
 from qwlora.errors import (
@@ -79,7 +80,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 Out = Annotated[
     Path,
     typer.Option(

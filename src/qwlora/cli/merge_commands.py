@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from qwlora import strict_json
-from qwlora.cli.job_argument import Job
 from qwlora.cli.progress_bars import ProgressDisplay
+from qwlora.cli.shared_arguments import Job
 
 if TYPE_CHECKING:
     from qwlora.pipeline.merge_adapter import Verdict

@@ -13,13 +13,13 @@ from rich.text import Text
 
 from qwlora import strict_json
 from qwlora.cli.progress_bars import ProgressDisplay
+from qwlora.cli.shared_arguments import RecipeFile
 from qwlora.messages import duration, size
 
 if TYPE_CHECKING:
     from qwlora.pipeline.estimates import Estimates
     from qwlora.pipeline.forecast import Forecast
 
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
 Changes = Annotated[
     list[str] | None,
     typer.Option(

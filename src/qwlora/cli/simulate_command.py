@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from qwlora import strict_json
-from qwlora.cli.job_argument import Job
 from qwlora.cli.progress_bars import ProgressDisplay
+from qwlora.cli.shared_arguments import Job
 from qwlora.cli.tables import group_similar, table
 
 if TYPE_CHECKING:

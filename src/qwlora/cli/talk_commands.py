@@ -20,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwlora import strict_json
-from qwlora.cli.job_argument import Job
+from qwlora.cli.shared_arguments import Job
 from qwlora.system.stop_signals import number_of
 
 if TYPE_CHECKING:

@@ -131,16 +131,9 @@ def _limits(job: Job, target: str, adapter: str, where: str, place: Path) -> Ite
                 f"limit {most:g}",
                 f"one layer is {fixed(steps, digits)} steps off, and the limit is {most:g}",
             )
-    share, least = job.number(*place, "top1_agreement"), job.number(*place, "floor_top1_agreement")
-    if share is not None and least is not None:
-        yield Check(
-            _within(share >= least),
-            f"{where}Same likeliest token, against the noise floor",
-            tagged(precise_percent(share), share, (*place, "top1_agreement")),
-            f"floor {precise_percent(least)}",
-            f"it agrees on {precise_percent(share)} of tokens, below the noise floor of "
-            f"{precise_percent(least)}",
-        )
+    floor = job.number(*place, "floor_top1_agreement")
+    what = f"{where}Same likeliest token, against the noise floor"
+    yield from _agreement(job, place, floor, what, "floor", "below the noise floor of")
 
 
 def _weights_limits(job: Job, where: str, place: Path) -> Iterator[Check]:
@@ -158,24 +151,30 @@ def _weights_limits(job: Job, where: str, place: Path) -> Iterator[Check]:
                 f"limit {significant(most)}",
                 f"a logit is off by {significant(value)}, and the limit is {significant(most)}",
             )
-    share, least = (
-        job.number(*place, *key) for key in (("top1_agreement",), ("limits", "top1_agreement"))
-    )
-    if share is not None and least is not None:
-        yield Check(
-            _within(share >= least),
-            f"{where}Same likeliest token",
-            tagged(precise_percent(share), share, (*place, "top1_agreement")),
-            f"limit {precise_percent(least)}",
-            f"it agrees on {precise_percent(share)} of tokens, and the limit is "
-            f"{precise_percent(least)}",
-        )
+    least = job.number(*place, "limits", "top1_agreement")
+    what = f"{where}Same likeliest token"
+    yield from _agreement(job, place, least, what, "limit", "and the limit is")
     if isinstance(is_equal := job.get(*place, "off_is_equal"), bool):
         yield Check(
             _within(is_equal),
             f"{where}Switching the adapter off gives the base again, bit for bit",
             "yes" if is_equal else "no",
             against="switching the adapter off does not give the base again",
+        )
+
+
+def _agreement(
+    job: Job, place: Path, least: float | None, what: str, bound: str, against: str
+) -> Iterator[Check]:
+    """How often the file's likeliest token is the expected one, if both numbers were measured."""
+    share = job.number(*place, "top1_agreement")
+    if share is not None and least is not None:
+        yield Check(
+            _within(share >= least),
+            what,
+            tagged(precise_percent(share), share, (*place, "top1_agreement")),
+            f"{bound} {precise_percent(least)}",
+            f"it agrees on {precise_percent(share)} of tokens, {against} {precise_percent(least)}",
         )
 
 

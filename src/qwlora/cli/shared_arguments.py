@@ -1,4 +1,4 @@
-"""The argument that names a job."""
+"""Arguments that several commands have."""
 
 from __future__ import annotations
 
@@ -13,3 +13,4 @@ Job = Annotated[
         metavar="DIR", help="A job's directory, with its base and adapters.", show_default=False
     ),
 ]
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]

@@ -1,12 +1,14 @@
-"""SmolLM2-135M as graphs for Qualcomm's HTP, on the HTP emulator: what is computed, and whether whole.
+"""SmolLM2-135M as graphs for Qualcomm's HTP, on its emulator: what is computed, and whether whole.
 
-    python benchmarks/npu.py                        prints a table and writes benchmarks/results/npu-w4-channel.json
+    python benchmarks/npu.py    prints a table and writes benchmarks/results/npu-w4-channel.json
     python benchmarks/npu.py --weights w4-lpbq64    the same with LPBQ
-    python benchmarks/npu.py --layers 1 --tokens 40 --prefill 32    a smoke test on the first layers; writes nothing
+    python benchmarks/npu.py --layers 1 --tokens 40 --prefill 32    a smoke test on the first
+                                                                    layers; writes nothing
 
-Needs `pip install 'qwlora[qnn]'`. The base is W4 (head and embeddings W8 per tensor), activations have 16 bits, keys and values 8. Two adapters of rank 8
-on the projections of attention, trained for a few steps on two texts, share one grid; `zero` is the base. Tokens are held-out text: a prefill in pieces, and
-the last ones one by one. Seconds are of an emulator and say nothing about the NPU.
+Needs `pip install 'qwlora[qnn]'`. The base is W4 (head and embeddings W8 per tensor), activations
+have 16 bits, keys and values 8. Two adapters of rank 8 on the projections of attention, trained for
+a few steps on two texts, share one grid; `zero` is the base. Tokens are held-out text: a prefill in
+pieces, and the last ones one by one. Seconds are of an emulator and say nothing about the NPU.
 """
 
 from __future__ import annotations

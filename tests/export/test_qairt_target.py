@@ -1,4 +1,4 @@
-"""The files of QAIRT's LoRA use cases: what they compute, and that damaged ones are refused by name."""
+"""The files of QAIRT's LoRA use cases: what they compute, and damaged ones are refused by name."""
 
 from __future__ import annotations
 

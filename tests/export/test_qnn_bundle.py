@@ -1,4 +1,4 @@
-"""Bundles for Qualcomm's HTP: what they compute on the CPU and on the emulator, and damaged files."""
+"""Bundles for Qualcomm's HTP: what they compute on CPU and emulator, and damaged files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ folders: our integers, read by our readers, by the formats' formula, and by others."""
+"""GPTQ and AWQ folders: our integers, read by our readers, the formats' formula, and others."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def fields(words: NDArray[np.int32], bits: int, count: int) -> NDArray[np.int64]
 
 
 def gptq_values(folder: Path, layer: str, bits: int) -> NDArray[np.float32]:
-    """W = scales[g_idx] * (qweight - qzeros[g_idx]), as AutoGPTQ states it; zeros are one less in v1."""
+    """W = scales[g_idx] * (qweight - qzeros[g_idx]), by AutoGPTQ; zeros are one less in v1."""
     tensors = load_file(folder / "model.safetensors")
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
     qweight, qzeros, scales, index = (

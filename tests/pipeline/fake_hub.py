@@ -1,4 +1,4 @@
-"""A hub on this machine: the part of the Hugging Face hub's HTTP interface that uploads and downloads need.
+"""A hub on this machine: the part of the Hugging Face hub's HTTP interface that transfers need.
 
 POST /api/repos/create                    POST /api/models/ID/preupload/main
 GET  /api/models/ID[/revision/main]       POST /ID.git/info/lfs/objects/batch, PUT /lfs/OID

@@ -3,7 +3,8 @@
     python tests/report/record_jobs.py FOLDER
 
 writes results.json and recipe.yaml of three jobs to tests/report/jobs/: one adapter, two adapters
-with a text each, and one whose proof fails (limits that nothing can meet). FOLDER receives the jobs.
+with a text each, and one whose proof fails (limits that nothing can meet). FOLDER receives the
+jobs.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -20,11 +21,13 @@ from qwlora.export.qnn_runtime import QnnModel
 from qwlora.export.verify import Limits
 from qwlora.export.verify_qnn import check_bundle, verify_qnn
 from qwlora.grid.scheme import PerChannel, parse_scheme
+from qwlora.grid.sqnr import sqnr_db
 from qwlora.simulation.adapter_simulations import simulate_adapters
 from qwlora.simulation.simulation import Simulation
 from simulation.tiny_architectures import inputs, make
 
 IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
+CONTEXT, GENERATED = 96, 64
 EMULATED = importlib.util.find_spec("onnxruntime_qnn") is not None
 SCHEMES = SimulationSchemes(
     quantize_residual_adds=True,
@@ -61,6 +64,11 @@ def test_tables_and_inputs_have_one_scale() -> None:
     assert "granularity: tensor" in str(input_problem(Scheme(8, granularity=PerChannel(0))))
 
 
+def sqnr(found: torch.Tensor, expected: torch.Tensor) -> float:
+    noise = (found.double() - expected.double()).square().sum()
+    return sqnr_db(float(expected.double().square().sum()), float(noise))
+
+
 def simulated(embeddings: Scheme, schemes: SimulationSchemes = SCHEMES) -> Mapping[str, Simulation]:
     """Adapters of two ranks and scalings, on one set of encodings."""
     model = make("Llama")
@@ -79,7 +87,7 @@ def simulated(embeddings: Scheme, schemes: SimulationSchemes = SCHEMES) -> Mappi
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Simulation], Path]:
     simulations, folder = simulated(Scheme(8)), tmp_path_factory.mktemp("qnn") / "bundle"
     own = {name: simulations[name] for name in ("first", "second")}
-    export_qnn(own, {"prefill": 8, "decode": 1}, 32, folder)
+    export_qnn(own, {"prefill": 8, "decode": 1}, CONTEXT, folder)
     return simulations, folder
 
 
@@ -107,6 +115,62 @@ def test_every_adapter_computes_its_simulation(
         assert parity.placement.keys() == {"prefill", "decode"}
     else:
         assert "qwlora[qnn]" in str(parity.not_run)
+
+
+def generated(model: QnnModel, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
+    """(ids, logits) of a prompt and `count` greedy tokens after it: prefill, then decode."""
+    cache, ids, found = model.empty_cache(), prompt, []
+    for first in range(0, prompt.shape[1], 8):
+        piece = prompt[:, first : first + 8]
+        found.append(torch.from_numpy(model.extend("prefill", piece, first, cache)))
+    for _ in range(count):
+        token = found[-1][:, -1:].argmax(-1)
+        found.append(torch.from_numpy(model.extend("decode", token, ids.shape[1], cache)))
+        ids = torch.cat([ids, token], 1)
+    return ids, torch.cat(found, 1)
+
+
+@pytest.mark.slow
+def test_generated_tokens_are_those_of_the_whole_sequence(
+    bundle: tuple[Mapping[str, Simulation], Path],
+) -> None:
+    """The prompt is longer than a piece of prefill, and its last piece is not full."""
+    simulations, folder = bundle
+    simulation = simulations["first"]
+    model = QnnModel(folder / "base", folder / "first", htp=False)
+    ids, logits = generated(model, IDS, GENERATED)
+    expected, perturbed = simulation.logits(ids), simulation.perturbed_logits(ids)
+    # the graphs also round cosines, sines and masked scores, which the simulation does not
+    limits = Limits()
+    assert sqnr(logits, expected) >= min(limits.sqnr, sqnr(perturbed, expected) - 6)
+    floor = (perturbed - expected).abs().max()
+    assert float((logits - expected).abs().max()) < 4 * floor
+    likeliest = expected.topk(2).values
+    clear = likeliest[..., 0] - likeliest[..., 1] > 2 * floor
+    assert float(clear.float().mean()) > 0.9
+    assert torch.equal(logits.argmax(-1)[clear], expected.argmax(-1)[clear])
+    # so each generated token is the simulation's
+    assert torch.equal(ids[:, IDS.shape[1] :], logits.argmax(-1)[:, IDS.shape[1] - 1 : -1])
+
+
+@pytest.mark.slow
+def test_prefill_and_decode_share_one_weight_file(
+    bundle: tuple[Mapping[str, Simulation], Path],
+) -> None:
+    base = bundle[1] / "base"
+    places: list[set[tuple[str, int, int]]] = []
+    for graph in ("prefill", "decode"):
+        model = onnx.load(base / f"{graph}.onnx", load_external_data=False)
+        stored = [t for t in model.graph.initializer if t.external_data]
+        assert all(len(t.raw_data) < 512 for t in model.graph.initializer)
+        of = [{entry.key: entry.value for entry in t.external_data} for t in stored]
+        places.append({(e["location"], int(e["offset"]), int(e["length"])) for e in of})
+    assert places[0] == places[1]
+    assert {location for location, _, _ in places[0]} == {"weights.data"}
+    bytes_stored = sum(length for _, _, length in places[0])
+    assert bytes_stored > 60_000  # codes of the whole model
+    assert [path.name for path in base.glob("*.data")] == ["weights.data"]
+    assert (base / "weights.data").stat().st_size < 1.2 * bytes_stored
 
 
 @pytest.mark.slow

@@ -120,26 +120,38 @@ class QnnModel:
                 f"{tokens} tokens do not fit into the context of {self.record['context']}; give "
                 "fewer, or export with a larger one"
             )
-        smallest = self.names[-1]
-        room = self.record["context"]
-        cache = {
-            name: np.zeros((*shape[:2], room, shape[3]), np.float32)
-            for name, shape in graphs[smallest]["inputs"].items()
-            if name.startswith("past_")
-        }
+        smallest, cache = self.names[-1], self.empty_cache()
         found, first = [], 0
         while first < tokens:
             left = tokens - steps - first
             name = self.names[0] if left > 0 else smallest
             size = graphs[name]["tokens"]
             count = min(size, left) if left > 0 else min(size, tokens - first)
-            outputs = self.call(name, ids[:, first : first + count], first, cache)
-            found.append(outputs["logits"][:, :count])
-            for past in cache:
-                new = outputs[past.replace("_in", "_out")][:, :, :count]
-                cache[past] = np.concatenate([cache[past], new], 2)[:, :, -room:]
+            found.append(self.extend(name, ids[:, first : first + count], first, cache))
             first += count
         return torch.from_numpy(np.concatenate(found, 1))
+
+    def empty_cache(self) -> dict[str, Any]:
+        """Keys and values of no token, by input name, as `extend` takes them."""
+        room = self.record["context"]
+        return {
+            name: np.zeros((*shape[:2], room, shape[3]), np.float32)
+            for name, shape in self.record["graphs"][self.names[-1]]["inputs"].items()
+            if name.startswith("past_")
+        }
+
+    def extend(self, name: str, ids: Tensor, past: int, cache: dict[str, Any]) -> Any:
+        """Logits [1, tokens, vocabulary] of one call, whose keys and values go into `cache`.
+
+        Args:
+            name, ids, past: see `call`.
+        """
+        count, room = ids.shape[1], self.record["context"]
+        outputs = self.call(name, ids, past, cache)
+        for each in cache:
+            new = outputs[each.replace("_in", "_out")][:, :, :count]
+            cache[each] = np.concatenate([cache[each], new], 2)[:, :, -room:]
+        return outputs["logits"][:, :count]
 
     def call(self, name: str, ids: Tensor, past: int, cache: Mapping[str, Any]) -> dict[str, Any]:
         """One call of a graph: its outputs by name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import re
@@ -9,10 +10,14 @@ from io import StringIO
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 from rich.console import Console
 
+from command_line import qwlora
 from qwlora.errors import DirectoryError, GridError, RecipeError
+from qwlora.grid.sqnr import sqnr_db
 from qwlora.pipeline.results_table import print_summary
 from qwlora.pipeline.run_job import run
 from qwlora.pipeline.stages import VERBS
@@ -23,6 +28,45 @@ ADAPTERS = [
     for name, rank in (("first", 2), ("second", 3))
 ]
 CASES = ["first", "second", "first+second", "none"]
+
+
+def sqnr(found: Any, expected: Any) -> float:
+    noise = np.square(found.astype(np.float64) - expected).sum()
+    return sqnr_db(float(np.square(expected.astype(np.float64)).sum()), float(noise))
+
+
+def dumped(job: Path, graph: Path, stage: str, case: str, least_sqnr: float) -> dict[str, Any]:
+    """What the runtime computes of each layer, after `qwlora dump-layers`: every tensor is one of
+    the exported graph, and those that the simulation has are near it.
+
+    Args:
+        least_sqnr: of any layer, in dB.
+    """
+    done = qwlora("dump-layers", job, "--stage", stage, "--adapter", case)
+    assert done.returncode == 0, done.stderr
+    folder = job / "layers" / stage / case
+    record = json.loads((folder / "layers.json").read_text())
+    assert (record["stage"], record["use_case"]) == (stage, case)
+    nodes = onnx.load(graph, load_external_data=False).graph.node
+    names = {name for node in nodes for name in node.output}
+    layers = {}
+    for layer in record["layers"]:
+        assert layer["tensor"] in names
+        values = {}
+        for part in ("simulated", "runtime"):
+            if layer[part] is not None:
+                path = folder / part / layer[part]["file"]
+                values[part] = np.load(path)
+                assert list(values[part].shape) == layer[part]["shape"]
+                assert hashlib.sha256(path.read_bytes()).hexdigest() == layer[part]["sha256"]
+        if "simulated" in values:
+            layers[layer["encoding"]] = values["runtime"]
+            assert sqnr(values["runtime"], values["simulated"]) > least_sqnr, layer["tensor"]
+    for each in record["inputs"]:
+        assert list(np.load(folder / "inputs" / each["file"]).shape) == each["shape"]
+    assert len(layers) > 100
+    assert "lm_head.linear" in layers
+    return layers
 
 
 @pytest.mark.slow
@@ -38,6 +82,14 @@ def test_a_job_writes_and_verifies_every_use_case_and_refuses_an_edited_file(
     for target in ("aimet", "qairt"):
         assert all(found["passed"] for found in results["parity"][target].values())
     assert results["export"]["qairt"].keys() == {"base", *CASES}
+    graph = job / "export/aimet/first/model.aimet/model.onnx"
+    first = dumped(job, graph, "aimet", "first", least_sqnr=60)
+    golden = np.load(job / "export/aimet/first/golden/logits.npy")
+    assert sqnr(first["lm_head.linear"], golden) > 60
+    graph = job / "export/qairt/model.onnx"
+    both = dumped(job, graph, "qairt", "first+second", least_sqnr=60)
+    assert first.keys() == both.keys()
+    assert any(not np.array_equal(first[name], both[name]) for name in first)
     document = json.loads((job / "export/aimet/first/model.aimet/model.encodings").read_text())
     assert document["version"] == "2.0.0"
     for edited in ("qairt/golden/none/logits.npy", "aimet/second/submit_aihub.py"):
@@ -175,6 +227,9 @@ def test_a_job_writes_graphs_for_the_htp_and_runs_every_adapter(
     said = "PASS" if is_emulated else "written, not run"
     assert len(re.findall(rf"verdict, qnn \w+ +{said}", summary)) == 3
     assert len({case["simulated_perplexity"] for case in found.values()}) == 3
+    graph = job / "export/qnn/base/prefill.onnx"
+    layers = {c: dumped(job, graph, "qnn", c, least_sqnr=40) for c in ("first", "none")}
+    assert any(not np.array_equal(layers["first"][n], layers["none"][n]) for n in layers["none"])
     record = json.loads((job / "export/qnn/base/graphs.json").read_text())
     assert record["context"] == 32
     assert results["export"]["qnn"].keys() == {"base", "first", "second", "none"}

@@ -1,4 +1,4 @@
-"""`qwlora simulate`: what it says of a job's placement, and what it refuses."""
+"""`qwlora simulate` and `qwlora dump-layers`: what they say of a job, and what they refuse."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
+from command_line import qwlora
 from qwlora.cli.main import main
 from qwlora.cli.simulate_command import _suggestion_lines
 from qwlora.cli.tables import group_similar, table
@@ -104,6 +106,57 @@ def test_json_has_every_value_and_what_was_calibrated(
     assert values["model.layers.1.self_attn.q_proj.weight"]["kind"] == "base"
     _, changed = explain_placement(job, changes=("simulation.policy=weights-only",))
     assert {v.decision.value for v in changed.values if v.kind == "activation"} == {"float"}
+
+
+def test_layers_of_a_simulation_are_written(job: Path, tmp_path: Path) -> None:
+    ids = np.array([5, 7, 11, 13, 17], dtype=np.int32)
+    np.save(tmp_path / "ids.npy", ids)
+    out = tmp_path / "layers"
+    done = qwlora(
+        "dump-layers", job, "--stage", "simulated", "--ids", tmp_path / "ids.npy", "--out", out
+    )
+    assert done.returncode == 0, done.stderr
+    record = json.loads((out / "layers.json").read_text())
+    assert (record["stage"], record["use_case"], record["tokens"]) == ("simulated", "first", 5)
+    assert np.load(out / "inputs" / "input_ids.npy").tolist() == [ids.tolist()]
+    _, log = explain_placement(job)
+    quantized = {v.name for v in log.values if v.kind == "activation" and v.grid}
+    assert {layer["encoding"] for layer in record["layers"]} == quantized
+    for layer in record["layers"]:
+        value = np.load(out / "simulated" / layer["simulated"]["file"])
+        assert list(value.shape) == layer["simulated"]["shape"]
+        assert layer["runtime"] is None
+
+
+@pytest.mark.parametrize(
+    ("ids", "arguments", "said"),
+    [
+        ([1.5], ["--stage", "simulated"], "holds float64 [1]; give integers"),
+        ([[1], [2]], ["--stage", "simulated"], "holds int64 [2, 1]; give integers"),
+        ([1, 260], ["--stage", "simulated"], "ids from 1 to 260; the model has 0 to 259"),
+        ([], ["--stage", "simulated"], "give integers"),
+        (None, ["--stage", "simulated"], "is not a .npy file"),
+        ([1], ["--stage", "adapted"], "'adapted' has no quantized activations; choose one of"),
+        ([1], [], "has not exported adapter 'first' to onnx yet"),
+        ([1], ["--adapter", "second"], "has not trained adapter 'second' yet"),
+        ([1], ["--stage", "simulated", "--out", "here"], "here' exists. Nothing was changed"),
+    ],
+)
+def test_layers_that_cannot_be_written_leave_nothing(
+    ids: Any, arguments: list[str], said: str, job: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "here").mkdir()
+    if ids is None:
+        (tmp_path / "ids.npy").write_text("text")
+    else:
+        np.save(tmp_path / "ids.npy", np.array(ids))
+    before = sorted(tmp_path.rglob("*")), sorted(job.glob("*"))
+    if "--out" not in arguments:
+        arguments = [*arguments, "--out", "made"]
+    done = qwlora("dump-layers", job, "--ids", "ids.npy", *arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert (sorted(tmp_path.rglob("*")), sorted(job.glob("*"))) == before
 
 
 def test_costs_are_switched_on_one_by_one(

@@ -31,6 +31,7 @@ from qwlora import strict_json
 from qwlora.atomic import write_text
 from qwlora.cli.adapter_commands import app as adapters_app
 from qwlora.cli.base_commands import app as base_app
+from qwlora.cli.dump_layers_command import dump_layers
 from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.inspect_command import inspect
 from qwlora.cli.merge_commands import merge, merge_check
@@ -440,6 +441,7 @@ app.command("inspect")(inspect)
 app.command("merge-check")(merge_check)
 app.command("merge")(merge)
 app.command("simulate")(simulate)
+app.command("dump-layers")(dump_layers)
 app.command("report")(report)
 app.command("push")(push)
 app.command("generate")(generate)

@@ -25,11 +25,18 @@ from qwlora.encodings.model import Encoding as Entry
 from qwlora.encodings.model import EncodingsFile, IntegerEncoding
 from qwlora.encodings.to_grid import Placement, grid_of
 from qwlora.errors import ExportError, GridError, SourceError, VerificationError
-from qwlora.export.onnx_runtime import EIGHT_BIT_OPTIONS, SESSION_OPTIONS, open_session, run_session
+from qwlora.export.onnx_runtime import (
+    EIGHT_BIT_OPTIONS,
+    SESSION_OPTIONS,
+    open_session,
+    run_layers_of,
+    run_session,
+)
 from qwlora.grid.encoding import Encoding
 from qwlora.system.optional_packages import require
 
 # Q/DQ pairs stay as they are, and ONNX Runtime quantizes no float weight by itself
+ROUNDED = ".rounded"  # of a tensor: its value on its grid
 _OPTIONS = SESSION_OPTIONS | EIGHT_BIT_OPTIONS
 
 
@@ -119,6 +126,16 @@ class FloatOnnxModel:
             outputs = [f"{name}.out" for name in computed]
             found = run_session(session, outputs, {**tensors, **given})
         return {name: stored[name] if name in stored else found[f"{name}.out"] for name in values}
+
+    def layers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The value of every encoded activation of one run, by name of the tensor.
+
+        Raises:
+            ExportError: ONNX Runtime refuses the files, or an input is missing.
+        """
+        with tempfile.TemporaryDirectory() as scratch:
+            found = run_layers_of(self._with_grids(Path(scratch)), _OPTIONS, tensors)
+        return {name.removesuffix(ROUNDED): value for name, value in found.items()}
 
     @cached_property
     def _session(self) -> Any:
@@ -239,7 +256,7 @@ class FloatOnnxModel:
             model.graph.insert_after(producer, [codes, rounded])
         for node, index in readers:
             node.replace_input_with(index, result)
-        result.name = f"{entry.name}.rounded"
+        result.name = f"{entry.name}{ROUNDED}"
         if value.is_graph_output():
             name = value.name
             indices = [i for i, o in enumerate(model.graph.outputs) if o is value]

@@ -30,13 +30,14 @@ def write_golden(exported: ExportedGraph, folder: Path, case: str = "") -> None:
     inputs = exported.simulation.bind(exported.sample)
     outputs = exported.simulation.outputs(exported.sample)
     record = {
-        "inputs": [_write(golden, name, tensor) for name, tensor in inputs.items()],
-        "outputs": [_write(golden, name, tensor) for name, tensor in outputs.items()],
+        "inputs": [write_array(golden, name, tensor) for name, tensor in inputs.items()],
+        "outputs": [write_array(golden, name, tensor) for name, tensor in outputs.items()],
     }
     (golden / RECORD).write_text(strict_json.dumps(record, indent=1) + "\n")
 
 
-def _write(folder: Path, name: str, tensor: Tensor) -> dict[str, object]:
+def write_array(folder: Path, name: str, tensor: Tensor) -> dict[str, object]:
+    """Write a tensor as `NAME.npy`; returns its entry in the record."""
     path = folder / f"{name}.npy"
     array = tensor.detach().cpu().numpy()
     np.save(path, array, allow_pickle=False)

@@ -32,6 +32,7 @@ from qwlora.nn.custom_ops import NAMESPACE
 from qwlora.system.optional_packages import require
 
 OPSET = 21  # the first with int4, 16-bit and blocked DequantizeLinear
+OF_INPUT = ".dequantized"  # of a quantized input's name: its value on its grid
 MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 
 
@@ -262,7 +263,7 @@ class _Rewriter:
 
 def activation_tensor(name: str, inputs: Collection[str]) -> str:
     """The tensor that has the quantized value of the encoding `name`."""
-    return f"{name}.dequantized" if name in inputs else name
+    return f"{name}{OF_INPUT}" if name in inputs else name
 
 
 def codes_of(value: Any, encoding: Encoding | FloatOffsetEncoding) -> torch.Tensor:

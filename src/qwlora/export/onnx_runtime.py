@@ -98,6 +98,51 @@ class OnnxModel:
             found = run_session(session, [f"{name}.out" for name in values], {**tensors, **given})
         return dict(zip(values, found.values(), strict=True))
 
+    def layers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The value of every quantized activation of one run, by name of the tensor.
+
+        Args:
+            tensors: every input of the model by name.
+
+        Raises:
+            ExportError: ONNX Runtime refuses the files, or an input is missing.
+        """
+        options = read_session_options(self.folder)
+        return run_layers_of(self.folder / MODEL_FILE, options, tensors)
+
+
+def run_layers_of(
+    model: Path, session_options: Mapping[str, str], tensors: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Run a QDQ model once; returns every dequantized activation by name of its tensor.
+
+    Raises:
+        ExportError: ONNX Runtime refuses the file, or an input is missing.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / MODEL_FILE
+        names = expose_activations(model, path)
+        return run_session(open_session(path, session_options), names, tensors)
+
+
+def expose_activations(source: Path, path: Path) -> list[str]:
+    """Write the QDQ model in `source` with its activations as outputs; returns their names.
+
+    Raises:
+        ExportError: the file is not an ONNX model.
+    """
+    ir = require("onnx_ir", "onnx")
+    model = _loaded(source)
+    model.graph.outputs.clear()
+    for node in model.graph:
+        codes = node.inputs[0].producer() if node.op_type == "DequantizeLinear" else None
+        if codes is not None and codes.op_type == "QuantizeLinear":
+            value = node.outputs[0]
+            value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+            model.graph.outputs.append(value)
+    ir.save(model, path, external_data=DATA_FILE)
+    return [value.name for value in model.graph.outputs]
+
 
 def open_session(path: Path, session_options: Mapping[str, str]) -> Any:
     """An ONNX Runtime session on the CPU.
@@ -137,10 +182,7 @@ def run_session(
 def _cut_at(source: Path, activations: Collection[str], path: Path) -> None:
     """Write the model in `source` with its graph cut at `activations`."""
     ir = require("onnx_ir", "onnx")
-    try:
-        model = ir.load(source)
-    except Exception as error:  # protobuf's and the operating system's
-        raise ExportError(f"{str(source)!r} is not an ONNX model: {error}") from error
+    model = _loaded(source)
     computed = {output.name: output for node in model.graph for output in node.outputs}
     inputs = {value.name for value in model.graph.inputs}
     model.graph.outputs.clear()
@@ -157,3 +199,10 @@ def _cut_at(source: Path, activations: Collection[str], path: Path) -> None:
 
     RemoveUnusedNodesPass()(model)
     ir.save(model, path, external_data=DATA_FILE)
+
+
+def _loaded(path: Path) -> Any:
+    try:
+        return require("onnx_ir", "onnx").load(path)
+    except Exception as error:  # protobuf's and the operating system's
+        raise ExportError(f"{str(path)!r} is not an ONNX model: {error}") from error

@@ -5,7 +5,7 @@ Imports torch and ONNX packages only when it writes or opens files (see `target.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,13 @@ class QairtTarget(UseCasesTarget):
         from qwlora.export.qairt_check import open_qairt
 
         return runtime_logits(open_qairt(folder, case))
+
+    def layers(
+        self, folder: Path, case: str, tensors: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+        from qwlora.export.qairt_check import open_qairt
+
+        return tensors, open_qairt(folder, case).layers(tensors)
 
     def verify(
         self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from qwlora.atomic import read_tensors
 from qwlora.errors import ExportError, reading
+from qwlora.export.onnx_runtime import expose_activations
 from qwlora.graph.cached_capture import MASK, POSITIONS
 from qwlora.graph.host_inputs import HOST_INPUTS
 from qwlora.system.optional_packages import require
@@ -71,10 +72,15 @@ def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
 def most_tokens(bundle: Path) -> int:
     """Tokens of a sequence that its graphs run without dropping any from the cache."""
     with reading(bundle / BASE / GRAPHS):
-        record = json.loads((bundle / BASE / GRAPHS).read_text())
-    largest = max(graph["tokens"] for graph in record["graphs"].values())
-    context: int = record["context"]
-    return context - context % largest
+        context: int = json.loads((bundle / BASE / GRAPHS).read_text())["context"]
+    return context - context % largest_call(bundle)
+
+
+def largest_call(bundle: Path) -> int:
+    """New tokens of one call of the largest graph."""
+    with reading(bundle / BASE / GRAPHS):
+        graphs = json.loads((bundle / BASE / GRAPHS).read_text())["graphs"]
+    return max(int(graph["tokens"]) for graph in graphs.values())
 
 
 class QnnModel:
@@ -161,6 +167,34 @@ class QnnModel:
             past: tokens before.
             cache: keys and values, valid ones on the right, at least as many as the graph takes.
         """
+        session = self._open(name)
+        feed = self._feed(name, session, ids, past, cache)
+        outputs = [output.name for output in session.get_outputs()]
+        return dict(zip(outputs, self._run(name, session, outputs, feed), strict=True))
+
+    def layers(self, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """One call of the largest graph, with an empty cache, on the CPU.
+
+        Args:
+            ids: as many as the graph takes, or fewer; see `call`.
+
+        Returns:
+            its inputs by name, and every quantized activation by name of the tensor.
+        """
+        name = self.names[0]
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / f"{name}.onnx"
+            names = expose_activations(self.base / self.record["graphs"][name]["qdq"], path)
+            session = _session(path, _cpu_options())
+        feed = self._feed(name, session, ids, 0, self.empty_cache())
+        values = zip(names, self._run(name, session, names, feed), strict=True)
+        given = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in feed.items()}
+        return given, {key: torch.from_numpy(array) for key, array in values}
+
+    def _feed(
+        self, name: str, session: Any, ids: Tensor, past: int, cache: Mapping[str, Any]
+    ) -> dict[str, Any]:
+        """The inputs of a call, see `call`."""
         graph = self.record["graphs"][name]
         size, context = graph["tokens"], self.record["context"]
         room, count = context - size, ids.shape[1]
@@ -176,19 +210,19 @@ class QnnModel:
         feed["input_ids"][:, :count] = ids.numpy()
         feed |= {n: value[:, :, value.shape[2] - room :] for n, value in cache.items()}
         feed |= self._adapter
-        session = self._open(name)
         inputs = [each.name for each in session.get_inputs()]
         if missing := [each for each in inputs if each not in feed]:
             raise ExportError(
                 f"graph {name} in {str(self.base)!r} has an input {missing[0]} that neither its "
                 "host graph nor the adapter gives; export the bundle again"
             )
-        outputs = [output.name for output in session.get_outputs()]
+        return {each: feed[each] for each in inputs}
+
+    def _run(self, name: str, session: Any, outputs: list[str], feed: Mapping[str, Any]) -> Any:
         try:
-            values = session.run(outputs, {each: feed[each] for each in inputs})
+            return session.run(outputs, dict(feed))
         except Exception as error:  # onnxruntime's exceptions have no common base class
             raise ExportError(f"graph {name} in {str(self.base)!r}: {error}") from error
-        return dict(zip(outputs, values, strict=True))
 
     def placement(self) -> dict[str, dict[str, Any]]:
         """By graph: partitions on the HTP, and what ran on the CPU besides the graph's edges.
@@ -224,15 +258,12 @@ class QnnModel:
     def _open(self, name: str) -> Any:
         if name not in self._sessions:
             graph = self.record["graphs"][name]
-            options = _options()
+            options = _options() if self.htp else _cpu_options()
             if self._profiles is not None:
                 options.enable_profiling = True
                 options.profile_file_prefix = str(self._profiles / name)
             if self.htp:
                 options.add_provider_for_devices(_devices(), _provider())
-            else:
-                runtime = require("onnxruntime", "onnx")
-                options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
             self._sessions[name] = _session(self.base / graph["qdq"], options)
         return self._sessions[name]
 
@@ -266,6 +297,13 @@ def _options() -> Any:
     options = require("onnxruntime", "onnx").SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = torch.get_num_threads()
+    return options
+
+
+def _cpu_options() -> Any:
+    """Options without optimizations: the graph as it is written."""
+    runtime, options = require("onnxruntime", "onnx"), _options()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
     return options
 
 

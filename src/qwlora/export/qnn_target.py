@@ -5,7 +5,7 @@ Imports torch and ONNX packages only when it writes or opens files (see `target.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -81,6 +81,22 @@ class QnnTarget(UseCasesTarget):
 
         check_bundle(folder, _folder(case))
         return QnnModel(folder / BASE, folder / _folder(case), htp=True).logits
+
+    def call_tokens(self, folder: Path, sequence: int) -> int:
+        from qwlora.export.qnn_runtime import largest_call
+
+        return largest_call(folder)
+
+    def layers(
+        self, folder: Path, case: str, tensors: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+        from qwlora.export.qnn_runtime import BASE, QnnModel
+        from qwlora.export.verify_qnn import check_bundle
+
+        check_bundle(folder, _folder(case))
+        count = int(tensors["attention_mask"].sum())
+        model = QnnModel(folder / BASE, folder / _folder(case), htp=False)
+        return model.layers(tensors["input_ids"][:, :count])
 
     def verify(
         self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track

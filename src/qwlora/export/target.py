@@ -198,6 +198,24 @@ class UseCasesTarget(Target):
             ExportError: the runtime refuses them.
         """
 
+    def call_tokens(self, folder: Path, sequence: int) -> int:
+        """Tokens of one call; `sequence`: of a sequence in the recipe."""
+        return sequence
+
+    @abstractmethod
+    def layers(
+        self, folder: Path, case: str, tensors: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+        """One call on the CPU: its inputs by name, and every quantized activation by name of its
+        tensor in the files.
+
+        Args:
+            tensors: inputs of the simulation, of `call_tokens` tokens; padding on the right.
+
+        Raises:
+            MissingExtraError, VerificationError, ExportError: see `logits`.
+        """
+
     @abstractmethod
     def verify(
         self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track

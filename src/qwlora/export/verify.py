@@ -56,6 +56,9 @@ class Runtime(Protocol):
             tensors: every input of the model by name.
         """
 
+    def layers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every quantized activation of one run, by name of its tensor in the files."""
+
 
 @runtime_checkable
 class Reference(Protocol):

@@ -138,15 +138,15 @@ def switching(folder: Path, ids: torch.Tensor) -> bool:
 
 def table(result: dict[str, Any]) -> str:
     lines = [
-        "| adapter | perplexity simulated, CPU, HTP | SQNR HTP to CPU, to simulation, CPU to simulation | same likeliest token HTP to CPU, to simulation; perturbed simulation | partitions | CPU nodes | bytes |",
-        "|---|---|---|---|---|---|---|",
+        "| adapter | perplexity simulated, CPU, HTP | SQNR HTP to CPU, to simulation; CPU to simulation; noise floor | same likeliest token HTP to CPU, to simulation; noise floor | partitions | CPU nodes | bytes |",
+        "|---|---|---|---|---:|---:|---:|",
     ]
     for name, row in result["adapters"].items():
         cpu, htp = row["cpu"], row["htp"]
         placed = row["placement"].values()
         lines.append(
             f"| {name} | {row['simulated_perplexity']:.3f}, {cpu['perplexity']:.3f}, {htp['perplexity']:.3f} | "
-            f"{row['htp_sqnr']:.1f}, {htp['sqnr']:.1f}, {cpu['sqnr']:.1f} dB | "
+            f"{row['htp_sqnr']:.1f}, {htp['sqnr']:.1f}; {cpu['sqnr']:.1f}; {row['perturbed_sqnr']:.1f} dB | "
             f"{row['htp_top1_agreement']:.1%}, {htp['top1_agreement']:.1%}; {row['perturbed_top1_agreement']:.1%} | "
             f"{', '.join(str(p['partitions']) for p in placed)} | {sum(p['cpu_nodes'] for p in placed)} | {row['bytes']} |"
         )

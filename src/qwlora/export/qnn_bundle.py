@@ -43,7 +43,6 @@ from qwlora.graph.graph_analysis import operator_of
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.graph.scaling_input import ALPHA, scaling_of
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.scheme import Lpbq, PerBlock
 from qwlora.messages import listed
 from qwlora.simulation.npu_graph import NpuGraph, npu_graph
 from qwlora.simulation.simulated_graph import SimulatedGraph
@@ -132,8 +131,6 @@ def refuse_graph(graph: QuantizedGraph) -> None:
             found = input_problem(scheme)
         elif mark.kind is Kind.BASE:
             found = table_problem(scheme) if "embedding" in readers else weight_problem(scheme)
-            if "addmm" in readers and isinstance(scheme.granularity, PerBlock | Lpbq):
-                found = "the HTP computes blocks in a Gemm wrongly; the nearest is w4-channel"
         if found:
             problems.setdefault(found, []).append(mark.name)
     problems |= _rescale_problems(graph)

@@ -124,15 +124,8 @@ def _draw(found: Course, width: int) -> Drawing:
     else:
         drawing.polyline(points, "mark raw")
     drawing.polyline(_thinned([(x(n), y(m)) for n, m in enumerate(means, 1)]), "mark l-train")
-    _held_out(drawing, found, x, y, narrow)
-    end = y(means[-1])
-    word = f"{fixed(means[-1])} training" + ("" if narrow else ", mean")
-    if narrow:
-        drawing.text(x(done) - 4, end + 18, word, "tt", "end")
-    else:
-        apart = found.held_out and abs(y(found.held_out[-1][1]) - end) < 16
-        below = 16 if apart and y(found.held_out[-1][1]) <= end else -12 if apart else 0
-        drawing.text(x(done) + 8, end + 4 + below, word, "tt")
+    _held_out(drawing, found, x, y)
+    _words(drawing, found, means[-1], y, None if narrow else x(done) + 10)
     if found.limit is not None:
         drawing.line(left, y(found.limit), width - right, y(found.limit), "limit")
         drawing.text(left + 4, y(found.limit) - 6, f"divergence limit {fixed(found.limit)}", "ax")
@@ -140,22 +133,29 @@ def _draw(found: Course, width: int) -> Drawing:
     return drawing
 
 
-def _held_out(drawing: Drawing, found: Course, x: Scale, y: Scale, narrow: bool) -> None:
+def _held_out(drawing: Drawing, found: Course, x: Scale, y: Scale) -> None:
     points = [(x(step), y(loss)) for step, loss in found.held_out]
     drawing.polyline(points, "l-held" if not found.is_evaluated else "l-held2")
     for step, loss in found.held_out:
         best = ", kept" if step == found.best_step else ""
         title = f"Held out, step {step}: {fixed(loss, 3)} nats{best}"
         drawing.circle(x(step), y(loss), 6 if best else 5, "mark d-held", title)
-    if found.held_out:
-        step, loss = found.held_out[-1]
-        word = f"{fixed(loss)} held out"
-        if narrow:
-            drawing.text(x(step) - 8, y(loss) - 10, word, "th", "end")
-        elif step < found.steps:
-            drawing.text(x(step), y(loss) + 22, word, "th", "middle")
-        else:
-            drawing.text(x(step) + 10, y(loss) + 4, word, "th")
+
+
+def _words(drawing: Drawing, found: Course, mean: float, y: Scale, beside: float | None) -> None:
+    """The last losses: beside the ends of their lines, or above the plot where that is narrow."""
+    training = f"{fixed(mean)} training, mean"
+    held_out = f"{fixed(found.held_out[-1][1])} held out" if found.held_out else ""
+    if beside is None:
+        drawing.text(38, 12, training, "tt")
+        drawing.text(drawing.width - 16, 12, held_out, "th", "end")
+        return
+    end, last = y(mean), y(found.held_out[-1][1]) if found.held_out else None
+    apart = last is not None and abs(last - end) < 16
+    below = (16 if last is not None and last <= end else -12) if apart else 0
+    drawing.text(beside, end + 4 + below, training, "tt")
+    if last is not None:
+        drawing.text(beside, last + 4, held_out, "th")
 
 
 def _band(drawing: Drawing, points: list[tuple[float, float]]) -> None:

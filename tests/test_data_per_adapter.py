@@ -109,7 +109,10 @@ def test_each_adapter_learns_its_own_text_and_is_measured_on_all(
             == results["perplexity_stderr"]["adapted"][name]
         )
     assert "base" not in results["perplexity"]  # the base has no text of its own
-    assert set(results["kl"]) == set(results["top1"]) == {"adapted", "simulated"}
+    assert set(results["kl"]) == set(results["top1"]) == {"adapted", "simulated", "on"}
+    for name in ("words", "digits"):  # the cost of packing is known on the text of each adapter
+        assert set(results["kl"]["on"][name]) == {"base"}
+        assert 0 < results["kl"]["on"][name]["base"]["mean"] < 1
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
 

@@ -31,6 +31,7 @@ from qwlora.pipeline.machine_speed import (
 )
 from qwlora.pipeline.plan import has_float_model
 from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stages.evaluate_stage import is_compared
 from qwlora.pipeline.stages.quantize_stage import needs_moments
 from qwlora.pipeline.traced_models import TracedModels
 from qwlora.pipeline.traced_run import TracedRun
@@ -177,7 +178,7 @@ class Forecaster:
         kind = stage.name.split("/")[1]
         text = self._text(stage)
         tokens, count = text.sequence_tokens, text.evaluation_sequences
-        compared = kind != "float" and "/on/" not in stage.name and self._has_float
+        compared = self._has_float and is_compared(kind, stage.name.partition("/on/")[2])
         memory, seconds = dict[str, float](), 0.0
         if kind in ("float", "imported") or compared:
             memory |= self._float_memory

@@ -8,9 +8,9 @@ MODEL is `float`, `base`, `adapted/NAME`, `simulated/NAME`, or, for an adapter f
 `imported/NAME`: the float model with the adapter as it came, so that the step to this base can be
 seen. The last two are measured on their own text only.
 
-KL divergence and token agreement are measured on the model's own text only, if there is a float
-model. It runs again beside the other one, sequence by sequence: keeping its logits would take
-gigabytes.
+KL divergence and token agreement are measured on the model's own text, and for the base on every
+text, if there is a float model. It runs again beside the other one, sequence by sequence: keeping
+its logits would take gigabytes.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def add(plan: PlanBuilder, kind: str, needs: tuple[str, ...] = (), name: str | N
     if len(recipe.texts()) > 1 and kind not in ("imported", "simulated"):
         for text, data in recipe.texts().items():
             if data != own:
-                plan.add(f"{stage}/on/{text}", [*model, plan.held_out(data)], needs, name)
+                content = [*model, *["kl"] * is_compared(kind, text), plan.held_out(data)]
+                plan.add(f"{stage}/on/{text}", content, needs, name)
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     model, _, other = stage.name.removeprefix(f"{NAME}/").partition("/on/")
     kind, name = model.partition("/")[0], stage.adapter
     text = context.text(other or name)
-    logits, reference = _models(context, kind, name, compared=not other)
+    logits, reference = _models(context, kind, name, compared=is_compared(kind, other))
     where = f" on the text of {other}" if other else ""
     scores = score_tokens(
         logits, text.evaluation, f"perplexity, {kind}{where}", context.track, reference
@@ -67,6 +68,11 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         by_model = {kind: value if name is None else {name: value}}
         found[key] = {"on": {other: by_model}} if other else by_model
     return {**found, "data": text.describe()}
+
+
+def is_compared(kind: str, other: str) -> bool:
+    """Whether a model is compared with the float model on its own text, or on `other`."""
+    return kind != "float" and (not other or kind == "base")
 
 
 def _models(

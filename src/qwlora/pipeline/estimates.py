@@ -25,7 +25,7 @@ from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
 from qwlora.system.memory import memory_limit_bytes, return_freed_memory, rss_bytes
 
-# Whole jobs took 0.53 and 0.65 of their estimates where this was measured (docs/plan.md).
+# Single stages took 0.4 to 2.8 times their estimates, whole jobs 0.9 to 1.5 (docs/plan.md).
 TIME_FACTOR = 2.0
 
 
@@ -128,7 +128,8 @@ def estimate(
         holds_float_model: whether this process has loaded the float model already.
     """
     speed = MachineSpeed()
-    forecaster = Forecaster(recipe, speed)
+    keeps = holds_float_model or any(stage.name == "evaluate/float" for stage in stages)
+    forecaster = Forecaster(recipe, speed, keeps_float_model=keeps)
     found = [forecaster.stage(stage) for stage in track(list(stages), "estimating", len(stages))]
     speed.save()
     process = _process_bytes(recipe)

@@ -46,7 +46,10 @@ _NODE_BYTES, _ONNX_NODE_BYTES = 60_000, 60_000
 # A scale in an encodings file: two Python numbers in lists, and 24 characters of text, twice.
 _SCALE_BYTES = 120
 # Times that solvers without data read or write each weight.
-_PASSES, _PASSES_OF_SEARCH = {"rtn": 12, "keep": 4}, 400
+_PASSES, _PASSES_OF_SEARCH = {"rtn": 12, "keep": 4}, 600
+# Operators traced without data take as long as reading one tensor, or one entry of the vocabulary,
+# of a GGUF file: it is Python that reads them.
+_GGUF_TENSOR, _GGUF_TOKEN = 250, 0.75
 _SCALE_SECONDS = 4e-6  # to write a scale as text
 _ACTIVATION_SECONDS = 4e-3  # to choose the grid of an activation from its sample
 
@@ -82,10 +85,11 @@ class Forecaster:
 
     Args:
         speed: of this machine.
+        keeps_float_model: whether it is in memory when the base is quantized.
     """
 
-    def __init__(self, recipe: Recipe, speed: MachineSpeed):
-        self.recipe, self.speed = recipe, speed
+    def __init__(self, recipe: Recipe, speed: MachineSpeed, keeps_float_model: bool = False):
+        self.recipe, self.speed, self._keeps_float_model = recipe, speed, keeps_float_model
         self.models = TracedModels(recipe)
         self._by_verb: dict[str, Callable[[Stage], Forecast]] = {
             "evaluate": self._evaluate,
@@ -132,8 +136,10 @@ class Forecaster:
         return {"packed base": self.models.packed_bytes + FLOAT * rest + stored}
 
     def _load_float(self) -> float:
-        copies = 300 if self.models.is_gguf else 3  # dequantized by numpy, or read and cast
-        return self.speed.moving(copies * self._float_bytes)
+        if not self.models.is_gguf:
+            return self.speed.moving(3 * self._float_bytes)  # read and cast
+        tensors = len(list(self.models.model.parameters()))
+        return self.speed.tracing(_GGUF_TENSOR * tensors + _GGUF_TOKEN * self.models.vocabulary)
 
     def _load_base(self) -> float:
         # Read, digested twice (tensors, fingerprint), and checked.
@@ -226,7 +232,7 @@ class Forecaster:
             passes = _PASSES.get(base.solver, _PASSES_OF_SEARCH)
             seconds += self.speed.moving(FLOAT * passes * models.packed_weights)
             settings = ("a model as safetensors, which is read layer by layer",)
-        if models.is_gguf:
+        if models.is_gguf or self._keeps_float_model:
             memory |= self._float_memory
         if base.tuning.steps:
             step = self.models.training(self.recipe.adapters[0], tokens, 1)

@@ -6,9 +6,11 @@
                 nodes that fell back to the CPU
 
 SQNR is in dB (`grid/sqnr.py`). The CPU differs from the simulation by what the graphs alone round:
-cosines, sines, masked scores. `LEAST_SQNR` is below what tiny models gave, and above what a wrong
-operator gives (less than 15). SmolLM2 with all 30 layers does not reach it on the HTP: 22 dB, where
-two equally correct simulations are 33 dB apart.
+cosines, sines, masked scores. A rounding that falls the other way moves all that follows, so deep
+models differ more: with all 30 layers of SmolLM2, two equally correct simulations are 33 dB apart.
+The limit is `LEAST_SQNR`, or `BELOW_FLOOR` less than that distance if it is smaller; a wrong
+operator gives less than 15 dB. One sequence has few tokens, so the perplexity may differ by its
+limit and twice the standard error of the difference.
 """
 
 from __future__ import annotations
@@ -41,7 +43,7 @@ from qwlora.grid.sqnr import sqnr_db
 from qwlora.messages import listed
 from qwlora.simulation.simulated_graph import SimulatedGraph
 
-LEAST_SQNR = 30.0
+LEAST_SQNR, BELOW_FLOOR = 30.0, 3.0
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,13 @@ class Run:
     """Logits of one runtime.
 
     Args:
+        perplexity_stderr: of the relative difference from the simulation's perplexity.
         sqnr: against the simulation.
         top1_agreement: share of tokens with the simulation's likeliest next token.
     """
 
     perplexity: float
+    perplexity_stderr: float
     sqnr: float
     top1_agreement: float
 
@@ -90,17 +94,19 @@ class QnnParity:
 
     def broken_limits(self, limits: Limits) -> Iterator[str]:
         """A sentence for each limit that is exceeded."""
-        perplexity_difference = limits.perplexity_difference
+        least = min(LEAST_SQNR, self.perturbed_sqnr - BELOW_FLOOR)
         for place, run in (("the CPU", self.cpu), ("the HTP", self.htp)):
             if run is None:
                 continue
-            if not run.sqnr >= LEAST_SQNR:
-                yield f"logits on {place} have {run.sqnr:.1f} dB (limit {LEAST_SQNR:g} dB)"
+            if not run.sqnr >= least:
+                yield f"logits on {place} have {run.sqnr:.1f} dB (limit {least:.1f} dB)"
             drift = abs(run.perplexity / self.simulated_perplexity - 1)
-            if not drift <= perplexity_difference:
+            if not drift <= limits.perplexity_difference + 2 * run.perplexity_stderr:
                 yield (
-                    f"perplexity on {place} is {drift:.2%} from the simulation's "
-                    f"{self.simulated_perplexity:.4f} (limit {perplexity_difference:.2%})"
+                    f"perplexity on {place} is {drift:.2%} (standard error "
+                    f"{run.perplexity_stderr:.2%}) from the simulation's "
+                    f"{self.simulated_perplexity:.4f} (limit {limits.perplexity_difference:.2%} "
+                    "and twice the error)"
                 )
         for name, found in self.placement.items():
             if found["partitions"] != 1 or found["cpu_nodes"]:
@@ -190,7 +196,9 @@ def verify_qnn(
 
 
 def _run(found: Tensor, expected: Tensor, ids: Tensor) -> Run:
-    return Run(_perplexity(found, ids), _sqnr(found, expected), _agreement(found, expected))
+    change = token_losses(found, ids[0]) - token_losses(expected, ids[0])
+    stderr = float(change.double().std()) / math.sqrt(len(change))
+    return Run(_perplexity(found, ids), stderr, _sqnr(found, expected), _agreement(found, expected))
 
 
 def _perplexity(logits: Tensor, ids: Tensor) -> float:

@@ -7,7 +7,7 @@ search. Adapter a: 40 steps on the first half of the Python reference (`pydoc_da
 Adapter b: on the second half, rank 16, rsLoRA, rank 4 for down_proj. OUT is a job directory; it is
 resumed. The table in docs/runtimes.md is rewritten between its marks, and results go to results/runtimes.json.
 
---own also measures what MLX's own quantize makes of the float model, at 4 bits in groups of 32.
+--own also measures what the runtimes' own tools make of the float model at 4 bits; it needs nncf.
 
 Takes about half an hour on two cores.
 """
@@ -17,6 +17,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -28,9 +29,13 @@ import torch
 from machine import machine_line
 from qwlora.data.sequences import Sequences
 from qwlora.export.bundle import PROOF, REFERENCE, proofs
+from qwlora.export.genai_target import GenaiRuntime
+from qwlora.export.gguf_target import LlamaRuntime
 from qwlora.export.mlx_target import MlxRuntime
+from qwlora.export.openvino_folder import write_openvino
+from qwlora.export.openvino_target import EXACT, OpenvinoRuntime
 from qwlora.export.verify import token_losses
-from qwlora.formats.model_source import load_model, load_tokenizer
+from qwlora.formats.model_source import fetch, load_model, load_tokenizer
 from qwlora.pipeline.run_job import run
 from qwlora.recipe.recipe_file import parse_recipe
 
@@ -96,22 +101,81 @@ def table(bundles: dict[str, dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def own_table(found: dict[str, float]) -> str:
+    """Perplexities of the base on the proof's text of adapter a."""
+    rows = [f"| {name} | {value:.3f} |" for name, value in found.items()]
+    head = ["| quantized by | perplexity of the base, exact settings |", "|---|---:|"]
+    return "\n".join([*head, *rows])
+
+
 def own_routes(data: Sequences) -> dict[str, float]:
-    """Perplexity of the float model as runtimes quantize it themselves; those installed."""
-    found = {}
+    """Perplexity of the float model as runtimes quantize it themselves, at 4 bits."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         load_model(SOURCE, False).save_pretrained(folder / "float")
         load_tokenizer(SOURCE, False).save_pretrained(folder / "float")
-        try:
-            from mlx_lm import convert
-        except ImportError:
-            return found
-        convert(
-            str(folder / "float"), str(folder / "mlx"), quantize=True, q_group_size=32, q_bits=4
-        )
-        found["mlx, its own quantize"] = perplexity(MlxRuntime(folder / "mlx"), data)
-    return found
+        routes = {
+            "the float model": FloatModel,
+            "genai, its builder, symmetric, blocks of 32": own_genai,
+            "llama.cpp, Q4_0": own_llama,
+            "MLX, its convert, groups of 32 with offsets": own_mlx,
+            "OpenVINO, NNCF, symmetric, groups of 32": own_openvino,
+        }
+        return {name: perplexity(route(folder), data) for name, route in routes.items()}
+
+
+class FloatModel:
+    """The float model in transformers."""
+
+    def __init__(self, folder: Path):
+        self.model = load_model(SOURCE, False)
+
+    @torch.no_grad()
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.model(ids).logits
+
+
+def own_genai(folder: Path) -> Any:
+    command = [sys.executable, "-m", "onnxruntime_genai.models.builder", "-p", "int4", "-e", "cpu"]
+    places = ["-i", folder / "float", "-o", folder / "genai", "-c", folder / "cache"]
+    options = ["int4_block_size=32", "int4_accuracy_level=1", "int4_is_symmetric=true"]
+    subprocess.run([*command, *places, "--extra_options", *options], check=True)
+    return GenaiRuntime(folder / "genai")
+
+
+def own_llama(folder: Path) -> Any:
+    from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
+
+    library, made = get_lib(), folder / "q4_0.gguf"
+    parameters = library.llama_model_quantize_default_params()
+    parameters.ftype, parameters.allow_requantize = 2, True  # LLAMA_FTYPE_MOSTLY_Q4_0
+    given = get_ffi().new("llama_model_quantize_params *", parameters)
+    source = str(fetch(SOURCE).path).encode()
+    assert library.llama_model_quantize(source, str(made).encode(), given) == 0
+    return LlamaRuntime(made)
+
+
+def own_mlx(folder: Path) -> Any:
+    from mlx_lm import convert
+
+    made = folder / "mlx"
+    convert(str(folder / "float"), str(made), quantize=True, q_group_size=32, q_bits=4)
+    return MlxRuntime(made)
+
+
+def own_openvino(folder: Path) -> Any:
+    import nncf
+    import openvino
+
+    made, file = folder / "openvino", "openvino_model.xml"
+    write_openvino(load_model(SOURCE, False), load_tokenizer(SOURCE, False), made)
+    mode = nncf.CompressWeightsMode.INT4_SYM
+    model = openvino.Core().read_model(made / file).clone()
+    model = nncf.compress_weights(model, mode=mode, group_size=32, ratio=1.0)
+    openvino.save_model(model, folder / file)
+    for each in folder.glob("openvino_model.*"):
+        each.replace(made / each.name)
+    return OpenvinoRuntime(made, EXACT)
 
 
 def perplexity(runtime: Any, data: Sequences) -> float:
@@ -134,9 +198,14 @@ def main() -> None:
     result = {"machine": machine_line(), "threads": torch.get_num_threads(), "bundles": bundles}
     if "--own" in sys.argv:
         reference, _ = read_tensors(out / "export" / "mlx" / PROOF / "a" / REFERENCE)
-        result["own"] = own_routes(Sequences(reference["ids"], reference["labels"]))
+        ours = bundles["mlx"]["a"]["figures"]["exact"]["base"]["reference_perplexity"]
+        own = own_routes(Sequences(reference["ids"], reference["labels"]))
+        result["own"] = {"QWLoRA, solver search, symmetric, blocks of 32": ours, **own}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    page = f"{MARKS[0]}\n{table(bundles)}\n\n{result['machine']}\n{MARKS[1]}"
+    parts = [MARKS[0], table(bundles), "", result["machine"], MARKS[1]]
+    if "own" in result:
+        parts[-1:-1] = ["", own_table(result["own"])]
+    page = "\n".join(parts)
     pattern = re.escape(MARKS[0]) + ".*?" + re.escape(MARKS[1])
     text = DOCS.read_text()
     DOCS.write_text(re.sub(pattern, lambda _: page, text, flags=re.DOTALL))

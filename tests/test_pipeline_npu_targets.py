@@ -161,7 +161,10 @@ def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_
         load_recipe(
             recipe_for(
                 base={"weights": "w3-channel"},
-                simulation={"rules": [{"match": "*.softmax", "keep": "float"}]},
+                simulation={
+                    "rules": [{"match": "*.softmax", "keep": "float"}],
+                    "adapter_activation_bitwidth": 8,
+                },
                 export={"targets": ["qnn"]},
             )
         )
@@ -170,6 +173,7 @@ def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_
         "simulation.symmetric_matmul_second_input: true",
         "simulation.key_value_bitwidth: 8",
         "simulation.base_activations: none",
+        "simulation.adapter_activation_bitwidth: 16",
         "simulation.adapter_weights.granularity: tensor",
         "remove keep: float",
         "w4-channel instead of w3-channel",

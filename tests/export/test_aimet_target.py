@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
-from qwlora import Simulation, encodings, quantize_, simulate
+from qwlora import Simulation, SimulationSchemes, encodings, quantize_, simulate
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export.aimet_folder import open_aimet
 from qwlora.export.registry import TARGETS
@@ -35,7 +35,8 @@ def simulation(scheme: str, architecture: str = "llama") -> Simulation:
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False
     )
-    made = simulate(get_peft_model(model, config).eval(), BATCH)
+    schemes = SimulationSchemes(adapter_activation_bitwidth=8)
+    made = simulate(get_peft_model(model, config).eval(), BATCH, schemes)
     made.calibrate([BATCH])
     return made
 
@@ -114,6 +115,14 @@ def test_every_entry_names_a_tensor_and_blocks_are_in_aimets_order(
         blocks = np.array(entry["per_block_int_scale"])
         found = (blocks * np.array(entry["per_channel_float_scale"])).T
     np.testing.assert_allclose(found, scale.numpy(), rtol=1e-6)
+    entries = document.get("encodings") or document["activation_encodings"]
+    bits = {
+        e["name"]: e.get("bw") or int(e["output_dtype"].removeprefix("uint"))
+        for e in entries
+        if e["name"].startswith("model.layers.0.self_attn.q_proj.") and "weight" not in e["name"]
+    }
+    own = {n.rpartition("q_proj.")[2]: b for n, b in bits.items()}
+    assert own == {"linear": 16, "lora_A.linear": 8, "lora_B.linear": 8, "mul": 8, "add": 16}
 
 
 def test_the_graph_has_fixed_shapes_and_nothing_of_this_machine(folder: Path) -> None:

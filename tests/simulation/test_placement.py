@@ -222,6 +222,30 @@ def test_with_weights_only_the_rest_is_float() -> None:
         assert torch.equal(made.logits(ids), expected)
 
 
+def test_values_of_an_adapter_have_bits_of_their_own() -> None:
+    rules = [PlacementRule("*.1.self_attn.q_proj.lora_A*", bitwidth=12)]
+    made = simulation(SimulationSchemes(rules=rules, adapter_activation_bitwidth=8))
+    bits = {name: q.scheme.bitwidth for name, q in made.quantizers.items()}
+    layers = [
+        f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "mlp.down_proj")
+    ]
+    narrow = {
+        f"{layer}.{value}"
+        for layer in layers
+        for value in ("lora_A.linear", "lora_B.linear", "mul")
+    }
+    ruled = "model.layers.1.self_attn.q_proj.lora_A.linear"
+    assert bits[ruled] == 12
+    assert {name for name in narrow if bits[name] != 8} == {ruled}
+    others = {name: b for name, b in bits.items() if b != 16}
+    assert others.keys() == {
+        n for n in bits if n.endswith((".lora_A.linear", ".lora_B.linear", "_proj.mul"))
+    }
+    assert all(bits[f"{layer}.add"] == 16 for layer in layers)  # the sum with the base layer
+    plain = simulation(SimulationSchemes())
+    assert {q.scheme.bitwidth for q in plain.quantizers.values()} == {16}
+
+
 def test_users_rules_come_first() -> None:
     rules = [
         PlacementRule("*.0.self_attn.softmax", bitwidth=8, minimum=0, maximum=1),

@@ -105,6 +105,13 @@ class GraphAnalysis:
         return found
 
     @cached_property
+    def factor_outputs(self) -> set[str]:
+        """Names of the nodes that compute what an adapter's factors do, and the scaling of it, but
+        not the sum with the base layer's output."""
+        sums = {n.name for n in _calls(self.program) if _operator_of_call(n) == "add"}
+        return factor_nodes(self.program) - sums
+
+    @cached_property
     def keys_and_values(self) -> set[str]:
         """Names of the nodes whose values a key-value cache holds, also where there is no cache.
 

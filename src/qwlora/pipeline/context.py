@@ -311,6 +311,7 @@ class JobContext:
             observer=section.estimator(),
             symmetric_matmul_second_input=section.symmetric_matmul_second_input,
             key_value_bitwidth=section.key_value_bitwidth,
+            adapter_activation_bitwidth=section.adapter_activation_bitwidth,
             unused_rules="allow",  # `check_rules` checks them over all graphs of the job
         )
 
@@ -338,7 +339,7 @@ class JobContext:
                 schemes.adapter_weights,
                 method,
                 Moments(self.path / "base" / MOMENTS),
-                schemes.activations,
+                schemes.adapter_activations,
                 adapter,
             )
             self.equalization = {path: asdict(report) for path, report in reports.items()}

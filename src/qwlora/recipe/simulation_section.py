@@ -124,6 +124,11 @@ class SimulationSection(Section):
     adapter_weights: AdapterWeights = Field(
         AdapterWeights(), description="grid of lora_A and lora_B"
     )
+    adapter_activation_bitwidth: Annotated[int, Field(ge=2, le=16)] | None = Field(
+        None,
+        description="bits of what lora_A and lora_B compute, before it is added to the base "
+        "layer's output. Default: those of other activations",
+    )
     equalize: Literal["auto", "none", "diagonal", "hadamard"] = Field(
         "auto",
         description="rewrite lora_A and lora_B as factors of the same product that lose less on "
@@ -151,6 +156,8 @@ class SimulationSection(Section):
             if found[key] != value:
                 shown = str(value).lower() if isinstance(value, bool) else value
                 yield f"set simulation.{key}: {shown}"
+        if self.adapter_activation_bitwidth not in (None, 16):
+            yield "set simulation.adapter_activation_bitwidth: 16"
         if (problem := input_problem(self.adapter_weights.scheme())) is not None:
             yield f"simulation.adapter_weights: {problem}"
         for number, rule in enumerate(self.rules):

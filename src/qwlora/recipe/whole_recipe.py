@@ -218,6 +218,8 @@ class Recipe(Section):
             if section.policy != "weights-only"
             else 8
         }
+        if section.adapter_activation_bitwidth is not None and section.policy != "weights-only":
+            asked["simulation.adapter_activation_bitwidth"] = section.adapter_activation_bitwidth
         asked |= {
             f"simulation.rules.{i}.bitwidth": r.bitwidth
             for i, r in enumerate(section.rules)

@@ -130,6 +130,7 @@ def place(
     input_names: Mapping[str, str] | None = None,
     unused_rules: UnusedRules = "refuse",
     key_value_bitwidth: int | None = None,
+    adapter_activation_bitwidth: int | None = None,
 ) -> Placement:
     """Decide about every floating point value of `program`.
 
@@ -148,6 +149,9 @@ def place(
         key_value_bitwidth: quantize the keys and values of attention to this many bits, with a
             symmetric grid: that of the cache in a graph with a cache, where they are read from.
             None: like other activations.
+        adapter_activation_bitwidth: bits of what an adapter's factors compute: lora_A(x),
+            lora_B(lora_A(x)) and its product with the scaling; not of the sum with the base layer.
+            None: like other activations.
 
     Raises:
         CalibrationError: there is no such policy; or rules have no effect (all are named).
@@ -161,6 +165,7 @@ def place(
     analysis = GraphAnalysis(program, chosen.one_operation)
     placement = Placement()
     cached_values = analysis.keys_and_values if key_value_bitwidth is not None else set()
+    of_factors = analysis.factor_outputs if adapter_activation_bitwidth is not None else set()
     candidates = list(_candidates(program, analysis, input_names or {}))
     decider = _Decider(chosen, rules)
     for candidate in candidates:
@@ -171,6 +176,8 @@ def place(
         if cached and ruled is None:
             decision, reason = Decision.QUANTIZE, "keys or values that a cache holds"
             overrides = Overrides(bitwidth=key_value_bitwidth, symmetric=True)
+        if candidate.node.name in of_factors and overrides.bitwidth is None:
+            overrides = replace(overrides, bitwidth=adapter_activation_bitwidth)
         if (
             activation
             and symmetric_matmul_second_input

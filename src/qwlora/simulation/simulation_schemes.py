@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch.export import ExportedProgram
 
@@ -27,8 +27,8 @@ class SimulationSchemes:
         policy: `npu`, `matmul-inputs`, `weights-only`, or a `Policy`.
         rules: tried before those of the policy.
         observer: how the range of an activation is chosen, see `Estimator`.
-        quantize_residual_adds, symmetric_matmul_second_input, unused_rules, key_value_bitwidth:
-            see `place`.
+        quantize_residual_adds, symmetric_matmul_second_input, unused_rules, key_value_bitwidth,
+            adapter_activation_bitwidth: see `place`.
     """
 
     activations: Scheme = Scheme(16, symmetric=False)
@@ -41,6 +41,7 @@ class SimulationSchemes:
     symmetric_matmul_second_input: bool = False
     unused_rules: UnusedRules = "refuse"
     key_value_bitwidth: int | None = None
+    adapter_activation_bitwidth: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rules", tuple(self.rules))
@@ -56,4 +57,11 @@ class SimulationSchemes:
             input_names,
             self.unused_rules,
             self.key_value_bitwidth,
+            self.adapter_activation_bitwidth,
         )
+
+    @property
+    def adapter_activations(self) -> Scheme:
+        """The grid of what an adapter's factors compute."""
+        bits = self.adapter_activation_bitwidth
+        return self.activations if bits is None else replace(self.activations, bitwidth=bits)

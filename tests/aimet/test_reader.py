@@ -32,6 +32,7 @@ SHAPES = {
     "block": (12, 16),
     "block_asymmetric": (32, 12),
     "lpbq": (16, 32),
+    "shifted": (20, 16),
 }
 
 
@@ -69,6 +70,7 @@ def simulation() -> tuple[QuantizationSimModel, Layers, torch.Tensor]:
             block_size=(1, 8),
             block_grouping=(1, 4),
         ),
+        "shifted": QuantizeDequantize((20, 1), bitwidth=2, symmetric=True, zero_point_shift=0.5),
     }
     for name, quantizer in quantizers.items():
         getattr(sim.model, name).param_quantizers["weight"] = quantizer
@@ -130,6 +132,11 @@ def test_grids_round_as_aimets_quantizers(tmp_path: Path, exporter: str, version
             .param_quantizers["weight"](getattr(sim.model, name).weight)
             .detach()
         )
+        if name == "shifted":  # the same codes; (q + offset + 0.5) * scale is added differently
+            scale = grid.scale[:, None]
+            assert torch.equal(grid.quantize(weight), (theirs / scale + 1.5).round())
+            torch.testing.assert_close(grid.fake_quantize(weight), theirs, rtol=3e-7, atol=0)
+            continue
         assert torch.equal(grid.fake_quantize(weight), theirs)
         assert isinstance(grid.scheme.granularity, Lpbq) == (name == "lpbq")
         assert isinstance(grid.scheme.granularity, PerBlock) == ("block" in name)

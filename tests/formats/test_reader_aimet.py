@@ -129,13 +129,39 @@ def test_blocks_that_0_6_1_lists_as_channels() -> None:
         grid_of(entry, Placement((6, 8), transposed=True), "0.6.1")
 
 
+def test_a_zero_point_shift_is_a_grid_without_zero() -> None:
+    """Four levels of AIMET's own file: {-1.5, -0.5, 0.5, 1.5} * scale."""
+    for version in ("0.6.1", "1.0.0"):
+        entry = read(GOLDEN / f"aimet-{version}.encodings").by_name["shifted.weight_0"]
+        grid = grid_of(entry, Placement((4, 8), transposed=True), version)
+        codes = torch.arange(4, dtype=torch.uint8).repeat(4, 2)
+        levels = torch.tensor([-1.5, -0.5, 0.5, 1.5]).repeat(2)
+        scale = torch.tensor(entry.scale.tolist())[:, None]
+        torch.testing.assert_close(grid.dequantize(codes), levels * scale, rtol=3e-7, atol=0)
+        assert torch.equal(grid.quantize(levels * scale), codes)
+        assert torch.equal(grid.quantize(torch.zeros(4, 8)), torch.full((4, 8), 2))  # as AIMET
+
+
+def test_a_checkpoint_on_a_shifted_grid_is_packed_and_computes_its_levels(tmp_path: Path) -> None:
+    model = llama()
+    weight = model.get_parameter(DOWN).detach()
+    scale = weight.abs().amax(1) / 2
+    shifted = IntegerEncoding(
+        DOWN, 2, scale.double().numpy(), np.full(len(scale), -2), True, zero_point_shift=0.5
+    )
+    entries = {**all_entries(model), DOWN: shifted}
+    path = saved(tmp_path, list(entries.values()), "1.0.0", model)
+    found = AimetCheckpoint(tmp_path, path).read(DOWN)
+    assert isinstance(found, QuantizedTensor)
+    step = scale[:, None]
+    codes = ((weight / step - 0.5).round() + 2).clamp(0, 3)  # AIMET's formula
+    assert torch.equal(found.codes.float(), codes)
+    torch.testing.assert_close(found.dequantize(), (codes - 1.5) * step, rtol=3e-7, atol=0)
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (
-            IntegerEncoding("w", 4, np.ones(6), np.full(6, -8), True, axis=0, zero_point_shift=0.5),
-            "zero point shift of half a step",
-        ),
         (
             IntegerEncoding(
                 "w", 4, np.ones((3, 8)), np.full((3, 8), -8), True, axis=0, block_size=2

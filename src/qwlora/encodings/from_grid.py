@@ -133,6 +133,8 @@ def encoding_of(entry: Entry) -> Encoding:
             )
         case LpbqEncoding():
             *rows, blocks = entry.block_scale.shape
-            return grid_of(entry, Placement((*rows, blocks * entry.block_size)), "2.1.0")
+            grid = grid_of(entry, Placement((*rows, blocks * entry.block_size)), "2.1.0")
+            assert isinstance(grid, Encoding), "LPBQ has integer offsets"
+            return grid
         case _:
             raise EncodingsFileError(entry.name, ["is not a plain integer grid"])

@@ -9,6 +9,13 @@ are the parameter's output axis.
 Version 1.0.0 has block scales in one flat list. For a tensor [out, in] they run along each row; for
 [in, out] they follow the tensor ("tensor") or the output channels ("channel"), depending on the
 exporter. The order matters only if the two readings differ.
+
+A zero point shift of half a step is a float offset:
+
+    AIMET    x_hat = (q + offset + 0.5) * scale
+    here     x_hat = q * scale + minimum,  minimum = (offset + 0.5) * scale
+
+Both have the same codes. Values differ by the rounding of float32.
 """
 
 from __future__ import annotations
@@ -23,6 +30,7 @@ from qwlora.encodings.model import BlockOrder, FloatEncoding, IntegerEncoding, L
 from qwlora.encodings.model import Encoding as Entry
 from qwlora.errors import GridError, SourceError
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.lpbq import split_scales
 from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
@@ -49,7 +57,7 @@ class Placement:
         return len(self.shape) - 1 - axis if self.transposed else axis
 
 
-def grid_of(entry: Entry, placement: Placement, version: str) -> Encoding:
+def grid_of(entry: Entry, placement: Placement, version: str) -> Encoding | FloatOffsetEncoding:
     """The grid of a parameter.
 
     Raises:
@@ -68,12 +76,9 @@ def grid_of(entry: Entry, placement: Placement, version: str) -> Encoding:
         raise SourceError(str(error)) from error
 
 
-def _integer_grid(entry: IntegerEncoding, placement: Placement, version: str) -> Encoding:
-    if entry.zero_point_shift:
-        raise SourceError(
-            "has a zero point shift of half a step, which integer offsets cannot express; "
-            "calibrate without it in AIMET"
-        )
+def _integer_grid(
+    entry: IntegerEncoding, placement: Placement, version: str
+) -> Encoding | FloatOffsetEncoding:
     scale, offset = (np.asarray(values) for values in (entry.scale, entry.offset))
     granularity: Granularity
     if not scale.ndim or (scale.size == 1 and entry.block_size is None):
@@ -86,6 +91,10 @@ def _integer_grid(entry: IntegerEncoding, placement: Placement, version: str) ->
         scale, offset = (
             _blocks(values, entry.axis, entry.block_size, placement) for values in (scale, offset)
         )
+    if entry.zero_point_shift:
+        scheme = Scheme(entry.bitwidth, symmetric=False, granularity=granularity, float_offset=True)
+        minimum = (offset + entry.zero_point_shift) * scale
+        return FloatOffsetEncoding(scheme, _floats(scale), _floats(minimum))
     symmetric = bool((offset == entry.center).all())
     return Encoding(
         Scheme(entry.bitwidth, symmetric, granularity),

@@ -33,6 +33,7 @@ from qwlora.export.onnx_runtime import (
     run_session,
 )
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.system.optional_packages import require
 
 # Q/DQ pairs stay as they are, and ONNX Runtime quantizes no float weight by itself
@@ -161,7 +162,7 @@ class FloatOnnxModel:
     def _entry(self, name: str) -> Entry:
         return self.file.by_name[name]
 
-    def _parameter(self, name: str) -> tuple[Encoding, Tensor]:
+    def _parameter(self, name: str) -> tuple[Encoding | FloatOffsetEncoding, Tensor]:
         """(grid, values), both of the tensor as [..., out, in]."""
         values, tensor = self._initializers[name], self.graph[name]
         transposed = values.ndim == 2 and tensor.channel_axis == 1

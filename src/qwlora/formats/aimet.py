@@ -25,6 +25,7 @@ from qwlora.encodings.model import BlockOrder
 from qwlora.errors import GridError, SourceError
 from qwlora.formats.huggingface_folder import FloatCheckpoint
 from qwlora.formats.matched_encodings import MatchedEncodings
+from qwlora.grid.float_offset import measure_float_offset
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
@@ -106,9 +107,10 @@ def _check_fit(weight: Tensor, quantized: QuantizedTensor) -> None:
     """
     scheme, values = quantized.encoding.scheme, quantized.dequantize()
     signal = float(weight.square().sum())
+    usual = measure_float_offset if scheme.float_offset else measure
     found, by_range = (
         sqnr_db(signal, float((weight - rounded).square().sum()))
-        for rounded in (values, measure(weight, scheme).fake_quantize(weight))
+        for rounded in (values, usual(weight, scheme).fake_quantize(weight))
     )
     if found < min(LEAST_SQNR, by_range - WORSE):
         ones = torch.ones_like(quantized.codes)

@@ -25,6 +25,7 @@ from qwlora.encodings.model import Encoding as Entry
 from qwlora.encodings.to_grid import Placement, grid_of
 from qwlora.errors import EncodingsFileError, GridError, SourceError
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.scheme import BITWIDTHS, Scheme
 from qwlora.messages import near_names
 
@@ -62,7 +63,7 @@ class MatchedEncodings:
         self._modules = dict(model.named_modules())
         self.grids = self._matched(files.read(self.path))
 
-    def _matched(self, file: EncodingsFile) -> dict[str, Encoding]:
+    def _matched(self, file: EncodingsFile) -> dict[str, Encoding | FloatOffsetEncoding]:
         """The encoding of each parameter that has one.
 
         Raises:
@@ -77,7 +78,7 @@ class MatchedEncodings:
                 found.setdefault(self._first(name), {})[entry.name] = entry
             elif file.parameters is None or entry.name in file.parameters:
                 unknown.append(entry.name)
-        grids: dict[str, Encoding] = {}
+        grids: dict[str, Encoding | FloatOffsetEncoding] = {}
         for name, entries in found.items():
             if self._is_kept(name):
                 continue
@@ -114,7 +115,9 @@ class MatchedEncodings:
                 )
         return problems
 
-    def _grid(self, name: str, entries: dict[str, Entry], file: EncodingsFile) -> Encoding | None:
+    def _grid(
+        self, name: str, entries: dict[str, Entry], file: EncodingsFile
+    ) -> Encoding | FloatOffsetEncoding | None:
         """The encoding of a parameter; None if it stays float."""
         shape = tuple(self.model.get_parameter(name).shape)
         entry, *others = entries.values()
@@ -220,13 +223,16 @@ def _check_fits(scheme: Scheme, shape: tuple[int, ...]) -> None:
         raise SourceError(f"does not fit: {error}") from error
 
 
-def _equal(a: Encoding | None, b: Encoding | None) -> bool:
+def _equal(
+    a: Encoding | FloatOffsetEncoding | None, b: Encoding | FloatOffsetEncoding | None
+) -> bool:
     if a is None or b is None:
         return a is b
+    lows = [e.minimum if isinstance(e, FloatOffsetEncoding) else e.offset for e in (a, b)]
     return (
         a.scheme == b.scheme
         and bool((a.scale == b.scale).all())
-        and bool((a.offset == b.offset).all())
+        and bool((lows[0] == lows[1]).all())
     )
 
 

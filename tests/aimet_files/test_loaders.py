@@ -19,10 +19,10 @@ aimet_onnx = pytest.importorskip("aimet_onnx")
 client = pytest.importorskip("qai_hub.client")
 
 from aimet_onnx.quantsim import (  # noqa: E402 (after the imports that may skip)
+    QSpec,
     QuantizationSimModel,
     load_encodings_to_sim,
-    set_blockwise_quantization_for_weights,
-    set_grouped_blockwise_quantization_for_weights,
+    qtype,
 )
 
 pytestmark = [pytest.mark.aimet, pytest.mark.filterwarnings("ignore")]
@@ -107,22 +107,68 @@ def test_a_sim_loads_every_encoding_and_rounds_no_weight(case: Any) -> None:
     row["sim"] = f"{len(codes)} parameters, unchanged"
 
 
-def loaded(model: Any, encodings: dict[str, Any]) -> Any:
-    entries = encodings.get("encodings") or encodings["param_encodings"]
-    blocks = {e["name"]: e for e in entries if e.get("block_size")}
-    sim = QuantizationSimModel(copy.deepcopy(model), param_type="int4", activation_type="int16")
-    if blocks:
-        readers = [
-            node.name
-            for node in sim.model.model.graph.node
-            if any(name.removesuffix("_qdq") in blocks for name in node.input)
+def test_a_sim_with_these_settings_loads_strictly(case: Any) -> None:
+    """Strict loading takes a sim whose quantizers are set as the file says, and no entry without a
+    quantizer: AIMET has none where values are only moved, and 1.0.0 gives it no way to drop them.
+    """
+    _, model, encodings, _, row, _, version = case
+    sim = configured(model, encodings)
+    quantizers, own = sim.qc_quantize_op_dict, entries(encodings)
+    moved = own.keys() - quantizers.keys()
+    movers = {"Concat", "Expand", "Gather", "Identity", "Reshape", "Slice", "Split", "Transpose"}
+    makers = {output: node.op_type for node in model.graph.node for output in node.output}
+    assert {makers[name] for name in moved} <= movers | {"Squeeze", "Unsqueeze"}
+    if version == "1.0.0":
+        with pytest.raises((AssertionError, RuntimeError)):
+            load_encodings_to_sim(sim, encodings, strict=True, allow_overwrite=False)
+        encodings = copy.deepcopy(encodings)
+        encodings["activation_encodings"] = [
+            e for e in encodings["activation_encodings"] if e["name"] not in moved
         ]
-        first = next(iter(blocks.values()))
-        size = first["block_size"]
-        if "per_block_int_scale" in first:
-            set_grouped_blockwise_quantization_for_weights(sim, readers, 4, 8, size, strict=False)
-        else:
-            set_blockwise_quantization_for_weights(sim, readers, 4, True, size, strict=False)
+        sim = configured(model, encodings)
+    assert load_encodings_to_sim(sim, encodings, strict=True, allow_overwrite=False) == []
+    row["strict"] = f"yes, without {len(moved)} moved tensors" if version == "1.0.0" else "yes"
+    other = QuantizationSimModel(copy.deepcopy(model), param_type="int4", activation_type="int16")
+    with pytest.raises((AssertionError, RuntimeError)):  # the settings matter
+        load_encodings_to_sim(other, encodings, strict=True, allow_overwrite=False)
+
+
+def entries(encodings: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """All entries by name, of either version."""
+    found = encodings.get("encodings") or [
+        *encodings["param_encodings"],
+        *encodings["activation_encodings"],
+    ]
+    return {entry["name"]: entry for entry in found}
+
+
+def configured(model: Any, encodings: dict[str, Any]) -> Any:
+    """A sim whose quantizers have the settings of the entries; those without one are off."""
+    sim, own = QuantizationSimModel(copy.deepcopy(model)), entries(encodings)
+    for name, quantizer in sim.qc_quantize_op_dict.items():
+        quantizer.enabled = name in own
+        if name in own:
+            quantizer.set_qspec(qspec(own[name]))
+    return sim
+
+
+def qspec(entry: dict[str, Any]) -> Any:
+    """The settings of an entry, in AIMET's words."""
+    kind = entry.get("output_dtype")
+    bits = int(kind.removeprefix("u").removeprefix("int")) if kind else entry["bw"]
+    scale = entry.get("scale", entry.get("y_scale"))
+    if "per_block_int_scale" in entry:
+        return QSpec.lpbq(qtype.int(entry.get("compressed_bw", bits)), entry["block_size"])
+    symmetric = entry["is_sym"] if kind is None else not kind.startswith("u")
+    if entry.get("block_size"):
+        return QSpec.blockwise(qtype.int(bits), entry["block_size"], symmetric=symmetric)
+    channels = isinstance(scale, list) and (kind is not None or len(scale) > 1)
+    make = QSpec.per_channel if channels else QSpec.per_tensor
+    return make(qtype.int(bits), symmetric=symmetric)
+
+
+def loaded(model: Any, encodings: dict[str, Any]) -> Any:
+    sim = QuantizationSimModel(copy.deepcopy(model), param_type="int4", activation_type="int16")
     load_encodings_to_sim(sim, encodings, strict=False, allow_overwrite=False)
     return sim
 

@@ -23,7 +23,7 @@ from typing import Any
 from qwlora.atomic import files_in, read_tensors, write_tensors, write_text
 from qwlora.errors import FingerprintError, QwloraWarning, SourceError
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import WeightsTarget
+from qwlora.export.target import BundleTarget
 from qwlora.formats import manifest
 from qwlora.formats.card_mark import CARD_MARK, is_users_card
 from qwlora.messages import listed, size
@@ -44,6 +44,15 @@ def write_proof(folder: Path, reference: Mapping[str, Any], record: Mapping[str,
 def record_digest(folder: Path) -> str:
     """SHA-256 of a base's or an adapter's record, which lists the digests of its files."""
     return hashlib.sha256((folder / RECORD).read_bytes()).hexdigest()
+
+
+def is_of_base(bundle: Path, adapter: str) -> bool:
+    """Whether the adapter was exported for the base that is there; of a switchable target."""
+    try:
+        record = json.loads((bundle / adapter / RECORD).read_text())
+    except (OSError, ValueError):
+        return False
+    return isinstance(record, dict) and record.get("base") == record_digest(bundle / BASE)
 
 
 def is_bundle(folder: Path) -> bool:
@@ -188,7 +197,7 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
         check_files(bundle, name, record)
     for name, record in track(records.items(), "verifying", len(records)):
         target = TARGETS.get(str(record.get("target")))
-        if not isinstance(target, WeightsTarget):
+        if not isinstance(target, BundleTarget):
             raise SourceError(f"{str(bundle)!r} is of target {record.get('target')!r}: unknown")
         target.require_packages()
         reference, _ = read_tensors(bundle / PROOF / name / REFERENCE)
@@ -197,7 +206,7 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
 
 
 def proven(
-    target: WeightsTarget,
+    target: BundleTarget,
     bundle: Path,
     name: str,
     reference: Mapping[str, Any],
@@ -234,7 +243,7 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         return
     names, some = sorted(records), next(iter(records.values()))
     target = TARGETS[some["target"]]
-    assert isinstance(target, WeightsTarget)
+    assert isinstance(target, BundleTarget)
     sizes = {
         path: size(sum(f.stat().st_size for f in (bundle / path).rglob("*") if f.is_file()))
         for path in (BASE, *names)

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
-from qwlora.export.target import GraphTarget, Target, UseCasesTarget, WeightsTarget
+from qwlora.export.target import BundleTarget, GraphTarget, Target, UseCasesTarget
 from qwlora.export.verify import Runtime
 
 Logits = Callable[[Tensor], Tensor]
@@ -30,7 +30,7 @@ def exported_logits(target: Target, folder: Path, base: Path) -> Logits:
 
     Args:
         folder: the exported files of an adapter.
-        base: those of the base, of a weights target.
+        base: those of the base, of a bundle target.
 
     Raises:
         MissingExtraError: a package of the runtime is missing.
@@ -39,10 +39,10 @@ def exported_logits(target: Target, folder: Path, base: Path) -> Logits:
     target.require_packages()
     if isinstance(target, GraphTarget):
         return runtime_logits(target.open(folder))
-    assert isinstance(target, WeightsTarget)
-    weights = target.open(base)
-    weights.use(folder)
-    return weights.logits
+    assert isinstance(target, BundleTarget)
+    runtime = target.open(base)
+    runtime.use(folder)
+    return runtime.logits
 
 
 def use_case_logits(target: UseCasesTarget, folder: Path, case: str) -> Logits:

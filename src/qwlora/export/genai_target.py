@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError, foreign_as
 from qwlora.export.held_schemes import nbits_problem
+from qwlora.export.onnx_adapter import ADAPTER_FILE
 from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:
@@ -30,7 +31,6 @@ if TYPE_CHECKING:
     from qwlora.export.target import ExportedBase
     from qwlora.grid.scheme import Scheme
 
-ADAPTER = "adapter.onnx_adapter"
 _LOADING = """\
 Needs `pip install onnxruntime-genai`.
 
@@ -75,7 +75,7 @@ class GenaiTarget(WeightsTarget):
         from qwlora.export.onnx_model import MODEL_FILE
         from qwlora.export.switchable_onnx import empty_factors, write_onnx_adapter
 
-        write_onnx_adapter(adapter, empty_factors(base / MODEL_FILE), folder / ADAPTER)
+        write_onnx_adapter(adapter, empty_factors(base / MODEL_FILE), folder / ADAPTER_FILE)
 
     def open(self, folder: Path) -> GenaiRuntime:
         return GenaiRuntime(folder)
@@ -105,7 +105,7 @@ class GenaiRuntime:
         if adapter is not None and adapter not in self._known:
             name = f"{len(self._known)}"
             with foreign_as(ExportError, f"onnxruntime-genai cannot load {str(adapter)!r}"):
-                self._adapters.load(str(adapter / ADAPTER), name)
+                self._adapters.load(str(adapter / ADAPTER_FILE), name)
             self._known[adapter] = name
         self._active = adapter
 

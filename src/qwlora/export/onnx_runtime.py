@@ -23,7 +23,8 @@ from torch import Tensor
 
 from qwlora import strict_json
 from qwlora.atomic import write_text
-from qwlora.errors import ExportError, reading
+from qwlora.errors import ExportError, foreign_as, reading
+from qwlora.export.onnx_adapter import ADAPTER_FILE, ActiveAdapter
 from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.system.optional_packages import require
@@ -57,15 +58,31 @@ class OnnxModel:
     """An exported model in ONNX Runtime, on the CPU.
 
     Args:
-        folder: where the files are. They are loaded when they are first run.
+        folder: where the files are.
     """
+
+    shipped = None  # what is verified is what is shipped
 
     def __init__(self, folder: Path):
         self.folder = folder
+        self._cut: tuple[list[str], Any] | None = None  # names, and the graph cut there
+        self._adapters: dict[Path, ActiveAdapter] = {}
+        self._options: Any = None  # of the active adapter
 
     @cached_property
-    def _session(self) -> Any:
+    def session(self) -> Any:
+        """The session; loaded when it is first used."""
         return open_session(self.folder / MODEL_FILE, read_session_options(self.folder))
+
+    def use(self, adapter: Path | None) -> None:
+        """Switch to the adapter in a folder, or to none.
+
+        Raises:
+            ExportError: ONNX Runtime refuses its file.
+        """
+        if adapter is not None and adapter not in self._adapters:
+            self._adapters[adapter] = ActiveAdapter(adapter / ADAPTER_FILE)
+        self._options = None if adapter is None else self._adapters[adapter].options
 
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every output by name, given every input by name.
@@ -73,7 +90,18 @@ class OnnxModel:
         Raises:
             ExportError: ONNX Runtime refuses the files, or an input is missing.
         """
-        return run_session(self._session, [o.name for o in self._session.get_outputs()], tensors)
+        names = [output.name for output in self.session.get_outputs()]
+        return run_session(self.session, names, tensors, self._options)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Float32 logits [batch, tokens, vocabulary] of token ids [batch, tokens]."""
+        return self.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})["logits"]
+
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        """The `count` likeliest tokens after token ids [1, tokens], without a cache."""
+        for _ in range(count):
+            ids = torch.cat([ids, self.logits(ids)[:, -1:].argmax(-1)], dim=1)
+        return ids[0, -count:].tolist()
 
     def run_layers(
         self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
@@ -91,11 +119,14 @@ class OnnxModel:
             ExportError: ONNX Runtime refuses the files, or an input is missing.
         """
         given = {activation_tensor(name, tensors): value for name, value in values.items()}
-        with tempfile.TemporaryDirectory() as scratch:
-            path = Path(scratch) / MODEL_FILE
-            _cut_at(self.folder / MODEL_FILE, values, path)
-            session = open_session(path, read_session_options(self.folder))
-            found = run_session(session, [f"{name}.out" for name in values], {**tensors, **given})
+        if self._cut is None or self._cut[0] != [*values]:
+            self._cut = None  # frees it before the next one is loaded
+            with tempfile.TemporaryDirectory() as scratch:
+                path = Path(scratch) / MODEL_FILE
+                _cut_at(self.folder / MODEL_FILE, values, path)
+                self._cut = [*values], open_session(path, read_session_options(self.folder))
+        outputs = [f"{name}.out" for name in values]
+        found = run_session(self._cut[1], outputs, {**tensors, **given}, self._options)
         return dict(zip(values, found.values(), strict=True))
 
     def layers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -163,19 +194,24 @@ def open_session(path: Path, session_options: Mapping[str, str]) -> Any:
 
 
 def run_session(
-    session: Any, outputs: list[str], tensors: Mapping[str, Tensor]
+    session: Any, outputs: list[str], tensors: Mapping[str, Tensor], options: Any = None
 ) -> dict[str, Tensor]:
     """Outputs by name; `tensors` may hold more than the session's inputs.
 
+    Args:
+        options: of ONNX Runtime, for this run; see `onnx_adapter.py`.
+
     Raises:
-        ExportError: an input is missing.
+        ExportError: an input is missing, or the session refuses its adapter.
     """
     inputs = [i.name for i in session.get_inputs()]
     if missing := [name for name in inputs if name not in tensors]:
         raise ExportError(
             f"the exported model has inputs {', '.join(inputs)}; {missing[0]} was not given"
         )
-    found = session.run(outputs, {name: tensors[name].numpy() for name in inputs})
+    given = {name: tensors[name].numpy() for name in inputs}
+    with foreign_as(ExportError, "ONNX Runtime cannot run the model"):
+        found = session.run(outputs, given, options)
     return {name: torch.from_numpy(value) for name, value in zip(outputs, found, strict=True)}
 
 

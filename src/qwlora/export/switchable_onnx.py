@@ -29,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.held_schemes import NBITS_BLOCKS, nbits_problem
+from qwlora.export.onnx_adapter import write_adapter_file
 from qwlora.export.onnx_model import build_model
 from qwlora.export.weights_folder import refuse
 from qwlora.formats.int32_words import pack_words
@@ -132,7 +133,6 @@ def write_onnx_adapter(
     Raises:
         ExportError: the base has no place for a module.
     """
-    runtime = require("onnxruntime", "onnx")
     if missing := [name for name in adapter.factors if f"{name}.lora_A" not in empty]:
         raise ExportError(
             f"the exported base has no place for the adapter's {listed(missing)}: they are no "
@@ -143,12 +143,7 @@ def write_onnx_adapter(
         for half, factor in (("A", a), ("B", b)):
             array = factor.t().contiguous().numpy().astype(np.float32)
             arrays[f"{module}.lora_{half}"] = array
-    parameters = {n: runtime.OrtValue.ortvalue_from_numpy(a) for n, a in arrays.items()}
-    written = runtime.AdapterFormat()
-    written.set_adapter_version(1)
-    written.set_model_version(1)
-    written.set_parameters(parameters)
-    written.export_adapter(str(path))
+    write_adapter_file(arrays, path)
 
 
 def empty_factors(path: Path) -> dict[str, np.ndarray[Any, Any]]:

@@ -1,8 +1,10 @@
 """What an export target is: it writes files for one runtime, and opens them there.
 
-    GraphTarget      the simulation of one adapter as one model: activations on their grids
-    UseCasesTarget   the same for all adapters and combinations of them, on one base
-    WeightsTarget    the base's integers once, and adapters beside it: a runtime switches them
+    GraphTarget         the simulation of one adapter as one model: activations on their grids
+    UseCasesTarget      the same for all adapters and combinations of them, on one base
+    BundleTarget        the base once, and a folder for every adapter: a runtime switches them
+      SwitchableTarget    simulations: activations on their grids
+      WeightsTarget       the base's integers and float adapters
 
 A new target costs a module with one of these and an entry in `registry.py`. None of these modules
 imports torch or the packages of a runtime before it is used, because recipes are validated against
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
     from qwlora.export.canonical_adapter import CanonicalAdapter
     from qwlora.export.verify import LanguageModelParity, Reference, Runtime
     from qwlora.export.verify_qnn import QnnParity
-    from qwlora.export.verify_weights import WeightsRuntime
+    from qwlora.export.verify_weights import SwitchableRuntime, WeightsRuntime
     from qwlora.grid.scheme import Scheme
     from qwlora.progress import Track
     from qwlora.simulation.shared_encodings import BaseActivations
@@ -231,6 +233,53 @@ class UseCasesTarget(Target):
         """
 
 
+class BundleTarget(Target):
+    """A base folder, and a folder for every adapter."""
+
+    @abstractmethod
+    def open(self, folder: Path) -> WeightsRuntime:
+        """The base in `folder`, opened in the target's runtime without an adapter.
+
+        Raises:
+            ExportError: the runtime refuses it.
+        """
+
+
+class SwitchableTarget(BundleTarget):
+    """The base's simulation in one folder, and what changes with each adapter in another.
+
+    Attributes:
+        activation_bitwidths: as of a graph target.
+    """
+
+    activation_bitwidths: tuple[int, ...]
+
+    @abstractmethod
+    def write_base(self, exported: ExportedGraph, updatable: BaseActivations, folder: Path) -> None:
+        """Write the simulation of a zero adapter into `folder`.
+
+        Args:
+            updatable: which encodings change with the adapter.
+
+        Raises:
+            ExportError: the files cannot express the graph.
+        """
+
+    @abstractmethod
+    def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
+        """Write what the simulation of an adapter changes into `folder`.
+
+        Args:
+            base: the folder that `write_base` wrote.
+
+        Raises:
+            ExportError: the base has no place for it.
+        """
+
+    @abstractmethod
+    def open(self, folder: Path) -> SwitchableRuntime: ...
+
+
 @dataclass(frozen=True)
 class ExportedBase:
     """What a weights target writes.
@@ -244,7 +293,7 @@ class ExportedBase:
     gguf_file: Path | None = None
 
 
-class WeightsTarget(Target):
+class WeightsTarget(BundleTarget):
     """A base folder with the base's integers, and a folder for every adapter."""
 
     @abstractmethod
@@ -264,12 +313,4 @@ class WeightsTarget(Target):
 
         Raises:
             ExportError: the files cannot hold it.
-        """
-
-    @abstractmethod
-    def open(self, folder: Path) -> WeightsRuntime:
-        """The base in `folder`, opened in the target's runtime without an adapter.
-
-        Raises:
-            ExportError: the runtime refuses it.
         """

@@ -293,7 +293,7 @@ def verify_language_model(
         perturbed_max_abs_logit_difference=floor.largest,
         perplexity=math.exp(nll / data.loss_tokens),
         simulated_perplexity=math.exp(simulated_nll / data.loss_tokens),
-        floor_perplexity_difference=math.expm1(1.96 * math.sqrt(squared_noise) / data.loss_tokens),
+        floor_perplexity_difference=perplexity_floor(squared_noise, data.loss_tokens),
         sequences=len(data),
         tokens=exported.tokens,
     )
@@ -379,6 +379,15 @@ class LogitDifference:
         center = share + z * z / (2 * n)
         margin = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
         return (center - margin) / (1 + z * z / n)
+
+
+def perplexity_floor(squared_noise: float, tokens: int) -> float:
+    """Relative difference of perplexity that rounding explains in 95 % of samples.
+
+    Args:
+        squared_noise: sum over tokens of d_t^2; see the module.
+    """
+    return math.expm1(1.96 * math.sqrt(squared_noise) / tokens)
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ thousand.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from qwlora.data.sequences import Sequences
-from qwlora.export.verify import Limits, LogitDifference, token_losses
+from qwlora.export.verify import Limits, LogitDifference, Runtime, token_losses
 from qwlora.progress import Track, untracked
 
 LOGIT_DIFFERENCE = 1e-4
@@ -47,6 +47,30 @@ class WeightsRuntime(Protocol):
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
         """The `count` likeliest tokens after token ids [1, tokens], one by one, with a cache."""
+
+
+class SwitchableRuntime(Runtime, WeightsRuntime, Protocol):
+    """A base folder with simulated activations; every method computes with the active adapter."""
+
+
+def switching_problems(
+    runtime: WeightsRuntime, adapter: Path | None, others: Sequence[Path], ids: Tensor
+) -> Iterator[str]:
+    """A sentence for each state whose logits differ after other adapters were active.
+
+    Args:
+        adapter: folder of an adapter; None: the base.
+        others: folders of further adapters.
+        ids: token ids [1, tokens].
+    """
+    before: dict[Path | None, Tensor] = {}
+    for state in (None, adapter, *others, None, adapter):
+        runtime.use(state)
+        logits = runtime.logits(ids)
+        if not torch.equal(before.setdefault(state, logits), logits):
+            what = "without an adapter" if state is None else f"with adapter {state.name}"
+            yield f"logits {what} differ after other adapters were active"
+    runtime.use(None)
 
 
 @dataclass(frozen=True)

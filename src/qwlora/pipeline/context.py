@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from qwlora.export.verify_weights import SwitchableRuntime
     from qwlora.simulation.placement import Placement
 
 
@@ -97,6 +98,8 @@ class JobContext:
         self._float_model: PreTrainedModel | None = None
         self._simulation: tuple[str, Simulation] | None = None
         self.use_cases: dict[str, Simulation] | None = None  # see use_cases.py
+        self.zero_adapter: Simulation | None = None  # see zero_adapter.py
+        self.runtime: tuple[str, SwitchableRuntime] | None = None  # that runs exported files
         self._rules_are_checked = False
         # Why the weights cannot be read tensor by tensor; set by `lazy`.
         self.whole_because: str | None = None
@@ -385,13 +388,14 @@ class JobContext:
         """
         for adapter in self.recipe.adapters:
             if self.recipe.predecessor(adapter) is None:
-                model = self._untrained(adapter)
+                model = self.untrained(adapter)
                 yield self._placement(model.eval())
         shares = self.recipe.simulation.base_activations != "all"
         if self.recipe.workflow == "qwa-lora" or shares:
             yield self._placement(self.base())
 
-    def _untrained(self, adapter: Adapter) -> PeftModel:
+    def untrained(self, adapter: Adapter) -> PeftModel:
+        """A fresh copy of the base with an adapter before its training."""
         base, seed = self.base(), self.recipe.seed
         if adapter.continue_from is None:
             return attach(base, adapter.lora_shape(), seed)

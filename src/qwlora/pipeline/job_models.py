@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 
 from qwlora.errors import DirectoryError
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import UseCasesTarget, WeightsTarget
+from qwlora.export.target import BundleTarget, UseCasesTarget
 from qwlora.messages import suggestion
 from qwlora.pipeline.run_job import (
     check_current,
@@ -206,7 +206,7 @@ class JobModels:
         from qwlora.export.exported_model import ExportedModel, exported_logits, use_case_logits
 
         target, exported = TARGETS[name.stage], self.folder / "export" / name.stage
-        if isinstance(target, WeightsTarget):
+        if isinstance(target, BundleTarget):
             check_current(context, f"export/{name.stage}")
         check_current(context, name.export_stage)
         if isinstance(target, UseCasesTarget):

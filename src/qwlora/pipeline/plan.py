@@ -6,7 +6,7 @@ Imports no torch, so that a run in which nothing changed ends at once.
 from __future__ import annotations
 
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import UseCasesTarget
+from qwlora.export.target import SwitchableTarget, UseCasesTarget
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.job_texts import JobTexts
@@ -40,14 +40,21 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
         evaluate_stage.add(plan, "float")
     quantize_stage.add(plan)
     evaluate_stage.add(plan, "base", ("quantize",))
+    switched = [t for t in recipe.export.targets if isinstance(TARGETS[t], SwitchableTarget)]
     for target in recipe.export.targets:
-        export_stage.add_base(plan, target)
+        if target not in switched:
+            export_stage.add_base(plan, target)
     calibrate_base_stage.add(plan)
     for adapter in recipe.adapters:
         if is_imported(recipe, adapter) and has_float_model(recipe):
             evaluate_stage.add(plan, "imported", (), adapter.name)
         train_stage.add(plan, adapter)
     calibrate_stage.add_shared(plan)
+    if switched:
+        calibrate_stage.add_zero(plan)
+    for target in switched:
+        export_stage.add_base(plan, target)
+        verify_stage.add_base(plan, target)
     together = [t for t in recipe.export.targets if isinstance(TARGETS[t], UseCasesTarget)]
     for name in (adapter.name for adapter in recipe.adapters):
         evaluate_stage.add(plan, "adapted", (f"train/{name}",), name)

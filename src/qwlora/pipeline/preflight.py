@@ -21,7 +21,7 @@ from qwlora.data.document_isolation import check_isolation
 from qwlora.errors import GridError, SourceError, TrainingError
 from qwlora.export.grid_table import problems
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget, Target, UseCasesTarget
+from qwlora.export.target import GraphTarget, SwitchableTarget, Target, UseCasesTarget
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.max_positions import check_positions
 from qwlora.formats.model_source import fetch
@@ -47,7 +47,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     """
     if verbs & {"export", "verify"}:
         for target in (TARGETS[name] for name in context.recipe.export.targets):
-            if isinstance(target, GraphTarget | UseCasesTarget):
+            if isinstance(target, GraphTarget | SwitchableTarget | UseCasesTarget):
                 target.require_packages()
     for line in _slow_computing(context.recipe, verbs):
         say(line)

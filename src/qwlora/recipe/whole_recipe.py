@@ -10,7 +10,7 @@ from qwlora.export.bundle import BASE, PROOF
 from qwlora.export.grid_table import refusal
 from qwlora.export.qnn_target import QnnTarget
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget, UseCasesTarget, WeightsTarget
+from qwlora.export.target import GraphTarget, SwitchableTarget, UseCasesTarget
 from qwlora.recipe.adapter_section import Adapter
 from qwlora.recipe.base_section import Base, Model
 from qwlora.recipe.data_section import Data
@@ -227,7 +227,7 @@ class Recipe(Section):
         }
         for target in self.export.targets:
             kind = TARGETS[target]
-            if not isinstance(kind, GraphTarget | UseCasesTarget):
+            if not isinstance(kind, GraphTarget | SwitchableTarget | UseCasesTarget):
                 continue
             held = kind.activation_bitwidths
             if wrong := [f"{key} {bits}" for key, bits in asked.items() if bits not in held]:
@@ -251,13 +251,13 @@ class Recipe(Section):
     def _runtimes_hold_adapters(self) -> Recipe:
         for target in self.export.targets:
             kind = TARGETS[target]
-            if not isinstance(kind, WeightsTarget | UseCasesTarget):
+            if isinstance(kind, GraphTarget):
                 continue
             if wrong := [a.name for a in self.adapters if a.dora or a.target_parameters]:
                 raise ValueError(
                     f"adapters {', '.join(wrong)}: {target} holds LoRA factors of linear layers, "
-                    f"but no DoRA and no experts; remove {target} from export.targets, or train "
-                    "without dora and target_parameters"
+                    "but no DoRA and no experts. Train without dora and target_parameters, or use "
+                    "export.targets: [aimet], which writes a model for each adapter"
                 )
             if taken := {BASE, PROOF} & {a.name for a in self.adapters}:
                 raise ValueError(

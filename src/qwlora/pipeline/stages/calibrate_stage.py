@@ -2,6 +2,7 @@
 
 calibrate         encodings that adapters share, if simulation.base_activations shares any
 calibrate/NAME    encodings of one adapter
+calibrate/_base         encodings of a zero adapter, for targets that switch simulations
 calibrate/_use_cases    encodings of export.use_cases, for targets that hold all of them
 """
 
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.grid.range_estimator import Estimator
-from qwlora.pipeline.artifacts import ADAPTER, SHARED, USE_CASES
+from qwlora.pipeline.artifacts import ADAPTER, SHARED, USE_CASES, ZERO_ADAPTER
 from qwlora.pipeline.stage import PlanBuilder, Stage
 from qwlora.recipe import Data
 from qwlora.recipe.dropped_keys import dropped_defaults
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
 
 
 NAME = "calibrate"
-CASES = f"{NAME}/_use_cases"
+CASES, ZERO = f"{NAME}/_use_cases", f"{NAME}/_base"
+SHAPE_KEYS = {"rank", "rank_pattern", "target_modules", "layers"}  # of an adapter
 SIMULATION_FORMAT = 3  # 2: contains the adapter; 3: lists values that calibration left float
 
 
@@ -55,6 +57,20 @@ def add(plan: PlanBuilder, name: str) -> None:
     plan.add(f"{NAME}/{name}", inputs, needs, name, f"simulation/{name}")
 
 
+def add_zero(plan: PlanBuilder) -> None:
+    """Add the stage of the zero adapter. It depends on which layers have an adapter, and so on the
+    training of those whose layers the recipe does not say."""
+    recipe = plan.recipe
+    shapes = [adapter.model_dump(include=SHAPE_KEYS) for adapter in recipe.adapters]
+    needs = [f"train/{a.name}" for a in recipe.adapters if a.continue_from is not None]
+    if recipe.workflow == "qwa-lora":
+        needs.append("calibrate-base")
+    if _shares(plan):
+        needs.append(NAME)
+    inputs = [range_inputs(plan, recipe.base_texts()), shapes, recipe.seed]
+    plan.add(ZERO, inputs, ("quantize", *needs), artifact=ZERO_ADAPTER)
+
+
 def add_use_cases(plan: PlanBuilder) -> None:
     """Add the stage of the use cases, once."""
     cases, texts = plan.recipe.use_cases(), plan.recipe.texts().values()
@@ -79,6 +95,10 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         from qwlora.pipeline.use_cases import calibrate_use_cases
 
         return calibrate_use_cases(context, scratch)
+    if stage.name == ZERO:
+        from qwlora.pipeline.zero_adapter import calibrate_zero_adapter
+
+        return calibrate_zero_adapter(context, scratch)
     if stage.adapter is None:
         return _calibrate_shared(context, scratch)
     name, section = stage.adapter, context.recipe.simulation

@@ -1,56 +1,67 @@
 """Stages of step 4: write the files for a runtime.
 
-export/TARGET/NAME    the simulation of an adapter as a model, or, of a weights target, the adapter
-export/TARGET         of a weights target: the base, in the folder export/TARGET/base; of a use
-                      case target: everything
+export/TARGET/NAME    the simulation of an adapter as a model, or, of a bundle, the adapter
+export/TARGET         of a bundle: the base, in the folder export/TARGET/base; of a use case
+                      target: everything
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.atomic import files_in
-from qwlora.export.bundle import BASE, RECORD
+from qwlora.export.bundle import BASE, RECORD, record_digest
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import (
+    BundleTarget,
     ExportedBase,
     ExportedGraph,
     ExportedUseCases,
     GraphTarget,
+    SwitchableTarget,
     UseCasesTarget,
     WeightsTarget,
 )
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.artifacts import ADAPTER
 from qwlora.pipeline.stage import PlanBuilder, Stage
-from qwlora.pipeline.stages.calibrate_stage import CASES
+from qwlora.pipeline.stages.calibrate_stage import CASES, ZERO
 
 if TYPE_CHECKING:
     from qwlora.pipeline.context import JobContext
 
 
 NAME = "export"
+SWITCHABLE_FORMAT = 1  # before it, every adapter was a whole model
 
 
 def add_base(plan: PlanBuilder, target: str) -> None:
     """Add the stage that writes the base, if the target has one."""
-    if isinstance(TARGETS[target], WeightsTarget):
-        plan.add(f"{NAME}/{target}", [], ("quantize",), None, f"{NAME}/{target}/{BASE}")
+    kind, stage = TARGETS[target], f"{NAME}/{target}"
+    if isinstance(kind, SwitchableTarget):
+        inputs = [SWITCHABLE_FORMAT, *_version(plan)]
+        plan.add(stage, inputs, (ZERO,), None, f"{stage}/{BASE}")
+    elif isinstance(kind, WeightsTarget):
+        plan.add(stage, [], ("quantize",), None, f"{stage}/{BASE}")
 
 
 def add(plan: PlanBuilder, target: str, name: str) -> None:
     """Add the stage of one target and adapter."""
-    stage = f"{NAME}/{target}/{name}"
-    needs = (
-        (f"calibrate/{name}",)
-        if isinstance(TARGETS[target], GraphTarget)
-        else (f"{NAME}/{target}", f"train/{name}")
-    )
+    stage, kind = f"{NAME}/{target}/{name}", TARGETS[target]
+    needs = [f"train/{name}" if isinstance(kind, WeightsTarget) else f"calibrate/{name}"]
+    if isinstance(kind, BundleTarget):
+        needs.insert(0, f"{NAME}/{target}")
+    plan.add(stage, _version(plan), tuple(needs), name, stage)
+
+
+def _version(plan: PlanBuilder) -> list[str]:
+    """The version of encodings files, unless it is the default."""
     version = plan.recipe.export.encodings_version
-    is_default = version == type(plan.recipe.export)().encodings_version
-    plan.add(stage, [] if is_default else [version], needs, name, stage)
+    return [] if version == type(plan.recipe.export)().encodings_version else [version]
 
 
 def add_use_cases(plan: PlanBuilder, target: str) -> None:
@@ -72,32 +83,80 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     if isinstance(target, GraphTarget):
         size = _write_graph(context, target, str(stage.adapter), scratch)
     else:
-        _write_weights(context, name, stage.adapter, scratch)
+        if isinstance(target, SwitchableTarget):
+            _write_switchable(context, target, name, stage.adapter, scratch)
+        else:
+            _write_weights(context, name, stage.adapter, scratch)
         size = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
     return {"export": {name: {stage.adapter or BASE: {"bytes": size}}}}
 
 
 def _write_graph(context: JobContext, target: GraphTarget, adapter: str, scratch: Path) -> int:
     """Write a simulation, with its calibrated adapter; returns the size of the model."""
-    from qwlora.formats import manifest
-    from qwlora.pipeline.machine_speed import export_seconds
-
-    metadata = {"qwlora.base_fingerprint": context.base_fingerprint, "qwlora.adapter": adapter}
-    simulation = context.simulation(adapter)
-    exported = ExportedGraph(
-        simulation,
-        metadata,
-        context.sample(adapter),
-        context.recipe.export.encodings_version,
-    )
-    nodes = len(simulation.program.graph.nodes) + len(simulation.marks)
-    with context.step(f"writing files for {adapter}", lambda speed: export_seconds(speed, nodes)):
+    exported = _exported(context, adapter)
+    with _writing(context, exported, adapter):
         target.write(exported, scratch)
     size = sum(path.stat().st_size for path in scratch.glob(target.model_files))
-    shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
-    record = {"base_fingerprint": context.base_fingerprint, "adapter": adapter}
-    manifest.write(scratch, RECORD, record, files_in(scratch))
+    _add_adapter(context, adapter, scratch)
     return size
+
+
+def _write_switchable(
+    context: JobContext, target: SwitchableTarget, name: str, adapter: str | None, scratch: Path
+) -> None:
+    """Write the zero adapter's simulation, or what an adapter changes in it."""
+    from qwlora.formats import manifest
+
+    exported = _exported(context, adapter)
+    with _writing(context, exported, adapter or BASE):
+        if adapter is None:
+            target.write_base(exported, context.recipe.simulation.base_activations, scratch)
+            record = {"base_fingerprint": context.base_fingerprint}
+            manifest.write(scratch, RECORD, record, files_in(scratch))
+        else:
+            base = context.path / NAME / name / BASE
+            target.write_adapter(exported, base, scratch)
+            _add_adapter(context, adapter, scratch, {"base": record_digest(base)})
+
+
+def _exported(context: JobContext, adapter: str | None) -> ExportedGraph:
+    """The simulation of an adapter, or of the zero adapter, as targets take it."""
+    from qwlora.pipeline.zero_adapter import zero_adapter_simulation
+
+    metadata = {"qwlora.base_fingerprint": context.base_fingerprint}
+    if adapter is None:
+        simulation = zero_adapter_simulation(context)
+    else:
+        simulation = context.simulation(adapter)
+        metadata["qwlora.adapter"] = adapter
+    sample = context.sample(adapter or context.recipe.adapters[0].name)
+    return ExportedGraph(simulation, metadata, sample, context.recipe.export.encodings_version)
+
+
+def _writing(
+    context: JobContext, exported: ExportedGraph, what: str
+) -> AbstractContextManager[None]:
+    """Report the block as the writing of files."""
+    from qwlora.pipeline.machine_speed import export_seconds
+
+    simulation: Any = exported.simulation
+    nodes = len(simulation.program.graph.nodes) + len(simulation.marks)
+    return context.step(f"writing files for {what}", lambda speed: export_seconds(speed, nodes))
+
+
+def _add_adapter(
+    context: JobContext, adapter: str, scratch: Path, of: Mapping[str, str] | None = None
+) -> None:
+    """Add the adapter as it was calibrated, and the record of the files.
+
+    Args:
+        of: digest of the base's record, in a bundle.
+    """
+    from qwlora.formats import manifest
+
+    shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
+    record = {"base_fingerprint": context.base_fingerprint, "adapter": adapter, **(of or {})}
+    manifest.write(scratch, RECORD, record, files_in(scratch))
 
 
 def _write_use_cases(

@@ -1,27 +1,41 @@
 """Stages `verify/TARGET/NAME`, step 5: run exported files and compare them with the simulation, or
-with the trained model for a weights target."""
+with the trained model for a weights target. `verify/TARGET` is the base of a switchable target."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.export.bundle import BASE, PROOF, RECORD
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget, UseCasesTarget, WeightsTarget
+from qwlora.export.target import (
+    BundleTarget,
+    GraphTarget,
+    SwitchableTarget,
+    UseCasesTarget,
+    WeightsTarget,
+)
 from qwlora.pipeline.stage import PlanBuilder, Stage
 
 if TYPE_CHECKING:
     from peft import PeftModel
+    from torch import Tensor, nn
 
     from qwlora.data.sequences import Sequences
-    from qwlora.export.verify import LanguageModelParity, Limits
+    from qwlora.export.verify import LanguageModelParity, Limits, Reference
     from qwlora.export.verify_qnn import QnnParity
-    from qwlora.export.verify_weights import WeightsParity
+    from qwlora.export.verify_weights import SwitchableRuntime, WeightsParity
     from qwlora.pipeline.context import JobContext
 
 
 NAME = "verify"
+
+
+def add_base(plan: PlanBuilder, target: str) -> None:
+    """Add the stage of the base of a switchable target."""
+    inputs = [plan.recipe.verify.model_dump(), plan.text(plan.recipe.adapters[0].name)]
+    plan.add(f"{NAME}/{target}", inputs, (f"export/{target}",))
 
 
 def add(plan: PlanBuilder, target: str, name: str) -> None:
@@ -29,7 +43,7 @@ def add(plan: PlanBuilder, target: str, name: str) -> None:
     inputs: list[Any] = [plan.recipe.verify.model_dump(), plan.text(name)]
     needs = [f"export/{target}/{name}"]
     artifact = None
-    if isinstance(kind := TARGETS[target], WeightsTarget):
+    if isinstance(kind := TARGETS[target], BundleTarget):
         needs.insert(0, f"export/{target}")
         inputs.append(kind.missing())  # it is verified once its runtime is installed
         artifact = f"export/{target}/{PROOF}/{name}"
@@ -51,21 +65,28 @@ def add_use_cases(plan: PlanBuilder, target: str) -> None:
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Run the exported files on held-out text and compare the result with the recipe's limits."""
     from qwlora.errors import VerificationError
+    from qwlora.export.proof import logits_of, make_reference
     from qwlora.export.verify import Limits
     from qwlora.export.verify_qnn import QnnParity
 
-    _, name, case = stage.name.split("/")
-    target, adapter, section = TARGETS[name], str(stage.adapter), context.recipe.verify
+    _, name, *cases = stage.name.split("/")
+    target, adapter, section = TARGETS[name], stage.adapter or BASE, context.recipe.verify
     parity: LanguageModelParity | QnnParity | WeightsParity
-    of, proof = "simulated", dict[str, Any]()
+    of, proof, problems = "simulated", dict[str, Any](), list[str]()
     if isinstance(target, UseCasesTarget):
-        adapter, parity = case, _verify_use_case(context, target, name, case)
+        (adapter,) = cases
+        parity = _verify_use_case(context, target, name, adapter)
+    elif isinstance(target, SwitchableTarget):
+        if stage.adapter is not None:
+            proof = _prove(context, name, adapter, *_simulated_reference(context, adapter), scratch)
+        parity, problems = _verify_switchable(context, target, name, stage.adapter)
     elif isinstance(target, GraphTarget):
         parity = _verify_graph(context, target, name, adapter)
     else:
         assert isinstance(target, WeightsTarget)
         model, held_out = context.adapted(adapter), _held_out(context, adapter)
-        proof = _prove(context, name, adapter, model, held_out, scratch)
+        reference = make_reference(logits_of(model), held_out)
+        proof = _prove(context, name, adapter, model, reference, scratch)
         if "not_run" in proof:
             return {"parity": {name: {adapter: {"not_run": proof["not_run"]}}}}
         parity, of = _verify_weights(context, target, name, adapter, model, held_out), "trained"
@@ -74,7 +95,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         layer_steps=section.layer_steps,
         layer_mean_steps=section.layer_mean_steps,
     )
-    problems = [*parity.broken_limits(limits), *proof.get("problems", [])]
+    problems = [*parity.broken_limits(limits), *problems, *proof.get("problems", [])]
     measured = {
         **parity.to_json(),
         **({"proof": proof["figures"]} if proof else {}),
@@ -131,6 +152,63 @@ def _verify_graph(
     )
 
 
+def _verify_switchable(
+    context: JobContext, target: SwitchableTarget, name: str, adapter: str | None
+) -> tuple[LanguageModelParity, list[str]]:
+    """Compare one adapter, or the base, in the session of all; and problems of switching."""
+    from qwlora.export.bundle import is_of_base
+    from qwlora.export.switchable_graph import ZeroAdapter
+    from qwlora.export.verify import verify_language_model
+    from qwlora.export.verify_weights import switching_problems
+    from qwlora.formats import manifest
+    from qwlora.pipeline.zero_adapter import zero_adapter_simulation
+
+    section, bundle = context.recipe.verify, context.path / "export" / name
+    own = None if adapter is None else bundle / adapter
+    for folder in (bundle / BASE, own or bundle / BASE):
+        manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
+    first = context.recipe.adapters[0].name
+    held_out = _held_out(context, adapter or first)
+    runtime = _runtime(context, target, bundle / BASE)
+    reference: Reference = (
+        ZeroAdapter(zero_adapter_simulation(context))
+        if adapter is None
+        else context.simulation(adapter)
+    )
+    runtime.use(own)
+    parity = verify_language_model(
+        runtime, reference, held_out, section.layer_tokens, context.track
+    )
+    names = [other.name for other in context.recipe.adapters if other.name != adapter]
+    others = [bundle / other for other in names if is_of_base(bundle, other)]
+    ids = held_out.input_ids[:1, : section.layer_tokens]
+    return parity, list(switching_problems(runtime, own, others, ids))
+
+
+def _runtime(context: JobContext, target: SwitchableTarget, base: Path) -> SwitchableRuntime:
+    """The base's files in their runtime; the context keeps it for all adapters."""
+    from qwlora.export.bundle import record_digest
+
+    digest = record_digest(base)
+    if context.runtime is None or context.runtime[0] != digest:
+        context.runtime = digest, target.open(base)
+    return context.runtime[1]
+
+
+def _simulated_reference(context: JobContext, adapter: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """The model of an adapter's simulation, and what the simulation says about held-out text."""
+    from qwlora.export.proof import make_reference
+    from qwlora.pipeline.zero_adapter import zero_adapter_simulation
+
+    base, own = zero_adapter_simulation(context), context.simulation(adapter)
+    reference = make_reference(
+        {"base": base.logits, "adapter": own.logits},
+        _held_out(context, adapter),
+        {"base": base.perturbed_logits, "adapter": own.perturbed_logits},
+    )
+    return own.origin.model, reference
+
+
 def _held_out(context: JobContext, adapter: str) -> Sequences:
     return context.text(adapter).data.held_out.first(context.recipe.verify.sequences)
 
@@ -167,8 +245,8 @@ def _prove(
     context: JobContext,
     name: str,
     adapter: str,
-    model: PeftModel,
-    held_out: Sequences,
+    model: nn.Module,
+    reference: Mapping[str, Tensor],
     scratch: Path,
 ) -> dict[str, Any]:
     """Write the proof of an adapter, with which it can be verified elsewhere, and the README."""
@@ -180,15 +258,13 @@ def _prove(
         write_proof,
         write_readme,
     )
-    from qwlora.export.proof import make_reference
     from qwlora.formats import manifest
 
     target, bundle = TARGETS[name], context.path / "export" / name
-    assert isinstance(target, WeightsTarget)
+    assert isinstance(target, BundleTarget)
     base, own = bundle / BASE, bundle / adapter
     for folder in (base, own):
         manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
-    reference = make_reference(model, held_out)
     limits = {"perplexity_difference": context.recipe.verify.perplexity_difference}
     record = {
         "target": name,

@@ -27,6 +27,7 @@ from conftest import EACH_ARCHITECTURE, text, tiny_model
 from qwlora.encodings.from_grid import entry_of
 from qwlora.encodings.versions_0_and_1 import build_1_0_0
 from qwlora.errors import DirectoryError, EncodingsFileError, FingerprintError, SourceError
+from qwlora.export.bundle import verify_bundle
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
@@ -145,17 +146,20 @@ def test_sequences_longer_than_rotary_positions_are_spoken_of(
 
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 def test_exported_names_and_encodings_agree(finished: dict[str, Path], architecture: str) -> None:
-    folder = finished[architecture] / "export" / "onnx" / "first"
-    onnx.checker.check_model(str(folder / "model.onnx"), full_check=True)
-    graph = onnx.load(folder / "model.onnx").graph
+    folder = finished[architecture] / "export" / "onnx"
+    onnx.checker.check_model(str(folder / "base" / "model.onnx"), full_check=True)
+    graph = onnx.load(folder / "base" / "model.onnx").graph
     tensors = {o for node in graph.node for o in node.output} | {i.name for i in graph.initializer}
-    encodings = json.loads((folder / "model.encodings").read_text())
-    names = [
-        e["name"] for part in ("activation_encodings", "param_encodings") for e in encodings[part]
-    ]
-    assert encodings["version"] == "1.0.0"
-    assert len(names) == len(set(names))
-    assert set(names) <= tensors
+    for name in ("base", "first"):
+        encodings = json.loads((folder / name / "model.encodings").read_text())
+        names = [
+            e["name"]
+            for part in ("activation_encodings", "param_encodings")
+            for e in encodings[part]
+        ]
+        assert encodings["version"] == "1.0.0"
+        assert len(names) == len(set(names))
+        assert set(names) <= tensors
     # nothing of the model's weights is left float in the file: what is float there is scales and constants of the code
     floats = {i.name for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT}
     assert all(
@@ -182,7 +186,7 @@ def test_exported_integers_are_the_trained_integers(
     exported = {
         i.name: i
         for i in onnx.load(
-            finished[architecture] / "export" / "onnx" / "first" / "model.onnx"
+            finished[architecture] / "export" / "onnx" / "base" / "model.onnx"
         ).graph.initializer
     }
     layers = {name: m for name, m in base.named_modules() if isinstance(m, qwlora.PackedLinear)}
@@ -233,9 +237,25 @@ def test_the_exported_adapter_is_the_one_that_the_encodings_are_of(
     assert qwlora.load_simulation(out / "simulation" / "first", model).encodings
 
 
+def test_the_onnx_bundle_is_proven_again_elsewhere_and_changed_files_are_named(
+    finished: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(finished["llama"] / "export" / "onnx", tmp_path / "onnx")
+    found = verify_bundle(tmp_path / "onnx")["first"]
+    assert found["passed"], found["problems"]
+    assert found["figures"]["exact"]["adapter"]["top1_agreement"] == 1
+    for name in ("base/model.onnx.data", "first/adapter.onnx_adapter", "first/model.encodings"):
+        path = tmp_path / "onnx" / name
+        content = path.read_bytes()
+        path.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+        with pytest.raises(FingerprintError, match=path.name):
+            verify_bundle(tmp_path / "onnx")
+        path.write_bytes(content)
+
+
 def _gemm_weights(out: Path) -> set[str]:
     """Layers that torch exports as Gemm, whose weight keeps the layout [out, in]."""
-    graph = onnx.load(out / "export" / "onnx" / "first" / "model.onnx").graph
+    graph = onnx.load(out / "export" / "onnx" / "base" / "model.onnx").graph
     return {
         i.removesuffix(".weight")
         for node in graph.node
@@ -245,7 +265,7 @@ def _gemm_weights(out: Path) -> set[str]:
 
 
 def test_session_options_beside_the_file_make_it_faithful(finished: dict[str, Path]) -> None:
-    folder = finished["llama"] / "export" / "onnx" / "first"
+    folder = finished["llama"] / "export" / "onnx" / "base"
     options = onnxruntime.SessionOptions()
     for key, value in json.loads((folder / "session_options.json").read_text()).items():
         options.add_session_config_entry(key, value)
@@ -285,7 +305,7 @@ def test_second_run_skips_everything_and_says_so(finished: dict[str, Path]) -> N
     }
     results, said = run_recipe(out / "recipe.yaml", out)
     assert [line for line in said if "skipped" not in line] == []
-    assert len(said) == 9
+    assert len(said) == 12
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())
     assert results == json.loads((out / "results.json").read_text())
 
@@ -360,7 +380,8 @@ def test_two_adapters_share_one_base(recipe_for: Any, tmp_path: Path) -> None:
     ]
     out = tmp_path / "out"
     results, _ = run_recipe(recipe_for(adapters=adapters), out)
-    assert set(results["perplexity"]["adapted"]) == set(results["parity"]["onnx"]) == {"a", "b"}
+    assert set(results["perplexity"]["adapted"]) == {"a", "b"}
+    assert set(results["parity"]["onnx"]) == {"a", "b", "base"}
     identities = {
         json.loads((out / "adapters" / n / "qwlora.json").read_text())["base_fingerprint"]
         for n in "ab"

@@ -126,7 +126,7 @@ def test_export_is_proved(recipe_for: Any, tmp_path: Path) -> None:
         out / "adapters" / "second" / "activation_scales.safetensors"
     ).items():
         assert by_name[name]["scale"] == [float(scale)]
-    assert len(done(said)) == 10
+    assert len(done(said)) == 13
 
 
 @pytest.mark.slow

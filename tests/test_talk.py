@@ -240,11 +240,14 @@ def test_exported_files_of_another_adapter_are_not_run(
 ) -> None:
     copied = tmp_path / "job"
     shutil.copytree(job, copied)
-    model = copied / "export" / "onnx" / "first" / "model.onnx.data"
-    model.write_bytes(model.read_bytes()[::-1])
-    code, out, err = call("generate", copied, PROMPT, "--stage", "onnx")
-    assert (code, out) == (2, "")
-    assert "model.onnx.data has changed" in err
+    for name in ("base/model.onnx.data", "first/adapter.onnx_adapter"):
+        file = copied / "export" / "onnx" / name
+        content = file.read_bytes()
+        file.write_bytes(content[::-1])
+        code, out, err = call("generate", copied, PROMPT, "--stage", "onnx")
+        assert (code, out) == (2, "")
+        assert f"{file.name} has changed" in err
+        file.write_bytes(content)
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qwlora.adapter.chunked_loss import CHUNK_LOGITS
+from qwlora.export.proof import DECODED, SEQUENCES
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import UseCasesTarget, WeightsTarget
+from qwlora.export.target import SwitchableTarget, UseCasesTarget, WeightsTarget
 from qwlora.formats.model_source import fetch
 from qwlora.formats.shard_writer import SHARD_BYTES
 from qwlora.grid.activation_observer import VALUES
@@ -31,6 +32,7 @@ from qwlora.pipeline.machine_speed import (
 )
 from qwlora.pipeline.plan import has_float_model
 from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stages.calibrate_stage import ZERO
 from qwlora.pipeline.stages.evaluate_stage import is_compared
 from qwlora.pipeline.stages.quantize_stage import needs_moments
 from qwlora.pipeline.traced_models import TracedModels
@@ -394,7 +396,7 @@ class Forecaster:
         memory["samples of activations"] = FLOAT * VALUES * values
         seconds = self._load_base() + self._capture_seconds(adapter) + count * each
         seconds += _ACTIVATION_SECONDS * values
-        if stage.adapter is None:
+        if stage.adapter is None and stage.name != ZERO:
             seconds *= len(self.recipe.adapters)
         disk = 2 * FLOAT * self.models.trained_values(adapter)
         return Forecast(
@@ -430,6 +432,8 @@ class Forecaster:
         seconds = speed.tracing(TRANSLATE * run.operators) + _SCALE_SECONDS * models.scales
         seconds += speed.moving(20 * models.packed_weights)
         disk = models.packed_bytes + FLOAT * models.float_values + 24 * models.scales
+        if isinstance(TARGETS[name], SwitchableTarget) and stage.adapter is not None:
+            disk = 2 * FLOAT * models.trained_values(adapter) + 24 * models.scales
         if isinstance(TARGETS[name], UseCasesTarget):  # weights in float, once for all graphs
             seconds *= len(self.recipe.use_cases())
             disk += FLOAT * models.packed_weights
@@ -462,6 +466,9 @@ class Forecaster:
         )
         seconds = 2 * speed.moving(30 * size) + speed.tracing(10 * run.operators)
         seconds += 3 * count * each
+        if isinstance(TARGETS[name], SwitchableTarget) and stage.adapter is not None:
+            memory["simulation of the base"] = sum((self._base_memory | graph).values())
+            seconds += (4 * SEQUENCES + DECODED) * each
         return Forecast(
             stage.name, seconds, memory, 0, ("verify.layer_tokens", "data.sequence_tokens")
         )

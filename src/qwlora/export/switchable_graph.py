@@ -38,6 +38,10 @@ from qwlora.system.optional_packages import require
 
 _GRID = (".scale", ".zero_point")
 _SCALING = ".scaling"
+_REMEDY = (
+    "If another adapter changes this layer, give all adapters the same target_modules and layers, "
+    "or use target aimet, which writes a model for each adapter; else calibrate on more data"
+)
 
 
 @dataclass(frozen=True)
@@ -117,17 +121,15 @@ def write_adapter(graph: QuantizedGraph, base: Path, folder: Path) -> set[str]:
     fixed = {name: shared.initializers.get(name) for name in values.keys() - defaults}
     if unknown := sorted(name for name, value in fixed.items() if value is None):
         raise ExportError(
-            f"the exported base does not quantize {listed(unknown, 3)}, the adapter's simulation "
-            "does. Calibration did not reach the same values: calibrate on more data, or add a "
-            "rule with keep: float"
+            f"the adapter's simulation quantizes {listed(unknown, 3)}, the exported base does not. "
+            f"{_REMEDY}"
         )
     for name, value in fixed.items():
         assert value is not None
         if not np.array_equal(value.const_value.numpy().reshape(-1), values[name].reshape(-1)):
             raise ExportError(f"{name} of the adapter is not that of the base; export both again")
-    missing = defaults - values.keys()
     for node in shared:
-        if node.op_type == "QuantizeLinear" and node.inputs[1].name in missing:
+        if node.op_type == "QuantizeLinear" and node.inputs[1].name in defaults - values.keys():
             values |= _unchanged(node, values)
     own = {name: array for name, array in values.items() if name in defaults}
     write_adapter_file(own, folder / ADAPTER_FILE)
@@ -137,7 +139,8 @@ def write_adapter(graph: QuantizedGraph, base: Path, folder: Path) -> set[str]:
 def _unchanged(
     node: Any, values: Mapping[str, np.ndarray[Any, Any]]
 ) -> dict[str, np.ndarray[Any, Any]]:
-    """Grid of a value of the base's model that the adapter does not have; see the module.
+    """Grid of a value that the model quantizes in `node` and the adapter does not have; see the
+    module.
 
     Raises:
         ExportError: the value is not one of an adapter's.
@@ -150,9 +153,7 @@ def _unchanged(
         if source.op_type == "Add" and f"{value}.scale" in values:
             return {f"{name}{part}": values[f"{value}{part}"] for part in _GRID}
     raise ExportError(
-        f"the exported base quantizes {name}, the adapter's simulation does not. If another "
-        "adapter changes this layer, give all adapters the same target_modules and layers; else "
-        "calibrate on more data"
+        f"the exported base quantizes {name}, the adapter's simulation does not. {_REMEDY}"
     )
 
 

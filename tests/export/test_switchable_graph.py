@@ -1,0 +1,142 @@
+"""One session for a base and adapters of other layers, ranks and scalings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from conftest import tiny_model
+from qwlora import Scheme, SimulationSchemes, quantize_, simulate
+from qwlora.errors import ExportError
+from qwlora.export.onnx_bundle import export_onnx
+from qwlora.export.onnx_runtime import OnnxModel, write_session_options
+from qwlora.export.switchable_graph import ZeroAdapter, write_adapter, write_switchable
+from qwlora.export.verify import Limits, verify_language_model
+from qwlora.export.verify_weights import switching_problems
+from qwlora.simulation.simulation import Simulation
+
+IDS = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
+WIDE = ["q_proj", "o_proj", "down_proj", "up_proj"]
+
+
+def simulation(seed: int, modules: list[str], **given: object) -> Simulation:
+    """Of a Llama of one layer with a random adapter, whose weights have 4 bits."""
+    model = tiny_model("llama", layers=1)
+    model.set_attn_implementation("eager")
+    quantize_(model, "w4-block32")
+    torch.manual_seed(seed)
+    config = LoraConfig(target_modules=modules, init_lora_weights=False, **given)  # type: ignore[arg-type]
+    inputs = {"input_ids": IDS[:2, :12], "attention_mask": torch.ones_like(IDS[:2, :12])}
+    schemes = SimulationSchemes(Scheme(16), adapter_weights=Scheme(4))
+    adapted = get_peft_model(model, config).eval()
+    if not seed:
+        with torch.no_grad():
+            for name, parameter in adapted.named_parameters():
+                if "lora_" in name:
+                    parameter.zero_()
+    found = simulate(adapted, inputs, schemes)
+    found.calibrate([inputs])
+    return found
+
+
+@dataclass
+class Bundle:
+    """Folders of a base and of adapters `wide` and `narrow`, and their simulations by name."""
+
+    folder: Path
+    simulations: dict[str, Simulation]
+
+    def adapter(self, name: str) -> Path | None:
+        return None if name == "base" else self.folder / name
+
+    def logits(self, name: str, runtime: OnnxModel) -> Tensor:
+        runtime.use(self.adapter(name))
+        return runtime.logits(IDS)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    folder = tmp_path_factory.mktemp("bundle")
+    simulations = {
+        "base": simulation(0, WIDE, r=4, lora_alpha=8),
+        "wide": simulation(1, WIDE, r=4, lora_alpha=8),
+        "narrow": simulation(2, ["q_proj", "down_proj"], r=3, lora_alpha=16, use_rslora=True),
+    }
+    for name, made in simulations.items():
+        (folder / name).mkdir()
+        if name == "base":
+            write_switchable(made.graph(), folder / name, {}, base_activations=True)
+            write_session_options(made.graph(), folder / name)
+        else:
+            write_adapter(made.graph(), folder / "base", folder / name)
+    return Bundle(folder, simulations)
+
+
+def test_one_session_computes_the_base_and_every_adapter(bundle: Bundle) -> None:
+    runtime = OnnxModel(bundle.folder / "base")
+    layers = {}
+    for name, made in bundle.simulations.items():
+        runtime.use(bundle.adapter(name))
+        reference = ZeroAdapter(made) if name == "base" else made
+        parity = verify_language_model(runtime, reference, IDS, layer_tokens=16)
+        assert list(parity.broken_limits(Limits())) == [], name
+        assert parity.top1_agreement == 1
+        layers[name] = parity.layers
+    assert layers["wide"] - layers["base"] == 2 * len(WIDE)  # lora_A and lora_B
+
+
+def test_switching_gives_the_bits_of_separate_sessions_and_of_whole_models(
+    bundle: Bundle, tmp_path: Path
+) -> None:
+    together = OnnxModel(bundle.folder / "base")
+    alone = {n: bundle.logits(n, OnnxModel(together.folder)) for n in bundle.simulations}
+    for name in ("wide", "narrow", "base", "wide", "base", "narrow"):
+        assert torch.equal(bundle.logits(name, together), alone[name])
+    assert (alone["wide"] - alone["base"]).abs().max() > 0.1
+    assert (alone["wide"] - alone["narrow"]).abs().max() > 0.1
+    export_onnx(bundle.simulations["wide"].graph(), tmp_path)
+    assert torch.equal(OnnxModel(tmp_path).logits(IDS), alone["wide"])
+
+
+def test_a_session_that_keeps_an_adapter_is_noticed(bundle: Bundle) -> None:
+    class Sticky(OnnxModel):
+        def use(self, adapter: Path | None) -> None:
+            if adapter is not None:
+                super().use(adapter)
+
+    wide, narrow = bundle.folder / "wide", bundle.folder / "narrow"
+    runtime, sticky = (kind(bundle.folder / "base") for kind in (OnnxModel, Sticky))
+    assert list(switching_problems(runtime, wide, [narrow], IDS[:1])) == []
+    (problem,) = switching_problems(sticky, wide, [narrow], IDS[:1])
+    assert "without an adapter" in problem
+
+
+def test_an_adapter_is_small_and_the_weights_are_there_once(bundle: Bundle) -> None:
+    sizes = {
+        name: sum(file.stat().st_size for file in (bundle.folder / name).iterdir())
+        for name in bundle.simulations
+    }
+    assert max(sizes["wide"], sizes["narrow"]) < sizes["base"] / 5
+    assert [file.name for file in (bundle.folder / "wide").iterdir()] == ["adapter.onnx_adapter"]
+
+
+def test_what_the_base_has_no_place_for_is_refused_by_name(bundle: Bundle, tmp_path: Path) -> None:
+    other = simulation(3, ["q_proj", "gate_proj"], r=4)
+    with pytest.raises(ExportError, match=r"does not quantize .*gate_proj"):
+        write_adapter(other.graph(), bundle.folder / "base", tmp_path)
+    assert not list(tmp_path.iterdir())
+    saved = simulation(4, ["q_proj"], r=4, modules_to_save=["lm_head"])
+    with pytest.raises(ExportError, match=r"lm_head.*only LoRA factors.*aimet"):
+        write_adapter(saved.graph(), bundle.folder / "base", tmp_path)
+
+
+def test_an_adapter_of_another_base_is_refused(bundle: Bundle, tmp_path: Path) -> None:
+    shared = bundle.simulations["base"].graph()
+    write_switchable(shared, tmp_path, {}, base_activations=False)
+    with pytest.raises(ExportError, match=r"is not that of the base; export both again"):
+        write_adapter(bundle.simulations["wide"].graph(), tmp_path, tmp_path)

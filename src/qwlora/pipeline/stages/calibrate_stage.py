@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 NAME = "calibrate"
 CASES, ZERO = f"{NAME}/_use_cases", f"{NAME}/_base"
-SHAPE_KEYS = {"rank", "rank_pattern", "target_modules", "layers"}  # of an adapter
 SIMULATION_FORMAT = 3  # 2: contains the adapter; 3: lists values that calibration left float
 
 
@@ -58,11 +57,18 @@ def add(plan: PlanBuilder, name: str) -> None:
 
 
 def add_zero(plan: PlanBuilder) -> None:
-    """Add the stage of the zero adapter. It depends on which layers have an adapter, and so on the
-    training of those whose layers the recipe does not say."""
+    """Add the stage of the zero adapter. It depends on the shape of the first adapter, and on which
+    layers have one: another adapter of the same layers changes nothing. Of an adapter from
+    elsewhere the recipe does not say the layers."""
     recipe = plan.recipe
-    shapes = [adapter.model_dump(include=SHAPE_KEYS) for adapter in recipe.adapters]
-    needs = [f"train/{a.name}" for a in recipe.adapters if a.continue_from is not None]
+    first = recipe.adapters[0].model_dump(include={"rank", "rank_pattern"})
+    layers = [a.model_dump_json(include={"target_modules", "layers"}) for a in recipe.adapters]
+    shapes = [first, *sorted({*layers})]
+    needs = [
+        f"train/{adapter.name}"
+        for adapter in recipe.adapters
+        if adapter.continue_from is not None and recipe.predecessor(adapter) is None
+    ]
     if recipe.workflow == "qwa-lora":
         needs.append("calibrate-base")
     if _shares(plan):

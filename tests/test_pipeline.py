@@ -34,6 +34,7 @@ from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn import packed_weights
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.parameter_names import canonical_name, is_adapter_name
+from qwlora.pipeline.dump_layers import dump_layers
 from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 
@@ -251,6 +252,20 @@ def test_the_onnx_bundle_is_proven_again_elsewhere_and_changed_files_are_named(
         with pytest.raises(FingerprintError, match=path.name):
             verify_bundle(tmp_path / "onnx")
         path.write_bytes(content)
+
+
+def test_dumped_layers_are_those_of_the_session_with_the_adapter(
+    finished: dict[str, Path], tmp_path: Path
+) -> None:
+    folder, record = dump_layers(finished["llama"], "onnx", out=tmp_path / "layers")
+    both = [layer for layer in record["layers"] if layer["simulated"] and layer["runtime"]]
+    assert len(both) == len(record["layers"])
+    for layer in both:
+        simulated, ran = (
+            np.load(folder / part / layer[part]["file"]) for part in ("simulated", "runtime")
+        )
+        assert np.abs(simulated - ran).mean() <= 0.01 * np.abs(simulated).mean()
+    assert any(".lora_B." in layer["encoding"] and simulated.any() for layer in both)
 
 
 def _gemm_weights(out: Path) -> set[str]:

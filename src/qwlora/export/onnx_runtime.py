@@ -139,11 +139,14 @@ class OnnxModel:
             ExportError: ONNX Runtime refuses the files, or an input is missing.
         """
         options = read_session_options(self.folder)
-        return run_layers_of(self.folder / MODEL_FILE, options, tensors)
+        return run_layers_of(self.folder / MODEL_FILE, options, tensors, self._options)
 
 
 def run_layers_of(
-    model: Path, session_options: Mapping[str, str], tensors: Mapping[str, Tensor]
+    model: Path,
+    session_options: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    options: Any = None,
 ) -> dict[str, Tensor]:
     """Run a QDQ model once; returns every dequantized activation by name of its tensor.
 
@@ -153,7 +156,7 @@ def run_layers_of(
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / MODEL_FILE
         names = expose_activations(model, path)
-        return run_session(open_session(path, session_options), names, tensors)
+        return run_session(open_session(path, session_options), names, tensors, options)
 
 
 def expose_activations(source: Path, path: Path) -> list[str]:

@@ -25,8 +25,9 @@ import numpy.typing as npt
 from qwlora import strict_json
 from qwlora.atomic import move_into_place
 from qwlora.errors import CalibrationError, DirectoryError, SourceError
+from qwlora.export.bundle import BASE
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget, Target, UseCasesTarget
+from qwlora.export.target import GraphTarget, SwitchableTarget, Target, UseCasesTarget
 from qwlora.pipeline.job_models import JobModels, ModelName
 from qwlora.pipeline.run_job import check_current, is_calibrated, open_job, quiet_libraries
 from qwlora.progress import Track, untracked
@@ -41,7 +42,11 @@ RECORD, INPUTS, SIMULATED, RUNTIME = "layers.json", "inputs", "simulated", "runt
 FOLDER = "layers"  # in a job
 STAGES = (
     "simulated",
-    *(n for n, t in TARGETS.items() if isinstance(t, GraphTarget | UseCasesTarget)),
+    *(
+        n
+        for n, t in TARGETS.items()
+        if isinstance(t, GraphTarget | SwitchableTarget | UseCasesTarget)
+    ),
 )
 
 
@@ -88,6 +93,8 @@ def dump_layers(
     quiet_libraries()
     context, adapter = open_job(folder, next(iter(name.adapters), None), track=track)
     if stage != "simulated":
+        if isinstance(TARGETS[stage], SwitchableTarget):
+            check_current(context, f"export/{stage}")
         check_current(context, name.export_stage)
     elif not is_calibrated(context, adapter):
         raise DirectoryError(f"{str(folder)!r} has not calibrated {adapter!r} yet; calibrate first")
@@ -219,5 +226,9 @@ def _run(
     exported = context.path / "export" / name.stage
     if isinstance(target, UseCasesTarget):
         return target.layers(exported, str(name.adapter), tensors)
+    if isinstance(target, SwitchableTarget):
+        runtime = target.open(exported / BASE)
+        runtime.use(exported / str(name.adapter))
+        return tensors, runtime.layers(tensors)
     assert isinstance(target, GraphTarget)
     return tensors, target.open(exported / str(name.adapter)).layers(tensors)

@@ -65,7 +65,6 @@ class OnnxModel:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._cut: tuple[list[str], Any] | None = None  # names, and the graph cut there
         self._adapters: dict[Path, ActiveAdapter] = {}
         self._options: Any = None  # of the active adapter
 
@@ -119,14 +118,12 @@ class OnnxModel:
             ExportError: ONNX Runtime refuses the files, or an input is missing.
         """
         given = {activation_tensor(name, tensors): value for name, value in values.items()}
-        if self._cut is None or self._cut[0] != [*values]:
-            self._cut = None  # frees it before the next one is loaded
-            with tempfile.TemporaryDirectory() as scratch:
-                path = Path(scratch) / MODEL_FILE
-                _cut_at(self.folder / MODEL_FILE, values, path)
-                self._cut = [*values], open_session(path, read_session_options(self.folder))
         outputs = [f"{name}.out" for name in values]
-        found = run_session(self._cut[1], outputs, {**tensors, **given}, self._options)
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / MODEL_FILE
+            _cut_at(self.folder / MODEL_FILE, values, path)
+            session = open_session(path, read_session_options(self.folder))
+            found = run_session(session, outputs, {**tensors, **given}, self._options)
         return dict(zip(values, found.values(), strict=True))
 
     def layers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -352,12 +352,12 @@ class JobContext:
         """Capture base and adapter as a simulation that is not calibrated yet.
 
         In workflow qwa-lora, the encodings that the adapter was trained through are already set.
-        Only one simulation is kept in memory.
+        Only one simulation is kept in memory, besides the zero adapter's while both are compared.
 
         Args:
             model: the base with the equalized adapter. Default: `equalized(name)`.
         """
-        self._simulation = None
+        self._simulation = self.zero_adapter = None
         model = model or self.equalized(name)
         with self.capturing(model):
             simulation = simulate(model, self.example_inputs, self.schemes)

@@ -459,6 +459,8 @@ class Forecaster:
         by_layer = size + 3 * layer_bytes  # simulated values, given and computed ones
         # Three models' logits and their masked copies, two differences, and in float64 the
         # logits and log-softmax of one; ONNX Runtime packs the weight of the head once more.
+        if isinstance(TARGETS[name], SwitchableTarget):
+            by_layer += size  # the session of all adapters stays
         whole = size + peak + 12 * self._logits(tokens) + FLOAT * models.float_values
         memory["model in ONNX Runtime"] = float(size)
         memory["values of all layers" if by_layer > whole else "logits"] = (
@@ -468,6 +470,7 @@ class Forecaster:
         seconds += 3 * count * each
         if isinstance(TARGETS[name], SwitchableTarget) and stage.adapter is not None:
             memory["simulation of the base"] = sum((self._base_memory | graph).values())
+            seconds += self._load_base() + self._capture_seconds(adapter)
             seconds += (4 * SEQUENCES + DECODED) * each
         return Forecast(
             stage.name, seconds, memory, 0, ("verify.layer_tokens", "data.sequence_tokens")

@@ -41,7 +41,7 @@ def calibrate_zero_adapter(context: JobContext, scratch: Path) -> dict[str, Any]
 
 
 def zero_adapter_simulation(context: JobContext) -> Simulation:
-    """The calibrated simulation; the context keeps it."""
+    """The calibrated simulation; the context keeps it until the next simulation is captured."""
     if context.zero_adapter is None:
         simulation, folder = _simulation(context), context.path / ZERO_ADAPTER
         # shared encodings of adapter weights are not those of zeros

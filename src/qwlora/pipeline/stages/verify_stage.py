@@ -200,7 +200,8 @@ def _simulated_reference(context: JobContext, adapter: str) -> tuple[nn.Module, 
     from qwlora.export.proof import make_reference
     from qwlora.pipeline.zero_adapter import zero_adapter_simulation
 
-    base, own = zero_adapter_simulation(context), context.simulation(adapter)
+    own = context.simulation(adapter)
+    base = zero_adapter_simulation(context)  # released as soon as a simulation is captured
     reference = make_reference(
         {"base": base.logits, "adapter": own.logits},
         _held_out(context, adapter),

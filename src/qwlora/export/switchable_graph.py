@@ -119,7 +119,7 @@ def write_adapter(graph: QuantizedGraph, base: Path, folder: Path) -> set[str]:
     values = {name: each.array for name, each in _inputs(model, graph, transposed).items()}
     defaults = {value.name for value in shared.inputs if value.const_value is not None}
     fixed = {name: shared.initializers.get(name) for name in values.keys() - defaults}
-    if unknown := sorted(name for name, value in fixed.items() if value is None):
+    if unknown := sorted({name.rpartition(".")[0] for name in fixed if fixed[name] is None}):
         raise ExportError(
             f"the adapter's simulation quantizes {listed(unknown, 3)}, the exported base does not. "
             f"{_REMEDY}"

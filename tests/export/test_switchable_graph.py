@@ -130,9 +130,12 @@ def test_what_the_base_has_no_place_for_is_refused_by_name(bundle: Bundle, tmp_p
     with pytest.raises(ExportError, match=r"gate_proj.add, .*base does not.*target_modules"):
         write_adapter(other.graph(), bundle.folder / "base", tmp_path)
     assert not list(tmp_path.iterdir())
-    saved = simulation(4, ["q_proj"], r=4, modules_to_save=["lm_head"])
-    with pytest.raises(ExportError, match=r"lm_head.*only LoRA factors.*aimet"):
-        write_adapter(saved.graph(), bundle.folder / "base", tmp_path)
+
+
+def test_more_than_lora_factors_is_refused(tmp_path: Path) -> None:
+    saved = simulation(4, ["q_proj"], r=4, modules_to_save=["input_layernorm"])
+    with pytest.raises(ExportError, match=r"input_layernorm.*only LoRA factors.*aimet"):
+        write_switchable(saved.graph(), tmp_path, {}, base_activations=True)
 
 
 def test_an_adapter_of_another_base_is_refused(bundle: Bundle, tmp_path: Path) -> None:

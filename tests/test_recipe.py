@@ -284,6 +284,7 @@ def test_presets_give_no_correcting_start_where_there_is_none(recipe_for: Any) -
     dora = load_recipe(recipe_for(preset="balanced"), ("adapters.0.dora=true",))
     kept = load_recipe(recipe_for(preset="balanced"), ("base.solver=keep",))
     assert (dora.adapters[0].init, kept.adapters[0].init) == ("zero", "zero")
+    assert (dora.export.targets, kept.export.targets) == (["onnx_each"], ["onnx"])
     assert kept.base.tuning.steps == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,7 +88,7 @@ def test_one_session_computes_the_base_and_every_adapter(bundle: Bundle) -> None
         assert list(parity.broken_limits(Limits())) == [], name
         assert parity.top1_agreement == 1
         layers[name] = parity.layers
-    assert layers["wide"] - layers["base"] == 2 * len(WIDE)  # lora_A and lora_B
+    assert layers["wide"] - layers["base"] == 3 * len(WIDE)  # lora_A, lora_B, their scaled product
 
 
 def test_switching_gives_the_bits_of_separate_sessions_and_of_whole_models(
@@ -116,6 +117,33 @@ def test_a_session_that_keeps_an_adapter_is_noticed(bundle: Bundle) -> None:
     assert "without an adapter" in problem
 
 
+def test_a_replaced_adapter_is_read_again(bundle: Bundle, tmp_path: Path) -> None:
+    runtime, own = OnnxModel(bundle.folder / "base"), tmp_path / "adapter"
+    found = []
+    for name in ("wide", "narrow"):
+        shutil.rmtree(own, ignore_errors=True)
+        shutil.copytree(bundle.folder / name, own)
+        runtime.use(own)
+        found.append(runtime.logits(IDS))
+        assert torch.equal(found[-1], bundle.logits(name, OnnxModel(bundle.folder / "base")))
+    assert not torch.equal(*found)
+
+
+@pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")
+def test_an_adapter_on_an_embedding_is_switched(tmp_path: Path) -> None:
+    layers = ["q_proj", "embed_tokens"]
+    zero, own = (simulation(seed, layers, r=4, lora_alpha=8) for seed in (0, 5))
+    for name in ("base", "own"):
+        (tmp_path / name).mkdir()
+    write_switchable(zero.graph(), tmp_path / "base", {}, base_activations=True)
+    write_adapter(own.graph(), tmp_path / "base", tmp_path / "own")
+    runtime = OnnxModel(tmp_path / "base")
+    for folder, reference in ((None, ZeroAdapter(zero)), (tmp_path / "own", own)):
+        runtime.use(folder)
+        parity = verify_language_model(runtime, reference, IDS, layer_tokens=16)
+        assert list(parity.broken_limits(Limits())) == []
+
+
 def test_an_adapter_is_small_and_the_weights_are_there_once(bundle: Bundle) -> None:
     sizes = {
         name: sum(file.stat().st_size for file in (bundle.folder / name).iterdir())
@@ -134,7 +162,7 @@ def test_what_the_base_has_no_place_for_is_refused_by_name(bundle: Bundle, tmp_p
 
 def test_more_than_lora_factors_is_refused(tmp_path: Path) -> None:
     saved = simulation(4, ["q_proj"], r=4, modules_to_save=["input_layernorm"])
-    with pytest.raises(ExportError, match=r"input_layernorm.*only LoRA factors.*aimet"):
+    with pytest.raises(ExportError, match=r"input_layernorm.*only LoRA factors.*onnx_each"):
         write_switchable(saved.graph(), tmp_path, {}, base_activations=True)
 
 

@@ -231,7 +231,7 @@ def test_a_current_job_in_a_read_only_folder_can_be_read(read_only: FakeJob) -> 
         assert read_only.run(*verbs) == results
         assert not read_only.ran
     for verbs in (("verify",), ("evaluate", "verify")):
-        with pytest.raises(DirectoryError, match="is not writable, but verify/onnx/first must run"):
+        with pytest.raises(DirectoryError, match="is not writable, but verify/onnx must run"):
             read_only.run(*verbs)
     with pytest.raises(
         DirectoryError, match=r"is not writable, but evaluate/float must run \(its inputs changed"

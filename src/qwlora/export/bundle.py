@@ -47,12 +47,16 @@ def record_digest(folder: Path) -> str:
 
 
 def is_of_base(bundle: Path, adapter: str) -> bool:
-    """Whether the adapter was exported for the base that is there; of a switchable target."""
+    """Whether the adapter was exported for the base that is there, and its files are whole; of a
+    switchable target."""
+    folder = bundle / adapter
     try:
-        record = json.loads((bundle / adapter / RECORD).read_text())
+        record = json.loads((folder / RECORD).read_text())
     except (OSError, ValueError):
         return False
-    return isinstance(record, dict) and record.get("base") == record_digest(bundle / BASE)
+    if not isinstance(record, dict) or record.get("base") != record_digest(bundle / BASE):
+        return False
+    return not manifest.changed_files(folder, RECORD)
 
 
 def is_bundle(folder: Path) -> bool:
@@ -277,9 +281,10 @@ def _license(stated: str | None) -> str:
 def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """The figures of all adapters as lines of Markdown."""
     lines = [
-        "Each file was run in the program and compared with the model as it was trained.",
+        "Each file was run in the program and compared with the model that it is made of: the "
+        "trained one, or its simulation where activations are on grids.",
         "",
-        "| adapter | settings | perplexity, trained and here | KL | same likeliest token | "
+        "| adapter | settings | perplexity, expected and here | KL | same likeliest token | "
         "log-probability off by, at most | tokens per second, prompt and new | switch |",
         "|---|---|---|---|---|---|---|---|",
     ]

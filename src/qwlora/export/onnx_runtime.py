@@ -65,7 +65,7 @@ class OnnxModel:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._adapters: dict[Path, ActiveAdapter] = {}
+        self._adapters: dict[Path, tuple[Any, ActiveAdapter]] = {}  # with the state of its file
         self._options: Any = None  # of the active adapter
 
     @cached_property
@@ -79,9 +79,15 @@ class OnnxModel:
         Raises:
             ExportError: ONNX Runtime refuses its file.
         """
-        if adapter is not None and adapter not in self._adapters:
-            self._adapters[adapter] = ActiveAdapter(adapter / ADAPTER_FILE)
-        self._options = None if adapter is None else self._adapters[adapter].options
+        if adapter is None:
+            self._options = None
+            return
+        with foreign_as(ExportError, f"{str(adapter / ADAPTER_FILE)!r} cannot be read"):
+            state = (adapter / ADAPTER_FILE).stat()
+        found = state.st_ino, state.st_mtime_ns, state.st_size  # of a file that may be replaced
+        if adapter not in self._adapters or self._adapters[adapter][0] != found:
+            self._adapters[adapter] = found, ActiveAdapter(adapter / ADAPTER_FILE)
+        self._options = self._adapters[adapter][1].options
 
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Every output by name, given every input by name.

@@ -1,10 +1,13 @@
-"""The `onnx` target: a QDQ model for ONNX Runtime with all adapters, and AIMET encodings.
+"""The `onnx` target: a QDQ model for ONNX Runtime with all adapters, and AIMET encodings. The
+`onnx_each` target: a whole model for each adapter, for adapters that cannot be switched.
 
     base/model.onnx, model.onnx.data    the base; see `switchable_graph.py`
     base/session_options.json           options without which results differ
     base/model.encodings
     NAME/adapter.onnx_adapter           what the adapter changes; a run applies it
     NAME/model.encodings
+
+    NAME/model.onnx, model.onnx.data, session_options.json, model.encodings    of `onnx_each`
 
 Imports torch and ONNX packages only when it writes or opens files (see `target.py`).
 """
@@ -14,9 +17,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwlora.export.target import ExportedGraph, SwitchableTarget
+from qwlora.export.target import ExportedGraph, GraphTarget, SwitchableTarget
 
 if TYPE_CHECKING:
+    from qwlora.export.verify import Runtime
     from qwlora.export.verify_weights import SwitchableRuntime
     from qwlora.simulation.shared_encodings import BaseActivations
 
@@ -77,3 +81,25 @@ class OnnxTarget(SwitchableTarget):
         runtime = OnnxModel(folder)
         _ = runtime.session  # loaded here, so that it is refused here
         return runtime
+
+
+class OnnxEachTarget(GraphTarget):
+    """`export_onnx` and `OnnxModel` as a target."""
+
+    extra = OnnxTarget.extra
+    packages = OnnxTarget.packages
+    activation_bitwidths = OnnxTarget.activation_bitwidths
+    model_files = "model.onnx*"
+
+    def loading(self, base: str, adapter: str | None) -> str:
+        return "" if adapter is None else _LOADING.format(base=adapter, adapter="", given="")
+
+    def write(self, exported: ExportedGraph, folder: Path) -> None:
+        from qwlora.export.onnx_bundle import export_onnx
+
+        export_onnx(exported.simulation.graph(), folder, exported.metadata)
+
+    def open(self, folder: Path) -> Runtime:
+        from qwlora.export.onnx_runtime import OnnxModel
+
+        return OnnxModel(folder)

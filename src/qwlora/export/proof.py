@@ -2,7 +2,8 @@
 
 A bundle is the folder export/TARGET: base/, NAME/ for each adapter, proof/NAME/, README.md.
 
-    reference.safetensors    tokens, and what the trained model says about them
+    reference.safetensors    tokens, and what the model says about them: the trained one, or its
+                             simulation where activations are on grids
     proof.json               figures, limits, and which base and adapter they are of
 
 The reference holds, without the adapter and with it, for each token the log-probabilities of the
@@ -149,7 +150,7 @@ def broken_limits(
     decoded = figures["exact"]["decode_agreement"]
     if not decoded >= DECODE_AGREEMENT:
         yield (
-            f"{decoded:.0%} of the tokens decoded with a cache are the likeliest without one "
+            f"{decoded:.0%} of the tokens decoded one by one are the likeliest without one "
             f"(limit {DECODE_AGREEMENT:.0%})"
         )
     for settings in ("exact", "shipped"):

@@ -30,6 +30,8 @@ from qwlora.export.onnx_adapter import ADAPTER_FILE, write_adapter_file
 from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE, build_model
 from qwlora.export.verify import Reference
 from qwlora.graph.adapter_branch import branch_nodes
+from qwlora.graph.aten_ops import base_name
+from qwlora.graph.graph_analysis import operator_of
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel
 from qwlora.messages import listed
@@ -40,7 +42,7 @@ _GRID = (".scale", ".zero_point")
 _SCALING = ".scaling"
 _REMEDY = (
     "If another adapter changes this layer, give all adapters the same target_modules and layers, "
-    "or use target aimet, which writes a model for each adapter; else calibrate on more data"
+    "or use target onnx_each, which writes a model for each adapter; else calibrate on more data"
 )
 
 
@@ -162,7 +164,7 @@ def _refuse_others(graph: QuantizedGraph) -> None:
     if others := [n for n in names if is_adapter_name(n) and not is_factor_name(n)]:
         raise ExportError(
             f"the adapter has {listed(others, 3)}: only LoRA factors can be switched. Train "
-            "without them, or use target aimet, which writes a model for each adapter"
+            "without them, or use target onnx_each, which writes a model for each adapter"
         )
 
 
@@ -184,6 +186,8 @@ def _inputs(model: Any, graph: QuantizedGraph, transposed: set[str]) -> dict[str
                 found[name] = _Input(value, rank=rank)
     for name, value in known.items():
         path = canonical_name(name.removeprefix("model."))
+        if name.endswith((".codes", *_GRID)):
+            continue
         if is_factor_name(path) and value.uses():  # a factor that is not quantized
             factors[path] = value
             found[path] = _Input(value, rank=_rank(path, False, None))
@@ -242,7 +246,8 @@ def _rank(factor: str, transposed: bool, granularity: Granularity | None) -> tup
 class ZeroAdapter:
     """The simulation of a zero adapter, to compare the model with when no adapter is active.
 
-    Values inside the branch are left out: they have the simulation's rank, and rank 0 in the model.
+    Values inside the branch are left out, but not the sum with the layer's own output: they have the
+    simulation's rank, and rank 0 in the model.
     """
 
     def __init__(self, simulation: Reference):
@@ -254,5 +259,11 @@ class ZeroAdapter:
 
     def graph(self) -> QuantizedGraph:
         graph = self._graph()
-        marks = tuple(mark for mark in graph.marks if ".lora_" not in mark.name)
+        nodes = {node.name: node for node in graph.program.graph.nodes}
+        inside = {
+            name
+            for name in branch_nodes(graph.program)
+            if base_name(operator_of(nodes[name])) != "add"
+        }
+        marks = tuple(mark for mark in graph.marks if mark.node not in inside)
         return replace(graph, marks=marks)

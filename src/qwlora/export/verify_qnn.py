@@ -8,9 +8,9 @@
 SQNR is in dB (`grid/sqnr.py`). The CPU differs from the simulation by what the graphs alone round:
 cosines, sines, masked scores. A rounding that falls the other way moves all that follows, so deep
 models differ more: with all 30 layers of SmolLM2, two equally correct simulations are 33 dB apart.
-The limit is `LEAST_SQNR`, or `BELOW_FLOOR` less than that distance if it is smaller; a wrong
-operator gives less than 15 dB. One sequence has few tokens, so the perplexity may differ by its
-limit and twice the standard error of the difference.
+The limit is `LEAST_SQNR`, or `BELOW_FLOOR` less than that distance if it is smaller, but at least
+`WRONG`: a wrong operator gives less. One sequence has few tokens, so the perplexity may differ by
+its limit and twice the standard error of the difference between those two simulations.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from qwlora.grid.sqnr import sqnr_db
 from qwlora.messages import listed
 from qwlora.simulation.simulated_graph import SimulatedGraph
 
-LEAST_SQNR, BELOW_FLOOR = 30.0, 3.0
+LEAST_SQNR, BELOW_FLOOR, WRONG = 30.0, 3.0, 15.0
 
 
 @dataclass(frozen=True)
@@ -51,13 +51,11 @@ class Run:
     """Logits of one runtime.
 
     Args:
-        perplexity_stderr: of the relative difference from the simulation's perplexity.
         sqnr: against the simulation.
         top1_agreement: share of tokens with the simulation's likeliest next token.
     """
 
     perplexity: float
-    perplexity_stderr: float
     sqnr: float
     top1_agreement: float
 
@@ -68,6 +66,7 @@ class QnnParity:
 
     Args:
         perturbed_sqnr, perturbed_top1_agreement: of a second, equally correct simulation.
+        perplexity_stderr: of its relative difference from the simulation's perplexity.
         htp: None if the emulator is not installed; `not_run` then says how to install it.
         htp_sqnr, htp_top1_agreement: of the HTP against the CPU.
         placement: by graph, see `QnnModel.placement`.
@@ -75,6 +74,7 @@ class QnnParity:
 
     tokens: int
     simulated_perplexity: float
+    perplexity_stderr: float
     perturbed_sqnr: float
     perturbed_top1_agreement: float
     cpu: Run
@@ -94,17 +94,17 @@ class QnnParity:
 
     def broken_limits(self, limits: Limits) -> Iterator[str]:
         """A sentence for each limit that is exceeded."""
-        least = min(LEAST_SQNR, self.perturbed_sqnr - BELOW_FLOOR)
+        least = max(WRONG, min(LEAST_SQNR, self.perturbed_sqnr - BELOW_FLOOR))
         for place, run in (("the CPU", self.cpu), ("the HTP", self.htp)):
             if run is None:
                 continue
             if not run.sqnr >= least:
                 yield f"logits on {place} have {run.sqnr:.1f} dB (limit {least:.1f} dB)"
             drift = abs(run.perplexity / self.simulated_perplexity - 1)
-            if not drift <= limits.perplexity_difference + 2 * run.perplexity_stderr:
+            if not drift <= limits.perplexity_difference + 2 * self.perplexity_stderr:
                 yield (
                     f"perplexity on {place} is {drift:.2%} (standard error "
-                    f"{run.perplexity_stderr:.2%}) from the simulation's "
+                    f"{self.perplexity_stderr:.2%}) from the simulation's "
                     f"{self.simulated_perplexity:.4f} (limit {limits.perplexity_difference:.2%} "
                     "and twice the error)"
                 )
@@ -184,6 +184,7 @@ def verify_qnn(
     return QnnParity(
         tokens=ids.shape[1],
         simulated_perplexity=_perplexity(expected, ids),
+        perplexity_stderr=_standard_error(perturbed, expected, ids),
         perturbed_sqnr=_sqnr(perturbed, expected),
         perturbed_top1_agreement=_agreement(perturbed, expected),
         cpu=_run(on_cpu, expected, ids),
@@ -196,9 +197,13 @@ def verify_qnn(
 
 
 def _run(found: Tensor, expected: Tensor, ids: Tensor) -> Run:
+    return Run(_perplexity(found, ids), _sqnr(found, expected), _agreement(found, expected))
+
+
+def _standard_error(found: Tensor, expected: Tensor, ids: Tensor) -> float:
+    """Of the mean difference of two models' losses."""
     change = token_losses(found, ids[0]) - token_losses(expected, ids[0])
-    stderr = float(change.double().std()) / math.sqrt(len(change))
-    return Run(_perplexity(found, ids), stderr, _sqnr(found, expected), _agreement(found, expected))
+    return float(change.double().std()) / math.sqrt(len(change))
 
 
 def _perplexity(logits: Tensor, ids: Tensor) -> float:

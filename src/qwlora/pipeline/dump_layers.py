@@ -128,6 +128,8 @@ def _read_ids(path: Path) -> npt.NDArray[np.int64]:
         raise SourceError(
             f"{str(path)!r} is not a .npy file: {error}. Give one with token ids"
         ) from error
+    if not isinstance(array, np.ndarray):
+        raise SourceError(f"{str(path)!r} is not a .npy file. Give one with token ids")
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or array.size != array.shape[-1]:
         raise SourceError(
             f"{str(path)!r} holds {array.dtype} {list(array.shape)}; give integers [tokens]"

@@ -31,7 +31,7 @@ from qwlora.adapter.adapter_folder import CONFIG, FILE
 from qwlora.atomic import write_text
 from qwlora.errors import DirectoryError, UploadError, described
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget, UseCasesTarget
+from qwlora.export.target import GraphTarget, SwitchableTarget, UseCasesTarget
 from qwlora.formats import manifest
 from qwlora.formats.base_folder import RECORD, read_record
 from qwlora.formats.card_mark import is_users_card
@@ -241,6 +241,8 @@ def _exports(
             continue
         stage = f"export/{target}" if adapter is None else f"export/{target}/{adapter}"
         checks = [f"verify/{target}/{name}" for name in ([adapter] if adapter else job.adapters)]
+        if adapter is None and isinstance(kind, SwitchableTarget):  # it has a check of its own
+            checks = [f"verify/{target}"]
         unchecked = [check for check in checks if check in stale]
         if (reason := stale.get(stage)) is not None:
             notes.append(f"{stage} is left out: {reason}")

@@ -37,6 +37,7 @@ def calibrate_zero_adapter(context: JobContext, scratch: Path) -> dict[str, Any]
         shared = load_encodings(context.path / SHARED)
         apply_shared_encodings(simulation, shared, section.base_activations)
     save_simulation(simulation, scratch)
+    context.zero_adapter = simulation
     return {"zero_adapter": {"encodings": len(simulation.encodings)}}
 
 

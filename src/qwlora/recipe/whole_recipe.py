@@ -63,7 +63,11 @@ class Graphs(Section):
 class Export(Section):
     """Step 4: the files to write."""
 
-    targets: list[TargetName] = Field(["onnx"], description="runtimes to write files for")
+    targets: list[TargetName] = Field(
+        ["onnx"],
+        description="runtimes to write files for. Default: `onnx`, or `onnx_each` for adapters "
+        "that cannot be switched (DoRA, experts)",
+    )
     encodings_version: Literal["1.0.0", "2.0.0"] = Field(
         "1.0.0", description="version of the encodings files of targets aimet and qairt"
     )
@@ -162,6 +166,20 @@ class Recipe(Section):
         ]
         return {**given, "adapters": adapters}
 
+    @model_validator(mode="before")
+    @classmethod
+    def _choose_target(cls, given: Any) -> Any:
+        """Without a target, `onnx_each` for adapters that `onnx` cannot switch."""
+        if not isinstance(given, dict) or not isinstance(given.get("adapters"), list):
+            return given
+        section = given.get("export") or {}
+        if not isinstance(section, dict) or "targets" in section:
+            return given
+        adapters = [a for a in given["adapters"] if isinstance(a, dict)]
+        if any(a.get("dora") or a.get("target_parameters") for a in adapters):
+            return {**given, "export": {**section, "targets": ["onnx_each"]}}
+        return given
+
     @model_validator(mode="after")
     def _everyone_has_text(self) -> Recipe:
         if without := [a.name for a in self.adapters if self.data_of(a).source is None]:
@@ -257,7 +275,7 @@ class Recipe(Section):
                 raise ValueError(
                     f"adapters {', '.join(wrong)}: {target} holds LoRA factors of linear layers, "
                     "but no DoRA and no experts. Train without dora and target_parameters, or use "
-                    "export.targets: [aimet], which writes a model for each adapter"
+                    "export.targets: [onnx_each], which writes a model for each adapter"
                 )
             if taken := {BASE, PROOF} & {a.name for a in self.adapters}:
                 raise ValueError(

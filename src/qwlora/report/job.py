@@ -16,12 +16,13 @@ from markupsafe import Markup, escape
 
 RUNTIMES = {
     "onnx": "ONNX Runtime",
+    "onnx_each": "ONNX Runtime",
     "hf": "transformers",
     "gguf": "llama.cpp",
     "mlx": "MLX",
     "qnn": "HTP emulator",
 }  # others as they are
-FILES = {"onnx": "ONNX file"}
+FILES = {"onnx": "ONNX adapter", "onnx_each": "ONNX file"}
 FEW_TOKENS = 1000  # a proof on fewer tokens is a caution
 NOT_MEASURED = Markup('<span class="nm">not measured</span>')
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
 NAME = "export"
 SWITCHABLE_FORMAT = 1  # before it, every adapter was a whole model
+GRAPHS_FORMAT = 1  # before it, 4-bit weights had no scales by block
 
 
 def add_base(plan: PlanBuilder, target: str) -> None:
@@ -70,7 +71,7 @@ def add_use_cases(plan: PlanBuilder, target: str) -> None:
     assert isinstance(kind, UseCasesTarget)
     inputs: list[Any] = [section.encodings_version]
     if kind.has_graphs:  # they are compiled once the compiler is installed
-        inputs = [section.graphs.model_dump(), kind.missing()]
+        inputs = [section.graphs.model_dump(), kind.missing(), GRAPHS_FORMAT]
     plan.add(stage, inputs, (CASES,), None, stage)
 
 

@@ -177,15 +177,18 @@ def _file_size(job: Job, adapter: str) -> Tile:
     path = ("export", target, adapter, "bytes")
     value, whole = job.number(*path), float_bytes(job)
     packed = job.number("base", "bytes")
-    tip = "Graph and weights." + (
-        f" Packed layers take {size(packed)}; what stayed float takes the rest." if packed else ""
-    )
+    base = job.number("export", target, "base", "bytes")
+    if base is not None:  # the base once, and adapters beside it
+        tip = "What each further adapter costs. Graph and weights are in the base."
+    else:
+        tip = "Graph and weights."
+        if packed:
+            tip += f" Packed layers take {size(packed)}; what stayed float takes the rest."
     if value is None:
         return Tile(f"Size of the {name}", tip, NOT_MEASURED, "", _add(job, "export"))
     number, unit = size(value).split(" ")
     note = f"{value / whole:.0%} of {size(whole)} in float32" if whole else ""
-    base = job.number("export", target, "base", "bytes")
-    if base is not None:  # the base once, and adapters beside it
+    if base is not None:
         note = f"the adapter; the base has {size(base)}"
     return Tile(f"Size of the {name}", tip, tagged(number, value, path), unit, note)
 
@@ -225,7 +228,8 @@ def _of_several(job: Job) -> list[Tile]:
         if (kl := job.number(*job.path("simulated", n, "kl"), "mean")) is not None
     }
     sizes = [b for n in names if (b := job.number("export", target, n, "bytes")) is not None]
-    total = sum(sizes)
+    base = job.number("export", target, "base", "bytes") if sizes else None
+    total = sum(sizes) + (base or 0.0)
     bits = packing(job, names[0])
     return [
         first,
@@ -239,7 +243,7 @@ def _of_several(job: Job) -> list[Tile]:
         ),
         Tile(
             "Size of all files",
-            "Exported files of all adapters, each with its base if it holds one.",
+            "Exported files of all adapters, and of their base.",
             valued(size(total).split(" ")[0], total) if sizes else NOT_MEASURED,
             size(total).split(" ")[1] if sizes else "",
             f"{len(sizes)} of {len(names)} adapters exported" if sizes else _add(job, "export"),

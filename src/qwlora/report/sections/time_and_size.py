@@ -174,13 +174,18 @@ def _sizes(job: Job) -> list[SizeBar]:
         if (found := job.number(*path)) is not None:
             bars.append(SizeBar(f"Adapter {name}", found, None, path))
     for target in job.targets:
+        place = ("export", target, "base", "bytes")
+        if (base := job.number(*place)) is not None:
+            inside = min(floats, base) if floats is not None else None
+            bars.append(SizeBar(f"Base for {runtime(target)}", base, inside, place))
         for name in job.adapters:
             place = ("export", target, name, "bytes")
             if (found := job.number(*place)) is not None:
                 title = FILES.get(target, runtime(target))
                 title = title if len(job.adapters) == 1 else f"{title}, {name}"
+                whole = floats is not None and base is None  # the base's float values are inside
                 bars.append(
-                    SizeBar(title, found, min(floats, found) if floats is not None else None, place)
+                    SizeBar(title, found, min(floats or 0, found) if whole else None, place)
                 )
     return bars
 

@@ -246,8 +246,8 @@ def _rank(factor: str, transposed: bool, granularity: Granularity | None) -> tup
 class ZeroAdapter:
     """The simulation of a zero adapter, to compare the model with when no adapter is active.
 
-    Values inside the branch are left out, but not the sum with the layer's own output: they have the
-    simulation's rank, and rank 0 in the model.
+    Values inside the branch are left out, but not the sum with the layer's own output: they have
+    the simulation's rank, and rank 0 in the model.
     """
 
     def __init__(self, simulation: Reference):

@@ -54,7 +54,6 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
         calibrate_stage.add_zero(plan)
     for target in switched:
         export_stage.add_base(plan, target)
-        verify_stage.add_base(plan, target)
     together = [t for t in recipe.export.targets if isinstance(TARGETS[t], UseCasesTarget)]
     for name in (adapter.name for adapter in recipe.adapters):
         evaluate_stage.add(plan, "adapted", (f"train/{name}",), name)
@@ -64,6 +63,8 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
             if target not in together:
                 export_stage.add(plan, target, name)
                 verify_stage.add(plan, target, name)
+    for target in switched:  # last, so that a failure leaves nothing of the adapters undone
+        verify_stage.add_base(plan, target)
     if together:
         calibrate_stage.add_use_cases(plan)
     for target in together:

@@ -7,7 +7,7 @@ search. Adapter a: 40 steps on the first half of the Python reference (`pydoc_da
 Adapter b: on the second half, rank 16, rsLoRA, rank 4 for down_proj. OUT is a job directory; it is
 resumed. The table in docs/runtimes.md is rewritten between its marks, and results go to results/runtimes.json.
 
---own also measures what the runtimes' own tools make of the float model at 4 bits; it needs nncf.
+--own also measures what the runtimes' own tools make of the float model at 4 bits.
 
 Takes about half an hour on two cores.
 """
@@ -32,8 +32,6 @@ from qwlora.export.bundle import PROOF, REFERENCE, proofs
 from qwlora.export.genai_target import GenaiRuntime
 from qwlora.export.gguf_target import LlamaRuntime
 from qwlora.export.mlx_target import MlxRuntime
-from qwlora.export.openvino_folder import write_openvino
-from qwlora.export.openvino_target import EXACT, OpenvinoRuntime
 from qwlora.export.verify import token_losses
 from qwlora.formats.model_source import fetch, load_model, load_tokenizer
 from qwlora.pipeline.run_job import run
@@ -119,7 +117,6 @@ def own_routes(data: Sequences) -> dict[str, float]:
             "genai, its builder, symmetric, blocks of 32": own_genai,
             "llama.cpp, Q4_0": own_llama,
             "MLX, its convert, groups of 32 with offsets": own_mlx,
-            "OpenVINO, NNCF, symmetric, groups of 32": own_openvino,
         }
         return {name: perplexity(route(folder), data) for name, route in routes.items()}
 
@@ -161,21 +158,6 @@ def own_mlx(folder: Path) -> Any:
     made = folder / "mlx"
     convert(str(folder / "float"), str(made), quantize=True, q_group_size=32, q_bits=4)
     return MlxRuntime(made)
-
-
-def own_openvino(folder: Path) -> Any:
-    import nncf
-    import openvino
-
-    made, file = folder / "openvino", "openvino_model.xml"
-    write_openvino(load_model(SOURCE, False), load_tokenizer(SOURCE, False), made)
-    mode = nncf.CompressWeightsMode.INT4_SYM
-    model = openvino.Core().read_model(made / file).clone()
-    model = nncf.compress_weights(model, mode=mode, group_size=32, ratio=1.0)
-    openvino.save_model(model, folder / file)
-    for each in folder.glob("openvino_model.*"):
-        each.replace(made / each.name)
-    return OpenvinoRuntime(made, EXACT)
 
 
 def perplexity(runtime: Any, data: Sequences) -> float:

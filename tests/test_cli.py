@@ -186,10 +186,10 @@ def test_failed_proof_exits_with_one_and_names_the_limit(
     limit = ("--set", "verify.layer_mean_steps=1e-14", "--set", "verify.layer_steps=1e-14")
     code, out, errors = call("run", recipe_for("gpt2"), "--out", tmp_path / "out", *limit)
     assert code == 1
-    assert re.search(r"export/onnx/base: .*simulated", errors)
+    assert re.search(r"export/onnx/first: .*simulated", errors)
     assert "steps off" in errors
     results = json.loads((tmp_path / "out" / "results.json").read_text())
-    parity = results["parity"]["onnx"]["base"]
+    parity = results["parity"]["onnx"]["first"]
     assert not parity["passed"]
     assert all(problem in errors for problem in parity["problems"])
     assert "FAIL" in out

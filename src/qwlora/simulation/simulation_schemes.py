@@ -27,8 +27,8 @@ class SimulationSchemes:
         policy: `npu`, `matmul-inputs`, `weights-only`, or a `Policy`.
         rules: tried before those of the policy.
         observer: how the range of an activation is chosen, see `Estimator`.
-        quantize_residual_adds, symmetric_matmul_second_input, unused_rules, key_value_bitwidth,
-            adapter_activation_bitwidth: see `place`.
+        quantize_residual_adds, symmetric_matmul_second_input, unused_rules: see `place`.
+        key_value_bitwidth, adapter_activation_bitwidth: see `place`.
     """
 
     activations: Scheme = Scheme(16, symmetric=False)

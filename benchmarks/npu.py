@@ -154,20 +154,32 @@ def write_table() -> None:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | weights | adapter | perplexity simulated, CPU, HTP | logits: HTP to CPU, HTP to simulation, CPU to simulation; two simulations | same likeliest token: HTP to CPU, HTP to simulation; two simulations | partitions | CPU nodes | bytes |",
+        "| model | weights | adapter | perplexity simulated, CPU, HTP "
+        "| logits: HTP to CPU, HTP to simulation, CPU to simulation; two simulations "
+        "| same likeliest token: HTP to CPU, HTP to simulation; two simulations "
+        "| partitions | CPU nodes | bytes |",
         "|---|---|---|---|---|---|---:|---:|---:|",
     ]
     for result in results:
         for name, row in result["adapters"].items():
-            cpu, htp = row["cpu"], row["htp"]
-            placed = row["placement"].values()
-            lines.append(
-                f"| {result['model']} | {result['weights']} | {name} "
-                f"| {row['simulated_perplexity']:.3f}, {cpu['perplexity']:.3f}, {htp['perplexity']:.3f} "
-                f"| {row['htp_sqnr']:.1f}, {htp['sqnr']:.1f}, {cpu['sqnr']:.1f}; {row['perturbed_sqnr']:.1f} dB "
-                f"| {row['htp_top1_agreement']:.1%}, {htp['top1_agreement']:.1%}; {row['perturbed_top1_agreement']:.1%} "
-                f"| {', '.join(str(p['partitions']) for p in placed)} | {sum(p['cpu_nodes'] for p in placed)} | {row['bytes']:,} |"
-            )
+            cpu, htp, placed = row["cpu"], row["htp"], row["placement"].values()
+            cells = [
+                result["model"],
+                result["weights"],
+                name,
+                ", ".join(
+                    f"{value:.3f}"
+                    for value in (row["simulated_perplexity"], cpu["perplexity"], htp["perplexity"])
+                ),
+                f"{row['htp_sqnr']:.1f}, {htp['sqnr']:.1f}, {cpu['sqnr']:.1f}; "
+                f"{row['perturbed_sqnr']:.1f} dB",
+                f"{row['htp_top1_agreement']:.1%}, {htp['top1_agreement']:.1%}; "
+                f"{row['perturbed_top1_agreement']:.1%}",
+                ", ".join(str(p["partitions"]) for p in placed),
+                str(sum(p["cpu_nodes"] for p in placed)),
+                f"{row['bytes']:,}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 

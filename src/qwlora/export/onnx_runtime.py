@@ -27,6 +27,7 @@ from qwlora.errors import ExportError, foreign_as, reading
 from qwlora.export.onnx_adapter import ADAPTER_FILE, ActiveAdapter
 from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.system.file_stamps import Stamps, file_stamps
 from qwlora.system.optional_packages import require
 
 SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
@@ -65,7 +66,7 @@ class OnnxModel:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self._adapters: dict[Path, tuple[Any, ActiveAdapter]] = {}  # with the state of its file
+        self._adapters: dict[Path, tuple[Stamps, ActiveAdapter]] = {}
         self._options: Any = None  # of the active adapter
 
     @cached_property
@@ -83,10 +84,9 @@ class OnnxModel:
             self._options = None
             return
         with foreign_as(ExportError, f"{str(adapter / ADAPTER_FILE)!r} cannot be read"):
-            state = (adapter / ADAPTER_FILE).stat()
-        found = state.st_ino, state.st_mtime_ns, state.st_size  # of a file that may be replaced
-        if adapter not in self._adapters or self._adapters[adapter][0] != found:
-            self._adapters[adapter] = found, ActiveAdapter(adapter / ADAPTER_FILE)
+            stamps = file_stamps((adapter / ADAPTER_FILE).stat())  # it may have been replaced
+        if adapter not in self._adapters or self._adapters[adapter][0] != stamps:
+            self._adapters[adapter] = stamps, ActiveAdapter(adapter / ADAPTER_FILE)
         self._options = self._adapters[adapter][1].options
 
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -169,7 +169,7 @@ def expose_activations(source: Path, path: Path) -> list[str]:
         ExportError: the file is not an ONNX model.
     """
     ir = require("onnx_ir", "onnx")
-    model = _loaded(source)
+    model = load_graph(source)
     model.graph.outputs.clear()
     for node in model.graph:
         codes = node.inputs[0].producer() if node.op_type == "DequantizeLinear" else None
@@ -224,7 +224,7 @@ def run_session(
 def _cut_at(source: Path, activations: Collection[str], path: Path) -> None:
     """Write the model in `source` with its graph cut at `activations`."""
     ir = require("onnx_ir", "onnx")
-    model = _loaded(source)
+    model = load_graph(source)
     computed = {output.name: output for node in model.graph for output in node.outputs}
     inputs = {value.name for value in model.graph.inputs}
     model.graph.outputs.clear()
@@ -243,8 +243,11 @@ def _cut_at(source: Path, activations: Collection[str], path: Path) -> None:
     ir.save(model, path, external_data=DATA_FILE)
 
 
-def _loaded(path: Path) -> Any:
-    try:
+def load_graph(path: Path) -> Any:
+    """The `onnx_ir.Model` in a file.
+
+    Raises:
+        ExportError: the file is not an ONNX model.
+    """
+    with foreign_as(ExportError, f"{str(path)!r} is not an ONNX model"):
         return require("onnx_ir", "onnx").load(path)
-    except Exception as error:  # protobuf's and the operating system's
-        raise ExportError(f"{str(path)!r} is not an ONNX model: {error}") from error

@@ -43,6 +43,7 @@ from qwlora.export.qairt_folder import (
 )
 from qwlora.export.use_cases import NONE
 from qwlora.messages import listed
+from qwlora.system.file_stamps import Stamps, file_stamps
 from qwlora.system.optional_packages import require
 
 
@@ -55,25 +56,15 @@ def open_qairt(folder: Path, case: str) -> FloatOnnxModel:
         VerificationError: files contradict each other. All problems are listed, each with the name
             of its file.
     """
-    state = _state(folder)
-    if _checked.get(folder.resolve()) != state:
+    files = {name: file_stamps((folder / name).stat()) for name in files_in(folder)}
+    if _checked.get(folder.resolve()) != files:
         if problems := list(find_problems(folder)):
             raise VerificationError(f"{folder}: the files contradict each other", problems)
-        _checked[folder.resolve()] = state
+        _checked[folder.resolve()] = files
     return _opened(folder, case)
 
 
-_State = list[tuple[str, int, int, int]]
-_checked: dict[Path, _State] = {}  # folders without a problem, by the state of their files
-
-
-def _state(folder: Path) -> _State:
-    """Name, size, time of change and inode of every file."""
-    found = []
-    for name in files_in(folder):
-        stat = (folder / name).stat()
-        found.append((name, stat.st_size, stat.st_mtime_ns, stat.st_ino))
-    return found
+_checked: dict[Path, dict[str, Stamps]] = {}  # folders without a problem, with their files
 
 
 def find_problems(folder: Path) -> Iterator[str]:

@@ -71,16 +71,29 @@ def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
 
 def most_tokens(bundle: Path) -> int:
     """Tokens of a sequence that its graphs run without dropping any from the cache."""
-    with reading(bundle / BASE / GRAPHS):
-        context: int = json.loads((bundle / BASE / GRAPHS).read_text())["context"]
-    return context - context % largest_call(bundle)
+    record = read_graphs(bundle / BASE)
+    context: int = record["context"]
+    return context - context % _largest_call(record)
 
 
 def largest_call(bundle: Path) -> int:
     """New tokens of one call of the largest graph."""
-    with reading(bundle / BASE / GRAPHS):
-        graphs = json.loads((bundle / BASE / GRAPHS).read_text())["graphs"]
-    return max(int(graph["tokens"]) for graph in graphs.values())
+    return _largest_call(read_graphs(bundle / BASE))
+
+
+def read_graphs(base: Path) -> dict[str, Any]:
+    """What `graphs.json` holds: sizes, files and grids of the graphs.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    with reading(base / GRAPHS):
+        record: dict[str, Any] = json.loads((base / GRAPHS).read_text())
+    return record
+
+
+def _largest_call(record: Mapping[str, Any]) -> int:
+    return max(int(graph["tokens"]) for graph in record["graphs"].values())
 
 
 class QnnModel:
@@ -99,8 +112,7 @@ class QnnModel:
 
     def __init__(self, base: Path, adapter: Path, htp: bool, profile: bool = False):
         self.base, self.htp = base, htp
-        with reading(base / GRAPHS):
-            self.record: dict[str, Any] = json.loads((base / GRAPHS).read_text())
+        self.record = read_graphs(base)
         graphs = self.record["graphs"]
         self.names = sorted(graphs, key=lambda name: -graphs[name]["tokens"])
         self._sessions: dict[str, Any] = {}

@@ -25,9 +25,10 @@ from typing import Any
 
 import numpy as np
 
-from qwlora.errors import ExportError, foreign_as
+from qwlora.errors import ExportError
 from qwlora.export.onnx_adapter import ADAPTER_FILE, write_adapter_file
 from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE, build_model
+from qwlora.export.onnx_runtime import load_graph
 from qwlora.export.verify import Reference
 from qwlora.graph.adapter_branch import branch_nodes
 from qwlora.graph.aten_ops import base_name
@@ -114,8 +115,7 @@ def write_adapter(graph: QuantizedGraph, base: Path, folder: Path) -> set[str]:
     Raises:
         ExportError: the model has no place for one of the values, or has another base.
     """
-    with foreign_as(ExportError, f"{str(base / MODEL_FILE)!r} is not an ONNX model"):
-        shared = require("onnx_ir", "onnx").load(base / MODEL_FILE).graph
+    shared = load_graph(base / MODEL_FILE).graph
     _refuse_others(graph)
     model, transposed = build_model(graph, {})
     values = {name: each.array for name, each in _inputs(model, graph, transposed).items()}

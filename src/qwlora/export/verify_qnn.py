@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from qwlora.atomic import files_in, read_tensors
-from qwlora.errors import FingerprintError, MissingExtraError, reading
+from qwlora.errors import FingerprintError, MissingExtraError
 from qwlora.export.qnn_bundle import base_digest
 from qwlora.export.qnn_runtime import (
     ADAPTER,
@@ -34,6 +34,7 @@ from qwlora.export.qnn_runtime import (
     GRAPHS,
     RECORD,
     QnnModel,
+    read_graphs,
     require_emulator,
 )
 from qwlora.export.verify import Limits, token_losses
@@ -92,14 +93,18 @@ class QnnParity:
             found["top1_agreement"] = self.htp.top1_agreement
         return found
 
+    @property
+    def least_sqnr(self) -> float:
+        """The limit of `sqnr`, in dB; see the module."""
+        return max(WRONG, min(LEAST_SQNR, self.perturbed_sqnr - BELOW_FLOOR))
+
     def broken_limits(self, limits: Limits) -> Iterator[str]:
         """A sentence for each limit that is exceeded."""
-        least = max(WRONG, min(LEAST_SQNR, self.perturbed_sqnr - BELOW_FLOOR))
         for place, run in (("the CPU", self.cpu), ("the HTP", self.htp)):
             if run is None:
                 continue
-            if not run.sqnr >= least:
-                yield f"logits on {place} have {run.sqnr:.1f} dB (limit {least:.1f} dB)"
+            if not run.sqnr >= self.least_sqnr:
+                yield f"logits on {place} have {run.sqnr:.1f} dB (limit {self.least_sqnr:.1f} dB)"
             drift = abs(run.perplexity / self.simulated_perplexity - 1)
             if not drift <= limits.perplexity_difference + 2 * self.perplexity_stderr:
                 yield (
@@ -140,8 +145,7 @@ def check_bundle(folder: Path, name: str) -> None:
             f"{'these' if record.get('base') == base_digest(folder) else 'other'} graphs; "
             "copy the whole bundle again"
         )
-    with reading(folder / BASE / GRAPHS):
-        wanted = json.loads((folder / BASE / GRAPHS).read_text())["adapter_inputs"]
+    wanted = read_graphs(folder / BASE)["adapter_inputs"]
     tensors, _ = read_tensors(folder / name / ADAPTER)
     found = {key: list(tensor.shape) for key, tensor in tensors.items() if key != ALPHA}
     differing = [key for key in {**wanted, **found} if wanted.get(key) != found.get(key)]

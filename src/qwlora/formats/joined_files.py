@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from qwlora.errors import SourceError
+from qwlora.system.file_stamps import file_stamps
 
 SUFFIX = ".gguf"
 
@@ -39,9 +40,7 @@ def join_parts(parts: Sequence[Path]) -> Path:
             f"be joined: NAME{SUFFIX}.part00+NAME{SUFFIX}.part01"
         )
     identity = "\0".join(
-        f"{part.resolve()}\0{s.st_size}\0{s.st_mtime_ns}\0{s.st_ctime_ns}\0{s.st_ino}"
-        for part in parts
-        for s in [part.stat()]
+        str(each) for part in parts for each in (part.resolve(), *file_stamps(part.stat()))
     )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwlora" / "joined"
     target = cache / hashlib.sha256(identity.encode()).hexdigest()[:16] / f"{stem}{SUFFIX}"

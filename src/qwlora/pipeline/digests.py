@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 from qwlora import strict_json
 from qwlora.atomic import write_text
 from qwlora.progress import Track, untracked
+from qwlora.system.file_stamps import Stamps, file_stamps
 
 # Files written less than this ago are not cached: a second write within the same tick of the file
 # system's clock (up to 2 s) would leave the stamps unchanged.
@@ -30,8 +31,6 @@ SETTLED_NS = 2 * 10**9
 _CHUNK_BYTES = 2**22
 _SHOWN_BYTES = 2**30  # hashing takes a second or more from here on: show progress
 _UNREAD = "mtime:"  # prefix of the identity of a file that was not read
-
-Stamps = tuple[int, int, int, int]  # size, mtime_ns, ctime_ns, inode
 
 
 class Digests:
@@ -58,9 +57,9 @@ class Digests:
             if (digest := self._cached(path)) and not digest.startswith(_UNREAD):
                 return digest
             with open(path, "rb") as file:
-                before = _stamps(os.fstat(file.fileno()))
+                before = file_stamps(os.fstat(file.fileno()))
                 digest = self._hash(file, path, before[0])
-                self._keep(path, before, _stamps(os.fstat(file.fileno())), digest)
+                self._keep(path, before, file_stamps(os.fstat(file.fileno())), digest)
         except OSError:
             return None
         return digest
@@ -76,7 +75,7 @@ class Digests:
                 return digest
             if not self.trust_mtime:
                 return self.content(path)
-            stamps = _stamps(os.stat(path))
+            stamps = file_stamps(os.stat(path))
         except OSError:
             return None
         stamp = f"{_UNREAD}{stamps[0]}:{stamps[1]}"
@@ -96,7 +95,7 @@ class Digests:
         if path not in self._known:
             return None
         stamps, digest = self._known[path]
-        found, compared = _stamps(os.stat(path)), 2 if self.trust_mtime else 4
+        found, compared = file_stamps(os.stat(path)), 2 if self.trust_mtime else 4
         return digest if found[:compared] == stamps[:compared] else None
 
     def _keep(self, path: str, before: Stamps, after: Stamps, digest: str) -> None:
@@ -116,10 +115,6 @@ class Digests:
 def _chunks(file: BinaryIO) -> Iterator[bytes]:
     while chunk := file.read(_CHUNK_BYTES):
         yield chunk
-
-
-def _stamps(stat: os.stat_result) -> Stamps:
-    return stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino
 
 
 def _read(cache: Path) -> dict[str, tuple[Stamps, str]]:

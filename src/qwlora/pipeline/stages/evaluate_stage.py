@@ -47,8 +47,9 @@ def add(plan: PlanBuilder, kind: str, needs: tuple[str, ...] = (), name: str | N
     if len(recipe.texts()) > 1 and kind not in ("imported", "simulated"):
         for text, data in recipe.texts().items():
             if data != own:
-                content = [*model, *["kl"] * is_compared(kind, text), plan.held_out(data)]
-                plan.add(f"{stage}/on/{text}", content, needs, name)
+                measured = ["kl"] if is_compared(kind, text) else []
+                inputs = [*model, *measured, plan.held_out(data)]
+                plan.add(f"{stage}/on/{text}", inputs, needs, name)
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:

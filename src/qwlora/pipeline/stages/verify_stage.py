@@ -116,7 +116,7 @@ def _limits_of(
     parity: LanguageModelParity | QnnParity | WeightsParity, limits: Limits
 ) -> dict[str, float]:
     """What was required, for results.json."""
-    from qwlora.export.verify_qnn import LEAST_SQNR, QnnParity
+    from qwlora.export.verify_qnn import QnnParity
     from qwlora.export.verify_weights import AGREEMENT, LOGIT_DIFFERENCE, WeightsParity
 
     if isinstance(parity, WeightsParity):
@@ -126,7 +126,7 @@ def _limits_of(
             "top1_agreement": AGREEMENT,
         }
     if isinstance(parity, QnnParity):
-        return {"perplexity_difference": limits.perplexity_difference, "sqnr": LEAST_SQNR}
+        return {"perplexity_difference": limits.perplexity_difference, "sqnr": parity.least_sqnr}
     return {
         "perplexity_difference": limits.perplexity_difference,
         "layer_steps": limits.layer_steps,

@@ -74,7 +74,8 @@ def measure(recipe_path: Path, out: Path) -> None:
     """Estimate and run one job in this process; prints JSON."""
     from qwlora.formats.model_source import load_tokenizer
     from qwlora.pipeline.estimates import plan_job, summary_line
-    from qwlora.pipeline.run_job import quiet_libraries, run
+    from qwlora.pipeline.new_context import quiet_libraries
+    from qwlora.pipeline.run_job import run
     from qwlora.recipe import load_recipe
 
     clock: dict[str, float] = {}

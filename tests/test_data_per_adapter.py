@@ -146,7 +146,7 @@ def test_the_base_is_calibrated_on_its_own_text_or_on_all(
 def test_sequences_of_several_texts_alternate_in_the_bases_calibration(
     two_texts: Any, tmp_path: Path
 ) -> None:
-    from qwlora.pipeline.run_job import new_context
+    from qwlora.pipeline.new_context import new_context
     from qwlora.progress import untracked
 
     recipe = load_recipe(two_texts())

@@ -26,7 +26,8 @@ from qwlora.adapter.adapter_check import (
     problems,
 )
 from qwlora.errors import SourceError
-from qwlora.pipeline.directory import Directory, Record
+from qwlora.pipeline.directory import Directory
+from qwlora.pipeline.stage_records import Record
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -63,7 +63,9 @@ SECTIONS: dict[str, dict[str, Any]] = {
 CACHE = ".qwlora/digests.json"  # may be there or not: files younger than two seconds are not in it
 # measured in this process, and so different where a run resumed
 _MEASURED = {"seconds", "step_seconds", "peak_rss_bytes", "base_bytes", "resumed_from_step"}
-_MEASURED |= {"parts", "run", "error"}
+_MEASURED |= {"load_seconds", "switch_seconds", "peak_memory_bytes", "prefill_tokens_per_second"}
+_MEASURED |= {"decode_tokens_per_second", "parts", "run", "error"}
+PROOF = "proof.json"  # lists its own digest, too
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,27 @@ def artifacts(job: Path) -> dict[str, dict[str, str]]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each file in a folder, by relative path; not of model cards, which follow the
-    results of later stages."""
+    """SHA-256 of each file in a folder, by relative path, of proofs without what was measured.
+
+    Not of model cards, which follow the results of later stages.
+    """
     return {
-        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        str(path.relative_to(folder)): hashlib.sha256(_content(path)).hexdigest()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name != "README.md"
     }
+
+
+def _content(path: Path) -> bytes:
+    content = path.read_bytes()
+    if path.name != PROOF:
+        return content
+    try:
+        proof = without_times(json.loads(content))
+        proof["files"].pop(PROOF)
+    except (ValueError, KeyError):
+        return content  # it is damaged
+    return json.dumps(proof).encode()
 
 
 def state(job: Path) -> dict[str, Any]:

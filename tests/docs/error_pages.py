@@ -31,8 +31,8 @@ from qwlora.export.verify import LayerParity, Limits, check_parity
 from qwlora.formats.model_source import locate
 from qwlora.nn import PackedLinear
 from qwlora.nn.finite import check_finite
+from qwlora.pipeline.existing_job import job_recipe
 from qwlora.pipeline.push import Upload, send
-from qwlora.pipeline.run_job import job_recipe
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.recipe import parse_recipe
 from qwlora.system.optional_packages import require

@@ -14,9 +14,10 @@ import yaml
 
 from qwlora.cli.main import main
 from qwlora.errors import DirectoryError
-from qwlora.pipeline.directory import Directory, Record
+from qwlora.pipeline.directory import Directory
 from qwlora.pipeline.output_path import check_output, lock_folder
 from qwlora.pipeline.run_job import run
+from qwlora.pipeline.stage_records import Record
 from qwlora.recipe import Recipe, load_recipe
 
 
@@ -199,7 +200,8 @@ RACER = """
 import sys, time
 from pathlib import Path
 from qwlora.errors import DirectoryError
-from qwlora.pipeline.directory import Directory, Record
+from qwlora.pipeline.directory import Directory
+from qwlora.pipeline.stage_records import Record
 from qwlora.recipe import load_recipe
 
 recipe, start = load_recipe(Path(sys.argv[1])), float(sys.argv[2])

@@ -16,10 +16,10 @@ import pytest
 from pipeline.conftest import FakeJob
 from qwlora.errors import DirectoryError, VerificationError
 from qwlora.pipeline.directory import Directory
+from qwlora.pipeline.existing_job import open_job
 from qwlora.pipeline.explain_placement import explain_placement
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.plan import dependents, make_plan
-from qwlora.pipeline.run_job import open_job
 from qwlora.recipe import load_recipe
 
 ALL = [

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 # the command line with a stage that takes long, so that no model is needed
 WAITING = """
 import sys, time
+import qwlora.pipeline.existing_job
 import qwlora.pipeline.run_job
 import qwlora.recipe
 from qwlora.cli.main import main
@@ -37,7 +38,7 @@ def wait(*_, **__):
         print("cleaned up", flush=True)
 
 qwlora.recipe.load_recipe = lambda *_: None
-qwlora.pipeline.run_job.run = qwlora.pipeline.run_job.open_job = wait
+qwlora.pipeline.run_job.run = qwlora.pipeline.existing_job.open_job = wait
 sys.argv[1:] = {arguments!r}
 main()
 """

@@ -106,7 +106,7 @@ def check(
     )
     from qwlora.errors import SourceError
     from qwlora.pipeline.directory import Directory
-    from qwlora.pipeline.run_job import command_line
+    from qwlora.pipeline.lacking_stages import command_line
 
     directory = Directory.read(folder)
     base, missing = job_fingerprint(folder), directory.missing_adapters()

@@ -305,7 +305,7 @@ def evaluate(
 
 def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
     from qwlora.export.bundle import proof_table, verify_bundle
-    from qwlora.pipeline.run_job import quiet_libraries
+    from qwlora.pipeline.new_context import quiet_libraries
 
     quiet_libraries()
     with ProgressDisplay(quiet or as_json) as display:

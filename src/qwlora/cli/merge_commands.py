@@ -44,7 +44,7 @@ def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
 
     Merging rounds the sum of base and adapter to the base's integers. Writes nothing.
     """
-    from qwlora.pipeline.run_job import open_job
+    from qwlora.pipeline.existing_job import open_job
 
     session, name = open_job(job, name)
     from qwlora.pipeline.merge_adapter import merge_verdict
@@ -61,9 +61,9 @@ def merge(job: Job, name: Name, into: Target, out: Out) -> None:
     """
     if into not in ("float", "requantized"):
         raise typer.BadParameter(f"{into!r} is neither float nor requantized", param_hint="--into")
+    from qwlora.pipeline.existing_job import open_job
     from qwlora.pipeline.model_folder import new_folder
     from qwlora.pipeline.output_path import check_outside_data
-    from qwlora.pipeline.run_job import open_job
 
     with new_folder(out) as folder:
         session, name = open_job(job, name)

@@ -50,7 +50,7 @@ def plan(
     from qwlora.recipe import load_recipe
 
     content = load_recipe(recipe, tuple(changes or ()))
-    from qwlora.pipeline.run_job import quiet_libraries
+    from qwlora.pipeline.new_context import quiet_libraries
 
     quiet_libraries()
     from qwlora.pipeline.estimates import plan_job

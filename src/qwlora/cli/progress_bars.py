@@ -85,6 +85,7 @@ class ProgressDisplay:
         self._steps: list[_Step] = []
         self._live: Live | None = None
         self._ended = threading.Event()
+        self._lines = threading.Thread(target=self._print_lines, daemon=True)
 
     def __enter__(self) -> ProgressDisplay:
         if self._quiet:
@@ -99,7 +100,7 @@ class ProgressDisplay:
             )
             self._live.start()
         else:
-            threading.Thread(target=self._print_lines, daemon=True).start()
+            self._lines.start()
         return self
 
     def __exit__(
@@ -111,6 +112,8 @@ class ProgressDisplay:
         self._ended.set()
         if self._live is not None:
             self._live.stop()
+        elif self._lines.is_alive():
+            self._lines.join()
 
     def watch(self, job: JobProgress) -> None:
         """Show the progress of a job from now on."""

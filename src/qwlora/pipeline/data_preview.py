@@ -9,7 +9,7 @@ from typing import Any
 from qwlora.data.prepared_data import heading
 from qwlora.errors import SourceError
 from qwlora.pipeline.job_texts import JobTexts
-from qwlora.pipeline.run_job import new_context
+from qwlora.pipeline.new_context import new_context
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
 

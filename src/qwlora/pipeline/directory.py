@@ -13,28 +13,24 @@
 
 Artifacts are written to a scratch folder and renamed into place, so they are never incomplete. A
 stage's record is written after its artifact. Both are flushed to disk before the rename.
-`stages.json` has one line per record, with a checksum; if a line is damaged, its stage runs again.
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwlora import strict_json
 from qwlora.atomic import link, move_into_place, write_text
-from qwlora.errors import DirectoryError, RecipeError, file_being_read
+from qwlora.errors import DirectoryError, RecipeError
 from qwlora.formats.card_mark import is_users_card, text_of
 from qwlora.messages import listed
 from qwlora.pipeline.digests import Digests
+from qwlora.pipeline.directory_errors import as_directory_errors
 from qwlora.pipeline.output_path import check_output, lock_folder, remove_empty
 from qwlora.pipeline.ownership import (
     Owner,
@@ -44,27 +40,12 @@ from qwlora.pipeline.ownership import (
     read_owner,
 )
 from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stage_records import Record, read_records, write_records
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
 
-_FULL_BYTES = 64 * 1024
+STAGES = "stages.json"
 CARD = "README.md"  # the model card in an artifact: for people, no input of any stage
-
-
-@dataclass(frozen=True)
-class Record:
-    """Record of a finished stage: the key of its inputs, its results, SHA-256 of its files."""
-
-    key: str
-    seconds: float
-    results: dict[str, Any] = field(default_factory=dict)
-    files: dict[str, str] = field(default_factory=dict)
-
-    def checksum(self, stage: str) -> str:
-        """SHA-256 of the record together with the name of its stage."""
-        as_read = json.loads(json.dumps([stage, asdict(self)]))
-        content = json.dumps(as_read, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
 
 
 class Directory:
@@ -460,45 +441,11 @@ class Directory:
         return bool(self.records or self.owner.artifacts) or any(file.is_file() for file in work)
 
     def _read_records(self) -> None:
-        try:
-            content = (self.private / "stages.json").read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
-            return
-        if (old := _parse_without_checksums(content)) is not None:
-            self.records = old
-            return
-        lines = [line.strip() for line in content.splitlines()]
-        found = [_parse_record(line) for line in lines if line not in (b"{", b"}", b"")]
-        self.records = dict(entry for entry in found if entry is not None)
-        self.damaged_records = found.count(None)
+        self.records, self.damaged_records = read_records(self.private / STAGES)
 
     def _write_records(self) -> None:
-        """Write `records` to stages.json."""
-        lines = []
-        for stage, record in self.records.items():
-            content = asdict(record) | {"sha256": record.checksum(stage)}
-            lines.append(f"{strict_json.dumps(stage)}: {strict_json.dumps(content)}")
-        write_text(self.private / "stages.json", "{\n" + ",\n".join(lines) + "\n}\n")
+        write_records(self.private / STAGES, self.records)
         self.damaged_records = 0
-
-
-def _parse_record(line: bytes) -> tuple[str, Record] | None:
-    """The record in a line of stages.json; None if the line is damaged."""
-    try:
-        ((stage, content),) = json.loads(b"{" + line.removesuffix(b",") + b"}").items()
-        checksum = content.pop("sha256")
-        record = Record(**content)
-        return (stage, record) if record.checksum(stage) == checksum else None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-
-
-def _parse_without_checksums(content: bytes) -> dict[str, Record] | None:
-    """The records in a file of an older version, without checksums; None if it is not one."""
-    try:
-        return {stage: Record(**record) for stage, record in json.loads(content).items()}
-    except (ValueError, TypeError, AttributeError, RecursionError):
-        return None
 
 
 def _reads_as(file: Path, recipe: Recipe) -> bool:
@@ -506,42 +453,6 @@ def _reads_as(file: Path, recipe: Recipe) -> bool:
         return load_recipe(file) == recipe
     except RecipeError:
         return False
-
-
-@contextlib.contextmanager
-def as_directory_errors(path: Path) -> Iterator[None]:
-    """Turn the various errors for a full disk or an unwritable path into a DirectoryError."""
-    try:
-        yield
-    except DirectoryError:
-        raise
-    except Exception as error:
-        # Native writers report a full disk in their own words, so the free space is checked too.
-        if (
-            getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            or "No space left" in str(error)
-            or _free_bytes(path) < _FULL_BYTES
-        ):
-            raise DirectoryError(
-                f"{str(path)!r}: no space left on the disk. Nothing half-written was kept. Free "
-                "some space and run again"
-            ) from error
-        if file_being_read(error) is not None:
-            raise
-        if isinstance(error, PermissionError | NotADirectoryError | FileExistsError) or getattr(
-            error, "errno", None
-        ) in (errno.EROFS, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY, errno.ENAMETOOLONG):
-            raise DirectoryError(
-                f"{str(path)!r} cannot be written: {error}. Fix this or choose another --out"
-            ) from error
-        raise
-
-
-def _free_bytes(path: Path) -> float:
-    usage = shutil.disk_usage(
-        next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
-    )
-    return usage.free if usage.total else float("inf")  # file systems like /proc have no size
 
 
 def _digest(path: Path) -> str | None:

@@ -28,8 +28,9 @@ from qwlora.errors import CalibrationError, DirectoryError, SourceError
 from qwlora.export.bundle import BASE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import GraphTarget, SwitchableTarget, Target, UseCasesTarget
+from qwlora.pipeline.existing_job import check_current, is_calibrated, open_job
 from qwlora.pipeline.job_models import JobModels, ModelName
-from qwlora.pipeline.run_job import check_current, is_calibrated, open_job, quiet_libraries
+from qwlora.pipeline.new_context import quiet_libraries
 from qwlora.progress import Track, untracked
 
 if TYPE_CHECKING:

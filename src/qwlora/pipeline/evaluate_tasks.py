@@ -18,9 +18,10 @@ from typing import Any
 
 from qwlora.errors import DirectoryError
 from qwlora.export.registry import TARGETS
+from qwlora.pipeline.existing_job import add_task_scores, check_stages
 from qwlora.pipeline.job_models import JobModels, ModelName
+from qwlora.pipeline.new_context import quiet_libraries
 from qwlora.pipeline.plan import has_float_model
-from qwlora.pipeline.run_job import add_task_scores, check_stages, quiet_libraries
 from qwlora.progress import Track, untracked
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwlora.pipeline.run_job import is_calibrated, open_job
+from qwlora.pipeline.existing_job import is_calibrated, open_job
 
 if TYPE_CHECKING:
     from qwlora.simulation.placement_log import PlacementLog

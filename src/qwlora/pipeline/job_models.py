@@ -22,14 +22,9 @@ from qwlora.errors import DirectoryError
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BundleTarget, UseCasesTarget
 from qwlora.messages import suggestion
-from qwlora.pipeline.run_job import (
-    check_current,
-    command_line,
-    is_calibrated,
-    job_recipe,
-    open_job,
-    quiet_libraries,
-)
+from qwlora.pipeline.existing_job import check_current, is_calibrated, job_recipe, open_job
+from qwlora.pipeline.lacking_stages import command_line
+from qwlora.pipeline.new_context import quiet_libraries
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -10,7 +10,8 @@ from typing import Any
 
 from qwlora.atomic import write_text
 from qwlora.errors import DirectoryError, QwloraWarning
-from qwlora.pipeline.directory import Directory, as_directory_errors
+from qwlora.pipeline.directory import Directory
+from qwlora.pipeline.directory_errors import as_directory_errors
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.report.job import Job

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from qwlora.atomic import move_into_place
 from qwlora.errors import DirectoryError
-from qwlora.pipeline.directory import as_directory_errors
+from qwlora.pipeline.directory_errors import as_directory_errors
 from qwlora.pipeline.output_path import check_output, lock_folder, remove_empty, shown
 
 _PRIVATE = ".qwlora-write"

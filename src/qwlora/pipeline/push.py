@@ -38,12 +38,13 @@ from qwlora.formats.card_mark import is_users_card
 from qwlora.formats.model_origin import origin_of
 from qwlora.messages import listed, suggestion
 from qwlora.pipeline.artifacts import MOMENTS, SOLVER_SCALES
-from qwlora.pipeline.directory import CARD, Directory, as_directory_errors
+from qwlora.pipeline.directory import CARD, Directory
+from qwlora.pipeline.directory_errors import as_directory_errors
+from qwlora.pipeline.existing_job import job_recipe
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.model_cards import Places, adapter_card_text, base_card, job_of
 from qwlora.pipeline.plan import make_plan, resolve_compute
 from qwlora.pipeline.results import collect_results
-from qwlora.pipeline.run_job import job_recipe
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stale_stages import find_stale, upstream
 from qwlora.recipe import Recipe

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import CalibrationError
-from qwlora.pipeline.run_job import is_calibrated, open_job
+from qwlora.pipeline.existing_job import is_calibrated, open_job
 from qwlora.progress import Track, untracked
 
 if TYPE_CHECKING:

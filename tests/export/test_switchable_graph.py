@@ -16,7 +16,12 @@ from qwlora import Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import ExportError
 from qwlora.export.onnx_bundle import export_onnx
 from qwlora.export.onnx_runtime import OnnxModel, write_session_options
-from qwlora.export.switchable_graph import ZeroAdapter, write_adapter, write_switchable
+from qwlora.export.switchable_graph import (
+    ZeroAdapter,
+    graph_with_cache,
+    write_adapter,
+    write_switchable,
+)
 from qwlora.export.verify import Limits, verify_language_model
 from qwlora.export.verify_weights import switching_problems
 from qwlora.simulation.simulation import Simulation
@@ -71,7 +76,9 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     for name, made in simulations.items():
         (folder / name).mkdir()
         if name == "base":
-            write_switchable(made.graph(), folder / name, {}, base_activations=True)
+            graph, reason = graph_with_cache(made)
+            assert reason is None
+            write_switchable(graph, folder / name, {}, base_activations=True)
             write_session_options(made.graph(), folder / name)
         else:
             write_adapter(made.graph(), folder / "base", folder / name)

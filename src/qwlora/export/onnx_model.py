@@ -96,15 +96,9 @@ class _Rewriter:
 
     def _activation(self, node: Any, name: str, encoding: Encoding) -> None:
         ir = self.ir
-        bits = 8 if encoding.scheme.bitwidth <= 8 else 16
-        if encoding.scheme.bitwidth not in (8, 16):
-            raise ExportError(
-                f"{name}: ONNX has no {encoding.scheme.bitwidth}-bit QuantizeLinear for "
-                "activations; use 8 or 16 bits"
-            )
-        scale = self._initializer(f"{name}.scale", encoding.scale.cpu().numpy())
-        zero_point = self._initializer(
-            f"{name}.zero_point", (-encoding.offset).cpu().numpy().astype(f"uint{bits}")
+        scale, zero_point = (
+            self._initializer(f"{name}{part}", array)
+            for part, array in activation_arrays(name, encoding).items()
         )
         codes = ir.node(
             "QuantizeLinear", [node.inputs[0], scale, zero_point], name=f"{name}/quantize"
@@ -192,25 +186,8 @@ class _Rewriter:
         attributes = _axis_attributes(encoding, transposed, len(value.shape))
         key = (id(value), transposed)
         if key not in self.initializers:
-            turn = (lambda t: t.T) if transposed else (lambda t: t)
-            codes = turn(codes_of(value, encoding))
-            scale = encoding.scale if encoding.scale.ndim < 2 else turn(encoding.scale)
-            kind = _container(encoding)
-            shift = encoding.scheme.symmetric_offset if encoding.scheme.symmetric else 0
-            made = [
-                self._initializer(
-                    f"{name}.codes",
-                    (codes.to(torch.int32) + shift).contiguous().numpy().astype(kind),
-                ),
-                self._initializer(f"{name}.scale", scale.contiguous().numpy()),
-            ]
-            if isinstance(encoding, Encoding) and not encoding.scheme.symmetric:
-                offset = encoding.offset if encoding.offset.ndim < 2 else turn(encoding.offset)
-                made.append(
-                    self._initializer(
-                        f"{name}.zero_point", (-offset).contiguous().numpy().astype(kind)
-                    )
-                )
+            arrays = weight_arrays(codes_of(value, encoding), encoding, transposed)
+            made = [self._initializer(f"{name}{part}", array) for part, array in arrays.items()]
             self.initializers[key] = made
         return self.initializers[key], attributes
 
@@ -259,6 +236,49 @@ class _Rewriter:
             raise ExportError(
                 f"encodings without a tensor in the exported graph: {listed(missing, 3)}"
             )
+
+
+def activation_arrays(name: str, encoding: Encoding) -> dict[str, np.ndarray[Any, Any]]:
+    """The grid of an activation as its QuantizeLinear takes it, by suffix of the initializer's
+    name.
+
+    Raises:
+        ExportError: the grid has other than 8 or 16 bits.
+    """
+    bits = encoding.scheme.bitwidth
+    if bits not in (8, 16):
+        raise ExportError(
+            f"{name}: ONNX has no {bits}-bit QuantizeLinear for activations; use 8 or 16 bits"
+        )
+    return {
+        ".scale": encoding.scale.cpu().numpy(),
+        ".zero_point": (-encoding.offset).cpu().numpy().astype(f"uint{bits}"),
+    }
+
+
+def weight_arrays(
+    codes: torch.Tensor, encoding: Encoding | FloatOffsetEncoding, transposed: bool
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Codes, scale and, if asymmetric, zero point of a weight as its DequantizeLinear takes them,
+    by suffix of the initializer's name.
+
+    Args:
+        codes: [out, in].
+        transposed: the arrays are [in, out].
+    """
+    turn = (lambda t: t.T) if transposed else (lambda t: t)
+    scale = encoding.scale if encoding.scale.ndim < 2 else turn(encoding.scale)
+    kind = _container(encoding)
+    shift = encoding.scheme.symmetric_offset if encoding.scheme.symmetric else 0
+    whole = (turn(codes).to(torch.int32) + shift).contiguous()
+    found = {
+        ".codes": whole.cpu().numpy().astype(kind),
+        ".scale": scale.contiguous().cpu().numpy(),
+    }
+    if isinstance(encoding, Encoding) and not encoding.scheme.symmetric:
+        offset = encoding.offset if encoding.offset.ndim < 2 else turn(encoding.offset)
+        found[".zero_point"] = (-offset).contiguous().cpu().numpy().astype(kind)
+    return found
 
 
 def activation_tensor(name: str, inputs: Collection[str]) -> str:

@@ -7,6 +7,12 @@ are exported with the model:
     EIGHT_BIT_OPTIONS    for 8-bit activations: do not replace Q/DQ pairs by integer kernels
                          (QLinearSoftmax, QLinearAdd ...), which round elsewhere. Weights are
                          unpacked to float32 in memory.
+
+A model with a key-value cache has inputs that a simulation does not have. Those that are not given
+are those of a whole sequence:
+
+    past_key_values.N.key, .value    without tokens
+    position_ids                     0, 1, 2, ... from the first token that attention_mask shows
 """
 
 from __future__ import annotations
@@ -26,6 +32,8 @@ from qwlora.atomic import write_text
 from qwlora.errors import ExportError, foreign_as, reading
 from qwlora.export.onnx_adapter import ADAPTER_FILE, ActiveAdapter
 from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
+from qwlora.graph.cached_capture import IDS, MASK, POSITIONS
+from qwlora.graph.capture import PAST, PRESENT
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.system.file_stamps import Stamps, file_stamps
 from qwlora.system.optional_packages import require
@@ -89,24 +97,62 @@ class OnnxModel:
             self._adapters[adapter] = stamps, ActiveAdapter(adapter / ADAPTER_FILE)
         self._options = self._adapters[adapter][1].options
 
+    @property
+    def has_cache(self) -> bool:
+        """Whether keys and values of earlier tokens are inputs."""
+        return any(value.name.startswith(f"{PAST}.") for value in self.session.get_inputs())
+
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every output by name, given every input by name.
+        """Every output by name, given every input by name; see the module.
 
         Raises:
             ExportError: ONNX Runtime refuses the files, or an input is missing.
         """
         names = [output.name for output in self.session.get_outputs()]
-        return run_session(self.session, names, tensors, self._options)
+        return run_session(self.session, names, _completed(self.session, tensors), self._options)
 
     def logits(self, ids: Tensor) -> Tensor:
         """Float32 logits [batch, tokens, vocabulary] of token ids [batch, tokens]."""
-        return self.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})["logits"]
+        tensors = _completed(self.session, {IDS: ids, MASK: torch.ones_like(ids)})
+        return run_session(self.session, ["logits"], tensors, self._options)["logits"]
+
+    def extend(self, ids: Tensor, past: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run tokens after those in a cache.
+
+        Args:
+            ids: new token ids [batch, tokens].
+            past: inputs of the cache by name; empty at the start.
+
+        Returns:
+            logits of the new tokens, and the cache with them after the past ones.
+        """
+        before = next(iter(past.values())).shape[2] if past else 0
+        count = before + ids.shape[1]
+        given = {
+            IDS: ids,
+            MASK: ids.new_ones(len(ids), count),
+            POSITIONS: torch.arange(before, count).expand(ids.shape),
+        }
+        found = self.run({**given, **past})
+        cache = {
+            name.replace(PRESENT, PAST, 1): tensor
+            for name, tensor in found.items()
+            if name.startswith(f"{PRESENT}.")
+        }
+        return found["logits"], cache
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
-        """The `count` likeliest tokens after token ids [1, tokens], without a cache."""
+        """The `count` likeliest tokens after token ids [1, tokens], one by one, with the cache if
+        the model has one."""
+        tokens, new, cache = ids, ids, dict[str, Tensor]()
         for _ in range(count):
-            ids = torch.cat([ids, self.logits(ids)[:, -1:].argmax(-1)], dim=1)
-        return ids[0, -count:].tolist()
+            if self.has_cache:
+                logits, cache = self.extend(new, cache)
+            else:
+                logits = self.logits(tokens)
+            new = logits[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, new], dim=1)
+        return tokens[0, -count:].tolist()
 
     def run_layers(
         self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
@@ -129,6 +175,7 @@ class OnnxModel:
             path = Path(scratch) / MODEL_FILE
             _cut_at(self.folder / MODEL_FILE, values, path)
             session = open_session(path, read_session_options(self.folder))
+            tensors = _completed(session, tensors)
             found = run_session(session, outputs, {**tensors, **given}, self._options)
         return dict(zip(values, found.values(), strict=True))
 
@@ -159,7 +206,8 @@ def run_layers_of(
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / MODEL_FILE
         names = expose_activations(model, path)
-        return run_session(open_session(path, session_options), names, tensors, options)
+        session = open_session(path, session_options)
+        return run_session(session, names, _completed(session, tensors), options)
 
 
 def expose_activations(source: Path, path: Path) -> list[str]:
@@ -219,6 +267,22 @@ def run_session(
     with foreign_as(ExportError, "ONNX Runtime cannot run the model"):
         found = session.run(outputs, given, options)
     return {name: torch.from_numpy(value) for name, value in zip(outputs, found, strict=True)}
+
+
+def _completed(session: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` with the inputs of a whole sequence that they lack; see the module."""
+    found = dict(tensors)
+    for value in session.get_inputs():
+        if value.name in found or IDS not in found:
+            continue
+        ids = found[IDS]
+        if value.name == POSITIONS:
+            mask = found.get(MASK, torch.ones_like(ids))
+            found[POSITIONS] = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        elif value.name.startswith(f"{PAST}."):
+            _, heads, _, width = value.shape
+            found[value.name] = torch.zeros(len(ids), heads, 0, width)
+    return found
 
 
 def _cut_at(source: Path, activations: Collection[str], path: Path) -> None:

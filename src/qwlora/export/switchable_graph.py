@@ -13,34 +13,53 @@ The model is that of a zero adapter on every layer that any adapter changes. The
 the rank at 0 and gives the sum the grid of the base layer's output: rounding to the same grid twice
 changes nothing.
 
+The model has a key-value cache: without past tokens it computes the full sequence, as the
+simulation does. If the model has none that can be inputs, the graph of full sequences is written.
+
+    input_ids, attention_mask, position_ids, past_key_values.N.key, .value, ...
+        -> logits, present.N.key, .value, ...
+
 Numbers have shape [1], and codes of 4 bits or fewer are stored in 8, as adapter files need it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch.fx import Node
 
-from qwlora.errors import ExportError
+from qwlora.errors import CaptureError, ExportError
 from qwlora.export.onnx_adapter import ADAPTER_FILE, write_adapter_file
-from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE, build_model
+from qwlora.export.onnx_model import (
+    DATA_FILE,
+    MODEL_FILE,
+    activation_arrays,
+    build_model,
+    weight_arrays,
+)
 from qwlora.export.onnx_runtime import load_graph
 from qwlora.export.verify import Reference
 from qwlora.graph.adapter_branch import branch_nodes
 from qwlora.graph.aten_ops import base_name
 from qwlora.graph.graph_analysis import operator_of
+from qwlora.graph.graph_parameters import parameter_names
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel
 from qwlora.messages import listed
 from qwlora.parameter_names import canonical_name, is_adapter_name, is_factor_name
+from qwlora.simulation.cached_graph import cached_graph, capture_with_cache
+from qwlora.simulation.simulated_graph import SimulatedGraph
 from qwlora.system.optional_packages import require
 
 _GRID = (".scale", ".zero_point")
 _SCALING = ".scaling"
+_TRANSPOSED = "qwlora.transposed"  # of the model's metadata: weights that are stored [in, out]
 _REMEDY = (
     "If another adapter changes this layer, give all adapters the same target_modules and layers, "
     "or use target onnx_each, which writes a model for each adapter; else calibrate on more data"
@@ -63,11 +82,25 @@ class _Input:
     @property
     def array(self) -> np.ndarray[Any, Any]:
         """The value in a form that adapter files can have."""
-        array = np.array(self.value.const_value.numpy())
-        name = array.dtype.name
-        if name in ("int4", "uint4"):
-            array = array.astype(name.replace("4", "8"))
-        return array.reshape(array.shape or (1,))
+        return _storable(np.array(self.value.const_value.numpy()))
+
+
+def _storable(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """`array` in a form that adapter files can have."""
+    name = array.dtype.name
+    if name in ("int4", "uint4"):
+        array = array.astype(name.replace("4", "8"))
+    return array.reshape(array.shape or (1,))
+
+
+def graph_with_cache(simulation: SimulatedGraph) -> tuple[QuantizedGraph, str | None]:
+    """The simulation's graph with a key-value cache, and None; or the graph without one, and why
+    the model has none."""
+    try:
+        captured = capture_with_cache(simulation)
+        return cached_graph(simulation, captured, quantize_past=False), None
+    except CaptureError as error:
+        return simulation.graph(), str(error)
 
 
 def write_switchable(
@@ -102,6 +135,7 @@ def write_switchable(
         del model.graph.initializers[own.value.name]
         model.graph.register_initializer(made)
         model.graph.inputs.append(made)
+    model.metadata_props[_TRANSPOSED] = json.dumps(sorted(transposed))
     ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
     return transposed
 
@@ -115,10 +149,10 @@ def write_adapter(graph: QuantizedGraph, base: Path, folder: Path) -> set[str]:
     Raises:
         ExportError: the model has no place for one of the values, or has another base.
     """
-    shared = load_graph(base / MODEL_FILE).graph
+    model = load_graph(base / MODEL_FILE)
+    shared, transposed = model.graph, set(json.loads(model.metadata_props[_TRANSPOSED]))
     _refuse_others(graph)
-    model, transposed = build_model(graph, {})
-    values = {name: each.array for name, each in _inputs(model, graph, transposed).items()}
+    values = _values(graph, transposed)
     defaults = {value.name for value in shared.inputs if value.const_value is not None}
     fixed = {name: shared.initializers.get(name) for name in values.keys() - defaults}
     if unknown := sorted({name.rpartition(".")[0] for name in fixed if fixed[name] is None}):
@@ -136,6 +170,46 @@ def write_adapter(graph: QuantizedGraph, base: Path, folder: Path) -> set[str]:
     own = {name: array for name, array in values.items() if name in defaults}
     write_adapter_file(own, folder / ADAPTER_FILE)
     return transposed
+
+
+def _values(graph: QuantizedGraph, transposed: Collection[str]) -> dict[str, np.ndarray[Any, Any]]:
+    """What `graph` has for the inputs of the base's model, and for its fixed grids, by name.
+
+    It is read from the graph: a translation to ONNX takes longer than everything else of an
+    adapter's export.
+    """
+    program, marked = graph.program, {mark.node for mark in graph.marks}
+    nodes = {node.name: node for node in program.graph.nodes}
+    weights = {
+        spec.arg.name: program.state_dict[spec.target].detach()
+        for spec in program.graph_signature.input_specs
+        if spec.target in program.state_dict
+    }
+    found = dict[str, np.ndarray[Any, Any]]()
+    for mark in graph.marks:
+        encoding, arrays = graph.encodings[mark.name], dict[str, np.ndarray[Any, Any]]()
+        if mark.kind is Kind.ACTIVATION:
+            assert isinstance(encoding, Encoding)
+            arrays = activation_arrays(mark.name, encoding)
+        elif mark.kind is Kind.ADAPTER:
+            codes = encoding.quantize(weights[mark.node])
+            arrays = weight_arrays(codes, encoding, mark.name in transposed)
+        found |= {f"{mark.name}{part}": _storable(array) for part, array in arrays.items()}
+    for placeholder, name in parameter_names(program).items():
+        node, path = nodes[placeholder], canonical_name(name)
+        if not (node.users and is_factor_name(path)):
+            continue
+        if placeholder not in marked:
+            found[path] = weights[placeholder].cpu().numpy()
+        if not _is_first(path):
+            while not (_is_product(node) and isinstance(node.args[1], int | float)):
+                (node,) = node.users
+            found[f"{_layer(path)}{_SCALING}"] = np.array([node.args[1]], np.float32)
+    return found
+
+
+def _is_product(node: Node) -> bool:
+    return node.op == "call_function" and base_name(operator_of(node)) == "mul"
 
 
 def _unchanged(

@@ -11,7 +11,10 @@ become with the new ones after them, have the encoding of the new ones:
     cat(past, new)           the same
 
 So the graph prefills and decodes on the grids of the full sequence, and one set of encodings holds
-for all graphs of the model.
+for all graphs of the model. Without past tokens it computes the full sequence, bit for bit.
+
+Values that an earlier call returned are on that grid already. A runtime that keeps them as floats
+does not have to quantize them again: `quantize_past` false leaves both without an encoding.
 """
 
 from __future__ import annotations
@@ -59,13 +62,16 @@ def capture_with_cache(
         return capture_cached(model, sizes, present)
 
 
-def cached_graph(simulation: SimulatedGraph, captured: Captured) -> QuantizedGraph:
+def cached_graph(
+    simulation: SimulatedGraph, captured: Captured, quantize_past: bool = True
+) -> QuantizedGraph:
     """The graph of `captured` on the grids and with the weights of `simulation`.
 
     Args:
         simulation: calibrated.
         captured: by `capture_cached`, of the simulation's model with an adapter of this structure
             active.
+        quantize_past: see the module.
 
     Raises:
         CalibrationError: the simulation is not calibrated.
@@ -85,7 +91,7 @@ def cached_graph(simulation: SimulatedGraph, captured: Captured) -> QuantizedGra
     encodings: Encodings = {name: known[name] for name in nodes if name in known}
     marks = {nodes[name]: Mark(nodes[name], name, kinds[name]) for name in encodings}
     names = {node: name for name, node in nodes.items()}
-    for added in cache_additions(captured).values():
+    for added in cache_additions(captured).values() if quantize_past else ():
         encoding = _encoding_of(added.new, marks, known)
         for node in (added.past, added.whole):
             if encoding is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -28,6 +29,7 @@ from qwlora.encodings.from_grid import entry_of
 from qwlora.encodings.versions_0_and_1 import build_1_0_0
 from qwlora.errors import DirectoryError, EncodingsFileError, FingerprintError, SourceError
 from qwlora.export.bundle import verify_bundle
+from qwlora.export.onnx_runtime import OnnxModel
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
@@ -254,6 +256,23 @@ def test_the_onnx_bundle_is_proven_again_elsewhere_and_changed_files_are_named(
         path.write_bytes(content)
 
 
+def test_the_lines_in_the_readme_generate_with_the_cache_and_the_adapter(
+    finished: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = finished["llama"] / "export" / "onnx"
+    monkeypatch.chdir(bundle)
+    (lines,) = re.findall(r"```python\n(.*?)```", (bundle / "README.md").read_text(), re.DOTALL)
+    names: dict[str, Any] = {}
+    exec(lines, names)
+    runtime = OnnxModel(bundle / "base")
+    runtime.use(bundle / "first")
+    ids = torch.tensor([[1, 2, 3]])
+    for _ in range(20):  # whole sequences
+        ids = torch.cat([ids, runtime.logits(ids)[:, -1:].argmax(-1)], dim=1)
+    assert names["ids"].tolist() == ids.tolist()
+    assert names["cache"]["past_key_values.0.key"].shape[2] == 22
+
+
 def test_dumped_layers_are_those_of_the_session_with_the_adapter(
     finished: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -285,8 +304,12 @@ def test_session_options_beside_the_file_make_it_faithful(finished: dict[str, Pa
     for key, value in json.loads((folder / "session_options.json").read_text()).items():
         options.add_session_config_entry(key, value)
     ids = torch.randint(0, 256, (3, 20))
+    session = onnxruntime.InferenceSession(folder / "model.onnx", options)
     feeds = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
-    faithful = onnxruntime.InferenceSession(folder / "model.onnx", options).run(None, feeds)[0]
+    feeds["position_ids"] = np.arange(20)[None].repeat(3, axis=0)
+    for value in session.get_inputs()[3:]:  # an empty cache
+        feeds[value.name] = np.zeros([3, value.shape[1], 0, value.shape[3]], np.float32)
+    faithful = session.run(None, feeds)[0]
     default = onnxruntime.InferenceSession(folder / "model.onnx").run(None, feeds)[0]
     plain = onnxruntime.SessionOptions()
     plain.add_session_config_entry("session.disable_quant_qdq", "1")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,20 +15,24 @@ from torch import Tensor
 
 from conftest import tiny_model
 from qwlora import Scheme, SimulationSchemes, quantize_, simulate
-from qwlora.errors import ExportError
+from qwlora.errors import CaptureError, ExportError
 from qwlora.export.onnx_bundle import export_onnx
 from qwlora.export.onnx_runtime import OnnxModel, write_session_options
+from qwlora.export.onnx_target import OnnxTarget
 from qwlora.export.switchable_graph import (
     ZeroAdapter,
     graph_with_cache,
     write_adapter,
     write_switchable,
 )
+from qwlora.export.target import ExportedGraph
 from qwlora.export.verify import Limits, verify_language_model
+from qwlora.export.verify_cache import verify_cache
 from qwlora.export.verify_weights import switching_problems
 from qwlora.simulation.simulation import Simulation
 
 IDS = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
+LONG = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(1))
 WIDE = ["q_proj", "o_proj", "down_proj", "up_proj"]
 
 
@@ -122,6 +128,75 @@ def test_a_session_that_keeps_an_adapter_is_noticed(bundle: Bundle) -> None:
     assert list(switching_problems(runtime, wide, [narrow], IDS[:1])) == []
     (problem,) = switching_problems(sticky, wide, [narrow], IDS[:1])
     assert "without an adapter" in problem
+
+
+def test_tokens_one_by_one_with_the_cache_are_the_simulation(bundle: Bundle) -> None:
+    runtime = OnnxModel(bundle.folder / "base")
+    assert runtime.has_cache
+    for name, made in bundle.simulations.items():
+        own, others = bundle.adapter(name), [bundle.folder / n for n in ("wide", "narrow")]
+        reference = ZeroAdapter(made) if name == "base" else made
+        parity = verify_cache(runtime, reference, LONG, own, others)
+        assert list(parity.broken_limits(Limits())) == [], name
+        assert (parity.prefilled, parity.tokens, parity.top1_agreement) == (8, 16, 1)
+        runtime.use(own)
+        plain = OnnxModel(bundle.folder / "base")
+        plain.use(own)
+        tokens = LONG
+        for _ in range(4):  # whole sequences
+            tokens = torch.cat([tokens, plain.logits(tokens)[:, -1:].argmax(-1)], dim=1)
+        assert runtime.decode(LONG, 4) == tokens[0, -4:].tolist()
+
+
+def test_wrong_caches_are_noticed(bundle: Bundle) -> None:
+    class Forgetful(OnnxModel):
+        """Loses the oldest token of the cache."""
+
+        def extend(
+            self, ids: Tensor, past: Mapping[str, Tensor]
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            return super().extend(ids, {name: part[:, :, 1:] for name, part in past.items()})
+
+    class Shared(OnnxModel):
+        """Has one cache for all adapters."""
+
+        own: dict[str, Tensor]
+
+        def extend(
+            self, ids: Tensor, past: Mapping[str, Tensor]
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            logits, self.own = super().extend(ids, self.own if past else {})
+            return logits, self.own
+
+    wide, made = bundle.folder / "wide", bundle.simulations["wide"]
+    forgetful = verify_cache(Forgetful(bundle.folder / "base"), made, LONG, wide, [])
+    (problem,) = forgetful.broken_limits(Limits())
+    assert re.search(r"with the cache, logits are -?\d+\.\d dB from .*limit 60.0 dB", problem)
+    shared = verify_cache(Shared(bundle.folder / "base"), made, LONG, wide, [])
+    (problem,) = shared.broken_limits(Limits())
+    assert "if other adapters run between the steps" in problem
+
+
+def test_a_model_without_a_cache_is_written_for_whole_sequences(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise CaptureError("Recurrent returns no past_key_values")
+
+    monkeypatch.setattr("qwlora.simulation.cached_graph.capture_cached", refuse)
+    made, wide = bundle.simulations["base"], bundle.simulations["wide"]
+    reason = OnnxTarget().write_base(ExportedGraph(made, {}, {}), "all", tmp_path)
+    assert reason == "Recurrent returns no past_key_values"
+    runtime = OnnxModel(tmp_path)
+    assert not runtime.has_cache
+    assert [value.name for value in runtime.session.get_inputs()] == ["input_ids", "attention_mask"]
+    (tmp_path / "wide").mkdir()
+    write_adapter(wide.graph(), tmp_path, tmp_path / "wide")
+    for name in ("base", "wide"):
+        runtime.use(None if name == "base" else tmp_path / name)
+        same = OnnxModel(bundle.folder / "base")
+        assert torch.equal(runtime.logits(IDS), bundle.logits(name, same))
+        assert runtime.decode(LONG, 2) == same.decode(LONG, 2)
 
 
 def test_a_replaced_adapter_is_read_again(bundle: Bundle, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from qwlora.progress import Track, untracked
 
 BASE, PROOF, README = "base", "proof", "README.md"
 RECORD = "qwlora.json"  # of a base or an adapter: the base's fingerprint, and digests of the files
+WITHOUT_CACHE = "without_cache"  # in a base's record: why the files have no key-value cache
 PROOF_RECORD, REFERENCE = "proof.json", "reference.safetensors"
 FORMAT = 1
 
@@ -57,6 +58,12 @@ def is_of_base(bundle: Path, adapter: str) -> bool:
     if not isinstance(record, dict) or record.get("base") != record_digest(bundle / BASE):
         return False
     return not manifest.changed_files(folder, RECORD)
+
+
+def without_cache(base: Path) -> str | None:
+    """Why a base's files have no key-value cache; None: they have one, or always do."""
+    found: str | None = json.loads((base / RECORD).read_text()).get(WITHOUT_CACHE)
+    return found
 
 
 def is_bundle(folder: Path) -> bool:
@@ -258,7 +265,7 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         f"A quantized base model and {len(names)} LoRA adapters that were trained on exactly these "
         f"integers. Weights: {grids}. Fingerprint of the base: `{some['base_fingerprint'][:16]}`.",
         "## Run\n\nIn this folder:",
-        target.loading(BASE, names[0]),
+        *_loading(target, names[0], some.get(WITHOUT_CACHE)),
         "| folder | what | size |\n|---|---|---|\n"
         + "\n".join(
             f"| `{path}/` | {'base' if path == BASE else 'adapter'} | {n} |"
@@ -270,6 +277,16 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         CARD_MARK,
     ]
     write_text(bundle / README, "\n\n".join(parts) + "\n")
+
+
+def _loading(target: BundleTarget, adapter: str, without_cache: str | None) -> list[str]:
+    if without_cache is None:
+        return [target.loading(BASE, adapter)]
+    return [
+        target.loading_without_cache(BASE, adapter),
+        f"The files have no key-value cache, so every token runs the whole sequence: "
+        f"{without_cache}",
+    ]
 
 
 def _license(stated: str | None) -> str:

@@ -20,7 +20,6 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 
 from qwlora.export.target import BundleTarget, GraphTarget, Target, UseCasesTarget
-from qwlora.export.verify import Runtime
 
 Logits = Callable[[Tensor], Tensor]
 
@@ -38,7 +37,7 @@ def exported_logits(target: Target, folder: Path, base: Path) -> Logits:
     """
     target.require_packages()
     if isinstance(target, GraphTarget):
-        return runtime_logits(target.open(folder))
+        return target.open(folder).logits
     assert isinstance(target, BundleTarget)
     runtime = target.open(base)
     runtime.use(folder)
@@ -53,13 +52,6 @@ def use_case_logits(target: UseCasesTarget, folder: Path, case: str) -> Logits:
     """
     target.require_packages()
     return target.logits(folder, case)
-
-
-def runtime_logits(graph: Runtime) -> Logits:
-    """Logits [1, tokens, vocabulary] that a runtime computes of token ids [1, tokens]."""
-    return lambda ids: graph.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[
-        "logits"
-    ]
 
 
 class ExportedModel(PreTrainedModel, GenerationMixin):

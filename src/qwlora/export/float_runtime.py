@@ -32,6 +32,7 @@ from qwlora.export.onnx_runtime import (
     run_layers_of,
     run_session,
 )
+from qwlora.graph.cached_capture import IDS, MASK
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.system.optional_packages import require
@@ -114,6 +115,10 @@ class FloatOnnxModel:
         tokens, padded = self._padded(tensors)
         found = run_session(session, [o.name for o in session.get_outputs()], padded)
         return {name: value[:, :tokens] for name, value in found.items()} if tokens else found
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Logits [batch, tokens, vocabulary] of token ids [batch, tokens]; see `run`."""
+        return self.run({IDS: ids, MASK: torch.ones_like(ids)})["logits"]
 
     def run_layers(
         self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]

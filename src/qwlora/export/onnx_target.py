@@ -24,24 +24,57 @@ if TYPE_CHECKING:
     from qwlora.export.verify_weights import SwitchableRuntime
     from qwlora.simulation.shared_encodings import BaseActivations
 
-_LOADING = """\
+_OPENING = """\
 Activations are on their grids. Pass `session_options.json`: by default ONNX Runtime quantizes
 activations to 8 bits on its own.
 
 ```python
-import json, onnxruntime
+import json, numpy, onnxruntime
 
 options = onnxruntime.SessionOptions()
+options.log_severity_level = 3  # else a warning for every input with a default
 with open("{base}/session_options.json") as file:
     for key, value in json.load(file).items():
         options.add_session_config_entry(key, value)
-session = onnxruntime.InferenceSession("{base}/model.onnx", options){adapter}
-# logits = session.run(["logits"], {{"input_ids": ids, "attention_mask": mask}}{given})
-```"""
-_ADAPTER = """
-adapter, run = onnxruntime.LoraAdapter(), onnxruntime.RunOptions()
+session = onnxruntime.InferenceSession("{base}/model.onnx", options)
+run = onnxruntime.RunOptions()
+{adapter}ids = numpy.array([[1, 2, 3]])  # a prompt, as the base model's tokenizer gives it
+"""
+_ADAPTER = """\
+adapter = onnxruntime.LoraAdapter()
 adapter.Load("{adapter}/adapter.onnx_adapter")
-run.add_active_adapter(adapter)  # without `run`, the session computes the base"""
+run.add_active_adapter(adapter)  # without this line, the session computes the base
+"""
+_WITH_CACHE = """\
+cache = {
+    value.name: numpy.zeros([1, value.shape[1], 0, value.shape[3]], numpy.float32)
+    for value in session.get_inputs() if value.name.startswith("past_key_values.")
+}
+new = ids
+for _ in range(20):
+    past = ids.shape[1] - new.shape[1]
+    logits, *present = session.run(None, {
+        "input_ids": new,
+        "attention_mask": numpy.ones_like(ids),
+        "position_ids": numpy.arange(past, ids.shape[1])[None],
+        **cache,
+    }, run)
+    cache = dict(zip(cache, present))
+    new = logits[:, -1:].argmax(-1)
+    ids = numpy.concatenate([ids, new], axis=1)
+```"""
+_WITHOUT_CACHE = """\
+for _ in range(20):
+    inputs = {"input_ids": ids, "attention_mask": numpy.ones_like(ids)}
+    (logits,) = session.run(["logits"], inputs, run)
+    ids = numpy.concatenate([ids, logits[:, -1:].argmax(-1)], axis=1)
+```"""
+
+
+def _opening(base: str, adapter: str | None) -> str:
+    """The lines that open a session, with an adapter if one is given."""
+    lines = "" if adapter is None else _ADAPTER.format(adapter=adapter)
+    return _OPENING.format(base=base, adapter=lines)
 
 
 class OnnxTarget(SwitchableTarget):
@@ -52,20 +85,26 @@ class OnnxTarget(SwitchableTarget):
     activation_bitwidths = (8, 16)  # QuantizeLinear of opset 21
 
     def loading(self, base: str, adapter: str | None) -> str:
-        if adapter is None:
-            return _LOADING.format(base=base, adapter="", given="")
-        return _LOADING.format(base=base, adapter=_ADAPTER.format(adapter=adapter), given=", run")
+        return _opening(base, adapter) + _WITH_CACHE
 
-    def write_base(self, exported: ExportedGraph, updatable: BaseActivations, folder: Path) -> None:
+    def loading_without_cache(self, base: str, adapter: str | None) -> str:
+        return _opening(base, adapter) + _WITHOUT_CACHE
+
+    def write_base(
+        self, exported: ExportedGraph, updatable: BaseActivations, folder: Path
+    ) -> str | None:
         from qwlora.export.aimet_encodings import write_encodings
         from qwlora.export.onnx_bundle import ENCODINGS_FILE
         from qwlora.export.onnx_runtime import write_session_options
-        from qwlora.export.switchable_graph import write_switchable
+        from qwlora.export.switchable_graph import graph_with_cache, write_switchable
+        from qwlora.simulation.simulated_graph import SimulatedGraph
 
-        graph = exported.simulation.graph()
+        assert isinstance(exported.simulation, SimulatedGraph)
+        graph, reason = graph_with_cache(exported.simulation)
         transposed = write_switchable(graph, folder, exported.metadata, updatable == "all")
         write_encodings(graph, folder / ENCODINGS_FILE, transposed)
         write_session_options(graph, folder)
+        return reason
 
     def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
         from qwlora.export.aimet_encodings import write_encodings
@@ -92,7 +131,7 @@ class OnnxEachTarget(GraphTarget):
     model_files = "model.onnx*"
 
     def loading(self, base: str, adapter: str | None) -> str:
-        return "" if adapter is None else _LOADING.format(base=adapter, adapter="", given="")
+        return "" if adapter is None else _opening(adapter, None) + _WITHOUT_CACHE
 
     def write(self, exported: ExportedGraph, folder: Path) -> None:
         from qwlora.export.onnx_bundle import export_onnx

@@ -44,10 +44,9 @@ class QairtTarget(UseCasesTarget):
         write_qairt(exported, folder)
 
     def logits(self, folder: Path, case: str) -> Callable[[Tensor], Tensor]:
-        from qwlora.export.exported_model import runtime_logits
         from qwlora.export.qairt_check import open_qairt
 
-        return runtime_logits(open_qairt(folder, case))
+        return open_qairt(folder, case).logits
 
     def layers(
         self, folder: Path, case: str, tensors: Mapping[str, Tensor]

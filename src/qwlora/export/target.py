@@ -89,6 +89,10 @@ class Target(ABC):
         """
         return ""
 
+    def loading_without_cache(self, base: str, adapter: str | None) -> str:
+        """`loading` of files of a model that has no key-value cache."""
+        return self.loading(base, adapter)
+
     def missing(self) -> str | None:
         """Which package is missing, and how to install it; None if all are there."""
         try:
@@ -255,11 +259,16 @@ class SwitchableTarget(BundleTarget):
     activation_bitwidths: tuple[int, ...]
 
     @abstractmethod
-    def write_base(self, exported: ExportedGraph, updatable: BaseActivations, folder: Path) -> None:
-        """Write the simulation of a zero adapter into `folder`.
+    def write_base(
+        self, exported: ExportedGraph, updatable: BaseActivations, folder: Path
+    ) -> str | None:
+        """Write the simulation of a zero adapter into `folder`, with a key-value cache.
 
         Args:
             updatable: which encodings change with the adapter.
+
+        Returns:
+            why the model has no cache, so that the files take whole sequences; None: they have one.
 
         Raises:
             ExportError: the files cannot express the graph.

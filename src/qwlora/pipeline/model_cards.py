@@ -23,6 +23,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import QwloraError, QwloraWarning
+from qwlora.export.bundle import BASE, WITHOUT_CACHE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import UseCasesTarget
 from qwlora.formats.card_mark import CARD_MARK
@@ -118,7 +119,7 @@ def base_card(job: Job, recipe: Recipe, places: Places = Places()) -> str:
         _python(places.base, None),
     ]
     for target in job.targets:
-        if loading := _loading(places, target, None):
+        if loading := _loading(job, places, target, None):
             parts += [f"### {runtime(target)}", loading]
     data = ModelCardData(
         license=license.license,
@@ -163,7 +164,7 @@ def adapter_card_text(job: Job, recipe: Recipe, name: str, places: Places = Plac
     ]
     for target in job.targets:
         exported = places.exported.format(target=target, name=name)
-        if loading := _loading(places, target, exported):
+        if loading := _loading(job, places, target, exported):
             parts += [f"### {runtime(target)}", loading, _check(job, target, name)]
     data = ModelCardData(
         license=license.license,
@@ -182,10 +183,14 @@ def adapter_card_text(job: Job, recipe: Recipe, name: str, places: Places = Plac
     return _card(data, name, parts)
 
 
-def _loading(places: Places, target: str, exported: str | None) -> str:
-    is_shared = isinstance(TARGETS[target], UseCasesTarget)
-    folder = places.use_cases if is_shared else places.exported_base
-    return "" if folder is None else TARGETS[target].loading(folder.format(target=target), exported)
+def _loading(job: Job, places: Places, target: str, exported: str | None) -> str:
+    kind = TARGETS[target]
+    folder = places.use_cases if isinstance(kind, UseCasesTarget) else places.exported_base
+    if folder is None:
+        return ""
+    has_cache = job.get("export", target, BASE, WITHOUT_CACHE) is None
+    loading = kind.loading if has_cache else kind.loading_without_cache
+    return loading(folder.format(target=target), exported)
 
 
 def is_hub_dataset(data: Data) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.atomic import files_in
-from qwlora.export.bundle import BASE, RECORD, record_digest
+from qwlora.export.bundle import BASE, RECORD, WITHOUT_CACHE, record_digest, without_cache
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import (
     BundleTarget,
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 
 NAME = "export"
-SWITCHABLE_FORMAT = 1  # before it, every adapter was a whole model
+SWITCHABLE_FORMAT = 2  # 1: without a key-value cache
 GRAPHS_FORMAT = 1  # before it, 4-bit weights had no scales by block
 
 
@@ -89,7 +89,10 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         else:
             _write_weights(context, name, stage.adapter, scratch)
         size = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
-    return {"export": {name: {stage.adapter or BASE: {"bytes": size}}}}
+    written: dict[str, Any] = {"bytes": size}
+    if stage.adapter is None and (reason := without_cache(scratch)) is not None:
+        written[WITHOUT_CACHE] = reason
+    return {"export": {name: {stage.adapter or BASE: written}}}
 
 
 def _write_graph(context: JobContext, target: GraphTarget, adapter: str, scratch: Path) -> int:
@@ -111,8 +114,11 @@ def _write_switchable(
     exported = _exported(context, adapter)
     with _writing(context, exported, adapter or BASE):
         if adapter is None:
-            target.write_base(exported, context.recipe.simulation.base_activations, scratch)
+            updatable = context.recipe.simulation.base_activations
+            reason = target.write_base(exported, updatable, scratch)
             record = {"base_fingerprint": context.base_fingerprint}
+            if reason is not None:
+                record[WITHOUT_CACHE] = reason
             manifest.write(scratch, RECORD, record, files_in(scratch))
         else:
             base = context.path / NAME / name / BASE

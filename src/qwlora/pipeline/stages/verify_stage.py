@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.export.bundle import BASE, PROOF, RECORD
+from qwlora.export.bundle import BASE, PROOF, RECORD, WITHOUT_CACHE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import (
     BundleTarget,
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
     from qwlora.data.sequences import Sequences
     from qwlora.export.verify import LanguageModelParity, Limits, Reference
+    from qwlora.export.verify_cache import CacheParity
     from qwlora.export.verify_qnn import QnnParity
     from qwlora.export.verify_weights import SwitchableRuntime, WeightsParity
     from qwlora.pipeline.context import JobContext
@@ -73,13 +74,20 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     target, adapter, section = TARGETS[name], stage.adapter or BASE, context.recipe.verify
     parity: LanguageModelParity | QnnParity | WeightsParity
     of, proof, problems = "simulated", dict[str, Any](), list[str]()
+    cached: CacheParity | None = None
+    limits = Limits(
+        perplexity_difference=section.perplexity_difference,
+        layer_steps=section.layer_steps,
+        layer_mean_steps=section.layer_mean_steps,
+    )
     if isinstance(target, UseCasesTarget):
         (adapter,) = cases
         parity = _verify_use_case(context, target, name, adapter)
     elif isinstance(target, SwitchableTarget):
         if stage.adapter is not None:
             proof = _prove(context, name, adapter, *_simulated_reference(context, adapter), scratch)
-        parity, problems = _verify_switchable(context, target, name, stage.adapter)
+        parity, cached, problems = _verify_switchable(context, target, name, stage.adapter)
+        problems += [] if cached is None else cached.broken_limits(limits)
     elif isinstance(target, GraphTarget):
         parity = _verify_graph(context, target, name, adapter)
     else:
@@ -90,14 +98,10 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         if "not_run" in proof:
             return {"parity": {name: {adapter: {"not_run": proof["not_run"]}}}}
         parity, of = _verify_weights(context, target, name, adapter, model, held_out), "trained"
-    limits = Limits(
-        perplexity_difference=section.perplexity_difference,
-        layer_steps=section.layer_steps,
-        layer_mean_steps=section.layer_mean_steps,
-    )
     problems = [*parity.broken_limits(limits), *problems, *proof.get("problems", [])]
     measured = {
         **parity.to_json(),
+        **({"cache": cached.to_json()} if cached else {}),
         **({"proof": proof["figures"]} if proof else {}),
         "passed": not problems,
         "problems": problems,
@@ -154,11 +158,13 @@ def _verify_graph(
 
 def _verify_switchable(
     context: JobContext, target: SwitchableTarget, name: str, adapter: str | None
-) -> tuple[LanguageModelParity, list[str]]:
-    """Compare one adapter, or the base, in the session of all; and problems of switching."""
+) -> tuple[LanguageModelParity, CacheParity | None, list[str]]:
+    """Compare one adapter, or the base, in the session of all: whole sequences, and tokens one by
+    one if there is a cache; and problems of switching."""
     from qwlora.export.bundle import is_of_base
     from qwlora.export.switchable_graph import ZeroAdapter
     from qwlora.export.verify import verify_language_model
+    from qwlora.export.verify_cache import CachedRuntime, verify_cache
     from qwlora.export.verify_weights import switching_problems
     from qwlora.formats import manifest
     from qwlora.pipeline.zero_adapter import zero_adapter_simulation
@@ -182,7 +188,11 @@ def _verify_switchable(
     names = [other.name for other in context.recipe.adapters if other.name != adapter]
     others = [bundle / other for other in names if is_of_base(bundle, other)]
     ids = held_out.input_ids[:1, : section.layer_tokens]
-    return parity, list(switching_problems(runtime, own, others, ids))
+    problems = list(switching_problems(runtime, own, others, ids))
+    if not isinstance(runtime, CachedRuntime) or not runtime.has_cache:
+        return parity, None, problems
+    ids, _ = next(held_out.rows())
+    return parity, verify_cache(runtime, reference, ids[None], own, others), problems
 
 
 def _runtime(context: JobContext, target: SwitchableTarget, base: Path) -> SwitchableRuntime:
@@ -256,6 +266,7 @@ def _prove(
         other_proofs,
         proven,
         record_digest,
+        without_cache,
         write_proof,
         write_readme,
     )
@@ -275,6 +286,8 @@ def _prove(
         "of": {"base": record_digest(base), "adapter": record_digest(own)},
         "limits": limits,
     }
+    if (reason := without_cache(base)) is not None:
+        record[WITHOUT_CACHE] = reason
     if missing := target.missing():
         record["not_run"] = missing
     else:

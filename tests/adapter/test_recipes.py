@@ -27,7 +27,7 @@ from conftest import VOCABULARY, byte_tokenizer, tiny_model
 from qwlora import quantize_, save_adapter
 from qwlora.adapter.adapter_folder import load_adapter
 from qwlora.adapter.attach import LoraShape, attach, attach_existing
-from qwlora.errors import RecipeError, SourceError, TrainingError
+from qwlora.errors import ExportError, RecipeError, SourceError, TrainingError
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.scheme import parse_scheme
 from qwlora.pipeline.run_job import run
@@ -399,6 +399,28 @@ def test_refuses_a_start_that_saves_packed_layers(
 
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
+@pytest.mark.parametrize(
+    ("given", "found"),
+    [({"modules_to_save": ["lm_head"]}, r"lm_head\.weight"), ({"use_dora": True}, "magnitude")],
+)
+def test_what_cannot_be_switched_is_refused_before_training(
+    recipe_for: Any, tmp_path: Path, given: dict[str, Any], found: str
+) -> None:
+    config = LoraConfig(r=2, target_modules=["q_proj"], **given)
+    folder = str(tmp_path / "start")
+    get_peft_model(tiny_model("qwen3"), config).save_pretrained(folder, save_embedding_layers=False)
+    start = {"continue_from": folder, "unknown_base": "accept", "steps": 1, "warmup_steps": 0}
+    path = recipe_for("qwen3", adapters=[{"name": "a", **start}])
+    rules = "base.rules=[{match: lm_head, keep: float}]"
+    for targets in ("[onnx]", "[genai, onnx_each]"):
+        with pytest.raises(
+            ExportError, match=rf"adapter a: .*{found}.*(onnx|genai) can hold LoRA factors only"
+        ):
+            run(load_recipe(path, (rules, f"export.targets={targets}")), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 def test_start_that_saves_float_layers_is_trained_further(recipe_for: Any, tmp_path: Path) -> None:
     with_whole_layers(tmp_path / "start", "qwen3", ["lm_head"])
     start = {
@@ -412,6 +434,7 @@ def test_start_that_saves_float_layers_is_trained_further(recipe_for: Any, tmp_p
         recipe_for("qwen3", adapters=[start]),
         tmp_path / "out",
         "base.rules=[{match: lm_head, keep: float}, {match: '*_head', bitwidth: 8}, {match: '*', bitwidth: 4}]",
+        "export.targets=[onnx_each]",
     )
     assert any(
         "lm_head.weight" in name

@@ -16,6 +16,8 @@ from torch import Tensor
 from conftest import tiny_model
 from qwlora import Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CaptureError, ExportError
+from qwlora.export.bundle import RECORD, is_of_base, record_digest
+from qwlora.export.onnx_adapter import ADAPTER_FILE
 from qwlora.export.onnx_bundle import export_onnx
 from qwlora.export.onnx_runtime import OnnxModel, write_session_options
 from qwlora.export.onnx_target import OnnxTarget
@@ -29,6 +31,7 @@ from qwlora.export.target import ExportedGraph
 from qwlora.export.verify import Limits, verify_language_model
 from qwlora.export.verify_cache import verify_cache
 from qwlora.export.verify_weights import switching_problems
+from qwlora.formats import manifest
 from qwlora.simulation.simulation import Simulation
 
 IDS = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -197,6 +200,21 @@ def test_a_model_without_a_cache_is_written_for_whole_sequences(
         same = OnnxModel(bundle.folder / "base")
         assert torch.equal(runtime.logits(IDS), bundle.logits(name, same))
         assert runtime.decode(LONG, 2) == same.decode(LONG, 2)
+
+
+def test_of_other_adapters_only_the_file_that_is_loaded_is_read(tmp_path: Path) -> None:
+    for name, files in (("base", []), ("other", [ADAPTER_FILE, "model.encodings"])):
+        (tmp_path / name).mkdir()
+        for file in files:
+            (tmp_path / name / file).write_text(file)
+        record = {"base": record_digest(tmp_path / "base")} if name == "other" else {}
+        manifest.write(tmp_path / name, RECORD, record, files)
+    assert is_of_base(tmp_path, "other")
+    (tmp_path / "other" / "model.encodings").unlink()
+    assert is_of_base(tmp_path, "other")
+    (tmp_path / "other" / ADAPTER_FILE).write_text("changed")
+    assert not is_of_base(tmp_path, "other")
+    assert not is_of_base(tmp_path, "missing")
 
 
 def test_a_replaced_adapter_is_read_again(bundle: Bundle, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -136,12 +137,16 @@ def test_reports_are_rebuilt_and_compared(job: FakeJob, tmp_path: Path) -> None:
 
 def test_a_file_that_changed_after_the_check_makes_the_proof_stale(job: FakeJob) -> None:
     job.run()
-    found = results(job) | {"parity": {"onnx": {"first": {"passed": True}}}}
+    parity = {"onnx": {"first": {"passed": True}, "base": {"passed": True}}}
+    found = results(job) | {"parity": parity}
     (job.out / "results.json").write_text(json.dumps(found))
     assert not read_job(job.out).stale
     (job.out / "export" / "onnx" / "first" / "weights.bin").write_bytes(b"other")
-    (reason,) = read_job(job.out).stale.values()
+    ((stale, reason),) = read_job(job.out).stale.items()
+    assert stale == ("onnx", "first")
     assert "weights.bin has changed" in reason
+    shutil.rmtree(job.out / "export" / "onnx" / "base")
+    assert read_job(job.out).stale.keys() == {stale, ("onnx", "base")}
 
 
 def test_a_folder_that_is_no_job_is_refused(tmp_path: Path, job: FakeJob) -> None:

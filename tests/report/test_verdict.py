@@ -60,6 +60,16 @@ CASES: dict[str, tuple[dict[str, Any], Kind, str]] = {
         Kind.DO_NOT_SHIP,
         "it agrees on 90.00% of tokens, below the noise floor of 97.09%",
     ),
+    "only the base failed": (
+        {"parity__onnx__base__worst_layer_steps": 3.0, "parity__onnx__base__passed": False},
+        Kind.DO_NOT_SHIP,
+        "the files do not compute the base without an adapter",
+    ),
+    "wrong with the cache": (
+        {f"{PARITY}cache": {"sqnr": 12.0, "least_sqnr": 50.0, "tokens": 16}},
+        Kind.DO_NOT_SHIP,
+        "with the key-value cache its logits are 12.0 dB from the simulation",
+    ),
     "failed for another reason": (
         {f"{PARITY}passed": False, f"{PARITY}problems": ["the file is <odd>"]},
         Kind.DO_NOT_SHIP,

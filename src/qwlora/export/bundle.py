@@ -22,6 +22,7 @@ from typing import Any
 
 from qwlora.atomic import files_in, read_tensors, write_tensors, write_text
 from qwlora.errors import FingerprintError, QwloraWarning, SourceError
+from qwlora.export.onnx_adapter import ADAPTER_FILE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BundleTarget
 from qwlora.formats import manifest
@@ -48,8 +49,8 @@ def record_digest(folder: Path) -> str:
 
 
 def is_of_base(bundle: Path, adapter: str) -> bool:
-    """Whether the adapter was exported for the base that is there, and its files are whole; of a
-    switchable target."""
+    """Whether the adapter was exported for the base that is there, and the file that its runtime
+    loads is whole; of a switchable target."""
     folder = bundle / adapter
     try:
         record = json.loads((folder / RECORD).read_text())
@@ -57,7 +58,7 @@ def is_of_base(bundle: Path, adapter: str) -> bool:
         return False
     if not isinstance(record, dict) or record.get("base") != record_digest(bundle / BASE):
         return False
-    return not manifest.changed_files(folder, RECORD)
+    return not manifest.changed_files(folder, RECORD, only=(ADAPTER_FILE,))
 
 
 def without_cache(base: Path) -> str | None:

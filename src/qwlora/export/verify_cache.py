@@ -67,12 +67,16 @@ class CacheParity:
     max_abs_logit_difference: float
     switched_is_equal: bool
 
+    def least_sqnr(self, limits: Limits) -> float:
+        """The limit of `sqnr`, in dB."""
+        return min(limits.sqnr, self.floor_sqnr - limits.below_floor)
+
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if math.isfinite(value)}
 
     def broken_limits(self, limits: Limits) -> Iterator[str]:
         """A sentence for each limit that is exceeded."""
-        least = min(limits.sqnr, self.floor_sqnr - limits.below_floor)
+        least = self.least_sqnr(limits)
         if not self.sqnr >= least:
             yield (
                 f"with the cache, logits are {self.sqnr:.1f} dB from those of the whole sequence "

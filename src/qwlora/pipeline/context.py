@@ -52,7 +52,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qwlora.export.verify_weights import SwitchableRuntime
     from qwlora.simulation.placement import Placement
 
 
@@ -99,7 +98,6 @@ class JobContext:
         self._simulation: tuple[str, Simulation] | None = None
         self.use_cases: dict[str, Simulation] | None = None  # see use_cases.py
         self.zero_adapter: Simulation | None = None  # see zero_adapter.py
-        self.runtime: tuple[str, SwitchableRuntime] | None = None  # that runs exported files
         self._rules_are_checked = False
         # Why the weights cannot be read tensor by tensor; set by `lazy`.
         self.whole_because: str | None = None

@@ -14,6 +14,7 @@ from qwlora.pipeline.directory import Directory
 from qwlora.pipeline.directory_errors import as_directory_errors
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
+from qwlora.report.checks import BASE
 from qwlora.report.job import Job
 from qwlora.report.page import render, render_comparison
 
@@ -72,7 +73,8 @@ def read_job(folder: Path) -> Job:
     for target in job.targets:
         for name in job.section("parity", target):
             own, base = f"export/{target}/{name}", f"export/{target}"  # a base of its own, or none
-            for stage in (own, *([base] if base in directory.records else [])):
+            stages = [base] if base in directory.records else []
+            for stage in stages if name == BASE else [own, *stages]:
                 if (reason := directory.problem(stage, None)) is not None:
                     stale[target, name] = reason
     return Job(content, recipe, recipe_text, job.name, stale)

@@ -18,7 +18,7 @@ from qwlora.adapter.attach import (
 )
 from qwlora.adapter.train import check_loggers
 from qwlora.data.document_isolation import check_isolation
-from qwlora.errors import GridError, SourceError, TrainingError
+from qwlora.errors import ExportError, GridError, SourceError, TrainingError
 from qwlora.export.grid_table import problems
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import GraphTarget, SwitchableTarget, Target, UseCasesTarget
@@ -26,12 +26,16 @@ from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.max_positions import check_positions
 from qwlora.formats.model_source import fetch
 from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.messages import listed
+from qwlora.parameter_names import canonical_name, is_factor_name
 from qwlora.pipeline.context import JobContext
 from qwlora.pipeline.plan import TUNING_DEVICE, has_float_model
 from qwlora.pipeline.target_table import kept_grids
 from qwlora.quantize.quantize_model import find_tensors, plan_layers
 from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import slow_compute, training_device
+
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # of weights by name, by adapter
 
 
 def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) -> None:
@@ -43,6 +47,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         GridError: the base's grid does not fit the model.
         TrainingError: an adapter does not fit the model, or differs in shape from those it shares
             all encodings with.
+        ExportError: an adapter from elsewhere has what a target cannot hold.
         MissingExtraError: a package that a later stage needs is not installed.
     """
     if verbs & {"export", "verify"}:
@@ -55,7 +60,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     largest = max(text.data.largest_id() for text in texts.values())
     is_packed = any(text.data.train.position_ids is not None for text in texts.values())
     if "train" in verbs:
-        _check_adapters(context)
+        shapes = _check_adapters(context)
         for line in _dropouts_left_out(context):
             say(line)
         if context.recipe.workflow == "qwa-lora" and is_packed:
@@ -68,6 +73,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         say(note)
     if "train" in verbs:
         _check_saved(context, model, packed)
+        _check_held(context.recipe, shapes)
     if context.whole_because is not None:
         say(
             "the model is loaded whole, since its weights cannot be read tensor by tensor: "
@@ -238,9 +244,13 @@ def _check_saved(
             )
 
 
-def _check_adapters(context: JobContext) -> None:
+def _check_adapters(context: JobContext) -> Shapes:
     """Check that each adapter fits the model, its loggers are installed, and adapters that share
-    all encodings have equal shapes."""
+    all encodings have equal shapes.
+
+    Returns:
+        The shapes of each adapter's weights, without adapters that continue another of the job.
+    """
     shapes: dict[str, dict[str, tuple[int, ...]]] = {}
     for adapter in context.recipe.adapters:
         check_loggers(adapter.report_to)
@@ -255,9 +265,25 @@ def _check_adapters(context: JobContext) -> None:
             raise type(error)(f"adapter {adapter.name}: {error}") from error
     if context.recipe.simulation.base_activations == "none":
         _check_one_shape(shapes)
+    return shapes
 
 
-def _check_one_shape(shapes: Mapping[str, Mapping[str, tuple[int, ...]]]) -> None:
+def _check_held(recipe: Recipe, shapes: Shapes) -> None:
+    """Check that adapters from elsewhere have nothing but LoRA factors, where a runtime switches
+    adapters. The recipe says the same of the others."""
+    targets = [name for name in recipe.export.targets if not isinstance(TARGETS[name], GraphTarget)]
+    for adapter in recipe.adapters if targets else ():
+        names = map(canonical_name, shapes.get(adapter.name, ()))
+        if others := [name for name in names if not is_factor_name(name)]:
+            raise ExportError(
+                f"adapter {adapter.name}: {adapter.continue_from!r} has {listed(others, 3)}, and "
+                f"{', '.join(targets)} can hold LoRA factors only. Continue an adapter without "
+                "DoRA and modules_to_save, or use export.targets: [onnx_each], which writes a "
+                "model for each adapter"
+            )
+
+
+def _check_one_shape(shapes: Shapes) -> None:
     (first, known), *others = shapes.items()
     for name, found in others:
         if differ := sorted(n for n in known.keys() | found.keys() if known.get(n) != found.get(n)):

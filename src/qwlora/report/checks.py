@@ -27,6 +27,7 @@ from qwlora.report.written_numbers import (
 )
 
 _MODELS = {"simulated": "simulation", "adapted": "trained model"}
+BASE = "base"  # in the place of an adapter's name
 LEAST_GAIN = 0.01  # an adapter should beat the float model by this much
 
 
@@ -71,6 +72,7 @@ def all_checks(job: Job) -> Iterator[Check]:
             yield from proof_checks(job, target, job.adapters[0])
         else:
             yield from _summed_proof(job, target)
+        yield from _proof_without_adapter(job, target)
     for adapter in job.adapters:
         yield from _gain_check(job, adapter)
     yield from _identical(job)
@@ -131,6 +133,17 @@ def _limits(job: Job, target: str, adapter: str, where: str, place: Path) -> Ite
                 f"limit {most:g}",
                 f"one layer is {fixed(steps, digits)} steps off, and the limit is {most:g}",
             )
+    sqnr, least = (job.number(*place, "cache", key) for key in ("sqnr", "least_sqnr"))
+    if sqnr is not None and least is not None:
+        tokens = job.number(*place, "cache", "tokens") or 0
+        yield Check(
+            _within(sqnr >= least),
+            f"{where}Logits of {count(tokens)} tokens, one by one with the key-value cache",
+            tagged(f"{fixed(sqnr, 1)} dB", sqnr, (*place, "cache", "sqnr")),
+            f"limit {fixed(least, 1)} dB",
+            f"with the key-value cache its logits are {fixed(sqnr, 1)} dB from the simulation, and "
+            f"the limit is {fixed(least, 1)} dB",
+        )
     floor = job.number(*place, "floor_top1_agreement")
     what = f"{where}Same likeliest token, against the noise floor"
     yield from _agreement(job, place, floor, what, "floor", "below the noise floor of")
@@ -210,6 +223,27 @@ def _summed_proof(job: Job, target: str) -> Iterator[Check]:
     for name, check in failed:
         against = f"in {name}, {check.against}"
         yield Check(check.outcome, f"{name}: {check.what}", check.value, check.limit, against)
+
+
+def _proof_without_adapter(job: Job, target: str) -> Iterator[Check]:
+    """One line for the proof of the base in a session that can switch adapters, and one for each
+    limit that it exceeds."""
+    if BASE not in job.section("parity", target):
+        return
+    checks = list(proof_checks(job, target, BASE))
+    failed = [check for check in checks if check.outcome is Outcome.FAILED]
+    passed = _all_passed(checks)
+    yield Check(
+        Outcome.FAILED if failed else Outcome.PASSED if passed else Outcome.MISSING,
+        f"{runtime(target)} computes the base without an adapter",
+        "yes" if passed else "no" if failed else NOT_MEASURED,
+        against="the files do not compute the base without an adapter",
+    )
+    for check in failed:
+        against = f"without an adapter, {check.against}"
+        yield Check(
+            check.outcome, f"Without an adapter: {check.what}", check.value, check.limit, against
+        )
 
 
 def _all_passed(checks: list[Check]) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from qwlora.report.checks import Outcome, proof_checks
+from qwlora.report.checks import BASE, Outcome, proof_checks
 from qwlora.report.job import Job, code, without_folders
 from qwlora.report.written_numbers import count, precise_percent, significant
 
@@ -13,7 +13,7 @@ def remedies(job: Job) -> list[str | Markup]:
     """What to do about a failed job, most likely first."""
     found: list[str | Markup] = []
     for target in job.targets:
-        for name in job.adapters:
+        for name in (*job.adapters, BASE):
             parity = job.section("parity", target, name)
             if parity.get("passed") is not False:
                 continue
@@ -53,7 +53,7 @@ def remedy_command(job: Job) -> str:
     close = [
         (target, name)
         for target in job.targets
-        for name in job.adapters
+        for name in (*job.adapters, BASE)
         if job.get("parity", target, name, "passed") is False
         and _is_close(job, target, name)
         and (job.number("parity", target, name, "sequences") or 8) < 8

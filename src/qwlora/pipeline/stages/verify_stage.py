@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from qwlora.export.verify import LanguageModelParity, Limits, Reference
     from qwlora.export.verify_cache import CacheParity
     from qwlora.export.verify_qnn import QnnParity
-    from qwlora.export.verify_weights import SwitchableRuntime, WeightsParity
+    from qwlora.export.verify_weights import WeightsParity
     from qwlora.pipeline.context import JobContext
 
 
@@ -101,7 +101,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     problems = [*parity.broken_limits(limits), *problems, *proof.get("problems", [])]
     measured = {
         **parity.to_json(),
-        **({"cache": cached.to_json()} if cached else {}),
+        **({"cache": _cache_figures(cached, limits)} if cached else {}),
         **({"proof": proof["figures"]} if proof else {}),
         "passed": not problems,
         "problems": problems,
@@ -136,6 +136,10 @@ def _limits_of(
         "layer_steps": limits.layer_steps,
         "layer_mean_steps": limits.layer_mean_steps,
     }
+
+
+def _cache_figures(parity: CacheParity, limits: Limits) -> dict[str, Any]:
+    return {**parity.to_json(), "least_sqnr": parity.least_sqnr(limits)}
 
 
 def _verify_graph(
@@ -175,12 +179,12 @@ def _verify_switchable(
         manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
     first = context.recipe.adapters[0].name
     held_out = _held_out(context, adapter or first)
-    runtime = _runtime(context, target, bundle / BASE)
     reference: Reference = (
         ZeroAdapter(zero_adapter_simulation(context))
         if adapter is None
         else context.simulation(adapter)
     )
+    runtime = target.open(bundle / BASE)  # after the simulation's capture; released with the stage
     runtime.use(own)
     parity = verify_language_model(
         runtime, reference, held_out, section.layer_tokens, context.track
@@ -193,16 +197,6 @@ def _verify_switchable(
         return parity, None, problems
     ids, _ = next(held_out.rows())
     return parity, verify_cache(runtime, reference, ids[None], own, others), problems
-
-
-def _runtime(context: JobContext, target: SwitchableTarget, base: Path) -> SwitchableRuntime:
-    """The base's files in their runtime; the context keeps it for all adapters."""
-    from qwlora.export.bundle import record_digest
-
-    digest = record_digest(base)
-    if context.runtime is None or context.runtime[0] != digest:
-        context.runtime = digest, target.open(base)
-    return context.runtime[1]
 
 
 def _simulated_reference(context: JobContext, adapter: str) -> tuple[nn.Module, dict[str, Tensor]]:

@@ -85,8 +85,12 @@ def _bars(job: Job) -> list[Bar]:
 
 
 def _spoken(stage: str) -> str:
-    """`evaluate/adapted/first` as `Evaluate adapted first`."""
-    return stage[:1].upper() + stage[1:].replace("/on/", " on text of ").replace("/", " ")
+    """`evaluate/adapted/first` as `Evaluate adapted first`, and `calibrate/_base` as `Calibrate
+    base`."""
+    verb, *parts = stage.replace("/on/", " on text of ").split("/")
+    # no adapter's name begins with an underscore
+    said = (part[1:].replace("_", " ") if part.startswith("_") else part for part in parts)
+    return " ".join([verb[:1].upper() + verb[1:], *said])
 
 
 def _draw(bars: list[Bar], total: float, width: int) -> Drawing:

@@ -11,6 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
 from qwlora.errors import CalibrationError, RecipeError, TrainingError
+from qwlora.export.onnx_runtime import OnnxModel
 from qwlora.pipeline.existing_job import open_job
 from qwlora.pipeline.explain_placement import explain_placement
 from qwlora.pipeline.job_texts import JobTexts
@@ -93,6 +94,23 @@ def test_adapters_share_what_the_recipe_says(recipe_for: Any, tmp_path: Path) ->
         torch.equal(restored[name].scale, encoding.scale)
         for name, encoding in encodings["a"].items()
     )
+
+
+@pytest.mark.slow
+def test_a_session_of_adapters_that_share_base_activations_passes(
+    recipe_for: Any, tmp_path: Path
+) -> None:
+    path, out = recipe_for(adapters=TWO), tmp_path / "out"
+    verbs = ("quantize", "train", "calibrate", "export", "verify")
+    results, _ = run_recipe(path, out, "simulation.base_activations=adapter_only", verbs=verbs)
+    parity = results["parity"]["onnx"]
+    assert {name: found["passed"] for name, found in parity.items()} == dict.fromkeys(
+        ("a", "b", "base"), True
+    )
+    model = OnnxModel(out / "export" / "onnx" / "base")
+    names = {value.name for value in model.session.get_overridable_initializers()}
+    assert "model.layers.0.self_attn.q_proj.add.scale" in names
+    assert not {"model.layers.0.self_attn.q_proj.linear.scale", "model.norm.mul.scale"} & names
 
 
 def test_another_adapter_changes_what_is_shared(recipe_for: Any, tmp_path: Path) -> None:

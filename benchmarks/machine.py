@@ -12,7 +12,7 @@ from qwlora.system.processor import processor_name
 PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxruntime")
 
 
-def machine_line() -> str:
+def machine_line(packages: tuple[str, ...] = PACKAGES) -> str:
     """Processor, threads, Python and packages."""
-    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
-    return f"{processor_name()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {packages}"
+    versions = ", ".join(f"{name} {version(name)}" for name in packages)
+    return f"{processor_name()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {versions}"

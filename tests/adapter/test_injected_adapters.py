@@ -121,3 +121,15 @@ def test_it_is_equalized_initialized_and_trained() -> None:
         loss.backward()
     trained = [p for n, p in model.named_parameters() if "lora_" in n and ".one." in n]
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in trained)
+
+
+def test_its_base_is_saved_without_it_and_it_is_trained_on_the_graph(tmp_path: Path) -> None:
+    model = adapted("injected")
+    saved = qwlora.save_base(model, None, tmp_path / "base", "a test")
+    assert saved == qwlora.fingerprint(base())
+    loaded = qwlora.load_base(tmp_path / "base")
+    assert torch.equal(loaded(**BATCH).logits, base()(**BATCH).logits)
+    made = simulate(model, BATCH)
+    made.calibrate([BATCH])
+    graph = qwlora.TrainingGraph(made, made.base_encodings)
+    assert sum(p.requires_grad for p in graph.parameters()) == 4

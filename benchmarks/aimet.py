@@ -3,7 +3,7 @@
     python benchmarks/aimet.py OUT --aimet PYTHON --qnn PYTHON
 
 `make benchmark-aimet` makes the environments and runs it. Each tool runs in its own process, on one
-thread. A side that is in OUT already is not run again. Writes benchmarks/results/aimet.json, and
+thread. What is in OUT already is not run again. Writes benchmarks/results/aimet.json, and
 the table into docs/aimet-guide.md.
 
 Both start from the same float weights and quantize them by their own min-max: 4 bits per channel,
@@ -13,7 +13,7 @@ for time and memory. Both then take the adapter that QWLoRA trained to the end, 
 per tensor, calibrate activations of 16 bits by min-max on the same text, once with the adapter and
 once without, and evaluate on the same held-out text. `float` is the float model with that adapter.
 
-Without --qnn the graphs are not run on the HTP.
+Without --qnn the graphs are not run on the HTP. With --weights, results of other bases are kept.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import kl_div, nll_loss
 
+from aimet_table import table
 from docs_table import write_table
 from other_environment import run_script
 from qwlora.formats.model_source import load_model, load_tokenizer
@@ -193,103 +194,6 @@ def measure(weights: str, given: argparse.Namespace) -> dict[str, Any]:
     return result
 
 
-def table(results: dict[str, Any]) -> str:
-    """One column for each base and tool."""
-    columns = [
-        (r[tool], r["quality"][tool], r["handed_over"][tool], r.get("htp", {}).get(tool))
-        for r in results.values()
-        for tool in TOOLS
-    ]
-
-    def row(name: str, cell: Callable[..., str]) -> str:
-        return f"| {name} | {' | '.join(cell(*column) for column in columns)} |"
-
-    def phase(name: str, key: str, steps: int = 1) -> Callable[..., str]:
-        def cell(side: dict[str, Any], *_: Any) -> str:
-            value = side["phases"][name][key]
-            return f"{value / 1e9:.2f} GB" if key == "peak_bytes" else f"{value / steps:.1f}"
-
-        return cell
-
-    seconds = {
-        "quantize the base": "quantize",
-        "training step": "train",
-        "make the simulation": "simulate",
-        "calibrate": "calibrate",
-        "evaluate": "evaluate",
-        "export": "export",
-        "export for the HTP": "export for the HTP",
-    }
-    heads = [f"{tool}, {weights}" for weights in results for tool in ("AIMET", "QWLoRA")]
-    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
-    lines += [
-        row("perplexity, base", lambda s, q, *_: f"{q['base']['perplexity']:.3f}"),
-        row("perplexity, adapter", lambda s, q, *_: f"{q['adapter']['perplexity']:.3f}"),
-        row("KL from float, base", lambda s, q, *_: f"{q['base']['kl']:.4f}"),
-        row("KL from float, adapter", lambda s, q, *_: f"{q['adapter']['kl']:.4f}"),
-        row("quantizers of activations", lambda s, *_: str(s["activation_quantizers"])),
-    ]
-    for name, key in seconds.items():
-        steps = COMPARED_STEPS if key == "train" else 1
-        lines.append(row(f"processor seconds: {name}", phase(key, "processor_seconds", steps)))
-    lines += [row(f"peak memory: {key}", phase(key, "peak_bytes")) for key in seconds.values()]
-    lines += [
-        row("bytes of model and encodings", lambda s, q, h, _: f"{sum(h['files'].values()):,}"),
-        row(
-            "parameter encodings that name an initializer",
-            lambda s, q, h, _: f"{h['parameters_that_are_initializers']} of {h['parameters']}",
-        ),
-        row(
-            "computed values without an encoding",
-            lambda s, q, h, _: (
-                f"{sum(h['computed_without_an_encoding'].values())} of {h['computed']}: "
-                + ", ".join(f"{op} {n}" for op, n in h["computed_without_an_encoding"].items())
-            ),
-        ),
-        row(
-            "tensors of the adapter's file that are inputs of the graph",
-            lambda s, q, h, _: f"{h['adapter_inputs']} of {h['adapter_tensors']}",
-        ),
-        row(
-            "... that are its initializers",
-            lambda s, q, h, _: f"{h['adapter_initializers']} of {h['adapter_tensors']}",
-        ),
-    ]
-    if all(column[3] for column in columns):
-        lines += htp_rows(row)
-    floats = ", ".join(
-        f"{r['quality']['float']['base']['perplexity']:.3f} and "
-        f"{r['quality']['float']['adapter']['perplexity']:.3f} with the adapter of {weights}"
-        for weights, r in results.items()
-    )
-    one = next(iter(results.values()))
-    lines += ["", f"Perplexity of the float model: {floats}."]
-    lines += [f"\n{name}: {one[tool]['machine']}" for name, tool in zip(heads, TOOLS, strict=False)]
-    return "\n".join(lines)
-
-
-def htp_rows(row: Callable[[str, Callable[..., str]], str]) -> list[str]:
-    """Rows of the table for Qualcomm's emulator."""
-
-    def run(show: Callable[[dict[str, Any]], str]) -> Callable[..., str]:
-        return lambda s, q, h, htp: "refused" if "refused" in htp else show(htp)
-
-    return [
-        row("HTP: partitions", run(lambda r: str(r["placement"]["partitions"]))),
-        row("HTP: nodes on the CPU", run(lambda r: str(r["placement"]["cpu_nodes"]))),
-        row("HTP to ONNX Runtime's CPU", run(lambda r: f"{r['htp_to_cpu']['sqnr']:.1f} dB")),
-        row("HTP to the simulation", run(lambda r: f"{r['htp']['sqnr']:.1f} dB")),
-        row(
-            "HTP to the simulation, same likeliest token",
-            run(lambda r: f"{r['htp']['top1_agreement']:.1%}"),
-        ),
-        row(
-            "perplexity, first tokens, simulated", lambda *c: f"{c[3]['simulated_perplexity']:.3f}"
-        ),
-        row("perplexity, first tokens, HTP", run(lambda r: f"{r['htp']['perplexity']:.3f}")),
-    ]
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -297,14 +201,17 @@ def main() -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("--aimet", required=True, help="a Python with aimet-torch")
     parser.add_argument("--qnn", help="a Python with onnxruntime-qnn")
+    parser.add_argument("--weights", nargs="*", choices=BASES, default=list(BASES))
     parser.add_argument("--source", default=SMOLLM2, help="another Llama; writes no result")
     given = parser.parse_args()
     torch.set_num_threads(1)
-    results = {weights: measure(weights, given) for weights in BASES}
+    results = {weights: measure(weights, given) for weights in given.weights}
     if given.source == SMOLLM2:
+        before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
+        results = before | results
         RESULT.write_text(json.dumps(results, indent=1) + "\n")
-        write_table("aimet-guide.md", "aimet.py", table(results))
-    print(table(results))
+        write_table("aimet-guide.md", "aimet.py", table(results, COMPARED_STEPS))
+    print(table(results, COMPARED_STEPS))
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main() -> None:
     training, compared = texts["training"].split(1), settings["compared_steps"]
     with phases("train"):
         losses = train_(adapted, training[:compared])
-    losses += train_(adapted, training[compared:])
+    train_(adapted, training[compared:])
     adapted.save_pretrained(folder / "trained")
 
     adapted.requires_grad_(False).eval()

@@ -36,7 +36,7 @@ CLIENTS = ("qnn_bundle", "verify_qnn")  # Qualcomm's QNN
 PYTHON = {
     "README.md": (4, "tests/test_readme.py"),
     "first-five-minutes.md": (1, "tests/docs/test_newcomer.py"),
-    "aimet-guide.md": (5, "tests/test_aimet_guide.py"),
+    "aimet-guide.md": (6, "tests/test_aimet_guide.py"),
     "encodings.md": (1, "tests/docs/test_drift.py"),
     "push.md": (1, "tests/pipeline/test_push.py"),
     "runtimes.md": (1, "tests/pipeline/test_push.py"),

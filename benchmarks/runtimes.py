@@ -186,7 +186,7 @@ def main() -> None:
     RESULTS.write_text(json.dumps(result, indent=1) + "\n")
     parts = [table(bundles), result["machine"]]
     if "own" in result:
-        parts[1:1] = [own_table(result["own"])]
+        parts.append(own_table(result["own"]))
     page = "\n\n".join(parts)
     write_table("runtimes.md", "runtimes.py", page)
     print(page)

@@ -31,8 +31,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.errors import ExportError
-from qwlora.export.held_schemes import compressed_tensors_problem, transformers_conflict
-from qwlora.export.weights_folder import float_tensors, layers_to_write, refuse, write_folder
+from qwlora.export.held_schemes import (
+    LayerKind,
+    compressed_tensors_problem,
+    linear_only_problem,
+    transformers_conflict,
+)
+from qwlora.export.weights_folder import (
+    float_tensors,
+    layer_kind,
+    layers_to_write,
+    refuse,
+    write_folder,
+)
 from qwlora.formats.int32_words import pack_words
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
@@ -87,12 +98,10 @@ def write_compressed_tensors(
 
 
 def _problem(layer: PackedLayer) -> str | None:
-    scheme = layer.scheme
-    if not isinstance(layer, PackedLinear | PackedEmbedding):
-        return f"the format has integers for Linear layers only, not for {type(layer).__name__}"
-    if isinstance(layer, PackedLinear) and layer.was_conv1d:
-        return "compressed-tensors has no integers for transformers' Conv1D"
-    return compressed_tensors_problem(scheme) if isinstance(layer, PackedLinear) else None
+    kind = layer_kind(layer)
+    if problem := linear_only_problem(kind, "compressed-tensors"):
+        return problem
+    return compressed_tensors_problem(layer.scheme) if kind is LayerKind.LINEAR else None
 
 
 def _weights(scheme: Scheme) -> dict[str, Any]:

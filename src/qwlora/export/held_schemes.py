@@ -1,8 +1,10 @@
-"""Which schemes the formats of weights targets can hold as integers. Imports no torch."""
+"""Which schemes and kinds of layers the formats of weights targets can hold as integers. Imports no
+torch."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
+from enum import Enum
 
 from qwlora.formats.bitwidths import MLX_BITWIDTHS
 from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
@@ -12,6 +14,26 @@ MLX_GROUPS = (128, 64, 32)
 GPTQ_BITWIDTHS = (2, 3, 4, 8)
 QWEIGHT_GROUPS = (128, 64, 32)  # of GPTQ and AWQ
 NBITS_BLOCKS = (256, 128, 64, 32, 16)  # of ONNX Runtime's MatMulNBits
+
+
+class LayerKind(Enum):
+    """What a weight is part of."""
+
+    LINEAR = "a Linear layer"
+    CONV1D = "transformers' Conv1D"  # of GPT-2; its weight is [in, out]
+    EMBEDDING = "an embedding"
+    OTHER = "another layer"  # experts that are stacked in one tensor, convolutions
+
+
+def linear_only_problem(kind: LayerKind, client: str) -> str | None:
+    """Why `client` cannot hold integers of a kind of layer; None if it can. Embeddings are floats
+    there."""
+    match kind:
+        case LayerKind.OTHER:
+            return f"{client} has integers for Linear layers only"
+        case LayerKind.CONV1D:
+            return f"{client} has no integers for transformers' Conv1D"
+    return None
 
 
 def encodings_problem(scheme: Scheme) -> str | None:

@@ -15,13 +15,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError, foreign_as
-from qwlora.export.held_schemes import compressed_tensors_problem, transformers_conflict
+from qwlora.export.held_schemes import (
+    compressed_tensors_problem,
+    linear_only_problem,
+    transformers_conflict,
+)
 from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qwlora.export.canonical_adapter import CanonicalAdapter
+    from qwlora.export.held_schemes import LayerKind
     from qwlora.export.target import ExportedBase
     from qwlora.grid.scheme import Scheme
 
@@ -42,6 +47,9 @@ class HfTarget(WeightsTarget):
 
     def conflict(self, schemes: Collection[Scheme]) -> str | None:
         return transformers_conflict(schemes)
+
+    def kind_problem(self, kind: LayerKind) -> str | None:
+        return linear_only_problem(kind, "compressed-tensors")
 
     def write_base(self, base: ExportedBase, folder: Path) -> None:
         from qwlora.export.compressed_tensors_folder import write_compressed_tensors
@@ -105,18 +113,27 @@ class TransformersRuntime:
 
     def __init__(self, model: Any, shipped: TransformersRuntime | None = None):
         self.shipped = shipped
-        self._base = self._active = model
+        self._model = model  # a PeftModel from the first adapter on
+        self._known: dict[Path, str] = {}
 
     def use(self, adapter: Path | None) -> None:
-        """Switch to an adapter's folder, or to none."""
+        """Switch to an adapter's folder, or to none. Adapters stay loaded."""
         from peft import PeftModel
 
-        if self._active is not self._base:
-            self._base = self._active.unload()
-        self._active = self._base
-        if adapter is not None:
+        if adapter is not None and adapter not in self._known:
+            name = str(len(self._known))
             with foreign_as(ExportError, f"PEFT cannot load {str(adapter)!r}"):
-                self._active = PeftModel.from_pretrained(self._base, adapter).eval()
+                if isinstance(self._model, PeftModel):
+                    self._model.load_adapter(adapter, name)
+                else:
+                    self._model = PeftModel.from_pretrained(self._model, adapter, name)
+            self._model.eval()
+            self._known[adapter] = name
+        if adapter is not None:
+            self._model.base_model.enable_adapter_layers()
+            self._model.set_adapter(self._known[adapter])
+        elif isinstance(self._model, PeftModel):
+            self._model.base_model.disable_adapter_layers()
         if self.shipped is not None:
             self.shipped.use(adapter)
 
@@ -125,7 +142,7 @@ class TransformersRuntime:
         import torch
 
         with torch.no_grad():
-            logits: Tensor = self._active(input_ids=ids).logits
+            logits: Tensor = self._model(input_ids=ids).logits
         return logits.float()
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
@@ -136,7 +153,7 @@ class TransformersRuntime:
         cache: Any = None
         with torch.no_grad():
             while len(found) < count:
-                result = self._active(input_ids=ids, past_key_values=cache, use_cache=True)
+                result = self._model(input_ids=ids, past_key_values=cache, use_cache=True)
                 cache, ids = result.past_key_values, result.logits[:, -1:].argmax(-1)
                 found.append(int(ids))
         return found

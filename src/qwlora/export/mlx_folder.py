@@ -33,14 +33,19 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora import strict_json
 from qwlora.export.canonical_adapter import CanonicalAdapter
-from qwlora.export.held_schemes import MLX_GROUPS, mlx_problem
-from qwlora.export.weights_folder import float_tensors, layers_to_write, refuse, write_folder
+from qwlora.export.held_schemes import MLX_GROUPS, linear_only_problem, mlx_problem
+from qwlora.export.weights_folder import (
+    float_tensors,
+    layer_kind,
+    layers_to_write,
+    refuse,
+    write_folder,
+)
 from qwlora.formats.int32_words import pack_words
 from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.scheme import Lpbq, PerBlock
 from qwlora.nn.packed_layer import PackedLayer
-from qwlora.nn.packed_modules import PackedEmbedding, PackedLinear
 
 
 def write_mlx(
@@ -99,11 +104,7 @@ def _settings(layout: tuple[int, int]) -> dict[str, int]:
 
 def _problem(layer: PackedLayer) -> str | None:
     scheme = layer.scheme
-    if not isinstance(layer, PackedLinear | PackedEmbedding):
-        return f"MLX has integers for Linear and Embedding layers, not for {type(layer).__name__}"
-    if isinstance(layer, PackedLinear) and layer.was_conv1d:
-        return "mlx-lm has no quantized form of transformers' Conv1D"
-    if problem := mlx_problem(scheme):
+    if problem := linear_only_problem(layer_kind(layer), "mlx-lm") or mlx_problem(scheme):
         return problem
     if _group(layer) is None:
         return f"{scheme}: {layer.tensor.shape[-1]} inputs do not divide into MLX's groups of 32"

@@ -7,17 +7,19 @@ Imports torch and MLX only when it writes or opens files (see `target.py`).
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError, foreign_as
-from qwlora.export.held_schemes import mlx_problem
+from qwlora.export.held_schemes import linear_only_problem, mlx_problem
 from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qwlora.export.canonical_adapter import CanonicalAdapter
+    from qwlora.export.held_schemes import LayerKind
     from qwlora.export.target import ExportedBase
     from qwlora.grid.scheme import Scheme
 
@@ -34,6 +36,17 @@ class MlxTarget(WeightsTarget):
 
     def problem(self, scheme: Scheme) -> str | None:
         return mlx_problem(scheme)
+
+    def kind_problem(self, kind: LayerKind) -> str | None:
+        return linear_only_problem(kind, "mlx-lm")
+
+    def architecture_problem(self, model_type: str) -> str | None:
+        if self.missing():
+            return None
+        from mlx_lm.utils import MODEL_REMAPPING
+
+        module = f"mlx_lm.models.{MODEL_REMAPPING.get(model_type, model_type)}"
+        return None if find_spec(module) else f"mlx-lm has no model type {model_type}"
 
     def write_base(self, base: ExportedBase, folder: Path) -> None:
         from qwlora.export.mlx_folder import write_mlx

@@ -3,9 +3,10 @@
     base/openvino_model.xml, .bin    stateful, see `openvino_folder.py`; tokenizer; configuration
     NAME/adapter_model.safetensors   PEFT's names; the scale is in lora_B, since OpenVINO reads none
 
-openvino-genai returns tokens, not logits. So logits with an adapter are computed by OpenVINO from
-the same IR with the adapter's factors added at the layers of that name, as openvino-genai adds
-them; `decode` runs openvino-genai itself, and must give the likeliest tokens of these logits.
+openvino-genai returns tokens, not logits. So logits are computed by OpenVINO from the same IR, in
+which an adapter's factors are added to every product with a weight, as openvino-genai adds them:
+as inputs, of rank 0 without an adapter. `decode` runs openvino-genai itself, one pipeline for all
+adapters, and must give the likeliest tokens of these logits.
 
 Run with exact settings, float32, and as shipped, where OpenVINO may round activations to 8 bits on
 processors that multiply these faster.
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from qwlora.export.target import ExportedBase
     from qwlora.grid.scheme import Scheme
 
+_PEFT = "base_model.model."
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",
@@ -91,24 +93,40 @@ class OpenvinoRuntime:
     ):
         import openvino
 
-        self.shipped, self._folder, self._settings = shipped, folder, settings
-        self._openvino: Any = openvino
-        self._compiled: dict[Path | None, Any] = {}
-        self._pipelines: dict[Path | None, Any] = {}
-        self._active: Path | None = None
-        self.use(None)
-
-    def use(self, adapter: Path | None) -> None:
-        """Switch to an adapter's folder, or to none."""
         from qwlora.export.openvino_folder import IR
 
-        if adapter not in self._compiled:
-            core = self._openvino.Core()
-            with foreign_as(ExportError, f"OpenVINO cannot load {str(self._folder)!r}"):
-                model = core.read_model(self._folder / IR)
-                if adapter is not None:
-                    self._add(model, adapter)
-                self._compiled[adapter] = core.compile_model(model, "CPU", self._settings)
+        self.shipped, self._folder, self._settings = shipped, folder, settings
+        self._openvino: Any = openvino
+        core = openvino.Core()
+        with foreign_as(ExportError, f"OpenVINO cannot load {str(folder)!r}"):
+            model = core.read_model(folder / IR)
+            self._none = _add_factors(model)
+            self._compiled = core.compile_model(model, "CPU", settings)
+        self._factors: dict[Path, dict[str, Any]] = {}
+        self._adapters: dict[Path, Any] = {}  # the same of openvino-genai
+        self._pipeline: Any = None
+        self._active: Path | None = None
+
+    def use(self, adapter: Path | None) -> None:
+        """Switch to an adapter's folder, or to none. Adapters stay loaded.
+
+        Raises:
+            ExportError: OpenVINO cannot read it, or the model has no product for a module.
+        """
+        import openvino_genai as genai
+        from safetensors.numpy import load_file
+
+        if adapter is not None and adapter not in self._factors:
+            file = adapter / "adapter_model.safetensors"
+            with foreign_as(ExportError, f"openvino-genai cannot load {str(file)!r}"):
+                tensors = load_file(file)
+                loaded = genai.Adapter(str(file))
+            factors = {n.removeprefix(_PEFT).removesuffix(".weight"): t for n, t in tensors.items()}
+            if unknown := sorted(set(factors) - set(self._none)):
+                module = unknown[0].rpartition(".")[0]
+                raise ExportError(f"the model has no product of {module}, which {adapter} changes")
+            self._factors[adapter], self._adapters[adapter] = factors, loaded
+            self._pipeline = None  # which knows its adapters from the beginning
         self._active = adapter
         if self.shipped is not None:
             self.shipped.use(adapter)
@@ -118,14 +136,17 @@ class OpenvinoRuntime:
         import numpy as np
         import torch
 
-        request = self._compiled[self._active].create_infer_request()  # with an empty state
+        request = self._compiled.create_infer_request()  # with an empty state
         rows, tokens = ids.shape
+        factors = {} if self._active is None else self._factors[self._active]
         found = request.infer(
             {
                 "input_ids": ids.numpy(),
                 "attention_mask": np.ones((rows, tokens), np.int64),
                 "position_ids": np.arange(tokens)[None].repeat(rows, 0),
                 "beam_idx": np.arange(rows, dtype=np.int32),
+                **self._none,
+                **factors,
             }
         )
         return torch.from_numpy(found["logits"].copy())
@@ -134,45 +155,63 @@ class OpenvinoRuntime:
         """The `count` likeliest tokens after token ids [1, tokens], by openvino-genai."""
         import openvino_genai as genai
 
-        adapters = {}
-        if self._active is not None:
-            file = str(self._active / "adapter_model.safetensors")
-            with foreign_as(ExportError, f"openvino-genai cannot load {file!r}"):
-                adapters = {"adapters": genai.AdapterConfig([genai.Adapter(file)])}
-        if self._active not in self._pipelines:
+        if self._pipeline is None:
+            known = list(self._adapters.values())
+            given = {"adapters": genai.AdapterConfig(known)} if known else {}
             with foreign_as(ExportError, f"openvino-genai cannot load {str(self._folder)!r}"):
-                self._pipelines[self._active] = genai.LLMPipeline(
-                    str(self._folder), "CPU", ATTENTION_BACKEND="SDPA", **adapters, **self._settings
+                self._pipeline = genai.LLMPipeline(
+                    str(self._folder), "CPU", ATTENTION_BACKEND="SDPA", **given, **self._settings
                 )
         options = genai.GenerationConfig()
         options.max_new_tokens, options.do_sample, options.ignore_eos = count, False, True
-        pipeline = self._pipelines[self._active]
-        found = pipeline.generate(self._openvino.Tensor(ids.numpy()), options, **adapters)
+        active = [] if self._active is None else [self._adapters[self._active]]
+        given = {"adapters": genai.AdapterConfig(active)} if self._adapters else {}
+        found = self._pipeline.generate(self._openvino.Tensor(ids.numpy()), options, **given)
         return [int(token) for token in found.tokens[0][-count:]]
 
-    def _add(self, model: Any, adapter: Path) -> None:
-        """Add an adapter's factors to the products of its modules.
 
-        Raises:
-            ExportError: the model has no product for a module.
-        """
-        from openvino import opset13 as op
-        from safetensors.numpy import load_file
+def _add_factors(model: Any) -> dict[str, Any]:
+    """Add an adapter's factors as inputs to the products with weights, in place.
 
-        tensors = load_file(adapter / "adapter_model.safetensors")
-        products = {
-            n.get_friendly_name(): n for n in model.get_ops() if n.get_type_name() == "MatMul"
-        }
-        for name in [n for n in tensors if n.endswith(".lora_A.weight")]:
-            module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-            if module not in products:
-                raise ExportError(f"the model has no product of {module}, which {adapter} changes")
-            node = products[module]
-            readers = node.output(0).get_target_inputs()
-            factors = (tensors[name], tensors[name.replace("lora_A", "lora_B")])
-            inner = op.matmul(node.input_value(0), op.constant(factors[0]), False, True)
-            outer = op.matmul(inner, op.constant(factors[1]), False, True)
-            total = op.add(node.output(0), outer)
-            for reader in readers:
-                reader.replace_source_output(total.output(0))
-        model.validate_nodes_and_infer_types()
+    Returns:
+        factors of rank 0 by the inputs' names, MODULE.lora_A [0, in] and MODULE.lora_B [out, 0].
+    """
+    import numpy as np
+    from openvino import PartialShape, Type
+    from openvino import opset13 as op
+
+    none = {}
+    for node in [n for n in model.get_ops() if n.get_type_name() == "MatMul"]:
+        weight = node.input_value(1)
+        if len(weight.get_partial_shape()) != 2 or _is_computed(weight.get_node()):
+            continue
+        columns, rows = weight.get_shape()
+        if node.get_attributes()["transpose_b"]:
+            rows, columns = columns, rows
+        module, readers = node.get_friendly_name(), node.output(0).get_target_inputs()
+        inputs = []
+        for part, shape in (("lora_A", (-1, columns)), ("lora_B", (rows, -1))):
+            factor = op.parameter(PartialShape(shape), Type.f32, f"{module}.{part}")
+            factor.output(0).get_tensor().add_names({f"{module}.{part}"})
+            none[f"{module}.{part}"] = np.zeros([max(size, 0) for size in shape], np.float32)
+            inputs.append(factor)
+        model.add_parameters(inputs)
+        inner = op.matmul(node.input_value(0), inputs[0], False, True)
+        total = op.add(node.output(0), op.matmul(inner, inputs[1], False, True))
+        for reader in readers:
+            reader.replace_source_output(total.output(0))
+    model.validate_nodes_and_infer_types()
+    return none
+
+
+def _is_computed(node: Any) -> bool:
+    """Whether a node depends on the model's inputs or state."""
+    waiting, seen = [node], set[str]()
+    while waiting:
+        found = waiting.pop()
+        if found.get_type_name() in ("Parameter", "ReadValue"):
+            return True
+        sources = [value.get_node() for value in found.input_values()]
+        waiting += [source for source in sources if source.get_name() not in seen]
+        seen.update(source.get_name() for source in sources)
+    return False

@@ -33,11 +33,13 @@ from qwlora.export.held_schemes import (
     QWEIGHT_GROUPS,
     awq_problem,
     gptq_problem,
+    linear_only_problem,
     one_layout_conflict,
 )
 from qwlora.export.weights_folder import (
     as_float16,
     float_tensors,
+    layer_kind,
     layers_to_write,
     refuse,
     write_folder,
@@ -159,10 +161,8 @@ def _layers(
 
 
 def _kind_problem(layer: PackedLayer) -> str | None:
-    if not isinstance(layer, PackedLinear):
-        return f"the format has integers for Linear layers only, not for {type(layer).__name__}"
-    if layer.was_conv1d:
-        return "the format has no integers for transformers' Conv1D"
+    if problem := linear_only_problem(layer_kind(layer), "the format"):
+        return problem
     if wrong := [size for size in layer.tensor.shape if size % 32]:
         return f"the format's words need sizes that 32 divides, not {wrong[0]}"
     return None

@@ -18,7 +18,12 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.export.held_schemes import awq_problem, gptq_problem, one_layout_conflict
+from qwlora.export.held_schemes import (
+    awq_problem,
+    gptq_problem,
+    linear_only_problem,
+    one_layout_conflict,
+)
 from qwlora.export.hf_target import TransformersRuntime, load, loading_in_transformers
 from qwlora.export.target import WeightsTarget
 
@@ -26,6 +31,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from qwlora.export.canonical_adapter import CanonicalAdapter
+    from qwlora.export.held_schemes import LayerKind
     from qwlora.export.target import ExportedBase
     from qwlora.grid.scheme import Scheme
 
@@ -44,6 +50,9 @@ class QweightTarget(WeightsTarget):
 
     def conflict(self, schemes: Collection[Scheme]) -> str | None:
         return one_layout_conflict(schemes)
+
+    def kind_problem(self, kind: LayerKind) -> str | None:
+        return linear_only_problem(kind, "the format")
 
     def write_adapter(self, adapter: CanonicalAdapter, base: Path, folder: Path) -> None:
         from qwlora.export.canonical_adapter import write_peft

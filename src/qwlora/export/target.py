@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
     from qwlora.data.sequences import Sequences
     from qwlora.export.canonical_adapter import CanonicalAdapter
+    from qwlora.export.held_schemes import LayerKind
     from qwlora.export.verify import LanguageModelParity, Reference, Runtime
     from qwlora.export.verify_qnn import QnnParity
     from qwlora.export.verify_weights import SwitchableRuntime, WeightsRuntime
@@ -304,6 +305,15 @@ class ExportedBase:
 
 class WeightsTarget(BundleTarget):
     """A base folder with the base's integers, and a folder for every adapter."""
+
+    def kind_problem(self, kind: LayerKind) -> str | None:
+        """Why the files cannot hold integers of a kind of layer; None if they can."""
+        return None
+
+    def architecture_problem(self, model_type: str) -> str | None:
+        """Why the runtime cannot run a `model_type` of transformers; None if it can, or if that is
+        unknown because it is not installed."""
+        return None
 
     @abstractmethod
     def write_base(self, base: ExportedBase, folder: Path) -> None:

@@ -11,17 +11,29 @@ from typing import Any
 from huggingface_hub import save_torch_state_dict
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from qwlora import strict_json
 from qwlora.errors import ExportError
+from qwlora.export.held_schemes import LayerKind
 from qwlora.messages import lines
 from qwlora.nn.pack_at import packed_weights
 from qwlora.nn.packed_layer import PackedLayer
+from qwlora.nn.packed_modules import PackedLinear
 
 
 def layers_to_write(model: PreTrainedModel) -> dict[str, PackedLayer]:
     """Packed layers by the name of their weight, without output heads that share an embedding."""
     return {name: layer for name, layer in packed_weights(model).items() if not layer.is_tied}
+
+
+def layer_kind(module: nn.Module) -> LayerKind:
+    """What a layer is, packed or not."""
+    if isinstance(module, Conv1D) or (isinstance(module, PackedLinear) and module.was_conv1d):
+        return LayerKind.CONV1D
+    if isinstance(module, nn.Linear):
+        return LayerKind.LINEAR
+    return LayerKind.EMBEDDING if isinstance(module, nn.Embedding) else LayerKind.OTHER
 
 
 def float_tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -20,8 +20,16 @@ from qwlora.adapter.train import check_loggers
 from qwlora.data.document_isolation import check_isolation
 from qwlora.errors import ExportError, GridError, SourceError, TrainingError
 from qwlora.export.grid_table import problems
+from qwlora.export.held_schemes import LayerKind
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget, SwitchableTarget, Target, UseCasesTarget
+from qwlora.export.target import (
+    GraphTarget,
+    SwitchableTarget,
+    Target,
+    UseCasesTarget,
+    WeightsTarget,
+)
+from qwlora.export.weights_folder import layer_kind
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.max_positions import check_positions
 from qwlora.formats.model_source import fetch
@@ -71,9 +79,11 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     model, packed = _unquantized(context) if "quantize" in verbs else _quantized(context)
     if note := check_positions(model, max(t.data.positions() for t in texts.values())):
         say(note)
+    _check_layers(context, model, packed)
     if "train" in verbs:
         _check_saved(context, model, packed)
         _check_held(context.recipe, shapes)
+        _check_modules(context, shapes)
     if context.whole_because is not None:
         say(
             "the model is loaded whole, since its weights cannot be read tensor by tensor: "
@@ -97,6 +107,31 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
             else:
                 with context.lazy.one_block_at_a_time() as passing:
                     check_isolation(passing)
+
+
+def _check_layers(
+    context: JobContext, model: PreTrainedModel, packed: Callable[[str], bool]
+) -> None:
+    """Check that the targets hold the kinds of the base's packed layers, and that their runtimes
+    have the architecture."""
+    kinds: dict[LayerKind, list[str]] = {}
+    for tensor in find_tensors(model):
+        kind = layer_kind(model.get_submodule(tensor.rpartition(".")[0]))
+        kinds.setdefault(kind, []).append(tensor)
+    for name in context.recipe.export.targets:
+        target = TARGETS[name]
+        if not isinstance(target, WeightsTarget):
+            continue
+        problems = [target.architecture_problem(str(model.config.model_type))]
+        for kind, tensors in kinds.items():
+            problem = target.kind_problem(kind)
+            if problem and (lost := list(filter(packed, tensors))):
+                problems.append(f"{problem}: {lost[0]}, {len(lost)} weights in all")
+        if found := "; ".join(filter(None, problems)):
+            raise GridError(
+                f"target {name} cannot hold {context.recipe.model.source!r}: {found}. Remove "
+                f"{name} from export.targets"
+            )
 
 
 def _check_table(context: JobContext, model: PreTrainedModel) -> None:
@@ -280,6 +315,27 @@ def _check_held(recipe: Recipe, shapes: Shapes) -> None:
                 f"{', '.join(targets)} can hold LoRA factors only. Continue an adapter without "
                 "DoRA and modules_to_save, or use export.targets: [onnx_each], which writes a "
                 "model for each adapter"
+            )
+
+
+def _check_modules(context: JobContext, shapes: Shapes) -> None:
+    """Check that adapters change linear layers only, if a target has no place for others."""
+    targets = [n for n in context.recipe.export.targets if isinstance(TARGETS[n], WeightsTarget)]
+    if not targets:
+        return
+    linear = {
+        path
+        for path, module in context.skeleton().named_modules()
+        if layer_kind(module) in (LayerKind.LINEAR, LayerKind.CONV1D)
+    }
+    for adapter, names in shapes.items():
+        paths = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names}
+        if other := sorted(paths - linear):
+            raise TrainingError(
+                f"adapter {adapter} changes {listed(other)}, and {targets[0]} holds LoRA factors "
+                "of linear layers only. Name the linear layers in target_modules, for example "
+                "[q_proj, v_proj], or use export.targets: [onnx_each], which writes a model for "
+                "each adapter"
             )
 
 

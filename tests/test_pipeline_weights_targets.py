@@ -28,6 +28,7 @@ from qwlora.export.bundle import (
     write_readme,
 )
 from qwlora.export.registry import TARGETS
+from qwlora.export.target import WeightsTarget
 from qwlora.pipeline.run_job import run
 from qwlora.pipeline.stages import VERBS
 from qwlora.recipe import load_recipe
@@ -250,6 +251,53 @@ def test_a_base_or_an_adapter_of_another_bundle_is_refused(job: Path, tmp_path: 
     (tmp_path / "kept").rename(moved / "first")
     (moved / "base" / "qwlora.json").write_text((moved / "first" / "qwlora.json").read_text())
     assert qwlora("verify", moved).returncode == 2
+
+
+EVERYWHERE = [  # gguf needs a model from a GGUF file
+    name for name, kind in TARGETS.items() if isinstance(kind, WeightsTarget) and name != "gguf"
+]
+
+
+@pytest.fixture
+def everywhere(recipe_for: Any, finished: Path) -> Path:
+    """A job for every runtime that is installed; made once."""
+    if not (finished / "everywhere").exists():
+        targets = [name for name in EVERYWHERE if TARGETS[name].missing() is None]
+        recipe = recipe_for(
+            base={"weights": "w4-block32", "solver": "search"},
+            export={"targets": targets},
+            adapters=ADAPTERS,
+        )
+        run(load_recipe(recipe), finished / "everywhere", VERBS)
+    return finished / "everywhere"
+
+
+@pytest.mark.parametrize("name", EVERYWHERE)
+def test_the_bundle_of_every_runtime_is_proven_elsewhere_and_refused_after_a_changed_bit(
+    name: str, everywhere: Path, tmp_path: Path
+) -> None:
+    if missing := TARGETS[name].missing():
+        pytest.skip(missing)
+    moved = bundle(everywhere, tmp_path, name)
+    gone = everywhere.rename(everywhere.with_name("gone"))
+    try:
+        done = qwlora("verify", moved, "--json")
+        assert done.returncode == 0, done.stderr
+        for proof in json.loads(done.stdout).values():
+            assert proof["passed"]
+            assert proof["figures"]["exact"]["off_is_equal"]
+        for file in files_in(moved):
+            content = (moved / file).read_bytes()
+            for place in {0, len(content) // 2, len(content) - 1}:
+                changed = bytearray(content)
+                changed[place] ^= 1
+                (moved / file).write_bytes(changed)
+                if file != "README.md":
+                    with pytest.raises((FingerprintError, SourceError)):
+                        verify_bundle(moved)
+            (moved / file).write_bytes(content)
+    finally:
+        gone.rename(everywhere)
 
 
 def test_a_bundle_that_computes_something_else_fails(job: Path, tmp_path: Path) -> None:

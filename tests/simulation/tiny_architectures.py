@@ -52,7 +52,11 @@ class Tiny:
 def make(name: str) -> nn.Module:
     """The model, in evaluation mode, with weights that are large enough to matter."""
     torch.manual_seed(0)
-    model = ALL[name].model()
+    return with_large_weights(ALL[name].model())
+
+
+def with_large_weights(model: nn.Module) -> nn.Module:
+    """The model in evaluation mode, with weights that are large enough to matter."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -49,14 +49,18 @@ def record_digest(folder: Path) -> str:
 
 
 def is_of_base(bundle: Path, adapter: str) -> bool:
-    """Whether the adapter was exported for the base that is there, and the file that its runtime
-    loads is whole; of a switchable target."""
+    """Whether the adapter was exported for the base that is there, and what its runtime loads is
+    whole."""
     folder = bundle / adapter
     try:
-        record = json.loads((folder / RECORD).read_text())
+        base, record = (json.loads((f / RECORD).read_text()) for f in (bundle / BASE, folder))
     except (OSError, ValueError):
         return False
-    if not isinstance(record, dict) or record.get("base") != record_digest(bundle / BASE):
+    if not isinstance(base, dict) or not isinstance(record, dict):
+        return False
+    digest = record_digest(bundle / BASE)  # adapters of a switchable target have it
+    is_of = record.get("base", digest) == digest
+    if not is_of or record.get("base_fingerprint") != base.get("base_fingerprint"):
         return False
     return not manifest.changed_files(folder, RECORD, only=(ADAPTER_FILE,))
 

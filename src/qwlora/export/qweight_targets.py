@@ -4,8 +4,8 @@
     transformers   AutoModelForCausalLM.from_pretrained("base"), with GPTQModel installed
 
 GPTQModel computes weights in float16. So the folder is run twice: exact, with the weights that
-GPTQModel unpacks in float32, and as shipped. Both use its kernels in PyTorch, since those in C++
-are compiled for minutes when they are first used.
+GPTQModel unpacks in float32, and as shipped. Both use its kernels in PyTorch and do not compile
+them, which takes seconds for each layer; its kernels in C++ are compiled for minutes.
 
 Imports torch and transformers only when it writes or opens files (see `target.py`).
 """
@@ -134,4 +134,7 @@ class AwqTarget(QweightTarget):
 def _load(folder: Path, settings: Any) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # transformers warns that the folder has settings too
-        return load(folder, quantization_config=settings)
+        model = load(folder, quantization_config=settings)
+    for module in model.modules():
+        vars(module).pop("dequantize_weight", None)  # its class has the same, not compiled
+    return model

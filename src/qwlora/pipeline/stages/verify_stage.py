@@ -91,7 +91,8 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         proof = _prove(context, name, adapter, model, reference, scratch)
         if "not_run" in proof:
             return {"parity": {name: {adapter: {"not_run": proof["not_run"]}}}}
-        parity, of = _verify_weights(context, target, name, adapter, model, held_out), "trained"
+        parity, problems = _verify_weights(context, target, name, adapter, model, held_out)
+        of = "trained"
     limits = Limits(
         perplexity_difference=section.perplexity_difference,
         layer_steps=section.layer_steps,
@@ -166,7 +167,6 @@ def _verify_switchable(
 ) -> tuple[LanguageModelParity, CacheParity | None, list[str]]:
     """Compare one adapter, or the base, in the session of all: whole sequences, and tokens one by
     one if there is a cache; and problems of switching."""
-    from qwlora.export.bundle import is_of_base
     from qwlora.export.switchable_graph import ZeroAdapter
     from qwlora.export.verify import verify_language_model
     from qwlora.export.verify_cache import CachedRuntime, verify_cache
@@ -190,8 +190,7 @@ def _verify_switchable(
     parity = verify_language_model(
         runtime, reference, held_out, section.layer_tokens, context.track
     )
-    names = [other.name for other in context.recipe.adapters if other.name != adapter]
-    others = [bundle / other for other in names if is_of_base(bundle, other)]
+    others = _others(context, bundle, adapter)
     ids = held_out.input_ids[:1, : section.layer_tokens]
     problems = list(switching_problems(runtime, own, others, ids))
     if not isinstance(runtime, CachedRuntime) or not runtime.has_cache:
@@ -240,11 +239,26 @@ def _verify_weights(
     adapter: str,
     model: PeftModel,
     held_out: Sequences,
-) -> WeightsParity:
-    from qwlora.export.verify_weights import verify_weights
+) -> tuple[WeightsParity, list[str]]:
+    """Compare one adapter with the trained model; and problems of switching."""
+    from qwlora.export.verify_weights import switching_problems, verify_weights
 
-    base, own = (context.path / "export" / name / folder for folder in (BASE, adapter))
-    return verify_weights(target.open(base), model, own, held_out, context.track)
+    bundle = context.path / "export" / name
+    runtime, own = target.open(bundle / BASE), bundle / adapter
+    parity = verify_weights(runtime, model, own, held_out, context.track)
+    others = _others(context, bundle, adapter)
+    if not others:
+        return parity, []
+    ids = held_out.input_ids[:1, : context.recipe.verify.layer_tokens]
+    return parity, list(switching_problems(runtime, own, others, ids))
+
+
+def _others(context: JobContext, bundle: Path, adapter: str | None) -> list[Path]:
+    """The folders of the other adapters that are there."""
+    from qwlora.export.bundle import is_of_base
+
+    names = [other.name for other in context.recipe.adapters if other.name != adapter]
+    return [bundle / other for other in names if is_of_base(bundle, other)]
 
 
 def _prove(

@@ -1,0 +1,195 @@
+"""Every scheme of docs/support.md in every runtime: run there, or refused.
+
+One tiny model has a layer of each scheme, so that a runtime is opened once for all schemes that a
+target can hold together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from conftest import byte_tokenizer
+from export.support_matrix import SCHEMES, WEIGHTS
+from formats.gguf_models import metadata_of, stored_shapes, write_file
+from qwlora import save_adapter
+from qwlora.data.sequences import as_sequences
+from qwlora.errors import ExportError
+from qwlora.export.canonical_adapter import read_canonical
+from qwlora.export.target import ExportedBase, WeightsTarget
+from qwlora.export.verify import Limits
+from qwlora.export.verify_weights import LOGIT_DIFFERENCE, verify_weights
+from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding, measure_float_offset
+from qwlora.grid.observers import measure
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import Scheme, short_name
+from qwlora.nn.pack_at import pack_at_
+
+IDS = torch.randint(3, 90, (1, 24), generator=torch.Generator().manual_seed(3))
+MATRICES = 7  # of a layer
+
+
+def config(layers: int) -> LlamaConfig:
+    """Of a llama whose matrices have blocks of 128."""
+    return LlamaConfig(
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        vocab_size=300,
+        max_position_embeddings=128,
+        tie_word_embeddings=True,
+    )
+
+
+def float_model(layers: int) -> Any:
+    torch.manual_seed(0)
+    return with_large_weights(LlamaForCausalLM(config(layers)))
+
+
+def float_model_of_gguf(layers: int, folder: Path) -> tuple[Any, Path]:
+    """A model with random weights in float32, and the GGUF file that it comes from."""
+    source = write_file(
+        folder / "float.gguf",
+        "llama",
+        {**metadata_of("llama", config(layers), "llama"), "tokenizer.ggml.model": "no_vocab"},
+        stored_shapes("llama", config(layers)),
+        lambda name, shape: "F32",
+        tokens=300,
+    )
+    checkpoint = GgufCheckpoint(source)
+    model: Any = type(checkpoint.model)(checkpoint.config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            value = checkpoint.read(name)
+            assert isinstance(value, Tensor)
+            parameter.copy_(value)
+    return model.eval(), source
+
+
+def with_large_weights(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model.eval()
+
+
+def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    return [
+        (f"{path}.weight", module)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear) and path != "lm_head"
+    ]
+
+
+def quantized(weight: Tensor, scheme: Scheme, half: bool) -> QuantizedTensor:
+    """By minimum and maximum; `half`: with a scale and offset that are float16."""
+    encoding: Encoding | FloatOffsetEncoding
+    if scheme.float_offset:
+        encoding = measure_float_offset(weight, scheme)
+        if half:
+            rounded = (encoding.scale.half().float(), encoding.minimum.half().float())
+            encoding = FloatOffsetEncoding(scheme, *rounded)
+    else:
+        encoding = measure(weight, scheme)
+        if half:
+            encoding = Encoding(scheme, encoding.scale.half().float(), encoding.offset)
+    return QuantizedTensor(encoding.quantize(weight), encoding)
+
+
+def pack(model: nn.Module, schemes: Sequence[Scheme], half: bool) -> None:
+    """Give each matrix one of the schemes, until every scheme has one."""
+    for (name, module), scheme in zip(linears(model), cycle(schemes), strict=False):
+        pack_at_(model, name, quantized(module.weight.detach(), scheme, half))
+
+
+def layers_for(schemes: Sequence[Scheme]) -> int:
+    return -(-len(schemes) // MATRICES)
+
+
+def groups(target: WeightsTarget, schemes: Sequence[Scheme]) -> list[list[Scheme]]:
+    """The schemes that one base can have together."""
+    found: list[list[Scheme]] = []
+    for scheme in schemes:
+        group = next((g for g in found if not target.conflict({*g, scheme})), None)
+        if group is None:
+            found.append([scheme])
+        else:
+            group.append(scheme)
+    return found
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_the_runtime_computes_every_scheme_that_the_target_holds(name: str, tmp_path: Path) -> None:
+    target = WEIGHTS[name]
+    if missing := target.missing():
+        pytest.skip(missing)
+    held = [scheme for scheme in SCHEMES if target.problem(scheme) is None]
+    for number, schemes in enumerate(groups(target, held)):
+        folder, source = tmp_path / str(number), None
+        for part in ("base", "trained", "adapter"):
+            (folder / part).mkdir(parents=True)
+        if name == "gguf":
+            model, source = float_model_of_gguf(layers_for(schemes), folder)
+        else:
+            model = float_model(layers_for(schemes))
+        pack(model, schemes, target.has_float16_scales)
+        target.write_base(ExportedBase(model, byte_tokenizer(), source), folder / "base")
+        torch.manual_seed(1)
+        shape = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
+        adapted = get_peft_model(model, shape).eval()
+        save_adapter(adapted, folder / "trained")
+        canonical = read_canonical(folder / "trained")
+        target.write_adapter(canonical, folder / "base", folder / "adapter")
+        runtime = target.open(folder / "base")
+        parity = verify_weights(runtime, adapted, folder / "adapter", as_sequences(IDS))
+        assert list(parity.broken_limits(Limits())) == [], ", ".join(map(short_name, schemes))
+
+
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_scheme_that_the_target_lacks_is_refused(name: str, tmp_path: Path) -> None:
+    target, source = WEIGHTS[name], None
+    if "onnx" in target.packages:
+        target.require_packages()  # of this lane
+    lacking = [scheme for scheme in SCHEMES if target.problem(scheme) is not None]
+    if not lacking:
+        pytest.skip("it holds every scheme")
+    if name == "gguf":
+        model, source = float_model_of_gguf(layers_for(lacking), tmp_path)
+    else:
+        model = float_model(layers_for(lacking))
+    pack(model, lacking, target.has_float16_scales)
+    (tmp_path / "base").mkdir()
+    with pytest.raises(ExportError, match=f"cannot hold {len(linears(model))} layers"):
+        target.write_base(ExportedBase(model, byte_tokenizer(), source), tmp_path / "base")
+    assert list((tmp_path / "base").iterdir()) == []
+
+
+@torch.no_grad()
+def test_a_layer_whose_integers_are_off_by_one_is_noticed() -> None:
+    """By the limit that runtimes keep, whichever layer and scheme it is."""
+    model = float_model(layers_for(SCHEMES))
+    found = [
+        (module, quantized(module.weight.detach(), scheme, half=False))
+        for (_, module), scheme in zip(linears(model), cycle(SCHEMES), strict=False)
+    ]
+    for module, tensor in found:
+        module.weight.copy_(tensor.dequantize())
+    expected = model(IDS).logits
+    for module, tensor in found:
+        module.weight.copy_(tensor.encoding.dequantize(tensor.codes.int() + 1))
+        difference = (model(IDS).logits - expected).abs().max()
+        assert difference > 10 * LOGIT_DIFFERENCE * expected.abs().max(), tensor.encoding.scheme
+        module.weight.copy_(tensor.dequantize())

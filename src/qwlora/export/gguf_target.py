@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError
-from qwlora.export.held_schemes import gguf_problem
+from qwlora.export.held_schemes import LayerKind, gguf_problem
 from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:
@@ -67,6 +67,11 @@ class GgufTarget(WeightsTarget):
 
     def problem(self, scheme: Scheme) -> str | None:
         return gguf_problem(scheme)
+
+    def kind_problem(self, kind: LayerKind) -> str | None:
+        if kind is LayerKind.CONV1D:
+            return "GGUF files hold transformers' Conv1D in a form that no adapter can be added to"
+        return None
 
     def write_base(self, base: ExportedBase, folder: Path) -> None:
         from qwlora.export.gguf_folder import write_gguf

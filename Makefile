@@ -60,8 +60,8 @@ test-attack: .venv/ready   # about 15 minutes; it forks, which is safe only with
 	touch $@
 
 test-clients: .venv-clients/ready
-	OMP_NUM_THREADS=1 .venv-clients/bin/pytest -q -m 'slow or not slow' tests/export/test_qnn_bundle.py tests/test_pipeline_npu_targets.py
-	OMP_NUM_THREADS=1 .venv-clients/bin/pytest -q tests/export/test_weights_targets.py tests/export/test_gguf_target.py tests/export/test_qweight_targets.py tests/export/test_switchable_onnx.py tests/test_pipeline_weights_targets.py tests/formats/test_hf_quantizer.py tests/test_evaluate_tasks.py
+	OMP_NUM_THREADS=1 .venv-clients/bin/pytest -q -m 'slow or not slow' tests/export/test_qnn_bundle.py tests/test_pipeline_npu_targets.py tests/export/test_scheme_matrix.py tests/export/test_support.py
+	OMP_NUM_THREADS=1 .venv-clients/bin/pytest -q tests/export/test_weights_targets.py tests/export/test_hot_swap.py tests/export/test_gguf_target.py tests/export/test_qweight_targets.py tests/export/test_switchable_onnx.py tests/test_pipeline_weights_targets.py tests/formats/test_hf_quantizer.py tests/test_evaluate_tasks.py
 
 # needs Python 3.11 or 3.12: PyYAML 6.0.1 has no wheel for newer ones
 .venv-oldest/ready: pyproject.toml tests/oldest.txt

@@ -16,10 +16,17 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from command_line import qwlora
-from conftest import reseal
+from conftest import byte_tokenizer, reseal
 from qwlora import load_adapter, load_base
 from qwlora.atomic import files_in, read_tensors
-from qwlora.errors import FingerprintError, QwloraWarning, RecipeError, SourceError
+from qwlora.errors import (
+    FingerprintError,
+    GridError,
+    QwloraWarning,
+    RecipeError,
+    SourceError,
+    TrainingError,
+)
 from qwlora.export.bundle import (
     other_proofs,
     proofs,
@@ -32,6 +39,7 @@ from qwlora.export.target import WeightsTarget
 from qwlora.pipeline.run_job import run
 from qwlora.pipeline.stages import VERBS
 from qwlora.recipe import load_recipe
+from simulation.tiny_architectures import make
 
 ADAPTERS = [
     {"name": name, "rank": rank, "steps": 4, "warmup_steps": 1, "rslora": rank == 3}
@@ -135,6 +143,37 @@ def test_a_grid_that_a_target_cannot_hold_is_refused_at_once(
 ) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe_for(export={"targets": [target]}, base=base))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "target", "message"),
+    [
+        ("gpt2", "hf", r"target hf cannot hold .*gpt2.*Conv1D.*c_attn\.weight"),
+        ("opt", "mlx", "target mlx cannot hold .*mlx-lm has no model type opt"),
+    ],
+)
+def test_a_model_that_a_target_cannot_hold_is_refused_before_anything_is_computed(
+    recipe_for: Any, tmp_path: Path, architecture: str, target: str, message: str
+) -> None:
+    if target == "mlx" and (missing := TARGETS[target].missing()):
+        pytest.skip(missing)
+    recipe = load_recipe(recipe_for(architecture, export={"targets": [target]}))
+    with pytest.raises(GridError, match=message):
+        run(recipe, tmp_path / "job", ("quantize",))
+    assert not (tmp_path / "job" / "base").exists()
+
+
+def test_an_adapter_that_peft_puts_on_experts_is_refused_before_anything_is_computed(
+    recipe_for: Any, tmp_path: Path
+) -> None:
+    """`all-linear` of a mixture of experts includes them."""
+    make("Mixtral").save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    model = {"source": str(tmp_path / "model")}
+    recipe = load_recipe(recipe_for(model=model, export={"targets": ["openvino"]}))
+    with pytest.raises(TrainingError, match=r"adapter first changes .*experts.*openvino holds"):
+        run(recipe, tmp_path / "job", VERBS)
+    assert not (tmp_path / "job" / "base").exists()
 
 
 def bundle(job: Path, folder: Path, target: str = "hf") -> Path:

@@ -35,6 +35,7 @@ from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme, short_name
 from qwlora.nn.pack_at import pack_at_
 
+pytestmark = pytest.mark.slow
 IDS = torch.randint(3, 90, (1, 24), generator=torch.Generator().manual_seed(3))
 MATRICES = 7  # of a layer
 
@@ -161,8 +162,6 @@ def test_the_runtime_computes_every_scheme_that_the_target_holds(name: str, tmp_
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_scheme_that_the_target_lacks_is_refused(name: str, tmp_path: Path) -> None:
     target, source = WEIGHTS[name], None
-    if "onnx" in target.packages:
-        target.require_packages()  # of this lane
     lacking = [scheme for scheme in SCHEMES if target.problem(scheme) is not None]
     if not lacking:
         pytest.skip("it holds every scheme")

@@ -62,7 +62,8 @@ def is_of_base(bundle: Path, adapter: str) -> bool:
     is_of = record.get("base", digest) == digest
     if not is_of or record.get("base_fingerprint") != base.get("base_fingerprint"):
         return False
-    return not manifest.changed_files(folder, RECORD, only=(ADAPTER_FILE,))
+    loaded = (ADAPTER_FILE,) if "base" in record else None  # None: every file
+    return not manifest.changed_files(folder, RECORD, only=loaded)
 
 
 def without_cache(base: Path) -> str | None:

@@ -230,7 +230,7 @@ def proven(
     limits: Mapping[str, float],
 ) -> dict[str, Any]:
     """What running an adapter of a bundle gives: figures, problems, program and machine."""
-    from qwlora.export.proof import broken_limits, client, machine, measure
+    from qwlora.export.proof import broken_limits, client, machine, measure, perplexity_limits
 
     figures = measure(target, bundle / BASE, bundle / name, reference)
     problems = list(broken_limits(figures, reference, limits["perplexity_difference"]))
@@ -238,6 +238,7 @@ def proven(
         "client": client(target),
         "machine": machine(),
         "figures": figures,
+        "perplexity_limits": perplexity_limits(reference, limits["perplexity_difference"]),
         "passed": not problems,
         "problems": problems,
     }

@@ -35,7 +35,13 @@ from torch import Tensor
 
 from qwlora.data.sequences import Sequences
 from qwlora.export.target import BundleTarget
-from qwlora.export.verify import LogitDifference, lowest_share, perplexity_floor, token_losses
+from qwlora.export.verify import (
+    LogitDifference,
+    largest_drift,
+    lowest_share,
+    perplexity_floor,
+    token_losses,
+)
 from qwlora.export.verify_weights import AGREEMENT, LOGIT_DIFFERENCE, WeightsRuntime
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.system.processor import processor_name
@@ -124,6 +130,14 @@ def measure(
     return found
 
 
+def perplexity_limits(
+    reference: Mapping[str, Tensor], perplexity_difference: float
+) -> dict[str, float]:
+    """The largest allowed relative difference of the perplexity, by state."""
+    floors = {s: reference.get(f"{s}.floor", torch.zeros(2)).tolist()[1] for s in STATES}
+    return {s: largest_drift(perplexity_difference, floor) for s, floor in floors.items()}
+
+
 def broken_limits(
     figures: Mapping[str, Any], reference: Mapping[str, Tensor], perplexity_difference: float
 ) -> Iterator[str]:
@@ -132,9 +146,9 @@ def broken_limits(
         found = figures["exact"][state]
         what = "with the adapter" if state == "adapter" else "without it"
         allowed = 2 * LOGIT_DIFFERENCE * float(reference[f"{state}.largest"].max())
-        agreement, noise = AGREEMENT, 0.0
+        agreement = AGREEMENT
         if (floor := reference.get(f"{state}.floor")) is not None:
-            allowed, (agreement, noise) = math.inf, floor.tolist()
+            allowed, agreement = math.inf, float(floor[0])
         if not found["max_log_prob_difference"] <= allowed:
             yield (
                 f"a log-probability {what} is off by {found['max_log_prob_difference']:.3g} "
@@ -146,7 +160,7 @@ def broken_limits(
                 f"tokens (limit {agreement:.1%})"
             )
         difference = abs(found["perplexity"] / found["reference_perplexity"] - 1)
-        limit = max(perplexity_difference, noise)
+        limit = perplexity_limits(reference, perplexity_difference)[state]
         if not difference <= limit:
             yield f"perplexity {what} differs by {difference:.2%} (limit {limit:.2%})"
     decoded, least = figures["exact"]["decode_agreement"], DECODE_AGREEMENT

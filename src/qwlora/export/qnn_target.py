@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from qwlora.progress import Track
 
 NONE, ZERO = "none", "zero"  # a use case, and the folder of its adapter
-DECODED = 4  # of the last tokens that are verified: one by one, since the emulator takes seconds
 
 
 class QnnTarget(UseCasesTarget):
@@ -102,6 +101,7 @@ class QnnTarget(UseCasesTarget):
         self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track
     ) -> QnnParity:
         """The first sequence, cut where the graphs' context ends."""
+        from qwlora.export.graph_parity import DECODED
         from qwlora.export.qnn_runtime import most_tokens
         from qwlora.export.verify_qnn import verify_qnn
         from qwlora.simulation.simulated_graph import SimulatedGraph

@@ -13,6 +13,8 @@ such simulations in the log-likelihood of token t of n, the mean of the d_t is w
 
     1.96 sqrt(sum_t d_t^2) / n    of zero in 95 % of samples
 
+A file may differ by what the recipe allows, and by this noise on top (`largest_drift`).
+
     SQNR = 10 log10(sum x^2 / sum (x - x_hat)^2) in dB, x simulated, x_hat from the files
 
 Nothing here knows a file format: a `Runtime` runs the files (see `target.py`).
@@ -161,7 +163,7 @@ class LanguageModelParity(LayerParity):
         floor_top1_agreement: lower end of the 95 % interval around `perturbed_top1_agreement`; the
             limit of `top1_agreement`.
         floor_perplexity_difference: relative difference of perplexity that rounding alone explains
-            in 95 % of samples of this size; differences up to it are allowed.
+            in 95 % of samples of this size; see `largest_drift`.
     """
 
     max_abs_logit_difference: float
@@ -177,19 +179,41 @@ class LanguageModelParity(LayerParity):
     tokens: int
 
     def broken_limits(self, limits: Limits) -> Iterator[str]:
-        drift = abs(self.perplexity / self.simulated_perplexity - 1)
-        if not drift <= max(limits.perplexity_difference, self.floor_perplexity_difference):
-            yield (
-                f"perplexity {self.perplexity:.4f} is {drift:.2%} from the simulation's "
-                f"{self.simulated_perplexity:.4f} (limit {limits.perplexity_difference:.2%}, noise "
-                f"floor {self.floor_perplexity_difference:.2%})"
-            )
+        yield from broken_perplexity(
+            self.perplexity, self.simulated_perplexity, self.floor_perplexity_difference, limits
+        )
         if not self.top1_agreement >= self.floor_top1_agreement:
             yield (
                 f"the most likely token agrees in {self.top1_agreement:.2%} of cases, below the "
                 f"noise floor of {self.floor_top1_agreement:.2%}"
             )
         yield from super().broken_limits(limits)
+
+
+def largest_drift(limit: float, floor: float) -> float:
+    """The largest allowed relative difference of a perplexity from the expected one.
+
+    Args:
+        limit: of what the files may compute differently.
+        floor: what rounding explains in 95 % of samples of this size; see `perplexity_floor`.
+    """
+    return limit + floor
+
+
+def broken_perplexity(
+    found: float, expected: float, floor: float, limits: Limits, where: str = ""
+) -> Iterator[str]:
+    """A sentence, if a perplexity differs by more than `largest_drift`.
+
+    Args:
+        where: it was computed, such as " on the HTP".
+    """
+    drift = abs(found / expected - 1)
+    if not drift <= largest_drift(limits.perplexity_difference, floor):
+        yield (
+            f"perplexity{where} {found:.4f} is {drift:.2%} from the simulation's {expected:.4f} "
+            f"(limit {limits.perplexity_difference:.2%} and the noise floor of {floor:.2%})"
+        )
 
 
 def check_parity(parity: LayerParity, limits: Limits, name: str) -> None:

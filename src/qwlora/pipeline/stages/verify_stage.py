@@ -122,7 +122,8 @@ def _limits_of(
     parity: LanguageModelParity | QnnParity | WeightsParity, limits: Limits
 ) -> dict[str, float]:
     """What was required, for results.json."""
-    from qwlora.export.verify_qnn import QnnParity
+    from qwlora.export.graph_parity import GraphsParity
+    from qwlora.export.verify import largest_drift
     from qwlora.export.verify_weights import AGREEMENT, LOGIT_DIFFERENCE, WeightsParity
 
     if isinstance(parity, WeightsParity):
@@ -131,10 +132,11 @@ def _limits_of(
             "logit_difference": LOGIT_DIFFERENCE * parity.largest_logit,
             "top1_agreement": AGREEMENT,
         }
-    if isinstance(parity, QnnParity):
-        return {"perplexity_difference": limits.perplexity_difference, "sqnr": parity.least_sqnr}
+    drift = largest_drift(limits.perplexity_difference, parity.floor_perplexity_difference)
+    if isinstance(parity, GraphsParity):
+        return {"perplexity_difference": drift, "sqnr": parity.least_sqnr}
     return {
-        "perplexity_difference": limits.perplexity_difference,
+        "perplexity_difference": drift,
         "layer_steps": limits.layer_steps,
         "layer_mean_steps": limits.layer_mean_steps,
     }

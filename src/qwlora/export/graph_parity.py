@@ -1,0 +1,122 @@
+"""How far graphs with a key-value cache are from the simulation: a prefill in pieces, then decode.
+
+SQNR is in dB (`grid/sqnr.py`). Files differ from the simulation by what the graphs alone round:
+cosines, sines, masked scores. A rounding that falls the other way moves all that follows, so deep
+models differ more: with all 30 layers of SmolLM2, two equally correct simulations are 33 dB apart.
+The limit is `LEAST_SQNR`, or `BELOW_FLOOR` less than that distance if it is smaller, but at least
+`WRONG`: a wrong operator gives less. The limit of the perplexity is that of `verify.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwlora.export.verify import Limits, broken_perplexity, perplexity_floor, token_losses
+from qwlora.grid.sqnr import sqnr_db
+from qwlora.simulation.simulated_graph import SimulatedGraph
+
+LEAST_SQNR, BELOW_FLOOR, WRONG = 30.0, 3.0, 15.0
+DECODED = 4  # of the last tokens of a sequence: one by one, since an emulator takes seconds
+
+
+@dataclass(frozen=True)
+class Run:
+    """Logits of one runtime.
+
+    Args:
+        sqnr: against the simulation.
+        top1_agreement: share of tokens with the simulation's likeliest next token.
+    """
+
+    perplexity: float
+    sqnr: float
+    top1_agreement: float
+
+
+@dataclass(frozen=True)
+class GraphsParity:
+    """What graphs with one adapter compute in ONNX Runtime on the CPU.
+
+    Args:
+        floor_perplexity_difference: see `verify.py`.
+        perturbed_sqnr, perturbed_top1_agreement: of a second, equally correct simulation.
+    """
+
+    tokens: int
+    simulated_perplexity: float
+    floor_perplexity_difference: float
+    perturbed_sqnr: float
+    perturbed_top1_agreement: float
+    cpu: Run
+
+    @property
+    def runs(self) -> dict[str, Run]:
+        """What was computed, by place; the last is the runtime that the files are for."""
+        return {"the CPU": self.cpu}
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields; those of the last run also under the names of other targets."""
+        last = list(self.runs.values())[-1]
+        found = {key: value for key, value in asdict(self).items() if value is not None}
+        return found | {"perplexity": last.perplexity, "top1_agreement": last.top1_agreement}
+
+    @property
+    def least_sqnr(self) -> float:
+        """The limit of `sqnr`, in dB; see the module."""
+        return max(WRONG, min(LEAST_SQNR, self.perturbed_sqnr - BELOW_FLOOR))
+
+    def broken_limits(self, limits: Limits) -> Iterator[str]:
+        """A sentence for each limit that is exceeded."""
+        for place, run in self.runs.items():
+            if not run.sqnr >= self.least_sqnr:
+                yield f"logits on {place} have {run.sqnr:.1f} dB (limit {self.least_sqnr:.1f} dB)"
+            yield from broken_perplexity(
+                run.perplexity,
+                self.simulated_perplexity,
+                self.floor_perplexity_difference,
+                limits,
+                f" on {place}",
+            )
+
+
+def compare_graphs(
+    logits: Callable[[Tensor], Tensor], simulation: SimulatedGraph, ids: Tensor
+) -> GraphsParity:
+    """Compare logits of ids [1, tokens] with the simulation's."""
+    expected, perturbed = simulation.logits(ids), simulation.perturbed_logits(ids)
+    change = token_losses(perturbed, ids[0]) - token_losses(expected, ids[0])
+    return GraphsParity(
+        tokens=ids.shape[1],
+        simulated_perplexity=_perplexity(expected, ids),
+        floor_perplexity_difference=perplexity_floor(float(change.square().sum()), len(change)),
+        perturbed_sqnr=logits_sqnr(perturbed, expected),
+        perturbed_top1_agreement=agreement(perturbed, expected),
+        cpu=run_of(logits(ids), expected, ids),
+    )
+
+
+def run_of(found: Tensor, expected: Tensor, ids: Tensor) -> Run:
+    """What the logits of a runtime say about ids [1, tokens]."""
+    return Run(_perplexity(found, ids), logits_sqnr(found, expected), agreement(found, expected))
+
+
+def _perplexity(logits: Tensor, ids: Tensor) -> float:
+    return math.exp(float(token_losses(logits, ids[0]).mean()))
+
+
+def logits_sqnr(found: Tensor, expected: Tensor) -> float:
+    """In dB."""
+    noise = (found.double() - expected.double()).square().sum()
+    return sqnr_db(float(expected.double().square().sum()), float(noise))
+
+
+def agreement(found: Tensor, expected: Tensor) -> float:
+    """Share of tokens with the same likeliest next token."""
+    same = found.argmax(-1) == expected.argmax(-1)
+    return float(torch.mean(same.float()))

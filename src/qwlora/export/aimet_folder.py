@@ -7,26 +7,39 @@
     submit_aihub.py                compiles and runs it on AI Hub, and compares; needs an account
     README.md                      the commands
 
+With `export.graphs` in the recipe, prefill.aimet and decode.aimet replace model.aimet, with the
+same weights; `float_graphs.py` lists the files next to them.
+
 AI Hub refuses a `.aimet` folder that holds anything else, so the others are next to it.
 """
 
 from __future__ import annotations
 
+import filecmp
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from qwlora.errors import VerificationError
 from qwlora.export.aimet_encodings import write_float_encodings
+from qwlora.export.cached_graphs import read_graphs
+from qwlora.export.float_graphs import (
+    FloatGraphs,
+    float_graph,
+    write_float_graphs,
+    write_graph_golden,
+)
 from qwlora.export.float_onnx import to_float_onnx
 from qwlora.export.float_runtime import FloatOnnxModel
 from qwlora.export.golden import write_golden
 from qwlora.export.target import ExportedGraph
-from qwlora.graph.quantized_graph import Kind
+from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.system.optional_packages import require
 
-FOLDER = "model.aimet"
+SUFFIX = ".aimet"
+FOLDER = f"model{SUFFIX}"
 MODEL_FILE, DATA_FILE, ENCODINGS_FILE = "model.onnx", "model.data", "model.encodings"
-SCRIPT_FILE, README_FILE = "submit_aihub.py", "README.md"
+SCRIPT_FILE, README_FILE, GRAPHS_README = "submit_aihub.py", "README.md", "README.graphs.md"
 _FILES = {MODEL_FILE, DATA_FILE, ENCODINGS_FILE}
 
 
@@ -41,20 +54,49 @@ def write_aimet(exported: ExportedGraph, folder: Path) -> None:
     made = to_float_onnx(graph, exported.simulation.bind(exported.sample))
     made.model.metadata_props.update(exported.metadata)
     model = folder / FOLDER
-    model.mkdir(parents=True)
-    # every weight external: a stored model of more than 2 GB is no protobuf file
-    require("onnx_ir", "onnx").save(
-        made.model, model / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=64
-    )
+    _write_model(made.model, model)
     write_float_encodings(graph, made.encodings, model / ENCODINGS_FILE, exported.encodings_version)
     write_golden(exported, folder)
+    _write_script(graph, folder, README_FILE)
+
+
+def write_aimet_graphs(exported: ExportedGraph, folder: Path) -> None:
+    """Write a folder for each of `exported.graphs`, and the files next to them.
+
+    Raises:
+        ExportError, CaptureError, CalibrationError, MissingExtraError: see `float_graph`.
+    """
+    made = {name: float_graph(exported, name) for name in exported.graphs}
+    for name, graph in made.items():
+        model = folder / f"{name}{SUFFIX}"
+        _write_model(graph.made.model, model)
+        version = exported.encodings_version
+        write_float_encodings(
+            graph.npu.device, graph.made.encodings, model / ENCODINGS_FILE, version
+        )
+    write_float_graphs(folder, made, {name: {"model": f"{name}{SUFFIX}"} for name in made})
+    device = next(iter(made.values())).npu.device
+    del made
+    _write_script(device, folder, GRAPHS_README)
+    write_graph_golden(_opened_graphs(folder), exported.sample["input_ids"], folder)
+
+
+def _write_model(model: Any, folder: Path) -> None:
+    # every weight external: a stored model of more than 2 GB is no protobuf file
+    folder.mkdir(parents=True)
+    require("onnx_ir", "onnx").save(
+        model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=64
+    )
+
+
+def _write_script(graph: QuantizedGraph, folder: Path, readme: str) -> None:
     activations = [
         graph.encodings[m.name].scheme.bitwidth for m in graph.marks if m.kind is Kind.ACTIVATION
     ]
     full_type = "w8a16" if max(activations, default=16) > 8 else "int8"
     templates = resources.files("qwlora.export") / "aimet_templates"
-    for name in (SCRIPT_FILE, README_FILE):
-        text = (templates / f"{name}.template").read_text()
+    for template, name in ((SCRIPT_FILE, SCRIPT_FILE), (readme, README_FILE)):
+        text = (templates / f"{template}.template").read_text()
         (folder / name).write_text(text.replace("@FULL_TYPE@", full_type))
 
 
@@ -65,12 +107,48 @@ def open_aimet(folder: Path) -> FloatOnnxModel:
         VerificationError: the `.aimet` folder lacks a file or holds another one, or see
             `FloatOnnxModel.check`.
     """
-    model = folder / FOLDER
-    found = {path.name for path in model.iterdir()} if model.is_dir() else set()
-    if problems := [f"{name} is missing" for name in sorted(_FILES - found)] + [
-        f"{name} does not belong there: AI Hub refuses the folder" for name in found - _FILES
-    ]:
-        raise VerificationError(f"{model} is not a complete .aimet folder", problems)
-    opened = FloatOnnxModel(model / MODEL_FILE, model / ENCODINGS_FILE)
+    _check_folders(folder, [FOLDER])
+    opened = _opened(folder / FOLDER)
     opened.check()
     return opened
+
+
+def open_aimet_graphs(folder: Path) -> FloatGraphs:
+    """The graphs with a cache in ONNX Runtime, after every check that they allow.
+
+    Raises:
+        VerificationError: a `.aimet` folder lacks a file or holds another one, or see
+            `FloatGraphs.check`; or graphs have different weights.
+    """
+    folders = [graph["model"] for graph in read_graphs(folder)["graphs"].values()]
+    _check_folders(folder, folders)
+    first, *others = (folder / name / DATA_FILE for name in folders)
+    if differing := [other for other in others if not filecmp.cmp(first, other, shallow=False)]:
+        names = [str(path.relative_to(folder)) for path in (differing[0], first)]
+        raise VerificationError(
+            f"{folder}: the files contradict each other",
+            [f"{names[0]} differs from {names[1]}, but all graphs have the same weights"],
+        )
+    graphs = _opened_graphs(folder)
+    graphs.check()
+    return graphs
+
+
+def _check_folders(folder: Path, names: list[str]) -> None:
+    """Refuse folders that lack a file or hold another one."""
+    for name in names:
+        model = folder / name
+        found = {path.name for path in model.iterdir()} if model.is_dir() else set()
+        if problems := [f"{name} is missing" for name in sorted(_FILES - found)] + [
+            f"{name} does not belong there: AI Hub refuses the folder" for name in found - _FILES
+        ]:
+            raise VerificationError(f"{model} is not a complete .aimet folder", problems)
+
+
+def _opened(model: Path) -> FloatOnnxModel:
+    return FloatOnnxModel(model / MODEL_FILE, model / ENCODINGS_FILE)
+
+
+def _opened_graphs(folder: Path) -> FloatGraphs:
+    graphs = read_graphs(folder)["graphs"]
+    return FloatGraphs(folder, {name: _opened(folder / graphs[name]["model"]) for name in graphs})

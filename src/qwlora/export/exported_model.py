@@ -37,7 +37,7 @@ def exported_logits(target: Target, folder: Path, base: Path) -> Logits:
     """
     target.require_packages()
     if isinstance(target, GraphTarget):
-        return target.open(folder).logits
+        return target.logits(folder)
     assert isinstance(target, BundleTarget)
     runtime = target.open(base)
     runtime.use(folder)

@@ -13,6 +13,9 @@ an NPU can gather from, is stored on the grid of what is gathered: the result is
 bit.
 
 Shapes are fixed, since an NPU has no others: everything that only depends on them is folded.
+
+What only moves values of a tensor (Reshape, Slice, Concat ...) has that tensor's grid, and its name
+with the operator appended, so tensors of one name have one grid in graphs of any size.
 """
 
 from __future__ import annotations
@@ -64,7 +67,9 @@ class FloatOnnx:
     encodings: dict[str, TensorEncoding]
 
 
-def to_float_onnx(graph: QuantizedGraph, inputs: Mapping[str, Tensor]) -> FloatOnnx:
+def to_float_onnx(
+    graph: QuantizedGraph, inputs: Mapping[str, Tensor], opset: int = OPSET
+) -> FloatOnnx:
     """The float model of `graph` with the shapes of `inputs`.
 
     Raises:
@@ -73,12 +78,13 @@ def to_float_onnx(graph: QuantizedGraph, inputs: Mapping[str, Tensor]) -> FloatO
         MissingExtraError: the `onnx` extra is not installed.
     """
     _refuse_float_offsets(graph)
-    model = to_onnx(graph, OPSET)
+    model = to_onnx(graph, opset)
     _fix_shapes(model, graph, inputs)
     rewriter = _FloatRewriter(model, graph)
     rewriter.run()
     _store_gathered(model, rewriter.encodings)
     carry(model, rewriter.encodings)
+    _name_moved(model, rewriter.encodings)
     model.producer_name = "qwlora"
     ordered = sorted(rewriter.encodings.items(), key=lambda item: item[1].parameter)
     return FloatOnnx(model, dict(ordered))
@@ -257,6 +263,22 @@ def carry(model: Any, encodings: dict[str, TensorEncoding]) -> None:
         for output in node.outputs:
             if output.name not in encodings:
                 encodings[output.name] = TensorEncoding(first.encoding, carried=True)
+
+
+def _name_moved(model: Any, encodings: dict[str, TensorEncoding]) -> None:
+    """Name each tensor with a carried grid after the tensor whose values it moves."""
+    taken = {value.name for node in model.graph for value in (*node.inputs, *node.outputs) if value}
+    for node in model.graph:
+        for output in node.outputs:
+            entry = encodings.get(output.name)
+            if entry is None or not entry.carried or output.is_graph_output():
+                continue
+            stem = f"{_moved_inputs(node)[0].name}.{node.op_type.lower()}"
+            names = (stem, *(f"{stem}_{number}" for number in range(1, len(taken) + 1)))
+            name = next(name for name in names if name not in taken)
+            encodings[name] = encodings.pop(output.name)
+            output.name = name
+            taken.add(name)
 
 
 def _moved_inputs(node: Any) -> list[Any]:

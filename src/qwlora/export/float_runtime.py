@@ -39,7 +39,7 @@ from qwlora.system.optional_packages import require
 
 # Q/DQ pairs stay as they are, and ONNX Runtime quantizes no float weight by itself
 ROUNDED = ".rounded"  # of a tensor: its value on its grid
-_OPTIONS = SESSION_OPTIONS | EIGHT_BIT_OPTIONS
+OPTIONS = SESSION_OPTIONS | EIGHT_BIT_OPTIONS
 
 
 class FloatOnnxModel:
@@ -111,7 +111,7 @@ class FloatOnnxModel:
         Raises:
             ExportError: ONNX Runtime refuses the files, or the inputs have more tokens than them.
         """
-        session = self._session
+        session = self.session
         tokens, padded = self._padded(tensors)
         found = run_session(session, [o.name for o in session.get_outputs()], padded)
         return {name: value[:, :tokens] for name, value in found.items()} if tokens else found
@@ -127,7 +127,7 @@ class FloatOnnxModel:
         stored = {n: t for n, t in self._constants().items() if n in values}
         computed = {name: value for name, value in values.items() if name not in stored}
         with tempfile.TemporaryDirectory() as scratch:
-            session = open_session(self._with_grids(Path(scratch), cut=computed), _OPTIONS)
+            session = open_session(self.with_grids(Path(scratch), cut=computed), OPTIONS)
             given = {f"{name}.in": value for name, value in computed.items()}
             outputs = [f"{name}.out" for name in computed]
             found = run_session(session, outputs, {**tensors, **given})
@@ -140,17 +140,18 @@ class FloatOnnxModel:
             ExportError: ONNX Runtime refuses the files, or an input is missing.
         """
         with tempfile.TemporaryDirectory() as scratch:
-            found = run_layers_of(self._with_grids(Path(scratch)), _OPTIONS, tensors)
+            found = run_layers_of(self.with_grids(Path(scratch)), OPTIONS, tensors)
         return {name.removesuffix(ROUNDED): value for name, value in found.items()}
 
     @cached_property
-    def _session(self) -> Any:
+    def session(self) -> Any:
+        """The model on its grids in ONNX Runtime; loaded when it is first used."""
         with tempfile.TemporaryDirectory() as scratch:
-            return open_session(self._with_grids(Path(scratch)), _OPTIONS)
+            return open_session(self.with_grids(Path(scratch)), OPTIONS)
 
     def _padded(self, tensors: Mapping[str, Tensor]) -> tuple[int | None, dict[str, Tensor]]:
         """(tokens to keep, inputs of the fixed shapes)."""
-        wanted = {i.name: tuple(i.shape) for i in self._session.get_inputs()}
+        wanted = {i.name: tuple(i.shape) for i in self.session.get_inputs()}
         tokens, padded = None, {}
         for name, tensor in tensors.items():
             missing = wanted[name][-1] - tensor.shape[-1] if name in wanted else 0
@@ -207,7 +208,7 @@ class FloatOnnxModel:
                 model.graph.initializers[name].const_value = ir.tensor(array, name=name)
         return model
 
-    def _with_grids(self, folder: Path, cut: Mapping[str, Tensor] | None = None) -> Path:
+    def with_grids(self, folder: Path, cut: Mapping[str, Tensor] | None = None) -> Path:
         """Write the model with Q/DQ nodes into `folder`.
 
         Args:

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwlora.export.verify import Limits, broken_perplexity, perplexity_floor, token_losses
+from qwlora.data.sequences import Sequences
+from qwlora.export.cached_graphs import CachedGraphs, most_tokens
+from qwlora.export.verify import (
+    Limits,
+    Reference,
+    broken_perplexity,
+    perplexity_floor,
+    token_losses,
+)
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.simulation.simulated_graph import SimulatedGraph
 
@@ -99,6 +107,15 @@ def compare_graphs(
         perturbed_top1_agreement=agreement(perturbed, expected),
         cpu=run_of(logits(ids), expected, ids),
     )
+
+
+def verify_graphs(graphs: CachedGraphs, simulation: Reference, text: Sequences) -> GraphsParity:
+    """`compare_graphs` of the first sequence as far as it fits the context; its last `DECODED`
+    tokens run one by one."""
+    assert isinstance(simulation, SimulatedGraph)
+    ids = text.input_ids[:1, : most_tokens(graphs.folder)]
+    steps = min(DECODED, ids.shape[1] - 1)
+    return compare_graphs(lambda ids: graphs.logits(ids, steps), simulation, ids)
 
 
 def run_of(found: Tensor, expected: Tensor, ids: Tensor) -> Run:

@@ -45,6 +45,7 @@ class QairtTarget(UseCasesTarget):
 
     def logits(self, folder: Path, case: str) -> Callable[[Tensor], Tensor]:
         from qwlora.export.qairt_check import open_qairt
+        from qwlora.export.verify import runtime_logits
 
         return open_qairt(folder, case).logits
 

@@ -29,14 +29,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwlora import strict_json
-from qwlora.atomic import files_in, write_tensors, write_text
+from qwlora.atomic import files_in, write_tensors
 from qwlora.errors import ExportError, MissingExtraError
+from qwlora.export.cached_graphs import write_graphs
 from qwlora.export.float_onnx import same_grid
 from qwlora.export.htp_limits import SMALLEST_RESCALE, input_problem, table_problem, weight_problem
 from qwlora.export.npu_onnx import CODES, npu_onnx
-from qwlora.export.onnx_model import build_model
-from qwlora.export.qnn_runtime import ADAPTER, BASE, GRAPHS, RECORD, compile_graphs
+from qwlora.export.qnn_runtime import ADAPTER, BASE, RECORD, compile_graphs
 from qwlora.formats import manifest
 from qwlora.graph.cached_capture import CacheSizes
 from qwlora.graph.graph_analysis import operator_of
@@ -49,7 +48,6 @@ from qwlora.simulation.simulated_graph import SimulatedGraph
 from qwlora.system.optional_packages import require
 
 ZERO, WEIGHTS = "zero", "weights.data"
-FORMAT = 1
 
 
 def export_qnn(
@@ -90,16 +88,11 @@ def export_qnn(
     codes = _write_graphs(made, base, metadata or {})
     compiler = _compiled(base, list(made))
     shapes = {name: list(array.shape) for name, array in codes.items()}
-    record = {
-        "format": FORMAT,
-        "context": context,
-        "graphs": {
-            name: _described(name, graph, compiler is not None) for name, graph in made.items()
-        },
-        "adapter_inputs": shapes,
-        "compiler": compiler,
+    files = {
+        name: {"qdq": f"{name}.onnx", "compiled": f"{name}_ctx.onnx" if compiler else None}
+        for name in made
     }
-    write_text(base / GRAPHS, strict_json.dumps(record, indent=1) + "\n")
+    write_graphs(base, made, files, {"adapter_inputs": shapes, "compiler": compiler})
     manifest.write(base, RECORD, {}, files_in(base))
     for name, simulation in simulations.items():
         own = {n: torch.from_numpy(_padded(_codes(simulation, n), codes[n])) for n in codes}
@@ -188,7 +181,7 @@ def _rank(simulation: SimulatedGraph) -> int:
 def _write_graphs(
     made: Mapping[str, NpuGraph], base: Path, metadata: Mapping[str, str]
 ) -> dict[str, Any]:
-    """Write the QDQ graphs, which share a weight file, and their host graphs.
+    """Write the QDQ graphs, which share a weight file.
 
     Returns:
         the adapter's codes by input name.
@@ -211,8 +204,6 @@ def _write_graphs(
                 for key, value in written.graph.initializers.items()
                 if isinstance(value.const_value, ir.ExternalTensor)
             }
-        host, _ = build_model(graph.host, {})
-        ir.save(host, base / f"{name}_host.onnx")
     return codes
 
 
@@ -226,29 +217,6 @@ def _compiled(base: Path, names: list[str]) -> dict[str, str] | None:
         return compile_graphs(base, names)
     except MissingExtraError:
         return None
-
-
-def _described(name: str, graph: NpuGraph, compiled: bool) -> dict[str, Any]:
-    interface = graph.device.interface
-    grids = {}
-    for each in (*interface.inputs, *interface.outputs):
-        encoding = graph.device.encodings.get(each)
-        if isinstance(encoding, Encoding):
-            grids[each] = {
-                "bitwidth": encoding.scheme.bitwidth,
-                "scale": float(encoding.scale),
-                "offset": int(encoding.offset),
-            }
-    return {
-        "tokens": graph.sizes.tokens,
-        "mask_floor": graph.floor,
-        "qdq": f"{name}.onnx",
-        "host": f"{name}_host.onnx",
-        "compiled": f"{name}_ctx.onnx" if compiled else None,
-        "inputs": {each: list(interface.shapes[each]) for each in interface.inputs},
-        "outputs": {each: list(interface.shapes[each]) for each in interface.outputs},
-        "encodings": grids,
-    }
 
 
 def _codes(simulation: SimulatedGraph, name: str) -> Any:

@@ -33,7 +33,7 @@ class QnnTarget(UseCasesTarget):
     packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
     activation_bitwidths = (16,)
     reserved = frozenset({NONE, ZERO, "base"})
-    has_graphs = True
+    cached_graphs = "always"
 
     def loading(self, base: str, adapter: str | None) -> str:
         return (
@@ -68,8 +68,8 @@ class QnnTarget(UseCasesTarget):
             assert isinstance(graph.simulation, SimulatedGraph)
             if case != NONE:
                 simulations[case] = graph.simulation
-        metadata = exported.base.metadata
-        export_qnn(simulations, exported.graphs, exported.context, folder, metadata)
+        base = exported.base
+        export_qnn(simulations, base.graphs, base.context, folder, base.metadata)
 
     def own_files(self, folder: Path, case: str) -> list[Path]:
         return list((folder / _folder(case)).iterdir())
@@ -82,9 +82,10 @@ class QnnTarget(UseCasesTarget):
         return QnnModel(folder / BASE, folder / _folder(case), htp=True).logits
 
     def call_tokens(self, folder: Path, sequence: int) -> int:
-        from qwlora.export.qnn_runtime import largest_call
+        from qwlora.export.cached_graphs import largest_call
+        from qwlora.export.qnn_runtime import BASE
 
-        return largest_call(folder)
+        return largest_call(folder / BASE)
 
     def layers(
         self, folder: Path, case: str, tensors: Mapping[str, Tensor]
@@ -93,21 +94,21 @@ class QnnTarget(UseCasesTarget):
         from qwlora.export.verify_qnn import check_bundle
 
         check_bundle(folder, _folder(case))
-        count = int(tensors["attention_mask"].sum())
         model = QnnModel(folder / BASE, folder / _folder(case), htp=False)
-        return model.layers(tensors["input_ids"][:, :count])
+        return model.layers_of(tensors)
 
     def verify(
         self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track
     ) -> QnnParity:
         """The first sequence, cut where the graphs' context ends."""
+        from qwlora.export.cached_graphs import most_tokens
         from qwlora.export.graph_parity import DECODED
-        from qwlora.export.qnn_runtime import most_tokens
+        from qwlora.export.qnn_runtime import BASE
         from qwlora.export.verify_qnn import verify_qnn
         from qwlora.simulation.simulated_graph import SimulatedGraph
 
         assert isinstance(simulation, SimulatedGraph)
-        ids = text.input_ids[:1, : most_tokens(folder)]
+        ids = text.input_ids[:1, : most_tokens(folder / BASE)]
         steps = min(DECODED, ids.shape[1] - 1)
         return verify_qnn(folder, _folder(case), simulation, ids, steps)
 

@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from qwlora.errors import MissingExtraError
 from qwlora.system.optional_packages import require
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
     from qwlora.data.sequences import Sequences
     from qwlora.export.canonical_adapter import CanonicalAdapter
+    from qwlora.export.graph_parity import GraphsParity
     from qwlora.export.held_schemes import LayerKind
     from qwlora.export.verify import LanguageModelParity, Reference, Runtime
-    from qwlora.export.verify_qnn import QnnParity
     from qwlora.export.verify_weights import SwitchableRuntime, WeightsRuntime
     from qwlora.grid.scheme import Scheme
     from qwlora.progress import Track
@@ -45,12 +45,15 @@ class Target(ABC):
         packages: modules that are imported to open the files, and for a graph also to write them.
         has_float16_scales: whether the files hold scales as float16.
         writes_float_embeddings: whether embeddings are written as the floats that codes stand for.
+        cached_graphs: whether the files are graphs with a key-value cache, of the sizes that
+            `export.graphs` of the recipe has: never, only if the recipe has it, or always.
     """
 
     extra: str
     packages: tuple[str, ...]
     has_float16_scales = False
     writes_float_embeddings = False
+    cached_graphs: Literal["never", "asked", "always"] = "never"
 
     def problem(self, scheme: Scheme) -> str | None:
         """Why the files cannot hold integers of a scheme, and what they can; None if they can."""
@@ -113,12 +116,17 @@ class ExportedGraph:
         sample: one batch of the model's inputs by name. Its shapes are those of files with fixed
             shapes, its values are golden inputs.
         encodings_version: of AIMET encodings files.
+        graphs: number of new tokens of each graph with a key-value cache, by name. Empty: one
+            graph of the sample's whole sequence.
+        context: new and past tokens together, in each of them.
     """
 
     simulation: Reference
     metadata: Mapping[str, str]
     sample: Mapping[str, Tensor]
     encodings_version: str = "1.0.0"
+    graphs: Mapping[str, int] = field(default_factory=dict)
+    context: int = 0
 
 
 class GraphTarget(Target):
@@ -150,6 +158,49 @@ class GraphTarget(Target):
             ExportError: the runtime refuses them.
         """
 
+    def logits(self, folder: Path) -> Callable[[Tensor], Tensor]:
+        """Logits that the runtime computes of token ids [1, tokens].
+
+        Raises:
+            ExportError: the runtime refuses the files.
+        """
+        from qwlora.export.verify import runtime_logits
+
+        return runtime_logits(self.open(folder))
+
+    def call_tokens(self, folder: Path, sequence: int) -> int | None:
+        """Tokens of one call, if they are fixed; `sequence`: of a sequence in the recipe."""
+        return sequence if self.fixed_shapes else None
+
+    def layers(
+        self, folder: Path, tensors: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+        """One call on the CPU, see `UseCasesTarget.layers`."""
+        return tensors, self.open(folder).layers(tensors)
+
+    def verify(
+        self,
+        folder: Path,
+        simulation: Reference,
+        text: Sequences,
+        layer_tokens: int,
+        track: Track,
+    ) -> LanguageModelParity | GraphsParity:
+        """Run the files, after every check that they allow, and compare them.
+
+        Args:
+            text: held-out sequences.
+            layer_tokens: tokens for the comparison layer by layer, if the files take any number.
+
+        Raises:
+            VerificationError: files contradict each other.
+            ExportError: the runtime refuses them.
+        """
+        from qwlora.export.verify import verify_language_model
+
+        tokens = text.input_ids.shape[1] if self.fixed_shapes else layer_tokens
+        return verify_language_model(self.open(folder), simulation, text, tokens, track)
+
 
 @dataclass(frozen=True)
 class ExportedUseCases:
@@ -159,15 +210,11 @@ class ExportedUseCases:
         base: the zero adapter.
         cases: by name. Their graphs differ in the adapter's weights and in encodings only.
         updatable: which encodings change with the use case; see `simulation/shared_encodings.py`.
-        graphs: number of new tokens of each graph with a key-value cache, by name.
-        context: new and past tokens together, in each of them.
     """
 
     base: ExportedGraph
     cases: Mapping[str, ExportedGraph]
     updatable: BaseActivations
-    graphs: Mapping[str, int] = field(default_factory=dict)
-    context: int = 0
 
 
 class UseCasesTarget(Target):
@@ -176,12 +223,10 @@ class UseCasesTarget(Target):
     Attributes:
         activation_bitwidths: as of a graph target.
         reserved: names of other files, which no adapter can have.
-        has_graphs: the sizes of the files are `export.graphs` of the recipe.
     """
 
     activation_bitwidths: tuple[int, ...]
     reserved: frozenset[str]
-    has_graphs = False
 
     @abstractmethod
     def write(self, exported: ExportedUseCases, folder: Path) -> None:
@@ -226,7 +271,7 @@ class UseCasesTarget(Target):
     @abstractmethod
     def verify(
         self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track
-    ) -> LanguageModelParity | QnnParity:
+    ) -> LanguageModelParity | GraphsParity:
         """Run a use case, after every check that its files allow, and compare it.
 
         Args:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qwlora.atomic import files_in, read_tensors
 from qwlora.errors import FingerprintError, MissingExtraError
+from qwlora.export.cached_graphs import GRAPHS, read_graphs
 from qwlora.export.graph_parity import (
     GraphsParity,
     Run,
@@ -29,15 +30,7 @@ from qwlora.export.graph_parity import (
     run_of,
 )
 from qwlora.export.qnn_bundle import base_digest
-from qwlora.export.qnn_runtime import (
-    ADAPTER,
-    BASE,
-    GRAPHS,
-    RECORD,
-    QnnModel,
-    read_graphs,
-    require_emulator,
-)
+from qwlora.export.qnn_runtime import ADAPTER, BASE, RECORD, QnnModel, require_emulator
 from qwlora.export.verify import Limits
 from qwlora.formats import manifest
 from qwlora.graph.scaling_input import ALPHA

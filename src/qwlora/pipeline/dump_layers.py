@@ -151,10 +151,8 @@ def _batch(
 
     target, held_out = TARGETS.get(name.stage), context.sample(adapter)["input_ids"]
     length: int | None = None  # of fixed shapes
-    if isinstance(target, UseCasesTarget):
-        length = target.call_tokens(context.path / "export" / name.stage, held_out.shape[1])
-    elif isinstance(target, GraphTarget) and target.fixed_shapes:
-        length = held_out.shape[1]
+    if isinstance(target, UseCasesTarget | GraphTarget):
+        length = target.call_tokens(context.path / name.export_stage, held_out.shape[1])
     if given is None:
         ids = held_out[:, :length]
     else:
@@ -234,4 +232,4 @@ def _run(
         runtime.use(exported / str(name.adapter))
         return tensors, runtime.layers(tensors)
     assert isinstance(target, GraphTarget)
-    return tensors, target.open(exported / str(name.adapter)).layers(tensors)
+    return target.layers(exported / str(name.adapter), tensors)

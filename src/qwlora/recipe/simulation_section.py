@@ -160,6 +160,17 @@ class SimulationSection(Section):
             yield "set simulation.adapter_activation_bitwidth: 16"
         if (problem := input_problem(self.adapter_weights.scheme())) is not None:
             yield f"simulation.adapter_weights: {problem}"
+        yield from self._kept_floats()
+
+    def graph_problems(self) -> Iterator[str]:
+        """What keeps values of a graph with a key-value cache float, with the key to change."""
+        if self.policy != "npu":
+            yield "set simulation.policy: npu"
+        if self.residual_adds != "quantize":
+            yield "set simulation.residual_adds: quantize"
+        yield from self._kept_floats()
+
+    def _kept_floats(self) -> Iterator[str]:
         for number, rule in enumerate(self.rules):
             if rule.keep is not None:
                 yield f"simulation.rules.{number}: every value needs a grid; remove keep: float"

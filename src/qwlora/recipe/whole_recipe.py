@@ -36,7 +36,7 @@ _USE_CASE = r"^[A-Za-z0-9][A-Za-z0-9_-]*(\+[A-Za-z0-9][A-Za-z0-9_-]*)*$"
 
 
 class Graphs(Section):
-    """For target qnn: the fixed sizes of its graphs, in tokens."""
+    """For targets qnn, aimet and qairt: sizes of graphs with a key-value cache, in tokens."""
 
     prefill: Annotated[int, Field(ge=2)] = Field(
         128, description="new tokens in a call of the graph that reads a prompt"
@@ -77,7 +77,19 @@ class Export(Section):
         "several joined by a plus sign for all of them at once, or none for the base. Default: "
         "each adapter alone, and none",
     )
-    graphs: Graphs = Field(Graphs(), description="for target qnn: the sizes of its graphs")
+    graphs: Graphs | None = Field(
+        None,
+        description="graphs with a key-value cache, prefill and decode, for targets qnn, aimet and "
+        "qairt. Default: qnn has these sizes, aimet and qairt have one graph of a whole sequence "
+        "without a cache",
+    )
+
+    def graphs_of(self, target: str) -> Graphs | None:
+        """The sizes of the graphs with a cache that a target writes; None if it writes none."""
+        kind = TARGETS[target].cached_graphs
+        if kind == "never":
+            return None
+        return Graphs() if self.graphs is None and kind == "always" else self.graphs
 
 
 class Verify(Section):
@@ -219,14 +231,25 @@ class Recipe(Section):
     def _htp_takes_everything(self) -> Recipe:
         targets = {n: t for n in self.export.targets if isinstance(t := TARGETS[n], QnnTarget)}
         if not targets:
-            if self.export.graphs != Graphs():
-                raise ValueError("export.graphs has no effect without target qnn; remove it")
             return self
         problems = list(self.simulation.htp_problems())
         if self.base.solver != "keep" and (found := refusal(self.base.grids(), targets)):
             problems.append(f"base.weights, base.rules: {found}")
         if problems:
             raise ValueError(f"target {', '.join(targets)}: {'; '.join(problems)}")
+        return self
+
+    @model_validator(mode="after")
+    def _graphs_are_whole(self) -> Recipe:
+        takes = [n for n in self.export.targets if TARGETS[n].cached_graphs != "never"]
+        if self.export.graphs is None:
+            return self
+        if not takes:
+            raise ValueError(
+                "export.graphs has no effect without target qnn, aimet or qairt; remove it"
+            )
+        if problems := list(self.simulation.graph_problems()):
+            raise ValueError(f"export.graphs: {'; '.join(problems)}")
         return self
 
     @model_validator(mode="after")

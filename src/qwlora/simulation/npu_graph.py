@@ -66,7 +66,7 @@ class NpuGraph:
         sizes: tokens and context.
         floor: of the mask; negative.
         scaling: alpha / rank of the simulation's adapter, the value of input `lora_alpha`; None
-            without an adapter.
+            without such an input.
     """
 
     sizes: CacheSizes
@@ -93,7 +93,10 @@ def host_arguments(sizes: CacheSizes, past: int, tokens: int) -> tuple[Tensor, T
 
 
 def npu_graph(
-    simulation: SimulatedGraph, sizes: CacheSizes, largest_scaling: float | None = None
+    simulation: SimulatedGraph,
+    sizes: CacheSizes,
+    largest_scaling: float | None = None,
+    scaling_input: bool = True,
 ) -> NpuGraph:
     """The graph of a calibrated simulation for a number of new tokens and a context.
 
@@ -101,6 +104,7 @@ def npu_graph(
         simulation: of a causal language model with `simulation.origin.model`'s active adapter.
         largest_scaling: alpha / rank of any adapter that the graph will run with. Default: that of
             the simulation's.
+        scaling_input: make an input of alpha / rank. Default: yes, for several adapters.
 
     Raises:
         CaptureError: the model has no cache that can be captured, or its positions or mask cannot
@@ -111,7 +115,9 @@ def npu_graph(
     graph = cached_graph(simulation, captured)
     floor = -(MASKED_BELOW + _widest_scores(graph))
     lifted = lift_host_inputs(graph.program, graph.interface, floor)
-    program, interface, scaling = lift_scaling(lifted.program, lifted.interface)
+    program, interface, scaling = lifted.program, lifted.interface, None
+    if scaling_input:
+        program, interface, scaling = lift_scaling(program, interface)
     program = slice_parts(fuse_norms(program))
     nodes = {node.name for node in program.graph.nodes}
     marks = {mark.node: mark for mark in graph.marks if mark.node in nodes}

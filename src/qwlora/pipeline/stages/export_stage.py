@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,7 +57,8 @@ def add(plan: PlanBuilder, target: str, name: str) -> None:
     needs = [f"train/{name}" if isinstance(kind, WeightsTarget) else f"calibrate/{name}"]
     if isinstance(kind, BundleTarget):
         needs.insert(0, f"{NAME}/{target}")
-    plan.add(stage, _version(plan), tuple(needs), name, stage)
+    inputs = [*_version(plan), *_graphs(plan, target)]
+    plan.add(stage, inputs, tuple(needs), name, stage)
 
 
 def _version(plan: PlanBuilder) -> list[str]:
@@ -65,13 +67,19 @@ def _version(plan: PlanBuilder) -> list[str]:
     return [] if version == type(plan.recipe.export)().encodings_version else [version]
 
 
+def _graphs(plan: PlanBuilder, target: str) -> list[Any]:
+    """The sizes of graphs with a cache, if the target writes some."""
+    graphs = plan.recipe.export.graphs_of(target)
+    return [] if graphs is None else [graphs.model_dump()]
+
+
 def add_use_cases(plan: PlanBuilder, target: str) -> None:
     """Add the stage of a use case target."""
     stage, section, kind = f"{NAME}/{target}", plan.recipe.export, TARGETS[target]
     assert isinstance(kind, UseCasesTarget)
-    inputs: list[Any] = [section.encodings_version]
-    if kind.has_graphs:  # they are compiled once the compiler is installed
-        inputs = [section.graphs.model_dump(), kind.missing(), GRAPHS_FORMAT]
+    inputs: list[Any] = [section.encodings_version, *_graphs(plan, target)]
+    if kind.cached_graphs == "always":  # they are compiled once the compiler is installed
+        inputs = [*_graphs(plan, target), kind.missing(), GRAPHS_FORMAT]
     plan.add(stage, inputs, (CASES,), None, stage)
 
 
@@ -80,9 +88,9 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     _, name, *_ = stage.name.split("/")
     target = TARGETS[name]
     if isinstance(target, UseCasesTarget):
-        return {"export": {name: _write_use_cases(context, target, scratch)}}
+        return {"export": {name: _write_use_cases(context, target, name, scratch)}}
     if isinstance(target, GraphTarget):
-        size = _write_graph(context, target, str(stage.adapter), scratch)
+        size = _write_graph(context, target, name, str(stage.adapter), scratch)
     else:
         if isinstance(target, SwitchableTarget):
             _write_switchable(context, target, name, stage.adapter, scratch)
@@ -95,9 +103,11 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     return {"export": {name: {stage.adapter or BASE: written}}}
 
 
-def _write_graph(context: JobContext, target: GraphTarget, adapter: str, scratch: Path) -> int:
+def _write_graph(
+    context: JobContext, target: GraphTarget, name: str, adapter: str, scratch: Path
+) -> int:
     """Write a simulation, with its calibrated adapter; returns the size of the model."""
-    exported = _exported(context, adapter)
+    exported = _with_graphs(_exported(context, adapter), context, name)
     with _writing(context, exported, adapter):
         target.write(exported, scratch)
     size = sum(path.stat().st_size for path in scratch.glob(target.model_files))
@@ -140,6 +150,15 @@ def _exported(context: JobContext, adapter: str | None) -> ExportedGraph:
     return ExportedGraph(simulation, metadata, sample, context.recipe.export.encodings_version)
 
 
+def _with_graphs(exported: ExportedGraph, context: JobContext, target: str) -> ExportedGraph:
+    """The same with the sizes of graphs with a cache, if the target writes some."""
+    graphs = context.recipe.export.graphs_of(target)
+    if graphs is None:
+        return exported
+    sizes = {"prefill": graphs.prefill, "decode": graphs.decode}
+    return replace(exported, graphs=sizes, context=graphs.context)
+
+
 def _writing(
     context: JobContext, exported: ExportedGraph, what: str
 ) -> AbstractContextManager[None]:
@@ -167,7 +186,7 @@ def _add_adapter(
 
 
 def _write_use_cases(
-    context: JobContext, target: UseCasesTarget, scratch: Path
+    context: JobContext, target: UseCasesTarget, name: str, scratch: Path
 ) -> dict[str, dict[str, int]]:
     """Write all use cases; returns the size of what belongs to each, and of all other files."""
     from qwlora.formats import manifest
@@ -176,25 +195,14 @@ def _write_use_cases(
     simulations = use_case_simulations(context)
     sample = context.sample(context.recipe.adapters[0].name)
     section = context.recipe.export
-    made = {
-        case: ExportedGraph(
-            simulation,
-            {"qwlora.base_fingerprint": context.base_fingerprint, "qwlora.use_case": case},
-            sample,
-            section.encodings_version,
-        )
-        for case, simulation in simulations.items()
-    }
+    made = {}
+    for case, simulation in simulations.items():
+        metadata = {"qwlora.base_fingerprint": context.base_fingerprint, "qwlora.use_case": case}
+        exported = ExportedGraph(simulation, metadata, sample, section.encodings_version)
+        made[case] = _with_graphs(exported, context, name)
     base = made.pop(BASE)
-    graphs = section.graphs
-    exported = ExportedUseCases(
-        base,
-        made,
-        context.recipe.simulation.base_activations,
-        {"prefill": graphs.prefill, "decode": graphs.decode},
-        graphs.context,
-    )
-    target.write(exported, scratch)
+    exported_cases = ExportedUseCases(base, made, context.recipe.simulation.base_activations)
+    target.write(exported_cases, scratch)
     record = {"base_fingerprint": context.base_fingerprint, "use_cases": list(made)}
     manifest.write(scratch, RECORD, record, files_in(scratch))
     sizes = {

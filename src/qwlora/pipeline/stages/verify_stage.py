@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from qwlora.data.sequences import Sequences
+    from qwlora.export.graph_parity import GraphsParity
     from qwlora.export.verify import LanguageModelParity, Limits, Reference
     from qwlora.export.verify_cache import CacheParity
-    from qwlora.export.verify_qnn import QnnParity
     from qwlora.export.verify_weights import WeightsParity
     from qwlora.pipeline.context import JobContext
 
@@ -58,7 +58,7 @@ def add_use_cases(plan: PlanBuilder, target: str) -> None:
     texts = [plan.texts.key(text) for text in plan.recipe.texts().values()]
     for case in plan.recipe.use_cases():
         inputs: list[Any] = [plan.recipe.verify.model_dump(), texts]
-        if kind.has_graphs:
+        if kind.cached_graphs == "always":
             inputs.append(kind.missing())  # the emulator
         plan.add(f"{NAME}/{target}/{case}", inputs, (f"export/{target}",))
 
@@ -72,7 +72,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
 
     _, name, *cases = stage.name.split("/")
     target, adapter, section = TARGETS[name], stage.adapter or BASE, context.recipe.verify
-    parity: LanguageModelParity | QnnParity | WeightsParity
+    parity: LanguageModelParity | GraphsParity | WeightsParity
     of, proof, problems = "simulated", dict[str, Any](), list[str]()
     cached: CacheParity | None = None
     if isinstance(target, UseCasesTarget):
@@ -119,7 +119,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
 
 
 def _limits_of(
-    parity: LanguageModelParity | QnnParity | WeightsParity, limits: Limits
+    parity: LanguageModelParity | GraphsParity | WeightsParity, limits: Limits
 ) -> dict[str, float]:
     """What was required, for results.json."""
     from qwlora.export.graph_parity import GraphsParity
@@ -148,18 +148,16 @@ def _cache_figures(parity: CacheParity, limits: Limits) -> dict[str, Any]:
 
 def _verify_graph(
     context: JobContext, target: GraphTarget, name: str, adapter: str
-) -> LanguageModelParity:
-    from qwlora.export.verify import verify_language_model
+) -> LanguageModelParity | GraphsParity:
     from qwlora.formats import manifest
 
     section, folder = context.recipe.verify, context.path / "export" / name / adapter
     manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
-    held_out = context.text(adapter).data.held_out
-    return verify_language_model(
-        target.open(folder),
+    return target.verify(
+        folder,
         context.simulation(adapter),
-        held_out.first(section.sequences),
-        held_out.input_ids.shape[1] if target.fixed_shapes else section.layer_tokens,
+        _held_out(context, adapter),
+        section.layer_tokens,
         context.track,
     )
 
@@ -222,7 +220,7 @@ def _held_out(context: JobContext, adapter: str) -> Sequences:
 
 def _verify_use_case(
     context: JobContext, target: UseCasesTarget, name: str, case: str
-) -> LanguageModelParity | QnnParity:
+) -> LanguageModelParity | GraphsParity:
     from qwlora.export.use_cases import members
     from qwlora.formats import manifest
     from qwlora.pipeline.use_cases import use_case_simulations

@@ -1,0 +1,241 @@
+"""`.aimet` folders of graphs with a key-value cache: what they compute, and damaged files."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from qwlora.data.sequences import as_sequences
+from qwlora.errors import VerificationError
+from qwlora.export.graph_parity import GraphsParity
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import ExportedGraph, GraphTarget
+from qwlora.export.verify import Limits
+from qwlora.progress import untracked
+from qwlora.simulation.simulation import Simulation
+from simulation.test_npu_graph import simulated
+
+pytestmark = pytest.mark.slow
+
+IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
+GRAPHS, CONTEXT = {"prefill": 8, "decode": 1}, 32
+TARGET = TARGETS["aimet"]
+assert isinstance(TARGET, GraphTarget)
+
+
+def written(made: Simulation, folder: Path, version: str = "1.0.0") -> Path:
+    sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    TARGET.write(ExportedGraph(made, {}, sample, version, GRAPHS, CONTEXT), folder)
+    return folder
+
+
+def verified(folder: Path, made: Simulation) -> GraphsParity:
+    found = TARGET.verify(folder, made, as_sequences(IDS), 0, untracked)
+    assert isinstance(found, GraphsParity)
+    return found
+
+
+@pytest.fixture(scope="module")
+def llama() -> Simulation:
+    return simulated("Llama")
+
+
+@pytest.fixture(scope="module")
+def folder(llama: Simulation, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(llama, tmp_path_factory.mktemp("aimet") / "a")
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copied"))
+
+
+def test_prefill_then_decode_is_the_simulation(folder: Path, llama: Simulation) -> None:
+    parity = verified(folder, llama)
+    assert not list(parity.broken_limits(Limits(perplexity_difference=0.02)))
+    assert parity.cpu.sqnr > 45
+    model, logits = llama.origin.model, TARGET.logits(folder)(IDS)
+    with torch.no_grad(), model.disable_adapter():
+        base = model(input_ids=IDS).logits
+    of_adapter, of_base = ((logits - x).abs().mean() for x in (llama.logits(IDS), base))
+    assert of_base > 10 * of_adapter
+
+
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
+def test_every_float_tensor_has_an_encoding_and_names_are_tied(
+    version: str, folder: Path, llama: Simulation, tmp_path: Path
+) -> None:
+    files = folder if version == "1.0.0" else written(llama, tmp_path, version)
+    graphs = TARGET.layers(files, {"input_ids": IDS[:, :8], "attention_mask": IDS[:, :8] > 0})[1]
+    assert len(graphs) > 150
+    known: dict[str, Any] = {}
+    for name in GRAPHS:
+        document = json.loads((files / f"{name}.aimet/model.encodings").read_text())
+        sections = ("param_encodings", "activation_encodings", "encodings")
+        entries = {e["name"]: e for s in sections for e in document.get(s, [])}
+        model = onnx.load(files / f"{name}.aimet/model.onnx")
+        model = onnx.shape_inference.infer_shapes(model)
+        typed = [*model.graph.value_info, *model.graph.input, *model.graph.output]
+        floats = {v.name for v in typed if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+        floats |= {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+        assert floats == entries.keys()
+        assert {i.name for i in model.graph.input} >= {"attention_mask", "past_key_0_in"}
+        assert "lora_alpha" not in floats
+        assert (entries["past_key_1_in"] | {"name": ""}) == entries["past_key_1_out"] | {"name": ""}
+        for each in known.keys() & entries.keys():
+            assert known[each] == entries[each]
+        known |= entries
+    data = [(files / f"{name}.aimet/model.data").read_bytes() for name in GRAPHS]
+    assert data[0] == data[1]
+
+
+def test_ai_hubs_client_takes_the_folders(folder: Path) -> None:
+    client = pytest.importorskip("qai_hub.client")
+    for name in GRAPHS:
+        model = folder / f"{name}.aimet"
+        assert client._determine_model_type(model).name == "AIMET_ONNX"
+
+
+def test_the_script_links_both_graphs_and_compares_each(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a client that computes in place of a device what golden/ holds, once a little off."""
+    linked: list[Any] = []
+
+    def compile_job(model: str, device: Any, name: str, options: str) -> Any:
+        assert "--target_runtime qnn_dlc " in options
+        assert "--output_names logits,past_key_0_out," in options
+        assert options.endswith(f"context_enable_graphs={Path(model).stem}")
+        return SimpleNamespace(get_target_model=lambda: Path(model).name)
+
+    def link_job(models: list[str], device: Any, name: str) -> Any:
+        linked.extend(models)
+        return SimpleNamespace(get_target_model=lambda: "binary")
+
+    def inference_job(model: str, device: Any, inputs: dict[str, Any], options: str) -> Any:
+        graph = options.rpartition("=")[2]
+        assert model == "binary"
+        shapes = json.loads((folder / "graphs.json").read_text())["graphs"][graph]["inputs"]
+        assert {name: list(array.shape) for name, (array,) in inputs.items()} == shapes
+        outputs = folder / "golden" / graph
+        names = [
+            item["name"] for item in json.loads((outputs / "golden.json").read_text())["outputs"]
+        ]
+        found = {name: [np.load(outputs / f"{name}.npy")] for name in reversed(names)}
+        if graph == "decode":
+            found["logits"][0] = found["logits"][0] * 1.001
+        return SimpleNamespace(download_output_data=lambda: found)
+
+    client = ModuleType("qai_hub")
+    client.Device = str  # type: ignore[attr-defined]
+    client.submit_compile_job = compile_job  # type: ignore[attr-defined]
+    client.submit_link_job = link_job  # type: ignore[attr-defined]
+    client.submit_inference_job = inference_job  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "qai_hub", client)
+    monkeypatch.setattr(sys, "argv", ["submit_aihub.py"])
+    runpy.run_path(str(folder / "submit_aihub.py"), run_name="__main__")
+    said = capsys.readouterr().out
+    assert linked == ["decode.aimet", "prefill.aimet"]
+    assert "decode logits: SQNR 60.0 dB, same largest entry 100.0%" in said
+    assert "prefill past_value_1_out: SQNR" in said
+
+
+def edit_entry(graph: str, tensor: str, key: str, change: Callable[[Any], Any]) -> Any:
+    def edit(folder: Path) -> None:
+        path = folder / f"{graph}.aimet/model.encodings"
+        document = json.loads(path.read_text())
+        both = document["param_encodings"] + document["activation_encodings"]
+        entry = next(e for e in both if e["name"] == tensor)
+        entry[key] = change(entry[key])
+        path.write_text(json.dumps(document))
+
+    return edit
+
+
+def drop_entry(folder: Path) -> None:
+    path = folder / "decode.aimet/model.encodings"
+    document = json.loads(path.read_text())
+    entries = document["activation_encodings"]
+    entries.remove(next(e for e in entries if e["name"] == "model.norm.mul"))
+    path.write_text(json.dumps(document))
+
+
+def flip_bit(folder: Path) -> None:
+    path = folder / "decode.aimet/model.data"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def swap(folder: Path) -> None:
+    (folder / "prefill.aimet/model.onnx").rename(folder / "kept")
+    (folder / "decode.aimet/model.onnx").rename(folder / "prefill.aimet/model.onnx")
+    (folder / "kept").rename(folder / "decode.aimet/model.onnx")
+
+
+def change_rank(folder: Path) -> None:
+    path = folder / "prefill.aimet/model.onnx"
+    model = onnx.load(path, load_external_data=False)
+    (found,) = (i for i in model.graph.input if i.name == "past_key_0_in")
+    found.type.tensor_type.shape.dim[2].dim_value = 23
+    onnx.save(model, path)
+
+
+NORM = "model.norm.mul"
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip_bit, r"decode\.aimet/model\.data differs from prefill\.aimet/model\.data"),
+        (lambda f: (f / "decode.aimet/model.data").unlink(), r"model\.data is missing"),
+        (lambda f: (f / "prefill.aimet/notes.md").touch(), r"notes\.md does not belong"),
+        (drop_entry, r"decode\.aimet/model\.encodings: model\.norm\.mul has no entry"),
+        (
+            edit_entry("decode", NORM, "name", lambda n: f"{n}2"),
+            r"model\.encodings: .*not the name",
+        ),
+        (
+            edit_entry("decode", NORM, "scale", lambda s: [x * 1.01 for x in s]),
+            r"decode\.aimet/model\.encodings: the entry of model\.norm\.mul differs",
+        ),
+        (
+            edit_entry("decode", "past_key_0_out", "scale", lambda s: [x * 1.01 for x in s]),
+            r"decode\.aimet/model\.encodings: past_key_0_in and past_key_0_out have different",
+        ),
+        (swap, r"model\.onnx: .*input_ids.* differ from inputs of"),
+        (change_rank, r"prefill\.aimet/model\.onnx: past_key_0_in differ"),
+    ],
+    ids=[
+        *("bit-flipped", "file-dropped", "file-added", "entry-dropped", "tensor-renamed"),
+        *("untied", "cache-untied", "graphs-swapped", "shape-changed"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(
+    damage: Callable[[Path], None], said: str, copied: Path
+) -> None:
+    damage(copied)
+    with pytest.raises(VerificationError, match=f"(?s){said}"):
+        TARGET.logits(copied)
+
+
+@pytest.mark.parametrize("name", ["GPT-2", "Gemma 3", "Phi-3", "Qwen3"])
+def test_other_architectures(name: str, tmp_path: Path) -> None:
+    made = simulated(name)
+    parity = verified(written(made, tmp_path), made)
+    assert not list(parity.broken_limits(Limits(perplexity_difference=0.02)))
+    record = json.loads((tmp_path / "graphs.json").read_text())
+    inner = record["float"]["decode"]
+    assert bool(inner) == (name == "GPT-2")  # its GELU is made of several operators
+    assert not any("norm" in each or "ln_" in each for each in inner)

@@ -186,7 +186,17 @@ def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_
     [
         ({"export": {"targets": ["qnn"], "graphs": {"prefill": 8, "decode": 8}}}, "less than"),
         ({"export": {"targets": ["qnn"], "graphs": {"context": 128}}}, "greater than prefill 128"),
-        ({"export": {"targets": ["onnx"], "graphs": {"prefill": 8}}}, "without target qnn"),
+        (
+            {"export": {"targets": ["onnx"], "graphs": {"prefill": 8}}},
+            "without target qnn, aimet or qairt",
+        ),
+        (
+            {
+                "export": {"targets": ["aimet"], "graphs": {"prefill": 8, "context": 32}},
+                "simulation": {"rules": [{"match": "*.softmax", "keep": "float"}]},
+            },
+            "graphs: set simulation.residual_adds: quantize; .* remove keep: float",
+        ),
         ({"adapters": [{**TWO[0], "name": "zero"}]}, "zero is the name of another file"),
     ],
 )
@@ -210,9 +220,18 @@ def test_a_job_writes_graphs_for_the_htp_and_runs_every_adapter(
     recipe_for: Any, tmp_path: Path
 ) -> None:
     verify = {"sequences": 1, "perplexity_difference": 0.02}
-    recipe = load_recipe(recipe_for(**{"adapters": TWO, **HTP, "verify": verify}))
+    export = {**HTP["export"], "targets": ["qnn", "aimet", "qairt"]}
+    recipe = load_recipe(recipe_for(**{"adapters": TWO, **HTP, "export": export, "verify": verify}))
     job = tmp_path / "job"
     results = run(recipe, job, VERBS)
+    cases_of = {"aimet": {"first", "second"}, "qairt": {"first", "second", "none"}}
+    for target, cases in cases_of.items():
+        parities = results["parity"][target]
+        assert parities.keys() == cases
+        for case in parities.values():
+            assert case["passed"]
+            assert case["cpu"]["sqnr"] > 40
+            assert case["limits"]["perplexity_difference"] > 0.02
     is_emulated = importlib.util.find_spec("onnxruntime_qnn") is not None
     found = results["parity"]["qnn"]
     assert found.keys() == {"first", "second", "none"}
@@ -234,6 +253,10 @@ def test_a_job_writes_graphs_for_the_htp_and_runs_every_adapter(
     graph = job / "export/qnn/base/prefill.onnx"
     layers = {c: dumped(job, graph, "qnn", c, least_sqnr=40) for c in ("first", "none")}
     assert any(not np.array_equal(layers["first"][n], layers["none"][n]) for n in layers["none"])
+    graph = job / "export/aimet/first/prefill.aimet/model.onnx"
+    assert dumped(job, graph, "aimet", "first", least_sqnr=40).keys() == layers["first"].keys()
+    graph = job / "export/qairt/prefill_model.onnx"
+    assert dumped(job, graph, "qairt", "none", least_sqnr=40).keys() == layers["none"].keys()
     record = json.loads((job / "export/qnn/base/graphs.json").read_text())
     assert record["context"] == 32
     assert results["export"]["qnn"].keys() == {"base", "first", "second", "none"}

@@ -25,7 +25,7 @@ from qwlora.export.aimet_encodings import write_float_encodings
 from qwlora.export.cached_graphs import read_graphs
 from qwlora.export.float_graphs import (
     FloatGraphs,
-    float_graph,
+    float_graphs,
     write_float_graphs,
     write_graph_golden,
 )
@@ -64,9 +64,9 @@ def write_aimet_graphs(exported: ExportedGraph, folder: Path) -> None:
     """Write a folder for each of `exported.graphs`, and the files next to them.
 
     Raises:
-        ExportError, CaptureError, CalibrationError, MissingExtraError: see `float_graph`.
+        ExportError, CaptureError, CalibrationError, MissingExtraError: see `float_graphs`.
     """
-    made = {name: float_graph(exported, name) for name in exported.graphs}
+    made = {name: dict(float_graphs({"": exported}, name, ""))[""] for name in exported.graphs}
     for name, graph in made.items():
         model = folder / f"{name}{SUFFIX}"
         _write_model(graph.made.model, model)
@@ -74,7 +74,9 @@ def write_aimet_graphs(exported: ExportedGraph, folder: Path) -> None:
         write_float_encodings(
             graph.npu.device, graph.made.encodings, model / ENCODINGS_FILE, version
         )
-    write_float_graphs(folder, made, {name: {"model": f"{name}{SUFFIX}"} for name in made})
+    described = {name: (each.npu, each.inner) for name, each in made.items()}
+    files = {name: {"model": f"{name}{SUFFIX}"} for name in made}
+    write_float_graphs(folder, described, files)
     device = next(iter(made.values())).npu.device
     del made
     _write_script(device, folder, GRAPHS_README)

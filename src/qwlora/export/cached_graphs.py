@@ -35,13 +35,13 @@ GRAPHS, FORMAT = "graphs.json", 1
 def write_graphs(
     folder: Path,
     made: Mapping[str, NpuGraph],
-    files: Mapping[str, Mapping[str, str | None]],
+    files: Mapping[str, Mapping[str, Any]],
     more: Mapping[str, Any],
 ) -> None:
     """Write the host graphs and graphs.json.
 
     Args:
-        files: names of the files of each graph.
+        files: fields of each graph in graphs.json: names of its files.
         more: fields of the record.
     """
     graphs = {}

@@ -47,7 +47,8 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import encoding_from_range
 from qwlora.grid.scheme import Scheme
 from qwlora.messages import listed
-from qwlora.simulation.npu_graph import NpuGraph, npu_graph
+from qwlora.simulation.cached_graph import cached_graph, capture_with_cache
+from qwlora.simulation.npu_graph import NpuGraph, mask_floor, npu_form
 from qwlora.simulation.simulated_graph import SimulatedGraph
 from qwlora.system.optional_packages import require
 
@@ -62,24 +63,46 @@ class FloatGraph:
     npu: NpuGraph
     made: FloatOnnx
 
+    @property
+    def inner(self) -> list[str]:
+        """Names of the float tensors without an encoding."""
+        return sorted(set(_float_tensors(self.made.model)) - self.made.encodings.keys())
 
-def float_graph(exported: ExportedGraph, name: str) -> FloatGraph:
-    """One of `exported.graphs` by name.
+
+def float_graphs(
+    cases: Mapping[str, ExportedGraph], name: str, captured_with: str
+) -> Iterator[tuple[str, FloatGraph]]:
+    """One of the graphs of `ExportedGraph.graphs` for each use case, one at a time.
+
+    All have one mask.
+
+    Args:
+        cases: by name; their simulations differ in tensors and encodings only.
+        name: of the graph.
+        captured_with: the case whose simulation's model is captured.
 
     Raises:
         CaptureError, CalibrationError: see `npu_graph`.
         ExportError, MissingExtraError: see `to_float_onnx`.
     """
-    simulation = exported.simulation
-    assert isinstance(simulation, SimulatedGraph)
-    sizes = CacheSizes(exported.graphs[name], exported.context)
-    npu = npu_graph(simulation, sizes, scaling_input=False)
-    shapes = npu.device.interface.shapes
-    inputs = {each: torch.zeros([int(n) for n in shapes[each]]) for each in npu.device.inputs}
-    made = to_float_onnx(npu.device, inputs, OPSET)
-    _encode_rest(made)
-    made.model.metadata_props.update(exported.metadata)
-    return FloatGraph(npu, made)
+    first = cases[captured_with]
+    sizes = CacheSizes(first.graphs[name], first.context)
+    captured = capture_with_cache(_simulation(first), sizes, "new")
+    cached = {case: cached_graph(_simulation(own), captured) for case, own in cases.items()}
+    floor = min(mask_floor(graph) for graph in cached.values())
+    for case, graph in cached.items():
+        npu = npu_form(graph, sizes, floor, None)
+        shapes = npu.device.interface.shapes
+        inputs = {each: torch.zeros([int(n) for n in shapes[each]]) for each in npu.device.inputs}
+        made = to_float_onnx(npu.device, inputs, OPSET)
+        _encode_rest(made)
+        made.model.metadata_props.update(cases[case].metadata)
+        yield case, FloatGraph(npu, made)
+
+
+def _simulation(exported: ExportedGraph) -> SimulatedGraph:
+    assert isinstance(exported.simulation, SimulatedGraph)
+    return exported.simulation
 
 
 def _encode_rest(made: FloatOnnx) -> None:
@@ -116,19 +139,18 @@ def _float_tensors(model: Any) -> Iterator[str]:
 
 
 def write_float_graphs(
-    folder: Path, graphs: Mapping[str, FloatGraph], files: Mapping[str, Mapping[str, str]]
+    folder: Path,
+    graphs: Mapping[str, tuple[NpuGraph, list[str]]],
+    files: Mapping[str, Mapping[str, Any]],
 ) -> None:
     """Write the host graphs and graphs.json.
 
     Args:
-        files: names of the files of each graph.
+        graphs: each with the names of its float tensors without an encoding.
+        files: fields of each graph in graphs.json: names of its files.
     """
-    inner = {
-        name: sorted(set(_float_tensors(each.made.model)) - each.made.encodings.keys())
-        for name, each in graphs.items()
-    }
-    npu = {name: each.npu for name, each in graphs.items()}
-    write_graphs(folder, npu, files, {"float": inner})
+    inner = {name: names for name, (_, names) in graphs.items()}
+    write_graphs(folder, {name: npu for name, (npu, _) in graphs.items()}, files, {"float": inner})
 
 
 class FloatGraphs(CachedGraphs):
@@ -163,20 +185,23 @@ class FloatGraphs(CachedGraphs):
         """Check every promise of the files.
 
         Raises:
-            VerificationError: see `FloatOnnxModel.check`; or a float tensor has no encoding, or
-                graphs differ in the encoding of a name or from graphs.json. All are listed.
+            VerificationError: see `FloatOnnxModel.check` and `problems`. All are listed.
         """
-        problems: list[str] = []
+        found: list[str] = []
         for name in self.names:
             try:
                 self.models[name].check()
             except VerificationError as error:
-                problems += error.problems
-        problems = problems or [
-            problem for name in self.names for problem in self._graph_problems(name)
-        ]
-        if problems := problems or list(self._untied()):
-            raise VerificationError(f"{self.folder}: the files contradict each other", problems)
+                found += error.problems
+        if found := found or list(self.problems()):
+            raise VerificationError(f"{self.folder}: the files contradict each other", found)
+
+    def problems(self) -> Iterator[str]:
+        """Float tensors without an encoding, and what differs between the graphs, or from
+        graphs.json."""
+        for name in self.names:
+            yield from self._graph_problems(name)
+        yield from self._untied()
 
     def _graph_problems(self, name: str) -> Iterator[str]:
         model, record = self.models[name], self.record["graphs"][name]

@@ -7,6 +7,8 @@ weights      every CASE.safetensors has exactly these names, with the shapes of 
 encodings    every encodings file states its version, names tensors of its graph only, and has
              the entries of base.encodings; what the mode does not update is equal in all
 grids        every encoded weight lies on its grid, LoRA weights on that of their own use case
+graphs       with a key-value cache: all of this holds for each of them, and tensors of one name
+             have one encoding in all (`float_graphs.py`)
 v3           base tensors of every graph are the bytes of model.data, LoRA tensors those of
              CASE.safetensors; base.onnx is model.onnx without the branches
 """
@@ -25,6 +27,8 @@ from qwlora.atomic import files_in
 from qwlora.encodings.compare import encoding_differences
 from qwlora.encodings.model import EncodingsFile
 from qwlora.errors import EncodingsFileError, ExportError, VerificationError
+from qwlora.export.cached_graphs import has_graphs, read_graphs
+from qwlora.export.float_graphs import FloatGraphs
 from qwlora.export.float_onnx import MOVES
 from qwlora.export.float_runtime import FloatOnnxModel
 from qwlora.export.qairt_folder import (
@@ -40,6 +44,8 @@ from qwlora.export.qairt_folder import (
     V3_FILE,
     branch_values,
     safetensors_places,
+    use_case_graphs,
+    use_case_model,
 )
 from qwlora.export.use_cases import NONE
 from qwlora.messages import listed
@@ -56,50 +62,77 @@ def open_qairt(folder: Path, case: str) -> FloatOnnxModel:
         VerificationError: files contradict each other. All problems are listed, each with the name
             of its file.
     """
+    _check(folder)
+    return use_case_model(folder, case, "")
+
+
+def open_qairt_graphs(folder: Path, case: str) -> FloatGraphs:
+    """`open_qairt` of graphs with a key-value cache."""
+    _check(folder)
+    return use_case_graphs(folder, case)
+
+
+def _check(folder: Path) -> None:
     files = {name: file_stamps((folder / name).stat()) for name in files_in(folder)}
     if _checked.get(folder.resolve()) != files:
         if problems := list(find_problems(folder)):
             raise VerificationError(f"{folder}: the files contradict each other", problems)
         _checked[folder.resolve()] = files
-    return _opened(folder, case)
 
 
 _checked: dict[Path, dict[str, Stamps]] = {}  # folders without a problem, with their files
 
 
+def prefixes(folder: Path) -> list[str]:
+    """Of the names of the files of each graph."""
+    return [f"{graph}_" for graph in read_graphs(folder)["graphs"]] if has_graphs(folder) else [""]
+
+
 def find_problems(folder: Path) -> Iterator[str]:
     """Problems of the files in `folder`, most basic first; see the module."""
-    found = list(_missing_files(folder))
+    found = [problem for prefix in prefixes(folder) for problem in _problems(folder, prefix)]
+    yield from found
+    if not found and has_graphs(folder):
+        first = prefixes(folder)[0]
+        for case in ("base", *(item["name"] for item in _yaml(folder / f"{first}{ADAPTORS_FILE}"))):
+            yield from use_case_graphs(folder, case).problems()
+
+
+def _problems(folder: Path, prefix: str) -> Iterator[str]:
+    """Problems of the files of one graph."""
+    found = list(_missing_files(folder, prefix))
     if found:
         yield from found
         return
-    cases = [item["name"] for item in _yaml(folder / ADAPTORS_FILE)]
+    model_file = f"{prefix}{MODEL_FILE}"
+    cases = [item["name"] for item in _yaml(folder / f"{prefix}{ADAPTORS_FILE}")]
     names = (folder / LIST_FILE).read_text().splitlines()
-    graph = _load(folder / MODEL_FILE).graph
+    graph = _load(folder / model_file).graph
     found = [
-        f"{LIST_FILE}: {name} is not an initializer of {MODEL_FILE}"
+        f"{LIST_FILE}: {name} is not an initializer of {model_file}"
         for name in names
         if name not in graph.initializers
     ]
     shapes = {n: tuple(graph.initializers[n].shape) for n in names if n in graph.initializers}
     for case in cases:
-        found += _weight_problems(folder / f"{case}.safetensors", shapes)
-    found += list(_config_problems(folder, cases))
+        found += _weight_problems(folder / f"{case}.safetensors", shapes, model_file)
+    found += list(_config_problems(folder, cases, prefix))
     if found:
         yield from found
         return
-    found = _value_problems(FloatOnnxModel(folder / MODEL_FILE, folder / BASE_ENCODINGS))
-    for case in cases:
-        found += _value_problems(_opened(folder, case))
-    found += _value_problems(FloatOnnxModel(folder / V3_FILE, folder / V3_ENCODINGS))
+    for case in ("base", *cases):
+        found += _value_problems(use_case_model(folder, case, prefix))
+    v3 = FloatOnnxModel(folder / f"{prefix}{V3_FILE}", folder / f"{prefix}{V3_ENCODINGS}")
+    found += _value_problems(v3)
     yield from found
     if not found:
-        base = encodings.read(folder / BASE_ENCODINGS)
-        fixed = _fixed(folder, base, names)
+        base_file = f"{prefix}{BASE_ENCODINGS}"
+        base = encodings.read(folder / base_file)
+        fixed = _fixed(folder / model_file, base, names)
         for case in cases:
-            file = f"{case}.encodings"
-            yield from _entry_problems(base, encodings.read(folder / file), file, fixed)
-        yield from _graph_problems(folder, cases, set(names))
+            file = f"{prefix}{case}.encodings"
+            yield from _entry_problems(base, base_file, encodings.read(folder / file), file, fixed)
+        yield from _graph_problems(folder, cases, set(names), prefix)
 
 
 def _value_problems(model: FloatOnnxModel) -> list[str]:
@@ -113,18 +146,13 @@ def _value_problems(model: FloatOnnxModel) -> list[str]:
     return []
 
 
-def _opened(folder: Path, case: str) -> FloatOnnxModel:
-    return FloatOnnxModel(
-        folder / MODEL_FILE, folder / f"{case}.encodings", folder / f"{case}.safetensors"
-    )
-
-
-def _missing_files(folder: Path) -> Iterator[str]:
-    fixed = (MODEL_FILE, DATA_FILE, BASE_ENCODINGS, LIST_FILE, CONFIG_FILE, V3_CONFIG_FILE)
-    for name in (*fixed, ADAPTORS_FILE, V3_FILE, V3_ENCODINGS):
+def _missing_files(folder: Path, prefix: str) -> Iterator[str]:
+    lists = [f"{prefix}{name}" for name in (CONFIG_FILE, V3_CONFIG_FILE, ADAPTORS_FILE)]
+    own = [f"{prefix}{name}" for name in (MODEL_FILE, BASE_ENCODINGS, V3_FILE, V3_ENCODINGS)]
+    for name in (DATA_FILE, LIST_FILE, *own, *lists):
         if not (folder / name).is_file():
             yield f"{name} is missing"
-    for name in (CONFIG_FILE, V3_CONFIG_FILE, ADAPTORS_FILE):
+    for name in lists:
         if (folder / name).is_file():
             for file in sorted(_files_named(_yaml(folder / name))):
                 if not (folder / file).is_file():
@@ -138,25 +166,26 @@ def _files_named(content: Any) -> set[str]:
     }
 
 
-def _config_problems(folder: Path, cases: list[str]) -> Iterator[str]:
-    for item in _yaml(folder / ADAPTORS_FILE):
+def _config_problems(folder: Path, cases: list[str], prefix: str) -> Iterator[str]:
+    adaptors = f"{prefix}{ADAPTORS_FILE}"
+    for item in _yaml(folder / adaptors):
         expected = {
-            "encodings_path": f"{item['name']}.encodings",
+            "encodings_path": f"{prefix}{item['name']}.encodings",
             "safetensor_path": f"{item['name']}.safetensors",
         }
-        yield from _wrong_values(ADAPTORS_FILE, item, expected)
+        yield from _wrong_values(adaptors, item, expected)
     v3 = ["base", *(case for case in cases if case != NONE)]
-    for file, names in ((CONFIG_FILE, cases), (V3_CONFIG_FILE, v3)):
+    for config, names in ((CONFIG_FILE, cases), (V3_CONFIG_FILE, v3)):
+        file = f"{prefix}{config}"
         items = _yaml(folder / file)["use_case"]
         if [item["name"] for item in items] != names:
-            yield f"{file}: use cases are not {', '.join(names)}, those of {ADAPTORS_FILE}"
+            yield f"{file}: use cases are not {', '.join(names)}, those of {adaptors}"
         for item in items:
-            name, is_v3 = item["name"], file == V3_CONFIG_FILE
+            name, is_v3 = item["name"], config == V3_CONFIG_FILE
+            own = V3_ENCODINGS if is_v3 and name == "base" else f"{name}.encodings"
             expected = {
-                "model_name": f"{name}.onnx" if is_v3 else MODEL_FILE,
-                "quant_overrides": V3_ENCODINGS
-                if is_v3 and name == "base"
-                else f"{name}.encodings",
+                "model_name": f"{prefix}{name}.onnx" if is_v3 else f"{prefix}{MODEL_FILE}",
+                "quant_overrides": f"{prefix}{own}",
             }
             if not (is_v3 and name == "base"):
                 expected["lora_weights"] = f"{name}.safetensors"
@@ -169,7 +198,9 @@ def _wrong_values(file: str, item: dict[str, Any], expected: dict[str, str]) -> 
             yield f"{file}: {key} of {item['name']} is {item.get(key)}, not {value}"
 
 
-def _weight_problems(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
+def _weight_problems(
+    path: Path, shapes: dict[str, tuple[int, ...]], model_file: str
+) -> Iterator[str]:
     try:
         with safe_open(path, "np") as file:
             names = file.keys()
@@ -182,14 +213,14 @@ def _weight_problems(path: Path, shapes: dict[str, tuple[int, ...]]) -> Iterator
     for name in sorted(found.keys() & shapes.keys()):
         if found[name] != shapes[name]:
             yield (
-                f"{path.name}: {name} has shape {list(found[name])}, but {MODEL_FILE} "
+                f"{path.name}: {name} has shape {list(found[name])}, but {model_file} "
                 f"{list(shapes[name])}; ranks must be padded alike"
             )
 
 
-def _fixed(folder: Path, base: EncodingsFile, names: list[str]) -> set[str]:
+def _fixed(path: Path, base: EncodingsFile, names: list[str]) -> set[str]:
     """Names of the tensors whose encodings no use case changes."""
-    model = _load(folder / MODEL_FILE)
+    model = _load(path)
     mode, graph = model.metadata_props.get(UPDATABLE), model.graph
     everything = set(base.by_name)
     if mode == "none":
@@ -198,48 +229,55 @@ def _fixed(folder: Path, base: EncodingsFile, names: list[str]) -> set[str]:
         return everything.intersection(graph.initializers).difference(names)
     branch, own = branch_values(graph, names)
     for node in graph:  # what moves a sum has its encoding
-        if node.op_type in MOVES and all(v in own for v in node.inputs[:1]):
+        moved = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+        if node.op_type in MOVES and any(v in own for v in moved):
             own.update(node.outputs)
+    new = {value.name for value in graph.outputs if value in own}
+    own.update(v for v in graph.inputs if v.name.replace("_in", "_out") in new)  # its cache
     return everything - {value.name for value in branch | own}
 
 
 def _entry_problems(
-    base: EncodingsFile, own: EncodingsFile, file: str, fixed: set[str]
+    base: EncodingsFile, base_file: str, own: EncodingsFile, file: str, fixed: set[str]
 ) -> Iterator[str]:
     """What differs from the base's encodings, where it must not."""
     if base.version != own.version:
-        yield f"{file}: version {own.version}, but {BASE_ENCODINGS} has {base.version}"
+        yield f"{file}: version {own.version}, but {base_file} has {base.version}"
         return
     if differing := sorted(base.by_name.keys() ^ own.by_name.keys()):
-        yield f"{file}: {listed(differing, 3)} only there or only in {BASE_ENCODINGS}"
+        yield f"{file}: {listed(differing, 3)} only there or only in {base_file}"
     for name in sorted(fixed & own.by_name.keys()):
         if encoding_differences(base.by_name[name], own.by_name[name]):
-            yield f"{file}: the entry of {name} differs from {BASE_ENCODINGS}"
+            yield f"{file}: the entry of {name} differs from {base_file}"
 
 
-def _graph_problems(folder: Path, cases: list[str], adapter: set[str]) -> Iterator[str]:
+def _graph_problems(
+    folder: Path, cases: list[str], adapter: set[str], prefix: str
+) -> Iterator[str]:
     """v3: where tensors are stored, and whether the base branch is the same in all graphs."""
-    model = _load(folder / MODEL_FILE).graph
+    model_file, v3_file = f"{prefix}{MODEL_FILE}", f"{prefix}{V3_FILE}"
+    model = _load(folder / model_file).graph
     nodes, places = _nodes(model), _places(model)
     for case in cases:
         if case == NONE:
             continue
-        graph, file = _load(folder / f"{case}.onnx").graph, f"{case}.onnx"
+        file = f"{prefix}{case}.onnx"
+        graph = _load(folder / file).graph
         own = safetensors_places(folder / f"{case}.safetensors")
         if _nodes(graph) != nodes:
-            yield f"{file}: its nodes are not those of {MODEL_FILE}"
+            yield f"{file}: its nodes are not those of {model_file}"
         for name, place in _places(graph).items():
             expected = (f"{case}.safetensors", *own[name]) if name in adapter else places.get(name)
             if place != expected:
                 yield f"{file}: {name} is stored at {place}, not at {expected}"
-    base = _load(folder / V3_FILE).graph
+    base = _load(folder / v3_file).graph
     for name, place in _places(base).items():
         if place != places.get(name):
-            yield f"{V3_FILE}: {name} is stored at {place}, not at {places.get(name)}"
+            yield f"{v3_file}: {name} is stored at {place}, not at {places.get(name)}"
     operators = {node.outputs[0].name: node.op_type for node in model}
     for node in base:
         if operators.get(node.outputs[0].name) != node.op_type:
-            yield f"{V3_FILE}: node of {node.outputs[0].name} is not in {MODEL_FILE}"
+            yield f"{v3_file}: node of {node.outputs[0].name} is not in {model_file}"
 
 
 def _nodes(graph: Any) -> list[Any]:

@@ -14,6 +14,10 @@
                                  all of them: nothing is stored twice
     golden/CASE/                 inputs and simulated outputs
 
+With `export.graphs` in the recipe there is all of this for each graph, GRAPH_model.onnx,
+GRAPH_CASE.encodings and so on; model.data, CASE.safetensors and lora_weight_list.txt are shared.
+`float_graphs.py` lists the other files.
+
 `none` is the zero adapter; in v3 it is base.onnx. Ranks are padded to the largest, the scale is
 folded into lora_B (`use_cases.py`), so QAIRT's lora_alpha stays 1.
 """
@@ -23,7 +27,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -34,12 +38,21 @@ from safetensors.numpy import save_file
 
 from qwlora.errors import ExportError
 from qwlora.export.aimet_encodings import write_float_encodings
-from qwlora.export.float_onnx import FloatOnnx, TensorEncoding, carry, to_float_onnx
+from qwlora.export.cached_graphs import read_graphs
+from qwlora.export.float_graphs import (
+    FloatGraphs,
+    float_graphs,
+    write_float_graphs,
+    write_graph_golden,
+)
+from qwlora.export.float_onnx import FloatOnnx, carry, to_float_onnx
+from qwlora.export.float_runtime import FloatOnnxModel
 from qwlora.export.golden import write_golden
 from qwlora.export.target import ExportedGraph, ExportedUseCases
 from qwlora.export.use_cases import NONE
-from qwlora.graph.quantized_graph import Kind
+from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.messages import listed
+from qwlora.simulation.npu_graph import NpuGraph
 from qwlora.system.optional_packages import require
 
 MODEL_FILE, DATA_FILE, BASE_ENCODINGS = "model.onnx", "model.data", "base.encodings"
@@ -49,6 +62,8 @@ LIST_FILE, CONFIG_FILE, ADAPTORS_FILE = (
     "lora_adaptor_list.yaml",
 )
 V3_FILE, V3_ENCODINGS, V3_CONFIG_FILE = "base.onnx", "base_v3.encodings", "lora_config_v3.yaml"
+_BASE = "base"
+_Form = tuple[str, QuantizedGraph, FloatOnnx]  # of a use case
 UPDATABLE = "qwlora.quant_updatable_mode"  # in the metadata of model.onnx
 
 
@@ -60,18 +75,88 @@ def write_qairt(exported: ExportedUseCases, folder: Path) -> None:
             cannot be lifted out of the graph.
         MissingExtraError: the `onnx` extra is not installed.
     """
-    ir = require("onnx_ir", "onnx")
     folder.mkdir(parents=True, exist_ok=True)
-    base = _float(exported.base)
-    names = adapter_names(exported.base)
+    cases = {_BASE: exported.base, **exported.cases}
+    if exported.base.graphs:
+        _write_cached(exported, cases, folder)
+    else:
+        whole = ((case, own.simulation.graph(), _whole(own)) for case, own in cases.items())
+        _write_graph(exported, whole, folder, "")
+        for case, own in exported.cases.items():
+            write_golden(own, folder, case)
+    template = resources.files("qwlora.export") / "qairt_templates" / "README.md.template"
+    text = template.read_text()
+    (folder / "README.md").write_text(text.replace("@UPDATABLE@", exported.updatable))
+
+
+def _whole(exported: ExportedGraph) -> FloatOnnx:
+    made = to_float_onnx(exported.simulation.graph(), exported.simulation.bind(exported.sample))
+    made.model.metadata_props.update(exported.metadata)
+    return made
+
+
+def _write_cached(
+    exported: ExportedUseCases, cases: Mapping[str, ExportedGraph], folder: Path
+) -> None:
+    """Write graphs with a key-value cache."""
+    adapted = next(case for case in exported.cases if case != NONE)
+    described: dict[str, tuple[NpuGraph, list[str]]] = {}
+
+    def forms(graph: str) -> Iterator[_Form]:
+        for case, each in float_graphs(cases, graph, adapted):
+            if case == _BASE:
+                described[graph] = each.npu, each.inner
+            yield case, each.npu.device, each.made
+
+    for graph in exported.base.graphs:
+        _write_graph(exported, forms(graph), folder, f"{graph}_")
+    # each use case has grids of its own
+    files = {graph: {"model": f"{graph}_{MODEL_FILE}", "encodings": {}} for graph in described}
+    write_float_graphs(folder, described, files)
+    for case, own in exported.cases.items():
+        write_graph_golden(use_case_graphs(folder, case), own.sample["input_ids"], folder, case)
+
+
+def use_case_graphs(folder: Path, case: str) -> FloatGraphs:
+    """The graphs with a key-value cache of a use case; "base" is `BASE_ENCODINGS`, as stored."""
+    return FloatGraphs(
+        folder,
+        {
+            graph: use_case_model(folder, case, f"{graph}_")
+            for graph in read_graphs(folder)["graphs"]
+        },
+    )
+
+
+def use_case_model(folder: Path, case: str, prefix: str) -> FloatOnnxModel:
+    """A use case of one graph; "base" has the weights of the model itself."""
+    weights = None if case == _BASE else folder / f"{case}.safetensors"
+    return FloatOnnxModel(
+        folder / f"{prefix}{MODEL_FILE}", folder / f"{prefix}{case}.encodings", weights
+    )
+
+
+def _write_graph(
+    exported: ExportedUseCases, forms: Iterator[_Form], folder: Path, prefix: str
+) -> None:
+    """Write the files of one graph.
+
+    Args:
+        forms: by case, the base first.
+        prefix: of the names of its files.
+    """
+    version = exported.base.encodings_version
+    _, base_graph, base = next(forms)
+    names = [m.name for m in base_graph.marks if m.kind is Kind.ADAPTER]
     digests = _digests(base, names)
     base.model.metadata_props[UPDATABLE] = exported.updatable
-    ir.save(base.model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=64)
-    _write_encodings(exported.base, base.encodings, folder / BASE_ENCODINGS)
+    first = next((f"{graph}_" for graph in exported.base.graphs), "")
+    _save(base.model, folder / f"{prefix}{MODEL_FILE}", folder / f"{first}{MODEL_FILE}")
+    write_float_encodings(base_graph, base.encodings, folder / f"{prefix}{BASE_ENCODINGS}", version)
     (folder / LIST_FILE).write_text("".join(f"{name}\n" for name in names))
+    encodings = base.encodings
     del base
-    for case, own in exported.cases.items():
-        made = _float(own)
+    for case, graph, made in forms:
         if differing := sorted(
             name for name, d in _digests(made, names).items() if digests.get(name) != d
         ):
@@ -80,17 +165,36 @@ def write_qairt(exported: ExportedUseCases, folder: Path) -> None:
             )
         weights = {n: np.array(made.model.graph.initializers[n].const_value) for n in names}
         save_file(weights, folder / f"{case}.safetensors", {"format": "np"})
-        _write_encodings(own, made.encodings, folder / f"{case}.encodings")
-        write_golden(own, folder, case)
+        write_float_encodings(graph, made.encodings, folder / f"{prefix}{case}.encodings", version)
         if case != NONE:
-            _write_v3_case(folder, case, names)
-    _write_v3_base(exported.base, folder, names)
-    _write_lists(folder, list(exported.cases), exported.updatable)
+            _write_v3_case(folder, case, names, prefix)
+    ir = require("onnx_ir", "onnx")
+    model = ir.load(folder / f"{prefix}{MODEL_FILE}")
+    alone = without_adapter(FloatOnnx(model, encodings), names)
+    ir.save(alone.model, folder / f"{prefix}{V3_FILE}")  # its weights stay in model.data
+    path = folder / f"{prefix}{V3_ENCODINGS}"
+    write_float_encodings(base_graph, alone.encodings, path, version)
+    _write_lists(folder, list(exported.cases), prefix)
 
 
-def adapter_names(exported: ExportedGraph) -> list[str]:
-    """Names of the LoRA weights, in graph order."""
-    return [m.name for m in exported.simulation.graph().marks if m.kind is Kind.ADAPTER]
+def _save(model: Any, path: Path, first: Path) -> None:
+    """Write a model, and model.data if it is the first; the others read that.
+
+    Raises:
+        ExportError: it has other weights.
+    """
+    ir = require("onnx_ir", "onnx")
+    if path == first:
+        ir.save(model, path, external_data=DATA_FILE, size_threshold_bytes=64)
+        return
+    for name, value in ir.load(first).graph.initializers.items():
+        if not isinstance(value.const_value, ir.ExternalTensor):
+            continue
+        own = model.graph.initializers.get(name)
+        if own is None or own.const_value.tobytes() != value.const_value.tobytes():
+            raise ExportError(f"{path.name}: {name} differs from that of {first.name}")
+        own.const_value = value.const_value
+    ir.save(model, path)
 
 
 def branch_values(graph: Any, names: Iterable[str]) -> tuple[set[Any], set[Any]]:
@@ -132,19 +236,6 @@ def without_adapter(made: FloatOnnx, names: Iterable[str]) -> FloatOnnx:
     return FloatOnnx(made.model, kept_encodings)
 
 
-def _float(exported: ExportedGraph) -> FloatOnnx:
-    made = to_float_onnx(exported.simulation.graph(), exported.simulation.bind(exported.sample))
-    made.model.metadata_props.update(exported.metadata)
-    return made
-
-
-def _write_encodings(
-    exported: ExportedGraph, encodings: Mapping[str, TensorEncoding], path: Path
-) -> None:
-    graph = exported.simulation.graph()
-    write_float_encodings(graph, encodings, path, exported.encodings_version)
-
-
 def _digests(made: FloatOnnx, adapter: Iterable[str]) -> dict[str, str]:
     """SHA-256 of every initializer of the base."""
     own = set(adapter)
@@ -155,25 +246,16 @@ def _digests(made: FloatOnnx, adapter: Iterable[str]) -> dict[str, str]:
     }
 
 
-def _write_v3_base(exported: ExportedGraph, folder: Path, names: Iterable[str]) -> None:
+def _write_v3_case(folder: Path, case: str, names: Iterable[str], prefix: str) -> None:
     ir = require("onnx_ir", "onnx")
-    made = without_adapter(
-        FloatOnnx(ir.load(folder / MODEL_FILE), _float(exported).encodings), names
-    )
-    ir.save(made.model, folder / V3_FILE)  # its weights stay in model.data
-    _write_encodings(exported, made.encodings, folder / V3_ENCODINGS)
-
-
-def _write_v3_case(folder: Path, case: str, names: Iterable[str]) -> None:
-    ir = require("onnx_ir", "onnx")
-    model, file = ir.load(folder / MODEL_FILE), f"{case}.safetensors"
+    model, file = ir.load(folder / f"{prefix}{MODEL_FILE}"), f"{case}.safetensors"
     places = safetensors_places(folder / file)
     for name in names:
         value, (start, length) = model.graph.initializers[name], places[name]
         value.const_value = ir.ExternalTensor(
             file, start, length, ir.DataType.FLOAT, shape=value.shape, name=name, base_dir=folder
         )
-    ir.save(model, folder / f"{case}.onnx")
+    ir.save(model, folder / f"{prefix}{case}.onnx")
 
 
 def safetensors_places(path: Path) -> dict[str, tuple[int, int]]:
@@ -191,25 +273,25 @@ def safetensors_places(path: Path) -> dict[str, tuple[int, int]]:
     }
 
 
-def _write_lists(folder: Path, cases: list[str], updatable: str) -> None:
+def _write_lists(folder: Path, cases: list[str], prefix: str) -> None:
     def use_case(case: str, model: str, encodings: str) -> dict[str, str]:
         own = {} if model == V3_FILE else {"lora_weights": f"{case}.safetensors"}
         return {
             "name": case,
-            "model_name": model,
+            "model_name": f"{prefix}{model}",
             **own,
-            "quant_overrides": encodings,
+            "quant_overrides": f"{prefix}{encodings}",
             "output_path": "./output",
         }
 
     v2 = [use_case(case, MODEL_FILE, f"{case}.encodings") for case in cases]
-    v3 = [use_case("base", V3_FILE, V3_ENCODINGS)] + [
+    v3 = [use_case(_BASE, V3_FILE, V3_ENCODINGS)] + [
         use_case(case, f"{case}.onnx", f"{case}.encodings") for case in cases if case != NONE
     ]
     adaptors = [
         {
             "name": case,
-            "encodings_path": f"{case}.encodings",
+            "encodings_path": f"{prefix}{case}.encodings",
             "safetensor_path": f"{case}.safetensors",
         }
         for case in cases
@@ -219,6 +301,4 @@ def _write_lists(folder: Path, cases: list[str], updatable: str) -> None:
         (V3_CONFIG_FILE, {"use_case": v3}),
         (ADAPTORS_FILE, adaptors),
     ):
-        (folder / name).write_text(yaml.safe_dump(content, sort_keys=False))
-    template = resources.files("qwlora.export") / "qairt_templates" / "README.md.template"
-    (folder / "README.md").write_text(template.read_text().replace("@UPDATABLE@", updatable))
+        (folder / f"{prefix}{name}").write_text(yaml.safe_dump(content, sort_keys=False))

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qwlora.data.sequences import Sequences
+    from qwlora.export.float_graphs import FloatGraphs
+    from qwlora.export.graph_parity import GraphsParity
     from qwlora.export.verify import LanguageModelParity, Reference
     from qwlora.grid.scheme import Scheme
     from qwlora.progress import Track
@@ -28,6 +30,7 @@ class QairtTarget(UseCasesTarget):
     packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
     activation_bitwidths = (8, 16)
     reserved = frozenset({"none", "base", "base_v3", "model"})
+    cached_graphs = "asked"
 
     def loading(self, base: str, adapter: str | None) -> str:
         return (
@@ -43,24 +46,52 @@ class QairtTarget(UseCasesTarget):
 
         write_qairt(exported, folder)
 
+    def own_files(self, folder: Path, case: str) -> list[Path]:
+        from qwlora.export.qairt_check import prefixes
+
+        names = [f"{p}{case}.{kind}" for p in prefixes(folder) for kind in ("onnx", "encodings")]
+        paths = [folder / name for name in (f"{case}.safetensors", *names)]
+        return [path for path in paths if path.is_file()]
+
     def logits(self, folder: Path, case: str) -> Callable[[Tensor], Tensor]:
+        if (graphs := _graphs(folder, case)) is not None:
+            return graphs.logits
         from qwlora.export.qairt_check import open_qairt
         from qwlora.export.verify import runtime_logits
 
         return open_qairt(folder, case).logits
 
+    def call_tokens(self, folder: Path, sequence: int) -> int:
+        from qwlora.export.cached_graphs import has_graphs, largest_call
+
+        return largest_call(folder) if has_graphs(folder) else sequence
+
     def layers(
         self, folder: Path, case: str, tensors: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+        if (graphs := _graphs(folder, case)) is not None:
+            return graphs.layers_of(tensors)
         from qwlora.export.qairt_check import open_qairt
 
         return tensors, open_qairt(folder, case).layers(tensors)
 
     def verify(
         self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track
-    ) -> LanguageModelParity:
+    ) -> LanguageModelParity | GraphsParity:
+        if (graphs := _graphs(folder, case)) is not None:
+            from qwlora.export.graph_parity import verify_graphs
+
+            return verify_graphs(graphs, simulation, text)
         from qwlora.export.qairt_check import open_qairt
         from qwlora.export.verify import verify_language_model
 
         tokens = text.input_ids.shape[1]  # shapes are fixed
         return verify_language_model(open_qairt(folder, case), simulation, text, tokens, track)
+
+
+def _graphs(folder: Path, case: str) -> FloatGraphs | None:
+    """The graphs with a cache of a use case, after all checks; None if it has whole models."""
+    from qwlora.export.cached_graphs import has_graphs
+    from qwlora.export.qairt_check import open_qairt_graphs
+
+    return open_qairt_graphs(folder, case) if has_graphs(folder) else None

@@ -77,6 +77,10 @@ def _section_of(field: FieldInfo) -> tuple[type[BaseModel] | None, bool]:
     kind, many = field.annotation, False
     if get_origin(kind) is list:
         (kind,), many = get_args(kind), True
+    elif get_origin(kind) in (Union, types.UnionType):
+        of_recipe = {top.annotation for top in Recipe.model_fields.values()}  # has its own table
+        some = [k for k in get_args(kind) if k is not types.NoneType and k not in of_recipe]
+        kind = some[0] if len(some) == 1 else kind
     is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
     return (kind, many) if is_section else (None, False)  # type: ignore[return-value]
 

@@ -93,10 +93,7 @@ def host_arguments(sizes: CacheSizes, past: int, tokens: int) -> tuple[Tensor, T
 
 
 def npu_graph(
-    simulation: SimulatedGraph,
-    sizes: CacheSizes,
-    largest_scaling: float | None = None,
-    scaling_input: bool = True,
+    simulation: SimulatedGraph, sizes: CacheSizes, largest_scaling: float | None = None
 ) -> NpuGraph:
     """The graph of a calibrated simulation for a number of new tokens and a context.
 
@@ -104,19 +101,36 @@ def npu_graph(
         simulation: of a causal language model with `simulation.origin.model`'s active adapter.
         largest_scaling: alpha / rank of any adapter that the graph will run with. Default: that of
             the simulation's.
-        scaling_input: make an input of alpha / rank. Default: yes, for several adapters.
 
     Raises:
         CaptureError: the model has no cache that can be captured, or its positions or mask cannot
             be lifted out.
         CalibrationError: a value of the device graph would stay float.
     """
-    captured = capture_with_cache(simulation, sizes, "new")
-    graph = cached_graph(simulation, captured)
-    floor = -(MASKED_BELOW + _widest_scores(graph))
+    graph = cached_graph(simulation, capture_with_cache(simulation, sizes, "new"))
+    return npu_form(graph, sizes, mask_floor(graph), largest_scaling or 0.0)
+
+
+def mask_floor(graph: QuantizedGraph) -> float:
+    """The floor of the mask that a graph of `cached_graph` needs; see the module."""
+    return -(MASKED_BELOW + _widest_scores(graph))
+
+
+def npu_form(
+    graph: QuantizedGraph, sizes: CacheSizes, floor: float, largest_scaling: float | None
+) -> NpuGraph:
+    """`npu_graph` of a graph of `cached_graph`.
+
+    Args:
+        floor: of the mask.
+        largest_scaling: see `npu_graph`; None: alpha / rank stays a constant of the graph.
+
+    Raises:
+        CaptureError, CalibrationError: see `npu_graph`.
+    """
     lifted = lift_host_inputs(graph.program, graph.interface, floor)
     program, interface, scaling = lifted.program, lifted.interface, None
-    if scaling_input:
+    if largest_scaling is not None:
         program, interface, scaling = lift_scaling(program, interface)
     program = slice_parts(fuse_norms(program))
     nodes = {node.name for node in program.graph.nodes}

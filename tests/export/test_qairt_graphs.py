@@ -1,0 +1,206 @@
+"""QAIRT's LoRA use cases as graphs with a key-value cache: what they compute, and damaged files."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from qwlora import Rule, Scheme, quantize_
+from qwlora.data.sequences import as_sequences
+from qwlora.errors import VerificationError
+from qwlora.export.canonical_adapter import CanonicalAdapter
+from qwlora.export.graph_parity import GraphsParity
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import ExportedGraph, ExportedUseCases, UseCasesTarget
+from qwlora.export.use_cases import peft_names, share_unaffected, use_case_model
+from qwlora.export.verify import Limits
+from qwlora.progress import untracked
+from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
+from simulation.test_npu_graph import SCHEMES
+from simulation.tiny_architectures import inputs, make
+
+pytestmark = pytest.mark.slow
+
+CASES = ["A", "B", "A+B", "none"]
+GRAPHS, CONTEXT = {"prefill": 8, "decode": 1}, 32
+IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
+TARGET = TARGETS["qairt"]
+assert isinstance(TARGET, UseCasesTarget)
+V, DOWN = "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"
+
+
+def adapter(model: Any, seed: int, rank: int, modules: list[str]) -> CanonicalAdapter:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {module: model.get_submodule(module).weight.shape for module in modules}
+    factors = {
+        module: (
+            torch.randn(rank, shape[1], generator=generator) / 8,
+            torch.randn(shape[0], rank, generator=generator) / 4,
+        )
+        for module, shape in shapes.items()
+    }
+    return CanonicalAdapter(factors, None)
+
+
+@pytest.fixture(scope="module")
+def simulations() -> AdapterSimulations:
+    model = make("Llama")
+    adapters = {"A": adapter(model, 1, 2, [V, DOWN]), "B": adapter(model, 2, 3, [V])}
+    rules = [Rule("*embed_tokens", Scheme(8))]
+    quantize_(model, "w4-channel", solver="rtn", rules=rules)
+    cased = use_case_model(model, adapters, CASES)
+    made = simulate_adapters(cased, inputs("Llama"), SCHEMES, "adapter_only")
+    made.calibrate([{"input_ids": IDS}])
+    share_unaffected(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def folder(simulations: AdapterSimulations, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+
+    def exported(name: str) -> ExportedGraph:
+        return ExportedGraph(simulations[name], {}, sample, "1.0.0", GRAPHS, CONTEXT)
+
+    path = tmp_path_factory.mktemp("qairt") / "files"
+    cases = {case: exported(name) for case, name in peft_names(CASES).items()}
+    TARGET.write(ExportedUseCases(exported(BASE), cases, "adapter_only"), path)
+    return path
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prefill_then_decode_is_the_simulation(
+    case: str, folder: Path, simulations: AdapterSimulations
+) -> None:
+    simulation = simulations[peft_names(CASES)[case]]
+    parity = TARGET.verify(folder, case, simulation, as_sequences(IDS), untracked)
+    assert isinstance(parity, GraphsParity)
+    assert not list(parity.broken_limits(Limits(perplexity_difference=0.02)))
+    assert parity.cpu.sqnr > 45
+    logits = TARGET.logits(folder, case)(IDS)
+    own = (logits - simulation.logits(IDS)).abs().mean()
+    for other in simulations.values():
+        if other is not simulation and not (case == "none" and other is simulations[BASE]):
+            assert (logits - other.logits(IDS)).abs().mean() > 10 * own
+
+
+def test_weights_are_stored_once_and_a_cache_has_the_grid_of_its_use_case(folder: Path) -> None:
+    used: list[set[str]] = []
+    for name in ("prefill_model", "decode_model", "prefill_base", "decode_A"):
+        model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
+        stored = [t for t in model.graph.initializer if t.external_data]
+        assert all(len(t.raw_data) < 512 for t in model.graph.initializer)
+        used.append({e.value for t in stored for e in t.external_data if e.key == "location"})
+    assert used == [{"model.data"}, {"model.data"}, {"model.data"}, {"model.data", "A.safetensors"}]
+    assert [path.name for path in folder.glob("*.data")] == ["model.data"]
+    grids = {}
+    for case in ("A", "B"):
+        for graph in GRAPHS:
+            document = json.loads((folder / f"{graph}_{case}.encodings").read_text())
+            entries = {e["name"]: e for e in document["activation_encodings"]}
+            grids[case, graph] = entries["past_value_0_in"]["scale"]
+            assert entries["past_value_0_out"]["scale"] == grids[case, graph]
+    assert grids["A", "prefill"] == grids["A", "decode"] != grids["B", "decode"]
+    assert sorted(p.name for p in (folder / "golden/A+B").iterdir()) == ["decode", "prefill"]
+    own = {path.name for path in TARGET.own_files(folder, "A")}
+    assert own == {
+        "A.safetensors",
+        *(f"{graph}_A.{kind}" for graph in GRAPHS for kind in ("onnx", "encodings")),
+    }
+
+
+def edit_json(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        document = json.loads((folder / name).read_text())
+        change(document)
+        (folder / name).write_text(json.dumps(document))
+
+    return edit
+
+
+def entry(document: dict[str, Any], name: str) -> dict[str, Any]:
+    found: dict[str, Any] = next(e for e in document["activation_encodings"] if e["name"] == name)
+    return found
+
+
+def swap(first: str, second: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        (folder / first).rename(folder / "kept")
+        (folder / second).rename(folder / first)
+        (folder / "kept").rename(folder / second)
+
+    return edit
+
+
+def flip_bit(name: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        content = bytearray((folder / name).read_bytes())
+        content[len(content) * 3 // 4] ^= 1
+        (folder / name).write_bytes(content)
+
+    return edit
+
+
+def shrink(folder: Path) -> None:
+    weights = load_file(folder / "A.safetensors")
+    weights[f"{V}.lora_A.weight"] = weights[f"{V}.lora_A.weight"][:, :4].copy()
+    save_file(weights, folder / "A.safetensors")
+
+
+def rename_tensor(folder: Path) -> None:
+    weights = load_file(folder / "B.safetensors")
+    weights["other"] = weights.pop(f"{V}.lora_A.weight")
+    save_file(weights, folder / "B.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (flip_bit("model.data"), r"prefill_model\.onnx: .*not on the grid"),
+        (flip_bit("B.safetensors"), r"B\.safetensors: .*not on the grid"),
+        (lambda f: (f / "decode_A.encodings").unlink(), r"decode_A\.encodings is missing"),
+        (
+            swap("decode_A.encodings", "decode_B.encodings"),
+            r"A\.safetensors: .*not on the grid.*decode_A\.encodings",
+        ),
+        (swap("prefill_A.onnx", "prefill_B.onnx"), r"prefill_A\.onnx: .*stored at \('B\.safe"),
+        (swap("prefill_model.onnx", "decode_model.onnx"), r"prefill_A\.onnx: .*stored at"),
+        (rename_tensor, r"B\.safetensors: .*other.* only there"),
+        (shrink, r"A\.safetensors: .*\[64, 4\].*prefill_model\.onnx.*\[64, 5\].*rank"),
+        (
+            edit_json("decode_B.encodings", lambda d: d["activation_encodings"].pop()),
+            r"decode_B\.encodings: .* only there or only in decode_base\.encodings",
+        ),
+        (
+            edit_json(
+                "decode_B.encodings",
+                lambda d: entry(d, "past_value_0_in").update(scale=[0.5]),
+            ),
+            r"decode_B\.encodings: past_value_0_in and past_value_0_out have different entries",
+        ),
+    ],
+    ids=[
+        *("bit-of-base", "bit-of-lora", "encodings-dropped", "encodings-swapped"),
+        *("use-cases-swapped", "graphs-swapped", "tensor-renamed", "rank-changed"),
+        *("entry-dropped", "cache-untied"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(
+    damage: Callable[[Path], None], said: str, copied: Path
+) -> None:
+    damage(copied)
+    with pytest.raises(VerificationError, match=f"(?s){said}"):
+        TARGET.logits(copied, "A")

@@ -133,6 +133,46 @@ def test_a_sim_with_these_settings_loads_strictly(case: Any) -> None:
         load_encodings_to_sim(other, encodings, strict=True, allow_overwrite=False)
 
 
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
+@pytest.mark.parametrize("graph", ["prefill", "decode"])
+def test_graphs_with_a_cache_load_strictly_and_keep_the_integers(
+    graph: str, version: str, request: pytest.FixtureRequest
+) -> None:
+    files = request.config.getoption("--files")
+    if files is None:
+        pytest.skip("needs --files, which write_files.py writes")
+    folder = files / f"graphs-{version}" / f"{graph}.aimet"
+    assert client._determine_model_type(folder).name == "AIMET_ONNX"
+    encodings, model = (
+        json.loads((folder / "model.encodings").read_text()),
+        onnx.load(folder / "model.onnx"),
+    )
+    codes = dict(np.load(folder.parent / "codes.npz"))
+    assert len(codes) == 7
+    made = aimet_onnx.encodings_to_onnx_qdq(model, encodings, prequantize_constants=True)
+    found = {t.name: onnx.numpy_helper.to_array(t) for t in made.graph.initializer}
+    for name, integers in codes.items():
+        assert np.array_equal(found[f"{name}_q"].astype(np.int64), integers), name
+    sim = configured(model, encodings)
+    own, quantizers = entries(encodings), sim.qc_quantize_op_dict
+    assert quantizers.keys() <= own.keys()  # every value that AIMET quantizes has an entry
+    moved = own.keys() - quantizers.keys()
+    for section in ("param_encodings", "activation_encodings"):
+        if section in encodings:
+            encodings[section] = [e for e in encodings[section] if e["name"] not in moved]
+    assert load_encodings_to_sim(sim, encodings, strict=True, allow_overwrite=False) == []
+    inputs = {
+        i.name: np.ones(
+            [d.dim_value for d in i.type.tensor_type.shape.dim],
+            np.int32 if i.type.tensor_type.elem_type == onnx.TensorProto.INT32 else np.float32,
+        )
+        for i in model.graph.input
+    }
+    logits, *cache = sim.session.run(None, inputs)
+    assert logits.shape[2] == 260
+    assert len(cache) == 2
+
+
 def entries(encodings: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """All entries by name, of either version."""
     found = encodings.get("encodings") or [

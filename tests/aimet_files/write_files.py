@@ -6,6 +6,8 @@ aimet-onnx needs other versions of shared packages, so the two halves meet in fi
 
     FOLDER/GRID-VERSION/model.aimet/    the target's files
     FOLDER/GRID-VERSION/codes.npz       signed or unsigned integers of every parameter, as stored
+    FOLDER/graphs-VERSION/              the same of prefill and decode graphs with a key-value
+                                        cache; the integers are those of the packed layers
 
 `make test-aimet` runs this, then test_loaders.py in an environment with aimet-onnx.
 """
@@ -20,11 +22,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qwlora import Scheme, Simulation, SimulationSchemes, quantize_, simulate
+from qwlora import Rule, Scheme, Simulation, SimulationSchemes, quantize_, simulate
 from qwlora.export.float_onnx import to_float_onnx
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, GraphTarget
 from qwlora.grid.scheme import PerChannel
+from qwlora.nn.packed_modules import PackedLinear
 
 GRIDS = (
     *(f"w{bits}-channel" for bits in (2, 3, 4, 5, 6, 7, 8)),
@@ -38,6 +41,8 @@ GRIDS = (
     "w16-channel",
 )
 VERSIONS = ("1.0.0", "2.0.0")
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260}
 IDS = torch.randint(0, 256, (2, 12), generator=torch.Generator().manual_seed(0))
 BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 
@@ -45,9 +50,7 @@ BATCH = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
 def simulation(grid: str) -> Simulation:
     """A one-layer Llama; with 16 bits, the base is float and its weights are parameters."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 260}
-    model = LlamaForCausalLM(LlamaConfig(**sizes, **heads, tie_word_embeddings=True)).eval()
+    model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
     schemes = SimulationSchemes()
     if grid == "w16-channel":
         schemes = SimulationSchemes(parameters=Scheme(16, True, PerChannel(0)))
@@ -83,6 +86,33 @@ def main(folder: Path) -> None:
             path = folder / f"{grid}-{version}"
             target.write(ExportedGraph(made, {}, sample, version), path)
             np.savez(path / "codes.npz", **codes)
+
+    write_graphs(folder, target)
+
+
+def write_graphs(folder: Path, target: GraphTarget) -> None:
+    """Graphs with a key-value cache in both versions."""
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
+    quantize_(model, "w4-channel", solver="rtn", rules=[Rule("*embed_tokens", Scheme(8))])
+    config = LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False)
+    schemes = SimulationSchemes(
+        quantize_residual_adds=True, symmetric_matmul_second_input=True, key_value_bitwidth=8
+    )
+    made = simulate(get_peft_model(model, config).eval(), BATCH, schemes)
+    made.calibrate([BATCH])
+    codes = {}
+    for path, layer in made.origin.model.named_modules():
+        if isinstance(layer, PackedLinear):
+            name = path.removeprefix("base_model.model.").replace(".base_layer", "")
+            shift = layer.scheme.symmetric_offset
+            codes[f"{name}.weight"] = (layer.tensor.codes.to(torch.int64) + shift).T.numpy()
+    sample = {name: tensor[:1] for name, tensor in BATCH.items()}
+    for version in VERSIONS:
+        path = folder / f"graphs-{version}"
+        graphs = {"prefill": 8, "decode": 1}
+        target.write(ExportedGraph(made, {}, sample, version, graphs, 32), path)
+        np.savez(path / "codes.npz", **codes)
 
 
 if __name__ == "__main__":

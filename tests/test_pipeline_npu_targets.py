@@ -6,6 +6,7 @@ import hashlib
 import importlib.util
 import json
 import re
+import shutil
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ import pytest
 from rich.console import Console
 
 from command_line import qwlora
-from qwlora.errors import DirectoryError, GridError, RecipeError
+from qwlora.errors import DirectoryError, FingerprintError, GridError, RecipeError
+from qwlora.export.bundle import verify_bundle
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.pipeline.results_table import print_summary
 from qwlora.pipeline.run_job import run
@@ -260,6 +262,21 @@ def test_a_job_writes_graphs_for_the_htp_and_runs_every_adapter(
     record = json.loads((job / "export/qnn/base/graphs.json").read_text())
     assert record["context"] == 32
     assert results["export"]["qnn"].keys() == {"base", "first", "second", "none"}
+    for target in ("aimet", "qairt"):
+        bundle = shutil.copytree(job / "export" / target, tmp_path / target)
+        found = verify_bundle(bundle)
+        assert found.keys() == results["parity"][target].keys()
+        for name, proof in found.items():
+            assert proof["passed"]
+            measured = proof["figures"]["exact"]["adapter"]
+            assert measured == results["parity"][target][name]["proof"]["exact"]["adapter"]
+            assert measured["top1_agreement"] > 0.9
+            assert proof["perplexity_limits"]["adapter"] > 0.02
+        edited = next(bundle.rglob("*_host.onnx"))
+        edited.write_bytes(edited.read_bytes()[:-1] + b"x")
+        with pytest.raises(FingerprintError, match=edited.name):
+            verify_bundle(bundle)
+    run(recipe, job, VERBS, replace=True)  # all is current, and proofs are the job's own files
     path = job / "export/qnn/second/adapter.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

@@ -32,6 +32,7 @@ class AimetTarget(GraphTarget):
     model_files = "*.aimet/*"
     fixed_shapes = True
     cached_graphs = "asked"
+    has_proof = True
 
     def loading(self, base: str, adapter: str | None) -> str:
         if adapter is None:

@@ -5,6 +5,9 @@
     proof/NAME/               see `proof.py`; proof.json has the digests of both qwlora.json
     README.md                 what it is, how to run it, what was proven
 
+Targets that hold base and adapter together have no base/, and targets of use cases no NAME/ either:
+their files are the bundle itself.
+
 A changed, missing or additional file is refused, and so is a base or an adapter of another bundle.
 README.md may be edited; without its last line, `CARD_MARK`, no later run replaces it. Hidden files
 next to it (.gitattributes, .cache) are ignored.
@@ -24,13 +27,13 @@ from qwlora.atomic import files_in, read_tensors, write_tensors, write_text
 from qwlora.errors import FingerprintError, QwloraWarning, SourceError
 from qwlora.export.onnx_adapter import ADAPTER_FILE
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import BundleTarget
+from qwlora.export.target import PROOF, BundleTarget, GraphTarget, Target, UseCasesTarget
 from qwlora.formats import manifest
 from qwlora.formats.card_mark import CARD_MARK, is_users_card
 from qwlora.messages import listed, size
 from qwlora.progress import Track, untracked
 
-BASE, PROOF, README = "base", "proof", "README.md"
+BASE, README = "base", "README.md"
 RECORD = "qwlora.json"  # of a base or an adapter: the base's fingerprint, and digests of the files
 WITHOUT_CACHE = "without_cache"  # in a base's record: why the files have no key-value cache
 PROOF_RECORD, REFERENCE = "proof.json", "reference.safetensors"
@@ -74,7 +77,7 @@ def without_cache(base: Path) -> str | None:
 
 def is_bundle(folder: Path) -> bool:
     """Whether a folder has the layout of a bundle."""
-    return (folder / PROOF).is_dir() and (folder / BASE).is_dir()
+    return (folder / PROOF).is_dir() and ((folder / BASE).is_dir() or bool(_proof_paths(folder)))
 
 
 def proofs(bundle: Path) -> dict[str, dict[str, Any]]:
@@ -170,7 +173,7 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
             of the proof.
     """
     manifest.check(bundle / PROOF / name, PROOF_RECORD, f"proof of {name}", "verify the job again")
-    for part, folder in ((BASE, bundle / BASE), ("adapter", bundle / name)):
+    for part, folder in parts(TARGETS[record["target"]], bundle, name).items():
         what = f"{str(folder)!r}"
         if not manifest.has_digests(folder, RECORD):
             raise FingerprintError(f"{what} has no readable {RECORD} with digests; copy it again")
@@ -181,7 +184,8 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
                 "bundle again, or verify the job again"
             )
         known = json.loads((folder / RECORD).read_text())[manifest.FILES]
-        if added := sorted(set(files_in(folder)) - set(known)):
+        own = [f for f in files_in(folder) if folder != bundle or not f.startswith(f"{PROOF}/")]
+        if added := sorted(set(own) - set(known)):
             raise FingerprintError(
                 f"{what} holds files that were not exported: {listed(added)}; remove them"
             )
@@ -189,6 +193,13 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
         raise FingerprintError(
             f"{str(bundle / PROOF / name)!r} holds files of no proof: {listed(added)}; remove them"
         )
+
+
+def parts(target: Target, bundle: Path, name: str) -> dict[str, Path]:
+    """The folders with a record that a proof is of, by what they are."""
+    if isinstance(target, BundleTarget):
+        return {BASE: bundle / BASE, "adapter": bundle / name}
+    return {"files": bundle if isinstance(target, UseCasesTarget) else bundle / name}
 
 
 def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str, Any]]:
@@ -209,13 +220,17 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
         raise SourceError(
             f"{str(bundle)!r} has no {PROOF}/NAME/{PROOF_RECORD}; verify the job that exported it"
         )
-    check_complete(bundle, records)
+    targets = {name: TARGETS.get(str(record.get("target"))) for name, record in records.items()}
+    for name, found_target in targets.items():
+        if found_target is None:
+            unknown = records[name].get("target")
+            raise SourceError(f"{str(bundle)!r} is of target {unknown!r}: unknown")
+    if not any(isinstance(target, UseCasesTarget) for target in targets.values()):
+        check_complete(bundle, records)
     for name, record in records.items():
         check_files(bundle, name, record)
     for name, record in track(records.items(), "verifying", len(records)):
-        target = TARGETS.get(str(record.get("target")))
-        if not isinstance(target, BundleTarget):
-            raise SourceError(f"{str(bundle)!r} is of target {record.get('target')!r}: unknown")
+        target = TARGETS[record["target"]]
         target.require_packages()
         reference, _ = read_tensors(bundle / PROOF / name / REFERENCE)
         found[name] = proven(target, bundle, name, reference, record["limits"])
@@ -223,16 +238,29 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
 
 
 def proven(
-    target: BundleTarget,
+    target: Target,
     bundle: Path,
     name: str,
     reference: Mapping[str, Any],
     limits: Mapping[str, float],
 ) -> dict[str, Any]:
     """What running an adapter of a bundle gives: figures, problems, program and machine."""
-    from qwlora.export.proof import broken_limits, client, machine, measure, perplexity_limits
+    from qwlora.export.proof import (
+        broken_limits,
+        client,
+        machine,
+        measure,
+        measure_logits,
+        perplexity_limits,
+    )
 
-    figures = measure(target, bundle / BASE, bundle / name, reference)
+    if isinstance(target, BundleTarget):
+        figures = measure(target, bundle / BASE, bundle / name, reference)
+    elif isinstance(target, UseCasesTarget):
+        figures = measure_logits(target.logits(bundle, name), reference)
+    else:
+        assert isinstance(target, GraphTarget)
+        figures = measure_logits(target.logits(bundle / name), reference)
     problems = list(broken_limits(figures, reference, limits["perplexity_difference"]))
     return {
         "client": client(target),
@@ -321,13 +349,14 @@ def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
             if (found := record["figures"].get(settings)) is None:
                 continue
             for state in ("base", "adapter"):
-                of = found[state]
+                if (of := found.get(state)) is None:
+                    continue
                 is_adapter = state == "adapter"
                 speeds = (
                     f"{found['prefill_tokens_per_second']:.0f}, "
                     f"{found['decode_tokens_per_second']:.1f} | "
                     f"{1000 * found['switch_seconds']:.2g} ms"
-                    if is_adapter
+                    if is_adapter and "switch_seconds" in found
                     else " | "
                 )
                 lines.append(
@@ -337,10 +366,8 @@ def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
                     f"{of['max_log_prob_difference']:.2g} | {speeds} |"
                 )
         clients = ", ".join(f"{n} {v}" for n, v in record["client"].items())
-        memory, load = (record["figures"][key] for key in ("peak_memory_bytes", "load_seconds"))
+        memory, load = (record["figures"].get(k) for k in ("peak_memory_bytes", "load_seconds"))
+        cost = "" if load is None else f"; {size(memory)} of memory, loaded in {load:.2g} s"
         verdict = "; ".join(["FAILED", *record["problems"]]) if record["problems"] else "passed"
-        notes.append(
-            f"{name}: {verdict} on {record['machine']}, {clients}; "
-            f"{size(memory)} of memory, loaded in {load:.2g} s."
-        )
+        notes.append(f"{name}: {verdict} on {record['machine']}, {clients}{cost}.")
     return [*lines, "", *(f"- {note}" for note in notes)]

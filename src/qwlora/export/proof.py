@@ -1,6 +1,8 @@
 """What a bundle of base and adapters is proven with, on any machine, without the training job.
 
-A bundle is the folder export/TARGET: base/, NAME/ for each adapter, proof/NAME/, README.md.
+A bundle is the folder export/TARGET: base/, NAME/ for each adapter, proof/NAME/, README.md. Files
+that hold base and adapter together (`GraphTarget`, `UseCasesTarget`) have a proof with the adapter
+only.
 
     reference.safetensors    tokens, and what the model says about them: the trained one, or its
                              simulation where activations are on grids
@@ -34,7 +36,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from qwlora.data.sequences import Sequences
-from qwlora.export.target import BundleTarget
+from qwlora.export.target import BundleTarget, Target
 from qwlora.export.verify import (
     LogitDifference,
     largest_drift,
@@ -64,12 +66,12 @@ def make_reference(
     """The reference that the trained model gives for a few sequences.
 
     Args:
-        logits: by state, without the adapter and with it.
+        logits: by state, without the adapter and with it, or with it only.
         perturbed: the same with other, equally valid rounding, for models on a grid.
     """
     few = sequences.first(SEQUENCES)
     found = {"ids": few.input_ids, "labels": few.labels}
-    for state in STATES:
+    for state in logits:
         parts: dict[str, list[Tensor]] = {"top": [], "log_probs": [], "losses": [], "largest": []}
         floor, squared_noise = LogitDifference(), 0.0
         for ids, labels in zip(few.input_ids, few.labels, strict=True):
@@ -130,11 +132,17 @@ def measure(
     return found
 
 
+def measure_logits(logits: Logits, reference: Mapping[str, Tensor]) -> dict[str, Any]:
+    """`measure` of files that hold base and adapter together: figures of `adapter` only."""
+    return {"exact": {"adapter": _compare(logits, reference, "adapter")}}
+
+
 def perplexity_limits(
     reference: Mapping[str, Tensor], perplexity_difference: float
 ) -> dict[str, float]:
     """The largest allowed relative difference of the perplexity, by state."""
-    floors = {s: reference.get(f"{s}.floor", torch.zeros(2)).tolist()[1] for s in STATES}
+    states = [state for state in STATES if f"{state}.top" in reference]
+    floors = {s: reference.get(f"{s}.floor", torch.zeros(2)).tolist()[1] for s in states}
     return {s: largest_drift(perplexity_difference, floor) for s, floor in floors.items()}
 
 
@@ -142,7 +150,8 @@ def broken_limits(
     figures: Mapping[str, Any], reference: Mapping[str, Tensor], perplexity_difference: float
 ) -> Iterator[str]:
     """A sentence for each limit that exact settings exceed, or that switching off does not keep."""
-    for state in STATES:
+    perplexities = perplexity_limits(reference, perplexity_difference)
+    for state, limit in perplexities.items():
         found = figures["exact"][state]
         what = "with the adapter" if state == "adapter" else "without it"
         allowed = 2 * LOGIT_DIFFERENCE * float(reference[f"{state}.largest"].max())
@@ -160,10 +169,9 @@ def broken_limits(
                 f"tokens (limit {agreement:.1%})"
             )
         difference = abs(found["perplexity"] / found["reference_perplexity"] - 1)
-        limit = perplexity_limits(reference, perplexity_difference)[state]
         if not difference <= limit:
             yield f"perplexity {what} differs by {difference:.2%} (limit {limit:.2%})"
-    decoded, least = figures["exact"]["decode_agreement"], DECODE_AGREEMENT
+    decoded, least = figures["exact"].get("decode_agreement", 1.0), DECODE_AGREEMENT
     if (floor := reference.get("adapter.floor")) is not None:
         least = min(least, lowest_share(float(floor[0]), DECODED))
     if not decoded >= least:
@@ -172,11 +180,11 @@ def broken_limits(
             f"sequence (limit {least:.0%})"
         )
     for settings in ("exact", "shipped"):
-        if settings in figures and not figures[settings]["off_is_equal"]:
+        if not figures.get(settings, {}).get("off_is_equal", True):
             yield f"after the adapter is switched off, logits differ from those before ({settings})"
 
 
-def client(target: BundleTarget) -> dict[str, str]:
+def client(target: Target) -> dict[str, str]:
     """Versions of the target's packages."""
     found = {}
     for package in target.packages:
@@ -196,10 +204,10 @@ def machine() -> str:
 def _run(runtime: WeightsRuntime, adapter: Path, reference: Mapping[str, Tensor]) -> dict[str, Any]:
     first = reference["ids"][:1]
     runtime.use(None)
-    found: dict[str, Any] = {"base": _compare(runtime, reference, "base")}
+    found: dict[str, Any] = {"base": _compare(runtime.logits, reference, "base")}
     before = runtime.logits(first)
     runtime.use(adapter)
-    found["adapter"] = _compare(runtime, reference, "adapter")
+    found["adapter"] = _compare(runtime.logits, reference, "adapter")
     prompt = first[:, : max(1, first.shape[1] - DECODED)]
     began = time.perf_counter()
     runtime.logits(prompt)
@@ -237,12 +245,10 @@ def _switch_seconds(runtime: WeightsRuntime, adapter: Path, token: Tensor) -> fl
     return max(0.0, *(least[state, True] - least[state, False] for state in (adapter, None)))
 
 
-def _compare(
-    runtime: WeightsRuntime, reference: Mapping[str, Tensor], state: str
-) -> dict[str, float]:
+def _compare(logits_of: Logits, reference: Mapping[str, Tensor], state: str) -> dict[str, float]:
     largest, same, divergence, nll, tokens, counted = 0.0, 0, 0.0, 0.0, 0, 0
     for number, (ids, labels) in enumerate(zip(reference["ids"], reference["labels"], strict=True)):
-        logits = runtime.logits(ids[None]).double()
+        logits = logits_of(ids[None]).double()
         found = logits[0].log_softmax(-1)
         top = reference[f"{state}.top"][number].long()
         expected = reference[f"{state}.log_probs"][number].double()

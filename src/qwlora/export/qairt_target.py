@@ -31,6 +31,7 @@ class QairtTarget(UseCasesTarget):
     activation_bitwidths = (8, 16)
     reserved = frozenset({"none", "base", "base_v3", "model"})
     cached_graphs = "asked"
+    has_proof = True
 
     def loading(self, base: str, adapter: str | None) -> str:
         return (

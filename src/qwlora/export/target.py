@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from qwlora.simulation.shared_encodings import BaseActivations
 
 
+PROOF = "proof"  # the folder of proofs, next to exported files
+
+
 class Target(ABC):
     """Files for one runtime; see the subclasses.
 
@@ -47,6 +50,7 @@ class Target(ABC):
         writes_float_embeddings: whether embeddings are written as the floats that codes stand for.
         cached_graphs: whether the files are graphs with a key-value cache, of the sizes that
             `export.graphs` of the recipe has: never, only if the recipe has it, or always.
+        has_proof: whether `verify` writes a proof next to the files (`bundle.py`).
     """
 
     extra: str
@@ -54,6 +58,7 @@ class Target(ABC):
     has_float16_scales = False
     writes_float_embeddings = False
     cached_graphs: Literal["never", "asked", "always"] = "never"
+    has_proof = False
 
     def problem(self, scheme: Scheme) -> str | None:
         """Why the files cannot hold integers of a scheme, and what they can; None if they can."""
@@ -285,6 +290,8 @@ class UseCasesTarget(Target):
 
 class BundleTarget(Target):
     """A base folder, and a folder for every adapter."""
+
+    has_proof = True
 
     @abstractmethod
     def open(self, folder: Path) -> WeightsRuntime:

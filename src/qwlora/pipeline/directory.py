@@ -380,8 +380,10 @@ class Directory:
         """Files that the job has written to `artifact`, relative to it."""
         folder = Path(artifact)
         listed = (Path(file) for record in self.records.values() for file in record.files)
-        recorded = {str(file.relative_to(folder)) for file in listed if folder in file.parents}
-        return recorded | set(self.owner.artifacts.get(artifact, ()))
+        # also those of artifacts inside it, such as the proof of a use case
+        inside = (Path(a) / file for a, files in self.owner.artifacts.items() for file in files)
+        made = (*listed, *inside)
+        return {str(file.relative_to(folder)) for file in made if folder in file.parents}
 
     def _read_or_make_owner(self, recipe: Recipe) -> None:
         owner = read_owner(self.path)

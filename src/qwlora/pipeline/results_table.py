@@ -113,8 +113,8 @@ def _verdict(parity: dict[str, Any]) -> str:
 
 def _parity_rows(name: str, parity: dict[str, Any]) -> list[Row]:
     """How closely a runtime agrees with the simulation or with the trained model."""
-    if "placement" in parity:
-        return _htp_rows(name, parity)
+    if "cpu" in parity:
+        return _cached_graph_rows(name, parity)
     is_graph = "simulated_perplexity" in parity
     other = "simulated_perplexity" if is_graph else "reference_perplexity"
     found = (
@@ -156,12 +156,12 @@ def _parity_rows(name: str, parity: dict[str, Any]) -> list[Row]:
     ]
 
 
-def _htp_rows(name: str, parity: dict[str, Any]) -> list[Row]:
-    """What Qualcomm's HTP computes, and how much of each graph it runs."""
+def _cached_graph_rows(name: str, parity: dict[str, Any]) -> list[Row]:
+    """What graphs with a key-value cache compute, and how much of each Qualcomm's HTP runs."""
     run, place = parity["cpu"], "the CPU"
     if "htp" in parity:
         run, place = parity["htp"], "the HTP emulator"
-    return [
+    rows = [
         (
             f"parity {name}",
             f"perplexity {run['perplexity']:.3f} on {place}, "
@@ -173,14 +173,14 @@ def _htp_rows(name: str, parity: dict[str, Any]) -> list[Row]:
             f"two simulations {parity['perturbed_sqnr']:.1f} dB, "
             f"{parity['perturbed_top1_agreement']:.2%}",
         ),
-        (
-            "",
-            "; ".join(
-                f"{graph}: partitions {found['partitions']}, CPU nodes {found['cpu_nodes']}"
-                for graph, found in parity["placement"].items()
-            ),
-        ),
     ]
+    if placement := parity.get("placement"):
+        counts = (
+            f"{graph}: partitions {found['partitions']}, CPU nodes {found['cpu_nodes']}"
+            for graph, found in placement.items()
+        )
+        rows.append(("", "; ".join(counts)))
+    return rows
 
 
 def _divergence_rows(results: dict[str, Any]) -> list[Row]:

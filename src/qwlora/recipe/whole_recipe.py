@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qwlora.export.bundle import BASE, PROOF
+from qwlora.export.bundle import BASE
 from qwlora.export.grid_table import refusal
 from qwlora.export.qnn_target import QnnTarget
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget, SwitchableTarget, UseCasesTarget
+from qwlora.export.target import PROOF, BundleTarget, GraphTarget, SwitchableTarget, UseCasesTarget
 from qwlora.recipe.adapter_section import Adapter
 from qwlora.recipe.base_section import Base, Model
 from qwlora.recipe.data_section import Data
@@ -293,6 +293,12 @@ class Recipe(Section):
     def _runtimes_hold_adapters(self) -> Recipe:
         for target in self.export.targets:
             kind = TARGETS[target]
+            taken = {BASE, PROOF} if isinstance(kind, BundleTarget) else {PROOF}
+            if kind.has_proof and (taken := taken & {a.name for a in self.adapters}):
+                raise ValueError(
+                    f"adapters: {min(taken)} is the name of another folder in export/{target}; "
+                    "choose another name"
+                )
             if isinstance(kind, GraphTarget):
                 continue
             if wrong := [a.name for a in self.adapters if a.dora or a.target_parameters]:
@@ -300,11 +306,6 @@ class Recipe(Section):
                     f"adapters {', '.join(wrong)}: {target} holds LoRA factors of linear layers, "
                     "but no DoRA and no experts. Train without dora and target_parameters, or use "
                     "export.targets: [onnx_each], which writes a model for each adapter"
-                )
-            if taken := {BASE, PROOF} & {a.name for a in self.adapters}:
-                raise ValueError(
-                    f"adapters: {min(taken)} is the name of another folder in export/{target}; "
-                    "choose another name"
                 )
         return self
 

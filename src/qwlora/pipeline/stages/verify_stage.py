@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.export.bundle import BASE, PROOF, RECORD, WITHOUT_CACHE
+from qwlora.export.bundle import BASE, RECORD, WITHOUT_CACHE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import (
+    PROOF,
     BundleTarget,
     GraphTarget,
     SwitchableTarget,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from qwlora.export.verify_cache import CacheParity
     from qwlora.export.verify_weights import WeightsParity
     from qwlora.pipeline.context import JobContext
+    from qwlora.simulation.simulation import Simulation
 
 
 NAME = "verify"
@@ -44,9 +46,11 @@ def add(plan: PlanBuilder, target: str, name: str) -> None:
     inputs: list[Any] = [plan.recipe.verify.model_dump(), plan.text(name)]
     needs = [f"export/{target}/{name}"]
     artifact = None
-    if isinstance(kind := TARGETS[target], BundleTarget):
+    kind = TARGETS[target]
+    if isinstance(kind, BundleTarget):
         needs.insert(0, f"export/{target}")
         inputs.append(kind.missing())  # it is verified once its runtime is installed
+    if kind.has_proof:
         artifact = f"export/{target}/{PROOF}/{name}"
     plan.add(f"{NAME}/{target}/{name}", inputs, tuple(needs), name, artifact)
 
@@ -60,7 +64,8 @@ def add_use_cases(plan: PlanBuilder, target: str) -> None:
         inputs: list[Any] = [plan.recipe.verify.model_dump(), texts]
         if kind.cached_graphs == "always":
             inputs.append(kind.missing())  # the emulator
-        plan.add(f"{NAME}/{target}/{case}", inputs, (f"export/{target}",))
+        artifact = f"export/{target}/{PROOF}/{case}" if kind.has_proof else None
+        plan.add(f"{NAME}/{target}/{case}", inputs, (f"export/{target}",), None, artifact)
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -78,12 +83,17 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     if isinstance(target, UseCasesTarget):
         (adapter,) = cases
         parity = _verify_use_case(context, target, name, adapter)
+        if target.has_proof:
+            simulation = _use_case_simulation(context, adapter)
+            proof = _prove_simulated(context, name, adapter, simulation, scratch)
     elif isinstance(target, SwitchableTarget):
         if stage.adapter is not None:
             proof = _prove(context, name, adapter, *_simulated_reference(context, adapter), scratch)
         parity, cached, problems = _verify_switchable(context, target, name, stage.adapter)
     elif isinstance(target, GraphTarget):
         parity = _verify_graph(context, target, name, adapter)
+        if target.has_proof:
+            proof = _prove_simulated(context, name, adapter, context.simulation(adapter), scratch)
     else:
         assert isinstance(target, WeightsTarget)
         model, held_out = context.adapted(adapter), _held_out(context, adapter)
@@ -221,15 +231,25 @@ def _held_out(context: JobContext, adapter: str) -> Sequences:
 def _verify_use_case(
     context: JobContext, target: UseCasesTarget, name: str, case: str
 ) -> LanguageModelParity | GraphsParity:
-    from qwlora.export.use_cases import members
     from qwlora.formats import manifest
-    from qwlora.pipeline.use_cases import use_case_simulations
 
     folder = context.path / "export" / name
     manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
-    names = members(case) or [context.recipe.adapters[0].name]
-    text = _held_out(context, names[0])
-    return target.verify(folder, case, use_case_simulations(context)[case], text, context.track)
+    text = _text_of(context, case)
+    return target.verify(folder, case, _use_case_simulation(context, case), text, context.track)
+
+
+def _use_case_simulation(context: JobContext, case: str) -> Simulation:
+    from qwlora.pipeline.use_cases import use_case_simulations
+
+    return use_case_simulations(context)[case]
+
+
+def _text_of(context: JobContext, case: str) -> Sequences:
+    """Held-out text of an adapter, or of the first one of a use case."""
+    from qwlora.export.use_cases import members
+
+    return _held_out(context, [*members(case), context.recipe.adapters[0].name][0])
 
 
 def _verify_weights(
@@ -273,6 +293,7 @@ def _prove(
     from qwlora.export.bundle import (
         facts,
         other_proofs,
+        parts,
         proven,
         record_digest,
         without_cache,
@@ -282,9 +303,8 @@ def _prove(
     from qwlora.formats import manifest
 
     target, bundle = TARGETS[name], context.path / "export" / name
-    assert isinstance(target, BundleTarget)
-    base, own = bundle / BASE, bundle / adapter
-    for folder in (base, own):
+    of = parts(target, bundle, adapter)
+    for folder in of.values():
         manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
     limits = {"perplexity_difference": context.recipe.verify.perplexity_difference}
     record = {
@@ -292,15 +312,36 @@ def _prove(
         "adapter": adapter,
         **facts(model, context.recipe.model.source),
         "base_fingerprint": context.base_fingerprint,
-        "of": {"base": record_digest(base), "adapter": record_digest(own)},
+        "of": {part: record_digest(folder) for part, folder in of.items()},
         "limits": limits,
     }
-    if (reason := without_cache(base)) is not None:
+    if BASE in of and (reason := without_cache(of[BASE])) is not None:
         record[WITHOUT_CACHE] = reason
     if missing := target.missing():
         record["not_run"] = missing
     else:
         record |= proven(target, bundle, adapter, reference, limits)
     write_proof(scratch, reference, record)
-    write_readme(bundle, {**other_proofs(bundle, adapter), adapter: record})
+    if isinstance(target, BundleTarget):
+        write_readme(bundle, {**other_proofs(bundle, adapter), adapter: record})
     return record
+
+
+def _prove_simulated(
+    context: JobContext, name: str, case: str, simulation: Simulation, scratch: Path
+) -> dict[str, Any]:
+    """Write the proof of files that hold base and adapter together."""
+    from qwlora.data.sequences import as_sequences
+    from qwlora.export.bundle import parts
+    from qwlora.export.cached_graphs import has_graphs, most_tokens
+    from qwlora.export.proof import make_reference
+
+    held_out, target = _text_of(context, case), TARGETS[name]
+    (folder,) = parts(target, context.path / "export" / name, case).values()
+    if has_graphs(folder):
+        ids = held_out.input_ids
+        most = most_tokens(folder)
+        held_out = held_out if ids.shape[1] <= most else as_sequences(ids[:, :most])
+    logits, perturbed = simulation.logits, simulation.perturbed_logits
+    reference = make_reference({"adapter": logits}, held_out, {"adapter": perturbed})
+    return _prove(context, name, case, simulation.origin.model, reference, scratch)

@@ -223,39 +223,6 @@ def test_ai_hubs_client_takes_the_folder(folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_graph_for_an_npu_is_written_with_an_encoding_for_everything_but_norms(
-    tmp_path: Path,
-) -> None:
-    """A key-value cache, 32-bit ids, mask and positions as inputs."""
-    import onnx_ir
-
-    from qwlora.export.aimet_encodings import write_float_encodings
-    from qwlora.export.float_onnx import to_float_onnx
-    from qwlora.export.float_runtime import FloatOnnxModel
-    from qwlora.graph.cached_capture import CacheSizes
-    from qwlora.simulation.npu_graph import npu_graph
-    from simulation.test_npu_graph import simulated
-
-    device = npu_graph(simulated("Llama"), CacheSizes(9, 24)).device
-    shapes = {name: device.interface.shapes[name] for name in device.inputs}
-    inputs = {n: torch.zeros([int(size) for size in shape]) for n, shape in shapes.items()}
-    made = to_float_onnx(device, inputs)
-    onnx_ir.save(made.model, tmp_path / "model.onnx", external_data="model.data")
-    write_float_encodings(device, made.encodings, tmp_path / "model.encodings", "1.0.0")
-    FloatOnnxModel(tmp_path / "model.onnx", tmp_path / "model.encodings").check()
-    assert {"past_key_0_in", "attention_mask", "lora_alpha"} <= made.encodings.keys()
-    key = made.encodings["past_key_0_in"].encoding
-    assert torch.equal(key.scale, made.encodings["past_key_0_out"].encoding.scale)
-    without = {
-        node.op_type
-        for node in made.model.graph
-        for output in node.outputs
-        if output.name not in made.encodings
-    }
-    assert without == {"Pow", "ReduceMean", "Add", "Sqrt", "Reciprocal", "Mul", "Sigmoid"}
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("name", ["GPT-2", "Gemma 3", "Phi-3", "Qwen3"])
 def test_other_architectures_compute_what_was_simulated(name: str, tmp_path: Path) -> None:
     from simulation.tiny_architectures import inputs, make

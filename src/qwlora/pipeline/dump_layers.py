@@ -7,9 +7,9 @@
                            its encoding, type, shape and SHA-256
 
 Values are real numbers on their grids, after quantization and dequantization. A tensor that only
-moves values of another one, or that only the graphs of `qnn` have, is not in the simulation. Of
-`qnn` it is the first call of the graph that reads the prompt; its scores reach over the whole
-context, so the simulation has none of their shape.
+moves values of another one, or that only graphs with a key-value cache have, is not in the
+simulation. Of such graphs it is the first call of the one that reads the prompt; its scores reach
+over the whole context, so the simulation has none of their shape.
 """
 
 from __future__ import annotations

@@ -122,7 +122,9 @@ def test_every_entry_names_a_tensor_and_blocks_are_in_aimets_order(
         if e["name"].startswith("model.layers.0.self_attn.q_proj.") and "weight" not in e["name"]
     }
     own = {n.rpartition("q_proj.")[2]: b for n, b in bits.items()}
+    moved = {n: own.pop(n) for n in list(own) if n.startswith("add.")}
     assert own == {"linear": 16, "lora_A.linear": 8, "lora_B.linear": 8, "mul": 8, "add": 16}
+    assert moved["add.reshape.transpose"] == 16  # named after what it moves
 
 
 def test_the_graph_has_fixed_shapes_and_nothing_of_this_machine(folder: Path) -> None:

@@ -58,7 +58,6 @@ class QairtTarget(UseCasesTarget):
         if (graphs := _graphs(folder, case)) is not None:
             return graphs.logits
         from qwlora.export.qairt_check import open_qairt
-        from qwlora.export.verify import runtime_logits
 
         return open_qairt(folder, case).logits
 

@@ -169,9 +169,7 @@ class GraphTarget(Target):
         Raises:
             ExportError: the runtime refuses the files.
         """
-        from qwlora.export.verify import runtime_logits
-
-        return runtime_logits(self.open(folder))
+        return self.open(folder).logits
 
     def call_tokens(self, folder: Path, sequence: int) -> int | None:
         """Tokens of one call, if they are fixed; `sequence`: of a sequence in the recipe."""

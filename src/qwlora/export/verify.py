@@ -23,7 +23,7 @@ Nothing here knows a file format: a `Runtime` runs the files (see `target.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -229,13 +229,6 @@ def check_parity(parity: LayerParity, limits: Limits, name: str) -> None:
         raise VerificationError(
             f"{name}: the exported files do not compute what was simulated", broken
         )
-
-
-def runtime_logits(graph: Runtime) -> Callable[[Tensor], Tensor]:
-    """Logits [1, tokens, vocabulary] that a runtime computes of token ids [1, tokens]."""
-    return lambda ids: graph.run({"input_ids": ids, "attention_mask": torch.ones_like(ids)})[
-        "logits"
-    ]
 
 
 def verify_outputs(

@@ -31,13 +31,17 @@ def table(results: dict[str, Any], steps: int) -> str:
     lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
     for name, cell in rows(list(columns[0]["phases"]), steps).items():
         lines.append(f"| {name} | {' | '.join(map(cell, columns))} |")
-    floats = ", ".join(
-        f"{found['base']['perplexity']:.3f} and, with the adapter of {weights}, "
-        f"{found['adapter']['perplexity']:.3f}"
-        for weights, found in ((name, r["quality"]["float"]) for name, r in results.items())
-    )
-    lines += ["", f"Perplexity of the float model: {floats}."]
     one = next(iter(results.values()))
+    adapters = ", ".join(
+        f"with the adapter of {weights} {result['quality']['float']['adapter']['perplexity']:.3f}"
+        for weights, result in results.items()
+    )
+    floats = one["quality"]["float"]["base"]["perplexity"]
+    lines.append(f"\nPerplexity of the float model: {floats:.3f}; {adapters}.")
+    for tool, name in TOOLS.items():
+        missing = one["handed_over"][tool]["computed_without_an_encoding"].items()
+        operators = ", ".join(f"{operator} {count}" for operator, count in missing)
+        lines.append(f"\nValues without an encoding, {name}: {operators}.")
     lines += [f"\n{name}: {one[tool]['machine']}" for tool, name in TOOLS.items()]
     return "\n".join(lines)
 
@@ -58,7 +62,10 @@ def rows(phases: list[str], steps: int) -> dict[str, Cell]:
         "parameter encodings that name an initializer": lambda c: (
             f"{c['files']['parameters_that_are_initializers']} of {c['files']['parameters']}"
         ),
-        "computed values without an encoding": without_encoding,
+        "computed values without an encoding": lambda c: (
+            f"{sum(c['files']['computed_without_an_encoding'].values())} "
+            f"of {c['files']['computed']}"
+        ),
         "adapter's tensors: inputs of the graph, initializers": lambda c: (
             f"{c['files']['adapter_inputs']}, {c['files']['adapter_initializers']} "
             f"of {c['files']['adapter_tensors']}"
@@ -88,12 +95,6 @@ def rows(phases: list[str], steps: int) -> dict[str, Cell]:
 def cost(phase: str, times: int, column: Column) -> str:
     used = column["phases"][phase]
     return f"{used['processor_seconds'] / times:.1f}, {used['peak_bytes'] / 1e9:.2f} GB"
-
-
-def without_encoding(column: Column) -> str:
-    found = column["files"]["computed_without_an_encoding"]
-    by_operator = ", ".join(f"{operator} {count}" for operator, count in found.items())
-    return f"{sum(found.values())} of {column['files']['computed']}: {by_operator}"
 
 
 def on_htp(show: Callable[[dict[str, Any]], str]) -> Cell:

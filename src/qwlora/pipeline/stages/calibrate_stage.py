@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.grid.range_estimator import Estimator
 from qwlora.pipeline.artifacts import ADAPTER, SHARED, USE_CASES, ZERO_ADAPTER
+from qwlora.pipeline.covered_layers import is_covered
 from qwlora.pipeline.stage import PlanBuilder, Stage
-from qwlora.recipe import Data
+from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.dropped_keys import dropped_defaults
 from qwlora.revisions import revision
 
@@ -59,22 +60,28 @@ def add(plan: PlanBuilder, name: str) -> None:
 def add_zero(plan: PlanBuilder) -> None:
     """Add the stage of the zero adapter. It depends on the shape of the first adapter, and on which
     layers have one: another adapter of the same layers changes nothing. Of an adapter from
-    elsewhere the recipe does not say the layers."""
+    elsewhere the recipe does not say the layers, but its files may; see `covered_layers.py`."""
     recipe = plan.recipe
-    first = recipe.adapters[0].model_dump(include={"rank", "rank_pattern"})
-    layers = [a.model_dump_json(include={"target_modules", "layers"}) for a in recipe.adapters]
-    shapes = [first, *sorted({*layers})]
-    needs = [
-        f"train/{adapter.name}"
-        for adapter in recipe.adapters
-        if adapter.continue_from is not None and recipe.predecessor(adapter) is None
+    first, *others = recipe.adapters
+    counted = [
+        adapter
+        for adapter in others
+        if not (_is_from_elsewhere(recipe, adapter) and is_covered(recipe, adapter))
     ]
+    shape = first.model_dump(include={"rank", "rank_pattern"})
+    layers = {a.model_dump_json(include={"target_modules", "layers"}) for a in (first, *counted)}
+    shapes = [shape, *sorted(layers)]
+    needs = [f"train/{a.name}" for a in (first, *counted) if _is_from_elsewhere(recipe, a)]
     if recipe.workflow == "qwa-lora":
         needs.append("calibrate-base")
     if _shares(plan):
         needs.append(NAME)
     inputs = [range_inputs(plan, recipe.base_texts()), shapes, recipe.seed]
     plan.add(ZERO, inputs, ("quantize", *needs), artifact=ZERO_ADAPTER)
+
+
+def _is_from_elsewhere(recipe: Recipe, adapter: Adapter) -> bool:
+    return adapter.continue_from is not None and recipe.predecessor(adapter) is None
 
 
 def add_use_cases(plan: PlanBuilder) -> None:

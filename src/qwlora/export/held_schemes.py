@@ -25,14 +25,14 @@ class LayerKind(Enum):
     OTHER = "another layer"  # experts that are stacked in one tensor, convolutions
 
 
-def linear_only_problem(kind: LayerKind, client: str) -> str | None:
-    """Why `client` cannot hold integers of a kind of layer; None if it can. Embeddings are floats
-    there."""
+def layer_kind_problem(kind: LayerKind, holder: str) -> str | None:
+    """Why a format or program cannot hold integers of a kind of layer; None if it can, or writes
+    floats instead, as most do for embeddings."""
     match kind:
         case LayerKind.OTHER:
-            return f"{client} has integers for Linear layers only"
+            return f"{holder} has no integers for experts that share a tensor, nor for convolutions"
         case LayerKind.CONV1D:
-            return f"{client} has no integers for transformers' Conv1D"
+            return f"{holder} has no integers for transformers' Conv1D"
     return None
 
 

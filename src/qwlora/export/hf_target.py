@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from qwlora.errors import ExportError, foreign_as
 from qwlora.export.held_schemes import (
     compressed_tensors_problem,
-    linear_only_problem,
+    layer_kind_problem,
     transformers_conflict,
 )
 from qwlora.export.target import WeightsTarget
@@ -49,7 +49,7 @@ class HfTarget(WeightsTarget):
         return transformers_conflict(schemes)
 
     def kind_problem(self, kind: LayerKind) -> str | None:
-        return linear_only_problem(kind, "compressed-tensors")
+        return layer_kind_problem(kind, "compressed-tensors")
 
     def write_base(self, base: ExportedBase, folder: Path) -> None:
         from qwlora.export.compressed_tensors_folder import write_compressed_tensors

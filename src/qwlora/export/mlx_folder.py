@@ -33,7 +33,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora import strict_json
 from qwlora.export.canonical_adapter import CanonicalAdapter
-from qwlora.export.held_schemes import MLX_GROUPS, linear_only_problem, mlx_problem
+from qwlora.export.held_schemes import MLX_GROUPS, layer_kind_problem, mlx_problem
 from qwlora.export.weights_folder import (
     float_tensors,
     layer_kind,
@@ -104,7 +104,7 @@ def _settings(layout: tuple[int, int]) -> dict[str, int]:
 
 def _problem(layer: PackedLayer) -> str | None:
     scheme = layer.scheme
-    if problem := linear_only_problem(layer_kind(layer), "mlx-lm") or mlx_problem(scheme):
+    if problem := layer_kind_problem(layer_kind(layer), "mlx-lm") or mlx_problem(scheme):
         return problem
     if _group(layer) is None:
         return f"{scheme}: {layer.tensor.shape[-1]} inputs do not divide into MLX's groups of 32"

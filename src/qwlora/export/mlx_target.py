@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError, foreign_as
-from qwlora.export.held_schemes import linear_only_problem, mlx_problem
+from qwlora.export.held_schemes import layer_kind_problem, mlx_problem
 from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ class MlxTarget(WeightsTarget):
         return mlx_problem(scheme)
 
     def kind_problem(self, kind: LayerKind) -> str | None:
-        return linear_only_problem(kind, "mlx-lm")
+        return layer_kind_problem(kind, "mlx-lm")
 
     def architecture_problem(self, model_type: str) -> str | None:
         if self.missing():

@@ -33,7 +33,7 @@ from qwlora.export.held_schemes import (
     QWEIGHT_GROUPS,
     awq_problem,
     gptq_problem,
-    linear_only_problem,
+    layer_kind_problem,
     one_layout_conflict,
 )
 from qwlora.export.weights_folder import (
@@ -161,7 +161,7 @@ def _layers(
 
 
 def _kind_problem(layer: PackedLayer) -> str | None:
-    if problem := linear_only_problem(layer_kind(layer), "the format"):
+    if problem := layer_kind_problem(layer_kind(layer), "GPTQ or AWQ"):
         return problem
     if wrong := [size for size in layer.tensor.shape if size % 32]:
         return f"the format's words need sizes that 32 divides, not {wrong[0]}"

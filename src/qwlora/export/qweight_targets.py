@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from qwlora.export.held_schemes import (
     awq_problem,
     gptq_problem,
-    linear_only_problem,
+    layer_kind_problem,
     one_layout_conflict,
 )
 from qwlora.export.hf_target import TransformersRuntime, load, loading_in_transformers
@@ -52,7 +52,7 @@ class QweightTarget(WeightsTarget):
         return one_layout_conflict(schemes)
 
     def kind_problem(self, kind: LayerKind) -> str | None:
-        return linear_only_problem(kind, "the format")
+        return layer_kind_problem(kind, "GPTQ or AWQ")
 
     def write_adapter(self, adapter: CanonicalAdapter, base: Path, folder: Path) -> None:
         from qwlora.export.canonical_adapter import write_peft

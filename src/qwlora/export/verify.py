@@ -398,19 +398,14 @@ class LogitDifference:
 
     @property
     def lowest_agreement(self) -> float:
-        """Lower end of the 95 % interval for another sample of the same size.
+        """Lower end of the 95 % interval (Wilson) for another sample of the same size.
 
         Both are samples, so their difference has the variance of a sample half as large.
         """
-        return lowest_share(self.agreement, self.tokens / 2)
-
-
-def lowest_share(share: float, count: float) -> float:
-    """Lower end of the 95 % interval (Wilson) of a share of `count` cases."""
-    z = 1.96
-    center = share + z * z / (2 * count)
-    margin = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return (center - margin) / (1 + z * z / count)
+        n, share, z = self.tokens / 2, self.agreement, 1.96
+        center = share + z * z / (2 * n)
+        margin = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+        return (center - margin) / (1 + z * z / n)
 
 
 def perplexity_floor(squared_noise: float, tokens: int) -> float:

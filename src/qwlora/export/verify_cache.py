@@ -7,8 +7,8 @@ whole sequence.
 
 On a grid, the same sums in another order can round to another step, so two correct computations of
 one sequence differ. The files may be `Limits.below_floor` dB further from the simulation than
-either of two others that are known to be correct: a second simulation, and the files' own run of
-the whole sequence.
+either of two others: a second simulation, and the files' own run of the whole sequence, which is
+verified by itself. At least `WRONG` dB are needed in any case.
 
     SQNR = 10 log10(sum x^2 / sum (x - x_hat)^2) in dB, x simulated, x_hat from the files
 """
@@ -24,6 +24,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from qwlora.export.graph_parity import WRONG
 from qwlora.export.verify import Limits, LogitDifference, OutputDifference, Reference
 
 DECODED = 16  # tokens that are run one by one
@@ -69,7 +70,7 @@ class CacheParity:
 
     def least_sqnr(self, limits: Limits) -> float:
         """The limit of `sqnr`, in dB."""
-        return min(limits.sqnr, self.floor_sqnr - limits.below_floor)
+        return max(WRONG, min(limits.sqnr, self.floor_sqnr - limits.below_floor))
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if math.isfinite(value)}

@@ -26,14 +26,14 @@ def check_needs(
     """
     by_name, lacking = {s.name: s for s in plan}, set[str]()
 
-    def findlacking_error(stage: Stage) -> None:
+    def find_lacking(stage: Stage) -> None:
         for need in (by_name[name] for name in stage.needs):
             if need.name in stale and need.verb not in verbs and need.name not in lacking:
                 lacking.add(need.name)
-                findlacking_error(need)
+                find_lacking(need)
 
     for stage in waiting:
-        findlacking_error(stage)
+        find_lacking(stage)
     if lacking:
         asking = dict.fromkeys(s.verb for s in waiting)
         needed = [s for s in plan if s.name in lacking]

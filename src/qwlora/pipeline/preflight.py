@@ -52,7 +52,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     Raises:
         SourceError: the text is too short; its sequences are too long for the model; the model
             cannot be loaded, or cannot mask attention between documents in one sequence.
-        GridError: the base's grid does not fit the model.
+        GridError: the base's grid does not fit the model, or a target cannot hold its layers.
         TrainingError: an adapter does not fit the model, or differs in shape from those it shares
             all encodings with.
         ExportError: an adapter from elsewhere has what a target cannot hold.
@@ -79,7 +79,8 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     model, packed = _unquantized(context) if "quantize" in verbs else _quantized(context)
     if note := check_positions(model, max(t.data.positions() for t in texts.values())):
         say(note)
-    _check_layers(context, model, packed)
+    if verbs & {"quantize", "export"}:
+        _check_layers(context, model, packed)
     if "train" in verbs:
         _check_saved(context, model, packed)
         _check_held(context.recipe, shapes)

@@ -97,12 +97,12 @@ def run(
 
 @dataclass
 class _Run:
-    """One run of the first process.
+    """One run, in the first process. Its first fields are what `run` was given and made.
 
     Args:
         stale: why each stage that is not current has to run.
         always: stages that run even if they are current.
-        context: made when the first stage needs it.
+        context: None until a stage, or a check before all stages, needs it.
     """
 
     recipe: Recipe

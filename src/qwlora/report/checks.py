@@ -27,7 +27,7 @@ from qwlora.report.written_numbers import (
 )
 
 _MODELS = {"simulated": "simulation", "adapted": "trained model"}
-BASE = "base"  # in the place of an adapter's name
+BASE = "base"  # instead of an adapter's name
 LEAST_GAIN = 0.01  # an adapter should beat the float model by this much
 
 

@@ -63,8 +63,8 @@ def _simulation(context: JobContext) -> Simulation:
 
 
 def _model(context: JobContext) -> PeftModel:
-    """The base with an adapter on every such layer. It has the shape of the first adapter if all
-    change the same layers, so that a graph that was translated for one serves the other."""
+    """The base with an adapter on every such layer, of the shape of the first adapter if that one
+    changes all of them."""
     first, *others = context.recipe.adapters
     layers = _layers(context, first)
     union = layers.union(*(_layers(context, adapter) for adapter in others))

@@ -62,7 +62,7 @@ def context(tmp_path: Path) -> Any:
         text=lambda name: text,
         recipe=SimpleNamespace(
             verify=SimpleNamespace(sequences=1, layer_tokens=2),
-            export=SimpleNamespace(encodings_version="1.0.0"),
+            export=SimpleNamespace(encodings_version="1.0.0", graphs_of=lambda target: None),
         ),
         track=None,
     )

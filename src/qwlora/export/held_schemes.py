@@ -26,11 +26,11 @@ class LayerKind(Enum):
 
 
 def layer_kind_problem(kind: LayerKind, holder: str) -> str | None:
-    """Why a format or program cannot hold integers of a kind of layer; None if it can, or writes
-    floats instead, as most do for embeddings."""
+    """Why no integers of a kind of layer are written for a format or program; None if they are, or
+    floats are written instead, as for most embeddings."""
     match kind:
         case LayerKind.OTHER:
-            return f"{holder} has no integers for experts that share a tensor, nor for convolutions"
+            return f"for {holder}, only Linear layers and embeddings are written, no other layer"
         case LayerKind.CONV1D:
             return f"{holder} has no integers for transformers' Conv1D"
     return None

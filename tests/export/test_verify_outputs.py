@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from qwlora import (
 )
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export.onnx_runtime import OnnxModel
-from qwlora.export.verify import Limits, OutputDifference, check_parity
+from qwlora.export.verify import Limits, OutputDifference, check_parity, compare_layers
 from simulation.tiny_architectures import inputs, make
 
 NAME = "ViT, classification"
@@ -198,3 +199,25 @@ def test_exports_with_a_cache_decode_after_prefill(tmp_path: Path) -> None:
         assert float((found["logits"][:, 0] - expected[:, position]).abs().max()) < 0.01 * float(
             expected.abs().max()
         )
+
+
+@pytest.mark.parametrize("share", [0.05, 1.0])
+def test_few_steps_in_a_small_layer_are_chance_but_not_all_of_them(
+    bundle: tuple[Path, Simulation], share: float
+) -> None:
+    folder, simulation = bundle
+    values, encodings = simulation.values(BATCHES[0]), simulation.graph().encodings
+    sizes = {name: value.numel() for name, value in values.items() if name in encodings}
+    small = min((n for n in sizes if sizes[n] > 60), key=lambda name: sizes[name])
+
+    class OneStepOff(OnnxModel):
+        def run_layers(
+            self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+        ) -> dict[str, Tensor]:
+            found = super().run_layers(values, tensors)
+            wrong = values[small].flatten().clone()
+            wrong[: max(1, int(share * len(wrong)))] += encodings[small].scale
+            return {**found, small: wrong.view_as(values[small])}
+
+    parity = compare_layers(OneStepOff(folder), simulation, BATCHES[0])
+    assert bool(list(parity.broken_limits(Limits()))) == (share == 1.0)

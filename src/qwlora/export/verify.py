@@ -38,6 +38,7 @@ from qwlora.graph.quantized_graph import Interface, Kind, QuantizedGraph
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.progress import Track, timed, untracked
 
+FEW = 1000  # values of a layer, whose mean is partly chance
 _LAYER_SECONDS = 0.02  # to cut the graph at a value, open it and compare
 
 
@@ -82,6 +83,8 @@ class Limits:
 
     Args:
         layer_steps, layer_mean_steps: of any layer, largest and mean, in steps of its output grid.
+            A mean of fewer than `FEW` values counts as if there were as many, the others equal: of
+            64 values, a few are a step off by chance.
         perplexity_difference: of a language model, relative.
         sqnr, below_floor: an output may be `below_floor` dB below its noise floor; `sqnr` dB is
             always enough.
@@ -348,7 +351,9 @@ def compare_layers(runtime: Runtime, reference: Reference, batch: Mapping[str, A
     outputs = runtime.run_layers(values, reference.bind(batch))
     steps = [(outputs[name] - values[name]).abs() / graph.encodings[name].scale for name in names]
     largest = torch.stack([s.max() for s in steps])
-    mean = torch.stack([s.mean() for s in steps]).max()  # NaN if one of them is
+    mean = torch.stack(
+        [s.sum() / max(s.numel(), FEW) for s in steps]
+    ).max()  # NaN if one of them is
     worst = int(largest.argmax())
     return LayerParity(names[worst], float(largest[worst]), float(mean), len(names))
 

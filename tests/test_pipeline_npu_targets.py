@@ -121,6 +121,10 @@ def test_a_job_writes_and_verifies_every_use_case_and_refuses_an_edited_file(
             },
             "choose another name",
         ),
+        (
+            {"export": {"targets": ["qairt"]}, "adapters": [{**ADAPTERS[0], "name": "host"}]},
+            "host is the name of another file of target qairt",
+        ),
         ({"export": {"targets": ["qairt"]}, "workflow": "qwa-lora"}, "use workflow qw-lora"),
         (
             {
@@ -207,6 +211,14 @@ def test_graphs_of_the_htp_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=said):
         load_recipe(recipe_for(**{"adapters": TWO, **HTP, **sections}))
+
+
+def test_default_graphs_of_an_earlier_version_are_ignored_where_no_target_has_graphs(
+    recipe_for: Any,
+) -> None:
+    graphs = {"prefill": 128, "decode": 1, "context": 1024}
+    recipe = load_recipe(recipe_for(export={"targets": ["onnx"], "graphs": graphs}))
+    assert recipe.export.graphs_of("onnx") is None
 
 
 def test_an_embedding_that_the_htp_cannot_read_is_refused_before_training(

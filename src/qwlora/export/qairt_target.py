@@ -29,7 +29,7 @@ class QairtTarget(UseCasesTarget):
     extra = "onnx"
     packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
     activation_bitwidths = (8, 16)
-    reserved = frozenset({"none", "base", "base_v3", "model"})
+    reserved = frozenset({"none", "base", "base_v3", "model", "host"})
     cached_graphs = "asked"
     has_proof = True
 

@@ -245,6 +245,8 @@ class Recipe(Section):
         if self.export.graphs is None:
             return self
         if not takes:
+            if self.export.graphs == Graphs():  # earlier versions wrote it into every recipe.yaml
+                return self
             raise ValueError(
                 "export.graphs has no effect without target qnn, aimet or qairt; remove it"
             )

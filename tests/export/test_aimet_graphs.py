@@ -163,12 +163,15 @@ def edit_entry(graph: str, tensor: str, key: str, change: Callable[[Any], Any]) 
     return edit
 
 
-def drop_entry(folder: Path) -> None:
-    path = folder / "decode.aimet/model.encodings"
-    document = json.loads(path.read_text())
-    entries = document["activation_encodings"]
-    entries.remove(next(e for e in entries if e["name"] == "model.norm.mul"))
-    path.write_text(json.dumps(document))
+def drop_entry(tensor: str) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        path = folder / "decode.aimet/model.encodings"
+        document = json.loads(path.read_text())
+        entries = document["activation_encodings"]
+        entries.remove(next(e for e in entries if e["name"] == tensor))
+        path.write_text(json.dumps(document))
+
+    return edit
 
 
 def flip_bit(folder: Path) -> None:
@@ -201,10 +204,17 @@ NORM = "model.norm.mul"
         (flip_bit, r"decode\.aimet/model\.data differs from prefill\.aimet/model\.data"),
         (lambda f: (f / "decode.aimet/model.data").unlink(), r"model\.data is missing"),
         (lambda f: (f / "prefill.aimet/notes.md").touch(), r"notes\.md does not belong"),
-        (drop_entry, r"decode\.aimet/model\.encodings: model\.norm\.mul has no entry"),
+        (drop_entry(NORM), r"decode\.aimet/model\.encodings: model\.norm\.mul has no entry"),
         (
             edit_entry("decode", NORM, "name", lambda n: f"{n}2"),
             r"model\.encodings: .*not the name",
+        ),
+        *(
+            (
+                drop_entry(f"past_value_0_{end}"),
+                rf"decode\.aimet/model\.encodings: past_value_0_{end} has no entry",
+            )
+            for end in ("in", "out")
         ),
         (
             edit_entry("decode", NORM, "scale", lambda s: [x * 1.01 for x in s]),
@@ -219,7 +229,14 @@ NORM = "model.norm.mul"
     ],
     ids=[
         *("bit-flipped", "file-dropped", "file-added", "entry-dropped", "tensor-renamed"),
-        *("untied", "cache-untied", "graphs-swapped", "shape-changed"),
+        *(
+            "cache-in-dropped",
+            "cache-out-dropped",
+            "untied",
+            "cache-untied",
+            "graphs-swapped",
+            "shape-changed",
+        ),
     ],
 )
 def test_damaged_files_are_refused_by_name(

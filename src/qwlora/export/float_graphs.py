@@ -224,7 +224,7 @@ class FloatGraphs(CachedGraphs):
                 yield f"{where}: the entry of {each} differs from graphs.json"
         for each in record["inputs"]:
             new = each.replace("_in", "_out")
-            if new in record["outputs"] and _grid(known[each]) != _grid(known[new]):
+            if new in record["outputs"] and _grid(known.get(each)) != _grid(known.get(new)):
                 yield f"{where}: {each} and {new} have different entries"
 
     def _untied(self) -> Iterator[str]:

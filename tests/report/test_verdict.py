@@ -175,13 +175,20 @@ def test_files_that_were_written_but_not_run_are_not_proven() -> None:
     assert "mlx is missing" in render(job)
 
 
-def test_a_noise_floor_above_the_limit_is_the_limit() -> None:
+@pytest.mark.parametrize(("limit", "outcome"), [(0.023, Outcome.PASSED), (0.003, Outcome.FAILED)])
+def test_the_limit_of_a_perplexity_contains_the_noise_floor(limit: float, outcome: Outcome) -> None:
     results = finished(
-        **{f"{PARITY}perplexity": 54.6, f"{PARITY}floor_perplexity_difference": 0.02}
+        **{
+            f"{PARITY}perplexity": 54.6,
+            f"{PARITY}floor_perplexity_difference": 0.02,
+            f"{PARITY}limits__perplexity_difference": limit,
+        }
     )
-    check = verdict(job_of("finished", results)).checks[0]
-    assert check.outcome is Outcome.PASSED
-    assert check.limit == "noise floor 2.00%"
+    job = job_of("finished", results)
+    check = verdict(job).checks[0]
+    assert check.outcome is outcome
+    assert check.limit == f"limit {100 * limit:.2f}%, with the noise floor"
+    assert f"of {100 * limit:.2f}%" in render(job)
 
 
 def test_a_recipe_without_targets_is_not_proven() -> None:

@@ -107,17 +107,15 @@ def proof_checks(job: Job, target: str, adapter: str) -> Iterator[Check]:
 def _limits(job: Job, target: str, adapter: str, where: str, place: Path) -> Iterator[Check]:
     drift, model = job.drift(target, adapter), _MODELS[job.compared_with(target, adapter)]
     limit = job.limit(target, adapter, "perplexity_difference")
-    floor = job.number(*place, "floor_perplexity_difference")
-    allowed = max((x for x in (limit, floor) if x is not None), default=None)
-    if drift is not None and allowed is not None:
-        is_floor = floor is not None and allowed == floor
+    has_floor = job.number(*place, "floor_perplexity_difference") is not None
+    if drift is not None and limit is not None:
         yield Check(
-            _within(abs(drift) <= allowed),
+            _within(abs(drift) <= limit),
             f"{where}Perplexity of the exported file against the {model}",
             valued(precise_percent(abs(drift)), drift),
-            f"{'noise floor' if is_floor else 'limit'} {precise_percent(allowed)}",
+            f"limit {precise_percent(limit)}{', with the noise floor' if has_floor else ''}",
             f"its perplexity is {precise_percent(abs(drift))} away, and the limit is "
-            f"{precise_percent(allowed)}",
+            f"{precise_percent(limit)}",
         )
     layers = job.number(*place, "layers")
     for key, name, what, digits in (

@@ -163,17 +163,10 @@ def _limits(job: Job, target: str, adapter: str) -> Limits | None:
     place = ("parity", target, adapter)
     drift = job.drift(target, adapter)
     used: list[tuple[str, str, float]] = []
-    allowed = [
-        x
-        for x in (
-            job.limit(target, adapter, "perplexity_difference"),
-            job.number(*place, "floor_perplexity_difference"),
-        )
-        if x is not None
-    ]
+    allowed = job.limit(target, adapter, "perplexity_difference")
     if drift is not None and allowed:
-        shown = f"{precise_percent(abs(drift))} of {precise_percent(max(allowed))}"
-        used.append(("Perplexity", shown, abs(drift) / max(allowed)))
+        shown = f"{precise_percent(abs(drift))} of {precise_percent(allowed)}"
+        used.append(("Perplexity", shown, abs(drift) / allowed))
     logit, most_logit = (
         job.number(*place, *key)
         for key in (("max_abs_logit_difference",), ("limits", "logit_difference"))

@@ -215,9 +215,7 @@ def _magnified(job: Job, adapter: str) -> Markup | None:
     for target in job.targets:
         drift = None if (target, adapter) in job.stale else job.drift(target, adapter)
         if drift is not None:
-            limit = job.limit(target, adapter, "perplexity_difference")
-            floor = job.number("parity", target, adapter, "floor_perplexity_difference")
-            allowed = max((x for x in (limit, floor) if x is not None), default=None)
+            allowed = job.limit(target, adapter, "perplexity_difference")
             kind = "k-loss" if allowed is not None and abs(drift) > allowed else "k-gain"
             of = "simulation" if job.compared_with(target, adapter) == "simulated" else "adapter"
             rows.append((f"{runtime(target)}, of the {of}", drift, allowed, kind))

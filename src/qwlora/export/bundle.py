@@ -19,7 +19,7 @@ import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,18 +141,22 @@ def _read_proof(path: Path) -> dict[str, Any]:
     return record
 
 
-def check_complete(bundle: Path, records: Collection[str]) -> None:
+def check_complete(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
     """Check that nothing is in the bundle but what the proofs are of.
 
+    Files of use cases are not in folders of their own: `check_files` compares the whole bundle with
+    its record.
+
     Args:
-        records: names of the adapters with a proof.
+        records: the proofs, by name of the adapter.
 
     Raises:
         FingerprintError: a file or folder has no proof.
     """
     known = {BASE, PROOF, README, *records}
-    parts = [(path, path.name in known) for path in bundle.iterdir()]
-    parts += [(path, path.name in records) for path in (bundle / PROOF).iterdir()]
+    parts = [(path, path.name in records) for path in (bundle / PROOF).iterdir()]
+    if not any(isinstance(TARGETS[r["target"]], UseCasesTarget) for r in records.values()):
+        parts += [(path, path.name in known) for path in bundle.iterdir()]
     added = sorted(
         str(path.relative_to(bundle))
         for path, is_known in parts
@@ -177,14 +181,17 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
         what = f"{str(folder)!r}"
         if not manifest.has_digests(folder, RECORD):
             raise FingerprintError(f"{what} has no readable {RECORD} with digests; copy it again")
-        manifest.check(folder, RECORD, what, "export it again")
+        known = manifest.listed_files(folder, RECORD)
+        own = files_in(folder)
+        if folder == bundle:
+            known = [name for name in known if name != README]
+            own = [name for name in own if name != README and not _is_of_other(name)]
+        manifest.check(folder, RECORD, what, "export it again", only=known)
         if record_digest(folder) != record.get("of", {}).get(part):
             raise FingerprintError(
                 f"{what} is not the one that the proof in {PROOF}/{name} is of; copy the whole "
                 "bundle again, or verify the job again"
             )
-        known = json.loads((folder / RECORD).read_text())[manifest.FILES]
-        own = [f for f in files_in(folder) if folder != bundle or not f.startswith(f"{PROOF}/")]
         if added := sorted(set(own) - set(known)):
             raise FingerprintError(
                 f"{what} holds files that were not exported: {listed(added)}; remove them"
@@ -193,6 +200,11 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
         raise FingerprintError(
             f"{str(bundle / PROOF / name)!r} holds files of no proof: {listed(added)}; remove them"
         )
+
+
+def _is_of_other(name: str) -> bool:
+    """Whether a file of a bundle belongs to a proof, or is hidden or in a hidden folder."""
+    return name.startswith((f"{PROOF}/", "."))
 
 
 def parts(target: Target, bundle: Path, name: str) -> dict[str, Path]:
@@ -225,8 +237,7 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
         if found_target is None:
             unknown = records[name].get("target")
             raise SourceError(f"{str(bundle)!r} is of target {unknown!r}: unknown")
-    if not any(isinstance(target, UseCasesTarget) for target in targets.values()):
-        check_complete(bundle, records)
+    check_complete(bundle, records)
     for name, record in records.items():
         check_files(bundle, name, record)
     for name, record in track(records.items(), "verifying", len(records)):

@@ -159,7 +159,8 @@ def as_floats(
             opened, size = open_aimet_graphs(folder / name), sizes((folder / name).rglob("*"))
         simulation = one.simulation
         assert isinstance(simulation, SimulatedGraph)
-        parity = compare_graphs(lambda i, run=opened: run.logits(i, decode), simulation, ids)
+        found, expected = opened.logits(ids, decode), simulation.logits(ids)
+        parity = compare_graphs(found, expected, simulation.perturbed_logits(ids), ids)
         if broken := list(parity.broken_limits(Limits())):
             print(target, name, "FAILED:", "; ".join(broken), flush=True)
         seconds = time.perf_counter() - began
@@ -235,7 +236,7 @@ def table(results: list[dict[str, Any]]) -> str:
                 cpu = row["cpu"]
                 figures = [
                     f"{row['simulated_perplexity']:.3f}, {cpu['perplexity']:.3f}, not run",
-                    f"not run, not run, {cpu['sqnr']:.1f}; {row['perturbed_sqnr']:.1f} dB",
+                    f"not run, not run, {sqnr(cpu)}; {sqnr(row, 'perturbed_sqnr')} dB",
                     f"CPU to simulation {cpu['top1_agreement']:.1%}; "
                     f"{row['perturbed_top1_agreement']:.1%}",
                 ]
@@ -253,8 +254,8 @@ def table(results: list[dict[str, Any]]) -> str:
                     f"{value:.3f}"
                     for value in (row["simulated_perplexity"], cpu["perplexity"], htp["perplexity"])
                 ),
-                f"{row['htp_sqnr']:.1f}, {htp['sqnr']:.1f}, {cpu['sqnr']:.1f}; "
-                f"{row['perturbed_sqnr']:.1f} dB",
+                f"{sqnr(row, 'htp_sqnr')}, {sqnr(htp)}, {sqnr(cpu)}; "
+                f"{sqnr(row, 'perturbed_sqnr')} dB",
                 f"{row['htp_top1_agreement']:.1%}, {htp['top1_agreement']:.1%}; "
                 f"{row['perturbed_top1_agreement']:.1%}",
                 ", ".join(str(p["partitions"]) for p in placed),
@@ -263,6 +264,11 @@ def table(results: list[dict[str, Any]]) -> str:
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def sqnr(found: dict[str, Any], key: str = "sqnr") -> str:
+    """In dB; results have it if it is finite."""
+    return f"{found[key]:.1f}" if key in found else "infinite"
 
 
 if __name__ == "__main__":

@@ -46,6 +46,13 @@ class Sequences(Dataset[dict[str, Tensor]]):
         """The first `count` sequences, or as many as there are."""
         return self._part(torch.arange(min(count, len(self))))
 
+    def cut(self, tokens: int) -> Sequences:
+        """The first `tokens` tokens of each sequence that has a loss token among them. If none has,
+        of each, with all tokens in the loss."""
+        ids, labels = self.input_ids[:, :tokens], self.labels[:, :tokens]
+        kept = (labels[:, 1:] != IGNORED).any(1)
+        return Sequences(ids[kept], labels[kept]) if kept.any() else Sequences(ids, ids)
+
     def spread(self, count: int) -> tuple[Sequences, Sequences]:
         """(`count` evenly spaced sequences, or as many as there are; the remaining ones)."""
         chosen = torch.zeros(len(self), dtype=torch.bool)

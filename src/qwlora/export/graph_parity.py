@@ -10,7 +10,7 @@ The limit is `LEAST_SQNR`, or `BELOW_FLOOR` less than that distance if it is sma
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class Run:
     """Logits of one runtime.
 
     Args:
-        sqnr: against the simulation.
+        sqnr: against the simulation; infinite if equal, and then not in `to_json`.
         top1_agreement: share of tokens with the simulation's likeliest next token.
     """
 
@@ -72,7 +72,9 @@ class GraphsParity:
         """The fields; those of the last run also under the names of other targets."""
         last = list(self.runs.values())[-1]
         found = {key: value for key, value in asdict(self).items() if value is not None}
-        return found | {"perplexity": last.perplexity, "top1_agreement": last.top1_agreement}
+        found |= {"perplexity": last.perplexity, "top1_agreement": last.top1_agreement}
+        runs = {key: _finite(value) for key, value in found.items() if isinstance(value, dict)}
+        return _finite(found) | runs
 
     @property
     def least_sqnr(self) -> float:
@@ -93,11 +95,8 @@ class GraphsParity:
             )
 
 
-def compare_graphs(
-    logits: Callable[[Tensor], Tensor], simulation: SimulatedGraph, ids: Tensor
-) -> GraphsParity:
-    """Compare logits of ids [1, tokens] with the simulation's."""
-    expected, perturbed = simulation.logits(ids), simulation.perturbed_logits(ids)
+def compare_graphs(found: Tensor, expected: Tensor, perturbed: Tensor, ids: Tensor) -> GraphsParity:
+    """Compare logits of ids [1, tokens] with those of two equally correct simulations."""
     change = token_losses(perturbed, ids[0]) - token_losses(expected, ids[0])
     return GraphsParity(
         tokens=ids.shape[1],
@@ -105,7 +104,7 @@ def compare_graphs(
         floor_perplexity_difference=perplexity_floor(float(change.square().sum()), len(change)),
         perturbed_sqnr=logits_sqnr(perturbed, expected),
         perturbed_top1_agreement=agreement(perturbed, expected),
-        cpu=run_of(logits(ids), expected, ids),
+        cpu=run_of(found, expected, ids),
     )
 
 
@@ -115,7 +114,18 @@ def verify_graphs(graphs: CachedGraphs, simulation: Reference, text: Sequences) 
     assert isinstance(simulation, SimulatedGraph)
     ids = text.input_ids[:1, : most_tokens(graphs.folder)]
     steps = min(DECODED, ids.shape[1] - 1)
-    return compare_graphs(lambda ids: graphs.logits(ids, steps), simulation, ids)
+    return compare_graphs(
+        graphs.logits(ids, steps), simulation.logits(ids), simulation.perturbed_logits(ids), ids
+    )
+
+
+def _finite(fields: dict[str, Any]) -> dict[str, Any]:
+    """All but numbers that are infinite or none."""
+    return {
+        key: value
+        for key, value in fields.items()
+        if not isinstance(value, float) or math.isfinite(value)
+    }
 
 
 def run_of(found: Tensor, expected: Tensor, ids: Tensor) -> Run:

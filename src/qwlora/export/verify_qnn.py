@@ -129,7 +129,8 @@ def verify_qnn(
     check_bundle(folder, name)
     base, adapter = folder / BASE, folder / name
     on_cpu = QnnModel(base, adapter, htp=False).logits(ids, steps)
-    parity = compare_graphs(lambda _: on_cpu, simulation, ids)
+    expected = simulation.logits(ids)
+    parity = compare_graphs(on_cpu, expected, simulation.perturbed_logits(ids), ids)
     on_htp, placement, not_run = None, {}, None
     try:
         require_emulator()
@@ -141,7 +142,7 @@ def verify_qnn(
         placement = model.placement()
     return QnnParity(
         **vars(parity),
-        htp=None if on_htp is None else run_of(on_htp, simulation.logits(ids), ids),
+        htp=None if on_htp is None else run_of(on_htp, expected, ids),
         htp_sqnr=None if on_htp is None else logits_sqnr(on_htp, on_cpu),
         htp_top1_agreement=None if on_htp is None else agreement(on_htp, on_cpu),
         placement=placement,

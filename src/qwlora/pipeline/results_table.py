@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from rich.console import Console
@@ -164,13 +165,13 @@ def _cached_graph_rows(name: str, parity: dict[str, Any]) -> list[Row]:
     rows = [
         (
             f"parity {name}",
-            f"perplexity {run['perplexity']:.3f} on {place}, "
+            f"perplexity {run.get('perplexity', math.nan):.3f} on {place}, "
             f"{parity['simulated_perplexity']:.3f} simulated (on {parity['tokens']} tokens)",
         ),
         (
             "",
-            f"logits {run['sqnr']:.1f} dB, same likeliest token {run['top1_agreement']:.2%}; "
-            f"two simulations {parity['perturbed_sqnr']:.1f} dB, "
+            f"logits {_decibels(run, 'sqnr')}, same likeliest token {run['top1_agreement']:.2%}; "
+            f"two simulations {_decibels(parity, 'perturbed_sqnr')}, "
             f"{parity['perturbed_top1_agreement']:.2%}",
         ),
     ]
@@ -181,6 +182,11 @@ def _cached_graph_rows(name: str, parity: dict[str, Any]) -> list[Row]:
         )
         rows.append(("", "; ".join(counts)))
     return rows
+
+
+def _decibels(found: dict[str, Any], key: str) -> str:
+    """An SQNR; results.json has only a finite one."""
+    return f"{found[key]:.1f} dB" if key in found else "without a finite SQNR"
 
 
 def _divergence_rows(results: dict[str, Any]) -> list[Row]:

@@ -331,7 +331,6 @@ def _prove_simulated(
     context: JobContext, name: str, case: str, simulation: Simulation, scratch: Path
 ) -> dict[str, Any]:
     """Write the proof of files that hold base and adapter together."""
-    from qwlora.data.sequences import as_sequences
     from qwlora.export.bundle import parts
     from qwlora.export.cached_graphs import has_graphs, most_tokens
     from qwlora.export.proof import make_reference
@@ -339,9 +338,8 @@ def _prove_simulated(
     held_out, target = _text_of(context, case), TARGETS[name]
     (folder,) = parts(target, context.path / "export" / name, case).values()
     if has_graphs(folder):
-        ids = held_out.input_ids
         most = most_tokens(folder)
-        held_out = held_out if ids.shape[1] <= most else as_sequences(ids[:, :most])
+        held_out = held_out if held_out.input_ids.shape[1] <= most else held_out.cut(most)
     logits, perturbed = simulation.logits, simulation.perturbed_logits
     reference = make_reference({"adapter": logits}, held_out, {"adapter": perturbed})
     return _prove(context, name, case, simulation.origin.model, reference, scratch)

@@ -18,7 +18,8 @@ from rich.console import Console
 
 from command_line import qwlora
 from qwlora.errors import DirectoryError, FingerprintError, GridError, RecipeError
-from qwlora.export.bundle import verify_bundle
+from qwlora.export.bundle import RECORD, record_digest, verify_bundle
+from qwlora.formats import manifest
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.pipeline.results_table import print_summary
 from qwlora.pipeline.run_job import run
@@ -229,6 +230,23 @@ def test_an_embedding_that_the_htp_cannot_read_is_refused_before_training(
         run(recipe, tmp_path / "job", VERBS)
 
 
+def break_decode(folder: Path, proofs: list[Path]) -> None:
+    """Damage the last norm of the decode graph, and write its new digests into all records."""
+    for path in (*folder.glob("decode_*.onnx"), *folder.glob("decode.aimet/model.onnx")):
+        model = onnx.load(path, load_external_data=False)
+        norms = [node for node in model.graph.node if node.op_type == "RMSNormalization"]
+        for attribute in norms[-1].attribute if norms else ():  # the host's graph has none
+            if attribute.name == "epsilon":
+                attribute.f = 1e6
+        onnx.save(model, path)
+    for record in (folder / RECORD, *proofs):
+        known = json.loads(record.read_text())
+        files = [name for name in known.pop("files") if name != record.name]
+        if record in proofs:
+            known["of"] = {"files": record_digest(folder)}
+        manifest.write(record.parent, record.name, known, files)
+
+
 @pytest.mark.slow
 def test_a_job_writes_graphs_for_the_htp_and_runs_every_adapter(
     recipe_for: Any, tmp_path: Path
@@ -284,6 +302,12 @@ def test_a_job_writes_graphs_for_the_htp_and_runs_every_adapter(
             assert measured == results["parity"][target][name]["proof"]["exact"]["adapter"]
             assert measured["top1_agreement"] > 0.9
             assert proof["perplexity_limits"]["adapter"] > 0.02
+        broken = shutil.copytree(bundle, tmp_path / f"{target}-broken")
+        if target == "aimet":
+            break_decode(broken / "first", [broken / "proof/first/proof.json"])
+        else:
+            break_decode(broken, list(broken.glob("proof/*/proof.json")))
+        assert not verify_bundle(broken)["first"]["passed"]
         edited = next(bundle.rglob("*_host.onnx"))
         edited.write_bytes(edited.read_bytes()[:-1] + b"x")
         with pytest.raises(FingerprintError, match=edited.name):

@@ -6,6 +6,7 @@ Imports torch and ONNX packages only when it writes or opens files (see `target.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,9 +59,9 @@ class AimetTarget(GraphTarget):
 
         return open_aimet(folder)
 
-    def logits(self, folder: Path) -> Callable[[Tensor], Tensor]:
+    def logits(self, folder: Path, steps: int = 0) -> Callable[[Tensor], Tensor]:
         graphs = _graphs(folder)
-        return super().logits(folder) if graphs is None else graphs.logits
+        return super().logits(folder) if graphs is None else partial(graphs.logits, steps=steps)
 
     def call_tokens(self, folder: Path, sequence: int) -> int | None:
         from qwlora.export.cached_graphs import has_graphs, largest_call

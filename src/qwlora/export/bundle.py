@@ -256,6 +256,7 @@ def proven(
     limits: Mapping[str, float],
 ) -> dict[str, Any]:
     """What running an adapter of a bundle gives: figures, problems, program and machine."""
+    from qwlora.export.graph_parity import DECODED
     from qwlora.export.proof import (
         broken_limits,
         client,
@@ -268,10 +269,10 @@ def proven(
     if isinstance(target, BundleTarget):
         figures = measure(target, bundle / BASE, bundle / name, reference)
     elif isinstance(target, UseCasesTarget):
-        figures = measure_logits(target.logits(bundle, name), reference)
+        figures = measure_logits(target.logits(bundle, name, DECODED), reference)
     else:
         assert isinstance(target, GraphTarget)
-        figures = measure_logits(target.logits(bundle / name), reference)
+        figures = measure_logits(target.logits(bundle / name, DECODED), reference)
     problems = list(broken_limits(figures, reference, limits["perplexity_difference"]))
     return {
         "client": client(target),

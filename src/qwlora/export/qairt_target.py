@@ -6,6 +6,7 @@ Imports torch and ONNX packages only when it writes or opens files (see `target.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,9 +55,9 @@ class QairtTarget(UseCasesTarget):
         paths = [folder / name for name in (f"{case}.safetensors", *names)]
         return [path for path in paths if path.is_file()]
 
-    def logits(self, folder: Path, case: str) -> Callable[[Tensor], Tensor]:
+    def logits(self, folder: Path, case: str, steps: int = 0) -> Callable[[Tensor], Tensor]:
         if (graphs := _graphs(folder, case)) is not None:
-            return graphs.logits
+            return partial(graphs.logits, steps=steps)
         from qwlora.export.qairt_check import open_qairt
 
         return open_qairt(folder, case).logits

@@ -6,6 +6,7 @@ Imports torch and ONNX packages only when it writes or opens files (see `target.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -74,12 +75,13 @@ class QnnTarget(UseCasesTarget):
     def own_files(self, folder: Path, case: str) -> list[Path]:
         return list((folder / _folder(case)).iterdir())
 
-    def logits(self, folder: Path, case: str) -> Callable[[Tensor], Tensor]:
+    def logits(self, folder: Path, case: str, steps: int = 0) -> Callable[[Tensor], Tensor]:
         from qwlora.export.qnn_runtime import BASE, QnnModel
         from qwlora.export.verify_qnn import check_bundle
 
         check_bundle(folder, _folder(case))
-        return QnnModel(folder / BASE, folder / _folder(case), htp=True).logits
+        model = QnnModel(folder / BASE, folder / _folder(case), htp=True)
+        return partial(model.logits, steps=steps)
 
     def call_tokens(self, folder: Path, sequence: int) -> int:
         from qwlora.export.cached_graphs import largest_call

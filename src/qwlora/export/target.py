@@ -163,8 +163,11 @@ class GraphTarget(Target):
             ExportError: the runtime refuses them.
         """
 
-    def logits(self, folder: Path) -> Callable[[Tensor], Tensor]:
+    def logits(self, folder: Path, steps: int = 0) -> Callable[[Tensor], Tensor]:
         """Logits that the runtime computes of token ids [1, tokens].
+
+        Args:
+            steps: the last tokens to run one by one, if there is a key-value cache.
 
         Raises:
             ExportError: the runtime refuses the files.
@@ -244,8 +247,11 @@ class UseCasesTarget(Target):
         return list(folder.glob(f"{case}.*"))
 
     @abstractmethod
-    def logits(self, folder: Path, case: str) -> Callable[[Tensor], Tensor]:
+    def logits(self, folder: Path, case: str, steps: int = 0) -> Callable[[Tensor], Tensor]:
         """Logits that the runtime computes of token ids [1, tokens], for a use case.
+
+        Args:
+            steps: the last tokens to run one by one, if there is a key-value cache.
 
         Raises:
             MissingExtraError: a package of the runtime is missing.

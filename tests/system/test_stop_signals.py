@@ -32,10 +32,10 @@ from qwlora.cli.main import main
 
 def wait(*_, **__):
     try:
-        print("waiting", flush=True)
+        print("waiting", file=sys.__stdout__, flush=True)
         time.sleep(60)
     finally:
-        print("cleaned up", flush=True)
+        print("cleaned up", file=sys.__stdout__, flush=True)
 
 qwlora.recipe.load_recipe = lambda *_: None
 qwlora.pipeline.run_job.run = qwlora.pipeline.existing_job.open_job = wait

@@ -16,37 +16,20 @@ verified by itself. At least `WRONG` dB are needed in any case.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qwlora.export.graph_parity import WRONG
 from qwlora.export.verify import Limits, LogitDifference, OutputDifference, Reference
+from qwlora.export.verify_weights import SwitchableRuntime
 
 DECODED = 16  # tokens that are run one by one
 _OTHERS = 2  # states that run between the steps
-
-
-@runtime_checkable
-class CachedRuntime(Protocol):
-    """A base with adapters that continues a sequence."""
-
-    @property
-    def has_cache(self) -> bool:
-        """Whether keys and values of earlier tokens are inputs."""
-
-    def use(self, adapter: Path | None) -> None:
-        """Switch to the adapter in a folder, or to none."""
-
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits [batch, tokens, vocabulary] of whole sequences [batch, tokens]."""
-
-    def extend(self, ids: Tensor, past: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Logits of new tokens, and the cache with them; an empty `past` begins a sequence."""
 
 
 @dataclass(frozen=True)
@@ -88,7 +71,7 @@ class CacheParity:
 
 
 def verify_cache(
-    runtime: CachedRuntime,
+    runtime: SwitchableRuntime,
     reference: Reference,
     ids: Tensor,
     adapter: Path | None,
@@ -126,7 +109,7 @@ def verify_cache(
 
 
 def _stepwise(
-    runtime: CachedRuntime,
+    runtime: SwitchableRuntime,
     adapter: Path | None,
     between: Sequence[Path | None],
     ids: Tensor,

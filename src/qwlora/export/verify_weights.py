@@ -12,7 +12,7 @@ thousand.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +51,13 @@ class WeightsRuntime(Protocol):
 
 class SwitchableRuntime(Runtime, WeightsRuntime, Protocol):
     """A base folder with simulated activations; every method computes with the active adapter."""
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether keys and values of earlier tokens are inputs."""
+
+    def extend(self, ids: Tensor, past: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Logits of new tokens, and the cache with them; an empty `past` begins a sequence."""
 
 
 def switching_problems(

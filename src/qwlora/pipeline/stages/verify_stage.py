@@ -179,7 +179,7 @@ def _verify_switchable(
     one if there is a cache; and problems of switching."""
     from qwlora.export.switchable_graph import ZeroAdapter
     from qwlora.export.verify import verify_language_model
-    from qwlora.export.verify_cache import CachedRuntime, verify_cache
+    from qwlora.export.verify_cache import verify_cache
     from qwlora.export.verify_weights import switching_problems
     from qwlora.formats import manifest
     from qwlora.pipeline.zero_adapter import zero_adapter_simulation
@@ -203,7 +203,7 @@ def _verify_switchable(
     others = _others(context, bundle, adapter)
     ids = held_out.input_ids[:1, : section.layer_tokens]
     problems = list(switching_problems(runtime, own, others, ids))
-    if not isinstance(runtime, CachedRuntime) or not runtime.has_cache:
+    if not runtime.has_cache:
         return parity, None, problems
     ids, _ = next(held_out.rows())
     return parity, verify_cache(runtime, reference, ids[None], own, others), problems

@@ -307,10 +307,11 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         for path in (BASE, *names)
     }
     grids = ", ".join(f"{count} of {grid}" for grid, count in some["grids"].items())
+    adapters = "one LoRA adapter" if len(names) == 1 else f"{len(names)} LoRA adapters"
     parts = [
         f"# {some['model']} for {some['target']}",
-        f"A quantized base model and {len(names)} LoRA adapters that were trained on exactly these "
-        f"integers. Weights: {grids}. Fingerprint of the base: `{some['base_fingerprint'][:16]}`.",
+        f"A quantized base model and {adapters} trained on exactly these integers. "
+        f"Weights: {grids}. Fingerprint of the base: `{some['base_fingerprint'][:16]}`.",
         "## Run\n\nIn this folder:",
         *_loading(target, names[0], some.get(WITHOUT_CACHE)),
         "| folder | what | size |\n|---|---|---|\n"

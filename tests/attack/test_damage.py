@@ -130,6 +130,7 @@ READERS = (
             r"^results\.json$": "written, never read; the next verb writes it again",
             r"^recipe\.yaml$": FOUND_AGAIN,
             r"^\.qwlora/lock$": "its content is never read",
+            r"/proof/.*\.json$": "`verify` says that it has changed, and makes it again",
             r"^\.qwlora/digests\.json$": "a cache with a checksum; a damaged one is not used",
             r"^\.qwlora/owner\.json$": (
                 "lists the job's files; a file that is missing there is never removed, and damaged "

@@ -16,6 +16,7 @@ import onnx
 import pytest
 import torch
 
+from export.damage import flip_bit, swap
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import VerificationError
 from qwlora.export.graph_parity import GraphsParity
@@ -174,19 +175,6 @@ def drop_entry(tensor: str) -> Callable[[Path], None]:
     return edit
 
 
-def flip_bit(folder: Path) -> None:
-    path = folder / "decode.aimet/model.data"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
-def swap(folder: Path) -> None:
-    (folder / "prefill.aimet/model.onnx").rename(folder / "kept")
-    (folder / "decode.aimet/model.onnx").rename(folder / "prefill.aimet/model.onnx")
-    (folder / "kept").rename(folder / "decode.aimet/model.onnx")
-
-
 def change_rank(folder: Path) -> None:
     path = folder / "prefill.aimet/model.onnx"
     model = onnx.load(path, load_external_data=False)
@@ -201,7 +189,10 @@ NORM = "model.norm.mul"
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
-        (flip_bit, r"decode\.aimet/model\.data differs from prefill\.aimet/model\.data"),
+        (
+            flip_bit("decode.aimet/model.data"),
+            r"decode\.aimet/model\.data differs from prefill\.aimet/model\.data",
+        ),
         (lambda f: (f / "decode.aimet/model.data").unlink(), r"model\.data is missing"),
         (lambda f: (f / "prefill.aimet/notes.md").touch(), r"notes\.md does not belong"),
         (drop_entry(NORM), r"decode\.aimet/model\.encodings: model\.norm\.mul has no entry"),
@@ -224,7 +215,10 @@ NORM = "model.norm.mul"
             edit_entry("decode", "past_key_0_out", "scale", lambda s: [x * 1.01 for x in s]),
             r"decode\.aimet/model\.encodings: past_key_0_in and past_key_0_out have different",
         ),
-        (swap, r"model\.onnx: .*input_ids.* differ from inputs of"),
+        (
+            swap("prefill.aimet/model.onnx", "decode.aimet/model.onnx"),
+            r"model\.onnx: .*input_ids.* differ from inputs of",
+        ),
         (change_rank, r"prefill\.aimet/model\.onnx: past_key_0_in differ"),
     ],
     ids=[

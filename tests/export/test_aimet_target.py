@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
+from export.damage import flip_bit
 from qwlora import Simulation, SimulationSchemes, encodings, quantize_, simulate
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export.aimet_folder import open_aimet
@@ -172,13 +173,6 @@ def edit_entry(field: str, change: Callable[[object], object]) -> Callable[[Path
     return edit
 
 
-def flip_bit(folder: Path) -> None:
-    path = folder / "model.aimet" / "model.data"
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 1
-    path.write_bytes(content)
-
-
 @pytest.mark.parametrize(
     ("damage", "said"),
     [
@@ -186,7 +180,7 @@ def flip_bit(folder: Path) -> None:
         (lambda f: (f / "model.aimet" / "notes.md").touch(), r"notes\.md does not belong"),
         (edit_entry("name", lambda name: f"{name}2"), r"model\.encodings: .*2.*not the name"),
         (edit_entry("scale", lambda s: [x * 1.01 for x in s]), r"model\.onnx.*not on the grid"),  # type: ignore[attr-defined]
-        (flip_bit, r"model\.onnx: .* not on the grid"),
+        (flip_bit("model.aimet/model.data"), r"model\.onnx: .* not on the grid"),
     ],
     ids=["file-dropped", "file-added", "tensor-renamed", "scale-changed", "bit-flipped"],
 )

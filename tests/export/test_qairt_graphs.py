@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from export.damage import edit_json, flip_bit, swap
 from qwlora import Rule, Scheme, quantize_
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import VerificationError
@@ -122,36 +123,9 @@ def test_weights_are_stored_once_and_a_cache_has_the_grid_of_its_use_case(folder
     }
 
 
-def edit_json(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        document = json.loads((folder / name).read_text())
-        change(document)
-        (folder / name).write_text(json.dumps(document))
-
-    return edit
-
-
 def entry(document: dict[str, Any], name: str) -> dict[str, Any]:
     found: dict[str, Any] = next(e for e in document["activation_encodings"] if e["name"] == name)
     return found
-
-
-def swap(first: str, second: str) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        (folder / first).rename(folder / "kept")
-        (folder / second).rename(folder / first)
-        (folder / "kept").rename(folder / second)
-
-    return edit
-
-
-def flip_bit(name: str) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        content = bytearray((folder / name).read_bytes())
-        content[len(content) * 3 // 4] ^= 1
-        (folder / name).write_bytes(content)
-
-    return edit
 
 
 def shrink(folder: Path) -> None:

@@ -19,6 +19,7 @@ import yaml
 from safetensors.numpy import load_file, save_file
 
 from conftest import tiny_model
+from export.damage import edit_json, flip_bit, swap
 from qwlora import quantize_
 from qwlora.errors import VerificationError
 from qwlora.export.canonical_adapter import CanonicalAdapter
@@ -187,38 +188,11 @@ def test_only_what_the_mode_updates_differs_between_use_cases(
     assert not {n for n in differing if n.endswith(".weight")} - lora
 
 
-def edit_json(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        document = json.loads((folder / name).read_text())
-        change(document)
-        (folder / name).write_text(json.dumps(document))
-
-    return edit
-
-
 def edit_weights(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         weights = load_file(folder / name)
         change(weights)
         save_file(weights, folder / name)
-
-    return edit
-
-
-def swap(first: str, second: str) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        (folder / first).rename(folder / "kept")
-        (folder / second).rename(folder / first)
-        (folder / "kept").rename(folder / second)
-
-    return edit
-
-
-def flip_bit(name: str) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        content = bytearray((folder / name).read_bytes())
-        content[len(content) * 3 // 4] ^= 1
-        (folder / name).write_bytes(content)
 
     return edit
 

@@ -47,8 +47,8 @@ class Sequences(Dataset[dict[str, Tensor]]):
         return self._part(torch.arange(min(count, len(self))))
 
     def cut(self, tokens: int) -> Sequences:
-        """The first `tokens` tokens of each sequence that has a loss token among them. If none has,
-        of each, with all tokens in the loss."""
+        """Each sequence cut to its first `tokens` tokens, without sequences that then have no loss
+        token. If none has one, all are kept, and every token counts in the loss."""
         ids, labels = self.input_ids[:, :tokens], self.labels[:, :tokens]
         kept = (labels[:, 1:] != IGNORED).any(1)
         return Sequences(ids[kept], labels[kept]) if kept.any() else Sequences(ids, ids)

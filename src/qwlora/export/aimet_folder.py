@@ -129,7 +129,7 @@ def open_aimet_graphs(folder: Path) -> FloatGraphs:
         names = [str(path.relative_to(folder)) for path in (differing[0], first)]
         raise VerificationError(
             f"{folder}: the files contradict each other",
-            [f"{names[0]} differs from {names[1]}, but all graphs have the same weights"],
+            [f"{names[0]} differs from {names[1]}, but all graphs must have the same weights"],
         )
     graphs = _opened_graphs(folder)
     graphs.check()

@@ -30,7 +30,7 @@ def layer_kind_problem(kind: LayerKind, holder: str) -> str | None:
     floats are written instead, as for most embeddings."""
     match kind:
         case LayerKind.OTHER:
-            return f"for {holder}, only Linear layers and embeddings are written, no other layer"
+            return f"only Linear layers and embeddings can be written for {holder}"
         case LayerKind.CONV1D:
             return f"{holder} has no integers for transformers' Conv1D"
     return None

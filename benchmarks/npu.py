@@ -7,11 +7,12 @@
     python benchmarks/npu.py --layers 1 --tokens 40 --prefill 32    a smoke test on the first
                                                                     layers; writes nothing
 
-Target qnn needs `pip install 'qwlora[qnn]'`. aimet and qairt are the same graphs as float models with
-encodings, in ONNX Runtime on the CPU. The base is W4 (head and embeddings W8 per tensor), activations
-have 16 bits, keys and values 8. Two adapters of rank 8 on the projections of attention, trained for
-a few steps on two texts, share one grid; `zero` is the base. Tokens are held-out text: a prefill in
-pieces, and the last ones one by one. Seconds are of an emulator and say nothing about the NPU.
+Target qnn needs `pip install 'qwlora[qnn]'`. aimet and qairt are the same graphs as float models
+with encodings, in ONNX Runtime on the CPU. The base is W4 (head and embeddings W8 per tensor),
+activations have 16 bits, keys and values 8. Two adapters of rank 8 on the projections of attention,
+trained for a few steps on two texts, share one grid; `zero` is the base. Tokens are held-out text:
+a prefill in pieces, and the last ones one by one. Seconds are of an emulator and say nothing about
+the NPU.
 """
 
 from __future__ import annotations
@@ -206,7 +207,8 @@ def on_htp(
 
 
 def switching(folder: Path, ids: torch.Tensor) -> bool:
-    """Whether adapters switched in the loaded graph of one token give the bits of graphs loaded for each."""
+    """Whether adapters switched in the loaded graph of one token give the bits of graphs that were
+    loaded for each."""
     switched = QnnModel(folder / "base", folder / "first", htp=True)
     same = True
     for name in ("zero", "second", "first"):

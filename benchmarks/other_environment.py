@@ -1,4 +1,4 @@
-"""Run one of these scripts in another environment; the scripts' own modules and the tests' are on its path."""
+"""Run one of these scripts in another environment, with the modules of scripts and tests."""
 
 from __future__ import annotations
 

@@ -80,7 +80,8 @@ def table(bundles: dict[str, dict[str, Any]]) -> str:
     """Figures of every runtime, with exact settings and as shipped."""
     lines = [
         "| runtime | settings | adapter | log-probability off by, at most | same likeliest token "
-        "| perplexity, expected and here | gain kept | tokens/s, prompt and new | memory | switch |",
+        "| perplexity, expected and here | gain kept | tokens/s, prompt and new "
+        "| memory | switch |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for target, records in bundles.items():

@@ -177,7 +177,7 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
             of the proof.
     """
     manifest.check(bundle / PROOF / name, PROOF_RECORD, f"proof of {name}", "verify the job again")
-    for part, folder in parts(TARGETS[record["target"]], bundle, name).items():
+    for part, folder in proven_folders(TARGETS[record["target"]], bundle, name).items():
         what = f"{str(folder)!r}"
         if not manifest.has_digests(folder, RECORD):
             raise FingerprintError(f"{what} has no readable {RECORD} with digests; copy it again")
@@ -207,7 +207,7 @@ def _is_of_other(name: str) -> bool:
     return name.startswith((f"{PROOF}/", "."))
 
 
-def parts(target: Target, bundle: Path, name: str) -> dict[str, Path]:
+def proven_folders(target: Target, bundle: Path, name: str) -> dict[str, Path]:
     """The folders with a record that a proof is of, by what they are."""
     if isinstance(target, BundleTarget):
         return {BASE: bundle / BASE, "adapter": bundle / name}

@@ -1,6 +1,6 @@
 """Run graphs with a key-value cache in ONNX Runtime: prefill in pieces, then token by token.
 
-    graphs.json           sizes, files and grids of the graphs; see `described`
+    graphs.json           sizes, files and grids of the graphs
     GRAPH_host.onnx       positions and mask -> cos, sin, float mask; run before each call
 
 The cache is on the host. Valid tokens are on its right, next to the new ones.
@@ -23,10 +23,10 @@ from qwlora.atomic import write_text
 from qwlora.errors import ExportError, reading
 from qwlora.export.onnx_model import build_model
 from qwlora.export.onnx_runtime import open_session
-from qwlora.graph.cached_capture import MASK, POSITIONS
+from qwlora.graph.cached_capture import MASK, POSITIONS, CacheSizes
 from qwlora.graph.host_inputs import HOST_INPUTS
 from qwlora.grid.encoding import Encoding
-from qwlora.simulation.npu_graph import NpuGraph
+from qwlora.simulation.npu_graph import NpuGraph, host_arguments
 from qwlora.system.optional_packages import require
 
 GRAPHS, FORMAT = "graphs.json", 1
@@ -238,19 +238,16 @@ class CachedGraphs(ABC):
     ) -> dict[str, Any]:
         """The inputs of a call, see `call`."""
         graph = self.record["graphs"][name]
-        size, context = graph["tokens"], self.record["context"]
-        room, count = context - size, ids.shape[1]
-        mask = np.zeros((1, context), np.int64)
-        mask[:, room - min(past, room) : room + count] = 1
-        positions = np.arange(past, past + size)[None]
-        given = {HOST_INPUTS[MASK]: mask, HOST_INPUTS[POSITIONS]: positions}
+        sizes, count = CacheSizes(graph["tokens"], self.record["context"]), ids.shape[1]
+        mask, positions = host_arguments(sizes, past, count)
+        given = {HOST_INPUTS[MASK]: mask.numpy(), HOST_INPUTS[POSITIONS]: positions.numpy()}
         host = self._hosts[name]
         wanted = [output.name for output in host.get_outputs()]
         taken = [each.name for each in host.get_inputs()]
         feed = dict(zip(wanted, host.run(wanted, {n: given[n] for n in taken}), strict=True))
-        feed["input_ids"] = np.zeros((1, size), np.int32)
+        feed["input_ids"] = np.zeros((1, sizes.tokens), np.int32)
         feed["input_ids"][:, :count] = ids.numpy()
-        feed |= {n: value[:, :, value.shape[2] - room :] for n, value in cache.items()}
+        feed |= {n: value[:, :, value.shape[2] - sizes.past :] for n, value in cache.items()}
         feed |= self.fixed
         inputs = [each.name for each in session.get_inputs()]
         if missing := [each for each in inputs if each not in feed]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -108,12 +109,17 @@ def compare_graphs(found: Tensor, expected: Tensor, perturbed: Tensor, ids: Tens
     )
 
 
+def verified_part(text: Sequences, folder: Path) -> tuple[Tensor, int]:
+    """The first sequence [1, tokens] as far as the context of the graphs in `folder` goes, and how
+    many of its last tokens run one by one."""
+    ids = text.input_ids[:1, : most_tokens(folder)]
+    return ids, min(DECODED, ids.shape[1] - 1)
+
+
 def verify_graphs(graphs: CachedGraphs, simulation: Reference, text: Sequences) -> GraphsParity:
-    """`compare_graphs` of the first sequence as far as it fits the context; its last `DECODED`
-    tokens run one by one."""
+    """`compare_graphs` of the `verified_part` of a text."""
     assert isinstance(simulation, SimulatedGraph)
-    ids = text.input_ids[:1, : most_tokens(graphs.folder)]
-    steps = min(DECODED, ids.shape[1] - 1)
+    ids, steps = verified_part(text, graphs.folder)
     return compare_graphs(
         graphs.logits(ids, steps), simulation.logits(ids), simulation.perturbed_logits(ids), ids
     )

@@ -103,15 +103,13 @@ class QnnTarget(UseCasesTarget):
         self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track
     ) -> QnnParity:
         """The first sequence, cut where the graphs' context ends."""
-        from qwlora.export.cached_graphs import most_tokens
-        from qwlora.export.graph_parity import DECODED
+        from qwlora.export.graph_parity import verified_part
         from qwlora.export.qnn_runtime import BASE
         from qwlora.export.verify_qnn import verify_qnn
         from qwlora.simulation.simulated_graph import SimulatedGraph
 
         assert isinstance(simulation, SimulatedGraph)
-        ids = text.input_ids[:1, : most_tokens(folder / BASE)]
-        steps = min(DECODED, ids.shape[1] - 1)
+        ids, steps = verified_part(text, folder / BASE)
         return verify_qnn(folder, _folder(case), simulation, ids, steps)
 
 

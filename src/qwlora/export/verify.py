@@ -351,9 +351,8 @@ def compare_layers(runtime: Runtime, reference: Reference, batch: Mapping[str, A
     outputs = runtime.run_layers(values, reference.bind(batch))
     steps = [(outputs[name] - values[name]).abs() / graph.encodings[name].scale for name in names]
     largest = torch.stack([s.max() for s in steps])
-    mean = torch.stack(
-        [s.sum() / max(s.numel(), FEW) for s in steps]
-    ).max()  # NaN if one of them is
+    means = [s.sum() / max(s.numel(), FEW) for s in steps]
+    mean = torch.stack(means).max()  # NaN if one of them is
     worst = int(largest.argmax())
     return LayerParity(names[worst], float(largest[worst]), float(mean), len(names))
 

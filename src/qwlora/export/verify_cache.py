@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwlora.export.graph_parity import WRONG
-from qwlora.export.verify import Limits, LogitDifference, OutputDifference, Reference
+from qwlora.export.graph_parity import WRONG, logits_sqnr
+from qwlora.export.proof import DECODED
+from qwlora.export.verify import Limits, LogitDifference, Reference
 from qwlora.export.verify_weights import SwitchableRuntime
 
-DECODED = 16  # tokens that are run one by one
 _OTHERS = 2  # states that run between the steps
 
 
@@ -100,8 +100,8 @@ def verify_cache(
     return CacheParity(
         prefilled=ids.shape[1] - count,
         tokens=count,
-        sqnr=_sqnr(found, expected),
-        floor_sqnr=min(_sqnr(perturbed, expected), _sqnr(whole, expected)),
+        sqnr=logits_sqnr(found, expected),
+        floor_sqnr=min(logits_sqnr(perturbed, expected), logits_sqnr(whole, expected)),
         top1_agreement=difference.agreement,
         max_abs_logit_difference=difference.largest,
         switched_is_equal=torch.equal(found, switched),
@@ -130,9 +130,3 @@ def _stepwise(
             if number == 0:
                 found.append(logits)
     return torch.cat(found[1:], dim=1)
-
-
-def _sqnr(found: Tensor, expected: Tensor) -> float:
-    difference = OutputDifference()
-    difference.update(found, expected)
-    return difference.sqnr

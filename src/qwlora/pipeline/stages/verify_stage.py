@@ -293,8 +293,8 @@ def _prove(
     from qwlora.export.bundle import (
         facts,
         other_proofs,
-        parts,
         proven,
+        proven_folders,
         record_digest,
         without_cache,
         write_proof,
@@ -303,7 +303,7 @@ def _prove(
     from qwlora.formats import manifest
 
     target, bundle = TARGETS[name], context.path / "export" / name
-    of = parts(target, bundle, adapter)
+    of = proven_folders(target, bundle, adapter)
     for folder in of.values():
         manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
     limits = {"perplexity_difference": context.recipe.verify.perplexity_difference}
@@ -331,12 +331,12 @@ def _prove_simulated(
     context: JobContext, name: str, case: str, simulation: Simulation, scratch: Path
 ) -> dict[str, Any]:
     """Write the proof of files that hold base and adapter together."""
-    from qwlora.export.bundle import parts
+    from qwlora.export.bundle import proven_folders
     from qwlora.export.cached_graphs import has_graphs, most_tokens
     from qwlora.export.proof import make_reference
 
     held_out, target = _text_of(context, case), TARGETS[name]
-    (folder,) = parts(target, context.path / "export" / name, case).values()
+    (folder,) = proven_folders(target, context.path / "export" / name, case).values()
     if has_graphs(folder):
         most = most_tokens(folder)
         held_out = held_out if held_out.input_ids.shape[1] <= most else held_out.cut(most)

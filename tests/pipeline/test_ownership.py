@@ -6,16 +6,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+import qwlora.pipeline.directory as directory_module
 from qwlora.cli.main import main
 from qwlora.errors import DirectoryError
 from qwlora.pipeline.directory import Directory
 from qwlora.pipeline.output_path import check_output, lock_folder
+from qwlora.pipeline.ownership import is_unclaimed, read_owner
 from qwlora.pipeline.run_job import run
 from qwlora.pipeline.stage_records import Record
 from qwlora.recipe import Recipe, load_recipe
@@ -237,6 +240,27 @@ def test_racing_first_runs_never_remove_the_winners_directory(
         assert set(said) in ({"won"}, {"won", "lost"})
         assert (out / "base" / "model.safetensors").read_text() == "x"
         assert Directory.read(out).records.keys() == {"quantize"}
+
+
+def test_a_job_that_is_finished_while_its_owner_is_checked_is_not_foreign(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+
+    def then_another_finishes(look: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def look_and_let_it(path: Path) -> Any:
+            seen = look(path)
+            monkeypatch.undo()
+            finish(path, recipe)
+            return seen
+
+        return look_and_let_it
+
+    for look in (read_owner, is_unclaimed):  # whichever comes first
+        monkeypatch.setattr(directory_module, look.__name__, then_another_finishes(look))
+    Directory(out).check_owner(recipe)
+    assert Directory.read(out).records.keys() == {"quantize"}
 
 
 def test_a_lock_on_a_file_that_was_removed_does_not_count(

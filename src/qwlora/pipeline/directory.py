@@ -103,8 +103,9 @@ class Directory:
         with as_directory_errors(self.path):
             if not check_output(self.path):
                 return
+            was_unclaimed = is_unclaimed(self.path)  # before the owner: others may claim it
             owner = read_owner(self.path)
-            if owner is None and is_unclaimed(self.path):
+            if owner is None and was_unclaimed:
                 return
             if owner is None:
                 raise DirectoryError(

@@ -10,7 +10,12 @@ It is the form of `onnx_model.py`, and
                     the finer grid holds the coarser one: scale / 257, zero point * 257
     norms           RMSNormalization (opset 23); a product with a norm, or with what is made of one
                     by slices, has it as its second factor: as the first, the HTP took the other
-                    factor for the norm's weight (-6 dB)
+                    factor for the norm's weight (-6 dB). The HTP rounds RMSNormalization down,
+                    half a step too low on average, but LayerNormalization to the nearest step. So
+                    a norm whose input x nothing else reads is LayerNormalization of x and -x side
+                    by side, whose mean is 0, of which the first half is kept (Gemma 3 adds norms
+                    to the residual stream: 19.8 dB became HTPGEMMA). x gets a symmetric grid for
+                    that, which would cost more than it gains where x is the residual stream
     4-bit weights   as the right factor of a MatMul, with the scale of a channel once for every
                     block of 64 inputs: with one scale per channel, the HTP drops the lowest 8 bits
                     of each sum, floor(sum / 256), which is 127.5 steps of scale(x) * scale(w) too
@@ -41,6 +46,7 @@ OPSET = 23  # the first with RMSNormalization
 CODES = ".codes"
 _FINER = 257  # 65535 / 255
 _BLOCKS = (64, 32, 16)
+_MOVES = frozenset({"Reshape", "Transpose"})
 # what an 8-bit value may come from without an operator of another width between
 _KEEPS_WIDTH = frozenset({"DequantizeLinear", "Concat", "Gather"})
 
@@ -57,6 +63,8 @@ def npu_onnx(graph: QuantizedGraph, metadata: Mapping[str, str]) -> tuple[Any, d
             _add_zero_point_(model, node)
         elif node.op_type == "Gemm":
             _split_gemm_(model, node)
+        elif node.op_type == "RMSNormalization":
+            _round_norm_(model, node)
     for node in list(model.graph):  # before 8-bit values are looked for
         if node.op_type == "Gather":
             _quantize_gathered_(model, node)
@@ -101,6 +109,59 @@ def _split_gemm_(model: Any, node: Any) -> None:
     model.graph.insert_before(node, [product, total])
     model.graph.remove(node, safe=True)
     total.outputs[0].name = name
+
+
+def _round_norm_(model: Any, node: Any) -> None:
+    """Make a LayerNormalization of a norm whose input, of 16 bits, nothing else reads."""
+    ir = require("onnx_ir", "onnx")
+    x, weight = node.inputs[0], node.inputs[1].producer()
+    source, is_read_once = x, len(x.uses()) == 1
+    while source.producer() is not None and source.producer().op_type in _MOVES:
+        source = source.producer().inputs[0]
+        is_read_once &= len(source.uses()) == 1
+    stored = source.producer()
+    if not is_read_once or stored is None or stored.op_type != "DequantizeLinear":
+        return
+    scale, zero_point = (_number(value) for value in stored.inputs[1:])
+    if zero_point.dtype != np.uint16:
+        return
+    name = node.outputs[0].name
+    farthest = max(int(zero_point), 65535 - int(zero_point))
+    symmetric = {
+        "scale": np.float32(scale * np.float32(farthest / 32767)),
+        "zero_point": np.uint16(32768),
+    }
+    grid = _constants(model, f"{name}.input", symmetric)
+    _insert_quantized_(model, x, f"{name}.input", grid, [node])
+    x = node.inputs[0]
+    negative = ir.node("Neg", [x], name=f"{name}.negative")
+    both = ir.node("Concat", [x, negative.outputs[0]], {"axis": -1}, name=f"{name}.both")
+    codes = _number(weight.inputs[0])
+    (twice,) = _constants(model, f"{weight.outputs[0].name}.twice", {"codes": np.tile(codes, 2)})
+    values = ir.node("DequantizeLinear", [twice, *weight.inputs[1:]], name=f"{name}.weight")
+    norm = ir.node(
+        "LayerNormalization",
+        [both.outputs[0], values.outputs[0]],
+        {"axis": -1, "epsilon": node.attributes["epsilon"].value},
+        name=f"{name}.norm",
+    )
+    part = {"start": [0], "end": codes.shape, "axis": [-1]}
+    bounds = _constants(model, name, {key: np.array(each, np.int64) for key, each in part.items()})
+    half = ir.node("Slice", [norm.outputs[0], *bounds], name=f"{name}.half")
+    made = [negative, both, values, norm, half]
+    for each in made:
+        each.outputs[0].name = each.name
+    quantize = next(iter(node.outputs[0].uses()))[0]
+    node.outputs[0].replace_all_uses_with(half.outputs[0])
+    model.graph.insert_before(node, made)
+    model.graph.remove(node, safe=True)
+    _insert_quantized_(model, negative.outputs[0], f"{name}.negated", grid, [both])
+    _insert_quantized_(model, both.outputs[0], f"{name}.pair", grid, [norm])
+    outputs = list(quantize.inputs[1:])
+    _insert_quantized_(model, norm.outputs[0], f"{name}.normed", outputs, [half])
+    if not weight.outputs[0].uses():
+        model.graph.remove(weight, safe=True)
+        model.graph.initializers.pop(f"{weight.outputs[0].name}{CODES}")
 
 
 def _repeat_scales_(model: Any, node: Any) -> None:

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
+from export.support_matrix import made
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
@@ -234,3 +235,40 @@ def test_llama_cpp_computes_smollm2_and_its_adapter(how: str, tmp_path: Path) ->
     (tmp_path / "b" / ADAPTER).write_bytes(b"GGUF and nothing else")
     with pytest.raises(ExportError, match=r"adapter\.gguf.*GGUF"):
         runtime.use(tmp_path / "b")
+
+
+def test_llama_cpps_gelu_is_allowed_and_nothing_else(tmp_path: Path) -> None:
+    if missing := target().missing():
+        pytest.skip(missing)
+    (tmp_path / "base").mkdir()
+    _, source = made("Gemma 3", "gguf", tmp_path)
+    assert source is not None
+    model = quantized(source, Scheme(4, True, PerBlock(32)))
+    target().write_base(ExportedBase(model, None, source), tmp_path / "base")
+    ids = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(1))
+    first = ids[:, :1]  # later tokens see differences of earlier ones, enlarged
+    logits = target().open(tmp_path / "base").logits(first)
+    table = target().rounding(model)
+    assert table is not None
+    with torch.no_grad():
+        exact = model(input_ids=first).logits
+        with table:
+            rounded = model(input_ids=first).logits
+        assert torch.equal(model(input_ids=first).logits, exact)  # closed again
+    own = float((logits - exact).abs().max())
+    assert float((logits - rounded).abs().max()) < 0.1 * own
+    adapted = with_adapter(model, tmp_path / "trained")
+    (tmp_path / "a").mkdir()
+    target().write_adapter(read_canonical(tmp_path / "trained"), tmp_path / "base", tmp_path / "a")
+    runtime, sequences = target().open(tmp_path / "base"), as_sequences(ids)
+    parity = verify_weights(runtime, adapted, tmp_path / "a", sequences, target().rounding(adapted))
+    assert list(parity.broken_limits(Limits())) == []
+    assert parity.rounding is not None
+    assert 0 < parity.rounding.max_abs_logit_difference < 1e-3 * parity.largest_logit
+    adapted.base_model.model.model.norm.register_forward_hook(lambda norm, inputs, y: 1.001 * y)
+    wrong = verify_weights(runtime, adapted, tmp_path / "a", sequences, target().rounding(adapted))
+    assert any("with the adapter" in problem for problem in wrong.broken_limits(Limits()))
+
+
+def test_models_without_gelu_are_computed_in_float32(source: Path) -> None:
+    assert target().rounding(float_model(source)) is None

@@ -4,7 +4,8 @@
 
 llama.cpp multiplies quantized weights with activations of 8 bits, which no training knows of. So it
 is verified twice: with the same weights as float32, where only rounding may differ, and as shipped,
-where the difference is llama.cpp's own and only reported.
+where the difference is llama.cpp's own and only reported. On the CPU it reads every GELU from a
+table of float16, exact settings or not; what that does to the trained model is allowed.
 
 Imports torch, gguf and llama.cpp only when it writes or opens files (see `target.py`).
 """
@@ -12,6 +13,7 @@ Imports torch, gguf and llama.cpp only when it writes or opens files (see `targe
 from __future__ import annotations
 
 import tempfile
+from contextlib import AbstractContextManager
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,7 +23,7 @@ from qwlora.export.held_schemes import LayerKind, gguf_problem
 from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from qwlora.export.canonical_adapter import CanonicalAdapter
     from qwlora.export.target import ExportedBase
@@ -48,6 +50,48 @@ def _errors_of_llama() -> list[str]:
 _CALLBACKS: list[Any] = []
 
 
+class GeluFromTable:
+    """While it is open, the model computes GELU as llama.cpp does on the CPU (`GGML_GELU_FP16`):
+
+    y = half(gelu(half(x))), with the approximation by tanh, if |x| < 10; else max(x, 0)
+    """
+
+    def __init__(self, model: nn.Module):
+        self._modules = _gelus(model)
+        self._hooks: list[Any] = []
+
+    def __enter__(self) -> None:
+        self._hooks = [module.register_forward_hook(self._read) for module in self._modules]
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    @staticmethod
+    def _read(module: nn.Module, inputs: tuple[Tensor, ...], _: Tensor) -> Tensor:
+        import torch
+        from torch.nn.functional import gelu
+
+        (x,) = inputs
+        y = gelu(x.half().float(), approximate="tanh").half().to(x.dtype)
+        return torch.where(x.abs() < 10, y, x.clamp_min(0))
+
+
+def _gelus(model: nn.Module) -> list[nn.Module]:
+    from torch import nn
+    from transformers import activations
+
+    kinds = (
+        nn.GELU,
+        activations.GELUActivation,
+        activations.GELUTanh,
+        activations.NewGELUActivation,
+        activations.FastGELUActivation,
+        activations.AccurateGELUActivation,
+    )
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
 class GgufTarget(WeightsTarget):
     """`write_gguf` and `write_gguf_adapter` as a target; llama.cpp runs it."""
 
@@ -72,6 +116,9 @@ class GgufTarget(WeightsTarget):
         if kind is LayerKind.CONV1D:
             return "GGUF files hold transformers' Conv1D in a form that no adapter can be added to"
         return None
+
+    def rounding(self, model: nn.Module) -> AbstractContextManager[None] | None:
+        return GeluFromTable(model) if _gelus(model) else None
 
     def write_base(self, base: ExportedBase, folder: Path) -> None:
         from qwlora.export.gguf_folder import write_gguf

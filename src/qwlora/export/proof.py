@@ -19,7 +19,9 @@ minus a mean of logits. On a grid the last bit of one layer can become a whole s
 so for simulated activations the reference also has the noise floor of `verify.py`: perplexity and
 the likeliest token may differ by as much, and a log-probability by any amount. Of the tokens that
 are decoded one by one, as many may differ as 97.5 % of samples of that size would keep at the noise
-floor. Speeds are of one run on this machine, one sequence at a time.
+floor. Where a runtime rounds activations (`WeightsTarget.rounding`), the floor is what that does to
+the model, a log-probability included. Speeds are of one run on this machine, one sequence at a
+time.
 """
 
 from __future__ import annotations
@@ -27,6 +29,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -61,13 +64,16 @@ def make_reference(
     logits: Mapping[str, Logits],
     sequences: Sequences,
     perturbed: Mapping[str, Logits] | None = None,
+    rounded: Mapping[str, Logits] | None = None,
 ) -> dict[str, Tensor]:
     """The reference that the trained model gives for a few sequences.
 
     Args:
         logits: by state, without the adapter and with it, or with it only.
         perturbed: the same with other, equally valid rounding, for models on a grid.
+        rounded: the same with a runtime's rounding of activations, for other models.
     """
+    others = perturbed or rounded
     few = sequences.first(SEQUENCES)
     found = {"ids": few.input_ids, "labels": few.labels}
     for state in logits:
@@ -81,26 +87,31 @@ def make_reference(
             parts["log_probs"].append(values.float())
             parts["losses"].append(losses)
             parts["largest"].append(expected.abs().max())
-            if perturbed is not None:
-                other = perturbed[state](ids[None])
+            if others is not None:
+                other = others[state](ids[None])
                 floor.update(other, expected)
                 squared_noise += float((token_losses(other, labels) - losses).square().sum())
         found |= {f"{state}.{name}": torch.stack(tensors) for name, tensors in parts.items()}
-        if perturbed is not None:
+        if others is not None:
             noise = perplexity_floor(squared_noise, few.loss_tokens)
             found[f"{state}.floor"] = torch.tensor([floor.lowest_agreement, noise])
+        if rounded is not None:
+            found[f"{state}.rounding"] = torch.tensor(floor.largest)
     return found
 
 
-def logits_of(model: PeftModel) -> dict[str, Logits]:
-    """Logits of a base with an adapter, without it and with it."""
+def logits_of(
+    model: PeftModel, rounding: AbstractContextManager[None] | None = None
+) -> dict[str, Logits]:
+    """Logits of a base with an adapter, without it and with it, computed inside `rounding`."""
 
     def base(ids: Tensor) -> Tensor:
         with model.disable_adapter():
             return whole(ids)
 
     def whole(ids: Tensor) -> Tensor:
-        logits: Tensor = model(input_ids=ids).logits
+        with rounding or nullcontext():
+            logits: Tensor = model(input_ids=ids).logits
         return logits
 
     return {"base": base, "adapter": whole}
@@ -156,7 +167,8 @@ def broken_limits(
         allowed = 2 * LOGIT_DIFFERENCE * float(reference[f"{state}.largest"].max())
         agreement = AGREEMENT
         if (floor := reference.get(f"{state}.floor")) is not None:
-            allowed, agreement = math.inf, float(floor[0])
+            rounding = float(reference.get(f"{state}.rounding", math.inf))
+            allowed, agreement = allowed + 2 * rounding, float(floor[0])
         if not found["max_log_prob_difference"] <= allowed:
             yield (
                 f"a log-probability {what} is off by {found['max_log_prob_difference']:.3g} "

@@ -23,7 +23,9 @@ from qwlora.errors import MissingExtraError
 from qwlora.system.optional_packages import require
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from contextlib import AbstractContextManager
+
+    from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qwlora.data.sequences import Sequences
@@ -369,6 +371,11 @@ class WeightsTarget(BundleTarget):
     def architecture_problem(self, model_type: str) -> str | None:
         """Why the runtime cannot run a `model_type` of transformers; None if it can, or if that is
         unknown because it is not installed."""
+        return None
+
+    def rounding(self, model: nn.Module) -> AbstractContextManager[None] | None:
+        """A context in which `model` rounds activations as the runtime does, more coarsely than
+        float32; None if the runtime does not for this model. It can be entered again."""
         return None
 
     @abstractmethod

@@ -6,13 +6,15 @@
 
 Weights are the same integers on both sides and everything else is float, so only rounding may
 differ: a logit by LOGIT_DIFFERENCE of the largest logit, the likeliest token of one token in a
-thousand.
+thousand. Where a runtime rounds activations more coarsely than float32 (`WeightsTarget.rounding`),
+the trained model is also computed with that rounding, and what it changes there is allowed on top.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +24,14 @@ from peft import PeftModel
 from torch import Tensor
 
 from qwlora.data.sequences import Sequences
-from qwlora.export.verify import Limits, LogitDifference, Runtime, token_losses
+from qwlora.export.verify import (
+    Limits,
+    LogitDifference,
+    Runtime,
+    largest_drift,
+    perplexity_floor,
+    token_losses,
+)
 from qwlora.progress import Track, untracked
 
 LOGIT_DIFFERENCE = 1e-4
@@ -81,6 +90,21 @@ def switching_problems(
 
 
 @dataclass(frozen=True)
+class Rounding:
+    """What a runtime's rounding of activations changes in the trained model.
+
+    Args:
+        max_abs_logit_difference: with the adapter, or without it on the first sequence.
+        lowest_top1_agreement: see `LogitDifference.lowest_agreement`.
+        floor_perplexity_difference: relative, see `perplexity_floor`.
+    """
+
+    max_abs_logit_difference: float
+    lowest_top1_agreement: float
+    floor_perplexity_difference: float
+
+
+@dataclass(frozen=True)
 class WeightsParity:
     """How far a runtime is from the trained model.
 
@@ -94,6 +118,8 @@ class WeightsParity:
         sequences, tokens: compared.
         shipped_perplexity, shipped_top1_agreement: with the runtime's own settings; None if these
             are the exact ones.
+        rounding: what the runtime's rounding of activations does to the trained model; None if it
+            computes in float32.
     """
 
     max_abs_logit_difference: float
@@ -108,31 +134,43 @@ class WeightsParity:
     tokens: int
     shipped_perplexity: float | None = None
     shipped_top1_agreement: float | None = None
+    rounding: Rounding | None = None
+
+    @property
+    def logit_limit(self) -> float:
+        own = 0.0 if self.rounding is None else self.rounding.max_abs_logit_difference
+        return LOGIT_DIFFERENCE * self.largest_logit + own
+
+    @property
+    def agreement_limit(self) -> float:
+        return AGREEMENT if self.rounding is None else self.rounding.lowest_top1_agreement
+
+    def perplexity_limit(self, limits: Limits) -> float:
+        own = 0.0 if self.rounding is None else self.rounding.floor_perplexity_difference
+        return largest_drift(limits.perplexity_difference, own)
 
     def to_json(self) -> dict[str, Any]:
         return {key: value for key, value in asdict(self).items() if value is not None}
 
     def broken_limits(self, limits: Limits) -> Iterator[str]:
         """A sentence for each limit that is exceeded."""
-        allowed = LOGIT_DIFFERENCE * self.largest_logit
+        allowed, least = self.logit_limit, self.agreement_limit
         for what, found in (
             ("with the adapter", self.max_abs_logit_difference),
             ("without it", self.base_max_abs_logit_difference),
         ):
             if not found <= allowed:
                 yield f"a logit {what} is off by {found:.3g} (limit {allowed:.3g})"
-        if not self.top1_agreement >= AGREEMENT:
+        if not self.top1_agreement >= least:
             yield (
                 f"the likeliest token is the same for {self.top1_agreement:.2%} of tokens (limit "
-                f"{AGREEMENT:.1%})"
+                f"{least:.1%})"
             )
         if not self.off_is_equal:
             yield "after the adapter is switched off, logits differ from those before"
         difference = abs(self.perplexity / self.reference_perplexity - 1)
-        if not difference <= limits.perplexity_difference:
-            yield (
-                f"perplexity differs by {difference:.2%} (limit {limits.perplexity_difference:.2%})"
-            )
+        if not difference <= (limit := self.perplexity_limit(limits)):
+            yield f"perplexity differs by {difference:.2%} (limit {limit:.2%})"
 
 
 @torch.no_grad()
@@ -141,6 +179,7 @@ def verify_weights(
     model: PeftModel,
     adapter: Path,
     sequences: Sequences,
+    rounding: AbstractContextManager[None] | None = None,
     track: Track = untracked,
 ) -> WeightsParity:
     """Compare the runtime's logits on `sequences` with those of the trained `model`.
@@ -148,6 +187,7 @@ def verify_weights(
     Args:
         model: the packed base with the trained adapter.
         adapter: the exported adapter.
+        rounding: see `WeightsTarget.rounding`.
 
     Raises:
         ExportError: the runtime refuses the adapter.
@@ -155,13 +195,25 @@ def verify_weights(
     first = next(sequences.rows())[0][None]
     runtime.use(None)
     before = runtime.logits(first)
+    rounded, base_drift, squared_noise = LogitDifference(), 0.0, 0.0
     with model.disable_adapter():
-        base = (before - model(input_ids=first).logits.float()).abs().max()
+        expected = model(input_ids=first).logits.float()
+        base = (before - expected).abs().max()
+        if rounding is not None:
+            with rounding:
+                other = model(input_ids=first).logits.float()
+            base_drift = float((other - expected).abs().max())
     runtime.use(adapter)
     found, nll, reference_nll, largest = LogitDifference(), 0.0, 0.0, 0.0
     shipped, shipped_nll = LogitDifference(), 0.0
     for ids, labels in track(sequences.rows(), "verifying", len(sequences)):
         expected = model(input_ids=ids[None]).logits.float()
+        if rounding is not None:
+            with rounding:
+                other = model(input_ids=ids[None]).logits.float()
+            rounded.update(other, expected)
+            noise = token_losses(other, labels) - token_losses(expected, labels)
+            squared_noise += float(noise.square().sum())
         logits = runtime.logits(ids[None])
         found.update(logits, expected)
         nll += float(token_losses(logits, labels).sum())
@@ -186,4 +238,11 @@ def verify_weights(
         tokens=found.tokens,
         shipped_perplexity=math.exp(shipped_nll / tokens) if shipped.tokens else None,
         shipped_top1_agreement=shipped.agreement if shipped.tokens else None,
+        rounding=Rounding(
+            max(rounded.largest, base_drift),
+            rounded.lowest_agreement,
+            perplexity_floor(squared_noise, tokens),
+        )
+        if rounded.tokens
+        else None,
     )

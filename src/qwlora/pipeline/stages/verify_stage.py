@@ -97,7 +97,9 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     else:
         assert isinstance(target, WeightsTarget)
         model, held_out = context.adapted(adapter), _held_out(context, adapter)
-        reference = make_reference(logits_of(model), held_out)
+        rounding = target.rounding(model)
+        rounded = None if rounding is None else logits_of(model, rounding)
+        reference = make_reference(logits_of(model), held_out, rounded=rounded)
         proof = _prove(context, name, adapter, model, reference, scratch)
         if "not_run" in proof:
             return {"parity": {name: {adapter: {"not_run": proof["not_run"]}}}}
@@ -134,13 +136,13 @@ def _limits_of(
     """What was required, for results.json."""
     from qwlora.export.graph_parity import GraphsParity
     from qwlora.export.verify import largest_drift
-    from qwlora.export.verify_weights import AGREEMENT, LOGIT_DIFFERENCE, WeightsParity
+    from qwlora.export.verify_weights import WeightsParity
 
     if isinstance(parity, WeightsParity):
         return {
-            "perplexity_difference": limits.perplexity_difference,
-            "logit_difference": LOGIT_DIFFERENCE * parity.largest_logit,
-            "top1_agreement": AGREEMENT,
+            "perplexity_difference": parity.perplexity_limit(limits),
+            "logit_difference": parity.logit_limit,
+            "top1_agreement": parity.agreement_limit,
         }
     drift = largest_drift(limits.perplexity_difference, parity.floor_perplexity_difference)
     if isinstance(parity, GraphsParity):
@@ -265,7 +267,8 @@ def _verify_weights(
 
     bundle = context.path / "export" / name
     runtime, own = target.open(bundle / BASE), bundle / adapter
-    parity = verify_weights(runtime, model, own, held_out, context.track)
+    rounding = target.rounding(model)
+    parity = verify_weights(runtime, model, own, held_out, rounding, context.track)
     others = _others(context, bundle, adapter)
     if not others:
         return parity, []

@@ -27,8 +27,9 @@ from qwlora.grid.sqnr import sqnr_db
 
 def run_ours(folder: Path, ids: Tensor, htp: bool) -> tuple[Tensor, dict[str, int]]:
     bundle = folder / "qwlora" / "qnn"
-    model = QnnModel(bundle / "base", bundle / "first", htp, profile=True)
-    return model.logits(ids), model.placement()["prefill"]
+    with tempfile.TemporaryDirectory() as scratch:
+        model = QnnModel(bundle / "base", bundle / "first", htp, profiles=Path(scratch))
+        return model.logits(ids), model.placement()["prefill"]
 
 
 def run_theirs(folder: Path, ids: Tensor, htp: bool) -> tuple[Tensor, dict[str, int]]:

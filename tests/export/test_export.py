@@ -274,7 +274,7 @@ def test_each_exceeded_limit_is_reported(bundle: tuple[Path, Simulation]) -> Non
             },
             r"perplexity .* is 1.00% from the simulation's .*limit 0.30% .*floor of 0.60%",
         ),
-        ({"perplexity": float("nan")}, "perplexity nan"),
+        ({"perplexity": float("nan")}, "perplexity is nan"),
         ({"top1_agreement": 0.5}, "below the noise floor"),
         ({"worst_layer_steps": 2.5}, "is 2.50 steps off"),
         ({"worst_layer_mean_steps": 0.06}, "0.0600 steps off on average"),

@@ -25,6 +25,7 @@ from typing import Any
 
 from qwlora.atomic import files_in, read_tensors, write_tensors, write_text
 from qwlora.errors import FingerprintError, QwloraWarning, SourceError
+from qwlora.export.finite_figures import only_finite, shown
 from qwlora.export.onnx_adapter import ADAPTER_FILE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import PROOF, BundleTarget, GraphTarget, Target, UseCasesTarget
@@ -255,7 +256,8 @@ def proven(
     reference: Mapping[str, Any],
     limits: Mapping[str, float],
 ) -> dict[str, Any]:
-    """What running an adapter of a bundle gives: figures, problems, program and machine."""
+    """What running an adapter of a bundle gives: figures as far as they are finite, problems,
+    program and machine."""
     from qwlora.export.graph_parity import DECODED
     from qwlora.export.proof import (
         broken_limits,
@@ -274,11 +276,12 @@ def proven(
         assert isinstance(target, GraphTarget)
         figures = measure_logits(target.logits(bundle / name, DECODED), reference)
     problems = list(broken_limits(figures, reference, limits["perplexity_difference"]))
+    allowed = perplexity_limits(reference, limits["perplexity_difference"])
     return {
         "client": client(target),
         "machine": machine(),
-        "figures": figures,
-        "perplexity_limits": perplexity_limits(reference, limits["perplexity_difference"]),
+        "figures": only_finite(figures),
+        "perplexity_limits": only_finite(allowed),
         "passed": not problems,
         "problems": problems,
     }
@@ -374,9 +377,10 @@ def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
                 )
                 lines.append(
                     f"| {name if is_adapter else 'none'} | {settings} | "
-                    f"{of['reference_perplexity']:.3f}, {of['perplexity']:.3f} | "
-                    f"{of['kl_divergence']:.2g} | {of['top1_agreement']:.2%} | "
-                    f"{of['max_log_prob_difference']:.2g} | {speeds} |"
+                    f"{shown(of, 'reference_perplexity', '.3f')}, "
+                    f"{shown(of, 'perplexity', '.3f')} | {shown(of, 'kl_divergence', '.2g')} | "
+                    f"{of['top1_agreement']:.2%} | "
+                    f"{shown(of, 'max_log_prob_difference', '.2g')} | {speeds} |"
                 )
         clients = ", ".join(f"{n} {v}" for n, v in record["client"].items())
         memory, load = (record["figures"].get(k) for k in ("peak_memory_bytes", "load_seconds"))

@@ -39,6 +39,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from qwlora.data.sequences import Sequences
+from qwlora.export.finite_figures import is_same, largest, perplexity
 from qwlora.export.target import BundleTarget, Target
 from qwlora.export.verify import (
     LogitDifference,
@@ -46,7 +47,13 @@ from qwlora.export.verify import (
     perplexity_floor,
     token_losses,
 )
-from qwlora.export.verify_weights import AGREEMENT, LOGIT_DIFFERENCE, WeightsRuntime
+from qwlora.export.verify_weights import (
+    AGREEMENT,
+    LOGIT_DIFFERENCE,
+    UNBOUNDED,
+    WeightsRuntime,
+    broken_perplexity,
+)
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.system.processor import processor_name
 
@@ -169,7 +176,11 @@ def broken_limits(
         if (floor := reference.get(f"{state}.floor")) is not None:
             rounding = float(reference.get(f"{state}.rounding", math.inf))
             allowed, agreement = allowed + 2 * rounding, float(floor[0])
-        if not found["max_log_prob_difference"] <= allowed:
+            if f"{state}.rounding" in reference and not math.isfinite(rounding):
+                yield UNBOUNDED
+        if not math.isfinite(found["max_log_prob_difference"]):
+            yield f"logits {what} hold NaN or infinity"
+        elif not found["max_log_prob_difference"] <= allowed:
             yield (
                 f"a log-probability {what} is off by {found['max_log_prob_difference']:.3g} "
                 f"(limit {allowed:.3g})"
@@ -179,9 +190,9 @@ def broken_limits(
                 f"the likeliest token {what} is the same for {found['top1_agreement']:.2%} of "
                 f"tokens (limit {agreement:.1%})"
             )
-        difference = abs(found["perplexity"] / found["reference_perplexity"] - 1)
-        if not difference <= limit:
-            yield f"perplexity {what} differs by {difference:.2%} (limit {limit:.2%})"
+        yield from broken_perplexity(
+            found["perplexity"], found["reference_perplexity"], limit, f" {what}"
+        )
     decoded, least = figures["exact"].get("decode_agreement", 1.0), DECODE_AGREEMENT
     if (floor := reference.get("adapter.floor")) is not None:
         least = min(least, _least_of_sample(float(floor[0]), DECODED))
@@ -240,7 +251,7 @@ def _run(runtime: WeightsRuntime, adapter: Path, reference: Mapping[str, Tensor]
     found["prefill_tokens_per_second"] = prompt.shape[1] / prefill
     found["decode_tokens_per_second"] = decode_speed(runtime, first[:, :1])
     runtime.use(None)
-    found["off_is_equal"] = torch.equal(runtime.logits(first), before)
+    found["off_is_equal"] = is_same(runtime.logits(first), before)
     found["switch_seconds"] = switch_seconds(runtime, adapter, first[:, :1])
     return found
 
@@ -273,14 +284,18 @@ def switch_seconds(runtime: WeightsRuntime, adapter: Path, token: Tensor) -> flo
 
 
 def _compare(logits_of: Logits, reference: Mapping[str, Tensor], state: str) -> dict[str, float]:
-    largest, same, divergence, nll, tokens, counted = 0.0, 0, 0.0, 0.0, 0, 0
+    """Figures of the runtime's logits. Where they hold NaN or infinity, the largest difference is
+    infinite."""
+    most, same, divergence, nll, tokens, counted = 0.0, 0, 0.0, 0.0, 0, 0
     for number, (ids, labels) in enumerate(zip(reference["ids"], reference["labels"], strict=True)):
         logits = logits_of(ids[None]).double()
         found = logits[0].log_softmax(-1)
         top = reference[f"{state}.top"][number].long()
         expected = reference[f"{state}.log_probs"][number].double()
         at = found.gather(-1, top)
-        largest = max(largest, float((at - expected).abs().max()))
+        most = max(most, largest((at - expected).abs()))
+        if not bool(logits.isfinite().all()):  # also of tokens that are not in the reference
+            most = math.inf
         same += int((found.argmax(-1) == top[:, 0]).sum())
         divergence += float(_divergence(expected, at).sum())
         losses = token_losses(logits, labels)
@@ -289,11 +304,11 @@ def _compare(logits_of: Logits, reference: Mapping[str, Tensor], state: str) -> 
         counted += int((labels[1:] >= 0).sum())
     expected_nll = float(reference[f"{state}.losses"].sum())
     return {
-        "max_log_prob_difference": largest,
+        "max_log_prob_difference": most,
         "top1_agreement": same / tokens,
         "kl_divergence": divergence / tokens,
-        "perplexity": math.exp(nll / counted),
-        "reference_perplexity": math.exp(expected_nll / counted),
+        "perplexity": perplexity(nll, counted),
+        "reference_perplexity": perplexity(expected_nll, counted),
         "tokens": tokens,
     }
 

@@ -35,7 +35,13 @@ from qwlora.export.cached_graphs import write_graphs
 from qwlora.export.float_onnx import same_grid
 from qwlora.export.htp_limits import SMALLEST_RESCALE, input_problem, table_problem, weight_problem
 from qwlora.export.npu_onnx import CODES, npu_onnx
-from qwlora.export.qnn_runtime import ADAPTER, BASE, RECORD, compile_graphs
+from qwlora.export.qnn_runtime import (
+    ADAPTER,
+    BASE,
+    RECORD,
+    compile_graphs,
+    compiled_file,
+)
 from qwlora.formats import manifest
 from qwlora.graph.cached_capture import CacheSizes
 from qwlora.graph.graph_analysis import operator_of
@@ -57,7 +63,7 @@ def export_qnn(
     folder: Path,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write a bundle into `folder`, which must not exist.
+    """Write a bundle into `folder`.
 
     Args:
         simulations: calibrated, by adapter, with one set of encodings for all
@@ -67,13 +73,18 @@ def export_qnn(
         metadata: added to the ONNX files.
 
     Raises:
-        ExportError: the HTP refuses the graphs or computes them wrongly, or adapters have
-            different encodings.
+        ExportError: `folder` holds a part of a bundle already, the HTP refuses the graphs or
+            computes them wrongly, or adapters have different encodings.
         CaptureError, CalibrationError: see `npu_graph`.
         MissingExtraError: the `onnx` extra is not installed.
     """
     if ZERO in simulations or BASE in simulations:
         raise ExportError(f"an adapter is called {ZERO} or {BASE}; choose another name")
+    if there := [name for name in (BASE, *simulations, ZERO) if (folder / name).exists()]:
+        raise ExportError(
+            f"{str(folder)!r} already holds {listed(there)}; remove it, or export into another "
+            "folder"
+        )
     _refuse_different_encodings(simulations)
     largest = max(simulations, key=lambda name: _rank(simulations[name]))
     scaling = max(scaling_of(each.program) or 0.0 for each in simulations.values())
@@ -89,7 +100,7 @@ def export_qnn(
     compiler = _compiled(base, list(made))
     shapes = {name: list(array.shape) for name, array in codes.items()}
     files = {
-        name: {"qdq": f"{name}.onnx", "compiled": f"{name}_ctx.onnx" if compiler else None}
+        name: {"qdq": f"{name}.onnx", "compiled": compiled_file(name) if compiler else None}
         for name in made
     }
     write_graphs(base, made, files, {"adapter_inputs": shapes, "compiler": compiler})

@@ -13,7 +13,6 @@ again: what is proven is what the compiler makes of these graphs, not the bytes 
 from __future__ import annotations
 
 import json
-import shutil
 import tempfile
 from collections import Counter
 from functools import cache
@@ -43,7 +42,7 @@ def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
 
     Raises:
         MissingExtraError: onnxruntime-qnn is not installed.
-        ExportError: the compiler refuses a graph.
+        ExportError: the compiler refuses a graph, or writes nothing.
     """
     devices = _devices()
     sessions = []
@@ -52,7 +51,7 @@ def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
         entries = {
             "ep.context_enable": "1",
             "ep.context_embed_mode": "0",
-            "ep.context_file_path": str(base / f"{name}_ctx.onnx"),
+            "ep.context_file_path": str(base / compiled_file(name)),
             "ep.share_ep_contexts": "1",
         }
         if name == names[-1]:
@@ -62,7 +61,19 @@ def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
         provider = {**_provider(), "enable_htp_weight_sharing": "1"}
         options.add_provider_for_devices(devices, provider)
         sessions.append(_session(base / f"{name}.onnx", options))
+    for name in names:
+        if not (base / compiled_file(name)).is_file():
+            raise ExportError(
+                f"onnxruntime-qnn read {str(base / f'{name}.onnx')!r} without an error, but wrote "
+                f"no {compiled_file(name)} next to it. Install another version of onnxruntime-qnn, "
+                "or remove it to export without compiling"
+            )
     return {"onnxruntime-qnn": str(require("onnxruntime_qnn", "qnn").__version__), **CHIP}
+
+
+def compiled_file(name: str) -> str:
+    """The file in `base` of a compiled graph."""
+    return f"{name}_ctx.onnx"
 
 
 class QnnModel(CachedGraphs):
@@ -72,18 +83,18 @@ class QnnModel(CachedGraphs):
         base: folder of the graphs.
         adapter: folder of an adapter.
         htp: on the HTP emulator; else on the CPU, without optimizations.
-        profile: count what each provider runs; see `placement`.
+        profiles: a folder for `placement` to record in what each provider runs.
 
     Raises:
         ExportError: the graphs cannot be read.
         MissingExtraError: a package is not installed.
     """
 
-    def __init__(self, base: Path, adapter: Path, htp: bool, profile: bool = False):
+    def __init__(self, base: Path, adapter: Path, htp: bool, profiles: Path | None = None):
         super().__init__(base)
         self.htp = htp
         self._sessions: dict[str, Any] = {}
-        self._profiles = Path(tempfile.mkdtemp()) if profile else None
+        self._profiles = profiles
         self.use(adapter)
 
     def use(self, adapter: Path) -> None:
@@ -107,14 +118,13 @@ class QnnModel(CachedGraphs):
     def placement(self) -> dict[str, dict[str, Any]]:
         """By graph: partitions on the HTP, and what ran on the CPU besides the graph's edges.
 
-        The edges are the quantization of inputs and the dequantization of outputs. Ends profiling.
+        The edges are the quantization of inputs and the dequantization of outputs. Ends profiling,
+        which needs `profiles`.
         """
         graphs, found = self.record["graphs"], {}
         for name, session in self._sessions.items():
             edges = len(graphs[name]["inputs"]) + len(graphs[name]["outputs"])
             found[name] = placement(session, edges)
-        if self._profiles is not None:
-            shutil.rmtree(self._profiles)
         return found
 
 

@@ -17,6 +17,8 @@ A file may differ by what the recipe allows, and by this noise on top (`largest_
 
     SQNR = 10 log10(sum x^2 / sum (x - x_hat)^2) in dB, x simulated, x_hat from the files
 
+NaN and infinity are never within a limit (`finite_figures.py`).
+
 Nothing here knows a file format: a `Runtime` runs the files (see `target.py`).
 """
 
@@ -33,12 +35,14 @@ from torch import Tensor
 
 from qwlora.data.sequences import IGNORED, Sequences, as_sequences
 from qwlora.errors import VerificationError
+from qwlora.export.finite_figures import largest, only_finite, perplexity
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.quantized_graph import Interface, Kind, QuantizedGraph
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.progress import Track, timed, untracked
 
 FEW = 1000  # values of a layer, whose mean is partly chance
+WRONG = 15.0  # dB; a wrong operator gives less, however much rounding changes
 _LAYER_SECONDS = 0.02  # to cut the graph at a value, open it and compare
 
 
@@ -87,7 +91,7 @@ class Limits:
             64 values, a few are a step off by chance.
         perplexity_difference: of a language model, relative.
         sqnr, below_floor: an output may be `below_floor` dB below its noise floor; `sqnr` dB is
-            always enough.
+            always enough, and less than `WRONG` dB never is.
     """
 
     layer_steps: float = 2.0
@@ -113,10 +117,14 @@ class LayerParity:
     layers: int
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """The fields, without numbers that are NaN or infinite."""
+        return only_finite(asdict(self))
 
     def broken_limits(self, limits: Limits) -> Iterator[str]:
         """A sentence for each limit that is exceeded."""
+        if not math.isfinite(self.worst_layer_steps):
+            yield f"layer {self.worst_layer} computes NaN or infinity"
+            return
         if not self.worst_layer_steps <= limits.layer_steps:
             yield (
                 f"layer {self.worst_layer} is {self.worst_layer_steps:.2f} steps off "
@@ -135,7 +143,7 @@ class OutputParity(LayerParity):
 
     Args:
         primary: the model's main output.
-        sqnr: dB, by output; infinite if equal.
+        sqnr: dB, by output; infinite if equal, NaN if one holds NaN or infinity.
         floor_sqnr: noise floor, dB, by output.
         max_abs_difference: by output.
     """
@@ -148,8 +156,10 @@ class OutputParity(LayerParity):
     def broken_limits(self, limits: Limits) -> Iterator[str]:
         for output, sqnr in self.sqnr.items():
             floor = self.floor_sqnr[output]
-            least = min(limits.sqnr, floor - limits.below_floor)
-            if not sqnr >= least:
+            least = max(WRONG, min(limits.sqnr, floor - limits.below_floor))
+            if math.isnan(sqnr):
+                yield f"output {output} holds NaN or infinity"
+            elif not sqnr >= least:
                 yield (
                     f"output {output} is {sqnr:.1f} dB from the simulation's "
                     f"(limit {least:.1f} dB, floor {floor:.1f} dB)"
@@ -162,6 +172,7 @@ class LanguageModelParity(LayerParity):
     """How far a causal language model is from the simulation. Differences of logits are absolute.
 
     Args:
+        max_abs_logit_difference: infinite if logits of any token hold NaN or infinity.
         perturbed_top1_agreement, perturbed_max_abs_logit_difference: noise floor, as measured.
         floor_top1_agreement: lower end of the 95 % interval around `perturbed_top1_agreement`; the
             limit of `top1_agreement`.
@@ -182,6 +193,8 @@ class LanguageModelParity(LayerParity):
     tokens: int
 
     def broken_limits(self, limits: Limits) -> Iterator[str]:
+        if not math.isfinite(self.max_abs_logit_difference):
+            yield "logits hold NaN or infinity"
         yield from broken_perplexity(
             self.perplexity, self.simulated_perplexity, self.floor_perplexity_difference, limits
         )
@@ -211,6 +224,9 @@ def broken_perplexity(
     Args:
         where: it was computed, such as " on the HTP".
     """
+    if not (math.isfinite(found) and math.isfinite(expected)):
+        yield f"perplexity{where} is {found:.4f}, and the simulation's is {expected:.4f}"
+        return
     drift = abs(found / expected - 1)
     if not drift <= largest_drift(limits.perplexity_difference, floor):
         yield (
@@ -263,7 +279,7 @@ def verify_outputs(
             exported.setdefault(name, OutputDifference()).update(found[name], expected)
             floor.setdefault(name, OutputDifference()).update(perturbed[name], expected)
     return OutputParity(
-        **layers.to_json(),
+        **vars(layers),
         primary=interface.primary,
         sqnr={name: difference.sqnr for name, difference in exported.items()},
         floor_sqnr={name: difference.sqnr for name, difference in floor.items()},
@@ -308,21 +324,23 @@ def verify_language_model(
         # Nothing follows the last token; its logits are compared if it counts itself.
         predicting[-1] = labels[-1] != IGNORED
         exported.update(found[:, predicting], expected[:, predicting])
+        if not bool(found.isfinite().all()):  # also at tokens that are not compared
+            exported.largest = math.inf
         floor.update(perturbed[:, predicting], expected[:, predicting])
         simulated = token_losses(expected, labels)
         nll += float(token_losses(found, labels).sum())
         simulated_nll += float(simulated.sum())
         squared_noise += float((token_losses(perturbed, labels) - simulated).square().sum())
     return LanguageModelParity(
-        **layers.to_json(),
+        **vars(layers),
         max_abs_logit_difference=exported.largest,
         mean_abs_logit_difference=exported.total / exported.count,
         top1_agreement=exported.agreement,
         perturbed_top1_agreement=floor.agreement,
         floor_top1_agreement=floor.lowest_agreement,
         perturbed_max_abs_logit_difference=floor.largest,
-        perplexity=math.exp(nll / data.loss_tokens),
-        simulated_perplexity=math.exp(simulated_nll / data.loss_tokens),
+        perplexity=perplexity(nll, data.loss_tokens),
+        simulated_perplexity=perplexity(simulated_nll, data.loss_tokens),
         floor_perplexity_difference=perplexity_floor(squared_noise, data.loss_tokens),
         sequences=len(data),
         tokens=exported.tokens,
@@ -359,7 +377,8 @@ def compare_layers(runtime: Runtime, reference: Reference, batch: Mapping[str, A
 
 @dataclass
 class OutputDifference:
-    """Running difference between one output of two computations."""
+    """Running difference between one output of two computations; `largest` is infinite and `sqnr`
+    NaN if one of them holds NaN or infinity."""
 
     signal: float = 0.0
     noise: float = 0.0
@@ -370,7 +389,7 @@ class OutputDifference:
         difference = (found.double() - expected.double()).abs()
         self.signal += float(expected.double().square().sum())
         self.noise += float(difference.square().sum())
-        self.largest = max(self.largest, float(difference.max()))
+        self.largest = max(self.largest, largest(difference))
 
     @property
     def sqnr(self) -> float:
@@ -380,7 +399,8 @@ class OutputDifference:
 
 @dataclass
 class LogitDifference:
-    """Running difference between logits [batch, tokens, vocabulary] of two computations."""
+    """Running difference between logits [batch, tokens, vocabulary] of two computations; `largest`
+    is infinite if one of them holds NaN or infinity."""
 
     largest: float = 0.0
     total: float = 0.0
@@ -390,7 +410,7 @@ class LogitDifference:
 
     def update(self, found: Tensor, expected: Tensor) -> None:
         difference = (found - expected).abs()
-        self.largest = max(self.largest, float(difference.max()))
+        self.largest = max(self.largest, largest(difference))
         self.total += float(difference.double().sum())
         self.count += difference.numel()
         self.agreeing += int((found.argmax(-1) == expected.argmax(-1)).sum())
@@ -413,12 +433,16 @@ class LogitDifference:
 
 
 def perplexity_floor(squared_noise: float, tokens: int) -> float:
-    """Relative difference of perplexity that rounding explains in 95 % of samples.
+    """Relative difference of perplexity that rounding explains in 95 % of samples; infinite if
+    that is too large for a number.
 
     Args:
         squared_noise: sum over tokens of d_t^2; see the module.
     """
-    return math.expm1(1.96 * math.sqrt(squared_noise) / tokens)
+    try:
+        return math.expm1(1.96 * math.sqrt(squared_noise) / tokens)
+    except OverflowError:
+        return math.inf
 
 
 def token_losses(logits: Tensor, labels: Tensor) -> Tensor:

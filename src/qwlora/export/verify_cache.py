@@ -24,9 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwlora.export.graph_parity import WRONG, logits_sqnr
+from qwlora.export.finite_figures import is_same, only_finite
+from qwlora.export.graph_parity import logits_sqnr
 from qwlora.export.proof import DECODED
-from qwlora.export.verify import Limits, LogitDifference, Reference
+from qwlora.export.verify import WRONG, Limits, LogitDifference, Reference
 from qwlora.export.verify_weights import SwitchableRuntime
 
 _OTHERS = 2  # states that run between the steps
@@ -38,7 +39,8 @@ class CacheParity:
 
     Args:
         prefilled, tokens: how many were run at once before, and one by one.
-        sqnr: dB, of the logits of the latter; infinite if equal, and then not in `to_json`.
+        sqnr: dB, of the logits of the latter; infinite if equal, NaN if they hold NaN or
+            infinity, and then not in `to_json`.
         floor_sqnr: the lower one of the two others; see the module.
         switched_is_equal: whether switching adapters between the steps changes no bit.
     """
@@ -56,12 +58,15 @@ class CacheParity:
         return max(WRONG, min(limits.sqnr, self.floor_sqnr - limits.below_floor))
 
     def to_json(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if math.isfinite(value)}
+        """The fields, without numbers that are NaN or infinite."""
+        return only_finite(asdict(self))
 
     def broken_limits(self, limits: Limits) -> Iterator[str]:
         """A sentence for each limit that is exceeded."""
         least = self.least_sqnr(limits)
-        if not self.sqnr >= least:
+        if math.isnan(self.sqnr):
+            yield "with the cache, logits hold NaN or infinity"
+        elif not self.sqnr >= least:
             yield (
                 f"with the cache, logits are {self.sqnr:.1f} dB from those of the whole sequence "
                 f"(limit {least:.1f} dB, floor {self.floor_sqnr:.1f} dB)"
@@ -104,7 +109,7 @@ def verify_cache(
         floor_sqnr=min(logits_sqnr(perturbed, expected), logits_sqnr(whole, expected)),
         top1_agreement=difference.agreement,
         max_abs_logit_difference=difference.largest,
-        switched_is_equal=torch.equal(found, switched),
+        switched_is_equal=is_same(found, switched),
     )
 
 

@@ -11,6 +11,7 @@ The measures and limits are those of `graph_parity.py`.
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,9 +138,10 @@ def verify_qnn(
     except MissingExtraError as error:
         not_run = str(error)
     else:
-        model = QnnModel(base, adapter, htp=True, profile=True)
-        on_htp = model.logits(ids, steps)
-        placement = model.placement()
+        with tempfile.TemporaryDirectory() as profiles:
+            model = QnnModel(base, adapter, htp=True, profiles=Path(profiles))
+            on_htp = model.logits(ids, steps)
+            placement = model.placement()
     return QnnParity(
         **vars(parity),
         htp=None if on_htp is None else run_of(on_htp, expected, ids),

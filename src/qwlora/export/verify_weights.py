@@ -24,6 +24,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from qwlora.data.sequences import Sequences
+from qwlora.export.finite_figures import is_same, largest, only_finite, perplexity
 from qwlora.export.verify import (
     Limits,
     LogitDifference,
@@ -36,6 +37,10 @@ from qwlora.progress import Track, untracked
 
 LOGIT_DIFFERENCE = 1e-4
 AGREEMENT = 0.999
+UNBOUNDED = (
+    "the trained model's own logits hold NaN or infinity, perhaps only with the runtime's rounding "
+    "of activations, so they limit nothing"
+)
 
 
 class WeightsRuntime(Protocol):
@@ -83,7 +88,7 @@ def switching_problems(
     for state in (None, adapter, *others, None, adapter):
         runtime.use(state)
         logits = runtime.logits(ids)
-        if not torch.equal(before.setdefault(state, logits), logits):
+        if not is_same(before.setdefault(state, logits), logits):
             what = "without an adapter" if state is None else f"with adapter {state.name}"
             yield f"logits {what} differ after other adapters were active"
     runtime.use(None)
@@ -94,7 +99,8 @@ class Rounding:
     """What a runtime's rounding of activations changes in the trained model.
 
     Args:
-        max_abs_logit_difference: with the adapter, or without it on the first sequence.
+        max_abs_logit_difference: with the adapter, or without it on the first sequence; infinite
+            if logits then hold NaN or infinity.
         lowest_top1_agreement: see `LogitDifference.lowest_agreement`.
         floor_perplexity_difference: relative, see `perplexity_floor`.
     """
@@ -109,7 +115,8 @@ class WeightsParity:
     """How far a runtime is from the trained model.
 
     Args:
-        max_abs_logit_difference, mean_abs_logit_difference: with the adapter.
+        max_abs_logit_difference, mean_abs_logit_difference: with the adapter; the largest is
+            infinite if logits hold NaN or infinity.
         largest_logit: of the trained model, absolute.
         top1_agreement: share of tokens with the same likeliest next token.
         base_max_abs_logit_difference: without the adapter, on the first sequence.
@@ -150,16 +157,21 @@ class WeightsParity:
         return largest_drift(limits.perplexity_difference, own)
 
     def to_json(self) -> dict[str, Any]:
-        return {key: value for key, value in asdict(self).items() if value is not None}
+        """The fields that were measured, without numbers that are NaN or infinite."""
+        return only_finite({k: value for k, value in asdict(self).items() if value is not None})
 
     def broken_limits(self, limits: Limits) -> Iterator[str]:
         """A sentence for each limit that is exceeded."""
         allowed, least = self.logit_limit, self.agreement_limit
+        if not math.isfinite(allowed):
+            yield UNBOUNDED
         for what, found in (
             ("with the adapter", self.max_abs_logit_difference),
             ("without it", self.base_max_abs_logit_difference),
         ):
-            if not found <= allowed:
+            if not math.isfinite(found):
+                yield f"logits {what} hold NaN or infinity"
+            elif not found <= allowed:
                 yield f"a logit {what} is off by {found:.3g} (limit {allowed:.3g})"
         if not self.top1_agreement >= least:
             yield (
@@ -168,9 +180,21 @@ class WeightsParity:
             )
         if not self.off_is_equal:
             yield "after the adapter is switched off, logits differ from those before"
-        difference = abs(self.perplexity / self.reference_perplexity - 1)
-        if not difference <= (limit := self.perplexity_limit(limits)):
-            yield f"perplexity differs by {difference:.2%} (limit {limit:.2%})"
+        yield from broken_perplexity(
+            self.perplexity, self.reference_perplexity, self.perplexity_limit(limits)
+        )
+
+
+def broken_perplexity(found: float, expected: float, limit: float, what: str = "") -> Iterator[str]:
+    """A sentence, if a perplexity differs from that of the trained model by more than `limit`.
+
+    Args:
+        what: was computed, such as " with the adapter".
+    """
+    if not (math.isfinite(found) and math.isfinite(expected)):
+        yield f"perplexity{what} is {found:.4f}, expected {expected:.4f}"
+    elif not (difference := abs(found / expected - 1)) <= limit:
+        yield f"perplexity{what} differs by {difference:.2%} (limit {limit:.2%})"
 
 
 @torch.no_grad()
@@ -198,13 +222,13 @@ def verify_weights(
     rounded, base_drift, squared_noise = LogitDifference(), 0.0, 0.0
     with model.disable_adapter():
         expected = model(input_ids=first).logits.float()
-        base = (before - expected).abs().max()
+        base = largest((before - expected).abs())
         if rounding is not None:
             with rounding:
                 other = model(input_ids=first).logits.float()
-            base_drift = float((other - expected).abs().max())
+            base_drift = largest((other - expected).abs())
     runtime.use(adapter)
-    found, nll, reference_nll, largest = LogitDifference(), 0.0, 0.0, 0.0
+    found, nll, reference_nll, largest_logit = LogitDifference(), 0.0, 0.0, 0.0
     shipped, shipped_nll = LogitDifference(), 0.0
     for ids, labels in track(sequences.rows(), "verifying", len(sequences)):
         expected = model(input_ids=ids[None]).logits.float()
@@ -218,7 +242,7 @@ def verify_weights(
         found.update(logits, expected)
         nll += float(token_losses(logits, labels).sum())
         reference_nll += float(token_losses(expected, labels).sum())
-        largest = max(largest, float(expected.abs().max()))
+        largest_logit = max(largest_logit, largest(expected.abs()))
         if runtime.shipped is not None:
             logits = runtime.shipped.logits(ids[None])
             shipped.update(logits, expected)
@@ -228,15 +252,15 @@ def verify_weights(
     return WeightsParity(
         max_abs_logit_difference=found.largest,
         mean_abs_logit_difference=found.total / found.count,
-        largest_logit=largest,
+        largest_logit=largest_logit,
         top1_agreement=found.agreement,
-        base_max_abs_logit_difference=float(base),
-        off_is_equal=torch.equal(runtime.logits(first), before),
-        perplexity=math.exp(nll / tokens),
-        reference_perplexity=math.exp(reference_nll / tokens),
+        base_max_abs_logit_difference=base,
+        off_is_equal=is_same(runtime.logits(first), before),
+        perplexity=perplexity(nll, tokens),
+        reference_perplexity=perplexity(reference_nll, tokens),
         sequences=len(sequences),
         tokens=found.tokens,
-        shipped_perplexity=math.exp(shipped_nll / tokens) if shipped.tokens else None,
+        shipped_perplexity=perplexity(shipped_nll, tokens) if shipped.tokens else None,
         shipped_top1_agreement=shipped.agreement if shipped.tokens else None,
         rounding=Rounding(
             max(rounded.largest, base_drift),

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from qwlora.export.finite_figures import shown
 from qwlora.messages import size
 
 
@@ -116,11 +116,11 @@ def _parity_rows(name: str, parity: dict[str, Any]) -> list[Row]:
     """How closely a runtime agrees with the simulation or with the trained model."""
     if "cpu" in parity:
         return _cached_graph_rows(name, parity)
-    is_graph = "simulated_perplexity" in parity
+    is_graph = "floor_top1_agreement" in parity
     other = "simulated_perplexity" if is_graph else "reference_perplexity"
     found = (
-        f"perplexity {parity['perplexity']:.3f} in the runtime, {parity[other]:.3f} "
-        f"{'simulated' if is_graph else 'trained'}"
+        f"perplexity {shown(parity, 'perplexity', '.3f')} in the runtime, "
+        f"{shown(parity, other, '.3f')} {'simulated' if is_graph else 'trained'}"
     )
     on = f" (on {parity['sequences']} sequences)" if "sequences" in parity else ""
     if not is_graph:
@@ -129,15 +129,15 @@ def _parity_rows(name: str, parity: dict[str, Any]) -> list[Row]:
             (
                 "",
                 f"same likeliest token {parity['top1_agreement']:.2%}, largest difference of a "
-                f"logit {parity['max_abs_logit_difference']:.2g}",
+                f"logit {shown(parity, 'max_abs_logit_difference', '.2g')}",
             ),
         ]
-        if "shipped_perplexity" in parity:
+        if "shipped_top1_agreement" in parity:
             rows.append(
                 (
                     "",
                     f"with the runtime's own settings: perplexity "
-                    f"{parity['shipped_perplexity']:.3f}, same likeliest token "
+                    f"{shown(parity, 'shipped_perplexity', '.3f')}, same likeliest token "
                     f"{parity['shipped_top1_agreement']:.2%}",
                 )
             )
@@ -151,8 +151,8 @@ def _parity_rows(name: str, parity: dict[str, Any]) -> list[Row]:
         ),
         (
             "",
-            f"worst of {parity['layers']} layers: {parity['worst_layer_steps']:.2f} steps, worst "
-            f"mean {parity['worst_layer_mean_steps']:.4f}",
+            f"worst of {parity['layers']} layers: {shown(parity, 'worst_layer_steps', '.2f')} "
+            f"steps, worst mean {shown(parity, 'worst_layer_mean_steps', '.4f')}",
         ),
     ]
 
@@ -165,8 +165,9 @@ def _cached_graph_rows(name: str, parity: dict[str, Any]) -> list[Row]:
     rows = [
         (
             f"parity {name}",
-            f"perplexity {run.get('perplexity', math.nan):.3f} on {place}, "
-            f"{parity['simulated_perplexity']:.3f} simulated (on {parity['tokens']} tokens)",
+            f"perplexity {shown(run, 'perplexity', '.3f')} on {place}, "
+            f"{shown(parity, 'simulated_perplexity', '.3f')} simulated "
+            f"(on {parity['tokens']} tokens)",
         ),
         (
             "",

@@ -71,6 +71,7 @@ def add_use_cases(plan: PlanBuilder, target: str) -> None:
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Run the exported files on held-out text and compare the result with the recipe's limits."""
     from qwlora.errors import VerificationError
+    from qwlora.export.finite_figures import only_finite
     from qwlora.export.proof import logits_of, make_reference
     from qwlora.export.verify import Limits
     from qwlora.export.verify_qnn import QnnParity
@@ -119,7 +120,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         **({"proof": proof["figures"]} if proof else {}),
         "passed": not problems,
         "problems": problems,
-        "limits": _limits_of(parity, limits),
+        "limits": only_finite(_limits_of(parity, limits)),
     }
     if isinstance(parity, QnnParity) and parity.not_run is not None:
         del measured["not_run" if problems else "passed"]

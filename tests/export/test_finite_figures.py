@@ -1,0 +1,382 @@
+"""A runtime that computes NaN, infinity or far too large logits fails its proof, and says so."""
+
+from __future__ import annotations
+
+import math
+from contextlib import nullcontext
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from qwlora import strict_json
+from qwlora.data.sequences import IGNORED, Sequences
+from qwlora.errors import ExportError, VerificationError
+from qwlora.export import qnn_runtime, verify_qnn
+from qwlora.export.bundle import proof_table, proven
+from qwlora.export.finite_figures import is_same, only_finite, perplexity
+from qwlora.export.graph_parity import compare_graphs
+from qwlora.export.proof import logits_of, make_reference
+from qwlora.export.qnn_bundle import export_qnn
+from qwlora.export.registry import TARGETS
+from qwlora.export.verify import (
+    Limits,
+    Reference,
+    check_parity,
+    compare_layers,
+    perplexity_floor,
+    verify_language_model,
+    verify_outputs,
+)
+from qwlora.export.verify_cache import verify_cache
+from qwlora.export.verify_weights import verify_weights
+from qwlora.graph.quantized_graph import Interface, Kind, Mark
+from qwlora.grid.sqnr import sqnr_db
+from qwlora.pipeline.results_table import print_summary
+
+TOKENS, VOCABULARY = 24, 16
+IDS = torch.randint(0, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(7))
+LOGITS = torch.randn(1, TOKENS, VOCABULARY, generator=torch.Generator().manual_seed(8))
+LABELS = IDS.clone()
+LABELS[:, :8] = IGNORED
+TEXT = Sequences(IDS, LABELS)
+NOISY = LOGITS + torch.randn(LOGITS.shape, generator=torch.Generator().manual_seed(9))
+
+
+def damaged(value: float, token: int, entry: int = 0) -> Tensor:
+    """The right logits, with one value at one token; tokens 0 to 6 predict no loss token."""
+    logits = LOGITS.clone()
+    logits[0, token, entry] = value
+    return logits
+
+
+NOT_IN_THE_LOSS, IN_THE_LOSS = 2, 12
+BROKEN = {
+    "NaN": damaged(math.nan, IN_THE_LOSS),
+    "NaN at a token that is not in the loss": damaged(math.nan, NOT_IN_THE_LOSS),
+    "infinity": damaged(math.inf, IN_THE_LOSS),
+    "minus infinity at an unlikely token": damaged(
+        -math.inf, NOT_IN_THE_LOSS, int(LOGITS[0, NOT_IN_THE_LOSS].argmin())
+    ),
+}
+LARGE = 1e5 * LOGITS.flip(1)  # a wrong scale
+every_broken = pytest.mark.parametrize("logits", BROKEN.values(), ids=BROKEN)
+
+
+def summary(target: str, parity: dict[str, Any]) -> str:
+    console = Console(file=StringIO(), width=300)
+    results = {"recipe": "tiny", "parity": {target: {"first": parity}}, "stages": {}}
+    print_summary(results, console)
+    return console.file.getvalue()
+
+
+class Model:
+    """A trained model that says LOGITS, in the parts of PeftModel that a proof uses."""
+
+    def __init__(self) -> None:
+        self.logits = LOGITS
+
+    def disable_adapter(self) -> Any:
+        return nullcontext()
+
+    def __call__(self, input_ids: Tensor) -> Any:
+        return SimpleNamespace(logits=self.logits[:, : input_ids.shape[1]])
+
+
+class Runtime:
+    """A runtime with chosen logits, also of tokens that follow others in a cache."""
+
+    def __init__(self, logits: Tensor, shipped: Tensor | None = None):
+        self.chosen = logits
+        self.shipped = None if shipped is None else Runtime(shipped)
+
+    def use(self, adapter: Path | None) -> None:
+        pass
+
+    def logits(self, ids: Tensor) -> Tensor:
+        return self.chosen[:, : ids.shape[1]]
+
+    def run(self, tensors: Any) -> dict[str, Tensor]:
+        return {"logits": self.chosen}
+
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        start = ids.shape[1] - 1
+        return self.chosen[0, start : start + count].argmax(-1).tolist()
+
+    def extend(self, ids: Tensor, past: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        start = past["key"].shape[1] if past else 0
+        end = start + ids.shape[1]
+        return self.chosen[:, start:end], {"key": torch.zeros(1, end)}
+
+
+class Simulated:
+    """A simulation that says LOGITS, and `perturbed` with other rounding."""
+
+    def __init__(self, perturbed: Tensor = LOGITS):
+        shapes = {"input_ids": ("batch", "tokens"), "logits": ("batch", "tokens", VOCABULARY)}
+        interface = Interface(("input_ids",), ("logits",), "logits", shapes)
+        self._graph = SimpleNamespace(interface=interface, marks=[])
+        self.perturbed = perturbed
+
+    def graph(self) -> Any:
+        return self._graph
+
+    def outputs(self, batch: Any) -> dict[str, Tensor]:
+        return {"logits": LOGITS}
+
+    def perturbed_outputs(self, batch: Any) -> dict[str, Tensor]:
+        return {"logits": self.perturbed}
+
+    def values(self, batch: Any) -> dict[str, Tensor]:
+        return {}
+
+    def bind(self, batch: Any) -> Any:
+        return batch
+
+
+def weights_parity(logits: Tensor, shipped: Tensor | None = None) -> Any:
+    runtime: Any = Runtime(logits, shipped)
+    model: Any = Model()
+    return verify_weights(runtime, model, Path(), TEXT)
+
+
+def language_parity(logits: Tensor) -> Any:
+    runtime: Any = Runtime(logits)
+    return verify_language_model(runtime, Simulated(), TEXT, TOKENS)
+
+
+def outputs_parity(logits: Tensor, perturbed: Tensor = LOGITS) -> Any:
+    runtime: Any = Runtime(logits)
+    reference: Reference = Simulated(perturbed)
+    return verify_outputs(runtime, reference, [{"input_ids": IDS}])
+
+
+def graphs_parity(logits: Tensor) -> Any:
+    return compare_graphs(logits, LOGITS, LOGITS, IDS)
+
+
+def cache_parity(logits: Tensor) -> Any:
+    runtime: Any = Runtime(logits)
+    return verify_cache(runtime, Simulated(), IDS, None, [])
+
+
+PROOFS = [weights_parity, language_parity, outputs_parity, graphs_parity]
+
+
+def test_a_perplexity_or_a_noise_floor_beyond_floats_is_infinite() -> None:
+    assert perplexity(30.0, 10) == pytest.approx(math.e**3)
+    assert perplexity(7100.0, 10) == math.inf
+    assert math.isnan(perplexity(math.nan, 10))
+    assert perplexity_floor(1e12, 10) == math.inf
+
+
+def test_an_sqnr_of_values_that_are_not_finite_is_nan() -> None:
+    assert math.isnan(sqnr_db(1.0, math.inf))
+    assert math.isnan(sqnr_db(math.nan, 1.0))
+    assert sqnr_db(1e-300, 1e300) == -math.inf
+
+
+def test_only_finite_figures_are_written() -> None:
+    figures = {"a": math.nan, "of": {"b": -math.inf, "c": 1.0}, "count": 3, "worst": "x"}
+    assert only_finite(figures) == {"of": {"c": 1.0}, "count": 3, "worst": "x"}
+
+
+@every_broken
+@pytest.mark.parametrize("proof", PROOFS)
+def test_logits_that_are_not_finite_fail_every_proof(proof: Any, logits: Tensor) -> None:
+    parity = proof(logits)
+    with pytest.raises(VerificationError, match=r"holds? NaN or infinity"):
+        check_parity(parity, Limits(), "it")
+    strict_json.dumps(parity.to_json())
+    assert not list(proof(LOGITS).broken_limits(Limits()))
+
+
+@pytest.mark.parametrize("proof", [weights_parity, language_parity, graphs_parity])
+def test_a_perplexity_that_overflows_fails_the_proof(proof: Any) -> None:
+    parity = proof(LARGE)
+    with pytest.raises(VerificationError, match=r"perplexity.* is inf"):
+        check_parity(parity, Limits(), "it")
+    found = parity.to_json()
+    strict_json.dumps(found)
+    table = summary("hf", {**found, "problems": list(parity.broken_limits(Limits()))})
+    assert "perplexity not finite" in table
+    assert "FAIL" in table
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_cache_that_gives_no_numbers_fails(value: float) -> None:
+    parity = cache_parity(damaged(value, TOKENS - 1))
+    assert list(parity.broken_limits(Limits())) == ["with the cache, logits hold NaN or infinity"]
+    strict_json.dumps(parity.to_json())
+
+
+class Overflow(nullcontext[None]):
+    """A runtime's rounding of activations that breaks a model."""
+
+    def __init__(self, model: Model):
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.model.logits = BROKEN["NaN at a token that is not in the loss"]
+
+    def __exit__(self, *error: object) -> None:
+        self.model.logits = LOGITS
+
+
+def test_a_trained_model_that_the_rounding_breaks_limits_nothing() -> None:
+    model: Any = Model()
+    runtime: Any = Runtime(LOGITS)
+    parity = verify_weights(runtime, model, Path(), TEXT, Overflow(model))
+    (problem,) = parity.broken_limits(Limits())
+    assert "the trained model's own logits hold NaN or infinity" in problem
+    strict_json.dumps(parity.to_json())
+
+
+def test_a_reference_that_the_rounding_breaks_limits_nothing(proofs: Any) -> None:
+    model: Any = Model()
+    rounded = logits_of(model, Overflow(model))
+    found = proofs(Runtime(LOGITS), make_reference(logits_of(model), TEXT, rounded=rounded))
+    assert len(found["problems"]) == 2
+    assert all("the trained model's own logits hold NaN" in each for each in found["problems"])
+
+
+@pytest.mark.parametrize("shipped", [*BROKEN.values(), LARGE], ids=[*BROKEN, "a wrong scale"])
+def test_settings_as_shipped_are_only_reported(shipped: Tensor) -> None:
+    parity = weights_parity(LOGITS, shipped=shipped)
+    assert not list(parity.broken_limits(Limits()))
+    found = parity.to_json()
+    strict_json.dumps(found)
+    assert "with the runtime's own settings: perplexity" in summary("gguf", found)
+
+
+def test_one_layer_that_computes_no_number_is_named() -> None:
+    class Layers(Simulated):
+        def graph(self) -> Any:
+            marks = [Mark(name, name, Kind.ACTIVATION) for name in ("up", "down")]
+            grid = SimpleNamespace(scale=torch.tensor(0.1))
+            return SimpleNamespace(marks=marks, encodings={"up": grid, "down": grid})
+
+        def values(self, batch: Any) -> dict[str, Tensor]:
+            return {"up": torch.ones(4), "down": torch.ones(4)}
+
+    computed = {"up": torch.ones(4), "down": torch.tensor([1.0, math.nan, 1.0, 1.0])}
+    runtime: Any = SimpleNamespace(run_layers=lambda values, tensors: computed)
+    parity = compare_layers(runtime, Layers(), {})
+    assert list(parity.broken_limits(Limits())) == ["layer down computes NaN or infinity"]
+    strict_json.dumps(parity.to_json())
+
+
+def test_an_output_far_from_a_noisy_simulation_fails() -> None:
+    """The simulation agrees with itself to some 0 dB, which must not allow anything."""
+    parity = outputs_parity(-LOGITS, NOISY)
+    assert parity.floor_sqnr["logits"] < 6
+    with pytest.raises(VerificationError, match=r"limit 15.0 dB, floor"):
+        check_parity(parity, Limits(), "it")
+
+
+@pytest.fixture
+def proofs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
+    """A function from a runtime to what `qwlora verify BUNDLE` finds of it, with its JSON checked."""
+    target, model = TARGETS["hf"], cast(Any, Model())
+    reference = make_reference(logits_of(model), TEXT)
+    for folder in ("base", "first"):
+        (tmp_path / folder).mkdir()
+
+    def prove(runtime: Runtime, of: dict[str, Tensor] = reference) -> dict[str, Any]:
+        monkeypatch.setattr(type(target), "open", lambda self, base: runtime)
+        found = proven(target, tmp_path, "first", of, {"perplexity_difference": 0.003})
+        strict_json.dumps(found)
+        return found
+
+    return prove
+
+
+@every_broken
+def test_a_bundle_whose_logits_are_not_finite_fails_its_proof(proofs: Any, logits: Tensor) -> None:
+    assert proofs(Runtime(LOGITS))["passed"]
+    found = proofs(Runtime(logits))
+    assert "logits with the adapter hold NaN or infinity" in found["problems"]
+    assert not any("switched off" in problem for problem in found["problems"])
+    assert "| not finite |" in "\n".join(proof_table({"first": found}))
+
+
+def test_a_bundle_whose_perplexity_overflows_fails_its_proof(proofs: Any) -> None:
+    found = proofs(Runtime(LARGE))
+    assert any("perplexity with the adapter is inf" in problem for problem in found["problems"])
+    assert ", not finite |" in "\n".join(proof_table({"first": found}))
+
+
+@pytest.mark.parametrize("shipped", [*BROKEN.values(), LARGE], ids=[*BROKEN, "a wrong scale"])
+def test_a_bundle_passes_whatever_it_computes_as_shipped(proofs: Any, shipped: Tensor) -> None:
+    found = proofs(Runtime(LOGITS, shipped))
+    assert found["passed"], found["problems"]
+    assert "not finite" in "\n".join(proof_table({"first": found}))
+
+
+def test_nan_equals_nan_where_states_are_compared() -> None:
+    assert is_same(BROKEN["NaN"], BROKEN["NaN"].clone())
+    assert not is_same(BROKEN["NaN"], LOGITS)
+
+
+def test_profiles_of_a_runtime_that_fails_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:
+    folders: list[Path] = []
+
+    class Model:
+        def __init__(self, *arguments: Any, htp: bool, profiles: Path | None = None):
+            if profiles is not None:
+                assert profiles.is_dir()
+                folders.append(profiles)
+            self.htp = htp
+
+        def logits(self, ids: Tensor, steps: int) -> Tensor:
+            if self.htp:
+                raise ExportError("the HTP refuses the graph")
+            return LOGITS
+
+    for name, fake in (
+        ("QnnModel", Model),
+        ("check_bundle", lambda *arguments: None),
+        ("require_emulator", lambda: None),
+    ):
+        monkeypatch.setattr(verify_qnn, name, fake)
+    simulation: Any = SimpleNamespace(
+        logits=lambda ids: LOGITS, perturbed_logits=lambda ids: LOGITS
+    )
+    with pytest.raises(ExportError, match="the HTP refuses"):
+        verify_qnn.verify_qnn(Path(), "first", simulation, IDS)
+    (folder,) = folders
+    assert not folder.exists()
+
+
+def test_a_compiler_that_writes_no_file_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    options = SimpleNamespace(
+        add_session_config_entry=lambda *entry: None,
+        add_provider_for_devices=lambda *given: None,
+    )
+    for name, fake in (
+        ("_devices", list),
+        ("_provider", dict),
+        ("_options", lambda: options),
+        ("_session", lambda path, options: None),
+        ("require", lambda *names: SimpleNamespace(__version__="1")),
+    ):
+        monkeypatch.setattr(qnn_runtime, name, fake)
+    (tmp_path / "prefill_ctx.onnx").touch()
+    assert "onnxruntime-qnn" in qnn_runtime.compile_graphs(tmp_path, ["prefill"])
+    with pytest.raises(ExportError, match=r"decode.onnx.*wrote no decode_ctx.onnx"):
+        qnn_runtime.compile_graphs(tmp_path, ["prefill", "decode"])
+
+
+@pytest.mark.parametrize("part", ["base", "first", "zero"])
+def test_a_folder_that_holds_a_part_of_a_bundle_is_refused(part: str, tmp_path: Path) -> None:
+    (tmp_path / part).mkdir()
+    simulations: Any = {"first": None}
+    with pytest.raises(ExportError, match=f"already holds {part}"):
+        export_qnn(simulations, {"decode": 1}, 8, tmp_path)

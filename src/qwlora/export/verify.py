@@ -224,8 +224,11 @@ def broken_perplexity(
     Args:
         where: it was computed, such as " on the HTP".
     """
-    if not (math.isfinite(found) and math.isfinite(expected)):
-        yield f"perplexity{where} is {found:.4f}, and the simulation's is {expected:.4f}"
+    if not all(map(math.isfinite, (found, expected, floor))):
+        yield (
+            f"perplexity{where} is {found:.4f}, and the simulation's is {expected:.4f} (limit "
+            f"{limits.perplexity_difference:.2%} and the noise floor of {floor:.2%})"
+        )
         return
     drift = abs(found / expected - 1)
     if not drift <= largest_drift(limits.perplexity_difference, floor):

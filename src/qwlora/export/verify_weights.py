@@ -191,8 +191,8 @@ def broken_perplexity(found: float, expected: float, limit: float, what: str = "
     Args:
         what: was computed, such as " with the adapter".
     """
-    if not (math.isfinite(found) and math.isfinite(expected)):
-        yield f"perplexity{what} is {found:.4f}, expected {expected:.4f}"
+    if not all(map(math.isfinite, (found, expected, limit))):
+        yield f"perplexity{what} is {found:.4f}, expected {expected:.4f} (limit {limit:.2%})"
     elif not (difference := abs(found / expected - 1)) <= limit:
         yield f"perplexity{what} differs by {difference:.2%} (limit {limit:.2%})"
 

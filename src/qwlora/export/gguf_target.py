@@ -161,9 +161,10 @@ class LlamaRuntime:
         self._adapters: dict[Path, Any] = {}
         self._active: Path | None = None
         parameters = self._llama.llama_model_default_params()
-        self._model = self._llama.llama_model_load_from_file(str(path).encode(), parameters)
-        if self._model == self._ffi.NULL:
+        model = self._llama.llama_model_load_from_file(str(path).encode(), parameters)
+        if model == self._ffi.NULL:
             raise ExportError(f"llama.cpp cannot load {str(path)!r}: {self._reason()}")
+        self._model = self._ffi.gc(model, self._llama.llama_model_free)  # with its adapters
         self._context, self._tokens = self._ffi.NULL, 0
         vocabulary = self._llama.llama_model_get_vocab(self._model)
         self._vocabulary = self._llama.llama_vocab_n_tokens(vocabulary)
@@ -221,13 +222,12 @@ class LlamaRuntime:
             batch.seq_id[i][0] = 0
         batch.n_tokens = len(tokens)
         status = llama.llama_decode(self._context, batch)
+        llama.llama_batch_free(batch)
         if status:
             raise ExportError(f"llama.cpp cannot decode {len(tokens)} tokens (status {status})")
         size = 4 * len(tokens) * self._vocabulary
         buffer = self._ffi.buffer(llama.llama_get_logits(self._context), size)
-        found = np.frombuffer(buffer, dtype=np.float32).copy()
-        llama.llama_batch_free(batch)
-        return found
+        return np.frombuffer(buffer, dtype=np.float32).copy()
 
     def _reason(self) -> str:
         return "; ".join(self._errors[-3:]) or "it gives no reason"
@@ -236,15 +236,21 @@ class LlamaRuntime:
         """A context for sequences of this length."""
         if tokens <= self._tokens:
             return
-        parameters = self._llama.llama_context_default_params()
-        self._tokens = -(-tokens // 256) * 256
-        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = self._tokens
+        llama, model, room = self._llama, self._model, -(-tokens // 256) * 256
+        parameters = llama.llama_context_default_params()
+        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = room
         parameters.n_threads = parameters.n_threads_batch = 1
         parameters.type_k = parameters.type_v = 0  # float32
         parameters.flash_attn_type = 0
-        self._context = self._llama.llama_init_from_model(self._model, parameters)
-        if self._context == self._ffi.NULL:
+        self._context, self._tokens = self._ffi.NULL, 0  # releases the former one
+        context = llama.llama_init_from_model(model, parameters)
+        if context == self._ffi.NULL:
             raise ExportError(f"llama.cpp has no memory for {tokens} tokens")
+
+        def release(context: Any, _: Any = model) -> None:  # before the model, which it keeps
+            llama.llama_free(context)
+
+        self._context, self._tokens = self._ffi.gc(context, release), room
         self._switch()
 
     def _switch(self) -> None:

@@ -18,11 +18,12 @@ import torch
 
 from export.damage import flip_bit, swap
 from qwlora.data.sequences import as_sequences
-from qwlora.errors import VerificationError
+from qwlora.errors import ExportError, VerificationError
 from qwlora.export.graph_parity import GraphsParity
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, GraphTarget
 from qwlora.export.verify import Limits
+from qwlora.grid.sqnr import sqnr_db
 from qwlora.progress import untracked
 from qwlora.simulation.simulation import Simulation
 from simulation.test_npu_graph import simulated
@@ -71,6 +72,18 @@ def test_prefill_then_decode_is_the_simulation(folder: Path, llama: Simulation) 
         base = model(input_ids=IDS).logits
     of_adapter, of_base = ((logits - x).abs().mean() for x in (llama.logits(IDS), base))
     assert of_base > 10 * of_adapter
+
+
+def test_no_token_is_dropped_at_the_end_of_the_context(llama: Simulation, tmp_path: Path) -> None:
+    sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    TARGET.write(ExportedGraph(llama, {}, sample, "1.0.0", GRAPHS, 22), tmp_path)
+    logits = TARGET.logits(tmp_path)
+    ids = torch.randint(3, 256, (1, 22), generator=torch.Generator().manual_seed(7))
+    expected = llama.logits(ids).double()  # the third prefill has room for 6 tokens only
+    noise = float((logits(ids) - expected).square().sum())
+    assert sqnr_db(float(expected.square().sum()), noise) > 45
+    with pytest.raises(ExportError, match=r"23 tokens do not fit .* at most 22"):
+        logits(torch.cat([ids, ids[:, :1]], 1))
 
 
 @pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])

@@ -151,22 +151,35 @@ class CachedGraphs(ABC):
         Args:
             steps: the last tokens to run one by one, by the smallest graph.
         """
-        tokens, graphs = ids.shape[1], self.record["graphs"]
-        if tokens > self.record["context"]:
-            raise ExportError(
-                f"{tokens} tokens do not fit into the context of {self.record['context']}; give "
-                "fewer, or export with a larger one"
-            )
-        smallest, cache = self.names[-1], self.empty_cache()
-        found, first = [], 0
+        cache = self.empty_cache()
+        found = [
+            self.extend(name, ids[:, first : first + count], first, cache)
+            for name, first, count in self._calls(ids.shape[1], steps)
+        ]
+        return torch.from_numpy(np.concatenate(found, 1))
+
+    def _calls(self, tokens: int, steps: int) -> list[tuple[str, int, int]]:
+        """(graph, tokens before, new tokens) of each call of `logits`.
+
+        A graph that has no room for all the tokens that it takes would drop the first ones, also if
+        some are padding; then the smallest one is called.
+        """
+        room = self.record["context"]
+        sizes = {name: self.record["graphs"][name]["tokens"] for name in self.names}
+        largest, smallest = self.names[0], self.names[-1]
+        calls, first = list[tuple[str, int, int]](), 0
         while first < tokens:
             left = tokens - steps - first
-            name = self.names[0] if left > 0 else smallest
-            size = graphs[name]["tokens"]
-            count = min(size, left) if left > 0 else min(size, tokens - first)
-            found.append(self.extend(name, ids[:, first : first + count], first, cache))
+            name = largest if left > 0 and first + sizes[largest] <= room else smallest
+            if first + sizes[name] > room:
+                raise ExportError(
+                    f"{tokens} tokens do not fit into the context of {room}; give at most {first}, "
+                    "or export with a larger export.graphs.context"
+                )
+            count = min(sizes[name], left if left > 0 else tokens - first)
+            calls.append((name, first, count))
             first += count
-        return torch.from_numpy(np.concatenate(found, 1))
+        return calls
 
     def empty_cache(self) -> dict[str, Any]:
         """Keys and values of no token, by input name, as `extend` takes them."""

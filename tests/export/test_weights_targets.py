@@ -195,6 +195,32 @@ def test_the_runtime_computes_base_and_adapters(
     assert any("with the adapter" in problem for problem in wrong.broken_limits(Limits()))
 
 
+def test_the_lines_of_the_readme_load_a_base_of_several_schemes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind = target("hf")
+    if missing := kind.missing():
+        pytest.skip(missing)
+    model = base("w4-block32", rules=MIXED)
+    (tmp_path / "base").mkdir()
+    kind.write_base(ExportedBase(model, byte_tokenizer()), tmp_path / "base")
+    adapted = adapters(model, tmp_path / "trained")
+    (tmp_path / "second").mkdir()
+    canonical = read_canonical(tmp_path / "trained" / "second")
+    kind.write_adapter(canonical, tmp_path / "base", tmp_path / "second")
+    monkeypatch.chdir(tmp_path)
+    code, loaded = kind.loading("base", "second"), dict[str, Any]()
+    exec(code.partition("```python\n")[2].partition("```")[0], loaded)
+    runtime = kind.open(tmp_path / "base")
+    runtime.use(tmp_path / "second")  # before anything else
+    adapted.set_adapter("second")
+    with torch.no_grad():
+        expected = adapted(input_ids=IDS).logits
+        found = loaded["model"](input_ids=IDS).logits
+    for logits in (found, runtime.logits(IDS)):
+        torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4 * float(expected.max()))
+
+
 def test_an_asymmetric_grid_beside_another_is_refused_by_hf(tmp_path: Path) -> None:
     model = base(Scheme(4, False, PerBlock(32)), rules=MIXED)
     with pytest.raises(

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora import strict_json
 from qwlora.atomic import write_text
+from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE
 from qwlora.export.switchable_onnx import (
@@ -41,6 +42,12 @@ def write_genai(
     nothing = CanonicalAdapter({}, None)
     write_onnx_adapter(nothing, empty_factors(folder / MODEL_FILE), folder / NO_ADAPTER)
     text: Any = model.config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is None:
+        raise ExportError(
+            f"genai needs a longest sequence, but the configuration of {text.model_type} has no "
+            "max_position_embeddings. Set it in config.json, or remove genai from export.targets"
+        )
     text.save_pretrained(folder)
     shapes = {value.name: value.shape for value in made.graph.inputs}
     keys = shapes["past_key_values.0.key"]
@@ -48,7 +55,7 @@ def write_genai(
     config = {
         "model": {
             "type": "llama",
-            "context_length": text.max_position_embeddings,
+            "context_length": positions,
             "vocab_size": text.vocab_size,
             **_special_tokens(model, tokenizer),
             "decoder": {
@@ -75,7 +82,7 @@ def write_genai(
         },
         "search": {
             "do_sample": False,
-            "max_length": text.max_position_embeddings,
+            "max_length": positions,
             "past_present_share_buffer": False,
         },
     }

@@ -40,7 +40,7 @@ class HfTarget(WeightsTarget):
 
     def loading(self, base: str, adapter: str | None) -> str:
         needs = "Needs `pip install compressed-tensors`. vLLM and SGLang read the same files."
-        return loading_in_transformers(needs, base, adapter)
+        return loading_in_transformers(needs, base, adapter, runs_first=True)
 
     def problem(self, scheme: Scheme) -> str | None:
         return compressed_tensors_problem(scheme)
@@ -62,7 +62,11 @@ class HfTarget(WeightsTarget):
         write_peft(adapter, folder)
 
     def open(self, folder: Path) -> TransformersRuntime:
-        return TransformersRuntime(load(folder))
+        import torch
+
+        runtime = TransformersRuntime(load(folder))
+        runtime.logits(torch.zeros(1, 1, dtype=torch.int64))  # see loading_in_transformers
+        return runtime
 
 
 def load(folder: Path, **arguments: Any) -> Any:
@@ -83,11 +87,15 @@ def load(folder: Path, **arguments: Any) -> Any:
         ).eval()
 
 
-def loading_in_transformers(needs: str, base: str, adapter: str | None) -> str:
+def loading_in_transformers(
+    needs: str, base: str, adapter: str | None, runs_first: bool = False
+) -> str:
     """`Target.loading` of a folder that transformers and vLLM read.
 
     Args:
         needs: a sentence about what must be installed.
+        runs_first: whether the base must compute something before PEFT can add an adapter:
+            compressed-tensors unpacks layers of several schemes only then.
     """
     lines = [
         "```python",
@@ -98,6 +106,9 @@ def loading_in_transformers(needs: str, base: str, adapter: str | None) -> str:
     serve = f"vllm serve {base}"
     if adapter is not None:
         lines.insert(1, "from peft import PeftModel")
+        if runs_first:
+            lines.insert(1, "import torch")
+            lines.append("model(torch.tensor([[0]]))  # unpacks all layers")
         lines.append(f'model = PeftModel.from_pretrained(model, "{adapter}")')
         serve += f" --enable-lora --lora-modules adapter={adapter}"
     return "\n".join([needs, "", *lines, "```", "", "```shell", serve, "```"])

@@ -203,14 +203,21 @@ def differences(one: Any, other: Any, where: str = "") -> list[str]:
 def half_written(job: Path, *whole: Path) -> list[str]:
     """What is visible in a directory and is not what it is in one of the directories in `whole`.
 
-    Names that begin with a dot are scratch and not visible.
+    Names that begin with a dot are scratch and not visible, inside artifacts too.
     """
+
+    def visible(folder: Path) -> dict[str, dict[str, str]]:
+        return {
+            name: {file: d for file, d in files.items() if not Path(file).name.startswith(".")}
+            for name, files in artifacts(folder).items()
+        }
+
     if not job.exists():
         return []
-    known = [artifacts(folder) for folder in whole if folder.exists()]
+    known = [visible(folder) for folder in whole if folder.exists()]
     found = [
         f"{name} is half-written"
-        for name, content in artifacts(job).items()
+        for name, content in visible(job).items()
         if not any(other.get(name) == content for other in known)
     ]
     expected = {p.name for folder in whole if folder.exists() for p in folder.iterdir()}

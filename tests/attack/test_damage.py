@@ -116,7 +116,7 @@ READERS = (
     Reader("train", r"^(base|base_simulation)/", _verb("train"), CARD),
     Reader(
         "evaluate",
-        r"^(base|base_simulation|adapters|simulation)/",
+        r"^(base|base_simulation|adapters|simulation/NAME)/",
         _verb("evaluate"),
         CARD,
         jobs=("qwa", "shared"),
@@ -130,7 +130,8 @@ READERS = (
             r"^results\.json$": "written, never read; the next verb writes it again",
             r"^recipe\.yaml$": FOUND_AGAIN,
             r"^\.qwlora/lock$": "its content is never read",
-            r"/proof/.*\.json$": "`verify` says that it has changed, and makes it again",
+            r"^report\.html$": "written, never read; the next verb writes it again",
+            r"/proof/": "`verify` says that it has changed, and makes it again",
             r"^\.qwlora/digests\.json$": "a cache with a checksum; a damaged one is not used",
             r"^\.qwlora/owner\.json$": (
                 "lists the job's files; a file that is missing there is never removed, and damaged "

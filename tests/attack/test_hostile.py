@@ -57,8 +57,9 @@ def _after(ended: Ended, marker: Path, out: Path | None = None) -> str:
     if marker.exists():
         problems.append("its code ran")
     if out is not None and out.exists():
-        # finished blocks stay in the hidden folder, and their recipe, for the next run
-        may_stay = {"recipe.yaml"} if any((out / ".qwlora" / "work").rglob("*")) else set()
+        # finished blocks stay in the hidden folder for the next run, and what the report says
+        is_begun = any((out / ".qwlora" / "work").rglob("*"))
+        may_stay = {"recipe.yaml", "results.json", "report.html"} if is_begun else set()
         if left := {p.name for p in out.glob("[!.]*")} - may_stay:
             problems.append(f"left {sorted(left)}")
     return "; ".join(problems)

@@ -44,7 +44,7 @@ def test_one_of_two_processes_works_and_keeps_its_files(
         action = command("quantize", recipe, "--out", out, "--set", change)
         ended, delay = _both(action, seed, row, number, folder)
         problems = _exit_codes(ended)
-        if (done := sum("quantize: done" in e.out for e in ended)) != 1:
+        if (done := sum("quantize: done" in e.err for e in ended)) != 1:
             problems.append(f"{done} winners: {[(e.code, e.err.strip()[-150:]) for e in ended]}")
         if artifacts(out) != artifacts(reference):
             problems.append(f"lost or changed: {sorted(digests(out))}")

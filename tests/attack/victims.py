@@ -96,7 +96,8 @@ class Running:
 
     def stage_began(self) -> bool:
         """Whether it has said that it begins with a stage, or with a merge."""
-        return any(word in self.out.read_text(errors="replace") for word in (" ...", "perplexity:"))
+        said = self.out.read_text(errors="replace") + self.err.read_text(errors="replace")
+        return any(word in said for word in (" ...", "perplexity:"))
 
 
 def other_threads() -> list[str]:

@@ -111,7 +111,10 @@ def outcome(architecture: str, name: str) -> str:
             target.write_adapter(canonical, folder / "base", folder / "adapter")
             ids = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(1))
             runtime = target.open(folder / "base")
-            found = verify_weights(runtime, adapted, folder / "adapter", as_sequences(ids))
+            rounding = target.rounding(adapted)
+            found = verify_weights(
+                runtime, adapted, folder / "adapter", as_sequences(ids), rounding
+            )
         except (ExportError, CaptureError) as error:
             first = (str(error).splitlines()[1:] or [str(error)])[0]  # of the layers, or the whole
             return f"no: {first.rpartition(': ')[2]}"

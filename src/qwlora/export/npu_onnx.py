@@ -14,7 +14,7 @@ It is the form of `onnx_model.py`, and
                     half a step too low on average, but LayerNormalization to the nearest step. So
                     a norm whose input x nothing else reads is LayerNormalization of x and -x side
                     by side, whose mean is 0, of which the first half is kept (Gemma 3 adds norms
-                    to the residual stream: 19.8 dB became HTPGEMMA). x gets a symmetric grid for
+                    to the residual stream; 270M: 19.8 dB became 23.2). x gets a symmetric grid for
                     that, which would cost more than it gains where x is the residual stream
     4-bit weights   as the right factor of a MatMul, with the scale of a channel once for every
                     block of 64 inputs: with one scale per channel, the HTP drops the lowest 8 bits

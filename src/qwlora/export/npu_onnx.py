@@ -11,11 +11,11 @@ It is the form of `onnx_model.py`, and
     norms           RMSNormalization (opset 23); a product with a norm, or with what is made of one
                     by slices, has it as its second factor: as the first, the HTP took the other
                     factor for the norm's weight (-6 dB). The HTP rounds RMSNormalization down,
-                    half a step too low on average, but LayerNormalization to the nearest step. So
-                    a norm whose input x nothing else reads is LayerNormalization of x and -x side
-                    by side, whose mean is 0, of which the first half is kept (Gemma 3 adds norms
-                    to the residual stream; 270M: 19.8 dB became 23.2). x gets a symmetric grid for
-                    that, which would cost more than it gains where x is the residual stream
+                    half a step too low on average, but LayerNormalization to the nearest step. A
+                    norm that is added to the residual stream, as in Gemma 3, would shift it in
+                    every layer, so it is LayerNormalization of x and -x side by side, whose mean is
+                    0, and the first half is kept. x gets a symmetric grid for that: elsewhere, this
+                    costs as much as it gains
     4-bit weights   as the right factor of a MatMul, with the scale of a channel once for every
                     block of 64 inputs: with one scale per channel, the HTP drops the lowest 8 bits
                     of each sum, floor(sum / 256), which is 127.5 steps of scale(x) * scale(w) too
@@ -46,7 +46,6 @@ OPSET = 23  # the first with RMSNormalization
 CODES = ".codes"
 _FINER = 257  # 65535 / 255
 _BLOCKS = (64, 32, 16)
-_MOVES = frozenset({"Reshape", "Transpose"})
 # what an 8-bit value may come from without an operator of another width between
 _KEEPS_WIDTH = frozenset({"DequantizeLinear", "Concat", "Gather"})
 
@@ -112,15 +111,12 @@ def _split_gemm_(model: Any, node: Any) -> None:
 
 
 def _round_norm_(model: Any, node: Any) -> None:
-    """Make a LayerNormalization of a norm whose input, of 16 bits, nothing else reads."""
+    """Make a LayerNormalization of a norm that is only added to something, of 16 bits."""
     ir = require("onnx_ir", "onnx")
     x, weight = node.inputs[0], node.inputs[1].producer()
-    source, is_read_once = x, len(x.uses()) == 1
-    while source.producer() is not None and source.producer().op_type in _MOVES:
-        source = source.producer().inputs[0]
-        is_read_once &= len(source.uses()) == 1
-    stored = source.producer()
-    if not is_read_once or stored is None or stored.op_type != "DequantizeLinear":
+    stored, readers = x.producer(), _readers(node.outputs[0])
+    is_added = {reader.op_type for reader in readers} == {"Add"}
+    if not is_added or stored is None or stored.op_type != "DequantizeLinear":
         return
     scale, zero_point = (_number(value) for value in stored.inputs[1:])
     if zero_point.dtype != np.uint16:
@@ -219,6 +215,15 @@ def _made_by(value: Any) -> Any:
     while source is not None and source.op_type in ("DequantizeLinear", "QuantizeLinear"):
         source = source.inputs[0].producer()
     return source
+
+
+def _readers(value: Any) -> list[Any]:
+    """The nodes that read a value after its quantization."""
+    found = []
+    for user, _ in value.uses():
+        is_grid = user.op_type in ("DequantizeLinear", "QuantizeLinear")
+        found += _readers(user.outputs[0]) if is_grid else [user]
+    return found
 
 
 def _quantize_bias_(model: Any, node: Any) -> None:

@@ -94,12 +94,15 @@ def _add_zero_point_(model: Any, node: Any) -> None:
 
 
 def _split_gemm_(model: Any, node: Any) -> None:
-    """Make a MatMul and an Add of a Gemm whose weight is [in, out] and has 4 bits or less."""
+    """Make a MatMul and an Add of a Gemm whose weight has 4 bits or less."""
     ir = require("onnx_ir", "onnx")
     weight = node.inputs[1].producer()
-    is_turned = any(node.attributes[n].value for n in ("transA", "transB") if n in node.attributes)
-    if is_turned or len(node.inputs) < 3 or not _has_four_bits(weight):
+    if len(node.inputs) < 3 or not _has_four_bits(weight) or _flag(node, "transA"):
         return
+    if _flag(node, "transB"):
+        if len(weight.outputs[0].uses()) > 1:
+            return
+        _turn_(model, weight)
     name = node.outputs[0].name
     product = ir.node("MatMul", node.inputs[:2], name=f"{name}.product")
     product.outputs[0].name = f"{name}.product"
@@ -158,6 +161,27 @@ def _round_norm_(model: Any, node: Any) -> None:
     if not weight.outputs[0].uses():
         model.graph.remove(weight, safe=True)
         model.graph.initializers.pop(f"{weight.outputs[0].name}{CODES}")
+
+
+def _flag(node: Any, name: str) -> bool:
+    return name in node.attributes and bool(node.attributes[name].value)
+
+
+def _turn_(model: Any, stored: Any) -> None:
+    """Store a constant [out, in] as [in, out], under the same names."""
+    ir = require("onnx_ir", "onnx")
+    for index, value in enumerate(stored.inputs):
+        if value.shape.rank() < 2:
+            continue
+        array = np.ascontiguousarray(_number(value).T)
+        turned = ir.tensor(array, dtype=value.const_value.dtype, name=value.name)
+        model.graph.initializers.pop(value.name)
+        new = ir.val(value.name, const_value=turned)
+        model.graph.register_initializer(new)
+        stored.replace_input_with(index, new)
+    stored.outputs[0].shape = ir.Shape(stored.inputs[0].shape)
+    if "axis" in stored.attributes:
+        stored.attributes["axis"] = ir.AttrInt64("axis", 1 - stored.attributes["axis"].value)
 
 
 def _repeat_scales_(model: Any, node: Any) -> None:

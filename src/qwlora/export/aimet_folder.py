@@ -33,6 +33,7 @@ from qwlora.export.float_onnx import to_float_onnx
 from qwlora.export.float_runtime import FloatOnnxModel
 from qwlora.export.golden import write_golden
 from qwlora.export.target import ExportedGraph
+from qwlora.formats.card_mark import marked
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.system.optional_packages import require
 
@@ -97,9 +98,9 @@ def _write_script(graph: QuantizedGraph, folder: Path, readme: str) -> None:
     ]
     full_type = "w8a16" if max(activations, default=16) > 8 else "int8"
     templates = resources.files("qwlora.export") / "aimet_templates"
-    for template, name in ((SCRIPT_FILE, SCRIPT_FILE), (readme, README_FILE)):
-        text = (templates / f"{template}.template").read_text()
-        (folder / name).write_text(text.replace("@FULL_TYPE@", full_type))
+    script = (templates / f"{SCRIPT_FILE}.template").read_text()
+    (folder / SCRIPT_FILE).write_text(script.replace("@FULL_TYPE@", full_type))
+    (folder / README_FILE).write_text(marked((templates / f"{readme}.template").read_text()))
 
 
 def open_aimet(folder: Path) -> FloatOnnxModel:

@@ -9,8 +9,8 @@ Targets that hold base and adapter together have no base/, and targets of use ca
 their files are the bundle itself.
 
 A changed, missing or additional file is refused, and so is a base or an adapter of another bundle.
-README.md may be edited; without its last line, `CARD_MARK`, no later run replaces it. Hidden files
-next to it (.gitattributes, .cache) are ignored.
+README.md, here or in a folder of files, may be edited; without its last line, `CARD_MARK`, no later
+run replaces it. Hidden files next to that of the bundle (.gitattributes, .cache) are ignored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import hashlib
 import json
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from qwlora.export.onnx_adapter import ADAPTER_FILE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import PROOF, BundleTarget, GraphTarget, Target, UseCasesTarget
 from qwlora.formats import manifest
-from qwlora.formats.card_mark import CARD_MARK, is_users_card
+from qwlora.formats.card_mark import is_users_card, marked
 from qwlora.messages import listed, size
 from qwlora.progress import Track, untracked
 
@@ -39,6 +39,16 @@ RECORD = "qwlora.json"  # of a base or an adapter: the base's fingerprint, and d
 WITHOUT_CACHE = "without_cache"  # in a base's record: why the files have no key-value cache
 PROOF_RECORD, REFERENCE = "proof.json", "reference.safetensors"
 FORMAT = 1
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write the record of exported files, with digests of all of them but README.md, which a user
+    may edit."""
+    manifest.write(folder, RECORD, record, _without_readme(files_in(folder)))
+
+
+def _without_readme(files: Iterable[str]) -> list[str]:
+    return [name for name in files if name != README]
 
 
 def write_proof(folder: Path, reference: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -90,27 +100,50 @@ def proofs(bundle: Path) -> dict[str, dict[str, Any]]:
     return {path.parent.name: _read_proof(path) for path in _proof_paths(bundle)}
 
 
-def other_proofs(bundle: Path, name: str) -> dict[str, dict[str, Any]]:
-    """The records of the adapters that are there, except of `name`.
+def current_proofs(bundle: Path, without: str | None = None) -> dict[str, dict[str, Any]]:
+    """The records of the adapters whose proof is of the files that are there.
+
+    Args:
+        without: an adapter to leave out.
 
     Warns:
         QwloraWarning: one cannot be read, or was edited; it is left out.
     """
     found = {}
     for path in _proof_paths(bundle):
-        other = path.parent.name
-        if other == name or not (bundle / other).is_dir():
+        name = path.parent.name
+        if name == without or not (bundle / name).is_dir():
             continue
         try:
             record = _read_proof(path)
-            if manifest.changed_files(path.parent, PROOF_RECORD, only=()):
+            if not _has_both_digests(path.parent) or manifest.changed_files(
+                path.parent, PROOF_RECORD, only=()
+            ):
                 raise SourceError(f"{str(path)!r} changed after saving")
-            found[other] = record
         except SourceError as error:
             warnings.warn(
-                f"{README} leaves out adapter {other}: {error}", QwloraWarning, stacklevel=2
+                f"{README} leaves out adapter {name}: {error}", QwloraWarning, stacklevel=2
             )
+            continue
+        if _is_of_files(bundle, name, record):
+            found[name] = record
     return found
+
+
+def _has_both_digests(proof: Path) -> bool:
+    """Whether the record of a proof has the digests of itself and of the reference."""
+    return manifest.listed_files(proof, PROOF_RECORD) == sorted([PROOF_RECORD, REFERENCE])
+
+
+def _is_of_files(bundle: Path, name: str, record: Mapping[str, Any]) -> bool:
+    """Whether a proof is of the base and the adapter that are there."""
+    if (target := TARGETS.get(str(record.get("target")))) is None:
+        return False
+    folders = proven_folders(target, bundle, name)
+    try:
+        return {part: record_digest(folder) for part, folder in folders.items()} == record["of"]
+    except OSError:
+        return False
 
 
 def _proof_paths(bundle: Path) -> list[Path]:
@@ -146,17 +179,23 @@ def check_complete(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> No
     """Check that nothing is in the bundle but what the proofs are of.
 
     Files of use cases are not in folders of their own: `check_files` compares the whole bundle with
-    its record.
+    its record, which also names them.
 
     Args:
         records: the proofs, by name of the adapter.
 
     Raises:
-        FingerprintError: a file or folder has no proof.
+        FingerprintError: a file, a folder or a use case has no proof.
     """
     known = {BASE, PROOF, README, *records}
     parts = [(path, path.name in records) for path in (bundle / PROOF).iterdir()]
-    if not any(isinstance(TARGETS[r["target"]], UseCasesTarget) for r in records.values()):
+    if any(isinstance(TARGETS[r["target"]], UseCasesTarget) for r in records.values()):
+        if unproven := sorted(set(_use_cases(bundle)) - records.keys()):
+            raise FingerprintError(
+                f"{str(bundle)!r} has no {PROOF}/NAME of use cases {listed(unproven)}; copy the "
+                "whole bundle again, or verify the job that exported it"
+            )
+    else:
         parts += [(path, path.name in known) for path in bundle.iterdir()]
     added = sorted(
         str(path.relative_to(bundle))
@@ -170,23 +209,42 @@ def check_complete(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> No
         )
 
 
+def _use_cases(bundle: Path) -> list[str]:
+    """The use cases that were exported; none if the record cannot be read (see `check_files`)."""
+    try:
+        record = json.loads((bundle / RECORD).read_text())
+        return [str(case) for case in record["use_cases"]]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return []
+
+
 def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
     """Compare base, adapter and proof of a bundle with their digests, and with each other.
 
     Raises:
         FingerprintError: a file was changed, added or removed, or base and adapter are not those
-            of the proof.
+            of the proof; or the proof has no digests, or is that of another use case.
     """
+    if not _has_both_digests(bundle / PROOF / name):
+        raise FingerprintError(
+            f"{str(bundle / PROOF / name / PROOF_RECORD)!r} lacks the digests of itself and of "
+            f"{REFERENCE}; copy it again, or verify the job again"
+        )
     manifest.check(bundle / PROOF / name, PROOF_RECORD, f"proof of {name}", "verify the job again")
-    for part, folder in proven_folders(TARGETS[record["target"]], bundle, name).items():
+    target = TARGETS[record["target"]]
+    if isinstance(target, UseCasesTarget) and record.get("adapter") != name:
+        raise FingerprintError(
+            f"{PROOF}/{name} is the proof of use case {record.get('adapter')!r}; copy the whole "
+            "bundle again, or verify the job again"
+        )
+    for part, folder in proven_folders(target, bundle, name).items():
         what = f"{str(folder)!r}"
         if not manifest.has_digests(folder, RECORD):
             raise FingerprintError(f"{what} has no readable {RECORD} with digests; copy it again")
-        known = manifest.listed_files(folder, RECORD)
-        own = files_in(folder)
+        known = _without_readme(manifest.listed_files(folder, RECORD))
+        own = _without_readme(files_in(folder))
         if folder == bundle:
-            known = [name for name in known if name != README]
-            own = [name for name in own if name != README and not _is_of_other(name)]
+            own = [file for file in own if not _is_of_other(file)]
         manifest.check(folder, RECORD, what, "export it again", only=known)
         if record_digest(folder) != record.get("of", {}).get(part):
             raise FingerprintError(
@@ -299,8 +357,14 @@ def facts(model: Any, source: str) -> dict[str, Any]:
 
 
 def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write README.md from the records of all adapters, unless the user edited it."""
+    """Write README.md from the records of all adapters, unless the user edited it.
+
+    Without a record there is nothing to say: it is deleted.
+    """
     if is_users_card(bundle / README):
+        return
+    if not records:
+        (bundle / README).unlink(missing_ok=True)
         return
     names, some = sorted(records), next(iter(records.values()))
     target = TARGETS[some["target"]]
@@ -325,9 +389,8 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         "## Proof\n\n" + "\n".join(proof_table(records)),
         "`qwlora verify .` repeats this, on any machine that has the program.",
         f"## License\n\n{_license(some['license'])}",
-        CARD_MARK,
     ]
-    write_text(bundle / README, "\n\n".join(parts) + "\n")
+    write_text(bundle / README, marked("\n\n".join(parts)))
 
 
 def _loading(target: BundleTarget, adapter: str, without_cache: str | None) -> list[str]:

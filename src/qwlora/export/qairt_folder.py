@@ -50,6 +50,7 @@ from qwlora.export.float_runtime import FloatOnnxModel
 from qwlora.export.golden import write_golden
 from qwlora.export.target import ExportedGraph, ExportedUseCases
 from qwlora.export.use_cases import NONE
+from qwlora.formats.card_mark import marked
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.messages import listed
 from qwlora.simulation.npu_graph import NpuGraph
@@ -86,8 +87,8 @@ def write_qairt(exported: ExportedUseCases, folder: Path) -> None:
         for case, own in exported.cases.items():
             write_golden(own, folder, case)
     template = resources.files("qwlora.export") / "qairt_templates" / f"{readme}.template"
-    text = template.read_text()
-    (folder / "README.md").write_text(text.replace("@UPDATABLE@", exported.updatable))
+    text = template.read_text().replace("@UPDATABLE@", exported.updatable)
+    (folder / "README.md").write_text(marked(text))
 
 
 def _whole(exported: ExportedGraph) -> FloatOnnx:

@@ -8,6 +8,11 @@ CARD_MARK = "<!-- Written by QWLoRA. Delete this line to keep your own changes. 
 _PEFT_TEMPLATE = "[More Information Needed]"  # in the card that PEFT writes next to an adapter
 
 
+def marked(text: str) -> str:
+    """A README.md of QWLoRA, with `CARD_MARK` at its end."""
+    return f"{text.rstrip()}\n\n{CARD_MARK}\n"
+
+
 def is_users_card(card: Path) -> bool:
     """Whether a README.md was written or edited by the user."""
     text = text_of(card)

@@ -27,6 +27,8 @@ from typing import Any
 
 from qwlora.atomic import link, move_into_place, write_text
 from qwlora.errors import DirectoryError, RecipeError
+from qwlora.export.bundle import RECORD
+from qwlora.formats import manifest
 from qwlora.formats.card_mark import is_users_card, text_of
 from qwlora.messages import listed
 from qwlora.pipeline.digests import Digests
@@ -274,7 +276,7 @@ class Directory:
                 for p in sorted(scratch.rglob("*"))
                 if p.is_file() and p.name != CARD
             }
-            if is_users_card(target / CARD):
+            if _holds_users_card(target):
                 shutil.copy2(target / CARD, scratch / CARD)
             if old and target.exists():  # moved, since a deletion may be interrupted halfway
                 target.rename(self._replaced)
@@ -449,6 +451,15 @@ class Directory:
     def _write_records(self) -> None:
         write_records(self.private / STAGES, self.records)
         self.damaged_records = 0
+
+
+def _holds_users_card(folder: Path) -> bool:
+    """Whether README.md of an artifact is the user's. Without the mark it is still the job's if the
+    record of exported files has its digest: earlier versions wrote it so."""
+    is_of_earlier_version = CARD in manifest.listed_files(
+        folder, RECORD
+    ) and not manifest.changed_files(folder, RECORD, only=[CARD])
+    return is_users_card(folder / CARD) and not is_of_earlier_version
 
 
 def _reads_as(file: Path, recipe: Recipe) -> bool:

@@ -12,6 +12,9 @@ from typing import Any
 
 from qwlora.atomic import replacing_files
 from qwlora.errors import DirectoryError, RecipeError
+from qwlora.export.bundle import current_proofs, write_readme
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import BundleTarget, UseCasesTarget
 from qwlora.formats.user_path import user_path
 from qwlora.messages import suggestion
 from qwlora.pipeline.digests import Digests
@@ -19,6 +22,7 @@ from qwlora.pipeline.directory import Directory
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.plan import make_plan, resolve_compute
 from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stages.calibrate_stage import CASES
 from qwlora.recipe import Recipe, load_recipe, parse_recipe
 
 
@@ -93,6 +97,8 @@ def import_adapter(
 def rename_adapter(folder: Path, old: str, new: str) -> None:
     """Rename an adapter in the recipe, its folders, its records and results.
 
+    Files of use cases have the names of adapters in them; the next run writes them again.
+
     Raises:
         DirectoryError, RecipeError: as for `add_adapter`.
     """
@@ -109,10 +115,15 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
     before, after = _plans(folder, recipe, changed)
     with Directory.open(folder, recipe) as directory:
         directory.rename_stages(
-            [(b, a) for b, a in zip(before, after, strict=True) if b != a],
+            [
+                (b, a)
+                for b, a in zip(before, after, strict=True)
+                if b != a and not _is_of_use_cases(b)
+            ],
             lambda results: _renamed(results, old, new),
             changed,
         )
+        _write_readmes(directory, changed)
 
 
 def remove_adapter(folder: Path, name: str) -> None:
@@ -217,7 +228,28 @@ def _rewrite(
             ],
         )
     with Directory.open(folder, changed) as directory:
-        directory.discard([s for s in before if gone is not None and s.adapter == gone])
+        if gone is not None:
+            directory.discard([s for s in before if s.adapter == gone])
+            _write_readmes(directory, changed)
+
+
+def _is_of_use_cases(stage: Stage) -> bool:
+    """Whether a stage's files hold all use cases, by name."""
+    target = stage.name.split("/")[1:2]
+    return stage.name == CASES or any(isinstance(TARGETS.get(t), UseCasesTarget) for t in target)
+
+
+def _write_readmes(directory: Directory, recipe: Recipe) -> None:
+    """Write README.md of every bundle, of the adapters that passed and are there."""
+    for target in recipe.export.targets:
+        bundle = directory.path / "export" / target
+        if isinstance(TARGETS[target], BundleTarget) and bundle.is_dir():
+            passed = {
+                name: proof
+                for name, proof in current_proofs(bundle).items()
+                if f"verify/{target}/{name}" in directory.records
+            }
+            write_readme(bundle, passed)
 
 
 def _renamed(results: Any, old: str, new: str, depth: int = 4) -> Any:

@@ -26,7 +26,7 @@ from qwlora.errors import QwloraError, QwloraWarning
 from qwlora.export.bundle import BASE, WITHOUT_CACHE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import UseCasesTarget
-from qwlora.formats.card_mark import CARD_MARK
+from qwlora.formats.card_mark import marked
 from qwlora.formats.model_origin import UNKNOWN, Origin, origin_of
 from qwlora.pipeline.directory import Directory
 from qwlora.recipe import Data, Recipe
@@ -211,7 +211,7 @@ def _card(data: ModelCardData, title: str, parts: Sequence[str]) -> str:
     from huggingface_hub import ModelCard
 
     body = "\n\n".join([f"# {title}", *(part for part in parts if part)])
-    text = f"---\n{data.to_yaml()}\n---\n\n{body}\n\n{CARD_MARK}\n"
+    text = marked(f"---\n{data.to_yaml()}\n---\n\n{body}")
     return str(ModelCard(text))  # parses the metadata, and so checks them
 
 

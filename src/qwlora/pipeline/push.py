@@ -43,6 +43,7 @@ from qwlora.pipeline.directory_errors import as_directory_errors
 from qwlora.pipeline.existing_job import job_recipe
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.model_cards import Places, adapter_card_text, base_card, job_of
+from qwlora.pipeline.ownership import read_owner
 from qwlora.pipeline.plan import make_plan, resolve_compute
 from qwlora.pipeline.results import collect_results
 from qwlora.pipeline.stage import Stage
@@ -232,7 +233,7 @@ def _exports(
     job: Job, directory: Directory, stale: Mapping[str, str], adapter: str | None
 ) -> tuple[dict[str, Path], list[str]]:
     """Exported files by their path in the repository, and what is left out."""
-    files, notes = dict[str, Path](), list[str]()
+    files, notes, owner = dict[str, Path](), list[str](), read_owner(directory.path)
     for target in job.targets:
         kind = TARGETS[target]
         if isinstance(kind, UseCasesTarget):
@@ -254,9 +255,11 @@ def _exports(
                 f"Run first: {_run_line(directory.path)}"
             )
         else:
-            folder = directory.path / "export" / target / (adapter or "base")
-            own = _recorded(directory, stage, f"export/{target}/{adapter or 'base'}")
-            if CARD in manifest.listed_files(folder, FILE):  # how to use it; no card of the hub
+            artifact = f"export/{target}/{adapter or 'base'}"
+            folder = directory.path / artifact
+            own = _recorded(directory, stage, artifact)
+            made = owner.artifacts.get(artifact, []) if owner else []
+            if CARD in made and (folder / CARD).is_file():  # how to use it; no card of the hub
                 own[CARD] = folder / CARD
             files |= {f"{target}/{name}": path for name, path in own.items()}
             if adapter and (missing := job.get("parity", target, adapter, "not_run")):

@@ -216,9 +216,9 @@ class _Run:
         reason = self.stale.get(stage.name, "has not run")
         self.say(f"{stage.name} ...{'' if reason.startswith('has not run') else f' ({reason})'}")
         follows = dependents(self.plan, stage.name)
-        if stage.name not in self.stale:  # if it fails now, an earlier success must not remain
-            directory.drop(stage.name, *follows)
-            self.stale[stage.name] = "is running"
+        if stage.name not in self.stale or stage.verb == "verify":
+            directory.drop(stage.name, *follows)  # an earlier success must not outlast a failure
+            self.stale.setdefault(stage.name, "is running")
         status.begin(stage.name)
         if self.context is None:
             self.context = new_context(self.recipe, self.texts, self.out, self.track)

@@ -14,8 +14,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.atomic import files_in
-from qwlora.export.bundle import BASE, RECORD, WITHOUT_CACHE, record_digest, without_cache
+from qwlora.export.bundle import (
+    BASE,
+    WITHOUT_CACHE,
+    record_digest,
+    without_cache,
+    write_record,
+)
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import (
     BundleTarget,
@@ -126,8 +131,6 @@ def _write_switchable(
     context: JobContext, target: SwitchableTarget, name: str, adapter: str | None, scratch: Path
 ) -> None:
     """Write the zero adapter's simulation, or what an adapter changes in it."""
-    from qwlora.formats import manifest
-
     exported = _exported(context, adapter)
     with _writing(context, exported, adapter or BASE):
         if adapter is None:
@@ -136,7 +139,7 @@ def _write_switchable(
             record = {"base_fingerprint": context.base_fingerprint}
             if reason is not None:
                 record[WITHOUT_CACHE] = reason
-            manifest.write(scratch, RECORD, record, files_in(scratch))
+            write_record(scratch, record)
         else:
             base = context.path / NAME / name / BASE
             target.write_adapter(exported, base, scratch)
@@ -185,18 +188,15 @@ def _add_adapter(
     Args:
         of: digest of the base's record, in a bundle.
     """
-    from qwlora.formats import manifest
-
     shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
     record = {"base_fingerprint": context.base_fingerprint, "adapter": adapter, **(of or {})}
-    manifest.write(scratch, RECORD, record, files_in(scratch))
+    write_record(scratch, record)
 
 
 def _write_use_cases(
     context: JobContext, target: UseCasesTarget, name: str, scratch: Path
 ) -> dict[str, dict[str, int]]:
     """Write all use cases; returns the size of what belongs to each, and of all other files."""
-    from qwlora.formats import manifest
     from qwlora.pipeline.use_cases import use_case_simulations
 
     simulations = use_case_simulations(context)
@@ -211,7 +211,7 @@ def _write_use_cases(
     exported_cases = ExportedUseCases(base, made, context.recipe.simulation.base_activations)
     target.write(exported_cases, scratch)
     record = {"base_fingerprint": context.base_fingerprint, "use_cases": list(made)}
-    manifest.write(scratch, RECORD, record, files_in(scratch))
+    write_record(scratch, record)
     sizes = {
         case: {"bytes": sum(file.stat().st_size for file in target.own_files(scratch, case))}
         for case in made
@@ -223,7 +223,6 @@ def _write_use_cases(
 def _write_weights(context: JobContext, name: str, adapter: str | None, scratch: Path) -> None:
     """Write the base, or an adapter as it was trained, and which base they are of."""
     from qwlora.export.canonical_adapter import read_canonical
-    from qwlora.formats import manifest
 
     target = TARGETS[name]
     assert isinstance(target, WeightsTarget)
@@ -235,4 +234,4 @@ def _write_weights(context: JobContext, name: str, adapter: str | None, scratch:
         canonical = read_canonical(context.path / "adapters" / adapter)
         target.write_adapter(canonical, context.path / NAME / name / BASE, scratch)
     record = {"base_fingerprint": context.base_fingerprint}
-    manifest.write(scratch, RECORD, record, files_in(scratch))
+    write_record(scratch, record)

@@ -81,6 +81,8 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     parity: LanguageModelParity | GraphsParity | WeightsParity
     of, proof, problems = "simulated", dict[str, Any](), list[str]()
     cached: CacheParity | None = None
+    if stage.adapter is not None and isinstance(target, BundleTarget):
+        _write_readme(context, name, adapter, None)  # says nothing of it before there is a verdict
     if isinstance(target, UseCasesTarget):
         (adapter,) = cases
         parity = _verify_use_case(context, target, name, adapter)
@@ -103,6 +105,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         reference = make_reference(logits_of(model), held_out, rounded=rounded)
         proof = _prove(context, name, adapter, model, reference, scratch)
         if "not_run" in proof:
+            _write_readme(context, name, adapter, proof)
             return {"parity": {name: {adapter: {"not_run": proof["not_run"]}}}}
         parity, problems = _verify_weights(context, target, name, adapter, model, held_out)
         of = "trained"
@@ -114,6 +117,8 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     if cached is not None:
         problems += cached.broken_limits(limits)
     problems = [*parity.broken_limits(limits), *problems, *proof.get("problems", [])]
+    if stage.adapter is not None and isinstance(target, BundleTarget):
+        _write_readme(context, name, adapter, {**proof, "problems": problems})
     measured = {
         **parity.to_json(),
         **({"cache": _cache_figures(cached, limits)} if cached else {}),
@@ -293,16 +298,14 @@ def _prove(
     reference: Mapping[str, Tensor],
     scratch: Path,
 ) -> dict[str, Any]:
-    """Write the proof of an adapter, with which it can be verified elsewhere, and the README."""
+    """Write the proof of an adapter, with which it can be verified elsewhere."""
     from qwlora.export.bundle import (
         facts,
-        other_proofs,
         proven,
         proven_folders,
         record_digest,
         without_cache,
         write_proof,
-        write_readme,
     )
     from qwlora.formats import manifest
 
@@ -326,9 +329,22 @@ def _prove(
     else:
         record |= proven(target, bundle, adapter, reference, limits)
     write_proof(scratch, reference, record)
-    if isinstance(target, BundleTarget):
-        write_readme(bundle, {**other_proofs(bundle, adapter), adapter: record})
     return record
+
+
+def _write_readme(
+    context: JobContext, name: str, adapter: str, proof: Mapping[str, Any] | None
+) -> None:
+    """Write the README of a bundle.
+
+    Args:
+        proof: of the adapter, with every problem that was found; None: it is left out.
+    """
+    from qwlora.export.bundle import current_proofs, write_readme
+
+    bundle = context.path / "export" / name
+    own = {} if proof is None else {adapter: proof}
+    write_readme(bundle, {**current_proofs(bundle, without=adapter), **own})
 
 
 def _prove_simulated(

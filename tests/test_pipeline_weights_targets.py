@@ -26,16 +26,19 @@ from qwlora.errors import (
     RecipeError,
     SourceError,
     TrainingError,
+    VerificationError,
 )
 from qwlora.export.bundle import (
-    other_proofs,
+    current_proofs,
     proofs,
     record_digest,
     verify_bundle,
     write_readme,
+    write_record,
 )
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import WeightsTarget
+from qwlora.pipeline.manage_adapters import remove_adapter, rename_adapter
 from qwlora.pipeline.run_job import run
 from qwlora.pipeline.stages import VERBS
 from qwlora.recipe import load_recipe
@@ -261,9 +264,9 @@ def test_a_damaged_proof_is_named_and_does_not_block_the_job(
     path.write_text(content)
     with pytest.raises(SourceError, match=rf"first/proof\.json' .*{said}"):
         verify_bundle(moved)
-    assert other_proofs(moved, "first").keys() == {"second"}
+    assert current_proofs(moved, without="first").keys() == {"second"}
     with pytest.warns(QwloraWarning, match=rf"leaves out adapter first: .*{said}"):
-        assert other_proofs(moved, "second") == {}
+        assert current_proofs(moved, without="second") == {}
 
 
 def test_an_edited_readme_is_kept(job: Path, tmp_path: Path) -> None:
@@ -277,6 +280,53 @@ def test_an_edited_readme_is_kept(job: Path, tmp_path: Path) -> None:
     readme.write_text(f"Mine.\n{written}")
     write_readme(moved, records)
     assert readme.read_text() == written
+
+
+def test_a_readme_names_only_adapters_that_are_proven_on_the_files_that_are_there(
+    job: Path, tmp_path: Path
+) -> None:
+    moved = bundle(job, tmp_path)
+    assert current_proofs(moved).keys() == {"first", "second"}
+    write_record(moved / "second", {"base_fingerprint": "another"})
+    assert current_proofs(moved).keys() == {"first"}
+    write_record(moved / "base", {"base_fingerprint": "another"})
+    assert current_proofs(moved) == {}
+    write_readme(moved, {})
+    assert not (moved / "README.md").exists()
+
+
+def readme_lines(job: Path) -> list[tuple[str, str]]:
+    """What README.md of target hf says about adapters: folders, and verdicts."""
+    text = (job / "export" / "hf" / "README.md").read_text()
+    return re.findall(r"^(?:\| `(\w+)/`|- (\w+: \w+))", text, re.MULTILINE)
+
+
+def test_a_readme_follows_adapters_that_are_renamed_and_removed(job: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(job, tmp_path / "job"))
+    rename_adapter(copy, "first", "one")
+    both = [("base", ""), ("one", ""), ("second", ""), ("", "one: passed"), ("", "second: passed")]
+    assert readme_lines(copy) == both
+    remove_adapter(copy, "second")
+    assert readme_lines(copy) == [("base", ""), ("one", ""), ("", "one: passed")]
+
+
+def test_a_readme_says_what_failed_beyond_the_proof(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = Path(shutil.copytree(job, tmp_path / "job"))
+    monkeypatch.setattr(
+        "qwlora.export.verify_weights.switching_problems", lambda *_: ["switching back failed"]
+    )
+    recipe = load_recipe(copy / "recipe.yaml", ("verify.sequences=1",))
+    with pytest.raises(VerificationError, match="switching back failed"):
+        run(recipe, copy, VERBS)
+    text = (copy / "export" / "hf" / "README.md").read_text()
+    assert "- first: FAILED; switching back failed on " in text
+    assert "- second: passed" in text
+    remove_adapter(
+        copy, "second"
+    )  # README.md is written again, from proofs of adapters that passed
+    assert not (copy / "export" / "hf" / "README.md").exists()
 
 
 def test_a_base_or_an_adapter_of_another_bundle_is_refused(job: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from qwlora.export.graph_parity import GraphsParity
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, GraphTarget
 from qwlora.export.verify import Limits
+from qwlora.formats.card_mark import CARD_MARK
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.progress import untracked
 from qwlora.simulation.simulation import Simulation
@@ -263,3 +264,7 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
     inner = record["float"]["decode"]
     assert bool(inner) == (name == "GPT-2")  # its GELU is made of several operators
     assert not any("norm" in each or "ln_" in each for each in inner)
+
+
+def test_the_readme_is_replaced_unless_the_user_keeps_it(folder: Path) -> None:
+    assert CARD_MARK in (folder / "README.md").read_text().splitlines()[-1]

@@ -21,6 +21,7 @@ from qwlora.export.aimet_folder import open_aimet
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, GraphTarget
 from qwlora.export.verify import verify_language_model
+from qwlora.formats.card_mark import CARD_MARK
 from qwlora.nn.packed_layer import PackedLayer
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -236,3 +237,7 @@ def test_other_architectures_compute_what_was_simulated(name: str, tmp_path: Pat
     parity = verify_language_model(open_aimet(tmp_path), made, ids, ids.shape[1])
     assert parity.worst_layer_steps < 1.01
     assert parity.worst_layer_mean_steps < 0.05
+
+
+def test_the_readme_is_replaced_unless_the_user_keeps_it(folder: Path) -> None:
+    assert CARD_MARK in (folder / "README.md").read_text().splitlines()[-1]

@@ -29,6 +29,7 @@ from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, ExportedUseCases, UseCasesTarget
 from qwlora.export.use_cases import peft_names, share_unaffected, use_case_model
 from qwlora.export.verify import verify_language_model
+from qwlora.formats.card_mark import CARD_MARK
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
 from qwlora.simulation.shared_encodings import BaseActivations
 
@@ -291,3 +292,7 @@ def test_damaged_files_are_refused_by_name(
     damage(copied)
     with pytest.raises(VerificationError, match=f"(?s){said}"):
         open_qairt(copied, "A")
+
+
+def test_the_readme_is_replaced_unless_the_user_keeps_it(folder: Path) -> None:
+    assert CARD_MARK in (folder / "README.md").read_text().splitlines()[-1]

@@ -19,15 +19,21 @@ from qwlora import load_adapter, load_base
 from qwlora.cli.main import app
 from qwlora.errors import DirectoryError, RecipeError, SourceError
 from qwlora.pipeline.adapter_card import adapter_card, card_lines, sparkline
+from qwlora.pipeline.directory import Directory
+from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.manage_adapters import (
     add_adapter,
     import_adapter,
     remove_adapter,
     rename_adapter,
 )
+from qwlora.pipeline.plan import make_plan, resolve_compute
 from qwlora.pipeline.results_table import _rows
 from qwlora.pipeline.run_job import run
-from qwlora.recipe import load_recipe
+from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stage_records import Record
+from qwlora.pipeline.stale_stages import find_stale
+from qwlora.recipe import Recipe, load_recipe
 
 VERBS = ("quantize", "train")
 SETTINGS = {"rank": 2, "steps": 2, "warmup_steps": 0}
@@ -143,6 +149,24 @@ def test_a_renamed_adapter_keeps_its_files_and_results(job: Path) -> None:
     assert all("skipped" in line for line in again(job))
     now = json.loads((job / "results.json").read_text())
     assert now["train"] == {"one": results["train"]["first"], "second": results["train"]["second"]}
+
+
+def test_use_cases_of_a_renamed_adapter_are_exported_again(job: Path) -> None:
+    """Their files have its name."""
+    recipe = load_recipe(job / "recipe.yaml", ("export.targets=[qairt]",))
+    stages = [s for s in plan_of(recipe) if s.name in ("calibrate/_use_cases", "export/qairt")]
+    for stage in stages:
+        with Directory.open(job, recipe) as directory, directory.scratch() as scratch:
+            (scratch / "first.encodings").write_text("{}")
+            directory.commit(stage.name, Record(stage.key, 1.0), scratch, stage.artifact, ())
+    rename_adapter(job, "first", "one")
+    stale = find_stale(plan_of(load_recipe(job / "recipe.yaml")), Directory.read(job))
+    assert [stale.get(stage.name) for stage in stages] == ["its inputs changed since it ran"] * 2
+    assert "train/one" not in stale
+
+
+def plan_of(recipe: Recipe) -> list[Stage]:
+    return make_plan(resolve_compute(recipe), JobTexts(recipe))
 
 
 def test_a_name_that_is_taken_is_refused(job: Path) -> None:

@@ -16,6 +16,9 @@ import yaml
 import qwlora.pipeline.directory as directory_module
 from qwlora.cli.main import main
 from qwlora.errors import DirectoryError
+from qwlora.export.bundle import RECORD, write_record
+from qwlora.formats import manifest
+from qwlora.formats.card_mark import marked
 from qwlora.pipeline.directory import Directory
 from qwlora.pipeline.output_path import check_output, lock_folder
 from qwlora.pipeline.ownership import is_unclaimed, read_owner
@@ -91,6 +94,32 @@ def test_a_users_file_among_a_jobs_is_not_removed(recipe: Recipe, tmp_path: Path
     with pytest.raises(DirectoryError, match=r"base' contains 'README.md'"):
         finish(out, recipe)
     assert contents(out) == before
+
+
+@pytest.mark.parametrize("written_by", ["this version", "an earlier version", "the user"])
+def test_exporting_again_replaces_the_readme_unless_the_user_edited_it(
+    written_by: str, recipe: Recipe, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+
+    def export(text: str) -> None:
+        with Directory.open(out, recipe) as directory, directory.scratch() as scratch:
+            (scratch / "README.md").write_text(text)
+            if text == "old":
+                manifest.write(scratch, RECORD, {}, ["README.md"])
+            else:
+                write_record(scratch, {})
+            directory.commit("export/qairt", Record("key", 1.0), scratch, "export/qairt", ())
+
+    files = out / "export" / "qairt"
+    export("old" if written_by == "an earlier version" else marked("old"))
+    if written_by == "the user":
+        (files / "README.md").write_text("edited")
+    export(marked("new"))
+    expected = "edited" if written_by == "the user" else marked("new")
+    assert (files / "README.md").read_text() == expected
+    assert manifest.has_digests(files, RECORD)
+    assert manifest.changed_files(files, RECORD) == []
 
 
 def test_an_artifact_is_replaced_after_a_kill_that_lost_its_record(

@@ -311,6 +311,20 @@ def test_files_of_others_are_not_uploaded(job: Path) -> None:
             file.unlink()
 
 
+def test_a_readme_of_exported_files_is_uploaded_if_the_job_wrote_it(job: Path) -> None:
+    folder, owner = "export/hf/first", job / ".qwlora" / "owner.json"
+    content = json.loads(owner.read_text())
+    content["artifacts"][folder].append(CARD)
+    (job / folder / CARD).write_text("how to use it")
+    try:
+        with prepared(job, "me/it", "first") as upload:
+            assert f"hf/{CARD}" not in upload.files
+        with edited(owner, json.dumps(content)), prepared(job, "me/it", "first") as upload:
+            assert upload.files[f"hf/{CARD}"].read_text() == "how to use it"
+    finally:
+        (job / folder / CARD).unlink()
+
+
 def test_a_card_that_names_a_path_is_refused(job: Path) -> None:
     with (
         edited(job / "base" / CARD, f"My base, made in {job}.\n"),

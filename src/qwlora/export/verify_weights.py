@@ -219,25 +219,13 @@ def verify_weights(
     first = next(sequences.rows())[0][None]
     runtime.use(None)
     before = runtime.logits(first)
-    rounded, base_drift, squared_noise = LogitDifference(), 0.0, 0.0
     with model.disable_adapter():
-        expected = model(input_ids=first).logits.float()
-        base = largest((before - expected).abs())
-        if rounding is not None:
-            with rounding:
-                other = model(input_ids=first).logits.float()
-            base_drift = largest((other - expected).abs())
+        base = largest((before - model(input_ids=first).logits.float()).abs())
     runtime.use(adapter)
     found, nll, reference_nll, largest_logit = LogitDifference(), 0.0, 0.0, 0.0
     shipped, shipped_nll = LogitDifference(), 0.0
     for ids, labels in track(sequences.rows(), "verifying", len(sequences)):
         expected = model(input_ids=ids[None]).logits.float()
-        if rounding is not None:
-            with rounding:
-                other = model(input_ids=ids[None]).logits.float()
-            rounded.update(other, expected)
-            noise = token_losses(other, labels) - token_losses(expected, labels)
-            squared_noise += float(noise.square().sum())
         logits = runtime.logits(ids[None])
         found.update(logits, expected)
         nll += float(token_losses(logits, labels).sum())
@@ -262,11 +250,28 @@ def verify_weights(
         tokens=found.tokens,
         shipped_perplexity=perplexity(shipped_nll, tokens) if shipped.tokens else None,
         shipped_top1_agreement=shipped.agreement if shipped.tokens else None,
-        rounding=Rounding(
-            max(rounded.largest, base_drift),
-            rounded.lowest_agreement,
-            perplexity_floor(squared_noise, tokens),
-        )
-        if rounded.tokens
-        else None,
+        rounding=None if rounding is None else _measure_rounding(model, sequences, rounding),
+    )
+
+
+def _measure_rounding(
+    model: PeftModel, sequences: Sequences, rounding: AbstractContextManager[None]
+) -> Rounding:
+    first = next(sequences.rows())[0][None]
+    with model.disable_adapter():
+        expected = model(input_ids=first).logits.float()
+        with rounding:
+            base = largest((model(input_ids=first).logits.float() - expected).abs())
+    found, squared_noise = LogitDifference(), 0.0
+    for ids, labels in sequences.rows():
+        expected = model(input_ids=ids[None]).logits.float()
+        with rounding:
+            logits = model(input_ids=ids[None]).logits.float()
+        found.update(logits, expected)
+        noise = token_losses(logits, labels) - token_losses(expected, labels)
+        squared_noise += float(noise.square().sum())
+    return Rounding(
+        max(found.largest, base),
+        found.lowest_agreement,
+        perplexity_floor(squared_noise, sequences.loss_tokens),
     )

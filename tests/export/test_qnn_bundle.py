@@ -15,9 +15,11 @@ from peft import LoraConfig, get_peft_model
 
 from qwlora import Rule, Scheme, SimulationSchemes, quantize_
 from qwlora.errors import ExportError, FingerprintError
+from qwlora.export.gguf_target import LlamaRuntime
 from qwlora.export.htp_limits import input_problem, table_problem, weight_problem
 from qwlora.export.qnn_bundle import export_qnn
 from qwlora.export.qnn_runtime import QnnModel
+from qwlora.export.registry import TARGETS
 from qwlora.export.verify import Limits
 from qwlora.export.verify_qnn import check_bundle, verify_qnn
 from qwlora.grid.scheme import PerChannel, parse_scheme
@@ -191,6 +193,19 @@ def test_adapters_switched_in_loaded_graphs_equal_separate_runs(
     assert record["compiler"]["soc_model"] == "57"
     binaries = list((folder / "base").glob("*.bin"))
     assert len(binaries) == 1  # both graphs share it
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not EMULATED, reason="needs onnxruntime-qnn")
+def test_llama_cpp_runs_in_the_process_of_the_emulator(
+    bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
+) -> None:
+    if missing := TARGETS["gguf"].missing():
+        pytest.skip(missing)
+    _, folder = bundle
+    QnnModel(folder / "base", folder / "first", htp=True).logits(IDS)
+    with pytest.raises(ExportError, match=r"nothing\.gguf.*failed to load model"):
+        LlamaRuntime(tmp_path / "nothing.gguf")
 
 
 @pytest.mark.slow

@@ -12,6 +12,9 @@ again: what is proven is what the compiler makes of these graphs, not the bytes 
 
 from __future__ import annotations
 
+import ctypes
+import importlib
+import importlib.util
 import json
 import tempfile
 from collections import Counter
@@ -190,8 +193,25 @@ def _devices() -> list[Any]:
         MissingExtraError: onnxruntime-qnn is not installed.
     """
     provider, runtime = require("onnxruntime_qnn", "qnn"), require("onnxruntime", "qnn")
+    _keep_libffi()
     runtime.register_execution_provider_library(PROVIDER, provider.get_library_path())
     return [device for device in runtime.get_ep_devices() if device.ep_name == PROVIDER][:1]
+
+
+def _keep_libffi() -> None:
+    """Let cffi, with which llama.cpp is called, keep its libffi.
+
+    libQnnHtp.so has a libffi of its own, of another version, and ONNX Runtime loads it for the
+    whole process: calls through cffi would then crash. Names are looked up in the order in which
+    libraries were made visible to all, so the one that is already in memory is made so first.
+    """
+    maps = Path("/proc/self/maps")  # of Linux; elsewhere, libraries have names of their own
+    if importlib.util.find_spec("_cffi_backend") is None or not maps.exists():
+        return
+    importlib.import_module("_cffi_backend")
+    files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
+    for file in sorted(file for file in files if "/libffi" in file):
+        ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
 
 
 def _provider() -> dict[str, str]:

@@ -51,13 +51,13 @@ _CALLBACKS: list[Any] = []
 
 
 class GeluFromTable:
-    """While it is open, the model computes GELU as llama.cpp does on the CPU (`GGML_GELU_FP16`):
+    """While it is open, `modules` compute GELU as llama.cpp does on the CPU (`GGML_GELU_FP16`):
 
     y = half(gelu(half(x))), with the approximation by tanh, if |x| < 10; else max(x, 0)
     """
 
-    def __init__(self, model: nn.Module):
-        self._modules = _gelus(model)
+    def __init__(self, modules: list[nn.Module]):
+        self._modules = modules
         self._hooks: list[Any] = []
 
     def __enter__(self) -> None:
@@ -118,7 +118,8 @@ class GgufTarget(WeightsTarget):
         return None
 
     def rounding(self, model: nn.Module) -> AbstractContextManager[None] | None:
-        return GeluFromTable(model) if _gelus(model) else None
+        modules = _gelus(model)
+        return GeluFromTable(modules) if modules else None
 
     def write_base(self, base: ExportedBase, folder: Path) -> None:
         from qwlora.export.gguf_folder import write_gguf

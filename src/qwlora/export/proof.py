@@ -42,7 +42,7 @@ from qwlora.data.sequences import Sequences
 from qwlora.export.finite_figures import is_same, largest, perplexity
 from qwlora.export.target import BundleTarget, Target
 from qwlora.export.verify import (
-    LogitDifference,
+    NoiseFloor,
     largest_drift,
     perplexity_floor,
     token_losses,
@@ -52,7 +52,7 @@ from qwlora.export.verify_weights import (
     LOGIT_DIFFERENCE,
     UNBOUNDED,
     WeightsRuntime,
-    broken_perplexity,
+    other_perplexity,
 )
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.system.processor import processor_name
@@ -85,7 +85,7 @@ def make_reference(
     found = {"ids": few.input_ids, "labels": few.labels}
     for state in logits:
         parts: dict[str, list[Tensor]] = {"top": [], "log_probs": [], "losses": [], "largest": []}
-        floor, squared_noise = LogitDifference(), 0.0
+        floor = NoiseFloor()
         for ids, labels in zip(few.input_ids, few.labels, strict=True):
             expected = logits[state](ids[None])
             losses = token_losses(expected, labels)
@@ -97,10 +97,10 @@ def make_reference(
             if others is not None:
                 other = others[state](ids[None])
                 floor.update(other, expected)
-                squared_noise += float((token_losses(other, labels) - losses).square().sum())
+                floor.update_losses(token_losses(other, labels), losses)
         found |= {f"{state}.{name}": torch.stack(tensors) for name, tensors in parts.items()}
         if others is not None:
-            noise = perplexity_floor(squared_noise, few.loss_tokens)
+            noise = perplexity_floor(floor.squared_noise, few.loss_tokens)
             found[f"{state}.floor"] = torch.tensor([floor.lowest_agreement, noise])
         if rounded is not None:
             found[f"{state}.rounding"] = torch.tensor(floor.largest)
@@ -190,7 +190,7 @@ def broken_limits(
                 f"the likeliest token {what} is the same for {found['top1_agreement']:.2%} of "
                 f"tokens (limit {agreement:.1%})"
             )
-        yield from broken_perplexity(
+        yield from other_perplexity(
             found["perplexity"], found["reference_perplexity"], limit, f" {what}"
         )
     decoded, least = figures["exact"].get("decode_agreement", 1.0), DECODE_AGREEMENT

@@ -316,8 +316,8 @@ def verify_language_model(
     count = len(reference.graph().marks)
     with timed(track, "comparing layers", _LAYER_SECONDS * count):
         layers = compare_layers(runtime, reference, {"input_ids": first})
-    exported, floor = LogitDifference(), LogitDifference()
-    nll, simulated_nll, squared_noise = 0.0, 0.0, 0.0
+    exported, floor = LogitDifference(), NoiseFloor()
+    nll, simulated_nll = 0.0, 0.0
     for ids, labels in track(data.rows(), "verifying", len(data)):
         batch = {"input_ids": ids[None]}
         expected = reference.outputs(batch)[primary]
@@ -333,7 +333,7 @@ def verify_language_model(
         simulated = token_losses(expected, labels)
         nll += float(token_losses(found, labels).sum())
         simulated_nll += float(simulated.sum())
-        squared_noise += float((token_losses(perturbed, labels) - simulated).square().sum())
+        floor.update_losses(token_losses(perturbed, labels), simulated)
     return LanguageModelParity(
         **vars(layers),
         max_abs_logit_difference=exported.largest,
@@ -344,7 +344,7 @@ def verify_language_model(
         perturbed_max_abs_logit_difference=floor.largest,
         perplexity=perplexity(nll, data.loss_tokens),
         simulated_perplexity=perplexity(simulated_nll, data.loss_tokens),
-        floor_perplexity_difference=perplexity_floor(squared_noise, data.loss_tokens),
+        floor_perplexity_difference=perplexity_floor(floor.squared_noise, data.loss_tokens),
         sequences=len(data),
         tokens=exported.tokens,
     )
@@ -433,6 +433,21 @@ class LogitDifference:
         center = share + z * z / (2 * n)
         margin = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
         return (center - margin) / (1 + z * z / n)
+
+
+@dataclass
+class NoiseFloor(LogitDifference):
+    """The same for two equally valid computations, with what it does to losses.
+
+    Args:
+        squared_noise: sum over tokens of d_t^2; see the module.
+    """
+
+    squared_noise: float = 0.0
+
+    def update_losses(self, found: Tensor, expected: Tensor) -> None:
+        """Count `token_losses` of both."""
+        self.squared_noise += float((found - expected).square().sum())
 
 
 def perplexity_floor(squared_noise: float, tokens: int) -> float:

@@ -28,6 +28,7 @@ from qwlora.export.finite_figures import is_same, largest, only_finite, perplexi
 from qwlora.export.verify import (
     Limits,
     LogitDifference,
+    NoiseFloor,
     Runtime,
     largest_drift,
     perplexity_floor,
@@ -180,12 +181,12 @@ class WeightsParity:
             )
         if not self.off_is_equal:
             yield "after the adapter is switched off, logits differ from those before"
-        yield from broken_perplexity(
+        yield from other_perplexity(
             self.perplexity, self.reference_perplexity, self.perplexity_limit(limits)
         )
 
 
-def broken_perplexity(found: float, expected: float, limit: float, what: str = "") -> Iterator[str]:
+def other_perplexity(found: float, expected: float, limit: float, what: str = "") -> Iterator[str]:
     """A sentence, if a perplexity differs from that of the trained model by more than `limit`.
 
     Args:
@@ -220,17 +221,27 @@ def verify_weights(
     runtime.use(None)
     before = runtime.logits(first)
     with model.disable_adapter():
-        base = largest((before - model(input_ids=first).logits.float()).abs())
+        expected = model(input_ids=first).logits.float()
+        base, rounded_base = largest((before - expected).abs()), 0.0
+        if rounding is not None:
+            with rounding:
+                rounded_base = largest((model(input_ids=first).logits.float() - expected).abs())
     runtime.use(adapter)
     found, nll, reference_nll, largest_logit = LogitDifference(), 0.0, 0.0, 0.0
-    shipped, shipped_nll = LogitDifference(), 0.0
+    shipped, shipped_nll, rounded = LogitDifference(), 0.0, NoiseFloor()
     for ids, labels in track(sequences.rows(), "verifying", len(sequences)):
         expected = model(input_ids=ids[None]).logits.float()
         logits = runtime.logits(ids[None])
         found.update(logits, expected)
         nll += float(token_losses(logits, labels).sum())
-        reference_nll += float(token_losses(expected, labels).sum())
+        losses = token_losses(expected, labels)
+        reference_nll += float(losses.sum())
         largest_logit = max(largest_logit, largest(expected.abs()))
+        if rounding is not None:
+            with rounding:
+                logits = model(input_ids=ids[None]).logits.float()
+            rounded.update(logits, expected)
+            rounded.update_losses(token_losses(logits, labels), losses)
         if runtime.shipped is not None:
             logits = runtime.shipped.logits(ids[None])
             shipped.update(logits, expected)
@@ -250,28 +261,11 @@ def verify_weights(
         tokens=found.tokens,
         shipped_perplexity=perplexity(shipped_nll, tokens) if shipped.tokens else None,
         shipped_top1_agreement=shipped.agreement if shipped.tokens else None,
-        rounding=None if rounding is None else _measure_rounding(model, sequences, rounding),
-    )
-
-
-def _measure_rounding(
-    model: PeftModel, sequences: Sequences, rounding: AbstractContextManager[None]
-) -> Rounding:
-    first = next(sequences.rows())[0][None]
-    with model.disable_adapter():
-        expected = model(input_ids=first).logits.float()
-        with rounding:
-            base = largest((model(input_ids=first).logits.float() - expected).abs())
-    found, squared_noise = LogitDifference(), 0.0
-    for ids, labels in sequences.rows():
-        expected = model(input_ids=ids[None]).logits.float()
-        with rounding:
-            logits = model(input_ids=ids[None]).logits.float()
-        found.update(logits, expected)
-        noise = token_losses(logits, labels) - token_losses(expected, labels)
-        squared_noise += float(noise.square().sum())
-    return Rounding(
-        max(found.largest, base),
-        found.lowest_agreement,
-        perplexity_floor(squared_noise, sequences.loss_tokens),
+        rounding=None
+        if rounding is None
+        else Rounding(
+            max(rounded.largest, rounded_base),
+            rounded.lowest_agreement,
+            perplexity_floor(rounded.squared_noise, tokens),
+        ),
     )

@@ -14,6 +14,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from export.test_graph_parity import replace_qnn
 from qwlora import strict_json
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import ExportError, VerificationError
@@ -341,12 +342,7 @@ def test_profiles_of_a_runtime_that_fails_are_removed(monkeypatch: pytest.Monkey
                 raise ExportError("the HTP refuses the graph")
             return LOGITS
 
-    for name, fake in (
-        ("QnnModel", Model),
-        ("check_bundle", lambda *arguments: None),
-        ("require_emulator", lambda: None),
-    ):
-        monkeypatch.setattr(verify_qnn, name, fake)
+    replace_qnn(monkeypatch, Model)
     simulation: Any = SimpleNamespace(
         logits=lambda ids: LOGITS, perturbed_logits=lambda ids: LOGITS
     )

@@ -24,6 +24,16 @@ IDS = torch.randint(0, 16, (2, 12), generator=GENERATOR)
 LOGITS = torch.randn(1, 12, 16, generator=GENERATOR)
 
 
+def replace_qnn(monkeypatch: pytest.MonkeyPatch, model: type) -> None:
+    """Let `verify_qnn` run `model`, without files and emulator."""
+    for name, fake in (
+        ("QnnModel", model),
+        ("check_bundle", lambda *arguments: None),
+        ("require_emulator", lambda: None),
+    ):
+        monkeypatch.setattr(verify_qnn, name, fake)
+
+
 def test_results_have_no_infinite_sqnr_and_the_table_needs_none() -> None:
     found = compare_graphs(LOGITS, LOGITS, LOGITS, IDS[:1]).to_json()
     strict_json.dumps(found)
@@ -47,12 +57,7 @@ def test_the_simulation_of_a_qnn_bundle_runs_once(monkeypatch: pytest.MonkeyPatc
         ran.append(1)
         return LOGITS
 
-    for name, fake in (
-        ("QnnModel", Model),
-        ("check_bundle", lambda *arguments: None),
-        ("require_emulator", lambda: None),
-    ):
-        monkeypatch.setattr(verify_qnn, name, fake)
+    replace_qnn(monkeypatch, Model)
     simulation: Any = SimpleNamespace(logits=logits, perturbed_logits=lambda ids: LOGITS)
     found = verify_qnn.verify_qnn(Path(), "first", simulation, IDS[:1])
     assert found.htp == found.cpu

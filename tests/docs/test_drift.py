@@ -34,7 +34,7 @@ from qwlora.cli.main import app
 CLIENTS = ("qnn_bundle", "verify_qnn")  # Qualcomm's QNN
 # Blocks of Python, and the test that runs them.
 PYTHON = {
-    "README.md": (4, "tests/test_readme.py"),
+    "python.md": (4, "tests/docs/test_python_page.py"),
     "first-five-minutes.md": (1, "tests/docs/test_newcomer.py"),
     "aimet-guide.md": (6, "tests/test_aimet_guide.py"),
     "encodings.md": (1, "tests/docs/test_drift.py"),

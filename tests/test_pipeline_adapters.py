@@ -63,11 +63,8 @@ def test_adapters_share_what_the_recipe_says(recipe_for: Any, tmp_path: Path) ->
         }
         found[mode] = (results, differ)
     own = {name.rpartition(".")[2] for name in found["adapter_only"][1]}
-    assert own == {"linear", "mul", "add", "weight"}
-    assert all(
-        "lora_" in name or name.endswith(("_proj.mul", "_proj.add"))
-        for name in found["adapter_only"][1]
-    )
+    assert own == {"linear", "mul", "weight"}
+    assert all("lora_" in name or name.endswith("_proj.mul") for name in found["adapter_only"][1])
     assert not found["none"][1]
     assert (out / "simulation" / "a" / "simulation.encodings").read_bytes() == (
         out / "simulation" / "b" / "simulation.encodings"

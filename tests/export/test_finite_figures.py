@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from contextlib import nullcontext
 from io import StringIO
 from pathlib import Path
@@ -363,13 +364,18 @@ def test_a_compiler_that_writes_no_file_is_an_error(
         ("_devices", list),
         ("_provider", dict),
         ("_options", lambda: options),
-        ("_session", lambda path, options: None),
         ("require", lambda *names: SimpleNamespace(__version__="1")),
     ):
         monkeypatch.setattr(qnn_runtime, name, fake)
-    (tmp_path / "prefill_ctx.onnx").touch()
+
+    def compiled(path: Path, options: object) -> None:
+        (tmp_path / "device" / "prefill_ctx.onnx").touch()
+
+    monkeypatch.setattr(qnn_runtime, "_session", compiled)
     assert "onnxruntime-qnn" in qnn_runtime.compile_graphs(tmp_path, ["prefill"])
-    with pytest.raises(ExportError, match=r"decode.onnx.*wrote no decode_ctx.onnx"):
+    assert "exit 139" in (tmp_path / "device" / "README.md").read_text()
+    shutil.rmtree(tmp_path / "device")
+    with pytest.raises(ExportError, match=r"decode.onnx.*wrote no device/decode_ctx.onnx"):
         qnn_runtime.compile_graphs(tmp_path, ["prefill", "decode"])
 
 

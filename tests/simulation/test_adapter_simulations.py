@@ -18,6 +18,7 @@ from qwlora.errors import CalibrationError, CaptureError, GridError
 from qwlora.export.aimet_encodings import write_encodings
 from qwlora.export.onnx_bundle import export_onnx
 from qwlora.graph.adapter_branch import branch_nodes
+from qwlora.graph.graph_analysis import lora_branch
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.traceable_attention import visible_implementations
 from qwlora.grid.observers import encoding_from_range
@@ -265,19 +266,15 @@ def test_what_is_shared_is_byte_for_byte_one_on_disk(
         own = {
             m.name
             for m in simulations["first"].marks
-            if m.node in branch_nodes(simulations["first"].program)
+            if m.node in lora_branch(simulations["first"].program)
         }
         belong = own | set(simulations["first"].adapter_weights)
         if mode == "none":
             assert not differ
         elif mode == "adapter_only":
             assert differ <= belong
-            assert {name.rpartition(".")[2] for name in differ} == {
-                "linear",
-                "mul",
-                "add",
-                "weight",
-            }
+            assert {name.rpartition(".")[2] for name in differ} == {"linear", "mul", "weight"}
+            assert all("lora_" in n or n.endswith("_proj.mul") for n in differ)
         else:
             assert differ - belong
     whole = [(tmp_path / name / "model.encodings").read_bytes() for name in simulations]
@@ -358,6 +355,22 @@ def test_a_later_adapter_takes_the_encodings_that_are_fixed(
         match=r"shared activations have no encoding, model\.layers\.0.* first.* every adapter",
     ):
         later.freeze(missing)
+
+
+def test_the_sum_of_a_layer_that_no_earlier_adapter_changed_has_its_own_range(
+    model: PeftModel,
+) -> None:
+    narrow = simulate_adapters(model, inputs(), EIGHT_BITS, "adapter_only", ["narrow"])
+    narrow.calibrate([inputs()])
+    later = simulate_adapters(model, inputs(), EIGHT_BITS, "adapter_only", ["first"])
+    later.calibrate([inputs()], narrow.shared)
+    encodings, layer = later["first"].encodings, "model.layers.0.self_attn"
+    name = f"{layer}.v_proj.add"
+    assert encodings[name] is narrow.shared[name]
+    assert f"{layer}.q_proj.add" in encodings.keys() - narrow.shared.keys()
+    later = simulate_adapters(model, inputs(), EIGHT_BITS, "none", ["first"])
+    with pytest.raises(CalibrationError, match=r"no encoding, .*q_proj\."):
+        later.calibrate([inputs()], narrow.shared)
 
 
 def test_a_head_that_is_trained_whole_keeps_its_bits_and_no_name_of_an_adapter() -> None:

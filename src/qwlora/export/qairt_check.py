@@ -5,7 +5,8 @@ lists        every file that a YAML file names is there; every name in lora_weig
 weights      every CASE.safetensors has exactly these names, with the shapes of model.onnx, so
              ranks are alike
 encodings    every encodings file states its version, names tensors of its graph only, and has
-             the entries of base.encodings; what the mode does not update is equal in all
+             the entries of base.encodings; what quant_updatable_mode does not update is equal
+             in all, with adapter_only everything but the LoRA branches
 grids        every encoded weight lies on its grid, LoRA weights on that of their own use case
 graphs       with a key-value cache: all of this holds for each of them, and tensors of one name
              have one encoding in all (`float_graphs.py`)
@@ -29,7 +30,6 @@ from qwlora.encodings.model import EncodingsFile
 from qwlora.errors import EncodingsFileError, ExportError, VerificationError
 from qwlora.export.cached_graphs import has_graphs, read_graphs
 from qwlora.export.float_graphs import FloatGraphs
-from qwlora.export.float_onnx import MOVES
 from qwlora.export.float_runtime import FloatOnnxModel
 from qwlora.export.qairt_folder import (
     ADAPTORS_FILE,
@@ -229,14 +229,8 @@ def _fixed(path: Path, base: EncodingsFile, names: list[str]) -> set[str]:
         return everything
     if mode == "all":
         return everything.intersection(graph.initializers).difference(names)
-    branch, own = branch_values(graph, names)
-    for node in graph:  # what moves a sum has its encoding
-        moved = node.inputs if node.op_type == "Concat" else node.inputs[:1]
-        if node.op_type in MOVES and any(v in own for v in moved):
-            own.update(node.outputs)
-    new = {value.name for value in graph.outputs if value in own}
-    own.update(v for v in graph.inputs if v.name.replace("_in", "_out") in new)  # its cache
-    return everything - {value.name for value in branch | own}
+    branch, _ = branch_values(graph, names)
+    return everything - {value.name for value in branch}
 
 
 def _entry_problems(

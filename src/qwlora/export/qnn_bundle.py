@@ -5,7 +5,8 @@
     base/
       prefill.onnx, decode.onnx, weights.data       QDQ graphs that share one weight file
       prefill_host.onnx, decode_host.onnx           positions and mask -> cos, sin, float mask
-      prefill_ctx.onnx, decode_ctx.onnx, *.bin      compiled for the HTP, weights once
+      device/                                       compiled for the HTP, weights once; for a device
+        prefill_ctx.onnx, decode_ctx.onnx, *.bin
       graphs.json                                   sizes, files, grids of inputs and outputs
       qwlora.json                                   fingerprint, digests
     first/, second/, zero/

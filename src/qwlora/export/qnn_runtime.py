@@ -2,8 +2,9 @@
 
 onnxruntime-qnn holds the HTP compiler and an emulator of the HTP for x86-64 Linux. It computes what
 the NPU computes, slowly, so it proves a bundle and measures no speed. It cannot load a context
-binary that several graphs share (QNN_COMMON_ERROR_NOT_SUPPORTED), so it compiles the QDQ graphs
-again: what is proven is what the compiler makes of these graphs, not the bytes of the binary.
+binary that several graphs share: version 2.7 reports QNN_COMMON_ERROR_NOT_SUPPORTED or crashes
+(exit 139). So the compiled graphs are in a folder for devices, and the emulator compiles the QDQ
+graphs again: what is proven is what the compiler makes of these graphs, not the binary's bytes.
 
     run = QnnModel(folder / "base", folder / "first", htp=True)
     run.logits(ids)               prefill in pieces, then token by token; the cache is on the host
@@ -35,10 +36,17 @@ CHIP = {"soc_model": "57", "htp_arch": "75"}
 PROVIDER = "QNNExecutionProvider"
 BASE, RECORD = "base", "qwlora.json"
 ADAPTER = "adapter.safetensors"
+DEVICE = "device"
+_README = """\
+Compiled with onnxruntime-qnn {version} for a device with this chip (soc_model {soc_model}, \
+htp_arch {htp_arch}). Load them there,
+with ONNX Runtime and its QNN provider. They were not run. Do not load them on x86-64: the emulator
+cannot read a binary that two graphs share, and may crash (exit 139). There, load ../*.onnx instead.
+"""
 
 
 def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
-    """Compile the QDQ graphs in `base` for the HTP; the results share their weights.
+    """Compile the QDQ graphs in `base` for the HTP, into folder `device`; they share their weights.
 
     Returns:
         name and version of the compiler, and the chip.
@@ -48,6 +56,7 @@ def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
         ExportError: the compiler refuses a graph, or writes nothing.
     """
     devices = _devices()
+    (base / DEVICE).mkdir()
     sessions = []
     for name in names:
         options = _options()
@@ -68,15 +77,17 @@ def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
         if not (base / compiled_file(name)).is_file():
             raise ExportError(
                 f"onnxruntime-qnn read {str(base / f'{name}.onnx')!r} without an error, but wrote "
-                f"no {compiled_file(name)} next to it. Install another version of onnxruntime-qnn, "
+                f"no {compiled_file(name)}. Install another version of onnxruntime-qnn, "
                 "or remove it to export without compiling"
             )
-    return {"onnxruntime-qnn": str(require("onnxruntime_qnn", "qnn").__version__), **CHIP}
+    version = str(require("onnxruntime_qnn", "qnn").__version__)
+    (base / DEVICE / "README.md").write_text(_README.format(version=version, **CHIP))
+    return {"onnxruntime-qnn": version, **CHIP}
 
 
 def compiled_file(name: str) -> str:
     """The file in `base` of a compiled graph."""
-    return f"{name}_ctx.onnx"
+    return f"{DEVICE}/{name}_ctx.onnx"
 
 
 class QnnModel(CachedGraphs):

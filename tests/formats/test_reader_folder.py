@@ -26,6 +26,7 @@ from qwlora.errors import SourceError
 from qwlora.formats.huggingface_folder import FloatCheckpoint, FolderCheckpoint
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.formats.safetensors_files import SafetensorsFiles
+from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
@@ -115,6 +116,33 @@ def test_tied_weights_count_once_under_either_name(tmp_path: Path) -> None:
         SourceError, match=r"'lm_head.weight' is not a parameter of LlamaForCausalLM"
     ):
         checkpoint.read("lm_head.weight")
+
+
+@pytest.mark.parametrize("offset", [-8, -7])
+def test_tied_integers_that_differ_in_their_offset(tmp_path: Path, offset: int) -> None:
+    model = llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    table = load_file(tmp_path / "model.safetensors")["model.embed_tokens.weight"]
+    save_file(
+        {**load_file(tmp_path / "model.safetensors"), "lm_head.weight": table},
+        tmp_path / "model.safetensors",
+    )
+    codes, scale = torch.ones(table.shape, dtype=torch.uint8), torch.ones(64, 2)
+
+    class Integers(SafetensorsFiles):
+        def read(self, name: str) -> Any:
+            if name not in ("lm_head.weight", "model.embed_tokens.weight"):
+                return super().read(name)
+            value = offset if name.startswith("lm_head") else -8
+            offsets = torch.full((64, 2), value, dtype=torch.int32)
+            return QuantizedTensor(codes, Encoding(Scheme(4, False, PerBlock(16)), scale, offsets))
+
+    checkpoint = FolderCheckpoint(tmp_path, lambda files: Integers(tmp_path))
+    if offset == -8:
+        assert isinstance(checkpoint.read("model.embed_tokens.weight"), QuantizedTensor)
+        return
+    with pytest.raises(SourceError, match="the files hold different values"):
+        checkpoint.read("model.embed_tokens.weight")
 
 
 def test_old_buffers_are_left_out(tmp_path: Path) -> None:

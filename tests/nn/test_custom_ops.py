@@ -8,12 +8,12 @@ from grid.strategies import brief, matrices, schemes_for
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
-from qwlora.nn.custom_ops import dequantize, gather, layout_of, linear, quantized
+from qwlora.nn.custom_ops import dequantize, gather, linear, quantized
 from qwlora.nn.packed_tensor import PackedTensor
 
 
 def arguments(packed: PackedTensor) -> tuple:
-    return *packed.parts, packed.count, layout_of(packed.scheme)
+    return *packed.parts, packed.count, packed.scheme.to_text()
 
 
 def example(scheme: Scheme) -> PackedTensor:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn.fingerprint import (
@@ -206,6 +207,39 @@ def test_the_fingerprint_of_an_adapter_stays_over_versions():
     )
 
 
+@pytest.mark.parametrize(
+    ("scheme", "text", "identity"),
+    [
+        (
+            Scheme(4, False, PerBlock(8)),
+            '{"axis": null, "bitwidth": 4, "block_size": 8, "symmetric": false}',
+            "ead917f80736cd65710498c7315afc1a499873e137a83068e23414752feb522f",
+        ),
+        (
+            Scheme(8, True, PerChannel(1)),
+            '{"axis": 1, "bitwidth": 8, "block_size": null, "symmetric": true}',
+            "da8cc7f926a3a714298da8affb91967e985e5c816f6e216432ebc6c3ecd9a9de",
+        ),
+    ],
+)
+def test_the_fingerprint_of_a_base_stays_over_versions(
+    scheme: Scheme, text: str, identity: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hashes the scheme's JSON, so rewording `str(scheme)` changes nothing."""
+    weight = torch.arange(128.0).view(8, 16).sin()
+    encoding = Encoding(
+        scheme,
+        torch.full(scheme.scale_shape((8, 16)), 0.25),
+        torch.full(scheme.scale_shape((8, 16)), scheme.symmetric_offset, dtype=torch.int32),
+    )
+    layer = PackedLinear.from_codes(
+        encoding.quantize(weight), encoding, nn.Parameter(torch.zeros(8))
+    )
+    monkeypatch.setattr(Scheme, "__str__", lambda self: "in other words")
+    assert scheme.to_text() == text
+    assert fingerprint(nn.Sequential(layer)) == identity
+
+
 def test_tied_tensors_are_listed_once(model):
     names = set(base_tensors(model))
     assert names == {
@@ -217,7 +251,7 @@ def test_tied_tensors_are_listed_once(model):
         "norm.bias",
         "head.weight",
     }
-    assert base_tensors(model)["fc.packed"][0] == "int4 asymmetric per block 8"
+    assert base_tensors(model)["fc.packed"][0] == Scheme(4, False, PerBlock(8)).to_text()
     assert base_tensors(model)["fc.bias"][0] == ""
 
 

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
-from qwlora.adapter.adapter_folder import CONFIG, FILE, WEIGHTS, base_of, check_files, read_config
+from qwlora.adapter.adapter_folder import FILE, base_of, check_files
+from qwlora.adapter.peft_support import CONFIG, content_problems, read_config, weights_of
 from qwlora.errors import QwloraError, SourceError
 from qwlora.formats import manifest
 
@@ -69,7 +66,7 @@ def adapter_report(adapter: Path, below: Path) -> AdapterReport:
     if is_verifiable(adapter):
         check_files(adapter, only=[CONFIG])
     config = read_config(adapter)
-    shapes = {name: shape for name, shape, _ in _weights(adapter, read=False)}
+    shapes = {name: shape for name, shape, _ in weights_of(adapter, read=False)}
     kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
     layers = {name.rpartition(".lora_")[0] for name in shapes if ".lora_" in name}
     return AdapterReport(
@@ -127,7 +124,7 @@ def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> l
         for file in changed_files(adapter)
     ]
     try:
-        found += _weight_problems(adapter, read_config(adapter))
+        found += content_problems(adapter)
     except QwloraError as error:
         return [*found, str(error)]
     if unknown_base == "accept" and not records_base(adapter):
@@ -142,81 +139,3 @@ def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> l
             f"{base[:16]}...: train it again on this one"
         )
     return found
-
-
-def _weight_problems(adapter: Path, config: dict[str, Any]) -> Iterator[str]:
-    shapes = {}
-    for name, shape, tensor in _weights(adapter, read=True):
-        shapes[name] = shape
-        if not bool(tensor.isfinite().all()):
-            yield f"{name} has values that are not finite"
-    if not shapes:
-        yield f"{WEIGHTS} has no weights"
-    yield from _rank_problems(shapes, config)
-    for first, second in (
-        ("lora_A", "lora_B"),
-        ("lora_B", "lora_A"),
-        ("lora_embedding_A", "lora_embedding_B"),
-        ("lora_embedding_B", "lora_embedding_A"),
-    ):
-        for name in sorted(shapes):
-            if f".{first}" in name and name.replace(f".{first}", f".{second}") not in shapes:
-                yield f"{name} has no matching {second}"
-
-
-def _rank_problems(shapes: dict[str, list[int]], config: dict[str, Any]) -> Iterator[str]:
-    """Check lora_A [rank, in] and lora_B [out, rank] of each layer.
-
-    For a parameter in target_parameters: [experts * rank, in] and [out, experts * rank].
-    """
-    rank = config.get("r")
-    parameters = [name for name in config.get("target_parameters") or () if isinstance(name, str)]
-    for name, shape in shapes.items():
-        if not name.endswith(".lora_A.weight"):
-            continue
-        rows = shape[:1]
-        columns = shapes.get(name.replace(".lora_A", ".lora_B"), [0, *shape[:1]])[1:2]
-        has_experts = _is_targeted(name.removesuffix(".lora_A.weight"), parameters)
-        fits = rows == [rank] or (
-            has_experts
-            and bool(rows)
-            and isinstance(rank, int)
-            and rank > 0
-            and rows[0] % rank == 0
-        )
-        if not fits and not config.get("rank_pattern"):
-            yield f"{name} has rank {_one(rows)}, but adapter_config.json says {rank}" + (
-                " for each expert" if has_experts else ""
-            )
-        elif rows != columns:
-            yield f"{name} has rank {_one(rows)}, and its lora_B has rank {_one(columns)}"
-
-
-def _one(sizes: list[int]) -> int | str:
-    return sizes[0] if sizes else "none"
-
-
-def _is_targeted(path: str, parameters: list[str]) -> bool:
-    """Whether the module at `path` has one of `parameters`.
-
-    PEFT wraps a module once per parameter, so `base_layer` can occur in the path.
-    """
-    owner = "." + path.replace(".base_layer", "")
-    modules = [parameter.rpartition(".")[0] for parameter in parameters]
-    return any(not module or owner.endswith(f".{module}") for module in modules)
-
-
-def _weights(adapter: Path, read: bool) -> Iterator[tuple[str, list[int], Any]]:
-    """Name, shape and (with `read`) values of each tensor."""
-    try:
-        with safe_open(adapter / WEIGHTS, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield (
-                    name,
-                    file.get_slice(name).get_shape(),
-                    file.get_tensor(name) if read else None,
-                )
-    except (OSError, SafetensorError) as error:
-        raise SourceError(
-            f"adapter {str(adapter)!r}: {WEIGHTS} cannot be read ({error})"
-        ) from error

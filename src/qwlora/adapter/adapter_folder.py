@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import json
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from qwlora import strict_json
 from qwlora.adapter.module_patterns import check_pattern_times
+from qwlora.adapter.peft_support import CONFIG, WEIGHTS, check_contents, read_config, weights_of
 from qwlora.atomic import write_text
 from qwlora.errors import (
     FingerprintError,
@@ -40,8 +41,6 @@ from qwlora.nn.unwrap import unwrapped
 
 FORMAT = 1
 FILE = "qwlora.json"
-WEIGHTS = "adapter_model.safetensors"
-CONFIG = "adapter_config.json"
 
 
 def save_adapter(
@@ -180,12 +179,52 @@ def load_adapter(
     digests = tensor_digests(model)
     check_adapter(folder, fingerprint_of(digests, model), unknown_base)
     remember_floats_(model, digests)
+    return attach_checked(model, folder, is_trainable, adapter_name)
+
+
+def attach_checked(
+    model: PreTrainedModel | PeftModel,
+    folder: Path,
+    is_trainable: bool,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Attach the adapter in `folder`, whose base is known to be `model`.
+
+    Raises:
+        SourceError: a file is damaged, has a setting that is not supported, or does not fit the
+            model; or a tensor of it has no place there.
+    """
+    check_contents(folder)
     with reading(folder, model):
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
-            return model
-        return PeftModel.from_pretrained(
-            model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable
+            adapted = model
+        else:
+            adapted = PeftModel.from_pretrained(
+                model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable
+            )
+    refuse_unplaced(folder, shapes_of(adapted, adapter_name))
+    return adapted
+
+
+def shapes_of(model: PeftModel, adapter_name: str = "default") -> dict[str, tuple[int, ...]]:
+    """The shape of each weight of an adapter, by its name in a PEFT file."""
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def refuse_unplaced(folder: Path, wanted: Collection[str]) -> None:
+    """Refuse an adapter with tensors that none of the `wanted` names has: PEFT would drop them.
+
+    Raises:
+        SourceError: naming them.
+    """
+    unplaced = [name for name, *_ in weights_of(folder, read=False) if name not in wanted]
+    if unplaced:
+        raise SourceError(
+            f"adapter {str(folder)!r}: {len(unplaced)} of its tensors have no place in the model "
+            f"and would be dropped: {listed(unplaced, 3)}. It was trained on a model with other "
+            "layers, or its target_modules changed"
         )
 
 
@@ -249,24 +288,6 @@ def check_adapter(folder: Path, base_fingerprint: str, unknown_base: str = "refu
 def check_files(folder: Path, only: Iterable[str] | None = None) -> None:
     """Compare the files of the adapter in `folder` with their digests; see `manifest.check`."""
     manifest.check(folder, FILE, f"adapter {str(folder)!r}", "train it again", only)
-
-
-def read_config(folder: Path) -> dict[str, Any]:
-    """PEFT's configuration of the adapter in `folder`.
-
-    Raises:
-        SourceError: it cannot be read.
-    """
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(
-            f"adapter {str(folder)!r}: adapter_config.json cannot be read ({error}); copy it "
-            "again, or train it again"
-        ) from error
-    if not isinstance(config, dict):
-        raise SourceError(f"adapter {str(folder)!r}: adapter_config.json is not a mapping")
-    return config
 
 
 def base_of(folder: Path) -> str:

@@ -18,25 +18,25 @@ from itertools import accumulate
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
-from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.adapter.adapter_folder import (
     FILE,
-    WEIGHTS,
+    attach_checked,
     base_of,
     check_adapter,
     check_files,
-    read_config,
-    reading,
+    refuse_unplaced,
+    shapes_of,
     without_pattern_warnings,
 )
 from qwlora.adapter.module_patterns import check_pattern_times
+from qwlora.adapter.peft_support import CONFIG, WEIGHTS, check_contents, read_config, weights_of
 from qwlora.errors import SourceError, TrainingError, foreign_as
 from qwlora.formats.hub import downloaded
 from qwlora.formats.user_path import looked_for, source_path
@@ -160,7 +160,7 @@ def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[
                 f"rank {rank} is above both sides of every layer that has it; the largest, {name}, "
                 f"is {longer} x {shorter}. Lower the rank"
             )
-    return _shapes(adapted)
+    return shapes_of(adapted)
 
 
 def attach_existing(
@@ -188,8 +188,7 @@ def attach_existing(
     ]
     if saved := saved_among(source, packed):
         raise SourceError(f"adapter {source!r} does not fit: {saved_on_integers(saved)}")
-    with reading(folder, model):
-        return PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    return attach_checked(model, folder, is_trainable=True)
 
 
 def dropout_of(source: str) -> float:
@@ -218,8 +217,8 @@ def check_existing(
         The shapes of the adapter's weights by their names in its file; empty without a skeleton.
 
     Raises:
-        SourceError: `source` has no LoRA adapter, its weights are a pickle, it does not record its
-            base, or it does not fit the skeleton.
+        SourceError: `source` has no LoRA adapter, its weights are a pickle or not finite, it has a
+            setting that is not supported, does not record its base, or does not fit the skeleton.
     """
     folder = adapter_folder(source)
     try:
@@ -238,6 +237,7 @@ def check_existing(
     if unknown_base == "refuse" or (folder / FILE).exists():
         base_of(folder)
         check_files(folder)
+    check_contents(folder)
     return {} if skeleton is None else _check_fit(skeleton, source, folder)
 
 
@@ -245,14 +245,23 @@ def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> dict[str
     """Compare the weight file with the names and shapes that this model needs."""
     what = f"adapter {source!r} does not fit {type(skeleton).__name__}"
     check_pattern_times(skeleton, read_config(folder), f"adapter {source!r}")
-    with foreign_as(SourceError, what):  # a configuration value can fail anywhere in PEFT
-        with torch.device("meta"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # repeated when the adapter is attached
-            adapted = get_peft_model(skeleton, LoraConfig.from_pretrained(str(folder)))
-        wanted = _shapes(adapted)
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            names = list(file.keys())
-            found = {name: tuple(file.get_slice(name).get_shape()) for name in names}
+    with (
+        foreign_as(SourceError, what),  # a configuration value can fail anywhere in PEFT
+        torch.device("meta"),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")  # repeated when the adapter is attached
+        config = LoraConfig.from_pretrained(str(folder))
+        transposed = config.fan_in_fan_out
+        adapted = get_peft_model(skeleton, config)
+    wanted = shapes_of(adapted)
+    if transposed and not config.fan_in_fan_out:  # PEFT unsets it for layers that are not Conv1D
+        raise SourceError(
+            f"{what}: {CONFIG} has fan_in_fan_out: true, for weights stored [in, out], but the "
+            "model stores [out, in]. Import it onto the model that it was trained on, or set "
+            "fan_in_fan_out to false if this is that model"
+        )
+    found = {name: tuple(shape) for name, shape, _ in weights_of(folder, read=False)}
     if wrong := sorted(name for name in wanted if found.get(name) != wanted[name]):
         name = wrong[0]
         shape = list(found[name]) if name in found else "none"
@@ -260,15 +269,8 @@ def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> dict[str
             f"{what}: {len(wrong)} of {len(wanted)} weights differ, for example {name}: the model "
             f"needs {list(wanted[name])}, the file has {shape}"
         )
+    refuse_unplaced(folder, wanted)
     return wanted
-
-
-def _shapes(model: PeftModel) -> dict[str, tuple[int, ...]]:
-    """The shape of each adapter weight, by its name in a PEFT file."""
-    return {
-        name: tuple(t.shape)
-        for name, t in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
 
 
 def saved_among(source: str, paths: Iterable[str]) -> list[str]:

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwlora import strict_json
-from qwlora.adapter.adapter_folder import CONFIG, WEIGHTS
+from qwlora.adapter.peft_support import CONFIG, WEIGHTS
 from qwlora.errors import SourceError
 from qwlora.messages import listed
 

@@ -29,11 +29,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState, TrainingArguments
 
-from qwlora.adapter.adapter_folder import WEIGHTS, reading
+from qwlora.adapter.adapter_folder import reading
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.chunked_loss import causal_model, vocabulary_size
 from qwlora.adapter.fsdp import gather_, prepare_sharding_
 from qwlora.adapter.graph_training import RangesCallback, TrainableGraph, load_ranges_
+from qwlora.adapter.peft_support import WEIGHTS
 from qwlora.adapter.trainer import AdapterTrainer
 from qwlora.adapter.training_callbacks import (
     TrainingMonitor,

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from qwlora.adapter.adapter_folder import WEIGHTS
+from qwlora.adapter.peft_support import WEIGHTS
 from qwlora.atomic import files_in
 from qwlora.errors import reading
 from qwlora.formats import manifest

@@ -24,7 +24,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from qwlora import strict_json
-from qwlora.adapter.adapter_folder import CONFIG, FILE, WEIGHTS, read_config
+from qwlora.adapter.adapter_folder import FILE
+from qwlora.adapter.peft_support import CONFIG, WEIGHTS, read_config
 from qwlora.errors import ExportError, SourceError
 from qwlora.messages import listed
 

@@ -65,7 +65,7 @@ def write_gguf(model: PreTrainedModel, source: Path | None, folder: Path) -> Non
     problems, kinds = [], dict[str, str]()
     for name, layer in layers_to_write(model).items():
         stored = checkpoint.read(name)
-        if isinstance(stored, QuantizedTensor) and _equal(stored, layer.quantized):
+        if isinstance(stored, QuantizedTensor) and stored.equals(layer.quantized):
             continue
         if problem := gguf_problem(layer.scheme) or _width_problem(layer):
             problems.append(f"{name}: {problem}")
@@ -146,14 +146,6 @@ def _finish(writer: Any) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _equal(a: QuantizedTensor, b: QuantizedTensor) -> bool:
-    return (
-        a.encoding.scheme == b.encoding.scheme
-        and torch.equal(a.codes, b.codes)
-        and torch.equal(a.dequantize(), b.dequantize())
-    )
 
 
 def _width_problem(layer: PackedLayer) -> str | None:

@@ -15,8 +15,9 @@ For a layer [out, in] whose weights have `b` bits:
 
 Newer versions pack the codes of a row into one bit stream without gaps; older ones put 32 // b
 codes into each word. The two differ for 3, 5, 6 and 7 bits, where the number of words tells which
-one was used. Settings for activations (w8a8, KV cache) are ignored. Values are computed in float32
-from the stored scales; the library's values are identical if its scales are float32.
+one was used. Values are computed in float32 from the stored scales; the library's values are
+identical if its scales are float32. A checkpoint that also quantizes activations or the KV cache is
+refused: dropping that would change what it computes.
 
 A layer belongs to the config group of the first target that matches: its name, then patterns
 (`re:`), then the names of its classes, each in alphabetical order (as in
@@ -47,6 +48,10 @@ FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "dense", "mixed
 STRATEGIES = ("tensor", "channel", "group", "block")
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 ACTIVATIONS = re.compile(r"\.(input|output|[qkv])_(scale|zero_point)$")
+_READS_WEIGHTS_ONLY = (
+    "and only weights are read. To import the weights alone, with float activations, remove {} "
+    "from config.json"
+)
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Weights:
     """The `weights` of one config group."""
 
     bitwidth: int
+    symmetric: bool
     strategy: str
     group_size: int | None
     block: tuple[int, int] | None
@@ -296,6 +302,11 @@ class CompressedTensors:
         """Signed zero points, int32, in the shape of the scales."""
         stored = f"{name.removesuffix('weight')}weight_zero_point"
         if stored not in self.files:
+            if not weights.symmetric:
+                raise SourceError(
+                    f"{self._where(name)}: config.json says symmetric: false, but {stored!r} is "
+                    "missing; download the model again"
+                )
             return torch.zeros(expected, dtype=torch.int32)
         zeros = self.files.read(stored)
         if (
@@ -316,6 +327,12 @@ class CompressedTensors:
             raise SourceError(
                 f"{self._where(name)}: zero points are {zeros.dtype} of shape {list(zeros.shape)}, "
                 f"but must be integers of shape {list(expected)}"
+            )
+        if weights.symmetric and bool(zeros.any()):
+            raise SourceError(
+                f"{self._where(name)}: config.json says symmetric: true, but "
+                f"{int(zeros.count_nonzero())} of {zeros.numel()} zero points in {stored!r} differ "
+                "from 0. Set symmetric to what the model was quantized with"
             )
         return zeros.to(torch.int32).reshape(expected)
 
@@ -399,6 +416,10 @@ def _config_groups(settings: Mapping[str, Any], where: str) -> list[tuple[list[s
             f"{where}: transform_config applies rotations at run time, which is not supported. Use "
             "a checkpoint without transforms"
         )
+    if settings.get("kv_cache_scheme"):
+        raise SourceError(
+            f"{where}: kv_cache_scheme quantizes the KV cache, {_READS_WEIGHTS_ONLY.format('it')}"
+        )
     found = []
     for label, group in _object(settings, "config_groups", where).items():
         if (
@@ -414,6 +435,12 @@ def _config_groups(settings: Mapping[str, Any], where: str) -> list[tuple[list[s
                 f"{where}: format {layout!r} is not supported; {', '.join(FORMATS[:3])} are. "
                 "Quantize the float model instead"
             )
+        for key in ("input_activations", "output_activations"):
+            if group.get(key):
+                raise SourceError(
+                    f"{where}: config group {label!r} quantizes activations ({key}), "
+                    f"{_READS_WEIGHTS_ONLY.format(key)}"
+                )
         if weights := _object(group, "weights", f"{where}, config group {label!r}"):
             found.append((group["targets"], _weights(weights, f"{where}, config group {label!r}")))
     if not found:
@@ -458,4 +485,7 @@ def _weights(record: Mapping[str, Any], where: str) -> Weights:
     ):
         raise SourceError(f"{where}: block_structure is {block!r}, but must be [rows, columns]")
     sides = (block[0], block[1]) if strategy == "block" else None  # type: ignore[index]
-    return Weights(bitwidth, strategy, group_size, sides)
+    symmetric = record.get("symmetric", True)
+    if not isinstance(symmetric, bool):
+        raise SourceError(f"{where}: symmetric is {symmetric!r}, but must be true or false")
+    return Weights(bitwidth, symmetric, strategy, group_size, sides)

@@ -198,13 +198,7 @@ class FloatCheckpoint(FolderCheckpoint):
 def _same(a: Tensor | QuantizedTensor, b: Tensor | QuantizedTensor) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a.shape == b.shape and torch.equal(a, b)
-    if isinstance(a, Tensor) or isinstance(b, Tensor):
-        return False
-    return (
-        torch.equal(a.codes, b.codes)
-        and torch.equal(a.encoding.scale, b.encoding.scale)
-        and a.encoding.scheme == b.encoding.scheme
-    )
+    return isinstance(a, QuantizedTensor) and isinstance(b, QuantizedTensor) and a.equals(b)
 
 
 def _listed(names: list[str]) -> str:

@@ -15,7 +15,7 @@ from qwlora.formats.base_folder import check_files, read_layers, read_record, st
 from qwlora.formats.model_config import read_config
 from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.nn.fingerprint import layout_text, tensor_digest
+from qwlora.nn.fingerprint import tensor_digest
 from qwlora.nn.packed_tensor import PackedTensor, Parts
 from qwlora.parameter_names import parameter_name
 
@@ -67,7 +67,7 @@ class BaseCheckpoint:
             return self._checked(name, "")
         path, scheme, shape = self.layers[name]
         found = {
-            stored.rpartition(".")[2]: self._checked(stored, layout_text(scheme))
+            stored.rpartition(".")[2]: self._checked(stored, scheme.to_text())
             for stored in self.stored[name]
         }
         expected = PackedTensor.empty(scheme, shape, "meta").parts

@@ -73,6 +73,15 @@ class Encoding:
         ):  # clamping between two numbers costs half of clamping between two tensors
             object.__setattr__(self, "uniform_offset", lowest)
 
+    def equals(self, other: object) -> bool:
+        """Whether both are the same grid."""
+        return (
+            isinstance(other, Encoding)
+            and self.scheme == other.scheme
+            and torch.equal(self.scale, other.scale.to(self.scale.device))
+            and torch.equal(self.offset, other.offset.to(self.offset.device))
+        )
+
     def quantize(self, x: Float[Tensor, "*shape"]) -> Integer[Tensor, "*shape"]:
         """Codes of `x`: uint8 up to 8 bits, int32 above; infinity gets the last code of its side.
 

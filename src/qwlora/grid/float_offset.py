@@ -61,6 +61,15 @@ class FloatOffsetEncoding:
             "integer offset; requantize for a format that needs one"
         )
 
+    def equals(self, other: object) -> bool:
+        """Whether both are the same grid."""
+        return (
+            isinstance(other, FloatOffsetEncoding)
+            and self.scheme == other.scheme
+            and torch.equal(self.scale, other.scale.to(self.scale.device))
+            and torch.equal(self.minimum, other.minimum.to(self.minimum.device))
+        )
+
     def quantize(self, x: Float[Tensor, "*shape"]) -> Integer[Tensor, "*shape"]:
         """Codes of `x`: uint8 up to 8 bits, int32 above."""
         x_grouped, scale, minimum = self._grouped(x)

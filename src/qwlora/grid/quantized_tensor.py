@@ -51,6 +51,10 @@ class QuantizedTensor:
                 f"not {list(self.encoding.scale.shape)}"
             )
 
+    def equals(self, other: QuantizedTensor) -> bool:
+        """Whether both have the same codes on the same grid."""
+        return torch.equal(self.codes, other.codes) and self.encoding.equals(other.encoding)
+
     def dequantize(self) -> Float[Tensor, "*shape"]:
         """The values, float32."""
         return self.encoding.dequantize(self.codes)

@@ -11,6 +11,7 @@ to `x_hat = (q + offset) * scale`. The granularity says how many scales and offs
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -165,6 +166,12 @@ class Scheme:
         if self.float_offset:
             record["float_offset"] = True
         return record
+
+    def to_text(self) -> str:
+        """`to_json` as JSON text with sorted keys: one text for each scheme, for fingerprints and
+        operators. `str` is for people, and may change.
+        """
+        return json.dumps(self.to_json(), sort_keys=True)
 
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Scheme:

@@ -25,11 +25,6 @@ from qwlora.nn.packed_tensor import PackedTensor, Parts
 NAMESPACE = "qwlora"
 
 
-def layout_of(scheme: Scheme) -> str:
-    """The scheme as the operators take it."""
-    return json.dumps(scheme.to_json(), sort_keys=True, allow_nan=False)
-
-
 @lru_cache
 def _scheme(layout: str) -> Scheme:
     return Scheme.from_json(json.loads(layout))

@@ -1,7 +1,7 @@
 """The fingerprint of a base: SHA-256 over everything in it that changes a number.
 
     fingerprint = sha256(numbers of the configuration, then name and digest of each tensor by name)
-    digest      = sha256(name, layout of its grid if it is packed, kind and shape, its values)
+    digest      = sha256(name, its scheme as JSON if it is packed, kind and shape, its values)
 
 Tensors are all parameters and persistent buffers, under names without what an adapter library adds.
 Floats are hashed as float32 values: a norm that was bfloat16 in its checkpoint is the same norm in
@@ -29,7 +29,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwlora.grid.scheme import Scheme
 from qwlora.nn.packed_layer import PackedLayer, is_packed
 from qwlora.nn.unwrap import unwrapped
 from qwlora.parameter_names import adapter_of, canonical_name, is_adapter_name
@@ -225,7 +224,7 @@ def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     for path, module in unwrapped(model).named_modules():
         layout = ""
         if isinstance(module, PackedLayer) and is_packed(module):
-            layout = layout_text(module.scheme)
+            layout = module.scheme.to_text()
         own = {
             **module._parameters,
             **{
@@ -241,9 +240,3 @@ def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
             seen.add(id(tensor))
             found[canonical_name(name)] = (layout if key in module._buffers else "", tensor)
     return found
-
-
-def layout_text(scheme: Scheme) -> str:
-    """How the parts of a tensor packed on this grid are to be understood, for its digest."""
-    axis = scheme.to_json()["axis"]
-    return f"{scheme} {axis}" if axis else str(scheme)

@@ -18,7 +18,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.nn.custom_ops import dequantize, layout_of
+from qwlora.nn.custom_ops import dequantize
 from qwlora.nn.packed_matmul import PackedWeight, PackedWeightOwner
 from qwlora.nn.packed_tensor import PackedTensor, Parts
 from qwlora.nn.weight_view import WeightView, refuse_write
@@ -59,7 +59,7 @@ class PackedLayer(PackedWeightOwner):
         self.weight_shape, self.compute_dtype, self.layout = (
             weight_shape,
             dtype,
-            layout_of(source.scheme),
+            source.scheme.to_text(),
         )
         self._owner = (owner,) if owner is not None else None
         for name, part in zip(Parts._fields, tensor.parts if tensor else (), strict=False):

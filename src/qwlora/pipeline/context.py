@@ -42,6 +42,7 @@ from qwlora.pipeline.prepared_text import PreparedText
 from qwlora.pipeline.unused_rules import refuse_unused_rules
 from qwlora.progress import Track, timed, untracked
 from qwlora.recipe import Adapter, Data, Recipe
+from qwlora.recipe.base_section import Model
 from qwlora.simulation.load_simulation import restore
 from qwlora.simulation.simulation import Simulation, simulate
 from qwlora.simulation.simulation_schemes import SimulationSchemes
@@ -50,9 +51,20 @@ from qwlora.simulation.training_graph import TrainingGraph, with_scales
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from qwlora.simulation.placement import Placement
+
+
+def skeleton(model: Model, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """The recipe's model on the meta device, without weights: to check whether an adapter fits it.
+
+    Args:
+        config: if it is known; default: read from the model's source.
+    """
+    config = config or load_config(model.source, model.trust_remote_code)
+    with init_empty_weights():
+        return build_model(config, model.trust_remote_code)
 
 
 def learned_scales(adapter: Path) -> dict[str, Tensor]:
@@ -246,14 +258,8 @@ class JobContext:
 
     def skeleton(self) -> PreTrainedModel:
         """The model on the meta device, without weights: to check whether an adapter fits it."""
-        model = self.recipe.model
-        config = (
-            self._float_model.config
-            if self._float_model is not None
-            else load_config(model.source, model.trust_remote_code)
-        )
-        with init_empty_weights():
-            return build_model(config, model.trust_remote_code)
+        config = None if self._float_model is None else self._float_model.config
+        return skeleton(self.recipe.model, config)
 
     @property
     def holds_float_model(self) -> bool:

@@ -72,11 +72,12 @@ def import_adapter(
         changes: changes to its settings, `key=value`.
 
     Raises:
-        SourceError: there is no LoRA adapter at `source`.
+        SourceError: there is no LoRA adapter at `source`, or it does not fit the model.
         DirectoryError, RecipeError: as for `add_adapter`.
     """
     from qwlora.adapter.attach import check_existing
     from qwlora.adapter.mlx_adapter import convert_mlx_adapter, is_mlx_adapter
+    from qwlora.pipeline.context import skeleton
 
     recipe = _recipe(folder)
     _check_new(recipe, name, folder)
@@ -85,7 +86,7 @@ def import_adapter(
         with replacing_files(converted) as scratch:
             convert_mlx_adapter(found, scratch)
         source = str(converted)
-    check_existing(source, "accept")
+    check_existing(source, "accept", skeleton(recipe.model))
     entry: dict[str, Any] = {"name": name, "continue_from": source, "unknown_base": "accept"}
     if not continues:
         entry |= {"steps": 0}

@@ -27,7 +27,8 @@ from typing import Any
 
 from qwlora import strict_json
 from qwlora.adapter.adapter_check import problems
-from qwlora.adapter.adapter_folder import CONFIG, FILE
+from qwlora.adapter.adapter_folder import FILE
+from qwlora.adapter.peft_support import CONFIG
 from qwlora.atomic import write_text
 from qwlora.errors import DirectoryError, UploadError, described
 from qwlora.export.registry import TARGETS

@@ -192,7 +192,7 @@ class SimulatedGraph(CalibratedGraph):
                 f"{listed(unknown, 3)}. Calibrate again"
             )
         for name, encoding in {**self._base_encodings, **self._weight_encodings()}.items():
-            if name not in encodings or not _same(encodings[name], encoding):
+            if name not in encodings or not encoding.equals(encodings[name]):
                 raise CalibrationError(
                     f"the encoding of {name} does not match the weight's values. Calibrate again"
                 )
@@ -388,13 +388,6 @@ def _call_module(node: Node, target: str) -> Node:
 def base_encodings(model: nn.Module) -> dict[str, Encoding | FloatOffsetEncoding]:
     """The encodings of the packed weights of `model`, by weight name."""
     return {parameter_name(path): layer.encoding for path, layer in packed_layers(model).items()}
-
-
-def _same(a: Encoding | FloatOffsetEncoding, b: Encoding | FloatOffsetEncoding) -> bool:
-    lows = [e.minimum if isinstance(e, FloatOffsetEncoding) else e.offset for e in (a, b)]
-    return a.scheme == b.scheme and all(
-        torch.equal(x.to(y.device), y) for x, y in ((a.scale, b.scale), lows)
-    )
 
 
 def _node_of_placeholder(program: ExportedProgram, module: GraphModule) -> dict[str, Node]:

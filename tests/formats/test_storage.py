@@ -231,7 +231,7 @@ def resign(folder: Path) -> None:
     kinds = {
         name: next(
             (
-                str(parse(layer))
+                parse(layer).to_text()
                 for path, layer in record["layers"].items()
                 if name.startswith(path + ".")
             ),

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 import qwlora
 from conftest import text
 from qwlora.encodings import EncodingsFile, write
-from qwlora.encodings.from_grid import entry_of
+from qwlora.encodings.grids import entry_of
 from qwlora.nn.frozen import packed_layers
 
 PAGE = Path(__file__).parent.parent / "docs" / "aimet-guide.md"

@@ -25,8 +25,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from conftest import EACH_ARCHITECTURE, text, tiny_model
-from qwlora.encodings.from_grid import entry_of
-from qwlora.encodings.versions_0_and_1 import build_1_0_0
+from qwlora.encodings.grids import entry_of
+from qwlora.encodings.version_1_0_0 import json_of
 from qwlora.errors import DirectoryError, EncodingsFileError, FingerprintError, SourceError
 from qwlora.export.bundle import verify_bundle
 from qwlora.export.onnx_runtime import OnnxModel
@@ -527,7 +527,7 @@ def test_integers_of_an_encodings_file_are_kept_and_documents_stay_apart(
         f"{n}.weight": measure(m.weight.detach(), Scheme(4, granularity=PerChannel(0)))
         for n, m in layers.items()
     }
-    entries = [build_1_0_0(entry_of(name, grid, "1.0.0")) for name, grid in grids.items()]
+    entries = [json_of(entry_of(name, grid, "1.0.0")) for name, grid in grids.items()]
     (tmp_path / "model.encodings").write_text(
         json.dumps({"version": "1.0.0", "activation_encodings": [], "param_encodings": entries})
     )
@@ -614,7 +614,7 @@ def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(
         for name, weight in weights.items()
     }
     entries = [
-        build_1_0_0(entry_of(name, grid, "1.0.0", transposed=True)) for name, grid in grids.items()
+        json_of(entry_of(name, grid, "1.0.0", transposed=True)) for name, grid in grids.items()
     ]
     file = {"version": "1.0.0", "activation_encodings": [], "param_encodings": entries}
     (tmp_path / "model.encodings").write_text(json.dumps(file))

@@ -21,7 +21,7 @@ from aimet_torch.quantization.affine import (  # noqa: E402
 from aimet_torch.quantsim import QuantizationSimModel  # noqa: E402
 
 from qwlora.encodings import read  # noqa: E402
-from qwlora.encodings.to_grid import Placement, grid_of  # noqa: E402
+from qwlora.encodings.grids import TensorLayout, grid_of  # noqa: E402
 from qwlora.errors import SourceError  # noqa: E402
 from qwlora.grid.scheme import Lpbq, PerBlock  # noqa: E402
 
@@ -118,7 +118,7 @@ def test_grids_round_as_aimets_quantizers(tmp_path: Path, exporter: str, version
         numbered = f"{name}.weight" not in file.by_name
         entry = file.by_name[f"{name}.weight_0" if numbered else f"{name}.weight"]
         assert numbered == (exporter != "torch")
-        placement = Placement(
+        placement = TensorLayout(
             shape, transposed=numbered, block_order="tensor" if numbered else "channel"
         )
         if version == "0.6.1" and ("block" in name or name == "lpbq"):

@@ -22,8 +22,8 @@ from conftest import byte_tokenizer, reseal, tiny_model
 from qwlora import fingerprint, quantize_, save_adapter, save_base
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.cli.main import main
-from qwlora.encodings.from_grid import entry_of
-from qwlora.encodings.versions_0_and_1 import build_1_0_0
+from qwlora.encodings.grids import entry_of
+from qwlora.encodings.version_1_0_0 import json_of
 from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
@@ -249,7 +249,7 @@ def test_a_folder_of_floats_with_aimet_encodings(
         name: measure(weight, Scheme(4, ".1." not in name, PerChannel(0)))
         for name, weight in weights.items()
     }
-    entries = [build_1_0_0(entry_of(name, grid, "1.0.0")) for name, grid in grids.items()]
+    entries = [json_of(entry_of(name, grid, "1.0.0")) for name, grid in grids.items()]
     file = tmp_path / "model.encodings"
     file.write_text(
         json.dumps({"version": "1.0.0", "activation_encodings": [], "param_encodings": entries})

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from qwlora.encodings import (
     FLOAT_FORMATS,
-    Encoding,
     EncodingsFile,
+    Entry,
     FloatEncoding,
     IntegerEncoding,
     LpbqEncoding,
@@ -36,7 +36,7 @@ def arrays(draw: Any, shape: tuple[int, ...], values: st.SearchStrategy[Any], dt
 
 
 @st.composite
-def encodings(draw: Any, version: str, name: str = "w") -> tuple[Encoding, OnnxTensor]:
+def encodings(draw: Any, version: str, name: str = "w") -> tuple[Entry, OnnxTensor]:
     """An encoding with the fields of `version`, and its tensor."""
     split = version < "2"
     channels, blocks, block_size = (

@@ -10,8 +10,8 @@ from random_files import FILES, files
 from qwlora.encodings import (
     VERSIONS,
     Difference,
-    Encoding,
     EncodingsFile,
+    Entry,
     FloatEncoding,
     IntegerEncoding,
     LpbqEncoding,
@@ -20,7 +20,7 @@ from qwlora.encodings import (
 )
 
 
-def one(encoding: Encoding, version: str = "2.0.0", parameter: bool | None = None) -> EncodingsFile:
+def one(encoding: Entry, version: str = "2.0.0", parameter: bool | None = None) -> EncodingsFile:
     return EncodingsFile(
         version,
         (encoding,),
@@ -56,7 +56,7 @@ def test_a_file_equals_itself(version: str, data: st.DataObject) -> None:
         ),
     ],
 )
-def test_each_field_is_compared(other: Encoding, difference: Difference) -> None:
+def test_each_field_is_compared(other: Entry, difference: Difference) -> None:
     found = diff(one(A), one(other))
     assert [(d.name, d.field, d.first, d.second) for d in found] == [
         (difference.name, difference.field, difference.first, difference.second)

@@ -25,8 +25,8 @@ from qwlora.encodings import (
     write,
 )
 from qwlora.encodings.encodings_file import load_json, parse, to_document
-from qwlora.encodings.from_grid import entry_of
-from qwlora.encodings.versions_0_and_1 import build_1_0_0
+from qwlora.encodings.grids import entry_of
+from qwlora.encodings.version_1_0_0 import json_of
 from qwlora.errors import ConversionError, EncodingsFileError, QwloraError
 
 GOLDEN = {
@@ -115,7 +115,7 @@ def test_entries_of_grids_are_read_and_written_back() -> None:
     for granularity, shape in ((PerTensor(), ()), (PerChannel(0), (2,)), (PerBlock(4), (2, 3))):
         scheme = Scheme(4, granularity=granularity)
         grid = Encoding(scheme, torch.full(shape, 0.5), torch.full(shape, -8, dtype=torch.int32))
-        entry = build_1_0_0(entry_of("w", grid, "1.0.0"))
+        entry = json_of(entry_of("w", grid, "1.0.0"))
         document = {"version": "1.0.0", "activation_encodings": [], "param_encodings": [entry]}
         file, findings = parse(document)
         assert file is not None, findings
@@ -255,46 +255,52 @@ BAD_FIELDS = [
         "param_encodings",
         "channel.weight",
         {"bitwidth": 4},
-        "bitwidth: differs among the channels",
+        "bitwidth differs among the channels",
     ),
     (
         "0.6.1",
         "activation_encodings",
         "x",
         {"bitwidth": 33},
-        "bitwidth: is 33; an integer from 1 to 32",
+        "bitwidth is 33, not from 1 to 32",
     ),
     (
         "0.6.1",
         "activation_encodings",
         "x",
         {"is_symmetric": False},
-        "is_symmetric: is False; a non-empty string",
+        "item 0.is_symmetric: is False; it must be 'True' or 'False'",
     ),
     (
         "0.6.1",
         "activation_encodings",
         "x",
         {"min": -3.0},
-        "min: is -3.0 in item 0, but scale and offset make it -2.17",
+        "min is -3.0 in item 0, but scale and offset make it -2.17",
     ),
-    ("0.6.1", "activation_encodings", "x", {"max": ...}, "max: is missing"),
+    ("0.6.1", "activation_encodings", "x", {"max": ...}, "item 0.max: is missing"),
     (
         "0.6.1",
         "activation_encodings",
         "x",
         {"index_bw": 4},
-        "is vector quantization, which is not supported",
+        "item 0.index_bw: is vector quantization, which is not supported",
     ),
-    ("0.6.1", "activation_encodings", "x", {"extra": 1}, "extra: is not a field of this entry"),
+    (
+        "0.6.1",
+        "activation_encodings",
+        "x",
+        {"extra": 1},
+        "item 0.extra: is not a field of this entry",
+    ),
     (
         "0.6.1",
         "param_encodings",
         "shifted.weight_0",
         {"zero_point_shift": 0.25},
-        "zero_point_shift: differs",
+        "zero_point_shift differs",
     ),
-    ("1.0.0", "activation_encodings", "x", {"scale": [0.0]}, "scale: must be above 0"),
+    ("1.0.0", "activation_encodings", "x", {"scale": [0.0]}, "scale must be above 0"),
     (
         "1.0.0",
         "activation_encodings",
@@ -307,14 +313,14 @@ BAD_FIELDS = [
         "activation_encodings",
         "x",
         {"scale": [1e39]},
-        "scale: must be above 0 and at most 3.4e\\+38",
+        "scale must be above 0 and at most 3.4e\\+38",
     ),
     (
         "1.0.0",
         "activation_encodings",
         "x",
         {"scale": [True]},
-        "scale: contains true or false; numbers are needed",
+        "scale: contains True; numbers are needed",
     ),
     (
         "1.0.0",
@@ -329,7 +335,7 @@ BAD_FIELDS = [
         "activation_encodings",
         "x",
         {"scale": [0.1, 0.2], "offset": [0, 0]},
-        "scale: has 2 values; PER_TENSOR has one",
+        "scale has 2 values; PER_TENSOR has one",
     ),
     (
         "1.0.0",
@@ -338,13 +344,19 @@ BAD_FIELDS = [
         {"offset": [-1.5]},
         "offset: contains -1.5; integers are needed",
     ),
-    ("1.0.0", "activation_encodings", "x", {"offset": [2**70]}, "offset: is an integer of 71 bits"),
+    (
+        "1.0.0",
+        "activation_encodings",
+        "x",
+        {"offset": [2**70]},
+        "offset: contains an integer of 71 bits",
+    ),
     (
         "1.0.0",
         "activation_encodings",
         "x",
         {"is_sym": "False"},
-        "is_sym: is 'False'; true or false is needed",
+        "is_sym: is 'False'; it must be a valid boolean",
     ),
     (
         "1.0.0",
@@ -354,103 +366,103 @@ BAD_FIELDS = [
         "enc_type: is vector quantization",
     ),
     ("1.0.0", "activation_encodings", "x", {"bw": ...}, "bw: is missing"),
-    ("1.0.0", "activation_encodings", "x", {"bw": True}, "bw: is True; an integer is needed"),
+    ("1.0.0", "activation_encodings", "x", {"bw": True}, "bw: is True; it must be a valid integer"),
     (
         "1.0.0",
         "param_encodings",
         "channel.weight",
         {"offset": [-128]},
-        "offset: has 1 values, but scale has 4",
+        "offset has 1 values, but scale has 4",
     ),
     (
         "1.0.0",
         "param_encodings",
         "channel.weight",
         {"block_size": 2},
-        "block_size: is not a field of this entry",
+        "block_size is not a field of this kind of entry",
     ),
     (
         "1.0.0",
         "param_encodings",
         "block.weight_0",
         {"block_size": -1},
-        "block_size: is -1; an integer from 1",
+        "block_size is -1; an integer from 1",
     ),
     (
         "1.0.0",
         "param_encodings",
         "shifted.weight_0",
         {"zero_point_shift": [0.5]},
-        "zero_point_shift: must be a list as long as scale",
+        "zero_point_shift must be a list as long as scale",
     ),
     (
         "1.0.0",
         "param_encodings",
         "lpbq.weight_0",
         {"compressed_bw": 9},
-        "compressed_bw: is 9, more than bw, 8",
+        "9 compressed of 8 decompressed bits is not possible",
     ),
     (
         "1.0.0",
         "param_encodings",
         "lpbq.weight_0",
         {"compressed_bw": 5},
-        "per_block_int_scale: reaches 16; with 5 of 8 bits it ends at 8",
+        "block scales reach 16; with 5 of 8 bits they end at 8",
     ),
     (
         "1.0.0",
         "param_encodings",
         "lpbq.weight_0",
         {"offset": [0] * 8},
-        "offset: must be -128 for each of the 8 scales",
+        "LPBQ is symmetric: is_sym is true, and each offset -128",
     ),
     (
         "1.0.0",
         "param_encodings",
         "lpbq.weight_0",
         {"is_sym": False},
-        "is_sym: is false; LPBQ is symmetric",
+        "LPBQ is symmetric: is_sym is true",
     ),
     (
         "1.0.0",
         "param_encodings",
         "lpbq.weight_0",
         {"per_block_int_scale": [1] * 9},
-        "per_block_int_scale: has 9 values, which 8 channels cannot share",
+        "\\[8\\] channel scales cannot share \\[9\\] block scales",
     ),
     ("2.0.0", "encodings", "x", {"output_dtype": "int33"}, "output_dtype: is 'int33'"),
     ("2.0.0", "encodings", "x", {"output_dtype": "float16"}, "output_dtype: is 'float16'"),
-    ("2.0.0", "encodings", "x", {"y_zero_point": 0.25}, "y_zero_point: must hold integers"),
+    ("2.0.0", "encodings", "x", {"y_zero_point": 0.25}, "y_zero_point must hold integers"),
     (
         "2.0.0",
         "encodings",
         "channel.weight",
         {"y_zero_point": [-0.5, 0, 0, 0]},
-        "y_zero_point: must hold integers within",
+        "y_zero_point must hold integers within",
     ),
     (
         "2.0.0",
         "encodings",
         "x",
         {"y_zero_point": [149]},
-        "y_zero_point: has shape \\[1\\], but y_scale \\[\\]",
+        "y_zero_point has shape \\[1\\], but y_scale \\[\\]",
     ),
-    ("2.0.0", "encodings", "x", {"y_zero_point": 1e300}, "y_zero_point: must hold integers within"),
-    ("2.0.0", "encodings", "x", {"axis": 0}, "y_scale: is one number; with an axis"),
+    ("2.0.0", "encodings", "x", {"y_zero_point": 1e300}, "y_zero_point must hold integers within"),
+    ("2.0.0", "encodings", "x", {"axis": 0}, "scale is one number; with an axis"),
     (
         "2.0.0",
         "encodings",
         "channel.weight",
         {"axis": ...},
-        "axis: is missing; a y_scale that is a list needs one",
+        "axis is missing; a y_scale that is a list needs one",
     ),
-    ("2.0.0", "encodings", "block.weight_0", {"axis": 2}, "axis: is 2, outside scales of 2 axes"),
+    ("2.0.0", "encodings", "block.weight_0", {"axis": 2}, "axis is 2, outside scales of 2 axes"),
     (
         "2.0.0",
         "encodings",
         "block.weight_0",
         {"block_size": ...},
-        "y_scale: has 2 axes; without a block_size",
+        "scale has 2 axes; without an axis and a block_size",
     ),
     (
         "2.0.0",
@@ -472,56 +484,56 @@ BAD_FIELDS = [
         "encodings",
         "lpbq.weight_0",
         {"output_dtype": "uint4"},
-        "output_dtype: is unsigned; LPBQ",
+        "output_dtype must be int1 to int32: LPBQ",
     ),
     (
         "2.0.0",
         "encodings",
         "lpbq.weight_0",
         {"per_channel_float_scale": [[0.1] * 3]},
-        "per_channel_float_scale: has shape \\[1, 3\\], which does not divide",
+        "\\[1, 3\\] channel scales cannot share \\[3, 8\\] block scales",
     ),
     (
         "2.0.0",
         "encodings",
         "lpbq.weight_0",
         {"per_block_int_scale": [[0] * 8] * 3},
-        "per_block_int_scale: is 0; an integer from 1",
+        "block scales must be above 0",
     ),
     (
         "2.0.0",
         "encodings",
         "x",
         {"y_scale": {"x": [1], "x_scale": [1.0], "axis": 0}},
-        "y_scale: is an object, which is how 2.1.0 writes LPBQ",
+        "y_scale: contains an object; numbers are needed",
     ),
     (
         "2.1.0",
         "encodings",
         "x",
         {"per_block_int_scale": [1]},
-        "per_block_int_scale: is how 2.0.0 writes LPBQ",
+        "per_block_int_scale: is not a field of this entry in this version",
     ),
     (
         "2.1.0",
         "encodings",
         "float8.weight_0",
         {"y_scale": {"x": [1.0], "x_scale": 1.0}},
-        "y_scale: .*NVFP4.* not supported",
+        "a float scale.*NVFP4.* not supported",
     ),
     (
         "2.1.0",
         "encodings",
         "lpbq.weight_0",
         {"y_scale": {"x": [[1, 2]], "x_scale": [0.1], "axis": 1}},
-        "y_scale.x_scale: has 1 values, but axis 1 of x has 2",
+        "y_scale.x_scale has 1 values, but axis 1 of x has 2",
     ),
     (
         "2.1.0",
         "encodings",
         "lpbq.weight_0",
         {"y_scale": {"x": [[1, 2]], "x_scale": [0.1], "axis": 2}},
-        "y_scale.axis: is 2, outside",
+        "y_scale.axis is 2, outside",
     ),
     (
         "2.1.0",
@@ -554,7 +566,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     with pytest.raises(EncodingsFileError) as caught:
         read(path)
     for part in (
-        "x, bw: is 0",
+        "x: bitwidth is 0",
         "new, bw: is missing",
         "new, dtype: is missing",
         "file, mystery: is not a field",
@@ -568,7 +580,7 @@ def test_a_repeated_name_is_refused(section: str) -> None:
     document[section].append(document["activation_encodings"][0])
     file, findings = parse(document)
     assert file is None
-    assert [str(f) for f in findings] == ["x, name: is repeated; a tensor has one encoding"]
+    assert [str(f) for f in findings] == ["file: 'x': two encodings have this name"]
 
 
 def test_control_characters_in_names_are_escaped() -> None:
@@ -596,8 +608,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     )
     with pytest.raises(ConversionError, match="w: signed True"):
         write(file, path)
-    with pytest.raises(EncodingsFileError, match="scale: must be above 0"):
-        write(EncodingsFile("1.0.0", (IntegerEncoding("w", 8, -0.1, 0, False),), frozenset()), path)
+    with pytest.raises(EncodingsFileError, match="quantizer_args: has nan under 'x'"):
+        write(EncodingsFile("1.0.0", (), frozenset(), quantizer_args={"x": math.nan}), path)
     with pytest.raises(EncodingsFileError, match="version '9' is not one of"):
         write(EncodingsFile("9", ()), path)
     with pytest.raises(EncodingsFileError, match="cannot be written"):
@@ -618,6 +630,14 @@ def test_invalid_values_are_refused() -> None:
         IntegerEncoding("w", 8, [0.1, 0.1], [-1, -0.5], False)
     with pytest.raises(EncodingsFileError, match="offset holds inf; integers are needed"):
         IntegerEncoding("w", 8, 0.1, float("inf"), False)
+    with pytest.raises(EncodingsFileError, match="scale must be above 0"):
+        IntegerEncoding("w", 8, -0.1, 0, False)
+    with pytest.raises(EncodingsFileError, match="zero_point_shift is 0.25, not 0 or 0.5"):
+        IntegerEncoding("w", 8, 0.1, 0, False, zero_point_shift=0.25)
+    with pytest.raises(EncodingsFileError, match="'float8e5m2' is not a float format of 4 bits"):
+        FloatEncoding("w", 4, "float8e5m2", 1.0)
+    with pytest.raises(EncodingsFileError, match="a scale but no format"):
+        FloatEncoding("w", 16, scale=1.0)
     with pytest.raises(EncodingsFileError, match="'w': two encodings"):
         EncodingsFile("2.0.0", (FloatEncoding("w", 16), FloatEncoding("w", 16)))
     with pytest.raises(EncodingsFileError, match=r"'v': .*parameter.* no encoding"):

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from qwlora.encodings import VERSIONS, EncodingsFile, LpbqEncoding, read, write
-from qwlora.encodings.from_grid import encoding_of, entry_of
-from qwlora.encodings.to_grid import Placement, grid_of
+from qwlora.encodings.grids import TensorLayout, encoding_of, entry_of, grid_of
 from qwlora.errors import ConversionError, EncodingsFileError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
@@ -59,7 +58,7 @@ def test_a_grid_comes_back_from_every_version_that_can_hold_it(
         return
     (entry,) = written(encoding, version, tmp_path / "x", transposed).encodings
     axis = scheme.granularity.axis if isinstance(scheme.granularity, PerChannel) else 0
-    placement = Placement((OUT, IN), transposed, axis, "tensor" if transposed else "channel")
+    placement = TensorLayout((OUT, IN), transposed, axis, "tensor" if transposed else "channel")
     again = grid_of(entry, placement, version)
     assert torch.equal(again.scale, encoding.scale)
     assert torch.equal(again.offset, encoding.offset)

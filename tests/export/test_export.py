@@ -28,7 +28,7 @@ from qwlora import (
     verify_onnx_outputs,
 )
 from qwlora.encodings import LpbqEncoding, read, validate
-from qwlora.encodings.to_grid import Placement, grid_of
+from qwlora.encodings.grids import TensorLayout, grid_of
 from qwlora.errors import ExportError, MissingExtraError, VerificationError
 from qwlora.export.aimet_encodings import write_encodings
 from qwlora.export.verify import LanguageModelParity, Limits, check_parity
@@ -183,7 +183,7 @@ def test_lpbq_weights_are_exported_as_lpbq_and_read_back_as_the_same_grid(tmp_pa
         assert isinstance(entry, LpbqEncoding)
         assert (entry.bitwidth, entry.decompressed_bitwidth, entry.block_size) == (4, 8, 64)
         rows, blocks = encoding.scale.shape
-        stored = Placement((rows, blocks * 64), transposed=True, block_order="tensor")
+        stored = TensorLayout((rows, blocks * 64), transposed=True, block_order="tensor")
         again = grid_of(entry, stored, file.version)
         assert again.scheme == encoding.scheme
         assert torch.equal(again.scale, encoding.scale)

@@ -23,9 +23,8 @@ from qwlora.encodings import (
     read,
     write,
 )
-from qwlora.encodings.from_grid import entry_of
-from qwlora.encodings.model import Encoding as Entry
-from qwlora.encodings.to_grid import Placement, grid_of
+from qwlora.encodings.grids import TensorLayout, entry_of, grid_of
+from qwlora.encodings.model import Entry
 from qwlora.errors import EncodingsFileError, SourceError
 from qwlora.formats.aimet import AimetCheckpoint
 from qwlora.formats.open_checkpoint import open_checkpoint
@@ -70,7 +69,7 @@ def grids(file: str, version: str) -> dict[str, Encoding]:
         name = folded if folded in entries else f"{layer}.weight"
         found[layer] = grid_of(
             entries[name],
-            Placement(
+            TensorLayout(
                 shape,
                 transposed=name == folded,
                 block_order="tensor" if name == folded else "channel",
@@ -105,9 +104,9 @@ def test_the_order_of_a_flat_list_is_not_guessed() -> None:
         SourceError,
         match=r"flat list of blocks.*order.*model.block_order: channel or tensor",
     ):
-        grid_of(entry, Placement((6, 8), transposed=True), "1.0.0")
+        grid_of(entry, TensorLayout((6, 8), transposed=True), "1.0.0")
     right, wrong = (
-        grid_of(entry, Placement((6, 8), True, 0, order), "1.0.0")
+        grid_of(entry, TensorLayout((6, 8), True, 0, order), "1.0.0")
         for order in ("tensor", "channel")
     )
     assert not torch.equal(right.scale, wrong.scale)
@@ -115,9 +114,16 @@ def test_the_order_of_a_flat_list_is_not_guessed() -> None:
 
 def test_an_order_that_changes_nothing_need_not_be_known() -> None:
     entry = IntegerEncoding("w", 4, np.arange(1.0, 7.0), np.full(6, -8), True, block_size=8)
-    assert grid_of(entry, Placement((6, 8)), "1.0.0").scale.flatten().tolist() == [1, 2, 3, 4, 5, 6]
+    assert grid_of(entry, TensorLayout((6, 8)), "1.0.0").scale.flatten().tolist() == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
     alike = IntegerEncoding("w", 4, np.full(12, 0.5), np.full(12, -8), True, block_size=4)
-    assert grid_of(alike, Placement((6, 8)), "1.0.0").scale.shape == (6, 2)
+    assert grid_of(alike, TensorLayout((6, 8)), "1.0.0").scale.shape == (6, 2)
 
 
 def test_blocks_that_0_6_1_lists_as_channels() -> None:
@@ -126,14 +132,14 @@ def test_blocks_that_0_6_1_lists_as_channels() -> None:
         SourceError,
         match=r"has 12 scales, but axis 0 of \[6, 8\] has 6; version 0.6.1 .* blocks as channels",
     ):
-        grid_of(entry, Placement((6, 8), transposed=True), "0.6.1")
+        grid_of(entry, TensorLayout((6, 8), transposed=True), "0.6.1")
 
 
 def test_a_zero_point_shift_is_a_grid_without_zero() -> None:
     """Four levels of AIMET's own file: {-1.5, -0.5, 0.5, 1.5} * scale."""
     for version in ("0.6.1", "1.0.0"):
         entry = read(GOLDEN / f"aimet-{version}.encodings").by_name["shifted.weight_0"]
-        grid = grid_of(entry, Placement((4, 8), transposed=True), version)
+        grid = grid_of(entry, TensorLayout((4, 8), transposed=True), version)
         codes = torch.arange(4, dtype=torch.uint8).repeat(4, 2)
         levels = torch.tensor([-1.5, -0.5, 0.5, 1.5]).repeat(2)
         scale = torch.tensor(entry.scale.tolist())[:, None]
@@ -195,7 +201,7 @@ def test_a_checkpoint_on_a_shifted_grid_is_packed_and_computes_its_levels(tmp_pa
             "a scale is a finite positive number",
         ),
         (
-            LpbqEncoding("w", 4, 4, np.ones((6, 2), dtype=int), np.ones((5, 1)), axis=1),
+            LpbqEncoding("w", 4, 4, np.ones(12, dtype=int), np.ones(4)),
             "cannot share evenly",
         ),
         (
@@ -206,18 +212,18 @@ def test_a_checkpoint_on_a_shifted_grid_is_packed_and_computes_its_levels(tmp_pa
 )
 def test_entries_that_are_no_grid(entry: Entry, message: str) -> None:
     with pytest.raises(SourceError, match=message):
-        grid_of(entry, Placement((6, 8)), "2.0.0")
+        grid_of(entry, TensorLayout((6, 8)), "2.0.0")
 
 
 def test_low_power_scales_without_their_largest_integer_are_blocks() -> None:
     """Their two factors could not be found again from the product."""
     entry = LpbqEncoding("w", 4, 4, np.tile([[3, 2]], (6, 1)), np.full((6, 1), 0.25), axis=1)
-    found = grid_of(entry, Placement((6, 8)), "2.0.0")
+    found = grid_of(entry, TensorLayout((6, 8)), "2.0.0")
     assert found.scheme == Scheme(4, True, PerBlock(4))
     assert found.scale.tolist() == [[0.75, 0.5]] * 6
     halves = grid_of(
         LpbqEncoding("w", 4, 2, np.full((6, 4), 2), np.tile([[0.25, 0.5]], (6, 1)), axis=1),
-        Placement((6, 8)),
+        TensorLayout((6, 8)),
         "2.0.0",
     )
     assert halves.scale[0].tolist() == [0.5, 0.5, 1.0, 1.0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from conftest import VOCABULARY, tiny_model
 from qwlora import fingerprint, freeze_, quantize_
 from qwlora.encodings import EncodingsFile, write
-from qwlora.encodings.from_grid import entry_of
+from qwlora.encodings.grids import entry_of
 from qwlora.errors import EncodingsFileError, GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import measure

@@ -20,7 +20,7 @@ import typer
 
 from qwlora import encodings, strict_json
 from qwlora.encodings.encodings_file import to_text
-from qwlora.encodings.json_fields import printable
+from qwlora.encodings.findings import printable
 from qwlora.encodings.validate import finding_lines, summary
 
 app = typer.Typer(
@@ -173,7 +173,7 @@ def diff(
         raise SystemExit(1)
 
 
-def _row(encoding: encodings.Encoding, file: encodings.EncodingsFile) -> tuple[str, ...]:
+def _row(encoding: encodings.Entry, file: encodings.EncodingsFile) -> tuple[str, ...]:
     section = (
         "-"
         if file.parameters is None

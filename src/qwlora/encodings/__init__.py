@@ -6,8 +6,8 @@
     diff(a, b, tolerance)            also across versions
     validate(file, onnx_path)        findings, in the file alone or compared with the model's graph
 
-`docs/encodings.md` shows the four versions next to each other. `from_grid.py` and `to_grid.py`,
-which need torch, turn grids into entries and back.
+`docs/encodings.md` shows the four versions next to each other. `grids.py`,
+which needs torch, turns grids into entries and back.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from __future__ import annotations
 from qwlora.encodings.compare import Difference, diff
 from qwlora.encodings.convert import convert
 from qwlora.encodings.encodings_file import read, write
-from qwlora.encodings.json_fields import Finding
+from qwlora.encodings.findings import Finding
 from qwlora.encodings.model import (
     FLOAT_FORMATS,
     VERSIONS,
     BlockOrder,
-    Encoding,
     EncodingsFile,
+    Entry,
     FloatEncoding,
     IntegerEncoding,
     LpbqEncoding,
@@ -34,8 +34,8 @@ __all__ = [
     "VERSIONS",
     "BlockOrder",
     "Difference",
-    "Encoding",
     "EncodingsFile",
+    "Entry",
     "Finding",
     "FloatEncoding",
     "IntegerEncoding",

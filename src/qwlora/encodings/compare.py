@@ -1,8 +1,8 @@
 """Differences between two encodings files of any versions.
 
 Scales are compared with a relative tolerance, everything else exactly. Not differences: fields that
-one version does not have (an axis, a section), the version, the producer. Flat scales are compared
-with nested ones in order.
+one version does not have (an axis, a section), the version, the producer. A flat list of scales
+equals a nested one with the same numbers in the same order.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from qwlora.encodings.json_fields import printable
-from qwlora.encodings.model import Encoding, EncodingsFile
+from qwlora.encodings.findings import printable
+from qwlora.encodings.model import EncodingsFile, Entry
 
 
 @dataclass(frozen=True)
@@ -48,24 +48,31 @@ def diff(a: EncodingsFile, b: EncodingsFile, tolerance: float = 0.0) -> list[Dif
     """
     if not tolerance >= 0:
         raise ValueError(f"tolerance {tolerance} is not a number of 0 or more")
-    found: list[Difference] = []
+    differences: list[Difference] = []
     first, second = a.by_name, b.by_name
-    for name, encoding in first.items():
-        if name in second:
-            found += encoding_differences(encoding, second[name], tolerance)
-            found += _section_difference(name, a, b)
-        else:
-            found.append(Difference(name, "only in the first"))
-    found += [Difference(name, "only in the second") for name in second if name not in first]
+    for name, entry in first.items():
+        if name not in second:
+            differences.append(Difference(name, "only in the first"))
+            continue
+        differences += encoding_differences(entry, second[name], tolerance)
+        if a.parameters is not None and b.parameters is not None:
+            kinds = [
+                "a parameter" if name in file else "an activation"
+                for file in (a.parameters, b.parameters)
+            ]
+            if kinds[0] != kinds[1]:
+                differences.append(Difference(name, "section", kinds[0], kinds[1]))
+    differences += [Difference(name, "only in the second") for name in second if name not in first]
     for field in ("excluded_layers", "quantizer_args"):
         left, right = getattr(a, field), getattr(b, field)
         if left is not None and right is not None and left != right:
-            found.append(Difference("file", field, printable(repr(left)), printable(repr(right))))
-    return found
+            first_value, second_value = printable(repr(left)), printable(repr(right))
+            differences.append(Difference("file", field, first_value, second_value))
+    return differences
 
 
 def encoding_differences(
-    a: Encoding, b: Encoding, tolerance: float = 0.0, unknown_differs: bool = False
+    a: Entry, b: Entry, tolerance: float = 0.0, unknown_differs: bool = False
 ) -> list[Difference]:
     """The fields in which two encodings differ.
 
@@ -73,60 +80,44 @@ def encoding_differences(
         unknown_differs: also report fields that only one has, and equal values in other shapes.
     """
     if type(a) is not type(b):
-        return [Difference(a.name, "kind", _kind(a), _kind(b))]
+        first, second = (type(entry).__name__.removesuffix("Encoding") for entry in (a, b))
+        return [Difference(a.name, "kind", first, second)]
     if a.granularity != b.granularity:
         return [Difference(a.name, "granularity", a.granularity, b.granularity)]
-    found = []
+    differences = []
     for field in (f.name for f in fields(a)):
         left, right = getattr(a, field), getattr(b, field)
         if (left is None or right is None) and not unknown_differs:
             continue
         if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
-            difference = _array_difference(a.name, field, left, right, tolerance, unknown_differs)
-        else:
-            equal = type(left) is type(right) and left == right
-            difference = None if equal else Difference(a.name, field, _said(left), _said(right))
-        found += [] if difference is None else [difference]
-    return found
+            differences += _array_differences(
+                a.name, field, left, right, tolerance, unknown_differs
+            )
+        elif left != right:
+            differences.append(Difference(a.name, field, _text(left), _text(right)))
+    return differences
 
 
-def _array_difference(
+def _array_differences(
     name: str, field: str, a: Any, b: Any, tolerance: float, strict: bool
-) -> Difference | None:
+) -> list[Difference]:
+    """One difference, if there are any: the first values that differ."""
     flat = not strict and a.size == b.size and 1 in (a.ndim, b.ndim)
     if a.shape != b.shape and not flat:
-        return Difference(name, field, f"shape {list(a.shape)}", f"shape {list(b.shape)}")
+        return [Difference(name, field, f"shape {list(a.shape)}", f"shape {list(b.shape)}")]
     left, right = a.reshape(-1), b.reshape(-1)
-    if a.dtype.kind == "i":
-        unequal = left != right
-        relative = None
-    else:
+    relative = None
+    unequal = left != right
+    if a.dtype.kind == "f":
         distance = np.abs(left - right) / np.maximum(np.abs(left), np.abs(right))
         unequal, relative = distance > tolerance, float(distance.max())
     if not unequal.any():
-        return None
+        return []
     i, more = int(unequal.argmax()), int(unequal.sum()) - 1
     where = f" at {i}" if left.size > 1 else ""
     where += f", and {more} more" if more else ""
-    return Difference(name, field, f"{left[i]}{where}", str(right[i]), relative)
+    return [Difference(name, field, f"{left[i]}{where}", str(right[i]), relative)]
 
 
-def _section_difference(name: str, a: EncodingsFile, b: EncodingsFile) -> list[Difference]:
-    if (
-        a.parameters is None
-        or b.parameters is None
-        or (name in a.parameters) == (name in b.parameters)
-    ):
-        return []
-    first, second = (
-        "a parameter" if name in f else "an activation" for f in (a.parameters, b.parameters)
-    )
-    return [Difference(name, "section", first, second)]
-
-
-def _kind(encoding: Encoding) -> str:
-    return type(encoding).__name__.removesuffix("Encoding")
-
-
-def _said(value: Any) -> str:
+def _text(value: Any) -> str:
     return "not said" if value is None else str(value)

@@ -21,7 +21,8 @@ Flat lists of block scales (1.0.0) have two orders if the block axis precedes th
 [in, out] weight of a MatMul): as the tensor is stored, or by channel. Only our own files imply the
 order, by their producer (`block_order`, "tensor" if absent); for others the caller gives it.
 
-A field is *lost* if converting back gives another value; that is how losses are found. What a
+A field is *lost* if converting back gives another value; that is how losses are found. No loss are
+`excluded_layers` and `quantizer_args`, which say how the file came about and change no grid. What a
 target needs and the source does not have (an axis, which names are parameters, the decompressed
 bitwidth) is *lacking*: it comes from the model's graph or from the caller.
 """
@@ -29,23 +30,24 @@ bitwidth) is *lacking*: it comes from the model's graph or from the caller.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy.typing as npt
 
 from qwlora.encodings.compare import encoding_differences
-from qwlora.encodings.json_fields import printable
+from qwlora.encodings.findings import printable
 from qwlora.encodings.model import (
     BLOCK_ORDERS,
     VERSIONS,
     BlockOrder,
-    Encoding,
     EncodingsFile,
+    Entry,
     FloatEncoding,
     IntegerEncoding,
     LpbqEncoding,
+    has_axes,
 )
 from qwlora.encodings.onnx_tensors import Graph, OnnxTensor
 from qwlora.encodings.version_2 import channel_axis_of, channel_shape
@@ -53,6 +55,7 @@ from qwlora.errors import ConversionError
 
 _OUR_PACKAGE = "qwlora"
 _UNKNOWN = OnnxTensor(parameter=False)
+_NAMED = 3  # encodings named on a line about several
 
 
 @dataclass(frozen=True)
@@ -62,12 +65,11 @@ class _Target:
     version: str
     graph: Graph
     decompressed_bitwidth: int | None
-    block_order: BlockOrder | None  # of flat block scales, in this version
+    block_order: BlockOrder | None  # of flat block scales
 
-    @property
-    def has_sections(self) -> bool:
-        """Activations and parameters are separate; there is no axis."""
-        return self.version < "2"
+
+class _Lacking(Exception):  # noqa: N818 (never leaves this module)
+    """What an encoding needs and nothing says."""
 
 
 def convert(
@@ -95,209 +97,201 @@ def convert(
         ConversionError: the version or the order is unknown; something would be lost and `lossy` is
             False; or something is lacking.
     """
-    if version not in VERSIONS:
-        raise ConversionError(
-            f"encodings version {printable(version)!r} is not one of {', '.join(VERSIONS)}", (), ()
-        )
-    if block_order is None and (file.producer or {}).get("package") == _OUR_PACKAGE:
-        stated: Any = (file.producer or {}).get("block_order", "tensor")
-        block_order = stated
-    if block_order not in (None, *BLOCK_ORDERS):
-        raise ConversionError(
-            f"block order {printable(str(block_order))!r} is not one of {', '.join(BLOCK_ORDERS)}",
-            (),
-            (),
-        )
+    producer: Any = file.producer or {}
+    if block_order is None and producer.get("package") == _OUR_PACKAGE:
+        block_order = producer.get("block_order", "tensor")
+    _check_known("encodings version", version, VERSIONS)
+    _check_known("block order", block_order, (*BLOCK_ORDERS, None))
     target = _Target(version, graph or {}, decompressed_bitwidth, block_order)
     source = _Target(file.version, graph or {}, decompressed_bitwidth, block_order)
-    lost: list[str] = []
-    lacking: list[str] = []
-    kept: list[Encoding] = []
+    lost: list[tuple[str, str]] = []
+    lacking: list[tuple[str, str]] = []
+    kept: list[Entry] = []
     for original in file.encodings:
-        encoding = _with_positive_axis(original, target.graph)
-        projected, needs = _project(encoding, target)
-        lacking += [f"{printable(encoding.name)}: {need}" for need in needs]
-        if projected is None:
-            lost.append(f"{printable(encoding.name)}: the whole encoding, {_described(encoding)}")
+        entry = _with_positive_axis(original, target.graph)
+        try:
+            projected = _project(entry, target)
+        except _Lacking as need:
+            lacking.append((entry.name, str(need)))
             continue
-        kept.append(projected)
-        if not needs:
-            lost += _lost_fields(encoding, *_project(projected, source))
-    parameters, lost_sections = _project_parameters(file, {e.name for e in kept}, target, lacking)
-    lost += lost_sections
-    if not target.has_sections:
-        fields = {"excluded_layers": file.excluded_layers, "quantizer_args": file.quantizer_args}
-        lost += [f"file: {name}" for name, value in fields.items() if value is not None]
+        if projected is None:
+            lost.append((entry.name, f"the whole encoding, {_description(entry)}"))
+        else:
+            kept.append(projected)
+            lost += [(entry.name, field) for field in _lost_fields(entry, projected, source)]
+    names = {entry.name for entry in kept}
+    parameters = None
+    if not has_axes(version):
+        parameters = file.parameters
+        if parameters is None:
+            parameters = frozenset(
+                n for n in names if n in target.graph and target.graph[n].parameter
+            )
+            lacking += [
+                (name, "whether it is a parameter; give the model's graph (--onnx)")
+                for name in sorted(names - target.graph.keys())
+            ]
+        parameters &= names
+    elif file.parameters is not None:
+        lost += [
+            (n, "whether it is a parameter or an activation")
+            for n in sorted(names)
+            if target.graph.get(n, _UNKNOWN).parameter != (n in file.parameters)
+            or n not in target.graph
+        ]
     if lacking or (lost and not lossy):
-        raise ConversionError(f"encodings {file.version} -> {version}", lost, lacking)
+        raise ConversionError(
+            f"encodings {file.version} -> {version}", _merged(lost), _merged(lacking)
+        )
+    sections = not has_axes(version)
     return EncodingsFile(
         version,
         tuple(kept),
         parameters,
-        file.excluded_layers if target.has_sections else None,
-        file.quantizer_args if target.has_sections else None,
+        file.excluded_layers if sections else None,
+        file.quantizer_args if sections else None,
         file.producer,
     )
 
 
-def _lost_fields(encoding: Encoding, restored: Encoding | None, needs: list[str]) -> Iterable[str]:
-    """What differs in `restored`, the encoding after a round trip; and what would prevent that."""
-    if restored is None:
-        return [f"{printable(encoding.name)}: {_described(encoding)}"]
-    differences = encoding_differences(encoding, restored, unknown_differs=True)
-    lost = [
-        f"{printable(encoding.name)}: {d.field} {d.first}"
-        for d in differences
-        if d.first != "not said"
-    ]
-    return [*lost[:-1], f"{lost[-1]}; to come back needs {needs[0]}"] if lost and needs else lost
+def _check_known(what: str, value: str | None, known: Sequence[str | None]) -> None:
+    if value not in known:
+        choices = ", ".join(choice for choice in known if choice)
+        problem = f"{what} {printable(str(value))!r} is not one of {choices}"
+        raise ConversionError(problem, (), ())
 
 
-def _described(encoding: Encoding) -> str:
-    match encoding:
-        case IntegerEncoding():
-            return f"integers of {encoding.bitwidth} bits"
-        case LpbqEncoding():
-            return f"LPBQ of {encoding.bitwidth} bits"
-        case FloatEncoding():
-            name = f" ({encoding.format})" if encoding.format else ""
-            return f"floats of {encoding.bitwidth} bits{name}"
-
-
-def _project_parameters(
-    file: EncodingsFile, names: set[str], target: _Target, lacking: list[str]
-) -> tuple[frozenset[str] | None, list[str]]:
-    """The parameters among `names` in the target, and what is lost of them."""
-    graph, known = target.graph, file.parameters
-    if target.has_sections and known is not None:
-        return known & names, []
-    if target.has_sections:
-        lacking += [
-            f"{printable(name)}: whether it is a parameter; give the model's graph (--onnx)"
-            for name in sorted(names - graph.keys())
-        ]
-        return frozenset(name for name in names & graph.keys() if graph[name].parameter), []
-    if known is None:
-        return None, []
-    lost = sorted(n for n in names if n not in graph or graph[n].parameter != (n in known))
-    if not lost:
-        return None, []
-    return None, [
-        f"file: which of {len(lost)} encodings are parameters and which activations "
-        f"({printable(', '.join(lost))})"
-    ]
-
-
-def _with_positive_axis(encoding: Encoding, graph: Graph) -> Encoding:
-    shape = graph.get(encoding.name, _UNKNOWN).shape
-    if isinstance(encoding, LpbqEncoding) or encoding.axis is None or encoding.axis >= 0:
-        return encoding
-    if shape is None or -encoding.axis > len(shape):
-        return encoding
-    return encoding.replace(axis=encoding.axis % len(shape))
-
-
-def _project(encoding: Encoding, target: _Target) -> tuple[Encoding | None, list[str]]:
-    """What the target can express of an encoding, None if nothing; and what it lacks."""
-    match encoding:
-        case IntegerEncoding():
-            return _project_integer(encoding, target)
-        case LpbqEncoding():
-            return _project_lpbq(encoding, target)
-        case FloatEncoding():
-            has_no_format = encoding.scale is None and encoding.format is None
-            has_both = encoding.scale is not None and encoding.format is not None
-            return (encoding if (has_no_format if target.has_sections else has_both) else None), []
-
-
-def _project_integer(encoding: IntegerEncoding, target: _Target) -> tuple[Encoding, list[str]]:
-    tensor = target.graph.get(encoding.name, _UNKNOWN)
-    if target.has_sections:
-        if axes := _exchanged_axes(encoding, tensor.channel_axis, target.block_order):
-            encoding = encoding.replace(
-                scale=encoding.scale.swapaxes(*axes), offset=encoding.offset.swapaxes(*axes)
-            )
-        one = encoding.granularity == "tensor" or (
-            target.version == "0.6.1" and encoding.scale.size == 1
-        )
-        shape: tuple[int, ...] = () if one else (encoding.scale.size,)
-        block_size = None if target.version == "0.6.1" else encoding.block_size
-        scale, offset = encoding.scale.reshape(shape), encoding.offset.reshape(shape)
-        return encoding.replace(
-            scale=scale, offset=offset, signed=None, axis=None, block_size=block_size
-        ), []
-    centered = bool((encoding.offset == encoding.center).all())
-    signed = encoding.symmetric if encoding.signed is None else encoding.signed
-    changes: dict[str, Any] = {"symmetric": centered, "signed": signed}
-    needs: list[str] = []
-    if encoding.axis is None and encoding.granularity != "tensor":
-        layout = (
-            _channel_layout(encoding, tensor)
-            if encoding.block_size is None
-            else _block_layout(encoding.scale.size, encoding.block_size, tensor, target)
-        )
-        if isinstance(layout, str):
-            needs.append(layout)
+def _merged(problems: list[tuple[str, str]]) -> list[str]:
+    """A line for each problem; equal problems of many encodings share one."""
+    by_problem: dict[str, list[str]] = {}
+    for name, problem in problems:
+        by_problem.setdefault(problem, []).append(printable(name))
+    lines = []
+    for problem, names in by_problem.items():
+        if len(names) <= _NAMED:
+            lines += [f"{name}: {problem}" for name in names]
         else:
-            changes |= {
-                "axis": layout.axis,
-                "scale": layout.nested(encoding.scale),
-                "offset": layout.nested(encoding.offset),
-            }
-    return encoding.replace(**changes), needs
+            lines.append(f"{len(names)} encodings ({', '.join(names[:_NAMED])} ...): {problem}")
+    return lines
 
 
-def _project_lpbq(encoding: LpbqEncoding, target: _Target) -> tuple[Encoding | None, list[str]]:
+def _lost_fields(entry: Entry, projected: Entry, source: _Target) -> list[str]:
+    """The fields that differ after the way back, or what that way would need."""
+    try:
+        restored = _project(projected, source)
+    except _Lacking as need:
+        return [f"to come back needs {need}"]
+    if restored is None:
+        return [_description(entry)]
+    differences = encoding_differences(entry, restored, unknown_differs=True)
+    return [f"{d.field} {d.first}" for d in differences if d.first != "not said"]
+
+
+def _description(entry: Entry) -> str:
+    match entry:
+        case IntegerEncoding():
+            return f"integers of {entry.bitwidth} bits"
+        case LpbqEncoding():
+            return f"LPBQ of {entry.bitwidth} bits"
+        case FloatEncoding():
+            name = f" ({entry.format})" if entry.format else ""
+            return f"floats of {entry.bitwidth} bits{name}"
+
+
+def _with_positive_axis(entry: Entry, graph: Graph) -> Entry:
+    shape = graph.get(entry.name, _UNKNOWN).shape
+    axis = entry.axis
+    if axis is None or axis >= 0 or shape is None or -axis > len(shape):
+        return entry
+    return entry.replace(axis=axis % len(shape))
+
+
+def _project(entry: Entry, target: _Target) -> Entry | None:
+    """What the target can express of an encoding, None if nothing.
+
+    Raises:
+        _Lacking: the target needs something that is not known.
+    """
+    match entry:
+        case IntegerEncoding():
+            return (_nested_integers if has_axes(target.version) else _flat_integers)(entry, target)
+        case LpbqEncoding():
+            return (_nested_lpbq if has_axes(target.version) else _flat_lpbq)(entry, target)
+        case FloatEncoding():
+            return entry if has_axes(target.version) == (entry.format is not None) else None
+
+
+def _flat_integers(entry: IntegerEncoding, target: _Target) -> IntegerEncoding:
+    legacy = target.version == "0.6.1"
+    one = entry.granularity == "tensor" or (legacy and entry.scale.size == 1)
+    shape = () if one else (-1,)
+    scale, offset = (_in_order(values, entry, target) for values in (entry.scale, entry.offset))
+    return IntegerEncoding(
+        entry.name,
+        entry.bitwidth,
+        scale.reshape(shape),
+        offset.reshape(shape),
+        entry.symmetric,
+        block_size=None if legacy else entry.block_size,
+        zero_point_shift=entry.zero_point_shift,
+    )
+
+
+def _nested_integers(entry: IntegerEncoding, target: _Target) -> IntegerEncoding:
+    centered = bool((entry.offset == entry.center).all())
+    entry = entry.replace(
+        symmetric=centered, signed=entry.symmetric if entry.signed is None else entry.signed
+    )
+    if entry.axis is not None or entry.granularity == "tensor":
+        return entry
+    tensor = target.graph.get(entry.name, _UNKNOWN)
+    if entry.block_size is None:
+        return entry.replace(axis=_channel_axis(tensor, entry.scale.size))
+    layout = _block_layout(entry.scale.size, entry.block_size, tensor, target)
+    return entry.replace(
+        axis=layout.axis, scale=layout.nested(entry.scale), offset=layout.nested(entry.offset)
+    )
+
+
+def _flat_lpbq(entry: LpbqEncoding, target: _Target) -> LpbqEncoding | None:
     if target.version == "0.6.1":
-        return None, []
-    if target.version == "1.0.0":
-        decompressed = encoding.decompressed_bitwidth or target.decompressed_bitwidth
-        if axes := _exchanged_axes(encoding, encoding.channel_axis, target.block_order):
-            encoding = encoding.replace(block_scale=encoding.block_scale.swapaxes(*axes))
-        flat = {
-            "block_scale": encoding.block_scale.reshape(-1),
-            "channel_scale": encoding.channel_scale.reshape(-1),
-        }
-        needs = [] if decompressed else ["its decompressed bitwidth (--decompressed-bitwidth)"]
-        return encoding.replace(
-            **flat, decompressed_bitwidth=decompressed, axis=None, channel_axis=None
-        ), needs
-    projected = encoding.replace(decompressed_bitwidth=None)
-    if encoding.axis is None:
-        tensor = target.graph.get(encoding.name, _UNKNOWN)
-        layout = _block_layout(encoding.block_scale.size, encoding.block_size, tensor, target)
-        if isinstance(layout, str):
-            return projected, [layout]
-        channel, rank = tensor.channel_axis, len(layout.shape)
-        if channel is None or layout.shape[channel] != encoding.channel_scale.size:
-            return projected, [
-                "its channel axis: its shape in the graph does not have "
-                f"{encoding.channel_scale.size} channels"
-            ]
-        channel_scale, block_scale = (
-            encoding.channel_scale.reshape(channel_shape(rank, channel)),
-            layout.nested(encoding.block_scale),
-        )
-        projected = projected.replace(
+        return None
+    decompressed = entry.decompressed_bitwidth or target.decompressed_bitwidth
+    if not decompressed:
+        raise _Lacking("its decompressed bitwidth (--decompressed-bitwidth)")
+    return LpbqEncoding(
+        entry.name,
+        entry.bitwidth,
+        entry.block_size,
+        _in_order(entry.block_scale, entry, target).reshape(-1),
+        entry.channel_scale.reshape(-1),
+        decompressed,
+    )
+
+
+def _nested_lpbq(entry: LpbqEncoding, target: _Target) -> LpbqEncoding | None:
+    entry = entry.replace(decompressed_bitwidth=None)
+    if entry.axis is None:
+        tensor, channels = target.graph.get(entry.name, _UNKNOWN), entry.channel_scale
+        layout = _block_layout(entry.block_scale.size, entry.block_size, tensor, target)
+        channel = _channel_axis(tensor, channels.size)
+        entry = entry.replace(
             axis=layout.axis,
             channel_axis=channel,
-            block_scale=block_scale,
-            channel_scale=channel_scale,
+            block_scale=layout.nested(entry.block_scale),
+            channel_scale=channels.reshape(channel_shape(len(layout.shape), channel)),
         )
-    assert projected.axis is not None
+    assert entry.axis is not None
+    shape, blocks = entry.channel_scale.shape, entry.block_scale.shape
     if target.version == "2.0.0":
-        return projected.replace(
-            channel_axis=channel_axis_of(projected.channel_scale.shape, projected.axis)
-        ), []
-    along = [axis for axis, size in enumerate(projected.channel_scale.shape) if size > 1]
-    channel = projected.channel_axis
-    if len(along) > 1 or (
-        channel is not None and projected.channel_scale.size != projected.block_scale.shape[channel]
-    ):
-        return None, []
-    return projected, (
-        [] if channel is not None else ["its channel axis, which its shapes leave open"]
-    )
+        return entry.replace(channel_axis=channel_axis_of(shape, entry.axis))
+    channel_axis = entry.channel_axis
+    several = sum(size > 1 for size in shape) > 1
+    if several or (channel_axis is not None and entry.channel_scale.size != blocks[channel_axis]):
+        return None
+    if channel_axis is None:
+        raise _Lacking("its channel axis, which its shapes leave open")
+    return entry
 
 
 @dataclass(frozen=True)
@@ -305,7 +299,7 @@ class _Layout:
     """How a flat list of scales is nested.
 
     Args:
-        axis: of the channels or blocks.
+        axis: of the blocks.
         shape: of the nested scales.
         channel_first: the channel axis, if the list is ordered by channel.
     """
@@ -317,70 +311,67 @@ class _Layout:
     def nested(self, flat: npt.NDArray[Any]) -> npt.NDArray[Any]:
         if self.channel_first is None:
             return flat.reshape(self.shape)
-        swapped = list(self.shape)
-        swapped[self.axis], swapped[self.channel_first] = (
-            swapped[self.channel_first],
-            swapped[self.axis],
-        )
-        return flat.reshape(swapped).swapaxes(self.axis, self.channel_first)
+        axes = list(range(len(self.shape)))
+        axes[self.axis], axes[self.channel_first] = self.channel_first, self.axis
+        return flat.reshape([self.shape[axis] for axis in axes]).transpose(axes)
 
 
-def _exchanged_axes(
-    encoding: IntegerEncoding | LpbqEncoding, channel_axis: int | None, order: BlockOrder | None
-) -> tuple[int, int] | None:
-    """The axes of nested block scales to swap before they are listed by channel; None if they are
-    in that order already, or are to be listed in the order of the tensor."""
-    axis = encoding.axis
-    if order != "channel" or encoding.block_size is None or axis is None or channel_axis is None:
-        return None
-    return (axis, channel_axis) if axis <= channel_axis else None
+def _in_order(
+    nested: npt.NDArray[Any], entry: IntegerEncoding | LpbqEncoding, target: _Target
+) -> npt.NDArray[Any]:
+    """Nested block scales, turned so that reading them in order gives the target's list."""
+    channel = target.graph.get(entry.name, _UNKNOWN).channel_axis
+    if isinstance(entry, LpbqEncoding):
+        channel = entry.channel_axis
+    if entry.axis is None or entry.block_size is None or channel is None:
+        return nested
+    by_channel = target.block_order == "channel" and entry.axis < channel
+    return nested.swapaxes(entry.axis, channel) if by_channel else nested
 
 
-def _channel_layout(encoding: IntegerEncoding, tensor: OnnxTensor) -> _Layout | str:
-    """How the scales are nested, or what is lacking."""
+def _channel_axis(tensor: OnnxTensor, channels: int) -> int:
+    """The axis of `channels` scales.
+
+    Raises:
+        _Lacking: the graph does not say, or contradicts.
+    """
     if tensor.shape is None or tensor.channel_axis is None:
-        return (
+        raise _Lacking(
             "its channel axis; give the model's graph (--onnx), in which the op that reads the "
             "tensor implies one"
         )
-    if tensor.shape[tensor.channel_axis] != encoding.scale.size:
-        return (
-            f"its channel axis: there are {encoding.scale.size} scales, but axis "
-            f"{tensor.channel_axis} has {tensor.shape[tensor.channel_axis]} in the graph"
+    if tensor.shape[tensor.channel_axis] != channels:
+        raise _Lacking(
+            f"its channel axis: there are {channels} scales, but axis {tensor.channel_axis} has "
+            f"{tensor.shape[tensor.channel_axis]} in the graph"
         )
-    return _Layout(tensor.channel_axis, encoding.scale.shape)
+    return tensor.channel_axis
 
 
-def _block_layout(
-    count: int, block_size: int, tensor: OnnxTensor, target: _Target
-) -> _Layout | str:
-    """How `count` block scales are nested, or what is lacking."""
-    if tensor.shape is None or tensor.block_axis is None or tensor.channel_axis is None:
-        return (
+def _block_layout(count: int, block_size: int, tensor: OnnxTensor, target: _Target) -> _Layout:
+    """How `count` block scales are nested.
+
+    Raises:
+        _Lacking: the graph does not say, or contradicts.
+    """
+    block, channel = tensor.block_axis, tensor.channel_axis
+    if tensor.shape is None or block is None or channel is None:
+        raise _Lacking(
             "its block axis and the shape of its scales; give the model's graph (--onnx), in which "
             "the op that reads the tensor implies them"
         )
-    shape = tuple(
-        -(-size // block_size) if axis == tensor.block_axis else size
-        for axis, size in enumerate(tensor.shape)
-    )
-    shape = tuple(
-        size if axis in (tensor.block_axis, tensor.channel_axis) else 1
-        for axis, size in enumerate(shape)
-    )
-    if tensor.shape[tensor.block_axis] % block_size or math.prod(shape) != count:
-        return (
+    sizes = {block: tensor.shape[block] // block_size, channel: tensor.shape[channel]}
+    shape = tuple(sizes.get(axis, 1) for axis in range(len(tensor.shape)))
+    if tensor.shape[block] % block_size or math.prod(shape) != count:
+        raise _Lacking(
             f"the shape of its scales: blocks of {block_size} on a tensor of {list(tensor.shape)} "
             f"are not {count}"
         )
-    if tensor.block_axis > tensor.channel_axis:
-        return _Layout(tensor.block_axis, shape)
-    if target.block_order is None:
-        return (
+    if block < channel and target.block_order is None:
+        raise _Lacking(
             "the order of its block scales: 1.0.0 lists them as the tensor is stored in some files "
             "and by channel in others, and the two differ here; give --block-order tensor (files "
             "of AIMET's sim.onnx.export) or --block-order channel (files of its sim.export)"
         )
-    return _Layout(
-        tensor.block_axis, shape, tensor.channel_axis if target.block_order == "channel" else None
-    )
+    by_channel = block < channel and target.block_order == "channel"
+    return _Layout(block, shape, channel if by_channel else None)

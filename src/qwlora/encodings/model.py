@@ -11,13 +11,16 @@ sections. Shapes of `scale` and `offset`:
     weight [A, B], per channel, axis 0             [A]
     weight [A, B], blocks of s along axis 1        [A, B / s]; flat if the version has no axis
 
+An entry that contradicts itself cannot be constructed, whatever it is read from: the rules of
+values are here, those of JSON fields in the modules of the versions.
+
 Values only, numpy, no torch. `encodings_file.py` reads and writes files, `convert.py` converts.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, Self, get_args
 
@@ -28,6 +31,7 @@ from qwlora.errors import EncodingsFileError
 
 VERSIONS = ("0.6.1", "1.0.0", "2.0.0", "2.1.0")
 MAX_BITWIDTH = 32
+MAX_SCALE = float(np.finfo(np.float32).max)  # runtimes store scales in float32 at most
 FLOAT_FORMATS = {
     "float4e2m1": 4,
     "float8e4m3fn": 8,
@@ -44,41 +48,64 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.int64]
 
 
-class _Value:
-    """Compared field by field, arrays by shape and value; not hashable."""
-
-    name: str
-    __hash__ = None  # type: ignore[assignment]
-
-    def __eq__(self, other: object) -> bool:
-        if type(self) is not type(other):
-            return NotImplemented
-        names = [f.name for f in fields(self)]  # type: ignore[arg-type]
-        return all(_same(getattr(self, name), getattr(other, name)) for name in names)
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
-        return replace(self, **changes)  # type: ignore[type-var]
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, np.ndarray) or isinstance(b, np.ndarray):
-        return (
-            isinstance(a, np.ndarray)
-            and isinstance(b, np.ndarray)
-            and a.shape == b.shape
-            and bool((a == b).all())
-        )
-    return bool(a == b)
-
-
 @dataclass(frozen=True, eq=False)
-class IntegerEncoding(_Value):
-    """A grid of integers.
+class _Entry:
+    """Compared field by field, arrays by shape and value; not hashable.
 
     Args:
         name: of the tensor.
         bitwidth: 1 to 32.
+    """
+
+    name: str
+    bitwidth: int
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        problems: list[str] = []
+        if not self.name:
+            problems.append("has no name")
+        if not 1 <= self.bitwidth <= MAX_BITWIDTH:
+            problems.append(f"bitwidth is {self.bitwidth}, not from 1 to {MAX_BITWIDTH}")
+        problems += [*self._problems()] if not problems else []
+        if problems:
+            raise EncodingsFileError(repr(self.name), problems)
+
+    def _problems(self) -> Iterator[str]:
+        raise NotImplementedError
+
+    def __eq__(self, other: object) -> bool:
+        if type(self) is not type(other):
+            return NotImplemented
+        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
+        return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
+
+    def replace(self, **changes: Any) -> Self:
+        """A copy with some fields changed."""
+        return replace(self, **changes)
+
+    def _freeze(self, key: str, dtype: Any) -> None:
+        """Make a field a read-only array.
+
+        Raises:
+            EncodingsFileError: it holds fractions where integers are needed.
+        """
+        values = np.asarray(getattr(self, key))
+        with np.errstate(invalid="ignore"):
+            array = values.astype(dtype)
+        if dtype is np.int64 and (array != values).any():
+            wrong = values[array != values][0]
+            raise EncodingsFileError(repr(self.name), [f"{key} holds {wrong}; integers are needed"])
+        array.flags.writeable = False
+        object.__setattr__(self, key, array)
+
+
+@dataclass(frozen=True, eq=False)
+class IntegerEncoding(_Entry):
+    """A grid of integers.
+
+    Args:
         scale: float64, > 0; its shape is described above.
         offset: int64, same shape, AIMET's sign; `-2^(bitwidth - 1)` on a symmetric grid.
         symmetric: as stored (0.6.1, 1.0.0); every offset is at the center (2.x).
@@ -88,11 +115,9 @@ class IntegerEncoding(_Value):
         zero_point_shift: 0 or 0.5, in steps.
 
     Raises:
-        EncodingsFileError: shapes of scale and offset differ, or an offset is not an integer.
+        EncodingsFileError: the values contradict one another or are out of range.
     """
 
-    name: str
-    bitwidth: int
     scale: Floats
     offset: Integers
     symmetric: bool
@@ -102,19 +127,21 @@ class IntegerEncoding(_Value):
     zero_point_shift: float = 0.0
 
     def __post_init__(self) -> None:
-        _freeze(self, scale=np.float64, offset=np.int64)
+        self._freeze("scale", np.float64)
+        self._freeze("offset", np.int64)
+        super().__post_init__()
+
+    def _problems(self) -> Iterator[str]:
+        yield from _grid_problems(self.scale, self.axis, self.block_size)
         if self.scale.shape != self.offset.shape:
-            raise EncodingsFileError(
-                repr(self.name),
-                [f"scale has shape {list(self.scale.shape)} but offset {list(self.offset.shape)}"],
-            )
+            yield f"scale has shape {list(self.scale.shape)} but offset {list(self.offset.shape)}"
+        if self.zero_point_shift not in (0, 0.5):
+            yield f"zero_point_shift is {self.zero_point_shift}, not 0 or 0.5"
 
     @property
     def granularity(self) -> str:
         """`tensor`, `channel` or `block`."""
-        return (
-            "block" if self.block_size is not None else "channel" if self.scale.ndim else "tensor"
-        )
+        return _granularity(self.scale, self.block_size)
 
     @property
     def center(self) -> int:
@@ -123,11 +150,10 @@ class IntegerEncoding(_Value):
 
 
 @dataclass(frozen=True, eq=False)
-class LpbqEncoding(_Value):
+class LpbqEncoding(_Entry):
     """Low-power blocks: symmetric, with `scale = block_scale * channel_scale`, block_scale integer.
 
     Args:
-        name: of the tensor.
         bitwidth: of the stored codes (`compressed_bw` in 1.0.0).
         block_size: values that share a scale.
         block_scale: int64 >= 1, one per block; flat in 1.0.0.
@@ -137,10 +163,11 @@ class LpbqEncoding(_Value):
         axis: of the blocks, not negative; None in 1.0.0.
         channel_axis: of `channel_scale`, not negative; None in 1.0.0, and in 2.0.0 if the shapes
             leave it open.
+
+    Raises:
+        EncodingsFileError: the values contradict one another or are out of range.
     """
 
-    name: str
-    bitwidth: int
     block_size: int
     block_scale: Integers
     channel_scale: Floats
@@ -148,27 +175,52 @@ class LpbqEncoding(_Value):
     axis: int | None = None
     channel_axis: int | None = None
 
-    def __post_init__(self) -> None:
-        _freeze(self, block_scale=np.int64, channel_scale=np.float64)
-
     granularity = "LPBQ"
+
+    def __post_init__(self) -> None:
+        self._freeze("block_scale", np.int64)
+        self._freeze("channel_scale", np.float64)
+        super().__post_init__()
+
+    def _problems(self) -> Iterator[str]:
+        yield from _range_problems(self.channel_scale, "channel scales")
+        yield from _grid_problems(self.block_scale, self.axis, self.block_size, "block scales")
+        blocks, channels = self.block_scale.shape, self.channel_scale.shape
+        if len(blocks) != len(channels) or any(
+            b % c for b, c in zip(blocks, channels, strict=True) if c
+        ):
+            yield f"{list(channels)} channel scales cannot share {list(blocks)} block scales evenly"
+        if self.decompressed_bitwidth is None or not self.block_scale.size:
+            return
+        if not self.bitwidth <= self.decompressed_bitwidth <= MAX_BITWIDTH:
+            yield (
+                f"{self.bitwidth} compressed of {self.decompressed_bitwidth} decompressed bits "
+                f"is not possible; the limit is {MAX_BITWIDTH}"
+            )
+        elif self.block_scale.max() > (
+            largest := 2 ** (self.decompressed_bitwidth - self.bitwidth)
+        ):
+            yield (
+                f"block scales reach {self.block_scale.max()}; with {self.bitwidth} of "
+                f"{self.decompressed_bitwidth} bits they end at {largest}"
+            )
 
 
 @dataclass(frozen=True, eq=False)
-class FloatEncoding(_Value):
+class FloatEncoding(_Entry):
     """A cast to a float format.
 
     Args:
-        name: of the tensor.
         bitwidth: of the float.
         format: ONNX's name, one of `FLOAT_FORMATS`; None in 0.6.1 and 1.0.0, which do not
             distinguish float16 from bfloat16.
-        scale: float64 > 0, shaped as in `IntegerEncoding`; None in 0.6.1 and 1.0.0 (a scale of 1).
+        scale: float64 > 0, shaped as in `IntegerEncoding`; None without a format (a scale of 1).
         axis, block_size: as in `IntegerEncoding`.
+
+    Raises:
+        EncodingsFileError: the values contradict one another or are out of range.
     """
 
-    name: str
-    bitwidth: int
     format: str | None = None
     scale: Floats | None = None
     axis: int | None = None
@@ -176,21 +228,59 @@ class FloatEncoding(_Value):
 
     def __post_init__(self) -> None:
         if self.scale is not None:
-            _freeze(self, scale=np.float64)
+            self._freeze("scale", np.float64)
+        super().__post_init__()
+
+    def _problems(self) -> Iterator[str]:
+        if self.format is not None and FLOAT_FORMATS.get(self.format) != self.bitwidth:
+            yield f"{self.format!r} is not a float format of {self.bitwidth} bits"
+        if (self.format is None) != (self.scale is None):
+            yield "has a scale but no format, or a format but no scale"
+        if self.scale is not None:
+            yield from _grid_problems(self.scale, self.axis, self.block_size)
 
     @property
     def granularity(self) -> str:
         """`tensor`, `channel` or `block`."""
-        return (
-            "block"
-            if self.block_size is not None
-            else "channel"
-            if self.scale is not None and self.scale.ndim
-            else "tensor"
+        return _granularity(self.scale, self.block_size)
+
+
+Entry = IntegerEncoding | LpbqEncoding | FloatEncoding
+
+
+def _granularity(scale: Floats | None, block_size: int | None) -> str:
+    if block_size is not None:
+        return "block"
+    return "tensor" if scale is None or not scale.ndim else "channel"
+
+
+def _range_problems(scale: npt.NDArray[Any], what: str) -> Iterator[str]:
+    bad = ~((scale > 0) & (scale <= MAX_SCALE))
+    if bad.any():
+        yield (
+            f"{what} must be above 0 and at most {MAX_SCALE:.3g}; {int(bad.sum())} of "
+            f"{scale.size} are not, the first is {scale[bad][0]}"
         )
 
 
-Encoding = IntegerEncoding | LpbqEncoding | FloatEncoding
+def _grid_problems(
+    scale: npt.NDArray[Any], axis: int | None, block_size: int | None, what: str = "scale"
+) -> Iterator[str]:
+    """What contradicts the shape of scales; they are nested only for blocks along a known axis."""
+    yield from _range_problems(scale, what)
+    if not scale.size:
+        yield f"{what} is empty"
+    if block_size is not None and block_size < 1:
+        yield f"block_size is {block_size}; an integer from 1 is needed"
+    if not scale.ndim and (axis is not None or block_size is not None):
+        yield f"{what} is one number; with an axis or a block_size it must be a list"
+    elif scale.ndim > 1 and (block_size is None or axis is None):
+        yield (
+            f"{what} has {scale.ndim} axes; without an axis and a block_size it is one number or "
+            "one plain list"
+        )
+    elif block_size is not None and axis is not None and not 0 <= axis < scale.ndim:
+        yield f"axis is {axis}, outside scales of {scale.ndim} axes"
 
 
 @dataclass(frozen=True, eq=False)
@@ -210,7 +300,7 @@ class EncodingsFile:
     """
 
     version: str
-    encodings: tuple[Encoding, ...]
+    encodings: tuple[Entry, ...]
     parameters: frozenset[str] | None = None
     excluded_layers: tuple[str, ...] | None = None
     quantizer_args: Mapping[str, Any] | None = None
@@ -219,49 +309,38 @@ class EncodingsFile:
     __hash__ = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        by_name = self.by_name
-        problems = [
-            f"{n!r}: two encodings have this name" for n in repeated(e.name for e in self.encodings)
-        ]
+        names = [entry.name for entry in self.encodings]
+        problems = [f"{name!r}: two encodings have this name" for name in repeated(names)]
         problems += [
-            f"{n!r}: is listed as a parameter, but has no encoding"
-            for n in sorted((self.parameters or set()) - by_name.keys())
+            f"{name!r}: is listed as a parameter, but has no encoding"
+            for name in sorted((self.parameters or frozenset()) - set(names))
         ]
         if problems:
             raise EncodingsFileError("encodings", problems)
 
     @property
-    def by_name(self) -> dict[str, Encoding]:
+    def by_name(self) -> dict[str, Entry]:
         """The encodings by name, in the file's order."""
         return {e.name: e for e in self.encodings}
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, EncodingsFile):
             return NotImplemented
-        mine, theirs = (
-            [getattr(f, field.name) for field in fields(f) if field.name != "encodings"]
-            for f in (self, other)
+        names = [f.name for f in fields(self) if f.name != "encodings"]
+        return self.by_name == other.by_name and all(
+            getattr(self, name) == getattr(other, name) for name in names
         )
-        return mine == theirs and self.by_name == other.by_name
 
     def replace(self, **changes: Any) -> EncodingsFile:
         """A copy with some fields changed."""
         return replace(self, **changes)
 
 
+def has_axes(version: str) -> bool:
+    """Whether a version has axes and nested scales (2.x), instead of sections and flat lists."""
+    return version >= "2"
+
+
 def repeated(names: Iterable[str]) -> list[str]:
     """The names that are there more than once."""
     return [name for name, count in Counter(names).items() if count > 1]
-
-
-def _freeze(value: Any, **dtypes: Any) -> None:
-    for name, dtype in dtypes.items():
-        given = np.asarray(getattr(value, name))
-        with np.errstate(invalid="ignore"):
-            array = given.astype(dtype)
-        if dtype is np.int64 and (array != given).any():
-            raise EncodingsFileError(
-                repr(value.name), [f"{name} holds {given[array != given][0]}; integers are needed"]
-            )
-        array.flags.writeable = False
-        object.__setattr__(value, name, array)

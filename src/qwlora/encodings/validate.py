@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwlora.encodings.encodings_file import load_json, parse, to_document
-from qwlora.encodings.json_fields import Finding, printable
-from qwlora.encodings.model import Encoding, EncodingsFile, IntegerEncoding, LpbqEncoding
+from qwlora.encodings.findings import Finding, printable
+from qwlora.encodings.model import EncodingsFile, Entry, IntegerEncoding, LpbqEncoding
 from qwlora.encodings.onnx_tensors import Graph, OnnxTensor, read_graph
 from qwlora.errors import ConversionError, EncodingsFileError
 
@@ -55,7 +55,7 @@ def _writable(file: EncodingsFile) -> tuple[EncodingsFile | None, list[Finding]]
     return file, []
 
 
-def _odd_values(encoding: Encoding) -> Iterator[Finding]:
+def _odd_values(encoding: Entry) -> Iterator[Finding]:
     if not isinstance(encoding, IntegerEncoding):
         return
     lowest = -(2**encoding.bitwidth - 1)
@@ -100,7 +100,7 @@ def _against_graph(file: EncodingsFile, graph: Graph) -> Iterator[Finding]:
 
 
 def _shape_findings(
-    encoding: Encoding, tensor: OnnxTensor, shape: tuple[int, ...]
+    encoding: Entry, tensor: OnnxTensor, shape: tuple[int, ...]
 ) -> Iterator[Finding]:
     """Whether the scales fit a tensor of `shape`."""
     scale = encoding.block_scale if isinstance(encoding, LpbqEncoding) else encoding.scale

@@ -19,15 +19,26 @@ scales are accepted (AIMET 2.42 writes -1 next to a positive axis) and made posi
 from __future__ import annotations
 
 import re
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from qwlora.encodings.json_fields import MAX_INTEGER, MAX_RANK, FieldError, Record, numbers_of
+from qwlora.encodings.document import Document, EntryOfFile
+from qwlora.encodings.findings import printable
+from qwlora.encodings.json_arrays import (
+    MAX_INTEGER,
+    MAX_RANK,
+    FlatNumbers,
+    NestedIntegers,
+    NestedNumbers,
+    Strict,
+)
 from qwlora.encodings.model import (
     FLOAT_FORMATS,
     MAX_BITWIDTH,
-    Encoding,
+    EncodingsFile,
+    Entry,
     FloatEncoding,
     Floats,
     IntegerEncoding,
@@ -35,206 +46,169 @@ from qwlora.encodings.model import (
     LpbqEncoding,
 )
 
+Axis = Annotated[int, Field(ge=-MAX_RANK, lt=MAX_RANK)]
 
-def parse_2(record: Record, version: str) -> Encoding | None:
-    """The entry's encoding; None, with a finding, if it is malformed."""
-    name, dtype = record.text("name"), record.text("output_dtype")
-    if name is None or dtype is None:
-        return None
-    integer = re.fullmatch(r"(u?)int([1-9][0-9]?)", dtype)
-    if dtype not in FLOAT_FORMATS and (integer is None or int(integer[2]) > MAX_BITWIDTH):
-        record.error(
-            "output_dtype",
-            f"is {dtype[:40]!r}; int1 to int32, uint1 to uint32 or one of "
-            f"{', '.join(FLOAT_FORMATS)} is needed",
+
+def _known_dtype(dtype: str) -> str:
+    integer = re.fullmatch("u?int([1-9][0-9]?)", dtype)
+    if dtype not in FLOAT_FORMATS and (integer is None or int(integer[1]) > MAX_BITWIDTH):
+        raise ValueError(
+            f"is {printable(dtype, 40)!r}; int1 to int32, uint1 to uint32 or one of "
+            f"{', '.join(FLOAT_FORMATS)} is needed"
         )
-        return None
-    nested = isinstance(record.values.get("y_scale"), dict)
-    if integer is None:
-        return _parse_float(name, dtype, record, nested)
-    signed, bitwidth = not integer[1], int(integer[2])
-    if record.has("per_block_int_scale") or nested:
-        return _parse_lpbq(name, bitwidth, signed, record, version)
-    return _parse_integer(name, bitwidth, signed, record)
+    return dtype
 
 
-def _parse_integer(name: str, bitwidth: int, signed: bool, record: Record) -> Encoding | None:
-    scale, axis, block_size = _grid(record)
-    offset, shift = _offset(record, scale, bitwidth, signed)
-    record.close()
-    if scale is None or offset is None or (scale.ndim and axis is None):
-        return None
-    symmetric = bool((offset == -(2 ** (bitwidth - 1))).all())
-    return IntegerEncoding(
-        name, bitwidth, scale, offset, symmetric, signed, axis, block_size, shift
-    )
+class _Entry(EntryOfFile):
+    output_dtype: Annotated[str, AfterValidator(_known_dtype)]
+    axis: Axis | None = None
+    block_size: int | None = None
+    y_zero_point: NestedNumbers = None
 
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_nvfp4(cls, entry: Any) -> Any:
+        if isinstance(entry, dict) and isinstance(entry.get("y_scale"), dict):
+            if entry.get("output_dtype") in [*FLOAT_FORMATS]:
+                raise ValueError("a float scale with a scale of its own (NVFP4) is not supported")
+        return entry
 
-def _parse_float(name: str, dtype: str, record: Record, nested: bool) -> Encoding | None:
-    if nested:
-        record.error(
-            "y_scale",
-            "is a scale of floats with a scale of its own (NVFP4), which is not supported",
+    def scaled(self, scale: Floats) -> Entry:
+        """Integers or floats with plain scales."""
+        self.check_fields({"output_dtype", "y_scale"}, {"axis", "block_size", "y_zero_point"})
+        axis = self.axis
+        if scale.ndim and axis is None:
+            raise ValueError("axis is missing; a y_scale that is a list needs one")
+        if axis is not None and self.block_size is not None:
+            axis = _positive(axis, scale.ndim)
+        if self.output_dtype in FLOAT_FORMATS:
+            if self.y_zero_point is not None:
+                raise ValueError("y_zero_point is not a field of floats")
+            dtype = self.output_dtype
+            return FloatEncoding(
+                self.name, FLOAT_FORMATS[dtype], dtype, scale, axis, self.block_size
+            )
+        signed, bitwidth = _integer_format(self.output_dtype)
+        center = -(2 ** (bitwidth - 1))
+        zero_point = np.zeros(scale.shape) if self.y_zero_point is None else self.y_zero_point
+        whole = np.ceil(zero_point)
+        shifts = {*(whole - zero_point).reshape(-1).tolist()}
+        if shifts not in ({0.0}, {0.5}) or np.abs(whole).max() > MAX_INTEGER:
+            raise ValueError(
+                f"y_zero_point must hold integers within {MAX_INTEGER}, or integers and a half"
+            )
+        if zero_point.shape != scale.shape:
+            raise ValueError(
+                f"y_zero_point has shape {list(zero_point.shape)}, but y_scale {list(scale.shape)}"
+            )
+        offset = (center if signed else 0) - whole.astype(np.int64)
+        symmetric = bool((offset == center).all())
+        return IntegerEncoding(
+            self.name,
+            bitwidth,
+            scale,
+            offset,
+            symmetric,
+            signed,
+            axis,
+            self.block_size,
+            shifts.pop(),
         )
-        return None
-    scale, axis, block_size = _grid(record)
-    record.close()
-    if scale is None or (scale.ndim and axis is None):
-        return None
-    return FloatEncoding(name, FLOAT_FORMATS[dtype], dtype, scale, axis, block_size)
 
-
-def _grid(record: Record) -> tuple[Floats | None, int | None, int | None]:
-    """Scale, axis and block size, if they are consistent."""
-    scale = record.scales("y_scale")
-    axis = record.integer("axis", -MAX_RANK, MAX_RANK - 1) if record.has("axis") else None
-    block_size = record.integer("block_size", 1) if record.has("block_size") else None
-    if (
-        scale is None
-        or (record.has("axis") and axis is None)
-        or (record.has("block_size") and block_size is None)
-    ):
-        return None, None, None
-    if scale.ndim and axis is None:
-        record.error("axis", "is missing; a y_scale that is a list needs one")
-    if not scale.ndim and (axis is not None or block_size is not None):
-        record.error("y_scale", "is one number; with an axis or a block_size it must be a list")
-        return None, None, None
-    if block_size is None and scale.ndim > 1:
-        record.error(
-            "y_scale",
-            f"has {scale.ndim} axes; without a block_size it is one number or one plain list",
+    def lpbq(self, blocks: Integers, channels: Floats, channel_axis: int | None) -> Entry:
+        """Integers with LPBQ's two scales."""
+        if not self.output_dtype.startswith("int"):
+            raise ValueError("output_dtype must be int1 to int32: LPBQ is signed and symmetric")
+        bitwidth = _integer_format(self.output_dtype)[1]
+        assert self.axis is not None, "checked before"
+        assert self.block_size is not None, "checked before"
+        axis = _positive(self.axis, blocks.ndim)
+        if channel_axis is None:
+            channel_axis = channel_axis_of(channels.shape, axis)
+        return LpbqEncoding(
+            self.name, bitwidth, self.block_size, blocks, channels, None, axis, channel_axis
         )
-        return None, None, None
-    if block_size is not None and axis is not None:
-        axis = _positive_axis(record, "axis", axis, scale.ndim)
-    return scale, axis, block_size
 
 
-def _positive_axis(record: Record, key: str, axis: int, rank: int) -> int | None:
+class Entry200(_Entry):
+    """An entry of version 2.0.0."""
+
+    y_scale: NestedNumbers = None
+    per_block_int_scale: NestedIntegers = None
+    per_channel_float_scale: NestedNumbers = None
+
+    def entry(self) -> Entry:
+        if self.per_block_int_scale is None:
+            return self.scaled(self.y_scale)
+        scales = {"per_block_int_scale", "per_channel_float_scale"}
+        self.check_fields({"output_dtype", "axis", "block_size", *scales})
+        return self.lpbq(self.per_block_int_scale, self.per_channel_float_scale, None)
+
+
+class NestedScale(Strict):
+    """An integer scale per block with a float scale per channel."""
+
+    x: NestedIntegers
+    x_scale: FlatNumbers
+    axis: Axis
+
+
+class Entry210(_Entry):
+    """An entry of version 2.1.0."""
+
+    y_scale: Annotated[
+        Annotated[NestedNumbers, Tag("plain")] | Annotated[NestedScale, Tag("nested")],
+        Discriminator(lambda value: "nested" if isinstance(value, dict) else "plain"),
+    ]
+
+    def entry(self) -> Entry:
+        nested = self.y_scale
+        if not isinstance(nested, NestedScale):
+            return self.scaled(nested)
+        self.check_fields({"output_dtype", "axis", "block_size", "y_scale"})
+        blocks, channels = nested.x, nested.x_scale
+        axis = _positive(nested.axis, blocks.ndim, "y_scale.axis")
+        if channels.size != blocks.shape[axis]:
+            raise ValueError(
+                f"y_scale.x_scale has {channels.size} values, but axis {nested.axis} of x has "
+                f"{blocks.shape[axis]}"
+            )
+        return self.lpbq(blocks, channels.reshape(channel_shape(blocks.ndim, axis)), axis)
+
+
+class _Document2(Document):
+    def content(self) -> EncodingsFile:
+        encodings = tuple(entry.value for entry in self.encodings)  # type: ignore[attr-defined]
+        return EncodingsFile(self.version, encodings, producer=self.producer)  # type: ignore[arg-type]
+
+    @classmethod
+    def sections_of(cls, file: EncodingsFile) -> dict[str, Any]:
+        return {"encodings": [json_of(encoding, file.version) for encoding in file.encodings]}
+
+
+class Document200(_Document2):
+    """A file of version 2.0.0."""
+
+    version: Literal["2.0.0"]
+    encodings: list[Entry200]
+
+
+class Document210(_Document2):
+    """A file of version 2.1.0."""
+
+    version: Literal["2.1.0"]
+    encodings: list[Entry210]
+
+
+def _integer_format(dtype: str) -> tuple[bool, int]:
+    """(signed, bitwidth) of int8, uint4 ..."""
+    return not dtype.startswith("u"), int(dtype.removeprefix("u").removeprefix("int"))
+
+
+def _positive(axis: int, rank: int, field: str = "axis") -> int:
     if not -rank <= axis < rank:
-        record.error(key, f"is {axis}, outside scales of {rank} axes")
-        return None
+        raise ValueError(f"{field} is {axis}, outside scales of {rank} axes")
     return axis % rank
-
-
-def _offset(
-    record: Record, scale: Floats | None, bitwidth: int, signed: bool
-) -> tuple[Integers | None, float]:
-    """`y_zero_point` as an offset of unsigned codes, and the zero point shift."""
-    lowest = -(2 ** (bitwidth - 1)) if signed else 0
-    if not record.has("y_zero_point"):
-        return (np.full(scale.shape, lowest), 0.0) if scale is not None else (None, 0.0)
-    try:
-        zero_point = numbers_of(record.value("y_zero_point"))
-    except FieldError as error:
-        record.error("y_zero_point", str(error))
-        return None, 0.0
-    fraction = (np.ceil(zero_point) - zero_point).reshape(-1)
-    if (
-        not ((fraction == 0).all() or (fraction == 0.5).all())
-        or np.abs(zero_point).max() > MAX_INTEGER
-    ):
-        record.error(
-            "y_zero_point", f"must hold integers within {MAX_INTEGER}, or integers and a half"
-        )
-        return None, 0.0
-    if scale is not None and zero_point.shape != scale.shape:
-        record.error(
-            "y_zero_point", f"has shape {list(zero_point.shape)}, but y_scale {list(scale.shape)}"
-        )
-        return None, 0.0
-    return lowest - np.ceil(zero_point).astype(np.int64), float(fraction[0])
-
-
-def _parse_lpbq(
-    name: str, bitwidth: int, signed: bool, record: Record, version: str
-) -> Encoding | None:
-    if record.has("per_block_int_scale") and version != "2.0.0":
-        record.error(
-            "per_block_int_scale",
-            f"is how 2.0.0 writes LPBQ; {version} has y_scale.x and y_scale.x_scale",
-        )
-        return None
-    if not record.has("per_block_int_scale") and version == "2.0.0":
-        record.error(
-            "y_scale",
-            "is an object, which is how 2.1.0 writes LPBQ; 2.0.0 has per_block_int_scale and "
-            "per_channel_float_scale",
-        )
-        return None
-    if not signed:
-        record.error("output_dtype", "is unsigned; LPBQ is signed and symmetric")
-    axis, block_size = (
-        record.integer("axis", -MAX_RANK, MAX_RANK - 1),
-        record.integer("block_size", 1),
-    )
-    block_scale, channel_scale, channel_axis = (
-        _scales_2_0_0 if version == "2.0.0" else _scales_2_1_0
-    )(record)
-    record.close()
-    if block_scale is None or channel_scale is None or axis is None or block_size is None:
-        return None
-    axis = _positive_axis(record, "axis", axis, block_scale.ndim)
-    if axis is not None and channel_axis is None:
-        channel_axis = channel_axis_of(channel_scale.shape, axis)
-    return (
-        LpbqEncoding(
-            name, bitwidth, block_size, block_scale, channel_scale, None, axis, channel_axis
-        )
-        if axis is not None
-        else None
-    )
-
-
-def _scales_2_0_0(record: Record) -> tuple[Integers | None, Floats | None, int | None]:
-    block_scale, channel_scale = (
-        record.integers("per_block_int_scale", 1),
-        record.scales("per_channel_float_scale"),
-    )
-    if block_scale is None or channel_scale is None:
-        return None, None, None
-    fits = block_scale.ndim == channel_scale.ndim > 0 and all(
-        b % c == 0 for b, c in zip(block_scale.shape, channel_scale.shape, strict=True)
-    )
-    if not fits:
-        found = (
-            f"has shape {list(channel_scale.shape)}, which does not divide that of "
-            f"per_block_int_scale, {list(block_scale.shape)}"
-        )
-        record.error("per_channel_float_scale", found)
-        return None, None, None
-    return block_scale, channel_scale, None
-
-
-def _scales_2_1_0(record: Record) -> tuple[Integers | None, Floats | None, int | None]:
-    inner = record.record("y_scale")
-    if inner is None:
-        return None, None, None
-    block_scale, channel_scale, axis = (
-        inner.integers("x", 1),
-        inner.scales("x_scale"),
-        inner.integer("axis", -MAX_RANK, MAX_RANK - 1),
-    )
-    inner.flat("x_scale", channel_scale)
-    inner.close()
-    if block_scale is None or channel_scale is None or axis is None or channel_scale.ndim != 1:
-        return None, None, None
-    channel_axis = _positive_axis(inner, "axis", axis, block_scale.ndim)
-    if channel_axis is None:
-        return None, None, None
-    if channel_scale.size != block_scale.shape[channel_axis]:
-        inner.error(
-            "x_scale",
-            f"has {channel_scale.size} values, but axis {axis} of x has "
-            f"{block_scale.shape[channel_axis]}",
-        )
-        return None, None, None
-    return (
-        block_scale,
-        channel_scale.reshape(channel_shape(block_scale.ndim, channel_axis)),
-        channel_axis,
-    )
 
 
 def channel_axis_of(shape: tuple[int, ...], block_axis: int) -> int | None:
@@ -252,40 +226,33 @@ def channel_shape(rank: int, channel_axis: int) -> tuple[int, ...]:
     return tuple(-1 if axis == channel_axis else 1 for axis in range(rank))
 
 
-def build_2(encoding: Encoding, version: str) -> dict[str, Any]:
-    """The encoding's entry."""
-    if isinstance(encoding, LpbqEncoding):
-        return _build_lpbq(encoding, version)
-    assert encoding.scale is not None, "convert drops floats without a scale"
+def json_of(encoding: Entry, version: str) -> dict[str, Any]:
+    """The JSON of an entry."""
     entry: dict[str, Any] = {"name": encoding.name}
-    if isinstance(encoding, FloatEncoding):
-        entry |= {"output_dtype": encoding.format, "y_scale": encoding.scale.tolist()}
+    if isinstance(encoding, LpbqEncoding):
+        blocks, channels = encoding.block_scale.tolist(), encoding.channel_scale
+        entry["output_dtype"] = f"int{encoding.bitwidth}"
+        if version == "2.0.0":
+            entry["per_block_int_scale"] = blocks
+            entry["per_channel_float_scale"] = channels.tolist()
+        else:
+            entry["y_scale"] = {
+                "x": blocks,
+                "x_scale": channels.reshape(-1).tolist(),
+                "axis": encoding.channel_axis,
+            }
     else:
-        entry |= {
-            "output_dtype": f"{'int' if encoding.signed else 'uint'}{encoding.bitwidth}",
-            "y_scale": encoding.scale.tolist(),
-        }
-        zero_point = (encoding.center if encoding.signed else 0) - encoding.offset
-        if encoding.zero_point_shift or zero_point.any():
-            entry["y_zero_point"] = (
-                zero_point - encoding.zero_point_shift if encoding.zero_point_shift else zero_point
-            ).tolist()
+        assert encoding.scale is not None, "convert drops floats without a scale"
+        scale = {"y_scale": encoding.scale.tolist()}
+        if isinstance(encoding, FloatEncoding):
+            entry |= {"output_dtype": encoding.format, **scale}
+        else:
+            sign = "" if encoding.signed else "u"
+            entry |= {"output_dtype": f"{sign}int{encoding.bitwidth}", **scale}
+            zero_point = (encoding.center if encoding.signed else 0) - encoding.offset
+            if shift := encoding.zero_point_shift:
+                entry["y_zero_point"] = (zero_point - shift).tolist()
+            elif zero_point.any():
+                entry["y_zero_point"] = zero_point.tolist()
     entry |= {} if encoding.axis is None else {"axis": encoding.axis}
     return entry | ({} if encoding.block_size is None else {"block_size": encoding.block_size})
-
-
-def _build_lpbq(encoding: LpbqEncoding, version: str) -> dict[str, Any]:
-    entry: dict[str, Any] = {"name": encoding.name, "output_dtype": f"int{encoding.bitwidth}"}
-    if version == "2.0.0":
-        entry |= {
-            "per_block_int_scale": encoding.block_scale.tolist(),
-            "per_channel_float_scale": encoding.channel_scale.tolist(),
-        }
-    else:
-        meta = {
-            "x": encoding.block_scale.tolist(),
-            "x_scale": encoding.channel_scale.reshape(-1).tolist(),
-            "axis": encoding.channel_axis,
-        }
-        entry["y_scale"] = meta
-    return entry | {"axis": encoding.axis, "block_size": encoding.block_size}

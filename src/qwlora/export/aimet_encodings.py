@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora import encodings as files
-from qwlora.encodings.from_grid import entry_of
+from qwlora.encodings.grids import entry_of
 from qwlora.export.float_onnx import TensorEncoding
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import Encoding

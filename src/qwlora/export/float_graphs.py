@@ -31,8 +31,7 @@ from torch import Tensor
 
 from qwlora import strict_json
 from qwlora.encodings.compare import encoding_differences
-from qwlora.encodings.model import Encoding as Entry
-from qwlora.encodings.model import IntegerEncoding
+from qwlora.encodings.model import Entry, IntegerEncoding
 from qwlora.errors import VerificationError
 from qwlora.export.cached_graphs import CachedGraphs, write_graphs
 from qwlora.export.float_onnx import FloatOnnx, TensorEncoding, to_float_onnx

@@ -21,9 +21,8 @@ from safetensors.numpy import load_file
 from torch import Tensor
 
 from qwlora import encodings as files
-from qwlora.encodings.model import Encoding as Entry
-from qwlora.encodings.model import EncodingsFile, IntegerEncoding
-from qwlora.encodings.to_grid import Placement, grid_of
+from qwlora.encodings.grids import TensorLayout, grid_of
+from qwlora.encodings.model import EncodingsFile, Entry, IntegerEncoding
 from qwlora.errors import ExportError, GridError, SourceError, VerificationError
 from qwlora.export.onnx_runtime import (
     EIGHT_BIT_OPTIONS,
@@ -174,7 +173,7 @@ class FloatOnnxModel:
         transposed = values.ndim == 2 and tensor.channel_axis == 1
         if transposed:
             values = values.T
-        placement = Placement(tuple(values.shape), transposed, 0, "channel")
+        placement = TensorLayout(tuple(values.shape), transposed, 0, "channel")
         return grid_of(self._entry(name), placement, self.file.version), values
 
     def _off_grid(self, name: str) -> str | None:

@@ -20,9 +20,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from qwlora import encodings as files
-from qwlora.encodings.model import BlockOrder, EncodingsFile, FloatEncoding
-from qwlora.encodings.model import Encoding as Entry
-from qwlora.encodings.to_grid import Placement, grid_of
+from qwlora.encodings.grids import TensorLayout, grid_of
+from qwlora.encodings.model import BlockOrder, EncodingsFile, Entry, FloatEncoding
 from qwlora.errors import EncodingsFileError, GridError, SourceError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
@@ -149,7 +148,7 @@ class MatchedEncodings:
 
     def _placement(
         self, name: str, entry: Entry, shape: tuple[int, ...], file: EncodingsFile
-    ) -> Placement:
+    ) -> TensorLayout:
         renumbered = not self._is_parameter(entry.name)
         conv1d = self.is_transposed(name)
         order = self.block_order
@@ -163,7 +162,7 @@ class MatchedEncodings:
         transposed_conv = isinstance(
             self._modules.get(name.rpartition(".")[0]), nn.modules.conv._ConvTransposeNd
         )
-        return Placement(
+        return TensorLayout(
             shape[::-1] if conv1d else shape,
             conv1d != renumbered,
             1 if transposed_conv else 0,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora import encodings as files
-from qwlora.encodings.from_grid import encoding_of, entry_of
+from qwlora.encodings.grids import encoding_of, entry_of
 from qwlora.errors import CalibrationError, EncodingsFileError
 from qwlora.formats import manifest
 from qwlora.graph.quantized_graph import Kind

@@ -1,0 +1,293 @@
+"""Grids of tensors as entries of an encodings file, and back. The only writer of entries.
+
+    grid               entry                                       2.x                 before 2.0
+    PerTensor()        IntegerEncoding, scale []                   no axis             PER_TENSOR
+    PerChannel(axis)   IntegerEncoding, scale [A]                  axis                PER_CHANNEL
+    PerBlock(size)     IntegerEncoding, scale [out, in / size]     axis, block_size    PER_BLOCK
+    Lpbq(size)         LpbqEncoding, block and channel scales      axis, block_size    LPBQ
+    a float offset     refused; read from a zero point shift of half a step
+
+An entry describes the tensor that its exporter saw; our quantized matrices are [out, in]. AIMET's
+`sim.export` uses torch's names and layouts. Its `sim.onnx.export` uses names of ONNX tensors: the
+weight of a MatMul is stored [in, out] under the parameter's name and a number (`fc.weight_0`). So a
+`TensorLayout` says whether the entry's tensor is transposed, which swaps scales and axes.
+
+Versions before 2.0 have no axis and list blocks in one flat list: in the order of the tensor, or
+channel by channel, as aimet-onnx reads them. The order matters only if the two readings differ.
+
+A zero point shift of half a step is a float offset:
+
+    AIMET    x_hat = (q + offset + 0.5) * scale
+    here     x_hat = q * scale + minimum,  minimum = (offset + 0.5) * scale
+
+Both have the same codes. Values differ by the rounding of float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from qwlora.encodings.model import (
+    BlockOrder,
+    Entry,
+    FloatEncoding,
+    IntegerEncoding,
+    LpbqEncoding,
+    has_axes,
+)
+from qwlora.errors import EncodingsFileError, GridError, SourceError
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding
+from qwlora.grid.lpbq import split_scales
+from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """A parameter and the layout of the entry's tensor.
+
+    Args:
+        shape: of the parameter with its matrix as [out, in].
+        transposed: the entry's tensor is [in, out].
+        channel_axis: the output axis of `shape`.
+        block_order: of flat block scales; None if unknown.
+    """
+
+    shape: tuple[int, ...]
+    transposed: bool = False
+    channel_axis: int = 0
+    block_order: BlockOrder | None = None
+
+    def axis(self, axis: int) -> int:
+        """An axis of the entry's tensor as an axis of `shape`."""
+        axis %= len(self.shape)
+        return len(self.shape) - 1 - axis if self.transposed else axis
+
+
+def entry_of(
+    name: str,
+    encoding: Encoding | FloatOffsetEncoding,
+    version: str,
+    transposed: bool = False,
+    block_order: BlockOrder = "tensor",
+) -> Entry:
+    """The entry that describes `encoding`.
+
+    Args:
+        name: the tensor's name in the file.
+        encoding: of a tensor [..., out, in].
+        version: of the file that will hold the entry.
+        transposed: the tensor of that name is stored [in, out].
+        block_order: of flat block scales (before 2.0).
+
+    Raises:
+        EncodingsFileError: the encoding has float offsets.
+    """
+    if not isinstance(encoding, Encoding):
+        raise EncodingsFileError(
+            name, [f"{encoding.scheme} has float offsets, which no encodings file can hold"]
+        )
+    scheme, scale, offset = encoding.scheme, encoding.scale.detach().cpu(), encoding.offset.cpu()
+    nested = has_axes(version)
+    turned = transposed and (nested or block_order == "tensor")
+    last = 0 if transposed else scale.ndim - 1  # the axis of the inputs
+
+    def placed(values: Tensor) -> npt.NDArray[Any]:
+        array = values.numpy().T if turned else values.numpy()
+        return array if nested or not array.ndim else array.reshape(-1)
+
+    axis: int | None = None
+    size: int | None = None
+    match scheme.granularity:
+        case PerTensor():
+            pass
+        case PerChannel(axis):
+            axis = 1 - axis if transposed else axis
+        case PerBlock(size):
+            axis = last
+        case Lpbq(size, scale_bitwidth):
+            row, integers = split_scales(scale, scheme)
+            return LpbqEncoding(
+                name,
+                scheme.bitwidth,
+                size,
+                placed(integers),
+                placed(row.unsqueeze(-1).double()),
+                None if nested else scheme.bitwidth + scale_bitwidth,
+                last if nested else None,
+                (1 if transposed else 0) if nested else None,
+            )
+    # In 2.x symmetric means that every offset is at the center. `signed` keeps what was requested.
+    centered = bool((offset == scheme.symmetric_offset).all())
+    return IntegerEncoding(
+        name,
+        scheme.bitwidth,
+        placed(scale.double()),
+        placed(offset),
+        centered if nested else scheme.symmetric,
+        scheme.symmetric if nested else None,
+        axis if nested else None,
+        size,
+    )
+
+
+def encoding_of(entry: Entry) -> Encoding:
+    """Undo `entry_of` for an entry of version 2.x whose tensor is stored [..., out, in].
+
+    Raises:
+        EncodingsFileError: the entry is a float format or has a zero point shift.
+        SourceError: no grid can express it.
+    """
+    if isinstance(entry, LpbqEncoding):
+        *rows, blocks = entry.block_scale.shape
+        grid = grid_of(entry, TensorLayout((*rows, blocks * entry.block_size)), "2.1.0")
+        assert isinstance(grid, Encoding), "LPBQ has integer offsets"
+        return grid
+    if isinstance(entry, FloatEncoding) or entry.zero_point_shift:
+        raise EncodingsFileError(entry.name, ["is not a plain integer grid"])
+    granularity: Granularity = PerTensor()
+    if entry.block_size:
+        granularity = PerBlock(entry.block_size)
+    elif entry.axis is not None:
+        granularity = PerChannel(entry.axis)
+    scheme = Scheme(entry.bitwidth, bool(entry.signed), granularity)
+    return Encoding(scheme, _floats(entry.scale), _integers(entry.offset))
+
+
+def grid_of(entry: Entry, layout: TensorLayout, version: str) -> Encoding | FloatOffsetEncoding:
+    """The grid of a parameter.
+
+    Raises:
+        SourceError: no grid can express the entry, the entry does not fit the shape, or the order
+            of its blocks is unknown. The message does not contain the entry's name.
+    """
+    try:
+        match entry:
+            case IntegerEncoding():
+                return _integer_grid(entry, layout, version)
+            case LpbqEncoding():
+                return _lpbq_grid(entry, layout)
+            case FloatEncoding():
+                raise SourceError(f"is a float of {entry.bitwidth} bits, not a grid of integers")
+    except GridError as error:
+        raise SourceError(str(error)) from error
+
+
+def _integer_grid(
+    entry: IntegerEncoding, layout: TensorLayout, version: str
+) -> Encoding | FloatOffsetEncoding:
+    scale, offset, size = entry.scale, entry.offset, entry.block_size
+    granularity: Granularity
+    if size is not None:
+        granularity = PerBlock(size)
+        scale, offset = (_blocks(values, entry.axis, size, layout) for values in (scale, offset))
+    elif scale.size == 1:
+        granularity, scale, offset = PerTensor(), scale.reshape(()), offset.reshape(())
+    else:
+        granularity = PerChannel(_channel_axis(entry, layout, version))
+    if entry.zero_point_shift:
+        scheme = Scheme(entry.bitwidth, symmetric=False, granularity=granularity, float_offset=True)
+        minimum = (offset + entry.zero_point_shift) * scale
+        return FloatOffsetEncoding(scheme, _floats(scale), _floats(minimum))
+    symmetric = bool((offset == entry.center).all())
+    scheme = Scheme(entry.bitwidth, symmetric, granularity)
+    return Encoding(scheme, _floats(scale), _integers(offset))
+
+
+def _lpbq_grid(entry: LpbqEncoding, layout: TensorLayout) -> Encoding:
+    integers = _blocks(entry.block_scale, entry.axis, entry.block_size, layout)
+    channel = entry.channel_scale.reshape(-1, 1)
+    if entry.axis is not None and entry.channel_scale.ndim > 1:
+        channel = entry.channel_scale.T if layout.transposed else entry.channel_scale
+    if any(count % size for count, size in zip(integers.shape, channel.shape, strict=True)):
+        raise SourceError(
+            f"has channel scales of shape {list(channel.shape)}, which {list(integers.shape)} "
+            "blocks cannot share evenly"
+        )
+    for axis, count in enumerate(integers.shape):
+        channel = channel.repeat(count // channel.shape[axis], axis)
+    scale = _floats(integers) * _floats(channel)
+    bits = max(1, int(integers.max() - 1).bit_length())
+    if entry.decompressed_bitwidth is not None:
+        bits = entry.decompressed_bitwidth - entry.bitwidth
+    scheme = Scheme(entry.bitwidth, True, _lpbq_granularity(scale, entry, bits))
+    offset = torch.full(scale.shape, scheme.symmetric_offset, dtype=torch.int32)
+    return Encoding(scheme, scale, offset)
+
+
+def _lpbq_granularity(scale: Tensor, entry: LpbqEncoding, bits: int) -> PerBlock | Lpbq:
+    """Lpbq if both factors can be recovered: each row has a block with the largest integer."""
+    try:
+        granularity = Lpbq(entry.block_size, bits)
+        split_scales(scale, Scheme(entry.bitwidth, True, granularity))
+    except GridError:
+        return PerBlock(entry.block_size)
+    return granularity
+
+
+def _channel_axis(entry: IntegerEncoding, layout: TensorLayout, version: str) -> int:
+    axis = layout.channel_axis if entry.axis is None else layout.axis(entry.axis)
+    if entry.scale.size != layout.shape[axis]:
+        lost = (
+            "; version 0.6.1 lists scales of blocks as channels and loses their shape: export "
+            "1.0.0 or later"
+            if version == "0.6.1"
+            else ""
+        )
+        raise SourceError(
+            f"has {entry.scale.size} scales, but axis {axis} of {list(layout.shape)} has "
+            f"{layout.shape[axis]}{lost}"
+        )
+    return axis
+
+
+def _blocks(
+    values: npt.NDArray[Any], axis: int | None, size: int, layout: TensorLayout
+) -> npt.NDArray[Any]:
+    """Values of blocks as [..., out, in / size]."""
+    *rows, columns = layout.shape
+    if len(layout.shape) != 2 or columns % size:
+        raise SourceError(
+            f"has blocks of {size}, which do not divide the inputs of a matrix of shape "
+            f"{list(layout.shape)}"
+        )
+    expected = (*rows, columns // size)
+    mismatch = f"blocks, but a matrix of shape {list(layout.shape)} needs {list(expected)}"
+    if axis is not None:
+        values = values.T if layout.transposed else values
+        if layout.axis(axis) != 1:
+            raise SourceError("has blocks along the output; quantize with blocks along the input")
+        if values.ndim != 2 or any(
+            n not in (1, m) for n, m in zip(values.shape, expected, strict=True)
+        ):
+            raise SourceError(f"has {list(values.shape)} {mismatch}")
+        return np.broadcast_to(values, expected)
+    if values.size != expected[0] * expected[1]:
+        raise SourceError(f"has {values.size} {mismatch}")
+    readings: dict[BlockOrder, npt.NDArray[Any]] = {
+        "channel": values.reshape(expected),
+        "tensor": values.reshape(expected[::-1]).T,
+    }
+    if layout.block_order is not None:
+        return readings[layout.block_order]
+    if not np.array_equal(readings["channel"], readings["tensor"]):
+        raise SourceError(
+            "is a flat list of blocks in an unknown order: by output channel, or as a tensor "
+            "stored [in, out]. Set model.block_order: channel or tensor in the recipe "
+            "(block_order='channel' or 'tensor' in Python), or export version 2.0.0"
+        )
+    return readings["channel"]
+
+
+def _floats(values: npt.NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.float32))
+
+
+def _integers(values: npt.NDArray[Any]) -> Tensor:
+    return torch.from_numpy(np.array(values, dtype=np.int32))

@@ -632,7 +632,7 @@ def test_invalid_values_are_refused() -> None:
         IntegerEncoding("w", 8, 0.1, float("inf"), False)
     with pytest.raises(EncodingsFileError, match="scale must be above 0"):
         IntegerEncoding("w", 8, -0.1, 0, False)
-    with pytest.raises(EncodingsFileError, match="zero_point_shift is 0.25, not 0 or 0.5"):
+    with pytest.raises(EncodingsFileError, match=r"zero_point_shift is 0\.25, not 0 or 0.5"):
         IntegerEncoding("w", 8, 0.1, 0, False, zero_point_shift=0.25)
     with pytest.raises(EncodingsFileError, match="'float8e5m2' is not a float format of 4 bits"):
         FloatEncoding("w", 4, "float8e5m2", 1.0)

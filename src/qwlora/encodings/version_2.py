@@ -68,9 +68,9 @@ class _Entry(EntryOfFile):
     @model_validator(mode="before")
     @classmethod
     def _refuse_nvfp4(cls, entry: Any) -> Any:
-        if isinstance(entry, dict) and isinstance(entry.get("y_scale"), dict):
-            if entry.get("output_dtype") in [*FLOAT_FORMATS]:
-                raise ValueError("a float scale with a scale of its own (NVFP4) is not supported")
+        nested = isinstance(entry, dict) and isinstance(entry.get("y_scale"), dict)
+        if nested and entry.get("output_dtype") in [*FLOAT_FORMATS]:
+            raise ValueError("a float scale with a scale of its own (NVFP4) is not supported")
         return entry
 
     def scaled(self, scale: Floats) -> Entry:

@@ -162,15 +162,19 @@ def move_into_place(scratch: Path, target: Path) -> None:
     Raises:
         OSError: flushing or renaming failed, for example because the disk is full.
     """
-    if scratch.is_dir():
-        for folder, _, names in os.walk(scratch):
-            for name in names:
-                _flush_file(Path(folder, name))
-            _flush_folder(Path(folder))
-    else:
-        _flush_file(scratch)
+    flush(scratch)
     scratch.replace(target)
-    _flush_folder(target.parent)
+    flush_folder(target.parent)
+
+
+def flush(path: Path) -> None:
+    """Flush a file, or a folder with all that is in it, to disk."""
+    for folder, _, names in os.walk(path):
+        for name in names:
+            _flush_file(Path(folder, name))
+        flush_folder(Path(folder))
+    if not path.is_dir():
+        _flush_file(path)
 
 
 def _flush_file(path: Path) -> None:
@@ -178,7 +182,7 @@ def _flush_file(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _flush_folder(path: Path) -> None:
+def flush_folder(path: Path) -> None:
     """Flush a folder's list of names; ignored where a network file system cannot."""
     with contextlib.suppress(OSError):
         descriptor = os.open(path, os.O_RDONLY)

@@ -24,6 +24,7 @@ from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
 from qwlora.atomic import files_in
 from qwlora.errors import DirectoryError, UploadError
 from qwlora.formats import manifest
+from qwlora.pipeline import push as push_module
 from qwlora.pipeline.push import _without_paths, prepared, send
 from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
@@ -374,6 +375,29 @@ def test_what_the_hub_refuses_is_one_message(
     assert "Traceback" not in ended.stderr
     assert all(word in ended.stderr for word in words)
     assert not (job / ".qwlora" / "pushed.json").exists()
+
+
+def test_files_of_an_upload_that_was_killed_before_its_note_are_known_to_the_next(
+    job: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "extra.txt").write_text("extra")
+    notes = iter([push_module._write_note])
+
+    def killed(folder: Path, note: Any) -> None:
+        if (write := next(notes, None)) is None:
+            raise KeyboardInterrupt
+        write(folder, note)
+
+    with prepared(job, "me/base", None) as upload, monkeypatch.context() as patched:
+        patched.setattr(push_module, "_write_note", killed)
+        more = {**upload.files, "extra.txt": tmp_path / "extra.txt"}
+        with pytest.raises(KeyboardInterrupt):
+            send(replace(upload, files=more), job)
+    assert "extra.txt" in hub.repositories["me/base"].files
+    with prepared(job, "me/base", None) as upload:
+        assert upload.outdated == ("extra.txt",)
+        send(upload, job)
+    assert "extra.txt" not in hub.repositories["me/base"].files
 
 
 def test_a_hub_that_does_not_answer_is_named(

@@ -49,7 +49,9 @@ def list_adapters(
         job_fingerprint,
     )
     from qwlora.errors import QwloraError, SourceError
+    from qwlora.pipeline import journal
 
+    journal.finish(folder)
     base, found, unreadable = job_fingerprint(folder), list[AdapterReport](), list[str]()
     for adapter in find_adapters(folder):
         try:
@@ -228,11 +230,12 @@ def remove(
     from qwlora.errors import DirectoryError
     from qwlora.pipeline.manage_adapters import remove_adapter
 
-    if not yes:
+    def confirm() -> None:
         if not sys.stdin.isatty():
             raise DirectoryError(f"removing {name} deletes its files; confirm with --yes")
         typer.confirm(f"Delete adapter {name}, its simulation and its exports?", abort=True)
-    remove_adapter(folder, name)
+
+    remove_adapter(folder, name, (lambda: None) if yes else confirm)
     print(f"removed {name}")
 
 

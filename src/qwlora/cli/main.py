@@ -395,9 +395,11 @@ def _run(
     trust_mtime: bool,
     replace: bool,
 ) -> None:
+    from qwlora.pipeline import journal
     from qwlora.pipeline.run_job import run
     from qwlora.recipe import load_recipe
 
+    journal.finish(out)  # before the recipe in the job's directory is read
     recipe = load_recipe(recipe_path, tuple(changes or ()))
     given = [
         str(recipe_path),

@@ -21,16 +21,18 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from qwlora.atomic import link, move_into_place, write_text
+from qwlora.atomic import move_into_place, write_text
 from qwlora.errors import DirectoryError, RecipeError
 from qwlora.export.bundle import RECORD
 from qwlora.formats import manifest
 from qwlora.formats.card_mark import is_users_card, text_of
 from qwlora.messages import listed
+from qwlora.pipeline import journal
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.directory_errors import as_directory_errors
 from qwlora.pipeline.output_path import check_output, lock_folder, remove_empty
@@ -42,7 +44,7 @@ from qwlora.pipeline.ownership import (
     read_owner,
 )
 from qwlora.pipeline.stage import Stage
-from qwlora.pipeline.stage_records import Record, read_records, write_records
+from qwlora.pipeline.stage_records import Record, read_records, records_text
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
 
@@ -73,6 +75,7 @@ class Directory:
             DirectoryError: it belongs to another recipe or to something else, is in use, or
                 cannot be written.
         """
+        journal.finish(path)
         directory = cls(path)
         directory.check_owner(recipe)
         directory.check_writable()
@@ -81,6 +84,7 @@ class Directory:
         is_new = False
         try:
             with as_directory_errors(path):
+                journal.finish_locked(path)
                 # another process may have finished a job here since the check
                 directory.check_owner(recipe)
                 is_new = read_owner(path) is None
@@ -95,6 +99,34 @@ class Directory:
                 directory._remove_claim()
             remove_empty(made)
             lock.close()
+
+    @classmethod
+    @contextlib.contextmanager
+    def edit(cls, path: Path) -> Iterator[tuple[Directory, Recipe, list[str | None]]]:
+        """Lock an existing job, and only then read its recipe, so that no other change is lost.
+
+        Yields:
+            the directory, its recipe, and the command of an interrupted change that was finished
+            just now (empty: there was none).
+
+        Raises:
+            DirectoryError: it is not a job directory, is in use, or cannot be written.
+            RecipeError: its recipe is not valid.
+        """
+        directory = cls(path)
+        check_job(path)
+        directory.check_owner(load_recipe(path / "recipe.yaml"))
+        directory.check_writable()
+        with as_directory_errors(path):
+            lock, _ = lock_folder(directory.private, "lock")
+            with lock:
+                finished = journal.finish_locked(path)
+                recipe = load_recipe(path / "recipe.yaml")
+                directory.check_owner(recipe)
+                directory._read_records()
+                directory._remove_scratch()
+                directory._read_or_make_owner(recipe)
+                yield directory, recipe, finished
 
     def check_owner(self, recipe: Recipe) -> None:
         """Check that the directory is free or belongs to this job (same recipe name and model).
@@ -174,6 +206,7 @@ class Directory:
     @classmethod
     def peek(cls, path: Path, recipe: Recipe) -> Directory:
         """The records of `path` without claiming it. Raises like `check_owner`."""
+        journal.finish(path)
         cls(path).check_owner(recipe)
         directory = cls.read(path)
         directory.owner = read_owner(path) or directory.owner
@@ -183,8 +216,9 @@ class Directory:
     def read(cls, path: Path) -> Directory:
         """The records of `path`, regardless of its owner; empty if no job ran there.
 
-        Claims and writes nothing.
+        Claims nothing. Writes only to finish a change that was interrupted.
         """
+        journal.finish(path)
         directory = cls(path)
         directory._read_records()
         return directory
@@ -303,71 +337,91 @@ class Directory:
             self._write_owner(artifact, made | {CARD})
             write_text(card, text)
 
-    def discard(self, stages: Iterable[Stage]) -> None:
-        """Delete the artifacts of `stages`, their records and their unfinished work.
-
-        Raises:
-            DirectoryError: an artifact contains something that the job did not make.
-        """
-        artifacts = [s.artifact for s in stages if s.artifact is not None]
-        for artifact in artifacts:
-            self.check_replaceable(artifact)
-        for stage in stages:
-            self.drop_work(stage.name)
-        self.drop(*(stage.name for stage in stages))
-        for artifact in artifacts:
-            if (self.path / artifact).exists():
-                (self.path / artifact).rename(self._replaced)
-                shutil.rmtree(self._replaced)
-            if self.owner.artifacts.pop(artifact, None) is not None:
-                write_text(self.private / "owner.json", self.owner.to_json())
-
-    def rename_stages(
+    def change(
         self,
-        pairs: Sequence[tuple[Stage, Stage]],
-        renamed: Callable[[dict[str, Any]], dict[str, Any]],
+        command: list[str | None],
         recipe: Recipe,
+        *,
+        renamed: Sequence[tuple[Stage, Stage]] = (),
+        removed: Sequence[Stage] = (),
+        in_results: Callable[[dict[str, Any]], dict[str, Any]] = lambda results: results,
+        moves: Sequence[tuple[str, str]] = (),
+        removals: Sequence[str] = (),
+        files: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        """Move artifacts and records from one stage to another, and write the changed recipe.
+        """Change the recipe, and with it stages: their artifacts, records and unfinished work.
 
-        Artifacts are linked first and the old ones deleted last, so that nothing is lost if the
-        process is killed in between.
+        All of it or nothing is changed, even if the process is killed; see `journal.py`.
 
         Args:
-            pairs: stages before and after.
-            renamed: a stage's results after the change.
+            command: what the user asked for.
+            renamed: stages before and after, with artifacts of the same content.
+            removed: stages whose artifacts and records are deleted.
+            in_results: the results of a renamed stage after the change.
+            moves: other files or folders to move, from and to.
+            removals: other files or folders to delete.
+            files: other files to write, and their content.
+
+        Raises:
+            DirectoryError: an artifact contains something that the job did not make, or something
+                exists where one is moved to. Nothing was changed.
         """
-        moved = [(b.artifact, a.artifact) for b, a in pairs if b.artifact != a.artifact is not None]
-        for old, new in moved:
-            assert old is not None
-            if (self.path / old).exists():
-                self.check_replaceable(old)
-                if os.path.lexists(self.path / str(new)):
-                    raise DirectoryError(f"{str(self.path / str(new))!r} exists; move it away")
-        for old, new in moved:
-            if (self.path / str(old)).exists():
-                self._write_owner(str(new), self._files_made(str(old)))
-                shutil.copytree(self.path / str(old), self.path / str(new), copy_function=link)
-        records = dict(self.records)
-        for before, _ in pairs:
-            records.pop(before.name, None)
-        for before, after in pairs:
-            if (record := self.records.get(before.name)) is None:
-                continue
-            prefix = (f"{before.artifact}/", f"{after.artifact}/")
-            records[after.name] = Record(
-                after.key if record.key == before.key else record.key,
-                record.seconds,
-                renamed(record.results),
-                {file.replace(*prefix, 1): digest for file, digest in record.files.items()},
+        names = [(b.artifact, a.artifact) for b, a in renamed if b.artifact != a.artifact]
+        artifacts = [(old, new) for old, new in names if old and new and self._exists(old)]
+        deleted = [s.artifact for s in removed if s.artifact and self._exists(s.artifact)]
+        for artifact in (*(old for old, _ in artifacts), *deleted):
+            self.check_replaceable(artifact)
+        work = [
+            (
+                self._in_job(self.work(b.name, b.work_key)),
+                self._in_job(self.work(a.name, a.work_key)),
             )
-        self.records = records
-        self._write_records()
-        self._write_recipe(recipe)
-        for old, _ in moved:
-            shutil.rmtree(self.path / str(old), ignore_errors=True)
-            self.owner.artifacts.pop(str(old), None)
-        write_text(self.private / "owner.json", self.owner.to_json())
+            for b, a in renamed
+        ]
+        moves = [*artifacts, *((o, n) for o, n in work if self._exists(o) and o != n), *moves]
+        for _, new in moves:
+            if os.path.lexists(self.path / new):
+                raise DirectoryError(f"{str(self.path / new)!r} exists; move it away")
+        unfinished = [self._in_job(f) for s in removed for f in self._all_work(s.name)]
+        text = dump_yaml(recipe.model_dump(mode="json"))
+        owner = self.owner.after(artifacts, deleted, hashlib.sha256(text.encode()).hexdigest())
+        records = self._records_after(renamed, removed, in_results)
+        content = {
+            **files,
+            f".qwlora/{STAGES}": records_text(records),
+            ".qwlora/owner.json": owner.to_json(),
+            "recipe.yaml": text,
+        }
+        deletions = [*deleted, *unfinished, *removals]
+        moved = [[old, new] for old, new in moves]
+        with as_directory_errors(self.path):
+            journal.make(self.path, journal.Change(command, moved, deletions, content))
+        self.records, self.owner = records, owner
+
+    def _records_after(
+        self,
+        renamed: Sequence[tuple[Stage, Stage]],
+        removed: Sequence[Stage],
+        in_results: Callable[[dict[str, Any]], dict[str, Any]],
+    ) -> dict[str, Record]:
+        gone = {stage.name for stage in (*removed, *(before for before, _ in renamed))}
+        records = {name: record for name, record in self.records.items() if name not in gone}
+        for before, after in renamed:
+            if (record := self.records.get(before.name)) is not None:
+                prefix = (f"{before.artifact}/", f"{after.artifact}/")
+                records[after.name] = Record(
+                    after.key if record.key == before.key else record.key,
+                    record.seconds,
+                    in_results(record.results),
+                    {file.replace(*prefix, 1): digest for file, digest in record.files.items()},
+                )
+        return records
+
+    def _exists(self, name: str) -> bool:
+        return os.path.lexists(self.path / name)
+
+    def _in_job(self, path: Path) -> str:
+        return str(path.relative_to(self.path))
 
     def work(self, stage: str, key: str) -> Path:
         """Folder for unfinished work that a stage resumes after an interruption; one per key."""
@@ -375,9 +429,12 @@ class Directory:
 
     def drop_work(self, stage: str, key: str | None = None) -> None:
         """Delete the work folder of `stage` for `key`; by default those of all keys."""
-        name = self.work(stage, key).name if key else f"{stage.replace('/', '-')}-{'?' * 16}"
-        for folder in (self.private / "work").glob(name):
-            shutil.rmtree(folder)
+        for folder in [self.work(stage, key)] if key else self._all_work(stage):
+            if folder.exists():
+                shutil.rmtree(folder)
+
+    def _all_work(self, stage: str) -> list[Path]:
+        return list((self.private / "work").glob(f"{stage.replace('/', '-')}-{'?' * 16}"))
 
     def _files_made(self, artifact: str) -> set[str]:
         """Files that the job has written to `artifact`, relative to it."""
@@ -449,8 +506,21 @@ class Directory:
         self.records, self.damaged_records = read_records(self.private / STAGES)
 
     def _write_records(self) -> None:
-        write_records(self.private / STAGES, self.records)
+        write_text(self.private / STAGES, records_text(self.records))
         self.damaged_records = 0
+
+
+def check_job(folder: Path) -> None:
+    """Check that `folder` is the directory of a job.
+
+    Raises:
+        DirectoryError: it is not.
+    """
+    if not (folder / "recipe.yaml").is_file():
+        raise DirectoryError(
+            f"{str(folder)!r} is not a job directory: it has no recipe.yaml; `qwlora run` "
+            "creates one"
+        )
 
 
 def _holds_users_card(folder: Path) -> bool:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.errors import CalibrationError, DirectoryError, RecipeError
-from qwlora.pipeline.directory import Directory
+from qwlora.pipeline import journal
+from qwlora.pipeline.directory import Directory, check_job
 from qwlora.pipeline.directory_errors import as_directory_errors
 from qwlora.pipeline.job_files import earlier_results, write_results
 from qwlora.pipeline.job_texts import JobTexts
@@ -106,11 +107,8 @@ def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
     """
     from qwlora.recipe import load_recipe
 
-    if not (folder / "recipe.yaml").is_file():
-        raise DirectoryError(
-            f"{str(folder)!r} is not a job directory: it has no recipe.yaml; `qwlora run` "
-            "creates one"
-        )
+    journal.finish(folder)
+    check_job(folder)
     return load_recipe(folder / "recipe.yaml", changes)
 
 

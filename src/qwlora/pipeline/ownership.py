@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,12 @@ class Owner:
     model: str
     artifacts: dict[str, list[str]] = field(default_factory=dict)
     recipes: list[str] = field(default_factory=list)
+
+    def after(self, moved: Sequence[tuple[str, str]], removed: Sequence[str], recipe: str) -> Owner:
+        """The marker after artifacts were moved or removed, and a recipe was written (SHA-256)."""
+        names = dict(moved)
+        artifacts = {names.get(a, a): f for a, f in self.artifacts.items() if a not in removed}
+        return Owner(self.recipe, self.model, artifacts, [*self.recipes[-1:], recipe])
 
     def to_json(self) -> str:
         return strict_json.dumps({"format": OWNER_FORMAT, **asdict(self)}, indent=1) + "\n"

@@ -30,7 +30,7 @@ from qwlora.adapter.adapter_check import problems
 from qwlora.adapter.adapter_folder import FILE
 from qwlora.adapter.peft_support import CONFIG
 from qwlora.atomic import write_text
-from qwlora.errors import DirectoryError, UploadError, described
+from qwlora.errors import DirectoryError, QwloraError, UploadError, described
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import GraphTarget, SwitchableTarget, UseCasesTarget
 from qwlora.formats import manifest
@@ -151,7 +151,9 @@ def send(upload: Upload, folder: Path) -> str:
             "there is no token for the hub. Run `hf auth login`, or set HF_TOKEN to a token that "
             "may write"
         )
-    api, repository = HfApi(), upload.repository
+    api, repository, note = HfApi(), upload.repository, _pushed(folder)
+    # Listed first, so that a later upload knows the files if this process is killed in between.
+    begun = {*note["files"].get(repository, []), *upload.files}
     try:
         api.create_repo(repository, private=upload.is_private, exist_ok=True)
         if upload.is_private and not api.model_info(repository).private:
@@ -161,22 +163,31 @@ def send(upload: Upload, folder: Path) -> str:
             )
         there = api.list_repo_files(repository)
         _check_kind(upload, there)
+        _write_note(folder, {**note, "files": {**note["files"], repository: sorted(begun)}})
         added = [CommitOperationAdd(name, str(path)) for name, path in upload.files.items()]
         gone = [CommitOperationDelete(name) for name in upload.outdated if name in there]
         commit = api.create_commit(
             repository, [*added, *gone], commit_message=f"Upload {upload.what} with QWLoRA"
         )
-    except UploadError:
+    except QwloraError:
         raise
     except Exception as error:  # the client raises many types: offline, forbidden, too large ...
+        _write_note(folder, note)
         raise UploadError(_refused(error, repository)) from error
-    note = _pushed(folder)
     note["files"][repository] = sorted(upload.files)
     if RECORD in upload.files:
         note |= {"base": repository, "fingerprint": read_record(folder / "base")["fingerprint"]}
-    with as_directory_errors(folder):
-        write_text(folder / ".qwlora" / PUSHED, strict_json.dumps(note, indent=1) + "\n")
+    _write_note(folder, note)
     return str(commit.commit_url)
+
+
+def _write_note(folder: Path, note: Mapping[str, Any]) -> None:
+    file = folder / ".qwlora" / PUSHED
+    with as_directory_errors(folder):
+        if note["files"]:
+            write_text(file, strict_json.dumps(note, indent=1) + "\n")
+        else:
+            file.unlink(missing_ok=True)
 
 
 def _check_kind(upload: Upload, there: Collection[str]) -> None:

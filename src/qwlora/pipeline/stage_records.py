@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from qwlora import strict_json
-from qwlora.atomic import write_text
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,13 @@ def read_records(file: Path) -> tuple[dict[str, Record], int]:
     return dict(entry for entry in found if entry is not None), found.count(None)
 
 
-def write_records(file: Path, records: Mapping[str, Record]) -> None:
-    """Replace the file."""
+def records_text(records: Mapping[str, Record]) -> str:
+    """The content of the file."""
     lines = []
     for stage, record in records.items():
         content = asdict(record) | {"sha256": record.checksum(stage)}
         lines.append(f"{strict_json.dumps(stage)}: {strict_json.dumps(content)}")
-    write_text(file, "{\n" + ",\n".join(lines) + "\n}\n")
+    return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
 def _parse_record(line: bytes) -> tuple[str, Record] | None:

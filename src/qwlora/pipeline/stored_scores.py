@@ -9,12 +9,13 @@ empty: its scores can be measured again.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from qwlora import strict_json
 from qwlora.atomic import write_text
+from qwlora.pipeline.stage import Stage
 
 FILE = "tasks.json"
 
@@ -55,6 +56,19 @@ def keep_scores(
         earlier = before["tasks"] if before is not None and same else {}
         kept[model] = {"stage": stage, "key": keys[stage], "tasks": {**earlier, **tasks}}
     write_text(private / FILE, strict_json.dumps(kept, indent=1) + "\n")
+
+
+def renamed_scores(private: Path, stages: Sequence[tuple[Stage, Stage]]) -> dict[str, str]:
+    """The file by its name in `private`, after stages were renamed; empty if nothing changes."""
+    kept, now = _read(private), {before.name: (before, after) for before, after in stages}
+    content = {}
+    for model, entry in kept.items():
+        before, after = now.get(entry["stage"], (None, None))
+        if before and after and before.key == entry["key"] and before.adapter:
+            model = f"{model.removesuffix(before.adapter)}{after.adapter}"
+            entry = {**entry, "stage": after.name, "key": after.key}
+        content[model] = entry
+    return {} if content == kept else {FILE: strict_json.dumps(content, indent=1) + "\n"}
 
 
 def _read(private: Path) -> dict[str, Any]:

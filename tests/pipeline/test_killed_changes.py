@@ -1,0 +1,298 @@
+"""Commands that change adapters and are killed at any change of the disk: the next command finishes
+or undoes what they began."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+from adapter.test_mlx_adapter import write_mlx
+from qwlora.cli.main import app
+from qwlora.errors import DirectoryError
+from qwlora.pipeline.directory import Directory
+from qwlora.pipeline.existing_job import job_recipe
+from qwlora.pipeline.job_texts import JobTexts
+from qwlora.pipeline.journal import JOURNAL
+from qwlora.pipeline.manage_adapters import (
+    add_adapter,
+    import_adapter,
+    remove_adapter,
+    rename_adapter,
+)
+from qwlora.pipeline.plan import make_plan, resolve_compute
+from qwlora.pipeline.run_job import run
+from qwlora.pipeline.stage_records import Record
+from qwlora.pipeline.stale_stages import find_stale
+from qwlora.recipe import load_recipe
+
+_CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}
+_UNSTABLE = {".qwlora/digests.json", ".qwlora/lock"}
+_stop: Callable[[], None] | None = None
+
+
+class Stopped(BaseException):
+    """Stands for SIGKILL: no handler for errors catches it."""
+
+
+def _hook(event: str, arguments: tuple[Any, ...]) -> None:
+    if _stop is not None:
+        writes = (
+            event == "open"
+            and isinstance(arguments[2], int)
+            and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+        )
+        if (event in _CHANGES or writes) and not str(arguments[0]).startswith("/dev"):
+            _stop()
+
+
+sys.addaudithook(_hook)
+
+
+@contextmanager
+def stopping(number: int) -> Iterator[None]:
+    """Refuse the nth change of the disk and all that follow, as if the process were gone."""
+    global _stop
+    count = itertools.count(1)
+
+    def stop() -> None:
+        if next(count) >= number:
+            raise Stopped
+
+    _stop = stop
+    try:
+        yield
+    finally:
+        _stop = None
+
+
+@pytest.fixture(scope="module")
+def finished(
+    checkpoints: dict[str, Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A job with adapters `first`, trained and exported, and `second`, with unfinished training."""
+    folder = tmp_path_factory.mktemp("finished")
+    content = {
+        "preset": "fast",
+        "model": {"source": str(checkpoints["llama"])},
+        "data": {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 4},
+        "adapters": [
+            {"name": name, "rank": 2, "steps": 2, "warmup_steps": 0} for name in ("first", "second")
+        ],
+        "export": {"targets": ["hf"]},
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    recipe = load_recipe(
+        folder / "recipe.yaml", ("adapters=[{name: first, rank: 2, steps: 2, warmup_steps: 0}]",)
+    )
+    job = folder / "job"
+    run(recipe, job, ("quantize", "train"))
+    recipe = resolve_compute(load_recipe(folder / "recipe.yaml"))
+    with Directory.open(job, recipe) as directory:
+        plan = {stage.name: stage for stage in make_plan(recipe, JobTexts(recipe))}
+        for name in ("export/hf", "export/hf/first", "verify/hf/first"):
+            with directory.scratch() as scratch:
+                (scratch / "file.bin").write_text(name)
+                stage = plan[name]
+                directory.commit(name, Record(stage.key, 1.0), scratch, stage.artifact, ())
+        unfinished = directory.work("train/second", plan["train/second"].work_key)
+        unfinished.mkdir(parents=True)
+        (unfinished / "checkpoint").write_text("half")
+        score = {
+            "stage": "train/first",
+            "key": plan["train/first"].key,
+            "tasks": {"quiz": {"acc": 1}},
+        }
+        (directory.private / "tasks.json").write_text(json.dumps({"adapted/first": score}))
+    return job
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_mlx(tmp_path_factory.mktemp("elsewhere") / "mlx")
+
+
+def state(job: Path) -> dict[str, bytes]:
+    """Every file of a job by its path, without scratch files; the folder's own path does not count."""
+    return {
+        name: path.read_bytes().replace(str(job).encode(), b"JOB")
+        for path in sorted(job.rglob("*"))
+        if path.is_file()
+        and (name := str(path.relative_to(job))) not in _UNSTABLE
+        and not path.name.endswith(".part")
+    }
+
+
+COMMANDS: dict[str, Callable[[Path, Path], None]] = {
+    "add": lambda job, source: add_adapter(job, "third", changes=("steps=3",)),
+    "import": lambda job, source: import_adapter(job, "third", str(source)),
+    "rename": lambda job, source: rename_adapter(job, "first", "one"),
+    "rename of an unfinished one": lambda job, source: rename_adapter(job, "second", "two"),
+    "remove": lambda job, source: remove_adapter(job, "first"),
+}
+
+
+def listed(job: Path) -> None:
+    CliRunner().invoke(app, ["adapters", "list", str(job)])
+
+
+def ran(job: Path) -> None:
+    arguments = ["train", "--out", str(job), "--quiet"]
+    assert CliRunner().invoke(app, arguments, standalone_mode=False).exception is None
+
+
+@pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_command_that_is_killed_at_any_change_is_finished_or_undone_by_the_next(
+    command: str, finished: Path, source: Path, tmp_path: Path
+) -> None:
+    """Repeated, it ends as if it had not been killed."""
+    change, job = COMMANDS[command], tmp_path / "job"
+
+    def fresh() -> Path:
+        shutil.rmtree(job, ignore_errors=True)
+        return Path(shutil.copytree(finished, job))
+
+    before = state(fresh())
+    change(job, source)
+    after = state(job)
+    assert after != before
+    others = itertools.cycle(
+        [listed, job_recipe, Directory.read, lambda j: Directory.peek(j, job_recipe(j))]
+    )
+    for number in itertools.count(1):
+        fresh()
+        try:
+            with stopping(number):
+                change(job, source)
+        except Stopped:
+            pass
+        else:
+            break
+        killed = tmp_path / "killed"
+        shutil.copytree(job, killed)
+        next(others)(job)
+        with Directory.edit(job):  # what a command leaves that is killed before it decided
+            pass
+        assert state(job) in (before, after), number
+        recipe = resolve_compute(job_recipe(job))
+        stale = find_stale(make_plan(recipe, JobTexts(recipe)), Directory.read(job))
+        assert not {"quantize", "train/first", "train/one", "export/hf/one"} & stale.keys(), number
+        shutil.rmtree(job)
+        killed.rename(job)
+        change(job, source)
+        assert state(job) == after, number
+    assert number > 10
+
+
+def test_a_run_after_a_killed_rename_skips_what_is_trained(finished: Path, tmp_path: Path) -> None:
+    job = Path(shutil.copytree(finished, tmp_path / "job"))
+    with pytest.raises(Stopped), stopping(6):
+        rename_adapter(job, "first", "one")
+    assert (job / ".qwlora" / JOURNAL).is_file()
+    answer = CliRunner().invoke(app, ["train", "--out", str(job)])
+    assert answer.exit_code == 0, answer.output
+    assert "train/one: skipped" in answer.output
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        ("{", "is damaged"),
+        ('{"command": [], "removals": 3}', "is damaged"),
+        ('{"command": [], "removals": ["../victim"]}', "leads out of the job"),
+        ('{"command": [], "moves": [["VICTIM", "adapters/x"]]}', "leads out of the job"),
+        ('{"command": [], "files": {"link/victim": "text"}}', "leads out of the job"),
+    ],
+)
+def test_a_journal_that_is_damaged_or_hostile_changes_nothing(
+    content: str, problem: str, finished: Path, tmp_path: Path
+) -> None:
+    job, victim = Path(shutil.copytree(finished, tmp_path / "job")), tmp_path / "victim"
+    victim.write_text("mine")
+    (job / "link").symlink_to(tmp_path)
+    (job / ".qwlora" / JOURNAL).write_text(content.replace("VICTIM", str(victim)))
+    before = state(job)
+    with pytest.raises(DirectoryError, match=problem):
+        job_recipe(job)
+    assert (state(job), victim.read_text()) == (before, "mine")
+
+
+def test_names_are_checked_before_anything_is_written(
+    finished: Path, source: Path, tmp_path: Path
+) -> None:
+    job = Path(shutil.copytree(finished, tmp_path / "job"))
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    before = state(tmp_path)
+    for name in ("../../../victim", "a/b", "", ".hidden"):
+        with pytest.raises(Exception, match=r"adapters\.2\.name"):
+            import_adapter(job, name, str(source))
+    assert state(tmp_path) == before
+
+
+@pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
+def test_the_source_of_an_import_stays_when_its_name_is_taken_by_another(
+    finished: Path, source: Path, tmp_path: Path
+) -> None:
+    job = Path(shutil.copytree(finished, tmp_path / "job"))
+
+    def sources() -> dict[str, bytes]:
+        recipe = job_recipe(job)
+        return {
+            a.name: (Path(a.continue_from) / "adapter_model.safetensors").read_bytes()
+            for a in recipe.adapters
+            if a.continue_from
+        }
+
+    import_adapter(job, "old", str(source))
+    before = sources()["old"]
+    rename_adapter(job, "old", "new")
+    other = write_mlx(tmp_path / "other", {"lora_parameters": {"rank": 4, "scale": 1.0}})
+    (other / "adapters.safetensors").write_bytes((source / "adapters.safetensors").read_bytes())
+    import_adapter(job, "old", str(other))
+    import_adapter(job, "again", str(source))
+    assert sources()["new"] == sources()["again"] == before
+    places = {a.name: a.continue_from for a in job_recipe(job).adapters}
+    assert places["old"] != places["new"] == places["again"]
+    remove_adapter(job, "again")
+    assert sources()["new"] == before
+    remove_adapter(job, "new")
+    assert sorted(p.name for p in (job / ".qwlora" / "imports").iterdir()) == [
+        Path(str(places["old"])).name
+    ]
+
+
+def test_no_adapter_is_lost_that_another_command_adds_meanwhile(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from qwlora.pipeline import manage_adapters
+
+    job = Path(shutil.copytree(finished, tmp_path / "job"))
+    plans = manage_adapters._plans
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.undo()
+        with pytest.raises(DirectoryError, match="in use by another qwlora process"):
+            remove_adapter(job, "second")
+        return plans(*arguments)
+
+    monkeypatch.setattr(manage_adapters, "_plans", meanwhile)
+    add_adapter(job, "third")
+    assert [a.name for a in job_recipe(job).adapters] == ["first", "second", "third"]
+
+
+def test_removing_an_unknown_adapter_does_not_ask(finished: Path) -> None:
+    answer = CliRunner().invoke(app, ["adapters", "remove", str(finished), "frist"])
+    assert "did you mean first" in str(answer.exception)
+    assert "--yes" not in str(answer.exception)

@@ -54,8 +54,7 @@ def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """A finished job with an ONNX file; skips without lm-eval."""
-    pytest.importorskip("lm_eval", reason="pip install 'qwlora[lm-eval]'")
+    """A finished job with an ONNX file."""
     folder = tmp_path_factory.mktemp("job")
     tiny_model("llama", layers=1).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
@@ -85,6 +84,7 @@ def plain_scores(job: Path, task_file: Path) -> dict[str, Any]:
     return scores
 
 
+@pytest.mark.client
 def test_every_model_is_scored_and_the_float_model_as_by_lm_eval(
     job: Path, task_file: Path
 ) -> None:
@@ -116,6 +116,7 @@ def test_every_model_is_scored_and_the_float_model_as_by_lm_eval(
     )
 
 
+@pytest.mark.client
 def test_scores_are_shown_as_a_table_and_stay_through_the_next_run(
     job: Path, task_file: Path
 ) -> None:
@@ -129,6 +130,7 @@ def test_scores_are_shown_as_a_table_and_stay_through_the_next_run(
     assert json.loads((job / "results.json").read_text())["tasks"] == before
 
 
+@pytest.mark.client
 def test_unknown_tasks_and_missing_files_are_named(job: Path, tmp_path: Path) -> None:
     done = qwlora("evaluate", job, "--tasks", "hellaswagg", "--models", "base")
     assert done.returncode == 2

@@ -6,8 +6,12 @@ import ast
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+
+import conftest
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
@@ -35,4 +39,15 @@ def test_make_test_leaves_out_the_marks_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("mark", MARKS)
 def test_a_session_of_nox_runs_each_mark(mark: str) -> None:
-    assert f'"-m", "{mark}"' in (ROOT / "noxfile.py").read_text()
+    assert f'"-m", "{mark}' in (ROOT / "noxfile.py").read_text()
+
+
+@pytest.mark.parametrize(("mark", "outcome"), [("client", "failed"), ("slow", "skipped")])
+def test_a_skip_is_a_failure_where_all_programs_are(mark: str, outcome: str) -> None:
+    item: Any = SimpleNamespace(get_closest_marker=lambda name: name == mark)
+    hook = conftest.pytest_runtest_makereport(item)
+    next(hook)
+    report = SimpleNamespace(skipped=True, outcome="skipped", longrepr="")
+    with pytest.raises(StopIteration):
+        hook.send(report)
+    assert report.outcome == outcome

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import importlib.util
 import json
 import re
 import shutil
@@ -17,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from command_line import qwlora
+from export.test_qnn_bundle import EMULATED
 from qwlora.errors import DirectoryError, FingerprintError, GridError, RecipeError
 from qwlora.export.bundle import RECORD, record_digest, verify_bundle
 from qwlora.formats import manifest
@@ -248,8 +248,9 @@ def break_decode(folder: Path, proofs: list[Path]) -> None:
 
 
 @pytest.mark.slow
+@EMULATED
 def test_a_job_writes_graphs_for_the_htp_and_runs_every_adapter(
-    recipe_for: Any, tmp_path: Path
+    is_emulated: bool, recipe_for: Any, tmp_path: Path
 ) -> None:
     verify = {"sequences": 1, "perplexity_difference": 0.02}
     export = {**HTP["export"], "targets": ["qnn", "aimet", "qairt"]}
@@ -264,7 +265,6 @@ def test_a_job_writes_graphs_for_the_htp_and_runs_every_adapter(
             assert case["passed"]
             assert case["cpu"]["sqnr"] > 40
             assert case["limits"]["perplexity_difference"] > 0.02
-    is_emulated = importlib.util.find_spec("onnxruntime_qnn") is not None
     found = results["parity"]["qnn"]
     assert found.keys() == {"first", "second", "none"}
     console = Console(file=StringIO(), width=200)

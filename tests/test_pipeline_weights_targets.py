@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from client_programs import with_clients
 from command_line import qwlora
 from conftest import byte_tokenizer, reseal
 from qwlora import load_adapter, load_base
@@ -152,14 +153,17 @@ def test_a_grid_that_a_target_cannot_hold_is_refused_at_once(
     ("architecture", "target", "message"),
     [
         ("gpt2", "hf", r"target hf cannot hold .*gpt2.*Conv1D.*c_attn\.weight"),
-        ("opt", "mlx", "target mlx cannot hold .*mlx-lm has no model type opt"),
+        pytest.param(
+            "opt",
+            "mlx",
+            "target mlx cannot hold .*mlx-lm has no model type opt",
+            marks=pytest.mark.client,
+        ),
     ],
 )
 def test_a_model_that_a_target_cannot_hold_is_refused_before_anything_is_computed(
     recipe_for: Any, tmp_path: Path, architecture: str, target: str, message: str
 ) -> None:
-    if target == "mlx" and (missing := TARGETS[target].missing()):
-        pytest.skip(missing)
     recipe = load_recipe(recipe_for(architecture, export={"targets": [target]}))
     with pytest.raises(GridError, match=message):
         run(recipe, tmp_path / "job", ("quantize",))
@@ -361,12 +365,10 @@ def everywhere(recipe_for: Any, finished: Path) -> Path:
     return finished / "everywhere"
 
 
-@pytest.mark.parametrize("name", EVERYWHERE)
+@pytest.mark.parametrize("name", with_clients(EVERYWHERE))
 def test_the_bundle_of_every_runtime_is_proven_elsewhere_and_refused_after_a_changed_bit(
     name: str, everywhere: Path, tmp_path: Path
 ) -> None:
-    if missing := TARGETS[name].missing():
-        pytest.skip(missing)
     moved = bundle(everywhere, tmp_path, name)
     gone = everywhere.rename(everywhere.with_name("gone"))
     try:

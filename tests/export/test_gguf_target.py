@@ -210,10 +210,9 @@ def test_an_adapter_has_the_files_names_and_order(source: Path, tmp_path: Path) 
     assert len(stored) == 2 * len(canonical.factors)
 
 
+@pytest.mark.client
 @pytest.mark.parametrize("how", ["keep", "w4-block32"])
 def test_llama_cpp_computes_smollm2_and_its_adapter(how: str, tmp_path: Path) -> None:
-    if missing := target().missing():
-        pytest.skip(missing)
     source = locate(SMOLLM2).path
     model: Any
     if how == "keep":
@@ -237,9 +236,8 @@ def test_llama_cpp_computes_smollm2_and_its_adapter(how: str, tmp_path: Path) ->
         runtime.use(tmp_path / "b")
 
 
+@pytest.mark.client
 def test_llama_cpps_gelu_is_allowed_and_nothing_else(tmp_path: Path) -> None:
-    if missing := target().missing():
-        pytest.skip(missing)
     (tmp_path / "base").mkdir()
     _, source = made("Gemma 3", "gguf", tmp_path)
     assert source is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from collections.abc import Mapping
@@ -19,7 +18,6 @@ from qwlora.export.gguf_target import LlamaRuntime
 from qwlora.export.htp_limits import input_problem, table_problem, weight_problem
 from qwlora.export.qnn_bundle import export_qnn
 from qwlora.export.qnn_runtime import QnnModel
-from qwlora.export.registry import TARGETS
 from qwlora.export.verify import Limits
 from qwlora.export.verify_qnn import check_bundle, verify_qnn
 from qwlora.grid.scheme import PerChannel, parse_scheme
@@ -30,7 +28,10 @@ from simulation.tiny_architectures import inputs, make
 
 IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
 CONTEXT, GENERATED = 96, 64
-EMULATED = importlib.util.find_spec("onnxruntime_qnn") is not None
+# what is computed without the HTP's emulator, too
+EMULATED = pytest.mark.parametrize(
+    "is_emulated", [False, pytest.param(True, marks=pytest.mark.client)]
+)
 SCHEMES = SimulationSchemes(
     quantize_residual_adds=True,
     symmetric_matmul_second_input=True,
@@ -94,9 +95,10 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Simul
 
 
 @pytest.mark.slow
+@EMULATED
 @pytest.mark.parametrize("name", ["first", "second", "zero"])
 def test_every_adapter_computes_its_simulation(
-    name: str, bundle: tuple[Mapping[str, Simulation], Path]
+    name: str, is_emulated: bool, bundle: tuple[Mapping[str, Simulation], Path]
 ) -> None:
     simulations, folder = bundle
     simulation = simulations["base" if name == "zero" else name]
@@ -110,7 +112,7 @@ def test_every_adapter_computes_its_simulation(
         assert float((logits - other.logits(IDS)).abs().mean()) > 10 * float(
             (logits - simulation.logits(IDS)).abs().mean()
         )
-    if EMULATED:
+    if is_emulated:
         assert parity.htp is not None
         assert parity.htp_sqnr is not None
         assert parity.htp_sqnr > 35
@@ -176,7 +178,7 @@ def test_prefill_and_decode_share_one_weight_file(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not EMULATED, reason="needs onnxruntime-qnn")
+@pytest.mark.client
 def test_adapters_switched_in_loaded_graphs_equal_separate_runs(
     bundle: tuple[Mapping[str, Simulation], Path],
 ) -> None:
@@ -199,12 +201,10 @@ def test_adapters_switched_in_loaded_graphs_equal_separate_runs(
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not EMULATED, reason="needs onnxruntime-qnn")
+@pytest.mark.client
 def test_llama_cpp_runs_in_the_process_of_the_emulator(
     bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
 ) -> None:
-    if missing := TARGETS["gguf"].missing():
-        pytest.skip(missing)
     _, folder = bundle
     QnnModel(folder / "base", folder / "first", htp=True).logits(IDS)
     with pytest.raises(ExportError, match=r"nothing\.gguf.*failed to load model"):

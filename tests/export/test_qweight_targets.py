@@ -183,9 +183,9 @@ def test_a_scale_that_is_no_float16_is_refused(tmp_path: Path) -> None:
         target("awq").write_base(ExportedBase(model, None), tmp_path)
 
 
+@pytest.mark.client
 def test_mlx_reads_the_same_weights(tmp_path: Path) -> None:
     """mlx-lm is somebody else's reader of GPTQ and AWQ folders; it has 4 bits in groups."""
-    pytest.importorskip("mlx_lm")
     import mlx.core as mx
     from mlx_lm.utils import load_model
 

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from client_programs import with_clients
 from conftest import byte_tokenizer
 from export.support_matrix import SCHEMES, WEIGHTS
 from formats.gguf_models import metadata_of, stored_shapes, write_file
@@ -132,11 +133,9 @@ def groups(target: WeightsTarget, schemes: Sequence[Scheme]) -> list[list[Scheme
     return found
 
 
-@pytest.mark.parametrize("name", WEIGHTS)
+@pytest.mark.parametrize("name", with_clients(WEIGHTS))
 def test_the_runtime_computes_every_scheme_that_the_target_holds(name: str, tmp_path: Path) -> None:
     target = WEIGHTS[name]
-    if missing := target.missing():
-        pytest.skip(missing)
     held = [scheme for scheme in SCHEMES if target.problem(scheme) is None]
     for number, schemes in enumerate(groups(target, held)):
         folder, source = tmp_path / str(number), None

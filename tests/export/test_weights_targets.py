@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
+from client_programs import with_clients
 from conftest import byte_tokenizer, tiny_model
 from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
@@ -136,39 +137,39 @@ EMBEDDING = [Rule(match="*embed_tokens", scheme=Scheme(8, True, PerBlock(32)))]
 
 @pytest.mark.parametrize(
     ("name", "architecture", "scheme", "rules"),
-    [
-        *(
-            (name, *case)
-            for name in ("hf", "mlx")
-            for case in (
-                ("llama", "w4-block32", []),
-                ("qwen3", Scheme(4, True, PerBlock(32)), MIXED),
-                ("llama", Scheme(4, False, PerBlock(32)), []),
-                ("llama", "w8-channel", EMBEDDING),
-            )
-        ),
-        ("genai", "llama", "w4-block32", []),
-        ("genai", "qwen3", Scheme(4, False, PerBlock(32)), MIXED),
-        ("genai", "gpt2", Scheme(3, False, PerBlock(64)), []),
-        ("genai", "opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
-        ("genai", "llama", Scheme(2, True, PerChannel()), EMBEDDING),
-        ("openvino", "llama", "w4-block32", []),
-        ("openvino", "qwen3", Scheme(4, False, PerBlock(32)), MIXED),
-        ("openvino", "gpt2", Scheme(3, False, PerBlock(64)), []),
-        ("openvino", "opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
-        ("gptq", "llama", "w4-block32", []),
-        ("gptq", "qwen3", Scheme(8, False, PerBlock(64)), []),
-        ("gptq", "llama", Scheme(3, False, PerBlock(32)), EMBEDDING),
-        ("awq", "qwen3", "w4-block32", [Rule("*.o_proj", None)]),
-        ("awq", "llama", Scheme(4, False, PerBlock(64)), []),
-    ],
+    with_clients(
+        [
+            *(
+                (name, *case)
+                for name in ("hf", "mlx")
+                for case in (
+                    ("llama", "w4-block32", []),
+                    ("qwen3", Scheme(4, True, PerBlock(32)), MIXED),
+                    ("llama", Scheme(4, False, PerBlock(32)), []),
+                    ("llama", "w8-channel", EMBEDDING),
+                )
+            ),
+            ("genai", "llama", "w4-block32", []),
+            ("genai", "qwen3", Scheme(4, False, PerBlock(32)), MIXED),
+            ("genai", "gpt2", Scheme(3, False, PerBlock(64)), []),
+            ("genai", "opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
+            ("genai", "llama", Scheme(2, True, PerChannel()), EMBEDDING),
+            ("openvino", "llama", "w4-block32", []),
+            ("openvino", "qwen3", Scheme(4, False, PerBlock(32)), MIXED),
+            ("openvino", "gpt2", Scheme(3, False, PerBlock(64)), []),
+            ("openvino", "opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
+            ("gptq", "llama", "w4-block32", []),
+            ("gptq", "qwen3", Scheme(8, False, PerBlock(64)), []),
+            ("gptq", "llama", Scheme(3, False, PerBlock(32)), EMBEDDING),
+            ("awq", "qwen3", "w4-block32", [Rule("*.o_proj", None)]),
+            ("awq", "llama", Scheme(4, False, PerBlock(64)), []),
+        ]
+    ),
 )
 def test_the_runtime_computes_base_and_adapters(
     name: str, architecture: str, scheme: Any, rules: list[Rule], tmp_path: Path
 ) -> None:
     kind = target(name)
-    if missing := kind.missing():
-        pytest.skip(missing)
     solver = "search" if kind.has_float16_scales else "rtn"
     model = base(scheme, architecture, solver, rules=rules)
     (tmp_path / "base").mkdir()
@@ -199,8 +200,6 @@ def test_the_lines_of_the_readme_load_a_base_of_several_schemes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind = target("hf")
-    if missing := kind.missing():
-        pytest.skip(missing)
     model = base("w4-block32", rules=MIXED)
     (tmp_path / "base").mkdir()
     kind.write_base(ExportedBase(model, byte_tokenizer()), tmp_path / "base")

@@ -366,8 +366,9 @@ def test_trainer_refuses_to_train_the_integers(base: Path, tmp_path: Path) -> No
         Trainer(model, training_arguments(tmp_path))
 
 
+@pytest.mark.client
 def test_sft_trainer_of_trl_trains_an_adapter_on_a_base(base: Path, tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl", reason="pip install trl")
+    import trl
     from datasets import Dataset
 
     model = AutoModelForCausalLM.from_pretrained(base)
@@ -390,9 +391,9 @@ def test_sft_trainer_of_trl_trains_an_adapter_on_a_base(base: Path, tmp_path: Pa
     assert torch.equal(logits(loaded), logits(trainer.model))
 
 
+@pytest.mark.client
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`")  # the harness does
 def test_the_evaluation_harness_scores_a_base(base: Path) -> None:
-    pytest.importorskip("lm_eval", reason="pip install lm_eval")
     from lm_eval.api.instance import Instance
     from lm_eval.models.huggingface import HFLM
 

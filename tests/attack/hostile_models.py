@@ -152,6 +152,12 @@ MODELS: dict[str, Attack] = {
     "hidden_size is a fraction": edit("config.json", hidden_size=64.5),
     "layers in words": edit("config.json", num_hidden_layers="two"),
     "vocabulary of a trillion": edit("config.json", vocab_size=10**12),
+    "hidden_size of a billion": edit("config.json", hidden_size=10**9),
+    "rope factor is NaN": edit(
+        "config.json",
+        rope_parameters={"rope_type": "linear", "factor": float("nan"), "rope_theta": 1e4},
+    ),
+    "attention of a hub repository": edit("config.json", _attn_implementation="somebody/kernel"),
     "rms_norm_eps is text": edit("config.json", rms_norm_eps="x"),
     "rope parameters are text": edit("config.json", rope_parameters="x"),
     "dtype is unknown": edit("config.json", dtype="int99"),
@@ -191,8 +197,9 @@ MODELS: dict[str, Attack] = {
     "shard that is missing": _index("model-00001-of-00009.safetensors"),
 }
 
-# transformers has a class of its own for the model type, so the folder's code is not needed
-HARMLESS = ("code for a known model type",)
+# transformers has a class of its own for the model type, and QWLoRA chooses the attention, so what
+# the folder names is not needed
+HARMLESS = ("code for a known model type", "attention of a hub repository")
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
@@ -211,6 +218,19 @@ def _nan(content: dict[str, torch.Tensor]) -> None:
     next(iter(content.values())).view(-1)[0] = float("nan")
 
 
+def _infinity(content: dict[str, torch.Tensor]) -> None:
+    next(iter(content.values())).view(-1)[-1] = float("-inf")
+
+
+def _deeper(content: dict[str, torch.Tensor]) -> None:
+    for name in list(content):
+        content[name.replace("layers.1.", "layers.7.")] = content[name].clone()
+
+
+def _embedding(content: dict[str, torch.Tensor]) -> None:
+    content["base_model.model.model.embed_tokens.weight"] = torch.zeros(4, 64)
+
+
 def _clash(content: dict[str, torch.Tensor]) -> None:
     for name in list(content):
         content[name.upper()] = content[name].clone()
@@ -224,6 +244,9 @@ ADAPTERS: dict[str, Attack] = {
     "other names": tensors(_empty_names, ADAPTER_WEIGHTS),
     "no tensors": tensors(dict.clear, ADAPTER_WEIGHTS),
     "NaN": tensors(_nan, ADAPTER_WEIGHTS),
+    "infinity": tensors(_infinity, ADAPTER_WEIGHTS),
+    "more layers than the model": tensors(_deeper, ADAPTER_WEIGHTS),
+    "an embedding of its own": tensors(_embedding, ADAPTER_WEIGHTS),
     "names that differ in case only": tensors(_clash, ADAPTER_WEIGHTS),
     "weights are deep": header(f'{{"a": {DEEP}}}', file=ADAPTER_WEIGHTS),
     "weights with a header of an exabyte": header("{}", 2**60, file=ADAPTER_WEIGHTS),
@@ -237,6 +260,9 @@ ADAPTERS: dict[str, Attack] = {
     "rank is a billion": edit(CONFIG, r=10**9),
     "rank is a list": edit(CONFIG, r=[4]),
     "alpha in words": edit(CONFIG, lora_alpha="much"),
+    "alpha is 0": edit(CONFIG, lora_alpha=0),
+    "alpha is NaN": edit(CONFIG, lora_alpha=float("nan")),
+    "weights the other way around": edit(CONFIG, fan_in_fan_out=True),
     "targets are a number": edit(CONFIG, target_modules=5),
     "targets backtrack for ever": edit(CONFIG, target_modules=r"([a-z_.0-9]+)+!"),
     "pattern backtracks for ever": edit(CONFIG, rank_pattern={r"([a-z_.0-9]+)+!": 4}),

@@ -13,6 +13,13 @@ SECTIONS = {
         "and the same command run again ends with the same artifacts, bit for bit, as a run that "
         "nobody disturbed.",
     ),
+    "changes": (
+        "Killed changes of a job",
+        "A finished job of two adapters is changed, and the command gets SIGKILL right before each "
+        "change that it makes to the disk, one after the other. Then either the same command and "
+        "`train` run, or `train` alone. Held: the job is what it is with the change made, in every "
+        "file and result; if the command was not repeated, it may also be what it was before.",
+    ),
     "disks": (
         "Full disks",
         "The job is on a disk with too little free space for the stage. Held: one message, exit "
@@ -26,6 +33,22 @@ SECTIONS = {
         "restored), is cut at a random length, emptied, deleted, and swapped with another file. "
         "Then the commands and functions that read it run. Held: exit code 2 with one message, "
         "or QWLoRA's own exception in Python, or harmless as listed below.",
+    ),
+    "reports": (
+        "Reports of damaged jobs",
+        "A file of a finished job is damaged in the same ways, or every number in results.json is "
+        "replaced, and `report` writes the page again. Held: the page says that files may be "
+        "shipped only if all artifacts are those that were proven, and shows no number that "
+        "nobody measured; or exit code 2 with one message.",
+    ),
+    "bundles": (
+        "Bundles that somebody else made",
+        "Every kind of file in the bundle of every target is changed and all digests are made to "
+        "agree with it, as whoever makes a bundle can: one bit, other bytes, a program that the "
+        "file's usual reader would run, a folder; or it is replaced by a link or a pipe, or "
+        "removed; and files are added that no export writes. Then `verify` reads the bundle. Held: "
+        "exit code 2 with one message, no program of the bundle ran, and it passed only where "
+        "that is harmless.",
     ),
     "unfinished": (
         "Damaged checkpoints of unfinished stages",
@@ -51,7 +74,7 @@ class Record:
 
     rows: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
-    harmless: dict[str, str] = field(default_factory=dict)
+    harmless: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def add(self, section: str, row: str, problem: str, how: str = "") -> None:
         """One attack. `problem` is empty if it held; `how` says which attack it was."""
@@ -60,6 +83,10 @@ class Record:
         counts[1] += not problem
         if problem:
             self.failures.append(f"{section}: {row}: {how}: {problem}")
+
+    def add_harmless(self, section: str, what: str, why: str) -> None:
+        """Something that need not be noticed."""
+        self.harmless.setdefault(section, {})[what] = why
 
     def tried(self, section: str) -> int:
         return sum(tried for tried, _ in self.rows.get(section, {}).values())
@@ -78,9 +105,9 @@ class Record:
         for section, (title, text) in SECTIONS.items():
             if rows := self.rows.get(section):
                 lines += ["", f"## {title}", "", text, "", *_table(section, rows)]
-            if section == "damage" and self.harmless:
+            if harmless := self.harmless.get(section):
                 lines += ["", "Harmless, and why:", ""]
-                lines += [f"- {what}: {why}" for what, why in sorted(self.harmless.items())]
+                lines += [f"- {what}: {why}" for what, why in sorted(harmless.items())]
         return "\n".join(lines) + "\n"
 
 

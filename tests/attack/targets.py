@@ -86,6 +86,11 @@ def merge_target(job: Job, into: str, place: Path) -> Target:
     return _run(Target(f"merge: into {into}", arguments, job.finished, place, 0, 0))
 
 
+def change_target(job: Job, name: str, arguments: tuple[str, ...], place: Path) -> Target:
+    """A command that changes a finished job in another way than a stage does."""
+    return _run(Target(name, arguments, job.finished, place, 0, 0))
+
+
 def _run(target: Target) -> Target:
     """Run the command undisturbed."""
     target.put(target.after)

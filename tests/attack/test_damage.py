@@ -233,7 +233,75 @@ def test_damaged_files_are_noticed_by_what_reads_them(
         for pattern, why in reader.harmless.items():
             for kind in found:
                 if re.search(reader.reads, kind) and re.search(pattern, kind):
-                    record.harmless[f"`{kind}`, read by {reader.name}"] = why
+                    record.add_harmless("damage", f"`{kind}`, read by {reader.name}", why)
+    record.check(since)
+
+
+REPORTED = ("flip 0", "flip 1", "cut", "empty", "delete", "swap")
+GOOD = ("ok", "warn")  # classes of the verdicts that let files be shipped
+PLANTED = 987654.25
+
+
+def _verdict(job: Path) -> str:
+    """The class of the verdict in a job's report."""
+    found = re.search(r'class="vk (\w+)"', (job / "report.html").read_text())
+    return found[1] if found else ""
+
+
+def _plant(job: Path) -> str:
+    """Write another number for every measured one into results.json."""
+
+    def planted(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: planted(inner) for key, inner in value.items()}
+        return PLANTED if isinstance(value, float) else value
+
+    results = json.loads((job / "results.json").read_text())
+    (job / "results.json").write_text(json.dumps(planted(results)))
+    return f"every measured number is {PLANTED}"
+
+
+def test_reports_of_damaged_jobs_ship_nothing_that_changed(
+    qwa: Job, seed: int, record: Record, tmp_path: Path
+) -> None:
+    """A report says that files may be shipped only if they are those that were proven."""
+    found = {kind: files for kind, files in kinds(qwa.finished).items() if kind != "report.html"}
+    trials = [("nothing", "nothing"), ("results.json", "plant")]
+    trials += [(kind, how) for kind in found for how in REPORTED]
+
+    def attack(trial: tuple[str, str], folder: Path) -> dict[str, Any]:
+        kind, how = trial
+        generator = seeds(seed, "report", kind, how)
+        place = folder / "job"
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(qwa.finished, place)
+        if how == "nothing":
+            file, done = place, "undamaged"
+        elif how == "plant":
+            file, done = place / "results.json", _plant(place)
+        else:
+            file = place / generator.choice(found[kind])
+            done = damage(file, how, generator)
+        (place / "report.html").unlink()
+        ended = qwlora("report", place, logs=folder / "logs")
+        problem = ended.refused() if ended.code else ""
+        if not ended.code:
+            page = (place / "report.html").read_text()
+            ships = _verdict(place) in GOOD
+            unequal = differences(artifacts(place), artifacts(qwa.finished))
+            if how == "nothing" and not ships:
+                problem = f"an undamaged job gets verdict {_verdict(place)!r}"
+            elif ships and unequal:
+                problem = f"the verdict is {_verdict(place)!r}, but {unequal}"
+            elif "987,65" in page or "987654" in page:
+                problem = "it shows a number that nobody measured"
+        how = f"seed {seed}: {file.relative_to(folder)}: {done}"
+        return {"problem": problem, "how": how}
+
+    since = len(record.failures)
+    for (kind, _), result in zip(trials, parallel(attack, trials, tmp_path), strict=True):
+        problem = result.get("error") or result["problem"]
+        record.add("reports", f"`{kind}`", problem, result.get("how", ""))
     record.check(since)
 
 

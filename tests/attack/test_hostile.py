@@ -426,6 +426,7 @@ DATA: dict[str, tuple[str, bytes | Callable[[Path], None], str | bytes | None]] 
     "CSV with NUL": ("a.csv", b"text\n" + b"a\0b\n" * 20, None),
     "CSV with an open quote": ("a.csv", b'text\n"' + b"a" * 2_000_000, None),
     "CSV that is not UTF-8": ("a.csv", b"text\n" + b"\xff\xfe\n" * 20, None),
+    "CSV with 200,000 columns": ("a.csv", b"c,d" * 100_000 + b"\n" + b"1,2" * 100_000, None),
     "Parquet that is none": ("a.parquet", b"PAR1" + b"\xff" * 500 + b"PAR1", None),
     "Parquet that is empty": ("a.parquet", b"", None),
     "Parquet text that is not UTF-8": ("a.parquet", _bad_text, None),
@@ -448,6 +449,7 @@ DATA: dict[str, tuple[str, bytes | Callable[[Path], None], str | bytes | None]] 
         "{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
     ),
     "template that multiplies": ("a.jsonl", _lines(*TURNS), "{{ 'a' * 10**11 }}"),
+    "template that pads": ("a.jsonl", _lines(*TURNS), "{{ messages | center(300000000) }}"),
     "template with a power": ("a.jsonl", _lines(*TURNS), "{{ 10 ** 10 ** 10 }}"),
     "template that raises": ("a.jsonl", _lines(*TURNS), "{{ raise_exception('no') }}"),
     "template that breaks out": (

@@ -1,0 +1,252 @@
+"""Bundles that somebody else made: files changed, replaced and added, with digests that agree."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qwlora.atomic import files_in
+from qwlora.export.registry import TARGETS
+from qwlora.formats import manifest
+
+from .hostile_models import Evil
+from .jobs import Job
+from .record import Record
+from .victims import Ended, parallel, qwlora, seeds
+
+pytestmark = pytest.mark.attack
+SECONDS = 120.0  # of processor time and waiting, until a bundle must be refused
+RECORD, PROOF_RECORD, REFERENCE = "qwlora.json", "proof.json", "reference.safetensors"
+CODE = "from pathlib import Path\nPath({marker!r}).write_text('ran')\n"
+LIBRARY = b"\x7fELF\x02\x01\x01" + bytes(57)
+# how a file of a bundle is changed; all digests are made to agree where that is possible
+HOWS = ("one bit", "other bytes", "a program", "a folder", "a link", "a pipe", "removed")
+ADDED = ("evil.so", "modeling_evil.py", "custom_generate/generate.py", "a link", "a pipe")
+# Where a change may pass, and why.
+HARMLESS = {
+    r"README\.md$": "for people; no program reads it, and it may be edited",
+    r"(^|/)(tokenizer|special_tokens|added_tokens|chat_template|vocab|merges|detokenizer)[^/]*$": (
+        "a proof is of token ids: `verify` opens no tokenizer"
+    ),
+}
+A_BIT = "a bit may be one of a number that changes by less than the limits of the proof"
+
+
+@pytest.fixture(scope="session")
+def bundles(qwa: Job, place: Path) -> dict[str, Path]:
+    """The bundle of every target whose program is installed, by target."""
+    job = Path(shutil.copytree(qwa.finished, place / "bundles" / "job"))
+    targets = [name for name, target in TARGETS.items() if not target.missing()]
+    change = f"export.targets={json.dumps(targets)}"
+    for verb in ("export", "verify"):
+        ended = qwlora(verb, qwa.recipe, "--out", job, "--set", change, timeout=1800)
+        assert not ended.code, ended.err
+    folders = {target: job / "export" / target for target in targets}
+    return {target: folder for target, folder in folders.items() if (folder / "proof").is_dir()}
+
+
+def seal(bundle: Path) -> None:
+    """Let every record list the files that are there now, as an attacker would."""
+    for proof in (bundle / "proof").iterdir():
+        record = json.loads((proof / PROOF_RECORD).read_text())
+        parts = {"base": bundle / "base", "adapter": bundle / proof.name}
+        if "files" in record["of"]:
+            alone = (bundle / proof.name / RECORD).exists()
+            parts = {"files": bundle / proof.name if alone else bundle}
+        record["of"] = {part: _sealed(folder, bundle) for part, folder in parts.items()}
+        record.pop("files", None)
+        manifest.write(proof, PROOF_RECORD, record, [REFERENCE])
+
+
+def _sealed(folder: Path, bundle: Path) -> str:
+    """The digest of a record, after the folder's files were listed in it again."""
+    try:
+        record = json.loads((folder / RECORD).read_text())
+        record.pop("files", None)
+        if "base" in record:  # what changes with an adapter is for one base
+            record["base"] = _digest(bundle / "base" / RECORD)
+        names = [n for n in files_in(folder) if _is_listed(n, folder == bundle)]
+        manifest.write(folder, RECORD, record, [n for n in names if (folder / n).is_file()])
+        return _digest(folder / RECORD)
+    except (OSError, ValueError, AttributeError):  # the record itself was damaged
+        return _digest(folder / RECORD)
+
+
+def _is_listed(name: str, is_bundle: bool) -> bool:
+    return name not in ("README.md", RECORD) and not (
+        is_bundle and name.startswith(("proof/", "."))
+    )
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "0" * 64
+
+
+def change(file: Path, how: str, marker: Path, generator: random.Random) -> str:
+    """Change one file; returns what was done, empty if it is not possible."""
+    content = file.read_bytes()
+    if how in ("one bit", "other bytes", "a program") and not content:
+        return ""
+    match how:
+        case "one bit":
+            position = generator.randrange(len(content))
+            bit = 1 << generator.randrange(8)
+            changed = bytes([content[position] ^ bit])
+            file.write_bytes(content[:position] + changed + content[position + 1 :])
+            return f"bit {bit} of byte {position} of {len(content)}"
+        case "other bytes":
+            file.write_bytes(generator.randbytes(min(len(content), 2**20)))
+        case "a program":
+            file.write_bytes(_program(file, content, marker))
+        case "a folder":
+            file.unlink()
+            file.mkdir()
+            (file / "data").write_bytes(content)
+        case "a link":
+            elsewhere = marker.with_name("elsewhere")
+            elsewhere.write_bytes(content)
+            file.unlink()
+            file.symlink_to(elsewhere)
+        case "a pipe":
+            file.unlink()
+            os.mkfifo(file)
+        case "removed":
+            file.unlink()
+    return how
+
+
+def _program(file: Path, content: bytes, marker: Path) -> bytes:
+    """What runs when a careless library reads the file."""
+    code, library = file.with_name("evil.py"), file.with_name("evil.so")
+    if file.suffix in (".jinja", ".txt", ".xml", ".md"):
+        calls = "{{ cycler.__init__.__globals__.os.system('touch " + str(marker) + "') }}"
+        return calls.encode()
+    if file.suffix != ".json":
+        return pickle.dumps(Evil(marker))
+    code.write_text(CODE.format(marker=str(marker)))
+    library.write_bytes(LIBRARY)
+    names = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    keys = {"auto_map": names, "custom_ops_library": str(library), "model_file": str(code)}
+    keys["_attn_implementation"] = keys["attn_implementation"] = "somebody/kernel"
+    keys |= {"session_options": {"custom_ops_library": str(library)}}
+    try:
+        found = json.loads(content)
+    except ValueError:
+        return content
+    return json.dumps({**found, **keys} if isinstance(found, dict) else keys).encode()
+
+
+def add(folder: Path, name: str, marker: Path) -> str:
+    """Add a file that no export writes."""
+    file = folder / name
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if name == "a link":
+        (folder / "linked.bin").symlink_to("/etc/hostname")
+    elif name == "a pipe":
+        os.mkfifo(folder / "pipe.bin")
+    else:
+        is_code = file.suffix == ".py"
+        file.write_bytes(CODE.format(marker=str(marker)).encode() if is_code else LIBRARY)
+    return f"added {name}"
+
+
+def _kind(name: str, adapters: set[str]) -> str:
+    """The path without adapters' names and numbers."""
+    parts = [
+        "NAME" if re.split(r"[.+]", part)[0] in adapters else part for part in Path(name).parts
+    ]
+    return re.sub(r"\d+", "N", "/".join(parts))
+
+
+def _problem(ended: Ended, marker: Path, *, may_pass: bool) -> str:
+    problems = []
+    if ended.code == 0 and not may_pass:
+        problems.append(f"passed: {ended.out.strip()[-200:]}")
+    if ended.code and (problem := ended.refused()):
+        problems.append(problem)
+    if len(ended.err) > 20_000:
+        problems.append(f"a message of {len(ended.err)} characters")
+    if ended.seconds > SECONDS:
+        problems.append(f"took {ended.seconds:.0f} s")
+    if marker.exists():
+        problems.append("its code ran")
+    return "; ".join(problems)
+
+
+def test_changed_bundles_are_refused_before_they_are_run(
+    bundles: dict[str, Path], seed: int, record: Record, tmp_path: Path
+) -> None:
+    assert {"hf", "onnx", "aimet", "qairt"} <= bundles.keys()
+    trials: list[tuple[str, str, str, str]] = []
+    for target, bundle in bundles.items():
+        adapters = {path.name for path in (bundle / "proof").iterdir()}
+        names = sorted(p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file())
+        one_of = {_kind(name, adapters): name for name in reversed(names)}
+        trials += [(target, kind, name, how) for kind, name in one_of.items() for how in HOWS]
+        folders = sorted({Path(name).parts[0] for name in names if "/" in name} - {"proof"})
+        trials += [
+            (target, f"{_kind(folder, adapters)}/", folder, f"add {name}")
+            for folder in folders
+            if folder not in ("golden",)
+            for name in ADDED
+        ]
+
+    def attack(trial: tuple[str, str, str, str], folder: Path) -> dict[str, Any]:
+        target, kind, name, how = trial
+        generator = seeds(seed, "bundle", target, kind, how)
+        work, marker = folder / "trial", folder / "trial" / "marker"
+        shutil.rmtree(work, ignore_errors=True)
+        bundle = Path(shutil.copytree(bundles[target], work / target))
+        if how.startswith("add "):
+            done = add(bundle / name, how.removeprefix("add "), marker)
+        else:
+            done = change(bundle / name, how, marker, generator)
+        if how not in ("a link", "a pipe"):  # their digests are those of what they point to
+            seal(bundle)
+        ended = qwlora("verify", bundle, logs=folder / "logs")
+        is_regular = how in ("one bit", "other bytes", "a program", "removed")
+        is_harmless = is_regular and any(re.search(pattern, kind) for pattern in HARMLESS)
+        may_pass = not done or how == "one bit" or is_harmless
+        return {
+            "problem": _problem(ended, marker, may_pass=may_pass),
+            "passed": ended.code == 0,
+            "how": f"seed {seed}: {target}: {name}: {done}",
+        }
+
+    since = len(record.failures)
+    for (target, kind, _, how), result in zip(
+        trials, parallel(attack, trials, tmp_path), strict=True
+    ):
+        problem = result.get("error") or result["problem"]
+        record.add("bundles", f"{target}: {how}", problem, result.get("how", ""))
+        if result.get("passed") and not problem:
+            why = next((w for p, w in HARMLESS.items() if re.search(p, kind)), A_BIT)
+            record.add_harmless("bundles", f"`{kind}` of {target}", why)
+    record.check(since)
+
+
+def test_untouched_bundles_pass(bundles: dict[str, Path], tmp_path: Path) -> None:
+    """Else the attacks above would prove nothing; sealing alone changes nothing."""
+
+    def verify(target: str, folder: Path) -> dict[str, Any]:
+        bundle = Path(shutil.copytree(bundles[target], folder / target))
+        seal(bundle)
+        ended = qwlora("verify", bundle, logs=folder / "logs")
+        return {"problem": f"{target}: {ended.err}" if ended.code else ""}
+
+    results = parallel(verify, list(bundles), tmp_path)
+    assert not [r for r in results if r.get("error") or r["problem"]]
+
+
+def test_programs_are_installed() -> None:
+    """The lane runs where all are, so that no target's bundle is left out unseen."""
+    assert not [target.missing() for target in TARGETS.values() if target.missing()]

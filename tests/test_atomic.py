@@ -155,3 +155,19 @@ def test_files_of_earlier_versions_have_no_digest(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "old.safetensors", metadata={"layer": "x"})
     tensors, metadata = read_tensors(tmp_path / "old.safetensors")
     assert (tensors["a"].tolist(), metadata) == ([1, 1], {"layer": "x"})
+
+
+def test_files_get_the_mode_of_the_umask(tmp_path: Path) -> None:
+    """safetensors creates its files for their owner alone."""
+    before = os.umask(0o027)
+    try:
+        write_tensors(tmp_path / "a.safetensors", {"a": torch.zeros(1)})
+        (tmp_path / "part").mkdir()
+        save_file({"a": torch.zeros(1)}, tmp_path / "part" / "b.safetensors")
+        move_into_place(tmp_path / "part", tmp_path / "folder")
+    finally:
+        os.umask(before)
+    modes = [
+        (tmp_path / f).stat().st_mode & 0o777 for f in ("a.safetensors", "folder/b.safetensors")
+    ]
+    assert modes == [0o640, 0o640]

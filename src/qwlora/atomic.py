@@ -157,6 +157,7 @@ def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:
 def move_into_place(scratch: Path, target: Path) -> None:
     """Flush a file or a folder to disk and rename it to `target`, on the same file system.
 
+    Files that only their owner may read, as safetensors creates them, get the mode of the umask.
     A file replaces the file at `target`. A folder needs `target` to be absent or an empty folder.
 
     Raises:
@@ -179,6 +180,10 @@ def flush(path: Path) -> None:
 
 def _flush_file(path: Path) -> None:
     with path.open("rb") as file:
+        if os.fstat(file.fileno()).st_mode & 0o777 == 0o600:
+            mask = os.umask(0o077)  # can only be read by setting it
+            os.umask(mask)
+            os.fchmod(file.fileno(), 0o666 & ~mask)
         os.fsync(file.fileno())
 
 

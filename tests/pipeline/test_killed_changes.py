@@ -203,6 +203,10 @@ def test_a_run_after_a_killed_rename_skips_what_is_trained(finished: Path, tmp_p
     answer = CliRunner().invoke(app, ["train", "--out", str(job)])
     assert answer.exit_code == 0, answer.output
     assert "train/one: skipped" in answer.output
+    ends = answer.output.splitlines()[-3:]
+    assert [line.split()[0] for line in ends] == ["verdict", "report", "next"]
+    assert ends[1].endswith(str(job / "report.html"))
+    assert ends[2].endswith(f"qwlora run {job / 'recipe.yaml'} --out {job}")
 
 
 @pytest.mark.parametrize(

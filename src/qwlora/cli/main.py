@@ -13,6 +13,7 @@ line, prints the traceback before it.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import signal
 import sys
@@ -323,7 +324,7 @@ def check(recipe: RecipeFile, changes: Changes = None) -> None:
     Then which targets hold the grids of its base.
     """
     from qwlora.cli.tables import table
-    from qwlora.pipeline.target_table import target_table
+    from qwlora.pipeline.target_table import second_rounding, target_table
     from qwlora.recipe import load_recipe
     from qwlora.recipe.yaml_core import dump_yaml
 
@@ -332,6 +333,8 @@ def check(recipe: RecipeFile, changes: Changes = None) -> None:
     print(dump_yaml(checked.model_dump(mode="json")), end="")
     print("\n# Targets that hold these grids exactly, or the scheme that they need instead")
     print("# (* in export.targets):\n#")
+    if note := second_rounding(checked):
+        notes.append(f"warning: {note}")
     for line in (*table(rows), *(["", *notes] if notes else [])):
         print(f"#   {line}".rstrip())
 
@@ -422,20 +425,22 @@ def _run(
                 watch=None if quiet or as_json else display.watch,
             )
     except VerificationError as error:
-        _print_results(error.results, as_json)
+        _print_results(error.results, out, as_json)
         raise
-    _print_results(results, as_json)
+    _print_results(results, out, as_json)
 
 
-def _print_results(results: dict[str, Any] | None, as_json: bool) -> None:
+def _print_results(results: dict[str, Any] | None, out: Path, as_json: bool) -> None:
     if not results:  # in a distributed run, only the first process reports
         return
     if as_json:
         print(strict_json.dumps(results, indent=1))
     else:
-        from qwlora.pipeline.results_table import print_summary
+        from qwlora.pipeline.results_table import closing_lines, print_summary
 
         print_summary(results, Console(width=None if sys.stdout.isatty() else 120))
+        with contextlib.suppress(DirectoryError):  # a job that cannot be written has no report
+            print("", *closing_lines(out), sep="\n")
 
 
 app.command("plan")(plan)

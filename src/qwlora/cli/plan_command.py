@@ -60,6 +60,10 @@ def plan(
     if as_json:
         print(strict_json.dumps(found.to_json(), indent=1))
         return
+    from qwlora.pipeline.target_table import second_rounding
+
+    if note := second_rounding(content):
+        print(f"warning: {note}\n")
     _print(found, Console(width=None if sys.stdout.isatty() else 100, highlight=False))
 
 

@@ -32,13 +32,12 @@ from qwlora.export.target import (
 from qwlora.export.weights_folder import layer_kind
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.max_positions import check_positions
-from qwlora.formats.model_source import fetch
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.messages import listed
 from qwlora.parameter_names import canonical_name, is_factor_name
 from qwlora.pipeline.context import JobContext
-from qwlora.pipeline.plan import TUNING_DEVICE, has_float_model
-from qwlora.pipeline.target_table import kept_grids
+from qwlora.pipeline.plan import TUNING_DEVICE
+from qwlora.pipeline.target_table import check_targets, kept_grids, second_rounding
 from qwlora.quantize.quantize_model import find_tensors, plan_layers
 from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import slow_compute, training_device
@@ -62,6 +61,10 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         for target in (TARGETS[name] for name in context.recipe.export.targets):
             if isinstance(target, GraphTarget | SwitchableTarget | UseCasesTarget):
                 target.require_packages()
+    if "quantize" in verbs:
+        check_targets(context.recipe)
+        if note := second_rounding(context.recipe):
+            say(f"warning: {note}")
     for line in _slow_computing(context.recipe, verbs):
         say(line)
     texts = context.all_texts()
@@ -224,31 +227,12 @@ def _dropouts_left_out(context: JobContext) -> Iterator[str]:
 
 
 def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], bool]]:
-    """The model before step 1, and a function that tells which tensors will be packed.
-
-    Raises:
-        SourceError: base.solver does not fit the model.
-    """
+    """The model before step 1, and a function that tells which tensors will be packed."""
     base = context.recipe.base
     if base.solver == "keep":
-        location = fetch(context.recipe.model.source)
-        if (
-            location.holds_floats
-            and not location.gguf_file
-            and context.recipe.model.encodings is None
-        ):
-            raise SourceError(
-                f"base.solver keep: model {context.recipe.model.source!r} has no integers to keep; "
-                "use another solver, or set model.encodings"
-            )
         lazy = LazyModel(context.checkpoint())
         return lazy.model, lambda name: isinstance(
             lazy.checkpoint.read(lazy.stored[name]), QuantizedTensor
-        )
-    if not has_float_model(context.recipe):
-        raise SourceError(
-            f"model {context.recipe.model.source!r} is already quantized; use base.solver: keep to "
-            "take its integers unchanged"
         )
     model = context.float_model() if context.lazy is None else context.lazy.model
     return model, plan_layers(

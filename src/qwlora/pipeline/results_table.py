@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -24,6 +26,22 @@ def print_summary(results: dict[str, Any], console: Console) -> None:
         table.add_row(*row)
     console.print()
     console.print(table)
+
+
+def closing_lines(out: Path) -> list[str]:
+    """The last lines of a run: the report's verdict, where the report is, and what to do next."""
+    from qwlora.pipeline.job_report import REPORT, read_job
+    from qwlora.report.verdict import verdict
+
+    job = read_job(out)
+    found = verdict(job)
+    lines = [f"verdict  {found.kind.label}. {found.sentence}", f"report   {out / REPORT}"]
+    if job.state == "incomplete":
+        command = ["qwlora", "run", str(out / "recipe.yaml"), "--out", str(out)]
+        lines.append(f"next     {shlex.join(command)}")
+    elif job.state == "finished":
+        lines.append(f"next     {shlex.join(['qwlora', 'generate', str(out), 'a prompt'])}")
+    return lines
 
 
 Row = tuple[str, str]
@@ -102,6 +120,8 @@ def _base_rows(base: dict[str, Any]) -> list[Row]:
                 "(embeddings, norms, biases)",
             )
         )
+    if "second_rounding" in base:
+        rows.append(("warning", base["second_rounding"]))
     return rows
 
 

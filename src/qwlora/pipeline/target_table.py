@@ -1,12 +1,20 @@
-"""What `qwlora check` says about targets: which of them hold the grids of a recipe's base."""
+"""What `qwlora check`, `plan` and `run` say about a recipe's model and targets before anything is
+quantized: which targets hold the grids of the base, and whether its integers are rounded again."""
 
 from __future__ import annotations
 
-from qwlora.errors import GridError
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwlora.errors import GridError, SourceError
 from qwlora.export.grid_table import Grid, problems, table_rows
 from qwlora.export.registry import TARGETS
 from qwlora.formats.model_source import fetch
 from qwlora.recipe import Recipe
+
+Grids = Mapping[Grid, Any]
+_PROBED = 8  # tensors of a float checkpoint that are tested for a grid: one layer is enough to tell
 
 
 def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
@@ -15,26 +23,105 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
     With solver keep, the integers of the model's files are read.
 
     Raises:
-        GridError: a target of the recipe cannot hold the integers that base.solver keep takes.
-        SourceError: the model's files cannot be read.
+        GridError, SourceError: see `check_targets`; or the model's files cannot be read.
     """
-    source = fetch(recipe.model.source).path
-    grids = kept_grids(recipe) if recipe.base.solver == "keep" else recipe.base.grids()
-    keeping = [n for n, t in TARGETS.items() if recipe.base.solver == "keep" and t.keeps(source)]
+    grids, reasons, keeping = _targets(recipe)
+    _check(recipe, reasons)
+    rows = list(table_rows(grids, TARGETS, recipe.export.targets, keeping))
+    return rows, [f"{name}: {reason}" for name, reason in reasons.items() if reason]
+
+
+def check_targets(recipe: Recipe) -> None:
+    """Check that the solver fits the model's files, and the targets of the recipe hold its base.
+
+    Raises:
+        GridError: a target cannot hold the grids, or not the integers that base.solver keep takes.
+        SourceError: base.solver does not fit the model, or a target needs another kind of file.
+    """
+    _check(recipe, _targets(recipe)[1])
+
+
+def _targets(recipe: Recipe) -> tuple[Grids, dict[str, str], list[str]]:
+    """The grids of the base, why each target cannot hold them (empty: it can), and the targets
+    that keep the model's file as it is."""
+    location, keeps = fetch(recipe.model.source), recipe.base.solver == "keep"
+    if keeps and location.holds_floats and not location.gguf_file and not recipe.model.encodings:
+        raise SourceError(
+            f"base.solver keep: model {recipe.model.source!r} has no integers to keep; use another "
+            "solver, or set model.encodings"
+        )
+    if not keeps and not location.holds_floats:
+        raise SourceError(
+            f"model {recipe.model.source!r} is already quantized; use base.solver: keep to take "
+            "its integers unchanged"
+        )
+    grids: Grids = kept_grids(recipe) if keeps else recipe.base.grids()
+    keeping = [name for name, t in TARGETS.items() if keeps and t.keeps(location.path)]
     reasons = {
-        name: target.source_problem(source) or "; ".join(problems(target, list(grids)))
+        name: target.source_problem(location.path) or "; ".join(problems(target, list(grids)))
         for name, target in TARGETS.items()
         if name not in keeping
     }
-    if refused := [
-        f"{n} cannot hold {reasons[n]}" for n in recipe.export.targets if reasons.get(n)
-    ]:
+    return grids, reasons, keeping
+
+
+def _check(recipe: Recipe, reasons: Mapping[str, str]) -> None:
+    source, refused = fetch(recipe.model.source).path, list[str]()
+    for name in recipe.export.targets:
+        if TARGETS[name].source_problem(source):
+            raise SourceError(
+                f"export.targets: {name}: {reasons[name]}, and {recipe.model.source!r} is not one. "
+                f"Remove {name}, or set model.source to such a file"
+            )
+        if reasons.get(name):
+            refused.append(f"{name} cannot hold {reasons[name]}")
+    if refused:
         raise GridError(
             f"export.targets: {'; '.join(refused)}. Remove the target, or quantize the model anew"
         )
-    rows = list(table_rows(grids, TARGETS, recipe.export.targets, keeping))
-    notes = [f"{name}: {reason}" for name, reason in reasons.items() if reason]
-    return rows, notes
+
+
+def second_rounding(recipe: Recipe) -> str | None:
+    """A warning if the model's weights are integers, or were, and the recipe rounds them again."""
+    solver, location = recipe.base.solver, fetch(recipe.model.source)
+    if solver == "keep" or not location.holds_floats:
+        return None
+    if location.gguf_file:
+        from qwlora.formats.gguf.gguf_checkpoint import FLOATS
+        from qwlora.formats.gguf.gguf_file import GgufFile
+
+        kinds = {tensor.kind for tensor in GgufFile(location.path).tensors.values()}
+        if not (integers := sorted(kinds - FLOATS.keys())):
+            return None
+        what, remedy = f"holds integers ({', '.join(integers)})", "set base.solver: keep"
+    elif _lies_on_grid(recipe, location.path):
+        what = "holds weights that were rounded to integers before"
+        remedy = "set model.encodings to their encodings, and base.solver: keep"
+    else:
+        return None
+    return (
+        f"{recipe.model.source} {what}; base.solver: {solver} rounds them a second time, to "
+        f"another grid. To keep them, {remedy}"
+    )
+
+
+def _lies_on_grid(recipe: Recipe, folder: Path) -> bool:
+    from qwlora.formats.assemble_model import LazyModel
+    from qwlora.formats.huggingface_folder import FloatCheckpoint
+    from qwlora.quantize.existing_grid import is_on_grid
+    from qwlora.quantize.quantize_model import plan_layers
+
+    if recipe.model.trust_remote_code:
+        return False
+    try:
+        lazy = LazyModel(FloatCheckpoint(folder))
+    except SourceError:  # pickles: only loading the whole model would tell
+        return False
+    base = recipe.base
+    plan = plan_layers(lazy.model, base.weights.scheme(), base.solver, base.layer_rules())
+    names = list(plan)[:: max(1, len(plan) // _PROBED)]
+    tensors: dict[str, Any] = {name: lazy.checkpoint.read(lazy.stored[name]) for name in names}
+    return any(is_on_grid(t, plan[name].scheme.bitwidth) for name, t in tensors.items())
 
 
 def kept_grids(recipe: Recipe) -> dict[Grid, str]:

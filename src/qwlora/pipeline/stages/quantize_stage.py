@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qwlora.atomic import link
 from qwlora.pipeline.artifacts import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.stage import PlanBuilder, Stage
+from qwlora.pipeline.target_table import second_rounding
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Recipe
 from qwlora.revisions import revision
@@ -79,6 +80,8 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         # Linked, not moved: if the run is killed now, the next one still finds them in `work`.
         shutil.copytree(work / MOMENTS, scratch / MOMENTS, copy_function=link)
     layers = {name: asdict(layer) for name, layer in report.layers.items()}
+    if note := second_rounding(context.recipe):
+        measured["second_rounding"] = note
     return {
         "base": {
             **asdict(size),

@@ -1,0 +1,80 @@
+"""What is refused or said about a recipe's model before anything is quantized."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from command_line import qwlora
+from conftest import byte_tokenizer, tiny_model
+from formats.test_model_origin import gguf
+from qwlora import Scheme
+from qwlora.errors import SourceError
+from qwlora.grid.observers import measure
+from qwlora.grid.scheme import PerBlock
+from qwlora.pipeline.run_job import run
+from qwlora.pipeline.target_table import second_rounding
+from qwlora.recipe import load_recipe
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ("export.targets=[gguf]", "gguf: the model must come from a GGUF file, and .* is not one"),
+        ("base.solver=keep", "has no integers to keep"),
+    ],
+)
+def test_run_and_check_refuse_the_same_before_anything_is_quantized(
+    recipe_for: Any, tmp_path: Path, change: str, problem: str
+) -> None:
+    path, out = recipe_for(), tmp_path / "out"
+    with pytest.raises(SourceError, match=problem) as refused:
+        run(load_recipe(path, (change,)), out, ("quantize",))
+    assert not out.exists()
+    assert qwlora("check", path, "--set", change).stderr == f"qwlora: {refused.value}\n"
+
+
+def test_integers_that_are_rounded_again_are_said_by_check_and_by_the_run(
+    recipe_for: Any, tmp_path: Path
+) -> None:
+    model, scheme = tiny_model("llama", layers=1), Scheme(3, True, PerBlock(32))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if name.endswith("_proj.weight"):
+                weight.copy_(measure(weight, scheme).fake_quantize(weight))
+    model.save_pretrained(tmp_path / "rounded")
+    byte_tokenizer().save_pretrained(tmp_path / "rounded")
+    path = recipe_for(preset="fast")
+    assert second_rounding(load_recipe(path)) is None
+    change = f"model.source={tmp_path / 'rounded'}"
+    done = qwlora("check", path, "--set", change)
+    assert "#   warning:" in done.stdout
+    assert "a second time" in done.stdout
+    assert "model.encodings" in done.stdout
+    with pytest.warns(UserWarning, match="second time"):
+        results = run(load_recipe(path, (change,)), tmp_path / "out", ("quantize",))
+    assert "a second time" in results["base"]["second_rounding"]
+
+
+def test_the_integers_of_a_gguf_file_are_kept_by_the_solver_alone(
+    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from types import SimpleNamespace
+
+    source = f"model.source={gguf(tmp_path / 'model.gguf')}"
+    recipe = load_recipe(recipe_for(), (source,))
+    for kinds, said in ((("F32", "F16"), False), (("F32", "Q4_K", "Q8_0"), True)):
+        tensors = {kind: SimpleNamespace(kind=kind) for kind in kinds}
+        monkeypatch.setattr(
+            "qwlora.formats.gguf.gguf_file.GgufFile",
+            lambda path, tensors=tensors: SimpleNamespace(tensors=tensors),
+        )
+        note = second_rounding(recipe)
+        assert (note is not None) == said
+    assert note is not None
+    assert "(Q4_K, Q8_0)" in note
+    assert note.endswith("set base.solver: keep")
+    assert second_rounding(load_recipe(recipe_for(base={"solver": "keep"}), (source,))) is None

@@ -258,6 +258,10 @@ def test_a_file_without_a_proof_is_refused(added: str, job: Path, tmp_path: Path
         ('{"format": 2}', "format 2, not 1"),
         ('{"format": 1, "of": {}}', "no limits.perplexity_difference"),
         ('{"format": 1, "limits": {"perplexity_difference": 1}}', "no of"),
+        ('{"format": 1, "of": {}, "limits": {"perplexity_difference": NaN}}', "difference nan"),
+        ('{"format": 1, "of": {}, "limits": {"perplexity_difference": 1e9}}', "up to 1"),
+        ('{"format": 1, "of": {}, "limits": {"perplexity_difference": true}}', "difference True"),
+        ('{"format": 1, "of": {}, "limits": {"perplexity_difference": "1"}}', "no limits"),
     ],
 )
 def test_a_damaged_proof_is_named_and_does_not_block_the_job(
@@ -344,6 +348,37 @@ def test_a_base_or_an_adapter_of_another_bundle_is_refused(job: Path, tmp_path: 
     (tmp_path / "kept").rename(moved / "first")
     (moved / "base" / "qwlora.json").write_text((moved / "first" / "qwlora.json").read_text())
     assert qwlora("verify", moved).returncode == 2
+
+
+@pytest.mark.parametrize("target", ["hf", "mlx"])
+def test_adapters_that_were_swapped_with_their_proofs_are_refused(
+    target: str, job: Path, tmp_path: Path
+) -> None:
+    moved = bundle(job, tmp_path, target)
+    for folder in (moved, moved / "proof"):
+        (folder / "first").rename(folder / "other")
+        (folder / "second").rename(folder / "first")
+        (folder / "other").rename(folder / "second")
+    with pytest.raises(FingerprintError, match="proof/first is the proof of adapter 'second'"):
+        verify_bundle(moved)
+
+
+def test_a_sealed_bundle_that_names_code_is_refused(job: Path, tmp_path: Path) -> None:
+    """Whoever changes a file can change every digest too."""
+    moved = bundle(job, tmp_path)
+    config = moved / "base" / "config.json"
+    content = json.loads(config.read_text())
+    config.write_text(json.dumps({**content, "auto_map": {"AutoModelForCausalLM": "a--b.C"}}))
+    reseal(moved / "base", "qwlora.json")
+    for name in ("first", "second"):
+        path = moved / "proof" / name / "proof.json"
+        proof = json.loads(path.read_text())
+        proof["of"]["base"] = record_digest(moved / "base")
+        path.write_text(json.dumps(proof))
+        reseal(path.parent, path.name)
+    done = qwlora("verify", moved)
+    assert done.returncode == 2
+    assert re.search(r"config\.json.*auto_map.* names code to load", done.stderr)
 
 
 EVERYWHERE = [  # gguf needs a model from a GGUF file

@@ -27,10 +27,13 @@ from qwlora import (
     verify_onnx,
     verify_onnx_outputs,
 )
+from qwlora.data.sequences import Sequences
 from qwlora.encodings import LpbqEncoding, read, validate
 from qwlora.encodings.grids import TensorLayout, grid_of
 from qwlora.errors import ExportError, MissingExtraError, VerificationError
 from qwlora.export.aimet_encodings import write_encodings
+from qwlora.export.onnx_runtime import OnnxModel
+from qwlora.export.proof import broken_limits, make_reference, measure_logits
 from qwlora.export.verify import LanguageModelParity, Limits, check_parity
 from qwlora.graph.quantized_graph import Kind
 from qwlora.nn import packed_weights
@@ -88,6 +91,25 @@ def test_every_grid_is_exported_exactly(tmp_path: Path, scheme: str) -> None:
         stored = torch.from_numpy(arrays[f"{name}.codes"].astype(np.int32))
         in_out = stored.shape != weight.codes.shape  # no matrix here is square
         assert torch.equal(stored.T if in_out else stored, weight.codes.int() + shift)
+
+
+def test_a_runtime_that_rounds_activations_on_its_own_fails_the_proof(
+    bundle: tuple[Path, Simulation], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its session options say so; layers are not compared in a proof."""
+    folder, simulation = bundle
+    perturbed = {"adapter": simulation.perturbed_logits}
+    text = Sequences(IDS, IDS)
+    reference = make_reference({"adapter": simulation.logits}, text, perturbed)
+
+    def problems() -> list[str]:
+        figures = measure_logits(OnnxModel(folder).logits, reference)
+        return list(broken_limits(figures, reference, 0.003))
+
+    assert not problems()
+    options = {"session.qdq_matmulnbits_accuracy_level": "4"}
+    monkeypatch.setattr("qwlora.export.onnx_runtime.read_session_options", lambda _: options)
+    assert any("root mean square" in problem for problem in problems())
 
 
 def test_eight_bit_activations(tmp_path: Path) -> None:

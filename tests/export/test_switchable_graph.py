@@ -19,8 +19,9 @@ from qwlora.errors import CaptureError, ExportError
 from qwlora.export.bundle import RECORD, is_of_base, record_digest
 from qwlora.export.onnx_adapter import ADAPTER_FILE
 from qwlora.export.onnx_bundle import export_onnx
-from qwlora.export.onnx_runtime import OnnxModel, write_session_options
+from qwlora.export.onnx_runtime import OnnxModel
 from qwlora.export.onnx_target import OnnxTarget
+from qwlora.export.session_options import write_session_options
 from qwlora.export.switchable_graph import (
     ZeroAdapter,
     graph_with_cache,

@@ -74,7 +74,7 @@ def test_the_proof_of_another_use_case_is_refused(bundle: Path) -> None:
     (bundle / "proof" / "first").rename(bundle / "kept")
     (bundle / "proof" / "second").rename(bundle / "proof" / "first")
     (bundle / "kept").rename(bundle / "proof" / "second")
-    with pytest.raises(FingerprintError, match="proof/first is the proof of use case 'second'"):
+    with pytest.raises(FingerprintError, match="proof/first is the proof of adapter 'second'"):
         check(bundle)
 
 

@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwlora.export.bundle_contents import GOLDEN_FILES, SIMULATED_ADAPTER, Contents
 from qwlora.export.held_schemes import encodings_problem
 from qwlora.export.target import ExportedGraph, GraphTarget
 
@@ -31,6 +32,18 @@ class AimetTarget(GraphTarget):
     packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
     activation_bitwidths = (8, 16)
     model_files = "*.aimet/*"
+    contents = Contents(
+        adapter=(
+            "*.aimet/model.onnx",
+            "*.aimet/model.data",
+            "*.aimet/model.encodings",
+            "*_host.onnx",
+            "graphs.json",
+            "submit_aihub.py",
+            *GOLDEN_FILES,
+            *SIMULATED_ADAPTER,
+        )
+    )
     fixed_shapes = True
     cached_graphs = "asked"
     has_proof = True

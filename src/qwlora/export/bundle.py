@@ -25,6 +25,7 @@ from typing import Any
 
 from qwlora.atomic import files_in, read_tensors, write_tensors, write_text
 from qwlora.errors import FingerprintError, QwloraWarning, SourceError
+from qwlora.export.bundle_contents import check_contents, check_plain
 from qwlora.export.finite_figures import only_finite, shown
 from qwlora.export.onnx_adapter import ADAPTER_FILE
 from qwlora.export.registry import TARGETS
@@ -55,6 +56,15 @@ def write_proof(folder: Path, reference: Mapping[str, Any], record: Mapping[str,
     """Write the reference and the record of one adapter into `folder`."""
     write_tensors(folder / REFERENCE, dict(reference))
     manifest.write(folder, PROOF_RECORD, {"format": FORMAT, **record}, [REFERENCE])
+
+
+def renamed_proof(path: Path, name: str) -> str:
+    """The content of a proof.json for another name of its adapter.
+
+    Raises:
+        SourceError: see `proofs`.
+    """
+    return manifest.text({**_read_proof(path), "adapter": name}, PROOF_RECORD)
 
 
 def record_digest(folder: Path) -> str:
@@ -172,6 +182,11 @@ def _read_proof(path: Path) -> dict[str, Any]:
     if not isinstance(limit, int | float) or not isinstance(of, dict):
         missing = "of" if not isinstance(of, dict) else "limits.perplexity_difference"
         raise SourceError(f"{str(path)!r} has no {missing}; {again}")
+    if isinstance(limit, bool) or not 0 < limit <= 1:
+        raise SourceError(
+            f"{str(path)!r} has limits.perplexity_difference {limit}, not a relative difference "
+            f"above 0 and up to 1; {again}"
+        )
     return record
 
 
@@ -219,11 +234,13 @@ def _use_cases(bundle: Path) -> list[str]:
 
 
 def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
-    """Compare base, adapter and proof of a bundle with their digests, and with each other.
+    """Compare base, adapter and proof of a bundle with their digests, with each other, and with
+    what the target writes.
 
     Raises:
         FingerprintError: a file was changed, added or removed, or base and adapter are not those
-            of the proof; or the proof has no digests, or is that of another use case.
+            of the proof; or the proof has no digests, or is that of another adapter.
+        SourceError: see `check_contents`.
     """
     if not _has_both_digests(bundle / PROOF / name):
         raise FingerprintError(
@@ -231,12 +248,12 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
             f"{REFERENCE}; copy it again, or verify the job again"
         )
     manifest.check(bundle / PROOF / name, PROOF_RECORD, f"proof of {name}", "verify the job again")
-    target = TARGETS[record["target"]]
-    if isinstance(target, UseCasesTarget) and record.get("adapter") != name:
+    if record.get("adapter") != name:
         raise FingerprintError(
-            f"{PROOF}/{name} is the proof of use case {record.get('adapter')!r}; copy the whole "
+            f"{PROOF}/{name} is the proof of adapter {record.get('adapter')!r}; copy the whole "
             "bundle again, or verify the job again"
         )
+    target = TARGETS[record["target"]]
     for part, folder in proven_folders(target, bundle, name).items():
         what = f"{str(folder)!r}"
         if not manifest.has_digests(folder, RECORD):
@@ -255,6 +272,7 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
             raise FingerprintError(
                 f"{what} holds files that were not exported: {listed(added)}; remove them"
             )
+        check_contents(target.contents, folder, own, part == BASE)
     if added := sorted(set(files_in(bundle / PROOF / name)) - {PROOF_RECORD, REFERENCE}):
         raise FingerprintError(
             f"{str(bundle / PROOF / name)!r} holds files of no proof: {listed(added)}; remove them"
@@ -283,9 +301,11 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
         FingerprintError: see `check_files` and `check_complete`.
         MissingExtraError: the target's program is not installed.
         ExportError: it refuses the files.
-        SourceError: the folder is no bundle of a known target, or a proof.json cannot be read.
+        SourceError: the folder is no bundle of a known target, holds what no export writes, or a
+            proof cannot be read or proves nothing.
     """
     found = {}
+    check_plain(bundle)
     records = proofs(bundle)
     if not records:
         raise SourceError(
@@ -318,8 +338,10 @@ def proven(
     program and machine."""
     from qwlora.export.graph_parity import DECODED
     from qwlora.export.proof import (
+        SAME,
         broken_limits,
         client,
+        is_told_apart,
         machine,
         measure,
         measure_logits,
@@ -342,6 +364,7 @@ def proven(
         "perplexity_limits": only_finite(allowed),
         "passed": not problems,
         "problems": problems,
+        "notes": [] if is_told_apart(reference, limits["perplexity_difference"]) else [SAME],
     }
 
 
@@ -449,5 +472,6 @@ def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
         memory, load = (record["figures"].get(k) for k in ("peak_memory_bytes", "load_seconds"))
         cost = "" if load is None else f"; {size(memory)} of memory, loaded in {load:.2g} s"
         verdict = "; ".join(["FAILED", *record["problems"]]) if record["problems"] else "passed"
-        notes.append(f"{name}: {verdict} on {record['machine']}, {clients}{cost}.")
+        said = "".join(f" But {note}." for note in record.get("notes", ()))
+        notes.append(f"{name}: {verdict} on {record['machine']}, {clients}{cost}.{said}")
     return [*lines, "", *(f"- {note}" for note in notes)]

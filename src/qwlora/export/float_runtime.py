@@ -24,13 +24,8 @@ from qwlora import encodings as files
 from qwlora.encodings.grids import TensorLayout, grid_of
 from qwlora.encodings.model import EncodingsFile, Entry, IntegerEncoding
 from qwlora.errors import ExportError, GridError, SourceError, VerificationError
-from qwlora.export.onnx_runtime import (
-    EIGHT_BIT_OPTIONS,
-    SESSION_OPTIONS,
-    open_session,
-    run_layers_of,
-    run_session,
-)
+from qwlora.export.onnx_runtime import open_session, run_layers_of, run_session
+from qwlora.export.session_options import EIGHT_BIT_OPTIONS, SESSION_OPTIONS
 from qwlora.graph.cached_capture import IDS, MASK
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding

@@ -22,6 +22,7 @@ from qwlora.export.switchable_onnx import (
     switchable_model,
     write_onnx_adapter,
 )
+from qwlora.export.weights_folder import write_settings
 from qwlora.system.optional_packages import require
 
 NO_ADAPTER = "none.onnx_adapter"  # switches a running generation back to the base
@@ -87,8 +88,7 @@ def write_genai(
         },
     }
     write_text(folder / "genai_config.json", strict_json.dumps(config, indent=2) + "\n")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    write_settings(model, tokenizer, folder)
 
 
 def _special_tokens(

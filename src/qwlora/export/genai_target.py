@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError, foreign_as
+from qwlora.export.bundle_contents import TOKENIZER, Contents
 from qwlora.export.held_schemes import nbits_problem
 from qwlora.export.onnx_adapter import ADAPTER_FILE
 from qwlora.export.target import WeightsTarget
@@ -53,11 +54,59 @@ adapters.load("{adapter}/adapter.onnx_adapter", "adapter")
 generator.set_active_adapter(adapters, "adapter")  # also in the middle of a generation"""
 
 
+_ID = (int, type(None))
+_CONFIG = {
+    "model": {
+        "type": "llama",
+        "context_length": int,
+        "vocab_size": int,
+        "bos_token_id": _ID,
+        "eos_token_id": (int, list),
+        "pad_token_id": _ID,
+        "decoder": {
+            "filename": "model.onnx",
+            "session_options": {"provider_options": []},
+            "num_hidden_layers": int,
+            "num_attention_heads": int,
+            "num_key_value_heads": int,
+            "hidden_size": int,
+            "head_size": int,
+            "inputs": {
+                "input_ids": "input_ids",
+                "attention_mask": "attention_mask",
+                "position_ids": "position_ids",
+                "past_key_names": "past_key_values.%d.key",
+                "past_value_names": "past_key_values.%d.value",
+            },
+            "outputs": {
+                "logits": "logits",
+                "present_key_names": "present.%d.key",
+                "present_value_names": "present.%d.value",
+            },
+        },
+    },
+    "search": {"do_sample": False, "max_length": int, "past_present_share_buffer": False},
+}
+
+
 class GenaiTarget(WeightsTarget):
     """`write_genai` and `write_onnx_adapter` as a target; onnxruntime-genai runs it."""
 
     extra = "genai"
     packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime", "onnxruntime_genai")
+    contents = Contents(
+        base=(
+            "model.onnx",
+            "model.onnx.data",
+            "none.onnx_adapter",
+            "genai_config.json",
+            "config.json",
+            "generation_config.json",
+            *TOKENIZER,
+        ),
+        adapter=(ADAPTER_FILE,),
+        forms={"genai_config.json": _CONFIG},
+    )
 
     def loading(self, base: str, adapter: str | None) -> str:
         switch = "" if adapter is None else _SWITCH.format(adapter=adapter)

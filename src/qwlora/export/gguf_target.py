@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError
+from qwlora.export.bundle_contents import Contents
 from qwlora.export.held_schemes import LayerKind, gguf_problem
 from qwlora.export.target import WeightsTarget
 
@@ -98,6 +99,7 @@ class GgufTarget(WeightsTarget):
     extra = "llamacpp"
     packages = ("gguf", "llama_cpp_py_sync")
     has_float16_scales = True
+    contents = Contents(base=("base.gguf",), adapter=("adapter.gguf",))
 
     def source_problem(self, source: Path) -> str | None:
         return None if self.keeps(source) else "the model must come from a GGUF file"
@@ -107,7 +109,7 @@ class GgufTarget(WeightsTarget):
 
     def loading(self, base: str, adapter: str | None) -> str:
         with_adapter = "" if adapter is None else f" --lora {adapter}/adapter.gguf"
-        return f"```shell\nllama-cli -m {base}/base.gguf{with_adapter}\n```"
+        return f"```shell\nllama-cli -m {base}/base.gguf{with_adapter} -p Hello\n```"
 
     def problem(self, scheme: Scheme) -> str | None:
         return gguf_problem(scheme)

@@ -15,6 +15,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError, foreign_as
+from qwlora.export.bundle_contents import (
+    MODEL_FILES,
+    OTHER_KEYS,
+    PEFT_FILES,
+    PEFT_FORM,
+    PLAIN,
+    TOKENIZER,
+    Contents,
+)
 from qwlora.export.held_schemes import (
     compressed_tensors_problem,
     layer_kind_problem,
@@ -31,12 +40,39 @@ if TYPE_CHECKING:
     from qwlora.grid.scheme import Scheme
 
 
+_GROUP = {
+    "targets": [PLAIN],
+    "weights": {
+        "num_bits": int,
+        "type": "int",
+        "symmetric": bool,
+        "dynamic": False,
+        "strategy": frozenset({"group", "channel", "tensor"}),
+        "group_size": int,
+    },
+}
+_QUANTIZATION = {
+    "quant_method": "compressed-tensors",
+    "format": "pack-quantized",
+    "quantization_status": "compressed",
+    "ignore": [PLAIN],
+    "config_groups": {OTHER_KEYS: _GROUP},
+    "dequantize": True,
+}
+
+
 class HfTarget(WeightsTarget):
     """`write_compressed_tensors` and `write_peft` as a target; transformers and PEFT run it."""
 
     extra = "hf"
     packages = ("compressed_tensors",)
     writes_float_embeddings = True
+    contents = Contents(
+        base=(*MODEL_FILES, *TOKENIZER),
+        adapter=PEFT_FILES,
+        forms={"adapter_config.json": PEFT_FORM},
+        settings={"quantization_config": _QUANTIZATION},
+    )
 
     def loading(self, base: str, adapter: str | None) -> str:
         needs = "Needs `pip install compressed-tensors`. vLLM and SGLang read the same files."
@@ -99,8 +135,9 @@ def loading_in_transformers(
     """
     lines = [
         "```python",
-        "from transformers import AutoModelForCausalLM",
+        "from transformers import AutoModelForCausalLM, AutoTokenizer",
         "",
+        f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
         f'model = AutoModelForCausalLM.from_pretrained("{base}")',
     ]
     serve = f"vllm serve {base}"
@@ -111,6 +148,10 @@ def loading_in_transformers(
             lines.append("model(torch.tensor([[0]]))  # unpacks all layers")
         lines.append(f'model = PeftModel.from_pretrained(model, "{adapter}")')
         serve += f" --enable-lora --lora-modules adapter={adapter}"
+    lines += [
+        'ids = tokenizer("Hello", return_tensors="pt").input_ids',
+        "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))",
+    ]
     return "\n".join([needs, "", *lines, "```", "", "```shell", serve, "```"])
 
 
@@ -128,10 +169,19 @@ class TransformersRuntime:
         self._known: dict[Path, str] = {}
 
     def use(self, adapter: Path | None) -> None:
-        """Switch to an adapter's folder, or to none. Adapters stay loaded."""
+        """Switch to an adapter's folder, or to none. Adapters stay loaded.
+
+        Raises:
+            SourceError: its configuration cannot be read, or a pattern in it takes too long.
+            ExportError: PEFT refuses it.
+        """
         from peft import PeftModel
 
+        from qwlora.adapter.adapter_folder import read_config
+        from qwlora.adapter.module_patterns import check_pattern_times
+
         if adapter is not None and adapter not in self._known:
+            check_pattern_times(self._model, read_config(adapter), f"adapter {str(adapter)!r}")
             name = str(len(self._known))
             with foreign_as(ExportError, f"PEFT cannot load {str(adapter)!r}"):
                 if isinstance(self._model, PeftModel):

@@ -12,6 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError, foreign_as
+from qwlora.export.bundle_contents import (
+    MODEL_FILES,
+    NUMBER,
+    OTHER_KEYS,
+    PLAIN,
+    TOKENIZER,
+    Contents,
+)
 from qwlora.export.held_schemes import layer_kind_problem, mlx_problem
 from qwlora.export.target import WeightsTarget
 
@@ -24,15 +32,41 @@ if TYPE_CHECKING:
     from qwlora.grid.scheme import Scheme
 
 
+_GRID = {"group_size": int, "bits": int, "mode": "affine"}
+_QUANTIZATION = {**_GRID, OTHER_KEYS: _GRID}  # by module path
+
+
 class MlxTarget(WeightsTarget):
     """`write_mlx` and `write_mlx_adapter` as a target; mlx-lm runs it."""
 
     extra = "mlx"
     packages = ("mlx.core", "mlx_lm")
+    contents = Contents(
+        base=(*MODEL_FILES, *TOKENIZER),
+        adapter=("adapter_config.json", "adapters.safetensors"),
+        forms={
+            "adapter_config.json": {
+                "fine_tune_type": "lora",
+                "num_layers": 0,
+                "lora_parameters": {
+                    "rank": int,
+                    "scale": NUMBER,
+                    "dropout": NUMBER,
+                    "keys": [PLAIN],
+                },
+            }
+        },
+        settings={
+            "quantization": _QUANTIZATION,
+            "quantization_config": _QUANTIZATION,
+            "rope_theta": NUMBER,
+            "rope_scaling": {"rope_type": PLAIN, OTHER_KEYS: object},
+        },
+    )
 
     def loading(self, base: str, adapter: str | None) -> str:
         with_adapter = "" if adapter is None else f" --adapter-path {adapter}"
-        return f'```shell\nmlx_lm.generate --model {base}{with_adapter} --prompt "..."\n```'
+        return f'```shell\nmlx_lm.generate --model {base}{with_adapter} --prompt "Hello"\n```'
 
     def problem(self, scheme: Scheme) -> str | None:
         return mlx_problem(scheme)

@@ -12,7 +12,8 @@ from torch import Tensor
 from qwlora.data.sequences import Sequences
 from qwlora.export.aimet_encodings import write_encodings
 from qwlora.export.onnx_model import write_onnx
-from qwlora.export.onnx_runtime import OnnxModel, write_session_options
+from qwlora.export.onnx_runtime import OnnxModel
+from qwlora.export.session_options import write_session_options
 from qwlora.export.verify import (
     LanguageModelParity,
     Limits,

@@ -1,12 +1,6 @@
 """Run an exported ONNX model, as a whole or layer by layer.
 
-ONNX Runtime's defaults change what a quantized model computes, so the options that keep it faithful
-are exported with the model:
-
-    SESSION_OPTIONS      do not quantize the activations of 4-bit weights to 8 bits
-    EIGHT_BIT_OPTIONS    for 8-bit activations: do not replace Q/DQ pairs by integer kernels
-                         (QLinearSoftmax, QLinearAdd ...), which round elsewhere. Weights are
-                         unpacked to float32 in memory.
+With the options of `session_options.py`.
 
 A model with a key-value cache has inputs that a simulation does not have. Those that are not given
 are those of a whole sequence:
@@ -17,7 +11,6 @@ are those of a whole sequence:
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -27,40 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwlora import strict_json
-from qwlora.atomic import write_text
-from qwlora.errors import ExportError, foreign_as, reading
+from qwlora.errors import ExportError, foreign_as
 from qwlora.export.onnx_adapter import ADAPTER_FILE, ActiveAdapter
 from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
+from qwlora.export.session_options import read_session_options
 from qwlora.graph.cached_capture import IDS, MASK, POSITIONS
 from qwlora.graph.capture import PAST, PRESENT
-from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.system.file_stamps import Stamps, file_stamps
 from qwlora.system.optional_packages import require
-
-SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
-EIGHT_BIT_OPTIONS = {"session.disable_quant_qdq": "1"}
-OPTIONS_FILE = "session_options.json"
-
-
-def write_session_options(graph: QuantizedGraph, folder: Path) -> None:
-    """Write the options for `add_session_config_entry` that a session of `graph` needs."""
-    eight_bits = any(
-        mark.kind is Kind.ACTIVATION and graph.encodings[mark.name].scheme.bitwidth <= 8
-        for mark in graph.marks
-    )
-    options = SESSION_OPTIONS | (EIGHT_BIT_OPTIONS if eight_bits else {})
-    write_text(folder / OPTIONS_FILE, strict_json.dumps(options, indent=1) + "\n")
-
-
-def read_session_options(folder: Path) -> dict[str, str]:
-    """The options in `folder`, or `SESSION_OPTIONS` if there is no such file."""
-    path = folder / OPTIONS_FILE
-    if not path.is_file():
-        return SESSION_OPTIONS
-    with reading(path):
-        options: dict[str, str] = json.loads(path.read_text())
-    return options
 
 
 class OnnxModel:

@@ -17,6 +17,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwlora.export.bundle_contents import SIMULATED_ADAPTER, TOKENIZER, Contents
+from qwlora.export.session_options import OPTIONS_FORM
 from qwlora.export.target import ExportedGraph, GraphTarget, SwitchableTarget
 
 if TYPE_CHECKING:
@@ -30,6 +32,7 @@ activations to 8 bits on its own.
 
 ```python
 import json, numpy, onnxruntime
+from transformers import AutoTokenizer
 
 options = onnxruntime.SessionOptions()
 options.log_severity_level = 3  # else a warning for every input with a default
@@ -38,7 +41,8 @@ with open("{base}/session_options.json") as file:
         options.add_session_config_entry(key, value)
 session = onnxruntime.InferenceSession("{base}/model.onnx", options)
 run = onnxruntime.RunOptions()
-{adapter}ids = numpy.array([[1, 2, 3]])  # a prompt, as the base model's tokenizer gives it
+{adapter}tokenizer = AutoTokenizer.from_pretrained("{base}")
+ids = numpy.array([tokenizer("Hello").input_ids])
 """
 _ADAPTER = """\
 adapter = onnxruntime.LoraAdapter()
@@ -62,12 +66,14 @@ for _ in range(20):
     cache = dict(zip(cache, present))
     new = logits[:, -1:].argmax(-1)
     ids = numpy.concatenate([ids, new], axis=1)
+print(tokenizer.decode(ids[0]))
 ```"""
 _WITHOUT_CACHE = """\
 for _ in range(20):
     inputs = {"input_ids": ids, "attention_mask": numpy.ones_like(ids)}
     (logits,) = session.run(["logits"], inputs, run)
     ids = numpy.concatenate([ids, logits[:, -1:].argmax(-1)], axis=1)
+print(tokenizer.decode(ids[0]))
 ```"""
 
 
@@ -83,6 +89,17 @@ class OnnxTarget(SwitchableTarget):
     extra = "onnx"
     packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
     activation_bitwidths = (8, 16)  # QuantizeLinear of opset 21
+    contents = Contents(
+        base=(
+            "model.onnx",
+            "model.onnx.data",
+            "model.encodings",
+            "session_options.json",
+            *TOKENIZER,
+        ),
+        adapter=("adapter.onnx_adapter", "model.encodings", *SIMULATED_ADAPTER),
+        forms={"session_options.json": OPTIONS_FORM},
+    )
 
     def loading(self, base: str, adapter: str | None) -> str:
         return _opening(base, adapter) + _WITH_CACHE
@@ -95,7 +112,7 @@ class OnnxTarget(SwitchableTarget):
     ) -> str | None:
         from qwlora.export.aimet_encodings import write_encodings
         from qwlora.export.onnx_bundle import ENCODINGS_FILE
-        from qwlora.export.onnx_runtime import write_session_options
+        from qwlora.export.session_options import write_session_options
         from qwlora.export.switchable_graph import graph_with_cache, write_switchable
         from qwlora.simulation.simulated_graph import SimulatedGraph
 

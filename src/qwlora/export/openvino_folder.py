@@ -20,6 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.export.onnx_model import DATA_FILE, MODEL_FILE
 from qwlora.export.switchable_onnx import linear_modules, matrix_products, switchable_model
+from qwlora.export.weights_folder import write_settings
 from qwlora.graph.cached_capture import IDS
 from qwlora.system.optional_packages import require
 
@@ -50,10 +51,8 @@ def write_openvino(
         _keep_state(openvino, read)
         openvino.save_model(read, folder / IR, compress_to_fp16=False)
     model.config.save_pretrained(folder)
-    if model.can_generate() and model.generation_config is not None:
-        model.generation_config.save_pretrained(folder)
+    write_settings(model, tokenizer, folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
         convert = require("openvino_tokenizers", "openvino").convert_tokenizer
         parts = ("tokenizer", "detokenizer")
         for part, converted in zip(parts, convert(tokenizer, with_detokenizer=True), strict=True):

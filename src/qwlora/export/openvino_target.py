@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError, foreign_as
+from qwlora.export.bundle_contents import PEFT_FILES, PEFT_FORM, TOKENIZER, Contents
 from qwlora.export.held_schemes import openvino_problem
 from qwlora.export.target import WeightsTarget
 
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from qwlora.grid.scheme import Scheme
 
 _PEFT = "base_model.model."
+_PARTS = ("model", "tokenizer", "detokenizer")
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",
@@ -52,6 +54,16 @@ class OpenvinoTarget(WeightsTarget):
 
     extra = "openvino"
     packages = ("openvino", "openvino_genai", "openvino_tokenizers")
+    contents = Contents(
+        base=(
+            *(f"openvino_{part}.{end}" for part in _PARTS for end in ("xml", "bin")),
+            "config.json",
+            "generation_config.json",
+            *TOKENIZER,
+        ),
+        adapter=PEFT_FILES,
+        forms={"adapter_config.json": PEFT_FORM},
+    )
 
     def loading(self, base: str, adapter: str | None) -> str:
         if adapter is None:

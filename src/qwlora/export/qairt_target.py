@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qwlora.export.bundle_contents import GOLDEN_FILES, Contents
 from qwlora.export.held_schemes import encodings_problem
 from qwlora.export.target import ExportedUseCases, UseCasesTarget
 
@@ -33,6 +34,18 @@ class QairtTarget(UseCasesTarget):
     reserved = frozenset({"none", "base", "base_v3", "model", "host"})
     cached_graphs = "asked"
     has_proof = True
+    contents = Contents(
+        adapter=(
+            "*.onnx",
+            "model.data",
+            "*.encodings",
+            "*.safetensors",
+            "*.yaml",
+            "*lora_weight_list.txt",
+            "graphs.json",
+            *GOLDEN_FILES,
+        )
+    )
 
     def loading(self, base: str, adapter: str | None) -> str:
         return (

@@ -18,6 +18,14 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwlora.export.bundle_contents import (
+    MODEL_FILES,
+    OTHER_KEYS,
+    PEFT_FILES,
+    PEFT_FORM,
+    TOKENIZER,
+    Contents,
+)
 from qwlora.export.held_schemes import (
     awq_problem,
     gptq_problem,
@@ -42,6 +50,12 @@ class QweightTarget(WeightsTarget):
     extra = "gptq"
     packages = ("gptqmodel", "optimum")
     has_float16_scales = True
+    contents = Contents(
+        base=(*MODEL_FILES, "quantize_config.json", *TOKENIZER),
+        adapter=PEFT_FILES,
+        forms={"adapter_config.json": PEFT_FORM},
+        settings={"quantization_config": {OTHER_KEYS: object}},
+    )
     writes_float_embeddings = True
 
     def loading(self, base: str, adapter: str | None) -> str:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from qwlora.errors import MissingExtraError
+from qwlora.export.bundle_contents import Contents
 from qwlora.system.optional_packages import require
 
 if TYPE_CHECKING:
@@ -52,11 +53,13 @@ class Target(ABC):
         writes_float_embeddings: whether embeddings are written as the floats that codes stand for.
         cached_graphs: whether the files are graphs with a key-value cache, of the sizes that
             `export.graphs` of the recipe has: never, only if the recipe has it, or always.
+        contents: what the files are, and what configurations in them hold.
         has_proof: whether `verify` writes a proof next to the files (`bundle.py`).
     """
 
     extra: str
     packages: tuple[str, ...]
+    contents = Contents()
     has_float16_scales = False
     writes_float_embeddings = False
     cached_graphs: Literal["never", "asked", "always"] = "never"

@@ -15,11 +15,15 @@ from transformers.pytorch_utils import Conv1D
 
 from qwlora import strict_json
 from qwlora.errors import ExportError
+from qwlora.export.bundle_contents import known_settings
 from qwlora.export.held_schemes import LayerKind
 from qwlora.messages import lines
 from qwlora.nn.pack_at import packed_weights
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_modules import PackedLinear
+
+# what targets add to config.json, see `Contents.settings`
+ADDED_SETTINGS = ("quantization", "quantization_config", "rope_scaling", "rope_theta")
 
 
 def layers_to_write(model: PreTrainedModel) -> dict[str, PackedLayer]:
@@ -103,7 +107,20 @@ def write_folder(
     content = json.loads((folder / "config.json").read_text())
     content.pop("transformers_weights", None)
     (folder / "config.json").write_text(strict_json.dumps({**content, **changes}, indent=2) + "\n")
-    if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+    write_settings(model, tokenizer, folder)
+
+
+def write_settings(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+) -> None:
+    """Write the generation settings and the tokenizer next to config.json, and leave out settings
+    that are text and that transformers does not know: runtimes may take one for a file to load."""
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text())
+            known = known_settings(content, ADDED_SETTINGS)
+            (folder / name).write_text(strict_json.dumps(known, indent=2) + "\n")

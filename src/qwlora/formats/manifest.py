@@ -39,6 +39,13 @@ def write(folder: Path, name: str, record: Mapping[str, Any], files: Iterable[st
     _write(folder / name, {**record, FILES: {**digests, name: _record_digest(record)}})
 
 
+def text(record: Mapping[str, Any], name: str) -> str:
+    """A record that was changed, with its own digest; digests of files stay."""
+    rest = {key: value for key, value in record.items() if key != FILES}
+    digests = {**record[FILES], name: _record_digest(rest)}
+    return strict_json.dumps({**rest, FILES: digests}, indent=1) + "\n"
+
+
 def add(folder: Path, name: str, files: Iterable[str]) -> None:
     """Add the digests of more files to the record."""
     record = json.loads((folder / name).read_text())

@@ -44,11 +44,21 @@ def read_config(folder: Path, tensors: int, trust_remote_code: bool = False) -> 
     except Exception as error:  # bad values can fail anywhere in a configuration class
         refuse_remote_code(repr(str(folder)), error)
         raise _unreadable(folder, error) from error
+    use_default_implementations_(config)
     for part in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config", "transformers_weights"):
             if hasattr(part, key):
                 delattr(part, key)
     return config
+
+
+def use_default_implementations_(config: PretrainedConfig) -> None:
+    """Forget which attention and experts a configuration asks for. It may name a kernel, which
+    transformers would download from the hub and run."""
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if isinstance(part, PretrainedConfig):
+            part._attn_implementation_internal = None
+            part._experts_implementation_internal = None
 
 
 def check_folder(folder: Path, most: int = MOST) -> None:

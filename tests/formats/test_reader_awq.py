@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qwlora.errors import SourceError
-from qwlora.formats.awq import AwqTensors
 from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.qweight import AwqTensors
 from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, PerChannel
@@ -45,7 +45,7 @@ def test_layers_equal_autoawqs(version: str, group: int) -> None:
 
 
 def test_a_layout_read_as_the_other_does_not_fit() -> None:
-    with pytest.raises(SourceError, match="do not belong to one layer in groups of 32"):
+    with pytest.raises(SourceError, match="do not belong to one layer with"):
         opened(FILES / "awq-gemm-32", "gemv").read("layer.weight")
 
 
@@ -134,17 +134,21 @@ def test_settings_that_are_refused(tmp_path: Path, settings: dict[str, Any], mes
     [
         (
             {"qzeros": None},
-            r"layer 'layer' \(AWQ\) has no tensor 'qzeros'; AutoAWQ always",
+            r"layer 'layer' \(AWQ\) has no tensor 'qzeros'",
         ),
         (
             {"scales": torch.full((2, 32), -1.0)},
             r"layer 'layer' \(AWQ\): a scale is a finite positive number, but 64 of 64 are not, -1.0 the first",
         ),
         ({"scales": torch.full((2, 32), torch.inf)}, "a scale is a finite positive number"),
-        ({"scales": torch.ones(4, 32)}, "do not belong to one layer in groups of 32"),
+        ({"scales": torch.ones(4, 32)}, "do not belong to one layer with 64 inputs in 2 groups"),
         (
             {"qweight": torch.zeros(63, 4, dtype=torch.int32)},
-            "do not belong to one layer in groups of 32",
+            "groups of 32 do not divide 63 inputs",
+        ),
+        (
+            {"qweight": torch.zeros(48, 4, dtype=torch.int32)},
+            "groups of 32 do not divide 48 inputs",
         ),
         ({"qweight": torch.zeros(64, 4, dtype=torch.int16)}, "packed in I16"),
         ({"qweight": torch.zeros(64, 4, 1, dtype=torch.int32)}, "must be matrices"),

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwlora.errors import SourceError
-from qwlora.formats.gptq import GptqTensors
 from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.qweight import GptqTensors
 from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, PerChannel
@@ -165,7 +165,10 @@ def test_a_negative_scale_is_autorounds_alone(tmp_path: Path) -> None:
             {"scales": torch.ones(0, 32), "qzeros": torch.zeros(0, 4, dtype=torch.int32)},
             "0 groups do not divide",
         ),
-        ({"qweight": torch.zeros(8, 32, dtype=torch.int64)}, "packed in I64, but only int32"),
+        (
+            {"qweight": torch.zeros(8, 32, dtype=torch.int64)},
+            "qweight is packed in I64, but only in int32",
+        ),
         ({"qweight": torch.zeros(8, dtype=torch.int32)}, "must be matrices"),
         (
             {"qweight": torch.zeros(9, 32, dtype=torch.int32)},

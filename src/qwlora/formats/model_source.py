@@ -4,8 +4,6 @@
     ./a/model.gguf             a GGUF file, dequantized when it is loaded
     package:NAME/PATH          a file or folder in an installed Python package (it is not imported),
                                by the name of the package or of its distribution
-    A+B+C                      the pieces of a split .gguf file in order, each written as one of the
-                               above; they are joined once, in the user's cache
     owner/name                 a Hugging Face hub id; owner/name/FILE.gguf is one file of it.
                                `fetch` downloads it
     ./a/base                   a frozen base: its integers can be kept, but it has no float model
@@ -27,9 +25,8 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import MissingExtraError, SourceError, foreign_as
 from qwlora.formats.hub import downloaded
-from qwlora.formats.joined_files import join_parts
 from qwlora.formats.remote_code import refuse_remote_code
-from qwlora.formats.user_path import does_not_exist, source_path, user_path
+from qwlora.formats.user_path import does_not_exist, source_path
 from qwlora.messages import listed
 
 if TYPE_CHECKING:
@@ -85,10 +82,6 @@ def locate(source: str) -> Location:
     Raises:
         SourceError: the path does not exist or is not a model.
     """
-    if "+" in source and not user_path(source).exists():
-        parts = [source_path(part) for part in source.split("+")]
-        path = join_parts(parts)
-        return Location(str(path.parent), path.name, tuple(parts))
     path = source_path(source)
     on_hub = re.fullmatch(r"([\w-][\w.-]*/[\w.-]+)(?:/([\w./-]+\.gguf))?", source)
     if on_hub and not path.exists():

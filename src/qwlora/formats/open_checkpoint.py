@@ -4,26 +4,26 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from qwlora.encodings.model import BlockOrder
 from qwlora.errors import SourceError
 from qwlora.formats.aimet import AimetCheckpoint
-from qwlora.formats.awq import AwqCheckpoint
 from qwlora.formats.base_folder import RECORD
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.compressed_tensors import CompressedTensorsCheckpoint
-from qwlora.formats.gptq import GptqCheckpoint
 from qwlora.formats.huggingface_folder import FloatCheckpoint
 from qwlora.formats.mlx import MlxCheckpoint
+from qwlora.formats.qweight import QweightCheckpoint
 from qwlora.formats.qwlora_base import BaseCheckpoint
 from qwlora.formats.safetensors_files import read_json
 from qwlora.formats.user_path import looked_for
 
 METHODS = {
-    "gptq": GptqCheckpoint,
-    "awq": AwqCheckpoint,
+    "gptq": partial(QweightCheckpoint, method="gptq"),
+    "awq": partial(QweightCheckpoint, method="awq"),
     "compressed-tensors": CompressedTensorsCheckpoint,
     "mlx": MlxCheckpoint,
 }

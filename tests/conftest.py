@@ -44,7 +44,7 @@ from transformers import (  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 from qwlora.formats import manifest  # noqa: E402
-from qwlora.formats.base_folder import BaseWriter  # noqa: E402
+from qwlora.formats.base_files import BaseWriter  # noqa: E402
 
 transformers_logging.disable_progress_bar()
 

@@ -29,7 +29,7 @@ LEVELS = (
     {"recipe"},
     {"pipeline"},
     {"cli"},
-    {"__main__"},
+    {"hf", "__main__"},
 )
 LEVEL = {room: level for level, rooms in enumerate(LEVELS) for room in rooms}
 

@@ -10,15 +10,13 @@
     verify_onnx      step 5: run these files and compare them with the simulation
 
 Names are imported on first use: importing this package imports neither torch nor transformers.
-It makes transformers' `from_pretrained` load the folders that `save_base` writes.
+`import qwlora.hf` makes transformers' `from_pretrained` load the folders that `save_base` writes.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
-
-from qwlora.formats.register_quantizer import register_when_imported
 
 if TYPE_CHECKING:
     from qwlora.adapter.adapter_folder import load_adapter, save_adapter
@@ -29,6 +27,7 @@ if TYPE_CHECKING:
     from qwlora.export.verify import Limits
     from qwlora.formats.assemble_model import load_precomputed
     from qwlora.formats.base_folder import load_base, save_base
+    from qwlora.formats.hf_quantizer import register_with_transformers
     from qwlora.formats.open_checkpoint import open_checkpoint
     from qwlora.grid.encoding import Encoding
     from qwlora.grid.range_estimator import Estimator
@@ -71,6 +70,7 @@ _HOME = {
     "Rule": "quantize.layer_rules",
     "load_base": "formats.base_folder",
     "save_base": "formats.base_folder",
+    "register_with_transformers": "formats.hf_quantizer",
     "TuningSettings": "quantize.tune_scales",
     "tune_scales_": "quantize.tune_scales",
     "QwloraError": "errors",
@@ -124,6 +124,7 @@ __all__ = [
     "observe_moments",
     "open_checkpoint",
     "quantize_",
+    "register_with_transformers",
     "save_adapter",
     "save_base",
     "simulate",
@@ -132,9 +133,6 @@ __all__ = [
     "verify_onnx",
     "verify_onnx_outputs",
 ]
-
-
-register_when_imported()
 
 
 def __dir__() -> list[str]:

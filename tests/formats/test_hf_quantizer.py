@@ -9,7 +9,6 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -29,11 +28,11 @@ from transformers import (
     pipeline,
 )
 
-from conftest import ARCHITECTURES, byte_tokenizer, reseal, text, tiny_model
+from conftest import ARCHITECTURES, byte_tokenizer, text, tiny_model
 from qwlora import fingerprint, load_base, quantize_, save_adapter, save_base
 from qwlora.errors import FingerprintError, SourceError
-from qwlora.formats import hf_quantizer, register_quantizer
-from qwlora.formats.base_folder import BaseWriter
+from qwlora.formats import hf_quantizer
+from qwlora.formats.base_files import BaseWriter
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn.frozen import packed_layers
 from qwlora.quantize.layer_rules import Rule
@@ -219,41 +218,40 @@ for load in (
     try:
         load()
     except ValueError as error:
-        print("pip install qwlora" in str(error), "import qwlora" in str(error))
+        print("pip install qwlora" in str(error), "import qwlora.hf" in str(error))
     else:
         print("loaded")
 """
     assert in_a_new_process(code).splitlines() == ["True True"] * 4
 
 
-def test_import_qwlora_first_is_cheap_and_enough(base: Path) -> None:
-    code = f"""
-import sys, qwlora
+def test_import_qwlora_hooks_nothing() -> None:
+    code = """
+import sys
+finders = list(sys.meta_path)
+import qwlora
 print([name for name in ("torch", "transformers") if name in sys.modules])
+print(sys.meta_path == finders)
+"""
+    assert in_a_new_process(code).splitlines() == ["[]", "True"]
+
+
+@pytest.mark.parametrize(
+    "preparation",
+    [
+        "import qwlora.hf",
+        "import transformers, qwlora.hf",
+        "import qwlora; qwlora.register_with_transformers()",
+        "import qwlora; qwlora.load_base({base!r})",
+    ],
+)
+def test_transformers_loads_a_base_after(base: Path, preparation: str) -> None:
+    code = f"""
+{preparation.format(base=str(base))}
 from transformers import AutoModelForCausalLM
 print(type(AutoModelForCausalLM.from_pretrained({str(base)!r}).model.layers[0].mlp.up_proj))
 """
-    first, second = in_a_new_process(code).splitlines()
-    assert first == "[]"
-    assert "PackedLinear" in second
-
-
-def test_a_base_of_the_previous_format_still_loads(own_base: Path) -> None:
-    """As version 0.1.0 wrote it: model.safetensors, and a config.json without our keys."""
-    (own_base / "base.safetensors").rename(own_base / "model.safetensors")
-    config = json.loads((own_base / "config.json").read_text())
-    del config["quantization_config"], config["transformers_weights"]
-    (own_base / "config.json").write_text(json.dumps(config))
-    record = json.loads((own_base / "base.json").read_text())
-    (own_base / "base.json").write_text(json.dumps(record | {"format": 3}))
-    reseal(own_base, "base.json")
-    expected = quantized()
-    model = load_base(own_base)
-    assert fingerprint(model) == fingerprint(expected) == record["fingerprint"]
-    assert torch.equal(logits(model), logits(expected))
-    save_base(model, None, own_base, "somewhere")  # in the new format
-    assert sorted(path.name for path in own_base.glob("*.safetensors")) == ["base.safetensors"]
-    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(own_base)), logits(expected))
+    assert "PackedLinear" in in_a_new_process(code)
 
 
 @pytest.mark.parametrize(
@@ -428,7 +426,7 @@ def test_files_that_the_hub_cache_lacks_are_downloaded(
             shutil.copy(base / name, snapshot)
             wanted.remove(name)
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("qwlora.formats.hf_quantizer.snapshot_download", download)
     model = AutoModelForCausalLM.from_pretrained(
         "owner/name", cache_dir=tmp_path, local_files_only=True
     )
@@ -436,8 +434,3 @@ def test_files_that_the_hub_cache_lacks_are_downloaded(
     assert not wanted
     assert model.name_or_path == "owner/name"
     assert torch.equal(logits(model), logits(load_base(base)))
-
-
-def test_a_transformers_without_the_table_can_still_be_imported() -> None:
-    """As in an environment with aimet-torch, which needs an older one."""
-    register_quantizer._register(ModuleType("transformers.quantizers.auto"))

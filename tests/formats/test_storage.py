@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from conftest import ARCHITECTURES, byte_tokenizer, reseal, tiny_model
 from qwlora import PerChannel, Scheme, fingerprint, load_base, quantize_, save_base
 from qwlora.errors import FingerprintError, GridError, SourceError
-from qwlora.formats.base_folder import BaseWriter
+from qwlora.formats.base_files import BaseWriter
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn.fingerprint import combined_fingerprint, config_numbers
 from qwlora.quantize.layer_rules import Rule
@@ -297,10 +297,10 @@ def test_base_json_itself(base: Path) -> None:
     for text, message in {
         json.dumps(
             json.loads(good) | {"format": 1}
-        ): "has format 1, but this version reads 3 and 4; quantize again",
+        ): "has format 1, but this version reads 4; quantize again",
         json.dumps(
             json.loads(good) | {"format": 99}
-        ): "has format 99, but this version reads 3 and 4; update qwlora",
+        ): "has format 99, but this version reads 4; quantize again, with the same version",
         json.dumps(json.loads(good) | {"format": None}): "has format None",
         json.dumps(
             json.loads(good) | {"layers": [], "source": 3}

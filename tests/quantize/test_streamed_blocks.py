@@ -16,7 +16,7 @@ from formats.test_precomputed import IDS, KINDS, Held, model_of
 from qwlora import fingerprint, load_base, quantize_
 from qwlora.errors import CalibrationError, GridError, SourceError
 from qwlora.formats.assemble_model import LazyModel
-from qwlora.formats.base_folder import BaseWriter
+from qwlora.formats.base_files import BaseWriter
 from qwlora.grid.scheme import parse_scheme
 from qwlora.grid.second_moments import Moments
 from qwlora.quantize.layer_rules import Rule

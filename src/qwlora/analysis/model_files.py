@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.encodings.model import BlockOrder
 from qwlora.errors import SourceError
 from qwlora.formats.aimet import AimetCheckpoint
-from qwlora.formats.base_folder import RECORD
+from qwlora.formats.base_files import RECORD
 from qwlora.formats.huggingface_folder import FolderCheckpoint
 from qwlora.formats.meta_model import empty_model, place_name
 from qwlora.formats.open_checkpoint import open_checkpoint, quantization_of

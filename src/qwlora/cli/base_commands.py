@@ -52,7 +52,7 @@ def import_(
     """Write the integers of a quantized checkpoint as a base folder.
 
     The integers are kept bit for bit; nothing is rounded. The folder loads with
-    AutoModelForCausalLM.from_pretrained after `import qwlora`, and as model.source of a recipe.
+    AutoModelForCausalLM.from_pretrained after `import qwlora.hf`, and as model.source of a recipe.
     """
     from qwlora.pipeline.model_folder import new_folder
 

@@ -49,8 +49,8 @@ class Entry100(EntryOfFile):
         if self.dtype == "FLOAT":
             self.check_fields(always)
             return FloatEncoding(self.name, self.bw)
-        shift = set() if self.enc_type == "LPBQ" else {"zero_point_shift"}
-        self.check_fields(always | _FIELDS[self.enc_type], shift)
+        optional = set() if self.enc_type == "LPBQ" else {"zero_point_shift"}
+        self.check_fields(always | _FIELDS[self.enc_type], optional)
         if scale.size != offset.size:
             raise ValueError(f"offset has {offset.size} values, but scale has {scale.size}")
         if self.enc_type == "LPBQ":

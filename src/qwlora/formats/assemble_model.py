@@ -18,7 +18,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from qwlora.errors import GridError, SourceError, reading
-from qwlora.formats.base_folder import save_as_base_
+from qwlora.formats.base_files import save_as_base_
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.meta_model import (
     Place,

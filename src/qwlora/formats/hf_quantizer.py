@@ -1,35 +1,34 @@
 """QWLoRA bases in transformers: what `from_pretrained` does with `quant_method: qwlora`.
 
-    import qwlora
+    import qwlora.hf
     model = AutoModelForCausalLM.from_pretrained("out/base", device_map="auto")
 
 gives the model of `load_base`, with the same checks, in the dtype and on the devices that
-transformers chooses. transformers reads the tensors; `base_folder.BaseFiles` inserts the packed
+transformers chooses. transformers reads the tensors; `base_files.BaseFiles` inserts the packed
 layers before that and compares every stored tensor with its digest. `save_pretrained` writes a
 base.
 
 Refused: quantizing a float model while it is loaded, offloading to disk, tensor parallelism,
-integer dtypes. Written for transformers 5.24. It imports this module while it is itself being
-imported, so everything else is imported when it is needed.
+integer dtypes. Written for transformers 5.24.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from huggingface_hub import snapshot_download
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qwlora.errors import SourceError
-
-if TYPE_CHECKING:
-    import torch
-    from transformers import PretrainedConfig, PreTrainedModel
-
-    from qwlora.formats.base_folder import BaseFiles
+from qwlora.formats.base_files import RECORD, BaseFiles, read_record
+from qwlora.formats.manifest import FILES
+from qwlora.nn import PackedLayer
 
 METHOD = "qwlora"
 
@@ -58,7 +57,7 @@ class QwloraQuantizer(HfQuantizer):
         return True
 
     def is_serializable(self) -> bool:
-        """`save_pretrained` writes a base; see `base_folder.save_as_base_`."""
+        """`save_pretrained` writes a base; see `base_files.save_as_base_`."""
         return True
 
     def validate_environment(self, device_map: Any = None, **unused: Any) -> None:
@@ -95,11 +94,6 @@ class QwloraQuantizer(HfQuantizer):
         checkpoint_files: Sequence[str] = (),
         **unused: Any,
     ) -> None:
-        import torch
-
-        from qwlora.formats.base_folder import BaseFiles
-        from qwlora.nn import PackedLayer
-
         self._dtype = dtype or torch.float32
         self._base = base = BaseFiles(_folder_of(Path(checkpoint_files[0])))
         expected = base.record.get("class")
@@ -152,23 +146,21 @@ def _tie_(model: PreTrainedModel) -> None:
 
 
 def _is_in_packed(model: PreTrainedModel, name: str) -> bool:
-    from qwlora.nn import PackedLayer
-
     return isinstance(model.get_submodule(name.rpartition(".")[0]), PackedLayer)
 
 
-def register_in(table: ModuleType) -> None:
-    """Register the method in `transformers.quantizers.auto`."""
-    if METHOD not in table.AUTO_QUANTIZER_MAPPING:
-        table.register_quantization_config(METHOD)(QwloraConfig)
-        table.register_quantizer(METHOD)(QwloraQuantizer)
+def register_with_transformers() -> None:
+    """Let `from_pretrained`, `pipeline`, `Trainer` and PEFT load QWLoRA bases in this process.
+
+    `load_base` and `save_base` call it; `import qwlora.hf` does too.
+    """
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(METHOD)(QwloraConfig)
+        auto.register_quantizer(METHOD)(QwloraQuantizer)
 
 
 def _folder_of(weights: Path) -> Path:
     """The base's folder; in the hub's cache, its other files are downloaded into it."""
-    from qwlora.formats.base_folder import RECORD, read_record
-    from qwlora.formats.manifest import FILES
-
     folder = weights.parent
     if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
         _download_beside(folder, [RECORD])
@@ -177,8 +169,6 @@ def _folder_of(weights: Path) -> Path:
 
 
 def _download_beside(snapshot: Path, files: list[str]) -> None:
-    from huggingface_hub import snapshot_download
-
     cached = snapshot.parents[1]
     if missing := [file for file in files if not (snapshot / file).is_file()]:
         snapshot_download(

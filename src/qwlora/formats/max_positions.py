@@ -58,6 +58,7 @@ def check_positions(model: PreTrainedModel, count: int) -> str | None:
 def _reach(rope: Mapping[str, Any], stated: int) -> int | None:
     """The length that rotary positions were trained on or scaled to; None if that is unknown."""
     # either one dictionary for each type of layer, or a single one
+    by_layers: list[Mapping[str, Any]]
     by_layers = [part for part in rope.values() if isinstance(part, dict)] or [rope]
     reaches = [stated]
     for part in by_layers:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 from qwlora.encodings.model import BlockOrder
 from qwlora.errors import SourceError
 from qwlora.formats.aimet import AimetCheckpoint
-from qwlora.formats.base_folder import RECORD
+from qwlora.formats.base_files import RECORD
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.compressed_tensors import CompressedTensorsCheckpoint
 from qwlora.formats.huggingface_folder import FloatCheckpoint
@@ -21,7 +21,7 @@ from qwlora.formats.qwlora_base import BaseCheckpoint
 from qwlora.formats.safetensors_files import read_json
 from qwlora.formats.user_path import looked_for
 
-METHODS = {
+METHODS: dict[str, Callable[[Path, dict[str, Any]], Checkpoint]] = {
     "gptq": partial(QweightCheckpoint, method="gptq"),
     "awq": partial(QweightCheckpoint, method="awq"),
     "compressed-tensors": CompressedTensorsCheckpoint,

@@ -11,9 +11,10 @@ from pathlib import Path
 from torch import Tensor
 
 from qwlora.errors import FingerprintError, GridError, SourceError
-from qwlora.formats.base_folder import check_files, read_layers, read_record, stem_of
+from qwlora.formats.base_files import check_files, read_layers, read_record
 from qwlora.formats.model_config import read_config
 from qwlora.formats.safetensors_files import SafetensorsFiles
+from qwlora.formats.shard_writer import STEM
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn.fingerprint import tensor_digest
 from qwlora.nn.packed_tensor import PackedTensor, Parts
@@ -33,7 +34,7 @@ class BaseCheckpoint:
         self.folder, self._where = Path(folder), f"base {str(folder)!r}"
         self.record = read_record(self.folder)
         check_files(self.folder)
-        self.files = SafetensorsFiles(self.folder, stem_of(self.folder))
+        self.files = SafetensorsFiles(self.folder, STEM)
         self.layers = {
             parameter_name(path): (path, *found)
             for path, found in read_layers(self.record, self._where).items()

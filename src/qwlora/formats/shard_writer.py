@@ -17,7 +17,7 @@ from torch import Tensor
 from qwlora import strict_json
 from qwlora.atomic import move_into_place, write_text
 
-STEM, OLD_STEM = "base", "model"
+STEM = "base"
 SINGLE, INDEX = ".safetensors", ".safetensors.index.json"  # after the stem
 SHARD_BYTES = 2**29
 
@@ -32,10 +32,9 @@ class ShardWriter:
         self._waiting_bytes = self._total_bytes = 0
         self._shards: list[list[str]] = []
         for old in [
-            *folder.glob(f"{OLD_STEM}*{SINGLE}"),
             *folder.glob(f"{STEM}{SINGLE}"),
             *folder.glob(f"{STEM}-*-of-*{SINGLE}"),
-            *(folder / f"{stem}{INDEX}" for stem in (STEM, OLD_STEM)),
+            folder / f"{STEM}{INDEX}",
             *folder.glob(".shard-*.part"),
         ]:
             old.unlink(missing_ok=True)

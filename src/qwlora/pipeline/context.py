@@ -25,7 +25,8 @@ from qwlora.adapter.attach import adapter_folder, attach, attach_existing
 from qwlora.adapter.equalize_factors import equalize_adapter_
 from qwlora.errors import SourceError
 from qwlora.formats.assemble_model import LazyModel
-from qwlora.formats.base_folder import load_base, read_record
+from qwlora.formats.base_files import read_record
+from qwlora.formats.base_folder import load_base
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface_folder import FloatCheckpoint
 from qwlora.formats.meta_model import build_model

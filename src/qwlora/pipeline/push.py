@@ -34,7 +34,7 @@ from qwlora.errors import DirectoryError, QwloraError, UploadError, described
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import GraphTarget, SwitchableTarget, UseCasesTarget
 from qwlora.formats import manifest
-from qwlora.formats.base_folder import RECORD, read_record
+from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.card_mark import is_users_card
 from qwlora.formats.model_origin import origin_of
 from qwlora.messages import listed, suggestion

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qwlora.errors import SourceError
 from qwlora.formats.assemble_model import LazyModel
-from qwlora.formats.base_folder import BaseWriter
+from qwlora.formats.base_files import BaseWriter
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.meta_model import put_, tensor_at
 from qwlora.formats.shard_writer import SHARD_BYTES

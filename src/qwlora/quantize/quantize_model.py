@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import GridError
-from qwlora.formats.base_folder import save_as_base_
+from qwlora.formats.base_files import save_as_base_
 from qwlora.formats.model_source import forget_gguf_
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, parse_scheme
 from qwlora.grid.second_moments import Moments

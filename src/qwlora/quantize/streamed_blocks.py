@@ -26,7 +26,7 @@ from torch.utils.hooks import RemovableHandle
 
 from qwlora.errors import GridError, SourceError
 from qwlora.formats.assemble_model import LazyModel
-from qwlora.formats.base_folder import BaseWriter
+from qwlora.formats.base_files import BaseWriter
 from qwlora.formats.meta_model import Place, is_below, tensor_at
 from qwlora.nn import tie_weights_
 

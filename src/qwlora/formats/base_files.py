@@ -1,0 +1,466 @@
+"""The files of a QWLoRA base: what `base_folder.py` describes, written tensor by tensor and read
+with every check.
+
+Loading builds the model without data, inserts empty packed layers, checks all tensor names, shapes
+and types against it, and maps the files into memory. Each tensor is read once to check its digest.
+A float tensor is copied only if another dtype is requested.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.dynamic_module_utils import custom_object_save
+
+from qwlora.atomic import files_in, replacing_files
+from qwlora.errors import FingerprintError, GridError, SourceError
+from qwlora.formats import manifest
+from qwlora.formats.meta_model import Place, tensor_at, tensor_places
+from qwlora.formats.safetensors_files import SafetensorsFiles, read_json
+from qwlora.formats.shard_writer import SHARD_BYTES, STEM, ShardWriter
+from qwlora.grid.scheme import Scheme
+from qwlora.messages import lines, listed
+from qwlora.nn import PackedLayer, is_packed, place_empty_, tie_weights_
+from qwlora.nn.fingerprint import (
+    base_tensors,
+    combined_fingerprint,
+    config_numbers,
+    keep_fingerprint_,
+    remember_floats_,
+    tensor_digest,
+)
+from qwlora.nn.finite import check_finite
+from qwlora.nn.frozen import assert_frozen, packed_layers
+from qwlora.nn.meta_tensors import refuse_meta
+from qwlora.nn.packed_tensor import narrowest
+from qwlora.parameter_names import canonical_name
+
+FORMAT = 4
+RECORD = "base.json"
+WITHOUT_QWLORA = (
+    "this model is a QWLoRA base; run `pip install qwlora`, and `import qwlora.hf` before you "
+    "load it"
+)
+_FLOATS = ("F32", "BF16", "F16")
+_TYPES = {
+    torch.uint8: "U8",
+    torch.int8: "I8",
+    torch.int16: "I16",
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.bool: "BOOL",
+    torch.float64: "F64",
+}
+
+
+class BaseWriter:
+    """Writes a base module by module; for a whole model, use `write_base`."""
+
+    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
+        self.folder = folder
+        (folder / RECORD).unlink(missing_ok=True)
+        self._shards = ShardWriter(folder, shard_bytes)
+        self.digests: dict[str, str] = {}
+        self._layers: dict[str, Any] = {}
+
+    def add(self, module: nn.Module, path: str = "") -> None:
+        """Add the tensors of the module at `path` in the model, except those without data.
+
+        They must not be modified before `finish`.
+        """
+        for name, (layout, tensor) in base_tensors(module).items():
+            if tensor.is_meta:
+                continue
+            full = f"{path}.{name}" if path else name
+            is_buffer = not layout and not isinstance(tensor, nn.Parameter)
+            check_finite(full, tensor, allow_infinity=is_buffer)
+            self.digests[full] = tensor_digest(full, layout, tensor)
+            self._shards.add(full, narrowest(tensor) if tensor.dtype == torch.float32 else tensor)
+        for below, layer in module.named_modules(prefix=path):
+            if (
+                isinstance(layer, PackedLayer)
+                and is_packed(layer)
+                and not layer.is_tied
+                and not layer.tensor.parts.packed.is_meta
+            ):
+                self._layers[canonical_name(below)] = {
+                    "shape": list(layer.tensor.shape),
+                    **layer.scheme.to_json(),
+                }
+
+    def finish(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source: str
+    ) -> str:
+        """Write the last shard, configuration, tokenizer and base.json. Returns the fingerprint."""
+        weights = self._shards.finish()
+        files = self._write_configuration(model, tokenizer, weights)
+        identity = combined_fingerprint(self.digests, config_numbers(model))
+        record = {
+            "format": FORMAT,
+            "fingerprint": identity,
+            "source": source,
+            "class": _class_name(model),
+            "layers": self._layers,
+            "tensors": self.digests,
+        }
+        if any(_is_remote(type(part)) for part in (model, model.config, tokenizer)):
+            record["trust_remote_code"] = True
+        manifest.write(self.folder, RECORD, record, files)
+        return identity
+
+    def _write_configuration(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, weights: str
+    ) -> list[str]:
+        """Write configuration, tokenizer and generation settings; returns the paths of these
+        files.
+
+        Args:
+            weights: the file with the weights, or their index.
+        """
+        config: Any = copy.deepcopy(model.config)
+        config.dtype, config.architectures = model.dtype, [type(model).__name__]
+        config.quantization_config = {"quant_method": "qwlora", "weights": weights}
+        with replacing_files(self.folder) as scratch:
+            if _is_remote(type(model)):  # save_pretrained copies only config's and tokenizer's code
+                custom_object_save(model, scratch, config)
+            config.save_pretrained(scratch)
+            config.transformers_weights = WITHOUT_QWLORA  # save_pretrained would leave it out
+            config.to_json_file(Path(scratch, "config.json"))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(scratch)
+            if model.can_generate() and model.generation_config is not None:
+                model.generation_config.save_pretrained(scratch)
+            return files_in(scratch)
+
+
+def write_base(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: str | Path,
+    source: str,
+) -> str:
+    """Write a base; see `base_folder.save_base`."""
+    assert_frozen(model)
+    refuse_meta(model, SourceError)
+    _class_name(model)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    writer = BaseWriter(Path(folder))
+    writer.add(model)
+    identity = writer.finish(model, tokenizer, source)
+    remember_floats_(model, writer.digests)
+    _belongs_to_(model, Path(folder), source)
+    return identity
+
+
+def _class_name(model: PreTrainedModel) -> str | None:
+    """The class of transformers that `load_base` will build; None if the model has its own code.
+
+    Raises:
+        SourceError: the class is from another library, so config.json does not determine it.
+    """
+    kinds = type(model).__mro__
+    if any(_is_remote(kind) for kind in kinds):
+        return None
+    ours = (k.__name__ for k in kinds if getattr(transformers, k.__name__, None) is k)
+    name = next(ours, "PreTrainedModel")
+    if name.endswith("PreTrainedModel"):
+        raise SourceError(
+            f"{type(model).__name__} ({type(model).__module__}) is not a model class of "
+            "transformers, so load_base could not build it from config.json. Save its "
+            "state_dict() and call quantize_ again with the same settings, or derive it from a "
+            "class of transformers"
+        )
+    return name
+
+
+def _is_remote(kind: type) -> bool:
+    """Whether transformers loaded this class from Python code in a model's folder."""
+    return kind.__module__.startswith("transformers_modules.")
+
+
+class BaseFiles:
+    """The base in `folder`, and the steps to load it into a model that was built without data:
+    `place_packed_`, then all tensors of `verified`, then `finish_`.
+
+    Raises:
+        SourceError: the folder is not a base, has another format version, or cannot be read.
+        FingerprintError: the configuration or the tokenizer was changed after saving.
+    """
+
+    def __init__(self, folder: Path):
+        self.folder, self.where = folder, f"base {str(folder)!r}"
+        self.record = read_record(folder)
+        check_files(folder)
+        self.files = SafetensorsFiles(folder, STEM)
+        self.digests: dict[str, str] = {}
+        self.packed: frozenset[str] = frozenset()
+
+    def place_packed_(self, model: PreTrainedModel) -> dict[str, list[Place]]:
+        """Insert empty packed layers, and check names, shapes and types of all stored tensors.
+
+        Returns:
+            The places of each stored tensor.
+
+        Raises:
+            SourceError: the tensors are not those of the model; the message lists them.
+            GridError: a layer does not exist in the model, or has another shape.
+        """
+        _place_packed_(model, read_layers(self.record, self.where), self.where)
+        places = tensor_places(model)
+        _check_headers(model, self.files, places, self.where)
+        self.packed = frozenset(name for name, (layout, _) in base_tensors(model).items() if layout)
+        return places
+
+    def verified(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+        """Name and tensor, as a view of the mapped file, of everything stored.
+
+        Raises:
+            FingerprintError: after the last one, if any differs from its digest.
+        """
+        layouts = {name: layout for name, (layout, _) in base_tensors(model).items()}
+        for name in self.files.names():
+            tensor = self.files.read(name)
+            self.digests[name] = tensor_digest(name, layouts[name], tensor)
+            yield name, tensor
+        saved = self.record["tensors"]
+        if changed := [name for name, found in self.digests.items() if saved.get(name) != found]:
+            raise FingerprintError(self._changed(model, listed(changed)))
+
+    def check_configuration(self, model: PreTrainedModel) -> None:
+        """Compare the fingerprint with the saved one, after `verified`.
+
+        Raises:
+            FingerprintError: the model's configuration is not the one it was saved with.
+        """
+        if self._identity(model) != self.record["fingerprint"]:
+            raise FingerprintError(self._changed(model, "config.json or its fingerprint"))
+
+    def finish_(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
+        """Check the grids, and note on the model which base it is.
+
+        Raises:
+            GridError: a layer has an invalid scale or offset.
+        """
+        for layer in model.modules():
+            if isinstance(layer, PackedLayer):
+                layer.compute_dtype = dtype
+        _check_grids(model, self.where)
+        digests = dict(self.digests)
+        for name, (layout, tensor) in base_tensors(model).items():
+            # stored floats are float32 or narrower, and digests are of their float32 values
+            is_cast = tensor.is_floating_point() and tensor.dtype != torch.float32
+            if is_cast and not layout and not tensor.is_meta:
+                digests[name] = tensor_digest(name, layout, tensor)
+        remember_floats_(model, digests)
+        now = combined_fingerprint(digests, config_numbers(model))
+        if now != self.record["fingerprint"] == self._identity(model):
+            keep_fingerprint_(model, now, self.record["fingerprint"])
+        _belongs_to_(model, self.folder, self.record["source"])
+
+    def _identity(self, model: PreTrainedModel) -> str:
+        return combined_fingerprint(self.digests, config_numbers(model))
+
+    def _changed(self, model: PreTrainedModel, what: str) -> str:
+        return (
+            f"{self.where} has fingerprint {self._identity(model)}, but {RECORD} says "
+            f"{self.record['fingerprint']}: {what} changed after saving. Copy it again, or "
+            "quantize again"
+        )
+
+
+def _belongs_to_(model: PreTrainedModel, folder: Path, source: str) -> None:
+    """Note the base's folder, which PEFT writes into adapters, and what `save_pretrained` needs."""
+    model.name_or_path = str(folder)
+    save_as_base_(model, source)
+
+
+def save_as_base_(model: PreTrainedModel, source: str | None = None) -> None:
+    """Let `model.save_pretrained(folder)` write a base while the model has packed layers.
+
+    transformers' own method would write codes and scales without saying what they are, and then
+    load them as random weights.
+
+    Args:
+        source: where the model came from, recorded in base.json; default: `model.name_or_path`.
+    """
+    source = (model.name_or_path or "") if source is None else source
+    model.__dict__["save_pretrained"] = _SaveAsBase(model, source)
+
+
+class _SaveAsBase:
+    """`save_pretrained` of one model; it is copied along with the model."""
+
+    def __init__(self, model: PreTrainedModel, source: str):
+        self.model, self.source = model, source
+
+    def __call__(
+        self, save_directory: str | Path, is_main_process: bool = True, **settings: Any
+    ) -> None:
+        model = self.model
+        if not packed_layers(model) or getattr(model, "_hf_peft_config_loaded", False):
+            method = type(model).save_pretrained  # floats, or the adapter of model.add_adapter
+            method(model, save_directory, is_main_process=is_main_process, **settings)
+            return
+        unknown = ("state_dict", "variant", "push_to_hub", "distributed_checkpoint")
+        if refused := [name for name in unknown if settings.get(name)]:
+            raise SourceError(
+                f"save_pretrained: a QWLoRA base cannot be saved with {listed(refused)}. Leave it "
+                "out; to upload the base, call model.push_to_hub"
+            )
+        if is_main_process:
+            write_base(model, None, save_directory, self.source)
+
+
+def check_files(folder: Path) -> None:
+    """Compare the base's configuration and tokenizer with their digests; see `manifest.check`.
+
+    Weights are not listed there: each tensor has its own digest, checked when it is read.
+    """
+    manifest.check(folder, RECORD, f"base {str(folder)!r}", "quantize again")
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """Read `base.json`.
+
+    Raises:
+        SourceError: it is missing, unreadable, or has another format version.
+    """
+    if not (folder / RECORD).is_file():
+        raise SourceError(f"{str(folder)!r} is not a QWLoRA base: it has no {RECORD}")
+    record = read_json(folder / RECORD)
+    found = record.get("format")
+    if found != FORMAT:
+        raise SourceError(
+            f"base {str(folder)!r} has format {found!r}, but this version reads {FORMAT}; quantize "
+            "again, with the same version of qwlora"
+        )
+    kinds = {"fingerprint": str, "source": str, "layers": dict, "tensors": dict}
+    if wrong := [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]:
+        raise SourceError(
+            f"base {str(folder)!r}: missing or malformed in {RECORD}: {' and '.join(wrong)}; "
+            "quantize again"
+        )
+    return record
+
+
+def read_layers(record: Mapping[str, Any], where: str) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
+    """Scheme and shape of each packed layer in a `base.json`, by module path.
+
+    Raises:
+        GridError: the record of a layer is invalid.
+    """
+    layers = {}
+    for name, layer in record["layers"].items():
+        try:
+            layers[name] = _scheme(layer), tuple(layer["shape"])
+            layers[name][0].scale_shape(layers[name][1])
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
+            raise GridError(_impossible(name, error, where)) from error
+    return layers
+
+
+def _impossible(name: str, error: Exception, where: str) -> str:
+    reason = str(error) or type(error).__name__
+    return f"{where}: layer {name!r} in {RECORD} does not fit the model ({reason}); quantize again"
+
+
+def _scheme(record: dict[str, Any]) -> Scheme:
+    """The scheme in a layer's record, after checking the types of its values: integers must be
+    `int`, not 4.0 or true.
+
+    Raises:
+        GridError: a value has the wrong type, or the scheme is invalid.
+    """
+    natural = (
+        "bitwidth",
+        *(key for key in ("axis", "block_size", "scale_bitwidth") if record.get(key) is not None),
+    )
+    flags = ("symmetric", *(key for key in ("float_offset",) if key in record))
+    if wrong := [key for key in natural if type(record[key]) is not int] + [
+        key for key in flags if type(record[key]) is not bool
+    ]:
+        raise GridError(f"{wrong[0]} is {record[wrong[0]]!r}")
+    if not (
+        isinstance(record["shape"], list)
+        and all(type(length) is int and length > 0 for length in record["shape"])
+    ):
+        raise GridError(f"its shape is {record['shape']!r}")
+    return Scheme.from_json(record)
+
+
+def _place_packed_(
+    model: PreTrainedModel, layers: Mapping[str, tuple[Scheme, tuple[int, ...]]], where: str
+) -> None:
+    """Insert empty packed layers as base.json says, and tie layers that share weights.
+
+    Raises:
+        GridError: the model has no such layer, or it has another shape.
+    """
+    for name, (scheme, shape) in layers.items():
+        try:
+            layer = place_empty_(model, name, scheme)
+        except (
+            AttributeError,
+            KeyError,
+            TypeError,
+            ValueError,
+            RuntimeError,
+            OverflowError,
+        ) as error:
+            raise GridError(_impossible(name, error, where)) from error
+        if layer.tensor.shape != shape:
+            raise GridError(
+                _impossible(
+                    name,
+                    GridError(f"its shape is {list(shape)}, not {list(layer.tensor.shape)}"),
+                    where,
+                )
+            )
+    tie_weights_(model)
+
+
+def _check_headers(
+    model: PreTrainedModel, files: SafetensorsFiles, places: Mapping[str, list[Place]], where: str
+) -> None:
+    """Compare names, shapes and types of all stored tensors with the model before any is read.
+
+    Raises:
+        SourceError: they differ; the message lists the first ones.
+    """
+    wrong = [f"{name} is missing" for name in sorted(places.keys() - set(files.names()))]
+    wrong += [f"{name} is not in the model" for name in sorted(set(files.names()) - places.keys())]
+    for name in places.keys() & set(files.names()):
+        expected = tensor_at(model, places[name][0])
+        assert expected is not None
+        kinds = _FLOATS if expected.is_floating_point() else (_TYPES[expected.dtype],)
+        if files.shape(name) != tuple(expected.shape) or files.dtype(name) not in kinds:
+            found, wanted = (
+                f"{list(shape)} of {kind}"
+                for shape, kind in (
+                    (files.shape(name), files.dtype(name)),
+                    (expected.shape, " or ".join(kinds)),
+                )
+            )
+            wrong.append(f"{name} is {found}, not {wanted}")
+    if wrong:
+        shown = "\n  ".join(lines(wrong))
+        raise SourceError(
+            f"{where}: its tensors do not match {RECORD} and config.json; quantize again\n  {shown}"
+        )
+
+
+def _check_grids(model: PreTrainedModel, where: str) -> None:
+    """Check that scales are positive and offsets in range; any packed codes are valid."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, PackedLayer) and is_packed(layer) and not layer.is_tied:
+            try:
+                _ = layer.encoding
+            except GridError as error:
+                raise GridError(f"{where}: layer {name}: {error}; quantize again") from error

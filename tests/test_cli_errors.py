@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,20 @@ def test_out_of_memory_says_so_and_what_to_lower(call: Any, failing: Any, error:
     assert "data.sequence_tokens" in errors
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("I/O error: No space left on device (os error 28)"),  # safetensors
+    ],
+)
+def test_a_full_disk_says_so(call: Any, failing: Any, error: Any) -> None:
+    code, errors = call(*failing(error))
+    assert code == 2
+    assert "no space left on the disk while reading weights.bin" in errors
+    assert "Free some" in errors
+
+
 def test_a_truncated_file_is_no_silent_abort(call: Any, failing: Any) -> None:
     code, errors = call(*failing(EOFError("Ran out of input")))
     assert code == 2
@@ -101,6 +116,13 @@ def model(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
         {"vocab_size": None},
         {"rope_parameters": "no"},
         {"hidden_act": {}},
+        {"hidden_act": "silly"},
+        {"num_key_value_heads": -2},
+        {"vocab_size": 3 * 10**9},
+        {"hidden_size": 96},
+        {"dtype": "float17"},
+        {"rope_parameters": {"rope_type": "linear", "factor": float("nan"), "rope_theta": 1e4}},
+        {"rms_norm_eps": float("nan")},
     ],
 )
 def test_impossible_configurations_name_the_model(
@@ -113,6 +135,9 @@ def test_impossible_configurations_name_the_model(
     assert "Traceback" not in errors
     assert "unexpected" not in errors
     assert str(model) in errors or "config.json" in errors
+    (key,) = entries
+    scalar = isinstance(entries[key], int | float) or entries[key] in ("silly", "float17")
+    assert key in errors or not scalar  # a value that is wrong by itself is named
     assert not (tmp_path / "out").exists()
 
 

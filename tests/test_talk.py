@@ -23,6 +23,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from conftest import byte_tokenizer, tiny_model
+from qwlora.analysis.generate_text import Answer
 from qwlora.cli.main import main
 from qwlora.pipeline.evaluate_tasks import stage_of
 from qwlora.pipeline.job_models import JobModels
@@ -186,6 +187,7 @@ def test_an_answer_ends_at_the_last_position(job: Path, call: Call) -> None:
             ("not trained", "train --out", "&& qwlora export --out"),
         ),
         (("--stage", "simulatd"), ("no stage 'simulatd'", "did you mean simulated")),
+        (("--stage", "gguf"), ("not exported to gguf", "has onnx, hf", "export.targets")),
         (("--compare", "base", "--stage", "base"), ("--compare names its models itself",)),
     ],
 )
@@ -196,6 +198,52 @@ def test_what_cannot_be_used_is_named_before_anything_is_loaded(
     assert (code, out, err.count("\n")) == (2, "", 1)
     for fact in facts:
         assert fact in err
+
+
+def test_text_that_is_not_utf8_is_refused(job: Path, call: Call) -> None:
+    for raw in ([], ["--raw"]):
+        code, out, err = call("generate", job, "caf\udce9", "--stage", "base", *raw)
+        assert (code, out) == (2, "")
+        assert "not UTF-8 text at character 4" in err
+        assert "unexpected" not in err
+        code, out, err = call("chat", job, "--stage", "base", *raw, typed="hi\udcff\n")
+        assert (code, out) == (2, "")
+        assert "not UTF-8 text at character 3" in err
+
+
+def test_an_answer_with_control_characters_is_shown_as_escapes(
+    job: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(model: Any, tokenizer: Any, ids: Any, sampling: Any, write: Any) -> Answer:
+        write("\x1b]52;c;aGk=\x07 done")
+        return Answer("\x1b]52;c;aGk=\x07 done", 1, 0.1, 0.1)
+
+    monkeypatch.setattr("qwlora.analysis.generate_text.generate_text", answer)
+    options = ("generate", job, PROMPT, "--stage", "base")
+    assert call(*options)[1] == "\\x1b]52;c;aGk=\\x07 done\n"
+    assert "\x1b" not in call(*options[:3], "--compare", "base")[1]
+    out = call(*options, "--json")[1]
+    assert json.loads(out)["answers"][0]["text"] == "\x1b]52;c;aGk=\x07 done"
+    assert call("chat", job, "--stage", "base", typed="hi")[1] == "\\x1b]52;c;aGk=\\x07 done\n"
+
+
+def test_json_is_alone_whatever_is_printed_while_models_load(
+    job: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = JobModels.open
+
+    def noisy(*arguments: Any) -> Any:
+        print("GPT-QModel 7.7 banner")
+        return load(*arguments)
+
+    monkeypatch.setattr(JobModels, "open", noisy)
+    options = ("generate", job, "the", "--stage", "base", "--raw", "--max-new-tokens", 2)
+    _, out, err = call(*options, "--json")
+    assert len(json.loads(out)["answers"]) == 1
+    assert "banner" in err
+    _, out, err = call(*options, "--exact")
+    assert out == expected(job, "base", "the", 2) + "\n"
+    assert "banner" in err
 
 
 def test_a_folder_that_is_no_job_or_has_no_base_is_refused(

@@ -28,14 +28,16 @@ any error into one message; `described` and `file_being_read` give its parts.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qwlora.messages import lines
+from qwlora.messages import lines, shortened
 
 _NOTE = "while reading "
+_FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
@@ -51,12 +53,8 @@ class RecipeError(QwloraError, ValueError):
     """The recipe cannot be followed; `problems` lists every finding, so one edit fixes them all."""
 
     def __init__(self, source: str, problems: Sequence[str]):
-        self.source = source
-        self.problems = tuple(problems)
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__(
-            "\n".join([f"{source}: {count} in the recipe", *(f"  - {p}" for p in self.problems)])
-        )
+        self.source, self.problems = source, tuple(problems)
+        super().__init__(_report(f"{source}: {_counted(problems)} in the recipe", problems))
 
 
 class SourceError(QwloraError, ValueError):
@@ -102,31 +100,31 @@ class EncodingsFileError(QwloraError, ValueError):
     """An encodings file cannot be read or written; `problems` lists every finding."""
 
     def __init__(self, source: str, problems: Sequence[str]):
-        self.source = source
-        self.problems = tuple(problems)
-        count = "1 problem" if len(self.problems) == 1 else f"{len(self.problems)} problems"
-        super().__init__("\n".join([f"{source}: {count}", *_bulleted(self.problems)]))
+        self.source, self.problems = source, tuple(problems)
+        super().__init__(_report(f"{source}: {_counted(problems)}", problems))
 
 
 class ConversionError(QwloraError, ValueError):
     """A conversion would lose `lost`, or needs `lacking`, which the file does not contain."""
 
     def __init__(self, what: str, lost: Sequence[str], lacking: Sequence[str]):
-        self.lost = tuple(lost)
-        self.lacking = tuple(lacking)
-        lines = [what]
-        if self.lacking:
-            lines += ["needed, but not in this file:", *_bulleted(self.lacking)]
-        if self.lost:
-            lines += [
-                "would be lost (--lossy, or lossy=True, accepts that):",
-                *_bulleted(self.lost),
-            ]
-        super().__init__("\n".join(lines))
+        self.lost, self.lacking = tuple(lost), tuple(lacking)
+        parts = [what]
+        if lacking:
+            parts.append(_report("needed, but not in this file:", lacking))
+        if lost:
+            heading = "would be lost (--lossy, or lossy=True, accepts that):"
+            parts.append(_report(heading, lost))
+        super().__init__("\n".join(parts))
 
 
-def _bulleted(items: Sequence[str]) -> list[str]:
-    return [f"  - {line}" for line in lines(items, 50)]
+def _counted(problems: Sequence[str]) -> str:
+    return "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+
+
+def _report(heading: str, items: Sequence[str]) -> str:
+    """The heading and the first 50 items, each on a line and of limited length."""
+    return "\n".join([heading, *(f"  - {shortened(line)}" for line in lines(items, 50))])
 
 
 class VerificationError(QwloraError, RuntimeError):
@@ -141,7 +139,7 @@ class VerificationError(QwloraError, RuntimeError):
         self, what: str, problems: Sequence[str] = (), results: dict[str, Any] | None = None
     ):
         self.problems, self.results = tuple(problems), results
-        super().__init__("\n  ".join([what, *self.problems]))
+        super().__init__("\n  ".join([what, *map(shortened, lines(self.problems, 50))]))
 
 
 class UploadError(QwloraError, RuntimeError):
@@ -195,17 +193,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(w in str(error) for w in _OUT_OF_MEMORY)
 
 
+def is_out_of_space(error: BaseException) -> bool:
+    """Whether a disk was full. Native writers (safetensors, onnx) say so in their text only."""
+    return getattr(error, "errno", None) in _FULL_DISK or "No space left" in str(error)
+
+
 @contextmanager
 def foreign_as(kind: type[QwloraError], what: str, remedy: str = "") -> Iterator[None]:
     """Raise any error of other libraries inside as `kind`: `what: the error; remedy`.
 
-    Errors of QWLoRA and of memory pass as they are.
+    Errors of QWLoRA, of memory and of full disks pass as they are.
     """
     try:
         yield
     except QwloraError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_out_of_space(error):
             raise
         raise kind(f"{what}: {described(error)}{f'; {remedy}' if remedy else ''}") from error

@@ -1,9 +1,27 @@
-"""Parts of messages: lists of names, suggestions for misspelled names, sizes, durations."""
+"""Parts of messages: lists of names, suggestions for misspelled names, sizes, times, escapes."""
 
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
+
+# ASCII and Latin-1 controls except tab and newline; characters that reorder or break a line
+# (bidirectional controls, U+2028, U+2029); halves of surrogate pairs, which no stream can encode
+_CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def escaped(text: str) -> str:
+    """`text` with control characters as escapes such as `\\x1b`; tabs and newlines stay."""
+    return _CONTROLS.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
+def shortened(text: str, most: int = 2000) -> str:
+    """`text`, cut after `most` characters; the number of those left out is added."""
+    if len(text) <= most:
+        return text
+    return f"{text[:most]}... ({len(text) - most:,} more characters)"
 
 
 def listed(items: Iterable[object], most: int = 5) -> str:
@@ -25,7 +43,7 @@ def near_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     Dotted names are compared by their last part (`*.up_prj` and `layers.0.mlp.up_proj`), or as a
     whole if the last part is correct or similar to none.
     """
-    known = list(dict.fromkeys(names))
+    known = list(dict.fromkeys(islice(names, 2000)))  # each comparison takes about 10 us
     end = _last_part(name).lower()
     same_end = [other for other in known if _last_part(other).lower() == end]
     if "." not in name or not same_end:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import resource
 from typing import Any
 
 import pytest
@@ -507,6 +508,31 @@ def test_a_template_that_never_ends_is_stopped(marked: str) -> None:
     template = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
     with pytest.raises(SourceError, match=r"chat\.jsonl:7.*data\.chat_template"):
         encode_conversation(TALK, with_template(template + marked))
+
+
+@pytest.mark.parametrize("marked", ["", "{% generation %}{% endgeneration %}"])
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        "{{ '%020000000d' % 1 }}",
+        "{% for m in messages %}{{ m.content * 40000000 }}{% endfor %}",
+        "{{ 'x' | center(6000000000) }}",
+        "{% set n = namespace(s='ab') %}{% for i in range(60) %}{% set n.s = n.s ~ n.s %}"
+        "{% endfor %}{{ n.s | length }}",
+    ],
+)
+def test_a_template_that_renders_too_much_is_refused(bomb: str, marked: str) -> None:
+    """Before it is tokenized, and before it fills the memory."""
+    expected = r"chat\.jsonl:7.*renders more than 1\d\d,\d\d\d characters.*data\.chat_template"
+    with pytest.raises(SourceError, match=expected):
+        encode_conversation(TALK, with_template(bomb + marked))
+    assert resource.getrlimit(resource.RLIMIT_AS)[0] == resource.RLIM_INFINITY
+
+
+def test_a_long_system_prompt_of_a_template_is_no_bomb() -> None:
+    template = "{{ 'You are helpful. ' * 5000 }}" + CHATML
+    ids, _ = encode_conversation(TALK, with_template(template))
+    assert len(ids) > 80_000
 
 
 def test_a_pair_is_rendered_with_the_chat_template() -> None:

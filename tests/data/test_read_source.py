@@ -6,6 +6,7 @@ import datetime
 import json
 import re
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -397,6 +398,25 @@ def test_empty_records_may_be_skipped_and_are_counted(tmp_path: Path) -> None:
     )  # only what is empty may be skipped
     with pytest.raises(SourceError, match="must be a string"):
         read(tmp_path / "some.jsonl", Reading(skip_empty=True))
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+def test_time_is_linear_in_the_number_of_columns(tmp_path: Path, suffix: str) -> None:
+    """200,000 columns, the last two of the same name: comparing each with all takes an hour."""
+    names = [f"n{i}" for i in range(200_000)] + ["twice", "twice"]
+    path = tmp_path / f"wide{suffix}"
+    if suffix == ".jsonl":
+        path.write_text("{" + ", ".join(f'"{name}": "x"' for name in names) + "}\n")
+    else:
+        mark = "," if suffix == ".csv" else "\t"
+        path.write_text(mark.join(names) + "\n" + mark.join("x" for _ in names) + "\n")
+    began = time.process_time()
+    with pytest.raises(SourceError, match="'twice'"):
+        read(path)
+    path.write_text(path.read_text().replace("twice", "once", 1))
+    with pytest.raises(SourceError, match=r"text_column|columns"):
+        read(path)
+    assert time.process_time() - began < 20
 
 
 WRONG_TABLES = [

@@ -18,7 +18,8 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from qwlora.errors import SourceError, foreign_as
+from qwlora.data.chat import render
+from qwlora.errors import SourceError
 
 
 @dataclass(frozen=True)
@@ -68,18 +69,23 @@ def prompt_ids(
     Raises:
         SourceError: the template refuses the conversation, or the prompt has no tokens.
     """
+    messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
+    for message in messages:
+        try:
+            message["content"].encode()
+        except UnicodeEncodeError as error:
+            raise SourceError(
+                f"the prompt is not UTF-8 text at character {error.start + 1}; type it in a "
+                "terminal that uses UTF-8, or convert the file it is from"
+            ) from error
     if isinstance(prompt, str):
         ids: Any = tokenizer(prompt)["input_ids"]
     else:
-        with foreign_as(
-            SourceError,
-            "the chat template refuses this conversation",
-            "--raw generates without it",
-        ):
-            rendered: Any = tokenizer.apply_chat_template(
-                [dict(message) for message in prompt], add_generation_prompt=True, return_dict=True
-            )
-            ids = rendered["input_ids"]
+        try:
+            text = render(prompt, tokenizer, "the prompt", prompt=True)
+        except SourceError as error:
+            raise SourceError(f"{error}; --raw generates without the template") from error
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise SourceError("the prompt is empty; give at least one word")
     return torch.tensor([ids], dtype=torch.int64)

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from qwlora import strict_json
+from qwlora.cli.shared_arguments import AsJson, Job, Yes
+from qwlora.cli.terminal import console, print_json, print_result
 
 if TYPE_CHECKING:
     from qwlora.adapter.adapter_check import AdapterReport
@@ -39,7 +39,7 @@ Folder = Annotated[
 @app.command("list")
 def list_adapters(
     folder: Folder,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """List each adapter's type, size and base. Exit code 2 if one cannot be read."""
     from qwlora.adapter.adapter_check import (
@@ -59,7 +59,7 @@ def list_adapters(
         except QwloraError as error:
             unreadable.append(str(error))
     if as_json:
-        print(strict_json.dumps({"base": base, "adapters": [asdict(f) for f in found]}, indent=1))
+        print_json({"base": base, "adapters": [asdict(f) for f in found]})
     elif found:
         _print(found, base)
     if unreadable:
@@ -76,7 +76,7 @@ def _print(found: list[AdapterReport], base: str | None) -> None:
         table.add_row(
             f.name, f.kind, str(f.rank), str(f.alpha), str(f.modules), f"{f.parameters:,}", whose
         )
-    Console(width=None if Console().is_terminal else 120).print(table)
+    console(width=120).print(table)
     if base is not None:
         print(f"base {base[:16]}")
 
@@ -144,14 +144,20 @@ def check(
         raise SystemExit(1)
 
 
-JobFolder = Annotated[
-    Path, typer.Argument(metavar="DIR", help="The job's directory.", show_default=False)
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Change one of its settings, for example steps=100 or data.held_out=0.1.",
+        show_default=False,
+    ),
 ]
 
 
 @app.command()
 def add(
-    folder: JobFolder,
+    folder: Job,
     name: Annotated[str, typer.Option(help="Its name.", show_default=False)],
     data: Annotated[
         str | None, typer.Option(help="Source of its text, as data.source in a recipe.")
@@ -159,14 +165,7 @@ def add(
     like: Annotated[
         str | None, typer.Option(help="Adapter whose settings it takes. Default: the first.")
     ] = None,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="Change one of these settings, for example steps=100 or data.held_out=0.1.",
-        ),
-    ] = None,
+    changes: Settings = None,
 ) -> None:
     """Add an adapter to a job; the job's next run trains it."""
     from qwlora.pipeline.manage_adapters import add_adapter
@@ -177,7 +176,7 @@ def add(
 
 @app.command("import")
 def import_(
-    folder: JobFolder,
+    folder: Job,
     source: Annotated[
         str,
         typer.Argument(help="A folder of PEFT or mlx-lm, or a hub id.", show_default=False),
@@ -189,10 +188,7 @@ def import_(
     continues: Annotated[
         bool, typer.Option("--continue", help="Train it on this base. Default: use it as it is.")
     ] = False,
-    changes: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a setting, such as steps=100."),
-    ] = None,
+    changes: Settings = None,
 ) -> None:
     """Add an adapter that was trained elsewhere, by PEFT or mlx-lm."""
     from qwlora.pipeline.manage_adapters import import_adapter
@@ -209,7 +205,7 @@ def _print_added(folder: Path, name: str, what_next: str) -> None:
 
 @app.command()
 def rename(
-    folder: JobFolder,
+    folder: Job,
     old: Annotated[str, typer.Argument(help="Its name.", show_default=False)],
     new: Annotated[str, typer.Argument(help="The new name.", show_default=False)],
 ) -> None:
@@ -222,9 +218,9 @@ def rename(
 
 @app.command()
 def remove(
-    folder: JobFolder,
+    folder: Job,
     name: Annotated[str, typer.Argument(help="Its name.", show_default=False)],
-    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    yes: Yes = False,
 ) -> None:
     """Remove an adapter from a job, with its files and results."""
     from qwlora.errors import DirectoryError
@@ -241,12 +237,12 @@ def remove(
 
 @app.command()
 def show(
-    folder: JobFolder,
+    folder: Job,
     name: Annotated[str, typer.Argument(help="Its name.", show_default=False)],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Show an adapter's settings, text, losses, perplexities and size."""
     from qwlora.pipeline.adapter_card import adapter_card, card_lines
 
     card = adapter_card(folder, name)
-    print(strict_json.dumps(card, indent=1) if as_json else "\n".join(card_lines(card)))
+    print_result(card, card_lines(card), as_json)

@@ -8,16 +8,8 @@ from typing import Annotated
 import typer
 
 from qwlora.cli.progress_bars import ProgressDisplay
-from qwlora.cli.shared_arguments import Job
+from qwlora.cli.shared_arguments import AdapterName, Job
 
-Name = Annotated[
-    str | None,
-    typer.Option(
-        "--adapter",
-        help="An adapter, or a use case of qairt and qnn. Default: the first in the recipe.",
-        show_default=False,
-    ),
-]
 StageName = Annotated[
     str | None,
     typer.Option(
@@ -46,7 +38,7 @@ Out = Annotated[
 
 
 def dump_layers(
-    job: Job, adapter: Name = None, stage: StageName = None, ids: Ids = None, out: Out = None
+    job: Job, adapter: AdapterName = None, stage: StageName = None, ids: Ids = None, out: Out = None
 ) -> None:
     """Write every layer's output, to compare with a device.
 

@@ -11,6 +11,7 @@ Exit codes:
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,7 +19,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from qwlora import encodings, strict_json
+from qwlora import encodings
+from qwlora.cli.shared_arguments import AsJson
+from qwlora.cli.terminal import print_json
 from qwlora.encodings.encodings_file import to_text
 from qwlora.encodings.findings import printable
 from qwlora.encodings.validate import finding_lines, summary
@@ -42,19 +45,14 @@ Model = Annotated[
 
 
 @app.command()
-def show(
-    file: File,
-    as_json: Annotated[
-        bool,
-        typer.Option(
-            "--json", help="Print JSON with the same fields for every version, and nothing else."
-        ),
-    ] = False,
-) -> None:
-    """List the encodings in a file, one per line."""
+def show(file: File, as_json: AsJson = False) -> None:
+    """List the encodings in a file, one per line.
+
+    JSON has the same fields for every version.
+    """
     content = encodings.read(file)
     if as_json:
-        print(strict_json.dumps(_plain(content), indent=1))
+        print_json(_plain(content))
         return
     producer = " ".join((content.producer or {}).values())
     print(
@@ -133,14 +131,23 @@ def convert(
     If that would lose information, nothing is written and the losses are listed; see --lossy.
     """
     graph = encodings.read_graph(onnx) if onnx is not None else None
+    source = encodings.read(file)
     converted = encodings.convert(
-        encodings.read(file),
+        source,
         version,
         lossy,
         graph=graph,
         decompressed_bitwidth=decompressed_bitwidth,
         block_order=block_order,
     )
+    dropped = [
+        name
+        for name in ("excluded_layers", "quantizer_args")
+        if getattr(source, name) is not None and getattr(converted, name) is None
+    ]
+    if dropped:
+        what = " and ".join(dropped)
+        print(f"version {version} has no {what}; no encoding depends on them", file=sys.stderr)
     if out is None:
         print(to_text(converted), end="")
     else:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
-from qwlora import strict_json
 from qwlora.cli.progress_bars import ProgressDisplay
+from qwlora.cli.terminal import console, print_json
 
 
 def score_job(
@@ -35,7 +33,7 @@ def score_job(
     with ProgressDisplay(quiet or as_json) as display:
         found = evaluate_tasks(folder, _split(tasks), chosen, limit, display.track, display.say)
     if as_json:
-        print(strict_json.dumps(found, indent=1))
+        print_json(found)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("task", "metric", "model"):
@@ -44,8 +42,7 @@ def score_job(
         table.add_column(column, justify="right", no_wrap=True)
     for row in _rows(found):
         table.add_row(*row)
-    console = Console(width=None if sys.stdout.isatty() else 120, highlight=False)
-    console.print(table)
+    console(width=120).print(table)
 
 
 def _split(text: str) -> list[str]:

@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qwlora import strict_json
+from qwlora.cli.shared_arguments import AsJson
 from qwlora.cli.tables import group_similar, table
+from qwlora.cli.terminal import print_result
 from qwlora.errors import SourceError
 from qwlora.messages import size
 
@@ -68,9 +69,6 @@ BlockOrder = Annotated[
         show_default=False,
     ),
 ]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print every tensor as JSON, and nothing else.")
-]
 
 
 def inspect(
@@ -106,7 +104,7 @@ def inspect(
         record, lines = _job(path, against)
     else:
         record, lines = _model(source, against, encodings, keep_float, block_order)
-    print(strict_json.dumps(record, indent=1) if as_json else "\n".join(lines))
+    print_result(record, lines, as_json)
 
 
 def _model(

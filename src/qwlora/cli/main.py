@@ -19,16 +19,14 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
 import typer.core
-from rich.console import Console
 
-from qwlora import strict_json
 from qwlora.atomic import write_text
 from qwlora.cli.adapter_commands import app as adapters_app
 from qwlora.cli.base_commands import app as base_app
@@ -40,9 +38,10 @@ from qwlora.cli.plan_command import plan
 from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.push_command import push
 from qwlora.cli.report_command import report
-from qwlora.cli.shared_arguments import RecipeFile
+from qwlora.cli.shared_arguments import AsJson, Changes, Quiet, RecipeFile
 from qwlora.cli.simulate_command import simulate
 from qwlora.cli.talk_commands import chat, generate
+from qwlora.cli.terminal import console, print_json, print_result, safe_streams
 from qwlora.errors import (
     DirectoryError,
     QwloraError,
@@ -50,7 +49,9 @@ from qwlora.errors import (
     described,
     file_being_read,
     is_out_of_memory,
+    is_out_of_space,
 )
+from qwlora.messages import shortened
 from qwlora.pipeline.stages import VERBS
 from qwlora.system.cpu_threads import configure_threads
 from qwlora.system.stop_signals import number_of, on_stop_signal, raise_stopped
@@ -82,26 +83,22 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Given = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[RECIPE]",
+        help="The recipe, a YAML file. Default: the recipe.yaml in the job's directory.",
+        show_default=False,
+    ),
+]
 Out = Annotated[
-    Path,
+    Path | None,
     typer.Option(
         "--out",
         help="The job's directory: receives the base, adapters, exports and results.json.",
         show_default=False,
     ),
 ]
-Changes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Override a key of the recipe, for example base.weights.bitwidth=3. May be repeated.",
-    ),
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print the results as JSON, and nothing else.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress; print the results only.")]
 TrustMtime = Annotated[
     bool,
     typer.Option(
@@ -111,7 +108,6 @@ TrustMtime = Annotated[
         "ctime or inode changes. Give this option to every run of the job.",
     ),
 ]
-
 Replace = Annotated[
     bool,
     typer.Option(
@@ -122,6 +118,7 @@ Replace = Annotated[
 ]
 
 _SUMMARY = {
+    "run": "Run all stages of a recipe. Stages that are finished and up to date are skipped.",
     "quantize": "Step 1: freeze the model's weights to packed integers.",
     "calibrate-base": "Workflow qwa-lora: calibrate the base before training.",
     "train": "Step 2: train the adapters on the frozen base.",
@@ -158,89 +155,33 @@ def _options(
     """Declares --debug for --help; `main` has removed it from the arguments by now."""
 
 
-@app.command("run")
-def run_all(
-    recipe: RecipeFile,
-    out: Out,
-    changes: Changes = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    replace: Replace = False,
-    trust_mtime: TrustMtime = False,
-) -> None:
-    """Run all stages of a recipe. Stages that are finished and up to date are skipped."""
-    _run(recipe, out, changes, as_json, quiet, VERBS, trust_mtime, replace)
-
-
-def _add_stage(verb: str) -> None:
-    def stage(
-        out: Out,
-        recipe: Annotated[
-            Path | None,
-            typer.Argument(
-                help="The recipe, a YAML file. Default: the recipe.yaml in the job's directory.",
-                show_default=False,
-            ),
-        ] = None,
+def _add_job_command(name: str, verbs: Sequence[str]) -> None:
+    def command(
+        recipe: Given = None,
+        out: Out = None,
         changes: Changes = None,
         as_json: AsJson = False,
         quiet: Quiet = False,
         replace: Replace = False,
         trust_mtime: TrustMtime = False,
     ) -> None:
-        from qwlora.pipeline.output_path import check_output
+        if name == "verify" and recipe is not None and _is_bundle(recipe):
+            _verify_bundle(recipe, as_json, quiet)
+        else:
+            _run(name, verbs, recipe, out, changes, as_json, quiet, trust_mtime, replace)
 
-        check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
-        path = recipe or out / "recipe.yaml"
-        _run(path, out, changes, as_json, quiet, (verb,), trust_mtime, replace)
-
-    app.command(verb, help=_SUMMARY[verb])(stage)
+    app.command(name, help=_SUMMARY[name])(command)
 
 
+_add_job_command("run", VERBS)
 for _verb in VERBS:
-    if _verb not in ("verify", "evaluate"):
-        _add_stage(_verb)
-
-
-@app.command(help=_SUMMARY["verify"])
-def verify(
-    given: Annotated[
-        Path | None,
-        typer.Argument(
-            metavar="[RECIPE|FOLDER]",
-            help="The recipe, or a folder of exported files. Default: the recipe.yaml in the job's "
-            "directory.",
-            show_default=False,
-        ),
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="The job's directory. Not for a folder.", show_default=False)
-    ] = None,
-    changes: Changes = None,
-    as_json: AsJson = False,
-    quiet: Quiet = False,
-    trust_mtime: TrustMtime = False,
-) -> None:
-    """See `_SUMMARY`."""
-    from qwlora.export.bundle import is_bundle
-    from qwlora.pipeline.output_path import check_output
-
-    if given is not None and given.is_dir() and is_bundle(given):
-        _verify_bundle(given, as_json, quiet)
-        return
-    if out is None:
-        raise DirectoryError(
-            "verify needs --out, the job's directory, or a folder of exported files (with the "
-            "folders base and proof) as argument"
-        )
-    check_output(out)
-    path = given or out / "recipe.yaml"
-    _run(path, out, changes, as_json, quiet, ("verify",), trust_mtime, False)
+    if _verb != "evaluate":
+        _add_job_command(_verb, (_verb,))
 
 
 @app.command(help=_SUMMARY["evaluate"])
 def evaluate(
-    given: Annotated[
+    recipe: Annotated[
         Path | None,
         typer.Argument(
             metavar="[RECIPE|DIR]",
@@ -249,10 +190,7 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(help="The job's directory. Not with --tasks.", show_default=False),
-    ] = None,
+    out: Out = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -283,25 +221,26 @@ def evaluate(
     trust_mtime: TrustMtime = False,
 ) -> None:
     """See `_SUMMARY`."""
-    if tasks is not None:
-        if given is None or out is not None or changes:
-            raise typer.BadParameter(
-                "--tasks needs the job's directory as argument, without --out and --set: "
-                "qwlora evaluate DIR --tasks TASK"
-            )
-        from qwlora.cli.evaluate_command import score_job
-
-        score_job(given, tasks, models, limit, as_json, quiet)
+    if tasks is None:
+        if models is not None or limit is not None:
+            raise typer.BadParameter("--models and --limit need --tasks; add it, or remove them")
+        verbs = ("evaluate",)
+        _run("evaluate", verbs, recipe, out, changes, as_json, quiet, trust_mtime, False)
         return
-    if models is not None or limit is not None:
-        raise typer.BadParameter("--models and --limit need --tasks; add it, or remove them")
-    if out is None:
-        raise DirectoryError("evaluate needs --out, the job's directory, or DIR and --tasks")
-    from qwlora.pipeline.output_path import check_output
+    if recipe is None or out is not None or changes:
+        raise typer.BadParameter(
+            "--tasks needs the job's directory as argument, without --out and --set: "
+            "qwlora evaluate DIR --tasks TASK"
+        )
+    from qwlora.cli.evaluate_command import score_job
 
-    check_output(out)
-    path = given or out / "recipe.yaml"
-    _run(path, out, changes, as_json, quiet, ("evaluate",), trust_mtime, False)
+    score_job(recipe, tasks, models, limit, as_json, quiet)
+
+
+def _is_bundle(path: Path) -> bool:
+    from qwlora.export.bundle import is_bundle
+
+    return path.is_dir() and is_bundle(path)
 
 
 def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
@@ -311,7 +250,7 @@ def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
     quiet_libraries()
     with ProgressDisplay(quiet or as_json) as display:
         found = verify_bundle(folder, display.track)
-    print(strict_json.dumps(found, indent=1) if as_json else "\n".join(proof_table(found)))
+    print_result(found, proof_table(found), as_json)
     if problems := [f"{name}: {p}" for name, proof in found.items() for p in proof["problems"]]:
         what = f"{str(folder)!r}: the files do not compute what was trained"
         raise VerificationError(what, problems, {})
@@ -361,7 +300,7 @@ def data(
     with ProgressDisplay(as_json) as display:
         chosen = load_recipe(recipe, tuple(changes or ()))
         found = preview(chosen, sequence, adapter, display.track)
-    print(strict_json.dumps(found, indent=1) if as_json else format_preview(found))
+    print_result(found, [format_preview(found)], as_json)
 
 
 @app.command()
@@ -389,23 +328,33 @@ def init(
 
 
 def _run(
-    recipe_path: Path,
-    out: Path,
+    name: str,
+    verbs: Sequence[str],
+    recipe_file: Path | None,
+    out: Path | None,
     changes: list[str] | None,
     as_json: bool,
     quiet: bool,
-    verbs: Iterable[str],
     trust_mtime: bool,
     replace: bool,
 ) -> None:
     from qwlora.pipeline import journal
+    from qwlora.pipeline.output_path import check_output
     from qwlora.pipeline.run_job import run
     from qwlora.recipe import load_recipe
 
+    if out is None:
+        others = {
+            "verify": ", or a folder of exported files (with the folders base and proof)",
+            "evaluate": ", or DIR and --tasks",
+        }
+        raise DirectoryError(f"{name} needs --out, the job's directory{others.get(name, '')}")
+    check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
     journal.finish(out)  # before the recipe in the job's directory is read
-    recipe = load_recipe(recipe_path, tuple(changes or ()))
-    given = [
-        str(recipe_path),
+    path = recipe_file or out / "recipe.yaml"
+    recipe = load_recipe(path, tuple(changes or ()))
+    options = [
+        str(path),
         "--out",
         str(out),
         *(part for change in changes or () for part in ("--set", change)),
@@ -419,7 +368,7 @@ def _run(
                 tuple(verbs),
                 track=display.track,
                 say=display.say,
-                command=lambda verb: shlex.join(["qwlora", verb, *given]),
+                command=lambda verb: shlex.join(["qwlora", verb, *options]),
                 trust_mtime=trust_mtime,
                 replace=replace,
                 watch=None if quiet or as_json else display.watch,
@@ -434,11 +383,11 @@ def _print_results(results: dict[str, Any] | None, out: Path, as_json: bool) -> 
     if not results:  # in a distributed run, only the first process reports
         return
     if as_json:
-        print(strict_json.dumps(results, indent=1))
+        print_json(results)
     else:
         from qwlora.pipeline.results_table import closing_lines, print_summary
 
-        print_summary(results, Console(width=None if sys.stdout.isatty() else 120))
+        print_summary(results, console(width=120))
         with contextlib.suppress(DirectoryError):  # a job that cannot be written has no report
             print("", *closing_lines(out), sep="\n")
 
@@ -463,12 +412,13 @@ def main() -> None:
     configure_threads()
     warnings.formatwarning = _format_warning
     arguments, debug = _without_debug(sys.argv[1:])
-    try:
-        sys.exit(app(arguments, prog_name="qwlora", standalone_mode=False))
-    except Exception as error:
-        if debug:
-            traceback.print_exception(error)
-        _fail(_message(error), 1 if isinstance(error, VerificationError) else 2)
+    with safe_streams(arguments):
+        try:
+            sys.exit(app(arguments, prog_name="qwlora", standalone_mode=False))
+        except Exception as error:
+            if debug:
+                traceback.print_exception(error)
+            _fail(_message(error), 1 if isinstance(error, VerificationError) else 2)
 
 
 def _format_warning(
@@ -507,6 +457,8 @@ def _message(error: BaseException) -> str:
             "model, smaller data.sequence_tokens or adapters.batch_sequences, or "
             "gradient_checkpointing: true"
         )
+    if is_out_of_space(error):
+        return f"no space left on the disk{where} ({described(error)}). Free some and run again"
     if isinstance(error, OSError) and error.filename is not None:
         return f"{described(error)}{where}"
     remedy = "If the file is damaged, replace it. Otherwise run" if file else "Run"
@@ -517,5 +469,5 @@ def _message(error: BaseException) -> str:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"qwlora: {message}", file=sys.stderr)
+    print(f"qwlora: {shortened(message, 20_000)}", file=sys.stderr)
     sys.exit(code)

@@ -13,18 +13,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwlora import strict_json
 from qwlora.cli.progress_bars import ProgressDisplay
-from qwlora.cli.shared_arguments import Job
+from qwlora.cli.shared_arguments import AsJson, Job
+from qwlora.cli.terminal import print_result
 
 if TYPE_CHECKING:
     from qwlora.pipeline.merge_adapter import Verdict
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)]
-AsJson = Annotated[
-    bool,
-    typer.Option("--json", help="Print JSON with every layer, and nothing else."),
-]
 Target = Annotated[
     str,
     typer.Option(
@@ -51,7 +47,7 @@ def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
 
     with ProgressDisplay(as_json) as display:
         verdict = merge_verdict(session, name, display.track)
-    print(strict_json.dumps(verdict.to_json(), indent=1) if as_json else "\n".join(_lines(verdict)))
+    print_result(verdict.to_json(), _lines(verdict), as_json)
 
 
 def merge(job: Job, name: Name, into: Target, out: Out) -> None:

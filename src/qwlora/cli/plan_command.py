@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -11,31 +10,20 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from qwlora import strict_json
 from qwlora.cli.progress_bars import ProgressDisplay
-from qwlora.cli.shared_arguments import RecipeFile
+from qwlora.cli.shared_arguments import AsJson, Changes, RecipeFile
+from qwlora.cli.terminal import console, print_json
 from qwlora.messages import duration, size
 
 if TYPE_CHECKING:
     from qwlora.pipeline.estimates import Estimates
     from qwlora.pipeline.forecast import Forecast
 
-Changes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Override a key of the recipe, for example data.sequence_tokens=512. May be repeated.",
-    ),
-]
 Out = Annotated[
     Path,
     typer.Option(
         "--out", help="Where the job would be written; its free space is compared with the need."
     ),
-]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print the estimates as JSON, and nothing else.")
 ]
 
 
@@ -58,13 +46,13 @@ def plan(
     with ProgressDisplay(as_json) as display:
         found = plan_job(content, out, display.track)
     if as_json:
-        print(strict_json.dumps(found.to_json(), indent=1))
+        print_json(found.to_json())
         return
     from qwlora.pipeline.target_table import second_rounding
 
     if note := second_rounding(content):
         print(f"warning: {note}\n")
-    _print(found, Console(width=None if sys.stdout.isatty() else 100, highlight=False))
+    _print(found, console(width=100))
 
 
 def _print(found: Estimates, console: Console) -> None:

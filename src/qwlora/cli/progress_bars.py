@@ -20,13 +20,14 @@ from datetime import timedelta
 from types import TracebackType
 from typing import TypeVar
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from qwlora.messages import duration
+from qwlora.cli.terminal import console
+from qwlora.messages import duration, escaped
 from qwlora.pipeline.job_progress import JobProgress
 from qwlora.progress import OneCall, call_share, seconds_left
 
@@ -84,7 +85,7 @@ class ProgressDisplay:
 
     def __init__(self, quiet: bool = False):
         self._quiet = quiet
-        self._console = Console(stderr=True)
+        self._console = console(stderr=True)
         self._job: JobProgress | None = None
         self._steps: list[_Step] = []
         self._live: Live | None = None
@@ -128,7 +129,7 @@ class ProgressDisplay:
     def say(self, line: str) -> None:
         """Print a line on standard error, above the bars."""
         if not self._quiet:
-            print(line, file=sys.stderr, flush=True)
+            print(escaped(line), file=sys.stderr, flush=True)
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """A `Track`."""

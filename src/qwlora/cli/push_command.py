@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import re
 import sys
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-Job = Annotated[
-    Path, typer.Argument(metavar="DIR", help="The job's directory.", show_default=False)
-]
+from qwlora.cli.shared_arguments import Job, Yes
+
 Repository = Annotated[
     str,
     typer.Option(
@@ -44,7 +42,6 @@ License = Annotated[
         show_default=False,
     ),
 ]
-Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 
 
 def push(

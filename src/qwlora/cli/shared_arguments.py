@@ -14,3 +14,23 @@ Job = Annotated[
     ),
 ]
 RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the recipe, for example base.weights.bitwidth=3. May be repeated.",
+        show_default=False,
+    ),
+]
+AdapterName = Annotated[
+    str | None,
+    typer.Option(
+        "--adapter",
+        help="An adapter, or a use case of qairt and qnn. Default: the first in the recipe.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress; print the results only.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]

@@ -16,8 +16,9 @@ import typer
 
 from qwlora import strict_json
 from qwlora.cli.progress_bars import ProgressDisplay
-from qwlora.cli.shared_arguments import Job
+from qwlora.cli.shared_arguments import AdapterName, AsJson, Changes, Job
 from qwlora.cli.tables import group_similar, table
+from qwlora.cli.terminal import print_result
 
 if TYPE_CHECKING:
     from qwlora.simulation.placement_log import LoggedValue, PlacementLog
@@ -27,24 +28,6 @@ Explain = Annotated[
     typer.Option(
         "--explain",
         help="List every value with its grid and the rule that decided; similar ones share a line.",
-    ),
-]
-Name = Annotated[
-    str | None,
-    typer.Option(
-        "--adapter",
-        help="The adapter's name. Default: the first in the recipe.",
-        show_default=False,
-    ),
-]
-Changes = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="Try another value of a simulation.* key, for example "
-        "simulation.policy=matmul-inputs. May be repeated.",
-        show_default=False,
     ),
 ]
 Costs = Annotated[
@@ -65,15 +48,12 @@ Share = Annotated[
         "sequences.",
     ),
 ]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print every value as JSON, and nothing else.")
-]
 
 
 def simulate(
     job: Job,
     explain: Explain = False,
-    adapter: Name = None,
+    adapter: AdapterName = None,
     changes: Changes = None,
     costs: Costs = False,
     suggest: Share = None,
@@ -96,26 +76,19 @@ def simulate(
 
         with ProgressDisplay(as_json) as display:
             account = measure_costs(job, adapter, asked, display.track)
-        print(strict_json.dumps(account, indent=1) if as_json else "\n".join(_cost_lines(account)))
+        print_result(account, _cost_lines(account), as_json)
     elif suggest is not None:
         from qwlora.pipeline.simulation_costs import suggest_bitwidths
 
         with ProgressDisplay(as_json) as display:
             suggestion = suggest_bitwidths(job, adapter, asked, suggest, display.track)
-        print(
-            strict_json.dumps(suggestion, indent=1)
-            if as_json
-            else "\n".join(_suggestion_lines(suggestion))
-        )
+        print_result(suggestion, _suggestion_lines(suggestion), as_json)
     else:
         from qwlora.pipeline.explain_placement import explain_placement
 
         name, found = explain_placement(job, adapter, asked)
-        print(
-            strict_json.dumps({"adapter": name, **found.to_json()}, indent=1)
-            if as_json
-            else "\n".join(_lines(name, found, explain))
-        )
+        record = {"adapter": name, **found.to_json()}
+        print_result(record, _lines(name, found, explain), as_json)
 
 
 def _cost_lines(account: dict[str, Any]) -> Iterator[str]:

@@ -14,13 +14,13 @@ import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from qwlora import strict_json
-from qwlora.cli.shared_arguments import Job
+from qwlora.cli.progress_bars import ProgressDisplay
+from qwlora.cli.shared_arguments import AdapterName, AsJson, Job
+from qwlora.cli.terminal import console, print_json
 from qwlora.system.stop_signals import number_of
 
 if TYPE_CHECKING:
@@ -29,14 +29,15 @@ if TYPE_CHECKING:
     from qwlora.analysis.generate_text import Answer, Sampling
     from qwlora.pipeline.job_models import JobModels, ModelName
 
-Name = Annotated[
-    str | None,
-    typer.Option(
-        "--adapter",
-        help="The adapter's name, or a use case of qairt. Default: the first in the recipe.",
-        show_default=False,
-    ),
-]
+
+def _checked_temperature(value: float) -> float:
+    if value != 0 and not 1e-4 <= value <= 1e4:  # float32 logits would overflow, or all be equal
+        raise typer.BadParameter(
+            f"{value:g} is out of range: 0 picks the likeliest token, and 0.0001 to 10000 sample"
+        )
+    return value
+
+
 StageName = Annotated[
     str | None,
     typer.Option(
@@ -60,7 +61,7 @@ Temperature = Annotated[
     float,
     typer.Option(
         "--temperature",
-        min=0.0,
+        callback=_checked_temperature,
         help="0: always the likeliest token. Above 0: sample; 1 is the model's own distribution.",
     ),
 ]
@@ -83,15 +84,12 @@ Compare = Annotated[
         show_default=False,
     ),
 ]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print answers and times as JSON, and nothing else.")
-]
 
 
 def generate(
     job: Job,
     prompt: Annotated[str, typer.Argument(help="What to answer.", show_default=False)],
-    adapter: Name = None,
+    adapter: AdapterName = None,
     stage: StageName = None,
     compare: Compare = None,
     raw: Raw = False,
@@ -130,14 +128,14 @@ def generate(
         del model
     if as_json:
         content = [{"model": str(name), **_to_json(answer)} for name, answer in answers]
-        print(strict_json.dumps({"prompt": prompt, "answers": content}, indent=1))
+        print_json({"prompt": prompt, "answers": content})
     elif compare is not None:
         _print_side_by_side(answers)
 
 
 def chat(
     job: Job,
-    adapter: Name = None,
+    adapter: AdapterName = None,
     stage: StageName = None,
     raw: Raw = False,
     max_new_tokens: MaxNewTokens = 512,
@@ -196,7 +194,8 @@ def _open(
     models: JobModels, name: ModelName, exact: bool
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     _say(f"loading {name} ...")
-    return models.open(name, exact), models.tokenizer(name)
+    with ProgressDisplay(quiet=True):  # keeps what libraries print out of the answer
+        return models.open(name, exact), models.tokenizer(name)
 
 
 def _answer(
@@ -271,7 +270,7 @@ def _print_side_by_side(answers: list[tuple[ModelName, Answer]]) -> None:
             for name, answer in answers
         )
     )
-    Console().print(table)
+    console().print(table)
 
 
 def _speed(answer: Answer) -> str:

@@ -27,20 +27,22 @@ A token belongs to the message that contains its first character.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from qwlora.data.document import ASSISTANT, Conversation
 from qwlora.errors import SourceError, foreign_as
-from qwlora.system.time_limit import SECONDS, time_limit
+from qwlora.messages import listed
+from qwlora.system.time_limit import SECONDS, memory_limit, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 Messages = Sequence[Mapping[str, Any]]
+_MOST_ADDED = 100_000  # characters that a template may add: system prompts, headers
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -67,7 +69,9 @@ def encode_conversation(
             "tokens in the text. Conversations need a fast tokenizer"
         )
     _check_tools_are_rendered(conversation, tokenizer)
-    if _GENERATION.search(tokenizer.get_chat_template(tools=_tools(conversation))):
+    if _GENERATION.search(
+        tokenizer.get_chat_template(tools=[dict(t) for t in conversation.tools] or None)
+    ):
         ids, in_loss = _encode_marked(conversation, tokenizer)
         if last_only:
             end = max((i for i, flag in enumerate(in_loss) if flag), default=-1) + 1
@@ -105,18 +109,64 @@ def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     )
 
 
+def render(
+    messages: Messages,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    tools: Sequence[Mapping[str, Any]] = (),
+    prompt: bool = False,
+) -> str:
+    """The text of `messages`, rendered with the tokenizer's chat template.
+
+    A template is a program from the model's folder, so its time, memory and output are limited.
+
+    Args:
+        where: what messages name.
+        prompt: end with the header of the assistant's next message.
+
+    Raises:
+        SourceError: the template refuses the messages, or exceeds a limit.
+    """
+    remedy = "name a file with another template in data.chat_template"
+    late = SourceError(
+        f"{where}: the model's chat template has not rendered this conversation after "
+        f"{SECONDS:g} s; {remedy}"
+    )
+    most = _MOST_ADDED + 20 * sum(
+        len(json.dumps(part, default=str)) for part in (*messages, *tools)
+    )
+    large = SourceError(
+        f"{where}: the model's chat template renders more than {most:,} characters for these "
+        f"{len(messages)} messages; {remedy}"
+    )
+    roles = listed(m["role"] for m in messages)
+    refusal = f"{where}: the model's chat template refuses these messages ({roles})"
+    with foreign_as(SourceError, refusal), time_limit(late), memory_limit(large):
+        rendered = str(
+            tokenizer.apply_chat_template(
+                [dict(m) for m in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=prompt,
+            )
+        )
+    if len(rendered) > most:
+        raise large
+    return rendered
+
+
 def _encode_marked(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[bool]]:
-    with _rendering(conversation.messages, conversation.where):
-        encoded: Any = tokenizer.apply_chat_template(
-            [dict(m) for m in conversation.messages],
-            tools=_tools(conversation),
-            tokenize=True,
-            return_dict=True,
-            return_assistant_tokens_mask=True,
-            tokenizer_kwargs={"verbose": False},
-        )
+    _render(conversation.messages, conversation, tokenizer)  # what exceeds a limit ends here
+    encoded: Any = tokenizer.apply_chat_template(
+        [dict(m) for m in conversation.messages],
+        tools=[dict(tool) for tool in conversation.tools] or None,
+        tokenize=True,
+        return_dict=True,
+        return_assistant_tokens_mask=True,
+        tokenizer_kwargs={"verbose": False},
+    )
     return encoded["input_ids"], [bool(flag) for flag in encoded["assistant_masks"]]
 
 
@@ -126,31 +176,7 @@ def _render(
     tokenizer: PreTrainedTokenizerBase,
     prompt: bool = False,
 ) -> str:
-    with _rendering(messages, conversation.where):
-        rendered: Any = tokenizer.apply_chat_template(
-            [dict(m) for m in messages],
-            tools=_tools(conversation),
-            tokenize=False,
-            add_generation_prompt=prompt,
-        )
-    return str(rendered)
-
-
-@contextmanager
-def _rendering(messages: Messages, where: str) -> Iterator[None]:
-    """Limit the time of a chat template, and turn its errors into a SourceError."""
-    late = SourceError(
-        f"{where}: the model's chat template has not rendered this conversation after "
-        f"{SECONDS:g} s; name a file with another template in data.chat_template"
-    )
-    roles = ", ".join(m["role"] for m in messages)
-    what = f"{where}: the model's chat template refuses these messages ({roles})"
-    with foreign_as(SourceError, what), time_limit(late):
-        yield
-
-
-def _tools(conversation: Conversation) -> list[Any] | None:
-    return [dict(tool) for tool in conversation.tools] or None
+    return render(messages, tokenizer, conversation.where, conversation.tools, prompt)
 
 
 def _check_tools_are_rendered(

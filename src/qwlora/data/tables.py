@@ -20,6 +20,7 @@ from typing import Any
 
 from qwlora.data.file_kinds import suffix_of
 from qwlora.data.text_files import decode, read_bytes
+from qwlora.encodings.model import repeated
 from qwlora.errors import MissingExtraError, SourceError, foreign_as
 from qwlora.formats.user_path import looked_for
 
@@ -47,7 +48,7 @@ def read_csv(path: Path) -> tuple[list[str], Rows]:
     if not lines:
         raise SourceError(f"{path}: the file is empty. Its first line must name the columns")
     header = lines[0][1]
-    if twice := sorted({name for name in header if header.count(name) > 1}):
+    if twice := repeated(header):
         raise SourceError(f"{path}:1: two columns are named {twice[0]!r}")
 
     def rows() -> Rows:

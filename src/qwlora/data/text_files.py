@@ -14,6 +14,7 @@ from typing import Any
 
 from qwlora.data.document import Text
 from qwlora.data.file_kinds import suffix_of
+from qwlora.encodings.model import repeated
 from qwlora.errors import SourceError
 
 
@@ -122,10 +123,8 @@ def _refuse_constant(name: str) -> Any:
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(
-            f"the key {next(k for k in keys if keys.count(k) > 1)!r} occurs twice in one object"
-        )
+        twice = repeated(key for key, _ in pairs)
+        raise ValueError(f"the key {twice[0]!r} occurs twice in one object")
     return found
 
 

@@ -9,7 +9,7 @@ because every layer has at least one.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ from transformers import AutoConfig, PretrainedConfig
 
 from qwlora.errors import SourceError
 from qwlora.formats.remote_code import refuse_remote_code
+from qwlora.messages import listed, near_names
 
 LAYERS = re.compile(r".*(layers|blocks|depths?|_dense_replace)|n_layer|num_layer|attention_types")
 LABELS = re.compile("num_labels")
 MOST_LABELS = 300_000  # one tensor holds all labels, so the number of tensors does not limit them
 FEW = 128  # lowest limit: valid configurations of small models contain such numbers too
+COUNTS = re.compile("hidden_size|vocab_size|num_attention_heads|num_key_value_heads")
+MOST_COUNT = 10**8  # above, products of two counts do not fit in memory
+ACTIVATIONS = re.compile("hidden_act(ivation)?|activation_function|feed_forward_act")
 MOST = 10_000  # layers, if the number of tensors is not known
 
 
@@ -62,17 +66,43 @@ def use_default_implementations_(config: PretrainedConfig) -> None:
 
 
 def check_folder(folder: Path, most: int = MOST) -> None:
-    """Check that config.json has at most `most` layers.
+    """Check that config.json has at most `most` layers, and only values that a model can have.
 
     Raises:
-        SourceError: it has more (the message names the key), or it cannot be read.
+        SourceError: it does not (the message names the key), or it cannot be read.
     """
     try:
         # reads the file that AutoConfig reads; config.json can redirect to another one
         settings, _ = PretrainedConfig.get_config_dict(folder)
     except Exception as error:
         raise _unreadable(folder, error) from error
-    check_counts(settings, most, repr(str(folder / "config.json")))
+    where = repr(str(folder / "config.json"))
+    check_counts(settings, most, where)
+    for path, key, value in _entries(settings):
+        if problem := _problem(key, value, "auto_map" in settings):
+            raise SourceError(
+                f"{where}: {path} is {value!r}, {problem}. Correct it, or download the model again"
+            )
+
+
+def _problem(key: str, value: Any, has_own_code: bool) -> str | None:
+    """Why no model has this value under `key`; None if one can have it."""
+    if isinstance(value, float) and value != value:
+        return "which is not a number"
+    if COUNTS.fullmatch(key) and type(value) is int and not 0 < value <= MOST_COUNT:
+        return f"which is not between 1 and {MOST_COUNT:,}"
+    if key in ("dtype", "torch_dtype") and isinstance(value, str) and value != "auto":
+        import torch
+
+        if not isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype):
+            return "which is no dtype of torch, such as bfloat16"
+    if ACTIVATIONS.fullmatch(key) and isinstance(value, str) and not has_own_code:
+        from transformers.activations import ACT2FN
+
+        if value not in ACT2FN:
+            near = listed(near_names(value, ACT2FN))
+            return f"which transformers does not have (similar: {near})"
+    return None
 
 
 def check_counts(settings: Mapping[str, Any], most: int, where: str) -> None:
@@ -83,20 +113,26 @@ def check_counts(settings: Mapping[str, Any], most: int, where: str) -> None:
         SourceError: a count is larger; the message names its key.
     """
     limits = {LAYERS: most, LABELS: MOST_LABELS}
-    rest: list[tuple[str, int | None, Any]] = [("", None, settings)]
-    while rest:
-        key, limit, value = rest.pop()
-        if isinstance(value, Mapping):
-            for name, inner in value.items():
-                matching = (n for keys, n in limits.items() if keys.fullmatch(str(name)))
-                rest.append((f"{key}.{name}".lstrip("."), next(matching, None), inner))
-        elif isinstance(value, list):
-            rest += [(key, limit, inner) for inner in value]
-        elif limit is not None and isinstance(value, int) and value > limit:
+    for path, key, value in _entries(settings):
+        limit = next((n for keys, n in limits.items() if keys.fullmatch(key)), None)
+        if limit is not None and isinstance(value, int) and value > limit:
             raise SourceError(
-                f"{where}: {key} is {value}, but a model with these files has at most {limit}. "
+                f"{where}: {path} is {value}, but a model with these files has at most {limit}. "
                 "config.json is damaged or belongs to another model; download the model again"
             )
+
+
+def _entries(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
+    """(dotted path, key, value) of every value in nested settings; items of a list have its key."""
+    rest: list[tuple[str, str, Any]] = [("", "", settings)]
+    while rest:
+        path, key, value = rest.pop()
+        if isinstance(value, Mapping):
+            rest += [(f"{path}.{name}".lstrip("."), str(name), v) for name, v in value.items()]
+        elif isinstance(value, list):
+            rest += [(path, key, item) for item in value]
+        else:
+            yield path, key, value
 
 
 def _unreadable(folder: Path, error: Exception) -> SourceError:

@@ -171,6 +171,14 @@ def _loading(what: str) -> Iterator[None]:
         except ValueError as error:
             refuse_remote_code(what, error)
             raise
+        except RuntimeError as error:
+            if "ignore_mismatched_sizes" in str(error):  # transformers prints a table of them
+                raise SourceError(
+                    f"{what}: its files hold tensors of other shapes than config.json describes. "
+                    "Compare hidden_size, intermediate_size, vocab_size and the numbers of heads "
+                    "in config.json with the original, or download the model again"
+                ) from error
+            raise
 
 
 def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwlora.errors import DirectoryError, file_being_read
+from qwlora.errors import DirectoryError, file_being_read, is_out_of_space
 
 _FULL_BYTES = 64 * 1024
 
@@ -23,11 +23,7 @@ def as_directory_errors(path: Path) -> Iterator[None]:
         raise
     except Exception as error:
         # Native writers report a full disk in their own words, so the free space is checked too.
-        if (
-            getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT)
-            or "No space left" in str(error)
-            or _free_bytes(path) < _FULL_BYTES
-        ):
+        if is_out_of_space(error) or _free_bytes(path) < _FULL_BYTES:
             raise DirectoryError(
                 f"{str(path)!r}: no space left on the disk. Nothing half-written was kept. Free "
                 "some space and run again"

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from qwlora.errors import DirectoryError
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BundleTarget, UseCasesTarget
-from qwlora.messages import suggestion
+from qwlora.messages import listed, suggestion
 from qwlora.pipeline.existing_job import check_current, is_calibrated, job_recipe, open_job
 from qwlora.pipeline.lacking_stages import command_line
 from qwlora.pipeline.new_context import quiet_libraries
@@ -126,6 +126,13 @@ class JobModels:
         """
         if name.stage == "float":
             return
+        targets = self.recipe.export.targets
+        if name.stage in TARGETS and name.stage not in targets:
+            raise DirectoryError(
+                f"{str(self.folder)!r} is not exported to {name.stage}: export.targets of its "
+                f"recipe.yaml has {listed(targets)}. Add {name.stage} there, then run: "
+                f"{command_line('export', self.folder)}"
+            )
         if name.adapter is not None and name not in self.models(name.stage):
             kind = "use case" if name.is_use_case else "adapter"
             known = [str(model.adapter) for model in self.models(name.stage)]

@@ -1,0 +1,342 @@
+"""What `qwlora verify BUNDLE` decides, with a runtime that computes what a test wants."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from conftest import reseal
+from qwlora.data.sequences import IGNORED, Sequences
+from qwlora.errors import FingerprintError, QwloraError, SourceError
+from qwlora.export.bundle import record_digest, verify_bundle, write_proof, write_record
+from qwlora.export.proof import logits_of, make_reference
+from qwlora.export.registry import TARGETS
+
+WORDS, TOKENS = 40, 24
+GENERATOR = torch.Generator().manual_seed(3)
+IDS = torch.randint(0, WORDS, (2, TOKENS), generator=GENERATOR)
+LABELS = IDS.clone()
+LABELS[:, :6] = IGNORED
+TEXT = Sequences(IDS, LABELS)
+# logits of the next token, by the last one
+BASE, ADAPTED = (3 * torch.randn(WORDS, WORDS, generator=GENERATOR) for _ in range(2))
+TOP = max(float(table[IDS].abs().max()) for table in (BASE, ADAPTED))
+FILES = {
+    "base": {"config.json": '{"model_type": "llama"}', "model.safetensors": "weights"},
+    "first": {"adapter_config.json": '{"peft_type": "LORA"}', "adapter_model.safetensors": "A, B"},
+}
+FILES["second"] = {name: f"{content} " for name, content in FILES["first"].items()}
+LIMIT = 0.003
+
+
+class Trained:
+    """The trained model, in the parts of PeftModel that a reference is made with."""
+
+    def __init__(self) -> None:
+        self.table = ADAPTED
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        self.table = BASE
+        yield
+        self.table = ADAPTED
+
+    def __call__(self, input_ids: Tensor) -> Any:
+        return SimpleNamespace(logits=self.table[input_ids])
+
+
+class Runtime:
+    """Computes by one table without an adapter and by another with one.
+
+    Args:
+        forgets: an adapter changes what the base computes afterwards.
+        decodes: whether tokens that are decoded one by one are the likeliest.
+    """
+
+    shipped = None
+
+    def __init__(
+        self,
+        base: Tensor = BASE,
+        adapted: Tensor = ADAPTED,
+        forgets: bool = True,
+        decodes: bool = True,
+    ):
+        self.tables, self.table = (base, adapted), base
+        self.forgets, self.decodes = forgets, decodes
+
+    def use(self, adapter: Path | None) -> None:
+        if adapter is not None or self.forgets or self.table is self.tables[0]:
+            self.table = self.tables[adapter is not None]
+        else:
+            self.table = self.tables[0] + 1e-6
+
+    def logits(self, ids: Tensor) -> Tensor:
+        return self.table[ids]
+
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        tokens = [int(ids[0, -1])]
+        for _ in range(count):
+            row = self.table[tokens[-1]]
+            tokens.append(int(row.argmax() if self.decodes else row.argmin()))
+        return tokens[1:]
+
+
+def write(bundle: Path, name: str, content: Any) -> None:
+    (bundle / name).parent.mkdir(parents=True, exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (bundle / name).write_text(text)
+
+
+def prove(bundle: Path, name: str, **changes: Any) -> None:
+    """Write the proof of an adapter that is there."""
+    of = {"base": record_digest(bundle / "base"), "adapter": record_digest(bundle / name)}
+    record = {"target": "hf", "adapter": name, "of": of, "limits": {"perplexity_difference": LIMIT}}
+    model: Any = Trained()
+    (bundle / "proof" / name).mkdir(parents=True, exist_ok=True)
+    write_proof(
+        bundle / "proof" / name, make_reference(logits_of(model), TEXT), {**record, **changes}
+    )
+
+
+@pytest.fixture
+def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "bundle"
+    for part, files in FILES.items():
+        for name, content in files.items():
+            write(folder, f"{part}/{name}", content)
+        write_record(folder / part, {"base_fingerprint": "0" * 64})
+    for name in ("first", "second"):
+        prove(folder, name)
+    monkeypatch.setattr(type(TARGETS["hf"]), "open", lambda self, base: Runtime())
+    return folder
+
+
+def opens(monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> None:
+    monkeypatch.setattr(type(TARGETS["hf"]), "open", lambda self, base: runtime)
+
+
+def test_an_untouched_bundle_passes(bundle: Path) -> None:
+    found = verify_bundle(bundle)
+    assert found.keys() == {"first", "second"}
+    for proof in found.values():
+        assert proof["passed"]
+        assert proof["problems"] == []
+        exact = proof["figures"]["exact"]
+        assert exact["off_is_equal"]
+        assert exact["decode_agreement"] == 1
+        for state in ("base", "adapter"):
+            assert exact[state]["top1_agreement"] == 1
+            assert exact[state]["max_log_prob_difference"] < 1e-5
+            assert abs(exact[state]["kl_divergence"]) < 1e-5
+            assert exact[state]["tokens"] == IDS.numel()
+        # of the tokens in the loss: all that follow the sixth
+        counted = ADAPTED[IDS][:, 5:-1].double().log_softmax(-1)
+        losses = -counted.gather(-1, IDS[:, 6:, None]).squeeze(-1)
+        assert exact["adapter"]["perplexity"] == pytest.approx(float(losses.mean().exp()))
+        assert exact["adapter"]["reference_perplexity"] == pytest.approx(float(losses.mean().exp()))
+
+
+LISTED = [f"{part}/{name}" for part, files in FILES.items() for name in files]
+PROOFS = [
+    f"proof/{name}/{file}"
+    for name in ("first", "second")
+    for file in ("proof.json", "reference.safetensors")
+]
+RECORDS = [f"{part}/qwlora.json" for part in FILES]
+
+
+@pytest.mark.parametrize("name", [*LISTED, *RECORDS, *PROOFS])
+@pytest.mark.parametrize("how", ["changed", "removed"])
+def test_a_file_that_is_not_the_proven_one_is_refused(name: str, how: str, bundle: Path) -> None:
+    file = bundle / name
+    if how == "removed":
+        file.unlink()
+    elif name.endswith("qwlora.json"):
+        file.write_text(file.read_text().replace("0" * 64, "1" * 64))
+    elif name.endswith("proof.json"):
+        file.write_text(file.read_text().replace(str(LIMIT), "0.5"))
+    else:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(bytes(content))
+    if how == "removed" and name.endswith("proof.json"):
+        with pytest.raises(FingerprintError, match=Path(name).parent.name):
+            verify_bundle(bundle)
+        return
+    with pytest.raises((FingerprintError, SourceError)) as raised:
+        verify_bundle(bundle)
+    assert Path(name).parent.name in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "notes.txt",
+        "third/adapter_config.json",
+        "base/notes.txt",
+        "base/.hidden",
+        "base/deep/notes.txt",
+        "first/notes.txt",
+        "second/.hidden",
+        "proof/notes.txt",
+        "proof/third/notes.txt",
+        "proof/first/notes.txt",
+        "proof/second/.hidden",
+    ],
+)
+def test_a_file_that_was_not_exported_is_refused(name: str, bundle: Path) -> None:
+    write(bundle, name, "mine")
+    shown = "third" if "third" in name else re.escape(Path(name).name)
+    with pytest.raises(QwloraError, match=shown):
+        verify_bundle(bundle)
+
+
+@pytest.mark.parametrize("name", ["README.md", ".gitattributes", ".cache/x", "base/README.md"])
+def test_a_readme_and_hidden_files_of_the_bundle_may_be_there(name: str, bundle: Path) -> None:
+    write(bundle, name, "mine")
+    assert verify_bundle(bundle)["first"]["passed"]
+
+
+@pytest.mark.parametrize("part", ["base", "first"])
+def test_files_of_another_bundle_are_refused_although_their_record_is_right(
+    part: str, bundle: Path
+) -> None:
+    write(bundle, f"{part}/{next(iter(FILES[part]))}", '{"model_type": "gpt2"}')
+    reseal(bundle / part, "qwlora.json")
+    with pytest.raises(FingerprintError, match=rf"{part}.* is not the one that the proof"):
+        verify_bundle(bundle)
+
+
+def test_adapters_that_were_swapped_with_their_proofs_are_refused(bundle: Path) -> None:
+    for folder in (bundle, bundle / "proof"):
+        (folder / "first").rename(folder / "kept")
+        (folder / "second").rename(folder / "first")
+        (folder / "kept").rename(folder / "second")
+    with pytest.raises(FingerprintError, match=r"proof/first.*'second'"):
+        verify_bundle(bundle)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"target": "none"}, "'none'"),
+        ({"target": None}, "target"),
+        ({"target": ["hf"]}, "target"),
+        ({"format": 2}, "format 2"),
+        ({"format": None}, "format None"),
+        ({"limits": None}, "limits"),
+        ({"limits": {}}, r"limits\.perplexity_difference"),
+        ({"limits": {"perplexity_difference": "0.003"}}, r"limits\.perplexity_difference"),
+        ({"of": None}, " of"),
+        ({"of": {}}, "is not the one that the proof"),
+        ({"of": {"base": "0", "adapter": "0"}}, "base.* is not the one that the proof"),
+    ],
+)
+def test_a_proof_that_says_something_else_is_refused(
+    change: dict[str, Any], message: str, bundle: Path
+) -> None:
+    prove(bundle, "second", **change)
+    with pytest.raises((FingerprintError, SourceError), match=message) as raised:
+        verify_bundle(bundle)
+    assert "bundle" in str(raised.value)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "1", "{", "[" * 100_000])
+def test_a_proof_that_is_no_record_is_refused(content: str, bundle: Path) -> None:
+    write(bundle, "proof/second/proof.json", content)
+    with pytest.raises(SourceError, match=r"proof/second/proof\.json"):
+        verify_bundle(bundle)
+
+
+def test_a_bundle_without_proofs_is_refused(bundle: Path) -> None:
+    shutil.rmtree(bundle / "proof")
+    (bundle / "proof").mkdir()
+    with pytest.raises(SourceError, match=r"no proof/NAME/proof\.json"):
+        verify_bundle(bundle)
+
+
+def test_an_adapter_without_a_proof_is_refused(bundle: Path) -> None:
+    shutil.rmtree(bundle / "proof" / "second")
+    with pytest.raises(FingerprintError, match="without a proof: second"):
+        verify_bundle(bundle)
+
+
+def off(table: Tensor, share: float) -> Tensor:
+    """A table whose largest difference of a log-probability is a share of its limit.
+
+    The likeliest word of a row becomes likelier: its log-probability moves by less than its logit,
+    the others' by more together.
+    """
+    allowed = 2 * 1e-4 * float(table[IDS].abs().max())
+    word = int(IDS[0, 4])  # its next token is not in the loss
+    shifted = table.clone()
+    likeliest = int(table[word].argmax())
+    before = table[word].double().log_softmax(-1)
+    low, high = 0.0, 1.0
+    for _ in range(60):
+        middle = (low + high) / 2
+        row = table[word].double().clone()
+        row[likeliest] += middle
+        moved = float((row.log_softmax(-1) - before).abs().max())
+        low, high = (middle, high) if moved < share * allowed else (low, middle)
+    shifted[word, likeliest] += low
+    return shifted
+
+
+@pytest.mark.parametrize("state", ["base", "adapter"])
+@pytest.mark.parametrize(("share", "passes"), [(0.8, True), (1.2, False)])
+def test_a_log_probability_may_be_off_by_twice_the_share_of_the_largest_logit(
+    state: str, share: float, passes: bool, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tables = {"base": BASE, "adapter": ADAPTED}
+    tables[state] = off(tables[state], share)
+    opens(monkeypatch, Runtime(tables["base"], tables["adapter"]))
+    proof = verify_bundle(bundle)["first"]
+    assert proof["passed"] == passes, proof["problems"]
+    if not passes:
+        what = "without" if state == "base" else "with the adapter"
+        assert any("log-probability" in p and what in p for p in proof["problems"])
+
+
+WRONG: dict[str, tuple[Callable[[], Runtime], str]] = {
+    "another base": (lambda: Runtime(base=ADAPTED), "likeliest token without"),
+    "another adapter": (lambda: Runtime(adapted=BASE), "likeliest token with the adapter"),
+    "no switching off": (lambda: Runtime(forgets=False), "switched off"),
+    "wrong decoding": (lambda: Runtime(decodes=False), "decoded one by one"),
+    "a wrong scale": (lambda: Runtime(1.01 * BASE, 1.01 * ADAPTED), "perplexity"),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_a_runtime_that_computes_something_else_fails(
+    what: str, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, words = WRONG[what]
+    opens(monkeypatch, make())
+    proof = verify_bundle(bundle)["first"]
+    assert not proof["passed"]
+    assert any(words in problem for problem in proof["problems"]), proof["problems"]
+
+
+def test_settings_as_shipped_that_do_not_switch_off_fail(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime: Any = Runtime()
+    runtime.shipped = Runtime(1.01 * BASE, 1.01 * ADAPTED)
+    opens(monkeypatch, runtime)
+    assert verify_bundle(bundle)["first"]["passed"]  # only reported
+    runtime.shipped = Runtime(forgets=False)
+    proof = verify_bundle(bundle)["first"]
+    assert not proof["passed"]
+    assert any("shipped" in problem for problem in proof["problems"])

@@ -1,13 +1,11 @@
-"""How well `qwlora plan` predicts peak memory and time: real jobs against their estimates.
+"""How well `qwlora plan` predicts peak memory: real jobs against their estimates.
 
     python benchmarks/plan.py                      all models; writes benchmarks/results/plan.json
     python benchmarks/plan.py smollm2 llama-1b     some of them
 
 Each job runs in a process of its own, with every stage of the pipeline on few tokens. Peak memory
 is the largest resident size of the whole process in a stage (VmHWM, counted anew for each stage).
-The machine's speed is measured in the same process, right before the job, so that both meet the
-same load of a shared machine. Time is the processor time of the job's process, with one thread:
-unlike the clock's, it does not count what other programs use. `ratio` is measured / estimated. The
+`ratio` is measured / estimated. The
 1B Llama has random bfloat16 weights, which are written into a temporary folder and deleted.
 """
 
@@ -19,7 +17,6 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +73,8 @@ def measure(recipe_path: Path, out: Path) -> None:
     from qwlora.pipeline.run_job import run
     from qwlora.recipe import load_recipe
 
-    clock: dict[str, float] = {}
-    seconds: dict[str, float] = {}
-
     def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
-        if line.endswith(" ..."):
-            clock[line.removesuffix(" ...")] = time.process_time()
-        elif ": done in " in line:
-            name = line.partition(": done in ")[0]
-            seconds[name] = time.process_time() - clock[name]
 
     recipe = load_recipe(recipe_path)
     quiet_libraries()
@@ -102,15 +91,11 @@ def measure(recipe_path: Path, out: Path) -> None:
             "estimated_bytes": round(e.peak),
             "peak_bytes": parts[e.stage]["peak_rss_bytes"],
             "memory_ratio": round(parts[e.stage]["peak_rss_bytes"] / e.peak, 3),
-            "estimated_seconds": round(e.seconds, 2),
-            "seconds": round(seconds[e.stage], 2),
-            "time_ratio": round(seconds[e.stage] / e.seconds, 3),
-            "clock_seconds": round(parts[e.stage]["seconds"], 2),
             "memory": {k: round(v) for k, v in e.memory.items()},
         }
         for e in estimates.stages
     ]
-    print(json.dumps({"rows": rows, "spread": round(estimates.spread, 3)}))
+    print(json.dumps({"rows": rows}))
 
 
 def job(name: str, scratch: Path) -> dict[str, Any]:
@@ -123,21 +108,16 @@ def job(name: str, scratch: Path) -> dict[str, Any]:
         recipe["model"] = {"source": str(folder)}
     path = scratch / "recipe.yaml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(scratch / "cache")}
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, __file__, "--job", str(path), str(scratch / "out")]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     rows = found["rows"]
     peak, estimated = (max(r[key] for r in rows) for key in ("peak_bytes", "estimated_bytes"))
-    seconds, expected = (sum(r[key] for r in rows) for key in ("seconds", "estimated_seconds"))
-    found["job"] = {
-        "memory_ratio": round(peak / estimated, 3),
-        "time_ratio": round(seconds / expected, 3),
-    }
+    found["job"] = {"memory_ratio": round(peak / estimated, 3)}
     for r in rows:
         print(
-            f"{name:12} {r['stage']:24} {r['peak_bytes'] / 1e6:7.0f} MB, estimated {r['estimated_bytes'] / 1e6:7.0f} ({r['memory_ratio']:.2f}); "
-            f"{r['seconds']:7.1f} s, estimated {r['estimated_seconds']:7.1f} ({r['time_ratio']:.2f})",
+            f"{name:12} {r['stage']:24} {r['peak_bytes'] / 1e6:7.0f} MB, estimated {r['estimated_bytes'] / 1e6:7.0f} ({r['memory_ratio']:.2f})",
             flush=True,
         )
     print(f"{name:12} whole job: {found['job']}", flush=True)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,9 +75,6 @@ WORDS = [
     "is",
     "computed",
 ]
-
-# The speed of the machine that runs the tests is not the user's.
-os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="qwlora-cache-")
 
 # Time limits belong into benchmarks: on a shared machine a deadline fails by chance.
 hypothesis.settings.register_profile(

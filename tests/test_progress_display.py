@@ -14,8 +14,7 @@ import pytest
 from command_line import qwlora
 from qwlora.cli import progress_bars
 from qwlora.cli.progress_bars import ProgressDisplay
-from qwlora.pipeline.job_progress import JobProgress
-from qwlora.progress import timed
+from qwlora.progress import one_step
 
 
 @contextlib.contextmanager
@@ -44,11 +43,9 @@ def shown(screen: int) -> str:
 
 def interrupted_job() -> None:
     with ProgressDisplay() as display:
-        job = JobProgress({"quantize": 100.0, "train/a": 100.0}, display.track)
-        display.watch(job)
         display.say("quantize ...")
-        job.begin("quantize")
-        for item in job.track(range(4), "quantizing", 4):
+        display.watch("quantize", 1, 2)
+        for item in display.track(range(4), "quantizing", 4):
             time.sleep(0.3)
             if item == 2:
                 raise KeyboardInterrupt
@@ -67,14 +64,26 @@ def test_a_terminal_shows_the_job_and_its_step_and_is_clean_after_an_interruptio
     assert text.endswith("\x1b[2K")  # and the bars are erased
 
 
-def test_a_single_call_has_a_percentage_and_a_time() -> None:
+def test_a_single_call_is_shown_without_a_time() -> None:
     with terminal() as screen:
-        with ProgressDisplay() as display, timed(display.track, "capturing the graph", 60.0):
+        with ProgressDisplay() as display, one_step(display.track, "capturing the graph"):
             time.sleep(0.6)
         text = shown(screen)
     assert "capturing the graph" in text
-    assert "1%" in text
-    assert "0:00:59 left" in text
+    assert "left" not in text
+
+
+def test_one_step_ends_also_when_the_block_fails() -> None:
+    seen = []
+
+    def track(items, description, total=None):  # type: ignore[no-untyped-def]
+        seen.append((description, total))
+        yield from items
+        seen.append("ended")
+
+    with pytest.raises(ValueError, match="inside"), one_step(track, "capturing"):
+        raise ValueError("inside")
+    assert seen == [("capturing", None), "ended"]
 
 
 def test_without_a_terminal_lines_are_few(
@@ -83,10 +92,8 @@ def test_without_a_terminal_lines_are_few(
     assert progress_bars.LINE_SECONDS == 30.0
     monkeypatch.setattr(progress_bars, "LINE_SECONDS", 0.4)
     with ProgressDisplay() as display:
-        job = JobProgress({"train/a": 100.0}, display.track)
-        display.watch(job)
-        job.begin("train/a")
-        for _ in job.track(range(10), "training", 10):
+        display.watch("train/a", 1, 1)
+        for _ in display.track(range(10), "training", 10):
             time.sleep(0.1)
     captured = capsys.readouterr()
     assert captured.out == ""

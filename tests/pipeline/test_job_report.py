@@ -15,10 +15,8 @@ from pipeline.conftest import FakeJob
 from qwlora.adapter.adapter_updates import adapter_updates, update_values
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.errors import DirectoryError, QwloraWarning, RecipeError, TrainingError
-from qwlora.pipeline.job_progress import JobProgress
 from qwlora.pipeline.job_report import read_job, rebuild_reports
 from qwlora.pipeline.job_status import COST, JobStatus, described_error
-from qwlora.progress import untracked
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.system.stop_signals import Stopped
 
@@ -174,7 +172,7 @@ def test_training_is_written_only_so_often_that_it_costs_little(
         written.append(keys)
         return keys
 
-    status = JobStatus(write, [], "qwlora run", {}, JobProgress({}, untracked))
+    status = JobStatus(write, [], "qwlora run", {})
     status.begin("train/first")
     for step in range(1, 1001):
         clock[0] += 1.0

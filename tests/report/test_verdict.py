@@ -236,12 +236,11 @@ def test_a_running_job_says_how_far_it_is() -> None:
     assert found.progress == pytest.approx(37 / 60)
 
 
-def test_a_running_job_says_how_much_time_is_left() -> None:
+def test_a_running_job_says_how_much_time_is_left_by_the_steps_that_ran() -> None:
     results = {**running(37).results}
-    assert "left" not in str(verdict(running(37)).below)
-    results["run"] = {**results["run"], "seconds_left": 740.0, "share": 0.4}
-    job = job_of("finished", results)
-    assert str(verdict(job).below).startswith("About 12 min left for the whole job. ")
+    results["run"]["training"]["step_seconds"] = 32.0
+    found = verdict(job_of("finished", results))
+    assert str(found.below).startswith("About 12 min of training left. ")
 
 
 def test_a_recorded_failure_says_what_to_do() -> None:

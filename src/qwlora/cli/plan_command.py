@@ -1,4 +1,4 @@
-"""`qwlora plan RECIPE`: memory, disk and time of each stage, before anything runs."""
+"""`qwlora plan RECIPE`: memory and disk of each stage, before anything runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rich.text import Text
 from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.shared_arguments import AsJson, Changes, RecipeFile
 from qwlora.cli.terminal import console, print_json
-from qwlora.messages import duration, size
+from qwlora.messages import size
 
 if TYPE_CHECKING:
     from qwlora.pipeline.estimates import Estimates
@@ -30,10 +30,10 @@ Out = Annotated[
 def plan(
     recipe: RecipeFile, changes: Changes = None, out: Out = Path(), as_json: AsJson = False
 ) -> None:
-    """Estimate memory, disk and time of a recipe's stages.
+    """Estimate memory and disk of a recipe's stages, and say whether the job fits this machine.
 
-    Reads the model's configuration and headers, no weights. The first call measures the speed of
-    this machine for a few seconds.
+    Reads the model's configuration and headers, no weights, except a few to tell whether they were
+    rounded before.
     """
     from qwlora.recipe import load_recipe
 
@@ -58,25 +58,19 @@ def plan(
 def _print(found: Estimates, console: Console) -> None:
     table = Table(box=None, pad_edge=False, header_style="bold")
     table.add_column("stage", no_wrap=True, overflow="ellipsis")
-    for column in ("time", "peak memory", "disk"):
+    for column in ("peak memory", "disk"):
         table.add_column(column, justify="right", no_wrap=True)
     table.add_column("most of the memory", overflow="fold")
     for stage in found.stages:
         style = "red" if _is_too_large(stage, found) else ""
         table.add_row(
             stage.stage,
-            duration(stage.seconds),
             Text(size(int(stage.peak)), style=style),
             size(int(stage.disk)) if stage.disk else "",
             _most(stage),
         )
     console.print(table)
     console.print()
-    low, high = found.seconds_range
-    console.print(
-        f"time    about {duration(found.seconds)}, {duration(low)} to {duration(high)} if nothing "
-        f"else runs; this machine's speed is measured to {found.spread:.0%}"
-    )
     limit = "" if found.memory_limit is None else f" of {size(found.memory_limit)}"
     console.print(f"memory  {size(int(found.largest.peak))}{limit}, in {found.largest.stage}")
     free = "" if found.disk_free is None else f" of {size(found.disk_free)} free"

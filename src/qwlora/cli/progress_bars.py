@@ -1,11 +1,11 @@
 """Progress on standard error: bars on a terminal, else a line at most every 30 seconds.
 
-    2/9 quantize            ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━  17 %  job: about 6 min left
+    2/9 quantize            ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
     quantizing              ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━  10/30  0:01:12 left
 
-The first row is the whole job's, for commands that run one; the others are the steps that run now.
-They are erased when the command ends, also with an error or Ctrl-C. Text that is printed meanwhile
-appears above them.
+The first row is the job's stage, for commands that run one; the others are the steps that run now.
+The time left of a step follows from what it has done. They are erased when the command ends, also
+with an error or Ctrl-C. Text that is printed meanwhile appears above them.
 """
 
 from __future__ import annotations
@@ -27,9 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from qwlora.cli.terminal import console
-from qwlora.messages import duration, escaped
-from qwlora.pipeline.job_progress import JobProgress
-from qwlora.progress import OneCall, call_share, seconds_left
+from qwlora.messages import escaped
 
 T = TypeVar("T")
 LINE_SECONDS = 30.0  # without a terminal
@@ -41,36 +39,22 @@ class _Step:
 
     description: str
     total: int | None
-    expected: float | None
     began: float = field(default_factory=time.monotonic)
     done: int = 0
 
     @property
-    def elapsed(self) -> float:
-        return time.monotonic() - self.began
-
-    @property
-    def share(self) -> float | None:
-        """None if it is not known."""
-        if self.expected is not None:
-            return call_share(self.elapsed, self.expected)
-        return self.done / self.total if self.total else None
-
-    @property
     def count(self) -> str:
-        """`12/60`, or the percentage of a step that is one call."""
-        if self.expected is not None:
-            return f"{self.share or 0:.0%}"
-        return f"{self.done}/{self.total}" if self.total else f"{self.done}"
+        """`12/60`; nothing for a step that cannot count."""
+        return f"{self.done}/{self.total}" if self.total else str(self.done or "")
 
     @property
     def left(self) -> str:
         """`0:01:12 left`; empty as long as it is not known."""
-        if self.expected is not None and self.elapsed < 0.9 * self.expected:
-            seconds: float | None = self.expected - self.elapsed
-        else:
-            seconds = seconds_left(self.elapsed, self.share or 0.0)
-        return "" if seconds is None else f"{timedelta(seconds=round(seconds))} left"
+        if not self.total or not self.done:
+            return ""
+        elapsed = time.monotonic() - self.began
+        seconds = round(elapsed * (self.total - self.done) / self.done)
+        return f"{timedelta(seconds=seconds)} left"
 
 
 class ProgressDisplay:
@@ -86,7 +70,7 @@ class ProgressDisplay:
     def __init__(self, quiet: bool = False):
         self._quiet = quiet
         self._console = console(stderr=True)
-        self._job: JobProgress | None = None
+        self._stage: tuple[str, int, int] | None = None
         self._steps: list[_Step] = []
         self._live: Live | None = None
         self._ended = threading.Event()
@@ -122,9 +106,9 @@ class ProgressDisplay:
             self._lines.join()
         self._stdout.__exit__(kind, value, trace)
 
-    def watch(self, job: JobProgress) -> None:
-        """Show the progress of a job from now on."""
-        self._job = job
+    def watch(self, stage: str, number: int, count: int) -> None:
+        """A stage of a job begins, the `number`th of `count`."""
+        self._stage = stage, number, count
 
     def say(self, line: str) -> None:
         """Print a line on standard error, above the bars."""
@@ -133,8 +117,7 @@ class ProgressDisplay:
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """A `Track`."""
-        expected = items.seconds if isinstance(items, OneCall) else None
-        step = _Step(description, total, expected)
+        step = _Step(description, total)
         self._steps.append(step)
         self._refresh()  # so that a short step is seen as well
         try:
@@ -150,27 +133,18 @@ class ProgressDisplay:
             self._live.refresh()
 
     def _rows(self) -> Group:
-        steps, job = list(self._steps), self._job
         table = Table.grid(padding=(0, 1), expand=False)
         table.add_column(no_wrap=True, overflow="ellipsis", max_width=self._console.width // 2)
         table.add_column(width=max(8, min(30, self._console.width // 5)))
         table.add_column(no_wrap=True, justify="right")
         table.add_column(no_wrap=True)
-        if job is not None and job.stage is not None:
-            table.add_row(
-                Text(f"{job.number}/{len(job.expected)} {job.stage}", style="bold"),
-                ProgressBar(total=1.0, completed=job.share),
-                f"{job.share:.0%}",
-                Text(f"about {duration(job.seconds_left)} left", style="bold"),
-            )
-        for step in steps:
-            share = step.share
-            table.add_row(
-                f"  {step.description}",
-                ProgressBar(total=1.0, completed=share or 0.0, pulse=share is None),
-                step.count,
-                step.left,
-            )
+        if self._stage is not None:
+            stage, number, count = self._stage
+            bar = ProgressBar(total=count, completed=number - 1)
+            table.add_row(Text(f"{number}/{count} {stage}", style="bold"), bar)
+        for step in list(self._steps):
+            bar = ProgressBar(total=step.total, completed=step.done, pulse=step.total is None)
+            table.add_row(f"  {step.description}", bar, step.count, step.left)
         return Group(table) if table.row_count else Group()
 
     def _print_lines(self) -> None:
@@ -179,16 +153,13 @@ class ProgressDisplay:
                 self.say(line)
 
     def _line(self) -> str:
-        """What runs now, and the time left."""
-        steps, job = list(self._steps), self._job
+        """What runs now, and the time left of it."""
         parts = []
-        if job is not None and job.stage is not None:
-            parts.append(
-                f"{job.stage} ({job.number} of {len(job.expected)}): {job.share:.0%} of the job, "
-                f"about {duration(job.seconds_left)} left"
-            )
-        if steps:
+        if self._stage is not None:
+            stage, number, count = self._stage
+            parts.append(f"{stage} ({number} of {count})")
+        if steps := list(self._steps):
             step = steps[-1]
             left = f", {step.left}" if step.left else ""
-            parts.append(f"{step.description} {step.count}{left}")
-        return "; ".join(parts)
+            parts.append(f"{step.description} {step.count}{left}".rstrip())
+        return ": ".join(parts)

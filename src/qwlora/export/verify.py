@@ -39,11 +39,10 @@ from qwlora.export.finite_figures import largest, only_finite, perplexity
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.quantized_graph import Interface, Kind, QuantizedGraph
 from qwlora.grid.sqnr import sqnr_db
-from qwlora.progress import Track, timed, untracked
+from qwlora.progress import Track, one_step, untracked
 
 FEW = 1000  # values of a layer, whose mean is partly chance
 WRONG = 15.0  # dB; a wrong operator gives less, however much rounding changes
-_LAYER_SECONDS = 0.02  # to cut the graph at a value, open it and compare
 
 
 @runtime_checkable
@@ -313,8 +312,7 @@ def verify_language_model(
     _refuse_other_tasks(interface)
     data, primary = as_sequences(sequences), interface.primary
     first = data.input_ids[:1, :layer_tokens]
-    count = len(reference.graph().marks)
-    with timed(track, "comparing layers", _LAYER_SECONDS * count):
+    with one_step(track, "comparing layers"):
         layers = compare_layers(runtime, reference, {"input_ids": first})
     exported, floor = LogitDifference(), NoiseFloor()
     nll, simulated_nll = 0.0, 0.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict
 from functools import cached_property
 from itertools import islice, zip_longest
@@ -38,10 +38,9 @@ from qwlora.grid.second_moments import Moments
 from qwlora.parameter_names import parameter_name
 from qwlora.pipeline.artifacts import ADAPTER, BASE_SIMULATION, MOMENTS, SCALES, SOLVER_SCALES
 from qwlora.pipeline.job_texts import JobTexts
-from qwlora.pipeline.machine_speed import MachineSpeed, capture_seconds
 from qwlora.pipeline.prepared_text import PreparedText
 from qwlora.pipeline.unused_rules import refuse_unused_rules
-from qwlora.progress import Track, timed, untracked
+from qwlora.progress import Track, one_step
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.base_section import Model
 from qwlora.simulation.load_simulation import restore
@@ -118,25 +117,9 @@ class JobContext:
         # Called after each training step with a function that describes the progress.
         self.on_training: Callable[[Callable[[], dict[str, Any]]], None] = lambda progress: None
 
-    @contextmanager
-    def step(self, description: str, seconds: Callable[[MachineSpeed], float]) -> Iterator[None]:
-        """Report the block as one step of a stage.
-
-        Args:
-            seconds: how long it should take, from the speed of this machine.
-        """
-        if self.track is untracked:
-            yield
-            return
-        with timed(self.track, description, seconds(MachineSpeed())):
-            yield
-
-    @contextmanager
-    def capturing(self, *models: nn.Module) -> Iterator[None]:
-        """Report the block as the capture of the graphs of `models`."""
-        count = sum(len(list(model.modules())) for model in models)
-        with self.step("capturing the graph", lambda speed: capture_seconds(speed, count)):
-            yield
+    def step(self, description: str) -> AbstractContextManager[None]:
+        """Report the block as one step of a stage."""
+        return one_step(self.track, description)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -217,8 +200,7 @@ class JobContext:
         """The model before step 1; kept in memory until `take_float_model` or `base`."""
         if self._float_model is None:
             model = self.recipe.model
-            files = sum(file.stat().st_size for file in fetch(model.source).files)
-            with self.step("loading the model", lambda speed: speed.moving(40 * files)):
+            with self.step("loading the model"):
                 self._float_model = load_model(model.source, model.trust_remote_code)
         return self._float_model
 
@@ -289,8 +271,7 @@ class JobContext:
 
     def load_base(self, folder: Path) -> PreTrainedModel:
         """The base in `folder`; runs the model's own code only if the recipe trusts it."""
-        size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-        with self.step("loading the base", lambda speed: speed.moving(12 * size)):
+        with self.step("loading the base"):
             return load_base(folder, trust_remote_code=self.recipe.model.trust_remote_code)
 
     def imported(self, name: str) -> PeftModel:
@@ -364,7 +345,7 @@ class JobContext:
         """
         self._simulation = self.zero_adapter = None
         model = model or self.equalized(name)
-        with self.capturing(model):
+        with self.step("capturing the graph"):
             simulation = simulate(model, self.example_inputs, self.schemes)
         self.check_rules(simulation.placement)
         if self.recipe.workflow == "qwa-lora":
@@ -407,13 +388,13 @@ class JobContext:
         return attach_existing(base, adapter.continue_from, adapter.unknown_base, seed)
 
     def _placement(self, model: nn.Module) -> Placement:
-        with self.capturing(model):
+        with self.step("capturing the graph"):
             captured = capture(model, self.example_inputs)
         return self.schemes.placement(captured.program, captured.input_names)
 
     def training_graph(self, model: PeftModel, learns_ranges: bool) -> TrainingGraph:
         """Base and adapter as one graph to train through, with calibrated base activations."""
-        with self.capturing(model):
+        with self.step("capturing the graph"):
             simulation = simulate(model.eval(), self.example_inputs, self.schemes)
         return TrainingGraph(
             simulation, load_activations(self.path / BASE_SIMULATION), learns_ranges

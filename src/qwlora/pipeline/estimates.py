@@ -14,19 +14,15 @@ from typing import Any
 
 from qwlora.export.registry import TARGETS
 from qwlora.formats.user_path import user_path
-from qwlora.messages import duration, size
+from qwlora.messages import size
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.forecast import FLOAT, Forecast, Forecaster
 from qwlora.pipeline.job_texts import UnreadTexts
-from qwlora.pipeline.machine_speed import MachineSpeed
 from qwlora.pipeline.plan import make_plan, resolve_compute
 from qwlora.pipeline.stage import Stage
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
 from qwlora.system.memory import memory_limit_bytes, return_freed_memory, rss_bytes
-
-# Single stages took 0.4 to 2.8 times their estimates, whole jobs 0.9 to 1.5 (docs/plan.md).
-TIME_FACTOR = 2.0
 
 
 @dataclass(frozen=True)
@@ -34,26 +30,13 @@ class Estimates:
     """Estimates of stages, and what there is.
 
     Args:
-        spread: relative spread of the measurements of this machine's speed.
         memory_limit: bytes that the process may use; None if it is not known.
         disk_free: bytes free where the job is written; None if it is not known.
     """
 
     stages: tuple[Forecast, ...]
-    spread: float
     memory_limit: int | None
     disk_free: int | None
-
-    @property
-    def seconds(self) -> float:
-        """Of all stages."""
-        return sum(stage.seconds for stage in self.stages)
-
-    @property
-    def seconds_range(self) -> tuple[float, float]:
-        """Where the time of all stages should be."""
-        factor = TIME_FACTOR + self.spread
-        return self.seconds / factor, self.seconds * factor
 
     @property
     def disk(self) -> float:
@@ -90,9 +73,6 @@ class Estimates:
         """For `qwlora plan --json`."""
         return {
             "stages": [stage.to_json() for stage in self.stages],
-            "seconds": self.seconds,
-            "seconds_range": list(self.seconds_range),
-            "spread": self.spread,
             "peak": self.largest.peak,
             "disk": self.disk,
             "memory_limit": self.memory_limit,
@@ -127,27 +107,24 @@ def estimate(
     Args:
         holds_float_model: whether this process has loaded the float model already.
     """
-    speed = MachineSpeed()
     keeps = holds_float_model or any(stage.name == "evaluate/float" for stage in stages)
-    forecaster = Forecaster(recipe, speed, keeps_float_model=keeps)
+    forecaster = Forecaster(recipe, keeps_float_model=keeps)
     found = [forecaster.stage(stage) for stage in track(list(stages), "estimating", len(stages))]
-    speed.save()
     process = _process_bytes(recipe)
     if holds_float_model:
         process -= FLOAT * forecaster.models.values
     stages_found = tuple(
         replace(each, memory={"process": float(process), **each.memory}) for each in found
     )
-    return Estimates(stages_found, speed.spread, memory_limit_bytes(), _free_bytes(out))
+    return Estimates(stages_found, memory_limit_bytes(), _free_bytes(out))
 
 
 def summary_line(estimates: Estimates) -> str:
     """The estimate in one line."""
-    low, high = estimates.seconds_range
     largest = estimates.largest
     return (
-        f"estimate: {duration(estimates.seconds)} ({duration(low)} to {duration(high)}), peak "
-        f"memory {size(int(largest.peak))} in {largest.stage}, disk {size(int(estimates.disk))}"
+        f"estimate: peak memory {size(int(largest.peak))} in {largest.stage}, disk "
+        f"{size(int(estimates.disk))}"
     )
 
 

@@ -33,7 +33,6 @@ from qwlora.errors import (
     VerificationError,
     is_out_of_memory,
 )
-from qwlora.pipeline.job_progress import JobProgress
 from qwlora.pipeline.stage import Stage
 from qwlora.system.memory import peak_rss_bytes
 from qwlora.system.processor import processor_name
@@ -72,7 +71,6 @@ class JobStatus:
         plan: all stages of the job.
         command: that runs the job.
         before: `run` and `error` of the results so far, which stay if no stage runs.
-        progress: estimates how far the run is.
     """
 
     def __init__(
@@ -81,10 +79,8 @@ class JobStatus:
         plan: Sequence[Stage],
         command: str,
         before: dict[str, Any],
-        progress: JobProgress,
     ):
         self._write, self._plan, self._command = write, plan, command
-        self._progress = progress
         self._before: dict[str, Any] = {
             key: before[key] for key in ("run", "error") if key in before
         }
@@ -101,7 +97,6 @@ class JobStatus:
         if self._began is None:
             self._began, self._started = time.monotonic(), _now()
         self._stage, self._training = stage, None
-        self._progress.begin(stage)
         self.write("running")
 
     def train(self, progress: Callable[[], dict[str, Any]]) -> None:
@@ -163,7 +158,7 @@ class JobStatus:
             "command": self._command,
             "started": self._started,
             "updated": _now(),
-            **({"finished": _now()} if is_over else self._estimates()),
+            **({"finished": _now()} if is_over else {}),
             "elapsed_seconds": time.monotonic() - self._began,
             "peak_rss_bytes": peak_rss_bytes(),
             "stage": self._stage,
@@ -174,12 +169,6 @@ class JobStatus:
         }
         found: dict[str, Any] = {**self._extra, "run": run}
         return found | ({"error": self._error} if self._error else {})
-
-    def _estimates(self) -> dict[str, float]:
-        """How far the run is; empty without estimates of its stages."""
-        if not self._progress.expected:
-            return {}
-        return {"share": self._progress.share, "seconds_left": self._progress.seconds_left}
 
     def _kept(self, state: str) -> dict[str, Any]:
         """What an earlier run recorded, with the state as it is now."""

@@ -5,12 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from qwlora.data import Documents, load_documents
-from qwlora.formats.user_path import user_path
-from qwlora.progress import Track, timed, untracked
+from qwlora.progress import Track, one_step, untracked
 from qwlora.recipe import Data, Recipe
-
-_BYTES_PER_SECOND = 2e7  # of text or records, parsed and compared with the held-out part
-_LEAST_SECONDS = 2.0
 
 
 class JobTexts:
@@ -32,7 +28,7 @@ class JobTexts:
         key = (data.source, data.held_out, data.reading())
         if key not in self._loaded:
             source, held_out, reading = key
-            with timed(self._track, f"reading {source}", _reading_seconds(source)):
+            with one_step(self._track, f"reading {source}"):
                 self._loaded[key] = load_documents(source, held_out, self.recipe.seed, reading)
         return self._loaded[key]
 
@@ -55,11 +51,3 @@ class UnreadTexts(JobTexts):
 
     def key(self, data: Data) -> list[Any]:
         return []
-
-
-def _reading_seconds(source: str) -> float:
-    """About how long reading a source takes, from its size."""
-    path = user_path(source)
-    files = [path] if path.is_file() else path.rglob("*") if path.is_dir() else []
-    size = sum(file.stat().st_size for file in files if file.is_file())
-    return max(_LEAST_SECONDS, size / _BYTES_PER_SECOND)

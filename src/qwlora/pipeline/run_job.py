@@ -26,7 +26,6 @@ from qwlora.pipeline.distributed import (
     wait_for_others,
 )
 from qwlora.pipeline.job_files import earlier_results, write_results
-from qwlora.pipeline.job_progress import JobProgress
 from qwlora.pipeline.job_status import JobStatus
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.kept_adapters import check_kept, check_none_lost
@@ -44,7 +43,7 @@ from qwlora.recipe import Recipe
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss, return_freed_memory
 
 Say = Callable[[str], None]
-Watch = Callable[[JobProgress], None]
+Watch = Callable[[str, int, int], None]
 
 
 def run(
@@ -68,8 +67,8 @@ def run(
         command: returns the command line that runs a verb of this job, for messages.
         trust_mtime: see `Digests`.
         replace: replace adapters that were trained with other settings.
-        watch: receives the progress of the job before its first stage runs. Without it, nothing
-            is estimated.
+        watch: called when a stage begins, with its name, its number and how many will run. Without
+            it, memory and disk are not estimated before.
 
     Returns:
         The content of `results.json`.
@@ -145,12 +144,12 @@ class _Run:
         for stage in waiting:
             if stage.artifact is not None:
                 peek.check_replaceable(stage.artifact)
-        progress = self._prepare(peek, waiting, watch)
+        self._prepare(peek, waiting, estimates=watch is not None)
         with Directory.open(self.out, self.recipe) as directory:
             directory.digests = self.digests
             self.stale = find_stale(self.plan, directory)
             directory.forget(keep={s.name for s in self.plan})
-            return self._run_stages(directory, asked, progress)
+            return self._run_stages(directory, asked, watch or (lambda stage, number, count: None))
 
     def _must_run(self, stage: Stage) -> bool:
         return stage.name in self.stale or stage.name in self.always
@@ -163,12 +162,10 @@ class _Run:
         kept = {key: earlier[key] for key in ("run", "error") if key in earlier}
         return collect_results(directory, self.recipe, self.plan, self.stale) | kept
 
-    def _prepare(
-        self, directory: Directory, waiting: Sequence[Stage], watch: Watch | None
-    ) -> JobProgress:
+    def _prepare(self, directory: Directory, waiting: Sequence[Stage], estimates: bool) -> None:
         """All checks that need no writing, and the estimate."""
         if not waiting:
-            return JobProgress({}, self.track)
+            return
         if not directory.is_writable:
             first = waiting[0].name
             raise DirectoryError(
@@ -182,15 +179,11 @@ class _Run:
         )
         for name, text in (prepared := self.context.all_texts()).items():
             self.say(summary(text.describe(), name if len(prepared) > 1 else None))
-        if watch is None:
-            return JobProgress({}, self.track)
-        progress = _estimated(self.context, waiting, self.track, self.say)
-        self.context.track = progress.track
-        watch(progress)
-        return progress
+        if estimates:
+            _say_estimate(self.context, waiting, self.track, self.say)
 
     def _run_stages(
-        self, directory: Directory, asked: Sequence[Stage], progress: JobProgress
+        self, directory: Directory, asked: Sequence[Stage], watch: Watch
     ) -> dict[str, Any]:
         name = self.out.absolute().name
         status = JobStatus(
@@ -198,16 +191,17 @@ class _Run:
             self.plan,
             f"qwlora run {name}/recipe.yaml --out {name}",
             earlier_results(self.out),
-            progress,
         )
+        waiting = [stage.name for stage in asked if self._must_run(stage)]
         for stage in asked:
             if not self._must_run(stage):
                 directory.drop_work(stage.name, stage.work_key)  # of a run killed at its end
                 self.say(_skipped_line(stage))
                 continue
+            if stage.name in waiting:
+                watch(stage.name, 1 + waiting.index(stage.name), len(waiting))
             with status.failures():
                 seconds = self._run_stage(directory, stage, status)
-            progress.end()
             self.say(f"{stage.name}: done in {seconds:.1f} s")
         return status.end(self.stale)
 
@@ -292,11 +286,8 @@ def _start_context(
     return context
 
 
-def _estimated(context: Any, waiting: Sequence[Stage], track: Track, say: Say) -> JobProgress:
-    """The progress of a job whose stages `waiting` will run; says what they need.
-
-    An estimate is no reason to stop a job: without one, every stage counts as equally long.
-    """
+def _say_estimate(context: Any, waiting: Sequence[Stage], track: Track, say: Say) -> None:
+    """Say what the stages `waiting` need. An estimate is no reason to stop a job."""
     from qwlora.pipeline.estimates import estimate, summary_line
 
     try:
@@ -304,9 +295,8 @@ def _estimated(context: Any, waiting: Sequence[Stage], track: Track, say: Say) -
             context.recipe, waiting, context.path, track, context.holds_float_model
         )
     except Exception as error:
-        say(f"no estimate of time and memory: {described(error)}")
-        return JobProgress({stage.name: 60.0 for stage in waiting}, track)
+        say(f"no estimate of memory: {described(error)}")
+        return
     say(summary_line(estimates))
     for problem in estimates.problems:
         say(f"warning: {problem}")
-    return JobProgress({e.stage: e.seconds for e in estimates.stages}, track)

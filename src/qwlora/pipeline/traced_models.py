@@ -1,5 +1,8 @@
-"""The runs of a job's models that memory and time follow from: `traced_run` of the float model, the
-base, base and adapter, a training step, and the graph of a simulation. Reads no weights.
+"""The runs of a job's models that memory follows from: of the float model, the base, base and
+adapter, a training step, and the graph of a simulation. Reads no weights.
+
+torch runs the operators on tensors that have shapes but no data. So the figures follow from the
+code of the model and of transformers, whatever the architecture.
 """
 
 from __future__ import annotations
@@ -8,7 +11,9 @@ import contextlib
 import copy
 import logging
 import math
+import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -17,6 +22,8 @@ from accelerate import init_empty_weights
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
@@ -28,12 +35,75 @@ from qwlora.formats.model_source import fetch, load_config
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn.pack_at import place_empty_, tie_weights_
 from qwlora.nn.packed_layer import PackedLayer
-from qwlora.pipeline.traced_run import TracedRun, traced_run
 from qwlora.quantize.quantize_blocks import tensors_by_block
 from qwlora.quantize.quantize_model import plan_layers
 from qwlora.recipe import Adapter, Recipe
 
+_device = torch.ops.prim.device.default
 _KEPT_SCHEME = "w4-block32"  # of integers that the model's files hold, whose grid is in their data
+
+
+@dataclass
+class TracedRun:
+    """What a computation allocates.
+
+    Args:
+        peak: most bytes alive at one time, of tensors that the computation itself makes.
+        operators: how many operators run.
+        outputs: bytes of all their results together.
+    """
+
+    peak: int = 0
+    operators: int = 0
+    outputs: int = 0
+
+
+def traced_run(call: Callable[[], Any]) -> TracedRun:
+    """Run `call` in a `FakeTensorMode` of the caller; it must not read the value of any tensor."""
+    with (mode := _Counting()):
+        call()
+    return mode.run
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.run = TracedRun()
+        self._alive: dict[int, int] = {}
+        self._bytes = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is _device:
+            return func(*args, **(kwargs or {}))
+        known = {id(t.untyped_storage()) for t in _tensors((args, kwargs))}
+        result = func(*args, **(kwargs or {}))
+        made = _tensors(result)
+        new = [t for t in made if id(t.untyped_storage()) not in known]
+        self.run.operators += 1
+        if new or func._schema.is_mutable:  # else a view, perhaps of a weight
+            self.run.outputs += sum(t.nbytes for t in made)
+        for tensor in new:
+            self._keep(tensor)
+        return result
+
+    def _keep(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self._alive:
+            return
+        self._alive[key] = storage.nbytes()
+        self._bytes += storage.nbytes()
+        self.run.peak = max(self.run.peak, self._bytes)
+        weakref.finalize(storage, self._release, key)
+
+    def _release(self, key: int) -> None:
+        self._bytes -= self._alive.pop(key, 0)
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)]
 
 
 class TracedModels:
@@ -129,11 +199,6 @@ class TracedModels:
         return (out, inner) if isinstance(module, Conv1D) else (inner, out)
 
     @property
-    def products(self) -> list[tuple[int, int]]:
-        """(in, out) of every packed matrix product."""
-        return [shape for block in self.blocks for shape in block]
-
-    @property
     def vocabulary(self) -> int:
         """Entries of a row of logits."""
         embedding: Any = self.model.get_input_embeddings()
@@ -227,7 +292,7 @@ def _traced(
             why = str(error).rstrip(".")
             raise CaptureError(
                 f"{type(model).__name__} cannot run on tensors without data, so there is no "
-                f"estimate of its memory and time: {why}. `qwlora run` works without one"
+                f"estimate of its memory: {why}. `qwlora run` works without one"
             ) from error
 
 

@@ -58,7 +58,7 @@ def _simulation(context: JobContext) -> Simulation:
         for name, parameter in model.named_parameters():
             if is_factor_name(canonical_name(name)):
                 parameter.zero_()
-    with context.capturing(model):
+    with context.step("capturing the graph"):
         return simulate(model, context.example_inputs, context.schemes)
 
 

@@ -188,8 +188,9 @@ def _unfinished(job: Job, checks: tuple[Check, ...]) -> Verdict:
         )
     else:
         sentence = f"No verdict yet: stage {stage} is running{', ' if waiting else ''}{waiting}."
-    left = job.number("run", "seconds_left")
-    time = f"About {duration(left)} left for the whole job. " if left is not None else ""
+    time = ""
+    if step and steps and (each := job.number("run", "training", "step_seconds")):
+        time = f"About {duration((steps - step) * each)} of training left. "
     below = f"{time}This page updates itself after every stage and while an adapter is trained."
     return Verdict(Kind.NONE_YET, sentence, below, shown, step / steps if step and steps else None)
 

@@ -36,7 +36,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     from qwlora.simulation.simulation import simulate
 
     base = context.base()
-    with context.capturing(base):
+    with context.step("capturing the graph"):
         simulation = simulate(base, context.example_inputs, context.schemes)
     context.check_rules(simulation.placement)
     report = simulation.calibrate(

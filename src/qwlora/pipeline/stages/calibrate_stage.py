@@ -149,7 +149,7 @@ def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
 
     section = context.recipe.simulation
     model = context.equalized(*(adapter.name for adapter in context.recipe.adapters))
-    with context.capturing(*[model] * len(context.recipe.adapters)):
+    with context.step("capturing the graph"):
         simulations = simulate_adapters(
             model, context.example_inputs, context.schemes, section.base_activations
         )

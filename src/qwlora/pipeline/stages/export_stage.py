@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,7 +119,7 @@ def _write_graph(
 ) -> int:
     """Write a simulation, with its calibrated adapter; returns the size of the model."""
     exported = _with_graphs(_exported(context, adapter), context, name)
-    with _writing(context, exported, adapter):
+    with context.step(f"writing files for {adapter}"):
         target.write(exported, scratch)
     size = sum(path.stat().st_size for path in scratch.glob(target.model_files))
     if not target.fixed_shapes:  # a program gives it text of any length
@@ -134,7 +133,7 @@ def _write_switchable(
 ) -> None:
     """Write the zero adapter's simulation, or what an adapter changes in it."""
     exported = _exported(context, adapter)
-    with _writing(context, exported, adapter or BASE):
+    with context.step(f"writing files for {adapter or BASE}"):
         if adapter is None:
             updatable = context.recipe.simulation.base_activations
             reason = target.write_base(exported, updatable, scratch)
@@ -170,17 +169,6 @@ def _with_graphs(exported: ExportedGraph, context: JobContext, target: str) -> E
         return exported
     sizes = {"prefill": graphs.prefill, "decode": graphs.decode}
     return replace(exported, graphs=sizes, context=graphs.context)
-
-
-def _writing(
-    context: JobContext, exported: ExportedGraph, what: str
-) -> AbstractContextManager[None]:
-    """Report the block as the writing of files."""
-    from qwlora.pipeline.machine_speed import export_seconds
-
-    simulation: Any = exported.simulation
-    nodes = len(simulation.program.graph.nodes) + len(simulation.marks)
-    return context.step(f"writing files for {what}", lambda speed: export_seconds(speed, nodes))
 
 
 def _add_adapter(

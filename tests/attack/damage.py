@@ -7,7 +7,7 @@ import random
 import re
 from pathlib import Path
 
-PLACES = 10
+PLACES = 6
 HOWS = (*(f"flip {i}" for i in range(PLACES)), "cut", "empty", "delete", "swap")
 
 

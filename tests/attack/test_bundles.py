@@ -35,6 +35,7 @@ CODE = "from pathlib import Path\nPath({marker!r}).write_text('ran')\n"
 LIBRARY = b"\x7fELF\x02\x01\x01" + bytes(57)
 # how a file of a bundle is changed; all digests are made to agree where that is possible
 HOWS = ("one bit", "other bytes", "a program", "a folder", "a link", "a pipe", "removed")
+ONCE = ("a folder", "a pipe")  # for one file of a target: no reader tells files apart before that
 ADDED = ("evil.so", "modeling_evil.py", "custom_generate/generate.py", "a link", "a pipe")
 # Where a change may pass, and why.
 HARMLESS = {
@@ -218,7 +219,13 @@ def test_changed_bundles_are_refused_before_they_are_run(
         adapters = {path.name for path in (bundle / "proof").iterdir()}
         names = sorted(p.relative_to(bundle).as_posix() for p in bundle.rglob("*") if p.is_file())
         one_of = {_kind(name, adapters): name for name in reversed(names)}
-        trials += [(target, kind, name, how) for kind, name in one_of.items() for how in HOWS]
+        once = next(kind for kind in one_of if not kind.startswith("proof"))
+        trials += [
+            (target, kind, name, how)
+            for kind, name in one_of.items()
+            for how in HOWS
+            if kind == once or how not in ONCE
+        ]
         folders = sorted({Path(name).parts[0] for name in names if "/" in name} - {"proof"})
         trials += [
             (target, f"{_kind(folder, adapters)}/", folder, f"add {name}")

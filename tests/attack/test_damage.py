@@ -217,10 +217,12 @@ def test_damaged_files_are_noticed_by_what_reads_them(
             _remember_digests(place, folder)
         done = damage(place / file, how, generator)
         problems = {}
-        for reader in READERS:
-            if done and job.name in reader.jobs and re.search(reader.reads, kind):
-                ended = reader.run(place, file, folder / "logs")
-                problems[reader.name] = _judge(reader, kind, ended, place, job.finished)
+        readers = [r for r in READERS if job.name in r.jobs and re.search(r.reads, kind)]
+        if how.startswith("flip"):  # each reader gets some of the places
+            readers = [readers[int(how.split()[1]) % len(readers)]] if readers else []
+        for reader in readers if done else []:
+            ended = reader.run(place, file, folder / "logs")
+            problems[reader.name] = _judge(reader, kind, ended, place, job.finished)
         return {"problems": problems, "how": f"seed {seed}: {job.name}: {file}: {done}"}
 
     since = len(record.failures)

@@ -18,7 +18,7 @@ from .victims import parallel, seeds, start
 pytestmark = pytest.mark.attack
 # sizes of free space for each kind of command, the first of which is none; those that capture a
 # graph take longest
-SIZES = {"quantize": 4, "train": 4, "merge": 4}
+SIZES = {"quantize": 3, "train": 3, "merge": 3}
 OTHERS = 2
 PAGE = 4096
 

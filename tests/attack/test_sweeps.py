@@ -96,6 +96,14 @@ def _train(work: Path, logs: Path) -> Ended:
     return start(inside(work, command("train", "--out", "job")), logs).wait()
 
 
+def _content(work: Path) -> Any:
+    """The job's state, wherever it is. What a killed process left of a file that it wrote is
+    replaced by the next one that writes the file."""
+    content = state(work / "job")
+    content["files"] = [name for name in content["files"] if not name.endswith(".part")]
+    return json.loads(json.dumps(content).replace(str(work), "WORK"))
+
+
 def test_jobs_are_sound_wherever_a_change_of_them_is_killed(
     changes: list[Target], record: Record, tmp_path: Path
 ) -> None:
@@ -106,7 +114,7 @@ def test_jobs_are_sound_wherever_a_change_of_them_is_killed(
         change.put(place)
         for work, found in ((place, undone), (change.after, made)):
             assert not (ended := _train(work, tmp_path / "logs")).code, ended.err
-            found.append(state(work / "job"))
+            found.append(_content(work))
     trials = [
         (number, moment)
         for number, change in enumerate(changes)
@@ -127,7 +135,7 @@ def test_jobs_are_sound_wherever_a_change_of_them_is_killed(
         if (ended := _train(work, folder / "logs")).code:
             problems.append(f"train refuses: {ended.err.strip()[-300:]}")
         else:
-            content = state(work / "job")
+            content = _content(work)
             allowed = [made[number]] if is_repeated else [undone[number], made[number]]
             if content not in allowed:
                 problems += [f"it is not {differences(content, other)}" for other in allowed]

@@ -1,13 +1,13 @@
 """Read the documents of a source.
 
     ./file.txt, .md, or any other        one document, running text; unreadable kinds of records are
-                                         refused (`file_kinds.py`)
+                                         refused (`source_files.py`)
     ./file.jsonl, .jsonlines, .ndjson    one document per line
     ./file.json                          one document per element of its list, or line
     ./file.csv, .tsv                     one document per row
     ./file.parquet, .arrow, .feather     one document per row
     ./folder                             saved by `datasets.save_to_disk`, or files of the kinds
-                                         above, subfolders included (`folder_files.py`)
+                                         above, subfolders included
     python:MODULE:ATTRIBUTE              strings in an installed Python module (one string, a
                                          sequence, or a mapping's values)
     owner/name                           a dataset on the Hugging Face hub
@@ -27,16 +27,9 @@ from typing import Any
 from qwlora import errors
 from qwlora.data import tables
 from qwlora.data.document import Document, Text
-from qwlora.data.file_kinds import (
-    JSON_LINES_SUFFIXES,
-    RECORD_SUFFIXES,
-    SUFFIXES,
-    refusal,
-    suffix_of,
-)
-from qwlora.data.folder_files import folder_files
 from qwlora.data.records import Columns, EmptyRecordError, Fields, choose_fields, make_document
-from qwlora.data.text_files import read_attribute, read_json, read_json_lines, read_text
+from qwlora.data.source_files import RECORD_SUFFIXES, TEXT_SUFFIXES, folder_files, refusal
+from qwlora.data.text_files import read_attribute, read_json, read_text
 from qwlora.errors import SourceError
 from qwlora.formats.user_path import does_not_exist, user_path
 
@@ -48,14 +41,12 @@ class Reading:
     Args:
         split, subset: which ones of a dataset that has several.
         skip_empty: skip empty records instead of refusing them.
-        unpack_limit: times its size that a Parquet or Arrow file may unpack to; None for no limit.
     """
 
     columns: Columns = Columns()
     split: str | None = None
     subset: str | None = None
     skip_empty: bool = False
-    unpack_limit: float | None = 20.0
 
 
 def locate_documents(source: str) -> None:
@@ -86,7 +77,8 @@ def _is_hub_id(source: str) -> bool:
     """Whether `source` is `owner/name`, and not more likely a mistyped path."""
     if source.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
         return False
-    return suffix_of(Path(source)) not in SUFFIXES and refusal(Path(source)) is None
+    known = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
+    return Path(source).suffix.lower() not in known and refusal(Path(source)) is None
 
 
 @dataclass
@@ -120,21 +112,17 @@ class _Reader:
     def _file(self, path: Path) -> None:
         if why := refusal(path):
             raise SourceError(f"data source {str(path)!r}: {why}")
-        suffix = suffix_of(path)
-        if suffix in JSON_LINES_SUFFIXES:
-            self.add_records(read_json_lines(path))
-        elif suffix == ".json":
-            self.add_records(read_json(path))
-        elif suffix in (".csv", ".tsv"):
+        suffix = path.suffix.lower()
+        if suffix in (".csv", ".tsv"):
             names, rows = tables.read_csv(path)
             self.set_fields(names, str(path))
             self.add_records(rows)
-        elif suffix == ".parquet":
-            self.add_table(*tables.read_parquet(path, self.reading.unpack_limit), str(path))
-        elif suffix in (".arrow", ".feather"):
-            self.add_table(*tables.read_arrow(path, self.reading.unpack_limit), str(path))
+        elif suffix in (".parquet", ".arrow", ".feather"):
+            self.add_table(tables.read_arrow(path), str(path))
+        elif suffix in RECORD_SUFFIXES:
+            self.add_records(read_json(path))
         else:
-            self._refuse_columns(f"data source {str(path)!r}")
+            self.refuse_columns(f"data source {str(path)!r}")
             self.documents.append(Text(read_text(path), str(path)))
 
     def set_fields(self, names: list[str], where: str) -> Fields:
@@ -149,23 +137,17 @@ class _Reader:
         self.fields = found
         return found
 
-    def add_table(self, names: list[str], rows: Any, where: str) -> None:
+    def add_table(self, table: tables.Table, where: str) -> None:
+        names, rows = table
         self.add_records(rows(self.set_fields(names, where).among(names)))
 
-    def read_folder(self, path: Path) -> None:
-        if tables.is_saved_dataset(path):
-            self.add_table(*tables.read_saved_dataset(path, self.reading.split), str(path))
-            return
-        for file in folder_files(path, self.reading.split):
-            self.read_file(file)
-
-    def _refuse_split(self, where: str) -> None:
+    def refuse_split(self, where: str) -> None:
         if self.reading.split is not None:
             raise SourceError(
                 f"{where} has no splits; remove data.split: {self.reading.split} from the recipe"
             )
 
-    def _refuse_columns(self, where: str) -> None:
+    def refuse_columns(self, where: str) -> None:
         if asked := self.reading.columns.asked:
             raise SourceError(
                 f"{where} is running text and has no columns; remove "
@@ -180,18 +162,21 @@ def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:
         SourceError: it cannot be read; a bad record is named with file and line.
         MissingExtraError: the package that reads this kind of source is not installed.
     """
-    reader, path = _Reader(how), user_path(source)
+    reader, path, where = _Reader(how), user_path(source), f"data source {source!r}"
     if source.startswith("python:"):
-        reader._refuse_split(f"data source {source!r}")
-        reader._refuse_columns(f"data source {source!r}")
+        reader.refuse_split(where)
+        reader.refuse_columns(where)
         reader.documents.extend(read_attribute(source))
+    elif tables.is_saved_dataset(path):
+        reader.add_table(tables.read_dataset(str(path), how.split), str(path))
     elif path.is_dir():
-        reader.read_folder(path)
+        for file in folder_files(path, how.split):
+            reader.read_file(file)
     elif path.exists() or not _is_hub_id(source):
-        reader._refuse_split(f"data source {source!r}")
+        reader.refuse_split(where)
         reader.read_file(path)
     else:
-        reader.add_table(*tables.read_hub(source, how.split, how.subset), source)
+        reader.add_table(tables.read_dataset(source, how.split, how.subset), source)
     documents = [d for d in reader.documents if not isinstance(d, Text) or d.text.strip()]
     if not documents:
         raise SourceError(

@@ -13,45 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.data.document import Text
-from qwlora.data.file_kinds import suffix_of
 from qwlora.encodings.model import repeated
 from qwlora.errors import SourceError
 
 
-def read_text(path: Path) -> str:
-    """The text of a file, with `\\n` as newline and without a byte order mark.
+def decode(path: Path) -> str:
+    """The content of a UTF-8 file, newlines as they are.
 
     Raises:
-        SourceError: it cannot be read, or is not UTF-8.
-    """
-    return (
-        decode(read_bytes(path), path)
-        .removeprefix("\ufeff")
-        .replace("\r\n", "\n")
-        .replace("\r", "\n")
-    )
-
-
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a file.
-
-    Raises:
-        SourceError: it cannot be read.
+        SourceError: it cannot be read, or is not UTF-8 (the line is named).
     """
     try:
-        return path.read_bytes()
+        content = path.read_bytes()
+        return content.decode("utf-8")
     except OSError as error:
         raise SourceError(f"data source {str(path)!r} cannot be read: {error.strerror}") from error
-
-
-def decode(content: bytes, path: Path) -> str:
-    """Decode UTF-8.
-
-    Raises:
-        SourceError: it is not UTF-8; the line is named.
-    """
-    try:
-        return content.decode("utf-8")
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         start = content.rfind(b"\n", 0, error.start) + 1
@@ -61,59 +37,46 @@ def decode(content: bytes, path: Path) -> str:
         ) from error
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[str, Any]]:
-    """(`file:line`, value) of each line that is not blank.
-
-    Raises:
-        SourceError: a line is not JSON, holds NaN or infinity, or has a key twice.
-    """
-    for number, line in enumerate(
-        decode(read_bytes(path), path).removeprefix("\ufeff").split("\n"), 1
-    ):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        try:
-            yield (
-                where,
-                json.loads(line, parse_constant=_refuse_constant, object_pairs_hook=_distinct),
-            )
-        except json.JSONDecodeError as error:
-            may = "a list of records, or " if suffix_of(path) == ".json" else ""
-            hint = (
-                f". A {path.suffix} file holds {may}one whole object a line"
-                if line.strip() in ("[", "{")
-                else ""
-            )
-            raise SourceError(
-                f"{where}: this is not JSON: {error.msg.removesuffix(' at')} at character "
-                f"{error.colno}{hint}"
-            ) from error
-        except (ValueError, RecursionError) as error:
-            raise SourceError(f"{where}: this is not JSON that can be used: {error}") from error
+def read_text(path: Path) -> str:
+    """The text of a file, with `\\n` as newline and without a byte order mark; see `decode`."""
+    return decode(path).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """(`file record N`, value) of each element of a list; otherwise as `read_json_lines`.
+    """(place, value) of each line that is not blank (`file:line`), or of each element of a list in
+    a .json file (`file record N`).
 
     Raises:
-        SourceError: it is not JSON; see `read_json_lines`.
+        SourceError: it is not JSON, holds NaN or infinity, or has a key twice.
     """
-    text = read_text(path)
-    if not text.lstrip().startswith("["):
-        yield from read_json_lines(path)
+    is_json = path.suffix.lower() == ".json"
+    text = decode(path).removeprefix("\ufeff")
+    if is_json and text.lstrip().startswith("["):
+        for number, record in enumerate(_parsed(read_text(path), path, None), 1):
+            yield f"{path} record {number}", record
         return
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            yield f"{path}:{number}", _parsed(line, path, number)
+
+
+def _parsed(text: str, path: Path, line: int | None) -> Any:
+    """The value of `text`, which is the whole file, or its line number `line`."""
+    where = str(path) if line is None else f"{path}:{line}"
     try:
-        records = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_distinct)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_distinct)
     except json.JSONDecodeError as error:
+        hint = ""
+        if text.strip() in ("[", "{"):
+            may = "a list of records, or " if path.suffix.lower() == ".json" else ""
+            hint = f". A {path.suffix} file holds {may}one whole object a line"
+        place = f"{path}:{error.lineno}" if line is None else where
         raise SourceError(
-            f"{path}:{error.lineno}: this is not JSON: {error.msg.removesuffix(' at')} at "
-            f"character {error.colno}"
+            f"{place}: this is not JSON: {error.msg.removesuffix(' at')} at character "
+            f"{error.colno}{hint}"
         ) from error
     except (ValueError, RecursionError) as error:
-        raise SourceError(f"{path}: this is not JSON that can be used: {error}") from error
-    for number, record in enumerate(records, 1):
-        yield f"{path} record {number}", record
+        raise SourceError(f"{where}: this is not JSON that can be used: {error}") from error
 
 
 def _refuse_constant(name: str) -> Any:
@@ -121,11 +84,9 @@ def _refuse_constant(name: str) -> Any:
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        twice = repeated(key for key, _ in pairs)
+    if twice := repeated(key for key, _ in pairs):
         raise ValueError(f"the key {twice[0]!r} occurs twice in one object")
-    return found
+    return dict(pairs)
 
 
 def read_attribute(source: str) -> list[Text]:
@@ -143,14 +104,8 @@ def read_attribute(source: str) -> list[Text]:
         ) from error
     if isinstance(value, str):
         return [Text(value, source)]
-    documents = (
-        list(value.values())
-        if isinstance(value, Mapping)
-        else list(value)
-        if isinstance(value, Sequence)
-        else None
-    )
-    if documents is None or not all(isinstance(d, str) for d in documents):
+    documents = list(value.values()) if isinstance(value, Mapping) else value
+    if not isinstance(documents, Sequence) or not all(isinstance(d, str) for d in documents):
         raise SourceError(
             f"data source {source!r} is a {type(value).__name__}; it must be a string, or a "
             "sequence or mapping of strings"

@@ -59,11 +59,6 @@ class Data(Section):
     empty_records: Literal["error", "skip"] = Field(
         "error", description="what to do with an empty record"
     )
-    unpack_limit: Annotated[float, Field(gt=0)] | None = Field(
-        20.0,
-        description="refuse a compressed file (Parquet, Arrow) that unpacks to more than this many "
-        "times its size; null for no limit",
-    )
     chat_template: str | None = Field(
         None, description="file with a Jinja chat template, used instead of the tokenizer's"
     )
@@ -136,9 +131,7 @@ class Data(Section):
             input=self.input_column,
             output=self.output_column,
         )
-        return Reading(
-            columns, self.split, self.subset, self.empty_records == "skip", self.unpack_limit
-        )
+        return Reading(columns, self.split, self.subset, self.empty_records == "skip")
 
     def cutting(self) -> Cutting:
         """How documents become sequences."""

@@ -296,50 +296,34 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    "content",
     [
-        (b"", "is 0 bytes long, but its header claims None: it is truncated"),
-        (header(b"{}", length=10**12), "its header claims 1000000000000"),
-        (
-            header({"a": entry()}, b"\0" * 4),
-            "tensor 'a' ends at byte 8, but the file has 4 bytes of data: it is truncated",
-        ),
-        (
-            header({"a": entry(shape=[2**40, 2**40])}, b"\0" * 8),
-            r"tensor 'a' has shape \[1099511627776, 1099511627776\] of F32, which does not fill the 8 bytes",
-        ),
-        (header({"a": entry(shape=[10**300])}, b"\0" * 8), "which does not fill the 8 bytes"),
-        (header({"a": entry(shape=[-2])}, b"\0" * 8), "lists of non-negative integers"),
-        (header({"a": entry(shape="x")}, b"\0" * 8), "tensor 'a' has shape 'x'"),
-        (header({"a": entry(offsets=[8, 0])}, b"\0" * 8), "does not fill the -8 bytes"),
-        (header({"a": entry(offsets=[0])}, b"\0" * 8), "lists of non-negative integers"),
-        (header({"a": entry(dtype="Q9")}, b"\0" * 8), "tensor 'a' has type 'Q9'"),
-        (header({"a": 3}), "tensor 'a' has type None"),
-        (
-            header(
-                b'{"a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}, "a": {"dtype":"F32","shape":[2],"data_offsets":[0,8]}}',
-                b"\0" * 8,
-            ),
-            "'a' occurs twice",
-        ),
-        (header(b"[1]"), "the header is not a JSON object"),
-        (header(b"{" * 30), "the header cannot be read"),
-        (header(b"[" * 200000), "the header cannot be read"),
-        (header(b"\xff\xfe"), "the header cannot be read"),
+        b"",
+        header(b"{}", length=10**12),
+        header({"a": entry()}, b"\0" * 4),
+        header({"a": entry(shape=[2**40, 2**40])}, b"\0" * 8),
+        header({"a": entry(shape=[10**300])}, b"\0" * 8),
+        header({"a": entry(shape=[-2])}, b"\0" * 8),
+        header({"a": entry(shape="x")}, b"\0" * 8),
+        header({"a": entry(offsets=[8, 0])}, b"\0" * 8),
+        header({"a": entry(offsets=[0])}, b"\0" * 8),
+        header({"a": entry(dtype="Q9")}, b"\0" * 8),
+        header({"a": 3}),
+        header({"a": entry(), "b": entry()}, b"\0" * 8),  # they overlap
+        header(b"[1]"),
+        header(b"{" * 30),
+        header(b"[" * 200000),
+        header(b"\xff\xfe"),
     ],
 )
-def test_damaged_files(tmp_path: Path, content: bytes, message: str) -> None:
+def test_damaged_files(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(SourceError, match=message):
+    with pytest.raises(
+        SourceError, match=r"model\.safetensors' is truncated, or not a safetensors file"
+    ):
         SafetensorsFiles(tmp_path)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
-
-
-def test_overlapping_tensors_are_not_read(tmp_path: Path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(header({"a": entry(), "b": entry()}, b"\0" * 8))
-    with pytest.raises(SourceError, match="tensor 'b' cannot be read"):
-        SafetensorsFiles(tmp_path).read("b")
 
 
 @pytest.mark.parametrize(

@@ -352,5 +352,7 @@ def test_an_absurd_configuration_costs_nothing(base: Path, change: dict[str, Any
 def test_a_header_that_claims_more_than_the_file_is_refused(base: Path) -> None:
     path = base / "base.safetensors"
     path.write_bytes(struct.pack("<Q", 2**40) + path.read_bytes()[8:])
-    with pytest.raises(SourceError, match="header claims 1099511627776"):
+    with pytest.raises(
+        SourceError, match=r"base\.safetensors' is truncated, or not a safetensors file"
+    ):
         load_base(base)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from qwlora.formats.huggingface_folder import FolderCheckpoint
 from qwlora.formats.meta_model import empty_model, place_name
 from qwlora.formats.open_checkpoint import open_checkpoint, quantization_of
 from qwlora.formats.qwlora_base import BaseCheckpoint
-from qwlora.formats.safetensors_files import BITS, SafetensorsFiles
+from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 
@@ -212,5 +211,4 @@ def _transposed(model: nn.Module) -> frozenset[str]:
 
 
 def _stored(files: SafetensorsFiles, name: str, part: str) -> TensorHeader:
-    shape, dtype = files.shape(name), files.dtype(name)
-    return TensorHeader(part, dtype, shape, math.prod(shape) * BITS[dtype] // 8)
+    return TensorHeader(part, files.dtype(name), files.shape(name), files.nbytes(name))

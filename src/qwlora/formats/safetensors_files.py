@@ -4,10 +4,9 @@ The files are `model.safetensors`, or the shards in `model.safetensors.index.jso
 exists, the folder's only safetensors file or index is used, whatever its name (AutoGPTQ writes
 `gptq_model-4bit-128g.safetensors`).
 
-Opening reads and checks the headers only. The checks use little time and memory even if a damaged
-header claims huge sizes, and their messages name the bad tensor. `read` returns a view of the
-memory-mapped file, or a copy if `mapped` is False. With copies, the pages of a file larger than
-memory do not accumulate in the process.
+Opening reads the headers only; safetensors refuses truncated and malformed ones. `read` returns a
+view of the memory-mapped file, or a copy if `mapped` is False. With copies, the pages of a file
+larger than memory do not accumulate in the process.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import os
-import struct
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,38 +26,10 @@ from torch import Tensor
 from qwlora.errors import SourceError
 from qwlora.messages import listed
 
-HEADER_LIMIT_BYTES = 100_000_000  # a limit of the format
-BITS = {
-    "BOOL": 8,
-    "U8": 8,
-    "I8": 8,
-    "I16": 16,
-    "U16": 16,
-    "I32": 32,
-    "U32": 32,
-    "I64": 64,
-    "U64": 64,
-    "F16": 16,
-    "BF16": 16,
-    "F32": 32,
-    "F64": 64,
-    "C64": 64,
-}
-BITS |= {
-    "F8_E4M3": 8,
-    "F8_E5M2": 8,
-    "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8,
-    "F8_E5M2FNUZ": 8,
-    "F4": 4,
-    "F6_E2M3": 6,
-    "F6_E3M2": 6,
-}
-
 
 @dataclass(frozen=True)
 class _Entry:
-    file: Path
+    handle: Any  # of safe_open
     dtype: str
     shape: tuple[int, ...]
 
@@ -80,7 +51,6 @@ class SafetensorsFiles:
     def __init__(self, folder: str | Path, stem: str = "model", mapped: bool = True):
         self.folder, self._backend = Path(folder), "mmap" if mapped else "pread"
         self._single, self._index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
-        self._handles: dict[Path, Any] = {}
         self._entries = self._read_entries()
 
     def names(self) -> list[str]:
@@ -98,27 +68,24 @@ class SafetensorsFiles:
         """The tensor's type as safetensors names it: `F32`, `BF16`, `I32` ..."""
         return self._entry(name).dtype
 
+    def nbytes(self, name: str) -> int:
+        """The size of the stored tensor."""
+        dtype = self.dtype(name)
+        bits = 8 if dtype == "BOOL" else int(re.findall(r"\d+", dtype)[0])  # BF16, F8_E4M3 ...
+        return math.prod(self.shape(name)) * bits // 8
+
     def read(self, name: str) -> Tensor:
         """Read one tensor.
 
         Raises:
             SourceError: there is no such tensor, or torch does not have its type.
         """
-        file = self._entry(name).file
         try:
-            if file not in self._handles:
-                self._handles[file] = safe_open(file, framework="pt", backend=self._backend)
-            return self._handles[file].get_tensor(name)
-        except (
-            OSError,
-            SafetensorError,
-            ValueError,
-            RuntimeError,
-            KeyError,
-            TypeError,
-            AttributeError,
-        ) as error:
-            raise SourceError(f"{str(file)!r}: tensor {name!r} cannot be read: {error}") from error
+            return self._entry(name).handle.get_tensor(name)
+        except (SafetensorError, RuntimeError, AttributeError, TypeError) as error:
+            raise SourceError(
+                f"{str(self.folder)!r}: tensor {name!r} cannot be read: {error}"
+            ) from error
 
     def _entry(self, name: str) -> _Entry:
         try:
@@ -131,7 +98,7 @@ class SafetensorsFiles:
     def _read_entries(self) -> dict[str, _Entry]:
         entries: dict[str, _Entry] = {}
         for file, names in self._listed_files().items():
-            held = read_header(file)
+            held = read_header(file, self._backend)
             for name in held if names is None else names:
                 if name not in held:
                     raise SourceError(
@@ -247,80 +214,23 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_header(file: Path) -> dict[str, _Entry]:
-    """Read the header of a safetensors file and check it against the file's size.
+def read_header(file: Path, backend: str = "pread") -> dict[str, _Entry]:
+    """The tensors of a safetensors file, in the order in which they are stored; reads no data.
 
     Raises:
-        SourceError: the file is truncated or malformed; the message names the tensor.
+        SourceError: the file is truncated or malformed.
     """
-    where = repr(str(file))
     try:
-        size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
-            if length is None or length > min(size - 8, HEADER_LIMIT_BYTES):
-                raise SourceError(
-                    f"{where} is {size} bytes long, but its header claims {length}: it is "
-                    "truncated, or not a safetensors file; download it again"
-                )
-            header = json.loads(stream.read(length), object_pairs_hook=_distinct)
-    except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, SourceError):
-            raise
+        handle = safe_open(file, framework="pt", backend=backend)
+        slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
+        return {
+            name: _Entry(handle, part.get_dtype(), tuple(part.get_shape()))
+            for name, part in slices.items()
+        }
+    except (OSError, SafetensorError) as error:
         raise SourceError(
-            f"{where}: the header cannot be read: {error or type(error).__name__}"
+            f"{str(file)!r} is truncated, or not a safetensors file ({error}); download it again"
         ) from error
-    if not isinstance(header, dict):
-        raise SourceError(f"{where}: the header is not a JSON object; download it again")
-    header.pop("__metadata__", None)
-    return {
-        name: _checked_entry(file, name, entry, size - 8 - length) for name, entry in header.items()
-    }
-
-
-def _checked_entry(file: Path, name: str, entry: Any, data_bytes: int) -> _Entry:
-    where = f"{str(file)!r}: tensor {name!r}"
-    dtype, shape, offsets = (
-        (entry.get(key) for key in ("dtype", "shape", "data_offsets"))
-        if isinstance(entry, dict)
-        else (None, None, None)
-    )
-    if not isinstance(dtype, str) or dtype not in BITS:
-        raise SourceError(
-            f"{where} has type {dtype!r}, which is not a safetensors type; download it again"
-        )
-    if (
-        not _naturals(shape)
-        or not _naturals(offsets)
-        or shape is None
-        or offsets is None
-        or len(offsets) != 2
-    ):
-        raise SourceError(
-            f"{where} has shape {shape!r} and data_offsets {offsets!r}, which must be lists of "
-            "non-negative integers; download it again"
-        )
-    begin, end = offsets
-    if end > data_bytes:
-        raise SourceError(
-            f"{where} ends at byte {end}, but the file has {data_bytes} bytes of data: it is "
-            "truncated; download it again"
-        )
-    if (
-        len(shape) > 64
-        or max(shape, default=0) > 2**62
-        or math.prod(shape) * BITS[dtype] != 8 * (end - begin)
-    ):
-        raise SourceError(
-            f"{where} has shape {shape} of {dtype}, which does not fill the {end - begin} bytes of "
-            "its data; download it again"
-        )
-    return _Entry(file, dtype, tuple(shape))
-
-
-def _naturals(value: Any) -> bool:
-    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -32,7 +32,6 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "tensor": {"strategy": "tensor"},
     "channel": {"strategy": "channel"},
     "group": {"strategy": "group", "group_size": 16},
-    "block": {"strategy": "block", "block_structure": [8, 32]},
 }
 
 
@@ -43,16 +42,8 @@ def grouped(weight: Tensor, arguments: QuantizationArgs) -> Tensor:
             return weight.reshape(1, -1)
         case "channel":
             return weight.unsqueeze(1)
-        case "group":
-            return weight.unflatten(1, (-1, arguments.group_size))  # type: ignore[arg-type]
         case _:
-            rows, columns = arguments.block_structure or [1, 1]
-            return (
-                weight.unflatten(1, (-1, columns))
-                .unflatten(0, (-1, rows))
-                .transpose(1, 2)
-                .flatten(2)
-            )
+            return weight.unflatten(1, (-1, arguments.group_size))  # type: ignore[arg-type]
 
 
 def compressed(
@@ -128,59 +119,32 @@ def test_layers_equal_the_librarys(
             "tensor": PerTensor(),
             "channel": PerChannel(0),
             "group": PerBlock(16),
-            "block": PerBlock(32),
         }[strategy]
         assert found.encoding.scheme.granularity == granularity
         assert bool((found.dequantize() - weight).abs().max() < 4)
 
 
-def test_rows_that_do_not_fill_words_or_blocks(tmp_path: Path) -> None:
-    """21 rows in blocks of 8, 20 codes of 3 bits in 2 words a row by either layout's count."""
-    weight = torch.randn(24, IN, generator=torch.Generator().manual_seed(0))
-    record = {"num_bits": 8, "type": "int", "symmetric": True, **STRATEGIES["block"]}
-    held, expected = compressed(weight, "int-quantized", record, torch.float32)
-    held["weight"] = held["weight"][:21].contiguous()
-    assert torch.equal(
-        read(opened(tmp_path, held, settings_of("int-quantized", record))).dequantize(),
-        expected[:21],
-    )
+def test_rows_that_do_not_fill_words(tmp_path: Path) -> None:
+    """20 codes of 3 bits in 2 words a row."""
+    weight = torch.randn(24, 20, generator=torch.Generator().manual_seed(0))
     record = {"num_bits": 3, "type": "int", "symmetric": True, "strategy": "channel"}
-    held, _ = compressed(weight[:, :20], "pack-quantized", record, torch.float32)
-    with pytest.raises(SourceError, match=r"has too few inputs to tell .* how its 3-bit codes"):
-        read(opened(tmp_path, held, settings_of("pack-quantized", record)))
-
-
-def gapped(codes: Tensor, bits: int) -> Tensor:
-    """Rows of codes in int32 words of `32 // bits` whole codes."""
-    per_word = 32 // bits
-    padded = torch.nn.functional.pad(
-        codes.to(torch.int64), (0, -codes.shape[1] % per_word)
-    ).unflatten(1, (-1, per_word))
-    words = (padded << (bits * torch.arange(per_word))).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("bits", [3, 5, 6, 7])
-def test_the_older_packing_has_gaps(tmp_path: Path, bits: int, symmetric: bool) -> None:
-    """compressed-tensors 0.13 put `32 // bits` whole codes into a word, without crossing words."""
-    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(bits))
-    record = {
-        "num_bits": bits,
-        "type": "int",
-        "symmetric": symmetric,
-        "strategy": "group",
-        "group_size": 16,
-    }
     held, expected = compressed(weight, "pack-quantized", record, torch.float32)
     found = read(opened(tmp_path, held, settings_of("pack-quantized", record)))
-    older = {**held, "weight_packed": gapped(found.codes, bits)}
-    if not symmetric:
-        older["weight_zero_point"] = gapped(-found.encoding.offset.t(), bits).t()
-    assert older["weight_packed"].shape != held["weight_packed"].shape
-    assert torch.equal(
-        read(opened(tmp_path, older, settings_of("pack-quantized", record))).dequantize(), expected
-    )
+    assert torch.equal(found.dequantize(), expected)
+
+
+def test_the_older_packing_with_gaps_is_refused(tmp_path: Path) -> None:
+    """compressed-tensors 0.13 put `32 // bits` whole codes into a word, without crossing words."""
+    record = {"num_bits": 3, "type": "int", "symmetric": True, "strategy": "channel"}
+    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
+    held, _ = compressed(weight, "pack-quantized", record, torch.float32)
+    words = torch.zeros(OUT, 7, dtype=torch.int32)
+    with pytest.raises(SourceError, match="7 words per row do not hold 64 codes of 3 bits"):
+        read(
+            opened(
+                tmp_path, {**held, "weight_packed": words}, settings_of("pack-quantized", record)
+            )
+        )
 
 
 def model_folder(
@@ -287,14 +251,10 @@ INTEGER = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group",
         (
             {**INTEGER, "strategy": "tensor_group"},
             {},
-            "strategy 'tensor_group' is not supported; tensor, channel, group, block are",
+            "strategy 'tensor_group' is not supported; tensor, channel, group are",
         ),
         ({**INTEGER, "group_size": "16"}, {}, "group_size is '16'"),
-        (
-            {**INTEGER, "strategy": "block"},
-            {},
-            r"block_structure is None, but must be \[rows, columns\]",
-        ),
+        ({**INTEGER, "strategy": "block"}, {}, "strategy 'block' is not supported"),
         (
             INTEGER,
             {"sparsity_config": {"format": "sparse-24-bitmask"}},

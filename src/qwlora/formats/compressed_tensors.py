@@ -8,14 +8,12 @@ For a layer [out, in] whose weights have `b` bits:
                      (strategies group and channel; for tensor, a single int8)
     int-quantized    weight int8 [out, in]; weight_zero_point int8, shaped like the scale
                      (naive-quantized is the same)
-    all              weight_scale float: tensor [1], channel [out, 1], group [out, in / g],
-                     block [out / r, in / c]
+    all              weight_scale float: tensor [1], channel [out, 1], group [out, in / g]
 
     W = (code - zero) * scale, with signed codes; zero is 0 if it is not stored
 
-Newer versions pack the codes of a row into one bit stream without gaps; older ones put 32 // b
-codes into each word. The two differ for 3, 5, 6 and 7 bits, where the number of words tells which
-one was used. Values are computed in float32 from the stored scales; the library's values are
+The codes of a row are one bit stream; files of compressed-tensors 0.13, which left gaps for 3, 5, 6
+and 7 bits, are refused by their number of words. Values are computed in float32 from the stored scales; the library's values are
 identical if its scales are float32. A checkpoint that also quantizes activations or the KV cache is
 refused: dropping that would change what it computes.
 
@@ -45,7 +43,7 @@ from qwlora.grid.scheme import Granularity, PerTensor
 from qwlora.system.time_limit import SECONDS, time_limit
 
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized", "dense", "mixed-precision")
-STRATEGIES = ("tensor", "channel", "group", "block")
+STRATEGIES = ("tensor", "channel", "group")
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 ACTIVATIONS = re.compile(r"\.(input|output|[qkv])_(scale|zero_point)$")
 _READS_WEIGHTS_ONLY = (
@@ -62,7 +60,6 @@ class Weights:
     symmetric: bool
     strategy: str
     group_size: int | None
-    block: tuple[int, int] | None
 
 
 class CompressedTensorsCheckpoint(FolderCheckpoint):
@@ -183,7 +180,7 @@ class CompressedTensors:
         half = 2 ** (weights.bitwidth - 1)
         codes = self._codes(name, weights.bitwidth, shape)
         offset = -self._zeros(name, weights, expected) - half
-        scale, offset = (_spread(t.reshape(expected), weights, shape) for t in (scale, offset))
+        scale, offset = scale.reshape(expected), offset.reshape(expected)
         return quantized(codes, weights.bitwidth, granularity, scale, offset, where)
 
     def _where(self, name: str) -> str:
@@ -262,41 +259,13 @@ class CompressedTensors:
                 f"{self._where(name)}: packed integers are {words.dtype} of shape "
                 f"{list(words.shape)}, but must be an int32 matrix"
             )
-        dense, gapped = _words(count, bitwidth)
-        is_dense = self._is_dense(name, bitwidth)
-        if words.shape[1] != (dense if is_dense else gapped):
+        needed = math.ceil(count * bitwidth / 32)
+        if words.shape[1] != needed:
             raise SourceError(
                 f"{self._where(name)}: {words.shape[1]} words per row do not hold {count} codes of "
-                f"{bitwidth} bits, which need {dense} or {gapped}"
+                f"{bitwidth} bits, which need {needed}"
             )
-        if is_dense:
-            return unpack_words(words, bitwidth, count)
-        return unpack_words(words.reshape(-1, 1), bitwidth, 32 // bitwidth).reshape(len(words), -1)[
-            :, :count
-        ]
-
-    def _is_dense(self, name: str, bitwidth: int) -> bool:
-        """Whether codes are packed without gaps, so that one may cross a word boundary."""
-        if 32 % bitwidth == 0:
-            return True
-        out_features, in_features = self.shape(name)
-        zeros = f"{name.removesuffix('weight')}weight_zero_point"
-        counted = [(self.files.shape(f"{name}_packed")[1], in_features)]
-        counted += (
-            [(self.files.shape(zeros)[0], out_features)]
-            if zeros in self.files and self.files.dtype(zeros) == "I32"
-            else []
-        )
-        for words, count in counted:
-            dense, gapped = _words(count, bitwidth)
-            if dense != gapped:
-                return words != gapped
-        if max(in_features, out_features) <= 32 // bitwidth:  # one word: both packings are equal
-            return True
-        raise SourceError(
-            f"{self._where(name)} has too few inputs to tell from the number of words how its "
-            f"{bitwidth}-bit codes are packed. Quantize the float model instead"
-        )
+        return unpack_words(words, bitwidth, count)
 
     def _zeros(self, name: str, weights: Weights, expected: tuple[int, ...]) -> Tensor:
         """Signed zero points, int32, in the shape of the scales."""
@@ -347,42 +316,15 @@ def _layout(
             return PerTensor(), ()
         case "channel":
             return blocks(in_features, 1, where), (out_features, 1)
-        case "group":
+        case _:
             size = weights.group_size or 0
             if size < 1 or in_features % size:
                 raise SourceError(
                     f"{where}: groups of {size} do not divide rows of {in_features} evenly, but "
                     "all blocks must have the same size. Quantize the float model instead"
                 )
-            return blocks(in_features, in_features // size, where), (
-                out_features,
-                in_features // size,
-            )
-        case _:
-            rows, columns = weights.block or (0, 0)
-            if columns < 1 or rows < 1 or in_features % columns:
-                raise SourceError(
-                    f"{where}: blocks of {rows} x {columns} do not divide rows of {in_features} "
-                    "evenly, but all blocks must have the same size. Quantize the float model "
-                    "instead"
-                )
-            return blocks(in_features, in_features // columns, where), (
-                math.ceil(out_features / rows),
-                in_features // columns,
-            )
-
-
-def _words(count: int, bitwidth: int) -> tuple[int, int]:
-    """The number of int32 words per row if codes are packed without gaps, and if none crosses a
-    word boundary."""
-    return math.ceil(count * bitwidth / 32), math.ceil(count / (32 // bitwidth))
-
-
-def _spread(values: Tensor, weights: Weights, shape: tuple[int, ...]) -> Tensor:
-    """Repeat values of blocks that span several rows, so that each row has its own."""
-    if weights.strategy != "block" or weights.block is None:
-        return values
-    return values.repeat_interleave(weights.block[0], dim=0)[: shape[0]]
+            count = in_features // size
+            return blocks(in_features, count, where), (out_features, count)
 
 
 def _matches(target: str, layer: str) -> bool:
@@ -468,7 +410,7 @@ def _weights(record: Mapping[str, Any], where: str) -> Weights:
         )
     if type(bitwidth) is not int or not 2 <= bitwidth <= 8:
         raise SourceError(f"{where}: num_bits is {bitwidth!r}, but only 2 to 8 are supported")
-    group_size, block = record.get("group_size"), record.get("block_structure")
+    group_size = record.get("group_size")
     strategy = record.get("strategy") or (
         "tensor" if group_size is None else "channel" if group_size == -1 else "group"
     )
@@ -476,16 +418,9 @@ def _weights(record: Mapping[str, Any], where: str) -> Weights:
         raise SourceError(
             f"{where}: strategy {strategy!r} is not supported; {', '.join(STRATEGIES)} are"
         )
-    if isinstance(block, str) and re.fullmatch(r"\d+x\d+", block):
-        block = [int(size) for size in block.split("x")]
     if strategy == "group" and type(group_size) is not int:
         raise SourceError(f"{where}: group_size is {group_size!r}, but must be an integer")
-    if strategy == "block" and not (
-        isinstance(block, list) and len(block) == 2 and all(type(size) is int for size in block)
-    ):
-        raise SourceError(f"{where}: block_structure is {block!r}, but must be [rows, columns]")
-    sides = (block[0], block[1]) if strategy == "block" else None  # type: ignore[index]
     symmetric = record.get("symmetric", True)
     if not isinstance(symmetric, bool):
         raise SourceError(f"{where}: symmetric is {symmetric!r}, but must be true or false")
-    return Weights(bitwidth, symmetric, strategy, group_size, sides)
+    return Weights(bitwidth, symmetric, strategy, group_size)

@@ -13,9 +13,9 @@ For a layer [out, in] whose weights have `b` bits:
     W = (code - zero) * scale, with signed codes; zero is 0 if it is not stored
 
 The codes of a row are one bit stream; files of compressed-tensors 0.13, which left gaps for 3, 5, 6
-and 7 bits, are refused by their number of words. Values are computed in float32 from the stored scales; the library's values are
-identical if its scales are float32. A checkpoint that also quantizes activations or the KV cache is
-refused: dropping that would change what it computes.
+and 7 bits, are refused by their number of words. Values are computed in float32 from the stored
+scales; the library's values are identical if its scales are float32. A checkpoint that also
+quantizes activations or the KV cache is refused: dropping that would change what it computes.
 
 A layer belongs to the config group of the first target that matches: its name, then patterns
 (`re:`), then the names of its classes, each in alphabetical order (as in

@@ -13,6 +13,13 @@ unsigned in the others. Products are rounded to float32 once, as in the `gguf` p
 llama.cpp, so values are equal bit for bit. The only exception is the sign of zero: -0.0 becomes
 0.0.
 
+In the simple types (block 32), the codes follow `d` and `m`:
+
+    4 bits   16 bytes         byte j holds code j in its low half and code j + 16 in its high half
+    5 bits   4 + 16 bytes     bit j of a little-endian word is the fifth bit of code j; then the low
+                              four bits as above
+    8 bits   32 bytes         signed; flipping the top bit gives codes with offset -128
+
 GGUF allows negative and zero scales, an encoding does not:
 
 * Scale zero: the block is constant. It becomes the code of that constant with the scale 2^-14, and
@@ -37,7 +44,6 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from qwlora.errors import SourceError
-from qwlora.formats.gguf.code_order import CODE_BYTES, bit_planes, halves, unpack_block_codes
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
@@ -173,9 +179,28 @@ def _half(fields: Tensor, start: int) -> Tensor:
     return fields[..., start : start + 2].contiguous().view(torch.float16).to(torch.float32)
 
 
+def halves(fields: UInt8[Tensor, "*rows bytes"]) -> UInt8[Tensor, "*rows codes"]:
+    """All low halves of the bytes, then all high halves."""
+    return torch.cat([fields & 0xF, fields >> 4], -1)
+
+
+def bit_planes(
+    fields: UInt8[Tensor, "*rows bytes"], count: int, width: int
+) -> UInt8[Tensor, "*rows codes"]:
+    """The lowest `width` bits of all bytes, then the next `width` bits of all bytes, `count`
+    times."""
+    shifts = torch.arange(0, count * width, width, dtype=torch.uint8).unsqueeze(-1)
+    return ((fields.unsqueeze(-2) >> shifts) & (2**width - 1)).flatten(-2)
+
+
 def _simple(bitwidth: int, with_minimum: bool) -> Callable[[Tensor], Blocks]:
     def decode(fields: Tensor) -> Blocks:
-        codes = unpack_block_codes(fields[..., -CODE_BYTES[bitwidth] :], bitwidth)
+        if bitwidth == 8:
+            codes = fields[..., -32:] ^ 0x80
+        else:
+            codes = halves(fields[..., -16:])
+        if bitwidth == 5:
+            codes |= bit_planes(fields[..., -20:-16].unsqueeze(-1), 8, 1).flatten(-2) << 4
         return Blocks(bitwidth, codes, _half(fields, 0), _half(fields, 2) if with_minimum else None)
 
     return decode

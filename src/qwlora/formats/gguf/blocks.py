@@ -195,10 +195,7 @@ def bit_planes(
 
 def _simple(bitwidth: int, with_minimum: bool) -> Callable[[Tensor], Blocks]:
     def decode(fields: Tensor) -> Blocks:
-        if bitwidth == 8:
-            codes = fields[..., -32:] ^ 0x80
-        else:
-            codes = halves(fields[..., -16:])
+        codes = fields[..., -32:] ^ 0x80 if bitwidth == 8 else halves(fields[..., -16:])
         if bitwidth == 5:
             codes |= bit_planes(fields[..., -20:-16].unsqueeze(-1), 8, 1).flatten(-2) << 4
         return Blocks(bitwidth, codes, _half(fields, 0), _half(fields, 2) if with_minimum else None)

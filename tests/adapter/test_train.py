@@ -28,6 +28,7 @@ from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.train import TrainingSettings, _arguments, check_loggers, train_adapter
 from qwlora.adapter.training_callbacks import Divergence, divergence
 from qwlora.adapter.training_checkpoints import delete_newer, last_checkpoint, seal
+from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import MissingExtraError, TrainingError
 
 SHAPE = LoraShape(rank=4, alpha=8)
@@ -254,6 +255,44 @@ def test_resumed_run_stops_early_at_the_same_step(tmp_path: Path, patience: int)
 def test_evaluation_needs_held_out_text(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="there is no held-out text"):
         train_adapter(adapted(), IDS, replace(SETTINGS, evaluation_steps=2), tmp_path)
+
+
+def edited(row: int, column: int, value: int) -> Tensor:
+    ids = IDS.clone()
+    ids[row, column] = value
+    return ids
+
+
+UNUSABLE = [
+    (IDS[:0], "training text has no sequence"),
+    (IDS[:, :1], "fewer than two tokens"),
+    (Sequences(IDS, torch.full_like(IDS, IGNORED)), "all labels are -100"),
+    (edited(1, 2, 260), "range from .* to 260, but the model's vocabulary has 260 entries"),
+    (edited(0, 5, -3), "range from -3 to"),
+    (IDS.double(), "input_ids are torch.float64"),
+]
+
+
+@pytest.mark.parametrize("loss", ["chunked", "whole"])
+@pytest.mark.parametrize(("data", "message"), UNUSABLE)
+def test_unusable_text_is_named(tmp_path: Path, data: Any, message: str, loss: str) -> None:
+    with pytest.raises(TrainingError, match=message):
+        train_adapter(adapted(), data, replace(SETTINGS, loss=loss), tmp_path)
+    held_out = replace(SETTINGS, loss=loss, evaluation_steps=1)
+    message = message.replace("training text", "held-out text")
+    with pytest.raises(TrainingError, match=message):
+        train_adapter(adapted(), IDS, held_out, tmp_path, held_out=data)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_an_adapter_that_is_not_finite_is_named_before_training(
+    tmp_path: Path, value: float
+) -> None:
+    model = adapted()
+    name = [name for name, p in model.named_parameters() if p.requires_grad][3]
+    model.get_parameter(name).data.view(-1)[5] = value
+    with pytest.raises(TrainingError, match=f"{name} has values that are not finite before"):
+        train_adapter(model, IDS, SETTINGS, tmp_path)
 
 
 def test_non_finite_loss_names_step_layer_and_checkpoint(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,14 @@ from transformers import (
 
 from conftest import ARCHITECTURES, tiny_model
 from formats.packing import packed_and_twin
-from qwlora import PackedLinear, fingerprint, observe_moments, quantize_
+from qwlora import (
+    PackedLinear,
+    fingerprint,
+    observe_moments,
+    quantize_,
+    simulate,
+    tune_scales_,
+)
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.scheme import PerBlock, Scheme, parse_scheme
 from qwlora.grid.second_moments import Moments
@@ -385,8 +393,9 @@ def test_block_runner_pauses_all_batches_before_each_block_and_leaves_no_trace()
 
 def test_an_error_inside_the_model_reaches_the_caller() -> None:
     model = tiny_model("llama")
-    with pytest.raises(IndexError):
-        quantize_(model, "w4-block32", "gptq", calibration=torch.full((2, 8), 9999))
+    batch = {"input_ids": torch.arange(8)[None], "position_ids": torch.tensor([1, 2])}
+    with pytest.raises(RuntimeError, match="must match the size"):
+        quantize_(model, "w4-block32", "gptq", calibration=[batch])
     assert "forward" not in model.model.layers[0].__dict__
 
 
@@ -472,3 +481,35 @@ def test_candidates_leave_out_adapters_and_what_is_packed() -> None:
     assert not found["model.embed_tokens.weight"].by_default
     quantize_(model, "w4-block32")
     assert set(find_tensors(model)) == {"model.embed_tokens.weight"}
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (torch.zeros(0, 8, dtype=torch.int64), "at least one sequence, but got none"),
+        ([], "at least one sequence, but got none"),
+        (torch.full((2, 6), 260), "260 to 260, but the model's vocabulary has 260 entries"),
+        ([{"input_ids": torch.tensor([[4, -2]])}], "range from -2 to 4"),
+        (torch.rand(2, 8), "input_ids are torch.float32"),
+        (torch.arange(8), r"of shape \[1\], but token ids are"),
+    ],
+)
+@pytest.mark.parametrize("step", ["quantize", "moments", "tune", "simulate"])
+def test_unusable_calibration_data_is_named(calibration: Any, message: str, step: str) -> None:
+    model = tiny_model("llama").eval()
+    if step == "quantize":
+        with pytest.raises(CalibrationError, match=message):
+            quantize_(model, "w4-block32", "gptq", calibration=calibration)
+        return
+    quantize_(model, "w4-block32")
+    if step == "moments":
+        with pytest.raises(CalibrationError, match=message):
+            observe_moments(model, calibration)
+    elif step == "tune":
+        with pytest.raises(CalibrationError, match=message):
+            tune_scales_(model, tiny_model("llama"), calibration)
+    elif torch.is_tensor(calibration) and calibration.ndim == 2:
+        simulation = simulate(model, {"input_ids": torch.arange(8)[None]})
+        batches = [{"input_ids": row[None]} for row in calibration]
+        with pytest.raises(CalibrationError, match=message.replace("sequence", "batch")):
+            simulation.calibrate(batches)

@@ -323,7 +323,7 @@ def check_trainable(model: nn.Module) -> int:
     Those are LoRA's matrices, DoRA's magnitudes and PEFT's modules_to_save.
 
     Raises:
-        TrainingError: another parameter is trainable, or none is.
+        TrainingError: another parameter is trainable, none is, or one holds NaN or infinity.
     """
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     others = [name for name in trainable if not is_adapter_name(name)]
@@ -334,6 +334,12 @@ def check_trainable(model: nn.Module) -> int:
         )
     if not trainable:
         raise TrainingError("the model has no trainable parameter: attach a LoRA adapter first")
+    for name, p in model.named_parameters():
+        if p.requires_grad and not bool(p.isfinite().all()):
+            raise TrainingError(
+                f"{name} has values that are not finite before training. Attach the adapter again, "
+                "from files or initial weights that are"
+            )
     return sum(trainable.values())
 
 

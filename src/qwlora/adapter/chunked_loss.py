@@ -40,6 +40,7 @@ from transformers.utils.generic import ModelOutput
 from qwlora.adapter.token_chunk_loss import chunked_cross_entropy
 from qwlora.adapter.vocabulary_slice_loss import WeightRows, sliced_cross_entropy
 from qwlora.errors import TrainingError
+from qwlora.graph.call_arguments import vocabulary_size
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import compute_dtype
 from qwlora.system.memory import return_freed_memory
@@ -340,14 +341,6 @@ def _computed_rows(head: nn.Module, dtype: torch.dtype) -> WeightRows | None:
     if type(head) is nn.Linear and head.weight.dtype == torch.float32 != dtype:
         return lambda start, stop: head.weight[start:stop].to(dtype)
     return None
-
-
-def vocabulary_size(model: PreTrainedModel) -> int:
-    """Number of entries of the vocabulary: rows of the input embedding."""
-    return int(
-        getattr(model.get_input_embeddings(), "num_embeddings", None)
-        or model.config.get_text_config().vocab_size
-    )
 
 
 @contextlib.contextmanager

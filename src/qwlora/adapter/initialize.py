@@ -71,6 +71,19 @@ class InitReport:
     after: float
 
 
+class InitReports(dict[str, InitReport]):
+    """The report of each initialized layer, by canonical path."""
+
+    def __repr__(self) -> str:
+        if not self:
+            return "InitReports of no layer"
+        before, after = (
+            sum(getattr(report, key) for report in self.values()) / len(self)
+            for key in ("before", "after")
+        )
+        return f"InitReports of {len(self)} layers: mean relative error {before:.3g} -> {after:.3g}"
+
+
 def initialize_adapter_(
     model: nn.Module,
     init: Init,
@@ -80,7 +93,7 @@ def initialize_adapter_(
     share: float = 0.5,
     track: Track = untracked,
     solver_scales: Mapping[str, Tensor] | None = None,
-) -> dict[str, InitReport]:
+) -> InitReports:
     """Initialize the adapter of each quantized linear layer in `model`, in place.
 
     Other layers keep PEFT's default.
@@ -102,7 +115,7 @@ def initialize_adapter_(
             belongs to another layer, the share is out of range, or the adapter is DoRA.
     """
     if init == "zero":
-        return {}
+        return InitReports()
     if not 0 < share <= 1:
         raise TrainingError(
             f"the share of ranks that init {init} corrects with is in (0, 1], not {share:g}"
@@ -117,7 +130,7 @@ def initialize_adapter_(
     if init == "qera":
         check_moments(layers, moments or {})
     check_scales(model, solver_scales or {})
-    reports = {}
+    reports = InitReports()
     for path in track(list(layers), "initializing the adapter", len(layers)):
         moment = moments[path] if init == "qera" and moments is not None else None
         weight = weights(path).detach().float()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState, T
 
 from qwlora.adapter.adapter_folder import reading
 from qwlora.adapter.attach import check_trainable
-from qwlora.adapter.chunked_loss import causal_model, vocabulary_size
+from qwlora.adapter.chunked_loss import causal_model
 from qwlora.adapter.fsdp import gather_, prepare_sharding_
 from qwlora.adapter.graph_training import RangesCallback, TrainableGraph, load_ranges_
 from qwlora.adapter.peft_support import WEIGHTS
@@ -55,6 +55,7 @@ from qwlora.adapter.training_checkpoints import (
 from qwlora.adapter.training_step import replaced_forward, training_steps
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import MissingExtraError, TrainingError
+from qwlora.graph.call_arguments import vocabulary_size
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.progress import Track, untracked
 from qwlora.system.stop_signals import Stopped, on_stop_signal
@@ -156,6 +157,9 @@ def train_adapter(
     trainable = check_trainable(model)
     if packed_layers(model):  # LoRA on floats is trained for comparisons
         assert_frozen(model)
+    for what, data in (("training text", sequences), ("held-out text", held_out)):
+        if data is not None and isinstance(data, Sized) and not len(data):
+            raise TrainingError(f"the {what} has no sequence. Use more text, or shorter sequences")
     if settings.evaluation_steps and held_out is None:
         raise TrainingError("evaluation_steps needs held-out text, but there is no held-out text")
     ranges = training_graph.ranges if training_graph is not None else None

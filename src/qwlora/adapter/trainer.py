@@ -26,7 +26,9 @@ from qwlora.adapter.graph_training import add_ranges_, load_ranges_, save_ranges
 from qwlora.adapter.recovery_loss import RecoveryLoss
 from qwlora.adapter.training_callbacks import first_gradient_not_finite, first_output_not_finite
 from qwlora.adapter.training_checkpoints import last_good
+from qwlora.data.sequences import IGNORED
 from qwlora.errors import TrainingError
+from qwlora.graph.call_arguments import check_token_ids
 
 
 class AdapterTrainer(Trainer):
@@ -45,9 +47,30 @@ class AdapterTrainer(Trainer):
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
+        self.data_collator, self._collate = self._checked_batch, self.data_collator
         self.remove_callback(PrinterCallback)
         # The Trainer looks this up by the name of the model's loss, which not every model has.
         self._loss_shifts_labels = True
+
+    def _checked_batch(self, items: list[Any]) -> dict[str, Any]:
+        """A batch, still on the CPU, where checking it costs nothing.
+
+        Raises:
+            TrainingError: see `check_token_ids`; or no token of it is in the loss.
+        """
+        batch: dict[str, Any] = self._collate(items)
+        check_token_ids(batch, self.accelerator.unwrap_model(self.model), TrainingError)
+        labels = batch.get("labels")
+        if (
+            isinstance(labels, Tensor)
+            and self.args.gradient_accumulation_steps == 1  # else others of the step may have some
+            and not bool((labels[:, 1:] != IGNORED).any())
+        ):
+            raise TrainingError(
+                f"a batch of {len(labels)} sequences has no loss token: they have fewer than two "
+                "tokens, or all labels are -100. Remove such sequences from the training data"
+            )
+        return batch
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)

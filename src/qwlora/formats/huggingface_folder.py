@@ -64,6 +64,10 @@ class FolderCheckpoint:
         self.config = read_config(self.folder, len(self.files.names()))
         self._origins = self._found_origins()
 
+    def __repr__(self) -> str:
+        model = self.config.model_type
+        return f"{type(self).__name__} of {model} with {len(self.names())} tensors in {self._where}"
+
     def names(self) -> list[str]:
         """Names of parameters and saved buffers in the model's order, tied tensors once."""
         return list(self._origins)

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from qwlora.errors import CaptureError
+from qwlora.errors import CaptureError, QwloraError
 
 LABELS = "labels"
 _MASK = "attention_mask"
@@ -49,3 +50,43 @@ def as_arguments(batch: Any, names: Sequence[str]) -> dict[str, Any]:
             "other than 0 and 1. Give a dict of arguments"
         )
     return arguments
+
+
+def check_token_ids(
+    arguments: Mapping[str, Any], model: nn.Module, error: type[QwloraError]
+) -> None:
+    """Refuse token ids that `model` has no embedding of; arguments without `input_ids` pass.
+
+    Raises:
+        QwloraError: of type `error`: they are no integers [batch, tokens], there are none, or one
+            is outside the vocabulary.
+    """
+    ids = arguments.get("input_ids")
+    if not isinstance(ids, Tensor):
+        return
+    if ids.dtype not in (torch.int64, torch.int32) or ids.ndim != 2 or not ids.numel():
+        raise error(
+            f"input_ids are {ids.dtype} of shape {list(ids.shape)}, but token ids are torch.int64 "
+            "of shape [batch, tokens], with at least one token"
+        )
+    vocabulary = vocabulary_size(model)
+    lowest, highest = (int(end) for end in ids.aminmax())
+    if vocabulary and not 0 <= lowest <= highest < vocabulary:
+        raise error(
+            f"token ids range from {lowest} to {highest}, but the model's vocabulary has "
+            f"{vocabulary} entries. Use the tokenizer of this model"
+        )
+
+
+def vocabulary_size(model: nn.Module) -> int:
+    """Number of rows of the input embedding; 0 if the model has none."""
+    get: Any = getattr(model, "get_input_embeddings", None)
+    try:
+        embeddings = get() if get is not None else None
+    except (AttributeError, NotImplementedError):  # a model that reads no tokens
+        return 0
+    return int(
+        getattr(embeddings, "num_embeddings", None)
+        or getattr(getattr(model, "config", None), "vocab_size", None)
+        or 0
+    )

@@ -28,7 +28,7 @@ from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTenso
 Bound = Tensor | int
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Encoding:
     """A scheme with its numbers.
 
@@ -72,6 +72,9 @@ class Encoding:
             lowest == highest
         ):  # clamping between two numbers costs half of clamping between two tensors
             object.__setattr__(self, "uniform_offset", lowest)
+
+    def __repr__(self) -> str:
+        return f"Encoding({self.scheme}, scale {list(self.scale.shape)})"
 
     def equals(self, other: object) -> bool:
         """Whether both are the same grid."""

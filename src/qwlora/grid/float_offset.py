@@ -23,7 +23,7 @@ from qwlora.grid.observers import group_range
 from qwlora.grid.scheme import Scheme
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class FloatOffsetEncoding:
     """A float-offset scheme with its numbers.
 
@@ -60,6 +60,9 @@ class FloatOffsetEncoding:
             f"{self.scheme}: the grid is scale * q + minimum with a float minimum, which has no "
             "integer offset; requantize for a format that needs one"
         )
+
+    def __repr__(self) -> str:
+        return f"FloatOffsetEncoding({self.scheme}, scale {list(self.scale.shape)})"
 
     def equals(self, other: object) -> bool:
         """Whether both are the same grid."""

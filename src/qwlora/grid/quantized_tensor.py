@@ -15,7 +15,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class QuantizedTensor:
     """Codes with their encoding.
 
@@ -50,6 +50,9 @@ class QuantizedTensor:
                 f"codes of shape {list(self.codes.shape)} need scales of shape {list(expected)}, "
                 f"not {list(self.encoding.scale.shape)}"
             )
+
+    def __repr__(self) -> str:
+        return f"QuantizedTensor({list(self.codes.shape)}, {self.encoding.scheme})"
 
     def equals(self, other: QuantizedTensor) -> bool:
         """Whether both have the same codes on the same grid."""

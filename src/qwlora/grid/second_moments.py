@@ -96,6 +96,10 @@ class Moment(NamedTuple):
     input: Float[Tensor, "in in"]
     output: Float[Tensor, "out out"] | None = None
 
+    def __repr__(self) -> str:
+        output = "identity" if self.output is None else list(self.output.shape)
+        return f"Moment(input {list(self.input.shape)}, output {output})"
+
 
 def output_energy(
     matrix: Float[Tensor, "out in"], moment: Float[Tensor, "in in"] | None = None
@@ -197,3 +201,7 @@ class Moments(Mapping[str, Moment]):
 
     def __len__(self) -> int:
         return len(self._home)
+
+    def __repr__(self) -> str:
+        where = "memory" if self.folder is None else repr(str(self.folder))
+        return f"Moments of {len(self)} layers in {where}"

@@ -42,7 +42,7 @@ class Parts(NamedTuple):
     minimum: Tensor | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class PackedTensor:
     """A view of the parts under a scheme; makes no copy.
 
@@ -53,6 +53,9 @@ class PackedTensor:
     scheme: Scheme
     count: int
     parts: Parts
+
+    def __repr__(self) -> str:
+        return f"PackedTensor({list(self.shape)}, {self.scheme})"
 
     @classmethod
     def from_quantized(cls, quantized: QuantizedTensor) -> PackedTensor:

@@ -6,12 +6,21 @@ error (Frantar et al. 2022, https://arxiv.org/abs/2210.17323).
     column i   e = (w_i - w_hat_i) / U_ii;    w_j -= e U_ij for j > i
                H^-1 = U^T U,  U upper triangular
 
-The updates of a run of columns reach later columns in one matrix product. A scale is chosen when
-its first column is reached, from the weights as they are then: the range with the least error
-weighted by diag H. With `activation_order` columns are visited in the order of falling diag H, and
-all scales are chosen beforehand. A column that no input reached (`R_ii = 0`) is rounded to nearest.
-If H is not positive definite in float32, the damping is raised tenfold until it is; the report says
-which damping was used.
+The updates of a run of columns reach later columns in one matrix product. Each scale is the one
+with the least weighted error (`scale_search.py`)
+
+    sum_i (w_i - w_hat_i)^2 / U_ii^2
+
+that is, with the weights that column i's error has in the total once later columns compensate it.
+
+    blocks                              when the first column of the block is reached, from the
+                                        weights as they are then
+    tensor, channel, LPBQ, and all      before any column is rounded
+    granularities in activation order
+
+With `activation_order` columns are visited in the order of falling diag R. A column that no input
+reached (`R_ii = 0`) is rounded to nearest. If H is not positive definite in float32, the damping is
+raised tenfold until it is; the report says which damping was used.
 """
 
 from __future__ import annotations
@@ -109,14 +118,12 @@ def gptq(
     if not bool(torch.isfinite(weight).all() and torch.isfinite(moment).all()):
         raise CalibrationError("the weight or the moment of its input holds nan or infinity")
     scheme.scale_shape(tuple(weight.shape))
-    hessian, upper, damping = _factor(moment.float(), settings.damping)
     order = (
         torch.argsort(moment.diagonal(), descending=True)
         if settings.activation_order
         else torch.arange(columns, device=weight.device)
     )
-    if settings.activation_order:
-        _, upper, damping = _factor(moment.float()[order][:, order], settings.damping)
+    hessian, upper, damping = _factor(moment.float(), settings.damping, order)
     result = _Rounding(weight, upper, order, scheme, beforehand=settings.activation_order).run()
     if settings.sweeps:
         refined = _Refinement(weight, hessian, result)
@@ -128,8 +135,8 @@ def gptq(
     )
 
 
-def _factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
-    """(H, U, damping used)."""
+def _factor(moment: Tensor, damping: float, order: Tensor) -> tuple[Tensor, Tensor, float]:
+    """(H, U of its rows and columns in `order`, damping used)."""
     diagonal = moment.diagonal()
     dead = diagonal <= 0
     mean = float(diagonal.mean()) or 1.0
@@ -138,7 +145,7 @@ def _factor(moment: Tensor, damping: float) -> tuple[Tensor, Tensor, float]:
     while True:
         damped = hessian.clone()
         damped.diagonal().add_(damping * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
         if not int(failed):
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from qwlora.errors import CalibrationError, GridError
 from qwlora.formats.meta_model import blocks_of
-from qwlora.graph.call_arguments import as_arguments
+from qwlora.graph.call_arguments import as_arguments, check_token_ids
 from qwlora.grid.second_moments import Moments
 from qwlora.messages import listed
 from qwlora.nn import is_packed, pack_at_
@@ -133,7 +133,8 @@ def batches_of(
             `call_arguments.py`.
 
     Raises:
-        GridError: there are none.
+        GridError: `calibration` is None.
+        CalibrationError: there is no batch, or see `check_token_ids`.
         CaptureError: see `as_arguments`.
     """
     if calibration is None:
@@ -141,10 +142,17 @@ def batches_of(
             "solver gptq and moments need calibration data: token ids, or batches of the model's "
             "inputs"
         )
-    if isinstance(calibration, Tensor):
-        return [{"input_ids": row.unsqueeze(0)} for row in calibration]
     names = list(arguments_of(model))
-    return [as_arguments(batch, names) for batch in calibration]
+    batches = (
+        [{"input_ids": row.unsqueeze(0)} for row in calibration]
+        if isinstance(calibration, Tensor)
+        else [as_arguments(batch, names) for batch in calibration]
+    )
+    if not batches:
+        raise CalibrationError("calibration needs at least one sequence, but got none")
+    for batch in batches:
+        check_token_ids(batch, model, CalibrationError)
+    return batches
 
 
 def tensors_by_block(model: nn.Module, tensors: Iterable[str]) -> dict[str, list[str]]:

@@ -12,6 +12,7 @@ wrapped the layers: only the innermost base layer is replaced.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -70,12 +71,22 @@ class BaseSize:
         return 8 * self.bytes / self.weights if self.weights else 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class QuantizeReport:
     """The size of the base, and how each tensor was quantized by its canonical name."""
 
     size: BaseSize
     layers: dict[str, LayerReport] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        counts = Counter(f"{layer.scheme} by {layer.solver}" for layer in self.layers.values())
+        grids = ", ".join(f"{count} {how}" for how, count in counts.most_common(3))
+        more = f" and {len(counts) - 3} other grids" if len(counts) > 3 else ""
+        return (
+            f"QuantizeReport of {len(self.layers)} tensors ({grids}{more}): "
+            f"{self.size.bits_per_weight:.2f} bits per weight, {self.size.bytes / 1e6:.1f} MB, and "
+            f"{self.size.float_weights:,} float weights"
+        )
 
 
 def quantize_(

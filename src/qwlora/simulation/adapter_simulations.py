@@ -127,6 +127,9 @@ class AdapterSimulations(Mapping[str, Simulation]):
         """The shared encodings by name, without those of packed base weights."""
         return dict(self._shared)
 
+    def __repr__(self) -> str:
+        return f"AdapterSimulations of {', '.join(self)}: {next(iter(self.values()), 'none')!r}"
+
     def __getitem__(self, name: str) -> Simulation:
         return self._simulations[name]
 

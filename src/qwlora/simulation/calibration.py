@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 
 from qwlora.errors import CalibrationError
 from qwlora.graph.aten_ops import MASKS, base_name
-from qwlora.graph.call_arguments import as_arguments
+from qwlora.graph.call_arguments import as_arguments, check_token_ids
 from qwlora.graph.move_graph import device_of, moved_encoding
 from qwlora.graph.quantized_graph import Mark
 from qwlora.grid.encoding import Encoding
@@ -80,6 +80,7 @@ class CalibratedGraph(nn.Module):
     explanation: list[Placed]
     placement: Placement
     graph_module: GraphModule
+    origin: Any  # see SimulatedGraph
 
     def __init__(self) -> None:
         super().__init__()
@@ -156,6 +157,7 @@ class CalibratedGraph(nn.Module):
 
     def _observe_batch(self, batch: Any) -> Sequence[Tensor]:
         batch = as_arguments(batch, self.inputs)
+        check_token_ids(batch, self.origin.model, CalibrationError)
         outputs = self._run(batch)
         self._counts.batches += 1
         self._counts.tokens += tokens_of(batch)

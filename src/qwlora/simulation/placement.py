@@ -74,7 +74,7 @@ class Overrides:
     observer: Estimator | None = None
 
 
-@dataclass
+@dataclass(repr=False)
 class Placement:
     """The values to quantize, their special grids, and the placement log.
 
@@ -92,6 +92,12 @@ class Placement:
     weights: list[Placed] = field(default_factory=list)
     unknown: Counter[str] = field(default_factory=Counter)
     unused_rules: dict[int, str] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        counts = Counter(placed.decision.value for placed in (*self.explanation, *self.weights))
+        return f"Placement of {counts.total()} values: " + ", ".join(
+            f"{count} {decision}" for decision, count in counts.most_common()
+        )
 
     def exclude(self, names: Collection[str], decision: Decision, reason: str) -> None:
         """Override the decision for these values: they get no encoding."""

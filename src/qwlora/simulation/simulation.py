@@ -52,7 +52,7 @@ class Simulation(SimulatedGraph):
             Kind.ACTIVATION: "activations",
         }
         counts = ", ".join(f"{found[kind]:,} {word}" for kind, word in words.items())
-        missing = len({mark.name for mark in self.marks} - self.encodings.keys())
+        missing = sum(quantizer.encoding is None for quantizer in self.quantizers.values())
         state = f"{missing:,} not calibrated" if missing else "calibrated"
         return f"Simulation of {type(self.origin.model).__name__}: {counts}; {state}"
 

@@ -55,6 +55,9 @@ class TrainingGraph(nn.Module):
 
     ranges: nn.Parameter | None
 
+    def __repr__(self) -> str:
+        return f"TrainingGraph of {self.simulation!r}"
+
     def __init__(
         self,
         simulation: SimulatedGraph,

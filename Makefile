@@ -41,7 +41,7 @@ docs/recipe.md: .venv/ready $(wildcard src/qwlora/recipe/*.py)
 	$(BIN)/python -m qwlora.recipe.reference > $@
 
 docs/cli.md: .venv/ready $(wildcard src/qwlora/cli/*.py)
-	$(BIN)/python -m qwlora.cli.reference > $@
+	$(BIN)/typer qwlora.cli.main utils docs --name qwlora --output $@
 
 docs/errors/index.md: .venv/ready src/qwlora/errors.py tests/docs/error_pages.py
 	cd tests && ../$(BIN)/python -m docs.error_pages ../docs/errors

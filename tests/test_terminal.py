@@ -141,3 +141,21 @@ def test_temperatures_that_no_runtime_can_use_are_refused(value: str, tmp_path: 
     assert (result.returncode, result.stdout) == (2, "")
     assert "--temperature" in result.stderr
     assert "0.0001 to 10000" in result.stderr
+
+
+def test_progress_bars_of_other_libraries_are_not_shown(tmp_path: Path) -> None:
+    script = (
+        "import sys, contextlib\n"
+        "from qwlora.cli.main import main\n"
+        "sys.argv = ['qwlora', '--version']\n"
+        "with contextlib.suppress(SystemExit):\n"
+        "    main()\n"
+        "import tqdm\n"
+        "from huggingface_hub.utils import tqdm as hub_tqdm\n"
+        "list(tqdm.tqdm(range(3)))\n"
+        "list(hub_tqdm(range(3)))\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert result.stderr == ""

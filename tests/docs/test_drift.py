@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import ast
-import copy
 import importlib
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer.main
+import typer
+from packaging.version import Version
 
 import command_line
 import qwlora
@@ -28,8 +29,6 @@ from docs.snippets import (
     problem_of_recipe,
 )
 from qwlora import errors
-from qwlora.cli import reference
-from qwlora.cli.main import app
 
 CLIENTS = ("qnn_bundle", "verify_qnn")  # Qualcomm's QNN
 # Blocks of Python, and the test that runs them.
@@ -43,27 +42,16 @@ PYTHON = {
 }
 
 
-def test_the_command_line_reference_is_up_to_date() -> None:
-    assert (ROOT / "docs/cli.md").read_text() == reference.command_line_reference(), (
+def test_the_command_line_reference_is_up_to_date(tmp_path: Path) -> None:
+    """typer writes the page; older versions write other words around the same facts."""
+    if Version(typer.__version__) < Version("0.29"):
+        pytest.skip("docs/cli.md is from typer 0.29 or newer")
+    options = ("--name", "qwlora", "--output", str(tmp_path / "cli.md"))
+    words = [sys.executable, "-m", "typer", "qwlora.cli.main", "utils", "docs", *options]
+    subprocess.run(words, check=True, capture_output=True)
+    assert (ROOT / "docs/cli.md").read_text() == (tmp_path / "cli.md").read_text(), (
         "make docs/cli.md"
     )
-
-
-def test_a_changed_flag_default_or_help_changes_the_reference(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    page = reference.command_line_reference()
-    for change in (
-        lambda option: setattr(option, "opts", ["--renamed"]),
-        lambda option: setattr(option, "default", 129),
-        lambda option: setattr(option, "help", "Something else."),
-    ):
-        planted = copy.deepcopy(typer.main.get_command(app))
-        generate: Any = planted.commands["generate"]
-        change(next(p for p in generate.params if p.name == "max_new_tokens"))
-        monkeypatch.setattr(typer.main, "get_command", lambda _, planted=planted: planted)
-        assert reference.command_line_reference() != page
-        monkeypatch.undo()
 
 
 def test_the_error_pages_are_up_to_date() -> None:

@@ -14,6 +14,7 @@ line, prints the traceback before it.
 from __future__ import annotations
 
 import contextlib
+import os
 import shlex
 import signal
 import sys
@@ -77,7 +78,8 @@ app = typer.Typer(
     cls=_Commands,
     help="Fine-tune LoRA adapters on the exact quantized weights you deploy: freeze a model to "
     "integers, train adapters on those integers, calibrate activations, export for a runtime, and "
-    "verify the exported files.",
+    "verify the exported files.\n\nExit codes: 0 done; 1 verification failed, or a check found a "
+    "problem; 2 any other error; 128 + n stopped by signal n (130: Ctrl-C).",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -86,7 +88,7 @@ app = typer.Typer(
 Given = Annotated[
     Path | None,
     typer.Argument(
-        metavar="[RECIPE]",
+        metavar="RECIPE",
         help="The recipe, a YAML file. Default: the recipe.yaml in the job's directory.",
         show_default=False,
     ),
@@ -117,6 +119,12 @@ Replace = Annotated[
     ),
 ]
 
+# Read by tqdm, huggingface_hub and datasets when they are imported; our bars are ours.
+_PROGRESS_OF_OTHERS = (
+    "TQDM_DISABLE",
+    "HF_HUB_DISABLE_PROGRESS_BARS",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS",
+)
 _SUMMARY = {
     "run": "Run all stages of a recipe. Stages that are finished and up to date are skipped.",
     "quantize": "Step 1: freeze the model's weights to packed integers.",
@@ -184,7 +192,7 @@ def evaluate(
     recipe: Annotated[
         Path | None,
         typer.Argument(
-            metavar="[RECIPE|DIR]",
+            metavar="RECIPE|DIR",
             help="The recipe; with --tasks, a job's directory. Default: the recipe.yaml in the "
             "job's directory.",
             show_default=False,
@@ -410,6 +418,8 @@ app.add_typer(encodings_app, name="encodings")
 def main() -> None:
     """Run the command line; turn any error into one message and an exit code."""
     configure_threads()
+    for name in _PROGRESS_OF_OTHERS:
+        os.environ.setdefault(name, "1")
     warnings.formatwarning = _format_warning
     arguments, debug = _without_debug(sys.argv[1:])
     with safe_streams(arguments):

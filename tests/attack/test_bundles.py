@@ -24,7 +24,7 @@ from qwlora.export.registry import TARGETS
 from qwlora.formats import manifest
 
 from .hostile_models import Evil
-from .jobs import Job
+from .jobs import write_recipe
 from .record import Record
 from .victims import Ended, parallel, python, qwlora, seeds
 
@@ -51,18 +51,19 @@ PROVEN = [name for name, t in TARGETS.items() if t.has_proof and name not in ("g
 
 
 @pytest.fixture(scope="session")
-def bundles(qwa: Job, place: Path) -> dict[str, Path]:
+def bundles(warm: None, place: Path, one_layer: Path, corpus: Path) -> dict[str, Path]:
     """The bundle of every target, by target."""
     folder = place / "bundles"
-    job = Path(shutil.copytree(qwa.finished, folder / "job"))
+    folder.mkdir()
     targets = [name for name in PROVEN if name != "gguf"]  # needs a model from a GGUF file
-    change = f"export.targets={json.dumps(targets)}"
-    for verb in ("export", "verify"):
-        ended = qwlora(verb, qwa.recipe, "--out", job, "--set", change, timeout=1800)
+    export = {"targets": targets}
+    recipe = write_recipe(folder / "recipe.yaml", one_layer, corpus, export=export)
+    for verb in ("quantize", "train", "calibrate", "export", "verify"):
+        ended = qwlora(verb, recipe, "--out", folder / "job", timeout=1800)
         assert not ended.code, ended.err
     ended = python(lambda: _write_gguf(folder / "gguf"), folder / "logs")
     assert not ended.code, ended.err
-    return {"gguf": folder / "gguf"} | {name: job / "export" / name for name in targets}
+    return {"gguf": folder / "gguf"} | {name: folder / "job" / "export" / name for name in targets}
 
 
 def _write_gguf(bundle: Path) -> None:

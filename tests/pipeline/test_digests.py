@@ -135,6 +135,19 @@ def test_a_cache_is_not_written_where_there_is_no_job(tmp_path: Path) -> None:
     assert not (tmp_path / "none").exists()
 
 
+@pytest.mark.usefixtures("settled")
+def test_a_cache_in_memory_only_is_not_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "a"
+    file.write_bytes(b"old")
+    monkeypatch.chdir(tmp_path)
+    digests = Digests()
+    digests.content(file)
+    digests.save()
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def keys(path: Path, cache: Path, *changes: str) -> dict[str, str]:
     recipe, digests = load_recipe(path, changes), Digests(cache)
     plan = make_plan(recipe, JobTexts(recipe), digests)

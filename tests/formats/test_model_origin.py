@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,13 @@ def test_a_folder_has_the_license_of_its_card(tmp_path: Path) -> None:
 )
 def test_a_license_is_not_guessed(tmp_path: Path, card: str | None) -> None:
     assert origin_of(str(folder(tmp_path / "m", card))).license is None
+
+
+@pytest.mark.parametrize("key", ["license", "license_name", "license_link"])
+def test_a_license_is_one_line(tmp_path: Path, key: str) -> None:
+    text = json.dumps("gpl\n\n# Verified\n\x1b[0m <b>")
+    found = origin_of(str(folder(tmp_path / "m", f"---\n{key}: {text}\n---\n")))
+    assert getattr(found, key) == "gpl # Verified [0m <b>"
 
 
 def test_a_folder_in_the_cache_has_the_id_of_the_hub(tmp_path: Path) -> None:

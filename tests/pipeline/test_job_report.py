@@ -9,15 +9,23 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from conftest import tiny_model
 from pipeline.conftest import FakeJob
 from qwlora.adapter.adapter_updates import adapter_updates, update_values
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.errors import DirectoryError, QwloraWarning, RecipeError, TrainingError
+from qwlora.errors import (
+    DirectoryError,
+    QwloraWarning,
+    RecipeError,
+    TrainingError,
+    VerificationError,
+)
 from qwlora.pipeline.job_report import read_job, rebuild_reports
 from qwlora.pipeline.job_status import COST, JobStatus, described_error
 from qwlora.quantize.quantize_model import quantize_
+from qwlora.report.verdict import Kind, verdict
 from qwlora.system.stop_signals import Stopped
 
 
@@ -117,7 +125,7 @@ def test_a_report_that_cannot_be_drawn_does_not_stop_the_job(
     def fail(job: Any) -> str:
         raise ZeroDivisionError("no layers")
 
-    monkeypatch.setattr("qwlora.pipeline.job_report.render", fail)
+    monkeypatch.setattr("qwlora.pipeline.job_files.render", fail)
     with pytest.warns(QwloraWarning, match="ZeroDivisionError: no layers"):
         assert job.run()["run"]["state"] == "finished"
     assert results(job)["run"]["state"] == "finished"
@@ -135,26 +143,80 @@ def test_reports_are_rebuilt_and_compared(job: FakeJob, tmp_path: Path) -> None:
 
 def test_a_file_that_changed_after_the_check_makes_the_proof_stale(job: FakeJob) -> None:
     job.run()
-    parity = {"onnx": {"first": {"passed": True}, "base": {"passed": True}}}
-    found = results(job) | {"parity": parity}
-    (job.out / "results.json").write_text(json.dumps(found))
     assert not read_job(job.out).stale
     (job.out / "export" / "onnx" / "first" / "weights.bin").write_bytes(b"other")
-    ((stale, reason),) = read_job(job.out).stale.items()
+    found = read_job(job.out)
+    ((stale, reason),) = found.stale.items()
     assert stale == ("onnx", "first")
     assert "weights.bin has changed" in reason
+    assert found.state == "finished"
+    assert verdict(found).kind is Kind.NOT_PROVEN
     shutil.rmtree(job.out / "export" / "onnx" / "base")
     assert read_job(job.out).stale.keys() == {stale, ("onnx", "base")}
 
 
+@pytest.mark.parametrize("target", ["qairt", "onnx", "hf"])
+def test_an_untouched_job_is_finished(job: FakeJob, target: str) -> None:
+    content = yaml.safe_load(job.recipe.read_text()) | {"export": {"targets": [target]}}
+    job.recipe.write_text(yaml.safe_dump(content))
+    job.run()
+    assert read_job(job.out).state == "finished"
+    assert not read_job(job.out).stale
+    shutil.rmtree(job.out / "adapters" / "first")
+    assert (target, "first") in read_job(job.out).stale
+
+
+@pytest.mark.parametrize("content", ['{"perplexity": {"float": 4321.5}}', "[1", "", None])
+def test_results_json_is_written_and_never_read(job: FakeJob, content: str | None) -> None:
+    job.run()
+    first = page(job)
+    (job.out / "results.json").unlink()
+    if content is not None:
+        (job.out / "results.json").write_text(content)
+    rebuild_reports([job.out])
+    assert page(job) == first
+
+
+def test_an_edited_recipe_leaves_out_what_no_longer_belongs_to_it(job: FakeJob) -> None:
+    job.run()
+    before = read_job(job.out).results
+    content = yaml.safe_load((job.out / "recipe.yaml").read_text())
+    content["adapters"][0]["learning_rate"] = 0.123
+    (job.out / "recipe.yaml").write_text(yaml.safe_dump(content))
+    found = read_job(job.out)
+    assert before["train/first"] == {"measured": 1}
+    assert "train/first" not in found.results
+    assert "quantize" in found.results
+    assert found.state == "incomplete"
+    assert verdict(found).kind is Kind.NONE_YET
+
+
+def test_what_a_failed_check_measured_stays_in_the_report(job: FakeJob) -> None:
+    parity = {"parity": {"onnx": {"first": {"passed": False, "problems": ["a logit is off"]}}}}
+
+    def fail(stage: str) -> None:
+        if stage == "verify/onnx/first":
+            raise VerificationError("export/onnx/first", ["a logit is off"], parity)
+
+    job.on_stage = fail
+    with pytest.raises(VerificationError):
+        job.run()
+    (job.out / "results.json").unlink()
+    found = read_job(job.out)
+    assert found.state == "failed"
+    assert verdict(found).kind is Kind.DO_NOT_SHIP
+    assert "a logit is off" in verdict(found).sentence
+    status = job.out / ".qwlora" / "status.json"
+    status.write_text(status.read_text().replace("failed", "finished"))
+    assert verdict(read_job(job.out)).kind is Kind.NONE_YET
+
+
 def test_a_folder_that_is_no_job_is_refused(tmp_path: Path, job: FakeJob) -> None:
-    with pytest.raises(DirectoryError, match=r"has no results\.json"):
+    with pytest.raises(DirectoryError, match="is not a job directory"):
+        rebuild_reports([tmp_path / "out"])
+    with pytest.raises(DirectoryError, match="has no results yet"):
         rebuild_reports([tmp_path])
     job.run()
-    (job.out / "results.json").write_text("[1")
-    with pytest.raises(DirectoryError, match="cannot be read"):
-        rebuild_reports([job.out])
-    (job.out / "results.json").write_text("{}")
     (job.out / "recipe.yaml").write_text("a: [")
     with pytest.raises(RecipeError):
         rebuild_reports([job.out])

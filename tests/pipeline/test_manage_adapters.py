@@ -257,11 +257,10 @@ def test_the_card_of_an_adapter(job: Path) -> None:
     assert results["base"]["fingerprint"][:16] in lines
     with pytest.raises(DirectoryError, match="'frist'; did you mean first"):
         adapter_card(job, "frist")
-    with pytest.raises(DirectoryError, match=r"no results\.json"):
+    with pytest.raises(DirectoryError, match="is not a job directory"):
         adapter_card(job / "base", "first")
     (job / "results.json").write_text("{")
-    with pytest.raises(DirectoryError, match=r"results\.json' cannot be read"):
-        adapter_card(job, "first")
+    assert adapter_card(job, "first") == card
 
 
 @pytest.mark.parametrize(

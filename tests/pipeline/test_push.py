@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -23,8 +25,13 @@ from docs.snippets import ROOT, blocks
 from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
 from qwlora.atomic import files_in
 from qwlora.errors import DirectoryError, UploadError
+from qwlora.export.bundle import proofs, write_readme
 from qwlora.formats import manifest
+from qwlora.formats.model_origin import Origin
+from qwlora.pipeline import model_cards
 from qwlora.pipeline import push as push_module
+from qwlora.pipeline.job_report import read_job
+from qwlora.pipeline.model_cards import Places, adapter_card_text, base_card
 from qwlora.pipeline.push import _without_paths, prepared, send
 from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
@@ -95,6 +102,32 @@ def test_cards_have_what_the_hub_reads(job: Path) -> None:
     )
     perplexity = results["perplexity"]["adapted"]["first"]
     assert f"| Perplexity | {perplexity:.2f} |" in (job / "adapters/first" / CARD).read_text()
+
+
+def test_what_a_model_says_of_itself_is_escaped(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = 'bsd.\n\n## Proof\n\n| all | passed |\n\n<iframe src="x">'
+    origin = Origin("n <b>\n# n", None, text, stated_in="README.md")
+    monkeypatch.setattr(model_cards, "_known_origin", lambda source: origin)
+    found, recipe = read_job(job), load_recipe(job / "recipe.yaml")
+    places = Places(license="mit\n## Mine")
+    cards = [base_card(found, recipe), adapter_card_text(found, recipe, "first")]
+    cards += [base_card(found, recipe, places), adapter_card_text(found, recipe, "first", places)]
+    for card in cards:
+        body = card.partition("\n---\n")[2]
+        assert re.findall(r"^#+ .*$", body, re.MULTILINE)[-1] == "## License"
+        assert "\n## Proof" not in card
+        assert "## Mine" not in body.replace("\\#", "")
+        assert "<b>" not in re.sub(r"`[^`]*`", "", body)
+        assert "<iframe" not in body
+    bundle = shutil.copytree(job / "export" / "hf", tmp_path / "hf")
+    proof = {**proofs(bundle)["first"], "license": text, "model": "n\n# n"}
+    write_readme(bundle, {"first": proof})
+    readme = (bundle / CARD).read_text()
+    assert readme.count("\n## Proof") == 1
+    assert "<iframe" not in readme
+    assert "\n# n" not in readme
 
 
 def test_cards_say_how_each_runtime_loads_the_files(job: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
@@ -194,6 +195,57 @@ def test_plots_hold_every_value() -> None:
         assert f"<title>{name}: " in html
 
 
+def test_a_page_of_200_000_layers_is_bounded() -> None:
+    results = results_of("finished")
+    layer = next(iter(results["base"]["layers"].values()))
+    one_block = {f"model.layers.{n}.q_proj.weight": layer for n in range(100_000)}
+    many_kinds = {f"model.layers.0.kind_{n}.weight": layer for n in range(100_000)}
+    results["base"]["layers"] = {**one_block, **many_kinds}
+    began = time.process_time()
+    html = render(job_of("finished", results))
+    assert time.process_time() - began < 60
+    assert len(html) < 5_000_000
+    assert "more rows are in results.json" in html
+    assert "99,941 kinds of layers" in html
+
+
+def test_a_figure_has_one_source() -> None:
+    """Several targets: the worst of each figure, wherever it is shown."""
+    results = results_of("two")
+    onnx = results["parity"]["onnx"]
+    shown = {"top1_agreement": 0.9876, "tokens": 96}
+    weights = {**onnx["words"], **shown, "limits": {"perplexity_difference": 0.003}}
+    del weights["worst_layer_steps"]
+    results["parity"]["hf"] = dict.fromkeys(("words", "digits"), weights)
+    job = job_of("two", results)
+    job = replace(job, recipe={**job.recipe, "export": {"targets": ["hf", "onnx"]}})
+    html = render(job)
+    cards = html[html.index('<article class="card">') :]
+    assert "Worst layer, steps</dt><dd><data" in cards
+    assert "98.76%" in html[: html.index("<article")]
+    assert f"transformers on 96 tokens each and ONNX Runtime on {onnx['words']['tokens']}" in html
+
+
+def test_the_time_so_far_counts_earlier_runs() -> None:
+    results = results_of("finished")
+    parts = [part for verb in results["stages"].values() for part in verb["parts"].values()]
+    for part in parts:
+        part["started"] = "2026-01-01T10:00:00+00:00"
+    results["run"] |= {"state": "interrupted", "started": "2026-01-02T10:00:00+00:00"}
+    results["run"]["elapsed_seconds"] = 17.4
+    whole = seconds(sum(part["seconds"] for part in parts) + 17.4)
+    html = render(job_of("finished", results))
+    assert html.count(f">{whole}<") == 1
+    assert f"{whole} in all" in html
+    assert "17.4 s" not in html
+
+
+def test_a_job_is_named_by_its_recipe() -> None:
+    job = replace(job_of("finished"), name="folder")
+    assert "<title>tiny · " in render(job)
+    assert "qwlora verify --out folder" in job.verb_command("verify")
+
+
 def test_a_page_of_1000_layers_is_small() -> None:
     html = render(many_layers(1000))
     assert len(html.encode()) < 1.5e6
@@ -225,7 +277,7 @@ def test_two_jobs_are_compared() -> None:
     html = render_comparison([one, other])
     assert "finished" in html
     assert "Do not ship" in html
-    assert "failed has the lowest perplexity" in html
+    assert "tiny (failed) has the lowest perplexity" in html
     assert "different texts" in render_comparison([one, job_of("two")])
     assert "verify.sequences" in html  # a line of the recipes that differs
     assert ">seed<" not in html  # and one that does not
@@ -240,7 +292,8 @@ def test_jobs_of_different_sizes_are_compared_by_size_and_quality() -> None:
         results = results_of("finished")
         results["base"]["bits_per_weight"] = bits
         results["perplexity"]["simulated"]["first"] = ppl
-        return replace(job_of("finished", results), name=name)
+        job = job_of("finished", results)
+        return replace(job, recipe={**job.recipe, "name": name})
 
     small, large, beaten = job_with(3.0, 9.0, "a"), job_with(5.0, 8.0, "b"), job_with(6.0, 8.5, "c")
     html = render_comparison([small, large, beaten])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -104,6 +105,11 @@ CASES: dict[str, tuple[dict[str, Any], Kind, str]] = {
         Kind.SHIP,
         "beats the float model by 0.72%",
     ),
+    "a limit without a measurement": (
+        {f"{PARITY}limits__top_speed": 3.0},
+        Kind.NOT_PROVEN,
+        "was not checked completely",
+    ),
     "few tokens": ({f"{PARITY}tokens": 999}, Kind.WITH_CARE, "checked on 999 tokens only"),
 }
 
@@ -115,6 +121,58 @@ def test_rules_apply_in_order(case: str) -> None:
     assert found.kind is kind
     assert words in found.sentence
     assert found.sentence.endswith(".")
+
+
+NO_NUMBERS = (None, math.nan, math.inf, "0.001", [], True)
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS)
+@pytest.mark.parametrize(
+    "key",
+    [
+        "perplexity",
+        "simulated_perplexity",
+        "worst_layer_steps",
+        "worst_layer_mean_steps",
+        "top1_agreement",
+        "limits__layer_steps",
+        "limits__perplexity_difference",
+    ],
+)
+@pytest.mark.parametrize("case", ["first", "base"])
+def test_a_proof_without_a_finite_number_for_each_limit_does_not_ship(
+    case: str, key: str, value: Any
+) -> None:
+    found = verdict(job_of("finished", finished(**{f"parity__onnx__{case}__{key}": value})))
+    assert found.kind is Kind.NOT_PROVEN
+
+
+@pytest.mark.parametrize("case", ["first", "base"])
+@pytest.mark.parametrize("passed", [None, "true", 1, 0])
+def test_only_a_proof_that_passed_ships(passed: Any, case: str) -> None:
+    found = verdict(job_of("finished", finished(**{f"parity__onnx__{case}__passed": passed})))
+    assert found.kind is Kind.NOT_PROVEN
+
+
+@pytest.mark.parametrize("parity", [{"x": 1}, {"passed": True}, {"passed": True, "limits": {}}])
+def test_a_proof_without_limits_does_not_ship(parity: dict[str, Any]) -> None:
+    found = verdict(job_of("finished", finished(parity={"onnx": {"first": parity}})))
+    assert found.kind is Kind.NOT_PROVEN
+
+
+@pytest.mark.parametrize("case", ["none", "first+second"])
+def test_a_use_case_that_fails_or_was_not_checked_counts(case: str) -> None:
+    good = finished()["parity"]["onnx"]["first"]
+    job = job_of("finished", finished(parity={"qairt": {"first": good, case: good}}))
+    recipe = {**job.recipe, "export": {"targets": ["qairt"]}}
+    assert verdict(Job(job.results, recipe, "", "job")).kind is Kind.SHIP
+    for changes, kind in (
+        ({"worst_layer_steps": 9.0, "passed": False}, Kind.DO_NOT_SHIP),
+        ({"worst_layer_steps": None}, Kind.NOT_PROVEN),
+    ):
+        parity = {"qairt": {"first": good, case: {**good, **changes}}}
+        job = job_of("finished", finished(parity=parity))
+        assert verdict(Job(job.results, recipe, "", "job")).kind is kind
 
 
 def test_files_that_changed_after_the_check_are_not_proven() -> None:

@@ -23,8 +23,9 @@ Page = Annotated[
 def report(jobs: Jobs, out: Page = Path("comparison.html")) -> None:
     """Rebuild report.html of jobs; compare several.
 
-    `qwlora run` keeps report.html up to date by itself. For several jobs, also writes a page that
-    shows them side by side.
+    `qwlora run` keeps report.html up to date by itself. Rebuild it after files or the recipe
+    changed: results that no longer belong to them are left out. For several jobs, also writes a
+    page that shows them side by side.
     """
     from qwlora.pipeline.job_report import PAGE_MARK, rebuild_reports
 

@@ -31,7 +31,7 @@ from qwlora.export.onnx_adapter import ADAPTER_FILE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import PROOF, BundleTarget, GraphTarget, Target, UseCasesTarget
 from qwlora.formats import manifest
-from qwlora.formats.card_mark import is_users_card, marked
+from qwlora.formats.card_mark import escaped, is_users_card, marked
 from qwlora.messages import listed, size
 from qwlora.progress import Track, untracked
 
@@ -399,7 +399,7 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
     grids = ", ".join(f"{count} of {grid}" for grid, count in some["grids"].items())
     adapters = "one LoRA adapter" if len(names) == 1 else f"{len(names)} LoRA adapters"
     parts = [
-        f"# {some['model']} for {some['target']}",
+        f"# {escaped(some['model'])} for {some['target']}",
         f"A quantized base model and {adapters} trained on exactly these integers. "
         f"Weights: {grids}. Fingerprint of the base: `{some['base_fingerprint'][:16]}`.",
         "## Run\n\nIn this folder:",
@@ -429,7 +429,7 @@ def _loading(target: BundleTarget, adapter: str, without_cache: str | None) -> l
 def _license(stated: str | None) -> str:
     if stated is None:
         return "That of the base model, whose files do not state one."
-    return f"That of the base model: {stated}."
+    return f"That of the base model: {escaped(stated)}."
 
 
 def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -445,7 +445,7 @@ def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
     notes = []
     for name, record in records.items():
         if "not_run" in record:
-            notes.append(f"{name}: written, not run. {record['not_run']}")
+            notes.append(f"{name}: written, not run. {escaped(record['not_run'])}")
             continue
         for settings in ("exact", "shipped"):
             if (found := record["figures"].get(settings)) is None:
@@ -471,7 +471,8 @@ def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
         clients = ", ".join(f"{n} {v}" for n, v in record["client"].items())
         memory, load = (record["figures"].get(k) for k in ("peak_memory_bytes", "load_seconds"))
         cost = "" if load is None else f"; {size(memory)} of memory, loaded in {load:.2g} s"
-        verdict = "; ".join(["FAILED", *record["problems"]]) if record["problems"] else "passed"
-        said = "".join(f" But {note}." for note in record.get("notes", ()))
+        failed = "; ".join(["FAILED", *map(escaped, record["problems"])])
+        verdict = failed if record["problems"] else "passed"
+        said = "".join(f" But {escaped(note)}." for note in record.get("notes", ()))
         notes.append(f"{name}: {verdict} on {record['machine']}, {clients}{cost}.{said}")
     return [*lines, "", *(f"- {note}" for note in notes)]

@@ -33,6 +33,7 @@ from qwlora.grid.sqnr import sqnr_db
 from qwlora.simulation.simulated_graph import SimulatedGraph
 
 LEAST_SQNR, BELOW_FLOOR = 30.0, 3.0
+EQUAL_SQNR = 200.0  # instead of infinity, which JSON does not hold; float32 ends at about 150
 DECODED = 4  # of the last tokens of a sequence: one by one, since an emulator takes seconds
 
 
@@ -41,8 +42,8 @@ class Run:
     """Logits of one runtime.
 
     Args:
-        sqnr: against the simulation; infinite if equal, NaN if logits hold NaN or infinity, and
-            then not in `to_json`.
+        sqnr: against the simulation; NaN if logits hold NaN or infinity, and then not in
+            `to_json`.
         top1_agreement: share of tokens with the simulation's likeliest next token.
     """
 
@@ -77,7 +78,7 @@ class GraphsParity:
         the names of other targets."""
         last = list(self.runs.values())[-1]
         found = {key: value for key, value in asdict(self).items() if value is not None}
-        found |= {"perplexity": last.perplexity, "top1_agreement": last.top1_agreement}
+        found |= asdict(last)
         return only_finite(found)
 
     @property
@@ -141,9 +142,9 @@ def _perplexity(logits: Tensor, ids: Tensor) -> float:
 
 
 def logits_sqnr(found: Tensor, expected: Tensor) -> float:
-    """In dB; NaN if logits hold NaN or infinity."""
+    """In dB; `EQUAL_SQNR` if they are equal, NaN if logits hold NaN or infinity."""
     noise = (found.double() - expected.double()).square().sum()
-    return sqnr_db(float(expected.double().square().sum()), float(noise))
+    return min(sqnr_db(float(expected.double().square().sum()), float(noise)), EQUAL_SQNR)
 
 
 def agreement(found: Tensor, expected: Tensor) -> float:

@@ -39,8 +39,8 @@ class CacheParity:
 
     Args:
         prefilled, tokens: how many were run at once before, and one by one.
-        sqnr: dB, of the logits of the latter; infinite if equal, NaN if they hold NaN or
-            infinity, and then not in `to_json`.
+        sqnr: dB, of the logits of the latter; NaN if they hold NaN or infinity, and then not
+            in `to_json`.
         floor_sqnr: the lower one of the two others; see the module.
         switched_is_equal: whether switching adapters between the steps changes no bit.
     """

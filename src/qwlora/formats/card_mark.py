@@ -1,11 +1,37 @@
-"""Whether a README.md that QWLoRA wrote was edited since: then it is never replaced."""
+"""README.md files that QWLoRA writes: text of others in them, and whether a user edited one since.
+
+An edited file is never replaced. What a model's own files say (license, names, links) is shown as
+one line of escaped characters, so that it cannot write headings, tables or HTML of its own.
+"""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 CARD_MARK = "<!-- Written by QWLoRA. Delete this line to keep your own changes. -->"
 _PEFT_TEMPLATE = "[More Information Needed]"  # in the card that PEFT writes next to an adapter
+
+
+MOST_CHARACTERS = 200
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and invisible characters, cut after `MOST_CHARACTERS`."""
+    visible = "".join(c if c.isprintable() else " " for c in text[: 10 * MOST_CHARACTERS])
+    line = " ".join(visible.split())
+    return line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]}..."
+
+
+def escaped(text: str) -> str:
+    """`text` as one line of Markdown that shows it letter by letter."""
+    line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", line)
+
+
+def as_code(text: str) -> str:
+    """`text` as one line of code in Markdown."""
+    return f"`{one_line(text).replace('`', chr(39))}`"
 
 
 def marked(text: str) -> str:

@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 
 from qwlora.errors import QwloraError, SourceError
+from qwlora.formats.card_mark import one_line
 from qwlora.formats.hub import downloaded
 from qwlora.formats.model_source import CARD, Location, locate
 
@@ -89,7 +90,7 @@ def _of_gguf(name: str, path: Path) -> Origin:
 
 def _license(data: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:
     stated, name, link = (
-        value.strip() if isinstance(value := data.get(key), str) and value.strip() else None
+        one_line(value) or None if isinstance(value := data.get(key), str) else None
         for key in ("license", "license_name", "license_link")
     )
     return (None, None, None) if stated == UNKNOWN else (stated, name, link)

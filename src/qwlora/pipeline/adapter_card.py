@@ -10,30 +10,20 @@ from typing import Any
 
 from qwlora.errors import DirectoryError
 from qwlora.messages import size, suggestion
+from qwlora.pipeline.job_report import read_job
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 60
 
 
 def adapter_card(folder: Path, name: str) -> dict[str, Any]:
-    """The parts of results.json that concern an adapter, and the bytes of its weights.
+    """The parts of a job's results that concern an adapter, and the bytes of its weights.
 
     Raises:
-        DirectoryError: the folder has no readable results, or no such trained adapter.
+        DirectoryError, RecipeError, SourceError: see `read_job`; or there is no such adapter.
     """
-    path = folder / "results.json"
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        train = results.get("train", {})
-    except FileNotFoundError:
-        raise DirectoryError(
-            f"{str(folder.absolute())!r} has no results.json, so it is not a job directory or "
-            "nothing has run in it"
-        ) from None
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise DirectoryError(
-            f"{str(path)!r} cannot be read ({error}); the job's next run writes it again"
-        ) from error
+    results = read_job(folder).results
+    train = results.get("train", {})
     if name not in train:
         raise DirectoryError(
             f"{str(folder)!r} has no trained adapter {name!r}{suggestion(name, list(train))}"

@@ -44,7 +44,7 @@ from qwlora.pipeline.ownership import (
     read_owner,
 )
 from qwlora.pipeline.stage import Stage
-from qwlora.pipeline.stage_records import Record, read_records, records_text
+from qwlora.pipeline.stage_records import Record, read_records, records_text, write_records
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
 
@@ -506,7 +506,7 @@ class Directory:
         self.records, self.damaged_records = read_records(self.private / STAGES)
 
     def _write_records(self) -> None:
-        write_text(self.private / STAGES, records_text(self.records))
+        write_records(self.private / STAGES, self.records)
         self.damaged_records = 0
 
 

@@ -11,7 +11,7 @@ from qwlora.errors import CalibrationError, DirectoryError, RecipeError
 from qwlora.pipeline import journal
 from qwlora.pipeline.directory import Directory, check_job
 from qwlora.pipeline.directory_errors import as_directory_errors
-from qwlora.pipeline.job_files import earlier_results, write_results
+from qwlora.pipeline.job_files import last_status, write_results
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.lacking_stages import command_line, lacking_error
 from qwlora.pipeline.new_context import new_context
@@ -93,9 +93,7 @@ def add_task_scores(
         keys = {name: record.key for name, record in directory.records.items()}
         with as_directory_errors(folder):
             keep_scores(directory.private, scores, keys)
-        earlier = earlier_results(folder)
-        kept: dict[str, Any] = {key: earlier[key] for key in ("run", "error") if key in earlier}
-        return write_results(directory, recipe, plan, stale, kept)
+        return write_results(directory, recipe, plan, stale, last_status(folder))
 
 
 def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:

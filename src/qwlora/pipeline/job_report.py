@@ -1,83 +1,64 @@
-"""Writes a job's report.html, from its results.json and recipe.yaml. Imports no torch."""
+"""Rebuild the reports of jobs from the records of their stages, and compare jobs."""
 
 from __future__ import annotations
 
-import json
-import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from qwlora.atomic import write_text
-from qwlora.errors import DirectoryError, QwloraWarning
+from qwlora.errors import DirectoryError
 from qwlora.pipeline.directory import Directory
 from qwlora.pipeline.directory_errors import as_directory_errors
-from qwlora.recipe import Recipe, load_recipe
-from qwlora.recipe.yaml_core import dump_yaml
-from qwlora.report.checks import BASE
-from qwlora.report.job import Job
+from qwlora.pipeline.existing_job import job_recipe
+from qwlora.pipeline.job_files import REPORT, last_status
+from qwlora.pipeline.job_texts import JobTexts
+from qwlora.pipeline.plan import make_plan, resolve_compute
+from qwlora.pipeline.results import collect_results, job_of, merge_results
+from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.stale_stages import find_stale, upstream
+from qwlora.report.job import BASE, Job
 from qwlora.report.page import render, render_comparison
 
-REPORT = "report.html"
 PAGE_MARK = '<meta name="generator" content="QWLoRA">'
 
 
-def write_report(folder: Path, results: dict[str, Any], recipe: Recipe) -> None:
-    """Write the report of a job whose results are known to be up to date.
-
-    A report that cannot be drawn is a bug, and no reason to stop a job of hours: it warns.
-
-    Raises:
-        DirectoryError: the file cannot be written.
-    """
-    job = Job(results, *_as_read(recipe), folder.absolute().name)
-    try:
-        page = render(job)
-    except Exception as error:
-        warnings.warn(
-            f"{str(folder / REPORT)!r} was not written ({type(error).__name__}: {error}). The job "
-            "and results.json are not affected; report this as a bug",
-            QwloraWarning,
-            stacklevel=2,
-        )
-        return
-    with as_directory_errors(folder):
-        write_text(folder / REPORT, page)
-
-
 def read_job(folder: Path) -> Job:
-    """A job as its report sees it: proofs of exported files that changed since are out of date.
+    """A job as it is now: the results of the stages that are current, by the rules of `run`.
 
     Raises:
-        DirectoryError: the folder is not a job directory, or its results are damaged.
+        DirectoryError: the folder is not a job directory, or nothing has run in it.
         RecipeError: its recipe is not valid.
+        SourceError: the recipe's model or text is not there any more.
     """
-    try:
-        content = json.loads((folder / "results.json").read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError("it does not hold keys and values")
-    except FileNotFoundError as error:
+    recipe, directory = resolve_compute(job_recipe(folder)), Directory.read(folder)
+    status = last_status(folder)
+    if not directory.records and not status:
         raise DirectoryError(
-            f"{str(folder)!r} is not a job directory: it has no results.json; `qwlora run` writes "
-            "one"
-        ) from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise DirectoryError(
-            f"{str(folder / 'results.json')!r} cannot be read ({error}). Run the job again; "
-            "finished stages are not repeated"
-        ) from error
-    recipe, recipe_text = _as_read(load_recipe(folder / "recipe.yaml"))
-    job = Job(content, recipe, recipe_text, folder.absolute().name)
-    directory = Directory.read(folder)
-    stale = {}
-    for target in job.targets:
-        for name in job.section("parity", target):
-            own, base = f"export/{target}/{name}", f"export/{target}"  # a base of its own, or none
-            stages = [base] if base in directory.records else []
-            for stage in stages if name == BASE else [own, *stages]:
-                if (reason := directory.problem(stage, None)) is not None:
-                    stale[target, name] = reason
-    return Job(content, recipe, recipe_text, job.name, stale)
+            f"{str(folder)!r} has no results yet. Run the job first: `qwlora run "
+            f"{folder / 'recipe.yaml'} --out {folder}`"
+        )
+    plan = make_plan(recipe, JobTexts(recipe), directory.digests)
+    results = collect_results(directory, recipe, plan, find_stale(plan, directory))
+    merge_results(results, status)
+    run = results.setdefault("run", {})
+    keys = {name: record.key for name, record in directory.records.items()}
+    is_outdated = any(keys.get(stage.name) != stage.key for stage in plan)
+    if run.setdefault("state", "finished") == "finished" and is_outdated:
+        run["state"] = "incomplete"
+    return job_of(folder, recipe, results, _changed_proofs(plan, directory))
+
+
+def _changed_proofs(plan: list[Stage], directory: Directory) -> Mapping[tuple[str, str], str]:
+    """Why files are no longer those that were checked, by target and adapter."""
+    changed = dict[tuple[str, str], str]()
+    for stage in plan:
+        if stage.verb == "verify" and stage.name in directory.records:
+            for needed in upstream(plan, stage.name):
+                is_recorded = needed.name in directory.records
+                if is_recorded and (reason := directory.problem(needed.name, None)) is not None:
+                    _, target, *adapter = stage.name.split("/")
+                    changed.setdefault((target, adapter[0] if adapter else BASE), reason)
+    return changed
 
 
 def rebuild_reports(folders: Sequence[Path], page: Path | None = None) -> list[Path]:
@@ -90,7 +71,7 @@ def rebuild_reports(folders: Sequence[Path], page: Path | None = None) -> list[P
         The files that were written.
 
     Raises:
-        DirectoryError: see `read_job`; or a file cannot be written.
+        DirectoryError, RecipeError, SourceError: see `read_job`; or a file cannot be written.
     """
     jobs, written = [read_job(folder) for folder in folders], []
     for folder, job in zip(folders, jobs, strict=True):
@@ -102,9 +83,3 @@ def rebuild_reports(folders: Sequence[Path], page: Path | None = None) -> list[P
             write_text(page, render_comparison(jobs))
         written.append(page)
     return written
-
-
-def _as_read(recipe: Recipe) -> tuple[dict[str, Any], str]:
-    """The recipe with every default, as values and as text."""
-    content = recipe.model_dump(mode="json")
-    return content, dump_yaml(content)

@@ -70,7 +70,7 @@ class JobStatus:
         write: writes results.json and report.html with the given keys added.
         plan: all stages of the job.
         command: that runs the job.
-        before: `run` and `error` of the results so far, which stay if no stage runs.
+        before: the status of the last run, which stays if no stage runs.
     """
 
     def __init__(
@@ -81,9 +81,7 @@ class JobStatus:
         before: dict[str, Any],
     ):
         self._write, self._plan, self._command = write, plan, command
-        self._before: dict[str, Any] = {
-            key: before[key] for key in ("run", "error") if key in before
-        }
+        self._before = before
         self._began: float | None = None
         self._started = ""
         self._stage = ""

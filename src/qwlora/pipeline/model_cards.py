@@ -26,7 +26,7 @@ from qwlora.errors import QwloraError, QwloraWarning
 from qwlora.export.bundle import BASE, WITHOUT_CACHE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import UseCasesTarget
-from qwlora.formats.card_mark import marked
+from qwlora.formats.card_mark import as_code, escaped, marked
 from qwlora.formats.model_origin import UNKNOWN, Origin, origin_of
 from qwlora.pipeline.directory import Directory
 from qwlora.recipe import Data, Recipe
@@ -62,13 +62,13 @@ class Places:
     license: str | None = None
 
 
-def write_cards(directory: Directory, recipe: Recipe, results: Mapping[str, Any]) -> None:
+def write_cards(directory: Directory, recipe: Recipe, job: Job) -> None:
     """Write the cards of all folders whose stages are current, if they changed.
 
     Raises:
         DirectoryError: a card cannot be written.
     """
-    job, cards = job_of(directory.path, recipe, results), dict[str, str]()
+    cards = dict[str, str]()
     try:
         if job.section("base"):
             cards["base"] = base_card(job, recipe)
@@ -85,11 +85,6 @@ def write_cards(directory: Directory, recipe: Recipe, results: Mapping[str, Any]
         )
     for artifact, text in cards.items():
         directory.write_card(artifact, text)
-
-
-def job_of(folder: Path, recipe: Recipe, results: Mapping[str, Any]) -> Job:
-    """The job in `folder`, as cards read it."""
-    return Job(results, recipe.model_dump(mode="json"), "", folder.absolute().name)
 
 
 def base_card(job: Job, recipe: Recipe, places: Places = Places()) -> str:
@@ -204,13 +199,13 @@ def shown_text(data: Data) -> str:
     source = data.source or ""
     if is_hub_dataset(data):
         return f"[{source}](https://huggingface.co/datasets/{source})"
-    return f"`{source if source.startswith('python:') else PurePath(source).name}`"
+    return as_code(source if source.startswith("python:") else PurePath(source).name)
 
 
 def _card(data: ModelCardData, title: str, parts: Sequence[str]) -> str:
     from huggingface_hub import ModelCard
 
-    body = "\n\n".join([f"# {title}", *(part for part in parts if part)])
+    body = "\n\n".join([f"# {escaped(title)}", *(part for part in parts if part)])
     text = marked(f"---\n{data.to_yaml()}\n---\n\n{body}")
     return str(ModelCard(text))  # parses the metadata, and so checks them
 
@@ -234,12 +229,12 @@ def _license(origin: Origin, stated: str | None, *, inherits: bool) -> _License:
 
 def _license_words(origin: Origin, stated: str | None, *, inherits: bool) -> list[str]:
     model = (
-        f"The model's license is {origin.license} ({origin.stated_in})."
+        f"The model's license is {escaped(origin.license)} ({origin.stated_in})."
         if origin.license
         else "The model's license is unknown: its files do not state one."
     )
     if stated is not None:
-        return ["## License", f"{stated}. {model}"]
+        return ["## License", f"This one's license is {escaped(stated)}. {model}"]
     if inherits:
         return ["## License", model]
     unknown = "Whoever trained this adapter has not stated its license (`qwlora push --license`)."
@@ -327,10 +322,12 @@ def _check(job: Job, target: str, name: str) -> str:
     on = f" on {tokens:,} tokens" if isinstance(tokens, int) else ""
     if passed:
         return f"Run{on} and compared with what was trained: all limits hold."
-    return f"**The check of these files failed**{on}: {'; '.join(found.get('problems', ()))}"
+    return (
+        f"**The check of these files failed**{on}: {escaped('; '.join(found.get('problems', ())))}"
+    )
 
 
 def _linked(origin: Origin) -> str:
     if origin.repository is None:
-        return f"`{origin.name}`"
+        return as_code(origin.name)
     return f"[{origin.repository}](https://huggingface.co/{origin.repository})"

@@ -43,10 +43,10 @@ from qwlora.pipeline.directory import CARD, Directory
 from qwlora.pipeline.directory_errors import as_directory_errors
 from qwlora.pipeline.existing_job import job_recipe
 from qwlora.pipeline.job_texts import JobTexts
-from qwlora.pipeline.model_cards import Places, adapter_card_text, base_card, job_of
+from qwlora.pipeline.model_cards import Places, adapter_card_text, base_card
 from qwlora.pipeline.ownership import read_owner
 from qwlora.pipeline.plan import make_plan, resolve_compute
-from qwlora.pipeline.results import collect_results
+from qwlora.pipeline.results import collect_results, job_of
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stale_stages import find_stale, upstream
 from qwlora.recipe import Recipe

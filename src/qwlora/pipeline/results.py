@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from qwlora.pipeline.directory import Directory
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stored_scores import current_scores
 from qwlora.recipe import Recipe
+from qwlora.recipe.yaml_core import dump_yaml
+from qwlora.report.job import Job
 
 RESULTS_FORMAT = 1
 TIMING = "timing"  # of one stage, in its record; `stages` and `sizes` in results.json
@@ -75,3 +78,14 @@ def merge_results(into: dict[str, Any], part: dict[str, Any]) -> None:
             merge_results(into[key], value)
         else:
             into[key] = copy.deepcopy(value)  # so that later merges do not change the records
+
+
+def job_of(
+    folder: Path,
+    recipe: Recipe,
+    results: Mapping[str, Any],
+    stale: Mapping[tuple[str, str], str] | None = None,
+) -> Job:
+    """A job as its report and its model cards read it."""
+    content = recipe.model_dump(mode="json")
+    return Job(results, content, dump_yaml(content), folder.absolute().name, stale or {})

@@ -30,7 +30,8 @@ def print_summary(results: dict[str, Any], console: Console) -> None:
 
 def closing_lines(out: Path) -> list[str]:
     """The last lines of a run: the report's verdict, where the report is, and what to do next."""
-    from qwlora.pipeline.job_report import REPORT, read_job
+    from qwlora.pipeline.job_files import REPORT
+    from qwlora.pipeline.job_report import read_job
     from qwlora.report.verdict import verdict
 
     job = read_job(out)

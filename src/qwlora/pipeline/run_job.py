@@ -25,7 +25,7 @@ from qwlora.pipeline.distributed import (
     is_first_process,
     wait_for_others,
 )
-from qwlora.pipeline.job_files import earlier_results, write_results
+from qwlora.pipeline.job_files import last_status, write_results
 from qwlora.pipeline.job_status import JobStatus
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.kept_adapters import check_kept, check_none_lost
@@ -33,7 +33,7 @@ from qwlora.pipeline.lacking_stages import check_needs, command_line
 from qwlora.pipeline.new_context import new_context
 from qwlora.pipeline.output_path import check_outside_data
 from qwlora.pipeline.plan import dependents, make_plan, resolve_compute
-from qwlora.pipeline.results import TIMING, collect_results
+from qwlora.pipeline.results import TIMING, collect_results, merge_results
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stage_records import Record
 from qwlora.pipeline.stages import RUN, VERBS
@@ -158,9 +158,9 @@ class _Run:
         """The results of a folder that cannot be written, where every stage is current."""
         for stage in asked:
             self.say(_skipped_line(stage))
-        earlier = earlier_results(self.out)
-        kept = {key: earlier[key] for key in ("run", "error") if key in earlier}
-        return collect_results(directory, self.recipe, self.plan, self.stale) | kept
+        results = collect_results(directory, self.recipe, self.plan, self.stale)
+        merge_results(results, last_status(self.out))
+        return results
 
     def _prepare(self, directory: Directory, waiting: Sequence[Stage], estimates: bool) -> None:
         """All checks that need no writing, and the estimate."""
@@ -190,7 +190,7 @@ class _Run:
             lambda keys: write_results(directory, self.recipe, self.plan, self.stale, keys),
             self.plan,
             f"qwlora run {name}/recipe.yaml --out {name}",
-            earlier_results(self.out),
+            last_status(self.out),
         )
         waiting = [stage.name for stage in asked if self._must_run(stage)]
         for stage in asked:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora import strict_json
+from qwlora.atomic import write_text
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,14 @@ def read_records(file: Path) -> tuple[dict[str, Record], int]:
         content = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return {}, 0
-    if (old := _parse_without_checksums(content)) is not None:
-        return old, 0
     lines = [line.strip() for line in content.splitlines()]
     found = [_parse_record(line) for line in lines if line not in (b"{", b"}", b"")]
     return dict(entry for entry in found if entry is not None), found.count(None)
+
+
+def write_records(file: Path, records: Mapping[str, Record]) -> None:
+    """Replace the file."""
+    write_text(file, records_text(records))
 
 
 def records_text(records: Mapping[str, Record]) -> str:
@@ -61,12 +65,4 @@ def _parse_record(line: bytes) -> tuple[str, Record] | None:
         record = Record(**content)
         return (stage, record) if record.checksum(stage) == checksum else None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
-
-
-def _parse_without_checksums(content: bytes) -> dict[str, Record] | None:
-    """The records in a file of an older version, without checksums; None if it is not one."""
-    try:
-        return {stage: Record(**record) for stage, record in json.loads(content).items()}
-    except (ValueError, TypeError, AttributeError, RecursionError):
         return None

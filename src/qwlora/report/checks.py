@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
+from functools import partial
 
 from markupsafe import Markup
 
 from qwlora.report.job import (
+    BASE,
     FEW_TOKENS,
     NOT_MEASURED,
     Job,
@@ -27,7 +29,7 @@ from qwlora.report.written_numbers import (
 )
 
 _MODELS = {"simulated": "simulation", "adapted": "trained model"}
-BASE = "base"  # instead of an adapter's name
+NO_ADAPTER = "none"  # the use case of the base, in targets of use cases
 LEAST_GAIN = 0.01  # an adapter should beat the float model by this much
 
 
@@ -72,7 +74,8 @@ def all_checks(job: Job) -> Iterator[Check]:
             yield from proof_checks(job, target, job.adapters[0])
         else:
             yield from _summed_proof(job, target)
-        yield from _proof_without_adapter(job, target)
+        for case in job.other_cases(target):
+            yield from _proof_of_case(job, target, case)
     for adapter in job.adapters:
         yield from _gain_check(job, adapter)
     yield from _identical(job)
@@ -81,7 +84,7 @@ def all_checks(job: Job) -> Iterator[Check]:
 
 
 def proof_checks(job: Job, target: str, adapter: str) -> Iterator[Check]:
-    """The limits of one exported file."""
+    """The limits of one exported file. What was not measured, or is not finite, never passes."""
     parity = job.parity(target, adapter)
     place = ("parity", target, adapter)
     where = "" if len(job.targets) == 1 else f"{runtime(target)}: "
@@ -97,96 +100,141 @@ def proof_checks(job: Job, target: str, adapter: str) -> Iterator[Check]:
         what = f"{where}Exported file against what was trained"
         yield Check(Outcome.MISSING, f"{what}: {why}" if why else what, NOT_MEASURED)
         return
-    found = [*_limits(job, target, adapter, where, place), *_weights_limits(job, where, place)]
-    yield from found
-    if parity.get("passed") is False and not any(c.outcome is Outcome.FAILED for c in found):
+    kept = [limit for limit in LIMITS if job.get(*place, *limit.path) is not None]
+    checks = [_check(limit, job, place, where) for limit in kept]
+    known = {limit.path[-1] for limit in kept}
+    checks += [
+        Check(Outcome.MISSING, f"{where}Limit {name}", NOT_MEASURED)
+        for name in job.section(*place, "limits")
+        if name not in known
+    ]
+    if isinstance(is_equal := job.get(*place, "off_is_equal"), bool):
+        checks.append(
+            Check(
+                _within(is_equal),
+                f"{where}Switching the adapter off gives the base again, bit for bit",
+                "yes" if is_equal else "no",
+                against="switching the adapter off does not give the base again",
+            )
+        )
+    yield from checks
+    passed = parity.get("passed")
+    if passed is False and not any(c.outcome is Outcome.FAILED for c in checks):
         problems = "; ".join(str(problem) for problem in parity.get("problems", []))
         yield Check(Outcome.FAILED, f"{where}{problems or 'The check'}", "failed", against=problems)
+    elif passed is not False and not (passed is True and job.section(*place, "limits")):
+        yield Check(Outcome.MISSING, f"{where}The check of the exported file", NOT_MEASURED)
 
 
-def _limits(job: Job, target: str, adapter: str, where: str, place: Path) -> Iterator[Check]:
-    drift, model = job.drift(target, adapter), _MODELS[job.compared_with(target, adapter)]
-    limit = job.limit(target, adapter, "perplexity_difference")
-    has_floor = job.number(*place, "floor_perplexity_difference") is not None
-    if drift is not None and limit is not None:
-        yield Check(
-            _within(abs(drift) <= limit),
-            f"{where}Perplexity of the exported file against the {model}",
-            valued(precise_percent(abs(drift)), drift),
-            f"limit {precise_percent(limit)}{', with the noise floor' if has_floor else ''}",
-            f"its perplexity is {precise_percent(abs(drift))} away, and the limit is "
-            f"{precise_percent(limit)}",
-        )
-    layers = job.number(*place, "layers")
-    for key, name, what, digits in (
-        ("worst_layer_steps", "layer_steps", "Worst", 2),
-        ("worst_layer_mean_steps", "layer_mean_steps", "Largest mean difference", 4),
-    ):
-        steps, most = job.number(*place, key), job.limit(target, adapter, name)
-        if steps is not None and most is not None:
-            yield Check(
-                _within(steps <= most),
-                f"{where}{what} of {count(layers or 0)} layers, in steps of its grid",
-                tagged(fixed(steps, digits), steps, (*place, key)),
-                f"limit {most:g}",
-                f"one layer is {fixed(steps, digits)} steps off, and the limit is {most:g}",
-            )
-    sqnr, least = (job.number(*place, "cache", key) for key in ("sqnr", "least_sqnr"))
-    if sqnr is not None and least is not None:
-        tokens = job.number(*place, "cache", "tokens") or 0
-        yield Check(
-            _within(sqnr >= least),
-            f"{where}Logits of {count(tokens)} tokens, one by one with the key-value cache",
-            tagged(f"{fixed(sqnr, 1)} dB", sqnr, (*place, "cache", "sqnr")),
-            f"limit {fixed(least, 1)} dB",
-            f"with the key-value cache its logits are {fixed(sqnr, 1)} dB from the simulation, and "
-            f"the limit is {fixed(least, 1)} dB",
-        )
-    floor = job.number(*place, "floor_top1_agreement")
-    what = f"{where}Same likeliest token, against the noise floor"
-    yield from _agreement(job, place, floor, what, "floor", "below the noise floor of")
+@dataclass(frozen=True)
+class Limit:
+    """A limit of a proof.
+
+    Args:
+        path: of the limit in `parity.TARGET.ADAPTER`.
+        value: path of what it bounds; empty for the difference of the perplexity.
+        against: the end of the verdict's sentence, with the value and the limit.
+        is_least: whether the limit is the smallest value that passes, not the largest.
+    """
+
+    path: Path
+    value: Path
+    what: str
+    write: Callable[[float], str]
+    against: str
+    is_least: bool = False
 
 
-def _weights_limits(job: Job, where: str, place: Path) -> Iterator[Check]:
-    """Limits of files without activations, which are compared with the trained model."""
-    for key, what in (
-        ("max_abs_logit_difference", "Largest difference of a logit"),
-        ("base_max_abs_logit_difference", "The same without the adapter"),
-    ):
-        value, most = job.number(*place, key), job.number(*place, "limits", "logit_difference")
-        if value is not None and most is not None:
-            yield Check(
-                _within(value <= most),
-                f"{where}{what}",
-                tagged(significant(value), value, (*place, key)),
-                f"limit {significant(most)}",
-                f"a logit is off by {significant(value)}, and the limit is {significant(most)}",
-            )
-    least = job.number(*place, "limits", "top1_agreement")
-    what = f"{where}Same likeliest token"
-    yield from _agreement(job, place, least, what, "limit", "and the limit is")
-    if isinstance(is_equal := job.get(*place, "off_is_equal"), bool):
-        yield Check(
-            _within(is_equal),
-            f"{where}Switching the adapter off gives the base again, bit for bit",
-            "yes" if is_equal else "no",
-            against="switching the adapter off does not give the base again",
-        )
+_LAYER = "one layer is {} steps off, and the limit is {}"
+_LOGIT = "a logit is off by {}, and the limit is {}"
+_MEANS = "Largest mean difference of {layers} layers, in steps of its grid"
+LIMITS = (
+    Limit(
+        ("limits", "perplexity_difference"),
+        (),
+        "Perplexity of the exported file against the {model}",
+        precise_percent,
+        "its perplexity is {} away, and the limit is {}",
+    ),
+    Limit(
+        ("limits", "layer_steps"),
+        ("worst_layer_steps",),
+        "Worst of {layers} layers, in steps of its grid",
+        fixed,
+        _LAYER,
+    ),
+    Limit(("limits", "layer_mean_steps"), ("worst_layer_mean_steps",), _MEANS, significant, _LAYER),
+    Limit(
+        ("limits", "sqnr"),
+        ("sqnr",),
+        "Logits, dB against the simulation",
+        partial(fixed, digits=1),
+        "its logits are {} dB from the simulation, and the limit is {}",
+        is_least=True,
+    ),
+    Limit(
+        ("cache", "least_sqnr"),
+        ("cache", "sqnr"),
+        "Logits of {cached} tokens, one by one with the key-value cache, dB",
+        partial(fixed, digits=1),
+        "with the key-value cache its logits are {} dB from the simulation, and the limit is {}",
+        is_least=True,
+    ),
+    Limit(
+        ("floor_top1_agreement",),
+        ("top1_agreement",),
+        "Same likeliest token, against the noise floor",
+        precise_percent,
+        "it agrees on {} of tokens, below the noise floor of {}",
+        is_least=True,
+    ),
+    Limit(
+        ("limits", "logit_difference"),
+        ("max_abs_logit_difference",),
+        "Largest difference of a logit",
+        significant,
+        _LOGIT,
+    ),
+    Limit(
+        ("limits", "logit_difference"),
+        ("base_max_abs_logit_difference",),
+        "Largest difference of a logit without the adapter",
+        significant,
+        _LOGIT,
+    ),
+    Limit(
+        ("limits", "top1_agreement"),
+        ("top1_agreement",),
+        "Same likeliest token",
+        precise_percent,
+        "it agrees on {} of tokens, and the limit is {}",
+        is_least=True,
+    ),
+)
 
 
-def _agreement(
-    job: Job, place: Path, least: float | None, what: str, bound: str, against: str
-) -> Iterator[Check]:
-    """How often the file's likeliest token is the expected one, if both numbers were measured."""
-    share = job.number(*place, "top1_agreement")
-    if share is not None and least is not None:
-        yield Check(
-            _within(share >= least),
-            what,
-            tagged(precise_percent(share), share, (*place, "top1_agreement")),
-            f"{bound} {precise_percent(least)}",
-            f"it agrees on {precise_percent(share)} of tokens, {against} {precise_percent(least)}",
-        )
+def _check(limit: Limit, job: Job, place: Path, where: str) -> Check:
+    _, target, adapter = place
+    drift = job.drift(target, adapter)
+    value = job.number(*place, *limit.value) if limit.value else drift and abs(drift)
+    bound = job.number(*place, *limit.path)
+    what = where + limit.what.format(
+        model=_MODELS[job.compared_with(target, adapter)],
+        layers=count(job.number(*place, "layers") or 0),
+        cached=count(job.number(*place, "cache", "tokens") or 0),
+    )
+    if value is None or bound is None:
+        return Check(Outcome.MISSING, what, NOT_MEASURED)
+    shown, allowed = limit.write(value), limit.write(bound)
+    word = "limit" if limit.path != ("floor_top1_agreement",) else "floor"
+    has_floor = not limit.value and job.get(*place, "floor_perplexity_difference") is not None
+    return Check(
+        _within(value >= bound if limit.is_least else value <= bound),
+        what,
+        tagged(shown, value, (*place, *limit.value)) if limit.value else valued(shown, value),
+        f"{word} {allowed}{', with the noise floor' * has_floor}",
+        limit.against.format(shown, allowed),
+    )
 
 
 def _within(holds: bool) -> Outcome:
@@ -196,56 +244,47 @@ def _within(holds: bool) -> Outcome:
 def _summed_proof(job: Job, target: str) -> Iterator[Check]:
     """One line for the proofs of several adapters, and one for each limit that one exceeds."""
     outcomes = {name: list(proof_checks(job, target, name)) for name in job.adapters}
-    passed = [name for name, checks in outcomes.items() if _all_passed(checks)]
-    failed = [
-        (name, check)
-        for name, checks in outcomes.items()
-        for check in checks
-        if check.outcome is Outcome.FAILED
-    ]
-    total = f"{len(passed)} of {len(outcomes)}"
-    outcome = (
-        Outcome.FAILED
-        if failed
-        else Outcome.PASSED
-        if len(passed) == len(outcomes)
-        else Outcome.MISSING
+    passed = [name for name, checks in outcomes.items() if outcome_of(checks) is Outcome.PASSED]
+    failed = [name for name, checks in outcomes.items() if outcome_of(checks) is Outcome.FAILED]
+    yield Check(
+        outcome_of([check for checks in outcomes.values() for check in checks]),
+        f"{runtime(target)} computes what was trained: {listed(passed) or 'no adapter yet'}",
+        f"{len(passed)} of {len(outcomes)}",
+        "passed",
+        f"{listed(sorted(failed))} did not pass",
     )
+    for name in failed:
+        yield from _failed(outcomes[name], name)
+
+
+def _proof_of_case(job: Job, target: str, case: str) -> Iterator[Check]:
+    """One line for the base in a session that can switch adapters, or a use case of several
+    adapters, and one for each limit that it exceeds."""
+    checks = list(proof_checks(job, target, case))
+    outcome = outcome_of(checks)
+    is_base = case in (BASE, NO_ADAPTER)
+    what = "the base without an adapter" if is_base else f"{case} together"
     yield Check(
         outcome,
-        f"{runtime(target)} computes what was trained: {listed(passed) or 'no adapter yet'}",
-        total,
-        "passed",
-        f"{listed(sorted({name for name, _ in failed}))} did not pass",
+        f"{runtime(target)} computes {what}",
+        {Outcome.PASSED: "yes", Outcome.FAILED: "no"}.get(outcome, NOT_MEASURED),
+        against=f"the files do not compute {what}",
     )
-    for name, check in failed:
-        against = f"in {name}, {check.against}"
-        yield Check(check.outcome, f"{name}: {check.what}", check.value, check.limit, against)
+    yield from _failed(checks, "without an adapter" if is_base else case)
 
 
-def _proof_without_adapter(job: Job, target: str) -> Iterator[Check]:
-    """One line for the proof of the base in a session that can switch adapters, and one for each
-    limit that it exceeds."""
-    if BASE not in job.section("parity", target):
-        return
-    checks = list(proof_checks(job, target, BASE))
-    failed = [check for check in checks if check.outcome is Outcome.FAILED]
-    passed = _all_passed(checks)
-    yield Check(
-        Outcome.FAILED if failed else Outcome.PASSED if passed else Outcome.MISSING,
-        f"{runtime(target)} computes the base without an adapter",
-        "yes" if passed else "no" if failed else NOT_MEASURED,
-        against="the files do not compute the base without an adapter",
-    )
-    for check in failed:
-        against = f"without an adapter, {check.against}"
-        yield Check(
-            check.outcome, f"Without an adapter: {check.what}", check.value, check.limit, against
-        )
+def _failed(checks: list[Check], where: str) -> Iterator[Check]:
+    """The failed ones of `checks`, with where they were made."""
+    for check in checks:
+        if check.outcome is Outcome.FAILED:
+            yield replace(check, what=f"{where}: {check.what}", against=f"{where}: {check.against}")
 
 
-def _all_passed(checks: list[Check]) -> bool:
-    return bool(checks) and all(check.outcome is Outcome.PASSED for check in checks)
+def outcome_of(checks: Collection[Check]) -> Outcome:
+    """The worst outcome; nothing checked is not measured."""
+    outcomes = {check.outcome for check in checks} or {Outcome.MISSING}
+    order = (Outcome.FAILED, Outcome.MISSING, Outcome.CAUTION, Outcome.PASSED)
+    return next(outcome for outcome in order if outcome in outcomes)
 
 
 def _gain_check(job: Job, adapter: str) -> Iterator[Check]:

@@ -46,13 +46,13 @@ def comparison(jobs: Sequence[Job]) -> dict[str, Any]:
 
 
 def _names(jobs: Sequence[Job]) -> list[str]:
-    """Names of the jobs; those that occur twice get a number."""
-    seen: dict[str, int] = {}
-    names = []
-    for job in jobs:
-        seen[job.name] = seen.get(job.name, 0) + 1
-        names.append(job.name if seen[job.name] == 1 else f"{job.name} ({seen[job.name]})")
-    return names
+    """Names of the jobs, with their folders if they have the same."""
+    titles = [job.title for job in jobs]
+    names = [
+        title if titles.count(title) == 1 else f"{title} ({job.name})"
+        for title, job in zip(titles, jobs, strict=True)
+    ]
+    return [f"{n}. {name}" if names.count(name) > 1 else name for n, name in enumerate(names, 1)]
 
 
 def _series(names: list[str], jobs: Sequence[Job]) -> list[tuple[str, Job, str]]:

@@ -23,6 +23,7 @@ RUNTIMES = {
     "qnn": "HTP emulator",
 }  # others as they are
 FILES = {"onnx": "ONNX adapter", "onnx_each": "ONNX file"}
+BASE = "base"  # instead of the name of an adapter: the files without one
 FEW_TOKENS = 1000  # a proof on fewer tokens is a caution
 NOT_MEASURED = Markup('<span class="nm">not measured</span>')
 
@@ -63,6 +64,11 @@ class Job:
         """A dict of the results; empty if there is none."""
         found = self.get(*path)
         return found if isinstance(found, dict) else {}
+
+    @property
+    def title(self) -> str:
+        """The name of the job: that of its recipe, or of its folder."""
+        return str(self.setting("name") or self.get("recipe") or self.name)
 
     @property
     def adapters(self) -> list[str]:
@@ -122,13 +128,16 @@ class Job:
 
     def limit(self, target: str, adapter: str, name: str) -> float | None:
         """The limit that the proof of `adapter` had to keep."""
-        own = self.number("parity", target, adapter, "limits", name)
-        return own if own is not None else finite(self.setting("verify", name))
+        return self.number("parity", target, adapter, "limits", name)
 
     def parity(self, target: str, adapter: str) -> dict[str, Any]:
         """What the proof of an adapter's files found; empty if they were not run."""
         found = self.section("parity", target, adapter)
         return {} if "not_run" in found else found
+
+    def other_cases(self, target: str) -> list[str]:
+        """What was checked besides adapters: the base without one, several adapters together."""
+        return [name for name in self.section("parity", target) if name not in self.adapters]
 
     def compared_with(self, target: str, adapter: str) -> str:
         """What the files were compared with: `simulated`, or, without activations, `adapted`."""
@@ -145,6 +154,19 @@ class Job:
         found = self.number("parity", target, adapter, "perplexity")
         expected = self.expected(target, adapter)
         return found / expected - 1 if found and expected else None
+
+    def worst_proof(
+        self, adapter: str, key: str, is_least: bool = False
+    ) -> tuple[float | None, Path]:
+        """The largest (or least) `key` of an adapter's proofs, over all targets that measured it,
+        and its place in the results."""
+        places = [
+            ("parity", target, adapter, key)
+            for target in self.targets
+            if (target, adapter) not in self.stale
+        ]
+        found = [(value, place) for place in places if (value := self.number(*place)) is not None]
+        return (min if is_least else max)(found) if found else (None, ())
 
     def best_kind(self, adapter: str) -> str | None:
         """The last model of an adapter that was evaluated: `simulated`, else `adapted`."""
@@ -165,6 +187,19 @@ class Job:
             found.update(self.section("stages", verb, "parts"))
         order = {name: n for n, name in enumerate(self.planned_stages)}
         return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+
+    @property
+    def seconds_so_far(self) -> float:
+        """Time of all finished stages, also of earlier runs, and of the stage that runs."""
+        parts = list(self.finished_stages.values())
+        began = str(self.get("run", "started") or "")
+        earlier = [part for part in parts if str(part.get("started") or "") < began]
+        finished, before = (
+            sum(finite(p.get("seconds")) or 0.0 for p in ps) for ps in (parts, earlier)
+        )
+        if self.state == "finished":
+            return finished
+        return max(finished, before + (self.number("run", "elapsed_seconds") or 0.0))
 
     @property
     def command(self) -> str:

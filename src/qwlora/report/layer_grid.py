@@ -7,7 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 MOST_COLUMNS = 120  # above, a column is a group of blocks, and shows the worst of them
-_BLOCK = re.compile(r"^(.*?)\.?\b(\d+)\.(.+)$")
+MOST_KINDS = 60  # rows; those with the largest values
+_BLOCK = re.compile(r"^(.*?)\.?\b(\d{1,9})\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,13 @@ class Grid:
         rows: kinds, in the order of the model.
         columns: first and last block of each.
         cells: the largest value by (row, column), with its place.
+        left_out: kinds that have no row, since there are too many.
     """
 
     rows: tuple[str, ...]
     columns: tuple[tuple[int, int], ...]
     cells: Mapping[tuple[int, int], tuple[float, Place]]
+    left_out: int = 0
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -64,11 +67,17 @@ def grid_of(values: Mapping[str, float], blocks: Iterable[int] | None = None) ->
     last = max(blocks) if blocks else max(place.block for place, _ in placed)
     group = -(-(last + 1) // MOST_COLUMNS)
     columns = tuple((n, min(n + group - 1, last)) for n in range(0, last + 1, group))
-    rows = tuple(dict.fromkeys(place.kind for place, _ in placed))
+    worst: dict[str, float] = {}
+    for place, value in placed:
+        worst[place.kind] = max(value, worst.get(place.kind, value))
+    kept = set(sorted(worst, key=lambda kind: -worst[kind])[:MOST_KINDS])
+    rows = tuple(kind for kind in worst if kind in kept)
     number = {kind: n for n, kind in enumerate(rows)}
     cells: dict[tuple[int, int], tuple[float, Place]] = {}
     for place, value in placed:
+        if place.kind not in kept:
+            continue
         cell = (number[place.kind], place.block // group)
         if cell not in cells or value > cells[cell][0]:
             cells[cell] = (value, place)
-    return Grid(rows, columns, cells)
+    return Grid(rows, columns, cells, len(worst) - len(rows))

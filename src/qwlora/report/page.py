@@ -85,7 +85,7 @@ def render(job: Job) -> str:
         .get_template("page.html")
         .render(
             job=job,
-            title=f"{job.name} · {found.kind.label}",
+            title=f"{job.title} · {found.kind.label}",
             subtitle=_subtitle(job),
             verdict=found,
             tiles=tiles(job),

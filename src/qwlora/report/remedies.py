@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from qwlora.report.checks import BASE, Outcome, proof_checks
-from qwlora.report.job import Job, code, without_folders
+from qwlora.report.checks import Outcome, proof_checks
+from qwlora.report.job import BASE, Job, code, without_folders
 from qwlora.report.written_numbers import count, precise_percent, significant
 
 

@@ -10,6 +10,7 @@ from markupsafe import Markup, escape
 from qwlora.report.job import Tagged
 
 MOST_ROWS = 50
+MOST_SENT = 10_000  # rows in the page; the others are in results.json
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class Table:
         left: numbers of the columns that hold words.
         sortable: a reader may sort it by any column.
         most: rows that are shown at once; the others are shown on request.
+        left_out: rows that the page does not have.
     """
 
     caption: str | Markup
@@ -31,6 +33,7 @@ class Table:
     sortable: bool = False
     most: int = MOST_ROWS
     note: str | Markup = ""
+    left_out: int = 0
 
     @property
     def first_rows(self) -> Sequence[Sequence[str | Markup | None]]:

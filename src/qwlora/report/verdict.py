@@ -2,7 +2,7 @@
 
     No verdict yet    the job is not finished
     Do not ship       a check failed, or a stage did
-    Not proven        an exported file was not checked, or changed after the check
+    Not proven        an exported file was not checked against every limit, or changed since
     Ship with care    all checks passed, with a caution
     Ship              all checks passed
 
@@ -22,7 +22,7 @@ from enum import Enum
 from markupsafe import Markup
 
 from qwlora.messages import duration
-from qwlora.report.checks import Check, Outcome, all_checks
+from qwlora.report.checks import Check, Outcome, all_checks, outcome_of, proof_checks
 from qwlora.report.job import Job, code, runtime
 from qwlora.report.written_numbers import count, listed, percent
 
@@ -89,12 +89,13 @@ def _unproven(job: Job) -> str:
     if not job.targets:
         return "no runtime was checked: the recipe has no export target"
     for target in job.targets:
-        for name in job.adapters:
+        for name in (*job.adapters, *job.other_cases(target)):
             of = f" of {name}" if len(job.adapters) > 1 else ""
             if (target, name) in job.stale:
                 return f"the files{of} for {runtime(target)} changed after the check"
-            if not job.parity(target, name):
-                return f"the file{of} was not checked in {runtime(target)}"
+            if outcome_of(list(proof_checks(job, target, name))) is Outcome.MISSING:
+                what = "not checked completely" if job.parity(target, name) else "not checked"
+                return f"the file{of} was {what} in {runtime(target)}"
     return ""
 
 
@@ -137,18 +138,15 @@ def _below(job: Job, kind: Kind) -> str | Markup:
         return Markup(
             "Check the files with {}. It runs every file and compares it with the simulation."
         ).format(code(job.verb_command("verify")))
-    tokens = [
-        job.number("parity", target, name, "tokens")
-        for target in job.targets
-        for name in job.adapters
-    ]
-    known = [number for number in tokens if number is not None]
-    runtimes = listed([runtime(target) for target in job.targets])
-    of_tokens = f" on {count(min(known))} tokens" if known else ""
-    each = " each" if len(known) > 1 else ""
+    places = []
+    for target in job.targets:
+        tokens = [job.number("parity", target, name, "tokens") for name in job.adapters]
+        known = [number for number in tokens if number is not None]
+        of_tokens = f" on {count(min(known))} tokens" if known else ""
+        places.append(f"{runtime(target)}{of_tokens}{' each' if len(known) > 1 else ''}")
     missing = _not_measured(job) if kind is not Kind.SHIP else ""
     rest = f" {missing[:1].upper()}{missing[1:]}." if missing else ""
-    return f"Checked in {runtimes}{of_tokens}{each}.{rest}"
+    return f"Checked in {listed(places)}.{rest}"
 
 
 def _failure(job: Job, checks: tuple[Check, ...]) -> str:

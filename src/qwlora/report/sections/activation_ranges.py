@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from markupsafe import Markup
@@ -47,11 +48,11 @@ class Panel:
         low, high, _ = self.ranges[block]
         return max(abs(low), abs(high))
 
-    @property
+    @cached_property
     def peaks(self) -> dict[int, float]:
         return {block: self.peak(block) for block in sorted(self.ranges)}
 
-    @property
+    @cached_property
     def median(self) -> float:
         values = sorted(self.peaks.values())
         return values[len(values) // 2]

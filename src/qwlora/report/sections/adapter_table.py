@@ -122,15 +122,18 @@ def _card(job: Job, name: str, same: list[str]) -> Card:
         ("Trained parameters", ("train", name, "trainable_parameters"), count),
         ("Perplexity, adapted", ("perplexity", "adapted", name), perplexity),
         ("Perplexity, simulated", ("perplexity", "simulated", name), perplexity),
-        ("Same likeliest token", ("parity", target, name, "top1_agreement"), precise_percent),
-        ("Worst layer, steps", ("parity", target, name, "worst_layer_steps"), fixed),
+        (
+            "Same likeliest token",
+            job.worst_proof(name, "top1_agreement", is_least=True)[1],
+            precise_percent,
+        ),
+        ("Worst layer, steps", job.worst_proof(name, "worst_layer_steps")[1], fixed),
         (FILES.get(target, "Exported file"), ("export", target, name, "bytes"), size),
     )
     facts = []
     for label, path, write in entries:
         value = job.number(*path)
-        is_stale = path[0] == "parity" and (target, name) in job.stale
-        shown = NOT_MEASURED if value is None or is_stale else tagged(write(value), value, path)
+        shown = NOT_MEASURED if value is None else tagged(write(value), value, path)
         facts.append((label, shown))
     return Card(name, f"same as {listed(same)}" if same else "", _sparkline(job, name), facts)
 
@@ -164,8 +167,8 @@ def _table(job: Job, texts: list[str]) -> Table:
         ("Perplexity, simulated", lambda n: ("perplexity", "simulated", n), lambda v: fixed(v, 3)),
         (
             "Worst layer, steps",
-            lambda n: ("parity", target, n, "worst_layer_steps"),
-            lambda v: fixed(v, 4),
+            lambda n: job.worst_proof(n, "worst_layer_steps")[1],
+            fixed,
         ),
         ("File, MB", lambda n: ("export", target, n, "bytes"), lambda v: fixed(v / 1e6, 2)),
     )

@@ -25,6 +25,7 @@ ROWS = {
     "documents": "Documents",
     "tokens": "Tokens",
     "sequences": "Sequences",
+    "sequence_tokens": "Tokens of the longest sequence",
     "learnt_tokens": "Loss tokens",
     "dropped_tokens": "Tokens dropped at the end",
     "truncated_documents": "Documents cut short",
@@ -50,12 +51,9 @@ def view(job: Job, adapter: str | None) -> View | None:
 def _summary(job: Job, path: tuple[str, ...]) -> str:
     data = job.section(*path)
     kind, packing = str(data.get("kind", "")), str(data.get("packing", ""))
-    tokens = job.number(*path, "train", "sequence_tokens")
     source = job.setting("data", "source")
     parts = [KINDS.get(kind, kind), PACKINGS.get(packing, packing)]
-    words = ", ".join(part for part in parts if part) + (
-        f" of {count(tokens)} tokens" if tokens else ""
-    )
+    words = ", ".join(part for part in parts if part)
     if len(job.section("texts")) > 1:
         return f"{len(job.section('texts'))} texts; the first: {words}."
     return f"Source {without_folders(str(source))}: {words}." if source else f"{words}."

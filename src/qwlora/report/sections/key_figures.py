@@ -103,10 +103,21 @@ def packing(job: Job, adapter: str | None) -> Tile:
     )
 
 
+def _furthest_target(job: Job, adapter: str) -> str:
+    """The target whose files are furthest from what is expected; empty if none was measured."""
+    drifts = {
+        target: abs(drift)
+        for target in job.targets
+        if (target, adapter) not in job.stale and (drift := job.drift(target, adapter)) is not None
+    }
+    return max(drifts, key=lambda target: drifts[target], default="")
+
+
 def shipping_cost(job: Job, adapter: str) -> float | None:
     """Relative perplexity between the trained adapter and the exported file."""
-    drift = job.drift(job.targets[0], adapter) if job.targets else None
-    if job.targets and job.compared_with(job.targets[0], adapter) == "adapted":
+    target = _furthest_target(job, adapter)
+    drift = job.drift(target, adapter)
+    if job.compared_with(target, adapter) == "adapted":
         return drift  # the files hold no activations
     simulation = job.change("simulated", "adapted", adapter)
     return None if simulation is None or drift is None else (1 + simulation) * (1 + drift) - 1
@@ -120,9 +131,9 @@ def _shipping(job: Job, adapter: str) -> Tile:
     cost = shipping_cost(job, adapter)
     if cost is None:
         return Tile("Cost of shipping", tip, NOT_MEASURED, "", _add(job, "verify"))
-    drift = job.drift(job.targets[0], adapter) or 0.0
-    export = f"export {precise_percent(drift, True)}"
-    if job.compared_with(job.targets[0], adapter) == "simulated":
+    target = _furthest_target(job, adapter)
+    export = f"export {precise_percent(job.drift(target, adapter) or 0.0, True)}"
+    if job.compared_with(target, adapter) == "simulated":
         simulation = job.change("simulated", "adapted", adapter) or 0.0
         export = f"simulation {precise_percent(simulation, True)}, {export}"
     return Tile(
@@ -156,12 +167,11 @@ def _same_token(job: Job, adapter: str) -> Tile:
         "Same likeliest token: how often two models would pick the same next word. Here: exported "
         "file against simulation."
     )
-    target = job.targets[0] if job.targets else ""
-    path = ("parity", target, adapter, "top1_agreement")
-    value, floor = job.number(*path), job.number(*path[:-1], "floor_top1_agreement")
-    if value is None or (target, adapter) in job.stale:
+    value, path = job.worst_proof(adapter, "top1_agreement", is_least=True)
+    floor = job.number(*path[:-1], "floor_top1_agreement")
+    if value is None:
         return Tile("Same likeliest token", tip, NOT_MEASURED, "", _add(job, "verify"))
-    note = f"noise floor {precise_percent(floor)}" if floor is not None else runtime(target)
+    note = f"noise floor {precise_percent(floor)}" if floor is not None else runtime(path[1])
     return Tile("Same likeliest token", tip, tagged(precise_percent(value), value, path), "", note)
 
 
@@ -220,7 +230,7 @@ def _of_several(job: Job) -> list[Tile]:
     shares = {
         n: share
         for n in names
-        if (share := job.number("parity", target, n, "top1_agreement")) is not None
+        if (share := job.worst_proof(n, "top1_agreement", is_least=True)[0]) is not None
     }
     kls = {
         n: kl
@@ -267,8 +277,7 @@ def _worst(tile: Tile, values: dict[str, float], largest: bool = True) -> Tile:
 def _of_unfinished(job: Job) -> list[Tile]:
     training = job.section("run", "training")
     adapter = str(training.get("adapter") or (job.adapters or [""])[0])
-    path = ("run", "elapsed_seconds")
-    time, done, plan = job.number(*path), job.finished_stages, job.planned_stages
+    done, plan = job.finished_stages, job.planned_stages
     stages = f"{len(done)} of {len(plan)} stages done" if plan else f"{len(done)} stages done"
     step, steps = training.get("step") or 0, training.get("steps") or 0
     per_step = job.number("run", "training", "step_seconds")
@@ -280,8 +289,8 @@ def _of_unfinished(job: Job) -> list[Tile]:
     return [
         Tile(
             "Time so far",
-            "Wall clock since this run started.",
-            tagged(seconds(time or 0), time, path),
+            "Time of all stages so far, also of those that an earlier run finished.",
+            valued(seconds(job.seconds_so_far), job.seconds_so_far),
             "",
             stages,
         ),

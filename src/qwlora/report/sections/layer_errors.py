@@ -11,12 +11,11 @@ from markupsafe import Markup
 from qwlora.report.drawing import MOST_TITLES, Drawing, figure, shortened
 from qwlora.report.job import NOT_MEASURED, Job, code, finite, tagged
 from qwlora.report.layer_grid import Grid, grid_of, place_of
-from qwlora.report.report_table import Table
+from qwlora.report.report_table import MOST_SENT, Table
 from qwlora.report.section import Section, View
 from qwlora.report.written_numbers import count, percent, precise_percent, significant
 
 BINS = 8
-STANDS_OUT = 3.0  # times the median
 EVEN = 2.0  # a map whose largest value is less than this times its median is folded
 
 
@@ -158,6 +157,10 @@ def _maps(
         if (where := place_of(name)) is not None
     }
     drawn = figure(lambda width: _draw(grid, width, title, write, low, high, digits))
+    if grid.left_out:
+        what += (
+            f" The {count(grid.left_out)} kinds of layers with the smallest values are left out."
+        )
     return [Map(title, what, sentence, drawn, write(low), write(high), even)]
 
 
@@ -223,7 +226,7 @@ def _draw(
 
 
 def _table(job: Job, adapter: str | None, of_base: bool) -> Table:
-    """The layers that stand out in any column, largest first; or all, if they are few."""
+    """The layers, by how far above the median they are in any column."""
     bits = _bits(job)
     columns: list[
         tuple[str, dict[str, float], Callable[[float], str], Callable[[str], tuple[str, ...]]]
@@ -270,7 +273,7 @@ def _table(job: Job, adapter: str | None, of_base: bool) -> Table:
     def rank(layer: str) -> float:
         return max(v[layer] / m for v, m in zip(values, medians, strict=True) if layer in v)
 
-    layers = sorted(order, key=lambda layer: (-rank(layer), order[layer]))
+    layers = sorted(order, key=lambda layer: (-rank(layer), order[layer]))[:MOST_SENT]
     fixes = job.section("simulation", adapter or "", "equalize", "layers")
     headings = ["Layer", *(["Bits"] if of_base else []), *(title for title, _, _, _ in columns)]
     headings += ["Fix applied"] if fixes else []
@@ -291,12 +294,13 @@ def _table(job: Job, adapter: str | None, of_base: bool) -> Table:
             row.append(str(fixes.get(layer, {}).get("method", "none")))
         rows.append(row)
     return Table(
-        "The layers that stand out. Select a column heading to sort all of them.",
+        "Layers, those furthest above the median of a column first. Select a heading to sort.",
         headings,
         rows if columns else [],
         left=(len(headings) - 1,) if fixes else (),
         sortable=True,
         most=12,
+        left_out=len(order) - len(layers),
     )
 
 

@@ -305,14 +305,10 @@ def _table(job: Job, adapter: str) -> Table:
         if missing
         else ""
     )
-    tokens = job.number("data", "sequence_tokens") or job.number(
-        "data", "held_out", "sequence_tokens"
-    )
     sequences = job.setting("data", "evaluation_sequences")
     words = f"the same {sequences} held-out sequences" if sequences else "the same held-out text"
-    each = f" of {count(tokens)} tokens" if tokens and sequences else ""
     return Table(
-        f"Every stage on {words}{each}. KL divergence (nats) and same likeliest token are against "
+        f"Every stage on {words}. KL divergence (nats) and same likeliest token are against "
         "the float model; the standard error is that of the perplexity.",
         (
             "Stage",

@@ -42,7 +42,7 @@ def view(job: Job, adapter: str | None) -> View | None:
     if not bars:
         return None
     sizes = _sizes(job)
-    total = sum(bar.seconds or 0.0 for bar in bars)
+    total = job.seconds_so_far
     longest = max(bars, key=lambda bar: bar.seconds or 0.0)
     waits = any(bar.state in ("waiting", "running") for bar in bars)
     return {

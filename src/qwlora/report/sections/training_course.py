@@ -226,11 +226,9 @@ def _facts(job: Job, adapter: str) -> list[tuple[str, Markup | str]]:
     facts: list[tuple[str, Markup | str]] = []
     steps = job.number(*path, "steps")
     batch = setting.get("batch_sequences")
-    tokens = job.number("data", "train", "sequence_tokens")
     of = f", of {batch} sequence{'s' if batch != 1 else ''}" if batch else ""
-    each = f" of {count(tokens)} tokens" if of and tokens else ""
     if steps is not None:
-        facts.append(("Steps", tagged(count(steps), steps, (*path, "steps")) + f"{of}{each}"))
+        facts.append(("Steps", tagged(count(steps), steps, (*path, "steps")) + of))
     for key, label, write in (
         ("step_seconds", "Time per step", seconds),
         ("peak_rss_bytes", "Peak memory", size),

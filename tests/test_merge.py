@@ -182,6 +182,7 @@ def test_the_advice_weighs_what_is_kept_of_the_gain(merged: float, advice: str) 
     """An adapter that gained 10 %: a merge that is 1 % worse than it may have lost most of that."""
     verdict = Verdict({}, base=10.0, adapted=9.0, merged=merged)
     assert verdict.recommendation().startswith(advice)
+    assert Verdict({}, base=20.0, adapted=10.0, merged=11.0).is_harmless  # keeps exactly 90 %
     small = Verdict({}, base=10.0, adapted=9.95, merged=9.9974)  # keeps 5.2 %, 0.5 % worse
     assert not small.is_harmless
     assert small.recommendation().startswith("Keep the adapter separate")

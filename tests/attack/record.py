@@ -30,9 +30,10 @@ SECTIONS = {
         "Damaged and swapped files",
         "Every kind of file in three finished jobs, found by listing their directories, gets a "
         "flipped bit at six random places (half of the time with the old modification time "
-        "restored; each for one of its readers), is cut at a random length, emptied, deleted, and "
-        "swapped with another file. Then the commands and functions that read it run. Held: exit "
-        "code 2 with one message, or QWLoRA's own exception in Python, or harmless as listed below.",
+        "restored), is cut at a random length, emptied, deleted, and swapped with another file. "
+        "Then the commands and functions that read it run, for a cut and a swap all of them, else "
+        "one in turn. Held: exit code 2 with one message, or QWLoRA's own exception in Python, or "
+        "harmless as listed below.",
     ),
     "reports": (
         "Reports of damaged jobs",

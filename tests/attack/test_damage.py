@@ -218,8 +218,8 @@ def test_damaged_files_are_noticed_by_what_reads_them(
         done = damage(place / file, how, generator)
         problems = {}
         readers = [r for r in READERS if job.name in r.jobs and re.search(r.reads, kind)]
-        if how.startswith("flip"):  # each reader gets some of the places
-            readers = [readers[int(how.split()[1]) % len(readers)]] if readers else []
+        if readers and how not in ("cut", "swap"):  # each reader gets some of these
+            readers = [readers[HOWS.index(how) % len(readers)]]
         for reader in readers if done else []:
             ended = reader.run(place, file, folder / "logs")
             problems[reader.name] = _judge(reader, kind, ended, place, job.finished)
@@ -376,7 +376,7 @@ def test_stages_resume_from_damaged_checkpoints_to_the_same_artifacts(
         interrupted[verb] = _interrupt(target, folder / f"{verb}-interrupted")
         found = kinds(interrupted[verb] / "job", ".qwlora/work")
         assert found, f"{verb} keeps nothing to resume from"
-        trials += [(verb, kind, files, how) for kind, files in found.items() for how in HOWS]
+        trials += [(verb, kind, files, how) for kind, files in found.items() for how in HOWS[2:]]
 
     def attack(trial: tuple[str, str, list[Path], str], folder: Path) -> dict[str, Any]:
         verb, kind, files, how = trial

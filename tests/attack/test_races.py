@@ -15,7 +15,7 @@ from .record import Record
 from .victims import Ended, command, parallel, qwlora, seeds, start
 
 pytestmark = pytest.mark.attack
-STARTS = 40  # of two processes, on a new directory, and as many on one that is there
+STARTS = 25  # of two processes, on a new directory, and as many on one that is there
 MERGES = 10
 
 

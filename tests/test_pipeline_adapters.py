@@ -184,26 +184,6 @@ def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(
                 ] == remade.get(init, [])
 
 
-def test_the_adapter_is_equalized_for_its_grid(recipe_for: Any, tmp_path: Path) -> None:
-    path, out = recipe_for(adapters=TWO[:1]), tmp_path / "out"
-    four = "simulation.adapter_weights.bitwidth=4"
-    results, _ = run_recipe(path, out, four)
-    layers = results["simulation"]["a"]["equalize"]["layers"]
-    assert set(layers) == {
-        f"model.layers.{i}.{n}"
-        for i in range(2)
-        for n in [f"self_attn.{p}_proj" for p in "qkvo"]
-        + [f"mlp.{p}_proj" for p in ("gate", "up", "down")]
-    }
-    assert all(report["after"] <= report["before"] for report in layers.values())
-    assert any(
-        report["after"] < report["before"] and report["method"] != "none"
-        for report in layers.values()
-    )
-    results, _ = run_recipe(path, out, four, "simulation.equalize=none")
-    assert results["simulation"]["a"]["equalize"] == {"method": "none", "layers": {}}
-
-
 @pytest.mark.parametrize(
     ("change", "problem"),
     [

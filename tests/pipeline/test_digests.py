@@ -15,7 +15,6 @@ from qwlora.pipeline import digests as module
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.plan import make_plan
-from qwlora.pipeline.stage import PlanBuilder
 from qwlora.recipe import load_recipe
 
 
@@ -186,25 +185,6 @@ def test_an_adapter_to_continue_counts_by_its_content(recipe_for: Any, tmp_path:
     changed = {name for name in before if after[name] != before[name]}
     assert "train/first" in changed
     assert "quantize" not in changed
-
-
-def test_the_key_of_a_training_stage_has_the_names_that_older_jobs_hashed(
-    recipe_for: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    hashed: dict[str, Any] = {}
-    own = PlanBuilder.add
-
-    def add(plan: PlanBuilder, name: str, inputs: Any, *rest: Any, **more: Any) -> None:
-        hashed[name] = inputs
-        own(plan, name, inputs, *rest, **more)
-
-    monkeypatch.setattr(PlanBuilder, "add", add)
-    adapters = [{"name": "a"}, {"name": "b", "continue_from": "a"}]
-    recipe = load_recipe(recipe_for(adapters=adapters))
-    make_plan(recipe, JobTexts(recipe))
-    settings = hashed["train/b"][0]
-    assert settings["start"] == "a"
-    assert "continue_from" not in settings
 
 
 @pytest.mark.usefixtures("settled")

@@ -13,7 +13,7 @@ import yaml
 
 from conftest import tiny_model
 from pipeline.conftest import FakeJob
-from qwlora.adapter.adapter_updates import adapter_updates, update_values
+from qwlora.adapter.adapter_updates import adapter_updates
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.errors import (
     DirectoryError,
@@ -261,10 +261,6 @@ def test_paths_of_the_user_are_not_recorded() -> None:
 
 def test_updates_of_an_adapter() -> None:
     torch.manual_seed(0)
-    second, first = torch.randn(32, 4), torch.randn(4, 64)
-    expected = torch.linalg.svdvals((second @ first).double())[:4]
-    torch.testing.assert_close(update_values(second, first), expected, rtol=1e-5, atol=1e-8)
-
     model = tiny_model("llama", layers=1)
     quantize_(model, "w4-block32", "rtn")
     adapted = attach(model, LoraShape(rank=4, alpha=8.0), 0)
@@ -273,7 +269,5 @@ def test_updates_of_an_adapter() -> None:
         layer.lora_B["default"].weight.normal_()
     update = layer.get_delta_weight("default").detach().double()
     found = adapter_updates(adapted)["model.layers.0.self_attn.q_proj"]
-    values = torch.linalg.svdvals(update)[:4].tolist()
-    assert found["singular_values"] == pytest.approx(values, rel=1e-4)
     frozen = layer.get_base_layer().tensor.dequantize().double()
     assert found["gain"] == pytest.approx(float(update.norm() / frozen.norm()), rel=1e-4)

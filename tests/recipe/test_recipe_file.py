@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,6 @@ import pytest
 
 from qwlora.errors import RecipeError
 from qwlora.recipe import load_recipe
-from qwlora.recipe.dropped_keys import DROPPED_KEYS
 
 LONG = "x" * 5000
 
@@ -56,29 +53,3 @@ def test_a_template_that_is_not_utf8_names_its_line(recipe_for: Any, tmp_path: P
     (found,) = problems(recipe_for(), f"data.chat_template={tmp_path / 'chat.jinja'}")
     assert "chat.jinja:2" in found
     assert "UTF-8" in found
-
-
-def in_recipe(key: str) -> str:
-    """Where a key is in a recipe: keys of adapters are in the items of a list."""
-    return key.replace("adapters.", "adapters.0.")
-
-
-def test_a_dropped_key_at_its_default_is_ignored(recipe_for: Any) -> None:
-    changes = [f"{in_recipe(key)}={json.dumps(d)}" for key, d in DROPPED_KEYS.items()]
-    assert load_recipe(recipe_for(), tuple(changes)) == load_recipe(recipe_for())
-
-
-@pytest.mark.parametrize("key", DROPPED_KEYS)
-def test_a_dropped_key_with_another_value_is_refused(recipe_for: Any, key: str) -> None:
-    (found,) = problems(recipe_for(), f"{in_recipe(key)}=0.25")
-    assert re.fullmatch(rf"{in_recipe(key)}: is 0.25, .* no longer exists.*", found)
-
-
-def test_a_renamed_key_is_refused_with_its_new_name(recipe_for: Any) -> None:
-    (found,) = problems(recipe_for(), "adapters.0.start=owner/adapter")
-    assert found.startswith("adapters.0.start: ")
-    assert "continue_from" in found
-
-
-def test_a_renamed_key_that_is_null_as_older_jobs_wrote_it_is_ignored(recipe_for: Any) -> None:
-    assert load_recipe(recipe_for(), ("adapters.0.start=null",)) == load_recipe(recipe_for())

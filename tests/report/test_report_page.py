@@ -14,7 +14,6 @@ import pytest
 from qwlora.report.drawing import ticks
 from qwlora.report.job import Job, without_folders
 from qwlora.report.page import render, render_comparison
-from qwlora.report.sections.adapter_spectrum import needed
 from qwlora.report.written_numbers import (
     MINUS,
     count,
@@ -329,9 +328,3 @@ def test_ticks_are_round_and_inside() -> None:
     assert ticks(13, 20) == [13, 14, 15, 16, 17, 18, 19, 20]
     assert ticks(0.91, 1.0, 5) == pytest.approx([0.92, 0.94, 0.96, 0.98, 1.0])
     assert ticks(2, 2) == [2]
-
-
-def test_the_energy_of_an_update() -> None:
-    assert needed([3.0, 1.0, 0.0]) == 1
-    assert needed([1.0, 1.0, 1.0, 1.0]) == 4
-    assert needed([2.0]) == 1

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
 from functools import cached_property
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -22,7 +21,6 @@ from torch import Tensor, nn
 
 from qwlora.adapter.adapter_folder import check_adapter, load_adapter, reading
 from qwlora.adapter.attach import adapter_folder, attach, attach_existing
-from qwlora.adapter.equalize_factors import equalize_adapter_
 from qwlora.errors import SourceError
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_files import read_record
@@ -34,9 +32,8 @@ from qwlora.formats.model_source import fetch, load_config, load_model, load_tok
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme
-from qwlora.grid.second_moments import Moments
 from qwlora.parameter_names import parameter_name
-from qwlora.pipeline.artifacts import ADAPTER, BASE_SIMULATION, MOMENTS, SCALES, SOLVER_SCALES
+from qwlora.pipeline.artifacts import ADAPTER, BASE_SIMULATION, SCALES, SOLVER_SCALES
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.prepared_text import PreparedText
 from qwlora.pipeline.unused_rules import refuse_unused_rules
@@ -113,7 +110,6 @@ class JobContext:
         self._rules_are_checked = False
         # Why the weights cannot be read tensor by tensor; set by `lazy`.
         self.whole_because: str | None = None
-        self.equalization: dict[str, Any] = {}
         # Called after each training step with a function that describes the progress.
         self.on_training: Callable[[Callable[[], dict[str, Any]]], None] = lambda progress: None
 
@@ -310,28 +306,14 @@ class JobContext:
         ids = self.base_calibration_ids(1)[:, :16].repeat(2, 1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def equalized(self, *names: str) -> PeftModel:
-        """A fresh copy of the base with equalized trained adapters, the first of them active.
-
-        Sets `equalization` to the report of the last adapter.
-        """
+    def with_adapters(self, *names: str) -> PeftModel:
+        """A fresh copy of the base with trained adapters, the first of them active."""
         model = self.adapted(names[0])
         for number, name in enumerate(names[1:], 1):
             folder = self.path / "adapters" / name
             check_adapter(folder, self.base_fingerprint)
             with reading(folder, model):
                 model.load_adapter(str(folder), adapter_name=f"{number}")
-        method, schemes = self.recipe.simulation.equalize, self.schemes
-        for adapter in model.peft_config:
-            reports = equalize_adapter_(
-                model,
-                schemes.adapter_weights,
-                method,
-                Moments(self.path / "base" / MOMENTS),
-                schemes.adapter_activations,
-                adapter,
-            )
-            self.equalization = {path: asdict(report) for path, report in reports.items()}
         return model.eval()
 
     def new_simulation(self, name: str, model: PeftModel | None = None) -> Simulation:
@@ -341,10 +323,10 @@ class JobContext:
         Only one simulation is kept in memory, besides the zero adapter's while both are compared.
 
         Args:
-            model: the base with the equalized adapter. Default: `equalized(name)`.
+            model: the base with the adapter. Default: a fresh copy of both.
         """
         self._simulation = self.zero_adapter = None
-        model = model or self.equalized(name)
+        model = model or self.with_adapters(name)
         with self.step("capturing the graph"):
             simulation = simulate(model, self.example_inputs, self.schemes)
         self.check_rules(simulation.placement)

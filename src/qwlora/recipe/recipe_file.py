@@ -15,7 +15,6 @@ from qwlora.data.text_files import read_text
 from qwlora.errors import RecipeError, SourceError
 from qwlora.formats.user_path import does_not_exist, source_path, user_path
 from qwlora.messages import suggestion
-from qwlora.recipe.dropped_keys import drop_keys
 from qwlora.recipe.whole_recipe import Recipe
 from qwlora.recipe.yaml_core import load_yaml
 
@@ -55,7 +54,6 @@ def parse_recipe(given: Mapping[str, Any], source: str, changes: tuple[str, ...]
     """A recipe from its content; `source` is the file that messages name. See `load_recipe`."""
     content = copy.deepcopy(dict(given))
     problems = [p for change in changes if (p := _change(content, change))]
-    problems += drop_keys(content)
     problems += _missing_sources(content)
     _make_paths_absolute(content)
     try:

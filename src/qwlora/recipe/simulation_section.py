@@ -129,11 +129,6 @@ class SimulationSection(Section):
         description="bits of what lora_A and lora_B compute, before it is added to the base "
         "layer's output. Default: those of other activations",
     )
-    equalize: Literal["auto", "none", "diagonal", "hadamard"] = Field(
-        "auto",
-        description="rewrite lora_A and lora_B as factors of the same product that lose less on "
-        "their grid; auto: the best per layer, including unchanged",
-    )
     base_activations: Literal["all", "adapter_only", "none"] = Field(
         "all",
         description="encodings that change with the adapter, as QAIRT's quant_updatable_mode. all: "

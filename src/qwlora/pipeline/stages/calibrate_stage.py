@@ -17,7 +17,6 @@ from qwlora.pipeline.artifacts import ADAPTER, SHARED, USE_CASES, ZERO_ADAPTER
 from qwlora.pipeline.covered_layers import is_covered
 from qwlora.pipeline.stage import PlanBuilder, Stage
 from qwlora.recipe import Adapter, Data, Recipe
-from qwlora.recipe.dropped_keys import dropped_defaults
 from qwlora.revisions import revision
 
 if TYPE_CHECKING:
@@ -32,8 +31,10 @@ SIMULATION_FORMAT = 3  # 2: contains the adapter; 3: lists values that calibrati
 def range_inputs(plan: PlanBuilder, texts: Iterable[Data]) -> list[Any]:
     """Key inputs of activation ranges that are measured on `texts`."""
     section = plan.recipe.simulation
-    settings = section.model_dump() | dropped_defaults("simulation")
-    inputs: list[Any] = [settings, [[plan.texts.key(t), t.calibration_sequences] for t in texts]]
+    inputs: list[Any] = [
+        section.model_dump(),
+        [[plan.texts.key(t), t.calibration_sequences] for t in texts],
+    ]
     observers = {section.observer, *(r.observer for r in section.rules if r.observer is not None)}
     if any(Estimator(observer).needs_sample for observer in observers):
         inputs.append(revision("grid.activation_observer"))
@@ -124,7 +125,6 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         "calibration_tokens": report.tokens,
         "constants": list(report.constants),
         "unseen": list(report.unseen),
-        "equalize": {"method": section.equalize, "layers": context.equalization},
     }
     if section.base_activations != "all":
         measured["perplexity_with_own_encodings"] = perplexity(
@@ -148,7 +148,7 @@ def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
     from qwlora.simulation.stored_encodings import save_encodings
 
     section = context.recipe.simulation
-    model = context.equalized(*(adapter.name for adapter in context.recipe.adapters))
+    model = context.with_adapters(*(adapter.name for adapter in context.recipe.adapters))
     with context.step("capturing the graph"):
         simulations = simulate_adapters(
             model, context.example_inputs, context.schemes, section.base_activations

@@ -44,9 +44,7 @@ def add(plan: PlanBuilder, adapter: Adapter) -> None:
     needs = ("quantize", f"train/{first.name}") if first else ("quantize",)
     if recipe.workflow == "qwa-lora":
         needs = (*needs, "calibrate-base")
-    settings = adapter.model_dump(exclude=unused)
-    settings["start"] = settings.pop("continue_from")  # its name when the first jobs were made
-    inputs = [settings, learns, recipe.seed]
+    inputs = [adapter.model_dump(exclude=unused), learns, recipe.seed]
     artifact = f"adapters/{adapter.name}"
     plan.add(f"{NAME}/{adapter.name}", inputs, needs, adapter.name, artifact)
 

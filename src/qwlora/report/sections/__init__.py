@@ -5,7 +5,6 @@ from __future__ import annotations
 from qwlora.report.section import Section
 from qwlora.report.sections import (
     activation_ranges,
-    adapter_spectrum,
     adapter_table,
     data_summary,
     layer_errors,
@@ -25,7 +24,6 @@ SECTIONS: tuple[Section, ...] = tuple(
         training_course,
         layer_errors,
         activation_ranges,
-        adapter_spectrum,
         runtime_parity,
         task_scores,
         time_and_size,

@@ -37,11 +37,6 @@ class Map:
     folded: bool
 
 
-def ppm(value: float) -> str:
-    """`21.6 ppm`, or percent from 0.1% on."""
-    return f"{significant(1e6 * value)} ppm" if value < 1e-3 else precise_percent(value)
-
-
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
     single = len(job.adapters) == 1
@@ -75,13 +70,6 @@ def view(job: Job, adapter: str | None) -> View | None:
             {},
             "Training changed {layer} most, by {largest}.",
         )
-        maps += _maps(
-            _equalized(job, name),
-            "Adapter error on its own grid",
-            "Share of the adapter's product lost by rounding its weights to integers.",
-            ppm,
-            {},
-        )
     table = _table(job, name if of_adapter else None, of_base)
     if not maps and not table.rows:
         return None
@@ -106,12 +94,6 @@ def _values(job: Job, key: str) -> dict[str, float]:
 def _trained(job: Job, adapter: str, key: str) -> dict[str, float]:
     layers = job.section("train", adapter, "layers")
     found = {name: finite(report.get(key)) for name, report in layers.items()}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _equalized(job: Job, adapter: str) -> dict[str, float]:
-    layers = job.section("simulation", adapter, "equalize", "layers")
-    found = {name: finite(report.get("after")) for name, report in layers.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -255,12 +237,6 @@ def _table(job: Job, adapter: str | None, of_base: bool) -> Table:
                 precise_percent,
                 lambda n: ("train", name, "layers", n, "gain"),
             ),
-            (
-                "Adapter error on its grid",
-                _equalized(job, name),
-                ppm,
-                lambda n: ("simulation", name, "equalize", "layers", n, "after"),
-            ),
         ]
     columns = [column for column in columns if column[1]]
     values = [
@@ -274,9 +250,7 @@ def _table(job: Job, adapter: str | None, of_base: bool) -> Table:
         return max(v[layer] / m for v, m in zip(values, medians, strict=True) if layer in v)
 
     layers = sorted(order, key=lambda layer: (-rank(layer), order[layer]))[:MOST_SENT]
-    fixes = job.section("simulation", adapter or "", "equalize", "layers")
     headings = ["Layer", *(["Bits"] if of_base else []), *(title for title, _, _, _ in columns)]
-    headings += ["Fix applied"] if fixes else []
     rows: list[list[str | Markup | None]] = []
     for layer in layers:
         place = place_of(layer)
@@ -290,14 +264,11 @@ def _table(job: Job, adapter: str | None, of_base: bool) -> Table:
             row.append(
                 None if number is None else tagged(write(number), number, _path(job, path, layer))
             )
-        if fixes:
-            row.append(str(fixes.get(layer, {}).get("method", "none")))
         rows.append(row)
     return Table(
         "Layers, those furthest above the median of a column first. Select a heading to sort.",
         headings,
         rows if columns else [],
-        left=(len(headings) - 1,) if fixes else (),
         sortable=True,
         most=12,
         left_out=len(order) - len(layers),

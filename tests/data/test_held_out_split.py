@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import processors
 
 from conftest import byte_tokenizer
-from qwlora.data import Completion, concatenated_ids, load_documents, locate_documents
+from qwlora.data import Completion, load_documents, locate_documents
+from qwlora.data.sequence_packing import joined_ids
+from qwlora.data.tokenization import encode_documents, start_tokens
 from qwlora.errors import SourceError
 
 
@@ -44,6 +47,10 @@ def test_one_document_is_split_near_the_wanted_share(tmp_path: Path, text: str) 
     documents = load_documents(str(tmp_path / "one.txt"), 0.2, seed=0)
     assert documents.train[0].text + documents.held_out[0].text == text
     assert 0.2 <= len(documents.held_out[0].text) / len(text) <= 0.25
+
+
+def concatenated_ids(texts: list[str], tokenizer: Any, count: int, part: str) -> Any:
+    return joined_ids(encode_documents(texts, tokenizer), count, start_tokens(tokenizer), part)
 
 
 def test_sequences_are_equal_and_documents_are_ended() -> None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from qwlora.data.document import Completion, Conversation, Document, Documents, Text
 from qwlora.data.held_out_split import split_documents
-from qwlora.data.prepared_data import Cutting, Prepared, concatenated_ids, prepare
+from qwlora.data.prepared_data import Cutting, Prepared, prepare
 from qwlora.data.read_source import Reading, locate_documents, read_documents
 from qwlora.data.records import Columns
 
@@ -27,7 +27,6 @@ __all__ = [
     "Prepared",
     "Reading",
     "Text",
-    "concatenated_ids",
     "load_documents",
     "locate_documents",
     "prepare",

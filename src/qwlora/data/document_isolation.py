@@ -34,7 +34,8 @@ def check_isolation(model: PreTrainedModel | PeftModel) -> None:
         how = (
             "takes no position_ids"
             if leak is None
-            else f"mixes documents that share a sequence ({leak:.0%} of that without positions)"
+            else "mixes documents that share a sequence (restarting positions removes only "
+            f"{1 - leak:.0%} of the influence of the earlier document)"
         )
         name = type(getattr(model, "get_base_model", lambda: model)()).__name__
         raise SourceError(
@@ -48,33 +49,23 @@ def isolation_leak(model: PreTrainedModel | PeftModel) -> float | None:
     import torch
 
     embedding: Any = model.get_input_embeddings()
-    generator = torch.Generator().manual_seed(0)
-    first, second = torch.randint(
-        embedding.weight.shape[0], (2, _DOCUMENT_TOKENS), generator=generator
-    )
-    on, again = torch.arange(2 * _DOCUMENT_TOKENS), torch.arange(_DOCUMENT_TOKENS).repeat(2)
-    ids, positions = (
-        torch.stack([torch.cat([second, first]), *[torch.cat([first, second])] * 2]),
-        torch.stack([on, on, again]),
-    )
     device = next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    count, generator = _DOCUMENT_TOKENS, torch.Generator().manual_seed(0)
+    first, second = torch.randint(embedding.weight.shape[0], (2, count), generator=generator)
+    ids = torch.stack([torch.cat([second, first]), *[torch.cat([first, second])] * 2])
+    on, again = torch.arange(2 * count), torch.arange(count).repeat(2)
+    inputs = {"input_ids": ids.to(device), "position_ids": torch.stack([on, on, again]).to(device)}
     training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            logits: Tensor = model(
-                input_ids=ids.to(device), position_ids=positions.to(device), use_cache=False
-            ).logits.float()
-        alone, joined, apart = (
-            logits[0, :_DOCUMENT_TOKENS],
-            logits[1, _DOCUMENT_TOKENS:],
-            logits[2, _DOCUMENT_TOKENS:],
-        )
+            logits: Tensor = model(**inputs, use_cache=False).logits.float()
     except TypeError as error:
         if "position_ids" not in str(error):
             raise
         return None
     finally:
         model.train(training)
+    alone, joined, apart = logits[0, :count], logits[1, count:], logits[2, count:]
     mixing = (joined - alone).norm()
     return float((apart - alone).norm() / mixing) if mixing > 0 else 0.0

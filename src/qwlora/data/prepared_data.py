@@ -6,11 +6,10 @@ Held-out documents never share a sequence, whatever the packing of the training 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from qwlora.data.document import Document, Documents
+from qwlora.data.document import Documents
 from qwlora.data.sequence_packing import Counts, cut_into_sequences, joined_ids
 from qwlora.data.tokenization import encode_documents, renders_pairs, start_tokens
 from qwlora.progress import Track, untracked
@@ -63,12 +62,8 @@ class Prepared:
 
     def largest_id(self) -> int:
         """The largest token id."""
-        return int(
-            max(
-                t.max()
-                for t in (self.train.input_ids, self.held_out.input_ids, self.calibration_ids)
-            )
-        )
+        every = (self.train.input_ids, self.held_out.input_ids, self.calibration_ids)
+        return int(max(ids.max() for ids in every))
 
     def positions(self) -> int:
         """Positions of the longest sequence, or document where several share a sequence."""
@@ -96,46 +91,21 @@ def prepare(
     how = (cutting.turns, cutting.prompt_format, track)
     train = encode_documents(documents.train, tokenizer, *how)
     held_out = encode_documents(documents.held_out, tokenizer, *how)
-    train_sequences, train_counts = cut_into_sequences(
-        train, tokens, packing, start, padding, "training"
-    )
-    held_out_sequences, held_out_counts = cut_into_sequences(
-        held_out, tokens, "none" if packing == "documents" else packing, start, padding, "held-out"
-    )
-    calibration = (
-        train_sequences.input_ids
-        if kind == "text" and packing == "join"
-        else joined_ids(train, tokens, start, "training")
-    )
+    alone = "none" if packing == "documents" else packing
+    train_part = cut_into_sequences(train, tokens, packing, start, padding, "training")
+    held_out_part = cut_into_sequences(held_out, tokens, alone, start, padding, "held-out")
     return Prepared(
         kind,
         packing,
-        train_sequences,
-        held_out_sequences,
-        calibration,
-        train_counts,
-        held_out_counts,
+        train_part[0],
+        held_out_part[0],
+        train_part[0].input_ids
+        if kind == "text" and packing == "join"
+        else joined_ids(train, tokens, start, "training"),
+        train_part[1],
+        held_out_part[1],
         kind == "conversations"
         or (kind == "completions" and renders_pairs(tokenizer, cutting.prompt_format)),
-    )
-
-
-def concatenated_ids(
-    documents: Sequence[Document | str],
-    tokenizer: PreTrainedTokenizerBase,
-    sequence_tokens: int,
-    part: str,
-) -> Tensor:
-    """Token ids [count, sequence_tokens], int64, of the concatenated documents.
-
-    Args:
-        part: name of the part for messages, such as `training`.
-
-    Raises:
-        SourceError: the documents are shorter than one sequence.
-    """
-    return joined_ids(
-        encode_documents(documents, tokenizer), sequence_tokens, start_tokens(tokenizer), part
     )
 
 

@@ -81,28 +81,21 @@ def cut_into_sequences(
     """
     counts = Counts(documents=len(encoded), tokens=sum(len(t.ids) for t in encoded))
     if packing == "join":
-        found = _join(encoded, sequence_tokens, start, part)
+        sequences = _join(encoded, sequence_tokens, start, part)
+        fresh = sequences.input_ids.shape[1] - (len(start) if _is_text(encoded) else 0)
+        counts.dropped_tokens = counts.tokens - len(sequences) * fresh
     else:
         pieces = _pieces(encoded, sequence_tokens, start, part, counts)
-        bins = (
-            _pack([len(p.ids) for p in pieces], sequence_tokens)
-            if packing == "documents"
-            else [[i] for i in range(len(pieces))]
-        )
-        width = sequence_tokens if packing == "documents" else max(len(p.ids) for p in pieces)
-        found = _fill(
-            [[pieces[i] for i in one] for one in bins],
-            width,
-            padding,
-            positions=packing == "documents",
-        )
-        counts.padding_tokens = found.input_ids.numel() - sum(len(p.ids) for p in pieces)
-    counts.sequences, counts.sequence_tokens = found.input_ids.shape
-    counts.learnt_tokens = found.loss_tokens
-    if packing == "join":
-        fresh = counts.sequence_tokens - (len(start) if all(t.divisible for t in encoded) else 0)
-        counts.dropped_tokens = counts.tokens - counts.sequences * fresh
-    return found, counts
+        lengths = [len(piece.ids) for piece in pieces]
+        shares = packing == "documents"
+        bins = _pack(lengths, sequence_tokens) if shares else [[i] for i in range(len(pieces))]
+        width = sequence_tokens if shares else max(lengths)
+        rows = [[pieces[i] for i in row] for row in bins]
+        sequences = _fill(rows, width, padding, positions=shares)
+        counts.padding_tokens = sequences.input_ids.numel() - sum(lengths)
+    counts.sequences, counts.sequence_tokens = sequences.input_ids.shape
+    counts.learnt_tokens = sequences.loss_tokens
+    return sequences, counts
 
 
 def joined_ids(
@@ -115,8 +108,9 @@ def joined_ids(
     """
     import torch
 
-    start = start if all(t.divisible for t in encoded) else ()
-    ids, fresh = [i for tokens in encoded for i in tokens.ids], sequence_tokens - len(start)
+    start = start if _is_text(encoded) else ()
+    ids = torch.tensor([i for tokens in encoded for i in tokens.ids], dtype=torch.int64)
+    fresh = sequence_tokens - len(start)
     if len(ids) < fresh and encoded and not encoded[0].divisible:
         fresh = len(ids)
     count = len(ids) // fresh if fresh > 0 else 0
@@ -125,10 +119,12 @@ def joined_ids(
             f"the {part} text has {len(ids)} tokens, but one sequence needs {fresh}: give more "
             "text, lower data.sequence_tokens, or change data.held_out"
         )
-    rows = torch.tensor(ids[: count * fresh], dtype=torch.int64).view(count, fresh)
-    return torch.cat(
-        [torch.tensor(start, dtype=torch.int64).expand(count, len(start)), rows], dim=1
-    )
+    starts = torch.tensor(start, dtype=torch.int64).expand(count, len(start))
+    return torch.cat([starts, ids[: count * fresh].view(count, fresh)], dim=1)
+
+
+def _is_text(encoded: Sequence[Tokens]) -> bool:
+    return all(tokens.divisible for tokens in encoded)
 
 
 def _join(
@@ -139,17 +135,14 @@ def _join(
     from qwlora.data.sequences import IGNORED, Sequences
 
     ids = joined_ids(encoded, sequence_tokens, start, part)
-    is_text = all(t.divisible for t in encoded)
+    added = len(start) if _is_text(encoded) else 0
     numbers = [tokens.document for tokens in encoded for _ in tokens.ids]
-    added = len(start) if is_text else 0
     rows = torch.tensor(numbers[: len(ids) * (ids.shape[1] - added)]).view(len(ids), -1)
     documents = torch.cat([rows[:, :1].expand(-1, added), rows], dim=1)
-    if is_text:
+    if _is_text(encoded):
         return Sequences(ids, ids, documents=documents)
-    in_loss = torch.tensor(
-        [flag for tokens in encoded for flag in tokens.in_loss][: ids.numel()]
-    ).view(ids.shape)
-    labels = ids.masked_fill(~in_loss, IGNORED)
+    flags = [flag for tokens in encoded for flag in tokens.in_loss]
+    labels = ids.masked_fill(~torch.tensor(flags[: ids.numel()]).view(ids.shape), IGNORED)
     kept = (labels[:, 1:] != IGNORED).any(dim=1)  # a batch without a loss token has no loss
     if not kept.any():
         raise SourceError(
@@ -164,36 +157,24 @@ def _pieces(
 ) -> list[Tokens]:
     """Documents of at most `sequence_tokens`, each with a loss token."""
     pieces: list[Tokens] = []
-    fresh = sequence_tokens - len(start)
     for tokens in encoded:
-        if tokens.divisible:
-            parts = [
-                Tokens(
-                    [*start, *tokens.ids[at : at + fresh]],
-                    [False] * len(start) + tokens.in_loss[at : at + fresh],
-                    document=tokens.document,
-                )
-                for at in range(0, len(tokens.ids), fresh)
-            ]
-        else:
-            parts = [
-                Tokens(
-                    tokens.ids[:sequence_tokens],
-                    tokens.in_loss[:sequence_tokens],
-                    document=tokens.document,
-                )
-            ]
-            if (over := len(tokens.ids) - sequence_tokens) > 0:
-                counts.truncated_documents += 1
-                counts.truncated_tokens += over
-                counts.dropped_tokens += over
-        kept = [p for p in parts if any(p.in_loss[1:])]
+        before = list(start) if tokens.divisible else []
+        fresh = sequence_tokens - len(before)
+        starts = range(0, len(tokens.ids), fresh) if tokens.divisible else (0,)
+        parts = [
+            Tokens(
+                before + tokens.ids[at : at + fresh],
+                [False] * len(before) + tokens.in_loss[at : at + fresh],
+                document=tokens.document,
+            )
+            for at in starts
+        ]
+        kept = [piece for piece in parts if any(piece.in_loss[1:])]
+        over = 0 if tokens.divisible else max(0, len(tokens.ids) - sequence_tokens)
+        counts.truncated_documents += over > 0
+        counts.truncated_tokens += over
         counts.dropped_documents += not kept
-        counts.dropped_tokens += sum(
-            len(p.ids) - (len(start) if tokens.divisible else 0)
-            for p in parts
-            if not any(p.in_loss[1:])
-        )
+        counts.dropped_tokens += len(tokens.ids) - sum(len(p.ids) - len(before) for p in kept)
         pieces += kept
     if not pieces:
         raise SourceError(
@@ -235,12 +216,8 @@ def _fill(rows: Sequence[Sequence[Tokens]], width: int, padding: int, positions:
         for tokens in documents:
             end = at + len(tokens.ids)
             ids[row, at:end] = torch.tensor(tokens.ids)
-            labels[row, at:end] = torch.tensor(
-                [
-                    i if flag and k else IGNORED
-                    for k, (i, flag) in enumerate(zip(tokens.ids, tokens.in_loss, strict=True))
-                ]
-            )
+            in_loss = torch.tensor([False, *tokens.in_loss[1:]])
+            labels[row, at:end] = ids[row, at:end].masked_fill(~in_loss, IGNORED)
             places[row, at:end] = torch.arange(end - at)
             numbers[row, at:end] = tokens.document
             at = end

@@ -19,7 +19,6 @@ import pyarrow.parquet
 import pytest
 
 from qwlora.data import (
-    Columns,
     Completion,
     Conversation,
     Document,
@@ -529,24 +528,24 @@ def test_a_damaged_saved_dataset_is_named(tmp_path: Path, file: str) -> None:
 
 def test_columns_may_be_named(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "a.jsonl", [{"question": "2+2=", "answer": "4", "text": "x"}])
-    reading = Reading(Columns(prompt="question", completion="answer"))
+    reading = Reading({"prompt": "question", "completion": "answer"})
     assert without_place(read(tmp_path / "a.jsonl", reading)) == [Completion("2+2=", "4")]
     with pytest.raises(
         SourceError,
         match=r"a.jsonl:1: there is no column 'anser' \(data.completion_column\); did you mean answer\?",
     ):
-        read(tmp_path / "a.jsonl", Reading(Columns(prompt="question", completion="anser")))
+        read(tmp_path / "a.jsonl", Reading({"prompt": "question", "completion": "anser"}))
     with pytest.raises(
         SourceError,
         match=r"a.jsonl:1: there is no column 'x' \(data.text_column\); there are question, answer, text",
     ):
-        read(tmp_path / "a.jsonl", Reading(Columns(text="x")))
+        read(tmp_path / "a.jsonl", Reading({"text": "x"}))
     (tmp_path / "a.txt").write_text("x")
     with pytest.raises(
         SourceError,
         match=r"is running text and has no columns; remove data.text_column from the recipe",
     ):
-        read(tmp_path / "a.txt", Reading(Columns(text="x")))
+        read(tmp_path / "a.txt", Reading({"text": "x"}))
 
 
 def test_a_folder_holds_one_kind(tmp_path: Path) -> None:
@@ -743,7 +742,7 @@ def test_a_hub_id_is_asked_for_what_the_recipe_says(monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     locate_documents("owner/name")
-    found = read("owner/name", Reading(Columns(text="body"), split="test", subset="main"))
+    found = read("owner/name", Reading({"text": "body"}, split="test", subset="main"))
     assert (found, asked) == ([Text("b", "owner/name[test] row 1")], [("owner/name", "main")])
 
 

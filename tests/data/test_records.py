@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from qwlora.data import Columns, Completion, Conversation, Document, Reading
+from qwlora.data import Completion, Conversation, Document, Reading
 from qwlora.data.read_source import read_documents
 from qwlora.errors import SourceError
 
@@ -20,7 +20,7 @@ ALPACA = {"instruction": "Add.", "input": "2+2", "output": "4"}
 def read(folder: Path, *records: dict[str, Any], **columns: str) -> list[Document]:
     path = folder / "a.jsonl"
     path.write_text("\n".join(map(json.dumps, records)))
-    return read_documents(str(path), Reading(Columns(**columns)))[0]
+    return read_documents(str(path), Reading(columns))[0]
 
 
 @pytest.mark.parametrize(

@@ -15,10 +15,8 @@ from qwlora.data.document import Completion, Conversation, Document, Documents, 
 from qwlora.data.held_out_split import split_documents
 from qwlora.data.prepared_data import Cutting, Prepared, prepare
 from qwlora.data.read_source import Reading, locate_documents, read_documents
-from qwlora.data.records import Columns
 
 __all__ = [
-    "Columns",
     "Completion",
     "Conversation",
     "Cutting",

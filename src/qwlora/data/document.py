@@ -14,7 +14,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 ASSISTANT = "assistant"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
@@ -27,6 +27,7 @@ class Text:
     text: str
     where: str = ""
     kind = "text"
+    answers: ClassVar[tuple[str, ...]] = ()  # what counts in the loss, except running text
 
     @property
     def characters(self) -> int:
@@ -36,11 +37,6 @@ class Text:
     def identity(self) -> str:
         """Equal for two documents with equal content."""
         return self.text
-
-    @property
-    def answers(self) -> tuple[str, ...]:
-        """What counts in the loss, except running text: none."""
-        return ()
 
 
 @dataclass(frozen=True)

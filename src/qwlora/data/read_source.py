@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from typing import Any
 from qwlora import errors
 from qwlora.data import tables
 from qwlora.data.document import Document, Text
-from qwlora.data.records import Columns, EmptyRecordError, Fields, choose_fields, make_document
+from qwlora.data.records import EmptyRecordError, Fields, choose_fields, make_document
 from qwlora.data.source_files import RECORD_SUFFIXES, TEXT_SUFFIXES, folder_files, refusal
 from qwlora.data.text_files import read_attribute, read_json, read_text
 from qwlora.errors import SourceError
@@ -39,11 +39,12 @@ class Reading:
     """How the recipe wants a source to be read.
 
     Args:
+        columns: column of each field that is not found by its name.
         split, subset: which ones of a dataset that has several.
         skip_empty: skip empty records instead of refusing them.
     """
 
-    columns: Columns = Columns()
+    columns: Mapping[str, str] = field(default_factory=dict)
     split: str | None = None
     subset: str | None = None
     skip_empty: bool = False
@@ -148,7 +149,7 @@ class _Reader:
             )
 
     def refuse_columns(self, where: str) -> None:
-        if asked := self.reading.columns.asked:
+        if asked := self.reading.columns:
             raise SourceError(
                 f"{where} is running text and has no columns; remove "
                 f"data.{next(iter(asked))}_column from the recipe"

@@ -34,6 +34,8 @@ KINDS: dict[str, tuple[str, ...]] = {
 }
 TOOLS = "tools"
 _OPTIONAL = {"conversations": (TOOLS,), "instructions": ("input",)}
+FIELDS = (*(name for fields in KINDS.values() for name in fields), "input")
+"""Fields whose columns a recipe may name."""
 _PREFERENCES = {"chosen", "rejected"}
 _SHAREGPT_ROLES = {
     "human": "user",
@@ -44,49 +46,21 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-# Stanford Alpaca's prompts, as in the column `text` of its dataset
+# Stanford Alpaca's prompt, as in the column `text` of its dataset
 _ALPACA = """\
-Below is an instruction that describes a task. Write a response that appropriately completes the \
-request.
+Below is an instruction that describes a task{paired}. Write a response that appropriately \
+completes the request.
 
 ### Instruction:
 {instruction}
 
-### Response:
+{input}### Response:
 """
-_ALPACA_WITH_INPUT = """\
-Below is an instruction that describes a task, paired with an input that provides further context. \
-Write a response that appropriately completes the request.
-
-### Instruction:
-{instruction}
-
-### Input:
-{input}
-
-### Response:
-"""
+_PAIRED = ", paired with an input that provides further context"
 
 
 class EmptyRecordError(SourceError):
     """A record has the right fields, but they are empty."""
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Column names from the recipe; None: found by name."""
-
-    text: str | None = None
-    prompt: str | None = None
-    completion: str | None = None
-    messages: str | None = None
-    instruction: str | None = None
-    input: str | None = None
-    output: str | None = None
-
-    @property
-    def asked(self) -> dict[str, str]:
-        return {role: name for role, name in vars(self).items() if name is not None}
 
 
 @dataclass(frozen=True)
@@ -125,14 +99,14 @@ _FOUND_BY_NAME = (
 )
 
 
-def choose_fields(present: Collection[str], columns: Columns, where: str) -> Fields:
-    """Decide which of the columns `present` are used.
+def choose_fields(present: Collection[str], asked: Mapping[str, str], where: str) -> Fields:
+    """Decide which of the columns `present` are used; the recipe `asked` for some, by field.
 
     Raises:
         SourceError: a column from the recipe is missing, the columns fit no kind or several, or
             they hold preferences (chosen and rejected).
     """
-    if asked := columns.asked:
+    if asked:
         kind = next(
             kind for kind, roles in KINDS.items() if set(asked) & {*roles, *_OPTIONAL.get(kind, ())}
         )
@@ -224,23 +198,18 @@ def make_document(record: Any, fields: Fields, where: str) -> Document:
         return Text(strings["text"], where)
     if fields.kind == "completions":
         return Completion(strings["prompt"], strings["completion"], where)
-    column = fields.optional.get("input")
-    given = record.get(column) if column is not None else None
-    about = "" if given is None or column is None else _string(given, column, where)
-    return _instruction(strings["instruction"], about, strings["output"], where)
-
-
-def _instruction(instruction: str, about: str, output: str, where: str) -> Completion:
-    """An Alpaca record; `about` is its input, which may be empty.
-
-    As a user's message it is the instruction, an empty line and the input; as plain text it is
-    Alpaca's own prompt.
-    """
-    if not about.strip():
-        prompt = _ALPACA.format(instruction=instruction)
-        return Completion(prompt, output, where, instruction)
-    prompt = _ALPACA_WITH_INPUT.format(instruction=instruction, input=about)
-    return Completion(prompt, output, where, f"{instruction}\n\n{about}")
+    # Alpaca's own prompt as plain text; as a user's message the instruction, and the input below it
+    instruction, column = strings["instruction"], fields.optional.get("input", "")
+    extra = record.get(column) if column else None
+    about = "" if extra is None else _string(extra, column, where)
+    has_input = bool(about.strip())
+    prompt = _ALPACA.format(
+        instruction=instruction,
+        paired=_PAIRED if has_input else "",
+        input=f"### Input:\n{about}\n\n" if has_input else "",
+    )
+    message = f"{instruction}\n\n{about}" if has_input else instruction
+    return Completion(prompt, strings["output"], where, message)
 
 
 def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...]:

@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qwlora.data import Columns, Cutting, Reading
+from qwlora.data import Cutting, Reading
+from qwlora.data.records import FIELDS
 from qwlora.data.text_files import read_text
 from qwlora.recipe.section import Count, Section
 
@@ -122,15 +123,8 @@ class Data(Section):
 
     def reading(self) -> Reading:
         """How the source is read."""
-        columns = Columns(
-            text=self.text_column,
-            prompt=self.prompt_column,
-            completion=self.completion_column,
-            messages=self.messages_column,
-            instruction=self.instruction_column,
-            input=self.input_column,
-            output=self.output_column,
-        )
+        names = {role: getattr(self, f"{role}_column") for role in FIELDS}
+        columns = {role: name for role, name in names.items() if name is not None}
         return Reading(columns, self.split, self.subset, self.empty_records == "skip")
 
     def cutting(self) -> Cutting:

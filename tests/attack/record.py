@@ -48,8 +48,8 @@ SECTIONS = {
         "agree with it, as whoever makes a bundle can: one bit, other bytes, a program that the "
         "file's usual reader would run, a folder; or it is replaced by a link or a pipe, or "
         "removed; and files are added that no export writes. Then `verify` reads the bundle. Held: "
-        "exit code 2 with one message, no program of the bundle ran, and it passed only where "
-        "that is harmless.",
+        "it is refused with one message or fails its proof, no program of the bundle ran, and it "
+        "passed only where that is harmless.",
     ),
     "unfinished": (
         "Damaged checkpoints of unfinished stages",

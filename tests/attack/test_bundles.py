@@ -9,6 +9,7 @@ import pickle
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,10 @@ HARMLESS = {
     r"(^|/)(tokenizer|special_tokens|added_tokens|chat_template|vocab|merges|detokenizer)[^/]*$": (
         "a proof is of token ids: `verify` opens no tokenizer"
     ),
+    r"\.encodings$": "for other tools; the runtime reads the ONNX file, which holds the same grids",
+    r"^NAME/adapter/": "the trained adapter, for PEFT; the runtime reads the exported one",
+    r"/golden/": "what a device's outputs are compared with; `verify` computes them itself",
+    r"/session_options\.json$": "what they change in the runtime is measured",
 }
 A_BIT = "a bit may be one of a number that changes by less than the limits of the proof"
 
@@ -87,9 +92,13 @@ def _write_gguf(bundle: Path) -> None:
 def seal(bundle: Path) -> None:
     """Let every record list the files that are there now, as an attacker would."""
     for proof in (bundle / "proof").iterdir():
-        record = json.loads((proof / PROOF_RECORD).read_text())
+        try:
+            record = json.loads((proof / PROOF_RECORD).read_text())
+            holds_both = "files" in record["of"]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # it is what was damaged
         parts = {"base": bundle / "base", "adapter": bundle / proof.name}
-        if "files" in record["of"]:
+        if holds_both:
             alone = (bundle / proof.name / RECORD).exists()
             parts = {"files": bundle / proof.name if alone else bundle}
         record["of"] = {part: _sealed(folder, bundle) for part, folder in parts.items()}
@@ -201,7 +210,8 @@ def _problem(ended: Ended, marker: Path, *, may_pass: bool) -> str:
     problems = []
     if ended.code == 0 and not may_pass:
         problems.append(f"passed: {ended.out.strip()[-200:]}")
-    if ended.code and (problem := ended.refused()):
+    said = replace(ended, code=2) if ended.code == 1 else ended  # 1: refused by the proof
+    if ended.code and (problem := said.refused()):
         problems.append(problem)
     if len(ended.err) > 20_000:
         problems.append(f"a message of {len(ended.err)} characters")

@@ -1,19 +1,14 @@
-"""Generates docs/recipe.md, the recipe reference, from the recipe's fields.
+"""Generates docs/recipe.md, the recipe reference, from the JSON schema of the recipe.
 
 `make docs/recipe.md` writes it.
 """
 
 from __future__ import annotations
 
-import inspect
-import types
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
-
-import yaml
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
+from typing import Any
 
 from qwlora.recipe import PRESETS, Recipe
+from qwlora.recipe.yaml_core import flow
 
 _HEAD = """\
 # Recipe reference
@@ -24,100 +19,93 @@ start from, `qwlora check RECIPE` prints a recipe with all defaults filled in, a
 repeated keys are errors.
 
 This page is generated from the code: `make docs/recipe.md`.
+
+## Presets
+
+| preset | sets |
+|---|---|
 """
+_BELOW_PRESETS = """
+Keys set in the recipe override the preset. `init: qera` is not applied to adapters with
+`dora` or `continue_from`, nor with `base.solver: keep`.
+"""
+_TYPES = {"string": "text", "integer": "integer", "number": "number"}
 
 
 def recipe_reference() -> str:
     """The page as Markdown."""
-    lines = [_HEAD, "## Presets\n", "| preset | sets |", "|---|---|"]
-    for name, preset in PRESETS.items():
-        settings = [f"base.{key}" for key in _flat(preset["base"])]
-        settings += [f"adapters[].{key}" for key in _flat(preset["adapter"])]
-        lines.append(f"| `{name}` | {', '.join(f'`{setting}`' for setting in settings)} |")
-    lines.append(
-        "\nKeys set in the recipe override the preset. `init: qera` is not applied to adapters with"
+    schema = Recipe.model_json_schema()
+    presets = "".join(
+        f"| `{name}` | {', '.join(f'`{line}`' for line in _flat(preset))} |\n"
+        for name, preset in PRESETS.items()
     )
-    lines.append("`dora` or `continue_from`, nor with `base.solver: keep`.\n")
-    lines += _tables("Top level", Recipe, "")
+    lines = [_HEAD + presets + _BELOW_PRESETS, *_section("Top level", "", schema, schema["$defs"])]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _flat(settings: dict[str, Any], path: str = "") -> list[str]:
-    found = []
-    for key, value in settings.items():
-        where = f"{path}{key}"
-        found += _flat(value, f"{where}.") if isinstance(value, dict) else [f"{where}: {value}"]
-    return found
+def _flat(preset: dict[str, Any], path: str = "") -> list[str]:
+    lines = []
+    for key, value in preset.items():
+        where = f"{path}{'adapters[]' if key == 'adapter' else key}"
+        lines += _flat(value, f"{where}.") if isinstance(value, dict) else [f"{where}: {value}"]
+    return lines
 
 
-def _tables(title: str, section: type[BaseModel], path: str) -> list[str]:
-    """A table of the section's keys, followed by the tables of its subsections."""
-    lines = [f"## {title}\n"]
-    if path and section.__doc__:
-        lines.append(f"{inspect.cleandoc(section.__doc__)}\n")
-    lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
-    inner: list[str] = []
-    for name, field in section.model_fields.items():
-        kind, many = _section_of(field)
-        where = f"{path}{name}"
+def _section(title: str, path: str, section: dict[str, Any], every: dict[str, Any]) -> list[str]:
+    """A table of a section's keys, followed by the tables of its subsections."""
+    about = [section["description"], ""] if path else []
+    rows, inner = ["| key | type | default | meaning |", "|---|---|---|---|"], list[str]()
+    for name, field in section["properties"].items():
+        where, kind = f"{path}{name}", _inner(field)
+        if path and kind == "Data":  # has its own table
+            kind = None
+        many = field.get("type") == "array"
         if kind is not None:
-            shown = f"list of [{where}[]](#{_anchor(where + '[]')})" if many else "section"
-            inner += _tables(
-                f"{where}{'[]' if many else ''}", kind, f"{where}{'[]' if many else ''}."
-            )
+            title_of = f"{where}[]" if many else where
+            inner += _section(title_of, f"{title_of}.", every[kind], every)
+            anchor = "".join(c for c in title_of if c.isalnum() or c == "_")
+            shown = f"list of [{title_of}](#{anchor})" if many else "section"
         else:
-            shown = _type(field.annotation)
-        default = "by preset" if where == "adapters[].init" else _default(field, kind)
-        lines.append(f"| `{name}` | {shown} | {default} | {_escaped(field)} |")
-    return [*lines, "", *inner]
+            shown = _type(field, every)
+        default = field.get("default")
+        value = "required" if name in section.get("required", ()) else ""
+        if where == "adapters[].init":
+            value = "by preset"
+        elif default is not None and not (kind and not many):
+            value = f"`{flow(default)}`"
+        rows.append(f"| `{name}` | {shown} | {value} | {_cell(field.get('description', ''))} |")
+    return [f"## {title}\n", *about, *rows, "", *inner]
 
 
-def _section_of(field: FieldInfo) -> tuple[type[BaseModel] | None, bool]:
-    """The section class of a field (None if it has none), and whether it is a list of sections."""
-    kind, many = field.annotation, False
-    if get_origin(kind) is list:
-        (kind,), many = get_args(kind), True
-    elif get_origin(kind) in (Union, types.UnionType):
-        of_recipe = {top.annotation for top in Recipe.model_fields.values()}  # has its own table
-        some = [k for k in get_args(kind) if k is not types.NoneType and k not in of_recipe]
-        kind = some[0] if len(some) == 1 else kind
-    is_section = isinstance(kind, type) and issubclass(kind, BaseModel)
-    return (kind, many) if is_section else (None, False)  # type: ignore[return-value]
+def _inner(field: dict[str, Any]) -> str | None:
+    """The name of the section that a field holds, in a list or instead of null; None if none."""
+    kinds = [k for k in field.get("anyOf", [field]) if k.get("type") != "null"]
+    kind = kinds[0].get("items", kinds[0]) if len(kinds) == 1 else {}
+    reference = kind.get("$ref")
+    return None if reference is None else str(reference.rpartition("/")[2])
 
 
-def _type(kind: Any) -> str:
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Annotated:
-        return _type(inner[0])
-    if origin is Literal:
-        return " \\| ".join(f"`{value}`" for value in inner)
-    if origin in (Union, types.UnionType):
-        return " or ".join(_type(k) for k in inner if k is not types.NoneType)
-    if origin is list:
-        return f"list of {_type(inner[0])}"
-    if isinstance(kind, type) and issubclass(kind, BaseModel):
-        return f"keys of [{kind.__name__.lower()}](#{kind.__name__.lower()})"
-    if origin is dict:
-        return f"{_type(inner[0])} to {_type(inner[1])}"
-    names = {str: "text", int: "integer", float: "number", bool: "`true` \\| `false`"}
-    return names[kind]
+def _type(field: dict[str, Any], every: dict[str, Any]) -> str:
+    if kinds := field.get("anyOf"):
+        return " or ".join(_type(kind, every) for kind in kinds if kind.get("type") != "null")
+    if reference := field.get("$ref"):
+        name = reference.rpartition("/")[2]
+        return f"keys of [{name.lower()}](#{name.lower()})"
+    if values := field.get("enum", [field["const"]] if "const" in field else None):
+        return " \\| ".join(f"`{value}`" for value in values)
+    match field.get("type"):
+        case "array":
+            return f"list of {_type(field['items'], every)}"
+        case "object":
+            return f"text to {_type(field['additionalProperties'], every)}"
+        case "boolean":
+            return "`true` \\| `false`"
+        case kind:
+            return _TYPES[str(kind)]
 
 
-def _default(field: FieldInfo, section: type[BaseModel] | None) -> str:
-    if field.is_required():
-        return "required"
-    if field.default is None or (section is not None and field.default != []):
-        return ""
-    value = yaml.safe_dump(field.default, default_flow_style=True).strip()
-    return f"`{value.removesuffix('...').strip()}`"
-
-
-def _escaped(field: FieldInfo) -> str:
-    return (field.description or "").replace("|", "\\|")
-
-
-def _anchor(title: str) -> str:
-    return "".join(c for c in title.lower() if c.isalnum() or c in "_-")
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":

@@ -1,104 +1,61 @@
-"""Recipes that `qwlora init` writes, generated from the defaults and descriptions of the fields.
+"""Recipes that `qwlora init` writes.
 
-starter_recipe()    the settings most people change, at most 25 lines
-full_recipe()       every key; those with a default are commented out
+starter_recipe()    starter.yaml: the settings most people change
+full_recipe()       every key with its description; those with a default are commented out
 """
 
 from __future__ import annotations
 
-import textwrap
+from importlib.resources import files
 from typing import Any
 
-import yaml
 from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 
 from qwlora.recipe import PRESETS, Adapter, Recipe
-from qwlora.recipe.simulation_section import SimulationSection
+from qwlora.recipe.yaml_core import flow
 
-_PLACEHOLDERS = {
-    "model.source": "path/to/model",
-    "data.source": "path/to/text",
-    "adapters.name": "first",
-}
+_HEAD = """\
+# A QWLoRA recipe with every option. Run it with: qwlora run THIS_FILE --out out
+# Commented lines show defaults; uncomment a line to change it.
+"""
+_PLACEHOLDERS = {"model.source": "path/to/model", "data.source": "path/to/text"}
+_ADAPTER = PRESETS[Recipe.model_fields["preset"].default]["adapter"]
 
 
 def starter_recipe() -> str:
     """A short recipe: two sources to fill in, and the settings that most people change."""
-    adapter = Adapter.model_fields
-    return f"""\
-# A QWLoRA recipe. Set the two sources, then run: qwlora run THIS_FILE --out out
-# Every option: qwlora init --full, or docs/recipe.md.
-name: {Recipe.model_fields["name"].default}
-model:
-  source: {_PLACEHOLDERS["model.source"]}  # a checkpoint folder, a .gguf file, or a hub id
-data:
-  source: {_PLACEHOLDERS["data.source"]}  # text, JSONL, CSV, Parquet, a folder of them, a hub id
-preset: {Recipe.model_fields["preset"].default}  # {" | ".join(PRESETS)}
-base:
-  weights: w4-block32  # or w4-channel, w4-lpbq64, w3-block64, w8-channel, ...
-adapters:  # one base, many adapters
-  - name: {_PLACEHOLDERS["adapters.name"]}
-    rank: {adapter["rank"].default}
-    steps: {adapter["steps"].default}
-simulation:
-  activation_bitwidth: {SimulationSection.model_fields["activation_bitwidth"].default}  # 8 or 16
-export:
-  targets: [onnx]
-"""
+    return files("qwlora.recipe").joinpath("starter.yaml").read_text(encoding="utf-8")
 
 
 def full_recipe() -> str:
     """Every key with its description: required keys with placeholders, the rest commented out."""
-    head = (
-        "# A QWLoRA recipe with every option. Run it with: qwlora run THIS_FILE --out out\n"
-        "# Commented lines show defaults; uncomment a line to change it.\n"
-    )
-    return head + "\n".join(_section(Recipe, "", 0)) + "\n"
+    return _HEAD + "\n".join(_section(Recipe, "", is_set=True)) + "\n"
 
 
-def _section(kind: type[BaseModel], path: str, depth: int) -> list[str]:
+def _section(kind: type[BaseModel], path: str, is_set: bool) -> list[str]:
+    """The lines of a section; commented out unless `is_set` and without a default."""
     lines = []
     for name, field in kind.model_fields.items():
-        where = f"{path}.{name}".lstrip(".")
-        inner = _inner(field)
-        if depth == 0:
-            lines.append("")
-        if name == "adapters":
-            lines += [f"adapters:{_comment(field)}", *_item(_section(Adapter, where, depth + 1))]
-        elif inner is not None:
-            required = any(f"{where}.{key}" in _PLACEHOLDERS for key in inner.model_fields)
-            lines += [f"{'' if required else '# '}{name}:{_comment(field)}"]
-            body = textwrap.indent("\n".join(_section(inner, where, depth + 1)), "  ").split("\n")
-            lines += body if required else [f"# {line.replace('# ', '', 1)}" for line in body]
+        where, inner = f"{path}{name}", field.annotation
+        comment = f"  # {field.description}" if field.description else ""
+        lines += [] if path else [""]
+        if where == "adapters":
+            item = _section(Adapter, "adapters.", is_set=True)
+            first = item.index(next(line for line in item if line.startswith("name:")))
+            item = [item.pop(first), *item]
+            lines += [f"adapters:{comment}", f"  - {item[0]}", *(f"    {x}" for x in item[1:])]
+        elif isinstance(inner, type) and issubclass(inner, BaseModel):
+            shown = is_set and where in ("model", "data")
+            body = _section(inner, f"{where}.", is_set=shown)
+            lines += [f"{'' if shown else '# '}{name}:{comment}"]
+            lines += [_indented(line, shown) for line in body]
         else:
-            required = where in _PLACEHOLDERS
-            default = _PLACEHOLDERS[where] if required else _usual(where, field)
-            value = (
-                yaml.safe_dump(default, default_flow_style=True)
-                .removesuffix("\n")
-                .removesuffix("\n...")
-            )
-            lines.append(f"{'' if required else '# '}{name}: {value}{_comment(field)}")
+            given: Any = _ADAPTER.get(name, field.default) if path == "adapters." else field.default
+            required = is_set and (where in _PLACEHOLDERS or where == "adapters.name")
+            value = flow(_PLACEHOLDERS.get(where, "first") if required else given)
+            lines.append(f"{'' if required or not is_set else '# '}{name}: {value}{comment}")
     return lines
 
 
-def _usual(where: str, field: FieldInfo) -> Any:
-    """The value of a key that the recipe does not set: the default preset's, else the field's."""
-    section, _, key = where.partition(".")
-    preset = PRESETS[Recipe.model_fields["preset"].default]
-    return preset["adapter"].get(key, field.default) if section == "adapters" else field.default
-
-
-def _item(lines: list[str]) -> list[str]:
-    """The section's lines, indented as the first item of a list."""
-    return [f"  - {lines[0]}", *(f"    {line}" for line in lines[1:])]
-
-
-def _inner(field: FieldInfo) -> type[BaseModel] | None:
-    kind: Any = field.annotation
-    return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
-
-
-def _comment(field: FieldInfo) -> str:
-    return f"  # {field.description}" if field.description else ""
+def _indented(line: str, is_set: bool) -> str:
+    return f"  {line}" if is_set else f"#   {line.removeprefix('# ')}"

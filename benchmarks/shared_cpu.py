@@ -58,17 +58,16 @@ def serve_steps(folder: str, tokens: int) -> None:
     from peft import LoraConfig, get_peft_model
 
     from machine import machine_line
-    from qwlora.adapter.training_step import chunk_loss_, lean_steps
+    from qwlora.adapter.training_step import memory_saving
     from qwlora.formats.base_folder import load_base
 
     torch.manual_seed(0)
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     model = get_peft_model(load_base(Path(folder)), config).train()
-    chunk_loss_(model)
     optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
     ids = torch.randint(0, 49152, (1, tokens))
     print(machine_line(), flush=True)
-    with lean_steps(model):
+    with memory_saving(model):
         for _ in sys.stdin:
             began = time.perf_counter()
             model(input_ids=ids, labels=ids).loss.backward()

@@ -78,7 +78,7 @@ def measure(
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from qwlora.adapter.training_step import chunk_loss_, lean_steps
+    from qwlora.adapter.training_step import memory_saving
     from qwlora.formats.base_folder import load_base
 
     torch.set_num_threads(2)
@@ -93,8 +93,6 @@ def measure(
     model = get_peft_model(inner, LoraConfig(r=16, target_modules="all-linear")).train()
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if base:
-        chunk_loss_(model)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad])
     ids = torch.randint(
         0, inner.config.vocab_size, (BATCH, TOKENS), generator=torch.Generator().manual_seed(0)
@@ -110,7 +108,7 @@ def measure(
 
     reset_peak_rss()
     loaded, seconds, losses = peak_rss_bytes(), [], []
-    with lean_steps(model, half) if base else contextlib.nullcontext():
+    with memory_saving(model, half) if base else contextlib.nullcontext():
         for _ in range(steps):
             began = time.perf_counter()
             losses.append(step())

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qwlora.adapter.adapter_folder import load_adapter, save_adapter
     from qwlora.adapter.initialize import initialize_adapter_
-    from qwlora.adapter.training_step import chunk_loss_, lean_steps
+    from qwlora.adapter.training_step import memory_saving
     from qwlora.errors import QwloraError
     from qwlora.export.onnx_bundle import export_onnx, verify_onnx, verify_onnx_outputs
     from qwlora.export.verify import Limits
@@ -52,8 +52,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "initialize_adapter_": "adapter.initialize",
-    "lean_steps": "adapter.training_step",
-    "chunk_loss_": "adapter.training_step",
+    "memory_saving": "adapter.training_step",
     "load_adapter": "adapter.adapter_folder",
     "save_adapter": "adapter.adapter_folder",
     "observe_moments": "quantize.quantize_blocks",
@@ -111,16 +110,15 @@ __all__ = [
     "TrainingGraph",
     "TuningSettings",
     "assert_frozen",
-    "chunk_loss_",
     "export_onnx",
     "fingerprint",
     "freeze_",
     "initialize_adapter_",
-    "lean_steps",
     "load_adapter",
     "load_base",
     "load_precomputed",
     "load_simulation",
+    "memory_saving",
     "observe_moments",
     "open_checkpoint",
     "quantize_",

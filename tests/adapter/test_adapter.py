@@ -372,14 +372,14 @@ def own_loop(model: Any, steps: int = 8) -> list[float]:
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_custom_loop_trains_on_a_packed_base(chunked: bool, tmp_path: Path) -> None:
-    from qwlora.adapter.training_step import chunk_loss_
+    from qwlora.adapter.chunked_loss import ChunkedLoss
 
     model = tiny_model("llama")
     quantize_(model, "w4-block32")
     identity = fingerprint(model)
     peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
     if chunked:
-        chunk_loss_(peft)
+        ChunkedLoss(peft)
     losses = own_loop(peft)
     assert losses[-1] < losses[0]
     assert fingerprint(peft) == identity

@@ -32,7 +32,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from conftest import ARCHITECTURES, VOCABULARY, tiny_model
 from qwlora import quantize_
-from qwlora.adapter.training_step import chunk_loss_
+from qwlora.adapter.chunked_loss import ChunkedLoss
 from qwlora.adapter.vocabulary_slice_loss import sliced_cross_entropy
 from qwlora.errors import TrainingError
 from qwlora.grid.scheme import parse_scheme
@@ -112,7 +112,7 @@ def loss_and_gradients(model: torch.nn.Module, **more: Any) -> tuple[Tensor, dic
 
 def assert_same(model: torch.nn.Module, chunk_tokens: int = 7, **more: Any) -> None:
     loss, gradients = loss_and_gradients(model, **more)
-    chunked = chunk_loss_(model, chunk_tokens)
+    chunked = ChunkedLoss(model, chunk_tokens)
     chunked_loss, chunked_gradients = loss_and_gradients(model, **more)
     chunked.remove()
     torch.testing.assert_close(chunked_loss, loss, rtol=1e-6, atol=0)
@@ -181,7 +181,7 @@ class _Largest(TorchDispatchMode):
 def test_logits_of_the_whole_batch_never_exist(name: str) -> None:
     model = built(name).requires_grad_(False)
     peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    chunk_loss_(peft, 5)
+    ChunkedLoss(peft, 5)
     with _Largest() as largest:
         output = peft(**batch())
         output.loss.backward()
@@ -192,7 +192,7 @@ def test_logits_of_the_whole_batch_never_exist(name: str) -> None:
 def test_without_gradients_and_without_labels() -> None:
     model = tiny_model("llama")
     own = model(**batch()).loss
-    chunk_loss_(model, 7)
+    ChunkedLoss(model, 7)
     with torch.no_grad():
         torch.testing.assert_close(model(**batch()).loss, own, rtol=1e-6, atol=0)
     inputs = {k: v for k, v in batch().items() if k != "labels"}
@@ -206,7 +206,7 @@ def test_bfloat16_autocast_is_close() -> None:
     model = tiny_model("llama")
     with torch.autocast("cpu", torch.bfloat16):
         own, gradients = loss_and_gradients(model)
-        chunk_loss_(model, 7)
+        ChunkedLoss(model, 7)
         loss, chunked = loss_and_gradients(model)
     torch.testing.assert_close(loss, own, rtol=1e-2, atol=0)
     name = "model.layers.0.self_attn.q_proj.weight"
@@ -296,7 +296,7 @@ def test_bfloat16_gradient_of_a_nearly_certain_token_is_exact() -> None:
 @pytest.mark.parametrize("label", [VOCABULARY, -3])
 def test_refuses_labels_outside_the_vocabulary(label: int) -> None:
     model, given = tiny_model("llama"), batch()
-    chunk_loss_(model)
+    ChunkedLoss(model)
     given["labels"][1, 3] = label
     with pytest.raises(
         TrainingError,
@@ -326,7 +326,7 @@ def test_head_weight_is_never_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -
     )
     with torch.autocast("cpu", torch.bfloat16):
         own, gradients = loss_and_gradients(peft)
-        chunk_loss_(peft)
+        ChunkedLoss(peft)
         with _Roundings() as largest:
             loss, chunked = loss_and_gradients(peft)
     torch.testing.assert_close(loss, own, rtol=1e-3, atol=0)
@@ -354,7 +354,7 @@ def test_packed_head_is_never_unpacked_at_once(
     )
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         own, gradients = loss_and_gradients(peft)
-        chunk_loss_(peft)
+        ChunkedLoss(peft)
         unpacked, dequantize = [], PackedTensor.dequantize
 
         def counted(*given: Any) -> Tensor:
@@ -377,7 +377,7 @@ def test_head_with_an_instance_forward_keeps_it() -> None:
     head = model.get_output_embeddings()
     head.forward = lambda x: type(head).forward(head, x) * 0.5
     own = model(**batch()).loss
-    chunk_loss_(model)
+    ChunkedLoss(model)
     torch.testing.assert_close(model(**batch()).loss, own, rtol=1e-6, atol=0)
 
 
@@ -392,14 +392,14 @@ def test_refuses_models_with_another_loss() -> None:
         TrainingError,
         match=r"LlamaForCausalLM cannot be trained .*small batch its own loss is .*`loss: whole`",
     ):
-        chunk_loss_(model)
+        ChunkedLoss(model)
     with pytest.raises(
         TrainingError,
         match="LlamaModel cannot be trained with the chunked loss: it has no output head",
     ):
-        chunk_loss_(LlamaModel(tiny_model("llama").config))
+        ChunkedLoss(LlamaModel(tiny_model("llama").config))
     with pytest.raises(TrainingError, match="Linear is not a model of transformers"):
-        chunk_loss_(torch.nn.Linear(2, 2))
+        ChunkedLoss(torch.nn.Linear(2, 2))
 
 
 def test_refuses_a_loss_that_needs_the_logits() -> None:
@@ -417,12 +417,26 @@ def test_refuses_a_loss_that_needs_the_logits() -> None:
     with pytest.raises(
         TrainingError, match="T5ForConditionalGeneration cannot be trained with the chunked loss"
     ):
-        chunk_loss_(model)
+        ChunkedLoss(model)
+
+
+def test_refuses_a_change_of_logits_that_the_configuration_does_not_say() -> None:
+    model = tiny_model("llama")
+    own = model.forward
+
+    def forward(**arguments: Any) -> Any:
+        output = own(**arguments)
+        output["logits"] = output.logits.clamp(-60, 60)  # a small batch's logits are far smaller
+        return output
+
+    model.forward = forward
+    with pytest.raises(TrainingError, match="in a way that its configuration does not say"):
+        ChunkedLoss(model)
 
 
 def test_names_a_batch_without_loss_tokens() -> None:
     model = tiny_model("llama")
-    chunk_loss_(model)
+    ChunkedLoss(model)
     ids = batch()["input_ids"]
     with pytest.raises(TrainingError, match="a batch has no loss token"):
         model(input_ids=ids, labels=torch.full_like(ids, -100))

@@ -114,7 +114,7 @@ def test_it_is_initialized_and_trained() -> None:
     assert len(reports) == 2
     assert all(report.after < report.before for report in reports.values())
     model.train()
-    with qwlora.lean_steps(model):
+    with qwlora.memory_saving(model):
         loss = model(**BATCH, labels=IDS).loss
         loss.backward()
     trained = [p for n, p in model.named_parameters() if "lora_" in n and ".one." in n]

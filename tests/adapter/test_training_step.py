@@ -1,9 +1,8 @@
-"""`lean_steps` in a user's own loop: PEFT's results; nothing stays replaced afterwards."""
+"""`memory_saving` in a user's own loop: PEFT's results; nothing stays replaced afterwards."""
 
 from __future__ import annotations
 
 import contextlib
-import sys
 from typing import Any
 
 import pytest
@@ -13,22 +12,25 @@ from torch import Tensor
 
 import qwlora
 from conftest import tiny_model
-from qwlora.adapter import activation_checkpointing
+from qwlora.adapter.chunked_loss import ChunkedLoss
 from qwlora.nn.packed_matmul import LinearAddFunction
 
 
-def weight_changes(lean: bool, half: bool) -> dict[str, Tensor]:
+def weight_changes(lean: bool, half: bool, chunked: bool = True) -> dict[str, Tensor]:
     """Change of each adapter weight over three steps."""
     model: Any = tiny_model("llama")
     qwlora.quantize_(model, "w4-block32", "rtn")
     torch.manual_seed(0)
     model = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear")).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    qwlora.chunk_loss_(model)
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
     ids, before = torch.arange(64).view(2, 32), patched_state(model)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    with qwlora.lean_steps(model, autocast=half) if lean else contextlib.nullcontext():
+    with (
+        qwlora.memory_saving(model, half, chunked_loss=chunked)
+        if lean
+        else contextlib.nullcontext()
+    ):
         for _ in range(3):
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -42,7 +44,7 @@ def weight_changes(lean: bool, half: bool) -> dict[str, Tensor]:
 
 
 def patched_state(model: torch.nn.Module) -> list[Any]:
-    """Everything that `lean_steps` replaces."""
+    """Everything that `memory_saving` replaces."""
     modules = [
         (
             len(m._forward_hooks),
@@ -54,27 +56,20 @@ def patched_state(model: torch.nn.Module) -> list[Any]:
     return [torch.get_float32_matmul_precision(), *modules]
 
 
+@pytest.mark.parametrize("chunked", [False, True])
 @pytest.mark.parametrize(("half", "near"), [(False, 1e-5), (True, 2e-2)])
-def test_lean_steps_match_plain_steps(
-    half: bool, near: float, monkeypatch: pytest.MonkeyPatch
+def test_memory_saving_steps_match_plain_steps(
+    half: bool, near: float, chunked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    used: dict[str, int] = {}
-    for owner in (LinearAddFunction, activation_checkpointing._MappedCopy):
-        own = owner.apply
+    used: list[str] = []
+    for owner, name in ((LinearAddFunction, "apply"), (ChunkedLoss, "_sum")):
+        own = getattr(owner, name)
         monkeypatch.setattr(
-            owner,
-            "apply",
-            lambda *args, own=own, name=owner.__name__: (
-                used.update({name: used.get(name, 0) + 1}) or own(*args)
-            ),
+            owner, name, lambda *args, own=own, n=owner.__name__: used.append(n) or own(*args)
         )
-    monkeypatch.setattr(activation_checkpointing, "_MIN_COPY_BYTES", 1)
     expected = weight_changes(False, half)
     assert not used
-    found = weight_changes(True, half)
-    assert used.keys() == {
-        "LinearAddFunction",
-        *(["_MappedCopy"] if sys.platform == "linux" else []),
-    }
+    found = weight_changes(True, half, chunked)
+    assert set(used) == {"LinearAddFunction", *(["ChunkedLoss"] if chunked else [])}
     for name, change in expected.items():
         assert float((found[name] - change).norm()) < near * float(change.norm()), name

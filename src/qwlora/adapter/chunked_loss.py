@@ -15,19 +15,17 @@ adapter on it) get their gradients in the same pass.
 
 This works for any causal model of transformers: the model's own forward runs with two replacements.
 The output head only captures its input, and the loss function computes the loss from that input.
-Anything else that the forward adds to the loss (a router's balance term) is unaffected. P is found
-by running random numbers through the forward; if P is not the identity, each chunk goes through
-that same code, with the layers below the head skipped. When the loss is attached, loss and gradient
-of a small batch are compared with the model's own.
+Anything else that the forward adds to the loss (a router's balance term) is unaffected. P is read
+from the configuration. When the loss is attached, P of random logits, and loss and gradient of a
+small batch, are compared with the model's own.
 
 Given up: the logits of a forward with labels (`output.logits` is None), and second derivatives.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -43,6 +41,7 @@ from qwlora.errors import TrainingError
 from qwlora.graph.call_arguments import vocabulary_size
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import compute_dtype
+from qwlora.nn.replaced import replaced
 from qwlora.system.memory import return_freed_memory
 
 # Logits in a chunk: a little over 32 MiB in float32. Freed blocks above 32 MiB are returned to the
@@ -75,9 +74,11 @@ class ChunkedLoss:
         self._chunk_tokens = chunk_tokens
         self._own_forward, self._own_head = self._model.forward, head.forward
         self._captured: list[Tensor] = []
-        self._body: tuple[nn.Module, type[ModelOutput]] | None = None
+        changes = _logit_changes(self._model)
+        self._is_plain = not changes
+        self._postprocess = lambda logits: functools.reduce(lambda z, f: f(z), changes, logits)
         self._check()
-        self._wrapped = _swapped(self._model, "forward", self._make_forward())
+        self._wrapped = replaced(self._model, self._make_forward())
         self._wrapped.__enter__()
 
     def remove(self) -> None:
@@ -96,8 +97,8 @@ class ChunkedLoss:
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self._give_back(kwargs["labels"].numel())
         with (
-            _swapped(self._head, "forward", self._capture),
-            _swapped(self._model, "_loss_function", self._loss),
+            replaced(self._head, self._capture),
+            replaced(self._model, self._loss, "_loss_function"),
         ):
             self._captured.clear()
             output = self._own_forward(*args, **kwargs)
@@ -177,7 +178,7 @@ class ChunkedLoss:
         """
         trained = [p for p in self._head.parameters() if p.requires_grad]
         has_own_forward = getattr(self._own_head, "__func__", None) is not type(self._head).forward
-        if self._body is None and not trained and not has_own_forward:
+        if self._is_plain and not trained and not has_own_forward:
             rows = _computed_rows(self._head, compute_dtype(hidden))
             if rows is not None:
                 head: Any = self._head
@@ -186,26 +187,10 @@ class ChunkedLoss:
         return chunked_cross_entropy(hidden, targets, self._head_path, trained, tokens)
 
     def _head_path(self, hidden: Tensor) -> Tensor:
-        logits = self._own_head(hidden)
-        return logits if self._body is None else self._postprocess(logits)
-
-    def _postprocess(self, logits: Tensor) -> Tensor:
-        """P: the model's own forward from the head's output on, with the layers below skipped."""
-        assert self._body is not None
-        body, kind = self._body
-        stand_in = logits.new_zeros(1, 1, 1)
-        with (
-            _swapped(body, "forward", lambda *_, **__: kind(last_hidden_state=stand_in)),
-            _swapped(self._head, "forward", lambda *_, **__: logits[None]),
-        ):
-            ids = torch.zeros(1, 1, dtype=torch.long, device=logits.device)
-            result: Tensor = self._own_forward(
-                input_ids=ids, use_cache=False, return_dict=True
-            ).logits
-        return result[0]
+        return self._postprocess(self._own_head(hidden))
 
     def _check(self) -> None:
-        """Find P, then compare loss and gradient of a small batch with the model's own.
+        """Compare P, loss and gradient of a small batch with the model's own.
 
         All processes use the same batch, so collective operations of a sharded model match.
         """
@@ -217,7 +202,7 @@ class ChunkedLoss:
                 torch.autocast(self._head_device().type, enabled=False),
             ):
                 torch.manual_seed(0)
-                self._find_postprocessing()
+                self._compare_postprocessing()
                 self._compare()
         finally:
             self._model.train(training)
@@ -228,51 +213,28 @@ class ChunkedLoss:
         )
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def _find_postprocessing(self) -> None:
-        """Run random logits through the forward; remember its body if it changes them (P)."""
-        batch, called, shapes = self._batch(), [], []
-        candidates = {
-            id(m): m
-            for m in (self._model.base_model, self._model.get_decoder())
-            if isinstance(m, nn.Module) and m is not self._model
-        }
-        hooks = [
-            m.register_forward_hook(lambda module, _, output: called.append((module, type(output))))
-            for m in candidates.values()
-        ]
+    def _compare_postprocessing(self) -> None:
+        """Refuse a model that changes logits in a way that its configuration does not say."""
         sent: list[Tensor] = []
 
         def random_logits(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-            logits = self._own_head(hidden)
-            shapes.append(logits.shape)
-            sent.append(torch.randn(logits.shape, device=logits.device, dtype=logits.dtype) * 100)
+            sent.append(100 * torch.randn_like(self._own_head(hidden)))  # a soft cap bends these
             return sent[0]
 
         try:
-            with torch.no_grad(), _swapped(self._head, "forward", random_logits):
-                received = self._own_forward(**batch, use_cache=False, return_dict=True).logits
+            with torch.no_grad(), replaced(self._head, random_logits):
+                received = self._own_forward(
+                    **self._batch(), use_cache=False, return_dict=True
+                ).logits
         except (RuntimeError, ValueError, TypeError) as error:
             raise _refusal(self._model, f"it does not run on token ids alone ({error})") from error
-        finally:
-            for hook in hooks:
-                hook.remove()
-        if not sent or received.shape != sent[0].shape:
+        expected = self._postprocess(sent[0]) if sent else None
+        if expected is None or not torch.equal(received.float(), expected.float()):
             raise _refusal(
-                self._model, "its logits do not have the shape of its output head's result"
+                self._model,
+                "it changes logits after the output head in a way that its configuration does not "
+                "say",
             )
-        if torch.equal(received.float(), sent[0].float()):
-            return
-        if not called or not issubclass(called[-1][1], ModelOutput):
-            raise _refusal(
-                self._model, "its code between output head and loss cannot run on its own"
-            )
-        self._body = called[-1]
-        with torch.no_grad():
-            if not torch.equal(self._postprocess(sent[0].flatten(0, 1)), received.flatten(0, 1)):
-                raise _refusal(
-                    self._model,
-                    "its code between output head and loss gives other logits on a chunk of tokens",
-                )
 
     def _compare(self) -> None:
         """Refuse a model whose own loss or gradient differs from the chunked one."""
@@ -287,7 +249,7 @@ class ChunkedLoss:
                 return head(inputs[-1])
 
             self._captured.clear()
-            with torch.enable_grad(), _swapped(self._head, "forward", head_from_leaf):
+            with torch.enable_grad(), replaced(self._head, head_from_leaf):
                 loss = self._own_forward(
                     **batch, labels=labels, use_cache=False, return_dict=True
                 ).loss
@@ -295,7 +257,7 @@ class ChunkedLoss:
 
         own_loss, own_gradient = measured(self._own_head)
         try:
-            with _swapped(self._model, "_loss_function", self._loss):
+            with replaced(self._model, self._loss, "_loss_function"):
                 loss, gradient = measured(self._capture)
         except (RuntimeError, ValueError, IndexError) as error:
             raise _refusal(self._model, f"its forward needs the logits ({error})") from error
@@ -328,6 +290,21 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
     return inner
 
 
+def _logit_changes(model: PreTrainedModel) -> list[Callable[[Tensor], Tensor]]:
+    """P, as functions of logits in order: what the configuration asks for after the head."""
+    config = model.config.get_text_config()
+    changes: list[Callable[[Tensor], Tensor]] = []
+    if factor := getattr(config, "logit_scale", None) or getattr(
+        config, "lm_head_multiplier", None
+    ):
+        changes.append(lambda z: z * factor)
+    if divisor := getattr(config, "logits_scaling", None):
+        changes.append(lambda z: z / divisor)
+    if cap := getattr(config, "final_logit_softcapping", None):
+        changes.append(lambda z: torch.tanh(z / cap) * cap)
+    return changes
+
+
 def _computed_rows(head: nn.Module, dtype: torch.dtype) -> WeightRows | None:
     """Rows of the head's weight in `dtype`, if products cannot read them from memory as they are.
 
@@ -341,21 +318,6 @@ def _computed_rows(head: nn.Module, dtype: torch.dtype) -> WeightRows | None:
     if type(head) is nn.Linear and head.weight.dtype == torch.float32 != dtype:
         return lambda start, stop: head.weight[start:stop].to(dtype)
     return None
-
-
-@contextlib.contextmanager
-def _swapped(owner: nn.Module, name: str, value: Any) -> Iterator[None]:
-    """Set an instance attribute until the context ends, then restore or delete it."""
-    nothing = object()
-    before = owner.__dict__.get(name, nothing)
-    owner.__dict__[name] = value
-    try:
-        yield
-    finally:
-        if before is nothing:
-            owner.__dict__.pop(name, None)
-        else:
-            owner.__dict__[name] = before
 
 
 def _refusal(model: nn.Module, why: str) -> TrainingError:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import compute_dtype
+from qwlora.nn.replaced import replaced
 
 
 @contextlib.contextmanager
@@ -39,13 +40,10 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
         and "forward" not in m.__dict__
         and isinstance(m.base_layer, PackedLinear)
     ]
-    for layer in layers:
-        layer.forward = functools.partial(_forward, layer)
-    try:
-        yield
-    finally:
+    with contextlib.ExitStack() as stack:
         for layer in layers:
-            del layer.forward
+            stack.enter_context(replaced(layer, functools.partial(_forward, layer)))
+        yield
 
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

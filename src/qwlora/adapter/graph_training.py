@@ -26,6 +26,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from qwlora.adapter.chunked_loss import causal_model
 from qwlora.errors import TrainingError
+from qwlora.nn.replaced import replaced
 
 RANGES = "activation_ranges.safetensors"
 _NOT_INPUTS = frozenset(
@@ -83,11 +84,12 @@ class GraphForward:
                 "the model adds a router balance term to its loss (output_router_logits), which a "
                 "captured graph does not contain. Set output_router_logits to false"
             )
-        self._model.__dict__["forward"] = self._make_forward()
+        self._replaced = replaced(self._model, self._make_forward())
+        self._replaced.__enter__()
 
     def remove(self) -> None:
         """Restore the model's own forward."""
-        del self._model.__dict__["forward"]
+        self._replaced.__exit__(None, None, None)
 
     def _make_forward(self) -> Callable[..., Any]:
         @functools.wraps(self._model.forward)

@@ -1,7 +1,7 @@
 """The training step: everything QWLoRA replaces in transformers, PEFT and torch, in one order.
 
-Applied from top to bottom, removed from bottom to top. Rows 1 and 2 are for a training run
-(`train.py`); rows 3 to 6 are `lean_steps`, which also serves a training loop of the user's own.
+Applied from top to bottom, removed from bottom to top. `memory_saving`, for a training loop of the
+user's own, is rows 1 and 3 to 5.
 
     | # | what is replaced                     | by                          | why
     |---|--------------------------------------|-----------------------------|---------------------
@@ -12,26 +12,23 @@ Applied from top to bottom, removed from bottom to top. Rows 1 and 2 are for a t
     |   |                                      | graph_training.py           | activations
     | 2 | nothing: pre-hooks on the model and  | `RecoveryLoss`              | distance to the
     |   | on both output heads                 | recovery_loss.py            | float model
-    | 3 | outputs of checkpointed layers,      | `mmap_checkpoints`          | no holes in malloc's
-    |   | by forward hooks                     | activation_checkpointing.py | memory
-    | 4 | under autocast: PEFT's cast of layer | `peft.helpers.disable_`     | autocast casts them
+    | 3 | under autocast: PEFT's cast of layer | `peft.helpers.disable_`     | autocast casts them
     |   | inputs to the weight's dtype         | `input_dtype_casting`       | anyway
-    | 5 | `forward` of plain LoRA layers       | `fused_lora`                | one output array
+    | 4 | `forward` of plain LoRA layers       | `fused_lora`                | one output array
     |   |                                      | fused_forward.py            | instead of four
-    | 6 | torch's float32 matmul precision     | `onednn_float32_matmul`     | faster on CPUs that
+    | 5 | torch's float32 matmul precision     | `onednn_float32_matmul`     | faster on CPUs that
     |   |                                      | float32_matmul.py           | are not Intel's
 
-Row 1 comes before row 5 because `ChunkedLoss` keeps the head's `forward` that it finds, which must
-outlive row 5. The other rows do not depend on each other.
+Row 1 comes before row 4 because `ChunkedLoss` keeps the head's `forward` that it finds, which must
+outlive row 4. The other rows do not depend on each other.
 
 Written for and tested with torch 2.13, transformers 5.24 and peft 0.21.2 (pyproject.toml has the
 ranges). What each row relies on beyond the documented interfaces:
 
     1  transformers: `loss_function` reads the instance attribute `_loss_function`; a causal model's
        forward calls its head once and passes labels, logits and `num_items_in_batch` to the loss
-    3  transformers: `GradientCheckpointingLayer` and its attribute `gradient_checkpointing`
-    5  peft: the attributes of `peft.tuners.lora.Linear`; its forward is B(A(dropout(x))) * scaling
-    6  torch: precision "medium" selects oneDNN on CPUs
+    4  peft: the attributes of `peft.tuners.lora.Linear`; its forward is B(A(dropout(x))) * scaling
+    5  torch: precision "medium" selects oneDNN on CPUs
 
 What `trainer.AdapterTrainer` changes by subclassing is not here: the recovery term is added to the
 loss, non-finite numbers stop the run, and checkpoints are plain adapters. It relies on these
@@ -50,21 +47,11 @@ from peft.helpers import disable_input_dtype_casting
 from torch import nn
 from transformers import PreTrainedModel
 
-from qwlora.adapter.activation_checkpointing import mmap_checkpoints
 from qwlora.adapter.chunked_loss import ChunkedLoss
 from qwlora.adapter.float32_matmul import onednn_float32_matmul
 from qwlora.adapter.fused_forward import fused_lora
 from qwlora.adapter.graph_training import GraphForward, TrainableGraph
 from qwlora.adapter.recovery_loss import RecoveryLoss
-
-
-def chunk_loss_(model: nn.Module, chunk_tokens: int | None = None) -> ChunkedLoss:
-    """Give `model` the chunked loss, in place (row 1).
-
-    `model(ids, labels=ids).loss` then never makes the logits of a whole batch. Call it before
-    `lean_steps`. See `ChunkedLoss` for arguments and errors.
-    """
-    return ChunkedLoss(model, chunk_tokens)
 
 
 @contextlib.contextmanager
@@ -92,7 +79,7 @@ def replaced_forward(
             model, graph, processes, chunked_loss=chunked, **unsupported_by_graph
         )
     elif chunked:
-        replacement = chunk_loss_(model)
+        replacement = ChunkedLoss(model)
     try:
         yield
     finally:
@@ -104,7 +91,7 @@ def replaced_forward(
 def training_steps(
     model: PeftModel, autocast: bool, teacher: PreTrainedModel | None = None
 ) -> Iterator[RecoveryLoss | None]:
-    """Rows 2 to 6, until the context ends; yields the recovery loss if there is a teacher.
+    """Rows 2 to 5, until the context ends; yields the recovery loss if there is a teacher.
 
     Args:
         model: on the device where it is trained.
@@ -124,24 +111,41 @@ def training_steps(
 
 
 @contextlib.contextmanager
-def lean_steps(model: nn.Module, autocast: bool = False) -> Iterator[None]:
-    """Training steps in less memory and time, until the context ends (rows 3 to 6).
+def memory_saving(
+    model: nn.Module, autocast: bool = False, chunked_loss: bool = True
+) -> Iterator[None]:
+    """Train in less memory and time, until the context ends (rows 1 and 3 to 5).
 
-        with lean_steps(model):
+        with memory_saving(model):
             for batch in batches:
                 model(**batch).loss.backward()
 
-    Losses and gradients are the same up to rounding order. The loss itself is not changed; see
-    `chunk_loss_`.
+    Losses and gradients are the same up to rounding order.
 
     Args:
         model: on the device where it is trained.
         autocast: whether the forward runs under autocast, which casts the inputs of products; PEFT
             would cast them to float32 first.
+        chunked_loss: compute `model(ids, labels=ids).loss` without the logits of the whole batch,
+            see `ChunkedLoss`. False for a loss of your own, which needs the logits.
+
+    Raises:
+        TrainingError: see `ChunkedLoss`.
     """
+    chunked = ChunkedLoss(model) if chunked_loss else None
+    try:
+        with lean_steps(model, autocast):
+            yield
+    finally:
+        if chunked is not None:
+            chunked.remove()
+
+
+@contextlib.contextmanager
+def lean_steps(model: nn.Module, autocast: bool) -> Iterator[None]:
+    """Rows 3 to 5, until the context ends."""
     device = next(model.parameters()).device
     with (
-        mmap_checkpoints(model),
         disable_input_dtype_casting(model, autocast),
         fused_lora(model),
         onednn_float32_matmul(device),

@@ -158,7 +158,7 @@ def test_only_loss_tokens_count_and_a_part_at_a_time_gives_the_same(
     assert whole.sequences.tolist() == kept.nonzero()[:, 0].tolist()
     assert whole.documents is not None
     assert whole.documents.tolist() == documents[:, 1:][kept].tolist()
-    assert data.counts() == {"sequences": 4, "learnt_tokens": int(kept.sum()), "documents": 4}
+    assert data.counts() == {"sequences": 4, "loss_tokens": int(kept.sum()), "documents": 4}
 
 
 def test_tokens_of_one_cluster_are_not_independent_samples() -> None:

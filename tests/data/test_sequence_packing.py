@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from conftest import VOCABULARY, tiny_model
-from qwlora.analysis.perplexity import perplexity
+from qwlora.analysis.token_scores import perplexity
 from qwlora.data.document_isolation import check_isolation, isolation_leak
 from qwlora.data.sequence_packing import cut_into_sequences, joined_ids
 from qwlora.data.sequences import IGNORED, Sequences
@@ -94,7 +94,7 @@ def test_logits_in_a_pack_are_those_of_the_document_alone(name: str, attention: 
     assert not torch.allclose(joined, logits, rtol=1e-4, atol=1e-2)
 
 
-def test_loss_of_packs_is_the_mean_over_the_learnt_tokens_of_all_documents() -> None:
+def test_loss_of_packs_is_the_mean_over_the_loss_tokens_of_all_documents() -> None:
     model, documents = tiny_model("llama"), records(9, 30)
     packed, counts = cut_into_sequences(documents, 64, "documents", [], PAD, "training")
     padded, _ = cut_into_sequences(documents, 64, "none", [], PAD, "training")
@@ -111,7 +111,7 @@ def test_loss_of_packs_is_the_mean_over_the_learnt_tokens_of_all_documents() -> 
             torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum").detach()
         )
         learnt += int((labels != IGNORED).sum())
-    assert counts.learnt_tokens == packed.loss_tokens == padded.loss_tokens == learnt
+    assert counts.loss_tokens == packed.loss_tokens == padded.loss_tokens == learnt
     for sequences in (packed, padded):
         batch = {
             name: torch.stack([sequences[i][name] for i in range(len(sequences))])
@@ -209,7 +209,7 @@ def test_every_token_is_in_a_sequence_or_counted_as_dropped(
     assert counts.truncated_tokens == (
         0 if packing == "join" else sum(max(0, len(d.ids) - width) for d in documents)
     )
-    assert counts.learnt_tokens == found.loss_tokens > 0
+    assert counts.loss_tokens == found.loss_tokens > 0
     wanted = {i for d in documents for i, flag in zip(d.ids, d.in_loss, strict=True) if flag}
     learnt = found.labels != IGNORED
     assert set(found.labels[learnt].tolist()) <= wanted
@@ -258,7 +258,7 @@ def test_what_is_too_long_is_truncated_and_counted() -> None:
     assert (counts.documents, counts.tokens, counts.sequences) == (3, 35, 2)
     assert (counts.truncated_documents, counts.truncated_tokens) == (2, 12)
     assert (counts.dropped_documents, counts.dropped_tokens) == (1, 22)
-    assert counts.learnt_tokens == 4 + 2
+    assert counts.loss_tokens == 4 + 2
     with pytest.raises(
         SourceError,
         match=r"none of the 1 held-out documents has a loss token within its first 10 tokens: raise data.sequence_tokens",

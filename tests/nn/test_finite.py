@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from conftest import byte_tokenizer, tiny_model
 from qwlora import quantize_
-from qwlora.analysis.perplexity import perplexity
+from qwlora.analysis.token_scores import perplexity
 from qwlora.errors import CalibrationError, NonFiniteError
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.huggingface_folder import FloatCheckpoint

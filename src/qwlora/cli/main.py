@@ -33,6 +33,7 @@ from qwlora.cli.adapter_commands import app as adapters_app
 from qwlora.cli.base_commands import app as base_app
 from qwlora.cli.dump_layers_command import dump_layers
 from qwlora.cli.encodings_commands import app as encodings_app
+from qwlora.cli.generate_commands import chat, generate
 from qwlora.cli.inspect_command import inspect
 from qwlora.cli.merge_commands import merge, merge_check
 from qwlora.cli.plan_command import plan
@@ -41,7 +42,6 @@ from qwlora.cli.push_command import push
 from qwlora.cli.report_command import report
 from qwlora.cli.shared_arguments import AsJson, Changes, Quiet, RecipeFile
 from qwlora.cli.simulate_command import simulate
-from qwlora.cli.talk_commands import chat, generate
 from qwlora.cli.terminal import console, print_json, print_result, safe_streams
 from qwlora.errors import (
     DirectoryError,

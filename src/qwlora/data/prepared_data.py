@@ -138,7 +138,7 @@ def summary(description: dict[str, Any], name: str | None = None) -> str:
         c = description[part]
         text = (
             f"{label} {c['documents']:,} documents, {c['tokens']:,} tokens, "
-            f"{c['sequences']:,} sequences, {c['learnt_tokens']:,} loss tokens"
+            f"{c['sequences']:,} sequences, {c['loss_tokens']:,} loss tokens"
         )
         lost = [
             (c["truncated_documents"], "documents truncated"),

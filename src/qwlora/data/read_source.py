@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora import errors
-from qwlora.data import tables
+from qwlora.data import tables as tables
 from qwlora.data.document import Document, Text
 from qwlora.data.records import EmptyRecordError, Fields, choose_fields, make_document
 from qwlora.data.source_files import RECORD_SUFFIXES, TEXT_SUFFIXES, folder_files, refusal
@@ -44,7 +44,7 @@ class Reading:
         skip_empty: skip empty records instead of refusing them.
     """
 
-    columns: Mapping[str, str] = field(default_factory=dict)
+    columns: Mapping[str, str] = field(default_factory=dict, hash=False)
     split: str | None = None
     subset: str | None = None
     skip_empty: bool = False

@@ -37,8 +37,7 @@ class Counts:
         documents: in the source; with `turns: apart`, turns.
         tokens: in all documents, before anything is cut.
         sequences, sequence_tokens: number of sequences, and the length of each.
-        learnt_tokens: loss tokens: those in the sequences that the loss is a mean over. (The
-            name is that of the key in results.json.)
+        loss_tokens: those in the sequences that the loss is a mean over.
         truncated_documents, truncated_tokens: documents that were too long, and the tokens cut off.
         dropped_documents: documents without a loss token in any sequence.
         dropped_tokens: tokens in no sequence, including truncated ones.
@@ -49,7 +48,7 @@ class Counts:
     tokens: int = 0
     sequences: int = 0
     sequence_tokens: int = 0
-    learnt_tokens: int = 0
+    loss_tokens: int = 0
     truncated_documents: int = 0
     truncated_tokens: int = 0
     dropped_documents: int = 0
@@ -94,7 +93,7 @@ def cut_into_sequences(
         sequences = _fill(rows, width, padding, positions=shares)
         counts.padding_tokens = sequences.input_ids.numel() - sum(lengths)
     counts.sequences, counts.sequence_tokens = sequences.input_ids.shape
-    counts.learnt_tokens = sequences.loss_tokens
+    counts.loss_tokens = sequences.loss_tokens
     return sequences, counts
 
 

@@ -99,7 +99,7 @@ class Sequences(Dataset[dict[str, Tensor]]):
             documents = len(self.documents[:, 1:][self.labels[:, 1:] != IGNORED].unique())
         return {
             "sequences": len(self),
-            "learnt_tokens": self.loss_tokens,
+            "loss_tokens": self.loss_tokens,
             "documents": documents,
         }
 

@@ -13,13 +13,13 @@ import importlib
 import io
 from collections.abc import Callable, Collection, Iterable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from qwlora.data.text_files import decode
 from qwlora.encodings.model import repeated
-from qwlora.errors import MissingExtraError, SourceError, foreign_as
+from qwlora.errors import SourceError, foreign_as
 from qwlora.formats.user_path import looked_for
+from qwlora.system.optional_packages import require
 
 Rows = Iterator[tuple[str, Any]]
 Table = tuple[list[str], Callable[[Collection[str]], Rows]]
@@ -78,7 +78,7 @@ def read_arrow(path: Path) -> Table:
         SourceError: it is neither.
         MissingExtraError: pyarrow is not installed.
     """
-    pyarrow, kind = _needed("pyarrow", path), "Arrow"
+    pyarrow, kind = require("pyarrow", "data", f"to read {str(path)!r}"), "Arrow"
     opened: Any
     if path.suffix.lower() == ".parquet":
         kind = "Parquet"
@@ -133,7 +133,7 @@ def read_dataset(source: str, split: str | None, subset: str | None = None) -> T
         SourceError: it cannot be loaded, or does not have that split.
         MissingExtraError: datasets is not installed.
     """
-    datasets = _needed("datasets", source)
+    datasets = require("datasets", "data", f"to read {source!r}")
     if Path(source).is_dir():
         what = (
             f"{source}: this folder has {' or '.join(SAVED_DATASET)}, but datasets cannot load it"
@@ -188,13 +188,3 @@ def _without_null(value: Any) -> Any:
         return [present(v) for v in value] if isinstance(value, list) else value
 
     return {name: present(column) for name, column in value.items()}
-
-
-def _needed(module: str, source: Any) -> ModuleType:
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise MissingExtraError(
-            f"{module} is needed to read {str(source)!r} and is not installed: "
-            "pip install 'qwlora[data]'"
-        ) from error

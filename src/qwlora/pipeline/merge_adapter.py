@@ -18,8 +18,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from torch import Tensor
 
 from qwlora.adapter.merge_loss import RoundingLoss, rounding_losses, untie_
-from qwlora.analysis.perplexity import perplexity
-from qwlora.analysis.token_scores import logits_of
+from qwlora.analysis.token_scores import logits_of, perplexity
 from qwlora.formats.base_folder import save_base
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn.pack_at import pack_at_, tie_weights_

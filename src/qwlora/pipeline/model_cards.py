@@ -292,7 +292,7 @@ def _identity(job: Job, meaning: str) -> str:
 def _training(job: Job, name: str, text: Data) -> str:
     counts = job.section("texts", name) or job.section("data")
     amount = counts.get("train", {})
-    documents, tokens = amount.get("documents"), amount.get("learnt_tokens")
+    documents, tokens = amount.get("documents"), amount.get("loss_tokens")
     size = f" ({documents:,} documents, {tokens:,} loss tokens)" if documents and tokens else ""
     steps = job.get("train", name, "steps")
     if not steps:

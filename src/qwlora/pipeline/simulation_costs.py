@@ -42,8 +42,8 @@ def measure_costs(
         CalibrationError: the calibration is out of date, see `is_calibrated`.
     """
     context, name = open_job(folder, adapter, changes, track)
+    from qwlora.analysis.quantization_costs import cumulative_costs, layer_sqnr
     from qwlora.analysis.sensitivity import sensitivities
-    from qwlora.analysis.stage_costs import cumulative_costs, layer_sqnr
 
     calibrated = not changes and is_calibrated(context, name)
     simulation = context.simulation(name) if calibrated else _calibrated(context, name)
@@ -173,13 +173,12 @@ def _sensitivity_batches(context: JobContext, name: str) -> list[dict[str, Any]]
 
 
 def _simulated(simulation: Simulation, evaluation: Sequences) -> float:
-    from qwlora.analysis.perplexity import perplexity
+    from qwlora.analysis.token_scores import perplexity
 
     return perplexity(simulation.logits, evaluation, "perplexity, simulated")
 
 
 def _perplexity(model: Any, evaluation: Sequences) -> float:
-    from qwlora.analysis.perplexity import perplexity
-    from qwlora.analysis.token_scores import logits_of
+    from qwlora.analysis.token_scores import logits_of, perplexity
 
     return perplexity(logits_of(model.eval()), evaluation, "perplexity")

@@ -8,8 +8,8 @@ from types import ModuleType
 from qwlora.errors import MissingExtraError
 
 
-def require(module: str, extra: str) -> ModuleType:
-    """Import `module`.
+def require(module: str, extra: str, purpose: str = "here") -> ModuleType:
+    """Import `module`, which is needed for `purpose`.
 
     Raises:
         MissingExtraError: it is not installed; the message names the extra that contains it.
@@ -18,5 +18,5 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingExtraError(
-            f"{module} is not installed, but is needed here: pip install 'qwlora[{extra}]'"
+            f"{module} is needed {purpose} and is not installed: pip install 'qwlora[{extra}]'"
         ) from error

@@ -100,7 +100,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     """Calibrate one adapter, or the encodings that adapters share."""
     from qwlora.adapter.adapter_folder import save_adapter
     from qwlora.analysis.encodings_summary import encodings_summary
-    from qwlora.analysis.perplexity import perplexity
+    from qwlora.analysis.token_scores import perplexity
     from qwlora.simulation.save_simulation import save_simulation
     from qwlora.simulation.shared_encodings import apply_shared_encodings
     from qwlora.simulation.stored_encodings import load_encodings

@@ -26,7 +26,7 @@ ROWS = {
     "tokens": "Tokens",
     "sequences": "Sequences",
     "sequence_tokens": "Tokens of the longest sequence",
-    "learnt_tokens": "Loss tokens",
+    "loss_tokens": "Loss tokens",
     "dropped_tokens": "Tokens dropped at the end",
     "truncated_documents": "Documents cut short",
     "padding_tokens": "Padding tokens",

@@ -47,8 +47,7 @@ from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.float32_matmul import onednn_float32_matmul
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.train import TrainingSettings, train_adapter
-from qwlora.analysis.token_scores import perplexity
-from qwlora.analysis.token_scores import logits_of
+from qwlora.analysis.token_scores import logits_of, perplexity
 from qwlora.data import concatenated_ids, load_documents
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.second_moments import Moment, Moments

@@ -88,7 +88,7 @@ def test_validate_exits_1_only_on_errors(run: Run) -> None:
     assert out.endswith("3 warnings\n")
     code, out, _ = run("validate", LEGACY, "--onnx", MODEL)
     assert code == 1
-    assert out.startswith("error: block.weight_0, scale: has 12 values")
+    assert out.startswith("error: block.weight_0, scale: has shape [12]")
     assert out.endswith("2 errors, 3 warnings\n")
 
 

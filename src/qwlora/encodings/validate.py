@@ -6,6 +6,7 @@ example a tensor without an encoding, which stays float.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -85,8 +86,8 @@ def _against_graph(file: EncodingsFile, graph: Graph) -> Iterator[Finding]:
             if tensor.parameter:
                 said, kind = kind, said
             yield Finding("error", name, "section", f"says {said}, but it is {kind} of the graph")
-        if tensor.shape is not None:
-            yield from _shape_findings(encoding, tensor, tensor.shape)
+        if tensor.shape is not None and (problem := _shape_problem(encoding, tensor, tensor.shape)):
+            yield Finding("error", name, "scale", problem)
     encoded = file.by_name.keys()
     for name, tensor in graph.items():
         encoded_later = tensor.moved_to and encoded >= set(tensor.moved_to)
@@ -99,52 +100,35 @@ def _against_graph(file: EncodingsFile, graph: Graph) -> Iterator[Finding]:
         yield Finding("warning", name, "", f"is {what} without an encoding, and stays float")
 
 
-def _shape_findings(
-    encoding: Entry, tensor: OnnxTensor, shape: tuple[int, ...]
-) -> Iterator[Finding]:
-    """Whether the scales fit a tensor of `shape`."""
-    scale = encoding.block_scale if isinstance(encoding, LpbqEncoding) else encoding.scale
-    axis, size = encoding.axis, encoding.block_size
-    if scale is None or not scale.ndim:
-        return
-    of_shape = f"a tensor of shape {list(shape)}"
-    if axis is not None and not -len(shape) <= axis < len(shape):
-        yield Finding("error", encoding.name, "axis", f"is {axis}, outside {of_shape}")
-        return
-    problem = None
+def _shape_problem(entry: Entry, tensor: OnnxTensor, shape: tuple[int, ...]) -> str | None:
+    """Why the scales do not fit a tensor of `shape`; None if they do, or if no op says its axes."""
+    scale = entry.block_scale if isinstance(entry, LpbqEncoding) else entry.scale
+    size = entry.block_size
+    implied = tensor.channel_axis if size is None else tensor.block_axis
+    axis = implied if entry.axis is None else entry.axis
+    if scale is None or not scale.ndim or axis is None:
+        return None
+    if not -len(shape) <= axis < len(shape):
+        return f"axis is {axis}, outside a tensor of shape {list(shape)}"
+    axis %= len(shape)
+    nested = size is not None and entry.axis is not None
+    blocks = [n // size if size and i == axis else n for i, n in enumerate(shape)]
     if size is None:
-        axis = tensor.channel_axis if axis is None else axis
-        if axis is None and scale.size not in shape:
-            problem = f"has {scale.size} values, but no axis of {of_shape} is as long"
-        elif axis is not None and scale.size != shape[axis]:
-            problem = f"has {scale.size} values, but axis {axis} of {of_shape} has {shape[axis]}"
-    elif axis is None:
-        axes = range(len(shape)) if tensor.block_axis is None else (tensor.block_axis,)
-        counts = [_blocks(shape, a, size, tensor.channel_axis) for a in axes if not shape[a] % size]
-        if scale.size not in counts:
-            problem = f"has {scale.size} values, which blocks of {size} on {of_shape} do not give"
-    elif not _has_blocks(scale.shape, shape, axis % len(shape), size):
-        problem = (
-            f"has shape {list(scale.shape)}, which blocks of {size} on axis {axis} of {of_shape} "
-            "do not give"
-        )
-    if problem is not None:
-        yield Finding("error", encoding.name, "scale", problem)
-
-
-def _has_blocks(found: tuple[int, ...], shape: tuple[int, ...], axis: int, size: int) -> bool:
-    """Whether nested scales of shape `found` fit blocks along `axis`; other axes may be shared."""
-    if len(found) != len(shape) or found[axis] * size != shape[axis]:
-        return False
-    return all(f in (1, n) for i, (f, n) in enumerate(zip(found, shape, strict=True)) if i != axis)
-
-
-def _blocks(shape: tuple[int, ...], axis: int, size: int, channel_axis: int | None) -> int:
-    """Blocks along `axis`, per channel if that axis is known, else per index of all other axes."""
-    count = shape[axis] // size
-    for a, length in enumerate(shape):
-        count *= length if a != axis and channel_axis in (None, a) else 1
-    return count
+        needed = [shape[axis]]
+    elif nested:
+        needed = blocks
+    else:  # a flat list: blocks of each channel, or of each index of the other axes
+        channel = tensor.channel_axis
+        needed = [math.prod(n for i, n in enumerate(blocks) if i == axis or channel in (None, i))]
+    # nested scales may be shared along axes other than that of the blocks
+    fits = scale.ndim == len(needed) and all(
+        have == need or (nested and have == 1 and i != axis)
+        for i, (have, need) in enumerate(zip(scale.shape, needed, strict=True))
+    )
+    if fits and not (size and shape[axis] % size):
+        return None
+    what = "" if size is None else f" in blocks of {size}"
+    return f"has shape {list(scale.shape)}, but axis {axis} of {list(shape)}{what} needs {needed}"
 
 
 def finding_lines(findings: list[Finding], shown_names: int = 3) -> list[str]:

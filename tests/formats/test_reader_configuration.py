@@ -63,7 +63,7 @@ def test_counts_are_checked_before_transformers_reads_them(
     ):
         with pytest.raises(
             SourceError,
-            match=rf"config.json': {key} is {MANY}, but .* at most \d+\. config.json is damaged",
+            match=rf"config.json': {key} is {MANY}, but a model with these files has \d to [\d,]+\.",
         ):
             opening(tmp_path)
     assert not expanded
@@ -95,7 +95,7 @@ def test_counts_of_a_base(
     reseal(tmp_path, "base.json")
     with pytest.raises(
         SourceError,
-        match=f"config.json': num_hidden_layers is {MANY}, but .* at most 128",
+        match=f"config.json': num_hidden_layers is {MANY}, but .* has 0 to 128",
     ):
         opening(tmp_path)
     assert not expanded
@@ -108,7 +108,7 @@ def test_more_parameters_than_files_hold(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 120}))
     with pytest.raises(
         SourceError,
-        match=r"config.json asks for more than \d+ parameters, many times more than the files hold\. It belongs to another model",
+        match=r"'model.layers.2.self_attn.q_proj.weight', .* missing from the files, but needed",
     ):
         open_checkpoint(tmp_path)
 

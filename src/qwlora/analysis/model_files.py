@@ -107,7 +107,7 @@ def _open_base(folder: Path) -> OpenedModel:
         "QWLoRA base",
         stored,
         base.read,
-        lambda: _transposed(empty_model(base.config, len(stored))),
+        lambda: _transposed(empty_model(base.config)),
         base.record["fingerprint"],
         schemes,
     )

@@ -65,7 +65,7 @@ class LazyModel:
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
-        self.model = empty_model(checkpoint.config, len(checkpoint.names()))
+        self.model = empty_model(checkpoint.config)
         folder = checkpoint.folder
         if folder is not None and (folder / "generation_config.json").is_file():
             with reading(folder / "generation_config.json"):

@@ -81,9 +81,8 @@ def load_base(
     """
     register_with_transformers()
     base = BaseFiles(Path(folder))
-    count = len(base.files.names())
-    config = read_config(base.folder, count, trust_remote_code)
-    model = empty_model(config, count, trust_remote_code, base.record.get("class"))
+    config = read_config(base.folder, len(base.files.names()), trust_remote_code)
+    model = empty_model(config, trust_remote_code, base.record.get("class"))
     places = base.place_packed_(model)
     for name, tensor in base.verified(model):
         is_cast = tensor.is_floating_point() and name not in base.packed

@@ -101,7 +101,7 @@ class FolderCheckpoint:
     def model(self) -> PreTrainedModel:
         """The model that config.json describes, without data."""
         try:
-            return meta_model(self.config, len(self.stored.names()))
+            return meta_model(self.config)
         except SourceError as error:
             raise SourceError(f"{self._where}: {error}") from error
 

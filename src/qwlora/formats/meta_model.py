@@ -7,15 +7,13 @@ that are not stored in files (rotary frequencies, masks) have data from the star
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from qwlora.errors import SourceError
@@ -28,7 +26,6 @@ Place = tuple[str, str]
 
 def empty_model(
     config: PretrainedConfig,
-    tensors: int,
     trust_remote_code: bool = False,
     kind: str | None = None,
 ) -> PreTrainedModel:
@@ -36,15 +33,14 @@ def empty_model(
 
     Args:
         config: the configuration.
-        tensors: the number of stored tensors. A configuration that needs many times more, or
-            buffers that would fill the memory, is refused before anything is allocated.
         trust_remote_code: allow code from the folder of the configuration.
         kind: the name of a model class of transformers; default: a causal language model.
 
     Raises:
-        SourceError: no such model can be built from the configuration.
+        SourceError: no such model can be built from the configuration, or its buffers would fill
+            the memory.
     """
-    _check_buffers(meta_model(config, tensors, trust_remote_code, kind))
+    _check_buffers(meta_model(config, trust_remote_code, kind))
     with init_empty_weights(include_buffers=False):
         model = build_model(config, trust_remote_code, kind)
     model.tie_weights()
@@ -53,17 +49,15 @@ def empty_model(
 
 def meta_model(
     config: PretrainedConfig,
-    tensors: int,
     trust_remote_code: bool = False,
     kind: str | None = None,
 ) -> PreTrainedModel:
     """As `empty_model`, but buffers have no data either; enough for names and shapes.
 
     Raises:
-        SourceError: no such model can be built from the configuration, or the model has many times
-            more parameters than `tensors`.
+        SourceError: no such model can be built from the configuration.
     """
-    with _at_most(2 * tensors + 64), torch.device("meta"):
+    with torch.device("meta"):
         model = build_model(config, trust_remote_code, kind)
     model.tie_weights()
     return model
@@ -179,24 +173,3 @@ def _check_buffers(model: nn.Module) -> None:
                 f"config.json asks for a buffer {name} of shape {list(buffer.shape)}, larger than "
                 "in any real model. It is damaged; download the model again"
             )
-
-
-@contextmanager
-def _at_most(count: int) -> Iterator[None]:
-    """Stop building a model when it registers more than `count` parameters."""
-    seen = 0
-
-    def registered(module: nn.Module, name: str, parameter: Any) -> None:
-        nonlocal seen
-        seen += 1
-        if seen > count:
-            raise SourceError(
-                f"config.json asks for more than {count} parameters, many times more than the "
-                "files hold. It belongs to another model; download the model again"
-            )
-
-    hook = register_module_parameter_registration_hook(registered)
-    try:
-        yield
-    finally:
-        hook.remove()

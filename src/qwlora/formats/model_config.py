@@ -1,9 +1,9 @@
-"""Reading a model's config.json after checking that its counts are plausible.
+"""Reading a model's config.json after checking the values that transformers would choke on.
 
 While transformers reads a configuration, it expands some numbers: `num_hidden_layers` into a list
 of layer types, `num_labels` into label names. A config.json of 1 KB can therefore fill the memory
-before any model is built. Here these counts are first compared with the number of stored tensors,
-because every layer has at least one.
+before any model is built. So counts are first compared with the number of stored tensors, because
+every layer has at least one. Other values that no model has get an error that names their key.
 """
 
 from __future__ import annotations
@@ -19,14 +19,20 @@ from qwlora.errors import SourceError
 from qwlora.formats.remote_code import refuse_remote_code
 from qwlora.messages import listed, near_names
 
-LAYERS = re.compile(r".*(layers|blocks|depths?|_dense_replace)|n_layer|num_layer|attention_types")
-LABELS = re.compile("num_labels")
-MOST_LABELS = 300_000  # one tensor holds all labels, so the number of tensors does not limit them
 FEW = 128  # lowest limit: valid configurations of small models contain such numbers too
-COUNTS = re.compile("hidden_size|vocab_size|num_attention_heads|num_key_value_heads")
-MOST_COUNT = 10**8  # above, products of two counts do not fit in memory
-ACTIVATIONS = re.compile("hidden_act(ivation)?|activation_function|feed_forward_act")
 MOST = 10_000  # layers, if the number of tensors is not known
+# Pattern of keys, lowest and highest value; the highest number of layers is an argument.
+_COUNTS: tuple[tuple[str, int, int | None], ...] = (
+    (
+        r".*(layers|blocks|depths?|_dense_replace)|n_layer|num_layer|attention_types",
+        -1,  # "none" in some configurations
+        None,
+    ),
+    ("num_labels", 0, 300_000),  # one tensor holds all labels
+    # above 10^8, products of two counts do not fit in memory
+    ("hidden_size|vocab_size|num_attention_heads|num_key_value_heads", 1, 10**8),
+)
+_ACTIVATIONS = re.compile("hidden_act(ivation)?|activation_function|feed_forward_act")
 
 
 def read_config(folder: Path, tensors: int, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -76,50 +82,34 @@ def check_folder(folder: Path, most: int = MOST) -> None:
         settings, _ = PretrainedConfig.get_config_dict(folder)
     except Exception as error:
         raise _unreadable(folder, error) from error
-    where = repr(str(folder / "config.json"))
-    check_counts(settings, most, where)
     for path, key, value in _entries(settings):
-        if problem := _problem(key, value, "auto_map" in settings):
+        if problem := _problem(key, value, most, "auto_map" in settings):
             raise SourceError(
-                f"{where}: {path} is {value!r}, {problem}. Correct it, or download the model again"
+                f"{str(folder / 'config.json')!r}: {path} is {value!r}, {problem}. Correct it, or "
+                "download the model again"
             )
 
 
-def _problem(key: str, value: Any, has_own_code: bool) -> str | None:
+def _problem(key: str, value: Any, layers: int, has_own_code: bool) -> str | None:
     """Why no model has this value under `key`; None if one can have it."""
     if isinstance(value, float) and value != value:
         return "which is not a number"
-    if COUNTS.fullmatch(key) and type(value) is int and not 0 < value <= MOST_COUNT:
-        return f"which is not between 1 and {MOST_COUNT:,}"
+    for pattern, low, high in _COUNTS:
+        high = layers if high is None else high
+        if type(value) is int and not low <= value <= high and re.fullmatch(pattern, key):
+            return f"but a model with these files has {max(low, 0)} to {high:,}"
     if key in ("dtype", "torch_dtype") and isinstance(value, str) and value != "auto":
         import torch
 
         if not isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype):
             return "which is no dtype of torch, such as bfloat16"
-    if ACTIVATIONS.fullmatch(key) and isinstance(value, str) and not has_own_code:
+    if _ACTIVATIONS.fullmatch(key) and isinstance(value, str) and not has_own_code:
         from transformers.activations import ACT2FN
 
         if value not in ACT2FN:
             near = listed(near_names(value, ACT2FN))
             return f"which transformers does not have (similar: {near})"
     return None
-
-
-def check_counts(settings: Mapping[str, Any], most: int, where: str) -> None:
-    """Check that no layer count in `settings`, nested ones included
-    (`text_config.num_hidden_layers`), exceeds `most`.
-
-    Raises:
-        SourceError: a count is larger; the message names its key.
-    """
-    limits = {LAYERS: most, LABELS: MOST_LABELS}
-    for path, key, value in _entries(settings):
-        limit = next((n for keys, n in limits.items() if keys.fullmatch(key)), None)
-        if limit is not None and isinstance(value, int) and value > limit:
-            raise SourceError(
-                f"{where}: {path} is {value}, but a model with these files has at most {limit}. "
-                "config.json is damaged or belongs to another model; download the model again"
-            )
 
 
 def _entries(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:

@@ -76,7 +76,7 @@ class GgufCheckpoint:
         self.file = GgufFile(path)
         settings, self.config = self._read_config()
         try:
-            self._model = empty_model(self.config, len(self.file.tensors))
+            self._model = empty_model(self.config)
         except SourceError as error:
             raise self.file.error(str(error).replace("config.json", "its metadata")) from error
         found, unknown = gguf_origins(self.file, settings, self._model)

@@ -15,7 +15,6 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    GPT2Config,
     GPTNeoConfig,
     GPTNeoForCausalLM,
     MixtralConfig,
@@ -227,11 +226,6 @@ def test_a_configuration_of_no_language_model_is_refused() -> None:
     checkpoint = Held(tiny_model("llama"))
     checkpoint.config = PretrainedConfig()
     with pytest.raises(SourceError, match="does not describe a causal language model"):
-        load_precomputed(checkpoint)
-    checkpoint.config = GPT2Config(n_layer=200_000, n_embd=8, n_head=1, vocab_size=9)
-    with pytest.raises(
-        SourceError, match=r"asks for more than .* parameters, many times more than the files hold"
-    ):
         load_precomputed(checkpoint)
 
 

@@ -124,7 +124,7 @@ def test_the_mask_is_shown(
     path = recipe_for(data=chat)
     app(["data", str(path)], standalone_mode=False)
     shown = capsys.readouterr().out
-    assert re.search(r"learnt tokens +\d", shown)
+    assert re.search(r"loss tokens +\d", shown)
     _, _, example = shown.partition("loss tokens are in ⟦ ⟧")
     assert re.search(r"<\|user\|>", example.replace(" ", ""))
     assert example.count("⟦") == len(re.findall("assistant", example.replace(" ", ""))) > 1

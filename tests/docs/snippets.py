@@ -38,8 +38,11 @@ class Block:
 
 
 def documents(root: Path = ROOT) -> list[Path]:
-    """README.md and the pages, without those that tests and benchmarks write and the log."""
-    generated = {"aimet-onnx.md", "aimet-oracle.md", "architectures.md", "reliability.md"}
+    """README.md and the pages, without those that tests, benchmarks and typer write and the log."""
+    generated = {
+        *("aimet-onnx.md", "aimet-oracle.md", "architectures.md"),
+        *("cli.md", "reliability.md"),
+    }
     pages = [p for p in sorted((root / "docs").rglob("*.md")) if p.name not in generated]
     return [root / "README.md", *(p for p in pages if "log" not in p.parts)]
 

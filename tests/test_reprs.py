@@ -58,6 +58,8 @@ def test_a_base_before_and_after_each_step(tmp_path: Path) -> None:
     shown(layer)
     shown(layer.quantized)
     shown(layer.tensor)
+    qwlora.save_base(model, None, tmp_path / "base", "somewhere")
+    assert "BaseCheckpoint of llama" in shown(qwlora.open_checkpoint(tmp_path / "base"))
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).eval()
     reports = qwlora.initialize_adapter_(adapted, "svd", lambda path: weights[f"{path}.weight"])
     assert "InitReports of 2 layers" in shown(reports)

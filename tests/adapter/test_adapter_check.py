@@ -190,7 +190,7 @@ def test_names_an_adapter_of_another_base(job: Path) -> None:
     )
     assert problems(job / "adapters" / "a", job_fingerprint(job)) == []
     (job / "adapters" / "a" / "qwlora.json").write_text("{}")
-    assert "does not say which base" in problems(job / "adapters" / "a", job_fingerprint(job))[0]
+    assert "qwlora.json changed" in problems(job / "adapters" / "a", job_fingerprint(job))[0]
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -138,6 +138,8 @@ def compare(path: Path) -> dict[str, Any]:
     )
     wanted = dict(model.named_parameters())
     checkpoint = GgufCheckpoint(path)
+    assert repr(checkpoint).startswith("GgufCheckpoint of ")
+    assert repr(str(path)) in repr(checkpoint)
     assert set(checkpoint.names()) == set(wanted)
     read = {name: checkpoint.read(name) for name in checkpoint.names()}
     for name, value in read.items():

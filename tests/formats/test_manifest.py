@@ -83,14 +83,16 @@ def test_an_edit_is_accepted_by_deleting_its_entry(folder: Path) -> None:
     check(folder)
 
 
-@pytest.mark.parametrize("record", [None, '{"alpha": 1.5}', "[]"])
-def test_a_folder_without_digests_is_said_to_be_unverified(
-    folder: Path, record: str | None
-) -> None:
+def test_a_folder_without_a_record_is_said_to_be_unverified(folder: Path) -> None:
     (folder / "record.json").unlink()
-    if record:
-        (folder / "record.json").write_text(record)
     with pytest.warns(UnverifiedWarning, match=r"thing 'x' is unverified: record.json"):
+        check(folder)
+
+
+@pytest.mark.parametrize("record", ['{"alpha": 1.5}', "[]", "{"])
+def test_a_record_without_digests_was_changed(folder: Path, record: str) -> None:
+    (folder / "record.json").write_text(record)
+    with pytest.raises(FingerprintError, match=r"record.json changed"):
         check(folder)
 
 
@@ -142,15 +144,6 @@ def test_an_adapter_that_changed_is_not_loaded(
         load_adapter(base(), tmp_path)
 
 
-def test_an_adapter_of_an_earlier_version_is_loaded_and_unverified(tmp_path: Path) -> None:
-    save_adapter(adapted(), tmp_path)
-    record = json.loads((tmp_path / "qwlora.json").read_text())
-    del record["files"]
-    (tmp_path / "qwlora.json").write_text(json.dumps(record))
-    with pytest.warns(UnverifiedWarning, match="lists no digests"):
-        load_adapter(base(), tmp_path)
-
-
 def test_sets_in_an_adapters_configuration_are_sorted(tmp_path: Path) -> None:
     save_adapter(adapted(), tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -172,15 +165,6 @@ def test_two_swapped_tokens_of_a_base_are_noticed(tmp_path: Path) -> None:
     for read in (load_base, BaseCheckpoint):
         with pytest.raises(FingerprintError, match=r"tokenizer.json changed .* quantize again"):
             read(tmp_path)
-
-
-def test_a_base_of_an_earlier_version_is_loaded_and_unverified(tmp_path: Path) -> None:
-    save_base(base(), byte_tokenizer(), tmp_path, "somewhere")
-    record = json.loads((tmp_path / "base.json").read_text())
-    del record["files"]
-    (tmp_path / "base.json").write_text(json.dumps(record))
-    with pytest.warns(UnverifiedWarning, match="quantize again"):
-        load_base(tmp_path)
 
 
 def test_encodings_that_were_edited_are_not_loaded(tmp_path: Path) -> None:

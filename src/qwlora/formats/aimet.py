@@ -23,6 +23,7 @@ from transformers import PretrainedConfig
 
 from qwlora.encodings.model import BlockOrder
 from qwlora.errors import GridError, SourceError
+from qwlora.formats.checkpoint import ShownCheckpoint
 from qwlora.formats.huggingface_folder import FloatCheckpoint
 from qwlora.formats.matched_encodings import MatchedEncodings
 from qwlora.grid.float_offset import measure_float_offset
@@ -36,7 +37,7 @@ from qwlora.grid.sqnr import sqnr_db
 LEAST_SQNR, WORSE = 12.0, 6.0
 
 
-class AimetCheckpoint:
+class AimetCheckpoint(ShownCheckpoint):
     """A float checkpoint and its encodings.
 
     Args:
@@ -57,7 +58,7 @@ class AimetCheckpoint:
         block_order: BlockOrder | None = None,
     ):
         self.floats = FloatCheckpoint(folder)
-        self.folder = self.floats.folder
+        self.folder = self.path = self.floats.folder
         self.config: PretrainedConfig = self.floats.config
         self._matched = MatchedEncodings(self.floats.model, encodings, keep_float, block_order)
         self._grids = self._matched.grids

@@ -74,10 +74,6 @@ def load_base(
             match base.json and config.json (the message lists them).
         GridError: a layer has an invalid scheme, scale or offset.
         FingerprintError: a tensor, the configuration or the tokenizer was changed after saving.
-
-    Warns:
-        UnverifiedWarning: an earlier version wrote the base without digests of its configuration
-            and tokenizer, so only its tensors are checked.
     """
     register_with_transformers()
     base = BaseFiles(Path(folder))

@@ -45,3 +45,18 @@ class Checkpoint(Protocol):
                 The message names the tensor and the format.
         """
         ...
+
+
+class ShownCheckpoint:
+    """A reader with a short `repr`: its class, model, number of tensors and path."""
+
+    config: PretrainedConfig
+    path: Path
+
+    def __repr__(self) -> str:
+        kind, model, count = type(self).__name__, self.config.model_type, len(self.names())
+        return f"{kind} of {model} with {count} tensors in {str(self.path)!r}"
+
+    def names(self) -> Sequence[str]:
+        """See `Checkpoint`."""
+        raise NotImplementedError

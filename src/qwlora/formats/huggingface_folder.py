@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import SourceError
+from qwlora.formats.checkpoint import ShownCheckpoint
 from qwlora.formats.meta_model import meta_model
 from qwlora.formats.model_config import read_config
 from qwlora.formats.safetensors_files import SafetensorsFiles
@@ -44,7 +45,7 @@ class Stored(Protocol):
         ...
 
 
-class FolderCheckpoint:
+class FolderCheckpoint(ShownCheckpoint):
     """A checkpoint in a Hugging Face folder.
 
     Args:
@@ -57,16 +58,12 @@ class FolderCheckpoint:
     """
 
     def __init__(self, folder: str | Path, stored: Callable[[SafetensorsFiles], Stored]):
-        self.folder = Path(folder)
+        self.folder = self.path = Path(folder)
         # mapping would gain nothing: most tensors are read once, and then unpacked or converted
         self.files = SafetensorsFiles(self.folder, mapped=False)
         self.stored = stored(self.files)
         self.config = read_config(self.folder, len(self.files.names()))
         self._origins = self._found_origins()
-
-    def __repr__(self) -> str:
-        model = self.config.model_type
-        return f"{type(self).__name__} of {model} with {len(self.names())} tensors in {self._where}"
 
     def names(self) -> list[str]:
         """Names of parameters and saved buffers in the model's order, tied tensors once."""

@@ -9,8 +9,8 @@ The record's own entry is the digest of all its other fields. Files that are not
 notes) are not checked. To accept an edited file, delete its entry from `files`; it is then no
 longer checked.
 
-A folder without a record, or with a record without digests (from other tools or earlier versions),
-cannot be checked; `check` warns that it is unverified.
+A folder without a record is from another tool and cannot be checked; `check` warns that it is
+unverified.
 """
 
 from __future__ import annotations
@@ -69,9 +69,6 @@ def check(
 ) -> None:
     """Compare the files of `folder` with the digests in its record `name`.
 
-    A record that cannot be read counts as one without digests; the code that uses it reports the
-    error.
-
     Args:
         folder: the artifact's folder.
         name: the file name of its record.
@@ -80,19 +77,16 @@ def check(
         only: the files to check, in addition to the record; default: all listed files.
 
     Raises:
-        FingerprintError: files are missing or changed; the message lists them.
+        FingerprintError: files are missing or changed, or the record has no digests; the message
+            lists them.
 
     Warns:
-        UnverifiedWarning: there are no digests.
+        UnverifiedWarning: there is no record.
     """
-    if not has_digests(folder, name):
-        why = (
-            f"lists no digests (an earlier version wrote it). To have its files checked, {remedy}"
-            if (folder / name).exists()
-            else "is missing (other tools do not write it), so a changed file cannot be noticed"
-        )
+    if not (folder / name).exists():
         warnings.warn(
-            f"{what} is unverified: {name} {why}",
+            f"{what} is unverified: {name} is missing (other tools do not write it), so a changed "
+            "file cannot be noticed",
             UnverifiedWarning,
             stacklevel=3,
         )
@@ -107,10 +101,12 @@ def check(
 
 
 def changed_files(folder: Path, name: str, only: Iterable[str] | None = None) -> list[str]:
-    """The listed files that are missing or differ from their digests; empty if there are no
-    digests."""
+    """The listed files that are missing or differ from their digests; empty if there is no
+    record."""
+    if not (folder / name).exists():
+        return []
     record = _read(folder / name)
-    listed = record.pop(FILES, {})
+    listed = record.pop(FILES, None)
     if not isinstance(listed, dict):
         return [name]
     wanted = listed if only is None else {*only, name} & listed.keys()

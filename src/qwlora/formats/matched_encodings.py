@@ -139,7 +139,7 @@ class MatchedEncodings:
             _check_fits(grid.scheme, shape[::-1] if self.is_transposed(name) else shape)
         for other in others:
             again = self._grid(name, {other.name: other}, file)
-            if not _equal(grid, again):
+            if not (grid is again if grid is None else grid.equals(again)):
                 raise SourceError(
                     f"and {other.name!r} are tied in the model, but have different encodings. "
                     "Remove one of the two entries"
@@ -220,19 +220,6 @@ def _check_fits(scheme: Scheme, shape: tuple[int, ...]) -> None:
         scheme.scale_shape(shape)
     except GridError as error:
         raise SourceError(f"does not fit: {error}") from error
-
-
-def _equal(
-    a: Encoding | FloatOffsetEncoding | None, b: Encoding | FloatOffsetEncoding | None
-) -> bool:
-    if a is None or b is None:
-        return a is b
-    lows = [e.minimum if isinstance(e, FloatOffsetEncoding) else e.offset for e in (a, b)]
-    return (
-        a.scheme == b.scheme
-        and bool((a.scale == b.scale).all())
-        and bool((lows[0] == lows[1]).all())
-    )
 
 
 def _near(name: str, among: Sequence[str]) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qwlora.errors import FingerprintError, GridError, SourceError
 from qwlora.formats.base_files import check_files, read_layers, read_record
+from qwlora.formats.checkpoint import ShownCheckpoint
 from qwlora.formats.model_config import read_config
 from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.formats.shard_writer import STEM
@@ -21,7 +22,7 @@ from qwlora.nn.packed_tensor import PackedTensor, Parts
 from qwlora.parameter_names import parameter_name
 
 
-class BaseCheckpoint:
+class BaseCheckpoint(ShownCheckpoint):
     """The tensors of the base in `folder`.
 
     Raises:
@@ -31,7 +32,8 @@ class BaseCheckpoint:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder, self._where = Path(folder), f"base {str(folder)!r}"
+        self.folder = self.path = Path(folder)
+        self._where = f"base {str(folder)!r}"
         self.record = read_record(self.folder)
         check_files(self.folder)
         self.files = SafetensorsFiles(self.folder, STEM)

@@ -27,6 +27,7 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
 from qwlora.errors import ExportError, SourceError
+from qwlora.formats.checkpoint import ShownCheckpoint
 from qwlora.formats.gguf.blocks import TYPES, Blocks, decode_blocks, to_quantized
 from qwlora.formats.gguf.gguf_file import TOKENS, GgufFile
 from qwlora.formats.gguf.rope_config import FACTORS, warn_of_positions
@@ -38,7 +39,7 @@ from qwlora.messages import listed
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 
 
-class GgufCheckpoint:
+class GgufCheckpoint(ShownCheckpoint):
     """A GGUF file.
 
     Args:
@@ -57,6 +58,7 @@ class GgufCheckpoint:
     folder = None
 
     def __init__(self, path: str | Path):
+        self.path = Path(path)
         self._origins = self._placed(self._found(path))
         self._refuse_types()
         warn_of_positions(self.file, self.config)

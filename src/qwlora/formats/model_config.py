@@ -16,7 +16,6 @@ from typing import Any
 from transformers import AutoConfig, PretrainedConfig
 
 from qwlora.errors import SourceError
-from qwlora.formats.remote_code import refuse_remote_code
 from qwlora.messages import listed, near_names
 
 FEW = 128  # lowest limit: valid configurations of small models contain such numbers too
@@ -129,3 +128,20 @@ def _unreadable(folder: Path, error: Exception) -> SourceError:
     return SourceError(
         f"{str(folder)!r}: config.json cannot be read: {error or type(error).__name__}"
     )
+
+
+def refuse_remote_code(what: str, error: Exception) -> None:
+    """Raise a SourceError if `error` is the refusal of transformers to run the model's own code.
+
+    Does nothing for any other error; the caller then handles it.
+
+    Args:
+        what: the model, for the message.
+        error: what transformers raised.
+    """
+    if "trust_remote_code" in str(error):
+        raise SourceError(
+            f"{what} needs Python code from its own folder (auto_map in config.json or "
+            "tokenizer_config.json), and QWLoRA does not run it by default. Read the code; if you "
+            "trust it, set model.trust_remote_code: true in the recipe"
+        ) from error

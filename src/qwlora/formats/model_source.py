@@ -25,7 +25,6 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import MissingExtraError, SourceError, foreign_as
 from qwlora.formats.hub import downloaded
-from qwlora.formats.remote_code import refuse_remote_code
 from qwlora.formats.user_path import does_not_exist, source_path
 from qwlora.messages import listed
 
@@ -169,6 +168,8 @@ def _loading(what: str) -> Iterator[None]:
         try:
             yield
         except ValueError as error:
+            from qwlora.formats.model_config import refuse_remote_code
+
             refuse_remote_code(what, error)
             raise
         except RuntimeError as error:

@@ -17,8 +17,8 @@ from typing import Any
 from qwlora.adapter.chunked_loss import CHUNK_LOGITS
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import SwitchableTarget, UseCasesTarget, WeightsTarget
+from qwlora.formats.base_files import SHARD_BYTES
 from qwlora.formats.model_source import fetch
-from qwlora.formats.shard_writer import SHARD_BYTES
 from qwlora.grid.activation_observer import VALUES
 from qwlora.pipeline.plan import has_float_model
 from qwlora.pipeline.stage import Stage

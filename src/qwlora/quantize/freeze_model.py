@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qwlora.errors import GridError
-from qwlora.formats.matched_encodings import MatchedEncodings
+from qwlora.formats.aimet import MatchedEncodings
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.quantized_tensor import QuantizedTensor

@@ -19,10 +19,9 @@ from transformers import PreTrainedTokenizerBase
 
 from qwlora.errors import SourceError
 from qwlora.formats.assemble_model import LazyModel
-from qwlora.formats.base_files import BaseWriter
+from qwlora.formats.base_files import SHARD_BYTES, BaseWriter
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.meta_model import put_, tensor_at
-from qwlora.formats.shard_writer import SHARD_BYTES
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.grid.second_moments import Moments
 from qwlora.nn import pack_at_, tie_weights_

@@ -65,13 +65,14 @@ _TYPES = {
 
 
 class ShardWriter:
-    """Writes tensors into `folder`, at most `shard_bytes` per file; a larger tensor gets its own file.
+    """Writes tensors into `folder`, at most `shard_bytes` per file; a larger one gets its own file.
 
-        base.safetensors                                        if everything fits in one shard
-        base-00001-of-00003.safetensors ... and an index file   otherwise, as in Hugging Face folders
+        base.safetensors                                        everything fits in one shard
+        base-00001-of-00003.safetensors ... and an index file   otherwise, as in Hugging Face
+                                                                folders
 
-    At most one shard is in memory. Shards have temporary names until `finish` renames them. Creating
-    a `ShardWriter` deletes the shards of an earlier run from the folder.
+    At most one shard is in memory. Shards have temporary names until `finish` renames them.
+    Creating a `ShardWriter` deletes the shards of an earlier run from the folder.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):

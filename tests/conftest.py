@@ -221,7 +221,7 @@ def recipe_for(tmp_path: Path, corpus: Path, checkpoints: dict[str, Path]) -> An
 @pytest.fixture(scope="module", autouse=True)
 def frozen_garbage_collector() -> None:
     """Jobs collect garbage before each stage. With all that is imported here, looking through it takes
-    longer than a stage of a tiny model: without this, tests/pipeline takes 4 times as long."""
+    longer than a stage of a tiny model: without this, tests/pipeline takes three times as long."""
     gc.collect()
     gc.freeze()
 

@@ -119,3 +119,32 @@ def test_a_stage_that_failed_stops_files_that_passed() -> None:
     found = judged(run__state="failed", error__stage="evaluate")
     assert found.kind is Kind.DO_NOT_SHIP
     assert "evaluate" in found.sentence
+
+
+@pytest.mark.parametrize("after", [100.0, 100.1, 250.0])
+def test_no_gain_is_claimed_that_was_not_measured(after: float) -> None:
+    found = judged(**gain("float", 100.0, after))
+    assert found.sentence.startswith("The exported file computes what you trained, but ")
+
+
+def gains(words: float, digits: float) -> Verdict:
+    results = two()
+    results["perplexity"] = {
+        "float": 100.0,
+        "on": {},
+        "simulated": {"words": words, "digits": digits},
+    }
+    results["perplexity_ratio"] = {}
+    for name in ("words", "digits"):
+        results["train"][name].pop("text", None)
+    return verdict(job_of("two", results))
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_of_several_adapters_the_smallest_gain_is_claimed(swapped: bool) -> None:
+    found = gains(*((70.0, 90.0) if swapped else (90.0, 70.0)))
+    assert found.kind is Kind.SHIP
+    assert "every adapter beats the float model by 10.0% or more" in found.sentence
+    found = gains(*((70.0, 110.0) if swapped else (110.0, 70.0)))
+    assert found.kind is Kind.WITH_CARE
+    assert found.sentence.startswith("Both exported files compute what you trained, but ")

@@ -88,7 +88,7 @@ def write_checkpoint(folder: Path, sizes: dict[str, int]) -> int:
 
 
 def quantize(source: Path, out: Path) -> None:
-    from qwlora.formats.huggingface_folder import FloatCheckpoint
+    from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
     from qwlora.formats.model_source import load_tokenizer
     from qwlora.quantize.quantize_checkpoint import quantize_checkpoint
 

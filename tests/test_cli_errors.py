@@ -12,7 +12,7 @@ import pytest
 from qwlora.cli.main import main
 from qwlora.errors import file_being_read, reading
 from qwlora.formats.assemble_model import LazyModel
-from qwlora.formats.huggingface_folder import FloatCheckpoint
+from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from qwlora.analysis.inspect_model import inspect_source
 from qwlora.cli.main import main
 from qwlora.encodings.grids import entry_of
 from qwlora.encodings.version_1_0_0 import json_of
-from qwlora.formats.safetensors_files import SafetensorsFiles
+from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
 from qwlora.nn import packed_weights

@@ -21,9 +21,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qwlora.errors import SourceError
-from qwlora.formats.compressed_tensors import CompressedTensors
+from qwlora.formats.huggingface.compressed_tensors import CompressedTensors
+from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor
 

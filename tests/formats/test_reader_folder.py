@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from qwlora.errors import SourceError
-from qwlora.formats.huggingface_folder import FloatCheckpoint, FolderCheckpoint
+from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint, FolderCheckpoint
+from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor

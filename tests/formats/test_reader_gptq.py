@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from qwlora.errors import SourceError
+from qwlora.formats.huggingface.qweight import GptqTensors
+from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.formats.qweight import GptqTensors
-from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, PerChannel
 

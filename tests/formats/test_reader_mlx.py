@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from qwlora.errors import SourceError
 from qwlora.formats.assemble_model import load_precomputed
-from qwlora.formats.mlx import MlxTensors
+from qwlora.formats.huggingface.mlx import MlxTensors
+from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.model_source import locate
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
 
 FILES = Path(__file__).parent / "files"

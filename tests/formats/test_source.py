@@ -20,7 +20,7 @@ from qwlora.adapter.attach import adapter_folder
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
-from qwlora.formats.huggingface_folder import FloatCheckpoint
+from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
 from qwlora.formats.model_source import _downloaded, fetch, load_model, load_tokenizer, locate
 
 DOWN = "model.layers.1.mlp.down_proj.weight"

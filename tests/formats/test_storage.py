@@ -222,8 +222,8 @@ def test_impossible_scales_are_named_though_fingerprints_agree(base: Path, scale
 
 def resign(folder: Path) -> None:
     """Make base.json agree with the tensors there are."""
+    from qwlora.formats.huggingface.model_config import read_config
     from qwlora.formats.meta_model import empty_model
-    from qwlora.formats.model_config import read_config
     from qwlora.nn.fingerprint import tensor_digest
 
     record = json.loads((folder / "base.json").read_text())

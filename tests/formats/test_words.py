@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from qwlora.formats.int32_words import unpack_words
+from qwlora.formats.huggingface.int32_words import unpack_words
 
 
 @st.composite

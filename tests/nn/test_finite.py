@@ -15,7 +15,7 @@ from qwlora import quantize_
 from qwlora.analysis.token_scores import perplexity
 from qwlora.errors import CalibrationError, NonFiniteError
 from qwlora.formats.base_folder import save_base
-from qwlora.formats.huggingface_folder import FloatCheckpoint
+from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
 from qwlora.nn.finite import check_base_finite, check_finite
 from qwlora.quantize.quantize_checkpoint import quantize_checkpoint
 

@@ -16,11 +16,11 @@ from qwlora.encodings.model import BlockOrder
 from qwlora.errors import SourceError
 from qwlora.formats.aimet import AimetCheckpoint
 from qwlora.formats.base_files import RECORD
-from qwlora.formats.huggingface_folder import FolderCheckpoint
+from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
+from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.meta_model import empty_model, place_name
 from qwlora.formats.open_checkpoint import open_checkpoint, quantization_of
 from qwlora.formats.qwlora_base import BaseCheckpoint
-from qwlora.formats.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 

@@ -17,7 +17,7 @@ at once, but then it takes the scheme of the first group for all layers. So a ba
 says `dequantize: true`, one with several must be symmetric, and run once before an adapter is
 attached. vLLM ignores this key.
 
-See `formats/compressed_tensors.py` for the reader.
+See `formats/huggingface/compressed_tensors.py` for the reader.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from qwlora.export.weights_folder import (
     refuse,
     write_folder,
 )
-from qwlora.formats.int32_words import pack_words
+from qwlora.formats.huggingface.int32_words import pack_words
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn.packed_layer import PackedLayer

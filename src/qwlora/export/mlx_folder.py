@@ -41,7 +41,7 @@ from qwlora.export.weights_folder import (
     refuse,
     write_folder,
 )
-from qwlora.formats.int32_words import pack_words
+from qwlora.formats.huggingface.int32_words import pack_words
 from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.scheme import Lpbq, PerBlock

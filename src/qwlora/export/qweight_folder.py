@@ -14,7 +14,7 @@ integers; an embedding is written as the floats that its codes stand for.
 GPTQ's version 1 stores `zero - 1`, and programs disagree about a zero point of 0 (the next field
 borrows, or it wraps around), so a base that has one is written in version 2 (`gptq_v2`).
 
-See `formats/qweight.py` for the readers.
+See `formats/huggingface/qweight.py` for the readers.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from qwlora.export.weights_folder import (
     refuse,
     write_folder,
 )
-from qwlora.formats.int32_words import pack_words
-from qwlora.formats.qweight import NIBBLE_OF_COLUMN
+from qwlora.formats.huggingface.int32_words import pack_words
+from qwlora.formats.huggingface.qweight import NIBBLE_OF_COLUMN
 from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
 from qwlora.nn.packed_layer import PackedLayer

@@ -32,7 +32,7 @@ from qwlora.export.held_schemes import NBITS_BLOCKS, nbits_problem
 from qwlora.export.onnx_adapter import write_adapter_file
 from qwlora.export.onnx_model import build_model
 from qwlora.export.weights_folder import refuse
-from qwlora.formats.int32_words import pack_words
+from qwlora.formats.huggingface.int32_words import pack_words
 from qwlora.graph.cached_capture import capture_cached
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import Encoding, aligned

@@ -36,7 +36,7 @@ from qwlora.encodings.grids import TensorLayout, grid_of
 from qwlora.encodings.model import BlockOrder, EncodingsFile, Entry, FloatEncoding
 from qwlora.errors import EncodingsFileError, GridError, SourceError
 from qwlora.formats.checkpoint import ShownCheckpoint
-from qwlora.formats.huggingface_folder import FloatCheckpoint
+from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding, measure_float_offset
 from qwlora.grid.observers import measure

@@ -24,8 +24,8 @@ from qwlora import strict_json
 from qwlora.atomic import files_in, move_into_place, replacing_files, write_text
 from qwlora.errors import FingerprintError, GridError, SourceError
 from qwlora.formats import manifest
+from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles, read_json
 from qwlora.formats.meta_model import Place, tensor_at, tensor_places
-from qwlora.formats.safetensors_files import SafetensorsFiles, read_json
 from qwlora.grid.scheme import Scheme
 from qwlora.messages import lines, listed
 from qwlora.nn import PackedLayer, is_packed, place_empty_, tie_weights_

@@ -24,8 +24,8 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from qwlora.errors import reading
 from qwlora.formats.base_files import BaseFiles, write_base
 from qwlora.formats.hf_quantizer import register_with_transformers
+from qwlora.formats.huggingface.model_config import read_config
 from qwlora.formats.meta_model import empty_model, put_
-from qwlora.formats.model_config import read_config
 
 
 def save_base(

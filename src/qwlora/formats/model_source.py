@@ -156,7 +156,7 @@ def check_counts_of(location: Location) -> None:
 
         GgufFile(location.path)
     else:
-        from qwlora.formats.model_config import check_folder
+        from qwlora.formats.huggingface.model_config import check_folder
 
         check_folder(location.path)
 
@@ -168,7 +168,7 @@ def _loading(what: str) -> Iterator[None]:
         try:
             yield
         except ValueError as error:
-            from qwlora.formats.model_config import refuse_remote_code
+            from qwlora.formats.huggingface.model_config import refuse_remote_code
 
             refuse_remote_code(what, error)
             raise
@@ -206,7 +206,7 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
 
         GgufCheckpoint.check_names(location.path)
     elif location.path.is_dir():
-        from qwlora.formats.safetensors_files import check_shards_are_inside
+        from qwlora.formats.huggingface.safetensors_files import check_shards_are_inside
 
         check_shards_are_inside(location.path)
     with _loading(f"model {source!r}"):
@@ -277,7 +277,7 @@ def load_config(source: str, trust_remote_code: bool = False) -> PretrainedConfi
     """
     from transformers import AutoConfig
 
-    from qwlora.formats.model_config import use_default_implementations_
+    from qwlora.formats.huggingface.model_config import use_default_implementations_
 
     location = _readable(source)
     with _loading(f"model {source!r}"):

@@ -13,12 +13,12 @@ from qwlora.errors import SourceError
 from qwlora.formats.aimet import AimetCheckpoint
 from qwlora.formats.base_files import RECORD
 from qwlora.formats.checkpoint import Checkpoint
-from qwlora.formats.compressed_tensors import CompressedTensorsCheckpoint
-from qwlora.formats.huggingface_folder import FloatCheckpoint
-from qwlora.formats.mlx import MlxCheckpoint
-from qwlora.formats.qweight import QweightCheckpoint
+from qwlora.formats.huggingface.compressed_tensors import CompressedTensorsCheckpoint
+from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
+from qwlora.formats.huggingface.mlx import MlxCheckpoint
+from qwlora.formats.huggingface.qweight import QweightCheckpoint
+from qwlora.formats.huggingface.safetensors_files import read_json
 from qwlora.formats.qwlora_base import BaseCheckpoint
-from qwlora.formats.safetensors_files import read_json
 from qwlora.formats.user_path import looked_for
 
 METHODS: dict[str, Callable[[Path, dict[str, Any]], Checkpoint]] = {

@@ -13,8 +13,8 @@ from torch import Tensor
 from qwlora.errors import FingerprintError, GridError, SourceError
 from qwlora.formats.base_files import STEM, check_files, read_layers, read_record
 from qwlora.formats.checkpoint import ShownCheckpoint
-from qwlora.formats.model_config import read_config
-from qwlora.formats.safetensors_files import SafetensorsFiles
+from qwlora.formats.huggingface.model_config import read_config
+from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn.fingerprint import tensor_digest
 from qwlora.nn.packed_tensor import PackedTensor, Parts

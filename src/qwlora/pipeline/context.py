@@ -26,7 +26,7 @@ from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_files import read_record
 from qwlora.formats.base_folder import load_base
 from qwlora.formats.checkpoint import Checkpoint
-from qwlora.formats.huggingface_folder import FloatCheckpoint
+from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
 from qwlora.formats.meta_model import build_model
 from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
 from qwlora.formats.open_checkpoint import open_checkpoint

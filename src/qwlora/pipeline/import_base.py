@@ -8,7 +8,7 @@ from pathlib import Path
 from qwlora.errors import SourceError
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.base_folder import save_base
-from qwlora.formats.huggingface_folder import FloatCheckpoint
+from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
 from qwlora.formats.model_source import fetch, load_tokenizer
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.progress import Track, untracked

@@ -31,7 +31,7 @@ from qwlora.export.target import (
 )
 from qwlora.export.weights_folder import layer_kind
 from qwlora.formats.assemble_model import LazyModel
-from qwlora.formats.max_positions import check_positions
+from qwlora.formats.huggingface.max_positions import check_positions
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.messages import listed
 from qwlora.parameter_names import canonical_name, is_factor_name

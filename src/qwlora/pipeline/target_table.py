@@ -107,7 +107,7 @@ def second_rounding(recipe: Recipe) -> str | None:
 
 def _lies_on_grid(recipe: Recipe, folder: Path) -> bool:
     from qwlora.formats.assemble_model import LazyModel
-    from qwlora.formats.huggingface_folder import FloatCheckpoint
+    from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
     from qwlora.quantize.existing_grid import is_on_grid
     from qwlora.quantize.quantize_model import plan_layers
 

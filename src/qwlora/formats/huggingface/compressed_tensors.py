@@ -35,9 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from qwlora.errors import SourceError
-from qwlora.formats.huggingface_folder import FolderCheckpoint
-from qwlora.formats.int32_words import blocks, quantized, unpack_words
-from qwlora.formats.safetensors_files import SafetensorsFiles
+from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
+from qwlora.formats.huggingface.int32_words import blocks, quantized, unpack_words
+from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerTensor
 from qwlora.system.time_limit import SECONDS, time_limit

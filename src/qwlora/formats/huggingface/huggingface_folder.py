@@ -21,10 +21,10 @@ from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import SourceError
 from qwlora.formats.checkpoint import ShownCheckpoint
+from qwlora.formats.huggingface.model_config import read_config
+from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
+from qwlora.formats.huggingface.transformers_names import Origin, convert_quantized, origins
 from qwlora.formats.meta_model import meta_model
-from qwlora.formats.model_config import read_config
-from qwlora.formats.safetensors_files import SafetensorsFiles
-from qwlora.formats.transformers_names import Origin, convert_quantized, origins
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.messages import listed
 

@@ -30,9 +30,9 @@ from torch import Tensor
 
 from qwlora.errors import GridError, SourceError
 from qwlora.formats.bitwidths import MLX_BITWIDTHS
-from qwlora.formats.huggingface_folder import FolderCheckpoint
-from qwlora.formats.int32_words import unpack_words
-from qwlora.formats.safetensors_files import SafetensorsFiles
+from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
+from qwlora.formats.huggingface.int32_words import unpack_words
+from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme

@@ -36,9 +36,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from qwlora.errors import SourceError
-from qwlora.formats.huggingface_folder import FolderCheckpoint
-from qwlora.formats.int32_words import blocks, quantized, unpack_words
-from qwlora.formats.safetensors_files import SafetensorsFiles
+from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
+from qwlora.formats.huggingface.int32_words import blocks, quantized, unpack_words
+from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
 
 PARTS = ("qweight", "qzeros", "scales")

@@ -1,0 +1,1 @@
+"""Checkpoints in Hugging Face folders: floats, GPTQ and AWQ, compressed-tensors, MLX."""

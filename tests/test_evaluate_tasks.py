@@ -12,7 +12,6 @@ import yaml
 
 from command_line import qwlora
 from conftest import WORDS, byte_tokenizer, tiny_model
-from qwlora.pipeline.stored_scores import current_scores, keep_scores
 from qwlora.report.job import Job
 from qwlora.report.sections import task_scores
 
@@ -152,17 +151,3 @@ def test_a_wrong_call_says_how_to_call(arguments: tuple[str, ...], said: str) ->
     done = qwlora("evaluate", *arguments)
     assert done.returncode == 2
     assert said in done.stderr
-
-
-def test_scores_count_while_their_model_is_the_same(tmp_path: Path) -> None:
-    keys = {"quantize": "q1", "train/a": "t1"}
-    first, second = {"arc": {"value": 0.5}}, {"piqa": {"value": 0.6}}
-    keep_scores(tmp_path, {"base": ("quantize", first), "adapted/a": ("train/a", first)}, keys)
-    keep_scores(tmp_path, {"base": ("quantize", second)}, keys)
-    assert current_scores(tmp_path, keys) == {"base": first | second, "adapted": {"a": first}}
-    trained_again = keys | {"train/a": "t2"}
-    assert current_scores(tmp_path, trained_again) == {"base": first | second}
-    keep_scores(tmp_path, {"adapted/a": ("train/a", second)}, trained_again)
-    assert current_scores(tmp_path, trained_again)["adapted"] == {"a": second}
-    (tmp_path / "tasks.json").write_text("{")
-    assert current_scores(tmp_path, keys) == {}

@@ -4,7 +4,6 @@ or undoes what they began."""
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import sys
@@ -21,7 +20,7 @@ from adapter.test_mlx_adapter import write_mlx
 from qwlora.cli.main import app
 from qwlora.errors import DirectoryError
 from qwlora.pipeline.directory import Directory
-from qwlora.pipeline.existing_job import job_recipe
+from qwlora.pipeline.existing_job import add_task_scores, job_recipe
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.journal import JOURNAL
 from qwlora.pipeline.manage_adapters import (
@@ -108,12 +107,7 @@ def finished(
         unfinished = directory.work("train/second", plan["train/second"].work_key)
         unfinished.mkdir(parents=True)
         (unfinished / "checkpoint").write_text("half")
-        score = {
-            "stage": "train/first",
-            "key": plan["train/first"].key,
-            "tasks": {"quiz": {"acc": 1}},
-        }
-        (directory.private / "tasks.json").write_text(json.dumps({"adapted/first": score}))
+    add_task_scores(job, "adapted/first", "train/first", {"first": {"acc": 1}})
     return job
 
 

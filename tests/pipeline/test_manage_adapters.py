@@ -20,6 +20,7 @@ from qwlora.cli.main import app
 from qwlora.errors import DirectoryError, RecipeError, SourceError
 from qwlora.pipeline.adapter_card import adapter_card, card_lines, sparkline
 from qwlora.pipeline.directory import Directory
+from qwlora.pipeline.existing_job import add_task_scores
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.manage_adapters import (
     add_adapter,
@@ -149,6 +150,21 @@ def test_a_renamed_adapter_keeps_its_files_and_results(job: Path) -> None:
     assert all("skipped" in line for line in again(job))
     now = json.loads((job / "results.json").read_text())
     assert now["train"] == {"one": results["train"]["first"], "second": results["train"]["second"]}
+
+
+def test_scores_of_tasks_belong_to_the_model_that_was_scored(job: Path) -> None:
+    arc, piqa = {"arc": {"value": 0.5}}, {"piqa": {"value": 0.6}}
+    add_task_scores(job, "base", "quantize", arc)
+    add_task_scores(job, "adapted/first", "train/first", {"first": {"value": 0.7}})
+    tasks = add_task_scores(job, "base", "quantize", piqa)["tasks"]
+    assert tasks == {"base": arc | piqa, "adapted": {"first": {"first": {"value": 0.7}}}}
+    assert json.loads((job / "results.json").read_text())["tasks"] == tasks
+    rename_adapter(job, "first", "one")  # and not the task of the same name
+    tasks = add_task_scores(job, "adapted/second", "train/second", arc)["tasks"]
+    assert tasks["adapted"] == {"one": {"first": {"value": 0.7}}, "second": arc}
+    run(load_recipe(job / "recipe.yaml", ("adapters.0.steps=3",)), job, VERBS, replace=True)
+    tasks = json.loads((job / "results.json").read_text())["tasks"]
+    assert tasks == {"base": arc | piqa, "adapted": {"second": arc}}
 
 
 def test_use_cases_of_a_renamed_adapter_are_exported_again(job: Path) -> None:

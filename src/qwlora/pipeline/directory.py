@@ -21,9 +21,9 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 from qwlora.atomic import move_into_place, write_text
@@ -321,6 +321,11 @@ class Directory:
         if artifact is not None and old - new:
             self._write_owner(artifact, new | (old & {CARD}))
 
+    def set_results(self, stage: str, results: dict[str, Any]) -> None:
+        """Replace the results of a finished stage."""
+        self.records[stage] = replace(self.records[stage], results=results)
+        self._write_records()
+
     def write_card(self, artifact: str, text: str) -> None:
         """Write the model card of an artifact, unless it has this text or the user edited it.
 
@@ -347,7 +352,6 @@ class Directory:
         in_results: Callable[[dict[str, Any]], dict[str, Any]] = lambda results: results,
         moves: Sequence[tuple[str, str]] = (),
         removals: Sequence[str] = (),
-        files: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Change the recipe, and with it stages: their artifacts, records and unfinished work.
 
@@ -360,7 +364,6 @@ class Directory:
             in_results: the results of a renamed stage after the change.
             moves: other files or folders to move, from and to.
             removals: other files or folders to delete.
-            files: other files to write, and their content.
 
         Raises:
             DirectoryError: an artifact contains something that the job did not make, or something
@@ -387,7 +390,6 @@ class Directory:
         owner = self.owner.after(artifacts, deleted, hashlib.sha256(text.encode()).hexdigest())
         records = self._records_after(renamed, removed, in_results)
         content = {
-            **files,
             f".qwlora/{STAGES}": records_text(records),
             ".qwlora/owner.json": owner.to_json(),
             "recipe.yaml": text,

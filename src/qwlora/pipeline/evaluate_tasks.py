@@ -1,7 +1,7 @@
 """`qwlora evaluate DIR --tasks ...`: scores of a job's models on tasks of lm-eval.
 
-The scores are kept in `.qwlora/tasks.json` with the key of the stage that made the model, and are
-in results.json (`tasks`) as long as that stage is current:
+The scores are results (`tasks`) of the stage that made the model, and are dropped when it runs
+again:
 
     float           quantize, whose key covers the model's files
     base            quantize
@@ -58,13 +58,12 @@ def evaluate_tasks(
     from qwlora.analysis.task_harness import load_tasks, score_tasks
 
     loaded = load_tasks(tasks)
-    found: dict[str, Any] = {}
     for name in chosen:  # one model in memory at a time
         model = job.open(name, exact=True)
         scores = score_tasks(model, job.tokenizer(name), loaded, limit, f"tasks, {name}", track)
         del model
-        found = add_task_scores(folder, {str(name): (stage_of(name), scores)}).get("tasks", {})
-    return found
+        results = add_task_scores(folder, str(name), stage_of(name), scores)
+    return dict(results["tasks"])
 
 
 def stage_of(name: ModelName) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,6 @@ from qwlora.pipeline.new_context import new_context
 from qwlora.pipeline.plan import make_plan, resolve_compute
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stale_stages import find_stale, upstream
-from qwlora.pipeline.stored_scores import keep_scores
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
 
@@ -72,13 +72,15 @@ def open_job(
     return context, name
 
 
-def add_task_scores(
-    folder: Path, scores: Mapping[str, tuple[str, dict[str, Any]]]
-) -> dict[str, Any]:
+def add_task_scores(folder: Path, model: str, stage: str, scores: dict[str, Any]) -> dict[str, Any]:
     """Add scores of tasks to the results of a job, and rewrite results.json and report.html.
 
+    They are results of the stage that made the model: dropped when it runs again. Scores of other
+    tasks stay.
+
     Args:
-        scores: by model, such as `adapted/NAME`: the stage that made it, and scores by task.
+        model: its name in results.json, such as `adapted/NAME`.
+        scores: by task.
 
     Returns:
         The content of results.json.
@@ -90,9 +92,13 @@ def add_task_scores(
     with Directory.open(folder, recipe) as directory:
         plan = make_plan(recipe, JobTexts(recipe), directory.digests)
         stale = find_stale(plan, directory)
-        keys = {name: record.key for name, record in directory.records.items()}
+        results = copy.deepcopy(directory.records[stage].results)
+        tasks = results.setdefault("tasks", {})
+        for part in model.split("/", 1):
+            tasks = tasks.setdefault(part, {})
+        tasks.update(scores)
         with as_directory_errors(folder):
-            keep_scores(directory.private, scores, keys)
+            directory.set_results(stage, results)
         return write_results(directory, recipe, plan, stale, last_status(folder))
 
 

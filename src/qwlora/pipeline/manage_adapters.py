@@ -26,7 +26,6 @@ from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.plan import make_plan, resolve_compute
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stages.calibrate_stage import CASES
-from qwlora.pipeline.stored_scores import renamed_scores
 from qwlora.recipe import Adapter, Recipe, parse_recipe
 
 IMPORTS = ".qwlora/imports"  # converted sources of adapters, by the digest of their content
@@ -153,13 +152,11 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
         renamed = [
             (b, a) for b, a in zip(before, after, strict=True) if b != a and not _is_of_use_cases(b)
         ]
-        scores = renamed_scores(directory.private, renamed)
         directory.change(
             command,
             changed,
             renamed=renamed,
             in_results=lambda results: _renamed(results, old, new),
-            files={f".qwlora/{name}": text for name, text in scores.items()},
         )
 
 
@@ -294,6 +291,6 @@ def _renamed(results: Any, old: str, new: str, depth: int = 4) -> Any:
     if not isinstance(results, dict) or not depth:
         return results
     return {
-        new if key == old else key: _renamed(value, old, new, depth - 1)
+        new if key == old else key: _renamed(value, old, new, 2 if key == "tasks" else depth - 1)
         for key, value in results.items()
     }

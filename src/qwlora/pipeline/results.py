@@ -9,7 +9,6 @@ from typing import Any
 
 from qwlora.pipeline.directory import Directory
 from qwlora.pipeline.stage import Stage
-from qwlora.pipeline.stored_scores import current_scores
 from qwlora.recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.report.job import Job
@@ -37,9 +36,6 @@ def collect_results(
             entry["parts"][stage.name] = {"seconds": record.seconds, **timing}
             if size is not None and stage.artifact is not None:
                 results.setdefault("sizes", {})[stage.artifact] = size
-    keys = {stage.name: stage.key for stage in plan if stage.name not in stale}
-    if tasks := current_scores(directory.private, keys):
-        results["tasks"] = tasks
     return results
 
 

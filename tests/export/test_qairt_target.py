@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
 import torch
 import yaml
@@ -124,26 +122,6 @@ def test_two_adapters_at_once_are_their_sum(folder: Path) -> None:
     assert not any(w.any() for w in load_file(folder / "none.safetensors").values())
 
 
-def run(model: Path) -> np.ndarray[Any, Any]:
-    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, {n: t.numpy() for n, t in SAMPLE.items()})[0])
-
-
-def test_v3_graphs_run_as_they_are_and_share_the_weights_on_disk(folder: Path) -> None:
-    """Without encodings: the float graphs."""
-    base = run(folder / "base.onnx")
-    np.testing.assert_allclose(run(folder / "model.onnx"), base, atol=1e-4)
-    outputs = [run(folder / f"{case}.onnx") for case in ("A", "B", "A+B")]
-    for output in outputs:
-        assert np.abs(output - base).max() > 0.1
-    assert np.abs(outputs[2] - outputs[0]).max() > 0.1
-    graph = onnx.load(folder / "base.onnx", load_external_data=False).graph
-    assert not [n for n in graph.node if "lora" in "".join((*n.input, *n.output))]
-    assert not [t.name for t in graph.initializer if "lora" in t.name]
-    weights = (folder / "model.data").stat().st_size
-    assert all((folder / f"{case}.onnx").stat().st_size < weights / 4 for case in ("A", "base"))
-
-
 def test_the_lists_name_the_files(folder: Path) -> None:
     names = (folder / "lora_weight_list.txt").read_text().split()
     assert names == [f"{m}.lora_{half}.weight" for m in (Q, OUT, DOWN) for half in "AB"]
@@ -156,8 +134,6 @@ def test_the_lists_name_the_files(folder: Path) -> None:
         "quant_overrides": "A+B.encodings",
         "output_path": "./output",
     }
-    v3 = yaml.safe_load((folder / "lora_config_v3.yaml").read_text())["use_case"]
-    assert [case["model_name"] for case in v3] == ["base.onnx", "A.onnx", "B.onnx", "A+B.onnx"]
     assert (folder / "golden" / "A+B" / "logits.npy").exists()
 
 
@@ -264,7 +240,7 @@ def test_a_folder_is_checked_once_and_one_model_at_a_time(
     monkeypatch.setattr(FloatOnnxModel, "check", check)
     for case in CASES:
         open_qairt(copied, case)
-    expected = ["base", *CASES, "base_v3"]
+    expected = ["base", *CASES]
     assert calls == [f"{name}.encodings" for name in expected]
     assert most == 1
 
@@ -278,7 +254,6 @@ def test_a_folder_is_checked_once_and_one_model_at_a_time(
         (lambda f: (f / "model.data").unlink(), r"model\.data is missing"),
         (swap("A.encodings", "B.encodings"), r"A\.safetensors: .*not on the grid.*A\.encodings"),
         (swap("A.safetensors", "B.safetensors"), r"A\.safetensors: .*not on the grid"),
-        (swap("A.onnx", "B.onnx"), r"A\.onnx: .*stored at \('B\.safetensors'"),
         (edit_weights("A.safetensors", rename), r"A\.safetensors: .*other.* only there"),
         (edit_weights("A.safetensors", shrink), r"A\.safetensors: .*\[64, 4\].*\[64, 5\].*rank"),
         (
@@ -316,7 +291,6 @@ def test_a_folder_is_checked_once_and_one_model_at_a_time(
         "data-dropped",
         "encodings-swapped",
         "weights-swapped",
-        "graphs-swapped",
         "tensor-renamed",
         "rank-changed",
         "entry-dropped",

@@ -121,7 +121,11 @@ def test_a_plan_reads_no_weights_and_no_text(recipe_path: Path, tmp_path: Path) 
 
 
 def test_every_kind_of_target_has_an_estimate(recipe_path: Path) -> None:
-    shared = ("base.weights=w4-block32", "simulation.base_activations=adapter_only")
+    shared = (
+        "base.weights=w4-block32",
+        "simulation.base_activations=adapter_only",
+        "simulation.residual_adds=quantize",
+    )
     recipe = load_recipe(recipe_path, ("export.targets=[onnx, aimet, qairt, hf]", *shared))
     found = {stage.stage: stage for stage in estimates.plan_job(recipe, Path()).stages}
     assert {"export/qairt", "export/hf", "export/aimet/first", "verify/qairt/none"} < {*found}

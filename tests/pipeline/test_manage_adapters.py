@@ -169,7 +169,8 @@ def test_scores_of_tasks_belong_to_the_model_that_was_scored(job: Path) -> None:
 
 def test_use_cases_of_a_renamed_adapter_are_exported_again(job: Path) -> None:
     """Their files have its name."""
-    recipe = load_recipe(job / "recipe.yaml", ("export.targets=[qairt]",))
+    changes = ("export.targets=[qairt]", "simulation.residual_adds=quantize")
+    recipe = load_recipe(job / "recipe.yaml", changes)
     stages = [s for s in plan_of(recipe) if s.name in ("calibrate/_use_cases", "export/qairt")]
     for stage in stages:
         with Directory.open(job, recipe) as directory, directory.scratch() as scratch:

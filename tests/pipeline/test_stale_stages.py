@@ -20,7 +20,6 @@ from qwlora.pipeline.existing_job import open_job
 from qwlora.pipeline.explain_placement import explain_placement
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.plan import dependents, make_plan
-from qwlora.pipeline.stages import export_stage
 from qwlora.recipe import load_recipe
 
 ALL = [
@@ -300,20 +299,3 @@ def test_work_of_a_run_that_was_killed_when_it_was_done_is_removed(
     assert job.ran == []
     assert not work.exists()
     assert other.exists()
-
-
-def test_files_of_an_earlier_format_are_exported_again(
-    job: FakeJob, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    changes = ("export.targets=[aimet, qairt, onnx_each]",)
-    with monkeypatch.context() as earlier:
-        earlier.setattr(export_stage, "FLOAT_FORMAT", 1)
-        job.run(changes=changes)
-    job.run(changes=changes)
-    assert sorted(job.ran) == [
-        "export/aimet/first",
-        "export/qairt",
-        "verify/aimet/first",
-        "verify/qairt/first",
-        "verify/qairt/none",
-    ]

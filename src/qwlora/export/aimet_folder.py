@@ -1,14 +1,14 @@
 """What the `aimet` target writes: a `.aimet` folder for AI Hub and aimet-onnx, and files for it.
 
-    model.aimet/model.onnx         float model with fixed shapes, weights on their grids
-    model.aimet/model.data         its weights
-    model.aimet/model.encodings    AIMET encodings, 1.0.0 or 2.0.0
-    golden/                        inputs, and the outputs that the simulation computes of them
-    submit_aihub.py                compiles and runs it on AI Hub, and compares; needs an account
-    README.md                      the commands
-
-With `export.graphs` in the recipe, prefill.aimet and decode.aimet replace model.aimet, with the
-same weights; `float_graphs.py` lists the files next to them.
+    prefill.aimet/, decode.aimet/    of a causal language model: graphs with a key-value cache
+    model.aimet/                     of any other model
+      model.onnx                     float model with fixed shapes, weights on their grids
+      model.data                     its weights, the same bytes in all folders
+      model.encodings                AIMET encodings, 1.0.0 or 2.0.0
+    golden/                          inputs, and the outputs that were computed of them
+    submit_aihub.py                  compiles and runs it on AI Hub, and compares; needs an account
+    README.md                        the commands
+    graphs.json, GRAPH_host.onnx     of graphs with a cache, see `float_graphs.py`
 
 AI Hub refuses a `.aimet` folder that holds anything else, so the others are next to it.
 """
@@ -29,7 +29,6 @@ from qwlora.export.float_graphs import (
     write_float_graphs,
     write_graph_golden,
 )
-from qwlora.export.float_onnx import to_float_onnx
 from qwlora.export.float_runtime import FloatOnnxModel
 from qwlora.export.golden import write_golden
 from qwlora.export.target import ExportedGraph
@@ -45,43 +44,28 @@ _FILES = {MODEL_FILE, DATA_FILE, ENCODINGS_FILE}
 
 
 def write_aimet(exported: ExportedGraph, folder: Path) -> None:
-    """Write the folder and the files next to it.
-
-    Raises:
-        ExportError: see `to_float_onnx`.
-        MissingExtraError: the `onnx` extra is not installed.
-    """
-    graph = exported.simulation.graph()
-    made = to_float_onnx(graph, exported.simulation.bind(exported.sample))
-    made.model.metadata_props.update(exported.metadata)
-    model = folder / FOLDER
-    _write_model(made.model, model)
-    write_float_encodings(graph, made.encodings, model / ENCODINGS_FILE, exported.encodings_version)
-    write_golden(exported, folder)
-    _write_script(graph, folder, README_FILE)
-
-
-def write_aimet_graphs(exported: ExportedGraph, folder: Path) -> None:
-    """Write a folder for each of `exported.graphs`, and the files next to them.
+    """Write a `.aimet` folder for each of `exported.graphs`, or one for a model without a cache,
+    and the files next to them.
 
     Raises:
         ExportError, CaptureError, CalibrationError, MissingExtraError: see `float_graphs`.
     """
-    made = {name: dict(float_graphs({"": exported}, name, ""))[""] for name in exported.graphs}
-    for name, graph in made.items():
-        model = folder / f"{name}{SUFFIX}"
-        _write_model(graph.made.model, model)
+    described = {}
+    for name in exported.graphs or [""]:
+        ((_, form),) = float_graphs({"": exported}, name)
+        model = folder / f"{name or 'model'}{SUFFIX}"
+        _write_model(form.made.model, model)
         version = exported.encodings_version
-        write_float_encodings(
-            graph.npu.device, graph.made.encodings, model / ENCODINGS_FILE, version
-        )
-    described = {name: (each.npu, each.inner) for name, each in made.items()}
-    files = {name: {"model": f"{name}{SUFFIX}"} for name in made}
-    write_float_graphs(folder, described, files)
-    device = next(iter(made.values())).npu.device
-    del made
-    _write_script(device, folder, GRAPHS_README)
-    write_graph_golden(_opened_graphs(folder), exported.sample["input_ids"], folder)
+        write_float_encodings(form.graph, form.made.encodings, model / ENCODINGS_FILE, version)
+        if form.npu is not None:
+            described[name] = form.npu, form.inner
+    if described:
+        files = {name: {"model": f"{name}{SUFFIX}"} for name in described}
+        write_float_graphs(folder, described, files)
+        write_graph_golden(_opened_graphs(folder), exported.sample["input_ids"], folder)
+    else:
+        write_golden(exported, folder)
+    _write_script(form.graph, folder, GRAPHS_README if described else README_FILE)
 
 
 def _write_model(model: Any, folder: Path) -> None:

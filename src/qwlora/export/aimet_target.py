@@ -20,13 +20,13 @@ if TYPE_CHECKING:
     from qwlora.data.sequences import Sequences
     from qwlora.export.float_graphs import FloatGraphs
     from qwlora.export.graph_parity import GraphsParity
-    from qwlora.export.verify import LanguageModelParity, Reference, Runtime
+    from qwlora.export.verify import Reference, Runtime
     from qwlora.grid.scheme import Scheme
     from qwlora.progress import Track
 
 
 class AimetTarget(GraphTarget):
-    """`write_aimet` and `FloatOnnxModel` as a target."""
+    """`write_aimet` and `open_aimet_graphs` as a target."""
 
     extra = "onnx"
     packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
@@ -44,8 +44,7 @@ class AimetTarget(GraphTarget):
             *SIMULATED_ADAPTER,
         )
     )
-    fixed_shapes = True
-    cached_graphs = "asked"
+    cached_graphs = True
     has_proof = True
 
     def loading(self, base: str, adapter: str | None) -> str:
@@ -60,34 +59,28 @@ class AimetTarget(GraphTarget):
         return encodings_problem(scheme)
 
     def write(self, exported: ExportedGraph, folder: Path) -> None:
-        from qwlora.export.aimet_folder import write_aimet, write_aimet_graphs
+        from qwlora.export.aimet_folder import write_aimet
 
-        if exported.graphs:
-            write_aimet_graphs(exported, folder)
-        else:
-            write_aimet(exported, folder)
+        write_aimet(exported, folder)
 
     def open(self, folder: Path) -> Runtime:
+        """A model that is no causal language model; the others are graphs with a cache."""
         from qwlora.export.aimet_folder import open_aimet
 
         return open_aimet(folder)
 
     def logits(self, folder: Path, steps: int = 0) -> Callable[[Tensor], Tensor]:
-        graphs = _graphs(folder)
-        return super().logits(folder) if graphs is None else partial(graphs.logits, steps=steps)
+        return partial(_graphs(folder).logits, steps=steps)
 
-    def call_tokens(self, folder: Path, sequence: int) -> int | None:
-        from qwlora.export.cached_graphs import has_graphs, largest_call
+    def call_tokens(self, folder: Path) -> int:
+        from qwlora.export.cached_graphs import largest_call
 
-        return largest_call(folder) if has_graphs(folder) else sequence
+        return largest_call(folder)
 
     def layers(
         self, folder: Path, tensors: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-        graphs = _graphs(folder)
-        if graphs is None:
-            return super().layers(folder, tensors)
-        return graphs.layers_of(tensors)
+        return _graphs(folder).layers_of(tensors)
 
     def verify(
         self,
@@ -96,18 +89,13 @@ class AimetTarget(GraphTarget):
         text: Sequences,
         layer_tokens: int,
         track: Track,
-    ) -> LanguageModelParity | GraphsParity:
-        graphs = _graphs(folder)
-        if graphs is None:
-            return super().verify(folder, simulation, text, layer_tokens, track)
+    ) -> GraphsParity:
         from qwlora.export.graph_parity import verify_graphs
 
-        return verify_graphs(graphs, simulation, text)
+        return verify_graphs(_graphs(folder), simulation, text)
 
 
-def _graphs(folder: Path) -> FloatGraphs | None:
-    """The graphs with a cache in a folder, after all checks; None if it has one whole model."""
+def _graphs(folder: Path) -> FloatGraphs:
     from qwlora.export.aimet_folder import open_aimet_graphs
-    from qwlora.export.cached_graphs import has_graphs
 
-    return open_aimet_graphs(folder) if has_graphs(folder) else None
+    return open_aimet_graphs(folder)

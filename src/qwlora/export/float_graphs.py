@@ -42,6 +42,7 @@ from qwlora.export.npu_onnx import OPSET
 from qwlora.export.onnx_runtime import expose_activations, open_session
 from qwlora.export.target import ExportedGraph
 from qwlora.graph.cached_capture import CacheSizes
+from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import encoding_from_range
 from qwlora.grid.scheme import Scheme
@@ -57,10 +58,15 @@ _CONSTANT = Scheme(16, symmetric=False)
 
 @dataclass(frozen=True)
 class FloatGraph:
-    """A graph for an NPU, and the same as a float model."""
+    """A graph as a float model.
 
-    npu: NpuGraph
+    Args:
+        npu: the graph, if it has a key-value cache.
+    """
+
+    graph: QuantizedGraph
     made: FloatOnnx
+    npu: NpuGraph | None = None
 
     @property
     def inner(self) -> list[str]:
@@ -68,35 +74,45 @@ class FloatGraph:
         return sorted(set(_float_tensors(self.made.model)) - self.made.encodings.keys())
 
 
-def float_graphs(
-    cases: Mapping[str, ExportedGraph], name: str, captured_with: str
-) -> Iterator[tuple[str, FloatGraph]]:
+def float_graphs(cases: Mapping[str, ExportedGraph], name: str) -> Iterator[tuple[str, FloatGraph]]:
     """One of the graphs of `ExportedGraph.graphs` for each use case, one at a time.
 
     All have one mask.
 
     Args:
         cases: by name; their simulations differ in tensors and encodings only.
-        name: of the graph.
-        captured_with: the case whose simulation's model is captured.
+        name: of the graph; empty for the whole model without a cache.
 
     Raises:
         CaptureError, CalibrationError: see `npu_graph`.
         ExportError, MissingExtraError: see `to_float_onnx`.
     """
-    first = cases[captured_with]
+    for case, (graph, npu) in _graphs(cases, name).items():
+        if npu is None:
+            simulation = cases[case].simulation
+            inputs = simulation.bind(cases[case].sample)
+            made = to_float_onnx(graph, inputs)
+        else:
+            shapes = graph.interface.shapes
+            inputs = {each: torch.zeros([int(n) for n in shapes[each]]) for each in graph.inputs}
+            made = to_float_onnx(graph, inputs, OPSET)
+            _encode_rest(made)
+        made.model.metadata_props.update(cases[case].metadata)
+        yield case, FloatGraph(graph, made, npu)
+
+
+def _graphs(
+    cases: Mapping[str, ExportedGraph], name: str
+) -> dict[str, tuple[QuantizedGraph, NpuGraph | None]]:
+    if not name:
+        return {case: (exported.simulation.graph(), None) for case, exported in cases.items()}
+    first = next(iter(cases.values()))
     sizes = CacheSizes(first.graphs[name], first.context)
     captured = capture_with_cache(_simulation(first), sizes, "new")
     cached = {case: cached_graph(_simulation(own), captured) for case, own in cases.items()}
     floor = min(mask_floor(graph) for graph in cached.values())
-    for case, graph in cached.items():
-        npu = npu_form(graph, sizes, floor, None)
-        shapes = npu.device.interface.shapes
-        inputs = {each: torch.zeros([int(n) for n in shapes[each]]) for each in npu.device.inputs}
-        made = to_float_onnx(npu.device, inputs, OPSET)
-        _encode_rest(made)
-        made.model.metadata_props.update(cases[case].metadata)
-        yield case, FloatGraph(npu, made)
+    forms = {case: npu_form(graph, sizes, floor, None) for case, graph in cached.items()}
+    return {case: (npu.device, npu) for case, npu in forms.items()}
 
 
 def _simulation(exported: ExportedGraph) -> SimulatedGraph:

@@ -83,7 +83,7 @@ def to_float_onnx(
     rewriter = _FloatRewriter(model, graph)
     rewriter.run()
     _store_gathered(model, rewriter.encodings)
-    carry(model, rewriter.encodings)
+    _carry(model, rewriter.encodings)
     _name_moved(model, rewriter.encodings)
     model.producer_name = "qwlora"
     ordered = sorted(rewriter.encodings.items(), key=lambda item: item[1].parameter)
@@ -255,7 +255,7 @@ def _store_gathered(model: Any, encodings: dict[str, TensorEncoding]) -> None:
         encodings[table.name] = TensorEncoding(rows.encoding, parameter=True)
 
 
-def carry(model: Any, encodings: dict[str, TensorEncoding]) -> None:
+def _carry(model: Any, encodings: dict[str, TensorEncoding]) -> None:
     """Give what only moves values of one grid (Reshape, Slice, Concat ...) the same grid."""
     for node in model.graph:
         sources = _moved_inputs(node)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from qwlora.data.sequences import Sequences
     from qwlora.export.float_graphs import FloatGraphs
     from qwlora.export.graph_parity import GraphsParity
-    from qwlora.export.verify import LanguageModelParity, Reference
+    from qwlora.export.verify import Reference
     from qwlora.grid.scheme import Scheme
     from qwlora.progress import Track
 
@@ -31,8 +31,8 @@ class QairtTarget(UseCasesTarget):
     extra = "onnx"
     packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
     activation_bitwidths = (8, 16)
-    reserved = frozenset({"none", "base", "base_v3", "model", "host"})
-    cached_graphs = "asked"
+    reserved = frozenset({"none", "base", "model", "host"})
+    cached_graphs = True
     has_proof = True
     contents = Contents(
         adapter=(
@@ -62,50 +62,33 @@ class QairtTarget(UseCasesTarget):
         write_qairt(exported, folder)
 
     def own_files(self, folder: Path, case: str) -> list[Path]:
-        from qwlora.export.qairt_check import prefixes
+        from qwlora.export.cached_graphs import read_graphs
 
-        names = [f"{p}{case}.{kind}" for p in prefixes(folder) for kind in ("onnx", "encodings")]
-        paths = [folder / name for name in (f"{case}.safetensors", *names)]
-        return [path for path in paths if path.is_file()]
+        encodings = [f"{graph}_{case}.encodings" for graph in read_graphs(folder)["graphs"]]
+        return [folder / name for name in (f"{case}.safetensors", *encodings)]
 
     def logits(self, folder: Path, case: str, steps: int = 0) -> Callable[[Tensor], Tensor]:
-        if (graphs := _graphs(folder, case)) is not None:
-            return partial(graphs.logits, steps=steps)
-        from qwlora.export.qairt_check import open_qairt
+        return partial(_graphs(folder, case).logits, steps=steps)
 
-        return open_qairt(folder, case).logits
+    def call_tokens(self, folder: Path) -> int:
+        from qwlora.export.cached_graphs import largest_call
 
-    def call_tokens(self, folder: Path, sequence: int) -> int:
-        from qwlora.export.cached_graphs import has_graphs, largest_call
-
-        return largest_call(folder) if has_graphs(folder) else sequence
+        return largest_call(folder)
 
     def layers(
         self, folder: Path, case: str, tensors: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-        if (graphs := _graphs(folder, case)) is not None:
-            return graphs.layers_of(tensors)
-        from qwlora.export.qairt_check import open_qairt
-
-        return tensors, open_qairt(folder, case).layers(tensors)
+        return _graphs(folder, case).layers_of(tensors)
 
     def verify(
         self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track
-    ) -> LanguageModelParity | GraphsParity:
-        if (graphs := _graphs(folder, case)) is not None:
-            from qwlora.export.graph_parity import verify_graphs
+    ) -> GraphsParity:
+        from qwlora.export.graph_parity import verify_graphs
 
-            return verify_graphs(graphs, simulation, text)
-        from qwlora.export.qairt_check import open_qairt
-        from qwlora.export.verify import verify_language_model
-
-        tokens = text.input_ids.shape[1]  # shapes are fixed
-        return verify_language_model(open_qairt(folder, case), simulation, text, tokens, track)
+        return verify_graphs(_graphs(folder, case), simulation, text)
 
 
-def _graphs(folder: Path, case: str) -> FloatGraphs | None:
-    """The graphs with a cache of a use case, after all checks; None if it has whole models."""
-    from qwlora.export.cached_graphs import has_graphs
+def _graphs(folder: Path, case: str) -> FloatGraphs:
     from qwlora.export.qairt_check import open_qairt_graphs
 
-    return open_qairt_graphs(folder, case) if has_graphs(folder) else None
+    return open_qairt_graphs(folder, case)

@@ -34,7 +34,8 @@ class QnnTarget(UseCasesTarget):
     packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
     activation_bitwidths = (16,)
     reserved = frozenset({NONE, ZERO, "base"})
-    cached_graphs = "always"
+    cached_graphs = True
+    compiled = True
 
     def loading(self, base: str, adapter: str | None) -> str:
         return (
@@ -83,7 +84,7 @@ class QnnTarget(UseCasesTarget):
         model = QnnModel(folder / BASE, folder / _folder(case), htp=True)
         return partial(model.logits, steps=steps)
 
-    def call_tokens(self, folder: Path, sequence: int) -> int:
+    def call_tokens(self, folder: Path) -> int:
         from qwlora.export.cached_graphs import largest_call
         from qwlora.export.qnn_runtime import BASE
 

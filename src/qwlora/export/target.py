@@ -17,7 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from qwlora.errors import MissingExtraError
 from qwlora.export.bundle_contents import Contents
@@ -52,7 +52,8 @@ class Target(ABC):
         has_float16_scales: whether the files hold scales as float16.
         writes_float_embeddings: whether embeddings are written as the floats that codes stand for.
         cached_graphs: whether the files are graphs with a key-value cache, of the sizes that
-            `export.graphs` of the recipe has: never, only if the recipe has it, or always.
+            `export.graphs` of the recipe has.
+        compiled: whether the files are compiled where `packages` are installed.
         contents: what the files are, and what configurations in them hold.
         has_proof: whether `verify` writes a proof next to the files (`bundle.py`).
     """
@@ -62,7 +63,8 @@ class Target(ABC):
     contents = Contents()
     has_float16_scales = False
     writes_float_embeddings = False
-    cached_graphs: Literal["never", "asked", "always"] = "never"
+    cached_graphs = False
+    compiled = False
     has_proof = False
 
     def problem(self, scheme: Scheme) -> str | None:
@@ -126,8 +128,8 @@ class ExportedGraph:
         sample: one batch of the model's inputs by name. Its shapes are those of files with fixed
             shapes, its values are golden inputs.
         encodings_version: of AIMET encodings files.
-        graphs: number of new tokens of each graph with a key-value cache, by name. Empty: one
-            graph of the sample's whole sequence.
+        graphs: number of new tokens of each graph with a key-value cache, by name. Empty for a
+            model that is no causal language model: one graph of the sample's shapes.
         context: new and past tokens together, in each of them.
     """
 
@@ -145,12 +147,10 @@ class GraphTarget(Target):
     Attributes:
         activation_bitwidths: bitwidths of activations that the files can express.
         model_files: glob of the files that hold the model; their total size is reported.
-        fixed_shapes: the files take inputs of the sample's shapes only.
     """
 
     activation_bitwidths: tuple[int, ...]
     model_files: str
-    fixed_shapes = False
 
     @abstractmethod
     def write(self, exported: ExportedGraph, folder: Path) -> None:
@@ -179,9 +179,9 @@ class GraphTarget(Target):
         """
         return self.open(folder).logits
 
-    def call_tokens(self, folder: Path, sequence: int) -> int | None:
-        """Tokens of one call, if they are fixed; `sequence`: of a sequence in the recipe."""
-        return sequence if self.fixed_shapes else None
+    def call_tokens(self, folder: Path) -> int | None:
+        """Tokens of one call, if they are fixed."""
+        return None
 
     def layers(
         self, folder: Path, tensors: Mapping[str, Tensor]
@@ -201,7 +201,7 @@ class GraphTarget(Target):
 
         Args:
             text: held-out sequences.
-            layer_tokens: tokens for the comparison layer by layer, if the files take any number.
+            layer_tokens: tokens for the comparison layer by layer.
 
         Raises:
             VerificationError: files contradict each other.
@@ -209,8 +209,7 @@ class GraphTarget(Target):
         """
         from qwlora.export.verify import verify_language_model
 
-        tokens = text.input_ids.shape[1] if self.fixed_shapes else layer_tokens
-        return verify_language_model(self.open(folder), simulation, text, tokens, track)
+        return verify_language_model(self.open(folder), simulation, text, layer_tokens, track)
 
 
 @dataclass(frozen=True)
@@ -264,9 +263,9 @@ class UseCasesTarget(Target):
             ExportError: the runtime refuses them.
         """
 
-    def call_tokens(self, folder: Path, sequence: int) -> int:
-        """Tokens of one call; `sequence`: of a sequence in the recipe."""
-        return sequence
+    @abstractmethod
+    def call_tokens(self, folder: Path) -> int:
+        """Tokens of one call."""
 
     @abstractmethod
     def layers(
@@ -285,7 +284,7 @@ class UseCasesTarget(Target):
     @abstractmethod
     def verify(
         self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track
-    ) -> LanguageModelParity | GraphsParity:
+    ) -> GraphsParity:
         """Run a use case, after every check that its files allow, and compare it.
 
         Args:

@@ -152,7 +152,7 @@ def _batch(
     target, held_out = TARGETS.get(name.stage), context.sample(adapter)["input_ids"]
     length: int | None = None  # of fixed shapes
     if isinstance(target, UseCasesTarget | GraphTarget):
-        length = target.call_tokens(context.path / name.export_stage, held_out.shape[1])
+        length = target.call_tokens(context.path / name.export_stage)
     if given is None:
         ids = held_out[:, :length]
     else:

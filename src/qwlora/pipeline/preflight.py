@@ -143,7 +143,7 @@ def _check_table(context: JobContext, model: PreTrainedModel) -> None:
     keep, every other scheme."""
     base = context.recipe.base
     targets = {name: TARGETS[name] for name in context.recipe.export.targets}
-    graphs = {n: t for n, t in targets.items() if t.cached_graphs == "always"}
+    graphs = {n: t for n, t in targets.items() if t.compiled}
     if base.solver == "keep":
         _check_kept(context.recipe, graphs)
     if base.solver == "keep" or not graphs:

@@ -79,17 +79,13 @@ class Export(Section):
     )
     graphs: Graphs | None = Field(
         None,
-        description="graphs with a key-value cache, prefill and decode, for targets qnn, aimet and "
-        "qairt. Default: qnn has these sizes, aimet and qairt have one graph of a whole sequence "
-        "without a cache",
+        description="sizes of the graphs with a key-value cache that targets qnn, aimet and qairt "
+        "have. Default: the defaults of these keys",
     )
 
     def graphs_of(self, target: str) -> Graphs | None:
         """The sizes of the graphs with a cache that a target writes; None if it writes none."""
-        kind = TARGETS[target].cached_graphs
-        if kind == "never":
-            return None
-        return Graphs() if self.graphs is None and kind == "always" else self.graphs
+        return (self.graphs or Graphs()) if TARGETS[target].cached_graphs else None
 
 
 class Verify(Section):
@@ -241,17 +237,13 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _graphs_are_whole(self) -> Recipe:
-        takes = [n for n in self.export.targets if TARGETS[n].cached_graphs != "never"]
-        if self.export.graphs is None:
-            return self
-        if not takes:
-            if self.export.graphs == Graphs():  # earlier versions wrote it into every recipe.yaml
-                return self
+        takes = [n for n in self.export.targets if TARGETS[n].cached_graphs]
+        if self.export.graphs is not None and not takes:
             raise ValueError(
                 "export.graphs has no effect without target qnn, aimet or qairt; remove it"
             )
-        if problems := list(self.simulation.graph_problems()):
-            raise ValueError(f"export.graphs: {'; '.join(problems)}")
+        if takes and (problems := list(self.simulation.graph_problems())):
+            raise ValueError(f"target {', '.join(takes)}: {'; '.join(problems)}")
         return self
 
     @model_validator(mode="after")

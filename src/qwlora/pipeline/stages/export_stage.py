@@ -28,7 +28,6 @@ from qwlora.export.target import (
     ExportedUseCases,
     GraphTarget,
     SwitchableTarget,
-    Target,
     UseCasesTarget,
     WeightsTarget,
 )
@@ -44,7 +43,6 @@ if TYPE_CHECKING:
 NAME = "export"
 SWITCHABLE_FORMAT = 3  # before it, there was no tokenizer
 GRAPHS_FORMAT = 1  # before it, 4-bit weights had no scales by block
-FLOAT_FORMAT = 2  # 1: moved and gathered tensors had names and grids of their own
 
 
 def add_base(plan: PlanBuilder, target: str) -> None:
@@ -63,7 +61,7 @@ def add(plan: PlanBuilder, target: str, name: str) -> None:
     needs = [f"train/{name}" if isinstance(kind, WeightsTarget) else f"calibrate/{name}"]
     if isinstance(kind, BundleTarget):
         needs.insert(0, f"{NAME}/{target}")
-    inputs = [*_version(plan), *_graphs(plan, target), *_format(kind)]
+    inputs = [*_version(plan), *_graphs(plan, target)]
     plan.add(stage, inputs, tuple(needs), name, stage)
 
 
@@ -79,17 +77,12 @@ def _graphs(plan: PlanBuilder, target: str) -> list[Any]:
     return [] if graphs is None else [graphs.model_dump()]
 
 
-def _format(kind: Target) -> list[int]:
-    """The version of the files of targets aimet and qairt."""
-    return [FLOAT_FORMAT] if kind.cached_graphs == "asked" else []
-
-
 def add_use_cases(plan: PlanBuilder, target: str) -> None:
     """Add the stage of a use case target."""
     stage, section, kind = f"{NAME}/{target}", plan.recipe.export, TARGETS[target]
     assert isinstance(kind, UseCasesTarget)
-    inputs: list[Any] = [section.encodings_version, *_graphs(plan, target), *_format(kind)]
-    if kind.cached_graphs == "always":  # they are compiled once the compiler is installed
+    inputs: list[Any] = [section.encodings_version, *_graphs(plan, target)]
+    if kind.compiled:  # they are compiled once the compiler is installed
         inputs = [*_graphs(plan, target), kind.missing(), GRAPHS_FORMAT]
     plan.add(stage, inputs, (CASES,), None, stage)
 

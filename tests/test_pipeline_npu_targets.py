@@ -31,6 +31,7 @@ ADAPTERS = [
     for name, rank in (("first", 2), ("second", 3))
 ]
 CASES = ["first", "second", "first+second", "none"]
+GRAPHS = {"residual_adds": "quantize"}
 
 
 def sqnr(found: Any, expected: Any) -> float:
@@ -107,7 +108,7 @@ def test_use_cases_that_cannot_be_are_refused(
     sections: dict[str, Any], said: str, recipe_for: Any
 ) -> None:
     with pytest.raises(RecipeError, match=said):
-        load_recipe(recipe_for(**{"adapters": ADAPTERS, **sections}))
+        load_recipe(recipe_for(**{"adapters": ADAPTERS, "simulation": GRAPHS, **sections}))
 
 
 HTP = {

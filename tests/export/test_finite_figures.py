@@ -37,7 +37,7 @@ from qwlora.export.verify import (
 )
 from qwlora.export.verify_cache import verify_cache
 from qwlora.export.verify_weights import verify_weights
-from qwlora.graph.quantized_graph import Interface, Kind, Mark
+from qwlora.graph.quantized_graph import GraphValue, Interface, Kind
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.pipeline.results_table import print_summary
 
@@ -261,7 +261,7 @@ def test_settings_as_shipped_are_only_reported(shipped: Tensor) -> None:
 def test_one_layer_that_computes_no_number_is_named() -> None:
     class Layers(Simulated):
         def graph(self) -> Any:
-            marks = [Mark(name, name, Kind.ACTIVATION) for name in ("up", "down")]
+            marks = [GraphValue(name, name, Kind.ACTIVATION) for name in ("up", "down")]
             grid = SimpleNamespace(scale=torch.tensor(0.1))
             return SimpleNamespace(marks=marks, encodings={"up": grid, "down": grid})
 

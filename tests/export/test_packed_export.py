@@ -21,7 +21,6 @@ from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.scheme import PerBlock, PerTensor, Scheme, parse_scheme
 from qwlora.nn import packed_weights
 from qwlora.simulation.load_simulation import load_simulation
-from qwlora.simulation.save_simulation import save_simulation
 from qwlora.simulation.stored_encodings import load_encodings
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -72,14 +71,14 @@ def test_float_offsets_come_back_from_disk(tmp_path: Path) -> None:
     model, _ = packed_and_twin(tiny_model("llama", layers=1), FLOAT_BLOCKS)
     simulation = simulate(model.eval(), BATCH)
     simulation.calibrate([BATCH])
-    save_simulation(simulation, tmp_path)
+    simulation.save(tmp_path)
     assert "lm_head.weight" not in load_encodings(
         tmp_path
     )  # no encodings file can hold it, and the base does
     with pytest.raises(
         CalibrationError, match=r"has float offsets, which no encodings file can hold"
     ):
-        save_simulation(simulation, tmp_path / "whole", with_base=True)
+        simulation.save(tmp_path / "whole", with_base=True)
     again = load_simulation(tmp_path, model)
     found = again.encodings["lm_head.weight"]
     assert isinstance(found, FloatOffsetEncoding)

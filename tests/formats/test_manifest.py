@@ -28,7 +28,6 @@ from qwlora.formats import manifest
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.manifest import UnverifiedWarning
 from qwlora.formats.qwlora_base import BaseCheckpoint
-from qwlora.simulation.save_simulation import save_simulation
 from qwlora.simulation.stored_encodings import load_encodings, save_encodings
 from qwlora.strict_json import dumps
 
@@ -171,7 +170,7 @@ def test_encodings_that_were_edited_are_not_loaded(tmp_path: Path) -> None:
     model = adapted()
     simulation = simulate(model, {"input_ids": IDS})
     simulation.calibrate([{"input_ids": IDS}])
-    save_simulation(simulation, tmp_path / "a")
+    simulation.save(tmp_path / "a")
     save_encodings(dict(list(simulation.encodings.items())[:1]), tmp_path)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

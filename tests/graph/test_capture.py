@@ -15,8 +15,7 @@ from qwlora.errors import CaptureError
 from qwlora.graph.capture import Captured, capture
 from qwlora.graph.flat_arguments import cache_of
 from qwlora.graph.traceable_attention import visible_implementations
-from qwlora.simulation.simulated_graph import Origin
-from qwlora.simulation.simulation import Simulation, simulate
+from qwlora.simulation.simulation import Origin, Simulation, simulate
 from qwlora.simulation.simulation_schemes import SimulationSchemes
 from simulation.tiny_architectures import inputs, make
 

@@ -14,8 +14,8 @@ from qwlora.errors import CaptureError
 from qwlora.export.onnx_bundle import export_onnx, verify_onnx_outputs
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.traceable_attention import visible_implementations
+from qwlora.graph.value_traits import Decision
 from qwlora.nn.custom_ops import linear
-from qwlora.simulation.placement_rules import Decision
 from simulation.tiny_architectures import inputs, make
 
 X = torch.randn(4, 32, generator=torch.Generator().manual_seed(0))

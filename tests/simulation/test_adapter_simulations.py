@@ -27,7 +27,6 @@ from qwlora.nn.fingerprint import adapter_fingerprint
 from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
 from qwlora.simulation.load_simulation import load_simulation
-from qwlora.simulation.save_simulation import save_simulation
 from qwlora.simulation.shared_encodings import BaseActivations
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.stored_encodings import load_encodings
@@ -245,7 +244,7 @@ def test_what_is_shared_is_byte_for_byte_one_on_disk(
     content, entries = {}, {}
     for name, simulation in simulations.items():
         (tmp_path / name).mkdir()
-        save_simulation(simulation, tmp_path / name)
+        simulation.save(tmp_path / name)
         content[name] = {
             n: (e.scale.numpy().tobytes(), e.offset.numpy().tobytes())
             for n, e in load_encodings(tmp_path / name).items()
@@ -477,7 +476,7 @@ def test_what_cannot_be_shared_says_why(model: PeftModel) -> None:
     simulations = simulate_adapters(
         model, inputs(), base_activations="none", adapters=["first", "second"]
     )
-    simulations["second"]._drop("lm_head.linear", "no data came by in calibration")
+    simulations["second"]._drop(["lm_head.linear"], "no data came by in calibration")
     with pytest.raises(
         CalibrationError,
         match=r"1 values have an encoding .*, lm_head.linear first.* more data",

@@ -20,7 +20,6 @@ from qwlora.export.verify import Limits, OutputDifference, OutputParity, check_p
 from qwlora.graph.capture import Captured, capture
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.traceable_attention import visible_implementations
-from qwlora.simulation.simulated_graph import Origin
 from qwlora.simulation.simulation import Simulation
 from simulation.conftest import Table
 from simulation.tiny_architectures import ALL, inputs, make
@@ -72,7 +71,7 @@ def simulated(
 ) -> tuple[Simulation, float, float]:
     """(simulation, SQNR of its primary output against the model's, seconds of calibration)."""
     schemes = SimulationSchemes(Scheme(bitwidth, symmetric=False), rules=ALL[name].rules)
-    simulation = Simulation(captured, Origin.of(model, {}, schemes))
+    simulation = Simulation(captured, SimulationSource.of(model, {}, schemes))
     start = time.perf_counter()
     simulation.calibrate([inputs(name, seed) for seed in SEEDS])
     seconds = time.perf_counter() - start

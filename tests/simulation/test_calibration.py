@@ -11,11 +11,11 @@ from torch import Tensor
 from qwlora import Estimator, PlacementRule, Scheme, SimulationSchemes
 from qwlora.errors import CalibrationError
 from qwlora.graph.traceable_attention import visible_implementations
+from qwlora.graph.value_traits import Decision
 from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.range_estimator import ESTIMATORS
 from qwlora.simulation.calibration import tokens_of
 from qwlora.simulation.fake_quantizer import Mode
-from qwlora.simulation.placement_rules import Decision
 from qwlora.simulation.simulation import Simulation
 from simulation.captured import adapted, batch, simulation
 

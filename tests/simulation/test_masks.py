@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from qwlora import PlacementRule, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError
 from qwlora.graph.traceable_attention import visible_implementations
+from qwlora.graph.value_traits import Decision
 from qwlora.simulation.placement import place
-from qwlora.simulation.placement_rules import Decision
 from qwlora.simulation.simulation import Simulation
 from simulation.tiny_architectures import DECODER, VOCABULARY
 
@@ -142,7 +142,8 @@ def test_what_a_mask_chose_of_the_hidden_states_is_no_score() -> None:
         def forward(self, x: Tensor, mask: Tensor) -> Tensor:
             return self.layer((x * mask.unsqueeze(-1)).relu()).softmax(-1)
 
-    placement = place(torch.export.export(Masked(), tuple(given(0).values())))
+    program = torch.export.export(Masked(), tuple(given(0).values()))
+    placement = place(program, SimulationSchemes())
     assert [p.operator for p in placement.explanation if p.reason == "combined with a mask"] == [
         "mul"
     ]
@@ -166,7 +167,8 @@ def test_what_integers_look_up_is_no_score() -> None:
                 (x @ x.transpose(1, 2) + bias) + (1 - mask.float()).unsqueeze(1) * LOWEST
             ).softmax(-1)
 
-    placement = place(torch.export.export(Biased(), tuple(given(0).values())))
+    program = torch.export.export(Biased(), tuple(given(0).values()))
+    placement = place(program, SimulationSchemes())
     decisions = {p.name: p.decision for p in placement.explanation}
     assert [decisions[name] for name in ("bias.embedding", "output.squeeze", "output.add")] == [
         Decision.QUANTIZE,

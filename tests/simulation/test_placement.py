@@ -15,10 +15,11 @@ from qwlora.errors import CalibrationError, GridError
 from qwlora.graph.aten_ops import MAKES_VALUES, MOVES_DATA
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.traceable_attention import visible_implementations
+from qwlora.graph.value_traits import Decision, Trait
 from qwlora.grid.scheme import PerChannel
 from qwlora.simulation.fake_quantizer import Quantizer
 from qwlora.simulation.placement import place
-from qwlora.simulation.placement_rules import POLICIES, Decision, Policy, PolicyRule
+from qwlora.simulation.placement_rules import POLICIES, Policy, PolicyRule
 from simulation.captured import adapted, batch, simulation
 
 
@@ -84,9 +85,9 @@ NPU = {
 
 
 def decisions(
-    program: ExportedProgram, *arguments: Any, **options: Any
+    program: ExportedProgram, policy: str | Policy = "npu"
 ) -> dict[str, tuple[Decision, str]]:
-    placement = place(program, *arguments, **options)
+    placement = place(program, SimulationSchemes(policy=policy))
     return {p.name: (p.decision, p.reason) for p in (*placement.weights, *placement.explanation)}
 
 
@@ -95,7 +96,7 @@ def test_npu_decides_by_what_a_value_is(every_kind: ExportedProgram) -> None:
     assert {name: found[name] for name in NPU} == NPU
     assert found["x"] == (Decision.QUANTIZE, "an input of the model")
     assert found["up.bias"] == (Decision.QUANTIZE, "a parameter that step 1 left float")
-    assert place(every_kind).unknown == {"twist": 1}
+    assert place(every_kind, SimulationSchemes()).unknown == {"twist": 1}
 
 
 def test_matmul_inputs_and_weights_only(every_kind: ExportedProgram) -> None:
@@ -103,33 +104,23 @@ def test_matmul_inputs_and_weights_only(every_kind: ExportedProgram) -> None:
     quantized = {name for name, (decision, _) in found.items() if decision is Decision.QUANTIZE}
     # what the two linear layers read, and both factors of the product: the split one where it was made
     assert quantized == {"norm.mul", "output.twist", "up.linear", "down.linear"}
-    assert not place(every_kind, "weights-only").marks
+    assert not place(every_kind, SimulationSchemes(policy="weights-only")).marks
 
 
 def test_names_do_not_depend_on_what_is_decided(every_kind: ExportedProgram) -> None:
-    names = [{p.node: p.name for p in place(every_kind, policy).explanation} for policy in POLICIES]
-    names.append(
-        {
-            p.node: p.name
-            for p in place(
-                every_kind, "npu", [PlacementRule("output.add", keep="float")]
-            ).explanation
-        }
-    )
+    schemes = [SimulationSchemes(policy=policy) for policy in POLICIES]
+    schemes.append(SimulationSchemes(rules=[PlacementRule("output.add", keep="float")]))
+    names = [{p.node: p.name for p in place(every_kind, s).explanation} for s in schemes]
     assert all(found == names[0] for found in names)
     assert len(set(names[0].values())) == len(names[0])
 
 
 def test_second_factors_are_symmetric_where_asked(every_kind: ExportedProgram) -> None:
-    special = place(every_kind, symmetric_matmul_second_input=True).overrides
-    assert {name for name, overrides in special.items() if overrides.symmetric} == {"down.linear"}
     rule = PlacementRule("down.linear", symmetric=False)
-    assert not any(
-        o.symmetric
-        for o in place(
-            every_kind, rules=[rule], symmetric_matmul_second_input=True
-        ).overrides.values()
-    )
+    for rules, expected in ((), {"down.linear"}), ((rule,), set()):
+        schemes = SimulationSchemes(rules=rules, symmetric_matmul_second_input=True)
+        values = place(every_kind, schemes).marks
+        assert {value.name for value in values if value.options.symmetric} == expected
     made = simulation(SimulationSchemes(symmetric_matmul_second_input=True))
     symmetric = {name for name, q in made.quantizers.items() if q.scheme.symmetric}
     attention = "model.layers.{}.self_attn."
@@ -162,7 +153,25 @@ def test_a_policy_of_ones_own(every_kind: ExportedProgram) -> None:
         CalibrationError,
         match="placement policy 'gpu' is not one of npu, matmul-inputs, weights-only",
     ):
-        place(every_kind, "gpu")
+        place(every_kind, SimulationSchemes(policy="gpu"))
+
+
+def test_options_of_a_simulation_are_rules_before_those_of_the_policy() -> None:
+    plain = SimulationSchemes().placement_policy()
+    schemes = SimulationSchemes(
+        quantize_residual_adds=True,
+        symmetric_matmul_second_input=True,
+        key_value_bitwidth=8,
+        adapter_activation_bitwidth=6,
+    )
+    rules = schemes.placement_policy().rules
+    assert [(r.trait, r.decision, r.bitwidth, r.symmetric) for r in rules[:3]] == [
+        (Trait.KEY_OR_VALUE, Decision.QUANTIZE, 8, True),
+        (Trait.LORA_BRANCH, None, 6, None),
+        (Trait.MATMUL_SECOND_INPUT, None, None, True),
+    ]
+    assert rules[3:] == tuple(r for r in plain.rules if r.trait is not Trait.RESIDUAL_ADDITION)
+    assert len(rules) == len(plain.rules) + 2
 
 
 def test_operators_are_in_one_table_only() -> None:
@@ -409,9 +418,8 @@ class Timed(nn.Module):
 @pytest.mark.parametrize("name", ["npu", "matmul-inputs"])
 def test_what_a_product_reads_is_quantized_though_it_comes_from_integers(name: str) -> None:
     for time in (torch.arange(3), torch.arange(3.0)):
-        placement = place(
-            torch.export.export(Timed(), (time, torch.ones(3, 8, dtype=torch.long))), name
-        )
+        program = torch.export.export(Timed(), (time, torch.ones(3, 8, dtype=torch.long)))
+        placement = place(program, SimulationSchemes(policy=name))
         found = {p.node: (p.decision, p.reason) for p in placement.explanation}
         assert [found[node][0] for node in ("mul_2", "sin_1", "softmax")] == [Decision.QUANTIZE] * 3
         assert [found[node][0] for node in ("unsqueeze_1", "repeat")] == [Decision.SHARE] * 2

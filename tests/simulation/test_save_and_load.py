@@ -179,10 +179,9 @@ def test_keys_and_values_of_earlier_tokens_are_example_inputs_too(tmp_path: Path
     again = load_simulation(tmp_path, adapted())
     assert again.captured.interface == simulation.captured.interface
     assert torch.equal(again.outputs(given)["logits"], simulation.outputs(given)["logits"])
-    keys = next(
-        value for value in explain(again, "npu").values if value.name == "past_key_values.0.key"
-    )
-    assert (keys.decision, keys.grid) == ("share", "")
+    log = explain(again, "npu")
+    keys = next(value for value in log.values if value.name == "past_key_values.0.key")
+    assert (keys.decision, log.grid(keys).grid) == ("share", "")
     assert keys.reason == "comes from the cache, on the grid of the output that filled it"
     with pytest.raises(CaptureError, match="capture without past_key_values"):
         simulation.model()
@@ -248,7 +247,7 @@ def test_two_arguments_may_be_one_tensor(tmp_path: Path) -> None:
 
 def test_only_what_calibration_left_float_comes_back_without_an_encoding(tmp_path: Path) -> None:
     simulation = calibrated(adapted())
-    simulation._drop("model.layers.0.self_attn.softmax", "no calibration data reached it")
+    simulation._drop(["model.layers.0.self_attn.softmax"], "no calibration data reached it")
     simulation.save(tmp_path)
     record = json.loads((tmp_path / "simulation.json").read_text())
     assert record["dropped"] == ["model.layers.0.self_attn.softmax"]

@@ -19,7 +19,7 @@ from qwlora.export.onnx_bundle import export_onnx, verify_onnx_outputs
 from qwlora.graph.capture import capture
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.traceable_attention import visible_implementations
-from qwlora.simulation.placement_rules import Decision
+from qwlora.graph.value_traits import Decision
 from qwlora.simulation.simulation import Simulation
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

@@ -9,12 +9,12 @@ from typing import Any
 
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import Encoding
-from qwlora.simulation.simulated_graph import SimulatedGraph
+from qwlora.simulation.simulation import Simulation
 
 DIGITS = 6  # significant; a simulation has thousands of ranges
 
 
-def encodings_summary(simulation: SimulatedGraph) -> dict[str, Any]:
+def encodings_summary(simulation: Simulation) -> dict[str, Any]:
     """`ranges` of activations by name, and `bits`: encodings by kind and bitwidth."""
     ranges: dict[str, dict[str, float]] = {}
     bits: dict[str, dict[str, int]] = {}

@@ -22,7 +22,7 @@ from qwlora.analysis.sensitivity import Loss, sensitivities
 from qwlora.errors import CalibrationError
 from qwlora.progress import Track, untracked
 from qwlora.simulation.placement_rules import PlacementRule
-from qwlora.simulation.simulated_graph import SimulatedGraph
+from qwlora.simulation.simulation import Simulation
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Suggestion:
 
 
 def suggest(
-    simulation: SimulatedGraph,
+    simulation: Simulation,
     batches: Collection[Mapping[str, Any]],
     measure: Callable[[], float],
     limit: float,
@@ -89,9 +89,7 @@ def suggest(
     kept = set(chosen)
     wide_names = tuple(name for name in search.names if name in kept)
     names = {
-        placed.name: placed.names
-        for placed in (*simulation.placement.weights, *simulation.placement.explanation)
-        if placed.name in searched
+        value.name: value.names for value in simulation.placement.values if value.name in searched
     }
     return Suggestion(
         wide_names,
@@ -141,10 +139,10 @@ class _Search:
     """Sets assignments of a simulation and caches their measures."""
 
     def __init__(
-        self, simulation: SimulatedGraph, narrow: int, wide: int, measure: Callable[[], float]
+        self, simulation: Simulation, narrow: int, wide: int, measure: Callable[[], float]
     ):
         self.simulation, self.narrow, self.wide, self.measure = simulation, narrow, wide, measure
-        ruled = simulation.placement.ruled
+        ruled = {mark.name for mark in simulation.marks if mark.ruled}
         self.names = [
             name for name, q in simulation.quantizers.items() if not q.fixed and name not in ruled
         ]

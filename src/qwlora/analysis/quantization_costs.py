@@ -18,11 +18,11 @@ import torch
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.progress import Track, untracked
-from qwlora.simulation.simulated_graph import SimulatedGraph
+from qwlora.simulation.simulation import Simulation
 
 
 def cumulative_costs(
-    simulation: SimulatedGraph, measure: Callable[[], float], track: Track = untracked
+    simulation: Simulation, measure: Callable[[], float], track: Track = untracked
 ) -> dict[str, float]:
     """`measure()` after each step above, by name. Steps that quantize nothing are omitted.
 
@@ -54,7 +54,7 @@ def cumulative_costs(
 
 @torch.no_grad()
 def layer_sqnr(
-    simulation: SimulatedGraph, batches: Collection[Mapping[str, Any]], track: Track = untracked
+    simulation: Simulation, batches: Collection[Mapping[str, Any]], track: Track = untracked
 ) -> dict[str, float]:
     """`10 log10 (sum x^2 / sum (x_hat - x)^2)` of each quantized activation, in dB.
 

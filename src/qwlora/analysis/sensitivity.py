@@ -26,7 +26,7 @@ from qwlora.grid.sqnr import sqnr_db
 from qwlora.nn.frozen import gradients_disabled
 from qwlora.progress import Track, untracked
 from qwlora.simulation.fake_quantizer import Quantizer
-from qwlora.simulation.simulated_graph import SimulatedGraph
+from qwlora.simulation.simulation import Simulation
 
 Loss = Callable[[Tensor, Mapping[str, Any]], Tensor]
 
@@ -55,7 +55,7 @@ class _Sums:
 
 
 def sensitivities(
-    simulation: SimulatedGraph,
+    simulation: Simulation,
     batches: Collection[Mapping[str, Any]],
     loss: Loss | None = None,
     track: Track = untracked,

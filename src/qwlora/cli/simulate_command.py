@@ -21,7 +21,8 @@ from qwlora.cli.tables import group_similar, table
 from qwlora.cli.terminal import print_result
 
 if TYPE_CHECKING:
-    from qwlora.simulation.placement_log import LoggedValue, PlacementLog
+    from qwlora.graph.quantized_graph import GraphValue
+    from qwlora.simulation.placement_log import LoggedGrid, PlacementLog
 
 Explain = Annotated[
     bool,
@@ -179,7 +180,9 @@ def _lines(name: str, found: PlacementLog, everything: bool) -> Iterator[str]:
     if everything:
         rows = [("value", "count", "class", "decision", "grid", "reason")]
         for pattern, values in group_similar(
-            found.values, _name, lambda v: (v.module_class, v.decision, v.reason, _grid(v))
+            found.values,
+            _name,
+            lambda v: (v.module_class, v.decision, v.reason, _grid(found.grid(v))),
         ):
             first = values[0]
             rows.append(
@@ -188,14 +191,15 @@ def _lines(name: str, found: PlacementLog, everything: bool) -> Iterator[str]:
                     str(len(values)),
                     first.module_class,
                     first.decision.value,
-                    _grid(first),
+                    _grid(found.grid(first)),
                     first.reason,
                 )
             )
         yield from table(rows)
     else:
         by_reason = Counter(
-            (value.kind, value.decision.value, value.grid, value.reason) for value in found.values
+            (value.kind.value, value.decision.value, found.grid(value).grid, value.reason)
+            for value in found.values
         )
         yield from table(
             [
@@ -213,7 +217,7 @@ def _lines(name: str, found: PlacementLog, everything: bool) -> Iterator[str]:
         )
 
 
-def _name(value: LoggedValue) -> str:
+def _name(value: GraphValue) -> str:
     """The value's name without the number that distinguishes values of the same operator."""
     return (
         value.name
@@ -222,6 +226,6 @@ def _name(value: LoggedValue) -> str:
     )
 
 
-def _grid(value: LoggedValue) -> str:
+def _grid(found: LoggedGrid) -> str:
     """The grid, and the observer unless it is min-max."""
-    return value.grid if value.observer in ("", "min-max") else f"{value.grid}, {value.observer}"
+    return found.grid if found.observer in ("", "min-max") else f"{found.grid}, {found.observer}"

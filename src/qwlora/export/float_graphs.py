@@ -49,7 +49,7 @@ from qwlora.grid.scheme import Scheme
 from qwlora.messages import listed
 from qwlora.simulation.cached_graph import cached_graph, capture_with_cache
 from qwlora.simulation.npu_graph import NpuGraph, mask_floor, npu_form
-from qwlora.simulation.simulated_graph import SimulatedGraph
+from qwlora.simulation.simulation import Simulation
 from qwlora.system.optional_packages import require
 
 _RANGES = {"Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0), "Erf": (-1.0, 1.0)}
@@ -115,8 +115,8 @@ def _graphs(
     return {case: (npu.device, npu) for case, npu in forms.items()}
 
 
-def _simulation(exported: ExportedGraph) -> SimulatedGraph:
-    assert isinstance(exported.simulation, SimulatedGraph)
+def _simulation(exported: ExportedGraph) -> Simulation:
+    assert isinstance(exported.simulation, Simulation)
     return exported.simulation
 
 

@@ -30,7 +30,7 @@ from qwlora.export.verify import (
     token_losses,
 )
 from qwlora.grid.sqnr import sqnr_db
-from qwlora.simulation.simulated_graph import SimulatedGraph
+from qwlora.simulation.simulation import Simulation
 
 LEAST_SQNR, BELOW_FLOOR = 30.0, 3.0
 EQUAL_SQNR = 200.0  # instead of infinity, which JSON does not hold; float32 ends at about 150
@@ -124,7 +124,7 @@ def verified_part(text: Sequences, folder: Path) -> tuple[Tensor, int]:
 
 def verify_graphs(graphs: CachedGraphs, simulation: Reference, text: Sequences) -> GraphsParity:
     """`compare_graphs` of the `verified_part` of a text."""
-    assert isinstance(simulation, SimulatedGraph)
+    assert isinstance(simulation, Simulation)
     ids, steps = verified_part(text, graphs.folder)
     return compare_graphs(
         graphs.logits(ids, steps), simulation.logits(ids), simulation.perturbed_logits(ids), ids

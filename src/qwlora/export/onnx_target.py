@@ -114,9 +114,9 @@ class OnnxTarget(SwitchableTarget):
         from qwlora.export.onnx_bundle import ENCODINGS_FILE
         from qwlora.export.session_options import write_session_options
         from qwlora.export.switchable_graph import graph_with_cache, write_switchable
-        from qwlora.simulation.simulated_graph import SimulatedGraph
+        from qwlora.simulation.simulation import Simulation
 
-        assert isinstance(exported.simulation, SimulatedGraph)
+        assert isinstance(exported.simulation, Simulation)
         graph, reason = graph_with_cache(exported.simulation)
         transposed = write_switchable(graph, folder, exported.metadata, updatable == "all")
         write_encodings(graph, folder / ENCODINGS_FILE, transposed)

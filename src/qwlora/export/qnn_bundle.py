@@ -51,14 +51,14 @@ from qwlora.graph.scaling_input import ALPHA, scaling_of
 from qwlora.grid.encoding import Encoding
 from qwlora.messages import listed
 from qwlora.simulation.npu_graph import NpuGraph, npu_graph
-from qwlora.simulation.simulated_graph import SimulatedGraph
+from qwlora.simulation.simulation import Simulation
 from qwlora.system.optional_packages import require
 
 ZERO, WEIGHTS = "zero", "weights.data"
 
 
 def export_qnn(
-    simulations: Mapping[str, SimulatedGraph],
+    simulations: Mapping[str, Simulation],
     graphs: Mapping[str, int],
     context: int,
     folder: Path,
@@ -164,7 +164,7 @@ def _rescale_problems(graph: QuantizedGraph) -> dict[str, list[str]]:
     return found
 
 
-def _refuse_different_encodings(simulations: Mapping[str, SimulatedGraph]) -> None:
+def _refuse_different_encodings(simulations: Mapping[str, Simulation]) -> None:
     (first, one), *others = simulations.items()
     known = one.encodings
     for name, other in others:
@@ -186,7 +186,7 @@ def _is_same(one: Any, other: Any) -> bool:
     return one is other
 
 
-def _rank(simulation: SimulatedGraph) -> int:
+def _rank(simulation: Simulation) -> int:
     return max((min(t.shape) for t in simulation.adapter_weights.values()), default=0)
 
 
@@ -231,7 +231,7 @@ def _compiled(base: Path, names: list[str]) -> dict[str, str] | None:
         return None
 
 
-def _codes(simulation: SimulatedGraph, name: str) -> Any:
+def _codes(simulation: Simulation, name: str) -> Any:
     """The codes of an adapter's weight as the graph's input holds them: transposed, signed."""
     weight = name.removesuffix(CODES)
     encoding = simulation.encodings[weight]

@@ -63,11 +63,11 @@ class QnnTarget(UseCasesTarget):
 
     def write(self, exported: ExportedUseCases, folder: Path) -> None:
         from qwlora.export.qnn_bundle import export_qnn
-        from qwlora.simulation.simulated_graph import SimulatedGraph
+        from qwlora.simulation.simulation import Simulation
 
         simulations = {}
         for case, graph in exported.cases.items():
-            assert isinstance(graph.simulation, SimulatedGraph)
+            assert isinstance(graph.simulation, Simulation)
             if case != NONE:
                 simulations[case] = graph.simulation
         base = exported.base
@@ -107,9 +107,9 @@ class QnnTarget(UseCasesTarget):
         from qwlora.export.graph_parity import verified_part
         from qwlora.export.qnn_runtime import BASE
         from qwlora.export.verify_qnn import verify_qnn
-        from qwlora.simulation.simulated_graph import SimulatedGraph
+        from qwlora.simulation.simulation import Simulation
 
-        assert isinstance(simulation, SimulatedGraph)
+        assert isinstance(simulation, Simulation)
         ids, steps = verified_part(text, folder / BASE)
         return verify_qnn(folder, _folder(case), simulation, ids, steps)
 

@@ -54,7 +54,7 @@ from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel
 from qwlora.messages import listed
 from qwlora.parameter_names import canonical_name, is_adapter_name, is_factor_name
 from qwlora.simulation.cached_graph import cached_graph, capture_with_cache
-from qwlora.simulation.simulated_graph import SimulatedGraph
+from qwlora.simulation.simulation import Simulation
 from qwlora.system.optional_packages import require
 
 _GRID = (".scale", ".zero_point")
@@ -93,7 +93,7 @@ def _storable(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     return array.reshape(array.shape or (1,))
 
 
-def graph_with_cache(simulation: SimulatedGraph) -> tuple[QuantizedGraph, str | None]:
+def graph_with_cache(simulation: Simulation) -> tuple[QuantizedGraph, str | None]:
     """The simulation's graph with a key-value cache, and None; or the graph without one, and why
     the model has none."""
     try:

@@ -41,7 +41,8 @@ from qwlora.grid.scheme import Lpbq, PerBlock
 from qwlora.messages import listed
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_modules import PackedLinear
-from qwlora.simulation.simulated_graph import base_encodings
+from qwlora.simulation.placement import place
+from qwlora.simulation.simulation import base_encodings
 from qwlora.simulation.simulation_schemes import SimulationSchemes
 from qwlora.system.optional_packages import require
 
@@ -61,7 +62,7 @@ def switchable_model(model: PreTrainedModel, branches: bool = True) -> Any:
     """
     captured = capture_cached(model)
     schemes = SimulationSchemes(policy="weights-only")
-    placed = schemes.placement(captured.program, captured.input_names).marks
+    placed = place(captured.program, schemes, captured.input_names).marks
     marks = tuple(mark for mark in placed if mark.kind is Kind.BASE)
     known = base_encodings(model)
     graph = QuantizedGraph(

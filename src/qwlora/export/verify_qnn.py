@@ -34,7 +34,7 @@ from qwlora.export.qnn_runtime import BASE, RECORD, QnnModel, require_emulator
 from qwlora.export.verify import Limits
 from qwlora.formats import manifest
 from qwlora.messages import listed
-from qwlora.simulation.simulated_graph import SimulatedGraph
+from qwlora.simulation.simulation import Simulation
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def check_bundle(folder: Path, name: str) -> None:
 
 
 def verify_qnn(
-    folder: Path, name: str, simulation: SimulatedGraph, ids: Tensor, steps: int = 0
+    folder: Path, name: str, simulation: Simulation, ids: Tensor, steps: int = 0
 ) -> QnnParity:
     """Run a bundle with one adapter, and compare it with the adapter's simulation.
 

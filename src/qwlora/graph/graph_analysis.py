@@ -51,6 +51,7 @@ class GraphAnalysis:
         # embeddings are data, although they are looked up by integers
         self._integer_origins = computed_from(program, integers, frozenset({"embedding"}))
         self._masked = _masked(program, self._integer_origins)
+        self._lora_branch = lora_branch(program)
         self._angles = _angles(program)
         self._constant_inputs = {n.name for n in _placeholders(program)} - set(
             program.graph_signature.user_inputs
@@ -59,9 +60,9 @@ class GraphAnalysis:
 
     def traits(self, node: Node) -> frozenset[Trait]:
         """All traits of the floating-point value of `node`."""
+        found = {Trait.KEY_OR_VALUE} if node.name in self.keys_and_values else set()
         if node.op == "placeholder":
-            return frozenset(self._placeholder_traits(node))
-        found = set()
+            return frozenset(found | self._placeholder_traits(node))
         operator = operator_of(node)
         made = origin(node)
         multiplied = made is not None and Trait.MATMUL_INPUT in self._matmul_traits.get(
@@ -83,6 +84,10 @@ class GraphAnalysis:
             found.add(Trait.ADAPTED_WEIGHT)
         if node.name in self._residual_additions:
             found.add(Trait.RESIDUAL_ADDITION)
+        if node.name in self._lora_branch:
+            found.add(Trait.LORA_BRANCH)
+        if base_name(operator) in MOVES_DATA:
+            found.add(Trait.DATA_MOVEMENT)
         if not is_known(operator):
             found.add(Trait.UNKNOWN)
         return frozenset(found | self._matmul_traits.get(node.name, set()))

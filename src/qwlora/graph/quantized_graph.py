@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
+from qwlora.graph.value_traits import Decision, GridOptions, Trait
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 
@@ -25,17 +26,43 @@ class Kind(StrEnum):
 
 
 @dataclass(frozen=True)
-class Mark:
-    """A graph node whose value has an encoding.
+class GraphValue:
+    """A floating-point value of a captured graph, and what was decided about it.
 
     Args:
         node: name of the node in the program's graph.
         name: of the encoding, and of the tensor in every exported file.
+        operator: that computed it; `weight` or `input` if none did.
+        module, module_class: path and class of the innermost module that computed it.
+        owner: class of the enclosing module that is one operation; empty if there is none.
+        reason: of the rule that decided.
+        ruled: whether that was a rule of the user.
     """
 
     node: str
     name: str
     kind: Kind
+    operator: str = ""
+    module: str = ""
+    module_class: str = ""
+    traits: frozenset[Trait] = frozenset()
+    owner: str = ""
+    decision: Decision = Decision.QUANTIZE
+    reason: str = ""
+    ruled: bool = False
+    options: GridOptions = GridOptions()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names that a rule's glob matches; see `PlacementRule`."""
+        is_computed = self.module and self.operator not in ("weight", "input")
+        made_by = f"{self.module}.{self.operator}" if is_computed else ""
+        return tuple(name for name in (self.name, self.module, made_by) if name)
+
+    def to_json(self) -> dict[str, str]:
+        """What the placement log says about the value."""
+        keys = ("name", "module", "operator", "module_class", "kind", "decision", "reason")
+        return {key: str(getattr(self, key)) for key in keys}
 
 
 @dataclass(frozen=True)
@@ -74,12 +101,13 @@ class QuantizedGraph:
     """A captured program with an encoding for every mark; base weights may have float offsets.
 
     Args:
+        marks: the values that have an encoding.
         observer: name of the estimator that chose the ranges of activations.
     """
 
     program: ExportedProgram
     interface: Interface
-    marks: tuple[Mark, ...]
+    marks: tuple[GraphValue, ...]
     encodings: Mapping[str, Encoding | FloatOffsetEncoding]
     observer: str = "min-max"
 

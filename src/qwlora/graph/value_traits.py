@@ -1,11 +1,16 @@
-"""Structural traits of the values in a captured graph. Plain data; does not import torch.
+"""Traits of the values in a captured graph, and what placement decides about a value. Plain data;
+does not import torch.
 
-`graph_analysis.py` finds them, placement rules (`simulation/placement_rules.py`) select by them.
+`graph_analysis.py` finds the traits, placement rules (`simulation/placement_rules.py`) select by
+them.
 """
 
 from __future__ import annotations
 
+from dataclasses import astuple, dataclass
 from enum import StrEnum
+
+from qwlora.grid.range_estimator import Estimator
 
 
 class Trait(StrEnum):
@@ -39,5 +44,36 @@ class Trait(StrEnum):
     ADAPTER_WEIGHT = "adapter-weight"
     # A weight, bias or norm of the base that step 1 left in float.
     PARAMETER = "parameter"
+    # Only moves values of another tensor (view, transpose, cat ...).
+    DATA_MOVEMENT = "data-movement"
+    # Keys and values of attention, which a key-value cache holds.
+    KEY_OR_VALUE = "key-or-value"
+    # lora_A(x), lora_B(lora_A(x)) and the scaling of it; not the sum with the base layer's output.
+    LORA_BRANCH = "lora-branch"
     # Made by an operator that `aten_ops.py` does not list.
     UNKNOWN = "unknown"
+
+
+class Decision(StrEnum):
+    """What happens to a value."""
+
+    QUANTIZE = "quantize"  # it gets an encoding
+    SHARE = "share"  # data movement: the encoding of the value it was moved from also holds it
+    FLOAT = "float"
+
+
+@dataclass(frozen=True)
+class GridOptions:
+    """How the grid of a value differs from that of other values; None: not at all."""
+
+    bitwidth: int | None = None
+    symmetric: bool | None = None
+    minimum: float | None = None
+    maximum: float | None = None
+    observer: Estimator | None = None
+
+    def filled(self, other: GridOptions) -> GridOptions:
+        """With the options of `other` where they are None."""
+        return GridOptions(
+            *(a if a is not None else b for a, b in zip(astuple(self), astuple(other), strict=True))
+        )

@@ -41,6 +41,7 @@ from qwlora.progress import Track, one_step
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.base_section import Model
 from qwlora.simulation.load_simulation import restore
+from qwlora.simulation.placement import Placement, place
 from qwlora.simulation.simulation import Simulation, simulate
 from qwlora.simulation.simulation_schemes import SimulationSchemes
 from qwlora.simulation.stored_encodings import load_activations, load_encodings
@@ -49,8 +50,6 @@ from qwlora.simulation.training_graph import TrainingGraph, with_scales
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
-    from qwlora.simulation.placement import Placement
 
 
 def skeleton(model: Model, config: PreTrainedConfig | None = None) -> PreTrainedModel:
@@ -159,11 +158,11 @@ class JobContext:
         return torch.stack(list(islice(_alternating(ids), count)))
 
     def base_calibration(self) -> dict[str, Any]:
-        """Arguments of `CalibratedGraph.observe` for the base alone."""
+        """Arguments of `Simulation.observe` for the base alone."""
         return self._observation(self.base_calibration_ids(self.recipe.data.calibration_sequences))
 
     def calibration(self, adapter: str) -> dict[str, Any]:
-        """Arguments of `CalibratedGraph.observe` for an adapter: batches, and when to stop."""
+        """Arguments of `Simulation.observe` for an adapter: batches, and when to stop."""
         return self._observation(self.text(adapter).calibration_ids)
 
     def calibration_of(self, adapters: Sequence[str]) -> dict[str, Any]:
@@ -372,7 +371,7 @@ class JobContext:
     def _placement(self, model: nn.Module) -> Placement:
         with self.step("capturing the graph"):
             captured = capture(model, self.example_inputs)
-        return self.schemes.placement(captured.program, captured.input_names)
+        return place(captured.program, self.schemes, captured.input_names)
 
     def training_graph(self, model: PeftModel, learns_ranges: bool) -> TrainingGraph:
         """Base and adapter as one graph to train through, with calibrated base activations."""

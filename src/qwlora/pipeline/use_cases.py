@@ -19,7 +19,6 @@ from qwlora.export.use_cases import (
 from qwlora.pipeline.artifacts import ADAPTER, USE_CASES
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
 from qwlora.simulation.load_simulation import restore
-from qwlora.simulation.save_simulation import save_simulation
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.stored_encodings import load_encodings
 
@@ -43,7 +42,7 @@ def calibrate_use_cases(context: JobContext, scratch: Path) -> dict[str, Any]:
     simulations.freeze(allow_unseen=section.unseen == "float")
     share_unaffected(simulations)
     for name, simulation in simulations.items():
-        save_simulation(simulation, scratch / name)
+        simulation.save(scratch / name)
     return {"use_cases": {case: {"adapters": members(case)} for case in cases}}
 
 

@@ -15,7 +15,6 @@ from qwlora.adapter.attach import LoraShape, attach, check_existing, check_shape
 from qwlora.parameter_names import canonical_name, is_factor_name
 from qwlora.pipeline.artifacts import BASE_SIMULATION, SHARED, ZERO_ADAPTER
 from qwlora.simulation.load_simulation import restore
-from qwlora.simulation.save_simulation import save_simulation
 from qwlora.simulation.shared_encodings import apply_shared_encodings
 from qwlora.simulation.simulation import Simulation, simulate
 from qwlora.simulation.stored_encodings import load_activations, load_encodings
@@ -36,7 +35,7 @@ def calibrate_zero_adapter(context: JobContext, scratch: Path) -> dict[str, Any]
     if section.base_activations != "all":
         shared = load_encodings(context.path / SHARED)
         apply_shared_encodings(simulation, shared, section.base_activations)
-    save_simulation(simulation, scratch)
+    simulation.save(scratch)
     context.zero_adapter = simulation
     return {"zero_adapter": {"encodings": len(simulation.encodings)}}
 

@@ -38,19 +38,17 @@ from qwlora.grid.encoding import Encoding
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.parameter_names import adapter_of, canonical_name
 from qwlora.progress import Track, untracked
-from qwlora.simulation.calibration import Callback
+from qwlora.simulation.calibration import Batches
 from qwlora.simulation.placement import refuse_ineffective_rules
 from qwlora.simulation.shared_encodings import (
     BaseActivations,
     SharedObservation,
     apply_shared_encodings,
 )
-from qwlora.simulation.simulated_graph import Origin
 from qwlora.simulation.simulation import Simulation
-from qwlora.simulation.simulation_schemes import SimulationSchemes
+from qwlora.simulation.simulation_schemes import SimulationSchemes, SimulationSource
 
 BASE = "base"
-Batches = Collection[Any] | Callback
 
 
 class AdapterSimulations(Mapping[str, Simulation]):
@@ -91,7 +89,7 @@ class AdapterSimulations(Mapping[str, Simulation]):
 
         Args:
             batches: for all adapters, or by adapter.
-            tokens: see `CalibratedGraph.observe`.
+            tokens: see `Simulation.observe`.
 
         Raises:
             CalibrationError: an adapter got no batch.
@@ -108,7 +106,7 @@ class AdapterSimulations(Mapping[str, Simulation]):
         Args:
             shared: of an earlier calibration on the same base. Default: from what all adapters
                 observed.
-            allow_unseen: see `CalibratedGraph.freeze`.
+            allow_unseen: see `Simulation.freeze`.
 
         Raises:
             CalibrationError: an activation saw no data, shared values differ in shape between
@@ -224,15 +222,15 @@ class _SimulationMaker:
                 return simulation
         return self._capture(origin)
 
-    def _origin(self) -> Origin:
-        return Origin.of(self.model, self.example_inputs, self.schemes)
+    def _origin(self) -> SimulationSource:
+        return SimulationSource.of(self.model, self.example_inputs, self.schemes)
 
-    def _capture(self, origin: Origin) -> Simulation:
+    def _capture(self, origin: SimulationSource) -> Simulation:
         self.captures += 1
         return Simulation(capture(self.model, self.example_inputs), origin)
 
     def _bind(
-        self, first: Simulation, replacements: Mapping[int, Tensor], origin: Origin
+        self, first: Simulation, replacements: Mapping[int, Tensor], origin: SimulationSource
     ) -> Simulation | None:
         """The graph of `first` with other tensors; None if it then does not compute the model.
 
@@ -248,14 +246,8 @@ class _SimulationMaker:
             captured: Captured = rebound(first.captured, program, self.model, self.example_inputs)
         except CaptureError:
             return None
-        simulation = Simulation(captured, origin)
-        for mark in simulation.marks:
-            if mark.kind is Kind.PARAMETER:  # share the quantized copies of base parameters
-                simulation.weights[mark.name] = first.weights[mark.name]
-                simulation.graph_module.add_submodule(
-                    f"quantizer_{mark.node}", first.weights[mark.name]
-                )
-        return simulation
+        parameters = [mark.name for mark in first.marks if mark.kind is Kind.PARAMETER]
+        return Simulation(captured, origin, {name: first.weights[name] for name in parameters})
 
 
 def _weights(model: nn.Module, adapter: str) -> dict[str, Tensor]:

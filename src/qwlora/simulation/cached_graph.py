@@ -31,20 +31,21 @@ from qwlora.graph.aten_ops import MOVES_DATA, base_name
 from qwlora.graph.cached_capture import CacheSizes, cache_additions, capture_cached
 from qwlora.graph.capture import Captured
 from qwlora.graph.graph_analysis import operator_of
-from qwlora.graph.quantized_graph import Kind, Mark, QuantizedGraph, with_state
+from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph, with_state
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.range_estimator import as_estimator
 from qwlora.messages import listed
 from qwlora.parameter_names import adapter_of, canonical_name
 from qwlora.simulation.adapter_simulations import restored_adapters
-from qwlora.simulation.simulated_graph import SimulatedGraph
+from qwlora.simulation.placement import place
+from qwlora.simulation.simulation import Simulation
 
 Encodings = dict[str, Encoding | FloatOffsetEncoding]
 
 
 def capture_with_cache(
-    simulation: SimulatedGraph,
+    simulation: Simulation,
     sizes: CacheSizes | None = None,
     present: Literal["all", "new"] = "all",
 ) -> Captured:
@@ -63,7 +64,7 @@ def capture_with_cache(
 
 
 def cached_graph(
-    simulation: SimulatedGraph, captured: Captured, quantize_past: bool = True
+    simulation: Simulation, captured: Captured, quantize_past: bool = True
 ) -> QuantizedGraph:
     """The graph of `captured` on the grids and with the weights of `simulation`.
 
@@ -79,9 +80,9 @@ def cached_graph(
     """
     known = simulation.encodings
     program = _with_weights(captured.program, simulation.program)
-    placement = simulation.origin.schemes.placement(program, captured.input_names)
+    placement = place(program, simulation.origin.schemes, captured.input_names)
     kinds = {mark.name: mark.kind for mark in simulation.marks}
-    nodes = {placed.name: placed.node for placed in (*placement.weights, *placement.explanation)}
+    nodes = {value.name: value.node for value in (*placement.weights, *placement.explanation)}
     if missing := [name for name in known if name not in nodes]:
         raise CaptureError(
             f"{len(missing)} of {len(known)} encodings have no value in the graph with a cache: "
@@ -89,13 +90,13 @@ def cached_graph(
             "so its encodings do not carry over"
         )
     encodings: Encodings = {name: known[name] for name in nodes if name in known}
-    marks = {nodes[name]: Mark(nodes[name], name, kinds[name]) for name in encodings}
+    marks = {nodes[name]: GraphValue(nodes[name], name, kinds[name]) for name in encodings}
     names = {node: name for name, node in nodes.items()}
     for added in cache_additions(captured).values() if quantize_past else ():
         encoding = _encoding_of(added.new, marks, known)
         for node in (added.past, added.whole):
             if encoding is not None:
-                marks[node.name] = Mark(node.name, names[node.name], Kind.ACTIVATION)
+                marks[node.name] = GraphValue(node.name, names[node.name], Kind.ACTIVATION)
                 encodings[names[node.name]] = encoding
     order = {node.name: index for index, node in enumerate(program.graph.nodes)}
     placed = sorted(marks.values(), key=lambda mark: order[mark.node])
@@ -109,7 +110,7 @@ def cached_graph(
 
 
 def _encoding_of(
-    node: Node, marks: Mapping[str, Mark], known: Mapping[str, Encoding | FloatOffsetEncoding]
+    node: Node, marks: Mapping[str, GraphValue], known: Mapping[str, Encoding | FloatOffsetEncoding]
 ) -> Encoding | FloatOffsetEncoding | None:
     """The encoding of a value that data movement may have moved since it got it."""
     while node.name not in marks:

@@ -20,7 +20,6 @@ from qwlora.graph.move_graph import device_of
 from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
 from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.adapter_simulations import BASE, simulate_adapters
-from qwlora.simulation.simulated_graph import SimulatedGraph
 from qwlora.simulation.simulation import Simulation, simulate
 from qwlora.simulation.simulation_schemes import SimulationSchemes
 from qwlora.simulation.stored_encodings import (
@@ -76,7 +75,7 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     return simulation
 
 
-def restore(simulation: SimulatedGraph, folder: Path) -> None:
+def restore(simulation: Simulation, folder: Path) -> None:
     """Give an uncalibrated simulation of the same base and adapter the encodings in `folder`.
 
     Raises:

@@ -41,7 +41,7 @@ from qwlora.graph.capture import PAST, PRESENT
 from qwlora.graph.fused_norms import fuse_norms
 from qwlora.graph.graph_analysis import computed_from, module_of, operator_of
 from qwlora.graph.host_inputs import COS, SIN, HostInputs, lift_host_inputs
-from qwlora.graph.quantized_graph import Interface, Kind, Mark, QuantizedGraph, with_state
+from qwlora.graph.quantized_graph import GraphValue, Interface, Kind, QuantizedGraph, with_state
 from qwlora.graph.scaling_input import ALPHA, lift_scaling
 from qwlora.graph.sliced_parts import slice_parts
 from qwlora.grid.encoding import Encoding
@@ -49,7 +49,7 @@ from qwlora.grid.observers import encoding_from_range, measure
 from qwlora.grid.scheme import Scheme
 from qwlora.messages import listed
 from qwlora.simulation.cached_graph import Encodings, cached_graph, capture_with_cache
-from qwlora.simulation.simulated_graph import SimulatedGraph
+from qwlora.simulation.simulation import Simulation
 
 MASKED_BELOW = 20.0
 _PLACES = 64  # in the context, where the range of host inputs is measured
@@ -93,7 +93,7 @@ def host_arguments(sizes: CacheSizes, past: int, tokens: int) -> tuple[Tensor, T
 
 
 def npu_graph(
-    simulation: SimulatedGraph, sizes: CacheSizes, largest_scaling: float | None = None
+    simulation: Simulation, sizes: CacheSizes, largest_scaling: float | None = None
 ) -> NpuGraph:
     """The graph of a calibrated simulation for a number of new tokens and a context.
 
@@ -167,13 +167,15 @@ def npu_form(
 class _Known:
     """Marks and encodings of a device graph, to which those of its own values are added."""
 
-    def __init__(self, program: ExportedProgram, marks: dict[str, Mark], encodings: Encodings):
+    def __init__(
+        self, program: ExportedProgram, marks: dict[str, GraphValue], encodings: Encodings
+    ):
         self.program, self.marks, self.encodings = program, marks, encodings
         self.nodes = {node.name: node for node in program.graph.nodes}
 
     def add(self, node: str, name: str, encoding: Encoding, kind: Kind = Kind.ACTIVATION) -> None:
         """Give a value an encoding."""
-        self.marks[node] = Mark(node, name, kind)
+        self.marks[node] = GraphValue(node, name, kind)
         self.encodings[name] = encoding
 
     def encoding_before(self, node: Node) -> Encoding | None:

@@ -1,11 +1,10 @@
 """Placement: decide which values of a captured graph get a quantizer, on which grid, and why.
 
 The first rule that fits a floating-point value decides: the user's `PlacementRule`s, then those of
-the policy (`placement_rules.py`). `Placement.explanation` lists every computed value with the rule
-that decided, `Placement.weights` every weight and input.
+the policy (`placement_rules.py`). The result lists every value with the rule that decided.
 
-Names do not depend on decisions. The values of one module and operator are numbered in graph order,
-data movement and inner values (masks, norm internals) after all others.
+A value's name is the same whatever gets a quantizer. The values of one module and operator are
+numbered in graph order, data movement and inner values (masks, norm internals) after all others.
 """
 
 from __future__ import annotations
@@ -19,202 +18,96 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from qwlora.errors import CalibrationError
-from qwlora.graph.aten_ops import MOVES_DATA, base_name
-from qwlora.graph.graph_analysis import GraphAnalysis, lora_branch, module_of, operator_of
+from qwlora.graph.graph_analysis import GraphAnalysis, module_of, operator_of
 from qwlora.graph.graph_parameters import buffer_names
-from qwlora.graph.quantized_graph import Kind, Mark
-from qwlora.graph.value_traits import Trait
-from qwlora.grid.range_estimator import Estimator
+from qwlora.graph.quantized_graph import GraphValue, Kind
+from qwlora.graph.value_traits import Decision, Trait
 from qwlora.messages import suggestion
 from qwlora.parameter_names import canonical_name, parameter_name
-from qwlora.simulation.placement_rules import (
-    Decision,
-    PlacementRule,
-    Policy,
-    UnusedRules,
-    policy,
-)
+from qwlora.simulation.placement_rules import PlacementRule, Policy
+from qwlora.simulation.simulation_schemes import SimulationSchemes
 
 _NO_VALUE = "matches no value"
-_INNER_VALUES = {Trait.FLOAT64, Trait.INTEGER_ORIGIN, Trait.MASKED, Trait.INSIDE_ONE_OPERATION}
-
-
-@dataclass(frozen=True)
-class Placed:
-    """A value and the decision about it.
-
-    Args:
-        node: in the program's graph.
-        name: of its encoding, if it has one.
-        operator: that computed it; `weight` or `input` if none did.
-    """
-
-    node: str
-    name: str
-    operator: str
-    module: str
-    module_class: str
-    decision: Decision
-    reason: str
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """The names that a rule's glob matches; see `PlacementRule`."""
-        return names_of_value(self.name, self.module, self.operator)
-
-
-@dataclass(frozen=True)
-class Overrides:
-    """How the grid of a value differs from the simulation's; None: not at all."""
-
-    bitwidth: int | None = None
-    symmetric: bool | None = None
-    minimum: float | None = None
-    maximum: float | None = None
-    observer: Estimator | None = None
+_NUMBERED_LAST = {
+    Trait.FLOAT64,
+    Trait.INTEGER_ORIGIN,
+    Trait.MASKED,
+    Trait.INSIDE_ONE_OPERATION,
+    Trait.DATA_MOVEMENT,
+}
 
 
 @dataclass(repr=False)
 class Placement:
-    """The values to quantize, their special grids, and the placement log.
+    """The floating-point values of a graph, in graph order.
 
     Args:
-        overrides: by name of the mark.
-        ruled: names of the marks that a user's rule decided about.
-        unknown: number of occurrences of each unknown operator.
         unused_rules: why a user's rule has no effect, by its index.
     """
 
-    marks: list[Mark] = field(default_factory=list)
-    overrides: dict[str, Overrides] = field(default_factory=dict)
-    ruled: set[str] = field(default_factory=set)
-    explanation: list[Placed] = field(default_factory=list)
-    weights: list[Placed] = field(default_factory=list)
-    unknown: Counter[str] = field(default_factory=Counter)
+    values: list[GraphValue] = field(default_factory=list)
     unused_rules: dict[int, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        counts = Counter(placed.decision.value for placed in (*self.explanation, *self.weights))
+        counts = Counter(value.decision.value for value in self.values)
         return f"Placement of {counts.total()} values: " + ", ".join(
             f"{count} {decision}" for decision, count in counts.most_common()
         )
 
-    def exclude(self, names: Collection[str], decision: Decision, reason: str) -> None:
-        """Override the decision for these values: they get no encoding."""
-        self.marks[:] = [mark for mark in self.marks if mark.name not in names]
-        for placed in (self.explanation, self.weights):
-            placed[:] = [
-                replace(p, decision=decision, reason=reason) if p.name in names else p
-                for p in placed
-            ]
-
-
-@dataclass(frozen=True)
-class _Candidate:
-    """A value to decide about."""
-
-    node: Node
-    name: str
-    operator: str
-    module: str
-    module_class: str
-    traits: frozenset[Trait]
-    owner: str = ""
-    kind: Kind = Kind.ACTIVATION
+    @property
+    def marks(self) -> list[GraphValue]:
+        """The values that get an encoding."""
+        return [value for value in self.values if value.decision is Decision.QUANTIZE]
 
     @property
-    def names(self) -> tuple[str, ...]:
-        return names_of_value(self.name, self.module, self.operator)
+    def weights(self) -> list[GraphValue]:
+        """Weights and inputs."""
+        return [value for value in self.values if value.operator in ("weight", "input")]
+
+    @property
+    def explanation(self) -> list[GraphValue]:
+        """Computed values."""
+        return [value for value in self.values if value.operator not in ("weight", "input")]
+
+    @property
+    def unknown(self) -> Counter[str]:
+        """Number of occurrences of each unknown operator."""
+        return Counter(value.operator for value in self.values if Trait.UNKNOWN in value.traits)
+
+    def exclude(self, names: Collection[str], decision: Decision, reason: str) -> None:
+        """Override the decision for these values: they get no encoding."""
+        self.values[:] = [
+            replace(value, decision=decision, reason=reason) if value.name in names else value
+            for value in self.values
+        ]
 
 
 def place(
     program: ExportedProgram,
-    chosen: str | Policy = "npu",
-    rules: Sequence[PlacementRule] = (),
-    quantize_residual_adds: bool = False,
-    symmetric_matmul_second_input: bool = False,
+    schemes: SimulationSchemes,
     input_names: Mapping[str, str] | None = None,
-    unused_rules: UnusedRules = "refuse",
-    key_value_bitwidth: int | None = None,
-    adapter_activation_bitwidth: int | None = None,
 ) -> Placement:
-    """Decide about every floating point value of `program`.
+    """Decide about every floating-point value of `program`.
 
     Args:
-        chosen: a policy, or its name.
-        rules: the user's, tried before the policy's.
-        quantize_residual_adds: quantize the residual stream too, for NPUs without float. In most
-            language models a few channels are thousands of times larger than the rest, so that even
-            16 bits leave few steps for the others.
-        symmetric_matmul_second_input: give the second input of a product of two activations a
-            symmetric grid. Qualcomm HTP requires it at 16 bits (AIMET applies the same exception
-            when it is given an HTP configuration).
         input_names: names of the model's inputs by placeholder. Default: the placeholder's name.
-        unused_rules: refuse user rules without effect, or allow them; see
-            `refuse_ineffective_rules`.
-        key_value_bitwidth: quantize the keys and values of attention to this many bits, with a
-            symmetric grid: that of the cache in a graph with a cache, where they are read from.
-            None: like other activations.
-        adapter_activation_bitwidth: bits of what an adapter's factors compute: lora_A(x),
-            lora_B(lora_A(x)) and its product with the scaling; not of the sum with the base layer.
-            None: like other activations.
 
     Raises:
-        CalibrationError: there is no such policy; or rules have no effect (all are named).
+        CalibrationError: there is no such policy; or rules have no effect (all are named), and
+            `schemes` refuses that.
     """
-    chosen = policy(chosen) if isinstance(chosen, str) else chosen
-    if quantize_residual_adds:
-        chosen = replace(
-            chosen,
-            rules=tuple(rule for rule in chosen.rules if rule.trait is not Trait.RESIDUAL_ADDITION),
-        )
-    analysis = GraphAnalysis(program, chosen.one_operation)
-    placement = Placement()
-    cached_values = analysis.keys_and_values if key_value_bitwidth is not None else set()
-    of_factors = lora_branch(program) if adapter_activation_bitwidth is not None else set()
-    candidates = list(_candidates(program, analysis, input_names or {}))
-    decider = _Decider(chosen, rules)
-    for candidate in candidates:
-        decision, reason, ruled = decider.decide(candidate)
-        overrides = ruled or Overrides()
-        activation = candidate.kind is Kind.ACTIVATION
-        cached = key_value_bitwidth is not None and candidate.node.name in cached_values
-        if cached and ruled is None:
-            decision, reason = Decision.QUANTIZE, "keys or values that a cache holds"
-            overrides = Overrides(bitwidth=key_value_bitwidth, symmetric=True)
-        if candidate.node.name in of_factors and overrides.bitwidth is None:
-            overrides = replace(overrides, bitwidth=adapter_activation_bitwidth)
-        if (
-            activation
-            and symmetric_matmul_second_input
-            and Trait.MATMUL_SECOND_INPUT in candidate.traits
-            and overrides.symmetric is None
-        ):
-            overrides = replace(overrides, symmetric=True)
-        placed = Placed(
-            candidate.node.name,
-            candidate.name,
-            candidate.operator,
-            candidate.module,
-            candidate.module_class,
-            decision,
-            reason,
-        )
-        (
-            placement.explanation
-            if activation and candidate.node.op == "call_function"
-            else placement.weights
-        ).append(placed)
-        if Trait.UNKNOWN in candidate.traits:
-            placement.unknown[candidate.operator] += 1
-        if decision is Decision.QUANTIZE:
-            placement.marks.append(Mark(candidate.node.name, candidate.name, candidate.kind))
-            if ruled is not None:
-                placement.ruled.add(candidate.name)
-            if overrides != Overrides():
-                placement.overrides[candidate.name] = overrides
-    placement.unused_rules = decider.unused_rules(candidates)
-    if unused_rules == "refuse":
+    policy, rules = schemes.placement_policy(), schemes.rules
+    analysis = GraphAnalysis(program, policy.one_operation)
+    values = list(_graph_values(program, analysis, input_names or {}))
+    effective = set[int]()
+    decided = [_decided(value, policy, rules, effective) for value in values]
+    unused = {
+        index: f"{rule.match!r} {_why_unused(rule, values, policy)}"
+        for index, rule in enumerate(rules)
+        if index not in effective
+    }
+    placement = Placement(decided, unused)
+    if schemes.unused_rules == "refuse":
         refuse_ineffective_rules([placement])
     return placement
 
@@ -238,118 +131,99 @@ def refuse_ineffective_rules(placements: Sequence[Placement]) -> None:
         )
 
 
-class _Decider:
-    """Applies the rules and records which of the user's rules have an effect."""
+def _decided(
+    value: GraphValue, policy: Policy, rules: Sequence[PlacementRule], effective: set[int]
+) -> GraphValue:
+    """`value` with the decision of the first rule that fits.
 
-    def __init__(self, chosen: Policy, rules: Sequence[PlacementRule]):
-        self.policy, self.rules = chosen, rules
-        self.effective: set[int] = set()
+    Args:
+        effective: gets the index of the user's rule that decided, if one did.
+    """
+    if value.kind is Kind.BASE:
+        return replace(value, reason="a packed weight of the base")
+    fitting = [
+        rule
+        for rule in policy.rules
+        if rule.fits(value.operator, value.module_class, value.module, value.traits)
+    ]
+    decision, reason, options = next(
+        (rule.decision, rule.reason.format(owner=value.owner), rule.options)
+        for rule in fitting
+        if rule.decision is not None
+    )
+    chosen = None
+    for index, rule in enumerate(rules):
+        is_placed = rule.keep is not None or rule.force or decision is Decision.QUANTIZE
+        if is_placed and rule.is_for(value.kind is not Kind.ACTIVATION) and rule.fits(value.names):
+            effective.add(index)
+            chosen = rule
+            break
+    if chosen is not None and chosen.keep is not None:
+        return replace(value, decision=Decision.FLOAT, reason=chosen.reason, ruled=True)
+    if chosen is not None:
+        decision, options = Decision.QUANTIZE, chosen.options
+        reason = f"{reason}; {chosen.reason}"
+    for grid_rule in fitting:
+        if grid_rule.decision is None:
+            options = options.filled(grid_rule.options)
+    return replace(
+        value, decision=decision, reason=reason, options=options, ruled=chosen is not None
+    )
 
-    def decide(self, candidate: _Candidate) -> tuple[Decision, str, Overrides | None]:
-        """Decision and reason; overrides if a user's rule decided, else None."""
-        if candidate.kind is Kind.BASE:
-            return Decision.QUANTIZE, "a packed weight of the base", None
-        rule = next(
-            r
-            for r in self.policy.rules
-            if r.fits(
-                candidate.operator, candidate.module_class, candidate.module, candidate.traits
-            )
+
+def _why_unused(rule: PlacementRule, values: Sequence[GraphValue], policy: Policy) -> str:
+    matched = [value for value in values if rule.fits(value.names)]
+    if not matched:
+        names = [name for value in values for name in value.names]
+        return f"{_NO_VALUE}{suggestion(rule.match, names, 3)}"
+    open_to = [
+        value
+        for value in matched
+        if rule.is_for(value.kind is not Kind.ACTIVATION) and value.kind is not Kind.BASE
+    ]
+    if not open_to:
+        first = matched[0].name
+        if all(value.kind is Kind.BASE for value in matched):
+            return f"matches only packed weights, {first} first; their grids cannot change"
+        if rule.of is None:
+            return f"matches only weights, {first} first; add of: weights"
+        return f"matches no {rule.of}, but {first}; change of: {rule.of}"
+    if rule.keep is None and not rule.force:
+        return (
+            f"matches nothing that policy {policy.name} quantizes and no earlier rule decides; "
+            "force: true quantizes it anyway"
         )
-        decision, reason = rule.decision, rule.reason.format(owner=candidate.owner)
-        for index, own in enumerate(self.rules):
-            if not own.is_for(candidate.kind is not Kind.ACTIVATION) or not own.fits(
-                candidate.names
-            ):
-                continue
-            if own.keep is None and decision is not Decision.QUANTIZE and not own.force:
-                continue
-            self.effective.add(index)
-            if own.keep is not None:
-                return Decision.FLOAT, own.reason, Overrides()
-            assert not isinstance(own.observer, str)
-            return (
-                Decision.QUANTIZE,
-                f"{reason}; {own.reason}",
-                Overrides(own.bitwidth, own.symmetric, own.minimum, own.maximum, own.observer),
-            )
-        return decision, reason, None
-
-    def unused_rules(self, candidates: Sequence[_Candidate]) -> dict[int, str]:
-        """The user's rules that decided about no value, and why."""
-        return {
-            i: f"{rule.match!r} {self._why(rule, candidates)}"
-            for i, rule in enumerate(self.rules)
-            if i not in self.effective
-        }
-
-    def _why(self, rule: PlacementRule, candidates: Sequence[_Candidate]) -> str:
-        matched = [c for c in candidates if rule.fits(c.names)]
-        if not matched:
-            names = [name for candidate in candidates for name in candidate.names]
-            return f"{_NO_VALUE}{suggestion(rule.match, names, 3)}"
-        open_to = [
-            c
-            for c in matched
-            if rule.is_for(c.kind is not Kind.ACTIVATION) and c.kind is not Kind.BASE
-        ]
-        if not open_to:
-            first = matched[0].name
-            if all(candidate.kind is Kind.BASE for candidate in matched):
-                return f"matches only packed weights, {first} first; their grids cannot change"
-            if rule.of is None:
-                return f"matches only weights, {first} first; add of: weights"
-            return f"matches no {rule.of}, but {first}; change of: {rule.of}"
-        if rule.keep is None and not rule.force:
-            return (
-                f"matches nothing that policy {self.policy.name} quantizes and no earlier rule "
-                "decides; force: true quantizes it anyway"
-            )
-        return "matches only values that an earlier rule decides; move it up, or remove it"
+    return "matches only values that an earlier rule decides; move it up, or remove it"
 
 
-def names_of_value(name: str, module: str, operator: str) -> tuple[str, ...]:
-    """The names that a rule's glob matches; see `PlacementRule`."""
-    made = module and operator not in ("weight", "input")
-    return tuple(n for n in (name, module, f"{module}.{operator}" if made else "") if n)
-
-
-def _candidates(
+def _graph_values(
     program: ExportedProgram, analysis: GraphAnalysis, input_names: Mapping[str, str]
-) -> Iterator[_Candidate]:
-    """Every floating-point parameter, input and computed value in graph order, with its name."""
-    found = []
-    buffers, weights = buffer_names(program), set[str]()
+) -> Iterator[GraphValue]:
+    """Every floating-point parameter in use, input and computed value, in graph order."""
+    found: list[GraphValue] = []
+    buffers, stored_weights = buffer_names(program), set[str]()
     for node in program.graph.nodes:
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or not value.is_floating_point():
             continue
         if node.op == "placeholder":
-            found += _graph_inputs(node, analysis, input_names.get(node.name, node.name))
+            found += _of_placeholder(node, analysis, input_names.get(node.name, node.name))
         elif node.op == "call_function" and operator_of(node) == "dequantize":
             path, module_class = module_of(node)
             stored = parameter_name(buffers[node.args[0].name].removesuffix(".packed"))
             # a tied layer reads the codes of another layer
-            name = stored if stored not in weights else parameter_name(path)
-            weights.add(stored)
-            found.append(
-                _Candidate(
-                    node,
-                    name,
-                    "weight",
-                    name.rpartition(".")[0],
-                    module_class,
-                    frozenset(),
-                    kind=Kind.BASE,
-                )
-            )
+            name = stored if stored not in stored_weights else parameter_name(path)
+            stored_weights.add(stored)
+            module = name.rpartition(".")[0]
+            found.append(GraphValue(node.name, name, Kind.BASE, "weight", module, module_class))
         elif node.op == "call_function":
             path, module_class = module_of(node)
             owner = analysis.owner(node)
             found.append(
-                _Candidate(
-                    node,
+                GraphValue(
+                    node.name,
                     "",
+                    Kind.ACTIVATION,
                     operator_of(node),
                     canonical_name(path),
                     module_class,
@@ -358,35 +232,30 @@ def _candidates(
                 )
             )
     names = _numbered(found)
-    for candidate in found:
-        yield replace(candidate, name=names.get(candidate.node.name, candidate.name))
+    for each in found:
+        yield replace(each, name=each.name or names[each.node])
 
 
-def _graph_inputs(node: Node, analysis: GraphAnalysis, input_name: str) -> list[_Candidate]:
-    """The candidate of a placeholder: a parameter in use or an input, but not a buffer."""
+def _of_placeholder(node: Node, analysis: GraphAnalysis, input_name: str) -> list[GraphValue]:
+    """The value of a placeholder: a parameter in use or an input, but not a buffer."""
     traits = analysis.traits(node)
     if (parameter := analysis.parameters.get(node.name)) is not None:
         kind = Kind.ADAPTER if Trait.ADAPTER_WEIGHT in traits else Kind.PARAMETER
         name = canonical_name(parameter)
-        return (
-            [_Candidate(node, name, "weight", name.rpartition(".")[0], "", traits, kind=kind)]
-            if node.users
-            else []
-        )
-    return [_Candidate(node, input_name, "input", "", "", traits)] if Trait.INPUT in traits else []
+        value = GraphValue(node.name, name, kind, "weight", name.rpartition(".")[0], "", traits)
+        return [value] if node.users else []
+    value = GraphValue(node.name, input_name, Kind.ACTIVATION, "input", "", "", traits)
+    return [value] if Trait.INPUT in traits else []
 
 
-def _numbered(candidates: Sequence[_Candidate]) -> dict[str, str]:
+def _numbered(values: Sequence[GraphValue]) -> dict[str, str]:
     """The name of each computed value, by its node: `path.operator`, then `path.operator_1`, ..."""
     taken: Counter[str] = Counter()
     names = {}
-    computed = [c for c in candidates if not c.name]
-    for candidate in sorted(
-        computed,
-        key=lambda c: bool(c.traits & _INNER_VALUES) or base_name(c.operator) in MOVES_DATA,
-    ):
+    computed = [value for value in values if not value.name]
+    for value in sorted(computed, key=lambda value: bool(value.traits & _NUMBERED_LAST)):
         # the outermost module has no path
-        stem = f"{candidate.module or 'output'}.{candidate.operator}"
-        names[candidate.node.name] = f"{stem}_{taken[stem]}" if taken[stem] else stem
+        stem = f"{value.module or 'output'}.{value.operator}"
+        names[value.node] = f"{stem}_{taken[stem]}" if taken[stem] else stem
         taken[stem] += 1
     return names

@@ -1,17 +1,8 @@
 """Rules and policies that say which values of a graph get a quantizer. Does not import torch.
 
-A policy is an ordered list of `PolicyRule`s; the first one that fits a value decides:
-
-    quantize   the value gets an encoding
-    share      data movement: the encoding of the value it was moved from also holds it
-    float      the value is not quantized
-
-A rule fits by operator, module class, module path and a structural trait (`Trait`). Policies:
-
-    npu              all computed values, except what needs more range than a grid has: norm
-                     internals, masked scores, angles, residual additions
-    matmul-inputs    only what matrix products and convolutions read (integer kernels on servers)
-    weights-only     no activations
+A policy is an ordered list of `PolicyRule`s; the first one that fits a value decides. A rule fits
+by operator, module class, module path and a structural trait (`Trait`). `policies.yaml` has the
+policies npu, matmul-inputs and weights-only.
 
 The user's `PlacementRule`s come before the policy: they keep values float or change their grids.
 """
@@ -21,13 +12,16 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from enum import StrEnum
 from fnmatch import fnmatchcase
+from importlib import resources
 from typing import ClassVar, Literal
 
+import yaml
+from pydantic import TypeAdapter
+
 from qwlora.errors import CalibrationError, GridError
-from qwlora.graph.aten_ops import MOVES_DATA, base_name
-from qwlora.graph.value_traits import Trait
+from qwlora.graph.aten_ops import base_name
+from qwlora.graph.value_traits import Decision, GridOptions, Trait
 from qwlora.grid.range_estimator import Estimator, as_estimator
 from qwlora.grid.scheme import BITWIDTHS
 
@@ -40,29 +34,23 @@ ONE_OPERATION = r"(?i)Norm|RotaryEmbedding|RotaryPosition|GELU|SiLU|Swish|Activa
 UnusedRules = Literal["refuse", "allow"]
 
 
-class Decision(StrEnum):
-    """What happens to a value."""
-
-    QUANTIZE = "quantize"
-    SHARE = "share"
-    FLOAT = "float"
-
-
 @dataclass(frozen=True)
 class PolicyRule:
     """One rule of a policy.
 
     Args:
-        decision: for the values that fit.
+        decision: for the values that fit. None: the rule only changes grids, and a later one
+            decides.
         reason: for the placement log; `{owner}` is the class of the enclosing module that is one
             operation.
         operators: base names; None fits all.
         module_class: a regular expression, searched in the class name of the innermost module.
         path: a glob over the module's path.
         trait: a trait that the value must have.
+        bitwidth, symmetric: of the grid. None: as in the simulation.
     """
 
-    decision: Decision
+    decision: Decision | None
     reason: str
     # a saved rule with other keys is of another version; ignoring them would change the policy
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
@@ -71,6 +59,12 @@ class PolicyRule:
     module_class: str | None = None
     path: str | None = None
     trait: Trait | None = None
+    bitwidth: int | None = None
+    symmetric: bool | None = None
+
+    @property
+    def options(self) -> GridOptions:
+        return GridOptions(self.bitwidth, self.symmetric)
 
     def fits(self, operator: str, module_class: str, path: str, traits: frozenset[Trait]) -> bool:
         """Whether the rule decides about a value with these properties."""
@@ -99,99 +93,20 @@ class Policy:
 
     def __post_init__(self) -> None:
         last = self.rules[-1] if self.rules else None
-        if last is None or (last.operators, last.module_class, last.path, last.trait) != (
-            None,
-            None,
-            None,
-            None,
-        ):
+        if last is None or last.decision is None or not last.fits("", "", "", frozenset()):
             raise CalibrationError(
                 f"policy {self.name!r} must end with a rule that fits every value; add a rule "
                 "without conditions"
             )
 
 
-_NOT_DATA = (
-    PolicyRule(Decision.FLOAT, "float64 is index arithmetic", trait=Trait.FLOAT64),
-    PolicyRule(Decision.FLOAT, "computed from integers only", trait=Trait.INTEGER_ORIGIN),
-    PolicyRule(Decision.FLOAT, "an angle: read by sine and cosine only", trait=Trait.ANGLE),
-    PolicyRule(Decision.FLOAT, "combined with a mask", trait=Trait.MASKED),
-    PolicyRule(
-        Decision.FLOAT,
-        "a weight computed from weights, which have their own grids",
-        trait=Trait.ADAPTED_WEIGHT,
-    ),
-)
-_ADAPTER = PolicyRule(Decision.QUANTIZE, "a weight of the adapter", trait=Trait.ADAPTER_WEIGHT)
+def _read_policies() -> dict[str, Policy]:
+    path = resources.files("qwlora.simulation") / "policies.yaml"
+    policies = TypeAdapter(list[Policy]).validate_python(yaml.safe_load(path.read_text()))
+    return {policy.name: policy for policy in policies}
 
-POLICIES: dict[str, Policy] = {
-    policy.name: policy
-    for policy in (
-        Policy(
-            "npu",
-            (
-                _ADAPTER,
-                PolicyRule(
-                    Decision.QUANTIZE, "a parameter that step 1 left float", trait=Trait.PARAMETER
-                ),
-                *_NOT_DATA,
-                PolicyRule(Decision.QUANTIZE, "an input of the model", trait=Trait.INPUT),
-                PolicyRule(
-                    Decision.FLOAT,
-                    "inside {owner}, which is one operation",
-                    trait=Trait.INSIDE_ONE_OPERATION,
-                ),
-                PolicyRule(
-                    Decision.QUANTIZE, "output of {owner}", trait=Trait.LEAVES_ONE_OPERATION
-                ),
-                PolicyRule(Decision.FLOAT, "a residual addition", trait=Trait.RESIDUAL_ADDITION),
-                PolicyRule(
-                    Decision.SHARE,
-                    "data movement; the encoding of its input holds it",
-                    operators=MOVES_DATA,
-                ),
-                PolicyRule(
-                    Decision.QUANTIZE,
-                    "unknown operator: assumed to compute new values",
-                    trait=Trait.UNKNOWN,
-                ),
-                PolicyRule(Decision.QUANTIZE, "computes new values"),
-            ),
-        ),
-        Policy(
-            "matmul-inputs",
-            (
-                _ADAPTER,
-                PolicyRule(
-                    Decision.FLOAT, "a parameter that step 1 left float", trait=Trait.PARAMETER
-                ),
-                *_NOT_DATA,
-                PolicyRule(Decision.QUANTIZE, "read by a matrix product", trait=Trait.MATMUL_INPUT),
-                PolicyRule(
-                    Decision.SHARE,
-                    "data movement; the encoding of its input holds it",
-                    operators=MOVES_DATA,
-                ),
-                PolicyRule(
-                    Decision.FLOAT,
-                    "unknown operator: assumed to be no matrix product",
-                    trait=Trait.UNKNOWN,
-                ),
-                PolicyRule(Decision.FLOAT, "not read by a matrix product"),
-            ),
-        ),
-        Policy(
-            "weights-only",
-            (
-                _ADAPTER,
-                PolicyRule(
-                    Decision.FLOAT, "a parameter that step 1 left float", trait=Trait.PARAMETER
-                ),
-                PolicyRule(Decision.FLOAT, "activations stay float"),
-            ),
-        ),
-    )
-}
+
+POLICIES = _read_policies()
 
 
 def policy(name: str) -> Policy:
@@ -279,6 +194,12 @@ class PlacementRule:
                 "its values"
             )
         return None
+
+    @property
+    def options(self) -> GridOptions:
+        """Of the grid."""
+        assert not isinstance(self.observer, str), "see __post_init__"
+        return GridOptions(self.bitwidth, self.symmetric, self.minimum, self.maximum, self.observer)
 
     @property
     def reason(self) -> str:

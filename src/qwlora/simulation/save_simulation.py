@@ -12,8 +12,7 @@ of packed base weights, millions of scales that the base holds; its fingerprint 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,11 @@ from qwlora.atomic import replacing_files
 from qwlora.errors import CalibrationError
 from qwlora.formats import manifest
 from qwlora.graph.flat_arguments import CacheSlot, Slot, Structure
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.nn.fingerprint import fingerprint
-from qwlora.simulation.simulated_graph import SimulatedGraph
-from qwlora.simulation.simulation_schemes import SimulationSchemes
+from qwlora.simulation.placement import Placement
+from qwlora.simulation.simulation_schemes import SimulationSchemes, SimulationSource
 from qwlora.simulation.stored_encodings import (
     ENCODINGS,
     FORMAT,
@@ -39,27 +40,24 @@ from qwlora.simulation.stored_encodings import (
 )
 
 
-def save_simulation(
-    simulation: SimulatedGraph, folder: str | Path, with_base: bool = False
+def write_simulation(
+    folder: Path,
+    origin: SimulationSource,
+    encodings: Mapping[str, Encoding | FloatOffsetEncoding],
+    placement: Placement,
+    dropped: Iterable[str],
 ) -> None:
     """Write a calibrated simulation to `folder`, which is created if missing.
 
     Files from before are replaced only when all new ones are written.
 
     Args:
-        with_base: include the encodings of packed base weights, for a reader without the base.
+        dropped: names of values that calibration left float.
 
     Raises:
-        CalibrationError: the simulation is not calibrated; an example input is not JSON; or
-            `with_base` and the base has float offsets, which the encodings file cannot hold.
+        CalibrationError: an example input is not JSON; or an encoding has float offsets, which the
+            encodings file cannot hold.
     """
-    folder = Path(folder)
-    encodings = {
-        name: encoding
-        for name, encoding in simulation.encodings.items()
-        if with_base or name not in simulation.base_encodings
-    }
-    origin = simulation.origin
     arguments, examples = Structure.of(dict(origin.example_inputs))
     record = {
         "format": FORMAT,
@@ -67,9 +65,9 @@ def save_simulation(
         "adapter_fingerprint": origin.adapter_fingerprint,
         "inputs": _template_to_json(arguments.template, ""),
         "schemes": _schemes_to_json(origin.schemes),
-        "encodings": {m.name: m.kind.value for m in simulation.marks if m.name in encodings},
-        "dropped": sorted(simulation.dropped),
-        "placement": [asdict(p) for p in simulation.explanation],
+        "encodings": {m.name: m.kind.value for m in placement.marks if m.name in encodings},
+        "dropped": sorted(dropped),
+        "placement": [value.to_json() for value in placement.explanation],
     }
     with replacing_files(folder, last=RECORD) as scratch:
         save_encodings(encodings, scratch)

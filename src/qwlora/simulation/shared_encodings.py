@@ -28,7 +28,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import MinMaxObserver
 from qwlora.simulation.estimate_encodings import estimate_encodings
 from qwlora.simulation.fake_quantizer import Quantizer
-from qwlora.simulation.simulated_graph import SimulatedGraph
+from qwlora.simulation.simulation import Simulation
 
 BaseActivations = Literal["all", "adapter_only", "none"]
 
@@ -46,7 +46,7 @@ class SharedObservation:
         self._weights: dict[str, MinMaxObserver] = {}
         self._names: set[str] | None = None
 
-    def add(self, simulation: SimulatedGraph) -> None:
+    def add(self, simulation: Simulation) -> None:
         """Merge what a frozen simulation observed; with `none`, its adapter weights too.
 
         Raises:
@@ -77,7 +77,7 @@ class SharedObservation:
                     name, self._weights.setdefault(name, MinMaxObserver(observer.scheme)), observer
                 )
 
-    def _check_names(self, simulation: SimulatedGraph) -> None:
+    def _check_names(self, simulation: Simulation) -> None:
         names = {*simulation.quantizers, *simulation.adapter_weights}
         if self._names is None:
             self._names = names
@@ -110,7 +110,7 @@ class SharedObservation:
         return found | {name: observer.encoding() for name, observer in self._weights.items()}
 
 
-def shared_activations(simulation: SimulatedGraph, base_activations: BaseActivations) -> list[str]:
+def shared_activations(simulation: Simulation, base_activations: BaseActivations) -> list[str]:
     """Names of the quantized activations whose encodings all adapters share, in graph order."""
     if base_activations == "all":
         return []
@@ -123,7 +123,7 @@ def shared_activations(simulation: SimulatedGraph, base_activations: BaseActivat
 
 
 def apply_shared_encodings(
-    simulation: SimulatedGraph, encodings: Mapping[str, Encoding], base_activations: BaseActivations
+    simulation: Simulation, encodings: Mapping[str, Encoding], base_activations: BaseActivations
 ) -> None:
     """Replace encodings of a frozen simulation by the shared ones.
 

@@ -26,7 +26,6 @@ from transformers import PreTrainedModel
 
 from qwlora.errors import CaptureError
 from qwlora.simulation.model_inputs import complete_arguments
-from qwlora.simulation.simulated_graph import SimulatedGraph
 
 _REFUSED = {
     "output_hidden_states": "hidden states",
@@ -39,7 +38,8 @@ _LOSS_ARGUMENTS = frozenset({"num_items_in_batch", "shift_labels"})
 class SimulatedModel:
     """Methods that replace those of a transformers model; `as_model` makes the subclass."""
 
-    simulation: SimulatedGraph
+    simulation: nn.Module
+    inputs: tuple[str, ...]
     own_arguments: tuple[str, ...]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -64,7 +64,7 @@ class SimulatedModel:
         in_class = given.pop("return_dict", None)
         for_loss = {name: given.pop(name) for name in _LOSS_ARGUMENTS & given.keys()}
         with torch.no_grad():
-            output = self.simulation(**complete_arguments(self.simulation.inputs, given))
+            output = self.simulation(**complete_arguments(self.inputs, given))
             if keep is not None and not (isinstance(keep, int) and keep == 0):
                 output["logits"] = output["logits"][
                     :, slice(-keep, None) if isinstance(keep, int) else keep
@@ -128,44 +128,43 @@ class SimulatedModel:
         )
 
 
-def as_model(simulation: SimulatedGraph) -> PreTrainedModel:
+def as_model(model: nn.Module, simulation: nn.Module, inputs: tuple[str, ...]) -> PreTrainedModel:
     """The simulation as a model of its transformers class; see the module's docstring.
 
+    Args:
+        model: that was captured.
+        inputs: names of the simulation's arguments.
+
     Raises:
-        CaptureError: the captured model is not from transformers, or was captured with a cache.
+        CaptureError: the captured model is not from transformers.
     """
-    inner = inner_model(simulation.origin.model)
-    if simulation.captured.interface.cached:
-        raise CaptureError(
-            "the graph takes keys and values of earlier tokens; capture without past_key_values to "
-            "use it as a model"
-        )
+    inner = inner_model(model)
     own = type(inner)
     kind: Any = type(
         f"Simulated{own.__name__}",
         (SimulatedModel, own),
-        {"__module__": own.__module__, "forward": _signed(inner, simulation.inputs)},
+        {"__module__": own.__module__, "forward": _signed(inner, inputs)},
     )
-    model = kind.__new__(kind)
+    made = kind.__new__(kind)
     patched = ("forward", "save_pretrained")  # of this model alone; the class has its own
-    model.__dict__.update({k: value for k, value in inner.__dict__.items() if k not in patched})
+    made.__dict__.update({k: value for k, value in inner.__dict__.items() if k not in patched})
     for table in ("_parameters", "_buffers", "_modules"):
-        model.__dict__[table] = {}
+        made.__dict__[table] = {}
     for table in [
         key
-        for key in model.__dict__
+        for key in made.__dict__
         if key.endswith(("_hooks", "_hooks_with_kwargs", "_hooks_always_called", "_buffers_set"))
     ]:
-        model.__dict__[table] = type(model.__dict__[table])()
-    model.__dict__["training"] = False
-    model.config = copy.deepcopy(inner.config)
-    model.config.use_cache = False
+        made.__dict__[table] = type(made.__dict__[table])()
+    made.__dict__["training"] = False
+    made.config = copy.deepcopy(inner.config)
+    made.config.use_cache = False
     if getattr(inner, "generation_config", None) is not None:
-        model.generation_config = copy.deepcopy(inner.generation_config)
-        model.generation_config.use_cache = False
-    model.own_arguments = tuple(_own_parameters(inner))
-    model.simulation = simulation
-    return cast(PreTrainedModel, model)
+        made.generation_config = copy.deepcopy(inner.generation_config)
+        made.generation_config.use_cache = False
+    made.own_arguments = tuple(_own_parameters(inner))
+    made.simulation, made.inputs = simulation, inputs
+    return cast(PreTrainedModel, made)
 
 
 def inner_model(model: nn.Module) -> PreTrainedModel:

@@ -4,6 +4,12 @@
     simulation.calibrate(batches)                     # one float pass sets the activation ranges
     simulation(input_ids=ids, attention_mask=mask)    # what integer hardware computes
 
+    base weights      packed integers, dequantized in the graph; their encodings never change
+    other weights     the adapter's and what step 1 left float: on their grids from the start
+    activations       calibrated: `observe` runs float batches through the graph, further calls add
+                      to the statistics; `freeze` estimates encodings from all of them. Observations
+                      are kept: more batches can follow, and another scheme needs no new data
+
 The graph computes in float32 for bfloat16 and float16 models too (`graph/half_precision.py`).
 `load_simulation.py` reads what `Simulation.save` writes.
 """
@@ -12,53 +18,571 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
 from transformers import PreTrainedModel
 
-from qwlora.errors import CaptureError, QwloraWarning
-from qwlora.graph.capture import capture
-from qwlora.graph.quantized_graph import Kind
+from qwlora.errors import CalibrationError, CaptureError, QwloraWarning
+from qwlora.graph.aten_ops import MASKS, base_name
+from qwlora.graph.call_arguments import as_arguments, check_token_ids
+from qwlora.graph.capture import Captured, capture
+from qwlora.graph.move_graph import device_of, moved_encoding, rewrite_devices_, unshare_moving_
+from qwlora.graph.perturbed_graph import SumInHalves
+from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph
+from qwlora.graph.value_traits import Decision
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.float_offset import FloatOffsetEncoding
+from qwlora.grid.range_estimator import as_estimator
+from qwlora.messages import listed, suggestion
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.nn.unwrap import unwrapped
-from qwlora.simulation.save_simulation import save_simulation
-from qwlora.simulation.simulated_graph import Origin, SimulatedGraph
+from qwlora.parameter_names import parameter_name
+from qwlora.progress import Track, untracked
+from qwlora.simulation.calibration import Batches, CalibrationReport, tokens_of
+from qwlora.simulation.estimate_encodings import estimate_encodings
+from qwlora.simulation.fake_quantizer import FrozenWeight, Mode, Quantizer
+from qwlora.simulation.insert_quantizers import attribute_of, insert_quantizers
+from qwlora.simulation.placement import place
+from qwlora.simulation.save_simulation import write_simulation
 from qwlora.simulation.simulated_model import as_model
-from qwlora.simulation.simulation_schemes import SimulationSchemes
+from qwlora.simulation.simulation_schemes import SimulationSchemes, SimulationSource
+
+_NO_BATCH = "calibration needs at least one batch, but got none"
+_MASK, _UNSEEN = "a mask: values beyond 1e30", "no calibration data reached it"
 
 
-class Simulation(SimulatedGraph):
-    """A `SimulatedGraph` that can be saved, and used like the transformers model it came from."""
+class Simulation(nn.Module):
+    """Call it like the captured model: the same arguments by name, or the first of `inputs` by
+    position. It returns the model's result type.
+
+    Args:
+        captured: the graph of `origin.model`.
+        known: quantized copies of base parameters that other simulations have, by name.
+
+    Attributes:
+        placement: every value of the graph, and the rule that decided about it.
+        base_encodings: of the base's packed weights, by name.
+        quantizers: of activations, by name.
+        weights: float weights on their grids (the adapter's, and what step 1 left float), by name.
+
+    Raises:
+        CaptureError: two values would have the same name.
+        CalibrationError: a weight is not finite, or see `place`.
+    """
+
+    def __init__(
+        self,
+        captured: Captured,
+        origin: SimulationSource,
+        known: Mapping[str, FrozenWeight] | None = None,
+    ):
+        super().__init__()
+        self.captured, self.origin = captured, origin
+        self.placement = place(captured.program, origin.schemes, captured.input_names)
+        self.placement.exclude(
+            captured.interface.cached,
+            Decision.SHARE,
+            "comes from the cache, on the grid of the output that filled it",
+        )
+        counts = Counter(mark.name for mark in self.marks)
+        if duplicates := [name for name, count in counts.items() if count > 1]:
+            raise CaptureError(
+                f"two values would have the name {duplicates[0]}; activate one adapter at a time"
+            )
+        packed = base_encodings(origin.model)
+        self.base_encodings = {
+            mark.name: packed[mark.name] for mark in self.marks if mark.kind is Kind.BASE
+        }
+        self.graph_module, self.quantizers, self.weights = insert_quantizers(
+            captured.program, self.marks, origin.schemes, known or {}
+        )
+        self._tokens = self._batches = 0  # that `observe` has run
+        self._chosen = 0  # depth of nested `only` contexts
+        self._dropped = dict[str, str]()  # reasons of values that calibration left float, by name
+
+    @property
+    def marks(self) -> list[GraphValue]:
+        """The values that have an encoding, in graph order."""
+        return self.placement.marks
+
+    @property
+    def explanation(self) -> list[GraphValue]:
+        """All computed values, in graph order."""
+        return self.placement.explanation
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs, in order."""
+        return self.captured.interface.inputs
+
+    @property
+    def program(self) -> ExportedProgram:
+        """The captured graph, without quantizers."""
+        return self.captured.program
+
+    def forward(self, *first: Tensor, **arguments: Any) -> Any:
+        """The model's result, simulated.
+
+        Raises:
+            CalibrationError: an activation has no encoding yet, outside of `only`. The same holds
+                for every method that computes simulated values.
+            CaptureError: see `Captured.bind`.
+        """
+        return self.captured.result_of(
+            self._simulated({**dict(zip(self.inputs, first, strict=False)), **arguments})
+        )
+
+    def calibrate(
+        self,
+        batches: Batches,
+        track: Track = untracked,
+        tokens: int | None = None,
+        allow_unseen: bool = False,
+    ) -> CalibrationReport:
+        """`observe`, then `freeze`. Needs at least one batch, whatever was observed before."""
+        if isinstance(batches, Collection) and not batches:
+            raise CalibrationError(_NO_BATCH)
+        before = self._batches
+        self.observe(batches, track, tokens)
+        if self._batches == before:
+            raise CalibrationError(_NO_BATCH)
+        return self.freeze(allow_unseen)
+
+    @torch.no_grad()
+    def observe(
+        self, batches: Batches, track: Track = untracked, tokens: int | None = None
+    ) -> None:
+        """Observe the activations of `batches`, and remove encodings; `freeze` sets new ones.
+
+        Args:
+            batches: see `Batches`.
+            tokens: stop after the batch that reaches this number of tokens; not with a callback.
+
+        Raises:
+            CalibrationError: there was no batch.
+        """
+        if self._batches == 0 and isinstance(batches, Collection) and not batches:
+            raise CalibrationError(_NO_BATCH)
+        for quantizer in self.quantizers.values():
+            quantizer.mode = Mode.SIMULATE if quantizer.fixed else Mode.OBSERVE
+        before = self._tokens
+        try:
+            if callable(batches):
+                batches(self._observe_call)
+            else:
+                total = len(batches) if isinstance(batches, Collection) else None
+                for batch in track(batches, "calibrating", total):
+                    self._observe_batch(batch)
+                    if tokens is not None and self._tokens - before >= tokens:
+                        break
+        finally:
+            self._set_mode(Mode.FLOAT)
+        for quantizer in self.quantizers.values():
+            if not quantizer.fixed:
+                quantizer.encoding = None
+
+    def _observe_call(self, *inputs: Any, **arguments: Any) -> Sequence[Tensor]:
+        """What a callback gets as its model."""
+        if inputs and arguments:
+            raise CalibrationError(
+                "a callback called the model with positional and keyword arguments; give it all "
+                "of them by name"
+            )
+        return self._observe_batch(arguments or (inputs[0] if len(inputs) == 1 else inputs))
+
+    def _observe_batch(self, batch: Any) -> Sequence[Tensor]:
+        batch = as_arguments(batch, self.inputs)
+        check_token_ids(batch, self.origin.model, CalibrationError)
+        outputs = self._run(batch)
+        self._batches += 1
+        self._tokens += tokens_of(batch)
+        return outputs
+
+    def fix_encodings(self, encodings: Mapping[str, Encoding]) -> None:
+        """Use activation encodings of another simulation of the same base.
+
+        `observe` simulates these activations and observes the others; `freeze` does not change
+        them. Activations that the policy leaves float here stay float.
+
+        Raises:
+            CalibrationError: an encoding has no value in this graph.
+        """
+        known = {value.name for value in self.placement.values}
+        if unknown := [name for name in encodings if name not in known]:
+            raise CalibrationError(
+                f"{len(unknown)} encodings have no activation in the graph: "
+                f"{listed(unknown, 3)}. Calibrate the base again"
+            )
+        for name, quantizer in self.quantizers.items():
+            encoding = encodings.get(name)
+            if encoding is not None:
+                quantizer.scheme = encoding.scheme
+                quantizer.encoding, quantizer.fixed = encoding, True
+        self._place_encodings()
+
+    def freeze(self, allow_unseen: bool = False) -> CalibrationReport:
+        """Set missing encodings from all observed data, and simulate from now on.
+
+        Masks are left float: values beyond 1e30, or infinite results of operators that apply masks,
+        unless a rule fixed that end of the range.
+
+        Args:
+            allow_unseen: leave a value float that no data reached (an expert that no token chose)
+                instead of raising an error.
+
+        Raises:
+            CalibrationError: nothing was observed; or an activation saw no data or non-finite
+                values. The message names it.
+        """
+        if not self._batches and any(
+            q.encoding is None and not q.is_pinned for q in self.quantizers.values()
+        ):
+            raise CalibrationError("calibration needs at least one batch, but nothing was observed")
+        operators = {value.name: base_name(value.operator) for value in self.marks}
+        masks = [
+            name
+            for name, q in self.quantizers.items()
+            if q.is_mask and (not q.is_infinite or operators[name] in MASKS)
+        ]
+        self._drop(masks, _MASK)
+        unseen = [
+            name
+            for name, q in self.quantizers.items()
+            if q.encoding is None and not q.observer.batches and not q.is_pinned
+        ]
+        if unseen and not allow_unseen:
+            raise CalibrationError(
+                f"{len(unseen)} activations saw no data: {listed(unseen, 3)}. Give other batches, "
+                "add a rule with keep: float, or set allow_unseen=True (recipe: simulation.unseen: "
+                "float)"
+            )
+        self._drop(unseen, _UNSEEN)
+        estimate_encodings([q for q in self.quantizers.values() if q.encoding is None])
+        self._place_encodings()
+        self._set_mode(Mode.SIMULATE)
+        return CalibrationReport(
+            self._tokens,
+            self._batches,
+            tuple(name for name, q in self.quantizers.items() if q.is_constant),
+            tuple(name for name, why in self._dropped.items() if why == _UNSEEN),
+            tuple(name for name, why in self._dropped.items() if why == _MASK),
+        )
+
+    @property
+    def dropped(self) -> frozenset[str]:
+        """Names of placed activations that calibration left float: masks and unseen values."""
+        return frozenset(self._dropped)
+
+    def _drop(self, names: Collection[str], reason: str) -> None:
+        """Remove quantizers from the graph, with the reason in the placement log."""
+        if not names:
+            return
+        self._dropped |= dict.fromkeys(names, reason)
+        for name in names:
+            del self.quantizers[name]
+        targets = {f"quantizer_{mark.node}" for mark in self.marks if mark.name in names}
+        self.placement.exclude(names, Decision.FLOAT, reason)
+        for node in list(self.graph_module.graph.nodes):
+            if node.op == "call_module" and node.target in targets:
+                node.replace_all_uses_with(node.args[0])
+                self.graph_module.graph.erase_node(node)
+                self.graph_module.delete_submodule(str(node.target))
+        self.graph_module.recompile()
+
+    @contextmanager
+    def only(self, *matches: str) -> Iterator[None]:
+        """Within, quantize only activations and weights whose name matches a glob.
+
+        Without globs nothing is quantized, except packed base weights, which always are.
+
+        Raises:
+            CalibrationError: a glob matches nothing.
+        """
+        modules: dict[str, Quantizer | FrozenWeight] = {**self.weights, **self.quantizers}
+        wanted = set[str]()
+        for match in matches:
+            matched = [name for name in modules if fnmatchcase(name, match)]
+            if not matched:
+                raise CalibrationError(
+                    f"{match!r} matches no quantized value{suggestion(match, list(modules), 3)}"
+                )
+            wanted.update(matched)
+        on = {id(modules[name]) for name in wanted}  # tied weights share a module
+        before = {name: module.mode for name, module in modules.items()}
+        try:
+            for module in modules.values():
+                module.mode = Mode.SIMULATE if id(module) in on else Mode.FLOAT
+            self._chosen += 1
+            try:
+                yield
+            finally:
+                self._chosen -= 1
+        finally:
+            for name, module in modules.items():
+                module.mode = before[name]
+
+    @property
+    def encodings(self) -> dict[str, Encoding | FloatOffsetEncoding]:
+        """All encodings by name, in graph order; base weights included.
+
+        Raises:
+            CalibrationError: before `calibrate`.
+        """
+        self._refuse_uncalibrated()
+        known = self._fixed_encodings() | {
+            name: q.encoding for name, q in self.quantizers.items() if q.encoding is not None
+        }
+        return {mark.name: known[mark.name] for mark in self.marks}
+
+    def encoding_of_weight(self, name: str) -> Encoding | FloatOffsetEncoding:
+        """The encoding of a weight; known before `calibrate`."""
+        if name in self.base_encodings:
+            return self.base_encodings[name]
+        return self.weights[name].encoding
+
+    def _fixed_encodings(self) -> dict[str, Encoding | FloatOffsetEncoding]:
+        """Those of all weights."""
+        return {**self.base_encodings, **{n: w.encoding for n, w in self.weights.items()}}
+
+    @property
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """The float weights of the adapter, by name."""
+        return {
+            name: attribute_of(self.graph_module, str(node.all_input_nodes[0].target)).detach()
+            for name, node in self._adapter_nodes()
+        }
+
+    def set_adapter_encodings(self, encodings: Mapping[str, Encoding]) -> None:
+        """Quantize adapter weights on the given grids instead of the measured ones.
+
+        Args:
+            encodings: by name; names that are not adapter weights are ignored.
+
+        Raises:
+            GridError: the shape of an encoding does not match its weight.
+        """
+        weights = self.adapter_weights
+        for name, node in self._adapter_nodes():
+            if name in encodings:
+                self.weights[name] = FrozenWeight(
+                    weights[name], moved_encoding(encodings[name], weights[name].device)
+                )
+                self.graph_module.add_submodule(str(node.target), self.weights[name])
+
+    def _adapter_nodes(self) -> list[tuple[str, Node]]:
+        """Name of each adapter weight, and the node of its quantizer."""
+        calls = {str(n.target): n for n in self.graph_module.graph.nodes if n.op == "call_module"}
+        return [
+            (m.name, calls[f"quantizer_{m.node}"]) for m in self.marks if m.kind is Kind.ADAPTER
+        ]
+
+    def restore(
+        self, encodings: Mapping[str, Encoding | FloatOffsetEncoding], dropped: Collection[str] = ()
+    ) -> None:
+        """Use the encodings of an earlier calibration.
+
+        Args:
+            encodings: of all values, weights included.
+            dropped: activations that calibration left float, see `Simulation.dropped`.
+
+        Raises:
+            CalibrationError: an encoding has no value in this graph, a weight's encoding is not
+                the one measured from its values, or an activation has no encoding.
+        """
+        known = {mark.name for mark in self.marks}
+        if unknown := [name for name in encodings if name not in known]:
+            raise CalibrationError(
+                f"{len(unknown)} encodings have no value in the graph: "
+                f"{listed(unknown, 3)}. Calibrate again"
+            )
+        for name, encoding in self._fixed_encodings().items():
+            if name not in encodings or not encoding.equals(encodings[name]):
+                raise CalibrationError(
+                    f"the encoding of {name} does not match the weight's values. Calibrate again"
+                )
+        missing = [name for name in self.quantizers if name not in {*encodings, *dropped}]
+        if missing:
+            raise CalibrationError(
+                f"{len(missing)} activations have no encoding, {missing[0]} first: the encodings "
+                "belong to another placement. Calibrate again, or name the values that calibration "
+                "left float: dropped=other.dropped"
+            )
+        left = [n for n in self.quantizers if not isinstance(encodings.get(n), Encoding)]
+        self._drop(left, "left float by the restored calibration")
+        for name, quantizer in self.quantizers.items():
+            encoding = encodings[name]
+            assert isinstance(encoding, Encoding), "others were dropped"
+            quantizer.scheme = encoding.scheme
+            quantizer.encoding = encoding
+        self._place_encodings()
+        self._set_mode(Mode.SIMULATE)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move to a device; the captured model stays where it is.
+
+        Raises:
+            CaptureError: `fn` would change a dtype.
+        """
+        dtypes = {tensor.dtype for tensor in (*self.parameters(), *self.buffers())}
+        dtypes.add(torch.float32)  # of the scales
+        if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in dtypes):
+            raise CaptureError(
+                "A simulation cannot be cast: its graph computes in float32, for models in half "
+                "precision too. Only its device can be changed, with to(device)"
+            )
+        unshare_moving_(self.graph_module, fn)
+        super()._apply(fn, recurse)
+        device = fn(torch.empty(0)).device
+        rewrite_devices_(self.graph_module, device)
+        self._place_encodings(device)
+        for quantizer in self.quantizers.values():
+            quantizer.observer = quantizer.observer.to(device)
+        return self
+
+    def _place_encodings(self, device: torch.device | None = None) -> None:
+        """Move activation encodings to the device of the graph, or to `device`."""
+        device = device or device_of(self.graph_module)
+        for quantizer in self.quantizers.values():
+            if quantizer.encoding is not None:
+                quantizer.encoding = moved_encoding(quantizer.encoding, device)
+
+    def _set_mode(self, mode: Mode) -> None:
+        for quantizer in self.quantizers.values():
+            quantizer.mode = mode
+
+    def graph(self) -> QuantizedGraph:
+        """The graph and its encodings, for an exporter."""
+        observer = as_estimator(self.origin.schemes.observer).name
+        interface = self.captured.interface
+        return QuantizedGraph(self.program, interface, tuple(self.marks), self.encodings, observer)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """The simulated primary output for unpadded ids [batch, tokens]; for a causal language
+        model, logits [batch, tokens, vocabulary]."""
+        return self.outputs({"input_ids": ids})[self.captured.interface.primary]
+
+    def perturbed_logits(self, ids: Tensor) -> Tensor:
+        """`logits` with another order of float operations, see `perturbed_outputs`."""
+        return self.perturbed_outputs({"input_ids": ids})[self.captured.interface.primary]
+
+    def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Every simulated output by name."""
+        with torch.no_grad():
+            return self.captured.named(self._simulated(batch))
+
+    def primary(self, batch: Mapping[str, Any]) -> Tensor:
+        """The primary output, with gradients where they are enabled."""
+        return self.captured.named(self._simulated(batch))[self.captured.interface.primary]
+
+    def perturbed_outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """`outputs` with other, equally valid float32 arithmetic: `x * (1 / scale)` instead of
+        `x / scale`, and every matrix product summed in two halves.
+
+        Runtimes differ in both. The distance to `outputs` is the noise floor of a comparison
+        between two correct runtimes.
+        """
+        self._refuse_uncalibrated()
+        self._set_mode(Mode.RECIPROCAL)
+        try:
+            with torch.no_grad():
+                return self.captured.named(
+                    SumInHalves(self.graph_module).run(*self.captured.bind(batch))
+                )
+        finally:
+            self._set_mode(Mode.SIMULATE)
+
+    def values(self, batch: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
+        """Every quantized activation of one simulated forward, by name.
+
+        Args:
+            batch: the model's arguments, or unpadded ids [batch, tokens].
+        """
+        for quantizer in self.quantizers.values():
+            quantizer.record = True
+        try:
+            self.outputs({"input_ids": batch} if isinstance(batch, Tensor) else batch)
+            return {n: q.recorded for n, q in self.quantizers.items() if q.recorded is not None}
+        finally:
+            for quantizer in self.quantizers.values():
+                quantizer.record, quantizer.recorded = False, None
+
+    def bind(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
+        """The graph's inputs by name, from the model's arguments."""
+        return dict(zip(self.inputs, self.captured.bind(batch), strict=True))
+
+    def _simulated(self, batch: Mapping[str, Any]) -> Sequence[Tensor]:
+        """One forward with every quantizer, or with those that `only` enables."""
+        if not self._chosen:
+            self._refuse_uncalibrated()
+        return self._run(batch)
+
+    def _run(self, batch: Mapping[str, Any]) -> Sequence[Tensor]:
+        outputs: Sequence[Tensor] = self.graph_module(*self.captured.bind(batch))
+        return outputs
+
+    @property
+    def _uncalibrated(self) -> list[str]:
+        return [name for name, quantizer in self.quantizers.items() if quantizer.encoding is None]
+
+    def _refuse_uncalibrated(self) -> None:
+        if missing := self._uncalibrated:
+            raise CalibrationError(
+                f"{len(missing)} activations have no encoding yet, {missing[0]} first; call "
+                "calibrate, or freeze after observe. To compute with float activations, use "
+                "`with simulation.only():`"
+            )
 
     def model(self) -> PreTrainedModel:
         """The simulation with the interface of its transformers model; see `as_model`.
 
         Raises:
             CalibrationError: an activation has no encoding yet.
-            CaptureError: see `as_model`.
+            CaptureError: the model is not from transformers, or was captured with a cache.
         """
         self._refuse_uncalibrated()
-        return as_model(self)
+        if self.captured.interface.cached:
+            raise CaptureError(
+                "the graph takes keys and values of earlier tokens; capture without "
+                "past_key_values to use it as a model"
+            )
+        return as_model(self.origin.model, self, self.inputs)
+
+    def save(self, folder: str | Path, with_base: bool = False) -> None:
+        """Write the simulation to `folder`; see `save_simulation.py`.
+
+        Args:
+            with_base: include the encodings of packed base weights, for a reader without the base.
+
+        Raises:
+            CalibrationError: an activation has no encoding yet, or see `write_simulation`.
+        """
+        encodings = {
+            name: encoding
+            for name, encoding in self.encodings.items()
+            if with_base or name not in self.base_encodings
+        }
+        write_simulation(Path(folder), self.origin, encodings, self.placement, self._dropped)
 
     def __repr__(self) -> str:
-        found = Counter(mark.kind for mark in self.marks)
+        number = Counter(mark.kind for mark in self.marks)
         words = {
             Kind.BASE: "base weights",
             Kind.ADAPTER: "adapter weights",
             Kind.PARAMETER: "other parameters",
             Kind.ACTIVATION: "activations",
         }
-        counts = ", ".join(f"{found[kind]:,} {word}" for kind, word in words.items())
-        missing = sum(quantizer.encoding is None for quantizer in self.quantizers.values())
+        counts = ", ".join(f"{number[kind]:,} {word}" for kind, word in words.items())
+        missing = len(self._uncalibrated)
         state = f"{missing:,} not calibrated" if missing else "calibrated"
         return f"Simulation of {type(self.origin.model).__name__}: {counts}; {state}"
-
-    def save(self, folder: str | Path) -> None:
-        """Write the simulation to `folder`; see `save_simulation`."""
-        save_simulation(self, folder)
 
 
 def simulate(
@@ -88,7 +612,7 @@ def simulate(
             stacklevel=2,
         )
     captured = capture(model, example_inputs)
-    simulation = Simulation(captured, Origin.of(model, example_inputs, schemes))
+    simulation = Simulation(captured, SimulationSource.of(model, example_inputs, schemes))
     if packed and not simulation.base_encodings:
         raise CaptureError(
             f"the captured graph uses none of the {len(packed)} packed layers of "
@@ -96,3 +620,8 @@ def simulate(
             "in their place. Remove patched forwards, or pass inputs that reach these layers"
         )
     return simulation
+
+
+def base_encodings(model: nn.Module) -> dict[str, Encoding | FloatOffsetEncoding]:
+    """The encodings of the packed weights of `model`, by weight name."""
+    return {parameter_name(path): layer.encoding for path, layer in packed_layers(model).items()}

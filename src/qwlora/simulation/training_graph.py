@@ -34,7 +34,7 @@ from qwlora.messages import listed
 from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.model_inputs import complete_arguments
-from qwlora.simulation.simulated_graph import SimulatedGraph
+from qwlora.simulation.simulation import Simulation
 
 _aten = torch.ops.aten
 
@@ -60,7 +60,7 @@ class TrainingGraph(nn.Module):
 
     def __init__(
         self,
-        simulation: SimulatedGraph,
+        simulation: Simulation,
         base_encodings: Mapping[str, Encoding],
         learns_ranges: bool = False,
     ):
@@ -171,7 +171,7 @@ def with_scales(
     }
 
 
-def _unquantize_adapter_(simulation: SimulatedGraph) -> None:
+def _unquantize_adapter_(simulation: Simulation) -> None:
     """Use the adapter's float weights instead of their quantized copies."""
     graph_module = simulation.graph_module
     frozen = {f"quantizer_{mark.node}" for mark in simulation.marks if mark.kind is Kind.ADAPTER}

@@ -32,7 +32,6 @@ def add(plan: PlanBuilder) -> None:
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Calibrate the base without an adapter."""
-    from qwlora.simulation.save_simulation import save_simulation
     from qwlora.simulation.simulation import simulate
 
     base = context.base()
@@ -42,7 +41,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     report = simulation.calibrate(
         **context.base_calibration(), allow_unseen=context.recipe.simulation.unseen == "float"
     )
-    save_simulation(simulation, scratch)
+    simulation.save(scratch)
     return {
         "base_simulation": {
             "encodings": len(simulation.encodings),

@@ -101,7 +101,6 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     from qwlora.adapter.adapter_folder import save_adapter
     from qwlora.analysis.encodings_summary import encodings_summary
     from qwlora.analysis.token_scores import perplexity
-    from qwlora.simulation.save_simulation import save_simulation
     from qwlora.simulation.shared_encodings import apply_shared_encodings
     from qwlora.simulation.stored_encodings import load_encodings
 
@@ -137,7 +136,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
             simulation, load_encodings(context.path / SHARED), section.base_activations
         )
     measured |= encodings_summary(simulation)
-    save_simulation(simulation, scratch)
+    simulation.save(scratch)
     save_adapter(simulation.origin.model, scratch / ADAPTER, context.base_fingerprint)
     return {"simulation": {name: measured}}
 

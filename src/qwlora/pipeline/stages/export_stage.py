@@ -115,7 +115,7 @@ def _write_graph(
     with context.step(f"writing files for {adapter}"):
         target.write(exported, scratch)
     size = sum(path.stat().st_size for path in scratch.glob(target.model_files))
-    if not target.fixed_shapes:  # a program gives it text of any length
+    if not target.cached_graphs:  # a program gives it text of any length
         context.tokenizer.save_pretrained(scratch)
     _add_adapter(context, adapter, scratch)
     return size

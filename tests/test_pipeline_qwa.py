@@ -9,12 +9,9 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
 
 from conftest import tiny_model
-from qwlora.errors import DirectoryError, RecipeError, SourceError, TrainingError
-from qwlora.pipeline.artifacts import SCALES
-from qwlora.pipeline.context import learned_scales
+from qwlora.errors import DirectoryError, RecipeError, TrainingError
 from qwlora.pipeline.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.simulation.stored_encodings import load_activations
@@ -34,7 +31,6 @@ SECOND = {
     "steps": 4,
     "warmup_steps": 0,
     "learning_rate": 5e-3,
-    "range_learning_rate": 0.05,
 }
 
 
@@ -47,15 +43,6 @@ def run_recipe(
 
 def done(said: list[str]) -> list[str]:
     return [line.split(":")[0] for line in said if ": done" in line]
-
-
-def test_damaged_scales_are_named(tmp_path: Path) -> None:
-    assert learned_scales(tmp_path) == {}
-    (tmp_path / SCALES).write_bytes(b"no safetensors")
-    with pytest.raises(
-        SourceError, match=rf"adapter '{tmp_path}': {SCALES} cannot be read \(.*\); train it again"
-    ):
-        learned_scales(tmp_path)
 
 
 def test_the_whole_job(recipe_for: Any, tmp_path: Path) -> None:
@@ -76,17 +63,13 @@ def test_the_whole_job(recipe_for: Any, tmp_path: Path) -> None:
         for n in ("first", "second")
     )
     base = load_activations(out / "base_simulation")
-    kept, learned = (load_activations(out / "simulation" / n) for n in ("first", "second"))
-    assert set(base) < set(kept)
-    assert all(
-        torch.equal(kept[n].scale, e.scale) and torch.equal(kept[n].offset, e.offset)
-        for n, e in base.items()
-    )
-    scales = load_file(out / "adapters" / "second" / "activation_scales.safetensors")
-    assert not (out / "adapters" / "first" / "activation_scales.safetensors").exists()
-    assert set(scales) == set(base)
-    assert all(torch.equal(learned[n].scale, scale) for n, scale in scales.items())
-    assert sum(not torch.equal(scale, base[n].scale) for n, scale in scales.items()) > len(base) / 2
+    for name in ("first", "second"):
+        kept = load_activations(out / "simulation" / name)
+        assert set(base) < set(kept)
+        assert all(
+            torch.equal(kept[n].scale, e.scale) and torch.equal(kept[n].offset, e.offset)
+            for n, e in base.items()
+        )
 
     _, said = run_recipe(
         out / "recipe.yaml",
@@ -122,10 +105,8 @@ def test_export_is_proved(recipe_for: Any, tmp_path: Path) -> None:
     assert parity["perplexity"] == pytest.approx(parity["simulated_perplexity"], rel=0.003)
     exported = json.loads((out / "export" / "onnx" / "second" / "model.encodings").read_text())
     by_name = {e["name"]: e for e in exported["activation_encodings"]}
-    for name, scale in load_file(
-        out / "adapters" / "second" / "activation_scales.safetensors"
-    ).items():
-        assert by_name[name]["scale"] == [float(scale)]
+    for name, encoding in load_activations(out / "base_simulation").items():
+        assert by_name[name]["scale"] == [float(encoding.scale)]
     assert len(done(said)) == 13
 
 
@@ -199,11 +180,6 @@ def test_what_cannot_go_together_is_one_error(recipe_for: Any) -> None:
         "data.packing documents",
     ):
         assert part in problem
-    with pytest.raises(
-        RecipeError,
-        match="workflow qw-lora: adapter second: range_learning_rate needs workflow qwa-lora",
-    ):
-        load_recipe(recipe_for(adapters=[SECOND]))
     assert load_recipe(recipe_for(workflow="qwa-lora", adapters=[FIRST])).adapters[0].loss is None
 
 

@@ -160,7 +160,7 @@ def targets(place: Path, tuned: jobs.Job, qwa: jobs.Job, shared: jobs.Job) -> li
         stage_target(qwa, "quantize", "search"),
         stage_target(qwa, "calibrate-base", "workflow qwa-lora"),
         stage_target(tuned, "train", "start from qera"),
-        stage_target(qwa, "train", "workflow qwa-lora, learned ranges"),
+        stage_target(qwa, "train", "workflow qwa-lora"),
         stage_target(qwa, "calibrate", "one adapter"),
         stage_target(shared, "calibrate", "two adapters, shared encodings"),
         stage_target(qwa, "export", "onnx"),

@@ -3,7 +3,7 @@
 Only one of them goes all the way, since capturing its graph is most of what a job costs.
 
 tuned     gptq, tuning, an adapter that starts from qera; activations after training
-qwa       workflow qwa-lora, an adapter with learned ranges
+qwa       workflow qwa-lora
 shared    two adapters, one set of encodings for both
 """
 
@@ -49,7 +49,6 @@ SECTIONS: dict[str, dict[str, Any]] = {
                 "steps": 4,
                 "warmup_steps": 0,
                 "checkpoint_steps": 2,
-                "range_learning_rate": 0.05,
             }
         ],
     },

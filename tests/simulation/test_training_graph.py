@@ -27,7 +27,7 @@ from qwlora.errors import CalibrationError, CaptureError, TrainingError
 from qwlora.grid.encoding import Encoding
 from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.simulation import Simulation
-from qwlora.simulation.training_graph import TrainingGraph, with_scales
+from qwlora.simulation.training_graph import TrainingGraph
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 SHAPE = LoraShape(rank=4, alpha=8)
@@ -81,26 +81,15 @@ def calibrated_base(architecture: str = "llama", planted: bool = False) -> Mappi
     return {name: q.encoding for name, q in simulation.quantizers.items() if q.encoding is not None}
 
 
-def graph_of(
-    model: PeftModel, encodings: Mapping[str, Encoding], learns_ranges: bool = False
-) -> TrainingGraph:
-    return TrainingGraph(simulate(model.eval(), inputs(IDS[:2, :16]), W8), encodings, learns_ranges)
+def graph_of(model: PeftModel, encodings: Mapping[str, Encoding]) -> TrainingGraph:
+    return TrainingGraph(simulate(model.eval(), inputs(IDS[:2, :16]), W8), encodings)
 
 
-def through(
-    work: Path, architecture: str = "llama", rate: float | None = None, **settings: Any
-) -> Any:
-    encodings = calibrated_base(architecture)
-    adapted = attach(base(architecture), SHAPE, seed=0)
-    graph = graph_of(adapted, encodings, learns_ranges=rate is not None)
-    report = train_adapter(
-        adapted,
-        IDS,
-        replace(SETTINGS, range_learning_rate=rate, **settings),
-        work,
-        training_graph=graph,
-    )
-    return adapted, graph, report, encodings
+def through(work: Path, **settings: Any) -> tuple[PeftModel, TrainingReport]:
+    adapted = attach(base(), SHAPE, seed=0)
+    graph = graph_of(adapted, calibrated_base())
+    report = train_adapter(adapted, IDS, replace(SETTINGS, **settings), work, training_graph=graph)
+    return adapted, report
 
 
 def weights(model: PeftModel) -> dict[str, Tensor]:
@@ -127,7 +116,6 @@ def test_training_through_the_graph_moves_the_adapter_and_nothing_else(
     assert fingerprint(adapted) == identity
     assert report.losses[-1] < report.losses[0]
     assert "forward" not in adapted.get_base_model().__dict__
-    assert graph.scales() == {}
     with torch.no_grad():  # what was trained is what the graph computes
         assert float(model.loss_function(graph(**inputs(IDS)), IDS, 260)) < report.losses[0]
 
@@ -231,63 +219,16 @@ def test_codes_are_kept_for_backward_and_unpacked_weights_are_not() -> None:
     assert not shapes & set(floats)
 
 
-def test_ranges_are_learned_stay_positive_and_start_where_they_were(tmp_path: Path) -> None:
-    model = base()
-    encodings = calibrated_base()
-    adapted = attach(model, SHAPE, seed=0)
-    graph = graph_of(adapted, encodings, learns_ranges=True)
-    fixed = graph_of(attach(base(), SHAPE, seed=0), encodings)
-    assert torch.equal(graph(**inputs(IDS)), fixed(**inputs(IDS)))
-    report = train_adapter(
-        adapted,
-        IDS,
-        replace(SETTINGS, steps=20, range_learning_rate=0.5),
-        tmp_path,
-        training_graph=graph,
-    )
-    scales = graph.scales()
-    assert set(scales) == set(encodings)
-    moved = [
-        name for name, scale in scales.items() if not torch.equal(scale, encodings[name].scale)
-    ]
-    assert len(moved) > 0.9 * len(scales)
-    assert all(float(s) > 0 for s in scales.values())
-    assert report.losses[-1] < report.losses[0]
-    learned = with_scales(encodings, scales)
-    with torch.no_grad():
-        again = graph_of(adapted, learned)
-        assert torch.equal(again(**inputs(IDS)), graph(**inputs(IDS)))
-    with pytest.raises(CalibrationError, match=r"learned scales .*: strange"):
-        with_scales(encodings, {"strange": torch.tensor(1.0)})
-
-
-def test_the_gradient_of_a_range_is_the_slope_of_the_loss() -> None:
-    """Where nothing is rounded the loss is smooth in the range: compare with a difference quotient of the clipping alone."""
-    scale = torch.tensor(0.1)
-    encoding = Encoding(Scheme(8, symmetric=False), scale, torch.tensor(-128, dtype=torch.int32))
-    x = torch.tensor([100.0, -100.0])  # clamped on both sides: x_hat = 12.7 and -12.8
-    r = torch.zeros((), requires_grad=True)
-    replace(encoding, scale=scale * r.exp()).fake_quantize(x)[0].backward()
-    assert r.grad is not None
-    assert float(r.grad) == pytest.approx(12.7)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("rate", [None, 1e-2])
-def test_goes_on_with_the_same_bits_after_a_stop(tmp_path: Path, rate: float | None) -> None:
-    whole, graph, report, _ = through(tmp_path / "whole", rate=rate)
-    through(tmp_path / "cut", rate=rate, steps=4)
-    again, graph_again, resumed, _ = through(tmp_path / "cut", rate=rate)
+def test_goes_on_with_the_same_bits_after_a_stop(tmp_path: Path) -> None:
+    whole, report = through(tmp_path / "whole")
+    through(tmp_path / "cut", steps=4)
+    again, resumed = through(tmp_path / "cut")
     assert resumed.resumed_from_step == 4
     assert resumed.losses == report.losses
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(again).items())
-    assert graph.scales().keys() == graph_again.scales().keys()
-    assert all(torch.equal(s, graph.scales()[n]) for n, s in graph_again.scales().items())
-    restored, graph_restored, _, _ = through(
-        tmp_path / "cut", rate=rate
-    )  # everything is done already
+    restored, _ = through(tmp_path / "cut")  # everything is done already
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(restored).items())
-    assert all(torch.equal(s, graph.scales()[n]) for n, s in graph_restored.scales().items())
 
 
 _KILLED = """
@@ -295,7 +236,7 @@ import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from simulation.test_training_graph import through
-through(Path({work!r}), rate=1e-2, steps=400)
+through(Path({work!r}), steps=400)
 """
 
 
@@ -312,24 +253,22 @@ def test_goes_on_with_the_same_bits_after_a_kill(tmp_path: Path) -> None:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    again, graph, resumed, _ = through(tmp_path / "cut", rate=1e-2, steps=400)
+    again, resumed = through(tmp_path / "cut", steps=400)
     assert 0 < resumed.resumed_from_step < 400
-    whole, expected, _, _ = through(tmp_path / "whole", rate=1e-2, steps=400)
+    whole, _ = through(tmp_path / "whole", steps=400)
     assert all(torch.equal(w, weights(whole)[n]) for n, w in weights(again).items())
-    assert all(torch.equal(s, expected.scales()[n]) for n, s in graph.scales().items())
 
 
-def test_the_best_evaluation_is_of_the_simulated_model_and_keeps_its_ranges(tmp_path: Path) -> None:
+def test_the_best_evaluation_is_of_the_simulated_model(tmp_path: Path) -> None:
     model = base()
     encodings = calibrated_base()
     adapted = attach(model, SHAPE, seed=0)
-    graph = graph_of(adapted, encodings, learns_ranges=True)
+    graph = graph_of(adapted, encodings)
     settings = replace(
         SETTINGS,
         steps=12,
         learning_rate=3e-2,
         evaluation_steps=2,
-        range_learning_rate=0.3,
         patience=2,
     )
     other = torch.randint(0, 256, (4, 32), generator=torch.Generator().manual_seed(3))
@@ -387,10 +326,6 @@ def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
             "does not support chunked loss, gradient checkpointing",
         ),
         ({"compute": "bfloat16"}, "does not support bfloat16"),
-        (
-            {"range_learning_rate": 1e-3},
-            "range_learning_rate requires a graph that learns activation ranges",
-        ),
     ):
         with pytest.raises(TrainingError, match=message):
             train_adapter(
@@ -414,16 +349,6 @@ def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
         TrainingGraph(simulate(base(), inputs(IDS[:2, :16]), W8), encodings)
     with pytest.raises(CaptureError, match=r"position_ids .*example inputs"):
         graph(**inputs(IDS), position_ids=torch.zeros_like(IDS))
-    learning = graph_of(attach(base(), SHAPE, seed=0), encodings, learns_ranges=True)
-    train_adapter(attach(base(), SHAPE, seed=0), IDS, SETTINGS, tmp_path / "fixed")
-    with pytest.raises(TrainingError, match="has no activation ranges"):
-        train_adapter(
-            attach(base(), SHAPE, seed=0),
-            IDS,
-            replace(SETTINGS, range_learning_rate=1e-3),
-            tmp_path / "fixed",
-            training_graph=learning,
-        )
 
 
 def test_a_value_that_the_policy_quantizes_in_the_base_alone_is_passed_over() -> None:
@@ -436,11 +361,13 @@ def test_a_value_that_the_policy_quantizes_in_the_base_alone_is_passed_over() ->
     graph = TrainingGraph(
         simulate(attach(model, SHAPE, seed=0).eval(), inputs(IDS[:2, :16]), schemes),
         encodings,
-        learns_ranges=True,
     )
     value = "model.layers.0.self_attn.v_proj"
     assert f"{value}.linear" in encodings
-    assert f"{value}.linear" not in graph.names
+    assert f"{value}.linear" not in graph.simulation.quantizers
     assert f"{value}.add" in graph.simulation.quantizers
-    assert set(graph.names) == set(encodings) & set(graph.simulation.quantizers)
+    quantizers = graph.simulation.quantizers.items()
+    assert {name for name, q in quantizers if q.fixed} == set(encodings) & {
+        n for n, _ in quantizers
+    }
     assert graph(**inputs(IDS[:2])).requires_grad

@@ -3,9 +3,7 @@
     loss = L(graph(inputs), labels),    L the model's own loss function
 
 The adapter weights in the graph are the model's own parameters, so the optimizer, checkpoints and
-files are the same as for other training. A graph may also learn activation ranges, one number per
-activation grid. They have a learning rate of their own, are neither clipped nor decayed, and are
-saved with every checkpoint (file `RANGES`).
+files are the same as for other training.
 
 Given up: the logits of a whole batch exist, because the output head is inside the graph.
 """
@@ -14,21 +12,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import TrainerCallback
 from transformers.modeling_outputs import CausalLMOutput
 
 from qwlora.adapter.chunked_loss import causal_model
 from qwlora.errors import TrainingError
 from qwlora.nn.replaced import replaced
 
-RANGES = "activation_ranges.safetensors"
 _NOT_INPUTS = frozenset(
     {
         "labels",
@@ -44,12 +37,8 @@ _NOT_INPUTS = frozenset(
 class TrainableGraph(Protocol):
     """A graph that replaces the model's forward; see `simulation.training_graph.TrainingGraph`."""
 
-    @property
-    def ranges(self) -> nn.Parameter | None:
-        """Activation ranges to learn along with the adapter; None if they are fixed."""
-
     def __call__(self, **inputs: Any) -> Tensor:
-        """Logits, differentiable in the adapter's weights and in `ranges`."""
+        """Logits, differentiable in the adapter's weights."""
 
     def to(self, device: torch.device) -> Any:
         """Move to the model's device; parameters that are there already are not copied."""
@@ -112,47 +101,3 @@ class GraphForward:
             return CausalLMOutput(loss=loss, logits=logits)
 
         return forward
-
-
-class RangesCallback(TrainerCallback):
-    """Clears the gradient of the ranges after each step; the Trainer clears only the model's."""
-
-    def __init__(self, ranges: nn.Parameter):
-        self.ranges = ranges
-
-    def on_step_end(self, *_: Any, **__: Any) -> None:
-        self.ranges.grad = None
-
-
-def add_ranges_(
-    optimizer: torch.optim.Optimizer, ranges: nn.Parameter, learning_rate: float
-) -> None:
-    """Add the ranges to the optimizer, as a group with its own learning rate."""
-    optimizer.add_param_group({"params": [ranges], "lr": learning_rate, "weight_decay": 0.0})
-
-
-def save_ranges(ranges: Tensor, folder: Path) -> None:
-    """Save the ranges in the checkpoint `folder`."""
-    save_file({"ranges": ranges.detach().cpu().contiguous()}, folder / RANGES)
-
-
-def load_ranges_(ranges: nn.Parameter, folder: Path) -> None:
-    """Load the ranges from the checkpoint `folder`, in place.
-
-    Raises:
-        TrainingError: the checkpoint has no ranges, or another number of them.
-    """
-    try:
-        found = load_file(folder / RANGES)["ranges"]
-    except (OSError, KeyError, SafetensorError) as error:
-        raise TrainingError(
-            f"checkpoint {folder} has no activation ranges ({error}). Delete it to train from the "
-            "start"
-        ) from error
-    if found.shape != ranges.shape:
-        raise TrainingError(
-            f"checkpoint {folder} has {found.numel()} activation ranges, but the graph has "
-            f"{ranges.numel()}. Delete it to train from the start"
-        )
-    with torch.no_grad():
-        ranges.copy_(found)

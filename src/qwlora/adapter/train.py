@@ -33,7 +33,7 @@ from qwlora.adapter.adapter_folder import reading
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.chunked_loss import causal_model
 from qwlora.adapter.fsdp import gather_, prepare_sharding_
-from qwlora.adapter.graph_training import RangesCallback, TrainableGraph, load_ranges_
+from qwlora.adapter.graph_training import TrainableGraph
 from qwlora.adapter.peft_support import WEIGHTS
 from qwlora.adapter.trainer import AdapterTrainer
 from qwlora.adapter.training_callbacks import (
@@ -88,7 +88,6 @@ class TrainingSettings:
     patience: int | None = None
     divergence: str = "stop"
     report_to: tuple[str, ...] = ()
-    range_learning_rate: float | None = None
 
 
 @dataclass(frozen=True)
@@ -143,8 +142,7 @@ def train_adapter(
         held_out: evaluated every `evaluation_steps`; the adapter of the best evaluation is kept.
         logs: folder for TensorBoard files.
         teacher: the float model, to train for recovery (`recovery_loss.py`).
-        training_graph: replaces the model's forward during training (`graph_training.py`). Its
-            ranges, if any, are trained at `range_learning_rate`.
+        training_graph: replaces the model's forward during training (`graph_training.py`).
         watch: see `TrainingMonitor`.
 
     Raises:
@@ -162,18 +160,10 @@ def train_adapter(
             raise TrainingError(f"the {what} has no sequence. Use more text, or shorter sequences")
     if settings.evaluation_steps and held_out is None:
         raise TrainingError("evaluation_steps needs held-out text, but there is no held-out text")
-    ranges = training_graph.ranges if training_graph is not None else None
-    if (ranges is not None) != (settings.range_learning_rate is not None):
-        raise TrainingError(
-            "range_learning_rate requires a graph that learns activation ranges, and the reverse. "
-            "Give both or neither"
-        )
     keeps_best = settings.evaluation_steps is not None
     if last := last_checkpoint(work):
         final = final_checkpoint(last, settings.steps, settings.patience, keeps_best)
         if final is not None:  # training had ended, but the adapter was not saved
-            if ranges is not None:
-                load_ranges_(ranges, final)
             return _restore(model, last, final, settings, trainable)
     arguments = _arguments(settings, work, _world_size())
     vocabulary = vocabulary_size(causal_model(model)) if settings.divergence == "stop" else None
@@ -203,7 +193,8 @@ def train_adapter(
         if teacher is not None:
             teacher.to(arguments.device)  # type: ignore[arg-type] # hidden by transformers
         if training_graph is not None:
-            _use_graph_(trainer, training_graph, settings)
+            training_graph.to(trainer.args.device)
+            trainer.uses_graph = True
         prepare_sharding_(trainer)
         _run(trainer, model, monitor, teacher, last)
     gather_(trainer)
@@ -245,16 +236,6 @@ def _early_stopping(settings: TrainingSettings, last: Path | None) -> list[Early
     if last:
         stopping.early_stopping_patience_counter = evaluations_without_improvement(last)
     return [stopping]
-
-
-def _use_graph_(trainer: AdapterTrainer, graph: TrainableGraph, settings: TrainingSettings) -> None:
-    """Move the graph to the device of the Trainer's model, and train its ranges if it has any."""
-    graph.to(trainer.args.device)
-    trainer.uses_graph = True
-    if graph.ranges is not None:
-        trainer.ranges = graph.ranges
-        trainer.range_learning_rate = settings.range_learning_rate or 0.0
-        trainer.add_callback(RangesCallback(graph.ranges))
 
 
 def check_loggers(report_to: Sequence[str]) -> None:

@@ -3,8 +3,7 @@
     loss = the model's own loss [+ distance to the float model, when training for recovery]
 
 - A loss or gradient that is not finite stops the run before the optimizer step.
-- Checkpoints are plain PEFT adapters, unsharded even where the model is sharded; learned activation
-  ranges are saved next to them.
+- Checkpoints are plain PEFT adapters, unsharded even where the model is sharded.
 
 The training loop is the Trainer's. `train.py` says why it is this Trainer; `training_step.py` lists
 what is replaced inside the model.
@@ -16,13 +15,11 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PrinterCallback, Trainer
 
 from qwlora.adapter.adapter_folder import write_adapter
 from qwlora.adapter.fsdp import enable_fsdp_, is_sharded, whole_adapter
-from qwlora.adapter.graph_training import add_ranges_, load_ranges_, save_ranges
 from qwlora.adapter.recovery_loss import RecoveryLoss
 from qwlora.adapter.training_callbacks import first_gradient_not_finite, first_output_not_finite
 from qwlora.adapter.training_checkpoints import last_good
@@ -36,13 +33,10 @@ class AdapterTrainer(Trainer):
 
     Attributes:
         recovery: the recovery loss, which is added to the model's; None without a float model.
-        ranges: activation ranges that are trained along with the adapter at `range_learning_rate`.
         uses_graph: whether a graph replaces the model's forward, so that its layers do not run.
     """
 
     recovery: RecoveryLoss | None = None
-    ranges: nn.Parameter | None = None
-    range_learning_rate: float = 0.0
     uses_graph: bool = False
 
     def __init__(self, *args: Any, **kwargs: Any):
@@ -71,22 +65,6 @@ class AdapterTrainer(Trainer):
                 "tokens, or all labels are -100. Remove such sequences from the training data"
             )
         return batch
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        optimizer: torch.optim.Optimizer = super().create_optimizer(*args, **kwargs)
-        if self.ranges is not None and len(optimizer.param_groups) == 2:
-            add_ranges_(optimizer, self.ranges, self.range_learning_rate)
-        return optimizer
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        if self.ranges is not None:
-            load_ranges_(self.ranges, Path(resume_from_checkpoint))
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        if self.ranges is not None:
-            load_ranges_(self.ranges, Path(str(self.state.best_model_checkpoint)))
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss, plus the recovery loss if there is one."""
@@ -128,12 +106,6 @@ class AdapterTrainer(Trainer):
                 "a gradient is not finite",
                 f"the first, from the top of the model, is that of {name}",
             )
-        if (
-            self.ranges is not None
-            and self.ranges.grad is not None
-            and not bool(self.ranges.grad.isfinite().all())
-        ):
-            self._stop("a gradient is not finite", "it is that of the activation ranges")
         return loss
 
     def _first_bad_output(self, inputs: dict[str, Any]) -> str:
@@ -180,5 +152,3 @@ class AdapterTrainer(Trainer):
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
             write_adapter(self.accelerator.unwrap_model(self.model), folder, state_dict)
-            if self.ranges is not None:
-                save_ranges(self.ranges, folder)

@@ -4,7 +4,6 @@ MOMENTS = "moments"  # second moments of the base's layers, in base/
 SOLVER_SCALES = "tuning/solver_scales.safetensors"  # scales before tuning, in base/
 BASE_SIMULATION = "base_simulation"  # encodings of the base without an adapter; workflow qwa-lora
 SHARED = "simulation/_shared"  # encodings that adapters share; not a valid adapter name
-SCALES = "activation_scales.safetensors"  # trained with an adapter, in adapters/NAME/
 ADAPTER = "adapter"  # in simulation/NAME/: the adapter as it was calibrated
 ZERO_ADAPTER = "simulation/_base"  # of bundles of simulations; not a valid adapter name
 USE_CASES = "simulation/_use_cases"  # of export.use_cases; not a valid adapter name

@@ -33,7 +33,7 @@ from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme
 from qwlora.parameter_names import parameter_name
-from qwlora.pipeline.artifacts import ADAPTER, BASE_SIMULATION, SCALES, SOLVER_SCALES
+from qwlora.pipeline.artifacts import ADAPTER, BASE_SIMULATION, SOLVER_SCALES
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.prepared_text import PreparedText
 from qwlora.pipeline.unused_rules import refuse_unused_rules
@@ -45,7 +45,7 @@ from qwlora.simulation.placement import Placement, place
 from qwlora.simulation.simulation import Simulation, simulate
 from qwlora.simulation.simulation_schemes import SimulationSchemes
 from qwlora.simulation.stored_encodings import load_activations, load_encodings
-from qwlora.simulation.training_graph import TrainingGraph, with_scales
+from qwlora.simulation.training_graph import TrainingGraph
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -61,15 +61,6 @@ def skeleton(model: Model, config: PreTrainedConfig | None = None) -> PreTrained
     config = config or load_config(model.source, model.trust_remote_code)
     with init_empty_weights():
         return build_model(config, model.trust_remote_code)
-
-
-def learned_scales(adapter: Path) -> dict[str, Tensor]:
-    """Activation scales that were trained with the adapter in a folder; empty if there are none.
-
-    Raises:
-        SourceError: the file is damaged.
-    """
-    return _read_tensors(adapter / SCALES, f"adapter {str(adapter)!r}", "train it again")
 
 
 def solver_scales(base: Path) -> dict[str, Tensor]:
@@ -330,10 +321,7 @@ class JobContext:
             simulation = simulate(model, self.example_inputs, self.schemes)
         self.check_rules(simulation.placement)
         if self.recipe.workflow == "qwa-lora":
-            scales = learned_scales(self.path / "adapters" / name)
-            simulation.fix_encodings(
-                with_scales(load_activations(self.path / BASE_SIMULATION), scales)
-            )
+            simulation.fix_encodings(load_activations(self.path / BASE_SIMULATION))
         self._simulation = (name, simulation)
         return simulation
 
@@ -373,13 +361,11 @@ class JobContext:
             captured = capture(model, self.example_inputs)
         return place(captured.program, self.schemes, captured.input_names)
 
-    def training_graph(self, model: PeftModel, learns_ranges: bool) -> TrainingGraph:
+    def training_graph(self, model: PeftModel) -> TrainingGraph:
         """Base and adapter as one graph to train through, with calibrated base activations."""
         with self.step("capturing the graph"):
             simulation = simulate(model.eval(), self.example_inputs, self.schemes)
-        return TrainingGraph(
-            simulation, load_activations(self.path / BASE_SIMULATION), learns_ranges
-        )
+        return TrainingGraph(simulation, load_activations(self.path / BASE_SIMULATION))
 
     def simulation(self, name: str) -> Simulation:
         """The calibrated simulation, captured again if it is not in memory."""

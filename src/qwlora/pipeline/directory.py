@@ -3,7 +3,7 @@
     DIR/recipe.yaml            the recipe, resolved
     DIR/base/                  the frozen base
     DIR/base_simulation/       encodings of the base's activations (workflow qwa-lora)
-    DIR/adapters/NAME/         a PEFT adapter, and its trained activation ranges if it has any
+    DIR/adapters/NAME/         a PEFT adapter
     DIR/simulation/NAME/       encodings, placement, and the adapter as it was calibrated
     DIR/simulation/_base/      the same of a zero adapter (target onnx)
     DIR/export/TARGET/NAME/    files for a runtime

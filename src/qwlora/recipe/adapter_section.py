@@ -130,11 +130,6 @@ class Adapter(Section):
         description="stop: end with an error if the loss stays far above its first value; ignore: "
         "keep going. A loss that is not finite always stops",
     )
-    range_learning_rate: Rate | None = Field(
-        None,
-        description="learning rate of activation ranges, relative to their size (workflow qwa-lora "
-        "only). Default: ranges stay fixed",
-    )
     report_to: list[str] = Field(
         [], description="loggers, by their transformers names: tensorboard, wandb, mlflow"
     )

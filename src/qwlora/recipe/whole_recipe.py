@@ -398,28 +398,23 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _fits_the_workflow(self) -> Recipe:
         if self.workflow == "qw-lora":
-            problems = [
-                f"adapter {a.name}: range_learning_rate needs workflow qwa-lora; remove it"
-                for a in self.adapters
-                if a.range_learning_rate is not None
-            ]
-        else:
-            problems = [
-                problem
-                for adapter in self.adapters
-                if adapter.steps
-                for problem in adapter.without_graph()
-            ]
-            if self.data.packing == "documents":
-                problems.append(
-                    "data.packing documents needs position inputs, which the captured graph does "
-                    "not have; use join or none"
-                )
-            if self.simulation.base_activations != "all":
-                problems.append(
-                    "simulation.base_activations has no effect, since the base's activations are "
-                    "calibrated before training, for all adapters; remove it"
-                )
+            return self
+        problems = [
+            problem
+            for adapter in self.adapters
+            if adapter.steps
+            for problem in adapter.without_graph()
+        ]
+        if self.data.packing == "documents":
+            problems.append(
+                "data.packing documents needs position inputs, which the captured graph does not "
+                "have; use join or none"
+            )
+        if self.simulation.base_activations != "all":
+            problems.append(
+                "simulation.base_activations has no effect, since the base's activations are "
+                "calibrated before training, for all adapters; remove it"
+            )
         if problems:
             raise ValueError(f"workflow {self.workflow}: {'; '.join(problems)}")
         return self

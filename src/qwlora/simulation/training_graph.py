@@ -8,10 +8,6 @@ base are calibrated first, and the adapter also learns to compensate their round
 activations are on the calibrated grids; the adapter's weights and activations stay float. The
 gradient is straight-through: 1 inside the range, 0 where a value was clamped.
 
-Learned ranges (LSQ, https://arxiv.org/abs/1902.08153): `scale = scale_0 * exp(r)` with one r per
-grid, initially 0. Scales stay positive and steps are relative, so one learning rate fits all grids.
-Offsets do not change.
-
 It does not support dropout and other randomness (the graph computes evaluation), gradient
 checkpointing, data parallelism, or losses other than that of the logits. `detach` stops gradients
 as in the model; `torch.no_grad()` in the model's forward is not captured and stops none.
@@ -20,17 +16,15 @@ as in the model; `torch.no_grad()` in the model's forward is not captured and st
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule, Node
 
-from qwlora.errors import CalibrationError, CaptureError, TrainingError
+from qwlora.errors import CaptureError, TrainingError
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import Encoding
-from qwlora.messages import listed
 from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.model_inputs import complete_arguments
@@ -45,7 +39,6 @@ class TrainingGraph(nn.Module):
     Args:
         simulation: of base and adapter, not calibrated. It is modified.
         base_encodings: of the base's activations, by name.
-        learns_ranges: train the scales too, through the parameter `ranges` (r above).
 
     Raises:
         CalibrationError: an encoding has no activation in this graph.
@@ -53,17 +46,10 @@ class TrainingGraph(nn.Module):
         TrainingError: the adapter has dropout, or nothing in the graph is trainable.
     """
 
-    ranges: nn.Parameter | None
-
     def __repr__(self) -> str:
         return f"TrainingGraph of {self.simulation!r}"
 
-    def __init__(
-        self,
-        simulation: Simulation,
-        base_encodings: Mapping[str, Encoding],
-        learns_ranges: bool = False,
-    ):
+    def __init__(self, simulation: Simulation, base_encodings: Mapping[str, Encoding]):
         super().__init__()
         model = simulation.origin.model
         if any(
@@ -83,16 +69,6 @@ class TrainingGraph(nn.Module):
         _unquantize_adapter_(simulation)
         _keep_codes_(simulation.graph_module)
         self._check()
-        self.names = (
-            tuple(name for name in simulation.quantizers if name in base_encodings)
-            if learns_ranges
-            else ()
-        )
-        self._grids = [_LearnedGrid(base_encodings[name]) for name in self.names]
-        self.ranges = nn.Parameter(torch.zeros(len(self.names))) if learns_ranges else None
-        nodes = {mark.name: mark.node for mark in simulation.marks}
-        for name, grid in zip(self.names, self._grids, strict=True):
-            simulation.graph_module.add_submodule(f"quantizer_{nodes[name]}", grid)
 
     def forward(self, **inputs: Any) -> Tensor:
         """Logits.
@@ -103,22 +79,11 @@ class TrainingGraph(nn.Module):
         Raises:
             CaptureError: see `complete` and `Captured.bind`.
         """
-        if self.ranges is not None:
-            for grid, factor in zip(self._grids, self.ranges.exp().unbind(), strict=True):
-                grid.factor = factor
         captured = self.simulation.captured
         outputs = self.simulation.graph_module(
             *captured.bind(complete_arguments(captured.interface.inputs, inputs))
         )
         return captured.named(outputs)[captured.interface.primary]
-
-    def scales(self) -> dict[str, Tensor]:
-        """Learned scales by activation name; empty if ranges are not learned."""
-        factors = self.ranges.detach().exp().cpu().unbind() if self.ranges is not None else ()
-        return {
-            name: grid.encoding.scale * factor
-            for name, grid, factor in zip(self.names, self._grids, factors, strict=True)
-        }
 
     def _check(self) -> None:
         parameters = list(self.simulation.graph_module.parameters())
@@ -132,43 +97,6 @@ class TrainingGraph(nn.Module):
                 "would not change the model. Keep the adapter in float32, as PEFT does by default "
                 "(autocast_adapter_dtype=True)"
             )
-
-
-class _LearnedGrid(nn.Module):
-    """Fake-quantizes with `scale * factor`; `TrainingGraph.forward` sets the factor."""
-
-    factor: Tensor
-
-    def __init__(self, encoding: Encoding):
-        super().__init__()
-        self.encoding = encoding
-
-    def forward(self, x: Tensor) -> Tensor:
-        return replace(self.encoding, scale=self.encoding.scale * self.factor).fake_quantize(x)
-
-
-def with_scales(
-    encodings: Mapping[str, Encoding], scales: Mapping[str, Tensor]
-) -> dict[str, Encoding]:
-    """Encodings with learned scales instead of their own.
-
-    Raises:
-        CalibrationError: a scale has no encoding, or another shape.
-    """
-    unknown = [
-        name
-        for name in scales
-        if name not in encodings or encodings[name].scale.shape != scales[name].shape
-    ]
-    if unknown:
-        raise CalibrationError(
-            f"{len(unknown)} learned scales have no activation in the base: "
-            f"{listed(unknown, 3)}. Calibrate the base, and train again"
-        )
-    return {
-        name: replace(e, scale=scales[name]) if name in scales else e
-        for name, e in encodings.items()
-    }
 
 
 def _unquantize_adapter_(simulation: Simulation) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import FingerprintError
-from qwlora.pipeline.artifacts import MOMENTS, SCALES
+from qwlora.pipeline.artifacts import MOMENTS
 from qwlora.pipeline.distributed import is_first_process
 from qwlora.pipeline.kept_adapters import trained_with
 from qwlora.pipeline.stage import PlanBuilder, Stage
@@ -66,6 +66,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     Raises:
         FingerprintError: training changed the base.
     """
+    from qwlora.adapter.adapter_folder import save_adapter
     from qwlora.adapter.adapter_updates import adapter_updates
     from qwlora.nn.fingerprint import fingerprint
     from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
@@ -78,7 +79,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     if adapter.init != "zero":
         model, initialized = _initialize(context, model, adapter)
         reset_peak_rss()
-    report, scales = _train(context, model, adapter, work)
+    report = _train(context, model, adapter, work)
     if (after := fingerprint(model)) != identity:
         raise FingerprintError(
             f"training adapter {adapter.name} changed the base: its fingerprint was "
@@ -87,7 +88,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     updates: dict[str, Any] = {}
     if is_first_process():
         updates = adapter_updates(model)
-        _save(model, scratch, identity, scales)
+        save_adapter(model, scratch, identity)
     measured: dict[str, Any] = {
         "steps": report.steps,
         "compute": adapter.compute,
@@ -125,30 +126,20 @@ def _attached(context: JobContext, adapter: Adapter) -> PeftModel:
     return model
 
 
-def _train(
-    context: JobContext, model: PeftModel, adapter: Adapter, work: Path
-) -> tuple[TrainingReport, dict[str, Tensor]]:
-    """Train the adapter of `model`, if it has steps.
-
-    Returns:
-        The report, and the learned scales of activations; empty if none are learned.
-    """
+def _train(context: JobContext, model: PeftModel, adapter: Adapter, work: Path) -> TrainingReport:
+    """Train the adapter of `model`, if it has steps."""
     from qwlora.adapter.attach import check_trainable
     from qwlora.adapter.train import TrainingReport, train_adapter
     from qwlora.data.document_isolation import check_isolation
 
     if not adapter.steps:
-        return TrainingReport(0, 0.0, 0, check_trainable(model), ()), {}
+        return TrainingReport(0, 0.0, 0, check_trainable(model), ())
     text = context.text(adapter.name)
     if text.data.train.position_ids is not None:
         check_isolation(model)
     teacher = context.take_float_model() if adapter.objective == "recovery" else None
-    graph = (
-        context.training_graph(model, adapter.range_learning_rate is not None)
-        if context.recipe.workflow == "qwa-lora"
-        else None
-    )
-    report = train_adapter(
+    graph = context.training_graph(model) if context.recipe.workflow == "qwa-lora" else None
+    return train_adapter(
         model,
         text.data.train,
         adapter.training_settings(context.recipe.seed, whole_loss=graph is not None),
@@ -160,19 +151,6 @@ def _train(
         graph,
         lambda progress: context.on_training(lambda: {"adapter": adapter.name, **progress()}),
     )
-    return report, graph.scales() if graph is not None else {}
-
-
-def _save(model: PeftModel, folder: Path, identity: str, scales: dict[str, Tensor]) -> None:
-    from safetensors.torch import save_file
-
-    from qwlora.adapter.adapter_folder import FILE, save_adapter
-    from qwlora.formats import manifest
-
-    save_adapter(model, folder, identity)
-    if scales:
-        save_file(scales, folder / SCALES)
-        manifest.add(folder, FILE, [SCALES])
 
 
 def _initialize(

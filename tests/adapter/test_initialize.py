@@ -13,7 +13,7 @@ from torch import Tensor
 from conftest import tiny_model
 from qwlora.adapter.initialize import Measure, initialize_adapter_, solver_difference
 from qwlora.errors import TrainingError
-from qwlora.grid.float_offset import measure_float_offset
+from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.grid.second_moments import Moment, Moments
 from qwlora.nn import PackedLinear, weight_out_in
@@ -274,7 +274,7 @@ def test_float_offset_is_the_solvers_too() -> None:
         torch.randn(24, 32, generator=torch.Generator().manual_seed(0)) + 3,
         Scheme(4, False, PerBlock(8), float_offset=True),
     )
-    encoding = measure_float_offset(weight, scheme)
+    encoding = measure(weight, scheme)
     model = torch.nn.Sequential(
         PackedLinear.from_codes(
             encoding.quantize(weight), encoding, torch.nn.Parameter(torch.zeros(24))

@@ -11,7 +11,6 @@ from qwlora.encodings import VERSIONS, EncodingsFile, LpbqEncoding, read, write
 from qwlora.encodings.grids import TensorLayout, encoding_of, entry_of, grid_of
 from qwlora.errors import ConversionError, EncodingsFileError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.lpbq import to_integer_scales
 from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
@@ -88,6 +87,6 @@ def test_encoding_of_undoes_entry_of(scheme: Scheme) -> None:
 def test_float_offsets_are_refused(version: str) -> None:
     scheme = Scheme(4, False, PerBlock(BLOCK), float_offset=True)
     shape = scheme.scale_shape((OUT, IN))
-    encoding = FloatOffsetEncoding(scheme, torch.ones(shape), torch.ones(shape))
+    encoding = Encoding(scheme, torch.ones(shape), torch.ones(shape))
     with pytest.raises(EncodingsFileError, match=r"(?s)w.*float offsets"):
         entry_of("w", encoding, version)

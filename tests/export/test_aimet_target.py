@@ -22,6 +22,8 @@ from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, GraphTarget
 from qwlora.export.verify import verify_language_model
 from qwlora.formats.card_mark import CARD_MARK
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.scheme import Scheme
 from qwlora.nn.packed_layer import PackedLayer
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -194,12 +196,12 @@ def test_damaged_files_are_refused_by_name(
 
 
 def test_a_base_with_float_offsets_is_refused(lpbq: Simulation, tmp_path: Path) -> None:
-    from qwlora.grid.float_offset import FloatOffsetEncoding
 
     graph = lpbq.graph()
     name = next(mark.name for mark in graph.marks if mark.kind.value == "base")
     floats = dict(graph.encodings)
-    floats[name] = object.__new__(FloatOffsetEncoding)
+    scheme = Scheme(4, symmetric=False, float_offset=True)
+    floats[name] = Encoding(scheme, torch.ones(()), torch.ones(()))
     from dataclasses import replace
 
     from qwlora.export.float_onnx import to_float_onnx

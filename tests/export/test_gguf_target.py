@@ -28,7 +28,7 @@ from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.model_source import load_model, locate
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.float_offset import measure_float_offset
+from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
 from qwlora.nn.pack_at import pack_at_, packed_weights
@@ -86,7 +86,7 @@ def quantized(source: Path, scheme: Scheme) -> PreTrainedModel:
         return model
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name != "lm_head":
-            encoding = measure_float_offset(module.weight.detach(), scheme)
+            encoding = measure(module.weight.detach(), scheme)
             half = type(encoding)(
                 scheme, encoding.scale.half().float(), encoding.minimum.half().float()
             )

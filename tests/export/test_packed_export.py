@@ -17,7 +17,6 @@ from qwlora import Simulation, export_onnx, simulate, verify_onnx
 from qwlora.errors import CalibrationError
 from qwlora.export.verify import Limits, check_parity
 from qwlora.graph.quantized_graph import Kind
-from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.scheme import PerBlock, PerTensor, Scheme, parse_scheme
 from qwlora.nn import packed_weights
 from qwlora.simulation.load_simulation import load_simulation
@@ -81,6 +80,6 @@ def test_float_offsets_come_back_from_disk(tmp_path: Path) -> None:
         simulation.save(tmp_path / "whole", with_base=True)
     again = load_simulation(tmp_path, model)
     found = again.encodings["lm_head.weight"]
-    assert isinstance(found, FloatOffsetEncoding)
+    assert found.scheme.float_offset
     assert torch.equal(found.minimum, packed_weights(model)["lm_head.weight"].encoding.minimum)
     assert torch.equal(again.logits(IDS), simulation.logits(IDS))

@@ -30,7 +30,6 @@ from qwlora.export.verify import Limits
 from qwlora.export.verify_weights import LOGIT_DIFFERENCE, verify_weights
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding, measure_float_offset
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme, short_name
@@ -98,12 +97,12 @@ def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 def quantized(weight: Tensor, scheme: Scheme, half: bool) -> QuantizedTensor:
     """By minimum and maximum; `half`: with a scale and offset that are float16."""
-    encoding: Encoding | FloatOffsetEncoding
+    encoding: Encoding
     if scheme.float_offset:
-        encoding = measure_float_offset(weight, scheme)
+        encoding = measure(weight, scheme)
         if half:
             rounded = (encoding.scale.half().float(), encoding.minimum.half().float())
-            encoding = FloatOffsetEncoding(scheme, *rounded)
+            encoding = Encoding(scheme, *rounded)
     else:
         encoding = measure(weight, scheme)
         if half:

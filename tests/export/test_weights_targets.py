@@ -24,7 +24,7 @@ from qwlora.export.verify import Limits
 from qwlora.export.verify_weights import verify_weights
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.float_offset import measure_float_offset
+from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn.pack_at import pack_at_, packed_weights
@@ -46,7 +46,7 @@ def base(
     if isinstance(scheme, Scheme) and scheme.float_offset:  # solvers make none; GGUF files do
         for name, module in list(model.named_modules()):
             if isinstance(module, torch.nn.Linear) and name != "lm_head":
-                encoding = measure_float_offset(module.weight.detach(), scheme)
+                encoding = measure(module.weight.detach(), scheme)
                 codes = encoding.quantize(module.weight.detach())
                 pack_at_(model, f"{name}.weight", QuantizedTensor(codes, encoding))
         return model

@@ -6,7 +6,6 @@ import copy
 
 from torch import Tensor, nn
 
-from qwlora.grid.float_offset import measure_float_offset
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme, parse_scheme
@@ -24,9 +23,7 @@ def quantized(weight: Tensor, scheme: Scheme | str) -> QuantizedTensor:
     """Codes of the min-max grid."""
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     weight = weight.detach().float()
-    encoding = (
-        measure_float_offset(weight, scheme) if scheme.float_offset else measure(weight, scheme)
-    )
+    encoding = measure(weight, scheme)
     return QuantizedTensor(encoding.quantize(weight), encoding)
 
 

@@ -10,8 +10,6 @@ import torch
 from formats.gguf_models import HALVES, KINDS, WITH_MINIMUM, random_rows, with_one_zero
 from qwlora.errors import SourceError
 from qwlora.formats.gguf.blocks import decode_blocks, to_quantized
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn.packed_tensor import PackedTensor
 
@@ -33,7 +31,7 @@ def test_random_blocks_with_scales_of_both_signs_and_zero(kind: str) -> None:
         with_one_zero(PackedTensor.from_quantized(quantized).dequantize()),
         with_one_zero(expected(kind, raw)),
     )
-    assert isinstance(quantized.encoding, FloatOffsetEncoding if kind in WITH_MINIMUM else Encoding)
+    assert quantized.encoding.scheme.float_offset == (kind in WITH_MINIMUM)
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"])

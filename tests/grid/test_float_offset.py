@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding, measure_float_offset
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
@@ -27,7 +26,7 @@ SCHEME = Scheme(4, False, PerBlock(32), float_offset=True)
     st.sampled_from([PerTensor(), PerChannel(0), PerBlock(4)]),
 )
 def test_every_value_is_within_half_a_step_and_the_lowest_is_exact(x, bitwidth, granularity):
-    encoding = measure_float_offset(x, Scheme(bitwidth, False, granularity, float_offset=True))
+    encoding = measure(x, Scheme(bitwidth, False, granularity, float_offset=True))
     error = (encoding.fake_quantize(x) - x).abs()
     assert (error <= 0.5001 * encoding.scale.max() + 2**-21 * x.abs().max()).all()
     assert encoding.fake_quantize(x).min() == x.min()
@@ -49,23 +48,26 @@ def test_values_are_those_of_ggufs_q4_1():
     )
     low, high = stored[..., 4:] & 0xF, stored[..., 4:] >> 4
     codes = torch.from_numpy(np.concatenate([low, high], axis=-1).reshape(6, 64))
-    ours = FloatOffsetEncoding(SCHEME, scale, minimum).dequantize(codes)
+    ours = Encoding(SCHEME, scale, minimum).dequantize(codes)
     assert torch.equal(ours, torch.from_numpy(gguf.dequantize(gguf.quantize(x, kind), kind)))
 
 
-def test_an_encoding_with_integer_offsets_refuses_it():
-    with pytest.raises(
-        GridError,
-        match="int4 float-offset per block 32: this grid has float offsets and so no integer encoding",
-    ):
-        measure(torch.ones(2, 32), SCHEME)
-    with pytest.raises(GridError, match="FloatOffsetEncoding holds it"):
-        Encoding(SCHEME, torch.ones(2, 1), torch.zeros(2, 1, dtype=torch.int32))
+def test_a_scheme_takes_one_kind_of_low_end():
+    offset = torch.zeros(2, 1, dtype=torch.int32)
+    with pytest.raises(GridError, match="this grid has a float minimum, not"):
+        Encoding(SCHEME, torch.ones(2, 1), offset)
+    with pytest.raises(GridError, match=r"int4 asymmetric per .*has integer offsets, not"):
+        Encoding(Scheme(4, False, PerBlock(32)), torch.ones(2, 1), torch.zeros(2, 1))
+
+
+def test_the_low_end_of_integer_offsets_is_their_lowest_value():
+    encoding = measure(torch.randn(2, 32), Scheme(4, False, PerBlock(32)))
+    zeros = torch.zeros(2, 32, dtype=torch.uint8)
+    assert torch.equal(encoding.minimum, encoding.dequantize(zeros)[:, :1])
 
 
 def test_whoever_asks_for_its_offset_is_refused():
-    encoding = measure_float_offset(torch.randn(2, 32), SCHEME)
-    assert not isinstance(encoding, Encoding)
+    encoding = measure(torch.randn(2, 32), SCHEME)
     with pytest.raises(
         GridError,
         match=r"the grid is scale \* q \+ minimum with a float minimum, which has no integer offset",
@@ -79,34 +81,29 @@ def test_impossible_ones_are_refused(monkeypatch):
         GridError, match="a symmetric grid has no float offset; say symmetric=False"
     ):
         Scheme(4, float_offset=True)
-    with pytest.raises(
-        GridError,
-        match="int4 asymmetric per tensor: this grid has integer offsets; Encoding holds it",
-    ):
-        FloatOffsetEncoding(Scheme(4, False), one, one)
     for scale, minimum in ((0.0, 0.0), (math.nan, 0.0), (1.0, math.inf)):
         with pytest.raises(
-            GridError, match="a scale is not a finite positive number, or a minimum is not finite"
+            GridError, match=r"a scale is a finite positive number|a minimum is not finite"
         ):
-            FloatOffsetEncoding(SCHEME, one * scale, one * minimum)
+            Encoding(SCHEME, one * scale, one * minimum)
     with pytest.raises(GridError, match="needs scales of shape"):
-        FloatOffsetEncoding(SCHEME, one, one).quantize(torch.ones(2, 32))
+        Encoding(SCHEME, one, one).quantize(torch.ones(2, 32))
     with pytest.raises(GridError, match="1 of 32 values are nan, which has no code"):
-        FloatOffsetEncoding(SCHEME, one, one).quantize(torch.tensor([math.nan] + [0.0] * 31))
+        Encoding(SCHEME, one, one).quantize(torch.tensor([math.nan] + [0.0] * 31))
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(GridError, match=r"scale has shape \[1\] but minimum \[2\]"):
-        FloatOffsetEncoding(SCHEME, one, torch.ones(2))
+        Encoding(SCHEME, one, torch.ones(2))
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 def test_data_that_is_not_finite_is_refused(bad):
     with pytest.raises(CalibrationError, match="the observed range is not finite"):
-        measure_float_offset(torch.tensor([bad] + [0.0] * 31), SCHEME)
+        measure(torch.tensor([bad] + [0.0] * 31), SCHEME)
 
 
 def test_one_value_is_exact():
     x = torch.full((2, 32), -3.25)
-    assert torch.equal(measure_float_offset(x, SCHEME).fake_quantize(x), x)
+    assert torch.equal(measure(x, SCHEME).fake_quantize(x), x)
 
 
 def test_json():

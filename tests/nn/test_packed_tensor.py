@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 from grid.strategies import cases, thorough
 from qwlora.errors import GridError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import measure_float_offset
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
@@ -18,7 +17,7 @@ NARROW = (2, 3, 4, 5, 6, 7, 8)
 
 
 def quantized(x, scheme):
-    encoding = measure_float_offset(x, scheme) if scheme.float_offset else measure(x, scheme)
+    encoding = measure(x, scheme)
     return QuantizedTensor(encoding.quantize(x), encoding)
 
 

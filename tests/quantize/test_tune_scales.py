@@ -19,7 +19,6 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from conftest import tiny_model
 from qwlora.errors import CalibrationError, GridError, RecipeError, SourceError
 from qwlora.formats.base_folder import load_base
-from qwlora.grid.float_offset import measure_float_offset
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
 from qwlora.nn import PackedLinear
@@ -68,9 +67,7 @@ def divergence(model: nn.Module, reference: nn.Module, batch: Tensor) -> float:
 def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
     model, scheme = nn.Sequential(nn.Linear(32, 24)), SCHEMES[name]
     weight = model[0].weight.detach()
-    encoding = (
-        measure_float_offset(weight, scheme) if scheme.float_offset else measure(weight, scheme)
-    )
+    encoding = measure(weight, scheme)
     layer = PackedLinear.from_codes(encoding.quantize(weight), encoding, model[0].bias)  # type: ignore[arg-type]
     model[0] = layer
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)

@@ -26,7 +26,7 @@ from qwlora import (
 from qwlora.encodings import IntegerEncoding, read, validate
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.graph.quantized_graph import Kind
-from qwlora.grid.float_offset import measure_float_offset
+from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn import pack_at_
 from qwlora.nn.fingerprint import adapter_fingerprint
@@ -128,7 +128,7 @@ def test_a_base_with_float_offsets_is_no_obstacle(tmp_path: Path) -> None:
             if isinstance(m, torch.nn.Linear) and n.endswith("_proj")
         ]:
             weight = base.get_submodule(name).weight
-            encoding = measure_float_offset(
+            encoding = measure(
                 weight, Scheme(4, symmetric=False, granularity=PerBlock(32), float_offset=True)
             )
             pack_at_(base, f"{name}.weight", QuantizedTensor(encoding.quantize(weight), encoding))

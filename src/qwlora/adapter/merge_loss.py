@@ -26,7 +26,6 @@ from qwlora.adapter.active_adapters import active_adapter
 from qwlora.adapter.chunked_loss import causal_model
 from qwlora.errors import MergeError
 from qwlora.grid.encoding import Encoding, aligned, grouped
-from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.nn import PackedLayer
 from qwlora.parameter_names import canonical_name
 
@@ -113,7 +112,7 @@ def _has_adapter(module: LoraLayer, adapter: str) -> bool:
     return adapter in (*module.lora_A, *module.lora_embedding_A)
 
 
-def _of_layer(delta: Tensor, encoding: Encoding | FloatOffsetEncoding) -> RoundingLoss:
+def _of_layer(delta: Tensor, encoding: Encoding) -> RoundingLoss:
     granularity = encoding.scheme.granularity
     steps = grouped(delta, granularity) / aligned(encoding.scale, granularity, delta.ndim)
     return RoundingLoss(

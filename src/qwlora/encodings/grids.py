@@ -43,7 +43,6 @@ from qwlora.encodings.model import (
 )
 from qwlora.errors import EncodingsFileError, GridError, SourceError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.lpbq import split_scales
 from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
@@ -72,7 +71,7 @@ class TensorLayout:
 
 def entry_of(
     name: str,
-    encoding: Encoding | FloatOffsetEncoding,
+    encoding: Encoding,
     version: str,
     transposed: bool = False,
     block_order: BlockOrder = "tensor",
@@ -89,7 +88,7 @@ def entry_of(
     Raises:
         EncodingsFileError: the encoding has float offsets.
     """
-    if not isinstance(encoding, Encoding):
+    if encoding.scheme.float_offset:
         raise EncodingsFileError(
             name, [f"{encoding.scheme} has float offsets, which no encodings file can hold"]
         )
@@ -146,9 +145,7 @@ def encoding_of(entry: Entry) -> Encoding:
     """
     if isinstance(entry, LpbqEncoding):
         *rows, blocks = entry.block_scale.shape
-        grid = grid_of(entry, TensorLayout((*rows, blocks * entry.block_size)), "2.1.0")
-        assert isinstance(grid, Encoding), "LPBQ has integer offsets"
-        return grid
+        return grid_of(entry, TensorLayout((*rows, blocks * entry.block_size)), "2.1.0")
     if isinstance(entry, FloatEncoding) or entry.zero_point_shift:
         raise EncodingsFileError(entry.name, ["is not a plain integer grid"])
     granularity: Granularity = PerTensor()
@@ -160,7 +157,7 @@ def encoding_of(entry: Entry) -> Encoding:
     return Encoding(scheme, _floats(entry.scale), _integers(entry.offset))
 
 
-def grid_of(entry: Entry, layout: TensorLayout, version: str) -> Encoding | FloatOffsetEncoding:
+def grid_of(entry: Entry, layout: TensorLayout, version: str) -> Encoding:
     """The grid of a parameter.
 
     Raises:
@@ -179,9 +176,7 @@ def grid_of(entry: Entry, layout: TensorLayout, version: str) -> Encoding | Floa
         raise SourceError(str(error)) from error
 
 
-def _integer_grid(
-    entry: IntegerEncoding, layout: TensorLayout, version: str
-) -> Encoding | FloatOffsetEncoding:
+def _integer_grid(entry: IntegerEncoding, layout: TensorLayout, version: str) -> Encoding:
     scale, offset, size = entry.scale, entry.offset, entry.block_size
     granularity: Granularity
     if size is not None:
@@ -194,7 +189,7 @@ def _integer_grid(
     if entry.zero_point_shift:
         scheme = Scheme(entry.bitwidth, symmetric=False, granularity=granularity, float_offset=True)
         minimum = (offset + entry.zero_point_shift) * scale
-        return FloatOffsetEncoding(scheme, _floats(scale), _floats(minimum))
+        return Encoding(scheme, _floats(scale), _floats(minimum))
     symmetric = bool((offset == entry.center).all())
     scheme = Scheme(entry.bitwidth, symmetric, granularity)
     return Encoding(scheme, _floats(scale), _integers(offset))

@@ -22,7 +22,6 @@ from qwlora import encodings as files
 from qwlora.encodings.grids import entry_of
 from qwlora.export.float_onnx import TensorEncoding
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
-from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import PerTensor
 
 VERSION = "1.0.0"
@@ -42,7 +41,7 @@ def write_encodings(graph: QuantizedGraph, path: Path, transposed: Collection[st
     """
     activations = [m.name for m in graph.marks if m.kind is Kind.ACTIVATION]
     weights = [m.name for m in graph.marks if m.kind is not Kind.ACTIVATION]
-    parameters = [name for name in weights if isinstance(graph.encodings[name], Encoding)]
+    parameters = [name for name in weights if not graph.encodings[name].scheme.float_offset]
     file = files.EncodingsFile(
         VERSION,
         tuple(

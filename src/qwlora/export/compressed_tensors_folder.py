@@ -45,7 +45,6 @@ from qwlora.export.weights_folder import (
     write_folder,
 )
 from qwlora.formats.huggingface.int32_words import pack_words
-from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_modules import PackedEmbedding, PackedLinear
@@ -126,7 +125,6 @@ def _parts(layer: PackedLayer) -> Iterator[tuple[str, Tensor]]:
     """The stored tensors of a Linear layer."""
     quantized = layer.quantized
     encoding, scheme = quantized.encoding, layer.scheme
-    assert isinstance(encoding, Encoding)
     by_group = not isinstance(scheme.granularity, PerTensor)
     rows = len(quantized.codes) if by_group else 1
     yield "weight_packed", pack_words(quantized.codes, scheme.bitwidth)

@@ -91,7 +91,7 @@ def to_float_onnx(
 
 
 def _refuse_float_offsets(graph: QuantizedGraph) -> None:
-    wrong = [n for n, encoding in graph.encodings.items() if not isinstance(encoding, Encoding)]
+    wrong = [n for n, encoding in graph.encodings.items() if encoding.scheme.float_offset]
     if wrong:
         raise ExportError(
             f"{listed(wrong, 3)} {'has' if len(wrong) == 1 else 'have'} float offsets, which no "
@@ -144,7 +144,6 @@ class _FloatRewriter:
         for node in [n for n in self.model.graph if n.domain == NAMESPACE and n.op_type == MARKER]:
             name = node.attributes["name"].value
             encoding = self.graph.encodings[name]
-            assert isinstance(encoding, Encoding), "refused before"
             if kinds[name] is Kind.ACTIVATION:
                 self._activation(node, name, encoding)
             else:
@@ -263,7 +262,7 @@ def _carry(model: Any, encodings: dict[str, TensorEncoding]) -> None:
             continue
         first = encodings[sources[0].name]
         if first.encoding.scale.ndim or any(
-            not same_grid(first.encoding, encodings[source.name].encoding) for source in sources
+            not first.encoding.equals(encodings[source.name].encoding) for source in sources
         ):
             continue
         for output in node.outputs:
@@ -291,12 +290,3 @@ def _moved_inputs(node: Any) -> list[Any]:
     if node.domain or node.op_type not in MOVES:
         return []
     return list(node.inputs) if node.op_type == "Concat" else [node.inputs[0]]
-
-
-def same_grid(a: Encoding, b: Encoding) -> bool:
-    """Whether two encodings have the same scheme, scales and offsets."""
-    return a is b or (
-        a.scheme == b.scheme
-        and bool(torch.equal(a.scale, b.scale))
-        and bool(torch.equal(a.offset, b.offset))
-    )

@@ -28,7 +28,6 @@ from qwlora.export.onnx_runtime import open_session, run_layers_of, run_session
 from qwlora.export.session_options import EIGHT_BIT_OPTIONS, SESSION_OPTIONS
 from qwlora.graph.cached_capture import IDS, MASK
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.system.optional_packages import require
 
 # Q/DQ pairs stay as they are, and ONNX Runtime quantizes no float weight by itself
@@ -162,7 +161,7 @@ class FloatOnnxModel:
     def _entry(self, name: str) -> Entry:
         return self.file.by_name[name]
 
-    def _parameter(self, name: str) -> tuple[Encoding | FloatOffsetEncoding, Tensor]:
+    def _parameter(self, name: str) -> tuple[Encoding, Tensor]:
         """(grid, values), both of the tensor as [..., out, in]."""
         values, tensor = self._initializers[name], self.graph[name]
         transposed = values.ndim == 2 and tensor.channel_axis == 1

@@ -33,8 +33,7 @@ from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.held_schemes import gguf_problem
 from qwlora.export.weights_folder import as_float16, layers_to_write, refuse
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
-from qwlora.grid.encoding import Encoding, aligned
-from qwlora.grid.float_offset import FloatOffsetEncoding
+from qwlora.grid.encoding import aligned
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock
 from qwlora.nn.packed_layer import PackedLayer
@@ -169,10 +168,8 @@ def _blocks(layer: PackedLayer, rows: Tensor) -> tuple[str, np.ndarray[Any, Any]
     scheme, codes = layer.scheme, _in_order(layer.codes, rows)
     encoding = layer.encoding
     numbers = [encoding.scale]
-    if isinstance(encoding, FloatOffsetEncoding):
+    if encoding.scheme.float_offset:
         numbers.append(encoding.minimum)
-    else:
-        assert isinstance(encoding, Encoding)
     per_block = [_in_order(_per_block(layer, number), rows) for number in numbers]
     halves = [as_float16(number) for number in per_block]
     parts = [half.unsqueeze(-1).view(torch.uint8) for half in halves]

@@ -42,8 +42,7 @@ from qwlora.export.weights_folder import (
     write_folder,
 )
 from qwlora.formats.huggingface.int32_words import pack_words
-from qwlora.grid.encoding import Encoding, aligned
-from qwlora.grid.float_offset import FloatOffsetEncoding
+from qwlora.grid.encoding import aligned
 from qwlora.grid.scheme import Lpbq, PerBlock
 from qwlora.nn.packed_layer import PackedLayer
 
@@ -121,10 +120,9 @@ def _group(layer: PackedLayer) -> int | None:
 def _scales_and_biases(layer: PackedLayer, group: int) -> tuple[Tensor, Tensor]:
     """Both [out, in / group]."""
     encoding, (rows, columns) = layer.encoding, layer.tensor.shape
-    if isinstance(encoding, FloatOffsetEncoding):
+    if encoding.scheme.float_offset:
         numbers = (encoding.scale, encoding.minimum)
     else:
-        assert isinstance(encoding, Encoding)
         numbers = (encoding.scale, encoding.offset * encoding.scale)
     granularity = layer.scheme.granularity
     spread = []

@@ -24,7 +24,6 @@ from qwlora.errors import ExportError
 from qwlora.export.onnx_graph import DEQUANTIZE, MARKER, to_onnx
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import Encoding, aligned
-from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.packing import unpack
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor
 from qwlora.messages import listed
@@ -84,7 +83,6 @@ class _Rewriter:
             name = node.attributes["name"].value
             encoding = self.graph.encodings[name]
             if kinds[name] is Kind.ACTIVATION:
-                assert isinstance(encoding, Encoding)
                 self._activation(node, name, encoding)
             else:
                 self._weight(node, name, encoding, right_operand=kinds[name] is not Kind.PARAMETER)
@@ -109,9 +107,7 @@ class _Rewriter:
         )
         self._replace(node, [codes, values], activation_tensor(name, self.inputs))
 
-    def _weight(
-        self, node: Any, name: str, encoding: Encoding | FloatOffsetEncoding, right_operand: bool
-    ) -> None:
+    def _weight(self, node: Any, name: str, encoding: Encoding, right_operand: bool) -> None:
         ir = self.ir
         transposes = [user for user, _ in node.outputs[0].uses()]
         transposed = (
@@ -124,7 +120,7 @@ class _Rewriter:
             "DequantizeLinear", inputs, attributes=attributes, name=f"{name}/dequantize"
         )
         nodes = [values]
-        if isinstance(encoding, FloatOffsetEncoding):
+        if encoding.scheme.float_offset:
             values.outputs[0].name = f"{name}.scaled"
             nodes += self._add_minimum(
                 values.outputs[0], name, encoding, transposed, tuple(node.inputs[0].shape)
@@ -140,7 +136,7 @@ class _Rewriter:
         self,
         scaled: Any,
         name: str,
-        encoding: FloatOffsetEncoding,
+        encoding: Encoding,
         transposed: bool,
         shape: tuple[int, ...],
     ) -> list[Any]:
@@ -180,7 +176,7 @@ class _Rewriter:
         return [blocks, added, joined]
 
     def _weight_initializers(
-        self, value: Any, name: str, encoding: Encoding | FloatOffsetEncoding, transposed: bool
+        self, value: Any, name: str, encoding: Encoding, transposed: bool
     ) -> tuple[list[Any], dict[str, Any]]:
         """Codes, scale and, if asymmetric, zero point; tied weights share them."""
         attributes = _axis_attributes(encoding, transposed, len(value.shape))
@@ -257,7 +253,7 @@ def activation_arrays(name: str, encoding: Encoding) -> dict[str, np.ndarray[Any
 
 
 def weight_arrays(
-    codes: torch.Tensor, encoding: Encoding | FloatOffsetEncoding, transposed: bool
+    codes: torch.Tensor, encoding: Encoding, transposed: bool
 ) -> dict[str, np.ndarray[Any, Any]]:
     """Codes, scale and, if asymmetric, zero point of a weight as its DequantizeLinear takes them,
     by suffix of the initializer's name.
@@ -275,7 +271,7 @@ def weight_arrays(
         ".codes": whole.cpu().numpy().astype(kind),
         ".scale": scale.contiguous().cpu().numpy(),
     }
-    if isinstance(encoding, Encoding) and not encoding.scheme.symmetric:
+    if not (encoding.scheme.symmetric or encoding.scheme.float_offset):
         offset = encoding.offset if encoding.offset.ndim < 2 else turn(encoding.offset)
         found[".zero_point"] = (-offset).contiguous().cpu().numpy().astype(kind)
     return found
@@ -286,7 +282,7 @@ def activation_tensor(name: str, inputs: Collection[str]) -> str:
     return f"{name}{OF_INPUT}" if name in inputs else name
 
 
-def codes_of(value: Any, encoding: Encoding | FloatOffsetEncoding) -> torch.Tensor:
+def codes_of(value: Any, encoding: Encoding) -> torch.Tensor:
     """Codes of a weight: those of a packed layer, or of an adapter's float weight, rounded."""
     producer = value.producer()
     if producer is not None and producer.domain == NAMESPACE and producer.op_type == DEQUANTIZE:
@@ -300,9 +296,7 @@ def is_matrix_transpose(node: Any) -> bool:
     return node.op_type == "Transpose" and list(node.attributes["perm"].value) == [1, 0]
 
 
-def _axis_attributes(
-    encoding: Encoding | FloatOffsetEncoding, transposed: bool, ndim: int
-) -> dict[str, Any]:
+def _axis_attributes(encoding: Encoding, transposed: bool, ndim: int) -> dict[str, Any]:
     match encoding.scheme.granularity:
         case PerChannel(axis):
             return {"axis": 1 - axis if transposed else axis}
@@ -312,7 +306,7 @@ def _axis_attributes(
             return {}
 
 
-def _container(encoding: Encoding | FloatOffsetEncoding) -> Any:
+def _container(encoding: Encoding) -> Any:
     """The narrowest ONNX integer type for the codes."""
     import ml_dtypes
 

@@ -33,7 +33,6 @@ import torch
 from qwlora.atomic import files_in, write_tensors
 from qwlora.errors import ExportError, MissingExtraError
 from qwlora.export.cached_graphs import write_graphs
-from qwlora.export.float_onnx import same_grid
 from qwlora.export.htp_limits import SMALLEST_RESCALE, input_problem, table_problem, weight_problem
 from qwlora.export.npu_onnx import CODES, npu_onnx
 from qwlora.export.qnn_runtime import (
@@ -182,7 +181,7 @@ def _refuse_different_encodings(simulations: Mapping[str, Simulation]) -> None:
 
 def _is_same(one: Any, other: Any) -> bool:
     if isinstance(one, Encoding) and isinstance(other, Encoding):
-        return same_grid(one, other)
+        return one.equals(other)
     return one is other
 
 
@@ -235,7 +234,6 @@ def _codes(simulation: Simulation, name: str) -> Any:
     """The codes of an adapter's weight as the graph's input holds them: transposed, signed."""
     weight = name.removesuffix(CODES)
     encoding = simulation.encodings[weight]
-    assert isinstance(encoding, Encoding)
     codes = encoding.quantize(simulation.adapter_weights[weight]).to(torch.int32)
     bits = encoding.scheme.bitwidth
     return (codes + encoding.scheme.symmetric_offset).T.numpy().astype(f"int{bits}")

@@ -46,7 +46,7 @@ from qwlora.export.weights_folder import (
 )
 from qwlora.formats.huggingface.int32_words import pack_words
 from qwlora.formats.huggingface.qweight import NIBBLE_OF_COLUMN
-from qwlora.grid.encoding import Encoding, aligned
+from qwlora.grid.encoding import aligned
 from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_modules import PackedEmbedding, PackedLinear
@@ -198,7 +198,6 @@ def _float_layers(model: nn.Module, layers: dict[str, PackedLayer]) -> list[str]
 
 
 def _offsets(layer: PackedLayer) -> Tensor:
-    assert isinstance(layer.encoding, Encoding)
     return layer.encoding.offset
 
 
@@ -209,7 +208,6 @@ def _scales_and_zeros(layer: PackedLayer, group: int) -> tuple[Tensor, Tensor]:
         ExportError: a scale is not a float16.
     """
     encoding, (rows, columns) = layer.encoding, layer.codes.shape
-    assert isinstance(encoding, Encoding)
     granularity, count = layer.scheme.granularity, 1 if group < 0 else columns // group
     spread = []
     for number in (encoding.scale, -encoding.offset):

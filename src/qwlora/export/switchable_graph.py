@@ -49,7 +49,6 @@ from qwlora.graph.aten_ops import base_name
 from qwlora.graph.graph_analysis import operator_of
 from qwlora.graph.graph_parameters import parameter_names
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
-from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel
 from qwlora.messages import listed
 from qwlora.parameter_names import canonical_name, is_adapter_name, is_factor_name
@@ -189,7 +188,6 @@ def _values(graph: QuantizedGraph, transposed: Collection[str]) -> dict[str, np.
     for mark in graph.marks:
         encoding, arrays = graph.encodings[mark.name], dict[str, np.ndarray[Any, Any]]()
         if mark.kind is Kind.ACTIVATION:
-            assert isinstance(encoding, Encoding)
             arrays = activation_arrays(mark.name, encoding)
         elif mark.kind is Kind.ADAPTER:
             codes = encoding.quantize(weights[mark.node])

@@ -35,8 +35,7 @@ from qwlora.export.weights_folder import refuse
 from qwlora.formats.huggingface.int32_words import pack_words
 from qwlora.graph.cached_capture import capture_cached
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
-from qwlora.grid.encoding import Encoding, aligned
-from qwlora.grid.float_offset import FloatOffsetEncoding
+from qwlora.grid.encoding import aligned
 from qwlora.grid.scheme import Lpbq, PerBlock
 from qwlora.messages import listed
 from qwlora.nn.packed_layer import PackedLayer
@@ -273,11 +272,10 @@ def _operands(layer: PackedLayer) -> tuple[dict[str, np.ndarray[Any, Any]], int]
         "codes": packed.reshape(rows, columns // block, width).numpy(),
         "scale": _per_block(layer, encoding.scale, block).float().flatten().numpy(),
     }
-    if isinstance(encoding, FloatOffsetEncoding):
+    if encoding.scheme.float_offset:
         zeros = _per_block(layer, -encoding.minimum / encoding.scale, block)
         arrays["zero_point"] = zeros.float().flatten().numpy()
     elif not scheme.symmetric or bits != scheme.bitwidth:
-        assert isinstance(encoding, Encoding)
         zeros = _per_block(layer, -encoding.offset, block).to(torch.uint8)
         stored = pack_words(zeros, bits).view(torch.uint8)
         arrays["zero_point"] = stored[:, : -(-zeros.shape[1] * bits // 8)].flatten().numpy()

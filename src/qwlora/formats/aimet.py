@@ -38,7 +38,6 @@ from qwlora.errors import EncodingsFileError, GridError, SourceError
 from qwlora.formats.checkpoint import ShownCheckpoint
 from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding, measure_float_offset
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import BITWIDTHS, Scheme
@@ -121,10 +120,9 @@ def _check_fit(weight: Tensor, quantized: QuantizedTensor) -> None:
     """
     scheme, values = quantized.encoding.scheme, quantized.dequantize()
     signal = float(weight.square().sum())
-    usual = measure_float_offset if scheme.float_offset else measure
     found, by_range = (
         sqnr_db(signal, float((weight - rounded).square().sum()))
-        for rounded in (values, usual(weight, scheme).fake_quantize(weight))
+        for rounded in (values, measure(weight, scheme).fake_quantize(weight))
     )
     if found < min(LEAST_SQNR, by_range - WORSE):
         ones = torch.ones_like(quantized.codes)
@@ -170,7 +168,7 @@ class MatchedEncodings:
         self._modules = dict(model.named_modules())
         self.grids = self._matched(files.read(self.path))
 
-    def _matched(self, file: EncodingsFile) -> dict[str, Encoding | FloatOffsetEncoding]:
+    def _matched(self, file: EncodingsFile) -> dict[str, Encoding]:
         """The encoding of each parameter that has one.
 
         Raises:
@@ -185,7 +183,7 @@ class MatchedEncodings:
                 found.setdefault(self._first(name), {})[entry.name] = entry
             elif file.parameters is None or entry.name in file.parameters:
                 unknown.append(entry.name)
-        grids: dict[str, Encoding | FloatOffsetEncoding] = {}
+        grids: dict[str, Encoding] = {}
         for name, entries in found.items():
             if self._is_kept(name):
                 continue
@@ -222,9 +220,7 @@ class MatchedEncodings:
                 )
         return problems
 
-    def _grid(
-        self, name: str, entries: dict[str, Entry], file: EncodingsFile
-    ) -> Encoding | FloatOffsetEncoding | None:
+    def _grid(self, name: str, entries: dict[str, Entry], file: EncodingsFile) -> Encoding | None:
         """The encoding of a parameter; None if it stays float."""
         shape = tuple(self.model.get_parameter(name).shape)
         entry, *others = entries.values()

@@ -64,4 +64,4 @@ def moved_encoding(encoding: Encoding, device: torch.device) -> Encoding:
     """
     if device.type == "meta" or encoding.scale.device == device:
         return encoding
-    return replace(encoding, scale=encoding.scale.to(device), offset=encoding.offset.to(device))
+    return replace(encoding, scale=encoding.scale.to(device), low_end=encoding.low_end.to(device))

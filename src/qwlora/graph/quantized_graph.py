@@ -13,7 +13,6 @@ from torch.fx import Graph, GraphModule, Node
 
 from qwlora.graph.value_traits import Decision, GridOptions, Trait
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding
 
 
 class Kind(StrEnum):
@@ -108,7 +107,7 @@ class QuantizedGraph:
     program: ExportedProgram
     interface: Interface
     marks: tuple[GraphValue, ...]
-    encodings: Mapping[str, Encoding | FloatOffsetEncoding]
+    encodings: Mapping[str, Encoding]
     observer: str = "min-max"
 
     @property

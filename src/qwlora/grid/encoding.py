@@ -5,6 +5,15 @@ channel or block:
 
     quantize        q     = clamp(round_half_even(x / scale) - offset, 0, 2^bitwidth - 1)
     dequantize      x_hat = (q + offset) * scale
+
+or, for a float-offset scheme (GGUF's Q4_1 and similar types), one `minimum` (float32):
+
+    quantize        q     = clamp(round_half_even((x - minimum) / scale), 0, 2^bitwidth - 1)
+    dequantize      x_hat = q * scale + minimum
+
+There, zero need not be on the grid, and an integer offset cannot replace the minimum: rounding
+`minimum / scale` costs up to half a step. `offset` raises, so that no format writes a wrong one.
+
     fake_quantize   dequantize(quantize(x)), with the straight-through gradient: 1 where x is inside
                     the grid, 0 where it was clamped
 
@@ -18,7 +27,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Float, Int, Integer, Shaped
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
@@ -35,22 +44,24 @@ class Encoding:
     Args:
         scheme: bitwidth, symmetry and granularity.
         scale: float32, shape `scheme.scale_shape(tensor.shape)`.
-        offset: int32, the same shape; in `[-(2^bitwidth - 1), 0]`.
+        low_end: of the same shape. int32, the offset, in `[-(2^bitwidth - 1), 0]`; for a
+            float-offset scheme float32, the minimum: the value of code 0.
 
     Raises:
-        GridError: shapes of scale and offset differ, a scale is not finite and positive, an offset
-            is out of range, or the scheme asks for float offsets.
+        GridError: the shapes differ, a scale is not finite and positive, an offset is out of range,
+            a minimum is not finite, or the scheme needs the other kind of `low_end`.
     """
 
     scheme: Scheme
     scale: Float[Tensor, "*groups"]
-    offset: Int[Tensor, "*groups"]
+    low_end: Shaped[Tensor, "*groups"]
     uniform_offset: int | None = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.scale.shape != self.offset.shape:
+        kind = "minimum" if self.scheme.float_offset else "offset"
+        if self.scale.shape != self.low_end.shape:
             raise GridError(
-                f"scale has shape {list(self.scale.shape)} but offset {list(self.offset.shape)}"
+                f"scale has shape {list(self.scale.shape)} but {kind} {list(self.low_end.shape)}"
             )
         usable = torch.isfinite(self.scale) & (self.scale > 0)
         if not bool(usable.all()):
@@ -58,20 +69,42 @@ class Encoding:
                 f"a scale is a finite positive number, but {int((~usable).sum())} of "
                 f"{usable.numel()} are not, {float(self.scale[~usable][0])} the first"
             )
-        if self.scheme.float_offset:
+        if self.low_end.is_floating_point() != self.scheme.float_offset:
             raise GridError(
-                f"{self.scheme}: this grid has float offsets and so no integer encoding; "
-                "FloatOffsetEncoding holds it"
+                f"{self.scheme}: this grid has "
+                + ("a float minimum" if self.scheme.float_offset else "integer offsets")
+                + f", not {self.low_end.dtype}"
             )
-        if not self.offset.numel():
+        if self.scheme.float_offset and not bool(torch.isfinite(self.low_end).all()):
+            raise GridError("a minimum is not finite")
+        if self.scheme.float_offset or not self.low_end.numel():
             return
-        lowest, highest = int(self.offset.min()), int(self.offset.max())
+        lowest, highest = int(self.low_end.min()), int(self.low_end.max())
         if not -self.scheme.steps <= lowest <= highest <= 0:
             raise GridError(f"an offset is outside [-{self.scheme.steps}, 0]")
         if (
             lowest == highest
         ):  # clamping between two numbers costs half of clamping between two tensors
             object.__setattr__(self, "uniform_offset", lowest)
+
+    @property
+    def offset(self) -> Int[Tensor, "*groups"]:
+        """The offsets.
+
+        Raises:
+            GridError: the grid has a float minimum.
+        """
+        if self.scheme.float_offset:
+            raise GridError(
+                f"{self.scheme}: the grid is scale * q + minimum with a float minimum, which has "
+                "no integer offset; requantize for a format that needs one"
+            )
+        return self.low_end
+
+    @property
+    def minimum(self) -> Float[Tensor, "*groups"]:
+        """The values of code 0."""
+        return self.low_end if self.scheme.float_offset else self.low_end * self.scale
 
     def __repr__(self) -> str:
         return f"Encoding({self.scheme}, scale {list(self.scale.shape)})"
@@ -82,7 +115,7 @@ class Encoding:
             isinstance(other, Encoding)
             and self.scheme == other.scheme
             and torch.equal(self.scale, other.scale.to(self.scale.device))
-            and torch.equal(self.offset, other.offset.to(self.offset.device))
+            and torch.equal(self.low_end, other.low_end.to(self.low_end.device))
         )
 
     def quantize(self, x: Float[Tensor, "*shape"]) -> Integer[Tensor, "*shape"]:
@@ -91,10 +124,12 @@ class Encoding:
         Raises:
             GridError: `x` holds nan, or its shape does not fit the scheme.
         """
-        x_grouped, scale, offset = self._grouped(x)
-        codes = (
-            torch.div(_wide(x_grouped), scale).round_().sub_(offset).clamp_(0, self.scheme.steps)
-        )
+        x_grouped, scale, low_end = self._grouped(x)
+        if self.scheme.float_offset:
+            codes = torch.div(x_grouped - low_end, scale).round_()
+        else:
+            codes = torch.div(_wide(x_grouped), scale).round_().sub_(low_end)
+        codes.clamp_(0, self.scheme.steps)
         if bool(codes.isnan().any()):
             raise GridError(
                 f"{int(codes.isnan().sum())} of {codes.numel()} values are nan, which has no code; "
@@ -104,8 +139,11 @@ class Encoding:
 
     def dequantize(self, codes: Integer[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """Values of `codes`, float32."""
-        x_grouped, scale, offset = self._grouped(codes)
-        return x_grouped.to(torch.float32).add_(offset).mul_(scale).view(codes.shape)
+        x_grouped, scale, low_end = self._grouped(codes)
+        values = x_grouped.to(torch.float32)
+        if self.scheme.float_offset:
+            return values.mul_(scale).add_(low_end).view(codes.shape)
+        return values.add_(low_end).mul_(scale).view(codes.shape)
 
     def fake_quantize(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """The nearest values of the grid, in one pass, differentiable in `x`, and in the scale if
@@ -113,8 +151,11 @@ class Encoding:
 
         The scale's gradient is that of LSQ (Esser et al. 2020, https://arxiv.org/abs/1902.08153),
         without their factor for the step size: `round(x / scale) - x / scale` where x is inside the
-        grid, and the number of steps of the end it was clamped to elsewhere.
+        grid, and the number of steps of the end it was clamped to elsewhere. With a float minimum
+        there is no gradient: bases with such grids are frozen.
         """
+        if self.scheme.float_offset:
+            return self.dequantize(self.quantize(x.detach())).to(x.dtype)
         x_grouped, scale, _ = self._grouped(x)
         wide = _wide(x_grouped)
         if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
@@ -144,7 +185,7 @@ class Encoding:
                 "and cannot be written over; use fake_quantize"
             )
         x_grouped, scale, _ = self._grouped(x)
-        if _wide(x) is not x:
+        if self.scheme.float_offset or _wide(x) is not x:
             return x.copy_(self.fake_quantize(x))
         low, high = self._bounds(x, x.dtype)
         x_grouped.div_(scale).round_().clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
@@ -160,7 +201,7 @@ class Encoding:
         return low, low + self.scheme.steps
 
     def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`x`, scale and offset in shapes that broadcast against each other."""
+        """`x`, scale and low end in shapes that broadcast against each other."""
         expected = self.scheme.scale_shape(tuple(x.shape))
         if tuple(self.scale.shape) != expected:
             raise GridError(
@@ -171,7 +212,7 @@ class Encoding:
         return (
             grouped(x, granularity),
             aligned(self.scale, granularity, x.ndim),
-            aligned(self.offset, granularity, x.ndim),
+            aligned(self.low_end, granularity, x.ndim),
         )
 
 

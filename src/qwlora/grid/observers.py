@@ -9,7 +9,8 @@ A range always contains zero, so that zero is exact. The scale is AIMET's (aimet
 
 with `steps = 2^bitwidth - 1`: the smallest symmetric grid that clips at neither end. At 2 bits
 AIMET divides the positive end by 2 instead of 1 and accepts the clipping. A range that float32
-cannot tell from zero gets the smallest scale, `min(eps, 0.01 / steps)`.
+cannot tell from zero gets the smallest scale, `min(eps, 0.01 / steps)`. Only the range of a
+float-offset grid need not contain zero: code 0 is the lowest value, the last code the highest.
 """
 
 from __future__ import annotations
@@ -41,9 +42,12 @@ def encoding_from_range(
             "the observed range is wider than float32 can hold; look for values that are masks or "
             "an overflow"
         )
-    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     steps = scheme.steps
     smallest = min(torch.finfo(torch.float32).eps, 0.01 / steps)
+    if scheme.float_offset:
+        low = low.float()
+        return Encoding(scheme, ((high.float() - low) / steps).clamp(min=smallest), low)
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     narrow = smallest * ((high - low) / steps < smallest)
     if scheme.symmetric:
         positive, negative = math.floor(steps / 2), math.ceil(steps / 2)

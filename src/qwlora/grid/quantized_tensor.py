@@ -12,7 +12,6 @@ from torch import Tensor
 
 from qwlora.errors import GridError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,7 +29,7 @@ class QuantizedTensor:
     """
 
     codes: Integer[Tensor, "*shape"]
-    encoding: Encoding | FloatOffsetEncoding
+    encoding: Encoding
 
     def __post_init__(self) -> None:
         bitwidth = self.encoding.scheme.bitwidth

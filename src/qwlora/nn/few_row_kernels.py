@@ -24,7 +24,6 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel
 from qwlora.nn.packed_modules import PackedLinear
 
@@ -91,7 +90,7 @@ def _int4_product(layer: PackedLinear) -> Product | None:
     middle = -scheme.symmetric_offset
     encoding = layer.encoding
     scale = encoding.scale
-    if isinstance(encoding, Encoding):
+    if not scheme.float_offset:
         zero = (encoding.offset + middle) * scale
     else:
         zero = encoding.minimum + middle * scale
@@ -110,7 +109,6 @@ def _int4_product(layer: PackedLinear) -> Product | None:
 
 def _int8_product(layer: PackedLinear) -> Product | None:
     encoding = layer.encoding
-    assert isinstance(encoding, Encoding)
     codes = (layer.codes.to(torch.int16) + layer.scheme.symmetric_offset).to(torch.int8)
     scale = encoding.scale.flatten().to(torch.bfloat16)
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.custom_ops import dequantize
@@ -81,7 +80,7 @@ class PackedLayer(PackedWeightOwner):
         return self._parameters[name] if name in self._parameters else self._buffers.get(name)
 
     @property
-    def encoding(self) -> Encoding | FloatOffsetEncoding:
+    def encoding(self) -> Encoding:
         """The frozen encoding of the weight."""
         return self.tensor.encoding
 

@@ -18,7 +18,6 @@ from jaxtyping import Float, Integer
 from torch import Tensor, nn
 
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn.custom_ops import dequantize, gather, linear
 from qwlora.nn.packed_layer import PackedLayer, traced
@@ -33,7 +32,7 @@ class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # the weig
 
     @classmethod
     def from_codes(
-        cls, codes: Tensor, encoding: Encoding | FloatOffsetEncoding, bias: nn.Parameter | None
+        cls, codes: Tensor, encoding: Encoding, bias: nn.Parameter | None
     ) -> PackedLinear:
         """Pack `codes` [out, in] with their encoding."""
         return cls.build(

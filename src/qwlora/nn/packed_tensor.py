@@ -23,7 +23,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qwlora.grid.encoding import Encoding, aligned, grouped
-from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.lpbq import split_scales
 from qwlora.grid.packing import pack, packed_row_bytes, unpack
 from qwlora.grid.quantized_tensor import QuantizedTensor
@@ -80,7 +79,7 @@ class PackedTensor:
                 row.unsqueeze(-1),
                 pack((integers - 1).to(torch.uint8), scheme.granularity.scale_bitwidth),
             )
-        if isinstance(encoding, FloatOffsetEncoding):
+        if encoding.scheme.float_offset:
             minimum = narrowest(encoding.minimum)
         elif not scheme.symmetric:
             zero_point = (-encoding.offset).to(torch.uint8)
@@ -183,11 +182,12 @@ class PackedTensor:
         return unpack(zero_point, self.scheme.bitwidth, self.count // granularity.size)
 
     @property
-    def encoding(self) -> Encoding | FloatOffsetEncoding:
+    def encoding(self) -> Encoding:
         """The grid, in float32."""
-        if self.parts.minimum is not None:
-            return FloatOffsetEncoding(self.scheme, self.scale, self.parts.minimum.float())
-        return Encoding(self.scheme, self.scale, self.offset)
+        minimum = self.parts.minimum
+        return Encoding(
+            self.scheme, self.scale, self.offset if minimum is None else minimum.float()
+        )
 
     @property
     def quantized(self) -> QuantizedTensor:

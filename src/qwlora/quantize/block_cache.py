@@ -119,7 +119,6 @@ class BlockCache:
         tensors: dict[str, Tensor] = {}
         records = {}
         for name, q in quantized.items():
-            assert isinstance(q.encoding, Encoding)
             tensors |= {
                 f"{name}/codes": q.codes,
                 f"{name}/scale": q.encoding.scale,

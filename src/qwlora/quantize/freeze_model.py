@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from qwlora.errors import GridError
 from qwlora.formats.aimet import MatchedEncodings
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.messages import lines, suggestion
@@ -33,7 +32,7 @@ TOLERANCE = 0.01
 
 def freeze_(
     model: nn.Module,
-    encodings: Mapping[str, Encoding | FloatOffsetEncoding] | str | Path | None = None,
+    encodings: Mapping[str, Encoding] | str | Path | None = None,
     *,
     codes: Mapping[str, tuple[Tensor, ...]] | None = None,
     bitwidth: int | None = None,
@@ -93,7 +92,7 @@ def freeze_(
     return model
 
 
-def _on_grid(weight: Tensor, encoding: Encoding | FloatOffsetEncoding) -> QuantizedTensor:
+def _on_grid(weight: Tensor, encoding: Encoding) -> QuantizedTensor:
     """The codes of a weight that lies on the grid.
 
     Raises:

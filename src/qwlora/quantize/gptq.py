@@ -300,7 +300,6 @@ class _Refinement:
 
     def __init__(self, weight: Tensor, hessian: Tensor, start: QuantizedTensor):
         encoding = start.encoding
-        assert isinstance(encoding, Encoding)
         self.shape, self.hessian, self.scheme, self.encoding = (
             weight.shape,
             hessian,

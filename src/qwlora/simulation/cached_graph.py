@@ -33,7 +33,6 @@ from qwlora.graph.capture import Captured
 from qwlora.graph.graph_analysis import operator_of
 from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph, with_state
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.range_estimator import as_estimator
 from qwlora.messages import listed
 from qwlora.parameter_names import adapter_of, canonical_name
@@ -41,7 +40,7 @@ from qwlora.simulation.adapter_simulations import restored_adapters
 from qwlora.simulation.placement import place
 from qwlora.simulation.simulation import Simulation
 
-Encodings = dict[str, Encoding | FloatOffsetEncoding]
+Encodings = dict[str, Encoding]
 
 
 def capture_with_cache(
@@ -110,8 +109,8 @@ def cached_graph(
 
 
 def _encoding_of(
-    node: Node, marks: Mapping[str, GraphValue], known: Mapping[str, Encoding | FloatOffsetEncoding]
-) -> Encoding | FloatOffsetEncoding | None:
+    node: Node, marks: Mapping[str, GraphValue], known: Mapping[str, Encoding]
+) -> Encoding | None:
     """The encoding of a value that data movement may have moved since it got it."""
     while node.name not in marks:
         if node.op != "call_function" or base_name(operator_of(node)) not in MOVES_DATA:

@@ -25,7 +25,6 @@ from qwlora.errors import CalibrationError
 from qwlora.formats import manifest
 from qwlora.graph.flat_arguments import CacheSlot, Slot, Structure
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.simulation.placement import Placement
 from qwlora.simulation.simulation_schemes import SimulationSchemes, SimulationSource
@@ -43,7 +42,7 @@ from qwlora.simulation.stored_encodings import (
 def write_simulation(
     folder: Path,
     origin: SimulationSource,
-    encodings: Mapping[str, Encoding | FloatOffsetEncoding],
+    encodings: Mapping[str, Encoding],
     placement: Placement,
     dropped: Iterable[str],
 ) -> None:

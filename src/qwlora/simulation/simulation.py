@@ -39,7 +39,6 @@ from qwlora.graph.perturbed_graph import SumInHalves
 from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph
 from qwlora.graph.value_traits import Decision
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.range_estimator import as_estimator
 from qwlora.messages import listed, suggestion
 from qwlora.nn.frozen import assert_frozen, packed_layers
@@ -330,7 +329,7 @@ class Simulation(nn.Module):
                 module.mode = before[name]
 
     @property
-    def encodings(self) -> dict[str, Encoding | FloatOffsetEncoding]:
+    def encodings(self) -> dict[str, Encoding]:
         """All encodings by name, in graph order; base weights included.
 
         Raises:
@@ -342,13 +341,13 @@ class Simulation(nn.Module):
         }
         return {mark.name: known[mark.name] for mark in self.marks}
 
-    def encoding_of_weight(self, name: str) -> Encoding | FloatOffsetEncoding:
+    def encoding_of_weight(self, name: str) -> Encoding:
         """The encoding of a weight; known before `calibrate`."""
         if name in self.base_encodings:
             return self.base_encodings[name]
         return self.weights[name].encoding
 
-    def _fixed_encodings(self) -> dict[str, Encoding | FloatOffsetEncoding]:
+    def _fixed_encodings(self) -> dict[str, Encoding]:
         """Those of all weights."""
         return {**self.base_encodings, **{n: w.encoding for n, w in self.weights.items()}}
 
@@ -384,9 +383,7 @@ class Simulation(nn.Module):
             (m.name, calls[f"quantizer_{m.node}"]) for m in self.marks if m.kind is Kind.ADAPTER
         ]
 
-    def restore(
-        self, encodings: Mapping[str, Encoding | FloatOffsetEncoding], dropped: Collection[str] = ()
-    ) -> None:
+    def restore(self, encodings: Mapping[str, Encoding], dropped: Collection[str] = ()) -> None:
         """Use the encodings of an earlier calibration.
 
         Args:
@@ -419,7 +416,6 @@ class Simulation(nn.Module):
         self._drop(left, "left float by the restored calibration")
         for name, quantizer in self.quantizers.items():
             encoding = encodings[name]
-            assert isinstance(encoding, Encoding), "others were dropped"
             quantizer.scheme = encoding.scheme
             quantizer.encoding = encoding
         self._place_encodings()
@@ -622,6 +618,6 @@ def simulate(
     return simulation
 
 
-def base_encodings(model: nn.Module) -> dict[str, Encoding | FloatOffsetEncoding]:
+def base_encodings(model: nn.Module) -> dict[str, Encoding]:
     """The encodings of the packed weights of `model`, by weight name."""
     return {parameter_name(path): layer.encoding for path, layer in packed_layers(model).items()}

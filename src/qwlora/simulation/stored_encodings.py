@@ -19,7 +19,6 @@ from qwlora.errors import CalibrationError, EncodingsFileError
 from qwlora.formats import manifest
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding
 
 FORMAT = 3  # 3: the record names what calibration left float
 ENCODINGS, RECORD = "simulation.encodings", "simulation.json"
@@ -29,7 +28,7 @@ _VERSION = "2.1.0"
 _KEYS = ("base_fingerprint", "adapter_fingerprint", "inputs", "schemes", "encodings", "dropped")
 
 
-def save_encodings(encodings: Mapping[str, Encoding | FloatOffsetEncoding], folder: Path) -> None:
+def save_encodings(encodings: Mapping[str, Encoding], folder: Path) -> None:
     """Write encodings into `folder`, with a record of their digest.
 
     Raises:

@@ -4,9 +4,9 @@
     Q4_0, Q5_0   4, 5  32      (code - 2^(bits-1)) * d          Encoding
     Q8_0         8     32      (code - 128) * d                 Encoding
     Q3_K, Q6_K   3, 6  16      (code - 2^(bits-1)) * (d * s)    Encoding
-    Q4_1, Q5_1   4, 5  32      code * d + m                     FloatOffsetEncoding
-    Q2_K         2     16      code * (d * s) - dmin * t        FloatOffsetEncoding
-    Q4_K, Q5_K   4, 5  32      code * (d * s) - dmin * t        FloatOffsetEncoding
+    Q4_1, Q5_1   4, 5  32      code * d + m                     float minimum
+    Q2_K         2     16      code * (d * s) - dmin * t        float minimum
+    Q4_K, Q5_K   4, 5  32      code * (d * s) - dmin * t        float minimum
 
 `d`, `m` and `dmin` are float16. `s` and `t` are one integer per block: signed in Q3_K and Q6_K,
 unsigned in the others. Products are rounded to float32 once, as in the `gguf` package and
@@ -45,7 +45,6 @@ from torch import Tensor
 
 from qwlora.errors import SourceError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.float_offset import FloatOffsetEncoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
 
@@ -165,7 +164,7 @@ def _float_offset(blocks: Blocks, what: str) -> QuantizedTensor:
     scheme = Scheme(blocks.bitwidth, symmetric=False, granularity=PerBlock(size), float_offset=True)
     return QuantizedTensor(
         codes.flatten(-2),
-        FloatOffsetEncoding(scheme, scale.abs().masked_fill_(constant, CONSTANT_SCALE), minimum),
+        Encoding(scheme, scale.abs().masked_fill_(constant, CONSTANT_SCALE), minimum),
     )
 
 

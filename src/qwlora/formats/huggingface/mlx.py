@@ -33,7 +33,7 @@ from qwlora.formats.bitwidths import MLX_BITWIDTHS
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.huggingface.int32_words import unpack_words
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
-from qwlora.grid.float_offset import FloatOffsetEncoding
+from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
 
@@ -112,7 +112,7 @@ class MlxTensors:
         flipped = negative.repeat_interleave(group, dim=1)
         scheme = Scheme(bitwidth, False, PerBlock(group), float_offset=True)
         try:
-            encoding = FloatOffsetEncoding(
+            encoding = Encoding(
                 scheme, scale.abs(), torch.where(negative, minimum + scale * steps, minimum)
             )
         except GridError as error:

@@ -223,7 +223,6 @@ _PICKS: Sequence[Callable[[QuantizedTensor], Tensor]] = (_codes, _scale, _offset
 def _as_blocks(part: QuantizedTensor) -> QuantizedTensor:
     """The same values with at least one scale per row, so that rows can be moved."""
     encoding = part.encoding
-    assert isinstance(encoding, Encoding), "Hugging Face formats have integer offsets"
     granularity = encoding.scheme.granularity
     if isinstance(granularity, PerBlock | Lpbq):
         return part

@@ -18,7 +18,7 @@ from rich.console import Console
 from command_line import qwlora
 from export.test_qnn_bundle import EMULATED
 from qwlora.errors import DirectoryError, FingerprintError, GridError, RecipeError
-from qwlora.export.bundle import RECORD, record_digest, verify_bundle
+from qwlora.export.proof.folder import RECORD, record_digest, verify_bundle
 from qwlora.formats import manifest
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.pipeline.results_table import print_summary

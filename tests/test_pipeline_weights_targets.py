@@ -29,14 +29,15 @@ from qwlora.errors import (
     TrainingError,
     VerificationError,
 )
-from qwlora.export.bundle import (
+from qwlora.export.proof.folder import (
     current_proofs,
     proofs,
     record_digest,
     verify_bundle,
-    write_readme,
     write_record,
 )
+from qwlora.export.proof.measure import Bits
+from qwlora.export.proof.readme import write_readme
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import WeightsTarget
 from qwlora.pipeline.manage_adapters import remove_adapter, rename_adapter
@@ -200,7 +201,8 @@ def test_a_moved_bundle_is_proven_without_the_job(job: Path, tmp_path: Path) -> 
         for state in ("base", "adapter"):
             assert exact[state]["max_log_prob_difference"] <= 1e-4
             assert exact[state]["kl_divergence"] < 1e-6
-            assert exact[state]["perplexity"] == pytest.approx(recorded[state]["perplexity"])
+            assert exact[state]["perplexity"] == pytest.approx(exact[state]["reference_perplexity"])
+            assert recorded[state]["sequences"] == 2
         assert exact["off_is_equal"]
         assert exact["decode_agreement"] == 1
         assert min(exact["prefill_tokens_per_second"], exact["decode_tokens_per_second"]) > 0
@@ -322,14 +324,13 @@ def test_a_readme_says_what_failed_beyond_the_proof(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = Path(shutil.copytree(job, tmp_path / "job"))
-    monkeypatch.setattr(
-        "qwlora.export.verify_weights.switching_problems", lambda *_: ["switching back failed"]
-    )
+    broken = [Bits("switching back", False)]
+    monkeypatch.setattr("qwlora.export.proof.measure.switching", lambda *_: broken)
     recipe = load_recipe(copy / "recipe.yaml", ("verify.sequences=1",))
-    with pytest.raises(VerificationError, match="switching back failed"):
+    with pytest.raises(VerificationError, match="switching back: no"):
         run(recipe, copy, VERBS)
     text = (copy / "export" / "hf" / "README.md").read_text()
-    assert "- first: FAILED; switching back failed on " in text
+    assert "- first: FAILED; switching back: no on " in text
     assert "- second: passed" in text
     remove_adapter(
         copy, "second"
@@ -436,7 +437,7 @@ def test_a_bundle_that_computes_something_else_fails(job: Path, tmp_path: Path) 
     reseal(moved / "proof" / "first", "proof.json")
     done = qwlora("verify", moved)
     assert done.returncode == 1
-    assert "first: a log-probability with the adapter is off by" in done.stderr
+    assert "first: largest difference of a log-probability with the adapter" in done.stderr
     assert "| second | exact |" in done.stdout
 
 

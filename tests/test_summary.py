@@ -7,17 +7,22 @@ from typing import Any
 
 import pytest
 
+from qwlora.export.proof.checks import at_least, at_most
 from qwlora.messages import size
 from qwlora.pipeline.results_table import _rows
 
 PARITY = {
     "perplexity": 5.0,
-    "simulated_perplexity": 5.01,
+    "reference_perplexity": 5.01,
+    "of": "simulated",
     "sequences": 8,
-    "top1_agreement": 0.99,
-    "floor_top1_agreement": 0.98,
+    "tokens": 2048,
+    "checks": [
+        at_most("difference of perplexity", 0.002, 0.003, "share").to_json(),
+        at_least("tokens with the same likeliest token", 0.99, 0.98, "share").to_json(),
+        at_most("difference of layer up, the worst of 3", 1.0, 2.0, "steps").to_json(),
+    ],
 }
-PARITY |= {"layers": 3, "worst_layer_steps": 1.0, "worst_layer_mean_steps": 0.01}
 
 
 def rows(**parts: Any) -> list[tuple[str, str]]:
@@ -27,10 +32,17 @@ def rows(**parts: Any) -> list[tuple[str, str]]:
 def test_a_parity_says_how_many_sequences_it_is_of() -> None:
     found = dict(rows(perplexity={"simulated": {"first": 6.0}}, parity={"onnx": {"first": PARITY}}))
     assert found["perplexity, simulated, adapter first"] == "6.000"
-    assert (
-        found["parity onnx first"]
-        == "perplexity 5.000 in the runtime, 5.010 simulated (on 8 sequences)"
+    assert found["parity onnx first"] == (
+        "perplexity 5.000 in the runtime, 5.010 simulated (8 sequences, 2,048 tokens)"
     )
+
+
+def test_a_parity_shows_the_check_that_is_closest_to_its_limit() -> None:
+    shown = [row for _, row in rows(parity={"onnx": {"first": PARITY}})]
+    assert (
+        "3 checks; closest to its limit: tokens with the same likeliest token: 99.00% (limit: "
+        "at least 98.00%)"
+    ) in shown
 
 
 def test_the_course_of_training_is_of_means() -> None:
@@ -73,7 +85,7 @@ def test_distances_from_the_float_model_have_their_errors() -> None:
 def test_the_words_of_the_table_are_explained() -> None:
     text = (Path(__file__).parent.parent / "docs" / "results.md").read_text()
     shown = " ".join(part for row in rows(parity={"onnx": {"first": PARITY}}) for part in row)
-    for word in ("likeliest token", "floor", "steps"):
+    for word in ("check",):
         assert word in shown
         assert f"| {word} |" in text
 

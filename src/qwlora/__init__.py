@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from qwlora.adapter.training_step import memory_saving
     from qwlora.errors import QwloraError
     from qwlora.export.onnx_bundle import export_onnx, verify_onnx, verify_onnx_outputs
-    from qwlora.export.verify import Limits
+    from qwlora.export.proof.checks import Limits
     from qwlora.formats.assemble_model import load_precomputed
     from qwlora.formats.base_folder import load_base, save_base
     from qwlora.formats.hf_quantizer import register_with_transformers
@@ -64,7 +64,7 @@ _HOME = {
     "freeze_": "quantize.freeze_model",
     "simulate_adapters": "simulation.adapter_simulations",
     "TrainingGraph": "simulation.training_graph",
-    "Limits": "export.verify",
+    "Limits": "export.proof.checks",
     "open_checkpoint": "formats.open_checkpoint",
     "Rule": "quantize.layer_rules",
     "load_base": "formats.base_folder",

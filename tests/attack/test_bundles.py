@@ -19,8 +19,8 @@ import torch
 from export.test_hot_swap import written
 from qwlora.atomic import files_in
 from qwlora.data.sequences import as_sequences
-from qwlora.export.bundle import record_digest, write_proof, write_record
-from qwlora.export.proof import logits_of, make_reference
+from qwlora.export.proof.folder import record_digest, write_proof, write_record
+from qwlora.export.proof.reference import logits_of, make_reference
 from qwlora.export.registry import TARGETS
 from qwlora.formats import manifest
 

@@ -27,7 +27,8 @@ from qwlora.adapter.attach import check_trainable
 from qwlora.encodings import convert, read
 from qwlora.errors import QwloraError
 from qwlora.export.canonical_adapter import read_canonical
-from qwlora.export.verify import LayerParity, Limits, check_parity
+from qwlora.export.proof.checks import Limits, Parity, check_parity
+from qwlora.export.proof.compare import LayerFigures
 from qwlora.formats.model_source import locate
 from qwlora.nn import PackedLinear
 from qwlora.nn.finite import check_finite
@@ -231,7 +232,9 @@ PAGES = {
     ),
     errors.VerificationError: Page(
         lambda: check_parity(
-            LayerParity("layers.3.mlp.down_proj", 7.0, 0.2, 12), Limits(), "export/onnx/first"
+            Parity({}, (LayerFigures("layers.3.mlp.down_proj", 7.0, 0.2, 12),)),
+            Limits(),
+            "export/onnx/first",
         ),
         (
             ("a layer computes something else", "do not ship the files; report the layer"),

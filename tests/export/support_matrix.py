@@ -20,15 +20,15 @@ from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 from transformers.pytorch_utils import Conv1D
 
 from conftest import byte_tokenizer
+from export.proofs import verify_weights
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import CaptureError, ExportError
 from qwlora.export.canonical_adapter import read_canonical
+from qwlora.export.proof.checks import Limits
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase, WeightsTarget
-from qwlora.export.verify import Limits
-from qwlora.export.verify_weights import verify_weights
 from qwlora.export.weights_folder import layer_kind
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.open_checkpoint import open_checkpoint
@@ -118,7 +118,7 @@ def outcome(architecture: str, name: str) -> str:
         except (ExportError, CaptureError) as error:
             first = (str(error).splitlines()[1:] or [str(error)])[0]  # of the layers, or the whole
             return f"no: {first.rpartition(': ')[2]}"
-        problems = list(found.broken_limits(Limits()))
+        problems = found.problems(Limits())
         return "no: more than rounding differs" if problems else "yes"
 
 

@@ -17,15 +17,13 @@ import pytest
 import torch
 
 from export.damage import flip_bit, swap
-from qwlora.data.sequences import as_sequences
+from export.proofs import sqnr, verify_graphs
 from qwlora.errors import ExportError, VerificationError
-from qwlora.export.graph_parity import GraphsParity
+from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, GraphTarget
-from qwlora.export.verify import Limits
 from qwlora.formats.card_mark import CARD_MARK
 from qwlora.grid.sqnr import sqnr_db
-from qwlora.progress import untracked
 from qwlora.simulation.simulation import Simulation
 from simulation.test_npu_graph import simulated
 
@@ -43,10 +41,8 @@ def written(made: Simulation, folder: Path, version: str = "1.0.0") -> Path:
     return folder
 
 
-def verified(folder: Path, made: Simulation) -> GraphsParity:
-    found = TARGET.verify(folder, made, as_sequences(IDS), 0, untracked)
-    assert isinstance(found, GraphsParity)
-    return found
+def verified(folder: Path, made: Simulation) -> Parity:
+    return verify_graphs(TARGET.logits(folder, 4), made, IDS)
 
 
 @pytest.fixture(scope="module")
@@ -66,9 +62,9 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 def test_prefill_then_decode_is_the_simulation(folder: Path, llama: Simulation) -> None:
     parity = verified(folder, llama)
-    assert not list(parity.broken_limits(Limits(perplexity_difference=0.02)))
-    assert parity.cpu.sqnr > 45
+    assert not parity.problems(Limits(perplexity_difference=0.02))
     model, logits = llama.origin.model, TARGET.logits(folder)(IDS)
+    assert sqnr(logits, llama.logits(IDS)) > 45
     with torch.no_grad(), model.disable_adapter():
         base = model(input_ids=IDS).logits
     of_adapter, of_base = ((logits - x).abs().mean() for x in (llama.logits(IDS), base))
@@ -261,7 +257,7 @@ def test_damaged_files_are_refused_by_name(
 def test_other_architectures(name: str, tmp_path: Path) -> None:
     made = simulated(name)
     parity = verified(written(made, tmp_path), made)
-    assert not list(parity.broken_limits(Limits(perplexity_difference=0.02)))
+    assert not parity.problems(Limits(perplexity_difference=0.02))
     record = json.loads((tmp_path / "graphs.json").read_text())
     inner = record["float"]["decode"]
     assert bool(inner) == (name == "GPT-2")  # its GELU is made of several operators

@@ -18,9 +18,10 @@ from export.damage import flip_bit
 from qwlora import Simulation, SimulationSchemes, encodings, quantize_, simulate
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export.aimet_folder import open_aimet
+from qwlora.export.proof.checks import Limits
+from qwlora.export.proof.compare import verify_language_model
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, GraphTarget
-from qwlora.export.verify import verify_language_model
 from qwlora.formats.card_mark import CARD_MARK
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Scheme
@@ -69,9 +70,9 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 def test_the_files_compute_what_was_simulated(folder: Path, lpbq: Simulation) -> None:
     parity = verify_language_model(open_aimet(folder), lpbq, IDS, IDS.shape[1])
-    assert parity.layers > 30
-    assert parity.worst_layer_steps < 1.01
-    assert parity.max_abs_logit_difference <= 2 * parity.perturbed_max_abs_logit_difference
+    assert parity.figures["layers"] > 30
+    assert parity.figures["worst_layer_steps"] < 1.01
+    assert parity.problems(Limits()) == []
 
 
 @pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
@@ -239,8 +240,8 @@ def test_other_architectures_compute_what_was_simulated(name: str, tmp_path: Pat
     target.write(ExportedGraph(made, {}, sample), tmp_path)
     ids = batch["input_ids"]
     parity = verify_language_model(open_aimet(tmp_path), made, ids, ids.shape[1])
-    assert parity.worst_layer_steps < 1.01
-    assert parity.worst_layer_mean_steps < 0.05
+    assert parity.figures["worst_layer_steps"] < 1.01
+    assert parity.figures["worst_layer_mean_steps"] < 0.05
 
 
 def test_the_readme_is_replaced_unless_the_user_keeps_it(folder: Path) -> None:

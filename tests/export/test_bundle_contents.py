@@ -16,8 +16,8 @@ from onnx import helper
 
 from conftest import tiny_model
 from qwlora.errors import SourceError
-from qwlora.export.bundle_contents import check_contents, check_plain, known_settings, misfits
 from qwlora.export.hf_target import TransformersRuntime
+from qwlora.export.proof.contents import check_contents, check_plain, known_settings, misfits
 from qwlora.export.registry import TARGETS
 from qwlora.export.session_options import read_session_options
 from qwlora.formats.model_source import load_model

@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from conftest import tiny_model
+from export.proofs import reference_of
 from qwlora import (
     PerChannel,
     Scheme,
@@ -33,8 +34,10 @@ from qwlora.encodings.grids import TensorLayout, grid_of
 from qwlora.errors import ExportError, MissingExtraError, VerificationError
 from qwlora.export.aimet_encodings import write_encodings
 from qwlora.export.onnx_runtime import OnnxModel
-from qwlora.export.proof import broken_limits, make_reference, measure_logits
-from qwlora.export.verify import LanguageModelParity, Limits, check_parity
+from qwlora.export.proof.checks import Limits, Parity, check_parity
+from qwlora.export.proof.compare import compare_logits
+from qwlora.export.proof.measure import measure_logits
+from qwlora.export.proof.reference import make_reference
 from qwlora.graph.quantized_graph import Kind
 from qwlora.nn import packed_weights
 from qwlora.system import optional_packages as extras
@@ -83,7 +86,7 @@ def test_every_grid_is_exported_exactly(tmp_path: Path, scheme: str) -> None:
     export_onnx(simulation.graph(), tmp_path)
     parity = verify_onnx_outputs(tmp_path, simulation, batches)
     check_parity(parity, Limits(), scheme)
-    assert parity.sqnr["output"] > 60
+    assert parity.figures["sqnr"]["output"] > 60
     file = onnx.load(tmp_path / "model.onnx")
     arrays = {i.name: onnx.numpy_helper.to_array(i) for i in file.graph.initializer}
     for name, weight in packed_weights(model).items():
@@ -103,8 +106,7 @@ def test_a_runtime_that_rounds_activations_on_its_own_fails_the_proof(
     reference = make_reference({"adapter": simulation.logits}, text, perturbed)
 
     def problems() -> list[str]:
-        figures = measure_logits(OnnxModel(folder).logits, reference)
-        return list(broken_limits(figures, reference, 0.003))
+        return measure_logits(OnnxModel(folder).logits, reference).problems(Limits())
 
     assert not problems()
     options = {"session.qdq_matmulnbits_accuracy_level": "4"}
@@ -278,39 +280,45 @@ def test_a_changed_scale_fails_the_proof(bundle: tuple[Path, Simulation], tmp_pa
     )
     onnx.save(model, tmp_path / "model.onnx")
     parity = verify_onnx(tmp_path, simulation, IDS, layer_tokens=16, limits=None)
-    assert parity.worst_layer == "model.layers.0.mlp.up_proj.linear"
+    assert parity.figures["worst_layer"] == "model.layers.0.mlp.up_proj.linear"
     with pytest.raises(
         VerificationError,
-        match=r"layer model.layers.0.mlp.up_proj.linear is [\d.]+ steps off \(limit 2\)",
+        match=r"layer model.layers.0.mlp.up_proj.linear, .*: [\d.]+ steps \(limit: at most 2 steps",
     ):
         verify_onnx(tmp_path, simulation, IDS, layer_tokens=16)
 
 
 def test_each_exceeded_limit_is_reported(bundle: tuple[Path, Simulation]) -> None:
-    good = verify_onnx(bundle[0], bundle[1], IDS, layer_tokens=16)
+    folder, simulation = bundle
+    reference = reference_of(simulation, IDS)
+    good = compare_logits(OnnxModel(folder).logits, reference)
+    assert good.noise_allowed is not None
     for change, message in (
         (
             {
-                "perplexity": good.simulated_perplexity * 1.01,
+                "perplexity": 1.01 * float(good.reference_perplexity or 0),
                 "floor_perplexity_difference": 0.006,
             },
-            r"perplexity .* is 1.00% from the simulation's .*limit 0.30% .*floor of 0.60%",
+            r"perplexity: 1.00% \(limit: at most 0.90%\)",
         ),
-        ({"perplexity": float("nan")}, "perplexity is nan"),
-        ({"top1_agreement": 0.5}, "below the noise floor"),
-        ({"worst_layer_steps": 2.5}, "is 2.50 steps off"),
-        ({"worst_layer_mean_steps": 0.06}, "0.0600 steps off on average"),
+        ({"perplexity": math.nan}, "perplexity: not finite"),
+        ({"top1_agreement": 0.5}, r"likeliest token: 50.00% \(limit: at least 9"),
+        ({"rms_log_prob_difference": 2 * good.noise_allowed}, "root mean square"),
+        ({"max_log_prob_difference": math.inf}, "largest logit: not finite"),
     ):
+        check_parity(Parity({}, (good,)), Limits(), "it")
         with pytest.raises(VerificationError, match=message):
-            check_parity(LanguageModelParity(**{**good.to_json(), **change}), Limits(), "it")
+            check_parity(Parity({}, (replace(good, **change),)), Limits(), "it")
+
+
+def test_nothing_compared_is_no_pass() -> None:
+    with pytest.raises(VerificationError, match="nothing was compared"):
+        check_parity(Parity({}, ()), Limits(), "it")
 
 
 def test_rounding_alone_never_fails_the_proof(bundle: tuple[Path, Simulation]) -> None:
     """The floor of perplexity: two simulations that differ only in rounding agree within it."""
     good = verify_onnx(bundle[0], bundle[1], IDS, layer_tokens=16)
-    drift = {"perplexity": good.simulated_perplexity * 1.01}
-    within = {"floor_perplexity_difference": 0.008, "top1_agreement": 1.0}
-    check_parity(LanguageModelParity(**{**good.to_json(), **drift, **within}), Limits(), "it")
     difference, total, count = 0.0, 0.0, 0
     for ids in IDS:
         expected, perturbed = (
@@ -324,7 +332,7 @@ def test_rounding_alone_never_fails_the_proof(bundle: tuple[Path, Simulation]) -
         difference += float((perturbed - expected).square().sum())
         total += float((perturbed - expected).sum())
         count += len(ids) - 1
-    floor = good.floor_perplexity_difference
+    floor = good.figures["floor_perplexity_difference"]
     assert floor == pytest.approx(math.expm1(1.96 * math.sqrt(difference) / count), rel=1e-6)
     assert 0 <= floor < 0.1
 

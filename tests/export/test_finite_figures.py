@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from contextlib import nullcontext
 from io import StringIO
@@ -15,28 +16,28 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from export.proofs import verify_weights
 from export.test_graph_parity import replace_qnn
 from qwlora import strict_json
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import ExportError, VerificationError
-from qwlora.export import proof, qnn_runtime, verify_qnn
-from qwlora.export.bundle import proof_table, proven
-from qwlora.export.finite_figures import is_same, only_finite, perplexity
-from qwlora.export.graph_parity import compare_graphs
-from qwlora.export.proof import logits_of, make_reference
-from qwlora.export.qnn_bundle import export_qnn
-from qwlora.export.registry import TARGETS
-from qwlora.export.verify import (
-    Limits,
-    Reference,
-    check_parity,
+from qwlora.export import qnn_runtime, verify_qnn
+from qwlora.export.proof import reference as reference_module
+from qwlora.export.proof.checks import Limits, Parity, check_parity, only_finite
+from qwlora.export.proof.compare import (
     compare_layers,
+    is_same,
+    perplexity,
     perplexity_floor,
     verify_language_model,
     verify_outputs,
 )
-from qwlora.export.verify_cache import verify_cache
-from qwlora.export.verify_weights import verify_weights
+from qwlora.export.proof.folder import run_files
+from qwlora.export.proof.measure import compare_cache, measure_logits, proven
+from qwlora.export.proof.readme import proof_table
+from qwlora.export.proof.reference import Reference, logits_of, make_reference
+from qwlora.export.qnn_bundle import export_qnn
+from qwlora.export.registry import TARGETS
 from qwlora.graph.quantized_graph import GraphValue, Interface, Kind
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.pipeline.results_table import print_summary
@@ -158,13 +159,18 @@ def outputs_parity(logits: Tensor, perturbed: Tensor = LOGITS) -> Any:
     return verify_outputs(runtime, reference, [{"input_ids": IDS}])
 
 
-def graphs_parity(logits: Tensor) -> Any:
-    return compare_graphs(logits, LOGITS, LOGITS, IDS)
+def graphs_parity(logits: Tensor) -> Parity:
+    return measure_logits(lambda ids: logits, simulated_reference())
 
 
-def cache_parity(logits: Tensor) -> Any:
+def simulated_reference() -> dict[str, Tensor]:
+    logits = {"adapter": lambda ids: LOGITS}
+    return make_reference(logits, TEXT, logits)
+
+
+def cache_parity(logits: Tensor) -> Parity:
     runtime: Any = Runtime(logits)
-    return verify_cache(runtime, Simulated(), IDS, None, [])
+    return Parity({}, compare_cache(runtime, simulated_reference(), None, []))
 
 
 PROOFS = [weights_parity, language_parity, outputs_parity, graphs_parity]
@@ -192,29 +198,49 @@ def test_only_finite_figures_are_written() -> None:
 @pytest.mark.parametrize("compare", PROOFS)
 def test_logits_that_are_not_finite_fail_every_proof(compare: Any, logits: Tensor) -> None:
     parity = compare(logits)
-    with pytest.raises(VerificationError, match=r"holds? NaN or infinity"):
+    with pytest.raises(VerificationError, match="not finite"):
         check_parity(parity, Limits(), "it")
-    strict_json.dumps(parity.to_json())
-    assert not list(compare(LOGITS).broken_limits(Limits()))
+    strict_json.dumps(parity.to_json(Limits()))
+    assert not compare(LOGITS).problems(Limits())
 
 
 @pytest.mark.parametrize("compare", [weights_parity, language_parity, graphs_parity])
 def test_a_perplexity_that_overflows_fails_the_proof(compare: Any) -> None:
     parity = compare(LARGE)
-    with pytest.raises(VerificationError, match=r"perplexity.* is inf"):
+    with pytest.raises(VerificationError, match=r"difference of perplexity.*: not finite"):
         check_parity(parity, Limits(), "it")
-    found = parity.to_json()
+    found = parity.to_json(Limits())
     strict_json.dumps(found)
-    table = summary("hf", {**found, "problems": list(parity.broken_limits(Limits()))})
+    found |= {"of": "trained", "sequences": 1, "tokens": TOKENS}
+    table = summary("hf", found)
     assert "perplexity not finite" in table
     assert "FAIL" in table
+
+
+def test_a_wrong_runtime_gives_one_sentence_everywhere() -> None:
+    """Logits with noise, in every kind of proof: only where it was computed differs."""
+    noise = torch.randn(LOGITS.shape, generator=torch.Generator().manual_seed(10))
+    problems = [
+        [re.sub(" with(out)? the adapter", "", problem) for problem in parity.problems(Limits())]
+        for parity in (compare(LOGITS + noise) for compare in (language_parity, graphs_parity))
+    ]
+    assert problems[0] == problems[1]
+    weights = weights_parity(LOGITS + noise).problems(Limits())
+    same = "tokens with the same likeliest token"
+    assert [p for p in problems[0] if p.startswith("difference of perplexity")] == [
+        p.replace(" with the adapter", "")
+        for p in weights
+        if p.startswith("difference of perplexity with the adapter")
+    ]
+    assert any(problem.startswith(same) for problem in problems[0])
+    assert any(problem.startswith(f"{same} with the adapter") for problem in weights)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_cache_that_gives_no_numbers_fails(value: float) -> None:
     parity = cache_parity(damaged(value, TOKENS - 1))
-    assert list(parity.broken_limits(Limits())) == ["with the cache, logits hold NaN or infinity"]
-    strict_json.dumps(parity.to_json())
+    first, *_ = parity.problems(Limits())
+    assert first.startswith("largest logit of 16 tokens, one by one with the cache: not finite")
 
 
 class Overflow(nullcontext[None]):
@@ -230,32 +256,12 @@ class Overflow(nullcontext[None]):
         self.model.logits = LOGITS
 
 
-def test_a_trained_model_that_the_rounding_breaks_limits_nothing() -> None:
-    model: Any = Model()
-    runtime: Any = Runtime(LOGITS)
-    parity = verify_weights(runtime, model, Path(), TEXT, Overflow(model))
-    first, second = parity.broken_limits(Limits())
-    assert "the trained model's own logits hold NaN or infinity" in first
-    assert "limit nan" in second
-    strict_json.dumps(parity.to_json())
-
-
-def test_a_reference_that_the_rounding_breaks_limits_nothing(proofs: Any) -> None:
+def test_a_model_that_the_rounding_breaks_limits_nothing(proofs: Any) -> None:
     model: Any = Model()
     rounded = logits_of(model, Overflow(model))
     found = proofs(Runtime(LOGITS), make_reference(logits_of(model), TEXT, rounded=rounded))
-    assert len(found["problems"]) == 4
-    assert all("logits hold NaN" in each for each in found["problems"][::2])
-    assert all("limit nan" in each for each in found["problems"][1::2])
-
-
-@pytest.mark.parametrize("shipped", [*BROKEN.values(), LARGE], ids=[*BROKEN, "a wrong scale"])
-def test_settings_as_shipped_are_only_reported(shipped: Tensor) -> None:
-    parity = weights_parity(LOGITS, shipped=shipped)
-    assert not list(parity.broken_limits(Limits()))
-    found = parity.to_json()
-    strict_json.dumps(found)
-    assert "with the runtime's own settings: perplexity" in summary("gguf", found)
+    assert not found["passed"]
+    assert any("limit: at most not finite" in problem for problem in found["problems"])
 
 
 def test_one_layer_that_computes_no_number_is_named() -> None:
@@ -270,16 +276,15 @@ def test_one_layer_that_computes_no_number_is_named() -> None:
 
     computed = {"up": torch.ones(4), "down": torch.tensor([1.0, math.nan, 1.0, 1.0])}
     runtime: Any = SimpleNamespace(run_layers=lambda values, tensors: computed)
-    parity = compare_layers(runtime, Layers(), {})
-    assert list(parity.broken_limits(Limits())) == ["layer down computes NaN or infinity"]
-    strict_json.dumps(parity.to_json())
+    parity = Parity({}, (compare_layers(runtime, Layers(), {}),))
+    assert "layer down, the worst of 2: not finite" in parity.problems(Limits())[0]
 
 
 def test_an_output_far_from_a_noisy_simulation_fails() -> None:
     """The simulation agrees with itself to some 0 dB, which must not allow anything."""
     parity = outputs_parity(-LOGITS, NOISY)
-    assert parity.floor_sqnr["logits"] < 6
-    with pytest.raises(VerificationError, match=r"limit 15.0 dB, floor"):
+    assert parity.figures["floor_sqnr"]["logits"] < 6
+    with pytest.raises(VerificationError, match=r"limit: at least 15.0 dB"):
         check_parity(parity, Limits(), "it")
 
 
@@ -287,14 +292,15 @@ def test_an_output_far_from_a_noisy_simulation_fails() -> None:
 def proofs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A function from a runtime to what `qwlora verify BUNDLE` finds of it, with its JSON checked."""
     target, model = TARGETS["hf"], cast(Any, Model())
-    monkeypatch.setattr(proof, "TOP", 4)  # a reference holds only the likeliest tokens
+    monkeypatch.setattr(reference_module, "TOP", 4)  # a reference holds only the likeliest tokens
     reference = make_reference(logits_of(model), TEXT)
     for folder in ("base", "first"):
         (tmp_path / folder).mkdir()
 
     def prove(runtime: Runtime, of: dict[str, Tensor] = reference) -> dict[str, Any]:
         monkeypatch.setattr(type(target), "open", lambda self, base: runtime)
-        found = proven(target, tmp_path, "first", of, {"perplexity_difference": 0.003})
+        parity = run_files(target, tmp_path, "first", of)
+        found = proven(target, parity, of, Limits())
         strict_json.dumps(found)
         return found
 
@@ -305,14 +311,16 @@ def proofs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 def test_a_bundle_whose_logits_are_not_finite_fails_its_proof(proofs: Any, logits: Tensor) -> None:
     assert proofs(Runtime(LOGITS))["passed"]
     found = proofs(Runtime(logits))
-    assert "logits with the adapter hold NaN or infinity" in found["problems"]
+    assert any(p.startswith("largest logit with the adapter: not") for p in found["problems"])
     assert not any("switched off" in problem for problem in found["problems"])
     assert "| not finite |" in "\n".join(proof_table({"first": found}))
 
 
 def test_a_bundle_whose_perplexity_overflows_fails_its_proof(proofs: Any) -> None:
     found = proofs(Runtime(LARGE))
-    assert any("perplexity with the adapter is inf" in problem for problem in found["problems"])
+    assert any(
+        "perplexity with the adapter: not finite" in problem for problem in found["problems"]
+    )
     assert ", not finite |" in "\n".join(proof_table({"first": found}))
 
 
@@ -344,11 +352,8 @@ def test_profiles_of_a_runtime_that_fails_are_removed(monkeypatch: pytest.Monkey
             return LOGITS
 
     replace_qnn(monkeypatch, Model)
-    simulation: Any = SimpleNamespace(
-        logits=lambda ids: LOGITS, perturbed_logits=lambda ids: LOGITS
-    )
     with pytest.raises(ExportError, match="the HTP refuses"):
-        verify_qnn.verify_qnn(Path(), "first", simulation, IDS)
+        verify_qnn.verify_qnn(Path(), "first", simulated_reference())
     (folder,) = folders
     assert not folder.exists()
 

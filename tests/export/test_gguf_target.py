@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import LlamaConfig, PreTrainedModel
 
+from export.proofs import verify_weights
 from export.support_matrix import made
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora import quantize_, save_adapter
@@ -20,10 +21,10 @@ from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.gguf_folder import ADAPTER, BASE
+from qwlora.export.proof.checks import Limits
+from qwlora.export.proof.reference import logits_of, make_reference
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase, WeightsTarget
-from qwlora.export.verify import Limits
-from qwlora.export.verify_weights import verify_weights
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.model_source import load_model, locate
@@ -228,8 +229,9 @@ def test_llama_cpp_computes_smollm2_and_its_adapter(how: str, tmp_path: Path) ->
     runtime = target().open(tmp_path / "base")
     ids = torch.randint(0, 40_000, (2, 64), generator=torch.Generator().manual_seed(0))
     parity = verify_weights(runtime, adapted, tmp_path / "a", as_sequences(ids))
-    assert list(parity.broken_limits(Limits())) == []
-    assert parity.shipped_perplexity == pytest.approx(parity.reference_perplexity, rel=0.05)
+    assert parity.problems(Limits()) == []
+    shipped = parity.figures["shipped"]["adapter"]
+    assert shipped["perplexity"] == pytest.approx(shipped["reference_perplexity"], rel=0.05)
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / ADAPTER).write_bytes(b"GGUF and nothing else")
     with pytest.raises(ExportError, match=r"adapter\.gguf.*GGUF"):
@@ -260,12 +262,15 @@ def test_llama_cpps_gelu_is_allowed_and_nothing_else(tmp_path: Path) -> None:
     target().write_adapter(read_canonical(tmp_path / "trained"), tmp_path / "base", tmp_path / "a")
     runtime, sequences = target().open(tmp_path / "base"), as_sequences(ids)
     parity = verify_weights(runtime, adapted, tmp_path / "a", sequences, target().rounding(adapted))
-    assert list(parity.broken_limits(Limits())) == []
-    assert parity.rounding is not None
-    assert 0 < parity.rounding.max_abs_logit_difference < 1e-3 * parity.largest_logit
+    assert parity.problems(Limits()) == []
+    reference = make_reference(
+        logits_of(adapted), sequences, rounded=logits_of(adapted, target().rounding(adapted))
+    )
+    rounding = float(reference["adapter.rounding"].max())
+    assert 0 < rounding < 1e-3 * float(reference["adapter.largest"].max())
     adapted.base_model.model.model.norm.register_forward_hook(lambda norm, inputs, y: 1.001 * y)
     wrong = verify_weights(runtime, adapted, tmp_path / "a", sequences, target().rounding(adapted))
-    assert any("with the adapter" in problem for problem in wrong.broken_limits(Limits()))
+    assert any("with the adapter" in problem for problem in wrong.problems(Limits()))
 
 
 def test_models_without_gelu_are_computed_in_float32(source: Path) -> None:

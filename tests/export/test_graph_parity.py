@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import json
-from io import StringIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from rich.console import Console
 
 from qwlora import strict_json
 from qwlora.data.sequences import IGNORED, Sequences
+from qwlora.errors import MissingExtraError
 from qwlora.export import verify_qnn
-from qwlora.export.graph_parity import compare_graphs
-from qwlora.pipeline.results_table import print_summary
+from qwlora.export.proof.checks import Limits, Parity
+from qwlora.export.proof.measure import measure_logits
+from qwlora.export.proof.reference import make_reference
 from qwlora.pipeline.stages import verify_stage
 
 GENERATOR = torch.Generator().manual_seed(7)
 IDS = torch.randint(0, 16, (2, 12), generator=GENERATOR)
 LOGITS = torch.randn(1, 12, 16, generator=GENERATOR)
+REFERENCE = make_reference(
+    {"adapter": lambda ids: LOGITS}, Sequences(IDS[:1], IDS[:1]), {"adapter": lambda ids: LOGITS}
+)
+PLACED = {"partitions": 2, "cpu_nodes": 3}
 
 
 def replace_qnn(monkeypatch: pytest.MonkeyPatch, model: type) -> None:
@@ -34,34 +38,45 @@ def replace_qnn(monkeypatch: pytest.MonkeyPatch, model: type) -> None:
         monkeypatch.setattr(verify_qnn, name, fake)
 
 
-def test_results_have_no_infinite_sqnr_and_the_table_needs_none() -> None:
-    found = compare_graphs(LOGITS, LOGITS, LOGITS, IDS[:1]).to_json()
+def parity_of(logits: torch.Tensor) -> Parity:
+    return measure_logits(lambda ids: logits, REFERENCE)
+
+
+def test_results_of_equal_logits_are_finite() -> None:
+    found = parity_of(LOGITS).to_json(Limits())
     strict_json.dumps(found)
-    assert found["cpu"].keys() == {"perplexity", "top1_agreement"}
-    assert "perturbed_sqnr" not in found
-    console = Console(file=StringIO(), width=200)
-    parity = {"aimet": {"first": {**found, "problems": []}}}
-    print_summary({"recipe": "tiny", "parity": parity, "stages": {}}, console)
-    assert "same likeliest token 100.00%" in console.file.getvalue()
+    assert found["passed"]
+    assert [check["value"] for check in found["checks"]] == [0.0, 1.0, pytest.approx(0, abs=1e-6)]
 
 
-def test_the_simulation_of_a_qnn_bundle_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_installed", [True, False])
+def test_a_qnn_bundle_is_compared_on_the_cpu_and_on_the_htp(
+    is_installed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     class Model:
-        def __init__(self, *arguments: Any, **options: Any):
-            self.logits = lambda ids, steps: LOGITS + 0.01
-            self.placement = dict
+        def __init__(self, *arguments: Any, htp: bool, **options: Any):
+            self.logits = lambda ids, steps: LOGITS + 0.1 * htp * LOGITS.flip(1)
 
-    ran: list[int] = []
+        def placement(self) -> dict[str, dict[str, int]]:
+            return {"prefill": {"partitions": 1, "cpu_nodes": 0}, "decode": PLACED}
 
-    def logits(ids: torch.Tensor) -> torch.Tensor:
-        ran.append(1)
-        return LOGITS
+    def absent() -> None:
+        raise MissingExtraError("qwlora[qnn]")
 
     replace_qnn(monkeypatch, Model)
-    simulation: Any = SimpleNamespace(logits=logits, perturbed_logits=lambda ids: LOGITS)
-    found = verify_qnn.verify_qnn(Path(), "first", simulation, IDS[:1])
-    assert found.htp == found.cpu
-    assert ran == [1]
+    if not is_installed:
+        monkeypatch.setattr(verify_qnn, "require_emulator", absent)
+    parity = verify_qnn.verify_qnn(Path(), "first", REFERENCE)
+    problems = parity.problems(Limits())
+    if not is_installed:
+        assert problems == []
+        assert parity.figures["not_run"] == "qwlora[qnn]"
+        return
+    assert parity.figures["exact"]["adapter"] == parity.figures["htp"] != parity.figures["cpu"]
+    assert any("on the HTP" in problem for problem in problems)
+    assert "partitions of graph decode on the HTP: 2 (limit: at most 1)" in problems
+    assert "nodes of graph decode on the CPU: 3 (limit: at most 0)" in problems
+    assert not any("prefill" in problem for problem in problems)
 
 
 @pytest.mark.parametrize(
@@ -83,18 +98,13 @@ def test_masked_tokens_do_not_count_where_the_context_cuts_a_sequence(
     folder = tmp_path / "export" / "qairt"
     folder.mkdir(parents=True)
     (folder / "graphs.json").write_text(json.dumps({"context": 8, "graphs": graphs}))
-    references: list[dict[str, torch.Tensor]] = []
-    monkeypatch.setattr(verify_stage, "_text_of", lambda *given: Sequences(IDS, labels))
-    monkeypatch.setattr(verify_stage, "_prove", lambda *given: references.append(given[4]))
-
-    def logits(ids: torch.Tensor) -> torch.Tensor:
-        return LOGITS[:, : ids.shape[1]]
-
-    simulation: Any = SimpleNamespace(
-        logits=logits, perturbed_logits=logits, origin=SimpleNamespace(model=None)
+    data = SimpleNamespace(held_out=Sequences(IDS, labels))
+    recipe = SimpleNamespace(
+        adapters=[SimpleNamespace(name="first")], verify=SimpleNamespace(sequences=8)
     )
-    context: Any = SimpleNamespace(path=tmp_path)
-    verify_stage._prove_simulated(context, "qairt", "first", simulation, tmp_path)
-    (reference,) = references
-    assert torch.equal(reference["ids"], IDS[rows, :8])
-    assert int((reference["labels"][:, 1:] != IGNORED).sum()) == counted
+    context: Any = SimpleNamespace(
+        path=tmp_path, recipe=recipe, text=lambda name: SimpleNamespace(data=data)
+    )
+    text = verify_stage._Verification(context, "qairt", "first", Limits())._text()
+    assert torch.equal(text.input_ids, IDS[rows, :8])
+    assert int((text.labels[:, 1:] != IGNORED).sum()) == counted

@@ -15,7 +15,7 @@ from conftest import tiny_model
 from formats.packing import packed_and_twin
 from qwlora import Simulation, export_onnx, simulate, verify_onnx
 from qwlora.errors import CalibrationError
-from qwlora.export.verify import Limits, check_parity
+from qwlora.export.proof.checks import Limits, check_parity
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.scheme import PerBlock, PerTensor, Scheme, parse_scheme
 from qwlora.nn import packed_weights

@@ -13,13 +13,10 @@ from torch.distributions import Binomial
 
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import SourceError
-from qwlora.export.proof import (
-    DECODED,
-    broken_limits,
-    is_told_apart,
-    make_reference,
-    measure_logits,
-)
+from qwlora.export.proof.checks import Limits
+from qwlora.export.proof.compare import is_told_apart
+from qwlora.export.proof.measure import DECODED, Decoded, measure_logits
+from qwlora.export.proof.reference import make_reference
 
 IDS = torch.randint(0, 90, (3, 12), generator=torch.Generator().manual_seed(5))
 TABLE = 3 * torch.randn(90, 90, generator=torch.Generator().manual_seed(6))
@@ -37,12 +34,12 @@ def noisy(size: float) -> Callable[[Tensor], Tensor]:
 
 
 def broken(logits: Callable[[Tensor], Tensor], reference: dict[str, Tensor]) -> list[str]:
-    return list(broken_limits(measure_logits(logits, reference), reference, 0.003))
+    return measure_logits(logits, reference).problems(Limits())
 
 
 def simulated(noise: float, bitwidth: int = 16) -> dict[str, Tensor]:
     text, states = Sequences(IDS, IDS), {"adapter": right}
-    return make_reference(states, text, {"adapter": noisy(noise)}, bitwidth=bitwidth)
+    return make_reference(states, text, {"adapter": noisy(noise)}, least_noise=2.0**-bitwidth)
 
 
 @pytest.mark.parametrize(
@@ -84,11 +81,10 @@ def only_losses(reference: dict[str, Tensor]) -> None:
         of("adapter.top", lambda t: t[..., :0]),
         of("adapter.top", lambda t: t - 50),
         of("adapter.top", lambda t: t.float()),
-        of("adapter.floor", lambda t: t[:1]),
-        of("adapter.floor", lambda t: t + 1),
-        of("adapter.noise", lambda t: -t),
-        of("adapter.noise", lambda t: t * math.nan),
-        of("adapter.noise", lambda t: t * math.inf),
+        of("adapter.other_same", lambda t: t[:1]),
+        of("adapter.other_same", lambda t: t.int()),
+        of("adapter.other_losses", lambda t: t.float()),
+        of("adapter.noise", lambda t: -t - 1),
         of("adapter.noise", lambda t: t[None]),
         of("ids", lambda t: t[0]),
         of("ids", lambda t: t - 1),
@@ -98,7 +94,7 @@ def only_losses(reference: dict[str, Tensor]) -> None:
         of("labels", lambda t: torch.cat([t[:, :1], torch.full_like(t[:, 1:], IGNORED)], 1)),
         lambda reference: reference.pop("labels"),
         lambda reference: reference.pop("adapter.noise"),
-        lambda reference: reference.pop("adapter.floor"),
+        lambda reference: reference.pop("adapter.other_same"),
         lambda reference: reference.update({"other": torch.ones(1)}),
         lambda reference: reference.update({"base.top": reference["adapter.top"]}),
         lambda reference: reference.clear(),
@@ -116,9 +112,11 @@ def test_a_reference_that_proves_nothing_is_refused(
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_floor_that_is_not_finite_limits_nothing(value: float) -> None:
+@pytest.mark.parametrize("name", ["noise", "other_losses"])
+def test_a_floor_that_is_not_finite_limits_nothing(name: str, value: float) -> None:
     reference = simulated(1e-3)
-    assert broken(right, {**reference, "adapter.floor": torch.tensor([0.9, value])})
+    reference[f"adapter.{name}"] = torch.full_like(reference[f"adapter.{name}"], value)
+    assert broken(right, reference)
 
 
 def test_a_reference_of_another_vocabulary_is_refused() -> None:
@@ -133,24 +131,15 @@ def test_an_adapter_that_changes_less_than_is_compared_is_named(
 ) -> None:
     states = {"base": noisy(effect), "adapter": right}
     reference = make_reference(states, Sequences(IDS, IDS))
-    assert is_told_apart(reference, 0.003) == told_apart
+    assert is_told_apart(reference, Limits()) == told_apart
 
 
 @pytest.mark.parametrize("floor", [0.999, 0.97, 0.9, 0.6])
 def test_tokens_decoded_one_by_one_may_differ_as_chance_has_it(floor: float) -> None:
-    same = {
-        "max_log_prob_difference": 0.0,
-        "top1_agreement": 1.0,
-        "perplexity": 9.0,
-        "reference_perplexity": 9.0,
-    }
-    state = {"top": torch.zeros(1), "largest": torch.ones(1), "floor": torch.tensor([floor, 0.01])}
-    reference = {f"adapter.{key}": value for key, value in state.items()}
     chances = Binomial(DECODED, torch.tensor(floor)).log_prob(torch.arange(DECODED + 1.0)).exp()
 
     def is_broken(right: int) -> bool:
-        exact = {"adapter": same, "decode_agreement": right / DECODED}
-        return bool(list(broken_limits({"exact": exact}, reference, 0.003)))
+        return not all(c.passed for c in Decoded(right / DECODED, floor).checks(Limits()))
 
     for right in range(DECODED + 1):
         is_chance = chances[: right + 1].sum() > 0.025

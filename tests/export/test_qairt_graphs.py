@@ -14,17 +14,15 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 from export.damage import edit_json, flip_bit, swap
+from export.proofs import sqnr, verify_graphs
 from qwlora import Rule, Scheme, quantize_
-from qwlora.data.sequences import as_sequences
 from qwlora.errors import VerificationError
 from qwlora.export.canonical_adapter import CanonicalAdapter
-from qwlora.export.graph_parity import GraphsParity
+from qwlora.export.proof.checks import Limits
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, ExportedUseCases, UseCasesTarget
 from qwlora.export.use_cases import peft_names, share_unaffected, use_case_model
-from qwlora.export.verify import Limits
 from qwlora.formats.card_mark import CARD_MARK
-from qwlora.progress import untracked
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
 from simulation.test_npu_graph import SCHEMES
 from simulation.tiny_architectures import inputs, make
@@ -88,11 +86,10 @@ def test_prefill_then_decode_is_the_simulation(
     case: str, folder: Path, simulations: AdapterSimulations
 ) -> None:
     simulation = simulations[peft_names(CASES)[case]]
-    parity = TARGET.verify(folder, case, simulation, as_sequences(IDS), untracked)
-    assert isinstance(parity, GraphsParity)
-    assert not list(parity.broken_limits(Limits(perplexity_difference=0.02)))
-    assert parity.cpu.sqnr > 45
+    parity = verify_graphs(TARGET.logits(folder, case, 4), simulation, IDS)
+    assert not parity.problems(Limits(perplexity_difference=0.02))
     logits = TARGET.logits(folder, case)(IDS)
+    assert sqnr(logits, simulation.logits(IDS)) > 45
     own = (logits - simulation.logits(IDS)).abs().mean()
     for other in simulations.values():
         if other is not simulation and not (case == "none" and other is simulations[BASE]):

@@ -22,11 +22,11 @@ from qwlora import quantize_
 from qwlora.errors import VerificationError
 from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.float_runtime import FloatOnnxModel
+from qwlora.export.proof.compare import verify_language_model
 from qwlora.export.qairt_check import open_qairt
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, ExportedUseCases, UseCasesTarget
 from qwlora.export.use_cases import peft_names, share_unaffected, use_case_model
-from qwlora.export.verify import verify_language_model
 from qwlora.formats.card_mark import CARD_MARK
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
 from qwlora.simulation.shared_encodings import BaseActivations
@@ -99,9 +99,9 @@ def test_every_use_case_computes_what_was_simulated(
 ) -> None:
     simulation = simulations[peft_names(CASES)[case]]
     parity = verify_language_model(open_qairt(folder, case), simulation, IDS, IDS.shape[1])
-    assert parity.worst_layer_steps < 1.01
-    assert parity.worst_layer_mean_steps < 0.05
-    assert parity.top1_agreement == 1
+    assert parity.figures["worst_layer_steps"] < 1.01
+    assert parity.figures["worst_layer_mean_steps"] < 0.05
+    assert parity.figures["top1_agreement"] == 1
 
 
 def test_two_adapters_at_once_are_their_sum(folder: Path) -> None:

@@ -16,9 +16,9 @@ from qwlora import Rule, Scheme, SimulationSchemes, quantize_
 from qwlora.errors import ExportError, FingerprintError
 from qwlora.export.gguf_target import LlamaRuntime
 from qwlora.export.htp_limits import input_problem, table_problem, weight_problem
+from qwlora.export.proof.checks import Limits
 from qwlora.export.qnn_bundle import export_qnn
 from qwlora.export.qnn_runtime import QnnModel
-from qwlora.export.verify import Limits
 from qwlora.export.verify_qnn import check_bundle, verify_qnn
 from qwlora.grid.scheme import PerChannel, parse_scheme
 from qwlora.grid.sqnr import sqnr_db
@@ -102,23 +102,23 @@ def test_every_adapter_computes_its_simulation(
 ) -> None:
     simulations, folder = bundle
     simulation = simulations["base" if name == "zero" else name]
-    parity = verify_qnn(folder, name, simulation, IDS, steps=4)
-    assert list(parity.broken_limits(Limits(perplexity_difference=0.02))) == []
-    assert parity.cpu.sqnr > 45
-    assert parity.cpu.top1_agreement > 0.9
+    parity = verify_qnn(folder, name, reference_of(simulation, IDS, 0.002))
+    assert parity.problems(Limits(perplexity_difference=0.02)) == []
+    assert parity.figures["cpu"]["top1_agreement"] > 0.9
     others = [simulations[other] for other in simulations if simulations[other] is not simulation]
     logits = QnnModel(folder / "base", folder / name, htp=False).logits(IDS)
+    assert sqnr(logits, simulation.logits(IDS)) > 45
     for other in others:  # of these it is not the simulation
         assert float((logits - other.logits(IDS)).abs().mean()) > 10 * float(
             (logits - simulation.logits(IDS)).abs().mean()
         )
     if is_emulated:
-        assert parity.htp is not None
-        assert parity.htp_sqnr is not None
-        assert parity.htp_sqnr > 35
-        assert parity.placement.keys() == {"prefill", "decode"}
+        on_htp = QnnModel(folder / "base", folder / name, htp=True).logits(IDS)
+        assert sqnr(on_htp, logits) > 35
+        assert parity.figures["htp"].keys() == parity.figures["cpu"].keys()
+        assert parity.figures["placement"].keys() == {"prefill", "decode"}
     else:
-        assert "qwlora[qnn]" in str(parity.not_run)
+        assert "qwlora[qnn]" in parity.figures["not_run"]
 
 
 def generated(model: QnnModel, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:

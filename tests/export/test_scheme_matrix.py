@@ -19,15 +19,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from client_programs import with_clients
 from conftest import byte_tokenizer
+from export.proofs import verify_weights
 from export.support_matrix import SCHEMES, WEIGHTS
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora import save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import read_canonical
+from qwlora.export.proof.checks import Limits
+from qwlora.export.proof.compare import LOGIT_DIFFERENCE
 from qwlora.export.target import ExportedBase, WeightsTarget
-from qwlora.export.verify import Limits
-from qwlora.export.verify_weights import LOGIT_DIFFERENCE, verify_weights
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import measure
@@ -154,7 +155,7 @@ def test_the_runtime_computes_every_scheme_that_the_target_holds(name: str, tmp_
         target.write_adapter(canonical, folder / "base", folder / "adapter")
         runtime = target.open(folder / "base")
         parity = verify_weights(runtime, adapted, folder / "adapter", as_sequences(IDS))
-        assert list(parity.broken_limits(Limits())) == [], ", ".join(map(short_name, schemes))
+        assert parity.problems(Limits()) == [], ", ".join(map(short_name, schemes))
 
 
 @pytest.mark.parametrize("name", WEIGHTS)

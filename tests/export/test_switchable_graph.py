@@ -14,13 +14,17 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from conftest import tiny_model
+from export.proofs import reference_of
 from qwlora import Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CaptureError, ExportError
-from qwlora.export.bundle import RECORD, is_of_base, record_digest
 from qwlora.export.onnx_adapter import ADAPTER_FILE
 from qwlora.export.onnx_bundle import export_onnx
 from qwlora.export.onnx_runtime import OnnxModel
 from qwlora.export.onnx_target import OnnxTarget
+from qwlora.export.proof.checks import Limits, Parity
+from qwlora.export.proof.compare import verify_language_model
+from qwlora.export.proof.folder import RECORD, is_of_base, record_digest
+from qwlora.export.proof.measure import compare_cache, switching
 from qwlora.export.session_options import write_session_options
 from qwlora.export.switchable_graph import (
     ZeroAdapter,
@@ -29,9 +33,6 @@ from qwlora.export.switchable_graph import (
     write_switchable,
 )
 from qwlora.export.target import ExportedGraph
-from qwlora.export.verify import Limits, verify_language_model
-from qwlora.export.verify_cache import verify_cache
-from qwlora.export.verify_weights import switching_problems
 from qwlora.formats import manifest
 from qwlora.simulation.simulation import Simulation
 
@@ -102,9 +103,9 @@ def test_one_session_computes_the_base_and_every_adapter(bundle: Bundle) -> None
         runtime.use(bundle.adapter(name))
         reference = ZeroAdapter(made) if name == "base" else made
         parity = verify_language_model(runtime, reference, IDS, layer_tokens=16)
-        assert list(parity.broken_limits(Limits())) == [], name
-        assert parity.top1_agreement == 1
-        layers[name] = parity.layers
+        assert parity.problems(Limits()) == [], name
+        assert parity.figures["top1_agreement"] == 1
+        layers[name] = parity.figures["layers"]
     assert layers["wide"] - layers["base"] == 3 * len(WIDE)  # lora_A, lora_B, their scaled product
 
 
@@ -129,9 +130,9 @@ def test_a_session_that_keeps_an_adapter_is_noticed(bundle: Bundle) -> None:
 
     wide, narrow = bundle.folder / "wide", bundle.folder / "narrow"
     runtime, sticky = (kind(bundle.folder / "base") for kind in (OnnxModel, Sticky))
-    assert list(switching_problems(runtime, wide, [narrow], IDS[:1])) == []
-    (problem,) = switching_problems(sticky, wide, [narrow], IDS[:1])
-    assert "without an adapter" in problem
+    assert all(bits.equal for bits in switching(runtime, wide, [narrow], IDS[:1]))
+    (wrong,) = [b for b in switching(sticky, wide, [narrow], IDS[:1]) if not b.equal]
+    assert "without an adapter" in wrong.what
 
 
 def test_tokens_one_by_one_with_the_cache_are_the_simulation(bundle: Bundle) -> None:
@@ -140,9 +141,9 @@ def test_tokens_one_by_one_with_the_cache_are_the_simulation(bundle: Bundle) -> 
     for name, made in bundle.simulations.items():
         own, others = bundle.adapter(name), [bundle.folder / n for n in ("wide", "narrow")]
         reference = ZeroAdapter(made) if name == "base" else made
-        parity = verify_cache(runtime, reference, LONG, own, others)
-        assert list(parity.broken_limits(Limits())) == [], name
-        assert (parity.prefilled, parity.tokens, parity.top1_agreement) == (8, 16, 1)
+        logits, bits = compare_cache(runtime, reference_of(reference, LONG), own, others)
+        assert Parity({}, (logits, bits)).problems(Limits()) == [], name
+        assert (logits.tokens, logits.top1_agreement) == (16, 1)
         runtime.use(own)
         plain = OnnxModel(bundle.folder / "base")
         plain.use(own)
@@ -173,12 +174,13 @@ def test_wrong_caches_are_noticed(bundle: Bundle) -> None:
             return logits, self.own
 
     wide, made = bundle.folder / "wide", bundle.simulations["wide"]
-    forgetful = verify_cache(Forgetful(bundle.folder / "base"), made, LONG, wide, [])
-    (problem,) = forgetful.broken_limits(Limits())
-    assert re.search(r"with the cache, logits are -?\d+\.\d dB from .*limit 60.0 dB", problem)
-    shared = verify_cache(Shared(bundle.folder / "base"), made, LONG, wide, [])
-    (problem,) = shared.broken_limits(Limits())
-    assert "if other adapters run between the steps" in problem
+    reference = reference_of(made, LONG)
+    for wrong, problem in (
+        (Forgetful(bundle.folder / "base"), r"log-probabilities of 16 tokens, one by one with the"),
+        (Shared(bundle.folder / "base"), "if other adapters run between the steps: no"),
+    ):
+        parity = Parity({}, compare_cache(wrong, reference, wide, []))
+        assert re.search(problem, parity.problems(Limits())[-1])
 
 
 def test_a_model_without_a_cache_is_written_for_whole_sequences(
@@ -243,7 +245,7 @@ def test_an_adapter_on_an_embedding_is_switched(tmp_path: Path) -> None:
     for folder, reference in ((None, ZeroAdapter(zero)), (tmp_path / "own", own)):
         runtime.use(folder)
         parity = verify_language_model(runtime, reference, IDS, layer_tokens=16)
-        assert list(parity.broken_limits(Limits())) == []
+        assert parity.problems(Limits()) == []
 
 
 def test_an_adapter_is_small_and_the_weights_are_there_once(bundle: Bundle) -> None:

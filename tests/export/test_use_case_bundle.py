@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwlora.errors import FingerprintError
-from qwlora.export.bundle import (
+from qwlora.export.proof.folder import (
     check_complete,
     check_files,
     proofs,

@@ -25,7 +25,8 @@ from qwlora import (
 )
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export.onnx_runtime import OnnxModel
-from qwlora.export.verify import Limits, OutputDifference, check_parity, compare_layers
+from qwlora.export.proof.checks import Limits, Parity, check_parity
+from qwlora.export.proof.compare import LayerFigures, OutputFigures, compare_layers
 from simulation.tiny_architectures import inputs, make
 
 NAME = "ViT, classification"
@@ -49,8 +50,8 @@ def test_an_exported_image_model_computes_what_was_simulated(
     folder, simulation = bundle
     parity = verify_onnx_outputs(folder, simulation, BATCHES)
     check_parity(parity, Limits(), NAME)
-    assert parity.sqnr["logits"] > 60
-    assert parity.layers == sum(m.kind == "activation" for m in simulation.marks)
+    assert parity.figures["sqnr"]["logits"] > 60
+    assert parity.figures["layers"] == sum(m.kind == "activation" for m in simulation.marks)
 
 
 class Mixed(nn.Module):
@@ -77,7 +78,7 @@ def test_without_session_options_integer_kernels_change_results(tmp_path: Path) 
     faithful = verify_onnx_outputs(tmp_path, simulation, batches)
     options.unlink()
     careless = verify_onnx_outputs(tmp_path, simulation, batches, limits=None)
-    assert careless.sqnr["output"] < faithful.sqnr["output"] - 10
+    assert careless.figures["sqnr"]["output"] < faithful.figures["sqnr"]["output"] - 10
 
 
 def test_inputs_and_outputs_have_names_and_shapes_of_any_rank(
@@ -112,27 +113,33 @@ def test_a_changed_scale_fails_the_proof(bundle: tuple[Path, Simulation], tmp_pa
     )
     onnx.save(file, tmp_path / "model.onnx")
     (tmp_path / "session_options.json").write_text((folder / "session_options.json").read_text())
-    assert verify_onnx_outputs(tmp_path, simulation, BATCHES, limits=None).worst_layer_steps > 2
+    assert (
+        verify_onnx_outputs(tmp_path, simulation, BATCHES, limits=None).figures["worst_layer_steps"]
+        > 2
+    )
     with pytest.raises(
         VerificationError,
-        match=r"(?s)output logits is .* dB .*limit .*layer .* steps off \(limit 2\)",
+        match=r"(?s)output logits: .* dB \(limit: at least .*layer .* steps \(limit: at most 2 steps\)",
     ):
         verify_onnx_outputs(tmp_path, simulation, BATCHES)
 
 
-def test_each_exceeded_limit_is_reported(bundle: tuple[Path, Simulation]) -> None:
-    good = verify_onnx_outputs(*bundle, BATCHES)
-    for change, message in (
-        ({"sqnr": {"logits": math.nan}}, "output logits holds NaN or infinity"),
+def test_each_exceeded_limit_is_reported() -> None:
+    worst = LayerFigures("up", 2.0, 0.05, 3)
+    output = OutputFigures("logits", signal=1e4, noise=1.0, floor_noise=0.5)  # 40 dB, floor 43 dB
+    for part, message in (
+        (replace(output, noise=math.nan), "output logits: not finite"),
+        (replace(output, noise=10.0), r"logits: 30.0 dB \(limit: at least 37.0 dB\)"),
         (
-            {"sqnr": {"logits": 30.0}, "floor_sqnr": {"logits": 40.0}},
-            r"30.0 dB from the simulation's \(limit 34.0 dB, floor 40.0 dB\)",
+            replace(worst, worst_layer_steps=2.5),
+            r"layer up, .*: 2.5 steps \(limit: at most 2 steps",
         ),
-        ({"worst_layer_steps": 2.5}, "is 2.50 steps off"),
-        ({"worst_layer_mean_steps": 0.06}, "0.0600 steps off on average"),
+        (replace(worst, worst_layer_mean_steps=0.06), "mean .*: 0.06 steps"),
+        (replace(worst, worst_layer_steps=math.nan), "layer up, .*: not finite"),
     ):
+        check_parity(Parity({}, (worst, output)), Limits(), "it")
         with pytest.raises(VerificationError, match=message):
-            check_parity(replace(good, **change), Limits(), "it")
+            check_parity(Parity({}, (part,)), Limits(), "it")
 
 
 def test_missing_inputs_and_batches_are_named(bundle: tuple[Path, Simulation]) -> None:
@@ -143,11 +150,11 @@ def test_missing_inputs_and_batches_are_named(bundle: tuple[Path, Simulation]) -
 
 
 def test_sqnr_of_a_known_difference() -> None:
-    difference = OutputDifference()
-    difference.update(torch.tensor([1.0, 1.1]), torch.tensor([1.0, 1.0]))
-    difference.update(torch.tensor([1.0]), torch.tensor([1.0]))
+    difference, one = OutputFigures("y"), torch.tensor([1.0])
+    difference.update(torch.tensor([1.0, 1.1]), torch.tensor([1.0, 1.0]), torch.ones(2))
+    difference.update(one, one, one)
     assert difference.sqnr == pytest.approx(10 * math.log10(3 / 0.01), abs=1e-4)
-    assert OutputDifference().sqnr == math.inf
+    assert OutputFigures("y").sqnr == math.inf
 
 
 @pytest.mark.slow
@@ -219,5 +226,5 @@ def test_few_steps_in_a_small_layer_are_chance_but_not_all_of_them(
             wrong[: max(1, int(share * len(wrong)))] += encodings[small].scale
             return {**found, small: wrong.view_as(values[small])}
 
-    parity = compare_layers(OneStepOff(folder), simulation, BATCHES[0])
-    assert bool(list(parity.broken_limits(Limits()))) == (share == 1.0)
+    parity = Parity({}, (compare_layers(OneStepOff(folder), simulation, BATCHES[0]),))
+    assert bool(parity.problems(Limits())) == (share == 1.0)

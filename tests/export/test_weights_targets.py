@@ -14,14 +14,14 @@ from safetensors.torch import load_file
 
 from client_programs import with_clients
 from conftest import byte_tokenizer, tiny_model
+from export.proofs import verify_weights
 from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import read_canonical
+from qwlora.export.proof.checks import Limits
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase, WeightsTarget
-from qwlora.export.verify import Limits
-from qwlora.export.verify_weights import verify_weights
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.observers import measure
@@ -184,8 +184,8 @@ def test_the_runtime_computes_base_and_adapters(
         )
         adapted.set_adapter(adapter)
         parity = verify_weights(runtime, adapted, folder, as_sequences(IDS))
-        assert list(parity.broken_limits(Limits())) == []
-        assert parity.tokens == IDS.numel()
+        assert parity.problems(Limits()) == []
+        assert parity.figures["exact"]["adapter"]["tokens"] == IDS.numel()
         runtime.use(folder)
         tokens = runtime.decode(IDS[:1], 4)  # with a cache
         whole = torch.cat([IDS[:1], torch.tensor([tokens])], dim=1)
@@ -193,7 +193,7 @@ def test_the_runtime_computes_base_and_adapters(
             likeliest = adapted(input_ids=whole).logits[0, -5:-1].argmax(-1)
         assert tokens == likeliest.tolist()
     wrong = verify_weights(runtime, adapted, tmp_path / "second", as_sequences(IDS))
-    assert any("with the adapter" in problem for problem in wrong.broken_limits(Limits()))
+    assert any("with the adapter" in problem for problem in wrong.problems(Limits()))
 
 
 def test_the_lines_of_the_readme_load_a_base_of_several_schemes(

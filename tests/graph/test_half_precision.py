@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import qwlora
 from conftest import byte_tokenizer, tiny_model
-from qwlora.export.verify import Limits, check_parity
+from qwlora.export.proof.checks import Limits, check_parity
 from qwlora.simulation.adapter_simulations import simulate_adapters
 
 HALF = [torch.bfloat16, torch.float16]

@@ -16,7 +16,7 @@ import yaml
 import qwlora.pipeline.directory as directory_module
 from qwlora.cli.main import main
 from qwlora.errors import DirectoryError
-from qwlora.export.bundle import RECORD, write_record
+from qwlora.export.proof.folder import RECORD, write_record
 from qwlora.formats import manifest
 from qwlora.formats.card_mark import marked
 from qwlora.pipeline.directory import Directory

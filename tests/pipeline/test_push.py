@@ -25,7 +25,8 @@ from docs.snippets import ROOT, blocks
 from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
 from qwlora.atomic import files_in
 from qwlora.errors import DirectoryError, UploadError
-from qwlora.export.bundle import proofs, write_readme
+from qwlora.export.proof.folder import proofs
+from qwlora.export.proof.readme import write_readme
 from qwlora.formats import manifest
 from qwlora.formats.model_origin import Origin
 from qwlora.pipeline import model_cards

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from qwlora import Scheme, SimulationSchemes, export_onnx, quantize_, verify_onnx_outputs
-from qwlora.export.verify import Limits, OutputDifference, OutputParity, check_parity
+from qwlora.export.proof.checks import Limits, Parity, check_parity
+from qwlora.export.proof.compare import OutputFigures
 from qwlora.graph.capture import Captured, capture
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.traceable_attention import visible_implementations
@@ -75,19 +76,18 @@ def simulated(
     start = time.perf_counter()
     simulation.calibrate([inputs(name, seed) for seed in SEEDS])
     seconds = time.perf_counter() - start
-    difference = OutputDifference()
+    difference = OutputFigures("primary")
     for seed in SEEDS:
         with torch.no_grad(), visible_implementations(model):
             expected = primary(model(**inputs(name, seed)))
-        difference.update(
-            simulation.outputs(inputs(name, seed))[captured.interface.primary], expected
-        )
+        output = simulation.outputs(inputs(name, seed))[captured.interface.primary]
+        difference.update(output, expected, expected)
     return simulation, difference.sqnr, seconds
 
 
 def exported(
     simulation: Simulation, name: str, bitwidth: int, folder: Path
-) -> tuple[OutputParity, float]:
+) -> tuple[Parity, float]:
     start = time.perf_counter()
     export_onnx(simulation.graph(), folder)
     seconds = time.perf_counter() - start
@@ -140,9 +140,9 @@ def test_the_whole_job(name: str, table: Table, tmp_path: Path) -> None:
     for bitwidth in (16, 8) if table.wanted else (16,):
         parity, seconds = exported(found[bitwidth][0], name, bitwidth, tmp_path / str(bitwidth))
         row += [
-            _decibel(parity.sqnr[parity.primary]),
-            _decibel(parity.floor_sqnr[parity.primary]),
-            f"{parity.worst_layer_steps:.2f}",
+            _decibel(parity.figures["sqnr"][parity.figures["primary"]]),
+            _decibel(parity.figures["floor_sqnr"][parity.figures["primary"]]),
+            f"{parity.figures['worst_layer_steps']:.2f}",
         ]
     table.rows[name] = [*row, f"{seconds:.0f}"]
 

@@ -21,7 +21,7 @@ from transformers import (
 import qwlora
 from conftest import tiny_model
 from qwlora.errors import CaptureError, GridError, SourceError, VerificationError
-from qwlora.export.verify import _refuse_other_tasks
+from qwlora.export.proof.compare import refuse_other_tasks
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.capture import capture
 from qwlora.grid.observers import measure
@@ -91,7 +91,7 @@ def test_a_subclass_is_loaded_as_the_class_of_transformers(tmp_path: Path) -> No
 def test_verify_onnx_sends_a_classifier_to_verify_onnx_outputs() -> None:
     captured = capture(classifier(), {"input_ids": IDS, "attention_mask": MASK})
     with pytest.raises(VerificationError, match=r"logits \[batch, 3\].*verify_onnx_outputs"):
-        _refuse_other_tasks(captured.interface)
+        refuse_other_tasks(captured.interface)
 
 
 def test_models_on_the_meta_device_are_refused_by_their_tensors() -> None:

@@ -246,13 +246,14 @@ def evaluate(
 
 
 def _is_bundle(path: Path) -> bool:
-    from qwlora.export.bundle import is_bundle
+    from qwlora.export.proof.folder import is_bundle
 
     return path.is_dir() and is_bundle(path)
 
 
 def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
-    from qwlora.export.bundle import proof_table, verify_bundle
+    from qwlora.export.proof.folder import verify_bundle
+    from qwlora.export.proof.readme import proof_table
     from qwlora.pipeline.new_context import quiet_libraries
 
     quiet_libraries()

@@ -10,19 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwlora.export.bundle_contents import GOLDEN_FILES, SIMULATED_ADAPTER, Contents
 from qwlora.export.held_schemes import encodings_problem
+from qwlora.export.proof.contents import GOLDEN_FILES, SIMULATED_ADAPTER, Contents
 from qwlora.export.target import ExportedGraph, GraphTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qwlora.data.sequences import Sequences
     from qwlora.export.float_graphs import FloatGraphs
-    from qwlora.export.graph_parity import GraphsParity
-    from qwlora.export.verify import Reference, Runtime
+    from qwlora.export.runtime import Runtime
     from qwlora.grid.scheme import Scheme
-    from qwlora.progress import Track
 
 
 class AimetTarget(GraphTarget):
@@ -82,17 +79,8 @@ class AimetTarget(GraphTarget):
     ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
         return _graphs(folder).layers_of(tensors)
 
-    def verify(
-        self,
-        folder: Path,
-        simulation: Reference,
-        text: Sequences,
-        layer_tokens: int,
-        track: Track,
-    ) -> GraphsParity:
-        from qwlora.export.graph_parity import verify_graphs
-
-        return verify_graphs(_graphs(folder), simulation, text)
+    def whole(self, folder: Path) -> Runtime | None:
+        return None
 
 
 def _graphs(folder: Path) -> FloatGraphs:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError, foreign_as
-from qwlora.export.bundle_contents import TOKENIZER, Contents
 from qwlora.export.held_schemes import nbits_problem
 from qwlora.export.onnx_adapter import ADAPTER_FILE
+from qwlora.export.proof.contents import TOKENIZER, Contents
 from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError
-from qwlora.export.bundle_contents import Contents
 from qwlora.export.held_schemes import LayerKind, gguf_problem
+from qwlora.export.proof.contents import Contents
 from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:

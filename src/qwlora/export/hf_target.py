@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError, foreign_as
-from qwlora.export.bundle_contents import (
+from qwlora.export.held_schemes import (
+    compressed_tensors_problem,
+    layer_kind_problem,
+    transformers_conflict,
+)
+from qwlora.export.proof.contents import (
     MODEL_FILES,
     OTHER_KEYS,
     PEFT_FILES,
@@ -23,11 +28,6 @@ from qwlora.export.bundle_contents import (
     PLAIN,
     TOKENIZER,
     Contents,
-)
-from qwlora.export.held_schemes import (
-    compressed_tensors_problem,
-    layer_kind_problem,
-    transformers_conflict,
 )
 from qwlora.export.target import WeightsTarget
 

@@ -12,15 +12,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError, foreign_as
-from qwlora.export.bundle_contents import (
-    MODEL_FILES,
-    NUMBER,
-    OTHER_KEYS,
-    PLAIN,
-    TOKENIZER,
-    Contents,
-)
 from qwlora.export.held_schemes import layer_kind_problem, mlx_problem
+from qwlora.export.proof.contents import MODEL_FILES, NUMBER, OTHER_KEYS, PLAIN, TOKENIZER, Contents
 from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:

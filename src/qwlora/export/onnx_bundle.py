@@ -13,16 +13,10 @@ from qwlora.data.sequences import Sequences
 from qwlora.export.aimet_encodings import write_encodings
 from qwlora.export.onnx_model import write_onnx
 from qwlora.export.onnx_runtime import OnnxModel
+from qwlora.export.proof.checks import Limits, Parity, check_parity
+from qwlora.export.proof.compare import verify_language_model, verify_outputs
+from qwlora.export.proof.reference import Reference
 from qwlora.export.session_options import write_session_options
-from qwlora.export.verify import (
-    LanguageModelParity,
-    Limits,
-    OutputParity,
-    Reference,
-    check_parity,
-    verify_language_model,
-    verify_outputs,
-)
 from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.progress import Track, untracked
 
@@ -60,7 +54,7 @@ def verify_onnx(
     layer_tokens: int,
     track: Track = untracked,
     limits: Limits | None = DEFAULT_LIMITS,
-) -> LanguageModelParity:
+) -> Parity:
     """`verify_language_model` for the files in `folder`, run in ONNX Runtime on the CPU.
 
     Args:
@@ -83,7 +77,7 @@ def verify_onnx_outputs(
     batches: Collection[Any],
     track: Track = untracked,
     limits: Limits | None = DEFAULT_LIMITS,
-) -> OutputParity:
+) -> Parity:
     """`verify_outputs` for the files in `folder`, run in ONNX Runtime on the CPU.
 
     Args:

@@ -17,13 +17,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwlora.export.bundle_contents import SIMULATED_ADAPTER, TOKENIZER, Contents
+from qwlora.export.proof.contents import SIMULATED_ADAPTER, TOKENIZER, Contents
 from qwlora.export.session_options import OPTIONS_FORM
 from qwlora.export.target import ExportedGraph, GraphTarget, SwitchableTarget
 
 if TYPE_CHECKING:
-    from qwlora.export.verify import Runtime
-    from qwlora.export.verify_weights import SwitchableRuntime
+    from qwlora.export.runtime import Runtime, SwitchableRuntime
     from qwlora.simulation.shared_encodings import BaseActivations
 
 _OPENING = """\

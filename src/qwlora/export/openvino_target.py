@@ -20,8 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError, foreign_as
-from qwlora.export.bundle_contents import PEFT_FILES, PEFT_FORM, TOKENIZER, Contents
 from qwlora.export.held_schemes import openvino_problem
+from qwlora.export.proof.contents import PEFT_FILES, PEFT_FORM, TOKENIZER, Contents
 from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:

@@ -10,19 +10,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwlora.export.bundle_contents import GOLDEN_FILES, Contents
 from qwlora.export.held_schemes import encodings_problem
+from qwlora.export.proof.contents import GOLDEN_FILES, Contents
 from qwlora.export.target import ExportedUseCases, UseCasesTarget
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qwlora.data.sequences import Sequences
     from qwlora.export.float_graphs import FloatGraphs
-    from qwlora.export.graph_parity import GraphsParity
-    from qwlora.export.verify import Reference
     from qwlora.grid.scheme import Scheme
-    from qwlora.progress import Track
 
 
 class QairtTarget(UseCasesTarget):
@@ -79,13 +75,6 @@ class QairtTarget(UseCasesTarget):
         self, folder: Path, case: str, tensors: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
         return _graphs(folder, case).layers_of(tensors)
-
-    def verify(
-        self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track
-    ) -> GraphsParity:
-        from qwlora.export.graph_parity import verify_graphs
-
-        return verify_graphs(_graphs(folder, case), simulation, text)
 
 
 def _graphs(folder: Path, case: str) -> FloatGraphs:

@@ -18,9 +18,7 @@ from qwlora.system.optional_packages import require
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qwlora.data.sequences import Sequences
-    from qwlora.export.verify import Reference
-    from qwlora.export.verify_qnn import QnnParity
+    from qwlora.export.proof.checks import Parity
     from qwlora.grid.scheme import Scheme
     from qwlora.progress import Track
 
@@ -101,17 +99,11 @@ class QnnTarget(UseCasesTarget):
         return model.layers_of(tensors)
 
     def verify(
-        self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track
-    ) -> QnnParity:
-        """The first sequence, cut where the graphs' context ends."""
-        from qwlora.export.graph_parity import verified_part
-        from qwlora.export.qnn_runtime import BASE
+        self, folder: Path, case: str, reference: Mapping[str, Tensor], track: Track
+    ) -> Parity:
         from qwlora.export.verify_qnn import verify_qnn
-        from qwlora.simulation.simulation import Simulation
 
-        assert isinstance(simulation, Simulation)
-        ids, steps = verified_part(text, folder / BASE)
-        return verify_qnn(folder, _folder(case), simulation, ids, steps)
+        return verify_qnn(folder, _folder(case), reference)
 
 
 def _folder(case: str) -> str:

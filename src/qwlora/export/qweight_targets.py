@@ -18,14 +18,6 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.export.bundle_contents import (
-    MODEL_FILES,
-    OTHER_KEYS,
-    PEFT_FILES,
-    PEFT_FORM,
-    TOKENIZER,
-    Contents,
-)
 from qwlora.export.held_schemes import (
     awq_problem,
     gptq_problem,
@@ -33,6 +25,14 @@ from qwlora.export.held_schemes import (
     one_layout_conflict,
 )
 from qwlora.export.hf_target import TransformersRuntime, load, loading_in_transformers
+from qwlora.export.proof.contents import (
+    MODEL_FILES,
+    OTHER_KEYS,
+    PEFT_FILES,
+    PEFT_FORM,
+    TOKENIZER,
+    Contents,
+)
 from qwlora.export.target import WeightsTarget
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from qwlora import strict_json
 from qwlora.atomic import write_text
 from qwlora.errors import SourceError, foreign_as
-from qwlora.export.bundle_contents import misfits
+from qwlora.export.proof.contents import misfits
 from qwlora.messages import listed
 
 if TYPE_CHECKING:

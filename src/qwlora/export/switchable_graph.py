@@ -43,7 +43,7 @@ from qwlora.export.onnx_model import (
     weight_arrays,
 )
 from qwlora.export.onnx_runtime import load_graph
-from qwlora.export.verify import Reference
+from qwlora.export.proof.reference import Reference
 from qwlora.graph.adapter_branch import branch_nodes
 from qwlora.graph.aten_ops import base_name
 from qwlora.graph.graph_analysis import operator_of

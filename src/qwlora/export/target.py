@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qwlora.errors import MissingExtraError
-from qwlora.export.bundle_contents import Contents
+from qwlora.export.proof.contents import Contents
 from qwlora.system.optional_packages import require
 
 if TYPE_CHECKING:
@@ -29,12 +29,11 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qwlora.data.sequences import Sequences
     from qwlora.export.canonical_adapter import CanonicalAdapter
-    from qwlora.export.graph_parity import GraphsParity
     from qwlora.export.held_schemes import LayerKind
-    from qwlora.export.verify import LanguageModelParity, Reference, Runtime
-    from qwlora.export.verify_weights import SwitchableRuntime, WeightsRuntime
+    from qwlora.export.proof.checks import Parity
+    from qwlora.export.proof.reference import Reference
+    from qwlora.export.runtime import Runtime, SwitchableRuntime, WeightsRuntime
     from qwlora.grid.scheme import Scheme
     from qwlora.progress import Track
     from qwlora.simulation.shared_encodings import BaseActivations
@@ -189,27 +188,14 @@ class GraphTarget(Target):
         """One call on the CPU, see `UseCasesTarget.layers`."""
         return tensors, self.open(folder).layers(tensors)
 
-    def verify(
-        self,
-        folder: Path,
-        simulation: Reference,
-        text: Sequences,
-        layer_tokens: int,
-        track: Track,
-    ) -> LanguageModelParity | GraphsParity:
-        """Run the files, after every check that they allow, and compare them.
-
-        Args:
-            text: held-out sequences.
-            layer_tokens: tokens for the comparison layer by layer.
+    def whole(self, folder: Path) -> Runtime | None:
+        """The files as one model whose layers can be compared; None if they are several graphs.
 
         Raises:
             VerificationError: files contradict each other.
             ExportError: the runtime refuses them.
         """
-        from qwlora.export.verify import verify_language_model
-
-        return verify_language_model(self.open(folder), simulation, text, layer_tokens, track)
+        return self.open(folder)
 
 
 @dataclass(frozen=True)
@@ -281,19 +267,11 @@ class UseCasesTarget(Target):
             MissingExtraError, VerificationError, ExportError: see `logits`.
         """
 
-    @abstractmethod
     def verify(
-        self, folder: Path, case: str, simulation: Reference, text: Sequences, track: Track
-    ) -> GraphsParity:
-        """Run a use case, after every check that its files allow, and compare it.
-
-        Args:
-            text: held-out sequences.
-
-        Raises:
-            FingerprintError, VerificationError: a file has changed, or files contradict each other.
-            ExportError: the runtime refuses them.
-        """
+        self, folder: Path, case: str, reference: Mapping[str, Tensor], track: Track
+    ) -> Parity | None:
+        """The comparison of a use case, if running its `logits` is not all of it."""
+        return None
 
 
 class BundleTarget(Target):

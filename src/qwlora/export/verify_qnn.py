@@ -1,19 +1,19 @@
-"""The proof of a `qnn` bundle: its graphs on Qualcomm's HTP emulator and on the CPU.
+"""The proof of a `qnn` bundle: its graphs on the CPU and on Qualcomm's HTP emulator.
 
     files       every file has the digest that was recorded; adapters fit the graphs
-    CPU         logits against the simulation's, in ONNX Runtime without optimizations
-    HTP         the same logits against both, if onnxruntime-qnn is installed; partitions, and
-                nodes that fell back to the CPU
+    CPU         in ONNX Runtime without optimizations
+    HTP         if onnxruntime-qnn is installed; also partitions, and nodes left to the CPU
 
-The measures and limits are those of `graph_parity.py`.
+The logits are compared as those of all targets, see `proof/compare.py`.
 """
 
 from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,57 +21,28 @@ from torch import Tensor
 
 from qwlora.atomic import files_in
 from qwlora.errors import FingerprintError, MissingExtraError
-from qwlora.export.graph_parity import (
-    GraphsParity,
-    Run,
-    agreement,
-    compare_graphs,
-    logits_sqnr,
-    run_of,
-)
+from qwlora.export.proof.checks import Check, Limits, Parity, at_most
+from qwlora.export.proof.compare import compare_logits
+from qwlora.export.proof.reference import first_sequences
 from qwlora.export.qnn_bundle import base_digest
 from qwlora.export.qnn_runtime import BASE, RECORD, QnnModel, require_emulator
-from qwlora.export.verify import Limits
 from qwlora.formats import manifest
 from qwlora.messages import listed
-from qwlora.simulation.simulation import Simulation
+
+DECODED = 4  # of the last tokens of a sequence: one by one, since the emulator takes seconds
 
 
 @dataclass(frozen=True)
-class QnnParity(GraphsParity):
-    """What a bundle with one adapter computes.
+class Placement:
+    """Where the nodes of one graph run, see `QnnModel.placement`."""
 
-    Args:
-        htp: None if the emulator is not installed; `not_run` then says how to install it.
-        htp_sqnr, htp_top1_agreement: of the HTP against the CPU.
-        placement: by graph, see `QnnModel.placement`.
-    """
+    graph: str
+    partitions: int
+    cpu_nodes: int
 
-    htp: Run | None
-    htp_sqnr: float | None
-    htp_top1_agreement: float | None
-    placement: dict[str, dict[str, Any]]
-    not_run: str | None
-
-    @property
-    def runs(self) -> dict[str, Run]:
-        on_htp = {} if self.htp is None else {"the HTP": self.htp}
-        return {**super().runs, **on_htp}
-
-    def to_json(self) -> dict[str, Any]:
-        found = super().to_json()
-        if self.htp is None:  # what the CPU computes is not what the files are for
-            del found["perplexity"], found["top1_agreement"]
-        return found
-
-    def broken_limits(self, limits: Limits) -> Iterator[str]:
-        yield from super().broken_limits(limits)
-        for name, found in self.placement.items():
-            if found["partitions"] != 1 or found["cpu_nodes"]:
-                yield (
-                    f"graph {name} has {found['partitions']} partitions on the HTP and "
-                    f"{found['cpu_nodes']} nodes on the CPU (limits 1 and 0)"
-                )
+    def checks(self, limits: Limits) -> Iterator[Check]:
+        yield at_most(f"partitions of graph {self.graph} on the HTP", self.partitions, 1)
+        yield at_most(f"nodes of graph {self.graph} on the CPU", self.cpu_nodes, 0)
 
 
 def check_bundle(folder: Path, name: str) -> None:
@@ -99,16 +70,15 @@ def check_bundle(folder: Path, name: str) -> None:
         )
 
 
-def verify_qnn(
-    folder: Path, name: str, simulation: Simulation, ids: Tensor, steps: int = 0
-) -> QnnParity:
-    """Run a bundle with one adapter, and compare it with the adapter's simulation.
+def verify_qnn(folder: Path, name: str, reference: Mapping[str, Tensor]) -> Parity:
+    """Run the first sequence of a reference with one adapter.
 
     Args:
         name: of the adapter's folder.
-        simulation: of that adapter; of the base for `zero`.
-        ids: one sequence [1, tokens], no longer than the context.
-        steps: how many of its last tokens to run one by one, with the smallest graph.
+
+    Returns:
+        figures of the CPU and, if the emulator is installed, of the HTP; `exact` has those of the
+        last. Otherwise `not_run` says how to install it.
 
     Raises:
         FingerprintError: see `check_bundle`.
@@ -116,24 +86,19 @@ def verify_qnn(
     """
     check_bundle(folder, name)
     base, adapter = folder / BASE, folder / name
-    on_cpu = QnnModel(base, adapter, htp=False).logits(ids, steps)
-    expected = simulation.logits(ids)
-    parity = compare_graphs(on_cpu, expected, simulation.perturbed_logits(ids), ids)
-    on_htp, placement, not_run = None, {}, None
+    one = first_sequences(reference, 1)
+    steps = min(DECODED, one["ids"].shape[1] - 1)
+    on_cpu = partial(QnnModel(base, adapter, htp=False).logits, steps=steps)
+    run = compare_logits(on_cpu, one, where=" on the CPU")
+    parity = Parity({"cpu": run.to_json(), "exact": {"adapter": run.to_json()}}, (run,))
     try:
         require_emulator()
     except MissingExtraError as error:
-        not_run = str(error)
-    else:
-        with tempfile.TemporaryDirectory() as profiles:
-            model = QnnModel(base, adapter, htp=True, profiles=Path(profiles))
-            on_htp = model.logits(ids, steps)
-            placement = model.placement()
-    return QnnParity(
-        **vars(parity),
-        htp=None if on_htp is None else run_of(on_htp, expected, ids),
-        htp_sqnr=None if on_htp is None else logits_sqnr(on_htp, on_cpu),
-        htp_top1_agreement=None if on_htp is None else agreement(on_htp, on_cpu),
-        placement=placement,
-        not_run=not_run,
-    )
+        return parity.extended({"not_run": str(error)})
+    with tempfile.TemporaryDirectory() as profiles:
+        model = QnnModel(base, adapter, htp=True, profiles=Path(profiles))
+        run = compare_logits(partial(model.logits, steps=steps), one, where=" on the HTP")
+        placement = model.placement()
+    figures: dict[str, Any] = {"htp": run.to_json(), "exact": {"adapter": run.to_json()}}
+    places = [Placement(n, p["partitions"], p["cpu_nodes"]) for n, p in placement.items()]
+    return parity.extended({**figures, "placement": placement}, run, *places)

@@ -15,8 +15,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qwlora import strict_json
 from qwlora.errors import ExportError
-from qwlora.export.bundle_contents import known_settings
 from qwlora.export.held_schemes import LayerKind
+from qwlora.export.proof.contents import known_settings
 from qwlora.messages import lines
 from qwlora.nn.pack_at import packed_weights
 from qwlora.nn.packed_layer import PackedLayer

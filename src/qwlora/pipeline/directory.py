@@ -28,7 +28,7 @@ from typing import Any
 
 from qwlora.atomic import move_into_place, write_text
 from qwlora.errors import DirectoryError, RecipeError
-from qwlora.export.bundle import RECORD
+from qwlora.export.proof.folder import RECORD
 from qwlora.formats import manifest
 from qwlora.formats.card_mark import is_users_card, text_of
 from qwlora.messages import listed

@@ -25,7 +25,7 @@ import numpy.typing as npt
 from qwlora import strict_json
 from qwlora.atomic import move_into_place
 from qwlora.errors import CalibrationError, DirectoryError, SourceError
-from qwlora.export.bundle import BASE
+from qwlora.export.proof.folder import BASE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import GraphTarget, SwitchableTarget, Target, UseCasesTarget
 from qwlora.pipeline.existing_job import check_current, is_calibrated, open_job

@@ -24,7 +24,8 @@ from pathlib import Path, PurePosixPath
 from qwlora import strict_json
 from qwlora.atomic import flush_folder, write_text
 from qwlora.errors import DirectoryError
-from qwlora.export.bundle import current_proofs, write_readme
+from qwlora.export.proof.folder import current_proofs
+from qwlora.export.proof.readme import write_readme
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BundleTarget
 from qwlora.pipeline.directory_errors import as_directory_errors

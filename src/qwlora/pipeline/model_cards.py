@@ -23,7 +23,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import QwloraError, QwloraWarning
-from qwlora.export.bundle import BASE, WITHOUT_CACHE
+from qwlora.export.proof.folder import BASE, WITHOUT_CACHE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import UseCasesTarget
 from qwlora.formats.card_mark import as_code, escaped, marked

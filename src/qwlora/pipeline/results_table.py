@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from qwlora.export.finite_figures import shown
+from qwlora.export.proof.checks import Check, shown
 from qwlora.messages import size
 
 
@@ -135,80 +135,25 @@ def _verdict(parity: dict[str, Any]) -> str:
 
 def _parity_rows(name: str, parity: dict[str, Any]) -> list[Row]:
     """How closely a runtime agrees with the simulation or with the trained model."""
-    if "cpu" in parity:
-        return _cached_graph_rows(name, parity)
-    is_graph = "floor_top1_agreement" in parity
-    other = "simulated_perplexity" if is_graph else "reference_perplexity"
-    found = (
+    row = (
         f"perplexity {shown(parity, 'perplexity', '.3f')} in the runtime, "
-        f"{shown(parity, other, '.3f')} {'simulated' if is_graph else 'trained'}"
+        f"{shown(parity, 'reference_perplexity', '.3f')} {parity['of']} "
+        f"({parity['sequences']} sequences, {parity['tokens']:,} tokens)"
     )
-    on = f" (on {parity['sequences']} sequences)" if "sequences" in parity else ""
-    if not is_graph:
-        rows = [
-            (f"parity {name}", found + on),
+    rows = [(f"parity {name}", row)]
+    checks = [Check(**fields) for fields in parity["checks"]]
+    closest = max(checks, key=lambda check: check.share_of_limit)
+    rows.append(("", f"{len(checks)} checks; closest to its limit: {closest.sentence}"))
+    if "shipped_top1_agreement" in parity:
+        rows.append(
             (
                 "",
-                f"same likeliest token {parity['top1_agreement']:.2%}, largest difference of a "
-                f"logit {shown(parity, 'max_abs_logit_difference', '.2g')}",
-            ),
-        ]
-        if "shipped_top1_agreement" in parity:
-            rows.append(
-                (
-                    "",
-                    f"with the runtime's own settings: perplexity "
-                    f"{shown(parity, 'shipped_perplexity', '.3f')}, same likeliest token "
-                    f"{parity['shipped_top1_agreement']:.2%}",
-                )
+                f"with the runtime's own settings: perplexity "
+                f"{shown(parity, 'shipped_perplexity', '.3f')}, same likeliest token "
+                f"{parity['shipped_top1_agreement']:.2%}",
             )
-        return rows
-    return [
-        (f"parity {name}", found + on),
-        (
-            "",
-            f"same likeliest token {parity['top1_agreement']:.2%}, floor "
-            f"{parity['floor_top1_agreement']:.2%}",
-        ),
-        (
-            "",
-            f"worst of {parity['layers']} layers: {shown(parity, 'worst_layer_steps', '.2f')} "
-            f"steps, worst mean {shown(parity, 'worst_layer_mean_steps', '.4f')}",
-        ),
-    ]
-
-
-def _cached_graph_rows(name: str, parity: dict[str, Any]) -> list[Row]:
-    """What graphs with a key-value cache compute, and how much of each Qualcomm's HTP runs."""
-    run, place = parity["cpu"], "the CPU"
-    if "htp" in parity:
-        run, place = parity["htp"], "the HTP emulator"
-    rows = [
-        (
-            f"parity {name}",
-            f"perplexity {shown(run, 'perplexity', '.3f')} on {place}, "
-            f"{shown(parity, 'simulated_perplexity', '.3f')} simulated "
-            f"(on {parity['tokens']} tokens)",
-        ),
-        (
-            "",
-            f"logits {_decibels(run, 'sqnr')}, same likeliest token {run['top1_agreement']:.2%}; "
-            f"two simulations {_decibels(parity, 'perturbed_sqnr')}, "
-            f"{parity['perturbed_top1_agreement']:.2%}",
-        ),
-    ]
-    if placement := parity.get("placement"):
-        counts = (
-            f"{graph}: partitions {found['partitions']}, CPU nodes {found['cpu_nodes']}"
-            for graph, found in placement.items()
         )
-        rows.append(("", "; ".join(counts)))
     return rows
-
-
-def _decibels(found: dict[str, Any], key: str) -> str:
-    """An SQNR; results.json has only a finite one."""
-    return f"{found[key]:.1f} dB" if key in found else "without a finite SQNR"
 
 
 def _divergence_rows(results: dict[str, Any]) -> list[Row]:

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qwlora.export.bundle import BASE
 from qwlora.export.grid_table import refusal
+from qwlora.export.proof.folder import BASE
 from qwlora.export.qnn_target import QnnTarget
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import PROOF, BundleTarget, GraphTarget, SwitchableTarget, UseCasesTarget

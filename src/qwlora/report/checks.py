@@ -9,6 +9,7 @@ from functools import partial
 
 from markupsafe import Markup
 
+from qwlora.export.proof.checks import Check as Row
 from qwlora.report.job import (
     BASE,
     FEW_TOKENS,
@@ -100,6 +101,11 @@ def proof_checks(job: Job, target: str, adapter: str) -> Iterator[Check]:
         what = f"{where}Exported file against what was trained"
         yield Check(Outcome.MISSING, f"{what}: {why}" if why else what, NOT_MEASURED)
         return
+    if rows := [Row(**fields) for fields in parity.get("checks") or ()]:
+        yield from (_of_row(row, where) for row in rows)
+        if parity.get("passed") is not True and all(row.passed for row in rows):
+            yield Check(Outcome.MISSING, f"{where}The check of the exported file", NOT_MEASURED)
+        return
     kept = [limit for limit in LIMITS if job.get(*place, *limit.path) is not None]
     checks = [_check(limit, job, place, where) for limit in kept]
     known = {limit.path[-1] for limit in kept}
@@ -124,6 +130,13 @@ def proof_checks(job: Job, target: str, adapter: str) -> Iterator[Check]:
         yield Check(Outcome.FAILED, f"{where}{problems or 'The check'}", "failed", against=problems)
     elif passed is not False and not (passed is True and job.section(*place, "limits")):
         yield Check(Outcome.MISSING, f"{where}The check of the exported file", NOT_MEASURED)
+
+
+def _of_row(row: Row, where: str) -> Check:
+    """A row of a proof; it is judged already."""
+    value, _, limit = row.sentence.removeprefix(f"{row.what}: ").partition(" (")
+    what = where + row.what[0].upper() + row.what[1:]
+    return Check(_within(row.passed), what, value, limit.rstrip(")"), row.sentence)
 
 
 @dataclass(frozen=True)

@@ -141,7 +141,8 @@ class Job:
 
     def compared_with(self, target: str, adapter: str) -> str:
         """What the files were compared with: `simulated`, or, without activations, `adapted`."""
-        is_trained = "reference_perplexity" in self.section("parity", target, adapter)
+        parity = self.section("parity", target, adapter)
+        is_trained = parity.get("of", "trained") == "trained" and "reference_perplexity" in parity
         return "adapted" if is_trained else "simulated"
 
     def expected(self, target: str, adapter: str) -> float | None:

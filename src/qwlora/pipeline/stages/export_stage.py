@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.export.bundle import (
+from qwlora.export.proof.folder import (
     BASE,
     WITHOUT_CACHE,
     record_digest,

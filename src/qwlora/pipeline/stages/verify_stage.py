@@ -7,7 +7,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.export.bundle import BASE, RECORD, WITHOUT_CACHE
+from qwlora.export.proof.folder import (
+    BASE,
+    RECORD,
+    WITHOUT_CACHE,
+    current_proofs,
+    is_of_base,
+    proven_folders,
+    record_digest,
+    without_cache,
+    write_proof,
+)
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import (
     PROOF,
@@ -17,22 +27,24 @@ from qwlora.export.target import (
     UseCasesTarget,
     WeightsTarget,
 )
+from qwlora.formats import manifest
 from qwlora.pipeline.stage import PlanBuilder, Stage
 
 if TYPE_CHECKING:
-    from peft import PeftModel
-    from torch import Tensor, nn
+    from torch import Tensor
 
     from qwlora.data.sequences import Sequences
-    from qwlora.export.graph_parity import GraphsParity
-    from qwlora.export.verify import LanguageModelParity, Limits, Reference
-    from qwlora.export.verify_cache import CacheParity
-    from qwlora.export.verify_weights import WeightsParity
+    from qwlora.export.proof.checks import Limits, Parity
+    from qwlora.export.proof.reference import Reference
+    from qwlora.export.runtime import WeightsRuntime
     from qwlora.pipeline.context import JobContext
-    from qwlora.simulation.simulation import Simulation
 
 
 NAME = "verify"
+# Graphs for NPUs round cosines, sines and masks on top of what a simulation rounds: this share of
+# the largest logit counts as noise, about 30 dB.
+GRAPHS_NOISE = 0.002
+_SHIPPED = ("perplexity", "top1_agreement")
 
 
 def add_base(plan: PlanBuilder, target: str) -> None:
@@ -71,272 +83,242 @@ def add_use_cases(plan: PlanBuilder, target: str) -> None:
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Run the exported files on held-out text and compare the result with the recipe's limits."""
     from qwlora.errors import VerificationError
-    from qwlora.export.finite_figures import only_finite
-    from qwlora.export.proof import logits_of, make_reference
-    from qwlora.export.verify import Limits
-    from qwlora.export.verify_qnn import QnnParity
+    from qwlora.export.proof.checks import Limits
 
     _, name, *cases = stage.name.split("/")
-    target, adapter, section = TARGETS[name], stage.adapter or BASE, context.recipe.verify
-    parity: LanguageModelParity | GraphsParity | WeightsParity
-    of, proof, problems = "simulated", dict[str, Any](), list[str]()
-    cached: CacheParity | None = None
-    if stage.adapter is not None and isinstance(target, BundleTarget):
-        _write_readme(context, name, adapter, None)  # says nothing of it before there is a verdict
-    if isinstance(target, UseCasesTarget):
-        (adapter,) = cases
-        parity = _verify_use_case(context, target, name, adapter)
-        if target.has_proof:
-            simulation = _use_case_simulation(context, adapter)
-            proof = _prove_simulated(context, name, adapter, simulation, scratch)
-    elif isinstance(target, SwitchableTarget):
-        if stage.adapter is not None:
-            proof = _prove(context, name, adapter, *_simulated_reference(context, adapter), scratch)
-        parity, cached, problems = _verify_switchable(context, target, name, stage.adapter)
-    elif isinstance(target, GraphTarget):
-        parity = _verify_graph(context, target, name, adapter)
-        if target.has_proof:
-            proof = _prove_simulated(context, name, adapter, context.simulation(adapter), scratch)
-    else:
-        assert isinstance(target, WeightsTarget)
-        model, held_out = context.adapted(adapter), _held_out(context, adapter)
-        rounding = target.rounding(model)
-        rounded = None if rounding is None else logits_of(model, rounding)
-        reference = make_reference(logits_of(model), held_out, rounded=rounded)
-        proof = _prove(context, name, adapter, model, reference, scratch)
-        if "not_run" in proof:
-            _write_readme(context, name, adapter, proof)
-            return {"parity": {name: {adapter: {"not_run": proof["not_run"]}}}}
-        parity, problems = _verify_weights(context, target, name, adapter, model, held_out)
-        of = "trained"
+    target, section = TARGETS[name], context.recipe.verify
+    adapter = stage.adapter or (cases[0] if cases else BASE)
     limits = Limits(
         perplexity_difference=section.perplexity_difference,
         layer_steps=section.layer_steps,
         layer_mean_steps=section.layer_mean_steps,
     )
-    if cached is not None:
-        problems += cached.broken_limits(limits)
-    problems = [*parity.broken_limits(limits), *problems, *proof.get("problems", [])]
-    if stage.adapter is not None and isinstance(target, BundleTarget):
-        _write_readme(context, name, adapter, {**proof, "problems": problems})
-    measured = {
-        **parity.to_json(),
-        **({"cache": _cache_figures(cached, limits)} if cached else {}),
-        **({"proof": proof["figures"]} if proof else {}),
-        "passed": not problems,
-        "problems": problems,
-        "limits": only_finite(_limits_of(parity, limits)),
-    }
-    if isinstance(parity, QnnParity) and parity.not_run is not None:
-        del measured["not_run" if problems else "passed"]
-    results = {"parity": {name: {adapter: measured}}}
-    if problems:
-        what = f"export/{name}/{adapter}: the exported files do not compute what was {of}"
+    has_readme = stage.adapter is not None and isinstance(target, BundleTarget)
+    if has_readme:
+        _write_readme(context, name, adapter, None)  # says nothing of it before there is a verdict
+    proof = _Verification(context, name, adapter, limits).run(scratch)
+    if has_readme:
+        _write_readme(context, name, adapter, proof.record)
+    results = {"parity": {name: {adapter: proof.results}}}
+    if problems := proof.results.get("problems"):
+        what = f"export/{name}/{adapter}: the exported files do not compute what was {proof.of}"
         raise VerificationError(what, problems, results)
     return results
 
 
-def _limits_of(
-    parity: LanguageModelParity | GraphsParity | WeightsParity, limits: Limits
-) -> dict[str, float]:
-    """What was required, for results.json."""
-    from qwlora.export.graph_parity import GraphsParity
-    from qwlora.export.verify import largest_drift
-    from qwlora.export.verify_weights import WeightsParity
+class _Verification:
+    """One target with one adapter or use case, or the base of a switchable target.
 
-    if isinstance(parity, WeightsParity):
-        return {
-            "perplexity_difference": parity.perplexity_limit(limits),
-            "logit_difference": parity.logit_limit,
-            "top1_agreement": parity.agreement_limit,
+    Attributes:
+        of: what the files are compared with.
+        record: of the proof; empty without one.
+        results: for results.json.
+    """
+
+    def __init__(self, context: JobContext, name: str, adapter: str, limits: Limits):
+        self.context, self.name, self.adapter, self.limits = context, name, adapter, limits
+        self.target, self.bundle = TARGETS[name], context.path / "export" / name
+        self.of = "trained" if isinstance(self.target, WeightsTarget) else "simulated"
+        self.record: dict[str, Any] = {}
+        self.results: dict[str, Any] = {}
+
+    def run(self, scratch: Path) -> _Verification:
+        """Run the files, and write the proof into `scratch`."""
+        from qwlora.export.proof.checks import verdict
+        from qwlora.export.proof.folder import run_files
+        from qwlora.export.proof.measure import proven
+
+        self._check_digests()
+        model, simulation, reference = self._reference()
+        if self.target.has_proof and self.adapter != BASE:
+            self._begin_record(model)
+            if missing := self.target.missing():
+                self.record["not_run"] = self.results["not_run"] = missing
+                self._write_proof(reference, scratch)
+                return self
+        if isinstance(self.target, SwitchableTarget):
+            parity = self._run_switchable(simulation, reference)
+        elif isinstance(self.target, WeightsTarget):
+            track = self.context.track
+            parity = run_files(self.target, self.bundle, self.adapter, reference, track)
+            if self._others():
+                runtime = self.target.open(self.bundle / BASE)
+                parity = self._with_switching(parity, runtime, reference)
+        else:
+            parity = self._run_graph(simulation, reference)
+        if self.record:
+            self.record |= proven(self.target, parity, reference, self.limits)
+            self._write_proof(reference, scratch)
+        self.results = self._figures(parity) | verdict(parity.checks(self.limits))
+        if "not_run" in parity.figures and self.results["passed"]:
+            del self.results["passed"]
+        return self
+
+    def _check_digests(self) -> None:
+        folders = proven_folders(self.target, self.bundle, self.adapter)
+        if self.adapter == BASE:
+            folders = {BASE: self.bundle / BASE}
+        for folder in folders.values():
+            manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
+
+    def _reference(self) -> tuple[Any, Reference | None, dict[str, Tensor]]:
+        """The model that the files were made of, its simulation if there is one, and what it says
+        about held-out text."""
+        from qwlora.export.proof.reference import logits_of, make_reference, simulated_logits
+        from qwlora.export.switchable_graph import ZeroAdapter
+        from qwlora.pipeline.use_cases import use_case_simulations
+        from qwlora.pipeline.zero_adapter import zero_adapter_simulation
+
+        context, target = self.context, self.target
+        if isinstance(target, WeightsTarget):
+            model = context.adapted(self.adapter)
+            rounding = target.rounding(model)
+            rounded = None if rounding is None else logits_of(model, rounding)
+            return model, None, make_reference(logits_of(model), self._text(), rounded=rounded)
+        if isinstance(target, UseCasesTarget):
+            simulation: Any = use_case_simulations(context)[self.adapter]
+        elif self.adapter == BASE:
+            simulation = ZeroAdapter(zero_adapter_simulation(context))
+        else:
+            simulation = context.simulation(self.adapter)
+        states = {"adapter": simulated_logits(simulation)}
+        if isinstance(target, SwitchableTarget) and self.adapter != BASE:
+            # released as soon as another simulation is captured
+            states["base"] = simulated_logits(zero_adapter_simulation(context))
+        section = context.recipe.simulation
+        bitwidth = min(section.activation_bitwidth, section.adapter_activation_bitwidth or 16)
+        reference = make_reference(
+            {state: logits for state, (logits, _) in states.items()},
+            self._text(),
+            {state: perturbed for state, (_, perturbed) in states.items()},
+            least_noise=max(2**-bitwidth, GRAPHS_NOISE if self._graphs() else 0.0),
+        )
+        model = None if self.adapter == BASE else simulation.origin.model
+        return model, simulation, reference
+
+    def _text(self) -> Sequences:
+        """Held-out text of the adapter, or of the first one of a use case, as far as the context of
+        the graphs goes."""
+        from qwlora.export.cached_graphs import most_tokens
+        from qwlora.export.proof.reference import BASE_SEQUENCES
+        from qwlora.export.use_cases import members
+
+        recipe = self.context.recipe
+        names = {adapter.name for adapter in recipe.adapters}
+        owner = next((n for n in members(self.adapter) if n in names), recipe.adapters[0].name)
+        held_out = self.context.text(owner).data.held_out.first(recipe.verify.sequences)
+        if (graphs := self._graphs()) is None:
+            return held_out
+        most = most_tokens(graphs)
+        few = held_out.first(BASE_SEQUENCES)
+        return few if few.input_ids.shape[1] <= most else few.cut(most)
+
+    def _graphs(self) -> Path | None:
+        """The folder of graphs with a key-value cache; None if there are none."""
+        from qwlora.export.cached_graphs import has_graphs
+
+        folders = (*proven_folders(self.target, self.bundle, self.adapter).values(), self.bundle)
+        places = [place for folder in folders for place in (folder, folder / BASE)]
+        return next((place for place in places if has_graphs(place)), None)
+
+    def _run_graph(self, simulation: Any, reference: dict[str, Tensor]) -> Parity:
+        """Files that hold base and adapter together, and their layers if a runtime gives these."""
+        from qwlora.export.proof.folder import run_files
+
+        target, track = self.target, self.context.track
+        if isinstance(target, UseCasesTarget):
+            if (parity := target.verify(self.bundle, self.adapter, reference, track)) is not None:
+                return parity
+            return run_files(target, self.bundle, self.adapter, reference, track)
+        assert isinstance(target, GraphTarget)
+        parity = run_files(target, self.bundle, self.adapter, reference, track)
+        whole = target.whole(self.bundle / self.adapter)
+        return parity if whole is None else self._with_layers(parity, whole, simulation, reference)
+
+    def _run_switchable(self, simulation: Any, reference: dict[str, Tensor]) -> Parity:
+        """One adapter, or the base, in the session of all: whole sequences, layers, and tokens one
+        by one if there is a cache."""
+        from qwlora.export.proof.folder import run_files
+        from qwlora.export.proof.measure import compare_cache, measure_logits
+
+        target, track = self.target, self.context.track
+        assert isinstance(target, SwitchableTarget)
+        runtime = target.open(self.bundle / BASE)
+        adapter = None if self.adapter == BASE else self.bundle / self.adapter
+        runtime.use(adapter)
+        if adapter is None:
+            parity = measure_logits(runtime.logits, reference, track)
+        else:
+            parity = run_files(target, self.bundle, self.adapter, reference, track)
+        parity = self._with_layers(parity, runtime, simulation, reference)
+        if runtime.has_cache:
+            logits, bits = compare_cache(runtime, reference, adapter, self._others())
+            parity = parity.extended({"cache": logits.to_json()}, logits, bits)
+        return self._with_switching(parity, runtime, reference)
+
+    def _with_layers(
+        self, parity: Parity, runtime: Any, simulation: Any, reference: dict[str, Tensor]
+    ) -> Parity:
+        from dataclasses import asdict
+
+        from qwlora.export.proof.compare import verify_layers
+
+        ids = reference["ids"][:1, : self.context.recipe.verify.layer_tokens]
+        layers = verify_layers(runtime, simulation, ids, self.context.track)
+        return parity.extended(asdict(layers), layers)
+
+    def _with_switching(
+        self, parity: Parity, runtime: WeightsRuntime, reference: dict[str, Tensor]
+    ) -> Parity:
+        """Whether other adapters leave no trace."""
+        from qwlora.export.proof.measure import switching
+
+        adapter = None if self.adapter == BASE else self.bundle / self.adapter
+        ids = reference["ids"][:1, : self.context.recipe.verify.layer_tokens]
+        return parity.extended({}, *switching(runtime, adapter, self._others(), ids))
+
+    def _others(self) -> list[Path]:
+        """The folders of the other adapters that are there."""
+        names = [a.name for a in self.context.recipe.adapters if a.name != self.adapter]
+        return [self.bundle / name for name in names if is_of_base(self.bundle, name)]
+
+    def _begin_record(self, model: Any) -> None:
+        """What a proof says of the files."""
+        from qwlora.export.proof.readme import facts
+
+        of = proven_folders(self.target, self.bundle, self.adapter)
+        self.record = {
+            "target": self.name,
+            "adapter": self.adapter,
+            **facts(model, self.context.recipe.model.source),
+            "base_fingerprint": self.context.base_fingerprint,
+            "of": {part: record_digest(folder) for part, folder in of.items()},
+            "limits": {"perplexity_difference": self.limits.perplexity_difference},
         }
-    drift = largest_drift(limits.perplexity_difference, parity.floor_perplexity_difference)
-    if isinstance(parity, GraphsParity):
-        return {"perplexity_difference": drift, "sqnr": parity.least_sqnr}
-    return {
-        "perplexity_difference": drift,
-        "layer_steps": limits.layer_steps,
-        "layer_mean_steps": limits.layer_mean_steps,
-    }
+        if BASE in of and (reason := without_cache(of[BASE])) is not None:
+            self.record[WITHOUT_CACHE] = reason
 
+    def _write_proof(self, reference: dict[str, Tensor], scratch: Path) -> None:
+        from qwlora.export.proof.reference import BASE_SEQUENCES, first_sequences
 
-def _cache_figures(parity: CacheParity, limits: Limits) -> dict[str, Any]:
-    return {**parity.to_json(), "least_sqnr": parity.least_sqnr(limits)}
+        write_proof(scratch, first_sequences(reference, BASE_SEQUENCES), self.record)
 
+    def _figures(self, parity: Parity) -> dict[str, Any]:
+        """Figures for results.json: those of the adapter at the top."""
+        from qwlora.export.proof.checks import only_finite
 
-def _verify_graph(
-    context: JobContext, target: GraphTarget, name: str, adapter: str
-) -> LanguageModelParity | GraphsParity:
-    from qwlora.formats import manifest
-
-    section, folder = context.recipe.verify, context.path / "export" / name / adapter
-    manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
-    return target.verify(
-        folder,
-        context.simulation(adapter),
-        _held_out(context, adapter),
-        section.layer_tokens,
-        context.track,
-    )
-
-
-def _verify_switchable(
-    context: JobContext, target: SwitchableTarget, name: str, adapter: str | None
-) -> tuple[LanguageModelParity, CacheParity | None, list[str]]:
-    """Compare one adapter, or the base, in the session of all: whole sequences, and tokens one by
-    one if there is a cache; and problems of switching."""
-    from qwlora.export.switchable_graph import ZeroAdapter
-    from qwlora.export.verify import verify_language_model
-    from qwlora.export.verify_cache import verify_cache
-    from qwlora.export.verify_weights import switching_problems
-    from qwlora.formats import manifest
-    from qwlora.pipeline.zero_adapter import zero_adapter_simulation
-
-    section, bundle = context.recipe.verify, context.path / "export" / name
-    own = None if adapter is None else bundle / adapter
-    for folder in (bundle / BASE, own or bundle / BASE):
-        manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
-    first = context.recipe.adapters[0].name
-    held_out = _held_out(context, adapter or first)
-    reference: Reference = (
-        ZeroAdapter(zero_adapter_simulation(context))
-        if adapter is None
-        else context.simulation(adapter)
-    )
-    runtime = target.open(bundle / BASE)  # after the simulation's capture; released with the stage
-    runtime.use(own)
-    parity = verify_language_model(
-        runtime, reference, held_out, section.layer_tokens, context.track
-    )
-    others = _others(context, bundle, adapter)
-    ids = held_out.input_ids[:1, : section.layer_tokens]
-    problems = list(switching_problems(runtime, own, others, ids))
-    if not runtime.has_cache:
-        return parity, None, problems
-    ids, _ = next(held_out.rows())
-    return parity, verify_cache(runtime, reference, ids[None], own, others), problems
-
-
-def _simulated_reference(context: JobContext, adapter: str) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model of an adapter's simulation, and what the simulation says about held-out text."""
-    from qwlora.export.proof import make_reference
-    from qwlora.pipeline.zero_adapter import zero_adapter_simulation
-
-    own = context.simulation(adapter)
-    base = zero_adapter_simulation(context)  # released as soon as a simulation is captured
-    reference = make_reference(
-        {"base": base.logits, "adapter": own.logits},
-        _held_out(context, adapter),
-        {"base": base.perturbed_logits, "adapter": own.perturbed_logits},
-        bitwidth=_bitwidth(context),
-    )
-    return own.origin.model, reference
-
-
-def _bitwidth(context: JobContext) -> int:
-    """Of the coarsest grid of activations."""
-    section = context.recipe.simulation
-    return min(section.activation_bitwidth, section.adapter_activation_bitwidth or 16)
-
-
-def _held_out(context: JobContext, adapter: str) -> Sequences:
-    return context.text(adapter).data.held_out.first(context.recipe.verify.sequences)
-
-
-def _verify_use_case(
-    context: JobContext, target: UseCasesTarget, name: str, case: str
-) -> LanguageModelParity | GraphsParity:
-    from qwlora.formats import manifest
-
-    folder = context.path / "export" / name
-    manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
-    text = _text_of(context, case)
-    return target.verify(folder, case, _use_case_simulation(context, case), text, context.track)
-
-
-def _use_case_simulation(context: JobContext, case: str) -> Simulation:
-    from qwlora.pipeline.use_cases import use_case_simulations
-
-    return use_case_simulations(context)[case]
-
-
-def _text_of(context: JobContext, case: str) -> Sequences:
-    """Held-out text of an adapter, or of the first one of a use case."""
-    from qwlora.export.use_cases import members
-
-    return _held_out(context, [*members(case), context.recipe.adapters[0].name][0])
-
-
-def _verify_weights(
-    context: JobContext,
-    target: WeightsTarget,
-    name: str,
-    adapter: str,
-    model: PeftModel,
-    held_out: Sequences,
-) -> tuple[WeightsParity, list[str]]:
-    """Compare one adapter with the trained model; and problems of switching."""
-    from qwlora.export.verify_weights import switching_problems, verify_weights
-
-    bundle = context.path / "export" / name
-    runtime, own = target.open(bundle / BASE), bundle / adapter
-    rounding = target.rounding(model)
-    parity = verify_weights(runtime, model, own, held_out, rounding, context.track)
-    others = _others(context, bundle, adapter)
-    if not others:
-        return parity, []
-    ids = held_out.input_ids[:1, : context.recipe.verify.layer_tokens]
-    return parity, list(switching_problems(runtime, own, others, ids))
-
-
-def _others(context: JobContext, bundle: Path, adapter: str | None) -> list[Path]:
-    """The folders of the other adapters that are there."""
-    from qwlora.export.bundle import is_of_base
-
-    names = [other.name for other in context.recipe.adapters if other.name != adapter]
-    return [bundle / other for other in names if is_of_base(bundle, other)]
-
-
-def _prove(
-    context: JobContext,
-    name: str,
-    adapter: str,
-    model: nn.Module,
-    reference: Mapping[str, Tensor],
-    scratch: Path,
-) -> dict[str, Any]:
-    """Write the proof of an adapter, with which it can be verified elsewhere."""
-    from qwlora.export.bundle import (
-        facts,
-        proven,
-        proven_folders,
-        record_digest,
-        without_cache,
-        write_proof,
-    )
-    from qwlora.formats import manifest
-
-    target, bundle = TARGETS[name], context.path / "export" / name
-    of = proven_folders(target, bundle, adapter)
-    for folder in of.values():
-        manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
-    limits = {"perplexity_difference": context.recipe.verify.perplexity_difference}
-    record = {
-        "target": name,
-        "adapter": adapter,
-        **facts(model, context.recipe.model.source),
-        "base_fingerprint": context.base_fingerprint,
-        "of": {part: record_digest(folder) for part, folder in of.items()},
-        "limits": limits,
-    }
-    if BASE in of and (reason := without_cache(of[BASE])) is not None:
-        record[WITHOUT_CACHE] = reason
-    if missing := target.missing():
-        record["not_run"] = missing
-    else:
-        record |= proven(target, bundle, adapter, reference, limits)
-    write_proof(scratch, reference, record)
-    return record
+        figures = only_finite(parity.figures)
+        exact, shipped = figures.pop("exact"), figures.pop("shipped", {}).get("adapter", {})
+        for key in ("load_seconds", "peak_memory_bytes", "bytes"):
+            figures.pop(key, None)
+        main = exact["adapter"]
+        figures |= {"of": self.of, **main}
+        figures |= {f"shipped_{k}": shipped[k] for k in _SHIPPED if k in shipped}
+        if "off_is_equal" in exact:
+            figures["off_is_equal"] = exact["off_is_equal"]
+        if self.record:
+            figures["proof"] = self.record["figures"]
+        return figures
 
 
 def _write_readme(
@@ -345,30 +327,10 @@ def _write_readme(
     """Write the README of a bundle.
 
     Args:
-        proof: of the adapter, with every problem that was found; None: it is left out.
+        proof: of the adapter; None: it is left out.
     """
-    from qwlora.export.bundle import current_proofs, write_readme
+    from qwlora.export.proof.readme import write_readme
 
     bundle = context.path / "export" / name
     own = {} if proof is None else {adapter: proof}
     write_readme(bundle, {**current_proofs(bundle, without=adapter), **own})
-
-
-def _prove_simulated(
-    context: JobContext, name: str, case: str, simulation: Simulation, scratch: Path
-) -> dict[str, Any]:
-    """Write the proof of files that hold base and adapter together."""
-    from qwlora.export.bundle import proven_folders
-    from qwlora.export.cached_graphs import most_tokens
-    from qwlora.export.proof import make_reference
-
-    held_out, target = _text_of(context, case), TARGETS[name]
-    (folder,) = proven_folders(target, context.path / "export" / name, case).values()
-    if target.cached_graphs:
-        most = most_tokens(folder)
-        held_out = held_out if held_out.input_ids.shape[1] <= most else held_out.cut(most)
-    logits, perturbed = simulation.logits, simulation.perturbed_logits
-    reference = make_reference(
-        {"adapter": logits}, held_out, {"adapter": perturbed}, bitwidth=_bitwidth(context)
-    )
-    return _prove(context, name, case, simulation.origin.model, reference, scratch)

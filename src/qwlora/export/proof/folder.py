@@ -2,7 +2,8 @@
 
     base/                     the base's integers; qwlora.json lists the digests of its files
     NAME/                     an adapter; the same
-    proof/NAME/               see `proof.py`; proof.json has the digests of both qwlora.json
+    proof/NAME/               reference.safetensors (`reference.py`), and proof.json with figures,
+                              checks and the digests of both qwlora.json
     README.md                 what it is, how to run it, what was proven
 
 Targets that hold base and adapter together have no base/, and targets of use cases no NAME/ either:
@@ -18,21 +19,19 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwlora.atomic import files_in, read_tensors, write_tensors, write_text
+from qwlora.atomic import files_in, read_tensors, write_tensors
 from qwlora.errors import FingerprintError, QwloraWarning, SourceError
-from qwlora.export.bundle_contents import check_contents, check_plain
-from qwlora.export.finite_figures import only_finite, shown
 from qwlora.export.onnx_adapter import ADAPTER_FILE
+from qwlora.export.proof.checks import Limits, Parity
+from qwlora.export.proof.contents import check_contents, check_plain
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import PROOF, BundleTarget, GraphTarget, Target, UseCasesTarget
 from qwlora.formats import manifest
-from qwlora.formats.card_mark import escaped, is_users_card, marked
-from qwlora.messages import listed, size
+from qwlora.messages import listed
 from qwlora.progress import Track, untracked
 
 BASE, README = "base", "README.md"
@@ -295,7 +294,7 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
     """Prove a bundle again: check its files, run them, and compare with the reference.
 
     Returns:
-        figures by adapter, as in proof.json.
+        what is proven by adapter, as in proof.json.
 
     Raises:
         FingerprintError: see `check_files` and `check_complete`.
@@ -304,175 +303,44 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
         SourceError: the folder is no bundle of a known target, holds what no export writes, or a
             proof cannot be read or proves nothing.
     """
-    found = {}
+    from qwlora.export.proof.measure import proven
+
     check_plain(bundle)
     records = proofs(bundle)
     if not records:
         raise SourceError(
             f"{str(bundle)!r} has no {PROOF}/NAME/{PROOF_RECORD}; verify the job that exported it"
         )
-    targets = {name: TARGETS.get(str(record.get("target"))) for name, record in records.items()}
-    for name, found_target in targets.items():
-        if found_target is None:
-            unknown = records[name].get("target")
+    for record in records.values():
+        if str(record.get("target")) not in TARGETS:
+            unknown = record.get("target")
             raise SourceError(f"{str(bundle)!r} is of target {unknown!r}: unknown")
     check_complete(bundle, records)
     for name, record in records.items():
         check_files(bundle, name, record)
+    results = {}
     for name, record in track(records.items(), "verifying", len(records)):
         target = TARGETS[record["target"]]
         target.require_packages()
         reference, _ = read_tensors(bundle / PROOF / name / REFERENCE)
-        found[name] = proven(target, bundle, name, reference, record["limits"])
-    return found
+        parity = run_files(target, bundle, name, reference)
+        results[name] = proven(target, parity, reference, Limits(**record["limits"]))
+    return results
 
 
-def proven(
+def run_files(
     target: Target,
     bundle: Path,
     name: str,
     reference: Mapping[str, Any],
-    limits: Mapping[str, float],
-) -> dict[str, Any]:
-    """What running an adapter of a bundle gives: figures as far as they are finite, problems,
-    program and machine."""
-    from qwlora.export.graph_parity import DECODED
-    from qwlora.export.proof import (
-        SAME,
-        broken_limits,
-        client,
-        is_told_apart,
-        machine,
-        measure,
-        measure_logits,
-        perplexity_limits,
-    )
+    track: Track = untracked,
+) -> Parity:
+    """Run an adapter of a bundle and compare it with the reference."""
+    from qwlora.export.proof.measure import DECODED, measure, measure_logits
 
     if isinstance(target, BundleTarget):
-        figures = measure(target, bundle / BASE, bundle / name, reference)
-    elif isinstance(target, UseCasesTarget):
-        figures = measure_logits(target.logits(bundle, name, DECODED), reference)
-    else:
-        assert isinstance(target, GraphTarget)
-        figures = measure_logits(target.logits(bundle / name, DECODED), reference)
-    problems = list(broken_limits(figures, reference, limits["perplexity_difference"]))
-    allowed = perplexity_limits(reference, limits["perplexity_difference"])
-    return {
-        "client": client(target),
-        "machine": machine(),
-        "figures": only_finite(figures),
-        "perplexity_limits": only_finite(allowed),
-        "passed": not problems,
-        "problems": problems,
-        "notes": [] if is_told_apart(reference, limits["perplexity_difference"]) else [SAME],
-    }
-
-
-def facts(model: Any, source: str) -> dict[str, Any]:
-    """What a README says about a packed base that was made from the model `source`."""
-    from qwlora.formats.model_origin import origin_of
-    from qwlora.grid.scheme import short_name
-    from qwlora.nn.pack_at import packed_weights
-
-    origin = origin_of(source)
-    grids = Counter(short_name(layer.scheme) for layer in packed_weights(model).values())
-    return {"model": origin.name, "license": origin.license, "grids": dict(grids)}
-
-
-def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write README.md from the records of all adapters, unless the user edited it.
-
-    Without a record there is nothing to say: it is deleted.
-    """
-    if is_users_card(bundle / README):
-        return
-    if not records:
-        (bundle / README).unlink(missing_ok=True)
-        return
-    names, some = sorted(records), next(iter(records.values()))
-    target = TARGETS[some["target"]]
-    assert isinstance(target, BundleTarget)
-    sizes = {
-        path: size(sum(f.stat().st_size for f in (bundle / path).rglob("*") if f.is_file()))
-        for path in (BASE, *names)
-    }
-    grids = ", ".join(f"{count} of {grid}" for grid, count in some["grids"].items())
-    adapters = "one LoRA adapter" if len(names) == 1 else f"{len(names)} LoRA adapters"
-    parts = [
-        f"# {escaped(some['model'])} for {some['target']}",
-        f"A quantized base model and {adapters} trained on exactly these integers. "
-        f"Weights: {grids}. Fingerprint of the base: `{some['base_fingerprint'][:16]}`.",
-        "## Run\n\nIn this folder:",
-        *_loading(target, names[0], some.get(WITHOUT_CACHE)),
-        "| folder | what | size |\n|---|---|---|\n"
-        + "\n".join(
-            f"| `{path}/` | {'base' if path == BASE else 'adapter'} | {n} |"
-            for path, n in sizes.items()
-        ),
-        "## Proof\n\n" + "\n".join(proof_table(records)),
-        "`qwlora verify .` repeats this, on any machine that has the program.",
-        f"## License\n\n{_license(some['license'])}",
-    ]
-    write_text(bundle / README, marked("\n\n".join(parts)))
-
-
-def _loading(target: BundleTarget, adapter: str, without_cache: str | None) -> list[str]:
-    if without_cache is None:
-        return [target.loading(BASE, adapter)]
-    return [
-        target.loading_without_cache(BASE, adapter),
-        f"The files have no key-value cache, so every token runs the whole sequence: "
-        f"{without_cache}",
-    ]
-
-
-def _license(stated: str | None) -> str:
-    if stated is None:
-        return "That of the base model, whose files do not state one."
-    return f"That of the base model: {escaped(stated)}."
-
-
-def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """The figures of all adapters as lines of Markdown."""
-    lines = [
-        "Each file was run in the program and compared with the model that it is made of: the "
-        "trained one, or its simulation where activations are on grids.",
-        "",
-        "| adapter | settings | perplexity, expected and here | KL | same likeliest token | "
-        "log-probability off by, at most | tokens per second, prompt and new | switch |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    notes = []
-    for name, record in records.items():
-        if "not_run" in record:
-            notes.append(f"{name}: written, not run. {escaped(record['not_run'])}")
-            continue
-        for settings in ("exact", "shipped"):
-            if (found := record["figures"].get(settings)) is None:
-                continue
-            for state in ("base", "adapter"):
-                if (of := found.get(state)) is None:
-                    continue
-                is_adapter = state == "adapter"
-                speeds = (
-                    f"{found['prefill_tokens_per_second']:.0f}, "
-                    f"{found['decode_tokens_per_second']:.1f} | "
-                    f"{1000 * found['switch_seconds']:.2g} ms"
-                    if is_adapter and "switch_seconds" in found
-                    else " | "
-                )
-                lines.append(
-                    f"| {name if is_adapter else 'none'} | {settings} | "
-                    f"{shown(of, 'reference_perplexity', '.3f')}, "
-                    f"{shown(of, 'perplexity', '.3f')} | {shown(of, 'kl_divergence', '.2g')} | "
-                    f"{of['top1_agreement']:.2%} | "
-                    f"{shown(of, 'max_log_prob_difference', '.2g')} | {speeds} |"
-                )
-        clients = ", ".join(f"{n} {v}" for n, v in record["client"].items())
-        memory, load = (record["figures"].get(k) for k in ("peak_memory_bytes", "load_seconds"))
-        cost = "" if load is None else f"; {size(memory)} of memory, loaded in {load:.2g} s"
-        failed = "; ".join(["FAILED", *map(escaped, record["problems"])])
-        verdict = failed if record["problems"] else "passed"
-        said = "".join(f" But {escaped(note)}." for note in record.get("notes", ()))
-        notes.append(f"{name}: {verdict} on {record['machine']}, {clients}{cost}.{said}")
-    return [*lines, "", *(f"- {note}" for note in notes)]
+        return measure(target, bundle / BASE, bundle / name, reference, track)
+    if isinstance(target, UseCasesTarget):
+        return measure_logits(target.logits(bundle, name, DECODED), reference, track)
+    assert isinstance(target, GraphTarget)
+    return measure_logits(target.logits(bundle / name, DECODED), reference, track)

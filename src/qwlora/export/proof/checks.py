@@ -1,0 +1,179 @@
+"""Checks: one measured value, its limit, and whether it passed. All verdicts are made of them.
+
+Whoever shows a verdict (console, report, README of a bundle, model card) prints checks, and judges
+nothing. JSON holds no NaN and no infinity: such a value is None in a check, which then failed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Protocol
+
+from qwlora.errors import VerificationError
+
+Unit = Literal["share", "steps", "dB", "nats", ""]
+_FORMS = {"share": ".2%", "steps": ".4g", "dB": ".1f", "nats": ".3g", "": ".4g"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Largest allowed differences.
+
+    Args:
+        layer_steps, layer_mean_steps: of any layer, largest and mean, in steps of its output grid.
+        perplexity_difference: of a language model, relative.
+        sqnr, below_floor: an output may be `below_floor` dB below its noise floor; `sqnr` dB is
+            always enough, and less than `compare.WRONG` dB never is.
+    """
+
+    layer_steps: float = 2.0
+    layer_mean_steps: float = 0.05
+    perplexity_difference: float = 0.003
+    sqnr: float = 60.0
+    below_floor: float = 6.0
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of a verdict.
+
+    Args:
+        what: a phrase, such as "perplexity with the adapter differs".
+        value, limit: None if not finite; a flag where something has to be equal.
+        bound: on which side of the limit the value has to be.
+    """
+
+    what: str
+    value: float | bool | None
+    limit: float | bool | None
+    passed: bool
+    unit: Unit = ""
+    bound: Literal["at most", "at least"] = "at most"
+
+    @property
+    def sentence(self) -> str:
+        """`what: value (limit: at most 3)`."""
+        if isinstance(self.value, bool):
+            return f"{self.what}: {'yes' if self.value else 'no'}"
+        return (
+            f"{self.what}: {self._written(self.value)} (limit: {self.bound} "
+            f"{self._written(self.limit)})"
+        )
+
+    @property
+    def share_of_limit(self) -> float:
+        """How much of what is allowed was found: 1 at the limit."""
+        if isinstance(self.value, bool) or self.value is None or self.limit is None:
+            return 0.0 if self.passed else math.inf
+        part, whole = self.value, float(self.limit)
+        if self.bound == "at least":
+            part, whole = whole, part
+        return part / whole if whole else 0.0 if self.passed else math.inf
+
+    def _written(self, value: float | None) -> str:
+        if value is None:
+            return "not finite"
+        unit = f" {self.unit}" if self.unit not in ("", "share") else ""
+        return f"{value:{_FORMS[self.unit]}}{unit}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+def at_most(what: str, value: float, limit: float, unit: Unit = "") -> Check:
+    """A check that passes if both are finite and `value <= limit`."""
+    passed = math.isfinite(limit) and math.isfinite(value) and value <= limit
+    return Check(what, _finite(value), _finite(limit), passed, unit)
+
+
+def at_least(what: str, value: float, limit: float, unit: Unit = "") -> Check:
+    """A check that passes if `value >= limit`. A value of infinity passes: nothing differs."""
+    passed = math.isfinite(limit) and value >= limit
+    return Check(what, _finite(value), _finite(limit), passed, unit, "at least")
+
+
+def is_so(what: str, value: bool) -> Check:
+    """A check of something that has to be true."""
+    return Check(what, value, True, value)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+class Measured(Protocol):
+    """A part of what was measured."""
+
+    def checks(self, limits: Limits) -> Iterator[Check]: ...
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far exported files are from what they were made of.
+
+    Args:
+        figures: for JSON.
+        parts: what the checks are made of.
+    """
+
+    figures: dict[str, Any]
+    parts: tuple[Measured, ...]
+
+    def extended(self, figures: Mapping[str, Any], *parts: Measured) -> Parity:
+        """The same with more figures and parts."""
+        return Parity({**self.figures, **figures}, (*self.parts, *parts))
+
+    def checks(self, limits: Limits) -> list[Check]:
+        """All checks, of every part."""
+        return [check for part in self.parts for check in part.checks(limits)]
+
+    def problems(self, limits: Limits) -> list[str]:
+        """A sentence for each check that failed."""
+        return [check.sentence for check in self.checks(limits) if not check.passed]
+
+    def to_json(self, limits: Limits) -> dict[str, Any]:
+        """Figures, checks and verdict, without numbers that are NaN or infinite."""
+        return {**only_finite(self.figures), **verdict(self.checks(limits))}
+
+
+def verdict(checks: Iterable[Check]) -> dict[str, Any]:
+    """`checks`; `passed`: there is at least one, and all did; `problems`: sentences of those that
+    did not."""
+    rows = list(checks)
+    return {
+        "passed": bool(rows) and all(row.passed for row in rows),
+        "problems": [row.sentence for row in rows if not row.passed],
+        "checks": [row.to_json() for row in rows],
+    }
+
+
+def check_parity(parity: Parity, limits: Limits, name: str) -> None:
+    """Compare a result with its limits.
+
+    Args:
+        name: of the exported files, for the message.
+
+    Raises:
+        VerificationError: a check failed, or there is none; the message lists every one.
+    """
+    found = verdict(parity.checks(limits))
+    if not found["passed"]:
+        what = f"{name}: the exported files do not compute what was simulated"
+        raise VerificationError(what, found["problems"] or ["nothing was compared"])
+
+
+def only_finite(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """`figures`, and those nested in them, without numbers that are NaN or infinite."""
+    return {
+        key: only_finite(value) if isinstance(value, Mapping) else value
+        for key, value in figures.items()
+        if not isinstance(value, float) or math.isfinite(value)
+    }
+
+
+def shown(figures: Mapping[str, Any], key: str, form: str) -> str:
+    """A figure in a format such as `.3f`, or `not finite` if it was left out."""
+    return format(figures[key], form) if key in figures else "not finite"

@@ -1,0 +1,477 @@
+"""The comparison of a runtime with a reference: logits, layers, outputs of any model.
+
+    logits      log-probabilities of the likeliest tokens, likeliest token, perplexity
+    layers      each gets the simulation's own input, so errors cannot accumulate; differences are
+                in steps of its output grid
+    outputs     of a model that is no language model: signal to noise,
+
+        SQNR = 10 log10(sum x^2 / sum (x - x_hat)^2) in dB, x expected, x_hat from the files
+
+Where only float32 rounding may differ, a log-probability may differ by 2 LOGIT_DIFFERENCE of the
+largest logit (it is a logit minus a mean of logits), and the likeliest token of one token in a
+thousand. Where the reference has an `other` computation (`reference.py`), that is a noise floor: no
+file can agree with a simulation better than two equally correct simulations agree with each other.
+
+    rounding    a log-probability may also differ by twice the largest difference of a logit
+    noise       a single one by any amount, but the root mean square only by NOISE times the floor's
+    perplexity  may differ by what the recipe allows, and by the floor on top. With d_t the
+                difference of two simulations in the log-likelihood of token t of n, the mean of
+                the d_t is within 1.96 sqrt(sum_t d_t^2) / n of zero in 95 % of samples
+
+Measured with 4 layers on grids of 16 bits: ONNX Runtime has 1 time the floor's noise, and 60 times
+if it rounds the activations of 4-bit weights to 8 bits.
+
+The Kullback-Leibler divergence counts all tokens that are not among the likeliest as one:
+
+    KL = sum_i p_i log(p_i / q_i) + r log(r / s),    r = 1 - sum_i p_i,  s = 1 - sum_i q_i
+
+NaN and infinity are never within a limit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int64
+from torch import Tensor
+
+from qwlora.data.sequences import IGNORED, Sequences, as_sequences
+from qwlora.errors import VerificationError
+from qwlora.export.proof.checks import Check, Limits, Parity, at_least, at_most
+from qwlora.export.proof.reference import (
+    Logits,
+    Reference,
+    check_ids,
+    make_reference,
+    simulated_logits,
+    token_losses,
+)
+from qwlora.export.runtime import Runtime
+from qwlora.graph.call_arguments import as_arguments
+from qwlora.graph.quantized_graph import Interface, Kind
+from qwlora.grid.sqnr import sqnr_db
+from qwlora.progress import Track, one_step, untracked
+
+LOGIT_DIFFERENCE = 1e-4
+AGREEMENT = 0.999
+NOISE = 4.0  # of the noise floor, which is itself the difference of one sample
+FEW = 1000  # values of a layer, whose mean is partly chance
+WRONG = 15.0  # dB; a wrong operator gives less, however much rounding changes
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogitsFigures:
+    """Logits of one runtime and state.
+
+    Args:
+        where: in a sentence, such as " on the HTP".
+        max_log_prob_difference: infinite if logits of any token hold NaN or infinity.
+        floor_top1_agreement: lower end of the 95 % interval (Wilson) for another sample as large.
+        floor_perplexity_difference: relative; what rounding explains in 95 % of samples as large.
+        perplexity, reference_perplexity: None if only some tokens were run.
+        largest_allowed, noise_allowed: in log-probabilities; one of them is None.
+    """
+
+    where: str
+    max_log_prob_difference: float
+    rms_log_prob_difference: float
+    top1_agreement: float
+    kl_divergence: float
+    perplexity: float | None
+    reference_perplexity: float | None
+    tokens: int
+    sequences: int
+    floor_top1_agreement: float
+    floor_perplexity_difference: float
+    largest_allowed: float | None
+    noise_allowed: float | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures."""
+        return {k: v for k, v in asdict(self).items() if k != "where" and v is not None}
+
+    def checks(self, limits: Limits) -> Iterator[Check]:
+        if not math.isfinite(self.max_log_prob_difference):
+            yield at_most(f"largest logit{self.where}", math.nan, math.inf)
+        if self.perplexity is not None and self.reference_perplexity is not None:
+            both = (self.perplexity, self.reference_perplexity)
+            drift = abs(both[0] / both[1] - 1) if all(map(math.isfinite, both)) else math.nan
+            allowed = limits.perplexity_difference + self.floor_perplexity_difference
+            yield at_most(f"difference of perplexity{self.where}", drift, allowed, "share")
+        what = f"tokens with the same likeliest token{self.where}"
+        yield at_least(what, self.top1_agreement, self.floor_top1_agreement, "share")
+        if self.noise_allowed is not None:
+            what = f"difference of log-probabilities{self.where} (root mean square)"
+            yield at_most(what, self.rms_log_prob_difference, self.noise_allowed, "nats")
+        else:
+            what = f"largest difference of a log-probability{self.where}"
+            bound = math.nan if self.largest_allowed is None else self.largest_allowed
+            yield at_most(what, self.max_log_prob_difference, bound, "nats")
+
+
+def compare_logits(
+    logits: Logits,
+    reference: Mapping[str, Tensor],
+    state: str = "adapter",
+    where: str = "",
+    last: int | None = None,
+) -> LogitsFigures:
+    """Compare a runtime's logits of the reference's sequences.
+
+    If only some tokens count for the loss, the logits that predict those are compared.
+
+    Args:
+        logits: of token ids [1, tokens].
+        last: compare the last tokens of each sequence only, whose logits `logits` returns.
+
+    Raises:
+        SourceError: the reference is of another vocabulary.
+    """
+    rows = list(zip(reference["ids"], reference["labels"], strict=True))
+    rows = rows[: len(reference[f"{state}.top"])]
+    part = slice(0 if last is None else -last, None)
+    most, same, divergence, nll, expected_nll = 0.0, 0, 0.0, 0.0, 0.0
+    differences = list[Tensor]()
+    masks = [_predicting(labels)[part] for _, labels in rows]
+    if last is not None or not any(bool(mask.any()) for mask in masks):
+        masks = [torch.ones_like(mask) for mask in masks]
+    for number, ((ids, labels), predicting) in enumerate(zip(rows, masks, strict=True)):
+        found = logits(ids[None]).double()
+        top = reference[f"{state}.top"][number, part].long()
+        check_ids(top, found.shape[-1])
+        log_probs = found[0].log_softmax(-1)
+        expected = reference[f"{state}.log_probs"][number, part].double()
+        at = log_probs.gather(-1, top)
+        most = max(most, largest((at - expected)[predicting].abs()))
+        if not bool(found.isfinite().all()):  # also at tokens that are not compared
+            most = math.inf
+        differences.append((at - expected)[predicting])
+        same += int((log_probs.argmax(-1) == top[:, 0])[predicting].sum())
+        divergence += float(_divergence(expected, at)[predicting].sum())
+        if last is None:
+            nll += float(token_losses(found, labels).sum())
+            expected_nll += float(reference[f"{state}.losses"][number].sum())
+    tokens = int(torch.cat(masks).sum())
+    counted = sum(int((labels[1:] != IGNORED).sum()) for _, labels in rows)
+    return LogitsFigures(
+        where=where,
+        max_log_prob_difference=most,
+        rms_log_prob_difference=_rms(torch.cat(differences)),
+        top1_agreement=same / tokens,
+        kl_divergence=divergence / tokens,
+        perplexity=perplexity(nll, counted) if last is None else None,
+        reference_perplexity=perplexity(expected_nll, counted) if last is None else None,
+        tokens=tokens,
+        sequences=len(rows),
+        **_floor(reference, state, masks, part, counted),
+    )
+
+
+def _predicting(labels: Tensor) -> Tensor:
+    """The tokens whose logits predict one that counts in the loss. Nothing follows the last; its
+    logits are compared if it counts itself."""
+    mask = (labels != IGNORED).roll(-1)
+    mask[-1] = labels[-1] != IGNORED
+    return mask
+
+
+def _floor(
+    reference: Mapping[str, Tensor],
+    state: str,
+    compared: list[Tensor],
+    part: slice,
+    counted: int,
+) -> dict[str, Any]:
+    """What rounding alone explains."""
+    exact = 2 * LOGIT_DIFFERENCE * float(reference[f"{state}.largest"].max())
+    rounding = reference.get(f"{state}.rounding")
+    noise = reference.get(f"{state}.noise")
+    allowed = exact + (0.0 if rounding is None else 2 * float(rounding.max()))
+    floor = {
+        "floor_top1_agreement": AGREEMENT,
+        "floor_perplexity_difference": 0.0,
+        "largest_allowed": allowed if noise is None else None,
+        "noise_allowed": None if noise is None else exact + NOISE * _rms(noise.double()),
+    }
+    if (same := reference.get(f"{state}.other_same")) is not None:
+        shares = [row[part][mask] for row, mask in zip(same, compared, strict=True)]
+        floor["floor_top1_agreement"] = lowest_agreement(torch.cat(shares))
+        change = reference[f"{state}.other_losses"] - reference[f"{state}.losses"]
+        squared = float(change.square().sum())
+        floor["floor_perplexity_difference"] = perplexity_floor(squared, counted)
+    return floor
+
+
+def lowest_agreement(same: Tensor) -> float:
+    """Lower end of the 95 % interval (Wilson) for the share in another sample of the same size.
+
+    Both are samples, so their difference has the variance of a sample half as large.
+    """
+    n, share, z = len(same) / 2, float(same.double().mean()), 1.96
+    center = share + z * z / (2 * n)
+    margin = z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (center - margin) / (1 + z * z / n)
+
+
+def perplexity_floor(squared_noise: float, tokens: int) -> float:
+    """Relative difference of perplexity that rounding explains in 95 % of samples; infinite if
+    that is too large for a number.
+
+    Args:
+        squared_noise: sum over tokens of d_t^2; see the module.
+    """
+    try:
+        return math.expm1(1.96 * math.sqrt(squared_noise) / tokens)
+    except OverflowError:
+        return math.inf
+
+
+def perplexity(nll: float, tokens: int) -> float:
+    """`exp(nll / tokens)`; infinite if that overflows, NaN if `nll` is or there are no tokens.
+
+    Args:
+        nll: sum of the losses of `tokens` tokens, nats.
+    """
+    try:
+        return math.exp(nll / tokens) if tokens else math.nan
+    except OverflowError:
+        return math.inf
+
+
+def largest(differences: Tensor) -> float:
+    """The largest of absolute differences; infinite if one is NaN or infinite, 0 if there is
+    none."""
+    if not differences.numel():
+        return 0.0
+    value = float(differences.max())  # torch's max, unlike Python's, is NaN if any value is
+    return math.inf if math.isnan(value) else value
+
+
+def is_same(logits: Tensor, other: Tensor) -> bool:
+    """Whether two results are equal, also in where they hold NaN."""
+    return logits.allclose(other, rtol=0, atol=0, equal_nan=True)
+
+
+def _rms(differences: Tensor) -> float:
+    return float(differences.square().mean().sqrt())
+
+
+def _divergence(expected: Tensor, found: Tensor) -> Tensor:
+    """KL of each row, in nats; see the module."""
+    p, rest = expected.exp(), (1 - expected.exp().sum(-1)).clamp_min(0)
+    other = (1 - found.exp().sum(-1)).clamp_min(torch.finfo(torch.float64).tiny)
+    tail = torch.where(rest > 0, rest * (rest.clamp_min(1e-300).log() - other.log()), 0.0)
+    return (p * (expected - found)).sum(-1) + tail
+
+
+def is_told_apart(reference: Mapping[str, Tensor], limits: Limits) -> bool:
+    """Whether a runtime that computes the base instead of the adapter would break a limit.
+
+    True if the reference has no base. Of log-probabilities, those of the text's own tokens count.
+    """
+    if "base.losses" not in reference:
+        return True
+    few = {name: t[: len(reference["base.top"])] for name, t in reference.items()}
+    base, adapter = few["base.losses"], few["adapter.losses"]
+    counted = int((few["labels"][:, 1:] != IGNORED).sum())
+    compared = [torch.ones_like(row, dtype=torch.bool) for row in few["ids"]]
+    same = few["base.top"][..., 0] == few["adapter.top"][..., 0]
+    figures = LogitsFigures(
+        where="",
+        max_log_prob_difference=largest((base - adapter).abs()),
+        rms_log_prob_difference=_rms(base - adapter),
+        top1_agreement=float(same.double().mean()),
+        kl_divergence=0.0,
+        perplexity=perplexity(float(base.sum()), counted),
+        reference_perplexity=perplexity(float(adapter.sum()), counted),
+        tokens=same.numel(),
+        sequences=len(same),
+        **_floor(few, "adapter", compared, slice(None), counted),
+    )
+    return not all(check.passed for check in figures.checks(limits))
+
+
+@dataclass(frozen=True)
+class LayerFigures:
+    """How far layers are from the simulation, in steps of each layer's output grid.
+
+    Args:
+        worst_layer: the layer with the largest difference, `worst_layer_steps`.
+        worst_layer_mean_steps: the largest mean difference of any layer. A mean of fewer than `FEW`
+            values counts as if there were as many, the others equal: of 64 values, a few are a
+            step off by chance.
+        layers: how many were compared.
+    """
+
+    worst_layer: str
+    worst_layer_steps: float
+    worst_layer_mean_steps: float
+    layers: int
+
+    def checks(self, limits: Limits) -> Iterator[Check]:
+        if self.layers:
+            what = f"difference of layer {self.worst_layer}, the worst of {self.layers:,}"
+            yield at_most(what, self.worst_layer_steps, limits.layer_steps, "steps")
+            what = "largest mean difference of a layer"
+            yield at_most(what, self.worst_layer_mean_steps, limits.layer_mean_steps, "steps")
+
+
+def compare_layers(
+    runtime: Runtime, reference: Reference, batch: Mapping[str, Any]
+) -> LayerFigures:
+    """Run every layer on the simulation's value of its inputs for `batch`."""
+    graph, simulated = reference.graph(), reference.values(batch)
+    names = [mark.name for mark in graph.marks if mark.kind is Kind.ACTIVATION]
+    if not names:  # only weights are quantized
+        return LayerFigures("", 0.0, 0.0, 0)
+    values = {name: simulated[name] for name in names}
+    outputs = runtime.run_layers(values, reference.bind(batch))
+    steps = [(outputs[name] - values[name]).abs() / graph.encodings[name].scale for name in names]
+    worst_steps = torch.stack([s.max() for s in steps])
+    means = [s.sum() / max(s.numel(), FEW) for s in steps]
+    mean = torch.stack(means).max()  # NaN if one of them is
+    worst = int(worst_steps.argmax())
+    return LayerFigures(names[worst], float(worst_steps[worst]), float(mean), len(names))
+
+
+@dataclass
+class OutputFigures:
+    """Running difference between one output of two computations, and between two simulations of it;
+    `largest` is infinite and `sqnr` NaN if one of them holds NaN or infinity."""
+
+    name: str
+    signal: float = 0.0
+    noise: float = 0.0
+    floor_noise: float = 0.0
+    largest: float = 0.0
+
+    def update(self, found: Tensor, expected: Tensor, perturbed: Tensor) -> None:
+        """Add one batch."""
+        difference = (found.double() - expected.double()).abs()
+        self.signal += float(expected.double().square().sum())
+        self.noise += float(difference.square().sum())
+        self.floor_noise += float((perturbed.double() - expected.double()).square().sum())
+        self.largest = max(self.largest, largest(difference))
+
+    @property
+    def sqnr(self) -> float:
+        """In dB; infinite if equal."""
+        return sqnr_db(self.signal, self.noise)
+
+    @property
+    def floor_sqnr(self) -> float:
+        """Of two simulations, in dB."""
+        return sqnr_db(self.signal, self.floor_noise)
+
+    def checks(self, limits: Limits) -> Iterator[Check]:
+        least = max(WRONG, min(limits.sqnr, self.floor_sqnr - limits.below_floor))
+        yield at_least(f"signal to noise of output {self.name}", self.sqnr, least, "dB")
+
+
+def verify_outputs(
+    runtime: Runtime,
+    reference: Reference,
+    batches: Collection[Any],
+    track: Track = untracked,
+) -> Parity:
+    """Compare every output on `batches`, and every layer on the first of them.
+
+    Args:
+        batches: dicts of arguments, tensors or tuples of tensors (`call_arguments.py`).
+
+    Raises:
+        VerificationError: `batches` is empty.
+        ExportError: the runtime refuses the files.
+    """
+    if not batches:
+        raise VerificationError("verification needs at least one batch of the model's inputs")
+    interface = reference.graph().interface
+    batches = [as_arguments(batch, interface.inputs) for batch in batches]
+    layers = compare_layers(runtime, reference, batches[0])
+    outputs: dict[str, OutputFigures] = {}
+    for batch in track(batches, "verifying", len(batches)):
+        found = runtime.run(reference.bind(batch))
+        perturbed = reference.perturbed_outputs(batch)
+        for name, expected in reference.outputs(batch).items():
+            output = outputs.setdefault(name, OutputFigures(name))
+            output.update(found[name], expected, perturbed[name])
+    figures = {
+        **asdict(layers),
+        "primary": interface.primary,
+        "sqnr": {name: output.sqnr for name, output in outputs.items()},
+        "floor_sqnr": {name: output.floor_sqnr for name, output in outputs.items()},
+        "max_abs_difference": {name: output.largest for name, output in outputs.items()},
+    }
+    return Parity(figures, (*outputs.values(), layers))
+
+
+def verify_language_model(
+    runtime: Runtime,
+    simulation: Reference,
+    sequences: Sequences | Int64[Tensor, "count tokens"],
+    layer_tokens: int,
+    track: Track = untracked,
+) -> Parity:
+    """Compare logits and perplexity on `sequences`, and layers on a part of the first one.
+
+    Args:
+        layer_tokens: tokens for the comparison layer by layer.
+
+    Raises:
+        VerificationError: the graph is not that of a causal language model.
+        ExportError: the runtime refuses the files.
+    """
+    interface = simulation.graph().interface
+    refuse_other_tasks(interface)
+    data = as_sequences(sequences)
+    layers = verify_layers(runtime, simulation, data.input_ids[:1, :layer_tokens], track)
+    logits, perturbed = simulated_logits(simulation)
+    reference = make_reference({"adapter": logits}, data, {"adapter": perturbed})
+    run = _run_of(runtime, simulation, interface.primary)
+    figures = compare_logits(tracked(run, track, len(data)), reference)
+    return language_parity(figures, layers)
+
+
+def _run_of(runtime: Runtime, simulation: Reference, primary: str) -> Logits:
+    return lambda ids: runtime.run(simulation.bind({"input_ids": ids}))[primary]
+
+
+def language_parity(figures: LogitsFigures, *parts: Any) -> Parity:
+    """Logits, and layers if they were compared."""
+    layers = [asdict(part) for part in parts if isinstance(part, LayerFigures)]
+    return Parity({**figures.to_json(), **(layers[0] if layers else {})}, (figures, *parts))
+
+
+def verify_layers(
+    runtime: Runtime, simulation: Reference, ids: Tensor, track: Track
+) -> LayerFigures:
+    """`compare_layers` of token ids [1, tokens], with progress."""
+    with one_step(track, "comparing layers"):
+        return compare_layers(runtime, simulation, {"input_ids": ids})
+
+
+def tracked(logits: Logits, track: Track, count: int) -> Logits:
+    """`logits`, with one step of progress for each of `count` calls."""
+    steps = iter(track(range(count), "verifying", count))
+
+    def counted(ids: Tensor) -> Tensor:
+        next(steps, None)
+        return logits(ids)
+
+    return counted
+
+
+def refuse_other_tasks(interface: Interface) -> None:
+    """Refuse graphs without token ids, or without logits [batch, tokens, vocabulary]."""
+    shape = interface.shapes[interface.primary]
+    if "input_ids" not in interface.inputs or interface.primary != "logits" or len(shape) != 3:
+        raise VerificationError(
+            "verify_onnx compares the next-token logits [batch, tokens, vocabulary] of a causal "
+            f"language model. This graph takes {', '.join(interface.inputs)} and returns "
+            f"{interface.primary} [{', '.join(map(str, shape))}]. "
+            "Use qwlora.verify_onnx_outputs(folder, simulation, batches)"
+        )

@@ -1,0 +1,127 @@
+"""README.md of a bundle: what it is, how to run it, what was proven. It prints the checks of its
+proofs, and judges nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from qwlora.atomic import write_text
+from qwlora.export.proof.checks import shown
+from qwlora.export.proof.folder import BASE, README, WITHOUT_CACHE
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import BundleTarget
+from qwlora.formats.card_mark import escaped, is_users_card, marked
+from qwlora.messages import size
+
+
+def facts(model: Any, source: str) -> dict[str, Any]:
+    """What a README says about a packed base that was made from the model `source`."""
+    from qwlora.formats.model_origin import origin_of
+    from qwlora.grid.scheme import short_name
+    from qwlora.nn.pack_at import packed_weights
+
+    origin = origin_of(source)
+    grids = Counter(short_name(layer.scheme) for layer in packed_weights(model).values())
+    return {"model": origin.name, "license": origin.license, "grids": dict(grids)}
+
+
+def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write README.md from the records of all adapters, unless the user edited it.
+
+    Without a record there is nothing to say: it is deleted.
+    """
+    if is_users_card(bundle / README):
+        return
+    if not records:
+        (bundle / README).unlink(missing_ok=True)
+        return
+    names, some = sorted(records), next(iter(records.values()))
+    target = TARGETS[some["target"]]
+    assert isinstance(target, BundleTarget)
+    sizes = {
+        path: size(sum(f.stat().st_size for f in (bundle / path).rglob("*") if f.is_file()))
+        for path in (BASE, *names)
+    }
+    grids = ", ".join(f"{count} of {grid}" for grid, count in some["grids"].items())
+    adapters = "one LoRA adapter" if len(names) == 1 else f"{len(names)} LoRA adapters"
+    parts = [
+        f"# {escaped(some['model'])} for {some['target']}",
+        f"A quantized base model and {adapters} trained on exactly these integers. "
+        f"Weights: {grids}. Fingerprint of the base: `{some['base_fingerprint'][:16]}`.",
+        "## Run\n\nIn this folder:",
+        *_loading(target, names[0], some.get(WITHOUT_CACHE)),
+        "| folder | what | size |\n|---|---|---|\n"
+        + "\n".join(
+            f"| `{path}/` | {'base' if path == BASE else 'adapter'} | {n} |"
+            for path, n in sizes.items()
+        ),
+        "## Proof\n\n" + "\n".join(proof_table(records)),
+        "`qwlora verify .` repeats this, on any machine that has the program.",
+        f"## License\n\n{_license(some['license'])}",
+    ]
+    write_text(bundle / README, marked("\n\n".join(parts)))
+
+
+def _loading(target: BundleTarget, adapter: str, without_cache: str | None) -> list[str]:
+    if without_cache is None:
+        return [target.loading(BASE, adapter)]
+    return [
+        target.loading_without_cache(BASE, adapter),
+        f"The files have no key-value cache, so every token runs the whole sequence: "
+        f"{without_cache}",
+    ]
+
+
+def _license(stated: str | None) -> str:
+    if stated is None:
+        return "That of the base model, whose files do not state one."
+    return f"That of the base model: {escaped(stated)}."
+
+
+def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The figures of all adapters as lines of Markdown."""
+    lines = [
+        "Each file was run in the program and compared with the model that it is made of: the "
+        "trained one, or its simulation where activations are on grids.",
+        "",
+        "| adapter | settings | perplexity, expected and here | KL | same likeliest token | "
+        "log-probability off by, at most | tokens per second, prompt and new | switch |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    notes = []
+    for name, record in records.items():
+        if "not_run" in record:
+            notes.append(f"{name}: written, not run. {escaped(record['not_run'])}")
+            continue
+        for settings in ("exact", "shipped"):
+            if (found := record["figures"].get(settings)) is None:
+                continue
+            for state in ("base", "adapter"):
+                if (of := found.get(state)) is None:
+                    continue
+                is_adapter = state == "adapter"
+                speeds = (
+                    f"{found['prefill_tokens_per_second']:.0f}, "
+                    f"{found['decode_tokens_per_second']:.1f} | "
+                    f"{1000 * found['switch_seconds']:.2g} ms"
+                    if is_adapter and "switch_seconds" in found
+                    else " | "
+                )
+                lines.append(
+                    f"| {name if is_adapter else 'none'} | {settings} | "
+                    f"{shown(of, 'reference_perplexity', '.3f')}, "
+                    f"{shown(of, 'perplexity', '.3f')} | {shown(of, 'kl_divergence', '.2g')} | "
+                    f"{of['top1_agreement']:.2%} | "
+                    f"{shown(of, 'max_log_prob_difference', '.2g')} | {speeds} |"
+                )
+        clients = ", ".join(f"{n} {v}" for n, v in record["client"].items())
+        memory, load = (record["figures"].get(k) for k in ("peak_memory_bytes", "load_seconds"))
+        cost = "" if load is None else f"; {size(memory)} of memory, loaded in {load:.2g} s"
+        failed = "; ".join(["FAILED", *map(escaped, record["problems"])])
+        verdict = failed if record["problems"] else "passed"
+        said = "".join(f" But {escaped(note)}." for note in record.get("notes", ()))
+        notes.append(f"{name}: {verdict} on {record['machine']}, {clients}{cost}.{said}")
+    return [*lines, "", *(f"- {note}" for note in notes)]

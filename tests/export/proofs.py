@@ -1,0 +1,54 @@
+"""Comparisons that several tests make."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwlora.data.sequences import Sequences, as_sequences
+from qwlora.export.proof.checks import Parity
+from qwlora.export.proof.measure import measure_logits, measure_runtime
+from qwlora.export.proof.reference import (
+    Logits,
+    Reference,
+    logits_of,
+    make_reference,
+    simulated_logits,
+)
+from qwlora.export.runtime import WeightsRuntime
+
+
+def verify_weights(
+    runtime: WeightsRuntime,
+    model: Any,
+    adapter: Path,
+    sequences: Sequences,
+    rounding: AbstractContextManager[None] | None = None,
+) -> Parity:
+    """A runtime against the trained model."""
+    rounded = None if rounding is None else logits_of(model, rounding)
+    return measure_runtime(
+        runtime, adapter, make_reference(logits_of(model), sequences, rounded=rounded)
+    )
+
+
+def reference_of(simulation: Reference, ids: Tensor, least_noise: float = 0.0) -> dict[str, Tensor]:
+    """What a simulation says about token ids."""
+    logits, perturbed = simulated_logits(simulation)
+    text = as_sequences(ids)
+    return make_reference({"adapter": logits}, text, {"adapter": perturbed}, None, least_noise)
+
+
+def verify_graphs(logits: Logits, simulation: Reference, ids: Tensor) -> Parity:
+    """Graphs with a key-value cache against their simulation."""
+    return measure_logits(logits, reference_of(simulation, ids, 0.002))
+
+
+def sqnr(logits: Tensor, expected: Tensor) -> float:
+    """In dB."""
+    noise = (logits.double() - expected.double()).square().sum()
+    return float(10 * torch.log10(expected.double().square().sum() / noise))

@@ -40,9 +40,13 @@ from qwlora.export.proof.measure import Bits
 from qwlora.export.proof.readme import write_readme
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import WeightsTarget
+from qwlora.pipeline.directory import Directory
+from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.manage_adapters import remove_adapter, rename_adapter
+from qwlora.pipeline.plan import make_plan, resolve_compute
 from qwlora.pipeline.run_job import run
 from qwlora.pipeline.stages import VERBS
+from qwlora.pipeline.stale_stages import find_stale
 from qwlora.recipe import load_recipe
 from simulation.tiny_architectures import make
 
@@ -101,6 +105,16 @@ def test_a_second_run_skips_everything_and_renaming_keeps_the_base(
     said: list[str] = []
     run(load_recipe(copy / "recipe.yaml"), copy, ("quantize", "train", "export"), say=said.append)
     assert not [line for line in said if line.endswith(" ...")]
+
+
+def test_the_bundle_of_a_renamed_adapter_is_proven_as_before(job: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(job, tmp_path / "job"))
+    rename_adapter(copy, "first", "one")
+    bundle = copy / "export" / "hf"
+    assert proofs(bundle).keys() == current_proofs(bundle).keys() == {"one", "second"}
+    assert not any(proof["problems"] for proof in verify_bundle(bundle).values())
+    recipe = resolve_compute(load_recipe(copy / "recipe.yaml"))
+    assert not find_stale(make_plan(recipe, JobTexts(recipe)), Directory.read(copy))
 
 
 def test_files_that_changed_are_not_verified(job: Path, tmp_path: Path) -> None:

@@ -26,8 +26,7 @@ from qwlora.adapter.adapter_check import (
     problems,
 )
 from qwlora.errors import SourceError
-from qwlora.pipeline.directory import Directory
-from qwlora.pipeline.stage_records import Record
+from qwlora.pipeline.stage_records import Record, record_path
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -217,10 +216,15 @@ def test_commands(job: Path) -> None:
     assert command("check", str(job / "base")).returncode == 2
 
 
+def write_record(job: Path, stage: str, record: Record) -> None:
+    file = job / record_path(stage)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(record.text(stage))
+
+
 def test_reports_a_deleted_adapter_as_missing(job: Path) -> None:
-    directory = Directory(job)
-    directory.records = dict.fromkeys(("quantize", "train/a", "train/c"), Record("", 1.0))
-    directory.drop()  # writes them
+    for stage in ("quantize", "train/a", "train/c"):
+        write_record(job, stage, Record("key"))
     checked = command("check", str(job))
     assert checked.returncode == 1
     message = (
@@ -235,17 +239,13 @@ def test_reports_a_deleted_adapter_as_missing(job: Path) -> None:
 
 def test_a_job_misses_a_file_that_it_wrote(job: Path) -> None:
     """Without its record, an adapter of the job would look like one that PEFT saved."""
-    directory = Directory(job)
-    record = Record("", 1.0, files={"adapters/a/qwlora.json": "", "adapters/a/README.md": ""})
-    directory.records = {"train/a": record}
-    directory.drop()
+    files = {"adapters/a/qwlora.json": "", "adapters/a/README.md": ""}
+    write_record(job, "train/a", Record("key", files=files))
     (job / "adapters" / "a" / "qwlora.json").unlink()
     checked = command("check", str(job))
     assert checked.returncode == 1
     assert "adapters/a: " in checked.stdout
-    assert "qwlora.json is missing, which this job wrote" in checked.stdout.replace(
-        "README.md, ", ""
-    )
+    assert "qwlora.json is missing, which this job wrote" in checked.stdout
 
 
 def test_adapters_saved_by_peft_pass(tmp_path: Path) -> None:

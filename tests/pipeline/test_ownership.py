@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -44,11 +43,6 @@ def contents(folder: Path) -> dict[str, bytes | None]:
         str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
         for p in folder.rglob("*")
     }
-
-
-def without_marker(out: Path) -> None:
-    """Make the job look as one of a version that wrote no marker."""
-    (out / ".qwlora" / "owner.json").unlink()
 
 
 def fail(written: Path) -> None:
@@ -96,7 +90,7 @@ def test_a_users_file_among_a_jobs_is_not_removed(recipe: Recipe, tmp_path: Path
     assert contents(out) == before
 
 
-@pytest.mark.parametrize("written_by", ["this version", "an earlier version", "the user"])
+@pytest.mark.parametrize("written_by", ["the job", "the user"])
 def test_exporting_again_replaces_the_readme_unless_the_user_edited_it(
     written_by: str, recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -105,14 +99,11 @@ def test_exporting_again_replaces_the_readme_unless_the_user_edited_it(
     def export(text: str) -> None:
         with Directory.open(out, recipe) as directory, directory.scratch() as scratch:
             (scratch / "README.md").write_text(text)
-            if text == "old":
-                manifest.write(scratch, RECORD, {}, ["README.md"])
-            else:
-                write_record(scratch, {})
+            write_record(scratch, {})
             directory.commit("export/qairt", Record("key", 1.0), scratch, "export/qairt", ())
 
     files = out / "export" / "qairt"
-    export("old" if written_by == "an earlier version" else marked("old"))
+    export(marked("old"))
     if written_by == "the user":
         (files / "README.md").write_text("edited")
     export(marked("new"))
@@ -122,54 +113,45 @@ def test_exporting_again_replaces_the_readme_unless_the_user_edited_it(
     assert manifest.changed_files(files, RECORD) == []
 
 
-def test_an_artifact_is_replaced_after_a_kill_that_lost_its_record(
-    recipe: Recipe, tmp_path: Path
-) -> None:
+def test_a_damaged_record_leaves_an_artifact_that_is_ours(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
     finish(out, recipe)
-    (out / ".qwlora" / "stages.json").write_text("{}")
-    finish(out, recipe)
-    assert Directory.read(out).records["quantize"].files.keys() == {"base/model.safetensors"}
+    record = out / ".qwlora" / "records" / "quantize.json"
+    for damage in ("", "{}", "[]", "[" * 100_000, record.read_text().replace("key", "kex")):
+        record.write_text(damage)
+        assert Directory.read(out).damaged == ["quantize"]
+        finish(out, recipe)
+        assert Directory.read(out).records["quantize"].files.keys() == {"base/model.safetensors"}
 
 
-def test_a_kill_before_the_record_leaves_an_artifact_that_is_ours(
+def test_a_kill_before_an_artifact_is_in_place_leaves_it_to_the_next_command(
     recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
-    writes = iter([None])
-
-    def killed(self: Directory) -> None:
-        if next(writes, "killed") == "killed":
-            raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Directory, "_write_records", killed)
-        with pytest.raises(KeyboardInterrupt):
-            finish(out, recipe)
-    assert (out / "base" / "model.safetensors").is_file()
-    assert not Directory.read(out).records
     finish(out, recipe)
 
+    def killed(path: Path, target: Path) -> Path:
+        raise KeyboardInterrupt
 
-def test_a_job_without_a_marker_is_still_ours(recipe: Recipe, tmp_path: Path) -> None:
+    with Directory.open(out, recipe) as directory, directory.scratch() as scratch:
+        (scratch / "new.safetensors").write_text("new")
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "rename", killed)
+            with pytest.raises(KeyboardInterrupt):
+                directory.commit("quantize", Record("other", 1.0), scratch, "base", ())
+    assert [path.name for path in (out / "base").iterdir()] == ["model.safetensors"]
+    assert Directory.read(out).records["quantize"].key == "other"
+    assert [path.name for path in (out / "base").iterdir()] == ["new.safetensors"]
+
+
+def test_a_job_whose_recipe_is_gone_is_of_nobody(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
     finish(out, recipe)
-    without_marker(out)
-    finish(out, recipe)
-    owner = json.loads((out / ".qwlora" / "owner.json").read_text())
-    assert (owner["recipe"], owner["model"]) == (recipe.name, recipe.model.source)
-    assert owner["artifacts"]["base"] == ["model.safetensors"]
-    without_marker(out)
     with pytest.raises(DirectoryError, match="was made by another recipe"):
         finish(out, recipe.model_copy(update={"name": "other"}))
-
-
-def test_a_damaged_marker_is_named(recipe: Recipe, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    finish(out, recipe)
-    for damage in ("", "{", "[]", '{"format": 2}', "[" * 100_000):
-        (out / ".qwlora" / "owner.json").write_text(damage)
-        with pytest.raises(DirectoryError, match=r"owner\.json' is damaged"):
+    for damage in ("", "{", "[]", "[" * 100_000):
+        (out / "recipe.yaml").write_text(damage)
+        with pytest.raises(DirectoryError, match=r"recipe\.yaml' cannot be read"):
             finish(out, recipe)
 
 
@@ -198,7 +180,7 @@ def test_a_directory_in_which_nothing_was_finished_is_as_before(
     before = contents(tmp_path)
     for out in (tmp_path / "empty", tmp_path / "new" / "out"):
         with pytest.raises(ZeroDivisionError), Directory.open(out, recipe):
-            fail(out / ".qwlora" / "owner.json")
+            fail(out / "recipe.yaml")
         assert contents(tmp_path) == before
 
 
@@ -402,19 +384,15 @@ def test_an_artifact_that_is_replaced_is_never_visible_in_part(
     assert len(list((tmp_path / "out" / "base").iterdir())) == 3
     assert len(texts) == 1
     write("newer")
-    assert sorted(p.name for p in (tmp_path / "out" / ".qwlora").iterdir()) == [
-        "lock",
-        "owner.json",
-        "stages.json",
-    ]
+    assert sorted(p.name for p in (tmp_path / "out" / ".qwlora").iterdir()) == ["lock", "records"]
 
 
 def test_what_a_killed_run_left_is_removed_by_the_next(recipe: Recipe, tmp_path: Path) -> None:
     finish(tmp_path / "out", recipe)
-    for name in ("scratch", "replaced"):
+    for name in ("scratch", "trash"):
         (tmp_path / "out" / ".qwlora" / name).mkdir()
         (tmp_path / "out" / ".qwlora" / name / "model.safetensors").write_text("half")
     with Directory.open(tmp_path / "out", recipe):
         pass
     names = {path.name for path in (tmp_path / "out" / ".qwlora").iterdir()}
-    assert names == {"lock", "owner.json", "stages.json"}
+    assert names == {"lock", "records"}

@@ -35,6 +35,7 @@ from qwlora.pipeline.job_report import read_job
 from qwlora.pipeline.model_cards import Places, adapter_card_text, base_card
 from qwlora.pipeline.push import _without_paths, prepared, send
 from qwlora.pipeline.run_job import run
+from qwlora.pipeline.stage_records import read_record
 from qwlora.recipe import load_recipe
 
 CARD = "README.md"
@@ -304,10 +305,8 @@ def edited(file: Path, text: str) -> Iterator[None]:
 
 
 def test_files_that_were_not_checked_are_left_out(job: Path) -> None:
-    stages = job / ".qwlora" / "stages.json"
-    lines = stages.read_text().splitlines(keepends=True)
-    unchecked = "".join(line for line in lines if not line.startswith('"verify/'))
-    with edited(stages, unchecked):
+    record = job / ".qwlora" / "records" / "verify" / "hf" / "first.json"
+    with edited(record, "{}"):
         for adapter in (None, "first"):
             with prepared(job, "me/it", adapter) as upload:
                 assert not any(name.startswith("hf/") for name in upload.files)
@@ -347,14 +346,16 @@ def test_files_of_others_are_not_uploaded(job: Path) -> None:
 
 
 def test_a_readme_of_exported_files_is_uploaded_if_the_job_wrote_it(job: Path) -> None:
-    folder, owner = "export/hf/first", job / ".qwlora" / "owner.json"
-    content = json.loads(owner.read_text())
-    content["artifacts"][folder].append(CARD)
+    folder, stage = "export/hf/first", "export/hf/first"
+    file = job / ".qwlora" / "records" / f"{stage}.json"
+    record = read_record(file, stage)
+    assert record is not None
+    ours = replace(record, files={**record.files, f"{folder}/{CARD}": ""})
     (job / folder / CARD).write_text("how to use it")
     try:
         with prepared(job, "me/it", "first") as upload:
             assert f"hf/{CARD}" not in upload.files
-        with edited(owner, json.dumps(content)), prepared(job, "me/it", "first") as upload:
+        with edited(file, ours.text(stage)), prepared(job, "me/it", "first") as upload:
             assert upload.files[f"hf/{CARD}"].read_text() == "how to use it"
     finally:
         (job / folder / CARD).unlink()

@@ -9,10 +9,10 @@
     DIR/export/TARGET/NAME/    files for a runtime
     DIR/results.json           measurements (see docs/results.md)
     DIR/report.html            the same for people
-    DIR/.qwlora/               ownership marker, records of stages, checkpoints, lock
+    DIR/.qwlora/               records of stages, checkpoints, lock
 
-Artifacts are written to a scratch folder and renamed into place, so they are never incomplete. A
-stage's record is written after its artifact. Both are flushed to disk before the rename.
+Artifacts are written to a scratch folder, flushed to disk and moved into place together with their
+record (`journal.py`), so they are never incomplete and never without it.
 """
 
 from __future__ import annotations
@@ -21,34 +21,27 @@ import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from qwlora.atomic import move_into_place, write_text
+from qwlora.atomic import flush, write_text
 from qwlora.errors import DirectoryError, RecipeError
-from qwlora.export.proof.folder import RECORD
-from qwlora.formats import manifest
 from qwlora.formats.card_mark import is_users_card, text_of
 from qwlora.messages import listed
-from qwlora.pipeline import journal
+from qwlora.pipeline import journal, stage_records
 from qwlora.pipeline.digests import Digests
 from qwlora.pipeline.directory_errors import as_directory_errors
 from qwlora.pipeline.output_path import check_output, lock_folder, remove_empty
-from qwlora.pipeline.ownership import (
-    Owner,
-    check_replaceable,
-    files_in,
-    is_unclaimed,
-    read_owner,
-)
+from qwlora.pipeline.ownership import check_replaceable, files_in, is_unclaimed, read_owner
 from qwlora.pipeline.stage import Stage
-from qwlora.pipeline.stage_records import Record, read_records, records_text, write_records
+from qwlora.pipeline.stage_records import Record, read_records, record_path
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
 
-STAGES = "stages.json"
+_SEAL = "# Written by qwlora: "
 CARD = "README.md"  # the model card in an artifact: for people, no input of any stage
 
 
@@ -58,9 +51,9 @@ class Directory:
     def __init__(self, path: Path):
         self.path = path
         self.private = path / ".qwlora"
-        self.records: dict[str, Record] = {}
-        self.owner = Owner("", "")
-        self.damaged_records = 0  # lines of stages.json that cannot be read
+        self.records: dict[str, Record] = {}  # of stages that ran
+        self.outdated: dict[str, Record] = {}  # of stages that must run again
+        self.damaged: list[str] = []  # stages whose record is damaged
         self.digests = Digests(self.private / "digests.json")
 
     @classmethod
@@ -89,9 +82,8 @@ class Directory:
                 directory.check_owner(recipe)
                 is_new = read_owner(path) is None
                 directory._read_records()
-                if not is_new:
-                    directory._remove_scratch()  # of a run that was killed
-                directory._read_or_make_owner(recipe)
+                directory._remove_scratch()  # of a run that was killed
+                (path / stage_records.FOLDER).mkdir(exist_ok=True)
                 directory._write_recipe(recipe)
                 yield directory
         finally:
@@ -125,7 +117,6 @@ class Directory:
                 directory.check_owner(recipe)
                 directory._read_records()
                 directory._remove_scratch()
-                directory._read_or_make_owner(recipe)
                 yield directory, recipe, finished
 
     def check_owner(self, recipe: Recipe) -> None:
@@ -144,23 +135,24 @@ class Directory:
             if owner is None:
                 raise DirectoryError(
                     f"{str(self.path)!r} is not empty and was not made by qwlora (it has no "
-                    ".qwlora/owner.json); choose another --out"
+                    f"{stage_records.FOLDER}); choose another --out"
                 )
-            if (owner.recipe, owner.model) != (recipe.name, recipe.model.source):
+            if owner != (recipe.name, recipe.model.source):
                 raise DirectoryError(
-                    f"{str(self.path)!r} was made by another recipe ({owner.recipe!r} on "
-                    f"{owner.model}), not by {recipe.name!r} on {recipe.model.source}. "
-                    "Choose another --out, or delete the directory"
+                    f"{str(self.path)!r} was made by another recipe ({owner[0]!r} on {owner[1]}), "
+                    f"not by {recipe.name!r} on {recipe.model.source}. Choose another --out, or "
+                    "delete the directory"
                 )
-            self._check_recipe(owner, recipe)
+            self._check_recipe(recipe)
 
-    def check_replaceable(self, artifact: str) -> None:
-        """Check that everything at `artifact` was made by this job.
+    def check_replaceable(self, stage: str, artifact: str) -> None:
+        """Check that everything at the artifact of `stage` was made by this job.
 
         Raises:
             DirectoryError: it contains a file that no record lists.
         """
-        check_replaceable(self.path / artifact, self._files_made(artifact))
+        if stage not in self.damaged:
+            check_replaceable(self.path / artifact, self._files_made(artifact))
 
     @property
     def is_writable(self) -> bool:
@@ -183,23 +175,20 @@ class Directory:
         It need not if its record has `key` (None: any key) and its files are unmodified.
         """
         if (record := self.records.get(stage)) is None:
-            return (
-                "has not run, or its record is damaged" if self.damaged_records else "has not run"
-            )
+            return "its record is damaged" if stage in self.damaged else "has not run"
         if key is not None and record.key != key:
             return "its inputs changed since it ran"
         found = []
-        folder = os.path.commonpath(record.files) if len(record.files) > 1 else ""
+        files = [file for file in record.files if Path(file).name != CARD]
+        folder = os.path.commonpath(files) if len(files) > 1 else ""
         if folder and not (self.path / folder).exists():
             return f"{folder}/ is missing"
-        for file, digest in record.files.items():
-            if Path(file).name == CARD:  # older versions recorded that of PEFT
-                continue
+        for file in files:
             now = self.digests.content(self.path / file)
             if now is None:
                 is_there = (self.path / file).exists()
                 found.append(f"{file} {'cannot be read' if is_there else 'is missing'}")
-            elif now != digest:
+            elif now != record.files[file]:
                 found.append(f"{file} has changed")
         return listed(found, 3) if found else None
 
@@ -208,9 +197,7 @@ class Directory:
         """The records of `path` without claiming it. Raises like `check_owner`."""
         journal.finish(path)
         cls(path).check_owner(recipe)
-        directory = cls.read(path)
-        directory.owner = read_owner(path) or directory.owner
-        return directory
+        return cls.read(path)
 
     @classmethod
     def read(cls, path: Path) -> Directory:
@@ -243,12 +230,10 @@ class Directory:
         return sorted(
             file.name
             for file in listed
-            if str(file.parent) == artifact and not (self.path / file).is_file()
+            if str(file.parent) == artifact
+            and file.name != CARD
+            and not (self.path / file).is_file()
         )
-
-    def forget(self, keep: set[str]) -> None:
-        """Drop the records of stages that the recipe no longer has; their files stay."""
-        self.records = {stage: record for stage, record in self.records.items() if stage in keep}
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -263,20 +248,17 @@ class Directory:
     def _scratch(self) -> Path:
         return self.private / "scratch"
 
-    @property
-    def _replaced(self) -> Path:
-        """Where the old artifact is kept until the new one is recorded."""
-        return self.private / "replaced"
-
     def _remove_scratch(self) -> None:
-        for folder in (self._scratch, self._replaced):
-            shutil.rmtree(folder, ignore_errors=True)
+        if not journal.is_pending(self.path):  # else the next command needs it
+            for folder in (self._scratch, self.private / journal.TRASH):
+                shutil.rmtree(folder, ignore_errors=True)
 
     def drop(self, *stages: str) -> None:
-        """Drop the records of `stages`; their files stay."""
+        """Mark the records of `stages` as outdated; their files stay."""
         for stage in stages:
-            self.records.pop(stage, None)
-        self._write_records()
+            if (record := self.records.pop(stage, None)) is not None:
+                self.outdated[stage] = record.outdated()
+                write_text(self.path / record_path(stage), self.outdated[stage].text(stage))
 
     def commit(
         self,
@@ -288,43 +270,28 @@ class Directory:
     ) -> None:
         """Replace the artifact with the scratch folder and record the stage.
 
-        Drops the records of `dependents`, which were made from the old artifact.
+        Marks the records of `dependents`, which were made from the old artifact, as outdated.
 
         Raises:
             DirectoryError: `artifact` contains something that the job did not make.
         """
-        old, new = set[str](), set[str]()
+        moves, files = list[tuple[str, str]](), dict[str, str]()
         if artifact is not None:
-            self.check_replaceable(artifact)
-            old, new = self._files_made(artifact), set(files_in(scratch))
-            # Listed first, so that the files are known to be the job's if it is killed in between.
-            self._write_owner(artifact, old | new)  # the card of a user is among the old
-        for name in (stage, *dependents):
-            self.records.pop(name, None)
-        self._write_records()
-        files = {}
-        if artifact is not None:
-            target = self.path / artifact
+            self.check_replaceable(stage, artifact)
+            if is_users_card(self.path / artifact / CARD):
+                shutil.copy2(self.path / artifact / CARD, scratch / CARD)
             files = {
-                str(Path(artifact) / p.relative_to(scratch)): _digest(p) or ""
-                for p in sorted(scratch.rglob("*"))
-                if p.is_file() and p.name != CARD
+                f"{artifact}/{name}": _digest(scratch / name) or "" for name in files_in(scratch)
             }
-            if _holds_users_card(target):
-                shutil.copy2(target / CARD, scratch / CARD)
-            if old and target.exists():  # moved, since a deletion may be interrupted halfway
-                target.rename(self._replaced)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            move_into_place(scratch, target)
-        self.records[stage] = Record(record.key, record.seconds, record.results, files)
-        self._write_records()
-        if artifact is not None and old - new:
-            self._write_owner(artifact, new | (old & {CARD}))
+            flush(scratch)
+            moves = [(self._in_job(scratch), artifact)]
+        old = {name: self.records[name].outdated() for name in dependents if name in self.records}
+        new = Record(record.key, record.seconds, record.results, files)
+        self._make([], moves, [artifact] if artifact else [], {**old, stage: new})
 
     def set_results(self, stage: str, results: dict[str, Any]) -> None:
         """Replace the results of a finished stage."""
-        self.records[stage] = replace(self.records[stage], results=results)
-        self._write_records()
+        self._write(stage, replace(self.records[stage], results=results))
 
     def write_card(self, artifact: str, text: str) -> None:
         """Write the model card of an artifact, unless it has this text or the user edited it.
@@ -336,10 +303,15 @@ class Directory:
         if not card.parent.is_dir() or is_users_card(card) or text_of(card) == text:
             return
         with as_directory_errors(self.path):
-            made = self._files_made(artifact)
-            if CARD not in made and os.path.lexists(card):
-                return  # the user's, and empty or unreadable
-            self._write_owner(artifact, made | {CARD})
+            folders = {s: {str(Path(f).parent) for f in r.files} for s, r in self.records.items()}
+            stage = next((stage for stage, parents in folders.items() if artifact in parents), None)
+            if stage is None:
+                return
+            record, name = self.records[stage], f"{artifact}/{CARD}"
+            if name not in record.files:
+                if os.path.lexists(card):
+                    return  # the user's, and empty or unreadable
+                self._write(stage, replace(record, files={**record.files, name: ""}))
             write_text(card, text)
 
     def change(
@@ -352,6 +324,7 @@ class Directory:
         in_results: Callable[[dict[str, Any]], dict[str, Any]] = lambda results: results,
         moves: Sequence[tuple[str, str]] = (),
         removals: Sequence[str] = (),
+        files: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         """Change the recipe, and with it stages: their artifacts, records and unfinished work.
 
@@ -364,6 +337,7 @@ class Directory:
             in_results: the results of a renamed stage after the change.
             moves: other files or folders to move, from and to.
             removals: other files or folders to delete.
+            files: other files to write, and their content.
 
         Raises:
             DirectoryError: an artifact contains something that the job did not make, or something
@@ -372,52 +346,58 @@ class Directory:
         names = [(b.artifact, a.artifact) for b, a in renamed if b.artifact != a.artifact]
         artifacts = [(old, new) for old, new in names if old and new and self._exists(old)]
         deleted = [s.artifact for s in removed if s.artifact and self._exists(s.artifact)]
-        for artifact in (*(old for old, _ in artifacts), *deleted):
-            self.check_replaceable(artifact)
+        for stage in (*(before for before, _ in renamed), *removed):
+            if stage.artifact in (*(old for old, _ in artifacts), *deleted):
+                self.check_replaceable(stage.name, stage.artifact)
         work = [
-            (
-                self._in_job(self.work(b.name, b.work_key)),
-                self._in_job(self.work(a.name, a.work_key)),
-            )
-            for b, a in renamed
+            tuple(self._in_job(self.work(s.name, s.work_key)) for s in pair) for pair in renamed
         ]
-        moves = [*artifacts, *((o, n) for o, n in work if self._exists(o) and o != n), *moves]
+        moves = [*artifacts, *((o, n) for o, n in work if self._exists(o)), *moves]
         for _, new in moves:
             if os.path.lexists(self.path / new):
                 raise DirectoryError(f"{str(self.path / new)!r} exists; move it away")
         unfinished = [self._in_job(f) for s in removed for f in self._all_work(s.name)]
-        text = dump_yaml(recipe.model_dump(mode="json"))
-        owner = self.owner.after(artifacts, deleted, hashlib.sha256(text.encode()).hexdigest())
-        records = self._records_after(renamed, removed, in_results)
-        content = {
-            f".qwlora/{STAGES}": records_text(records),
-            ".qwlora/owner.json": owner.to_json(),
-            "recipe.yaml": text,
-        }
-        deletions = [*deleted, *unfinished, *removals]
-        moved = [[old, new] for old, new in moves]
-        with as_directory_errors(self.path):
-            journal.make(self.path, journal.Change(command, moved, deletions, content))
-        self.records, self.owner = records, owner
-
-    def _records_after(
-        self,
-        renamed: Sequence[tuple[Stage, Stage]],
-        removed: Sequence[Stage],
-        in_results: Callable[[dict[str, Any]], dict[str, Any]],
-    ) -> dict[str, Record]:
-        gone = {stage.name for stage in (*removed, *(before for before, _ in renamed))}
-        records = {name: record for name, record in self.records.items() if name not in gone}
+        records: dict[str, Record | None] = {stage.name: None for stage in removed}
+        records |= {before.name: None for before, _ in renamed}
         for before, after in renamed:
-            if (record := self.records.get(before.name)) is not None:
+            if (record := self._record(before.name)) is not None:
                 prefix = (f"{before.artifact}/", f"{after.artifact}/")
+                moved = {name.replace(*prefix, 1): digest for name, digest in record.files.items()}
                 records[after.name] = Record(
                     after.key if record.key == before.key else record.key,
                     record.seconds,
                     in_results(record.results),
-                    {file.replace(*prefix, 1): digest for file, digest in record.files.items()},
+                    {f: _text_digest(files[f]) if f in files else d for f, d in moved.items()},
                 )
-        return records
+        texts = {**files, "recipe.yaml": _sealed(dump_yaml(recipe.model_dump(mode="json")))}
+        with as_directory_errors(self.path):
+            self._make(command, moves, [*deleted, *unfinished, *removals], records, texts)
+
+    def _make(
+        self,
+        command: list[str | None],
+        moves: Sequence[tuple[str, str]],
+        removals: Sequence[str],
+        records: Mapping[str, Record | None],
+        files: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        """Make one change of the directory; a record that is None is deleted."""
+        texts = {record_path(n): None if r is None else r.text(n) for n, r in records.items()}
+        journal.make(self.path, command, moves, removals, {**texts, **files})
+        for name, record in records.items():
+            for known in (self.records, self.outdated):
+                known.pop(name, None)
+            if record is not None:
+                (self.records if record.key else self.outdated)[name] = record
+            if name in self.damaged:
+                self.damaged.remove(name)
+
+    def _write(self, stage: str, record: Record) -> None:
+        self.records[stage] = record
+        write_text(self.path / record_path(stage), record.text(stage))
+
+    def _record(self, stage: str) -> Record | None:
+        return self.records.get(stage) or self.outdated.get(stage)
 
     def _exists(self, name: str) -> bool:
         return os.path.lexists(self.path / name)
@@ -440,37 +420,19 @@ class Directory:
 
     def _files_made(self, artifact: str) -> set[str]:
         """Files that the job has written to `artifact`, relative to it."""
-        folder = Path(artifact)
-        listed = (Path(file) for record in self.records.values() for file in record.files)
-        # also those of artifacts inside it, such as the proof of a use case
-        inside = (Path(a) / file for a, files in self.owner.artifacts.items() for file in files)
-        made = (*listed, *inside)
-        return {str(file.relative_to(folder)) for file in made if folder in file.parents}
+        records = (*self.records.values(), *self.outdated.values())
+        prefix = f"{artifact}/"  # also of artifacts inside it, such as the proof of a use case
+        return {
+            file.removeprefix(prefix)
+            for record in records
+            for file in record.files
+            if file.startswith(prefix)
+        }
 
-    def _read_or_make_owner(self, recipe: Recipe) -> None:
-        owner = read_owner(self.path)
-        self.owner = owner or Owner(recipe.name, recipe.model.source)
-        if (self.private / "owner.json").is_file():
-            return
-        if owner is not None:  # a job of an older version, without a marker
-            for file in (Path(file) for record in self.records.values() for file in record.files):
-                for folder in (p for p in file.parents if p.name):
-                    listed = self.owner.artifacts.setdefault(str(folder), [])
-                    listed.append(str(file.relative_to(folder)))
-            self.owner.recipes = [_digest(self.path / "recipe.yaml") or ""]
-        write_text(self.private / "owner.json", self.owner.to_json())
-
-    def _write_owner(self, artifact: str, files: set[str]) -> None:
-        self.owner.artifacts[artifact] = sorted(files)
-        write_text(self.private / "owner.json", self.owner.to_json())
-
-    def _check_recipe(self, owner: Owner, recipe: Recipe) -> None:
+    def _check_recipe(self, recipe: Recipe) -> None:
         """Check that `recipe.yaml` equals `recipe`, or can be overwritten without losing edits."""
         file = self.path / "recipe.yaml"
-        has_marker = (self.private / "owner.json").is_file()
-        if not has_marker or not os.path.lexists(file) or _digest(file) in owner.recipes:
-            return
-        if not _reads_as(file, recipe):
+        if os.path.lexists(file) and not _is_sealed(file) and not _reads_as(file, recipe):
             raise DirectoryError(
                 f"{str(file)!r} was edited after qwlora wrote it, and differs from the recipe of "
                 "this run, which would overwrite it. Nothing was changed. Make your changes in "
@@ -482,18 +444,13 @@ class Directory:
 
         A file with equal content is kept: it may be the user's own, with comments.
         """
-        file = self.path / "recipe.yaml"
-        if _reads_as(file, recipe):
-            return
-        text = dump_yaml(recipe.model_dump(mode="json"))
-        digest = hashlib.sha256(text.encode()).hexdigest()
-        self.owner.recipes = [*self.owner.recipes[-1:], digest]
-        write_text(self.private / "owner.json", self.owner.to_json())
-        write_text(file, text)
+        if not _reads_as(self.path / "recipe.yaml", recipe):
+            text = _sealed(dump_yaml(recipe.model_dump(mode="json")))
+            write_text(self.path / "recipe.yaml", text)
 
     def _remove_claim(self) -> None:
         """Remove everything that claiming the directory created. The lock is still held."""
-        if _digest(self.path / "recipe.yaml") in self.owner.recipes:
+        if _is_sealed(self.path / "recipe.yaml"):
             (self.path / "recipe.yaml").unlink(missing_ok=True)
         for name in ("results.json", "report.html"):
             (self.path / name).unlink(missing_ok=True)
@@ -502,14 +459,16 @@ class Directory:
     def _has_results(self) -> bool:
         """Whether a stage was finished, or partly, so that the next run can resume it."""
         work = (self.private / "work").rglob("*")
-        return bool(self.records or self.owner.artifacts) or any(file.is_file() for file in work)
+        return (
+            bool(self.records or self.outdated)
+            or journal.is_pending(self.path)
+            or any(file.is_file() for file in work)
+        )
 
     def _read_records(self) -> None:
-        self.records, self.damaged_records = read_records(self.private / STAGES)
-
-    def _write_records(self) -> None:
-        write_records(self.private / STAGES, self.records)
-        self.damaged_records = 0
+        records, self.damaged = read_records(self.path)
+        self.records = {name: record for name, record in records.items() if record.key}
+        self.outdated = {name: record for name, record in records.items() if not record.key}
 
 
 def check_job(folder: Path) -> None:
@@ -525,20 +484,26 @@ def check_job(folder: Path) -> None:
         )
 
 
-def _holds_users_card(folder: Path) -> bool:
-    """Whether README.md of an artifact is the user's. Without the mark it is still the job's if the
-    record of exported files has its digest: earlier versions wrote it so."""
-    is_of_earlier_version = CARD in manifest.listed_files(
-        folder, RECORD
-    ) and not manifest.changed_files(folder, RECORD, only=[CARD])
-    return is_users_card(folder / CARD) and not is_of_earlier_version
-
-
 def _reads_as(file: Path, recipe: Recipe) -> bool:
     try:
         return load_recipe(file) == recipe
     except RecipeError:
         return False
+
+
+def _sealed(text: str) -> str:
+    """The text of recipe.yaml, with a last line that says whether it was edited since."""
+    return f"{text}{_SEAL}{_text_digest(text)}\n"
+
+
+def _is_sealed(file: Path) -> bool:
+    """Whether the job wrote `file`, and nobody edited it since."""
+    text, seal, digest = text_of(file).rpartition(_SEAL)
+    return bool(seal) and digest.strip() == _text_digest(text)
+
+
+def _text_digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _digest(path: Path) -> str | None:

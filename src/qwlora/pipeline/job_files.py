@@ -19,7 +19,7 @@ from qwlora.pipeline.directory_errors import as_directory_errors
 from qwlora.pipeline.model_cards import write_cards
 from qwlora.pipeline.results import collect_results, job_of, merge_results
 from qwlora.pipeline.stage import Stage
-from qwlora.pipeline.stage_records import Record, read_records, write_records
+from qwlora.pipeline.stage_records import Record, read_record
 from qwlora.recipe import Recipe
 from qwlora.report.job import Job
 from qwlora.report.page import render
@@ -43,7 +43,7 @@ def write_results(
     results = collect_results(directory, recipe, plan, stale)
     merge_results(results, status)
     with as_directory_errors(directory.path):
-        write_records(directory.private / STATUS, {"run": Record("", 0.0, status)})
+        write_text(directory.private / STATUS, Record("", results=status).text("run"))
         write_text(directory.path / "results.json", strict_json.dumps(results, indent=1) + "\n")
     job = job_of(directory.path, recipe, results)
     _write_report(directory.path, job)
@@ -53,8 +53,8 @@ def write_results(
 
 def last_status(folder: Path) -> dict[str, Any]:
     """The status that the last run wrote; empty if there is none, or it is damaged."""
-    records, _ = read_records(folder / ".qwlora" / STATUS)
-    return records["run"].results if "run" in records else {}
+    record = read_record(folder / ".qwlora" / STATUS, "run")
+    return {} if record is None else record.results
 
 
 def _write_report(folder: Path, job: Job) -> None:

@@ -6,11 +6,14 @@ later, the next command that reads or writes the job makes the whole change agai
 can be repeated.
 
     {"command": ["rename", "first", "one"],
-     "moves": [["adapters/first", "adapters/one"]],     renamed, if the first path still exists
-     "removals": ["simulation/old"],                    deleted, if they still exist
-     "files": {"recipe.yaml": "name: ..."}}             written last, with this content
+     "moves": [["simulation/old", ".qwlora/trash/0"],   in this order, each one only if the first
+               ["adapters/first", "adapters/one"]],     path exists and the second does not
+     "files": {"recipe.yaml": "name: ...",              written last, with this content
+               ".qwlora/records/train/first.json": null}}   deleted
 
-Paths are relative to the job's directory. A journal that leads out of it is refused.
+What is removed moves to the trash, which is emptied once the journal is deleted: as long as a
+change may be repeated, its moves into the trash are known to be made. Paths are relative to the
+job's directory. A journal that leads out of it is refused.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 
 from qwlora import strict_json
@@ -32,32 +36,47 @@ from qwlora.pipeline.directory_errors import as_directory_errors
 from qwlora.pipeline.output_path import lock_folder
 from qwlora.pipeline.stage_records import read_records
 
-JOURNAL = "journal.json"
+JOURNAL, TRASH = "journal.json", "trash"
 
 
 @dataclass(frozen=True)
 class Change:
-    """What to move, delete and write. No path may be in more than one of these."""
+    """See the module's docstring."""
 
     command: list[str | None]
-    moves: list[list[str]] = field(default_factory=list)
-    removals: list[str] = field(default_factory=list)
-    files: dict[str, str] = field(default_factory=dict)
+    moves: list[list[str]]
+    files: dict[str, str | None]
 
     def paths(self) -> list[str]:
         """All paths, relative to the job's directory."""
-        return [*(path for pair in self.moves for path in pair), *self.removals, *self.files]
+        return [*(path for pair in self.moves for path in pair), *self.files]
 
 
-def make(job: Path, change: Change) -> None:
+def make(
+    job: Path,
+    command: list[str | None],
+    moves: Iterable[tuple[str, str]],
+    removals: Iterable[str],
+    files: Mapping[str, str | None],
+) -> None:
     """Make a change, or leave it to the next command if this process is killed.
 
     The caller holds the job's lock.
+
+    Args:
+        command: what the user asked for; empty for a stage of a run.
+        moves: from and to; nothing may be there but what is removed.
+        removals: paths to delete before; they need not exist.
+        files: content by path; None: delete it.
 
     Raises:
         DirectoryError: a path leads out of the job. Nothing was changed.
         OSError: the disk is full, or a folder cannot be written.
     """
+    _empty_trash(job)
+    removed = [path for path in removals if os.path.lexists(job / path)]
+    trash = [[path, f".qwlora/{TRASH}/{number}"] for number, path in enumerate(removed)]
+    change = Change(command, [*trash, *map(list, moves)], dict(files))
     _check_inside(job, change)
     write_text(_journal(job), strict_json.dumps(asdict(change), indent=1) + "\n")
     finish_locked(job)
@@ -70,7 +89,7 @@ def finish(job: Path) -> None:
         DirectoryError: another process holds the job's lock; the job is read-only; or the journal
             is damaged.
     """
-    if not _journal(job).is_file():
+    if not is_pending(job):
         return
     if not all(os.access(folder, os.W_OK) for folder in (job, job / ".qwlora")):
         raise DirectoryError(
@@ -89,26 +108,37 @@ def finish_locked(job: Path) -> list[str | None]:
     Returns:
         The command of the change that was finished; empty if there was none.
     """
-    if not _journal(job).is_file():
+    if not is_pending(job):
         return []
     change = _read(job)
     for old, new in change.moves:
-        if os.path.lexists(job / old):
+        if os.path.lexists(job / old) and not os.path.lexists(job / new):
             (job / new).parent.mkdir(parents=True, exist_ok=True)
             (job / old).rename(job / new)
             flush_folder((job / old).parent)
             flush_folder((job / new).parent)
-    for path in change.removals:
-        if (job / path).is_dir():
-            shutil.rmtree(job / path)
-        else:
-            (job / path).unlink(missing_ok=True)
     for name, text in change.files.items():
-        write_text(job / name, text)
-    _write_bundle_readmes(job)
+        if text is None:
+            (job / name).unlink(missing_ok=True)
+        else:
+            (job / name).parent.mkdir(parents=True, exist_ok=True)
+            write_text(job / name, text)
+    if change.command:  # adapters changed
+        _write_bundle_readmes(job)
     _journal(job).unlink()
     flush_folder(_journal(job).parent)
+    _empty_trash(job)
     return change.command
+
+
+def _empty_trash(job: Path) -> None:
+    if (job / ".qwlora" / TRASH).exists():
+        shutil.rmtree(job / ".qwlora" / TRASH)
+
+
+def is_pending(job: Path) -> bool:
+    """Whether a change was begun and is not finished."""
+    return _journal(job).is_file()
 
 
 def _journal(job: Path) -> Path:
@@ -143,13 +173,13 @@ def _check_inside(job: Path, change: Change) -> None:
 
 def _write_bundle_readmes(job: Path) -> None:
     """Write README.md of every bundle again: it lists the adapters that passed and are there."""
-    records, _ = read_records(job / ".qwlora" / "stages.json")
+    records, _ = read_records(job)
     for target, kind in TARGETS.items():
         bundle = job / "export" / target
         if isinstance(kind, BundleTarget) and bundle.is_dir():
             passed = {
                 name: proof
                 for name, proof in current_proofs(bundle).items()
-                if f"verify/{target}/{name}" in records
+                if (record := records.get(f"verify/{target}/{name}")) and record.key
             }
             write_readme(bundle, passed)

@@ -16,6 +16,7 @@ from typing import Any
 
 from qwlora.atomic import flush
 from qwlora.errors import DirectoryError, RecipeError, SourceError
+from qwlora.export.proof.folder import PROOF_RECORD, renamed_proof
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import UseCasesTarget
 from qwlora.formats.user_path import user_path
@@ -152,11 +153,18 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
         renamed = [
             (b, a) for b, a in zip(before, after, strict=True) if b != a and not _is_of_use_cases(b)
         ]
+        files = dict[str, str]()
+        for stage, now in renamed:  # a proof belongs to the name that is in it
+            proof = folder / (stage.artifact or "") / PROOF_RECORD
+            is_whole = stage.verb == "verify" and directory.problem(stage.name, None) is None
+            if is_whole and proof.is_file():
+                files[f"{now.artifact}/{PROOF_RECORD}"] = renamed_proof(proof, new)
         directory.change(
             command,
             changed,
             renamed=renamed,
             in_results=lambda results: _renamed(results, old, new),
+            files=files,
         )
 
 

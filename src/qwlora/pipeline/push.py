@@ -44,7 +44,6 @@ from qwlora.pipeline.directory_errors import as_directory_errors
 from qwlora.pipeline.existing_job import job_recipe
 from qwlora.pipeline.job_texts import JobTexts
 from qwlora.pipeline.model_cards import Places, adapter_card_text, base_card
-from qwlora.pipeline.ownership import read_owner
 from qwlora.pipeline.plan import make_plan, resolve_compute
 from qwlora.pipeline.results import collect_results, job_of
 from qwlora.pipeline.stage import Stage
@@ -237,7 +236,7 @@ def _recorded(directory: Directory, stage: str, artifact: str) -> dict[str, Path
     return {
         file.removeprefix(prefix): directory.path / file
         for file in directory.records[stage].files
-        if file.startswith(prefix)
+        if file.startswith(prefix) and not file.endswith(f"/{CARD}")
     }
 
 
@@ -245,7 +244,7 @@ def _exports(
     job: Job, directory: Directory, stale: Mapping[str, str], adapter: str | None
 ) -> tuple[dict[str, Path], list[str]]:
     """Exported files by their path in the repository, and what is left out."""
-    files, notes, owner = dict[str, Path](), list[str](), read_owner(directory.path)
+    files, notes = dict[str, Path](), list[str]()
     for target in job.targets:
         kind = TARGETS[target]
         if isinstance(kind, UseCasesTarget):
@@ -270,8 +269,8 @@ def _exports(
             artifact = f"export/{target}/{adapter or 'base'}"
             folder = directory.path / artifact
             own = _recorded(directory, stage, artifact)
-            made = owner.artifacts.get(artifact, []) if owner else []
-            if CARD in made and (folder / CARD).is_file():  # how to use it; no card of the hub
+            is_ours = f"{artifact}/{CARD}" in directory.records[stage].files
+            if is_ours and (folder / CARD).is_file():  # how to use it; no card of the hub
                 own[CARD] = folder / CARD
             files |= {f"{target}/{name}": path for name, path in own.items()}
             if adapter and (missing := job.get("parity", target, adapter, "not_run")):

@@ -35,7 +35,7 @@ from qwlora.pipeline.output_path import check_outside_data
 from qwlora.pipeline.plan import dependents, make_plan, resolve_compute
 from qwlora.pipeline.results import TIMING, collect_results, merge_results
 from qwlora.pipeline.stage import Stage
-from qwlora.pipeline.stage_records import Record
+from qwlora.pipeline.stage_records import Record, record_path
 from qwlora.pipeline.stages import RUN, VERBS
 from qwlora.pipeline.stale_stages import find_stale
 from qwlora.progress import Track, untracked
@@ -137,18 +137,16 @@ class _Run:
             check_kept(self.plan, waiting, peek, self.recipe, self.stale)
         if not waiting and not peek.is_writable:
             return self._unchanged(peek, asked)
-        if peek.damaged_records:
-            self.say(
-                f"{peek.private / 'stages.json'} is damaged; stages whose record is lost run again"
-            )
+        for name in peek.damaged:
+            self.say(f"{peek.path / record_path(name)} is damaged; {name} runs again")
         for stage in waiting:
             if stage.artifact is not None:
-                peek.check_replaceable(stage.artifact)
+                peek.check_replaceable(stage.name, stage.artifact)
         self._prepare(peek, waiting, estimates=watch is not None)
         with Directory.open(self.out, self.recipe) as directory:
             directory.digests = self.digests
             self.stale = find_stale(self.plan, directory)
-            directory.forget(keep={s.name for s in self.plan})
+            directory.drop(*(directory.records.keys() - {s.name for s in self.plan}))
             return self._run_stages(directory, asked, watch or (lambda stage, number, count: None))
 
     def _must_run(self, stage: Stage) -> bool:

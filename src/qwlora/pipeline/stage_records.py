@@ -1,68 +1,76 @@
-"""Records of finished stages, in `stages.json`.
+"""The record of each stage, in `.qwlora/records/STAGE.json`.
 
-It has one line per record, with a checksum; if a line is damaged, its stage runs again.
+    key       of the inputs that the stage ran with; empty: it must run again
+    seconds   that it took
+    results   its part of results.json
+    files     SHA-256 by path of each file that it wrote
+
+A file is the job's, and may be replaced, if a record lists it. A record has a checksum; a damaged
+one says only that its stage ran once, and whatever is in its artifact counts as the job's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from qwlora import strict_json
-from qwlora.atomic import write_text
+
+FOLDER = ".qwlora/records"
 
 
 @dataclass(frozen=True)
 class Record:
-    """Record of a finished stage: the key of its inputs, its results, SHA-256 of its files."""
+    """Record of a stage; see the module's docstring."""
 
     key: str
-    seconds: float
+    seconds: float = 0.0
     results: dict[str, Any] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
 
-    def checksum(self, stage: str) -> str:
-        """SHA-256 of the record together with the name of its stage."""
-        as_read = json.loads(json.dumps([stage, asdict(self)]))
-        content = json.dumps(as_read, sort_keys=True)
-        return hashlib.sha256(content.encode()).hexdigest()
+    def text(self, stage: str) -> str:
+        """The content of its file."""
+        content = {"stage": stage, **asdict(self)}
+        return strict_json.dumps({**content, "sha256": _checksum(content)}) + "\n"
+
+    def outdated(self) -> Record:
+        """The record once the stage must run again: its files remain the job's."""
+        return Record("", files=self.files)
 
 
-def read_records(file: Path) -> tuple[dict[str, Record], int]:
-    """Records by stage, and the number of lines that cannot be read."""
+def record_path(stage: str) -> str:
+    """The file of a stage's record, relative to the job's directory."""
+    return f"{FOLDER}/{stage}.json"
+
+
+def read_records(job: Path) -> tuple[dict[str, Record], list[str]]:
+    """Records by stage, and the stages whose record is damaged."""
+    records, damaged, folder = {}, [], job / FOLDER
+    for file in sorted(folder.rglob("*.json")):
+        stage = str(file.relative_to(folder).with_suffix(""))
+        if (record := read_record(file, stage)) is None:
+            damaged.append(stage)
+        else:
+            records[stage] = record
+    return records, damaged
+
+
+def read_record(file: Path, stage: str) -> Record | None:
+    """The record of `stage` in `file`; None if it is missing or damaged."""
     try:
-        content = file.read_bytes()
-    except (FileNotFoundError, NotADirectoryError):
-        return {}, 0
-    lines = [line.strip() for line in content.splitlines()]
-    found = [_parse_record(line) for line in lines if line not in (b"{", b"}", b"")]
-    return dict(entry for entry in found if entry is not None), found.count(None)
-
-
-def write_records(file: Path, records: Mapping[str, Record]) -> None:
-    """Replace the file."""
-    write_text(file, records_text(records))
-
-
-def records_text(records: Mapping[str, Record]) -> str:
-    """The content of the file."""
-    lines = []
-    for stage, record in records.items():
-        content = asdict(record) | {"sha256": record.checksum(stage)}
-        lines.append(f"{strict_json.dumps(stage)}: {strict_json.dumps(content)}")
-    return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def _parse_record(line: bytes) -> tuple[str, Record] | None:
-    """The record in a line of stages.json; None if the line is damaged."""
-    try:
-        ((stage, content),) = json.loads(b"{" + line.removesuffix(b",") + b"}").items()
+        content = json.loads(file.read_bytes())
         checksum = content.pop("sha256")
-        record = Record(**content)
-        return (stage, record) if record.checksum(stage) == checksum else None
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        if content["stage"] != stage or _checksum(content) != checksum:
+            return None
+        del content["stage"]
+        return Record(**content)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
+
+
+def _checksum(content: Any) -> str:
+    as_read = json.loads(json.dumps(content))
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()

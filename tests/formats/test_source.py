@@ -123,7 +123,7 @@ def test_tensors_that_transformers_ignores_are_ignored(folder: Path) -> None:
 
 def test_what_has_another_shape_is_not_made_up(folder: Path) -> None:
     change(folder, DOWN, torch.ones(3, 3))
-    with pytest.raises(SourceError, match=r"cannot be loaded|in another shape"):
+    with pytest.raises(SourceError, match="tensors of other shapes"):
         load_model(str(folder))
 
 

@@ -145,7 +145,6 @@ def test_every_kind_round_trips_bitwise_as_a_plain_peft_adapter(kind: str, tmp_p
     model = drawn(attach(base("qwen3"), KINDS[kind], seed=0))
     save_adapter(model, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "qwlora.json",

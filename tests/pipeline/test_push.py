@@ -23,17 +23,15 @@ import qwlora
 from command_line import qwlora as command
 from docs.snippets import ROOT, blocks
 from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
-from qwlora.atomic import files_in
 from qwlora.errors import DirectoryError, UploadError
 from qwlora.export.proof.folder import proofs
 from qwlora.export.proof.readme import write_readme
-from qwlora.formats import manifest
 from qwlora.formats.model_origin import Origin
 from qwlora.pipeline import model_cards
 from qwlora.pipeline import push as push_module
 from qwlora.pipeline.job_report import read_job
-from qwlora.pipeline.model_cards import Places, adapter_card_text, base_card
-from qwlora.pipeline.push import _without_paths, prepared, send
+from qwlora.pipeline.model_cards import Places, card_text
+from qwlora.pipeline.push import prepared, send
 from qwlora.pipeline.run_job import run
 from qwlora.pipeline.stage_records import read_record
 from qwlora.recipe import load_recipe
@@ -114,8 +112,11 @@ def test_what_a_model_says_of_itself_is_escaped(
     monkeypatch.setattr(model_cards, "_known_origin", lambda source: origin)
     found, recipe = read_job(job), load_recipe(job / "recipe.yaml")
     places = Places(license="mit\n## Mine")
-    cards = [base_card(found, recipe), adapter_card_text(found, recipe, "first")]
-    cards += [base_card(found, recipe, places), adapter_card_text(found, recipe, "first", places)]
+    cards = [
+        card_text(found, recipe, adapter, where)
+        for adapter in (None, "first")
+        for where in (Places(), places)
+    ]
     for card in cards:
         body = card.partition("\n---\n")[2]
         assert re.findall(r"^#+ .*$", body, re.MULTILINE)[-1] == "## License"
@@ -246,9 +247,9 @@ def test_base_and_adapter_are_uploaded_private_and_load_from_there(
 def test_an_adapter_without_its_base_on_the_hub_says_so(job: Path, hub: FakeHub) -> None:
     ended = push(job, "--adapter", "first", "--to", "me/first", "--yes")
     assert ended.returncode == 0
-    assert "note: the base was not uploaded" in ended.stdout
+    assert "note: the base is not on the hub yet" in ended.stdout
     config = json.loads(hub.repositories["me/first"].files["adapter_config.json"])
-    assert config["base_model_name_or_path"] is None
+    assert not config["base_model_name_or_path"]
 
 
 def test_a_public_repository_needs_public(job: Path, hub: FakeHub) -> None:
@@ -359,37 +360,6 @@ def test_a_readme_of_exported_files_is_uploaded_if_the_job_wrote_it(job: Path) -
             assert upload.files[f"hf/{CARD}"].read_text() == "how to use it"
     finally:
         (job / folder / CARD).unlink()
-
-
-def test_a_card_that_names_a_path_is_refused(job: Path) -> None:
-    with (
-        edited(job / "base" / CARD, f"My base, made in {job}.\n"),
-        pytest.raises(DirectoryError, match=rf"{CARD}.*names '{job}'"),
-        prepared(job, "me/base", None),
-    ):
-        pass
-
-
-def test_an_adapter_inside_an_export_does_not_name_its_base_here(tmp_path: Path) -> None:
-    export, inner = tmp_path / "export", tmp_path / "export" / "adapter"
-    inner.mkdir(parents=True)
-    (inner / "adapter_config.json").write_text('{"r": 4, "base_model_name_or_path": "/a/base"}')
-    (inner / CARD).write_text("base_model: /a/base")
-    (export / "model.onnx").write_bytes(b"onnx")
-    manifest.write(inner, "qwlora.json", {}, ["adapter_config.json"])
-    manifest.write(
-        export, "qwlora.json", {}, ["model.onnx", *(f"adapter/{f.name}" for f in inner.iterdir())]
-    )
-    files = {f"onnx/{f}": export / f for f in files_in(export) if Path(f).name != CARD}
-    there = tmp_path / "there" / "onnx"
-    for name, path in _without_paths(files, tmp_path / "scratch", "me/base").items():
-        (there.parent / name).parent.mkdir(parents=True, exist_ok=True)
-        (there.parent / name).write_bytes(path.read_bytes())
-    config = json.loads((there / "adapter" / "adapter_config.json").read_text())
-    assert config == {"r": 4, "base_model_name_or_path": "me/base"}
-    for folder in (there, there / "adapter"):
-        assert manifest.has_digests(folder, "qwlora.json")
-        assert manifest.changed_files(folder, "qwlora.json") == []
 
 
 @pytest.mark.parametrize(

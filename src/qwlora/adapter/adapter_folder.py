@@ -113,7 +113,11 @@ def write_adapter(
     """
     configs = cast(Any, model).peft_config
     names = list(configs) if adapter is None else [adapter]
+    card = folder / "README.md"
+    had_card = card.exists()
     _write_as_peft_does(model, folder, state, names)
+    if not had_card:  # PEFT's template, which says nothing but the path of the base
+        card.unlink(missing_ok=True)
     if adapter not in (None, "default"):
         for path in (folder / str(adapter)).iterdir():
             path.replace(folder / path.name)

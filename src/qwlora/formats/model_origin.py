@@ -63,6 +63,12 @@ def origin_of(source: str) -> Origin:
     return replace(found, repository=found.repository or _cached_id(location))
 
 
+def public_name(source: str) -> str:
+    """The hub id of a model, or its name without folders of this machine."""
+    origin = origin_of(source)
+    return origin.repository or origin.name
+
+
 def _on_hub(name: str, repository: str) -> Origin:
     try:
         folder = downloaded("model", repository, (CARD,), ("*/*",))

@@ -258,7 +258,9 @@ class JobContext:
     def load_base(self, folder: Path) -> PreTrainedModel:
         """The base in `folder`; runs the model's own code only if the recipe trusts it."""
         with self.step("loading the base"):
-            return load_base(folder, trust_remote_code=self.recipe.model.trust_remote_code)
+            model = load_base(folder, trust_remote_code=self.recipe.model.trust_remote_code)
+        model.name_or_path = ""  # PEFT would write the folder into every adapter
+        return model
 
     def imported(self, name: str) -> PeftModel:
         """The float model with the adapter that adapter `name` continues."""

@@ -9,6 +9,7 @@ from qwlora.errors import SourceError
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
+from qwlora.formats.model_origin import public_name
 from qwlora.formats.model_source import fetch, load_tokenizer
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.progress import Track, untracked
@@ -43,4 +44,4 @@ def import_base(
         )
     tokenizer = load_tokenizer(source)
     model = load_precomputed(checkpoint, track)
-    return save_base(model, tokenizer, folder, source), base_size(model)
+    return save_base(model, tokenizer, folder, public_name(source)), base_size(model)

@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePath
@@ -33,9 +33,10 @@ from qwlora.recipe import Data, Recipe
 from qwlora.report.job import Job, finite, runtime
 
 if TYPE_CHECKING:
-    from huggingface_hub import EvalResult, ModelCardData
+    from huggingface_hub import EvalResult
 
 FLOAT, BASE_ALONE = "Perplexity, float model", "Perplexity, base alone"  # what to compare with
+_TEMPLATES = Path(__file__).parent / "cards"
 _known_origin = cache(origin_of)
 
 
@@ -71,9 +72,9 @@ def write_cards(directory: Directory, recipe: Recipe, job: Job) -> None:
     cards = dict[str, str]()
     try:
         if job.section("base"):
-            cards["base"] = base_card(job, recipe)
+            cards["base"] = card_text(job, recipe, None)
         for name in (a.name for a in recipe.adapters if job.section("train", a.name)):
-            cards[f"adapters/{name}"] = adapter_card_text(job, recipe, name)
+            cards[f"adapters/{name}"] = card_text(job, recipe, name)
     except QwloraError:
         raise
     except Exception as error:  # a bug, and no reason to stop a job of hours
@@ -87,105 +88,99 @@ def write_cards(directory: Directory, recipe: Recipe, job: Job) -> None:
         directory.write_card(artifact, text)
 
 
-def base_card(job: Job, recipe: Recipe, places: Places = Places()) -> str:
-    """The card of the base."""
-    from huggingface_hub import ModelCardData
+def card_text(job: Job, recipe: Recipe, adapter: str | None, places: Places = Places()) -> str:
+    """The card of an adapter; None: of the base."""
+    from huggingface_hub import ModelCard, ModelCardData
 
     origin = _known_origin(recipe.model.source)
-    license = _license(origin, places.license, inherits=True)
-    schemes = Counter(str(layer.get("scheme")) for layer in job.section("base", "layers").values())
-    kinds = ", ".join(scheme for scheme, _ in schemes.most_common(3)) or "packed integers"
-    numbers = {
-        FLOAT: job.get("perplexity", "float"),
-        "Perplexity": job.get("perplexity", "base"),
-        "KL divergence from the float model, nats": job.get("kl", "base", "mean"),
-        "Same likeliest token as the float model": job.get("top1", "base", "share"),
-    }
-    text = recipe.base_text()
-    name = f"{origin.name}, QWLoRA base"
-    parts = [
-        f"The weights of {_linked(origin)}, frozen to integers ({kinds}; "
-        f"{job.get('base', 'bits_per_weight'):.2f} bits per weight, scales included) by QWLoRA. "
-        "LoRA adapters for it are trained on exactly these integers.",
-        _table(numbers, text),
-        _identity(job, "Adapters name it; one with another fingerprint does not fit."),
-        "## Load it",
-        *_download(("base", places.hub_base)),
-        _python(places.base, None),
-    ]
-    for target in job.targets:
-        if loading := _loading(job, places, target, None):
-            parts += [f"### {runtime(target)}", loading]
+    fields = _of_base(job, recipe) if adapter is None else _of_adapter(job, recipe, adapter, places)
+    metadata, shown = _license(origin, places.license, inherits=adapter is None)
+    title = f"{origin.name}, QWLoRA base" if adapter is None else adapter
+    text, numbers = fields.pop("text"), fields.pop("numbers")
     data = ModelCardData(
-        license=license.license,
-        license_name=license.name,
-        license_link=license.link,
-        base_model=origin.repository,
-        base_model_relation="quantized" if origin.repository else None,
-        library_name="qwlora",
+        **metadata,
+        **fields.pop("metadata"),
+        base_model=(places.hub_base if adapter else None) or origin.repository,
+        base_model_relation=_relation(origin, places, adapter),
         pipeline_tag="text-generation",
-        tags=["qwlora", "quantized"],
-        model_name=name,
+        model_name=title,
         eval_results=_measured(numbers, text),
     )
-    parts += _license_words(origin, places.license, inherits=True)
-    return _card(data, name, parts)
-
-
-def adapter_card_text(job: Job, recipe: Recipe, name: str, places: Places = Places()) -> str:
-    """The card of an adapter."""
-    from huggingface_hub import ModelCardData
-
-    origin = _known_origin(recipe.model.source)
-    license = _license(origin, places.license, inherits=False)
-    adapter = next(a for a in recipe.adapters if a.name == name)
-    text = recipe.data_of(adapter)
-    numbers = {
-        FLOAT: _own(job, "perplexity", "float", name),
-        BASE_ALONE: _own(job, "perplexity", "base", name),
-        "Perplexity": job.get("perplexity", "adapted", name),
-        "Perplexity with activations as integers": job.get("perplexity", "simulated", name),
+    wanted = {"base": places.hub_base}
+    if adapter is not None:
+        wanted[PurePath(fields["adapter"]).name] = places.hub_adapter
+    fields |= {
+        "title": escaped(title),
+        "model": _linked(origin),
+        "numbers": _table(numbers, text),
+        "fingerprint": job.get("base", "fingerprint"),
+        "download": _download(wanted),
+        "base": places.base,
+        "runtimes": list(_runtimes(job, places, adapter)),
+        "license_words": shown,
     }
-    base, folder = places.base, places.adapter.format(name=name)
-    parts = [
-        f"A LoRA adapter (rank {adapter.rank}, alpha {adapter.alpha:g}), trained with QWLoRA on "
-        f"the frozen integers of {_linked(origin)}. It fits that one base and no other.",
-        _table(numbers, text),
-        _identity(job, "Loading it onto another base is refused."),
-        _training(job, name, text),
-        "## Load it",
-        *_download(("base", places.hub_base), (PurePath(folder).name, places.hub_adapter)),
-        _python(base, folder),
-    ]
+    template = _TEMPLATES / ("base.md" if adapter is None else "adapter.md")
+    card = ModelCard.from_template(data, template_path=str(template), **fields)
+    return marked(re.sub(r"\n{3,}", "\n\n", str(card)))
+
+
+def _of_base(job: Job, recipe: Recipe) -> dict[str, Any]:
+    layers = job.section("base", "layers").values()
+    schemes = Counter(str(layer.get("scheme")) for layer in layers)
+    grids = ", ".join(scheme for scheme, _ in schemes.most_common(3))
+    return {
+        "grids": grids or "packed integers",
+        "bits": f"{job.get('base', 'bits_per_weight'):.2f}",
+        "numbers": {
+            FLOAT: job.get("perplexity", "float"),
+            "Perplexity": job.get("perplexity", "base"),
+            "KL divergence from the float model, nats": job.get("kl", "base", "mean"),
+            "Same likeliest token as the float model": job.get("top1", "base", "share"),
+        },
+        "text": recipe.base_text(),
+        "metadata": {"library_name": "qwlora", "tags": ["qwlora", "quantized"]},
+    }
+
+
+def _of_adapter(job: Job, recipe: Recipe, name: str, places: Places) -> dict[str, Any]:
+    adapter, text = next(a for a in recipe.adapters if a.name == name), recipe.data_of(name)
+    return {
+        "rank": adapter.rank,
+        "alpha": f"{adapter.alpha:g}",
+        "adapter": places.adapter.format(name=name),
+        "training": _training(job, name, text),
+        "numbers": {
+            FLOAT: job.perplexity("float", name),
+            BASE_ALONE: job.perplexity("base", name),
+            "Perplexity": job.perplexity("adapted", name),
+            "Perplexity with activations as integers": job.perplexity("simulated", name),
+        },
+        "text": text,
+        "metadata": {
+            "library_name": "peft",
+            "tags": ["qwlora", "lora"],
+            "datasets": text.source if is_hub_dataset(text) else None,
+        },
+    }
+
+
+def _relation(origin: Origin, places: Places, adapter: str | None) -> str | None:
+    if adapter is None:
+        return "quantized" if origin.repository else None
+    return "adapter" if places.hub_base or origin.repository else None
+
+
+def _runtimes(job: Job, places: Places, adapter: str | None) -> Iterator[tuple[str, ...]]:
+    """For each target: its runtime, how to load the files, and of an adapter their proof."""
     for target in job.targets:
-        exported = places.exported.format(target=target, name=name)
-        if loading := _loading(job, places, target, exported):
-            parts += [f"### {runtime(target)}", loading, _check(job, target, name)]
-    data = ModelCardData(
-        license=license.license,
-        license_name=license.name,
-        license_link=license.link,
-        base_model=places.hub_base or origin.repository,
-        base_model_relation="adapter" if places.hub_base or origin.repository else None,
-        library_name="peft",
-        pipeline_tag="text-generation",
-        tags=["qwlora", "lora"],
-        datasets=text.source if is_hub_dataset(text) else None,
-        model_name=name,
-        eval_results=_measured(numbers, text),
-    )
-    parts += _license_words(origin, places.license, inherits=False)
-    return _card(data, name, parts)
-
-
-def _loading(job: Job, places: Places, target: str, exported: str | None) -> str:
-    kind = TARGETS[target]
-    folder = places.use_cases if isinstance(kind, UseCasesTarget) else places.exported_base
-    if folder is None:
-        return ""
-    has_cache = job.get("export", target, BASE, WITHOUT_CACHE) is None
-    loading = kind.loading if has_cache else kind.loading_without_cache
-    return loading(folder.format(target=target), exported)
+        kind = TARGETS[target]
+        folder = places.use_cases if isinstance(kind, UseCasesTarget) else places.exported_base
+        exported = adapter and places.exported.format(target=target, name=adapter)
+        if folder is not None:
+            has_cache = job.get("export", target, BASE, WITHOUT_CACHE) is None
+            load = kind.loading if has_cache else kind.loading_without_cache
+            if loading := load(folder.format(target=target), exported):
+                yield runtime(target), loading, _check(job, target, adapter) if adapter else ""
 
 
 def is_hub_dataset(data: Data) -> bool:
@@ -202,50 +197,24 @@ def shown_text(data: Data) -> str:
     return as_code(source if source.startswith("python:") else PurePath(source).name)
 
 
-def _card(data: ModelCardData, title: str, parts: Sequence[str]) -> str:
-    from huggingface_hub import ModelCard
-
-    body = "\n\n".join([f"# {escaped(title)}", *(part for part in parts if part)])
-    text = marked(f"---\n{data.to_yaml()}\n---\n\n{body}")
-    return str(ModelCard(text))  # parses the metadata, and so checks them
-
-
-@dataclass(frozen=True)
-class _License:
-    """What the metadata say: a base has its model's license; an adapter's must be stated."""
-
-    license: str = UNKNOWN
-    name: str | None = None
-    link: str | None = None
-
-
-def _license(origin: Origin, stated: str | None, *, inherits: bool) -> _License:
-    if stated is not None:
-        return _License(stated)
-    if not inherits or origin.license is None:
-        return _License()
-    return _License(origin.license, origin.license_name, origin.license_link)
-
-
-def _license_words(origin: Origin, stated: str | None, *, inherits: bool) -> list[str]:
+def _license(origin: Origin, stated: str | None, *, inherits: bool) -> tuple[dict[str, Any], str]:
+    """The metadata, and a sentence: a base has its model's license; an adapter's must be stated."""
     model = (
         f"The model's license is {escaped(origin.license)} ({origin.stated_in})."
         if origin.license
         else "The model's license is unknown: its files do not state one."
     )
     if stated is not None:
-        return ["## License", f"This one's license is {escaped(stated)}. {model}"]
-    if inherits:
-        return ["## License", model]
-    unknown = "Whoever trained this adapter has not stated its license (`qwlora push --license`)."
-    return ["## License", f"{unknown} {model}"]
-
-
-def _own(job: Job, kind: str, stage: str, name: str) -> Any:
-    """A measurement of the float model or the base on the text of an adapter."""
-    text = job.get("train", name, "text")
-    on_own = job.get(kind, "on", text, stage) if isinstance(text, str) else None
-    return on_own if on_own is not None else job.get(kind, stage)
+        return {"license": stated}, f"This one's license is {escaped(stated)}. {model}"
+    if not inherits:
+        unknown = "Whoever trained this adapter has not stated its license"
+        return {"license": UNKNOWN}, f"{unknown} (`qwlora push --license`). {model}"
+    metadata = {
+        "license": origin.license or UNKNOWN,
+        "license_name": origin.license_name,
+        "license_link": origin.license_link,
+    }
+    return metadata, model
 
 
 def _table(numbers: Mapping[str, Any], text: Data | None) -> str:
@@ -285,10 +254,6 @@ def _measured(numbers: Mapping[str, Any], text: Data | None) -> list[EvalResult]
     return found or None
 
 
-def _identity(job: Job, meaning: str) -> str:
-    return f"Fingerprint of the base: `{job.get('base', 'fingerprint')}`. {meaning}"
-
-
 def _training(job: Job, name: str, text: Data) -> str:
     counts = job.section("texts", name) or job.section("data")
     amount = counts.get("train", {})
@@ -300,18 +265,12 @@ def _training(job: Job, name: str, text: Data) -> str:
     return f"Trained for {steps} steps on {shown_text(text)}{size}."
 
 
-def _download(*wanted: tuple[str, str | None]) -> list[str]:
-    on_hub = [f"hf download {hub} --local-dir {folder}" for folder, hub in wanted if hub]
+def _download(wanted: Mapping[str, str | None]) -> str:
+    """How to download folders from the hub, by where they should be."""
+    on_hub = [f"hf download {hub} --local-dir {folder}" for folder, hub in wanted.items() if hub]
     if not on_hub:
-        return ["Folders are relative to the job's directory."]
-    return ["\n".join(["```shell", *on_hub, "```"])]
-
-
-def _python(base: str, adapter: str | None) -> str:
-    lines = ["```python", "import qwlora", "", f'model = qwlora.load_base("{base}")']
-    if adapter is not None:
-        lines.append(f'model = qwlora.load_adapter(model, "{adapter}").eval()')
-    return "\n".join([*lines, "```"])
+        return "Folders are relative to the job's directory."
+    return "\n".join(["```shell", *on_hub, "```"])
 
 
 def _check(job: Job, target: str, name: str) -> str:

@@ -1,6 +1,6 @@
 """Upload a job's base or one of its adapters to the Hugging Face hub.
 
-A repository holds what somebody else needs, and nothing that names a path of this machine:
+A repository holds what somebody else needs. No artifact of a job names a path of this machine.
 
     base                base.safetensors, base.json, configuration, tokenizer, model card
     TARGET/             the base as exported for a runtime that switches adapters
@@ -21,8 +21,8 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from qwlora import strict_json
@@ -36,24 +36,20 @@ from qwlora.export.target import GraphTarget, SwitchableTarget, UseCasesTarget
 from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.card_mark import is_users_card
-from qwlora.formats.model_origin import origin_of
 from qwlora.messages import listed, suggestion
 from qwlora.pipeline.artifacts import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.directory import CARD, Directory
 from qwlora.pipeline.directory_errors import as_directory_errors
 from qwlora.pipeline.existing_job import job_recipe
 from qwlora.pipeline.job_texts import JobTexts
-from qwlora.pipeline.model_cards import Places, adapter_card_text, base_card
+from qwlora.pipeline.model_cards import Places, card_text
 from qwlora.pipeline.plan import make_plan, resolve_compute
 from qwlora.pipeline.results import collect_results, job_of
 from qwlora.pipeline.stage import Stage
 from qwlora.pipeline.stale_stages import find_stale, upstream
-from qwlora.recipe import Recipe
 from qwlora.report.job import Job
 
 PUSHED = "pushed.json"  # in .qwlora/: where the base was uploaded to, and which files went where
-_BASE_PATH = "base_model_name_or_path"  # in adapter_config.json
-_TEXTS = (".json", ".yaml", ".md", ".txt", ".py")  # files that may name a path
 
 
 @dataclass(frozen=True)
@@ -99,8 +95,7 @@ def prepared(
 
     Raises:
         DirectoryError: the folder is not a job directory, or what is asked for is not there,
-            incomplete, changed, or of another recipe than the one that is there now; or a file
-            to upload names a path of this machine.
+            incomplete, changed, or of another recipe than the one that is there now.
         SourceError: the model or a text of the recipe is not there any more.
     """
     recipe, directory = resolve_compute(job_recipe(folder)), Directory.read(folder)
@@ -118,18 +113,31 @@ def prepared(
     with tempfile.TemporaryDirectory(prefix="qwlora-push-") as scratch:
         exports, notes = _exports(job, directory, stale, adapter)
         fingerprint = read_record(folder / "base")["fingerprint"]
-        exports = _without_paths(
-            exports, Path(scratch) / "export", _pushed_base(folder, fingerprint)
-        )
         if adapter is None:
-            files = _base_files(recipe, job, directory, Path(scratch), repository, license)
+            artifact, files = "base", _base_files(directory)
+            places = Places(exported_base="base/{target}", use_cases=None, hub_base=repository)
         else:
-            own, lacking = _adapter_files(
-                recipe, job, directory, Path(scratch), adapter, repository, license
+            artifact, base = f"adapters/{adapter}", _pushed_base(folder, fingerprint)
+            files = _adapter_files(directory, Path(scratch), adapter, fingerprint, base)
+            places = Places(
+                adapter=adapter,
+                exported_base="base/{target}",
+                use_cases=None,
+                exported=f"{adapter}/{{target}}",
+                hub_base=base,
+                hub_adapter=repository,
             )
-            files, notes = own, [*notes, *lacking]
+            if base is None:
+                notes.append(
+                    "the base is not on the hub yet, so the adapter cannot link to it. Push it "
+                    f"first: {shlex.join(['qwlora', 'push', str(folder), '--to'])} OWNER/BASE"
+                )
+        files[CARD] = folder / artifact / CARD
+        if not is_users_card(files[CARD]):
+            files[CARD] = Path(scratch) / CARD
+            card_places = replace(places, license=license)
+            write_text(files[CARD], card_text(job, recipe, adapter, card_places))
         files |= exports
-        _check_no_path(folder, files)
         what = "the base" if adapter is None else f"adapter {adapter}"
         before = _pushed(folder)["files"].get(repository, [])
         outdated = tuple(name for name in before if name not in files)
@@ -278,139 +286,30 @@ def _exports(
     return files, notes
 
 
-def _without_paths(files: dict[str, Path], scratch: Path, base: str | None) -> dict[str, Path]:
-    """The files, but adapter configurations name the base on the hub, not its path here.
-
-    The records next to them, and above them, list the files as they are uploaded.
-    """
-    files = dict(files)
-    for name in [name for name in files if PurePosixPath(name).name == CONFIG]:
-        config = json.loads(files[name].read_text())
-        if config.get(_BASE_PATH) is not None:
-            (scratch / name).parent.mkdir(parents=True, exist_ok=True)
-            write_text(scratch / name, strict_json.dumps({**config, _BASE_PATH: base}, indent=2))
-            files[name] = scratch / name
-    records = [name for name in files if PurePosixPath(name).name == FILE]
-    for name in sorted(records, key=lambda name: -name.count("/")):
-        folder = (scratch / name).parent
-        record, prefix = json.loads(files[name].read_text()), name.removesuffix(FILE)
-        listed_files = list(record.get(manifest.FILES, {}))
-        gone = [file for file in listed_files if prefix + file not in files]
-        changed = [file for file in listed_files if (folder / file).is_file()]
-        if gone or changed:
-            record[manifest.FILES] = {
-                f: d for f, d in record[manifest.FILES].items() if f not in gone
-            }
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(scratch / name, strict_json.dumps(record, indent=1) + "\n")
-            manifest.add(folder, FILE, changed)
-            files[name] = scratch / name
-    return files
-
-
-def _check_no_path(folder: Path, files: Mapping[str, Path]) -> None:
-    """Check that no text file names the job's folder or a file in the user's home folder."""
-    paths = [str(folder.absolute()), str(folder.resolve())]
-    if Path.home() != Path(Path.home().anchor):
-        paths.append(f"{Path.home()}/")
-    written = {form for path in paths for form in (path, json.dumps(path)[1:-1])}
-    for name, file in files.items():
-        if file.suffix in _TEXTS:
-            text = file.read_text(encoding="utf-8", errors="replace")
-            if found := next((path for path in sorted(written) if path in text), None):
-                raise DirectoryError(
-                    f"{name} ({str(file)!r}) names {found!r}, a path of this machine. Nothing was "
-                    "uploaded. Remove it from the file, or from the recipe and run it again"
-                )
-
-
-def _base_files(
-    recipe: Recipe,
-    job: Job,
-    directory: Directory,
-    scratch: Path,
-    repository: str,
-    license: str | None,
-) -> dict[str, Path]:
-    folder = directory.path / "base"
+def _base_files(directory: Directory) -> dict[str, Path]:
     unwanted = (MOMENTS, SOLVER_SCALES.partition("/")[0])
-    files = {
+    return {
         name: path
         for name, path in _recorded(directory, "quantize", "base").items()
         if name.partition("/")[0] not in unwanted
     }
-    record = read_record(folder)
-    origin = origin_of(recipe.model.source)
-    changed = {**record, "source": origin.repository or origin.name}
-    files |= _resealed(folder, RECORD, changed, scratch)
-    if not is_users_card(folder / CARD):
-        places = Places(
-            exported_base="base/{target}",
-            use_cases=None,
-            hub_base=repository,
-            license=license,
-        )
-        write_text(scratch / CARD, base_card(job, recipe, places))
-        files[CARD] = scratch / CARD
-    else:
-        files[CARD] = folder / CARD
-    return files
 
 
 def _adapter_files(
-    recipe: Recipe,
-    job: Job,
-    directory: Directory,
-    scratch: Path,
-    name: str,
-    repository: str,
-    license: str | None,
-) -> tuple[dict[str, Path], list[str]]:
-    folder, notes = directory.path / "adapters" / name, list[str]()
-    fingerprint = read_record(directory.path / "base")["fingerprint"]
+    directory: Directory, scratch: Path, name: str, fingerprint: str, base: str | None
+) -> dict[str, Path]:
+    """The adapter's files; its configuration names `base`, the base on the hub."""
+    folder = directory.path / "adapters" / name
     if found := problems(folder, fingerprint, "refuse"):
         raise DirectoryError(f"adapter {name!r} cannot be uploaded: {listed(found)}")
-    base = _pushed_base(directory.path, fingerprint)
-    if base is None:
-        notes.append(
-            "the base was not uploaded from this job, so nothing can say where it is. Upload it "
-            "first: leave --adapter out"
-        )
     files = _recorded(directory, f"train/{name}", f"adapters/{name}")
-    config = json.loads((folder / CONFIG).read_text())
-    write_text(
-        scratch / CONFIG,
-        strict_json.dumps({**config, _BASE_PATH: base}, indent=2),
-    )
-    record = json.loads((folder / FILE).read_text())
-    files[CONFIG] = scratch / CONFIG
-    files |= _resealed(folder, FILE, record, scratch)
-    if not is_users_card(folder / CARD):
-        places = Places(
-            adapter=name,
-            exported_base="base/{target}",
-            use_cases=None,
-            exported=f"{name}/{{target}}",
-            hub_base=base,
-            hub_adapter=repository,
-            license=license,
-        )
-        write_text(scratch / CARD, adapter_card_text(job, recipe, name, places))
-        files[CARD] = scratch / CARD
-    else:
-        files[CARD] = folder / CARD
-    return files, notes
-
-
-def _resealed(folder: Path, name: str, record: dict[str, Any], scratch: Path) -> dict[str, Path]:
-    """The record `name` with other content, and digests of the files as they are uploaded."""
-    listed_files = [file for file in record.pop(manifest.FILES, {}) if file != name]
-    for file in listed_files:
-        if not (scratch / file).exists():
-            (scratch / file).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(folder / file, scratch / file)
-    manifest.write(scratch, name, record, listed_files)
-    return {name: scratch / name}
+    if base is not None:
+        config = json.loads(files[CONFIG].read_text()) | {"base_model_name_or_path": base}
+        write_text(scratch / CONFIG, strict_json.dumps(config, indent=2))
+        shutil.copy2(files[FILE], scratch / FILE)
+        manifest.add(scratch, FILE, [CONFIG])
+        files |= {file: scratch / file for file in (CONFIG, FILE)}
+    return files
 
 
 def _pushed_base(folder: Path, fingerprint: str) -> str | None:

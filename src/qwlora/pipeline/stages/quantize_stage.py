@@ -101,13 +101,14 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
     """
     from qwlora.formats.assemble_model import load_precomputed
     from qwlora.formats.base_folder import save_base
+    from qwlora.formats.model_origin import public_name
     from qwlora.grid.second_moments import Moments
     from qwlora.quantize.gptq import GptqSettings
     from qwlora.quantize.quantize_blocks import observe_moments
     from qwlora.quantize.quantize_checkpoint import quantize_checkpoint
     from qwlora.quantize.quantize_model import QuantizeReport, base_size, quantize_
 
-    base, source = context.recipe.base, context.recipe.model.source
+    base, source = context.recipe.base, public_name(context.recipe.model.source)
     calibration = context.base_calibration_ids(base.calibration_sequences)
     moments = Moments.resumed(work / MOMENTS) if needs_moments(context.recipe) else None
     if base.solver == "keep":
@@ -152,6 +153,7 @@ def _tune(
     from safetensors.torch import save_file
 
     from qwlora.formats.base_folder import save_base
+    from qwlora.formats.model_origin import public_name
     from qwlora.quantize.quantize_model import base_size
     from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_scales_
 
@@ -161,7 +163,8 @@ def _tune(
     report = tune_scales_(
         model, context.float_model(), sequences, settings, work=work, track=context.track
     )
-    identity = save_base(model, context.tokenizer, scratch, context.recipe.model.source)
+    source = public_name(context.recipe.model.source)
+    identity = save_base(model, context.tokenizer, scratch, source)
     if report.solver_scales:
         (scratch / SOLVER_SCALES).parent.mkdir()
         save_file(report.solver_scales, scratch / SOLVER_SCALES)

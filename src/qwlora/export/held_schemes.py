@@ -11,8 +11,6 @@ from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
 from qwlora.messages import listed
 
 MLX_GROUPS = (128, 64, 32)
-GPTQ_BITWIDTHS = (2, 3, 4, 8)
-QWEIGHT_GROUPS = (128, 64, 32)  # of GPTQ and AWQ
 NBITS_BLOCKS = (256, 128, 64, 32, 16)  # of ONNX Runtime's MatMulNBits
 
 
@@ -80,36 +78,6 @@ def mlx_problem(scheme: Scheme) -> str | None:
     match scheme.granularity:
         case PerBlock(size) | Lpbq(size) if all(size % group for group in MLX_GROUPS):
             return f"{scheme}: MLX has groups of 32, 64 and 128"
-    return None
-
-
-def gptq_problem(scheme: Scheme) -> str | None:
-    """Why GPTQ cannot hold a scheme; None if it can."""
-    if scheme.bitwidth not in GPTQ_BITWIDTHS:
-        return f"{scheme}: GPTQ has {', '.join(map(str, GPTQ_BITWIDTHS))} bits"
-    return _qweight_problem("GPTQ", scheme)
-
-
-def awq_problem(scheme: Scheme) -> str | None:
-    """Why AWQ cannot hold a scheme; None if it can."""
-    if scheme.bitwidth != 4:
-        return f"{scheme}: AWQ has 4 bits"
-    return _qweight_problem("AWQ", scheme)
-
-
-def one_layout_conflict(schemes: Collection[Scheme]) -> str | None:
-    """Why GPTQ and AWQ cannot hold layers of these schemes together; None if they can."""
-    if len({scheme.bitwidth for scheme in schemes}) < 2:
-        return None
-    return f"{listed(sorted(map(str, schemes)))} together: the format has one bitwidth"
-
-
-def _qweight_problem(name: str, scheme: Scheme) -> str | None:
-    if scheme.float_offset:
-        return f"{scheme}: {name} has integer zero points only"
-    match scheme.granularity:
-        case PerBlock(size) | Lpbq(size) if size % QWEIGHT_GROUPS[-1]:
-            return f"{scheme}: {name} has groups of 32, 64 and 128"
     return None
 
 

@@ -11,7 +11,6 @@ from qwlora.export.onnx_target import OnnxEachTarget, OnnxTarget
 from qwlora.export.openvino_target import OpenvinoTarget
 from qwlora.export.qairt_target import QairtTarget
 from qwlora.export.qnn_target import QnnTarget
-from qwlora.export.qweight_targets import AwqTarget, GptqTarget
 from qwlora.export.target import Target
 
 TARGETS: dict[str, Target] = {
@@ -25,6 +24,4 @@ TARGETS: dict[str, Target] = {
     "gguf": GgufTarget(),
     "mlx": MlxTarget(),
     "openvino": OpenvinoTarget(),
-    "gptq": GptqTarget(),
-    "awq": AwqTarget(),
 }

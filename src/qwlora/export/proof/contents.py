@@ -20,6 +20,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib import resources
 from pathlib import Path, PurePosixPath
 from stat import S_ISDIR, S_ISREG
 from typing import Any
@@ -96,12 +97,15 @@ class Contents:
             adapter together are those of `adapter`.
         forms: of JSON files, by name.
         settings: forms of keys that this target adds to config.json.
+        scripts: files that a user runs; the template of each in `qwlora/export`, whose words in
+            `@...@` stand for one word of letters, digits and hyphens.
     """
 
     base: tuple[str, ...] = ()
     adapter: tuple[str, ...] = ()
     forms: Mapping[str, Form] = field(default_factory=dict)
     settings: Mapping[str, Form] = field(default_factory=dict)
+    scripts: Mapping[str, str] = field(default_factory=dict)
 
 
 def check_plain(bundle: Path) -> None:
@@ -153,10 +157,18 @@ def check_contents(contents: Contents, folder: Path, files: Iterable[str], is_ba
         problems = list[str]()
         if path.suffix == ".json" and path.name != "tokenizer.json":
             problems = list(_json_problems(contents, path))
+        elif file in contents.scripts and not _is_of_template(path, contents.scripts[file]):
+            problems = ["it is not the script that an export writes"]
         elif path.suffix == ".onnx":
             problems = list(onnx_problems(path))
         if problems:
             raise SourceError(f"{str(path)!r}: {listed(problems)}. {_AGAIN}")
+
+
+def _is_of_template(path: Path, template: str) -> bool:
+    text = resources.files("qwlora.export").joinpath(template).read_text(encoding="utf-8")
+    pattern = re.sub("@[A-Z_]+@", "[a-z0-9-]+", re.escape(text))
+    return re.fullmatch(pattern, path.read_text(encoding="utf-8", errors="replace")) is not None
 
 
 def _matches(file: str, pattern: str) -> bool:

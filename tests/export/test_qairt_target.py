@@ -206,6 +206,16 @@ def edit_weights(name: str, change: Callable[[dict[str, Any]], object]) -> Calla
     return edit
 
 
+def rename_case(name: str) -> Callable[[Path], object]:
+    """Give use case B another name in the list of adapters."""
+
+    def edit(folder: Path) -> None:
+        path = folder / "lora_adaptor_list.yaml"
+        path.write_text(path.read_text().replace("name: B\n", f"name: {name}\n"))
+
+    return edit
+
+
 def rename(weights: dict[str, Any]) -> None:
     weights["other"] = weights.pop(f"{Q}.lora_A.weight")
 
@@ -283,6 +293,14 @@ def test_a_folder_is_checked_once_and_one_model_at_a_time(
             ),
             r"lora_config\.yaml: lora_weights of B is A\.safetensors",
         ),
+        (rename_case("../B"), r"lora_adaptor_list\.yaml: '\.\./B' is not the name of a use case"),
+        (rename_case("[]"), r"lora_adaptor_list\.yaml: \[\] is not the name of a use case"),
+        (rename_case("{"), r"lora_adaptor_list\.yaml is no YAML"),
+        (rename_case("C"), r"lora_config\.yaml: use cases are not A, C, A\+B, none"),
+        (
+            lambda f: (f / "lora_config.yaml").write_text("use_case: 3"),
+            r"lora_config\.yaml: use cases are not A, B, A\+B, none",
+        ),
     ],
     ids=[
         "bit-of-lora",
@@ -300,6 +318,7 @@ def test_a_folder_is_checked_once_and_one_model_at_a_time(
         "version-dropped",
         "list-changed",
         "config-changed",
+        *("name-leads-out", "name-is-a-list", "no-yaml", "name-changed", "no-use-cases"),
     ],
 )
 def test_damaged_files_are_refused_by_name(

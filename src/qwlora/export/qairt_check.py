@@ -14,6 +14,7 @@ graphs       with a key-value cache: all of this holds for each of them, and ten
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,7 @@ def _check(folder: Path) -> None:
         _checked[folder.resolve()] = files
 
 
+_USE_CASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")
 _checked: dict[Path, dict[str, Stamps]] = {}  # folders without a problem, with their files
 
 
@@ -84,8 +86,7 @@ def find_problems(folder: Path) -> Iterator[str]:
     found = [problem for prefix in prefixes(folder) for problem in _problems(folder, prefix)]
     yield from found
     if not found and has_graphs(folder):
-        first = prefixes(folder)[0]
-        for case in ("base", *(item["name"] for item in _yaml(folder / f"{first}{ADAPTORS_FILE}"))):
+        for case in ("base", *_cases(folder, prefixes(folder)[0])):
             yield from use_case_graphs(folder, case).problems()
 
 
@@ -95,8 +96,7 @@ def _problems(folder: Path, prefix: str) -> Iterator[str]:
     if found:
         yield from found
         return
-    model_file = f"{prefix}{MODEL_FILE}"
-    cases = [item["name"] for item in _yaml(folder / f"{prefix}{ADAPTORS_FILE}")]
+    model_file, cases = f"{prefix}{MODEL_FILE}", _cases(folder, prefix)
     names = (folder / LIST_FILE).read_text().splitlines()
     model = _load(folder / model_file)
     known = model.graph.initializers
@@ -140,10 +140,10 @@ def _list_problems(folder: Path, prefix: str) -> Iterator[str]:
     yield from (f"{name} is missing" for name in missing)
     if missing:
         return
-    cases = [item["name"] for item in _yaml(folder / f"{prefix}{ADAPTORS_FILE}")]
+    cases = _cases(folder, prefix)
     for name, expected in use_case_lists(cases, prefix).items():
         found, wanted = _items(_yaml(folder / name)), _items(expected)
-        if [item["name"] for item in found] != cases:
+        if [item.get("name") for item in found] != cases:
             yield f"{name}: use cases are not {', '.join(cases)}, those of {prefix}{ADAPTORS_FILE}"
             continue
         for item, values in zip(found, wanted, strict=True):
@@ -157,8 +157,28 @@ def _list_problems(folder: Path, prefix: str) -> Iterator[str]:
 
 
 def _items(content: Any) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = content["use_case"] if isinstance(content, dict) else content
-    return found
+    """The use cases in a YAML file; empty if it does not list any."""
+    items = content.get("use_case") if isinstance(content, dict) else content
+    if isinstance(items, list) and all(isinstance(item, dict) for item in items):
+        return items
+    return []
+
+
+def _cases(folder: Path, prefix: str) -> list[str]:
+    """Names of the use cases. Files are named by them.
+
+    Raises:
+        VerificationError: a name is no name of a file in `folder`.
+    """
+    file = f"{prefix}{ADAPTORS_FILE}"
+    names = list[str]()
+    for item in _items(_yaml(folder / file)):
+        name = item.get("name")
+        if not isinstance(name, str) or not _USE_CASE.fullmatch(name):
+            problem = f"{file}: {name!r} is not the name of a use case. Copy the folder again"
+            raise VerificationError(f"{folder}: the files contradict each other", [problem])
+        names.append(name)
+    return names
 
 
 def _weight_problems(
@@ -216,4 +236,9 @@ def _load(path: Path) -> Any:
 
 
 def _yaml(path: Path) -> Any:
-    return yaml.safe_load(path.read_text())
+    try:
+        return yaml.safe_load(path.read_text())
+    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        raise VerificationError(
+            f"{path.parent}: the files contradict each other", [f"{path.name} is no YAML: {error}"]
+        ) from error

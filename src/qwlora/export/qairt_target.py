@@ -32,7 +32,8 @@ class QairtTarget(UseCasesTarget):
     has_proof = True
     contents = Contents(
         adapter=(
-            "*.onnx",
+            "*model.onnx",
+            "*_host.onnx",
             "model.data",
             "*.encodings",
             "*.safetensors",

@@ -45,9 +45,6 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
             another fingerprint.
         GridError: the adapter does not have the shape of the saved zero adapter.
         FingerprintError: a file changed after it was saved.
-
-    Warns:
-        UnverifiedWarning: an earlier version wrote it, without digests.
     """
     folder = Path(folder)
     record = read_record(folder)
@@ -60,7 +57,7 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
         tensors = {
             name: tensor.to(device_of(model)) for name, tensor in load_file(folder / INPUTS).items()
         }
-        schemes = _schemes_from_json(record["schemes"])
+        schemes = TypeAdapter(SimulationSchemes).validate_python(record["schemes"])
         examples = _template_from_json(record["inputs"], tensors)
     except (OSError, KeyError, SafetensorError, ValidationError, ValueError) as error:
         raise unreadable(folder, error) from error
@@ -104,12 +101,6 @@ def _check_fingerprints(
                 f"{saved or '(none)'}, but this model's is {fingerprint_of_model or '(none)'}. "
                 "Give it the model it was made from, or calibrate again"
             )
-
-
-def _schemes_from_json(saved: Mapping[str, Any]) -> SimulationSchemes:
-    renamed = {"idle_rules": "unused_rules"}  # keys of earlier versions
-    values = {renamed.get(key, key): value for key, value in saved.items()}
-    return TypeAdapter(SimulationSchemes).validate_python(values)
 
 
 def _template_from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:

@@ -23,6 +23,7 @@ from transformers import (
 )
 
 from qwlora.errors import SourceError
+from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint, FolderCheckpoint
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.open_checkpoint import open_checkpoint
@@ -236,12 +237,12 @@ def test_experts_of_two_kinds_are_refused(tmp_path: Path) -> None:
         ),
         (
             lambda t, c: c.update(num_hidden_layers=10**9),
-            "num_hidden_layers is 1000000000, but a model with these files has at most 128",
+            "num_hidden_layers is 1000000000, but a model with these files has 0 to 128",
         ),
         (lambda t, c: c.update(model_type="nonesuch"), "config.json cannot be read"),
         (
             lambda t, c: c.update(vocab_size=-3),
-            r"config.json \(LlamaConfig\) does not describe a causal language model",
+            "vocab_size is -3, but a model with these files has 1 to",
         ),
         (
             lambda t, c: c.update(quantization_config={"quant_method": "hqq"}),
@@ -266,6 +267,14 @@ def test_folders_that_do_not_fit_their_configuration(
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match=message):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"a": ' + "[" * 100_000, "{"])
+def test_a_damaged_generation_config_is_named(tmp_path: Path, content: str) -> None:
+    llama().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(SourceError, match=r"generation_config.json' cannot be read.*remove it"):
+        load_precomputed(open_checkpoint(tmp_path))
 
 
 def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:

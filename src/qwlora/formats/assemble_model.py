@@ -15,9 +15,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
-from qwlora.errors import GridError, SourceError, reading
+from qwlora.errors import GridError, SourceError
 from qwlora.formats.base_files import save_as_base_
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.meta_model import (
@@ -27,6 +27,7 @@ from qwlora.formats.meta_model import (
     is_below,
     place_name,
     put_,
+    read_generation_config_,
     tensor_at,
     tensor_places,
 )
@@ -67,9 +68,8 @@ class LazyModel:
         self.checkpoint = checkpoint
         self.model = empty_model(checkpoint.config)
         folder = checkpoint.folder
-        if folder is not None and (folder / "generation_config.json").is_file():
-            with reading(folder / "generation_config.json"):
-                self.model.generation_config = GenerationConfig.from_pretrained(folder)
+        if folder is not None:
+            read_generation_config_(self.model, folder)
         self.places = tensor_places(self.model)
         first = {
             place_name(place): name for name, places in self.places.items() for place in places

@@ -19,13 +19,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwlora.errors import reading
 from qwlora.formats.base_files import BaseFiles, write_base
 from qwlora.formats.hf_quantizer import register_with_transformers
 from qwlora.formats.huggingface.model_config import read_config
-from qwlora.formats.meta_model import empty_model, put_
+from qwlora.formats.meta_model import empty_model, put_, read_generation_config_
 
 
 def save_base(
@@ -84,9 +83,7 @@ def load_base(
         is_cast = tensor.is_floating_point() and name not in base.packed
         put_(model, places[name], tensor.to(dtype) if is_cast else tensor)
     base.check_configuration(model)
-    if (base.folder / "generation_config.json").is_file():
-        with reading(base.folder / "generation_config.json"):
-            model.generation_config = GenerationConfig.from_pretrained(base.folder)
+    read_generation_config_(model, base.folder)
     base.finish_(model, dtype)
     model.to(device)  # type: ignore[arg-type] # transformers hides the signature of Module.to
     return model

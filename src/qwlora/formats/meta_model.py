@@ -8,15 +8,21 @@ that are not stored in files (rotary frequencies, masks) have data from the star
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
-from qwlora.errors import SourceError
+from qwlora.errors import SourceError, foreign_as
 
 MOST_BUFFER_BYTES = 2**28
 
@@ -162,6 +168,18 @@ def put_(model: nn.Module, places: Iterable[Place], tensor: Tensor) -> None:
             module._parameters[key] = parameter
         else:
             module._buffers[key] = tensor
+
+
+def read_generation_config_(model: PreTrainedModel, folder: Path) -> None:
+    """Give the model the generation_config.json in `folder`, if there is one.
+
+    Raises:
+        SourceError: transformers cannot read it.
+    """
+    path = folder / "generation_config.json"
+    if path.is_file():
+        with foreign_as(SourceError, f"{str(path)!r} cannot be read", "correct it, or remove it"):
+            model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def _check_buffers(model: nn.Module) -> None:

@@ -20,7 +20,7 @@ from qwlora.export.canonical_adapter import CanonicalAdapter, read_canonical
 from qwlora.export.switchable_onnx import _container, _operands
 from qwlora.export.target import ExportedBase
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
-from qwlora.nn.pack_at import packed_weights
+from qwlora.nn.pack import packed_weights
 
 IDS = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(5))
 SCHEMES = [

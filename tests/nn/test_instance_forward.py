@@ -17,7 +17,7 @@ from conftest import tiny_model
 from qwlora.errors import GridError
 from qwlora.nn import PackedLinear, packed_weights
 from qwlora.nn.fingerprint import fingerprint
-from qwlora.nn.unpack import unpack_
+from qwlora.nn.pack import unpack_
 from qwlora.quantize.layer_rules import Rule
 from qwlora.quantize.quantize_model import quantize_
 

@@ -18,7 +18,7 @@ from qwlora.errors import ExportError
 from qwlora.export.held_schemes import LayerKind
 from qwlora.export.proof.contents import known_settings
 from qwlora.messages import lines
-from qwlora.nn.pack_at import packed_weights
+from qwlora.nn.pack import packed_weights
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_modules import PackedLinear
 

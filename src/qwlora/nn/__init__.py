@@ -16,11 +16,14 @@ from qwlora.nn.pack import (
     empty_packed,
     has_computed_weight,
     is_packable,
+    pack_at_,
     pack_module,
     pack_tied,
+    packed_weights,
+    place_empty_,
+    tie_weights_,
     weight_out_in,
 )
-from qwlora.nn.pack_at import pack_at_, packed_weights, place_empty_, tie_weights_
 from qwlora.nn.packed_experts import (
     PackedParameter,
     empty_packed_parameter_,

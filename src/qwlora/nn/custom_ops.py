@@ -13,11 +13,14 @@ torch.compile sees of a packed layer. `quantized` marks a value for a writer; it
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import custom_op
+from torch.nn import functional as F
 
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.packed_tensor import PackedTensor, Parts
@@ -30,128 +33,70 @@ def _scheme(layout: str) -> Scheme:
     return Scheme.from_json(json.loads(layout))
 
 
-def _tensor(parts: tuple[Tensor | None, ...], count: int, layout: str) -> PackedTensor:
-    return PackedTensor(_scheme(layout), count, Parts(*parts))  # type: ignore[arg-type]
+# The parts of a `PackedTensor`, the number of codes in a row, and the scheme as text
+_WEIGHT = (
+    "Tensor packed, Tensor scale, Tensor? block_scale, Tensor? zero_point, Tensor? minimum, "
+    "int count, str layout"
+)
 
 
-@torch.library.custom_op("qwlora::dequantize", mutates_args=())
-def dequantize(
-    packed: Tensor,
-    scale: Tensor,
-    block_scale: Tensor | None,
-    zero_point: Tensor | None,
-    minimum: Tensor | None,
-    count: int,
-    layout: str,
-) -> Tensor:
-    """The values of packed codes, float32."""
-    return _tensor((packed, scale, block_scale, zero_point, minimum), count, layout).dequantize()
+def _operator(
+    name: str,
+    inputs: str,
+    compute: Callable[..., Tensor],
+    shape: Callable[..., tuple[int, ...]],
+    keeps_dtype: bool,
+) -> Any:
+    """An operator on `inputs` (at most one tensor) and a packed weight.
+
+    Args:
+        compute: takes the `PackedTensor`, then the input.
+        shape: of the result, from the shape of the codes, then the input.
+        keeps_dtype: whether the result has the dtype of the input; else float32.
+    """
+
+    def run(*arguments: Any) -> Tensor:
+        *x, packed, scale, block_scale, zero_point, minimum, count, layout = arguments
+        parts = Parts(packed, scale, block_scale, zero_point, minimum)
+        return compute(PackedTensor(_scheme(layout), count, parts), *x)
+
+    def fake(*arguments: Any) -> Tensor:
+        *x, packed, _, _, _, _, count, _ = arguments
+        like = x[0] if keeps_dtype else packed
+        dtype = like.dtype if keeps_dtype else torch.float32
+        result: Tensor = like.new_empty(shape((*packed.shape[:-1], count), *x), dtype=dtype)
+        return result
+
+    schema = f"({inputs}{_WEIGHT}) -> Tensor"
+    operator = custom_op(f"{NAMESPACE}::{name}", run, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    return operator
 
 
-@dequantize.register_fake
-def _(
-    packed: Tensor,
-    scale: Tensor,
-    block_scale: Tensor | None,
-    zero_point: Tensor | None,
-    minimum: Tensor | None,
-    count: int,
-    layout: str,
-) -> Tensor:
-    return packed.new_empty((*packed.shape[:-1], count), dtype=torch.float32)
-
-
-@torch.library.custom_op("qwlora::gather", mutates_args=())
-def gather(
-    index: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    block_scale: Tensor | None,
-    zero_point: Tensor | None,
-    minimum: Tensor | None,
-    count: int,
-    layout: str,
-) -> Tensor:
-    """The values of the indexed rows, float32."""
-    return _tensor((packed, scale, block_scale, zero_point, minimum), count, layout).dequantize(
-        index=index
-    )
-
-
-@gather.register_fake
-def _(
-    index: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    block_scale: Any,
-    zero_point: Any,
-    minimum: Any,
-    count: int,
-    layout: str,
-) -> Tensor:
-    return packed.new_empty((*index.shape, *packed.shape[1:-1], count), dtype=torch.float32)
-
-
-@torch.library.custom_op("qwlora::linear", mutates_args=())
-def linear(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    block_scale: Tensor | None,
-    zero_point: Tensor | None,
-    minimum: Tensor | None,
-    count: int,
-    layout: str,
-) -> Tensor:
-    """`x W^T`."""
-    weight = _tensor((packed, scale, block_scale, zero_point, minimum), count, layout).dequantize(
-        x.dtype
-    )
-    return torch.nn.functional.linear(x, weight)
-
-
-@linear.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    block_scale: Any,
-    zero_point: Any,
-    minimum: Any,
-    count: int,
-    layout: str,
-) -> Tensor:
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
-
-
-@torch.library.custom_op("qwlora::linear_backward", mutates_args=())
-def _linear_backward(
-    gradient: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    block_scale: Tensor | None,
-    zero_point: Tensor | None,
-    minimum: Tensor | None,
-    count: int,
-    layout: str,
-) -> Tensor:
-    return gradient @ _tensor(
-        (packed, scale, block_scale, zero_point, minimum), count, layout
-    ).dequantize(gradient.dtype)
-
-
-@_linear_backward.register_fake
-def _(
-    gradient: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    block_scale: Any,
-    zero_point: Any,
-    minimum: Any,
-    count: int,
-    layout: str,
-) -> Tensor:
-    return gradient.new_empty((*gradient.shape[:-1], count))
+dequantize = _operator(
+    "dequantize", "", lambda weight: weight.dequantize(), lambda codes: codes, keeps_dtype=False
+)
+gather = _operator(
+    "gather",
+    "Tensor index, ",
+    lambda weight, index: weight.dequantize(index=index),
+    lambda codes, index: (*index.shape, *codes[1:]),
+    keeps_dtype=False,
+)
+linear = _operator(
+    "linear",
+    "Tensor x, ",
+    lambda weight, x: F.linear(x, weight.dequantize(x.dtype)),
+    lambda codes, x: (*x.shape[:-1], codes[0]),
+    keeps_dtype=True,
+)
+_linear_backward = _operator(
+    "linear_backward",
+    "Tensor gradient, ",
+    lambda weight, gradient: gradient @ weight.dequantize(gradient.dtype),
+    lambda codes, gradient: (*gradient.shape[:-1], codes[-1]),
+    keeps_dtype=True,
+)
 
 
 def _keep_codes(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -168,7 +113,7 @@ def _gradient(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
 linear.register_autograd(_gradient, setup_context=_keep_codes)
 
 
-@torch.library.custom_op("qwlora::quantized", mutates_args=())
+@custom_op("qwlora::quantized", mutates_args=())
 def quantized(x: Tensor, name: str) -> Tensor:
     """`x`, marked as the tensor of the encoding `name`."""
     return x.clone()

@@ -1,4 +1,13 @@
-"""From a float module to a packed one."""
+"""From float modules to packed layers in a model, by the names of its float tensors, and back.
+
+pack_at_(model, name, quantized)     pack one tensor and whatever is tied to it
+place_empty_(model, path, scheme)    the same with empty buffers, by the path of the packed layer
+tie_weights_(model)                  tied output heads read the codes of a packed embedding
+packed_weights(model)                {"model.layers.0.mlp.up_proj.weight": layer,
+                                      "model.layers.0.mlp.experts.down_proj": layer, ...}
+unpack_(model)                       float layers whose weights are the dequantized codes, to merge
+pack_module(module, quantized)       one module
+"""
 
 from __future__ import annotations
 
@@ -6,15 +15,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.errors import GridError
+from qwlora.errors import GridError, MergeError
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.instance_forward import instance_forward_problem, move_hook_, state_without_hook
+from qwlora.nn.packed_experts import PackedParameter, empty_packed_parameter_, pack_parameter_
 from qwlora.nn.packed_layer import PackedLayer, is_packed
+from qwlora.nn.packed_matmul import PackedWeightOwner
 from qwlora.nn.packed_modules import PackedLinear, packed_class
 from qwlora.nn.packed_tensor import PackedTensor, Parts
+from qwlora.parameter_names import FOLDER, canonical_name, parameter_name
 
 
 def is_packable(module: nn.Module) -> bool:
@@ -134,3 +147,147 @@ def _packed(module: nn.Module, tensor: PackedTensor | None, owner: PackedLayer |
     layer._take(tensor, owner, full, weight.dtype)
     move_hook_(module, layer)
     return layer
+
+
+def packed_weights(model: nn.Module) -> dict[str, PackedLayer]:
+    """Every packed layer of `model`, tied ones included, by the name of its float tensor, without
+    the names that an adapter library adds.
+    """
+    return {
+        parameter_name(path): module
+        for path, module in model.named_modules()
+        if isinstance(module, PackedLayer) and is_packed(module)
+    }
+
+
+def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedLayer:
+    """Pack the tensor `name` of `model`: a module's `weight`, or a 3-D parameter.
+
+    Modules that share the weight (a tied output head) become layers on the same codes.
+
+    Raises:
+        GridError: no packed layer can replace it, or the codes have another shape.
+        AttributeError: the model has no such module.
+    """
+    path, _, last = name.rpartition(".")
+    module = model.get_submodule(path)
+    if not (last == "weight" and is_packable(module)):
+        return pack_parameter_(module, last, quantized)
+    weight = module._parameters["weight"]
+    tied = [
+        (other, reader)
+        for other, reader in model.named_modules()
+        if reader is not module and reader._parameters.get("weight") is weight
+    ]
+    layer = pack_module(module, quantized)
+    model.set_submodule(path, layer)
+    assert isinstance(layer, PackedLayer)
+    for other, reader in tied:
+        model.set_submodule(other, pack_tied(reader, layer))
+    return layer
+
+
+def place_empty_(
+    model: nn.Module, path: str, scheme: Scheme, device: torch.device | str = "meta"
+) -> PackedLayer:
+    """Put a packed layer with empty buffers at `path`, its module path in a packed model.
+
+    Raises:
+        GridError: the module there cannot be packed, or the scheme does not fit it.
+        AttributeError: the model has no such module.
+    """
+    module_path, folder, name = path.rpartition(f".{FOLDER}.")
+    if folder:
+        return empty_packed_parameter_(model.get_submodule(module_path), name, scheme, device)
+    layer = empty_packed(model.get_submodule(path), scheme, device)
+    model.set_submodule(path, layer)
+    assert isinstance(layer, PackedLayer)
+    return layer
+
+
+def tie_weights_(model: PreTrainedModel) -> None:
+    """`model.tie_weights()` for models with packed layers: a layer that the model's class ties to a
+    packed weight is replaced by one on the same codes."""
+    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        paths = [name.removesuffix(".weight") for name in (target, source)]
+        there, owner = (
+            model.get_submodule(path) if path != name else None
+            for path, name in zip(paths, (target, source), strict=True)
+        )
+        if there is not None and owner is not None and is_packed(owner) and not is_packed(there):
+            model.set_submodule(paths[0], pack_tied(there, owner))
+    model.tie_weights()
+
+
+class UnpackedConv1D(nn.Linear):
+    """A float layer that replaces a packed Conv1D, with the weight as [out, in]."""
+
+
+def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
+    """Replace every packed layer of `model` by its float class, in place. Tied layers share one
+    parameter. What replaced a Conv1D becomes an `UnpackedConv1D`, because a PEFT layer may wrap it
+    as a Linear; `restore_conv1d_` makes it a Conv1D again.
+
+    Returns:
+        The packed tensors by their canonical names.
+
+    Raises:
+        MergeError: the model has fused experts, which stay packed.
+    """
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)
+    }
+    if experts := [name for name, module in layers.items() if isinstance(module, PackedParameter)]:
+        raise MergeError(
+            f"{canonical_name(experts[0])}: fused experts cannot be unpacked to floats, so nothing "
+            "can be merged into this model. Keep the adapter separate."
+        )
+    for name, layer in layers.items():
+        if problem := instance_forward_problem(layer):
+            raise MergeError(f"{canonical_name(name)} {problem}")
+    parameters: dict[int, nn.Parameter] = {}
+    found = {}
+    for name, layer in layers.items():
+        key = layer.tensor.parts.packed.data_ptr()
+        if key not in parameters:
+            parameters[key] = nn.Parameter(
+                layer.quantized.dequantize().to(layer.compute_dtype).view(layer.weight_shape),
+                requires_grad=False,
+            )
+            found[f"{canonical_name(name)}.weight"] = layer.quantized
+        model.set_submodule(name, _float_module(layer, parameters[key]))
+    return found
+
+
+def restore_conv1d_(model: nn.Module) -> None:
+    """Replace each `UnpackedConv1D` by a Conv1D. Call it after the adapters are removed."""
+    for name, linear in list(model.named_modules()):
+        if isinstance(linear, UnpackedConv1D):
+            conv1d = Conv1D(0, 0).train(linear.training)
+            conv1d.nf, conv1d.nx = linear.weight.shape
+            conv1d.weight, conv1d.bias = (
+                nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False),
+                linear.bias,
+            )
+            model.set_submodule(name, conv1d)
+
+
+def _float_module(layer: PackedLayer, weight: nn.Parameter) -> nn.Module:
+    kind = (
+        UnpackedConv1D
+        if isinstance(layer, PackedLinear) and layer.was_conv1d
+        else next(
+            k
+            for k in type(layer).__mro__
+            if issubclass(k, nn.Module) and not issubclass(k, PackedWeightOwner)
+        )
+    )
+    module = kind.__new__(kind)
+    module.__dict__.update(state_without_hook(layer))
+    for name in (*Parts._fields, "weight"):
+        module._buffers.pop(name, None)
+    for name in ("scheme", "count", "weight_shape", "compute_dtype", "_owner", "was_conv1d"):
+        module.__dict__.pop(name, None)
+    module._parameters = {"weight": weight, **module._parameters}
+    move_hook_(layer, module)
+    return module

@@ -33,7 +33,7 @@ from qwlora.errors import CaptureError, QwloraError
 from qwlora.formats.meta_model import build_model
 from qwlora.formats.model_source import fetch, load_config
 from qwlora.grid.scheme import Scheme, parse_scheme
-from qwlora.nn.pack_at import place_empty_, tie_weights_
+from qwlora.nn.pack import place_empty_, tie_weights_
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.quantize.quantize_blocks import tensors_by_block
 from qwlora.quantize.quantize_model import plan_layers

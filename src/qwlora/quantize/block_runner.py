@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -26,6 +27,7 @@ import torch
 from torch import nn
 
 from qwlora.errors import CalibrationError
+from qwlora.nn.replaced import replaced
 
 
 class _Stop(BaseException):
@@ -97,7 +99,7 @@ class BlockRunner:
         self.model = model
         self._waiting = set(blocks)
         self._current: _Batch | None = None
-        self._gated: dict[str, tuple[nn.Module, Any]] = {}
+        self._gated: dict[str, AbstractContextManager[None]] = {}
         for name in blocks:
             self._gate(name, model.get_submodule(name))
         self.batches = [_Batch(partial(model, **batch)) for batch in batches]
@@ -144,7 +146,7 @@ class BlockRunner:
             yield batch.repeat()
 
     def _gate(self, name: str, module: nn.Module) -> None:
-        own, inner = module.__dict__.get("forward"), module.forward
+        inner = module.forward
 
         def gate(*args: Any, **kwargs: Any) -> Any:
             if name in self._waiting and self._current is not None:
@@ -152,12 +154,9 @@ class BlockRunner:
             now = self.model.get_submodule(name)
             return inner(*args, **kwargs) if now is module else now(*args, **kwargs)
 
-        module.forward = gate
-        self._gated[name] = module, own
+        self._gated[name] = replaced(module, gate)
+        self._gated[name].__enter__()
 
     def _open(self, name: str) -> None:
         """Remove the gate."""
-        module, own = self._gated.pop(name)
-        module.__dict__.pop("forward")
-        if own is not None:  # it was replaced on the instance
-            module.forward = own
+        self._gated.pop(name).__exit__(None, None, None)

@@ -22,7 +22,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.messages import lines, suggestion
-from qwlora.nn.pack_at import pack_at_
+from qwlora.nn.pack import pack_at_
 from qwlora.quantize.quantize_model import find_tensors, finish_packing_, model_to_pack
 from qwlora.quantize.quantize_tensor import tensor_out_in
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from qwlora.grid.scheme import PerBlock
 from qwlora.nn import PackedLayer, PackedLinear, is_packed
 from qwlora.nn.packed_matmul import PackedWeight
 from qwlora.nn.packed_tensor import Parts, compute_dtype, narrowest
+from qwlora.nn.replaced import replaced
 from qwlora.parameter_names import is_adapter_name
 from qwlora.quantize.scale_search import storable_scale
 
@@ -90,19 +91,16 @@ class Tunable:
         """Inside the block, the model computes with everything multiplied by `1 + f`, and f gets
         gradients.
         """
-        own = {name: layer.__dict__.pop("forward", None) for name, layer in self.layers.items()}
         order = {name: list(norm._parameters) for name, norm in self.norms.items()}
         try:
-            for name, layer in self.layers.items():
-                layer.__dict__["forward"] = partial(_forward, layer, self.factors[name])
-            for name, norm in self.norms.items():
-                register_parametrization(norm, "weight", self._times[name])
-            yield
+            with ExitStack() as stack:
+                for name, layer in self.layers.items():
+                    forward = partial(_forward, layer, self.factors[name])
+                    stack.enter_context(replaced(layer, forward))
+                for name, norm in self.norms.items():
+                    register_parametrization(norm, "weight", self._times[name])
+                yield
         finally:
-            for name, layer in self.layers.items():
-                layer.__dict__.pop("forward", None)
-                if own[name] is not None:
-                    layer.__dict__["forward"] = own[name]
             for name, norm in self.norms.items():
                 if is_parametrized(norm, "weight"):
                     remove_parametrizations(norm, "weight", leave_parametrized=False)

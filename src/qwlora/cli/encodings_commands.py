@@ -21,6 +21,7 @@ import typer
 
 from qwlora import encodings
 from qwlora.cli.shared_arguments import AsJson
+from qwlora.cli.tables import table
 from qwlora.cli.terminal import print_json
 from qwlora.encodings.encodings_file import to_text
 from qwlora.encodings.findings import printable
@@ -63,11 +64,7 @@ def show(file: File, as_json: AsJson = False) -> None:
         ("name", "section", "type", "granularity", "scale", "offset"),
         *(_row(e, content) for e in content.encodings),
     ]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-        )
+    print("\n".join(table(rows)))
 
 
 @app.command()
@@ -169,13 +166,8 @@ def diff(
     differences = encodings.diff(encodings.read(first), encodings.read(second), tolerance)
     for difference in differences:
         print(difference)
-    print(
-        "no differences"
-        if not differences
-        else "1 difference"
-        if len(differences) == 1
-        else f"{len(differences)} differences"
-    )
+    count = len(differences) or "no"
+    print(f"{count} difference{'' if count == 1 else 's'}")
     if differences:
         raise SystemExit(1)
 

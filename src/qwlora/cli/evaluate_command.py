@@ -51,29 +51,20 @@ def _split(text: str) -> list[str]:
 
 def _rows(found: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """One row for each task, metric and model; repeated words are left out."""
-    by_model = dict(_models(found))
+    by_model: dict[str, dict[str, Any]] = {}
+    for stage, content in found.items():
+        if stage in ("float", "base"):
+            by_model[stage] = content
+        else:
+            by_model |= {f"{stage}/{adapter}": scores for adapter, scores in content.items()}
     tasks = dict.fromkeys(task for scores in by_model.values() for task in scores)
     for task in tasks:
         first = next(scores[task] for scores in by_model.values() if task in scores)
         for metric in first["metrics"]:
             title = (task, metric)
             for model, scores in by_model.items():
-                if (score := scores.get(task, {}).get("metrics", {}).get(metric)) is None:
-                    continue
-                stderr = score["stderr"]
-                yield (
-                    *title,
-                    model,
-                    f"{score['value']:.4f}",
-                    "" if stderr is None else f"{stderr:.4f}",
-                )
-                title = ("", "")
-
-
-def _models(found: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    for stage, content in found.items():
-        if stage in ("float", "base"):
-            yield stage, content
-        else:
-            for adapter, scores in content.items():
-                yield f"{stage}/{adapter}", scores
+                score = scores.get(task, {}).get("metrics", {}).get(metric)
+                if score is not None:
+                    error = "" if score["stderr"] is None else f"{score['stderr']:.4f}"
+                    yield (*title, model, f"{score['value']:.4f}", error)
+                    title = ("", "")

@@ -30,10 +30,10 @@ Out = Annotated[
 def plan(
     recipe: RecipeFile, changes: Changes = None, out: Out = Path(), as_json: AsJson = False
 ) -> None:
-    """Estimate memory and disk of a recipe's stages, and say whether the job fits this machine.
+    """Estimate memory and disk of a recipe's stages.
 
-    Reads the model's configuration and headers, no weights, except a few to tell whether they were
-    rounded before.
+    Says whether the job fits this machine. Reads the model's configuration and headers, no weights,
+    except a few to tell whether they were rounded before.
     """
     from qwlora.recipe import load_recipe
 

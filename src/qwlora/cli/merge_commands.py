@@ -53,7 +53,8 @@ def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
 def merge(job: Job, name: Name, into: Target, out: Out) -> None:
     """Merge an adapter into its base.
 
-    Reports what that loses. The merge starts from the dequantized base, never from the original float weights.
+    Reports what that loses. The merge starts from the dequantized base, never from the original
+    float weights.
     """
     if into not in ("float", "requantized"):
         raise typer.BadParameter(f"{into!r} is neither float nor requantized", param_hint="--into")

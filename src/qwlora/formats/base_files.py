@@ -309,6 +309,22 @@ class BaseFiles:
         if changed := [name for name, found in self.digests.items() if saved.get(name) != found]:
             raise FingerprintError(self._changed(model, listed(changed)))
 
+    def checked(self, name: str, layout: str) -> Tensor:
+        """One stored tensor, compared with its digest.
+
+        Args:
+            layout: of a part of a packed tensor; see `tensor_digest`.
+
+        Raises:
+            FingerprintError: it was changed after saving.
+        """
+        tensor = self.files.read(name)
+        if tensor_digest(name, layout, tensor) != self.record["tensors"].get(name):
+            raise FingerprintError(
+                f"{self.where}: {name} changed after saving. Copy it again, or quantize again"
+            )
+        return tensor
+
     def check_configuration(self, model: PreTrainedModel) -> None:
         """Compare the fingerprint with the saved one, after `verified`.
 

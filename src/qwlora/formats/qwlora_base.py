@@ -10,18 +10,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from qwlora.errors import FingerprintError, GridError, SourceError
-from qwlora.formats.base_files import STEM, check_files, read_layers, read_record
+from qwlora.errors import GridError, SourceError
+from qwlora.formats.base_files import BaseFiles, read_layers
 from qwlora.formats.checkpoint import ShownCheckpoint
 from qwlora.formats.huggingface.model_config import read_config
-from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.nn.fingerprint import tensor_digest
 from qwlora.nn.packed_tensor import PackedTensor, Parts
 from qwlora.parameter_names import parameter_name
 
 
-class BaseCheckpoint(ShownCheckpoint):
+class BaseCheckpoint(BaseFiles, ShownCheckpoint):
     """The tensors of the base in `folder`.
 
     Raises:
@@ -31,14 +29,11 @@ class BaseCheckpoint(ShownCheckpoint):
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = self.path = Path(folder)
-        self._where = f"base {str(folder)!r}"
-        self.record = read_record(self.folder)
-        check_files(self.folder)
-        self.files = SafetensorsFiles(self.folder, STEM)
+        super().__init__(Path(folder))
+        self.path = self.folder
         self.layers = {
-            parameter_name(path): (path, *found)
-            for path, found in read_layers(self.record, self._where).items()
+            parameter_name(path): (path, *layer)
+            for path, layer in read_layers(self.record, self.where).items()
         }
         self.config = read_config(self.folder, len(self.files.names()))
         parts = {
@@ -64,12 +59,12 @@ class BaseCheckpoint(ShownCheckpoint):
             GridError: its scales or offsets are invalid.
         """
         if name not in self.stored:
-            raise SourceError(f"{self._where}: there is no tensor {name!r}")
+            raise SourceError(f"{self.where}: there is no tensor {name!r}")
         if name not in self.layers:
-            return self._checked(name, "")
+            return self.checked(name, "")
         path, scheme, shape = self.layers[name]
         found = {
-            stored.rpartition(".")[2]: self._checked(stored, scheme.to_text())
+            stored.rpartition(".")[2]: self.checked(stored, scheme.to_text())
             for stored in self.stored[name]
         }
         expected = PackedTensor.empty(scheme, shape, "meta").parts
@@ -77,18 +72,10 @@ class BaseCheckpoint(ShownCheckpoint):
             have, want = (None if t is None else list(t.shape) for t in (found.get(part), tensor))
             if have != want:
                 raise SourceError(
-                    f"{self._where}: {path}.{part} is {have or 'missing'}, but {scheme} needs "
+                    f"{self.where}: {path}.{part} is {have or 'missing'}, but {scheme} needs "
                     f"{want or 'none'}; quantize again"
                 )
         try:
             return PackedTensor(scheme, shape[-1], Parts(**found)).quantized
         except GridError as error:
-            raise GridError(f"{self._where}: layer {path}: {error}; quantize again") from error
-
-    def _checked(self, stored: str, layout: str) -> Tensor:
-        tensor = self.files.read(stored)
-        if tensor_digest(stored, layout, tensor) != self.record["tensors"].get(stored):
-            raise FingerprintError(
-                f"{self._where}: {stored} changed after saving. Copy it again, or quantize again"
-            )
-        return tensor
+            raise GridError(f"{self.where}: layer {path}: {error}; quantize again") from error

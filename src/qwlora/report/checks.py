@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from enum import Enum
-from functools import partial
+from typing import Any
 
 from markupsafe import Markup
 
@@ -14,22 +14,15 @@ from qwlora.report.job import (
     BASE,
     FEW_TOKENS,
     NOT_MEASURED,
+    ItemPath,
     Job,
-    Path,
+    finite,
     runtime,
     tagged,
     valued,
 )
-from qwlora.report.written_numbers import (
-    count,
-    fixed,
-    listed,
-    percent,
-    precise_percent,
-    significant,
-)
+from qwlora.report.written_numbers import count, listed, percent, precise_percent
 
-_MODELS = {"simulated": "simulation", "adapted": "trained model"}
 NO_ADAPTER = "none"  # the use case of the base, in targets of use cases
 LEAST_GAIN = 0.01  # an adapter should beat the float model by this much
 
@@ -85,173 +78,46 @@ def all_checks(job: Job) -> Iterator[Check]:
 
 
 def proof_checks(job: Job, target: str, adapter: str) -> Iterator[Check]:
-    """The limits of one exported file. What was not measured, or is not finite, never passes."""
-    parity = job.parity(target, adapter)
-    place = ("parity", target, adapter)
+    """The rows of the proof of one exported file. One without a number is not measured."""
     where = "" if len(job.targets) == 1 else f"{runtime(target)}: "
-    if (reason := job.stale.get((target, adapter))) is not None:
-        yield Check(
-            Outcome.MISSING,
-            f"{where}Files of {adapter} changed after the check: {reason}",
-            NOT_MEASURED,
-        )
-        return
-    if not parity:
-        why = job.get(*place, "not_run")
-        what = f"{where}Exported file against what was trained"
-        yield Check(Outcome.MISSING, f"{what}: {why}" if why else what, NOT_MEASURED)
-        return
-    if rows := [Row(**fields) for fields in parity.get("checks") or ()]:
-        yield from (_of_row(row, where) for row in rows)
-        if parity.get("passed") is not True and all(row.passed for row in rows):
-            yield Check(Outcome.MISSING, f"{where}The check of the exported file", NOT_MEASURED)
-        return
-    kept = [limit for limit in LIMITS if job.get(*place, *limit.path) is not None]
-    checks = [_check(limit, job, place, where) for limit in kept]
-    known = {limit.path[-1] for limit in kept}
-    checks += [
-        Check(Outcome.MISSING, f"{where}Limit {name}", NOT_MEASURED)
-        for name in job.section(*place, "limits")
-        if name not in known
-    ]
-    if isinstance(is_equal := job.get(*place, "off_is_equal"), bool):
-        checks.append(
-            Check(
-                _within(is_equal),
-                f"{where}Switching the adapter off gives the base again, bit for bit",
-                "yes" if is_equal else "no",
-                against="switching the adapter off does not give the base again",
-            )
-        )
-    yield from checks
-    passed = parity.get("passed")
-    if passed is False and not any(c.outcome is Outcome.FAILED for c in checks):
+    reason, parity = job.stale.get((target, adapter)), job.parity(target, adapter)
+    rows = job.proof_rows(target, adapter)
+    if reason is not None:
+        what = f"Files of {adapter} changed after the check: {reason}"
+        yield Check(Outcome.MISSING, where + what, NOT_MEASURED)
+    elif not parity or (parity.get("passed") is True and not rows):
+        why = job.get("parity", target, adapter, "not_run")
+        what = f"Exported file against what was trained{f': {why}' if why else ''}"
+        yield Check(Outcome.MISSING, where + what, NOT_MEASURED)
+    else:
+        place = ("parity", target, adapter, "checks")
+        checks = [_of_row(row, where, (*place, n, "value")) for n, row in enumerate(rows)]
+        yield from checks
+        yield from _rest(parity, where, checks)
+
+
+def _of_row(row: Row, where: str, path: ItemPath) -> Check:
+    """A row of a proof, which is judged already. Without a number it says nothing."""
+    what = f"{where}{row.what[:1].upper()}{row.what[1:]}"
+    if row.passed and not row.is_measured:
+        return Check(Outcome.MISSING, what, NOT_MEASURED)
+    number, value = finite(row.value), row.shown_value
+    return Check(
+        Outcome.PASSED if row.passed else Outcome.FAILED,
+        what,
+        value if number is None else tagged(value, number, path),
+        row.shown_limit,
+        row.sentence,
+    )
+
+
+def _rest(parity: Mapping[str, Any], where: str, checks: list[Check]) -> Iterator[Check]:
+    """The verdict of the proof itself, where its rows do not say it."""
+    if parity.get("passed") is False and not any(c.outcome is Outcome.FAILED for c in checks):
         problems = "; ".join(str(problem) for problem in parity.get("problems", []))
         yield Check(Outcome.FAILED, f"{where}{problems or 'The check'}", "failed", against=problems)
-    elif passed is not False and not (passed is True and job.section(*place, "limits")):
+    elif not isinstance(parity.get("passed"), bool):
         yield Check(Outcome.MISSING, f"{where}The check of the exported file", NOT_MEASURED)
-
-
-def _of_row(row: Row, where: str) -> Check:
-    """A row of a proof; it is judged already."""
-    value, _, limit = row.sentence.removeprefix(f"{row.what}: ").partition(" (")
-    what = where + row.what[0].upper() + row.what[1:]
-    return Check(_within(row.passed), what, value, limit.rstrip(")"), row.sentence)
-
-
-@dataclass(frozen=True)
-class Limit:
-    """A limit of a proof.
-
-    Args:
-        path: of the limit in `parity.TARGET.ADAPTER`.
-        value: path of what it bounds; empty for the difference of the perplexity.
-        against: the end of the verdict's sentence, with the value and the limit.
-        is_least: whether the limit is the smallest value that passes, not the largest.
-    """
-
-    path: Path
-    value: Path
-    what: str
-    write: Callable[[float], str]
-    against: str
-    is_least: bool = False
-
-
-_LAYER = "one layer is {} steps off, and the limit is {}"
-_LOGIT = "a logit is off by {}, and the limit is {}"
-_MEANS = "Largest mean difference of {layers} layers, in steps of its grid"
-LIMITS = (
-    Limit(
-        ("limits", "perplexity_difference"),
-        (),
-        "Perplexity of the exported file against the {model}",
-        precise_percent,
-        "its perplexity is {} away, and the limit is {}",
-    ),
-    Limit(
-        ("limits", "layer_steps"),
-        ("worst_layer_steps",),
-        "Worst of {layers} layers, in steps of its grid",
-        fixed,
-        _LAYER,
-    ),
-    Limit(("limits", "layer_mean_steps"), ("worst_layer_mean_steps",), _MEANS, significant, _LAYER),
-    Limit(
-        ("limits", "sqnr"),
-        ("sqnr",),
-        "Logits, dB against the simulation",
-        partial(fixed, digits=1),
-        "its logits are {} dB from the simulation, and the limit is {}",
-        is_least=True,
-    ),
-    Limit(
-        ("cache", "least_sqnr"),
-        ("cache", "sqnr"),
-        "Logits of {cached} tokens, one by one with the key-value cache, dB",
-        partial(fixed, digits=1),
-        "with the key-value cache its logits are {} dB from the simulation, and the limit is {}",
-        is_least=True,
-    ),
-    Limit(
-        ("floor_top1_agreement",),
-        ("top1_agreement",),
-        "Same likeliest token, against the noise floor",
-        precise_percent,
-        "it agrees on {} of tokens, below the noise floor of {}",
-        is_least=True,
-    ),
-    Limit(
-        ("limits", "logit_difference"),
-        ("max_abs_logit_difference",),
-        "Largest difference of a logit",
-        significant,
-        _LOGIT,
-    ),
-    Limit(
-        ("limits", "logit_difference"),
-        ("base_max_abs_logit_difference",),
-        "Largest difference of a logit without the adapter",
-        significant,
-        _LOGIT,
-    ),
-    Limit(
-        ("limits", "top1_agreement"),
-        ("top1_agreement",),
-        "Same likeliest token",
-        precise_percent,
-        "it agrees on {} of tokens, and the limit is {}",
-        is_least=True,
-    ),
-)
-
-
-def _check(limit: Limit, job: Job, place: Path, where: str) -> Check:
-    _, target, adapter = place
-    drift = job.drift(target, adapter)
-    value = job.number(*place, *limit.value) if limit.value else drift and abs(drift)
-    bound = job.number(*place, *limit.path)
-    what = where + limit.what.format(
-        model=_MODELS[job.compared_with(target, adapter)],
-        layers=count(job.number(*place, "layers") or 0),
-        cached=count(job.number(*place, "cache", "tokens") or 0),
-    )
-    if value is None or bound is None:
-        return Check(Outcome.MISSING, what, NOT_MEASURED)
-    shown, allowed = limit.write(value), limit.write(bound)
-    word = "limit" if limit.path != ("floor_top1_agreement",) else "floor"
-    has_floor = not limit.value and job.get(*place, "floor_perplexity_difference") is not None
-    return Check(
-        _within(value >= bound if limit.is_least else value <= bound),
-        what,
-        tagged(shown, value, (*place, *limit.value)) if limit.value else valued(shown, value),
-        f"{word} {allowed}{', with the noise floor' * has_floor}",
-        limit.against.format(shown, allowed),
-    )
-
-
-def _within(holds: bool) -> Outcome:
-    return Outcome.PASSED if holds else Outcome.FAILED
 
 
 def _summed_proof(job: Job, target: str) -> Iterator[Check]:

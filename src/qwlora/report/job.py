@@ -14,6 +14,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
+from qwlora.export.proof.checks import Check as Row
+
 RUNTIMES = {
     "onnx": "ONNX Runtime",
     "onnx_each": "ONNX Runtime",
@@ -28,6 +30,7 @@ FEW_TOKENS = 1000  # a proof on fewer tokens is a caution
 NOT_MEASURED = Markup('<span class="nm">not measured</span>')
 
 Path = tuple[str, ...]
+ItemPath = tuple[str | int, ...]  # with numbers of items of lists
 
 
 @dataclass(frozen=True)
@@ -126,10 +129,6 @@ class Job:
         after, before = self.perplexity(kind, adapter), self.perplexity(against, adapter)
         return after / before - 1 if after and before else None
 
-    def limit(self, target: str, adapter: str, name: str) -> float | None:
-        """The limit that the proof of `adapter` had to keep."""
-        return self.number("parity", target, adapter, "limits", name)
-
     def parity(self, target: str, adapter: str) -> dict[str, Any]:
         """What the proof of an adapter's files found; empty if they were not run."""
         found = self.section("parity", target, adapter)
@@ -139,16 +138,25 @@ class Job:
         """What was checked besides adapters: the base without one, several adapters together."""
         return [name for name in self.section("parity", target) if name not in self.adapters]
 
+    def proof_rows(self, target: str, adapter: str) -> list[Row]:
+        """The checks that the proof of an adapter's files recorded."""
+        rows = self.get("parity", target, adapter, "checks")
+        rows = rows if isinstance(rows, list) else []
+        return [Row.from_json(row) for row in rows if isinstance(row, Mapping)]
+
+    def perplexity_row(self, target: str, adapter: str) -> Row | None:
+        """The check of the perplexity, if there is one."""
+        rows = self.proof_rows(target, adapter)
+        return next((row for row in rows if is_of_perplexity(row)), None)
+
     def compared_with(self, target: str, adapter: str) -> str:
         """What the files were compared with: `simulated`, or, without activations, `adapted`."""
-        parity = self.section("parity", target, adapter)
-        is_trained = parity.get("of", "trained") == "trained" and "reference_perplexity" in parity
+        is_trained = self.get("parity", target, adapter, "of") == "trained"
         return "adapted" if is_trained else "simulated"
 
     def expected(self, target: str, adapter: str) -> float | None:
         """The perplexity of that model on the tokens of the proof."""
-        found = self.section("parity", target, adapter)
-        return finite(found.get("simulated_perplexity", found.get("reference_perplexity")))
+        return self.number("parity", target, adapter, "reference_perplexity")
 
     def drift(self, target: str, adapter: str) -> float | None:
         """Relative difference of the exported file's perplexity from what is expected."""
@@ -232,6 +240,11 @@ def finite(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
+def is_of_perplexity(row: Row) -> bool:
+    """Whether a check of a proof is of a perplexity."""
+    return row.what.startswith("difference of perplexity")
+
+
 def runtime(target: str) -> str:
     """The runtime's name of an export target."""
     return RUNTIMES.get(target, target)
@@ -244,7 +257,7 @@ class Tagged(Markup):
     value = 0.0
 
 
-def tagged(text: str, value: float | None, path: Path) -> Markup:
+def tagged(text: str, value: float | None, path: ItemPath) -> Markup:
     """A number with its exact value and its place in results.json, which tests and tools read."""
     if value is None:
         return NOT_MEASURED

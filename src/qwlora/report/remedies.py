@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from qwlora.report.checks import Outcome, proof_checks
-from qwlora.report.job import BASE, Job, code, without_folders
-from qwlora.report.written_numbers import count, precise_percent, significant
+from qwlora.report.job import BASE, Job, code, is_of_perplexity, without_folders
+from qwlora.report.written_numbers import count, significant
 
 
 def remedies(job: Job) -> list[str | Markup]:
@@ -18,14 +17,16 @@ def remedies(job: Job) -> list[str | Markup]:
             if parity.get("passed") is not False:
                 continue
             sequences = job.number("parity", target, name, "sequences")
-            if _is_close(job, target, name) and sequences is not None and sequences < 8:
+            row = job.perplexity_row(target, name)
+            is_close = row is not None and _is_close(job, target, name)
+            if row is not None and is_close and sequences is not None and sequences < 8:
                 found.append(
                     Markup(
                         "<b>Test on more text.</b> {} sequences are few for a limit of {}. Set {} "
                         "to 8 and run the same command. Finished stages are skipped."
                     ).format(
                         count(sequences),
-                        precise_percent(job.limit(target, name, "perplexity_difference") or 0),
+                        row.shown_limit,
                         code("verify.sequences"),
                     )
                 )
@@ -63,6 +64,5 @@ def remedy_command(job: Job) -> str:
 
 def _is_close(job: Job, target: str, adapter: str) -> bool:
     """Whether only the perplexity is off, which a small sample explains."""
-    checks = list(proof_checks(job, target, adapter))
-    failed = [str(c.what) for c in checks if c.outcome is Outcome.FAILED]
-    return bool(failed) and all("Perplexity" in what for what in failed)
+    failed = [row for row in job.proof_rows(target, adapter) if not row.passed]
+    return bool(failed) and all(is_of_perplexity(row) for row in failed)

@@ -55,11 +55,33 @@ class Check:
     @property
     def sentence(self) -> str:
         """`what: value (limit: at most 3)`."""
+        limit = f" (limit: {self.shown_limit})" if self.shown_limit else ""
+        return f"{self.what}: {self.shown_value}{limit}"
+
+    @property
+    def shown_value(self) -> str:
+        """The value with its unit, or yes or no."""
         if isinstance(self.value, bool):
-            return f"{self.what}: {'yes' if self.value else 'no'}"
-        return (
-            f"{self.what}: {self._written(self.value)} (limit: {self.bound} "
-            f"{self._written(self.limit)})"
+            return "yes" if self.value else "no"
+        return self._written(self.value)
+
+    @property
+    def shown_limit(self) -> str:
+        """`at most 3`; empty where the answer is yes or no."""
+        if isinstance(self.value, bool):
+            return ""
+        return f"{self.bound} {self._written(self.limit)}"
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether there is an answer, or a finite number and a finite limit."""
+        if isinstance(self.value, bool):
+            return True
+        return all(
+            isinstance(number, int | float)
+            and not isinstance(number, bool)
+            and math.isfinite(number)
+            for number in (self.value, self.limit)
         )
 
     @property
@@ -81,6 +103,23 @@ class Check:
     def to_json(self) -> dict[str, Any]:
         """The fields by name."""
         return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> Check:
+        """The check with these fields. What is missing or not of its type was not measured."""
+        value, limit = (
+            number if isinstance(number, bool | int | float) else None
+            for number in (fields.get("value"), fields.get("limit"))
+        )
+        unit, bound = fields.get("unit"), fields.get("bound")
+        return cls(
+            str(fields.get("what")),
+            value,
+            limit,
+            fields.get("passed") is True,
+            unit if unit in _FORMS else "",
+            "at least" if bound == "at least" else "at most",
+        )
 
 
 def at_most(what: str, value: float, limit: float, unit: Unit = "") -> Check:

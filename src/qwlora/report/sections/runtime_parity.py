@@ -6,10 +6,13 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from qwlora.report.checks import Outcome, outcome_of, proof_checks
 from qwlora.report.drawing import Drawing, Scale, figure, shortened, ticks
 from qwlora.report.job import Job, code, runtime
 from qwlora.report.section import Section, View
-from qwlora.report.written_numbers import count, fixed, listed, precise_percent, significant
+from qwlora.report.written_numbers import count, listed, precise_percent
+
+MOST_SHOWN = 3.0  # times a limit; longer bars end there
 
 
 @dataclass(frozen=True)
@@ -19,9 +22,17 @@ class Row:
     name: str
     share: float | None
     floor: float | None = None
-    own: float | None = None
     tokens: float | None = None
     why: str = ""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of each limit a runtime used."""
+
+    title: str
+    figure: Markup
+    caption: Markup | str
 
 
 def view(job: Job, adapter: str | None) -> View | None:
@@ -36,9 +47,7 @@ def view(job: Job, adapter: str | None) -> View | None:
     return {
         "figure": figure(lambda width: _draw(rows, width)) if measured else "",
         "answer": _answer(job, name, rows),
-        "limits": [
-            _limits(job, target, name) for target in job.targets if _limits(job, target, name)
-        ],
+        "limits": [limits for target in job.targets if (limits := _limits(job, target, name))],
     }
 
 
@@ -50,7 +59,6 @@ def _row(job: Job, target: str, adapter: str) -> Row:
         runtime(target),
         job.number(*place, "top1_agreement"),
         job.number(*place, "floor_top1_agreement"),
-        job.number(*place, "perturbed_top1_agreement"),
         job.number(*place, "tokens"),
         str(job.get(*place, "not_run") or "not checked"),
     )
@@ -59,7 +67,7 @@ def _row(job: Job, target: str, adapter: str) -> Row:
 def _draw(rows: list[Row], width: int) -> Drawing:
     narrow = width < 500
     left, right, step = (0 if narrow else 152), 118 if not narrow else 62, 46 if narrow else 32
-    shares = [v for row in rows for v in (row.share, row.floor, row.own) if v is not None]
+    shares = [v for row in rows for v in (row.share, row.floor) if v is not None]
     low = min(shares) - max(0.4 * (1 - min(shares)), 0.002)
     scale = Scale(low, 1.0, left, width - right)
     height = 50 + step * len(rows)
@@ -73,8 +81,7 @@ def _draw(rows: list[Row], width: int) -> Drawing:
     drawing = Drawing(width, height, "Agreement by runtime", f"{words}.")
     bottom = height - 28
     floors = [row.floor for row in rows if row.floor is not None]
-    owns = [row.own for row in rows if row.own is not None]
-    floor, own = max(floors, default=None), min(owns, default=None)
+    floor = max(floors, default=None)
     if floor is not None:
         word = "Below the noise floor: a real difference"
         drawing.rect(left, 22, scale(floor) - left, bottom - 22, "below", word)
@@ -87,14 +94,6 @@ def _draw(rows: list[Row], width: int) -> Drawing:
             "ax",
             "end" if at_left else "start",
         )
-    if own is not None:
-        drawing.line(scale(own), 22, scale(own), bottom, "ref")
-        word = f"simulation against itself {precise_percent(own)}"
-        at_right = scale(own) + 195 > width
-        free = scale(own) - (scale(floor) if floor is not None else left)
-        if not narrow and (not at_right or free > 210):
-            x, anchor = scale(own) + (-5 if at_right else 5), "end" if at_right else "start"
-            drawing.text(x, 12, word, "ax", anchor)
     for tick in ticks(low, 1.0, 3 if narrow else 5):
         anchor = "start" if scale(tick) < 16 else "middle"
         drawing.text(scale(tick), height - 8, f"{100 * tick:g}%", "ax", anchor)
@@ -115,103 +114,74 @@ def _draw(rows: list[Row], width: int) -> Drawing:
 
 
 def _answer(job: Job, adapter: str, rows: list[Row]) -> Markup:
-    failed = [t for t in job.targets if job.get("parity", t, adapter, "passed") is False]
-    if failed:
+    outcomes = {t: outcome_of(list(proof_checks(job, t, adapter))) for t in job.targets}
+    if failed := [t for t in job.targets if outcomes[t] is Outcome.FAILED]:
         problems = job.get("parity", failed[0], adapter, "problems") or []
         return Markup("<b>{} does not.</b> {}.").format(
             listed([runtime(t) for t in failed]), "; ".join(str(p) for p in problems)
         )
-    missing = [row for row in rows if row.share is None]
-    if missing:
+    if missing := [n for n, t in enumerate(job.targets) if outcomes[t] is Outcome.MISSING]:
         return Markup("<b>Not proven for {}: {}.</b> Check the files with {}.").format(
-            listed([row.name for row in missing]),
-            missing[0].why,
+            listed([rows[n].name for n in missing]),
+            rows[missing[0]].why,
             code(job.verb_command("verify")),
         )
-    graphs = [row.name for row in rows if row.floor is not None]
     answer = Markup("<b>{} {}.</b>").format(
         listed([row.name for row in rows]), "does" if len(rows) == 1 else "do"
     )
-    if graphs:
+    kinds = {t: job.compared_with(t, adapter) for t in job.targets}
+    if graphs := [runtime(t) for t, kind in kinds.items() if kind == "simulated"]:
         answer += Markup(
-            " {} with the simulation as often as the simulation agrees with itself when sums are "
-            "taken in another order."
+            " {} with the simulation at least as often as the simulation agrees with itself when "
+            "sums are taken in another order."
         ).format("It agrees" if len(rows) == 1 else f"{listed(graphs)} agrees")
-    if close := [row.name for row in rows if row.floor is None and row.own is not None]:
-        answer += Markup(" {} is as close to the simulation as its limits require.").format(
-            listed(close)
-        )
-    if weights := [row.name for row in rows if row.floor is None and row.own is None]:
+    if weights := [runtime(t) for t, kind in kinds.items() if kind == "adapted"]:
         answer += Markup(" {} has the logits of the trained model, up to rounding.").format(
             listed(weights)
         )
     return answer
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How much of each limit a runtime used."""
-
-    title: str
-    figure: Markup
-    caption: Markup | str
-
-
 def _limits(job: Job, target: str, adapter: str) -> Limits | None:
     if (target, adapter) in job.stale:
         return None
-    place = ("parity", target, adapter)
-    drift = job.drift(target, adapter)
-    used: list[tuple[str, str, float]] = []
-    allowed = job.limit(target, adapter, "perplexity_difference")
-    if drift is not None and allowed:
-        shown = f"{precise_percent(abs(drift))} of {precise_percent(allowed)}"
-        used.append(("Perplexity", shown, abs(drift) / allowed))
-    logit, most_logit = (
-        job.number(*place, *key)
-        for key in (("max_abs_logit_difference",), ("limits", "logit_difference"))
-    )
-    if logit is not None and most_logit:
-        shown = f"{significant(logit, 2)} of {significant(most_logit, 2)}"
-        used.append(("Largest logit difference", shown, logit / most_logit))
-    for key, limit, name, digits in (
-        ("worst_layer_steps", "layer_steps", "Worst layer", 2),
-        ("worst_layer_mean_steps", "layer_mean_steps", "Worst mean of a layer", 4),
-    ):
-        value, most = job.number(*place, key), job.limit(target, adapter, limit)
-        if value is not None and most:
-            used.append((name, f"{fixed(value, digits)} of {most:g} steps", value / most))
+    used = [
+        (f"{row.what[:1].upper()}{row.what[1:]}", row.shown_value, row.share_of_limit)
+        for row in job.proof_rows(target, adapter)
+        if row.is_measured and row.shown_limit
+    ]
     if not used:
         return None
-    layers = job.number(*place, "layers")
+    place = ("parity", target, adapter)
     worst = job.get(*place, "worst_layer")
-    caption: Markup | str = ""
-    if worst:
-        caption = Markup(
-            "Worst layer: {}. Each of {} layers was fed the simulation's own input."
-        ).format(code(str(worst)), count(layers or 0))
+    caption = Markup(
+        "Worst layer: {}. Each of {} layers was fed the simulation's own input."
+    ).format(code(str(worst)), count(job.number(*place, "layers") or 0))
     return Limits(
         f"{runtime(target)}, share of each limit used",
         figure(lambda width: _bullets(used, width)),
-        caption,
+        caption if worst else "",
     )
 
 
 def _bullets(used: list[tuple[str, str, float]], width: int) -> Drawing:
     narrow = width < 500
-    left, right, step = (0, 0, 46) if narrow else (170, 170, 30)
-    most = max(1.25, *(share for _, _, share in used))
+    left, right, step = (0, 0, 46) if narrow else (300, 170, 30)
+    most = min(max(1.25, *(share for _, _, share in used)), MOST_SHOWN)
     scale = Scale(0, most, left, width - right)
     words = "; ".join(f"{name} {shown}" for name, shown, _ in used)
     drawing = Drawing(width, 26 + step * len(used), "Share of each limit used", f"{words}.")
     drawing.text(scale(1), 12, "limit", "ax", "middle")
     for number, (name, shown, share) in enumerate(used):
         y = 24 + step * number + (18 if narrow else 0)
+        name = shortened(name, width - 130 if narrow else left - 8)
         drawing.text(0, y - 7 if narrow else y + 11, name, "lb")
         drawing.text(width, y - 7 if narrow else y + 11, shown, "nm2", "end")
         drawing.rect(left, y, width - right - left, 12, "track", "", 2)
         kind = "k-loss" if share > 1 else "k-gain"
-        drawing.rect(left, y, scale(share) - left, 12, f"mark {kind}", f"{name}: {shown}", 2)
+        drawing.rect(
+            left, y, scale(min(share, most)) - left, 12, f"mark {kind}", f"{name}: {shown}", 2
+        )
         drawing.line(scale(1), y - (2 if narrow else 4), scale(1), y + 16, "limit")
     return drawing
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from qwlora.report.drawing import Drawing, Scale, figure, shortened, ticks
-from qwlora.report.job import Job, code, runtime, tagged, valued
+from qwlora.report.job import Job, code, finite, runtime, tagged, valued
 from qwlora.report.report_table import Table
 from qwlora.report.section import Section, View
 from qwlora.report.written_numbers import (
@@ -215,8 +215,9 @@ def _magnified(job: Job, adapter: str) -> Markup | None:
     for target in job.targets:
         drift = None if (target, adapter) in job.stale else job.drift(target, adapter)
         if drift is not None:
-            allowed = job.limit(target, adapter, "perplexity_difference")
-            kind = "k-loss" if allowed is not None and abs(drift) > allowed else "k-gain"
+            row = job.perplexity_row(target, adapter)
+            allowed = None if row is None else finite(row.limit)
+            kind = "k-loss" if row is not None and not row.passed else "k-gain"
             of = "simulation" if job.compared_with(target, adapter) == "simulated" else "adapter"
             rows.append((f"{runtime(target)}, of the {of}", drift, allowed, kind))
     return figure(lambda width: _bullets(rows, width)) if rows else None

@@ -1,0 +1,473 @@
+"""Every limit of a proof, on both sides: what passes, what does not, and what is no number."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from qwlora import strict_json
+from qwlora.data.sequences import IGNORED, Sequences
+from qwlora.errors import VerificationError
+from qwlora.export.proof.checks import (
+    Check,
+    Limits,
+    Parity,
+    at_least,
+    at_most,
+    check_parity,
+    is_so,
+    only_finite,
+    verdict,
+)
+from qwlora.export.proof.compare import (
+    AGREEMENT,
+    LOGIT_DIFFERENCE,
+    NOISE,
+    LayerFigures,
+    LogitsFigures,
+    OutputFigures,
+    compare_layers,
+    compare_logits,
+    is_same,
+    largest,
+    lowest_agreement,
+    perplexity,
+    perplexity_floor,
+)
+from qwlora.export.proof.measure import Bits, Decoded, compare_cache, switching
+from qwlora.export.proof.reference import make_reference
+from qwlora.graph.quantized_graph import GraphValue, Kind
+
+NAN, INF = math.nan, math.inf
+LIMITS = Limits(
+    layer_steps=2.0, layer_mean_steps=0.5, perplexity_difference=0.25, sqnr=60.0, below_floor=6.0
+)
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "passes"),
+    [
+        (1.0, 1.0, True),
+        (1.01, 1.0, False),
+        (0.0, 0.0, True),
+        (NAN, 1.0, False),
+        (INF, 1.0, False),
+        (-INF, 1.0, False),
+        (1.0, NAN, False),
+        (1.0, INF, False),
+    ],
+)
+def test_a_value_is_at_most_its_limit(value: float, limit: float, passes: bool) -> None:
+    check = at_most("it", value, limit)
+    assert check.passed == passes
+    assert check.value == (value if math.isfinite(value) else None)
+    assert check.limit == (limit if math.isfinite(limit) else None)
+    assert ("not finite" in check.sentence) == (None in (check.value, check.limit))
+    assert "at most" in check.sentence
+    strict_json.dumps(check.to_json())
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "passes"),
+    [
+        (1.0, 1.0, True),
+        (0.99, 1.0, False),
+        (INF, 1.0, True),  # nothing differs
+        (-INF, 1.0, False),
+        (NAN, 1.0, False),
+        (1.0, NAN, False),
+        (1.0, INF, False),
+        (1.0, -INF, False),
+    ],
+)
+def test_a_value_is_at_least_its_limit(value: float, limit: float, passes: bool) -> None:
+    check = at_least("it", value, limit)
+    assert check.passed == passes
+    assert "at least" in check.sentence
+    strict_json.dumps(check.to_json())
+
+
+@pytest.mark.parametrize("value", [True, False])
+def test_something_has_to_be_so(value: bool) -> None:
+    check = is_so("it is", value)
+    assert check.passed is value
+    assert check.sentence == f"it is: {'yes' if value else 'no'}"
+
+
+@pytest.mark.parametrize(
+    ("check", "share"),
+    [
+        (at_most("it", 1.0, 4.0), 0.25),
+        (at_most("it", 4.0, 4.0), 1.0),
+        (at_most("it", 8.0, 4.0), 2.0),
+        (at_least("it", 8.0, 4.0), 0.5),
+        (at_least("it", 2.0, 4.0), 2.0),
+        (at_most("it", 0.0, 0.0), 0.0),
+        (at_most("it", 1.0, 0.0), INF),
+        (at_least("it", 0.0, 1.0), INF),
+        (at_most("it", NAN, 1.0), INF),
+        (at_least("it", INF, 1.0), 0.0),
+        (is_so("it", True), 0.0),
+        (is_so("it", False), INF),
+    ],
+)
+def test_how_much_of_a_limit_was_used(check: Check, share: float) -> None:
+    assert check.share_of_limit == share
+
+
+GOOD, BAD = at_most("good", 1.0, 2.0), at_most("bad", 3.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("checks", "passes", "problems"),
+    [
+        ([], False, []),
+        ([GOOD], True, []),
+        ([GOOD, GOOD], True, []),
+        ([GOOD, BAD, GOOD], False, [BAD.sentence]),
+        ([BAD, BAD], False, [BAD.sentence] * 2),
+    ],
+)
+def test_a_verdict_needs_a_check_and_all_of_them(
+    checks: list[Check], passes: bool, problems: list[str]
+) -> None:
+    found = verdict(checks)
+    assert (found["passed"], found["problems"]) == (passes, problems)
+    assert [row["passed"] for row in found["checks"]] == [check.passed for check in checks]
+    parity = Parity({"a": NAN, "b": 1.0}, (SimpleNamespace(checks=lambda limits: checks),))
+    assert parity.problems(LIMITS) == problems
+    assert parity.to_json(LIMITS) == {"b": 1.0, **found}
+    if passes:
+        check_parity(parity, LIMITS, "it")
+    else:
+        with pytest.raises(VerificationError, match=r"^it: the exported files do not") as raised:
+            check_parity(parity, LIMITS, "it")
+        assert list(raised.value.problems) == (problems or ["nothing was compared"])
+
+
+def test_figures_without_numbers_that_are_none() -> None:
+    figures = {"a": NAN, "of": {"b": -INF, "c": 0.0}, "n": 3, "s": "x", "yes": True, "t": None}
+    assert only_finite(figures) == {"of": {"c": 0.0}, "n": 3, "s": "x", "yes": True, "t": None}
+
+
+LOGITS = LogitsFigures(
+    where="",
+    max_log_prob_difference=0.5,
+    rms_log_prob_difference=0.25,
+    top1_agreement=0.75,
+    kl_divergence=0.0,
+    perplexity=10.0,
+    reference_perplexity=8.0,  # they differ by 0.25
+    tokens=9,
+    sequences=1,
+    floor_top1_agreement=0.75,
+    floor_perplexity_difference=0.0,
+    largest_allowed=0.5,
+    noise_allowed=None,
+)
+
+
+@pytest.mark.parametrize(
+    ("changes", "passes"),
+    [
+        ({}, True),
+        ({"perplexity": 10.01}, False),
+        ({"perplexity": 5.9}, False),
+        ({"perplexity": 6.0}, True),
+        ({"perplexity": 12.0, "floor_perplexity_difference": 0.25}, True),
+        ({"perplexity": 12.1, "floor_perplexity_difference": 0.25}, False),
+        ({"perplexity": NAN}, False),
+        ({"perplexity": INF}, False),
+        ({"reference_perplexity": INF}, False),
+        ({"reference_perplexity": INF, "perplexity": INF}, False),
+        ({"floor_perplexity_difference": INF}, False),
+        ({"perplexity": None}, True),
+        ({"reference_perplexity": None}, True),
+        ({"top1_agreement": 0.74}, False),
+        ({"top1_agreement": NAN}, False),
+        ({"floor_top1_agreement": NAN}, False),
+        ({"max_log_prob_difference": 0.51}, False),
+        ({"max_log_prob_difference": INF}, False),
+        ({"max_log_prob_difference": NAN}, False),
+        ({"largest_allowed": None}, False),
+        ({"largest_allowed": INF}, False),
+        ({"largest_allowed": None, "noise_allowed": 0.25, "max_log_prob_difference": 9.0}, True),
+        ({"largest_allowed": None, "noise_allowed": 0.24}, False),
+        ({"largest_allowed": None, "noise_allowed": INF}, False),
+        (
+            {"largest_allowed": None, "noise_allowed": 0.25, "max_log_prob_difference": INF},
+            False,
+        ),
+    ],
+)
+def test_logits_are_within_each_limit(changes: dict[str, Any], passes: bool) -> None:
+    found = verdict(replace(LOGITS, **changes).checks(LIMITS))
+    assert found["passed"] == passes, found
+    strict_json.dumps(found)
+
+
+@pytest.mark.parametrize(
+    ("steps", "mean", "passes"),
+    [
+        (2.0, 0.5, True),
+        (2.01, 0.5, False),
+        (2.0, 0.51, False),
+        (NAN, 0.5, False),
+        (INF, 0.5, False),
+        (2.0, NAN, False),
+    ],
+)
+def test_layers_are_within_each_limit(steps: float, mean: float, passes: bool) -> None:
+    assert verdict(LayerFigures("up", steps, mean, 3).checks(LIMITS))["passed"] == passes
+    assert not list(LayerFigures("", steps, mean, 0).checks(LIMITS))
+
+
+@pytest.mark.parametrize(
+    ("noise", "floor_noise", "passes"),
+    [
+        (0.0, 0.0, True),
+        (9e-7, 0.0, True),  # more than 60 dB
+        (1.1e-6, 0.0, False),
+        (3.9e-4, 1e-4, True),  # the floor is 40 dB, and 34 are enough
+        (4.1e-4, 1e-4, False),
+        (0.0315, 10.0, True),  # 15 dB is the least
+        (0.0317, 10.0, False),
+        (NAN, 1e-4, False),
+        (INF, 1e-4, False),
+    ],
+)
+def test_outputs_are_as_near_as_two_simulations(
+    noise: float, floor_noise: float, passes: bool
+) -> None:
+    figures = OutputFigures("logits", 1.0, noise, floor_noise)
+    assert verdict(figures.checks(LIMITS))["passed"] == passes
+
+
+def test_differences_of_outputs_add_up() -> None:
+    figures = OutputFigures("logits")
+    one = torch.tensor([1.0, 2.0])
+    figures.update(one + 0.5, one, one + 0.25)
+    figures.update(one + 0.25, one, one)
+    assert (figures.signal, figures.noise, figures.floor_noise) == (10.0, 0.625, 0.125)
+    assert figures.largest == 0.5
+    assert figures.sqnr == pytest.approx(10 * math.log10(16))
+    assert figures.floor_sqnr == pytest.approx(10 * math.log10(80))
+
+
+@pytest.mark.parametrize(
+    ("agreement", "floor", "passes"),
+    [
+        (0.9, 1.0, True),
+        (0.89, 1.0, False),
+        (0.74, 0.9, False),
+        (0.75, 0.9, True),
+        (NAN, 0.9, False),
+    ],
+)
+def test_tokens_decoded_one_by_one(agreement: float, floor: float, passes: bool) -> None:
+    assert verdict(Decoded(agreement, floor).checks(LIMITS))["passed"] == passes
+
+
+def test_the_interval_of_an_agreement() -> None:
+    z = 1.96
+    for right in (100, 60, 0):
+        share, n = right / 100, 50
+        root = math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+        expected = (share + z * z / (2 * n) - z * root) / (1 + z * z / n)
+        same = torch.arange(100) < right
+        assert lowest_agreement(same) == pytest.approx(expected, abs=1e-12)
+    assert lowest_agreement(torch.ones(100)) == pytest.approx(0.92865, abs=1e-5)
+
+
+def test_perplexities_and_what_rounding_explains() -> None:
+    assert perplexity(30.0, 10) == pytest.approx(math.e**3)
+    assert perplexity(1e6, 10) == INF
+    assert math.isnan(perplexity(NAN, 10))
+    assert math.isnan(perplexity(0.0, 0))
+    assert perplexity_floor(0.0, 10) == 0
+    assert perplexity_floor(4.0, 10) == pytest.approx(math.exp(0.392) - 1)
+    assert perplexity_floor(1e12, 10) == INF
+
+
+def test_the_largest_of_differences() -> None:
+    assert largest(torch.tensor([1.0, 3.0, 2.0])) == 3.0
+    assert largest(torch.tensor([1.0, NAN])) == INF
+    assert largest(torch.tensor([])) == 0.0
+
+
+def test_bits_are_compared_as_they_are() -> None:
+    one = torch.tensor([1.0, NAN])
+    assert is_same(one, one.clone())
+    assert not is_same(one, torch.tensor([1.0, 1.0]))
+    assert not is_same(torch.ones(2), torch.tensor([1.0, 1.0 + 2e-7]))
+
+
+WORDS = 12
+GENERATOR = torch.Generator().manual_seed(5)
+TABLE, OTHER = (2 * torch.randn(WORDS, WORDS, generator=GENERATOR) for _ in range(2))
+IDS = torch.randint(0, WORDS, (2, 10), generator=GENERATOR)
+LABELS = IDS.clone()
+LABELS[:, :4] = IGNORED
+
+
+def says(table: Tensor) -> Any:
+    return lambda ids: table[ids]
+
+
+def compared(table: Tensor, labels: Tensor = LABELS, **options: Any) -> LogitsFigures:
+    reference = make_reference({"adapter": says(TABLE)}, Sequences(IDS, labels), **options)
+    return compare_logits(says(table), reference)
+
+
+def test_logits_that_predict_a_loss_token_are_compared() -> None:
+    """The fourth token's logits predict the fifth, the first in the loss."""
+    figures = compared(OTHER)
+    rows = [(row, place) for row in range(2) for place in range(3, 10)]
+    ours = torch.stack([OTHER[IDS[at]] for at in rows]).double().log_softmax(-1)
+    theirs = torch.stack([TABLE[IDS[at]] for at in rows]).double().log_softmax(-1)
+    assert figures.tokens == len(rows)
+    assert figures.sequences == 2
+    assert figures.max_log_prob_difference == pytest.approx(float((ours - theirs).abs().max()))
+    rms = float((ours - theirs).square().mean().sqrt())
+    assert figures.rms_log_prob_difference == pytest.approx(rms, rel=1e-5)
+    same = float((ours.argmax(-1) == theirs.argmax(-1)).double().mean())
+    assert figures.top1_agreement == same
+    kl = float((theirs.exp() * (theirs - ours)).sum(-1).mean())
+    assert figures.kl_divergence == pytest.approx(kl, rel=1e-4)
+    in_loss = [(row, place) for row in range(2) for place in range(4, 10)]
+    losses = [-OTHER[IDS[r, p - 1]].double().log_softmax(-1)[IDS[r, p]] for r, p in in_loss]
+    assert figures.perplexity == pytest.approx(float(torch.stack(losses).mean().exp()))
+
+
+def test_every_token_is_compared_where_all_count() -> None:
+    assert compared(TABLE, IDS).tokens == IDS.numel()
+    assert compared(TABLE, IDS).top1_agreement == 1.0
+
+
+def test_a_number_that_is_none_counts_wherever_it_is() -> None:
+    broken = TABLE.clone()
+    first = int(IDS[0, 0])
+    broken[first, 0] = -INF  # of a token that is not compared
+    logits = broken[IDS[0]]
+    assert not bool(logits.isfinite().all())
+    assert compared(broken).max_log_prob_difference == INF
+
+
+def test_what_rounding_alone_explains_of_exact_computations() -> None:
+    figures = compared(TABLE)
+    top = max(float(TABLE[ids].abs().max()) for ids in IDS)
+    assert figures.largest_allowed == pytest.approx(2 * LOGIT_DIFFERENCE * top)
+    assert figures.noise_allowed is None
+    assert figures.floor_top1_agreement == AGREEMENT == 0.999
+    assert figures.floor_perplexity_difference == 0.0
+    assert LOGIT_DIFFERENCE == 1e-4
+    assert NOISE == 4.0
+
+
+class Layers:
+    """A simulation of two layers with grids of steps 0.5 and 0.25."""
+
+    def __init__(self, *marks: GraphValue):
+        self.marks = marks or tuple(GraphValue(n, n, Kind.ACTIVATION) for n in ("up", "down"))
+
+    def graph(self) -> Any:
+        grids = {"up": 0.5, "down": 0.25}
+        encodings = {n: SimpleNamespace(scale=torch.tensor(s)) for n, s in grids.items()}
+        return SimpleNamespace(marks=self.marks, encodings=encodings)
+
+    def values(self, batch: Any) -> dict[str, Tensor]:
+        return {"up": torch.zeros(2000), "down": torch.zeros(100)}
+
+    def bind(self, batch: Any) -> Any:
+        return batch
+
+
+def layers(**computed: Tensor) -> LayerFigures:
+    values = {**Layers().values({}), **computed}
+    runtime: Any = SimpleNamespace(run_layers=lambda values_, tensors: values)
+    simulation: Any = Layers()
+    return compare_layers(runtime, simulation, {})
+
+
+def test_differences_of_layers_are_in_their_own_steps() -> None:
+    up, down = torch.zeros(2000), torch.zeros(100)
+    up[0], down[3] = 0.75, -0.5  # 1.5 and 2 steps
+    figures = layers(up=up, down=down)
+    assert (figures.worst_layer, figures.worst_layer_steps, figures.layers) == ("down", 2.0, 2)
+    assert figures.worst_layer_mean_steps == pytest.approx(2 / 1000)  # as if of 1,000 values
+    assert layers(up=torch.full((2000,), 0.5)).worst_layer_mean_steps == 1.0
+    assert math.isnan(layers(down=torch.full((100,), NAN)).worst_layer_mean_steps)
+
+
+def test_only_weights_leave_no_layer_to_compare() -> None:
+    runtime: Any = SimpleNamespace()
+    simulation: Any = Layers(GraphValue("w", "w", Kind.BASE))
+    assert compare_layers(runtime, simulation, {}).layers == 0
+
+
+class Session:
+    """A runtime whose adapters leak into each other where `leaks` says.
+
+    Args:
+        leaks: "state": what was active before changes the logits; "cache": other adapters' steps
+            change the cache.
+    """
+
+    shipped, has_cache = None, True
+
+    def __init__(self, leaks: str = ""):
+        self.leaks, self.state, self.uses = leaks, "", 0
+        self.tables: Mapping[str, Tensor] = {"": TABLE, "first": OTHER, "second": TABLE.flip(0)}
+
+    def use(self, adapter: Path | None) -> None:
+        self.state = adapter.name if adapter else ""
+        self.uses += 1
+
+    def logits(self, ids: Tensor) -> Tensor:
+        leak = self.uses if self.leaks == "state" else 0
+        return self.tables[self.state][ids] + leak
+
+    def extend(self, ids: Tensor, past: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        shift = past.get("shift", torch.zeros(1))
+        if self.leaks == "cache":
+            shift = torch.tensor([float(self.uses)])
+        return self.tables[self.state][ids] + shift, {"shift": shift}
+
+
+@pytest.mark.parametrize("adapter", [None, Path("first")])
+@pytest.mark.parametrize("leaks", ["", "state"])
+def test_a_state_gives_the_same_bits_after_others(adapter: Path | None, leaks: str) -> None:
+    session: Any = Session(leaks)
+    bits = list(switching(session, adapter, [Path("second")], IDS[:1]))
+    assert bits
+    assert all(bit.equal == (not leaks) for bit in bits)
+    names = " ".join(bit.what for bit in bits)
+    assert "without an adapter" in names
+    assert ("first" in names) == (adapter is not None)
+    assert session.state == ""
+
+
+@pytest.mark.parametrize("adapter", [None, Path("first")])
+@pytest.mark.parametrize("leaks", ["", "cache"])
+def test_a_cache_is_compared_token_by_token(adapter: Path | None, leaks: str) -> None:
+    table = TABLE if adapter is None else OTHER
+    reference = make_reference({"adapter": says(table)}, Sequences(IDS, IDS))
+    session: Any = Session(leaks)
+    figures, bits = compare_cache(session, reference, adapter, [Path("second")])
+    assert isinstance(bits, Bits)
+    assert bits.equal == (not leaks)
+    assert figures.tokens == IDS.shape[1] - 1
+    assert session.state == ""
+    if not leaks:
+        assert figures.max_log_prob_difference < 1e-5
+        assert verdict(figures.checks(LIMITS))["passed"]
+    other, _ = compare_cache(session, reference, Path("second"), [])
+    assert not verdict(other.checks(LIMITS))["passed"]

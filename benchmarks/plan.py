@@ -68,9 +68,9 @@ def write_llama(folder: Path) -> None:
 def measure(recipe_path: Path, out: Path) -> None:
     """Estimate and run one job in this process; prints JSON."""
     from qwlora.formats.model_source import load_tokenizer
-    from qwlora.pipeline.estimates import plan_job, summary_line
-    from qwlora.pipeline.new_context import quiet_libraries
-    from qwlora.pipeline.run_job import run
+    from qwlora.pipeline.plan.estimates import plan_job, summary_line
+    from qwlora.pipeline.running.new_context import quiet_libraries
+    from qwlora.pipeline.running.run_job import run
     from qwlora.recipe import load_recipe
 
     def say(line: str) -> None:

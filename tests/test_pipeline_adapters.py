@@ -12,11 +12,11 @@ from peft import LoraConfig, get_peft_model
 from conftest import tiny_model
 from qwlora.errors import CalibrationError, RecipeError, TrainingError
 from qwlora.export.onnx_runtime import OnnxModel
-from qwlora.pipeline.existing_job import open_job
-from qwlora.pipeline.explain_placement import explain_placement
-from qwlora.pipeline.job_texts import JobTexts
-from qwlora.pipeline.plan import make_plan
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.commands.explain_placement import explain_placement
+from qwlora.pipeline.commands.open_job import open_job
+from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.plan.plan import make_plan
+from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.revisions import revision
 from qwlora.simulation.stored_encodings import load_encodings

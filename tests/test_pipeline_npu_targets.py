@@ -21,8 +21,8 @@ from qwlora.errors import DirectoryError, FingerprintError, GridError, RecipeErr
 from qwlora.export.proof.folder import RECORD, record_digest, verify_bundle
 from qwlora.formats import manifest
 from qwlora.grid.sqnr import sqnr_db
-from qwlora.pipeline.results_table import print_summary
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.results.results_table import print_summary
+from qwlora.pipeline.running.run_job import run
 from qwlora.pipeline.stages import VERBS
 from qwlora.recipe import load_recipe
 

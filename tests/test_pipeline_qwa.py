@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
 from qwlora.errors import DirectoryError, RecipeError, TrainingError
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.simulation.stored_encodings import load_activations
 

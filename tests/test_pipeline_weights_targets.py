@@ -40,13 +40,13 @@ from qwlora.export.proof.measure import Bits
 from qwlora.export.proof.readme import write_readme
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import WeightsTarget
-from qwlora.pipeline.directory import Directory
-from qwlora.pipeline.job_texts import JobTexts
-from qwlora.pipeline.manage_adapters import remove_adapter, rename_adapter
-from qwlora.pipeline.plan import make_plan, resolve_compute
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.commands.manage_adapters import remove_adapter, rename_adapter
+from qwlora.pipeline.job.directory import Directory
+from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.plan.plan import make_plan, resolve_compute
+from qwlora.pipeline.plan.stale_stages import find_stale
+from qwlora.pipeline.running.run_job import run
 from qwlora.pipeline.stages import VERBS
-from qwlora.pipeline.stale_stages import find_stale
 from qwlora.recipe import load_recipe
 from simulation.tiny_architectures import make
 

@@ -15,9 +15,9 @@ from qwlora.cli.main import main
 from qwlora.cli.simulate_command import _suggestion_lines
 from qwlora.cli.tables import group_similar, table
 from qwlora.errors import CalibrationError
-from qwlora.pipeline.directory import Directory
-from qwlora.pipeline.explain_placement import explain_placement
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.commands.explain_placement import explain_placement
+from qwlora.pipeline.job.directory import Directory
+from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.recipe.simulation_section import SimulationRule
 

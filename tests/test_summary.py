@@ -9,7 +9,7 @@ import pytest
 
 from qwlora.export.proof.checks import at_least, at_most
 from qwlora.messages import size
-from qwlora.pipeline.results_table import _rows
+from qwlora.pipeline.results.results_table import _rows
 
 PARITY = {
     "perplexity": 5.0,

@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import byte_tokenizer, tiny_model
 from qwlora.analysis.generate_text import Answer
 from qwlora.cli.main import main
-from qwlora.pipeline.evaluate_tasks import stage_of
-from qwlora.pipeline.job_models import JobModels
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.commands.evaluate_tasks import stage_of
+from qwlora.pipeline.commands.model_names import JobModels
+from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 
 TEMPLATE = (

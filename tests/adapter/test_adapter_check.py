@@ -26,7 +26,7 @@ from qwlora.adapter.adapter_check import (
     problems,
 )
 from qwlora.errors import SourceError
-from qwlora.pipeline.stage_records import Record, record_path
+from qwlora.pipeline.job.stage_records import Record, record_path
 
 WEIGHTS = "adapter_model.safetensors"
 

@@ -30,7 +30,7 @@ from qwlora.adapter.attach import LoraShape, attach, attach_existing
 from qwlora.errors import ExportError, RecipeError, SourceError, TrainingError
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.scheme import parse_scheme
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.layer_rules import Rule
 from qwlora.recipe import load_recipe
 

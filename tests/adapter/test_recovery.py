@@ -26,7 +26,7 @@ from qwlora import quantize_
 from qwlora.adapter.recovery_loss import RecoveryLoss
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.errors import RecipeError
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 
 IDS = torch.randint(0, 250, (16, 24), generator=torch.Generator().manual_seed(0))

@@ -20,8 +20,8 @@ from qwlora.data import Completion, Conversation, Cutting, Documents, prepare
 from qwlora.data.prepared_data import describe, summary
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import RecipeError, SourceError
-from qwlora.pipeline.job_texts import JobTexts
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 
 TEMPLATE = """\

@@ -32,8 +32,8 @@ from qwlora.export.proof.compare import LayerFigures
 from qwlora.formats.model_source import locate
 from qwlora.nn import PackedLinear
 from qwlora.nn.finite import check_finite
-from qwlora.pipeline.existing_job import job_recipe
-from qwlora.pipeline.push import Upload, send
+from qwlora.pipeline.commands.open_job import job_recipe
+from qwlora.pipeline.commands.push import Upload, send
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.recipe import parse_recipe
 from qwlora.system.optional_packages import require

@@ -12,7 +12,7 @@ import torch
 import qwlora
 from conftest import byte_tokenizer, tiny_model
 from docs.snippets import ROOT
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

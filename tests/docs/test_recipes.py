@@ -12,7 +12,7 @@ from conftest import VOCABULARY, byte_tokenizer, tiny_model
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import WeightsTarget
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.running.run_job import run
 from qwlora.pipeline.stages import VERBS
 from qwlora.recipe import Recipe, load_recipe
 
@@ -53,7 +53,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def small(models: dict[str, Path], corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A recipe of recipes/, with less of everything and nothing else changed."""
     monkeypatch.setattr(  # the tiny GGUF file has none
-        "qwlora.pipeline.context.load_tokenizer", lambda *arguments: byte_tokenizer()
+        "qwlora.pipeline.running.loaded_models.load_tokenizer", lambda *arguments: byte_tokenizer()
     )
 
     def read(name: str) -> Recipe:

@@ -40,7 +40,7 @@ from qwlora.export.qnn_bundle import export_qnn
 from qwlora.export.registry import TARGETS
 from qwlora.graph.quantized_graph import GraphValue, Interface, Kind
 from qwlora.grid.sqnr import sqnr_db
-from qwlora.pipeline.results_table import print_summary
+from qwlora.pipeline.results.results_table import print_summary
 
 TOKENS, VOCABULARY = 24, 16
 IDS = torch.randint(0, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(7))

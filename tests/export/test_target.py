@@ -16,7 +16,7 @@ from qwlora.errors import ExportError, MissingExtraError
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, GraphTarget, SwitchableTarget
 from qwlora.formats import manifest
-from qwlora.pipeline.stage import Stage
+from qwlora.pipeline.plan.stage import Stage
 from qwlora.pipeline.stages import export_stage, verify_stage
 from qwlora.recipe.whole_recipe import Export
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from qwlora.pipeline import run_job
+from qwlora.pipeline.running import run_job
 from qwlora.pipeline.stages import RUN, VERBS
 from qwlora.recipe import load_recipe
 

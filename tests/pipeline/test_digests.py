@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from pipeline.conftest import FakeJob
-from qwlora.pipeline import digests as module
-from qwlora.pipeline.digests import Digests
-from qwlora.pipeline.job_texts import JobTexts
-from qwlora.pipeline.plan import make_plan
+from qwlora.pipeline.job import digests as module
+from qwlora.pipeline.job.digests import Digests
+from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.plan.plan import make_plan
 from qwlora.recipe import load_recipe
 
 

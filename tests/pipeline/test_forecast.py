@@ -14,9 +14,9 @@ from transformers import MixtralConfig
 from command_line import qwlora
 from conftest import VOCABULARY, byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.pipeline import estimates
-from qwlora.pipeline.plan import resolve_compute
-from qwlora.pipeline.traced_models import TracedModels, traced_run
+from qwlora.pipeline.plan import estimates
+from qwlora.pipeline.plan.plan import resolve_compute
+from qwlora.pipeline.plan.traced_models import TracedModels, traced_run
 from qwlora.quantize.quantize_model import base_size, quantize_
 from qwlora.recipe import Recipe, load_recipe
 

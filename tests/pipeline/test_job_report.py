@@ -22,8 +22,8 @@ from qwlora.errors import (
     TrainingError,
     VerificationError,
 )
-from qwlora.pipeline.job_report import read_job, rebuild_reports
-from qwlora.pipeline.job_status import COST, JobStatus, described_error
+from qwlora.pipeline.results.job_report import read_job, rebuild_reports
+from qwlora.pipeline.running.job_status import COST, JobStatus, described_error
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.report.verdict import Kind, verdict
 from qwlora.system.stop_signals import Stopped
@@ -125,7 +125,7 @@ def test_a_report_that_cannot_be_drawn_does_not_stop_the_job(
     def fail(job: Any) -> str:
         raise ZeroDivisionError("no layers")
 
-    monkeypatch.setattr("qwlora.pipeline.job_files.render", fail)
+    monkeypatch.setattr("qwlora.pipeline.results.job_files.render", fail)
     with pytest.warns(QwloraWarning, match="ZeroDivisionError: no layers"):
         assert job.run()["run"]["state"] == "finished"
     assert results(job)["run"]["state"] == "finished"
@@ -226,7 +226,7 @@ def test_training_is_written_only_so_often_that_it_costs_little(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock = [0.0]
-    monkeypatch.setattr("qwlora.pipeline.job_status.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("qwlora.pipeline.running.job_status.time.monotonic", lambda: clock[0])
     written: list[dict[str, Any]] = []
 
     def write(keys: dict[str, Any]) -> dict[str, Any]:

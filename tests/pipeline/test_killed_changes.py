@@ -20,20 +20,20 @@ from typer.testing import CliRunner
 from adapter.test_mlx_adapter import write_mlx
 from qwlora.cli.main import app
 from qwlora.errors import DirectoryError
-from qwlora.pipeline.directory import Directory
-from qwlora.pipeline.existing_job import add_task_scores, job_recipe
-from qwlora.pipeline.job_texts import JobTexts
-from qwlora.pipeline.journal import JOURNAL
-from qwlora.pipeline.manage_adapters import (
+from qwlora.pipeline.commands.manage_adapters import (
     add_adapter,
     import_adapter,
     remove_adapter,
     rename_adapter,
 )
-from qwlora.pipeline.plan import make_plan, resolve_compute
-from qwlora.pipeline.run_job import run
-from qwlora.pipeline.stage_records import Record
-from qwlora.pipeline.stale_stages import find_stale
+from qwlora.pipeline.commands.open_job import add_task_scores, job_recipe
+from qwlora.pipeline.job.directory import Directory
+from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.job.journal import JOURNAL
+from qwlora.pipeline.job.stage_records import Record
+from qwlora.pipeline.plan.plan import make_plan, resolve_compute
+from qwlora.pipeline.plan.stale_stages import find_stale
+from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}
@@ -281,7 +281,7 @@ def test_the_source_of_an_import_stays_when_its_name_is_taken_by_another(
 def test_no_adapter_is_lost_that_another_command_adds_meanwhile(
     finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from qwlora.pipeline import manage_adapters
+    from qwlora.pipeline.commands import manage_adapters
 
     job = Path(shutil.copytree(finished, tmp_path / "job"))
     plans = manage_adapters._plans

@@ -18,22 +18,22 @@ from conftest import text, tiny_model
 from qwlora import load_adapter, load_base
 from qwlora.cli.main import app
 from qwlora.errors import DirectoryError, RecipeError, SourceError
-from qwlora.pipeline.adapter_card import adapter_card, card_lines, sparkline
-from qwlora.pipeline.directory import Directory
-from qwlora.pipeline.existing_job import add_task_scores
-from qwlora.pipeline.job_texts import JobTexts
-from qwlora.pipeline.manage_adapters import (
+from qwlora.pipeline.commands.manage_adapters import (
     add_adapter,
     import_adapter,
     remove_adapter,
     rename_adapter,
 )
-from qwlora.pipeline.plan import make_plan, resolve_compute
-from qwlora.pipeline.results_table import _rows
-from qwlora.pipeline.run_job import run
-from qwlora.pipeline.stage import Stage
-from qwlora.pipeline.stage_records import Record
-from qwlora.pipeline.stale_stages import find_stale
+from qwlora.pipeline.commands.open_job import add_task_scores
+from qwlora.pipeline.job.directory import Directory
+from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.job.stage_records import Record
+from qwlora.pipeline.plan.plan import make_plan, resolve_compute
+from qwlora.pipeline.plan.stage import Stage
+from qwlora.pipeline.plan.stale_stages import find_stale
+from qwlora.pipeline.results.adapter_summary import adapter_card, card_lines, sparkline
+from qwlora.pipeline.results.results_table import _rows
+from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import Recipe, load_recipe
 
 VERBS = ("quantize", "train")

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qwlora.errors import DirectoryError
-from qwlora.pipeline import model_folder
-from qwlora.pipeline.model_folder import check_target, new_folder
+from qwlora.pipeline.commands import model_folder
+from qwlora.pipeline.commands.model_folder import check_target, new_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -78,7 +78,9 @@ def test_what_a_merge_left_that_was_killed_in_its_last_steps_is_replaced(
         try:
             with pytest.MonkeyPatch.context() as patched, new_folder(place) as folder:
                 (folder / "config.json").write_text("old")
-                patched.setattr(f"qwlora.pipeline.model_folder.{function}", lambda *_: os._exit(9))
+                patched.setattr(
+                    f"qwlora.pipeline.commands.model_folder.{function}", lambda *_: os._exit(9)
+                )
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -12,17 +12,17 @@ from typing import Any
 import pytest
 import yaml
 
-import qwlora.pipeline.directory as directory_module
+import qwlora.pipeline.job.directory as directory_module
 from qwlora.cli.main import main
 from qwlora.errors import DirectoryError
 from qwlora.export.proof.folder import RECORD, write_record
 from qwlora.formats import manifest
 from qwlora.formats.card_mark import marked
-from qwlora.pipeline.directory import Directory
-from qwlora.pipeline.output_path import check_output, lock_folder
-from qwlora.pipeline.ownership import is_unclaimed, read_owner
-from qwlora.pipeline.run_job import run
-from qwlora.pipeline.stage_records import Record
+from qwlora.pipeline.job.directory import Directory
+from qwlora.pipeline.job.output_path import check_output, lock_folder
+from qwlora.pipeline.job.ownership import is_unclaimed, read_owner
+from qwlora.pipeline.job.stage_records import Record
+from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import Recipe, load_recipe
 
 
@@ -214,8 +214,8 @@ RACER = """
 import sys, time
 from pathlib import Path
 from qwlora.errors import DirectoryError
-from qwlora.pipeline.directory import Directory
-from qwlora.pipeline.stage_records import Record
+from qwlora.pipeline.job.directory import Directory
+from qwlora.pipeline.job.stage_records import Record
 from qwlora.recipe import load_recipe
 
 recipe, start = load_recipe(Path(sys.argv[1])), float(sys.argv[2])

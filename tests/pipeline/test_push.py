@@ -27,13 +27,13 @@ from qwlora.errors import DirectoryError, UploadError
 from qwlora.export.proof.folder import proofs
 from qwlora.export.proof.readme import write_readme
 from qwlora.formats.model_origin import Origin
-from qwlora.pipeline import model_cards
-from qwlora.pipeline import push as push_module
-from qwlora.pipeline.job_report import read_job
-from qwlora.pipeline.model_cards import Places, card_text
-from qwlora.pipeline.push import prepared, send
-from qwlora.pipeline.run_job import run
-from qwlora.pipeline.stage_records import read_record
+from qwlora.pipeline.commands import push as push_module
+from qwlora.pipeline.commands.push import prepared, send
+from qwlora.pipeline.job.stage_records import read_record
+from qwlora.pipeline.results import model_cards
+from qwlora.pipeline.results.job_report import read_job
+from qwlora.pipeline.results.model_cards import Places, card_text
+from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 
 CARD = "README.md"

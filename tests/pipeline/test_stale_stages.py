@@ -15,11 +15,11 @@ import pytest
 
 from pipeline.conftest import FakeJob
 from qwlora.errors import DirectoryError, VerificationError
-from qwlora.pipeline.directory import Directory
-from qwlora.pipeline.existing_job import open_job
-from qwlora.pipeline.explain_placement import explain_placement
-from qwlora.pipeline.job_texts import JobTexts
-from qwlora.pipeline.plan import dependents, make_plan
+from qwlora.pipeline.commands.explain_placement import explain_placement
+from qwlora.pipeline.commands.open_job import open_job
+from qwlora.pipeline.job.directory import Directory
+from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.plan.plan import dependents, make_plan
 from qwlora.recipe import load_recipe
 
 ALL = [
@@ -238,7 +238,7 @@ def test_a_current_job_in_a_read_only_folder_can_be_read(read_only: FakeJob) -> 
 def test_a_run_that_skips_everything_reads_nothing_and_imports_no_torch(
     job: FakeJob, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("qwlora.pipeline.digests.SETTLED_NS", -(10**18))
+    monkeypatch.setattr("qwlora.pipeline.job.digests.SETTLED_NS", -(10**18))
     job.run()
     job.run()
     code = (

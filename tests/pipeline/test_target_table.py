@@ -15,8 +15,8 @@ from qwlora import Scheme
 from qwlora.errors import SourceError
 from qwlora.grid.observers import measure
 from qwlora.grid.scheme import PerBlock
-from qwlora.pipeline.run_job import run
-from qwlora.pipeline.target_table import second_rounding
+from qwlora.pipeline.plan.target_table import second_rounding
+from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 
 

@@ -23,11 +23,11 @@ from qwlora.grid.observers import measure
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
 from qwlora.nn import PackedLinear
 from qwlora.nn.fingerprint import fingerprint
-from qwlora.pipeline.artifacts import SOLVER_SCALES
-from qwlora.pipeline.context import solver_scales
-from qwlora.pipeline.job_texts import JobTexts
-from qwlora.pipeline.plan import make_plan
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.job.job_paths import SOLVER_SCALES
+from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.plan.plan import make_plan
+from qwlora.pipeline.running.loaded_models import solver_scales
+from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.layer_rules import Rule
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.quantize.tune_scales import TuningSettings, _Comparison, _made_from, tune_scales_

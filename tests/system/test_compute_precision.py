@@ -16,9 +16,9 @@ import torch
 import yaml
 
 from conftest import tiny_model
-from qwlora.pipeline.job_texts import JobTexts
-from qwlora.pipeline.plan import make_plan, resolve_compute
-from qwlora.pipeline.run_job import run
+from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.plan.plan import make_plan, resolve_compute
+from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.quantize.tune_scales import TuningSettings, tune_scales_
 from qwlora.recipe import Recipe, load_recipe
@@ -53,8 +53,8 @@ def forget() -> Iterator[None]:
 def pretend(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
     monkeypatch.setattr(compute_precision, "_cpu_has_bfloat16", lambda: has)
     monkeypatch.setattr(compute_precision, "slowdown_of_bfloat16", lambda device: 7.04)
-    monkeypatch.setattr("qwlora.pipeline.plan.training_device", lambda: "cpu")
-    monkeypatch.setattr("qwlora.pipeline.preflight.training_device", lambda: "cpu")
+    monkeypatch.setattr("qwlora.pipeline.plan.plan.training_device", lambda: "cpu")
+    monkeypatch.setattr("qwlora.pipeline.plan.preflight.training_device", lambda: "cpu")
     compute_precision.has_bfloat16.cache_clear()
     compute_precision.slow_compute.cache_clear()
 
@@ -179,7 +179,7 @@ def test_a_forced_slow_precision_is_said_with_its_factor(
     recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "qwlora.pipeline.run_job.RUN",
+        "qwlora.pipeline.running.run_job.RUN",
         {verb: lambda *_: {} for verb in ("quantize", "train")},
     )
 

@@ -25,8 +25,8 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
 # the command line with a stage that takes long, so that no model is needed
 WAITING = """
 import sys, time
-import qwlora.pipeline.existing_job
-import qwlora.pipeline.run_job
+import qwlora.pipeline.commands.open_job
+import qwlora.pipeline.running.run_job
 import qwlora.recipe
 from qwlora.cli.main import main
 
@@ -38,7 +38,7 @@ def wait(*_, **__):
         print("cleaned up", file=sys.__stdout__, flush=True)
 
 qwlora.recipe.load_recipe = lambda *_: None
-qwlora.pipeline.run_job.run = qwlora.pipeline.existing_job.open_job = wait
+qwlora.pipeline.running.run_job.run = qwlora.pipeline.commands.open_job.open_job = wait
 sys.argv[1:] = {arguments!r}
 main()
 """

@@ -7,7 +7,7 @@
 
 Base weights are on the grid. After merging and requantizing, an entry of Delta below half a step is
 lost, and a larger one is rounded to whole steps. What that costs in perplexity is measured in
-`pipeline/merge_adapter.py`.
+`pipeline/commands/merge_adapter.py`.
 
 A tied embedding and head share one weight, but an adapter on either changes only that one: merged,
 they need two weights (`untie_`).

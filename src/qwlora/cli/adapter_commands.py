@@ -49,7 +49,7 @@ def list_adapters(
         job_fingerprint,
     )
     from qwlora.errors import QwloraError, SourceError
-    from qwlora.pipeline import journal
+    from qwlora.pipeline.job import journal
 
     journal.finish(folder)
     base, found, unreadable = job_fingerprint(folder), list[AdapterReport](), list[str]()
@@ -107,8 +107,8 @@ def check(
         records_base,
     )
     from qwlora.errors import SourceError
-    from qwlora.pipeline.directory import Directory
-    from qwlora.pipeline.lacking_stages import command_line
+    from qwlora.pipeline.job.directory import Directory
+    from qwlora.pipeline.plan.missing_stages import command_line
 
     directory = Directory.read(folder)
     base, missing = job_fingerprint(folder), directory.missing_adapters()
@@ -168,7 +168,7 @@ def add(
     changes: Settings = None,
 ) -> None:
     """Add an adapter to a job; the job's next run trains it."""
-    from qwlora.pipeline.manage_adapters import add_adapter
+    from qwlora.pipeline.commands.manage_adapters import add_adapter
 
     add_adapter(folder, name, data, like, tuple(changes or ()))
     _print_added(folder, name, "Train it")
@@ -191,7 +191,7 @@ def import_(
     changes: Settings = None,
 ) -> None:
     """Add an adapter that was trained elsewhere, by PEFT or mlx-lm."""
-    from qwlora.pipeline.manage_adapters import import_adapter
+    from qwlora.pipeline.commands.manage_adapters import import_adapter
 
     import_adapter(folder, name, source, data, continues, tuple(changes or ()))
     _print_added(folder, name, "Use it")
@@ -210,7 +210,7 @@ def rename(
     new: Annotated[str, typer.Argument(help="The new name.", show_default=False)],
 ) -> None:
     """Rename an adapter of a job, with its files and results. Nothing is computed again."""
-    from qwlora.pipeline.manage_adapters import rename_adapter
+    from qwlora.pipeline.commands.manage_adapters import rename_adapter
 
     rename_adapter(folder, old, new)
     print(f"renamed {old} to {new}")
@@ -224,7 +224,7 @@ def remove(
 ) -> None:
     """Remove an adapter from a job, with its files and results."""
     from qwlora.errors import DirectoryError
-    from qwlora.pipeline.manage_adapters import remove_adapter
+    from qwlora.pipeline.commands.manage_adapters import remove_adapter
 
     def confirm() -> None:
         if not sys.stdin.isatty():
@@ -242,7 +242,7 @@ def show(
     as_json: AsJson = False,
 ) -> None:
     """Show an adapter's settings, text, losses, perplexities and size."""
-    from qwlora.pipeline.adapter_card import adapter_card, card_lines
+    from qwlora.pipeline.results.adapter_summary import adapter_card, card_lines
 
     card = adapter_card(folder, name)
     print_result(card, card_lines(card), as_json)

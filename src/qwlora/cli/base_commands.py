@@ -54,10 +54,10 @@ def import_(
     The integers are kept bit for bit; nothing is rounded. The folder loads with
     AutoModelForCausalLM.from_pretrained after `import qwlora.hf`, and as model.source of a recipe.
     """
-    from qwlora.pipeline.model_folder import new_folder
+    from qwlora.pipeline.commands.model_folder import new_folder
 
     with new_folder(out) as folder, ProgressDisplay() as display:
-        from qwlora.pipeline.import_base import import_base
+        from qwlora.pipeline.commands.import_base import import_base
 
         fingerprint, size = import_base(
             source, folder, encodings, keep_float=keep_float or (), track=display.track

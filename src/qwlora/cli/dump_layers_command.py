@@ -45,7 +45,7 @@ def dump_layers(
     What the simulation computes, and what ONNX Runtime computes from the exported files on the CPU.
     layers.json lists the tensors, with their names in the files and those of their encodings.
     """
-    from qwlora.pipeline.dump_layers import dump_layers as dump
+    from qwlora.pipeline.commands.dump_layers import dump_layers as dump
 
     with ProgressDisplay(False) as display:
         folder, record = dump(job, stage, adapter, ids, out, display.track)

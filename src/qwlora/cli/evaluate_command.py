@@ -25,8 +25,8 @@ def score_job(
     Args:
         tasks, models: names, separated by commas.
     """
-    from qwlora.pipeline.evaluate_tasks import evaluate_tasks
-    from qwlora.pipeline.job_models import JobModels, model_name
+    from qwlora.pipeline.commands.evaluate_tasks import evaluate_tasks
+    from qwlora.pipeline.commands.model_names import JobModels, model_name
 
     adapters = JobModels(folder).adapters
     chosen = [model_name(text, adapters) for text in _split(models)] if models else None

@@ -254,7 +254,7 @@ def _is_bundle(path: Path) -> bool:
 def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
     from qwlora.export.proof.folder import verify_bundle
     from qwlora.export.proof.readme import proof_table
-    from qwlora.pipeline.new_context import quiet_libraries
+    from qwlora.pipeline.running.new_context import quiet_libraries
 
     quiet_libraries()
     with ProgressDisplay(quiet or as_json) as display:
@@ -272,7 +272,7 @@ def check(recipe: RecipeFile, changes: Changes = None) -> None:
     Then which targets hold the grids of its base.
     """
     from qwlora.cli.tables import table
-    from qwlora.pipeline.target_table import second_rounding, target_table
+    from qwlora.pipeline.plan.target_table import second_rounding, target_table
     from qwlora.recipe import load_recipe
     from qwlora.recipe.yaml_core import dump_yaml
 
@@ -303,7 +303,7 @@ def data(
 
     Loss tokens are marked.
     """
-    from qwlora.pipeline.data_preview import format_preview, preview
+    from qwlora.pipeline.commands.data_preview import format_preview, preview
     from qwlora.recipe import load_recipe
 
     with ProgressDisplay(as_json) as display:
@@ -347,9 +347,9 @@ def _run(
     trust_mtime: bool,
     replace: bool,
 ) -> None:
-    from qwlora.pipeline import journal
-    from qwlora.pipeline.output_path import check_output
-    from qwlora.pipeline.run_job import run
+    from qwlora.pipeline.job import journal
+    from qwlora.pipeline.job.output_path import check_output
+    from qwlora.pipeline.running.run_job import run
     from qwlora.recipe import load_recipe
 
     if out is None:
@@ -394,7 +394,7 @@ def _print_results(results: dict[str, Any] | None, out: Path, as_json: bool) -> 
     if as_json:
         print_json(results)
     else:
-        from qwlora.pipeline.results_table import closing_lines, print_summary
+        from qwlora.pipeline.results.results_table import closing_lines, print_summary
 
         print_summary(results, console(width=120))
         with contextlib.suppress(DirectoryError):  # a job that cannot be written has no report

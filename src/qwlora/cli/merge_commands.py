@@ -18,7 +18,7 @@ from qwlora.cli.shared_arguments import AsJson, Job
 from qwlora.cli.terminal import print_result
 
 if TYPE_CHECKING:
-    from qwlora.pipeline.merge_adapter import Verdict
+    from qwlora.pipeline.commands.merge_adapter import Verdict
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)]
 Target = Annotated[
@@ -40,10 +40,10 @@ def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
 
     Merging rounds the sum of base and adapter to the base's integers. Writes nothing.
     """
-    from qwlora.pipeline.existing_job import open_job
+    from qwlora.pipeline.commands.open_job import open_job
 
     session, name = open_job(job, name)
-    from qwlora.pipeline.merge_adapter import merge_verdict
+    from qwlora.pipeline.commands.merge_adapter import merge_verdict
 
     with ProgressDisplay(as_json) as display:
         verdict = merge_verdict(session, name, display.track)
@@ -58,14 +58,14 @@ def merge(job: Job, name: Name, into: Target, out: Out) -> None:
     """
     if into not in ("float", "requantized"):
         raise typer.BadParameter(f"{into!r} is neither float nor requantized", param_hint="--into")
-    from qwlora.pipeline.existing_job import open_job
-    from qwlora.pipeline.model_folder import new_folder
-    from qwlora.pipeline.output_path import check_outside_data
+    from qwlora.pipeline.commands.model_folder import new_folder
+    from qwlora.pipeline.commands.open_job import open_job
+    from qwlora.pipeline.job.output_path import check_outside_data
 
     with new_folder(out) as folder:
         session, name = open_job(job, name)
         check_outside_data(out, session.recipe)
-        from qwlora.pipeline.merge_adapter import merge_verdict, write_merged
+        from qwlora.pipeline.commands.merge_adapter import merge_verdict, write_merged
 
         with ProgressDisplay() as display:
             verdict = merge_verdict(session, name, display.track)

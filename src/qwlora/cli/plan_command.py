@@ -16,8 +16,8 @@ from qwlora.cli.terminal import console, print_json
 from qwlora.messages import size
 
 if TYPE_CHECKING:
-    from qwlora.pipeline.estimates import Estimates
-    from qwlora.pipeline.forecast import Forecast
+    from qwlora.pipeline.plan.estimates import Estimates
+    from qwlora.pipeline.plan.forecast import Forecast
 
 Out = Annotated[
     Path,
@@ -38,17 +38,17 @@ def plan(
     from qwlora.recipe import load_recipe
 
     content = load_recipe(recipe, tuple(changes or ()))
-    from qwlora.pipeline.new_context import quiet_libraries
+    from qwlora.pipeline.running.new_context import quiet_libraries
 
     quiet_libraries()
-    from qwlora.pipeline.estimates import plan_job
+    from qwlora.pipeline.plan.estimates import plan_job
 
     with ProgressDisplay(as_json) as display:
         found = plan_job(content, out, display.track)
     if as_json:
         print_json(found.to_json())
         return
-    from qwlora.pipeline.target_table import second_rounding
+    from qwlora.pipeline.plan.target_table import second_rounding
 
     if note := second_rounding(content):
         print(f"warning: {note}\n")

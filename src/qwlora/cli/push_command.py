@@ -61,7 +61,7 @@ def push(
         raise typer.BadParameter(f"{repository!r} is not OWNER/NAME", param_hint="--to")
     from qwlora.errors import UploadError
     from qwlora.messages import size
-    from qwlora.pipeline.push import prepared, send
+    from qwlora.pipeline.commands.push import prepared, send
 
     with prepared(job, repository, adapter, is_private=not public, license=license) as upload:
         kind = "private" if upload.is_private else "public"

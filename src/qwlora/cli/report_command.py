@@ -27,7 +27,7 @@ def report(jobs: Jobs, out: Page = Path("comparison.html")) -> None:
     changed: results that no longer belong to them are left out. For several jobs, also writes a
     page that shows them side by side.
     """
-    from qwlora.pipeline.job_report import PAGE_MARK, rebuild_reports
+    from qwlora.pipeline.results.job_report import PAGE_MARK, rebuild_reports
 
     if len(jobs) > 1 and out.exists() and PAGE_MARK not in _beginning(out):
         raise DirectoryError(f"{str(out)!r} exists and is not a page of qwlora. Give another --out")

@@ -73,19 +73,19 @@ def simulate(
         raise typer.BadParameter(f"--suggest must be between 0 and 1, not {suggest:g}; {remedy}")
     asked = tuple(changes or ())
     if costs:
-        from qwlora.pipeline.simulation_costs import measure_costs
+        from qwlora.pipeline.stages.simulation_costs import measure_costs
 
         with ProgressDisplay(as_json) as display:
             account = measure_costs(job, adapter, asked, display.track)
         print_result(account, _cost_lines(account), as_json)
     elif suggest is not None:
-        from qwlora.pipeline.simulation_costs import suggest_bitwidths
+        from qwlora.pipeline.stages.simulation_costs import suggest_bitwidths
 
         with ProgressDisplay(as_json) as display:
             suggestion = suggest_bitwidths(job, adapter, asked, suggest, display.track)
         print_result(suggestion, _suggestion_lines(suggestion), as_json)
     else:
-        from qwlora.pipeline.explain_placement import explain_placement
+        from qwlora.pipeline.commands.explain_placement import explain_placement
 
         name, found = explain_placement(job, adapter, asked)
         record = {"adapter": name, **found.to_json()}

@@ -24,8 +24,8 @@ from qwlora.pipeline.stages import (
 )
 
 if TYPE_CHECKING:
-    from qwlora.pipeline.context import JobContext
-    from qwlora.pipeline.stage import Stage
+    from qwlora.pipeline.plan.stage import Stage
+    from qwlora.pipeline.running.loaded_models import JobContext
 
     Run = Callable[[JobContext, Stage, Path, Path], dict[str, Any]]
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.pipeline.artifacts import BASE_SIMULATION
-from qwlora.pipeline.stage import PlanBuilder, Stage
+from qwlora.pipeline.job.job_paths import BASE_SIMULATION
+from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.pipeline.stages.calibrate_stage import range_inputs
 
 if TYPE_CHECKING:
-    from qwlora.pipeline.context import JobContext
+    from qwlora.pipeline.running.loaded_models import JobContext
 
 
 NAME = "calibrate-base"

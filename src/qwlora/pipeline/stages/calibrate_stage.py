@@ -13,14 +13,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.grid.range_estimator import Estimator
-from qwlora.pipeline.artifacts import ADAPTER, SHARED, USE_CASES, ZERO_ADAPTER
-from qwlora.pipeline.covered_layers import is_covered
-from qwlora.pipeline.stage import PlanBuilder, Stage
+from qwlora.pipeline.job.job_paths import ADAPTER, SHARED, USE_CASES, ZERO_ADAPTER
+from qwlora.pipeline.plan.same_layers import is_covered
+from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.revisions import revision
 
 if TYPE_CHECKING:
-    from qwlora.pipeline.context import JobContext
+    from qwlora.pipeline.running.loaded_models import JobContext
 
 
 NAME = "calibrate"
@@ -61,7 +61,7 @@ def add(plan: PlanBuilder, name: str) -> None:
 def add_zero(plan: PlanBuilder) -> None:
     """Add the stage of the zero adapter. It depends on the shape of the first adapter, and on which
     layers have one: another adapter of the same layers changes nothing. Of an adapter from
-    elsewhere the recipe does not say the layers, but its files may; see `covered_layers.py`."""
+    elsewhere the recipe does not say the layers, but its files may; see `same_layers.py`."""
     recipe = plan.recipe
     first, *others = recipe.adapters
     counted = [
@@ -105,11 +105,11 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     from qwlora.simulation.stored_encodings import load_encodings
 
     if stage.name == CASES:
-        from qwlora.pipeline.use_cases import calibrate_use_cases
+        from qwlora.pipeline.stages.use_cases import calibrate_use_cases
 
         return calibrate_use_cases(context, scratch)
     if stage.name == ZERO:
-        from qwlora.pipeline.zero_adapter import calibrate_zero_adapter
+        from qwlora.pipeline.stages.zero_adapter import calibrate_zero_adapter
 
         return calibrate_zero_adapter(context, scratch)
     if stage.adapter is None:

@@ -18,7 +18,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.pipeline.stage import PlanBuilder, Stage
+from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.pipeline.stages.train_stage import adapter_contents
 from qwlora.revisions import later_revisions
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qwlora.analysis.token_scores import Logits
-    from qwlora.pipeline.context import JobContext
+    from qwlora.pipeline.running.loaded_models import JobContext
 
 
 NAME = "evaluate"

@@ -32,12 +32,12 @@ from qwlora.export.target import (
     WeightsTarget,
 )
 from qwlora.formats.model_source import fetch
-from qwlora.pipeline.artifacts import ADAPTER
-from qwlora.pipeline.stage import PlanBuilder, Stage
+from qwlora.pipeline.job.job_paths import ADAPTER
+from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.pipeline.stages.calibrate_stage import CASES, ZERO
 
 if TYPE_CHECKING:
-    from qwlora.pipeline.context import JobContext
+    from qwlora.pipeline.running.loaded_models import JobContext
 
 
 NAME = "export"
@@ -143,7 +143,7 @@ def _write_switchable(
 
 def _exported(context: JobContext, adapter: str | None) -> ExportedGraph:
     """The simulation of an adapter, or of the zero adapter, as targets take it."""
-    from qwlora.pipeline.zero_adapter import zero_adapter_simulation
+    from qwlora.pipeline.stages.zero_adapter import zero_adapter_simulation
 
     metadata = {"qwlora.base_fingerprint": context.base_fingerprint}
     if adapter is None:
@@ -181,7 +181,7 @@ def _write_use_cases(
     context: JobContext, target: UseCasesTarget, name: str, scratch: Path
 ) -> dict[str, dict[str, int]]:
     """Write all use cases; returns the size of what belongs to each, and of all other files."""
-    from qwlora.pipeline.use_cases import use_case_simulations
+    from qwlora.pipeline.stages.use_cases import use_case_simulations
 
     simulations = use_case_simulations(context)
     sample = context.sample(context.recipe.adapters[0].name)

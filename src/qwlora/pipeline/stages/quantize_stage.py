@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.atomic import link
-from qwlora.pipeline.artifacts import MOMENTS, SOLVER_SCALES
-from qwlora.pipeline.stage import PlanBuilder, Stage
-from qwlora.pipeline.target_table import second_rounding
+from qwlora.pipeline.job.job_paths import MOMENTS, SOLVER_SCALES
+from qwlora.pipeline.plan.stage import PlanBuilder, Stage
+from qwlora.pipeline.plan.target_table import second_rounding
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Recipe
 from qwlora.revisions import revision
 
 if TYPE_CHECKING:
-    from qwlora.pipeline.context import JobContext
+    from qwlora.pipeline.running.loaded_models import JobContext
     from qwlora.quantize.quantize_model import BaseSize, QuantizeReport
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import FingerprintError
-from qwlora.pipeline.artifacts import MOMENTS
-from qwlora.pipeline.distributed import is_first_process
-from qwlora.pipeline.kept_adapters import trained_with
-from qwlora.pipeline.stage import PlanBuilder, Stage
+from qwlora.pipeline.job.job_paths import MOMENTS
+from qwlora.pipeline.plan.replace_guard import trained_with
+from qwlora.pipeline.plan.stage import PlanBuilder, Stage
+from qwlora.pipeline.running.distributed import is_first_process
 from qwlora.recipe import Adapter
 from qwlora.revisions import revision
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qwlora.adapter.train import TrainingReport
-    from qwlora.pipeline.context import JobContext
+    from qwlora.pipeline.running.loaded_models import JobContext
 
 
 NAME = "train"
@@ -166,7 +166,7 @@ def _initialize(
     from qwlora.adapter.initialize import initialize_adapter_
     from qwlora.grid.second_moments import Moments
     from qwlora.nn import weight_out_in
-    from qwlora.pipeline.context import solver_scales
+    from qwlora.pipeline.running.loaded_models import solver_scales
 
     floats = context.take_float_model()
 

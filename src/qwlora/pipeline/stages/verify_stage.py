@@ -28,7 +28,7 @@ from qwlora.export.target import (
     WeightsTarget,
 )
 from qwlora.formats import manifest
-from qwlora.pipeline.stage import PlanBuilder, Stage
+from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from qwlora.export.proof.checks import Limits, Parity
     from qwlora.export.proof.reference import Reference
     from qwlora.export.runtime import WeightsRuntime
-    from qwlora.pipeline.context import JobContext
+    from qwlora.pipeline.running.loaded_models import JobContext
 
 
 NAME = "verify"
@@ -166,8 +166,8 @@ class _Verification:
         about held-out text."""
         from qwlora.export.proof.reference import logits_of, make_reference, simulated_logits
         from qwlora.export.switchable_graph import ZeroAdapter
-        from qwlora.pipeline.use_cases import use_case_simulations
-        from qwlora.pipeline.zero_adapter import zero_adapter_simulation
+        from qwlora.pipeline.stages.use_cases import use_case_simulations
+        from qwlora.pipeline.stages.zero_adapter import zero_adapter_simulation
 
         context, target = self.context, self.target
         if isinstance(target, WeightsTarget):

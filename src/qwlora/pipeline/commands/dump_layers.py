@@ -1,0 +1,235 @@
+"""Every layer's output of an exported model, as files to compare with a device, layer by layer.
+
+    inputs/NAME.npy        every input of the files
+    simulated/TENSOR.npy   what the simulation computes
+    runtime/TENSOR.npy     what ONNX Runtime computes from the files, in one run
+    layers.json            stage, use case, and for each tensor: its name in the files, the name of
+                           its encoding, type, shape and SHA-256
+
+Values are real numbers on their grids, after quantization and dequantization. A tensor that only
+moves values of another one, or that only graphs with a key-value cache have, is not in the
+simulation. Of such graphs it is the first call of the one that reads the prompt; its scores reach
+over the whole context, so the simulation has none of their shape.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from qwlora import strict_json
+from qwlora.atomic import move_into_place
+from qwlora.errors import CalibrationError, DirectoryError, SourceError
+from qwlora.export.proof.folder import BASE
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import GraphTarget, SwitchableTarget, Target, UseCasesTarget
+from qwlora.pipeline.commands.model_names import JobModels, ModelName
+from qwlora.pipeline.commands.open_job import check_current, is_calibrated, open_job
+from qwlora.pipeline.running.new_context import quiet_libraries
+from qwlora.progress import Track, untracked
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from qwlora.pipeline.running.loaded_models import JobContext
+    from qwlora.simulation.simulation import Simulation
+
+RECORD, INPUTS, SIMULATED, RUNTIME = "layers.json", "inputs", "simulated", "runtime"
+FOLDER = "layers"  # in a job
+STAGES = (
+    "simulated",
+    *(
+        n
+        for n, t in TARGETS.items()
+        if isinstance(t, GraphTarget | SwitchableTarget | UseCasesTarget)
+    ),
+)
+
+
+def dump_layers(
+    folder: Path,
+    stage: str | None = None,
+    case: str | None = None,
+    ids_file: Path | None = None,
+    out: Path | None = None,
+    track: Track = untracked,
+) -> tuple[Path, dict[str, Any]]:
+    """Write the layers of one model of a job.
+
+    Args:
+        stage: one of `STAGES`. Default: the first of the recipe's targets that is one of them, or
+            `simulated`.
+        case: adapter or use case. Default: the first.
+        ids_file: a .npy file of token ids. Default: the first held-out sequence.
+        out: a folder that does not exist. Default: layers/STAGE/CASE in the job.
+
+    Returns:
+        the folder, and what layers.json holds.
+
+    Raises:
+        DirectoryError: the job lacks the model, its files are out of date, or `out` exists.
+        SourceError: the ids cannot be read, or are none of this model.
+        CalibrationError: no activation is quantized.
+        VerificationError, ExportError: the files contradict each other, or cannot be run.
+    """
+    models = JobModels(folder)
+    if stage is None:
+        targets = (name for name in models.recipe.export.targets if name in STAGES)
+        stage = next(targets, "simulated")
+    if stage not in STAGES:
+        raise DirectoryError(
+            f"stage {stage!r} has no quantized activations; choose one of {', '.join(STAGES)}"
+        )
+    name = models.name(stage, case)
+    models.check(name)
+    out = out or folder / FOLDER / stage / str(name.adapter)
+    if out.exists():
+        raise DirectoryError(f"{str(out)!r} exists. Nothing was changed. Give another --out")
+    ids = None if ids_file is None else _read_ids(ids_file)
+    quiet_libraries()
+    context, adapter = open_job(folder, next(iter(name.adapters), None), track=track)
+    if stage != "simulated":
+        if isinstance(TARGETS[stage], SwitchableTarget):
+            check_current(context, f"export/{stage}")
+        check_current(context, name.export_stage)
+    elif not is_calibrated(context, adapter):
+        raise DirectoryError(f"{str(folder)!r} has not calibrated {adapter!r} yet; calibrate first")
+    batch = _batch(context, name, adapter, ids)
+    simulation = _simulation(context, name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=out.parent) as scratch:
+        made = Path(scratch) / "made"
+        record = _write(context, simulation, name, batch, made)
+        move_into_place(made, out)
+    return out, record
+
+
+def _simulation(context: JobContext, name: ModelName) -> Simulation:
+    if not name.is_use_case:
+        return context.simulation(str(name.adapter))
+    from qwlora.pipeline.stages.use_cases import use_case_simulations
+
+    return use_case_simulations(context)[str(name.adapter)]
+
+
+def _read_ids(path: Path) -> npt.NDArray[np.int64]:
+    """Token ids [tokens].
+
+    Raises:
+        SourceError: the file holds something else.
+    """
+    try:
+        array = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise SourceError(
+            f"{str(path)!r} is not a .npy file: {error}. Give one with token ids"
+        ) from error
+    if not isinstance(array, np.ndarray):
+        raise SourceError(f"{str(path)!r} is not a .npy file. Give one with token ids")
+    if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or array.size != array.shape[-1]:
+        raise SourceError(
+            f"{str(path)!r} holds {array.dtype} {list(array.shape)}; give integers [tokens]"
+        )
+    return array.astype(np.int64).reshape(-1)
+
+
+def _batch(
+    context: JobContext, name: ModelName, adapter: str, given: npt.NDArray[np.int64] | None
+) -> dict[str, Tensor]:
+    """Ids and mask of one sequence, padded on the right to what the files take.
+
+    Raises:
+        SourceError: too many or no ids, or some that the model has not.
+    """
+    import torch
+    from torch.nn.functional import pad
+
+    target, held_out = TARGETS.get(name.stage), context.sample(adapter)["input_ids"]
+    length: int | None = None  # of fixed shapes
+    if isinstance(target, UseCasesTarget | GraphTarget):
+        length = target.call_tokens(context.path / name.export_stage)
+    if given is None:
+        ids = held_out[:, :length]
+    else:
+        _check_ids(given, length, context.skeleton().config.get_text_config().vocab_size)
+        ids = torch.from_numpy(given)[None]
+    missing = 0 if length is None else length - ids.shape[1]
+    return {
+        "input_ids": pad(ids, (0, missing)),
+        "attention_mask": pad(torch.ones_like(ids), (0, missing)),
+    }
+
+
+def _check_ids(ids: npt.NDArray[np.int64], most: int | None, vocabulary: int) -> None:
+    if not ids.size or (most is not None and ids.size > most):
+        wanted = "at least one" if most is None else f"1 to {most}"
+        raise SourceError(f"--ids holds {ids.size} token ids; the model takes {wanted}")
+    if ids.min() < 0 or ids.max() >= vocabulary:
+        raise SourceError(
+            f"--ids holds ids from {ids.min()} to {ids.max()}; the model has 0 to "
+            f"{vocabulary - 1}. Use the model's own tokenizer"
+        )
+
+
+def _write(
+    context: JobContext,
+    simulation: Simulation,
+    name: ModelName,
+    batch: Mapping[str, Tensor],
+    folder: Path,
+) -> dict[str, Any]:
+    from qwlora.export.golden import write_array
+    from qwlora.export.onnx_model import OF_INPUT
+
+    values = simulation.values(batch)
+    if not values:
+        raise CalibrationError(
+            "no activation of the simulation is quantized, so there is no layer to compare. Set "
+            "simulation.policy: npu and calibrate again"
+        )
+    inputs, found = _run(context, TARGETS.get(name.stage), name, simulation.bind(batch))
+    for part in (INPUTS, SIMULATED, RUNTIME):
+        (folder / part).mkdir(parents=True)
+    layers = []
+    for tensor in found or values:
+        encoding = tensor.removesuffix(OF_INPUT)
+        own, ran = values.get(encoding), found.get(tensor)
+        if own is not None and ran is not None and own.shape != ran.shape:
+            own = None
+        entry: dict[str, Any] = {"tensor": tensor, "encoding": encoding}
+        for part, value in ((SIMULATED, own), (RUNTIME, ran)):
+            written = None if value is None else write_array(folder / part, tensor, value)
+            entry[part] = written and {k: v for k, v in written.items() if k != "name"}
+        layers.append(entry)
+    record = {
+        "stage": name.stage,
+        "use_case": name.adapter,
+        "tokens": int(batch["attention_mask"].sum()),
+        "inputs": [write_array(folder / INPUTS, key, value) for key, value in inputs.items()],
+        "layers": layers,
+    }
+    (folder / RECORD).write_text(strict_json.dumps(record, indent=1) + "\n")
+    return record
+
+
+def _run(
+    context: JobContext, target: Target | None, name: ModelName, tensors: Mapping[str, Tensor]
+) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+    """Inputs of the files, and their layers by name of the tensor; none of the simulation alone."""
+    if target is None:
+        return tensors, {}
+    target.require_packages()
+    exported = context.path / "export" / name.stage
+    if isinstance(target, UseCasesTarget):
+        return target.layers(exported, str(name.adapter), tensors)
+    if isinstance(target, SwitchableTarget):
+        runtime = target.open(exported / BASE)
+        runtime.use(exported / str(name.adapter))
+        return tensors, runtime.layers(tensors)
+    assert isinstance(target, GraphTarget)
+    return target.layers(exported / str(name.adapter), tensors)

@@ -1,0 +1,159 @@
+"""Merge an adapter of a job into its base, and measure beforehand what that loses.
+
+    float         W_hat + Delta as a float model: computes the same as base and adapter, but is as
+                  large as the float model
+    requantized   W_hat + Delta rounded onto the base's grid: as small as the base, but changes
+                  smaller than half a step are lost
+
+`W_hat` are the dequantized weights of the base, never the original float weights. `Delta` is
+scaling * lora_B @ lora_A.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from torch import Tensor
+
+from qwlora.adapter.merge_loss import RoundingLoss, rounding_losses, untie_
+from qwlora.analysis.token_scores import logits_of, perplexity
+from qwlora.formats.base_folder import save_base
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.nn.pack import pack_at_, restore_conv1d_, tie_weights_, unpack_
+from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.progress import Track
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedModel
+
+Into = Literal["float", "requantized"]
+KEPT = 0.9  # share of the adapter's improvement that a merge must keep to be called harmless
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Effect of merging an adapter into the base's integers.
+
+    Args:
+        layers: rounding loss by canonical layer path.
+        base, adapted, merged: perplexity on held-out text of the base, of the base with the
+            adapter, and of the requantized merge.
+    """
+
+    layers: dict[str, RoundingLoss]
+    base: float
+    adapted: float
+    merged: float
+
+    @property
+    def share(self) -> float:
+        """Share of all entries of the adapter's delta that are smaller than half a step."""
+        return sum(layer.below for layer in self.layers.values()) / max(
+            1, sum(layer.entries for layer in self.layers.values())
+        )
+
+    @property
+    def kept(self) -> float | None:
+        """Share of the adapter's improvement in perplexity that is left after merging.
+
+        May be negative. None if the adapter did not improve perplexity.
+        """
+        gained = self.base - self.adapted
+        return (self.base - self.merged) / gained if gained > 0 else None
+
+    @property
+    def is_harmless(self) -> bool:
+        """Whether merging keeps what the adapter improved; false if it improved nothing."""
+        return self.kept is not None and self.kept >= KEPT
+
+    def recommendation(self) -> str:
+        """Advice in one sentence."""
+        if self.kept is None:
+            return (
+                "There is nothing to merge: the adapter does not improve perplexity on this text."
+            )
+        if self.is_harmless:
+            return "Merge, or keep the adapter separate to swap adapters."
+        return (
+            f"Keep the adapter separate, or use --into float: less than {KEPT:.0%} of its "
+            "improvement is left in the integers."
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        layers = {
+            name: {**asdict(layer), "share": layer.share} for name, layer in self.layers.items()
+        }
+        numbers = {
+            "share": self.share,
+            "base": self.base,
+            "adapted": self.adapted,
+            "merged": self.merged,
+            "kept": self.kept,
+        }
+        return {
+            **numbers,
+            "is_harmless": self.is_harmless,
+            "recommendation": self.recommendation(),
+            "layers": layers,
+        }
+
+
+def merge_verdict(context: JobContext, name: str, track: Track) -> Verdict:
+    """Measure the effect of merging adapter `name`."""
+    adapted = context.adapted(name)
+    layers = rounding_losses(adapted)
+    after = _perplexity(context, name, adapted, "adapted", track)
+    before = _perplexity(context, name, context.base(), "base", track)
+    merged = _perplexity(context, name, merged_model(adapted, "requantized"), "merged", track)
+    return Verdict(layers, before, after, merged)
+
+
+def merged_model(adapted: PeftModel, into: Into) -> PreTrainedModel:
+    """Merge and return the model. Destroys `adapted`.
+
+    Weights that were tied to a layer with an adapter are untied.
+
+    Raises:
+        MergeError: the model has fused experts, or ties a layer with an adapter in code, so that
+            no configuration unties it.
+    """
+    packed = unpack_(adapted)
+    for layers in untie_(adapted):
+        tensors = [f"{layer}.weight" for layer in layers]
+        if owner := next((packed[tensor] for tensor in tensors if tensor in packed), None):
+            packed |= dict.fromkeys(tensors, owner)
+    merged: PreTrainedModel = adapted.merge_and_unload(safe_merge=True)
+    if into == "requantized":
+        for tensor, quantized in packed.items():
+            weight: Tensor = merged.get_parameter(tensor).detach()
+            codes = quantized.encoding.quantize(weight.reshape(quantized.codes.shape).float())
+            pack_at_(merged, tensor, QuantizedTensor(codes, quantized.encoding))
+        tie_weights_(merged)
+    restore_conv1d_(merged)
+    return merged.eval()
+
+
+def write_merged(context: JobContext, name: str, into: Into, folder: Path) -> None:
+    """Write the merged model of adapter `name` into the empty `folder`.
+
+    Into float: a Hugging Face checkpoint. Requantized: a base, as `save_base` writes it.
+    """
+    merged = merged_model(context.adapted(name), into)
+    if into == "float":
+        merged.save_pretrained(folder)
+        context.tokenizer.save_pretrained(folder)
+    else:
+        save_base(merged, context.tokenizer, folder, context.recipe.model.source)
+
+
+def _perplexity(
+    context: JobContext,
+    name: str,
+    model: PreTrainedModel | PeftModel,
+    what: str,
+    track: Track,
+) -> float:
+    return perplexity(logits_of(model), context.text(name).evaluation, f"perplexity, {what}", track)

@@ -1,0 +1,327 @@
+"""Upload a job's base or one of its adapters to the Hugging Face hub.
+
+A repository holds what somebody else needs. No artifact of a job names a path of this machine.
+
+    base                base.safetensors, base.json, configuration, tokenizer, model card
+    TARGET/             the base as exported for a runtime that switches adapters
+    adapter             adapter_model.safetensors, adapter_config.json, qwlora.json, model card
+    TARGET/             the files of the adapter for each runtime it was exported for
+
+Uploaded are the files that the job's stages wrote, and the model card. Left out: second moments and
+other inputs of training, and exported files that are out of date or did not pass their check. The
+upload is one commit, so a reader sees all of it or nothing. It deletes only files that this job
+uploaded there before (`PUSHED`).
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from qwlora import strict_json
+from qwlora.adapter.adapter_check import problems
+from qwlora.adapter.adapter_folder import FILE
+from qwlora.adapter.peft_support import CONFIG
+from qwlora.atomic import write_text
+from qwlora.errors import DirectoryError, QwloraError, UploadError, described
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import GraphTarget, SwitchableTarget, UseCasesTarget
+from qwlora.formats import manifest
+from qwlora.formats.base_files import RECORD, read_record
+from qwlora.formats.card_mark import is_users_card
+from qwlora.messages import listed, suggestion
+from qwlora.pipeline.commands.open_job import job_recipe
+from qwlora.pipeline.job.directory import CARD, Directory
+from qwlora.pipeline.job.directory_errors import as_directory_errors
+from qwlora.pipeline.job.job_paths import MOMENTS, SOLVER_SCALES
+from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.plan.plan import make_plan, resolve_compute
+from qwlora.pipeline.plan.stage import Stage
+from qwlora.pipeline.plan.stale_stages import find_stale, upstream
+from qwlora.pipeline.results.model_cards import Places, card_text
+from qwlora.pipeline.results.results import collect_results, job_of
+from qwlora.report.job import Job
+
+PUSHED = "pushed.json"  # in .qwlora/: where the base was uploaded to, and which files went where
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What would be uploaded.
+
+    Args:
+        what: in words.
+        repository: `owner/name`.
+        is_private: whether a new repository is private.
+        files: by path in the repository.
+        notes: what is left out, and why.
+        outdated: files that this job uploaded there before, and that are not among `files`.
+    """
+
+    what: str
+    repository: str
+    is_private: bool
+    files: dict[str, Path]
+    notes: tuple[str, ...]
+    outdated: tuple[str, ...] = ()
+
+    @property
+    def size_bytes(self) -> int:
+        """Sum of the sizes of the files."""
+        return sum(file.stat().st_size for file in self.files.values())
+
+
+@contextmanager
+def prepared(
+    folder: Path,
+    repository: str,
+    adapter: str | None,
+    *,
+    is_private: bool = True,
+    license: str | None = None,
+) -> Iterator[Upload]:
+    """The upload of the base, or of an adapter. Nothing is sent.
+
+    Args:
+        folder: the job's directory.
+        license: of the adapter or base, as the hub writes it; default: see `model_cards`.
+
+    Raises:
+        DirectoryError: the folder is not a job directory, or what is asked for is not there,
+            incomplete, changed, or of another recipe than the one that is there now.
+        SourceError: the model or a text of the recipe is not there any more.
+    """
+    recipe, directory = resolve_compute(job_recipe(folder)), Directory.read(folder)
+    plan = make_plan(recipe, JobTexts(recipe), directory.digests)
+    stale = find_stale(plan, directory)
+    job = job_of(folder, recipe, collect_results(directory, recipe, plan, stale))
+    _check(directory, plan, stale, "quantize", "the base")
+    if adapter is not None:
+        known = [a.name for a in recipe.adapters]
+        if adapter not in known:
+            raise DirectoryError(
+                f"{str(folder)!r} has no adapter {adapter!r}{suggestion(adapter, known)}"
+            )
+        _check(directory, plan, stale, f"train/{adapter}", f"adapter {adapter!r}")
+    with tempfile.TemporaryDirectory(prefix="qwlora-push-") as scratch:
+        exports, notes = _exports(job, directory, stale, adapter)
+        fingerprint = read_record(folder / "base")["fingerprint"]
+        if adapter is None:
+            artifact, files = "base", _base_files(directory)
+            places = Places(exported_base="base/{target}", use_cases=None, hub_base=repository)
+        else:
+            artifact, base = f"adapters/{adapter}", _pushed_base(folder, fingerprint)
+            files = _adapter_files(directory, Path(scratch), adapter, fingerprint, base)
+            places = Places(
+                adapter=adapter,
+                exported_base="base/{target}",
+                use_cases=None,
+                exported=f"{adapter}/{{target}}",
+                hub_base=base,
+                hub_adapter=repository,
+            )
+            if base is None:
+                notes.append(
+                    "the base is not on the hub yet, so the adapter cannot link to it. Push it "
+                    f"first: {shlex.join(['qwlora', 'push', str(folder), '--to'])} OWNER/BASE"
+                )
+        files[CARD] = folder / artifact / CARD
+        if not is_users_card(files[CARD]):
+            files[CARD] = Path(scratch) / CARD
+            card_places = replace(places, license=license)
+            write_text(files[CARD], card_text(job, recipe, adapter, card_places))
+        files |= exports
+        what = "the base" if adapter is None else f"adapter {adapter}"
+        before = _pushed(folder)["files"].get(repository, [])
+        outdated = tuple(name for name in before if name not in files)
+        yield Upload(what, repository, is_private, files, tuple(notes), outdated)
+
+
+def send(upload: Upload, folder: Path) -> str:
+    """Upload as one commit; returns its address.
+
+    Raises:
+        UploadError: the hub refuses, or cannot be reached, or the repository is public although it
+            should be private, or holds a base where an adapter is uploaded, or the reverse.
+    """
+    from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
+
+    if get_token() is None:
+        raise UploadError(
+            "there is no token for the hub. Run `hf auth login`, or set HF_TOKEN to a token that "
+            "may write"
+        )
+    api, repository, note = HfApi(), upload.repository, _pushed(folder)
+    # Listed first, so that a later upload knows the files if this process is killed in between.
+    begun = {*note["files"].get(repository, []), *upload.files}
+    try:
+        api.create_repo(repository, private=upload.is_private, exist_ok=True)
+        if upload.is_private and not api.model_info(repository).private:
+            raise UploadError(
+                f"{repository} is a public repository. Nothing was uploaded. Give --public to "
+                "upload to it, or another --to"
+            )
+        there = api.list_repo_files(repository)
+        _check_kind(upload, there)
+        _write_note(folder, {**note, "files": {**note["files"], repository: sorted(begun)}})
+        added = [CommitOperationAdd(name, str(path)) for name, path in upload.files.items()]
+        gone = [CommitOperationDelete(name) for name in upload.outdated if name in there]
+        commit = api.create_commit(
+            repository, [*added, *gone], commit_message=f"Upload {upload.what} with QWLoRA"
+        )
+    except QwloraError:
+        raise
+    except Exception as error:  # the client raises many types: offline, forbidden, too large ...
+        _write_note(folder, note)
+        raise UploadError(_refused(error, repository)) from error
+    note["files"][repository] = sorted(upload.files)
+    if RECORD in upload.files:
+        note |= {"base": repository, "fingerprint": read_record(folder / "base")["fingerprint"]}
+    _write_note(folder, note)
+    return str(commit.commit_url)
+
+
+def _write_note(folder: Path, note: Mapping[str, Any]) -> None:
+    file = folder / ".qwlora" / PUSHED
+    with as_directory_errors(folder):
+        if note["files"]:
+            write_text(file, strict_json.dumps(note, indent=1) + "\n")
+        else:
+            file.unlink(missing_ok=True)
+
+
+def _check_kind(upload: Upload, there: Collection[str]) -> None:
+    """Check that the repository does not hold a base if an adapter is uploaded, or the reverse."""
+    for record, what in ((RECORD, "a base"), (FILE, "an adapter")):
+        if record in there and record not in upload.files:
+            raise UploadError(
+                f"{upload.repository} holds {what} ({record}), and {upload.what} would mix with "
+                "it. Nothing was uploaded. Give another --to"
+            )
+
+
+def _refused(error: Exception, repository: str) -> str:
+    from huggingface_hub.errors import HfHubHTTPError
+
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    match status:
+        case 401:
+            why = "the hub does not accept the token. Run `hf auth login`, or set HF_TOKEN"
+        case 403:
+            why = "the token may not write there. Use one that may, or another --to"
+        case None:
+            why = f"{described(error)}. Check the network and HF_ENDPOINT, then run it again"
+        case _:
+            why = f"the hub answered {described(error)}"
+    return f"{repository}: nothing was uploaded: {why}"
+
+
+def _check(
+    directory: Directory, plan: list[Stage], stale: Mapping[str, str], stage: str, what: str
+) -> None:
+    """Check that a stage, and all that it needs, is current for the recipe as it is now."""
+    if found := [f"{s.name} {stale[s.name]}" for s in upstream(plan, stage) if s.name in stale]:
+        raise DirectoryError(
+            f"{what} of {str(directory.path)!r} cannot be uploaded: {'; '.join(found)}. Run first: "
+            f"{_run_line(directory.path)}"
+        )
+
+
+def _run_line(folder: Path) -> str:
+    return shlex.join(["qwlora", "run", str(folder / "recipe.yaml"), "--out", str(folder)])
+
+
+def _recorded(directory: Directory, stage: str, artifact: str) -> dict[str, Path]:
+    """The files that a stage wrote, by path in its artifact. What others put there is not one."""
+    prefix = f"{artifact}/"
+    return {
+        file.removeprefix(prefix): directory.path / file
+        for file in directory.records[stage].files
+        if file.startswith(prefix) and not file.endswith(f"/{CARD}")
+    }
+
+
+def _exports(
+    job: Job, directory: Directory, stale: Mapping[str, str], adapter: str | None
+) -> tuple[dict[str, Path], list[str]]:
+    """Exported files by their path in the repository, and what is left out."""
+    files, notes = dict[str, Path](), list[str]()
+    for target in job.targets:
+        kind = TARGETS[target]
+        if isinstance(kind, UseCasesTarget):
+            notes.append(f"export/{target} is left out: it holds the base and all adapters")
+            continue
+        if isinstance(kind, GraphTarget) and adapter is None:
+            continue
+        stage = f"export/{target}" if adapter is None else f"export/{target}/{adapter}"
+        checks = [f"verify/{target}/{name}" for name in ([adapter] if adapter else job.adapters)]
+        if adapter is None and isinstance(kind, SwitchableTarget):  # it has a check of its own
+            checks = [f"verify/{target}"]
+        unchecked = [check for check in checks if check in stale]
+        if (reason := stale.get(stage)) is not None:
+            notes.append(f"{stage} is left out: {reason}")
+        elif len(unchecked) == len(checks):  # a base is checked with any of its adapters
+            check = unchecked[0]
+            notes.append(
+                f"{stage} is left out: it has not passed its check ({check}: {stale[check]}). "
+                f"Run first: {_run_line(directory.path)}"
+            )
+        else:
+            artifact = f"export/{target}/{adapter or 'base'}"
+            folder = directory.path / artifact
+            own = _recorded(directory, stage, artifact)
+            is_ours = f"{artifact}/{CARD}" in directory.records[stage].files
+            if is_ours and (folder / CARD).is_file():  # how to use it; no card of the hub
+                own[CARD] = folder / CARD
+            files |= {f"{target}/{name}": path for name, path in own.items()}
+            if adapter and (missing := job.get("parity", target, adapter, "not_run")):
+                notes.append(f"{stage} was not run here: {missing}")
+    return files, notes
+
+
+def _base_files(directory: Directory) -> dict[str, Path]:
+    unwanted = (MOMENTS, SOLVER_SCALES.partition("/")[0])
+    return {
+        name: path
+        for name, path in _recorded(directory, "quantize", "base").items()
+        if name.partition("/")[0] not in unwanted
+    }
+
+
+def _adapter_files(
+    directory: Directory, scratch: Path, name: str, fingerprint: str, base: str | None
+) -> dict[str, Path]:
+    """The adapter's files; its configuration names `base`, the base on the hub."""
+    folder = directory.path / "adapters" / name
+    if found := problems(folder, fingerprint, "refuse"):
+        raise DirectoryError(f"adapter {name!r} cannot be uploaded: {listed(found)}")
+    files = _recorded(directory, f"train/{name}", f"adapters/{name}")
+    if base is not None:
+        config = json.loads(files[CONFIG].read_text()) | {"base_model_name_or_path": base}
+        write_text(scratch / CONFIG, strict_json.dumps(config, indent=2))
+        shutil.copy2(files[FILE], scratch / FILE)
+        manifest.add(scratch, FILE, [CONFIG])
+        files |= {file: scratch / file for file in (CONFIG, FILE)}
+    return files
+
+
+def _pushed_base(folder: Path, fingerprint: str) -> str | None:
+    """Where the base was uploaded to, if it is still this one."""
+    note = _pushed(folder)
+    return str(note["base"]) if note.get("fingerprint") == fingerprint else None
+
+
+def _pushed(folder: Path) -> dict[str, Any]:
+    """What was uploaded from this job: `base`, `fingerprint`, and `files` by repository."""
+    try:
+        note = json.loads((folder / ".qwlora" / PUSHED).read_text())
+        return {"files": {}, **note}
+    except (OSError, ValueError, TypeError):
+        return {"files": {}}

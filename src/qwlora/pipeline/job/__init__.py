@@ -1,0 +1,1 @@
+"""The directory of one job: its records, its texts, and how it is changed safely."""

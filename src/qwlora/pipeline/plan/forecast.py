@@ -1,0 +1,322 @@
+"""What each stage of a job will need, before it runs: peak memory and disk.
+
+Shapes come from the model's configuration, activations from running the model's own code on tensors
+without data (`traced_models.py`). What stages hold at the same time is written down here, next to
+the reason. Weights are never read.
+
+Memory counts what is alive at the peak of a stage, and the process itself with its libraries. The
+allocator's unused pages are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from qwlora.adapter.chunked_loss import CHUNK_LOGITS
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import SwitchableTarget, UseCasesTarget, WeightsTarget
+from qwlora.formats.base_files import SHARD_BYTES
+from qwlora.formats.model_source import fetch
+from qwlora.grid.activation_observer import VALUES
+from qwlora.pipeline.plan.plan import has_float_model
+from qwlora.pipeline.plan.stage import Stage
+from qwlora.pipeline.plan.traced_models import TracedModels, TracedRun
+from qwlora.pipeline.stages.evaluate_stage import is_compared
+from qwlora.pipeline.stages.quantize_stage import needs_moments
+from qwlora.quantize.solvers import SOLVERS
+from qwlora.recipe import Adapter, Data, Recipe
+
+FLOAT = 4  # bytes
+_SCORED_AT_ONCE = 2**22  # logits; analysis/token_scores.py
+# Bytes of Python objects for each operator of a captured graph: its node with metadata and stack
+# trace in torch's program, the same in the simulation's module; in ONNX, nodes and values.
+_NODE_BYTES, _ONNX_NODE_BYTES = 60_000, 60_000
+# A scale in an encodings file: two Python numbers in lists, and 24 characters of text, twice.
+_SCALE_BYTES = 120
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a stage will need.
+
+    Args:
+        memory: bytes at the peak, by what holds them.
+        disk: bytes that the stage writes and the job keeps.
+        settings: keys of the recipe that make the stage need less memory, with what they do.
+    """
+
+    stage: str
+    memory: Mapping[str, float]
+    disk: float = 0
+    settings: tuple[str, ...] = ()
+
+    @property
+    def peak(self) -> float:
+        """Bytes at the peak."""
+        return sum(self.memory.values())
+
+    def to_json(self) -> dict[str, Any]:
+        """For `qwlora plan --json`."""
+        return {**asdict(self), "memory": dict(self.memory), "peak": self.peak}
+
+
+class Forecaster:
+    """Forecasts the stages of one recipe.
+
+    Args:
+        keeps_float_model: whether it is in memory when the base is quantized.
+    """
+
+    def __init__(self, recipe: Recipe, keeps_float_model: bool = False):
+        self.recipe, self._keeps_float_model = recipe, keeps_float_model
+        self.models = TracedModels(recipe)
+
+    def stage(self, stage: Stage) -> Forecast:
+        """What `stage` will need, besides the memory of the process itself."""
+        match stage.verb:
+            case "evaluate":
+                return self._evaluate(stage)
+            case "quantize":
+                return self._quantize(stage)
+            case "train":
+                return self._train(stage)
+            case "export":
+                return self._export(stage)
+            case "verify":
+                return self._verify(stage)
+        return self._calibrate(stage)  # calibrate, calibrate-base
+
+    # models
+
+    @property
+    def _float_bytes(self) -> float:
+        return FLOAT * self.models.values
+
+    @property
+    def _float_memory(self) -> dict[str, float]:
+        parts = {"float model": float(self._float_bytes)}
+        if self.models.is_gguf:
+            # Measured, and seen with two models from GGUF files: what loading and running them
+            # leaves in the allocator. Not seen in stages that load them only to read weights.
+            largest = max(p.numel() for p in self.models.model.parameters())
+            parts["copies of the largest tensor"] = 2.0 * FLOAT * largest
+        return parts | self._mapped_files
+
+    @property
+    def _mapped_files(self) -> dict[str, float]:
+        """Files in half precision stay mapped while their float32 copies are made."""
+        files = fetch(self.recipe.model.source).files
+        size = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
+        return {"mapped files": float(size)} if 0 < size < 0.9 * self._float_bytes else {}
+
+    @property
+    def _base_memory(self) -> dict[str, float]:
+        rest = self.models.float_values
+        # Floats are stored in 16 bits if that is exact, and stay mapped next to their copies.
+        stored = 0 if self.models.is_gguf else 2 * rest
+        return {"packed base": self.models.packed_bytes + FLOAT * rest + stored}
+
+    def _logits(self, tokens: int) -> float:
+        return float(FLOAT * tokens * self.models.vocabulary)
+
+    def _adapter(self, stage: Stage) -> Adapter:
+        """The stage's adapter, or the first one if the stage is of all."""
+        adapters = self.recipe.adapters
+        return next((a for a in adapters if a.name == stage.adapter), adapters[0])
+
+    def _text(self, stage: Stage) -> Data:
+        text = self.recipe.base_text() if stage.adapter is None else None
+        if stage.adapter is not None:
+            text = self.recipe.data_of(stage.adapter)
+        return text or self.recipe.data_of(self.recipe.adapters[0].name)
+
+    # stages
+
+    def _evaluate(self, stage: Stage) -> Forecast:
+        kind = stage.name.split("/")[1]
+        tokens = self._text(stage).sequence_tokens
+        has_float = has_float_model(self.recipe)
+        compared = has_float and is_compared(kind, stage.name.partition("/on/")[2])
+        memory = dict[str, float]()
+        if kind in ("float", "imported") or compared:
+            memory |= self._float_memory
+            if kind == "float" and not compared:  # the checks before the job loaded it
+                memory = {"float model": float(self._float_bytes), **self._mapped_files}
+        peak: float = self.models.forward("float", tokens).peak
+        if kind in ("base", "adapted", "simulated"):
+            memory |= self._base_memory
+        if kind in ("base", "adapted"):
+            adapter = self._adapter(stage) if kind == "adapted" else None
+            peak = self.models.forward(kind, tokens, adapter).peak
+        elif kind == "simulated":
+            graph, peak = self._simulation(self._adapter(stage), tokens)
+            memory |= graph
+        logits = self._logits(tokens)
+        # Rows and log-softmax of a chunk, of both models and two differences if compared; logits
+        # of the last sequence, and of the other model.
+        arrays, whole = (6, 2 * logits) if compared else (2, logits)
+        scored = whole + arrays * min(FLOAT * _SCORED_AT_ONCE, logits)
+        memory["activations and logits"] = peak + scored
+        return Forecast(stage.name, memory, settings=("data.sequence_tokens",))
+
+    def _quantize(self, stage: Stage) -> Forecast:
+        base, models = self.recipe.base, self.models
+        tokens = self._text(stage).sequence_tokens
+        moments = needs_moments(self.recipe)
+        disk = sum(self._base_memory.values())
+        solvers = {base.solver, *(rule.solver for rule in base.rules if rule.solver)} - {"keep"}
+        if moments or any(SOLVERS[solver].needs_calibration for solver in solvers):
+            memory = self._calibrated_solver(tokens, base.calibration_sequences, moments)
+            if moments:  # triangles of symmetric matrices
+                disk += FLOAT / 2 * sum(i * i + o * o for block in models.blocks for i, o in block)
+            settings: tuple[str, ...] = ("base.solver: search with adapters[].init: zero",)
+        else:
+            memory = self._solver_without_data()
+            settings = ("a model as safetensors, which is read layer by layer",)
+        if models.is_gguf or self._keeps_float_model:
+            memory |= self._float_memory
+        if base.tuning.steps:
+            step = models.training(self.recipe.adapters[0], tokens, 1)
+            memory = {**self._float_memory, **self._base_memory}
+            memory["activations of tuning"] = step.peak + 6 * self._logits(tokens)
+            settings = ("base.tuning.steps: 0",)
+        return Forecast(stage.name, memory, disk, settings)
+
+    def _calibrated_solver(self, tokens: int, count: int, moments: bool) -> dict[str, float]:
+        models = self.models
+        # Of a block: its moments, and what the solver makes of the largest: the damped matrix,
+        # its factors and products with the weight.
+        squares = max(
+            sum(i * i + (o * o if moments else 0) for i, o in block) for block in models.blocks
+        )
+        inner, out = max(shape for block in models.blocks for shape in block)
+        # Inputs and outputs of a block's products, their gradients, and copies of both.
+        copies = max(sum(2 * i + 4 * o for i, o in block) for block in models.blocks)
+        memory = {
+            "hidden states of all calibration sequences": FLOAT * count * tokens * models.width,
+            "second moments of a block": FLOAT * squares,
+            "solver of the largest layer": FLOAT * (4 * inner**2 + 6 * inner * out),
+            "activations of a block": FLOAT * tokens * copies,
+        }
+        if not models.is_gguf:
+            block = max(sum(i * o for i, o in block) for block in models.blocks)
+            outside = models.values - models.packed_weights
+            memory["float blocks"] = FLOAT * (outside + 2 * block)
+        return {name: float(size) for name, size in memory.items()} | self._shard
+
+    def _solver_without_data(self) -> dict[str, float]:
+        """Layer by layer from the files, with candidates for the scales of each weight."""
+        models = self.models
+        widest = max(i * o for block in models.blocks for i, o in block)
+        largest = FLOAT * max(models.vocabulary * models.width, 6 * widest)
+        return {"largest layer": float(largest)} | self._shard
+
+    @property
+    def _shard(self) -> dict[str, float]:
+        size = min(float(SHARD_BYTES), sum(self._base_memory.values()))
+        return {} if self.models.is_gguf else {"shard": size}
+
+    def _train(self, stage: Stage) -> Forecast:
+        adapter, models = self._adapter(stage), self.models
+        tokens, rows = self._text(stage).sequence_tokens, adapter.batch_sequences
+        memory, trained = self._base_memory, models.trained_values(adapter)
+        settings = ("gradient_checkpointing: true", "batch_sequences", "data.sequence_tokens")
+        during, starting = dict[str, float](), dict[str, float]()
+        if adapter.steps:
+            chunk = min(FLOAT * CHUNK_LOGITS, rows * self._logits(tokens))
+            half = adapter.compute == "bfloat16"
+            during = {
+                # weights, gradients and two moments of AdamW
+                "adapter and optimizer": 4.0 * FLOAT * trained,
+                "activations": float(models.training(adapter, tokens, rows).peak),
+                # logits of a chunk, their softmax and gradient; under autocast also the head
+                "logits of a chunk": 3 * chunk
+                + (2.0 * models.vocabulary * models.width if half else 0.0),
+            }
+        if adapter.objective == "recovery":
+            during |= self._float_memory
+        if adapter.init != "zero":
+            largest = max(max(shape) for block in models.blocks for shape in block)
+            starting = {
+                "float model": float(self._float_bytes),
+                "factors of the largest layer": 8.0 * FLOAT * largest**2,
+            }
+        larger = max(during, starting, key=lambda parts: sum(parts.values()))
+        return Forecast(stage.name, memory | larger, FLOAT * trained, settings)
+
+    def _graph_run(self, adapter: Adapter) -> TracedRun:
+        """The graph at any length, which its operators do not depend on."""
+        tokens = self.recipe.data_of(adapter.name).sequence_tokens
+        return self.models.forward("graph", tokens, adapter)
+
+    def _simulation(self, adapter: Adapter, tokens: int) -> tuple[dict[str, float], float]:
+        """Memory of a captured graph, and bytes of activations in a forward pass."""
+        run = self.models.forward("graph", tokens, adapter)
+        memory = {
+            "captured graph": float(_NODE_BYTES * run.operators),
+            # float copies of what the simulation quantizes besides the base: norms, the embedding
+            "quantized copies": float(FLOAT * self.models.float_values),
+        }
+        return memory, run.peak + self._logits(tokens)
+
+    def _calibrate(self, stage: Stage) -> Forecast:
+        adapter = self._adapter(stage)
+        graph, peak = self._simulation(adapter, self._text(stage).sequence_tokens)
+        memory = self._base_memory | graph | {"activations": peak}
+        # About a quarter of a graph's operators have a quantizer.
+        memory["samples of activations"] = FLOAT * VALUES * self._graph_run(adapter).operators / 4
+        disk = 2 * FLOAT * self.models.trained_values(adapter)
+        settings = ("simulation.calibration_tokens", "data.sequence_tokens")
+        return Forecast(stage.name, memory, disk, settings)
+
+    def _export(self, stage: Stage) -> Forecast:
+        models, target = self.models, TARGETS[stage.name.split("/")[1]]
+        size = float(models.packed_bytes + FLOAT * models.float_values)
+        if isinstance(target, WeightsTarget):
+            return Forecast(stage.name, self._base_memory | {"files": size}, size)
+        adapter, settings = self._adapter(stage), ("base.weights.block_size",)
+        graph, _ = self._simulation(adapter, self._text(stage).sequence_tokens)
+        memory = self._base_memory | graph
+        memory["encodings as text"] = float(_SCALE_BYTES * models.scales)
+        if isinstance(target, SwitchableTarget) and stage.adapter is not None:
+            disk = 2 * FLOAT * models.trained_values(adapter) + 24 * models.scales
+            return Forecast(stage.name, memory, disk, settings)
+        memory["ONNX graph"] = float(_ONNX_NODE_BYTES * self._graph_run(adapter).operators)
+        memory["codes, one byte each"] = float(models.packed_weights)
+        # as float32 tensors, in the ONNX model, and as bytes to write
+        memory["copies of float values"] = 3.0 * FLOAT * models.float_values
+        written = size + 24 * models.scales
+        if isinstance(target, UseCasesTarget):  # weights in float, once for all graphs
+            written += FLOAT * models.packed_weights
+        return Forecast(stage.name, memory, written, settings)
+
+    def _verify(self, stage: Stage) -> Forecast:
+        models, target = self.models, TARGETS[stage.name.split("/")[1]]
+        adapter, tokens = self._adapter(stage), self._text(stage).sequence_tokens
+        memory = self._base_memory
+        if isinstance(target, WeightsTarget):
+            memory["exported model"] = sum(self._base_memory.values())
+            memory["activations and logits"] = 3 * self._logits(tokens)
+            return Forecast(stage.name, memory)
+        graph, peak = self._simulation(adapter, tokens)
+        run = models.forward("graph", tokens, adapter)
+        activations = run.outputs - FLOAT * models.packed_weights  # without unpacked weights
+        layer_bytes = activations * min(1.0, self.recipe.verify.layer_tokens / tokens)
+        size = models.packed_bytes + FLOAT * models.float_values + models.packed_weights
+        memory |= graph
+        by_layer = size + 3 * layer_bytes  # simulated values, given and computed ones
+        # Three models' logits and their masked copies, two differences, and in float64 the
+        # logits and log-softmax of one; ONNX Runtime packs the weight of the head once more.
+        if isinstance(target, SwitchableTarget):
+            by_layer += size  # the session of all adapters stays
+        whole = size + peak + 12 * self._logits(tokens) + FLOAT * models.float_values
+        memory["model in ONNX Runtime"] = float(size)
+        part = "values of all layers" if by_layer > whole else "logits"
+        memory[part] = max(by_layer, whole) - size
+        if isinstance(target, SwitchableTarget) and stage.adapter is not None:
+            memory["simulation of the base"] = sum((self._base_memory | graph).values())
+        return Forecast(
+            stage.name, memory, settings=("verify.layer_tokens", "data.sequence_tokens")
+        )

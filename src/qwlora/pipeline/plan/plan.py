@@ -1,0 +1,114 @@
+"""The plan of a job: its stages, in order.
+
+Imports no torch, so that a run in which nothing changed ends at once.
+"""
+
+from __future__ import annotations
+
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import SwitchableTarget, UseCasesTarget
+from qwlora.formats.model_source import fetch
+from qwlora.pipeline.job.digests import Digests
+from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.plan.stage import PlanBuilder, Stage
+from qwlora.pipeline.stages import (
+    calibrate_base_stage,
+    calibrate_stage,
+    evaluate_stage,
+    export_stage,
+    quantize_stage,
+    train_stage,
+    verify_stage,
+)
+from qwlora.recipe import Adapter, Recipe
+from qwlora.system.compute_precision import auto_compute, training_device
+
+TUNING_DEVICE = "cpu"  # quantization runs on the CPU
+
+
+def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -> list[Stage]:
+    """All stages in the order of a full run.
+
+    All stages of one adapter's simulation follow each other, while it is in memory.
+
+    Args:
+        digests: digests of the model's files and of adapters to continue from. Pass those of the
+            job, so that unchanged files are not read again.
+    """
+    plan = PlanBuilder(recipe, texts, digests or Digests())
+    if has_float_model(recipe):
+        evaluate_stage.add(plan, "float")
+    quantize_stage.add(plan)
+    evaluate_stage.add(plan, "base", ("quantize",))
+    switched = [t for t in recipe.export.targets if isinstance(TARGETS[t], SwitchableTarget)]
+    for target in recipe.export.targets:
+        if target not in switched:
+            export_stage.add_base(plan, target)
+    calibrate_base_stage.add(plan)
+    for adapter in recipe.adapters:
+        if is_imported(recipe, adapter) and has_float_model(recipe):
+            evaluate_stage.add(plan, "imported", (), adapter.name)
+        train_stage.add(plan, adapter)
+    calibrate_stage.add_shared(plan)
+    if switched:
+        calibrate_stage.add_zero(plan)
+    for target in switched:
+        export_stage.add_base(plan, target)
+    together = [t for t in recipe.export.targets if isinstance(TARGETS[t], UseCasesTarget)]
+    for name in (adapter.name for adapter in recipe.adapters):
+        evaluate_stage.add(plan, "adapted", (f"train/{name}",), name)
+        calibrate_stage.add(plan, name)
+        evaluate_stage.add(plan, "simulated", (f"calibrate/{name}",), name)
+        for target in recipe.export.targets:
+            if target not in together:
+                export_stage.add(plan, target, name)
+                verify_stage.add(plan, target, name)
+    for target in switched:  # last, so that a failure leaves nothing of the adapters undone
+        verify_stage.add_base(plan, target)
+    if together:
+        calibrate_stage.add_use_cases(plan)
+    for target in together:
+        export_stage.add_use_cases(plan, target)
+        verify_stage.add_use_cases(plan, target)
+    return plan.stages
+
+
+def resolve_compute(recipe: Recipe) -> Recipe:
+    """Replace `compute: auto` with the precision it means on this machine.
+
+    Results depend on it, so stage keys and the recipe in the directory hold the actual precision.
+    """
+    base, graph = recipe.base, recipe.workflow == "qwa-lora"  # the graph computes in float32 only
+    if base.tuning.steps and base.tuning.compute == "auto":
+        compute = {"compute": auto_compute(TUNING_DEVICE)}
+        base = base.model_copy(update={"tuning": base.tuning.model_copy(update=compute)})
+    adapters = list(recipe.adapters)
+    for i, adapter in enumerate(adapters):
+        if adapter.compute == "auto":
+            is_fixed = graph or not adapter.steps
+            compute = {"compute": "float32" if is_fixed else auto_compute(training_device())}
+            adapters[i] = adapter.model_copy(update=compute)
+    return recipe.model_copy(update={"base": base, "adapters": adapters})
+
+
+def is_imported(recipe: Recipe, adapter: Adapter) -> bool:
+    """Whether an adapter continues one that was trained elsewhere, perhaps on another base."""
+    return (
+        adapter.continue_from is not None
+        and adapter.unknown_base == "accept"
+        and recipe.predecessor(adapter) is None
+    )
+
+
+def has_float_model(recipe: Recipe) -> bool:
+    """Whether there is a float model to compare with, or only integers in a quantized format."""
+    return fetch(recipe.model.source).holds_floats
+
+
+def dependents(plan: list[Stage], name: str) -> list[str]:
+    """Names of the stages that depend on `name`, directly or indirectly."""
+    found = {name}
+    for stage in plan:  # stages are listed after the ones they need
+        if found & set(stage.needs):
+            found.add(stage.name)
+    return [stage.name for stage in plan if stage.name in found - {name}]

@@ -1,0 +1,339 @@
+"""Checks of text, model, grids, adapters and packages, before a job writes or computes anything."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from qwlora.adapter.attach import (
+    check_existing,
+    check_shape,
+    dropout_of,
+    saved_among,
+    saved_on_integers,
+)
+from qwlora.adapter.train import check_loggers
+from qwlora.data.document_isolation import check_isolation
+from qwlora.errors import ExportError, GridError, SourceError, TrainingError
+from qwlora.export.grid_table import problems
+from qwlora.export.held_schemes import LayerKind
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import (
+    GraphTarget,
+    SwitchableTarget,
+    Target,
+    UseCasesTarget,
+    WeightsTarget,
+)
+from qwlora.export.weights_folder import layer_kind
+from qwlora.formats.assemble_model import LazyModel
+from qwlora.formats.huggingface.max_positions import check_positions
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.messages import listed
+from qwlora.parameter_names import canonical_name, is_factor_name
+from qwlora.pipeline.plan.plan import TUNING_DEVICE
+from qwlora.pipeline.plan.target_table import check_targets, kept_grids, second_rounding
+from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.quantize.quantize_model import find_tensors, plan_layers
+from qwlora.recipe import Recipe
+from qwlora.system.compute_precision import slow_compute, training_device
+
+Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # of weights by name, by adapter
+
+
+def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) -> None:
+    """Check everything that the stages of `verbs` need. Passes warnings and notes to `say`.
+
+    Raises:
+        SourceError: the text is too short; its sequences are too long for the model; the model
+            cannot be loaded, or cannot mask attention between documents in one sequence.
+        GridError: the base's grid does not fit the model, or a target cannot hold its layers.
+        TrainingError: an adapter does not fit the model, or differs in shape from those it shares
+            all encodings with.
+        ExportError: an adapter from elsewhere has what a target cannot hold.
+        MissingExtraError: a package that a later stage needs is not installed.
+    """
+    if verbs & {"export", "verify"}:
+        for target in (TARGETS[name] for name in context.recipe.export.targets):
+            if isinstance(target, GraphTarget | SwitchableTarget | UseCasesTarget):
+                target.require_packages()
+    if "quantize" in verbs:
+        check_targets(context.recipe)
+        if note := second_rounding(context.recipe):
+            say(f"warning: {note}")
+    for line in _slow_computing(context.recipe, verbs):
+        say(line)
+    texts = context.all_texts()
+    largest = max(text.data.largest_id() for text in texts.values())
+    is_packed = any(text.data.train.position_ids is not None for text in texts.values())
+    if "train" in verbs:
+        shapes = _check_adapters(context)
+        for line in _dropouts_left_out(context):
+            say(line)
+        if context.recipe.workflow == "qwa-lora" and is_packed:
+            raise TrainingError(
+                "workflow qwa-lora: data.packing documents packs several documents into a "
+                "sequence, and the graph cannot mask attention between them; use join or none"
+            )
+    model, packed = _unquantized(context) if "quantize" in verbs else _quantized(context)
+    if note := check_positions(model, max(t.data.positions() for t in texts.values())):
+        say(note)
+    if verbs & {"quantize", "export"}:
+        _check_layers(context, model, packed)
+    if "train" in verbs:
+        _check_saved(context, model, packed)
+        _check_held(context.recipe, shapes)
+        _check_modules(context, shapes)
+    if context.whole_because is not None:
+        say(
+            "the model is loaded whole, since its weights cannot be read tensor by tensor: "
+            f"{context.whole_because}"
+        )
+    if "quantize" in verbs:
+        _check_table(context, model)
+        if context.recipe.base.tuning.steps:
+            _check_tuning(context, model, packed)
+        embedding: Any = model.get_input_embeddings()
+        known = embedding.weight.shape[0]
+        if largest >= known:
+            raise SourceError(
+                f"the tokenizer of {context.recipe.model.source!r} produces token id {largest}, "
+                f"but the model has only {known} tokens; use the tokenizer of this model"
+            )
+        # With solver keep there is no float model; training checks it on the base.
+        if is_packed and context.recipe.base.solver != "keep":
+            if context.lazy is None or context.holds_float_model:
+                check_isolation(context.float_model())
+            else:
+                with context.lazy.one_block_at_a_time() as passing:
+                    check_isolation(passing)
+
+
+def _check_layers(
+    context: JobContext, model: PreTrainedModel, packed: Callable[[str], bool]
+) -> None:
+    """Check that the targets hold the kinds of the base's packed layers, and that their runtimes
+    have the architecture."""
+    kinds: dict[LayerKind, list[str]] = {}
+    for tensor in find_tensors(model):
+        kind = layer_kind(model.get_submodule(tensor.rpartition(".")[0]))
+        kinds.setdefault(kind, []).append(tensor)
+    for name in context.recipe.export.targets:
+        target = TARGETS[name]
+        if not isinstance(target, WeightsTarget):
+            continue
+        problems = [target.architecture_problem(str(model.config.model_type))]
+        for kind, tensors in kinds.items():
+            problem = target.kind_problem(kind)
+            if problem and (lost := list(filter(packed, tensors))):
+                problems.append(f"{problem}: {lost[0]}, {len(lost)} weights in all")
+        if found := "; ".join(filter(None, problems)):
+            raise GridError(
+                f"target {name} cannot hold {context.recipe.model.source!r}: {found}. Remove "
+                f"{name} from export.targets"
+            )
+
+
+def _check_table(context: JobContext, model: PreTrainedModel) -> None:
+    """Check that the targets that read embeddings as integers hold their scheme, and, with solver
+    keep, every other scheme."""
+    base = context.recipe.base
+    targets = {name: TARGETS[name] for name in context.recipe.export.targets}
+    graphs = {n: t for n, t in targets.items() if t.compiled}
+    if base.solver == "keep":
+        _check_kept(context.recipe, graphs)
+    if base.solver == "keep" or not graphs:
+        return
+    embedding = model.get_input_embeddings()
+    path = next(name for name, module in model.named_modules() if module is embedding)
+    name = next((n for n, found in find_tensors(model).items() if path in found.paths), "")
+    plan = plan_layers(model, base.weights.scheme(), base.solver, base.layer_rules())
+    for target, kind in graphs.items():
+        problem: str | None = f"{path} stays float"
+        if name in plan:
+            problem = kind.embedding_problem(plan[name].scheme)
+        if problem:
+            raise GridError(
+                f"target {target}: {problem}, and the HTP reads its rows with one scale. Add to "
+                f"base.rules, first: {{match: '{path}', bitwidth: 8, granularity: tensor}}"
+            )
+
+
+def _check_kept(recipe: Recipe, targets: Mapping[str, Target]) -> None:
+    if not targets:
+        return
+    grids = list(kept_grids(recipe))
+    for name, target in targets.items():
+        found = problems(target, grids)
+        if not any(grid.of_embedding for grid in grids):
+            found.append("an embedding as floats")
+        if found:
+            raise GridError(
+                f"{name} cannot hold {'; '.join(found)}. Remove the target, or quantize the model "
+                "anew"
+            )
+
+
+def _check_tuning(
+    context: JobContext, model: PreTrainedModel, packed: Callable[[str], bool]
+) -> None:
+    if (found := len(context.base_calibration_ids(2))) < 2:
+        raise SourceError(
+            f"base.tuning needs at least 2 training sequences, but the text gives {found}; use "
+            "more text, or remove base.tuning"
+        )
+    if not any(
+        type(module) in (nn.Linear, Conv1D) and packed(f"{path}.weight")
+        for path, module in model.named_modules()
+    ):
+        raise GridError(
+            "base.tuning trains the scales of packed linear layers, but the recipe packs none; "
+            "remove base.tuning"
+        )
+
+
+def _slow_computing(recipe: Recipe, verbs: set[str]) -> Iterator[str]:
+    """Warnings for a `compute` precision that this machine only emulates."""
+    tuning, adapters = recipe.base.tuning, [a for a in recipe.adapters if a.steps]
+    asked: list[tuple[str, str, str]] = []  # (name, precision, device)
+    if "quantize" in verbs and tuning.steps:
+        asked.append(("base.tuning", tuning.compute, TUNING_DEVICE))
+    if "train" in verbs:
+        asked += [(f"adapter {a.name}", a.compute, training_device()) for a in adapters]
+    for what, compute, device in asked:
+        if problem := slow_compute(compute, device):
+            yield f"warning: {what}: {problem}"
+
+
+def _dropouts_left_out(context: JobContext) -> Iterator[str]:
+    """Notes on adapters that continue one with dropout in workflow qwa-lora, which has none."""
+    recipe = context.recipe
+    if recipe.workflow != "qwa-lora":
+        return
+    for adapter in recipe.adapters:
+        root = adapter
+        while (first := recipe.predecessor(root)) is not None:
+            root = first
+        source = root.continue_from
+        if adapter.steps and source is not None and (dropout := dropout_of(source)):
+            yield (
+                f"adapter {adapter.name}: {source} has dropout {dropout:g}; workflow qwa-lora "
+                "trains without dropout"
+            )
+
+
+def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], bool]]:
+    """The model before step 1, and a function that tells which tensors will be packed."""
+    base = context.recipe.base
+    if base.solver == "keep":
+        lazy = LazyModel(context.checkpoint())
+        return lazy.model, lambda name: isinstance(
+            lazy.checkpoint.read(lazy.stored[name]), QuantizedTensor
+        )
+    model = context.float_model() if context.lazy is None else context.lazy.model
+    return model, plan_layers(
+        model, base.weights.scheme(), base.solver, base.layer_rules()
+    ).__contains__
+
+
+def _quantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], bool]]:
+    """The existing base without weights, and a function that tells which tensors are packed."""
+    model = context.skeleton()
+    model.tie_weights()
+    return model, lambda name: name in context.packed_names
+
+
+def _check_saved(
+    context: JobContext, model: PreTrainedModel, packed: Callable[[str], bool]
+) -> None:
+    """Check that no adapter to continue contains a full copy of a layer that the base packs."""
+    readers = {
+        path: name for name, candidate in find_tensors(model).items() for path in candidate.paths
+    }
+    for adapter in context.recipe.adapters:
+        source = adapter.continue_from
+        if source is None or context.recipe.predecessor(adapter) is not None:
+            continue
+        if lost := [path for path in saved_among(source, readers) if packed(readers[path])]:
+            raise SourceError(
+                f"adapter {adapter.name}: {source!r} does not fit: {saved_on_integers(lost)}"
+            )
+
+
+def _check_adapters(context: JobContext) -> Shapes:
+    """Check that each adapter fits the model, its loggers are installed, and adapters that share
+    all encodings have equal shapes.
+
+    Returns:
+        The shapes of each adapter's weights, without adapters that continue another of the job.
+    """
+    shapes: dict[str, dict[str, tuple[int, ...]]] = {}
+    for adapter in context.recipe.adapters:
+        check_loggers(adapter.report_to)
+        try:
+            if adapter.continue_from is None:
+                shapes[adapter.name] = check_shape(context.skeleton(), adapter.lora_shape())
+            elif context.recipe.predecessor(adapter) is None:
+                shapes[adapter.name] = check_existing(
+                    adapter.continue_from, adapter.unknown_base, context.skeleton()
+                )
+        except (TrainingError, SourceError) as error:
+            raise type(error)(f"adapter {adapter.name}: {error}") from error
+    if context.recipe.simulation.base_activations == "none":
+        _check_one_shape(shapes)
+    return shapes
+
+
+def _check_held(recipe: Recipe, shapes: Shapes) -> None:
+    """Check that adapters from elsewhere have nothing but LoRA factors, where a runtime switches
+    adapters. The recipe says the same of the others."""
+    targets = [name for name in recipe.export.targets if not isinstance(TARGETS[name], GraphTarget)]
+    for adapter in recipe.adapters if targets else ():
+        names = map(canonical_name, shapes.get(adapter.name, ()))
+        if others := [name for name in names if not is_factor_name(name)]:
+            raise ExportError(
+                f"adapter {adapter.name}: {adapter.continue_from!r} has {listed(others, 3)}, and "
+                f"{', '.join(targets)} can hold LoRA factors only. Continue an adapter without "
+                "DoRA and modules_to_save, or use export.targets: [onnx_each], which writes a "
+                "model for each adapter"
+            )
+
+
+def _check_modules(context: JobContext, shapes: Shapes) -> None:
+    """Check that adapters change linear layers only, if a target has no place for others."""
+    targets = [n for n in context.recipe.export.targets if isinstance(TARGETS[n], WeightsTarget)]
+    if not targets:
+        return
+    linear = {
+        path
+        for path, module in context.skeleton().named_modules()
+        if layer_kind(module) in (LayerKind.LINEAR, LayerKind.CONV1D)
+    }
+    for adapter, names in shapes.items():
+        paths = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names}
+        if other := sorted(paths - linear):
+            raise TrainingError(
+                f"adapter {adapter} changes {listed(other)}, and {targets[0]} holds LoRA factors "
+                "of linear layers only. Name the linear layers in target_modules, for example "
+                "[q_proj, v_proj], or use export.targets: [onnx_each], which writes a model for "
+                "each adapter"
+            )
+
+
+def _check_one_shape(shapes: Shapes) -> None:
+    (first, known), *others = shapes.items()
+    for name, found in others:
+        if differ := sorted(n for n in known.keys() | found.keys() if known.get(n) != found.get(n)):
+            here, there = (
+                list(each[differ[0]]) if differ[0] in each else "none" for each in (known, found)
+            )
+            raise TrainingError(
+                f"adapters {first} and {name} cannot share all encodings "
+                f"(simulation.base_activations none): the shapes of {len(differ)} weights differ, "
+                f"for example {differ[0]}: {here} and {there}; give them equal shapes, or use "
+                "base_activations: adapter_only"
+            )

@@ -1,0 +1,119 @@
+"""A stage of a job, and a builder that collects the stages of a recipe. Imports no torch.
+
+A stage's key is a hash of everything its result depends on:
+
+    its section of the recipe, the revisions of the package and of the algorithms that it runs,
+    the content of its text or model, the keys of the stages that it needs
+
+So a change reruns exactly the stages that it affects.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from qwlora.formats.model_source import fetch
+from qwlora.pipeline.job.digests import Digests
+from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.recipe import Data, Recipe
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Args:
+        name: `verb` or `verb/...`; unique.
+        key: hash of everything the result depends on.
+        adapter: name of the adapter that the stage works on, if any.
+        artifact: the folder that the stage writes, relative to the job's directory.
+        needs: names of the stages whose results it reads.
+        work_key: hash of everything that unfinished work depends on; may cover less than `key`.
+    """
+
+    name: str
+    key: str
+    adapter: str | None = None
+    artifact: str | None = None
+    needs: tuple[str, ...] = ()
+    work_key: str = ""
+
+    @property
+    def verb(self) -> str:
+        """The command that runs the stage."""
+        return self.name.partition("/")[0]
+
+
+class PlanBuilder:
+    """Collects the stages of a recipe; a stage must be added after the stages that it needs.
+
+    Args:
+        digests: digests of the model's files and of adapters to continue from.
+    """
+
+    def __init__(self, recipe: Recipe, texts: JobTexts, digests: Digests):
+        self.recipe, self.texts, self.digests = recipe, texts, digests
+        self._stages: dict[str, Stage] = {}
+
+    @property
+    def stages(self) -> list[Stage]:
+        """All stages so far, in order."""
+        return list(self._stages.values())
+
+    def add(
+        self,
+        name: str,
+        inputs: Any,
+        needs: tuple[str, ...] = (),
+        adapter: str | None = None,
+        artifact: str | None = None,
+        after_work: Any = None,
+    ) -> None:
+        """Add a stage.
+
+        Args:
+            inputs: JSON values that the result and unfinished work depend on, in addition to
+                `needs`.
+            after_work: JSON values that the result depends on, but unfinished work does not.
+        """
+        needed = [self._stages[need].key for need in needs]
+        work_key = hash_json([name, inputs, needed])
+        key = work_key if after_work is None else hash_json([work_key, after_work])
+        self._stages[name] = Stage(name, key, adapter, artifact, needs, work_key)
+
+    @cached_property
+    def model(self) -> list[Any]:
+        """Key inputs for the model, by content."""
+        section = self.recipe.model
+        files = fetch(section.source).files
+        trusted = ["trust_remote_code"] if section.trust_remote_code else []
+        return [version("qwlora"), section.source, *self.contents(files), *trusted]
+
+    @cached_property
+    def base_text(self) -> list[Any]:
+        """Key inputs for the text that the base is calibrated on."""
+        return [self.texts.key(data) for data in self.recipe.base_texts()]
+
+    def text(self, adapter: str) -> list[Any]:
+        """Key inputs for the text of an adapter."""
+        return self.texts.key(self.recipe.data_of(adapter))
+
+    def held_out(self, data: Data) -> list[Any]:
+        """Key inputs for the held-out part of a text that perplexity is measured on."""
+        return [*self.texts.key(data), data.evaluation_sequences]
+
+    def contents(self, files: Iterable[Path]) -> list[tuple[str, str | None]]:
+        """Name and digest of each file."""
+        return [(file.name, self.digests.identity(file)) for file in files]
+
+
+def hash_json(content: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()

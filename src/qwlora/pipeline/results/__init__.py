@@ -1,0 +1,1 @@
+"""What a job shows: results.json, the report, model cards and the table of a run."""

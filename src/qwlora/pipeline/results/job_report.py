@@ -1,0 +1,85 @@
+"""Rebuild the reports of jobs from the records of their stages, and compare jobs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from qwlora.atomic import write_text
+from qwlora.errors import DirectoryError
+from qwlora.pipeline.commands.open_job import job_recipe
+from qwlora.pipeline.job.directory import Directory
+from qwlora.pipeline.job.directory_errors import as_directory_errors
+from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.plan.plan import make_plan, resolve_compute
+from qwlora.pipeline.plan.stage import Stage
+from qwlora.pipeline.plan.stale_stages import find_stale, upstream
+from qwlora.pipeline.results.job_files import REPORT, last_status
+from qwlora.pipeline.results.results import collect_results, job_of, merge_results
+from qwlora.report.job import BASE, Job
+from qwlora.report.page import render, render_comparison
+
+PAGE_MARK = '<meta name="generator" content="QWLoRA">'
+
+
+def read_job(folder: Path) -> Job:
+    """A job as it is now: the results of the stages that are current, by the rules of `run`.
+
+    Raises:
+        DirectoryError: the folder is not a job directory, or nothing has run in it.
+        RecipeError: its recipe is not valid.
+        SourceError: the recipe's model or text is not there any more.
+    """
+    recipe, directory = resolve_compute(job_recipe(folder)), Directory.read(folder)
+    status = last_status(folder)
+    if not directory.records and not status:
+        raise DirectoryError(
+            f"{str(folder)!r} has no results yet. Run the job first: `qwlora run "
+            f"{folder / 'recipe.yaml'} --out {folder}`"
+        )
+    plan = make_plan(recipe, JobTexts(recipe), directory.digests)
+    results = collect_results(directory, recipe, plan, find_stale(plan, directory))
+    merge_results(results, status)
+    run = results.setdefault("run", {})
+    keys = {name: record.key for name, record in directory.records.items()}
+    is_outdated = any(keys.get(stage.name) != stage.key for stage in plan)
+    if run.setdefault("state", "finished") == "finished" and is_outdated:
+        run["state"] = "incomplete"
+    return job_of(folder, recipe, results, _changed_proofs(plan, directory))
+
+
+def _changed_proofs(plan: list[Stage], directory: Directory) -> Mapping[tuple[str, str], str]:
+    """Why files are no longer those that were checked, by target and adapter."""
+    changed = dict[tuple[str, str], str]()
+    for stage in plan:
+        if stage.verb == "verify" and stage.name in directory.records:
+            for needed in upstream(plan, stage.name):
+                is_recorded = needed.name in directory.records
+                if is_recorded and (reason := directory.problem(needed.name, None)) is not None:
+                    _, target, *adapter = stage.name.split("/")
+                    changed.setdefault((target, adapter[0] if adapter else BASE), reason)
+    return changed
+
+
+def rebuild_reports(folders: Sequence[Path], page: Path | None = None) -> list[Path]:
+    """Write the report of each job, and for several jobs the page that compares them.
+
+    Args:
+        page: the page that compares; needed for several jobs.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        DirectoryError, RecipeError, SourceError: see `read_job`; or a file cannot be written.
+    """
+    jobs, written = [read_job(folder) for folder in folders], []
+    for folder, job in zip(folders, jobs, strict=True):
+        with as_directory_errors(folder):
+            write_text(folder / REPORT, render(job))
+        written.append(folder / REPORT)
+    if page is not None:
+        with as_directory_errors(page.parent):
+            write_text(page, render_comparison(jobs))
+        written.append(page)
+    return written

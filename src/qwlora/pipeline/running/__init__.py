@@ -1,0 +1,1 @@
+"""One run: the models that stages share, the stages in order, and what a run says."""

@@ -1,0 +1,384 @@
+"""State that the stages of one process share: data, models and the simulation.
+
+Each is loaded on first use. Large ones are released as soon as another one replaces them.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from functools import cached_property
+from itertools import islice, zip_longest
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate import init_empty_weights
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from qwlora.adapter.adapter_folder import check_adapter, load_adapter, reading
+from qwlora.adapter.attach import adapter_folder, attach, attach_existing
+from qwlora.errors import SourceError
+from qwlora.formats.assemble_model import LazyModel
+from qwlora.formats.base_files import read_record
+from qwlora.formats.base_folder import load_base
+from qwlora.formats.checkpoint import Checkpoint
+from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
+from qwlora.formats.meta_model import build_model
+from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
+from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.graph.capture import capture
+from qwlora.grid.scheme import Scheme
+from qwlora.parameter_names import parameter_name
+from qwlora.pipeline.job.job_paths import ADAPTER, BASE_SIMULATION, SOLVER_SCALES
+from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.job.prepared_text import PreparedText
+from qwlora.pipeline.plan.unused_rules import refuse_unused_rules
+from qwlora.progress import Track, one_step
+from qwlora.recipe import Adapter, Data, Recipe
+from qwlora.recipe.base_section import Model
+from qwlora.simulation.load_simulation import restore
+from qwlora.simulation.placement import Placement, place
+from qwlora.simulation.simulation import Simulation, simulate
+from qwlora.simulation.simulation_schemes import SimulationSchemes
+from qwlora.simulation.stored_encodings import load_activations, load_encodings
+from qwlora.simulation.training_graph import TrainingGraph
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+
+def skeleton(model: Model, config: PreTrainedConfig | None = None) -> PreTrainedModel:
+    """The recipe's model on the meta device, without weights: to check whether an adapter fits it.
+
+    Args:
+        config: if it is known; default: read from the model's source.
+    """
+    config = config or load_config(model.source, model.trust_remote_code)
+    with init_empty_weights():
+        return build_model(config, model.trust_remote_code)
+
+
+def solver_scales(base: Path) -> dict[str, Tensor]:
+    """Scales of the base in a folder before tuning, by layer; empty if it was not tuned.
+
+    Raises:
+        SourceError: the file is damaged.
+    """
+    return _read_tensors(
+        base / SOLVER_SCALES, f"base {str(base)!r}", "delete it and quantize again"
+    )
+
+
+def _read_tensors(path: Path, owner: str, remedy: str) -> dict[str, Tensor]:
+    try:
+        return load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise SourceError(f"{owner}: {path.name} cannot be read ({error}); {remedy}") from error
+
+
+def _alternating(texts: Sequence[Tensor]) -> Iterator[Tensor]:
+    """The rows of several tensors [count, tokens] in turn, until all are used up."""
+    for rows in zip_longest(*texts):
+        yield from (row for row in rows if row is not None)
+
+
+class JobContext:
+    """Lazily loaded inputs of the stages of one job directory."""
+
+    def __init__(self, recipe: Recipe, texts: JobTexts, path: Path, track: Track):
+        self.recipe, self.texts, self.path, self.track = recipe, texts, path, track
+        self._prepared: dict[Data, PreparedText] = {}
+        self._float_model: PreTrainedModel | None = None
+        self._simulation: tuple[str, Simulation] | None = None
+        self.use_cases: dict[str, Simulation] | None = None  # see use_cases.py
+        self.zero_adapter: Simulation | None = None  # see zero_adapter.py
+        self._rules_are_checked = False
+        # Why the weights cannot be read tensor by tensor; set by `lazy`.
+        self.whole_because: str | None = None
+        # Called after each training step with a function that describes the progress.
+        self.on_training: Callable[[Callable[[], dict[str, Any]]], None] = lambda progress: None
+
+    def step(self, description: str) -> AbstractContextManager[None]:
+        """Report the block as one step of a stage."""
+        return one_step(self.track, description)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        model = self.recipe.model
+        tokenizer = load_tokenizer(model.source, model.trust_remote_code)
+        if (template := self.recipe.data.read_template()) is not None:
+            tokenizer.chat_template = template
+        return tokenizer
+
+    def prepared(self, data: Data) -> PreparedText:
+        """The sequences of a data section that has a source."""
+        if data not in self._prepared:
+            tokenizer = self.tokenizer
+            template = data.read_template()
+            if template is not None and template != tokenizer.chat_template:
+                tokenizer = copy.deepcopy(tokenizer)
+                tokenizer.chat_template = template
+            documents = self.texts.documents(data)
+            self._prepared[data] = PreparedText(data, documents, tokenizer, self.track)
+        return self._prepared[data]
+
+    def text(self, adapter: str | None) -> PreparedText:
+        """The text of an adapter; None: that of the base."""
+        data = self.recipe.base_text() if adapter is None else self.recipe.data_of(adapter)
+        assert data is not None, "adapters have different texts, and the base has none of its own"
+        return self.prepared(data)
+
+    def all_texts(self) -> dict[str, PreparedText]:
+        """All texts of the job: the base's under the name `base`, those of adapters by name."""
+        recipe, found = self.recipe, dict[Data, str]()
+        for adapter in (*recipe.base.calibrate_on, *recipe.texts()):
+            found.setdefault(recipe.data_of(adapter), adapter)
+        if recipe.data.source is not None:
+            found.setdefault(recipe.data, "base")
+        return {name: self.prepared(data) for data, name in found.items()}
+
+    def base_calibration_ids(self, count: int) -> Tensor:
+        """Token ids that the base is calibrated on: int64 [count, tokens], fewer if there are not
+        as many; the sequences of several texts alternate."""
+        ids = [self.prepared(data).data.calibration_ids for data in self.recipe.base_texts()]
+        return torch.stack(list(islice(_alternating(ids), count)))
+
+    def base_calibration(self) -> dict[str, Any]:
+        """Arguments of `Simulation.observe` for the base alone."""
+        return self._observation(self.base_calibration_ids(self.recipe.data.calibration_sequences))
+
+    def calibration(self, adapter: str) -> dict[str, Any]:
+        """Arguments of `Simulation.observe` for an adapter: batches, and when to stop."""
+        return self._observation(self.text(adapter).calibration_ids)
+
+    def calibration_of(self, adapters: Sequence[str]) -> dict[str, Any]:
+        """Arguments of `observe` for several adapters at once: their texts alternate."""
+        texts = dict.fromkeys(self.text(name) for name in adapters)
+        return self._observation(_alternating([text.calibration_ids for text in texts]))
+
+    def sample(self, adapter: str) -> dict[str, Tensor]:
+        """A batch of one held-out sequence: golden inputs, and the shapes of fixed graphs."""
+        ids = self.text(adapter).data.held_out.input_ids[:1]
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def shared_calibration(self) -> dict[str, Any]:
+        """Arguments of `observe` for encodings that adapters share: the texts of all of them."""
+        texts = [self.prepared(data).calibration_ids for data in self.recipe.texts().values()]
+        return self._observation(_alternating(texts))
+
+    def _observation(self, rows: Iterable[Tensor]) -> dict[str, Any]:
+        batches = [
+            {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))}
+            for row in rows
+        ]
+        tokens = self.recipe.simulation.calibration_tokens
+        return {"batches": batches, "track": self.track, "tokens": tokens}
+
+    def adapter(self, name: str) -> Adapter:
+        return next(a for a in self.recipe.adapters if a.name == name)
+
+    def float_model(self) -> PreTrainedModel:
+        """The model before step 1; kept in memory until `take_float_model` or `base`."""
+        if self._float_model is None:
+            model = self.recipe.model
+            with self.step("loading the model"):
+                self._float_model = load_model(model.source, model.trust_remote_code)
+        return self._float_model
+
+    @property
+    def has_float_model(self) -> bool:
+        """Whether the model's files hold floats, and not only integers."""
+        return fetch(self.recipe.model.source).holds_floats
+
+    def checkpoint(self) -> Checkpoint:
+        """The model's files, with integer weights where the files hold integers."""
+        location = fetch(self.recipe.model.source)
+        section = self.recipe.model
+        return open_checkpoint(
+            location.path,
+            section.encodings,
+            keep_float=section.keep_float,
+            block_order=section.block_order,
+        )
+
+    @cached_property
+    def lazy(self) -> LazyModel | None:
+        """The float model with weights left in their files.
+
+        None if the files cannot be read tensor by tensor; `whole_because` may say why.
+        """
+        location = fetch(self.recipe.model.source)
+        if location.gguf_file or self.recipe.model.encodings is not None:
+            return None
+        if self.recipe.model.trust_remote_code:
+            self.whole_because = "model.trust_remote_code is true, so the model's own code loads it"
+            return None
+        try:
+            return LazyModel(FloatCheckpoint(location.path))
+        except SourceError as error:
+            # Weights that transformers converts on loading, or pickles: load the whole model.
+            self.whole_because = str(error)
+            return None
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model on the meta device, without weights: to check whether an adapter fits it."""
+        config = None if self._float_model is None else self._float_model.config
+        return skeleton(self.recipe.model, config)
+
+    @property
+    def holds_float_model(self) -> bool:
+        """Whether the float model is in memory."""
+        return self._float_model is not None
+
+    def take_float_model(self) -> PreTrainedModel:
+        """The float model, for a caller that modifies it; the context forgets it."""
+        model, self._float_model = self.float_model(), None
+        return model
+
+    @cached_property
+    def packed_names(self) -> frozenset[str]:
+        """Names of the tensors that the base on disk holds packed."""
+        return frozenset(parameter_name(path) for path in read_record(self.path / "base")["layers"])
+
+    @property
+    def base_fingerprint(self) -> str:
+        fingerprint: str = read_record(self.path / "base")["fingerprint"]
+        return fingerprint
+
+    def base(self) -> PreTrainedModel:
+        """A fresh copy of the frozen base."""
+        self._float_model = None
+        return self.load_base(self.path / "base")
+
+    def load_base(self, folder: Path) -> PreTrainedModel:
+        """The base in `folder`; runs the model's own code only if the recipe trusts it."""
+        with self.step("loading the base"):
+            model = load_base(folder, trust_remote_code=self.recipe.model.trust_remote_code)
+        model.name_or_path = ""  # PEFT would write the folder into every adapter
+        return model
+
+    def imported(self, name: str) -> PeftModel:
+        """The float model with the adapter that adapter `name` continues."""
+        from peft import PeftModel
+
+        folder = adapter_folder(str(self.adapter(name).continue_from))
+        model = self.take_float_model()
+        with reading(folder, model):
+            return PeftModel.from_pretrained(model, str(folder)).eval()
+
+    def adapted(self, name: str) -> PeftModel:
+        """A fresh copy of the base with the trained adapter."""
+        return load_adapter(self.base(), self.path / "adapters" / name).eval()
+
+    @property
+    def schemes(self) -> SimulationSchemes:
+        """Schemes and rules of the recipe's simulation."""
+        section = self.recipe.simulation
+        return SimulationSchemes(
+            activations=Scheme(section.activation_bitwidth, section.activation_symmetric),
+            adapter_weights=section.adapter_weights.scheme(),
+            quantize_residual_adds=section.residual_adds == "quantize",
+            policy=section.policy,
+            rules=tuple(section.placement_rules()),
+            observer=section.estimator(),
+            symmetric_matmul_second_input=section.symmetric_matmul_second_input,
+            key_value_bitwidth=section.key_value_bitwidth,
+            adapter_activation_bitwidth=section.adapter_activation_bitwidth,
+            unused_rules="allow",  # `check_rules` checks them over all graphs of the job
+        )
+
+    @property
+    def example_inputs(self) -> dict[str, Tensor]:
+        """Example inputs for capturing a graph."""
+        ids = self.base_calibration_ids(1)[:, :16].repeat(2, 1)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+    def with_adapters(self, *names: str) -> PeftModel:
+        """A fresh copy of the base with trained adapters, the first of them active."""
+        model = self.adapted(names[0])
+        for number, name in enumerate(names[1:], 1):
+            folder = self.path / "adapters" / name
+            check_adapter(folder, self.base_fingerprint)
+            with reading(folder, model):
+                model.load_adapter(str(folder), adapter_name=f"{number}")
+        return model.eval()
+
+    def new_simulation(self, name: str, model: PeftModel | None = None) -> Simulation:
+        """Capture base and adapter as a simulation that is not calibrated yet.
+
+        In workflow qwa-lora, the encodings that the adapter was trained through are already set.
+        Only one simulation is kept in memory, besides the zero adapter's while both are compared.
+
+        Args:
+            model: the base with the adapter. Default: a fresh copy of both.
+        """
+        self._simulation = self.zero_adapter = None
+        model = model or self.with_adapters(name)
+        with self.step("capturing the graph"):
+            simulation = simulate(model, self.example_inputs, self.schemes)
+        self.check_rules(simulation.placement)
+        if self.recipe.workflow == "qwa-lora":
+            simulation.fix_encodings(load_activations(self.path / BASE_SIMULATION))
+        self._simulation = (name, simulation)
+        return simulation
+
+    def check_rules(self, *placements: Placement) -> None:
+        """Check once that every placement rule has an effect in the job; see `unused_rules.py`.
+
+        Args:
+            placements: placements of graphs that the caller captured anyway.
+        """
+        if not self._rules_are_checked and self.recipe.simulation.rules:
+            refuse_unused_rules(placements, self._capture_graphs())
+        self._rules_are_checked = True
+
+    def _capture_graphs(self) -> Iterator[Placement]:
+        """Capture the job's graphs one by one and yield their placements.
+
+        These are the base with each untrained adapter, and the base alone if the job calibrates it.
+        An adapter that continues another one is left out: it has the same layers.
+        """
+        for adapter in self.recipe.adapters:
+            if self.recipe.predecessor(adapter) is None:
+                model = self.untrained(adapter)
+                yield self._placement(model.eval())
+        shares = self.recipe.simulation.base_activations != "all"
+        if self.recipe.workflow == "qwa-lora" or shares:
+            yield self._placement(self.base())
+
+    def untrained(self, adapter: Adapter) -> PeftModel:
+        """A fresh copy of the base with an adapter before its training."""
+        base, seed = self.base(), self.recipe.seed
+        if adapter.continue_from is None:
+            return attach(base, adapter.lora_shape(), seed)
+        return attach_existing(base, adapter.continue_from, adapter.unknown_base, seed)
+
+    def _placement(self, model: nn.Module) -> Placement:
+        with self.step("capturing the graph"):
+            captured = capture(model, self.example_inputs)
+        return place(captured.program, self.schemes, captured.input_names)
+
+    def training_graph(self, model: PeftModel) -> TrainingGraph:
+        """Base and adapter as one graph to train through, with calibrated base activations."""
+        with self.step("capturing the graph"):
+            simulation = simulate(model.eval(), self.example_inputs, self.schemes)
+        return TrainingGraph(simulation, load_activations(self.path / BASE_SIMULATION))
+
+    def simulation(self, name: str) -> Simulation:
+        """The calibrated simulation, captured again if it is not in memory."""
+        if self._simulation is None or self._simulation[0] != name:
+            folder = self.path / "simulation" / name
+            simulation = self.new_simulation(
+                name, load_adapter(self.base(), folder / ADAPTER).eval()
+            )
+            if self.recipe.simulation.base_activations == "none":
+                # Adapter weights use shared encodings, which their own values do not determine.
+                simulation.set_adapter_encodings(load_encodings(folder))
+            restore(simulation, folder)
+        assert self._simulation is not None
+        return self._simulation[1]

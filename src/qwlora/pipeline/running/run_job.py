@@ -1,0 +1,300 @@
+"""Run the stages of a recipe in order, skipping those that are current.
+
+`results.json` and `report.html` are rewritten when a stage begins and ends, and while an adapter is
+trained (`job_status.py`). They list only current results.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from qwlora.data.prepared_data import summary
+from qwlora.errors import DirectoryError, described
+from qwlora.pipeline.job.digests import Digests
+from qwlora.pipeline.job.directory import Directory
+from qwlora.pipeline.job.directory_errors import as_directory_errors
+from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.job.output_path import check_outside_data
+from qwlora.pipeline.job.stage_records import Record, record_path
+from qwlora.pipeline.plan.missing_stages import check_needs, command_line
+from qwlora.pipeline.plan.plan import dependents, make_plan, resolve_compute
+from qwlora.pipeline.plan.replace_guard import check_kept, check_none_lost
+from qwlora.pipeline.plan.stage import Stage
+from qwlora.pipeline.plan.stale_stages import find_stale
+from qwlora.pipeline.results.job_files import last_status, write_results
+from qwlora.pipeline.results.results import TIMING, collect_results, merge_results
+from qwlora.pipeline.running.distributed import (
+    announce,
+    announced_stages,
+    is_first_process,
+    wait_for_others,
+)
+from qwlora.pipeline.running.job_status import JobStatus
+from qwlora.pipeline.running.new_context import new_context
+from qwlora.pipeline.stages import RUN, VERBS
+from qwlora.progress import Track, untracked
+from qwlora.recipe import Recipe
+from qwlora.system.memory import peak_rss_bytes, reset_peak_rss, return_freed_memory
+
+Say = Callable[[str], None]
+Watch = Callable[[str, int, int], None]
+
+
+def run(
+    recipe: Recipe,
+    out: Path,
+    verbs: Collection[str] = VERBS,
+    track: Track = untracked,
+    say: Say = lambda line: None,
+    command: Callable[[str], str] | None = None,
+    trust_mtime: bool = False,
+    replace: bool = False,
+    watch: Watch | None = None,
+) -> dict[str, Any]:
+    """Run the stages of `recipe` whose verb is in `verbs` in the directory `out`.
+
+    Current stages are skipped (see `stale_stages.py`), but `verify` always runs when only some
+    verbs are requested.
+
+    Args:
+        say: receives one line for each stage that is skipped or run.
+        command: returns the command line that runs a verb of this job, for messages.
+        trust_mtime: see `Digests`.
+        replace: replace adapters that were trained with other settings.
+        watch: called when a stage begins, with its name, its number and how many will run. Without
+            it, memory and disk are not estimated before.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        SourceError, GridError: the model or text cannot be used; nothing was written.
+        DirectoryError: `out` cannot be used, a stage that must run first is not current, or an
+            adapter would be replaced.
+        QwloraError: a stage failed; the stages before it stay finished.
+    """
+    check_outside_data(out, recipe)
+    recipe = resolve_compute(recipe)
+    texts = JobTexts(recipe, track)
+    digests = Digests(out / ".qwlora" / "digests.json", trust_mtime=trust_mtime, track=track)
+    plan = make_plan(recipe, texts, digests)
+    if not is_first_process():
+        return _join_stages(new_context(recipe, texts, out, untracked), plan)
+    job = _Run(recipe, out, texts, plan, digests, track, say)
+    try:
+        return job.run(verbs, command or (lambda verb: command_line(verb, out)), replace, watch)
+    finally:
+        digests.save()
+        announce(None)
+
+
+@dataclass
+class _Run:
+    """One run, in the first process. Its first fields are what `run` was given and made.
+
+    Args:
+        stale: why each stage that is not current has to run.
+        always: stages that run even if they are current.
+        context: None until a stage, or a check before all stages, needs it.
+    """
+
+    recipe: Recipe
+    out: Path
+    texts: JobTexts
+    plan: list[Stage]
+    digests: Digests
+    track: Track
+    say: Say
+    stale: dict[str, str] = field(default_factory=dict)
+    always: set[str] = field(default_factory=set)
+    context: Any = None
+
+    def run(
+        self,
+        verbs: Collection[str],
+        command: Callable[[str], str],
+        replace: bool,
+        watch: Watch | None,
+    ) -> dict[str, Any]:
+        asked = [stage for stage in self.plan if stage.verb in verbs]
+        if not set(VERBS) <= set(verbs):
+            self.always = {stage.name for stage in asked if stage.verb == "verify"}
+        peek = Directory.peek(self.out, self.recipe)
+        peek.digests = self.digests
+        self.stale = find_stale(self.plan, peek)
+        if "calibrate" not in verbs:
+            asked = _without_uncalibrated(asked, peek, self.say)
+        waiting = [stage for stage in asked if self._must_run(stage)]
+        check_needs(self.plan, waiting, verbs, peek, self.stale, command)
+        if not replace:
+            check_none_lost(peek, self.recipe)
+            check_kept(self.plan, waiting, peek, self.recipe, self.stale)
+        if not waiting and not peek.is_writable:
+            return self._unchanged(peek, asked)
+        for name in peek.damaged:
+            self.say(f"{peek.path / record_path(name)} is damaged; {name} runs again")
+        for stage in waiting:
+            if stage.artifact is not None:
+                peek.check_replaceable(stage.name, stage.artifact)
+        self._prepare(peek, waiting, estimates=watch is not None)
+        with Directory.open(self.out, self.recipe) as directory:
+            directory.digests = self.digests
+            self.stale = find_stale(self.plan, directory)
+            directory.drop(*(directory.records.keys() - {s.name for s in self.plan}))
+            return self._run_stages(directory, asked, watch or (lambda stage, number, count: None))
+
+    def _must_run(self, stage: Stage) -> bool:
+        return stage.name in self.stale or stage.name in self.always
+
+    def _unchanged(self, directory: Directory, asked: Sequence[Stage]) -> dict[str, Any]:
+        """The results of a folder that cannot be written, where every stage is current."""
+        for stage in asked:
+            self.say(_skipped_line(stage))
+        results = collect_results(directory, self.recipe, self.plan, self.stale)
+        merge_results(results, last_status(self.out))
+        return results
+
+    def _prepare(self, directory: Directory, waiting: Sequence[Stage], estimates: bool) -> None:
+        """All checks that need no writing, and the estimate."""
+        if not waiting:
+            return
+        if not directory.is_writable:
+            first = waiting[0].name
+            raise DirectoryError(
+                f"{str(self.out)!r} is not writable, but {first} must run "
+                f"({self.stale.get(first, 'as requested')}); make the directory writable, or "
+                "copy it"
+            )
+        verbs = {stage.verb for stage in waiting}
+        self.context = _start_context(
+            self.recipe, self.texts, self.out, self.track, self.say, verbs
+        )
+        for name, text in (prepared := self.context.all_texts()).items():
+            self.say(summary(text.describe(), name if len(prepared) > 1 else None))
+        if estimates:
+            _say_estimate(self.context, waiting, self.track, self.say)
+
+    def _run_stages(
+        self, directory: Directory, asked: Sequence[Stage], watch: Watch
+    ) -> dict[str, Any]:
+        name = self.out.absolute().name
+        status = JobStatus(
+            lambda keys: write_results(directory, self.recipe, self.plan, self.stale, keys),
+            self.plan,
+            f"qwlora run {name}/recipe.yaml --out {name}",
+            last_status(self.out),
+        )
+        waiting = [stage.name for stage in asked if self._must_run(stage)]
+        for stage in asked:
+            if not self._must_run(stage):
+                directory.drop_work(stage.name, stage.work_key)  # of a run killed at its end
+                self.say(_skipped_line(stage))
+                continue
+            if stage.name in waiting:
+                watch(stage.name, 1 + waiting.index(stage.name), len(waiting))
+            with status.failures():
+                seconds = self._run_stage(directory, stage, status)
+            self.say(f"{stage.name}: done in {seconds:.1f} s")
+        return status.end(self.stale)
+
+    def _run_stage(self, directory: Directory, stage: Stage, status: JobStatus) -> float:
+        """Run one stage, and mark those that read what it wrote; returns its seconds."""
+        reason = self.stale.get(stage.name, "has not run")
+        self.say(f"{stage.name} ...{'' if reason.startswith('has not run') else f' ({reason})'}")
+        follows = dependents(self.plan, stage.name)
+        if stage.name not in self.stale or stage.verb == "verify":
+            directory.drop(stage.name, *follows)  # an earlier success must not outlast a failure
+            self.stale.setdefault(stage.name, "is running")
+        status.begin(stage.name)
+        if self.context is None:
+            self.context = new_context(self.recipe, self.texts, self.out, self.track)
+        self.context.on_training = status.train
+        seconds = _execute(directory, self.context, stage, follows)
+        for name in follows:
+            if not self.stale.get(name, "").startswith("has not run"):
+                self.stale[name] = f"reads {stage.name}, which ran again"
+        del self.stale[stage.name]
+        return seconds
+
+
+def _without_uncalibrated(asked: list[Stage], directory: Directory, say: Say) -> list[Stage]:
+    """`asked` without the evaluation of simulations that were never calibrated."""
+    kept = []
+    for stage in asked:
+        if stage.name.startswith("evaluate/simulated/") and stage.needs[0] not in directory.records:
+            say(f"{stage.name}: left out, {stage.needs[0]} has not run")
+        else:
+            kept.append(stage)
+    return kept
+
+
+def _join_stages(context: Any, plan: Sequence[Stage]) -> dict[str, Any]:
+    """Join the stages that all processes run together; returns no results."""
+    by_name = {stage.name: stage for stage in plan}
+    for name in announced_stages():
+        stage = by_name[name]
+        work = Directory(context.path).work(name, stage.work_key)
+        RUN[stage.verb](context, stage, work, work)  # only the first process writes an artifact
+    return {}
+
+
+def _skipped_line(stage: Stage) -> str:
+    return f"{stage.name}: skipped, nothing it depends on has changed"
+
+
+def _execute(directory: Directory, context: Any, stage: Stage, follows: Collection[str]) -> float:
+    began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+    gc.collect()
+    return_freed_memory()  # of the stages before
+    reset_peak_rss()
+    with as_directory_errors(directory.path), directory.scratch() as scratch:
+        if stage.verb == "train":
+            announce(stage.name)
+        results = RUN[stage.verb](
+            context, stage, scratch, directory.work(stage.name, stage.work_key)
+        )
+        wait_for_others()
+        seconds = time.perf_counter() - began
+        results[TIMING] = {"started": started, "peak_rss_bytes": peak_rss_bytes()}
+        if stage.artifact is not None:
+            results[TIMING]["bytes"] = sum(
+                f.stat().st_size for f in scratch.rglob("*") if f.is_file()
+            )
+        directory.commit(
+            stage.name, Record(stage.key, seconds, results), scratch, stage.artifact, follows
+        )
+        directory.drop_work(stage.name)
+    return seconds
+
+
+def _start_context(
+    recipe: Recipe, texts: JobTexts, out: Path, track: Track, say: Say, verbs: set[str]
+) -> Any:
+    """The context, after all checks that need no writing."""
+    context = new_context(recipe, texts, out, track)
+    from qwlora.pipeline.plan.preflight import preflight
+
+    preflight(context, verbs, say)
+    return context
+
+
+def _say_estimate(context: Any, waiting: Sequence[Stage], track: Track, say: Say) -> None:
+    """Say what the stages `waiting` need. An estimate is no reason to stop a job."""
+    from qwlora.pipeline.plan.estimates import estimate, summary_line
+
+    try:
+        estimates = estimate(
+            context.recipe, waiting, context.path, track, context.holds_float_model
+        )
+    except Exception as error:
+        say(f"no estimate of memory: {described(error)}")
+        return
+    say(summary_line(estimates))
+    for problem in estimates.problems:
+        say(f"warning: {problem}")

@@ -1,0 +1,184 @@
+"""Perplexity cost of a job's simulation, and mixed precision under a limit.
+
+For `qwlora simulate --costs` and `--suggest`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qwlora.errors import CalibrationError
+from qwlora.pipeline.commands.open_job import is_calibrated, open_job
+from qwlora.progress import Track, untracked
+
+if TYPE_CHECKING:
+    from qwlora.data.sequences import Sequences
+    from qwlora.pipeline.running.loaded_models import JobContext
+    from qwlora.simulation.simulation import Simulation
+
+LISTED = 10
+SENSITIVITY_TOKENS = 128  # first tokens of a sequence; all their activations are in memory at once
+SEARCHED_SEQUENCES = 4  # measured dozens of times during a search
+NARROW_BITS, WIDE_BITS = 8, 16
+
+
+def measure_costs(
+    folder: Path,
+    adapter: str | None = None,
+    changes: tuple[str, ...] = (),
+    track: Track = untracked,
+) -> dict[str, Any]:
+    """Measure the perplexity cost of each part of the simulation.
+
+    Returns:
+        `perplexity`: with the parts of the simulation enabled one after another.
+        `sensitivity`: the most expensive activations, cost in nats per token.
+        `layer_sqnr_db`: the layers that differ most from the float graph.
+
+    Raises:
+        DirectoryError, RecipeError, FingerprintError: see `open_job`.
+        CalibrationError: the calibration is out of date, see `is_calibrated`.
+    """
+    context, name = open_job(folder, adapter, changes, track)
+    from qwlora.analysis.quantization_costs import cumulative_costs, layer_sqnr
+    from qwlora.analysis.sensitivity import sensitivities
+
+    calibrated = not changes and is_calibrated(context, name)
+    simulation = context.simulation(name) if calibrated else _calibrated(context, name)
+    evaluation = context.text(name).evaluation
+    perplexities = {"base": _perplexity(context.base(), evaluation)}
+    perplexities |= cumulative_costs(
+        simulation, lambda: _simulated(simulation, evaluation), context.track
+    )
+    batches = _sensitivity_batches(context, name)
+    tokens = sum(batch["input_ids"].numel() - 1 for batch in batches)
+    ranking = [
+        {**asdict(s), "cost": s.cost / tokens}
+        for s in sensitivities(simulation, batches, track=context.track)[:LISTED]
+    ]
+    furthest = sorted(
+        layer_sqnr(simulation, batches[:1], context.track).items(), key=lambda item: item[1]
+    )[:LISTED]
+    found = {
+        "adapter": name,
+        "perplexity": perplexities,
+        "sensitivity": ranking,
+        "layer_sqnr_db": dict(furthest),
+    }
+    return found if calibrated else found | _unshared(context)
+
+
+def suggest_bitwidths(
+    folder: Path,
+    adapter: str | None,
+    changes: tuple[str, ...],
+    share: float,
+    track: Track = untracked,
+) -> dict[str, Any]:
+    """Find the fewest activations at 16 bits, the others at 8, that keep perplexity under a limit.
+
+    The limit is (1 + share) * perplexity with float activations.
+
+    Returns:
+        `sequences`: number of evaluation sequences used for the search; `measured`, `limit` and
+            `float_activations` are perplexities on these.
+        `fresh`: perplexities on the other evaluation sequences; None if there are none.
+        `kept`: number of activations that the recipe's rules decide; these are not searched.
+        `rules`: rules that give the result, starting with those of the recipe.
+
+    Raises:
+        DirectoryError, RecipeError, FingerprintError: see `open_job`.
+        CalibrationError: the limit is exceeded even with 16 bits for all; or the adapter was
+            trained through quantized activations (workflow qwa-lora).
+    """
+    context, name = open_job(
+        folder, adapter, (*changes, f"simulation.activation_bitwidth={NARROW_BITS}"), track
+    )
+    from qwlora.analysis.mixed_precision import suggest
+
+    if context.recipe.workflow == "qwa-lora":
+        raise CalibrationError(
+            f"adapter {name!r} was trained through quantized activations (workflow qwa-lora), so "
+            "other grids need another training, which --suggest does not do. Find the rules with "
+            "workflow qw-lora, add them to the recipe, and train again"
+        )
+
+    simulation = _calibrated(context, name)
+    searched, others = context.text(name).evaluation.spread(SEARCHED_SEQUENCES)
+    with simulation.only():
+        reference = _simulated(simulation, searched)
+    limit = (1 + share) * reference
+    found = suggest(
+        simulation,
+        _sensitivity_batches(context, name),
+        lambda: _simulated(simulation, searched),
+        limit,
+        NARROW_BITS,
+        WIDE_BITS,
+        track=context.track,
+    )
+    fresh: dict[str, float] | None = None
+    if len(others):
+        fresh = {"sequences": len(others), "measured": _simulated(simulation, others)}
+        with simulation.only():
+            fresh["float_activations"] = _simulated(simulation, others)
+    measured = {
+        "narrow": found.narrow,
+        "kept": found.kept,
+        "measured": found.measured,
+        "all_narrow": found.all_narrow,
+        "all_wide": found.all_wide,
+        "limit": found.limit,
+        "float_activations": reference,
+        "sequences": len(searched),
+    }
+    own = [
+        rule.model_dump(exclude_defaults=True, mode="json")
+        for rule in context.recipe.simulation.rules
+    ]
+    rules = [*own, *({"match": rule.match, "bitwidth": rule.bitwidth} for rule in found.rules)]
+    return {
+        "adapter": name,
+        **measured,
+        "fresh": fresh,
+        "wide": list(found.wide),
+        "rules": rules,
+        **_unshared(context),
+    }
+
+
+def _unshared(context: JobContext) -> dict[str, str]:
+    """What the recipe shares among adapters, if anything; simulations calibrated here share
+    nothing."""
+    shares = context.recipe.simulation.base_activations
+    return {} if shares == "all" else {"unshared": shares}
+
+
+def _calibrated(context: JobContext, name: str) -> Simulation:
+    simulation = context.new_simulation(name)
+    simulation.calibrate(
+        **context.calibration(name), allow_unseen=context.recipe.simulation.unseen == "float"
+    )
+    return simulation
+
+
+def _sensitivity_batches(context: JobContext, name: str) -> list[dict[str, Any]]:
+    """The first tokens of each calibration sequence."""
+    ids = context.text(name).calibration_ids[:, :SENSITIVITY_TOKENS]
+    return [
+        {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in ids
+    ]
+
+
+def _simulated(simulation: Simulation, evaluation: Sequences) -> float:
+    from qwlora.analysis.token_scores import perplexity
+
+    return perplexity(simulation.logits, evaluation, "perplexity, simulated")
+
+
+def _perplexity(model: Any, evaluation: Sequences) -> float:
+    from qwlora.analysis.token_scores import logits_of, perplexity
+
+    return perplexity(logits_of(model.eval()), evaluation, "perplexity")

@@ -298,14 +298,16 @@ def test_another_call_does_not_use_cached_blocks(tmp_path: Path, what: str) -> N
         ids.flip(0, 1) if what == "calibration" else ids,
     )
     models = [tiny_model("llama", seed=1 if what == "weights" else 0) for _ in range(2)]
-    settings = GptqSettings(activation_order=True) if what == "settings" else None
-    report = quantize_(
-        models[0], scheme, "gptq", calibration=calibration, work=tmp_path, rules=FEW, gptq=settings
-    )
-    assert report == quantize_(
-        models[1], scheme, "gptq", calibration=calibration, rules=FEW, gptq=settings
-    )
+    own = {"gptq": GptqSettings(activation_order=True)} if what == "settings" else None
+    arguments: Any = {"calibration": calibration, "rules": FEW, "settings": own}
+    report = quantize_(models[0], scheme, "gptq", work=tmp_path, **arguments)
+    assert report == quantize_(models[1], scheme, "gptq", **arguments)
     assert fingerprint(models[0]) == fingerprint(models[1])
+
+
+def test_settings_of_an_unknown_solver_are_refused() -> None:
+    with pytest.raises(GridError, match="solver 'gtpq' is not one of"):
+        quantize_(tiny_model("llama"), "w4-block32", settings={"gtpq": GptqSettings()})
 
 
 def test_a_cached_block_whose_moments_are_missing_is_recomputed(tmp_path: Path) -> None:

@@ -5,15 +5,24 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import types
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import qwlora
+from conftest import tiny_model
+from qwlora import quantize_
 from qwlora.errors import CalibrationError, GridError
+from qwlora.grid.observers import measure
+from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
+from qwlora.nn import packed_weights
 from qwlora.quantize.scale_search import search_scale
 from qwlora.quantize.solvers import SOLVERS, Solver, solver_named
 from qwlora.recipe import base_section
@@ -106,3 +115,30 @@ def test_the_search_finds_a_narrow_range() -> None:
     found = float(search_scale(weight, Scheme(4)).scale)
     assert found == pytest.approx(float(search_scale(weight[1:], Scheme(4)).scale), rel=0.15)
     assert found < 0.2 * 40 / 7
+
+
+def test_a_solver_with_settings_is_a_module_and_an_entry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The toy multiplies the min-max scales by its setting."""
+
+    @dataclass(frozen=True)
+    class Settings:
+        factor: float = 1.0
+
+    def solve(weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: Any) -> Any:
+        scaled = measure(weight, scheme)
+        scaled = replace(scaled, scale=scaled.scale * (settings or Settings()).factor)
+        return QuantizedTensor(scaled.quantize(weight), scaled), {}
+
+    module = types.ModuleType("qwlora.quantize.toy")
+    vars(module).update(solve=solve, Settings=Settings)
+    monkeypatch.setitem(sys.modules, "qwlora.quantize.toy", module)
+    toy = Solver("toy", "quantize.toy:solve", settings="quantize.toy:Settings")
+    monkeypatch.setitem(SOLVERS, "toy", toy)
+    models = [tiny_model("llama") for _ in range(2)]
+    for model, factor in zip(models, (1.0, 2.0), strict=True):
+        report = quantize_(
+            model, "w8-channel", "toy", settings={"toy": toy.settings_of({"factor": factor})}
+        )
+        assert {layer.solver for layer in report.layers.values()} == {"toy"}
+    scales = [next(iter(packed_weights(model).values())).encoding.scale for model in models]
+    assert torch.allclose(scales[1], 2 * scales[0], rtol=1e-3)

@@ -13,32 +13,31 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.observers import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.scale_search import search_scale
 
 REVISION = 1
 
 
 def solve_rtn(
-    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: GptqSettings | None
-) -> tuple[QuantizedTensor, None]:
+    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: None
+) -> tuple[QuantizedTensor, dict[str, float]]:
     """Min-max range."""
     return _rounded(weight, measure(weight, scheme))
 
 
 def solve_search(
-    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: GptqSettings | None
-) -> tuple[QuantizedTensor, None]:
+    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: None
+) -> tuple[QuantizedTensor, dict[str, float]]:
     """The least squared error."""
     return _rounded(weight, search_scale(weight, scheme))
 
 
 def solve_sqnr(
-    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: GptqSettings | None
-) -> tuple[QuantizedTensor, None]:
+    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: None
+) -> tuple[QuantizedTensor, dict[str, float]]:
     """The least squared error, with clipped weights counted three times."""
     return _rounded(weight, search_scale(weight, scheme, clipping_penalty=3.0))
 
 
-def _rounded(weight: Tensor, encoding: Encoding) -> tuple[QuantizedTensor, None]:
-    return QuantizedTensor(encoding.quantize(weight), encoding), None
+def _rounded(weight: Tensor, encoding: Encoding) -> tuple[QuantizedTensor, dict[str, float]]:
+    return QuantizedTensor(encoding.quantize(weight), encoding), {}

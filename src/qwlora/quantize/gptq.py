@@ -85,14 +85,15 @@ class GptqReport:
 
 def solve_gptq(
     weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: GptqSettings | None
-) -> tuple[QuantizedTensor, GptqReport]:
+) -> tuple[QuantizedTensor, dict[str, float]]:
     """`gptq` as a registered solver."""
     if moment is None:
         raise CalibrationError(
             "no calibration data reached this layer, or its output changes nothing. Add a rule for "
             "it: solver: search, or keep: float."
         )
-    return gptq(weight, moment, scheme, settings)
+    quantized, report = gptq(weight, moment, scheme, settings)
+    return quantized, {"error": report.relative_error, "damping": report.damping}
 
 
 def gptq(

@@ -14,11 +14,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from qwlora.errors import GridError
 from qwlora.grid.scheme import Scheme
 from qwlora.messages import suggestion
-from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.solvers import SOLVERS
 
 
@@ -39,11 +39,11 @@ class Rule:
 
 @dataclass(frozen=True)
 class Assignment:
-    """Scheme and solver of one tensor, and the settings of gptq."""
+    """Scheme and solver of one tensor, and the solver's settings; None for the defaults."""
 
     scheme: Scheme
     solver: str
-    gptq: GptqSettings = GptqSettings()
+    settings: Any = None
 
 
 @dataclass(frozen=True)

@@ -27,7 +27,6 @@ from qwlora.grid.second_moments import Moments
 from qwlora.nn import pack_at_, tie_weights_
 from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track, untracked
-from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.layer_rules import Assignment, Rule
 from qwlora.quantize.quantize_blocks import batches_of, quantize_blocks_, tensors_by_block
 from qwlora.quantize.quantize_model import QuantizeReport, base_size, plan_layers
@@ -61,7 +60,7 @@ def quantize_checkpoint(
     calibration: Tensor | Iterable[Any] | None = None,
     moments: Moments | None = None,
     work: Path | None = None,
-    gptq: GptqSettings | None = None,
+    settings: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
     track: Track = untracked,
 ) -> QuantizedCheckpoint:
@@ -71,7 +70,7 @@ def quantize_checkpoint(
     Args:
         scheme: as for `quantize_`. None keeps the integers that the checkpoint has, and quantizes
             nothing.
-        calibration, moments, work, gptq: as for `quantize_`.
+        calibration, moments, work, settings: as for `quantize_`.
         shard_bytes: size of a shard, which is also held in memory.
 
     Raises:
@@ -82,7 +81,7 @@ def quantize_checkpoint(
     """
     lazy = LazyModel(checkpoint)
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-    plan = {} if scheme is None else plan_layers(lazy.model, scheme, solver, rules, gptq)
+    plan = {} if scheme is None else plan_layers(lazy.model, scheme, solver, rules, settings)
     writer = BaseWriter(Path(folder), shard_bytes)
     if moments is not None or any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
         batches = batches_of(calibration, lazy.model)

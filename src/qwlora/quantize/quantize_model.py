@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,7 +44,6 @@ from qwlora.nn.meta_tensors import refuse_meta
 from qwlora.nn.unwrap import unwrapped
 from qwlora.parameter_names import canonical_name, is_adapter_name
 from qwlora.progress import Track, untracked
-from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.layer_rules import Assignment, Candidate, Rule, assign
 from qwlora.quantize.quantize_blocks import batches_of, quantize_blocks_
 from qwlora.quantize.quantize_tensor import (
@@ -98,7 +97,7 @@ def quantize_(
     calibration: Tensor | Iterable[Any] | None = None,
     moments: Moments | None = None,
     work: Path | None = None,
-    gptq: GptqSettings | None = None,
+    settings: Mapping[str, Any] | None = None,
     track: Track = untracked,
 ) -> QuantizeReport:
     """Quantize the layers of `model` in place.
@@ -112,7 +111,7 @@ def quantize_(
         moments: filled with the second moments of each layer (`second_moments.py`), which
             `initialize_adapter_` needs for `qera`.
         work: a folder for finished blocks; the same call resumes after the last one in it.
-        gptq: settings of that solver.
+        settings: of solvers, by name: `{"gptq": GptqSettings(sweeps=0)}`.
 
     Raises:
         GridError: a scheme does not fit its layer (all such layers are named), a rule matches
@@ -122,7 +121,7 @@ def quantize_(
     """
     model = model_to_pack(model)
     scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
-    plan = plan_layers(model, scheme, solver, rules, gptq)
+    plan = plan_layers(model, scheme, solver, rules, settings)
     check_base_finite(model)
     if moments is not None or any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
         reports = quantize_blocks_(
@@ -177,12 +176,12 @@ def plan_layers(
     scheme: Scheme,
     solver: str,
     rules: Sequence[Rule] = (),
-    gptq: GptqSettings | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Assignment]:
     """Scheme and solver of each tensor that `quantize_` would replace, by its name in the model.
     Raises what `quantize_` would raise.
     """
-    for named in {solver, *(rule.solver for rule in rules if rule.solver)}:
+    for named in {solver, *(rule.solver for rule in rules if rule.solver), *(settings or ())}:
         solver_named(named)
     plan, misfits = {}, []
     assigned = assign(find_tensors(model), scheme, solver, rules)
@@ -198,7 +197,7 @@ def plan_layers(
             todo.scheme.scale_shape(shape)
         except GridError as error:
             misfits.append(f"{canonical_name(name)}: {todo.scheme} does not fit: {error}")
-        plan[name] = replace(todo, gptq=gptq or todo.gptq)
+        plan[name] = replace(todo, settings=(settings or {}).get(todo.solver))
     if misfits:
         shown = "\n  ".join(lines(misfits))
         raise GridError(

@@ -71,7 +71,7 @@ def solve_tensor(
     weight = weight.detach().float()
     try:
         solver = SOLVERS[todo.solver]
-        quantized, report = solver.solve(weight, todo.scheme, moment, todo.gptq)
+        quantized, known = solver.solve(weight, todo.scheme, moment, todo.settings)
     except CalibrationError as error:
         raise CalibrationError(f"{canonical_name(name)}: {error}") from error
     difference, energy = weight - quantized.dequantize(), float(weight.square().sum())
@@ -82,18 +82,18 @@ def solve_tensor(
             str(todo.scheme), todo.solver, second_rounding=second, weight_error=weight_error
         )
     whole = output_energy(weight, moment)
-    own_error = report.relative_error if report else output_energy(difference, moment) / whole
+    if "error" not in known:
+        known["error"] = output_energy(difference, moment) / whole
     rtn_error = (
         output_energy(weight - measure(weight, todo.scheme).fake_quantize(weight), moment) / whole
     )
     return quantized, LayerReport(
         str(todo.scheme),
         todo.solver,
-        own_error,
-        rtn_error,
-        report.damping if report else None,
-        second,
-        weight_error,
+        rtn_error=rtn_error,
+        second_rounding=second,
+        weight_error=weight_error,
+        **known,
     )
 
 

@@ -1,15 +1,16 @@
 """The registry of solvers: how codes and encoding of a float weight are found.
 
-A new solver is one module with a `solve` function and a `REVISION` (see `revisions.py`), and one
-entry here. Recipes and rules take the names from here. Free of torch: a solver's module is imported
-when it first solves something.
+A new solver is one module with a `solve` function, a `REVISION` (see `revisions.py`) and, if it has
+settings, their class, and one entry here. Recipes and rules take the names from here. Free of
+torch: a solver's module is imported when it first solves something.
 """
 
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from qwlora.errors import GridError
 from qwlora.revisions import later_revisions
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
     from qwlora.grid.quantized_tensor import QuantizedTensor
     from qwlora.grid.scheme import Scheme
-    from qwlora.quantize.gptq import GptqReport, GptqSettings
 
 
 class Solve(Protocol):
@@ -30,14 +30,14 @@ class Solve(Protocol):
         weight: Tensor,
         scheme: Scheme,
         moment: Tensor | None,
-        settings: GptqSettings | None,
-    ) -> tuple[QuantizedTensor, GptqReport | None]:
-        """Codes and encoding, and the solver's own report if it has one.
+        settings: Any,
+    ) -> tuple[QuantizedTensor, dict[str, float]]:
+        """Codes and encoding, and fields of the `LayerReport` that the solver knows.
 
         Args:
             weight: float32 [out, in], or [experts, out, in].
             moment: second moment of the layer's input [in, in], if calibration data reached it.
-            settings: of gptq.
+            settings: an object of the solver's settings class; None for the defaults.
 
         Raises:
             GridError: the scheme does not fit the weight.
@@ -53,23 +53,34 @@ class Solver:
         function: the `Solve`, as "module:function" in this package.
         depends_on: other modules that decide about its results.
         needs_calibration: whether it needs the second moment of the layer's input.
+        settings: the class of its settings, as "module:class" in this package; None without any. A
+            recipe has them in the key of `base` that has the solver's name.
     """
 
     name: str
     function: str
     depends_on: tuple[str, ...] = ()
     needs_calibration: bool = False
+    settings: str | None = None
 
     @property
     def solve(self) -> Solve:
         """The solver's function."""
-        module, _, function = self.function.partition(":")
-        return cast(Solve, getattr(importlib.import_module(f"qwlora.{module}"), function))
+        return cast(Solve, _imported(self.function))
+
+    def settings_of(self, values: Mapping[str, Any]) -> Any:
+        """An object of the settings class with these fields."""
+        return _imported(str(self.settings))(**values)
 
     @property
     def later_revisions(self) -> list[tuple[str, int]]:
         """Revisions of the solver's modules, for keys."""
         return later_revisions((self.function.partition(":")[0], *self.depends_on))
+
+
+def _imported(name: str) -> Any:
+    module, _, attribute = name.partition(":")
+    return getattr(importlib.import_module(f"qwlora.{module}"), attribute)
 
 
 _REGISTERED = (
@@ -81,6 +92,7 @@ _REGISTERED = (
         "quantize.gptq:solve_gptq",
         ("quantize.scale_search",),
         needs_calibration=True,
+        settings="quantize.gptq:GptqSettings",
     ),
 )
 SOLVERS = {solver.name: solver for solver in _REGISTERED}

@@ -103,7 +103,6 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
     from qwlora.formats.base_folder import save_base
     from qwlora.formats.model_origin import public_name
     from qwlora.grid.second_moments import Moments
-    from qwlora.quantize.gptq import GptqSettings
     from qwlora.quantize.quantize_blocks import observe_moments
     from qwlora.quantize.quantize_checkpoint import quantize_checkpoint
     from qwlora.quantize.quantize_model import QuantizeReport, base_size, quantize_
@@ -124,7 +123,11 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
         "calibration": calibration,
         "moments": moments,
         "work": work,
-        "gptq": GptqSettings(**base.gptq.model_dump()),
+        "settings": {
+            solver.name: solver.settings_of(getattr(base, solver.name).model_dump())
+            for solver in SOLVERS.values()
+            if solver.settings
+        },
         "track": context.track,
     }
     if context.lazy is not None and not context.holds_float_model:

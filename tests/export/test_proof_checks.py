@@ -123,6 +123,44 @@ def test_how_much_of_a_limit_was_used(check: Check, share: float) -> None:
     assert check.share_of_limit == share
 
 
+@pytest.mark.parametrize(
+    "check",
+    [
+        at_most("it", 1.0, 2.0, "nats"),
+        at_least("it", 3.0, 2.0),
+        is_so("it", False),
+        is_so("it", True),
+    ],
+)
+def test_a_check_is_read_as_it_was_written(check: Check) -> None:
+    assert Check.from_json(check.to_json()) == check
+    assert check.is_measured
+
+
+@pytest.mark.parametrize("number", [None, "1.0", [1.0], {}])
+def test_what_is_no_number_was_not_measured(number: Any) -> None:
+    fields = at_most("it", 1.0, 2.0).to_json()
+    for key in ("value", "limit"):
+        check = Check.from_json({**fields, key: number})
+        assert getattr(check, key) is None
+        assert not check.is_measured
+    assert not Check.from_json({**fields, "limit": True}).is_measured
+    assert not Check.from_json({**fields, "value": NAN}).is_measured
+    assert not Check.from_json({**fields, "limit": INF}).is_measured
+
+
+@pytest.mark.parametrize("passed", [None, "true", 1, False])
+def test_only_true_passed(passed: Any) -> None:
+    assert not Check.from_json({**at_most("it", 1.0, 2.0).to_json(), "passed": passed}).passed
+
+
+def test_limits_and_flags_as_documented() -> None:
+    limits = Limits()
+    assert (limits.layer_steps, limits.layer_mean_steps) == (2.0, 0.05)
+    assert (limits.perplexity_difference, limits.sqnr, limits.below_floor) == (0.003, 60.0, 6.0)
+    assert is_so("it", False).limit is True
+
+
 GOOD, BAD = at_most("good", 1.0, 2.0), at_most("bad", 3.0, 2.0)
 
 
@@ -144,6 +182,9 @@ def test_a_verdict_needs_a_check_and_all_of_them(
     assert [row["passed"] for row in found["checks"]] == [check.passed for check in checks]
     parity = Parity({"a": NAN, "b": 1.0}, (SimpleNamespace(checks=lambda limits: checks),))
     assert parity.problems(LIMITS) == problems
+    more = parity.extended({"c": 2}, SimpleNamespace(checks=lambda limits: [BAD]))
+    assert more.to_json(LIMITS)["c"] == 2
+    assert more.problems(LIMITS) == [*problems, BAD.sentence]
     assert parity.to_json(LIMITS) == {"b": 1.0, **found}
     if passes:
         check_parity(parity, LIMITS, "it")
@@ -348,8 +389,27 @@ def test_logits_that_predict_a_loss_token_are_compared() -> None:
 
 
 def test_every_token_is_compared_where_all_count() -> None:
-    assert compared(TABLE, IDS).tokens == IDS.numel()
-    assert compared(TABLE, IDS).top1_agreement == 1.0
+    figures = compared(TABLE, IDS)
+    assert figures.tokens == IDS.numel()
+    assert figures.top1_agreement == 1.0
+    assert figures.to_json().keys() >= {"perplexity", "tokens", "kl_divergence"}
+    assert "where" not in figures.to_json()
+    losses = -TABLE[IDS[:, :-1]].double().log_softmax(-1).gather(-1, IDS[:, 1:, None])
+    assert figures.perplexity == pytest.approx(float(losses.mean().exp()))
+    assert figures.reference_perplexity == pytest.approx(float(losses.mean().exp()))
+
+
+def test_tokens_beyond_the_likeliest_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwlora.export.proof.reference.TOP", 3)
+    figures = compared(OTHER, IDS)
+    expected = []
+    for ids in IDS:
+        p, q = (table[ids].double().log_softmax(-1) for table in (TABLE, OTHER))
+        top = p.topk(3).indices
+        p, q = p.gather(-1, top).exp(), q.gather(-1, top).exp()
+        r, s = 1 - p.sum(-1), 1 - q.sum(-1)
+        expected.append((p * (p / q).log()).sum(-1) + r * (r / s).log())
+    assert figures.kl_divergence == pytest.approx(float(torch.cat(expected).mean()), rel=1e-5)
 
 
 def test_a_number_that_is_none_counts_wherever_it_is() -> None:
@@ -384,7 +444,7 @@ class Layers:
         return SimpleNamespace(marks=self.marks, encodings=encodings)
 
     def values(self, batch: Any) -> dict[str, Tensor]:
-        return {"up": torch.zeros(2000), "down": torch.zeros(100)}
+        return {"up": torch.full((2000,), 4.0), "down": torch.full((100,), 4.0)}
 
     def bind(self, batch: Any) -> Any:
         return batch
@@ -398,12 +458,12 @@ def layers(**computed: Tensor) -> LayerFigures:
 
 
 def test_differences_of_layers_are_in_their_own_steps() -> None:
-    up, down = torch.zeros(2000), torch.zeros(100)
-    up[0], down[3] = 0.75, -0.5  # 1.5 and 2 steps
+    up, down = torch.full((2000,), 4.0), torch.full((100,), 4.0)
+    up[0], down[3] = 4.75, 3.5  # 1.5 and 2 steps
     figures = layers(up=up, down=down)
     assert (figures.worst_layer, figures.worst_layer_steps, figures.layers) == ("down", 2.0, 2)
     assert figures.worst_layer_mean_steps == pytest.approx(2 / 1000)  # as if of 1,000 values
-    assert layers(up=torch.full((2000,), 0.5)).worst_layer_mean_steps == 1.0
+    assert layers(up=torch.full((2000,), 4.5)).worst_layer_mean_steps == 1.0
     assert math.isnan(layers(down=torch.full((100,), NAN)).worst_layer_mean_steps)
 
 

@@ -15,7 +15,7 @@ from qwlora.errors import CaptureError
 from qwlora.graph.capture import Captured, capture
 from qwlora.graph.flat_arguments import cache_of
 from qwlora.graph.traceable_attention import visible_implementations
-from qwlora.simulation.simulation import Origin, Simulation, simulate
+from qwlora.simulation.simulation import Simulation, simulate
 from qwlora.simulation.simulation_schemes import SimulationSchemes
 from simulation.tiny_architectures import inputs, make
 
@@ -312,7 +312,7 @@ def test_prefill_and_decode_are_one_model(name: str) -> None:
     torch.testing.assert_close(one_more["logits"], full[:, SPLIT : SPLIT + 1], atol=1e-5, rtol=1e-4)
 
     before, after = (
-        Simulation(captured, Origin.of(model, {}, SimulationSchemes()))
+        Simulation(captured, SimulationSource.of(model, {}, SimulationSchemes()))
         for captured in (prefill, decode)
     )
     before.calibrate([{"input_ids": IDS}])

@@ -145,9 +145,9 @@ class Job:
         return [Row.from_json(row) for row in rows if isinstance(row, Mapping)]
 
     def perplexity_row(self, target: str, adapter: str) -> Row | None:
-        """The check of the perplexity, if there is one."""
-        rows = self.proof_rows(target, adapter)
-        return next((row for row in rows if is_of_perplexity(row)), None)
+        """The check of the perplexity with the adapter, if there is one."""
+        rows = [row for row in self.proof_rows(target, adapter) if is_of_perplexity(row)]
+        return next((row for row in rows if "without" not in row.what), None)
 
     def compared_with(self, target: str, adapter: str) -> str:
         """What the files were compared with: `simulated`, or, without activations, `adapted`."""

@@ -16,7 +16,7 @@ from qwlora.graph.capture import Captured, capture
 from qwlora.graph.flat_arguments import cache_of
 from qwlora.graph.traceable_attention import visible_implementations
 from qwlora.simulation.simulation import Simulation, simulate
-from qwlora.simulation.simulation_schemes import SimulationSchemes
+from qwlora.simulation.simulation_schemes import SimulationSchemes, SimulationSource
 from simulation.tiny_architectures import inputs, make
 
 

@@ -48,12 +48,13 @@ from qwlora.adapter.float32_matmul import onednn_float32_matmul
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.analysis.token_scores import logits_of, perplexity
-from qwlora.data import concatenated_ids, load_documents
+from qwlora.data import load_documents
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.second_moments import Moment, Moments
 from qwlora.nn import weight_out_in
 from qwlora.quantize.quantize_model import base_size, quantize_
 from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_scales_
+from token_ids import concatenated_ids
 
 
 @dataclass(frozen=True)

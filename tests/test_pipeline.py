@@ -265,11 +265,11 @@ def test_the_lines_in_the_readme_generate_with_the_cache_and_the_adapter(
     exec(lines, names)
     runtime = OnnxModel(bundle / "base")
     runtime.use(bundle / "first")
-    ids = torch.tensor([[1, 2, 3]])
+    ids = torch.from_numpy(names["ids"][:, :-20])  # of the prompt
     for _ in range(20):  # whole sequences
         ids = torch.cat([ids, runtime.logits(ids)[:, -1:].argmax(-1)], dim=1)
     assert names["ids"].tolist() == ids.tolist()
-    assert names["cache"]["past_key_values.0.key"].shape[2] == 22
+    assert names["cache"]["past_key_values.0.key"].shape[2] == ids.shape[1] - 1
 
 
 def test_dumped_layers_are_those_of_the_session_with_the_adapter(

@@ -266,6 +266,7 @@ def test_a_use_case_is_found_by_its_own_name(job: Path, call: Call, tmp_path: Pa
         (tmp_path / part).mkdir(parents=True)
     recipe = json.loads((job / "recipe.yaml").read_text())
     recipe["export"] = {"targets": ["qairt"], "use_cases": ["first+second", "none"]}
+    recipe["simulation"] = {"residual_adds": "quantize"}
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     code, _, err = call("generate", tmp_path, PROMPT, "--stage", "qairt", "--adapter", "none")
     assert (code, err.count("\n")) == (2, 1)

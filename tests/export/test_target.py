@@ -57,11 +57,18 @@ def context(tmp_path: Path) -> Any:
             program=SimpleNamespace(graph=SimpleNamespace(nodes=[])),
             marks=[],
         ),
-        step=lambda words, estimate: contextlib.nullcontext(),
+        step=lambda words: contextlib.nullcontext(),
         sample=lambda name: f"sample of {name}",
+        tokenizer=SimpleNamespace(save_pretrained=lambda folder: None),
         text=lambda name: text,
         recipe=SimpleNamespace(
-            verify=SimpleNamespace(sequences=1, layer_tokens=2),
+            verify=SimpleNamespace(
+                sequences=1,
+                layer_tokens=2,
+                perplexity_difference=0.003,
+                layer_steps=1.01,
+                layer_mean_steps=0.05,
+            ),
             export=SimpleNamespace(encodings_version="1.0.0", graphs_of=lambda target: None),
         ),
         track=None,
@@ -87,8 +94,9 @@ def test_the_export_stage_writes_through_the_target_in_its_name(
 @pytest.mark.filterwarnings("ignore:.*is unverified")
 @pytest.mark.usefixtures("text_target")
 def test_the_verify_stage_opens_the_files_with_the_target_in_its_name(
-    context: Any, tmp_path: Path
+    context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(verify_stage._Verification, "_reference", lambda self: (None, None, {}))
     with pytest.raises(ExportError, match=r"opened .*export.text.first"):
         verify_stage.run(context, Stage("verify/text/first", "", "first"), tmp_path, tmp_path)
 

@@ -71,7 +71,7 @@ def test_layers_under_wrappers_are_simulated_and_exported(tmp_path: Path) -> Non
     with torch.no_grad(), made.only():
         assert torch.equal(made(x=X), model(X))
     export_onnx(made.graph(), tmp_path)
-    assert verify_onnx_outputs(tmp_path, made, [{"x": X}]).worst_layer_steps <= 1
+    assert verify_onnx_outputs(tmp_path, made, [{"x": X}]).figures["worst_layer_steps"] <= 1
 
 
 def test_autocast_that_changes_no_type_is_laid_open() -> None:
@@ -141,4 +141,4 @@ def test_adapted_experts_are_base_weight_and_factors(tmp_path: Path) -> None:
         assert torch.equal(made(**batch).logits, expected)
     assert float((made.outputs(batch)["logits"] - expected).norm() / expected.norm()) < 0.03
     export_onnx(made.graph(), tmp_path)
-    assert verify_onnx_outputs(tmp_path, made, [batch]).worst_layer_steps <= 2
+    assert verify_onnx_outputs(tmp_path, made, [batch]).figures["worst_layer_steps"] <= 2

@@ -243,7 +243,7 @@ def test_a_run_that_skips_everything_reads_nothing_and_imports_no_torch(
     job.run()
     code = (
         "import sys\n"
-        "from qwlora.pipeline import digests\n"
+        "from qwlora.pipeline.job import digests\n"
         "def refuse(self, file, path, size): raise AssertionError(path)\n"
         "digests.Digests._hash = refuse\n"
         "from qwlora.cli.main import main\n"

@@ -96,8 +96,10 @@ def _only_json(stream: TextIO) -> Iterator[None]:
     sys.stdout = sys.stderr
     if stream is not sys.__stdout__:  # a test captures it
         _for_json = stream
-        yield
-        _for_json = None
+        try:
+            yield
+        finally:
+            _for_json = None
         return
     stream.flush()
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as _for_json:

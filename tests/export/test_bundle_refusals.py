@@ -17,8 +17,16 @@ from torch import Tensor
 
 from conftest import reseal
 from qwlora.data.sequences import IGNORED, Sequences
-from qwlora.errors import FingerprintError, QwloraError, SourceError
-from qwlora.export.proof.folder import record_digest, verify_bundle, write_proof, write_record
+from qwlora.errors import FingerprintError, QwloraError, QwloraWarning, SourceError
+from qwlora.export.proof.folder import (
+    current_proofs,
+    is_bundle,
+    is_of_base,
+    record_digest,
+    verify_bundle,
+    write_proof,
+    write_record,
+)
 from qwlora.export.proof.reference import logits_of, make_reference
 from qwlora.export.registry import TARGETS
 
@@ -342,3 +350,71 @@ def test_settings_as_shipped_that_do_not_switch_off_fail(
     proof = verify_bundle(bundle)["first"]
     assert not proof["passed"]
     assert any("shipped" in problem for problem in proof["problems"])
+
+
+@pytest.mark.parametrize("place", ["base/extra", "first/extra", "proof/first/extra", "extra"])
+def test_a_link_is_refused_before_anything_is_read(place: str, bundle: Path) -> None:
+    (bundle / place).symlink_to(bundle / "base" / "config.json")
+    with pytest.raises(SourceError, match=r"extra' is a link"):
+        verify_bundle(bundle)
+
+
+def test_what_a_bundle_is(bundle: Path) -> None:
+    assert is_bundle(bundle)
+    assert not is_bundle(bundle / "base")
+    shutil.rmtree(bundle / "base")
+    assert is_bundle(bundle)  # one of graphs or use cases has none
+    shutil.rmtree(bundle / "proof")
+    assert not is_bundle(bundle)
+    (bundle / "proof").mkdir()
+    assert not is_bundle(bundle)
+
+
+def test_proofs_of_the_files_that_are_there_are_current(bundle: Path) -> None:
+    assert current_proofs(bundle).keys() == {"first", "second"}
+    assert current_proofs(bundle, without="first").keys() == {"second"}
+    shutil.rmtree(bundle / "second")
+    assert current_proofs(bundle).keys() == {"first"}
+    write(bundle, "first/adapter_config.json", '{"peft_type": "LORA", "r": 2}')
+    reseal(bundle / "first", "qwlora.json")
+    assert not current_proofs(bundle)
+    prove(bundle, "first")
+    assert current_proofs(bundle).keys() == {"first"}
+    prove(bundle, "first", target="none")
+    assert not current_proofs(bundle)
+
+
+@pytest.mark.parametrize("how", ["edited", "no digests", "no record"])
+def test_a_proof_that_was_edited_is_left_out_with_a_warning(how: str, bundle: Path) -> None:
+    path = bundle / "proof" / "first" / "proof.json"
+    record = json.loads(path.read_text())
+    record["adapter"] = "other"
+    if how == "no digests":
+        del record["files"]
+    path.write_text("[]" if how == "no record" else json.dumps(record))
+    with pytest.warns(QwloraWarning, match="leaves out adapter first"):
+        assert current_proofs(bundle).keys() == {"second"}
+
+
+def test_an_adapter_is_of_the_base_that_is_there(bundle: Path) -> None:
+    assert is_of_base(bundle, "first")
+    assert not is_of_base(bundle, "third")
+    (bundle / "first" / "adapter_model.safetensors").write_text("C, D")
+    assert not is_of_base(bundle, "first")
+    assert is_of_base(bundle, "second")
+    for content in ("[]", "{", '{"base_fingerprint": "1"}'):
+        (bundle / "base" / "qwlora.json").write_text(content)
+        assert not is_of_base(bundle, "second")
+
+
+@pytest.mark.parametrize("limits", [[LIMIT], "x", {"speed": 3.0}, {"perplexity_difference": 2}])
+def test_limits_of_another_kind_are_refused(limits: Any, bundle: Path) -> None:
+    prove(bundle, "second", limits=limits)
+    with pytest.raises(SourceError, match=r"second.*limit"):
+        verify_bundle(bundle)
+
+
+def test_a_bundle_chooses_no_limit_but_that_of_the_perplexity(bundle: Path) -> None:
+    limits = {"perplexity_difference": LIMIT, "speed": 3.0, "sqnr": -1e9}
+    prove(bundle, "second", limits=limits)
+    assert verify_bundle(bundle)["second"]["passed"]

@@ -18,7 +18,7 @@ import torch
 
 from export.test_hot_swap import written
 from qwlora.atomic import files_in
-from qwlora.data.sequences import as_sequences
+from qwlora.data.sequences import Sequences
 from qwlora.export.proof.folder import record_digest, write_proof, write_record
 from qwlora.export.proof.reference import logits_of, make_reference
 from qwlora.export.registry import TARGETS
@@ -96,7 +96,7 @@ def _write_gguf(bundle: Path) -> None:
     known |= {"grids": {}, "base_fingerprint": "0" * 64, "limits": {"perplexity_difference": 0.01}}
     proof = bundle / "proof" / "first"
     proof.mkdir(parents=True)
-    write_proof(proof, make_reference(logits_of(adapted), as_sequences(ids)), known)
+    write_proof(proof, make_reference(logits_of(adapted), Sequences(ids, ids.clone())), known)
 
 
 def seal(bundle: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from qwlora import strict_json
 from qwlora.data.sequences import IGNORED, Sequences
-from qwlora.errors import VerificationError
+from qwlora.errors import SourceError, VerificationError
 from qwlora.export.proof.checks import (
     Check,
     Limits,
@@ -43,7 +43,7 @@ from qwlora.export.proof.compare import (
     perplexity_floor,
 )
 from qwlora.export.proof.measure import Bits, Decoded, compare_cache, switching
-from qwlora.export.proof.reference import make_reference
+from qwlora.export.proof.reference import check_reference, make_reference
 from qwlora.graph.quantized_graph import GraphValue, Kind
 
 NAN, INF = math.nan, math.inf
@@ -399,6 +399,13 @@ def test_every_token_is_compared_where_all_count() -> None:
     assert figures.reference_perplexity == pytest.approx(float(losses.mean().exp()))
 
 
+def test_a_reference_with_negative_ids_is_refused() -> None:
+    reference = make_reference({"adapter": says(TABLE)}, Sequences(IDS, IDS.clone()))
+    check_reference(reference)
+    with pytest.raises(SourceError, match="negative"):
+        check_reference({**reference, "ids": IDS - WORDS, "labels": IDS - WORDS})
+
+
 def test_tokens_beyond_the_likeliest_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwlora.export.proof.reference.TOP", 3)
     figures = compared(OTHER, IDS)
@@ -519,7 +526,9 @@ def test_a_state_gives_the_same_bits_after_others(adapter: Path | None, leaks: s
 @pytest.mark.parametrize("leaks", ["", "cache"])
 def test_a_cache_is_compared_token_by_token(adapter: Path | None, leaks: str) -> None:
     table = TABLE if adapter is None else OTHER
-    reference = make_reference({"adapter": says(table)}, Sequences(IDS, IDS))
+    labels = IDS.clone()
+    labels[:, 4:7] = IGNORED  # of these, too, the cache is compared
+    reference = make_reference({"adapter": says(table)}, Sequences(IDS, labels))
     session: Any = Session(leaks)
     figures, bits = compare_cache(session, reference, adapter, [Path("second")])
     assert isinstance(bits, Bits)

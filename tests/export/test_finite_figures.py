@@ -23,12 +23,9 @@ from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export import qnn_runtime, verify_qnn
 from qwlora.export.proof import reference as reference_module
-from qwlora.export.proof.checks import Limits, Parity, check_parity, only_finite
+from qwlora.export.proof.checks import Limits, Parity, check_parity
 from qwlora.export.proof.compare import (
     compare_layers,
-    is_same,
-    perplexity,
-    perplexity_floor,
     verify_language_model,
     verify_outputs,
 )
@@ -176,22 +173,10 @@ def cache_parity(logits: Tensor) -> Parity:
 PROOFS = [weights_parity, language_parity, outputs_parity, graphs_parity]
 
 
-def test_a_perplexity_or_a_noise_floor_beyond_floats_is_infinite() -> None:
-    assert perplexity(30.0, 10) == pytest.approx(math.e**3)
-    assert perplexity(7100.0, 10) == math.inf
-    assert math.isnan(perplexity(math.nan, 10))
-    assert perplexity_floor(1e12, 10) == math.inf
-
-
 def test_an_sqnr_of_values_that_are_not_finite_is_nan() -> None:
     assert math.isnan(sqnr_db(1.0, math.inf))
     assert math.isnan(sqnr_db(math.nan, 1.0))
     assert sqnr_db(1e-300, 1e300) == -math.inf
-
-
-def test_only_finite_figures_are_written() -> None:
-    figures = {"a": math.nan, "of": {"b": -math.inf, "c": 1.0}, "count": 3, "worst": "x"}
-    assert only_finite(figures) == {"of": {"c": 1.0}, "count": 3, "worst": "x"}
 
 
 @every_broken
@@ -280,14 +265,6 @@ def test_one_layer_that_computes_no_number_is_named() -> None:
     assert "layer down, the worst of 2: not finite" in parity.problems(Limits())[0]
 
 
-def test_an_output_far_from_a_noisy_simulation_fails() -> None:
-    """The simulation agrees with itself to some 0 dB, which must not allow anything."""
-    parity = outputs_parity(-LOGITS, NOISY)
-    assert parity.figures["floor_sqnr"]["logits"] < 6
-    with pytest.raises(VerificationError, match=r"limit: at least 15.0 dB"):
-        check_parity(parity, Limits(), "it")
-
-
 @pytest.fixture
 def proofs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """A function from a runtime to what `qwlora verify BUNDLE` finds of it, with its JSON checked."""
@@ -329,11 +306,6 @@ def test_a_bundle_passes_whatever_it_computes_as_shipped(proofs: Any, shipped: T
     found = proofs(Runtime(LOGITS, shipped))
     assert found["passed"], found["problems"]
     assert "not finite" in "\n".join(proof_table({"first": found}))
-
-
-def test_nan_equals_nan_where_states_are_compared() -> None:
-    assert is_same(BROKEN["NaN"], BROKEN["NaN"].clone())
-    assert not is_same(BROKEN["NaN"], LOGITS)
 
 
 def test_profiles_of_a_runtime_that_fails_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@
 seconds of the one thread, as are all other seconds. There are two kinds of calibration pass: min-max needs the ends of each batch, the other estimators a
 sample too. What an estimator does once, after all passes, is its `freeze_seconds`. Peaks are of processes of their own (`turns.py`).
 
-PYTHON is that of an environment with aimet-torch and transformers 4.49 (`make .venv-aimet/ready` makes one): its `QuantizationSimModel` calibrates and
+PYTHON is that of an environment with aimet-torch and transformers 4.49 (`make test-aimet` makes one, .nox/aimet): its `QuantizationSimModel` calibrates and
 simulates the same float model with the same adapter on the same batch, over its own plain forward. Without it, the rows of an earlier run stay; if there are
 none, the result says so.
 """

@@ -4,7 +4,8 @@
 
 Rows: solver x bitwidth x granularity x initialization of the adapter, with and without tuning. Also
 bitsandbytes' NF4, the seed's helper (per-tensor int4, computed by aimet-torch; PYTHON is an
-interpreter that has it, `make .venv-aimet/ready`), and the float model with LoRA. All are trained on
+interpreter that has it, after `make test-aimet` .nox/aimet/bin/python), and the float model with
+LoRA. All are trained on
 the same sequences in the same order.
 
     svd, qera      half of the ranks carry the correction, or all of them

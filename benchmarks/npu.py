@@ -34,12 +34,12 @@ from docs_table import write_table
 from lora_steps import train_
 from machine import machine_line
 from qwlora import Rule, Scheme, SimulationSchemes, quantize_
-from qwlora.export.aimet_folder import open_aimet_graphs
+from qwlora.export.npu.aimet_folder import open_aimet_graphs
+from qwlora.export.npu.qairt_check import open_qairt_graphs
+from qwlora.export.npu.qnn_bundle import export_qnn
+from qwlora.export.npu.qnn_runtime import QnnModel
 from qwlora.export.proof.compare import perplexity
 from qwlora.export.proof.reference import token_losses
-from qwlora.export.qairt_check import open_qairt_graphs
-from qwlora.export.qnn_bundle import export_qnn
-from qwlora.export.qnn_runtime import QnnModel
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, ExportedUseCases, GraphTarget, UseCasesTarget
 from qwlora.formats.model_source import load_model, load_tokenizer

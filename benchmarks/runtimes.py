@@ -33,13 +33,13 @@ from docs_table import write_table
 from machine import machine_line
 from qwlora.data.sequences import Sequences
 from qwlora.export import registry
-from qwlora.export.genai_target import GenaiRuntime
-from qwlora.export.gguf_target import LlamaRuntime
-from qwlora.export.mlx_target import MlxRuntime
+from qwlora.export.onnx.genai_target import GenaiRuntime
 from qwlora.export.proof.folder import REFERENCE, proofs
 from qwlora.export.proof.measure import decode_speed, switch_seconds
 from qwlora.export.proof.reference import token_losses
 from qwlora.export.target import PROOF, BundleTarget
+from qwlora.export.weights.gguf_target import LlamaRuntime
+from qwlora.export.weights.mlx_target import MlxRuntime
 from qwlora.formats.model_source import fetch, load_model, load_tokenizer
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe.recipe_file import parse_recipe

@@ -19,7 +19,7 @@ SHAPES_CHECKED = [
     f"qwlora.{module}"
     for module in (
         "grid.encoding",
-        "grid.observers",
+        "grid.min_max",
         "grid.packing",
         "analysis.perplexity",
         "analysis.token_scores",

@@ -12,7 +12,7 @@ import yaml
 
 from command_line import qwlora
 from conftest import WORDS, byte_tokenizer, tiny_model
-from qwlora.report.job import Job
+from qwlora.report.results_view import Job
 from qwlora.report.sections import task_scores
 
 TASK = "offline_choice"

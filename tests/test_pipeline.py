@@ -28,10 +28,10 @@ from conftest import EACH_ARCHITECTURE, text, tiny_model
 from qwlora.encodings.grids import entry_of
 from qwlora.encodings.version_1_0_0 import json_of
 from qwlora.errors import DirectoryError, EncodingsFileError, FingerprintError, SourceError
-from qwlora.export.onnx_runtime import OnnxModel
+from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.export.proof.folder import verify_bundle
 from qwlora.formats.base_folder import load_base
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn import packed_weights
 from qwlora.nn.fingerprint import fingerprint

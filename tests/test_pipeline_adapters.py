@@ -11,7 +11,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
 from qwlora.errors import CalibrationError, RecipeError, TrainingError
-from qwlora.export.onnx_runtime import OnnxModel
+from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.pipeline.commands.explain_placement import explain_placement
 from qwlora.pipeline.commands.open_job import open_job
 from qwlora.pipeline.job.job_texts import JobTexts
@@ -164,7 +164,7 @@ def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(
         ("grid.second_moments", {"qera": ["quantize", "train/first"]}),
         ("quantize.layer_statistics", {"qera": ["quantize", "train/first"]}),
         ("adapter.initialize", {"svd": ["train/first"], "qera": ["train/first"]}),
-        ("quantize.data_free_solvers", all_inits),
+        ("quantize.rounding_solvers", all_inits),
         ("quantize.gptq", {}),
     ):
         with monkeypatch.context() as patched:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from qwlora.adapter.initialize import initialize_adapter_
     from qwlora.adapter.training_step import memory_saving
     from qwlora.errors import QwloraError
-    from qwlora.export.onnx_bundle import export_onnx, verify_onnx, verify_onnx_outputs
+    from qwlora.export.onnx.onnx_bundle import export_onnx, verify_onnx, verify_onnx_outputs
     from qwlora.export.proof.checks import Limits
     from qwlora.formats.assemble_model import load_precomputed
     from qwlora.formats.base_folder import load_base, save_base
@@ -73,9 +73,9 @@ _HOME = {
     "TuningSettings": "quantize.tune_scales",
     "tune_scales_": "quantize.tune_scales",
     "QwloraError": "errors",
-    "export_onnx": "export.onnx_bundle",
-    "verify_onnx": "export.onnx_bundle",
-    "verify_onnx_outputs": "export.onnx_bundle",
+    "export_onnx": "export.onnx.onnx_bundle",
+    "verify_onnx": "export.onnx.onnx_bundle",
+    "verify_onnx_outputs": "export.onnx.onnx_bundle",
     "Encoding": "grid.encoding",
     "fingerprint": "nn.fingerprint",
     "Moment": "grid.second_moments",

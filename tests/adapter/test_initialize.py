@@ -13,7 +13,7 @@ from torch import Tensor
 from conftest import tiny_model
 from qwlora.adapter.initialize import Measure, initialize_adapter_, solver_difference
 from qwlora.errors import TrainingError
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.grid.second_moments import Moment, Moments
 from qwlora.nn import PackedLinear, weight_out_in

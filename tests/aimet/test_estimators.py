@@ -18,7 +18,7 @@ from torch import Tensor
 from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.estimate_ranges import estimate_ranges
-from qwlora.grid.observers import encoding_from_range
+from qwlora.grid.min_max import encoding_from_range
 from qwlora.grid.range_estimator import Estimator
 from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.quantize.scale_search import search_scale

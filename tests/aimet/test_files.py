@@ -19,7 +19,7 @@ from aimet_torch.v2.quantization.affine import QuantizeDequantize  # noqa: E402
 
 from qwlora.encodings import EncodingsFile, IntegerEncoding, convert, read, write  # noqa: E402
 from qwlora.grid.encoding import Encoding as GridEncoding  # noqa: E402
-from qwlora.grid.observers import measure  # noqa: E402
+from qwlora.grid.min_max import measure  # noqa: E402
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme  # noqa: E402
 
 GRIDS = [

@@ -7,7 +7,7 @@ import torch
 
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.lpbq import split_scales
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
 from .oracle import aimet_lpbq_quantizer, aimet_quantizer, compare

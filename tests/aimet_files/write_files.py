@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qwlora import Rule, Scheme, Simulation, SimulationSchemes, quantize_, simulate
-from qwlora.export.float_onnx import to_float_onnx
+from qwlora.export.npu.float_onnx import to_float_onnx
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, GraphTarget
 from qwlora.grid.scheme import PerChannel

@@ -25,7 +25,7 @@ from qwlora.cli.main import main
 from qwlora.encodings.grids import entry_of
 from qwlora.encodings.version_1_0_0 import json_of
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
 from qwlora.nn import packed_weights
 from qwlora.quantize.layer_rules import Rule

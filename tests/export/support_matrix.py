@@ -29,7 +29,7 @@ from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.proof.checks import Limits
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase, WeightsTarget
-from qwlora.export.weights_folder import layer_kind
+from qwlora.export.weights.weights_folder import layer_kind
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, short_name

@@ -17,7 +17,7 @@ from conftest import tiny_model
 from export.damage import flip_bit
 from qwlora import Simulation, SimulationSchemes, encodings, quantize_, simulate
 from qwlora.errors import ExportError, VerificationError
-from qwlora.export.aimet_folder import open_aimet
+from qwlora.export.npu.aimet_folder import open_aimet
 from qwlora.export.proof.checks import Limits
 from qwlora.export.proof.compare import verify_language_model
 from qwlora.export.registry import TARGETS
@@ -205,7 +205,7 @@ def test_a_base_with_float_offsets_is_refused(lpbq: Simulation, tmp_path: Path) 
     floats[name] = Encoding(scheme, torch.ones(()), torch.ones(()))
     from dataclasses import replace
 
-    from qwlora.export.float_onnx import to_float_onnx
+    from qwlora.export.npu.float_onnx import to_float_onnx
 
     with pytest.raises(ExportError, match=r"float offsets.*gptq"):
         to_float_onnx(replace(graph, encodings=floats), SAMPLE)

@@ -17,10 +17,10 @@ from onnx import helper
 
 from conftest import tiny_model
 from qwlora.errors import SourceError
-from qwlora.export.hf_target import TransformersRuntime
+from qwlora.export.onnx.session_options import read_session_options
 from qwlora.export.proof.contents import check_contents, check_plain, known_settings, misfits
 from qwlora.export.registry import TARGETS
-from qwlora.export.session_options import read_session_options
+from qwlora.export.weights.hf_target import TransformersRuntime
 from qwlora.formats.model_source import load_model
 from qwlora.system.time_limit import time_limit
 
@@ -184,7 +184,7 @@ def test_text_that_transformers_does_not_know_is_not_written() -> None:
 
 
 def test_a_script_that_the_user_would_run_is_the_exporters(tmp_path: Path) -> None:
-    template = resources.files("qwlora.export") / "aimet_templates" / "submit_aihub.py.template"
+    template = resources.files("qwlora.export.npu") / "aimet_templates" / "submit_aihub.py.template"
     script = template.read_text()
     assert "@FULL_TYPE@" in script
     path = tmp_path / "submit_aihub.py"

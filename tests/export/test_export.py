@@ -32,8 +32,8 @@ from qwlora.data.sequences import Sequences
 from qwlora.encodings import LpbqEncoding, read, validate
 from qwlora.encodings.grids import TensorLayout, grid_of
 from qwlora.errors import ExportError, MissingExtraError, VerificationError
-from qwlora.export.aimet_encodings import write_encodings
-from qwlora.export.onnx_runtime import OnnxModel
+from qwlora.export.npu.aimet_encodings import write_encodings
+from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.export.proof.checks import Limits, Parity, check_parity
 from qwlora.export.proof.compare import compare_logits
 from qwlora.export.proof.measure import measure_logits
@@ -110,7 +110,7 @@ def test_a_runtime_that_rounds_activations_on_its_own_fails_the_proof(
 
     assert not problems()
     options = {"session.qdq_matmulnbits_accuracy_level": "4"}
-    monkeypatch.setattr("qwlora.export.onnx_runtime.read_session_options", lambda _: options)
+    monkeypatch.setattr("qwlora.export.onnx.onnx_runtime.read_session_options", lambda _: options)
     assert any("root mean square" in problem for problem in problems())
 
 

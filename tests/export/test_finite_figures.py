@@ -21,7 +21,8 @@ from export.test_graph_parity import replace_qnn
 from qwlora import strict_json
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import ExportError, VerificationError
-from qwlora.export import qnn_runtime, verify_qnn
+from qwlora.export.npu import qnn_runtime, verify_qnn
+from qwlora.export.npu.qnn_bundle import export_qnn
 from qwlora.export.proof import reference as reference_module
 from qwlora.export.proof.checks import Limits, Parity, check_parity
 from qwlora.export.proof.compare import (
@@ -33,7 +34,6 @@ from qwlora.export.proof.folder import run_files
 from qwlora.export.proof.measure import compare_cache, measure_logits, proven
 from qwlora.export.proof.readme import proof_table
 from qwlora.export.proof.reference import Reference, logits_of, make_reference
-from qwlora.export.qnn_bundle import export_qnn
 from qwlora.export.registry import TARGETS
 from qwlora.graph.quantized_graph import GraphValue, Interface, Kind
 from qwlora.grid.sqnr import sqnr_db

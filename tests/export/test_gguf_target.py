@@ -20,16 +20,16 @@ from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import read_canonical
-from qwlora.export.gguf_folder import ADAPTER, BASE
 from qwlora.export.proof.checks import Limits
 from qwlora.export.proof.reference import logits_of, make_reference
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase, WeightsTarget
+from qwlora.export.weights.gguf_folder import ADAPTER, BASE
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.model_source import load_model, locate
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
 from qwlora.nn.pack import pack_at_, packed_weights

@@ -13,7 +13,7 @@ import torch
 from qwlora import strict_json
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import MissingExtraError
-from qwlora.export import verify_qnn
+from qwlora.export.npu import verify_qnn
 from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.measure import measure_logits
 from qwlora.export.proof.reference import make_reference

@@ -11,9 +11,16 @@ from command_line import qwlora
 from conftest import byte_tokenizer, tiny_model
 from qwlora import quantize_
 from qwlora.errors import RecipeError
-from qwlora.export.grid_table import ROUNDING_SOLVERS, Grid, nearest, problem, refusal, table_rows
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase, WeightsTarget
+from qwlora.export.target_compatibility import (
+    ROUNDING_SOLVERS,
+    Grid,
+    nearest,
+    problem,
+    refusal,
+    table_rows,
+)
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
 from qwlora.recipe import load_recipe
 from qwlora.recipe.yaml_core import load_yaml

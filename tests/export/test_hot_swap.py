@@ -18,7 +18,7 @@ from conftest import byte_tokenizer
 from export.test_weights_targets import adapters, base, target
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora.export.canonical_adapter import read_canonical
-from qwlora.export.openvino_target import EXACT
+from qwlora.export.onnx.openvino_target import EXACT
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase, WeightsTarget
 from qwlora.formats.assemble_model import load_precomputed

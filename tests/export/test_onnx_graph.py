@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qwlora import Scheme, Simulation, SimulationSchemes, export_onnx, quantize_, simulate
-from qwlora.export import onnx_graph
+from qwlora.export.onnx import onnx_graph
 
 BATCH = {"input": torch.randn(8, 32, generator=torch.Generator().manual_seed(3))}
 

@@ -18,10 +18,10 @@ from export.proofs import sqnr, verify_graphs
 from qwlora import Rule, Scheme, quantize_
 from qwlora.errors import VerificationError
 from qwlora.export.canonical_adapter import CanonicalAdapter
+from qwlora.export.npu.use_cases import peft_names, share_unaffected, use_case_model
 from qwlora.export.proof.checks import Limits
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, ExportedUseCases, UseCasesTarget
-from qwlora.export.use_cases import peft_names, share_unaffected, use_case_model
 from qwlora.formats.card_mark import CARD_MARK
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
 from simulation.test_npu_graph import SCHEMES

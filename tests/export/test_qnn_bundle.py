@@ -14,12 +14,12 @@ from peft import LoraConfig, get_peft_model
 
 from qwlora import Rule, Scheme, SimulationSchemes, quantize_
 from qwlora.errors import ExportError, FingerprintError
-from qwlora.export.gguf_target import LlamaRuntime
-from qwlora.export.htp_limits import input_problem, table_problem, weight_problem
+from qwlora.export.npu.htp_limits import input_problem, table_problem, weight_problem
+from qwlora.export.npu.qnn_bundle import export_qnn
+from qwlora.export.npu.qnn_runtime import QnnModel
+from qwlora.export.npu.verify_qnn import check_bundle, verify_qnn
 from qwlora.export.proof.checks import Limits
-from qwlora.export.qnn_bundle import export_qnn
-from qwlora.export.qnn_runtime import QnnModel
-from qwlora.export.verify_qnn import check_bundle, verify_qnn
+from qwlora.export.weights.gguf_target import LlamaRuntime
 from qwlora.grid.scheme import PerChannel, parse_scheme
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.simulation.adapter_simulations import simulate_adapters

@@ -31,7 +31,7 @@ from qwlora.export.proof.compare import LOGIT_DIFFERENCE
 from qwlora.export.target import ExportedBase, WeightsTarget
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme, short_name
 from qwlora.nn.pack import pack_at_

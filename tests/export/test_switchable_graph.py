@@ -17,21 +17,21 @@ from conftest import tiny_model
 from export.proofs import reference_of
 from qwlora import Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CaptureError, ExportError
-from qwlora.export.onnx_adapter import ADAPTER_FILE
-from qwlora.export.onnx_bundle import export_onnx
-from qwlora.export.onnx_runtime import OnnxModel
-from qwlora.export.onnx_target import OnnxTarget
-from qwlora.export.proof.checks import Limits, Parity
-from qwlora.export.proof.compare import verify_language_model
-from qwlora.export.proof.folder import RECORD, is_of_base, record_digest
-from qwlora.export.proof.measure import compare_cache, switching
-from qwlora.export.session_options import write_session_options
-from qwlora.export.switchable_graph import (
+from qwlora.export.onnx.adapters_as_inputs import (
     ZeroAdapter,
     graph_with_cache,
     write_adapter,
     write_switchable,
 )
+from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE
+from qwlora.export.onnx.onnx_bundle import export_onnx
+from qwlora.export.onnx.onnx_runtime import OnnxModel
+from qwlora.export.onnx.onnx_target import OnnxTarget
+from qwlora.export.onnx.session_options import write_session_options
+from qwlora.export.proof.checks import Limits, Parity
+from qwlora.export.proof.compare import verify_language_model
+from qwlora.export.proof.folder import RECORD, is_of_base, record_digest
+from qwlora.export.proof.measure import compare_cache, switching
 from qwlora.export.target import ExportedGraph
 from qwlora.formats import manifest
 from qwlora.simulation.simulation import Simulation
@@ -189,7 +189,7 @@ def test_a_model_without_a_cache_is_written_for_whole_sequences(
     def refuse(*_: object) -> None:
         raise CaptureError("Recurrent returns no past_key_values")
 
-    monkeypatch.setattr("qwlora.simulation.cached_graph.capture_cached", refuse)
+    monkeypatch.setattr("qwlora.simulation.kv_cache_graph.capture_cached", refuse)
     made, wide = bundle.simulations["base"], bundle.simulations["wide"]
     reason = OnnxTarget().write_base(ExportedGraph(made, {}, {}), "all", tmp_path)
     assert reason == "Recurrent returns no past_key_values"

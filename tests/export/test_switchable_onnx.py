@@ -17,7 +17,7 @@ from conftest import byte_tokenizer
 from export.test_weights_targets import adapters, base, target
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import CanonicalAdapter, read_canonical
-from qwlora.export.switchable_onnx import _container, _operands
+from qwlora.export.onnx.matmul_nbits import _container, _operands
 from qwlora.export.target import ExportedBase
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn.pack import packed_weights

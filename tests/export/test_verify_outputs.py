@@ -22,7 +22,7 @@ from qwlora import (
     verify_onnx_outputs,
 )
 from qwlora.errors import ExportError, VerificationError
-from qwlora.export.onnx_runtime import OnnxModel
+from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.export.proof.checks import Limits, Parity, check_parity
 from qwlora.export.proof.compare import compare_layers
 from simulation.tiny_architectures import inputs, make

@@ -24,7 +24,7 @@ from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase, WeightsTarget
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn.pack import pack_at_, packed_weights

@@ -6,7 +6,7 @@ import copy
 
 from torch import Tensor, nn
 
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn import (

@@ -28,7 +28,7 @@ from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
 from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.errors import CalibrationError, GridError, SourceError
 from qwlora.formats.assemble_model import LazyModel, load_precomputed
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn import (

@@ -29,7 +29,7 @@ from qwlora.errors import EncodingsFileError, SourceError
 from qwlora.formats.aimet import AimetCheckpoint
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 

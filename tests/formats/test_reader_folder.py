@@ -28,7 +28,7 @@ from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint, Folde
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
 

@@ -13,8 +13,8 @@ from conftest import tiny_model
 from qwlora import quantize_
 from qwlora.errors import CaptureError
 from qwlora.graph.capture import Captured, capture
+from qwlora.graph.eager_attention import visible_implementations
 from qwlora.graph.flat_arguments import cache_of
-from qwlora.graph.traceable_attention import visible_implementations
 from qwlora.simulation.simulation import Simulation, simulate
 from qwlora.simulation.simulation_schemes import SimulationSchemes, SimulationSource
 from simulation.tiny_architectures import inputs, make

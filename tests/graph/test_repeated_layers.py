@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from conftest import tiny_model
 from qwlora import quantize_, simulate
+from qwlora.graph.eager_attention import visible_implementations
 from qwlora.graph.quantized_graph import Kind
-from qwlora.graph.traceable_attention import visible_implementations
 from qwlora.simulation.simulation import Simulation
 from simulation.captured import batch
 from simulation.tiny_architectures import ENCODER, VOCABULARY

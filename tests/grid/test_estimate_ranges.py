@@ -12,7 +12,7 @@ from qwlora.errors import CalibrationError
 from qwlora.grid.activation_observer import VALUES, SampleObserver
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.estimate_ranges import estimate_ranges
-from qwlora.grid.observers import encoding_from_range, measure
+from qwlora.grid.min_max import encoding_from_range, measure
 from qwlora.grid.range_estimator import ESTIMATORS, Estimator
 from qwlora.grid.range_search import least_error_grid
 from qwlora.grid.scheme import Scheme

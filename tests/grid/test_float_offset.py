@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
 from .strategies import brief, matrices

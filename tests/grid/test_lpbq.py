@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from qwlora.errors import GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.lpbq import split_scales, to_integer_scales
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import Lpbq, PerBlock, Scheme, parse_scheme
 
 from .strategies import brief, matrices

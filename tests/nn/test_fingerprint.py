@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn.fingerprint import (
     adapter_fingerprint,

@@ -18,7 +18,7 @@ from qwlora import assert_frozen, quantize_, save_adapter, simulate
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.errors import GridError
 from qwlora.formats.base_folder import save_base
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.nn import pack_module

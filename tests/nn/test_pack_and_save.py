@@ -13,7 +13,7 @@ from torch import nn
 from conftest import byte_tokenizer, tiny_model
 from qwlora import PackedLinear, fingerprint, load_base, quantize_, save_base
 from qwlora.errors import MergeError
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import parse_scheme
 
 SCHEMES = [

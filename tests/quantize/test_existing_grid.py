@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from conftest import tiny_model
 from qwlora.errors import QwloraWarning
-from qwlora.quantize.existing_grid import is_on_grid
 from qwlora.quantize.quantize_model import quantize_
+from qwlora.quantize.requantization_check import is_on_grid
 
 SHAPE = (24, 192)
 

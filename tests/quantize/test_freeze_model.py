@@ -15,7 +15,7 @@ from qwlora.encodings import EncodingsFile, write
 from qwlora.encodings.grids import entry_of
 from qwlora.errors import EncodingsFileError, GridError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn.pack import packed_weights
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.quantize.gptq import GptqSettings, gptq
 from qwlora.quantize.scale_search import COARSE, search_scale, storable_scale

@@ -19,7 +19,7 @@ import qwlora
 from conftest import tiny_model
 from qwlora import quantize_
 from qwlora.errors import CalibrationError, GridError
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.nn import packed_weights
@@ -72,7 +72,7 @@ def test_every_module_a_solver_reads_in_its_room_is_in_its_key() -> None:
             for n in ast.walk(tree)
             if isinstance(n, ast.ImportFrom) and n.module and n.module.startswith("qwlora.quantize")
         }
-        types_only = {"quantize.gptq"} if module == "quantize.data_free_solvers" else set()
+        types_only = {"quantize.gptq"} if module == "quantize.rounding_solvers" else set()
         assert imported - types_only <= {"quantize.scale_search"}
         revision(module)
         for other in solver.depends_on:

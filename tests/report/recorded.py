@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.recipe.yaml_core import load_yaml
-from qwlora.report.job import Job
+from qwlora.report.results_view import Job
 
 RECORDED = Path(__file__).parent / "jobs"
 NAMES = ("finished", "two", "failed")

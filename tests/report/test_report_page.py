@@ -12,9 +12,7 @@ from typing import Any
 import pytest
 
 from qwlora.report.drawing import ticks
-from qwlora.report.job import Job, without_folders
-from qwlora.report.page import render, render_comparison
-from qwlora.report.written_numbers import (
+from qwlora.report.number_format import (
     MINUS,
     count,
     fixed,
@@ -25,6 +23,8 @@ from qwlora.report.written_numbers import (
     significant,
     size,
 )
+from qwlora.report.page import render, render_comparison
+from qwlora.report.results_view import Job, without_folders
 from report.recorded import NAMES, job_of, leaves, many_layers, results_of, running, without
 
 HOSTILE = '<script>alert("x")</script>&\'"'

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from qwlora.report.checks import Outcome
-from qwlora.report.job import Job
+from qwlora.report.number_format import MINUS
 from qwlora.report.page import render
 from qwlora.report.remedies import remedies, remedy_command
+from qwlora.report.results_view import Job
 from qwlora.report.verdict import Kind, verdict
-from qwlora.report.written_numbers import MINUS
 from report.recorded import check_of, failing, job_of, results_of, running
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from qwlora.report.checks import Outcome
-from qwlora.report.job import FEW_TOKENS
+from qwlora.report.results_view import FEW_TOKENS
 from qwlora.report.verdict import Kind, Verdict, verdict
 from report.recorded import job_of, results_of
 from report.test_verdict import finished

@@ -15,13 +15,13 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedMo
 from conftest import tiny_model
 from qwlora import PlacementRule, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError, GridError
-from qwlora.export.aimet_encodings import write_encodings
-from qwlora.export.onnx_bundle import export_onnx
+from qwlora.export.npu.aimet_encodings import write_encodings
+from qwlora.export.onnx.onnx_bundle import export_onnx
 from qwlora.graph.adapter_branch import branch_nodes
+from qwlora.graph.eager_attention import visible_implementations
 from qwlora.graph.graph_analysis import lora_branch
 from qwlora.graph.quantized_graph import Kind
-from qwlora.graph.traceable_attention import visible_implementations
-from qwlora.grid.observers import encoding_from_range
+from qwlora.grid.min_max import encoding_from_range
 from qwlora.grid.scheme import PerChannel
 from qwlora.nn.fingerprint import adapter_fingerprint
 from qwlora.parameter_names import is_adapter_name

@@ -19,8 +19,8 @@ from qwlora import Scheme, SimulationSchemes, export_onnx, quantize_, verify_onn
 from qwlora.export.proof.checks import Limits, Parity, check_parity
 from qwlora.export.proof.compare import OutputFigures
 from qwlora.graph.capture import Captured, capture
+from qwlora.graph.eager_attention import visible_implementations
 from qwlora.graph.quantized_graph import Kind
-from qwlora.graph.traceable_attention import visible_implementations
 from qwlora.simulation.simulation import Simulation
 from simulation.conftest import Table
 from simulation.tiny_architectures import ALL, inputs, make

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from qwlora import export_onnx, quantize_, simulate
 from qwlora.errors import CaptureError
-from qwlora.export.onnx_runtime import OnnxModel
-from qwlora.graph.cached_capture import CacheSizes, capture_cached, past_names
+from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.graph.capture import Captured
+from qwlora.graph.kv_cache_capture import CacheSizes, capture_cached, past_names
 from qwlora.simulation.adapter_simulations import simulate_adapters
-from qwlora.simulation.cached_graph import cached_graph
+from qwlora.simulation.kv_cache_graph import cached_graph
 from qwlora.simulation.simulation import Simulation
 from simulation.tiny_architectures import inputs, make
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qwlora import Estimator, PlacementRule, Scheme, SimulationSchemes
 from qwlora.errors import CalibrationError
-from qwlora.graph.traceable_attention import visible_implementations
+from qwlora.graph.eager_attention import visible_implementations
 from qwlora.graph.value_traits import Decision
 from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.range_estimator import ESTIMATORS

@@ -24,7 +24,7 @@ from qwlora.errors import CaptureError, GridError, SourceError, VerificationErro
 from qwlora.export.proof.compare import refuse_other_tasks
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.capture import capture
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.nn import pack_at_

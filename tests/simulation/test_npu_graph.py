@@ -14,8 +14,8 @@ from torch import Tensor
 
 from qwlora import Rule, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError
-from qwlora.export.npu_onnx import npu_onnx
-from qwlora.graph.cached_capture import CacheSizes
+from qwlora.export.npu.htp_rewrites import npu_onnx
+from qwlora.graph.kv_cache_capture import CacheSizes
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.simulation.npu_graph import NpuGraph, npu_graph
 from qwlora.simulation.simulation import Simulation

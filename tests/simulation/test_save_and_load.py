@@ -26,7 +26,7 @@ from qwlora import (
 from qwlora.encodings import IntegerEncoding, read, validate
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.graph.quantized_graph import Kind
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn import pack_at_
 from qwlora.nn.fingerprint import adapter_fingerprint

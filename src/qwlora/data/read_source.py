@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora import errors
-from qwlora.data import tables as tables
+from qwlora.data import tabular_files
 from qwlora.data.document import Document, Text
 from qwlora.data.records import EmptyRecordError, Fields, choose_fields, make_document
 from qwlora.data.source_files import RECORD_SUFFIXES, TEXT_SUFFIXES, folder_files, refusal
@@ -115,11 +115,11 @@ class _Reader:
             raise SourceError(f"data source {str(path)!r}: {why}")
         suffix = path.suffix.lower()
         if suffix in (".csv", ".tsv"):
-            names, rows = tables.read_csv(path)
+            names, rows = tabular_files.read_csv(path)
             self.set_fields(names, str(path))
             self.add_records(rows)
         elif suffix in (".parquet", ".arrow", ".feather"):
-            self.add_table(tables.read_arrow(path), str(path))
+            self.add_table(tabular_files.read_arrow(path), str(path))
         elif suffix in RECORD_SUFFIXES:
             self.add_records(read_json(path))
         else:
@@ -138,7 +138,7 @@ class _Reader:
         self.fields = found
         return found
 
-    def add_table(self, table: tables.Table, where: str) -> None:
+    def add_table(self, table: tabular_files.Table, where: str) -> None:
         names, rows = table
         self.add_records(rows(self.set_fields(names, where).among(names)))
 
@@ -168,8 +168,8 @@ def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:
         reader.refuse_split(where)
         reader.refuse_columns(where)
         reader.documents.extend(read_attribute(source))
-    elif tables.is_saved_dataset(path):
-        reader.add_table(tables.read_dataset(str(path), how.split), str(path))
+    elif tabular_files.is_saved_dataset(path):
+        reader.add_table(tabular_files.read_dataset(str(path), how.split), str(path))
     elif path.is_dir():
         for file in folder_files(path, how.split):
             reader.read_file(file)
@@ -177,7 +177,7 @@ def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:
         reader.refuse_split(where)
         reader.read_file(path)
     else:
-        reader.add_table(tables.read_dataset(source, how.split, how.subset), source)
+        reader.add_table(tabular_files.read_dataset(source, how.split, how.subset), source)
     documents = [d for d in reader.documents if not isinstance(d, Text) or d.text.strip()]
     if not documents:
         raise SourceError(

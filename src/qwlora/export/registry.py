@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from qwlora.export.aimet_target import AimetTarget
-from qwlora.export.genai_target import GenaiTarget
-from qwlora.export.gguf_target import GgufTarget
-from qwlora.export.hf_target import HfTarget
-from qwlora.export.mlx_target import MlxTarget
-from qwlora.export.onnx_target import OnnxEachTarget, OnnxTarget
-from qwlora.export.openvino_target import OpenvinoTarget
-from qwlora.export.qairt_target import QairtTarget
-from qwlora.export.qnn_target import QnnTarget
+from qwlora.export.npu.aimet_target import AimetTarget
+from qwlora.export.npu.qairt_target import QairtTarget
+from qwlora.export.npu.qnn_target import QnnTarget
+from qwlora.export.onnx.genai_target import GenaiTarget
+from qwlora.export.onnx.onnx_target import OnnxEachTarget, OnnxTarget
+from qwlora.export.onnx.openvino_target import OpenvinoTarget
 from qwlora.export.target import Target
+from qwlora.export.weights.gguf_target import GgufTarget
+from qwlora.export.weights.hf_target import HfTarget
+from qwlora.export.weights.mlx_target import MlxTarget
 
 TARGETS: dict[str, Target] = {
     "onnx": OnnxTarget(),

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qwlora.export.canonical_adapter import CanonicalAdapter
-    from qwlora.export.held_schemes import LayerKind
+    from qwlora.export.format_limits import LayerKind
     from qwlora.export.proof.checks import Parity
     from qwlora.export.proof.reference import Reference
     from qwlora.export.runtime import Runtime, SwitchableRuntime, WeightsRuntime

@@ -38,7 +38,7 @@ from qwlora.errors import EncodingsFileError, GridError, SourceError
 from qwlora.formats.checkpoint import ShownCheckpoint
 from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import BITWIDTHS, Scheme
 from qwlora.grid.sqnr import sqnr_db

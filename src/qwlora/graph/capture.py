@@ -38,13 +38,13 @@ from qwlora.errors import CaptureError
 from qwlora.graph.call_arguments import LABELS
 from qwlora.graph.capture_check import check_graph
 from qwlora.graph.dynamic_shapes import Axes, AxisIndex
+from qwlora.graph.eager_attention import visible_implementations
 from qwlora.graph.flat_arguments import Structure, cache_of, tokens_in
 from qwlora.graph.graph_analysis import operator_of
 from qwlora.graph.graph_parameters import buffer_names, module_path
 from qwlora.graph.half_precision import in_float32, widened
 from qwlora.graph.inline_subgraphs import inlined_graph
 from qwlora.graph.quantized_graph import Interface, with_graph
-from qwlora.graph.traceable_attention import visible_implementations
 from qwlora.nn.meta_tensors import refuse_meta
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.parameter_names import parameter_name

@@ -17,7 +17,7 @@ from qwlora.errors import CaptureError
 from qwlora.graph.adapter_branch import factor_nodes
 from qwlora.graph.aten_ops import base_name
 from qwlora.graph.graph_analysis import operator_of
-from qwlora.graph.host_inputs import program_over
+from qwlora.graph.host_graph import program_over
 from qwlora.graph.quantized_graph import Interface
 
 ALPHA = "lora_alpha"

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.grid.second_moments import output_energy

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from qwlora.errors import CalibrationError, QwloraWarning
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.second_moments import output_energy
 from qwlora.messages import listed
 from qwlora.nn import is_packable, parameter_out_in, weight_out_in
 from qwlora.parameter_names import canonical_name
-from qwlora.quantize.existing_grid import is_on_grid
 from qwlora.quantize.layer_rules import Assignment
+from qwlora.quantize.requantization_check import is_on_grid
 from qwlora.quantize.solvers import SOLVERS
 
 _SAME_GRID = 5e-3  # relative error up to which a second grid counts as the first; bfloat16 has 2e-3

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.lpbq import to_integer_scales
-from qwlora.grid.observers import encoding_from_range, rows_of_groups
+from qwlora.grid.min_max import encoding_from_range, rows_of_groups
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
 
 REVISION = 2  # 2: ranges below 0.3 of the min-max range

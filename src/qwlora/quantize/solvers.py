@@ -84,9 +84,9 @@ def _imported(name: str) -> Any:
 
 
 _REGISTERED = (
-    Solver("rtn", "quantize.data_free_solvers:solve_rtn"),
-    Solver("search", "quantize.data_free_solvers:solve_search", ("quantize.scale_search",)),
-    Solver("sqnr", "quantize.data_free_solvers:solve_sqnr", ("quantize.scale_search",)),
+    Solver("rtn", "quantize.rounding_solvers:solve_rtn"),
+    Solver("search", "quantize.rounding_solvers:solve_search", ("quantize.scale_search",)),
+    Solver("sqnr", "quantize.rounding_solvers:solve_sqnr", ("quantize.scale_search",)),
     Solver(
         "gptq",
         "quantize.gptq:solve_gptq",

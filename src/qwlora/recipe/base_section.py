@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from qwlora.export.grid_table import Grid
+from qwlora.export.target_compatibility import Grid
 from qwlora.grid.scheme import (
     Granularity,
     Lpbq,

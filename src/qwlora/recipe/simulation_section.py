@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from qwlora.export.htp_limits import input_problem
+from qwlora.export.npu.htp_limits import input_problem
 from qwlora.grid.range_estimator import Estimator, EstimatorName
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 from qwlora.recipe.section import Count, Section

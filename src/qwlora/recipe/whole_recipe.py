@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qwlora.export.grid_table import refusal
+from qwlora.export.npu.qnn_target import QnnTarget
 from qwlora.export.proof.folder import BASE
-from qwlora.export.qnn_target import QnnTarget
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import PROOF, BundleTarget, GraphTarget, SwitchableTarget, UseCasesTarget
+from qwlora.export.target_compatibility import refusal
 from qwlora.recipe.adapter_section import Adapter
 from qwlora.recipe.base_section import Base, Model
 from qwlora.recipe.data_section import Data

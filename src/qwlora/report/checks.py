@@ -10,7 +10,8 @@ from typing import Any
 from markupsafe import Markup
 
 from qwlora.export.proof.checks import Check as Row
-from qwlora.report.job import (
+from qwlora.report.number_format import count, listed, percent, precise_percent
+from qwlora.report.results_view import (
     BASE,
     FEW_TOKENS,
     NOT_MEASURED,
@@ -21,7 +22,6 @@ from qwlora.report.job import (
     tagged,
     valued,
 )
-from qwlora.report.written_numbers import count, listed, percent, precise_percent
 
 NO_ADAPTER = "none"  # the use case of the base, in targets of use cases
 LEAST_GAIN = 0.01  # an adapter should beat the float model by this much

@@ -9,12 +9,7 @@ from markupsafe import Markup
 
 from qwlora.report import size_quality
 from qwlora.report.drawing import Drawing, Scale, figure, shortened, ticks
-from qwlora.report.job import Job, finite, runtime, tagged, without_folders
-from qwlora.report.report_table import Table
-from qwlora.report.sections.stage_losses import KINDS
-from qwlora.report.sections.training_course import course, smoothed
-from qwlora.report.verdict import verdict
-from qwlora.report.written_numbers import (
+from qwlora.report.number_format import (
     count,
     fixed,
     perplexity,
@@ -23,6 +18,11 @@ from qwlora.report.written_numbers import (
     significant,
     size,
 )
+from qwlora.report.report_table import Table
+from qwlora.report.results_view import Job, finite, runtime, tagged, without_folders
+from qwlora.report.sections.stage_costs import KINDS
+from qwlora.report.sections.training_course import course, smoothed
+from qwlora.report.verdict import verdict
 
 Row = list[str | Markup | None]
 

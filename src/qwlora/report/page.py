@@ -16,13 +16,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qwlora.report.comparison import comparison
-from qwlora.report.job import Job, finite, without_folders
+from qwlora.report.number_format import count
 from qwlora.report.remedies import remedies, remedy_command
+from qwlora.report.results_view import Job, finite, without_folders
 from qwlora.report.section import Section, View
 from qwlora.report.sections import SECTIONS
 from qwlora.report.sections.key_figures import tiles
 from qwlora.report.verdict import verdict
-from qwlora.report.written_numbers import count
 
 REFRESH_SECONDS = 15
 TRAINING_PATIENCE, STAGE_PATIENCE = 600.0, 1800.0  # at least, in seconds

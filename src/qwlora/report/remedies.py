@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from qwlora.report.job import BASE, Job, code, is_of_perplexity, without_folders
-from qwlora.report.written_numbers import count, significant
+from qwlora.report.number_format import count, significant
+from qwlora.report.results_view import BASE, Job, code, is_of_perplexity, without_folders
 
 
 def remedies(job: Job) -> list[str | Markup]:

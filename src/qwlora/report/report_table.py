@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from markupsafe import Markup, escape
 
-from qwlora.report.job import Tagged
+from qwlora.report.results_view import Tagged
 
 MOST_ROWS = 50
 MOST_SENT = 10_000  # rows in the page; the others are in results.json

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from qwlora.report.job import Job
+from qwlora.report.results_view import Job
 
 View = dict[str, Any]
 

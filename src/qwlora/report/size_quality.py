@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from qwlora.report.drawing import Drawing, Scale, shortened, ticks
-from qwlora.report.written_numbers import fixed, perplexity, significant
+from qwlora.report.number_format import fixed, perplexity, significant
 
 
 @dataclass(frozen=True)

@@ -23,8 +23,8 @@ from markupsafe import Markup
 
 from qwlora.messages import duration
 from qwlora.report.checks import Check, Outcome, all_checks, outcome_of, proof_checks
-from qwlora.report.job import Job, code, runtime
-from qwlora.report.written_numbers import count, listed, percent
+from qwlora.report.number_format import count, listed, percent
+from qwlora.report.results_view import Job, code, runtime
 
 
 class Kind(Enum):

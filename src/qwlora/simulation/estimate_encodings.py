@@ -10,7 +10,7 @@ import torch
 from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.estimate_ranges import estimate_ranges, observed_ranges
-from qwlora.grid.observers import encoding_from_range
+from qwlora.grid.min_max import encoding_from_range
 from qwlora.grid.range_estimator import Estimator
 from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.messages import listed

@@ -15,7 +15,7 @@ from qwlora.graph.aten_ops import MAY_ALIAS, base_name, is_known
 from qwlora.graph.graph_analysis import operator_of
 from qwlora.graph.quantized_graph import GraphValue, Kind, insert_after
 from qwlora.graph.value_traits import GridOptions
-from qwlora.grid.observers import measure
+from qwlora.grid.min_max import measure
 from qwlora.grid.range_estimator import as_estimator
 from qwlora.grid.scheme import PerTensor, Scheme
 from qwlora.parameter_names import is_factor_name

@@ -36,19 +36,19 @@ from torch.fx.node import map_arg
 
 from qwlora.errors import CalibrationError
 from qwlora.graph.aten_ops import MOVES_DATA, base_name
-from qwlora.graph.cached_capture import MASK, CacheSizes
 from qwlora.graph.capture import PAST, PRESENT
 from qwlora.graph.fused_norms import fuse_norms
 from qwlora.graph.graph_analysis import computed_from, module_of, operator_of
-from qwlora.graph.host_inputs import COS, SIN, HostInputs, lift_host_inputs
+from qwlora.graph.host_graph import COS, SIN, HostInputs, lift_host_inputs
+from qwlora.graph.kv_cache_capture import MASK, CacheSizes
 from qwlora.graph.quantized_graph import GraphValue, Interface, Kind, QuantizedGraph, with_state
 from qwlora.graph.scaling_input import ALPHA, lift_scaling
-from qwlora.graph.sliced_parts import slice_parts
+from qwlora.graph.split_to_slices import slice_parts
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.observers import encoding_from_range, measure
+from qwlora.grid.min_max import encoding_from_range, measure
 from qwlora.grid.scheme import Scheme
 from qwlora.messages import listed
-from qwlora.simulation.cached_graph import Encodings, cached_graph, capture_with_cache
+from qwlora.simulation.kv_cache_graph import Encodings, cached_graph, capture_with_cache
 from qwlora.simulation.simulation import Simulation
 
 MASKED_BELOW = 20.0

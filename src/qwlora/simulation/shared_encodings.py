@@ -25,7 +25,7 @@ from qwlora.graph.adapter_branch import branch_nodes
 from qwlora.graph.graph_analysis import lora_branch
 from qwlora.graph.move_graph import device_of, moved_encoding
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.observers import MinMaxObserver
+from qwlora.grid.min_max import MinMaxObserver
 from qwlora.simulation.estimate_encodings import estimate_encodings
 from qwlora.simulation.fake_quantizer import Quantizer
 from qwlora.simulation.simulation import Simulation

@@ -35,7 +35,7 @@ from qwlora.graph.aten_ops import MASKS, base_name
 from qwlora.graph.call_arguments import as_arguments, check_token_ids
 from qwlora.graph.capture import Captured, capture
 from qwlora.graph.move_graph import device_of, moved_encoding, rewrite_devices_, unshare_moving_
-from qwlora.graph.perturbed_graph import SumInHalves
+from qwlora.graph.noise_floor_graph import SumInHalves
 from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph
 from qwlora.graph.value_traits import Decision
 from qwlora.grid.encoding import Encoding

@@ -25,7 +25,7 @@ from typing import Any
 
 from qwlora.atomic import files_in, read_tensors, write_tensors
 from qwlora.errors import FingerprintError, QwloraWarning, SourceError
-from qwlora.export.onnx_adapter import ADAPTER_FILE
+from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE
 from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.contents import check_contents, check_plain
 from qwlora.export.registry import TARGETS

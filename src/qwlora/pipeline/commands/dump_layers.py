@@ -183,8 +183,8 @@ def _write(
     batch: Mapping[str, Tensor],
     folder: Path,
 ) -> dict[str, Any]:
-    from qwlora.export.golden import write_array
-    from qwlora.export.onnx_model import OF_INPUT
+    from qwlora.export.npu.golden import write_array
+    from qwlora.export.onnx.onnx_model import OF_INPUT
 
     values = simulation.values(batch)
     if not values:

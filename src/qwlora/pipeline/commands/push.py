@@ -47,7 +47,7 @@ from qwlora.pipeline.plan.stage import Stage
 from qwlora.pipeline.plan.stale_stages import find_stale, upstream
 from qwlora.pipeline.results.model_cards import Places, card_text
 from qwlora.pipeline.results.results import collect_results, job_of
-from qwlora.report.job import Job
+from qwlora.report.results_view import Job
 
 PUSHED = "pushed.json"  # in .qwlora/: where the base was uploaded to, and which files went where
 

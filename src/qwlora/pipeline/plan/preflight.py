@@ -19,8 +19,7 @@ from qwlora.adapter.attach import (
 from qwlora.adapter.train import check_loggers
 from qwlora.data.document_isolation import check_isolation
 from qwlora.errors import ExportError, GridError, SourceError, TrainingError
-from qwlora.export.grid_table import problems
-from qwlora.export.held_schemes import LayerKind
+from qwlora.export.format_limits import LayerKind
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import (
     GraphTarget,
@@ -29,7 +28,8 @@ from qwlora.export.target import (
     UseCasesTarget,
     WeightsTarget,
 )
-from qwlora.export.weights_folder import layer_kind
+from qwlora.export.target_compatibility import problems
+from qwlora.export.weights.weights_folder import layer_kind
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.huggingface.max_positions import check_positions
 from qwlora.grid.quantized_tensor import QuantizedTensor

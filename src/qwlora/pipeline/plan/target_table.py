@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.errors import GridError, SourceError
-from qwlora.export.grid_table import Grid, problems, table_rows
 from qwlora.export.registry import TARGETS
+from qwlora.export.target_compatibility import Grid, problems, table_rows
 from qwlora.formats.model_source import fetch
 from qwlora.recipe import Recipe
 
@@ -108,8 +108,8 @@ def second_rounding(recipe: Recipe) -> str | None:
 def _lies_on_grid(recipe: Recipe, folder: Path) -> bool:
     from qwlora.formats.assemble_model import LazyModel
     from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
-    from qwlora.quantize.existing_grid import is_on_grid
     from qwlora.quantize.quantize_model import plan_layers
+    from qwlora.quantize.requantization_check import is_on_grid
 
     if recipe.model.trust_remote_code:
         return False

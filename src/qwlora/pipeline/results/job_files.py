@@ -21,8 +21,8 @@ from qwlora.pipeline.plan.stage import Stage
 from qwlora.pipeline.results.model_cards import write_cards
 from qwlora.pipeline.results.results import collect_results, job_of, merge_results
 from qwlora.recipe import Recipe
-from qwlora.report.job import Job
 from qwlora.report.page import render
+from qwlora.report.results_view import Job
 
 REPORT = "report.html"
 STATUS = "status.json"

@@ -16,8 +16,8 @@ from qwlora.pipeline.plan.stage import Stage
 from qwlora.pipeline.plan.stale_stages import find_stale, upstream
 from qwlora.pipeline.results.job_files import REPORT, last_status
 from qwlora.pipeline.results.results import collect_results, job_of, merge_results
-from qwlora.report.job import BASE, Job
 from qwlora.report.page import render, render_comparison
+from qwlora.report.results_view import BASE, Job
 
 PAGE_MARK = '<meta name="generator" content="QWLoRA">'
 

@@ -30,7 +30,7 @@ from qwlora.formats.card_mark import as_code, escaped, marked
 from qwlora.formats.model_origin import UNKNOWN, Origin, origin_of
 from qwlora.pipeline.job.directory import Directory
 from qwlora.recipe import Data, Recipe
-from qwlora.report.job import Job, finite, runtime
+from qwlora.report.results_view import Job, finite, runtime
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

@@ -11,7 +11,7 @@ from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.plan.stage import Stage
 from qwlora.recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml
-from qwlora.report.job import Job
+from qwlora.report.results_view import Job
 
 RESULTS_FORMAT = 1
 TIMING = "timing"  # of one stage, in its record; `stages` and `sizes` in results.json

@@ -164,8 +164,8 @@ class _Verification:
     def _reference(self) -> tuple[Any, Reference | None, dict[str, Tensor]]:
         """The model that the files were made of, its simulation if there is one, and what it says
         about held-out text."""
+        from qwlora.export.onnx.adapters_as_inputs import ZeroAdapter
         from qwlora.export.proof.reference import logits_of, make_reference, simulated_logits
-        from qwlora.export.switchable_graph import ZeroAdapter
         from qwlora.pipeline.stages.use_cases import use_case_simulations
         from qwlora.pipeline.stages.zero_adapter import zero_adapter_simulation
 
@@ -199,9 +199,9 @@ class _Verification:
     def _text(self) -> Sequences:
         """Held-out text of the adapter, or of the first one of a use case, as far as the context of
         the graphs goes."""
-        from qwlora.export.cached_graphs import most_tokens
+        from qwlora.export.npu.kv_cache_graphs import most_tokens
+        from qwlora.export.npu.use_cases import members
         from qwlora.export.proof.reference import BASE_SEQUENCES
-        from qwlora.export.use_cases import members
 
         recipe = self.context.recipe
         names = {adapter.name for adapter in recipe.adapters}
@@ -215,7 +215,7 @@ class _Verification:
 
     def _graphs(self) -> Path | None:
         """The folder of graphs with a key-value cache; None if there are none."""
-        from qwlora.export.cached_graphs import has_graphs
+        from qwlora.export.npu.kv_cache_graphs import has_graphs
 
         folders = (*proven_folders(self.target, self.bundle, self.adapter).values(), self.bundle)
         places = [place for folder in folders for place in (folder, folder / BASE)]

@@ -10,7 +10,7 @@ from qwlora.report.sections import (
     layer_errors,
     reproduction,
     runtime_parity,
-    stage_losses,
+    stage_costs,
     task_scores,
     time_and_size,
     training_course,
@@ -20,7 +20,7 @@ SECTIONS: tuple[Section, ...] = tuple(
     module.SECTION
     for module in (
         adapter_table,
-        stage_losses,
+        stage_costs,
         training_course,
         layer_errors,
         activation_ranges,

@@ -10,11 +10,11 @@ from typing import Any
 from markupsafe import Markup
 
 from qwlora.report.drawing import Drawing, Scale, log_ticks, panels, shortened
-from qwlora.report.job import Job, code, finite
 from qwlora.report.layer_grid import MOST_COLUMNS, place_of
+from qwlora.report.number_format import TIMES, count, listed, significant
 from qwlora.report.report_table import Table
+from qwlora.report.results_view import Job, code, finite
 from qwlora.report.section import Section, View
-from qwlora.report.written_numbers import TIMES, count, listed, significant
 
 PANELS = 8
 STANDS_OUT = 20.0  # times the median of its kind

@@ -9,11 +9,7 @@ from markupsafe import Markup
 
 from qwlora.report.checks import identical_adapters
 from qwlora.report.drawing import Drawing, Scale
-from qwlora.report.job import FILES, NOT_MEASURED, Job, code, tagged
-from qwlora.report.report_table import Table
-from qwlora.report.section import Section, View
-from qwlora.report.sections.training_course import course, smoothed
-from qwlora.report.written_numbers import (
+from qwlora.report.number_format import (
     count,
     fixed,
     listed,
@@ -22,6 +18,10 @@ from qwlora.report.written_numbers import (
     precise_percent,
     size,
 )
+from qwlora.report.report_table import Table
+from qwlora.report.results_view import FILES, NOT_MEASURED, Job, code, tagged
+from qwlora.report.section import Section, View
+from qwlora.report.sections.training_course import course, smoothed
 
 MOST_IN_MATRIX = 12
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from qwlora.report.job import Job, finite, tagged, without_folders
+from qwlora.report.number_format import count
 from qwlora.report.report_table import Table
+from qwlora.report.results_view import Job, finite, tagged, without_folders
 from qwlora.report.section import Section, View
-from qwlora.report.written_numbers import count
 
 KINDS = {
     "text": "plain text",

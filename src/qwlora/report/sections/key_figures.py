@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from qwlora.report.job import FILES, NOT_MEASURED, Job, code, runtime, tagged, valued
-from qwlora.report.written_numbers import (
+from qwlora.report.number_format import (
     count,
     fixed,
     percent,
@@ -17,6 +16,7 @@ from qwlora.report.written_numbers import (
     significant,
     size,
 )
+from qwlora.report.results_view import FILES, NOT_MEASURED, Job, code, runtime, tagged, valued
 
 KL = (
     "KL divergence: how far the next-token probabilities moved from the float model, in nats. "

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from qwlora.report.drawing import MOST_TITLES, Drawing, figure, shortened
-from qwlora.report.job import NOT_MEASURED, Job, code, finite, tagged
 from qwlora.report.layer_grid import Grid, grid_of, place_of
+from qwlora.report.number_format import count, percent, precise_percent, significant
 from qwlora.report.report_table import MOST_SENT, Table
+from qwlora.report.results_view import NOT_MEASURED, Job, code, finite, tagged
 from qwlora.report.section import Section, View
-from qwlora.report.written_numbers import count, percent, precise_percent, significant
 
 BINS = 8
 EVEN = 2.0  # a map whose largest value is less than this times its median is folded

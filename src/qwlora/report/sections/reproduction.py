@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from qwlora.report.job import NOT_MEASURED, Job, without_folders
+from qwlora.report.number_format import size
+from qwlora.report.results_view import NOT_MEASURED, Job, without_folders
 from qwlora.report.section import Section, View
-from qwlora.report.written_numbers import size
 
 
 def view(job: Job, adapter: str | None) -> View | None:

@@ -8,9 +8,9 @@ from markupsafe import Markup
 
 from qwlora.report.checks import Outcome, outcome_of, proof_checks
 from qwlora.report.drawing import Drawing, Scale, figure, shortened, ticks
-from qwlora.report.job import Job, code, runtime
+from qwlora.report.number_format import count, listed, precise_percent
+from qwlora.report.results_view import Job, code, runtime
 from qwlora.report.section import Section, View
-from qwlora.report.written_numbers import count, listed, precise_percent
 
 MOST_SHOWN = 3.0  # times a limit; longer bars end there
 

@@ -6,10 +6,10 @@ from typing import Any
 
 from markupsafe import Markup
 
-from qwlora.report.job import Job, finite, runtime, tagged
+from qwlora.report.number_format import precise_percent, significant
 from qwlora.report.report_table import Table
+from qwlora.report.results_view import Job, finite, runtime, tagged
 from qwlora.report.section import Section, View
-from qwlora.report.written_numbers import precise_percent, significant
 
 STAGES = {
     "float": "Float",

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from qwlora.report.drawing import Drawing, Scale, figure, shortened
-from qwlora.report.job import FILES, NOT_MEASURED, Job, finite, runtime, tagged
+from qwlora.report.number_format import count, fixed, percent, seconds, size
 from qwlora.report.report_table import Table
+from qwlora.report.results_view import FILES, NOT_MEASURED, Job, finite, runtime, tagged
 from qwlora.report.section import Section, View
 from qwlora.report.sections.key_figures import FLOAT_BYTES, float_bytes
-from qwlora.report.written_numbers import count, fixed, percent, seconds, size
 
 MOST_BARS = 40
 

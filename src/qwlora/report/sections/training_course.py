@@ -9,9 +9,9 @@ from typing import Any
 from markupsafe import Markup
 
 from qwlora.report.drawing import Drawing, Scale, figure, ticks
-from qwlora.report.job import NOT_MEASURED, Job, code, finite, tagged
+from qwlora.report.number_format import count, fixed, percent, seconds, size
+from qwlora.report.results_view import NOT_MEASURED, Job, code, finite, tagged
 from qwlora.report.section import Section, View
-from qwlora.report.written_numbers import count, fixed, percent, seconds, size
 
 SMOOTHED = 8  # steps
 MOST_STEPS = 2000  # above, a band of the smallest and largest loss for each pixel

@@ -1,0 +1,1 @@
+"""Targets for Qualcomm's NPU: aimet, qairt, qnn."""

@@ -1,0 +1,141 @@
+"""What the `aimet` target writes: a `.aimet` folder for AI Hub and aimet-onnx, and files for it.
+
+    prefill.aimet/, decode.aimet/    of a causal language model: graphs with a key-value cache
+    model.aimet/                     of any other model
+      model.onnx                     float model with fixed shapes, weights on their grids
+      model.data                     its weights, the same bytes in all folders
+      model.encodings                AIMET encodings, 1.0.0 or 2.0.0
+    golden/                          inputs, and the outputs that were computed of them
+    submit_aihub.py                  compiles and runs it on AI Hub, and compares; needs an account
+    README.md                        the commands
+    graphs.json, GRAPH_host.onnx     of graphs with a cache, see `float_graphs.py`
+
+AI Hub refuses a `.aimet` folder that holds anything else, so the others are next to it.
+"""
+
+from __future__ import annotations
+
+import filecmp
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from qwlora.errors import VerificationError
+from qwlora.export.npu.aimet_encodings import write_float_encodings
+from qwlora.export.npu.float_graphs import (
+    FloatGraphs,
+    float_graphs,
+    write_float_graphs,
+    write_graph_golden,
+)
+from qwlora.export.npu.float_onnx_runner import FloatOnnxModel
+from qwlora.export.npu.golden import write_golden
+from qwlora.export.npu.kv_cache_graphs import read_graphs
+from qwlora.export.target import ExportedGraph
+from qwlora.formats.card_mark import marked
+from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.system.optional_packages import require
+
+SUFFIX = ".aimet"
+FOLDER = f"model{SUFFIX}"
+MODEL_FILE, DATA_FILE, ENCODINGS_FILE = "model.onnx", "model.data", "model.encodings"
+SCRIPT_FILE, README_FILE, GRAPHS_README = "submit_aihub.py", "README.md", "README.graphs.md"
+_FILES = {MODEL_FILE, DATA_FILE, ENCODINGS_FILE}
+
+
+def write_aimet(exported: ExportedGraph, folder: Path) -> None:
+    """Write a `.aimet` folder for each of `exported.graphs`, or one for a model without a cache,
+    and the files next to them.
+
+    Raises:
+        ExportError, CaptureError, CalibrationError, MissingExtraError: see `float_graphs`.
+    """
+    described = {}
+    for name in exported.graphs or [""]:
+        ((_, form),) = float_graphs({"": exported}, name)
+        model = folder / f"{name or 'model'}{SUFFIX}"
+        _write_model(form.made.model, model)
+        version = exported.encodings_version
+        write_float_encodings(form.graph, form.made.encodings, model / ENCODINGS_FILE, version)
+        if form.npu is not None:
+            described[name] = form.npu, form.inner
+    if described:
+        files = {name: {"model": f"{name}{SUFFIX}"} for name in described}
+        write_float_graphs(folder, described, files)
+        write_graph_golden(_opened_graphs(folder), exported.sample["input_ids"], folder)
+    else:
+        write_golden(exported, folder)
+    _write_script(form.graph, folder, GRAPHS_README if described else README_FILE)
+
+
+def _write_model(model: Any, folder: Path) -> None:
+    # every weight external: a stored model of more than 2 GB is no protobuf file
+    folder.mkdir(parents=True)
+    require("onnx_ir", "onnx").save(
+        model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=64
+    )
+
+
+def _write_script(graph: QuantizedGraph, folder: Path, readme: str) -> None:
+    activations = [
+        graph.encodings[m.name].scheme.bitwidth for m in graph.marks if m.kind is Kind.ACTIVATION
+    ]
+    full_type = "w8a16" if max(activations, default=16) > 8 else "int8"
+    templates = resources.files("qwlora.export.npu") / "aimet_templates"
+    script = (templates / f"{SCRIPT_FILE}.template").read_text()
+    (folder / SCRIPT_FILE).write_text(script.replace("@FULL_TYPE@", full_type))
+    (folder / README_FILE).write_text(marked((templates / f"{readme}.template").read_text()))
+
+
+def open_aimet(folder: Path) -> FloatOnnxModel:
+    """The files in ONNX Runtime, after every check that they allow.
+
+    Raises:
+        VerificationError: the `.aimet` folder lacks a file or holds another one, or see
+            `FloatOnnxModel.check`.
+    """
+    _check_folders(folder, [FOLDER])
+    opened = _opened(folder / FOLDER)
+    opened.check()
+    return opened
+
+
+def open_aimet_graphs(folder: Path) -> FloatGraphs:
+    """The graphs with a cache in ONNX Runtime, after every check that they allow.
+
+    Raises:
+        VerificationError: a `.aimet` folder lacks a file or holds another one, or see
+            `FloatGraphs.check`; or graphs have different weights.
+    """
+    folders = [graph["model"] for graph in read_graphs(folder)["graphs"].values()]
+    _check_folders(folder, folders)
+    first, *others = (folder / name / DATA_FILE for name in folders)
+    if differing := [other for other in others if not filecmp.cmp(first, other, shallow=False)]:
+        names = [str(path.relative_to(folder)) for path in (differing[0], first)]
+        raise VerificationError(
+            f"{folder}: the files contradict each other",
+            [f"{names[0]} differs from {names[1]}, but all graphs must have the same weights"],
+        )
+    graphs = _opened_graphs(folder)
+    graphs.check()
+    return graphs
+
+
+def _check_folders(folder: Path, names: list[str]) -> None:
+    """Refuse folders that lack a file or hold another one."""
+    for name in names:
+        model = folder / name
+        found = {path.name for path in model.iterdir()} if model.is_dir() else set()
+        if problems := [f"{name} is missing" for name in sorted(_FILES - found)] + [
+            f"{name} does not belong there: AI Hub refuses the folder" for name in found - _FILES
+        ]:
+            raise VerificationError(f"{model} is not a complete .aimet folder", problems)
+
+
+def _opened(model: Path) -> FloatOnnxModel:
+    return FloatOnnxModel(model / MODEL_FILE, model / ENCODINGS_FILE)
+
+
+def _opened_graphs(folder: Path) -> FloatGraphs:
+    graphs = read_graphs(folder)["graphs"]
+    return FloatGraphs(folder, {name: _opened(folder / graphs[name]["model"]) for name in graphs})

@@ -1,0 +1,261 @@
+"""Graphs for Qualcomm's HTP with a key-value cache, compiled, and adapters as files of codes.
+
+    export_qnn({"first": a, "second": b}, {"prefill": 128, "decode": 1}, 1024, folder)
+
+    base/
+      prefill.onnx, decode.onnx, weights.data       QDQ graphs that share one weight file
+      prefill_host.onnx, decode_host.onnx           positions and mask -> cos, sin, float mask
+      device/                                       compiled for the HTP, weights once; for a device
+        prefill_ctx.onnx, decode_ctx.onnx, *.bin
+      graphs.json                                   sizes, files, grids of inputs and outputs
+      qwlora.json                                   fingerprint, digests
+    first/, second/, zero/
+      adapter.safetensors                           codes of lora_A and lora_B, lora_alpha
+      qwlora.json
+
+An adapter's tensors are inputs of every graph, under these names, so a runtime switches adapters by
+feeding others; `zero` computes the base alone. All adapters share one grid. An adapter of a lower
+rank than the highest is padded with zeros.
+
+Without onnxruntime-qnn nothing is compiled; the QDQ graphs can be compiled where it is installed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from qwlora.atomic import files_in, write_tensors
+from qwlora.errors import ExportError, MissingExtraError
+from qwlora.export.npu.htp_limits import (
+    SMALLEST_RESCALE,
+    input_problem,
+    table_problem,
+    weight_problem,
+)
+from qwlora.export.npu.htp_rewrites import CODES, npu_onnx
+from qwlora.export.npu.kv_cache_graphs import write_graphs
+from qwlora.export.npu.qnn_runtime import (
+    ADAPTER,
+    BASE,
+    RECORD,
+    compile_graphs,
+    compiled_file,
+)
+from qwlora.formats import manifest
+from qwlora.graph.graph_analysis import operator_of
+from qwlora.graph.kv_cache_capture import CacheSizes
+from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.graph.scaling_input import ALPHA, scaling_of
+from qwlora.grid.encoding import Encoding
+from qwlora.messages import listed
+from qwlora.simulation.npu_graph import NpuGraph, npu_graph
+from qwlora.simulation.simulation import Simulation
+from qwlora.system.optional_packages import require
+
+ZERO, WEIGHTS = "zero", "weights.data"
+
+
+def export_qnn(
+    simulations: Mapping[str, Simulation],
+    graphs: Mapping[str, int],
+    context: int,
+    folder: Path,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write a bundle into `folder`.
+
+    Args:
+        simulations: calibrated, by adapter, with one set of encodings for all
+            (`base_activations="none"`).
+        graphs: number of new tokens of each graph, by name.
+        context: new and past tokens together, in every graph.
+        metadata: added to the ONNX files.
+
+    Raises:
+        ExportError: `folder` holds a part of a bundle already, the HTP refuses the graphs or
+            computes them wrongly, or adapters have different encodings.
+        CaptureError, CalibrationError: see `npu_graph`.
+        MissingExtraError: the `onnx` extra is not installed.
+    """
+    if ZERO in simulations or BASE in simulations:
+        raise ExportError(f"an adapter is called {ZERO} or {BASE}; choose another name")
+    if there := [name for name in (BASE, *simulations, ZERO) if (folder / name).exists()]:
+        raise ExportError(
+            f"{str(folder)!r} already holds {listed(there)}; remove it, or export into another "
+            "folder"
+        )
+    _refuse_different_encodings(simulations)
+    largest = max(simulations, key=lambda name: _rank(simulations[name]))
+    scaling = max(scaling_of(each.program) or 0.0 for each in simulations.values())
+    made = {
+        name: npu_graph(simulations[largest], CacheSizes(tokens, context), scaling)
+        for name, tokens in graphs.items()
+    }
+    for graph in made.values():
+        refuse_graph(graph.device)
+    base = folder / BASE
+    base.mkdir(parents=True)
+    codes = _write_graphs(made, base, metadata or {})
+    compiler = _compiled(base, list(made))
+    shapes = {name: list(array.shape) for name, array in codes.items()}
+    files = {
+        name: {"qdq": f"{name}.onnx", "compiled": compiled_file(name) if compiler else None}
+        for name in made
+    }
+    write_graphs(base, made, files, {"adapter_inputs": shapes, "compiler": compiler})
+    manifest.write(base, RECORD, {}, files_in(base))
+    for name, simulation in simulations.items():
+        own = {n: torch.from_numpy(_padded(_codes(simulation, n), codes[n])) for n in codes}
+        _write_adapter(folder, name, own, scaling_of(simulation.program))
+    zero = {name: torch.from_numpy(np.zeros_like(array)) for name, array in codes.items()}
+    _write_adapter(folder, ZERO, zero, 0.0)
+
+
+def base_digest(bundle: Path) -> str:
+    """SHA-256 of the record of the graphs, which lists the digests of their files."""
+    return hashlib.sha256((bundle / BASE / RECORD).read_bytes()).hexdigest()
+
+
+def refuse_graph(graph: QuantizedGraph) -> None:
+    """Refuse what the HTP does not take or computes wrongly; see `htp_limits.py`.
+
+    Raises:
+        ExportError: the message lists every such weight.
+    """
+    nodes = {node.name: node for node in graph.program.graph.nodes}
+    problems: dict[str, list[str]] = {}
+    for mark in graph.marks:
+        scheme = graph.encodings[mark.name].scheme
+        readers = {
+            operator_of(user) for user in nodes[mark.node].users if user.op == "call_function"
+        }
+        found = None
+        if mark.kind is Kind.ADAPTER:
+            found = input_problem(scheme)
+        elif mark.kind is Kind.BASE:
+            found = table_problem(scheme) if "embedding" in readers else weight_problem(scheme)
+        if found:
+            problems.setdefault(found, []).append(mark.name)
+    problems |= _rescale_problems(graph)
+    if problems:
+        lines = [f"{listed(names, 3)}: {problem}" for problem, names in problems.items()]
+        raise ExportError("Qualcomm's HTP does not take this base:\n  " + "\n  ".join(lines))
+
+
+def _rescale_problems(graph: QuantizedGraph) -> dict[str, list[str]]:
+    """Products whose result cannot be rescaled to its grid."""
+    marks = {mark.node: mark for mark in graph.marks}
+    found: dict[str, list[str]] = {}
+    for node in graph.program.graph.nodes:
+        if node.op != "call_function" or operator_of(node) not in ("linear", "matmul"):
+            continue
+        names = [marks[n.name].name for n in (*node.all_input_nodes[:2], node) if n.name in marks]
+        if len(names) == 3:
+            x, w, y = (graph.encodings[name].scale for name in names)
+            rescale = float(x) * float(w.min()) / float(y)
+            if rescale <= SMALLEST_RESCALE:
+                why = (
+                    f"scale(x) scale(w) / scale(y) is {rescale:.3g}, and the HTP needs more than "
+                    "2^-24. Give the layer's weight a coarser grid"
+                )
+                found.setdefault(why, []).append(names[2])
+    return found
+
+
+def _refuse_different_encodings(simulations: Mapping[str, Simulation]) -> None:
+    (first, one), *others = simulations.items()
+    known = one.encodings
+    for name, other in others:
+        found = other.encodings
+        differing = [
+            key for key in {**known, **found} if not _is_same(known.get(key), found.get(key))
+        ]
+        if differing:
+            raise ExportError(
+                f"adapters {first} and {name} have {len(differing)} different encodings, "
+                f"{differing[0]} first, and one graph serves all adapters. "
+                "Set simulation.base_activations: none and calibrate again"
+            )
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    if isinstance(one, Encoding) and isinstance(other, Encoding):
+        return one.equals(other)
+    return one is other
+
+
+def _rank(simulation: Simulation) -> int:
+    return max((min(t.shape) for t in simulation.adapter_weights.values()), default=0)
+
+
+def _write_graphs(
+    made: Mapping[str, NpuGraph], base: Path, metadata: Mapping[str, str]
+) -> dict[str, Any]:
+    """Write the QDQ graphs, which share a weight file.
+
+    Returns:
+        the adapter's codes by input name.
+    """
+    ir = require("onnx_ir", "onnx")
+    codes: dict[str, Any] = {}
+    shared: dict[str, Any] = {}
+    for name, graph in made.items():
+        model, codes = npu_onnx(graph.device, {**metadata, "qwlora.graph": name})
+        if shared:
+            for key, value in model.graph.initializers.items():
+                if key in shared and _same_bytes(shared[key], value.const_value):
+                    value.const_value = shared[key]
+            ir.save(model, base / f"{name}.onnx")
+        else:
+            ir.save(model, base / f"{name}.onnx", external_data=WEIGHTS)
+            written = ir.load(base / f"{name}.onnx")
+            shared = {
+                key: value.const_value
+                for key, value in written.graph.initializers.items()
+                if isinstance(value.const_value, ir.ExternalTensor)
+            }
+    return codes
+
+
+def _same_bytes(one: Any, other: Any) -> bool:
+    return one.dtype == other.dtype and one.tobytes() == other.tobytes()
+
+
+def _compiled(base: Path, names: list[str]) -> dict[str, str] | None:
+    """Compile the graphs for the HTP; returns the compiler, or None if it is not installed."""
+    try:
+        return compile_graphs(base, names)
+    except MissingExtraError:
+        return None
+
+
+def _codes(simulation: Simulation, name: str) -> Any:
+    """The codes of an adapter's weight as the graph's input holds them: transposed, signed."""
+    weight = name.removesuffix(CODES)
+    encoding = simulation.encodings[weight]
+    codes = encoding.quantize(simulation.adapter_weights[weight]).to(torch.int32)
+    bits = encoding.scheme.bitwidth
+    return (codes + encoding.scheme.symmetric_offset).T.numpy().astype(f"int{bits}")
+
+
+def _padded(codes: Any, like: Any) -> Any:
+    """`codes` in the shape of `like`, with zeros for the ranks that it has not."""
+    padded = np.zeros_like(like)
+    padded[tuple(slice(0, size) for size in codes.shape)] = codes
+    return padded
+
+
+def _write_adapter(
+    bundle: Path, name: str, codes: Mapping[str, Any], scaling: float | None
+) -> None:
+    folder = bundle / name
+    folder.mkdir()
+    write_tensors(folder / ADAPTER, {**codes, ALPHA: torch.tensor([scaling or 0.0])})
+    record = {"adapter": name, "base": base_digest(bundle)}
+    manifest.write(folder, RECORD, record, [ADAPTER])

@@ -1,0 +1,251 @@
+"""Run the graphs of a `qnn` bundle: on Qualcomm's HTP emulator, or in ONNX Runtime on the CPU.
+
+onnxruntime-qnn holds the HTP compiler and an emulator of the HTP for x86-64 Linux. It computes what
+the NPU computes, slowly, so it proves a bundle and measures no speed. It cannot load a context
+binary that several graphs share: version 2.7 reports QNN_COMMON_ERROR_NOT_SUPPORTED or crashes
+(exit 139). So the compiled graphs are in a folder for devices, and the emulator compiles the QDQ
+graphs again: what is proven is what the compiler makes of these graphs, not the binary's bytes.
+
+    run = QnnModel(folder / "base", folder / "first", htp=True)
+    run.logits(ids)               prefill in pieces, then token by token; the cache is on the host
+    run.use(folder / "zero")      another adapter in the same loaded graphs
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import json
+import tempfile
+from collections import Counter
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from qwlora.atomic import read_tensors
+from qwlora.errors import ExportError
+from qwlora.export.npu.kv_cache_graphs import CachedGraphs
+from qwlora.export.onnx.onnx_runtime import expose_activations
+from qwlora.system.optional_packages import require
+
+# Snapdragon 8 Gen 3. The provider's default is an old chip without 4-bit blocks and 16-bit weights.
+CHIP = {"soc_model": "57", "htp_arch": "75"}
+PROVIDER = "QNNExecutionProvider"
+BASE, RECORD = "base", "qwlora.json"
+ADAPTER = "adapter.safetensors"
+DEVICE = "device"
+_README = """\
+Compiled with onnxruntime-qnn {version} for a device with this chip (soc_model {soc_model}, \
+htp_arch {htp_arch}). Load them there,
+with ONNX Runtime and its QNN provider. They were not run. Do not load them on x86-64: the emulator
+cannot read a binary that two graphs share, and may crash (exit 139). There, load ../*.onnx instead.
+"""
+
+
+def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
+    """Compile the QDQ graphs in `base` for the HTP, into folder `device`; they share their weights.
+
+    Returns:
+        name and version of the compiler, and the chip.
+
+    Raises:
+        MissingExtraError: onnxruntime-qnn is not installed.
+        ExportError: the compiler refuses a graph, or writes nothing.
+    """
+    devices = _devices()
+    (base / DEVICE).mkdir()
+    sessions = []
+    for name in names:
+        options = _options()
+        entries = {
+            "ep.context_enable": "1",
+            "ep.context_embed_mode": "0",
+            "ep.context_file_path": str(base / compiled_file(name)),
+            "ep.share_ep_contexts": "1",
+        }
+        if name == names[-1]:
+            entries["ep.stop_share_ep_contexts"] = "1"
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        provider = {**_provider(), "enable_htp_weight_sharing": "1"}
+        options.add_provider_for_devices(devices, provider)
+        sessions.append(_session(base / f"{name}.onnx", options))
+    for name in names:
+        if not (base / compiled_file(name)).is_file():
+            raise ExportError(
+                f"onnxruntime-qnn read {str(base / f'{name}.onnx')!r} without an error, but wrote "
+                f"no {compiled_file(name)}. Install another version of onnxruntime-qnn, "
+                "or remove it to export without compiling"
+            )
+    version = str(require("onnxruntime_qnn", "qnn").__version__)
+    (base / DEVICE / "README.md").write_text(_README.format(version=version, **CHIP))
+    return {"onnxruntime-qnn": version, **CHIP}
+
+
+def compiled_file(name: str) -> str:
+    """The file in `base` of a compiled graph."""
+    return f"{DEVICE}/{name}_ctx.onnx"
+
+
+class QnnModel(CachedGraphs):
+    """The graphs of a bundle with one adapter at a time.
+
+    Args:
+        base: folder of the graphs.
+        adapter: folder of an adapter.
+        htp: on the HTP emulator; else on the CPU, without optimizations.
+        profiles: a folder for `placement` to record in what each provider runs.
+
+    Raises:
+        ExportError: the graphs cannot be read.
+        MissingExtraError: a package is not installed.
+    """
+
+    def __init__(self, base: Path, adapter: Path, htp: bool, profiles: Path | None = None):
+        super().__init__(base)
+        self.htp = htp
+        self._sessions: dict[str, Any] = {}
+        self._profiles = profiles
+        self.use(adapter)
+
+    def use(self, adapter: Path) -> None:
+        """Feed another adapter from now on; loaded graphs stay."""
+        tensors, _ = read_tensors(adapter / ADAPTER)
+        self.fixed = {name: tensor.numpy() for name, tensor in tensors.items()}
+
+    def open(self, name: str) -> Any:
+        if name not in self._sessions:
+            graph = self.record["graphs"][name]
+            profile = self._profiles / name if self._profiles is not None else None
+            self._sessions[name] = open_graph(self.folder / graph["qdq"], self.htp, profile)
+        return self._sessions[name]
+
+    def open_layers(self, name: str) -> tuple[Any, list[str]]:
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / f"{name}.onnx"
+            names = expose_activations(self.folder / self.record["graphs"][name]["qdq"], path)
+            return _session(path, _cpu_options()), names
+
+    def placement(self) -> dict[str, dict[str, Any]]:
+        """By graph: partitions on the HTP, and what ran on the CPU besides the graph's edges.
+
+        The edges are the quantization of inputs and the dequantization of outputs. Ends profiling,
+        which needs `profiles`.
+        """
+        graphs, found = self.record["graphs"], {}
+        for name, session in self._sessions.items():
+            edges = len(graphs[name]["inputs"]) + len(graphs[name]["outputs"])
+            found[name] = placement(session, edges)
+        return found
+
+
+def open_graph(path: Path, htp: bool, profile: Path | None = None) -> Any:
+    """A session of a QDQ graph.
+
+    Args:
+        htp: compile it for the HTP, for its emulator; else the CPU, without optimizations.
+        profile: prefix of a file for `placement`.
+
+    Raises:
+        ExportError: it cannot be read or compiled.
+        MissingExtraError: a package is not installed.
+    """
+    options = _options() if htp else _cpu_options()
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    if htp:
+        options.add_provider_for_devices(_devices(), _provider())
+    return _session(path, options)
+
+
+def placement(session: Any, edges: int) -> dict[str, int]:
+    """Partitions on the HTP, and what ran on the CPU besides the graph's edges. Ends profiling.
+
+    Args:
+        session: opened with a profile, and run.
+        edges: how many inputs may be quantized and outputs dequantized on the CPU.
+    """
+    events = json.loads(Path(session.end_profiling()).read_text())
+    ran = Counter(
+        (event["args"].get("provider"), event["args"].get("op_name"))
+        for event in {
+            e["name"]: e
+            for e in events
+            if e.get("cat") == "Node" and e["name"].endswith("kernel_time")
+        }.values()
+    )
+    on_cpu = {op: n for (provider, op), n in ran.items() if provider != PROVIDER}
+    at_edges = sum(n for op, n in on_cpu.items() if op in ("QuantizeLinear", "DequantizeLinear"))
+    return {
+        "partitions": sum(n for (provider, _), n in ran.items() if provider == PROVIDER),
+        "cpu_nodes": sum(on_cpu.values()) - at_edges + max(0, at_edges - edges),
+        "edge_nodes": at_edges,
+    }
+
+
+def require_emulator() -> None:
+    """Import onnxruntime-qnn.
+
+    Raises:
+        MissingExtraError: it is not installed.
+    """
+    _devices()
+
+
+@cache
+def _devices() -> list[Any]:
+    """The HTP as a device of ONNX Runtime.
+
+    Raises:
+        MissingExtraError: onnxruntime-qnn is not installed.
+    """
+    provider, runtime = require("onnxruntime_qnn", "qnn"), require("onnxruntime", "qnn")
+    _keep_libffi()
+    runtime.register_execution_provider_library(PROVIDER, provider.get_library_path())
+    return [device for device in runtime.get_ep_devices() if device.ep_name == PROVIDER][:1]
+
+
+def _keep_libffi() -> None:
+    """Let cffi, with which llama.cpp is called, keep its libffi.
+
+    libQnnHtp.so has a libffi of its own, of another version, and ONNX Runtime loads it for the
+    whole process: calls through cffi would then crash. Names are looked up in the order in which
+    libraries were made visible to all, so the one that is already in memory is made so first.
+    """
+    maps = Path("/proc/self/maps")  # of Linux; elsewhere, libraries have names of their own
+    if importlib.util.find_spec("_cffi_backend") is None or not maps.exists():
+        return
+    importlib.import_module("_cffi_backend")
+    files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
+    for file in sorted(file for file in files if "/libffi" in file):
+        ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
+
+
+def _provider() -> dict[str, str]:
+    return {"backend_path": require("onnxruntime_qnn", "qnn").get_qnn_htp_path(), **CHIP}
+
+
+def _options() -> Any:
+    options = require("onnxruntime", "onnx").SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    return options
+
+
+def _cpu_options() -> Any:
+    """Options without optimizations: the graph as it is written."""
+    runtime, options = require("onnxruntime", "onnx"), _options()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+def _session(path: Path, options: Any) -> Any:
+    runtime = require("onnxruntime", "onnx")
+    try:
+        return runtime.InferenceSession(str(path), options)
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise ExportError(f"ONNX Runtime cannot load {str(path)!r}: {error}") from error

@@ -1,0 +1,104 @@
+"""The proof of a `qnn` bundle: its graphs on the CPU and on Qualcomm's HTP emulator.
+
+    files       every file has the digest that was recorded; adapters fit the graphs
+    CPU         in ONNX Runtime without optimizations
+    HTP         if onnxruntime-qnn is installed; also partitions, and nodes left to the CPU
+
+The logits are compared as those of all targets, see `proof/compare.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from qwlora.atomic import files_in
+from qwlora.errors import FingerprintError, MissingExtraError
+from qwlora.export.npu.qnn_bundle import base_digest
+from qwlora.export.npu.qnn_runtime import BASE, RECORD, QnnModel, require_emulator
+from qwlora.export.proof.checks import Check, Limits, Parity, at_most
+from qwlora.export.proof.compare import compare_logits
+from qwlora.export.proof.reference import first_sequences
+from qwlora.formats import manifest
+from qwlora.messages import listed
+
+DECODED = 4  # of the last tokens of a sequence: one by one, since the emulator takes seconds
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the nodes of one graph run, see `QnnModel.placement`."""
+
+    graph: str
+    partitions: int
+    cpu_nodes: int
+
+    def checks(self, limits: Limits) -> Iterator[Check]:
+        yield at_most(f"partitions of graph {self.graph} on the HTP", self.partitions, 1)
+        yield at_most(f"nodes of graph {self.graph} on the CPU", self.cpu_nodes, 0)
+
+
+def check_bundle(folder: Path, name: str) -> None:
+    """Compare the files of the graphs and of adapter `name` with what was recorded.
+
+    Raises:
+        FingerprintError: a file was changed, added or removed, or the adapter is not one of these
+            graphs.
+    """
+    for part in (folder / BASE, folder / name):
+        what = f"{str(part)!r}"
+        if not manifest.has_digests(part, RECORD):
+            raise FingerprintError(f"{what} has no readable {RECORD}; copy it again")
+        manifest.check(part, RECORD, what, "export it again")
+        if added := sorted({*files_in(part)} - {*manifest.listed_files(part, RECORD)}):
+            raise FingerprintError(
+                f"{what} holds files that were not exported: {listed(added)}; remove them"
+            )
+    record = json.loads((folder / name / RECORD).read_text())
+    of_these = record.get("base") == base_digest(folder)
+    if record.get("adapter") != name or not of_these:
+        raise FingerprintError(
+            f"{str(folder / name)!r} holds adapter {record.get('adapter')} of "
+            f"{'these' if of_these else 'other'} graphs; copy the whole bundle again"
+        )
+
+
+def verify_qnn(folder: Path, name: str, reference: Mapping[str, Tensor]) -> Parity:
+    """Run the first sequence of a reference with one adapter.
+
+    Args:
+        name: of the adapter's folder.
+
+    Returns:
+        figures of the CPU and, if the emulator is installed, of the HTP; `exact` has those of the
+        last. Otherwise `not_run` says how to install it.
+
+    Raises:
+        FingerprintError: see `check_bundle`.
+        ExportError: a runtime refuses the files.
+    """
+    check_bundle(folder, name)
+    base, adapter = folder / BASE, folder / name
+    one = first_sequences(reference, 1)
+    steps = min(DECODED, one["ids"].shape[1] - 1)
+    on_cpu = partial(QnnModel(base, adapter, htp=False).logits, steps=steps)
+    run = compare_logits(on_cpu, one, where=" on the CPU")
+    parity = Parity({"cpu": run.to_json(), "exact": {"adapter": run.to_json()}}, (run,))
+    try:
+        require_emulator()
+    except MissingExtraError as error:
+        return parity.extended({"not_run": str(error)})
+    with tempfile.TemporaryDirectory() as profiles:
+        model = QnnModel(base, adapter, htp=True, profiles=Path(profiles))
+        run = compare_logits(partial(model.logits, steps=steps), one, where=" on the HTP")
+        placement = model.placement()
+    figures: dict[str, Any] = {"htp": run.to_json(), "exact": {"adapter": run.to_json()}}
+    places = [Placement(n, p["partitions"], p["cpu_nodes"]) for n, p in placement.items()]
+    return parity.extended({**figures, "placement": placement}, run, *places)

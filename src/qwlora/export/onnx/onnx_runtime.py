@@ -1,0 +1,284 @@
+"""Run an exported ONNX model, as a whole or layer by layer.
+
+With the options of `session_options.py`.
+
+A model with a key-value cache has inputs that a simulation does not have. Those that are not given
+are those of a whole sequence:
+
+    past_key_values.N.key, .value    without tokens
+    position_ids                     0, 1, 2, ... from the first token that attention_mask shows
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Collection, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qwlora.errors import ExportError, foreign_as
+from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE, ActiveAdapter
+from qwlora.export.onnx.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
+from qwlora.export.onnx.session_options import read_session_options
+from qwlora.graph.capture import PAST, PRESENT
+from qwlora.graph.kv_cache_capture import IDS, MASK, POSITIONS
+from qwlora.system.file_stamps import Stamps, file_stamps
+from qwlora.system.optional_packages import require
+
+
+class OnnxModel:
+    """An exported model in ONNX Runtime, on the CPU.
+
+    Args:
+        folder: where the files are.
+    """
+
+    shipped = None  # what is verified is what is shipped
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._adapters: dict[Path, tuple[Stamps, ActiveAdapter]] = {}
+        self._options: Any = None  # of the active adapter
+
+    @cached_property
+    def session(self) -> Any:
+        """The session; loaded when it is first used."""
+        return open_session(self.folder / MODEL_FILE, read_session_options(self.folder))
+
+    def use(self, adapter: Path | None) -> None:
+        """Switch to the adapter in a folder, or to none.
+
+        Raises:
+            ExportError: ONNX Runtime refuses its file.
+        """
+        if adapter is None:
+            self._options = None
+            return
+        with foreign_as(ExportError, f"{str(adapter / ADAPTER_FILE)!r} cannot be read"):
+            stamps = file_stamps((adapter / ADAPTER_FILE).stat())  # it may have been replaced
+        if adapter not in self._adapters or self._adapters[adapter][0] != stamps:
+            self._adapters[adapter] = stamps, ActiveAdapter(adapter / ADAPTER_FILE)
+        self._options = self._adapters[adapter][1].options
+
+    @property
+    def has_cache(self) -> bool:
+        """Whether keys and values of earlier tokens are inputs."""
+        return any(value.name.startswith(f"{PAST}.") for value in self.session.get_inputs())
+
+    def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Every output by name, given every input by name; see the module.
+
+        Raises:
+            ExportError: ONNX Runtime refuses the files, or an input is missing.
+        """
+        names = [output.name for output in self.session.get_outputs()]
+        return run_session(self.session, names, _completed(self.session, tensors), self._options)
+
+    def logits(self, ids: Tensor) -> Tensor:
+        """Float32 logits [batch, tokens, vocabulary] of token ids [batch, tokens]."""
+        tensors = _completed(self.session, {IDS: ids, MASK: torch.ones_like(ids)})
+        return run_session(self.session, ["logits"], tensors, self._options)["logits"]
+
+    def extend(self, ids: Tensor, past: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Run tokens after those in a cache.
+
+        Args:
+            ids: new token ids [batch, tokens].
+            past: inputs of the cache by name; empty at the start.
+
+        Returns:
+            logits of the new tokens, and the cache with them after the past ones.
+        """
+        before = next(iter(past.values())).shape[2] if past else 0
+        count = before + ids.shape[1]
+        given = {
+            IDS: ids,
+            MASK: ids.new_ones(len(ids), count),
+            POSITIONS: torch.arange(before, count).expand(ids.shape),
+        }
+        found = self.run({**given, **past})
+        cache = {
+            name.replace(PRESENT, PAST, 1): tensor
+            for name, tensor in found.items()
+            if name.startswith(f"{PRESENT}.")
+        }
+        return found["logits"], cache
+
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        """The `count` likeliest tokens after token ids [1, tokens], one by one, with the cache if
+        the model has one."""
+        tokens, new, cache = ids, ids, dict[str, Tensor]()
+        for _ in range(count):
+            if self.has_cache:
+                logits, cache = self.extend(new, cache)
+            else:
+                logits = self.logits(tokens)
+            new = logits[:, -1:].argmax(-1)
+            tokens = torch.cat([tokens, new], dim=1)
+        return tokens[0, -count:].tolist()
+
+    def run_layers(
+        self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Every quantized activation in `values`, computed from the others in `values`.
+
+        The graph is cut at each of them: its readers read a graph input instead, and its own value
+        becomes a graph output.
+
+        Args:
+            values: the simulated value of each quantized activation.
+            tensors: every input of the model by name.
+
+        Raises:
+            ExportError: ONNX Runtime refuses the files, or an input is missing.
+        """
+        given = {activation_tensor(name, tensors): value for name, value in values.items()}
+        outputs = [f"{name}.out" for name in values]
+        with tempfile.TemporaryDirectory() as scratch:
+            path = Path(scratch) / MODEL_FILE
+            _cut_at(self.folder / MODEL_FILE, values, path)
+            session = open_session(path, read_session_options(self.folder))
+            tensors = _completed(session, tensors)
+            found = run_session(session, outputs, {**tensors, **given}, self._options)
+        return dict(zip(values, found.values(), strict=True))
+
+    def layers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The value of every quantized activation of one run, by name of the tensor.
+
+        Args:
+            tensors: every input of the model by name.
+
+        Raises:
+            ExportError: ONNX Runtime refuses the files, or an input is missing.
+        """
+        options = read_session_options(self.folder)
+        return run_layers_of(self.folder / MODEL_FILE, options, tensors, self._options)
+
+
+def run_layers_of(
+    model: Path,
+    session_options: Mapping[str, str],
+    tensors: Mapping[str, Tensor],
+    options: Any = None,
+) -> dict[str, Tensor]:
+    """Run a QDQ model once; returns every dequantized activation by name of its tensor.
+
+    Raises:
+        ExportError: ONNX Runtime refuses the file, or an input is missing.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch) / MODEL_FILE
+        names = expose_activations(model, path)
+        session = open_session(path, session_options)
+        return run_session(session, names, _completed(session, tensors), options)
+
+
+def expose_activations(source: Path, path: Path) -> list[str]:
+    """Write the QDQ model in `source` with its activations as outputs; returns their names.
+
+    Raises:
+        ExportError: the file is not an ONNX model.
+    """
+    ir = require("onnx_ir", "onnx")
+    model = load_graph(source)
+    model.graph.outputs.clear()
+    for node in model.graph:
+        codes = node.inputs[0].producer() if node.op_type == "DequantizeLinear" else None
+        if codes is not None and codes.op_type == "QuantizeLinear":
+            value = node.outputs[0]
+            value.type = value.type or ir.TensorType(ir.DataType.FLOAT)
+            model.graph.outputs.append(value)
+    ir.save(model, path, external_data=DATA_FILE)
+    return [value.name for value in model.graph.outputs]
+
+
+def open_session(path: Path, session_options: Mapping[str, str]) -> Any:
+    """An ONNX Runtime session on the CPU.
+
+    Raises:
+        ExportError: ONNX Runtime refuses the file.
+    """
+    runtime = require("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    for key, value in session_options.items():
+        options.add_session_config_entry(key, value)
+    try:
+        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's exceptions have no common base class
+        raise ExportError(f"ONNX Runtime cannot load {str(path)!r}: {error}") from error
+
+
+def run_session(
+    session: Any, outputs: list[str], tensors: Mapping[str, Tensor], options: Any = None
+) -> dict[str, Tensor]:
+    """Outputs by name; `tensors` may hold more than the session's inputs.
+
+    Args:
+        options: of ONNX Runtime, for this run; see `onnx_adapter.py`.
+
+    Raises:
+        ExportError: an input is missing, or the session refuses its adapter.
+    """
+    inputs = [i.name for i in session.get_inputs()]
+    if missing := [name for name in inputs if name not in tensors]:
+        raise ExportError(
+            f"the exported model has inputs {', '.join(inputs)}; {missing[0]} was not given"
+        )
+    given = {name: tensors[name].numpy() for name in inputs}
+    with foreign_as(ExportError, "ONNX Runtime cannot run the model"):
+        found = session.run(outputs, given, options)
+    return {name: torch.from_numpy(value) for name, value in zip(outputs, found, strict=True)}
+
+
+def _completed(session: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` with the inputs of a whole sequence that they lack; see the module."""
+    found = dict(tensors)
+    for value in session.get_inputs():
+        if value.name in found or IDS not in found:
+            continue
+        ids = found[IDS]
+        if value.name == POSITIONS:
+            mask = found.get(MASK, torch.ones_like(ids))
+            found[POSITIONS] = (mask.cumsum(1) - 1).clamp_min(0)[:, -ids.shape[1] :]
+        elif value.name.startswith(f"{PAST}."):
+            _, heads, _, width = value.shape
+            found[value.name] = torch.zeros(len(ids), heads, 0, width)
+    return found
+
+
+def _cut_at(source: Path, activations: Collection[str], path: Path) -> None:
+    """Write the model in `source` with its graph cut at `activations`."""
+    ir = require("onnx_ir", "onnx")
+    model = load_graph(source)
+    computed = {output.name: output for node in model.graph for output in node.outputs}
+    inputs = {value.name for value in model.graph.inputs}
+    model.graph.outputs.clear()
+    for name in activations:
+        tensor = activation_tensor(name, inputs)
+        value = computed[tensor]
+        value.name = f"{name}.out"
+        given = ir.Value(name=tensor, type=value.type, shape=value.shape)
+        ir.convenience.replace_all_uses_with(value, given)
+        if given.uses():
+            model.graph.inputs.append(given)
+        model.graph.outputs.append(value)
+    from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+    RemoveUnusedNodesPass()(model)
+    ir.save(model, path, external_data=DATA_FILE)
+
+
+def load_graph(path: Path) -> Any:
+    """The `onnx_ir.Model` in a file.
+
+    Raises:
+        ExportError: the file is not an ONNX model.
+    """
+    with foreign_as(ExportError, f"{str(path)!r} is not an ONNX model"):
+        return require("onnx_ir", "onnx").load(path)

@@ -1,0 +1,160 @@
+"""The `onnx` target: a QDQ model for ONNX Runtime with all adapters, and AIMET encodings. The
+`onnx_each` target: a whole model for each adapter, for adapters that cannot be switched.
+
+    base/model.onnx, model.onnx.data    the base; see `adapters_as_inputs.py`
+    base/session_options.json           options without which results differ
+    base/model.encodings
+    NAME/adapter.onnx_adapter           what the adapter changes; a run applies it
+    NAME/model.encodings
+
+    NAME/model.onnx, model.onnx.data, session_options.json, model.encodings    of `onnx_each`
+
+Imports torch and ONNX packages only when it writes or opens files (see `target.py`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwlora.export.onnx.session_options import OPTIONS_FORM
+from qwlora.export.proof.contents import SIMULATED_ADAPTER, TOKENIZER, Contents
+from qwlora.export.target import ExportedGraph, GraphTarget, SwitchableTarget
+
+if TYPE_CHECKING:
+    from qwlora.export.runtime import Runtime, SwitchableRuntime
+    from qwlora.simulation.shared_encodings import BaseActivations
+
+_OPENING = """\
+Activations are on their grids. Pass `session_options.json`: by default ONNX Runtime quantizes
+activations to 8 bits on its own.
+
+```python
+import json, numpy, onnxruntime
+from transformers import AutoTokenizer
+
+options = onnxruntime.SessionOptions()
+options.log_severity_level = 3  # else a warning for every input with a default
+with open("{base}/session_options.json") as file:
+    for key, value in json.load(file).items():
+        options.add_session_config_entry(key, value)
+session = onnxruntime.InferenceSession("{base}/model.onnx", options)
+run = onnxruntime.RunOptions()
+{adapter}tokenizer = AutoTokenizer.from_pretrained("{base}")
+ids = numpy.array([tokenizer("Hello").input_ids])
+"""
+_ADAPTER = """\
+adapter = onnxruntime.LoraAdapter()
+adapter.Load("{adapter}/adapter.onnx_adapter")
+run.add_active_adapter(adapter)  # without this line, the session computes the base
+"""
+_WITH_CACHE = """\
+cache = {
+    value.name: numpy.zeros([1, value.shape[1], 0, value.shape[3]], numpy.float32)
+    for value in session.get_inputs() if value.name.startswith("past_key_values.")
+}
+new = ids
+for _ in range(20):
+    past = ids.shape[1] - new.shape[1]
+    logits, *present = session.run(None, {
+        "input_ids": new,
+        "attention_mask": numpy.ones_like(ids),
+        "position_ids": numpy.arange(past, ids.shape[1])[None],
+        **cache,
+    }, run)
+    cache = dict(zip(cache, present))
+    new = logits[:, -1:].argmax(-1)
+    ids = numpy.concatenate([ids, new], axis=1)
+print(tokenizer.decode(ids[0]))
+```"""
+_WITHOUT_CACHE = """\
+for _ in range(20):
+    inputs = {"input_ids": ids, "attention_mask": numpy.ones_like(ids)}
+    (logits,) = session.run(["logits"], inputs, run)
+    ids = numpy.concatenate([ids, logits[:, -1:].argmax(-1)], axis=1)
+print(tokenizer.decode(ids[0]))
+```"""
+
+
+def _opening(base: str, adapter: str | None) -> str:
+    """The lines that open a session, with an adapter if one is given."""
+    lines = "" if adapter is None else _ADAPTER.format(adapter=adapter)
+    return _OPENING.format(base=base, adapter=lines)
+
+
+class OnnxTarget(SwitchableTarget):
+    """`write_switchable`, `write_adapter` and `OnnxModel` as a target."""
+
+    extra = "onnx"
+    packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
+    activation_bitwidths = (8, 16)  # QuantizeLinear of opset 21
+    contents = Contents(
+        base=(
+            "model.onnx",
+            "model.onnx.data",
+            "model.encodings",
+            "session_options.json",
+            *TOKENIZER,
+        ),
+        adapter=("adapter.onnx_adapter", "model.encodings", *SIMULATED_ADAPTER),
+        forms={"session_options.json": OPTIONS_FORM},
+    )
+
+    def loading(self, base: str, adapter: str | None) -> str:
+        return _opening(base, adapter) + _WITH_CACHE
+
+    def loading_without_cache(self, base: str, adapter: str | None) -> str:
+        return _opening(base, adapter) + _WITHOUT_CACHE
+
+    def write_base(
+        self, exported: ExportedGraph, updatable: BaseActivations, folder: Path
+    ) -> str | None:
+        from qwlora.export.npu.aimet_encodings import write_encodings
+        from qwlora.export.onnx.adapters_as_inputs import graph_with_cache, write_switchable
+        from qwlora.export.onnx.onnx_bundle import ENCODINGS_FILE
+        from qwlora.export.onnx.session_options import write_session_options
+        from qwlora.simulation.simulation import Simulation
+
+        assert isinstance(exported.simulation, Simulation)
+        graph, reason = graph_with_cache(exported.simulation)
+        transposed = write_switchable(graph, folder, exported.metadata, updatable == "all")
+        write_encodings(graph, folder / ENCODINGS_FILE, transposed)
+        write_session_options(graph, folder)
+        return reason
+
+    def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
+        from qwlora.export.npu.aimet_encodings import write_encodings
+        from qwlora.export.onnx.adapters_as_inputs import write_adapter
+        from qwlora.export.onnx.onnx_bundle import ENCODINGS_FILE
+
+        graph = exported.simulation.graph()
+        write_encodings(graph, folder / ENCODINGS_FILE, write_adapter(graph, base, folder))
+
+    def open(self, folder: Path) -> SwitchableRuntime:
+        from qwlora.export.onnx.onnx_runtime import OnnxModel
+
+        runtime = OnnxModel(folder)
+        _ = runtime.session  # loaded here, so that it is refused here
+        return runtime
+
+
+class OnnxEachTarget(GraphTarget):
+    """`export_onnx` and `OnnxModel` as a target."""
+
+    extra = OnnxTarget.extra
+    packages = OnnxTarget.packages
+    activation_bitwidths = OnnxTarget.activation_bitwidths
+    model_files = "model.onnx*"
+
+    def loading(self, base: str, adapter: str | None) -> str:
+        return "" if adapter is None else _opening(adapter, None) + _WITHOUT_CACHE
+
+    def write(self, exported: ExportedGraph, folder: Path) -> None:
+        from qwlora.export.onnx.onnx_bundle import export_onnx
+
+        export_onnx(exported.simulation.graph(), folder, exported.metadata)
+
+    def open(self, folder: Path) -> Runtime:
+        from qwlora.export.onnx.onnx_runtime import OnnxModel
+
+        return OnnxModel(folder)

@@ -1,0 +1,357 @@
+"""Lift what positions and masks decide out of a graph, for accelerators without integer arithmetic.
+
+    position_ids, attention_mask --> host graph --> position_ids_cos, position_ids_sin,
+                                                    attention_mask (float) --> device graph
+
+A value belongs to the host graph if positions, the mask and constants alone decide it: no weight,
+no token and no cached tensor flows into it. Where another operator reads it, the device graph has
+an input instead:
+
+    float       named by how it was made: position_ids_cos, position_ids_sin, attention_mask;
+                several are numbered: attention_mask, attention_mask_1
+    integer     int32: position_ids of a learned embedding
+
+Token ids are int32 too. Masked entries of a float mask are -3e38 in the model; the host graph
+returns `floor` there, because a grid cannot hold both.
+
+Nothing here knows an architecture: an operator that reads a boolean of the host graph, and integer
+arithmetic that remains on the device, are refused by name.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_structure
+
+from qwlora.errors import CaptureError
+from qwlora.graph.aten_ops import MOVES_DATA, base_name
+from qwlora.graph.graph_analysis import computed_from, module_of, operator_of
+from qwlora.graph.graph_parameters import parameter_names
+from qwlora.graph.kv_cache_capture import IDS, MASK, POSITIONS
+from qwlora.graph.quantized_graph import Interface
+from qwlora.parameter_names import canonical_name
+
+COS, SIN = f"{POSITIONS}_cos", f"{POSITIONS}_sin"
+# names of the host graph's inputs; its outputs have those that the device graph's inputs have
+HOST_INPUTS = {MASK: "token_mask", POSITIONS: "token_positions"}
+_DECIDING = (MASK, POSITIONS)
+_NOT_CONSTANT = frozenset({"dequantize", "embedding"})  # of weights
+_MASKED = -1e30  # a mask's entries below this mean minus infinity
+
+
+@dataclass(frozen=True)
+class HostInputs:
+    """A graph without position and mask arithmetic, and the graph of that arithmetic.
+
+    Args:
+        program: takes token ids (int32), the outputs of `host`, and the other inputs.
+        host: takes token_mask and token_positions, returns inputs of `program`.
+    """
+
+    program: ExportedProgram
+    interface: Interface
+    host: ExportedProgram
+    host_interface: Interface
+
+    def run_host(self, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
+        """Inputs of the device graph by name.
+
+        Args:
+            mask: int64 [1, context], 1 where there is a token.
+            positions: int64 [1, tokens].
+        """
+        given = {HOST_INPUTS[MASK]: mask, HOST_INPUTS[POSITIONS]: positions}
+        tensors = [given[name] for name in self.host_interface.inputs]
+        found = self.host.module(check_guards=False)(*tensors)
+        return dict(zip(self.host_interface.outputs, found, strict=True))
+
+
+def lift_host_inputs(program: ExportedProgram, interface: Interface, floor: float) -> HostInputs:
+    """Split a program with static shapes in two.
+
+    Args:
+        floor: what masked entries of a float mask become; negative.
+
+    Raises:
+        CaptureError: the device would read a boolean or a complex number, or compute with integers;
+            the message names the operator.
+    """
+    graph = copy.deepcopy(program.graph)
+    inputs = dict(zip(program.graph_signature.user_inputs, interface.inputs, strict=True))
+    constants, decided = _origins(program, inputs)
+    _merge_equal_(graph, constants | decided)
+    lifted = [n for n in graph.nodes if n.name in decided and _is_read_elsewhere(n, decided)]
+    for node in lifted:
+        _refuse_other_types(node, decided)
+    names = _names(lifted, decided, inputs)
+    host = _host(program, graph, list(names), constants | decided, floor)
+    host_inputs = tuple(HOST_INPUTS[inputs[n]] for n in host.graph_signature.user_inputs)
+    device, device_inputs = _device(program, graph, names, decided, inputs)
+    _refuse_integers(device)
+    host_shapes = {HOST_INPUTS[inputs[n.name]]: _shape(n) for n in _user_placeholders(host)}
+    host_shapes |= {name: _shape(node) for node, name in names.items()}
+    shapes = {**interface.shapes, **{name: _shape(node) for node, name in names.items()}}
+    return HostInputs(
+        device,
+        replace(
+            interface,
+            inputs=device_inputs,
+            shapes={name: shapes[name] for name in (*device_inputs, *interface.outputs)},
+        ),
+        host,
+        Interface(host_inputs, tuple(names.values()), next(iter(names.values()), ""), host_shapes),
+    )
+
+
+def _origins(program: ExportedProgram, inputs: Mapping[str, str]) -> tuple[set[str], set[str]]:
+    """Names of the nodes that constants decide, and of those that positions and masks decide."""
+    placeholders = {n.name for n in program.graph.nodes if n.op == "placeholder"}
+    fixed = placeholders - set(inputs) - set(parameter_names(program))
+    deciding = {name for name, called in inputs.items() if called in _DECIDING}
+    constants = computed_from(program, fixed, _NOT_CONSTANT)
+    return constants, computed_from(program, fixed | deciding, _NOT_CONSTANT) - constants
+
+
+def _merge_equal_(graph: Graph, names: set[str]) -> None:
+    """Merge equal calls among the nodes in `names`, such as those that each layer repeats."""
+    first: dict[object, Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.name not in names:
+            continue
+        if any(operator_of(user).endswith("_") for user in node.users):
+            continue  # it is overwritten
+        key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        if key in first:
+            node.replace_all_uses_with(first[key])
+            graph.erase_node(node)
+        else:
+            first[key] = node
+
+
+def _frozen(value: object) -> object:
+    if isinstance(value, Mapping):
+        return tuple((key, _frozen(inner)) for key, inner in value.items())
+    if isinstance(value, list | tuple):
+        return tuple(_frozen(inner) for inner in value)
+    return (type(value), value)
+
+
+def _is_read_elsewhere(node: Node, decided: set[str]) -> bool:
+    return any(user.name not in decided for user in node.users)
+
+
+def _refuse_other_types(node: Node, decided: set[str]) -> None:
+    value = node.meta["val"]
+    if value.dtype in (torch.bool,) or value.is_complex():
+        user = next(user for user in node.users if user.name not in decided)
+        kind = "a complex number" if value.is_complex() else "a boolean mask"
+        raise CaptureError(
+            f"{_place(user)} reads {kind} that positions and masks decide ({operator_of(node)}), "
+            "and an accelerator takes floats. Its positions or mask cannot be lifted out of the "
+            "graph; export the model without graphs for an NPU"
+        )
+
+
+def _refuse_integers(program: ExportedProgram) -> None:
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if (
+            node.op == "call_function"
+            and isinstance(value, Tensor)
+            and not value.is_floating_point()
+        ):
+            raise CaptureError(
+                f"{_place(node)} computes {str(value.dtype).removeprefix('torch.')} values from "
+                "tokens, weights or the cache, and an accelerator takes floats. Export the model "
+                "without graphs for an NPU"
+            )
+
+
+def _place(node: Node) -> str:
+    return f"{canonical_name(module_of(node)[0]) or 'the model'} ({operator_of(node)})"
+
+
+def _names(lifted: Sequence[Node], decided: set[str], inputs: Mapping[str, str]) -> dict[Node, str]:
+    """A name for each lifted node, in order of names: masks, cosines, sines, positions."""
+    stems = {node: _stem(node, decided, inputs) for node in lifted}
+    order = (MASK, COS, SIN)
+    names: dict[Node, str] = {}
+    for stem in (*order, *(s for s in dict.fromkeys(stems.values()) if s not in order)):
+        for number, node in enumerate(n for n in lifted if stems[n] == stem):
+            names[node] = f"{stem}_{number}" if number else stem
+    return names
+
+
+def _stem(node: Node, decided: set[str], inputs: Mapping[str, str]) -> str:
+    made_by = {operator_of(n) for n in _ancestors(node, decided) if n.op == "call_function"}
+    if made_by >= {"cos"} and "sin" not in made_by:
+        return COS
+    if made_by >= {"sin"} and "cos" not in made_by:
+        return SIN
+    sources = {inputs[n.name] for n in _ancestors(node, decided) if n.op == "placeholder"}
+    return MASK if MASK in sources else POSITIONS
+
+
+def _ancestors(node: Node, decided: set[str]) -> set[Node]:
+    """`node` and the decided nodes that it was computed from."""
+    found, waiting = {node}, [node]
+    while waiting:
+        for source in waiting.pop().all_input_nodes:
+            if source.name in decided and source not in found:
+                found.add(source)
+                waiting.append(source)
+    return found
+
+
+def _host(
+    program: ExportedProgram, graph: Graph, lifted: Sequence[Node], names: set[str], floor: float
+) -> ExportedProgram:
+    """The program that computes `lifted`."""
+    made = Graph()
+    copied: dict[Node, Node] = {}
+    for node in graph.nodes:
+        if node.name in names:
+            copied[node] = made.node_copy(node, copied.__getitem__)
+    results = [_as_input(made, copied[node], floor) for node in lifted]
+    made.output(tuple(results))
+    made.eliminate_dead_code()
+    for node in list(made.nodes):
+        if node.op == "placeholder" and not node.users:
+            made.erase_node(node)
+    return program_over(program, made)
+
+
+def _as_input(graph: Graph, node: Node, floor: float) -> Node:
+    """`node` as an accelerator takes it: integers of 32 bits, no number below `floor` in a mask."""
+    value = node.meta["val"]
+    if not value.is_floating_point():
+        cast = graph.call_function(torch.ops.aten.to.dtype, (node, torch.int32))
+        cast.meta["val"] = _int32(value)
+        return cast
+    ends = {
+        float(argument)
+        for source in _ancestors(node, {n.name for n in graph.nodes})
+        for argument in source.args
+        if isinstance(argument, int | float)
+    }
+    if not any(end < _MASKED for end in ends):
+        return node
+    above = graph.call_function(torch.ops.aten.clamp.default, (node, floor))
+    above.meta["val"] = value
+    return above
+
+
+def _device(
+    program: ExportedProgram,
+    graph: Graph,
+    names: Mapping[Node, str],
+    decided: set[str],
+    inputs: Mapping[str, str],
+) -> tuple[ExportedProgram, tuple[str, ...]]:
+    """The program with an input for each lifted node, and the names of its inputs."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    called = {n: inputs[n.name] for n in placeholders if n.name in inputs}
+    last = placeholders[-1]
+    for node, name in names.items():
+        with graph.inserting_after(last):
+            last = given = graph.placeholder(f"lifted_{name}")
+        given.meta["val"] = _int32(node.meta["val"])
+        node.replace_all_uses_with(given, delete_user_cb=lambda user: user.name not in decided)
+        called[given] = name
+    for node in list(graph.nodes):
+        if node.op == "call_function" and _is_view_of_ids(node):
+            node.replace_all_uses_with(node.all_input_nodes[0])
+    graph.eliminate_dead_code()
+    for node in list(called):
+        if called[node] == IDS:
+            node.meta["val"] = _int32(node.meta["val"])
+        elif called[node] in _DECIDING and node.name in inputs:
+            graph.erase_node(node)
+            del called[node]
+    # token ids first, then what was lifted, then the cache
+    given_order = sorted(called, key=lambda n: (called[n] != IDS, n.name in inputs))
+    for node in given_order:
+        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        if node is not last:
+            last.append(node)
+    return program_over(program, graph), tuple(called[node] for node in given_order)
+
+
+def _is_view_of_ids(node: Node) -> bool:
+    """Whether a node gives integers their own shape."""
+    value = node.meta.get("val")
+    return (
+        base_name(operator_of(node)) in MOVES_DATA
+        and isinstance(value, Tensor)
+        and not value.is_floating_point()
+        and isinstance(before := node.all_input_nodes[0].meta["val"], Tensor)
+        and value.shape == before.shape
+    )
+
+
+def _int32(value: Tensor) -> Tensor:
+    return value if value.is_floating_point() else value.to(torch.int32)
+
+
+def program_over(source: ExportedProgram, graph: Graph) -> ExportedProgram:
+    """A program of `graph` over the tensors of `source`; other placeholders are its inputs."""
+    stored = {
+        spec.arg.name: spec
+        for spec in source.graph_signature.input_specs
+        if spec.kind is not InputKind.USER_INPUT
+    }
+    specs = [
+        stored.get(n.name)
+        or InputSpec(InputKind.USER_INPUT, TensorArgument(name=n.name), target=None)
+        for n in graph.nodes
+        if n.op == "placeholder"
+    ]
+    (output,) = (n for n in graph.nodes if n.op == "output")
+    results = [
+        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=n.name), target=None)
+        for n in output.args[0]
+    ]
+    given = [spec.arg for spec in specs if spec.kind is InputKind.USER_INPUT]
+    entry = copy.deepcopy(source.module_call_graph[0])
+    assert entry.signature is not None
+    entry.signature.inputs = given
+    entry.signature.outputs = [result.arg for result in results]
+    entry.signature.in_spec = tree_structure((tuple(range(len(given))), {}))
+    entry.signature.out_spec = tree_structure(tuple(range(len(results))))
+    entry.signature.forward_arg_names = None
+    graph.lint()
+    return ExportedProgram(
+        GraphModule(source.graph_module, graph),
+        graph,
+        ExportGraphSignature(specs, results),
+        source.state_dict,
+        {},
+        [entry],
+        None,
+        source.constants,
+        verifiers=source.verifiers,
+    )
+
+
+def _user_placeholders(program: ExportedProgram) -> list[Node]:
+    user_inputs = set(program.graph_signature.user_inputs)
+    return [n for n in program.graph.nodes if n.op == "placeholder" and n.name in user_inputs]
+
+
+def _shape(node: Node) -> tuple[int, ...]:
+    return tuple(int(size) for size in node.meta["val"].shape)

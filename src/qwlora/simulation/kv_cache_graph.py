@@ -1,0 +1,149 @@
+"""The graph with a key-value cache that computes what a simulation computes.
+
+    simulation = simulate(model, {"input_ids": ids, "attention_mask": mask})     # calibrated
+    graph = cached_graph(simulation, capture_with_cache(simulation))
+    export_onnx(graph, folder)
+
+Weights are the simulation's. Encodings carry over by name. Past keys and values, and what they
+become with the new ones after them, have the encoding of the new ones:
+
+    past_key_values.0.key    on the grid of the new keys, which were outputs in an earlier call
+    cat(past, new)           the same
+
+So the graph prefills and decodes on the grids of the full sequence, and one set of encodings holds
+for all graphs of the model. Without past tokens it computes the full sequence, bit for bit.
+
+Values that an earlier call returned are on that grid already. A runtime that keeps them as floats
+does not have to quantize them again: `quantize_past` false leaves both without an encoding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Literal
+
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+from qwlora.adapter.active_adapters import activate_
+from qwlora.errors import CaptureError
+from qwlora.graph.aten_ops import MOVES_DATA, base_name
+from qwlora.graph.capture import Captured
+from qwlora.graph.graph_analysis import operator_of
+from qwlora.graph.kv_cache_capture import CacheSizes, cache_additions, capture_cached
+from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph, with_state
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.range_estimator import as_estimator
+from qwlora.messages import listed
+from qwlora.parameter_names import adapter_of, canonical_name
+from qwlora.simulation.adapter_simulations import restored_adapters
+from qwlora.simulation.placement import place
+from qwlora.simulation.simulation import Simulation
+
+Encodings = dict[str, Encoding]
+
+
+def capture_with_cache(
+    simulation: Simulation,
+    sizes: CacheSizes | None = None,
+    present: Literal["all", "new"] = "all",
+) -> Captured:
+    """`capture_cached` of the simulation's model, with the simulation's adapter active.
+
+    Raises:
+        CaptureError: see `capture_cached`.
+    """
+    model = simulation.origin.model
+    names = {adapter_of(name) for name in _used(simulation.program)} - {None}
+    if not names:
+        return capture_cached(model, sizes, present)
+    with restored_adapters(model):
+        activate_(model, [str(name) for name in names])
+        return capture_cached(model, sizes, present)
+
+
+def cached_graph(
+    simulation: Simulation, captured: Captured, quantize_past: bool = True
+) -> QuantizedGraph:
+    """The graph of `captured` on the grids and with the weights of `simulation`.
+
+    Args:
+        simulation: calibrated.
+        captured: by `capture_cached`, of the simulation's model with an adapter of this structure
+            active.
+        quantize_past: see the module.
+
+    Raises:
+        CalibrationError: the simulation is not calibrated.
+        CaptureError: a value of the simulation is not in the graph, or has another shape.
+    """
+    known = simulation.encodings
+    program = _with_weights(captured.program, simulation.program)
+    placement = place(program, simulation.origin.schemes, captured.input_names)
+    kinds = {mark.name: mark.kind for mark in simulation.marks}
+    nodes = {value.name: value.node for value in (*placement.weights, *placement.explanation)}
+    if missing := [name for name in known if name not in nodes]:
+        raise CaptureError(
+            f"{len(missing)} of {len(known)} encodings have no value in the graph with a cache: "
+            f"{listed(missing, 3)}. The model computes something else with a cache than without, "
+            "so its encodings do not carry over"
+        )
+    encodings: Encodings = {name: known[name] for name in nodes if name in known}
+    marks = {nodes[name]: GraphValue(nodes[name], name, kinds[name]) for name in encodings}
+    names = {node: name for name, node in nodes.items()}
+    for added in cache_additions(captured).values() if quantize_past else ():
+        encoding = _encoding_of(added.new, marks, known)
+        for node in (added.past, added.whole):
+            if encoding is not None:
+                marks[node.name] = GraphValue(node.name, names[node.name], Kind.ACTIVATION)
+                encodings[names[node.name]] = encoding
+    order = {node.name: index for index, node in enumerate(program.graph.nodes)}
+    placed = sorted(marks.values(), key=lambda mark: order[mark.node])
+    return QuantizedGraph(
+        program,
+        captured.interface,
+        tuple(placed),
+        {mark.name: encodings[mark.name] for mark in placed},
+        as_estimator(simulation.origin.schemes.observer).name,
+    )
+
+
+def _encoding_of(
+    node: Node, marks: Mapping[str, GraphValue], known: Mapping[str, Encoding]
+) -> Encoding | None:
+    """The encoding of a value that data movement may have moved since it got it."""
+    while node.name not in marks:
+        if node.op != "call_function" or base_name(operator_of(node)) not in MOVES_DATA:
+            return None
+        node = node.all_input_nodes[0]
+    return known[marks[node.name].name]
+
+
+def _with_weights(program: ExportedProgram, source: ExportedProgram) -> ExportedProgram:
+    """`program` over the tensors of `source`.
+
+    Raises:
+        CaptureError: one has another shape or is missing.
+    """
+    own = {canonical_name(name): source.state_dict[name] for name in _used(source)}
+    state = dict(program.state_dict)
+    for name in _used(program):
+        found, tensor = own.get(canonical_name(name)), state[name]
+        if found is None or found.shape != tensor.shape:
+            raise CaptureError(
+                f"{name} is {list(tensor.shape)} in the graph with a cache and "
+                f"{'missing' if found is None else list(found.shape)} in the simulation. Capture "
+                "the graph with an adapter of the same structure active"
+            )
+        state[name] = found
+    return with_state(program, state)
+
+
+def _used(program: ExportedProgram) -> list[str]:
+    """Names of the parameters and buffers that the graph reads, without those of idle adapters."""
+    placeholders = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
+    return [
+        str(spec.target)
+        for spec in program.graph_signature.input_specs
+        if spec.target in program.state_dict and spec.arg.name in placeholders
+    ]

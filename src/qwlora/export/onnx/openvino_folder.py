@@ -24,7 +24,7 @@ from qwlora.export.weights.weights_folder import write_settings
 from qwlora.graph.kv_cache_capture import IDS
 from qwlora.system.optional_packages import require
 
-IR = "openvino_model.xml"
+IR, WEIGHTS = "openvino_model.xml", "openvino_model.bin"
 
 
 def write_openvino(

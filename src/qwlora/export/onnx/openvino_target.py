@@ -17,6 +17,7 @@ Imports torch and OpenVINO only when it writes or opens files (see `target.py`).
 from __future__ import annotations
 
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import ExportError, foreign_as
@@ -170,12 +171,21 @@ class OpenvinoRuntime:
         """The `count` likeliest tokens after token ids [1, tokens], by openvino-genai."""
         import openvino_genai as genai
 
+        from qwlora.export.onnx.openvino_folder import IR, WEIGHTS
+
         if self._pipeline is None:
             known = list(self._adapters.values())
             given = {"adapters": genai.AdapterConfig(known)} if known else {}
-            with foreign_as(ExportError, f"openvino-genai cannot load {str(self._folder)!r}"):
+            # openvino-genai loads every tokenizer that is next to the model, and a damaged one can
+            # kill the process. Token ids need none.
+            with (
+                TemporaryDirectory() as folder,
+                foreign_as(ExportError, f"openvino-genai cannot load {str(self._folder)!r}"),
+            ):
+                for name in (IR, WEIGHTS, "config.json", "generation_config.json"):
+                    Path(folder, name).symlink_to((self._folder / name).absolute())
                 self._pipeline = genai.LLMPipeline(
-                    str(self._folder), "CPU", ATTENTION_BACKEND="SDPA", **given, **self._settings
+                    folder, "CPU", ATTENTION_BACKEND="SDPA", **given, **self._settings
                 )
         options = genai.GenerationConfig()
         options.max_new_tokens, options.do_sample, options.ignore_eos = count, False, True

@@ -18,7 +18,7 @@ from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.plan.plan import make_plan
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
-from qwlora.revisions import revision
+from qwlora.revisions import REVISIONS
 from qwlora.simulation.stored_encodings import load_encodings
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -160,28 +160,21 @@ def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(
 
     before = {init: keys(init) for init in ("zero", "svd", "qera")}
     all_inits = {init: ["quantize", "train/first"] for init in before}
-    for module, remade in (
-        ("grid.second_moments", {"qera": ["quantize", "train/first"]}),
-        ("quantize.layer_statistics", {"qera": ["quantize", "train/first"]}),
-        ("adapter.initialize", {"svd": ["train/first"], "qera": ["train/first"]}),
-        ("quantize.rounding_solvers", all_inits),
-        ("quantize.gptq", {}),
+    for name, remade in (
+        ("second_moments", {"qera": ["quantize", "train/first"]}),
+        ("layer_statistics", {"qera": ["quantize", "train/first"]}),
+        ("initialize_adapter", {"svd": ["train/first"], "qera": ["train/first"]}),
+        ("rtn", all_inits),
+        ("gptq", {}),
     ):
         with monkeypatch.context() as patched:
-            for user in (
-                "pipeline.stages.quantize_stage",
-                "pipeline.stages.train_stage",
-                "revisions",
-            ):
-                patched.setattr(
-                    f"qwlora.{user}.revision",
-                    lambda name, module=module: 99 if name == module else revision(name),
-                )
+            patched.setitem(REVISIONS, name, 99)
             for init, old in before.items():
                 new = keys(init)
-                assert [
-                    name for name in ("quantize", "train/first") if new[name] != old[name]
-                ] == remade.get(init, [])
+                changed = [
+                    stage for stage in ("quantize", "train/first") if new[stage] != old[stage]
+                ]
+                assert changed == remade.get(init, [])
 
 
 @pytest.mark.parametrize(

@@ -1,35 +1,25 @@
-"""Revisions of algorithms. A module whose results are stored states its own, next to its code:
+"""Revisions of the algorithms whose results are stored.
 
-    REVISION = 2  # 2: what changed
-
-and raises it when the same inputs give other results. Stage keys contain the revisions of the
-modules that a stage runs, so results of an older revision are computed again.
+Stage keys and caches contain the revisions of what they run, so results of an older one are
+computed again. Raise a number when the same inputs give other results: `tests/test_revisions.py`
+fails if a result changes and its number does not. Imports no torch: keys are made before it is
+loaded.
 """
 
 from __future__ import annotations
 
-import re
-from functools import cache
-from importlib.resources import files
-
-
-@cache
-def revision(module: str) -> int:
-    """`REVISION` of a module of this package, such as "quantize.gptq".
-
-    Read from the module's source: stage keys are made before torch is imported.
-
-    Raises:
-        LookupError: the module states none.
-    """
-    source = files("qwlora").joinpath(*module.split(".")[:-1], f"{module.split('.')[-1]}.py")
-    found = re.search(r"^REVISION = (\d+)\b", source.read_text(encoding="utf-8"), re.MULTILINE)
-    if found is None:
-        raise LookupError(f"qwlora.{module} states no REVISION")
-    return int(found[1])
-
-
-def later_revisions(modules: tuple[str, ...]) -> list[tuple[str, int]]:
-    """Name and revision of the modules beyond revision 1. The first revision is not part of any
-    key, so results stored before a module had one stay valid."""
-    return [(module, n) for module in modules if (n := revision(module)) > 1]
+REVISIONS = {
+    # solvers, by their names in a recipe
+    "rtn": 1,
+    "search": 2,  # 2: ranges below 0.3 of the min-max range
+    "sqnr": 2,
+    "gptq": 2,
+    # of the base
+    "layer_statistics": 2,  # 2: tokens are weighted
+    "second_moments": 2,  # 2: moments of outputs as well
+    "tune_scales": 3,  # 2: norms are tuned as well; 3: the solver's scales are kept
+    # 2: qera weighs outputs; 3: corrects the solver's error; 4: shorter B where inputs are large
+    "initialize_adapter": 4,
+    "activation_samples": 2,  # 2: smaller
+    "token_scores": 2,  # 2: KL divergence, same likeliest token and standard errors
+}

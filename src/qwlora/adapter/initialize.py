@@ -48,8 +48,6 @@ from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track, untracked
 
 Init = Literal["zero", "svd", "qera"]
-# 2: qera weighs outputs; 3: corrects the solver's error; 4: shorter B where inputs are large
-REVISION = 4
 # Relative to the mean of a moment's diagonal. G is less certain: few tokens have large gradients.
 _DAMPING_INPUT, _DAMPING_OUTPUT = 0.1, 1.0
 # Up to this smaller side, the Gram matrix is decomposed exactly; above, by random projection.

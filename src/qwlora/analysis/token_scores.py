@@ -30,7 +30,6 @@ from qwlora.data.sequences import IGNORED, Sequences, as_sequences
 from qwlora.errors import NonFiniteError
 from qwlora.progress import Track, untracked
 
-REVISION = 2  # 2: KL divergence, same likeliest token and standard errors
 LARGEST_LOSS = 709.0  # nats; exp of more overflows float64
 _AT_ONCE = 2**22  # logits whose log-softmax exists at one time
 

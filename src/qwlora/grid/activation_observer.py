@@ -33,7 +33,6 @@ from torch import Tensor
 
 from qwlora.errors import CalibrationError
 
-REVISION = 2  # of the samples; 2: smaller
 VALUES_A_BATCH = 2**12
 VALUES = 3 * VALUES_A_BATCH
 ROWS_IN_TAIL, ROWS_LOOKED_AT, VALUES_IN_TAIL = 2**6, 2**3, 2**7  # of a batch

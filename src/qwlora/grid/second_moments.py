@@ -23,8 +23,6 @@ from torch import Tensor
 from qwlora.atomic import read_metadata, read_tensors, write_tensors
 from qwlora.errors import CalibrationError, SourceError
 
-REVISION = 2  # 2: moments of outputs as well
-
 
 class SecondMoment:
     """Running second moment of rows; one pass, mergeable.

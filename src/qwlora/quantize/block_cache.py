@@ -34,8 +34,7 @@ from qwlora.nn.fingerprint import update_digest
 from qwlora.parameter_names import canonical_name
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.quantize_tensor import LayerReport
-from qwlora.quantize.solvers import SOLVERS
-from qwlora.revisions import revision
+from qwlora.revisions import REVISIONS
 
 QuantizedBlock = tuple[dict[str, QuantizedTensor], dict[str, LayerReport]]
 
@@ -59,8 +58,8 @@ class BlockCache:
             update_digest(
                 self._digest,
                 [
-                    str(revision("quantize.layer_statistics")),
-                    moments is not None and str(revision("grid.second_moments")),
+                    str(REVISIONS["layer_statistics"]),
+                    moments is not None and str(REVISIONS["second_moments"]),
                     *named_inputs(batches),
                 ],
             )
@@ -72,8 +71,8 @@ class BlockCache:
         if self.folder is None:
             return
         for name, tensor in floats.items():
-            later = SOLVERS[plan[name].solver].later_revisions
-            update_digest(self._digest, [name, plan[name], *map(str, later), tensor])
+            revision = str(REVISIONS[plan[name].solver])
+            update_digest(self._digest, [name, plan[name], revision, tensor])
         self._file = self.folder / f"{canonical_name(block)}.safetensors"
 
     def read(self) -> QuantizedBlock | None:

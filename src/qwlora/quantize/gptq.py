@@ -42,7 +42,6 @@ from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.grid.second_moments import output_energy
 from qwlora.quantize.scale_search import COARSE, search_scale, storable_scale
 
-REVISION = 1
 _RUN = 32  # columns between two updates of all that follow
 _LEAST_DAMPING = 1e-6  # first damping if 0 was requested and H is not positive definite
 

@@ -41,7 +41,6 @@ from qwlora.nn.frozen import gradients_disabled
 from qwlora.parameter_names import canonical_name
 from qwlora.quantize.block_runner import BlockRunner
 
-REVISION = 2  # 2: tokens are weighted
 _SHORTEST = 0.1  # of the median length of an output: what is shorter counts as this long
 
 

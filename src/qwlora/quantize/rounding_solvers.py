@@ -15,8 +15,6 @@ from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.quantize.scale_search import search_scale
 
-REVISION = 1
-
 
 def solve_rtn(
     weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: None

@@ -26,7 +26,6 @@ from qwlora.grid.lpbq import to_integer_scales
 from qwlora.grid.min_max import encoding_from_range, rows_of_groups
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
 
-REVISION = 2  # 2: ranges below 0.3 of the min-max range
 _FRACTIONS = tuple(torch.linspace(1.0, 0.3, 15).tolist())
 COARSE = (1.0, 0.88, 0.76)
 _NARROWEST = 0.01

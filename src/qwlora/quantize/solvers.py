@@ -1,7 +1,7 @@
 """The registry of solvers: how codes and encoding of a float weight are found.
 
-A new solver is one module with a `solve` function, a `REVISION` (see `revisions.py`) and, if it has
-settings, their class, and one entry here. Recipes and rules take the names from here. Free of
+A new solver is one module with a `solve` function and, if it has settings, their class, one entry
+here and its revision in `revisions.py`. Recipes and rules take the names from here. Free of
 torch: a solver's module is imported when it first solves something.
 """
 
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
 from qwlora.errors import GridError
-from qwlora.revisions import later_revisions
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +50,6 @@ class Solver:
 
     Args:
         function: the `Solve`, as "module:function" in this package.
-        depends_on: other modules that decide about its results.
         needs_calibration: whether it needs the second moment of the layer's input.
         settings: the class of its settings, as "module:class" in this package; None without any. A
             recipe has them in the key of `base` that has the solver's name.
@@ -59,7 +57,6 @@ class Solver:
 
     name: str
     function: str
-    depends_on: tuple[str, ...] = ()
     needs_calibration: bool = False
     settings: str | None = None
 
@@ -72,11 +69,6 @@ class Solver:
         """An object of the settings class with these fields."""
         return _imported(str(self.settings))(**values)
 
-    @property
-    def later_revisions(self) -> list[tuple[str, int]]:
-        """Revisions of the solver's modules, for keys."""
-        return later_revisions((self.function.partition(":")[0], *self.depends_on))
-
 
 def _imported(name: str) -> Any:
     module, _, attribute = name.partition(":")
@@ -85,12 +77,11 @@ def _imported(name: str) -> Any:
 
 _REGISTERED = (
     Solver("rtn", "quantize.rounding_solvers:solve_rtn"),
-    Solver("search", "quantize.rounding_solvers:solve_search", ("quantize.scale_search",)),
-    Solver("sqnr", "quantize.rounding_solvers:solve_sqnr", ("quantize.scale_search",)),
+    Solver("search", "quantize.rounding_solvers:solve_search"),
+    Solver("sqnr", "quantize.rounding_solvers:solve_sqnr"),
     Solver(
         "gptq",
         "quantize.gptq:solve_gptq",
-        ("quantize.scale_search",),
         needs_calibration=True,
         settings="quantize.gptq:GptqSettings",
     ),

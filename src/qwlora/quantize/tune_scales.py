@@ -39,9 +39,9 @@ from qwlora.quantize.block_cache import named_inputs
 from qwlora.quantize.quantize_blocks import arguments_of, batches_of
 from qwlora.quantize.tuned_parameters import Tunable
 from qwlora.quantize.tuning_checkpoint import TuningState
+from qwlora.revisions import REVISIONS
 from qwlora.system.compute_precision import SlowComputeWarning, auto_compute, slow_compute
 
-REVISION = 3  # 2: norms are tuned as well; 3: the solver's scales are kept
 HELD_OUT_SEQUENCES = 8  # at most, and a quarter of all
 _LARGEST_CHANGE = 0.5  # of a tuned value, relative
 _POSITIONS = 512  # of a sequence at which logits are compared
@@ -209,7 +209,12 @@ def _made_from(
     teacher: nn.Module,
 ) -> Iterator[Any]:
     """Everything that the result depends on."""
-    yield from (str(REVISION), settings, *named_inputs(batches), adapter_fingerprint(model))
+    yield from (
+        str(REVISIONS["tune_scales"]),
+        settings,
+        *named_inputs(batches),
+        adapter_fingerprint(model),
+    )
     for one in (model, teacher):
         yield from (fingerprint(one), sorted({str(p.dtype) for p in one.parameters()}))
 

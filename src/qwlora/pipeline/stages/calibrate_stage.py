@@ -17,7 +17,7 @@ from qwlora.pipeline.job.job_paths import ADAPTER, SHARED, USE_CASES, ZERO_ADAPT
 from qwlora.pipeline.plan.same_layers import is_covered
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.recipe import Adapter, Data, Recipe
-from qwlora.revisions import revision
+from qwlora.revisions import REVISIONS
 
 if TYPE_CHECKING:
     from qwlora.pipeline.running.loaded_models import JobContext
@@ -37,7 +37,7 @@ def range_inputs(plan: PlanBuilder, texts: Iterable[Data]) -> list[Any]:
     ]
     observers = {section.observer, *(r.observer for r in section.rules if r.observer is not None)}
     if any(Estimator(observer).needs_sample for observer in observers):
-        inputs.append(revision("grid.activation_observer"))
+        inputs.append(REVISIONS["activation_samples"])
     return inputs
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.pipeline.stages.train_stage import adapter_contents
-from qwlora.revisions import later_revisions
+from qwlora.revisions import REVISIONS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ def add(plan: PlanBuilder, kind: str, needs: tuple[str, ...] = (), name: str | N
     recipe = plan.recipe
     own = recipe.base_text() if name is None else recipe.data_of(name)
     model: list[Any] = [plan.model] if kind in ("float", "imported") else []
-    model += later_revisions(("analysis.token_scores",))
+    model.append(REVISIONS["token_scores"])
     if kind == "imported":
         start = next(a.continue_from for a in recipe.adapters if a.name == name)
         model.append([start, adapter_contents(plan, start)])

@@ -13,7 +13,7 @@ from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.pipeline.plan.target_table import second_rounding
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Recipe
-from qwlora.revisions import revision
+from qwlora.revisions import REVISIONS
 
 if TYPE_CHECKING:
     from qwlora.pipeline.running.loaded_models import JobContext
@@ -28,17 +28,17 @@ def add(plan: PlanBuilder) -> None:
     """Add the stage. Unfinished work does not depend on tuning, which comes last."""
     recipe = plan.recipe
     base, named = recipe.base, {recipe.base.solver, *(r.solver for r in recipe.base.rules)}
-    solvers = [solver for name, solver in SOLVERS.items() if name in named]
+    solvers = [name for name in SOLVERS if name in named]
     observed: list[Any] | None = None
-    if any(solver.needs_calibration for solver in solvers) or needs_moments(recipe):
-        observed = [plan.base_text, recipe.seed, str(revision("quantize.layer_statistics"))]
+    if any(SOLVERS[name].needs_calibration for name in solvers) or needs_moments(recipe):
+        observed = [plan.base_text, recipe.seed, REVISIONS["layer_statistics"]]
     inputs = [
         plan.model,
         _encodings(plan),
         base.model_dump(exclude={"tuning", "calibrate_on"}),
         observed,
-        needs_moments(recipe) and str(revision("grid.second_moments")),
-        *sorted({pair for solver in solvers for pair in solver.later_revisions}),
+        needs_moments(recipe) and REVISIONS["second_moments"],
+        *([name, REVISIONS[name]] for name in solvers),
     ]
     tuning = None
     if base.tuning.steps:
@@ -46,7 +46,7 @@ def add(plan: PlanBuilder) -> None:
             base.tuning.model_dump(),
             plan.base_text,
             recipe.seed,
-            str(revision("quantize.tune_scales")),
+            REVISIONS["tune_scales"],
         ]
     plan.add(NAME, inputs, artifact=ARTIFACT, after_work=tuning)
 

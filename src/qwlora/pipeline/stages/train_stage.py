@@ -15,7 +15,7 @@ from qwlora.pipeline.plan.replace_guard import trained_with
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.pipeline.running.distributed import is_first_process
 from qwlora.recipe import Adapter
-from qwlora.revisions import revision
+from qwlora.revisions import REVISIONS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -40,7 +40,7 @@ def add(plan: PlanBuilder, adapter: Adapter) -> None:
         adapter_contents(plan, None if first else adapter.continue_from),
     ]
     if adapter.init != "zero":
-        learns.append(revision("adapter.initialize"))
+        learns.append(REVISIONS["initialize_adapter"])
     needs = ("quantize", f"train/{first.name}") if first else ("quantize",)
     if recipe.workflow == "qwa-lora":
         needs = (*needs, "calibrate-base")

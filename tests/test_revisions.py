@@ -1,0 +1,130 @@
+"""Each stored algorithm gives its golden result under its revision.
+
+If a result changes on purpose, raise the revision in `revisions.py` and write both numbers here.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from conftest import tiny_model
+from qwlora import quantize_
+from qwlora.adapter.initialize import initialize_adapter_
+from qwlora.analysis.token_scores import logits_of, score_tokens
+from qwlora.grid.activation_observer import SampleObserver
+from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
+from qwlora.grid.second_moments import SecondMoment
+from qwlora.quantize.quantize_blocks import observe_moments
+from qwlora.quantize.solvers import SOLVERS
+from qwlora.quantize.tune_scales import TuningSettings, tune_scales_
+from qwlora.revisions import REVISIONS
+
+LAYER = "model.layers.0.mlp.up_proj"
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def ids(count: int = 2) -> Tensor:
+    return torch.randint(256, (count, 16), generator=torch.Generator().manual_seed(0))
+
+
+def codes(solver: str) -> str:
+    """Codes of 2 x 16 weights, by block and by LPBQ."""
+    weight, x = random(2, 16), random(64, 16)
+    schemes = (Scheme(3, granularity=PerBlock(16)), Scheme(4, granularity=Lpbq(8)))
+    quantized = [
+        SOLVERS[solver].solve(weight * weight.abs(), scheme, x.T @ x / 64, None)[0]
+        for scheme in schemes
+    ]
+    return " ".join("".join(f"{code:x}" for code in q.codes.flatten().tolist()) for q in quantized)
+
+
+def packed_llama() -> Any:
+    model = tiny_model("llama", layers=1)
+    quantize_(model, "w4-block32", "rtn")
+    return model
+
+
+def observed_moments() -> list[float]:
+    moment = observe_moments(packed_llama(), ids())[LAYER]
+    return [float(matrix.trace()) for matrix in moment]
+
+
+def second_moment() -> list[float]:
+    moment = SecondMoment()
+    moment.update(random(8, 4))
+    moment.update(random(8, 4) + 1)
+    return [float(moment.matrix.sum()), float(moment.matrix.trace())]
+
+
+def tuned() -> list[float]:
+    settings = TuningSettings(steps=3, compute="float32")
+    report = tune_scales_(packed_llama(), tiny_model("llama", layers=1), ids(4), settings)
+    return [report.before, report.after]
+
+
+def initialized() -> list[float]:
+    floats, base = tiny_model("llama", layers=1), packed_llama()
+    moments = observe_moments(base, ids())
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["up_proj"]))
+    initialize_adapter_(model, "qera", lambda path: floats.get_submodule(path).weight, moments)
+    return [float(p.detach().norm()) for name, p in model.named_parameters() if "lora_" in name]
+
+
+def sampled() -> list[float]:
+    observer = SampleObserver(sampled=True)
+    for i in range(3):
+        observer.update(random(64, 512) * (i + 1))
+    return [
+        float(observer.sample.sum()),
+        float(observer.tails.sum()),
+        float(observer.sample.numel()),
+    ]
+
+
+def scored() -> list[float]:
+    models = tiny_model("llama", layers=1), packed_llama()
+    scores = score_tokens(logits_of(models[1]), ids(), "", reference=logits_of(models[0]))
+    found = scores.to_json()
+    return [found["perplexity"], found["kl"]["mean"], found["top1"]["share"]]
+
+
+GOLDEN: dict[str, tuple[int, Any, Callable[[], list[float]] | None]] = {
+    "rtn": (1, "33445440434445542145424744446653 6688998080988fe84299938fa788dfa6", None),
+    "search": (2, "33445440434445542145414754446753 6688998081988fe84299938fa788efb6", None),
+    "sqnr": (2, "33445440434445542145424754446653 6688998081988fe84299938fa788efb6", None),
+    "gptq": (2, "33445440434445542145514754446753 6688998091988fe84299938fa788efb6", None),
+    "layer_statistics": (2, [63.998, 1.2683], observed_moments),
+    "second_moments": (2, [11.515, 6.0762], second_moment),
+    "tune_scales": (3, [0.0073429, 0.0072771], tuned),
+    "initialize_adapter": (4, [0.87175, 0.59711], initialized),
+    "activation_samples": (2, [-183.28, 1282.3, 12288.0], sampled),
+    "token_scores": (2, [386.71, 0.0074511, 0.66667], scored),
+}
+
+
+@pytest.mark.parametrize("name", REVISIONS)
+def test_another_result_has_another_revision(name: str) -> None:
+    revision, expected, compute = GOLDEN[name]
+    result = codes(name) if compute is None else compute()
+    assert REVISIONS[name] == revision
+    assert result == (expected if compute is None else pytest.approx(expected, rel=1e-3))
+
+
+def test_every_solver_has_a_revision_that_is_known_without_torch() -> None:
+    assert SOLVERS.keys() <= REVISIONS.keys()
+    code = (
+        "import sys; from qwlora.quantize.solvers import SOLVERS; "
+        "from qwlora.revisions import REVISIONS; assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import yaml
 
 from qwlora.pipeline.running import run_job
 from qwlora.pipeline.stages import RUN, VERBS
@@ -54,3 +55,23 @@ def job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fak
     context = SimpleNamespace(all_texts=dict)
     monkeypatch.setattr(run_job, "_start_context", lambda *arguments: context)
     return fake
+
+
+SETTINGS = {"rank": 2, "steps": 2, "warmup_steps": 0}
+
+
+@pytest.fixture(scope="session")
+def trained(
+    checkpoints: dict[str, Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    """A job with the trained adapters `first` and `second`. Tests change copies of it."""
+    folder = tmp_path_factory.mktemp("trained")
+    content = {
+        "preset": "fast",
+        "model": {"source": str(checkpoints["llama"])},
+        "data": {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 4},
+        "adapters": [{"name": name, **SETTINGS} for name in ("first", "second")],
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    run_job.run(load_recipe(folder / "recipe.yaml"), folder / "job", ("quantize", "train"))
+    return folder / "job"

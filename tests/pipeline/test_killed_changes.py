@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from typer.testing import CliRunner
 
 from adapter.test_mlx_adapter import write_mlx
@@ -33,7 +32,6 @@ from qwlora.pipeline.job.journal import JOURNAL
 from qwlora.pipeline.job.stage_records import Record
 from qwlora.pipeline.plan.plan import make_plan, resolve_compute
 from qwlora.pipeline.plan.stale_stages import find_stale
-from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}
@@ -77,27 +75,12 @@ def stopping(number: int) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def finished(
-    checkpoints: dict[str, Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job with adapters `first`, trained and exported, and `second`, with unfinished training."""
-    folder = tmp_path_factory.mktemp("finished")
-    content = {
-        "preset": "fast",
-        "model": {"source": str(checkpoints["llama"])},
-        "data": {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 4},
-        "adapters": [
-            {"name": name, "rank": 2, "steps": 2, "warmup_steps": 0} for name in ("first", "second")
-        ],
-        "export": {"targets": ["hf"]},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    recipe = load_recipe(
-        folder / "recipe.yaml", ("adapters=[{name: first, rank: 2, steps: 2, warmup_steps: 0}]",)
-    )
-    job = folder / "job"
-    run(recipe, job, ("quantize", "train"))
-    recipe = resolve_compute(load_recipe(folder / "recipe.yaml"))
+    job = Path(shutil.copytree(trained, tmp_path_factory.mktemp("finished") / "job"))
+    shutil.rmtree(job / "adapters" / "second")
+    (job / ".qwlora" / "records" / "train" / "second.json").unlink()
+    recipe = resolve_compute(load_recipe(job / "recipe.yaml", ("export.targets=[hf]",)))
     with Directory.open(job, recipe) as directory:
         plan = {stage.name: stage for stage in make_plan(recipe, JobTexts(recipe))}
         for name in ("export/hf", "export/hf/first", "verify/hf/first"):

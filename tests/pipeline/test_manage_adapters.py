@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from adapter.test_mlx_adapter import write_mlx
 from conftest import text, tiny_model
+from pipeline.conftest import SETTINGS
 from qwlora import load_adapter, load_base
 from qwlora.cli.main import app
 from qwlora.errors import DirectoryError, RecipeError, SourceError
@@ -37,7 +38,6 @@ from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import Recipe, load_recipe
 
 VERBS = ("quantize", "train")
-SETTINGS = {"rank": 2, "steps": 2, "warmup_steps": 0}
 
 
 @pytest.fixture(scope="module")
@@ -46,23 +46,6 @@ def other_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(8):
         (folder / f"{i}.txt").write_text(text(100 + i, 60))
     return folder
-
-
-@pytest.fixture(scope="module")
-def trained(
-    checkpoints: dict[str, Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
-    """A job with two trained adapters, which stays as it is."""
-    folder = tmp_path_factory.mktemp("trained")
-    content = {
-        "preset": "fast",
-        "model": {"source": str(checkpoints["llama"])},
-        "data": {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 4},
-        "adapters": [{"name": name, **SETTINGS} for name in ("first", "second")],
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    run(load_recipe(folder / "recipe.yaml"), folder / "job", VERBS)
-    return folder / "job"
 
 
 @pytest.fixture

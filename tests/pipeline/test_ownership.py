@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -208,49 +206,6 @@ def test_a_second_first_run_leaves_the_first_ones_directory(recipe: Recipe, tmp_
         ):
             pass
         assert contents(out) == before
-
-
-RACER = """
-import sys, time
-from pathlib import Path
-from qwlora.errors import DirectoryError
-from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.job.stage_records import Record
-from qwlora.recipe import load_recipe
-
-recipe, start = load_recipe(Path(sys.argv[1])), float(sys.argv[2])
-for out in map(Path, sys.argv[3:]):
-    start += 0.05
-    time.sleep(max(0, start - time.time()))
-    try:
-        with Directory.open(out, recipe) as directory, directory.scratch() as scratch:
-            (scratch / "model.safetensors").write_text("x")
-            directory.commit("quantize", Record("key", 1.0), scratch, "base", ())
-        print("won", flush=True)
-    except DirectoryError as error:
-        print("lost" if "in use" in str(error) else error, flush=True)
-"""
-
-
-def test_racing_first_runs_never_remove_the_winners_directory(
-    recipe_for: Any, tmp_path: Path
-) -> None:
-    """Real processes; `make test-attack` starts many more."""
-    import time
-
-    outs = [tmp_path / "races" / str(i) for i in range(20)]
-    arguments = [str(recipe_for()), str(time.time() + 5), *map(str, outs)]
-    racers = [
-        subprocess.Popen(
-            [sys.executable, "-c", RACER, *arguments], stdout=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    ends = [racer.communicate(timeout=300)[0].split("\n")[:-1] for racer in racers]
-    for out, *said in zip(outs, *ends, strict=True):
-        assert set(said) in ({"won"}, {"won", "lost"})
-        assert (out / "base" / "model.safetensors").read_text() == "x"
-        assert Directory.read(out).records.keys() == {"quantize"}
 
 
 def test_a_job_that_is_finished_while_its_owner_is_checked_is_not_foreign(

@@ -40,7 +40,6 @@ def forget() -> Iterator[None]:
     cached = (
         compute_precision.has_bfloat16,
         compute_precision.training_device,
-        compute_precision.slow_compute,
         compute_precision._nvidia_major,
     )
     for function in cached:
@@ -52,11 +51,9 @@ def forget() -> Iterator[None]:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
     monkeypatch.setattr(compute_precision, "_cpu_has_bfloat16", lambda: has)
-    monkeypatch.setattr(compute_precision, "slowdown_of_bfloat16", lambda device: 7.04)
     monkeypatch.setattr("qwlora.pipeline.plan.plan.training_device", lambda: "cpu")
     monkeypatch.setattr("qwlora.pipeline.plan.preflight.training_device", lambda: "cpu")
     compute_precision.has_bfloat16.cache_clear()
-    compute_precision.slow_compute.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -169,13 +166,7 @@ def test_auto_is_float32_where_nothing_else_computes(
     assert precisions(through) == ("auto", "float32")
 
 
-def test_recipes_that_older_versions_wrote_into_their_directories_load(recipe_for: Any) -> None:
-    untuned = {"steps": 0, "learning_rate": 3e-3, "compute": "float32"}
-    for base in ({"tuning": untuned}, {"solver": "keep", "tuning": untuned}):
-        load_recipe(recipe_for(base=base))
-
-
-def test_a_forced_slow_precision_is_said_with_its_factor(
+def test_a_forced_slow_precision_is_said(
     recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -201,7 +192,7 @@ def test_a_forced_slow_precision_is_said_with_its_factor(
         ["warning", "base.tuning"],
         ["warning", "adapter first"],
     ]
-    assert all("7.0 times" in line and "float32" in line for line in warned)
+    assert all("several times" in line and "float32" in line for line in warned)
     pretend(monkeypatch, True)
     assert said(*(change.format("bfloat16") for change in ASKED), "seed=1") == []
 
@@ -235,13 +226,8 @@ def test_tuning_in_python_resolves_auto_and_warns_when_forced(
     pretend(monkeypatch, False)
     single = tuned("float32")
     assert tuned("auto") == single != half
-    with pytest.warns(SlowComputeWarning, match=r"7\.0 times"):
+    with pytest.warns(SlowComputeWarning, match="several times"):
         assert tuned("bfloat16") == half
-
-
-@pytest.mark.skipif(has_bfloat16("cpu"), reason="this processor has bfloat16 instructions")
-def test_the_factor_is_measured() -> None:
-    assert compute_precision.slowdown_of_bfloat16("cpu") > 1.5
 
 
 def test_deciding_imports_no_torch() -> None:

@@ -29,18 +29,13 @@ app = typer.Typer(
 Folder = Annotated[
     Path,
     typer.Argument(
-        metavar="DIR",
-        help="A job's directory, a folder of adapters, or the folder of one adapter.",
-        show_default=False,
+        metavar="DIR", help="A job's directory, a folder of adapters, or the folder of one adapter."
     ),
 ]
 
 
 @app.command("list")
-def list_adapters(
-    folder: Folder,
-    as_json: AsJson = False,
-) -> None:
+def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
     """List each adapter's type, size and base. Exit code 2 if one cannot be read."""
     from qwlora.adapter.adapter_check import (
         AdapterReport,
@@ -150,7 +145,6 @@ Settings = Annotated[
         "--set",
         metavar="KEY=VALUE",
         help="Change one of its settings, for example steps=100 or data.held_out=0.1.",
-        show_default=False,
     ),
 ]
 
@@ -158,7 +152,7 @@ Settings = Annotated[
 @app.command()
 def add(
     folder: Job,
-    name: Annotated[str, typer.Option(help="Its name.", show_default=False)],
+    name: Annotated[str, typer.Option(help="Its name.")],
     data: Annotated[
         str | None, typer.Option(help="Source of its text, as data.source in a recipe.")
     ] = None,
@@ -177,11 +171,8 @@ def add(
 @app.command("import")
 def import_(
     folder: Job,
-    source: Annotated[
-        str,
-        typer.Argument(help="A folder of PEFT or mlx-lm, or a hub id.", show_default=False),
-    ],
-    name: Annotated[str, typer.Option(help="Its name here.", show_default=False)],
+    source: Annotated[str, typer.Argument(help="A folder of PEFT or mlx-lm, or a hub id.")],
+    name: Annotated[str, typer.Option(help="Its name here.")],
     data: Annotated[
         str | None, typer.Option(help="Source of its text. Default: the recipe's data.source.")
     ] = None,
@@ -206,8 +197,8 @@ def _print_added(folder: Path, name: str, what_next: str) -> None:
 @app.command()
 def rename(
     folder: Job,
-    old: Annotated[str, typer.Argument(help="Its name.", show_default=False)],
-    new: Annotated[str, typer.Argument(help="The new name.", show_default=False)],
+    old: Annotated[str, typer.Argument(help="Its name.")],
+    new: Annotated[str, typer.Argument(help="The new name.")],
 ) -> None:
     """Rename an adapter of a job, with its files and results. Nothing is computed again."""
     from qwlora.pipeline.commands.manage_adapters import rename_adapter
@@ -218,9 +209,7 @@ def rename(
 
 @app.command()
 def remove(
-    folder: Job,
-    name: Annotated[str, typer.Argument(help="Its name.", show_default=False)],
-    yes: Yes = False,
+    folder: Job, name: Annotated[str, typer.Argument(help="Its name.")], yes: Yes = False
 ) -> None:
     """Remove an adapter from a job, with its files and results."""
     from qwlora.errors import DirectoryError
@@ -237,9 +226,7 @@ def remove(
 
 @app.command()
 def show(
-    folder: Job,
-    name: Annotated[str, typer.Argument(help="Its name.", show_default=False)],
-    as_json: AsJson = False,
+    folder: Job, name: Annotated[str, typer.Argument(help="Its name.")], as_json: AsJson = False
 ) -> None:
     """Show an adapter's settings, text, losses, perplexities and size."""
     from qwlora.pipeline.results.adapter_summary import adapter_card, card_lines

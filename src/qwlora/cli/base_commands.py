@@ -29,23 +29,20 @@ def import_(
         str,
         typer.Argument(
             help="A .gguf file, a GPTQ, AWQ, compressed-tensors or MLX folder, or, with "
-            "--encodings, a float checkpoint. A path or a hub id, as for model.source.",
-            show_default=False,
+            "--encodings, a float checkpoint. A path or a hub id, as for model.source."
         ),
     ],
-    out: Annotated[Path, typer.Option("--out", help="Folder to create.", show_default=False)],
+    out: Annotated[Path, typer.Option("--out", help="Folder to create.")],
     encodings: Annotated[
         Path | None,
         typer.Option(
-            help="AIMET encodings of a float checkpoint whose weights already lie on their grid.",
-            show_default=False,
+            help="AIMET encodings of a float checkpoint whose weights already lie on their grid."
         ),
     ] = None,
     keep_float: Annotated[
         list[str] | None,
         typer.Option(
-            help="With --encodings: glob of parameters or layers that stay float. May be repeated.",
-            show_default=False,
+            help="With --encodings: glob of parameters or layers that stay float. May be repeated."
         ),
     ] = None,
 ) -> None:

@@ -16,7 +16,6 @@ StageName = Annotated[
         "--stage",
         help="onnx, aimet, qairt, qnn, or simulated, which writes no values of a runtime. Default: "
         "the first of these in export.targets.",
-        show_default=False,
     ),
 ]
 Ids = Annotated[
@@ -25,14 +24,12 @@ Ids = Annotated[
         metavar="FILE",
         help="Token ids, a .npy file of integers [tokens]. Shorter sequences than the files take "
         "are padded on the right. Default: the first held-out sequence of the job.",
-        show_default=False,
     ),
 ]
 Out = Annotated[
     Path | None,
     typer.Option(
-        help="The folder to write, which must not exist. Default: layers/STAGE/NAME in the job.",
-        show_default=False,
+        help="The folder to write, which must not exist. Default: layers/STAGE/NAME in the job."
     ),
 ]
 

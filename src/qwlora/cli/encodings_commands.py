@@ -34,14 +34,10 @@ app = typer.Typer(
 )
 
 File = Annotated[
-    Path,
-    typer.Argument(
-        help="An encodings file of version 0.6.1, 1.0.0, 2.0.0 or 2.1.0.", show_default=False
-    ),
+    Path, typer.Argument(help="An encodings file of version 0.6.1, 1.0.0, 2.0.0 or 2.1.0.")
 ]
 Model = Annotated[
-    Path | None,
-    typer.Option("--onnx", help="The ONNX model that the encodings belong to.", show_default=False),
+    Path | None, typer.Option("--onnx", help="The ONNX model that the encodings belong to.")
 ]
 
 
@@ -89,17 +85,11 @@ def convert(
     version: Annotated[
         str,
         typer.Option(
-            "--to",
-            metavar="VERSION",
-            help="Target version: 0.6.1, 1.0.0, 2.0.0 or 2.1.0.",
-            show_default=False,
+            "--to", metavar="VERSION", help="Target version: 0.6.1, 1.0.0, 2.0.0 or 2.1.0."
         ),
     ],
     out: Annotated[
-        Path | None,
-        typer.Option(
-            "--out", help="File to write. Default: print to standard output.", show_default=False
-        ),
+        Path | None, typer.Option("--out", help="File to write. Default: print to standard output.")
     ] = None,
     lossy: Annotated[
         bool, typer.Option("--lossy", help="Drop what the target version cannot store.")
@@ -111,15 +101,13 @@ def convert(
             min=1,
             max=32,
             help="Decompressed bitwidth of LPBQ encodings in version 2.x, which does not store it.",
-            show_default=False,
         ),
     ] = None,
     block_order: Annotated[
         encodings.BlockOrder | None,
         typer.Option(
             help="How version 1.0.0 orders block scales, which it does not store: by output "
-            "channel, or in the order of the tensor.",
-            show_default=False,
+            "channel, or in the order of the tensor."
         ),
     ] = None,
 ) -> None:

@@ -13,12 +13,7 @@ from qwlora.cli.terminal import console, print_json
 
 
 def score_job(
-    folder: Path,
-    tasks: str,
-    models: str | None,
-    limit: int | None,
-    as_json: bool,
-    quiet: bool,
+    folder: Path, tasks: str, models: str | None, limit: int | None, as_json: bool, quiet: bool
 ) -> None:
     """Score a job's models and print the table.
 

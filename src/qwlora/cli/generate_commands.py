@@ -45,7 +45,6 @@ StageName = Annotated[
         help="float, base, adapted, simulated, or an export target such as onnx, which runs the "
         "exported files. simulated and exported models run without a key-value cache: each token "
         "runs the whole text again. Default: adapted.",
-        show_default=False,
     ),
 ]
 Raw = Annotated[
@@ -81,14 +80,13 @@ Compare = Annotated[
         metavar="MODEL,MODEL,...",
         help="Answer with several models: float, base, an adapter's name, or STAGE/NAME, for "
         "example base,first,simulated/first.",
-        show_default=False,
     ),
 ]
 
 
 def generate(
     job: Job,
-    prompt: Annotated[str, typer.Argument(help="What to answer.", show_default=False)],
+    prompt: Annotated[str, typer.Argument(help="What to answer.")],
     adapter: AdapterName = None,
     stage: StageName = None,
     compare: Compare = None,

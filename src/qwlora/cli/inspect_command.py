@@ -30,8 +30,7 @@ Source = Annotated[
     str,
     typer.Argument(
         help="A model's folder or .gguf file, package:NAME/PATH for a file in an installed "
-        "package, a frozen base, an adapter, or a job's directory.",
-        show_default=False,
+        "package, a frozen base, an adapter, or a job's directory."
     ),
 ]
 Against = Annotated[
@@ -40,7 +39,6 @@ Against = Annotated[
         "--against",
         metavar="SOURCE",
         help="The float model to compare with; adds the SQNR of every tensor. Reads both in full.",
-        show_default=False,
     ),
 ]
 Encodings = Annotated[
@@ -49,7 +47,6 @@ Encodings = Annotated[
         "--encodings",
         metavar="FILE",
         help="An AIMET encodings file for the float model SOURCE; shows the grids it gives.",
-        show_default=False,
     ),
 ]
 KeepFloat = Annotated[
@@ -58,15 +55,13 @@ KeepFloat = Annotated[
         metavar="GLOB",
         help="With --encodings: parameters or layers that stay float, like model.keep_float in a "
         "recipe. May be repeated.",
-        show_default=False,
     ),
 ]
 BlockOrder = Annotated[
     Literal["channel", "tensor"] | None,
     typer.Option(
         help="With --encodings: how a file of version 1.0.0 orders blocks, like model.block_order "
-        "in a recipe.",
-        show_default=False,
+        "in a recipe."
     ),
 ]
 

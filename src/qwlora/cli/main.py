@@ -90,15 +90,12 @@ Given = Annotated[
     typer.Argument(
         metavar="RECIPE",
         help="The recipe, a YAML file. Default: the recipe.yaml in the job's directory.",
-        show_default=False,
     ),
 ]
 Out = Annotated[
     Path | None,
     typer.Option(
-        "--out",
-        help="The job's directory: receives the base, adapters, exports and results.json.",
-        show_default=False,
+        "--out", help="The job's directory: receives the base, adapters, exports and results.json."
     ),
 ]
 TrustMtime = Annotated[
@@ -195,7 +192,6 @@ def evaluate(
             metavar="RECIPE|DIR",
             help="The recipe; with --tasks, a job's directory. Default: the recipe.yaml in the "
             "job's directory.",
-            show_default=False,
         ),
     ] = None,
     out: Out = None,
@@ -205,7 +201,6 @@ def evaluate(
             metavar="TASK,TASK,...",
             help="Score the models of the job DIR on tasks of lm-eval: names, or YAML files with "
             "a dataset of your own.",
-            show_default=False,
         ),
     ] = None,
     models: Annotated[
@@ -214,14 +209,10 @@ def evaluate(
             metavar="MODEL,MODEL,...",
             help="With --tasks: which models, for example base,first,simulated/first,onnx/first. "
             "Default: all that the job has and whose runtime is installed.",
-            show_default=False,
         ),
     ] = None,
     limit: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="With --tasks: documents of each task. Default: all.", show_default=False
-        ),
+        int | None, typer.Option(min=1, help="With --tasks: documents of each task. Default: all.")
     ] = None,
     changes: Changes = None,
     as_json: AsJson = False,

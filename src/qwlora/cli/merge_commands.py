@@ -20,19 +20,16 @@ from qwlora.cli.terminal import print_result
 if TYPE_CHECKING:
     from qwlora.pipeline.commands.merge_adapter import Verdict
 
-Name = Annotated[str, typer.Argument(help="The adapter's name.", show_default=False)]
+Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 Target = Annotated[
     str,
     typer.Option(
         "--into",
         help="float: write a float model; requantized: round the merged weights back onto the "
         "base's grid.",
-        show_default=False,
     ),
 ]
-Out = Annotated[
-    Path, typer.Option("--out", help="Folder to create for the merged model.", show_default=False)
-]
+Out = Annotated[Path, typer.Option("--out", help="Folder to create for the merged model.")]
 
 
 def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:

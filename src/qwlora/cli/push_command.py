@@ -20,12 +20,10 @@ Repository = Annotated[
         "--to",
         metavar="OWNER/NAME",
         help="The repository on the hub. Created if it does not exist.",
-        show_default=False,
     ),
 ]
 Name = Annotated[
-    str | None,
-    typer.Option("--adapter", help="The adapter to upload. Default: the base.", show_default=False),
+    str | None, typer.Option("--adapter", help="The adapter to upload. Default: the base.")
 ]
 Public = Annotated[
     bool,
@@ -39,7 +37,6 @@ License = Annotated[
         "--license",
         help="License for the model card, as the hub writes it, for example apache-2.0. Default: "
         "for a base, what the model's files state; otherwise unknown.",
-        show_default=False,
     ),
 ]
 

@@ -9,9 +9,7 @@ import typer
 
 from qwlora.errors import DirectoryError
 
-Jobs = Annotated[
-    list[Path], typer.Argument(metavar="DIR...", help="Job directories.", show_default=False)
-]
+Jobs = Annotated[list[Path], typer.Argument(metavar="DIR...", help="Job directories.")]
 Page = Annotated[
     Path,
     typer.Option(

@@ -8,19 +8,15 @@ from typing import Annotated
 import typer
 
 Job = Annotated[
-    Path,
-    typer.Argument(
-        metavar="DIR", help="A job's directory, with its base and adapters.", show_default=False
-    ),
+    Path, typer.Argument(metavar="DIR", help="A job's directory, with its base and adapters.")
 ]
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.", show_default=False)]
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
 Changes = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
         help="Override a key of the recipe, for example base.weights.bitwidth=3. May be repeated.",
-        show_default=False,
     ),
 ]
 AdapterName = Annotated[
@@ -28,7 +24,6 @@ AdapterName = Annotated[
     typer.Option(
         "--adapter",
         help="An adapter, or a use case of qairt and qnn. Default: the first in the recipe.",
-        show_default=False,
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]

@@ -1,4 +1,4 @@
-"""The precision that `compute: auto` selects, and how slow bfloat16 is where it is emulated.
+"""The precision that `compute: auto` selects, and a warning where bfloat16 is emulated.
 
 bfloat16 if the device has instructions for it, else float32. A processor without bfloat16
 instructions converts each operand instead, which made a layer seven times slower than float32.
@@ -12,7 +12,6 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import sys
-import time
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -61,37 +60,14 @@ def training_device() -> str:
     return "cpu" if device is None else device.type
 
 
-def slowdown_of_bfloat16(device: str) -> float:
-    """Time of a small linear layer in bfloat16 over its time in float32, measured now.
-
-    Forward and backward pass of a 256 x 512 layer on 64 tokens under autocast, as in training.
-    """
-    import torch
-
-    layer = torch.nn.Linear(256, 512, device=device)
-    inputs = torch.randn(64, 256, device=device, requires_grad=True)
-    best = {"float32": float("inf"), "bfloat16": float("inf")}
-    for _ in range(4):  # the first one warms up and is not the best
-        for compute in best:
-            began = time.perf_counter()
-            with torch.autocast(device, torch.bfloat16, enabled=compute == "bfloat16"):
-                outputs = layer(inputs)
-            outputs.float().sum().backward()
-            inputs.grad.sum().item()  # type: ignore[union-attr] # waits for an accelerator
-            best[compute] = min(best[compute], time.perf_counter() - began)
-    return best["bfloat16"] / best["float32"]
-
-
-@cache  # measured once
 def slow_compute(compute: str, device: str) -> str | None:
     """A warning if the device emulates the requested `compute`, else None."""
     if compute != "bfloat16" or has_bfloat16(device):
         return None
     kind = "processor" if device == "cpu" else f"{device} device"
     return (
-        f"compute bfloat16: this {kind} has no bfloat16 instructions; a linear layer takes "
-        f"{slowdown_of_bfloat16(device):.1f} times as long as in float32 (measured now). "
-        "Set compute to auto or float32"
+        f"compute bfloat16: this {kind} has no bfloat16 instructions and emulates them, which "
+        "takes several times as long as float32. Set compute to auto or float32"
     )
 
 

@@ -21,9 +21,8 @@ from transformers import (
 
 from conftest import VOCABULARY, tiny_model
 from qwlora.analysis.token_scores import perplexity
-from qwlora.data.document_isolation import check_isolation, isolation_leak
 from qwlora.data.sequence_packing import cut_into_sequences, joined_ids
-from qwlora.data.sequences import IGNORED, Sequences
+from qwlora.data.sequences import IGNORED, Sequences, check_isolation, isolation_leak
 from qwlora.data.tokenization import Tokens
 from qwlora.errors import SourceError
 

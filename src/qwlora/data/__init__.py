@@ -1,7 +1,7 @@
 """Documents from files, tables, modules and the hub, and the token sequences made from them.
 
     read_source        source -> documents of one kind: text, completions or conversations
-    held_out_split     training and held-out documents without overlap
+    document           the kinds, and training and held-out documents without overlap
     tokenization       documents -> tokens, each with whether it counts in the loss
     sequence_packing   tokens -> sequences of equal length
     prepared_data      all of it for one model's tokenizer, with the counts
@@ -11,8 +11,14 @@ Importing this package imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from qwlora.data.document import Completion, Conversation, Document, Documents, Text
-from qwlora.data.held_out_split import split_documents
+from qwlora.data.document import (
+    Completion,
+    Conversation,
+    Document,
+    Documents,
+    Text,
+    split_documents,
+)
 from qwlora.data.prepared_data import Cutting, Prepared, prepare
 from qwlora.data.read_source import Reading, locate_documents, read_documents
 
@@ -39,11 +45,9 @@ def load_documents(
     Args:
         held_out: share of the characters to hold out of training; at least one document.
 
-
     Raises:
         SourceError: the source is missing or empty, or a record is bad (file and line are named).
         MissingExtraError: the package that reads this kind of source is not installed.
     """
-    reading = reading or Reading()
-    documents, skipped = read_documents(source, reading)
+    documents, skipped = read_documents(source, reading or Reading())
     return split_documents(documents, held_out, seed, skipped)

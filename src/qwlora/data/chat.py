@@ -29,8 +29,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qwlora.data.document import ASSISTANT, Conversation
@@ -68,45 +69,66 @@ def encode_conversation(
             f"the tokenizer ({type(tokenizer).__name__}) does not report the positions of its "
             "tokens in the text. Conversations need a fast tokenizer"
         )
-    _check_tools_are_rendered(conversation, tokenizer)
-    if _GENERATION.search(
-        tokenizer.get_chat_template(tools=[dict(t) for t in conversation.tools] or None)
-    ):
-        ids, in_loss = _encode_marked(conversation, tokenizer)
+    messages, tools, where = conversation.messages, conversation.tools, conversation.where
+    rendered = partial(render, tokenizer=tokenizer, where=where, tools=tools)
+    text = rendered(messages)  # also with markers, so that what exceeds a limit ends here
+    if tools and text == _without_tools(conversation, tokenizer):
+        raise SourceError(
+            f"{where}: the model's chat template ignores tools, so their definitions would be "
+            "lost. Name a file with a template that renders them in data.chat_template, or remove "
+            "the field 'tools' from the records"
+        )
+    plain_tools: Any = [dict(tool) for tool in tools] or None
+    if _GENERATION.search(tokenizer.get_chat_template(tools=plain_tools)):
+        encoded: Any = tokenizer.apply_chat_template(
+            [dict(m) for m in messages],
+            tools=plain_tools,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"verbose": False},
+        )
+        in_loss = [bool(flag) for flag in encoded["assistant_masks"]]
         if last_only:
             end = max((i for i, flag in enumerate(in_loss) if flag), default=-1) + 1
             start = next((i + 1 for i in range(end - 1, -1, -1) if not in_loss[i]), 0)
             in_loss = [flag and start <= i for i, flag in enumerate(in_loss)]
     else:
-        text = _render(conversation.messages, conversation, tokenizer)
-        spans = _assistant_spans(conversation, text, tokenizer, last_only)
+        ends_of_turn = {
+            *tokenizer.all_special_tokens,
+            *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special),
+        }
+        speaking = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
+        spans = [
+            _span(messages, i, text, rendered, tuple(ends_of_turn), f"{where}: message {i + 1}")
+            for i in speaking[-1 if last_only else 0 :]
+        ]
         encoded = tokenizer(
             text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
         )
-        ids, offsets = encoded["input_ids"], encoded["offset_mapping"]
-        in_loss = [any(start <= first < end for start, end in spans) for first, _ in offsets]
+        in_loss = [
+            any(start <= first < end for start, end in spans)
+            for first, _ in encoded["offset_mapping"]
+        ]
     if not any(in_loss):
         raise SourceError(
-            f"{conversation.where}: the chat template renders no token of the {ASSISTANT}'s "
-            "messages, so there is nothing to train on"
+            f"{where}: the chat template renders no token of the {ASSISTANT}'s messages, so there "
+            "is nothing to train on"
         )
-    return ids, in_loss
+    return encoded["input_ids"], in_loss
 
 
 def split_turns(conversation: Conversation) -> list[Conversation]:
     """One conversation for each message of the assistant, which ends it."""
-    ends = [
-        i + 1 for i, message in enumerate(conversation.messages) if message["role"] == ASSISTANT
-    ]
-    return [replace(conversation, messages=conversation.messages[:end]) for end in ends]
+    messages = conversation.messages
+    ends = [i + 1 for i, message in enumerate(messages) if message["role"] == ASSISTANT]
+    return [replace(conversation, messages=messages[:end]) for end in ends]
 
 
 def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
     """Number of equal elements at the start of both."""
-    return next(
-        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b),
-        min(len(one), len(other)),
-    )
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
 
 
 def render(
@@ -155,112 +177,53 @@ def render(
     return rendered
 
 
-def _encode_marked(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[bool]]:
-    _render(conversation.messages, conversation, tokenizer)  # what exceeds a limit ends here
-    encoded: Any = tokenizer.apply_chat_template(
-        [dict(m) for m in conversation.messages],
-        tools=[dict(tool) for tool in conversation.tools] or None,
-        tokenize=True,
-        return_dict=True,
-        return_assistant_tokens_mask=True,
-        tokenizer_kwargs={"verbose": False},
-    )
-    return encoded["input_ids"], [bool(flag) for flag in encoded["assistant_masks"]]
-
-
-def _render(
-    messages: Messages,
-    conversation: Conversation,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: bool = False,
-) -> str:
-    return render(messages, tokenizer, conversation.where, conversation.tools, prompt)
-
-
-def _check_tools_are_rendered(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    if not conversation.tools:
-        return
-    rendered = _render(conversation.messages, conversation, tokenizer)
+def _without_tools(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """The text without the tools; None if the template requires tools."""
     try:
-        without = _render(conversation.messages, replace(conversation, tools=()), tokenizer)
-    except SourceError:  # the template requires tools
-        return
-    if rendered == without:
-        raise SourceError(
-            f"{conversation.where}: the model's chat template ignores tools, so their definitions "
-            "would be lost. Name a file with a template that renders them in "
-            "data.chat_template, or remove the field 'tools' from the records"
-        )
-
-
-def _assistant_spans(
-    conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, last_only: bool
-) -> list[tuple[int, int]]:
-    """(start, end), in characters of `text`, of the assistant's messages, or of the last one."""
-    endings = tuple(
-        {
-            *tokenizer.all_special_tokens,
-            *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special),
-        }
-    )
-    spans = []
-    spoken_by_assistant = [
-        i for i, message in enumerate(conversation.messages) if message["role"] == ASSISTANT
-    ]
-    for i in spoken_by_assistant[-1 if last_only else 0 :]:
-        where = f"{conversation.where}: message {i + 1}"
-        after = _render(conversation.messages[: i + 1], conversation, tokenizer)
-        start = (
-            _start_after_others(conversation, i, after, tokenizer, where)
-            if i
-            else _start_of_greeting(conversation, after, tokenizer, where)
-        )
-        if start is None or not text.startswith(after):
-            raise SourceError(
-                f"{where}: the chat template renders this message differently when another "
-                f"follows, so the {ASSISTANT}'s tokens cannot be located. Set data.turns: apart, "
-                "or use a template with {% generation %} markers (data.chat_template)"
-            )
-        end = len(after)
-        spoken = after[start:end].rstrip()
-        spans.append((start, start + len(spoken) if spoken.endswith(endings) else end))
-    return spans
-
-
-def _start_after_others(
-    conversation: Conversation, i: int, text: str, tokenizer: PreTrainedTokenizerBase, where: str
-) -> int | None:
-    """Start of message i in `text`, which it ends; None if `text` does not begin with the
-    rendering of the messages before it."""
-    before = _render(conversation.messages[:i], conversation, tokenizer, prompt=True)
-    if not text.startswith(before):
+        return render(conversation.messages, tokenizer, conversation.where)
+    except SourceError:
         return None
-    if before == _render(conversation.messages[:i], conversation, tokenizer):
-        return _content_start(conversation.messages[i], text, len(before), where)
-    return len(before)
+
+
+def _span(
+    messages: Messages,
+    i: int,
+    text: str,
+    rendered: Callable[..., str],
+    ends_of_turn: tuple[str, ...],
+    where: str,
+) -> tuple[int, int]:
+    """(start, end), in characters of `text`, of the assistant's message number i."""
+    after = rendered(messages[: i + 1])
+    if i:
+        before = rendered(messages[:i], prompt=True)
+        start: int | None = len(before)
+        if not after.startswith(before):
+            start = None
+        elif before == rendered(messages[:i]):
+            start = _content_start(messages[i], after, len(before), where)
+    else:
+        start = _start_of_greeting(messages[0], after, rendered, where)
+    if start is None or not text.startswith(after):
+        raise SourceError(
+            f"{where}: the chat template renders this message differently when another follows, so "
+            f"the {ASSISTANT}'s tokens cannot be located. Set data.turns: apart, or use a template "
+            "with {% generation %} markers (data.chat_template)"
+        )
+    spoken = after[start:].rstrip()
+    return start, start + len(spoken) if spoken.endswith(ends_of_turn) else len(after)
 
 
 def _start_of_greeting(
-    conversation: Conversation, text: str, tokenizer: PreTrainedTokenizerBase, where: str
+    greeting: Mapping[str, Any], text: str, rendered: Callable[..., str], where: str
 ) -> int | None:
     """Start of a first message: after the last generation prompt in the header, which is what
     does not depend on the message's content; None if the header has no generation prompt."""
-    greeting = conversation.messages[0]
     content = greeting.get("content") or ""
     other = next(c for c in "abc" if c not in (content[:1], content.strip()[:1]))
-    header = text[
-        : common_prefix_length(
-            text, _render([{**greeting, "content": other}], conversation, tokenizer)
-        )
-    ]
+    header = text[: common_prefix_length(text, rendered([{**greeting, "content": other}]))]
     question = [{"role": "user", "content": "a"}]
-    unasked, asked = (
-        _render(question, conversation, tokenizer, prompt) for prompt in (False, True)
-    )
+    unasked, asked = (rendered(question, prompt=prompt) for prompt in (False, True))
     if unasked == asked:
         return _content_start(greeting, text, 0, where, earliest=len(header))
     prompt = asked[common_prefix_length(unasked, asked) :].lstrip()
@@ -275,12 +238,12 @@ def _content_start(
     Without a header (`[/INST] Hi`) this is `start`.
     """
     content = (message.get("content") or "").strip()
-    found = text.find(content, max(start, earliest)) if content else -1
-    if found < 0:
+    at = text.find(content, max(start, earliest)) if content else -1
+    if at < 0:
         raise SourceError(
             f"{where}: the chat template has no generation prompt and changes the content, so the "
             f"{ASSISTANT}'s tokens cannot be located. Use a template with "
             "{% generation %} markers (data.chat_template)"
         )
-    header = text[start:found]
+    header = text[start:at]
     return start + len(header.rstrip(" ")) if header.strip() else start

@@ -1,4 +1,4 @@
-"""The documents of a source, all of one kind.
+"""The documents of a source, all of one kind, and their split into training and held out.
 
     Text           every token counts in the loss
     Completion     a prompt, and a completion, which counts in the loss; a chat template may make
@@ -6,41 +6,61 @@
     Conversation   messages; those of the assistant count in the loss
 
 Each knows its place (`file:line`, or `source row N`), so that later messages can name it.
+
+Documents are shuffled with the recipe's seed and split. Then held-out content is removed from the
+training part: paragraphs longer than a line from running text; and records that equal a held-out
+record, or contain a held-out answer longer than a line word for word. Spacing is ignored.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import random
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from qwlora.errors import SourceError
+
 ASSISTANT = "assistant"
 ROLES = ("system", "developer", "user", ASSISTANT, "tool")
+_LINE = 80  # characters
+
+
+class _Document:
+    """Base of the three kinds.
+
+    Attributes:
+        characters: of all its text.
+        answers: the texts that count in the loss; none for running text, where all of it does.
+    """
+
+    kind: ClassVar[str]
+
+    @property
+    def identity(self) -> str:
+        """Equal for two documents with equal content, wherever they are."""
+        content = {name: value for name, value in vars(self).items() if name != "where"}
+        return json.dumps(content, sort_keys=True, default=str)
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(_Document):
     """Running text."""
 
     text: str
     where: str = ""
     kind = "text"
-    answers: ClassVar[tuple[str, ...]] = ()  # what counts in the loss, except running text
+    answers: ClassVar[tuple[str, ...]] = ()
 
     @property
     def characters(self) -> int:
         return len(self.text)
 
-    @property
-    def identity(self) -> str:
-        """Equal for two documents with equal content."""
-        return self.text
-
 
 @dataclass(frozen=True)
-class Completion:
+class Completion(_Document):
     """A prompt, and the text that should follow it.
 
     Args:
@@ -58,18 +78,19 @@ class Completion:
         return len(self.prompt) + len(self.completion)
 
     @property
-    def identity(self) -> str:
-        """Equal for two documents with equal content."""
-        return json.dumps([self.prompt, self.completion])
-
-    @property
     def answers(self) -> tuple[str, ...]:
-        """What counts in the loss."""
         return (self.completion,)
+
+    def as_conversation(self) -> Conversation:
+        """The prompt as a message of the user, and the completion as the assistant's."""
+        asked = self.prompt if self.user_message is None else self.user_message
+        contents = {"user": asked, ASSISTANT: self.completion}
+        messages = ({"role": role, "content": content} for role, content in contents.items())
+        return Conversation(tuple(messages), self.where)
 
 
 @dataclass(frozen=True)
-class Conversation:
+class Conversation(_Document):
     """Messages for a chat template: mappings with `role`, `content`, and what else it supports.
 
     Args:
@@ -86,30 +107,8 @@ class Conversation:
         return sum(len(m.get("content") or "") for m in self.messages)
 
     @property
-    def identity(self) -> str:
-        """Equal for two documents with equal content."""
-        return json.dumps(
-            [self.messages, self.tools] if self.tools else self.messages,
-            sort_keys=True,
-            default=str,
-        )
-
-    @property
     def answers(self) -> tuple[str, ...]:
-        """What counts in the loss."""
         return tuple(m.get("content") or "" for m in self.messages if m["role"] == ASSISTANT)
-
-
-def as_conversation(document: Completion) -> Conversation:
-    """The prompt as a message of the user, and the completion as the assistant's."""
-    asked = document.prompt if document.user_message is None else document.user_message
-    return Conversation(
-        (
-            {"role": "user", "content": asked},
-            {"role": ASSISTANT, "content": document.completion},
-        ),
-        document.where,
-    )
 
 
 Document = Text | Completion | Conversation
@@ -144,3 +143,72 @@ class Documents:
                 digest.update(document.identity.encode() + b"\0")
             digest.update(b"\1")
         return digest.hexdigest()
+
+
+def split_documents(
+    documents: Sequence[Document], held_out: float, seed: int, skipped: int = 0
+) -> Documents:
+    """Hold out the share `held_out` of all characters, and at least one document.
+
+    A single text is split by position, at the end of a paragraph if one is near.
+
+    Raises:
+        SourceError: there is a single record, or nothing is left to train on.
+    """
+    if len(documents) == 1:
+        (only,) = documents
+        if not isinstance(only, Text):
+            raise SourceError(
+                f"{only.where}: this is the only record. At least two are needed: one to train on, "
+                "one to evaluate on"
+            )
+        text = only.text
+        cut = int(len(text) * (1 - held_out))
+        near = text.rfind("\n\n", cut - len(text) // 20, cut)
+        cut = near + 2 if near >= 0 else cut
+        parts = Text(text[:cut], only.where), Text(text[cut:], only.where)
+        return _without_overlap(parts[:1], parts[1:], skipped)
+    shuffled = list(documents)
+    random.Random(seed).shuffle(shuffled)
+    wanted = held_out * sum(d.characters for d in shuffled)
+    count, characters = 1, shuffled[0].characters
+    while characters < wanted and count < len(shuffled) - 1:
+        characters += shuffled[count].characters
+        count += 1
+    return _without_overlap(tuple(shuffled[count:]), tuple(shuffled[:count]), skipped)
+
+
+def _without_overlap(
+    train: tuple[Document, ...], held_out: tuple[Document, ...], skipped: int
+) -> Documents:
+    texts = [d.text for d in held_out if isinstance(d, Text)]
+    paragraphs = _long(paragraph for text in texts for paragraph in text.split("\n\n"))
+    answers = _long(answer for document in held_out for answer in document.answers)
+    identities = {_normal(d.identity) for d in held_out}
+    kept: list[Document] = []
+    removed_paragraphs = 0
+    for document in train:
+        if isinstance(document, Text):
+            every = document.text.split("\n\n")
+            others = [p for p in every if _normal(p) not in paragraphs]
+            removed_paragraphs += len(every) - len(others)
+            if (text := "\n\n".join(others)).strip():
+                kept.append(Text(text, document.where))
+        elif _normal(document.identity) not in identities and answers.isdisjoint(
+            map(_normal, document.answers)
+        ):
+            kept.append(document)
+    if not kept and any(d.characters for d in train):
+        raise SourceError(
+            "all training documents also occur in the held-out part, so nothing is left to train "
+            "on. The source repeats itself: remove duplicates or add documents"
+        )
+    return Documents(tuple(kept), held_out, skipped, len(train) - len(kept), removed_paragraphs)
+
+
+def _long(texts: Iterable[str]) -> set[str]:
+    return {text for text in map(_normal, texts) if len(text) > _LINE}
+
+
+def _normal(text: str) -> str:
+    return " ".join(text.split())

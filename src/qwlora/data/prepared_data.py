@@ -6,11 +6,10 @@ Held-out documents never share a sequence, whatever the packing of the training 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from qwlora.data.document import Documents
-from qwlora.data.sequence_packing import Counts, cut_into_sequences, joined_ids
 from qwlora.data.tokenization import encode_documents, renders_pairs, start_tokens
 from qwlora.progress import Track, untracked
 
@@ -18,7 +17,10 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
+    from qwlora.data.sequence_packing import Counts
     from qwlora.data.sequences import Sequences
+
+_LOSSES = ("truncated_documents", "dropped_documents", "dropped_tokens")
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Prepared:
     calibration_ids: Tensor
     train_counts: Counts
     held_out_counts: Counts
-    chat_template: bool = False
+    chat_template: bool
 
     def largest_id(self) -> int:
         """The largest token id."""
@@ -83,27 +85,31 @@ def prepare(
     Raises:
         SourceError: a conversation cannot be rendered, or a part is shorter than one sequence.
     """
+    from qwlora.data.sequence_packing import cut_into_sequences, joined_ids
+
     kind, packing = documents.kind, cutting.packing_of(documents.kind)
     start, tokens = start_tokens(tokenizer), cutting.sequence_tokens
-    padding = next(
-        (i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), 0
+    ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    padding = next((i for i in ends if i is not None), 0)
+    train_tokens, held_out_tokens = (
+        encode_documents(part, tokenizer, cutting.turns, cutting.prompt_format, track)
+        for part in (documents.train, documents.held_out)
     )
-    how = (cutting.turns, cutting.prompt_format, track)
-    train = encode_documents(documents.train, tokenizer, *how)
-    held_out = encode_documents(documents.held_out, tokenizer, *how)
+    train, train_counts = cut_into_sequences(
+        train_tokens, tokens, packing, start, padding, "training"
+    )
     alone = "none" if packing == "documents" else packing
-    train_part = cut_into_sequences(train, tokens, packing, start, padding, "training")
-    held_out_part = cut_into_sequences(held_out, tokens, alone, start, padding, "held-out")
+    held_out, held_out_counts = cut_into_sequences(
+        held_out_tokens, tokens, alone, start, padding, "held-out"
+    )
     return Prepared(
         kind,
         packing,
-        train_part[0],
-        held_out_part[0],
-        train_part[0].input_ids
-        if kind == "text" and packing == "join"
-        else joined_ids(train, tokens, start, "training"),
-        train_part[1],
-        held_out_part[1],
+        train,
+        held_out,
+        joined_ids(train_tokens, tokens, start, "training"),
+        train_counts,
+        held_out_counts,
         kind == "conversations"
         or (kind == "completions" and renders_pairs(tokenizer, cutting.prompt_format)),
     )
@@ -118,8 +124,8 @@ def describe(documents: Documents, prepared: Prepared) -> dict[str, Any]:
         "skipped_records": documents.skipped_records,
         "overlapping_documents": documents.overlapping_documents,
         "overlapping_paragraphs": documents.overlapping_paragraphs,
-        "train": prepared.train_counts.to_json(),
-        "held_out": prepared.held_out_counts.to_json(),
+        "train": asdict(prepared.train_counts),
+        "held_out": asdict(prepared.held_out_counts),
     }
 
 
@@ -136,23 +142,15 @@ def summary(description: dict[str, Any], name: str | None = None) -> str:
     parts = []
     for part, label in (("train", "training"), ("held_out", "held out")):
         c = description[part]
-        text = (
-            f"{label} {c['documents']:,} documents, {c['tokens']:,} tokens, "
-            f"{c['sequences']:,} sequences, {c['loss_tokens']:,} loss tokens"
-        )
-        lost = [
-            (c["truncated_documents"], "documents truncated"),
-            (c["dropped_documents"], "documents dropped"),
-            (c["dropped_tokens"], "tokens dropped"),
+        counts = [
+            f"{c[name]:,} {name.replace('_', ' ')}"
+            for name in ("documents", "tokens", "sequences", "loss_tokens", *_LOSSES)
+            if c[name] or name not in _LOSSES
         ]
-        parts.append(", ".join([text, *(f"{count:,} {what}" for count, what in lost if count)]))
-    notes = [
-        (description["skipped_records"], "empty records skipped"),
-        (
-            description["overlapping_documents"],
-            "training documents removed because they repeat held-out ones",
-        ),
-    ]
-    parts += [f"{count:,} {what}" for count, what in notes if count]
+        parts.append(f"{label} {', '.join(counts)}")
+    if count := description["skipped_records"]:
+        parts.append(f"{count:,} empty records skipped")
+    if count := description["overlapping_documents"]:
+        parts.append(f"{count:,} training documents removed because they repeat held-out ones")
     of = "data" if name is None else f"data of {name}"
     return f"{of} ({heading(description)}): " + "; ".join(parts)

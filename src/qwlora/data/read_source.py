@@ -1,7 +1,6 @@
-"""Read the documents of a source.
+"""Which files a source consists of, and the documents in them.
 
-    ./file.txt, .md, or any other        one document, running text; unreadable kinds of records are
-                                         refused (`source_files.py`)
+    ./file.txt, .md, or any other        one document, running text
     ./file.jsonl, .jsonlines, .ndjson    one document per line
     ./file.json                          one document per element of its list, or line
     ./file.csv, .tsv                     one document per row
@@ -12,14 +11,23 @@
                                          sequence, or a mapping's values)
     owner/name                           a dataset on the Hugging Face hub
 
-All documents of a source are of one kind.
+All documents of a source are of one kind. Refused are compressed files, spreadsheets, and records
+by the middle of the name, which would be trained on as running text (a.jsonl.bak, a.csv~, a.json5).
+
+Of a folder, all visible files of these kinds are read; with a split, those named after it, as on
+the hub: the split or a synonym stands between separators in the file's name (`my_test.jsonl`,
+`train-00000-of-00001.parquet`) or, if that is true for no file, in the name of a folder
+(`train/0.jsonl`). A file that is refused is an error if it belongs to the split. Ignored are hidden
+files, files about other files (`a.csv.sha256`), a dataset's card next to records, and files of any
+other kind (images, code). A folder in which nothing but the card can be read is refused, so that
+nobody trains on the card.
 """
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,11 +35,36 @@ from typing import Any
 from qwlora import errors
 from qwlora.data import tabular_files
 from qwlora.data.document import Document, Text
-from qwlora.data.records import EmptyRecordError, Fields, choose_fields, make_document
-from qwlora.data.source_files import RECORD_SUFFIXES, TEXT_SUFFIXES, folder_files, refusal
-from qwlora.data.text_files import read_attribute, read_json, read_text
+from qwlora.data.records import (
+    TEXT_FIELDS,
+    EmptyRecordError,
+    Fields,
+    choose_fields,
+    make_document,
+)
+from qwlora.data.text_files import read_csv, read_json, read_text
 from qwlora.errors import SourceError
 from qwlora.formats.user_path import does_not_exist, user_path
+from qwlora.messages import listed
+
+TEXT_SUFFIXES = (".txt", ".md")
+RECORD_SUFFIXES = (
+    *(".jsonl", ".jsonlines", ".ndjson", ".json"),
+    *(".csv", ".tsv", ".parquet", ".arrow", ".feather"),
+)
+_COMPRESSED = re.compile(r"\.(gz|tgz|bz2|xz|zst|zip|tar|7z|rar|lz4|lzma|br)")
+_TABLE = re.compile(r"\.(xlsx|xls|ods|orc|avro|pkl|pickle|sqlite3?|db|tfrecord)")
+_RECORD_WITHIN = re.compile(  # longest first: .jsonl, not .json
+    rf"({'|'.join(map(re.escape, sorted(RECORD_SUFFIXES, key=len, reverse=True)))})(?![a-z])"
+)
+_MADE_OF_RECORDS = re.compile(r"\.(py|sh|html|png|svg|jpe?g|pdf)")  # a.csv.py
+_ABOUT_A_FILE = re.compile(r"\.(asc|crc|dvc|idx|license|lock|md5|sha1|sha256|sha512|sig)")
+_CARDS = ("readme", "license")
+_SPLITS = {
+    "train": ("train", "training"),
+    "validation": ("validation", "valid", "dev", "val"),
+    "test": ("test", "testing", "eval", "evaluation"),
+}
 
 
 @dataclass(frozen=True)
@@ -59,10 +92,10 @@ def locate_documents(source: str) -> None:
     if source.startswith("python:"):
         module_name, _, attribute = source.removeprefix("python:").partition(":")
         try:
-            found = bool(attribute) and importlib.util.find_spec(module_name) is not None
+            exists = bool(attribute) and importlib.util.find_spec(module_name) is not None
         except (ImportError, ValueError):
-            found = False
-        if not found:
+            exists = False
+        if not exists:
             raise SourceError(
                 f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module"
             )
@@ -74,12 +107,38 @@ def locate_documents(source: str) -> None:
         )
 
 
-def _is_hub_id(source: str) -> bool:
-    """Whether `source` is `owner/name`, and not more likely a mistyped path."""
-    if source.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
-        return False
-    known = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
-    return Path(source).suffix.lower() not in known and refusal(Path(source)) is None
+def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:
+    """All documents of `source`, and the number of empty records that were skipped.
+
+    Raises:
+        SourceError: it cannot be read; a bad record is named with file and line.
+        MissingExtraError: the package that reads this kind of source is not installed.
+    """
+    reader, path = _Reader(how), user_path(source)
+    is_module = source.startswith("python:")
+    is_file = not is_module and not path.is_dir() and (path.exists() or not _is_hub_id(source))
+    if how.split is not None and (is_module or is_file):
+        raise SourceError(
+            f"data source {source!r} has no splits; remove data.split: {how.split} from the recipe"
+        )
+    if is_module:
+        reader.add_texts(_strings_of_module(source), f"data source {source!r}")
+    elif is_file:
+        reader.add_file(path)
+    elif not path.is_dir():
+        reader.add_table(tabular_files.read_dataset(source, how.split, how.subset), source)
+    elif any((path / name).is_file() for name in tabular_files.SAVED_DATASET):
+        reader.add_table(tabular_files.read_dataset(str(path), how.split), str(path))
+    else:
+        for file in _files_of(path, how.split):
+            reader.add_file(file)
+    documents = [d for d in reader.documents if not isinstance(d, Text) or d.text.strip()]
+    if not documents:
+        raise SourceError(
+            f"data source {source!r} holds no text: "
+            f"{'every document is empty' if reader.documents else 'it has no records'}"
+        )
+    return documents, reader.skipped
 
 
 @dataclass
@@ -91,14 +150,48 @@ class _Reader:
     skipped: int = 0
     fields: Fields | None = None
 
+    def add_file(self, path: Path) -> None:
+        if why := _refusal(path):
+            raise SourceError(f"data source {str(path)!r}: {why}")
+        suffix = path.suffix.lower()
+        with errors.reading(path):
+            if suffix in (".csv", ".tsv"):
+                names, rows = read_csv(path)
+                self.add_table((names, lambda _: rows), str(path))
+            elif suffix in (".parquet", ".arrow", ".feather"):
+                self.add_table(tabular_files.read_arrow(path), str(path))
+            elif suffix in RECORD_SUFFIXES:
+                self.add_records(read_json(path))
+            else:
+                text = Text(read_text(path), str(path))
+                self.add_texts([text], f"data source {str(path)!r}")
+
+    def add_texts(self, texts: Sequence[Text], where: str) -> None:
+        for column in self.reading.columns:
+            raise SourceError(
+                f"{where} is running text and has no columns; remove data.{column}_column from the "
+                "recipe"
+            )
+        self.documents += texts
+
+    def add_table(self, table: tabular_files.Table, where: str) -> None:
+        names, rows = table
+        fields = choose_fields(names, self.reading.columns, where)
+        if self.fields is not None and fields != self.fields:
+            raise SourceError(
+                f"{where}: this table has {'+'.join(fields.columns)}, the files before it "
+                f"{'+'.join(self.fields.columns)}. A source holds one kind: move the others to "
+                "another folder"
+            )
+        self.fields = fields
+        self.add_records(rows(fields.among(names)))
+
     def add_records(self, rows: Iterable[tuple[str, Any]]) -> None:
         for where, record in rows:
+            if self.fields is None and isinstance(record, dict) and record:
+                self.fields = choose_fields(record, self.reading.columns, where)
             try:
-                if self.fields is None and isinstance(record, dict) and record:
-                    self.fields = choose_fields(record, self.reading.columns, where)
-                self.documents.append(
-                    make_document(record, self.fields or Fields("text", {"text": "text"}), where)
-                )
+                self.documents.append(make_document(record, self.fields or TEXT_FIELDS, where))
             except EmptyRecordError as error:
                 if not self.reading.skip_empty:
                     raise SourceError(
@@ -106,82 +199,114 @@ class _Reader:
                     ) from error
                 self.skipped += 1
 
-    def read_file(self, path: Path) -> None:
-        with errors.reading(path):
-            self._file(path)
 
-    def _file(self, path: Path) -> None:
-        if why := refusal(path):
-            raise SourceError(f"data source {str(path)!r}: {why}")
-        suffix = path.suffix.lower()
-        if suffix in (".csv", ".tsv"):
-            names, rows = tabular_files.read_csv(path)
-            self.set_fields(names, str(path))
-            self.add_records(rows)
-        elif suffix in (".parquet", ".arrow", ".feather"):
-            self.add_table(tabular_files.read_arrow(path), str(path))
-        elif suffix in RECORD_SUFFIXES:
-            self.add_records(read_json(path))
-        else:
-            self.refuse_columns(f"data source {str(path)!r}")
-            self.documents.append(Text(read_text(path), str(path)))
-
-    def set_fields(self, names: list[str], where: str) -> Fields:
-        """Determine the fields from the columns of a table."""
-        found = choose_fields(names, self.reading.columns, where)
-        if self.fields is not None and found != self.fields:
-            raise SourceError(
-                f"{where}: this table has {'+'.join(found.columns)}, the files before it "
-                f"{'+'.join(self.fields.columns)}. A source holds one kind: move the others to "
-                "another folder"
-            )
-        self.fields = found
-        return found
-
-    def add_table(self, table: tabular_files.Table, where: str) -> None:
-        names, rows = table
-        self.add_records(rows(self.set_fields(names, where).among(names)))
-
-    def refuse_split(self, where: str) -> None:
-        if self.reading.split is not None:
-            raise SourceError(
-                f"{where} has no splits; remove data.split: {self.reading.split} from the recipe"
-            )
-
-    def refuse_columns(self, where: str) -> None:
-        if asked := self.reading.columns:
-            raise SourceError(
-                f"{where} is running text and has no columns; remove "
-                f"data.{next(iter(asked))}_column from the recipe"
-            )
+def _strings_of_module(source: str) -> list[Text]:
+    module_name, _, attribute = source.removeprefix("python:").partition(":")
+    try:
+        value = getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SourceError(
+            f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module: {error}"
+        ) from error
+    if isinstance(value, str):
+        return [Text(value, source)]
+    texts = list(value.values()) if isinstance(value, Mapping) else value
+    if not isinstance(texts, Sequence) or not all(isinstance(text, str) for text in texts):
+        raise SourceError(
+            f"data source {source!r} is a {type(value).__name__}; it must be a string, or a "
+            "sequence or mapping of strings"
+        )
+    return [Text(text, f"{source}[{i}]") for i, text in enumerate(texts)]
 
 
-def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:
-    """All documents of `source`, and the number of empty records that were skipped.
+def _is_hub_id(source: str) -> bool:
+    """Whether `source` is `owner/name`, and not more likely a mistyped path."""
+    if source.startswith(".") or not re.fullmatch(r"[\w.-]+/[\w.-]+", source):
+        return False
+    known = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)
+    return Path(source).suffix.lower() not in known and _refusal(Path(source)) is None
+
+
+def _refusal(file: Path) -> str | None:
+    """Why a file of this name is refused and what to do; None if it can be read."""
+    suffix = file.suffix.lower()
+    if suffix in (*TEXT_SUFFIXES, *RECORD_SUFFIXES):
+        return None
+    if _COMPRESSED.fullmatch(suffix):
+        return f"{suffix} files are not read: unpack it first"
+    if _TABLE.fullmatch(suffix):
+        return f"{suffix} files are not read: save its records as .jsonl, .csv or .parquet"
+    within = _RECORD_WITHIN.search(file.name.lower())
+    if within and not _MADE_OF_RECORDS.fullmatch(suffix):
+        return (
+            f"its name contains {within[1]} but does not end in it: rename it to end in "
+            f"{within[1]}, or in .txt if it is running text"
+        )
+    return None
+
+
+def _files_of(folder: Path, split: str | None) -> list[Path]:
+    """The files of `folder` with its documents, or with those of `split`, all of one kind.
 
     Raises:
-        SourceError: it cannot be read; a bad record is named with file and line.
-        MissingExtraError: the package that reads this kind of source is not installed.
+        SourceError: there is no file but a card, none belongs to the split, one of them cannot
+            be read, or there are both records and running text.
     """
-    reader, path, where = _Reader(how), user_path(source), f"data source {source!r}"
-    if source.startswith("python:"):
-        reader.refuse_split(where)
-        reader.refuse_columns(where)
-        reader.documents.extend(read_attribute(source))
-    elif tabular_files.is_saved_dataset(path):
-        reader.add_table(tabular_files.read_dataset(str(path), how.split), str(path))
-    elif path.is_dir():
-        for file in folder_files(path, how.split):
-            reader.read_file(file)
-    elif path.exists() or not _is_hub_id(source):
-        reader.refuse_split(where)
-        reader.read_file(path)
-    else:
-        reader.add_table(tabular_files.read_dataset(source, how.split, how.subset), source)
-    documents = [d for d in reader.documents if not isinstance(d, Text) or d.text.strip()]
-    if not documents:
+    where = f"data folder {str(folder)!r}"
+
+    def named(files: Iterable[Path], most: int = 1) -> str:
+        return listed((file.relative_to(folder).as_posix() for file in files), most)
+
+    visible = sorted(
+        p
+        for p in folder.rglob("*")
+        if p.is_file() and not any(n.startswith(".") for n in p.relative_to(folder).parts)
+    )
+    about = [
+        p
+        for p in visible
+        if p.name.lower() in ("dataset_infos.json", "thumbs.db")
+        or _ABOUT_A_FILE.fullmatch(p.suffix.lower())
+    ]
+    records = [p for p in visible if p.suffix.lower() in RECORD_SUFFIXES and p not in about]
+    refused = [p for p in visible if _refusal(p) and p not in about]
+    texts = [p for p in visible if p.suffix.lower() in TEXT_SUFFIXES]
+    cards = [p for p in texts if p.stem.lower() in _CARDS]
+    others = [p for p in visible if p.suffix and p not in texts]
+    if records or refused:
+        texts = [p for p in texts if p not in cards]
+    elif texts and texts == cards and others:
         raise SourceError(
-            f"data source {source!r} holds no text: "
-            f"{'every document is empty' if reader.documents else 'it has no records'}"
+            f"{where} holds a dataset's card ({cards[0].name}) and no file of a supported kind, "
+            f"only {named(others)}. Save the records as .jsonl, .csv or .parquet, or name the "
+            "card's own file to train on it"
         )
-    return documents, reader.skipped
+    if not (files := sorted([*records, *refused, *texts])):
+        raise SourceError(
+            f"{where} holds no file of a supported kind: "
+            f"{', '.join((*TEXT_SUFFIXES, *RECORD_SUFFIXES))}"
+        )
+    if split is not None:
+        words = "|".join(map(re.escape, _SPLITS.get(split, (split,))))
+        of_split = re.compile(rf"(?:^|[-._ 0-9/])(?:{words})(?:[-._ 0-9/]|$)")
+        chosen = [p for p in files if of_split.search(p.name)] or [
+            p for p in files if of_split.search(p.relative_to(folder).parent.as_posix())
+        ]
+        if not chosen:
+            raise SourceError(
+                f"{where}: no file or folder in it is named after the split {split!r} "
+                f"(like {split}-0.parquet or {split}/0.parquet); there are {named(files, 4)}. "
+                "Correct data.split, or remove it to read all files"
+            )
+        files = chosen
+    if wrong := [p for p in files if p in refused]:
+        raise SourceError(
+            f"{where} holds {named(wrong)}: {_refusal(wrong[0])}; or move it out of the folder"
+        )
+    kinds = {p in records: p.name for p in reversed(files)}
+    if len(kinds) == 2:
+        raise SourceError(
+            f"{where} holds running text ({kinds[False]}) and records ({kinds[True]}). Move one "
+            "kind to another folder"
+        )
+    return files

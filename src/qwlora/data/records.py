@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from qwlora.data.document import ASSISTANT, ROLES, Completion, Conversation, Document, Text
@@ -36,7 +36,6 @@ TOOLS = "tools"
 _OPTIONAL = {"conversations": (TOOLS,), "instructions": ("input",)}
 FIELDS = (*(name for fields in KINDS.values() for name in fields), "input")
 """Fields whose columns a recipe may name."""
-_PREFERENCES = {"chosen", "rejected"}
 _SHAREGPT_ROLES = {
     "human": "user",
     "gpt": ASSISTANT,
@@ -57,6 +56,15 @@ completes the request.
 {input}### Response:
 """
 _PAIRED = ", paired with an input that provides further context"
+_TYPES = {
+    type(None): "null",
+    bool: "true or false",
+    int: "a number",
+    float: "a number",
+    str: "a string",
+    list: "a list",
+    dict: "an object",
+}
 
 
 class EmptyRecordError(SourceError):
@@ -74,7 +82,7 @@ class Fields:
 
     kind: str
     names: Mapping[str, str]
-    optional: Mapping[str, str] = field(default_factory=dict)
+    optional: Mapping[str, str]
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -93,6 +101,7 @@ def _fields(kind: str, asked: Mapping[str, str]) -> Fields:
     return Fields(kind, names, {r: name for r, name in optional.items() if name not in taken})
 
 
+TEXT_FIELDS = _fields("text", {})
 _FOUND_BY_NAME = (
     *(_fields(kind, {}) for kind in KINDS),
     _fields("conversations", {"messages": "conversations"}),
@@ -118,21 +127,32 @@ def choose_fields(present: Collection[str], asked: Mapping[str, str], where: str
                     f"{suggestion(name, present)}"
                 )
         return fields
-    if {name.lower() for name in present} >= _PREFERENCES:
-        raise SourceError(_preferences(present, where))
+    lower = {name.lower(): name for name in present}
+    if "rejected" in lower and (chosen := lower.get("chosen")):
+        pair = (
+            f"data.prompt_column: prompt and data.completion_column: {chosen}"
+            if "prompt" in present
+            else f"data.text_column: {chosen}"
+        )
+        raise SourceError(
+            f"{where}: these are preference data (columns {listed(present, 20)}): pairs of a "
+            "chosen and a rejected answer, as DPO takes them. QWLoRA trains on answers, not on "
+            f"preferences. To train on the chosen answers, set data.messages_column: {chosen} if "
+            f"it holds lists of messages, or {pair} if it holds text"
+        )
     complete = [fields for fields in _FOUND_BY_NAME if set(fields.columns) <= set(present)]
     if len(complete) == 1:
         return complete[0]
     if complete:
-        found = " and ".join("+".join(fields.columns) for fields in complete)
+        kinds = " and ".join("+".join(fields.columns) for fields in complete)
         first = [next(iter(fields.names.items())) for fields in complete]
-        asking = " or ".join(f"data.{role}_column: {name}" for role, name in first)
+        keys = " or ".join(f"data.{role}_column: {name}" for role, name in first)
         raise SourceError(
-            f"{where}: has both {found}, and only one of them can be trained on. Say which in the "
-            f"recipe ({asking})"
+            f"{where}: has both {kinds}, and only one of them can be trained on. Say which in the "
+            f"recipe ({keys})"
         )
     guesses = [
-        f"data.{role}_column: {near}"
+        f", perhaps data.{role}_column: {near}"
         for roles in KINDS.values()
         for role in roles
         for near in near_names(role, present, 1)
@@ -140,23 +160,7 @@ def choose_fields(present: Collection[str], asked: Mapping[str, str], where: str
     raise SourceError(
         f"{where}: its columns ({listed(present, 20)}) are neither text, nor prompt and "
         "completion, nor messages or conversations, nor instruction and output. Name them in the "
-        "recipe"
-        f"{', perhaps ' + guesses[0] if guesses else ' (data.text_column and so on)'}"
-    )
-
-
-def _preferences(present: Collection[str], where: str) -> str:
-    chosen = next(name for name in present if name.lower() == "chosen")
-    pair = (
-        f"data.prompt_column: prompt and data.completion_column: {chosen}"
-        if "prompt" in present
-        else f"data.text_column: {chosen}"
-    )
-    return (
-        f"{where}: these are preference data (columns {listed(present, 20)}): pairs of a chosen "
-        "and a rejected answer, as DPO takes them. QWLoRA trains on answers, not on preferences. "
-        "To train on the chosen answers, set "
-        f"data.messages_column: {chosen} if it holds lists of messages, or {pair} if it holds text"
+        f"recipe{(guesses or [' (data.text_column and so on)'])[0]}"
     )
 
 
@@ -171,45 +175,42 @@ def make_document(record: Any, fields: Fields, where: str) -> Document:
         raise SourceError(
             f"{where}: a record must be an object with named fields, not {_type(record)}"
         )
-    missing = [name for name in fields.columns if name not in record]
-    if missing:
-        others = [other for other in _FOUND_BY_NAME if set(other.columns) <= set(record)]
-        if others:
-            raise SourceError(
-                f"{where}: this record has {'+'.join(others[0].columns)}, those before it "
-                f"{'+'.join(fields.columns)}. A source holds one kind"
-            )
+    if missing := [name for name in fields.columns if name not in record]:
         if not record:
             raise EmptyRecordError(f"{where}: the record is empty")
+        for other in _FOUND_BY_NAME:
+            if set(other.columns) <= set(record):
+                raise SourceError(
+                    f"{where}: this record has {'+'.join(other.columns)}, those before it "
+                    f"{'+'.join(fields.columns)}. A source holds one kind"
+                )
         raise SourceError(
             f"{where}: the field {missing[0]!r} is missing{suggestion(missing[0], record)}"
         )
-    values = {role: record[name] for role, name in fields.names.items()}
     if fields.kind == "conversations":
         tools = _tools(record.get(TOOLS), where) if TOOLS in fields.optional else ()
-        return Conversation(
-            _messages(values["messages"], fields.names["messages"], where), where, tools
-        )
-    strings = {role: _string(value, fields.names[role], where) for role, value in values.items()}
-    for role, value in strings.items():
+        name = fields.names["messages"]
+        return Conversation(_messages(record[name], name, where), where, tools)
+    values = {role: _string(record[name], name, where) for role, name in fields.names.items()}
+    for role, value in values.items():
         if not value.strip():
             raise EmptyRecordError(f"{where}: {fields.names[role]!r} is empty")
     if fields.kind == "text":
-        return Text(strings["text"], where)
+        return Text(values["text"], where)
     if fields.kind == "completions":
-        return Completion(strings["prompt"], strings["completion"], where)
+        return Completion(values["prompt"], values["completion"], where)
     # Alpaca's own prompt as plain text; as a user's message the instruction, and the input below it
-    instruction, column = strings["instruction"], fields.optional.get("input", "")
-    extra = record.get(column) if column else None
-    about = "" if extra is None else _string(extra, column, where)
+    column = fields.optional.get("input")
+    extra = "" if column is None else record.get(column)
+    about = "" if column is None or extra is None else _string(extra, column, where)
     has_input = bool(about.strip())
     prompt = _ALPACA.format(
-        instruction=instruction,
+        instruction=values["instruction"],
         paired=_PAIRED if has_input else "",
         input=f"### Input:\n{about}\n\n" if has_input else "",
     )
-    message = f"{instruction}\n\n{about}" if has_input else instruction
-    return Completion(prompt, strings["output"], where, message)
+    message = f"{values['instruction']}\n\n{about}" if has_input else values["instruction"]
+    return Completion(prompt, values["output"], where, message)
 
 
 def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...]:
@@ -220,8 +221,7 @@ def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...
         )
     if not value:
         raise EmptyRecordError(f"{where}: {name!r} is empty")
-    first = value[0]
-    sharegpt = isinstance(first, Mapping) and "from" in first and "role" not in first
+    sharegpt = isinstance(value[0], Mapping) and "from" in value[0] and "role" not in value[0]
     messages = tuple(
         _message(message, f"{where}: message {i}", sharegpt) for i, message in enumerate(value, 1)
     )
@@ -237,28 +237,23 @@ def _message(message: Any, where: str, sharegpt: bool) -> Mapping[str, Any]:
         raise SourceError(
             f"{where} must be an object with {role_key} and {content_key}, not {_type(message)}"
         )
-    kept = {
-        key: value for key, value in message.items() if value is not None
-    }  # tables add missing keys as null
+    rest = {key: value for key, value in message.items() if value is not None}
+    calls_tools = bool(rest.get("tool_calls"))
     for key in (role_key, content_key):
-        if key not in kept and not (key == content_key and kept.get("tool_calls")):
+        if key not in rest and not (key == content_key and calls_tools):
             what = "is null" if key in message else f"is missing{suggestion(key, message)}"
             raise SourceError(f"{where}: {key!r} {what}")
-    given = _string(kept.pop(role_key), role_key, where)
-    role = _SHAREGPT_ROLES.get(given, given) if sharegpt else given
+    name = _string(rest.pop(role_key), role_key, where)
+    role = _SHAREGPT_ROLES.get(name, name) if sharegpt else name
     if role not in ROLES:
         known = (*ROLES, *_SHAREGPT_ROLES) if sharegpt else ROLES
-        raise SourceError(f"{where}: unknown role {given!r}{suggestion(given, known)}")
-    content = {}
-    if content_key in kept:
-        content["content"] = _string(kept.pop(content_key), content_key, where)
-        if (
-            not content["content"].strip()
-            and role in ("user", ASSISTANT)
-            and not kept.get("tool_calls")
-        ):
-            raise EmptyRecordError(f"{where}: the {role}'s {content_key} is empty")
-    return {"role": role, **content, **kept}
+        raise SourceError(f"{where}: unknown role {name!r}{suggestion(name, known)}")
+    if content_key not in rest:
+        return {"role": role, **rest}
+    content = _string(rest.pop(content_key), content_key, where)
+    if not content.strip() and role in ("user", ASSISTANT) and not calls_tools:
+        raise EmptyRecordError(f"{where}: the {role}'s {content_key} is empty")
+    return {"role": role, "content": content, **rest}
 
 
 def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
@@ -302,16 +297,5 @@ def _string(value: Any, name: str, where: str) -> str:
 
 
 def _type(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, float) and value != value:
-        return "nan"
-    names = {
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "a string",
-        list: "a list",
-        dict: "an object",
-    }
-    return names.get(type(value), f"a {type(value).__name__}")
+    is_nan = isinstance(value, float) and value != value
+    return "nan" if is_nan else _TYPES.get(type(value), f"a {type(value).__name__}")

@@ -3,7 +3,7 @@
     join        documents are concatenated and cut into sequences; a document may continue in the
                 next sequence, and attends to those before it; the remainder at the end is dropped
     documents   whole documents packed into one sequence, each with its own positions from 0, so
-                that attention does not cross (see `document_isolation`); the rest is padding
+                that attention does not cross (see `sequences`); the rest is padding
     none        one document a sequence, padded to the longest
 
 Running text longer than a sequence is cut into pieces. Other documents are truncated at the end,
@@ -15,18 +15,14 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
 
+import torch
+from torch import Tensor
+
+from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.data.tokenization import Tokens
 from qwlora.errors import SourceError
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from qwlora.data.sequences import Sequences
-
-PACKINGS = ("join", "documents", "none")
 
 
 @dataclass
@@ -55,9 +51,6 @@ class Counts:
     dropped_tokens: int = 0
     padding_tokens: int = 0
 
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
 
 def cut_into_sequences(
     encoded: Sequence[Tokens],
@@ -70,7 +63,7 @@ def cut_into_sequences(
     """Sequences of at most `sequence_tokens`.
 
     Args:
-        packing: one of PACKINGS.
+        packing: join, documents or none.
         start: tokens before a text; added to each sequence, or piece, of running text.
         padding: token id of padding.
         part: name of the part for messages, such as `training`.
@@ -81,16 +74,17 @@ def cut_into_sequences(
     counts = Counts(documents=len(encoded), tokens=sum(len(t.ids) for t in encoded))
     if packing == "join":
         sequences = _join(encoded, sequence_tokens, start, part)
-        fresh = sequences.input_ids.shape[1] - (len(start) if _is_text(encoded) else 0)
-        counts.dropped_tokens = counts.tokens - len(sequences) * fresh
+        added = len(start) if _is_text(encoded) else 0
+        counts.dropped_tokens = counts.tokens - len(sequences) * (
+            sequences.input_ids.shape[1] - added
+        )
     else:
         pieces = _pieces(encoded, sequence_tokens, start, part, counts)
         lengths = [len(piece.ids) for piece in pieces]
         shares = packing == "documents"
         bins = _pack(lengths, sequence_tokens) if shares else [[i] for i in range(len(pieces))]
         width = sequence_tokens if shares else max(lengths)
-        rows = [[pieces[i] for i in row] for row in bins]
-        sequences = _fill(rows, width, padding, positions=shares)
+        sequences = _fill([[pieces[i] for i in row] for row in bins], width, padding, shares)
         counts.padding_tokens = sequences.input_ids.numel() - sum(lengths)
     counts.sequences, counts.sequence_tokens = sequences.input_ids.shape
     counts.loss_tokens = sequences.loss_tokens
@@ -105,8 +99,6 @@ def joined_ids(
     Raises:
         SourceError: running text is shorter than one sequence (records make one short sequence).
     """
-    import torch
-
     start = start if _is_text(encoded) else ()
     ids = torch.tensor([i for tokens in encoded for i in tokens.ids], dtype=torch.int64)
     fresh = sequence_tokens - len(start)
@@ -129,10 +121,6 @@ def _is_text(encoded: Sequence[Tokens]) -> bool:
 def _join(
     encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int], part: str
 ) -> Sequences:
-    import torch
-
-    from qwlora.data.sequences import IGNORED, Sequences
-
     ids = joined_ids(encoded, sequence_tokens, start, part)
     added = len(start) if _is_text(encoded) else 0
     numbers = [tokens.document for tokens in encoded for _ in tokens.ids]
@@ -159,14 +147,13 @@ def _pieces(
     for tokens in encoded:
         before = list(start) if tokens.divisible else []
         fresh = sequence_tokens - len(before)
-        starts = range(0, len(tokens.ids), fresh) if tokens.divisible else (0,)
         parts = [
             Tokens(
                 before + tokens.ids[at : at + fresh],
                 [False] * len(before) + tokens.in_loss[at : at + fresh],
                 document=tokens.document,
             )
-            for at in starts
+            for at in (range(0, len(tokens.ids), fresh) if tokens.divisible else (0,))
         ]
         kept = [piece for piece in parts if any(piece.in_loss[1:])]
         over = 0 if tokens.divisible else max(0, len(tokens.ids) - sequence_tokens)
@@ -202,10 +189,6 @@ def _pack(lengths: Sequence[int], room: int) -> list[list[int]]:
 
 
 def _fill(rows: Sequence[Sequence[Tokens]], width: int, padding: int, positions: bool) -> Sequences:
-    import torch
-
-    from qwlora.data.sequences import IGNORED, Sequences
-
     ids = torch.full((len(rows), width), padding, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORED)
     places = torch.zeros_like(ids)

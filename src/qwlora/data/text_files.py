@@ -1,58 +1,61 @@
-"""Text files, JSON Lines and JSON files, and strings in Python modules.
+"""Text, JSON, JSON Lines and CSV files, read with Python's own modules.
 
-JSON is read with Python's own `json`, so that a bad record is named by its line. `datasets` would
-read NaN as null, change types to those of other lines and not know the line.
+A bad record is named by its line, and values stay what the file says. The builders of `datasets`
+do neither: theirs name no line, read NaN as null, `NA` and an empty field of CSV as null, and `007`
+as 7.0 (docs/log/data.md).
 """
 
 from __future__ import annotations
 
-import importlib
+import csv
+import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwlora.data.document import Text
 from qwlora.encodings.model import repeated
 from qwlora.errors import SourceError
 
+Rows = Iterator[tuple[str, Any]]
+"""(place, record)."""
+
 
 def decode(path: Path) -> str:
-    """The content of a UTF-8 file, newlines as they are.
+    """The content of a UTF-8 file without a byte order mark, newlines as they are.
 
     Raises:
         SourceError: it cannot be read, or is not UTF-8 (the line is named).
     """
     try:
         content = path.read_bytes()
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
         raise SourceError(f"data source {str(path)!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
-        start = content.rfind(b"\n", 0, error.start) + 1
-        byte = f"byte {error.start - start + 1} of the line (0x{content[error.start]:02x})"
+        column = error.start - content.rfind(b"\n", 0, error.start)
         raise SourceError(
-            f"{path}:{line}: {byte} is not UTF-8 text. Convert the file to UTF-8"
+            f"{path}:{line}: byte {column} of the line (0x{content[error.start]:02x}) is not UTF-8 "
+            "text. Convert the file to UTF-8"
         ) from error
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, with `\\n` as newline and without a byte order mark; see `decode`."""
-    return decode(path).removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
+    """The text of a file, with `\\n` as newline; see `decode`."""
+    return decode(path).replace("\r\n", "\n").replace("\r", "\n")
 
 
-def read_json(path: Path) -> Iterator[tuple[str, Any]]:
-    """(place, value) of each line that is not blank (`file:line`), or of each element of a list in
-    a .json file (`file record N`).
+def read_json(path: Path) -> Rows:
+    """The value of each line that is not blank (`file:line`), or each element of a list in a .json
+    file (`file record N`).
 
     Raises:
         SourceError: it is not JSON, holds NaN or infinity, or has a key twice.
     """
-    is_json = path.suffix.lower() == ".json"
-    text = decode(path).removeprefix("\ufeff")
-    if is_json and text.lstrip().startswith("["):
-        for number, record in enumerate(_parsed(read_text(path), path, None), 1):
+    text = read_text(path)
+    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
+        for number, record in enumerate(_parsed(text, path, None), 1):
             yield f"{path} record {number}", record
         return
     for number, line in enumerate(text.split("\n"), 1):
@@ -70,10 +73,9 @@ def _parsed(text: str, path: Path, line: int | None) -> Any:
         if text.strip() in ("[", "{"):
             may = "a list of records, or " if path.suffix.lower() == ".json" else ""
             hint = f". A {path.suffix} file holds {may}one whole object a line"
-        place = f"{path}:{error.lineno}" if line is None else where
         raise SourceError(
-            f"{place}: this is not JSON: {error.msg.removesuffix(' at')} at character "
-            f"{error.colno}{hint}"
+            f"{path}:{line or error.lineno}: this is not JSON: {error.msg.removesuffix(' at')} at "
+            f"character {error.colno}{hint}"
         ) from error
     except (ValueError, RecursionError) as error:
         raise SourceError(f"{where}: this is not JSON that can be used: {error}") from error
@@ -89,25 +91,40 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def read_attribute(source: str) -> list[Text]:
-    """Strings in an installed Python module, `python:MODULE:ATTRIBUTE`.
+def read_csv(path: Path) -> tuple[list[str], Rows]:
+    """Column names, and the rows, each with the number of its first line (`file:line`).
 
     Raises:
-        SourceError: the module or attribute is missing, or does not hold strings.
+        SourceError: it is not CSV, has no header, a column twice, or a row that does not fit.
     """
-    module_name, _, attribute = source.removeprefix("python:").partition(":")
+    between, delimiter = ("tab", "\t") if path.suffix.lower() == ".tsv" else ("comma", ",")
+    lines = [(line, row) for line, row in _csv_lines(path, delimiter) if row]
+    if not lines:
+        raise SourceError(f"{path}: the file is empty. Its first line must name the columns")
+    header = lines[0][1]
+    if twice := repeated(header):
+        raise SourceError(f"{path}:1: two columns are named {twice[0]!r}")
+
+    def rows() -> Rows:
+        for line, row in lines[1:]:
+            if len(row) != len(header):
+                raise SourceError(
+                    f"{path}:{line}: this record has {len(row)} fields, and the header "
+                    f"{len(header)}. Quote fields that contain a {between}"
+                )
+            yield f"{path}:{line}", dict(zip(header, row, strict=True))
+
+    return header, rows()
+
+
+def _csv_lines(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    before, line = csv.field_size_limit(2**31 - 1), 1  # by default 131,072 characters
     try:
-        value = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SourceError(
-            f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module: {error}"
-        ) from error
-    if isinstance(value, str):
-        return [Text(value, source)]
-    documents = list(value.values()) if isinstance(value, Mapping) else value
-    if not isinstance(documents, Sequence) or not all(isinstance(d, str) for d in documents):
-        raise SourceError(
-            f"data source {source!r} is a {type(value).__name__}; it must be a string, or a "
-            "sequence or mapping of strings"
-        )
-    return [Text(document, f"{source}[{i}]") for i, document in enumerate(documents)]
+        reader = csv.reader(io.StringIO(decode(path), newline=""), delimiter=delimiter, strict=True)
+        for row in reader:
+            yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise SourceError(f"{path}:{line}: this is not CSV: {error}") from error
+    finally:
+        csv.field_size_limit(before)

@@ -20,12 +20,12 @@ prompt's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from qwlora.data.chat import common_prefix_length, encode_conversation, split_turns
-from qwlora.data.document import Completion, Conversation, Document, Text, as_conversation
+from qwlora.data.document import Completion, Document, Text
 from qwlora.errors import SourceError
 from qwlora.progress import Track, untracked
 
@@ -68,9 +68,8 @@ def encode_documents(
         SourceError: see `encode_conversation`.
     """
     encoded: list[Tokens] = []
-    start = start_tokens(tokenizer)
-    tracked = track(documents, "tokenizing", len(documents))
-    for number, document in enumerate(tracked):
+    as_chat, start = renders_pairs(tokenizer, prompt_format), start_tokens(tokenizer)
+    for number, document in enumerate(track(documents, "tokenizing", len(documents))):
         if isinstance(document, str | Text):
             text = document if isinstance(document, str) else document.text
             ids = [*_ids(text, tokenizer), *_end(tokenizer)]
@@ -78,15 +77,15 @@ def encode_documents(
         elif isinstance(document, Completion):
             pair = (
                 _encode_pair(document, tokenizer)
-                if renders_pairs(tokenizer, prompt_format)
-                else _encode_completion(document, tokenizer, start)
+                if as_chat
+                else _encode_plain(document, tokenizer, start)
             )
-            encoded.append(replace(pair, document=number))
+            encoded.append(Tokens(*pair, document=number))
         else:
             apart = turns == "apart"
             encoded += [
                 Tokens(*encode_conversation(c, tokenizer, last_only=apart), document=number)
-                for c in _conversations(document, apart)
+                for c in (split_turns(document) if apart else [document])
             ]
     return encoded
 
@@ -98,7 +97,7 @@ def renders_pairs(tokenizer: PreTrainedTokenizerBase, prompt_format: str) -> boo
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that the tokenizer puts before every text, such as BOS."""
-    bare: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
+    bare = _ids("a", tokenizer)
     full: list[int] = tokenizer("a")["input_ids"]
     for at in range(len(full) - len(bare) + 1):
         if full[at : at + len(bare)] == bare:
@@ -106,9 +105,11 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return []
 
 
-def _encode_pair(document: Completion, tokenizer: PreTrainedTokenizerBase) -> Tokens:
+def _encode_pair(
+    document: Completion, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[bool]]:
     try:
-        return Tokens(*encode_conversation(as_conversation(document), tokenizer))
+        return encode_conversation(document.as_conversation(), tokenizer)
     except SourceError as error:
         raise SourceError(
             f"{error}. To train on prompts and completions without the chat template, set "
@@ -116,44 +117,30 @@ def _encode_pair(document: Completion, tokenizer: PreTrainedTokenizerBase) -> To
         ) from error
 
 
-def _encode_completion(
+def _encode_plain(
     document: Completion, tokenizer: PreTrainedTokenizerBase, start: list[int]
-) -> Tokens:
+) -> tuple[list[int], list[bool]]:
     prompt, completion = _prompt_and_completion(document, tokenizer)
+    prompt = [*start, *prompt]
     if completion[-1:] != _end(tokenizer):
         completion = [*completion, *_end(tokenizer)]
-    return Tokens(
-        [*start, *prompt, *completion],
-        [False] * (len(start) + len(prompt)) + [True] * len(completion),
-    )
+    return [*prompt, *completion], [False] * len(prompt) + [True] * len(completion)
 
 
 def _prompt_and_completion(
     document: Completion, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
-    prompt, both = (
-        _ids(document.prompt, tokenizer),
-        _ids(document.prompt + document.completion, tokenizer),
-    )
+    prompt = _ids(document.prompt, tokenizer)
+    both = _ids(document.prompt + document.completion, tokenizer)
     if both[: len(prompt)] == prompt:
         return prompt, both[len(prompt) :]
-    text = _decoded(both, tokenizer)
-    for completion in _tokenized_apart(document.completion, tokenizer):
-        if _decoded([*prompt, *completion], tokenizer) == text:
+    for sentinel in ("", *_SENTINELS):
+        cut = len(_ids(sentinel, tokenizer)) if sentinel else 0
+        completion = _ids(sentinel + document.completion, tokenizer)[cut:]
+        if _decoded([*prompt, *completion], tokenizer) == _decoded(both, tokenizer):
             return prompt, completion
     same = common_prefix_length(prompt, both)
     return both[:same], both[same:]
-
-
-def _tokenized_apart(text: str, tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """Tokens of `text` alone, then after each sentinel."""
-    yield _ids(text, tokenizer)
-    for sentinel in _SENTINELS:
-        yield _ids(sentinel + text, tokenizer)[len(_ids(sentinel, tokenizer)) :]
-
-
-def _conversations(document: Conversation, apart: bool) -> list[Conversation]:
-    return split_turns(document) if apart else [document]
 
 
 def _ids(text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:

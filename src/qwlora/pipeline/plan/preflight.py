@@ -17,7 +17,7 @@ from qwlora.adapter.attach import (
     saved_on_integers,
 )
 from qwlora.adapter.train import check_loggers
-from qwlora.data.document_isolation import check_isolation
+from qwlora.data.sequences import check_isolation
 from qwlora.errors import ExportError, GridError, SourceError, TrainingError
 from qwlora.export.format_limits import LayerKind
 from qwlora.export.registry import TARGETS

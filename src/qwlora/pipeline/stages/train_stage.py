@@ -132,7 +132,7 @@ def _train(context: JobContext, model: PeftModel, adapter: Adapter, work: Path) 
     """Train the adapter of `model`, if it has steps."""
     from qwlora.adapter.attach import check_trainable
     from qwlora.adapter.train import TrainingReport, train_adapter
-    from qwlora.data.document_isolation import check_isolation
+    from qwlora.data.sequences import check_isolation
 
     if not adapter.steps:
         return TrainingReport(0, 0.0, 0, check_trainable(model), ())

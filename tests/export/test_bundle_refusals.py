@@ -228,6 +228,20 @@ def test_files_of_another_bundle_are_refused_although_their_record_is_right(
         verify_bundle(bundle)
 
 
+@pytest.mark.parametrize("part", ["base", "first"])
+def test_a_key_that_no_export_writes_is_refused_although_everything_is_sealed(
+    part: str, bundle: Path
+) -> None:
+    """As somebody does who makes a bundle of his own."""
+    name = next(iter(FILES[part]))
+    write(bundle, f"{part}/{name}", json.loads(FILES[part][name]) | {"auto_map": "evil"})
+    reseal(bundle / part, "qwlora.json")
+    for adapter in ("first", "second"):
+        prove(bundle, adapter)
+    with pytest.raises(SourceError, match="auto_map"):
+        verify_bundle(bundle)
+
+
 def test_adapters_that_were_swapped_with_their_proofs_are_refused(bundle: Path) -> None:
     for folder in (bundle, bundle / "proof"):
         (folder / "first").rename(folder / "kept")
@@ -248,6 +262,8 @@ def test_adapters_that_were_swapped_with_their_proofs_are_refused(bundle: Path) 
         ({"limits": None}, "limits"),
         ({"limits": {}}, r"limits\.perplexity_difference"),
         ({"limits": {"perplexity_difference": "0.003"}}, r"limits\.perplexity_difference"),
+        ({"limits": {"perplexity_difference": 0}}, r"limits\.perplexity_difference 0,"),
+        ({"limits": {"perplexity_difference": 1.001}}, r"limits\.perplexity_difference 1.001,"),
         ({"of": None}, " of"),
         ({"of": {}}, "is not the one that the proof"),
         ({"of": {"base": "0", "adapter": "0"}}, "base.* is not the one that the proof"),
@@ -267,6 +283,11 @@ def test_a_proof_that_is_no_record_is_refused(content: str, bundle: Path) -> Non
     write(bundle, "proof/second/proof.json", content)
     with pytest.raises(SourceError, match=r"proof/second/proof\.json"):
         verify_bundle(bundle)
+
+
+def test_the_widest_limit_of_a_bundle(bundle: Path) -> None:
+    prove(bundle, "first", limits={"perplexity_difference": 1})
+    assert verify_bundle(bundle)["first"]["passed"]
 
 
 def test_a_bundle_without_proofs_is_refused(bundle: Path) -> None:

@@ -25,9 +25,9 @@ from qwlora import (
 )
 from qwlora.errors import FingerprintError, NonFiniteError
 from qwlora.formats import manifest
+from qwlora.formats.base_files import BaseCheckpoint
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.manifest import UnverifiedWarning
-from qwlora.formats.qwlora_base import BaseCheckpoint
 from qwlora.simulation.stored_encodings import load_encodings, save_encodings
 from qwlora.strict_json import dumps
 

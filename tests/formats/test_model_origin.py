@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from gguf import GGUFWriter
 
-from qwlora.formats.model_origin import Origin, card_metadata, origin_of
+from qwlora.formats.model_origin import ModelCardInfo, card_metadata, origin_of
 
 
 def gguf(path: Path, **metadata: str) -> Path:
@@ -82,7 +82,7 @@ def test_a_model_on_the_hub_keeps_its_id_without_a_network(
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert origin_of("owner/name") == Origin("name", "owner/name")
+    assert origin_of("owner/name") == ModelCardInfo("name", "owner/name")
 
 
 def test_a_gguf_file_has_what_its_keys_say(tmp_path: Path) -> None:
@@ -97,7 +97,7 @@ def test_a_gguf_file_has_what_its_keys_say(tmp_path: Path) -> None:
 
 
 def test_a_model_that_is_gone_has_a_name(tmp_path: Path) -> None:
-    assert origin_of(str(tmp_path / "gone")) == Origin("gone")
+    assert origin_of(str(tmp_path / "gone")) == ModelCardInfo("gone")
 
 
 def test_metadata_of_a_card_end_at_the_second_line_of_dashes(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from conftest import byte_tokenizer, reseal, tiny_model
 from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.errors import FingerprintError, SourceError
 from qwlora.formats.assemble_model import load_precomputed
+from qwlora.formats.base_files import BaseCheckpoint
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.formats.qwlora_base import BaseCheckpoint
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import parse_scheme
 from qwlora.quantize.layer_rules import Rule
@@ -86,5 +86,5 @@ def test_parts_that_do_not_fit_are_named(base: Path) -> None:
 def test_names_and_encodings_that_there_are_none_of(base: Path) -> None:
     with pytest.raises(SourceError, match="there is no tensor 'other'"):
         BaseCheckpoint(base).read("other")
-    with pytest.raises(SourceError, match="is a QWLoRA base, which has encodings"):
+    with pytest.raises(SourceError, match=r"is quantized already \(a base\)"):
         open_checkpoint(base, encodings="x")

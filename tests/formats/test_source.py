@@ -21,7 +21,7 @@ from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
-from qwlora.formats.model_source import _downloaded, fetch, load_model, load_tokenizer, locate
+from qwlora.formats.model_source import _downloaded_model, fetch, load_model, load_tokenizer, locate
 
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
@@ -77,13 +77,13 @@ def test_what_is_missing_is_not_made_up(folder: Path) -> None:
     change(folder, DOWN, None)
     with pytest.raises(
         SourceError,
-        match=rf"missing from its files.*: {DOWN} of LlamaForCausalLM\. Download it again",
+        match=rf"missing from its files: {DOWN} of LlamaForCausalLM\. .*download it again",
     ):
         load_model(str(folder))
     change(folder, "model.layers.1.mlp.down.weight", torch.ones(2))
     with pytest.raises(
         SourceError,
-        match=r"LlamaForCausalLM; the files also hold model.layers.1.mlp.down.weight, which it does",
+        match=r"LlamaForCausalLM; its files hold model.layers.1.mlp.down.weight, which .* lacks",
     ):
         load_model(str(folder))
 
@@ -186,9 +186,9 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[s
         return folder
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    _downloaded.cache_clear()
+    _downloaded_model.cache_clear()
     yield folder_of
-    _downloaded.cache_clear()
+    _downloaded_model.cache_clear()
 
 
 def test_a_hub_id_is_downloaded_and_read_like_a_folder(hub: Callable[[str], Path]) -> None:

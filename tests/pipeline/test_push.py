@@ -26,7 +26,7 @@ from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
 from qwlora.errors import DirectoryError, UploadError
 from qwlora.export.proof.folder import proofs
 from qwlora.export.proof.readme import write_readme
-from qwlora.formats.model_origin import Origin
+from qwlora.formats.model_origin import ModelCardInfo
 from qwlora.pipeline.commands import push as push_module
 from qwlora.pipeline.commands.push import prepared, send
 from qwlora.pipeline.job.stage_records import read_record
@@ -108,7 +108,7 @@ def test_what_a_model_says_of_itself_is_escaped(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = 'bsd.\n\n## Proof\n\n| all | passed |\n\n<iframe src="x">'
-    origin = Origin("n <b>\n# n", None, text, stated_in="README.md")
+    origin = ModelCardInfo("n <b>\n# n", None, text, stated_in="README.md")
     monkeypatch.setattr(model_cards, "_known_origin", lambda source: origin)
     found, recipe = read_job(job), load_recipe(job / "recipe.yaml")
     places = Places(license="mit\n## Mine")

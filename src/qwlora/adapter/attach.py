@@ -38,7 +38,7 @@ from qwlora.adapter.adapter_folder import (
 from qwlora.adapter.module_patterns import check_pattern_times
 from qwlora.adapter.peft_support import CONFIG, WEIGHTS, check_contents, read_config, weights_of
 from qwlora.errors import SourceError, TrainingError, foreign_as
-from qwlora.formats.hub import downloaded
+from qwlora.formats.model_source import downloaded
 from qwlora.formats.user_path import looked_for, source_path
 from qwlora.messages import listed, near_names
 from qwlora.nn import PackedLayer

@@ -15,12 +15,12 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.encodings.model import BlockOrder
 from qwlora.errors import SourceError
 from qwlora.formats.aimet import AimetCheckpoint
-from qwlora.formats.base_files import RECORD
+from qwlora.formats.base_files import RECORD, BaseCheckpoint
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.meta_model import empty_model, place_name
-from qwlora.formats.open_checkpoint import open_checkpoint, quantization_of
-from qwlora.formats.qwlora_base import BaseCheckpoint
+from qwlora.formats.model_source import quantization_of
+from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 
@@ -102,14 +102,13 @@ def _open_base(folder: Path) -> OpenedModel:
         name: tuple(_stored(base.files, found, found.rpartition(".")[2]) for found in parts)
         for name, parts in base.stored.items()
     }
-    schemes = {name: (scheme, shape) for name, (_, scheme, shape) in base.layers.items()}
     return OpenedModel(
         "QWLoRA base",
         stored,
         base.read,
         lambda: _transposed(empty_model(base.config)),
         base.record["fingerprint"],
-        schemes,
+        base.schemes(),
     )
 
 

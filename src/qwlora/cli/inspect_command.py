@@ -169,9 +169,10 @@ def _range(views: Sequence[TensorView]) -> str:
 
 def _adapter(folder: Path) -> dict[str, Any]:
     from qwlora.adapter.adapter_folder import FILE, base_of, check_files
-    from qwlora.formats.huggingface.safetensors_files import read_header, read_json
+    from qwlora.formats.huggingface.safetensors_files import read_header
+    from qwlora.strict_json import read_object
 
-    config = read_json(folder / "adapter_config.json")
+    config = read_object(folder / "adapter_config.json")
     weights = folder / "adapter_model.safetensors"
     if not weights.is_file():
         raise SourceError(

@@ -11,10 +11,11 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 import transformers
+from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -24,8 +25,11 @@ from qwlora import strict_json
 from qwlora.atomic import files_in, move_into_place, replacing_files, write_text
 from qwlora.errors import FingerprintError, GridError, SourceError
 from qwlora.formats import manifest
-from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles, read_json
+from qwlora.formats.checkpoint import ShownCheckpoint
+from qwlora.formats.huggingface.model_config import read_config
+from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.meta_model import Place, tensor_at, tensor_places
+from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.messages import lines, listed
 from qwlora.nn import PackedLayer, is_packed, place_empty_, tie_weights_
@@ -40,11 +44,12 @@ from qwlora.nn.fingerprint import (
 from qwlora.nn.finite import check_finite
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.nn.meta_tensors import refuse_meta
-from qwlora.nn.packed_tensor import narrowest
-from qwlora.parameter_names import canonical_name
+from qwlora.nn.packed_tensor import PackedTensor, Parts, narrowest
+from qwlora.parameter_names import canonical_name, parameter_name
+from qwlora.strict_json import read_object
 
 STEM = "base"
-SINGLE, INDEX = ".safetensors", ".safetensors.index.json"  # after the stem
+INDEX = "base.safetensors.index.json"
 SHARD_BYTES = 2**29
 FORMAT = 4
 RECORD = "base.json"
@@ -53,7 +58,7 @@ WITHOUT_QWLORA = (
     "load it"
 )
 _FLOATS = ("F32", "BF16", "F16")
-_TYPES = {
+_DTYPES = {
     torch.uint8: "U8",
     torch.int8: "I8",
     torch.int16: "I16",
@@ -62,89 +67,30 @@ _TYPES = {
     torch.bool: "BOOL",
     torch.float64: "F64",
 }
+_UNUSABLE = (KeyError, TypeError, ValueError, OverflowError)  # what a bad record raises
 
 
-class ShardWriter:
-    """Writes tensors into `folder`, at most `shard_bytes` per file; a larger one gets its own file.
+class BaseWriter:
+    """Writes a base module by module; for a whole model, use `write_base`.
 
-        base.safetensors                                        everything fits in one shard
+        base.safetensors                                        all fits into `shard_bytes`
         base-00001-of-00003.safetensors ... and an index file   otherwise, as in Hugging Face
                                                                 folders
 
-    At most one shard is in memory. Shards have temporary names until `finish` renames them.
-    Creating a `ShardWriter` deletes the shards of an earlier run from the folder.
+    At most one shard is in memory; a larger tensor gets its own file. Shards have temporary names
+    until `finish` renames them. Creating a `BaseWriter` deletes an earlier base from the folder.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
         self.folder, self.shard_bytes = folder, shard_bytes
-        self._waiting: dict[str, Tensor] = {}
-        self._waiting_bytes = self._total_bytes = 0
-        self._shards: list[list[str]] = []
-        for old in [
-            *folder.glob(f"{STEM}{SINGLE}"),
-            *folder.glob(f"{STEM}-*-of-*{SINGLE}"),
-            folder / f"{STEM}{INDEX}",
-            *folder.glob(".shard-*.part"),
-        ]:
-            old.unlink(missing_ok=True)
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Add a tensor. It must not be modified afterwards."""
-        tensor = tensor.detach().cpu().contiguous()
-        if self._waiting and self._waiting_bytes + tensor.nbytes > self.shard_bytes:
-            self._write()
-        self._waiting[name] = tensor
-        self._waiting_bytes += tensor.nbytes
-        self._total_bytes += tensor.nbytes
-
-    def finish(self) -> str:
-        """Write the last shard, rename all shards, and write the index if there are several.
-
-        Returns:
-            The name of the file, or of the index.
-        """
-        self._write()
-        count = len(self._shards)
-        names = (
-            [f"{STEM}{SINGLE}"]
-            if count == 1
-            else [f"{STEM}-{i + 1:05}-of-{count:05}{SINGLE}" for i in range(count)]
-        )
-        for i, name in enumerate(names):
-            # safetensors creates files that only their owner can read
-            self._part(i).chmod(self.folder.stat().st_mode & 0o666)
-            move_into_place(self._part(i), self.folder / name)
-        if count > 1:
-            placed = {
-                tensor: name
-                for name, tensors in zip(names, self._shards, strict=True)
-                for tensor in tensors
-            }
-            index = {
-                "metadata": {"total_size": self._total_bytes},
-                "weight_map": dict(sorted(placed.items())),
-            }
-            write_text(self.folder / f"{STEM}{INDEX}", strict_json.dumps(index, indent=1) + "\n")
-        return names[0] if count == 1 else f"{STEM}{INDEX}"
-
-    def _write(self) -> None:
-        save_file(self._waiting, self._part(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append(list(self._waiting))
-        self._waiting, self._waiting_bytes = {}, 0
-
-    def _part(self, index: int) -> Path:
-        return self.folder / f".shard-{index:05}.part"
-
-
-class BaseWriter:
-    """Writes a base module by module; for a whole model, use `write_base`."""
-
-    def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
-        self.folder = folder
-        (folder / RECORD).unlink(missing_ok=True)
-        self._shards = ShardWriter(folder, shard_bytes)
         self.digests: dict[str, str] = {}
         self._layers: dict[str, Any] = {}
+        self._waiting: dict[str, Tensor] = {}
+        self._shards: list[dict[str, int]] = []  # bytes of the tensors of each shard
+        shards = f"{STEM}-*-of-*.safetensors"
+        for name in (RECORD, f"{STEM}.safetensors", shards, INDEX, ".shard-*.part"):
+            for file in folder.glob(name):
+                file.unlink()
 
     def add(self, module: nn.Module, path: str = "") -> None:
         """Add the tensors of the module at `path` in the model, except those without data.
@@ -158,14 +104,13 @@ class BaseWriter:
             is_buffer = not layout and not isinstance(tensor, nn.Parameter)
             check_finite(full, tensor, allow_infinity=is_buffer)
             self.digests[full] = tensor_digest(full, layout, tensor)
-            self._shards.add(full, narrowest(tensor) if tensor.dtype == torch.float32 else tensor)
+            stored = narrowest(tensor) if tensor.dtype == torch.float32 else tensor
+            waiting = sum(other.nbytes for other in self._waiting.values())
+            if self._waiting and waiting + stored.nbytes > self.shard_bytes:
+                self._write_shard()
+            self._waiting[full] = stored.detach().cpu().contiguous()
         for below, layer in module.named_modules(prefix=path):
-            if (
-                isinstance(layer, PackedLayer)
-                and is_packed(layer)
-                and not layer.is_tied
-                and not layer.tensor.parts.packed.is_meta
-            ):
+            if _is_stored(layer) and not layer.tensor.parts.packed.is_meta:
                 self._layers[canonical_name(below)] = {
                     "shape": list(layer.tensor.shape),
                     **layer.scheme.to_json(),
@@ -175,8 +120,8 @@ class BaseWriter:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source: str
     ) -> str:
         """Write the last shard, configuration, tokenizer and base.json. Returns the fingerprint."""
-        weights = self._shards.finish()
-        files = self._write_configuration(model, tokenizer, weights)
+        self._write_shard()
+        files = self._write_configuration(model, tokenizer, self._name_shards())
         identity = combined_fingerprint(self.digests, config_numbers(model))
         record = {
             "format": FORMAT,
@@ -190,6 +135,36 @@ class BaseWriter:
             record["trust_remote_code"] = True
         manifest.write(self.folder, RECORD, record, files)
         return identity
+
+    def _write_shard(self) -> None:
+        save_file(self._waiting, self._part(len(self._shards)), metadata={"format": "pt"})
+        self._shards.append({name: tensor.nbytes for name, tensor in self._waiting.items()})
+        self._waiting = {}
+
+    def _name_shards(self) -> str:
+        """Rename the shards, and write an index if there are several. Returns the file's name, or
+        the index's."""
+        count = len(self._shards)
+        names = [f"{STEM}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+        names = [f"{STEM}.safetensors"] if count == 1 else names
+        for i, name in enumerate(names):
+            # safetensors creates files that only their owner can read
+            self._part(i).chmod(self.folder.stat().st_mode & 0o666)
+            move_into_place(self._part(i), self.folder / name)
+        if count == 1:
+            return names[0]
+        pairs = zip(names, self._shards, strict=True)
+        weight_map = {tensor: name for name, tensors in pairs for tensor in tensors}
+        total = sum(sum(tensors.values()) for tensors in self._shards)
+        index = {
+            "metadata": {"total_size": total},
+            "weight_map": dict(sorted(weight_map.items())),
+        }
+        write_text(self.folder / INDEX, strict_json.dumps(index, indent=1) + "\n")
+        return INDEX
+
+    def _part(self, index: int) -> Path:
+        return self.folder / f".shard-{index:05}.part"
 
     def _write_configuration(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, weights: str
@@ -275,6 +250,7 @@ class BaseFiles:
         self.record = read_record(folder)
         check_files(folder)
         self.files = SafetensorsFiles(folder, STEM)
+        self.layers = read_layers(self.record, self.where)
         self.digests: dict[str, str] = {}
         self.packed: frozenset[str] = frozenset()
 
@@ -288,11 +264,44 @@ class BaseFiles:
             SourceError: the tensors are not those of the model; the message lists them.
             GridError: a layer does not exist in the model, or has another shape.
         """
-        _place_packed_(model, read_layers(self.record, self.where), self.where)
+        for name, (scheme, shape) in self.layers.items():
+            try:
+                layer = place_empty_(model, name, scheme)
+                if layer.tensor.shape != shape:
+                    raise GridError(f"its shape is {list(shape)}, not {list(layer.tensor.shape)}")
+            except (AttributeError, *_UNUSABLE, RuntimeError) as error:
+                raise _misfit(name, error, self.where) from error
+        tie_weights_(model)
         places = tensor_places(model)
-        _check_headers(model, self.files, places, self.where)
+        self._check_headers(model, places)
         self.packed = frozenset(name for name, (layout, _) in base_tensors(model).items() if layout)
         return places
+
+    def _check_headers(self, model: PreTrainedModel, places: Mapping[str, list[Place]]) -> None:
+        """Compare names, shapes and types of all stored tensors with the model before any is read.
+
+        Raises:
+            SourceError: they differ; the message lists the first ones.
+        """
+        stored = set(self.files.names())
+        wrong = [f"{name} is missing" for name in sorted(places.keys() - stored)]
+        wrong += [f"{name} is not in the model" for name in sorted(stored - places.keys())]
+        for name in sorted(places.keys() & stored):
+            expected = tensor_at(model, places[name][0])
+            assert expected is not None
+            dtypes = _FLOATS if expected.is_floating_point() else (_DTYPES[expected.dtype],)
+            shape, dtype = self.files.shape(name), self.files.dtype(name)
+            if shape != tuple(expected.shape) or dtype not in dtypes:
+                wrong.append(
+                    f"{name} is {list(shape)} of {dtype}, not {list(expected.shape)} of "
+                    f"{' or '.join(dtypes)}"
+                )
+        if wrong:
+            shown = "\n  ".join(lines(wrong))
+            raise SourceError(
+                f"{self.where}: its tensors do not match {RECORD} and config.json; quantize "
+                f"again\n  {shown}"
+            )
 
     def verified(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor, as a view of the mapped file, of everything stored.
@@ -306,24 +315,8 @@ class BaseFiles:
             self.digests[name] = tensor_digest(name, layouts[name], tensor)
             yield name, tensor
         saved = self.record["tensors"]
-        if changed := [name for name, found in self.digests.items() if saved.get(name) != found]:
-            raise FingerprintError(self._changed(model, listed(changed)))
-
-    def checked(self, name: str, layout: str) -> Tensor:
-        """One stored tensor, compared with its digest.
-
-        Args:
-            layout: of a part of a packed tensor; see `tensor_digest`.
-
-        Raises:
-            FingerprintError: it was changed after saving.
-        """
-        tensor = self.files.read(name)
-        if tensor_digest(name, layout, tensor) != self.record["tensors"].get(name):
-            raise FingerprintError(
-                f"{self.where}: {name} changed after saving. Copy it again, or quantize again"
-            )
-        return tensor
+        changed = [name for name, digest in self.digests.items() if saved.get(name) != digest]
+        self._refuse_changes(model, listed(changed) if changed else None)
 
     def check_configuration(self, model: PreTrainedModel) -> None:
         """Compare the fingerprint with the saved one, after `verified`.
@@ -331,8 +324,8 @@ class BaseFiles:
         Raises:
             FingerprintError: the model's configuration is not the one it was saved with.
         """
-        if self._identity(model) != self.record["fingerprint"]:
-            raise FingerprintError(self._changed(model, "config.json or its fingerprint"))
+        is_changed = self._identity(model) != self.record["fingerprint"]
+        self._refuse_changes(model, "config.json or its fingerprint" if is_changed else None)
 
     def finish_(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         """Check the grids, and note on the model which base it is.
@@ -340,10 +333,14 @@ class BaseFiles:
         Raises:
             GridError: a layer has an invalid scale or offset.
         """
-        for layer in model.modules():
+        for name, layer in model.named_modules():
             if isinstance(layer, PackedLayer):
                 layer.compute_dtype = dtype
-        _check_grids(model, self.where)
+            if _is_stored(layer):
+                try:
+                    _ = layer.encoding  # checks its numbers; any packed codes are valid
+                except GridError as error:
+                    raise self._bad_numbers(name, error) from error
         digests = dict(self.digests)
         for name, (layout, tensor) in base_tensors(model).items():
             # stored floats are float32 or narrower, and digests are of their float32 values
@@ -356,15 +353,95 @@ class BaseFiles:
             keep_fingerprint_(model, now, self.record["fingerprint"])
         _belongs_to_(model, self.folder, self.record["source"])
 
+    def _bad_numbers(self, layer: str, error: GridError) -> GridError:
+        return GridError(f"{self.where}: layer {layer}: {error}; quantize again")
+
     def _identity(self, model: PreTrainedModel) -> str:
         return combined_fingerprint(self.digests, config_numbers(model))
 
-    def _changed(self, model: PreTrainedModel, what: str) -> str:
-        return (
-            f"{self.where} has fingerprint {self._identity(model)}, but {RECORD} says "
-            f"{self.record['fingerprint']}: {what} changed after saving. Copy it again, or "
-            "quantize again"
-        )
+    def _refuse_changes(self, model: PreTrainedModel, changed: str | None) -> None:
+        if changed is not None:
+            raise FingerprintError(
+                f"{self.where} has fingerprint {self._identity(model)}, but {RECORD} says "
+                f"{self.record['fingerprint']}: {changed} changed after saving. Copy it again, or "
+                "quantize again"
+            )
+
+
+class BaseCheckpoint(BaseFiles, ShownCheckpoint):
+    """The tensors of the base in `folder` as a `Checkpoint`, so that another job can freeze the
+    same integers again. Each is compared with its digest in base.json when it is read.
+
+    Raises:
+        SourceError: the folder is not a base, has another format version, or cannot be read.
+        GridError: base.json describes an invalid layer.
+        FingerprintError: the configuration or tokenizer was changed after saving.
+    """
+
+    def __init__(self, folder: str | Path):
+        super().__init__(Path(folder))
+        self.path = self.folder
+        self.config = read_config(self.folder, len(self.files.names()))
+        self.path_of = {parameter_name(path): path for path in self.layers}
+        parts = {
+            f"{path}.{part}": name for name, path in self.path_of.items() for part in Parts._fields
+        }
+        self.stored: dict[str, list[str]] = {}
+        for name in self.files.names():
+            self.stored.setdefault(parts.get(name, name), []).append(name)
+
+    def names(self) -> list[str]:
+        """Names of parameters and saved buffers, tied tensors once."""
+        return list(self.stored)
+
+    def schemes(self) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
+        """Scheme and shape of each packed parameter."""
+        return {name: self.layers[path] for name, path in self.path_of.items()}
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        """One parameter or saved buffer.
+
+        Raises:
+            SourceError: there is no such tensor, or one of its stored parts is missing or has the
+                wrong shape.
+            FingerprintError: it was changed after saving.
+            GridError: its scales or offsets are invalid.
+        """
+        if name not in self.stored:
+            raise SourceError(f"{self.where}: there is no tensor {name!r}")
+        if name not in self.path_of:
+            return self._checked(name, "")
+        path = self.path_of[name]
+        scheme, shape = self.layers[path]
+        tensors = {
+            stored.rpartition(".")[2]: self._checked(stored, scheme.to_text())
+            for stored in self.stored[name]
+        }
+        expected = PackedTensor.empty(scheme, shape, "meta").parts
+        for part, tensor in zip(Parts._fields, expected, strict=True):
+            have, want = (None if t is None else list(t.shape) for t in (tensors.get(part), tensor))
+            if have != want:
+                raise SourceError(
+                    f"{self.where}: {path}.{part} is {have or 'missing'}, but {scheme} needs "
+                    f"{want or 'none'}; quantize again"
+                )
+        try:
+            return PackedTensor(scheme, shape[-1], Parts(**tensors)).quantized
+        except GridError as error:
+            raise self._bad_numbers(path, error) from error
+
+    def _checked(self, name: str, layout: str) -> Tensor:
+        tensor = self.files.read(name)
+        if tensor_digest(name, layout, tensor) != self.record["tensors"].get(name):
+            raise FingerprintError(
+                f"{self.where}: {name} changed after saving. Copy it again, or quantize again"
+            )
+        return tensor
+
+
+def _is_stored(layer: nn.Module) -> TypeGuard[PackedLayer]:
+    """Whether a module is a packed layer with codes of its own."""
+    return isinstance(layer, PackedLayer) and is_packed(layer) and not layer.is_tied
 
 
 def _belongs_to_(model: PreTrainedModel, folder: Path, source: str) -> None:
@@ -426,7 +503,7 @@ def read_record(folder: Path) -> dict[str, Any]:
     """
     if not (folder / RECORD).is_file():
         raise SourceError(f"{str(folder)!r} is not a QWLoRA base: it has no {RECORD}")
-    record = read_json(folder / RECORD)
+    record = read_object(folder / RECORD)
     found = record.get("format")
     if found != FORMAT:
         raise SourceError(
@@ -442,6 +519,20 @@ def read_record(folder: Path) -> dict[str, Any]:
     return record
 
 
+class _Layer(BaseModel):
+    """The record of one packed layer: integers must be `int`, not 4.0 or true."""
+
+    model_config = ConfigDict(strict=True)
+
+    shape: list[PositiveInt]
+    bitwidth: int
+    symmetric: bool
+    axis: int | None
+    block_size: int | None
+    scale_bitwidth: int | None = None
+    float_offset: bool = False
+
+
 def read_layers(record: Mapping[str, Any], where: str) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
     """Scheme and shape of each packed layer in a `base.json`, by module path.
 
@@ -451,108 +542,19 @@ def read_layers(record: Mapping[str, Any], where: str) -> dict[str, tuple[Scheme
     layers = {}
     for name, layer in record["layers"].items():
         try:
-            layers[name] = _scheme(layer), tuple(layer["shape"])
-            layers[name][0].scale_shape(layers[name][1])
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError) as error:
-            raise GridError(_impossible(name, error, where)) from error
+            shape = tuple(_Layer.model_validate(layer).shape)
+            scheme = Scheme.from_json(layer)
+            scheme.scale_shape(shape)
+        except _UNUSABLE as error:
+            raise _misfit(name, error, where) from error
+        layers[name] = scheme, shape
     return layers
 
 
-def _impossible(name: str, error: Exception, where: str) -> str:
+def _misfit(name: str, error: Exception, where: str) -> GridError:
     reason = str(error) or type(error).__name__
-    return f"{where}: layer {name!r} in {RECORD} does not fit the model ({reason}); quantize again"
-
-
-def _scheme(record: dict[str, Any]) -> Scheme:
-    """The scheme in a layer's record, after checking the types of its values: integers must be
-    `int`, not 4.0 or true.
-
-    Raises:
-        GridError: a value has the wrong type, or the scheme is invalid.
-    """
-    natural = (
-        "bitwidth",
-        *(key for key in ("axis", "block_size", "scale_bitwidth") if record.get(key) is not None),
+    if isinstance(error, ValidationError):
+        reason = "; ".join(f"{e['loc']}: {e['msg']}" for e in error.errors(include_url=False))
+    return GridError(
+        f"{where}: layer {name!r} in {RECORD} does not fit the model ({reason}); quantize again"
     )
-    flags = ("symmetric", *(key for key in ("float_offset",) if key in record))
-    if wrong := [key for key in natural if type(record[key]) is not int] + [
-        key for key in flags if type(record[key]) is not bool
-    ]:
-        raise GridError(f"{wrong[0]} is {record[wrong[0]]!r}")
-    if not (
-        isinstance(record["shape"], list)
-        and all(type(length) is int and length > 0 for length in record["shape"])
-    ):
-        raise GridError(f"its shape is {record['shape']!r}")
-    return Scheme.from_json(record)
-
-
-def _place_packed_(
-    model: PreTrainedModel, layers: Mapping[str, tuple[Scheme, tuple[int, ...]]], where: str
-) -> None:
-    """Insert empty packed layers as base.json says, and tie layers that share weights.
-
-    Raises:
-        GridError: the model has no such layer, or it has another shape.
-    """
-    for name, (scheme, shape) in layers.items():
-        try:
-            layer = place_empty_(model, name, scheme)
-        except (
-            AttributeError,
-            KeyError,
-            TypeError,
-            ValueError,
-            RuntimeError,
-            OverflowError,
-        ) as error:
-            raise GridError(_impossible(name, error, where)) from error
-        if layer.tensor.shape != shape:
-            raise GridError(
-                _impossible(
-                    name,
-                    GridError(f"its shape is {list(shape)}, not {list(layer.tensor.shape)}"),
-                    where,
-                )
-            )
-    tie_weights_(model)
-
-
-def _check_headers(
-    model: PreTrainedModel, files: SafetensorsFiles, places: Mapping[str, list[Place]], where: str
-) -> None:
-    """Compare names, shapes and types of all stored tensors with the model before any is read.
-
-    Raises:
-        SourceError: they differ; the message lists the first ones.
-    """
-    wrong = [f"{name} is missing" for name in sorted(places.keys() - set(files.names()))]
-    wrong += [f"{name} is not in the model" for name in sorted(set(files.names()) - places.keys())]
-    for name in places.keys() & set(files.names()):
-        expected = tensor_at(model, places[name][0])
-        assert expected is not None
-        kinds = _FLOATS if expected.is_floating_point() else (_TYPES[expected.dtype],)
-        if files.shape(name) != tuple(expected.shape) or files.dtype(name) not in kinds:
-            found, wanted = (
-                f"{list(shape)} of {kind}"
-                for shape, kind in (
-                    (files.shape(name), files.dtype(name)),
-                    (expected.shape, " or ".join(kinds)),
-                )
-            )
-            wrong.append(f"{name} is {found}, not {wanted}")
-    if wrong:
-        shown = "\n  ".join(lines(wrong))
-        raise SourceError(
-            f"{where}: its tensors do not match {RECORD} and config.json; quantize again\n  {shown}"
-        )
-
-
-def _check_grids(model: PreTrainedModel, where: str) -> None:
-    """Check that scales are positive and offsets in range; any packed codes are valid."""
-    for name, layer in model.named_modules():
-        if isinstance(layer, PackedLayer) and is_packed(layer) and not layer.is_tied:
-            try:
-                _ = layer.encoding
-            except GridError as error:
-                raise GridError(f"{where}: layer {name}: {error}; quantize again") from error

@@ -24,8 +24,6 @@ from transformers import (
 
 from qwlora.errors import SourceError, foreign_as
 
-MOST_BUFFER_BYTES = 2**28
-
 Place = tuple[str, str]
 """Path of a module, and the key of its parameter or buffer."""
 
@@ -33,82 +31,58 @@ Place = tuple[str, str]
 def empty_model(
     config: PretrainedConfig,
     trust_remote_code: bool = False,
-    kind: str | None = None,
+    class_name: str | None = None,
+    buffers: bool = True,
 ) -> PreTrainedModel:
     """Build the model of `config` without data: frozen, in evaluation mode, weights tied.
 
     Args:
-        config: the configuration.
-        trust_remote_code: allow code from the folder of the configuration.
-        kind: the name of a model class of transformers; default: a causal language model.
-
-    Raises:
-        SourceError: no such model can be built from the configuration, or its buffers would fill
-            the memory.
-    """
-    _check_buffers(meta_model(config, trust_remote_code, kind))
-    with init_empty_weights(include_buffers=False):
-        model = build_model(config, trust_remote_code, kind)
-    model.tie_weights()
-    return model.requires_grad_(False).eval()
-
-
-def meta_model(
-    config: PretrainedConfig,
-    trust_remote_code: bool = False,
-    kind: str | None = None,
-) -> PreTrainedModel:
-    """As `empty_model`, but buffers have no data either; enough for names and shapes.
+        config, trust_remote_code, class_name: as for `build_model`.
+        buffers: give data to buffers that are not stored; False is enough for names and shapes.
 
     Raises:
         SourceError: no such model can be built from the configuration.
     """
-    with torch.device("meta"):
-        model = build_model(config, trust_remote_code, kind)
+    with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
+        model = build_model(config, trust_remote_code, class_name)
     model.tie_weights()
-    return model
+    return model.requires_grad_(False).eval()
 
 
 def build_model(
-    config: PretrainedConfig, trust_remote_code: bool = False, kind: str | None = None
+    config: PretrainedConfig, trust_remote_code: bool = False, class_name: str | None = None
 ) -> PreTrainedModel:
     """Build the model of `config` on the current device, with random weights.
 
     Args:
         config: the configuration.
         trust_remote_code: allow code from the folder of the configuration.
-        kind: the name of a model class of transformers; default: a causal language model.
+        class_name: a model class of transformers; default: the causal language model of the
+            configuration.
 
     Raises:
         SourceError: no such model can be built from the configuration.
     """
-    try:
+    named: Any = AutoModelForCausalLM
+    if class_name is not None:
+        named = getattr(transformers, str(class_name), None)
+        if not (isinstance(named, type) and issubclass(named, PreTrainedModel)):
+            raise SourceError(
+                f"transformers {transformers.__version__} has no model class {class_name!r}; "
+                "install the version that the model was saved with"
+            )
+    kind = type(config).__name__
+    with foreign_as(
+        SourceError, f"config.json ({kind}) does not describe a causal language model"
+    ):  # bad values can fail anywhere in a model class
         model: PreTrainedModel
-        if kind is None:
-            model = AutoModelForCausalLM.from_config(
+        if class_name is None:
+            model = named.from_config(
                 config, dtype=torch.float32, trust_remote_code=trust_remote_code
             )
         else:
-            model = _class_named(kind)._from_config(config, dtype=torch.float32)
-    except SourceError:
-        raise
-    except Exception as error:  # bad values can fail anywhere in a model class
-        raise SourceError(
-            f"config.json ({type(config).__name__}) does not describe a causal language model: "
-            f"{error or type(error).__name__}"
-        ) from error
+            model = named._from_config(config, dtype=torch.float32)
     return model
-
-
-def _class_named(kind: Any) -> type[PreTrainedModel]:
-    """The model class of transformers with this name."""
-    found = getattr(transformers, kind, None) if isinstance(kind, str) else None
-    if not (isinstance(found, type) and issubclass(found, PreTrainedModel)):
-        raise SourceError(
-            f"transformers {transformers.__version__} has no model class {kind!r}; install the "
-            "version that the model was saved with"
-        )
-    return found
 
 
 def blocks_of(model: nn.Module) -> list[str]:
@@ -180,14 +154,3 @@ def read_generation_config_(model: PreTrainedModel, folder: Path) -> None:
     if path.is_file():
         with foreign_as(SourceError, f"{str(path)!r} cannot be read", "correct it, or remove it"):
             model.generation_config = GenerationConfig.from_pretrained(folder)
-
-
-def _check_buffers(model: nn.Module) -> None:
-    """Refuse a model whose buffers would fill the memory; they are allocated from config.json
-    alone."""
-    for name, buffer in model.named_buffers():
-        if buffer.nbytes > MOST_BUFFER_BYTES:
-            raise SourceError(
-                f"config.json asks for a buffer {name} of shape {list(buffer.shape)}, larger than "
-                "in any real model. It is damaged; download the model again"
-            )

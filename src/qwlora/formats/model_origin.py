@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,14 @@ import yaml
 
 from qwlora.errors import QwloraError, SourceError
 from qwlora.formats.card_mark import one_line
-from qwlora.formats.hub import downloaded
-from qwlora.formats.model_source import CARD, Location, locate
+from qwlora.formats.model_source import CARD, downloaded, locate
 
 UNKNOWN = "unknown"  # the hub's own word, which it shows as such
-_ON_HUB = re.compile(r"https?://huggingface\.co/([\w.-]+/[\w.-]+?)/?")
+_ID = r"[\w.-]+/[\w.-]+?"
 
 
 @dataclass(frozen=True)
-class Origin:
+class ModelCardInfo:
     """What a model's files say about it.
 
     Args:
@@ -49,18 +48,28 @@ class Origin:
     stated_in: str = ""
 
 
-def origin_of(source: str) -> Origin:
+def origin_of(source: str) -> ModelCardInfo:
     """The origin of the model that a recipe names. Only its name and hub id if it is gone."""
-    name = source.rsplit("+", 1)[0].rstrip("/").rpartition("/")[2] or source
+    name = source.rstrip("/").rpartition("/")[2] or source
     try:
         location = locate(source)
+        if location.gguf_file and location.files:
+            return _of_gguf(name, location.path)
     except (QwloraError, OSError):
-        return Origin(name)
+        return ModelCardInfo(name)
+    repository, folder = None, location.path
     if not location.files:
-        return _on_hub(name, location.pretrained)
-    read = _of_gguf if location.gguf_file else _of_folder
-    found = read(name, location.path)
-    return replace(found, repository=found.repository or _cached_id(location))
+        repository = location.pretrained
+        try:
+            folder = downloaded("model", repository, (CARD,), ("*/*",))
+        except SourceError:
+            return ModelCardInfo(name, repository)
+    for cached, below in pairwise(folder.absolute().parts):
+        # a folder of the hub's cache: models--OWNER--NAME/snapshots/REVISION
+        if repository is None and below == "snapshots" and cached.startswith("models--"):
+            repository = cached.removeprefix("models--").replace("--", "/", 1)
+    license_keys = _license(card_metadata(folder / CARD))
+    return ModelCardInfo(name, repository, *license_keys, f"{CARD} of the model")
 
 
 def public_name(source: str) -> str:
@@ -69,29 +78,20 @@ def public_name(source: str) -> str:
     return origin.repository or origin.name
 
 
-def _on_hub(name: str, repository: str) -> Origin:
-    try:
-        folder = downloaded("model", repository, (CARD,), ("*/*",))
-    except SourceError:
-        return Origin(name, repository)
-    return replace(_of_folder(name, folder), repository=repository)
-
-
-def _of_folder(name: str, folder: Path) -> Origin:
-    data = card_metadata(folder / CARD)
-    return Origin(name, None, *_license(data), f"{CARD} of the model")
-
-
-def _of_gguf(name: str, path: Path) -> Origin:
+def _of_gguf(name: str, path: Path) -> ModelCardInfo:
     from qwlora.formats.gguf.gguf_file import GgufFile
 
-    try:
-        data = GgufFile(path).metadata
-    except (QwloraError, OSError):
-        return Origin(name)
+    data = GgufFile(path).metadata
     keys = ("license", "license.name", "license.link")
-    stated = _license({key.replace(".", "_"): data.get(f"general.{key}") for key in keys})
-    return Origin(name, _repository_in(data), *stated, "general.license of the model's GGUF file")
+    license_keys = _license({key.replace(".", "_"): data.get(f"general.{key}") for key in keys})
+    repository = str(data.get("general.source.huggingface.repository", ""))
+    urls = [str(data.get(f"general.{key}", "")) for key in ("source.repo_url", "repo_url")]
+    matches = [
+        re.fullmatch(f"({_ID})", repository),
+        *(re.fullmatch(f"https?://huggingface\\.co/({_ID})/?", url) for url in urls),
+    ]
+    stated = next((match[1] for match in matches if match), None)
+    return ModelCardInfo(name, stated, *license_keys, "general.license of the model's GGUF file")
 
 
 def _license(data: Mapping[str, Any]) -> tuple[str | None, str | None, str | None]:
@@ -102,31 +102,11 @@ def _license(data: Mapping[str, Any]) -> tuple[str | None, str | None, str | Non
     return (None, None, None) if stated == UNKNOWN else (stated, name, link)
 
 
-def _repository_in(data: Mapping[str, Any]) -> str | None:
-    given = data.get("general.source.huggingface.repository")
-    if isinstance(given, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", given):
-        return given
-    for key in ("general.source.repo_url", "general.repo_url"):
-        if match := _ON_HUB.fullmatch(str(data.get(key, ""))):
-            return match[1]
-    return None
-
-
-def _cached_id(location: Location) -> str | None:
-    """The hub id of a folder `models--OWNER--NAME/snapshots/REVISION` of the hub's cache."""
-    parts = location.path.absolute().parts
-    for folder, below in pairwise(parts):
-        if below == "snapshots" and folder.startswith("models--"):
-            return folder.removeprefix("models--").replace("--", "/", 1)
-    return None
-
-
 def card_metadata(path: Path) -> dict[str, Any]:
     """The metadata at the top of a model card; empty if there are none that can be read."""
+    from huggingface_hub.repocard import metadata_load
+
     try:
-        text = path.read_text(encoding="utf-8")
-        match = re.match(r"---\r?\n(.*?)\r?\n---\s*(?:\r?\n|$)", text, re.DOTALL)
-        found = yaml.safe_load(match[1]) if match else None
+        return metadata_load(path) or {}
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}

@@ -14,24 +14,26 @@ can report a missing model before anything else is loaded.
 
 from __future__ import annotations
 
-import importlib.util
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.errors import MissingExtraError, SourceError, foreign_as
-from qwlora.formats.hub import downloaded
-from qwlora.formats.user_path import does_not_exist, source_path
+from qwlora.errors import SourceError
+from qwlora.formats.user_path import does_not_exist, looked_for, source_path
 from qwlora.messages import listed
+from qwlora.strict_json import read_object
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 
+# Older quantizers wrote these files instead of a `quantization_config` in config.json.
+_OLD_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 CARD = "README.md"  # says where a model is from and its license; no part of what it computes
 _HUB_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", CARD)
 
@@ -66,13 +68,8 @@ class Location:
         a folder that is neither a quantized checkpoint nor a QWLoRA base."""
         if self.gguf_file:
             return True
-        names = {file.name for file in self.files}
-        if "base.json" in names:
-            return False
-        config = (self.path / "config.json").read_text(errors="replace")
-        return not names & {"quantize_config.json", "quant_config.json"} and not re.search(
-            r'"(quantization|quantization_config|compression_config)"\s*:\s*\{', config
-        )
+        is_base = any(file.name == "base.json" for file in self.files)
+        return not is_base and quantization_of(self.path)[0] is None
 
 
 def locate(source: str) -> Location:
@@ -93,10 +90,10 @@ def locate(source: str) -> Location:
         )
     if path.is_dir():
         if not (path / "config.json").exists():
-            held = sorted(p.name for p in path.glob("*.gguf"))
+            names = sorted(p.name for p in path.glob("*.gguf"))
             remedy = (
-                f"give one of its files: {listed(held)}"
-                if held
+                f"give one of its files: {listed(names)}"
+                if names
                 else "give the folder of a Hugging Face checkpoint, or a .gguf file"
             )
             raise SourceError(f"model folder {source!r} has no config.json; {remedy}")
@@ -110,6 +107,36 @@ def locate(source: str) -> Location:
     return Location(str(path.parent), path.name, (path,))
 
 
+def quantization_of(folder: Path) -> tuple[str | None, dict[str, Any]]:
+    """The quantization method of a checkpoint folder (None for a float model) and its settings.
+
+    Raises:
+        SourceError: config.json cannot be read, or its `quantization_config` is not an object.
+    """
+    config = read_object(folder / "config.json")
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, dict) else {}):
+        for key in ("quantization_config", "compression_config", "quantization"):
+            settings = part.get(key)
+            if not settings:
+                continue
+            if not isinstance(settings, dict):
+                raise SourceError(
+                    f"{str(folder / 'config.json')!r}: {key} must be an object, but is "
+                    f"{json.dumps(settings)[:80]}. Download the file again"
+                )
+            method = settings.get("quant_method")
+            if method is None and "config_groups" in settings:
+                method = "compressed-tensors"
+            elif method is None and {"bits", "group_size"} <= settings.keys():
+                method = "mlx"  # mlx-lm names no method
+            return str(method), settings
+    for file, method in _OLD_FILES.items():
+        if (folder / file).is_file():
+            return method, read_object(folder / file)
+    return None, {}
+
+
 def fetch(source: str) -> Location:
     """As `locate`, but a model on the hub is downloaded into the Hugging Face cache first.
 
@@ -119,38 +146,60 @@ def fetch(source: str) -> Location:
     location = locate(source)
     if location.files:
         return location
-    folder = _downloaded(
-        location.pretrained, *([location.gguf_file] if location.gguf_file else _HUB_FILES)
-    )
+    files = (location.gguf_file,) if location.gguf_file else _HUB_FILES
+    folder = _downloaded_model(location.pretrained, *files)
     if not location.gguf_file and not any(folder.glob("*.safetensors")):
-        folder = _downloaded(location.pretrained, *_HUB_FILES, "*.bin")
+        folder = _downloaded_model(location.pretrained, *files, "*.bin")
     return locate(str(folder / location.gguf_file if location.gguf_file else folder))
 
 
 @cache
-def _downloaded(repository: str, *files: str) -> Path:
+def _downloaded_model(repository: str, *files: str) -> Path:
     # subfolders of a repository usually hold the same weights in other formats
     ignored = None if any("/" in file for file in files) else ["*/*"]
     return downloaded("model", repository, files, ignored)
 
 
-def _readable(source: str) -> Location:
-    """As `fetch`; also check that the gguf package is installed if needed, and the layer counts."""
-    location = fetch(source)
-    if location.gguf_file and importlib.util.find_spec("gguf") is None:
-        raise MissingExtraError(
-            f"gguf is needed to read {source!r} and is not installed: pip install 'qwlora[gguf]'"
-        )
-    check_counts_of(location)
-    return location
+def downloaded(
+    what: str, repository: str, files: Sequence[str], ignored: Sequence[str] | None = None
+) -> Path:
+    """Download files of `repository` and return their local folder.
 
-
-def check_counts_of(location: Location) -> None:
-    """Check that transformers can read the configuration without filling the memory.
+    Args:
+        what: `model` or `adapter`, for the message.
+        repository: the hub id, `owner/name`.
+        files: globs of the files to download.
+        ignored: globs of files not to download even if `files` matches them.
 
     Raises:
-        SourceError: it has an impossible number of layers, or it cannot be read.
+        SourceError: the repository does not exist, or the hub cannot be reached.
     """
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(
+            snapshot_download(
+                repository,
+                allow_patterns=list(files),
+                ignore_patterns=None if ignored is None else list(ignored),
+            )
+        )
+    except Exception as error:  # the client raises many types: offline, not found, private ...
+        raise SourceError(
+            f"{what} {repository!r} is not a local path{looked_for(repository, Path(repository))}, "
+            f"and cannot be downloaded from the hub either:\n  {error}"
+        ) from error
+
+
+def _readable(source: str) -> Location:
+    """As `fetch`, after checking that transformers can read the configuration without filling the
+    memory, and that gguf is installed if needed.
+
+    Raises:
+        SourceError: config.json or the header of the GGUF file has impossible values.
+        MissingExtraError: gguf is not installed.
+    """
+    location = fetch(source)
     if location.gguf_file:
         from qwlora.formats.gguf.gguf_file import GgufFile
 
@@ -159,19 +208,17 @@ def check_counts_of(location: Location) -> None:
         from qwlora.formats.huggingface.model_config import check_folder
 
         check_folder(location.path)
+    return location
 
 
 @contextmanager
 def _loading(what: str) -> Iterator[None]:
     """Turn any exception of transformers into a SourceError about `what`."""
-    with foreign_as(SourceError, f"{what} cannot be loaded"):
+    from qwlora.formats.huggingface.model_config import reading_config
+
+    with reading_config(f"{what} cannot be loaded"):
         try:
             yield
-        except ValueError as error:
-            from qwlora.formats.huggingface.model_config import refuse_remote_code
-
-            refuse_remote_code(what, error)
-            raise
         except RuntimeError as error:
             if "ignore_mismatched_sizes" in str(error):  # transformers prints a table of them
                 raise SourceError(
@@ -205,7 +252,7 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
         from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 
         GgufCheckpoint.check_names(location.path)
-    elif location.path.is_dir():
+    else:
         from qwlora.formats.huggingface.safetensors_files import check_shards_are_inside
 
         check_shards_are_inside(location.path)
@@ -219,7 +266,20 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
             **location.arguments(),
         )
     model: PreTrainedModel = loaded[0]
-    _refuse_other_tensors(source, type(model).__name__, loaded[1])
+    # transformers fills missing tensors with random numbers and silently skips unknown ones: half
+    # of the checkpoint if config.json says one layer instead of two. Tensors that its model classes
+    # declare ignorable (old buffers, layers for multi-token prediction) are not in its report.
+    report, kind = loaded[1], type(model).__name__
+    wrong = sorted(report["missing_keys"]) + sorted(name for name, *_ in report["mismatched_keys"])
+    unknown = sorted(report["unexpected_keys"])
+    if wrong or unknown:
+        parts = [f"missing from its files: {listed(wrong)} of {kind}"] if wrong else []
+        parts += [f"its files hold {listed(unknown)}, which {kind} lacks"] if unknown else []
+        raise SourceError(
+            f"model {source!r}: {'; '.join(parts)}. Compare config.json (for example "
+            "num_hidden_layers) with the original, download it again, or give a checkpoint of the "
+            "whole language model"
+        )
     if location.gguf_file:
         from qwlora.formats.gguf.gguf_file import GgufFile
         from qwlora.formats.gguf.rope_config import warn_of_positions
@@ -227,32 +287,6 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
         warn_of_positions(GgufFile(location.path), model.config)
         forget_gguf_(model)
     return model.eval()
-
-
-def _refuse_other_tensors(source: str, model: str, found: dict[str, Any]) -> None:
-    """Check, from the loading report of transformers, that the checkpoint has exactly the model's
-    tensors.
-
-    transformers fills missing tensors with random numbers and silently skips unknown ones. For
-    example, it skips half of the checkpoint if config.json says one layer instead of two. Tensors
-    that its model classes declare ignorable (old buffers, layers for multi-token prediction) are
-    not in the report.
-    """
-    wrong = sorted(found["missing_keys"]) + sorted(name for name, *_ in found["mismatched_keys"])
-    unknown = sorted(found["unexpected_keys"])
-    if wrong:
-        also = f"; the files also hold {listed(unknown)}, which it does not have" if unknown else ""
-        raise SourceError(
-            f"model {source!r}: missing from its files, or stored in another shape: "
-            f"{listed(wrong)} of {model}{also}. Download it again, or give a checkpoint of the "
-            "whole language model"
-        )
-    if unknown:
-        raise SourceError(
-            f"model {source!r}: its files hold {listed(unknown)}, which {model} built from "
-            f"config.json does not have ({len(unknown)} tensors would be skipped). Compare "
-            "config.json (for example num_hidden_layers) with the original, or download it again"
-        )
 
 
 def forget_gguf_(model: PreTrainedModel) -> None:

@@ -31,7 +31,7 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from qwlora.errors import SourceError
 from qwlora.formats.gguf.gguf_file import GgufFile
-from qwlora.formats.huggingface.transformers_names import Origin, origins
+from qwlora.formats.huggingface.transformers_names import StoredTensors, origins
 
 FIRST = 1000
 """The number given to row 0 and column 0 in a probe. Results below it were computed, not moved."""
@@ -204,7 +204,7 @@ def _by_conversions(
 
 
 def _converted(
-    origin: Origin, model: PreTrainedModel, target: str
+    origin: StoredTensors, model: PreTrainedModel, target: str
 ) -> Callable[[Mapping[str, Tensor]], Tensor]:
     return lambda tensors: origin.convert(model, tensors)[target]
 

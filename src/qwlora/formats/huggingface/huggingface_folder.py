@@ -2,9 +2,9 @@
 readers.
 
 `FolderCheckpoint` reads config.json and maps stored names to the model's parameters. A format only
-supplies a `Stored`, which reads tensors under the float model's names
+supplies a `FormatReader`, which reads tensors under the float model's names
 (`model.layers.0.mlp.down_proj.weight`), however the files store them. `FloatCheckpoint` is a folder
-of float tensors; there, the safetensors files themselves are the `Stored`.
+of float tensors; there, the safetensors files themselves are the `FormatReader`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from qwlora.errors import SourceError
 from qwlora.formats.checkpoint import ShownCheckpoint
 from qwlora.formats.huggingface.model_config import read_config
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
-from qwlora.formats.huggingface.transformers_names import Origin, convert_quantized, origins
-from qwlora.formats.meta_model import meta_model
+from qwlora.formats.huggingface.transformers_names import StoredTensors, convert_quantized, origins
+from qwlora.formats.meta_model import empty_model
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.messages import listed
 
 
-class Stored(Protocol):
+class FormatReader(Protocol):
     """Tensors of a checkpoint, under the float model's names."""
 
     def names(self) -> Sequence[str]:
@@ -50,20 +50,22 @@ class FolderCheckpoint(ShownCheckpoint):
 
     Args:
         folder: a folder with config.json and safetensors files.
-        stored: creates the format's reader from the safetensors files.
+        reader: creates the format's reader from the safetensors files.
 
     Raises:
         SourceError: the configuration cannot be read, a parameter of its model is missing, a stored
             tensor is not a parameter of the model, or a shape differs.
     """
 
-    def __init__(self, folder: str | Path, stored: Callable[[SafetensorsFiles], Stored]):
+    def __init__(self, folder: str | Path, reader: Callable[[SafetensorsFiles], FormatReader]):
         self.folder = self.path = Path(folder)
         # mapping would gain nothing: most tensors are read once, and then unpacked or converted
         self.files = SafetensorsFiles(self.folder, mapped=False)
-        self.stored = stored(self.files)
+        self.stored = reader(self.files)
         self.config = read_config(self.folder, len(self.files.names()))
-        self._origins = self._found_origins()
+        # several entries for a tied tensor if copies of it are stored
+        self._origins: dict[str, list[tuple[str, StoredTensors]]] = {}
+        self._find_origins_()
 
     def names(self) -> list[str]:
         """Names of parameters and saved buffers in the model's order, tied tensors once."""
@@ -76,15 +78,15 @@ class FolderCheckpoint(ShownCheckpoint):
             SourceError: there is no such parameter, or its stored tensors cannot be read.
         """
         if name not in self._origins:
-            raise SourceError(
-                f"{self._where}: {name!r} is not a parameter of {type(self.model).__name__} (tied "
+            raise self._error(
+                f"{name!r} is not a parameter of {type(self.model).__name__} (tied "
                 "parameters have the first of their names)"
             )
-        first, *copies = [self._made(alias, origin) for alias, origin in self._origins[name]]
+        first, *copies = [self._converted(*copy) for copy in self._origins[name]]
         if any(not _same(first, copy) for copy in copies):
             aliases = " and ".join(repr(alias) for alias, _ in self._origins[name])
-            raise SourceError(
-                f"{self._where}: config.json ties {aliases}, but the files hold different values "
+            raise self._error(
+                f"config.json ties {aliases}, but the files hold different values "
                 "for them. Set tie_word_embeddings to false in config.json"
             )
         return first
@@ -98,83 +100,67 @@ class FolderCheckpoint(ShownCheckpoint):
     def model(self) -> PreTrainedModel:
         """The model that config.json describes, without data."""
         try:
-            return meta_model(self.config)
+            return empty_model(self.config, buffers=False)
         except SourceError as error:
-            raise SourceError(f"{self._where}: {error}") from error
+            raise self._error(str(error)) from error
 
-    @property
-    def _where(self) -> str:
-        return repr(str(self.folder))
+    def _error(self, problem: str) -> SourceError:
+        return SourceError(f"{str(self.folder)!r}: {problem}")
 
-    def _made(self, target: str, origin: Origin) -> Tensor | QuantizedTensor:
-        parts = {stored: self.stored.read(stored) for stored, _ in origin.sources}
-        floats = {stored: part for stored, part in parts.items() if isinstance(part, Tensor)}
-        integers = {
-            stored: part for stored, part in parts.items() if isinstance(part, QuantizedTensor)
-        }
+    def _converted(self, target: str, origin: StoredTensors) -> Tensor | QuantizedTensor:
+        """A parameter, made from its stored tensors."""
+        floats: dict[str, Tensor] = {}
+        integers: dict[str, QuantizedTensor] = {}
+        for stored, _ in origin.sources:
+            part = self.stored.read(stored)
+            if isinstance(part, Tensor):
+                floats[stored] = part
+            else:
+                integers[stored] = part
         if floats and integers:
-            names = f"{next(iter(floats))} is float and {next(iter(integers))} integers"
-            raise SourceError(
-                f"{self._where}: parameter {target!r} is stored in several tensors, some float and "
-                f"some integer ({names}). Quantize the float model instead"
+            raise self._error(
+                f"parameter {target!r} is stored in several tensors, some float and some integer "
+                f"({next(iter(floats))} is float and {next(iter(integers))} integers). Quantize "
+                "the float model instead"
             )
-        return (
-            origin.convert(self.model, floats)[target]
-            if floats
-            else convert_quantized(origin, self.model, integers, self._where)[target]
-        )
+        if floats:
+            return origin.convert(self.model, floats)[target]
+        return convert_quantized(origin, self.model, integers, repr(str(self.folder)))[target]
 
-    def _found_origins(self) -> dict[str, list[tuple[str, Origin]]]:
-        """The stored tensors of each parameter; several entries if copies of a tied tensor are
-        stored."""
+    def _find_origins_(self) -> None:
+        """Find the stored tensors of each parameter, and compare names and shapes."""
         stored = {name: self.stored.shape(name) for name in self.stored.names()}
-        found, unknown = origins(self.model, stored, self._where)
-        unknown = [name for name in unknown if not self._is_empty_bias(name)]
-        if unknown:
-            raise SourceError(
-                f"{self._where}: {_listed(unknown)} in the files, but not in "
-                f"{type(self.model).__name__}, which config.json describes. "
+        by_target, unknown = origins(self.model, stored, repr(str(self.folder)))
+        kind = type(self.model).__name__
+        if unknown := [name for name in unknown if not self._is_empty_bias(name)]:
+            raise self._error(
+                f"{_listed(unknown)} in the files, but not in {kind}, which config.json describes. "
                 "Either config.json belongs to another model, or the model needs a newer "
                 "transformers"
             )
         tied: dict[int, list[str]] = {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
+        parameters = self.model.state_dict(keep_vars=True)
+        for name, tensor in parameters.items():
             tied.setdefault(id(tensor), []).append(name)
-        result = {
-            aliases[0]: [(alias, found[alias]) for alias in aliases if alias in found]
-            for aliases in tied.values()
-        }
-        if missing := [name for name, copies in result.items() if not copies]:
-            raise SourceError(
-                f"{self._where}: {_listed(missing)} missing from the files, but needed by the "
+        for names in tied.values():
+            copies = [(alias, by_target[alias]) for alias in names if alias in by_target]
+            self._origins[names[0]] = copies
+        if missing := [name for name, copies in self._origins.items() if not copies]:
+            raise self._error(
+                f"{_listed(missing)} missing from the files, but needed by the "
                 "model that config.json describes; download the model again"
             )
-        for copies in result.values():
-            for alias, origin in copies:
-                self._check_shape(alias, origin, stored)
-        return result
-
-    def _check_shape(self, name: str, origin: Origin, stored: dict[str, tuple[int, ...]]) -> None:
-        made = origin.convert(
-            self.model,
-            {source: torch.empty(stored[source], device="meta") for source, _ in origin.sources},
-        )
-        found, expected = tuple(made[name].shape), tuple(self.model.state_dict()[name].shape)
-        if found not in (expected, self._matrix_shape(name, expected)):
-            raise SourceError(
-                f"{self._where}: {name!r} has shape {list(found)} in the files, but "
-                f"{list(expected)} in the model that config.json describes; download the model "
-                "again"
-            )
-
-    def _matrix_shape(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that integers are stored in: `[out, in]`, also for a Conv1D, whose weight is
-        `[in, out]`."""
-        transposed = (
-            isinstance(self.model.get_submodule(name.rpartition(".")[0]), Conv1D)
-            and len(shape) == 2
-        )
-        return shape[::-1] if transposed else shape
+        for name, origin in (copy for copies in self._origins.values() for copy in copies):
+            sources = {s: torch.empty(stored[s], device="meta") for s, _ in origin.sources}
+            shape = tuple(origin.convert(self.model, sources)[name].shape)
+            expected = tuple(parameters[name].shape)
+            is_conv1d = isinstance(self.model.get_submodule(name.rpartition(".")[0]), Conv1D)
+            # integers are stored as [out, in], the weight of a Conv1D is [in, out]
+            if shape != expected and not (is_conv1d and shape == expected[::-1]):
+                raise self._error(
+                    f"{name!r} has shape {list(shape)} in the files, but {list(expected)} in the "
+                    "model that config.json describes; download the model again"
+                )
 
     def _is_empty_bias(self, name: str) -> bool:
         """Whether a stored bias that the model lacks is all zeros; GPTQ tools write one for every

@@ -56,7 +56,7 @@ def pack_words(codes: UInt8[Tensor, "rows count"], bitwidth: int) -> Int[Tensor,
     return torch.cat(rows)
 
 
-def blocks(in_features: int, count: int, where: str) -> Granularity:
+def granularity_of_groups(in_features: int, count: int, where: str) -> Granularity:
     """The granularity of `count` scales per row of `in_features`.
 
     Raises:
@@ -70,7 +70,7 @@ def blocks(in_features: int, count: int, where: str) -> Granularity:
     return PerChannel(0) if count == 1 else PerBlock(in_features // count)
 
 
-def quantized(
+def quantized_tensor(
     codes: Tensor,
     bitwidth: int,
     granularity: Granularity,
@@ -93,13 +93,9 @@ def quantized(
     """
     if isinstance(granularity, PerChannel):
         scale, offset = scale.reshape(-1), offset.reshape(-1)
-    symmetric = bool((offset == -(2 ** (bitwidth - 1))).all())
+    scheme = Scheme(bitwidth, bool((offset == -(2 ** (bitwidth - 1))).all()), granularity)
+    scale, offset = scale.to(torch.float32).contiguous(), offset.to(torch.int32).contiguous()
     try:
-        encoding = Encoding(
-            Scheme(bitwidth, symmetric, granularity),
-            scale.to(torch.float32).contiguous(),
-            offset.to(torch.int32).contiguous(),
-        )
-        return QuantizedTensor(codes.contiguous(), encoding)
+        return QuantizedTensor(codes.contiguous(), Encoding(scheme, scale, offset))
     except GridError as error:
         raise SourceError(f"{where}: {error}") from error

@@ -15,7 +15,6 @@ unscaled one in others (Qwen2.5 with YaRN).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -39,9 +38,16 @@ def check_positions(model: PreTrainedModel, count: int) -> str | None:
     stated = getattr(config, "max_position_embeddings", None)
     if not isinstance(stated, int) or stated <= 0:
         return None
-    rope = getattr(config, "rope_parameters", None)
-    rows = _reach(rope, stated) if rope else stated
-    if rows is None or count <= rows:
+    rows = stated
+    rope = getattr(config, "rope_parameters", None) or {}
+    # either one dictionary for each type of layer, or a single one
+    for part in [part for part in rope.values() if isinstance(part, dict)] or [rope]:
+        kind, factor = part.get("rope_type", "default"), part.get("factor")
+        original = part.get("original_max_position_embeddings") or stated
+        if kind == "dynamic" or (factor is None and kind not in _UNSCALED and original >= stated):
+            return None
+        rows = max(rows, int((factor or 1) * original))
+    if count <= rows:
         return None
     sentence = (
         f"sequences have {count} tokens, but {type(model).__name__} has positions for {rows} "
@@ -53,18 +59,3 @@ def check_positions(model: PreTrainedModel, count: int) -> str | None:
         f"{sentence}. It was not trained on longer sequences; expect worse results, or lower "
         "data.sequence_tokens"
     )
-
-
-def _reach(rope: Mapping[str, Any], stated: int) -> int | None:
-    """The length that rotary positions were trained on or scaled to; None if that is unknown."""
-    # either one dictionary for each type of layer, or a single one
-    by_layers: list[Mapping[str, Any]]
-    by_layers = [part for part in rope.values() if isinstance(part, dict)] or [rope]
-    reaches = [stated]
-    for part in by_layers:
-        kind, factor = part.get("rope_type", "default"), part.get("factor")
-        original = part.get("original_max_position_embeddings") or stated
-        if kind == "dynamic" or (factor is None and kind not in _UNSCALED and original >= stated):
-            return None
-        reaches.append(int((factor or 1) * original))
-    return max(reaches)

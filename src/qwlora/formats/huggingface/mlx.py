@@ -32,7 +32,7 @@ from qwlora.errors import GridError, SourceError
 from qwlora.formats.bitwidths import MLX_BITWIDTHS
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.huggingface.int32_words import unpack_words
-from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
+from qwlora.formats.huggingface.safetensors_files import FLOATS, SafetensorsFiles
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
@@ -58,21 +58,12 @@ class MlxTensors:
     """The tensors of `files` under the float model's names."""
 
     def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any]):
-        self.files = files
-        self.settings = settings
+        self.files, self.settings = files, settings
+        self._where = f"{str(files.folder)!r} (MLX)"
         names = files.names()
-        known = set(names)
-        self.quantized = {
-            name
-            for name in names
-            if name.endswith(".weight") and name.replace(".weight", ".scales") in known
-        }
-        parts = {
-            f"{name.removesuffix('.weight')}.{part}"
-            for name in self.quantized
-            for part in ("scales", "biases")
-        }
-        self.kept = [name for name in names if name not in parts]
+        layers = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
+        self.layer_of = {f"{layer}.weight": layer for layer in layers}
+        self._parts = {f"{layer}.{part}" for layer in layers for part in ("scales", "biases")}
         mode = settings.get("mode", "affine")
         if mode != "affine":
             raise SourceError(
@@ -80,21 +71,17 @@ class MlxTensors:
                 "integers. Quantize again with mlx_lm.convert -q --q-mode affine"
             )
 
-    @property
-    def _where(self) -> str:
-        return f"{str(self.files.folder)!r} (MLX)"
-
     def names(self) -> list[str]:
         """Names of the float model's tensors."""
-        return self.kept
+        return [name for name in self.files.names() if name not in self._parts]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """`[out, in]` of a quantized layer."""
-        shape = self.files.shape(name)
-        if name not in self.quantized:
-            return shape
-        bitwidth, _ = self._layout(name)
-        return (*shape[:-1], shape[-1] * 32 // bitwidth)
+        if name not in self.layer_of:
+            return self.files.shape(name)
+        _, group = self._layout(name)
+        rows, groups = self.files.shape(f"{self.layer_of[name]}.scales")
+        return rows, groups * group
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
         """Read one tensor.
@@ -102,22 +89,22 @@ class MlxTensors:
         Raises:
             SourceError: the tensors of a layer do not fit each other or its settings.
         """
-        if name not in self.quantized:
+        if name not in self.layer_of:
             return self.files.read(name)
-        bitwidth, group = self._layout(name)
-        scale = self.files.read(_part(name, "scales")).to(torch.float32)
-        minimum = self.files.read(_part(name, "biases")).to(torch.float32)
+        (bitwidth, group), layer = self._layout(name), self.layer_of[name]
+        scale, minimum = (
+            self.files.read(f"{layer}.{part}").to(torch.float32) for part in ("scales", "biases")
+        )
         codes = unpack_words(self.files.read(name), bitwidth, scale.shape[-1] * group)
         steps, negative = 2**bitwidth - 1, scale < 0
-        flipped = negative.repeat_interleave(group, dim=1)
+        minimum = torch.where(negative, minimum + scale * steps, minimum)
+        reversed_codes = negative.repeat_interleave(group, dim=1)
+        codes = torch.where(reversed_codes, steps - codes, codes)
         scheme = Scheme(bitwidth, False, PerBlock(group), float_offset=True)
         try:
-            encoding = Encoding(
-                scheme, scale.abs(), torch.where(negative, minimum + scale * steps, minimum)
-            )
+            return QuantizedTensor(codes, Encoding(scheme, scale.abs(), minimum))
         except GridError as error:
             raise SourceError(f"{self._where}: {name!r}: {error}") from error
-        return QuantizedTensor(torch.where(flipped, steps - codes, codes), encoding)
 
     def _layout(self, name: str) -> tuple[int, int]:
         """Bitwidth and group size of a quantized tensor.
@@ -125,37 +112,26 @@ class MlxTensors:
         Raises:
             SourceError: the settings do not say them, or they do not fit the stored tensors.
         """
-        module = name.removesuffix(".weight")
-        own = self.settings.get(module)
-        settings = own if isinstance(own, Mapping) else self.settings
+        layer = self.layer_of[name]
+        of_layer = self.settings.get(layer)
+        settings = of_layer if isinstance(of_layer, Mapping) else self.settings
         bitwidth, group = settings.get("bits"), settings.get("group_size")
-        if type(bitwidth) is not int or type(group) is not int or bitwidth not in MLX_BITWIDTHS:
+        if (
+            type(bitwidth) is not int
+            or type(group) is not int
+            or bitwidth not in MLX_BITWIDTHS
+            or group < 1
+        ):
             raise SourceError(
-                f"{self._where}: config.json gives {module!r} bits {bitwidth!r} and group_size "
+                f"{self._where}: config.json gives {layer!r} bits {bitwidth!r} and group_size "
                 f"{group!r}, but MLX has {', '.join(map(str, MLX_BITWIDTHS))} bits and a whole "
                 "number"
             )
-        stored = self.files.shape(name)
-        scales = self.files.shape(_part(name, "scales"))
-        if _part(name, "biases") not in self.files:
-            raise SourceError(
-                f"{self._where} has no tensor {_part(name, 'biases')!r}; download the model again"
-            )
-        biases = self.files.shape(_part(name, "biases"))
-        fits = (
-            self.files.dtype(name) == "U32"
-            and len(stored) == 2
-            and scales == biases == (stored[0], stored[1] * 32 // bitwidth // max(group, 1))
-            and scales[1] * group * bitwidth == stored[1] * 32
-        )
-        if not fits:
-            raise SourceError(
-                f"{self._where}: {name!r} is {self.files.dtype(name)} {list(stored)}, its scales "
-                f"{list(scales)} and biases {list(biases)}; these do not fit {bitwidth} bits in "
-                f"groups of {group}. Download the model again"
-            )
+        where = f"{self._where}, {bitwidth} bits in groups of {group}"
+        stored = self.files.shape(name) if name in self.files else ()
+        rows, words = stored if len(stored) == 2 else (0, 0)
+        groups = words * 32 // bitwidth // group
+        self.files.check(name, ("U32",), (rows, groups * group * bitwidth // 32), where)
+        for part in ("scales", "biases"):
+            self.files.check(f"{layer}.{part}", FLOATS, (rows, groups), where)
         return bitwidth, group
-
-
-def _part(name: str, part: str) -> str:
-    return f"{name.removesuffix('.weight')}.{part}"

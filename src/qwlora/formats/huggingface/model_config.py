@@ -1,4 +1,4 @@
-"""Reading a model's config.json after checking the values that transformers would choke on.
+"""Reading a model's config.json after checking the counts that transformers would choke on.
 
 While transformers reads a configuration, it expands some numbers: `num_hidden_layers` into a list
 of layer types, `num_labels` into label names. A config.json of 1 KB can therefore fill the memory
@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoConfig, PretrainedConfig
+from transformers.activations import ACT2FN
 
-from qwlora.errors import SourceError
-from qwlora.messages import listed, near_names
+from qwlora.errors import SourceError, foreign_as
 
 FEW = 128  # lowest limit: valid configurations of small models contain such numbers too
 MOST = 10_000  # layers, if the number of tensors is not known
@@ -48,11 +50,8 @@ def read_config(folder: Path, tensors: int, trust_remote_code: bool = False) -> 
             or transformers does not know the model type.
     """
     check_folder(folder, max(tensors, FEW))
-    try:
+    with reading_config(f"{str(folder)!r}: config.json cannot be read"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    except Exception as error:  # bad values can fail anywhere in a configuration class
-        refuse_remote_code(repr(str(folder)), error)
-        raise _unreadable(folder, error) from error
     use_default_implementations_(config)
     for part in (config, config.get_text_config()):
         for key in ("quantization_config", "compression_config", "transformers_weights"):
@@ -76,13 +75,17 @@ def check_folder(folder: Path, most: int = MOST) -> None:
     Raises:
         SourceError: it does not (the message names the key), or it cannot be read.
     """
-    try:
+    with reading_config(f"{str(folder)!r}: config.json cannot be read"):
         # reads the file that AutoConfig reads; config.json can redirect to another one
         settings, _ = PretrainedConfig.get_config_dict(folder)
-    except Exception as error:
-        raise _unreadable(folder, error) from error
-    for path, key, value in _entries(settings):
-        if problem := _problem(key, value, most, "auto_map" in settings):
+    entries: list[tuple[str, str, Any]] = [("", "", settings)]  # dotted path, last key, value
+    while entries:
+        path, key, value = entries.pop()
+        if isinstance(value, Mapping):
+            entries += [(f"{path}.{name}".lstrip("."), str(name), v) for name, v in value.items()]
+        elif isinstance(value, list):
+            entries += [(path, key, item) for item in value]
+        elif problem := _problem(key, value, most, "auto_map" in settings):
             raise SourceError(
                 f"{str(folder / 'config.json')!r}: {path} is {value!r}, {problem}. Correct it, or "
                 "download the model again"
@@ -93,55 +96,35 @@ def _problem(key: str, value: Any, layers: int, has_own_code: bool) -> str | Non
     """Why no model has this value under `key`; None if one can have it."""
     if isinstance(value, float) and value != value:
         return "which is not a number"
-    for pattern, low, high in _COUNTS:
-        high = layers if high is None else high
-        if type(value) is int and not low <= value <= high and re.fullmatch(pattern, key):
+    for pattern, low, limit in _COUNTS if type(value) is int else ():
+        high = layers if limit is None else limit
+        if not low <= value <= high and re.fullmatch(pattern, key):
             return f"but a model with these files has {max(low, 0)} to {high:,}"
-    if key in ("dtype", "torch_dtype") and isinstance(value, str) and value != "auto":
-        import torch
-
-        if not isinstance(getattr(torch, value.removeprefix("torch."), None), torch.dtype):
-            return "which is no dtype of torch, such as bfloat16"
-    if _ACTIVATIONS.fullmatch(key) and isinstance(value, str) and not has_own_code:
-        from transformers.activations import ACT2FN
-
-        if value not in ACT2FN:
-            near = listed(near_names(value, ACT2FN))
-            return f"which transformers does not have (similar: {near})"
-    return None
+    if not isinstance(value, str):
+        return None
+    if key in ("dtype", "torch_dtype") and value != "auto":
+        kind = getattr(torch, value.removeprefix("torch."), None)
+        return None if isinstance(kind, torch.dtype) else "which is no dtype of torch"
+    is_activation = _ACTIVATIONS.fullmatch(key) and not has_own_code
+    return "which transformers does not have" if is_activation and value not in ACT2FN else None
 
 
-def _entries(settings: Mapping[str, Any]) -> Iterator[tuple[str, str, Any]]:
-    """(dotted path, key, value) of every value in nested settings; items of a list have its key."""
-    rest: list[tuple[str, str, Any]] = [("", "", settings)]
-    while rest:
-        path, key, value = rest.pop()
-        if isinstance(value, Mapping):
-            rest += [(f"{path}.{name}".lstrip("."), str(name), v) for name, v in value.items()]
-        elif isinstance(value, list):
-            rest += [(path, key, item) for item in value]
-        else:
-            yield path, key, value
+@contextmanager
+def reading_config(what: str) -> Iterator[None]:
+    """Raise any error inside as a SourceError `what: the error`; say what to do if transformers
+    refuses to run the model's own code.
 
-
-def _unreadable(folder: Path, error: Exception) -> SourceError:
-    return SourceError(
-        f"{str(folder)!r}: config.json cannot be read: {error or type(error).__name__}"
-    )
-
-
-def refuse_remote_code(what: str, error: Exception) -> None:
-    """Raise a SourceError if `error` is the refusal of transformers to run the model's own code.
-
-    Does nothing for any other error; the caller then handles it.
-
-    Args:
-        what: the model, for the message.
-        error: what transformers raised.
+    Raises:
+        SourceError: anything was raised.
     """
-    if "trust_remote_code" in str(error):
-        raise SourceError(
-            f"{what} needs Python code from its own folder (auto_map in config.json or "
-            "tokenizer_config.json), and QWLoRA does not run it by default. Read the code; if you "
-            "trust it, set model.trust_remote_code: true in the recipe"
-        ) from error
+    with foreign_as(SourceError, what):
+        try:
+            yield
+        except ValueError as error:
+            if "trust_remote_code" not in str(error):
+                raise
+            raise SourceError(
+                f"{what}: it needs Python code from its own folder (auto_map in config.json or "
+                "tokenizer_config.json), and QWLoRA does not run it by default. Read the code; if "
+                "you trust it, set model.trust_remote_code: true in the recipe"
+            ) from error

@@ -11,24 +11,26 @@ larger than memory do not accumulate in the process.
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import re
-from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qwlora.errors import SourceError
 from qwlora.messages import listed
+from qwlora.strict_json import read_object
+
+FLOATS = ("F32", "BF16", "F16", "F64")
 
 
-@dataclass(frozen=True)
-class _Entry:
+class StoredTensor(NamedTuple):
+    """A tensor of an open file, and its type as safetensors names it: `F32`, `BF16`, `I32` ..."""
+
     handle: Any  # of safe_open
     dtype: str
     shape: tuple[int, ...]
@@ -51,22 +53,22 @@ class SafetensorsFiles:
     def __init__(self, folder: str | Path, stem: str = "model", mapped: bool = True):
         self.folder, self._backend = Path(folder), "mmap" if mapped else "pread"
         self._single, self._index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
-        self._entries = self._read_entries()
+        self._tensors = self._opened()
 
     def names(self) -> list[str]:
         """All tensor names, in the order in which they are stored."""
-        return list(self._entries)
+        return list(self._tensors)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._entries
+        return name in self._tensors
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape."""
-        return self._entry(name).shape
+        return self._tensor(name).shape
 
     def dtype(self, name: str) -> str:
         """The tensor's type as safetensors names it: `F32`, `BF16`, `I32` ..."""
-        return self._entry(name).dtype
+        return self._tensor(name).dtype
 
     def nbytes(self, name: str) -> int:
         """The size of the stored tensor."""
@@ -81,103 +83,128 @@ class SafetensorsFiles:
             SourceError: there is no such tensor, or torch does not have its type.
         """
         try:
-            return self._entry(name).handle.get_tensor(name)
+            return self._tensor(name).handle.get_tensor(name)
         except (SafetensorError, RuntimeError, AttributeError, TypeError) as error:
             raise SourceError(
                 f"{str(self.folder)!r}: tensor {name!r} cannot be read: {error}"
             ) from error
 
-    def _entry(self, name: str) -> _Entry:
+    def check(
+        self,
+        name: str,
+        dtypes: Collection[str],
+        shape: Sequence[int],
+        where: str,
+        flat: bool = False,
+    ) -> None:
+        """Check that a tensor has this shape (`flat`: as many values) and one of these types.
+
+        Args:
+            where: the layer and its format, for messages.
+
+        Raises:
+            SourceError: it is missing, or has another type or shape.
+        """
+        if name not in self:
+            raise SourceError(f"{where}: {name!r} is missing; download the model again")
+        stored = self._tensor(name)
+        fits = math.prod(stored.shape) == math.prod(shape) if flat else stored.shape == (*shape,)
+        if stored.dtype not in dtypes or not fits:
+            raise SourceError(
+                f"{where}: {name!r} is {stored.dtype} {list(stored.shape)}, but the settings in "
+                f"config.json need {' or '.join(dtypes)} {list(shape)}; download the model again"
+            )
+
+    def read_as(
+        self,
+        name: str,
+        dtypes: Collection[str],
+        shape: Sequence[int],
+        where: str,
+        flat: bool = False,
+    ) -> Tensor:
+        """Read one tensor in this shape after `check`."""
+        self.check(name, dtypes, shape, where, flat)
+        return self.read(name).reshape(tuple(shape))
+
+    def _tensor(self, name: str) -> StoredTensor:
         try:
-            return self._entries[name]
+            return self._tensors[name]
         except KeyError:
             raise SourceError(
                 f"{str(self.folder)!r}: there is no tensor {name!r} in its safetensors files"
             ) from None
 
-    def _read_entries(self) -> dict[str, _Entry]:
-        entries: dict[str, _Entry] = {}
-        for file, names in self._listed_files().items():
-            held = read_header(file, self._backend)
-            for name in held if names is None else names:
-                if name not in held:
-                    raise SourceError(
-                        f"{str(file)!r}: the index lists tensor {name!r} in this file, but it is "
-                        "not there; download the model again"
-                    )
-                entries[name] = held[name]
-            if names is not None and (extra := sorted(held.keys() - set(names))):
-                raise SourceError(
-                    f"{str(file)!r}: tensor {extra[0]!r} is in this file, but the index does not "
-                    f"list it there ({len(extra)} such tensors); download the model again"
-                )
-        return entries
-
-    def _listed_files(self) -> dict[Path, list[str] | None]:
-        """Each file with the tensors that the index lists in it; None if there is no index."""
-        if (self.folder / self._index).is_file():
-            return self._indexed_files(self.folder / self._index)
-        if (self.folder / self._single).is_file():
-            return {self.folder / self._single: None}
-        if index := self._only("*.safetensors.index.json"):
-            return self._indexed_files(index)
-        if single := self._only("*.safetensors"):
-            return {single: None}
-        if old := sorted(p.name for p in self.folder.glob("pytorch_model*.bin")):
+    def _opened(self) -> dict[str, StoredTensor]:
+        index = self._file(self._index, "*.safetensors.index.json", instead_of=self._single)
+        if index is None:
+            single = self._file(self._single, "*.safetensors")
+            if single is not None:
+                return read_header(single, self._backend)
+            pickles = sorted(p.name for p in self.folder.glob("pytorch_model*.bin"))
             raise SourceError(
-                f"{str(self.folder)!r} holds {old[0]}, a pickle file, which can run code when it "
-                "is read. Save the model as safetensors first (model.save_pretrained)"
+                f"{str(self.folder)!r} holds {pickles[0]}, a pickle file, which can run code when "
+                "it is read. Save the model as safetensors first (model.save_pretrained)"
+                if pickles
+                else f"{str(self.folder)!r} has neither {self._single} nor {self._index}. "
+                "Give the folder of a Hugging Face checkpoint"
             )
-        raise SourceError(
-            f"{str(self.folder)!r} has neither {self._single} nor {self._index}. "
-            "Give the folder of a Hugging Face checkpoint"
-        )
+        tensors: dict[str, StoredTensor] = {}
+        for file, names in _listed_files(index).items():
+            stored = read_header(file, self._backend)
+            if wrong := sorted(stored.keys() ^ set(names)):
+                raise SourceError(
+                    f"{str(file)!r} and {index.name} disagree about which tensors the file holds: "
+                    f"{listed(map(repr, wrong))}; download the model again"
+                )
+            tensors |= {name: stored[name] for name in names}
+        return tensors
 
-    def _only(self, pattern: str) -> Path | None:
-        """The file that matches `pattern`, or None.
+    def _file(self, name: str, pattern: str, instead_of: str = "") -> Path | None:
+        """The file `name`, or else the only one that matches `pattern`, unless `instead_of` exists.
 
         Raises:
             SourceError: several files match.
         """
-        found = sorted(path for path in self.folder.glob(pattern) if path.is_file())
-        if len(found) > 1:
-            names = listed(path.name for path in found)
-            usual = self._index if pattern.endswith(".json") else self._single
+        if (self.folder / name).is_file():
+            return self.folder / name
+        if instead_of and (self.folder / instead_of).is_file():
+            return None
+        matches = sorted(path for path in self.folder.glob(pattern) if path.is_file())
+        if len(matches) > 1:
+            names = listed(path.name for path in matches)
             raise SourceError(
                 f"{str(self.folder)!r} has neither {self._single} nor {self._index}, but several "
-                f"other files: {names}. Rename the right one to {usual}, or remove the others"
+                f"other files: {names}. Rename the right one to {name}, or remove the others"
             )
-        return found[0] if found else None
+        return matches[0] if matches else None
 
-    def _indexed_files(self, index: Path) -> dict[Path, list[str] | None]:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(
-            isinstance(v, str) for v in weight_map.values()
-        ):
+
+def _listed_files(index: Path) -> dict[Path, list[str]]:
+    """The files that an index names, with the tensors in each.
+
+    Raises:
+        SourceError: a file is missing or outside of the folder, or the index is malformed.
+    """
+    weight_map = read_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise SourceError(
+            f"{str(index)!r}: weight_map must give the file name of each tensor; download it again"
+        )
+    files: dict[Path, list[str]] = {}
+    for name, file in weight_map.items():
+        if set(file) & set("/\\\0") or not file.endswith(".safetensors"):
             raise SourceError(
-                f"{str(index)!r}: weight_map must give the file name of each tensor; download it "
-                "again"
+                f"{str(index)!r}: tensor {name!r} is listed in {file!r}, which is not a "
+                ".safetensors file in this folder"
             )
-        files: dict[Path, list[str] | None] = {}
-        for name, file in weight_map.items():
-            if (
-                file in ("", ".", "..")
-                or set(file) & set("/\\\0")
-                or not file.endswith(".safetensors")
-            ):
-                raise SourceError(
-                    f"{str(index)!r}: tensor {name!r} is listed in {file!r}, which is not a "
-                    ".safetensors file in this folder"
-                )
-            if not (self.folder / file).is_file():
-                raise SourceError(
-                    f"{str(index)!r}: file {file!r}, which should contain tensor {name!r}, is "
-                    "missing; download it too"
-                )
-            names = files.setdefault(self.folder / file, [])
-            assert names is not None
-            names.append(name)
-        return files
+        if not (index.parent / file).is_file():
+            raise SourceError(
+                f"{str(index)!r}: file {file!r}, which should contain tensor {name!r}, is "
+                "missing; download it too"
+            )
+        files.setdefault(index.parent / file, []).append(name)
+    return files
 
 
 def check_shards_are_inside(folder: Path) -> None:
@@ -187,7 +214,7 @@ def check_shards_are_inside(folder: Path) -> None:
         SourceError: with the index, the tensor and the file.
     """
     for index in sorted(folder.glob("*.index.json")):
-        weight_map = read_json(index).get("weight_map")
+        weight_map = read_object(index).get("weight_map")
         for name, file in weight_map.items() if isinstance(weight_map, dict) else ():
             path = os.path.normpath(str(file))
             if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
@@ -197,24 +224,7 @@ def check_shards_are_inside(folder: Path) -> None:
                 )
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
-
-    Raises:
-        SourceError: the file cannot be read, is not a JSON object, or a key occurs twice.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_distinct)
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(
-            f"{str(path)!r} cannot be read: {error or type(error).__name__}"
-        ) from error
-    if not isinstance(content, dict):
-        raise SourceError(f"{str(path)!r} is not a JSON object")
-    return content
-
-
-def read_header(file: Path, backend: str = "pread") -> dict[str, _Entry]:
+def read_header(file: Path, backend: str = "pread") -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, in the order in which they are stored; reads no data.
 
     Raises:
@@ -224,17 +234,10 @@ def read_header(file: Path, backend: str = "pread") -> dict[str, _Entry]:
         handle = safe_open(file, framework="pt", backend=backend)
         slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
         return {
-            name: _Entry(handle, part.get_dtype(), tuple(part.get_shape()))
+            name: StoredTensor(handle, part.get_dtype(), tuple(part.get_shape()))
             for name, part in slices.items()
         }
     except (OSError, SafetensorError) as error:
         raise SourceError(
             f"{str(file)!r} is truncated, or not a safetensors file ({error}); download it again"
         ) from error
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    repeated = [name for name, count in Counter(name for name, _ in pairs).items() if count > 1]
-    if repeated:
-        raise ValueError(f"key {repeated[0]!r} occurs twice")
-    return dict(pairs)

@@ -6,8 +6,7 @@ by model type (`transformers.conversion_mapping`), and they are applied here:
 
     floats       as they are
     integers     only if a conversion stacks, joins or splits whole rows; it is then applied to
-    codes,
-                 scales and offsets separately
+                 codes, scales and offsets separately
 
 Each conversion first runs on tensors without data, which gives the names and shapes of its results.
 """
@@ -15,9 +14,10 @@ Each conversion first runs on tensors without data, which gives the names and sh
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,7 +35,8 @@ from transformers.core_model_loading import (
 from qwlora.errors import SourceError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
+from qwlora.grid.scheme import Lpbq, PerBlock
+from qwlora.messages import listed
 
 ROW_OPERATIONS = tuple(
     getattr(core_model_loading, name)
@@ -45,7 +46,7 @@ ROW_OPERATIONS = tuple(
 
 
 @dataclass
-class Origin:
+class StoredTensors:
     """The stored tensors of one or more parameters, and the conversion between them.
 
     Args:
@@ -65,16 +66,11 @@ class Origin:
             return {self.first_target: tensors[self.sources[0][0]]}
         converter = deepcopy(self.converter)
         for stored, pattern in self.sources:
-            value: Any = _given(tensors[stored])  # transformers accepts a callable, but says Tensor
+            # transformers accepts a callable, but says Tensor
+            value: Any = partial(tensors.__getitem__, stored)
             converter.add_tensor(self.first_target, stored, pattern, value)
-        made = converter.convert(self.first_target, model=model, config=model.config)
-        return {
-            name: value[0] if isinstance(value, list) else value for name, value in made.items()
-        }
-
-
-def _given(tensor: Tensor) -> Callable[[], Tensor]:
-    return lambda: tensor
+        converted = converter.convert(self.first_target, model=model, config=model.config)
+        return {name: v[0] if isinstance(v, list) else v for name, v in converted.items()}
 
 
 def origins(
@@ -82,7 +78,7 @@ def origins(
     stored: Mapping[str, tuple[int, ...]],
     where: str,
     transforms: Sequence[WeightTransform] | None = None,
-) -> tuple[dict[str, Origin], list[str]]:
+) -> tuple[dict[str, StoredTensors], list[str]]:
     """Find the stored tensors of each parameter.
 
     Args:
@@ -104,54 +100,37 @@ def origins(
     transforms = get_model_conversion_mapping(model) if transforms is None else transforms
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    by_pattern = {
-        pattern: converter for converter in converters for pattern in converter.source_patterns
-    }
-    found: dict[str, Origin] = {}
+    by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
+    by_first: dict[str, StoredTensors] = {}
     unknown: list[str] = []
     for name in sorted(stored, key=dot_natural_key):
-        target, pattern = rename_source_key(
-            name, renamings, converters, model.base_model_prefix, meta
-        )
+        prefix = model.base_model_prefix
+        target, pattern = rename_source_key(name, renamings, converters, prefix, meta)
         if target not in meta and name in meta:
-            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, meta)
+            target, pattern = rename_source_key(name, [], [], prefix, meta)
         if target not in meta:
             unknown.append(name)
         elif pattern is not None:
-            found.setdefault(target, Origin(target, by_pattern[pattern])).sources.append(
-                (name, pattern)
-            )
-        elif target in found:
+            by_first.setdefault(target, StoredTensors(target, by_pattern[pattern]))
+            by_first[target].sources.append((name, pattern))
+        elif target in by_first:
             raise SourceError(
-                f"{where}: tensors {found[target].sources[0][0]!r} and {name!r} are both parameter "
-                f"{target!r}; remove one of them from the checkpoint"
+                f"{where}: tensors {by_first[target].sources[0][0]!r} and {name!r} are both "
+                f"parameter {target!r}; remove one of them from the checkpoint"
             )
         else:
-            found[target] = Origin(target, None, [(name, name)])
-    expected = {
-        target: origin
-        for first in found.values()
-        for target, origin in _targets(first, model, stored, where)
-    }
-    return expected, [name for name in unknown if not _ignored(name, model)]
-
-
-def _targets(
-    origin: Origin, model: PreTrainedModel, stored: Mapping[str, tuple[int, ...]], where: str
-) -> list[tuple[str, Origin]]:
-    if origin.converter is None:
-        return [(origin.first_target, origin)]
-    try:
-        made = origin.convert(
-            model, {name: torch.empty(stored[name], device="meta") for name, _ in origin.sources}
-        )
-    except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
-        sources = ", ".join(name for name, _ in origin.sources[:4])
-        raise SourceError(
-            f"{where}: parameter {origin.first_target!r} cannot be made from {sources}: {error}; "
-            "download the model again"
-        ) from error
-    return [(name, origin) for name in made]
+            by_first[target] = StoredTensors(target, None, [(name, name)])
+    by_target: dict[str, StoredTensors] = {}
+    for origin in by_first.values():
+        sources = {name: torch.empty(stored[name], device="meta") for name, _ in origin.sources}
+        try:
+            by_target |= dict.fromkeys(origin.convert(model, sources), origin)
+        except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
+            raise SourceError(
+                f"{where}: parameter {origin.first_target!r} cannot be made from "
+                f"{listed(sources, 4)}: {error}; download the model again"
+            ) from error
+    return by_target, [name for name in unknown if not _ignored(name, model)]
 
 
 def _ignored(name: str, model: PreTrainedModel) -> bool:
@@ -166,9 +145,9 @@ def _ignored(name: str, model: PreTrainedModel) -> bool:
 
 
 def convert_quantized(
-    origin: Origin, model: PreTrainedModel, parts: Mapping[str, QuantizedTensor], where: str
+    origin: StoredTensors, model: PreTrainedModel, parts: Mapping[str, QuantizedTensor], where: str
 ) -> dict[str, QuantizedTensor]:
-    """As `Origin.convert`, for quantized tensors: converts codes, scales and offsets separately.
+    """As `StoredTensors.convert`, for codes, scales and offsets separately.
 
     Raises:
         SourceError: the stored parts have different schemes, or the conversion does more than move
@@ -176,62 +155,38 @@ def convert_quantized(
     """
     if origin.converter is None:
         return {origin.first_target: parts[origin.sources[0][0]]}
-    other = [
-        op
-        for op in origin.converter.operations
-        if not isinstance(op, ROW_OPERATIONS) or getattr(op, "dim", 0) < 0
-    ]
-    if other:
-        raise SourceError(
-            f"{where}: parameter {origin.first_target!r} needs the conversion {other[0]!r}, which "
-            "is not possible on integers. Quantize the float model instead"
-        )
+    for op in origin.converter.operations:
+        if not isinstance(op, ROW_OPERATIONS) or getattr(op, "dim", 0) < 0:
+            raise SourceError(
+                f"{where}: parameter {origin.first_target!r} needs the conversion {op!r}, which "
+                "is not possible on integers. Quantize the float model instead"
+            )
     blocks = {name: _as_blocks(part) for name, part in parts.items()}
     schemes = {part.encoding.scheme: name for name, part in blocks.items()}
     if len(schemes) > 1:
-        listed = "; ".join(f"{name}: {scheme}" for scheme, name in schemes.items())
+        parts_of = "; ".join(f"{name}: {scheme}" for scheme, name in schemes.items())
         raise SourceError(
             f"{where}: the parts of parameter {origin.first_target!r} have different schemes "
-            f"({listed}), but a parameter must have one. Quantize the float model instead"
+            f"({parts_of}), but a parameter must have one. Quantize the float model instead"
         )
     (scheme,) = schemes
-    codes, scales, offsets = (
-        origin.convert(model, {name: pick(part) for name, part in blocks.items()})
-        for pick in _PICKS
-    )
+    codes = origin.convert(model, {name: part.codes for name, part in blocks.items()})
+    scales = origin.convert(model, {name: part.encoding.scale for name, part in blocks.items()})
+    ends = origin.convert(model, {name: part.encoding.low_end for name, part in blocks.items()})
     return {
-        name: QuantizedTensor(codes[name], Encoding(scheme, scales[name], offsets[name]))
+        name: QuantizedTensor(codes[name], Encoding(scheme, scales[name], ends[name]))
         for name in codes
     }
 
 
-def _codes(part: QuantizedTensor) -> Tensor:
-    return part.codes
-
-
-def _scale(part: QuantizedTensor) -> Tensor:
-    return part.encoding.scale
-
-
-def _offset(part: QuantizedTensor) -> Tensor:
-    return part.encoding.offset
-
-
-_PICKS: Sequence[Callable[[QuantizedTensor], Tensor]] = (_codes, _scale, _offset)
-
-
 def _as_blocks(part: QuantizedTensor) -> QuantizedTensor:
     """The same values with at least one scale per row, so that rows can be moved."""
-    encoding = part.encoding
-    granularity = encoding.scheme.granularity
-    if isinstance(granularity, PerBlock | Lpbq):
+    encoding, shape = part.encoding, (*part.codes.shape[:-1], 1)
+    if isinstance(encoding.scheme.granularity, PerBlock | Lpbq):
         return part
-    shape = (*part.codes.shape[:-1], 1)
-    widened: list[Any] = [
-        t.view(-1, *[1] * (part.codes.ndim - 1)).expand(shape).contiguous()
-        for t in (encoding.scale, encoding.offset)
-    ]
-    scheme = Scheme(
-        encoding.scheme.bitwidth, encoding.scheme.symmetric, PerBlock(part.codes.shape[-1])
+    scale, end = (
+        values.view(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()
+        for values in (encoding.scale, encoding.low_end)
     )
-    return QuantizedTensor(part.codes, Encoding(scheme, *widened))
+    scheme = replace(encoding.scheme, granularity=PerBlock(part.codes.shape[-1]))
+    return QuantizedTensor(part.codes, Encoding(scheme, scale, end))

@@ -27,7 +27,7 @@ from qwlora.export.proof.folder import BASE, WITHOUT_CACHE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import UseCasesTarget
 from qwlora.formats.card_mark import as_code, escaped, marked
-from qwlora.formats.model_origin import UNKNOWN, Origin, origin_of
+from qwlora.formats.model_origin import UNKNOWN, ModelCardInfo, origin_of
 from qwlora.pipeline.job.directory import Directory
 from qwlora.recipe import Data, Recipe
 from qwlora.report.results_view import Job, finite, runtime
@@ -164,7 +164,7 @@ def _of_adapter(job: Job, recipe: Recipe, name: str, places: Places) -> dict[str
     }
 
 
-def _relation(origin: Origin, places: Places, adapter: str | None) -> str | None:
+def _relation(origin: ModelCardInfo, places: Places, adapter: str | None) -> str | None:
     if adapter is None:
         return "quantized" if origin.repository else None
     return "adapter" if places.hub_base or origin.repository else None
@@ -197,7 +197,9 @@ def shown_text(data: Data) -> str:
     return as_code(source if source.startswith("python:") else PurePath(source).name)
 
 
-def _license(origin: Origin, stated: str | None, *, inherits: bool) -> tuple[dict[str, Any], str]:
+def _license(
+    origin: ModelCardInfo, stated: str | None, *, inherits: bool
+) -> tuple[dict[str, Any], str]:
     """The metadata, and a sentence: a base has its model's license; an adapter's must be stated."""
     model = (
         f"The model's license is {escaped(origin.license)} ({origin.stated_in})."
@@ -286,7 +288,7 @@ def _check(job: Job, target: str, name: str) -> str:
     )
 
 
-def _linked(origin: Origin) -> str:
+def _linked(origin: ModelCardInfo) -> str:
     if origin.repository is None:
         return as_code(origin.name)
     return f"[{origin.repository}](https://huggingface.co/{origin.repository})"

@@ -20,9 +20,9 @@ from torch import Tensor
 from torch.ao.quantization import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 
 from machine import machine_line
-from qwlora.grid import min_max as observer
 from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.estimate_ranges import estimate_ranges
+from qwlora.grid.min_max import group_range, measure
 from qwlora.grid.range_estimator import Estimator
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
@@ -43,7 +43,7 @@ def fake_quantize_cases(name: str, x: Tensor) -> list[Case]:
         Scheme(4, True, PerBlock(32)),
     ):
         rows = x.view(-1, x.shape[-1])
-        encoding = observer.measure(rows, scheme)
+        encoding = measure(rows, scheme)
         if isinstance(scheme.granularity, PerTensor):
             scale, zero_point = float(encoding.scale), int(-encoding.offset)
             theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: (  # noqa: E731
@@ -51,9 +51,7 @@ def fake_quantize_cases(name: str, x: Tensor) -> list[Case]:
             )
             against = "torch.fake_quantize_per_tensor_affine"
         else:
-            channel = observer.measure(
-                rows, Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0))
-            )
+            channel = measure(rows, Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0)))
             scale, zero_point = channel.scale, -channel.offset
             theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: (  # noqa: E731
                 torch.fake_quantize_per_channel_affine(rows, s, z, 0, 0, q)
@@ -74,8 +72,7 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
     """One update each. HistogramObserver is timed with a range that stays, its best case, and with one that grows."""
     scheme, channel = Scheme(8, False), Scheme(8, True, PerChannel(0))
     rows = x.view(-1, x.shape[-1])
-    minmax = (observer.MinMaxObserver(scheme), MinMaxObserver())
-    per_channel = (observer.MinMaxObserver(channel), PerChannelMinMaxObserver(ch_axis=0))
+    minmax, per_channel = MinMaxObserver(), PerChannelMinMaxObserver(ch_axis=0)
     histogram = (SampleObserver(True), HistogramObserver())
 
     def grow(
@@ -97,19 +94,19 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
             f"one read of the tensor (sum), {name}: the least that min-max can cost",
             "MinMaxObserver",
             lambda: rows.sum(),
-            lambda: minmax[1](rows),
+            lambda: minmax(rows),
         ),
         (
             f"min-max, {name}, per tensor",
             "MinMaxObserver",
-            lambda: minmax[0].update(rows),
-            lambda: minmax[1](rows),
+            lambda: group_range(rows, scheme),
+            lambda: minmax(rows),
         ),
         (
             f"min-max, {name}, per channel",
             "PerChannelMinMaxObserver",
-            lambda: per_channel[0].update(rows),
-            lambda: per_channel[1](rows),
+            lambda: group_range(rows, channel),
+            lambda: per_channel(rows),
         ),
         (
             f"sample (percentile, squared error, SQNR), {name}",

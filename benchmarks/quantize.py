@@ -62,16 +62,12 @@ def capture(file: Path) -> None:
 
 def ours(weight: Tensor, x: Tensor, size: int, sweeps: int) -> tuple[Tensor, float]:
     from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
-    from qwlora.quantize.gptq import GptqSettings, gptq
+    from qwlora.quantize.gptq import GptqSettings, solve_gptq
 
     moment = x.T @ x / len(x)
     began = time.process_time()
-    found, _ = gptq(
-        weight,
-        moment,
-        Scheme(4, granularity=PerBlock(size) if size > 0 else PerChannel(0)),
-        GptqSettings(sweeps=sweeps),
-    )
+    scheme = Scheme(4, granularity=PerBlock(size) if size > 0 else PerChannel(0))
+    found, _ = solve_gptq(weight, scheme, moment, GptqSettings(sweeps=sweeps))
     return found.dequantize(), time.process_time() - began
 
 

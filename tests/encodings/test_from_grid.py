@@ -11,7 +11,6 @@ from qwlora.encodings import VERSIONS, EncodingsFile, LpbqEncoding, read, write
 from qwlora.encodings.grids import TensorLayout, encoding_of, entry_of, grid_of
 from qwlora.errors import ConversionError, EncodingsFileError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.lpbq import to_integer_scales
 from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
 OUT, IN, BLOCK = 6, 16, 4
@@ -30,7 +29,7 @@ def grid(scheme: Scheme) -> Encoding:
     shape = scheme.scale_shape((OUT, IN))
     scale = torch.rand(shape, generator=generator) + 0.1
     if isinstance(scheme.granularity, Lpbq):
-        scale = to_integer_scales(scale, scheme)
+        scale = scheme.nearest(scale)
     offset = torch.full(shape, scheme.symmetric_offset, dtype=torch.int32)
     if not scheme.symmetric:
         offset = -torch.randint(1, scheme.steps, shape, generator=generator, dtype=torch.int32)

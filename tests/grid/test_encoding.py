@@ -296,50 +296,6 @@ def test_impossible_encodings_are_refused(monkeypatch):
             )
 
 
-@thorough
-@given(cases(bitwidths=(2, 3, 4, 8)), st.sampled_from([0.5, 1.0, 1.7]))
-def test_gradient_of_a_learned_scale_is_that_of_lsq(case, stretch):
-    x, scheme = case
-    measured = measure(x, scheme)
-    encoding = Encoding(scheme, measured.scale.clone().requires_grad_(), measured.offset)
-    upstream = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    gradient = torch.autograd.grad(
-        encoding.fake_quantize((x * stretch).double()), encoding.scale, upstream
-    )[0]
-
-    scale, offset = (per_value(p, scheme, x).double() for p in (measured.scale, measured.offset))
-    ratio = (x * stretch).double() / scale
-    expected = torch.where(
-        ratio.round() < offset,
-        offset,
-        torch.where(
-            ratio.round() > offset + scheme.steps, offset + scheme.steps, ratio.round() - ratio
-        ),
-    )
-    leaf = measured.scale.double().requires_grad_()
-    (spread,) = torch.autograd.grad(per_value(leaf, scheme, x), leaf, upstream * expected)
-    assert gradient.dtype == torch.float32
-    assert torch.allclose(gradient, spread.float(), rtol=1e-4, atol=1e-4)
-
-
-def test_a_step_along_the_learned_scales_gradient_lowers_the_error():
-    x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
-    measured = measure(x, Scheme(3, granularity=PerChannel(0)))
-    scale = measured.scale.clone().requires_grad_()
-    errors = []
-    for _ in range(30):
-        error = (
-            (Encoding(measured.scheme, scale, measured.offset).fake_quantize(x) - x)
-            .square()
-            .mean(1)
-            .sum()
-        )
-        (gradient,) = torch.autograd.grad(error, scale)
-        scale = (scale - 0.05 * gradient).detach().requires_grad_()
-        errors.append(float(error.detach()))
-    assert errors[-1] < 0.8 * errors[0]
-
-
 def test_one_offset_for_all_groups_gives_what_many_give():
     x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     scheme = Scheme(4, False, PerChannel(0))

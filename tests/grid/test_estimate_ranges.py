@@ -14,9 +14,8 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.estimate_ranges import estimate_ranges
 from qwlora.grid.min_max import encoding_from_range, measure
 from qwlora.grid.range_estimator import ESTIMATORS, Estimator
-from qwlora.grid.range_search import least_error_grid
+from qwlora.grid.range_search import least_error_grid, share_outside, weighted_points
 from qwlora.grid.scheme import Scheme
-from qwlora.grid.weighted_points import share_outside, weighted_points
 
 SHAPE = (2, 96, 384)
 SEARCHES = {"squared-error": 1.0, "sqnr": 3.0}
@@ -28,10 +27,6 @@ def estimated(batches: list[Tensor], scheme: Scheme, estimator: Estimator) -> En
         observer.update(x)
     low, high = estimate_ranges([observer], scheme, estimator)
     return encoding_from_range(low[0], high[0], scheme)
-
-
-def equal(a: Encoding, b: Encoding) -> bool:
-    return torch.equal(a.scale, b.scale) and torch.equal(a.offset, b.offset)
 
 
 def exact_errors(x: Tensor, scale: Tensor, offset: Tensor, steps: int, gamma: float) -> Tensor:
@@ -144,7 +139,7 @@ def test_a_sample_costs_little_against_all_of_the_data(data: str) -> None:
 def test_min_max_is_exact(symmetric: bool) -> None:
     batches = [gaussian(3, 40, 64, seed=i) * (i + 1) for i in range(5)]
     scheme = Scheme(8, symmetric)
-    assert equal(estimated(batches, scheme, Estimator()), measure(torch.cat(batches), scheme))
+    assert estimated(batches, scheme, Estimator()).equals(measure(torch.cat(batches), scheme))
 
 
 @pytest.mark.parametrize("shape", [(16,), (5, 30), (1, 4, 8, 9)])
@@ -157,7 +152,7 @@ def test_a_percentile_of_a_complete_sample_is_that_of_the_data(
     ascending = torch.cat([x.flatten() for x in batches]).sort().values
     outside = int(len(ascending) * (100 - percentile) / 100 + 1e-9)
     exact = encoding_from_range(ascending[outside], ascending[-1 - outside], scheme)
-    assert equal(estimated(batches, scheme, Estimator("percentile", percentile)), exact)
+    assert estimated(batches, scheme, Estimator("percentile", percentile)).equals(exact)
 
 
 def test_a_percentile_of_a_sample_is_near_that_of_the_data() -> None:
@@ -201,7 +196,7 @@ def test_clipping_pays_for_heavy_tails_and_sqnr_clips_less_than_squared_error() 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_all_zero_and_one_value(name: str, bitwidth: int, symmetric: bool) -> None:
     scheme, zero = Scheme(bitwidth, symmetric), torch.zeros(2, 4)
-    assert equal(estimated([zero, zero], scheme, Estimator(name)), measure(zero, scheme))
+    assert estimated([zero, zero], scheme, Estimator(name)).equals(measure(zero, scheme))
     for value in (0.75, -0.75, 1e-30, -1e30):
         x = torch.full((2, 4), value)
         encoding = estimated([x], scheme, Estimator(name))

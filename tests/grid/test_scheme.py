@@ -15,7 +15,6 @@ from qwlora.grid.scheme import (
     PerChannel,
     PerTensor,
     Scheme,
-    granularity_of,
     parse_scheme,
     short_name,
 )
@@ -27,7 +26,11 @@ granularities = st.one_of(
     st.builds(PerChannel, st.integers(-4, 3)),
     st.builds(PerBlock, st.integers(1, 256)),
 )
-schemes = st.builds(Scheme, st.sampled_from(BITWIDTHS), st.booleans(), granularities)
+schemes = st.one_of(
+    st.builds(Scheme, st.sampled_from(BITWIDTHS), st.booleans(), granularities),
+    st.builds(Scheme, st.just(4), st.just(False), granularities, st.booleans()),
+    st.builds(Scheme, st.just(4), st.just(True), st.builds(Lpbq, st.just(32), st.integers(1, 8))),
+)
 
 
 @brief
@@ -85,12 +88,6 @@ def test_other_bitwidths_are_refused(bitwidth):
 def test_an_empty_block_is_refused():
     with pytest.raises(GridError, match="a block holds at least one value, not 0"):
         PerBlock(0)
-
-
-def test_granularity_of():
-    assert granularity_of(None, None) == PerTensor()
-    assert granularity_of(0, None) == PerChannel(0)
-    assert granularity_of(None, 32) == PerBlock(32)
 
 
 @pytest.mark.parametrize(

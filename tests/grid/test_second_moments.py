@@ -29,16 +29,6 @@ def test_rows_count_alike_unless_told_otherwise() -> None:
     assert torch.allclose(weighted.matrix, seen(x[0]).matrix, atol=1e-5)
 
 
-def test_halves_merge_to_the_whole() -> None:
-    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(0))
-    merged = seen(x[:32])
-    merged.merge(seen(x[32:]))
-    assert torch.allclose(merged.matrix, seen(x).matrix, atol=1e-5)
-    assert merged.tokens == 64
-    with pytest.raises(CalibrationError, match="widths 8 and 4"):
-        merged.merge(seen(x[:, :4]))
-
-
 def test_what_has_no_moment_says_so() -> None:
     with pytest.raises(CalibrationError, match="no data was observed"):
         _ = SecondMoment().matrix

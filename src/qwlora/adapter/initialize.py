@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from qwlora.adapter.active_adapters import active_adapter
 from qwlora.errors import TrainingError
-from qwlora.grid.second_moments import Moment
+from qwlora.grid.second_moments import Moment, factor_damped
 from qwlora.messages import listed
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import PackedTensor
@@ -303,14 +303,13 @@ def _root(moment: Tensor, damping: float) -> Tensor:
             "the moments contain nan or infinity. Quantize again, or measure them again with "
             "observe_moments"
         )
-    mean = float(moment.diagonal().mean()) or 1.0
-    while True:
-        damped = moment.clone()
-        damped.diagonal().add_(damping * mean)
+
+    def factor(damped: Tensor) -> Tensor | None:
         lower, failed = torch.linalg.cholesky_ex(damped)
-        if not int(failed):
-            return lower
-        damping *= 10
+        return None if int(failed) else lower
+
+    mean = float(moment.diagonal().mean()) or 1.0
+    return factor_damped(moment, mean, damping, factor)[1]
 
 
 def _leading_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,8 +43,7 @@ from qwlora.encodings.model import (
 )
 from qwlora.errors import EncodingsFileError, GridError, SourceError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.lpbq import split_scales
-from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Blocks, Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
 
 @dataclass(frozen=True)
@@ -111,17 +110,19 @@ def entry_of(
         case PerBlock(size):
             axis = last
         case Lpbq(size, scale_bitwidth):
-            row, integers = split_scales(scale, scheme)
+            row, integers = scheme.granularity.split(scale)
             return LpbqEncoding(
                 name,
                 scheme.bitwidth,
                 size,
                 placed(integers),
-                placed(row.unsqueeze(-1).double()),
+                placed(row.double()),
                 None if nested else scheme.bitwidth + scale_bitwidth,
                 last if nested else None,
                 (1 if transposed else 0) if nested else None,
             )
+        case Blocks() as blocks:
+            raise GridError(f"{scheme}: AIMET's files have no blocks of kind {blocks.kind}")
     # In 2.x symmetric means that every offset is at the center. `signed` keeps what was requested.
     centered = bool((offset == scheme.symmetric_offset).all())
     return IntegerEncoding(
@@ -220,7 +221,7 @@ def _lpbq_granularity(scale: Tensor, entry: LpbqEncoding, bits: int) -> PerBlock
     """Lpbq if both factors can be recovered: each row has a block with the largest integer."""
     try:
         granularity = Lpbq(entry.block_size, bits)
-        split_scales(scale, Scheme(entry.bitwidth, True, granularity))
+        granularity.split(scale)
     except GridError:
         return PerBlock(entry.block_size)
     return granularity

@@ -7,7 +7,7 @@ from collections.abc import Collection
 from enum import Enum
 
 from qwlora.formats.bitwidths import MLX_BITWIDTHS
-from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
+from qwlora.grid.scheme import Blocks, Scheme
 from qwlora.messages import listed
 
 MLX_GROUPS = (128, 64, 32)
@@ -66,7 +66,7 @@ def gguf_problem(scheme: Scheme) -> str | None:
     if scheme.bitwidth not in bits:
         return f"{scheme}: GGUF has {' and '.join(map(str, bits))} bits in blocks of 32"
     match scheme.granularity:
-        case PerBlock(size) | Lpbq(size) if size % 32:
+        case Blocks(size) if size % 32:
             return f"{scheme}: GGUF has blocks of 32"
     return None
 
@@ -76,7 +76,7 @@ def mlx_problem(scheme: Scheme) -> str | None:
     if scheme.bitwidth not in MLX_BITWIDTHS:
         return f"{scheme}: MLX has {', '.join(map(str, MLX_BITWIDTHS))} bits"
     match scheme.granularity:
-        case PerBlock(size) | Lpbq(size) if all(size % group for group in MLX_GROUPS):
+        case Blocks(size) if all(size % group for group in MLX_GROUPS):
             return f"{scheme}: MLX has groups of 32, 64 and 128"
     return None
 
@@ -88,7 +88,7 @@ def nbits_problem(scheme: Scheme) -> str | None:
     if scheme.float_offset and scheme.bitwidth > 4:
         return f"{scheme}: MatMulNBits has float offsets for 2 and 4 bits only"
     match scheme.granularity:
-        case PerBlock(size) | Lpbq(size) if size % NBITS_BLOCKS[-1]:
+        case Blocks(size) if size % NBITS_BLOCKS[-1]:
             return f"{scheme}: MatMulNBits has blocks of 16, 32, 64, 128 and 256"
     return None
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from qwlora.export.target import Target
-from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Blocks, Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.grid.scheme import short_name as named
 
 ROUNDING_SOLVERS = ("search", "sqnr", "gptq")  # they round scales of blocks to float16
@@ -168,5 +168,5 @@ def _distance(asked: Scheme, found: Scheme) -> tuple[float, ...]:
 def _apart(asked: Granularity, found: Granularity) -> tuple[float, ...]:
     if asked == found:
         return 0, 0
-    sizes = [g.size for g in (asked, found) if isinstance(g, PerBlock | Lpbq)]
+    sizes = [g.size for g in (asked, found) if isinstance(g, Blocks)]
     return 1, abs(math.log2(sizes[0] / sizes[1])) if len(sizes) == 2 else 20

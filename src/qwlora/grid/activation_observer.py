@@ -5,10 +5,10 @@
     sample    up to 12,288 values of all batches, each with the same probability
 
 A sample alone misses the few values far out, and ranges depend on those. A row is the last axis.
-The ends of all rows cost hardly more than those of the batch, and beyond the 64th of them few rows
-have more than one value. Where some rows reach more than twice as far and may have many such values
-(the first token of a language model), the furthest 8 rows are kept whole. So the tails are reliable
-as far in as `bounds`.
+The ends of all rows cost hardly more than those of the batch, and rows after the 64th rarely hold
+more than one value this large. Where some rows reach more than twice as far and may have
+many such values (the first token of a language model), the furthest 8 rows are kept whole. Between
+`bounds` and the ends, no value is missing.
 
 A batch costs one pass for ends and tails, and a copy of at most 4,096 values: rows at equal
 distances, with all channels if they fit. When the sample is full, half of it is dropped and half as
@@ -23,8 +23,9 @@ other.
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -54,17 +55,20 @@ class SampleObserver:
         self.batches = 0
         self.count = 0  # values that passed
         self.row_stride = self.column_stride = 0  # 0: not chosen yet
-        # low ends and tails negated, so that both sides are the largest of something
-        self._ends = torch.empty(2, 0)
-        self._tails, self._tail_values = torch.empty(2, 0), 0
-        self._sample, self._sampled_values = torch.empty(0), 0
+        # low ends and tails are negated, so that both sides are the largest of something
+        self._ends: list[Tensor] = []  # of each batch, [2]
+        self._tails: list[Tensor] = []  # [2, values]
+        self._sample: list[Tensor] = []
+        self._tail_count = self._sample_count = 0
         self._bounds = (-math.inf, -math.inf)
 
     @property
     def ends(self) -> Float[Tensor, "batches 2"]:
         """The lowest and the highest value of each batch, float32."""
-        ends = self._ends[:, : self.batches]
-        return torch.stack([-ends[0], ends[1]], 1)
+        if not self._ends:
+            return torch.empty(0, 2)
+        low, high = torch.stack(self._ends, 1)
+        return torch.stack([-low, high], 1)
 
     @property
     def low(self) -> Tensor | None:
@@ -79,17 +83,17 @@ class SampleObserver:
     @property
     def sample(self) -> Float[Tensor, " values"]:
         """The sampled values, float32."""
-        return self._sample[: self._sampled_values]
+        return torch.cat(self._sample) if self._sample else torch.empty(0)
 
     @property
     def tails(self) -> Float[Tensor, "2 values"]:
         """float32: negated low values, and high values far out. Some may be inside `bounds`."""
-        return self._tails[:, : self._tail_values]
+        return torch.cat(self._tails, 1) if self._tails else torch.empty(2, 0)
 
     @property
     def bounds(self) -> Float[Tensor, " 2"]:
         """How far in the tails are complete: a negated low value, and a high value."""
-        return torch.tensor(self._bounds, device=self._ends.device)
+        return torch.tensor(self._bounds)
 
     @property
     def is_complete(self) -> bool:
@@ -107,8 +111,7 @@ class SampleObserver:
             ends = self._take_tails(rows, torch.stack([-rows.amin(-1), rows.amax(-1)]).flatten(1))
         else:
             ends = torch.stack([-x.amin(), x.amax()])  # two passes, faster than torch.aminmax
-        self._ends = _with_room(self._ends, self.batches, 1, x.device)
-        self._ends[:, self.batches] = ends
+        self._ends.append(ends.float())
         self.batches += 1
         self.count += x.numel()
         if self.sampled:
@@ -127,51 +130,21 @@ class SampleObserver:
                 "it was observed without a sample, which this observer needs; observe with the "
                 "same observers on both sides"
             )
-        device = other._ends.device
-        self._ends = torch.cat(
-            [self._ends[:, : self.batches].to(device), other._ends[:, : other.batches]], 1
-        )
+        vars(self).update(vars(self.to(other._ends[0].device)))
+        self._ends += other._ends
         self.batches += other.batches
         self.count += other.count
         if self.sampled:
             self._merge_sample(other)
 
-    def to_tensors(self) -> dict[str, Tensor]:
-        """The whole state as tensors."""
-        numbers = torch.tensor([self.count, self.row_stride, self.column_stride, int(self.sampled)])
-        kept = {
-            "ends": self.ends,
-            "sample": self.sample,
-            "tails": self.tails,
-            "bounds": self.bounds,
-        }
-        return {
-            "numbers": numbers,
-            **{name: tensor.clone().contiguous() for name, tensor in kept.items()},
-        }
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> SampleObserver:
-        """Undo `to_tensors`."""
-        count, row_stride, column_stride, sampled = tensors["numbers"].tolist()
-        made = cls(bool(sampled))
-        low, high = tensors["ends"].T
-        made._ends, made.batches, made.count = torch.stack([-low, high]), len(low), count
-        made.row_stride, made.column_stride = row_stride, column_stride
-        made._add_to_sample(tensors["sample"])
-        made._add_tails(tensors["tails"], tensors["bounds"].tolist())
-        return made
-
     def to(self, device: torch.device) -> SampleObserver:
-        """The same observer on `device`."""
-        if self._ends.device == device:
-            return self
-        return self.from_tensors(
-            {
-                name: tensor if name in ("numbers", "bounds") else tensor.to(device)
-                for name, tensor in self.to_tensors().items()
-            }
+        """A copy of the observer on `device`."""
+        moved = copy.copy(self)
+        moved._ends, moved._tails, moved._sample = (
+            [tensor.to(device) for tensor in tensors]
+            for tensors in (self._ends, self._tails, self._sample)
         )
+        return moved
 
     def _take_tails(self, rows: Tensor, reach: Float[Tensor, "2 rows"]) -> Float[Tensor, " 2"]:
         """Keep the values furthest out, given how far each row reaches on either side; returns how
@@ -197,14 +170,12 @@ class SampleObserver:
         return furthest[:, 0]
 
     def _add_tails(self, tails: Float[Tensor, "2 values"], bounds: Sequence[float]) -> None:
-        self._tails = _with_room(self._tails, self._tail_values, tails.shape[1], tails.device)
-        self._tails[:, self._tail_values : self._tail_values + tails.shape[1]] = tails
-        self._tail_values += tails.shape[1]
+        self._tails.append(tails.float())
+        self._tail_count += tails.shape[1]
         self._bounds = _further(self._bounds, bounds)
-        if self._tail_values > _MOST_IN_TAIL:
+        if self._tail_count > _MOST_IN_TAIL:
             kept = self.tails.topk(_MOST_IN_TAIL // 2).values
-            self._tail_values = kept.shape[1]
-            self._tails[:, : self._tail_values] = kept
+            self._tails, self._tail_count = [kept], kept.shape[1]
             self._bounds = _further(self._bounds, kept[:, -1].tolist())
 
     def _take(self, rows: Tensor) -> None:
@@ -220,33 +191,27 @@ class SampleObserver:
                 :, _turned(self.batches, _COLUMN_TURN, self.column_stride) :: self.column_stride
             ]
         self._add_to_sample(taken)
-        while (
-            self._sampled_values > VALUES
-        ):  # a stride beyond what there is would skip whole batches
+        while self._sample_count > VALUES:  # a stride beyond the axis would skip whole batches
             self._halve(
                 of_rows=self.column_stride >= columns
                 or self.row_stride <= min(self.column_stride, count - 1)
             )
 
     def _add_to_sample(self, values: Tensor) -> None:
-        self._sample = _with_room(self._sample, self._sampled_values, values.numel(), values.device)
-        self._sample[self._sampled_values : self._sampled_values + values.numel()].view(
-            values.shape
-        ).copy_(values)
-        self._sampled_values += values.numel()
+        self._sample.append(values.to(torch.float32, copy=True).flatten())
+        self._sample_count += values.numel()
 
     def _halve(self, of_rows: bool) -> None:
-        self._thin(self._sampled_values // 2)
+        self._thin(self._sample_count // 2)
         if of_rows:
             self.row_stride *= 2
         else:
             self.column_stride *= 2
 
     def _thin(self, keep: int) -> None:
-        self._sample[:keep] = self.sample[
-            _any_of(self._sampled_values, keep).to(self._sample.device)
-        ]
-        self._sampled_values = keep
+        sample = self.sample
+        self._sample = [sample[_any_of(self._sample_count, keep).to(sample.device)]]
+        self._sample_count = keep
 
     def _merge_sample(self, other: SampleObserver) -> None:
         self._add_tails(other.tails, other._bounds)
@@ -257,24 +222,11 @@ class SampleObserver:
         if theirs < ours:
             added = added[_any_of(len(added), round(len(added) * theirs / ours)).to(added.device)]
         elif ours < theirs:
-            self._thin(round(self._sampled_values * ours / theirs))
+            self._thin(round(self._sample_count * ours / theirs))
             self.row_stride, self.column_stride = other.row_stride, other.column_stride
         self._add_to_sample(added)
-        while self._sampled_values > VALUES:
+        while self._sample_count > VALUES:
             self._halve(of_rows=self.row_stride <= self.column_stride)
-
-
-def _with_room(
-    memory: Float[Tensor, "*axes room"], used: int, added: int, device: torch.device
-) -> Float[Tensor, "*axes more"]:
-    """`memory` on `device`, with room for `added` more values after the `used` ones."""
-    if used + added <= memory.shape[-1] and memory.device == device:
-        return memory
-    grown = torch.empty(
-        *memory.shape[:-1], max(8, used + added, 2 * memory.shape[-1]), device=device
-    )
-    grown[..., :used] = memory[..., :used]
-    return grown
 
 
 def _further(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:

@@ -15,7 +15,7 @@ There, zero need not be on the grid, and an integer offset cannot replace the mi
 `minimum / scale` costs up to half a step. `offset` raises, so that no format writes a wrong one.
 
     fake_quantize   dequantize(quantize(x)), with the straight-through gradient: 1 where x is inside
-                    the grid, 0 where it was clamped
+                    the grid, 0 where it was clamped; scales get no gradient
 
 It divides and rounds half to even, as ONNX QuantizeLinear does; multiplying by a reciprocal would
 differ in the last code. Values narrower than float32 are computed in float32, and only the result
@@ -32,7 +32,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from qwlora.errors import GridError
-from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Blocks, Granularity, PerChannel, PerTensor, Scheme
 
 Bound = Tensor | int
 
@@ -146,25 +146,18 @@ class Encoding:
         return values.add_(low_end).mul_(scale).view(codes.shape)
 
     def fake_quantize(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-        """The nearest values of the grid, in one pass, differentiable in `x`, and in the scale if
-        it asks for a gradient.
-
-        The scale's gradient is that of LSQ (Esser et al. 2020, https://arxiv.org/abs/1902.08153),
-        without their factor for the step size: `round(x / scale) - x / scale` where x is inside the
-        grid, and the number of steps of the end it was clamped to elsewhere. With a float minimum
+        """The nearest values of the grid, in one pass, differentiable in `x`. With a float minimum
         there is no gradient: bases with such grids are frozen.
         """
         if self.scheme.float_offset:
             return self.dequantize(self.quantize(x.detach())).to(x.dtype)
         x_grouped, scale, _ = self._grouped(x)
         wide = _wide(x_grouped)
-        if not (torch.is_grad_enabled() and (x.requires_grad or scale.requires_grad)):
-            low, high = self._bounds(x, wide.dtype)
-            codes = torch.div(wide, scale).round_().clamp_(low, high)  # type: ignore[arg-type]
-            return codes.mul_(scale).to(x.dtype).view(x.shape)
-        return (
-            _FakeQuantize.apply(wide, scale, *self._bounds(x, wide.dtype)).to(x.dtype).view(x.shape)
-        )
+        bounds = self._bounds(x, wide.dtype)
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _FakeQuantize.apply(wide, scale, *bounds).to(x.dtype).view(x.shape)
+        codes = torch.div(wide, scale).round_().clamp_(*bounds)  # type: ignore[arg-type]
+        return codes.mul_(scale).to(x.dtype).view(x.shape)
 
     def fake_quantize_(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """`fake_quantize` written over `x` itself, bit for bit the same; memory that is there
@@ -174,7 +167,7 @@ class Encoding:
             GridError: a gradient is wanted through `x`, or `x` is expanded, so that several of its
                 values lie in one place.
         """
-        if torch.is_grad_enabled() and (x.requires_grad or self.scale.requires_grad):
+        if torch.is_grad_enabled() and x.requires_grad:
             raise GridError(
                 "fake_quantize_ writes over what a gradient would need; use fake_quantize, or "
                 "torch.no_grad()"
@@ -187,8 +180,8 @@ class Encoding:
         x_grouped, scale, _ = self._grouped(x)
         if self.scheme.float_offset or _wide(x) is not x:
             return x.copy_(self.fake_quantize(x))
-        low, high = self._bounds(x, x.dtype)
-        x_grouped.div_(scale).round_().clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
+        bounds = self._bounds(x, x.dtype)
+        x_grouped.div_(scale).round_().clamp_(*bounds).mul_(scale)  # type: ignore[arg-type]
         return x
 
     def _bounds(self, x: Tensor, dtype: torch.dtype) -> tuple[Bound, Bound]:
@@ -218,9 +211,7 @@ class Encoding:
 
 def grouped(x: Tensor, granularity: Granularity) -> Tensor:
     """`x` with its blocks, where it has blocks, on an axis of their own."""
-    return (
-        x.unflatten(-1, (-1, granularity.size)) if isinstance(granularity, PerBlock | Lpbq) else x
-    )
+    return x.unflatten(-1, (-1, granularity.size)) if isinstance(granularity, Blocks) else x
 
 
 def aligned(parameter: Tensor, granularity: Granularity, ndim: int) -> Tensor:
@@ -232,8 +223,21 @@ def aligned(parameter: Tensor, granularity: Granularity, ndim: int) -> Tensor:
             shape = [1] * ndim
             shape[axis] = -1
             return parameter.view(shape)
-        case PerBlock() | Lpbq():
+        case Blocks():
             return parameter.unsqueeze(-1)
+
+
+def spread(
+    parameter: Tensor, granularity: Granularity, shape: tuple[int, ...], size: int
+) -> Tensor:
+    """A scale or offset for every `size` neighbors in a row of a matrix: [out, in / size].
+
+    Args:
+        size: divides the blocks of `granularity` if it has any.
+    """
+    if isinstance(granularity, Blocks):
+        return parameter.repeat_interleave(granularity.size // size, dim=-1)
+    return aligned(parameter, granularity, 2).expand(shape[0], shape[1] // size)
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -244,29 +248,15 @@ def _wide(x: Tensor) -> Tensor:
 
 
 class _FakeQuantize(torch.autograd.Function):
-    """clamp(round(x / scale), low, high) * scale.
-
-    Saves one bit of truth per value for the gradient of `x`; `x` itself and the steps only if the
-    scale learns.
-    """
+    """clamp(round(x / scale), low, high) * scale. Saves one bit of truth per value."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, scale: Tensor, low: Bound, high: Bound) -> Tensor:
         steps = torch.div(x, scale).round_()
-        _, scale_learns, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
-        inside = (steps >= low) & (steps <= high)
-        steps.clamp_(low, high)  # type: ignore[arg-type]
-        ctx.save_for_backward(inside, scale, *((x, steps.clone()) if scale_learns else ()))
-        return steps.mul_(scale)
+        ctx.save_for_backward((steps >= low) & (steps <= high))
+        return steps.clamp_(low, high).mul_(scale)  # type: ignore[arg-type]
 
     @staticmethod
-    def backward(
-        ctx: FunctionCtx, gradient: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None]:
-        inside, scale, *kept = ctx.saved_tensors  # type: ignore[attr-defined]
-        for_x = gradient * inside if ctx.needs_input_grad[0] else None  # type: ignore[attr-defined]
-        if not kept:
-            return for_x, None, None, None
-        x, steps = kept
-        per_value = steps - torch.where(inside, x / scale, 0)
-        return for_x, (gradient * per_value).sum_to_size(scale.shape), None, None
+    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (inside,) = ctx.saved_tensors  # type: ignore[attr-defined]
+        return gradient * inside, None, None, None

@@ -3,8 +3,8 @@
     min-max                             the extremes of all batches, exactly
     percentile, squared-error, sqnr     on tails and sample, between the exact extremes
 
-A value of the tails counts once; a sampled value between the tails counts as many times as makes up
-the number of values observed (see `activation_observer.py`). If the sample is complete, percentiles
+A value of the tails has weight 1; a sampled value between the tails has weight (values observed -
+tail values) / sampled values (see `activation_observer.py`). If the sample is complete, percentiles
 are those of the data, bit for bit. `range_search.py` finds the least error.
 """
 
@@ -20,9 +20,8 @@ from torch import Tensor
 
 from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.range_estimator import Estimator
-from qwlora.grid.range_search import least_error_grid
+from qwlora.grid.range_search import WeightedPoints, least_error_grid, weighted_points
 from qwlora.grid.scheme import Scheme
-from qwlora.grid.weighted_points import WeightedPoints, weighted_points
 
 _POINTS_AT_ONCE = 2**17
 

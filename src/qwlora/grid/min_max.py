@@ -23,8 +23,7 @@ from torch import Tensor
 
 from qwlora.errors import CalibrationError
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.lpbq import to_integer_scales
-from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Blocks, PerChannel, PerTensor, Scheme
 
 
 def encoding_from_range(
@@ -42,8 +41,7 @@ def encoding_from_range(
             "the observed range is wider than float32 can hold; look for values that are masks or "
             "an overflow"
         )
-    steps = scheme.steps
-    smallest = min(torch.finfo(torch.float32).eps, 0.01 / steps)
+    steps, smallest = scheme.steps, smallest_scale(scheme)
     if scheme.float_offset:
         low = low.float()
         return Encoding(scheme, ((high.float() - low) / steps).clamp(min=smallest), low)
@@ -60,10 +58,13 @@ def encoding_from_range(
         high = high + steps * narrow
         scale = (high - low) / steps
         offset = torch.round(low / scale.clamp(min=smallest)).clamp(-steps, 0)
-    scale = scale.clamp(min=smallest)
-    if isinstance(scheme.granularity, Lpbq):
-        scale = to_integer_scales(scale, scheme)
+    scale = scheme.nearest(scale.clamp(min=smallest))
     return Encoding(scheme, scale, offset.to(torch.int32))
+
+
+def smallest_scale(scheme: Scheme) -> float:
+    """The scale of a range that float32 cannot tell from zero."""
+    return min(torch.finfo(torch.float32).eps, 0.01 / scheme.steps)
 
 
 def group_range(
@@ -93,7 +94,7 @@ def rows_of_groups(x: Tensor, scheme: Scheme) -> Float[Tensor, "groups values"]:
             return x.reshape(1, -1)
         case PerChannel(axis):
             return x.movedim(axis, 0).reshape(x.shape[axis], -1)
-        case PerBlock(size) | Lpbq(size):
+        case Blocks(size):
             return x.reshape(-1, size)
 
 
@@ -105,47 +106,3 @@ def measure(x: Float[Tensor, "*shape"], scheme: Scheme) -> Encoding:
         GridError: the granularity does not fit the shape.
     """
     return encoding_from_range(*group_range(x, scheme), scheme)
-
-
-class MinMaxObserver:
-    """Running lowest and highest value of each group; one pass, constant memory, mergeable.
-
-    Raises:
-        CalibrationError: `encoding` without data or after nan or infinity; `update` or `merge` with
-            another number of groups than before, or another scheme.
-    """
-
-    def __init__(self, scheme: Scheme):
-        self.scheme = scheme
-        self.low: Tensor | None = None
-        self.high: Tensor | None = None
-
-    def update(self, x: Float[Tensor, "*shape"]) -> None:
-        """Observe the values of `x`."""
-        self._extend(*group_range(x.detach(), self.scheme))
-
-    def merge(self, other: MinMaxObserver) -> None:
-        """Add what `other` observed; equal to one observer of both streams."""
-        if other.scheme != self.scheme:
-            raise CalibrationError(
-                f"an observer of {other.scheme} cannot be merged into one of {self.scheme}"
-            )
-        if other.low is not None and other.high is not None:
-            self._extend(other.low, other.high)
-
-    def encoding(self) -> Encoding:
-        """The encoding of everything observed so far."""
-        if self.low is None or self.high is None:
-            raise CalibrationError("no data was observed")
-        return encoding_from_range(self.low, self.high, self.scheme)
-
-    def _extend(self, low: Tensor, high: Tensor) -> None:
-        if self.low is None or self.high is None:
-            self.low, self.high = low, high
-            return
-        if low.shape != self.low.shape:
-            raise CalibrationError(
-                f"{list(low.shape)} ranges were observed where there were "
-                f"{list(self.low.shape)} before. Use one observer per tensor."
-            )
-        self.low, self.high = torch.minimum(self.low, low), torch.maximum(self.high, high)

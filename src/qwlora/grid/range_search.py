@@ -22,18 +22,91 @@ rounding.
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int64
 from torch import Tensor
 
+from qwlora.grid.min_max import smallest_scale
 from qwlora.grid.scheme import Scheme
-from qwlora.grid.weighted_points import WeightedPoints
 
 _MOST_EXACT_STEPS = 31
 # Lookups per chunk: fits a processor's cache and stays below the size that torch parallelizes.
 _LOOKUPS_AT_ONCE = 2**15
 
 Candidates = Float[Tensor, "groups candidates"]
+
+
+@dataclass(frozen=True)
+class WeightedPoints:
+    """Sorted points on the number line with a weight each, for several groups at once; made by
+    `weighted_points`.
+
+    A value of a complete data set has weight 1; a value of a sample stands for several and weighs
+    as many. With running sums, the sum of `w (x - v)^2` over any interval takes two lookups, so the
+    cost of judging a grid does not depend on the number of values.
+
+    Args:
+        places: float64 [groups, points], ascending.
+        sums: running sums of weight, weight times place, and weight times place squared;
+            float64 [3, groups, points + 1], the first column 0.
+    """
+
+    places: Float[Tensor, "groups points"]
+    sums: Float[Tensor, "3 groups bounds"]
+
+    def below(self, bounds: Float[Tensor, "groups bounds"]) -> Int64[Tensor, "groups bounds"]:
+        """Number of points below each bound, which is an index into `sums`."""
+        return torch.searchsorted(self.places, bounds)
+
+    def outside(
+        self, lower: Float[Tensor, "groups bounds"], upper: Float[Tensor, "groups bounds"]
+    ) -> tuple[Tensor, Tensor]:
+        """The sums, [3, groups, bounds], of the points below `lower` and of those above `upper`."""
+        at = self.below(torch.cat([lower, upper], 1))
+        below, not_above = self.sums.gather(2, at.expand(3, -1, -1)).split(lower.shape[1], 2)
+        return below, self.sums[:, :, -1:] - not_above
+
+    def percentile_range(
+        self, percentile: float
+    ) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
+        """The narrowest range between places that leaves at most `(100 - percentile) %` of the
+        weight outside at either end."""
+        weight = self.sums[0, :, 1:].contiguous()
+        outside = torch.tensor(
+            [[float(share_outside(total, percentile))] for total in weight[:, -1].tolist()],
+            dtype=weight.dtype,
+            device=weight.device,
+        )
+        slack = weight[:, -1:] * 1e-12  # fractional weights add up with float64's rounding
+        first = torch.searchsorted(weight, outside + slack, right=True)
+        last = torch.searchsorted(weight, weight[:, -1:] - outside - slack)
+        most = self.places.shape[1] - 1
+        lower, upper = (
+            self.places.gather(1, column.clamp(max=most)).squeeze(1).float()
+            for column in (first, last)
+        )
+        return lower, upper
+
+
+def weighted_points(
+    places: Float[Tensor, "groups points"], weights: Float[Tensor, "groups points"]
+) -> WeightedPoints:
+    """Points at ascending `places`, both float64; overwrites `weights`."""
+    groups, count = places.shape
+    sums = torch.empty(3, groups, count + 1, dtype=torch.float64, device=places.device)
+    sums[:, :, 0] = 0
+    for power in range(3):
+        torch.cumsum(weights if power == 0 else weights.mul_(places), 1, out=sums[power, :, 1:])
+    return WeightedPoints(places, sums)
+
+
+def share_outside(count: float, percentile: float) -> int:
+    """`(100 - percentile) %` of a count, rounded down. A product that misses a whole number by
+    float64's rounding alone counts as that number."""
+    return math.floor(count * (100 - percentile) / 100 * (1 + 1e-12) + 1e-9)
 
 
 def least_error_grid(
@@ -51,7 +124,7 @@ def least_error_grid(
         gamma: weight of the squared error of a clipped value.
     """
     low, high = low.double().clamp(max=0), high.double().clamp(min=0)
-    smallest = min(torch.finfo(torch.float32).eps, 0.01 / scheme.steps)
+    smallest = smallest_scale(scheme)
     is_narrow = (high - low) / scheme.steps < smallest
     candidates = _symmetric_candidates if scheme.symmetric else _asymmetric_candidates
     scale, offset = candidates(low, high, scheme)

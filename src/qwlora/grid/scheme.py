@@ -7,16 +7,24 @@ to `x_hat = (q + offset) * scale`. The granularity says how many scales and offs
     weight [A, B], PerChannel(axis=0)    -> scale [A]
     weight [A, B], PerBlock(size=32)     -> scale [A, B / 32]   blocks of inputs, the last axis
     weight [A, B], Lpbq(32)              -> scale [A, B / 32]   each an integer times a row scale
+
+A new grid is a subclass of `Blocks` in a file of its own: `kind` is its name in short names and in
+records, and `nearest` says which scales it allows. Solvers, packed layers, bases and fingerprints
+need no more, and formats that store one scale per block as a float hold it; other formats refuse
+what they do not name.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from qwlora.errors import GridError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BITWIDTHS = range(2, 17)
 
@@ -25,6 +33,9 @@ BITWIDTHS = range(2, 17)
 class PerTensor:
     """One scale for the whole tensor."""
 
+    def __str__(self) -> str:
+        return "tensor"
+
 
 @dataclass(frozen=True)
 class PerChannel:
@@ -32,50 +43,103 @@ class PerChannel:
 
     axis: int = 0
 
-
-@dataclass(frozen=True)
-class PerBlock:
-    """One scale per `size` neighbors along the last axis: weight [A, B] -> scale [A, B / size]."""
-
-    size: int
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise GridError(f"a block holds at least one value, not {self.size}")
+    def __str__(self) -> str:
+        return "channel"
 
 
 @dataclass(frozen=True)
-class Lpbq:
-    """AIMET's low-power blocks: each block scale is an integer in `[1, 2^scale_bitwidth]` times the
-    float scale of its row.
+class Blocks:
+    """One scale per `size` neighbors along the last axis: weight [A, B] -> scale [A, B / size].
 
-        weight [A, B] -> scale [A, B / size] = integers [A, B / size] * row scale [A, 1]
-
-    See `lpbq.py` for the two factors. AIMET's "decompressed bitwidth" is `bitwidth +
-    scale_bitwidth`. Not a subclass of `PerBlock`: a format that knows only `PerBlock` must refuse
-    it instead of writing its scales as floats.
+    Raises:
+        GridError: a size below 1.
     """
 
     size: int
-    scale_bitwidth: int = 4
+    kind: ClassVar[str]
+    KINDS: ClassVar[dict[str, type[Blocks]]] = {}
+
+    def __init_subclass__(cls, kind: str) -> None:
+        cls.kind = kind
+        Blocks.KINDS[kind] = cls
 
     def __post_init__(self) -> None:
         if self.size < 1:
             raise GridError(f"a block holds at least one value, not {self.size}")
+
+    def nearest(self, scale: Tensor) -> Tensor:
+        """The nearest scales [*rows, blocks] that the grid allows; by default any."""
+        return scale
+
+    def to_json(self) -> dict[str, Any]:
+        """The entries of `Scheme.to_json` that describe the blocks."""
+        values = asdict(self)
+        return {"block_size": values.pop("size"), "kind": self.kind, **values}
+
+    def __str__(self) -> str:
+        return f"{self.kind} {self.size}"
+
+
+@dataclass(frozen=True)
+class PerBlock(Blocks, kind="block"):
+    """Blocks with any scales."""
+
+    def to_json(self) -> dict[str, Any]:
+        return {"block_size": self.size}
+
+
+@dataclass(frozen=True)
+class Lpbq(Blocks, kind="lpbq"):
+    """AIMET's low-power blocks: each block scale is an integer in `[1, 2^scale_bitwidth]` times the
+    float scale of its row.
+
+        weight [A, B] -> scale [A, B / size] = integers n [A, B / size] * row scale r [A, 1]
+        r = max over the row's blocks of scale / 2^scale_bitwidth
+        n = clamp(round_half_even(scale / r), 1, 2^scale_bitwidth)
+
+    A row's largest block has `n = 2^scale_bitwidth`, which gives `r` back from the scales alone, so
+    an encoding stores nothing more. AIMET's "decompressed bitwidth" is `bitwidth + scale_bitwidth`.
+    """
+
+    scale_bitwidth: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not 1 <= self.scale_bitwidth <= 8:
             raise GridError(f"a block's integer scale has 1 to 8 bits, not {self.scale_bitwidth}")
 
+    def nearest(self, scale: Tensor) -> Tensor:
+        row, integers = self._factors(scale)
+        return integers * row
 
-Granularity = PerTensor | PerChannel | PerBlock | Lpbq
+    def split(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """(row scales [*rows, 1], integers [*rows, blocks]), whose product the scales are, bit for
+        bit.
+
+        Raises:
+            GridError: they are no such products.
+        """
+        row, integers = self._factors(scale)
+        if wrong := int((integers * row != scale).sum()):
+            raise GridError(
+                f"{wrong} of {scale.numel()} block scales are not an integer times their row's "
+                "scale; pass them through Lpbq.nearest first"
+            )
+        return row, integers.int()
+
+    def _factors(self, scale: Tensor) -> tuple[Tensor, Tensor]:
+        largest = 2**self.scale_bitwidth
+        row = scale.amax(-1, keepdim=True) / largest
+        return row, (scale / row).round().clamp(1, largest)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"block_size": self.size, "scale_bitwidth": self.scale_bitwidth}
+
+    def __str__(self) -> str:
+        return f"block {self.size} with int{self.scale_bitwidth} scales"
 
 
-def granularity_of(
-    axis: int | None, block_size: int | None, scale_bitwidth: int | None = None
-) -> Granularity:
-    """The granularity with this channel axis, or this block size, or neither."""
-    if block_size is not None:
-        return PerBlock(block_size) if scale_bitwidth is None else Lpbq(block_size, scale_bitwidth)
-    return PerTensor() if axis is None else PerChannel(axis)
+Granularity = PerTensor | PerChannel | Blocks
 
 
 @dataclass(frozen=True)
@@ -87,8 +151,7 @@ class Scheme:
         symmetric: the offset is fixed at `-2^(bitwidth - 1)`, so that zero is the middle code.
         granularity: how the tensor is divided among scales.
         float_offset: the grid is `q * scale + minimum` with a float minimum (GGUF's Q4_1, Q4_K
-            ...), so zero need not be exact. `Encoding`, whose offsets are integers, refuses such a
-            scheme, and so does every writer of one; see `float_offset.py`.
+            ...), so zero need not be exact.
 
     Raises:
         GridError: the bitwidth is not one of `BITWIDTHS`, or the parts contradict each other.
@@ -137,7 +200,7 @@ class Scheme:
                         f"channel axis {axis} is outside a tensor of shape {list(shape)}"
                     )
                 return (shape[axis],)
-            case PerBlock(size) | Lpbq(size):
+            case Blocks(size):
                 if not shape or shape[-1] % size:
                     raise GridError(
                         f"blocks of {size} do not divide the last axis of a tensor of shape "
@@ -145,24 +208,24 @@ class Scheme:
                     )
                 return (*shape[:-1], shape[-1] // size)
 
+    def nearest(self, scale: Tensor) -> Tensor:
+        """The nearest scales that the granularity allows."""
+        return self.granularity.nearest(scale) if isinstance(self.granularity, Blocks) else scale
+
     def to_json(self) -> dict[str, Any]:
         """Plain values: `{bitwidth, symmetric, axis, block_size}`, with `axis` per channel and
-        `block_size` per block only.
-
-        `scale_bitwidth` is added for blocks with integer scales, and `float_offset` where it is
-        true.
+        `block_size` per block only. Further fields of blocks are added, and `float_offset` where it
+        is true.
         """
         granularity = self.granularity
-        axis = granularity.axis if isinstance(granularity, PerChannel) else None
-        block_size = granularity.size if isinstance(granularity, PerBlock | Lpbq) else None
         record: dict[str, Any] = {
             "bitwidth": self.bitwidth,
             "symmetric": self.symmetric,
-            "axis": axis,
-            "block_size": block_size,
+            "axis": granularity.axis if isinstance(granularity, PerChannel) else None,
+            "block_size": None,
         }
-        if isinstance(granularity, Lpbq):
-            record["scale_bitwidth"] = granularity.scale_bitwidth
+        if isinstance(granularity, Blocks):
+            record |= granularity.to_json()
         if self.float_offset:
             record["float_offset"] = True
         return record
@@ -176,27 +239,25 @@ class Scheme:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Scheme:
         """Undo `to_json`."""
-        granularity = granularity_of(
-            record["axis"], record["block_size"], record.get("scale_bitwidth")
-        )
+        granularity: Granularity
+        if record["block_size"] is not None:
+            kind = record.get("kind", "lpbq" if "scale_bitwidth" in record else "block")
+            if kind not in Blocks.KINDS:
+                raise GridError(f"blocks of kind {kind!r} are not known here")
+            blocks = Blocks.KINDS[kind]
+            more = {f.name: record[f.name] for f in fields(blocks) if f.name in record}
+            granularity = blocks(record["block_size"], **more)
+        else:
+            granularity = PerTensor() if record["axis"] is None else PerChannel(record["axis"])
         return cls(
             record["bitwidth"], record["symmetric"], granularity, record.get("float_offset", False)
         )
 
     def __str__(self) -> str:
-        match self.granularity:
-            case Lpbq(size, bits):
-                where = f"block {size} with int{bits} scales"
-            case PerBlock(size):
-                where = f"block {size}"
-            case PerChannel():
-                where = "channel"
-            case _:
-                where = "tensor"
         kind = (
             "symmetric" if self.symmetric else "float-offset" if self.float_offset else "asymmetric"
         )
-        return f"int{self.bitwidth} {kind} per {where}"
+        return f"int{self.bitwidth} {kind} per {self.granularity}"
 
 
 def parse_scheme(text: str) -> Scheme:
@@ -206,33 +267,25 @@ def parse_scheme(text: str) -> Scheme:
     Raises:
         GridError: the name does not follow the pattern.
     """
-    match = re.fullmatch(r"w(\d+)-(?:(block|lpbq)(\d+)|(channel)|(tensor))(-asymmetric)?", text)
+    kinds = "|".join(Blocks.KINDS)
+    match = re.fullmatch(rf"w(\d+)-(?:({kinds})(\d+)|(channel)|(tensor))(-asymmetric)?", text)
     if not match:
         raise GridError(
             f"scheme {text!r} is not understood; write it like w4-block32, w8-channel or "
             "w3-block64-asymmetric"
         )
-    bitwidth, block, size, channel, _, asymmetric = match.groups()
-    blocks = {"block": PerBlock, "lpbq": Lpbq}
+    bitwidth, kind, size, channel, _, asymmetric = match.groups()
     granularity: Granularity = (
-        blocks[block](int(size)) if block else PerChannel(0) if channel else PerTensor()
+        Blocks.KINDS[kind](int(size)) if kind else PerChannel(0) if channel else PerTensor()
     )
     return Scheme(int(bitwidth), symmetric=not asymmetric, granularity=granularity)
 
 
 def short_name(scheme: Scheme) -> str:
     """Undo `parse_scheme`; the description where a scheme has no short name."""
-    ending = "" if scheme.symmetric else "-asymmetric"
-    match scheme.granularity:
-        case _ if scheme.float_offset:
-            return str(scheme)
-        case PerBlock(size):
-            return f"w{scheme.bitwidth}-block{size}{ending}"
-        case Lpbq(size, 4):
-            return f"w{scheme.bitwidth}-lpbq{size}"
-        case PerChannel(0):
-            return f"w{scheme.bitwidth}-channel{ending}"
-        case PerTensor():
-            return f"w{scheme.bitwidth}-tensor{ending}"
-        case _:
-            return str(scheme)
+    granularity = scheme.granularity
+    where = str(granularity)
+    if isinstance(granularity, Blocks):
+        where = f"{granularity.kind}{granularity.size}"
+    name = f"w{scheme.bitwidth}-{where}{'' if scheme.symmetric else '-asymmetric'}"
+    return name if parse_scheme(name) == scheme else str(scheme)

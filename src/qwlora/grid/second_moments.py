@@ -11,7 +11,7 @@ the qera initialization share.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,9 +23,11 @@ from torch import Tensor
 from qwlora.atomic import read_metadata, read_tensors, write_tensors
 from qwlora.errors import CalibrationError, SourceError
 
+_LEAST_DAMPING = 1e-6  # of a matrix that is not positive definite without any
+
 
 class SecondMoment:
-    """Running second moment of rows; one pass, mergeable.
+    """Running second moment of rows, in one pass.
 
     Raises:
         CalibrationError: a row is not finite or has another width than before; `matrix` without
@@ -35,7 +37,6 @@ class SecondMoment:
     def __init__(self) -> None:
         self.total: Tensor | None = None
         self.weight = 0.0
-        self.tokens = 0
 
     def update(
         self, x: Float[Tensor, "*tokens in"], weights: Float[Tensor, "*tokens"] | None = None
@@ -63,22 +64,6 @@ class SecondMoment:
             )
         self.total.addmm_(scaled.T, scaled)
         self.weight += float(w.sum())
-        self.tokens += len(rows)
-
-    def merge(self, other: SecondMoment) -> None:
-        """Add what `other` observed."""
-        if other.total is None:
-            return
-        if self.total is None:
-            self.total = torch.zeros_like(other.total)
-        if self.total.shape != other.total.shape:
-            raise CalibrationError(
-                f"moments of widths {self.total.shape[0]} and {other.total.shape[0]} are not of "
-                "one layer"
-            )
-        self.total += other.total
-        self.weight += other.weight
-        self.tokens += other.tokens
 
     @property
     def matrix(self) -> Float[Tensor, "in in"]:
@@ -107,6 +92,23 @@ def output_energy(
     """
     weighted = matrix if moment is None else matrix @ moment
     return float((weighted * matrix).sum().clamp(min=torch.finfo(torch.float32).tiny))
+
+
+def factor_damped(
+    moment: Float[Tensor, "n n"],
+    unit: float,
+    damping: float,
+    factor: Callable[[Tensor], Tensor | None],
+) -> tuple[Float[Tensor, "n n"], Tensor, float]:
+    """(M = moment + damping * unit * I, `factor(M)`, damping), the damping raised tenfold until
+    `factor` returns something: a factorization of a matrix that must be positive definite.
+    """
+    while True:
+        damped = moment.clone()
+        damped.diagonal().add_(damping * unit)
+        if (result := factor(damped)) is not None:
+            return damped, result, damping
+        damping = 10 * damping or _LEAST_DAMPING
 
 
 def _symmetric(upper: Tensor) -> Tensor:

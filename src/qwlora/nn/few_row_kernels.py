@@ -24,7 +24,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel
+from qwlora.grid.scheme import Blocks, PerChannel
 from qwlora.nn.packed_modules import PackedLinear
 
 ROWS = 16
@@ -77,7 +77,7 @@ def _product(layer: PackedLinear) -> Product | None:
 def _int4_product(layer: PackedLinear) -> Product | None:
     scheme, count = layer.scheme, layer.in_features
     match scheme.granularity:
-        case PerBlock(size) | Lpbq(size):
+        case Blocks(size):
             pass
         case PerChannel(0):
             size = count

@@ -23,10 +23,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from qwlora.grid.encoding import Encoding, aligned, grouped
-from qwlora.grid.lpbq import split_scales
 from qwlora.grid.packing import pack, packed_row_bytes, unpack
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
+from qwlora.grid.scheme import Blocks, Lpbq, Scheme
 
 _AT_ONCE = 2**18  # codes unpacked together, so that the steps in between stay in a core's cache
 
@@ -65,34 +64,20 @@ class PackedTensor:
                 integers times their row's scale.
         """
         codes, encoding = quantized.codes, quantized.encoding
-        scheme = encoding.scheme
-        packed, scale, minimum, zero_point, block_scale = (
-            pack(codes, scheme.bitwidth),
-            encoding.scale,
-            None,
-            None,
-            None,
-        )
+        scheme, scale = encoding.scheme, encoding.scale
+        block_scale = zero_point = minimum = None
         if isinstance(scheme.granularity, Lpbq):
-            row, integers = split_scales(scale, scheme)
-            scale, block_scale = (
-                row.unsqueeze(-1),
-                pack((integers - 1).to(torch.uint8), scheme.granularity.scale_bitwidth),
-            )
-        if encoding.scheme.float_offset:
+            scale, integers = scheme.granularity.split(scale)
+            block_scale = pack((integers - 1).byte(), scheme.granularity.scale_bitwidth)
+        if scheme.float_offset:
             minimum = narrowest(encoding.minimum)
         elif not scheme.symmetric:
-            zero_point = (-encoding.offset).to(torch.uint8)
-            zero_point = (
-                pack(zero_point, scheme.bitwidth)
-                if isinstance(scheme.granularity, PerBlock | Lpbq)
-                else zero_point
-            )
-        return cls(
-            scheme,
-            codes.shape[-1],
-            Parts(packed, narrowest(scale), block_scale, zero_point, minimum),
-        )
+            zero_point = (-encoding.offset).byte()
+            if isinstance(scheme.granularity, Blocks):
+                zero_point = pack(zero_point, scheme.bitwidth)
+        packed = pack(codes, scheme.bitwidth)
+        parts = Parts(packed, narrowest(scale), block_scale, zero_point, minimum)
+        return cls(scheme, codes.shape[-1], parts)
 
     @classmethod
     def empty(
@@ -107,28 +92,24 @@ class PackedTensor:
         Raises:
             GridError: the scheme does not fit the shape.
         """
-        groups, blocks = scheme.scale_shape(shape), isinstance(scheme.granularity, PerBlock | Lpbq)
+        groups, granularity = scheme.scale_shape(shape), scheme.granularity
 
-        def integers(bitwidth: int, shape: tuple[int, ...], dense: bool) -> Tensor:
-            shape = (*shape[:-1], packed_row_bytes(shape[-1], bitwidth)) if dense else shape
+        def floats(*shape: int) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        def integers(bitwidth: int, *rows: int) -> Tensor:
+            shape = (*rows[:-1], packed_row_bytes(rows[-1], bitwidth)) if rows else ()
             return torch.empty(shape, dtype=torch.uint8, device=device)
 
-        low_power = scheme.granularity if isinstance(scheme.granularity, Lpbq) else None
-        parts = Parts(
-            packed=integers(scheme.bitwidth, shape, dense=True),
-            scale=torch.empty(
-                (*groups[:-1], 1) if low_power else groups, dtype=dtype, device=device
-            ),
-            block_scale=integers(low_power.scale_bitwidth, groups, dense=True)
-            if low_power
-            else None,
-            zero_point=None
-            if scheme.symmetric or scheme.float_offset
-            else integers(scheme.bitwidth, groups, dense=blocks),
-            minimum=torch.empty(groups, dtype=dtype, device=device)
-            if scheme.float_offset
-            else None,
-        )
+        parts = Parts(integers(scheme.bitwidth, *shape), floats(*groups))
+        if isinstance(granularity, Lpbq):
+            packed = integers(granularity.scale_bitwidth, *groups)
+            parts = parts._replace(scale=floats(*groups[:-1], 1), block_scale=packed)
+        if scheme.float_offset:
+            parts = parts._replace(minimum=floats(*groups))
+        elif not scheme.symmetric:
+            bits = scheme.bitwidth if isinstance(granularity, Blocks) else 8
+            parts = parts._replace(zero_point=integers(bits, *groups))
         return cls(scheme, shape[-1], parts)
 
     @property
@@ -154,10 +135,8 @@ class PackedTensor:
             return scale
         granularity = self.scheme.granularity
         assert isinstance(granularity, Lpbq)
-        return (
-            unpack(block_scale, granularity.scale_bitwidth, self.count // granularity.size).float()
-            + 1
-        ) * scale
+        blocks = self.count // granularity.size
+        return (unpack(block_scale, granularity.scale_bitwidth, blocks).float() + 1) * scale
 
     @property
     def offset(self) -> Tensor:
@@ -177,7 +156,7 @@ class PackedTensor:
     def zero_point(self) -> Tensor | None:
         """uint8 of the granularity's shape, for asymmetric grids."""
         zero_point, granularity = self.parts.zero_point, self.scheme.granularity
-        if zero_point is None or not isinstance(granularity, PerBlock | Lpbq):
+        if zero_point is None or not isinstance(granularity, Blocks):
             return zero_point
         return unpack(zero_point, self.scheme.bitwidth, self.count // granularity.size)
 
@@ -242,7 +221,7 @@ class PackedTensor:
         its own blocks.
         """
         chosen = self
-        if index is not None and isinstance(self.scheme.granularity, PerBlock | Lpbq):
+        if index is not None and isinstance(self.scheme.granularity, Blocks):
             parts: Any = (None if part is None else part[index] for part in self.parts)
             chosen = PackedTensor(self.scheme, self.count, Parts(*parts))
         zero_point, minimum = (
@@ -264,7 +243,7 @@ class PackedTensor:
         granularity = self.scheme.granularity
         if part is None or not part.ndim:
             return part
-        if isinstance(granularity, PerBlock | Lpbq):
+        if isinstance(granularity, Blocks):
             return part.reshape(-1, part.shape[-1], 1)
         part = aligned(part, granularity, len(self.shape))
         if index is not None:

@@ -11,7 +11,7 @@ with the least weighted error (`scale_search.py`)
 
     sum_i (w_i - w_hat_i)^2 / U_ii^2
 
-that is, with the weights that column i's error has in the total once later columns compensate it.
+that is, with the share that column i's error has in the total once later columns compensate it.
 
     blocks                              when the first column of the block is reached, from the
                                         weights as they are then
@@ -21,29 +21,30 @@ that is, with the weights that column i's error has in the total once later colu
 With `activation_order` columns are visited in the order of falling diag R. A column that no input
 reached (`R_ii = 0`) is rounded to nearest. If H is not positive definite in float32, the damping is
 raised tenfold until it is; the report says which damping was used.
+
+Matrices are transposed here, [in, out], so that a column of the weight is contiguous. Scales and
+offsets are rows for runs of columns that share them: [1, out] per channel, [in / size, out] in
+blocks.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
-from qwlora.grid.second_moments import output_energy
-from qwlora.quantize.scale_search import COARSE, search_scale, storable_scale
+from qwlora.grid.scheme import Blocks, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.second_moments import factor_damped, output_energy
+from qwlora.quantize.scale_search import search_scale, storable_scale
 
 _RUN = 32  # columns between two updates of all that follow
-_LEAST_DAMPING = 1e-6  # first damping if 0 was requested and H is not positive definite
 
 
 @dataclass(frozen=True)
@@ -72,43 +73,23 @@ class GptqSettings:
             raise GridError(f"sweeps is {self.sweeps}; it must be at least 0")
 
 
-@dataclass(frozen=True)
-class GptqReport:
-    """The damping that made H positive definite, and the output error of the result,
-    `tr(D R D^T) / tr(W R W^T)`.
-    """
-
-    damping: float
-    relative_error: float
-
-
 def solve_gptq(
-    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: GptqSettings | None
+    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: GptqSettings | None = None
 ) -> tuple[QuantizedTensor, dict[str, float]]:
-    """`gptq` as a registered solver."""
+    """`gptq` as a registered solver: codes and encoding of `weight` [out, in] for inputs with the
+    second moment `moment` [in, in]; the report's `error` and `damping`.
+
+    Raises:
+        GridError: the scheme does not fit, has float offsets, or `moment` is not [in, in].
+        CalibrationError: there is no moment, or weight or moment hold nan or infinity.
+    """
     if moment is None:
         raise CalibrationError(
             "no calibration data reached this layer, or its output changes nothing. Add a rule for "
             "it: solver: search, or keep: float."
         )
-    quantized, report = gptq(weight, moment, scheme, settings)
-    return quantized, {"error": report.relative_error, "damping": report.damping}
-
-
-def gptq(
-    weight: Float[Tensor, "out in"],
-    moment: Float[Tensor, "in in"],
-    scheme: Scheme,
-    settings: GptqSettings | None = None,
-) -> tuple[QuantizedTensor, GptqReport]:
-    """Codes and encoding of `weight` for inputs with the second moment `moment`.
-
-    Raises:
-        GridError: the scheme does not fit, has float offsets, or `moment` is not [in, in].
-        CalibrationError: weight or moment hold nan or infinity.
-    """
     settings = settings or GptqSettings()
-    weight = weight.detach().float()
+    weight, moment = weight.detach().float(), moment.float()
     columns = weight.shape[1]
     if moment.shape != (columns, columns):
         raise GridError(
@@ -118,115 +99,131 @@ def gptq(
     if not bool(torch.isfinite(weight).all() and torch.isfinite(moment).all()):
         raise CalibrationError("the weight or the moment of its input holds nan or infinity")
     scheme.scale_shape(tuple(weight.shape))
-    order = (
-        torch.argsort(moment.diagonal(), descending=True)
-        if settings.activation_order
-        else torch.arange(columns, device=weight.device)
-    )
-    hessian, upper, damping = _factor(moment.float(), settings.damping, order)
-    result = _Rounding(weight, upper, order, scheme, beforehand=settings.activation_order).run()
+    order = torch.arange(columns, device=weight.device)
+    if settings.activation_order:
+        order = torch.argsort(moment.diagonal(), descending=True)
+    hessian, upper, damping = _factor(moment, settings.damping, order)
+    result = _Rounding(weight, upper, order, scheme, settings.activation_order).run_columns()
     if settings.sweeps:
-        refined = _Refinement(weight, hessian, result)
+        refinement = _Refinement(weight, hessian, result)
         for _ in range(settings.sweeps):
-            refined.sweep()
-        result = refined.result()
-    return result, GptqReport(
-        damping, output_energy(weight - result.dequantize(), moment) / output_energy(weight, moment)
-    )
+            refinement.sweep()
+        result = refinement.result()
+    error = output_energy(weight - result.dequantize(), moment) / output_energy(weight, moment)
+    return result, {"error": error, "damping": damping}
 
 
 def _factor(moment: Tensor, damping: float, order: Tensor) -> tuple[Tensor, Tensor, float]:
     """(H, U of its rows and columns in `order`, damping used)."""
-    diagonal = moment.diagonal()
-    dead = diagonal <= 0
-    mean = float(diagonal.mean()) or 1.0
-    hessian = moment.clone()
-    hessian.diagonal()[dead] += mean
-    while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damping * mean)
+
+    def factor(damped: Tensor) -> Tensor | None:
         lower, failed = torch.linalg.cholesky_ex(damped[order][:, order])
-        if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed):
-                return damped, upper, damping
-        damping = 10 * damping or _LEAST_DAMPING
+        if int(failed):
+            return None
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        return None if int(failed) else upper
+
+    mean = float(moment.diagonal().mean()) or 1.0
+    hessian = moment.clone()
+    hessian.diagonal()[moment.diagonal() <= 0] += mean
+    return factor_damped(hessian, mean, damping, factor)
+
+
+class _Grid:
+    """The scales and offsets of a weight [out, in] by runs of columns, which `steps`, the codes
+    plus offset, are rounded to.
+    """
+
+    def __init__(self, encoding: Encoding, columns: int):
+        self.encoding, self.scheme = encoding, encoding.scheme
+        self.run = _columns_of_a_scale(self.scheme)
+        self.size = self.run or columns
+        self.scale = _rows(encoding.scale, self.scheme)
+        self.offset = _rows(encoding.offset.float(), self.scheme)
+        self.row_of_column = torch.arange(columns, device=encoding.scale.device) // self.size
+
+    def quantized(self, steps: Tensor) -> QuantizedTensor:
+        scale, offset = (
+            rows.T.reshape(self.encoding.scale.shape).contiguous()
+            for rows in (self.scale, self.offset.int())
+        )
+        codes = (steps - self.offset[self.row_of_column]).to(torch.uint8).T.contiguous()
+        return QuantizedTensor(codes, Encoding(self.scheme, scale, offset))
+
+
+def _columns_of_a_scale(scheme: Scheme) -> int | None:
+    """Number of consecutive columns that share their scales; None if all do."""
+    match scheme.granularity:
+        case Blocks(size):
+            return size
+        case PerChannel(axis) if axis % 2:
+            return 1
+        case _:
+            return None
+
+
+def _rows(numbers: Tensor, scheme: Scheme) -> Tensor:
+    """A scale or offset as [runs of columns, out], or [..., 1] if all outputs share it."""
+    match scheme.granularity:
+        case PerTensor():
+            return numbers.view(1, 1).clone()
+        case PerChannel(axis):
+            return numbers.view(*([-1, 1] if axis % 2 else [1, -1])).clone()
+        case Blocks():
+            return numbers.T.contiguous()
 
 
 class _Rounding:
-    """One pass over the columns in `order`; `upper` is U for that order. Stored transposed, [in,
-    out], so that a column is contiguous.
+    """One pass over the columns in `order`; `upper` is U for that order.
+
+    Args:
+        scales_first: choose all scales before any column is rounded; otherwise those of a block
+            when its first column is reached.
     """
 
     def __init__(
-        self, weight: Tensor, upper: Tensor, order: Tensor, scheme: Scheme, beforehand: bool
+        self, weight: Tensor, upper: Tensor, order: Tensor, scheme: Scheme, scales_first: bool
     ):
-        self.shape, self.upper, self.order, self.scheme = weight.shape, upper, order, scheme
+        self.upper, self.order = upper, order
         self.weight = weight.T[order].contiguous()
         self.importance = upper.diagonal().square().reciprocal()
-        self.size = (
-            scheme.granularity.size
-            if isinstance(scheme.granularity, PerBlock | Lpbq)
-            else weight.shape[1]
-        )
-        late = isinstance(scheme.granularity, PerBlock) and not beforehand
-        self.block_scheme = (
-            Scheme(scheme.bitwidth, scheme.symmetric, PerBlock(self.size)) if late else None
-        )
-        self.run_of_scale = _columns_of_a_scale(scheme)
-        if beforehand and self.run_of_scale is not None:
-            self.run_of_scale = 1  # neighbours in the order are of different blocks
+        self.chooses_late = isinstance(scheme.granularity, PerBlock) and not scales_first
         in_place = torch.empty_like(self.importance).index_copy_(0, order, self.importance)
-        self.encoding = measure(weight, scheme) if late else search_scale(weight, scheme, in_place)
-
-    def run(self) -> QuantizedTensor:
-        columns = len(self.weight)
-        scale, offset = (
-            _per_column(t, self.scheme, self.shape).T.contiguous()
-            for t in (self.encoding.scale, self.encoding.offset)
+        encoding = (
+            measure(weight, scheme) if self.chooses_late else search_scale(weight, scheme, in_place)
         )
+        self.grid = _Grid(encoding, weight.shape[1])
+        self.row_of_place = self.grid.row_of_column[order].tolist()
+        # neighbors in the order of activations are of different blocks
+        self.run = 1 if scales_first and self.grid.run is not None else self.grid.run
+
+    def run_columns(self) -> QuantizedTensor:
+        columns = len(self.weight)
         steps = torch.empty_like(self.weight)
-        places = self.order
         for start in range(0, columns, _RUN):
             stop = min(start + _RUN, columns)
             errors = torch.empty_like(self.weight[start:stop])
             for first, last in self._spans(start, stop):
-                if self.block_scheme is not None and first % self.size == 0:
-                    self._choose(first, scale, offset, errors, start)
-                errors[first - start : last - start] = self._round(
-                    first, last, scale[places[first:last]], offset[places[first:last]], steps
-                )
-                self.weight[last:stop].addmm_(
-                    self.upper[first:last, last:stop].T,
-                    errors[first - start : last - start],
-                    alpha=-1,
-                )
+                if self.chooses_late and first % self.grid.size == 0:
+                    self._choose(first, errors, start)
+                span = errors[first - start : last - start]
+                span.copy_(self._round(first, last, steps))
+                self.weight[last:stop].addmm_(self.upper[first:last, last:stop].T, span, alpha=-1)
             self.weight[stop:].addmm_(self.upper[start:stop, stop:].T, errors, alpha=-1)
-        groups = self.scheme.scale_shape(tuple(self.shape))
-        encoding = Encoding(
-            self.scheme,
-            *(
-                _per_group(t.T, self.scheme).reshape(groups).contiguous()
-                for t in (scale, offset.int())
-            ),
-        )
-        return QuantizedTensor((steps - offset).to(torch.uint8).T.contiguous(), encoding)
+        return self.grid.quantized(steps)
 
-    def _spans(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    def _spans(self, start: int, stop: int) -> pairwise[tuple[int, int]]:
         """Columns that share their scales, so that all are rounded in units of one."""
-        run = self.run_of_scale
-        yield from pairwise(
-            [start, stop]
-            if run is None
-            else [start, *range((start // run + 1) * run, stop, run), stop]
-        )
+        run = self.run or stop
+        return pairwise([start, *range((start // run + 1) * run, stop, run), stop])
 
-    def _round(self, first: int, last: int, scale: Tensor, offset: Tensor, steps: Tensor) -> Tensor:
+    def _round(self, first: int, last: int, steps: Tensor) -> Tensor:
         """Round columns `first` to `last`; returns e of each. Computes with `w / s` and `n`, which
         saves two passes per column.
         """
-        s, low = scale[0], offset[0]
-        high = low + self.scheme.steps
+        row = self.row_of_place[first]
+        s, low = self.grid.scale[row], self.grid.offset[row]
+        high = low + self.grid.scheme.steps
         left = self.weight[first:last].div_(s)
         inside = self.upper[first:last, first:last]
         ratios = inside / inside.diagonal().unsqueeze(1)
@@ -238,54 +235,23 @@ class _Rounding:
         steps[self.order[first:last]] = rounded
         return left.mul_(s).div_(inside.diagonal().unsqueeze(1))
 
-    def _choose(self, i: int, scale: Tensor, offset: Tensor, errors: Tensor, start: int) -> None:
-        """Choose the scales of the block that begins at column `i`, from the weights as they are
-        now. Columns after the run are updated first.
+    def _choose(self, first: int, errors: Tensor, start: int) -> None:
+        """Choose the scales of the block that begins at column `first`, from the weights as they
+        are now. Columns after the run are updated beforehand.
         """
-        last = i + self.size
-        block = self.weight[i:last]
-        behind = max(i, start + len(errors))
-        if behind < last and i > start:
+        last = first + self.grid.size
+        block = self.weight[first:last]
+        not_updated = max(first, start + len(errors))
+        if not_updated < last and first > start:
             block = block.clone()
-            block[behind - i :] -= self.upper[start:i, behind:last].T @ errors[: i - start]
-        importance, scheme = self.importance[i:last], self.block_scheme
-        assert scheme is not None
-        found = search_scale(block.T.contiguous(), scheme, importance, fractions=COARSE)
-        scale[i:last] = found.scale.T
-        offset[i:last] = found.offset.T
-
-
-def _columns_of_a_scale(scheme: Scheme) -> int | None:
-    """Number of consecutive columns that share their scales; None if all do."""
-    match scheme.granularity:
-        case PerBlock(size) | Lpbq(size):
-            return size
-        case PerChannel(axis) if axis % 2:
-            return 1
-        case _:
-            return None
-
-
-def _per_column(groups: Tensor, scheme: Scheme, shape: torch.Size) -> Tensor:
-    """A scale or offset for each weight, float32 [out, in]."""
-    match scheme.granularity:
-        case PerTensor():
-            return groups.float().expand(shape)
-        case PerChannel(axis):
-            return groups.float().view(*([-1, 1] if axis % 2 == 0 else [1, -1])).expand(shape)
-        case PerBlock(size) | Lpbq(size):
-            return groups.float().repeat_interleave(size, dim=-1)
-
-
-def _per_group(columns: Tensor, scheme: Scheme) -> Tensor:
-    """Undo `_per_column`."""
-    match scheme.granularity:
-        case PerTensor():
-            return columns[0, 0]
-        case PerChannel(axis):
-            return columns[:, 0] if axis % 2 == 0 else columns[0]
-        case PerBlock(size) | Lpbq(size):
-            return columns[:, ::size]
+            block[not_updated - first :] -= (
+                self.upper[start:first, not_updated:last].T @ errors[: first - start]
+            )
+        chosen = search_scale(
+            block.T.contiguous(), self.grid.scheme, self.importance[first:last], coarse=True
+        )
+        row = self.row_of_place[first]
+        self.grid.scale[row], self.grid.offset[row] = chosen.scale.view(-1), chosen.offset.view(-1)
 
 
 class _Refinement:
@@ -295,80 +261,54 @@ class _Refinement:
         scale of block b     s_b <- s_b + sum_b n g / sum_bb n H n  (per row; not LPBQ, tensor)
 
     The first is QuantEase (Behdin et al. 2023, https://arxiv.org/abs/2309.01885), the second the
-    least squares scale for the codes as they are. Held transposed, [in, out].
+    least squares scale for the codes as they are.
     """
 
     def __init__(self, weight: Tensor, hessian: Tensor, start: QuantizedTensor):
-        encoding = start.encoding
-        self.shape, self.hessian, self.scheme, self.encoding = (
-            weight.shape,
-            hessian,
-            encoding.scheme,
-            encoding,
-        )
-        self.weight = weight.T.contiguous()
-        self.scale = _per_column(encoding.scale, self.scheme, weight.shape).T.contiguous()
-        self.offset = _per_column(encoding.offset, self.scheme, weight.shape).T.contiguous()
-        self.steps = start.codes.T.float() + self.offset
-        self._gradient = self.hessian @ (self.weight - self.steps * self.scale)
+        self.hessian, self.grid = hessian, _Grid(start.encoding, weight.shape[1])
+        rows = self.grid.row_of_column
+        self.steps = start.codes.T.float() + self.grid.offset[rows]
+        self.gradient = hessian @ (weight.T.contiguous() - self.steps * self.grid.scale[rows])
 
     def sweep(self) -> None:
         """Every scale once, then every code once."""
-        match self.scheme.granularity:
-            case Lpbq() | PerTensor():
-                pass
-            case PerBlock(size):
-                self._scales(size, storable=True)
+        grid, columns = self.grid, len(self.steps)
+        match grid.scheme.granularity:
+            case PerBlock():
+                self._refit_scales(storable=True)
             case PerChannel(axis) if axis % 2 == 0:
-                self._scales(len(self.weight), storable=False)
-        run = _columns_of_a_scale(self.scheme)
-        width = _RUN if run is None else math.gcd(run, _RUN)
-        for first in range(0, len(self.weight), width):
-            self._codes(first, min(first + width, len(self.weight)))
+                self._refit_scales(storable=False)
+        width = _RUN if grid.run is None else math.gcd(grid.run, _RUN)
+        for first in range(0, columns, width):
+            self._round(first, min(first + width, columns))
 
     def result(self) -> QuantizedTensor:
-        scale = (
-            _per_group(self.scale.T, self.scheme).reshape(self.encoding.scale.shape).contiguous()
-        )
-        return QuantizedTensor(
-            (self.steps - self.offset).to(torch.uint8).T.contiguous(),
-            Encoding(self.scheme, scale, self.encoding.offset),
-        )
+        return self.grid.quantized(self.steps)
 
-    def _scales(self, size: int, storable: bool) -> None:
-        for first in range(0, len(self.weight), size):
-            block = slice(first, first + size)
+    def _refit_scales(self, storable: bool) -> None:
+        for row in range(len(self.grid.scale)):
+            block = slice(row * self.grid.size, (row + 1) * self.grid.size)
             steps = self.steps[block]
             curvature = ((self.hessian[block, block] @ steps) * steps).sum(0)
-            old = self.scale[first].clone()
-            wanted = old + (steps * self._gradient[block]).sum(0) / curvature
+            old = self.grid.scale[row].clone()
+            wanted = old + (steps * self.gradient[block]).sum(0) / curvature
             new = storable_scale(wanted) if storable else wanted
-            usable = (
-                torch.isfinite(wanted)
-                & (wanted > 0)
-                & ((new - wanted).abs() < (old - wanted).abs())
-            )
-            new = torch.where(usable, new, old)
-            self.scale[block] = new
-            self._gradient.addmm_(self.hessian[:, block], steps * (new - old), alpha=-1)
+            is_better = (new - wanted).abs() < (old - wanted).abs()
+            new = torch.where(torch.isfinite(wanted) & (wanted > 0) & is_better, new, old)
+            self.grid.scale[row] = new
+            self.gradient.addmm_(self.hessian[:, block], steps * (new - old), alpha=-1)
 
-    def _codes(self, first: int, last: int) -> None:
+    def _round(self, first: int, last: int) -> None:
         """Columns that share their scales, in units of one; see `_Rounding._round`."""
-        columns = slice(first, last)
-        s, low = self.scale[first], self.offset[first]
-        high = low + self.scheme.steps
+        columns, row = slice(first, last), first // self.grid.size
+        s, low = self.grid.scale[row], self.grid.offset[row]
+        high = low + self.grid.scheme.steps
         inside, before = self.hessian[columns, columns], self.steps[columns]
-        gradient, after = self._gradient[columns] / s, torch.empty_like(before)
-        inverse = inside.diagonal().reciprocal().tolist()
-        for i, factor in enumerate(inverse):
-            torch.clamp(
-                torch.add(before[i], gradient[i], alpha=factor, out=after[i]).round_(),
-                low,
-                high,
-                out=after[i],
-            )
-            change = torch.sub(after[i], before[i])
-            gradient[i + 1 :].addr_(inside[i, i + 1 :], change, alpha=-1)
+        gradient, after = self.gradient[columns] / s, torch.empty_like(before)
+        for i, factor in enumerate(inside.diagonal().reciprocal().tolist()):
+            torch.add(before[i], gradient[i], alpha=factor, out=after[i]).round_()
+            torch.clamp(after[i], low, high, out=after[i])
+            gradient[i + 1 :].addr_(inside[i, i + 1 :], after[i] - before[i], alpha=-1)
         moved = (after - before).mul_(s)
         before.copy_(after)
-        self._gradient.addmm_(self.hessian[:, columns], moved, alpha=-1)
+        self.gradient.addmm_(self.hessian[:, columns], moved, alpha=-1)

@@ -15,19 +15,16 @@ space without loss.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.lpbq import to_integer_scales
 from qwlora.grid.min_max import encoding_from_range, rows_of_groups
-from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 
 _FRACTIONS = tuple(torch.linspace(1.0, 0.3, 15).tolist())
-COARSE = (1.0, 0.88, 0.76)
+_COARSE = (1.0, 0.88, 0.76)
 _NARROWEST = 0.01
 _REFITS = 3
 _HALF_NORMAL = torch.finfo(torch.float16).smallest_normal
@@ -38,48 +35,45 @@ def search_scale(
     scheme: Scheme,
     importance: Float[Tensor, " in"] | None = None,
     clipping_penalty: float = 1.0,
-    fractions: Sequence[float] = _FRACTIONS,
+    coarse: bool = False,
 ) -> Encoding:
     """The encoding of `weight` under `scheme`; rows and blocks along the last axis.
 
     Args:
         importance: h, one per input; all 1 by default.
         clipping_penalty: weight of the squared error of a clipped value.
-        fractions: fractions of the min-max range to try. `COARSE` is enough if scales are improved
+        coarse: try three fractions and refit the scale once, which is enough if scales are improved
             afterwards.
 
     Raises:
         GridError: the scheme does not fit the shape.
         CalibrationError: the weight holds nan or infinity.
     """
-    scheme.scale_shape(tuple(weight.shape))
-    x, h = (
-        rows_of_groups(weight.float(), scheme),
-        None if importance is None else rows_of_groups(importance.expand_as(weight), scheme),
-    )
+    shape = scheme.scale_shape(tuple(weight.shape))
+    x = rows_of_groups(weight.float(), scheme)
+    h = None if importance is None else rows_of_groups(importance.expand_as(weight), scheme)
     flat = Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0))
     low, high = x.amin(-1), x.amax(-1)
     storable = isinstance(scheme.granularity, PerBlock)
     best = _Best(x, h, flat, storable, clipping_penalty)
-    for fraction in fractions:
+
+    def offer(fraction: float) -> None:
         candidate = encoding_from_range(low * fraction, high * fraction, flat)
         best.offer(candidate.scale, candidate.offset)
-    narrow, improved = fractions[-1], fractions is _FRACTIONS
-    while improved and narrow > _NARROWEST:  # few outliers among many values: one grid per tensor
-        narrow, before = 0.9 * narrow, best.error
-        candidate = encoding_from_range(low * narrow, high * narrow, flat)
-        best.offer(candidate.scale, candidate.offset)
+
+    for fraction in _COARSE if coarse else _FRACTIONS:
+        offer(fraction)
+    improved = not coarse
+    while improved and fraction > _NARROWEST:  # few outliers among many values: one grid per tensor
+        fraction, before = 0.9 * fraction, best.error
+        offer(fraction)
         improved = bool((best.error < before).any())
-    for _ in range(_REFITS if fractions is _FRACTIONS else 1):
+    for _ in range(1 if coarse else _REFITS):
         best.offer(best.refitted_scale(), best.offset)
         for shift in () if scheme.symmetric else (-1, 1):
             offset = (best.offset + shift).clamp(-scheme.steps, 0)
             best.offer(best.scale, offset)
-    shape = scheme.scale_shape(tuple(weight.shape))
-    scale = best.scale.view(shape)
-    if isinstance(scheme.granularity, Lpbq):
-        scale = to_integer_scales(scale, scheme)
-    return Encoding(scheme, scale, best.offset.view(shape))
+    return Encoding(scheme, scheme.nearest(best.scale.view(shape)), best.offset.view(shape))
 
 
 def storable_scale(scale: Float[Tensor, "*groups"]) -> Float[Tensor, "*groups"]:
@@ -101,13 +95,8 @@ class _Best:
         storable: bool,
         clipping_penalty: float,
     ):
-        self.x, self.importance, self.scheme, self.storable, self.clipping_penalty = (
-            x,
-            importance,
-            scheme,
-            storable,
-            clipping_penalty,
-        )
+        self.x, self.importance, self.scheme = x, importance, scheme
+        self.storable, self.clipping_penalty = storable, clipping_penalty
         self.error = x.new_full(x.shape[:1], torch.inf)
         self.scale = x.new_ones(x.shape[0])
         self.offset = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
@@ -119,9 +108,9 @@ class _Best:
         if self.importance is not None:
             values.mul_(self.importance)
         if self.clipping_penalty != 1:
-            values = torch.where(
-                self._clipped(scale, offset), values * self.clipping_penalty, values
-            )
+            steps, low = torch.div(self.x, scale.unsqueeze(1)).round_(), offset.unsqueeze(1)
+            clipped = (steps < low) | (steps > low + self.scheme.steps)
+            values = torch.where(clipped, values * self.clipping_penalty, values)
         error = values.sum(-1)
         better = error < self.error
         self.error = torch.where(better, error, self.error)
@@ -135,10 +124,6 @@ class _Best:
         above, below = (weighted * self.x).sum(-1), (weighted * steps).sum(-1)
         found = above / below
         return torch.where(torch.isfinite(found) & (found > 0), found, self.scale)
-
-    def _clipped(self, scale: Tensor, offset: Tensor) -> Tensor:
-        steps, low = torch.div(self.x, scale.unsqueeze(1)).round_(), offset.unsqueeze(1)
-        return (steps < low) | (steps > low + self.scheme.steps)
 
     def _steps(self, scale: Tensor, offset: Tensor) -> Tensor:
         low = offset.to(self.x.dtype).unsqueeze(1)

@@ -7,15 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from qwlora.export.target_compatibility import Grid
-from qwlora.grid.scheme import (
-    Granularity,
-    Lpbq,
-    PerBlock,
-    PerChannel,
-    PerTensor,
-    Scheme,
-    parse_scheme,
-)
+from qwlora.grid.scheme import Blocks, Granularity, PerChannel, PerTensor, Scheme, parse_scheme
 from qwlora.quantize.solvers import SOLVERS, SolverName
 from qwlora.recipe.section import Count, Name, Section
 
@@ -117,7 +109,7 @@ class Weights(Section):
         if self.granularity == "channel":
             granularity = PerChannel(0)
         elif self.block_size is not None:
-            granularity = (Lpbq if self.granularity == "lpbq" else PerBlock)(self.block_size)
+            granularity = Blocks.KINDS[self.granularity](self.block_size)
         return Scheme(self.bitwidth, self.symmetric, granularity)
 
 
@@ -129,10 +121,8 @@ def _keys_of_scheme(scheme: Scheme) -> dict[str, Any]:
             return keys | {"granularity": "tensor"}
         case PerChannel():
             return keys | {"granularity": "channel"}
-        case PerBlock(size):
-            return keys | {"granularity": "block", "block_size": size}
-        case Lpbq(size):
-            return keys | {"granularity": "lpbq", "block_size": size}
+        case Blocks(size) as blocks:
+            return keys | {"granularity": blocks.kind, "block_size": size}
 
 
 def _check_block_size(granularity: str | None, block_size: int | None) -> None:

@@ -94,10 +94,7 @@ class Quantizer(nn.Module):
 
     def _simulate(self, x: Tensor, encoding: Encoding) -> Tensor:
         """`fake_quantize`, in place if that is allowed and no gradient is needed."""
-        wants_gradient = torch.is_grad_enabled() and (
-            x.requires_grad or encoding.scale.requires_grad
-        )
-        if self.in_place and not wants_gradient:
+        if self.in_place and not (torch.is_grad_enabled() and x.requires_grad):
             return encoding.fake_quantize_(x)
         return encoding.fake_quantize(x)
 

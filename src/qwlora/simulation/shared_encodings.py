@@ -20,12 +20,16 @@ import copy
 from collections.abc import Mapping
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 from qwlora.errors import CalibrationError
 from qwlora.graph.adapter_branch import branch_nodes
 from qwlora.graph.graph_analysis import lora_branch
 from qwlora.graph.move_graph import device_of, moved_encoding
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.min_max import MinMaxObserver
+from qwlora.grid.min_max import encoding_from_range, group_range
+from qwlora.grid.scheme import Scheme
 from qwlora.simulation.estimate_encodings import estimate_encodings
 from qwlora.simulation.fake_quantizer import Quantizer
 from qwlora.simulation.simulation import Simulation
@@ -43,7 +47,7 @@ class SharedObservation:
     def __init__(self, base_activations: BaseActivations):
         self.base_activations = base_activations
         self._activations: dict[str, Quantizer] = {}
-        self._weights: dict[str, MinMaxObserver] = {}
+        self._weights: dict[str, tuple[Scheme, Tensor, Tensor]] = {}  # scheme, low and high ends
         self._names: set[str] | None = None
 
     def add(self, simulation: Simulation) -> None:
@@ -71,11 +75,20 @@ class SharedObservation:
         if self.base_activations == "none":
             encodings = simulation.encodings
             for name, weight in simulation.adapter_weights.items():
-                observer = MinMaxObserver(encodings[name].scheme)
-                observer.update(weight)
-                _merge(
-                    name, self._weights.setdefault(name, MinMaxObserver(observer.scheme)), observer
+                self._add_weight(name, weight, encodings[name].scheme)
+
+    def _add_weight(self, name: str, weight: Tensor, scheme: Scheme) -> None:
+        low, high = group_range(weight, scheme)
+        if name in self._weights:
+            earlier, lowest, highest = self._weights[name]
+            if earlier != scheme or lowest.shape != low.shape:
+                raise CalibrationError(
+                    f"adapters disagree on {name} ({list(lowest.shape)} scales of {earlier} vs "
+                    f"{list(low.shape)} of {scheme}). To share its encoding, give them the same "
+                    "rank; otherwise share less"
                 )
+            low, high = torch.minimum(low, lowest), torch.maximum(high, highest)
+        self._weights[name] = scheme, low, high
 
     def _check_names(self, simulation: Simulation) -> None:
         names = {*simulation.quantizers, *simulation.adapter_weights}
@@ -107,7 +120,10 @@ class SharedObservation:
         found = {
             name: q.encoding for name, q in self._activations.items() if q.encoding is not None
         }
-        return found | {name: observer.encoding() for name, observer in self._weights.items()}
+        return found | {
+            name: encoding_from_range(low, high, scheme)
+            for name, (scheme, low, high) in self._weights.items()
+        }
 
 
 def shared_activations(simulation: Simulation, base_activations: BaseActivations) -> list[str]:
@@ -147,13 +163,3 @@ def apply_shared_encodings(
             simulation.quantizers[name].encoding = moved_encoding(encodings[name], device)
     if base_activations == "none":
         simulation.set_adapter_encodings(encodings)
-
-
-def _merge(name: str, observer: MinMaxObserver, other: MinMaxObserver) -> None:
-    try:
-        observer.merge(other)
-    except CalibrationError as error:
-        raise CalibrationError(
-            f"adapters disagree on {name} ({error}). To share its encoding, give them the same "
-            "rank; otherwise share less"
-        ) from error

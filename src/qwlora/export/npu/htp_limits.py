@@ -18,7 +18,7 @@ The HTP rescales a product with s_x s_w / s_y, which must be greater than 2^-24.
 
 from __future__ import annotations
 
-from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Blocks, PerChannel, PerTensor, Scheme
 
 SMALLEST_RESCALE = 2.0**-24
 _BITS = (4, 8, 16)
@@ -26,7 +26,7 @@ _BITS = (4, 8, 16)
 
 def weight_problem(scheme: Scheme) -> str | None:
     """Why the HTP does not compute products with such a weight; None if it does."""
-    blocks = isinstance(scheme.granularity, PerBlock | Lpbq)
+    blocks = isinstance(scheme.granularity, Blocks)
     if scheme.float_offset or not scheme.symmetric:
         return "the HTP takes symmetric weights; the nearest is the same without asymmetric"
     if scheme.bitwidth == 2 and not blocks:

@@ -49,7 +49,7 @@ from qwlora.graph.aten_ops import base_name
 from qwlora.graph.graph_analysis import operator_of
 from qwlora.graph.graph_parameters import parameter_names
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
-from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel
+from qwlora.grid.scheme import Blocks, Granularity, PerChannel
 from qwlora.messages import listed
 from qwlora.parameter_names import canonical_name, is_adapter_name, is_factor_name
 from qwlora.simulation.kv_cache_graph import cached_graph, capture_with_cache
@@ -309,7 +309,7 @@ def _rank(factor: str, transposed: bool, granularity: Granularity | None) -> tup
             return place, name
         case PerChannel(channel):
             return (0, name) if channel == axis else None
-        case PerBlock() | Lpbq():  # blocks of [out, rank] are along the rank
+        case Blocks():  # blocks of [out, rank] are along the rank
             return place, name if axis == 0 else f"blocks:{name}"
         case _:
             return None

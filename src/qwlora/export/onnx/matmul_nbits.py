@@ -35,8 +35,8 @@ from qwlora.export.weights.weights_folder import refuse
 from qwlora.formats.huggingface.int32_words import pack_words
 from qwlora.graph.kv_cache_capture import capture_cached
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
-from qwlora.grid.encoding import aligned
-from qwlora.grid.scheme import Lpbq, PerBlock
+from qwlora.grid.encoding import spread
+from qwlora.grid.scheme import Blocks
 from qwlora.messages import listed
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_modules import PackedLinear
@@ -257,7 +257,7 @@ def _width_problem(layer: PackedLayer) -> str | None:
 def _block(layer: PackedLayer) -> int | None:
     """The largest block of MatMulNBits that does not cross one of the grid; None: there is none."""
     granularity, columns = layer.scheme.granularity, layer.tensor.shape[-1]
-    size = granularity.size if isinstance(granularity, PerBlock | Lpbq) else columns
+    size = granularity.size if isinstance(granularity, Blocks) else columns
     return next((b for b in NBITS_BLOCKS if size % b == 0 and columns % b == 0), None)
 
 
@@ -284,7 +284,4 @@ def _operands(layer: PackedLayer) -> tuple[dict[str, np.ndarray[Any, Any]], int]
 
 def _per_block(layer: PackedLayer, number: torch.Tensor, block: int) -> torch.Tensor:
     """[out, in / block]."""
-    granularity, (rows, columns) = layer.scheme.granularity, layer.tensor.shape
-    if isinstance(granularity, PerBlock | Lpbq):
-        return number.repeat_interleave(granularity.size // block, dim=1).contiguous()
-    return aligned(number, granularity, 2).expand(rows, columns // block).contiguous()
+    return spread(number, layer.scheme.granularity, layer.tensor.shape, block).contiguous()

@@ -25,7 +25,7 @@ from qwlora.export.onnx.onnx_graph import DEQUANTIZE, MARKER, to_onnx
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.packing import unpack
-from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor
+from qwlora.grid.scheme import Blocks, PerChannel, PerTensor
 from qwlora.messages import listed
 from qwlora.nn.custom_ops import NAMESPACE
 from qwlora.system.optional_packages import require
@@ -144,7 +144,7 @@ class _Rewriter:
         ir = self.ir
         granularity = encoding.scheme.granularity
         minimum = aligned(encoding.minimum, granularity, len(shape))
-        if not isinstance(granularity, PerBlock | Lpbq):
+        if not isinstance(granularity, Blocks):
             turned = minimum.mT if transposed and minimum.ndim else minimum
             return [
                 ir.node(
@@ -300,7 +300,7 @@ def _axis_attributes(encoding: Encoding, transposed: bool, ndim: int) -> dict[st
     match encoding.scheme.granularity:
         case PerChannel(axis):
             return {"axis": 1 - axis if transposed else axis}
-        case PerBlock(size) | Lpbq(size):  # ONNX holds the product of both factors
+        case Blocks(size):  # ONNX holds the product of both factors
             return {"axis": 0 if transposed else ndim - 1, "block_size": size}
         case PerTensor():
             return {}

@@ -45,7 +45,7 @@ from qwlora.export.weights.weights_folder import (
     write_folder,
 )
 from qwlora.formats.huggingface.int32_words import pack_words
-from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Blocks, PerChannel, PerTensor, Scheme
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_modules import PackedEmbedding, PackedLinear
 
@@ -106,7 +106,7 @@ def _problem(layer: PackedLayer) -> str | None:
 def _weights(scheme: Scheme) -> dict[str, Any]:
     """A scheme as the `weights` of a config group."""
     match scheme.granularity:
-        case PerBlock(size) | Lpbq(size):
+        case Blocks(size):
             granularity: dict[str, Any] = {"strategy": "group", "group_size": size}
         case PerChannel():
             granularity = {"strategy": "channel"}

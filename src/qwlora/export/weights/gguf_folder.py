@@ -33,9 +33,8 @@ from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.format_limits import gguf_problem
 from qwlora.export.weights.weights_folder import as_float16, layers_to_write, refuse
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
-from qwlora.grid.encoding import aligned
+from qwlora.grid.encoding import spread
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.grid.scheme import Lpbq, PerBlock
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.system.optional_packages import require
 
@@ -194,7 +193,4 @@ def _fifth_bits(grouped: Tensor) -> Tensor:
 
 def _per_block(layer: PackedLayer, number: Tensor) -> Tensor:
     """A number of the grid as [out, in / 32]."""
-    granularity, (rows, columns) = layer.scheme.granularity, layer.tensor.shape
-    if isinstance(granularity, PerBlock | Lpbq):
-        return number.repeat_interleave(granularity.size // BLOCK, dim=1)
-    return aligned(number, granularity, 2).expand(rows, columns // BLOCK)
+    return spread(number, layer.scheme.granularity, layer.tensor.shape, BLOCK)

@@ -42,8 +42,8 @@ from qwlora.export.weights.weights_folder import (
     write_folder,
 )
 from qwlora.formats.huggingface.int32_words import pack_words
-from qwlora.grid.encoding import aligned
-from qwlora.grid.scheme import Lpbq, PerBlock
+from qwlora.grid.encoding import spread
+from qwlora.grid.scheme import Blocks
 from qwlora.nn.packed_layer import PackedLayer
 
 
@@ -113,26 +113,18 @@ def _problem(layer: PackedLayer) -> str | None:
 def _group(layer: PackedLayer) -> int | None:
     """The largest group of MLX that does not cross a block of the grid; None if there is none."""
     granularity, columns = layer.scheme.granularity, layer.tensor.shape[-1]
-    size = granularity.size if isinstance(granularity, PerBlock | Lpbq) else columns
+    size = granularity.size if isinstance(granularity, Blocks) else columns
     return next((g for g in MLX_GROUPS if size % g == 0 and columns % g == 0), None)
 
 
 def _scales_and_biases(layer: PackedLayer, group: int) -> tuple[Tensor, Tensor]:
     """Both [out, in / group]."""
-    encoding, (rows, columns) = layer.encoding, layer.tensor.shape
-    if encoding.scheme.float_offset:
-        numbers = (encoding.scale, encoding.minimum)
-    else:
-        numbers = (encoding.scale, encoding.offset * encoding.scale)
-    granularity = layer.scheme.granularity
-    spread = []
-    for number in numbers:
-        if isinstance(granularity, PerBlock | Lpbq):
-            wide = number.repeat_interleave(granularity.size // group, dim=1)
-        else:
-            wide = aligned(number, granularity, 2).expand(rows, columns // group)
-        spread.append(wide.float().contiguous())
-    return spread[0], spread[1]
+    encoding, shape = layer.encoding, layer.tensor.shape
+    scale, minimum = (
+        spread(number, layer.scheme.granularity, shape, group).float().contiguous()
+        for number in (encoding.scale, encoding.minimum)
+    )
+    return scale, minimum
 
 
 def _rope(model: PreTrainedModel) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from transformers.core_model_loading import (
 from qwlora.errors import SourceError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.grid.scheme import Lpbq, PerBlock
+from qwlora.grid.scheme import Blocks, PerBlock
 from qwlora.messages import listed
 
 ROW_OPERATIONS = tuple(
@@ -182,7 +182,7 @@ def convert_quantized(
 def _as_blocks(part: QuantizedTensor) -> QuantizedTensor:
     """The same values with at least one scale per row, so that rows can be moved."""
     encoding, shape = part.encoding, (*part.codes.shape[:-1], 1)
-    if isinstance(encoding.scheme.granularity, PerBlock | Lpbq):
+    if isinstance(encoding.scheme.granularity, Blocks):
         return part
     scale, end = (
         values.view(-1, *[1] * (len(shape) - 1)).expand(shape).contiguous()

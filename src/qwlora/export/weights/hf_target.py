@@ -177,8 +177,7 @@ class TransformersRuntime:
         """
         from peft import PeftModel
 
-        from qwlora.adapter.module_patterns import check_pattern_times
-        from qwlora.adapter.peft_support import read_config
+        from qwlora.adapter.peft_support import check_pattern_times, read_config
 
         if adapter is not None and adapter not in self._known:
             check_pattern_times(self._model, read_config(adapter), f"adapter {str(adapter)!r}")

@@ -41,7 +41,7 @@ from qwlora.export.npu.qnn_runtime import QnnModel
 from qwlora.export.proof.compare import perplexity
 from qwlora.export.proof.reference import token_losses
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedGraph, ExportedUseCases, GraphTarget, UseCasesTarget
+from qwlora.export.target import ExportedGraph, ExportedUseCases
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.scheme import parse_scheme
 from qwlora.grid.sqnr import sqnr_db
@@ -145,17 +145,17 @@ def as_floats(
 ) -> dict[str, Any]:
     """The rows of target aimet or qairt."""
     rows, kind = {}, TARGETS[target]
-    if isinstance(kind, UseCasesTarget):
-        kind.write(ExportedUseCases(made["none"], made, "none"), folder)
+    if kind.has_cases:
+        kind.backend.write_cases(ExportedUseCases(made["none"], made, "none"), folder)
     for name, one in made.items():
         began = time.perf_counter()
-        if isinstance(kind, UseCasesTarget):
-            opened, size = open_qairt_graphs(folder, name), sizes(kind.own_files(folder, name))
+        if kind.has_cases:
+            opened = open_qairt_graphs(folder, name)
+            size = sizes(kind.backend.own_files(folder, name))
         elif name == "none":
             continue
         else:
-            assert isinstance(kind, GraphTarget)
-            kind.write(one, folder / name)
+            kind.backend.write_adapter(one, folder, folder / name)
             opened, size = open_aimet_graphs(folder / name), sizes((folder / name).rglob("*"))
         simulation = one.simulation
         assert isinstance(simulation, Simulation)

@@ -33,13 +33,13 @@ from docs_table import write_table
 from machine import machine_line
 from qwlora.data.sequences import Sequences
 from qwlora.export import registry
-from qwlora.export.onnx.genai_target import GenaiRuntime
+from qwlora.export.onnx.genai import GenaiRuntime
 from qwlora.export.proof.folder import REFERENCE, proofs
 from qwlora.export.proof.measure import decode_speed, switch_seconds
 from qwlora.export.proof.reference import token_losses
-from qwlora.export.target import PROOF, BundleTarget
-from qwlora.export.weights.gguf_target import LlamaRuntime
-from qwlora.export.weights.mlx_target import MlxRuntime
+from qwlora.export.target import PROOF
+from qwlora.export.weights.gguf import LlamaRuntime
+from qwlora.export.weights.mlx import MlxRuntime
 from qwlora.formats.model_source import fetch, load_model, load_tokenizer
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe.recipe_file import parse_recipe
@@ -178,9 +178,8 @@ def measure_speeds(out: Path, bundles: dict[str, dict[str, Any]]) -> None:
     """Replace the seconds of a switch, and new tokens per second, in the records of all bundles."""
     token = torch.zeros(1, 1, dtype=torch.int64)
     for name, records in bundles.items():
-        target, bundle = registry.TARGETS[name], out / "export" / name
-        assert isinstance(target, BundleTarget)
-        runtime = target.open(bundle / "base")
+        bundle = out / "export" / name
+        runtime = registry.TARGETS[name].open(bundle)
         for adapter in records:
             runtime.use(bundle / adapter)  # all are loaded before any is measured
         for adapter, record in records.items():

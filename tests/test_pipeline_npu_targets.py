@@ -92,7 +92,7 @@ def dumped(job: Path, graph: Path, stage: str, case: str, least_sqnr: float) -> 
         ),
         (
             {"export": {"targets": ["qairt"]}, "adapters": [{**ADAPTERS[0], "name": "host"}]},
-            "host is the name of another file of target qairt",
+            "host is the name of another file or folder in export/qairt",
         ),
         ({"export": {"targets": ["qairt"]}, "workflow": "qwa-lora"}, "use workflow qw-lora"),
         (

@@ -39,7 +39,6 @@ from qwlora.export.proof.folder import (
 from qwlora.export.proof.measure import Bits
 from qwlora.export.proof.readme import write_readme
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import WeightsTarget
 from qwlora.pipeline.commands.manage_adapters import remove_adapter, rename_adapter
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.job_texts import JobTexts
@@ -131,7 +130,7 @@ def test_files_that_changed_are_not_verified(job: Path, tmp_path: Path) -> None:
     ("change", "message"),
     [
         ({"dora": True}, "hf holds LoRA factors .* no DoRA"),
-        ({"name": "base"}, "base is the name of another folder in export/hf"),
+        ({"name": "base"}, "base is the name of another file or folder in export/hf"),
     ],
 )
 def test_adapters_that_a_target_cannot_hold_are_refused_at_once(
@@ -400,7 +399,7 @@ def test_a_sealed_bundle_that_names_code_is_refused(job: Path, tmp_path: Path) -
 
 
 EVERYWHERE = [  # gguf needs a model from a GGUF file
-    name for name, kind in TARGETS.items() if isinstance(kind, WeightsTarget) and name != "gguf"
+    name for name, kind in TARGETS.items() if not kind.is_simulated and name != "gguf"
 ]
 
 

@@ -119,13 +119,13 @@ def problems(path: Path, *changes: str) -> list[str]:
         (
             "simulation={activation_bitwidth: 4, rules: [{match: x, bitwidth: 6}]}",
             "recipe: simulation.activation_bitwidth 4, simulation.rules.0.bitwidth 6: "
-            "onnx supports activations of 8 or 16 bits; use one of these, or remove onnx from "
+            "onnx supports activations of 8 or 16 bits; use one of these; or remove a target from "
             "export.targets",
         ),
         (
             "simulation.adapter_activation_bitwidth=4",
             "recipe: simulation.adapter_activation_bitwidth 4: onnx supports activations of 8 or "
-            "16 bits; use one of these, or remove onnx from export.targets",
+            "16 bits; use one of these; or remove a target from export.targets",
         ),
         ("seed", "--set seed: expected KEY=VALUE, for example base.weights.bitwidth=3"),
         ("adapters.7.rank=3", "--set adapters.7.rank=3: the recipe has no adapters.7.rank"),

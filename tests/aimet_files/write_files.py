@@ -25,7 +25,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from qwlora import Rule, Scheme, Simulation, SimulationSchemes, quantize_, simulate
 from qwlora.export.npu.float_onnx import to_float_onnx
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedGraph, GraphTarget
+from qwlora.export.target import Backend, ExportedGraph
 from qwlora.grid.scheme import PerChannel
 from qwlora.nn.packed_modules import PackedLinear
 
@@ -66,8 +66,7 @@ def simulation(grid: str) -> Simulation:
 
 def main(folder: Path) -> None:
     """Write every grid in both versions."""
-    target = TARGETS["aimet"]
-    assert isinstance(target, GraphTarget)
+    aimet = TARGETS["aimet"].backend
     sample = {name: tensor[:1] for name, tensor in BATCH.items()}
     for grid in GRIDS:
         made = simulation(grid)
@@ -84,13 +83,13 @@ def main(folder: Path) -> None:
                 codes[name] = (found.T if tensor.transposed else found).numpy()
         for version in VERSIONS:
             path = folder / f"{grid}-{version}"
-            target.write(ExportedGraph(made, {}, sample, version), path)
+            aimet.write_adapter(ExportedGraph(made, {}, sample, version), path, path)
             np.savez(path / "codes.npz", **codes)
 
-    write_graphs(folder, target)
+    write_graphs(folder, aimet)
 
 
-def write_graphs(folder: Path, target: GraphTarget) -> None:
+def write_graphs(folder: Path, aimet: Backend) -> None:
     """Graphs with a key-value cache in both versions."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
@@ -111,7 +110,8 @@ def write_graphs(folder: Path, target: GraphTarget) -> None:
     for version in VERSIONS:
         path = folder / f"graphs-{version}"
         graphs = {"prefill": 8, "decode": 1}
-        target.write(ExportedGraph(made, {}, sample, version, graphs, 32), path)
+        exported = ExportedGraph(made, {}, sample, version, graphs, 32)
+        aimet.write_adapter(exported, path, path)
         np.savez(path / "codes.npz", **codes)
 
 

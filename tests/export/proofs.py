@@ -19,11 +19,11 @@ from qwlora.export.proof.reference import (
     make_reference,
     simulated_logits,
 )
-from qwlora.export.runtime import WeightsRuntime
+from qwlora.export.runtime import Runtime
 
 
 def verify_weights(
-    runtime: WeightsRuntime,
+    runtime: Runtime,
     model: Any,
     adapter: Path,
     sequences: Sequences,

@@ -28,7 +28,8 @@ from qwlora.errors import CaptureError, ExportError
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.proof.checks import Limits
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedBase, WeightsTarget
+from qwlora.export.target import ExportedBase
+from qwlora.export.target_compatibility import ModelFacts, refusals
 from qwlora.export.weights.weights_folder import layer_kind
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.open_checkpoint import open_checkpoint
@@ -38,7 +39,7 @@ from simulation.tiny_architectures import DECODER, make, with_large_weights
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"
 ARCHITECTURES = ("Llama", "Qwen3", "Gemma 3", "Phi-3", "Mistral", "GPT-2", "OPT", "Mixtral")
-WEIGHTS = {name: t for name, t in TARGETS.items() if isinstance(t, WeightsTarget)}
+WEIGHTS = {name: t for name, t in TARGETS.items() if not t.is_simulated}
 GGUF: dict[str, tuple[str, dict[str, Any]]] = {  # what a GGUF file calls it, and more metadata
     "Llama": ("llama", {}),
     "Qwen3": ("qwen3", {"qwen3.attention.key_length": 128, "qwen3.attention.value_length": 128}),
@@ -81,7 +82,7 @@ def scheme_table() -> str:
     """Which scheme each target holds exactly."""
     rows: list[tuple[str, ...]] = [("grid", *TARGETS)]
     for scheme in SCHEMES:
-        cells = ("no" if target.problem(scheme) else "yes" for target in TARGETS.values())
+        cells = ("no" if target.scheme_problem(scheme) else "yes" for target in TARGETS.values())
         rows.append((short_name(scheme), *cells))
     return table(rows)
 
@@ -98,20 +99,21 @@ def outcome(architecture: str, name: str) -> str:
         for part in ("base", "trained", "adapter"):
             (folder / part).mkdir()
         model, source = made(architecture, name, folder)
-        if problem := target.architecture_problem(model.config.model_type):
-            return f"no: {problem}"
-        kinds = map(layer_kind, packed_weights(model).values())
-        if problem := next(filter(None, map(target.kind_problem, kinds)), None):
-            return f"no: {problem}"
+        kinds = {layer_kind(layer): ["one"] for layer in packed_weights(model).values()}
+        facts = ModelFacts(kinds=kinds, model_type=model.config.model_type)
+        if problems := refusals(target, facts):
+            return f"no: {problems[0].partition(': one')[0]}"
         try:
-            target.write_base(ExportedBase(model, byte_tokenizer(), source), folder / "base")
+            target.backend.write_base(
+                ExportedBase(model, byte_tokenizer(), source), folder / "base"
+            )
             adapted = with_adapter(model)
             save_adapter(adapted, folder / "trained")
             canonical = read_canonical(folder / "trained")
-            target.write_adapter(canonical, folder / "base", folder / "adapter")
+            target.backend.write_adapter(canonical, folder / "base", folder / "adapter")
             ids = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(1))
-            runtime = target.open(folder / "base")
-            rounding = target.rounding(adapted)
+            runtime = target.open(folder)
+            rounding = target.backend.rounding(adapted)
             found = verify_weights(
                 runtime, adapted, folder / "adapter", as_sequences(ids), rounding
             )

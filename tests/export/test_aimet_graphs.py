@@ -7,6 +7,7 @@ import runpy
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ from export.proofs import sqnr, verify_graphs
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedGraph, GraphTarget
+from qwlora.export.target import ExportedGraph
 from qwlora.formats.card_mark import CARD_MARK
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.simulation.simulation import Simulation
@@ -31,18 +32,17 @@ pytestmark = pytest.mark.slow
 
 IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
 GRAPHS, CONTEXT = {"prefill": 8, "decode": 1}, 32
-TARGET = TARGETS["aimet"]
-assert isinstance(TARGET, GraphTarget)
+AIMET = TARGETS["aimet"].backend
 
 
 def written(made: Simulation, folder: Path, version: str = "1.0.0") -> Path:
     sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    TARGET.write(ExportedGraph(made, {}, sample, version, GRAPHS, CONTEXT), folder)
+    AIMET.write_adapter(ExportedGraph(made, {}, sample, version, GRAPHS, CONTEXT), folder, folder)
     return folder
 
 
 def verified(folder: Path, made: Simulation) -> Parity:
-    return verify_graphs(TARGET.logits(folder, 4), made, IDS)
+    return verify_graphs(partial(AIMET.open(folder, "").logits, steps=4), made, IDS)
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 def test_prefill_then_decode_is_the_simulation(folder: Path, llama: Simulation) -> None:
     parity = verified(folder, llama)
     assert not parity.problems(Limits(perplexity_difference=0.02))
-    model, logits = llama.origin.model, TARGET.logits(folder)(IDS)
+    model, logits = llama.origin.model, AIMET.open(folder, "").logits(IDS)
     assert sqnr(logits, llama.logits(IDS)) > 45
     with torch.no_grad(), model.disable_adapter():
         base = model(input_ids=IDS).logits
@@ -73,8 +73,9 @@ def test_prefill_then_decode_is_the_simulation(folder: Path, llama: Simulation) 
 
 def test_no_token_is_dropped_at_the_end_of_the_context(llama: Simulation, tmp_path: Path) -> None:
     sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
-    TARGET.write(ExportedGraph(llama, {}, sample, "1.0.0", GRAPHS, 22), tmp_path)
-    logits = TARGET.logits(tmp_path)
+    exported = ExportedGraph(llama, {}, sample, "1.0.0", GRAPHS, 22)
+    AIMET.write_adapter(exported, tmp_path, tmp_path)
+    logits = AIMET.open(tmp_path, "").logits
     ids = torch.randint(3, 256, (1, 22), generator=torch.Generator().manual_seed(7))
     expected = llama.logits(ids).double()  # the third prefill has room for 6 tokens only
     noise = float((logits(ids) - expected).square().sum())
@@ -88,7 +89,8 @@ def test_every_float_tensor_has_an_encoding_and_names_are_tied(
     version: str, folder: Path, llama: Simulation, tmp_path: Path
 ) -> None:
     files = folder if version == "1.0.0" else written(llama, tmp_path, version)
-    graphs = TARGET.layers(files, {"input_ids": IDS[:, :8], "attention_mask": IDS[:, :8] > 0})[1]
+    batch = {"input_ids": IDS[:, :8], "attention_mask": IDS[:, :8] > 0}
+    graphs = AIMET.open(files, "").layers(batch)[1]
     assert len(graphs) > 150
     known: dict[str, Any] = {}
     for name in GRAPHS:
@@ -250,7 +252,7 @@ def test_damaged_files_are_refused_by_name(
 ) -> None:
     damage(copied)
     with pytest.raises(VerificationError, match=f"(?s){said}"):
-        TARGET.logits(copied)
+        AIMET.open(copied, "")
 
 
 @pytest.mark.parametrize("name", ["GPT-2", "Gemma 3", "Phi-3", "Qwen3"])

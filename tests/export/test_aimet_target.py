@@ -21,7 +21,7 @@ from qwlora.export.npu.aimet_folder import open_aimet
 from qwlora.export.proof.checks import Limits
 from qwlora.export.proof.compare import verify_language_model
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedGraph, GraphTarget
+from qwlora.export.target import ExportedGraph
 from qwlora.formats.card_mark import CARD_MARK
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Scheme
@@ -47,9 +47,8 @@ def simulation(scheme: str, architecture: str = "llama") -> Simulation:
 
 
 def written(made: Simulation, folder: Path, version: str = "1.0.0") -> Path:
-    target = TARGETS["aimet"]
-    assert isinstance(target, GraphTarget)
-    target.write(ExportedGraph(made, {"qwlora.adapter": "a"}, SAMPLE, version), folder)
+    exported = ExportedGraph(made, {"qwlora.adapter": "a"}, SAMPLE, version)
+    TARGETS["aimet"].backend.write_adapter(exported, folder, folder)
     return folder
 
 
@@ -234,10 +233,9 @@ def test_other_architectures_compute_what_was_simulated(name: str, tmp_path: Pat
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     made = simulate(get_peft_model(model, config).eval(), batch)
     made.calibrate([batch])
-    target = TARGETS["aimet"]
-    assert isinstance(target, GraphTarget)
+    aimet = TARGETS["aimet"].backend
     sample = {key: tensor[:1] for key, tensor in batch.items()}
-    target.write(ExportedGraph(made, {}, sample), tmp_path)
+    aimet.write_adapter(ExportedGraph(made, {}, sample), tmp_path, tmp_path)
     ids = batch["input_ids"]
     parity = verify_language_model(open_aimet(tmp_path), made, ids, ids.shape[1])
     assert parity.figures["worst_layer_steps"] < 1.01

@@ -20,14 +20,14 @@ from qwlora.errors import SourceError
 from qwlora.export.onnx.session_options import read_session_options
 from qwlora.export.proof.contents import check_contents, check_plain, known_settings, misfits
 from qwlora.export.registry import TARGETS
-from qwlora.export.weights.hf_target import TransformersRuntime
+from qwlora.export.weights.hf import TransformersRuntime
 from qwlora.formats.model_source import load_model
 from qwlora.system.time_limit import time_limit
 
 
 def check(target: str, folder: Path, is_base: bool = True) -> None:
     files = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
-    check_contents(TARGETS[target].contents, folder, files, is_base)
+    check_contents(TARGETS[target].backend.contents, folder, files, is_base)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_a_pattern_that_takes_forever_is_refused_before_peft_matches_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = partial(time_limit, seconds=0.5)
-    monkeypatch.setattr("qwlora.adapter.peft_support.time_limit", short)
+    monkeypatch.setattr("qwlora.adapter.module_patterns.time_limit", short)
     pattern = r"(?:(?:\w+\.?)*)*,"
     config = {"peft_type": "LORA", "r": 2, "alpha_pattern": {pattern: 1}, "target_modules": ["x"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))

@@ -18,6 +18,7 @@ from torch import Tensor
 from conftest import reseal
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import FingerprintError, QwloraError, QwloraWarning, SourceError
+from qwlora.export import runtime as runtime_module
 from qwlora.export.proof.folder import (
     current_proofs,
     is_bundle,
@@ -63,7 +64,7 @@ class Trained:
         return SimpleNamespace(logits=self.table[input_ids])
 
 
-class Runtime:
+class Runtime(runtime_module.Runtime):
     """Computes by one table without an adapter and by another with one.
 
     Args:
@@ -71,7 +72,7 @@ class Runtime:
         decodes: whether tokens that are decoded one by one are the likeliest.
     """
 
-    shipped = None
+    switches = True
 
     def __init__(
         self,
@@ -89,7 +90,7 @@ class Runtime:
         else:
             self.table = self.tables[0] + 1e-6
 
-    def logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         return self.table[ids]
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
@@ -126,12 +127,12 @@ def bundle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         write_record(folder / part, {"base_fingerprint": "0" * 64})
     for name in ("first", "second"):
         prove(folder, name)
-    monkeypatch.setattr(type(TARGETS["hf"]), "open", lambda self, base: Runtime())
+    opens(monkeypatch, Runtime())
     return folder
 
 
 def opens(monkeypatch: pytest.MonkeyPatch, runtime: Runtime) -> None:
-    monkeypatch.setattr(type(TARGETS["hf"]), "open", lambda self, base: runtime)
+    monkeypatch.setattr(type(TARGETS["hf"].backend), "open", lambda self, base, case: runtime)
 
 
 def test_an_untouched_bundle_passes(bundle: Path) -> None:

@@ -21,6 +21,7 @@ from export.test_graph_parity import replace_qnn
 from qwlora import strict_json
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import ExportError, VerificationError
+from qwlora.export import runtime as runtime_module
 from qwlora.export.npu import qnn_runtime, verify_qnn
 from qwlora.export.npu.qnn_bundle import export_qnn
 from qwlora.export.proof import reference as reference_module
@@ -30,8 +31,7 @@ from qwlora.export.proof.compare import (
     verify_language_model,
     verify_outputs,
 )
-from qwlora.export.proof.folder import run_files
-from qwlora.export.proof.measure import compare_cache, measure_logits, proven
+from qwlora.export.proof.measure import compare_cache, measure, measure_logits, proven
 from qwlora.export.proof.readme import proof_table
 from qwlora.export.proof.reference import Reference, logits_of, make_reference
 from qwlora.export.registry import TARGETS
@@ -88,8 +88,10 @@ class Model:
         return SimpleNamespace(logits=self.logits[:, : input_ids.shape[1]])
 
 
-class Runtime:
+class Runtime(runtime_module.Runtime):
     """A runtime with chosen logits, also of tokens that follow others in a cache."""
+
+    switches = True
 
     def __init__(self, logits: Tensor, shipped: Tensor | None = None):
         self.chosen = logits
@@ -98,7 +100,7 @@ class Runtime:
     def use(self, adapter: Path | None) -> None:
         pass
 
-    def logits(self, ids: Tensor) -> Tensor:
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         return self.chosen[:, : ids.shape[1]]
 
     def run(self, tensors: Any) -> dict[str, Tensor]:
@@ -275,8 +277,8 @@ def proofs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         (tmp_path / folder).mkdir()
 
     def prove(runtime: Runtime, of: dict[str, Tensor] = reference) -> dict[str, Any]:
-        monkeypatch.setattr(type(target), "open", lambda self, base: runtime)
-        parity = run_files(target, tmp_path, "first", of)
+        monkeypatch.setattr(type(target.backend), "open", lambda self, base, case: runtime)
+        parity, _ = measure(target, tmp_path, "first", of)
         found = proven(target, parity, of, Limits())
         strict_json.dumps(found)
         return found

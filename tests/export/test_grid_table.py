@@ -12,12 +12,12 @@ from conftest import byte_tokenizer, tiny_model
 from qwlora import quantize_
 from qwlora.errors import RecipeError
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedBase, WeightsTarget
+from qwlora.export.target import ExportedBase
 from qwlora.export.target_compatibility import (
     ROUNDING_SOLVERS,
     Grid,
+    grid_problem,
     nearest,
-    problem,
     refusal,
     table_rows,
 )
@@ -58,8 +58,8 @@ def test_the_nearest_scheme_is_held_and_none_is_nearer(scheme: Scheme) -> None:
     for target in TARGETS.values():
         found = nearest(scheme, [target])
         assert found is not None
-        assert problem(target, Grid(found, "search")) is None
-        if problem(target, Grid(scheme, "search")) is None:
+        assert grid_problem(target, Grid(found, "search")) is None
+        if grid_problem(target, Grid(scheme, "search")) is None:
             assert found == scheme
 
 
@@ -90,19 +90,19 @@ def test_a_conflict_between_layers_is_resolved_for_all_of_them() -> None:
 
 def test_a_solver_that_leaves_scales_in_float32_is_refused_where_the_files_hold_float16() -> None:
     scheme, gguf = Scheme(4, True, PerBlock(32)), TARGETS["gguf"]
-    assert "rtn leaves scales" in str(problem(gguf, Grid(scheme, "rtn")))
-    assert all(problem(gguf, Grid(scheme, solver)) is None for solver in ROUNDING_SOLVERS)
-    assert "float32" in str(problem(gguf, Grid(Scheme(4, True, Lpbq(32)), "gptq")))
+    assert "rtn leaves scales" in str(grid_problem(gguf, Grid(scheme, "rtn")))
+    assert all(grid_problem(gguf, Grid(scheme, solver)) is None for solver in ROUNDING_SOLVERS)
+    assert "float32" in str(grid_problem(gguf, Grid(Scheme(4, True, Lpbq(32)), "gptq")))
     assert (
-        problem(gguf, Grid(scheme, None)) is None
+        grid_problem(gguf, Grid(scheme, None)) is None
     )  # the numbers are there, and checked on writing
     assert "solver search" in str(refusal([Grid(scheme, "rtn")], {"gguf": gguf}))
 
 
 def test_an_embedding_that_is_written_as_floats_may_have_any_grid() -> None:
     scheme = Scheme(4, False, PerBlock(32), float_offset=True)
-    assert problem(TARGETS["hf"], Grid(scheme, None)) is not None
-    assert problem(TARGETS["hf"], Grid(scheme, None, of_embedding=True)) is None
+    assert grid_problem(TARGETS["hf"], Grid(scheme, None)) is not None
+    assert grid_problem(TARGETS["hf"], Grid(scheme, None, of_embedding=True)) is None
 
 
 def test_check_prints_the_table_as_comments_of_the_recipe(recipe_for: Any) -> None:
@@ -130,10 +130,8 @@ def test_integers_of_the_model_that_a_target_cannot_hold_are_refused_by_check(
 ) -> None:
     model = tiny_model("llama", layers=1)
     quantize_(model, Scheme(7, True, PerChannel()), "rtn")
-    hf = TARGETS["hf"]
-    assert isinstance(hf, WeightsTarget)
     (tmp_path / "kept").mkdir()
-    hf.write_base(ExportedBase(model, byte_tokenizer()), tmp_path / "kept")
+    TARGETS["hf"].backend.write_base(ExportedBase(model, byte_tokenizer()), tmp_path / "kept")
     path = recipe_for(export={"targets": ["onnx", "hf"]}, base={"solver": "keep"})
     source = ("--set", f"model.source={tmp_path / 'kept'}")
     done = qwlora("check", path, *source)

@@ -18,13 +18,13 @@ from conftest import byte_tokenizer
 from export.test_weights_targets import adapters, base, target
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora.export.canonical_adapter import read_canonical
-from qwlora.export.onnx.openvino_target import EXACT
+from qwlora.export.onnx.openvino import EXACT
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedBase, WeightsTarget
+from qwlora.export.target import ExportedBase
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.open_checkpoint import open_checkpoint
 
-WEIGHTS = [name for name, kind in TARGETS.items() if isinstance(kind, WeightsTarget)]
+WEIGHTS = [name for name, kind in TARGETS.items() if not kind.is_simulated]
 IDS = torch.randint(3, 90, (1, 20), generator=torch.Generator().manual_seed(5))
 NEW_TOKENS = 8
 STATES = ("first", "second", None, "first")
@@ -59,7 +59,7 @@ def written(name: str, folder: Path) -> PeftModel:
         source = gguf_file(folder)
         model: Any = load_precomputed(open_checkpoint(source))
     else:
-        model = base("w4-block32", solver="search" if kind.has_float16_scales else "rtn")
+        model = base("w4-block32", solver="search" if TARGETS[name].has_float16_scales else "rtn")
     (folder / "base").mkdir()
     kind.write_base(ExportedBase(model, byte_tokenizer(), source), folder / "base")
     adapted = adapters(model, folder / "trained")
@@ -81,8 +81,8 @@ def test_switched_adapters_compute_what_they_compute_in_sessions_of_their_own(
         settings = filter(None, (session, session.shipped))
         return [(each.logits(IDS), each.decode(IDS, NEW_TOKENS)) for each in settings]
 
-    alone = {s: computed(target(name).open(tmp_path / "base"), s) for s in set(STATES)}
-    together = target(name).open(tmp_path / "base")
+    alone = {s: computed(TARGETS[name].open(tmp_path), s) for s in set(STATES)}
+    together = TARGETS[name].open(tmp_path)
     for state in STATES:
         for (logits, tokens), (own, own_tokens) in zip(
             computed(together, state), alone[state], strict=True

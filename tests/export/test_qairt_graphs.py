@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.npu.use_cases import peft_names, share_unaffected, use_case_model
 from qwlora.export.proof.checks import Limits
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedGraph, ExportedUseCases, UseCasesTarget
+from qwlora.export.target import ExportedGraph, ExportedUseCases
 from qwlora.formats.card_mark import CARD_MARK
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
 from simulation.test_npu_graph import SCHEMES
@@ -32,8 +33,7 @@ pytestmark = pytest.mark.slow
 CASES = ["A", "B", "A+B", "none"]
 GRAPHS, CONTEXT = {"prefill": 8, "decode": 1}, 32
 IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
-TARGET = TARGETS["qairt"]
-assert isinstance(TARGET, UseCasesTarget)
+QAIRT = TARGETS["qairt"].backend
 V, DOWN = "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"
 
 
@@ -72,7 +72,7 @@ def folder(simulations: AdapterSimulations, tmp_path_factory: pytest.TempPathFac
 
     path = tmp_path_factory.mktemp("qairt") / "files"
     cases = {case: exported(name) for case, name in peft_names(CASES).items()}
-    TARGET.write(ExportedUseCases(exported(BASE), cases, "adapter_only"), path)
+    QAIRT.write_cases(ExportedUseCases(exported(BASE), cases, "adapter_only"), path)
     return path
 
 
@@ -86,9 +86,9 @@ def test_prefill_then_decode_is_the_simulation(
     case: str, folder: Path, simulations: AdapterSimulations
 ) -> None:
     simulation = simulations[peft_names(CASES)[case]]
-    parity = verify_graphs(TARGET.logits(folder, case, 4), simulation, IDS)
+    parity = verify_graphs(partial(QAIRT.open(folder, case).logits, steps=4), simulation, IDS)
     assert not parity.problems(Limits(perplexity_difference=0.02))
-    logits = TARGET.logits(folder, case)(IDS)
+    logits = QAIRT.open(folder, case).logits(IDS)
     assert sqnr(logits, simulation.logits(IDS)) > 45
     own = (logits - simulation.logits(IDS)).abs().mean()
     for other in simulations.values():
@@ -116,7 +116,7 @@ def test_weights_are_stored_once_and_a_cache_has_one_grid(folder: Path) -> None:
             assert bool(differing) is (case != "none")
             assert own["past_value_0_in"]["scale"] == base["past_value_0_in"]["scale"]
     assert sorted(p.name for p in (folder / "golden/A+B").iterdir()) == ["decode", "prefill"]
-    own = {path.name for path in TARGET.own_files(folder, "A")}
+    own = {path.name for path in QAIRT.own_files(folder, "A")}
     assert own == {"A.safetensors", *(f"{graph}_A.encodings" for graph in GRAPHS)}
 
 
@@ -186,7 +186,7 @@ def test_damaged_files_are_refused_by_name(
 ) -> None:
     damage(copied)
     with pytest.raises(VerificationError, match=f"(?s){said}"):
-        TARGET.logits(copied, "A")
+        QAIRT.open(copied, "A")
 
 
 def test_the_readme_is_replaced_unless_the_user_keeps_it(folder: Path) -> None:

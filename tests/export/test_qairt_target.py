@@ -26,7 +26,7 @@ from qwlora.export.npu.qairt_check import open_qairt
 from qwlora.export.npu.use_cases import peft_names, share_unaffected, use_case_model
 from qwlora.export.proof.compare import verify_language_model
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedGraph, ExportedUseCases, UseCasesTarget
+from qwlora.export.target import ExportedGraph, ExportedUseCases
 from qwlora.formats.card_mark import CARD_MARK
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
 from qwlora.simulation.shared_encodings import BaseActivations
@@ -72,9 +72,8 @@ def written(made: AdapterSimulations, folder: Path, mode: BaseActivations) -> Pa
     graphs = {
         case: ExportedGraph(made[name], {}, SAMPLE) for case, name in peft_names(CASES).items()
     }
-    target = TARGETS["qairt"]
-    assert isinstance(target, UseCasesTarget)
-    target.write(ExportedUseCases(ExportedGraph(made[BASE], {}, SAMPLE), graphs, mode), folder)
+    exported = ExportedUseCases(ExportedGraph(made[BASE], {}, SAMPLE), graphs, mode)
+    TARGETS["qairt"].backend.write_cases(exported, folder)
     return folder
 
 

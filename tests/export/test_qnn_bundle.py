@@ -19,7 +19,7 @@ from qwlora.export.npu.qnn_bundle import export_qnn
 from qwlora.export.npu.qnn_runtime import QnnModel
 from qwlora.export.npu.verify_qnn import check_bundle, verify_qnn
 from qwlora.export.proof.checks import Limits
-from qwlora.export.weights.gguf_target import LlamaRuntime
+from qwlora.export.weights.gguf import LlamaRuntime
 from qwlora.grid.scheme import PerChannel, parse_scheme
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.simulation.adapter_simulations import simulate_adapters

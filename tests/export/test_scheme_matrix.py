@@ -28,7 +28,7 @@ from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.proof.checks import Limits
 from qwlora.export.proof.compare import LOGIT_DIFFERENCE
-from qwlora.export.target import ExportedBase, WeightsTarget
+from qwlora.export.target import ExportedBase, Target
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import measure
@@ -121,7 +121,7 @@ def layers_for(schemes: Sequence[Scheme]) -> int:
     return -(-len(schemes) // MATRICES)
 
 
-def groups(target: WeightsTarget, schemes: Sequence[Scheme]) -> list[list[Scheme]]:
+def groups(target: Target, schemes: Sequence[Scheme]) -> list[list[Scheme]]:
     """The schemes that one base can have together."""
     found: list[list[Scheme]] = []
     for scheme in schemes:
@@ -136,7 +136,7 @@ def groups(target: WeightsTarget, schemes: Sequence[Scheme]) -> list[list[Scheme
 @pytest.mark.parametrize("name", with_clients(WEIGHTS))
 def test_the_runtime_computes_every_scheme_that_the_target_holds(name: str, tmp_path: Path) -> None:
     target = WEIGHTS[name]
-    held = [scheme for scheme in SCHEMES if target.problem(scheme) is None]
+    held = [scheme for scheme in SCHEMES if target.scheme_problem(scheme) is None]
     for number, schemes in enumerate(groups(target, held)):
         folder, source = tmp_path / str(number), None
         for part in ("base", "trained", "adapter"):
@@ -146,14 +146,14 @@ def test_the_runtime_computes_every_scheme_that_the_target_holds(name: str, tmp_
         else:
             model = float_model(layers_for(schemes))
         pack(model, schemes, target.has_float16_scales)
-        target.write_base(ExportedBase(model, byte_tokenizer(), source), folder / "base")
+        target.backend.write_base(ExportedBase(model, byte_tokenizer(), source), folder / "base")
         torch.manual_seed(1)
         shape = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
         adapted = get_peft_model(model, shape).eval()
         save_adapter(adapted, folder / "trained")
         canonical = read_canonical(folder / "trained")
-        target.write_adapter(canonical, folder / "base", folder / "adapter")
-        runtime = target.open(folder / "base")
+        target.backend.write_adapter(canonical, folder / "base", folder / "adapter")
+        runtime = target.open(folder)
         parity = verify_weights(runtime, adapted, folder / "adapter", as_sequences(IDS))
         assert parity.problems(Limits()) == [], ", ".join(map(short_name, schemes))
 
@@ -161,7 +161,7 @@ def test_the_runtime_computes_every_scheme_that_the_target_holds(name: str, tmp_
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_scheme_that_the_target_lacks_is_refused(name: str, tmp_path: Path) -> None:
     target, source = WEIGHTS[name], None
-    lacking = [scheme for scheme in SCHEMES if target.problem(scheme) is not None]
+    lacking = [scheme for scheme in SCHEMES if target.scheme_problem(scheme) is not None]
     if not lacking:
         pytest.skip("it holds every scheme")
     if name == "gguf":
@@ -171,7 +171,7 @@ def test_a_scheme_that_the_target_lacks_is_refused(name: str, tmp_path: Path) ->
     pack(model, lacking, target.has_float16_scales)
     (tmp_path / "base").mkdir()
     with pytest.raises(ExportError, match=f"cannot hold {len(linears(model))} layers"):
-        target.write_base(ExportedBase(model, byte_tokenizer(), source), tmp_path / "base")
+        target.backend.write_base(ExportedBase(model, byte_tokenizer(), source), tmp_path / "base")
     assert list((tmp_path / "base").iterdir()) == []
 
 

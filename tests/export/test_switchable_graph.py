@@ -23,10 +23,10 @@ from qwlora.export.onnx.adapters_as_inputs import (
     write_adapter,
     write_switchable,
 )
+from qwlora.export.onnx.onnx import Onnx
 from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE
 from qwlora.export.onnx.onnx_bundle import export_onnx
 from qwlora.export.onnx.onnx_runtime import OnnxModel
-from qwlora.export.onnx.onnx_target import OnnxTarget
 from qwlora.export.onnx.session_options import write_session_options
 from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.compare import verify_language_model
@@ -191,7 +191,7 @@ def test_a_model_without_a_cache_is_written_for_whole_sequences(
 
     monkeypatch.setattr("qwlora.simulation.kv_cache_graph.capture_cached", refuse)
     made, wide = bundle.simulations["base"], bundle.simulations["wide"]
-    reason = OnnxTarget().write_base(ExportedGraph(made, {}, {}), "all", tmp_path)
+    reason = Onnx().write_base(ExportedGraph(made, {}, {}), tmp_path)
     assert reason == "Recurrent returns no past_key_values"
     runtime = OnnxModel(tmp_path)
     assert not runtime.has_cache

@@ -18,6 +18,7 @@ from export.test_weights_targets import adapters, base, target
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import CanonicalAdapter, read_canonical
 from qwlora.export.onnx.matmul_nbits import _container, _operands
+from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn.pack import packed_weights
@@ -37,7 +38,7 @@ SCHEMES = [
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_matmul_nbits_multiplies_with_the_base_s_weights(scheme: Scheme) -> None:
     """ONNX Runtime's operator on the identity gives the weight."""
-    assert target("genai").problem(scheme) is None
+    assert TARGETS["genai"].scheme_problem(scheme) is None
     for name, layer in list(packed_weights(base(scheme)).items())[-3:]:
         arrays, block = _operands(layer)
         rows, columns = layer.tensor.shape
@@ -76,7 +77,7 @@ def test_matmul_nbits_multiplies_with_the_base_s_weights(scheme: Scheme) -> None
     ids=str,
 )
 def test_a_scheme_that_matmul_nbits_has_not_is_refused(scheme: Scheme, tmp_path: Path) -> None:
-    assert target("genai").problem(scheme) is not None
+    assert TARGETS["genai"].scheme_problem(scheme) is not None
     with pytest.raises(ExportError, match=r"7 layers of this base.*\n.*MatMulNBits"):
         target("genai").write_base(ExportedBase(base(scheme), None), tmp_path)
 
@@ -182,7 +183,7 @@ def test_the_readme_s_lines_run(tmp_path: Path) -> None:
     import contextlib
 
     written(tmp_path)
-    lines = target("genai").loading("base", "first")
+    lines = target("genai").usage("base", "first")
     code = lines.partition("```python\n")[2].partition("```")[0]
     with contextlib.chdir(tmp_path):
         exec(code, {})

@@ -1,46 +1,37 @@
-"""The registry of export targets, and the stages and checks that use it."""
+"""The registry of export targets, and the stages and checks that use it.
+
+`toy_target.py` is all that a new target costs.
+"""
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
+from export.toy_target import TARGET
+from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, MissingExtraError
+from qwlora.export.proof.reference import make_reference
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedGraph, GraphTarget, SwitchableTarget
 from qwlora.formats import manifest
 from qwlora.pipeline.plan.stage import Stage
 from qwlora.pipeline.stages import export_stage, verify_stage
 from qwlora.recipe.whole_recipe import Export
 
 
-class TextTarget(GraphTarget):
-    """Writes the metadata; its runtime refuses every file."""
-
-    extra = "all"
-    packages = ("json", "not_there")
-    activation_bitwidths = (8,)
-    model_files = "*.txt"
-
-    def write(self, exported: ExportedGraph, folder: Path) -> None:
-        graph, adapter = exported.simulation.graph(), exported.metadata["qwlora.adapter"]
-        (folder / "model.txt").write_text(f"{graph} {adapter} {exported.sample}")
-        (folder / "notes.md").write_text("not part of the model")
-
-    def open(self, folder: Path) -> Any:
-        raise ExportError(f"opened {folder}")
-
-
 @pytest.fixture
 def text_target(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(TARGETS, "text", TextTarget())
+    monkeypatch.setitem(TARGETS, "text", TARGET)
 
 
 @pytest.fixture
@@ -70,6 +61,8 @@ def context(tmp_path: Path) -> Any:
                 layer_mean_steps=0.05,
             ),
             export=SimpleNamespace(encodings_version="1.0.0", graphs_of=lambda target: None),
+            simulation=SimpleNamespace(base_activations="all"),
+            adapters=[],
         ),
         track=None,
     )
@@ -96,7 +89,9 @@ def test_the_export_stage_writes_through_the_target_in_its_name(
 def test_the_verify_stage_opens_the_files_with_the_target_in_its_name(
     context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(verify_stage._Verification, "_reference", lambda self: (None, None, {}))
+    text = as_sequences(torch.ones(1, 2, dtype=torch.int64))
+    made = None, None, make_reference({"adapter": lambda ids: torch.zeros(1, 2, 4)}, text)
+    monkeypatch.setattr(verify_stage._Verification, "_reference", lambda self: made)
     with pytest.raises(ExportError, match=r"opened .*export.text.first"):
         verify_stage.run(context, Stage("verify/text/first", "", "first"), tmp_path, tmp_path)
 
@@ -109,14 +104,12 @@ def test_a_recipe_takes_every_registered_target_and_no_other() -> None:
 
 def test_a_missing_package_names_the_extra_of_the_target() -> None:
     with pytest.raises(MissingExtraError, match=r"not_there.*qwlora\[all\]"):
-        TextTarget().require_packages()
+        replace(TARGET, packages=("json", "not_there")).require_packages()
 
 
 def test_the_onnx_target_opens_its_files_in_onnx_runtime(tmp_path: Path) -> None:
     onnx = TARGETS["onnx"]
-    assert isinstance(onnx, SwitchableTarget)
-    onnx.require_packages()
-    with pytest.raises(ExportError, match=re.escape(str(tmp_path / "model.onnx"))):
+    with pytest.raises(ExportError, match=re.escape(str(tmp_path / "base" / "model.onnx"))):
         onnx.open(tmp_path)
 
 
@@ -129,3 +122,20 @@ def test_the_registry_and_the_recipe_load_neither_torch_nor_onnx() -> None:
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
     assert done.stdout == "[]\n"
+
+
+def test_nothing_asks_which_class_a_target_or_its_backend_is() -> None:
+    """Targets answer by data, so that a new one changes no other file."""
+    asked = []
+    for path in (Path(__file__).parents[2] / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
+                kinds = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}
+                if kinds & KINDS:
+                    asked.append(f"{path.name}:{node.lineno}")
+    assert asked == []
+
+
+KINDS = {"Target", "Backend", "Runtime"} | {
+    known.backend_class.partition(":")[2] for known in TARGETS.values()
+}

@@ -21,7 +21,7 @@ from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.proof.checks import Limits
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedBase, WeightsTarget
+from qwlora.export.target import Backend, ExportedBase
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.min_max import measure
@@ -33,10 +33,8 @@ from qwlora.quantize.layer_rules import Rule
 IDS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(3))
 
 
-def target(name: str) -> WeightsTarget:
-    found = TARGETS[name]
-    assert isinstance(found, WeightsTarget)
-    return found
+def target(name: str) -> Backend:
+    return TARGETS[name].backend
 
 
 def base(
@@ -165,12 +163,12 @@ def test_the_runtime_computes_base_and_adapters(
     name: str, architecture: str, scheme: Any, rules: list[Rule], tmp_path: Path
 ) -> None:
     kind = target(name)
-    solver = "search" if kind.has_float16_scales else "rtn"
+    solver = "search" if TARGETS[name].has_float16_scales else "rtn"
     model = base(scheme, architecture, solver, rules=rules)
     (tmp_path / "base").mkdir()
     kind.write_base(ExportedBase(model, byte_tokenizer()), tmp_path / "base")
     adapted = adapters(model, tmp_path / "trained")
-    runtime = kind.open(tmp_path / "base")
+    runtime = kind.open(tmp_path / "base", "base")
     for adapter in ("first", "second", "first"):  # switched in one runtime
         folder = tmp_path / adapter
         folder.mkdir(exist_ok=True)
@@ -203,9 +201,9 @@ def test_the_lines_of_the_readme_load_a_base_of_several_schemes(
     canonical = read_canonical(tmp_path / "trained" / "second")
     kind.write_adapter(canonical, tmp_path / "base", tmp_path / "second")
     monkeypatch.chdir(tmp_path)
-    code, loaded = kind.loading("base", "second"), dict[str, Any]()
+    code, loaded = kind.usage("base", "second"), dict[str, Any]()
     exec(code.partition("```python\n")[2].partition("```")[0], loaded)
-    runtime = kind.open(tmp_path / "base")
+    runtime = kind.open(tmp_path / "base", "base")
     runtime.use(tmp_path / "second")  # before anything else
     adapted.set_adapter("second")
     with torch.no_grad():

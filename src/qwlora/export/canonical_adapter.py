@@ -27,9 +27,32 @@ from qwlora import strict_json
 from qwlora.adapter.adapter_folder import FILE
 from qwlora.adapter.peft_support import CONFIG, WEIGHTS, read_config
 from qwlora.errors import ExportError, SourceError
+from qwlora.export.proof.contents import NUMBER, OTHER_KEYS, PLAIN, Form
 from qwlora.messages import listed
 
-_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+PREFIX = "base_model.model."  # of PEFT's names
+PEFT_FILES = (CONFIG, WEIGHTS)
+_FACTOR = re.compile(rf"{re.escape(PREFIX)}(.+)\.lora_(A|B)\.weight")
+_FIXED = {  # what PEFT's configuration says of every adapter here
+    "peft_type": "LORA",
+    "task_type": "CAUSAL_LM",
+    "base_model_name_or_path": None,
+    "bias": "none",
+    "fan_in_fan_out": False,
+    "inference_mode": True,
+    "init_lora_weights": True,
+    "use_dora": False,
+    "use_rslora": False,
+}
+PEFT_FORM: Form = {
+    **_FIXED,
+    "lora_alpha": NUMBER,
+    "lora_dropout": NUMBER,
+    "r": int,
+    "rank_pattern": {OTHER_KEYS: int},  # regular expressions: see `module_patterns.py`
+    "alpha_pattern": {OTHER_KEYS: NUMBER},
+    "target_modules": [PLAIN],
+}
 
 
 @dataclass(frozen=True)
@@ -89,7 +112,7 @@ def write_peft(adapter: CanonicalAdapter, folder: Path) -> None:
     ranks = {module: len(a) for module, (a, _) in adapter.factors.items()}
     save_file(
         {
-            f"base_model.model.{module}.lora_{half}.weight": factor.contiguous()
+            f"{PREFIX}{module}.lora_{half}.weight": factor.contiguous()
             for module, pair in adapter.factors.items()
             for half, factor in zip("AB", pair, strict=True)
         },
@@ -98,21 +121,13 @@ def write_peft(adapter: CanonicalAdapter, folder: Path) -> None:
     )
     others = {re.escape(module): r for module, r in ranks.items() if r != adapter.rank}
     config = {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": None,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
+        **_FIXED,
         "lora_alpha": adapter.rank,
         "lora_dropout": 0.0,
         "r": adapter.rank,
         "rank_pattern": others,
         "alpha_pattern": others,
         "target_modules": sorted(ranks),
-        "use_dora": False,
-        "use_rslora": False,
     }
     (folder / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
 

@@ -1,11 +1,15 @@
-"""Which schemes and kinds of layers the formats of weights targets can hold as integers. Imports no
-torch."""
+"""Which schemes and kinds of layers the formats of targets can hold as integers. Imports no torch.
+
+A function here gives the reason why not, and None if a format can.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from enum import Enum
+from functools import partial
 
+from qwlora.export.npu.htp_limits import table_problem, weight_problem
 from qwlora.formats.bitwidths import MLX_BITWIDTHS
 from qwlora.grid.scheme import Blocks, Scheme
 from qwlora.messages import listed
@@ -23,9 +27,9 @@ class LayerKind(Enum):
     OTHER = "another layer"  # experts that are stacked in one tensor, convolutions
 
 
-def layer_kind_problem(kind: LayerKind, holder: str) -> str | None:
-    """Why no integers of a kind of layer are written for a format or program; None if they are, or
-    floats are written instead, as for most embeddings."""
+def _kind_problem(holder: str, kind: LayerKind) -> str | None:
+    """Embeddings are no problem: they are written as floats where there are no integers for
+    them."""
     match kind:
         case LayerKind.OTHER:
             return f"only Linear layers and embeddings can be written for {holder}"
@@ -34,15 +38,38 @@ def layer_kind_problem(kind: LayerKind, holder: str) -> str | None:
     return None
 
 
+compressed_tensors_kind_problem = partial(_kind_problem, "compressed-tensors")
+mlx_kind_problem = partial(_kind_problem, "mlx-lm")
+
+
+def gguf_kind_problem(kind: LayerKind) -> str | None:
+    """Of GGUF files."""
+    if kind is LayerKind.CONV1D:
+        return "GGUF files hold transformers' Conv1D in a form that no adapter can be added to"
+    return None
+
+
+def htp_problem(scheme: Scheme) -> str | None:
+    """Of products on Qualcomm's HTP."""
+    problem = weight_problem(scheme)
+    return problem and f"{scheme}: {problem}"
+
+
+def htp_embedding_problem(scheme: Scheme) -> str | None:
+    """Of embeddings on Qualcomm's HTP."""
+    problem = table_problem(scheme)
+    return problem and f"{scheme} of an embedding: {problem}"
+
+
 def encodings_problem(scheme: Scheme) -> str | None:
-    """Why an AIMET encodings file cannot hold a scheme; None if it can."""
+    """Of an AIMET encodings file."""
     if scheme.float_offset:
         return f"{scheme} has a float offset; AIMET encodings and NPUs have integer offsets only"
     return None
 
 
 def compressed_tensors_problem(scheme: Scheme) -> str | None:
-    """Why compressed-tensors cannot hold a scheme; None if it can."""
+    """Of compressed-tensors."""
     if scheme.float_offset:
         return f"{scheme} has a float offset; compressed-tensors has integer zero points only"
     return None
@@ -59,7 +86,7 @@ def transformers_conflict(schemes: Collection[Scheme]) -> str | None:
 
 
 def gguf_problem(scheme: Scheme) -> str | None:
-    """Why GGUF cannot hold a scheme; None if it can."""
+    """Of GGUF."""
     bits = (4, 5) if scheme.float_offset else (4, 5, 8)
     if not (scheme.symmetric or scheme.float_offset):
         return f"{scheme}: GGUF has symmetric grids and float offsets, no integer zero points"
@@ -72,7 +99,7 @@ def gguf_problem(scheme: Scheme) -> str | None:
 
 
 def mlx_problem(scheme: Scheme) -> str | None:
-    """Why MLX cannot hold a scheme; None if it can."""
+    """Of MLX."""
     if scheme.bitwidth not in MLX_BITWIDTHS:
         return f"{scheme}: MLX has {', '.join(map(str, MLX_BITWIDTHS))} bits"
     match scheme.granularity:
@@ -82,7 +109,7 @@ def mlx_problem(scheme: Scheme) -> str | None:
 
 
 def nbits_problem(scheme: Scheme) -> str | None:
-    """Why ONNX Runtime's MatMulNBits cannot hold a scheme; None if it can."""
+    """Of ONNX Runtime's MatMulNBits."""
     if scheme.bitwidth > 8:
         return f"{scheme}: MatMulNBits has 2, 4 and 8 bits"
     if scheme.float_offset and scheme.bitwidth > 4:
@@ -94,7 +121,7 @@ def nbits_problem(scheme: Scheme) -> str | None:
 
 
 def openvino_problem(scheme: Scheme) -> str | None:
-    """Why OpenVINO's IR cannot hold a scheme; None if it can."""
+    """Of OpenVINO's IR."""
     if scheme.bitwidth > 8:
         return f"{scheme}: OpenVINO's constants have up to 8 bits"
     return None

@@ -11,10 +11,12 @@ closest block size.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 
+from qwlora.export.format_limits import LayerKind
 from qwlora.export.target import Target
 from qwlora.grid.scheme import Blocks, Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.grid.scheme import short_name as named
@@ -37,13 +39,72 @@ class Grid:
     of_embedding: bool = False
 
 
-def problem(target: Target, grid: Grid) -> str | None:
+@dataclass(frozen=True, kw_only=True)
+class ModelFacts:
+    """What is known of a base, as far as it is known yet.
+
+    Args:
+        grids: of its weights.
+        source: the file or folder of the model.
+        keeps: whether the integers of `source` are taken unchanged.
+        kinds: names of its packed weights, by the kind of their layer.
+        model_type: the architecture's name in transformers.
+        embedding: path of the embedding, and its scheme; None: it stays float.
+    """
+
+    grids: Collection[Grid] = ()
+    source: Path | None = None
+    keeps: bool = False
+    kinds: Mapping[LayerKind, Sequence[str]] = field(default_factory=dict)
+    model_type: str = ""
+    embedding: tuple[str, Scheme | None] | None = None
+
+
+def refusals(target: Target, facts: ModelFacts) -> list[str]:
+    """Why a target cannot hold a base; empty if it can."""
+    suffix = target.source_suffix
+    if suffix and facts.source is not None and facts.source.suffix != suffix:
+        return [f"the model must come from a {suffix.removeprefix('.').upper()} file"]
+    reasons = list[str]()
+    if not is_copied(target, facts):
+        reasons += [reason for g in facts.grids if (reason := grid_problem(target, g)) is not None]
+        schemes = {g.scheme for g in facts.grids if not _is_float(target, g)}
+        if not reasons and (conflict := target.conflict(schemes)):
+            reasons.append(conflict)
+    for kind, names in facts.kinds.items():
+        if reason := target.kind_problem(kind):
+            reasons.append(f"{reason}: {names[0]}, {len(names)} weights in all")
+    if facts.model_type and not target.is_simulated:
+        architecture = target.backend.architecture_problem(facts.model_type)
+        reasons += [] if architecture is None else [architecture]
+    if target.embedding_problem is not None and facts.embedding is not None:
+        path, scheme = facts.embedding
+        reason = f"{path} stays float" if scheme is None else target.embedding_problem(scheme)
+        rule = f"Add to base.rules, first: {{match: '{path}', bitwidth: 8, granularity: tensor}}"
+        rule = "Quantize the model anew" if facts.keeps else rule
+        if reason:
+            reasons.append(f"{reason}, and the HTP reads its rows with one scale. {rule}")
+    return reasons
+
+
+def is_copied(target: Target, facts: ModelFacts) -> bool:
+    """Whether the target writes the model's own file, whatever its grids."""
+    source, suffix = facts.source, target.source_suffix
+    return facts.keeps and source is not None and bool(suffix) and source.suffix == suffix
+
+
+def _is_float(target: Target, grid: Grid) -> bool:
+    """Whether the tensors of a grid are written as floats."""
+    return grid.of_embedding and target.writes_float_embeddings
+
+
+def grid_problem(target: Target, grid: Grid) -> str | None:
     """Why a target cannot hold a grid; None if it can."""
-    if grid.of_embedding and target.writes_float_embeddings:
+    if _is_float(target, grid):
         return None
-    holds = target.embedding_problem if grid.of_embedding else target.problem
-    if found := holds(grid.scheme):
-        return found
+    for_embedding = target.embedding_problem or target.scheme_problem
+    if reason := (for_embedding if grid.of_embedding else target.scheme_problem)(grid.scheme):
+        return reason
     if target.has_float16_scales and grid.solver is not None:
         if not isinstance(grid.scheme.granularity, PerBlock):
             return f"{grid.scheme}: its scales are float32, and the files hold float16"
@@ -64,7 +125,7 @@ def nearest(scheme: Scheme, targets: Collection[Target]) -> Scheme | None:
         )
         if symmetric or not isinstance(granularity, Lpbq)
     ]
-    held = [c for c in candidates if not any(problem(t, Grid(c, "search")) for t in targets)]
+    held = [c for c in candidates if not any(grid_problem(t, Grid(c, "search")) for t in targets)]
     return min(held, key=lambda found: _distance(scheme, found), default=None)
 
 
@@ -73,7 +134,7 @@ def refusal(grids: Collection[Grid], targets: Mapping[str, Target]) -> str | Non
     lacking = [
         f"{name} cannot hold {found}"
         for name, target in targets.items()
-        for found in problems(target, grids)
+        for found in refusals(target, ModelFacts(grids=grids))
     ]
     if not lacking:
         return None
@@ -99,46 +160,34 @@ def table_rows(
     grids: Mapping[Grid, str],
     targets: Mapping[str, Target],
     chosen: Collection[str],
-    keeping: Collection[str] = (),
+    copying: Collection[str] = (),
 ) -> Iterator[tuple[str, ...]]:
     """A header and a row for each grid.
 
     Args:
         grids: what they are for, in words.
         chosen: targets of the recipe, which get an asterisk.
-        keeping: targets that write the model's own file.
+        copying: targets that write the model's own file.
     """
     names = [f"{name}*" if name in chosen else name for name in targets]
-    apart = {
+    conflicts = {
         name
         for name, target in targets.items()
-        if name not in keeping and target.conflict({g.scheme for g in _integers(target, grids)})
+        if target.conflict({g.scheme for g in grids if not _is_float(target, g)})
     }
     yield "grid", "of", *names
     for grid, place in grids.items():
         cells = []
         for name, target in targets.items():
-            if name in keeping or problem(target, grid) is None:
-                cells.append("not together" if name in apart else "holds")
+            if name in copying:
+                cells.append("holds")
+            elif grid_problem(target, grid) is None:
+                cells.append("not together" if name in conflicts else "holds")
             elif grid.solver is not None and (best := nearest(grid.scheme, [target])):
-                again = "other solver" if best == grid.scheme else named(best)
-                cells.append(again)
+                cells.append("other solver" if best == grid.scheme else named(best))
             else:
                 cells.append("cannot")
         yield named(grid.scheme), place, *cells
-
-
-def problems(target: Target, grids: Collection[Grid]) -> list[str]:
-    """Why a target cannot hold a base with these grids; empty if it can."""
-    found = [p for grid in grids if (p := problem(target, grid)) is not None]
-    if not found and (conflict := target.conflict({g.scheme for g in _integers(target, grids)})):
-        found.append(conflict)
-    return found
-
-
-def _integers(target: Target, grids: Collection[Grid]) -> list[Grid]:
-    """The grids whose tensors the target writes as integers."""
-    return [g for g in grids if not (g.of_embedding and target.writes_float_embeddings)]
 
 
 def _moved(grids: Collection[Grid], targets: Collection[Target]) -> dict[Scheme, Scheme | None]:

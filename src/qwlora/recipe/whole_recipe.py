@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qwlora.export.npu.qnn_target import QnnTarget
-from qwlora.export.proof.folder import BASE
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import PROOF, BundleTarget, GraphTarget, SwitchableTarget, UseCasesTarget
+from qwlora.export.target import Target
 from qwlora.export.target_compatibility import refusal
 from qwlora.recipe.adapter_section import Adapter
 from qwlora.recipe.base_section import Base, Model
@@ -224,101 +223,74 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
-    def _htp_takes_everything(self) -> Recipe:
-        targets = {n: t for n in self.export.targets if isinstance(t := TARGETS[n], QnnTarget)}
-        if not targets:
-            return self
-        problems = list(self.simulation.htp_problems())
-        if self.base.solver != "keep" and (found := refusal(self.base.grids(), targets)):
-            problems.append(f"base.weights, base.rules: {found}")
-        if problems:
-            raise ValueError(f"target {', '.join(targets)}: {'; '.join(problems)}")
-        return self
-
-    @model_validator(mode="after")
-    def _graphs_are_whole(self) -> Recipe:
-        takes = [n for n in self.export.targets if TARGETS[n].cached_graphs]
-        if self.export.graphs is not None and not takes:
+    def _targets_take_everything(self) -> Recipe:
+        """What the recipe alone says; `target_compatibility.refusals` knows more with a model."""
+        targets = {name: TARGETS[name] for name in self.export.targets}
+        if self.export.graphs is not None and not any(t.cached_graphs for t in targets.values()):
             raise ValueError(
                 "export.graphs has no effect without target qnn, aimet or qairt; remove it"
             )
-        if takes and (problems := list(self.simulation.graph_problems())):
-            raise ValueError(f"target {', '.join(takes)}: {'; '.join(problems)}")
+        problems = [
+            problem
+            for name, target in targets.items()
+            for problem in self._simulation_problems(name, target)
+        ]
+        if self.base.solver != "keep" and (refused := refusal(self.base.grids(), targets)):
+            problems.append(f"base.weights, base.rules: {refused}")
+        if problems:
+            raise ValueError(f"{'; '.join(problems)}; or remove a target from export.targets")
+        for name, target in targets.items():
+            self._check_adapters(name, target)
         return self
 
-    @model_validator(mode="after")
-    def _runtimes_have_the_bits(self) -> Recipe:
-        section = self.simulation
-        asked = {
-            "simulation.activation_bitwidth": section.activation_bitwidth
-            if section.policy != "weights-only"
-            else 8
-        }
-        if section.adapter_activation_bitwidth is not None and section.policy != "weights-only":
-            asked["simulation.adapter_activation_bitwidth"] = section.adapter_activation_bitwidth
-        asked |= {
+    def _simulation_problems(self, name: str, target: Target) -> Iterator[str]:
+        """Why a target cannot hold the simulation, with the keys to change."""
+        section, bitwidths, problems = self.simulation, dict[str, int](), list[str]()
+        if target.compilers:
+            problems = list(section.htp_problems())
+        elif target.cached_graphs:
+            problems = list(section.graph_problems())
+        if problems:
+            yield f"target {name}: {'; '.join(problems)}"
+        if section.policy != "weights-only":
+            bitwidths["simulation.activation_bitwidth"] = section.activation_bitwidth
+            if section.adapter_activation_bitwidth is not None:
+                key = "simulation.adapter_activation_bitwidth"
+                bitwidths[key] = section.adapter_activation_bitwidth
+        bitwidths |= {
             f"simulation.rules.{i}.bitwidth": r.bitwidth
             for i, r in enumerate(section.rules)
             if r.bitwidth is not None and r.of != "weights"
         }
-        for target in self.export.targets:
-            kind = TARGETS[target]
-            if not isinstance(kind, GraphTarget | SwitchableTarget | UseCasesTarget):
-                continue
-            held = kind.activation_bitwidths
-            if wrong := [f"{key} {bits}" for key, bits in asked.items() if bits not in held]:
-                raise ValueError(
-                    f"{', '.join(wrong)}: {target} supports activations of "
-                    f"{' or '.join(map(str, held))} bits; use one of these, or remove {target} "
-                    "from export.targets"
-                )
-        return self
-
-    @model_validator(mode="after")
-    def _runtimes_hold_the_base(self) -> Recipe:
-        targets = {name: TARGETS[name] for name in self.export.targets}
-        if self.base.solver != "keep" and (found := refusal(self.base.grids(), targets)):
-            raise ValueError(
-                f"base.weights, base.rules: {found}; or remove a target from export.targets"
+        held = target.activation_bitwidths
+        if target.is_simulated and (wrong := [k for k, b in bitwidths.items() if b not in held]):
+            yield (
+                f"{', '.join(f'{key} {bitwidths[key]}' for key in wrong)}: {name} supports "
+                f"activations of {' or '.join(map(str, held))} bits; use one of these"
             )
-        return self
 
-    @model_validator(mode="after")
-    def _runtimes_hold_adapters(self) -> Recipe:
-        for target in self.export.targets:
-            kind = TARGETS[target]
-            taken = {BASE, PROOF} if isinstance(kind, BundleTarget) else {PROOF}
-            if kind.has_proof and (taken := taken & {a.name for a in self.adapters}):
-                raise ValueError(
-                    f"adapters: {min(taken)} is the name of another folder in export/{target}; "
-                    "choose another name"
-                )
-            if isinstance(kind, GraphTarget):
-                continue
-            if wrong := [a.name for a in self.adapters if a.dora or a.target_parameters]:
-                raise ValueError(
-                    f"adapters {', '.join(wrong)}: {target} holds LoRA factors of linear layers, "
-                    "but no DoRA and no experts. Train without dora and target_parameters, or use "
-                    "export.targets: [onnx_each], which writes a model for each adapter"
-                )
-        return self
+    def _check_adapters(self, name: str, target: Target) -> None:
+        if taken := target.taken_names & {a.name for a in self.adapters}:
+            raise ValueError(
+                f"adapters: {', '.join(sorted(taken))} is the name of another file or folder in "
+                f"export/{name}; choose another name"
+            )
+        others = [a.name for a in self.adapters if a.dora or a.target_parameters]
+        if others and target.holds_factors_only:
+            raise ValueError(
+                f"adapters {', '.join(others)}: {name} holds LoRA factors of linear layers, but no "
+                "DoRA and no experts. Train without dora and target_parameters, or use "
+                "export.targets: [onnx_each], which writes a model for each adapter"
+            )
 
     @model_validator(mode="after")
     def _use_cases_exist(self) -> Recipe:
-        targets = [t for t in self.export.targets if isinstance(TARGETS[t], UseCasesTarget)]
+        targets = [name for name in self.export.targets if TARGETS[name].has_cases]
         if not targets and self.export.use_cases is not None:
             raise ValueError(
                 "export.use_cases has no effect without target qairt or qnn; remove it"
             )
         names = {a.name for a in self.adapters}
-        for target in targets:
-            kind = TARGETS[target]
-            assert isinstance(kind, UseCasesTarget)
-            if taken := names & kind.reserved:
-                raise ValueError(
-                    f"adapters: {', '.join(sorted(taken))} is the name of another file of target "
-                    f"{target}; choose another name"
-                )
         if targets and self.workflow == "qwa-lora":
             raise ValueError(
                 f"target {targets[0]} calibrates use cases after training, which would replace "

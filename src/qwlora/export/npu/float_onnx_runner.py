@@ -26,6 +26,7 @@ from qwlora.encodings.model import EncodingsFile, Entry, IntegerEncoding
 from qwlora.errors import ExportError, GridError, SourceError, VerificationError
 from qwlora.export.onnx.onnx_runtime import open_session, run_layers_of, run_session
 from qwlora.export.onnx.session_options import EIGHT_BIT_OPTIONS, SESSION_OPTIONS
+from qwlora.export.runtime import Runtime
 from qwlora.graph.kv_cache_capture import IDS, MASK
 from qwlora.grid.encoding import Encoding
 from qwlora.system.optional_packages import require
@@ -35,7 +36,7 @@ ROUNDED = ".rounded"  # of a tensor: its value on its grid
 OPTIONS = SESSION_OPTIONS | EIGHT_BIT_OPTIONS
 
 
-class FloatOnnxModel:
+class FloatOnnxModel(Runtime):
     """A float model and its encodings, in ONNX Runtime on the CPU.
 
     Args:
@@ -43,6 +44,8 @@ class FloatOnnxModel:
         encodings: the .encodings file.
         weights: a safetensors file whose tensors replace initializers of the same names.
     """
+
+    has_layers = True
 
     def __init__(self, model: Path, encodings: Path, weights: Path | None = None):
         self.model, self.encodings, self.weights = model, encodings, weights
@@ -109,8 +112,7 @@ class FloatOnnxModel:
         found = run_session(session, [o.name for o in session.get_outputs()], padded)
         return {name: value[:, :tokens] for name, value in found.items()} if tokens else found
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """Logits [batch, tokens, vocabulary] of token ids [batch, tokens]; see `run`."""
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         return self.run({IDS: ids, MASK: torch.ones_like(ids)})["logits"]
 
     def run_layers(
@@ -126,15 +128,12 @@ class FloatOnnxModel:
             found = run_session(session, outputs, {**tensors, **given})
         return {name: stored[name] if name in stored else found[f"{name}.out"] for name in values}
 
-    def layers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The value of every encoded activation of one run, by name of the tensor.
-
-        Raises:
-            ExportError: ONNX Runtime refuses the files, or an input is missing.
-        """
+    def layers(
+        self, tensors: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
         with tempfile.TemporaryDirectory() as scratch:
             found = run_layers_of(self.with_grids(Path(scratch)), OPTIONS, tensors)
-        return {name.removesuffix(ROUNDED): value for name, value in found.items()}
+        return tensors, {name.removesuffix(ROUNDED): value for name, value in found.items()}
 
     @cached_property
     def session(self) -> Any:

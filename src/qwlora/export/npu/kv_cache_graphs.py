@@ -23,6 +23,7 @@ from qwlora.atomic import write_text
 from qwlora.errors import ExportError, reading
 from qwlora.export.onnx.onnx_model import build_model
 from qwlora.export.onnx.onnx_runtime import open_session
+from qwlora.export.runtime import Runtime
 from qwlora.graph.host_graph import HOST_INPUTS
 from qwlora.graph.kv_cache_capture import MASK, POSITIONS, CacheSizes
 from qwlora.grid.encoding import Encoding
@@ -88,11 +89,6 @@ def most_tokens(folder: Path) -> int:
     record = read_graphs(folder)
     context: int = record["context"]
     return context - context % _largest_call(record)
-
-
-def largest_call(folder: Path) -> int:
-    """New tokens of one call of the largest graph."""
-    return _largest_call(read_graphs(folder))
 
 
 def read_graphs(folder: Path) -> dict[str, Any]:
@@ -275,3 +271,22 @@ class CachedGraphs(ABC):
             return session.run(outputs, dict(feed))
         except Exception as error:  # onnxruntime's exceptions have no common base class
             raise ExportError(f"graph {name} in {str(self.folder)!r}: {error}") from error
+
+
+class GraphsRuntime(Runtime):
+    """Graphs with a key-value cache, of one adapter or use case."""
+
+    def __init__(self, graphs: CachedGraphs):
+        self.graphs = graphs
+
+    @property
+    def call_tokens(self) -> int:
+        return _largest_call(self.graphs.record)
+
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        return self.graphs.logits(ids, steps)
+
+    def layers(
+        self, tensors: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+        return self.graphs.layers_of(tensors)

@@ -24,23 +24,25 @@ from qwlora.errors import ExportError, foreign_as
 from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE, ActiveAdapter
 from qwlora.export.onnx.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
 from qwlora.export.onnx.session_options import read_session_options
+from qwlora.export.runtime import Runtime
 from qwlora.graph.capture import PAST, PRESENT
 from qwlora.graph.kv_cache_capture import IDS, MASK, POSITIONS
 from qwlora.system.file_stamps import Stamps, file_stamps
 from qwlora.system.optional_packages import require
 
 
-class OnnxModel:
+class OnnxModel(Runtime):
     """An exported model in ONNX Runtime, on the CPU.
 
     Args:
         folder: where the files are.
+        switches: whether the model has inputs for adapters.
     """
 
-    shipped = None  # what is verified is what is shipped
+    has_layers = True
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, switches: bool = False):
+        self.folder, self.switches = folder, switches
         self._adapters: dict[Path, tuple[Stamps, ActiveAdapter]] = {}
         self._options: Any = None  # of the active adapter
 
@@ -66,7 +68,6 @@ class OnnxModel:
 
     @property
     def has_cache(self) -> bool:
-        """Whether keys and values of earlier tokens are inputs."""
         return any(value.name.startswith(f"{PAST}.") for value in self.session.get_inputs())
 
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -78,8 +79,7 @@ class OnnxModel:
         names = [output.name for output in self.session.get_outputs()]
         return run_session(self.session, names, _completed(self.session, tensors), self._options)
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """Float32 logits [batch, tokens, vocabulary] of token ids [batch, tokens]."""
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         tensors = _completed(self.session, {IDS: ids, MASK: torch.ones_like(ids)})
         return run_session(self.session, ["logits"], tensors, self._options)["logits"]
 
@@ -146,17 +146,12 @@ class OnnxModel:
             found = run_session(session, outputs, {**tensors, **given}, self._options)
         return dict(zip(values, found.values(), strict=True))
 
-    def layers(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The value of every quantized activation of one run, by name of the tensor.
-
-        Args:
-            tensors: every input of the model by name.
-
-        Raises:
-            ExportError: ONNX Runtime refuses the files, or an input is missing.
-        """
+    def layers(
+        self, tensors: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
         options = read_session_options(self.folder)
-        return run_layers_of(self.folder / MODEL_FILE, options, tensors, self._options)
+        found = run_layers_of(self.folder / MODEL_FILE, options, tensors, self._options)
+        return tensors, found
 
 
 def run_layers_of(

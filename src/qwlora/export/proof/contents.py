@@ -50,29 +50,16 @@ MODEL_FILES = (
     "model*.safetensors",
     "model.safetensors.index.json",
 )
-PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 # An adapter as it was calibrated, next to the graph of its simulation.
-SIMULATED_ADAPTER = tuple(f"adapter/{name}" for name in (*PEFT_FILES, "qwlora.json", "README.md"))
+SIMULATED_ADAPTER = (
+    "adapter/adapter_config.json",
+    "adapter/adapter_model.safetensors",
+    "adapter/qwlora.json",
+    "adapter/README.md",
+)
 GOLDEN_FILES = tuple(
     f"golden/{folder}{name}" for folder in ("", "*/", "*/*/") for name in ("*.npy", "golden.json")
 )
-PEFT_FORM: Form = {
-    "peft_type": "LORA",
-    "task_type": "CAUSAL_LM",
-    "base_model_name_or_path": None,
-    "bias": "none",
-    "fan_in_fan_out": False,
-    "inference_mode": True,
-    "init_lora_weights": True,
-    "lora_alpha": NUMBER,
-    "lora_dropout": NUMBER,
-    "r": int,
-    "rank_pattern": {OTHER_KEYS: int},  # regular expressions: see `peft_support.py`
-    "alpha_pattern": {OTHER_KEYS: NUMBER},
-    "target_modules": [PLAIN],
-    "use_dora": False,
-    "use_rslora": False,
-}
 # Keys by which some library loads code, wherever they are.
 CODE_KEYS = frozenset(
     {

@@ -26,15 +26,15 @@ from typing import Any
 from qwlora.atomic import files_in, read_tensors, write_tensors
 from qwlora.errors import FingerprintError, QwloraWarning, SourceError
 from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE
-from qwlora.export.proof.checks import Limits, Parity
+from qwlora.export.proof.checks import Limits
 from qwlora.export.proof.contents import check_contents, check_plain
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import PROOF, BundleTarget, GraphTarget, Target, UseCasesTarget
+from qwlora.export.target import BASE, PROOF
 from qwlora.formats import manifest
 from qwlora.messages import listed
 from qwlora.progress import Track, untracked
 
-BASE, README = "base", "README.md"
+README = "README.md"
 RECORD = "qwlora.json"  # of a base or an adapter: the base's fingerprint, and digests of the files
 WITHOUT_CACHE = "without_cache"  # in a base's record: why the files have no key-value cache
 PROOF_RECORD, REFERENCE = "proof.json", "reference.safetensors"
@@ -148,7 +148,7 @@ def _is_of_files(bundle: Path, name: str, record: Mapping[str, Any]) -> bool:
     """Whether a proof is of the base and the adapter that are there."""
     if (target := TARGETS.get(str(record.get("target")))) is None:
         return False
-    folders = proven_folders(target, bundle, name)
+    folders = target.parts(bundle, name)
     try:
         return {part: record_digest(folder) for part, folder in folders.items()} == record["of"]
     except OSError:
@@ -203,7 +203,7 @@ def check_complete(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> No
     """
     known = {BASE, PROOF, README, *records}
     parts = [(path, path.name in records) for path in (bundle / PROOF).iterdir()]
-    if any(isinstance(TARGETS[r["target"]], UseCasesTarget) for r in records.values()):
+    if any(TARGETS[r["target"]].has_cases for r in records.values()):
         if unproven := sorted(set(_use_cases(bundle)) - records.keys()):
             raise FingerprintError(
                 f"{str(bundle)!r} has no {PROOF}/NAME of use cases {listed(unproven)}; copy the "
@@ -253,7 +253,7 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
             "bundle again, or verify the job again"
         )
     target = TARGETS[record["target"]]
-    for part, folder in proven_folders(target, bundle, name).items():
+    for part, folder in target.parts(bundle, name).items():
         what = f"{str(folder)!r}"
         if not manifest.has_digests(folder, RECORD):
             raise FingerprintError(f"{what} has no readable {RECORD} with digests; copy it again")
@@ -271,7 +271,7 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
             raise FingerprintError(
                 f"{what} holds files that were not exported: {listed(added)}; remove them"
             )
-        check_contents(target.contents, folder, own, part == BASE)
+        check_contents(target.backend.contents, folder, own, part == BASE)
     if added := sorted(set(files_in(bundle / PROOF / name)) - {PROOF_RECORD, REFERENCE}):
         raise FingerprintError(
             f"{str(bundle / PROOF / name)!r} holds files of no proof: {listed(added)}; remove them"
@@ -281,13 +281,6 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
 def _is_of_other(name: str) -> bool:
     """Whether a file of a bundle belongs to a proof, or is hidden or in a hidden folder."""
     return name.startswith((f"{PROOF}/", "."))
-
-
-def proven_folders(target: Target, bundle: Path, name: str) -> dict[str, Path]:
-    """The folders with a record that a proof is of, by what they are."""
-    if isinstance(target, BundleTarget):
-        return {BASE: bundle / BASE, "adapter": bundle / name}
-    return {"files": bundle if isinstance(target, UseCasesTarget) else bundle / name}
 
 
 def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str, Any]]:
@@ -303,7 +296,7 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
         SourceError: the folder is no bundle of a known target, holds what no export writes, or a
             proof cannot be read or proves nothing.
     """
-    from qwlora.export.proof.measure import proven
+    from qwlora.export.proof.measure import measure, proven
 
     check_plain(bundle)
     records = proofs(bundle)
@@ -321,27 +314,8 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
     results = {}
     for name, record in track(records.items(), "verifying", len(records)):
         target = TARGETS[record["target"]]
-        target.require_packages()
         reference, _ = read_tensors(bundle / PROOF / name / REFERENCE)
-        parity = run_files(target, bundle, name, reference)
+        parity, _ = measure(target, bundle, name, reference)
         limits = Limits(perplexity_difference=record["limits"]["perplexity_difference"])
         results[name] = proven(target, parity, reference, limits)
     return results
-
-
-def run_files(
-    target: Target,
-    bundle: Path,
-    name: str,
-    reference: Mapping[str, Any],
-    track: Track = untracked,
-) -> Parity:
-    """Run an adapter of a bundle and compare it with the reference."""
-    from qwlora.export.proof.measure import DECODED, measure, measure_logits
-
-    if isinstance(target, BundleTarget):
-        return measure(target, bundle / BASE, bundle / name, reference, track)
-    if isinstance(target, UseCasesTarget):
-        return measure_logits(target.logits(bundle, name, DECODED), reference, track)
-    assert isinstance(target, GraphTarget)
-    return measure_logits(target.logits(bundle / name, DECODED), reference, track)

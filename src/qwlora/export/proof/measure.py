@@ -16,6 +16,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ from qwlora.export.proof.compare import (
     tracked,
 )
 from qwlora.export.proof.reference import Logits, check_ids, check_reference
-from qwlora.export.runtime import SwitchableRuntime, WeightsRuntime
-from qwlora.export.target import BundleTarget, Target
+from qwlora.export.runtime import Runtime
+from qwlora.export.target import BASE, Target
 from qwlora.progress import Track, untracked
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.system.processor import processor_name
@@ -47,45 +48,52 @@ _OTHERS = 2  # states that run between the steps
 
 
 def measure(
-    target: BundleTarget,
-    base: Path,
-    adapter: Path,
+    target: Target,
+    bundle: Path,
+    name: str,
     reference: Mapping[str, Tensor],
     track: Track = untracked,
-) -> Parity:
-    """Run a bundle's base without, with and without an adapter, with exact settings and as shipped.
+) -> tuple[Parity, Runtime]:
+    """Run the files of an adapter, a use case or the base.
+
+    Where the runtime switches adapters: the base without, with and without the adapter, with exact
+    settings and as shipped. Figures are then `exact`, and `shipped` where it differs, each with
+    figures of `base` and `adapter`, whether switching the adapter off gives the bits of before,
+    seconds and tokens per second. Also the seconds to load the base and the growth of this
+    process's memory, of both together, and bytes of files. Only exact settings are checked.
 
     Returns:
-        figures: `exact`, and `shipped` where it differs, each with figures of `base` and `adapter`,
-        whether switching the adapter off gives the bits of before, seconds and tokens per second.
-        Also the seconds to load the base and the growth of this process's memory, of both together,
-        and bytes of files. Only exact settings are checked.
+        what was measured, and the open runtime.
 
     Raises:
-        ExportError: the runtime refuses the files.
+        MissingExtraError, VerificationError, ExportError: see `Target.open`.
         SourceError: the reference proves nothing, or is of another vocabulary.
     """
     check_reference(reference)
     reset_peak_rss()
     before, began = peak_rss_bytes(), time.perf_counter()
-    runtime = target.open(base)
+    runtime = target.open(bundle, None if target.has_base else name)
     load_seconds = time.perf_counter() - began
-    parity = measure_runtime(runtime, adapter, reference, track)
+    if not runtime.switches or name == BASE:
+        parity = runtime.parity(reference)
+        logits = partial(runtime.logits, steps=DECODED)
+        return parity or measure_logits(logits, reference, track), runtime
+    parity = measure_runtime(runtime, bundle / name, reference, track)
     cost = {
         "load_seconds": load_seconds,
         "peak_memory_bytes": peak_rss_bytes() - before,
-        "bytes": {"base": _bytes(base), "adapter": _bytes(adapter)},
+        "bytes": {"base": _bytes(bundle / BASE), "adapter": _bytes(bundle / name)},
     }
-    return parity.extended(cost)
+    return parity.extended(cost), runtime
 
 
 def measure_runtime(
-    runtime: WeightsRuntime,
+    runtime: Runtime,
     adapter: Path,
     reference: Mapping[str, Tensor],
     track: Track = untracked,
 ) -> Parity:
-    """`measure` of an open runtime, without what loading it costs."""
+    """`measure` of an open runtime that switches adapters, without what loading it costs."""
     check_ids(reference["ids"], runtime.logits(torch.zeros(1, 1, dtype=torch.int64)).shape[-1])
     parts: list[Measured] = []
     figures = {"exact": _run(runtime, adapter, reference, parts, track)}
@@ -176,7 +184,7 @@ def _least_of_sample(share: float, count: int) -> float:
 
 
 def _run(
-    runtime: WeightsRuntime,
+    runtime: Runtime,
     adapter: Path,
     reference: Mapping[str, Tensor],
     parts: list[Measured],
@@ -219,14 +227,14 @@ def _run(
     }
 
 
-def decode_speed(runtime: WeightsRuntime, token: Tensor) -> float:
+def decode_speed(runtime: Runtime, token: Tensor) -> float:
     """Tokens per second, one by one with a cache, that follow one token [1, 1]."""
     began = time.perf_counter()
     runtime.decode(token, DECODED)
     return DECODED / (time.perf_counter() - began)
 
 
-def switch_seconds(runtime: WeightsRuntime, adapter: Path, token: Tensor) -> float:
+def switch_seconds(runtime: Runtime, adapter: Path, token: Tensor) -> float:
     """How much longer a token takes after a switch, to the adapter or off, whichever is slower;
     the runtime is left without an adapter.
 
@@ -247,7 +255,7 @@ def switch_seconds(runtime: WeightsRuntime, adapter: Path, token: Tensor) -> flo
 
 
 def switching(
-    runtime: WeightsRuntime, adapter: Path | None, others: Sequence[Path], ids: Tensor
+    runtime: Runtime, adapter: Path | None, others: Sequence[Path], ids: Tensor
 ) -> Iterator[Bits]:
     """Whether each state gives the same bits after other adapters were active.
 
@@ -269,7 +277,7 @@ def switching(
 
 
 def compare_cache(
-    runtime: SwitchableRuntime,
+    runtime: Runtime,
     reference: Mapping[str, Tensor],
     adapter: Path | None,
     others: Sequence[Path],
@@ -296,7 +304,7 @@ def compare_cache(
 
 
 def _stepwise(
-    runtime: SwitchableRuntime,
+    runtime: Runtime,
     adapter: Path | None,
     between: Sequence[Path | None],
     ids: Tensor,

@@ -10,9 +10,9 @@ from typing import Any
 
 from qwlora.atomic import write_text
 from qwlora.export.proof.checks import shown
-from qwlora.export.proof.folder import BASE, README, WITHOUT_CACHE
+from qwlora.export.proof.folder import README, WITHOUT_CACHE
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import BundleTarget
+from qwlora.export.target import BASE
 from qwlora.formats.card_mark import escaped, is_users_card, marked
 from qwlora.messages import size
 
@@ -39,8 +39,6 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         (bundle / README).unlink(missing_ok=True)
         return
     names, some = sorted(records), next(iter(records.values()))
-    target = TARGETS[some["target"]]
-    assert isinstance(target, BundleTarget)
     sizes = {
         path: size(sum(f.stat().st_size for f in (bundle / path).rglob("*") if f.is_file()))
         for path in (BASE, *names)
@@ -52,7 +50,7 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         f"A quantized base model and {adapters} trained on exactly these integers. "
         f"Weights: {grids}. Fingerprint of the base: `{some['base_fingerprint'][:16]}`.",
         "## Run\n\nIn this folder:",
-        *_loading(target, names[0], some.get(WITHOUT_CACHE)),
+        *_usage(some, names[0]),
         "| folder | what | size |\n|---|---|---|\n"
         + "\n".join(
             f"| `{path}/` | {'base' if path == BASE else 'adapter'} | {n} |"
@@ -65,14 +63,11 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
     write_text(bundle / README, marked("\n\n".join(parts)))
 
 
-def _loading(target: BundleTarget, adapter: str, without_cache: str | None) -> list[str]:
-    if without_cache is None:
-        return [target.loading(BASE, adapter)]
-    return [
-        target.loading_without_cache(BASE, adapter),
-        f"The files have no key-value cache, so every token runs the whole sequence: "
-        f"{without_cache}",
-    ]
+def _usage(record: Mapping[str, Any], adapter: str) -> list[str]:
+    reason = record.get(WITHOUT_CACHE)
+    usage = TARGETS[record["target"]].backend.usage(BASE, adapter, has_cache=reason is None)
+    why = "The files have no key-value cache, so every token runs the whole sequence"
+    return [usage, *([] if reason is None else [f"{why}: {reason}"])]
 
 
 def _license(stated: str | None) -> str:

@@ -19,7 +19,7 @@ computation gives, which is as valid:
 
 `noise` is that of simulations: there the last bit of one layer can become a whole step of a later
 one, so a single logit may differ by any amount. `rounding` is that of a runtime that rounds
-activations more coarsely than float32 (`WeightsTarget.rounding`).
+activations more coarsely than float32 (`Backend.rounding`).
 
 The base has no more than BASE_SEQUENCES of the sequences, since all adapters share it. The file of
 a bundle has the first BASE_SEQUENCES of all.

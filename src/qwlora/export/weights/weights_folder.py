@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from qwlora import strict_json
 from qwlora.errors import ExportError
 from qwlora.export.format_limits import LayerKind
 from qwlora.export.proof.contents import known_settings
+from qwlora.grid.scheme import Blocks
 from qwlora.messages import lines
 from qwlora.nn.pack import packed_weights
 from qwlora.nn.packed_layer import PackedLayer
@@ -72,6 +73,22 @@ def as_float16(values: Tensor) -> Tensor:
             "coarser grids do not"
         )
     return half
+
+
+def largest_group(layer: PackedLayer, sizes: Sequence[int]) -> int | None:
+    """The first of `sizes` whose groups cross no block of the grid and fill the rows; None if there
+    is none."""
+    granularity, columns = layer.scheme.granularity, layer.tensor.shape[-1]
+    block = granularity.size if isinstance(granularity, Blocks) else columns
+    return next((size for size in sizes if block % size == 0 and columns % size == 0), None)
+
+
+def width_problem(layer: PackedLayer, sizes: Sequence[int]) -> str | None:
+    """Why there is no `largest_group`; None if there is one."""
+    if largest_group(layer, sizes) is not None:
+        return None
+    columns = layer.tensor.shape[-1]
+    return f"{layer.scheme}: {columns} inputs do not divide into blocks of {sizes[-1]}"
 
 
 def refuse(target: str, problems: list[str]) -> None:

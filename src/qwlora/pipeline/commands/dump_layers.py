@@ -25,9 +25,7 @@ import numpy.typing as npt
 from qwlora import strict_json
 from qwlora.atomic import move_into_place
 from qwlora.errors import CalibrationError, DirectoryError, SourceError
-from qwlora.export.proof.folder import BASE
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget, SwitchableTarget, Target, UseCasesTarget
 from qwlora.pipeline.commands.model_names import JobModels, ModelName
 from qwlora.pipeline.commands.open_job import check_current, is_calibrated, open_job
 from qwlora.pipeline.running.new_context import quiet_libraries
@@ -36,19 +34,13 @@ from qwlora.progress import Track, untracked
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from qwlora.export.runtime import Runtime
     from qwlora.pipeline.running.loaded_models import JobContext
     from qwlora.simulation.simulation import Simulation
 
 RECORD, INPUTS, SIMULATED, RUNTIME = "layers.json", "inputs", "simulated", "runtime"
 FOLDER = "layers"  # in a job
-STAGES = (
-    "simulated",
-    *(
-        n
-        for n, t in TARGETS.items()
-        if isinstance(t, GraphTarget | SwitchableTarget | UseCasesTarget)
-    ),
-)
+STAGES = ("simulated", *(name for name, target in TARGETS.items() if target.is_simulated))
 
 
 def dump_layers(
@@ -94,17 +86,20 @@ def dump_layers(
     quiet_libraries()
     context, adapter = open_job(folder, next(iter(name.adapters), None), track=track)
     if stage != "simulated":
-        if isinstance(TARGETS[stage], SwitchableTarget):
-            check_current(context, f"export/{stage}")
-        check_current(context, name.export_stage)
+        for export in name.export_stages:
+            check_current(context, export)
     elif not is_calibrated(context, adapter):
         raise DirectoryError(f"{str(folder)!r} has not calibrated {adapter!r} yet; calibrate first")
-    batch = _batch(context, name, adapter, ids)
+    runtime = None
+    if stage != "simulated":
+        runtime = TARGETS[stage].open(context.path / "export" / stage, name.adapter)
+    length = None if runtime is None else runtime.call_tokens
+    batch = _batch(context, adapter, ids, length)
     simulation = _simulation(context, name)
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=out.parent) as scratch:
         made = Path(scratch) / "made"
-        record = _write(context, simulation, name, batch, made)
+        record = _write(simulation, runtime, name, batch, made)
         move_into_place(made, out)
     return out, record
 
@@ -139,9 +134,12 @@ def _read_ids(path: Path) -> npt.NDArray[np.int64]:
 
 
 def _batch(
-    context: JobContext, name: ModelName, adapter: str, given: npt.NDArray[np.int64] | None
+    context: JobContext,
+    adapter: str,
+    given: npt.NDArray[np.int64] | None,
+    length: int | None,
 ) -> dict[str, Tensor]:
-    """Ids and mask of one sequence, padded on the right to what the files take.
+    """Ids and mask of one sequence, padded on the right to `length`, that of the files.
 
     Raises:
         SourceError: too many or no ids, or some that the model has not.
@@ -149,10 +147,7 @@ def _batch(
     import torch
     from torch.nn.functional import pad
 
-    target, held_out = TARGETS.get(name.stage), context.sample(adapter)["input_ids"]
-    length: int | None = None  # of fixed shapes
-    if isinstance(target, UseCasesTarget | GraphTarget):
-        length = target.call_tokens(context.path / name.export_stage)
+    held_out = context.sample(adapter)["input_ids"]
     if given is None:
         ids = held_out[:, :length]
     else:
@@ -177,8 +172,8 @@ def _check_ids(ids: npt.NDArray[np.int64], most: int | None, vocabulary: int) ->
 
 
 def _write(
-    context: JobContext,
     simulation: Simulation,
+    runtime: Runtime | None,
     name: ModelName,
     batch: Mapping[str, Tensor],
     folder: Path,
@@ -192,7 +187,10 @@ def _write(
             "no activation of the simulation is quantized, so there is no layer to compare. Set "
             "simulation.policy: npu and calibrate again"
         )
-    inputs, found = _run(context, TARGETS.get(name.stage), name, simulation.bind(batch))
+    inputs: Mapping[str, Tensor] = simulation.bind(batch)
+    found = dict[str, Tensor]()
+    if runtime is not None:
+        inputs, found = runtime.layers(inputs)
     for part in (INPUTS, SIMULATED, RUNTIME):
         (folder / part).mkdir(parents=True)
     layers = []
@@ -215,21 +213,3 @@ def _write(
     }
     (folder / RECORD).write_text(strict_json.dumps(record, indent=1) + "\n")
     return record
-
-
-def _run(
-    context: JobContext, target: Target | None, name: ModelName, tensors: Mapping[str, Tensor]
-) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-    """Inputs of the files, and their layers by name of the tensor; none of the simulation alone."""
-    if target is None:
-        return tensors, {}
-    target.require_packages()
-    exported = context.path / "export" / name.stage
-    if isinstance(target, UseCasesTarget):
-        return target.layers(exported, str(name.adapter), tensors)
-    if isinstance(target, SwitchableTarget):
-        runtime = target.open(exported / BASE)
-        runtime.use(exported / str(name.adapter))
-        return tensors, runtime.layers(tensors)
-    assert isinstance(target, GraphTarget)
-    return target.layers(exported / str(name.adapter), tensors)

@@ -76,7 +76,7 @@ def stage_of(name: ModelName) -> str:
         case "simulated":
             return f"calibrate/{name.adapter}"
         case _:
-            return name.export_stage
+            return name.export_stages[-1]
 
 
 def _all_models(job: JobModels, say: Callable[[str], None]) -> list[ModelName]:

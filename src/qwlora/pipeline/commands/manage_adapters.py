@@ -18,7 +18,6 @@ from qwlora.atomic import flush
 from qwlora.errors import DirectoryError, RecipeError, SourceError
 from qwlora.export.proof.folder import PROOF_RECORD, renamed_proof
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import UseCasesTarget
 from qwlora.formats.user_path import user_path
 from qwlora.messages import suggestion
 from qwlora.pipeline.job.digests import Digests
@@ -290,8 +289,8 @@ def _unused_imports(folder: Path, gone: Adapter, recipe: Recipe) -> list[str]:
 
 def _is_of_use_cases(stage: Stage) -> bool:
     """Whether a stage's files hold all use cases, by name."""
-    target = stage.name.split("/")[1:2]
-    return stage.name == CASES or any(isinstance(TARGETS.get(t), UseCasesTarget) for t in target)
+    targets = stage.name.split("/")[1:2]
+    return stage.name == CASES or any(t in TARGETS and TARGETS[t].has_cases for t in targets)
 
 
 def _renamed(results: Any, old: str, new: str, depth: int = 4) -> Any:

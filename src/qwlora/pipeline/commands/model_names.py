@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING
 
 from qwlora.errors import DirectoryError
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import BundleTarget, UseCasesTarget
 from qwlora.messages import listed, suggestion
 from qwlora.pipeline.commands.open_job import check_current, is_calibrated, job_recipe, open_job
 from qwlora.pipeline.plan.missing_stages import command_line
@@ -42,7 +41,7 @@ class ModelName:
     @property
     def is_use_case(self) -> bool:
         """Whether `adapter` is a use case: none, one or several adapters."""
-        return isinstance(TARGETS.get(self.stage), UseCasesTarget)
+        return self.stage in TARGETS and TARGETS[self.stage].has_cases
 
     @property
     def adapters(self) -> list[str]:
@@ -52,9 +51,10 @@ class ModelName:
         return self.adapter.split("+") if self.is_use_case else [self.adapter]
 
     @property
-    def export_stage(self) -> str:
-        """The stage that writes its files, and their folder; of a target only."""
-        return f"export/{self.stage}" + ("" if self.is_use_case else f"/{self.adapter}")
+    def export_stages(self) -> list[str]:
+        """The stages that write its files; the last one has their folder as its name. Of a target
+        only."""
+        return TARGETS[self.stage].stages(self.stage, str(self.adapter))
 
     def __str__(self) -> str:
         return self.stage if self.adapter is None else f"{self.stage}/{self.adapter}"
@@ -150,7 +150,7 @@ class JobModels:
         if name.stage in TARGETS:
             what = "use cases" if name.is_use_case else f"adapter {name.adapter!r}"
             made = f"has not exported {what} to {name.stage} yet"
-            needed.append((name.export_stage, "export", made))
+            needed.append((name.export_stages[-1], "export", made))
         verbs: list[str] = []
         lacking = ""
         for path, verb, what in needed:
@@ -205,17 +205,12 @@ class JobModels:
             is_calibrated(context, adapter)
             simulated: PreTrainedModel = context.simulation(adapter).model()
             return simulated
-        from qwlora.export.exported_model import ExportedModel, exported_logits, use_case_logits
+        from qwlora.export.exported_model import ExportedModel
 
-        target, exported = TARGETS[name.stage], self.folder / "export" / name.stage
-        if isinstance(target, BundleTarget):
-            check_current(context, f"export/{name.stage}")
-        check_current(context, name.export_stage)
-        if isinstance(target, UseCasesTarget):
-            logits = use_case_logits(target, exported, str(name.adapter))
-            return ExportedModel(logits, context.skeleton())
-        logits = exported_logits(target, exported / adapter, exported / "base")
-        return ExportedModel(logits, context.skeleton())
+        for stage in name.export_stages:
+            check_current(context, stage)
+        runtime = TARGETS[name.stage].open(self.folder / "export" / name.stage, name.adapter)
+        return ExportedModel(runtime, context.skeleton())
 
     def tokenizer(self, name: ModelName) -> PreTrainedTokenizerBase:
         """The tokenizer, with the chat template that the recipe sets for the adapter's text.

@@ -32,7 +32,6 @@ from qwlora.adapter.peft_support import CONFIG
 from qwlora.atomic import write_text
 from qwlora.errors import DirectoryError, QwloraError, UploadError, described
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import GraphTarget, SwitchableTarget, UseCasesTarget
 from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.card_mark import is_users_card
@@ -255,14 +254,14 @@ def _exports(
     files, notes = dict[str, Path](), list[str]()
     for target in job.targets:
         kind = TARGETS[target]
-        if isinstance(kind, UseCasesTarget):
+        if kind.has_cases:
             notes.append(f"export/{target} is left out: it holds the base and all adapters")
             continue
-        if isinstance(kind, GraphTarget) and adapter is None:
+        if adapter is None and not kind.has_base:
             continue
         stage = f"export/{target}" if adapter is None else f"export/{target}/{adapter}"
         checks = [f"verify/{target}/{name}" for name in ([adapter] if adapter else job.adapters)]
-        if adapter is None and isinstance(kind, SwitchableTarget):  # it has a check of its own
+        if adapter is None and kind.is_simulated:  # it has a check of its own
             checks = [f"verify/{target}"]
         unchecked = [check for check in checks if check in stale]
         if (reason := stale.get(stage)) is not None:

@@ -31,7 +31,6 @@ from qwlora.errors import DirectoryError
 from qwlora.export.proof.folder import current_proofs
 from qwlora.export.proof.readme import write_readme
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import BundleTarget
 from qwlora.pipeline.job.directory_errors import as_directory_errors
 from qwlora.pipeline.job.output_path import lock_folder
 from qwlora.pipeline.job.stage_records import read_records
@@ -176,7 +175,7 @@ def _write_bundle_readmes(job: Path) -> None:
     records, _ = read_records(job)
     for target, kind in TARGETS.items():
         bundle = job / "export" / target
-        if isinstance(kind, BundleTarget) and bundle.is_dir():
+        if kind.has_base and bundle.is_dir():
             passed = {
                 name: proof
                 for name, proof in current_proofs(bundle).items()

@@ -16,7 +16,6 @@ from typing import Any
 
 from qwlora.adapter.chunked_loss import CHUNK_LOGITS
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import SwitchableTarget, UseCasesTarget, WeightsTarget
 from qwlora.formats.base_files import SHARD_BYTES
 from qwlora.formats.model_source import fetch
 from qwlora.grid.activation_observer import VALUES
@@ -274,13 +273,13 @@ class Forecaster:
     def _export(self, stage: Stage) -> Forecast:
         models, target = self.models, TARGETS[stage.name.split("/")[1]]
         size = float(models.packed_bytes + FLOAT * models.float_values)
-        if isinstance(target, WeightsTarget):
+        if not target.is_simulated:
             return Forecast(stage.name, self._base_memory | {"files": size}, size)
         adapter, settings = self._adapter(stage), ("base.weights.block_size",)
         graph, _ = self._simulation(adapter, self._text(stage).sequence_tokens)
         memory = self._base_memory | graph
         memory["encodings as text"] = float(_SCALE_BYTES * models.scales)
-        if isinstance(target, SwitchableTarget) and stage.adapter is not None:
+        if target.needs_zero_adapter and stage.adapter is not None:
             disk = 2 * FLOAT * models.trained_values(adapter) + 24 * models.scales
             return Forecast(stage.name, memory, disk, settings)
         memory["ONNX graph"] = float(_ONNX_NODE_BYTES * self._graph_run(adapter).operators)
@@ -288,7 +287,7 @@ class Forecaster:
         # as float32 tensors, in the ONNX model, and as bytes to write
         memory["copies of float values"] = 3.0 * FLOAT * models.float_values
         written = size + 24 * models.scales
-        if isinstance(target, UseCasesTarget):  # weights in float, once for all graphs
+        if target.has_cases:  # weights in float, once for all graphs
             written += FLOAT * models.packed_weights
         return Forecast(stage.name, memory, written, settings)
 
@@ -296,7 +295,7 @@ class Forecaster:
         models, target = self.models, TARGETS[stage.name.split("/")[1]]
         adapter, tokens = self._adapter(stage), self._text(stage).sequence_tokens
         memory = self._base_memory
-        if isinstance(target, WeightsTarget):
+        if not target.is_simulated:
             memory["exported model"] = sum(self._base_memory.values())
             memory["activations and logits"] = 3 * self._logits(tokens)
             return Forecast(stage.name, memory)
@@ -309,13 +308,13 @@ class Forecaster:
         by_layer = size + 3 * layer_bytes  # simulated values, given and computed ones
         # Three models' logits and their masked copies, two differences, and in float64 the
         # logits and log-softmax of one; ONNX Runtime packs the weight of the head once more.
-        if isinstance(target, SwitchableTarget):
+        if target.needs_zero_adapter:
             by_layer += size  # the session of all adapters stays
         whole = size + peak + 12 * self._logits(tokens) + FLOAT * models.float_values
         memory["model in ONNX Runtime"] = float(size)
         part = "values of all layers" if by_layer > whole else "logits"
         memory[part] = max(by_layer, whole) - size
-        if isinstance(target, SwitchableTarget) and stage.adapter is not None:
+        if target.needs_zero_adapter and stage.adapter is not None:
             memory["simulation of the base"] = sum((self._base_memory | graph).values())
         return Forecast(
             stage.name, memory, settings=("verify.layer_tokens", "data.sequence_tokens")

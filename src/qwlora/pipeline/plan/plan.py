@@ -6,7 +6,6 @@ Imports no torch, so that a run in which nothing changed ends at once.
 from __future__ import annotations
 
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import SwitchableTarget, UseCasesTarget
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.job_texts import JobTexts
@@ -40,36 +39,37 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
         evaluate_stage.add(plan, "float")
     quantize_stage.add(plan)
     evaluate_stage.add(plan, "base", ("quantize",))
-    switched = [t for t in recipe.export.targets if isinstance(TARGETS[t], SwitchableTarget)]
-    for target in recipe.export.targets:
-        if target not in switched:
-            export_stage.add_base(plan, target)
+    targets = {name: TARGETS[name] for name in recipe.export.targets}
+    simulated = [name for name, target in targets.items() if target.needs_zero_adapter]
+    for name, target in targets.items():
+        if target.has_base and not target.is_simulated:
+            export_stage.add_base(plan, name)
     calibrate_base_stage.add(plan)
     for adapter in recipe.adapters:
         if is_imported(recipe, adapter) and has_float_model(recipe):
             evaluate_stage.add(plan, "imported", (), adapter.name)
         train_stage.add(plan, adapter)
     calibrate_stage.add_shared(plan)
-    if switched:
+    if simulated:
         calibrate_stage.add_zero(plan)
-    for target in switched:
-        export_stage.add_base(plan, target)
-    together = [t for t in recipe.export.targets if isinstance(TARGETS[t], UseCasesTarget)]
-    for name in (adapter.name for adapter in recipe.adapters):
-        evaluate_stage.add(plan, "adapted", (f"train/{name}",), name)
-        calibrate_stage.add(plan, name)
-        evaluate_stage.add(plan, "simulated", (f"calibrate/{name}",), name)
-        for target in recipe.export.targets:
-            if target not in together:
-                export_stage.add(plan, target, name)
-                verify_stage.add(plan, target, name)
-    for target in switched:  # last, so that a failure leaves nothing of the adapters undone
-        verify_stage.add_base(plan, target)
-    if together:
+    for name in simulated:
+        export_stage.add_base(plan, name)
+    for adapter in recipe.adapters:
+        evaluate_stage.add(plan, "adapted", (f"train/{adapter.name}",), adapter.name)
+        calibrate_stage.add(plan, adapter.name)
+        evaluate_stage.add(plan, "simulated", (f"calibrate/{adapter.name}",), adapter.name)
+        for name, target in targets.items():
+            if not target.has_cases:
+                export_stage.add(plan, name, adapter.name)
+                verify_stage.add(plan, name, adapter.name)
+    for name in simulated:  # last, so that a failure leaves nothing of the adapters undone
+        verify_stage.add_base(plan, name)
+    with_cases = [name for name, target in targets.items() if target.has_cases]
+    if with_cases:
         calibrate_stage.add_use_cases(plan)
-    for target in together:
-        export_stage.add_use_cases(plan, target)
-        verify_stage.add_use_cases(plan, target)
+    for name in with_cases:
+        export_stage.add_use_cases(plan, name)
+        verify_stage.add_use_cases(plan, name)
     return plan.stages
 
 

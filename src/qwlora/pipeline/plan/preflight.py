@@ -21,18 +21,12 @@ from qwlora.data.sequences import check_isolation
 from qwlora.errors import ExportError, GridError, SourceError, TrainingError
 from qwlora.export.format_limits import LayerKind
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import (
-    GraphTarget,
-    SwitchableTarget,
-    Target,
-    UseCasesTarget,
-    WeightsTarget,
-)
-from qwlora.export.target_compatibility import problems
+from qwlora.export.target_compatibility import ModelFacts, refusals
 from qwlora.export.weights.weights_folder import layer_kind
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.huggingface.max_positions import check_positions
 from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import Scheme
 from qwlora.messages import listed
 from qwlora.parameter_names import canonical_name, is_factor_name
 from qwlora.pipeline.plan.plan import TUNING_DEVICE
@@ -59,7 +53,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     """
     if verbs & {"export", "verify"}:
         for target in (TARGETS[name] for name in context.recipe.export.targets):
-            if isinstance(target, GraphTarget | SwitchableTarget | UseCasesTarget):
+            if target.is_simulated:
                 target.require_packages()
     if "quantize" in verbs:
         check_targets(context.recipe)
@@ -83,18 +77,16 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     if note := check_positions(model, max(t.data.positions() for t in texts.values())):
         say(note)
     if verbs & {"quantize", "export"}:
-        _check_layers(context, model, packed)
+        _check_layers(context, model, packed, "quantize" in verbs)
     if "train" in verbs:
         _check_saved(context, model, packed)
-        _check_held(context.recipe, shapes)
-        _check_modules(context, shapes)
+        _check_places(context, shapes)
     if context.whole_because is not None:
         say(
             "the model is loaded whole, since its weights cannot be read tensor by tensor: "
             f"{context.whole_because}"
         )
     if "quantize" in verbs:
-        _check_table(context, model)
         if context.recipe.base.tuning.steps:
             _check_tuning(context, model, packed)
         embedding: Any = model.get_input_embeddings()
@@ -114,68 +106,46 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
 
 
 def _check_layers(
-    context: JobContext, model: PreTrainedModel, packed: Callable[[str], bool]
+    context: JobContext, model: PreTrainedModel, packed: Callable[[str], bool], is_new: bool
 ) -> None:
-    """Check that the targets hold the kinds of the base's packed layers, and that their runtimes
-    have the architecture."""
-    kinds: dict[LayerKind, list[str]] = {}
-    for tensor in find_tensors(model):
+    """Check that the targets hold the kinds of the base's packed layers and its embedding, and that
+    their runtimes have the architecture.
+
+    Args:
+        is_new: whether the base is not quantized yet.
+    """
+    recipe, kinds = context.recipe, dict[LayerKind, list[str]]()
+    for tensor in filter(packed, find_tensors(model)):
         kind = layer_kind(model.get_submodule(tensor.rpartition(".")[0]))
         kinds.setdefault(kind, []).append(tensor)
-    for name in context.recipe.export.targets:
-        target = TARGETS[name]
-        if not isinstance(target, WeightsTarget):
-            continue
-        problems = [target.architecture_problem(str(model.config.model_type))]
-        for kind, tensors in kinds.items():
-            problem = target.kind_problem(kind)
-            if problem and (lost := list(filter(packed, tensors))):
-                problems.append(f"{problem}: {lost[0]}, {len(lost)} weights in all")
-        if found := "; ".join(filter(None, problems)):
+    targets = {name: TARGETS[name] for name in recipe.export.targets}
+    reads_table = is_new and any(target.embedding_problem for target in targets.values())
+    facts = ModelFacts(
+        keeps=recipe.base.solver == "keep",
+        kinds=kinds,
+        model_type=str(model.config.model_type),
+        embedding=_embedding(recipe, model) if reads_table else None,
+    )
+    for name, target in targets.items():
+        if reasons := refusals(target, facts):
             raise GridError(
-                f"target {name} cannot hold {context.recipe.model.source!r}: {found}. Remove "
-                f"{name} from export.targets"
+                f"target {name} cannot hold {recipe.model.source!r}: {'; '.join(reasons)}. To "
+                f"export to other targets only, remove {name} from export.targets"
             )
 
 
-def _check_table(context: JobContext, model: PreTrainedModel) -> None:
-    """Check that the targets that read embeddings as integers hold their scheme, and, with solver
-    keep, every other scheme."""
-    base = context.recipe.base
-    targets = {name: TARGETS[name] for name in context.recipe.export.targets}
-    graphs = {n: t for n, t in targets.items() if t.compiled}
-    if base.solver == "keep":
-        _check_kept(context.recipe, graphs)
-    if base.solver == "keep" or not graphs:
-        return
+def _embedding(recipe: Recipe, model: PreTrainedModel) -> tuple[str, Scheme | None]:
+    """Path of the embedding, and its scheme if it will be packed."""
     embedding = model.get_input_embeddings()
     path = next(name for name, module in model.named_modules() if module is embedding)
+    if recipe.base.solver == "keep":
+        kept = (grid.scheme for grid in kept_grids(recipe) if grid.of_embedding)
+        return path, next(kept, None)
     name = next((n for n, found in find_tensors(model).items() if path in found.paths), "")
-    plan = plan_layers(model, base.weights.scheme(), base.solver, base.layer_rules())
-    for target, kind in graphs.items():
-        problem: str | None = f"{path} stays float"
-        if name in plan:
-            problem = kind.embedding_problem(plan[name].scheme)
-        if problem:
-            raise GridError(
-                f"target {target}: {problem}, and the HTP reads its rows with one scale. Add to "
-                f"base.rules, first: {{match: '{path}', bitwidth: 8, granularity: tensor}}"
-            )
-
-
-def _check_kept(recipe: Recipe, targets: Mapping[str, Target]) -> None:
-    if not targets:
-        return
-    grids = list(kept_grids(recipe))
-    for name, target in targets.items():
-        found = problems(target, grids)
-        if not any(grid.of_embedding for grid in grids):
-            found.append("an embedding as floats")
-        if found:
-            raise GridError(
-                f"{name} cannot hold {'; '.join(found)}. Remove the target, or quantize the model "
-                "anew"
-            )
+    plan = plan_layers(
+        model, recipe.base.weights.scheme(), recipe.base.solver, recipe.base.layer_rules()
+    )
+    return path, plan[name].scheme if name in plan else None
 
 
 def _check_tuning(
@@ -288,39 +258,33 @@ def _check_adapters(context: JobContext) -> Shapes:
     return shapes
 
 
-def _check_held(recipe: Recipe, shapes: Shapes) -> None:
-    """Check that adapters from elsewhere have nothing but LoRA factors, where a runtime switches
-    adapters. The recipe says the same of the others."""
-    targets = [name for name in recipe.export.targets if not isinstance(TARGETS[name], GraphTarget)]
+def _check_places(context: JobContext, shapes: Shapes) -> None:
+    """Check that adapters have nothing but LoRA factors, and of linear layers only, if a target has
+    no place for more. The recipe says some of the same of adapters that are not from elsewhere."""
+    recipe = context.recipe
+    targets = [name for name in recipe.export.targets if TARGETS[name].holds_factors_only]
+    floats = [name for name in targets if not TARGETS[name].is_simulated]
+    other_target = "use export.targets: [onnx_each], which writes a model for each adapter"
     for adapter in recipe.adapters if targets else ():
         names = map(canonical_name, shapes.get(adapter.name, ()))
         if others := [name for name in names if not is_factor_name(name)]:
             raise ExportError(
                 f"adapter {adapter.name}: {adapter.continue_from!r} has {listed(others, 3)}, and "
                 f"{', '.join(targets)} can hold LoRA factors only. Continue an adapter without "
-                "DoRA and modules_to_save, or use export.targets: [onnx_each], which writes a "
-                "model for each adapter"
+                f"DoRA and modules_to_save, or {other_target}"
             )
-
-
-def _check_modules(context: JobContext, shapes: Shapes) -> None:
-    """Check that adapters change linear layers only, if a target has no place for others."""
-    targets = [n for n in context.recipe.export.targets if isinstance(TARGETS[n], WeightsTarget)]
-    if not targets:
-        return
     linear = {
         path
         for path, module in context.skeleton().named_modules()
-        if layer_kind(module) in (LayerKind.LINEAR, LayerKind.CONV1D)
+        if floats and layer_kind(module) in (LayerKind.LINEAR, LayerKind.CONV1D)
     }
-    for adapter, names in shapes.items():
-        paths = {name.removeprefix("base_model.model.").partition(".lora_")[0] for name in names}
-        if other := sorted(paths - linear):
+    for name, weights in shapes.items() if floats else ():
+        paths = {n.removeprefix("base_model.model.").partition(".lora_")[0] for n in weights}
+        if others := sorted(paths - linear):
             raise TrainingError(
-                f"adapter {adapter} changes {listed(other)}, and {targets[0]} holds LoRA factors "
-                "of linear layers only. Name the linear layers in target_modules, for example "
-                "[q_proj, v_proj], or use export.targets: [onnx_each], which writes a model for "
-                "each adapter"
+                f"adapter {name} changes {listed(others)}, and {floats[0]} holds LoRA factors of "
+                "linear layers only. Name the linear layers in target_modules, for example "
+                f"[q_proj, v_proj], or {other_target}"
             )
 
 

@@ -3,17 +3,22 @@ quantized: which targets hold the grids of the base, and whether its integers ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from qwlora.errors import GridError, SourceError
 from qwlora.export.registry import TARGETS
-from qwlora.export.target_compatibility import Grid, problems, table_rows
+from qwlora.export.target_compatibility import (
+    Grid,
+    ModelFacts,
+    is_copied,
+    refusals,
+    table_rows,
+)
 from qwlora.formats.model_source import fetch
 from qwlora.recipe import Recipe
 
-Grids = Mapping[Grid, Any]
 _PROBED = 8  # tensors of a float checkpoint that are tested for a grid: one layer is enough to tell
 
 
@@ -25,10 +30,11 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
     Raises:
         GridError, SourceError: see `check_targets`; or the model's files cannot be read.
     """
-    grids, reasons, keeping = _targets(recipe)
-    _check(recipe, reasons)
-    rows = list(table_rows(grids, TARGETS, recipe.export.targets, keeping))
-    return rows, [f"{name}: {reason}" for name, reason in reasons.items() if reason]
+    grids, facts = _facts(recipe)
+    reasons = _reasons(recipe, facts)
+    copying = [name for name, target in TARGETS.items() if is_copied(target, facts)]
+    rows = list(table_rows(grids, TARGETS, recipe.export.targets, copying))
+    return rows, [f"{name}: {reason}" for name, reason in reasons.items()]
 
 
 def check_targets(recipe: Recipe) -> None:
@@ -38,12 +44,11 @@ def check_targets(recipe: Recipe) -> None:
         GridError: a target cannot hold the grids, or not the integers that base.solver keep takes.
         SourceError: base.solver does not fit the model, or a target needs another kind of file.
     """
-    _check(recipe, _targets(recipe)[1])
+    _reasons(recipe, _facts(recipe)[1])
 
 
-def _targets(recipe: Recipe) -> tuple[Grids, dict[str, str], list[str]]:
-    """The grids of the base, why each target cannot hold them (empty: it can), and the targets
-    that keep the model's file as it is."""
+def _facts(recipe: Recipe) -> tuple[dict[Grid, str], ModelFacts]:
+    """The grids of the base and what they are for, and all that is known of it."""
     location, keeps = fetch(recipe.model.source), recipe.base.solver == "keep"
     if keeps and location.holds_floats and not location.gguf_file and not recipe.model.encodings:
         raise SourceError(
@@ -55,30 +60,27 @@ def _targets(recipe: Recipe) -> tuple[Grids, dict[str, str], list[str]]:
             f"model {recipe.model.source!r} is already quantized; use base.solver: keep to take "
             "its integers unchanged"
         )
-    grids: Grids = kept_grids(recipe) if keeps else recipe.base.grids()
-    keeping = [name for name, t in TARGETS.items() if keeps and t.keeps(location.path)]
-    reasons = {
-        name: target.source_problem(location.path) or "; ".join(problems(target, list(grids)))
-        for name, target in TARGETS.items()
-        if name not in keeping
-    }
-    return grids, reasons, keeping
+    grids = kept_grids(recipe) if keeps else recipe.base.grids()
+    return grids, ModelFacts(grids=list(grids), source=location.path, keeps=keeps)
 
 
-def _check(recipe: Recipe, reasons: Mapping[str, str]) -> None:
-    source, refused = fetch(recipe.model.source).path, list[str]()
-    for name in recipe.export.targets:
-        if TARGETS[name].source_problem(source):
+def _reasons(recipe: Recipe, facts: ModelFacts) -> dict[str, str]:
+    """Why each target cannot hold the base, of those that cannot; see `check_targets`."""
+    refused = {name: refusals(target, facts) for name, target in TARGETS.items()}
+    reasons = {name: "; ".join(found) for name, found in refused.items() if found}
+    asked = [name for name in recipe.export.targets if name in reasons]
+    for name in asked:
+        if refusals(TARGETS[name], replace(facts, grids=())):
             raise SourceError(
                 f"export.targets: {name}: {reasons[name]}, and {recipe.model.source!r} is not one. "
                 f"Remove {name}, or set model.source to such a file"
             )
-        if reasons.get(name):
-            refused.append(f"{name} cannot hold {reasons[name]}")
-    if refused:
+    if asked:
         raise GridError(
-            f"export.targets: {'; '.join(refused)}. Remove the target, or quantize the model anew"
+            f"export.targets: {'; '.join(f'{name} cannot hold {reasons[name]}' for name in asked)}"
+            ". Remove the target, or quantize the model anew"
         )
+    return reasons
 
 
 def second_rounding(recipe: Recipe) -> str | None:

@@ -23,15 +23,14 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import QwloraError, QwloraWarning
-from qwlora.export.proof.folder import BASE, WITHOUT_CACHE
+from qwlora.export.proof.folder import WITHOUT_CACHE
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import UseCasesTarget
+from qwlora.export.target import BASE
 from qwlora.formats.card_mark import as_code, escaped, marked
 from qwlora.formats.model_origin import UNKNOWN, ModelCardInfo, origin_of
 from qwlora.pipeline.job.directory import Directory
 from qwlora.recipe import Data, Recipe
-from qwlora.report.number_format import finite
-from qwlora.report.results_view import Job, runtime
+from qwlora.report.results_view import Job, finite, runtime
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -175,13 +174,12 @@ def _runtimes(job: Job, places: Places, adapter: str | None) -> Iterator[tuple[s
     """For each target: its runtime, how to load the files, and of an adapter their proof."""
     for target in job.targets:
         kind = TARGETS[target]
-        folder = places.use_cases if isinstance(kind, UseCasesTarget) else places.exported_base
+        folder = places.use_cases if kind.has_cases else places.exported_base
         exported = adapter and places.exported.format(target=target, name=adapter)
         if folder is not None:
             has_cache = job.get("export", target, BASE, WITHOUT_CACHE) is None
-            load = kind.loading if has_cache else kind.loading_without_cache
-            if loading := load(folder.format(target=target), exported):
-                yield runtime(target), loading, _check(job, target, adapter) if adapter else ""
+            if usage := kind.backend.usage(folder.format(target=target), exported, has_cache):
+                yield runtime(target), usage, _check(job, target, adapter) if adapter else ""
 
 
 def is_hub_dataset(data: Data) -> bool:

@@ -1,68 +1,46 @@
 """Stages of step 4: write the files for a runtime.
 
-export/TARGET/NAME    the simulation of an adapter as a model, or, of a bundle, the adapter
-export/TARGET         of a bundle: the base, in the folder export/TARGET/base; of a use case
-                      target: everything
+export/TARGET/NAME    the files of an adapter, or, of a bundle, what it changes
+export/TARGET         of a bundle: the base, in the folder export/TARGET/base; where all use cases
+                      are together: everything
 """
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.export.proof.folder import (
-    BASE,
-    WITHOUT_CACHE,
-    record_digest,
-    without_cache,
-    write_record,
-)
+from qwlora.export.proof.folder import WITHOUT_CACHE, record_digest, write_record
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import (
-    BundleTarget,
-    ExportedBase,
-    ExportedGraph,
-    ExportedUseCases,
-    GraphTarget,
-    SwitchableTarget,
-    UseCasesTarget,
-    WeightsTarget,
-)
+from qwlora.export.target import BASE, ExportedBase, ExportedGraph, ExportedUseCases, Target
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.job.job_paths import ADAPTER
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.pipeline.stages.calibrate_stage import CASES, ZERO
 
 if TYPE_CHECKING:
+    from qwlora.export.proof.reference import Reference
     from qwlora.pipeline.running.loaded_models import JobContext
 
 
 NAME = "export"
-SWITCHABLE_FORMAT = 3  # before it, there was no tokenizer
-GRAPHS_FORMAT = 1  # before it, 4-bit weights had no scales by block
 
 
 def add_base(plan: PlanBuilder, target: str) -> None:
-    """Add the stage that writes the base, if the target has one."""
-    kind, stage = TARGETS[target], f"{NAME}/{target}"
-    if isinstance(kind, SwitchableTarget):
-        inputs = [SWITCHABLE_FORMAT, *_version(plan)]
-        plan.add(stage, inputs, (ZERO,), None, f"{stage}/{BASE}")
-    elif isinstance(kind, WeightsTarget):
-        plan.add(stage, [], ("quantize",), None, f"{stage}/{BASE}")
+    """Add the stage that writes the base of a bundle."""
+    stage, is_simulated = f"{NAME}/{target}", TARGETS[target].is_simulated
+    inputs, need = (_version(plan), ZERO) if is_simulated else ([], "quantize")
+    plan.add(stage, inputs, (need,), None, f"{stage}/{BASE}")
 
 
 def add(plan: PlanBuilder, target: str, name: str) -> None:
     """Add the stage of one target and adapter."""
-    stage, kind = f"{NAME}/{target}/{name}", TARGETS[target]
-    needs = [f"train/{name}" if isinstance(kind, WeightsTarget) else f"calibrate/{name}"]
-    if isinstance(kind, BundleTarget):
-        needs.insert(0, f"{NAME}/{target}")
-    inputs = [*_version(plan), *_graphs(plan, target)]
-    plan.add(stage, inputs, tuple(needs), name, stage)
+    known = TARGETS[target]
+    *base, stage = known.stages(target, name)
+    made = f"calibrate/{name}" if known.is_simulated else f"train/{name}"
+    plan.add(stage, [*_version(plan), *_graphs(plan, target)], (*base, made), name, stage)
 
 
 def _version(plan: PlanBuilder) -> list[str]:
@@ -78,144 +56,102 @@ def _graphs(plan: PlanBuilder, target: str) -> list[Any]:
 
 
 def add_use_cases(plan: PlanBuilder, target: str) -> None:
-    """Add the stage of a use case target."""
-    stage, section, kind = f"{NAME}/{target}", plan.recipe.export, TARGETS[target]
-    assert isinstance(kind, UseCasesTarget)
-    inputs: list[Any] = [section.encodings_version, *_graphs(plan, target)]
-    if kind.compiled:  # they are compiled once the compiler is installed
-        inputs = [*_graphs(plan, target), kind.missing(), GRAPHS_FORMAT]
+    """Add the stage of a target that holds all use cases together."""
+    stage, known = f"{NAME}/{target}", TARGETS[target]
+    inputs: list[Any] = [plan.recipe.export.encodings_version, *_graphs(plan, target)]
+    if known.compilers:  # the files are compiled once these are installed
+        inputs = [*_graphs(plan, target), known.missing()]
     plan.add(stage, inputs, (CASES,), None, stage)
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Write the files."""
     _, name, *_ = stage.name.split("/")
-    target = TARGETS[name]
-    if isinstance(target, UseCasesTarget):
-        return {"export": {name: _write_use_cases(context, target, name, scratch)}}
-    if isinstance(target, GraphTarget):
-        size = _write_graph(context, target, name, str(stage.adapter), scratch)
-    else:
-        if isinstance(target, SwitchableTarget):
-            _write_switchable(context, target, name, stage.adapter, scratch)
+    target, bundle = TARGETS[name], context.path / NAME / name
+    if target.has_cases:
+        return {"export": {name: _write_cases(context, target, name, scratch)}}
+    record, reason = {"base_fingerprint": context.base_fingerprint}, None
+    exported = _exported(context, target, name, stage.adapter)
+    with context.step(f"writing files for {stage.adapter or BASE}"):
+        if stage.adapter is None:
+            reason = target.backend.write_base(exported, scratch)
         else:
-            _write_weights(context, name, stage.adapter, scratch)
-        size = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
-    written: dict[str, Any] = {"bytes": size}
-    if stage.adapter is None and (reason := without_cache(scratch)) is not None:
-        written[WITHOUT_CACHE] = reason
+            target.backend.write_adapter(exported, bundle / BASE, scratch)
+    size = _size(scratch.glob(target.model_files))
+    if target.is_simulated:
+        holds_base = stage.adapter is None or not target.has_base
+        if holds_base and not target.cached_graphs:  # a program gives it text of any length
+            context.tokenizer.save_pretrained(scratch)
+        if stage.adapter is not None:
+            calibrated = context.path / "simulation" / stage.adapter / ADAPTER
+            shutil.copytree(calibrated, scratch / ADAPTER)
+            record["adapter"] = stage.adapter
+            if target.has_base:
+                record["base"] = record_digest(bundle / BASE)
+    written = {"bytes": size, **({} if reason is None else {WITHOUT_CACHE: reason})}
+    if reason is not None:
+        record[WITHOUT_CACHE] = reason
+    write_record(scratch, record)
     return {"export": {name: {stage.adapter or BASE: written}}}
 
 
-def _write_graph(
-    context: JobContext, target: GraphTarget, name: str, adapter: str, scratch: Path
-) -> int:
-    """Write a simulation, with its calibrated adapter; returns the size of the model."""
-    exported = _with_graphs(_exported(context, adapter), context, name)
-    with context.step(f"writing files for {adapter}"):
-        target.write(exported, scratch)
-    size = sum(path.stat().st_size for path in scratch.glob(target.model_files))
-    if not target.cached_graphs:  # a program gives it text of any length
-        context.tokenizer.save_pretrained(scratch)
-    _add_adapter(context, adapter, scratch)
-    return size
+def _exported(context: JobContext, target: Target, name: str, adapter: str | None) -> Any:
+    """The base or an adapter, as the target's writers take it."""
+    if target.is_simulated:
+        from qwlora.pipeline.stages.zero_adapter import zero_adapter_simulation
 
-
-def _write_switchable(
-    context: JobContext, target: SwitchableTarget, name: str, adapter: str | None, scratch: Path
-) -> None:
-    """Write the zero adapter's simulation, or what an adapter changes in it."""
-    exported = _exported(context, adapter)
-    with context.step(f"writing files for {adapter or BASE}"):
         if adapter is None:
-            updatable = context.recipe.simulation.base_activations
-            reason = target.write_base(exported, updatable, scratch)
-            context.tokenizer.save_pretrained(scratch)
-            record = {"base_fingerprint": context.base_fingerprint}
-            if reason is not None:
-                record[WITHOUT_CACHE] = reason
-            write_record(scratch, record)
-        else:
-            base = context.path / NAME / name / BASE
-            target.write_adapter(exported, base, scratch)
-            _add_adapter(context, adapter, scratch, {"base": record_digest(base)})
-
-
-def _exported(context: JobContext, adapter: str | None) -> ExportedGraph:
-    """The simulation of an adapter, or of the zero adapter, as targets take it."""
-    from qwlora.pipeline.stages.zero_adapter import zero_adapter_simulation
-
-    metadata = {"qwlora.base_fingerprint": context.base_fingerprint}
+            return _graph(context, name, zero_adapter_simulation(context), {})
+        metadata = {"qwlora.adapter": adapter}
+        return _graph(context, name, context.simulation(adapter), metadata, adapter)
     if adapter is None:
-        simulation = zero_adapter_simulation(context)
-    else:
-        simulation = context.simulation(adapter)
-        metadata["qwlora.adapter"] = adapter
-    sample = context.sample(adapter or context.recipe.adapters[0].name)
-    return ExportedGraph(simulation, metadata, sample, context.recipe.export.encodings_version)
+        location = fetch(context.recipe.model.source)
+        gguf_file = location.path if location.gguf_file else None
+        return ExportedBase(context.base(), context.tokenizer, gguf_file)
+    from qwlora.export.canonical_adapter import read_canonical
+
+    return read_canonical(context.path / "adapters" / adapter)
 
 
-def _with_graphs(exported: ExportedGraph, context: JobContext, target: str) -> ExportedGraph:
-    """The same with the sizes of graphs with a cache, if the target writes some."""
-    graphs = context.recipe.export.graphs_of(target)
-    if graphs is None:
-        return exported
-    sizes = {"prefill": graphs.prefill, "decode": graphs.decode}
-    return replace(exported, graphs=sizes, context=graphs.context)
+def _graph(
+    context: JobContext,
+    target: str,
+    simulation: Reference,
+    metadata: dict[str, str],
+    adapter: str | None = None,
+) -> ExportedGraph:
+    recipe = context.recipe
+    sizes = recipe.export.graphs_of(target)
+    return ExportedGraph(
+        simulation,
+        {"qwlora.base_fingerprint": context.base_fingerprint, **metadata},
+        context.sample(adapter or recipe.adapters[0].name),
+        recipe.export.encodings_version,
+        {} if sizes is None else {"prefill": sizes.prefill, "decode": sizes.decode},
+        0 if sizes is None else sizes.context,
+        recipe.simulation.base_activations,
+    )
 
 
-def _add_adapter(
-    context: JobContext, adapter: str, scratch: Path, of: Mapping[str, str] | None = None
-) -> None:
-    """Add the adapter as it was calibrated, and the record of the files.
-
-    Args:
-        of: digest of the base's record, in a bundle.
-    """
-    shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
-    record = {"base_fingerprint": context.base_fingerprint, "adapter": adapter, **(of or {})}
-    write_record(scratch, record)
-
-
-def _write_use_cases(
-    context: JobContext, target: UseCasesTarget, name: str, scratch: Path
+def _write_cases(
+    context: JobContext, target: Target, name: str, scratch: Path
 ) -> dict[str, dict[str, int]]:
     """Write all use cases; returns the size of what belongs to each, and of all other files."""
     from qwlora.pipeline.stages.use_cases import use_case_simulations
 
-    simulations = use_case_simulations(context)
-    sample = context.sample(context.recipe.adapters[0].name)
-    section = context.recipe.export
-    made = {}
-    for case, simulation in simulations.items():
-        metadata = {"qwlora.base_fingerprint": context.base_fingerprint, "qwlora.use_case": case}
-        exported = ExportedGraph(simulation, metadata, sample, section.encodings_version)
-        made[case] = _with_graphs(exported, context, name)
-    base = made.pop(BASE)
-    exported_cases = ExportedUseCases(base, made, context.recipe.simulation.base_activations)
-    target.write(exported_cases, scratch)
-    record = {"base_fingerprint": context.base_fingerprint, "use_cases": list(made)}
-    write_record(scratch, record)
-    sizes = {
-        case: {"bytes": sum(file.stat().st_size for file in target.own_files(scratch, case))}
-        for case in made
+    cases = {
+        case: _graph(context, name, simulation, {"qwlora.use_case": case})
+        for case, simulation in use_case_simulations(context).items()
     }
-    whole = sum(file.stat().st_size for file in scratch.rglob("*") if file.is_file())
-    return {BASE: {"bytes": whole - sum(size["bytes"] for size in sizes.values())}, **sizes}
-
-
-def _write_weights(context: JobContext, name: str, adapter: str | None, scratch: Path) -> None:
-    """Write the base, or an adapter as it was trained, and which base they are of."""
-    from qwlora.export.canonical_adapter import read_canonical
-
-    target = TARGETS[name]
-    assert isinstance(target, WeightsTarget)
-    if adapter is None:
-        location = fetch(context.recipe.model.source)
-        gguf_file = location.path if location.gguf_file else None
-        target.write_base(ExportedBase(context.base(), context.tokenizer, gguf_file), scratch)
-    else:
-        canonical = read_canonical(context.path / "adapters" / adapter)
-        target.write_adapter(canonical, context.path / NAME / name / BASE, scratch)
-    record = {"base_fingerprint": context.base_fingerprint}
+    base = cases.pop(BASE)
+    exported = ExportedUseCases(base, cases, context.recipe.simulation.base_activations)
+    target.backend.write_cases(exported, scratch)
+    record = {"base_fingerprint": context.base_fingerprint, "use_cases": list(cases)}
     write_record(scratch, record)
+    sizes = {case: _size(target.backend.own_files(scratch, case)) for case in cases}
+    sizes = {BASE: _size(scratch.rglob("*")) - sum(sizes.values()), **sizes}
+    return {case: {"bytes": size} for case, size in sizes.items()}
+
+
+def _size(paths: Iterable[Path]) -> int:
+    return sum(path.stat().st_size for path in paths if path.is_file())

@@ -8,22 +8,20 @@
     NAME/model.encodings
 
     NAME/model.onnx, model.onnx.data, session_options.json, model.encodings    of `onnx_each`
-
-Imports torch and ONNX packages only when it writes or opens files (see `target.py`).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from qwlora.export.onnx.session_options import OPTIONS_FORM
+from qwlora.export.npu.aimet_encodings import write_encodings
+from qwlora.export.onnx.adapters_as_inputs import graph_with_cache, write_adapter, write_switchable
+from qwlora.export.onnx.onnx_bundle import ENCODINGS_FILE, export_onnx
+from qwlora.export.onnx.onnx_runtime import OnnxModel
+from qwlora.export.onnx.session_options import OPTIONS_FORM, write_session_options
 from qwlora.export.proof.contents import SIMULATED_ADAPTER, TOKENIZER, Contents
-from qwlora.export.target import ExportedGraph, GraphTarget, SwitchableTarget
-
-if TYPE_CHECKING:
-    from qwlora.export.runtime import Runtime, SwitchableRuntime
-    from qwlora.simulation.shared_encodings import BaseActivations
+from qwlora.export.target import Backend, ExportedGraph
+from qwlora.simulation.simulation import Simulation
 
 _OPENING = """\
 Activations are on their grids. Pass `session_options.json`: by default ONNX Runtime quantizes
@@ -82,12 +80,9 @@ def _opening(base: str, adapter: str | None) -> str:
     return _OPENING.format(base=base, adapter=lines)
 
 
-class OnnxTarget(SwitchableTarget):
-    """`write_switchable`, `write_adapter` and `OnnxModel` as a target."""
+class Onnx(Backend):
+    """One model for the base and all adapters; ONNX Runtime runs it."""
 
-    extra = "onnx"
-    packages = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
-    activation_bitwidths = (8, 16)  # QuantizeLinear of opset 21
     contents = Contents(
         base=(
             "model.onnx",
@@ -100,61 +95,36 @@ class OnnxTarget(SwitchableTarget):
         forms={"session_options.json": OPTIONS_FORM},
     )
 
-    def loading(self, base: str, adapter: str | None) -> str:
-        return _opening(base, adapter) + _WITH_CACHE
-
-    def loading_without_cache(self, base: str, adapter: str | None) -> str:
-        return _opening(base, adapter) + _WITHOUT_CACHE
-
-    def write_base(
-        self, exported: ExportedGraph, updatable: BaseActivations, folder: Path
-    ) -> str | None:
-        from qwlora.export.npu.aimet_encodings import write_encodings
-        from qwlora.export.onnx.adapters_as_inputs import graph_with_cache, write_switchable
-        from qwlora.export.onnx.onnx_bundle import ENCODINGS_FILE
-        from qwlora.export.onnx.session_options import write_session_options
-        from qwlora.simulation.simulation import Simulation
-
+    def write_base(self, exported: ExportedGraph, folder: Path) -> str | None:
         assert isinstance(exported.simulation, Simulation)
         graph, reason = graph_with_cache(exported.simulation)
-        transposed = write_switchable(graph, folder, exported.metadata, updatable == "all")
+        base_activations = exported.updatable == "all"
+        transposed = write_switchable(graph, folder, exported.metadata, base_activations)
         write_encodings(graph, folder / ENCODINGS_FILE, transposed)
         write_session_options(graph, folder)
         return reason
 
     def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
-        from qwlora.export.npu.aimet_encodings import write_encodings
-        from qwlora.export.onnx.adapters_as_inputs import write_adapter
-        from qwlora.export.onnx.onnx_bundle import ENCODINGS_FILE
-
         graph = exported.simulation.graph()
         write_encodings(graph, folder / ENCODINGS_FILE, write_adapter(graph, base, folder))
 
-    def open(self, folder: Path) -> SwitchableRuntime:
-        from qwlora.export.onnx.onnx_runtime import OnnxModel
-
-        runtime = OnnxModel(folder)
+    def open(self, folder: Path, case: str) -> OnnxModel:
+        runtime = OnnxModel(folder, switches=True)
         _ = runtime.session  # loaded here, so that it is refused here
         return runtime
 
+    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
+        return _opening(base, adapter) + (_WITH_CACHE if has_cache else _WITHOUT_CACHE)
 
-class OnnxEachTarget(GraphTarget):
-    """`export_onnx` and `OnnxModel` as a target."""
 
-    extra = OnnxTarget.extra
-    packages = OnnxTarget.packages
-    activation_bitwidths = OnnxTarget.activation_bitwidths
-    model_files = "model.onnx*"
+class OnnxEach(Backend):
+    """A model for each adapter; ONNX Runtime runs it."""
 
-    def loading(self, base: str, adapter: str | None) -> str:
-        return "" if adapter is None else _opening(adapter, None) + _WITHOUT_CACHE
-
-    def write(self, exported: ExportedGraph, folder: Path) -> None:
-        from qwlora.export.onnx.onnx_bundle import export_onnx
-
+    def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
         export_onnx(exported.simulation.graph(), folder, exported.metadata)
 
-    def open(self, folder: Path) -> Runtime:
-        from qwlora.export.onnx.onnx_runtime import OnnxModel
-
+    def open(self, folder: Path, case: str) -> OnnxModel:
         return OnnxModel(folder)
+
+    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
+        return "" if adapter is None else _opening(adapter, None) + _WITHOUT_CACHE

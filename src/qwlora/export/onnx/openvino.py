@@ -1,7 +1,15 @@
 """The `openvino` target: an IR with the base's integers and adapters for openvino-genai.
 
-    base/openvino_model.xml, .bin    stateful, see `openvino_folder.py`; tokenizer; configuration
+    base/openvino_model.xml, .bin    stateful; tokenizer; configuration
     NAME/adapter_model.safetensors   PEFT's names; the scale is in lora_B, since OpenVINO reads none
+
+The captured graph with a key-value cache goes through ONNX into OpenVINO's IR, whatever the
+architecture. Integers of the base stay constants of 4 or 8 bits:
+
+    Constant -> Convert [-> Subtract zero point] -> Multiply scale [-> Add minimum] -> MatMul
+
+Keys and values become state, in the order of beam_idx, as openvino-genai expects. Each MatMul has
+the path of its module as its name, by which openvino-genai finds where an adapter belongs.
 
 openvino-genai returns tokens, not logits. So logits are computed by OpenVINO from the same IR, in
 which an adapter's factors are added to every product with a weight, as openvino-genai adds them:
@@ -10,30 +18,39 @@ adapters, and must give the likeliest tokens of these logits.
 
 Run with exact settings, float32, and as shipped, where OpenVINO may round activations to 8 bits on
 processors that multiply these faster.
-
-Imports torch and OpenVINO only when it writes or opens files (see `target.py`).
 """
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import load_file
+from torch import Tensor
 
 from qwlora.errors import ExportError, foreign_as
-from qwlora.export.format_limits import openvino_problem
-from qwlora.export.proof.contents import PEFT_FILES, PEFT_FORM, TOKENIZER, Contents
-from qwlora.export.target import WeightsTarget
+from qwlora.export.canonical_adapter import (
+    PEFT_FILES,
+    PEFT_FORM,
+    PREFIX,
+    CanonicalAdapter,
+    write_peft,
+)
+from qwlora.export.onnx.matmul_nbits import linear_modules, matrix_products, switchable_model
+from qwlora.export.onnx.onnx_model import DATA_FILE, MODEL_FILE
+from qwlora.export.proof.contents import TOKENIZER, Contents
+from qwlora.export.runtime import Runtime
+from qwlora.export.target import Backend, ExportedBase
+from qwlora.export.weights.weights_folder import write_settings
+from qwlora.graph.kv_cache_capture import IDS
+from qwlora.system.optional_packages import require
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from qwlora.export.canonical_adapter import CanonicalAdapter
-    from qwlora.export.target import ExportedBase
-    from qwlora.grid.scheme import Scheme
-
-_PEFT = "base_model.model."
-_PARTS = ("model", "tokenizer", "detokenizer")
+IR, WEIGHTS = "openvino_model.xml", "openvino_model.bin"
+_SETTINGS = ("config.json", "generation_config.json")
+_TOKENIZERS = ("tokenizer", "detokenizer")
 EXACT = {
     "INFERENCE_PRECISION_HINT": "f32",
     "KV_CACHE_PRECISION": "f32",
@@ -50,47 +67,99 @@ print(pipeline.generate("Hello", max_new_tokens=32{used}))
 ```"""
 
 
-class OpenvinoTarget(WeightsTarget):
-    """`write_openvino` and `write_peft` as a target; OpenVINO and openvino-genai run it."""
+class Openvino(Backend):
+    """OpenVINO's IR; OpenVINO and openvino-genai run it."""
 
-    extra = "openvino"
-    packages = ("openvino", "openvino_genai", "openvino_tokenizers")
     contents = Contents(
         base=(
-            *(f"openvino_{part}.{end}" for part in _PARTS for end in ("xml", "bin")),
-            "config.json",
-            "generation_config.json",
+            *(f"openvino_{p}.{end}" for p in ("model", *_TOKENIZERS) for end in ("xml", "bin")),
+            *_SETTINGS,
             *TOKENIZER,
         ),
         adapter=PEFT_FILES,
         forms={"adapter_config.json": PEFT_FORM},
     )
 
-    def loading(self, base: str, adapter: str | None) -> str:
+    def write_base(self, exported: ExportedBase, folder: Path) -> None:
+        openvino, model, tokenizer = (
+            require("openvino", "openvino"),
+            exported.model,
+            exported.tokenizer,
+        )
+        graph, paths = switchable_model(model, branches=False), set[str]()
+        for node, path in list(matrix_products(graph, linear_modules(model))):
+            node.name = path
+            paths.add(path)
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch, MODEL_FILE)
+            require("onnx_ir", "onnx").save(graph, file, external_data=DATA_FILE)
+            read = openvino.Core().read_model(file)
+            _name_products(read, paths)
+            _keep_state(openvino, read)
+            openvino.save_model(read, folder / IR, compress_to_fp16=False)
+        model.config.save_pretrained(folder)
+        write_settings(model, tokenizer, folder)
+        if tokenizer is not None:
+            convert = require("openvino_tokenizers", "openvino").convert_tokenizer
+            both = convert(tokenizer, with_detokenizer=True)
+            for part, converted in zip(_TOKENIZERS, both, strict=True):
+                openvino.save_model(converted, folder / f"openvino_{part}.xml")
+
+    def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
+        write_peft(exported, folder)
+
+    def open(self, folder: Path, case: str) -> OpenvinoRuntime:
+        return OpenvinoRuntime(folder, EXACT, OpenvinoRuntime(folder, {}))
+
+    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
         if adapter is None:
             return _LOADING.format(base=base, adapter="", given="", used="")
         line = f'adapter = og.Adapter("{adapter}/adapter_model.safetensors")\n'
         given = ", adapters=og.AdapterConfig([adapter])"
         return _LOADING.format(base=base, adapter=line, given=given, used=given)
 
-    def problem(self, scheme: Scheme) -> str | None:
-        return openvino_problem(scheme)
 
-    def write_base(self, base: ExportedBase, folder: Path) -> None:
-        from qwlora.export.onnx.openvino_folder import write_openvino
-
-        write_openvino(base.model, base.tokenizer, folder)
-
-    def write_adapter(self, adapter: CanonicalAdapter, base: Path, folder: Path) -> None:
-        from qwlora.export.canonical_adapter import write_peft
-
-        write_peft(adapter, folder)
-
-    def open(self, folder: Path) -> OpenvinoRuntime:
-        return OpenvinoRuntime(folder, EXACT, OpenvinoRuntime(folder, {}))
+def _name_products(model: Any, paths: set[str]) -> None:
+    """Give the name of a module to its product where the bias that follows has got it (Gemm)."""
+    for node in model.get_ops():
+        name = node.get_friendly_name()
+        if name in paths and node.get_type_name() != "MatMul":
+            node.set_friendly_name(f"{name}/bias")
+    for node in model.get_ops():
+        path = node.get_friendly_name().removesuffix("/WithoutBiases")  # OpenVINO's own word
+        if path in paths:
+            node.set_friendly_name(path)
 
 
-class OpenvinoRuntime:
+def _keep_state(openvino: Any, model: Any) -> None:
+    """Make keys and values state of the model, which begins empty."""
+    from openvino import opset13 as op
+    from openvino._offline_transformations import apply_make_stateful_transformation
+
+    past = [i.any_name for i in model.inputs if i.any_name.startswith("past_key_values")]
+    beam = op.parameter(openvino.PartialShape([-1]), openvino.Type.i32, "beam_idx")
+    beam.output(0).get_tensor().add_names({"beam_idx"})
+    model.add_parameters([beam])
+    for name in past:
+        port = model.input(name)
+        readers = port.get_target_inputs()
+        chosen = op.gather(port, beam, op.constant(np.int64(0)))
+        for reader in readers:
+            reader.replace_source_output(chosen.output(0))
+    model.validate_nodes_and_infer_types()
+    pairs = {name: name.replace("past_key_values", "present") for name in past}
+    apply_make_stateful_transformation(model, pairs)
+    shape = op.shape_of(model.input(IDS), "i64")
+    batch = op.gather(shape, op.constant(np.array([0])), op.constant(np.int64(0)))
+    for node in model.get_ops():
+        if node.get_type_name() == "ReadValue":
+            heads, width = (node.get_output_partial_shape(0)[axis].get_length() for axis in (1, 3))
+            sizes = op.concat([batch, op.constant(np.array([heads, 0, width]))], axis=0)
+            node.set_arguments([op.broadcast(op.constant(np.float32(0)), sizes)])
+    model.validate_nodes_and_infer_types()
+
+
+class OpenvinoRuntime(Runtime):
     """The folder in OpenVINO, on the CPU.
 
     Args:
@@ -101,12 +170,12 @@ class OpenvinoRuntime:
         ExportError: OpenVINO refuses the folder.
     """
 
+    switches = True
+
     def __init__(
         self, folder: Path, settings: dict[str, str], shipped: OpenvinoRuntime | None = None
     ):
         import openvino
-
-        from qwlora.export.onnx.openvino_folder import IR
 
         self.shipped, self._folder, self._settings = shipped, folder, settings
         self._openvino: Any = openvino
@@ -127,14 +196,15 @@ class OpenvinoRuntime:
             ExportError: OpenVINO cannot read it, or the model has no product for a module.
         """
         import openvino_genai as genai
-        from safetensors.numpy import load_file
 
         if adapter is not None and adapter not in self._factors:
             file = adapter / "adapter_model.safetensors"
             with foreign_as(ExportError, f"openvino-genai cannot load {str(file)!r}"):
                 tensors = load_file(file)
                 loaded = genai.Adapter(str(file))
-            factors = {n.removeprefix(_PEFT).removesuffix(".weight"): t for n, t in tensors.items()}
+            factors = {
+                n.removeprefix(PREFIX).removesuffix(".weight"): t for n, t in tensors.items()
+            }
             if unknown := sorted(set(factors) - set(self._none)):
                 module = unknown[0].rpartition(".")[0]
                 raise ExportError(
@@ -147,11 +217,7 @@ class OpenvinoRuntime:
         if self.shipped is not None:
             self.shipped.use(adapter)
 
-    def logits(self, ids: Tensor) -> Tensor:
-        """Float32 logits [batch, tokens, vocabulary] of token ids [batch, tokens]."""
-        import numpy as np
-        import torch
-
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         request = self._compiled.create_infer_request()  # with an empty state
         rows, tokens = ids.shape
         factors = {} if self._active is None else self._factors[self._active]
@@ -168,10 +234,7 @@ class OpenvinoRuntime:
         return torch.from_numpy(found["logits"].copy())
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
-        """The `count` likeliest tokens after token ids [1, tokens], by openvino-genai."""
         import openvino_genai as genai
-
-        from qwlora.export.onnx.openvino_folder import IR, WEIGHTS
 
         if self._pipeline is None:
             known = list(self._adapters.values())
@@ -179,10 +242,10 @@ class OpenvinoRuntime:
             # openvino-genai loads every tokenizer that is next to the model, and a damaged one can
             # kill the process. Token ids need none.
             with (
-                TemporaryDirectory() as folder,
+                tempfile.TemporaryDirectory() as folder,
                 foreign_as(ExportError, f"openvino-genai cannot load {str(self._folder)!r}"),
             ):
-                for name in (IR, WEIGHTS, "config.json", "generation_config.json"):
+                for name in (IR, WEIGHTS, *_SETTINGS):
                     Path(folder, name).symlink_to((self._folder / name).absolute())
                 self._pipeline = genai.LLMPipeline(
                     folder, "CPU", ATTENTION_BACKEND="SDPA", **given, **self._settings
@@ -201,7 +264,6 @@ def _add_factors(model: Any) -> dict[str, Any]:
     Returns:
         factors of rank 0 by the inputs' names, MODULE.lora_A [0, in] and MODULE.lora_B [out, 0].
     """
-    import numpy as np
     from openvino import PartialShape, Type
     from openvino import opset13 as op
 

@@ -1,0 +1,252 @@
+"""The `genai` target: a folder and adapters for onnxruntime-genai, on the CPU.
+
+    base/model.onnx, model.onnx.data    the base with MatMulNBits, see `matmul_nbits.py`
+    base/genai_config.json              from the model's configuration, for any architecture
+    base/tokenizer.json, ...
+    base/none.onnx_adapter              ranks of 0, to switch a running generation back to the base
+    NAME/adapter.onnx_adapter
+
+The folder also runs in ONNX Runtime alone, where `RunOptions.add_active_adapter` switches.
+
+MatMulNBits' accuracy level is 1, float32 activations: the file computes what was trained. Level 4,
+the default of onnxruntime-genai's own builder, rounds activations to 8 bits.
+
+genai_config.json says `llama` for every architecture: onnxruntime-genai chooses by it how it feeds
+a model, and all captured graphs are fed alike: tokens, mask, positions, keys and values.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qwlora import strict_json
+from qwlora.atomic import write_text
+from qwlora.errors import ExportError, foreign_as
+from qwlora.export.canonical_adapter import CanonicalAdapter
+from qwlora.export.onnx.matmul_nbits import (
+    empty_factors,
+    matmul_nbits,
+    switchable_model,
+    write_onnx_adapter,
+)
+from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE
+from qwlora.export.onnx.onnx_model import DATA_FILE, MODEL_FILE
+from qwlora.export.proof.contents import TOKENIZER, Contents
+from qwlora.export.runtime import Runtime
+from qwlora.export.target import Backend, ExportedBase
+from qwlora.export.weights.weights_folder import write_settings
+from qwlora.system.optional_packages import require
+
+NO_ADAPTER = "none.onnx_adapter"  # switches a running generation back to the base
+_LOADING = """\
+Needs `pip install onnxruntime-genai`.
+
+```python
+import onnxruntime_genai as og
+
+model = og.Model("{base}")
+tokenizer = og.Tokenizer(model)
+options = og.GeneratorParams(model)
+options.set_search_options(max_length=64)
+generator = og.Generator(model, options){switch}
+generator.append_tokens(tokenizer.encode("Hello"))
+while not generator.is_done():
+    generator.generate_next_token()
+print(tokenizer.decode(generator.get_sequence(0)))
+```"""
+_SWITCH = """
+adapters = og.Adapters(model)
+adapters.load("{adapter}/adapter.onnx_adapter", "adapter")
+generator.set_active_adapter(adapters, "adapter")  # also in the middle of a generation"""
+
+
+_ID = (int, type(None))
+_FIXED = {  # what genai_config.json says of every model's decoder
+    "filename": MODEL_FILE,
+    "session_options": {"provider_options": list[Any]()},
+    "inputs": {
+        "input_ids": "input_ids",
+        "attention_mask": "attention_mask",
+        "position_ids": "position_ids",
+        "past_key_names": "past_key_values.%d.key",
+        "past_value_names": "past_key_values.%d.value",
+    },
+    "outputs": {
+        "logits": "logits",
+        "present_key_names": "present.%d.key",
+        "present_value_names": "present.%d.value",
+    },
+}
+_SIZES = (
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "hidden_size",
+    "head_size",
+)
+_SEARCH = {"do_sample": False, "past_present_share_buffer": False}
+_FORM = {
+    "model": {
+        "type": "llama",
+        "context_length": int,
+        "vocab_size": int,
+        "bos_token_id": _ID,
+        "eos_token_id": (int, list),
+        "pad_token_id": _ID,
+        "decoder": {**_FIXED, **dict.fromkeys(_SIZES, int)},
+    },
+    "search": {**_SEARCH, "max_length": int},
+}
+
+
+class Genai(Backend):
+    """MatMulNBits; onnxruntime-genai runs it."""
+
+    contents = Contents(
+        base=(
+            MODEL_FILE,
+            DATA_FILE,
+            NO_ADAPTER,
+            "genai_config.json",
+            "config.json",
+            "generation_config.json",
+            *TOKENIZER,
+        ),
+        adapter=(ADAPTER_FILE,),
+        forms={"genai_config.json": _FORM},
+    )
+
+    def write_base(self, exported: ExportedBase, folder: Path) -> None:
+        model = exported.model
+        graph = switchable_model(model)
+        matmul_nbits(graph, model)
+        require("onnx_ir", "onnx").save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
+        nothing = CanonicalAdapter({}, None)
+        write_onnx_adapter(nothing, empty_factors(folder / MODEL_FILE), folder / NO_ADAPTER)
+        model.config.get_text_config().save_pretrained(folder)
+        config = _config(exported, {value.name: value.shape for value in graph.graph.inputs})
+        write_text(folder / "genai_config.json", strict_json.dumps(config, indent=2) + "\n")
+        write_settings(model, exported.tokenizer, folder)
+
+    def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
+        write_onnx_adapter(exported, empty_factors(base / MODEL_FILE), folder / ADAPTER_FILE)
+
+    def open(self, folder: Path, case: str) -> GenaiRuntime:
+        return GenaiRuntime(folder)
+
+    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
+        switch = "" if adapter is None else _SWITCH.format(adapter=adapter)
+        return _LOADING.format(base=base, switch=switch)
+
+
+def _config(exported: ExportedBase, shapes: dict[str, Any]) -> dict[str, Any]:
+    """genai_config.json.
+
+    Args:
+        shapes: of the graph's inputs by name.
+
+    Raises:
+        ExportError: the model's configuration has no longest sequence.
+    """
+    text: Any = exported.model.config.get_text_config()
+    positions = getattr(text, "max_position_embeddings", None)
+    if positions is None:
+        raise ExportError(
+            f"genai needs a longest sequence, but the configuration of {text.model_type} has no "
+            "max_position_embeddings. Set it in config.json, or remove genai from export.targets"
+        )
+    keys, layers = shapes["past_key_values.0.key"], sum(n.endswith(".key") for n in shapes)
+    sizes = (layers, text.num_attention_heads, keys[1], text.hidden_size, keys[3])
+    return {
+        "model": {
+            "type": "llama",
+            "context_length": positions,
+            "vocab_size": text.vocab_size,
+            **_special_tokens(exported.model, exported.tokenizer),
+            "decoder": {**_FIXED, **dict(zip(_SIZES, sizes, strict=True))},
+        },
+        "search": {**_SEARCH, "max_length": positions},
+    }
+
+
+def _special_tokens(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, Any]:
+    """Ids of the tokens that begin, end and pad a text. Where none pads, the one that ends does."""
+    settings: Any = model.generation_config or model.config.get_text_config()
+    own: Any = model.config.get_text_config()
+    begin, end, pad = (
+        getattr(settings, key, None) if getattr(settings, key, None) is not None else own_id
+        for key, own_id in (
+            ("bos_token_id", own.bos_token_id),
+            ("eos_token_id", own.eos_token_id),
+            ("pad_token_id", own.pad_token_id),
+        )
+    )
+    if end is None:
+        end = 0 if tokenizer is None else tokenizer.eos_token_id or 0
+    first = end[0] if isinstance(end, list) else end
+    return {
+        "bos_token_id": first if begin is None else begin,
+        "eos_token_id": end,
+        "pad_token_id": first if pad is None else pad,
+    }
+
+
+class GenaiRuntime(Runtime):
+    """The folder in onnxruntime-genai.
+
+    Raises:
+        ExportError: onnxruntime-genai refuses the folder.
+    """
+
+    switches = True
+
+    def __init__(self, folder: Path):
+        import onnxruntime_genai
+
+        self._genai: Any = onnxruntime_genai
+        with foreign_as(ExportError, f"onnxruntime-genai cannot load {str(folder)!r}"):
+            self._model = self._genai.Model(str(folder))
+            self._adapters = self._genai.Adapters(self._model)
+        self._known: dict[Path, str] = {}
+        self._active: Path | None = None
+
+    def use(self, adapter: Path | None) -> None:
+        if adapter is not None and adapter not in self._known:
+            name = f"{len(self._known)}"
+            with foreign_as(ExportError, f"onnxruntime-genai cannot load {str(adapter)!r}"):
+                self._adapters.load(str(adapter / ADAPTER_FILE), name)
+            self._known[adapter] = name
+        self._active = adapter
+
+    def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
+        generator = self._generator(ids, 1)
+        found = torch.from_numpy(np.array(generator.get_output("logits"), np.float32))
+        return found.view(1, ids.shape[1], -1)
+
+    def decode(self, ids: Tensor, count: int) -> list[int]:
+        generator = self._generator(ids, count)
+        while len(generator.get_sequence(0)) < ids.shape[1] + count:
+            generator.generate_next_token()
+        return [int(token) for token in generator.get_sequence(0)[ids.shape[1] :]]
+
+    def _generator(self, ids: Tensor, count: int) -> Any:
+        """A generator that has read `ids`."""
+        options = self._genai.GeneratorParams(self._model)
+        length = ids.shape[1] + count
+        options.set_search_options(
+            max_length=length, min_length=length, do_sample=False, batch_size=1
+        )
+        generator = self._genai.Generator(self._model, options)
+        if self._active is not None:
+            generator.set_active_adapter(self._adapters, self._known[self._active])
+        with foreign_as(ExportError, "onnxruntime-genai cannot run the model"):
+            generator.append_tokens(ids[0].numpy().astype(np.int32))
+        return generator

@@ -23,7 +23,8 @@ found, where, and what to do.
 
 Other libraries raise their own errors for damaged or hostile files. Code that hands them a file
 does so inside `reading(file)`, which puts the file's name on the error. The command line turns
-any error into one message; `described` and `file_being_read` give its parts.
+any error into one message; `described` and `file_being_read` give its parts. A report says what
+to do in the `remedy` of the class.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ from typing import Any
 
 from qwlora.messages import lines, shortened
 
+LESS_MEMORY = (
+    "Free memory, or use less: a smaller model, smaller data.sequence_tokens or "
+    "adapters.batch_sequences, or gradient_checkpointing: true"
+)
 _NOTE = "while reading "
 _FULL_DISK = (errno.ENOSPC, errno.EDQUOT)
 _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
@@ -43,6 +48,11 @@ _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 class QwloraError(Exception):
     """Base class: catches every error that QWLoRA raises on purpose."""
+
+    remedy = (
+        "Free space, or correct the permissions, if the message says so. Otherwise run the command "
+        "again with --debug and report the traceback."
+    )
 
 
 class QwloraWarning(UserWarning):
@@ -52,6 +62,8 @@ class QwloraWarning(UserWarning):
 class RecipeError(QwloraError, ValueError):
     """The recipe cannot be followed; `problems` lists every finding, so one edit fixes them all."""
 
+    remedy = "Change the recipe as the message says."
+
     def __init__(self, source: str, problems: Sequence[str]):
         self.source, self.problems = source, tuple(problems)
         super().__init__(_report(f"{source}: {_counted(problems)} in the recipe", problems))
@@ -60,17 +72,25 @@ class RecipeError(QwloraError, ValueError):
 class SourceError(QwloraError, ValueError):
     """A model or data source is missing, empty, damaged or of an unknown kind."""
 
+    remedy = "Correct the model or the data source that the message names."
+
 
 class GridError(QwloraError, ValueError):
     """A scheme, an encoding or codes do not fit the tensor that they are applied to."""
+
+    remedy = "Choose another grid or block size for the layers that the message names."
 
 
 class FingerprintError(QwloraError, ValueError):
     """Artifacts that must share a base do not, or a file differs from the digest saved with it."""
 
+    remedy = "Restore the file that the message names, or make it again."
+
 
 class DirectoryError(QwloraError, OSError):
     """An output directory or file belongs to something else, or cannot be written."""
+
+    remedy = "Make the folder usable as the message says: space, permissions, or --out."
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -83,17 +103,28 @@ class MergeError(QwloraError, RuntimeError):
 class TrainingError(QwloraError, RuntimeError):
     """Training would change the base, or the loss is NaN or infinite."""
 
+    remedy = (
+        "Change the settings of the adapter as the message says. A lower learning_rate or more "
+        "warmup_steps helps most often."
+    )
+
 
 class CaptureError(QwloraError, RuntimeError):
     """torch.export cannot capture the model, or its graph computes other values."""
+
+    remedy = "Change the part of the model or of the simulation that the message names."
 
 
 class CalibrationError(QwloraError, ValueError):
     """A tensor received no data, or values that no grid can hold (NaN, infinity)."""
 
+    remedy = "Give the tensor that the message names other calibration data, or keep it float."
+
 
 class ExportError(QwloraError, RuntimeError):
     """The target format cannot hold what was simulated."""
+
+    remedy = "Change what the target cannot hold, or choose another target."
 
 
 class EncodingsFileError(QwloraError, ValueError):
@@ -135,6 +166,8 @@ class VerificationError(QwloraError, RuntimeError):
         results: what was measured, in the form of results.json.
     """
 
+    remedy = "Do not use the exported files until the check has passed."
+
     def __init__(
         self, what: str, problems: Sequence[str] = (), results: dict[str, Any] | None = None
     ):
@@ -149,9 +182,13 @@ class UploadError(QwloraError, RuntimeError):
 class NonFiniteError(QwloraError, ArithmeticError):
     """A perplexity or another result is NaN or infinite."""
 
+    remedy = "Find the layer or the data that gives NaN or infinity."
+
 
 class MissingExtraError(QwloraError, ImportError):
     """An optional dependency is needed; the message names the extra to install."""
+
+    remedy = "Install the package that the message names."
 
 
 @contextmanager

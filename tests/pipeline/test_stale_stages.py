@@ -16,10 +16,12 @@ import pytest
 from pipeline.conftest import FakeJob
 from qwlora.errors import DirectoryError, VerificationError
 from qwlora.pipeline.commands.explain_placement import explain_placement
+from qwlora.pipeline.commands.manage_adapters import add_adapter
 from qwlora.pipeline.commands.open_job import open_job
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.plan.plan import dependents, make_plan
+from qwlora.pipeline.running import run_job
 from qwlora.recipe import load_recipe
 
 ALL = [
@@ -283,3 +285,19 @@ def test_work_of_a_run_that_was_killed_when_it_was_done_is_removed(
     assert job.ran == []
     assert not work.exists()
     assert other.exists()
+
+
+def test_a_recipe_that_another_command_changes_before_the_lock_is_read_again(
+    job: FakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job.run()
+    recipe, start = job.out / "recipe.yaml", run_job._start_context
+
+    def meanwhile(*arguments: Any) -> Any:
+        monkeypatch.setattr(run_job, "_start_context", start)
+        add_adapter(job.out, "second")
+        return start(*arguments)
+
+    monkeypatch.setattr(run_job, "_start_context", meanwhile)
+    run_job.run_file(recipe, job.out, ("seed=1",), replace=True)
+    assert [adapter.name for adapter in load_recipe(recipe).adapters] == ["first", "second"]

@@ -161,20 +161,14 @@ def diff(
 
 
 def _row(encoding: encodings.Entry, file: encodings.EncodingsFile) -> tuple[str, ...]:
-    section = (
-        "-"
-        if file.parameters is None
-        else "parameter"
-        if encoding.name in file.parameters
-        else "activation"
-    )
-    granularity = encoding.granularity + (
-        f" axis {encoding.axis}" if encoding.axis is not None else ""
-    )
+    section = "-"
+    if file.parameters is not None:
+        section = "parameter" if encoding.name in file.parameters else "activation"
+    granularity = encoding.granularity
+    granularity += f" axis {encoding.axis}" if encoding.axis is not None else ""
     granularity += f" of {encoding.block_size}" if encoding.block_size is not None else ""
-    scale = (
-        encoding.channel_scale if isinstance(encoding, encodings.LpbqEncoding) else encoding.scale
-    )
+    lpbq = encodings.LpbqEncoding
+    scale = encoding.channel_scale if isinstance(encoding, lpbq) else encoding.scale
     kind, offset = f"int{encoding.bitwidth}", "-"
     if isinstance(encoding, encodings.FloatEncoding):
         kind = encoding.format or f"float{encoding.bitwidth}"
@@ -182,14 +176,8 @@ def _row(encoding: encodings.Entry, file: encodings.EncodingsFile) -> tuple[str,
         sign = "" if encoding.signed in (None, True) else "u"
         kind = f"{sign}int{encoding.bitwidth}{' symmetric' if encoding.symmetric else ''}"
         offset = _extent(encoding.offset)
-    return (
-        printable(encoding.name),
-        section,
-        kind,
-        granularity,
-        "-" if scale is None else _extent(scale),
-        offset,
-    )
+    shown = "-" if scale is None else _extent(scale)
+    return printable(encoding.name), section, kind, granularity, shown, offset
 
 
 def _extent(array: Any) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import signal
 import sys
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.panel import Panel
@@ -26,7 +26,7 @@ from qwlora.system.stop_signals import number_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qwlora.analysis.generate_text import Answer, Sampling
+    from qwlora.analysis.generate_text import Answer
     from qwlora.pipeline.commands.model_names import JobModels, ModelName
 
 
@@ -73,15 +73,6 @@ Exact = Annotated[
         "bfloat16, which is several times as fast.",
     ),
 ]
-Compare = Annotated[
-    str | None,
-    typer.Option(
-        "--compare",
-        metavar="MODEL,MODEL,...",
-        help="Answer with several models: float, base, an adapter's name, or STAGE/NAME, for "
-        "example base,first,simulated/first.",
-    ),
-]
 
 
 def generate(
@@ -89,7 +80,14 @@ def generate(
     prompt: Annotated[str, typer.Argument(help="What to answer.")],
     adapter: AdapterName = None,
     stage: StageName = None,
-    compare: Compare = None,
+    compare: Annotated[
+        str | None,
+        typer.Option(
+            metavar="MODEL,MODEL,...",
+            help="Answer with several models: float, base, an adapter's name, or STAGE/NAME, for "
+            "example base,first,simulated/first.",
+        ),
+    ] = None,
     raw: Raw = False,
     max_new_tokens: MaxNewTokens = 128,
     temperature: Temperature = 0.0,
@@ -109,26 +107,53 @@ def generate(
     if compare is None:
         names = [models.name(stage or "adapted", adapter)]
     else:
-        given = [part.strip() for part in compare.split(",") if part.strip()]
-        if not given:
+        names = [
+            model_name(name.strip(), models.adapters) for name in compare.split(",") if name.strip()
+        ]
+        if not names:
             raise typer.BadParameter("--compare needs the names of models, for example base,first")
-        names = [model_name(text, models.adapters) for text in given]
     for name in names:
         models.check(name)
-    from qwlora.analysis.generate_text import Sampling
+    from qwlora.analysis.generate_text import Sampling, generate_text, prompt_ids
 
     sampling = Sampling(max_new_tokens, temperature, seed)
     streams = compare is None and not as_json
-    answers: list[tuple[ModelName, Answer]] = []
+    answers: list[tuple[str, Answer]] = []
     for name in names:  # one model in memory at a time
         model, tokenizer = _open(models, name, exact)
-        answers.append((name, _answer(model, tokenizer, prompt, raw, sampling, streams)))
+        is_raw = raw or not tokenizer.chat_template
+        ids = prompt_ids(tokenizer, prompt if is_raw else [{"role": "user", "content": prompt}])
+        write = _write if streams else lambda text: None
+        answers.append((str(name), generate_text(model, tokenizer, ids, sampling, write)))
         del model
     if as_json:
-        content = [{"model": str(name), **_to_json(answer)} for name, answer in answers]
+        content = [
+            {
+                "model": name,
+                "text": answer.text,
+                "tokens": answer.tokens,
+                "first_token_seconds": answer.first_seconds,
+                "tokens_per_second": answer.tokens_per_second,
+            }
+            for name, answer in answers
+        ]
         print_json({"prompt": prompt, "answers": content})
-    elif compare is not None:
-        _print_side_by_side(answers)
+    elif streams:
+        print(flush=True)
+        _say(_speed(answers[0][1]))
+    elif not sys.stdout.isatty():
+        print("\n\n".join(f"== {name}\n{answer.text}" for name, answer in answers))
+    else:
+        table = Table.grid(expand=True, padding=(0, 1))
+        for _ in answers:
+            table.add_column(ratio=1)
+        table.add_row(
+            *(
+                Panel(Text(answer.text), title=Text(name), subtitle=Text(_speed(answer)))
+                for name, answer in answers
+            )
+        )
+        console().print(table)
 
 
 def chat(
@@ -151,41 +176,33 @@ def chat(
     models = JobModels(job)
     name = models.name(stage or "adapted", adapter)
     models.check(name)
-    from qwlora.analysis.generate_text import Sampling
+    from qwlora.analysis.generate_text import Sampling, generate_text, prompt_ids
 
     model, tokenizer = _open(models, name, exact)
     sampling = Sampling(max_new_tokens, temperature, seed)
     _say(f"{name}: /reset forgets the conversation, /exit ends it")
-    conversation = _Conversation(is_raw=raw or not tokenizer.chat_template)
+    is_raw = raw or not tokenizer.chat_template
+    text, messages = "", list[dict[str, str]]()
     while (line := _read_line()) is not None and line != "/exit":
         if line == "/reset":
-            conversation.clear()
+            text, messages = "", []
         elif line:
-            conversation.ask(line)
-            conversation.note(_reply(model, tokenizer, conversation.prompt, sampling))
+            text += f"\n{line}" if text else line
+            messages.append({"role": "user", "content": line})
+            ids, parts = prompt_ids(tokenizer, text if is_raw else messages), list[str]()
 
+            def write(part: str, parts: list[str] = parts) -> None:
+                parts.append(part)
+                _write(part)
 
-class _Conversation:
-    """Messages for the chat template, or the text so far if `is_raw`."""
-
-    def __init__(self, is_raw: bool):
-        self._is_raw = is_raw
-        self.clear()
-
-    def clear(self) -> None:
-        self._text, self._messages = "", list[dict[str, Any]]()
-
-    def ask(self, line: str) -> None:
-        self._text += f"\n{line}" if self._text else line
-        self._messages.append({"role": "user", "content": line})
-
-    def note(self, answer: str) -> None:
-        self._text += answer
-        self._messages.append({"role": "assistant", "content": answer})
-
-    @property
-    def prompt(self) -> str | list[dict[str, Any]]:
-        return self._text if self._is_raw else self._messages
+            try:
+                generate_text(model, tokenizer, ids, sampling, write)
+            except KeyboardInterrupt as interrupt:  # what was written so far counts
+                if number_of(interrupt) != signal.SIGINT:
+                    raise
+            print(flush=True)
+            text += "".join(parts)
+            messages.append({"role": "assistant", "content": "".join(parts)})
 
 
 def _open(
@@ -194,51 +211,6 @@ def _open(
     _say(f"loading {name} ...")
     with ProgressDisplay(quiet=True):  # keeps what libraries print out of the answer
         return models.open(name, exact), models.tokenizer(name)
-
-
-def _answer(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
-    raw: bool,
-    sampling: Sampling,
-    streams: bool,
-) -> Answer:
-    from qwlora.analysis.generate_text import generate_text, prompt_ids
-
-    is_raw = raw or not tokenizer.chat_template
-    ids = prompt_ids(tokenizer, prompt if is_raw else [{"role": "user", "content": prompt}])
-    answer = generate_text(
-        model, tokenizer, ids, sampling, _write if streams else lambda text: None
-    )
-    if streams:
-        print(flush=True)
-        _say(_speed(answer))
-    return answer
-
-
-def _reply(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str | list[dict[str, Any]],
-    sampling: Sampling,
-) -> str:
-    """Stream an answer; Ctrl-C ends it, and what was written so far counts."""
-    from qwlora.analysis.generate_text import generate_text, prompt_ids
-
-    parts: list[str] = []
-
-    def write(text: str) -> None:
-        parts.append(text)
-        _write(text)
-
-    try:
-        generate_text(model, tokenizer, prompt_ids(tokenizer, prompt), sampling, write)
-    except KeyboardInterrupt as interrupt:
-        if number_of(interrupt) != signal.SIGINT:
-            raise
-    print(flush=True)
-    return "".join(parts)
 
 
 def _read_line() -> str | None:
@@ -254,37 +226,11 @@ def _read_line() -> str | None:
     return line.strip() if line else None
 
 
-def _print_side_by_side(answers: list[tuple[ModelName, Answer]]) -> None:
-    """Columns on a terminal, otherwise one answer after the other."""
-    if not sys.stdout.isatty():
-        print("\n\n".join(f"== {name}\n{answer.text}" for name, answer in answers))
-        return
-    table = Table.grid(expand=True, padding=(0, 1))
-    for _ in answers:
-        table.add_column(ratio=1)
-    table.add_row(
-        *(
-            Panel(Text(answer.text), title=Text(str(name)), subtitle=Text(_speed(answer)))
-            for name, answer in answers
-        )
-    )
-    console().print(table)
-
-
 def _speed(answer: Answer) -> str:
     tokens = "1 token" if answer.tokens == 1 else f"{answer.tokens} tokens"
     rate = answer.tokens_per_second
     rest = "" if rate is None else f", then {rate:.1f} per second"
     return f"{tokens}: the first after {answer.first_seconds:.2f} s{rest}"
-
-
-def _to_json(answer: Answer) -> dict[str, Any]:
-    return {
-        "text": answer.text,
-        "tokens": answer.tokens,
-        "first_token_seconds": answer.first_seconds,
-        "tokens_per_second": answer.tokens_per_second,
-    }
 
 
 def _write(text: str) -> None:

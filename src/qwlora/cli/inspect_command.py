@@ -25,53 +25,47 @@ from qwlora.messages import size
 
 if TYPE_CHECKING:
     from qwlora.analysis.inspect_model import Inspection, TensorView
-
-Source = Annotated[
-    str,
-    typer.Argument(
-        help="A model's folder or .gguf file, package:NAME/PATH for a file in an installed "
-        "package, a frozen base, an adapter, or a job's directory."
-    ),
-]
-Against = Annotated[
-    str | None,
-    typer.Option(
-        "--against",
-        metavar="SOURCE",
-        help="The float model to compare with; adds the SQNR of every tensor. Reads both in full.",
-    ),
-]
-Encodings = Annotated[
-    Path | None,
-    typer.Option(
-        "--encodings",
-        metavar="FILE",
-        help="An AIMET encodings file for the float model SOURCE; shows the grids it gives.",
-    ),
-]
-KeepFloat = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="GLOB",
-        help="With --encodings: parameters or layers that stay float, like model.keep_float in a "
-        "recipe. May be repeated.",
-    ),
-]
-BlockOrder = Annotated[
-    Literal["channel", "tensor"] | None,
-    typer.Option(
-        help="With --encodings: how a file of version 1.0.0 orders blocks, like model.block_order "
-        "in a recipe."
-    ),
-]
+    from qwlora.analysis.model_files import AimetFile
 
 
 def inspect(
-    source: Source,
-    against: Against = None,
-    encodings: Encodings = None,
-    keep_float: KeepFloat = None,
-    block_order: BlockOrder = None,
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A model's folder or .gguf file, package:NAME/PATH for a file in an installed "
+            "package, a frozen base, an adapter, or a job's directory."
+        ),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="The float model to compare with; adds the SQNR of every tensor. Reads both in "
+            "full.",
+        ),
+    ] = None,
+    encodings: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="An AIMET encodings file for the float model SOURCE; shows the grids it gives.",
+        ),
+    ] = None,
+    keep_float: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="GLOB",
+            help="With --encodings: parameters or layers that stay float, like model.keep_float in "
+            "a recipe. May be repeated.",
+        ),
+    ] = None,
+    block_order: Annotated[
+        Literal["channel", "tensor"] | None,
+        typer.Option(
+            help="With --encodings: how a file of version 1.0.0 orders blocks, like "
+            "model.block_order in a recipe."
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Describe a model, an adapter or a job.
@@ -79,45 +73,39 @@ def inspect(
     Shows shapes, grids, bits per weight and the fingerprint.
     """
     path = Path(source)
+    is_adapter, is_job = (path / "adapter_config.json").is_file(), (path / ".qwlora").is_dir()
     if encodings is None and (keep_float or block_order):
         raise SourceError("--keep-float and --block-order need --encodings; add it, or remove them")
-    if encodings is not None and (
-        (path / "adapter_config.json").is_file() or (path / ".qwlora").is_dir()
-    ):
+    if encodings is not None and (is_adapter or is_job):
         raise SourceError(
             "--encodings needs a float model; SOURCE is an adapter or a job's directory. Give the "
             "float model's folder"
         )
-    if (path / "adapter_config.json").is_file():
+    if is_adapter:
         if against is not None:
             raise SourceError(
                 f"--against compares two models, but {source} is an adapter; remove --against"
             )
         record = _adapter(path)
         lines = _adapter_lines(record)
-    elif (path / ".qwlora").is_dir():
+    elif is_job:
         record, lines = _job(path, against)
     else:
-        record, lines = _model(source, against, encodings, keep_float, block_order)
+        from qwlora.analysis.model_files import AimetFile
+
+        file = None
+        if encodings is not None:
+            file = AimetFile(encodings, tuple(keep_float or ()), block_order)
+        record, lines = _model(source, against, file)
     print_result(record, lines, as_json)
 
 
 def _model(
-    source: str,
-    against: str | None,
-    encodings: Path | None = None,
-    keep_float: Sequence[str] | None = None,
-    block_order: Literal["channel", "tensor"] | None = None,
+    source: str, against: str | None, encodings: AimetFile | None = None
 ) -> tuple[dict[str, Any], list[str]]:
     from qwlora.analysis.inspect_model import inspect_source
-    from qwlora.analysis.model_files import AimetFile
 
-    file = (
-        AimetFile(encodings, tuple(keep_float or ()), block_order)
-        if encodings is not None
-        else None
-    )
-    found = inspect_source(source, against, encodings=file)
+    found = inspect_source(source, against, encodings=encodings)
     return found.to_json(), list(_model_lines(found))
 
 
@@ -132,20 +120,12 @@ def _model_lines(found: Inspection) -> Iterator[str]:
     for name, views in group_similar(
         found.tensors, lambda view: view.name, lambda view: (view.shape, view.grid, view.bytes)
     ):
-        first = views[0]
-        row = (
-            name,
-            str(len(views)),
-            "x".join(map(str, first.shape)),
-            first.grid,
-            f"{first.bits_per_weight:.2f}",
-        )
+        shape, bits = "x".join(map(str, views[0].shape)), f"{views[0].bits_per_weight:.2f}"
+        row = (name, str(len(views)), shape, views[0].grid, bits)
         rows.append((*row, _range(views)) if measured else row)
     yield from table(rows)
-    for label, views in (
-        ("all", list(found.tensors)),
-        ("integers", [view for view in found.tensors if view.is_integers]),
-    ):
+    integers = [view for view in found.tensors if view.is_integers]
+    for label, views in (("all", list(found.tensors)), ("integers", integers)):
         if views:
             yield (
                 f"{label}: {weights(views):,} weights, {size(size_bytes(views))}, "
@@ -154,17 +134,10 @@ def _model_lines(found: Inspection) -> Iterator[str]:
 
 
 def _range(views: Sequence[TensorView]) -> str:
-    found = [view.sqnr_db for view in views if view.sqnr_db is not None]
-    if not found:
-        return ""
-    low, high = min(found), max(found)
-    if math.isinf(low) and low > 0:
-        return "exact"
-    return (
-        f"{low:.2f}"
-        if low == high
-        else f"{low:.2f} to {'exact' if math.isinf(high) else f'{high:.2f}'}"
-    )
+    """Least and largest SQNR."""
+    values = sorted(view.sqnr_db for view in views if view.sqnr_db is not None)
+    ends = ["exact" if math.isinf(value) and value > 0 else f"{value:.2f}" for value in values]
+    return "" if not ends else ends[0] if values[0] == values[-1] else f"{ends[0]} to {ends[-1]}"
 
 
 def _adapter(folder: Path) -> dict[str, Any]:
@@ -184,24 +157,12 @@ def _adapter(folder: Path) -> dict[str, Any]:
         {"name": name, "shape": list(entry.shape), "dtype": entry.dtype}
         for name, entry in read_header(weights).items()
     ]
-    kept = {
-        key: config.get(key)
-        for key in (
-            "peft_type",
-            "r",
-            "lora_alpha",
-            "use_rslora",
-            "use_dora",
-            "target_modules",
-            "base_model_name_or_path",
-        )
-    }
-    base = base_of(folder) if (folder / FILE).is_file() else None
+    keys = "peft_type r lora_alpha use_rslora use_dora target_modules base_model_name_or_path"
     return {
         "kind": "adapter",
         "source": str(folder),
-        "base_fingerprint": base,
-        **kept,
+        "base_fingerprint": base_of(folder) if (folder / FILE).is_file() else None,
+        **{key: config.get(key) for key in keys.split()},
         "tensors": tensors,
     }
 

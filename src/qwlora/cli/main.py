@@ -28,22 +28,20 @@ from typing import Annotated, Any, NoReturn
 import typer
 import typer.core
 
-from qwlora.atomic import write_text
 from qwlora.cli.adapter_commands import app as adapters_app
 from qwlora.cli.base_commands import app as base_app
-from qwlora.cli.dump_layers_command import dump_layers
 from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.generate_commands import chat, generate
 from qwlora.cli.inspect_command import inspect
-from qwlora.cli.merge_commands import merge, merge_check
-from qwlora.cli.plan_command import plan
+from qwlora.cli.job_commands import dump_layers, merge, merge_check, push, report
 from qwlora.cli.progress_bars import ProgressDisplay
-from qwlora.cli.push_command import push
-from qwlora.cli.report_command import report
-from qwlora.cli.shared_arguments import AsJson, Changes, Quiet, RecipeFile
+from qwlora.cli.recipe_commands import check, data, init, plan
+from qwlora.cli.shared_arguments import AsJson, Changes, Quiet
 from qwlora.cli.simulate_command import simulate
+from qwlora.cli.tables import score_table
 from qwlora.cli.terminal import console, print_json, print_result, safe_streams
 from qwlora.errors import (
+    LESS_MEMORY,
     DirectoryError,
     QwloraError,
     VerificationError,
@@ -85,17 +83,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Given = Annotated[
-    Path | None,
-    typer.Argument(
-        metavar="RECIPE",
-        help="The recipe, a YAML file. Default: the recipe.yaml in the job's directory.",
-    ),
-]
 Out = Annotated[
     Path | None,
     typer.Option(
-        "--out", help="The job's directory: receives the base, adapters, exports and results.json."
+        help="The job's directory: receives the base, adapters, exports and results.json."
     ),
 ]
 TrustMtime = Annotated[
@@ -107,15 +98,6 @@ TrustMtime = Annotated[
         "ctime or inode changes. Give this option to every run of the job.",
     ),
 ]
-Replace = Annotated[
-    bool,
-    typer.Option(
-        "--replace",
-        help="Train adapters again that exist with other settings. The old one stays in place "
-        "until the new one is finished.",
-    ),
-]
-
 # Read by tqdm, huggingface_hub and datasets when they are imported; our bars are ours.
 _PROGRESS_OF_OTHERS = (
     "TQDM_DISABLE",
@@ -160,28 +142,42 @@ def _options(
     """Declares --debug for --help; `main` has removed it from the arguments by now."""
 
 
-def _add_job_command(name: str, verbs: Sequence[str]) -> None:
+def _add_job_command(name: str) -> None:
     def command(
-        recipe: Given = None,
+        recipe: Annotated[
+            Path | None,
+            typer.Argument(
+                metavar="RECIPE",
+                help="The recipe, a YAML file. Default: the recipe.yaml in the job's directory.",
+            ),
+        ] = None,
         out: Out = None,
         changes: Changes = None,
         as_json: AsJson = False,
         quiet: Quiet = False,
-        replace: Replace = False,
+        replace: Annotated[
+            bool,
+            typer.Option(
+                "--replace",
+                help="Train adapters again that exist with other settings. The old one stays in "
+                "place until the new one is finished.",
+            ),
+        ] = False,
         trust_mtime: TrustMtime = False,
     ) -> None:
-        if name == "verify" and recipe is not None and _is_bundle(recipe):
-            _verify_bundle(recipe, as_json, quiet)
-        else:
-            _run(name, verbs, recipe, out, changes, as_json, quiet, trust_mtime, replace)
+        if name == "verify" and recipe is not None and recipe.is_dir():
+            from qwlora.export.proof.folder import is_bundle
+
+            if is_bundle(recipe):
+                _verify_bundle(recipe, as_json, quiet)
+                return
+        _run(name, recipe, out, changes, as_json, quiet, trust_mtime, replace)
 
     app.command(name, help=_SUMMARY[name])(command)
 
 
-_add_job_command("run", VERBS)
-for _verb in VERBS:
-    if _verb != "evaluate":
-        _add_job_command(_verb, (_verb,))
+for _name in ("run", *(verb for verb in VERBS if verb != "evaluate")):
+    _add_job_command(_name)
 
 
 @app.command(help=_SUMMARY["evaluate"])
@@ -212,7 +208,8 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[
-        int | None, typer.Option(min=1, help="With --tasks: documents of each task. Default: all.")
+        int | None,
+        typer.Option(min=1, help="With --tasks: documents of each task. Default: all."),
     ] = None,
     changes: Changes = None,
     as_json: AsJson = False,
@@ -223,23 +220,21 @@ def evaluate(
     if tasks is None:
         if models is not None or limit is not None:
             raise typer.BadParameter("--models and --limit need --tasks; add it, or remove them")
-        verbs = ("evaluate",)
-        _run("evaluate", verbs, recipe, out, changes, as_json, quiet, trust_mtime, False)
+        _run("evaluate", recipe, out, changes, as_json, quiet, trust_mtime)
         return
     if recipe is None or out is not None or changes:
         raise typer.BadParameter(
             "--tasks needs the job's directory as argument, without --out and --set: "
             "qwlora evaluate DIR --tasks TASK"
         )
-    from qwlora.cli.evaluate_command import score_job
+    from qwlora.pipeline.commands.evaluate_tasks import evaluate_tasks
 
-    score_job(recipe, tasks, models, limit, as_json, quiet)
-
-
-def _is_bundle(path: Path) -> bool:
-    from qwlora.export.proof.folder import is_bundle
-
-    return path.is_dir() and is_bundle(path)
+    with ProgressDisplay(quiet or as_json) as display:
+        found = evaluate_tasks(recipe, tasks, models, limit, display.track, display.say)
+    if as_json:
+        print_json(found)
+    else:
+        console(width=120).print(score_table(found))
 
 
 def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
@@ -256,92 +251,18 @@ def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
         raise VerificationError(what, problems, {})
 
 
-@app.command()
-def check(recipe: RecipeFile, changes: Changes = None) -> None:
-    """Validate a recipe and print it with its defaults.
-
-    Then which targets hold the grids of its base.
-    """
-    from qwlora.cli.tables import table
-    from qwlora.pipeline.plan.target_table import second_rounding, target_table
-    from qwlora.recipe import load_recipe
-    from qwlora.recipe.yaml_core import dump_yaml
-
-    checked = load_recipe(recipe, tuple(changes or ()))
-    rows, notes = target_table(checked)
-    print(dump_yaml(checked.model_dump(mode="json")), end="")
-    print("\n# Targets that hold these grids exactly, or the scheme that they need instead")
-    print("# (* in export.targets):\n#")
-    if note := second_rounding(checked):
-        notes.append(f"warning: {note}")
-    for line in (*table(rows), *(["", *notes] if notes else [])):
-        print(f"#   {line}".rstrip())
-
-
-@app.command()
-def data(
-    recipe: RecipeFile,
-    changes: Changes = None,
-    sequence: Annotated[
-        int, typer.Option(help="Number of the training sequence to show, counted from 0.")
-    ] = 0,
-    adapter: Annotated[
-        str | None, typer.Option(help="Whose text. Default: the first adapter's.")
-    ] = None,
-    as_json: AsJson = False,
-) -> None:
-    """Summarize a recipe's data and show a training sequence.
-
-    Loss tokens are marked.
-    """
-    from qwlora.pipeline.commands.data_preview import format_preview, preview
-    from qwlora.recipe import load_recipe
-
-    with ProgressDisplay(as_json) as display:
-        chosen = load_recipe(recipe, tuple(changes or ()))
-        found = preview(chosen, sequence, adapter, display.track)
-    print_result(found, [format_preview(found)], as_json)
-
-
-@app.command()
-def init(
-    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
-    full: Annotated[
-        bool,
-        typer.Option("--full", help="Write every key; those with a default are commented out."),
-    ] = False,
-) -> None:
-    """Write a recipe to start from. Never overwrites a file."""
-    from qwlora.recipe.starter import full_recipe, starter_recipe
-
-    if path.exists():
-        raise DirectoryError(f"{str(path)!r} exists and was not changed. Give another path")
-    try:
-        write_text(path, full_recipe() if full else starter_recipe())
-    except OSError as error:
-        raise DirectoryError(
-            f"{str(path)!r} cannot be written: {error.strerror}. Give another path"
-        ) from error
-    print(
-        f"wrote {path}; set model.source and data.source in it, then: qwlora run {path} --out out"
-    )
-
-
 def _run(
     name: str,
-    verbs: Sequence[str],
     recipe_file: Path | None,
     out: Path | None,
     changes: list[str] | None,
     as_json: bool,
     quiet: bool,
     trust_mtime: bool,
-    replace: bool,
+    replace: bool = False,
 ) -> None:
-    from qwlora.pipeline.job import journal
     from qwlora.pipeline.job.output_path import check_output
-    from qwlora.pipeline.running.run_job import run
-    from qwlora.recipe import load_recipe
+    from qwlora.pipeline.running.run_job import run_file
 
     if out is None:
         others = {
@@ -350,22 +271,18 @@ def _run(
         }
         raise DirectoryError(f"{name} needs --out, the job's directory{others.get(name, '')}")
     check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
-    journal.finish(out)  # before the recipe in the job's directory is read
     path = recipe_file or out / "recipe.yaml"
-    recipe = load_recipe(path, tuple(changes or ()))
-    options = [
-        str(path),
-        "--out",
-        str(out),
-        *(part for change in changes or () for part in ("--set", change)),
-        *(["--trust-mtime"] if trust_mtime else []),
-    ]
+    options = [str(path), "--out", str(out)]
+    options += [part for change in changes or () for part in ("--set", change)]
+    options += ["--trust-mtime"] if trust_mtime else []
+    failure: VerificationError | None = None
     try:
         with ProgressDisplay(quiet or as_json) as display:
-            results = run(
-                recipe,
+            results: dict[str, Any] | None = run_file(
+                path,
                 out,
-                tuple(verbs),
+                tuple(changes or ()),
+                verbs=VERBS if name == "run" else (name,),
                 track=display.track,
                 say=display.say,
                 command=lambda verb: shlex.join(["qwlora", verb, *options]),
@@ -374,34 +291,32 @@ def _run(
                 watch=None if quiet or as_json else display.watch,
             )
     except VerificationError as error:
-        _print_results(error.results, out, as_json)
-        raise
-    _print_results(results, out, as_json)
-
-
-def _print_results(results: dict[str, Any] | None, out: Path, as_json: bool) -> None:
-    if not results:  # in a distributed run, only the first process reports
-        return
-    if as_json:
+        failure, results = error, error.results
+    if results and as_json:
         print_json(results)
-    else:
+    elif results:  # in a distributed run, only the first process has some
         from qwlora.pipeline.results.results_table import closing_lines, print_summary
 
         print_summary(results, console(width=120))
         with contextlib.suppress(DirectoryError):  # a job that cannot be written has no report
             print("", *closing_lines(out), sep="\n")
+    if failure is not None:
+        raise failure
 
 
-app.command("plan")(plan)
-app.command("inspect")(inspect)
+app.command()(check)
+app.command()(data)
+app.command()(init)
+app.command()(plan)
+app.command()(inspect)
 app.command("merge-check")(merge_check)
-app.command("merge")(merge)
-app.command("simulate")(simulate)
+app.command()(merge)
+app.command()(simulate)
 app.command("dump-layers")(dump_layers)
-app.command("report")(report)
-app.command("push")(push)
-app.command("generate")(generate)
-app.command("chat")(chat)
+app.command()(report)
+app.command()(push)
+app.command()(generate)
+app.command()(chat)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(base_app, name="base")
 app.add_typer(encodings_app, name="encodings")
@@ -454,11 +369,7 @@ def _message(error: BaseException) -> str:
     file = file_being_read(error)
     where = f" while reading {file}" if file else ""
     if is_out_of_memory(error):
-        return (
-            f"out of memory{where} ({described(error)}). Free memory, or use less: a smaller "
-            "model, smaller data.sequence_tokens or adapters.batch_sequences, or "
-            "gradient_checkpointing: true"
-        )
+        return f"out of memory{where} ({described(error)}). {LESS_MEMORY}"
     if is_out_of_space(error):
         return f"no space left on the disk{where} ({described(error)}). Free some and run again"
     if isinstance(error, OSError) and error.filename is not None:

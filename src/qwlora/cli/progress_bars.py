@@ -14,47 +14,18 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from contextlib import ExitStack, redirect_stdout
 from datetime import timedelta
-from types import TracebackType
 from typing import TypeVar
 
-from rich.console import Group
-from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
-from rich.text import Text
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
 from qwlora.cli.terminal import console
 from qwlora.messages import escaped
 
 T = TypeVar("T")
 LINE_SECONDS = 30.0  # without a terminal
-
-
-@dataclass
-class _Step:
-    """One call of `track` that has not ended."""
-
-    description: str
-    total: int | None
-    began: float = field(default_factory=time.monotonic)
-    done: int = 0
-
-    @property
-    def count(self) -> str:
-        """`12/60`; nothing for a step that cannot count."""
-        return f"{self.done}/{self.total}" if self.total else str(self.done or "")
-
-    @property
-    def left(self) -> str:
-        """`0:01:12 left`; empty as long as it is not known."""
-        if not self.total or not self.done:
-            return ""
-        elapsed = time.monotonic() - self.began
-        seconds = round(elapsed * (self.total - self.done) / self.done)
-        return f"{timedelta(seconds=seconds)} left"
 
 
 class ProgressDisplay:
@@ -69,46 +40,43 @@ class ProgressDisplay:
 
     def __init__(self, quiet: bool = False):
         self._quiet = quiet
-        self._console = console(stderr=True)
-        self._stage: tuple[str, int, int] | None = None
-        self._steps: list[_Step] = []
-        self._live: Live | None = None
+        screen = console(stderr=True)
+        names = Column(no_wrap=True, overflow="ellipsis", max_width=screen.width // 2)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False, table_column=names),
+            BarColumn(max(8, min(30, screen.width // 5))),
+            TextColumn("{task.fields[count]}", markup=False, justify="right"),
+            TextColumn("{task.fields[left]}", markup=False),
+            console=screen,
+            transient=True,
+            refresh_per_second=4,
+        )
+        self._stage: tuple[TaskID, str] | None = None
         self._ended = threading.Event()
-        self._stdout = redirect_stdout(sys.stderr)
-        self._lines = threading.Thread(target=self._print_lines, daemon=True)
+        self._exit = ExitStack()
 
     def __enter__(self) -> ProgressDisplay:
-        self._stdout.__enter__()
-        if self._quiet:
-            return self
-        if self._console.is_terminal:
-            self._live = Live(
-                get_renderable=self._rows,
-                console=self._console,
-                transient=True,
-                refresh_per_second=4,
-            )
-            self._live.start()
-        else:
-            self._lines.start()
+        self._exit.enter_context(redirect_stdout(sys.stderr))
+        if not self._quiet and self._progress.console.is_terminal:
+            self._exit.enter_context(self._progress)
+        elif not self._quiet:
+            lines = threading.Thread(target=self._print_lines, daemon=True)
+            lines.start()
+            self._exit.callback(lines.join)
+        self._exit.callback(self._ended.set)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._ended.set()
-        if self._live is not None:
-            self._live.stop()
-        elif self._lines.is_alive():
-            self._lines.join()
-        self._stdout.__exit__(kind, value, trace)
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()
 
     def watch(self, stage: str, number: int, count: int) -> None:
         """A stage of a job begins, the `number`th of `count`."""
-        self._stage = stage, number, count
+        if self._stage is not None:
+            self._progress.remove_task(self._stage[0])
+        row = self._progress.add_task(
+            f"{number}/{count} {stage}", total=count, completed=number - 1, count="", left=""
+        )
+        self._stage = row, f"{stage} ({number} of {count})"
 
     def say(self, line: str) -> None:
         """Print a line on standard error, above the bars."""
@@ -117,49 +85,28 @@ class ProgressDisplay:
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
         """A `Track`."""
-        step = _Step(description, total)
-        self._steps.append(step)
-        self._refresh()  # so that a short step is seen as well
+        step = self._progress.add_task(f"  {description}", total=total, count="", left="")
+        began = time.monotonic()
+        self._progress.refresh()  # so that a short step is seen as well
         try:
-            for item in items:
+            for done, item in enumerate(items, 1):
                 yield item
-                step.done += 1
-            self._refresh()
+                count, left = str(done), ""
+                if total:
+                    seconds = round((time.monotonic() - began) * (total - done) / done)
+                    count, left = f"{done}/{total}", f"{timedelta(seconds=seconds)} left"
+                self._progress.update(step, completed=done, count=count, left=left)
+            self._progress.refresh()
         finally:
-            self._steps.remove(step)
-
-    def _refresh(self) -> None:
-        if self._live is not None:
-            self._live.refresh()
-
-    def _rows(self) -> Group:
-        table = Table.grid(padding=(0, 1), expand=False)
-        table.add_column(no_wrap=True, overflow="ellipsis", max_width=self._console.width // 2)
-        table.add_column(width=max(8, min(30, self._console.width // 5)))
-        table.add_column(no_wrap=True, justify="right")
-        table.add_column(no_wrap=True)
-        if self._stage is not None:
-            stage, number, count = self._stage
-            bar = ProgressBar(total=count, completed=number - 1)
-            table.add_row(Text(f"{number}/{count} {stage}", style="bold"), bar)
-        for step in list(self._steps):
-            bar = ProgressBar(total=step.total, completed=step.done, pulse=step.total is None)
-            table.add_row(f"  {step.description}", bar, step.count, step.left)
-        return Group(table) if table.row_count else Group()
+            self._progress.remove_task(step)
 
     def _print_lines(self) -> None:
+        """Say what runs now, and the time left of it."""
         while not self._ended.wait(LINE_SECONDS):
-            if line := self._line():
-                self.say(line)
-
-    def _line(self) -> str:
-        """What runs now, and the time left of it."""
-        parts = []
-        if self._stage is not None:
-            stage, number, count = self._stage
-            parts.append(f"{stage} ({number} of {count})")
-        if steps := list(self._steps):
-            step = steps[-1]
-            left = f", {step.left}" if step.left else ""
-            parts.append(f"{step.description} {step.count}{left}".rstrip())
-        return ": ".join(parts)
+            parts = [] if self._stage is None else [self._stage[1]]
+            if steps := self._progress.tasks[len(parts) :]:
+                words = [steps[-1].description.strip(), steps[-1].fields["count"]]
+                line = " ".join(filter(None, words))
+                parts.append(", ".join(filter(None, [line, steps[-1].fields["left"]])))
+            if parts:
+                self.say(": ".join(parts))

@@ -10,7 +10,6 @@ import typer
 Job = Annotated[
     Path, typer.Argument(metavar="DIR", help="A job's directory, with its base and adapters.")
 ]
-RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
 Changes = Annotated[
     list[str] | None,
     typer.Option(

@@ -24,40 +24,36 @@ if TYPE_CHECKING:
     from qwlora.graph.quantized_graph import GraphValue
     from qwlora.simulation.placement_log import LoggedGrid, PlacementLog
 
-Explain = Annotated[
-    bool,
-    typer.Option(
-        "--explain",
-        help="List every value with its grid and the rule that decided; similar ones share a line.",
-    ),
-]
-Costs = Annotated[
-    bool,
-    typer.Option(
-        "--costs",
-        help="Measure how much perplexity each part of the simulation costs, and list the most "
-        "expensive activations.",
-    ),
-]
-Share = Annotated[
-    float | None,
-    typer.Option(
-        "--suggest",
-        metavar="SHARE",
-        help="Find the activations that need 16 bits, the rest having 8, for perplexity to rise by "
-        "at most this share over float activations (0.05 is 5 %), measured on a few held-out "
-        "sequences.",
-    ),
-]
-
 
 def simulate(
     job: Job,
-    explain: Explain = False,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="List every value with its grid and the rule that decided; similar ones share a "
+            "line.",
+        ),
+    ] = False,
     adapter: AdapterName = None,
     changes: Changes = None,
-    costs: Costs = False,
-    suggest: Share = None,
+    costs: Annotated[
+        bool,
+        typer.Option(
+            "--costs",
+            help="Measure how much perplexity each part of the simulation costs, and list the most "
+            "expensive activations.",
+        ),
+    ] = False,
+    suggest: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            help="Find the activations that need 16 bits, the rest having 8, for perplexity to "
+            "rise by at most this share over float activations (0.05 is 5 %), measured on a few "
+            "held-out sequences.",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which values the simulation quantizes, and why.
@@ -72,53 +68,39 @@ def simulate(
         remedy = f"for {suggest:g} % use {suggest / 100:g}" if suggest > 1 else "0.05 is 5 %"
         raise typer.BadParameter(f"--suggest must be between 0 and 1, not {suggest:g}; {remedy}")
     asked = tuple(changes or ())
-    if costs:
-        from qwlora.pipeline.stages.simulation_costs import measure_costs
+    from qwlora.pipeline.commands.explain_placement import explain_placement
+    from qwlora.pipeline.stages.simulation_costs import measure_costs, suggest_bitwidths
 
-        with ProgressDisplay(as_json) as display:
-            account = measure_costs(job, adapter, asked, display.track)
-        print_result(account, _cost_lines(account), as_json)
-    elif suggest is not None:
-        from qwlora.pipeline.stages.simulation_costs import suggest_bitwidths
-
-        with ProgressDisplay(as_json) as display:
-            suggestion = suggest_bitwidths(job, adapter, asked, suggest, display.track)
-        print_result(suggestion, _suggestion_lines(suggestion), as_json)
-    else:
-        from qwlora.pipeline.commands.explain_placement import explain_placement
-
-        name, found = explain_placement(job, adapter, asked)
-        record = {"adapter": name, **found.to_json()}
-        print_result(record, _lines(name, found, explain), as_json)
+    with ProgressDisplay(as_json or not (costs or suggest is not None)) as display:
+        if costs:
+            record = measure_costs(job, adapter, asked, display.track)
+            lines = _cost_lines(record)
+        elif suggest is not None:
+            record = suggest_bitwidths(job, adapter, asked, suggest, display.track)
+            lines = _suggestion_lines(record)
+        else:
+            name, log = explain_placement(job, adapter, asked)
+            record, lines = {"adapter": name, **log.to_json()}, _lines(name, log, explain)
+    print_result(record, lines, as_json)
 
 
 def _cost_lines(account: dict[str, Any]) -> Iterator[str]:
-    yield f"adapter {account['adapter']}"
-    yield from _unshared(account)
-    yield from table(
-        [
-            ("perplexity", ""),
-            *(
-                (what.replace("_", " "), f"{value:.4f}")
-                for what, value in account["perplexity"].items()
-            ),
-        ]
-    )
-    yield ""
-    rows = [
+    parts = account["perplexity"].items()
+    activations = [
         (s["name"], str(s["bitwidth"]), f"{s['cost']:.3g}", f"{s['sqnr_db']:.1f}")
         for s in account["sensitivity"]
     ]
+    layers = [(name, f"{db:.1f}") for name, db in account["layer_sqnr_db"].items()]
+    yield f"adapter {account['adapter']}"
+    yield from _unshared(account)
     yield from table(
-        [("most expensive activations", "bits", "cost, nats/token", "SQNR, dB"), *rows]
+        [("perplexity", ""), *((what.replace("_", " "), f"{value:.4f}") for what, value in parts)]
     )
     yield ""
-    yield from table(
-        [
-            ("layers furthest from float", "SQNR, dB"),
-            *((name, f"{db:.1f}") for name, db in account["layer_sqnr_db"].items()),
-        ]
-    )
+    heads = ("most expensive activations", "bits", "cost, nats/token", "SQNR, dB")
+    yield from table([heads, *activations])
+    yield ""
+    yield from table([("layers furthest from float", "SQNR, dB"), *layers])
 
 
 def _suggestion_lines(found: dict[str, Any]) -> Iterator[str]:
@@ -173,59 +155,41 @@ def _compared(perplexity: float, plain: float) -> str:
     return f"{perplexity:.4f} ({change} from {plain:.4f} with float activations)"
 
 
-def _lines(name: str, found: PlacementLog, everything: bool) -> Iterator[str]:
-    counts = Counter(value.decision.value for value in found.values)
+def _lines(name: str, log: PlacementLog, everything: bool) -> Iterator[str]:
+    counts = Counter(value.decision.value for value in log.values)
     counted = ", ".join(f"{counts[d]} {d}" for d in ("quantize", "share", "float"))
-    yield f"adapter {name}, policy {found.policy}: {counted}"
+    yield f"adapter {name}, policy {log.policy}: {counted}"
+    rows: list[tuple[str, ...]]
     if everything:
         rows = [("value", "count", "class", "decision", "grid", "reason")]
         for pattern, values in group_similar(
-            found.values,
-            _name,
-            lambda v: (v.module_class, v.decision, v.reason, _grid(found.grid(v))),
+            log.values, _name, lambda v: (v.module_class, v.decision, v.reason, _grid(log.grid(v)))
         ):
-            first = values[0]
-            rows.append(
-                (
-                    pattern,
-                    str(len(values)),
-                    first.module_class,
-                    first.decision.value,
-                    _grid(found.grid(first)),
-                    first.reason,
-                )
-            )
-        yield from table(rows)
+            v, count = values[0], str(len(values))
+            decided = (v.module_class, v.decision.value, _grid(log.grid(v)), v.reason)
+            rows.append((pattern, count, *decided))
     else:
-        by_reason = Counter(
-            (value.kind.value, value.decision.value, found.grid(value).grid, value.reason)
-            for value in found.values
+        reasons = Counter(
+            (v.kind.value, v.decision.value, log.grid(v).grid, v.reason) for v in log.values
         )
-        yield from table(
-            [
-                ("tensor", "count", "decision", "grid", "reason"),
-                *((k, str(n), d, g, r) for (k, d, g, r), n in by_reason.items()),
-            ]
-        )
-    if found.unknown:
-        listed = ", ".join(
-            f"{operator} ({count})" for operator, count in sorted(found.unknown.items())
-        )
+        rows = [("tensor", "count", "decision", "grid", "reason")]
+        rows += [(kind, str(count), *decided) for (kind, *decided), count in reasons.items()]
+    yield from table(rows)
+    if log.unknown:
+        operators = ", ".join(f"{name} ({count})" for name, count in sorted(log.unknown.items()))
         yield (
-            f"operators unknown to the policy: {listed}. See --explain for the reasons; where a "
+            f"operators unknown to the policy: {operators}. See --explain for the reasons; where a "
             "decision is wrong, add a rule to simulation.rules"
         )
 
 
 def _name(value: GraphValue) -> str:
     """The value's name without the number that distinguishes values of the same operator."""
-    return (
-        value.name
-        if value.operator in ("weight", "input")
-        else f"{value.module or 'output'}.{value.operator}"
-    )
+    if value.operator in ("weight", "input"):
+        return value.name
+    return f"{value.module or 'output'}.{value.operator}"
 
 
-def _grid(found: LoggedGrid) -> str:
+def _grid(grid: LoggedGrid) -> str:
     """The grid, and the observer unless it is min-max."""
-    return found.grid if found.observer in ("", "min-max") else f"{found.grid}, {found.observer}"
+    return grid.grid if grid.observer in ("", "min-max") else f"{grid.grid}, {grid.observer}"

@@ -1,10 +1,12 @@
-"""Text tables that show similar items in one row: items whose names differ only in numbers."""
+"""Tables of text: with similar items in one row, and of scores of tasks."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from rich.table import Table
 
 T = TypeVar("T")
 
@@ -36,6 +38,32 @@ def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     for row in rows:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def score_table(tasks: dict[str, Any]) -> Table:
+    """Scores of tasks, as `tasks` in results.json: a row for each task, metric and model."""
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("task", "metric", "model"):
+        rows.add_column(column, overflow="fold")
+    for column in ("value", "± stderr"):
+        rows.add_column(column, justify="right", no_wrap=True)
+    models: dict[str, dict[str, Any]] = {}
+    for stage, content in tasks.items():
+        if stage in ("float", "base"):
+            models[stage] = content
+        else:
+            models |= {f"{stage}/{adapter}": scores for adapter, scores in content.items()}
+    for task in dict.fromkeys(task for scores in models.values() for task in scores):
+        first = next(scores[task] for scores in models.values() if task in scores)
+        for metric in first["metrics"]:
+            title = (task, metric)  # repeated words are left out
+            for model, scores in models.items():
+                score = scores.get(task, {}).get("metrics", {}).get(metric)
+                if score is not None:
+                    error = "" if score["stderr"] is None else f"{score['stderr']:.4f}"
+                    rows.add_row(*title, model, f"{score['value']:.4f}", error)
+                    title = ("", "")
+    return rows
 
 
 def _numbers(names: Iterable[str]) -> str:

@@ -12,13 +12,13 @@ again:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from qwlora.errors import DirectoryError
 from qwlora.export.registry import TARGETS
-from qwlora.pipeline.commands.model_names import JobModels, ModelName
+from qwlora.pipeline.commands.model_names import JobModels, ModelName, model_name
 from qwlora.pipeline.commands.open_job import add_task_scores, check_stages
 from qwlora.pipeline.plan.plan import has_float_model
 from qwlora.pipeline.running.new_context import quiet_libraries
@@ -27,8 +27,8 @@ from qwlora.progress import Track, untracked
 
 def evaluate_tasks(
     folder: Path,
-    tasks: Sequence[str],
-    models: Sequence[ModelName] | None = None,
+    tasks: str,
+    models: str | None = None,
     limit: int | None = None,
     track: Track = untracked,
     say: Callable[[str], None] = lambda line: None,
@@ -36,8 +36,9 @@ def evaluate_tasks(
     """Score the models of the job in `folder`, and add the scores to its results.
 
     Args:
-        tasks: names of lm-eval's tasks, or YAML files.
-        models: default: all that the job has and whose runtime is installed.
+        tasks: names of lm-eval's tasks, or YAML files, separated by commas.
+        models: names as in `model_name`, separated by commas. Default: all that the job has and
+            whose runtime is installed.
         limit: documents of each task; None for all.
         say: receives a line for each model that is left out.
 
@@ -50,14 +51,18 @@ def evaluate_tasks(
         DirectoryError: see `JobModels.check`; or the job has no model yet.
     """
     job = JobModels(folder)
-    chosen = list(models) if models is not None else _all_models(job, say)
+    chosen = (
+        [model_name(name, job.adapters) for name in _split(models)]
+        if models is not None
+        else _all_models(job, say)
+    )
     for name in chosen:
         job.check(name)
     check_stages(folder, dict.fromkeys(stage_of(name) for name in chosen))
     quiet_libraries()
     from qwlora.analysis.task_harness import load_tasks, score_tasks
 
-    loaded = load_tasks(tasks)
+    loaded = load_tasks(_split(tasks))
     for name in chosen:  # one model in memory at a time
         model = job.open(name, exact=True)
         scores = score_tasks(model, job.tokenizer(name), loaded, limit, f"tasks, {name}", track)
@@ -77,6 +82,10 @@ def stage_of(name: ModelName) -> str:
             return f"calibrate/{name.adapter}"
         case _:
             return name.export_stages[-1]
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
 
 
 def _all_models(job: JobModels, say: Callable[[str], None]) -> list[ModelName]:

@@ -45,6 +45,10 @@ _SEAL = "# Written by qwlora: "
 CARD = "README.md"  # the model card in an artifact: for people, no input of any stage
 
 
+class RecipeChangedError(DirectoryError):
+    """Another command changed the job's recipe since it was read."""
+
+
 class Directory:
     """The directory of one job. Use `open` to write to it, `peek` or `read` to look at it."""
 
@@ -58,13 +62,20 @@ class Directory:
 
     @classmethod
     @contextlib.contextmanager
-    def open(cls, path: Path, recipe: Recipe) -> Iterator[Directory]:
+    def open(
+        cls, path: Path, recipe: Recipe, recipe_text: str | None = None
+    ) -> Iterator[Directory]:
         """Claim `path` for `recipe`, and create it if it does not exist.
 
         If this call claimed the directory and nothing was finished in it, not even a part of a
         stage, everything this call created is removed again: marker, recipe and folders.
 
+        Args:
+            recipe_text: the directory's own recipe.yaml when `recipe` was read, or empty if there
+                was none. Default: it may have changed since.
+
         Raises:
+            RecipeChangedError: it has another text by now.
             DirectoryError: it belongs to another recipe or to something else, is in use, or
                 cannot be written.
         """
@@ -80,6 +91,10 @@ class Directory:
                 journal.finish_locked(path)
                 # another process may have finished a job here since the check
                 directory.check_owner(recipe)
+                if recipe_text is not None and text_of(path / "recipe.yaml") != recipe_text:
+                    raise RecipeChangedError(
+                        f"the recipe of {str(path)!r} changed meanwhile; run again"
+                    )
                 is_new = read_owner(path) is None
                 directory._read_records()
                 directory._remove_scratch()  # of a run that was killed

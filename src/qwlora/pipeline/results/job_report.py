@@ -65,7 +65,7 @@ def rebuild_reports(folders: Sequence[Path], page: Path | None = None) -> list[P
     """Write the report of each job, and for several jobs the page that compares them.
 
     Args:
-        page: the page that compares; needed for several jobs.
+        page: the page that compares; needed for several jobs. It replaces an older one.
 
     Returns:
         The files that were written.
@@ -73,6 +73,12 @@ def rebuild_reports(folders: Sequence[Path], page: Path | None = None) -> list[P
     Raises:
         DirectoryError, RecipeError, SourceError: see `read_job`; or a file cannot be written.
     """
+    if page is not None and page.exists():
+        with page.open(encoding="utf-8", errors="replace") as file:
+            if PAGE_MARK not in file.read(2000):
+                raise DirectoryError(
+                    f"{str(page)!r} exists and is not a page of qwlora. Give another --out"
+                )
     jobs, written = [read_job(folder) for folder in folders], []
     for folder, job in zip(folders, jobs, strict=True):
         with as_directory_errors(folder):

@@ -17,22 +17,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qwlora.errors import (
-    CalibrationError,
-    CaptureError,
-    DirectoryError,
-    ExportError,
-    FingerprintError,
-    GridError,
-    MissingExtraError,
-    NonFiniteError,
-    QwloraError,
-    RecipeError,
-    SourceError,
-    TrainingError,
-    VerificationError,
-    is_out_of_memory,
-)
+from qwlora.errors import LESS_MEMORY, QwloraError, VerificationError, is_out_of_memory
 from qwlora.pipeline.plan.stage import Stage
 from qwlora.system.memory import peak_rss_bytes
 from qwlora.system.processor import processor_name
@@ -40,27 +25,6 @@ from qwlora.system.processor import processor_name
 PACKAGES = ("qwlora", "torch", "transformers", "peft", "onnx", "onnxruntime")
 LEAST_SECONDS = 10.0  # between two writes while training
 COST = 100  # times the duration of a write, which then takes 1% of the time
-REMEDIES: tuple[tuple[type[BaseException], str], ...] = (
-    (RecipeError, "Change the recipe as the message says."),
-    (SourceError, "Correct the model or the data source that the message names."),
-    (GridError, "Choose another grid or block size for the layers that the message names."),
-    (FingerprintError, "Restore the file that the message names, or make it again."),
-    (DirectoryError, "Make the folder usable as the message says: space, permissions, or --out."),
-    (
-        TrainingError,
-        "Change the settings of the adapter as the message says. A lower learning_rate or more "
-        "warmup_steps helps most often.",
-    ),
-    (
-        CalibrationError,
-        "Give the tensor that the message names other calibration data, or keep it float.",
-    ),
-    (CaptureError, "Change the part of the model or of the simulation that the message names."),
-    (ExportError, "Change what the target cannot hold, or choose another target."),
-    (VerificationError, "Do not use the exported files until the check has passed."),
-    (NonFiniteError, "Find the layer or the data that gives NaN or infinity."),
-    (MissingExtraError, "Install the package that the message names."),
-)
 
 
 class JobStatus:
@@ -80,21 +44,18 @@ class JobStatus:
         command: str,
         before: dict[str, Any],
     ):
-        self._write, self._plan, self._command = write, plan, command
-        self._before = before
-        self._began: float | None = None
-        self._started = ""
-        self._stage = ""
+        self._write, self._before = write, before
+        self._run: dict[str, Any] = {"command": command, "plan": [stage.name for stage in plan]}
+        self._extra: dict[str, Any] = {}  # other keys
         self._training: Callable[[], dict[str, Any]] | None = None
-        self._extra: dict[str, Any] = {}
-        self._error: dict[str, Any] | None = None
+        self._began: float | None = None
         self._written, self._took = 0.0, 0.0
 
     def begin(self, stage: str) -> None:
         """A stage begins; the report shows it as running."""
         if self._began is None:
-            self._began, self._started = time.monotonic(), _now()
-        self._stage, self._training = stage, None
+            self._began, self._run["started"] = time.monotonic(), _now()
+        self._run["stage"], self._training = stage, None
         self.write("running")
 
     def train(self, progress: Callable[[], dict[str, Any]]) -> None:
@@ -113,7 +74,7 @@ class JobStatus:
         Args:
             stale: stages that are not current.
         """
-        self._stage, self._training = "", None
+        self._run["stage"], self._training = "", None
         return self.write("incomplete" if stale else "finished")
 
     @contextmanager
@@ -121,16 +82,18 @@ class JobStatus:
         """Record an error or an interruption of the running stage before it is raised."""
         try:
             yield
-        except KeyboardInterrupt:
-            self._write_last("interrupted")
-            raise
-        except VerificationError as error:  # what was measured is a part of the results
-            self._error, self._extra = described_error(error, self._stage), error.results or {}
-            error.results = self._write_last("failed") or error.results
-            raise
-        except Exception as error:
-            self._error = described_error(error, self._stage)
-            self._write_last("failed")
+        except (KeyboardInterrupt, Exception) as error:
+            state = "interrupted"
+            if isinstance(error, Exception):
+                state = "failed"
+                self._extra = {"error": described_error(error, self._run["stage"])}
+            if isinstance(error, VerificationError):  # what was measured is a part of the results
+                self._extra |= error.results or {}
+            results: dict[str, Any] | None = None
+            with contextlib.suppress(Exception):  # the first error is the one to report
+                results = self.write(state)
+            if isinstance(error, VerificationError):
+                error.results = results or error.results
             raise
 
     def write(self, state: str) -> dict[str, Any]:
@@ -141,103 +104,74 @@ class JobStatus:
         self._took = self._written - began
         return results
 
-    def _write_last(self, state: str) -> dict[str, Any] | None:
-        try:
-            return self.write(state)
-        except Exception:  # the first error is the one to report
-            return None
-
     def _keys(self, state: str) -> dict[str, Any]:
-        if self._began is None:  # nothing ran
-            return self._kept(state)
-        is_over = state != "running"
+        if self._began is None:  # nothing ran: what the last run recorded, with the state as it is
+            last = self._before.get("run")
+            if state != "finished" and isinstance(last, dict):
+                return self._before
+            kept = dict(last) if isinstance(last, dict) else {}
+            kept.pop("training", None)
+            return {"run": {**kept, "state": state, "stage": ""}}
         run = {
+            **self._run,
             "state": state,
-            "command": self._command,
-            "started": self._started,
             "updated": _now(),
-            **({"finished": _now()} if is_over else {}),
             "elapsed_seconds": time.monotonic() - self._began,
             "peak_rss_bytes": peak_rss_bytes(),
-            "stage": self._stage,
-            "plan": [stage.name for stage in self._plan],
             "versions": versions(),
             "machine": machine(),
-            **({"training": self._training()} if self._training is not None else {}),
         }
-        found: dict[str, Any] = {**self._extra, "run": run}
-        return found | ({"error": self._error} if self._error else {})
-
-    def _kept(self, state: str) -> dict[str, Any]:
-        """What an earlier run recorded, with the state as it is now."""
-        run = self._before.get("run")
-        if state == "finished" or not isinstance(run, dict):
-            kept = run if isinstance(run, dict) else {}
-            kept = {key: value for key, value in kept.items() if key != "training"}
-            return {"run": {**kept, "state": state, "stage": ""}}
-        return self._before
+        if state != "running":
+            run["finished"] = _now()
+        if self._training is not None:
+            run["training"] = self._training()
+        return {**self._extra, "run": run}
 
 
 def described_error(error: BaseException, stage: str) -> dict[str, Any]:
-    """The key `error` of results.json."""
-    remedy = next((words for kind, words in REMEDIES if isinstance(error, kind)), None)
-    if is_out_of_memory(error):
-        remedy = (
-            "Free memory, or use less: a smaller model, smaller data.sequence_tokens or "
-            "adapters.batch_sequences, or gradient_checkpointing: true."
-        )
-    elif remedy is None:
-        remedy = (
-            "Free space, or correct the permissions, if the message says so. Otherwise run the "
-            "command again with --debug and report the traceback."
-            if isinstance(error, OSError | QwloraError)
-            else "This may be a bug: run the command again with --debug and report the traceback."
-        )
-    again = "Then run the same command. Finished stages are not repeated."
+    """The key `error` of results.json, without paths of the working and home folders."""
     name = type(error).__name__
-    found = {
-        "class": name,
-        "message": without_folder(str(error) or name),
-        "stage": stage,
-        "remedy": [remedy, again],
-    }
-    if isinstance(error, QwloraError):
-        known = next(c for c in type(error).__mro__ if c.__module__ == QwloraError.__module__)
-        found["docs"] = f"docs/errors/{known.__name__}.md"
-    return found
-
-
-def without_folder(text: str) -> str:
-    """`text` without the paths of the working and home folders: reports are passed on."""
+    message = str(error) or name
     for folder, short in ((str(Path.cwd()), "."), (str(Path.home()), "~")):
         if len(folder) > 1:
-            text = text.replace(folder, short)
-    return text
+            message = message.replace(folder, short)
+    if is_out_of_memory(error):
+        remedy = f"{LESS_MEMORY}."
+    elif isinstance(error, QwloraError):
+        remedy = error.remedy
+    elif isinstance(error, OSError):
+        remedy = QwloraError.remedy
+    else:
+        remedy = "This may be a bug: run the command again with --debug and report the traceback."
+    again = "Then run the same command. Finished stages are not repeated."
+    described = {"class": name, "message": message, "stage": stage, "remedy": [remedy, again]}
+    if isinstance(error, QwloraError):
+        known = next(c for c in type(error).__mro__ if c.__module__ == QwloraError.__module__)
+        described["docs"] = f"docs/errors/{known.__name__}.md"
+    return described
 
 
 def versions() -> dict[str, str]:
     """Releases of the packages that results depend on, as far as they are installed."""
-    found = {"python": platform.python_version()}
+    releases = {"python": platform.python_version()}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
+        with contextlib.suppress(PackageNotFoundError):
+            releases[package] = version(package)
+    return releases
 
 
 def machine() -> dict[str, Any]:
     """The machine, without its name."""
-    found: dict[str, Any] = {
+    facts: dict[str, Any] = {
         "system": platform.system(),
         "architecture": platform.machine(),
         "cores": os.cpu_count(),
     }
     if name := processor_name():
-        found["processor"] = name
+        facts["processor"] = name
     with contextlib.suppress(OSError, ValueError):  # not Linux
-        found["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return found
+        facts["memory_bytes"] = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return facts
 
 
 def _now() -> str:

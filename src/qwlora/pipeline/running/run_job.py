@@ -16,8 +16,10 @@ from typing import Any
 
 from qwlora.data.prepared_data import summary
 from qwlora.errors import DirectoryError, described
+from qwlora.formats.card_mark import text_of
+from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.digests import Digests
-from qwlora.pipeline.job.directory import Directory
+from qwlora.pipeline.job.directory import Directory, RecipeChangedError
 from qwlora.pipeline.job.directory_errors import as_directory_errors
 from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.job.output_path import check_outside_data
@@ -33,17 +35,39 @@ from qwlora.pipeline.running.distributed import (
     announce,
     announced_stages,
     is_first_process,
+    process_count,
     wait_for_others,
 )
 from qwlora.pipeline.running.job_status import JobStatus
 from qwlora.pipeline.running.new_context import new_context
 from qwlora.pipeline.stages import RUN, VERBS
 from qwlora.progress import Track, untracked
-from qwlora.recipe import Recipe
+from qwlora.recipe import Recipe, load_recipe
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss, return_freed_memory
 
 Say = Callable[[str], None]
 Watch = Callable[[str, int, int], None]
+
+
+def run_file(
+    path: Path, out: Path, changes: tuple[str, ...] = (), **options: Any
+) -> dict[str, Any]:
+    """`run` with the recipe in the file `path`, by default that of the job itself.
+
+    If another command changes the job's recipe before this one has its lock, it is read again.
+
+    Args:
+        changes: see `load_recipe`.
+        options: arguments of `run`.
+    """
+    while True:
+        journal.finish(out)  # before the recipe in the job's directory is read
+        before = text_of(out / "recipe.yaml")
+        try:
+            return run(load_recipe(path, changes), out, recipe_text=before, **options)
+        except RecipeChangedError:
+            if process_count() > 1:  # the others have ended
+                raise
 
 
 def run(
@@ -56,6 +80,7 @@ def run(
     trust_mtime: bool = False,
     replace: bool = False,
     watch: Watch | None = None,
+    recipe_text: str | None = None,
 ) -> dict[str, Any]:
     """Run the stages of `recipe` whose verb is in `verbs` in the directory `out`.
 
@@ -69,6 +94,7 @@ def run(
         replace: replace adapters that were trained with other settings.
         watch: called when a stage begins, with its name, its number and how many will run. Without
             it, memory and disk are not estimated before.
+        recipe_text: see `Directory.open`.
 
     Returns:
         The content of `results.json`.
@@ -88,7 +114,8 @@ def run(
         return _join_stages(new_context(recipe, texts, out, untracked), plan)
     job = _Run(recipe, out, texts, plan, digests, track, say)
     try:
-        return job.run(verbs, command or (lambda verb: command_line(verb, out)), replace, watch)
+        asked = job.check(verbs, command or (lambda verb: command_line(verb, out)), replace)
+        return job.run(asked, watch, recipe_text)
     finally:
         digests.save()
         announce(None)
@@ -96,7 +123,7 @@ def run(
 
 @dataclass
 class _Run:
-    """One run, in the first process. Its first fields are what `run` was given and made.
+    """One run, in the first process. Its first fields are what `run` got and made.
 
     Args:
         stale: why each stage that is not current has to run.
@@ -115,62 +142,67 @@ class _Run:
     always: set[str] = field(default_factory=set)
     context: Any = None
 
-    def run(
-        self,
-        verbs: Collection[str],
-        command: Callable[[str], str],
-        replace: bool,
-        watch: Watch | None,
-    ) -> dict[str, Any]:
+    def check(
+        self, verbs: Collection[str], command: Callable[[str], str], replace: bool
+    ) -> list[Stage]:
+        """All checks of the directory; returns the stages of `verbs`."""
         asked = [stage for stage in self.plan if stage.verb in verbs]
         if not set(VERBS) <= set(verbs):
             self.always = {stage.name for stage in asked if stage.verb == "verify"}
-        peek = Directory.peek(self.out, self.recipe)
-        peek.digests = self.digests
+        peek = self._peek()
         self.stale = find_stale(self.plan, peek)
-        if "calibrate" not in verbs:
-            asked = _without_uncalibrated(asked, peek, self.say)
-        waiting = [stage for stage in asked if self._must_run(stage)]
+        if "calibrate" not in verbs:  # simulations that were never calibrated are not evaluated
+            for stage in [s for s in asked if s.name.startswith("evaluate/simulated/")]:
+                if stage.needs[0] not in peek.records:
+                    self.say(f"{stage.name}: left out, {stage.needs[0]} has not run")
+                    asked.remove(stage)
+        waiting = self._waiting(asked)
         check_needs(self.plan, waiting, verbs, peek, self.stale, command)
         if not replace:
             check_none_lost(peek, self.recipe)
             check_kept(self.plan, waiting, peek, self.recipe, self.stale)
-        if not waiting and not peek.is_writable:
-            return self._unchanged(peek, asked)
-        for name in peek.damaged:
-            self.say(f"{peek.path / record_path(name)} is damaged; {name} runs again")
-        for stage in waiting:
-            if stage.artifact is not None:
-                peek.check_replaceable(stage.name, stage.artifact)
-        self._prepare(peek, waiting, estimates=watch is not None)
-        with Directory.open(self.out, self.recipe) as directory:
-            directory.digests = self.digests
-            self.stale = find_stale(self.plan, directory)
-            directory.drop(*(directory.records.keys() - {s.name for s in self.plan}))
-            return self._run_stages(directory, asked, watch or (lambda stage, number, count: None))
-
-    def _must_run(self, stage: Stage) -> bool:
-        return stage.name in self.stale or stage.name in self.always
-
-    def _unchanged(self, directory: Directory, asked: Sequence[Stage]) -> dict[str, Any]:
-        """The results of a folder that cannot be written, where every stage is current."""
-        for stage in asked:
-            self.say(_skipped_line(stage))
-        results = collect_results(directory, self.recipe, self.plan, self.stale)
-        merge_results(results, last_status(self.out))
-        return results
-
-    def _prepare(self, directory: Directory, waiting: Sequence[Stage], estimates: bool) -> None:
-        """All checks that need no writing, and the estimate."""
-        if not waiting:
-            return
-        if not directory.is_writable:
+        if waiting and not peek.is_writable:
             first = waiting[0].name
             raise DirectoryError(
                 f"{str(self.out)!r} is not writable, but {first} must run "
                 f"({self.stale.get(first, 'as requested')}); make the directory writable, or "
                 "copy it"
             )
+        for name in peek.damaged:
+            self.say(f"{peek.path / record_path(name)} is damaged; {name} runs again")
+        for stage in waiting:
+            if stage.artifact is not None:
+                peek.check_replaceable(stage.name, stage.artifact)
+        return asked
+
+    def run(
+        self, asked: list[Stage], watch: Watch | None, recipe_text: str | None
+    ) -> dict[str, Any]:
+        """Run the stages `asked`, as far as they are not current."""
+        if waiting := self._waiting(asked):
+            self._prepare(waiting, estimates=watch is not None)
+        elif not (peek := self._peek()).is_writable:
+            for stage in asked:
+                self.say(_skipped_line(stage))
+            results = collect_results(peek, self.recipe, self.plan, self.stale)
+            merge_results(results, last_status(self.out))
+            return results
+        with Directory.open(self.out, self.recipe, recipe_text) as directory:
+            directory.digests = self.digests
+            self.stale = find_stale(self.plan, directory)
+            directory.drop(*(directory.records.keys() - {s.name for s in self.plan}))
+            return self._run_stages(directory, asked, watch or (lambda stage, number, count: None))
+
+    def _peek(self) -> Directory:
+        directory = Directory.peek(self.out, self.recipe)
+        directory.digests = self.digests
+        return directory
+
+    def _waiting(self, asked: Sequence[Stage]) -> list[Stage]:
+        return [s for s in asked if s.name in self.stale or s.name in self.always]
+
+    def _prepare(self, waiting: Sequence[Stage], estimates: bool) -> None:
+        """All checks of text and model, which need no writing, and the estimate."""
         verbs = {stage.verb for stage in waiting}
         self.context = _start_context(
             self.recipe, self.texts, self.out, self.track, self.say, verbs
@@ -178,7 +210,17 @@ class _Run:
         for name, text in (prepared := self.context.all_texts()).items():
             self.say(summary(text.describe(), name if len(prepared) > 1 else None))
         if estimates:
-            _say_estimate(self.context, waiting, self.track, self.say)
+            from qwlora.pipeline.plan.estimates import estimate, summary_line
+
+            holds_float = self.context.holds_float_model
+            try:
+                found = estimate(self.recipe, waiting, self.out, self.track, holds_float)
+            except Exception as error:  # an estimate is no reason to stop a job
+                self.say(f"no estimate of memory: {described(error)}")
+            else:
+                self.say(summary_line(found))
+                for problem in found.problems:
+                    self.say(f"warning: {problem}")
 
     def _run_stages(
         self, directory: Directory, asked: Sequence[Stage], watch: Watch
@@ -190,9 +232,9 @@ class _Run:
             f"qwlora run {name}/recipe.yaml --out {name}",
             last_status(self.out),
         )
-        waiting = [stage.name for stage in asked if self._must_run(stage)]
+        waiting = [stage.name for stage in self._waiting(asked)]
         for stage in asked:
-            if not self._must_run(stage):
+            if not self._waiting([stage]):
                 directory.drop_work(stage.name, stage.work_key)  # of a run killed at its end
                 self.say(_skipped_line(stage))
                 continue
@@ -221,17 +263,6 @@ class _Run:
                 self.stale[name] = f"reads {stage.name}, which ran again"
         del self.stale[stage.name]
         return seconds
-
-
-def _without_uncalibrated(asked: list[Stage], directory: Directory, say: Say) -> list[Stage]:
-    """`asked` without the evaluation of simulations that were never calibrated."""
-    kept = []
-    for stage in asked:
-        if stage.name.startswith("evaluate/simulated/") and stage.needs[0] not in directory.records:
-            say(f"{stage.name}: left out, {stage.needs[0]} has not run")
-        else:
-            kept.append(stage)
-    return kept
 
 
 def _join_stages(context: Any, plan: Sequence[Stage]) -> dict[str, Any]:
@@ -282,19 +313,3 @@ def _start_context(
 
     preflight(context, verbs, say)
     return context
-
-
-def _say_estimate(context: Any, waiting: Sequence[Stage], track: Track, say: Say) -> None:
-    """Say what the stages `waiting` need. An estimate is no reason to stop a job."""
-    from qwlora.pipeline.plan.estimates import estimate, summary_line
-
-    try:
-        estimates = estimate(
-            context.recipe, waiting, context.path, track, context.holds_float_model
-        )
-    except Exception as error:
-        say(f"no estimate of memory: {described(error)}")
-        return
-    say(summary_line(estimates))
-    for problem in estimates.problems:
-        say(f"warning: {problem}")

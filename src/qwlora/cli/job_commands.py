@@ -1,0 +1,203 @@
+"""Commands on a job that exists: `report`, `push`, `merge-check`, `merge` and `dump-layers`."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+
+from qwlora.cli.progress_bars import ProgressDisplay
+from qwlora.cli.shared_arguments import AdapterName, AsJson, Job, Yes
+from qwlora.cli.terminal import print_result
+from qwlora.errors import UploadError
+from qwlora.messages import size
+
+if TYPE_CHECKING:
+    from qwlora.pipeline.commands.merge_adapter import Verdict
+
+Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+
+
+def report(
+    jobs: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Job directories.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The page that compares several jobs. It replaces an older one of qwlora."
+        ),
+    ] = Path("comparison.html"),
+) -> None:
+    """Rebuild report.html of jobs; compare several.
+
+    `qwlora run` keeps report.html up to date by itself. Rebuild it after files or the recipe
+    changed: results that no longer belong to them are left out. For several jobs, also writes a
+    page that shows them side by side.
+    """
+    from qwlora.pipeline.results.job_report import rebuild_reports
+
+    for path in rebuild_reports(jobs, out if len(jobs) > 1 else None):
+        print(path)
+
+
+def push(
+    job: Job,
+    repository: Annotated[
+        str,
+        typer.Option(
+            "--to",
+            metavar="OWNER/NAME",
+            help="The repository on the hub. Created if it does not exist.",
+        ),
+    ],
+    adapter: Annotated[
+        str | None, typer.Option(help="The adapter to upload. Default: the base.")
+    ] = None,
+    public: Annotated[
+        bool,
+        typer.Option(
+            "--public", help="Create a public repository, or upload to one. Default: private."
+        ),
+    ] = False,
+    license: Annotated[
+        str | None,
+        typer.Option(
+            help="License for the model card, as the hub writes it, for example apache-2.0. "
+            "Default: for a base, what the model's files state; otherwise unknown."
+        ),
+    ] = None,
+    yes: Yes = False,
+) -> None:
+    """Upload the base or an adapter to the hub.
+
+    With its model card and its exported files, to the Hugging Face hub. Shows what would be
+    uploaded and asks first. Uses the token of `hf auth login` or HF_TOKEN.
+    """
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", repository):
+        raise typer.BadParameter(f"{repository!r} is not OWNER/NAME", param_hint="--to")
+    from qwlora.pipeline.commands.push import prepared, send
+
+    with prepared(job, repository, adapter, is_private=not public, license=license) as upload:
+        kind = "private" if upload.is_private else "public"
+        print(
+            f"{upload.what}: {len(upload.files)} files, {size(upload.size_bytes)}, to {repository} "
+            f"({kind})"
+        )
+        for name in sorted(upload.files):
+            print(f"  {name}")
+        for name in upload.outdated:
+            print(f"  {name} is deleted there: an earlier upload of this job")
+        for note in upload.notes:
+            print(f"note: {note}")
+        if not yes:
+            if not sys.stdin.isatty():
+                raise UploadError("nothing was uploaded; confirm with --yes")
+            typer.confirm("Upload?", abort=True)
+        print(send(upload, job))
+
+
+def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
+    """Measure what merging an adapter would lose.
+
+    Merging rounds the sum of base and adapter to the base's integers. Writes nothing.
+    """
+    from qwlora.pipeline.commands.open_job import open_job
+
+    context, name = open_job(job, name)
+    from qwlora.pipeline.commands.merge_adapter import merge_verdict
+
+    with ProgressDisplay(as_json) as display:
+        verdict = merge_verdict(context, name, display.track)
+    print_result(verdict.to_json(), merge_lines(verdict), as_json)
+
+
+def merge(
+    job: Job,
+    name: Name,
+    into: Annotated[
+        Literal["float", "requantized"],
+        typer.Option(
+            help="float: write a float model; requantized: round the merged weights back onto the "
+            "base's grid."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to create for the merged model.")],
+) -> None:
+    """Merge an adapter into its base.
+
+    Reports what that loses. The merge starts from the dequantized base, never from the original
+    float weights.
+    """
+    from qwlora.pipeline.commands.model_folder import new_folder
+    from qwlora.pipeline.commands.open_job import open_job
+    from qwlora.pipeline.job.output_path import check_outside_data
+
+    with new_folder(out) as folder:
+        context, name = open_job(job, name)
+        check_outside_data(out, context.recipe)
+        from qwlora.pipeline.commands.merge_adapter import merge_verdict, write_merged
+
+        with ProgressDisplay() as display:
+            verdict = merge_verdict(context, name, display.track)
+        print("\n".join(merge_lines(verdict)), flush=True)
+        write_merged(context, name, into, folder)
+    print(f"wrote {out}")
+
+
+def merge_lines(verdict: Verdict) -> list[str]:
+    """What a merge loses, in words."""
+    worst = sorted(verdict.layers.items(), key=lambda item: -item[1].share)[:3]
+    most = ", ".join(f"{path} {layer.share:.1%}" for path, layer in worst)
+    return [
+        f"{verdict.share:.1%} of the adapter's weight changes are smaller than half a quantization "
+        f"step of the base (most in {most})",
+        f"perplexity: base {verdict.base:.3f}, with the adapter {verdict.adapted:.3f}, merged into "
+        f"the integers {verdict.merged:.3f}",
+        "the adapter does not improve perplexity on this text"
+        if verdict.kept is None
+        else f"the merged integers keep {verdict.kept:.1%} of the adapter's improvement",
+        verdict.recommendation(),
+    ]
+
+
+def dump_layers(
+    job: Job,
+    adapter: AdapterName = None,
+    stage: Annotated[
+        str | None,
+        typer.Option(
+            help="onnx, aimet, qairt, qnn, or simulated, which writes no values of a runtime. "
+            "Default: the first of these in export.targets."
+        ),
+    ] = None,
+    ids: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Token ids, a .npy file of integers [tokens]. Shorter sequences than the files "
+            "take are padded on the right. Default: the first held-out sequence of the job.",
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The folder to write, which must not exist. Default: layers/STAGE/NAME in the job."
+        ),
+    ] = None,
+) -> None:
+    """Write every layer's output, to compare with a device.
+
+    What the simulation computes, and what ONNX Runtime computes from the exported files on the CPU.
+    layers.json lists the tensors, with their names in the files and those of their encodings.
+    """
+    from qwlora.pipeline.commands.dump_layers import dump_layers as dump
+
+    with ProgressDisplay(False) as display:
+        folder, record = dump(job, stage, adapter, ids, out, display.track)
+    both = sum(1 for layer in record["layers"] if layer["simulated"] and layer["runtime"])
+    print(
+        f"{folder}: {len(record['layers'])} layers of {record['stage']}/{record['use_case']} for "
+        f"{record['tokens']} tokens, {both} of them simulated and from the runtime"
+    )

@@ -1,0 +1,154 @@
+"""Commands on a recipe before anything runs: `init`, `check`, `data` and `plan`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from qwlora.atomic import write_text
+from qwlora.cli.progress_bars import ProgressDisplay
+from qwlora.cli.shared_arguments import AsJson, Changes
+from qwlora.cli.tables import table
+from qwlora.cli.terminal import console, print_json, print_result
+from qwlora.errors import DirectoryError
+from qwlora.messages import size
+
+if TYPE_CHECKING:
+    from qwlora.pipeline.plan.estimates import Estimates
+
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+
+
+def check(recipe: RecipeFile, changes: Changes = None) -> None:
+    """Validate a recipe and print it with its defaults.
+
+    Then which targets hold the grids of its base.
+    """
+    from qwlora.pipeline.plan.target_table import second_rounding, target_table
+    from qwlora.recipe import load_recipe
+    from qwlora.recipe.yaml_core import dump_yaml
+
+    checked = load_recipe(recipe, tuple(changes or ()))
+    rows, notes = target_table(checked)
+    print(dump_yaml(checked.model_dump(mode="json")), end="")
+    print("\n# Targets that hold these grids exactly, or the scheme that they need instead")
+    print("# (* in export.targets):\n#")
+    if note := second_rounding(checked):
+        notes.append(f"warning: {note}")
+    for line in (*table(rows), *(["", *notes] if notes else [])):
+        print(f"#   {line}".rstrip())
+
+
+def data(
+    recipe: RecipeFile,
+    changes: Changes = None,
+    sequence: Annotated[
+        int, typer.Option(help="Number of the training sequence to show, counted from 0.")
+    ] = 0,
+    adapter: Annotated[
+        str | None, typer.Option(help="Whose text. Default: the first adapter's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Summarize a recipe's data and show a training sequence.
+
+    Loss tokens are marked.
+    """
+    from qwlora.pipeline.commands.data_preview import format_preview, preview
+    from qwlora.recipe import load_recipe
+
+    with ProgressDisplay(as_json) as display:
+        chosen = load_recipe(recipe, tuple(changes or ()))
+        found = preview(chosen, sequence, adapter, display.track)
+    print_result(found, [format_preview(found)], as_json)
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="The file to write.")] = Path("recipe.yaml"),
+    full: Annotated[
+        bool,
+        typer.Option("--full", help="Write every key; those with a default are commented out."),
+    ] = False,
+) -> None:
+    """Write a recipe to start from. Never overwrites a file."""
+    from qwlora.recipe.starter import full_recipe, starter_recipe
+
+    if path.exists():
+        raise DirectoryError(f"{str(path)!r} exists and was not changed. Give another path")
+    try:
+        write_text(path, full_recipe() if full else starter_recipe())
+    except OSError as error:
+        raise DirectoryError(
+            f"{str(path)!r} cannot be written: {error.strerror}. Give another path"
+        ) from error
+    print(
+        f"wrote {path}; set model.source and data.source in it, then: qwlora run {path} --out out"
+    )
+
+
+def plan(
+    recipe: RecipeFile,
+    changes: Changes = None,
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="Where the job would be written; its free space is compared with the need."
+        ),
+    ] = Path(),
+    as_json: AsJson = False,
+) -> None:
+    """Estimate memory and disk of a recipe's stages.
+
+    Says whether the job fits this machine. Reads the model's configuration and headers, no weights,
+    except a few to tell whether they were rounded before.
+    """
+    from qwlora.recipe import load_recipe
+
+    content = load_recipe(recipe, tuple(changes or ()))
+    from qwlora.pipeline.running.new_context import quiet_libraries
+
+    quiet_libraries()
+    from qwlora.pipeline.plan.estimates import plan_job
+    from qwlora.pipeline.plan.target_table import second_rounding
+
+    with ProgressDisplay(as_json) as display:
+        estimates = plan_job(content, out, display.track)
+    if as_json:
+        print_json(estimates.to_json())
+        return
+    if note := second_rounding(content):
+        print(f"warning: {note}\n")
+    _print_estimates(estimates)
+
+
+def _print_estimates(estimates: Estimates) -> None:
+    shown = console(width=100)
+    rows = Table(box=None, pad_edge=False, header_style="bold")
+    rows.add_column("stage", no_wrap=True, overflow="ellipsis")
+    for column in ("peak memory", "disk"):
+        rows.add_column(column, justify="right", no_wrap=True)
+    rows.add_column("most of the memory", overflow="fold")
+    limit, free = estimates.memory_limit, estimates.disk_free
+    for stage in estimates.stages:
+        parts = {name: count for name, count in stage.memory.items() if name != "process"}
+        most = max(parts, key=lambda part: parts[part])
+        rows.add_row(
+            stage.stage,
+            Text(size(int(stage.peak)), "red" if limit is not None and stage.peak > limit else ""),
+            size(int(stage.disk)) if stage.disk else "",
+            f"{most}, {size(int(parts[most]))}",
+        )
+    largest = estimates.largest
+    of_limit = "" if limit is None else f" of {size(limit)}"
+    of_free = "" if free is None else f" of {size(free)} free"
+    shown.print(rows)
+    shown.print(f"\nmemory  {size(int(largest.peak))}{of_limit}, in {largest.stage}")
+    shown.print(f"disk    {size(int(estimates.disk))}{of_free}\n")
+    if not estimates.problems:
+        shown.print("Everything fits.", style="green")
+    for problem in estimates.problems:
+        shown.print(f"Does not fit: {problem}", style="red")

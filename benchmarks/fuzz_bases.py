@@ -36,7 +36,7 @@ from fuzz_encodings import break_bytes, break_json  # noqa: E402
 from machine import machine_line  # noqa: E402
 from qwlora import load_base, quantize_, save_base  # noqa: E402
 from qwlora.analysis.inspect_model import inspect_source  # noqa: E402
-from qwlora.encodings import EncodingsFile, IntegerEncoding, write  # noqa: E402
+from qwlora.encodings import EncodingsFile, IntegerEncoding, write_encodings  # noqa: E402
 from qwlora.errors import QwloraError  # noqa: E402
 from qwlora.formats.assemble_model import load_precomputed  # noqa: E402
 from qwlora.formats.open_checkpoint import open_checkpoint  # noqa: E402
@@ -100,7 +100,7 @@ def make_sources(folder: Path) -> list[Path]:
                     axis=0,
                 )
             )
-    write(EncodingsFile("2.0.0", entries), aimet / ENCODINGS)
+    write_encodings(EncodingsFile("2.0.0", entries), aimet / ENCODINGS)
     gguf.mkdir()
     config = LlamaConfig(**{**SIZES, "vocab_size": 16}, tie_word_embeddings=True)
     kinds = {

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from machine import machine_line
-from qwlora.encodings import convert, read, validate, write
+from qwlora.encodings import convert, read_encodings, validate, write_encodings
 from qwlora.errors import QwloraError
 
 ROOT = Path(__file__).parent.parent
@@ -111,15 +111,15 @@ def use(path: Path) -> str:
     """Read, validate and convert one file; the kind of ending."""
     try:
         validate(path)
-        file = read(path)
+        file = read_encodings(path)
     except QwloraError:
         return "refused"
     for version in VERSIONS:
         try:
-            write(convert(file, version, lossy=True), path.with_suffix(".out"))
+            write_encodings(convert(file, version, lossy=True), path.with_suffix(".out"))
         except QwloraError:
             continue
-        read(path.with_suffix(".out"))
+        read_encodings(path.with_suffix(".out"))
     return "read"
 
 

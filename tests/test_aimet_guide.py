@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 import qwlora
 from conftest import text
-from qwlora.encodings import EncodingsFile, write
+from qwlora.encodings import EncodingsFile, write_encodings
 from qwlora.encodings.grids import entry_of
 from qwlora.nn.frozen import packed_layers
 
@@ -29,7 +29,7 @@ def rounded_checkpoint(checkpoint: Path, folder: Path) -> dict[str, str]:
         model.get_submodule(path).weight.data = layer.weight.clone()
     model.save_pretrained(folder)
     entries = tuple(entry_of(f"{p}.weight", layer.encoding, "2.0.0") for p, layer in layers.items())
-    write(EncodingsFile("2.0.0", entries), folder / "model.encodings")
+    write_encodings(EncodingsFile("2.0.0", entries), folder / "model.encodings")
     return {"folder": str(folder), "encodings": str(folder / "model.encodings")}
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from qwlora.adapter.adapter_folder import load_adapter, save_adapter
     from qwlora.adapter.initialize import initialize_adapter_
     from qwlora.adapter.training_step import memory_saving
+    from qwlora.encodings import EncodingsFile, read_encodings, write_encodings
     from qwlora.errors import QwloraError
     from qwlora.export.onnx.onnx_bundle import export_onnx, verify_onnx, verify_onnx_outputs
     from qwlora.export.proof.checks import Limits
@@ -77,6 +78,9 @@ _HOME = {
     "verify_onnx": "export.onnx.onnx_bundle",
     "verify_onnx_outputs": "export.onnx.onnx_bundle",
     "Encoding": "grid.encoding",
+    "EncodingsFile": "encodings",
+    "read_encodings": "encodings",
+    "write_encodings": "encodings",
     "fingerprint": "nn.fingerprint",
     "Moment": "grid.second_moments",
     "Moments": "grid.second_moments",
@@ -93,6 +97,7 @@ _HOME = {
 
 __all__ = [
     "Encoding",
+    "EncodingsFile",
     "Estimator",
     "Limits",
     "Moment",
@@ -122,6 +127,7 @@ __all__ = [
     "observe_moments",
     "open_checkpoint",
     "quantize_",
+    "read_encodings",
     "register_with_transformers",
     "save_adapter",
     "save_base",
@@ -130,6 +136,7 @@ __all__ = [
     "tune_scales_",
     "verify_onnx",
     "verify_onnx_outputs",
+    "write_encodings",
 ]
 
 

@@ -17,7 +17,13 @@ aimet_torch = pytest.importorskip("aimet_torch")
 import torch  # noqa: E402
 from aimet_torch.v2.quantization.affine import QuantizeDequantize  # noqa: E402
 
-from qwlora.encodings import EncodingsFile, IntegerEncoding, convert, read, write  # noqa: E402
+from qwlora.encodings import (  # noqa: E402
+    EncodingsFile,
+    IntegerEncoding,
+    convert,
+    read_encodings,
+    write_encodings,
+)
 from qwlora.grid.encoding import Encoding as GridEncoding  # noqa: E402
 from qwlora.grid.min_max import measure  # noqa: E402
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme  # noqa: E402
@@ -72,8 +78,10 @@ def test_our_file_gives_aimet_our_grid(scheme: Scheme, tmp_path: Path) -> None:
     model, sim = simulated(scheme)
     weight = model[0].weight.detach()
     encoding = measure(weight, scheme)
-    write(convert(file_of("0.weight", encoding), "0.6.1", lossy=True), tmp_path / "ours.encodings")
-    assert read(tmp_path / "ours.encodings").version == "0.6.1"
+    write_encodings(
+        convert(file_of("0.weight", encoding), "0.6.1", lossy=True), tmp_path / "ours.encodings"
+    )
+    assert read_encodings(tmp_path / "ours.encodings").version == "0.6.1"
     sim.load_encodings(str(tmp_path / "ours.encodings"), strict=True)
     quantizer = sim.model[0].param_quantizers["weight"]
     assert (quantizer.bitwidth, quantizer.symmetric) == (scheme.bitwidth, scheme.symmetric)

@@ -20,7 +20,7 @@ from aimet_torch.quantization.affine import (  # noqa: E402
 )
 from aimet_torch.quantsim import QuantizationSimModel  # noqa: E402
 
-from qwlora.encodings import read  # noqa: E402
+from qwlora.encodings import read_encodings  # noqa: E402
 from qwlora.encodings.grids import TensorLayout, grid_of  # noqa: E402
 from qwlora.errors import SourceError  # noqa: E402
 from qwlora.grid.scheme import Lpbq, PerBlock  # noqa: E402
@@ -113,7 +113,7 @@ def test_grids_round_as_aimets_quantizers(tmp_path: Path, exporter: str, version
     if exporter == "torch" and version >= "2":
         pytest.skip("AIMET's older exporter does not write 2.x")
     sim, model, path = exported(tmp_path, exporter, version)
-    file = read(path)
+    file = read_encodings(path)
     for name, shape in SHAPES.items():
         numbered = f"{name}.weight" not in file.by_name
         entry = file.by_name[f"{name}.weight_0" if numbered else f"{name}.weight"]

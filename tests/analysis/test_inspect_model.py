@@ -284,7 +284,7 @@ def test_encodings_belong_to_floats(
     base: tuple[Path, Any], tmp_path: Path, call: Call, checkpoints: dict[str, Path]
 ) -> None:
     for arguments, message in {
-        (base[0], "--encodings", "x"): "is a QWLoRA base, which has encodings",
+        (base[0], "--encodings", "x"): "is quantized already (a base)",
         (GPTQ, "--encodings", "x"): "is quantized already (gptq)",
         (checkpoints["llama"], "--keep-float", "x"): "need --encodings",
         (checkpoints["llama"], "--block-order", "tensor"): "need --encodings",

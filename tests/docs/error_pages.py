@@ -24,7 +24,7 @@ from torch import nn
 from qwlora import errors, strict_json
 from qwlora.adapter.adapter_folder import check_adapter
 from qwlora.adapter.attach import check_trainable
-from qwlora.encodings import convert, read
+from qwlora.encodings import convert, read_encodings
 from qwlora.errors import QwloraError
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.proof.checks import Limits, Parity, check_parity
@@ -112,12 +112,12 @@ def _lossy() -> None:
         "excluded_layers": ["norm"],
     }
     Path("model.encodings").write_text(json.dumps(content))
-    convert(read("model.encodings"), "2.0.0")
+    convert(read_encodings("model.encodings"), "2.0.0")
 
 
 def _bad_encodings() -> None:
     Path("model.encodings").write_text('{"version": "1.0.0", "param_encodings": []}')
-    read("model.encodings")
+    read_encodings("model.encodings")
 
 
 def _missing_package() -> None:

@@ -12,7 +12,7 @@ import pytest
 from random_files import FILES
 
 import qwlora.cli.main
-from qwlora.encodings import convert, read
+from qwlora.encodings import convert, read_encodings
 
 NEW, OLD, LEGACY = (
     str(FILES / f"aimet-{version}.encodings") for version in ("2.0.0", "1.0.0", "0.6.1")
@@ -96,10 +96,10 @@ def test_convert_prints_or_writes(run: Run, tmp_path: Path) -> None:
     code, out, _ = run("convert", NEW, "--to", "2.1.0")
     assert code == 0
     (tmp_path / "printed").write_text(out)
-    assert read(tmp_path / "printed") == convert(read(NEW), "2.1.0")
+    assert read_encodings(tmp_path / "printed") == convert(read_encodings(NEW), "2.1.0")
     code, out, _ = run("convert", NEW, "--to", "2.1.0", "--out", str(tmp_path / "written"))
     assert (code, out) == (0, f"wrote {tmp_path / 'written'}, version 2.1.0, 14 encodings\n")
-    assert read(tmp_path / "written") == read(tmp_path / "printed")
+    assert read_encodings(tmp_path / "written") == read_encodings(tmp_path / "printed")
 
 
 def test_convert_refuses_a_loss_until_it_is_accepted(run: Run, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_convert_refuses_a_loss_until_it_is_accepted(run: Run, tmp_path: Path) -
     ]
     assert not target.exists()
     assert run("convert", OLD, "--to", "0.6.1", "--out", str(target), "--lossy")[0] == 0
-    assert len(read(target).encodings) == 12
+    assert len(read_encodings(target).encodings) == 12
 
 
 def test_convert_takes_lacking_fields_from_model_and_options(run: Run, tmp_path: Path) -> None:
@@ -139,7 +139,10 @@ def test_convert_takes_lacking_fields_from_model_and_options(run: Run, tmp_path:
         )[0]
         == 0
     )
-    assert read(target).by_name["lpbq.weight_0"] == read(OLD).by_name["lpbq.weight_0"]
+    assert (
+        read_encodings(target).by_name["lpbq.weight_0"]
+        == read_encodings(OLD).by_name["lpbq.weight_0"]
+    )
 
 
 def test_diff_exits_1_when_files_differ(run: Run) -> None:

@@ -20,7 +20,7 @@ from qwlora.encodings import (
     LpbqEncoding,
     OnnxTensor,
     convert,
-    read,
+    read_encodings,
     read_graph,
 )
 from qwlora.encodings.encodings_file import parse, to_document
@@ -320,7 +320,10 @@ def test_an_unknown_version_is_refused() -> None:
 
 
 def test_aimets_2_0_0_and_2_1_0_are_the_same_file() -> None:
-    old, new = read(FILES / "aimet-2.0.0.encodings"), read(FILES / "aimet-2.1.0.encodings")
+    old, new = (
+        read_encodings(FILES / "aimet-2.0.0.encodings"),
+        read_encodings(FILES / "aimet-2.1.0.encodings"),
+    )
     assert convert(old, "2.1.0") == new
     assert convert(new, "2.0.0") == old
 
@@ -329,7 +332,10 @@ def test_aimets_1_0_0_converts_to_its_2_0_0() -> None:
     """AIMET wrote both files; its two simulations differ only in float8 weights and biases."""
     pytest.importorskip("onnx")
     graph = read_graph(FILES / "model.onnx")
-    old, new = read(FILES / "aimet-1.0.0.encodings"), read(FILES / "aimet-2.0.0.encodings").by_name
+    old, new = (
+        read_encodings(FILES / "aimet-1.0.0.encodings"),
+        read_encodings(FILES / "aimet-2.0.0.encodings").by_name,
+    )
     open_order = {"block.weight_0", "lpbq.weight_0"}
     with pytest.raises(ConversionError) as caught:
         convert(old, "2.0.0", lossy=True, graph=graph)
@@ -346,8 +352,8 @@ def test_aimets_older_exporter_lists_blocks_by_output_channel() -> None:
     names = {"block.weight": "block.weight_0", "lpbq.weight": "lpbq.weight_0"}
     graph_of_model = read_graph(FILES / "model.onnx")
     old, new = (
-        read(FILES / "aimet-export-1.0.0.encodings"),
-        read(FILES / "aimet-2.0.0.encodings").by_name,
+        read_encodings(FILES / "aimet-export-1.0.0.encodings"),
+        read_encodings(FILES / "aimet-2.0.0.encodings").by_name,
     )
     some = tuple(e for e in old.encodings if e.name in names)
     file = EncodingsFile("1.0.0", some, frozenset(names))

@@ -16,7 +16,7 @@ from qwlora.encodings import (
     IntegerEncoding,
     LpbqEncoding,
     diff,
-    read,
+    read_encodings,
 )
 
 
@@ -105,7 +105,10 @@ def test_sections_and_file_fields_are_compared() -> None:
 
 
 def test_aimets_files_differ_where_its_simulations_do() -> None:
-    found = diff(read(FILES / "aimet-1.0.0.encodings"), read(FILES / "aimet-2.0.0.encodings"))
+    found = diff(
+        read_encodings(FILES / "aimet-1.0.0.encodings"),
+        read_encodings(FILES / "aimet-2.0.0.encodings"),
+    )
     assert [(d.name, d.field) for d in found] == [
         ("y", "scale"),
         ("y", "offset"),

@@ -21,8 +21,8 @@ from qwlora.encodings import (
     FloatEncoding,
     IntegerEncoding,
     LpbqEncoding,
-    read,
-    write,
+    read_encodings,
+    write_encodings,
 )
 from qwlora.encodings.encodings_file import load_json, parse, to_document
 from qwlora.encodings.grids import entry_of
@@ -42,13 +42,14 @@ def test_an_aimet_file_is_read_and_written_back_field_by_field(version: str) -> 
         scale = next(e for e in document["encodings"] if e["name"] == "lpbq.weight_0")["y_scale"]
         assert scale["axis"] == -1
         scale["axis"] = 1
-    assert to_document(read(FILES / f"aimet-{version}.encodings")) == document
+    assert to_document(read_encodings(FILES / f"aimet-{version}.encodings")) == document
 
 
 def test_aimets_files_have_the_same_grids_in_every_version() -> None:
     """The four files hold the same simulation."""
     by_version = {
-        version: read(FILES / f"aimet-{version}.encodings").by_name for version in VERSIONS
+        version: read_encodings(FILES / f"aimet-{version}.encodings").by_name
+        for version in VERSIONS
     }
     for version, encodings in by_version.items():
         channel, shifted = encodings["channel.weight"], encodings["shifted.weight_0"]
@@ -67,7 +68,8 @@ def test_aimets_files_have_the_same_grids_in_every_version() -> None:
 
 def test_aimets_lpbq_reads_the_same_in_three_versions() -> None:
     old, middle, new = (
-        read(FILES / f"aimet-{v}.encodings").by_name["lpbq.weight_0"] for v in VERSIONS[1:]
+        read_encodings(FILES / f"aimet-{v}.encodings").by_name["lpbq.weight_0"]
+        for v in VERSIONS[1:]
     )
     assert isinstance(old, LpbqEncoding)
     assert isinstance(middle, LpbqEncoding)
@@ -82,7 +84,7 @@ def test_aimets_lpbq_reads_the_same_in_three_versions() -> None:
     assert (middle.block_scale.shape, middle.channel_scale.shape) == ((3, 8), (1, 8))
     assert (middle.block_scale.reshape(-1) == old.block_scale).all()
     expanded = (middle.block_scale * middle.channel_scale).reshape(-1)
-    legacy = read(FILES / "aimet-0.6.1.encodings").by_name["lpbq.weight_0"]
+    legacy = read_encodings(FILES / "aimet-0.6.1.encodings").by_name["lpbq.weight_0"]
     assert isinstance(legacy, IntegerEncoding)
     np.testing.assert_allclose(legacy.scale, expanded, rtol=1e-6)
 
@@ -90,8 +92,8 @@ def test_aimets_lpbq_reads_the_same_in_three_versions() -> None:
 def test_aimets_two_exporters_list_blocks_in_two_orders() -> None:
     """`sim.export` lists a MatMul weight by channel, `sim.onnx.export` as it is stored."""
     lying, older = (
-        read(FILES / "aimet-1.0.0.encodings"),
-        read(FILES / "aimet-export-1.0.0.encodings"),
+        read_encodings(FILES / "aimet-1.0.0.encodings"),
+        read_encodings(FILES / "aimet-export-1.0.0.encodings"),
     )
     assert to_document(older) == json.loads((FILES / "aimet-export-1.0.0.encodings").read_text())
     assert older.by_name["float16.weight"] == FloatEncoding("float16.weight", 16)
@@ -188,7 +190,7 @@ def test_any_bytes_give_a_value_or_our_error(
     path = tmp_path_factory.getbasetemp() / "any.encodings"
     path.write_bytes(content)
     try:
-        read(path)
+        read_encodings(path)
     except EncodingsFileError as error:
         assert error.problems  # noqa: PT017 (both outcomes are right, other errors are not)
 
@@ -201,7 +203,7 @@ def test_any_bytes_give_a_value_or_our_error(
         (b"\xff", "is not UTF-8 text"),
         (b"[" * 100_000, "is nested too deeply"),
         (b'{"a":' * 100_000, "is nested too deeply"),
-        (b"[" + b"9" * 5000 + b"]", "thousands of digits"),
+        (b"[" + b"9" * 5000 + b"]", "4300 digits"),
         (b'{"version": "1.0.0", "version": "1.0.0"}', "has the key 'version' twice in one object"),
         (b"[]", "file: is a list; an object is needed"),
         (b"{}", "file, version: is missing"),
@@ -219,7 +221,7 @@ def test_an_invalid_file_says_why(tmp_path: Path, content: bytes, message: str) 
     path = tmp_path / "bad.encodings"
     path.write_bytes(content)
     with pytest.raises(EncodingsFileError, match=message) as caught:
-        read(path)
+        read_encodings(path)
     assert str(path) in str(caught.value)
 
 
@@ -233,7 +235,7 @@ def test_a_file_over_the_limit_is_not_read(tmp_path: Path) -> None:
 
 def test_a_missing_file_says_so(tmp_path: Path) -> None:
     with pytest.raises(EncodingsFileError, match="cannot be read: No such file"):
-        read(tmp_path / "none")
+        read_encodings(tmp_path / "none")
 
 
 def changed(version: str, section: str, name: str, **fields: Any) -> dict[str, Any]:
@@ -552,7 +554,7 @@ def test_a_bad_field_is_named(
     path = tmp_path / "bad.encodings"
     path.write_text(json.dumps(changed(version, section, name, **fields)))
     with pytest.raises(EncodingsFileError, match=f"{name}[:,] {message}") as caught:
-        read(path)
+        read_encodings(path)
     assert isinstance(caught.value, QwloraError)
     assert isinstance(caught.value, ValueError)
 
@@ -564,7 +566,7 @@ def test_every_problem_is_reported_at_once(tmp_path: Path) -> None:
     path = tmp_path / "bad.encodings"
     path.write_text(json.dumps(document))
     with pytest.raises(EncodingsFileError) as caught:
-        read(path)
+        read_encodings(path)
     for part in (
         "x: bitwidth is 0",
         "new, bw: is missing",
@@ -591,9 +593,9 @@ def test_control_characters_in_names_are_escaped() -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_a_written_file_reads_back(tmp_path: Path, version: str) -> None:
-    file = read(FILES / f"aimet-{version}.encodings")
-    write(file, str(tmp_path / "out.encodings"))
-    assert read(tmp_path / "out.encodings") == file
+    file = read_encodings(FILES / f"aimet-{version}.encodings")
+    write_encodings(file, str(tmp_path / "out.encodings"))
+    assert read_encodings(tmp_path / "out.encodings") == file
     assert [p.name for p in tmp_path.iterdir()] == ["out.encodings"]
     lines = (tmp_path / "out.encodings").read_text().splitlines()
     assert all(any(json.dumps(name) in line for line in lines) for name in file.by_name)
@@ -607,16 +609,18 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
         "1.0.0", (IntegerEncoding("w", 8, 0.1, 0, False, signed=True),), frozenset()
     )
     with pytest.raises(ConversionError, match="w: signed True"):
-        write(file, path)
+        write_encodings(file, path)
     with pytest.raises(EncodingsFileError, match="quantizer_args: has nan under 'x'"):
-        write(EncodingsFile("1.0.0", (), frozenset(), quantizer_args={"x": math.nan}), path)
+        write_encodings(
+            EncodingsFile("1.0.0", (), frozenset(), quantizer_args={"x": math.nan}), path
+        )
     with pytest.raises(EncodingsFileError, match="version '9' is not one of"):
-        write(EncodingsFile("9", ()), path)
+        write_encodings(EncodingsFile("9", ()), path)
     with pytest.raises(EncodingsFileError, match="cannot be written"):
-        write(EncodingsFile("2.0.0", ()), tmp_path / "nowhere" / "out")
+        write_encodings(EncodingsFile("2.0.0", ()), tmp_path / "nowhere" / "out")
     (tmp_path / "folder").mkdir()
     with pytest.raises(EncodingsFileError, match="cannot be written"):
-        write(EncodingsFile("2.0.0", ()), tmp_path / "folder")
+        write_encodings(EncodingsFile("2.0.0", ()), tmp_path / "folder")
     assert path.read_text() == "before"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["folder", "out.encodings"]
 

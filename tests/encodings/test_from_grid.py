@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwlora.encodings import VERSIONS, EncodingsFile, LpbqEncoding, read, write
+from qwlora.encodings import VERSIONS, EncodingsFile, LpbqEncoding, read_encodings, write_encodings
 from qwlora.encodings.grids import TensorLayout, encoding_of, entry_of, grid_of
 from qwlora.errors import ConversionError, EncodingsFileError
 from qwlora.grid.encoding import Encoding
@@ -39,8 +39,8 @@ def grid(scheme: Scheme) -> Encoding:
 def written(encoding: Encoding, version: str, path: Path, transposed: bool) -> EncodingsFile:
     entry = entry_of("w", encoding, version, transposed)
     parameters = frozenset({"w"}) if version < "2" else None
-    write(EncodingsFile(version, (entry,), parameters), path)
-    return read(path)
+    write_encodings(EncodingsFile(version, (entry,), parameters), path)
+    return read_encodings(path)
 
 
 @pytest.mark.parametrize("transposed", [False, True])

@@ -14,7 +14,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
 from qwlora import export_onnx, quantize_, simulate
-from qwlora.encodings import convert, read, read_graph, validate
+from qwlora.encodings import convert, read_encodings, read_graph, validate
 
 FLOAT = onnx.TensorProto.FLOAT
 
@@ -62,7 +62,7 @@ def test_a_graph_without_quantizers_needs_an_encoding_for_each_product(tmp_path:
 
 def test_blocks_convert_to_2_x_and_back(bundle: Path) -> None:
     """The order of blocks in 1.0.0 follows from the producer."""
-    graph, file = read_graph(bundle / "model.onnx"), read(bundle / "model.encodings")
+    graph, file = read_graph(bundle / "model.onnx"), read_encodings(bundle / "model.encodings")
     assert file.parameters is not None
     parameters = {name: file.by_name[name] for name in file.parameters}
     assert {e.granularity for e in parameters.values()} >= {"block", "channel"}

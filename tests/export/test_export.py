@@ -29,7 +29,7 @@ from qwlora import (
     verify_onnx_outputs,
 )
 from qwlora.data.sequences import Sequences
-from qwlora.encodings import LpbqEncoding, read, validate
+from qwlora.encodings import LpbqEncoding, read_encodings, validate
 from qwlora.encodings.grids import TensorLayout, grid_of
 from qwlora.errors import ExportError, MissingExtraError, VerificationError
 from qwlora.export.npu.aimet_encodings import write_encodings
@@ -201,7 +201,7 @@ def test_lpbq_weights_are_exported_as_lpbq_and_read_back_as_the_same_grid(tmp_pa
     base = {m.name for m in simulation.marks if m.kind is Kind.BASE}
     assert base
     assert by_type == base
-    file = read(tmp_path / "model.encodings")
+    file = read_encodings(tmp_path / "model.encodings")
     for name in base:
         encoding, entry = simulation.encodings[name], file.by_name[name]
         assert isinstance(entry, LpbqEncoding)
@@ -228,7 +228,9 @@ def test_quant_scheme_names_the_observer_of_the_activations(
 ) -> None:
     graph = replace(bundle[1].graph(), observer=observer)
     write_encodings(graph, tmp_path / "model.encodings")
-    assert read(tmp_path / "model.encodings").quantizer_args["quant_scheme"] == quant_scheme
+    assert (
+        read_encodings(tmp_path / "model.encodings").quantizer_args["quant_scheme"] == quant_scheme
+    )
 
 
 def test_a_simulation_tells_the_writer_which_observer_ran(bundle: tuple[Path, Simulation]) -> None:

@@ -20,8 +20,8 @@ from qwlora.encodings import (
     FloatEncoding,
     IntegerEncoding,
     LpbqEncoding,
-    read,
-    write,
+    read_encodings,
+    write_encodings,
 )
 from qwlora.encodings.grids import TensorLayout, entry_of, grid_of
 from qwlora.encodings.model import Entry
@@ -62,7 +62,7 @@ def gpt2() -> PreTrainedModel:
 
 def grids(file: str, version: str) -> dict[str, Encoding]:
     """The grids of the two blocked layers, from a file of AIMET 2.42."""
-    entries = read(GOLDEN / file).by_name
+    entries = read_encodings(GOLDEN / file).by_name
     found = {}
     for layer, shape in (("block", (6, 8)), ("lpbq", (8, 6))):
         folded = f"{layer}.weight_0"  # the ONNX exporter's name of a weight stored [in, out]
@@ -99,7 +99,7 @@ def test_three_versions_of_aimets_onnx_exporter_say_the_grids_of_its_torch_expor
 
 
 def test_the_order_of_a_flat_list_is_not_guessed() -> None:
-    entry = read(GOLDEN / "aimet-1.0.0.encodings").by_name["block.weight_0"]
+    entry = read_encodings(GOLDEN / "aimet-1.0.0.encodings").by_name["block.weight_0"]
     with pytest.raises(
         SourceError,
         match=r"flat list of blocks.*order.*model.block_order: channel or tensor",
@@ -127,7 +127,7 @@ def test_an_order_that_changes_nothing_need_not_be_known() -> None:
 
 
 def test_blocks_that_0_6_1_lists_as_channels() -> None:
-    entry = read(GOLDEN / "aimet-0.6.1.encodings").by_name["block.weight_0"]
+    entry = read_encodings(GOLDEN / "aimet-0.6.1.encodings").by_name["block.weight_0"]
     with pytest.raises(
         SourceError,
         match=r"has 12 scales, but axis 0 of \[6, 8\] has 6; version 0.6.1 .* blocks as channels",
@@ -138,7 +138,7 @@ def test_blocks_that_0_6_1_lists_as_channels() -> None:
 def test_a_zero_point_shift_is_a_grid_without_zero() -> None:
     """Four levels of AIMET's own file: {-1.5, -0.5, 0.5, 1.5} * scale."""
     for version in ("0.6.1", "1.0.0"):
-        entry = read(GOLDEN / f"aimet-{version}.encodings").by_name["shifted.weight_0"]
+        entry = read_encodings(GOLDEN / f"aimet-{version}.encodings").by_name["shifted.weight_0"]
         grid = grid_of(entry, TensorLayout((4, 8), transposed=True), version)
         codes = torch.arange(4, dtype=torch.uint8).repeat(4, 2)
         levels = torch.tensor([-1.5, -0.5, 0.5, 1.5]).repeat(2)
@@ -243,7 +243,9 @@ def saved(
             "excluded_layers": (),
             "quantizer_args": {},
         }
-    write(EncodingsFile(version, tuple(entries), **rest | more), folder / "model.encodings")
+    write_encodings(
+        EncodingsFile(version, tuple(entries), **rest | more), folder / "model.encodings"
+    )
     return folder / "model.encodings"
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from conftest import VOCABULARY, tiny_model
 from qwlora import fingerprint, freeze_, quantize_
-from qwlora.encodings import EncodingsFile, write
+from qwlora.encodings import EncodingsFile, write_encodings
 from qwlora.encodings.grids import entry_of
 from qwlora.errors import EncodingsFileError, GridError
 from qwlora.grid.encoding import Encoding
@@ -174,7 +174,7 @@ def aimet_file(folder: Path, grids: dict[str, Encoding]) -> Path:
         excluded_layers=(),
         quantizer_args={},
     )
-    write(file, folder / "model.encodings")
+    write_encodings(file, folder / "model.encodings")
     return folder / "model.encodings"
 
 

@@ -23,7 +23,7 @@ from qwlora import (
     quantize_,
     simulate,
 )
-from qwlora.encodings import IntegerEncoding, read, validate
+from qwlora.encodings import IntegerEncoding, read_encodings, validate
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.min_max import measure
@@ -97,7 +97,7 @@ def test_it_comes_back_with_the_same_bits(
 def test_its_encodings_are_a_valid_2_1_0_file_keyed_by_module_path(tmp_path: Path) -> None:
     simulation = calibrated(adapted())
     simulation.save(tmp_path)
-    file = read(tmp_path / "simulation.encodings")
+    file = read_encodings(tmp_path / "simulation.encodings")
     assert file.version == "2.1.0"
     assert validate(tmp_path / "simulation.encodings") == []
     names = {m.name for m in simulation.marks if m.kind is not Kind.BASE}

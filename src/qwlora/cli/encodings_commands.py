@@ -47,7 +47,7 @@ def show(file: File, as_json: AsJson = False) -> None:
 
     JSON has the same fields for every version.
     """
-    content = encodings.read(file)
+    content = encodings.read_encodings(file)
     if as_json:
         print_json(_plain(content))
         return
@@ -116,7 +116,7 @@ def convert(
     If that would lose information, nothing is written and the losses are listed; see --lossy.
     """
     graph = encodings.read_graph(onnx) if onnx is not None else None
-    source = encodings.read(file)
+    source = encodings.read_encodings(file)
     converted = encodings.convert(
         source,
         version,
@@ -136,7 +136,7 @@ def convert(
     if out is None:
         print(to_text(converted), end="")
     else:
-        encodings.write(converted, out)
+        encodings.write_encodings(converted, out)
         print(f"wrote {out}, version {version}, {len(converted.encodings)} encodings")
 
 
@@ -151,7 +151,8 @@ def diff(
     """List the differences between two files of any versions. Exit code 1 if there are any."""
     if tolerance != tolerance:
         raise typer.BadParameter("--tolerance is nan, which is not a number; use 0 or more")
-    differences = encodings.diff(encodings.read(first), encodings.read(second), tolerance)
+    files = [encodings.read_encodings(file) for file in (first, second)]
+    differences = encodings.diff(files[0], files[1], tolerance)
     for difference in differences:
         print(difference)
     count = len(differences) or "no"

@@ -1,7 +1,7 @@
 """AIMET encodings files, versions 0.6.1, 1.0.0, 2.0.0 and 2.1.0. numpy, no torch.
 
-    read(path) -> EncodingsFile      strict; an error lists every problem
-    write(file, path)                atomic
+    read_encodings(path)             strict; an error lists every problem
+    write_encodings(file, path)      atomic
     convert(file, version)           lossless, or an error that lists what would be lost
     diff(a, b, tolerance)            also across versions
     validate(file, onnx_path)        findings, in the file alone or compared with the model's graph
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from qwlora.encodings.compare import Difference, diff
 from qwlora.encodings.convert import convert
-from qwlora.encodings.encodings_file import read, write
+from qwlora.encodings.encodings_file import read_encodings, write_encodings
 from qwlora.encodings.findings import Finding
 from qwlora.encodings.model import (
     FLOAT_FORMATS,
@@ -43,8 +43,8 @@ __all__ = [
     "OnnxTensor",
     "convert",
     "diff",
-    "read",
+    "read_encodings",
     "read_graph",
     "validate",
-    "write",
+    "write_encodings",
 ]

@@ -49,25 +49,25 @@ def diff(a: EncodingsFile, b: EncodingsFile, tolerance: float = 0.0) -> list[Dif
     if not tolerance >= 0:
         raise ValueError(f"tolerance {tolerance} is not a number of 0 or more")
     differences: list[Difference] = []
-    first, second = a.by_name, b.by_name
-    for name, entry in first.items():
-        if name not in second:
-            differences.append(Difference(name, "only in the first"))
+    only_in_b = b.by_name
+    for entry in a.encodings:
+        if entry.name not in only_in_b:
+            differences.append(Difference(entry.name, "only in the first"))
             continue
-        differences += encoding_differences(entry, second[name], tolerance)
+        differences += encoding_differences(entry, only_in_b.pop(entry.name), tolerance)
         if a.parameters is not None and b.parameters is not None:
-            kinds = [
-                "a parameter" if name in file else "an activation"
-                for file in (a.parameters, b.parameters)
-            ]
-            if kinds[0] != kinds[1]:
-                differences.append(Difference(name, "section", kinds[0], kinds[1]))
-    differences += [Difference(name, "only in the second") for name in second if name not in first]
+            sections = ("an activation", "a parameter")
+            first, second = (
+                sections[entry.name in names] for names in (a.parameters, b.parameters)
+            )
+            if first != second:
+                differences.append(Difference(entry.name, "section", first, second))
+    differences += [Difference(name, "only in the second") for name in only_in_b]
     for field in ("excluded_layers", "quantizer_args"):
-        left, right = getattr(a, field), getattr(b, field)
-        if left is not None and right is not None and left != right:
-            first_value, second_value = printable(repr(left)), printable(repr(right))
-            differences.append(Difference("file", field, first_value, second_value))
+        values = getattr(a, field), getattr(b, field)
+        if None not in values and values[0] != values[1]:
+            first, second = (printable(repr(value)) for value in values)
+            differences.append(Difference("file", field, first, second))
     return differences
 
 
@@ -86,38 +86,29 @@ def encoding_differences(
         return [Difference(a.name, "granularity", a.granularity, b.granularity)]
     differences = []
     for field in (f.name for f in fields(a)):
-        left, right = getattr(a, field), getattr(b, field)
-        if (left is None or right is None) and not unknown_differs:
-            continue
-        if isinstance(left, np.ndarray) and isinstance(right, np.ndarray):
-            differences += _array_differences(
-                a.name, field, left, right, tolerance, unknown_differs
-            )
-        elif left != right:
-            differences.append(Difference(a.name, field, _text(left), _text(right)))
+        values = getattr(a, field), getattr(b, field)
+        if isinstance(values[0], np.ndarray) and isinstance(values[1], np.ndarray):
+            texts = _array_difference(*values, tolerance, unknown_differs)
+            differences += [Difference(a.name, field, *texts)] if texts else []
+        elif values[0] != values[1] and (unknown_differs or None not in values):
+            first, second = ("not said" if value is None else str(value) for value in values)
+            differences.append(Difference(a.name, field, first, second))
     return differences
 
 
-def _array_differences(
-    name: str, field: str, a: Any, b: Any, tolerance: float, strict: bool
-) -> list[Difference]:
-    """One difference, if there are any: the first values that differ."""
-    flat = not strict and a.size == b.size and 1 in (a.ndim, b.ndim)
-    if a.shape != b.shape and not flat:
-        return [Difference(name, field, f"shape {list(a.shape)}", f"shape {list(b.shape)}")]
+def _array_difference(a: Any, b: Any, tolerance: float, strict: bool) -> tuple[Any, ...] | None:
+    """The first values that differ as texts, and the largest relative difference of scales."""
+    same_order = not strict and a.size == b.size and 1 in (a.ndim, b.ndim)
+    if a.shape != b.shape and not same_order:
+        return f"shape {list(a.shape)}", f"shape {list(b.shape)}"
     left, right = a.reshape(-1), b.reshape(-1)
-    relative = None
-    unequal = left != right
+    relative, unequal = None, left != right
     if a.dtype.kind == "f":
         distance = np.abs(left - right) / np.maximum(np.abs(left), np.abs(right))
         unequal, relative = distance > tolerance, float(distance.max())
     if not unequal.any():
-        return []
+        return None
     i, more = int(unequal.argmax()), int(unequal.sum()) - 1
     where = f" at {i}" if left.size > 1 else ""
     where += f", and {more} more" if more else ""
-    return [Difference(name, field, f"{left[i]}{where}", str(right[i]), relative)]
-
-
-def _text(value: Any) -> str:
-    return "not said" if value is None else str(value)
+    return f"{left[i]}{where}", str(right[i]), relative

@@ -31,13 +31,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy.typing as npt
 
 from qwlora.encodings.compare import encoding_differences
-from qwlora.encodings.findings import printable
+from qwlora.encodings.findings import printable, shared_lines
 from qwlora.encodings.model import (
     BLOCK_ORDERS,
     VERSIONS,
@@ -53,9 +53,7 @@ from qwlora.encodings.onnx_tensors import Graph, OnnxTensor
 from qwlora.encodings.version_2 import channel_axis_of, channel_shape
 from qwlora.errors import ConversionError
 
-_OUR_PACKAGE = "qwlora"
 _UNKNOWN = OnnxTensor(parameter=False)
-_NAMED = 3  # encodings named on a line about several
 
 
 @dataclass(frozen=True)
@@ -66,6 +64,9 @@ class _Target:
     graph: Graph
     decompressed_bitwidth: int | None
     block_order: BlockOrder | None  # of flat block scales
+
+    def tensor(self, entry: Entry) -> OnnxTensor:
+        return self.graph.get(entry.name, _UNKNOWN)
 
 
 class _Lacking(Exception):  # noqa: N818 (never leaves this module)
@@ -98,17 +99,26 @@ def convert(
             False; or something is lacking.
     """
     producer: Any = file.producer or {}
-    if block_order is None and producer.get("package") == _OUR_PACKAGE:
+    if block_order is None and producer.get("package") == "qwlora":
         block_order = producer.get("block_order", "tensor")
-    _check_known("encodings version", version, VERSIONS)
-    _check_known("block order", block_order, (*BLOCK_ORDERS, None))
+    known: tuple[tuple[str, str | None, Sequence[str | None]], ...] = (
+        ("encodings version", version, VERSIONS),
+        ("block order", block_order, (*BLOCK_ORDERS, None)),
+    )
+    for what, value, choices in known:
+        if value not in choices:
+            shown = ", ".join(choice for choice in choices if choice)
+            problem = f"{what} {printable(str(value))!r} is not one of {shown}"
+            raise ConversionError(problem, (), ())
     target = _Target(version, graph or {}, decompressed_bitwidth, block_order)
-    source = _Target(file.version, graph or {}, decompressed_bitwidth, block_order)
+    source = replace(target, version=file.version)
     lost: list[tuple[str, str]] = []
     lacking: list[tuple[str, str]] = []
     kept: list[Entry] = []
-    for original in file.encodings:
-        entry = _with_positive_axis(original, target.graph)
+    for entry in file.encodings:
+        shape, axis = target.tensor(entry).shape, entry.axis
+        if axis is not None and axis < 0 and shape is not None and -axis <= len(shape):
+            entry = entry.replace(axis=axis % len(shape))
         try:
             projected = _project(entry, target)
         except _Lacking as need:
@@ -120,59 +130,29 @@ def convert(
             kept.append(projected)
             lost += [(entry.name, field) for field in _lost_fields(entry, projected, source)]
     names = {entry.name for entry in kept}
-    parameters = None
-    if not has_axes(version):
-        parameters = file.parameters
-        if parameters is None:
-            parameters = frozenset(
-                n for n in names if n in target.graph and target.graph[n].parameter
-            )
-            lacking += [
-                (name, "whether it is a parameter; give the model's graph (--onnx)")
-                for name in sorted(names - target.graph.keys())
+    in_graph = {name for name in names if name in target.graph}
+    parameters_in_graph = {name for name in in_graph if target.graph[name].parameter}
+    if has_axes(version):
+        if file.parameters is not None:
+            lost += [
+                (name, "whether it is a parameter or an activation")
+                for name in sorted(names)
+                if name not in in_graph
+                or (name in file.parameters) != (name in parameters_in_graph)
             ]
-        parameters &= names
-    elif file.parameters is not None:
-        lost += [
-            (n, "whether it is a parameter or an activation")
-            for n in sorted(names)
-            if target.graph.get(n, _UNKNOWN).parameter != (n in file.parameters)
-            or n not in target.graph
+    elif file.parameters is None:
+        lacking += [
+            (name, "whether it is a parameter; give the model's graph (--onnx)")
+            for name in sorted(names - in_graph)
         ]
     if lacking or (lost and not lossy):
         raise ConversionError(
-            f"encodings {file.version} -> {version}", _merged(lost), _merged(lacking)
+            f"encodings {file.version} -> {version}", shared_lines(lost), shared_lines(lacking)
         )
-    sections = not has_axes(version)
-    return EncodingsFile(
-        version,
-        tuple(kept),
-        parameters,
-        file.excluded_layers if sections else None,
-        file.quantizer_args if sections else None,
-        file.producer,
-    )
-
-
-def _check_known(what: str, value: str | None, known: Sequence[str | None]) -> None:
-    if value not in known:
-        choices = ", ".join(choice for choice in known if choice)
-        problem = f"{what} {printable(str(value))!r} is not one of {choices}"
-        raise ConversionError(problem, (), ())
-
-
-def _merged(problems: list[tuple[str, str]]) -> list[str]:
-    """A line for each problem; equal problems of many encodings share one."""
-    by_problem: dict[str, list[str]] = {}
-    for name, problem in problems:
-        by_problem.setdefault(problem, []).append(printable(name))
-    lines = []
-    for problem, names in by_problem.items():
-        if len(names) <= _NAMED:
-            lines += [f"{name}: {problem}" for name in names]
-        else:
-            lines.append(f"{len(names)} encodings ({', '.join(names[:_NAMED])} ...): {problem}")
-    return lines
+    if has_axes(version):
+        return EncodingsFile(version, tuple(kept), producer=file.producer)
+    parameters = parameters_in_graph if file.parameters is None else file.parameters & names
+    return file.replace(version=version, encodings=tuple(kept), parameters=frozenset(parameters))
 
 
 def _lost_fields(entry: Entry, projected: Entry, source: _Target) -> list[str]:
@@ -196,14 +176,6 @@ def _description(entry: Entry) -> str:
         case FloatEncoding():
             name = f" ({entry.format})" if entry.format else ""
             return f"floats of {entry.bitwidth} bits{name}"
-
-
-def _with_positive_axis(entry: Entry, graph: Graph) -> Entry:
-    shape = graph.get(entry.name, _UNKNOWN).shape
-    axis = entry.axis
-    if axis is None or axis >= 0 or shape is None or -axis > len(shape):
-        return entry
-    return entry.replace(axis=axis % len(shape))
 
 
 def _project(entry: Entry, target: _Target) -> Entry | None:
@@ -239,18 +211,14 @@ def _flat_integers(entry: IntegerEncoding, target: _Target) -> IntegerEncoding:
 
 def _nested_integers(entry: IntegerEncoding, target: _Target) -> IntegerEncoding:
     centered = bool((entry.offset == entry.center).all())
-    entry = entry.replace(
-        symmetric=centered, signed=entry.symmetric if entry.signed is None else entry.signed
-    )
+    signed = entry.symmetric if entry.signed is None else entry.signed
+    entry = entry.replace(symmetric=centered, signed=signed)
     if entry.axis is not None or entry.granularity == "tensor":
         return entry
-    tensor = target.graph.get(entry.name, _UNKNOWN)
     if entry.block_size is None:
-        return entry.replace(axis=_channel_axis(tensor, entry.scale.size))
-    layout = _block_layout(entry.scale.size, entry.block_size, tensor, target)
-    return entry.replace(
-        axis=layout.axis, scale=layout.nested(entry.scale), offset=layout.nested(entry.offset)
-    )
+        return entry.replace(axis=_channel_axis(target.tensor(entry), entry.scale.size))
+    axis, scale, offset = _nested(entry, entry.block_size, target, entry.scale, entry.offset)
+    return entry.replace(axis=axis, scale=scale, offset=offset)
 
 
 def _flat_lpbq(entry: LpbqEncoding, target: _Target) -> LpbqEncoding | None:
@@ -272,55 +240,34 @@ def _flat_lpbq(entry: LpbqEncoding, target: _Target) -> LpbqEncoding | None:
 def _nested_lpbq(entry: LpbqEncoding, target: _Target) -> LpbqEncoding | None:
     entry = entry.replace(decompressed_bitwidth=None)
     if entry.axis is None:
-        tensor, channels = target.graph.get(entry.name, _UNKNOWN), entry.channel_scale
-        layout = _block_layout(entry.block_scale.size, entry.block_size, tensor, target)
-        channel = _channel_axis(tensor, channels.size)
+        channels = entry.channel_scale
+        axis, blocks = _nested(entry, entry.block_size, target, entry.block_scale)
+        channel = _channel_axis(target.tensor(entry), channels.size)
         entry = entry.replace(
-            axis=layout.axis,
+            axis=axis,
             channel_axis=channel,
-            block_scale=layout.nested(entry.block_scale),
-            channel_scale=channels.reshape(channel_shape(len(layout.shape), channel)),
+            block_scale=blocks,
+            channel_scale=channels.reshape(channel_shape(blocks.ndim, channel)),
         )
     assert entry.axis is not None
-    shape, blocks = entry.channel_scale.shape, entry.block_scale.shape
+    shape, channel_axis = entry.channel_scale.shape, entry.channel_axis
     if target.version == "2.0.0":
         return entry.replace(channel_axis=channel_axis_of(shape, entry.axis))
-    channel_axis = entry.channel_axis
-    several = sum(size > 1 for size in shape) > 1
-    if several or (channel_axis is not None and entry.channel_scale.size != blocks[channel_axis]):
+    if sum(size > 1 for size in shape) > 1 or (
+        channel_axis is not None
+        and entry.channel_scale.size != entry.block_scale.shape[channel_axis]
+    ):
         return None
     if channel_axis is None:
         raise _Lacking("its channel axis, which its shapes leave open")
     return entry
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """How a flat list of scales is nested.
-
-    Args:
-        axis: of the blocks.
-        shape: of the nested scales.
-        channel_first: the channel axis, if the list is ordered by channel.
-    """
-
-    axis: int
-    shape: tuple[int, ...]
-    channel_first: int | None = None
-
-    def nested(self, flat: npt.NDArray[Any]) -> npt.NDArray[Any]:
-        if self.channel_first is None:
-            return flat.reshape(self.shape)
-        axes = list(range(len(self.shape)))
-        axes[self.axis], axes[self.channel_first] = self.channel_first, self.axis
-        return flat.reshape([self.shape[axis] for axis in axes]).transpose(axes)
-
-
 def _in_order(
     nested: npt.NDArray[Any], entry: IntegerEncoding | LpbqEncoding, target: _Target
 ) -> npt.NDArray[Any]:
     """Nested block scales, turned so that reading them in order gives the target's list."""
-    channel = target.graph.get(entry.name, _UNKNOWN).channel_axis
+    channel = target.tensor(entry).channel_axis
     if isinstance(entry, LpbqEncoding):
         channel = entry.channel_axis
     if entry.axis is None or entry.block_size is None or channel is None:
@@ -348,23 +295,24 @@ def _channel_axis(tensor: OnnxTensor, channels: int) -> int:
     return tensor.channel_axis
 
 
-def _block_layout(count: int, block_size: int, tensor: OnnxTensor, target: _Target) -> _Layout:
-    """How `count` block scales are nested.
+def _nested(entry: Entry, block_size: int, target: _Target, *flat: npt.NDArray[Any]) -> Any:
+    """The block axis, and flat lists with one value per block in the shape of the blocks.
 
     Raises:
-        _Lacking: the graph does not say, or contradicts.
+        _Lacking: the graph does not say the axes, or contradicts.
     """
-    block, channel = tensor.block_axis, tensor.channel_axis
-    if tensor.shape is None or block is None or channel is None:
+    tensor, count = target.tensor(entry), flat[0].size
+    block, channel, sizes = tensor.block_axis, tensor.channel_axis, tensor.shape
+    if sizes is None or block is None or channel is None:
         raise _Lacking(
             "its block axis and the shape of its scales; give the model's graph (--onnx), in which "
             "the op that reads the tensor implies them"
         )
-    sizes = {block: tensor.shape[block] // block_size, channel: tensor.shape[channel]}
-    shape = tuple(sizes.get(axis, 1) for axis in range(len(tensor.shape)))
-    if tensor.shape[block] % block_size or math.prod(shape) != count:
+    shape = [1] * len(sizes)
+    shape[block], shape[channel] = sizes[block] // block_size, sizes[channel]
+    if sizes[block] % block_size or math.prod(shape) != count:
         raise _Lacking(
-            f"the shape of its scales: blocks of {block_size} on a tensor of {list(tensor.shape)} "
+            f"the shape of its scales: blocks of {block_size} on a tensor of {list(sizes)} "
             f"are not {count}"
         )
     if block < channel and target.block_order is None:
@@ -373,5 +321,7 @@ def _block_layout(count: int, block_size: int, tensor: OnnxTensor, target: _Targ
             "and by channel in others, and the two differ here; give --block-order tensor (files "
             "of AIMET's sim.onnx.export) or --block-order channel (files of its sim.export)"
         )
-    by_channel = block < channel and target.block_order == "channel"
-    return _Layout(block, shape, channel if by_channel else None)
+    if block < channel and target.block_order == "channel":
+        shape[block], shape[channel] = shape[channel], shape[block]
+        return block, *(values.reshape(shape).swapaxes(block, channel) for values in flat)
+    return block, *(values.reshape(shape) for values in flat)

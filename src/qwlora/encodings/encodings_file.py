@@ -1,7 +1,8 @@
 """Read and write encodings files.
 
-    read(path)           an EncodingsFile, or EncodingsFileError with every problem
-    write(file, path)    atomic, in the file's version, or ConversionError if that cannot express it
+    read_encodings(path)           an EncodingsFile, or EncodingsFileError with every problem
+    write_encodings(file, path)    atomic, in the file's version or another, or ConversionError if
+                                   that version cannot express it
 
 Files are not trusted: reading takes time and memory proportional to the size, up to `LIMIT_BYTES`,
 and raises only these errors.
@@ -17,13 +18,14 @@ from pydantic import ValidationError
 
 from qwlora.atomic import write_text
 from qwlora.encodings.convert import convert
-from qwlora.encodings.document import Document
 from qwlora.encodings.findings import Finding, describe, findings_of, printable
-from qwlora.encodings.model import VERSIONS, EncodingsFile, repeated
+from qwlora.encodings.json_fields import Document
+from qwlora.encodings.model import VERSIONS, EncodingsFile
 from qwlora.encodings.version_0_6_1 import Document061
 from qwlora.encodings.version_1_0_0 import Document100
 from qwlora.encodings.version_2 import Document200, Document210
-from qwlora.errors import EncodingsFileError
+from qwlora.errors import EncodingsFileError, described
+from qwlora.strict_json import distinct_keys
 
 LIMIT_BYTES = 2**31
 DOCUMENTS: dict[str, type[Document]] = dict(
@@ -31,7 +33,7 @@ DOCUMENTS: dict[str, type[Document]] = dict(
 )
 
 
-def read(path: Path | str) -> EncodingsFile:
+def read_encodings(path: Path | str) -> EncodingsFile:
     """The encodings file at `path`.
 
     Raises:
@@ -42,6 +44,70 @@ def read(path: Path | str) -> EncodingsFile:
     if file is None:
         raise EncodingsFileError(str(path), [str(finding) for finding in findings])
     return file
+
+
+def write_encodings(file: EncodingsFile, path: Path | str, version: str | None = None) -> None:
+    """Write `file`; on an error the path keeps its old content.
+
+    Args:
+        version: one of `VERSIONS`; default: the file's.
+
+    Raises:
+        ConversionError: the version cannot express the content, or needs more; see `convert`.
+        EncodingsFileError: a field of the file is no JSON, or the path cannot be written.
+    """
+    text = to_text(file if version is None else convert(file, version))
+    try:
+        write_text(Path(path), text)
+    except (OSError, ValueError) as error:
+        raise EncodingsFileError(str(path), [f"cannot be written: {described(error)}"]) from error
+
+
+def to_text(file: EncodingsFile) -> str:
+    """The text that `write_encodings` writes: JSON with one encoding per line.
+
+    Raises:
+        ConversionError, EncodingsFileError: as `write_encodings`.
+    """
+    fields = (f" {json.dumps(key)}: {_lines(value)}" for key, value in to_document(file).items())
+    return "{\n" + ",\n".join(fields) + "\n}\n"
+
+
+def _lines(value: Any) -> str:
+    """JSON; a list of objects, or an object of lists, with one item per line."""
+    if isinstance(value, list) and value and isinstance(value[0], dict):
+        return "[\n  " + ",\n  ".join(json.dumps(entry) for entry in value) + "\n ]"
+    if isinstance(value, dict) and any(isinstance(entry, list) for entry in value.values()):
+        entries = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items())
+        return "{\n  " + ",\n  ".join(entries) + "\n }"
+    return json.dumps(value)
+
+
+def to_document(file: EncodingsFile) -> dict[str, Any]:
+    """The JSON value that `write_encodings` writes.
+
+    Raises:
+        ConversionError, EncodingsFileError: as `write_encodings`.
+    """
+    if file.version not in DOCUMENTS:
+        problem = f"version {printable(file.version)!r} is not one of {', '.join(DOCUMENTS)}"
+        raise EncodingsFileError("encodings", [problem])
+    convert(file, file.version)  # refuses what the version cannot express; arrays are shared
+    document: dict[str, Any] = {"version": file.version}
+    if file.producer is not None:
+        document["producer"] = dict(file.producer)
+    entries = DOCUMENTS[file.version].sections_of(file)
+    fields: dict[str, Any] = {}
+    if file.excluded_layers is not None:
+        fields["excluded_layers"] = list(file.excluded_layers)
+    if file.quantizer_args is not None:
+        fields["quantizer_args"] = dict(file.quantizer_args)
+    # entries are valid by construction; the other fields are checked without them
+    empty = {section: type(values)() for section, values in entries.items()}
+    _, findings = parse(document | empty | fields)
+    if findings:
+        raise EncodingsFileError("encodings", [str(finding) for finding in findings])
+    return document | entries | fields
 
 
 def parse(document: Any) -> tuple[EncodingsFile | None, list[Finding]]:
@@ -61,67 +127,6 @@ def parse(document: Any) -> tuple[EncodingsFile | None, list[Finding]]:
         return None, [Finding("error", "file", "", problem) for problem in error.problems]
 
 
-def write(file: EncodingsFile, path: Path | str) -> None:
-    """Write `file` in its own version; on an error the path keeps its old content.
-
-    Raises:
-        ConversionError: the version cannot express the content, or needs more.
-        EncodingsFileError: a field of the file is no JSON, or the path cannot be written.
-    """
-    text = to_text(file)
-    try:
-        write_text(Path(path), text)
-    except (OSError, ValueError) as error:
-        raise EncodingsFileError(str(path), [f"cannot be written: {_reason(error)}"]) from error
-
-
-def to_text(file: EncodingsFile) -> str:
-    """The text that `write` writes: JSON with one encoding per line.
-
-    Raises:
-        ConversionError, EncodingsFileError: as `write`.
-    """
-    fields = (f" {json.dumps(key)}: {_lines(value)}" for key, value in to_document(file).items())
-    return "{\n" + ",\n".join(fields) + "\n}\n"
-
-
-def _lines(value: Any) -> str:
-    """JSON; a list of objects, or an object of lists, with one item per line."""
-    if isinstance(value, list) and value and isinstance(value[0], dict):
-        return "[\n  " + ",\n  ".join(json.dumps(entry) for entry in value) + "\n ]"
-    if isinstance(value, dict) and any(isinstance(entry, list) for entry in value.values()):
-        entries = (f"{json.dumps(name)}: {json.dumps(entry)}" for name, entry in value.items())
-        return "{\n  " + ",\n  ".join(entries) + "\n }"
-    return json.dumps(value)
-
-
-def to_document(file: EncodingsFile) -> dict[str, Any]:
-    """The JSON value that `write` writes.
-
-    Raises:
-        ConversionError, EncodingsFileError: as `write`.
-    """
-    if file.version not in DOCUMENTS:
-        problem = f"version {printable(file.version)!r} is not one of {', '.join(DOCUMENTS)}"
-        raise EncodingsFileError("encodings", [problem])
-    convert(file, file.version)  # refuses what the version cannot express; arrays are shared
-    document: dict[str, Any] = {"version": file.version}
-    if file.producer is not None:
-        document["producer"] = dict(file.producer)
-    entries = DOCUMENTS[file.version].sections_of(file)
-    fields: dict[str, Any] = {}
-    if file.excluded_layers is not None:
-        fields["excluded_layers"] = list(file.excluded_layers)
-    if file.quantizer_args is not None:
-        fields["quantizer_args"] = dict(file.quantizer_args)
-    _, findings = parse(
-        document | dict.fromkeys(entries, type(next(iter(entries.values())))()) | fields
-    )
-    if findings:
-        raise EncodingsFileError("encodings", [str(finding) for finding in findings])
-    return document | entries | fields
-
-
 def load_json(path: Path | str, limit_bytes: int = LIMIT_BYTES) -> Any:
     """The JSON value in a file.
 
@@ -132,37 +137,17 @@ def load_json(path: Path | str, limit_bytes: int = LIMIT_BYTES) -> Any:
     try:
         with open(path, "rb") as stream:
             content = stream.read(limit_bytes + 1)
-    except (OSError, ValueError) as error:
-        raise EncodingsFileError(str(path), [f"cannot be read: {_reason(error)}"]) from error
-    if len(content) > limit_bytes:
-        raise EncodingsFileError(str(path), [f"is larger than {limit_bytes} bytes"])
-    try:
-        return json.loads(content.decode(), object_pairs_hook=_distinct)
+        problem = f"is larger than {limit_bytes} bytes"
+        if len(content) <= limit_bytes:
+            return json.loads(content.decode(), object_pairs_hook=distinct_keys)
+    except OSError as error:
+        problem = f"cannot be read: {error.strerror or error}"
     except UnicodeDecodeError as error:
         problem = f"is not UTF-8 text: {error.reason} at byte {error.start}"
     except json.JSONDecodeError as error:
         problem = f"is not JSON: {error.msg} in line {error.lineno}, column {error.colno}"
-    except _RepeatedKeyError as error:
-        problem = str(error)
     except RecursionError:
         problem = "is nested too deeply for an encodings file"
-    except ValueError:
-        problem = "contains an integer of thousands of digits"
+    except ValueError as error:  # a repeated key, thousands of digits, or a null byte in the path
+        problem = str(error)
     raise EncodingsFileError(str(path), [problem])
-
-
-class _RepeatedKeyError(ValueError):
-    pass
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        key = printable(repeated(key for key, _ in pairs)[0])
-        raise _RepeatedKeyError(f"has the key {key!r} twice in one object")
-    return values
-
-
-def _reason(error: OSError | ValueError) -> str:
-    """The operating system's message without the path, or that of a path that it cannot take."""
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -1,11 +1,8 @@
-"""Problems of an encodings file, and untrusted text and values on one short line.
-
-`findings_of` turns pydantic's errors into findings that name the entry and the field.
-"""
+"""Problems of an encodings file, and untrusted text and values on one short line."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -41,29 +38,26 @@ class Finding:
 
 
 def findings_of(error: ValidationError, document: dict[str, Any]) -> Iterator[Finding]:
-    """The problems that pydantic found in `document`."""
-    names = {section: _names(section, entries) for section, entries in document.items()}
+    """The problems that pydantic found in `document`, by entry and field."""
+    # in 0.6.1 the entries of a section are the values of an object, named by their keys
+    sections = {
+        key: [*value] if isinstance(value, dict) else value for key, value in document.items()
+    }
     for problem in error.errors(include_url=False):
-        section, *path = problem["loc"]
-        where, keys = "file", list(problem["loc"])
-        if path and isinstance(path[0], int) and section in names:
-            where, keys = names[str(section)][path[0]], path[1:]
+        section, *keys = problem["loc"]
+        where = "file"
+        if keys and isinstance(keys[0], int):
+            index = int(keys.pop(0))
+            entry = sections[str(section)][index]
+            name = entry.get("name") if isinstance(entry, dict) else entry
+            where = name or "''" if isinstance(name, str) else f"{section}[{index}]"
+        else:
+            keys = [section, *keys]
         field = ".".join(
             f"item {key}" if isinstance(key, int) else key for key in keys if key not in _KINDS
         )
         for message in _messages(dict(problem)):
             yield Finding("error", where, field, message)
-
-
-def _names(section: str, entries: Any) -> list[str]:
-    """The names of entries, which are keys (0.6.1) or fields, or their places in the section."""
-    if isinstance(entries, dict):
-        return [name or "''" for name in entries]
-    names = []
-    for i, entry in enumerate(entries if isinstance(entries, list) else ()):
-        name = entry.get("name") if isinstance(entry, dict) else None
-        names.append(name if isinstance(name, str) and name else f"{section}[{i}]")
-    return names
 
 
 def _messages(problem: dict[str, Any]) -> tuple[str, ...]:
@@ -78,6 +72,20 @@ def _messages(problem: dict[str, Any]) -> tuple[str, ...]:
         reason = problem["ctx"]["error"]
         return reason.problems if isinstance(reason, EncodingsFileError) else (str(reason),)
     return (f"is {describe(value)}; {problem['msg'].replace('Input should', 'it must')}",)
+
+
+def shared_lines(problems: Iterable[tuple[str, str]], what: str = "encodings") -> list[str]:
+    """A line for each (name, problem); equal problems of more than three names share one."""
+    names_of: dict[str, list[str]] = {}
+    for name, problem in problems:
+        names_of.setdefault(problem, []).append(printable(name))
+    lines = []
+    for problem, names in names_of.items():
+        if len(names) <= 3:
+            lines += [f"{name}: {problem}" for name in names]
+        else:
+            lines.append(f"{len(names)} {what} ({', '.join(names[:3])} ...): {problem}")
+    return lines
 
 
 def printable(text: str, most: int = 120) -> str:

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +76,7 @@ def read_graph(path: Path | str) -> dict[str, OnnxTensor]:
         MissingExtraError: onnx is not installed.
         EncodingsFileError: the file is not an ONNX model.
     """
-    onnx = require("onnx", "onnx")
+    onnx, shape_inference = require("onnx", "onnx"), require("onnx.shape_inference", "onnx")
     try:
         model = onnx.load(str(path), load_external_data=False)
     except OSError as error:
@@ -86,32 +87,26 @@ def read_graph(path: Path | str) -> dict[str, OnnxTensor]:
         raise EncodingsFileError(str(path), [problem]) from error
     if not model.HasField("graph"):
         raise EncodingsFileError(str(path), ["is not an ONNX model: it holds no graph"])
-    kinds = onnx.TensorProto
-    floats = {kinds.FLOAT, kinds.FLOAT16, kinds.BFLOAT16, kinds.DOUBLE}
-    return _GraphReader(_with_types(model), floats).tensors()
-
-
-def _with_types(model: Any) -> Any:
-    """The graph with inferred types and shapes, or as it is if they cannot be inferred."""
-    shape_inference = require("onnx.shape_inference", "onnx")
-    try:
-        return shape_inference.infer_shapes(model).graph
-    except Exception:  # onnx raises several private classes; the graph is usable without
-        return model.graph
+    kinds, graph = onnx.TensorProto, model.graph
+    with suppress(Exception):  # onnx raises several private classes; the graph is usable without
+        graph = shape_inference.infer_shapes(model).graph
+    return _GraphReader(graph, {kinds.FLOAT, kinds.FLOAT16, kinds.BFLOAT16, kinds.DOUBLE}).tensors()
 
 
 class _GraphReader:
     def __init__(self, graph: Any, float_types: set[int]):
         self.graph, self.float_types = graph, float_types
-        constants = {
+        self.stored = {tensor.name: tensor for tensor in graph.initializer} | {
             node.output[0]: attribute.t
             for node in graph.node
             if node.op_type == "Constant"
             for attribute in node.attribute
             if attribute.name == "value"
         }
-        self.stored = {tensor.name: tensor for tensor in graph.initializer} | constants
-        self.declared = {v.name: v for v in (*graph.value_info, *graph.input, *graph.output)}
+        self.declared = {
+            value.name: value.type.tensor_type
+            for value in (*graph.value_info, *graph.input, *graph.output)
+        }
         self.readers: dict[str, list[tuple[Any, int]]] = {}
         for node in graph.node:
             for position, name in enumerate(node.input):
@@ -119,42 +114,37 @@ class _GraphReader:
 
     def tensors(self) -> dict[str, OnnxTensor]:
         computed_by = self._carriers()
-        moved = {name: outputs for name in self.readers if (outputs := self._moved_to(name))}
         known = {}
-        for name in self._activations():
+        outputs = {output for node in self.graph.node for output in node.output if output}
+        for name in sorted({value.name for value in self.graph.input} | outputs):
             known[name] = OnnxTensor(
                 False,
                 self._declared_shape(name),
                 needs_encoding=name in computed_by,
                 computed_by=computed_by.get(name),
-                moved_to=moved.get(name, ()),
+                moved_to=self._moved_to(name),
             )
         shapes = {name: tuple(tensor.dims) for name, tensor in self.stored.items()}
         for node in self.graph.node:  # with Q/DQ nodes, the parameter is the dequantized tensor
             if node.op_type == "DequantizeLinear" and node.input[0] in self.stored:
                 shapes[node.output[0]] = shapes[node.input[0]]
         for name, shape in shapes.items():
-            found = set(self._axes_of(name, len(shape)))
-            channel, block = found.pop() if len(found) == 1 else (None, None)
+            axes = set(self._axes_of(name, len(shape)))
+            channel, block = axes.pop() if len(axes) == 1 else (None, None)
             known[name] = OnnxTensor(True, shape, channel, block, name in computed_by)
         return known
 
-    def _activations(self) -> list[str]:
-        outputs = {output for node in self.graph.node for output in node.output if output}
-        return sorted({value.name for value in self.graph.input} | outputs)
-
     def _declared_shape(self, name: str) -> tuple[int, ...] | None:
-        if name not in self.declared or not self.declared[name].type.tensor_type.HasField("shape"):
+        if name not in self.declared or not self.declared[name].HasField("shape"):
             return None
-        dims = self.declared[name].type.tensor_type.shape.dim
-        return (
-            tuple(d.dim_value for d in dims) if all(d.HasField("dim_value") for d in dims) else None
-        )
+        dims = self.declared[name].shape.dim
+        is_fixed = all(d.HasField("dim_value") for d in dims)
+        return tuple(d.dim_value for d in dims) if is_fixed else None
 
     def _is_float(self, name: str) -> bool:
         if name in self.stored:
             return self.stored[name].data_type in self.float_types
-        kind = self.declared[name].type.tensor_type.elem_type if name in self.declared else 0
+        kind = self.declared[name].elem_type if name in self.declared else 0
         return not kind or kind in self.float_types
 
     def _carriers(self) -> dict[str, str | None]:
@@ -179,13 +169,19 @@ class _GraphReader:
             carrying.update(outputs)
             if node.op_type not in _MOVES:
                 needing.update(dict.fromkeys(outputs, node.op_type))
-        quantized = {n for n, readers in self.readers.items() if _ops(readers) <= _QUANTIZERS}
-        moved = {n for n in needing if (to := self._moved_to(n)) and quantized.issuperset(to)}
-        unquantized = set[str]()
-        if any(node.op_type == "QuantizeLinear" for node in self.graph.node):
-            unquantized = {n for n, op in needing.items() if op != "DequantizeLinear"}
-        without = quantized | moved | unquantized
-        return {name: op for name, op in needing.items() if name not in without}
+        quantized = {
+            name
+            for name, readers in self.readers.items()
+            if all(node.op_type in _QUANTIZERS for node, _ in readers)
+        }
+        has_quantizers = any(node.op_type == "QuantizeLinear" for node in self.graph.node)
+        return {
+            name: op
+            for name, op in needing.items()
+            if name not in quantized
+            and not ((moved := self._moved_to(name)) and quantized.issuperset(moved))
+            and (not has_quantizers or op == "DequantizeLinear")
+        }
 
     def _moved_to(self, name: str) -> tuple[str, ...]:
         """The results of the ops that read `name`, if all of them only move it."""
@@ -203,16 +199,11 @@ class _GraphReader:
             permutations = [list(a.ints) for a in node.attribute if a.name == "perm"]
             order = permutations[0] if permutations else list(reversed(range(rank)))
             for reader, its_position in self.readers.get(node.output[0], []):
-                channel, block = _axes(reader, its_position, rank)
-                yield _permuted(channel, order), _permuted(block, order)
-
-
-def _ops(readers: list[tuple[Any, int]]) -> set[str]:
-    return {node.op_type for node, _ in readers}
-
-
-def _permuted(axis: int | None, order: list[int]) -> int | None:
-    return None if axis is None or axis >= len(order) else order[axis]
+                channel, block = (
+                    None if axis is None or axis >= len(order) else order[axis]
+                    for axis in _axes(reader, its_position, rank)
+                )
+                yield channel, block
 
 
 def _axes(node: Any, position: int, rank: int) -> tuple[int | None, int | None]:

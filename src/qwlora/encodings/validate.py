@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from qwlora.encodings.encodings_file import load_json, parse, to_document
-from qwlora.encodings.findings import Finding, printable
+from qwlora.encodings.findings import Finding, shared_lines
 from qwlora.encodings.model import EncodingsFile, Entry, IntegerEncoding, LpbqEncoding
 from qwlora.encodings.onnx_tensors import Graph, OnnxTensor, read_graph
 from qwlora.errors import ConversionError, EncodingsFileError
@@ -31,9 +31,11 @@ def validate(
             Problems inside the JSON are findings.
         MissingExtraError: a model is given, and onnx is not installed.
     """
-    parsed, findings = (
-        _writable(file) if isinstance(file, EncodingsFile) else parse(load_json(file))
-    )
+    parsed: EncodingsFile | None
+    if isinstance(file, EncodingsFile):
+        parsed, findings = file, [*_unwritable(file)]
+    else:
+        parsed, findings = parse(load_json(file))
     graph = read_graph(onnx_path) if onnx_path is not None else None
     if parsed is not None:
         for encoding in parsed.encodings:
@@ -43,36 +45,34 @@ def validate(
     return sorted(findings, key=lambda finding: finding.severity == "warning")
 
 
-def _writable(file: EncodingsFile) -> tuple[EncodingsFile | None, list[Finding]]:
+def _unwritable(file: EncodingsFile) -> Iterator[Finding]:
     try:
         to_document(file)
     except EncodingsFileError as error:
-        return None, [Finding("error", "file", "", problem) for problem in error.problems]
+        for problem in error.problems:
+            yield Finding("error", "file", "", problem)
     except ConversionError as error:
-        return None, [
-            Finding("error", "file", "", f"{file.version} cannot hold, or needs: {item}")
-            for item in (*error.lost, *error.lacking)
-        ]
-    return file, []
+        for item in (*error.lost, *error.lacking):
+            yield Finding("error", "file", "", f"{file.version} cannot hold, or needs: {item}")
 
 
 def _odd_values(encoding: Entry) -> Iterator[Finding]:
     if not isinstance(encoding, IntegerEncoding):
         return
-    lowest = -(2**encoding.bitwidth - 1)
-    outside = (encoding.offset < lowest) | (encoding.offset > 0)
+    name, offset, lowest = encoding.name, encoding.offset, -(2**encoding.bitwidth - 1)
+    outside = (offset < lowest) | (offset > 0)
     if outside.any():
-        found = (
-            f"is {encoding.offset[outside][0]}, outside [{lowest}, 0], in {int(outside.sum())} of "
-            f"{encoding.offset.size} grids: zero is not on the grid"
+        problem = (
+            f"is {offset[outside][0]}, outside [{lowest}, 0], in {int(outside.sum())} of "
+            f"{offset.size} grids: zero is not on the grid"
         )
-        yield Finding("error", encoding.name, "offset", found)
-    elif encoding.symmetric and (encoding.offset != encoding.center).any():
-        found = (
-            f"is {encoding.offset.reshape(-1)[0]}, but the encoding is called symmetric, "
-            f"which needs {encoding.center}"
+        yield Finding("error", name, "offset", problem)
+    elif encoding.symmetric and (offset != encoding.center).any():
+        problem = (
+            f"is {offset.reshape(-1)[0]}, but the encoding is called symmetric, which needs "
+            f"{encoding.center}"
         )
-        yield Finding("warning", encoding.name, "offset", found)
+        yield Finding("warning", name, "offset", problem)
 
 
 def _against_graph(file: EncodingsFile, graph: Graph) -> Iterator[Finding]:
@@ -93,11 +93,9 @@ def _against_graph(file: EncodingsFile, graph: Graph) -> Iterator[Finding]:
         encoded_later = tensor.moved_to and encoded >= set(tensor.moved_to)
         if not tensor.needs_encoding or name in encoded or encoded_later:
             continue
-        what = (
-            f"computed by {tensor.computed_by}" if tensor.computed_by else "an input of the graph"
-        )
-        what = "a parameter of the graph" if tensor.parameter else what
-        yield Finding("warning", name, "", f"is {what} without an encoding, and stays float")
+        kind = f"computed by {tensor.computed_by}" if tensor.computed_by else "a graph input"
+        kind = "a parameter of the graph" if tensor.parameter else kind
+        yield Finding("warning", name, "", f"is {kind} without an encoding, and stays float")
 
 
 def _shape_problem(entry: Entry, tensor: OnnxTensor, shape: tuple[int, ...]) -> str | None:
@@ -131,35 +129,22 @@ def _shape_problem(entry: Entry, tensor: OnnxTensor, shape: tuple[int, ...]) -> 
     return f"has shape {list(scale.shape)}, but axis {axis} of {list(shape)}{what} needs {needed}"
 
 
-def finding_lines(findings: list[Finding], shown_names: int = 3) -> list[str]:
-    """One line per finding; equal warnings about many tensors share a line.
-
-    Args:
-        shown_names: tensors to name on a shared line.
-    """
-    alike: dict[tuple[str, str, str], list[Finding]] = {}
-    for finding in findings:
-        alike.setdefault((finding.severity, finding.field, finding.message), []).append(finding)
-    result = []
-    for finding in findings:
-        same = alike[finding.severity, finding.field, finding.message]
-        if finding.severity == "error" or len(same) <= shown_names:
-            result.append(f"{finding.severity}: {finding}")
-        elif finding is same[0]:
-            names = ", ".join(printable(other.where) for other in same[:shown_names])
-            result.append(
-                f"warning: {len(same)} tensors ({names} ...)"
-                f"{f', {finding.field}' if finding.field else ''}: each {finding.message}"
-            )
-    return result
+def finding_lines(findings: list[Finding]) -> list[str]:
+    """One line per finding; equal warnings about many tensors share a line."""
+    warnings = [
+        (f"{f.where}, {f.field}" if f.field else f.where, f.message)
+        for f in findings
+        if f.severity == "warning"
+    ]
+    return [
+        *(f"error: {finding}" for finding in findings if finding.severity == "error"),
+        *(f"warning: {line}" for line in shared_lines(warnings, "tensors")),
+    ]
 
 
 def summary(findings: list[Finding]) -> str:
     """`2 errors, 1 warning`, or `valid, no findings`."""
-    errors = sum(f.severity == "error" for f in findings)
-    counts = [
-        f"{n} {word}{'' if n == 1 else 's'}"
-        for n, word in ((errors, "error"), (len(findings) - errors, "warning"))
-        if n
-    ]
-    return ", ".join(counts) or "valid, no findings"
+    errors = sum(finding.severity == "error" for finding in findings)
+    counts = {"error": errors, "warning": len(findings) - errors}
+    texts = [f"{n} {word}{'' if n == 1 else 's'}" for word, n in counts.items() if n]
+    return ", ".join(texts) or "valid, no findings"

@@ -19,9 +19,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from qwlora.encodings.document import EntryOfFile, SectionsDocument
 from qwlora.encodings.findings import describe
-from qwlora.encodings.json_arrays import MAX_INTEGER, Strict
+from qwlora.encodings.json_fields import MAX_INTEGER, JsonEntry, SectionsDocument, Strict
 from qwlora.encodings.model import Entry, FloatEncoding, Floats, IntegerEncoding, LpbqEncoding
 
 
@@ -50,7 +49,7 @@ def _kind(items: Any) -> str:
     return "float" if isinstance(first, dict) and first.get("dtype") == "float" else "integer"
 
 
-class Channels(EntryOfFile):
+class Channels(JsonEntry):
     """A name and its items."""
 
     items: Annotated[

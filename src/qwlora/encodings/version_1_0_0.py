@@ -17,8 +17,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qwlora.encodings.document import EntryOfFile, SectionsDocument
-from qwlora.encodings.json_arrays import FlatIntegers, FlatNumbers
+from qwlora.encodings.json_fields import FlatIntegers, FlatNumbers, JsonEntry, SectionsDocument
 from qwlora.encodings.model import Entry, FloatEncoding, IntegerEncoding, LpbqEncoding
 
 _GRID = {"is_sym", "scale", "offset"}
@@ -30,7 +29,7 @@ _FIELDS = {
 }
 
 
-class Entry100(EntryOfFile):
+class Entry100(JsonEntry):
     """An entry of any kind; `_FIELDS` has the fields of each."""
 
     dtype: Literal["INT", "FLOAT"]

@@ -24,12 +24,13 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from qwlora.encodings.document import Document, EntryOfFile
 from qwlora.encodings.findings import printable
-from qwlora.encodings.json_arrays import (
+from qwlora.encodings.json_fields import (
     MAX_INTEGER,
     MAX_RANK,
+    Document,
     FlatNumbers,
+    JsonEntry,
     NestedIntegers,
     NestedNumbers,
     Strict,
@@ -59,7 +60,7 @@ def _known_dtype(dtype: str) -> str:
     return dtype
 
 
-class _Entry(EntryOfFile):
+class _Entry(JsonEntry):
     output_dtype: Annotated[str, AfterValidator(_known_dtype)]
     axis: Axis | None = None
     block_size: int | None = None

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from qwlora import encodings as files
+from qwlora.encodings.encodings_file import read_encodings
 from qwlora.encodings.grids import TensorLayout, grid_of
 from qwlora.encodings.model import BlockOrder, EncodingsFile, Entry, FloatEncoding
 from qwlora.errors import EncodingsFileError, GridError, SourceError
@@ -55,11 +55,11 @@ class AimetCheckpoint(ShownCheckpoint):
     Args:
         folder: a Hugging Face folder with float weights.
         encodings: the encodings file.
-        keep_float, block_order: see `MatchedEncodings`.
+        keep_float, block_order: see `matched_encodings`.
 
     Raises:
         SourceError: see `FloatCheckpoint`.
-        EncodingsFileError: see `MatchedEncodings`.
+        EncodingsFileError: see `matched_encodings`.
     """
 
     def __init__(
@@ -72,8 +72,7 @@ class AimetCheckpoint(ShownCheckpoint):
         self.floats = FloatCheckpoint(folder)
         self.folder = self.path = self.floats.folder
         self.config: PretrainedConfig = self.floats.config
-        self._matched = MatchedEncodings(self.floats.model, encodings, keep_float, block_order)
-        self._grids = self._matched.grids
+        self._grids = matched_encodings(self.floats.model, encodings, keep_float, block_order)
 
     def names(self) -> list[str]:
         """Names of parameters and saved buffers in the model's order, tied tensors once."""
@@ -82,13 +81,8 @@ class AimetCheckpoint(ShownCheckpoint):
     def schemes(self) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
         """Scheme and shape `[out, in]` of each parameter that becomes integers; reads no tensor
         data."""
-        shapes = {name: tuple(self.floats.model.get_parameter(name).shape) for name in self._grids}
-        placed = {
-            name: shape[::-1] if self._matched.is_transposed(name) else shape
-            for name, shape in shapes.items()
-            if len(shape) > 1
-        }
-        return {name: (self._grids[name].scheme, shape) for name, shape in placed.items()}
+        shapes = {name: _shape_out_in(self.floats.model, name) for name in self._grids}
+        return {n: (self._grids[n].scheme, shape) for n, shape in shapes.items() if len(shape) > 1}
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
         """Read one parameter, as integers if it is a matrix with an entry.
@@ -101,7 +95,7 @@ class AimetCheckpoint(ShownCheckpoint):
         if grid is None:
             return value
         assert isinstance(value, Tensor), "a float checkpoint has floats"
-        matrix = value.t() if self._matched.is_transposed(name) else value
+        matrix = value.t() if _is_conv1d_weight(self.floats.model, name) else value
         try:
             if value.ndim < 2:
                 return grid.fake_quantize(value.float())
@@ -109,7 +103,7 @@ class AimetCheckpoint(ShownCheckpoint):
             _check_fit(matrix.float(), quantized)
             return quantized
         except GridError as error:
-            raise SourceError(f"{str(self.floats.folder)!r}: {name!r}: {error}") from error
+            raise SourceError(f"{str(self.folder)!r}: {name!r}: {error}") from error
 
 
 def _check_fit(weight: Tensor, quantized: QuantizedTensor) -> None:
@@ -119,24 +113,30 @@ def _check_fit(weight: Tensor, quantized: QuantizedTensor) -> None:
         GridError: it is much worse than a min-max grid of the same scheme.
     """
     scheme, values = quantized.encoding.scheme, quantized.dequantize()
+    by_range = measure(weight, scheme).fake_quantize(weight)
     signal = float(weight.square().sum())
-    found, by_range = (
-        sqnr_db(signal, float((weight - rounded).square().sum()))
-        for rounded in (values, measure(weight, scheme).fake_quantize(weight))
+    stated_db, range_db = (
+        sqnr_db(signal, float((weight - rounded).square().sum())) for rounded in (values, by_range)
     )
-    if found < min(LEAST_SQNR, by_range - WORSE):
+    if stated_db < min(LEAST_SQNR, range_db - WORSE):
         ones = torch.ones_like(quantized.codes)
         step = quantized.encoding.dequantize(ones) - quantized.encoding.dequantize(ones - 1)
         clipped = int(((weight - values).abs() > 0.51 * step).sum())
         raise GridError(
-            f"its encoding leaves an SQNR of {found:.1f} dB, where the range of the weight would "
-            f"give {by_range:.1f} dB, and clips {clipped:,} of {weight.numel():,} values. The "
-            "encodings belong to another checkpoint, or their scales are wrong"
+            f"its encoding leaves an SQNR of {stated_db:.1f} dB, where the range of the weight "
+            f"would give {range_db:.1f} dB, and clips {clipped:,} of {weight.numel():,} values. "
+            "The encodings belong to another checkpoint, or their scales are wrong"
         )
 
 
-class MatchedEncodings:
-    """The grids that an encodings file gives to the parameters of a model.
+def matched_encodings(
+    model: nn.Module,
+    path: str | Path,
+    keep_float: Sequence[str] = (),
+    block_order: BlockOrder | None = None,
+) -> dict[str, Encoding]:
+    """The grids that an encodings file gives to the parameters of a model, [out, in]; tied
+    parameters have the first of their names.
 
     Args:
         model: the float model; it may be on the meta device.
@@ -146,184 +146,126 @@ class MatchedEncodings:
         block_order: the order of blocks in a 1.0.0 file that does not determine it (see
             `qwlora.encodings.grids`).
 
-    Attributes:
-        grids: encoding by parameter, [out, in]; tied parameters under the first of their names.
-
     Raises:
         EncodingsFileError: the file cannot be read, an entry matches no parameter, the weight of a
             Linear layer has no entry, or an entry does not fit its parameter. All problems are
             listed.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        path: str | Path,
-        keep_float: Sequence[str] = (),
-        block_order: BlockOrder | None = None,
-    ):
-        self.model, self.path = model, Path(path)
-        self.keep_float, self.block_order = tuple(keep_float), block_order
-        self.names = [name for name, _ in model.named_parameters()]
-        self._modules = dict(model.named_modules())
-        self.grids = self._matched(files.read(self.path))
-
-    def _matched(self, file: EncodingsFile) -> dict[str, Encoding]:
-        """The encoding of each parameter that has one.
-
-        Raises:
-            EncodingsFileError: entries and parameters do not fit; all problems are listed.
-        """
-        problems: list[str] = []
-        found: dict[str, dict[str, Entry]] = {}
-        unknown = []
-        for entry in file.encodings:
-            name = self._parameter_of(entry.name)
-            if name is not None:
-                found.setdefault(self._first(name), {})[entry.name] = entry
-            elif file.parameters is None or entry.name in file.parameters:
-                unknown.append(entry.name)
-        grids: dict[str, Encoding] = {}
-        for name, entries in found.items():
-            if self._is_kept(name):
-                continue
-            try:
-                if (grid := self._grid(name, entries, file)) is not None:
-                    grids[name] = grid
-            except SourceError as error:
-                problems.append(f"{next(iter(entries))!r} {error}")
-        problems += self._unmatched(file, set(found), unknown)
-        if problems:
-            raise EncodingsFileError(str(self.path), problems)
-        return grids
-
-    def _unmatched(self, file: EncodingsFile, found: set[str], unknown: list[str]) -> list[str]:
-        """Problems with entries that match no parameter and Linear weights without an entry."""
-        held = self.names
-        problems = []
-        if file.parameters is not None:  # files of version 2.x do not separate activations
-            problems = [
-                f"{name!r} is listed as a parameter, but the model has no such "
-                f"parameter{_near(name, held)}"
-                for name in unknown
+    file = read_encodings(path)
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    first_names = {id(parameter): name for name, parameter in model.named_parameters()}
+    entries: dict[str, list[tuple[Entry, bool]]] = {}  # with numbered names of ONNX or not
+    unknown: list[str] = []
+    problems: list[str] = []
+    for entry in file.encodings:
+        numbered = re.fullmatch(r"(.+)_\d{1,9}", entry.name)
+        name = entry.name if entry.name in parameters or not numbered else numbered[1]
+        is_numbered = name != entry.name
+        if name in parameters and (not is_numbered or parameters[name].ndim == 2):
+            first = first_names[id(parameters[name])]
+            entries.setdefault(first, []).append((entry, is_numbered))
+        elif file.parameters is not None and entry.name in file.parameters:
+            unknown.append(entry.name)
+            problems.append(
+                f"{entry.name!r} is listed as a parameter, but the model has no such "
+                f"parameter{_near(entry.name, list(first_names.values()))}"
+            )
+        elif file.parameters is None:  # files of version 2.x do not separate activations
+            unknown.append(entry.name)
+    for name in first_names.values():
+        layer = name.rpartition(".")[0]
+        is_linear = isinstance(model.get_submodule(layer), nn.Linear | Conv1D)
+        is_kept = _is_kept(name, keep_float) or layer in (file.excluded_layers or ())
+        if is_linear and name.endswith(".weight") and name not in entries and not is_kept:
+            problems.append(
+                f"{name!r}, the weight of a Linear layer, has no entry{_near(name, unknown)}. "
+                f"To keep it float, set {_keeping(layer)}"
+            )
+    grids: dict[str, Encoding] = {}
+    for name, matches in entries.items():
+        if _is_kept(name, keep_float):
+            continue
+        try:
+            first_grid, *others = [
+                _grid(model, name, entry, is_numbered, file, block_order)
+                for entry, is_numbered in matches
             ]
-        excluded = set(file.excluded_layers or ())
-        for name in held:
-            layer = name.rpartition(".")[0]
-            linear = isinstance(self._modules.get(layer), nn.Linear | Conv1D) and name.endswith(
-                ".weight"
-            )
-            if linear and name not in found and layer not in excluded and not self._is_kept(name):
-                problems.append(
-                    f"{name!r}, the weight of a Linear layer, has no entry{_near(name, unknown)}. "
-                    f"To keep it float, set {_keeping(layer)}"
-                )
-        return problems
+            for (other, _), grid in zip(matches[1:], others, strict=True):
+                if not (grid is first_grid or (grid and grid.equals(first_grid))):
+                    raise SourceError(
+                        f"and {other.name!r} are tied in the model, but have different encodings. "
+                        "Remove one of the two entries"
+                    )
+            if first_grid is not None:
+                grids[name] = first_grid
+        except SourceError as error:
+            problems.append(f"{matches[0][0].name!r} {error}")
+    if problems:
+        raise EncodingsFileError(str(path), problems)
+    return grids
 
-    def _grid(self, name: str, entries: dict[str, Entry], file: EncodingsFile) -> Encoding | None:
-        """The encoding of a parameter; None if it stays float."""
-        shape = tuple(self.model.get_parameter(name).shape)
-        entry, *others = entries.values()
-        if isinstance(entry, FloatEncoding):
-            if entry.bitwidth < 16:
-                raise SourceError(
-                    f"is a float of {entry.bitwidth} bits, not an integer encoding. Quantize it to "
-                    f"integers in AIMET, or set {_keeping(name)}"
-                )
-            grid = None
-        elif len(shape) < 2 and entry.bitwidth > 16:
-            grid = None
-        elif not BITWIDTHS[0] <= entry.bitwidth <= (8 if len(shape) > 1 else BITWIDTHS[-1]):
+
+def _grid(
+    model: nn.Module,
+    name: str,
+    entry: Entry,
+    is_numbered: bool,
+    file: EncodingsFile,
+    block_order: BlockOrder | None,
+) -> Encoding | None:
+    """The encoding that an entry gives to a parameter; None if it stays float."""
+    shape = _shape_out_in(model, name)
+    if isinstance(entry, FloatEncoding):
+        if entry.bitwidth < 16:
             raise SourceError(
-                f"has {entry.bitwidth} bits, but weights must have 2 to 8 bits (vectors up to 16). "
-                f"Use fewer bits in AIMET, or set {_keeping(name)}"
+                f"is a float of {entry.bitwidth} bits, not an integer encoding. Quantize it to "
+                f"integers in AIMET, or set {_keeping(name)}"
             )
-        else:
-            grid = grid_of(entry, self._placement(name, entry, shape, file), file.version)
-            _check_fits(grid.scheme, shape[::-1] if self.is_transposed(name) else shape)
-        for other in others:
-            again = self._grid(name, {other.name: other}, file)
-            if not (grid is again if grid is None else grid.equals(again)):
-                raise SourceError(
-                    f"and {other.name!r} are tied in the model, but have different encodings. "
-                    "Remove one of the two entries"
-                )
-        return grid
-
-    def _placement(
-        self, name: str, entry: Entry, shape: tuple[int, ...], file: EncodingsFile
-    ) -> TensorLayout:
-        renumbered = not self._is_parameter(entry.name)
-        conv1d = self.is_transposed(name)
-        order = self.block_order
-        producer = file.producer or {}
-        if order is None and producer.get("block_order") == "channel":
-            order = "channel"  # our own files for aimet-onnx
-        elif order is None and renumbered:
-            order = "tensor"  # AIMET's ONNX exporter lists blocks in memory order
-        elif order is None and not conv1d and producer.get("package") == "aimet-torch":
-            order = "channel"  # aimet-torch keeps the name only if the tensor is [out, in]
-        transposed_conv = isinstance(
-            self._modules.get(name.rpartition(".")[0]), nn.modules.conv._ConvTransposeNd
-        )
-        return TensorLayout(
-            shape[::-1] if conv1d else shape,
-            conv1d != renumbered,
-            1 if transposed_conv else 0,
-            order,
-        )
-
-    def _parameter_of(self, entry: str) -> str | None:
-        """The parameter of an entry, by its name or by the numbered name of AIMET's ONNX
-        exporter."""
-        if self._is_parameter(entry):
-            return entry
-        numbered = re.fullmatch(r"(.+)_\d{1,9}", entry)
-        if (
-            numbered
-            and self._is_parameter(numbered[1])
-            and self.model.get_parameter(numbered[1]).ndim == 2
-        ):
-            return numbered[1]
         return None
-
-    def _is_parameter(self, name: str) -> bool:
-        layer, _, leaf = name.rpartition(".")
-        return (
-            layer in self._modules
-            and leaf in self._modules[layer]._parameters
-            and self._modules[layer]._parameters[leaf] is not None
+    if len(shape) < 2 and entry.bitwidth > 16:
+        return None
+    if not BITWIDTHS[0] <= entry.bitwidth <= (8 if len(shape) > 1 else BITWIDTHS[-1]):
+        raise SourceError(
+            f"has {entry.bitwidth} bits, but weights must have 2 to 8 bits (vectors up to 16). "
+            f"Use fewer bits in AIMET, or set {_keeping(name)}"
         )
+    is_conv1d, producer = _is_conv1d_weight(model, name), file.producer or {}
+    if block_order is None and producer.get("block_order") == "channel":
+        block_order = "channel"  # our own files for aimet-onnx
+    elif block_order is None and is_numbered:
+        block_order = "tensor"  # AIMET's ONNX exporter lists blocks in memory order
+    elif block_order is None and not is_conv1d and producer.get("package") == "aimet-torch":
+        block_order = "channel"  # aimet-torch keeps the name only if the tensor is [out, in]
+    module = model.get_submodule(name.rpartition(".")[0])
+    channel_axis = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
+    layout = TensorLayout(shape, is_conv1d != is_numbered, channel_axis, block_order)
+    grid = grid_of(entry, layout, file.version)
+    try:
+        grid.scheme.scale_shape(shape)
+    except GridError as error:
+        raise SourceError(f"does not fit: {error}") from error
+    return grid
 
-    def _first(self, name: str) -> str:
-        """The first of the names of a tied parameter."""
-        tensor = self.model.get_parameter(name)
-        return next(first for first, other in self.model.named_parameters() if other is tensor)
 
-    def is_transposed(self, name: str) -> bool:
-        """Whether a parameter is the weight [in, out] of a Conv1D."""
-        return isinstance(self._modules.get(name.rpartition(".")[0]), Conv1D) and name.endswith(
-            ".weight"
-        )
+def _is_conv1d_weight(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is the weight [in, out] of a Conv1D."""
+    layer, _, leaf = name.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(layer), Conv1D)
 
-    def _is_kept(self, name: str) -> bool:
-        return any(
-            fnmatch.fnmatchcase(parameter_or_layer, glob)
-            for parameter_or_layer in (name, name.rpartition(".")[0])
-            for glob in self.keep_float
-        )
+
+def _shape_out_in(model: nn.Module, name: str) -> tuple[int, ...]:
+    shape = tuple(model.get_parameter(name).shape)
+    return shape[::-1] if _is_conv1d_weight(model, name) else shape
+
+
+def _is_kept(name: str, globs: Sequence[str]) -> bool:
+    layer = name.rpartition(".")[0]
+    return any(fnmatch.fnmatchcase(path, glob) for path in (name, layer) for glob in globs)
 
 
 def _keeping(name: str) -> str:
     """The setting that keeps a parameter or layer float, for the recipe and for Python."""
     return f"model.keep_float: [{name}] in the recipe (keep_float=[{name!r}] in Python)"
-
-
-def _check_fits(scheme: Scheme, shape: tuple[int, ...]) -> None:
-    try:
-        scheme.scale_shape(shape)
-    except GridError as error:
-        raise SourceError(f"does not fit: {error}") from error
 
 
 def _near(name: str, among: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from qwlora.errors import GridError
-from qwlora.formats.aimet import MatchedEncodings
+from qwlora.formats.aimet import matched_encodings
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
@@ -65,7 +65,7 @@ def freeze_(
     given = model_to_pack(model)
     known = find_tensors(given)
     if isinstance(encodings, str | Path):
-        grids = MatchedEncodings(given, encodings, keep_float).grids
+        grids = matched_encodings(given, encodings, keep_float)
         # a vector's values already lie on its grid, and it has no packed layer
         encodings = {n: grid for n, grid in grids.items() if given.get_parameter(n).ndim > 1}
     packed, problems = dict[str, QuantizedTensor](), list[str]()

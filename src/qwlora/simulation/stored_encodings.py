@@ -39,7 +39,9 @@ def save_encodings(encodings: Mapping[str, Encoding], folder: Path) -> None:
     except EncodingsFileError as error:
         raise CalibrationError(str(error)) from error
     producer = {"package": "qwlora", "version": version("qwlora")}
-    files.write(files.EncodingsFile(_VERSION, entries, producer=producer), folder / ENCODINGS)
+    files.write_encodings(
+        files.EncodingsFile(_VERSION, entries, producer=producer), folder / ENCODINGS
+    )
     manifest.write(folder, RECORD, {"format": FORMAT}, (ENCODINGS,))
 
 
@@ -57,7 +59,8 @@ def load_encodings(folder: Path) -> dict[str, Encoding]:
         check_files(folder, only=[ENCODINGS])
     try:
         found = {
-            entry.name: encoding_of(entry) for entry in files.read(folder / ENCODINGS).encodings
+            entry.name: encoding_of(entry)
+            for entry in files.read_encodings(folder / ENCODINGS).encodings
         }
     except (EncodingsFileError, ValueError) as error:
         raise unreadable(folder, error) from error

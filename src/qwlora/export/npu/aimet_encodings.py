@@ -55,7 +55,7 @@ def write_encodings(graph: QuantizedGraph, path: Path, transposed: Collection[st
         quantizer_args=_quantizer_args(graph),
         producer={"package": "qwlora", "version": version("qwlora")},
     )
-    files.write(file, path)
+    files.write_encodings(file, path)
 
 
 def write_float_encodings(
@@ -80,7 +80,7 @@ def write_float_encodings(
         quantizer_args=_quantizer_args(graph) if sections else None,
         producer={"package": "qwlora", "version": version("qwlora"), "block_order": "channel"},
     )
-    files.write(file, path)
+    files.write_encodings(file, path)
 
 
 def _quantizer_args(graph: QuantizedGraph) -> dict[str, Any]:

@@ -52,7 +52,7 @@ class FloatOnnxModel(Runtime):
 
     @cached_property
     def file(self) -> EncodingsFile:
-        return files.read(self.encodings)
+        return files.read_encodings(self.encodings)
 
     @cached_property
     def graph(self) -> dict[str, files.OnnxTensor]:

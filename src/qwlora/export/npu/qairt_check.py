@@ -114,11 +114,13 @@ def _problems(folder: Path, prefix: str) -> Iterator[str]:
     yield from found
     if not found:
         base_file = f"{prefix}{BASE_ENCODINGS}"
-        base = encodings.read(folder / base_file)
+        base = encodings.read_encodings(folder / base_file)
         fixed = _fixed(model, base, names)
         for case in cases:
             file = f"{prefix}{case}.encodings"
-            yield from _entry_problems(base, base_file, encodings.read(folder / file), file, fixed)
+            yield from _entry_problems(
+                base, base_file, encodings.read_encodings(folder / file), file, fixed
+            )
 
 
 def _value_problems(model: FloatOnnxModel) -> list[str]:

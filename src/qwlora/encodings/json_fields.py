@@ -1,0 +1,194 @@
+"""What the JSON of all versions shares: arrays from nested lists, the fields of a file, and the two
+sections of 0.6.1 and 1.0.0. One module per version has a `Document` with its entries.
+
+Time and memory are proportional to the file: nothing is broadcast or expanded, and arrays have at
+most `MAX_RANK` axes.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Collection, Sequence
+from itertools import chain
+from math import isfinite
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+
+from qwlora.encodings.findings import describe, printable
+from qwlora.encodings.model import EncodingsFile, Entry, Floats, Integers
+from qwlora.errors import EncodingsFileError
+
+MAX_RANK = 8
+MAX_INTEGER = 2**40  # larger than any code or offset, far below the end of int64
+
+
+def numbers_of(value: Any) -> Floats:
+    """Finite numbers: one, a list, or nested lists of equal lengths."""
+    items, shape = _rectangle(value, (int, float), "numbers")
+    try:
+        numbers = np.array(items, dtype=np.float64)
+    except OverflowError:
+        raise ValueError("contains an integer that is too large for a float") from None
+    bad = ~np.isfinite(numbers)
+    if bad.any():
+        raise ValueError(
+            f"{int(bad.sum())} of {numbers.size} values are not finite, the first is "
+            f"{numbers[bad][0]}"
+        )
+    return numbers.reshape(shape)
+
+
+def integers_of(value: Any) -> Integers:
+    """Integers of at most `MAX_INTEGER`: one, a list, or nested lists of equal lengths."""
+    items, shape = _rectangle(value, (int,), "integers")
+    for extreme in (min(items), max(items)):
+        if abs(extreme) > MAX_INTEGER:
+            raise ValueError(f"contains {describe(extreme)}; the limit is {MAX_INTEGER}")
+    return np.array(items, dtype=np.int64).reshape(shape)
+
+
+def _rectangle(value: Any, kinds: Collection[type], what: str) -> tuple[list[Any], tuple[int, ...]]:
+    """The leaves of nested lists of equal lengths, and those lengths."""
+    items: list[Any] = [value]
+    shape: list[int] = []
+    while isinstance(items[0], list):
+        length = len(items[0])
+        if not all(isinstance(item, list) and len(item) == length for item in items):
+            raise ValueError("contains lists of different lengths, or lists and numbers")
+        if not length:
+            raise ValueError("is empty")
+        if len(shape) == MAX_RANK:
+            raise ValueError(f"is nested deeper than {MAX_RANK} lists")
+        shape.append(length)
+        items = list(chain.from_iterable(items))
+    if not set(map(type, items)) <= {*kinds}:
+        wrong = next(item for item in items if type(item) not in kinds)
+        raise ValueError(f"contains {describe(wrong)}; {what} are needed")
+    return items, tuple(shape)
+
+
+def _flat(array: Any) -> Any:
+    if array.ndim != 1:
+        raise ValueError(f"has {array.ndim} axes; this version has one flat list")
+    return array
+
+
+Name = Annotated[str, Field(min_length=1)]
+NestedNumbers = Annotated[Any, PlainValidator(numbers_of)]
+NestedIntegers = Annotated[Any, PlainValidator(integers_of)]
+FlatNumbers = Annotated[Any, PlainValidator(lambda value: _flat(numbers_of(value)))]
+FlatIntegers = Annotated[Any, PlainValidator(lambda value: _flat(integers_of(value)))]
+
+
+class Strict(BaseModel):
+    """A JSON object with exactly these fields, of exactly these types."""
+
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+
+
+class JsonEntry(Strict):
+    """The fields of an entry as a version has them."""
+
+    name: Name
+    _entry: Entry | None = None
+
+    @abstractmethod
+    def entry(self) -> Entry:
+        """The entry.
+
+        Raises:
+            ValueError: its fields contradict one another.
+        """
+
+    def check_fields(self, needed: Collection[str], optional: Collection[str] = ()) -> None:
+        """Refuse an entry without the fields of its kind, or with others.
+
+        Raises:
+            EncodingsFileError: lists them.
+        """
+        stored = self.model_fields_set - {"name"}
+        problems = [f"{key} is missing" for key in sorted({*needed} - stored)]
+        problems += [
+            f"{key} is not a field of this kind of entry"
+            for key in sorted(stored - {*needed, *optional})
+        ]
+        if problems:
+            raise EncodingsFileError(self.name, problems)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        self._entry = self.entry()
+        return self
+
+    @property
+    def value(self) -> Entry:
+        """The checked entry."""
+        assert self._entry is not None, "set by validation"
+        return self._entry
+
+
+class Document(Strict):
+    """A file of one version."""
+
+    version: str
+    # `block_order` is in our own files only.
+    producer: dict[Literal["package", "version", "block_order"], Name] | None = None
+
+    @abstractmethod
+    def content(self) -> EncodingsFile:
+        """The values."""
+
+    @classmethod
+    @abstractmethod
+    def sections_of(cls, file: EncodingsFile) -> dict[str, Any]:
+        """The JSON of the entries of `file`, which the version can express."""
+
+
+def _settings(value: Any) -> dict[str, Any]:
+    """A flat object of plain values."""
+    if not isinstance(value, dict):
+        raise ValueError(f"is {describe(value)}; an object is needed")
+    for key, setting in value.items():
+        is_plain = isinstance(setting, str | bool | int | float)
+        if not is_plain or (isinstance(setting, float) and not isfinite(setting)):
+            raise ValueError(
+                f"has {describe(setting)} under {printable(key)!r}; a string, a finite number, "
+                "true or false is needed"
+            )
+    return value
+
+
+class SectionsDocument(Document):
+    """0.6.1 and 1.0.0."""
+
+    activation_encodings: Sequence[JsonEntry]
+    param_encodings: Sequence[JsonEntry]
+    excluded_layers: list[Name] | None = None
+    quantizer_args: Annotated[dict[str, Any] | None, PlainValidator(_settings)] = None
+
+    def content(self) -> EncodingsFile:
+        parameters = [entry.value for entry in self.param_encodings]
+        return EncodingsFile(
+            self.version,
+            (*(entry.value for entry in self.activation_encodings), *parameters),
+            frozenset(entry.name for entry in parameters),
+            None if self.excluded_layers is None else tuple(self.excluded_layers),
+            self.quantizer_args,
+            self.producer,  # type: ignore[arg-type]
+        )
+
+    @classmethod
+    def sections_of(cls, file: EncodingsFile) -> dict[str, Any]:
+        parameters = file.parameters or frozenset()
+        activations = [e for e in file.encodings if e.name not in parameters]
+        return {
+            "activation_encodings": cls.section(activations),
+            "param_encodings": cls.section([e for e in file.encodings if e.name in parameters]),
+        }
+
+    @classmethod
+    @abstractmethod
+    def section(cls, encodings: list[Entry]) -> Any:
+        """The JSON of some entries."""

@@ -45,9 +45,9 @@ from torch import nn
 from gemma import gemma_file
 from machine import machine_line
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.adapter.float32_matmul import onednn_float32_matmul
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.train import TrainingSettings, train_adapter
+from qwlora.adapter.training_step import onednn_float32_matmul
 from qwlora.analysis.token_scores import logits_of, perplexity
 from qwlora.data import load_documents
 from qwlora.formats.model_source import load_model, load_tokenizer

@@ -106,13 +106,13 @@ def test_every_model_is_scored_and_the_float_model_as_by_lm_eval(
     assert results["run"]["state"] == "finished"
     view = task_scores.view(Job(results, {}, "", "job"), "first")
     assert view is not None
-    assert view["table"].columns[3:] == (
+    assert view["table"].columns[3:] == [
         "Float",
         "Packed base",
         "With adapter",
         "Simulated",
         "ONNX Runtime",
-    )
+    ]
 
 
 @pytest.mark.client

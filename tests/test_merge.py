@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 from command_line import qwlora
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
 from qwlora import load_base, quantize_
-from qwlora.adapter.merge_loss import rounding_losses
+from qwlora.adapter.adapter_deltas import rounding_losses
 from qwlora.cli.job_commands import merge_lines
 from qwlora.errors import DirectoryError, MergeError
 from qwlora.formats.base_folder import save_base

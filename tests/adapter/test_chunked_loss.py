@@ -33,7 +33,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from conftest import ARCHITECTURES, VOCABULARY, tiny_model
 from qwlora import quantize_
 from qwlora.adapter.chunked_loss import ChunkedLoss
-from qwlora.adapter.vocabulary_slice_loss import sliced_cross_entropy
+from qwlora.adapter.cross_entropy import sliced_cross_entropy
 from qwlora.errors import TrainingError
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import PackedLinear
@@ -319,7 +319,7 @@ class _Roundings(TorchDispatchMode):
 
 
 def test_head_weight_is_never_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwlora.adapter.vocabulary_slice_loss.SLICE_LOGITS", 600)
+    monkeypatch.setattr("qwlora.adapter.cross_entropy.SLICE_LOGITS", 600)
     model = tiny_model("llama").requires_grad_(False)
     peft = get_peft_model(
         model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
@@ -345,7 +345,7 @@ def test_head_weight_is_never_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -
 def test_packed_head_is_never_unpacked_at_once(
     monkeypatch: pytest.MonkeyPatch, name: str, half: bool
 ) -> None:
-    monkeypatch.setattr("qwlora.adapter.vocabulary_slice_loss.SLICE_LOGITS", 600)
+    monkeypatch.setattr("qwlora.adapter.cross_entropy.SLICE_LOGITS", 600)
     model = tiny_model(name)
     quantize_(model, "w4-block32", "rtn", rules=[Rule("lm_head", parse_scheme("w8-block32"))])
     assert type(model.get_output_embeddings()) is PackedLinear

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from qwlora.adapter.float32_matmul import onednn_float32_matmul
+from qwlora.adapter.training_step import onednn_float32_matmul
 
 
 @pytest.fixture(autouse=True)

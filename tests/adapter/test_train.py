@@ -25,7 +25,13 @@ from transformers import TrainingArguments
 from conftest import tiny_model
 from qwlora import fingerprint, quantize_
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.adapter.train import TrainingSettings, _arguments, check_loggers, train_adapter
+from qwlora.adapter.train import (
+    Display,
+    TrainingSettings,
+    _arguments,
+    check_loggers,
+    train_adapter,
+)
 from qwlora.adapter.training_callbacks import Divergence, divergence
 from qwlora.adapter.training_checkpoints import delete_newer, last_checkpoint, seal
 from qwlora.data.sequences import IGNORED, Sequences
@@ -238,7 +244,12 @@ def test_resumed_run_stops_early_at_the_same_step(tmp_path: Path, patience: int)
     for step in range(expected.best_step + 2, expected.steps, 3):
         with pytest.raises(KeyboardInterrupt):
             train_adapter(
-                adapted(), IDS, settings, tmp_path / "killed", killed_after(step), held_out=other
+                adapted(),
+                IDS,
+                settings,
+                tmp_path / "killed",
+                other,
+                display=Display(killed_after(step)),
             )
     resumed = adapted()
     found = train_adapter(resumed, IDS, settings, tmp_path / "killed", held_out=other)
@@ -499,7 +510,7 @@ def test_loggers_receive_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         IDS,
         replace(SETTINGS, report_to=("tensorboard",)),
         tmp_path,
-        logs=tmp_path / "logs",
+        display=Display(logs=tmp_path / "logs"),
     )
     assert len([t for t in told if "loss" in t and "grad_norm" in t]) == 6
 

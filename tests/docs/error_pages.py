@@ -76,7 +76,11 @@ def _wrong_recipe() -> None:
 
 
 def _other_base() -> None:
-    folder = _folder("adapters/first", qwlora={"base_fingerprint": "0" * 64}, adapter_config={})
+    folder = _folder(
+        "adapters/first",
+        qwlora={"base_fingerprint": "0" * 64},
+        adapter_config={"peft_type": "LORA"},
+    )
     (folder / "adapter_model.safetensors").touch()
     check_adapter(folder, "1" * 64)
 

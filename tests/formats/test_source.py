@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from conftest import byte_tokenizer, tiny_model
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora import load_precomputed, quantize_, save_base
-from qwlora.adapter.attach import adapter_folder
+from qwlora.adapter.adapter_folder import adapter_folder
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint

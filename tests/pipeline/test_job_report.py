@@ -13,7 +13,7 @@ import yaml
 
 from conftest import tiny_model
 from pipeline.conftest import FakeJob
-from qwlora.adapter.adapter_updates import adapter_updates
+from qwlora.adapter.adapter_deltas import adapter_updates
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.errors import (
     DirectoryError,

@@ -7,10 +7,13 @@ import re
 import time
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 from typing import Any
 
 import pytest
+from jinja2 import ChoiceLoader, FileSystemLoader
 
+from qwlora.report import page, sections
 from qwlora.report.drawing import ticks
 from qwlora.report.number_format import (
     MINUS,
@@ -166,6 +169,36 @@ def test_an_empty_job_has_a_page(results: dict[str, Any]) -> None:
     assert "not measured" in html
     assert "No verdict yet" in html
     render(Job(results, {}, "", "job"))
+
+
+def test_weights_that_were_rounded_twice_are_said_at_the_top() -> None:
+    results = results_of("finished")
+    results["base"]["second_rounding"] = "/srv/m.gguf holds integers (Q4_0); <rounds> again"
+    html = render(job_of("finished", results))
+    top = html[: html.index("<section")]
+    assert "m.gguf holds integers (Q4_0); &lt;rounds&gt; again" in top
+    assert "/srv" not in html
+    assert "rounded twice" not in render(job_of("finished"))
+
+
+def test_a_section_costs_a_module_and_a_template(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "toy_section.py").write_text(
+        "from qwlora.report.section import Section\n"
+        "def view(job, adapter):\n"
+        "    return {'steps': job.get('train', adapter, 'steps')}\n"
+        "SECTION = Section(id='toy', label='Toy', question='Toy?', view=view, position=35)\n"
+    )
+    (tmp_path / "toy_section.html").write_text("<p>{{ view.steps }} steps of a toy</p>")
+    monkeypatch.setattr(sections, "__path__", [*sections.__path__, str(tmp_path)])
+    loader = ChoiceLoader([page._environment().loader, FileSystemLoader(tmp_path)])
+    monkeypatch.setattr(page._environment(), "loader", loader)
+    html = render(job_of("finished"))
+    assert "<p>60 steps of a toy</p>" in html
+    order = re.findall('<section id="(.*?)"', html)
+    assert order.index("training") + 1 == order.index("toy") == order.index("layers") - 1
+    assert '<a href="#toy">Toy</a>' in html
 
 
 def test_what_is_missing_says_how_to_measure_it() -> None:

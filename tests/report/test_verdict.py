@@ -1,19 +1,24 @@
-"""The verdict of the report: its rules, in their order, and its sentence."""
+"""The verdict of the report: its rules, in their order, on both sides of every limit."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from qwlora.report.checks import Outcome
+from qwlora.report.findings import FEW_TOKENS, Outcome
 from qwlora.report.number_format import MINUS
 from qwlora.report.page import render
-from qwlora.report.remedies import remedies, remedy_command
 from qwlora.report.results_view import Job
-from qwlora.report.verdict import Kind, verdict
+from qwlora.report.verdict import Kind, Verdict, remedies, verdict
 from report.recorded import check_of, failing, job_of, results_of, running
+
+SHIP, WITH_CARE, NOT_PROVEN = Kind.SHIP, Kind.WITH_CARE, Kind.NOT_PROVEN
+DO_NOT_SHIP, NONE_YET = Kind.DO_NOT_SHIP, Kind.NONE_YET
+PERPLEXITY, TOKENS = "difference of perplexity", "tokens with the same likeliest"
+LAYER, MEAN = "difference of layer", "largest mean difference"
 
 
 def finished(**changes: Any) -> dict[str, Any]:
@@ -21,80 +26,121 @@ def finished(**changes: Any) -> dict[str, Any]:
     results = results_of("finished")
     results["parity"]["onnx"]["first"]["tokens"] = 4096
     for key, value in changes.items():
-        put(results, key.split("__"), value)
+        *path, last = key.split("__")
+        holder = results
+        for name in path:
+            holder = holder.setdefault(name, {})
+        holder[last] = value
     return results
 
 
-def put(results: dict[str, Any], path: list[str], value: Any) -> None:
-    for key in path[:-1]:
-        results = results.setdefault(key, {})
-    results[path[-1]] = value
+def judged(targets: list[str] | None = None, **changes: Any) -> Verdict:
+    return verdict(with_targets(targets, **changes))
+
+
+def with_targets(targets: list[str] | None = None, **changes: Any) -> Job:
+    job = job_of("finished", finished(**changes))
+    if targets is None:
+        return job
+    return replace(job, recipe={**job.recipe, "export": {"targets": targets}})
+
+
+def two(words: int | None = 9 * FEW_TOKENS, digits: int | None = 9 * FEW_TOKENS) -> dict[str, Any]:
+    results = results_of("two")
+    for name, tokens in (("words", words), ("digits", digits)):
+        results["parity"]["onnx"][name]["tokens"] = tokens
+    return results
+
+
+def gain(reference: str, before: float, after: float, **ratio: float) -> dict[str, Any]:
+    """Changes after which an adapter's only comparison is with `reference`."""
+    return {
+        "perplexity": {reference: before, "simulated": {"first": after}},
+        "perplexity_ratio": {"simulated": {"first": ratio}} if ratio else {},
+    }
 
 
 PARITY = "parity__onnx__first__"
 CASES: dict[str, tuple[dict[str, Any], Kind, str]] = {
-    "all passed": ({}, Kind.SHIP, "beats the float model by 86.7%"),
-    "running": ({"run__state": "running"}, Kind.NONE_YET, "No verdict yet"),
+    "all passed": ({}, SHIP, "beats the float model by 86.7%"),
+    "running": ({"run__state": "running"}, NONE_YET, "is running"),
     "running, a check failed": (
         {"run__state": "running", f"{PARITY}passed": False},
-        Kind.NONE_YET,
-        "No verdict yet",
+        NONE_YET,
+        "is running",
     ),
-    "incomplete": ({"run__state": "incomplete"}, Kind.NONE_YET, "not complete"),
+    "incomplete": ({"run__state": "incomplete"}, NONE_YET, "not complete"),
     "interrupted": (
         {"run__state": "interrupted", "run__stage": "train/first"},
-        Kind.NONE_YET,
+        NONE_YET,
         "interrupted in stage train/first",
     ),
     "failed for another reason": (
         {f"{PARITY}passed": False, f"{PARITY}problems": ["the file is <odd>"]},
-        Kind.DO_NOT_SHIP,
+        DO_NOT_SHIP,
         "the file is <odd>",
     ),
     "a stage crashed": (
         {"run__state": "failed", "error__stage": "export/onnx/first", "parity": {}},
-        Kind.DO_NOT_SHIP,
+        DO_NOT_SHIP,
         "stopped in stage export/onnx/first",
     ),
-    "no proof": ({"parity": {}}, Kind.NOT_PROVEN, "was not checked in ONNX Runtime"),
+    "a stage failed after files passed": (
+        {"run__state": "failed", "error__stage": "evaluate"},
+        DO_NOT_SHIP,
+        "evaluate",
+    ),
+    "no proof": ({"parity": {}}, NOT_PROVEN, "was not checked in ONNX Runtime"),
     "no better than float": (
         {"perplexity__simulated__first": 420.0},
-        Kind.WITH_CARE,
+        WITH_CARE,
         f"not clearly better than the float model on held-out text ({MINUS}0.25%)",
     ),
     "worse than float": (
         {"perplexity__simulated__first": 500.0},
-        Kind.WITH_CARE,
+        WITH_CARE,
         "the adapter is 18.8% worse than the float model",
     ),
+    "no gain": (gain("float", 100.0, 100.0), WITH_CARE, "computes what you trained, but"),
+    "better by 1%": (gain("float", 100.0, 98.9), SHIP, "beats the float model by 1.1%"),
+    "better by less than 1%": (gain("float", 100.0, 99.1), WITH_CARE, "not clearly better"),
+    "better by exactly 2 standard errors": (
+        gain("float", 128.0, 112.0, stderr=0.0625),
+        SHIP,
+        "beats the float model by 12.5%",
+    ),
     "better by less than 2 standard errors": (
-        {"perplexity_ratio__simulated__first": {"value": 0.133, "stderr": 0.5}},
-        Kind.WITH_CARE,
+        gain("float", 128.0, 112.0, stderr=0.0626),
+        WITH_CARE,
         "not clearly better",
     ),
     "better by less than 1%, but by 2 standard errors": (
-        {
-            "perplexity__simulated__first": 418.0,
-            "perplexity_ratio__simulated__first": {"value": 0.9928, "stderr": 0.001},
-        },
-        Kind.SHIP,
-        "beats the float model by 0.72%",
+        gain("float", 128.0, 127.0, stderr=0.001),
+        SHIP,
+        "beats the float model by 0.78%",
     ),
-    "few tokens": ({f"{PARITY}tokens": 999}, Kind.WITH_CARE, "checked on 999 tokens only"),
+    "no gain and no error": (gain("float", 128.0, 128.0, stderr=0.0), WITH_CARE, "not clearly"),
+    "better than the base": (gain("base", 100.0, 99.9), SHIP, "computes what you trained"),
+    "no better than the base": (gain("base", 100.0, 100.0), WITH_CARE, "no better than the packed"),
+    "worse than the base": (gain("base", 100.0, 120.0), WITH_CARE, "no better than the packed"),
+    "few tokens": ({f"{PARITY}tokens": FEW_TOKENS - 1}, WITH_CARE, "checked on 999 tokens only"),
+    "enough tokens": ({f"{PARITY}tokens": FEW_TOKENS}, SHIP, "computes what you trained"),
+    "KL divergence was not measured": (
+        {"kl": {}},
+        SHIP,
+        "but KL divergence and task accuracy were not measured.",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_rules_apply_in_order(case: str) -> None:
     changes, kind, words = CASES[case]
-    found = verdict(job_of("finished", finished(**changes)))
+    found = judged(**changes)
     assert found.kind is kind
     assert words in found.sentence
     assert found.sentence.endswith(".")
-
-
-PERPLEXITY, TOKENS = "difference of perplexity", "tokens with the same likeliest"
-LAYER, MEAN = "difference of layer", "largest mean difference"
+    assert kind.label not in found.sentence  # it is shown next to it
 
 
 @pytest.mark.parametrize(
@@ -111,10 +157,10 @@ def test_a_row_that_failed_is_the_sentence_of_the_verdict(
     what: str, value: Any, shown: str
 ) -> None:
     found = verdict(job_of("finished", failing(finished(), what, value)))
-    assert found.kind is Kind.DO_NOT_SHIP
+    assert found.kind is DO_NOT_SHIP
     assert shown in found.sentence
     found = verdict(job_of("finished", failing(finished(), what, True, "base")))
-    assert found.kind is Kind.DO_NOT_SHIP
+    assert found.kind is DO_NOT_SHIP
     assert "the files do not compute the base without an adapter" in found.sentence
 
 
@@ -127,120 +173,159 @@ def test_a_proof_without_a_finite_number_for_each_limit_does_not_ship(
 ) -> None:
     results = finished()
     check_of(results, what, case)[key] = value
-    assert verdict(job_of("finished", results)).kind is Kind.NOT_PROVEN
+    assert verdict(job_of("finished", results)).kind is NOT_PROVEN
 
 
 @pytest.mark.parametrize("passed", [None, "true", 1, False])
 def test_a_row_that_does_not_say_that_it_passed_does_not_ship(passed: Any) -> None:
     results = finished()
     check_of(results, LAYER)["passed"] = passed
-    assert verdict(job_of("finished", results)).kind is Kind.DO_NOT_SHIP
+    assert verdict(job_of("finished", results)).kind is DO_NOT_SHIP
 
 
 @pytest.mark.parametrize("case", ["first", "base"])
 @pytest.mark.parametrize("passed", [None, "true", 1, 0])
 def test_only_a_proof_that_passed_ships(passed: Any, case: str) -> None:
-    found = verdict(job_of("finished", finished(**{f"parity__onnx__{case}__passed": passed})))
-    assert found.kind is Kind.NOT_PROVEN
+    assert judged(**{f"parity__onnx__{case}__passed": passed}).kind is NOT_PROVEN
 
 
 @pytest.mark.parametrize(
     "parity", [{"x": 1}, {"passed": True}, {"passed": True, "checks": []}, {"checks": [1]}]
 )
 def test_a_proof_without_rows_does_not_ship(parity: dict[str, Any]) -> None:
-    found = verdict(job_of("finished", finished(parity={"onnx": {"first": parity}})))
-    assert found.kind is Kind.NOT_PROVEN
+    assert judged(parity={"onnx": {"first": parity}}).kind is NOT_PROVEN
 
 
 @pytest.mark.parametrize("case", ["none", "first+second"])
-def test_a_use_case_that_fails_or_was_not_checked_counts(case: str) -> None:
+@pytest.mark.parametrize(
+    ("changes", "kind"),
+    [({}, SHIP), ({"passed": False}, DO_NOT_SHIP), ({"checks": []}, NOT_PROVEN)],
+)
+def test_every_use_case_counts(case: str, changes: dict[str, Any], kind: Kind) -> None:
     good = finished()["parity"]["onnx"]["first"]
-    job = job_of("finished", finished(parity={"qairt": {"first": good, case: good}}))
-    recipe = {**job.recipe, "export": {"targets": ["qairt"]}}
-    assert verdict(Job(job.results, recipe, "", "job")).kind is Kind.SHIP
-    for changes, kind in (
-        ({"passed": False}, Kind.DO_NOT_SHIP),
-        ({"checks": []}, Kind.NOT_PROVEN),
-    ):
-        parity = {"qairt": {"first": good, case: {**good, **changes}}}
-        job = job_of("finished", finished(parity=parity))
-        assert verdict(Job(job.results, recipe, "", "job")).kind is kind
+    parity = {"qairt": {"first": good, case: {**good, **changes}}}
+    assert judged(["qairt"], parity=parity).kind is kind
 
 
 def test_files_that_changed_after_the_check_are_not_proven() -> None:
     job = job_of("finished", finished(), stale={("onnx", "first"): "model.onnx has changed"})
     found = verdict(job)
-    assert found.kind is Kind.NOT_PROVEN
+    assert found.kind is NOT_PROVEN
     assert "changed after the check" in found.sentence
-    assert not any(c.outcome is Outcome.PASSED and "step" in str(c.what) for c in found.checks)
+    assert not any(c.outcome is Outcome.PASSED and "step" in str(c.what) for c in found.findings)
 
 
 def test_files_without_activations_are_compared_with_the_trained_model() -> None:
     proof = {**finished()["parity"]["onnx"]["first"], "of": "trained"}
-    job = job_of("finished", finished(parity={"hf": {"first": proof}}))
-    job = Job(job.results, {**job.recipe, "export": {"targets": ["hf"]}}, "", "job")
-    found = verdict(job)
-    assert found.kind is Kind.SHIP
-    assert "computes what you trained" in found.sentence
+    job = with_targets(["hf"], parity={"hf": {"first": proof}})
+    assert verdict(job).kind is SHIP
+    assert "computes what you trained" in verdict(job).sentence
     assert "transformers" in render(job)
     assert "has the logits of the trained model" in render(job)
 
 
 def test_files_that_were_written_but_not_run_are_not_proven() -> None:
-    job = job_of("finished", finished(parity={"mlx": {"first": {"not_run": "mlx is missing"}}}))
-    job = Job(job.results, {**job.recipe, "export": {"targets": ["mlx"]}}, "", "job")
-    found = verdict(job)
-    assert found.kind is Kind.NOT_PROVEN
-    assert "was not checked in MLX" in found.sentence
+    job = with_targets(["mlx"], parity={"mlx": {"first": {"not_run": "mlx is missing"}}})
+    assert verdict(job).kind is NOT_PROVEN
+    assert "was not checked in MLX" in verdict(job).sentence
     assert "mlx is missing" in render(job)
 
 
 def test_a_recipe_without_targets_is_not_proven() -> None:
-    job = job_of("finished", finished(parity={}))
-    empty = {**job.recipe, "export": {"targets": []}}
-    found = verdict(Job(job.results, empty, "", "job"))
-    assert found.kind is Kind.NOT_PROVEN
+    found = judged([], parity={})
+    assert found.kind is NOT_PROVEN
     assert "no export target" in found.sentence
 
 
-def test_what_was_not_measured_is_named_and_never_counts_as_passed() -> None:
-    found = verdict(job_of("finished", finished(kl={})))
-    assert found.sentence.endswith("but KL divergence and task accuracy were not measured.")
+def test_what_was_not_measured_never_counts_as_passed() -> None:
     measured = finished(kl={"base": {"mean": 0.1}}, tasks={"float": {"arc": {"value": 0.5}}})
     assert "not measured" not in verdict(job_of("finished", measured)).sentence
-    missing = verdict(job_of("finished", finished(parity={}))).checks
-    assert any(check.outcome is Outcome.MISSING for check in missing)
+    for changes in ({"parity": {}}, {"perplexity": {"simulated": {"first": 9.0}}}):
+        outcomes = {str(f.what): f.outcome for f in judged(**changes).findings}
+        assert Outcome.MISSING in outcomes.values()
+    assert outcomes["Simulated adapter against the float model"] is Outcome.MISSING
+
+
+@pytest.mark.parametrize(
+    ("words", "digits", "kind"),
+    [
+        (FEW_TOKENS, FEW_TOKENS, SHIP),
+        (FEW_TOKENS - 1, 9 * FEW_TOKENS, WITH_CARE),
+        (9 * FEW_TOKENS, FEW_TOKENS - 1, WITH_CARE),
+        (None, 9 * FEW_TOKENS, SHIP),
+    ],
+)
+def test_the_adapter_that_was_checked_least_counts(
+    words: int | None, digits: int | None, kind: Kind
+) -> None:
+    found = verdict(job_of("two", two(words, digits)))
+    assert found.kind is kind
+    assert (f"{FEW_TOKENS - 1} tokens" in found.sentence) is (kind is WITH_CARE)
 
 
 def test_adapters_with_equal_losses_are_called_identical() -> None:
-    results = results_of("two")
-    for name in ("words", "digits"):
-        results["parity"]["onnx"][name]["tokens"] = 4096
-    assert verdict(job_of("two", results)).kind is Kind.SHIP
+    results = two()
     results["train"]["digits"]["losses"] = results["train"]["words"]["losses"]
     found = verdict(job_of("two", results))
-    assert found.kind is Kind.WITH_CARE
+    assert found.kind is WITH_CARE
     assert "but words and digits are identical" in found.sentence
 
 
-def test_one_adapter_of_two_that_fails_stops_both() -> None:
-    results = results_of("two")
-    failing(results, LAYER, 7.0, "digits")
-    found = verdict(job_of("two", results))
-    assert found.kind is Kind.DO_NOT_SHIP
-    assert "digits" in found.sentence
-    assert any("1 of 2" in str(check.value) for check in found.checks)
+@pytest.mark.parametrize("losses", [None, [], "1.0"])
+def test_adapters_without_losses_are_not_identical(losses: Any) -> None:
+    results = two()
+    for name in ("words", "digits"):
+        results["train"][name]["losses"] = losses
+    assert verdict(job_of("two", results)).kind is SHIP
 
 
-def test_a_running_job_says_how_far_it_is() -> None:
+@pytest.mark.parametrize("name", ["words", "digits"])
+@pytest.mark.parametrize(
+    ("proof", "kind"),
+    [
+        ({}, NOT_PROVEN),
+        ({"not_run": "it is missing"}, NOT_PROVEN),
+        ({"passed": False, "problems": ["wrong"]}, DO_NOT_SHIP),
+        ("stale", NOT_PROVEN),
+    ],
+)
+def test_every_adapter_has_to_be_proven(name: str, proof: Any, kind: Kind) -> None:
+    results, stale = two(), {}
+    if proof == "stale":
+        stale = {("onnx", name): "model.onnx has changed"}
+    else:
+        results["parity"]["onnx"][name] = proof
+    found = verdict(job_of("two", results, stale=stale))
+    assert found.kind is kind
+    assert name in found.sentence
+    if kind is DO_NOT_SHIP:
+        assert any("1 of 2" in str(finding.value) for finding in found.findings)
+
+
+@pytest.mark.parametrize("swapped", [False, True])
+def test_of_several_adapters_the_smallest_gain_is_claimed(swapped: bool) -> None:
+    def gains(words: float, digits: float) -> Verdict:
+        values = (digits, words) if swapped else (words, digits)
+        simulated = dict(zip(("words", "digits"), values, strict=True))
+        results = two()
+        results["perplexity"] = {"float": 100.0, "on": {}, "simulated": simulated}
+        results["perplexity_ratio"] = {}
+        for name in simulated:
+            results["train"][name].pop("text", None)
+        return verdict(job_of("two", results))
+
+    found = gains(90.0, 70.0)
+    assert found.kind is SHIP
+    assert "every adapter beats the float model by 10.0% or more" in found.sentence
+    found = gains(110.0, 70.0)
+    assert found.kind is WITH_CARE
+    assert found.sentence.startswith("Both exported files compute what you trained, but ")
+
+
+def test_a_running_job_says_how_far_it_is_and_how_much_time_is_left() -> None:
     found = verdict(running(37))
-    assert found.sentence == (
-        "No verdict yet: training first is at step 37 of 60, and the loss is falling."
-    )
+    assert found.sentence == "Training first is at step 37 of 60, and the loss is falling."
     assert found.progress == pytest.approx(37 / 60)
-
-
-def test_a_running_job_says_how_much_time_is_left_by_the_steps_that_ran() -> None:
     results = {**running(37).results}
     results["run"]["training"]["step_seconds"] = 32.0
     found = verdict(job_of("finished", results))
@@ -249,17 +334,16 @@ def test_a_running_job_says_how_much_time_is_left_by_the_steps_that_ran() -> Non
 
 def test_a_recorded_failure_says_what_to_do() -> None:
     job = job_of("failed")
-    words = " ".join(map(str, remedies(job)))
-    parity = job.section("parity", "onnx", "first")
-    assert parity["worst_layer"] in words
-    assert "export/onnx/first" in words
-    assert remedy_command(job) == job.command
+    lines, command = remedies(job)
+    assert job.section("parity", "onnx", "first")["worst_layer"] in str(lines)
+    assert "export/onnx/first" in str(lines)
+    assert command == job.command
 
 
 def test_a_small_drift_on_few_sequences_asks_for_more_text() -> None:
     results = results_of("failed")
     check_of(results, LAYER)["passed"] = True
     failing(results, PERPLEXITY, 0.6)
-    job = job_of("failed", results)
-    assert "1 sequences are few" in str(remedies(job)[0])
-    assert remedy_command(job).endswith("--set verify.sequences=8")
+    lines, command = remedies(job_of("failed", results))
+    assert "1 sequences are few" in str(lines[0])
+    assert command.endswith("--set verify.sequences=8")

@@ -46,14 +46,14 @@ def find_adapters(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise SourceError(f"{str(folder)!r} is not a folder")
-    found = sorted(
+    adapters = sorted(
         p.parent
-        for p in folder.rglob("adapter_config.json")
+        for p in folder.rglob(CONFIG)
         if not any(part.startswith(".") for part in p.relative_to(folder).parts)
     )
-    if not found:
-        raise SourceError(f"no adapter is in {str(folder)!r}: it contains no adapter_config.json")
-    return found
+    if not adapters:
+        raise SourceError(f"no adapter is in {str(folder)!r}: it contains no {CONFIG}")
+    return adapters
 
 
 def adapter_report(adapter: Path, below: Path) -> AdapterReport:
@@ -87,14 +87,13 @@ def job_fingerprint(folder: Path) -> str | None:
         SourceError: base.json cannot be read.
     """
     try:
-        found = json.loads((folder / "base" / "base.json").read_text())["fingerprint"]
+        return str(json.loads((folder / "base" / "base.json").read_text())["fingerprint"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(
             f"{str(folder / 'base')!r}: base.json cannot be read ({error}); quantize again"
         ) from error
-    return str(found)
 
 
 def records_base(adapter: Path) -> bool:
@@ -103,7 +102,7 @@ def records_base(adapter: Path) -> bool:
 
 
 def is_verifiable(adapter: Path) -> bool:
-    """Whether `adapter` has digests of its files; PEFT and earlier versions do not write them."""
+    """Whether `adapter` has digests of its files; PEFT does not write them."""
     return manifest.has_digests(adapter, FILE)
 
 
@@ -119,23 +118,19 @@ def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> l
         base: fingerprint to compare with; None compares nothing.
         unknown_base: `refuse` reports an adapter that does not record its base; `accept` does not.
     """
-    found = [
+    wrong = [
         f"{file} changed after saving: copy it again, or train it again"
         for file in changed_files(adapter)
     ]
     try:
-        found += content_problems(adapter)
+        wrong += content_problems(adapter)
+        if unknown_base == "refuse" or records_base(adapter):
+            recorded = base_of(adapter)
+            if base not in (None, recorded):
+                wrong.append(
+                    f"it was trained on the base with fingerprint {recorded[:16]}..., but the base "
+                    f"here has {str(base)[:16]}...: train it again on this one"
+                )
     except QwloraError as error:
-        return [*found, str(error)]
-    if unknown_base == "accept" and not records_base(adapter):
-        return found
-    try:
-        said = base_of(adapter)
-    except QwloraError as error:
-        return [*found, str(error)]
-    if base is not None and said != base:
-        found.append(
-            f"it was trained on the base with fingerprint {said[:16]}..., but the base here has "
-            f"{base[:16]}...: train it again on this one"
-        )
-    return found
+        wrong.append(str(error))
+    return wrong

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
@@ -22,10 +23,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qwlora import strict_json
-from qwlora.adapter.module_patterns import check_pattern_times
-from qwlora.adapter.peft_support import CONFIG, WEIGHTS, check_contents, read_config, weights_of
-from qwlora.atomic import write_text
+from qwlora.adapter.peft_support import (
+    CONFIG,
+    WEIGHTS,
+    check_contents,
+    check_pattern_times,
+    read_config,
+    weights_of,
+)
 from qwlora.errors import (
     FingerprintError,
     QwloraError,
@@ -34,6 +39,8 @@ from qwlora.errors import (
     is_out_of_memory,
 )
 from qwlora.formats import manifest
+from qwlora.formats.model_source import downloaded
+from qwlora.formats.user_path import looked_for, source_path
 from qwlora.messages import listed
 from qwlora.nn.fingerprint import changed_floats, fingerprint_of, remember_floats_, tensor_digests
 from qwlora.nn.frozen import assert_frozen, packed_layers
@@ -79,10 +86,9 @@ def save_adapter(
     identity = base_fingerprint or _unmoved_fingerprint(model)
     for old in folder.rglob(FILE):
         old.unlink()  # never an old statement next to new weights
-    write_adapter(model, folder, adapter=adapter)
     record = {"format": FORMAT, "base_fingerprint": identity}
-    for config in folder.rglob(CONFIG):  # PEFT gives each named adapter a folder of its own
-        manifest.write(config.parent, FILE, record, (CONFIG, WEIGHTS))
+    for written in write_adapter(model, folder, adapter=adapter):
+        manifest.write(written, FILE, record, (CONFIG, WEIGHTS))
 
 
 def _unmoved_fingerprint(model: nn.Module) -> str:
@@ -102,59 +108,45 @@ def write_adapter(
     folder: Path,
     state: dict[str, Tensor] | None = None,
     adapter: str | None = None,
-) -> None:
-    """PEFT's own `save_pretrained`, or the same files of a model that adapters were injected into.
+) -> list[Path]:
+    """The files of PEFT's `save_pretrained`, also for a model that adapters were injected into.
+
     Embeddings below an adapter are frozen and belong to the base, so they are not saved with it
-    (and no hub is asked). PEFT writes sets (target_modules) in arbitrary order; they are sorted,
-    so that equal adapters are equal bytes.
+    (and no hub is asked). Sets (target_modules), which PEFT writes in arbitrary order, are sorted,
+    so that equal adapters are equal bytes. There is no README: PEFT's says nothing.
 
     Args:
+        state: the model's weights. Default: read from the model.
         adapter: the only one to write, then into `folder` itself.
+
+    Returns:
+        The folder of each adapter.
     """
-    configs = cast(Any, model).peft_config
-    names = list(configs) if adapter is None else [adapter]
-    card = folder / "README.md"
-    had_card = card.exists()
-    _write_as_peft_does(model, folder, state, names)
-    if not had_card:  # PEFT's template, which says nothing but the path of the base
-        card.unlink(missing_ok=True)
-    if adapter not in (None, "default"):
-        for path in (folder / str(adapter)).iterdir():
-            path.replace(folder / path.name)
-        (folder / str(adapter)).rmdir()
-        names = ["default"]  # where its files are now
-    for name in names:
-        config = configs[adapter or name]
-        path = (folder if name == "default" else folder / name) / CONFIG
-        sets = {key for key, value in vars(config).items() if isinstance(value, set)}
-        if sets and path.is_file():
-            content = json.loads(path.read_text())
-            content |= {key: sorted(content[key]) for key in sets & content.keys()}
-            write_text(path, strict_json.dumps(content, indent=2))
-
-
-def _write_as_peft_does(
-    model: nn.Module, folder: Path, state: dict[str, Tensor] | None, names: list[str]
-) -> None:
-    if isinstance(model, PeftModel):
-        model.save_pretrained(
-            str(folder), save_embedding_layers=False, state_dict=state, selected_adapters=names
-        )
-        return
-    configs = cast(Any, model).peft_config
-    for name in names:
-        config, own = configs[name], folder if name == "default" else folder / name
-        own.mkdir(parents=True, exist_ok=True)
-        found = get_peft_model_state_dict(
+    is_peft = isinstance(model, PeftModel)
+    base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
+    configs: dict[str, Any] = cast(Any, model).peft_config
+    folders = {
+        name: folder if adapter or name == "default" else folder / name
+        for name in (configs if adapter is None else [adapter])
+    }
+    for name, target in folders.items():
+        target.mkdir(parents=True, exist_ok=True)
+        weights = get_peft_model_state_dict(
             model, state, adapter_name=name, save_embedding_layers=False
         )
-        tensors = {f"base_model.model.{k}": t.clone().contiguous() for k, t in found.items()}
-        save_file(tensors, own / WEIGHTS, metadata={"format": "pt"})
-        config = copy.copy(config)
+        prefix = "" if is_peft else "base_model.model."
+        tensors = {f"{prefix}{k}": t.clone().contiguous() for k, t in weights.items()}
+        save_file(tensors, target / WEIGHTS, metadata={"format": "pt"})
+        config = copy.copy(configs[name])
         config.inference_mode = True
         if config.base_model_name_or_path is None:
-            config.base_model_name_or_path = model.__dict__.get("name_or_path") or None
-        config.save_pretrained(str(own))
+            config.base_model_name_or_path = base.__dict__.get("name_or_path") or None
+        for key, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(config, key, sorted(value))
+        auto = {"base_model_class": type(base).__name__, "parent_library": type(base).__module__}
+        config.save_pretrained(str(target), auto_mapping_dict=None if config.task_type else auto)
+    return list(folders.values())
 
 
 def load_adapter(
@@ -177,7 +169,7 @@ def load_adapter(
         FingerprintError: it was trained on another base, or a file changed after it was saved.
 
     Warns:
-        UnverifiedWarning: its files have no digests: PEFT or an earlier version saved it.
+        UnverifiedWarning: its files have no digests: PEFT saved it.
     """
     folder = Path(folder)
     digests = tensor_digests(model)
@@ -233,14 +225,14 @@ def refuse_unplaced(folder: Path, wanted: Collection[str]) -> None:
 
 
 @contextmanager
-def reading(folder: str | Path, model: PreTrainedModel | PeftModel) -> Iterator[None]:
+def reading(folder: Path, model: nn.Module) -> Iterator[None]:
     """Turn any error of PEFT and safetensors while reading the adapter into a SourceError.
 
     Raises:
         SourceError: a file is damaged, or does not fit the model.
     """
-    again = "copy it again from where it came, or train it again"
-    check_pattern_times(model, read_config(Path(folder)), f"adapter {str(folder)!r}")
+    what = f"adapter {str(folder)!r}"
+    check_pattern_times(model, read_config(folder), what)
     try:
         with without_pattern_warnings():
             yield
@@ -248,13 +240,14 @@ def reading(folder: str | Path, model: PreTrainedModel | PeftModel) -> Iterator[
         raise
     except (OSError, SafetensorError) as error:
         raise SourceError(
-            f"adapter {str(folder)!r}: {WEIGHTS} cannot be read ({error}); {again}"
+            f"{what}: {WEIGHTS} cannot be read ({error}); copy it again from where it came, or "
+            "train it again"
         ) from error
     except Exception as error:  # a configuration value can fail anywhere in PEFT
         if is_out_of_memory(error):
             raise
         raise SourceError(
-            f"adapter {str(folder)!r} does not fit {type(model).__name__}: {described(error)}"
+            f"{what} does not fit {type(model).__name__}: {described(error)}"
         ) from error
 
 
@@ -266,27 +259,42 @@ def without_pattern_warnings() -> Iterator[None]:
         yield
 
 
-def check_adapter(folder: Path, base_fingerprint: str, unknown_base: str = "refuse") -> None:
-    """Refuse the adapter in `folder` unless it belongs to the base with this fingerprint."""
+def check_adapter(folder: Path, base_fingerprint: str | None, unknown_base: str = "refuse") -> None:
+    """Check that `folder` has a LoRA adapter, unchanged since it was saved, of the right base.
+
+    Args:
+        base_fingerprint: of the base; None if there is none yet to compare with.
+        unknown_base: whether to `refuse` or `accept` an adapter that does not record its base.
+
+    Raises:
+        SourceError: it has none, or not one that records its base.
+        FingerprintError: it was trained on another base, or a file changed after it was saved.
+
+    Warns:
+        UnverifiedWarning: there is a base, and the adapter's files have no digests.
+    """
+    what = f"adapter {str(folder)!r}"
     if unknown_base not in ("refuse", "accept"):
         raise SourceError(f"unknown_base is refuse or accept, not {unknown_base!r}")
-    if not (folder / "adapter_config.json").exists():
-        raise SourceError(f"{str(folder)!r} has no adapter: adapter_config.json is missing")
+    if not (folder / CONFIG).exists():
+        raise SourceError(f"{str(folder)!r} has no PEFT adapter: {CONFIG} is missing")
+    if (kind := read_config(folder).get("peft_type")) != "LORA":
+        raise SourceError(f"{what} is of PEFT type {kind}; only LORA is supported")
     if not (folder / WEIGHTS).is_file():
         raise SourceError(
-            f"adapter {str(folder)!r} has no {WEIGHTS}; copy it again from where it came, or train "
-            "it again. A pickle (adapter_model.bin) is not read, since reading it runs code"
+            f"{what} has no {WEIGHTS}; copy it again from where it came, or load it with PEFT and "
+            "save it again. A pickle (adapter_model.bin) is not read, since reading it runs code"
         )
-    found = None
-    if unknown_base == "refuse" or (folder / FILE).exists():
-        found = base_of(folder)
-    if found not in (None, base_fingerprint):
-        raise FingerprintError(
-            f"adapter {str(folder)!r} was trained on the base with fingerprint {found}, but this "
-            f"base has {base_fingerprint}. Load it onto its own base, or train it again on this one"
-        )
-    read_config(folder)
-    check_files(folder)
+    records_base = (folder / FILE).exists()
+    if unknown_base == "refuse" or records_base:
+        recorded = base_of(folder)
+        if base_fingerprint not in (None, recorded):
+            raise FingerprintError(
+                f"{what} was trained on the base with fingerprint {recorded}, but this base has "
+                f"{base_fingerprint}. Load it onto its own base, or train it again on this one"
+            )
+    if base_fingerprint is not None or records_base:
+        check_files(folder)
 
 
 def check_files(folder: Path, only: Iterable[str] | None = None) -> None:
@@ -301,16 +309,32 @@ def base_of(folder: Path) -> str:
         SourceError: it does not record one.
     """
     try:
-        record = json.loads((folder / FILE).read_text())
-        found = record["base_fingerprint"]
+        fingerprint = json.loads((folder / FILE).read_text())["base_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise SourceError(
             f"adapter {str(folder)!r} does not say which base it belongs to: {FILE} cannot be read "
             f"({error}). If PEFT saved it and you know its base, set unknown_base: accept. Saving "
             "with qwlora.save_adapter records the base"
         ) from error
-    if not isinstance(found, str):
+    if not isinstance(fingerprint, str):
         raise SourceError(
-            f"adapter {str(folder)!r}: {FILE} names no base (base_fingerprint is {found!r})"
+            f"adapter {str(folder)!r}: {FILE} names no base (base_fingerprint is {fingerprint!r})"
         )
-    return found
+    return fingerprint
+
+
+def adapter_folder(source: str) -> Path:
+    """The local folder of `source`; a hub id is downloaded (configuration, weights, fingerprint).
+
+    Raises:
+        SourceError: it is neither a folder nor a reachable hub id.
+    """
+    path = source_path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise SourceError(
+            f"adapter {source!r} is neither a folder nor a hub id like owner/name"
+            f"{looked_for(source, path)}"
+        )
+    return downloaded("adapter", source, [CONFIG, WEIGHTS, FILE])

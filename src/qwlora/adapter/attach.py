@@ -9,10 +9,9 @@ number that matches nothing in the model.
 
 from __future__ import annotations
 
-import json
 import re
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -26,20 +25,21 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.adapter.adapter_folder import (
-    FILE,
+    adapter_folder,
     attach_checked,
-    base_of,
     check_adapter,
-    check_files,
     refuse_unplaced,
     shapes_of,
     without_pattern_warnings,
 )
-from qwlora.adapter.module_patterns import check_pattern_times
-from qwlora.adapter.peft_support import CONFIG, WEIGHTS, check_contents, read_config, weights_of
+from qwlora.adapter.peft_support import (
+    CONFIG,
+    check_contents,
+    check_pattern_times,
+    read_config,
+    weights_of,
+)
 from qwlora.errors import SourceError, TrainingError, foreign_as
-from qwlora.formats.model_source import downloaded
-from qwlora.formats.user_path import looked_for, source_path
 from qwlora.messages import listed, near_names
 from qwlora.nn import PackedLayer
 from qwlora.nn.fingerprint import fingerprint
@@ -109,10 +109,18 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
             belongs to a layer; no layer matches the target modules; or a name, pattern or layer
             number in `shape` matches nothing.
     """
-    if wrong := _pattern_problems(shape) + _parameter_problems(model, shape):
+    if wrong := [*_pattern_problems(shape), *_parameter_problems(model, shape)]:
         raise TrainingError(f"LoRA cannot be attached: {'; '.join(wrong)}")
-    if problem := _missing_layers(model, shape.layers or ()):
-        raise TrainingError(problem)
+    if shape.layers:  # a layer's number is the first in a path
+        paths = (re.match(r"(?:.*?\.)?(\d+)(?:\.|$)", name) for name, _ in model.named_modules())
+        numbers = {int(match[1]) for match in paths if match}
+        if missing := [number for number in shape.layers if number not in numbers]:
+            existing = (
+                f"layers {min(numbers)} to {max(numbers)}; choose among these"
+                if numbers
+                else "no numbered layers; leave layers out"
+            )
+            raise TrainingError(f"layers {', '.join(map(str, missing))}: the model has {existing}")
     check_pattern_times(model, asdict(shape), "LoRA cannot be attached")
     torch.manual_seed(seed)
     try:
@@ -125,9 +133,15 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
             f"LoRA cannot be attached to target_modules {shape.target_modules!r}: {error}"
         ) from error
     if unmatched := _unmatched(adapted, shape):
+        layers = [
+            canonical_name(name).rpartition(".")[2]
+            for name, module in adapted.get_base_model().named_modules()
+            if isinstance(module, nn.Linear) and not is_adapter_name(name)
+        ]
+        examples = list(dict.fromkeys(layers))[:8] or adapted.targeted_module_names[:4]
         raise TrainingError(
             f"the model does not have: {'; '.join(unmatched)}. Its layers are, for example, "
-            f"{_examples(adapted)}"
+            f"{', '.join(examples)}"
         )
     return adapted
 
@@ -146,11 +160,8 @@ def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[
     largest: dict[int, tuple[int, int, str]] = {}
     for name, module in adapted.named_modules():
         if isinstance(module, LoraLayer):
-            weight = (
-                module.get_param()[0]
-                if isinstance(module, ParamWrapper)
-                else module.get_base_layer().weight
-            )
+            is_parameter = isinstance(module, ParamWrapper)
+            weight = module.get_param()[0] if is_parameter else module.get_base_layer().weight
             sides = sorted((weight.shape[0], weight[0].numel()), reverse=True)
             for rank in module.r.values():
                 largest[rank] = max(largest.get(rank, (0, 0, "")), (*sides, canonical_name(name)))
@@ -179,7 +190,6 @@ def attach_existing(
     """
     torch.manual_seed(seed)  # for dropout
     folder = adapter_folder(source)
-    check_existing(source, unknown_base)
     check_adapter(folder, fingerprint(model), unknown_base)
     packed = [
         parameter_name(name).removesuffix(".weight")
@@ -221,22 +231,7 @@ def check_existing(
             setting that is not supported, does not record its base, or does not fit the skeleton.
     """
     folder = adapter_folder(source)
-    try:
-        kind = json.loads((folder / "adapter_config.json").read_text())["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SourceError(
-            f"{source!r} has no PEFT adapter: adapter_config.json cannot be read ({error})"
-        ) from error
-    if kind != "LORA":
-        raise SourceError(f"adapter {source!r} is of PEFT type {kind}; only LORA is supported")
-    if not (folder / WEIGHTS).exists():
-        raise SourceError(
-            f"adapter {source!r} has no {WEIGHTS}; older formats run code when they are read. Load "
-            "the adapter with PEFT and save it again"
-        )
-    if unknown_base == "refuse" or (folder / FILE).exists():
-        base_of(folder)
-        check_files(folder)
+    check_adapter(folder, None, unknown_base)
     check_contents(folder)
     return {} if skeleton is None else _check_fit(skeleton, source, folder)
 
@@ -261,10 +256,10 @@ def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> dict[str
             "model stores [out, in]. Import it onto the model that it was trained on, or set "
             "fan_in_fan_out to false if this is that model"
         )
-    found = {name: tuple(shape) for name, shape, _ in weights_of(folder, read=False)}
-    if wrong := sorted(name for name in wanted if found.get(name) != wanted[name]):
+    shapes = {name: tuple(shape) for name, shape, _ in weights_of(folder, read=False)}
+    if wrong := sorted(name for name in wanted if shapes.get(name) != wanted[name]):
         name = wrong[0]
-        shape = list(found[name]) if name in found else "none"
+        shape = list(shapes[name]) if name in shapes else "none"
         raise SourceError(
             f"{what}: {len(wrong)} of {len(wanted)} weights differ, for example {name}: the model "
             f"needs {list(wanted[name])}, the file has {shape}"
@@ -300,23 +295,6 @@ def saved_on_integers(paths: Sequence[str]) -> str:
     )
 
 
-def adapter_folder(source: str) -> Path:
-    """The local folder of `source`; a hub id is downloaded (configuration, weights, fingerprint).
-
-    Raises:
-        SourceError: it is neither a folder nor a reachable hub id.
-    """
-    path = source_path(source)
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise SourceError(
-            f"adapter {source!r} is neither a folder nor a hub id like owner/name"
-            f"{looked_for(source, path)}"
-        )
-    return downloaded("adapter", source, ["adapter_config.json", WEIGHTS, FILE])
-
-
 def check_trainable(model: nn.Module) -> int:
     """Number of trainable parameters; all must belong to the adapter.
 
@@ -345,31 +323,18 @@ def check_trainable(model: nn.Module) -> int:
 
 def _linear_in_layers(model: nn.Module) -> list[str]:
     """Names inside a layer (`mlp.up_proj`) of the modules that PEFT's `all-linear` selects."""
-    names = (
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)
-    )
-    found = (re.match(r".*?\.\d+\.(.+)", name) for name in names)
-    return sorted({match[1] for match in found if match})
-
-
-def _missing_layers(model: nn.Module, layers: Sequence[int]) -> str | None:
-    """Error text for layers that do not exist; a layer's number is the first in a path."""
-    found = (re.match(r"(?:.*?\.)?(\d+)(?:\.|$)", name) for name, _ in model.named_modules())
-    numbers = {int(match[1]) for match in found if match}
-    missing = [number for number in layers if number not in numbers]
-    if not missing:
-        return None
-    existing = (
-        f"layers {min(numbers)} to {max(numbers)}; choose among these"
-        if numbers
-        else "no numbered layers; leave layers out"
-    )
-    return f"layers {', '.join(map(str, missing))}: the model has {existing}"
+    linear = (n for n, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
+    matches = (re.match(r".*?\.\d+\.(.+)", name) for name in linear)
+    return sorted({match[1] for match in matches if match})
 
 
 def _pattern_problems(shape: LoraShape) -> list[str]:
     """What is wrong with the patterns of `shape`, which PEFT would fail on."""
-    patterns = [(what, key, True) for what, keys in _patterns(shape) for key in keys]
+    patterns = [
+        (what, key, True)
+        for what in ("rank_pattern", "alpha_pattern")
+        for key in getattr(shape, what)
+    ]
     if isinstance(shape.target_modules, str):
         patterns.insert(0, ("target_modules", shape.target_modules, False))
     return [
@@ -379,25 +344,26 @@ def _pattern_problems(shape: LoraShape) -> list[str]:
     ]
 
 
-def _parameter_problems(model: nn.Module, shape: LoraShape) -> list[str]:
+def _parameter_problems(model: nn.Module, shape: LoraShape) -> Iterator[str]:
     """What is wrong with target_parameters: names that PEFT would not find, or would misread."""
     if not shape.target_parameters:
-        return []
-    found = {
+        return
+    if shape.layers is not None:
+        yield "layers: PEFT adapts target_parameters in all layers; remove one"
+    parameters = {
         f"{path}.{name}": (module, p)
         for path, module in model.named_modules()
         for name, p in module.named_parameters(recurse=False)
     }
-    banks = sorted(
-        {re.sub(r"^.*?\.\d+\.", "", name) for name, (_, p) in found.items() if p.ndim == 3}
-    )
-    problems = []
-    if shape.layers is not None:
-        problems.append("layers: PEFT adapts target_parameters in all layers; remove one")
+    experts = (name for name, (_, p) in parameters.items() if p.ndim == 3)
+    banks = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in experts})
     for target in shape.target_parameters:
         matches = [
-            entry for name, entry in found.items() if name == target or name.endswith(f".{target}")
+            owner
+            for name, owner in parameters.items()
+            if name == target or name.endswith(f".{target}")
         ]
+        what = f"target_parameters {target!r}"
         if not matches:
             near = near_names(target, banks) or banks[:3]
             remedy = (
@@ -405,60 +371,34 @@ def _parameter_problems(model: nn.Module, shape: LoraShape) -> list[str]:
                 if near
                 else "it has no fused experts; name layers in target_modules"
             )
-            problems.append(
-                f"target_parameters {target!r} is no parameter of {type(model).__name__}; {remedy}"
-            )
+            yield f"{what} is no parameter of {type(model).__name__}; {remedy}"
         elif any(
             isinstance(module, nn.Linear | Conv1D | nn.Embedding) or p.ndim not in (2, 3)
             for module, p in matches
         ):
-            problems.append(
-                f"target_parameters {target!r} belongs to a layer; name the layer in target_modules"
-            )
-    return problems
-
-
-def _patterns(shape: LoraShape) -> list[tuple[str, list[str]]]:
-    return [
-        ("rank_pattern", list(shape.rank_pattern)),
-        ("alpha_pattern", list(shape.alpha_pattern)),
-    ]
+            yield f"{what} belongs to a layer; name the layer in target_modules"
 
 
 def _unmatched(model: PeftModel, shape: LoraShape) -> list[str]:
     """Names, patterns and layer numbers in `shape` that match nothing in the adapted `model`."""
     names: list[str] = model.targeted_module_names + model.base_model.targeted_parameter_names
-    lost = []
-    if isinstance(shape.target_modules, list):
-        lost += [
-            f"target_modules {t!r}"
-            for t in shape.target_modules
-            if not any(n == t or n.endswith(f".{t}") for n in _all_names(model, shape, names))
-        ]
-    for what, keys in _patterns(shape):
-        lost += [
-            f"{what} {key!r}"
-            for key in keys
-            if not any(re.match(rf"(.*\.)?({key})$", n) for n in names)
-        ]
+    # With `layers`, a target may also be a module of another layer.
+    modules = (
+        [name for name, _ in model.get_base_model().named_modules()] if shape.layers else names
+    )
+    targets = shape.target_modules if isinstance(shape.target_modules, list) else []
     numbers = {int(part) for n in names for part in n.split(".") if part.isdigit()}
-    lost += [f"layer {number}" for number in shape.layers or () if number not in numbers]
-    return lost
-
-
-def _all_names(model: PeftModel, shape: LoraShape, targeted: list[str]) -> list[str]:
-    """Names that a target may match; with `layers`, those of other layers too."""
-    return (
-        targeted if shape.layers is None else [n for n, _ in model.get_base_model().named_modules()]
-    )
-
-
-def _examples(model: PeftModel) -> str:
-    layers = (
-        canonical_name(n)
-        for n, m in model.get_base_model().named_modules()
-        if isinstance(m, nn.Linear) and not is_adapter_name(n)
-    )
-    return ", ".join(list(dict.fromkeys(n.rpartition(".")[2] for n in layers))[:8]) or ", ".join(
-        model.targeted_module_names[:4]
-    )
+    return [
+        *(
+            f"target_modules {target!r}"
+            for target in targets
+            if not any(n == target or n.endswith(f".{target}") for n in modules)
+        ),
+        *(
+            f"{what} {key!r}"
+            for what in ("rank_pattern", "alpha_pattern")
+            for key in getattr(shape, what)
+            if not any(re.match(rf"(.*\.)?({key})$", n) for n in names)
+        ),
+        *(f"layer {number}" for number in shape.layers or () if number not in numbers),
+    ]

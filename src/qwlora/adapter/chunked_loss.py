@@ -9,9 +9,9 @@
 
 At 2,048 tokens and a vocabulary of 49,152, logits take 400 MB, and their softmax and gradient as
 much again: the peak of a training step. Here the head runs on one chunk of tokens at a time; loss
-and d loss / d h of a chunk are computed together, and its logits are freed before the next chunk.
-Tokens without a target never reach the head. Trainable parameters of the head (its weight, or an
-adapter on it) get their gradients in the same pass.
+and d loss / d h of a chunk are computed together, and its logits are freed before the next chunk
+(`cross_entropy.py`). Tokens without a target never reach the head. Trainable parameters of the head
+(its weight, or an adapter on it) get their gradients in the same pass.
 
 This works for any causal model of transformers: the model's own forward runs with two replacements.
 The output head only captures its input, and the loss function computes the loss from that input.
@@ -35,8 +35,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
-from qwlora.adapter.token_chunk_loss import chunked_cross_entropy
-from qwlora.adapter.vocabulary_slice_loss import WeightRows, sliced_cross_entropy
+from qwlora.adapter.cross_entropy import (
+    WeightRows,
+    chunked_cross_entropy,
+    sliced_cross_entropy,
+)
+from qwlora.data.sequences import IGNORED
 from qwlora.errors import TrainingError
 from qwlora.graph.call_arguments import vocabulary_size
 from qwlora.nn import PackedLinear
@@ -47,7 +51,6 @@ from qwlora.system.memory import return_freed_memory
 # Logits in a chunk: a little over 32 MiB in float32. Freed blocks above 32 MiB are returned to the
 # system by glibc's malloc.
 CHUNK_LOGITS = 2**23
-IGNORED = -100
 _PROBE_TOKENS = 8
 # Below this, returning malloc's free pages takes more time than it is worth.
 _MIN_TRIM_TOKENS = 1024
@@ -69,33 +72,32 @@ class ChunkedLoss:
         self._model = causal_model(model)
         head = self._model.get_output_embeddings()
         if not isinstance(head, nn.Module):
-            raise _refusal(self._model, "it has no output head (get_output_embeddings() is None)")
+            raise self._refusal("it has no output head (get_output_embeddings() is None)")
         self._head = head
-        self._chunk_tokens = chunk_tokens
+        tensors = (*head.parameters(), *head.buffers())
+        self._device = next((t.device for t in tensors), torch.device("cpu"))
+        self._vocabulary = vocabulary_size(self._model)
+        self._chunk_tokens = chunk_tokens or CHUNK_LOGITS // self._vocabulary + 1
         self._own_forward, self._own_head = self._model.forward, head.forward
         self._captured: list[Tensor] = []
-        changes = _logit_changes(self._model)
-        self._is_plain = not changes
-        self._postprocess = lambda logits: functools.reduce(lambda z, f: f(z), changes, logits)
+        self._logit_changes = _logit_changes(self._model)
         self._check()
-        self._wrapped = replaced(self._model, self._make_forward())
-        self._wrapped.__enter__()
 
-    def remove(self) -> None:
-        """Restore the model's own forward."""
-        self._wrapped.__exit__(None, None, None)
-
-    def _make_forward(self) -> Callable[..., Any]:
         @functools.wraps(self._own_forward)
         def forward(*args: Any, **kwargs: Any) -> Any:
             if kwargs.get("labels") is None:
                 return self._own_forward(*args, **kwargs)
             return self._forward(*args, **kwargs)
 
-        return forward
+        self._replaced = replaced(self._model, forward)
+        self._replaced.__enter__()
+
+    def remove(self) -> None:
+        """Restore the model's own forward."""
+        self._replaced.__exit__(None, None, None)
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
-        self._give_back(kwargs["labels"].numel())
+        self._return_memory(kwargs["labels"].numel())
         with (
             replaced(self._head, self._capture),
             replaced(self._model, self._loss, "_loss_function"),
@@ -120,23 +122,17 @@ class ChunkedLoss:
     ) -> Tensor:
         """Replaces `ForCausalLMLoss` of transformers, with its arguments; `logits` is empty."""
         if len(self._captured) != 1 or self._captured[0].ndim != 3:
-            raise _refusal(
-                self._model,
-                f"its forward calls the output head {len(self._captured)} times, not once",
+            raise self._refusal(
+                f"its forward calls the output head {len(self._captured)} times, not once"
             )
         targets = kwargs.get("shift_labels")
         if targets is None:
             assert labels is not None
             targets = F.pad(labels, (0, 1), value=IGNORED)[..., 1:]
-        ignored = kwargs.get("ignore_index", IGNORED)
-        return self._mean(self._captured[0], targets, ignored, kwargs.get("num_items_in_batch"))
-
-    def _mean(
-        self, hidden: Tensor, targets: Tensor, ignored: int, items: Tensor | int | None
-    ) -> Tensor:
-        hidden, targets = hidden.flatten(0, -2), targets.flatten().to(hidden.device)
-        kept = targets != ignored
-        count = int(kept.sum())
+        hidden = self._captured[0].flatten(0, -2)
+        targets = targets.flatten().to(hidden.device)
+        kept = targets != kwargs.get("ignore_index", IGNORED)
+        count, items = int(kept.sum()), kwargs.get("num_items_in_batch")
         if not count and items is None:
             raise TrainingError(
                 "a batch has no loss token: all its labels are -100. Remove such sequences from "
@@ -144,30 +140,24 @@ class ChunkedLoss:
             )
         if count < len(targets):
             hidden, targets = hidden[kept], targets[kept]
-        self._give_back(len(targets))  # after the forward pass
+        self._return_memory(len(targets))  # after the forward pass
         if count:
-            self._check_labels(*(int(end) for end in targets.aminmax()))
+            lowest, highest = (int(end) for end in targets.aminmax())
+            if lowest < 0 or highest >= self._vocabulary:
+                raise TrainingError(
+                    f"labels range from {lowest} to {highest}, but the vocabulary has "
+                    f"{self._vocabulary} entries. Use -100 for tokens outside the loss"
+                )
         total = self._sum(hidden, targets)
-        self._give_back(len(targets))
+        self._return_memory(len(targets))
         if items is None:
             return total / count
         return total / (items.to(total.device) if isinstance(items, Tensor) else items)
 
-    def _check_labels(self, lowest: int, highest: int) -> None:
-        vocabulary = vocabulary_size(self._model)
-        if lowest < 0 or highest >= vocabulary:
-            raise TrainingError(
-                f"labels range from {lowest} to {highest}, but the vocabulary has {vocabulary} "
-                "entries. Use -100 for tokens outside the loss"
-            )
-
-    def _give_back(self, tokens: int) -> None:
+    def _return_memory(self, tokens: int) -> None:
         """Return malloc's free pages, in a large step that trades time for memory anyway."""
-        if (
-            tokens >= _MIN_TRIM_TOKENS
-            and self._model.training
-            and self._model.is_gradient_checkpointing
-        ):
+        model = self._model
+        if tokens >= _MIN_TRIM_TOKENS and model.training and model.is_gradient_checkpointing:
             return_freed_memory()
 
     def _sum(self, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -176,21 +166,23 @@ class ChunkedLoss:
         A head weight that must be unpacked or rounded for each product is made in slices of the
         vocabulary, each used for all tokens. Any other head runs on chunks of tokens.
         """
-        trained = [p for p in self._head.parameters() if p.requires_grad]
-        has_own_forward = getattr(self._own_head, "__func__", None) is not type(self._head).forward
-        if self._is_plain and not trained and not has_own_forward:
-            rows = _computed_rows(self._head, compute_dtype(hidden))
+        head: Any = self._head
+        trained = [p for p in head.parameters() if p.requires_grad]
+        has_own_forward = getattr(self._own_head, "__func__", None) is not type(head).forward
+        if not (self._logit_changes or trained or has_own_forward):
+            rows = _computed_rows(head, compute_dtype(hidden))
             if rows is not None:
-                head: Any = self._head
                 return sliced_cross_entropy(hidden, targets, rows, head.out_features, head.bias)
-        tokens = self._chunk_tokens or CHUNK_LOGITS // vocabulary_size(self._model) + 1
-        return chunked_cross_entropy(hidden, targets, self._head_path, trained, tokens)
+        return chunked_cross_entropy(
+            hidden, targets, lambda h: self._p(self._own_head(h)), trained, self._chunk_tokens
+        )
 
-    def _head_path(self, hidden: Tensor) -> Tensor:
-        return self._postprocess(self._own_head(hidden))
+    def _p(self, logits: Tensor) -> Tensor:
+        return functools.reduce(lambda z, change: change(z), self._logit_changes, logits)
 
     def _check(self) -> None:
-        """Compare P, loss and gradient of a small batch with the model's own.
+        """Refuse a model that changes logits in a way that its configuration does not say, or whose
+        own loss or gradient differs from the chunked one on a small batch.
 
         All processes use the same batch, so collective operations of a sharded model match.
         """
@@ -199,22 +191,20 @@ class ChunkedLoss:
         try:
             with (
                 torch.random.fork_rng(devices=[]),
-                torch.autocast(self._head_device().type, enabled=False),
+                torch.autocast(self._device.type, enabled=False),
             ):
                 torch.manual_seed(0)
-                self._compare_postprocessing()
-                self._compare()
+                self._compare_logits()
+                self._compare_losses()
         finally:
             self._model.train(training)
 
-    def _batch(self) -> dict[str, Tensor]:
-        ids = torch.randint(0, vocabulary_size(self._model), (2, _PROBE_TOKENS)).to(
-            self._head_device()
-        )
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    def _batch(self) -> dict[str, Any]:
+        ids = torch.randint(0, self._vocabulary, (2, _PROBE_TOKENS)).to(self._device)
+        mask = torch.ones_like(ids)
+        return {"input_ids": ids, "attention_mask": mask, "use_cache": False, "return_dict": True}
 
-    def _compare_postprocessing(self) -> None:
-        """Refuse a model that changes logits in a way that its configuration does not say."""
+    def _compare_logits(self) -> None:
         sent: list[Tensor] = []
 
         def random_logits(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -223,59 +213,51 @@ class ChunkedLoss:
 
         try:
             with torch.no_grad(), replaced(self._head, random_logits):
-                received = self._own_forward(
-                    **self._batch(), use_cache=False, return_dict=True
-                ).logits
+                received = self._own_forward(**self._batch()).logits
         except (RuntimeError, ValueError, TypeError) as error:
-            raise _refusal(self._model, f"it does not run on token ids alone ({error})") from error
-        expected = self._postprocess(sent[0]) if sent else None
-        if expected is None or not torch.equal(received.float(), expected.float()):
-            raise _refusal(
-                self._model,
+            raise self._refusal(f"it does not run on token ids alone ({error})") from error
+        if not sent or not torch.equal(received.float(), self._p(sent[0]).float()):
+            raise self._refusal(
                 "it changes logits after the output head in a way that its configuration does not "
-                "say",
+                "say"
             )
 
-    def _compare(self) -> None:
-        """Refuse a model whose own loss or gradient differs from the chunked one."""
+    def _compare_losses(self) -> None:
         batch = self._batch()
         labels = batch["input_ids"].clone()
         labels[:, 2] = IGNORED
-        inputs: list[Tensor] = []
+        hidden: list[Tensor] = []
 
         def measured(head: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-            def head_from_leaf(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
-                inputs.append(hidden.detach().requires_grad_())
-                return head(inputs[-1])
+            def head_from_leaf(h: Tensor, *_: Any, **__: Any) -> Tensor:
+                hidden.append(h.detach().requires_grad_())
+                return head(hidden[-1])
 
             self._captured.clear()
             with torch.enable_grad(), replaced(self._head, head_from_leaf):
-                loss = self._own_forward(
-                    **batch, labels=labels, use_cache=False, return_dict=True
-                ).loss
-                return loss.detach().float(), torch.autograd.grad(loss, inputs[-1])[0].float()
+                loss = self._own_forward(**batch, labels=labels).loss
+                return loss.detach().float(), torch.autograd.grad(loss, hidden[-1])[0].float()
 
         own_loss, own_gradient = measured(self._own_head)
         try:
             with replaced(self._model, self._loss, "_loss_function"):
                 loss, gradient = measured(self._capture)
         except (RuntimeError, ValueError, IndexError) as error:
-            raise _refusal(self._model, f"its forward needs the logits ({error})") from error
+            raise self._refusal(f"its forward needs the logits ({error})") from error
         self._captured.clear()
-        tolerance = 1e-4 if inputs[-1].dtype == torch.float32 else 3e-2
+        tolerance = 1e-4 if hidden[-1].dtype == torch.float32 else 3e-2
         if (
             not torch.allclose(loss, own_loss, rtol=tolerance)
             or (gradient - own_gradient).norm() > 10 * tolerance * own_gradient.norm()
         ):
-            raise _refusal(
-                self._model,
-                f"on a small batch its own loss is {own_loss:.6f}, the chunked loss {loss:.6f}",
+            raise self._refusal(
+                f"on a small batch its own loss is {own_loss:.6f}, the chunked loss {loss:.6f}"
             )
 
-    def _head_device(self) -> torch.device:
-        return next(
-            (t.device for t in (*self._head.parameters(), *self._head.buffers())),
-            torch.device("cpu"),
+    def _refusal(self, why: str) -> TrainingError:
+        return TrainingError(
+            f"{type(self._model).__name__} cannot be trained with the chunked loss: {why}. "
+            "Use its own loss, which makes the logits of the whole batch: `loss: whole`"
         )
 
 
@@ -318,10 +300,3 @@ def _computed_rows(head: nn.Module, dtype: torch.dtype) -> WeightRows | None:
     if type(head) is nn.Linear and head.weight.dtype == torch.float32 != dtype:
         return lambda start, stop: head.weight[start:stop].to(dtype)
     return None
-
-
-def _refusal(model: nn.Module, why: str) -> TrainingError:
-    return TrainingError(
-        f"{type(model).__name__} cannot be trained with the chunked loss: {why}. "
-        "Use its own loss, which makes the logits of the whole batch: `loss: whole`"
-    )

@@ -11,7 +11,6 @@ Given up: the logits of a whole batch exist, because the output head is inside t
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
@@ -57,47 +56,36 @@ class GraphForward:
     """
 
     def __init__(self, model: nn.Module, graph: TrainableGraph, processes: int, **requested: bool):
-        if unsupported := [name for name, is_on in requested.items() if is_on]:
-            raise TrainingError(
-                "training on quantized activations (a captured graph) does not support "
-                f"{', '.join(unsupported).replace('_', ' ')}. Turn it off for this adapter"
-            )
+        unsupported = [name.replace("_", " ") for name, is_on in requested.items() if is_on]
         if processes > 1:
+            unsupported.append(f"{processes} processes")
+        if unsupported:
             raise TrainingError(
                 "training on quantized activations (a captured graph) does not support "
-                f"{processes} processes. Start one"
+                f"{', '.join(unsupported)}. Train this adapter without"
             )
-        self._model, self._graph = causal_model(model), graph
-        if getattr(self._model.config, "output_router_logits", False):
+        inner = causal_model(model)
+        if getattr(inner.config, "output_router_logits", False):
             raise TrainingError(
                 "the model adds a router balance term to its loss (output_router_logits), which a "
                 "captured graph does not contain. Set output_router_logits to false"
             )
-        self._replaced = replaced(self._model, self._make_forward())
+
+        @functools.wraps(inner.forward)
+        def forward(**kwargs: Any) -> CausalLMOutput:
+            logits = graph(**{k: value for k, value in kwargs.items() if k not in _NOT_INPUTS})
+            if kwargs.get("labels") is None:
+                return CausalLMOutput(logits=logits)
+            items = {k: kwargs[k] for k in ("num_items_in_batch",) if kwargs.get(k) is not None}
+            vocabulary = inner.config.get_text_config().vocab_size
+            loss = inner.loss_function(
+                logits=logits, labels=kwargs["labels"], vocab_size=vocabulary, **items
+            )
+            return CausalLMOutput(loss=loss, logits=logits)
+
+        self._replaced = replaced(inner, forward)
         self._replaced.__enter__()
 
     def remove(self) -> None:
         """Restore the model's own forward."""
         self._replaced.__exit__(None, None, None)
-
-    def _make_forward(self) -> Callable[..., Any]:
-        @functools.wraps(self._model.forward)
-        def forward(**kwargs: Any) -> CausalLMOutput:
-            logits = self._graph(
-                **{name: value for name, value in kwargs.items() if name not in _NOT_INPUTS}
-            )
-            labels = kwargs.get("labels")
-            if labels is None:
-                return CausalLMOutput(logits=logits)
-            vocabulary = self._model.config.get_text_config().vocab_size
-            items = (
-                {"num_items_in_batch": kwargs["num_items_in_batch"]}
-                if kwargs.get("num_items_in_batch") is not None
-                else {}
-            )
-            loss = self._model.loss_function(
-                logits=logits, labels=labels, vocab_size=vocabulary, **items
-            )
-            return CausalLMOutput(loss=loss, logits=logits)
-
-        return forward

@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from qwlora.errors import SourceError
 from qwlora.messages import listed
+from qwlora.system.time_limit import SECONDS, time_limit
 
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -30,6 +34,16 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "use_bdlora": ((None, False), "its factors are block-diagonal"),
     "arrow_config": ((None,), "it routes tokens between adapters"),
     "kasa_config": ((None,), "it changes the base's weights"),
+}
+_PARTNERS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+# Keys of adapter_config.json that hold regular expressions, and what PEFT makes of one.
+_PATTERNS = {
+    "target_modules": r"(?:{})\Z",
+    "exclude_modules": r"(?:{})\Z",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
 }
 
 
@@ -49,6 +63,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise SourceError(f"adapter {str(folder)!r}: {CONFIG} is not a mapping")
     return config
+
+
+def weights_of(folder: Path, read: bool) -> Iterator[tuple[str, list[int], Any]]:
+    """Name, shape and (with `read`) values of each tensor.
+
+    Raises:
+        SourceError: the file cannot be read.
+    """
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                tensor = file.get_tensor(name) if read else None
+                yield name, file.get_slice(name).get_shape(), tensor
+    except (OSError, SafetensorError) as error:
+        raise SourceError(
+            f"adapter {str(folder)!r}: {WEIGHTS} cannot be read ({error}); copy it again from "
+            "where it came, or train it again"
+        ) from error
 
 
 def check_contents(folder: Path) -> None:
@@ -83,52 +115,24 @@ def content_problems(folder: Path) -> Iterator[str]:
             "its embeddings, save the adapter with save_embedding_layers=False"
         )
     yield from _rank_problems(shapes, config)
-    for first, second in (
-        ("lora_A", "lora_B"),
-        ("lora_B", "lora_A"),
-        ("lora_embedding_A", "lora_embedding_B"),
-        ("lora_embedding_B", "lora_embedding_A"),
-    ):
-        for name in sorted(shapes):
-            if f".{first}" in name and name.replace(f".{first}", f".{second}") not in shapes:
-                yield f"{name} has no matching {second}"
-
-
-def weights_of(folder: Path, read: bool) -> Iterator[tuple[str, list[int], Any]]:
-    """Name, shape and (with `read`) values of each tensor.
-
-    Raises:
-        SourceError: the file cannot be read.
-    """
-    try:
-        with safe_open(folder / WEIGHTS, "pt") as file:
-            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                yield (
-                    name,
-                    file.get_slice(name).get_shape(),
-                    file.get_tensor(name) if read else None,
-                )
-    except (OSError, SafetensorError) as error:
-        raise SourceError(
-            f"adapter {str(folder)!r}: {WEIGHTS} cannot be read ({error}); copy it again from "
-            "where it came, or train it again"
-        ) from error
+    for pair in _PARTNERS:
+        for first, second in (pair, pair[::-1]):
+            for name in sorted(shapes):
+                partner = name.replace(f".{first}", f".{second}")
+                if f".{first}" in name and partner not in shapes:
+                    yield f"{name} has no matching {second}"
 
 
 def _setting_problems(config: dict[str, Any]) -> Iterator[str]:
     for key, (accepted, why) in _UNSUPPORTED.items():
         if (value := config.get(key)) not in accepted:
             yield f"{CONFIG} has {key}: {value!r}, which is not supported ({why})"
-    alphas = config.get("alpha_pattern")
-    for key, alpha in (
-        ("lora_alpha", config.get("lora_alpha", 8)),
-        *(alphas.items() if isinstance(alphas, dict) else ()),
-    ):
-        if (
-            isinstance(alpha, bool)
-            or not isinstance(alpha, int | float)
-            or not math.isfinite(alpha)
-        ):
+    alphas = {"lora_alpha": config.get("lora_alpha", 8)}
+    if isinstance(patterns := config.get("alpha_pattern"), dict):
+        alphas |= patterns
+    for key, alpha in alphas.items():
+        is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not is_number or not math.isfinite(alpha):
             yield f"{CONFIG} has {key}: {alpha!r}, which is not a finite number"
         elif alpha == 0:
             yield f"{CONFIG} has {key}: 0, so it changes nothing; use the alpha of its training"
@@ -137,40 +141,52 @@ def _setting_problems(config: dict[str, Any]) -> Iterator[str]:
 def _rank_problems(shapes: dict[str, list[int]], config: dict[str, Any]) -> Iterator[str]:
     """Check lora_A [rank, in] and lora_B [out, rank] of each layer.
 
-    For a parameter in target_parameters: [experts * rank, in] and [out, experts * rank].
+    For a parameter in target_parameters: [experts * rank, in] and [out, experts * rank]. PEFT wraps
+    its module once per parameter, so `base_layer` can occur in the path.
     """
     rank = config.get("r")
-    parameters = [name for name in config.get("target_parameters") or () if isinstance(name, str)]
+    targets = [name for name in config.get("target_parameters") or () if isinstance(name, str)]
+    owners = [target.rpartition(".")[0] for target in targets]
     for name, shape in shapes.items():
         if not name.endswith(".lora_A.weight"):
             continue
-        rows = shape[:1]
-        columns = shapes.get(name.replace(".lora_A", ".lora_B"), [0, *shape[:1]])[1:2]
-        has_experts = _is_targeted(name.removesuffix(".lora_A.weight"), parameters)
-        fits = rows == [rank] or (
-            has_experts
-            and bool(rows)
-            and isinstance(rank, int)
-            and rank > 0
-            and rows[0] % rank == 0
+        rows = shape[0] if shape else None
+        partner = shapes.get(name.replace(".lora_A", ".lora_B"))
+        columns = rows if partner is None else next(iter(partner[1:2]), None)
+        path = "." + name.removesuffix(".lora_A.weight").replace(".base_layer", "")
+        has_experts = any(not owner or path.endswith(f".{owner}") for owner in owners)
+        fits = rows == rank or (
+            has_experts and rows and isinstance(rank, int) and rank > 0 and rows % rank == 0
         )
         if not fits and not config.get("rank_pattern"):
-            yield f"{name} has rank {_one(rows)}, but adapter_config.json says {rank}" + (
-                " for each expert" if has_experts else ""
-            )
+            each = " for each expert" if has_experts else ""
+            yield f"{name} has rank {rows}, but {CONFIG} says {rank}{each}"
         elif len(shape) == 2 and rows != columns:  # a grouped convolution's lora_B has fewer
-            yield f"{name} has rank {_one(rows)}, and its lora_B has rank {_one(columns)}"
+            yield f"{name} has rank {rows}, and its lora_B has rank {columns}"
 
 
-def _one(sizes: list[int]) -> int | str:
-    return sizes[0] if sizes else "none"
+def check_pattern_times(model: nn.Module, config: Mapping[str, Any], where: str) -> None:
+    """Match each regular expression in `config`, PEFT's keys, with each module path of `model`.
 
+    One like `(a+)+b` takes time that grows exponentially with the length of what it is matched
+    with. PEFT matches without a limit, and an adapter from elsewhere brings its own.
 
-def _is_targeted(path: str, parameters: list[str]) -> bool:
-    """Whether the module at `path` has one of `parameters`.
-
-    PEFT wraps a module once per parameter, so `base_layer` can occur in the path.
+    Raises:
+        SourceError: one takes longer than `SECONDS` for all paths.
     """
-    owner = "." + path.replace(".base_layer", "")
-    modules = [parameter.rpartition(".")[0] for parameter in parameters]
-    return any(not module or owner.endswith(f".{module}") for module in modules)
+    paths = [path for path, _ in model.named_modules()]
+    for key, form in _PATTERNS.items():
+        value = config.get(key)
+        if isinstance(value, str):
+            value = [value]
+        elif key.endswith("_modules") or not isinstance(value, list | dict):
+            continue  # names, or nothing
+        for pattern in value:
+            error = SourceError(
+                f"{where}: {key} {pattern!r} takes more than {SECONDS:g} s to match the model's "
+                "module paths; write it without nested repetitions like (a+)+"
+            )
+            with suppress(re.error), time_limit(error):
+                compiled = re.compile(form.replace("{}", str(pattern)))
+                for path in paths:
+                    compiled.match(path)

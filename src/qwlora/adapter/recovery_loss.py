@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwlora.adapter.chunked_loss import IGNORED, causal_model
+from qwlora.adapter.chunked_loss import causal_model
+from qwlora.data.sequences import IGNORED
 from qwlora.errors import TrainingError
 
 

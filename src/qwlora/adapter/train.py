@@ -36,19 +36,12 @@ from qwlora.adapter.fsdp import gather_, prepare_sharding_
 from qwlora.adapter.graph_training import TrainableGraph
 from qwlora.adapter.peft_support import WEIGHTS
 from qwlora.adapter.trainer import AdapterTrainer
-from qwlora.adapter.training_callbacks import (
-    TrainingMonitor,
-    Watch,
-    evaluations_of,
-    losses_of,
-    unwatched,
-)
+from qwlora.adapter.training_callbacks import TrainingMonitor, Watch, evaluations_of, losses_of
 from qwlora.adapter.training_checkpoints import (
     delete_newer,
     evaluations_without_improvement,
     final_checkpoint,
     last_checkpoint,
-    last_good,
     read_state,
     step_of,
 )
@@ -91,6 +84,20 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
+class Display:
+    """Where the progress of a run is shown.
+
+    Args:
+        logs: folder for TensorBoard files.
+        watch: see `Watch`.
+    """
+
+    track: Track = untracked
+    logs: Path | None = None
+    watch: Watch = lambda progress: None
+
+
+@dataclass(frozen=True)
 class TrainingReport:
     """Results of a training run.
 
@@ -120,30 +127,29 @@ class Interrupted(Stopped):
         super().__init__(number, f"stopped after step {step}")
 
 
+TrainingData = Dataset[dict[str, Tensor]] | Tensor
+"""Items with `input_ids`, `labels` (-100 for tokens outside the loss) and any other input of the
+model's forward; or token ids [count, tokens]."""
+
+
 def train_adapter(
     model: PeftModel,
-    sequences: Dataset[dict[str, Tensor]] | Tensor,
+    sequences: TrainingData,
     settings: TrainingSettings,
     work: Path,
-    track: Track = untracked,
-    held_out: Dataset[dict[str, Tensor]] | Tensor | None = None,
-    logs: Path | None = None,
+    held_out: TrainingData | None = None,
     teacher: PreTrainedModel | None = None,
     training_graph: TrainableGraph | None = None,
-    watch: Watch = unwatched,
+    display: Display | None = None,
 ) -> TrainingReport:
     """Train the active adapter of `model`, in place.
 
     Checkpoints are written to `work`. If there is one already, training resumes from the last.
 
     Args:
-        sequences: items with `input_ids`, `labels` (-100 for tokens outside the loss) and any other
-            input of the model's forward; or token ids [count, tokens].
         held_out: evaluated every `evaluation_steps`; the adapter of the best evaluation is kept.
-        logs: folder for TensorBoard files.
         teacher: the float model, to train for recovery (`recovery_loss.py`).
         training_graph: replaces the model's forward during training (`graph_training.py`).
-        watch: see `TrainingMonitor`.
 
     Raises:
         GridError: a packed layer does not compute its codes, see `assert_frozen`.
@@ -152,24 +158,24 @@ def train_adapter(
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint of the last finished step is in
             `work`.
     """
+    display = display or Display()
     trainable = check_trainable(model)
     if packed_layers(model):  # LoRA on floats is trained for comparisons
         assert_frozen(model)
     for what, data in (("training text", sequences), ("held-out text", held_out)):
         if data is not None and isinstance(data, Sized) and not len(data):
             raise TrainingError(f"the {what} has no sequence. Use more text, or shorter sequences")
-    if settings.evaluation_steps and held_out is None:
-        raise TrainingError("evaluation_steps needs held-out text, but there is no held-out text")
     keeps_best = settings.evaluation_steps is not None
-    if last := last_checkpoint(work):
-        final = final_checkpoint(last, settings.steps, settings.patience, keeps_best)
-        if final is not None:  # training had ended, but the adapter was not saved
-            return _restore(model, last, final, settings, trainable)
+    if keeps_best and held_out is None:
+        raise TrainingError("evaluation_steps needs held-out text, but there is no held-out text")
+    last = last_checkpoint(work)
+    if last and (final := final_checkpoint(last, settings.steps, settings.patience, keeps_best)):
+        with reading(final, model):  # training had ended, but the adapter was not saved
+            set_peft_model_state_dict(model, load_file(final / WEIGHTS))
+        return _report(read_state(last), settings, step_of(last), trainable)
     arguments = _arguments(settings, work, _world_size())
     vocabulary = vocabulary_size(causal_model(model)) if settings.divergence == "stop" else None
-    monitor = TrainingMonitor(
-        track, settings.checkpoint_steps, vocabulary, lambda: last_good(work), watch
-    )
+    monitor = TrainingMonitor(display.track, settings.checkpoint_steps, vocabulary, display.watch)
     with (
         replaced_forward(
             model,
@@ -180,49 +186,52 @@ def train_adapter(
             recovery=teacher is not None,
             bfloat16=settings.compute == "bfloat16",
         ),
-        _logging_to(logs, settings.report_to),
+        _logging_to(display.logs, settings.report_to),
     ):
         trainer = AdapterTrainer(
             model,
             arguments,
             train_dataset=_dataset(sequences),
-            eval_dataset=_dataset(held_out),
+            eval_dataset=None if held_out is None else _dataset(held_out),
             callbacks=[monitor, *_early_stopping(settings, last)],
         )
-        _drop_newer(trainer, work, last)
+        trainer.accelerator.wait_for_everyone()  # until every process has found `last`
+        if trainer.is_world_process_zero():
+            delete_newer(work, last)
         if teacher is not None:
             teacher.to(arguments.device)  # type: ignore[arg-type] # hidden by transformers
         if training_graph is not None:
             training_graph.to(trainer.args.device)
             trainer.uses_graph = True
         prepare_sharding_(trainer)
-        _run(trainer, model, monitor, teacher, last)
+        with (
+            on_stop_signal(monitor.interrupt),
+            training_steps(model, trainer.args.bf16, teacher) as trainer.recovery,
+        ):
+            trainer.train(resume_from_checkpoint=str(last) if last else None)
+        if monitor.interrupted is not None:
+            raise Interrupted(trainer.state.global_step, monitor.interrupted)
     gather_(trainer)
-    return _report(trainer.state, monitor, settings, step_of(last) if last else 0, trainable)
+    return _report(trainer.state, settings, step_of(last) if last else 0, trainable, monitor)
 
 
-def _run(
-    trainer: AdapterTrainer,
-    model: PeftModel,
-    monitor: TrainingMonitor,
-    teacher: PreTrainedModel | None,
-    last: Path | None,
-) -> None:
-    """Train from the checkpoint `last`, or from the start."""
-    with (
-        on_stop_signal(monitor.interrupt),
-        training_steps(model, trainer.args.bf16, teacher) as trainer.recovery,
-    ):
-        trainer.train(resume_from_checkpoint=str(last) if last else None)
-    if monitor.interrupted is not None:
-        raise Interrupted(trainer.state.global_step, monitor.interrupted)
-
-
-def _drop_newer(trainer: AdapterTrainer, work: Path, last: Path | None) -> None:
-    """Delete checkpoints newer than `last`, after every process has found `last`."""
-    trainer.accelerator.wait_for_everyone()
-    if trainer.is_world_process_zero():
-        delete_newer(work, last)
+def _report(
+    state: TrainerState,
+    settings: TrainingSettings,
+    resumed_from_step: int,
+    trainable: int,
+    monitor: TrainingMonitor | None = None,
+) -> TrainingReport:
+    return TrainingReport(
+        steps=state.global_step,
+        step_seconds=monitor.mean_step_seconds if monitor else 0.0,
+        resumed_from_step=resumed_from_step,
+        trainable_parameters=trainable,
+        losses=tuple(losses_of(state)),
+        evaluations=evaluations_of(state),
+        best_step=state.best_global_step if settings.evaluation_steps else None,
+        base_bytes=monitor.base_bytes if monitor else 0,
+    )
 
 
 def _early_stopping(settings: TrainingSettings, last: Path | None) -> list[EarlyStoppingCallback]:
@@ -254,48 +263,7 @@ def check_loggers(report_to: Sequence[str]) -> None:
             raise MissingExtraError(f"report_to {name!r}: {error}") from error
 
 
-def _report(
-    state: TrainerState,
-    monitor: TrainingMonitor,
-    settings: TrainingSettings,
-    resumed_from_step: int,
-    trainable: int,
-) -> TrainingReport:
-    timed = monitor.step_seconds[1:] or monitor.step_seconds or [0.0]
-    return TrainingReport(
-        steps=state.global_step,
-        step_seconds=sum(timed) / len(timed),
-        resumed_from_step=resumed_from_step,
-        trainable_parameters=trainable,
-        losses=tuple(losses_of(state)),
-        evaluations=evaluations_of(state.log_history),
-        best_step=state.best_global_step if settings.evaluation_steps else None,
-        base_bytes=monitor.base_bytes,
-    )
-
-
-def _restore(
-    model: PeftModel, last: Path, final: Path, settings: TrainingSettings, trainable: int
-) -> TrainingReport:
-    with reading(final, model):
-        set_peft_model_state_dict(model, load_file(final / WEIGHTS))
-    state = read_state(last)
-    losses = tuple(float(e["loss"]) for e in state["log_history"] if "loss" in e)
-    best = state.get("best_global_step") if settings.evaluation_steps else None
-    return TrainingReport(
-        state["global_step"],
-        0.0,
-        state["global_step"],
-        trainable,
-        losses,
-        evaluations_of(state["log_history"]),
-        best,
-    )
-
-
-def _dataset(
-    sequences: Dataset[dict[str, Tensor]] | Tensor | None,
-) -> Dataset[dict[str, Tensor]] | None:
+def _dataset(sequences: TrainingData) -> Dataset[dict[str, Tensor]]:
     return as_sequences(sequences) if isinstance(sequences, Tensor) else sequences
 
 

@@ -2,7 +2,9 @@
 
     loss = the model's own loss [+ distance to the float model, when training for recovery]
 
-- A loss or gradient that is not finite stops the run before the optimizer step.
+- A loss or gradient that is not finite stops the run before the optimizer step. The error names the
+  first layer with a non-finite output, or the first adapter weight (from the top of the model) with
+  a non-finite gradient.
 - Checkpoints are plain PEFT adapters, unsharded even where the model is sharded.
 
 The training loop is the Trainer's. `train.py` says why it is this Trainer; `training_step.py` lists
@@ -15,17 +17,18 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
 from qwlora.adapter.adapter_folder import write_adapter
 from qwlora.adapter.fsdp import enable_fsdp_, is_sharded, whole_adapter
 from qwlora.adapter.recovery_loss import RecoveryLoss
-from qwlora.adapter.training_callbacks import first_gradient_not_finite, first_output_not_finite
 from qwlora.adapter.training_checkpoints import last_good
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import TrainingError
 from qwlora.graph.call_arguments import check_token_ids
+from qwlora.parameter_names import canonical_name
 
 
 class AdapterTrainer(Trainer):
@@ -46,6 +49,11 @@ class AdapterTrainer(Trainer):
         # The Trainer looks this up by the name of the model's loss, which not every model has.
         self._loss_shifts_labels = True
 
+    @property
+    def adapted(self) -> Any:
+        """The PEFT model, without what accelerate wraps around it."""
+        return self.accelerator.unwrap_model(self.model)
+
     def _checked_batch(self, items: list[Any]) -> dict[str, Any]:
         """A batch, still on the CPU, where checking it costs nothing.
 
@@ -53,7 +61,7 @@ class AdapterTrainer(Trainer):
             TrainingError: see `check_token_ids`; or no token of it is in the loss.
         """
         batch: dict[str, Any] = self._collate(items)
-        check_token_ids(batch, self.accelerator.unwrap_model(self.model), TrainingError)
+        check_token_ids(batch, self.adapted, TrainingError)
         labels = batch.get("labels")
         if (
             isinstance(labels, Tensor)
@@ -68,13 +76,13 @@ class AdapterTrainer(Trainer):
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         """The model's own loss, plus the recovery loss if there is one."""
-        found = super().compute_loss(model, inputs, *args, **kwargs)
+        loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.recovery is None:
-            return found
+            return loss
         distance = self.recovery.distance(inputs) / (
             self.args.gradient_accumulation_steps if model.training else 1
         )
-        return (found[0] + distance, *found[1:]) if isinstance(found, tuple) else found + distance
+        return (loss[0] + distance, *loss[1:]) if isinstance(loss, tuple) else loss + distance
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
@@ -99,31 +107,42 @@ class AdapterTrainer(Trainer):
             # The layers of a sharded model are on several processes; with a graph they do not run.
             where = "" if sharded or self.uses_graph else self._first_bad_output(inputs)
             self._stop(f"the loss is {float(loss)}", where)
-        if not sharded and (
-            name := first_gradient_not_finite(self.accelerator.unwrap_model(self.model))
-        ):
-            self._stop(
-                "a gradient is not finite",
-                f"the first, from the top of the model, is that of {name}",
-            )
+        if not sharded and (name := _first_bad_gradient(self.adapted)):
+            where = f"; the first, from the top of the model, is that of {name}"
+            self._stop("a gradient is not finite", where)
         return loss
 
+    @torch.no_grad()
     def _first_bad_output(self, inputs: dict[str, Any]) -> str:
-        """Which layer's output is the first that is not finite, in words."""
-        model = self.accelerator.unwrap_model(self.model)
+        """Which layer's output is the first that is not finite, in words; runs the model again."""
+        bad: list[str] = []
 
-        def forward() -> None:
+        def check(name: str, output: Any) -> None:
+            if isinstance(output, dict):
+                output = output.values()
+            elif not isinstance(output, tuple | list):
+                output = (output,)
+            floats = (t for t in output if isinstance(t, Tensor) and t.is_floating_point())
+            if not all(bool(t.isfinite().all()) for t in floats):
+                bad.append(canonical_name(name) or "the model itself")
+
+        handles = [
+            module.register_forward_hook(lambda _, __, output, name=name: check(name, output))
+            for name, module in self.adapted.named_modules()
+        ]
+        try:
             with self.compute_loss_context_manager():
-                model(**self._prepare_inputs(inputs))
-
-        name = first_output_not_finite(model, forward)
-        if name is None:
-            return "the outputs of all layers are finite"
-        return f"the first output that is not finite is that of {name}"
+                self.adapted(**self._prepare_inputs(inputs))
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not bad:
+            return "; the outputs of all layers are finite"
+        return f"; the first output that is not finite is that of {bad[0]}"
 
     def _stop(self, what: str, where: str) -> None:
         raise TrainingError(
-            f"{what} at step {self.state.global_step + 1}{f'; {where}' if where else ''}; "
+            f"{what} at step {self.state.global_step + 1}{where}; "
             f"{last_good(Path(str(self.args.output_dir)))}. "
             f"Lower the learning rate (now {self.args.learning_rate:g}), raise warmup_steps, or "
             "check the training data"
@@ -137,13 +156,7 @@ class AdapterTrainer(Trainer):
         exists before the Trainer creates it.
         """
         if is_sharded(self):
-            state = whole_adapter(self.accelerator.unwrap_model(self.model))
-            if self.args.should_save:
-                write_adapter(
-                    self.accelerator.unwrap_model(self.model),
-                    Path(str(output_dir or self.args.output_dir)),
-                    state,
-                )
+            self._save(output_dir, whole_adapter(self.adapted))
         super().save_model(output_dir, _internal_call)
 
     def _save(
@@ -151,4 +164,14 @@ class AdapterTrainer(Trainer):
     ) -> None:
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
-            write_adapter(self.accelerator.unwrap_model(self.model), folder, state_dict)
+            write_adapter(self.adapted, folder, state_dict)
+
+
+def _first_bad_gradient(model: nn.Module) -> str | None:
+    """Name of the parameter nearest the output whose gradient has a nan or infinity, or None."""
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    finite = [gradient.isfinite().all() for gradient in gradients.values()]
+    if not finite or bool(torch.stack(finite).all()):  # one transfer from the device a step
+        return None
+    names = zip(reversed(gradients), reversed(finite), strict=True)
+    return next(canonical_name(name) for name, is_finite in names if not bool(is_finite))

@@ -1,4 +1,4 @@
-"""Monitoring of a training run: timing, losses, stop signals, divergence, non-finite numbers.
+"""Monitoring of a training run: timing, progress, stop signals and divergence.
 
 The loss has diverged if each of the last 5 losses, or the mean of the last w, is above
 
@@ -17,10 +17,6 @@ The loss has also diverged if each of the last 5 losses is above both the loss o
 and the first loss, by 1 nat:
 
     max( first + 1, log V + 1 )                             V entries in the vocabulary
-
-A non-finite loss or gradient stops the run before the optimizer step. The error names the first
-layer with a non-finite output, or the first adapter weight (from the top of the model) with a
-non-finite gradient.
 """
 
 from __future__ import annotations
@@ -36,22 +32,17 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from qwlora.adapter.fsdp import base_bytes
-from qwlora.adapter.training_checkpoints import seal
+from qwlora.adapter.training_checkpoints import last_good, seal
 from qwlora.errors import TrainingError
-from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track
 
 FEW, MANY = 5, 50
-Progress = Callable[[], dict[str, Any]]
-Watch = Callable[[Progress], None]
-
-
-def unwatched(progress: Progress) -> None:
-    """Ignore the progress."""
+Watch = Callable[[Callable[[], dict[str, Any]]], None]
+"""Called after each step with a function that returns `step`, `steps`, `losses`, `evaluations`,
+`step_seconds`, and, if training diverged, the `limit` of the loss."""
 
 
 @dataclass(frozen=True)
@@ -97,45 +88,36 @@ class TrainingMonitor(TrainerCallback):
     Args:
         checkpoint_steps: steps between checkpoints, in addition to those after an evaluation.
         vocabulary: number of entries; None disables the divergence check.
-        last_good: describes the newest complete checkpoint, for the error message.
-        watch: called after each step with a function that returns `step`, `steps`, `losses`,
-            `evaluations`, `step_seconds`, and, if training diverged, the `limit` of the loss.
+        watch: see `Watch`.
     """
 
-    def __init__(
-        self,
-        track: Track,
-        checkpoint_steps: int,
-        vocabulary: int | None,
-        last_good: Callable[[], str],
-        watch: Watch = unwatched,
-    ):
-        self.watch = watch
+    def __init__(self, track: Track, checkpoint_steps: int, vocabulary: int | None, watch: Watch):
         self.track, self.checkpoint_steps = track, checkpoint_steps
-        self.vocabulary, self.last_good = vocabulary, last_good
+        self.vocabulary, self.watch = vocabulary, watch
         self.step_seconds: list[float] = []
         self.interrupted: int | None = None  # the signal that asked to stop
         self.base_bytes = 0
         self._began = 0.0
         self._bar: Iterator[int] = iter(())
 
+    @property
+    def mean_step_seconds(self) -> float:
+        """Without the first step, which includes warming up."""
+        timed = self.step_seconds[1:] or self.step_seconds or [0.0]
+        return sum(timed) / len(timed)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
         self.base_bytes = base_bytes(given["model"])
-        self._bar = self.track(
-            range(state.global_step, args.max_steps), "training", args.max_steps - state.global_step
-        )
+        steps = range(state.global_step, args.max_steps)
+        self._bar = self.track(steps, "training", len(steps))
         next(self._bar, None)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_train_end(self, *_: Any, **__: Any) -> None:
         next(self._bar, None)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_step_begin(self, *_: Any, **__: Any) -> None:
         self._began = time.perf_counter()
 
     def on_step_end(
@@ -148,9 +130,7 @@ class TrainingMonitor(TrainerCallback):
         if self.interrupted is not None:
             control.should_save = control.should_training_stop = True
 
-    def on_save(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **_: Any
-    ) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, *_: Any, **__: Any) -> None:
         PartialState().wait_for_everyone()  # each process writes files of its own
         if args.should_save:
             seal(Path(str(args.output_dir), f"checkpoint-{state.global_step}"))
@@ -165,31 +145,29 @@ class TrainingMonitor(TrainerCallback):
     ) -> None:
         if "loss" not in (logs or {}):
             return
-        self.watch(lambda: self._progress(args, state))
-        if self.vocabulary is None:
-            return
         losses = losses_of(state)
-        if (found := divergence(losses, self.vocabulary)) is not None:
-            limit = found.limit
-            self.watch(lambda: {**self._progress(args, state), "limit": limit})
-            mean = "" if found.steps == FEW else "in the mean "
-            raise TrainingError(
-                f"training diverged: the loss is {losses[-1]:.3f} at step {state.global_step}, and "
-                f"{mean}above {found.limit:.3f} for {found.steps} steps (lowest before: "
-                f"{min(losses[: -found.steps]):.3f}); {self.last_good()}. Lower the learning rate "
-                f"(now {args.learning_rate:g}) or raise warmup_steps. To continue anyway, set "
-                "divergence: ignore"
-            )
 
-    def _progress(self, args: TrainingArguments, state: TrainerState) -> dict[str, Any]:
-        timed = self.step_seconds[1:] or self.step_seconds or [0.0]
-        return {
-            "step": state.global_step,
-            "steps": args.max_steps,
-            "losses": losses_of(state),
-            "evaluations": [list(e) for e in evaluations_of(state.log_history)],
-            "step_seconds": sum(timed) / len(timed),
-        }
+        def progress() -> dict[str, Any]:
+            return {
+                "step": state.global_step,
+                "steps": args.max_steps,
+                "losses": losses,
+                "evaluations": [list(e) for e in evaluations_of(state)],
+                "step_seconds": self.mean_step_seconds,
+            }
+
+        self.watch(progress)
+        if self.vocabulary is None or (found := divergence(losses, self.vocabulary)) is None:
+            return
+        self.watch(lambda: {**progress(), "limit": found.limit})
+        mean = "" if found.steps == FEW else "in the mean "
+        raise TrainingError(
+            f"training diverged: the loss is {losses[-1]:.3f} at step {state.global_step}, and "
+            f"{mean}above {found.limit:.3f} for {found.steps} steps (lowest before: "
+            f"{min(losses[: -found.steps]):.3f}); {last_good(Path(str(args.output_dir)))}. Lower "
+            f"the learning rate (now {args.learning_rate:g}) or raise warmup_steps. To continue "
+            "anyway, set divergence: ignore"
+        )
 
     def interrupt(self, number: int) -> None:
         """Stop after this step because of signal `number`; a second Ctrl-C stops at once."""
@@ -199,51 +177,13 @@ class TrainingMonitor(TrainerCallback):
             self.interrupted = number
 
 
-def evaluations_of(history: list[dict[str, float]]) -> tuple[tuple[int, float], ...]:
-    """(step, loss) of each evaluation on held-out text in the Trainer's history."""
-    return tuple((int(e["step"]), float(e["eval_loss"])) for e in history if "eval_loss" in e)
+def evaluations_of(state: TrainerState) -> tuple[tuple[int, float], ...]:
+    """(step, loss) of each evaluation on held-out text."""
+    return tuple(
+        (int(e["step"]), float(e["eval_loss"])) for e in state.log_history if "eval_loss" in e
+    )
 
 
 def losses_of(state: TrainerState) -> list[float]:
     """The loss of every step so far, including those before an interruption."""
     return [float(entry["loss"]) for entry in state.log_history if "loss" in entry]
-
-
-def first_output_not_finite(model: nn.Module, forward: Callable[[], Any]) -> str | None:
-    """Run `forward`; name of the first module whose output has a nan or infinity, or None."""
-    found: list[str] = []
-
-    def hook(name: str) -> Callable[..., None]:
-        def check(module: nn.Module, inputs: Any, output: Any) -> None:
-            if isinstance(output, dict):
-                output = output.values()
-            elif not isinstance(output, tuple | list):
-                output = (output,)
-            if not found and any(
-                isinstance(t, Tensor) and t.is_floating_point() and not bool(t.isfinite().all())
-                for t in output
-            ):
-                found.append(canonical_name(name) or "the model itself")
-
-        return check
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules()]
-    try:
-        with torch.no_grad():
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return found[0] if found else None
-
-
-def first_gradient_not_finite(model: nn.Module) -> str | None:
-    """Name of the parameter nearest the output whose gradient has a nan or infinity, or None."""
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    if not gradients or bool(torch.stack([g.isfinite().all() for g in gradients.values()]).all()):
-        return None
-    return next(
-        canonical_name(name)
-        for name in reversed(gradients)
-        if not bool(gradients[name].isfinite().all())
-    )

@@ -6,10 +6,11 @@ without them was interrupted, and one whose files differ is damaged: neither is 
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
+
+from transformers import TrainerState
 
 from qwlora.adapter.peft_support import WEIGHTS
 from qwlora.atomic import files_in
@@ -26,18 +27,12 @@ def seal(checkpoint: Path) -> None:
 
 
 def last_checkpoint(work: Path) -> Path | None:
-    """The newest complete checkpoint; None if there is none.
+    """The newest complete checkpoint, if that of its best evaluation is complete too, or None.
 
     Deletes nothing, because several processes call it and must find the same.
     """
-    return next(
-        (
-            c
-            for c in sorted(work.glob("checkpoint-*"), key=step_of, reverse=True)
-            if _is_complete(c) and _is_complete(_best(c) or c)
-        ),
-        None,
-    )
+    newest_first = sorted(work.glob("checkpoint-*"), key=step_of, reverse=True)
+    return next((c for c in newest_first if _is_complete(c) and _is_complete(_best(c) or c)), None)
 
 
 def delete_newer(work: Path, last: Path | None) -> None:
@@ -58,36 +53,19 @@ def final_checkpoint(last: Path, steps: int, patience: int | None, keeps_best: b
     Args:
         keeps_best: whether the final adapter is that of the best evaluation, not of the last step.
     """
-    state = read_state(last)
-    if state["global_step"] < steps and not (
-        patience and evaluations_without_improvement(last) >= patience
-    ):
+    stopped_early = patience and evaluations_without_improvement(last) >= patience
+    if read_state(last).global_step < steps and not stopped_early:
         return None
     chosen = (_best(last) if keeps_best else None) or last
     return chosen if (chosen / WEIGHTS).exists() else None
 
 
-def _best(checkpoint: Path) -> Path | None:
-    """The checkpoint of the best evaluation so far, which training may end with."""
-    step = read_state(checkpoint).get("best_global_step")
-    return checkpoint.with_name(f"checkpoint-{step}") if step else None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether it was sealed, and no file has changed since."""
-    return manifest.has_digests(checkpoint, DIGESTS) and not manifest.changed_files(
-        checkpoint, DIGESTS
-    )
-
-
 def evaluations_without_improvement(checkpoint: Path) -> int:
     """Number of evaluations in a row without improvement, up to `checkpoint`."""
-    stopping = read_state(checkpoint).get("stateful_callbacks", {}).get("EarlyStoppingCallback")
-    return (
-        int(stopping["attributes"]["early_stopping_patience_counter"])
-        if isinstance(stopping, dict)
-        else 0
-    )
+    callbacks: Any = read_state(checkpoint).stateful_callbacks  # a mapping, once it was stored
+    stopping = callbacks.get("EarlyStoppingCallback")
+    attributes = stopping["attributes"] if isinstance(stopping, dict) else {}
+    return int(attributes.get("early_stopping_patience_counter", 0))
 
 
 def last_good(work: Path) -> str:
@@ -100,13 +78,25 @@ def last_good(work: Path) -> str:
     )
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
+def read_state(checkpoint: Path) -> TrainerState:
     """The Trainer's state at `checkpoint`."""
     with reading(checkpoint / STATE):
-        state: dict[str, Any] = json.loads((checkpoint / STATE).read_text())
-    return state
+        return TrainerState.load_from_json(str(checkpoint / STATE))
 
 
 def step_of(checkpoint: Path) -> int:
     """The training step after which `checkpoint` was written."""
     return int(checkpoint.name.rpartition("-")[2])
+
+
+def _best(checkpoint: Path) -> Path | None:
+    """The checkpoint of the best evaluation so far, which training may end with."""
+    step = read_state(checkpoint).best_global_step
+    return checkpoint.with_name(f"checkpoint-{step}") if step else None
+
+
+def _is_complete(checkpoint: Path) -> bool:
+    """Whether it was sealed, and no file has changed since."""
+    return manifest.has_digests(checkpoint, DIGESTS) and not manifest.changed_files(
+        checkpoint, DIGESTS
+    )

@@ -1,20 +1,24 @@
-"""Inline SVG: a drawing of one width, scales, and figures that are drawn once for each width.
+"""Inline SVG: drawings, scales, bars, and figures that are drawn for wide and for narrow windows.
 
-A plotting library draws one size and scales it; text must stay 12 to 13 px on a phone, so each
-figure is drawn for 920, 660 and 358 px and the style sheet shows one of them. Colors are classes,
-so that they follow the theme.
+A plotting library draws one size and scales it; text must stay 11 to 13 px on a phone, so each
+figure is drawn for 740 and 358 px and the style sheet shows one of them. Colors are classes, so
+that they follow the theme.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-WIDTHS = {"wide": 920, "mid": 660, "narrow": 358}
+from qwlora.report.number_format import Format, significant
+
+WIDTHS = {"wide": 740, "narrow": 358}
 PANEL_WIDTHS = {"large": 208, "small": 168}
-MOST_TITLES = 2000  # above this, marks have no tooltip
+
+Point = tuple[float, float]
 
 
 class Drawing:
@@ -29,19 +33,30 @@ class Drawing:
         self.width, self.height = width, height
         self._title, self._description = title, description
         self._parts: list[str] = []
+        self._squares: dict[str, list[str]] = {}
+        self._labels: list[Point] = []
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether it is for a phone."""
+        return self.width < 500
 
     def text(self, x: float, y: float, text: str, kind: str = "ax", anchor: str = "start") -> None:
         """Text whose baseline begins, is centered or ends at (x, y)."""
-        self._parts.append(
-            f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" class="{kind}">'
-            f"{escape(text)}</text>"
-        )
+        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+        self._parts.append(f'<text {place} class="{kind}">{escape(text)}</text>')
+
+    def label(self, x: float, y: float, text: str, kind: str = "ax", anchor: str = "start") -> None:
+        """Text that is moved down until it covers no earlier label."""
+        while any(abs(x - x0) < 140 and abs(y - y0) < 14 for x0, y0 in self._labels):
+            y += 14
+        self._labels.append((x, y))
+        self.text(x, y, text, kind, anchor)
 
     def line(self, x1: float, y1: float, x2: float, y2: float, kind: str = "grid") -> None:
         """A straight line."""
-        self._parts.append(
-            f'<line x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}" class="{kind}"/>'
-        )
+        ends = f'x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"'
+        self._parts.append(f'<line {ends} class="{kind}"/>')
 
     def rect(
         self,
@@ -55,47 +70,54 @@ class Drawing:
     ) -> None:
         """A rectangle, with a tooltip if it has a title."""
         rx = f' rx="{radius:g}"' if radius else ""
-        self._parts.append(
-            f'<rect x="{x:.1f}" y="{y:.1f}" width="{max(width, 0):.1f}" height="{height:.1f}"{rx} '
-            f'class="{kind}"{self._closed(title, "rect")}'
-        )
+        size = f'width="{max(width, 0):.1f}" height="{height:.1f}"'
+        self._mark("rect", f'x="{x:.1f}" y="{y:.1f}" {size}{rx} class="{kind}"', title)
+
+    def square(self, x: float, y: float, width: float, height: float, kind: str) -> None:
+        """One of many rectangles; those of a kind become a single path, behind everything else."""
+        square = f"M{x:.1f},{y:.1f}h{width:.1f}v{height:.1f}h-{width:.1f}z"
+        self._squares.setdefault(kind, []).append(square)
 
     def circle(self, x: float, y: float, radius: float, kind: str, title: str = "") -> None:
         """A dot."""
-        self._parts.append(
-            f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" class="{kind}"'
-            f"{self._closed(title, 'circle')}"
-        )
+        self._mark("circle", f'cx="{x:.1f}" cy="{y:.1f}" r="{radius:g}" class="{kind}"', title)
 
-    def path(self, commands: str, kind: str) -> None:
-        """A path in SVG's own commands."""
-        self._parts.append(f'<path d="{commands}" class="{kind}"/>')
+    def _mark(self, element: str, attributes: str, title: str) -> None:
+        end = f"><title>{escape(title)}</title></{element}>" if title else "/>"
+        self._parts.append(f"<{element} {attributes}{end}")
 
-    def polyline(self, points: Sequence[tuple[float, float]], kind: str) -> None:
-        """A line through points."""
+    def polyline(self, points: Sequence[Point], kind: str, end: str = "") -> None:
+        """A line through points; with the end `Z` an area."""
         if points:
-            self.path("M" + " L".join(f"{x:.1f},{y:.1f}" for x, y in points), kind)
+            line = " L".join(f"{x:.1f},{y:.1f}" for x, y in points)
+            self._parts.append(f'<path d="M{line}{end}" class="{kind}"/>')
 
-    def band(
-        self, upper: Sequence[tuple[float, float]], lower: Sequence[tuple[float, float]], kind: str
+    def horizontal_grid(
+        self, y: Scale, left: float, right: float, written: Format = significant
     ) -> None:
-        """The area between two lines."""
-        if upper:
-            around = [*upper, *reversed(lower)]
-            self.path("M" + " L".join(f"{x:.1f},{y:.1f}" for x, y in around) + "Z", kind)
+        """Lines across the drawing from `left` to `right`, with their values before them."""
+        for tick in ticks(y.low, y.high, 5):
+            self.line(left, y(tick), right, y(tick))
+            self.text(left - 6, y(tick) + 4, written(tick), "ax", "end")
+
+    def vertical_grid(self, x: Scale, top: float, bottom: float) -> None:
+        """Lines from `top` to `bottom`, with their values below them."""
+        for tick in ticks(x.low, x.high, 4 if self.is_narrow else 8):
+            self.line(x(tick), top, x(tick), bottom)
+            self.text(x(tick), bottom + 18, significant(tick), "ax", "middle")
 
     def svg(self, kind: str = "plot") -> Markup:
         """The drawing as inline SVG."""
         width, height = self.width, f"{self.height:g}"
         size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
+        squares = [
+            f'<path d="{"".join(paths)}" class="{color}"/>'
+            for color, paths in sorted(self._squares.items())
+        ]
         return Markup(
             f'<svg class="{kind}" {size} role="img"><title>{escape(self._title)}</title>'
-            f"<desc>{escape(self._description)}</desc>{''.join(self._parts)}</svg>"
+            f"<desc>{escape(self._description)}</desc>{''.join([*squares, *self._parts])}</svg>"
         )
-
-    @staticmethod
-    def _closed(title: str, element: str) -> str:
-        return f"><title>{escape(title)}</title></{element}>" if title else "/>"
 
 
 def figure(draw: Callable[[int], Drawing]) -> Markup:
@@ -107,7 +129,7 @@ def figure(draw: Callable[[int], Drawing]) -> Markup:
 
 
 def panels(draw: Callable[[int], Sequence[Drawing]]) -> Markup:
-    """Small multiples: four in a row, and two on a phone, drawn for each width."""
+    """Small multiples: as many in a row as fit, and two on a phone, drawn for each width."""
     drawn = "".join(
         f'<div class="sm-grid {name}">{"".join(d.svg("plot sm") for d in draw(width))}</div>'
         for name, width in PANEL_WIDTHS.items()
@@ -125,17 +147,15 @@ class Scale:
     def __init__(
         self, low: float, high: float, start: float, end: float, logarithmic: bool = False
     ):
-        self.logarithmic, self.low, self.high = logarithmic, low, high
+        self.low, self.high = low, high
         self._start, self._end = start, end
-        self._from, self._to = self._value(low), self._value(high)
+        self._value: Callable[[float], float] = math.log if logarithmic else float
 
     def __call__(self, value: float) -> float:
         inside = min(max(value, min(self.low, self.high)), max(self.low, self.high))
-        share = (self._value(inside) - self._from) / ((self._to - self._from) or 1)
+        first, last = self._value(self.low), self._value(self.high)
+        share = (self._value(inside) - first) / ((last - first) or 1)
         return self._start + share * (self._end - self._start)
-
-    def _value(self, value: float) -> float:
-        return math.log(value) if self.logarithmic else value
 
 
 def ticks(low: float, high: float, most: int = 8) -> list[float]:
@@ -159,3 +179,50 @@ def shortened(text: str, pixels: float, size: float = 13) -> str:
     """`text`, cut with an ellipsis so that it is not wider than `pixels`."""
     most = max(int(pixels / (0.5 * size)), 3)
     return text if len(text) <= most else text[: most - 1] + "…"
+
+
+@dataclass(frozen=True)
+class Bar:
+    """One row of a bar chart.
+
+    Args:
+        value: in words, at the end of the row.
+        parts: start, end, class of the color, tooltip. Empty: nothing was measured.
+        hatched: the row is hatched; the tooltip that says why.
+        limit: where a line is, and its words.
+    """
+
+    name: str
+    value: str
+    parts: Sequence[tuple[float, float, str, str]] = ()
+    hatched: str = ""
+    limit: tuple[float, str] | None = None
+
+
+def bars(title: str, rows: Sequence[Bar], most: float, width: int) -> Drawing:
+    """Rows of horizontal bars on one scale from 0 to `most`; on a phone, names are above them."""
+    has_limits = any(row.limit for row in rows)
+    top = 24 if has_limits else 6
+    left, right, step = (0, 0, 42) if width < 500 else (260, 116, 38 if has_limits else 30)
+    scale, end = Scale(0, most or 1, left, width - right), width - right
+    words = "; ".join(f"{row.name} {row.value}" for row in rows)
+    drawing = Drawing(width, top + step * len(rows), title, f"{words}.")
+    for number, row in enumerate(rows):
+        y, value = top + step * number, row.value
+        if drawing.is_narrow:
+            y += 16
+            value += f", {row.limit[1]}" if row.limit else ""
+        base = y - 5 if drawing.is_narrow else y + 11
+        room = width - 7.5 * len(value) - 10 if drawing.is_narrow else left - 8
+        drawing.text(0, base, shortened(row.name, room), "lb")
+        drawing.text(width, base, value, "nm2" if row.parts else "mut", "end")
+        drawing.rect(left, y, end - left, 12, "hatch" if row.hatched else "track", row.hatched, 2)
+        for start, stop, color, tooltip in row.parts:
+            x = min(scale(start), end - 2)
+            drawing.rect(x, y, max(scale(stop) - x, 2), 12, f"mark {color}", tooltip, 2)
+        if row.limit:
+            x = scale(row.limit[0])
+            drawing.line(x, y - 3, x, y + 15, "limit")
+            if not drawing.is_narrow:
+                drawing.text(x, y - 7, row.limit[1], "ax", "middle")
+    return drawing

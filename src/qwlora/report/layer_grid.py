@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 MOST_COLUMNS = 120  # above, a column is a group of blocks, and shows the worst of them
@@ -26,11 +26,16 @@ class Place:
 
 def place_of(tensor: str) -> Place | None:
     """The place of a tensor or module; None if it is outside the blocks."""
-    found = _BLOCK.match(tensor.removesuffix(".weight"))
-    if found is None:
+    match = _BLOCK.match(tensor.removesuffix(".weight"))
+    if match is None:
         return None
-    kind = re.sub(r"\.\d+(?=\.|$)", ".*", found[3])  # experts: one row for all
-    return Place(int(found[2]), kind)
+    kind = re.sub(r"\.\d+(?=\.|$)", ".*", match[3])  # experts: one row for all
+    return Place(int(match[2]), kind)
+
+
+def blocks_per_column(last: int) -> int:
+    """How many blocks share a column, if `last` is the last block."""
+    return -(-(last + 1) // MOST_COLUMNS)
 
 
 @dataclass(frozen=True)
@@ -39,15 +44,15 @@ class Grid:
 
     Args:
         rows: kinds, in the order of the model.
-        columns: first and last block of each.
+        columns: the first block of each.
         cells: the largest value by (row, column), with its place.
-        left_out: kinds that have no row, since there are too many.
+        left_out: number of kinds that have no row, since there are too many.
     """
 
     rows: tuple[str, ...]
-    columns: tuple[tuple[int, int], ...]
+    columns: range
     cells: Mapping[tuple[int, int], tuple[float, Place]]
-    left_out: int = 0
+    left_out: int
 
     @property
     def largest(self) -> tuple[int, int]:
@@ -55,29 +60,22 @@ class Grid:
         return max(self.cells, key=lambda cell: self.cells[cell][0])
 
 
-def grid_of(values: Mapping[str, float], blocks: Iterable[int] | None = None) -> Grid | None:
-    """Arrange values of tensors; None if none is in a block.
-
-    Args:
-        blocks: of all grids that share their columns; default: those of `values`.
-    """
+def grid_of(values: Mapping[str, float]) -> Grid | None:
+    """Arrange values of tensors; None if none is in a block."""
     placed = [(place, value) for name, value in values.items() if (place := place_of(name))]
     if not placed:
         return None
-    last = max(blocks) if blocks else max(place.block for place, _ in placed)
-    group = -(-(last + 1) // MOST_COLUMNS)
-    columns = tuple((n, min(n + group - 1, last)) for n in range(0, last + 1, group))
+    last = max(place.block for place, _ in placed)
+    group = blocks_per_column(last)
     worst: dict[str, float] = {}
     for place, value in placed:
         worst[place.kind] = max(value, worst.get(place.kind, value))
     kept = set(sorted(worst, key=lambda kind: -worst[kind])[:MOST_KINDS])
-    rows = tuple(kind for kind in worst if kind in kept)
-    number = {kind: n for n, kind in enumerate(rows)}
+    rows = {kind: number for number, kind in enumerate(k for k in worst if k in kept)}
     cells: dict[tuple[int, int], tuple[float, Place]] = {}
     for place, value in placed:
-        if place.kind not in kept:
-            continue
-        cell = (number[place.kind], place.block // group)
-        if cell not in cells or value > cells[cell][0]:
-            cells[cell] = (value, place)
-    return Grid(rows, columns, cells, len(worst) - len(rows))
+        if place.kind in rows:
+            cell = (rows[place.kind], place.block // group)
+            if cell not in cells or value > cells[cell][0]:
+                cells[cell] = (value, place)
+    return Grid(tuple(rows), range(0, last + 1, group), cells, len(worst) - len(rows))

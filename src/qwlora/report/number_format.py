@@ -1,14 +1,50 @@
-"""Numbers as the report writes them: "13.6%", "1,595", "2 min 06 s", "149.5 MB".
+"""Numbers as the report writes them: "13.6%", "1,595", "2 min 06 s", "149.5 MB"; and as HTML.
 
 A minus sign is U+2212. What rounds to zero has no sign.
 """
 
 from __future__ import annotations
 
+import json
 import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from markupsafe import Markup
 
 MINUS = "\u2212"
 TIMES = "\u00d7"
+NOT_MEASURED = Markup('<span class="nm">not measured</span>')
+
+Format = Callable[[float], str]
+Path = tuple[str | int, ...]  # of a value in results.json: keys, and numbers of items of lists
+
+
+def finite(value: Any) -> float | None:
+    """`value` if it is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    return float(value) if math.isfinite(value) else None
+
+
+class Tagged(Markup):
+    """A number as HTML, and what it was made of."""
+
+    text = ""
+    value = 0.0
+
+
+def tagged(text: str, value: float, path: Path) -> Markup:
+    """A number with its exact value and its place in results.json, which tests and tools read."""
+    html = Markup('<data value="{}" data-key="{}">{}</data>')
+    number = Tagged(html.format(repr(value), json.dumps(path), text))
+    number.text, number.value = text, value
+    return number
+
+
+def valued(text: str, value: float) -> Markup:
+    """A number that was computed from several keys, with its exact value, by which tables sort."""
+    return Markup('<data value="{}">{}</data>').format(repr(value), text)
 
 
 def signed(text: str) -> str:
@@ -21,12 +57,17 @@ def signed(text: str) -> str:
 
 def count(value: float) -> str:
     """`1,595`."""
-    return signed(f"{value:,.0f}")
+    return fixed(value, 0)
 
 
 def fixed(value: float, digits: int = 2) -> str:
     """With a fixed number of decimals and separated thousands."""
     return signed(f"{value:,.{digits}f}")
+
+
+def three_decimals(value: float) -> str:
+    """`13.619`."""
+    return fixed(value, 3)
 
 
 def perplexity(value: float) -> str:
@@ -40,13 +81,16 @@ def percent(value: float, sign: bool = False) -> str:
     Args:
         sign: write a plus sign too.
     """
-    digits = 2 if abs(value) < 0.00995 else 1
-    return signed(f"{100 * value:{'+' if sign else ''},.{digits}f}%")
+    return _percent(value, sign, 2 if abs(value) < 0.00995 else 1)
 
 
 def precise_percent(value: float, sign: bool = False) -> str:
     """A share as a percentage with two decimals, for tables and limits."""
-    return signed(f"{100 * value:{'+' if sign else ''},.2f}%")
+    return _percent(value, sign, 2)
+
+
+def _percent(value: float, sign: bool, digits: int) -> str:
+    return signed(f"{100 * value:{'+' if sign else ''},.{digits}f}%")
 
 
 def significant(value: float, digits: int = 3) -> str:
@@ -56,19 +100,17 @@ def significant(value: float, digits: int = 3) -> str:
     places = digits - 1 - math.floor(math.log10(abs(value)))
     if places > digits + 4:
         return signed(f"{value:.{digits - 1}e}")
-    return signed(f"{value:,.{max(0, places)}f}")
+    return fixed(value, max(0, places))
 
 
 def seconds(value: float) -> str:
     """`0.35 s`, `52.6 s`, `2 min 06 s`, `1 h 16 min`."""
-    if value < 10:
-        return f"{value:.2f} s"
     if value < 60:
-        return f"{value:.1f} s"
-    whole = round(value)
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600:,} h {whole % 3600 // 60:02d} min"
+        return f"{value:.{2 if value < 10 else 1}f} s"
+    minutes, rest = divmod(round(value), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60:,} h {minutes % 60:02d} min"
 
 
 def size(count_bytes: float) -> str:
@@ -79,7 +121,7 @@ def size(count_bytes: float) -> str:
     return f"{count_bytes / 1e3:.1f} kB"
 
 
-def listed(names: list[str]) -> str:
+def listed(names: Sequence[str]) -> str:
     """`a`, `a and b`, `a, b and c`, `a, b and 4 more`."""
     if len(names) > 4:
         return f"{', '.join(names[:2])} and {len(names) - 2} more"

@@ -16,22 +16,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from qwlora.report.comparison import comparison
-from qwlora.report.number_format import count
-from qwlora.report.remedies import remedies, remedy_command
-from qwlora.report.results_view import Job, finite, without_folders
+from qwlora.report.key_figures import tiles
+from qwlora.report.number_format import count, finite
+from qwlora.report.results_view import Job, without_folders
 from qwlora.report.section import Section, View
-from qwlora.report.sections import SECTIONS
-from qwlora.report.sections.key_figures import tiles
-from qwlora.report.verdict import verdict
+from qwlora.report.sections import sections
+from qwlora.report.verdict import remedies, verdict
 
 REFRESH_SECONDS = 15
 TRAINING_PATIENCE, STAGE_PATIENCE = 600.0, 1800.0  # at least, in seconds
-_FIRST = {  # sections that come first while a job is not finished
-    "running": ("training", "cost"),
-    "failed": ("cost",),
-    "interrupted": ("cost",),
-    "incomplete": ("cost",),
-}
+_FIRST = {"running": ("training", "cost"), "finished": ()}  # sections; of a job that stopped: cost
 
 
 @dataclass(frozen=True)
@@ -45,15 +39,6 @@ class Shown:
     @property
     def question(self) -> str:
         return str(self.view.get("question") or self.section.question)
-
-
-@dataclass(frozen=True)
-class Fold:
-    """The sections of one adapter; the first with a caution is open."""
-
-    name: str
-    sections: list[Shown]
-    is_open: bool
 
 
 @cache
@@ -78,25 +63,28 @@ def _compact_json(value: Any) -> Markup:
 
 def render(job: Job) -> str:
     """report.html of a job, whatever its results hold."""
-    found = verdict(job)
-    single = len(job.adapters) < 2
+    judged, is_running = verdict(job), job.state == "running"
+    remedy_lines, remedy_command = remedies(job)
+    bits = f" · {job.bitwidth}-bit base" if job.bitwidth else ""
+    adapters = f"{count(len(job.adapters))} adapter{'s' if len(job.adapters) != 1 else ''}"
     return (
         _environment()
         .get_template("page.html")
         .render(
             job=job,
-            title=f"{job.title} · {found.kind.label}",
-            subtitle=_subtitle(job),
-            verdict=found,
+            title=f"{job.title} · {judged.kind.label}",
+            subtitle=f"{job.model}{bits}, {adapters}",
+            verdict=judged,
             tiles=tiles(job),
-            remedies=remedies(job) if job.state == "failed" else [],
-            remedy_command=without_folders(remedy_command(job)),
+            remedies=remedy_lines,
+            remedy_command=remedy_command,
             message=without_folders(str(job.get("error", "message") or "")),
             error_page=str(job.get("error", "docs") or ""),
+            second_rounding=without_folders(str(job.get("base", "second_rounding") or "")),
             sections=_sections(job),
-            folds=[] if single else _folds(job),
-            refresh=REFRESH_SECONDS if job.state == "running" else None,
-            updated=job.get("run", "updated") if job.state == "running" else None,
+            folds=_folds(job),
+            refresh=REFRESH_SECONDS if is_running else None,
+            updated=job.get("run", "updated") if is_running else None,
             patience=_patience(job),
         )
     )
@@ -109,37 +97,30 @@ def render_comparison(jobs: Sequence[Job]) -> str:
 
 def _sections(job: Job) -> list[Shown]:
     """The sections of the whole job; with one adapter those of the adapter too."""
-    single = len(job.adapters) < 2
-    shown = []
-    for section in SECTIONS if job.adapters else ():
-        if single or section.of_job:
-            view = section.view(job, job.adapters[0] if single else None)
-            if view is not None:
-                shown.append(Shown(section.id, section, view))
-    first = _FIRST.get(job.state, ())
-    order = {id: number for number, id in enumerate(first)}
-    return sorted(shown, key=lambda s: order.get(s.id, len(order)))  # keeps the order of others
+    is_single = len(job.adapters) < 2
+    adapter = job.adapters[0] if len(job.adapters) == 1 else None
+    shown = [
+        Shown(section.id, section, view)
+        for section in sections()
+        if job.adapters and (is_single or section.of_job)
+        if (view := section.view(job, adapter)) is not None
+    ]
+    first = _FIRST.get(job.state, ("cost",))
+    return sorted(shown, key=lambda s: first.index(s.id) if s.id in first else len(first))
 
 
-def _folds(job: Job) -> list[Fold]:
-    folds: list[Fold] = []
-    for name in job.adapters:
-        sections = [
+def _folds(job: Job) -> dict[str, list[Shown]]:
+    """The sections of each of several adapters."""
+    folds: dict[str, list[Shown]] = {}
+    for name in job.adapters if len(job.adapters) > 1 else ():
+        shown = [
             Shown(f"{section.id}-{number}", section, view)
-            for number, section in enumerate(SECTIONS, 100 * (len(folds) + 1))
+            for number, section in enumerate(sections(), 100 * (len(folds) + 1))
             if section.of_adapter and (view := section.view(job, name)) is not None
         ]
-        if sections:
-            folds.append(Fold(name, sections, not folds))
+        if shown:
+            folds[name] = shown
     return folds
-
-
-def _subtitle(job: Job) -> str:
-    bits = job.setting("base", "weights")
-    width = bits.get("bitwidth") if isinstance(bits, dict) else None
-    base = f" · {width}-bit base" if width else ""
-    number = len(job.adapters)
-    return f"{job.model}{base}, {count(number)} adapter{'s' if number != 1 else ''}"
 
 
 def _patience(job: Job) -> float:
@@ -149,6 +130,5 @@ def _patience(job: Job) -> float:
     """
     if job.section("run", "training"):
         return max(3 * (job.number("run", "training", "step_seconds") or 0.0), TRAINING_PATIENCE)
-    stages: list[Any] = [part.get("seconds") for part in job.finished_stages.values()]
-    longest = max((x for x in map(finite, stages) if x is not None), default=0.0)
-    return max(3 * longest, STAGE_PATIENCE)
+    stages = [finite(part.get("seconds")) or 0.0 for part in job.finished_stages.values()]
+    return max(3 * max(stages, default=0.0), STAGE_PATIENCE)

@@ -5,8 +5,6 @@ The report knows nothing but these. A key that is missing was not measured.
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +12,8 @@ from typing import Any
 
 from markupsafe import Markup, escape
 
-from qwlora.export.proof.checks import Check as Row
+from qwlora.export.proof.checks import Check
+from qwlora.report.number_format import Format, finite, tagged
 
 RUNTIMES = {
     "onnx": "ONNX Runtime",
@@ -25,12 +24,14 @@ RUNTIMES = {
     "qnn": "HTP emulator",
 }  # others as they are
 FILES = {"onnx": "ONNX adapter", "onnx_each": "ONNX file"}
+KINDS = {
+    "float": "Float model",
+    "base": "Packed base",
+    "adapted": "With adapter",
+    "simulated": "Simulated",
+}  # of models that are evaluated, in the order of the stages
 BASE = "base"  # instead of the name of an adapter: the files without one
-FEW_TOKENS = 1000  # a proof on fewer tokens is a caution
-NOT_MEASURED = Markup('<span class="nm">not measured</span>')
-
-Path = tuple[str, ...]
-ItemPath = tuple[str | int, ...]  # with numbers of items of lists
+FLOAT_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -63,38 +64,42 @@ class Job:
         """A finite number of the results; None if there is none."""
         return finite(self.get(*path))
 
+    def shown(self, written: Format, *path: str) -> Markup | None:
+        """A number of the results as HTML, with its place; None if there is none."""
+        value = self.number(*path)
+        return None if value is None else tagged(written(value), value, path)
+
     def section(self, *path: str) -> dict[str, Any]:
         """A dict of the results; empty if there is none."""
-        found = self.get(*path)
-        return found if isinstance(found, dict) else {}
+        section = self.get(*path)
+        return section if isinstance(section, dict) else {}
 
     @property
     def title(self) -> str:
         """The name of the job: that of its recipe, or of its folder."""
         return str(self.setting("name") or self.get("recipe") or self.name)
 
+    def adapter_settings(self) -> dict[str, dict[str, Any]]:
+        """The recipe's settings of each adapter, by name."""
+        adapters = self.setting("adapters")
+        return {str(a["name"]): a for a in adapters} if isinstance(adapters, list) else {}
+
     @property
     def adapters(self) -> list[str]:
         """Names of the adapters, in the order of the recipe."""
-        listed = self.setting("adapters")
-        names = [str(a["name"]) for a in listed] if isinstance(listed, list) else []
-        return names or list(self.section("train"))
+        return list(self.adapter_settings() or self.section("train"))
 
     @property
     def targets(self) -> list[str]:
         """Export targets of the recipe, or those that were checked."""
-        listed = self.setting("export", "targets")
-        return (
-            [str(t) for t in listed] if isinstance(listed, list) else list(self.section("parity"))
-        )
+        targets = self.setting("export", "targets")
+        return [str(t) for t in (targets if isinstance(targets, list) else self.section("parity"))]
 
     @property
     def state(self) -> str:
         """`running`, `finished`, `failed`, `interrupted` or `incomplete`."""
-        if isinstance(state := self.get("run", "state"), str):
-            return state
-        waits = self.targets and not self.section("parity")  # a job of an older version
-        return "incomplete" if waits else "finished"
+        state = self.get("run", "state")
+        return state if isinstance(state, str) else "incomplete"
 
     @property
     def model(self) -> str:
@@ -102,16 +107,28 @@ class Job:
         source = str(self.setting("model", "source") or "").rstrip("/")
         return re.sub(r"\.(gguf|safetensors)$", "", source.rpartition("/")[2]) or "unknown model"
 
+    @property
+    def bitwidth(self) -> int | None:
+        """Of the base's weights, as the recipe requests it."""
+        bitwidth = self.setting("base", "weights", "bitwidth")
+        return bitwidth if isinstance(bitwidth, int) else None
+
+    @property
+    def float_bytes(self) -> float | None:
+        """Size of the model in float32."""
+        packed, floats = self.number("base", "weights"), self.number("base", "float_weights")
+        return None if packed is None or floats is None else FLOAT_BYTES * (packed + floats)
+
     def text_of(self, adapter: str | None) -> str | None:
         """The name of the adapter's text, if adapters have different texts."""
         text = self.get("train", adapter, "text") if adapter else None
         return text if isinstance(text, str) else None
 
-    def path(self, kind: str, adapter: str | None, key: str = "perplexity") -> Path:
+    def path(self, kind: str, adapter: str | None, key: str = "perplexity") -> tuple[str, ...]:
         """Where the results hold a measurement of a model on the text of `adapter`.
 
         Args:
-            kind: `float`, `base`, `adapted`, `simulated` or `imported`.
+            kind: one of `KINDS`, or `imported`.
             key: `perplexity`, `perplexity_stderr`, `perplexity_ratio`, `kl` or `top1`.
         """
         if kind in ("float", "base"):
@@ -129,22 +146,37 @@ class Job:
         after, before = self.perplexity(kind, adapter), self.perplexity(against, adapter)
         return after / before - 1 if after and before else None
 
+    def final_kind(self, adapter: str) -> str | None:
+        """The last model of an adapter that was evaluated: `simulated`, else `adapted`."""
+        kinds = ("simulated", "adapted")
+        return next((kind for kind in kinds if self.perplexity(kind, adapter)), None)
+
+    def final_perplexity(self, adapter: str) -> float | None:
+        """The perplexity of that model."""
+        kind = self.final_kind(adapter)
+        return self.perplexity(kind, adapter) if kind else None
+
+    def gains(self) -> dict[str, float]:
+        """Change of the perplexity from the float model to the final one, by adapter."""
+        changes = {n: self.change(self.final_kind(n) or "", "float", n) for n in self.adapters}
+        return {name: change for name, change in changes.items() if change is not None}
+
     def parity(self, target: str, adapter: str) -> dict[str, Any]:
-        """What the proof of an adapter's files found; empty if they were not run."""
-        found = self.section("parity", target, adapter)
-        return {} if "not_run" in found else found
+        """What the proof of an adapter's files measured; empty if they were not run."""
+        parity = self.section("parity", target, adapter)
+        return {} if "not_run" in parity else parity
 
     def other_cases(self, target: str) -> list[str]:
         """What was checked besides adapters: the base without one, several adapters together."""
         return [name for name in self.section("parity", target) if name not in self.adapters]
 
-    def proof_rows(self, target: str, adapter: str) -> list[Row]:
+    def proof_rows(self, target: str, adapter: str) -> list[Check]:
         """The checks that the proof of an adapter's files recorded."""
         rows = self.get("parity", target, adapter, "checks")
         rows = rows if isinstance(rows, list) else []
-        return [Row.from_json(row) for row in rows if isinstance(row, Mapping)]
+        return [Check.from_json(row) for row in rows if isinstance(row, Mapping)]
 
-    def perplexity_row(self, target: str, adapter: str) -> Row | None:
+    def perplexity_row(self, target: str, adapter: str) -> Check | None:
         """The check of the perplexity with the adapter, if there is one."""
         rows = [row for row in self.proof_rows(target, adapter) if is_of_perplexity(row)]
         return next((row for row in rows if "without" not in row.what), None)
@@ -154,33 +186,26 @@ class Job:
         is_trained = self.get("parity", target, adapter, "of") == "trained"
         return "adapted" if is_trained else "simulated"
 
-    def expected(self, target: str, adapter: str) -> float | None:
-        """The perplexity of that model on the tokens of the proof."""
-        return self.number("parity", target, adapter, "reference_perplexity")
-
     def drift(self, target: str, adapter: str) -> float | None:
-        """Relative difference of the exported file's perplexity from what is expected."""
-        found = self.number("parity", target, adapter, "perplexity")
-        expected = self.expected(target, adapter)
-        return found / expected - 1 if found and expected else None
+        """Relative difference of the exported file's perplexity from what is expected; None if the
+        files changed since."""
+        place = ("parity", target, adapter)
+        keys = ("perplexity", "reference_perplexity")
+        value, expected = (self.number(*place, key) for key in keys)
+        if (target, adapter) in self.stale or not value or not expected:
+            return None
+        return value / expected - 1
 
-    def worst_proof(
-        self, adapter: str, key: str, is_least: bool = False
-    ) -> tuple[float | None, Path]:
-        """The largest (or least) `key` of an adapter's proofs, over all targets that measured it,
-        and its place in the results."""
+    def worst_proof(self, adapter: str, key: str, worst: Any = max) -> tuple[str, ...]:
+        """The place in the results of the worst `key` of an adapter's proofs, over all targets that
+        measured it; empty if none did."""
         places = [
             ("parity", target, adapter, key)
             for target in self.targets
             if (target, adapter) not in self.stale
         ]
-        found = [(value, place) for place in places if (value := self.number(*place)) is not None]
-        return (min if is_least else max)(found) if found else (None, ())
-
-    def best_kind(self, adapter: str) -> str | None:
-        """The last model of an adapter that was evaluated: `simulated`, else `adapted`."""
-        kinds = ("simulated", "adapted")
-        return next((kind for kind in kinds if self.perplexity(kind, adapter)), None)
+        numbers = {place: n for place in places if (n := self.number(*place)) is not None}
+        return worst(numbers, key=lambda place: (numbers[place], place), default=())
 
     @property
     def planned_stages(self) -> list[str]:
@@ -191,11 +216,11 @@ class Job:
     @property
     def finished_stages(self) -> dict[str, dict[str, float]]:
         """What was recorded of each finished stage, in order."""
-        found = {}
+        stages = {}
         for verb in self.section("stages"):
-            found.update(self.section("stages", verb, "parts"))
+            stages.update(self.section("stages", verb, "parts"))
         order = {name: n for n, name in enumerate(self.planned_stages)}
-        return dict(sorted(found.items(), key=lambda item: order.get(item[0], len(order))))
+        return dict(sorted(stages.items(), key=lambda item: order.get(item[0], len(order))))
 
     @property
     def seconds_so_far(self) -> float:
@@ -214,11 +239,8 @@ class Job:
     def command(self) -> str:
         """The command that runs the job, from the folder above the job's."""
         command = self.get("run", "command")
-        return (
-            command
-            if isinstance(command, str)
-            else f"qwlora run {self.name}/recipe.yaml --out {self.name}"
-        )
+        default = f"qwlora run {self.name}/recipe.yaml --out {self.name}"
+        return command if isinstance(command, str) else default
 
     def verb_command(self, verb: str) -> str:
         """The command that runs one stage of this job."""
@@ -233,14 +255,7 @@ def _at(content: Any, path: tuple[Any, ...]) -> Any:
     return content
 
 
-def finite(value: Any) -> float | None:
-    """`value` if it is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def is_of_perplexity(row: Row) -> bool:
+def is_of_perplexity(row: Check) -> bool:
     """Whether a check of a proof is of a perplexity."""
     return row.what.startswith("difference of perplexity")
 
@@ -250,28 +265,9 @@ def runtime(target: str) -> str:
     return RUNTIMES.get(target, target)
 
 
-class Tagged(Markup):
-    """A number as HTML, and what it was made of."""
-
-    text = ""
-    value = 0.0
-
-
-def tagged(text: str, value: float | None, path: ItemPath) -> Markup:
-    """A number with its exact value and its place in results.json, which tests and tools read."""
-    if value is None:
-        return NOT_MEASURED
-    html = Markup('<data value="{}" data-key="{}">{}</data>').format(
-        repr(value), json.dumps(path), text
-    )
-    number = Tagged(html)
-    number.text, number.value = text, value
-    return number
-
-
-def valued(text: str, value: float) -> Markup:
-    """A number that was computed from several keys, with its exact value, by which tables sort."""
-    return Markup('<data value="{}">{}</data>').format(repr(value), text)
+def capitalized(text: str) -> str:
+    """`text` with its first letter as a capital."""
+    return text[:1].upper() + text[1:]
 
 
 def without_folders(text: str) -> str:

@@ -1,25 +1,33 @@
-"""What a section of the report is."""
+"""What a section of the report is, and its tables."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from markupsafe import Markup, escape
+
+from qwlora.report.number_format import Tagged
 from qwlora.report.results_view import Job
 
+MOST_ROWS = 50
+MOST_SENT = 10_000  # rows in the page; the others are in results.json
+
 View = dict[str, Any]
+Cell = str | Markup | None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Section:
-    """A question, and a template that answers it.
+    """A question, and the template of its module's name, which answers it.
 
     Args:
+        id: in the page's address.
         label: in the list of contents.
-        template: a file in `templates/`.
         view: what the template draws, or None to leave the section out. The key `question`
             replaces the question. The adapter is None for what concerns the whole job.
+        position: sections are sorted by it.
         of_job, of_adapter: whether the section is drawn for the whole job, and for each adapter.
             With a single adapter both are one: `view` is called once, with its name.
     """
@@ -27,7 +35,51 @@ class Section:
     id: str
     label: str
     question: str
-    template: str
     view: Callable[[Job, str | None], View | None]
-    of_job: bool = True
+    position: int
+    of_job: bool = False
     of_adapter: bool = False
+
+    @property
+    def template(self) -> str:
+        """The file in `templates/`."""
+        return f"{self.view.__module__.rpartition('.')[2]}.html"
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table. The first cell of a row names it; None is a value that was not measured.
+
+    Args:
+        rows: cells by column; all rows have the same columns.
+        marked: numbers of the rows to highlight.
+        words: columns that hold words, which are aligned left.
+        sortable: a reader may sort it by any column.
+        most: rows that are shown at once; the others are shown on request.
+        left_out: rows that the page does not have.
+    """
+
+    caption: str | Markup
+    rows: Sequence[Mapping[str, Cell]]
+    marked: Sequence[int] = ()
+    words: Collection[str] = ()
+    sortable: bool = False
+    most: int = MOST_ROWS
+    note: str | Markup = ""
+    left_out: int = 0
+
+    @property
+    def columns(self) -> list[str]:
+        """The headings."""
+        return list(self.rows[0]) if self.rows else []
+
+    @property
+    def rows_on_request(self) -> list[list[str | list[str | float] | None]]:
+        """The rows after the first `most`: HTML, or a number as its text and six digits of it."""
+        return [[_compact(cell) for cell in row.values()] for row in self.rows[self.most :]]
+
+
+def _compact(cell: Cell) -> str | list[str | float] | None:
+    if isinstance(cell, Tagged) and cell.text:
+        return [str(escape(cell.text)), float(f"{cell.value:.6g}")]
+    return None if cell is None else str(escape(cell))

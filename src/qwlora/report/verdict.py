@@ -22,9 +22,19 @@ from enum import Enum
 from markupsafe import Markup
 
 from qwlora.messages import duration
-from qwlora.report.checks import Check, Outcome, all_checks, outcome_of, proof_checks
-from qwlora.report.number_format import count, listed, percent
-from qwlora.report.results_view import Job, code, runtime
+from qwlora.report.findings import Finding, Outcome, all_findings, outcome_of, proof_findings
+from qwlora.report.number_format import count, listed, percent, significant
+from qwlora.report.results_view import (
+    BASE,
+    Job,
+    capitalized,
+    code,
+    is_of_perplexity,
+    runtime,
+    without_folders,
+)
+
+ENOUGH_SEQUENCES = 8  # of a proof whose perplexity is off; fewer differ this much by chance
 
 
 class Kind(Enum):
@@ -36,18 +46,13 @@ class Kind(Enum):
     WITH_CARE = ("Ship with care", "warn")
     SHIP = ("Ship", "ok")
 
-    @property
-    def label(self) -> str:
-        return self.value[0]
-
-    @property
-    def color(self) -> str:
-        return self.value[1]
+    def __init__(self, label: str, color: str):
+        self.label, self.color = label, color
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict, its sentence, the line below it, and the checks behind it.
+    """The verdict, its sentence, the line below it, and the findings that it follows from.
 
     Args:
         progress: of the stage that runs, from 0 to 1.
@@ -56,32 +61,32 @@ class Verdict:
     kind: Kind
     sentence: str
     below: str | Markup
-    checks: tuple[Check, ...]
+    findings: tuple[Finding, ...]
     progress: float | None = None
 
 
 def verdict(job: Job) -> Verdict:
     """Apply the rules to a job."""
-    checks = tuple(all_checks(job))
-    outcomes = {check.outcome for check in checks}
+    findings = tuple(all_findings(job))
+    outcomes = {finding.outcome for finding in findings}
     if job.state in ("running", "interrupted", "incomplete"):
-        return _unfinished(job, checks)
+        shown = tuple(f for f in findings if f.outcome is not Outcome.MISSING)
+        return _of_running(job, shown) if job.state == "running" else _of_stopped(job, shown)
     if job.state == "failed" or Outcome.FAILED in outcomes:
-        return Verdict(Kind.DO_NOT_SHIP, _failure(job, checks), _below_failure(job), checks)
+        stage = job.get("error", "stage")
+        kept = f"Stage {stage} failed; every stage before it is finished and kept."
+        below = kept if stage else ""
+        return Verdict(Kind.DO_NOT_SHIP, _failure(job, findings), below, findings)
     if unproven := _unproven(job):
         kind, against = Kind.NOT_PROVEN, unproven
     elif Outcome.CAUTION in outcomes:
         kind = Kind.WITH_CARE
-        against = next(c.against for c in checks if c.outcome is Outcome.CAUTION)
+        against = next(f.against for f in findings if f.outcome is Outcome.CAUTION)
     else:
         kind, against = Kind.SHIP, _not_measured(job)
-    sentence = _fact_for(job, proven=not unproven)
-    return Verdict(
-        kind,
-        f"{sentence}, but {against}." if against else f"{sentence}.",
-        _below(job, kind),
-        checks,
-    )
+    sentence = _strongest_fact(job, is_proven=not unproven)
+    sentence = f"{sentence}, but {against}." if against else f"{sentence}."
+    return Verdict(kind, sentence, _below(job, kind), findings)
 
 
 def _unproven(job: Job) -> str:
@@ -93,44 +98,35 @@ def _unproven(job: Job) -> str:
             of = f" of {name}" if len(job.adapters) > 1 else ""
             if (target, name) in job.stale:
                 return f"the files{of} for {runtime(target)} changed after the check"
-            if outcome_of(list(proof_checks(job, target, name))) is Outcome.MISSING:
-                what = "not checked completely" if job.parity(target, name) else "not checked"
-                return f"the file{of} was {what} in {runtime(target)}"
+            if outcome_of(proof_findings(job, target, name)) is Outcome.MISSING:
+                completely = " completely" if job.parity(target, name) else ""
+                return f"the file{of} was not checked{completely} in {runtime(target)}"
     return ""
 
 
-def _fact_for(job: Job, proven: bool) -> str:
-    gains = {
-        name: change
-        for name in job.adapters
-        if (kind := job.best_kind(name)) and (change := job.change(kind, "float", name)) is not None
-    }
-    one = len(job.adapters) == 1
-    every = "Both" if len(job.adapters) == 2 else f"All {len(job.adapters)}"
-    files = "The exported file computes" if one else f"{every} exported files compute"
-    better = {name: change for name, change in gains.items() if change < 0}
-    if gains and len(better) == len(gains):
-        least = percent(-max(better.values()))
-        gain = f"beats the float model by {least} on held-out text"
-        if not proven:
-            return f"{'The' if one else 'Every'} adapter {gain}{'' if one else ' or more'}"
-        if one:
-            return f"{files} what you trained and {gain}"
-        return (
-            f"{files} what you trained, and every adapter beats the float model by {least} or more"
-        )
-    return f"{files} what you trained" if proven else "The job is finished"
+def _strongest_fact(job: Job, is_proven: bool) -> str:
+    count_ = len(job.adapters)
+    several = (
+        "Both exported files compute" if count_ == 2 else f"All {count_} exported files compute"
+    )
+    files = "The exported file computes" if count_ == 1 else several
+    gains = job.gains()
+    if not gains or max(gains.values()) >= 0:
+        return f"{files} what you trained" if is_proven else "The job is finished"
+    gain = f"beats the float model by {percent(-max(gains.values()))}"
+    if not is_proven:
+        who, more = ("The", "") if count_ == 1 else ("Every", " or more")
+        return f"{who} adapter {gain} on held-out text{more}"
+    if count_ == 1:
+        return f"{files} what you trained and {gain} on held-out text"
+    return f"{files} what you trained, and every adapter {gain} or more"
 
 
 def _not_measured(job: Job) -> str:
-    missing = []
-    if not job.section("kl"):
-        missing.append("KL divergence")
-    if not job.section("tasks"):
-        missing.append("task accuracy")
-    return f"{' and '.join(missing)} {'were' if len(missing) > 1 else 'was'} not measured" * bool(
-        missing
-    )
+    keys = {"kl": "KL divergence", "tasks": "task accuracy"}
+    missing = [words for key, words in keys.items() if not job.section(key)]
+    verb = "were" if len(missing) > 1 else "was"
+    return f"{' and '.join(missing)} {verb} not measured" if missing else ""
 
 
 def _below(job: Job, kind: Kind) -> str | Markup:
@@ -142,55 +138,50 @@ def _below(job: Job, kind: Kind) -> str | Markup:
     for target in job.targets:
         tokens = [job.number("parity", target, name, "tokens") for name in job.adapters]
         known = [number for number in tokens if number is not None]
-        of_tokens = f" on {count(min(known))} tokens" if known else ""
-        places.append(f"{runtime(target)}{of_tokens}{' each' if len(known) > 1 else ''}")
-    missing = _not_measured(job) if kind is not Kind.SHIP else ""
-    rest = f" {missing[:1].upper()}{missing[1:]}." if missing else ""
-    return f"Checked in {listed(places)}.{rest}"
+        on_tokens = f" on {count(min(known))} tokens" if known else ""
+        places.append(f"{runtime(target)}{on_tokens}{' each' if len(known) > 1 else ''}")
+    missing = capitalized(_not_measured(job)) if kind is not Kind.SHIP else ""
+    return f"Checked in {listed(places)}.{f' {missing}.' if missing else ''}"
 
 
-def _failure(job: Job, checks: tuple[Check, ...]) -> str:
-    failed = [check for check in checks if check.outcome is Outcome.FAILED]
-    stage = str(job.get("error", "stage") or "")
-    if failed:
-        named = next((c for c in failed if c.against), failed[0])
-        what = "The exported file does" if len(job.adapters) == 1 else "The exported files do"
-        return f"{what} not match the simulation closely enough: {named.against or named.what}."
-    return f"The job stopped in stage {stage or 'unknown'}, so there is nothing to ship yet."
+def _failure(job: Job, findings: tuple[Finding, ...]) -> str:
+    failed = [f for f in findings if f.outcome is Outcome.FAILED]
+    if not failed:
+        stage = job.get("error", "stage") or "unknown"
+        return f"The job stopped in stage {stage}, so there is nothing to ship yet."
+    finding = next((f for f in failed if f.against), failed[0])
+    what = "The exported file does" if len(job.adapters) == 1 else "The exported files do"
+    return f"{what} not match the simulation closely enough: {finding.against or finding.what}."
 
 
-def _below_failure(job: Job) -> str:
-    stage = job.get("error", "stage")
-    return f"Stage {stage} failed; every stage before it is finished and kept." if stage else ""
+def _stages_done(job: Job) -> str:
+    plan = job.planned_stages
+    return f", {len(job.finished_stages)} of {len(plan)} stages are done" if plan else ""
 
 
-def _unfinished(job: Job, checks: tuple[Check, ...]) -> Verdict:
-    shown = tuple(check for check in checks if check.outcome is not Outcome.MISSING)
-    done, plan = job.finished_stages, job.planned_stages
-    stage = str(job.get("run", "stage") or "")
-    waiting = f"{len(done)} of {len(plan)} stages are done" if plan else ""
-    if job.state != "running":
-        word = "was interrupted" if job.state == "interrupted" else "is not complete"
-        at = f" in stage {stage}" if job.state == "interrupted" and stage else ""
-        sentence = f"No verdict yet: the job {word}{at}{', ' if waiting else ''}{waiting}."
-        below: str | Markup = Markup("Run {}: finished stages are not repeated.").format(
-            code(job.command)
-        )
-        return Verdict(Kind.NONE_YET, sentence, below, shown)
+def _of_stopped(job: Job, findings: tuple[Finding, ...]) -> Verdict:
+    """Of a job that was interrupted, or of which some stages were not run."""
+    stage, sentence = job.get("run", "stage"), "The job is not complete"
+    if job.state == "interrupted":
+        sentence = f"The job was interrupted{f' in stage {stage}' if stage else ''}"
+    below = Markup("Run {}: finished stages are not repeated.").format(code(job.command))
+    return Verdict(Kind.NONE_YET, f"{sentence}{_stages_done(job)}.", below, findings)
+
+
+def _of_running(job: Job, findings: tuple[Finding, ...]) -> Verdict:
     training = job.section("run", "training")
     step, steps = training.get("step"), training.get("steps")
-    if step and steps:
-        sentence = (
-            f"No verdict yet: training {training.get('adapter')} is at step {count(step)} of "
-            f"{count(steps)}{_trend(training.get('losses') or [])}."
-        )
-    else:
-        sentence = f"No verdict yet: stage {stage} is running{', ' if waiting else ''}{waiting}."
-    time = ""
-    if step and steps and (each := job.number("run", "training", "step_seconds")):
-        time = f"About {duration((steps - step) * each)} of training left. "
-    below = f"{time}This page updates itself after every stage and while an adapter is trained."
-    return Verdict(Kind.NONE_YET, sentence, below, shown, step / steps if step and steps else None)
+    below = "This page updates itself after every stage and while an adapter is trained."
+    if not step or not steps:
+        sentence = f"Stage {job.get('run', 'stage') or ''} is running{_stages_done(job)}."
+        return Verdict(Kind.NONE_YET, sentence, below, findings)
+    sentence = (
+        f"Training {training.get('adapter')} is at step {count(step)} of {count(steps)}"
+        f"{_trend(training.get('losses') or [])}."
+    )
+    if step_seconds := job.number("run", "training", "step_seconds"):
+        below = f"About {duration((steps - step) * step_seconds)} of training left. {below}"
+    return Verdict(Kind.NONE_YET, sentence, below, findings, step / steps)
 
 
 def _trend(losses: list[float]) -> str:
@@ -199,3 +190,48 @@ def _trend(losses: list[float]) -> str:
     part = max(1, len(losses) // 5)
     start, end = statistics.fmean(losses[:part]), statistics.fmean(losses[-part:])
     return ", and the loss is falling" if end < start else ", and the loss is not falling yet"
+
+
+def remedies(job: Job) -> tuple[list[str | Markup], str]:
+    """What to do about a failed job, most likely first, and the command to run then."""
+    lines: list[str | Markup] = []
+    options = ""
+    for target in job.targets:
+        for name in (*job.adapters, BASE):
+            parity = job.section("parity", target, name)
+            if parity.get("passed") is not False:
+                continue
+            failed = [row for row in job.proof_rows(target, name) if not row.passed]
+            sequences = job.number("parity", target, name, "sequences") or ENOUGH_SEQUENCES
+            # a small sample explains a perplexity that is off, and nothing else
+            is_small = sequences < ENOUGH_SEQUENCES and bool(failed)
+            if is_small and all(is_of_perplexity(row) for row in failed):
+                options = f" --set verify.sequences={ENOUGH_SEQUENCES}"
+                lines.append(
+                    Markup(
+                        "<b>Test on more text.</b> {} sequences are few for a limit of {}. Set {} "
+                        "to {} and run the same command. Finished stages are skipped."
+                    ).format(
+                        count(sequences),
+                        failed[0].shown_limit,
+                        code("verify.sequences"),
+                        ENOUGH_SEQUENCES,
+                    )
+                )
+            if (steps := job.number("parity", target, name, "worst_layer_steps")) is not None:
+                lines.append(
+                    Markup(
+                        "<b>Look at the worst layer</b> under Runtimes: {}, {} steps off. A broken "
+                        "layer shows as many steps, not as a small drift."
+                    ).format(code(str(parity.get("worst_layer") or "unknown")), significant(steps))
+                )
+            lines.append(
+                Markup("<b>Do not use</b> the files in {} until the check has passed.").format(
+                    code(f"export/{target}/{name}")
+                )
+            )
+    if not lines:
+        recorded = job.get("error", "remedy") or []
+        recorded = recorded if isinstance(recorded, list) else [recorded]
+        lines += [without_folders(str(line)) for line in recorded]
+    return lines, without_folders(job.command) + options

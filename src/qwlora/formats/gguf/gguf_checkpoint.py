@@ -16,6 +16,7 @@ not read, because transformers does not read them; see `rope_config.py`.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
-from qwlora.errors import ExportError, SourceError
+from qwlora.errors import ExportError, SourceError, foreign_as
 from qwlora.formats.checkpoint import ShownCheckpoint
 from qwlora.formats.gguf.blocks import TYPES, Blocks, decode_blocks, to_quantized
 from qwlora.formats.gguf.gguf_file import TOKENS, GgufFile
@@ -47,6 +48,7 @@ class GgufCheckpoint(ShownCheckpoint):
 
     Attributes:
         config: the configuration that transformers reads from the file's metadata.
+        model: the model that the metadata describe, without data.
 
     Raises:
         SourceError: the file is damaged, transformers does not know its architecture, a parameter
@@ -55,12 +57,25 @@ class GgufCheckpoint(ShownCheckpoint):
     """
 
     config: PretrainedConfig
+    model: PreTrainedModel
     folder = None
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        self._origins = self._placed(self._found(path))
-        self._refuse_types()
+        self._origins = self._placed(self._mapped(path))
+        refused = {
+            source: kind
+            for origin in self._origins.values()
+            for source, kind in self._kinds(origin).items()
+            if kind not in TYPES.keys() | FLOATS.keys()
+        }
+        if refused:
+            kinds = ", ".join(sorted(set(refused.values())))
+            raise self.file.error(
+                f"{listed([f'{name} ({kind})' for name, kind in refused.items()])}: {kinds} cannot "
+                "be expressed as integer codes with scales. Use a file with "
+                f"{', '.join(TYPES)} or floats ({', '.join(FLOATS)})"
+            )
         warn_of_positions(self.file, self.config)
 
     @classmethod
@@ -71,19 +86,24 @@ class GgufCheckpoint(ShownCheckpoint):
         Raises:
             SourceError: there are such tensors (the message lists them), or the file is damaged.
         """
-        cls.__new__(cls)._found(path)
+        cls.__new__(cls)._mapped(path)
 
-    def _found(self, path: str | Path) -> dict[str, GgufOrigin]:
-        """The stored tensors of each parameter of the model that the metadata describe."""
+    def _mapped(self, path: str | Path) -> dict[str, GgufOrigin]:
+        """Open the file, and find the stored tensors of each parameter of its model."""
         self.file = GgufFile(path)
         settings, self.config = self._read_config()
         try:
-            self._model = empty_model(self.config)
+            self.model = empty_model(self.config)
         except SourceError as error:
             raise self.file.error(str(error).replace("config.json", "its metadata")) from error
-        found, unknown = gguf_origins(self.file, settings, self._model)
-        self._refuse_unknown(unknown)
-        return found
+        origins, unknown = gguf_origins(self.file, settings, self.model)
+        if unknown := [name for name in unknown if not FACTORS.fullmatch(name)]:
+            raise self.file.error(
+                f"{listed(unknown)}: not in {type(self.model).__name__}, which its metadata "
+                f"describe ({self.config.num_hidden_layers} layers). Update transformers, or "
+                "download the file again"
+            )
+        return origins
 
     def names(self) -> list[str]:
         """Parameter names in the model's order, tied tensors once."""
@@ -97,13 +117,16 @@ class GgufCheckpoint(ShownCheckpoint):
             SourceError: there is no such parameter, its stored tensors have different types, or no
                 encoding can express its values.
         """
-        if name not in self._origins:
+        origin = self._origin(name)
+        kinds = self._kinds(origin)
+        kind = kinds[origin.sources[0]]
+        if len(set(kinds.values())) > 1:
+            parts = ", ".join(f"{source} ({kind})" for source, kind in kinds.items())
             raise self.file.error(
-                f"{name!r} is not a parameter of {type(self._model).__name__} (tied parameters "
-                "have the first of their names)"
+                f"parameter {name!r} is stored in several tensors of different types: "
+                f"{parts}. Use a file that has the same type for them"
             )
-        origin = self._origins[name]
-        return self._floats(origin) if self._kind(origin) in FLOATS else self._integers(origin)
+        return self._floats(origin, FLOATS[kind]) if kind in FLOATS else self._integers(origin)
 
     def stored_names(self, name: str) -> tuple[str, ...]:
         """The names of the stored tensors of one parameter."""
@@ -116,128 +139,104 @@ class GgufCheckpoint(ShownCheckpoint):
             SourceError: there is no such parameter.
             ExportError: it is stored in several tensors, transposed, or with its columns moved.
         """
-        if name not in self._origins:
-            raise self.file.error(f"{name!r} is not a parameter of {type(self._model).__name__}")
-        origin = self._origins[name]
+        origin = self._origin(name)
         shapes = [self.file.tensors[source].shape for source in origin.sources]
-        found = find_reordering(origin, shapes, 1, self._what(origin))
-        if len(origin.sources) > 1 or found.transposed or found.columns is not None:
+        order = find_reordering(origin, shapes, 1, self._what(origin))
+        if len(origin.sources) > 1 or order.transposed or order.columns is not None:
             raise ExportError(
                 f"{name!r} is stored in {listed(list(origin.sources))} in another form than its "
                 "rows, so nothing can be put in its place"
             )
-        return origin.sources[0], found.rows.flatten()
+        return origin.sources[0], order.rows.flatten()
 
-    @property
-    def model(self) -> PreTrainedModel:
-        """The model that the metadata describe, without data."""
-        return self._model
-
-    def _kind(self, origin: GgufOrigin) -> str:
-        kinds = {source: self.file.tensors[source].kind for source in origin.sources}
-        if len(set(kinds.values())) > 1:
-            parts = ", ".join(f"{source} ({kind})" for source, kind in kinds.items())
+    def _origin(self, name: str) -> GgufOrigin:
+        if name not in self._origins:
             raise self.file.error(
-                f"parameter {origin.target!r} is stored in several tensors of different types: "
-                f"{parts}. Use a file that has the same type for them"
+                f"{name!r} is not a parameter of {type(self.model).__name__} (tied parameters "
+                "have the first of their names)"
             )
-        return next(iter(kinds.values()))
+        return self._origins[name]
+
+    def _kinds(self, origin: GgufOrigin) -> dict[str, str]:
+        return {source: self.file.tensors[source].kind for source in origin.sources}
 
     def _what(self, origin: GgufOrigin) -> str:
-        source = origin.sources[0]
-        kind = self.file.tensors[source].kind
+        source, kind = next(iter(self._kinds(origin).items()))
         return f"{str(self.file.path)!r}: tensor {source!r} ({kind}, parameter {origin.target!r})"
 
-    def _floats(self, origin: GgufOrigin) -> Tensor:
-        kind = FLOATS[self._kind(origin)]
+    def _floats(self, origin: GgufOrigin, dtype: torch.dtype) -> Tensor:
         stored = {
-            source: self.file.raw(source).view(kind).view(self.file.tensors[source].shape)
+            source: self.file.raw(source).view(dtype).view(self.file.tensors[source].shape)
             for source in origin.sources
         }
-        try:
-            made = origin.convert(stored)
-        except Exception as error:  # bad values can fail anywhere in a conversion
-            raise SourceError(
-                f"{self._what(origin)}: transformers' conversion of this tensor fails: "
-                f"{error or type(error).__name__}"
-            ) from error
-        self._check_shape(origin, tuple(made.shape))
-        return made.to(torch.promote_types(kind, torch.float32))
+        with foreign_as(
+            SourceError,
+            f"{self._what(origin)}: transformers' conversion of this tensor fails",
+            "download the file again",
+        ):
+            value = origin.convert(stored)
+        self._check_shape(origin, tuple(value.shape))
+        return value.to(torch.promote_types(dtype, torch.float32))
 
     def _integers(self, origin: GgufOrigin) -> QuantizedTensor:
-        parts = [
-            decode_blocks(self._kind(origin), self.file.raw(source)) for source in origin.sources
-        ]
+        what, kinds = self._what(origin), self._kinds(origin)
+        parts = [decode_blocks(kind, self.file.raw(source)) for source, kind in kinds.items()]
         shapes = [tuple(part.codes.shape) for part in parts]
         if len({shape[-1] for shape in shapes}) > 1:
             raise SourceError(
-                f"{self._what(origin)}: the tensors of this parameter have rows of different "
+                f"{what}: the tensors of this parameter have rows of different "
                 f"lengths ({', '.join(map(str, shapes))}); download the file again"
             )
-        reordering = find_reordering(origin, shapes, parts[0].size, self._what(origin))
+        reordering = find_reordering(origin, shapes, parts[0].size, what)
         blocks = _reorder(reordering, parts)
         shape = tuple(blocks.codes.shape)
         self._check_shape(origin, shape[::-1] if reordering.transposed else shape)
-        return to_quantized(blocks, self._what(origin))
+        return to_quantized(blocks, what)
 
     def _check_shape(self, origin: GgufOrigin, shape: tuple[int, ...]) -> None:
-        expected = self._expected(origin.target)
+        expected = self._expected(origin)
         if shape != expected:
             raise SourceError(
                 f"{self._what(origin)} has shape {list(shape)}, but {list(expected)} in the model "
                 "that the file's metadata describe; download the file again"
             )
 
-    def _expected(self, target: str) -> tuple[int, ...]:
-        path, _, key = target.rpartition(".")
-        tensor = tensor_at(self._model, (path, key))
+    def _expected(self, origin: GgufOrigin) -> tuple[int, ...]:
+        path, _, key = origin.target.rpartition(".")
+        tensor = tensor_at(self.model, (path, key))
         assert tensor is not None
         return tuple(tensor.shape)
 
     def _read_config(self) -> tuple[dict[str, Any], PretrainedConfig]:
         """The settings that transformers reads from the metadata, and the configuration made of
         them."""
-        tokens = self.file.metadata.get(TOKENS)
-        try:
-            with tempfile.TemporaryDirectory() as folder:
-                path = self.file.path.resolve()
-                # for GGUF_CONFIG_ARCHS, transformers is fast and needs the vocabulary
-                if self.file.architecture not in GGUF_CONFIG_ARCHS:
-                    path = Path(folder, "header.gguf")
-                    path.write_bytes(self.file.without_contents())
-                settings, _ = PretrainedConfig.get_config_dict(
-                    str(path.parent), gguf_file=path.name
-                )
-            if (
-                settings.get("vocab_size") == 0 and tokens
-            ):  # `without_contents` removed the vocabulary
+        architecture, tokens = self.file.architecture, self.file.metadata.get(TOKENS)
+        what = "transformers cannot read a configuration from its metadata (architecture"
+        with (
+            foreign_as(SourceError, f"{str(self.file.path)!r}: {what} {architecture!r})"),
+            tempfile.TemporaryDirectory() as folder,
+        ):
+            path = self.file.path.resolve()
+            # for GGUF_CONFIG_ARCHS, transformers is fast and needs the vocabulary
+            if architecture not in GGUF_CONFIG_ARCHS:
+                path = Path(folder, "header.gguf")
+                path.write_bytes(self.file.without_contents())
+            settings, _ = PretrainedConfig.get_config_dict(str(path.parent), gguf_file=path.name)
+            if settings.get("vocab_size") == 0 and tokens:  # `without_contents` removed them
                 settings["vocab_size"] = tokens
             return settings, CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings))
-        except Exception as error:  # bad values can fail anywhere in a configuration class
-            raise self.file.error(
-                "transformers cannot read a configuration from its metadata (architecture "
-                f"{self.file.architecture!r}): {error or type(error).__name__}"
-            ) from error
 
-    def _refuse_unknown(self, unknown: list[str]) -> None:
-        if others := [name for name in unknown if not FACTORS.fullmatch(name)]:
-            raise self.file.error(
-                f"{listed(others)}: not in {type(self._model).__name__}, which its metadata "
-                "describe "
-                f"({self.config.num_hidden_layers} layers). Update transformers, or download the "
-                "file again"
-            )
-
-    def _placed(self, found: dict[str, GgufOrigin]) -> dict[str, GgufOrigin]:
+    def _placed(self, origins: dict[str, GgufOrigin]) -> dict[str, GgufOrigin]:
         """The same in the model's order, tied tensors once, after checking that nothing is
         missing."""
-        result, missing = {}, []
-        for name, places in tensor_places(self._model).items():
-            copies = [found[alias] for alias in map(place_name, places) if alias in found]
+        result: dict[str, GgufOrigin] = {}
+        missing = []
+        for name, places in tensor_places(self.model).items():
+            copies = [origins[alias] for alias in map(place_name, places) if alias in origins]
             if not copies:
                 missing.append(name)
                 continue
-            if len(copies) > 1 and not self._same(copies):
+            if any(not self._same(copies[0], copy) for copy in copies[1:]):
                 both = listed([source for copy in copies for source in copy.sources])
                 raise self.file.error(
                     f"{both} hold different values, but the model that its metadata describe ties "
@@ -247,67 +246,38 @@ class GgufCheckpoint(ShownCheckpoint):
         if missing:
             raise self.file.error(
                 f"{listed(missing)}: missing from the file, but needed by "
-                f"{type(self._model).__name__}, which its metadata describe; download it again"
+                f"{type(self.model).__name__}, which its metadata describe; download it again"
             )
         for name, origin in result.items():
-            values = sum(
-                torch.Size(self.file.tensors[source].shape).numel() for source in origin.sources
-            )
-            shape = torch.Size(self._expected(origin.target))
-            if values != shape.numel():
-                stored = ", ".join(origin.sources)
+            values = sum(math.prod(self.file.tensors[source].shape) for source in origin.sources)
+            shape = self._expected(origin)
+            if values != math.prod(shape):
                 raise self.file.error(
-                    f"parameter {name!r} is {list(shape)}, but its tensors ({stored}) have "
-                    f"{values} values. The file is damaged; download it again"
+                    f"parameter {name!r} is {list(shape)}, but its tensors "
+                    f"({', '.join(origin.sources)}) have {values} values. The file is damaged; "
+                    "download it again"
                 )
         return result
 
-    def _same(self, copies: list[GgufOrigin]) -> bool:
-        stored = [
-            [(self.file.tensors[source].kind, self.file.raw(source)) for source in copy.sources]
-            for copy in copies
-        ]
-        return all(
-            len(other) == len(stored[0])
-            and all(
-                a[0] == b[0] and torch.equal(a[1], b[1])
-                for a, b in zip(stored[0], other, strict=True)
-            )
-            for other in stored[1:]
+    def _same(self, a: GgufOrigin, b: GgufOrigin) -> bool:
+        return len(a.sources) == len(b.sources) and all(
+            self.file.tensors[x].kind == self.file.tensors[y].kind
+            and torch.equal(self.file.raw(x), self.file.raw(y))
+            for x, y in zip(a.sources, b.sources, strict=True)
         )
-
-    def _refuse_types(self) -> None:
-        refused = {
-            source: self.file.tensors[source].kind
-            for origin in self._origins.values()
-            for source in origin.sources
-            if self.file.tensors[source].kind not in TYPES.keys() | FLOATS.keys()
-        }
-        if refused:
-            kinds = ", ".join(sorted(set(refused.values())))
-            raise self.file.error(
-                f"{listed([f'{name} ({kind})' for name, kind in refused.items()])}: {kinds} cannot "
-                "be expressed as integer codes with scales. Use a file with "
-                f"{', '.join(TYPES)} or floats ({', '.join(FLOATS)})"
-            )
 
 
 def _reorder(reordering: Reordering, parts: list[Blocks]) -> Blocks:
     """Concatenate `parts` and reorder their rows and blocks of columns as `reordering` says."""
-    size, result = parts[0].size, []
+    size, tensors = parts[0].size, []
+    rows, columns = reordering.rows, reordering.columns
     for pieces in zip(*(part.parts() for part in parts), strict=True):
-        flat_pieces = [
-            piece.flatten(0, -2) if piece.ndim > 1 else piece.unsqueeze(0) for piece in pieces
-        ]
-        flat = torch.cat(flat_pieces) if len(flat_pieces) > 1 else flat_pieces[0]
-        if not torch.equal(reordering.rows.flatten(), torch.arange(len(flat))):
-            flat = flat[reordering.rows.flatten()]
-        if reordering.columns is not None:
-            flat = flat[
-                :,
-                reordering.columns
-                if flat.shape[1] == len(reordering.columns)
-                else reordering.columns[::size] // size,
-            ]
-        result.append(flat.view(*reordering.rows.shape, flat.shape[1]))
-    return parts[0].with_parts(result)
+        matrices = [piece.view(-1, piece.shape[-1]) for piece in pieces]
+        flat = torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+        if not torch.equal(rows.flatten(), torch.arange(len(flat))):
+            flat = flat[rows.flatten()]
+        if columns is not None:
+            by_block = flat.shape[1] != len(columns)
+            flat = flat[:, columns[::size] // size if by_block else columns]
+        tensors.append(flat.view(*rows.shape, flat.shape[1]))
+    return parts[0].with_parts(tensors)

@@ -39,23 +39,13 @@ if TYPE_CHECKING:
 
 VERSIONS = (2, 3)
 MOST_AXES, MOST_NAME_BYTES = 4, 64  # limits of ggml
-SCALARS = {
-    0: "B",
-    1: "b",
-    2: "H",
-    3: "h",
-    4: "I",
-    5: "i",
-    6: "f",
-    7: "?",
-    10: "Q",
-    11: "q",
-    12: "d",
-}
+# `struct` characters of the scalar types 0 to 12; 8 and 9 are STRING and ARRAY
+SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 TOKENS = "tokenizer.ggml.tokens"
 UNBOUNDED = ("context", "window", "vocab_size")
 """Metadata keys with these words may be larger than any axis of a tensor."""
+_AGAIN = "It is truncated or damaged; download it again"
 
 
 @dataclass(frozen=True)
@@ -92,12 +82,12 @@ class GgufFile:
             raise self.error("it is too short for a GGUF file")
         # copy on write, because torch expects writable memory; the file is never modified
         self._bytes = np.memmap(self.path, dtype=np.uint8, mode="c")
+        self._spans: dict[str, tuple[int, int, bool]] = {}  # of each pair; whether an array
+        self.tensors: dict[str, StoredTensor] = {}
         reader = _Reader(self)
-        self._spans: dict[str, tuple[int, int, bool]] = {}
-        self.metadata = reader.pairs()
-        table = [reader.tensor() for _ in range(reader.tensor_count)]
-        self.tensors = self._placed(table, reader.position)
-        self._check_numbers()
+        self.metadata = reader.pairs(self._spans)
+        self._place_tensors_(reader)
+        self._check_metadata()
 
     @property
     def architecture(self) -> str:
@@ -118,47 +108,38 @@ class GgufFile:
         To read a configuration, transformers creates a Python object for every token of the
         vocabulary. From this file, it takes a hundredth of the time.
         """
-        kept = [
+        pairs = [
             bytes(self._bytes[start:end])
-            for key, (start, end, array) in self._spans.items()
-            if not (array and key.startswith("tokenizer."))
+            for key, (start, end, is_array) in self._spans.items()
+            if not (is_array and key.startswith("tokenizer."))
         ]
-        kept.append(
-            struct.pack(f"<Q{len(TOKENS)}sIIQ", len(TOKENS), TOKENS.encode(), ARRAY, STRING, 0)
-        )
-        names = [name.encode() for name in self.tensors]
+        key = TOKENS.encode()
+        pairs.append(struct.pack(f"<Q{len(key)}sIIQ", len(key), key, ARRAY, STRING, 0))
         table = [
             struct.pack(f"<Q{len(name)}sIQIQ", len(name), name, 1, 1, GGMLQuantizationType.F32, 0)
-            for name in names
+            for name in map(str.encode, self.tensors)
         ]
-        alignment = self.metadata.get("general.alignment", 32)
-        return b"".join(
-            [
-                struct.pack("<4sIQQ", b"GGUF", VERSIONS[-1], len(table), len(kept)),
-                *kept,
-                *table,
-                bytes(2 * alignment),
-            ]
-        )
+        head = struct.pack("<4sIQQ", b"GGUF", VERSIONS[-1], len(table), len(pairs))
+        return b"".join([head, *pairs, *table, bytes(2 * self._alignment)])
 
     def error(self, what: str) -> SourceError:
         """A SourceError whose message starts with the file's path."""
         return SourceError(f"{str(self.path)!r}: {what}")
 
-    def _placed(
-        self, table: list[tuple[str, int, tuple[int, ...], int]], end: int
-    ) -> dict[str, StoredTensor]:
-        alignment = self.metadata.get("general.alignment", 32)
-        if (
-            not isinstance(alignment, int)
-            or not 8 <= alignment <= 2**20
-            or alignment & (alignment - 1)
-        ):
+    @property
+    def _alignment(self) -> int:
+        size = self.metadata.get("general.alignment", 32)
+        if not isinstance(size, int) or not 8 <= size <= 2**20 or size & (size - 1):
             raise self.error(
-                f"general.alignment is {alignment!r}, not a power of two of at least 8; download "
-                "the file again"
+                f"general.alignment is {size!r}, not a power of two of at least 8. {_AGAIN}"
             )
-        first, tensors = math.ceil(end / alignment) * alignment, {}
+        return size
+
+    def _place_tensors_(self, reader: _Reader) -> None:
+        """Read the table of tensors, and check that the file holds all of their bytes."""
+        alignment = self._alignment
+        table = [reader.tensor() for _ in range(reader.tensor_count)]
+        first = math.ceil(reader.position / alignment) * alignment
         for name, number, shape, offset in table:
             try:
                 kind = GGMLQuantizationType(number)
@@ -171,22 +152,20 @@ class GgufFile:
             if shape[-1] % values:
                 raise self.error(
                     f"tensor {name!r} has rows of {shape[-1]} values, which blocks of {values} "
-                    f"({kind.name}) do not divide; download the file again"
+                    f"({kind.name}) do not divide. {_AGAIN}"
                 )
-            length = math.prod(shape) // values * size_bytes
-            if offset % alignment or first + offset + length > len(self._bytes):
+            start, length = first + offset, math.prod(shape) // values * size_bytes
+            if offset % alignment or start + length > len(self._bytes):
                 raise self.error(
                     f"tensor {name!r} ({kind.name}, shape {list(shape)}) would be at bytes "
-                    f"{first + offset} to {first + offset + length}, but the file "
-                    f"has {len(self._bytes)} and its tensors start at multiples of {alignment}. It "
-                    "is truncated or damaged; download it again"
+                    f"{start} to {start + length}, but the file has {len(self._bytes)} and its "
+                    f"tensors start at multiples of {alignment}. {_AGAIN}"
                 )
-            if name in tensors:
-                raise self.error(f"tensor {name!r} occurs twice; download the file again")
-            tensors[name] = StoredTensor(name, kind.name, shape, first + offset, length)
-        return tensors
+            if name in self.tensors:
+                raise self.error(f"tensor {name!r} occurs twice. {_AGAIN}")
+            self.tensors[name] = StoredTensor(name, kind.name, shape, start, length)
 
-    def _check_numbers(self) -> None:
+    def _check_metadata(self) -> None:
         """Refuse one file of a split model, and metadata with sizes that no tensor of the file
         has."""
         if not isinstance(self.metadata.get("general.architecture"), str):
@@ -200,26 +179,17 @@ class GgufFile:
                 f"this is one of {parts} files of the model; join them first (llama-gguf-split "
                 "--merge)"
             )
-        longest = max(
-            [2**20, *(length for tensor in self.tensors.values() for length in tensor.shape)]
-        )
+        longest = max([2**20, *(n for tensor in self.tensors.values() for n in tensor.shape)])
         for key, value in self.metadata.items():
-            if (
-                not key.startswith(self.architecture + ".")
-                or isinstance(value, str)
-                or any(part in key for part in UNBOUNDED)
-            ):
+            is_size = key.startswith(f"{self.architecture}.") and not isinstance(value, str)
+            if not is_size or any(word in key for word in UNBOUNDED):
                 continue
-            limit: float = longest
-            if isinstance(value, float):
-                limit = math.inf
-            elif key.endswith(".block_count"):
-                limit = len(self.tensors)
-            in_range = -limit <= value <= limit  # False for nan
-            if not in_range or value in (math.inf, -math.inf):
+            limit = len(self.tensors) if key.endswith(".block_count") else longest
+            fits = math.isfinite(value) if isinstance(value, float) else abs(value) <= limit
+            if not fits:
                 raise self.error(
                     f"{key} is {value}, but the file has {len(self.tensors)} tensors, none longer "
-                    f"than {longest} along an axis. It is damaged; download it again"
+                    f"than {longest} along an axis. {_AGAIN}"
                 )
 
 
@@ -232,14 +202,10 @@ class _Reader:
         if magic != b"GGUF":
             raise file.error(f"it begins with {magic!r}, but a GGUF file begins with b'GGUF'")
         if version not in VERSIONS:
-            swapped = (
-                "; the file is big-endian, convert it with gguf_convert_endian.py"
-                if version & 0xFFFF == 0
-                else ""
-            )
+            swapped = "; the file is big-endian, convert it with gguf_convert_endian.py"
             raise file.error(
                 f"GGUF version {version} is not supported, {' and '.join(map(str, VERSIONS))} "
-                f"are{swapped}"
+                f"are{'' if version & 0xFFFF else swapped}"
             )
         self.tensor_count, self.pair_count = self.take("QQ")
         for count, smallest, what in (
@@ -249,75 +215,69 @@ class _Reader:
             if count * smallest > len(self.data):
                 raise file.error(
                     f"its header claims {count} {what}, more than its {len(self.data)} bytes can "
-                    "hold. It is damaged; download it again"
+                    f"hold. {_AGAIN}"
                 )
+
+    def skip(self, size: int) -> int:
+        """Move behind the next `size` bytes; returns where they start."""
+        start = self.position
+        if size > len(self.data) - start:
+            raise self.file.error(
+                f"byte {start} of its header asks for {size} more bytes, but the file has "
+                f"{len(self.data)}. {_AGAIN}"
+            )
+        self.position += size
+        return start
 
     def take(self, layout: str) -> tuple[Any, ...]:
         """Read values of a `struct` layout."""
-        size = struct.calcsize("<" + layout)
-        self.need(size)
-        values = struct.unpack_from("<" + layout, self.data, self.position)
-        self.position += size
-        return values
-
-    def need(self, size: int) -> None:
-        if size > len(self.data) - self.position:
-            raise self.file.error(
-                f"byte {self.position} of its header asks for {size} more bytes, but the file has "
-                f"{len(self.data)}. It is truncated or damaged; download it again"
-            )
-
-    def skip(self, size: int) -> None:
-        self.need(size)
-        self.position += size
+        start = self.skip(struct.calcsize(f"<{layout}"))
+        return struct.unpack_from(f"<{layout}", self.data, start)
 
     def string(self, what: str, most: int | None = None) -> str:
         (length,) = self.take("Q")
         if most is not None and length > most:
             raise self.file.error(
-                f"a {what} of {length} bytes at byte {self.position}; at most {most} are allowed"
+                f"a {what} of {length} bytes at byte {self.position}; at most {most} are allowed. "
+                f"{_AGAIN}"
             )
-        self.need(length)
-        text = bytes(self.data[self.position : self.position + length])
-        self.position += length
+        start = self.skip(length)
+        text = bytes(self.data[start : self.position])
         try:
             return text.decode()
         except UnicodeDecodeError:
             raise self.file.error(
-                f"a {what} at byte {self.position - length} is not UTF-8: {text[:40]!r}"
+                f"a {what} at byte {start} is not UTF-8: {text[:40]!r}. {_AGAIN}"
             ) from None
 
-    def pairs(self) -> dict[str, Any]:
+    def pairs(self, spans: dict[str, tuple[int, int, bool]]) -> dict[str, Any]:
         metadata: dict[str, Any] = {}
         for _ in range(self.pair_count):
             start = self.position
             key = self.string("key", 2**16 - 1)
             if key in metadata:
-                raise self.file.error(
-                    f"metadata key {key[:80]!r} occurs twice; download the file again"
-                )
+                raise self.file.error(f"metadata key {key[:80]!r} occurs twice. {_AGAIN}")
             (kind,) = self.take("I")
             metadata[key] = self.value(key, kind)
-            self.file._spans[key] = (start, self.position, kind == ARRAY)
+            spans[key] = (start, self.position, kind == ARRAY)
         return metadata
 
     def value(self, key: str, kind: int) -> Any:
+        """A scalar or string; of an array, the length."""
         if kind == STRING:
             return self.string(f"value of {key!r}")
-        if kind == ARRAY:
-            return self.array(key)
-        if kind not in SCALARS:
+        if kind in SCALARS:
+            return self.take(SCALARS[kind])[0]
+        if kind != ARRAY:
             raise self.file.error(
-                f"the value of {key!r} is of type {kind}, which GGUF does not have"
+                f"the value of {key!r} is of type {kind}, which GGUF does not have. {_AGAIN}"
             )
-        return self.take(SCALARS[kind])[0]
-
-    def array(self, key: str) -> int:
         kind, count = self.take("IQ")
         if kind in SCALARS:
-            self.skip(count * struct.calcsize("<" + SCALARS[kind]))
+            self.skip(count * struct.calcsize(f"<{SCALARS[kind]}"))
         elif kind == STRING:
-            self.need(count * 8)
+            start = self.skip(count * 8)  # each has its length; checked before any is read
+            self.position = start
             for _ in range(count):
                 self.string(f"string in {key!r}")
         else:
@@ -328,20 +288,21 @@ class _Reader:
         return count
 
     def tensor(self) -> tuple[str, int, tuple[int, ...], int]:
+        """Name, number of the type, shape and offset of one tensor of the table."""
         name = self.string("tensor name", MOST_NAME_BYTES)
         if not name.isprintable() or set(name) & set("/\\ ") or not name:
             raise self.file.error(
                 f"{name!r} is not a valid tensor name: it is empty, or contains slashes, spaces or "
-                "unprintable characters; download the file again"
+                f"unprintable characters. {_AGAIN}"
             )
         (axes,) = self.take("I")
         if not 1 <= axes <= MOST_AXES:
-            raise self.file.error(f"tensor {name!r} has {axes} axes; 1 to {MOST_AXES} are allowed")
-        lengths = self.take(f"{axes}Q")
-        kind, offset = self.take("IQ")
+            raise self.file.error(
+                f"tensor {name!r} has {axes} axes; 1 to {MOST_AXES} are allowed. {_AGAIN}"
+            )
+        *lengths, kind, offset = self.take(f"{axes}QIQ")
         if 0 in lengths or math.prod(lengths) >= 2**63:
             raise self.file.error(
-                f"tensor {name!r} has the invalid shape {list(reversed(lengths))}; download the "
-                "file again"
+                f"tensor {name!r} has the invalid shape {list(reversed(lengths))}. {_AGAIN}"
             )
         return name, kind, tuple(reversed(lengths)), offset

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import QwloraWarning
 from qwlora.formats.gguf.gguf_file import GgufFile
+from qwlora.messages import listed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -29,11 +30,12 @@ def warn_of_positions(file: GgufFile, config: PretrainedConfig) -> None:
     """Warn if `file` scales positions and `config`, which transformers read from it, does not."""
     parameters = getattr(config.get_text_config(), "rope_parameters", None) or {}
     unread = [name for name in file.tensors if FACTORS.fullmatch(name)]
-    if not _scaled(parameters):
+    by_layer_type = [part for part in parameters.values() if isinstance(part, dict)]
+    if all(part.get("rope_type", "default") == "default" for part in (parameters, *by_layer_type)):
         unread = [f"{key} = {value}" for key, value in _scaling(file).items()] + unread
     if unread:
         warnings.warn(
-            f"{str(file.path)!r} scales rotary positions ({', '.join(unread[:6])}). llama.cpp "
+            f"{str(file.path)!r} scales rotary positions ({listed(unread)}). llama.cpp "
             "applies this, but transformers does not read it from a GGUF "
             f"file (rope_parameters {parameters or None}), so results differ, mostly on long "
             "texts. Give the model's Hugging Face folder as the source, "
@@ -46,18 +48,8 @@ def warn_of_positions(file: GgufFile, config: PretrainedConfig) -> None:
 
 def _scaling(file: GgufFile) -> dict[str, Any]:
     """The metadata of position scaling; empty if it does not change positions."""
-    prefix = f"{file.architecture}.rope."
-    found = {
-        key: value
-        for key, value in file.metadata.items()
-        if key.startswith((f"{prefix}scaling.", f"{prefix}scale_linear"))
-    }
-    kind = found.get(f"{prefix}scaling.type", "linear")  # llama.cpp's own default
-    factor = found.get(f"{prefix}scaling.factor", found.get(f"{prefix}scale_linear", 0))
-    return {} if kind == "none" or (kind == "linear" and factor in (0, 1)) else found
-
-
-def _scaled(parameters: dict[str, Any]) -> bool:
-    """Whether a configuration scales the positions of any of its layer types."""
-    parts = [parameters, *(part for part in parameters.values() if isinstance(part, dict))]
-    return any(part.get("rope_type", "default") != "default" for part in parts)
+    prefix = f"{file.architecture}.rope.scal"  # scaling.type, scaling.factor ..., scale_linear
+    scaling = {key: value for key, value in file.metadata.items() if key.startswith(prefix)}
+    kind = scaling.get(f"{prefix}ing.type", "linear")  # llama.cpp's own default
+    factor = scaling.get(f"{prefix}ing.factor", scaling.get(f"{prefix}e_linear", 0))
+    return {} if kind == "none" or (kind == "linear" and factor in (0, 1)) else scaling

@@ -13,11 +13,12 @@ subtracting one, is refused for integers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ from transformers.modeling_gguf_pytorch_utils import (
     get_gguf_hf_weights_map,
 )
 
-from qwlora.errors import SourceError
+from qwlora.errors import SourceError, foreign_as
 from qwlora.formats.gguf.gguf_file import GgufFile
 from qwlora.formats.huggingface.transformers_names import StoredTensors, origins
 
@@ -87,17 +88,103 @@ def gguf_origins(
         SourceError: transformers does not know the architecture, or the file's tensors do not fit
             its conversions.
     """
-    try:
-        if is_gguf_arch_supported(file.architecture):
-            return _by_conversions(file, model)
-        return _by_processor(file, config, model)
-    except SourceError:
-        raise
-    except Exception as error:  # bad values can fail anywhere in a conversion
-        raise file.error(
-            f"transformers cannot map the tensors of architecture {file.architecture!r}: "
-            f"{error or type(error).__name__}"
-        ) from error
+    architecture, where = file.architecture, repr(str(file.path))
+    with foreign_as(
+        SourceError, f"{where}: transformers cannot map the tensors of {architecture!r}"
+    ):  # bad values can fail anywhere in a conversion
+        if not is_gguf_arch_supported(architecture):
+            return _Processor(file, config, model).origins(file)
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        mapping = get_gguf_conversion_mapping(architecture, model.config)
+        by_target, unknown = origins(model, shapes, where, mapping)
+        return {
+            target: GgufOrigin(
+                target,
+                tuple(name for name, _ in stored.sources),
+                partial(_converted, stored, model, target),
+            )
+            for target, stored in by_target.items()
+        }, unknown
+
+
+def _converted(
+    stored: StoredTensors, model: PreTrainedModel, target: str, tensors: Mapping[str, Tensor]
+) -> Tensor:
+    return stored.convert(model, tensors)[target]
+
+
+class _Processor:
+    """The conversion of an architecture for which transformers has a processor class."""
+
+    def __init__(self, file: GgufFile, config: Mapping[str, Any], model: PreTrainedModel):
+        kind = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)
+        self.processor = kind(config=dict(config))
+        self.mapping = get_gguf_hf_weights_map(_OuterModules(model), self.processor)
+
+    def origins(self, file: GgufFile) -> tuple[dict[str, GgufOrigin], list[str]]:
+        """As `gguf_origins`."""
+        sources: dict[str, list[str]] = {}
+        unknown = []
+        for name, tensor in file.tensors.items():
+            targets = self._targets(name, tensor.shape)
+            unknown += [] if targets else [name]
+            for target in targets:
+                sources.setdefault(target, []).append(name)
+        return {
+            target: GgufOrigin(target, tuple(names), partial(self._parameter, target))
+            for target, names in sources.items()
+        }, unknown
+
+    def _parameter(self, target: str, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self._parameters(tensors)[target]
+
+    def _targets(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        """The parameters that the processor makes from a stored tensor."""
+        if name in self.mapping and len(shape) < 3:
+            return [self.mapping[name]]
+        probe = torch.zeros(1, dtype=torch.int8)
+        try:
+            try:
+                return [*self._parameters({name: probe.expand(*shape[:-1], min(2, shape[-1]))})]
+            except (ValueError, IndexError):  # needs the real number of columns
+                return [*self._parameters({name: probe.expand(shape)})]
+        except KeyError:  # experts of a block that the model does not have
+            return []
+
+    def _parameters(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Convert `tensors` as transformers does when it loads a file."""
+        parsed: dict[str, Any] = {"tensors": {}}
+        for stored, tensor in tensors.items():
+            if tensor.is_floating_point():
+                tensor = tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+            weights, name, _ = self.processor.process(
+                weights=tensor.numpy(),
+                name=stored,
+                tensor_key_mapping=self.mapping,
+                parsed_parameters=parsed,
+            )
+            if name in self.mapping:
+                parsed["tensors"][self.mapping[name]] = torch.from_numpy(weights)
+        return parsed["tensors"]
+
+
+class _OuterModules:
+    """A model whose `ModuleList`s appear to have no children.
+
+    transformers builds a table of all tensor names for each module that it visits; visiting every
+    layer would take very long.
+    """
+
+    def __init__(self, module: nn.Module):
+        self.module, self.config = module, getattr(module, "config", None)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.module.state_dict()
+
+    def named_children(self) -> list[tuple[str, _OuterModules]]:
+        if isinstance(self.module, nn.ModuleList):
+            return []
+        return [(name, _OuterModules(child)) for name, child in self.module.named_children()]
 
 
 def find_reordering(
@@ -117,59 +204,48 @@ def find_reordering(
     Raises:
         SourceError: the conversion does more than move rows and whole blocks of columns.
     """
-    failure: Exception | None = None
-    for width in sorted({min(2, shapes[0][-1]), shapes[0][-1]}):
-        try:
+    width = shapes[0][-1]
+    try:
+        return _probed(origin, [(*shape[:-1], min(2, width)) for shape in shapes], block, what)
+    except SourceError:
+        raise
+    except Exception:  # see `gguf_origins`
+        with foreign_as(SourceError, f"{what}: transformers' conversion of this tensor fails"):
             return _probed(origin, [(*shape[:-1], width) for shape in shapes], block, what)
-        except SourceError:
-            raise
-        except Exception as error:  # see `gguf_origins`
-            failure = error
-    raise SourceError(
-        f"{what}: transformers' conversion of this tensor fails: "
-        f"{failure or type(failure).__name__}"
-    ) from failure
 
 
 def _probed(origin: GgufOrigin, shapes: list[tuple[int, ...]], block: int, what: str) -> Reordering:
     by_row, by_column, total, width = {}, {}, 0, shapes[0][-1]
+    numbers = torch.arange(FIRST, FIRST + width, dtype=torch.int32)
     for source, shape in zip(origin.sources, shapes, strict=True):
-        count = int(np.prod(shape[:-1], dtype=np.int64))
-        by_row[source] = (
-            torch.arange(FIRST + total, FIRST + total + count, dtype=torch.int32)
-            .view(*shape[:-1], 1)
-            .expand(shape)
-        )
-        by_column[source] = torch.arange(FIRST, FIRST + width, dtype=torch.int32).expand(shape)
+        count = math.prod(shape[:-1])
+        rows = torch.arange(FIRST + total, FIRST + total + count, dtype=torch.int32)
+        by_row[source] = rows.view(*shape[:-1], 1).expand(shape)
+        by_column[source] = numbers.expand(shape)
         total += count
     rows, columns = origin.convert(by_row), origin.convert(by_column)
-    transposed = (
-        rows.ndim == 2
-        and bool((rows[:1] == rows).all())
-        and rows.shape[0] == width
-        and rows.shape[0] > 1
-    )
+    transposed = rows.ndim == 2 and rows.shape[0] == width > 1 and bool((rows[:1] == rows).all())
     if transposed:
         rows, columns = rows.T, columns.T
     row, column = rows[..., 0], columns.reshape(-1, columns.shape[-1])[0]
-    plain = (
+    only_moved = (
         rows.dtype == columns.dtype == torch.int32
         and bool((rows == row.unsqueeze(-1)).all())
         and bool((columns == column).all())
     )
-    if not plain or not _is_order(row - FIRST, total) or not _is_order(column - FIRST, width):
+    if not only_moved or not _is_order(row - FIRST, total) or not _is_order(column - FIRST, width):
         raise SourceError(
             f"{what}: transformers changes the values of this tensor, or mixes rows and columns, "
             "which is not possible on integers. Use a file with float values for this tensor"
         )
-    if torch.equal(column - FIRST, torch.arange(width, dtype=torch.int32)):
-        return Reordering((row - FIRST).long(), None, transposed)
     order = (column - FIRST).long()
-    starts = order[::block]
+    if torch.equal(order, torch.arange(width)):
+        return Reordering((row - FIRST).long(), None, transposed)
+    starts = order[::block].unsqueeze(-1)
     if (
         width % block
         or bool((starts % block).any())
-        or not torch.equal(order, (starts.unsqueeze(-1) + torch.arange(block)).flatten())
+        or not torch.equal(order, (starts + torch.arange(block)).flatten())
     ):
         raise SourceError(
             f"{what}: transformers moves columns of this tensor out of their blocks of {block}, "
@@ -183,115 +259,3 @@ def _is_order(numbers: Tensor, count: int) -> bool:
     return numbers.numel() == count and torch.equal(
         numbers.flatten().sort().values, torch.arange(count, dtype=numbers.dtype)
     )
-
-
-def _by_conversions(
-    file: GgufFile, model: PreTrainedModel
-) -> tuple[dict[str, GgufOrigin], list[str]]:
-    shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-    found, unknown = origins(
-        model,
-        shapes,
-        repr(str(file.path)),
-        get_gguf_conversion_mapping(file.architecture, model.config),
-    )
-    return {
-        target: GgufOrigin(
-            target, tuple(name for name, _ in origin.sources), _converted(origin, model, target)
-        )
-        for target, origin in found.items()
-    }, unknown
-
-
-def _converted(
-    origin: StoredTensors, model: PreTrainedModel, target: str
-) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    return lambda tensors: origin.convert(model, tensors)[target]
-
-
-def _by_processor(
-    file: GgufFile, config: Mapping[str, Any], model: PreTrainedModel
-) -> tuple[dict[str, GgufOrigin], list[str]]:
-    processor = TENSOR_PROCESSORS.get(file.architecture, TensorProcessor)(config=dict(config))
-    mapping = get_gguf_hf_weights_map(_OuterModules(model), processor)
-    sources: dict[str, list[str]] = {}
-    unknown = []
-    for name, tensor in file.tensors.items():
-        targets = _targets(processor, mapping, name, tensor.shape)
-        if not targets:
-            unknown.append(name)
-        for target in targets:
-            sources.setdefault(target, []).append(name)
-    return {
-        target: GgufOrigin(target, tuple(names), _processed(processor, mapping, target))
-        for target, names in sources.items()
-    }, unknown
-
-
-class _OuterModules:
-    """A model whose `ModuleList`s appear to have no children.
-
-    transformers builds a table of all tensor names for each module that it visits; visiting every
-    layer would take very long.
-    """
-
-    def __init__(self, module: nn.Module):
-        self.module, self.config = module, getattr(module, "config", None)
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return self.module.state_dict()
-
-    def named_children(self) -> list[tuple[str, _OuterModules]]:
-        return (
-            []
-            if isinstance(self.module, nn.ModuleList)
-            else [(name, _OuterModules(child)) for name, child in self.module.named_children()]
-        )
-
-
-def _targets(
-    processor: TensorProcessor, mapping: dict[str, str], name: str, shape: tuple[int, ...]
-) -> list[str]:
-    """The parameters that the processor makes from a stored tensor."""
-    if name in mapping and len(shape) < 3:
-        return [mapping[name]]
-    for width in sorted({min(2, shape[-1]), shape[-1]}):
-        try:
-            return list(
-                _process(
-                    processor,
-                    mapping,
-                    {name: torch.zeros(1, dtype=torch.int8).expand(*shape[:-1], width)},
-                )
-            )
-        except KeyError:  # experts of a block that the model does not have
-            return []
-        except (ValueError, IndexError):
-            if width == shape[-1]:
-                raise
-    raise AssertionError("a last axis is at least one long")
-
-
-def _processed(
-    processor: TensorProcessor, mapping: dict[str, str], target: str
-) -> Callable[[Mapping[str, Tensor]], Tensor]:
-    return lambda tensors: _process(processor, mapping, tensors)[target]
-
-
-def _process(
-    processor: TensorProcessor, mapping: dict[str, str], tensors: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """Convert `tensors` as transformers does when it loads a file."""
-    made: dict[str, Any] = {"tensors": {}}
-    for stored, tensor in tensors.items():
-        tensor = (
-            tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-            if tensor.is_floating_point()
-            else tensor
-        )
-        weights, name, _ = processor.process(
-            weights=tensor.numpy(), name=stored, tensor_key_mapping=mapping, parsed_parameters=made
-        )
-        if name in mapping:
-            made["tensors"][mapping[name]] = torch.from_numpy(weights)
-    return made["tensors"]

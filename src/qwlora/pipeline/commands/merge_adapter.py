@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from torch import Tensor
 
-from qwlora.adapter.merge_loss import RoundingLoss, rounding_losses, untie_
+from qwlora.adapter.adapter_deltas import RoundingLoss, rounding_losses, untie_
 from qwlora.analysis.token_scores import logits_of, perplexity
 from qwlora.formats.base_folder import save_base
 from qwlora.grid.quantized_tensor import QuantizedTensor

@@ -30,7 +30,8 @@ from qwlora.formats.card_mark import as_code, escaped, marked
 from qwlora.formats.model_origin import UNKNOWN, ModelCardInfo, origin_of
 from qwlora.pipeline.job.directory import Directory
 from qwlora.recipe import Data, Recipe
-from qwlora.report.results_view import Job, finite, runtime
+from qwlora.report.number_format import finite
+from qwlora.report.results_view import Job, runtime
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult

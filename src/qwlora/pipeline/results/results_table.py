@@ -32,12 +32,11 @@ def closing_lines(out: Path) -> list[str]:
     """The last lines of a run: the report's verdict, where the report is, and what to do next."""
     from qwlora.pipeline.results.job_files import REPORT
     from qwlora.pipeline.results.job_report import read_job
-    from qwlora.report.verdict import Kind, verdict
+    from qwlora.report.verdict import verdict
 
     job = read_job(out)
     found = verdict(job)
-    label = "" if found.kind is Kind.NONE_YET else f"{found.kind.label}. "  # its sentence says so
-    lines = [f"verdict  {label}{found.sentence}", f"report   {out / REPORT}"]
+    lines = [f"verdict  {found.kind.label}. {found.sentence}", f"report   {out / REPORT}"]
     if job.state == "incomplete":
         command = ["qwlora", "run", str(out / "recipe.yaml"), "--out", str(out)]
         lines.append(f"next     {shlex.join(command)}")

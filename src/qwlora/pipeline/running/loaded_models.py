@@ -19,8 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from qwlora.adapter.adapter_folder import check_adapter, load_adapter, reading
-from qwlora.adapter.attach import adapter_folder, attach, attach_existing
+from qwlora.adapter.adapter_folder import adapter_folder, check_adapter, load_adapter, reading
+from qwlora.adapter.attach import attach, attach_existing
 from qwlora.errors import SourceError
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_files import read_record

@@ -66,8 +66,8 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     Raises:
         FingerprintError: training changed the base.
     """
+    from qwlora.adapter.adapter_deltas import adapter_updates
     from qwlora.adapter.adapter_folder import save_adapter
-    from qwlora.adapter.adapter_updates import adapter_updates
     from qwlora.nn.fingerprint import fingerprint
     from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 
@@ -131,7 +131,7 @@ def _attached(context: JobContext, adapter: Adapter) -> PeftModel:
 def _train(context: JobContext, model: PeftModel, adapter: Adapter, work: Path) -> TrainingReport:
     """Train the adapter of `model`, if it has steps."""
     from qwlora.adapter.attach import check_trainable
-    from qwlora.adapter.train import TrainingReport, train_adapter
+    from qwlora.adapter.train import Display, TrainingReport, train_adapter
     from qwlora.data.sequences import check_isolation
 
     if not adapter.steps:
@@ -146,12 +146,14 @@ def _train(context: JobContext, model: PeftModel, adapter: Adapter, work: Path) 
         text.data.train,
         adapter.training_settings(context.recipe.seed, whole_loss=graph is not None),
         work,
-        context.track,
         text.evaluation if adapter.evaluation_steps else None,
-        context.path / "logs" / adapter.name,
         teacher,
         graph,
-        lambda progress: context.on_training(lambda: {"adapter": adapter.name, **progress()}),
+        Display(
+            context.track,
+            context.path / "logs" / adapter.name,
+            lambda progress: context.on_training(lambda: {"adapter": adapter.name, **progress()}),
+        ),
     )
 
 

@@ -1,33 +1,15 @@
-"""The sections of the report, in their order. A section costs one module and one template."""
+"""The sections of the report, in their order. A section costs one module here and one template."""
 
 from __future__ import annotations
 
-from qwlora.report.section import Section
-from qwlora.report.sections import (
-    activation_ranges,
-    adapter_table,
-    data_summary,
-    layer_errors,
-    reproduction,
-    runtime_parity,
-    stage_costs,
-    task_scores,
-    time_and_size,
-    training_course,
-)
+from importlib import import_module
+from pkgutil import iter_modules
 
-SECTIONS: tuple[Section, ...] = tuple(
-    module.SECTION
-    for module in (
-        adapter_table,
-        stage_costs,
-        training_course,
-        layer_errors,
-        activation_ranges,
-        runtime_parity,
-        task_scores,
-        time_and_size,
-        data_summary,
-        reproduction,
-    )
-)
+from qwlora.report.section import Section
+
+
+def sections() -> list[Section]:
+    """`SECTION` of every module in this folder, by position."""
+    modules = [import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__)]
+    found = [module.SECTION for module in modules if hasattr(module, "SECTION")]
+    return sorted(found, key=lambda section: section.position)

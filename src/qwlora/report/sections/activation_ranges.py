@@ -10,11 +10,10 @@ from typing import Any
 from markupsafe import Markup
 
 from qwlora.report.drawing import Drawing, Scale, log_ticks, panels, shortened
-from qwlora.report.layer_grid import MOST_COLUMNS, place_of
-from qwlora.report.number_format import TIMES, count, listed, significant
-from qwlora.report.report_table import Table
-from qwlora.report.results_view import Job, code, finite
-from qwlora.report.section import Section, View
+from qwlora.report.layer_grid import blocks_per_column, place_of
+from qwlora.report.number_format import TIMES, count, finite, listed, significant
+from qwlora.report.results_view import Job, code
+from qwlora.report.section import Cell, Section, Table, View
 
 PANELS = 8
 STANDS_OUT = 20.0  # times the median of its kind
@@ -37,101 +36,114 @@ WORDS = {
 
 
 @dataclass(frozen=True)
+class Range:
+    """What an encoding spans."""
+
+    low: float
+    high: float
+    bitwidth: int
+
+    @property
+    def peak(self) -> float:
+        return max(abs(self.low), abs(self.high))
+
+    def step(self, bitwidth: int) -> str:
+        """The size of one step on a grid of `bitwidth` bits."""
+        return significant((self.high - self.low) / (2**bitwidth - 1), 2)
+
+
+@dataclass(frozen=True)
 class Panel:
-    """One kind of activation: (low, high, bitwidth) by block."""
+    """One kind of activation: its ranges by block."""
 
     title: str
     module: str
-    ranges: dict[int, tuple[float, float, int]]
-
-    def peak(self, block: int) -> float:
-        low, high, _ = self.ranges[block]
-        return max(abs(low), abs(high))
-
-    @cached_property
-    def peaks(self) -> dict[int, float]:
-        return {block: self.peak(block) for block in sorted(self.ranges)}
+    ranges: dict[int, Range]
 
     @cached_property
     def median(self) -> float:
-        values = sorted(self.peaks.values())
+        values = sorted(r.peak for r in self.ranges.values())
         return values[len(values) // 2]
+
+    @property
+    def top(self) -> int:
+        """The block with the largest value."""
+        return max(self.ranges, key=lambda block: self.ranges[block].peak)
+
+    def stands_out(self, block: int) -> bool:
+        return self.ranges[block].peak >= STANDS_OUT * self.median
 
 
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
     name = adapter or job.adapters[0]
     simulation = job.section("simulation", name)
-    if not simulation:
-        return None
-    shown = _panels(job.section("simulation", name, "ranges"))
-    table = _table(simulation)
+    shown, table = _panels(job.section("simulation", name, "ranges")), _table(simulation)
     if not shown and not table.rows:
         return None
-    tokens = job.number("simulation", name, "calibration_tokens")
     low, high = _axis(shown)
+    drawn = panels(lambda width: [_draw(panel, low, high, width) for panel in shown])
+    tokens = job.number("simulation", name, "calibration_tokens")
     return {
         "tokens": count(tokens) if tokens is not None else "",
         "low": significant(low, 1),
         "high": significant(high, 1),
-        "figure": panels(lambda width: [_draw(panel, low, high, width) for panel in shown])
-        if shown
-        else "",
+        "figure": drawn if shown else "",
         "answer": _answer(shown),
         "table": table,
         "left_out": _left_out(simulation),
-        "suggest": Markup(
-            "What 8 bits would cost, tensor by tensor, is not a part of a run. Find which "
-            "activations can go to 8 bits with {}."
-        ).format(code(f"qwlora simulate {job.name} --suggest 0.01")),
+        "command": f"qwlora simulate {job.name} --suggest 0.01",
     }
 
 
 def _panels(ranges: dict[str, Any]) -> list[Panel]:
-    """The kinds that the specification names, or those with the largest values."""
-    kinds: dict[str, dict[int, tuple[float, float, int]]] = {}
-    for tensor, found in ranges.items():
-        place, low, high = place_of(tensor), finite(found.get("min")), finite(found.get("max"))
+    """The kinds that have a name in `KINDS`, or else those with the largest values."""
+    kinds: dict[str, dict[int, Range]] = {}
+    for tensor, entry in ranges.items():
+        place, low, high = place_of(tensor), finite(entry.get("min")), finite(entry.get("max"))
         if place is None or low is None or high is None or "lora_" in tensor:
             continue
-        blocks = kinds.setdefault(place.kind, {})
-        before = blocks.get(place.block)
-        if before is None or max(abs(low), abs(high)) > max(abs(before[0]), abs(before[1])):
-            blocks[place.block] = (low, high, int(found.get("bitwidth") or 0))
-    largest = {
-        kind: max(max(abs(a), abs(b)) for a, b, _ in v.values()) for kind, v in kinds.items()
-    }
-    chosen: dict[str, str] = {}
+        new, blocks = (
+            Range(low, high, int(entry.get("bitwidth") or 0)),
+            kinds.setdefault(place.kind, {}),
+        )
+        if place.block not in blocks or new.peak > blocks[place.block].peak:
+            blocks[place.block] = new
+    largest = {kind: max(r.peak for r in blocks.values()) for kind, blocks in kinds.items()}
+    titles: dict[str, str] = {}
     for module, title in KINDS.items():
         fitting = [k for k in kinds if k.rpartition(".")[0].rpartition(".")[2] == module]
         if fitting:
-            chosen[max(fitting, key=lambda k: largest[k])] = title
-    if len(chosen) < PANELS // 2:
+            titles[max(fitting, key=lambda k: largest[k])] = title
+    if len(titles) < PANELS // 2:
         names = sorted(kinds, key=lambda k: -largest[k])[:PANELS]
-        chosen = {kind: kind for kind in kinds if kind in names}
-    return [Panel(title, kind.rpartition(".")[0], kinds[kind]) for kind, title in chosen.items()]
+        titles = {kind: kind for kind in kinds if kind in names}
+    return [
+        Panel(title, kind.rpartition(".")[0], dict(sorted(kinds[kind].items())))
+        for kind, title in titles.items()
+    ]
 
 
 def _axis(shown: list[Panel]) -> tuple[float, float]:
     """The shared axis: from a power of ten below the medians to one above the largest."""
-    values = [value for panel in shown for value in panel.peaks.values() if value > 0]
-    if not values:
+    largest = max((panel.ranges[panel.top].peak for panel in shown), default=0.0)
+    if not largest > 0:
         return 1.0, 10.0
     low = 10.0 ** math.floor(math.log10(min(panel.median or 1.0 for panel in shown)))
-    high = 10.0 ** math.ceil(math.log10(max(values)) + 1e-9)
+    high = 10.0 ** math.ceil(math.log10(largest) + 1e-9)
     return (low, high) if high > low else (low, 10 * low)
 
 
 def _draw(panel: Panel, low: float, high: float, width: int) -> Drawing:
-    height, base, right = 116, 100, width - 4
+    base, right = 100, width - 4
     scale = Scale(low, high, base, 30, logarithmic=True)
-    peaks = panel.peaks
-    top = max(peaks, key=lambda block: peaks[block])
+    top = panel.top
+    largest = significant(panel.ranges[top].peak)
     drawing = Drawing(
         width,
-        height,
+        116,
         f"{panel.title}: largest absolute activation by layer",
-        f"Largest value {significant(peaks[top])} in layer {top}; median over {len(peaks)} layers "
+        f"Largest value {largest} in layer {top}; median over {len(panel.ranges)} layers "
         f"{significant(panel.median)}.",
     )
     drawing.text(4, 12, shortened(panel.title, width - 8, 12), "lb2")
@@ -140,84 +152,70 @@ def _draw(panel: Panel, low: float, high: float, width: int) -> Drawing:
         drawing.line(4, scale(tick), right, scale(tick))
         if number % max(1, len(decades) // 2) == 0 and number:
             drawing.text(right, scale(tick) - 2, significant(tick, 1), "axs", "end")
-    last = max(peaks) + 1
-    group = -(-last // MOST_COLUMNS)
+    last = max(panel.ranges)
+    group = blocks_per_column(last)
     columns: dict[int, int] = {}
-    for block, peak in peaks.items():
-        column = block // group
-        if column not in columns or peak > peaks[columns[column]]:
-            columns[column] = block
-    step = (width - 8) / (-(-last // group))
+    for block, found in panel.ranges.items():
+        shown = columns.setdefault(block // group, block)
+        if found.peak > panel.ranges[shown].peak:
+            columns[block // group] = block
+    step = (width - 8) / (last // group + 1)
     bar = max(min(step * 0.55, 6), 1)
-    paths: dict[str, list[str]] = {}
     for column, block in columns.items():
-        x, peak = 4 + (column + 0.5) * step, peaks[block]
-        bits = panel.ranges[block][2]
-        kind = "k-loss" if peak >= STANDS_OUT * panel.median else "k-gain" if bits <= 8 else "k-neu"
-        span = (
-            f"from {significant(panel.ranges[block][0])} to {significant(panel.ranges[block][1])}"
-        )
-        y = min(scale(max(peak, low)), base - 1)
+        entry, x = panel.ranges[block], 4 + (column + 0.5) * step - bar / 2
+        kind = "k-gain" if entry.bitwidth <= 8 else "k-neu"
+        kind = f"mark {'k-loss' if panel.stands_out(block) else kind}"
+        y = min(scale(max(entry.peak, low)), base - 1)
         if group == 1:
-            word = f"Layer {block}, {panel.title}: {span}, {bits} bits"
-            drawing.rect(x - bar / 2, y, bar, base - y, f"mark {kind}", word)
+            span = f"from {significant(entry.low)} to {significant(entry.high)}"
+            words = f"Layer {block}, {panel.title}: {span}, {entry.bitwidth} bits"
+            drawing.rect(x, y, bar, base - y, kind, words)
         else:
-            paths.setdefault(kind, []).append(
-                f"M{x - bar / 2:.1f},{base}v{y - base:.1f}h{bar:g}V{base}z"
-            )
-    for kind, bars in paths.items():
-        drawing.path("".join(bars), f"mark {kind}")
-    column = top // group
-    x = 4 + (column + 0.5) * step
+            drawing.square(x, y, bar, base - y, kind)
+    x = 4 + (top // group + 0.5) * step
     anchor = "start" if x < 60 else "end" if x > width - 58 else "middle"
-    drawing.text(x, max(scale(peaks[top]) - 4, 26), significant(peaks[top]), "pk", anchor)
+    drawing.text(x, max(scale(panel.ranges[top].peak) - 4, 26), largest, "pk", anchor)
     return drawing
 
 
 def _answer(shown: list[Panel]) -> Markup:
     if not shown:
         return Markup("<b>Only the number of encodings was recorded.</b>")
-    out = [
-        (panel, block, peak)
-        for panel in shown
-        for block, peak in panel.peaks.items()
-        if peak >= STANDS_OUT * panel.median and panel.median > 0
-    ]
-    panel, block, peak = max(
-        out or [(p, b, v) for p in shown for b, v in p.peaks.items()], key=lambda item: item[2]
-    )
-    low, high, bits = panel.ranges[block]
+    places = [(panel, block) for panel in shown for block in panel.ranges]
+    out = [(panel, block) for panel, block in places if panel.stands_out(block) and panel.median]
+    panel, block = max(out or places, key=lambda place: place[0].ranges[place[1]].peak)
+    entry = panel.ranges[block]
     if not out:
         return Markup(
             "<b>None stands out.</b> The largest value is {}, the {} of layer {}; the median of "
             "its kind is {}."
-        ).format(significant(peak), panel.title.lower(), block, significant(panel.median))
-    blocks = listed([str(b) for p, b, _ in out if p is panel])
-    step = f"one step there would be {significant((high - low) / 255, 2)}"
-    now = f", on the {bits}-bit grid in use it is {significant((high - low) / (2**bits - 1), 2)}"
+        ).format(significant(entry.peak), panel.title.lower(), block, significant(panel.median))
+    blocks = [str(b) for p, b in out if p is panel]
+    now = f", on the {entry.bitwidth}-bit grid in use it is {entry.step(entry.bitwidth)}"
     return Markup(
-        "<b>The outputs of {} in layer{} {} do.</b> Layer {} reaches {}. On an 8-bit grid {}{}."
+        "<b>The outputs of {} in layer{} {} do.</b> Layer {} reaches {}. On an 8-bit grid one step "
+        "there would be {}{}."
     ).format(
         code(panel.module.rpartition(".")[2] or panel.module),
-        "" if blocks.isdigit() else "s",
-        blocks,
+        "s" if len(blocks) > 1 else "",
+        listed(blocks),
         block,
-        significant(peak),
-        step,
-        now if bits > 8 else "",
+        significant(entry.peak),
+        entry.step(8),
+        now if entry.bitwidth > 8 else "",
     )
 
 
 def _table(simulation: dict[str, Any]) -> Table:
     by_kind = simulation.get("bits") or {}
-    rows: list[list[str | Markup | None]] = [
-        [WORDS[kind], f"{bits} bits", count(number)]
-        for kind in WORDS
+    rows: list[dict[str, Cell]] = [
+        {"What": words, "Width": f"{bits} bits", "Count": count(number)}
+        for kind, words in WORDS.items()
         for bits, number in sorted(by_kind.get(kind, {}).items(), key=lambda item: -int(item[0]))
     ]
     total = finite(simulation.get("encodings"))
-    words = f"Bit widths of the {count(total)} encodings" if total is not None else "Bit widths"
-    return Table(words, ("What", "Width", "Count"), rows)
+    caption = f"Bit widths of the {count(total)} encodings" if total is not None else "Bit widths"
+    return Table(caption, rows)
 
 
 def _left_out(simulation: dict[str, Any]) -> str:
@@ -230,11 +228,10 @@ def _left_out(simulation: dict[str, Any]) -> str:
 
 
 SECTION = Section(
-    "activations",
-    "Activations",
-    "Which activations need 16 bits?",
-    "activation_ranges.html",
-    view,
-    of_job=False,
+    id="activations",
+    label="Activations",
+    question="Which activations need 16 bits?",
+    view=view,
+    position=50,
     of_adapter=True,
 )

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from markupsafe import Markup
-
-from qwlora.report.number_format import count
-from qwlora.report.report_table import Table
-from qwlora.report.results_view import Job, finite, tagged, without_folders
-from qwlora.report.section import Section, View
+from qwlora.report.number_format import count, finite
+from qwlora.report.results_view import Job, without_folders
+from qwlora.report.section import Cell, Section, Table, View
 
 KINDS = {
     "text": "plain text",
@@ -31,70 +26,59 @@ ROWS = {
     "truncated_documents": "Documents cut short",
     "padding_tokens": "Padding tokens",
 }
+REMOVED = {
+    "overlapping_documents": "documents{} were removed from the training text: they repeat "
+    "held-out ones.",
+    "overlapping_paragraphs": "paragraphs{} were removed from the training text: they are held "
+    "out, and would make the result look better than it is.",
+    "skipped_records": "records{} were left out, because they are empty.",
+}
 
 
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
-    texts: dict[str, tuple[str, ...]] = {name: ("texts", name) for name in job.section("texts")}
-    found = {name: path for name, path in texts.items() if job.section(*path)}
-    if not found and job.section("data"):
-        found = {"": ("data",)}
-    if not found:
+    texts = {name: ("texts", name) for name in job.section("texts") if job.section("texts", name)}
+    paths: dict[str, tuple[str, ...]] = {**texts} or {"": ("data",)}
+    first = job.section(*next(iter(paths.values())))
+    if not first:
         return None
+    kind, packing = str(first.get("kind", "")), str(first.get("packing", ""))
+    kinds = (KINDS.get(kind, kind), PACKINGS.get(packing, packing))
+    summary = f"{', '.join(filter(None, kinds))}."
+    if len(texts) > 1:
+        summary = f"{len(texts)} texts; the first: {summary}"
+    elif source := job.setting("data", "source"):
+        summary = f"Source {without_folders(str(source))}: {summary}"
     return {
-        "summary": _summary(job, next(iter(found.values()))),
-        "tables": [_table(job, name, path) for name, path in found.items()],
-        "notes": [note for name, path in found.items() for note in _notes(job, name, path)],
+        "summary": summary,
+        "tables": [_table(job, name, path) for name, path in paths.items()],
+        "notes": [
+            f"{count(number)} {words.format(f' ({name})' if name else '')}"
+            for name, path in paths.items()
+            for key, words in REMOVED.items()
+            if (number := finite(job.section(*path).get(key)))
+        ],
     }
 
 
-def _summary(job: Job, path: tuple[str, ...]) -> str:
-    data = job.section(*path)
-    kind, packing = str(data.get("kind", "")), str(data.get("packing", ""))
-    source = job.setting("data", "source")
-    parts = [KINDS.get(kind, kind), PACKINGS.get(packing, packing)]
-    words = ", ".join(part for part in parts if part)
-    if len(job.section("texts")) > 1:
-        return f"{len(job.section('texts'))} texts; the first: {words}."
-    return f"Source {without_folders(str(source))}: {words}." if source else f"{words}."
-
-
 def _table(job: Job, name: str, path: tuple[str, ...]) -> Table:
-    rows: list[list[str | Markup | None]] = []
-    for key, title in ROWS.items():
-        cells = [_count(job, (*path, part, key)) for part in ("train", "held_out")]
-        if any(cell is not None for cell in cells):
-            rows.append([title, *cells])
+    rows: list[dict[str, Cell]] = [
+        {
+            "": title,
+            "Training": job.shown(count, *path, "train", key),
+            "Held out": job.shown(count, *path, "held_out", key),
+        }
+        for key, title in ROWS.items()
+    ]
     caption = f"Text of {name}" if name else "Training and held-out text"
-    return Table(caption, ("", "Training", "Held out"), rows)
+    return Table(caption, [row for row in rows if row["Training"] or row["Held out"]])
 
 
-def _count(job: Job, path: tuple[str, ...]) -> Markup | None:
-    value = job.number(*path)
-    return None if value is None else tagged(count(value), value, path)
-
-
-def _notes(job: Job, name: str, path: tuple[str, ...]) -> list[str]:
-    data: dict[str, Any] = job.section(*path)
-    of = f" ({name})" if name else ""
-    notes = []
-    for key, what, why in (
-        (
-            "overlapping_documents",
-            "documents",
-            "were removed from the training text: they repeat held-out ones",
-        ),
-        (
-            "overlapping_paragraphs",
-            "paragraphs",
-            "were removed from the training text: they are held out, and would make the result "
-            "look better than it is",
-        ),
-        ("skipped_records", "records", "were left out, because they are empty"),
-    ):
-        if number := finite(data.get(key)):
-            notes.append(f"{count(number)} {what}{of} {why}.")
-    return notes
-
-
-SECTION = Section("data", "Data", "What was it trained and tested on?", "data_summary.html", view)
+SECTION = Section(
+    id="data",
+    label="Data",
+    question="What was it trained and tested on?",
+    view=view,
+    position=90,
+    of_job=True,
+)

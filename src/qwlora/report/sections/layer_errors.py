@@ -3,294 +3,220 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from qwlora.report.drawing import MOST_TITLES, Drawing, figure, shortened
+from qwlora.report.drawing import Drawing, figure, shortened
 from qwlora.report.layer_grid import Grid, grid_of, place_of
-from qwlora.report.number_format import count, percent, precise_percent, significant
-from qwlora.report.report_table import MOST_SENT, Table
-from qwlora.report.results_view import NOT_MEASURED, Job, code, finite, tagged
-from qwlora.report.section import Section, View
+from qwlora.report.number_format import (
+    NOT_MEASURED,
+    count,
+    finite,
+    percent,
+    precise_percent,
+    significant,
+    tagged,
+)
+from qwlora.report.results_view import Job, capitalized, code
+from qwlora.report.section import MOST_SENT, Cell, Section, Table, View
 
 BINS = 8
+MOST_TITLES = 2000  # above this, cells have no tooltip
 EVEN = 2.0  # a map whose largest value is less than this times its median is folded
+QUESTION = "Which layers lost most, and where did the adapter help?"
 
 
 @dataclass(frozen=True)
-class Map:
-    """One heat map.
+class Measure:
+    """A number of each layer.
 
     Args:
-        bits: digits to print into the cells, if layers have different bitwidths.
-        folded: nothing stands out, so the map is folded into its sentence.
+        what: its definition.
+        path: of the layers in the results.
+        key: of the number in a layer's dict.
     """
 
     title: str
     what: str
-    answer: str
-    figure: Markup
-    low: str
-    high: str
-    folded: bool
+    path: tuple[str, ...]
+    key: str
+
+    def values(self, job: Job) -> dict[str, float]:
+        """The numbers by layer."""
+        layers = job.section(*self.path).items()
+        numbers = {name: finite(report.get(self.key)) for name, report in layers}
+        return {name: number for name, number in numbers.items() if number is not None}
+
+    @property
+    def is_of_adapter(self) -> bool:
+        return self.path[0] == "train"
 
 
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
-    single = len(job.adapters) == 1
-    name = job.adapters[0] if single else adapter
-    of_base, of_adapter = single or adapter is None, single or adapter is not None
-    maps: list[Map] = []
+    of_base, of_adapter = len(job.adapters) == 1 or adapter is None, adapter is not None
     bits = _bits(job)
-    width = next(iter(set(bits.values()))) if len(set(bits.values())) == 1 else None
+    widths = set(bits.values())
+    rounding = f"{next(iter(widths))} bits" if len(widths) == 1 else "integers"
+    measures = []
     if of_base:
-        rounding = f"{width} bits" if width else "integers"
-        maps += _maps(
-            _values(job, "weight_error"),
-            "Weight error",
-            f"Share of the weights' energy lost by rounding to {rounding}.",
-            percent,
-            bits if width is None else {},
-        )
-        maps += _maps(
-            _values(job, "error"),
-            "Output error",
-            "Share of the layer's output lost, each input weighted by how much it matters.",
-            percent,
-            bits if width is None else {},
-        )
-    if of_adapter and name:
-        maps += _maps(
-            _trained(job, name, "gain"),
-            "Adapter gain",
-            "Size of the adapter's update relative to the frozen weight.",
-            percent,
-            {},
-            "Training changed {layer} most, by {largest}.",
-        )
-    table = _table(job, name if of_adapter else None, of_base)
-    if not maps and not table.rows:
+        what = f"Share of the weights' energy lost by rounding to {rounding}."
+        measures.append(Measure("Weight error", what, ("base", "layers"), "weight_error"))
+        what = "Share of the layer's output lost, each input weighted by how much it matters."
+        measures.append(Measure("Output error", what, ("base", "layers"), "error"))
+    if adapter is not None:
+        what = "Size of the adapter's update relative to the frozen weight."
+        measures.append(Measure("Adapter gain", what, ("train", adapter, "layers"), "gain"))
+    values = {measure: found for measure in measures if (found := measure.values(job))}
+    maps = [
+        _map(grid, measure, numbers, {} if len(widths) == 1 else bits)
+        for measure, numbers in values.items()
+        if (grid := grid_of(numbers)) is not None
+    ]
+    if not values:
         return None
+    has_layers = of_base and bool(job.section("base", "layers"))
+    of_one = "Which layers lost most?" if of_base else "Where did the adapter help?"
     return {
         "maps": maps,
-        "table": table if table.rows else None,
-        "missing": _missing(job) if of_base else "",
-        "question": "Which layers lost most, and where did the adapter help?"
-        if single
-        else "Which layers lost most?"
-        if of_base
-        else "Where did the adapter help?",
+        "table": _table(values, bits if of_base else None),
+        "missing": _missing(job, {measure.key for measure in values}) if has_layers else "",
+        "question": QUESTION if of_base and of_adapter else of_one,
     }
-
-
-def _values(job: Job, key: str) -> dict[str, float]:
-    layers = job.section("base", "layers")
-    found = {name: finite(report.get(key)) for name, report in layers.items()}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def _trained(job: Job, adapter: str, key: str) -> dict[str, float]:
-    layers = job.section("train", adapter, "layers")
-    found = {name: finite(report.get(key)) for name, report in layers.items()}
-    return {name: value for name, value in found.items() if value is not None}
 
 
 def _bits(job: Job) -> dict[str, int]:
     """Bitwidth of each packed tensor, from its scheme (`int4 symmetric per block 32`)."""
-    found = {}
-    for name, report in job.section("base", "layers").items():
-        if match := re.match(r"u?int(\d+)", str(report.get("scheme", ""))):
-            found[name] = int(match[1])
-    return found
+    schemes = {
+        n: str(layer.get("scheme", "")) for n, layer in job.section("base", "layers").items()
+    }
+    matches = {name: re.match(r"u?int(\d+)", scheme) for name, scheme in schemes.items()}
+    return {name: int(match[1]) for name, match in matches.items() if match}
 
 
-def _maps(
-    values: dict[str, float],
-    title: str,
-    what: str,
-    write: Callable[[float], str],
-    bits: dict[str, int],
-    answer: str = "",
-) -> list[Map]:
-    grid = grid_of(values)
-    if grid is None:
-        return []
+def _map(
+    grid: Grid, measure: Measure, values: dict[str, float], bits: dict[str, int]
+) -> dict[str, object]:
+    """One heat map. `folded`: nothing stands out, so the map is folded into its sentence.
+
+    Args:
+        bits: of each layer, to print them into the cells; empty if all layers have the same.
+    """
     numbers = sorted(value for value, _ in grid.cells.values())
     low, high, median = numbers[0], numbers[-1], numbers[len(numbers) // 2]
-    place = grid.cells[grid.largest][1]
-    even = high < EVEN * median
-    if even:
-        span = f"{write(low)} and {write(high)}"
-        sentence = f"All {count(len(values))} layers lie within {span}: nothing stands out."
-    elif answer:
-        sentence = answer.format(layer=place.name, largest=write(high))
+    name = grid.cells[grid.largest][1].name
+    if high < EVEN * median:
+        span = f"{percent(low)} and {percent(high)}"
+        answer = f"All {count(len(values))} layers lie within {span}: nothing stands out."
+    elif measure.is_of_adapter:
+        answer = f"Training changed {name} most, by {percent(high)}."
     else:
-        times = (
-            f"{significant(high / median, 2)} times the median"
-            if median
-            else "the others lose nothing"
+        times = f"{significant(high / median, 2)} times the median" if median else ""
+        answer = (
+            f"{capitalized(name)} lost most: {percent(high)}, {times or 'the others lose nothing'}."
         )
-        sentence = f"{place.name[:1].upper()}{place.name[1:]} lost most: {write(high)}, {times}."
-    digits = {
-        (where.block, where.kind): str(width)
-        for name, width in bits.items()
-        if (where := place_of(name)) is not None
+    left_out = f" The {count(grid.left_out)} kinds of layers with the smallest values are left out."
+    return {
+        "title": measure.title,
+        "what": measure.what + left_out * bool(grid.left_out),
+        "answer": answer,
+        "figure": figure(lambda width: _draw(grid, width, measure.title, low, high, bits)),
+        "low": percent(low),
+        "high": percent(high),
+        "folded": high < EVEN * median,
     }
-    drawn = figure(lambda width: _draw(grid, width, title, write, low, high, digits))
-    if grid.left_out:
-        what += (
-            f" The {count(grid.left_out)} kinds of layers with the smallest values are left out."
-        )
-    return [Map(title, what, sentence, drawn, write(low), write(high), even)]
 
 
 def _draw(
-    grid: Grid,
-    width: int,
-    title: str,
-    write: Callable[[float], str],
-    low: float,
-    high: float,
-    digits: dict[tuple[int, str], str],
+    grid: Grid, width: int, title: str, low: float, high: float, bits: dict[str, int]
 ) -> Drawing:
-    left, cell = (64 if width > 500 else 48), 17
-    step = (width - left) / len(grid.columns)
-    gap = 1 if step > 4 else 0
+    left, cell, columns = (64 if width > 500 else 48), 17, len(grid.columns)
+    step = (width - left) / columns
+    square = step - 1 if step > 4 else step
     height = cell * len(grid.rows) + 22
-    value, place = grid.cells[grid.largest]
     drawing = Drawing(
         width,
         height,
         f"{title} by layer and projection",
-        f"{len(grid.cells)} cells: {len(grid.columns)} columns by {len(grid.rows)} projections. "
-        f"Smallest {write(low)}, largest {write(value)} at {place.name}. The table lists the "
-        "largest.",
+        f"{len(grid.cells)} cells: {columns} columns by {len(grid.rows)} projections. "
+        f"Smallest {percent(low)}, largest {percent(high)} at "
+        f"{grid.cells[grid.largest][1].name}. The table lists the largest.",
     )
-    is_grouped = grid.columns[0][1] > grid.columns[0][0]
-    titled = width > 900 and not is_grouped and len(grid.cells) <= MOST_TITLES
-    paths: dict[int, list[str]] = {}
-    for (row, column), (number, where) in grid.cells.items():
+    has_titles = width > 500 and grid.columns.step == 1 and len(grid.cells) <= MOST_TITLES
+    digits = {place_of(name): str(number) for name, number in bits.items()}
+    for (row, column), (number, place) in grid.cells.items():
         x, y = left + column * step, row * cell
         shade = min(BINS - 1, int(BINS * (number - low) / ((high - low) or 1)))
-        if titled:
-            word = f"{where.name[:1].upper()}{where.name[1:]}: {title.lower()} {write(number)}"
-            drawing.rect(x, y, step - gap, cell - 1, f"mark q{shade}", word)
+        if has_titles:
+            words = f"{capitalized(place.name)}: {title.lower()} {percent(number)}"
+            drawing.rect(x, y, square, cell - 1, f"mark q{shade}", words)
         else:
-            w = step - gap
-            paths.setdefault(shade, []).append(f"M{x:.1f},{y}h{w:.1f}v{cell - 1}h-{w:.1f}z")
-        if (digit := digits.get((where.block, where.kind))) and step >= 12:
+            drawing.square(x, y, square, cell - 1, f"mark q{shade}")
+        if place in digits and step >= 12:
             kind = "dg2" if shade >= 4 else "dg"
-            drawing.text(x + (step - gap) / 2, y + 12, digit, kind, "middle")
-    for shade, squares in sorted(paths.items()):
-        drawing.path("".join(squares), f"mark q{shade}")
-    for row in range(len(grid.rows)):
-        for column in range(len(grid.columns)):
-            if (row, column) not in grid.cells and step > 4:
-                word = "Stays float, or was not measured"
-                drawing.rect(left + column * step, row * cell, step - gap, cell - 1, "hatch", word)
+            drawing.text(x + square / 2, y + 12, digits[place], kind, "middle")
     for row, kind in enumerate(grid.rows):
+        for column in range(columns):
+            if (row, column) not in grid.cells and step > 4:
+                words = "Stays float, or was not measured"
+                drawing.rect(left + column * step, row * cell, square, cell - 1, "hatch", words)
         name = kind.rpartition(".")[2].removesuffix("_proj")
         drawing.text(left - 6, row * cell + 12, shortened(name, left - 6, 12), "ax", "end")
     row, column = grid.largest
-    drawing.rect(left + column * step, row * cell, step - gap, cell - 1, "worst")
+    drawing.rect(left + column * step, row * cell, square, cell - 1, "worst")
     drawing.text(left - 6, height - 6, "layer", "ax", "end")
-    every = (
-        max(1, round(len(grid.columns) / (6 if width < 500 else 12) / 5) * 5)
-        if len(grid.columns) > 12
-        else 1
-    )
-    for column in range(0, len(grid.columns), every):
+    tenths = max(1, round(columns / (6 if drawing.is_narrow else 12) / 5) * 5)
+    for column in range(0, columns, tenths if columns > 12 else 1):
         x = left + (column + 0.5) * step
-        drawing.text(x, height - 6, str(grid.columns[column][0]), "ax", "middle")
+        drawing.text(x, height - 6, str(grid.columns[column]), "ax", "middle")
     return drawing
 
 
-def _table(job: Job, adapter: str | None, of_base: bool) -> Table:
-    """The layers, by how far above the median they are in any column."""
-    bits = _bits(job)
-    columns: list[
-        tuple[str, dict[str, float], Callable[[float], str], Callable[[str], tuple[str, ...]]]
-    ] = []
-    if of_base:
-        columns += [
-            (
-                "Weight error",
-                _values(job, "weight_error"),
-                precise_percent,
-                lambda n: ("base", "layers", f"{n}.weight", "weight_error"),
-            ),
-            (
-                "Output error",
-                _values(job, "error"),
-                precise_percent,
-                lambda n: ("base", "layers", f"{n}.weight", "error"),
-            ),
-        ]
-    if adapter is not None:
-        name = adapter
-        columns += [
-            (
-                "Adapter gain",
-                _trained(job, name, "gain"),
-                precise_percent,
-                lambda n: ("train", name, "layers", n, "gain"),
-            ),
-        ]
-    columns = [column for column in columns if column[1]]
-    values = [
-        {layer.removesuffix(".weight"): value for layer, value in found.items()}
-        for _, found, _, _ in columns
-    ]
-    order = {name: n for n, name in enumerate(dict.fromkeys(n for v in values for n in v))}
-    medians = [sorted(v.values())[len(v) // 2] or 1e-30 for v in values]
+def _table(values: dict[Measure, dict[str, float]], bits: dict[str, int] | None) -> Table:
+    """The layers, by how far above the median they are in any column.
 
-    def rank(layer: str) -> float:
-        return max(v[layer] / m for v, m in zip(values, medians, strict=True) if layer in v)
-
-    layers = sorted(order, key=lambda layer: (-rank(layer), order[layer]))[:MOST_SENT]
-    headings = ["Layer", *(["Bits"] if of_base else []), *(title for title, _, _, _ in columns)]
-    rows: list[list[str | Markup | None]] = []
+    Args:
+        bits: of each layer; None without a column for them.
+    """
+    columns = {
+        measure: {name.removesuffix(".weight"): (name, number) for name, number in found.items()}
+        for measure, found in values.items()
+    }
+    ranks: dict[str, float] = {}
+    for found, numbers in zip(columns.values(), values.values(), strict=True):
+        median = sorted(numbers.values())[len(numbers) // 2] or 1e-30
+        for layer, (_, number) in found.items():
+            ranks[layer] = max(number / median, ranks.get(layer, 0.0))
+    layers = sorted(ranks, key=lambda layer: -ranks[layer])[:MOST_SENT]
+    rows: list[dict[str, Cell]] = []
     for layer in layers:
         place = place_of(layer)
-        shown = f"{place.name[:1].upper()}{place.name[1:]}" if place else layer
-        row: list[str | Markup | None] = [shown]
-        if of_base:
-            width = bits.get(f"{layer}.weight", bits.get(layer))
-            row.append(str(width) if width else "float")
-        for (_, _, write, path), found in zip(columns, values, strict=True):
-            number = found.get(layer)
-            row.append(
-                None if number is None else tagged(write(number), number, _path(job, path, layer))
-            )
+        row: dict[str, Cell] = {"Layer": capitalized(place.name) if place else layer}
+        if bits is not None:
+            row["Bits"] = str(bits.get(f"{layer}.weight", bits.get(layer)) or "float")
+        for measure, found in columns.items():
+            row[measure.title] = None
+            if layer in found:
+                name, number = found[layer]
+                path = (*measure.path, name, measure.key)
+                row[measure.title] = tagged(precise_percent(number), number, path)
         rows.append(row)
     return Table(
         "Layers, those furthest above the median of a column first. Select a heading to sort.",
-        headings,
-        rows if columns else [],
+        rows,
         sortable=True,
         most=12,
-        left_out=len(order) - len(layers),
+        left_out=len(ranks) - len(layers),
     )
 
 
-def _path(job: Job, path: Callable[[str], tuple[str, ...]], layer: str) -> tuple[str, ...]:
-    """The path of a layer's value; fused experts have no `.weight`."""
-    found = path(layer)
-    if job.get(*found) is None:
-        return tuple(part.removesuffix(".weight") for part in found)
-    return found
-
-
-def _missing(job: Job) -> Markup | str:
-    if not job.section("base", "layers"):
-        return ""
-    if not _values(job, "weight_error"):
-        return Markup(
-            "Weight error: {}. This base was made by an older version, or kept its file's integers."
-        ).format(NOT_MEASURED)
-    if not _values(job, "error"):
+def _missing(job: Job, measured: set[str]) -> Markup | str:
+    if "weight_error" not in measured:
+        return Markup("Weight error: {}. The base has the integers of its file.").format(
+            NOT_MEASURED
+        )
+    if "error" not in measured:
         return Markup(
             "Error of the layer's <em>output</em>, which weighs each weight by how much it "
             "matters: {}. The {} solver does not look at data; {} records it."
@@ -299,11 +225,11 @@ def _missing(job: Job) -> Markup | str:
 
 
 SECTION = Section(
-    "layers",
-    "Layers",
-    "Which layers lost most, and where did the adapter help?",
-    "layer_errors.html",
-    view,
+    id="layers",
+    label="Layers",
+    question=QUESTION,
+    view=view,
+    position=40,
     of_job=True,
     of_adapter=True,
 )

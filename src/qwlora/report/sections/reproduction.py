@@ -4,52 +4,52 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
-from qwlora.report.number_format import size
-from qwlora.report.results_view import NOT_MEASURED, Job, without_folders
+from qwlora.report.number_format import NOT_MEASURED, size
+from qwlora.report.results_view import Job, without_folders
 from qwlora.report.section import Section, View
+
+NOT_RECORDED = Markup('<span class="nm">not recorded</span>')
 
 
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
     text = without_folders(job.recipe_text)
+    source, seed = job.setting("model", "source"), job.setting("seed")
+    versions, machine = job.section("run", "versions"), job.section("run", "machine")
+    adapters = {f"Adapter {name}": job.get("train", name, "fingerprint") for name in job.adapters}
+    hardware = (
+        machine.get("processor") or machine.get("architecture"),
+        f"{machine['cores']} cores" if machine.get("cores") else "",
+        f"{size(machine['memory_bytes'])} memory" if machine.get("memory_bytes") else "",
+        machine.get("system"),
+    )
+    times = {key: str(job.get("run", key) or "") for key in ("started", "finished")}
     return {
         "command": without_folders(job.command),
-        "facts": _facts(job),
+        "codes": {
+            "Base fingerprint": job.get("base", "fingerprint") or NOT_MEASURED,
+            **adapters,
+            "Model": without_folders(str(source)) if source else "",
+        },
+        "facts": {
+            "Seed": "" if seed is None else str(seed),
+            "Versions": ", ".join(map(" ".join, versions.items())) or NOT_RECORDED,
+            "Machine": ", ".join(str(part) for part in hardware if part) or NOT_RECORDED,
+            **{
+                key.capitalize(): time.replace("T", " ").replace("+00:00", " UTC")
+                for key, time in times.items()
+            },
+        },
         "recipe": text,
         "lines": len(text.splitlines()),
     }
 
 
-def _facts(job: Job) -> list[tuple[str, Markup | str, bool]]:
-    """Label, value, and whether it is in the typeface of code."""
-    facts: list[tuple[str, Markup | str, bool]] = []
-    facts.append(("Base fingerprint", str(job.get("base", "fingerprint") or NOT_MEASURED), True))
-    facts += [
-        (f"Adapter {name}", str(fingerprint), True)
-        for name in job.adapters
-        if (fingerprint := job.get("train", name, "fingerprint"))
-    ]
-    if source := job.setting("model", "source"):
-        facts.append(("Model", without_folders(str(source)), True))
-    if (seed := job.setting("seed")) is not None:
-        facts.append(("Seed", str(seed), False))
-    versions = job.section("run", "versions")
-    words = ", ".join(f"{name} {version}" for name, version in versions.items())
-    recorded = Markup('<span class="nm">not recorded</span>')
-    facts.append(("Versions", words or recorded, False))
-    machine = job.section("run", "machine")
-    memory = machine.get("memory_bytes")
-    parts = [
-        str(machine.get("processor") or machine.get("architecture") or ""),
-        f"{machine['cores']} cores" if machine.get("cores") else "",
-        f"{size(memory)} memory" if memory else "",
-        str(machine.get("system") or ""),
-    ]
-    facts.append(("Machine", ", ".join(p for p in parts if p) or recorded, False))
-    for key, label in (("started", "Started"), ("finished", "Finished")):
-        if time := job.get("run", key):
-            facts.append((label, str(time).replace("T", " ").replace("+00:00", " UTC"), False))
-    return facts
-
-
-SECTION = Section("reproduce", "Reproduce", "How do I get this again?", "reproduction.html", view)
+SECTION = Section(
+    id="reproduce",
+    label="Reproduce",
+    question="How do I get this again?",
+    view=view,
+    position=100,
+    of_job=True,
+)

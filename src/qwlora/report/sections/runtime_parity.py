@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from qwlora.report.checks import Outcome, outcome_of, proof_checks
-from qwlora.report.drawing import Drawing, Scale, figure, shortened, ticks
+from qwlora.report.drawing import Bar, Drawing, Scale, bars, figure, shortened, ticks
+from qwlora.report.findings import Outcome, outcome_of, proof_findings
 from qwlora.report.number_format import count, listed, precise_percent
-from qwlora.report.results_view import Job, code, runtime
+from qwlora.report.results_view import Job, capitalized, code, runtime
 from qwlora.report.section import Section, View
 
 MOST_SHOWN = 3.0  # times a limit; longer bars end there
 
 
 @dataclass(frozen=True)
-class Row:
+class Agreement:
     """One runtime; without `share` it was not checked, for the reason `why`."""
 
     name: str
@@ -26,23 +26,12 @@ class Row:
     why: str = ""
 
 
-@dataclass(frozen=True)
-class Limits:
-    """How much of each limit a runtime used."""
-
-    title: str
-    figure: Markup
-    caption: Markup | str
-
-
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
     name = adapter or job.adapters[0]
-    if not job.targets:
-        return None
-    rows = [_row(job, target, name) for target in job.targets]
+    rows = [_agreement(job, target, name) for target in job.targets]
     measured = [row for row in rows if row.share is not None]
-    if not measured and job.state != "finished":
+    if not rows or (not measured and job.state != "finished"):
         return None
     return {
         "figure": figure(lambda width: _draw(rows, width)) if measured else "",
@@ -51,11 +40,11 @@ def view(job: Job, adapter: str | None) -> View | None:
     }
 
 
-def _row(job: Job, target: str, adapter: str) -> Row:
+def _agreement(job: Job, target: str, adapter: str) -> Agreement:
     if (reason := job.stale.get((target, adapter))) is not None:
-        return Row(runtime(target), None, why=f"files changed after the check: {reason}")
+        return Agreement(runtime(target), None, why=f"files changed after the check: {reason}")
     place = ("parity", target, adapter)
-    return Row(
+    return Agreement(
         runtime(target),
         job.number(*place, "top1_agreement"),
         job.number(*place, "floor_top1_agreement"),
@@ -64,36 +53,29 @@ def _row(job: Job, target: str, adapter: str) -> Row:
     )
 
 
-def _draw(rows: list[Row], width: int) -> Drawing:
+def _draw(rows: list[Agreement], width: int) -> Drawing:
     narrow = width < 500
-    left, right, step = (0 if narrow else 152), 118 if not narrow else 62, 46 if narrow else 32
-    shares = [v for row in rows for v in (row.share, row.floor) if v is not None]
-    low = min(shares) - max(0.4 * (1 - min(shares)), 0.002)
-    scale = Scale(low, 1.0, left, width - right)
-    height = 50 + step * len(rows)
+    left, right, step = (0, 62, 46) if narrow else (152, 118, 32)
+    floors = [row.floor for row in rows if row.floor is not None]
+    least = min([*floors, *(row.share for row in rows if row.share is not None)])
+    low = least - max(0.4 * (1 - least), 0.002)
+    scale, height = Scale(low, 1.0, left, width - right), 50 + step * len(rows)
     words = "; ".join(
-        f"{row.name} {precise_percent(row.share)}"
+        f"{row.name} {row.why}"
+        if row.share is None
+        else f"{row.name} {precise_percent(row.share)}"
         + (f", noise floor {precise_percent(row.floor)}" if row.floor is not None else "")
-        if row.share is not None
-        else f"{row.name} {row.why}"
         for row in rows
     )
     drawing = Drawing(width, height, "Agreement by runtime", f"{words}.")
-    bottom = height - 28
-    floors = [row.floor for row in rows if row.floor is not None]
-    floor = max(floors, default=None)
-    if floor is not None:
-        word = "Below the noise floor: a real difference"
-        drawing.rect(left, 22, scale(floor) - left, bottom - 22, "below", word)
-        drawing.line(scale(floor), 16, scale(floor), bottom, "limit")
-        at_left = scale(floor) - left > 130
-        drawing.text(
-            scale(floor) + (-5 if at_left else 0),
-            12,
-            f"noise floor {precise_percent(floor)}",
-            "ax",
-            "end" if at_left else "start",
-        )
+    if floors:
+        floor, bottom = scale(max(floors)), height - 28
+        title = "Below the noise floor: a real difference"
+        drawing.rect(left, 22, floor - left, bottom - 22, "below", title)
+        drawing.line(floor, 16, floor, bottom, "limit")
+        words = f"noise floor {precise_percent(max(floors))}"
+        is_right = floor - left > 130
+        drawing.text(floor - 5 * is_right, 12, words, "ax", "end" if is_right else "start")
     for tick in ticks(low, 1.0, 3 if narrow else 5):
         anchor = "start" if scale(tick) < 16 else "middle"
         drawing.text(scale(tick), height - 8, f"{100 * tick:g}%", "ax", anchor)
@@ -106,92 +88,73 @@ def _draw(rows: list[Row], width: int) -> Drawing:
             continue
         y += 6 if narrow else 0
         drawing.line(left, y, width - right, y)
-        below = row.floor is not None and row.share < row.floor
-        title = f"{row.name}: {precise_percent(row.share)} of {count(row.tokens or 0)} tokens"
-        drawing.circle(scale(row.share), y, 6, f"mark {'d-loss' if below else 'd-gain'}", title)
-        drawing.text(width, y + 5, precise_percent(row.share), "nm2", "end")
+        color = "d-loss" if row.floor is not None and row.share < row.floor else "d-gain"
+        shown = precise_percent(row.share)
+        title = f"{row.name}: {shown} of {count(row.tokens or 0)} tokens"
+        drawing.circle(scale(row.share), y, 6, f"mark {color}", title)
+        drawing.text(width, y + 5, shown, "nm2", "end")
     return drawing
 
 
-def _answer(job: Job, adapter: str, rows: list[Row]) -> Markup:
-    outcomes = {t: outcome_of(list(proof_checks(job, t, adapter))) for t in job.targets}
-    if failed := [t for t in job.targets if outcomes[t] is Outcome.FAILED]:
+def _answer(job: Job, adapter: str, rows: list[Agreement]) -> Markup:
+    outcomes = [outcome_of(proof_findings(job, target, adapter)) for target in job.targets]
+    by_outcome = list(zip(job.targets, rows, outcomes, strict=True))
+    if failed := [t for t, _, outcome in by_outcome if outcome is Outcome.FAILED]:
         problems = job.get("parity", failed[0], adapter, "problems") or []
         return Markup("<b>{} does not.</b> {}.").format(
             listed([runtime(t) for t in failed]), "; ".join(str(p) for p in problems)
         )
-    if missing := [n for n, t in enumerate(job.targets) if outcomes[t] is Outcome.MISSING]:
+    if missing := [row for _, row, outcome in by_outcome if outcome is Outcome.MISSING]:
         return Markup("<b>Not proven for {}: {}.</b> Check the files with {}.").format(
-            listed([rows[n].name for n in missing]),
-            rows[missing[0]].why,
-            code(job.verb_command("verify")),
+            listed([row.name for row in missing]), missing[0].why, code(job.verb_command("verify"))
         )
-    answer = Markup("<b>{} {}.</b>").format(
-        listed([row.name for row in rows]), "does" if len(rows) == 1 else "do"
+    does = "does" if len(rows) == 1 else "do"
+    answer = Markup("<b>{} {}.</b>").format(listed([row.name for row in rows]), does)
+    graphs, weights = (
+        [runtime(t) for t in job.targets if job.compared_with(t, adapter) == kind]
+        for kind in ("simulated", "adapted")
     )
-    kinds = {t: job.compared_with(t, adapter) for t in job.targets}
-    if graphs := [runtime(t) for t, kind in kinds.items() if kind == "simulated"]:
+    if graphs:
         answer += Markup(
             " {} with the simulation at least as often as the simulation agrees with itself when "
             "sums are taken in another order."
         ).format("It agrees" if len(rows) == 1 else f"{listed(graphs)} agrees")
-    if weights := [runtime(t) for t, kind in kinds.items() if kind == "adapted"]:
+    if weights:
         answer += Markup(" {} has the logits of the trained model, up to rounding.").format(
             listed(weights)
         )
     return answer
 
 
-def _limits(job: Job, target: str, adapter: str) -> Limits | None:
-    if (target, adapter) in job.stale:
+def _limits(job: Job, target: str, adapter: str) -> dict[str, Markup | str] | None:
+    """Title, figure and caption: how much of each limit a runtime used."""
+    rows = []
+    for row in job.proof_rows(target, adapter):
+        if row.is_measured and row.shown_limit:
+            share, name = row.share_of_limit, capitalized(row.what)
+            color = "k-loss" if share > 1 else "k-gain"
+            part = (0.0, min(share, MOST_SHOWN), color, f"{name}: {row.shown_value}")
+            rows.append(Bar(name, row.shown_value, [part], "", (1.0, row.shown_limit)))
+    if not rows or (target, adapter) in job.stale:
         return None
-    used = [
-        (f"{row.what[:1].upper()}{row.what[1:]}", row.shown_value, row.share_of_limit)
-        for row in job.proof_rows(target, adapter)
-        if row.is_measured and row.shown_limit
-    ]
-    if not used:
-        return None
-    place = ("parity", target, adapter)
-    worst = job.get(*place, "worst_layer")
-    caption = Markup(
-        "Worst layer: {}. Each of {} layers was fed the simulation's own input."
-    ).format(code(str(worst)), count(job.number(*place, "layers") or 0))
-    return Limits(
-        f"{runtime(target)}, share of each limit used",
-        figure(lambda width: _bullets(used, width)),
-        caption if worst else "",
-    )
-
-
-def _bullets(used: list[tuple[str, str, float]], width: int) -> Drawing:
-    narrow = width < 500
-    left, right, step = (0, 0, 46) if narrow else (300, 170, 30)
-    most = min(max(1.25, *(share for _, _, share in used)), MOST_SHOWN)
-    scale = Scale(0, most, left, width - right)
-    words = "; ".join(f"{name} {shown}" for name, shown, _ in used)
-    drawing = Drawing(width, 26 + step * len(used), "Share of each limit used", f"{words}.")
-    drawing.text(scale(1), 12, "limit", "ax", "middle")
-    for number, (name, shown, share) in enumerate(used):
-        y = 24 + step * number + (18 if narrow else 0)
-        name = shortened(name, width - 130 if narrow else left - 8)
-        drawing.text(0, y - 7 if narrow else y + 11, name, "lb")
-        drawing.text(width, y - 7 if narrow else y + 11, shown, "nm2", "end")
-        drawing.rect(left, y, width - right - left, 12, "track", "", 2)
-        kind = "k-loss" if share > 1 else "k-gain"
-        drawing.rect(
-            left, y, scale(min(share, most)) - left, 12, f"mark {kind}", f"{name}: {shown}", 2
-        )
-        drawing.line(scale(1), y - (2 if narrow else 4), scale(1), y + 16, "limit")
-    return drawing
+    most = max(1.25, *(stop for row in rows for _, stop, _, _ in row.parts))
+    place, caption = ("parity", target, adapter), ""
+    if worst := job.get(*place, "worst_layer"):
+        caption = Markup(
+            "Worst layer: {}. Each of {} layers was fed the simulation's own input."
+        ).format(code(str(worst)), count(job.number(*place, "layers") or 0))
+    return {
+        "title": f"{runtime(target)}, share of each limit used",
+        "figure": figure(lambda width: bars("Share of each limit used", rows, most, width)),
+        "caption": caption,
+    }
 
 
 SECTION = Section(
-    "parity",
-    "Runtimes",
-    "Does each runtime compute what was trained?",
-    "runtime_parity.html",
-    view,
-    of_job=False,
+    id="parity",
+    label="Runtimes",
+    question="Does each runtime compute what was trained?",
+    view=view,
+    position=60,
     of_adapter=True,
 )

@@ -2,99 +2,101 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 
-from qwlora.report.number_format import precise_percent, significant
-from qwlora.report.report_table import Table
-from qwlora.report.results_view import Job, finite, runtime, tagged
-from qwlora.report.section import Section, View
+from qwlora.report.number_format import finite, precise_percent, significant, tagged
+from qwlora.report.results_view import KINDS, Job, runtime
+from qwlora.report.section import Cell, Section, Table, View
 
-STAGES = {
-    "float": "Float",
-    "base": "Packed base",
-    "adapted": "With adapter",
-    "simulated": "Simulated",
-}
 LOWER_IS_BETTER = ("perplexity", "byte_perplexity", "word_perplexity", "bits_per_byte")
+HEADS = {**KINDS, "float": "Float"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """The score of a task, and its place in the results."""
+
+    value: float
+    stderr: float | None
+    metric: str
+    shots: str
+    path: tuple[str, ...]
+
+    @property
+    def is_share(self) -> bool:
+        return 0 <= self.value <= 1
+
+    def shown(self, reference: Score | None) -> Markup:
+        """Value and standard error; bold if it differs from the reference by more than two."""
+        written = precise_percent if self.is_share else significant
+        value = tagged(written(self.value), self.value, (*self.path, "value"))
+        if self.stderr is None:
+            return value
+        cell = value + Markup(' <span class="u">± {}</span>').format(written(self.stderr))
+        if reference is None:
+            return cell
+        stderr = (self.stderr**2 + (reference.stderr or 0.0) ** 2) ** 0.5
+        is_apart = abs(self.value - reference.value) > 2 * stderr
+        return Markup("<b>{}</b>").format(cell) if is_apart else cell
 
 
 def view(job: Job, adapter: str | None) -> View | None:
     """None without tasks: the section would be empty."""
-    name = adapter or job.adapters[0]
-    scores = {stage: _scores(job, stage, name) for stage in _stages(job)}
-    tasks = list(dict.fromkeys(task for found in scores.values() for task in found))
-    if not tasks:
-        return None
-    stages = [stage for stage, found in scores.items() if found]
-    rows: list[list[str | Markup | None]] = []
+    scores = {
+        stage: found
+        for stage in dict.fromkeys([*HEADS, *job.section("tasks")])
+        if (found := _scores(job, stage, adapter or job.adapters[0]))
+    }
+    tasks = dict.fromkeys(task for found in scores.values() for task in found)
+    rows: list[dict[str, Cell]] = []
     for task in tasks:
-        first = next(found[task] for found in scores.values() if task in found)[1]
-        metric = str(first.get("metric", ""))
-        arrow = "↓" if metric in LOWER_IS_BETTER else "↑"
+        first = next(found[task] for found in scores.values() if task in found)
+        arrow = "↓" if first.metric in LOWER_IS_BETTER else "↑"
         reference = scores.get("float", {}).get(task)
-        cells = [_cell(scores[stage].get(task), reference) for stage in stages]
-        rows.append([task, str(first.get("shots", "")), f"{metric} {arrow}", *cells])
-    columns = ("Task", "Shots", "Measure", *(STAGES.get(s, runtime(s)) for s in stages))
-    return {
-        "table": Table(
-            "Value ± standard error; bold differs from float by more than 2 standard errors. "
-            "The arrow points to the better direction.",
-            columns,
-            rows,
-            left=(2,),
-            sortable=True,
-        )
-    }
-
-
-def _stages(job: Job) -> list[str]:
-    others = [stage for stage in job.section("tasks") if stage not in STAGES]
-    return [*STAGES, *others]
-
-
-def _scores(
-    job: Job, stage: str, adapter: str
-) -> dict[str, tuple[tuple[str, ...], dict[str, Any]]]:
-    """Path and score of each task; a stage of an adapter has its name in between."""
-    path: tuple[str, ...] = ("tasks", stage)
-    found = job.section(*path)
-    if isinstance(own := found.get(adapter), dict) and "value" not in own:
-        found, path = own, (*path, adapter)
-    return {
-        task: ((*path, task), score)
-        for task, score in found.items()
-        if isinstance(score, dict) and finite(score.get("value")) is not None
-    }
-
-
-def _cell(
-    found: tuple[tuple[str, ...], dict[str, Any]] | None,
-    reference: tuple[tuple[str, ...], dict[str, Any]] | None,
-) -> Markup | None:
-    if found is None:
+        row: dict[str, Cell] = {"Task": task, "Shots": first.shots}
+        row["Measure"] = f"{first.metric} {arrow}"
+        for stage, found in scores.items():
+            head = HEADS.get(stage, runtime(stage))
+            head = stage if head in row else head  # two targets of one runtime
+            row[head] = found[task].shown(reference) if task in found else None
+        rows.append(row)
+    if not rows:
         return None
-    path, score = found
-    value, stderr = float(score["value"]), finite(score.get("stderr"))
-    write = precise_percent if 0 <= value <= 1 else significant
-    shown = tagged(write(value), value, (*path, "value"))
-    if stderr is None:
-        return shown
-    cell = shown + Markup(' <span class="u">± {}</span>').format(write(stderr))
-    if reference is None or reference[1] is score:
-        return cell
-    other = finite(reference[1].get("stderr")) or 0.0
-    apart = abs(value - float(reference[1]["value"])) > 2 * (stderr**2 + other**2) ** 0.5
-    return Markup("<b>{}</b>").format(cell) if apart else cell
+    caption = (
+        "Value ± standard error; bold differs from float by more than 2 standard errors. "
+        "The arrow points to the better direction."
+    )
+    return {"table": Table(caption, rows, words=("Measure",), sortable=True)}
+
+
+def _scores(job: Job, stage: str, adapter: str) -> dict[str, Score]:
+    """The score of each task; the name of an adapter is between its stage and its tasks."""
+    path: tuple[str, ...] = ("tasks", stage)
+    of_adapter = job.section(*path, adapter)
+    if of_adapter and "value" not in of_adapter:
+        path = (*path, adapter)
+    tasks: dict[str, Any] = job.section(*path)
+    return {
+        task: Score(
+            value,
+            finite(score.get("stderr")),
+            str(score.get("metric", "")),
+            str(score.get("shots", "")),
+            (*path, task),
+        )
+        for task, score in tasks.items()
+        if isinstance(score, dict) and (value := finite(score.get("value"))) is not None
+    }
 
 
 SECTION = Section(
-    "tasks",
-    "Tasks",
-    "How well does it answer?",
-    "task_scores.html",
-    view,
-    of_job=False,
+    id="tasks",
+    label="Tasks",
+    question="How well does it answer?",
+    view=view,
+    position=70,
     of_adapter=True,
 )

@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 from markupsafe import Markup
 
 from qwlora.report.drawing import Drawing, Scale, figure, ticks
-from qwlora.report.number_format import count, fixed, percent, seconds, size
-from qwlora.report.results_view import NOT_MEASURED, Job, code, finite, tagged
+from qwlora.report.number_format import (
+    NOT_MEASURED,
+    count,
+    finite,
+    fixed,
+    percent,
+    seconds,
+    size,
+    three_decimals,
+)
+from qwlora.report.results_view import Job, code
 from qwlora.report.section import Section, View
 
 SMOOTHED = 8  # steps
@@ -22,6 +30,7 @@ class Course:
     """The losses of one adapter.
 
     Args:
+        losses: of each step that ran.
         steps: of the whole training; more than `losses` while it runs.
         held_out: (step, loss).
         is_evaluated: whether held-out loss was measured during training, not only at both ends.
@@ -35,173 +44,169 @@ class Course:
     best_step: int | None
     limit: float | None
 
+    @property
+    def means(self) -> list[float]:
+        """The mean of up to the last 8 losses at each step."""
+        sums = [0.0]
+        for loss in self.losses:
+            sums.append(sums[-1] + loss)
+        return [
+            (sums[n] - sums[max(0, n - SMOOTHED)]) / min(n, SMOOTHED) for n in range(1, len(sums))
+        ]
+
 
 def course(job: Job, adapter: str) -> Course | None:
     """What was measured while `adapter` was trained; None if nothing was."""
-    live = job.section("run", "training")
+    live, train = job.section("run", "training"), job.section("train", adapter)
     is_live = live.get("adapter") == adapter
-    train = job.section("train", adapter) or (live if is_live else {})
+    has_ends = bool(train) or not is_live
+    train = train or (live if is_live else {})
     losses = [x for x in map(finite, train.get("losses") or []) if x is not None]
     if not losses:
         return None
     steps = max(int(train.get("steps") or 0), len(losses))
-    evaluations = [
-        (int(step), float(loss)) for step, loss in train.get("evaluations") or [] if finite(loss)
-    ]
-    held_out = list(evaluations)
-    ends = _ends(job, adapter, steps) if not is_live or job.section("train", adapter) else []
-    known = {step for step, _ in held_out}
-    held_out = sorted([*held_out, *(end for end in ends if end[0] not in known)])
+    evaluations = {
+        int(step): float(loss) for step, loss in train.get("evaluations") or [] if finite(loss)
+    }
+    # held-out loss before and after training: the logarithms of two perplexities
+    ends = dict[int, float]()
+    before, after = job.perplexity("base", adapter), job.perplexity("adapted", adapter)
+    if has_ends and before and job.get("train", adapter, "settings", "init") in (None, "zero"):
+        ends[0] = math.log(before)
+    if has_ends and after:
+        ends[steps] = math.log(after)
     return Course(
         losses,
         steps,
-        held_out,
+        sorted((ends | evaluations).items()),
         bool(evaluations),
         train.get("best_step"),
         finite(train.get("limit")),
     )
 
 
-def _ends(job: Job, adapter: str, steps: int) -> list[tuple[int, float]]:
-    """Held-out loss before and after training: the logarithms of two perplexities."""
-    before, after = job.perplexity("base", adapter), job.perplexity("adapted", adapter)
-    starts = job.get("train", adapter, "settings", "init") in (None, "zero")
-    ends = [(0, math.log(before))] if before and starts else []
-    return [*ends, (steps, math.log(after))] if after else ends
-
-
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
     name = adapter or job.adapters[0]
-    found = course(job, name)
-    if found is None:
+    run = course(job, name)
+    if run is None:
         return None
-    running = len(found.losses) < found.steps and job.state == "running"
+    is_part = len(run.losses) < run.steps
+    is_running = is_part and job.state == "running"
     return {
-        "question": "Is training going well?" if running else "Did training work?",
-        "hatched": len(found.losses) < found.steps,
-        "figure": figure(lambda width: _draw(found, width)),
-        "answer": _answer(job, name, found),
+        "question": "Is training going well?" if is_running else "Did training work?",
+        "hatched": is_part,
+        "figure": figure(lambda width: _draw(run, width)),
+        "answer": _answer(run),
         "facts": _facts(job, name),
     }
 
 
-def smoothed(losses: list[float]) -> list[float]:
-    """The mean of up to the last 8 losses at each step."""
-    sums = [0.0]
-    for loss in losses:
-        sums.append(sums[-1] + loss)
-    return [(sums[n] - sums[max(0, n - SMOOTHED)]) / min(n, SMOOTHED) for n in range(1, len(sums))]
-
-
-def _draw(found: Course, width: int) -> Drawing:
+def _draw(run: Course, width: int) -> Drawing:
     narrow = width < 500
     left, right, bottom, top = 38, (16 if narrow else 150), 240, 22
-    means = smoothed(found.losses)
-    values = [*found.losses, *(loss for _, loss in found.held_out)]
-    values += [found.limit] if found.limit is not None else []
+    end, means, done = width - right, run.means, len(run.losses)
+    values = [*run.losses, *(loss for _, loss in run.held_out)]
+    values += [run.limit] if run.limit is not None else []
     low, high = min(values), max(values)
     margin = 0.06 * ((high - low) or abs(high) or 1)
-    x = Scale(0, found.steps, left, width - right)
+    x = Scale(0, run.steps, left, end)
     y = Scale(low - margin, high + margin, bottom, top)
-    drawing = Drawing(width, 270, "Training and held-out loss", _description(found, means))
+    drawing = Drawing(width, 270, "Training and held-out loss", _description(run, means))
     marks = ticks(y.low, y.high, 5)
-    digits = max(0, -math.floor(math.log10(marks[1] - marks[0]))) if len(marks) > 1 else 2
-    for tick in marks:
-        drawing.line(left, y(tick), width - right, y(tick))
-        drawing.text(left - 6, y(tick) + 4, fixed(tick, max(digits, 1)), "ax", "end")
-    for tick in ticks(0, found.steps, 4 if narrow else 6):
-        if tick == int(tick) and x(tick) < width - right - 40:
+    digits = max(1, -math.floor(math.log10(marks[1] - marks[0]))) if len(marks) > 1 else 2
+    drawing.horizontal_grid(y, left, end, lambda tick: fixed(tick, digits))
+    for tick in ticks(0, run.steps, 4 if narrow else 6):
+        if tick == int(tick) and x(tick) < end - 40:
             drawing.text(x(tick), bottom + 20, count(tick), "ax", "middle")
-    drawing.text(width - right, bottom + 20, f"step {count(found.steps)}", "ax", "end")
-    done = len(found.losses)
-    if done < found.steps:
-        title = f"Steps {done + 1} to {found.steps}: still to come"
-        drawing.rect(x(done), top, width - right - x(done), bottom - top, "hatch", title)
-    points = [(x(n), y(loss)) for n, loss in enumerate(found.losses, 1)]
+    drawing.text(end, bottom + 20, f"step {count(run.steps)}", "ax", "end")
+    if done < run.steps:
+        title = f"Steps {done + 1} to {run.steps}: still to come"
+        drawing.rect(x(done), top, end - x(done), bottom - top, "hatch", title)
+    points = [(x(n), y(loss)) for n, loss in enumerate(run.losses, 1)]
     if done > MOST_STEPS:
-        _band(drawing, points)
+        columns: dict[int, list[float]] = {}
+        for px, py in points:
+            columns.setdefault(int(px), []).append(py)
+        upper = [(float(px), min(ys)) for px, ys in columns.items()]
+        lower = [(float(px), max(ys)) for px, ys in columns.items()]
+        drawing.polyline([*upper, *reversed(lower)], "mark band", "Z")
     else:
         drawing.polyline(points, "mark raw")
-    drawing.polyline(_thinned([(x(n), y(m)) for n, m in enumerate(means, 1)]), "mark l-train")
-    _held_out(drawing, found, x, y)
-    _words(drawing, found, means[-1], y, None if narrow else x(done) + 10)
-    if found.limit is not None:
-        drawing.line(left, y(found.limit), width - right, y(found.limit), "limit")
-        drawing.text(left + 4, y(found.limit) - 6, f"divergence limit {fixed(found.limit)}", "ax")
-        drawing.circle(x(done), y(found.losses[-1]), 6, "worst", f"Stopped at step {done}")
+    line = [(x(n), y(mean)) for n, mean in enumerate(means, 1)]
+    thinned = max(1, len(line) // 1500)  # at most two points a pixel
+    drawing.polyline([*line[:-1:thinned], line[-1]], "mark l-train")
+    held_out = [(x(step), y(loss)) for step, loss in run.held_out]
+    drawing.polyline(held_out, "l-held2" if run.is_evaluated else "l-held")
+    for (step, loss), place in zip(run.held_out, held_out, strict=True):
+        is_kept = step == run.best_step
+        title = f"Held out, step {step}: {three_decimals(loss)} nats{', kept' * is_kept}"
+        drawing.circle(*place, 6 if is_kept else 5, "mark d-held", title)
+    _last_losses(drawing, run, means[-1], y, None if narrow else x(done) + 10)
+    if run.limit is not None:
+        drawing.line(left, y(run.limit), end, y(run.limit), "limit")
+        drawing.text(left + 4, y(run.limit) - 6, f"divergence limit {fixed(run.limit)}", "ax")
+        drawing.circle(x(done), y(run.losses[-1]), 6, "worst", f"Stopped at step {done}")
     return drawing
 
 
-def _held_out(drawing: Drawing, found: Course, x: Scale, y: Scale) -> None:
-    points = [(x(step), y(loss)) for step, loss in found.held_out]
-    drawing.polyline(points, "l-held" if not found.is_evaluated else "l-held2")
-    for step, loss in found.held_out:
-        best = ", kept" if step == found.best_step else ""
-        title = f"Held out, step {step}: {fixed(loss, 3)} nats{best}"
-        drawing.circle(x(step), y(loss), 6 if best else 5, "mark d-held", title)
-
-
-def _words(drawing: Drawing, found: Course, mean: float, y: Scale, beside: float | None) -> None:
-    """The last losses: beside the ends of their lines, or above the plot where that is narrow."""
+def _last_losses(
+    drawing: Drawing, run: Course, mean: float, y: Scale, beside: float | None
+) -> None:
+    """In words: beside the ends of the lines, or above the plot where that is narrow."""
     training = f"{fixed(mean)} training, mean"
-    held_out = f"{fixed(found.held_out[-1][1])} held out" if found.held_out else ""
+    held_out = f"{fixed(run.held_out[-1][1])} held out" if run.held_out else ""
     if beside is None:
         drawing.text(38, 12, training, "tt")
         drawing.text(drawing.width - 16, 12, held_out, "th", "end")
         return
-    end, last = y(mean), y(found.held_out[-1][1]) if found.held_out else None
-    apart = last is not None and abs(last - end) < 16
-    below = (16 if last is not None and last <= end else -12) if apart else 0
-    drawing.text(beside, end + 4 + below, training, "tt")
-    if last is not None:
+    end, shift = y(mean), 0
+    if run.held_out:
+        last = y(run.held_out[-1][1])
         drawing.text(beside, last + 4, held_out, "th")
+        if abs(last - end) < 16:
+            shift = 16 if last <= end else -12
+    drawing.text(beside, end + 4 + shift, training, "tt")
 
 
-def _band(drawing: Drawing, points: list[tuple[float, float]]) -> None:
-    columns: dict[int, list[float]] = {}
-    for px, py in points:
-        columns.setdefault(int(px), []).append(py)
-    upper = [(float(px), min(ys)) for px, ys in columns.items()]
-    lower = [(float(px), max(ys)) for px, ys in columns.items()]
-    drawing.band(upper, lower, "mark band")
-
-
-def _thinned(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """At most two points a pixel."""
-    step = max(1, len(points) // 1500)
-    return [*points[::step], points[-1]] if step > 1 else points
-
-
-def _description(found: Course, means: list[float]) -> str:
-    held = "".join(f" Held-out loss at step {s}: {fixed(v, 3)}." for s, v in found.held_out[:12])
+def _description(run: Course, means: list[float]) -> str:
+    held_out = "".join(
+        f" Held-out loss at step {step}: {three_decimals(loss)}."
+        for step, loss in run.held_out[:12]
+    )
     return (
-        f"Training loss, mean of {SMOOTHED} steps: from {fixed(means[0], 3)} to "
-        f"{fixed(means[-1], 3)} over {count(len(means))} of {count(found.steps)} steps.{held}"
+        f"Training loss, mean of {SMOOTHED} steps: from {three_decimals(means[0])} to "
+        f"{three_decimals(means[-1])} over {count(len(means))} of {count(run.steps)} steps."
+        f"{held_out}"
     )
 
 
-def _answer(job: Job, adapter: str, found: Course) -> Markup:
-    first, last = found.losses[0], smoothed(found.losses)[-1]
-    done = len(found.losses)
-    if found.limit is not None:
+def _answer(run: Course) -> Markup:
+    first, last, done = run.losses[0], run.means[-1], len(run.losses)
+    if run.limit is not None:
         return Markup(
             "<b>No: it diverged at step {}.</b> The loss was {}, above the limit of {}."
-        ).format(count(done), fixed(found.losses[-1]), fixed(found.limit))
-    if done < found.steps:
-        word = "So far, yes" if last < first else "Not yet"
+        ).format(count(done), fixed(run.losses[-1]), fixed(run.limit))
+    if done < run.steps:
         return Markup(
             "<b>{}: step {} of {}, loss {} at first and {} now.</b> No step was above the "
             "divergence limit."
-        ).format(word, count(done), count(found.steps), fixed(first), fixed(last))
-    if len(found.held_out) < 2:
-        word = "The training loss fell" if last < first else "The training loss did not fall"
-        return Markup("<b>{}: {} to {} nats per token.</b> On held-out text: {}.").format(
-            word, fixed(first), fixed(last), NOT_MEASURED
+        ).format(
+            "So far, yes" if last < first else "Not yet",
+            count(done),
+            count(run.steps),
+            fixed(first),
+            fixed(last),
         )
-    (first_step, before), (_, after) = found.held_out[0], found.held_out[-1]
-    if found.is_evaluated and found.best_step is not None:
-        after = dict(found.held_out).get(found.best_step, after)
+    if len(run.held_out) < 2:
+        return Markup(
+            "<b>The training loss {}: {} to {} nats per token.</b> On held-out text: {}."
+        ).format(
+            "fell" if last < first else "did not fall", fixed(first), fixed(last), NOT_MEASURED
+        )
+    (first_step, before), (_, after) = run.held_out[0], run.held_out[-1]
+    if run.is_evaluated and run.best_step is not None:
+        after = dict(run.held_out).get(run.best_step, after)
     fell = after < before
     sentence = Markup("<b>{}: held-out loss {} from {}{} to {} nats per token.</b> ").format(
         "Yes" if fell else "No",
@@ -210,57 +215,43 @@ def _answer(job: Job, adapter: str, found: Course) -> Markup:
         f" at step {first_step}" if first_step else "",
         fixed(after),
     )
-    if found.is_evaluated:
-        kept = f"The adapter of step {count(found.best_step)} was kept." if found.best_step else ""
+    if run.is_evaluated:
+        kept = f"The adapter of step {count(run.best_step)} was kept." if run.best_step else ""
         return sentence + kept
     return sentence + Markup(
         "Between start and end it was {}. Set {} to see where it stops falling."
-    ).format(NOT_MEASURED, code(f"evaluation_steps: {max(1, found.steps // 6)}"))
+    ).format(NOT_MEASURED, code(f"evaluation_steps: {max(1, run.steps // 6)}"))
 
 
 def _facts(job: Job, adapter: str) -> list[tuple[str, Markup | str]]:
-    train, path = job.section("train", adapter), ("train", adapter)
+    """Labels and values."""
+    path, setting = ("train", adapter), job.adapter_settings().get(adapter, {})
+    train = job.section(*path)
     if not train:
         return []
-    setting = _setting(job, adapter)
-    facts: list[tuple[str, Markup | str]] = []
-    steps = job.number(*path, "steps")
-    batch = setting.get("batch_sequences")
-    of = f", of {batch} sequence{'s' if batch != 1 else ''}" if batch else ""
-    if steps is not None:
-        facts.append(("Steps", tagged(count(steps), steps, (*path, "steps")) + of))
-    for key, label, write in (
-        ("step_seconds", "Time per step", seconds),
-        ("peak_rss_bytes", "Peak memory", size),
-    ):
-        if (value := job.number(*path, key)) is not None:
-            facts.append((label, tagged(write(value), value, (*path, key))))
-    if (trained := job.number(*path, "trainable_parameters")) is not None:
-        whole = (job.number("base", "weights") or 0) + (job.number("base", "float_weights") or 0)
-        share = f" ({percent(trained / whole)} of the model)" if whole else ""
-        place = (*path, "trainable_parameters")
-        facts.append(("Trained parameters", tagged(count(trained), trained, place) + share))
-    if rate := setting.get("learning_rate"):
-        warm = setting.get("warmup_steps")
-        rest = f", {setting.get('schedule')}" + (f", {warm} warm-up steps" if warm else "")
-        facts.append(("Learning rate", f"{rate:g}{rest}"))
-    if compute := train.get("compute"):
-        facts.append(("Precision", str(compute)))
-    return facts
-
-
-def _setting(job: Job, adapter: str) -> dict[str, Any]:
-    listed = job.setting("adapters")
-    found = [a for a in listed if a.get("name") == adapter] if isinstance(listed, list) else []
-    return found[0] if found else {}
+    batch, rate = setting.get("batch_sequences"), setting.get("learning_rate")
+    of_batch = f", of {batch} sequence{'s' if batch != 1 else ''}" if batch else ""
+    whole = (job.number("base", "weights") or 0) + (job.number("base", "float_weights") or 0)
+    trained, warm = job.number(*path, "trainable_parameters") or 0, setting.get("warmup_steps")
+    warm_up = f", {warm} warm-up steps" if warm else ""
+    steps, parameters = (job.shown(count, *path, key) for key in ("steps", "trainable_parameters"))
+    share = f" ({percent(trained / whole)} of the model)" if whole else ""
+    facts: dict[str, Markup | str | None] = {
+        "Steps": steps and steps + of_batch,
+        "Time per step": job.shown(seconds, *path, "step_seconds"),
+        "Peak memory": job.shown(size, *path, "peak_rss_bytes"),
+        "Trained parameters": parameters and parameters + share,
+        "Learning rate": f"{rate:g}, {setting.get('schedule')}{warm_up}" if rate else None,
+        "Precision": train.get("compute"),
+    }
+    return [(label, value) for label, value in facts.items() if value]
 
 
 SECTION = Section(
-    "training",
-    "Training",
-    "Did training work?",
-    "training_course.html",
-    view,
-    of_job=False,
+    id="training",
+    label="Training",
+    question="Did training work?",
+    view=view,
+    position=30,
     of_adapter=True,
 )

@@ -51,14 +51,14 @@
   function showAll(id) {
     var rows = document.querySelector('script[data-rows="' + id + '"]');
     if (!rows) return;
-    var left = JSON.parse(rows.dataset.left);
+    var words = rows.dataset.words.split(" ");
     var body = document.querySelector('table[aria-labelledby="' + id + '"]').tBodies[0];
     body.insertAdjacentHTML("beforeend", JSON.parse(rows.textContent).map(function (row) {
       return "<tr>" + row.map(function (cell, n) {
         if (!n) return '<th scope="row">' + cell + "</th>";
         if (cell === null) return '<td class="e"><span class="vh">not measured</span></td>';
         if (cell instanceof Array) return '<td><data value="' + cell[1] + '">' + cell[0] + "</data></td>";
-        return (left.indexOf(n) < 0 ? "<td>" : '<td class="l">') + cell + "</td>";
+        return (words.indexOf(String(n)) < 0 ? "<td>" : '<td class="l">') + cell + "</td>";
       }).join("") + "</tr>";
     }).join(""));
     rows.remove();

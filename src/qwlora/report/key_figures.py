@@ -1,0 +1,284 @@
+"""The six figures below the verdict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+from markupsafe import Markup
+
+from qwlora.report.number_format import (
+    NOT_MEASURED,
+    Format,
+    count,
+    fixed,
+    percent,
+    perplexity,
+    precise_percent,
+    seconds,
+    significant,
+    size,
+    tagged,
+    valued,
+)
+from qwlora.report.results_view import FILES, Job, code, runtime
+
+PERPLEXITY = (
+    "Perplexity: how surprised the model is by held-out text, on average. 1 is perfect. Lower is "
+    "better."
+)
+KL = (
+    "KL divergence: how far the next-token probabilities moved from the float model, in nats. "
+    "0 means identical."
+)
+SHIPPING = (
+    "What you lose between the trained adapter and the exported file: integer activations, then "
+    "the runtime."
+)
+SAME_TOKEN = (
+    "Same likeliest token: how often two models would pick the same next word. Here: exported file "
+    "against simulation."
+)
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One key figure: `value` with its unit, a definition behind the question mark, a note."""
+
+    label: str
+    tip: str
+    value: Markup | None
+    note: Markup | str = ""
+    unit: str = ""
+
+    @property
+    def shown(self) -> Markup:
+        return NOT_MEASURED if self.value is None else self.value
+
+
+def tiles(job: Job) -> list[Tile]:
+    """The key figures of a job, as far as it got."""
+    if job.state not in ("finished", "failed") or not job.adapters:
+        return _of_unfinished(job)
+    if len(job.adapters) > 1:
+        return _of_several(job)
+    adapter = job.adapters[0]
+    return [
+        _perplexity(job, adapter),
+        _packing(job, adapter),
+        _shipping(job, adapter),
+        _divergence(job, adapter),
+        _same_token(job, adapter),
+        _file_size(job, adapter),
+    ]
+
+
+def _add(job: Job, verb: str) -> Markup:
+    """How to measure what was not measured."""
+    if job.state == "running":
+        return Markup("not yet")
+    return Markup("add it: {}").format(code(job.verb_command(verb)))
+
+
+def _change(written: Callable[[float, bool], str], value: float | None) -> Markup | None:
+    return None if value is None else valued(written(value, True), value)
+
+
+def _perplexity(job: Job, adapter: str) -> Tile:
+    kind = job.final_kind(adapter) or "simulated"
+    label = "Perplexity, simulated" if kind == "simulated" else "Perplexity, with adapter"
+    value = job.shown(perplexity, *job.path(kind, adapter))
+    reference, change = job.perplexity("float", adapter), job.gains().get(adapter)
+    note: Markup | str = "there is no float model to compare with"
+    if change is not None:
+        note = f"{percent(change, sign=True)} against the float model"
+    elif value is None:
+        note = _add(job, "evaluate")
+    unit = f"float {perplexity(reference)}" if reference else ""
+    return Tile(label, PERPLEXITY, value, note, unit)
+
+
+def _packing(job: Job, adapter: str) -> Tile:
+    """How much worse the packed base is than the float model."""
+    bits = job.number("base", "bits_per_weight")
+    tip = (
+        "How much worse the model got when its weights became integers"
+        f"{f' of {bits:.2f} bits each' if bits else ''}, before any training."
+    )
+    before, after = (job.perplexity(kind, adapter) for kind in ("float", "base"))
+    note: Markup | str = _add(job, "evaluate")
+    if before and after:
+        note = f"{perplexity(before)} to {perplexity(after)}, before training"
+    elif after:
+        note = "the model's files hold only integers"
+    return Tile(
+        "Cost of packing", tip, _change(percent, job.change("base", "float", adapter)), note
+    )
+
+
+def _drifts(job: Job, adapter: str) -> dict[str, float]:
+    """How far the files for each target are from what is expected."""
+    drifts = {target: job.drift(target, adapter) for target in job.targets}
+    return {target: drift for target, drift in drifts.items() if drift is not None}
+
+
+def _shipping_cost(job: Job, adapter: str) -> tuple[float | None, str]:
+    """Relative perplexity between the trained adapter and the exported file that is furthest from
+    what is expected; and its parts in words."""
+    drifts = _drifts(job, adapter)
+    if not drifts:
+        return None, ""
+    target = max(drifts, key=lambda t: abs(drifts[t]))
+    drift, words = drifts[target], f"export {precise_percent(drifts[target], True)}"
+    if job.compared_with(target, adapter) == "adapted":
+        return drift, words  # the files hold no activations
+    simulation = job.change("simulated", "adapted", adapter)
+    if simulation is None:
+        return None, ""
+    words = f"simulation {precise_percent(simulation, True)}, {words}"
+    return (1 + simulation) * (1 + drift) - 1, words
+
+
+def _shipping(job: Job, adapter: str) -> Tile:
+    cost, note = _shipping_cost(job, adapter)
+    note_or_command = note or _add(job, "verify")
+    return Tile("Cost of shipping", SHIPPING, _change(percent, cost), note_or_command)
+
+
+def _divergence(job: Job, adapter: str) -> Tile:
+    """KL divergence of the last model from the float model."""
+    label = "KL to float, mean"
+    for kind, word in (("simulated", "simulated"), ("adapted", "with adapter"), ("base", "base")):
+        path = job.path(kind, adapter, "kl")
+        if (value := job.shown(significant, *path, "mean")) is not None:
+            stderr = job.number(*path, "stderr")
+            error = f" ± {significant(stderr, 2)}" if stderr is not None else ""
+            return Tile(label, KL, value, f"{word}{error}", "nats")
+    return Tile(label, KL, None, _add(job, "evaluate"))
+
+
+def _same_token(job: Job, adapter: str) -> Tile:
+    path = job.worst_proof(adapter, "top1_agreement", min)
+    if not path:
+        return Tile("Same likeliest token", SAME_TOKEN, None, _add(job, "verify"))
+    floor = job.number(*path[:-1], "floor_top1_agreement")
+    note = f"noise floor {precise_percent(floor)}" if floor is not None else runtime(path[1])
+    value = job.shown(precise_percent, *path)
+    return Tile("Same likeliest token", SAME_TOKEN, value, note)
+
+
+def _file_size(job: Job, adapter: str) -> Tile:
+    target = job.targets[0] if job.targets else ""
+    name = FILES.get(target, f"files for {target}" if target else "exported file")
+    path, tip, note = ("export", target, adapter, "bytes"), "Graph and weights.", ""
+    value, packed, whole = job.number(*path), job.number("base", "bytes"), job.float_bytes
+    if (base := job.number("export", target, "base", "bytes")) is not None:
+        tip = "What each further adapter costs. Graph and weights are in the base."
+        note = f"the adapter; the base has {size(base)}"
+    elif packed:
+        tip += f" Packed layers take {size(packed)}; what stayed float takes the rest."
+    if value is None:
+        return Tile(f"Size of the {name}", tip, None, _add(job, "export"))
+    if whole and not note:
+        note = f"{value / whole:.0%} of {size(whole)} in float32"
+    number, unit = size(value).split(" ")
+    return Tile(f"Size of the {name}", tip, tagged(number, value, path), note, unit)
+
+
+def _of_several(job: Job) -> list[Tile]:
+    """The same figures for several adapters: always the worst of them, by name."""
+    names, gains = job.adapters, job.gains()
+    weakest = max(gains, key=lambda n: gains[n], default="")
+    better = Tile(
+        "Better than the float model",
+        "Adapters with a lower perplexity than the float model, each on its own held-out text.",
+        Markup("{} <small>of {}</small>").format(
+            sum(change < 0 for change in gains.values()), len(names)
+        )
+        if gains
+        else None,
+        f"weakest: {weakest}, {percent(gains[weakest], sign=True)}"
+        if gains
+        else _add(job, "evaluate"),
+    )
+    target = job.targets[0] if job.targets else ""
+    costs = {name: _shipping_cost(job, name)[0] for name in names}
+    kls = {name: job.number(*job.path("simulated", name, "kl"), "mean") for name in names}
+    places = {name: job.worst_proof(name, "top1_agreement", min) for name in names}
+    shares = {name: job.number(*place) for name, place in places.items() if place}
+    sizes = [b for n in names if (b := job.number("export", target, n, "bytes")) is not None]
+    total = sum(sizes) + (job.number("export", target, "base", "bytes") or 0.0)
+    number, unit = size(total).split(" ")
+    label, tip = "Size of all files", "Exported files of all adapters, and of their base."
+    files = Tile(label, tip, None, _add(job, "export"))
+    if sizes:
+        exported = f"{len(sizes)} of {len(names)} adapters exported"
+        files = Tile(label, tip, valued(number, total), exported, unit)
+    return [
+        better,
+        _packing(job, names[0]),
+        _worst(job, _shipping, costs),
+        _worst(job, _divergence, kls),
+        _worst(job, _same_token, shares, min),
+        files,
+    ]
+
+
+def _worst(
+    job: Job,
+    tile_of: Callable[[Job, str], Tile],
+    values: Mapping[str, float | None],
+    worst: Callable[..., str] = max,
+) -> Tile:
+    """The tile of the adapter with the worst value, which names it."""
+    known = {name: value for name, value in values.items() if value is not None}
+    if not known:
+        return tile_of(job, job.adapters[0])
+    name = worst(known, key=lambda n: known[n])
+    tile = tile_of(job, name)
+    return replace(tile, note=Markup("worst: {}, {}").format(name, tile.note))
+
+
+def _of_unfinished(job: Job) -> list[Tile]:
+    training = job.section("run", "training")
+    adapter = str(training.get("adapter") or (job.adapters or [""])[0])
+    done, plan = len(job.finished_stages), len(job.planned_stages)
+    rest = (training.get("steps") or 0) - (training.get("step") or 0)
+    step_seconds = job.number("run", "training", "step_seconds") if training.get("steps") else None
+    losses = training.get("losses") or []
+    last = losses[-8:]
+
+    def value(written: Format, number: float | None) -> Markup | None:
+        return None if number is None else valued(written(number), number)
+
+    return [
+        Tile(
+            "Time so far",
+            "Time of all stages so far, also of those that an earlier run finished.",
+            value(seconds, job.seconds_so_far),
+            f"{done}{f' of {plan}' if plan else ''} stages done",
+        ),
+        Tile(
+            "Left in training",
+            "Remaining steps times the mean time of a step.",
+            value(lambda s: f"about {seconds(s)}", step_seconds and step_seconds * rest),
+            "no adapter is being trained"
+            if step_seconds is None
+            else f"{count(rest)} steps at {seconds(step_seconds)}",
+        ),
+        Tile(
+            "Training loss",
+            "Average surprise per token on the training text. Lower is better.",
+            value(fixed, sum(last) / len(last) if last else None),
+            f"mean of {len(last)} steps; it began at {fixed(losses[0])}" if last else "",
+            "nats" if last else "",
+        ),
+        _packing(job, adapter),
+        Tile(
+            "Peak memory",
+            "Largest memory of the process since the stage started.",
+            job.shown(size, "run", "peak_rss_bytes"),
+            str(job.get("run", "stage") or ""),
+        ),
+        _divergence(job, adapter),
+    ]

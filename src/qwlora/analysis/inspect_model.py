@@ -14,18 +14,28 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
-from qwlora.analysis.model_files import AimetFile, OpenedModel, TensorHeader, open_files
+from qwlora.encodings.model import BlockOrder
 from qwlora.errors import SourceError
-from qwlora.formats.model_source import fetch
+from qwlora.formats.aimet import AimetCheckpoint
+from qwlora.formats.base_files import BaseCheckpoint
+from qwlora.formats.checkpoint import Checkpoint
+from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
+from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
+from qwlora.formats.meta_model import empty_model, place_name
+from qwlora.formats.model_source import fetch, quantization_of
+from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import Scheme
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.progress import Track, untracked
 
@@ -91,18 +101,18 @@ class Inspection:
         parts = {"all": self.tensors, "integers": [t for t in self.tensors if t.is_integers]}
         totals = {
             name: {
-                "weights": weights(v),
-                "bytes": size_bytes(v),
-                "bits_per_weight": bits_per_weight(v),
+                "weights": weights(tensors),
+                "bytes": size_bytes(tensors),
+                "bits_per_weight": bits_per_weight(tensors),
             }
-            for name, v in parts.items()
+            for name, tensors in parts.items()
         }
         return {
             "kind": self.kind,
             "source": self.source,
             "fingerprint": self.fingerprint,
             "totals": totals,
-            "tensors": [t.to_json() for t in self.tensors],
+            "tensors": [tensor.to_json() for tensor in self.tensors],
         }
 
 
@@ -125,7 +135,9 @@ def inspect_source(
     source: str,
     against: str | None = None,
     track: Track = untracked,
-    encodings: AimetFile | None = None,
+    encodings: Path | None = None,
+    keep_float: Sequence[str] = (),
+    block_order: BlockOrder | None = None,
 ) -> Inspection:
     """Describe `source`: a base, a Hugging Face folder of floats or integers, or a GGUF file.
 
@@ -133,53 +145,164 @@ def inspect_source(
         source: a path, or `package:NAME/PATH`.
         against: another source, usually the float model, to compute the SQNR of every common
             tensor. Reads both in full, one tensor at a time.
-        encodings: an AIMET encodings file for the float model in `source`.
+        encodings, keep_float, block_order: an AIMET encodings file for the float model in `source`;
+            see `open_checkpoint`.
 
     Raises:
         SourceError: a source has another format or cannot be read, or no tensor is in both.
         EncodingsFileError: the encodings do not fit the model.
     """
-    opened = open_files(path_of(source), encodings)
-    views = _views(opened)
+    files = _open(fetch(source).path, encodings, keep_float, block_order)
+    views = _views(files)
     if against is not None:
-        other = open_files(path_of(against))
-        if not opened.tensors.keys() & other.tensors.keys():
+        reference = _open(fetch(against).path)
+        if not files.headers.keys() & reference.headers.keys():
             raise SourceError(
                 f"{source!r} and {against!r} have no tensor name in common. Give two versions of "
                 "the same model"
             )
-        views = [_compared(view, opened, other) for view in track(views, "comparing", len(views))]
-    return Inspection(opened.kind, source, tuple(views), opened.fingerprint)
+        tracked = track(views, "comparing", len(views))
+        views = [_compared(view, files, reference) for view in tracked]
+    return Inspection(files.kind, source, tuple(views), files.fingerprint)
 
 
-def path_of(source: str) -> Path:
-    """The file or folder of a source, downloaded if it is a hub id.
+class _Header(NamedTuple):
+    """One stored tensor: its role in the layer (`qweight`), the format's name of its type."""
 
-    Raises:
-        SourceError: it does not exist, or cannot be downloaded.
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+    bytes: int
+
+
+@dataclass(frozen=True)
+class _ModelFiles:
+    """The files of one model, opened by their headers.
+
+    Args:
+        kind: the format, in words.
+        reader: reads one parameter or buffer by name.
+        headers: what is stored for each of them.
+        schemes: grid and shape of the tensors whose headers state them.
+        fingerprint: of a QWLoRA base.
     """
-    return fetch(source).path
+
+    kind: str
+    reader: Checkpoint | SafetensorsFiles
+    headers: Mapping[str, tuple[_Header, ...]]
+    schemes: Mapping[str, tuple[Scheme, tuple[int, ...]]] = field(default_factory=dict)
+    fingerprint: str | None = None
+
+    @cached_property
+    def transposed(self) -> frozenset[str]:
+        """Names of the parameters stored as `[in, out]`: weights of Conv1D, and experts of modules
+        with `is_transposed` (see `nn/packed_experts.py`). Slow: it builds the model."""
+        if isinstance(self.reader, SafetensorsFiles):
+            return frozenset()
+        names = set()
+        for path, module in empty_model(self.reader.config).named_modules():
+            if isinstance(module, Conv1D):
+                names.add(place_name((path, "weight")))
+            if getattr(module, "is_transposed", False):
+                parameters = module.named_parameters(recurse=False)
+                names |= {place_name((path, key)) for key, p in parameters if p.ndim == 3}
+        return frozenset(names)
 
 
-def _views(opened: OpenedModel) -> list[TensorView]:
-    kinds = Counter(stored for name, stored in opened.tensors.items() if name not in opened.schemes)
-    known: dict[tuple[TensorHeader, ...], tuple[tuple[int, ...], str]] = {}
+def _open(
+    path: Path,
+    encodings: Path | None = None,
+    keep_float: Sequence[str] = (),
+    block_order: BlockOrder | None = None,
+) -> _ModelFiles:
+    try:
+        checkpoint = open_checkpoint(
+            path, encodings, keep_float=keep_float, block_order=block_order
+        )
+    except SourceError:
+        is_config = path.is_dir() and (path / "config.json").is_file()
+        if encodings is not None or not is_config or quantization_of(path)[0] is not None:
+            raise
+        files = SafetensorsFiles(path)  # not a language model; its headers can still be shown
+        stored = {name: [name] for name in files.names()}
+        return _ModelFiles("float checkpoint", files, _headers(files, stored))
+    if isinstance(checkpoint, BaseCheckpoint):
+        headers = _headers(checkpoint.files, checkpoint.stored)
+        fingerprint = checkpoint.record["fingerprint"]
+        return _ModelFiles("QWLoRA base", checkpoint, headers, checkpoint.schemes(), fingerprint)
+    if isinstance(checkpoint, AimetCheckpoint):
+        kind, headers = "float checkpoint with AIMET encodings", _folder_headers(checkpoint.floats)
+        return _ModelFiles(kind, checkpoint, headers, checkpoint.schemes())
+    if isinstance(checkpoint, FolderCheckpoint):
+        kind = f"{quantization_of(path)[0] or 'float'} checkpoint"
+        return _ModelFiles(kind, checkpoint, _folder_headers(checkpoint))
+    from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
+
+    assert isinstance(checkpoint, GgufCheckpoint)
+    in_file = checkpoint.file.tensors
+    headers = {
+        name: tuple(
+            _Header("weight", stored.kind, stored.shape, stored.size_bytes)
+            for stored in (in_file[key] for key in checkpoint.stored_names(name))
+        )
+        for name in checkpoint.names()
+    }
+    return _ModelFiles("GGUF file", checkpoint, headers)
+
+
+def _folder_headers(checkpoint: FolderCheckpoint) -> dict[str, tuple[_Header, ...]]:
+    """The stored tensors of each parameter: the one of its name, or all of its layer except the
+    bias."""
+    files = checkpoint.files
+    by_layer: dict[str, list[str]] = {}
+    for name in files.names():
+        if not name.endswith(".bias"):
+            by_layer.setdefault(name.rpartition(".")[0], []).append(name)
+    stored = {
+        name: [
+            part
+            for source in checkpoint.stored_names(name)
+            for part in (
+                [source] if source in files else by_layer.get(source.rpartition(".")[0], [])
+            )
+        ]
+        for name in checkpoint.names()
+    }
+    return _headers(files, stored)
+
+
+def _headers(
+    files: SafetensorsFiles, stored: Mapping[str, Sequence[str]]
+) -> dict[str, tuple[_Header, ...]]:
+    return {
+        name: tuple(
+            _Header(
+                part.rpartition(".")[2], files.dtype(part), files.shape(part), files.nbytes(part)
+            )
+            for part in parts
+        )
+        for name, parts in stored.items()
+    }
+
+
+def _views(files: _ModelFiles) -> list[TensorView]:
+    alike = Counter(header for name, header in files.headers.items() if name not in files.schemes)
+    known: dict[tuple[_Header, ...], tuple[tuple[int, ...], str]] = {}
     views = []
-    for name, stored in opened.tensors.items():
-        if name in opened.schemes:
-            scheme, shape = opened.schemes[name]
-            found = shape, str(scheme)
-        elif len(stored) == 1 and stored[0].dtype in FLOATS:
-            found = stored[0].shape, FLOATS[stored[0].dtype]
+    for name, headers in files.headers.items():
+        if name in files.schemes:
+            scheme, shape = files.schemes[name]
+            shape_and_grid = shape, str(scheme)
+        elif len(headers) == 1 and headers[0].dtype in FLOATS:
+            shape_and_grid = headers[0].shape, FLOATS[headers[0].dtype]
         else:
-            if stored not in known:
-                shape, grid = _described(opened.read(name))
-                known[stored] = (
-                    shape,
-                    grid if kinds[stored] == 1 else re.sub(" a?symmetric", "", grid),
-                )
-            found = known[stored]
-        views.append(TensorView(name, *found, sum(part.bytes for part in stored)))
+            if headers not in known:
+                shape, grid = _described(files.reader.read(name))
+                if alike[headers] > 1:
+                    grid = re.sub(" a?symmetric", "", grid)
+                known[headers] = shape, grid
+            shape_and_grid = known[headers]
+        views.append(TensorView(name, *shape_and_grid, sum(part.bytes for part in headers)))
     return views
 
 
@@ -189,12 +312,12 @@ def _described(value: Tensor | QuantizedTensor) -> tuple[tuple[int, ...], str]:
     return tuple(value.shape), str(value.dtype).removeprefix("torch.")
 
 
-def _compared(view: TensorView, opened: OpenedModel, other: OpenedModel) -> TensorView:
-    if view.name not in other.tensors:
+def _compared(view: TensorView, files: _ModelFiles, reference: _ModelFiles) -> TensorView:
+    if view.name not in reference.headers:
         return view
-    ours, theirs = opened.read(view.name), other.read(view.name)
-    w_hat = _laid_out_like(theirs, ours, opened, view.name)
-    w = _laid_out_like(ours, theirs, other, view.name)
+    ours, theirs = files.reader.read(view.name), reference.reader.read(view.name)
+    w_hat = _laid_out_like(theirs, ours, files, view.name)
+    w = _laid_out_like(ours, theirs, reference, view.name)
     if w.shape != w_hat.shape:
         raise SourceError(
             f"{view.name} has shape {list(w_hat.shape)} in one source and {list(w.shape)} in the "
@@ -207,13 +330,16 @@ def _compared(view: TensorView, opened: OpenedModel, other: OpenedModel) -> Tens
 
 
 def _laid_out_like(
-    other: Tensor | QuantizedTensor, value: Tensor | QuantizedTensor, opened: OpenedModel, name: str
+    pattern: Tensor | QuantizedTensor,
+    value: Tensor | QuantizedTensor,
+    files: _ModelFiles,
+    name: str,
 ) -> Tensor:
-    """The values of `value` as floats; if `other` is integers, as `[out, in]` as well."""
+    """The values of `value` as floats; as `[out, in]` if the pattern is integers."""
     if isinstance(value, QuantizedTensor):
         return value.dequantize()
     values = value.to(torch.float32)
-    if not isinstance(other, QuantizedTensor):
+    if not isinstance(pattern, QuantizedTensor):
         return values
-    values = values.mT if name in opened.transposed() else values
-    return values.flatten(1) if other.codes.ndim == 2 and values.ndim > 2 else values
+    values = values.mT if name in files.transposed else values
+    return values.flatten(1) if pattern.codes.ndim == 2 and values.ndim > 2 else values

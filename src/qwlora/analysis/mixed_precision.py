@@ -70,37 +70,77 @@ def suggest(
     Raises:
         CalibrationError: the measure exceeds the limit even with all activations on the wide grid.
     """
-    search = _Search(simulation, narrow, wide, measure)
-    all_wide = search.measured(search.names)
+    ruled = {mark.name for mark in simulation.marks if mark.ruled}
+    searched = [n for n, q in simulation.quantizers.items() if not q.fixed and n not in ruled]
+    known: dict[frozenset[str], float] = {}
+
+    def measured(names: Sequence[str]) -> float:
+        """The measure with `names` on the wide grid and the rest on the narrow one."""
+        chosen = frozenset(names)
+        for name in searched:
+            quantizer = simulation.quantizers[name]
+            scheme = replace(quantizer.scheme, bitwidth=wide if name in chosen else narrow)
+            if quantizer.scheme != scheme:  # setting it drops the encoding
+                quantizer.scheme = scheme
+        simulation.freeze()
+        if chosen not in known:
+            known[chosen] = measure()
+        return known[chosen]
+
+    all_wide = measured(searched)
     if not all_wide <= limit:
         raise CalibrationError(
             f"with every activation at {wide} bits the measure is {all_wide:.5g}, above the limit "
             f"of {limit:.5g}. Raise the limit, or keep the most costly activations float "
             "(simulation.rules with keep: float)"
         )
-    all_narrow = search.measured([])
-    searched = set(search.names)
-    ranking = [
-        s.name for s in sensitivities(simulation, batches, loss, track) if s.name in searched
-    ]
-    promoted = search.promote(ranking, limit, track)
-    chosen = search.demote(promoted, limit, track)
-    measured = search.measured(chosen)
-    kept = set(chosen)
-    wide_names = tuple(name for name in search.names if name in kept)
-    names = {
-        value.name: value.names for value in simulation.placement.values if value.name in searched
-    }
+    all_narrow = measured([])
+    ranking = [s.name for s in sensitivities(simulation, batches, loss, track)]
+    ranking = [name for name in ranking if name in set(searched)]
+    chosen = _promote(ranking, lambda names: measured(names) <= limit, track)
+    chosen = _demote(chosen, lambda names: measured(names) <= limit, track)
+    result = measured(chosen)  # sets it
+    values = {v.name: v.names for v in simulation.placement.values if v.name in set(searched)}
     return Suggestion(
-        wide_names,
-        len(search.names) - len(kept),
-        len(simulation.quantizers) - len(search.names),
-        rules_for(kept, names, narrow, wide),
-        measured,
+        tuple(name for name in searched if name in set(chosen)),
+        len(searched) - len(chosen),
+        len(simulation.quantizers) - len(searched),
+        rules_for(chosen, values, narrow, wide),
+        result,
         all_narrow,
         all_wide,
         limit,
     )
+
+
+def _promote(
+    ranked: list[str], keeps_limit: Callable[[Sequence[str]], bool], track: Track
+) -> list[str]:
+    """The shortest prefix of `ranked` that keeps the limit."""
+    too_few, enough = -1, len(ranked)
+    halvings = (enough - too_few - 1).bit_length()
+    for _ in track(range(halvings), "promoting", halvings):
+        if enough - too_few == 1:
+            break
+        middle = (too_few + enough) // 2
+        if keeps_limit(ranked[:middle]):
+            enough = middle
+        else:
+            too_few = middle
+    return ranked[:enough]
+
+
+def _demote(
+    promoted: list[str], keeps_limit: Callable[[Sequence[str]], bool], track: Track
+) -> list[str]:
+    """`promoted` without groups that can be narrow; the lowest-ranked are tried first."""
+    groups = list(_by_kind(promoted).values())
+    groups.sort(key=lambda names: -min(promoted.index(name) for name in names))
+    for group in track(groups, "demoting", len(groups)):
+        fewer = [name for name in promoted if name not in set(group)]
+        if keeps_limit(fewer):
+            promoted = fewer
+    return promoted
 
 
 def rules_for(
@@ -133,59 +173,6 @@ def rules_for(
                 if name not in chosen and own.fits(fitting)
             }
     return (*exceptions.values(), *rules)
-
-
-class _Search:
-    """Sets assignments of a simulation and caches their measures."""
-
-    def __init__(
-        self, simulation: Simulation, narrow: int, wide: int, measure: Callable[[], float]
-    ):
-        self.simulation, self.narrow, self.wide, self.measure = simulation, narrow, wide, measure
-        ruled = {mark.name for mark in simulation.marks if mark.ruled}
-        self.names = [
-            name for name, q in simulation.quantizers.items() if not q.fixed and name not in ruled
-        ]
-        self._known: dict[frozenset[str], float] = {}
-
-    def measured(self, wide: Sequence[str]) -> float:
-        """Set `wide` to the wide grid and the rest to the narrow one; returns the measure."""
-        chosen = frozenset(wide)
-        for name in self.names:
-            quantizer = self.simulation.quantizers[name]
-            scheme = replace(
-                quantizer.scheme, bitwidth=self.wide if name in chosen else self.narrow
-            )
-            if quantizer.scheme != scheme:
-                quantizer.scheme = scheme
-        self.simulation.freeze()
-        if chosen not in self._known:
-            self._known[chosen] = self.measure()
-        return self._known[chosen]
-
-    def promote(self, ranked: Sequence[str], limit: float, track: Track) -> list[str]:
-        """The shortest prefix of `ranked` that keeps the limit."""
-        too_few, enough = -1, len(ranked)
-        halvings = (enough - too_few - 1).bit_length()
-        for _ in track(range(halvings), "promoting", halvings):
-            if enough - too_few == 1:
-                break
-            middle = (too_few + enough) // 2
-            if self.measured(ranked[:middle]) <= limit:
-                enough = middle
-            else:
-                too_few = middle
-        return list(ranked[:enough])
-
-    def demote(self, promoted: list[str], limit: float, track: Track) -> list[str]:
-        """`promoted` without groups that can be narrow; the lowest-ranked are tried first."""
-        groups = list(_by_kind(promoted).values())
-        groups.sort(key=lambda names: -min(promoted.index(name) for name in names))
-        for group in track(groups, "demoting", len(groups)):
-            fewer = [name for name in promoted if name not in set(group)]
-            if self.measured(fewer) <= limit:
-                promoted = fewer
-        return promoted
 
 
 def _by_kind(names: Sequence[str]) -> dict[str, list[str]]:

@@ -1,11 +1,9 @@
-"""How much each part of a simulation adds to the loss.
+"""How much each part of a simulation adds to the loss, and how far its activations are off.
 
-    adapted            only base weights are quantized
-    adapter_weights    also lora_A and lora_B
-    parameters         also norm weights, biases and everything else that step 1 left float
-    activations        also activations: the simulation as it is exported
-
-`layer_sqnr` compares each activation with the float graph, including errors of earlier layers.
+adapted            only base weights are quantized
+adapter_weights    also lora_A and lora_B
+parameters         also norm weights, biases and everything else that step 1 left float
+activations        also activations: the simulation as it is exported
 """
 
 from __future__ import annotations
@@ -30,26 +28,25 @@ def cumulative_costs(
         CalibrationError: an activation has no encoding yet.
     """
     simulation.encodings  # noqa: B018 (raises if not calibrated)
-    weights = {
-        kind: [
-            mark.name
-            for mark in simulation.marks
-            if mark.kind is kind and mark.name in simulation.weights
-        ]
+    adapter, parameters = (
+        [m.name for m in simulation.marks if m.kind is kind and m.name in simulation.weights]
         for kind in (Kind.ADAPTER, Kind.PARAMETER)
+    )
+    added = {
+        "adapted": [],
+        "adapter_weights": adapter,
+        "parameters": parameters,
+        "activations": list(simulation.quantizers),
     }
-    steps: dict[str, list[str]] = {"adapted": []}
-    if weights[Kind.ADAPTER]:
-        steps["adapter_weights"] = weights[Kind.ADAPTER]
-    if weights[Kind.PARAMETER]:
-        steps["parameters"] = weights[Kind.ADAPTER] + weights[Kind.PARAMETER]
-    if simulation.quantizers:
-        steps["activations"] = [*simulation.weights, *simulation.quantizers]
-    found = {}
-    for name, quantized in track(list(steps.items()), "measuring costs", len(steps)):
+    steps = [(name, names) for name, names in added.items() if names or name == "adapted"]
+    quantized, costs = list[str](), dict[str, float]()
+    for name, names in track(steps, "measuring costs", len(steps)):
+        quantized += names
+        if name == "activations":
+            quantized += simulation.weights
         with simulation.only(*quantized):
-            found[name] = measure()
-    return found
+            costs[name] = measure()
+    return costs
 
 
 @torch.no_grad()
@@ -58,15 +55,13 @@ def layer_sqnr(
 ) -> dict[str, float]:
     """`10 log10 (sum x^2 / sum (x_hat - x)^2)` of each quantized activation, in dB.
 
-    x is from the float graph, x_hat from the simulation.
+    x is from the float graph, x_hat from the simulation, with the errors of earlier layers.
 
     Args:
         batches: the model's arguments; all activations of a batch are in memory twice.
     """
-    signal, noise = (
-        dict.fromkeys(simulation.quantizers, 0.0),
-        dict.fromkeys(simulation.quantizers, 0.0),
-    )
+    signal = dict.fromkeys(simulation.quantizers, 0.0)
+    noise = dict(signal)
     for batch in track(batches, "comparing layers", len(batches)):
         with simulation.only():
             expected = simulation.values(batch)

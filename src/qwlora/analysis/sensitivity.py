@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -70,12 +69,18 @@ def sensitivities(
         CalibrationError: an activation has no encoding yet.
     """
     simulation.encodings  # noqa: B018 (raises if not calibrated)
-    found = {name: _Sums() for name in simulation.quantizers}
+    sums = {name: _Sums() for name in simulation.quantizers}
     leaves: list[Tensor] = []
-    hooks = [
-        q.register_forward_hook(partial(_add_cost_node, found[name], leaves))
-        for name, q in simulation.quantizers.items()
-    ]
+
+    def add_cost_node(quantizer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if not output.requires_grad:
+            output = output.detach().requires_grad_()
+            leaves.append(output)
+        assert isinstance(quantizer, Quantizer)
+        result: Tensor = _MeasureCost.apply(output, quantizer.encoding, sums[quantizer.name])
+        return result
+
+    hooks = [q.register_forward_hook(add_cost_node) for q in simulation.quantizers.values()]
     try:
         # without it, gradients of parameters would make values require gradients before their hook
         with gradients_disabled(simulation), simulation.only():
@@ -87,10 +92,13 @@ def sensitivities(
     finally:
         for hook in hooks:
             hook.remove()
-    return sorted(
-        (_finished(simulation.quantizers[name], sums) for name, sums in found.items()),
-        key=lambda s: -s.cost,
-    )
+    found = [
+        Sensitivity(
+            name, q.scheme.bitwidth, sums[name].cost, sqnr_db(sums[name].signal, sums[name].noise)
+        )
+        for name, q in simulation.quantizers.items()
+    ]
+    return sorted(found, key=lambda s: -s.cost)
 
 
 def next_token_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
@@ -101,23 +109,6 @@ def next_token_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
     return nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
     )
-
-
-def _finished(quantizer: Quantizer, sums: _Sums) -> Sensitivity:
-    return Sensitivity(
-        quantizer.name, quantizer.scheme.bitwidth, sums.cost, sqnr_db(sums.signal, sums.noise)
-    )
-
-
-def _add_cost_node(
-    sums: _Sums, leaves: list[Tensor], quantizer: nn.Module, args: tuple[Any, ...], output: Tensor
-) -> Tensor:
-    """Forward hook of a quantizer in float mode; values without gradient become leaves."""
-    if not output.requires_grad:
-        output = output.detach().requires_grad_()
-        leaves.append(output)
-    result: Tensor = _MeasureCost.apply(output, quantizer.encoding, sums)
-    return result
 
 
 class _MeasureCost(torch.autograd.Function):

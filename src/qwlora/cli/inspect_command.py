@@ -25,7 +25,6 @@ from qwlora.messages import size
 
 if TYPE_CHECKING:
     from qwlora.analysis.inspect_model import Inspection, TensorView
-    from qwlora.analysis.model_files import AimetFile
 
 
 def inspect(
@@ -91,22 +90,14 @@ def inspect(
     elif is_job:
         record, lines = _job(path, against)
     else:
-        from qwlora.analysis.model_files import AimetFile
+        from qwlora.analysis.inspect_model import inspect_source
 
-        file = None
-        if encodings is not None:
-            file = AimetFile(encodings, tuple(keep_float or ()), block_order)
-        record, lines = _model(source, against, file)
+        floats = keep_float or ()
+        found = inspect_source(
+            source, against, encodings=encodings, keep_float=floats, block_order=block_order
+        )
+        record, lines = found.to_json(), list(_model_lines(found))
     print_result(record, lines, as_json)
-
-
-def _model(
-    source: str, against: str | None, encodings: AimetFile | None = None
-) -> tuple[dict[str, Any], list[str]]:
-    from qwlora.analysis.inspect_model import inspect_source
-
-    found = inspect_source(source, against, encodings=encodings)
-    return found.to_json(), list(_model_lines(found))
 
 
 def _model_lines(found: Inspection) -> Iterator[str]:
@@ -183,7 +174,12 @@ def _adapter_lines(record: dict[str, Any]) -> list[str]:
 
 def _job(folder: Path, against: str | None) -> tuple[dict[str, Any], list[str]]:
     base = folder / "base"
-    model, lines = _model(str(base), against) if base.is_dir() else (None, [])
+    model, lines = None, list[str]()
+    if base.is_dir():
+        from qwlora.analysis.inspect_model import inspect_source
+
+        found = inspect_source(str(base), against)
+        model, lines = found.to_json(), list(_model_lines(found))
     adapters = [
         _adapter(config.parent) for config in sorted(folder.glob("adapters/*/adapter_config.json"))
     ]

@@ -104,7 +104,7 @@ def test_every_model_is_scored_and_the_float_model_as_by_lm_eval(
     results = json.loads((job / "results.json").read_text())
     assert results["tasks"] == found
     assert results["run"]["state"] == "finished"
-    view = task_scores.view(Job(results, {}, "", "job"), "first")
+    view = task_scores.view.view(Job(results, {}, "", "job"), "first")
     assert view is not None
     assert view["table"].columns[3:] == [
         "Float",

@@ -185,10 +185,10 @@ def test_a_section_costs_a_module_and_a_template(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "toy_section.py").write_text(
-        "from qwlora.report.section import Section\n"
+        "from qwlora.report.section import section\n"
+        "@section('toy', 'Toy', 'Toy?', position=35)\n"
         "def view(job, adapter):\n"
         "    return {'steps': job.get('train', adapter, 'steps')}\n"
-        "SECTION = Section(id='toy', label='Toy', question='Toy?', view=view, position=35)\n"
     )
     (tmp_path / "toy_section.html").write_text("<p>{{ view.steps }} steps of a toy</p>")
     monkeypatch.setattr(sections, "__path__", [*sections.__path__, str(tmp_path)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup, escape
@@ -18,32 +19,44 @@ View = dict[str, Any]
 Cell = str | Markup | None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Section:
     """A question, and the template of its module's name, which answers it.
 
     Args:
         id: in the page's address.
         label: in the list of contents.
-        view: what the template draws, or None to leave the section out. The key `question`
-            replaces the question. The adapter is None for what concerns the whole job.
         position: sections are sorted by it.
         of_job, of_adapter: whether the section is drawn for the whole job, and for each adapter.
             With a single adapter both are one: `view` is called once, with its name.
+        view: what the template draws, or None to leave the section out. The key `question`
+            replaces the question. The adapter is None for what concerns the whole job.
     """
 
     id: str
     label: str
     question: str
-    view: Callable[[Job, str | None], View | None]
     position: int
-    of_job: bool = False
-    of_adapter: bool = False
+    of_job: bool
+    of_adapter: bool
+    view: Callable[[Job, str | None], View | None]
 
     @property
     def template(self) -> str:
         """The file in `templates/`."""
         return f"{self.view.__module__.rpartition('.')[2]}.html"
+
+
+def section(
+    id: str,
+    label: str,
+    question: str,
+    position: int,
+    of_job: bool = False,
+    of_adapter: bool = False,
+) -> Callable[[Callable[[Job, str | None], View | None]], Section]:
+    """Decorator of a section's `view`."""
+    return partial(Section, id, label, question, position, of_job, of_adapter)
 
 
 @dataclass(frozen=True)

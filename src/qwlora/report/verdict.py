@@ -193,45 +193,39 @@ def _trend(losses: list[float]) -> str:
 
 
 def remedies(job: Job) -> tuple[list[str | Markup], str]:
-    """What to do about a failed job, most likely first, and the command to run then."""
+    """What to do about a failed job, most likely first, and the command to run then: what the error
+    recorded, after what the figures of a failed proof suggest."""
     lines: list[str | Markup] = []
     options = ""
-    for target in job.targets:
-        for name in (*job.adapters, BASE):
-            parity = job.section("parity", target, name)
-            if parity.get("passed") is not False:
-                continue
-            failed = [row for row in job.proof_rows(target, name) if not row.passed]
-            sequences = job.number("parity", target, name, "sequences") or ENOUGH_SEQUENCES
-            # a small sample explains a perplexity that is off, and nothing else
-            is_small = sequences < ENOUGH_SEQUENCES and bool(failed)
-            if is_small and all(is_of_perplexity(row) for row in failed):
-                options = f" --set verify.sequences={ENOUGH_SEQUENCES}"
-                lines.append(
-                    Markup(
-                        "<b>Test on more text.</b> {} sequences are few for a limit of {}. Set {} "
-                        "to {} and run the same command. Finished stages are skipped."
-                    ).format(
-                        count(sequences),
-                        failed[0].shown_limit,
-                        code("verify.sequences"),
-                        ENOUGH_SEQUENCES,
-                    )
-                )
-            if (steps := job.number("parity", target, name, "worst_layer_steps")) is not None:
-                lines.append(
-                    Markup(
-                        "<b>Look at the worst layer</b> under Runtimes: {}, {} steps off. A broken "
-                        "layer shows as many steps, not as a small drift."
-                    ).format(code(str(parity.get("worst_layer") or "unknown")), significant(steps))
-                )
+    proofs = [(target, name) for target in job.targets for name in (*job.adapters, BASE)]
+    for target, name in proofs:
+        failed = [row for row in job.proof_rows(target, name) if not row.passed]
+        sequences = job.number("parity", target, name, "sequences") or ENOUGH_SEQUENCES
+        # a small sample explains a perplexity that is off, and nothing else
+        is_small = sequences < ENOUGH_SEQUENCES and failed
+        if is_small and all(is_of_perplexity(row) for row in failed):
+            options = f" --set verify.sequences={ENOUGH_SEQUENCES}"
             lines.append(
-                Markup("<b>Do not use</b> the files in {} until the check has passed.").format(
-                    code(f"export/{target}/{name}")
+                Markup(
+                    "<b>Test on more text.</b> {} sequences are few for a limit of {}. Set {} "
+                    "to {} and run the same command. Finished stages are skipped."
+                ).format(
+                    count(sequences),
+                    failed[0].shown_limit,
+                    code("verify.sequences"),
+                    ENOUGH_SEQUENCES,
                 )
             )
-    if not lines:
-        recorded = job.get("error", "remedy") or []
-        recorded = recorded if isinstance(recorded, list) else [recorded]
-        lines += [without_folders(str(line)) for line in recorded]
+        steps = job.number("parity", target, name, "worst_layer_steps")
+        if failed and steps is not None:
+            lines.append(
+                Markup(
+                    "<b>Look at the worst layer</b> under Runtimes: {}, {} steps off. A broken "
+                    "layer shows as many steps, not as a small drift."
+                ).format(
+                    code(str(job.get("parity", target, name, "worst_layer"))), significant(steps)
+                )
+            )
+    recorded = job.get("error", "remedy")
+    lines += [without_folders(str(line)) for line in recorded or [] if isinstance(recorded, list)]
     return lines, without_folders(job.command) + options

@@ -9,7 +9,6 @@ from qwlora.report.section import Section
 
 
 def sections() -> list[Section]:
-    """`SECTION` of every module in this folder, by position."""
+    """The `view` of every module in this folder, by position."""
     modules = [import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__)]
-    found = [module.SECTION for module in modules if hasattr(module, "SECTION")]
-    return sorted(found, key=lambda section: section.position)
+    return sorted((module.view for module in modules), key=lambda view: view.position)

@@ -13,7 +13,7 @@ from qwlora.report.drawing import Drawing, Scale, log_ticks, panels, shortened
 from qwlora.report.layer_grid import blocks_per_column, place_of
 from qwlora.report.number_format import TIMES, count, finite, listed, significant
 from qwlora.report.results_view import Job, code
-from qwlora.report.section import Cell, Section, Table, View
+from qwlora.report.section import Cell, Table, View, section
 
 PANELS = 8
 STANDS_OUT = 20.0  # times the median of its kind
@@ -74,6 +74,9 @@ class Panel:
         return self.ranges[block].peak >= STANDS_OUT * self.median
 
 
+@section(
+    "activations", "Activations", "Which activations need 16 bits?", position=50, of_adapter=True
+)
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
     name = adapter or job.adapters[0]
@@ -225,13 +228,3 @@ def _left_out(simulation: dict[str, Any]) -> str:
     if unseen := simulation.get("unseen"):
         parts.append(f"{len(unseen)} saw no calibration data and stay float")
     return f"{'; '.join(parts)}." if parts else ""
-
-
-SECTION = Section(
-    id="activations",
-    label="Activations",
-    question="Which activations need 16 bits?",
-    view=view,
-    position=50,
-    of_adapter=True,
-)

@@ -21,7 +21,7 @@ from qwlora.report.number_format import (
     tagged,
 )
 from qwlora.report.results_view import FILES, Job, code
-from qwlora.report.section import Cell, Section, Table, View
+from qwlora.report.section import Cell, Table, View, section
 from qwlora.report.sections.training_course import Course, course
 
 MOST_IN_MATRIX = 12
@@ -37,6 +37,7 @@ class MatrixCell:
     kind: str
 
 
+@section("adapters", "Adapters", "Which adapter helps where?", position=10, of_job=True)
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
     if len(job.adapters) < 2:
@@ -170,13 +171,3 @@ def _best_and_worst(job: Job, name: str, texts: list[str]) -> dict[str, str | No
         "Best text": min(changes, key=lambda text: changes[text], default=None),
         "Worst text": max(changes, key=lambda text: changes[text], default=None),
     }
-
-
-SECTION = Section(
-    id="adapters",
-    label="Adapters",
-    question="Which adapter helps where?",
-    view=view,
-    position=10,
-    of_job=True,
-)

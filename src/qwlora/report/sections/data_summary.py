@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qwlora.report.number_format import count, finite
 from qwlora.report.results_view import Job, without_folders
-from qwlora.report.section import Cell, Section, Table, View
+from qwlora.report.section import Cell, Table, View, section
 
 KINDS = {
     "text": "plain text",
@@ -35,6 +35,7 @@ REMOVED = {
 }
 
 
+@section("data", "Data", "What was it trained and tested on?", position=90, of_job=True)
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
     texts = {name: ("texts", name) for name in job.section("texts") if job.section("texts", name)}
@@ -72,13 +73,3 @@ def _table(job: Job, name: str, path: tuple[str, ...]) -> Table:
     ]
     caption = f"Text of {name}" if name else "Training and held-out text"
     return Table(caption, [row for row in rows if row["Training"] or row["Held out"]])
-
-
-SECTION = Section(
-    id="data",
-    label="Data",
-    question="What was it trained and tested on?",
-    view=view,
-    position=90,
-    of_job=True,
-)

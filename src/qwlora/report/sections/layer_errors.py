@@ -19,7 +19,7 @@ from qwlora.report.number_format import (
     tagged,
 )
 from qwlora.report.results_view import Job, capitalized, code
-from qwlora.report.section import MOST_SENT, Cell, Section, Table, View
+from qwlora.report.section import MOST_SENT, Cell, Table, View, section
 
 BINS = 8
 MOST_TITLES = 2000  # above this, cells have no tooltip
@@ -53,6 +53,7 @@ class Measure:
         return self.path[0] == "train"
 
 
+@section("layers", "Layers", QUESTION, position=40, of_job=True, of_adapter=True)
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
     of_base, of_adapter = len(job.adapters) == 1 or adapter is None, adapter is not None
@@ -222,14 +223,3 @@ def _missing(job: Job, measured: set[str]) -> Markup | str:
             "matters: {}. The {} solver does not look at data; {} records it."
         ).format(NOT_MEASURED, code(str(job.setting("base", "solver") or "chosen")), code("gptq"))
     return ""
-
-
-SECTION = Section(
-    id="layers",
-    label="Layers",
-    question=QUESTION,
-    view=view,
-    position=40,
-    of_job=True,
-    of_adapter=True,
-)

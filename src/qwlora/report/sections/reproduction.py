@@ -6,11 +6,12 @@ from markupsafe import Markup
 
 from qwlora.report.number_format import NOT_MEASURED, size
 from qwlora.report.results_view import Job, without_folders
-from qwlora.report.section import Section, View
+from qwlora.report.section import View, section
 
 NOT_RECORDED = Markup('<span class="nm">not recorded</span>')
 
 
+@section("reproduce", "Reproduce", "How do I get this again?", position=100, of_job=True)
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
     text = without_folders(job.recipe_text)
@@ -43,13 +44,3 @@ def view(job: Job, adapter: str | None) -> View | None:
         "recipe": text,
         "lines": len(text.splitlines()),
     }
-
-
-SECTION = Section(
-    id="reproduce",
-    label="Reproduce",
-    question="How do I get this again?",
-    view=view,
-    position=100,
-    of_job=True,
-)

@@ -10,7 +10,7 @@ from qwlora.report.drawing import Bar, Drawing, Scale, bars, figure, shortened, 
 from qwlora.report.findings import Outcome, outcome_of, proof_findings
 from qwlora.report.number_format import count, listed, precise_percent
 from qwlora.report.results_view import Job, capitalized, code, runtime
-from qwlora.report.section import Section, View
+from qwlora.report.section import View, section
 
 MOST_SHOWN = 3.0  # times a limit; longer bars end there
 
@@ -26,6 +26,13 @@ class Agreement:
     why: str = ""
 
 
+@section(
+    "parity",
+    "Runtimes",
+    "Does each runtime compute what was trained?",
+    position=60,
+    of_adapter=True,
+)
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
     name = adapter or job.adapters[0]
@@ -148,13 +155,3 @@ def _limits(job: Job, target: str, adapter: str) -> dict[str, Markup | str] | No
         "figure": figure(lambda width: bars("Share of each limit used", rows, most, width)),
         "caption": caption,
     }
-
-
-SECTION = Section(
-    id="parity",
-    label="Runtimes",
-    question="Does each runtime compute what was trained?",
-    view=view,
-    position=60,
-    of_adapter=True,
-)

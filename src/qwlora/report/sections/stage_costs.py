@@ -20,7 +20,7 @@ from qwlora.report.number_format import (
     valued,
 )
 from qwlora.report.results_view import KINDS, Job, code, runtime
-from qwlora.report.section import Cell, Section, Table, View
+from qwlora.report.section import Cell, Table, View, section
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Step:
         return (precise_percent if abs(change) < 0.01 else percent)(change, True)
 
 
+@section("stages", "Cost by stage", "What did each stage cost?", position=20, of_adapter=True)
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
     name = adapter or job.adapters[0]
@@ -254,13 +255,3 @@ def _table(job: Job, adapter: str) -> Table:
         marked=(3,) if job.perplexity("simulated", adapter) is not None else (),
         note=note if any(None in row.values() for row in rows) else "",
     )
-
-
-SECTION = Section(
-    id="stages",
-    label="Cost by stage",
-    question="What did each stage cost?",
-    view=view,
-    position=20,
-    of_adapter=True,
-)

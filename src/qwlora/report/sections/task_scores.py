@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from qwlora.report.number_format import finite, precise_percent, significant, tagged
 from qwlora.report.results_view import KINDS, Job, runtime
-from qwlora.report.section import Cell, Section, Table, View
+from qwlora.report.section import Cell, Table, View, section
 
 LOWER_IS_BETTER = ("perplexity", "byte_perplexity", "word_perplexity", "bits_per_byte")
 HEADS = {**KINDS, "float": "Float"}
@@ -43,6 +43,7 @@ class Score:
         return Markup("<b>{}</b>").format(cell) if is_apart else cell
 
 
+@section("tasks", "Tasks", "How well does it answer?", position=70, of_adapter=True)
 def view(job: Job, adapter: str | None) -> View | None:
     """None without tasks: the section would be empty."""
     scores = {
@@ -90,13 +91,3 @@ def _scores(job: Job, stage: str, adapter: str) -> dict[str, Score]:
         for task, score in tasks.items()
         if isinstance(score, dict) and (value := finite(score.get("value"))) is not None
     }
-
-
-SECTION = Section(
-    id="tasks",
-    label="Tasks",
-    question="How well does it answer?",
-    view=view,
-    position=70,
-    of_adapter=True,
-)

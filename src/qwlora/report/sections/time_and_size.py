@@ -16,13 +16,14 @@ from qwlora.report.number_format import (
     tagged,
 )
 from qwlora.report.results_view import FILES, FLOAT_BYTES, Job, capitalized, runtime
-from qwlora.report.section import Cell, Section, Table, View
+from qwlora.report.section import Cell, Table, View, section
 
 MOST_BARS = 40
 WORDS = {"failed": "failed", "running": "running"}  # of the stage that was last begun
 QUESTIONS = {"failed": "Where did it stop?", "running": "Where is the job?"}
 
 
+@section("cost", "Time and size", "What did it take, and how big is it?", position=80, of_job=True)
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
     done, plan, total = job.finished_stages, job.planned_stages, job.seconds_so_far
@@ -140,13 +141,3 @@ def _answer(job: Job) -> Markup:
         f"{fixed(floats / 1e6, 1)} million" if floats >= 1e6 else count(floats),
         percent(FLOAT_BYTES * floats / stored),
     )
-
-
-SECTION = Section(
-    id="cost",
-    label="Time and size",
-    question="What did it take, and how big is it?",
-    view=view,
-    position=80,
-    of_job=True,
-)

@@ -19,7 +19,7 @@ from qwlora.report.number_format import (
     three_decimals,
 )
 from qwlora.report.results_view import Job, code
-from qwlora.report.section import Section, View
+from qwlora.report.section import View, section
 
 SMOOTHED = 8  # steps
 MOST_STEPS = 2000  # above, a band of the smallest and largest loss for each pixel
@@ -85,6 +85,7 @@ def course(job: Job, adapter: str) -> Course | None:
     )
 
 
+@section("training", "Training", "Did training work?", position=30, of_adapter=True)
 def view(job: Job, adapter: str | None) -> View | None:
     """What the template draws."""
     name = adapter or job.adapters[0]
@@ -245,13 +246,3 @@ def _facts(job: Job, adapter: str) -> list[tuple[str, Markup | str]]:
         "Precision": train.get("compute"),
     }
     return [(label, value) for label, value in facts.items() if value]
-
-
-SECTION = Section(
-    id="training",
-    label="Training",
-    question="Did training work?",
-    view=view,
-    position=30,
-    of_adapter=True,
-)

@@ -49,7 +49,7 @@ PEFT_FORM: Form = {
     "lora_alpha": NUMBER,
     "lora_dropout": NUMBER,
     "r": int,
-    "rank_pattern": {OTHER_KEYS: int},  # regular expressions: see `module_patterns.py`
+    "rank_pattern": {OTHER_KEYS: int},  # regular expressions: see `peft_support.py`
     "alpha_pattern": {OTHER_KEYS: NUMBER},
     "target_modules": [PLAIN],
 }

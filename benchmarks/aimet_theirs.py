@@ -1,15 +1,20 @@
-"""aimet-torch's side of `aimet.py`, which runs it: the steps of AIMET's QW-LoRA guide.
+"""The side of AIMET: it runs in an environment with aimet-torch, transformers 4.49 and peft.
 
-    python aimet_theirs.py FOLDER        with aimet-torch, transformers 4.49 and peft
+    python aimet_theirs.py guide FOLDER              for `aimet.py`: the steps of AIMET's QW-LoRA guide
+    python aimet_theirs.py calibrate FOLDER ROUNDS   for `calibrate.py`: what calibration costs
+    python aimet_theirs.py seed BEFORE AFTER         for `fidelity.py`: the guide's helper for step 1
 
-The model is transformers' own, as in the guide. AIMET quantizes modules; operators that are
-functions (products of attention, rotary embeddings, residual adds) stay float.
+guide: the model is transformers' own, as in the guide. AIMET quantizes modules; operators that are
+functions (products of attention, rotary embeddings, residual adds) stay float. calibrate: the
+adapter's operators are modules, so AIMET quantizes them, and in the rest of the model the modules.
+seed: every parameter of a safetensors file gets 4 bits, symmetric, per tensor.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +22,7 @@ import aimet_torch
 import aimet_torch.nn.transformers.models.llama  # registers its norms
 import torch
 from aimet_torch.common.quantsim_config.config_utils import get_path_for_target_config
+from aimet_torch.nn import QuantizationMixin
 from aimet_torch.peft import (
     PeftQuantUtils,
     replace_lora_layers_with_quantizable_layers,
@@ -30,10 +36,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from aimet.llama import ForwardLogits  # the tests' own
-from lora_steps import train_
-from machine import machine_line
-from phases import Phases
+from aimet.llama import ForwardLogits, adapt_, llama  # the tests' own
+from measuring import Phases, machine_line, make_row, peak_of, seconds_of_turns, train_
 
 CONFIG = "htp_quantsim_config_v75_per_channel_linear"
 NAMES = {"input_names": ["input_ids", "attention_mask"], "output_names": ["logits"]}
@@ -90,10 +94,8 @@ def differing_weights(found: dict[str, nn.Parameter], expected: Path) -> dict[st
     return {"weights": weights, "differ": differ}
 
 
-def main() -> None:
-    folder = Path(sys.argv[1])
+def run_guide(folder: Path) -> dict[str, Any]:
     settings = json.loads((folder / "settings.json").read_text())
-    torch.set_num_threads(1)
     phases, texts = Phases(), load_file(folder / "texts.safetensors")
     out = folder / "aimet"
     out.mkdir(exist_ok=True)
@@ -160,15 +162,98 @@ def main() -> None:
         for _, module in simulation.named_qmodules()
         for q in (*module.input_quantizers, *module.output_quantizers)
     )
-    result = {
+    return {
         "machine": machine_line(PACKAGES),
-        "phases": phases.found,
+        "phases": phases.figures,
         "losses": losses,
         "base_weights": differing_weights(weights, folder / "rounded.safetensors"),
         "activation_quantizers": activations,
     }
-    print(json.dumps(result))
+
+
+def load(folder: Path) -> nn.Module:
+    config, weights = (
+        json.loads((folder / "config.json").read_text()),
+        load_file(folder / "float.safetensors"),
+    )
+    model = llama(
+        config["model"], weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
+    )
+    adapt_(model, load_file(folder / "adapter.safetensors"), config["scaling"])
+    return ForwardLogits(model).eval()
+
+
+@torch.no_grad()
+def run_calibrate(folder: Path, rounds: int) -> list[dict[str, Any]]:
+    inputs = tuple(
+        load_file(folder / "batch.safetensors")[name] for name in ("input_ids", "attention_mask")
+    )
+    parts: dict[str, Any] = {"plain": load(folder)}
+    began = time.thread_time()
+    parts["simulation"] = QuantizationSimModel(
+        load(folder), inputs, default_output_bw=16, default_param_bw=4, in_place=True
+    )
+    made_seconds = time.thread_time() - began
+    passes: list[float] = []
+
+    def observe(model: nn.Module) -> None:
+        began = time.thread_time()
+        model(*inputs)
+        passes.append(time.thread_time() - began)
+
+    def calibrate(simulation: QuantizationSimModel) -> None:
+        simulation.compute_encodings(observe)
+
+    def run(model: Any) -> None:
+        (model.model if isinstance(model, QuantizationSimModel) else model)(*inputs)
+
+    calibrate(parts["simulation"])
+    ways = {
+        "plain": ("plain", run),
+        "simulate": ("simulation", run),
+        "calibrate": ("simulation", calibrate),
+    }
+    peaks = {way: peak_of(parts, part, use) for way, (part, use) in ways.items()}
+    passes.clear()
+    timed = seconds_of_turns(
+        {way: lambda part=part, use=use: use(parts[part]) for way, (part, use) in ways.items()},
+        rounds,
+    )
+    timed["observe"] = passes[1:]
+    modules = [m for m in parts["simulation"].model.modules() if isinstance(m, QuantizationMixin)]
+    quantizers = sum(
+        q is not None for m in modules for q in (*m.input_quantizers, *m.output_quantizers)
+    )
+    rows = [make_row("aimet-torch", way, timed, peaks[way]) for way in ways]
+    observed = make_row("aimet-torch", "observe", timed, {})
+    rows.append(
+        {
+            **observed,
+            "what": "the forward pass within calibrate",
+            "quantizers": quantizers,
+            "simulation_seconds": round(made_seconds, 1),
+        }
+    )
+    return rows
+
+
+def rounded(parameter: torch.Tensor) -> torch.Tensor:
+    quantizer = QuantizeDequantize((), 4, True)
+    with torch.no_grad(), quantizer.compute_encodings():
+        quantizer(parameter)
+    with torch.no_grad():
+        return torch.Tensor(quantizer(parameter)).contiguous()
 
 
 if __name__ == "__main__":
-    main()
+    torch.set_num_threads(1)
+    match sys.argv[1:]:
+        case ["guide", folder]:
+            print(json.dumps(run_guide(Path(folder))))
+        case ["calibrate", folder, rounds]:
+            print(json.dumps(run_calibrate(Path(folder), int(rounds))))
+        case ["seed", before, after]:
+            save_file({name: rounded(p) for name, p in load_file(before).items()}, after)
+            print("null")
+        case _:
+            print(__doc__)

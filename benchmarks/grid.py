@@ -7,26 +7,23 @@ Below 1 we are faster. Both sides run on the same tensors, in turn, in the same 
 
 from __future__ import annotations
 
-import json
+import argparse
 import os
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.ao.quantization import HistogramObserver, MinMaxObserver, PerChannelMinMaxObserver
 
-from machine import machine_line
+from measuring import earlier_result, machine_line, write_result
 from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.estimate_ranges import estimate_ranges
 from qwlora.grid.min_max import group_range, measure
 from qwlora.grid.range_estimator import Estimator
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
-RESULT = Path(__file__).parent / "results" / "grid.json"
 REPEATS = 15
 SECONDS = 3.0
 Case = tuple[str, str, Callable[[], object], Callable[[], object]]
@@ -183,30 +180,18 @@ def measured(threads: int) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    """Measure with the numbers of threads that are named; rows of other numbers stay as they are."""
-    print(machine_line())
-    wanted = [int(word) for word in sys.argv[1:]] or [1, 2]
-    kept = (
-        [row for row in json.loads(RESULT.read_text())["rows"] if row["threads"] not in wanted]
-        if RESULT.exists()
-        else []
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    rows = sorted(
-        [*kept, *(row for threads in wanted for row in measured(threads))],
-        key=lambda row: row["threads"],
-    )
-    RESULT.parent.mkdir(parents=True, exist_ok=True)
-    RESULT.write_text(
-        json.dumps(
-            {
-                "machine": machine_line(),
-                "unit": "ratio of best times, ours over torch's",
-                "rows": rows,
-            },
-            indent=1,
-        )
-        + "\n"
-    )
+    words = "numbers of threads; rows of other numbers stay as they are"
+    parser.add_argument("threads", nargs="*", type=int, default=[1, 2], help=words)
+    wanted = parser.parse_args().threads
+    earlier = earlier_result("grid").get("rows", [])
+    rows = [row for row in earlier if row["threads"] not in wanted]
+    rows += [row for threads in wanted for row in measured(threads)]
+    rows.sort(key=lambda row: row["threads"])
+    unit = "ratio of best times, ours over torch's"
+    write_result("grid", {"machine": machine_line(), "unit": unit, "rows": rows})
 
 
 if __name__ == "__main__":

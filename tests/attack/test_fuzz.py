@@ -162,8 +162,7 @@ def make_aimet(folder: Path) -> None:
 def make_gguf(folder: Path) -> None:
     folder.mkdir()
     config = LlamaConfig(**{**SIZES, "vocab_size": 16}, tie_word_embeddings=True)
-    types = {"attn_q": "Q4_0", "attn_k": "Q8_0", "ffn_up": "Q4_1", "ffn_down": "Q5_0"}
-    types["ffn_gate"] = "Q5_1"
+    types = {"attn_q": "Q4_0", "attn_k": "Q8_0", "ffn_up": "Q4_1", "ffn_gate": "Q5_1"}
     write_file(
         folder / "model.gguf",
         "llama",

@@ -31,36 +31,19 @@ COUNTS = {"sequence_tokens": 32, "evaluation_sequences": 4, "calibration_sequenc
 def recipes(model: Path, corpus: Path, digits: Path) -> dict[str, dict[str, Any]]:
     train = {"rank": 4, "warmup_steps": 3, "learning_rate": 5e-3}
     base = {"name": "tiny", "model": {"source": str(model)}}
-    one = {"data": {"source": str(corpus), **COUNTS}}
+    one, fast = {"data": {"source": str(corpus), **COUNTS}}, {"preset": "fast"}
+    first = {"name": "first", "steps": 60, **train}
+    verify = {"verify": {"sequences": 8, "layer_tokens": 16}}
+    of_two = [
+        {"name": name, "steps": 40, "data": {"source": str(source), **COUNTS}, **train}
+        for name, source in (("words", corpus), ("digits", digits))
+    ]
+    limits = {"perplexity_difference": 1e-9, "layer_steps": 0.001}
+    failing = {"verify": {"sequences": 1, "layer_tokens": 16, **limits}}
     return {
-        "finished": {
-            **base,
-            **one,
-            "adapters": [{"name": "first", "steps": 60, "evaluation_steps": 15, **train}],
-            "verify": {"sequences": 8, "layer_tokens": 16},
-        },
-        "two": {
-            **base,
-            "preset": "fast",
-            "data": COUNTS,
-            "adapters": [
-                {"name": name, "steps": 40, "data": {"source": str(source), **COUNTS}, **train}
-                for name, source in (("words", corpus), ("digits", digits))
-            ],
-            "verify": {"sequences": 8, "layer_tokens": 16},
-        },
-        "failed": {
-            **base,
-            **one,
-            "preset": "fast",
-            "adapters": [{"name": "first", "steps": 60, **train}],
-            "verify": {
-                "sequences": 1,
-                "layer_tokens": 16,
-                "perplexity_difference": 1e-9,
-                "layer_steps": 0.001,
-            },
-        },
+        "finished": base | one | verify | {"adapters": [{**first, "evaluation_steps": 15}]},
+        "two": base | fast | verify | {"data": COUNTS, "adapters": of_two},
+        "failed": base | fast | one | failing | {"adapters": [first]},
     }
 
 

@@ -43,20 +43,19 @@ def browser() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def pages(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("pages")
     jobs = {name: job_of(name) for name in ("finished", "two", "failed")}
-    written = {
-        **{name: render(job) for name, job in jobs.items()},
-        "running": render(running()),
-        "thousand": render(many_layers(1000)),
-        "comparison": render_comparison(list(jobs.values())),
-    }
+    written = {name: render(job) for name, job in jobs.items()}
+    written |= {"running": render(running()), "thousand": render(many_layers(1000))}
+    written["comparison"] = render_comparison(list(jobs.values()))
+    folder = tmp_path_factory.mktemp("pages")
+    paths = {name: folder / f"{name}.html" for name in written}
     for name, html in written.items():
-        (folder / f"{name}.html").write_text(html, encoding="utf-8")
-    return {name: folder / f"{name}.html" for name in written}
+        paths[name].write_text(html, encoding="utf-8")
+    return paths
 
 
 NAMES = ("finished", "two", "failed", "running", "thousand", "comparison")
+OPEN_FOLDS = "document.querySelectorAll('details').forEach(fold => fold.open = true)"
 
 
 class Opened:
@@ -93,7 +92,7 @@ def test_nothing_is_wider_than_the_page_and_no_text_is_too_small(
     browser: Any, pages: dict[str, Path], name: str, width: int
 ) -> None:
     page = Opened(browser, pages[name], width).page
-    page.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+    page.evaluate(OPEN_FOLDS)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     sizes = page.evaluate(
         """[...document.querySelectorAll("svg.plot text")].filter(t => t.getClientRects().length).map(
@@ -108,7 +107,7 @@ def test_every_plot_has_marks_that_can_be_seen(
     browser: Any, pages: dict[str, Path], name: str
 ) -> None:
     page = Opened(browser, pages[name]).page
-    page.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+    page.evaluate(OPEN_FOLDS)
     plots = page.evaluate(
         """[...document.querySelectorAll("svg.plot")].filter(p => p.getClientRects().length).map(p => ({
             title: p.querySelector("title").textContent, words: p.querySelector("desc").textContent,
@@ -126,7 +125,7 @@ def test_every_plot_has_marks_that_can_be_seen(
 @pytest.mark.parametrize("name", ["finished", "two", "comparison", "thousand"])
 def test_tables_sort_by_every_column(browser: Any, pages: dict[str, Path], name: str) -> None:
     page = Opened(browser, pages[name]).page
-    page.evaluate("document.querySelectorAll('details').forEach(fold => fold.open = true)")
+    page.evaluate(OPEN_FOLDS)
     tables = page.locator("table.sortable")
     assert tables.count() >= 1
     for number in range(tables.count()):
@@ -152,13 +151,11 @@ def test_tables_sort_by_every_column(browser: Any, pages: dict[str, Path], name:
 
 def _key(value: Any) -> tuple[int, Any]:
     """Numbers before words; a cell of text that begins with a number counts as one."""
-    if isinstance(value, str):
-        digits = value.replace(",", "").replace("\u2212", "-").split(" ")[0].rstrip("%")
-        try:
-            return (0, float(digits))
-        except ValueError:
-            return (1, value)
-    return (0, value)
+    digits = str(value).replace(",", "").replace("\u2212", "-").split(" ")[0].rstrip("%")
+    try:
+        return (0, float(digits))
+    except ValueError:
+        return (1, value)
 
 
 def test_a_thousand_layers_open_in_3_seconds(browser: Any, pages: dict[str, Path]) -> None:

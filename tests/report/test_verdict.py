@@ -101,28 +101,6 @@ CASES: dict[str, tuple[dict[str, Any], Kind, str]] = {
         WITH_CARE,
         "the adapter is 18.8% worse than the float model",
     ),
-    "no gain": (gain("float", 100.0, 100.0), WITH_CARE, "computes what you trained, but"),
-    "better by 1%": (gain("float", 100.0, 98.9), SHIP, "beats the float model by 1.1%"),
-    "better by less than 1%": (gain("float", 100.0, 99.1), WITH_CARE, "not clearly better"),
-    "better by exactly 2 standard errors": (
-        gain("float", 128.0, 112.0, stderr=0.0625),
-        SHIP,
-        "beats the float model by 12.5%",
-    ),
-    "better by less than 2 standard errors": (
-        gain("float", 128.0, 112.0, stderr=0.0626),
-        WITH_CARE,
-        "not clearly better",
-    ),
-    "better by less than 1%, but by 2 standard errors": (
-        gain("float", 128.0, 127.0, stderr=0.001),
-        SHIP,
-        "beats the float model by 0.78%",
-    ),
-    "no gain and no error": (gain("float", 128.0, 128.0, stderr=0.0), WITH_CARE, "not clearly"),
-    "better than the base": (gain("base", 100.0, 99.9), SHIP, "computes what you trained"),
-    "no better than the base": (gain("base", 100.0, 100.0), WITH_CARE, "no better than the packed"),
-    "worse than the base": (gain("base", 100.0, 120.0), WITH_CARE, "no better than the packed"),
     "few tokens": ({f"{PARITY}tokens": FEW_TOKENS - 1}, WITH_CARE, "checked on 999 tokens only"),
     "enough tokens": ({f"{PARITY}tokens": FEW_TOKENS}, SHIP, "computes what you trained"),
     "KL divergence was not measured": (
@@ -141,6 +119,29 @@ def test_rules_apply_in_order(case: str) -> None:
     assert words in found.sentence
     assert found.sentence.endswith(".")
     assert kind.label not in found.sentence  # it is shown next to it
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "words"),
+    [
+        (gain("float", 100.0, 98.9), SHIP, "beats the float model by 1.1%"),
+        (gain("float", 100.0, 99.1), WITH_CARE, "not clearly better"),
+        (gain("float", 100.0, 100.0), WITH_CARE, "computes what you trained, but"),
+        (gain("float", 128.0, 112.0, stderr=0.0625), SHIP, "by 12.5%"),  # by exactly 2 of them
+        (gain("float", 128.0, 112.0, stderr=0.0626), WITH_CARE, "not clearly better"),
+        (gain("float", 128.0, 127.0, stderr=0.001), SHIP, "beats the float model by 0.78%"),
+        (gain("float", 128.0, 128.0, stderr=0.0), WITH_CARE, "not clearly better"),
+        (gain("base", 100.0, 99.9), SHIP, "computes what you trained"),
+        (gain("base", 100.0, 100.0), WITH_CARE, "no better than the packed base"),
+        (gain("base", 100.0, 120.0), WITH_CARE, "no better than the packed base"),
+    ],
+)
+def test_an_adapter_has_to_gain_more_than_chance(
+    changes: dict[str, Any], kind: Kind, words: str
+) -> None:
+    found = judged(**changes)
+    assert found.kind is kind
+    assert words in found.sentence
 
 
 @pytest.mark.parametrize(

@@ -32,8 +32,8 @@ from peft import LoraConfig, get_peft_model
 
 from measuring import RESULTS, SMOLLM2, machine_line, train_, write_table
 from qwlora import Rule, Scheme, SimulationSchemes, quantize_
-from qwlora.export.npu.aimet_folder import open_aimet_graphs
-from qwlora.export.npu.qairt_check import open_qairt_graphs
+from qwlora.export.npu.aimet import open_aimet_graphs
+from qwlora.export.npu.qairt import open_qairt_graphs
 from qwlora.export.npu.qnn_bundle import export_qnn
 from qwlora.export.npu.qnn_runtime import QnnModel
 from qwlora.export.proof.compare import perplexity

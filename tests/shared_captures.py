@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from qwlora.graph.capture import Captured, capture, rebound
+from qwlora.graph.quantized_graph import rebuilt
 from qwlora.nn.packed_layer import PackedLayer
 
 CALLERS = (
@@ -93,14 +94,8 @@ def _over(program: ExportedProgram, model: nn.Module) -> ExportedProgram:
             *model.named_buffers(remove_duplicate=False),
         )
     }
-    return ExportedProgram(
-        program.graph_module,
-        program.graph,
-        program.graph_signature,
-        {name: own[name] for name in program.state_dict},
-        program.range_constraints,
-        program.module_call_graph,
-        program.example_inputs,
-        {name: own.get(name, constant) for name, constant in program.constants.items()},
-        verifiers=program.verifiers,
+    return rebuilt(
+        program,
+        state_dict={name: own[name] for name in program.state_dict},
+        constants={name: own.get(name, constant) for name, constant in program.constants.items()},
     )

@@ -19,7 +19,7 @@ from qwlora.pipeline.plan.plan import make_plan
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.revisions import REVISIONS
-from qwlora.simulation.stored_encodings import load_encodings
+from qwlora.simulation.saved_simulation import load_encodings
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 TWO = [

@@ -14,7 +14,7 @@ from conftest import tiny_model
 from qwlora.errors import DirectoryError, RecipeError, TrainingError
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
-from qwlora.simulation.stored_encodings import load_activations
+from qwlora.simulation.saved_simulation import load_activations
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 FIRST = {

@@ -17,7 +17,7 @@ from conftest import tiny_model
 from export.damage import flip_bit
 from qwlora import Simulation, SimulationSchemes, encodings, quantize_, simulate
 from qwlora.errors import ExportError, VerificationError
-from qwlora.export.npu.aimet_folder import open_aimet
+from qwlora.export.npu.aimet import open_aimet
 from qwlora.export.proof.checks import Limits
 from qwlora.export.proof.compare import verify_language_model
 from qwlora.export.registry import TARGETS

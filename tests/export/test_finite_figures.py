@@ -22,7 +22,7 @@ from qwlora import strict_json
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export import runtime as runtime_module
-from qwlora.export.npu import qnn_runtime, verify_qnn
+from qwlora.export.npu import qnn, qnn_runtime
 from qwlora.export.npu.qnn_bundle import export_qnn
 from qwlora.export.proof import reference as reference_module
 from qwlora.export.proof.checks import Limits, Parity, check_parity
@@ -327,7 +327,7 @@ def test_profiles_of_a_runtime_that_fails_are_removed(monkeypatch: pytest.Monkey
 
     replace_qnn(monkeypatch, Model)
     with pytest.raises(ExportError, match="the HTP refuses"):
-        verify_qnn.verify_qnn(Path(), "first", simulated_reference())
+        qnn.verify_qnn(Path(), "first", simulated_reference())
     (folder,) = folders
     assert not folder.exists()
 

@@ -13,7 +13,7 @@ import torch
 from qwlora import strict_json
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import MissingExtraError
-from qwlora.export.npu import verify_qnn
+from qwlora.export.npu import qnn
 from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.measure import measure_logits
 from qwlora.export.proof.reference import make_reference
@@ -35,7 +35,7 @@ def replace_qnn(monkeypatch: pytest.MonkeyPatch, model: type) -> None:
         ("check_bundle", lambda *arguments: None),
         ("require_emulator", lambda: None),
     ):
-        monkeypatch.setattr(verify_qnn, name, fake)
+        monkeypatch.setattr(qnn, name, fake)
 
 
 def parity_of(logits: torch.Tensor) -> Parity:
@@ -65,8 +65,8 @@ def test_a_qnn_bundle_is_compared_on_the_cpu_and_on_the_htp(
 
     replace_qnn(monkeypatch, Model)
     if not is_installed:
-        monkeypatch.setattr(verify_qnn, "require_emulator", absent)
-    parity = verify_qnn.verify_qnn(Path(), "first", REFERENCE)
+        monkeypatch.setattr(qnn, "require_emulator", absent)
+    parity = qnn.verify_qnn(Path(), "first", REFERENCE)
     problems = parity.problems(Limits())
     if not is_installed:
         assert problems == []

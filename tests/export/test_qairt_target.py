@@ -22,14 +22,18 @@ from qwlora import quantize_
 from qwlora.errors import VerificationError
 from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.npu.float_onnx_runner import FloatOnnxModel
-from qwlora.export.npu.qairt_check import open_qairt
+from qwlora.export.npu.qairt import open_qairt
 from qwlora.export.npu.use_cases import peft_names, share_unaffected, use_case_model
 from qwlora.export.proof.compare import verify_language_model
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, ExportedUseCases
 from qwlora.formats.card_mark import CARD_MARK
-from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
-from qwlora.simulation.shared_encodings import BaseActivations
+from qwlora.simulation.adapter_simulations import (
+    BASE,
+    AdapterSimulations,
+    BaseActivations,
+    simulate_adapters,
+)
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

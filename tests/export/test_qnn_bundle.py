@@ -15,9 +15,9 @@ from peft import LoraConfig, get_peft_model
 from qwlora import Rule, Scheme, SimulationSchemes, quantize_
 from qwlora.errors import ExportError, FingerprintError
 from qwlora.export.npu.htp_limits import input_problem, table_problem, weight_problem
+from qwlora.export.npu.qnn import check_bundle, verify_qnn
 from qwlora.export.npu.qnn_bundle import export_qnn
 from qwlora.export.npu.qnn_runtime import QnnModel
-from qwlora.export.npu.verify_qnn import check_bundle, verify_qnn
 from qwlora.export.proof.checks import Limits
 from qwlora.export.weights.gguf import LlamaRuntime
 from qwlora.grid.scheme import PerChannel, parse_scheme
@@ -126,10 +126,10 @@ def generated(model: QnnModel, prompt: torch.Tensor, count: int) -> tuple[torch.
     cache, ids, found = model.empty_cache(), prompt, []
     for first in range(0, prompt.shape[1], 8):
         piece = prompt[:, first : first + 8]
-        found.append(torch.from_numpy(model.extend("prefill", piece, first, cache)))
+        found.append(torch.from_numpy(model.call_logits("prefill", piece, first, cache)))
     for _ in range(count):
         token = found[-1][:, -1:].argmax(-1)
-        found.append(torch.from_numpy(model.extend("decode", token, ids.shape[1], cache)))
+        found.append(torch.from_numpy(model.call_logits("decode", token, ids.shape[1], cache)))
         ids = torch.cat([ids, token], 1)
     return ids, torch.cat(found, 1)
 

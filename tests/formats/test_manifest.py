@@ -28,7 +28,7 @@ from qwlora.formats import manifest
 from qwlora.formats.base_files import BaseCheckpoint
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.manifest import UnverifiedWarning
-from qwlora.simulation.stored_encodings import load_encodings, save_encodings
+from qwlora.simulation.saved_simulation import load_encodings, save_encodings
 from qwlora.strict_json import dumps
 
 IDS = torch.arange(24).view(2, 12)

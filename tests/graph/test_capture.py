@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from conftest import tiny_model
 from qwlora import quantize_
 from qwlora.errors import CaptureError
+from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.capture import Captured, capture
-from qwlora.graph.eager_attention import visible_implementations
 from qwlora.graph.flat_arguments import cache_of
 from qwlora.simulation.simulation import Simulation, simulate
 from qwlora.simulation.simulation_schemes import SimulationSchemes, SimulationSource

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from qwlora import PlacementRule, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CaptureError
 from qwlora.export.onnx.onnx_bundle import export_onnx, verify_onnx_outputs
-from qwlora.graph.eager_attention import visible_implementations
+from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.value_traits import Decision
 from qwlora.nn.custom_ops import linear

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conftest import tiny_model
 from qwlora import quantize_, simulate
-from qwlora.graph.eager_attention import visible_implementations
+from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.quantized_graph import Kind
 from qwlora.simulation.simulation import Simulation
 from simulation.captured import batch

@@ -17,19 +17,21 @@ from qwlora import PlacementRule, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError, GridError
 from qwlora.export.npu.aimet_encodings import write_encodings
 from qwlora.export.onnx.onnx_bundle import export_onnx
-from qwlora.graph.adapter_branch import branch_nodes
-from qwlora.graph.eager_attention import visible_implementations
-from qwlora.graph.graph_analysis import lora_branch
+from qwlora.graph.capturable_model import visible_implementations
+from qwlora.graph.graph_analysis import branch_nodes, lora_branch
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.min_max import encoding_from_range
 from qwlora.grid.scheme import PerChannel
 from qwlora.nn.fingerprint import adapter_fingerprint
 from qwlora.parameter_names import is_adapter_name
-from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
+from qwlora.simulation.adapter_simulations import (
+    AdapterSimulations,
+    BaseActivations,
+    simulate_adapters,
+)
 from qwlora.simulation.load_simulation import load_simulation
-from qwlora.simulation.shared_encodings import BaseActivations
+from qwlora.simulation.saved_simulation import load_encodings
 from qwlora.simulation.simulation import Simulation
-from qwlora.simulation.stored_encodings import load_encodings
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 EIGHT_BITS = SimulationSchemes(Scheme(8, symmetric=False))

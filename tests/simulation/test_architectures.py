@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 from qwlora import Scheme, SimulationSchemes, export_onnx, quantize_, verify_onnx_outputs
 from qwlora.export.proof.checks import Limits, Parity, check_parity
 from qwlora.export.proof.compare import OutputFigures
+from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.capture import Captured, capture
-from qwlora.graph.eager_attention import visible_implementations
 from qwlora.graph.quantized_graph import Kind
 from qwlora.simulation.simulation import Simulation
 from simulation.conftest import Table

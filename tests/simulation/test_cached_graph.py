@@ -15,7 +15,7 @@ from qwlora import export_onnx, quantize_, simulate
 from qwlora.errors import CaptureError
 from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.graph.capture import Captured
-from qwlora.graph.kv_cache_capture import CacheSizes, capture_cached, past_names
+from qwlora.graph.kv_cache_capture import CacheSizes, capture_cached
 from qwlora.simulation.adapter_simulations import simulate_adapters
 from qwlora.simulation.kv_cache_graph import cached_graph
 from qwlora.simulation.simulation import Simulation
@@ -48,7 +48,11 @@ def call(captured: Captured, first: int, past: list[Tensor], ids: Tensor) -> dic
         "attention_mask": torch.ones(1, first + ids.shape[1], dtype=torch.int64),
         "position_ids": torch.arange(first, first + ids.shape[1])[None],
     }
-    names = [name for layer in range(layers_of(captured)) for name in past_names(layer)]
+    names = [
+        f"past_key_values.{layer}.{part}"
+        for layer in range(layers_of(captured))
+        for part in ("key", "value")
+    ]
     return {**arguments, **dict(zip(names, past, strict=True))}
 
 

@@ -10,13 +10,12 @@ from torch import Tensor
 
 from qwlora import Estimator, PlacementRule, Scheme, SimulationSchemes
 from qwlora.errors import CalibrationError
-from qwlora.graph.eager_attention import visible_implementations
+from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.value_traits import Decision
 from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.range_estimator import ESTIMATORS
-from qwlora.simulation.calibration import tokens_of
 from qwlora.simulation.fake_quantizer import Mode
-from qwlora.simulation.simulation import Simulation
+from qwlora.simulation.simulation import Simulation, tokens_of
 from simulation.captured import adapted, batch, simulation
 
 BATCHES = [batch(seed=s) for s in range(4)]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from qwlora import PlacementRule, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError
-from qwlora.graph.eager_attention import visible_implementations
+from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.value_traits import Decision
 from qwlora.simulation.placement import place
 from qwlora.simulation.simulation import Simulation

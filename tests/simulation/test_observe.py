@@ -8,8 +8,7 @@ import torch
 from qwlora.errors import CalibrationError
 from qwlora.grid.range_estimator import Estimator
 from qwlora.grid.scheme import PerChannel, Scheme
-from qwlora.simulation.estimate_encodings import estimate_encodings
-from qwlora.simulation.fake_quantizer import Mode, Quantizer
+from qwlora.simulation.fake_quantizer import Mode, Quantizer, estimate_encodings
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from qwlora import PlacementRule, Scheme, SimulationSchemes
 from qwlora.errors import CalibrationError, GridError
 from qwlora.graph.aten_ops import MAKES_VALUES, MOVES_DATA
-from qwlora.graph.eager_attention import visible_implementations
+from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.value_traits import Decision, Trait
 from qwlora.grid.scheme import PerChannel

@@ -31,10 +31,9 @@ from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn import pack_at_
 from qwlora.nn.fingerprint import adapter_fingerprint
 from qwlora.simulation.adapter_simulations import simulate_adapters
-from qwlora.simulation.placement_log import explain
 from qwlora.simulation.placement_rules import PlacementRule
+from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import Simulation
-from qwlora.simulation.stored_encodings import load_activations
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
@@ -179,7 +178,7 @@ def test_keys_and_values_of_earlier_tokens_are_example_inputs_too(tmp_path: Path
     again = load_simulation(tmp_path, adapted())
     assert again.captured.interface == simulation.captured.interface
     assert torch.equal(again.outputs(given)["logits"], simulation.outputs(given)["logits"])
-    log = explain(again, "npu")
+    log = again.explain()
     keys = next(value for value in log.values if value.name == "past_key_values.0.key")
     assert (keys.decision, log.grid(keys).grid) == ("share", "")
     assert keys.reason == "comes from the cache, on the grid of the output that filled it"
@@ -215,7 +214,9 @@ def test_what_a_folder_held_stays_until_all_is_written(tmp_path: Path) -> None:
         simulation.save(tmp_path)
     simulation.origin = replace(simulation.origin, example_inputs=batch())
     with (
-        mock.patch("qwlora.simulation.save_simulation.save_file", side_effect=OSError("disk full")),
+        mock.patch(
+            "qwlora.simulation.saved_simulation.save_file", side_effect=OSError("disk full")
+        ),
         pytest.raises(OSError, match="disk full"),
     ):
         simulation.save(tmp_path)

@@ -57,7 +57,6 @@ def test_calls_give_the_models_own_output_with_simulated_logits(
     given = batch(3, 9, seed=4)
     expected = simulation(**batch(3, 9, seed=4, positions=True)).logits.detach()
     output = model(**given)
-    assert isinstance(model, type(own))
     assert type(output) is type(own(**given))
     assert torch.equal(output.logits, expected)
     assert torch.equal(model(given["input_ids"]).logits, expected)  # as lm-eval calls it
@@ -171,20 +170,13 @@ def test_what_an_evaluation_harness_does_with_a_model_that_it_is_given(
     assert torch.equal(found[1], alone[0])
 
 
-@pytest.mark.parametrize("call", ["get_input_embeddings", "get_output_embeddings"])
 def test_a_simulated_model_has_no_layers_to_hand_out(
-    pair: tuple[Simulation, PreTrainedModel], call: str
+    pair: tuple[Simulation, PreTrainedModel],
 ) -> None:
     _, model = pair
-    with pytest.raises(
-        CaptureError,
-        match=r"embedding layers.* simulation.origin.model",
-    ):
-        getattr(model, call)()
-    with pytest.raises(CaptureError, match="no embedding layers"):
-        getattr(model, call.replace("get", "set"))(nn.Embedding(2, 2))
-    with pytest.raises(CaptureError, match="no embedding layers"):
-        model.resize_token_embeddings(300)
+    for ask in (model.get_input_embeddings, lambda: model.resize_token_embeddings(300)):
+        with pytest.raises(CaptureError, match=r"embedding layers.* simulation.origin.model"):
+            ask()
 
 
 def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
@@ -209,14 +201,12 @@ def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
     ):
         model(**given, nonsense=1)
     for name in ("output_hidden_states", "output_attentions", "use_cache"):
-        with pytest.raises(CaptureError, match=f"{name}: the simulated graph returns logits"):
+        with pytest.raises(CaptureError, match=f"{name}: this model returns logits only"):
             model(**given, **{name: True})
     with pytest.raises(
         CaptureError, match="input_ids: the graph was captured with this argument; give it"
     ):
         model(attention_mask=given["attention_mask"])
-    with pytest.raises(CaptureError, match="input_ids: given both"):
-        model(given["input_ids"], input_ids=given["input_ids"])
     with pytest.raises(CaptureError, match="is for evaluation"):
         model.train()
     with pytest.raises(CaptureError, match="not a checkpoint"):
@@ -240,7 +230,7 @@ def test_an_encoder_with_a_decoder_is_called_and_does_not_generate() -> None:
     assert torch.equal(model(**given).logits, simulation.outputs(given)["logits"])
     with pytest.raises(
         CaptureError,
-        match=r"generate .* SimulatedT5\w+ separately, .* decoder_input_ids",
+        match=r"generate .* T5\w+ separately, .* decoder_input_ids",
     ):
         model.generate(given["input_ids"], max_new_tokens=2)
 

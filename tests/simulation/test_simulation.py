@@ -16,8 +16,8 @@ from qwlora import PerChannel, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.analysis.sensitivity import sensitivities
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.export.onnx.onnx_bundle import export_onnx, verify_onnx_outputs
+from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.capture import capture
-from qwlora.graph.eager_attention import visible_implementations
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.value_traits import Decision
 from qwlora.simulation.simulation import Simulation

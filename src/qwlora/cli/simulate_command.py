@@ -22,7 +22,7 @@ from qwlora.cli.terminal import print_result
 
 if TYPE_CHECKING:
     from qwlora.graph.quantized_graph import GraphValue
-    from qwlora.simulation.placement_log import LoggedGrid, PlacementLog
+    from qwlora.simulation.placement import LoggedGrid, PlacementLog
 
 
 def simulate(

@@ -39,7 +39,7 @@ TARGETS: dict[str, Target] = {
         model_files="model.onnx*",
     ),
     "aimet": Target(
-        backend_class="qwlora.export.npu.aimet_target:Aimet",
+        backend_class="qwlora.export.npu.aimet:Aimet",
         extra="onnx",
         packages=_ONNX,
         layout=Layout.EACH,
@@ -50,7 +50,7 @@ TARGETS: dict[str, Target] = {
         scheme_problem=encodings_problem,
     ),
     "qairt": Target(
-        backend_class="qwlora.export.npu.qairt_target:Qairt",
+        backend_class="qwlora.export.npu.qairt:Qairt",
         extra="onnx",
         packages=_ONNX,
         layout=Layout.CASES,
@@ -61,7 +61,7 @@ TARGETS: dict[str, Target] = {
         scheme_problem=encodings_problem,
     ),
     "qnn": Target(
-        backend_class="qwlora.export.npu.qnn_target:Qnn",
+        backend_class="qwlora.export.npu.qnn:Qnn",
         extra="onnx",
         packages=_ONNX,
         compilers=("onnxruntime_qnn", "qnn"),

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from qwlora.export.proof.reference import Reference
     from qwlora.export.runtime import Runtime
     from qwlora.grid.scheme import Scheme
-    from qwlora.simulation.shared_encodings import BaseActivations
+    from qwlora.simulation.adapter_simulations import BaseActivations
 
 
 BASE, PROOF = "base", "proof"  # folders of a bundle, next to those of adapters
@@ -215,7 +215,7 @@ class ExportedGraph:
         graphs: number of new tokens of each graph with a key-value cache, by name. Empty for a
             model that is no causal language model: one graph of the sample's shapes.
         context: new and past tokens together, in each of them.
-        updatable: which encodings change with the adapter, see `simulation/shared_encodings.py`.
+        updatable: which encodings change with the adapter, see `simulation/adapter_simulations.py`.
     """
 
     simulation: Reference

@@ -32,30 +32,16 @@ MOVES_DATA = _names("""
 
 # Positions of the factors; an argument may also be a list of factors.
 MATRIX_PRODUCTS: dict[str, tuple[int, ...]] = {
-    "linear": (0, 1),
-    "matmul": (0, 1),
-    "mm": (0, 1),
-    "mv": (0, 1),
-    "bmm": (0, 1),
-    "dot": (0, 1),
-    "inner": (0, 1),
-    "outer": (0, 1),
-    "addmm": (1, 2),
-    "addmv": (1, 2),
-    "addbmm": (1, 2),
-    "baddbmm": (1, 2),
-    "tensordot": (0, 1),
+    **dict.fromkeys(
+        _names("""
+            linear matmul mm mv bmm dot inner outer tensordot _grouped_mm grouped_mm
+            convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+        """),
+        (0, 1),
+    ),
+    **dict.fromkeys(_names("addmm addmv addbmm baddbmm"), (1, 2)),
     "einsum": (1,),
     "bilinear": (0, 1, 2),
-    "_grouped_mm": (0, 1),
-    "grouped_mm": (0, 1),
-    "convolution": (0, 1),
-    "conv1d": (0, 1),
-    "conv2d": (0, 1),
-    "conv3d": (0, 1),
-    "conv_transpose1d": (0, 1),
-    "conv_transpose2d": (0, 1),
-    "conv_transpose3d": (0, 1),
     "scaled_dot_product_attention": (0, 1, 2),
 }
 

@@ -4,7 +4,7 @@ It takes any model, any nested keyword arguments and all tensors of the result, 
 to the model. The graph
 
 - shares the module's storage, except for tensors in half precision: it computes in float32
-  (`half_precision.py`)
+  (`capturable_model.py`)
 - takes any size of each axis that the model does not fix (`Captured.interface` lists them)
 - has no nodes without arithmetic: assertions, casts to the same dtype, inactive dropout, layout
   copies, empty parts of a concatenation
@@ -36,14 +36,11 @@ from transformers.cache_utils import Cache
 
 from qwlora.errors import CaptureError
 from qwlora.graph.call_arguments import LABELS
-from qwlora.graph.capture_check import check_graph
-from qwlora.graph.dynamic_shapes import Axes, AxisIndex
-from qwlora.graph.eager_attention import visible_implementations
+from qwlora.graph.capturable_model import in_float32, visible_implementations, widened
+from qwlora.graph.capture_check import Axes, AxisIndex, check_graph
 from qwlora.graph.flat_arguments import Structure, cache_of, tokens_in
-from qwlora.graph.graph_analysis import operator_of
-from qwlora.graph.graph_parameters import buffer_names, module_path
-from qwlora.graph.half_precision import in_float32, widened
 from qwlora.graph.inline_subgraphs import inlined_graph
+from qwlora.graph.nodes import buffer_names, calls, module_path, operation
 from qwlora.graph.quantized_graph import Interface, with_graph
 from qwlora.nn.meta_tensors import refuse_meta
 from qwlora.nn.packed_layer import PackedLayer
@@ -51,7 +48,8 @@ from qwlora.parameter_names import parameter_name
 
 PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
 CACHE = "cache"  # name of the argument in newer models
-MASKS_OF = {"attention_mask": "input_ids", "decoder_attention_mask": "decoder_input_ids"}
+IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
+MASKS_OF = {MASK: IDS, "decoder_attention_mask": "decoder_input_ids"}
 _aten = torch.ops.aten
 _SAME_VALUES = (_aten.alias.default, _aten.lift_fresh_copy.default)
 _STOPS = (_aten.detach.default, _aten.detach_.default)  # these stop gradients
@@ -78,30 +76,42 @@ class Captured:
     arguments: Structure
     result: Structure
 
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """Names of the graph's inputs, in order."""
+        return self.interface.inputs
+
     def bind(self, arguments: Mapping[str, Any]) -> tuple[Tensor, ...]:
         """The graph's inputs from the model's arguments.
 
-        A missing attention mask counts as all ones, including for positions in the cache.
+        Only arguments that do not change the result may differ from those of the capture:
+
+            attention_mask     missing: all ones, including for positions in the cache
+                               given but not captured: dropped if it is all ones
+            position_ids       missing: 0, 1, 2, ... if nothing is masked and there is no cache
+                               given but not captured: dropped if they are 0, 1, 2, ...
+            None               counts as not given
 
         Raises:
             CaptureError: an argument is missing or unknown, a constant has another value, or a
                 tensor has a size that the graph does not take.
         """
-        given = dict(arguments)
-        for mask, ids in MASKS_OF.items():
-            if (
-                given.get(mask) is None
-                and mask in self.interface.inputs
-                and isinstance(given.get(ids), Tensor)
-            ):
-                rows, tokens = given[ids].shape
-                given[mask] = given[ids].new_ones(rows, tokens_in(given.get(PAST)) + tokens)
+        given = {name: value for name, value in arguments.items() if value is not None}
+        if POSITIONS in given or PAST not in given:
+            self._complete_positions_(given)
+        if MASK in given and MASK not in self.inputs and _is_all_ones(given[MASK]):
+            del given[MASK]
+        for mask, name in MASKS_OF.items():
+            ids = given.get(name)
+            if mask not in given and mask in self.inputs and isinstance(ids, Tensor):
+                rows, tokens = ids.shape
+                given[mask] = ids.new_ones(rows, tokens_in(given.get(PAST)) + tokens)
         tensors = tuple(widened(tensor) for tensor in self.arguments.flatten(given))
-        for name, tensor in zip(self.interface.inputs, tensors, strict=True):
+        for name, tensor in zip(self.inputs, tensors, strict=True):
             shape = self.interface.shapes[name]
             if tensor.ndim != len(shape) or any(
                 isinstance(size, int) and size != found
-                for size, found in zip(shape, tensor.shape, strict=False)
+                for size, found in zip(shape, tensor.shape, strict=True)
             ):
                 expected = ", ".join(str(size) for size in shape)
                 raise CaptureError(
@@ -110,12 +120,33 @@ class Captured:
                 )
         return tensors
 
+    def _complete_positions_(self, given: dict[str, Any]) -> None:
+        positions: Any = given.get(POSITIONS)
+        ids = given.get(IDS)
+        if POSITIONS not in self.inputs and positions is not None:
+            counted = torch.arange(positions.shape[-1], device=positions.device)
+            if not bool((positions == counted).all()):
+                raise CaptureError(
+                    f"{POSITIONS} do not count from zero, but the graph was captured with "
+                    f"{', '.join(self.inputs)} and counts from the first token, padding included. "
+                    f"Add {POSITIONS} to the example inputs of `simulate`"
+                )
+            del given[POSITIONS]
+        elif POSITIONS in self.inputs and isinstance(ids, Tensor):
+            if positions is None:
+                if MASK in given and not _is_all_ones(given[MASK]):
+                    raise CaptureError(
+                        f"the graph was captured with {POSITIONS}, and a masked batch needs them; "
+                        f"give {POSITIONS}"
+                    )
+                positions = torch.arange(ids.shape[1], device=ids.device)[None]
+            is_shared = positions.ndim == 2 and len(positions) == 1  # one row for the whole batch
+            given[POSITIONS] = positions.expand(len(ids), -1) if is_shared else positions
+
     @property
     def input_names(self) -> dict[str, str]:
         """Input names by placeholder."""
-        return dict(
-            zip(self.program.graph_signature.user_inputs, self.interface.inputs, strict=True)
-        )
+        return dict(zip(self.program.graph_signature.user_inputs, self.inputs, strict=True))
 
     def named(self, outputs: Sequence[Tensor]) -> dict[str, Tensor]:
         """The graph's outputs by name."""
@@ -170,7 +201,8 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
     refuse_meta(model, CaptureError)
     arguments, tensors = Structure.of(_completed(model, example_inputs), PAST)
     tensors = _separate(tensors, rows=1 if static else 2)
-    if not (static or arguments.cached) and any(_is_ids(t) and t.shape[1] < 2 for t in tensors):
+    ids = [t for t in tensors if t.ndim == 2 and not t.is_floating_point()]
+    if not (static or arguments.cached) and any(t.shape[1] < 2 for t in ids):
         raise CaptureError(
             "example inputs have one token, and torch.export makes a size of 1 constant; give two "
             "or more"
@@ -286,8 +318,8 @@ def _separate(tensors: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
     return tuple(widened(t).clone(memory_format=torch.contiguous_format) for t in repeated)
 
 
-def _is_ids(tensor: Tensor) -> bool:
-    return tensor.ndim == 2 and not tensor.is_floating_point()
+def _is_all_ones(mask: Any) -> bool:
+    return isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask == 1).all())
 
 
 def _primary(names: tuple[str, ...], outputs: tuple[Tensor, ...], model: str) -> str:
@@ -333,8 +365,6 @@ def _clean(
     graph = inlined_graph(program)
     learning = _learning(graph, program)
     for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
         if node.target is _aten._assert_tensor_metadata.default:
             graph.erase_node(node)
         elif node.target is _aten.set_.source_Tensor:
@@ -361,15 +391,14 @@ def _clean(
 
 def _learning(graph: Graph, program: ExportedProgram) -> set[Node]:
     """Nodes computed from trainable parameters; a detach among them must survive for training."""
-    found: set[Node] = set()
-    parameters = {
-        s.arg.name: program.state_dict[s.target]
+    trainable = {
+        s.arg.name
         for s in program.graph_signature.input_specs
-        if s.kind is InputKind.PARAMETER
+        if s.kind is InputKind.PARAMETER and program.state_dict[s.target].requires_grad
     }
+    found: set[Node] = set()
     for node in graph.nodes:
-        given = parameters[node.name].requires_grad if node.name in parameters else False
-        if given or any(source in found for source in node.all_input_nodes):
+        if node.name in trainable or not found.isdisjoint(node.all_input_nodes):
             found.add(node)
     return found
 
@@ -379,17 +408,16 @@ def _refuse_hidden_codes(program: ExportedProgram) -> None:
 
     Such a weight has no float value in the graph, so it could have no encoding.
     """
-    codes = {name: path for name, path in buffer_names(program).items() if path.endswith(".packed")}
-    for node in program.graph.nodes:
-        if node.op == "placeholder" and node.name in codes:
-            for user in node.users:
-                if operator_of(user) != "dequantize":
-                    weight = parameter_name(codes[node.name].removesuffix(".packed"))
-                    raise CaptureError(
-                        f"{weight}: {operator_of(user)} reads its codes, so the weight would have "
-                        "no encoding. Call the packed layer (layer(x)) or read layer.weight, and "
-                        "capture again"
-                    )
+    buffers = buffer_names(program)
+    for node in calls(program):
+        for source in node.all_input_nodes:
+            path = buffers.get(source.name, "")
+            if path.endswith(".packed") and operation(node) != "dequantize":
+                raise CaptureError(
+                    f"{parameter_name(path.removesuffix('.packed'))}: {operation(node)} reads its "
+                    "codes, so the weight would have no encoding. Call the packed layer (layer(x)) "
+                    "or read layer.weight, and capture again"
+                )
 
 
 def _dequantize_once_(graph: Graph, packed: Mapping[str, nn.Module]) -> None:
@@ -399,19 +427,13 @@ def _dequantize_once_(graph: Graph, packed: Mapping[str, nn.Module]) -> None:
     """
     first: dict[tuple[Any, ...], list[tuple[nn.Module | None, Node]]] = {}
     for node in list(graph.nodes):
-        if node.op != "call_function" or operator_of(node) != "dequantize":
+        if operation(node) != "dequantize":
             continue
         layer = packed.get(module_path(node).partition("@")[0])
         earlier = first.setdefault(node.args, [])
-        if same := next(
-            (
-                other
-                for reader, other in earlier
-                if layer is None or reader is None or reader is layer
-            ),
-            None,
-        ):
-            node.replace_all_uses_with(same)
+        same = [n for reader, n in earlier if layer is None or reader in (None, layer)]
+        if same:
+            node.replace_all_uses_with(same[0])
             graph.erase_node(node)
         else:
             earlier.append((layer, node))
@@ -422,15 +444,13 @@ def _changes_nothing(node: Node) -> bool:
         return True
     if node.target is _aten.dropout.default:
         return node.args[2] is False
-    if node.target in _CASTS:
-        before, after = _value(node.args[0]), _value(node)
-        return (
-            before is not None
-            and after is not None
-            and before.dtype == after.dtype
-            and before.device == after.device
-        )
-    return False
+    before, after = (_value(node.args[0]), _value(node)) if node.target in _CASTS else (None, None)
+    return (
+        before is not None
+        and after is not None
+        and before.dtype == after.dtype
+        and before.device == after.device
+    )
 
 
 def _is_empty(node: Any) -> bool:

@@ -6,27 +6,145 @@ At the example's shape they must agree. At another shape
     the module runs, the graph agrees                        the axis is dynamic
     the module runs, torch.export's assumptions don't hold   the axis is fixed
     the module runs, they hold, the graph differs            CaptureError
+
+torch.export gives each axis that the model does not fix a symbol, and axes of equal size the same
+symbol. Symbols are named
+
+    batch      axis 0 of every input that has as many rows as the first
+    tokens     axis 1 of the first integer matrix
+    past       axis 2 of cached keys and values
+    NAME.AXIS  anything else: `pixel_values.2`
+
+Axes with different symbols may still depend on each other in the model (a mask and its text), so
+axes with equal sizes in the example are varied together.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Interpreter, Node
+from torch.utils._pytree import tree_leaves
 
 from qwlora.errors import CaptureError
-from qwlora.graph.dynamic_shapes import Axes, AxisIndex
-from qwlora.graph.graph_parameters import module_stack
+from qwlora.graph.nodes import calls, module_stack
+
+BATCH, TOKENS, PAST = "batch", "tokens", "past"
+Tensors = tuple[Tensor, ...]
+AxisIndex = tuple[int, int]  # (index of an input, axis)
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The dynamic axes of a program's inputs.
+
+    Args:
+        names: of the inputs.
+        sizes: shape of each example input.
+        symbols: the symbol of each dynamic axis.
+        labels: the name of each symbol.
+    """
+
+    names: tuple[str, ...]
+    sizes: tuple[tuple[int, ...], ...]
+    symbols: Mapping[AxisIndex, str]
+    labels: Mapping[str, str]
+
+    @classmethod
+    def of(
+        cls,
+        program: ExportedProgram,
+        names: tuple[str, ...],
+        tensors: Tensors,
+        cached: Collection[str] = (),
+    ) -> Axes:
+        """The dynamic axes of a program.
+
+        Args:
+            cached: names of the inputs that are cached keys and values.
+        """
+        values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
+        symbols: dict[AxisIndex, str] = {}
+        labels: dict[str, str] = {}
+        batch = next(t.shape[0] for t in tensors if t.ndim)
+        inputs = zip(names, tensors, program.graph_signature.user_inputs, strict=True)
+        for index, (name, tensor, placeholder) in enumerate(inputs):
+            for axis, size in enumerate(values[placeholder].shape):
+                symbol = str(size)
+                if symbol.isdigit():  # a SymInt that torch.export resolved to a number
+                    continue
+                symbols[index, axis] = symbol
+                known = labels.values()
+                is_ids = tensor.ndim == 2 and axis == 1 and not tensor.is_floating_point()
+                label = f"{name}.{axis}"
+                if axis == 0 and tensor.shape[0] == batch:
+                    label = BATCH
+                elif name in cached and axis == 2 and PAST not in known:
+                    label = PAST
+                elif is_ids and TOKENS not in known:
+                    label = TOKENS
+                labels.setdefault(symbol, label)
+        return cls(names, tuple(tuple(t.shape) for t in tensors), symbols, labels)
+
+    def trials(self, tensors: Tensors) -> Iterator[tuple[list[AxisIndex], Tensors]]:
+        """Smaller inputs and the axes that were cut, to half their size or by one: all groups of
+        axes, then each one, then pairs."""
+        by_size: dict[tuple[bool, int], list[AxisIndex]] = {}  # the batch first
+        for place, symbol in self.symbols.items():
+            key = self.labels[symbol] != BATCH, self.sizes[place[0]][place[1]]
+            by_size.setdefault(key, []).append(place)
+        groups = [by_size[key] for key in sorted(by_size)]
+        choices = [groups] if len(groups) > 1 else []
+        choices += [list(chosen) for count in (1, 2) for chosen in combinations(groups, count)]
+        for chosen in choices:
+            places = [place for group in chosen for place in group]
+            for halved in (True, False):
+                yield places, self._smaller(tensors, places, halved)
+
+    def _smaller(self, tensors: Tensors, places: list[AxisIndex], halved: bool) -> Tensors:
+        """`tensors` cut along `places`, to no less than two tokens or one row."""
+        cut = list(tensors)
+        for index, axis in places:
+            size = self.sizes[index][axis]
+            least = 1 if self.labels[self.symbols[index, axis]] == BATCH else 2
+            cut[index] = cut[index].narrow(axis, 0, max(least, size // 2 if halved else size - 1))
+        return tuple(cut)
+
+    def shapes(
+        self, program: ExportedProgram, outputs: tuple[str, ...], fixed: set[AxisIndex]
+    ) -> dict[str, tuple[str | int, ...]]:
+        """Shape of every input and output, with names for dynamic axes.
+
+        Args:
+            fixed: axes that `check_graph` found to be fixed although they have a symbol.
+        """
+        closed = {self.symbols[place]: self.sizes[place[0]][place[1]] for place in fixed}
+        found: dict[str, tuple[str | int, ...]] = {}
+        for index, name in enumerate(self.names):
+            symbols = [self.symbols.get((index, axis)) for axis in range(len(self.sizes[index]))]
+            found[name] = tuple(
+                size if symbol is None or symbol in closed else self.labels[symbol]
+                for symbol, size in zip(symbols, self.sizes[index], strict=True)
+            )
+        (output,) = (n for n in program.graph.nodes if n.op == "output")
+        for name, node in zip(outputs, output.args[0], strict=True):
+            found[name] = tuple(
+                int(s) if s.isdigit() else closed.get(s, self.labels.get(s, f"{name}.{axis}"))
+                for axis, s in enumerate(map(str, node.meta["val"].shape))
+            )
+        return found
 
 
 def check_graph(
     program: ExportedProgram,
     module: nn.Module,
-    tensors: tuple[Tensor, ...],
+    tensors: Tensors,
     axes: Axes,
     outputs: Sequence[str],
 ) -> set[AxisIndex]:
@@ -40,11 +158,9 @@ def check_graph(
     """
     graph = program.module(check_guards=False)
     if difference := _difference(module(*tensors), graph(*tensors), outputs):
-        _refuse(program, module, tensors, difference)
+        raise _refusal(program, module, tensors, difference)
     fixed = set(axes.symbols)
     for places, smaller in axes.trials(tensors):
-        if not fixed:
-            break
         if not fixed.intersection(places):
             continue
         try:
@@ -58,7 +174,7 @@ def check_graph(
         if not difference:
             fixed.difference_update(places)
         elif _assumed(program, smaller):
-            _refuse(program, module, smaller, difference)
+            raise _refusal(program, module, smaller, difference)
     return fixed
 
 
@@ -68,8 +184,8 @@ def _difference(expected: Sequence[Tensor], found: Sequence[Tensor], names: Sequ
         if one.shape != other.shape:
             return f"output {name} has shape {list(other.shape)} instead of {list(one.shape)}"
         if not _same(one, other):
-            largest = f"by {float((one.double() - other.double()).abs().nan_to_num().max()):.3g}"
-            return f"output {name} differs {largest}"
+            largest = float((one.double() - other.double()).abs().nan_to_num().max())
+            return f"output {name} differs by {largest:.3g}"
     return ""
 
 
@@ -77,7 +193,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and bool(((one == other) | (one.isnan() & other.isnan())).all())
 
 
-def _assumed(program: ExportedProgram, tensors: tuple[Tensor, ...]) -> bool:
+def _assumed(program: ExportedProgram, tensors: Tensors) -> bool:
     """Whether torch.export's assumptions (guards) hold for `tensors`."""
     try:
         program.module()(*tensors)
@@ -86,36 +202,28 @@ def _assumed(program: ExportedProgram, tensors: tuple[Tensor, ...]) -> bool:
     return True
 
 
-def _refuse(
-    program: ExportedProgram, module: nn.Module, tensors: tuple[Tensor, ...], difference: str
-) -> None:
-    shapes = [list(t.shape) for t in tensors]
-    raise CaptureError(
-        f"the captured graph differs from the module at input shapes {shapes}: {difference}. "
-        f"{first_difference(program, module, tensors)}. Look there for randomness, for state that "
+def _refusal(
+    program: ExportedProgram, module: nn.Module, tensors: Tensors, difference: str
+) -> CaptureError:
+    return CaptureError(
+        f"the captured graph differs from the module at input shapes "
+        f"{[list(t.shape) for t in tensors]}: {difference}. "
+        f"{_first_difference(program, module, tensors)}. Look there for randomness, for state that "
         "changes between calls, or for branches on values or shapes"
     )
 
 
-def first_difference(
-    program: ExportedProgram, module: nn.Module, tensors: tuple[Tensor, ...]
-) -> str:
+def _first_difference(program: ExportedProgram, module: nn.Module, tensors: Tensors) -> str:
     """A sentence that names the first module, in order of completion, whose output differs."""
-    values: dict[str, Tensor] = {}
-    recorder = _Recorder(program.module(check_guards=False), values)
+    recorder, stopped = _Recorder(program.module(check_guards=False)), ""
     try:
         recorder.run(*tensors)
     except Exception as error:  # from an operator; earlier values are known
         stopped = f", after which the graph stops with {type(error).__name__}"
-    else:
-        stopped = ""
     leaving = _leaving(program)
-    for path, kind, output in _module_outputs(module, tensors):
-        candidates = [
-            values[name]
-            for name in leaving.get(path, ())
-            if name in values and values[name].shape == output.shape
-        ]
+    for path, (kind, output) in _module_outputs(module, tensors).items():
+        known = [recorder.values[n] for n in leaving.get(path, ()) if n in recorder.values]
+        candidates = [value for value in known if value.shape == output.shape]
         if candidates and not any(_same(output, value) for value in candidates):
             name = path.removeprefix("model.") or "the model"
             return f"The first module whose output differs is {name} ({kind}){stopped}"
@@ -125,26 +233,17 @@ def first_difference(
     )
 
 
-def _module_outputs(
-    module: nn.Module, tensors: tuple[Tensor, ...]
-) -> list[tuple[str, str, Tensor]]:
-    """(path, class, first output tensor) of each module's first call, in order of completion."""
-    found: dict[str, tuple[str, str, Tensor]] = {}
+def _module_outputs(module: nn.Module, tensors: Tensors) -> dict[str, tuple[str, Tensor]]:
+    """Class and first output tensor of each module's first call, in order of completion."""
+    found: dict[str, tuple[str, Tensor]] = {}
 
-    def recorder(path: str) -> Any:
-        def record(called: nn.Module, _: Any, output: Any) -> None:
-            first = (
-                output
-                if isinstance(output, Tensor)
-                else next((o for o in _values(output) if isinstance(o, Tensor)), None)
-            )
-            if first is not None:
-                found.setdefault(path, (path, type(called).__name__, first.detach().clone()))
-
-        return record
+    def record(path: str, called: nn.Module, output: Any) -> None:
+        first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
+        if first is not None:
+            found.setdefault(path, (type(called).__name__, first.detach().clone()))
 
     hooks = [
-        inner.register_forward_hook(recorder(path))
+        inner.register_forward_hook(lambda m, _, output, path=path: record(path, m, output))
         for path, inner in module.named_modules()
         if path
     ]
@@ -153,37 +252,26 @@ def _module_outputs(
     finally:
         for hook in hooks:
             hook.remove()
-    return list(found.values())
-
-
-def _values(output: Any) -> list[Any]:
-    if isinstance(output, Mapping):
-        return list(output.values())
-    return list(output) if isinstance(output, tuple | list) else []
+    return found
 
 
 def _leaving(program: ExportedProgram) -> dict[str, list[str]]:
     """By module path, the nodes of its first call that are read outside of it."""
     found: dict[str, list[str]] = {}
-    for node in program.graph.nodes:
-        if node.op == "call_function":
-            for key, path in _calls(node).items():
-                if any(key not in _calls(user) for user in node.users):
-                    found.setdefault(path, []).append(node.name)
+    for node in calls(program):
+        for key, (path, _) in module_stack(node).items():
+            is_first = "@" not in path  # later calls are called PATH@1 ...
+            if is_first and any(key not in module_stack(user) for user in node.users):
+                found.setdefault(path, []).append(node.name)
     return found
-
-
-def _calls(node: Node) -> dict[str, str]:
-    """Module path by call; only the first call of a module counts."""
-    return {key: path for key, (path, _) in module_stack(node).items() if "@" not in path}
 
 
 class _Recorder(Interpreter):
     """Runs a graph and records every tensor."""
 
-    def __init__(self, graph: torch.fx.GraphModule, values: dict[str, Tensor]):
+    def __init__(self, graph: torch.fx.GraphModule):
         super().__init__(graph)
-        self.values = values
+        self.values: dict[str, Tensor] = {}
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)

@@ -11,7 +11,7 @@ original types.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,8 +68,25 @@ class Structure:
                 values.
         """
         found: list[tuple[str, Tensor]] = []
-        cached: set[str] = set()
-        template = _template(value, "", _Collector(found, cached, cache_name))
+        cached: list[str] = []
+
+        def slot(name: str, tensor: Tensor) -> Slot:
+            found.append((name, tensor))
+            return Slot(name)
+
+        def place(path: str, leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return slot(path or "output", leaf)
+            if not isinstance(leaf, Cache):
+                return leaf
+            layers = []
+            for index, pair in enumerate(_pairs(leaf, path)):
+                names = [f"{cache_name}.{index}.{part}" for part in CACHE_PARTS]
+                cached.extend(names)
+                layers.append((slot(names[0], pair[0]), slot(names[1], pair[1])))
+            return CacheSlot(tuple(layers))
+
+        template = _mapped(value, place)
         names = tuple(name for name, _ in found)
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise CaptureError(
@@ -79,135 +96,95 @@ class Structure:
 
     def fill(self, tensors: Mapping[str, Tensor]) -> Any:
         """The value with `tensors` by name in its slots."""
-        return _filled(self.template, tensors)
+
+        def filled(_: str, leaf: Any) -> Any:
+            if isinstance(leaf, Slot):
+                return tensors[leaf.name]
+            if isinstance(leaf, CacheSlot):
+                return cache_of([(tensors[k.name], tensors[v.name]) for k, v in leaf.layers])
+            return leaf
+
+        return _mapped(self.template, filled)
 
     def flatten(self, value: Any) -> tuple[Tensor, ...]:
         """The tensors of another value of this structure.
 
+        Constants and None may be left out.
+
         Raises:
             CaptureError: its structure or a constant differs. The message names the first place.
         """
-        return tuple(_matching(self.template, value, ""))
+        expected = dict(_leaves(self.template))
+        given = dict(_leaves(value, stop_at=expected))
+        for path, leaf in given.items():
+            if path not in expected and leaf is not None:
+                raise CaptureError(
+                    f"{path}: the graph was captured without this argument; omit it, or capture "
+                    "again with it"
+                )
+        tensors: list[Tensor] = []
+        for path, leaf in expected.items():
+            tensors += _matching(path or "the arguments", leaf, given.get(path, _MISSING))
+        return tuple(tensors)
 
 
-@dataclass(frozen=True)
-class _Collector:
-    found: list[tuple[str, Tensor]]
-    cached: set[str]
-    cache_name: str
-
-    def slot(self, name: str, tensor: Tensor) -> Slot:
-        self.found.append((name, tensor))
-        return Slot(name)
+_MISSING = object()
 
 
-def _template(value: Any, path: str, collect: _Collector) -> Any:
-    if isinstance(value, Tensor):
-        return collect.slot(path or "output", value)
-    if isinstance(value, Cache):
-        layers = []
-        for index, pair in enumerate(_pairs(value, path)):
-            names = [f"{collect.cache_name}.{index}.{part}" for part in CACHE_PARTS]
-            collect.cached.update(names)
-            layers.append((collect.slot(names[0], pair[0]), collect.slot(names[1], pair[1])))
-        return CacheSlot(tuple(layers))
-    return _mapped(value, lambda key, inner: _template(inner, _join(path, key), collect))
-
-
-def _filled(template: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(template, Slot):
-        return tensors[template.name]
-    if isinstance(template, CacheSlot):
-        return cache_of(
-            [(tensors[key.name], tensors[value.name]) for key, value in template.layers]
-        )
-    return _mapped(template, lambda _, inner: _filled(inner, tensors))
-
-
-def _matching(template: Any, value: Any, path: str) -> Iterator[Tensor]:
-    """The tensors of `value` where `template` has slots."""
-    where = path or "the arguments"
-    if isinstance(template, Slot):
+def _matching(path: str, expected: Any, value: Any) -> list[Tensor]:
+    """The tensors of the argument at `path`, where the template has `expected`."""
+    if value is _MISSING:
+        if isinstance(expected, Slot | CacheSlot):
+            raise CaptureError(
+                f"{path}: the graph was captured with this argument; give it, or capture again "
+                "without it"
+            )
+        return []
+    if isinstance(expected, Slot):
         if not isinstance(value, Tensor):
             raise CaptureError(
-                f"{where}: the graph was captured with a tensor, not with {value!r}; give a "
+                f"{path}: the graph was captured with a tensor, not with {value!r}; give a "
                 "tensor, or capture again"
             )
-        yield value
-    elif isinstance(template, CacheSlot):
+        return [value]
+    if isinstance(expected, CacheSlot):
         pairs = _pairs(value, path) if isinstance(value, Cache) else list(value or ())
-        if len(pairs) != len(template.layers):
+        if len(pairs) != len(expected.layers):
             raise CaptureError(
-                f"{where}: the graph was captured with a cache of {len(template.layers)} layers, "
+                f"{path}: the graph was captured with a cache of {len(expected.layers)} layers, "
                 f"not of {len(pairs)}; capture again"
             )
-        for pair in pairs:
-            yield from pair[:2]
-    elif isinstance(template, Mapping | tuple | list):
-        expected = dict(_items(template))
-        found = dict(_items(value)) if isinstance(value, Mapping | tuple | list) else {}
-        unknown = [key for key in found if key not in expected and found[key] is not None]
-        if unknown:
-            raise CaptureError(
-                f"{_join(path, unknown[0])}: the graph was captured without this argument; omit "
-                "it, or capture again with it"
-            )
-        for key, inner in expected.items():
-            yield from _matching(
-                inner,
-                found[key] if key in found else _absent(inner, _join(path, key)),
-                _join(path, key),
-            )
-    elif isinstance(value, Tensor) or not (value is template or value == template):
+        return [tensor for pair in pairs for tensor in pair[:2]]
+    if isinstance(value, Tensor) or not (value is expected or value == expected):
         raise CaptureError(
-            f"{where}: the graph was captured with the constant {template!r}; to use {value!r}, "
+            f"{path}: the graph was captured with the constant {expected!r}; to use {value!r}, "
             "capture again"
         )
+    return []
 
 
-def _absent(template: Any, path: str) -> Any:
-    """The value of a missing argument: a constant may be omitted, a tensor may not."""
-    if isinstance(template, Slot | CacheSlot | Mapping | tuple | list) and any(
-        True for _ in _slots(template)
-    ):
-        raise CaptureError(
-            f"{path}: the graph was captured with this argument; give it, or capture again without "
-            "it"
-        )
-    return template
+def _leaves(value: Any, path: str = "", stop_at: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Everything in `value` that is no mapping, tuple or list, or whose path is in `stop_at`."""
+    if path in stop_at or not isinstance(value, Mapping | tuple | list):
+        yield path, value
+        return
+    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from _leaves(item, _join(path, key), stop_at)
 
 
-def _slots(template: Any) -> Iterator[Slot]:
-    if isinstance(template, Slot):
-        yield template
-    elif isinstance(template, CacheSlot):
-        for pair in template.layers:
-            yield from pair
-    elif isinstance(template, Mapping | tuple | list):
-        for _, inner in _items(template):
-            yield from _slots(inner)
-
-
-def _items(value: Any) -> list[tuple[str, Any]]:
-    return [
-        (str(key), inner)
-        for key, inner in (value.items() if isinstance(value, Mapping) else enumerate(value))
-    ]
-
-
-def _mapped(value: Any, change: Callable[[str, Any], Any]) -> Any:
-    """`value` with `change(key, inner)` applied to its items; a leaf is returned unchanged."""
+def _mapped(value: Any, change: Callable[[str, Any], Any], path: str = "") -> Any:
+    """`value` with `change(path, leaf)` in place of each leaf."""
     if isinstance(value, Mapping):
-        changed = {key: change(str(key), inner) for key, inner in value.items()}
-        return changed if type(value) is dict else type(value)(**changed)
+        items = {key: _mapped(item, change, _join(path, key)) for key, item in value.items()}
+        return items if type(value) is dict else type(value)(**items)
     if isinstance(value, tuple | list):
-        inner = [change(str(index), each) for index, each in enumerate(value)]
-        return type(value)(*inner) if hasattr(value, "_fields") else type(value)(inner)
-    return value
+        parts = [_mapped(item, change, _join(path, i)) for i, item in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return change(path, value)
 
 
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
 
 
 def _pairs(cache: Cache, path: str) -> list[tuple[Tensor, Tensor]]:

@@ -1,21 +1,27 @@
-"""Find the traits of the values in a captured graph (`value_traits.py`).
+"""Find the traits of the values in a captured graph (`value_traits.py`), and which values belong to
+an adapter.
 
-They follow from the operators and the modules that ran them. No data is needed, and no architecture
-is known by name.
+Traits follow from the operators and the modules that ran them. No data is needed, and no
+architecture is known by name.
+
+    adapter     everything an adapted layer computes outside its base layer: lora_A(x),
+                lora_B(lora_A(x)), the scaling, the sum with base_layer(x), DoRA; `modules_to_save`
+    base        base_layer(x), and everything between adapted layers
+
+A graph without adapter has exactly the base's values, although with an adapter their numbers depend
+on the adapted layers before them.
 """
 
 from __future__ import annotations
 
 import re
-from functools import cached_property
-from typing import Any
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from qwlora.graph.adapter_branch import factor_nodes
 from qwlora.graph.aten_ops import (
     MASKS,
     MATRIX_PRODUCTS,
@@ -25,9 +31,24 @@ from qwlora.graph.aten_ops import (
     base_name,
     is_known,
 )
-from qwlora.graph.graph_parameters import module_stack, parameter_names
+from qwlora.graph.nodes import (
+    calls,
+    class_name,
+    module_path,
+    module_stack,
+    moved_from,
+    nodes_in,
+    operation,
+    operator_of,
+    origin,
+    parameter_names,
+)
 from qwlora.graph.value_traits import Trait
 from qwlora.parameter_names import is_adapter_name
+
+# parameters of an adapter; the first group is the adapted layer
+_FACTOR = re.compile(r"(.*?)\.lora_\w+(?:\.|$)")
+_OF_ADAPTER = re.compile(r"(.*?)\.(?:lora_\w+|modules_to_save)(?:\.|$)")
 
 
 class GraphAnalysis:
@@ -41,226 +62,169 @@ class GraphAnalysis:
         self.program = program
         self.parameters = parameter_names(program)
         self._one_operation = re.compile(one_operation)
-        # DoRA's x + f(x) is a layer's output, not a residual stream
-        self._residual_additions = residual_additions(program) - factor_nodes(program)
+        # stack keys of the modules that are several operations, whatever their names
+        self._compound = {
+            key
+            for node in calls(program)
+            if operation(node) in SEVERAL_OPERATIONS
+            for key in module_stack(node)
+        }
+        placeholders = [n for n in program.graph.nodes if n.op == "placeholder"]
         integers = {
             n.name
-            for n in _placeholders(program)
-            if isinstance(n.meta.get("val"), Tensor) and not n.meta["val"].is_floating_point()
+            for n in placeholders
+            if isinstance(value := n.meta.get("val"), Tensor) and not value.is_floating_point()
         }
         # embeddings are data, although they are looked up by integers
-        self._integer_origins = computed_from(program, integers, frozenset({"embedding"}))
-        self._masked = _masked(program, self._integer_origins)
-        self._lora_branch = lora_branch(program)
-        self._angles = _angles(program)
-        self._constant_inputs = {n.name for n in _placeholders(program)} - set(
-            program.graph_signature.user_inputs
-        )
-        self._constants = computed_from(program, self._constant_inputs)
+        integer_origins = computed_from(program, integers, frozenset({"embedding"}))
+        self._inputs = set(program.graph_signature.user_inputs)
+        fixed = {n.name for n in placeholders} - self._inputs
+        self._constants = computed_from(program, fixed)
+        adapter = {name for name, path in self.parameters.items() if is_adapter_name(path)}
+        self._of_adapter = self._constants - computed_from(program, fixed - adapter)
+        self._adapted_weights = self._find_adapted_weights()
+        multiplied, second = self._find_factors()
+        factors = factor_nodes(program)
+        self._names = {
+            Trait.FLOAT64: {
+                n.name
+                for n in calls(program)
+                if _is_float(n) and n.meta["val"].dtype == torch.float64
+            },
+            Trait.INTEGER_ORIGIN: integer_origins - _moved_versions(program, multiplied),
+            Trait.MASKED: _masked(program, integer_origins) - integer_origins,
+            Trait.ANGLE: _angles(program),
+            Trait.ADAPTED_WEIGHT: _moved_versions(
+                program, self._adapted_weights - {n.name for n in placeholders}
+            ),
+            # DoRA's x + f(x) is a layer's output, not a residual stream
+            Trait.RESIDUAL_ADDITION: residual_additions(program) - factors,
+            Trait.LORA_BRANCH: lora_branch(program),
+            Trait.MATMUL_INPUT: multiplied,
+            Trait.MATMUL_SECOND_INPUT: second,
+            Trait.KEY_OR_VALUE: self._find_keys_and_values(),
+        }
 
     def traits(self, node: Node) -> frozenset[Trait]:
         """All traits of the floating-point value of `node`."""
-        found = {Trait.KEY_OR_VALUE} if node.name in self.keys_and_values else set()
+        found = {trait for trait, names in self._names.items() if node.name in names}
+        if (parameter := self.parameters.get(node.name)) is not None:
+            kind = Trait.ADAPTER_WEIGHT if is_adapter_name(parameter) else Trait.PARAMETER
+            return frozenset(found - {Trait.ANGLE} | {kind})
         if node.op == "placeholder":
-            return frozenset(found | self._placeholder_traits(node))
-        operator = operator_of(node)
-        made = origin(node)
-        multiplied = made is not None and Trait.MATMUL_INPUT in self._matmul_traits.get(
-            made.name, set()
-        )
-        if node.meta["val"].dtype == torch.float64:
-            found.add(Trait.FLOAT64)
-        if node.name in self._integer_origins:
-            if not multiplied:
-                found.add(Trait.INTEGER_ORIGIN)
-        elif node.name in self._masked:
-            found.add(Trait.MASKED)
+            return frozenset(found | ({Trait.INPUT} if node.name in self._inputs else set()))
         if owner := self.owner(node):
             outside = any(owner[0] not in module_stack(user) for user in node.users)
             found.add(Trait.LEAVES_ONE_OPERATION if outside else Trait.INSIDE_ONE_OPERATION)
-        if node.name in self._angles:
-            found.add(Trait.ANGLE)
-        if made is not None and made.op == "call_function" and made.name in self._adapted_weights:
-            found.add(Trait.ADAPTED_WEIGHT)
-        if node.name in self._residual_additions:
-            found.add(Trait.RESIDUAL_ADDITION)
-        if node.name in self._lora_branch:
-            found.add(Trait.LORA_BRANCH)
+        operator = operator_of(node)
         if base_name(operator) in MOVES_DATA:
             found.add(Trait.DATA_MOVEMENT)
         if not is_known(operator):
             found.add(Trait.UNKNOWN)
-        return frozenset(found | self._matmul_traits.get(node.name, set()))
+        return frozenset(found)
 
     def owner(self, node: Node) -> tuple[str, str] | None:
         """(stack key, class name) of the outermost module around `node` that is one operation."""
         for key, (_, kind) in module_stack(node).items():
-            if key not in self._compound and self._one_operation.search(_class_name(kind)):
-                return key, _class_name(kind)
+            if key not in self._compound and self._one_operation.search(class_name(kind)):
+                return key, class_name(kind)
         return None
 
-    def _placeholder_traits(self, node: Node) -> set[Trait]:
-        found = set(self._matmul_traits.get(node.name, set()))
-        if (parameter := self.parameters.get(node.name)) is not None:
-            found.add(Trait.ADAPTER_WEIGHT if is_adapter_name(parameter) else Trait.PARAMETER)
-        elif node.name in self.program.graph_signature.user_inputs:
-            found.add(Trait.INPUT)
-            if node.name in self._angles:
-                found.add(Trait.ANGLE)
+    def _find_adapted_weights(self) -> set[str]:
+        """Names of the nodes between an adapter's weights and a matrix product that uses them as a
+        weight, such as W + BA."""
+        found: set[str] = set()
+        for node in reversed(calls(self.program)):
+            factors = [made for factor in _factors(node) if _is_float(made := origin(factor))]
+            if any(factor.name not in self._constants for factor in factors):
+                found.update(factor.name for factor in factors if factor.name in self._of_adapter)
+            if node.name in self._of_adapter and any(user.name in found for user in node.users):
+                found.add(node.name)
         return found
 
-    @cached_property
-    def keys_and_values(self) -> set[str]:
+    def _find_factors(self) -> tuple[set[str], set[str]]:
+        """Names of the activations that matrix products read, and of the second factors among
+        them."""
+        multiplied, second = set[str](), set[str]()
+        for node in calls(self.program):
+            activations = [
+                (i, made.name)
+                for i, factor in enumerate(_factors(node))
+                if factor.name not in self._constants and _is_float(made := origin(factor))
+            ]
+            activations = [(i, n) for i, n in activations if n not in self._adapted_weights]
+            multiplied.update(name for _, name in activations)
+            second.update(name for i, name in activations if i > 0 and len(activations) > 1)
+        return multiplied, second
+
+    def _find_keys_and_values(self) -> set[str]:
         """Names of the nodes whose values a key-value cache holds, also where there is no cache.
 
-        They are second factors of products of two activations. A factor is moved before it is
-        multiplied; the node is the first of its moves (or what they move) that nothing else reads:
+        They are second factors of products of two activations. Walk back from the product over
+        moves while each result has one reader. The last node reached is the one:
 
             linear -> view -> transpose -> matmul       linear
             linear -> split -> transpose -> matmul      split, as the queries are split off too
         """
         second: set[str] = set()
         for node in reversed(list(self.program.graph.nodes)):
-            if node.users and all(
-                self._is_second_factor(node, user, second) for user in node.users
-            ):
+            if node.users and all(_is_second_factor(node, user, second) for user in node.users):
                 second.add(node.name)
         found = set()
-        for node in _calls(self.program):
+        for node in calls(self.program):
             activations = [f for f in _factors(node) if f.name not in self._constants]
             for factor in activations[1:]:
                 source: Node | None = factor
                 first = None
                 while source is not None and source.name in second:
                     first = source if isinstance(source.meta.get("val"), Tensor) else first
-                    source = _moved(source)
+                    source = moved_from(source)
                 if first is not None and first.name not in self._adapted_weights:
                     found.add(first.name)
         return found
 
-    def _is_second_factor(self, node: Node, user: Node, second: set[str]) -> bool:
-        """Whether `user` reads `node` as a second factor only, at once or after moving it."""
-        if user.op == "output":
-            return True  # the cache of the next call
-        factors = _factors(user)
-        if factors:
-            return node in factors[1:] and node is not factors[0]
-        return user.name in second and (_moved(user) is node or _is_appended(node, user))
 
-    @cached_property
-    def _compound(self) -> set[str]:
-        """Stack keys of the modules that run a matrix product, a softmax or a dequantize."""
-        return {
-            key
-            for n in _calls(self.program)
-            if base_name(operator_of(n)) in SEVERAL_OPERATIONS
-            for key in module_stack(n)
-        }
+def branch_nodes(program: ExportedProgram) -> set[str]:
+    """Names of the nodes that compute values of the active adapter."""
+    return _adapter_nodes(program, _OF_ADAPTER)
 
-    @cached_property
-    def _adapted_weights(self) -> set[str]:
-        """Names of the nodes between an adapter's weights and a matrix product that uses them as a
-        weight, such as W + BA."""
-        own = {name for name, parameter in self.parameters.items() if is_adapter_name(parameter)}
-        made_of_adapter = self._constants - computed_from(self.program, self._constant_inputs - own)
-        found: set[str] = set()
-        for node in reversed(_calls(self.program)):
-            factors = [made for factor in _factors(node) if (made := origin(factor)) is not None]
-            if any(factor.name not in self._constants for factor in factors):
-                found.update(factor.name for factor in factors if factor.name in made_of_adapter)
-            if node.name in made_of_adapter and any(user.name in found for user in node.users):
-                found.add(node.name)
-        return found
 
-    @cached_property
-    def _matmul_traits(self) -> dict[str, set[Trait]]:
-        """By node name: MATMUL_INPUT and MATMUL_SECOND_INPUT."""
-        found: dict[str, set[Trait]] = {}
-        for node in _calls(self.program):
-            activations = [
-                (i, made)
-                for i, factor in enumerate(_factors(node))
-                if factor.name not in self._constants and (made := origin(factor)) is not None
-            ]
-            activations = [
-                (i, made) for i, made in activations if made.name not in self._adapted_weights
-            ]
-            for i, made in activations:
-                found.setdefault(made.name, set()).add(Trait.MATMUL_INPUT)
-                if i > 0 and len(activations) > 1:
-                    found[made.name].add(Trait.MATMUL_SECOND_INPUT)
-        return found
+def factor_nodes(program: ExportedProgram) -> set[str]:
+    """`branch_nodes` without those of `modules_to_save`."""
+    return _adapter_nodes(program, _FACTOR)
 
 
 def lora_branch(program: ExportedProgram) -> set[str]:
     """Names of the nodes of the LoRA branches: lora_A(x), lora_B(lora_A(x)) and the scaling of it,
     but not the sum with the base layer's output."""
-    sums = {n.name for n in _calls(program) if _operator_of_call(n) == "add"}
-    return factor_nodes(program) - sums
+    return factor_nodes(program) - {n.name for n in calls(program) if operation(n) == "add"}
 
 
-def origin(node: Node) -> Node | None:
-    """The value before all data movement that led to `node`; None if it is not floating point."""
-    while (
-        node.op == "call_function"
-        and base_name(operator_of(node)) in MOVES_DATA
-        and (sources := _nodes(node.args[0]))
-    ):
-        node = sources[0]
-    value = node.meta.get("val")
-    return node if isinstance(value, Tensor) and value.is_floating_point() else None
-
-
-def _moved(node: Node) -> Node | None:
-    """The node whose values `node` only moves; None if it computes its own."""
-    if node.op != "call_function" or base_name(operator_of(node)) not in MOVES_DATA:
-        return None
-    sources = _nodes(node.args[0])
-    return sources[0] if sources else None
-
-
-def _is_appended(node: Node, user: Node) -> bool:
-    """Whether `user` appends `node` to an input of the model."""
-    return base_name(operator_of(user)) == "cat" and node.name != _nodes(user.args[0])[0].name
-
-
-def _factors(node: Node) -> list[Node]:
-    """The factors of a matrix product; empty for other operators."""
-    positions = MATRIX_PRODUCTS.get(base_name(operator_of(node)), ())
-    return [a for p in positions if p < len(node.args) for a in _nodes(node.args[p])]
-
-
-def operator_of(node: Node) -> str:
-    """The operator's name; for one of several results, that of the operator that returns them."""
-    producer = node
-    while getattr(producer.target, "__name__", "") == "getitem" and isinstance(
-        producer.args[0], Node
-    ):
-        producer = producer.args[0]
-    schema = getattr(producer.target, "_schema", None)
-    return (
-        schema.name.partition("::")[2]
-        if schema is not None
-        else getattr(producer.target, "__name__", str(producer.target))
-    )
-
-
-def module_of(node: Node) -> tuple[str, str]:
-    """(path, class name) of the innermost module around this node."""
-    entries = list(module_stack(node).values())
-    path, kind = entries[-1] if entries else ("", "")
-    return path.removeprefix("model").removeprefix("."), _class_name(kind)
+def _adapter_nodes(program: ExportedProgram, pattern: re.Pattern[str]) -> set[str]:
+    """Names of the nodes of adapted layers, without their base layers."""
+    used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
+    layers = {
+        match[1]
+        for s in program.graph_signature.input_specs
+        if s.arg.name in used and is_adapter_name(str(s.target))
+        if (match := pattern.match(str(s.target)))
+    }
+    return {
+        node.name
+        for node in calls(program)
+        if (path := module_path(node)) in layers
+        or ((match := pattern.match(path)) is not None and match[1] in layers)
+    }
 
 
 def residual_additions(program: ExportedProgram) -> set[str]:
     """Names of the nodes that compute `x + f(x)`."""
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     found = set()
-    for node in _calls(program):
-        if base_name(operator_of(node)) == "add":
-            operands = sorted(
-                (a for a in node.all_input_nodes if _is_tensor(a)), key=order.__getitem__
-            )
+    for node in calls(program):
+        if operation(node) == "add":
+            tensors = (a for a in node.all_input_nodes if _is_tensor(a))
+            operands = sorted(tensors, key=order.__getitem__)
             if (
                 len(operands) == 2
                 and operands[0].op == "call_function"
@@ -288,9 +252,7 @@ def _angles(program: ExportedProgram) -> set[str]:
     found: set[str] = set()
     for node in reversed(program.graph.nodes):
         if node.users and all(
-            n.name in found
-            or (n.op == "call_function" and base_name(operator_of(n)) in ("sin", "cos"))
-            for n in node.users
+            user.name in found or operation(user) in ("sin", "cos") for user in node.users
         ):
             found.add(node.name)
     return found
@@ -300,32 +262,33 @@ def _masked(program: ExportedProgram, integer_origins: set[str]) -> set[str]:
     """Names of the nodes that apply a mask (computed from integers), and of those from there to a
     softmax."""
     scores: set[str] = set()
-    for node in reversed(_calls(program)):
+    for node in reversed(calls(program)):
         if any(
-            _operator_of_call(user) in SOFTMAXES
-            or (user.name in scores and _operator_of_call(user) not in MATRIX_PRODUCTS)
+            operation(user) in SOFTMAXES
+            or (user.name in scores and operation(user) not in MATRIX_PRODUCTS)
             for user in node.users
         ):
             scores.add(node.name)
     found: set[str] = set()
-    for node in _calls(program):
-        operator = _operator_of_call(node)
+    for node in calls(program):
+        sources, operator = node.all_input_nodes, operation(node)
         meets_mask = operator in MASKS and any(
-            a.name in integer_origins and _is_tensor(a) for a in node.all_input_nodes
-        )
-        computed = (
-            node.name in scores and operator not in MATRIX_PRODUCTS and operator not in SOFTMAXES
+            source.name in integer_origins and _is_tensor(source) for source in sources
         )
         if meets_mask or (
-            computed
-            and any(a.name in found and a.name not in integer_origins for a in node.all_input_nodes)
+            node.name in scores
+            and operator not in MATRIX_PRODUCTS
+            and operator not in SOFTMAXES
+            and any(s.name in found and s.name not in integer_origins for s in sources)
         ):
             found.add(node.name)
     return found
 
 
 def computed_from(
-    program: ExportedProgram, placeholders: set[str], stop_at: frozenset[str] = frozenset()
+    program: ExportedProgram,
+    placeholders: Collection[str],
+    stop_at: frozenset[str] = frozenset(),
 ) -> set[str]:
     """Names of the nodes computed from nothing but `placeholders` (included) and tensor sizes.
 
@@ -333,7 +296,7 @@ def computed_from(
         stop_at: operators whose results do not count.
     """
     found = set(placeholders)
-    for node in _calls(program):
+    for node in calls(program):
         computed = operator_of(node) not in stop_at and all(
             n.name in found for n in node.all_input_nodes
         )
@@ -342,30 +305,31 @@ def computed_from(
     return found
 
 
-def _operator_of_call(node: Node) -> str:
-    """The base name of a call's operator; empty for other nodes."""
-    return base_name(operator_of(node)) if node.op == "call_function" else ""
+def _moved_versions(program: ExportedProgram, names: set[str]) -> set[str]:
+    """Names of the calls whose value is that of a node in `names`, perhaps moved."""
+    return {node.name for node in calls(program) if origin(node).name in names}
 
 
-def _placeholders(program: ExportedProgram) -> list[Node]:
-    return [n for n in program.graph.nodes if n.op == "placeholder"]
+def _factors(node: Node) -> list[Node]:
+    """The factors of a matrix product; empty for other operators."""
+    positions = MATRIX_PRODUCTS.get(operation(node), ())
+    return [a for p in positions if p < len(node.args) for a in nodes_in(node.args[p])]
 
 
-def _calls(program: ExportedProgram) -> list[Node]:
-    return [n for n in program.graph.nodes if n.op == "call_function"]
+def _is_second_factor(node: Node, user: Node, second: set[str]) -> bool:
+    """Whether `user` reads `node` as a second factor only, at once or after moving it."""
+    if user.op == "output":
+        return True  # the cache of the next call
+    if factors := _factors(user):
+        return node in factors[1:] and node is not factors[0]
+    # a cache is an input of the model, to which `user` appends
+    is_appended = operation(user) == "cat" and node.name != nodes_in(user.args[0])[0].name
+    return user.name in second and (moved_from(user) is node or is_appended)
 
 
-def _nodes(argument: Any) -> list[Node]:
-    """The nodes in an argument: itself, or those in a list."""
-    return [
-        a
-        for a in (argument if isinstance(argument, list | tuple) else [argument])
-        if isinstance(a, Node)
-    ]
-
-
-def _class_name(kind: object) -> str:
-    return kind.__name__ if isinstance(kind, type) else str(kind).rpartition(".")[2]
+def _is_float(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 def _is_tensor(node: Node) -> bool:

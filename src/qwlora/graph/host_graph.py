@@ -39,11 +39,10 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_structure
 
 from qwlora.errors import CaptureError
-from qwlora.graph.aten_ops import MOVES_DATA, base_name
-from qwlora.graph.graph_analysis import computed_from, module_of, operator_of
-from qwlora.graph.graph_parameters import parameter_names
-from qwlora.graph.kv_cache_capture import IDS, MASK, POSITIONS
-from qwlora.graph.quantized_graph import Interface
+from qwlora.graph.capture import IDS, MASK, POSITIONS
+from qwlora.graph.graph_analysis import computed_from
+from qwlora.graph.nodes import calls, module_of, moved_from, operator_of, parameter_names
+from qwlora.graph.quantized_graph import Interface, rebuilt
 from qwlora.parameter_names import canonical_name
 
 COS, SIN = f"{POSITIONS}_cos", f"{POSITIONS}_sin"
@@ -95,17 +94,23 @@ def lift_host_inputs(program: ExportedProgram, interface: Interface, floor: floa
     inputs = dict(zip(program.graph_signature.user_inputs, interface.inputs, strict=True))
     constants, decided = _origins(program, inputs)
     _merge_equal_(graph, constants | decided)
-    lifted = [n for n in graph.nodes if n.name in decided and _is_read_elsewhere(n, decided)]
+    lifted = [
+        n
+        for n in graph.nodes
+        if n.name in decided and any(user.name not in decided for user in n.users)
+    ]
     for node in lifted:
         _refuse_other_types(node, decided)
     names = _names(lifted, decided, inputs)
     host = _host(program, graph, list(names), constants | decided, floor)
-    host_inputs = tuple(HOST_INPUTS[inputs[n]] for n in host.graph_signature.user_inputs)
     device, device_inputs = _device(program, graph, names, decided, inputs)
     _refuse_integers(device)
-    host_shapes = {HOST_INPUTS[inputs[n.name]]: _shape(n) for n in _user_placeholders(host)}
-    host_shapes |= {name: _shape(node) for node, name in names.items()}
-    shapes = {**interface.shapes, **{name: _shape(node) for node, name in names.items()}}
+    made = {name: _shape(node) for node, name in names.items()}
+    placeholders = {n.name: n for n in host.graph.nodes if n.op == "placeholder"}
+    given = host.graph_signature.user_inputs
+    host_shapes = {HOST_INPUTS[inputs[n]]: _shape(placeholders[n]) for n in given} | made
+    host_inputs = tuple(HOST_INPUTS[inputs[n]] for n in given)
+    shapes = {**interface.shapes, **made}
     return HostInputs(
         device,
         replace(
@@ -151,13 +156,9 @@ def _frozen(value: object) -> object:
     return (type(value), value)
 
 
-def _is_read_elsewhere(node: Node, decided: set[str]) -> bool:
-    return any(user.name not in decided for user in node.users)
-
-
 def _refuse_other_types(node: Node, decided: set[str]) -> None:
     value = node.meta["val"]
-    if value.dtype in (torch.bool,) or value.is_complex():
+    if value.dtype == torch.bool or value.is_complex():
         user = next(user for user in node.users if user.name not in decided)
         kind = "a complex number" if value.is_complex() else "a boolean mask"
         raise CaptureError(
@@ -168,13 +169,9 @@ def _refuse_other_types(node: Node, decided: set[str]) -> None:
 
 
 def _refuse_integers(program: ExportedProgram) -> None:
-    for node in program.graph.nodes:
+    for node in calls(program):
         value = node.meta.get("val")
-        if (
-            node.op == "call_function"
-            and isinstance(value, Tensor)
-            and not value.is_floating_point()
-        ):
+        if isinstance(value, Tensor) and not value.is_floating_point():
             raise CaptureError(
                 f"{_place(node)} computes {str(value.dtype).removeprefix('torch.')} values from "
                 "tokens, weights or the cache, and an accelerator takes floats. Export the model "
@@ -274,7 +271,7 @@ def _device(
         node.replace_all_uses_with(given, delete_user_cb=lambda user: user.name not in decided)
         called[given] = name
     for node in list(graph.nodes):
-        if node.op == "call_function" and _is_view_of_ids(node):
+        if _is_view_of_ids(node):
             node.replace_all_uses_with(node.all_input_nodes[0])
     graph.eliminate_dead_code()
     for node in list(called):
@@ -294,12 +291,12 @@ def _device(
 
 def _is_view_of_ids(node: Node) -> bool:
     """Whether a node gives integers their own shape."""
-    value = node.meta.get("val")
+    value, source = node.meta.get("val"), moved_from(node)
     return (
-        base_name(operator_of(node)) in MOVES_DATA
+        source is not None
         and isinstance(value, Tensor)
         and not value.is_floating_point()
-        and isinstance(before := node.all_input_nodes[0].meta["val"], Tensor)
+        and isinstance(before := source.meta["val"], Tensor)
         and value.shape == before.shape
     )
 
@@ -335,22 +332,15 @@ def program_over(source: ExportedProgram, graph: Graph) -> ExportedProgram:
     entry.signature.out_spec = tree_structure(tuple(range(len(results))))
     entry.signature.forward_arg_names = None
     graph.lint()
-    return ExportedProgram(
-        GraphModule(source.graph_module, graph),
-        graph,
-        ExportGraphSignature(specs, results),
-        source.state_dict,
-        {},
-        [entry],
-        None,
-        source.constants,
-        verifiers=source.verifiers,
+    return rebuilt(
+        source,
+        root=GraphModule(source.graph_module, graph),
+        graph=graph,
+        graph_signature=ExportGraphSignature(specs, results),
+        range_constraints={},
+        module_call_graph=[entry],
+        example_inputs=None,
     )
-
-
-def _user_placeholders(program: ExportedProgram) -> list[Node]:
-    user_inputs = set(program.graph_signature.user_inputs)
-    return [n for n in program.graph.nodes if n.op == "placeholder" and n.name in user_inputs]
 
 
 def _shape(node: Node) -> tuple[int, ...]:

@@ -18,16 +18,13 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
 
 from qwlora.errors import CaptureError
-from qwlora.graph.graph_analysis import module_of
+from qwlora.graph.nodes import module_of, nodes_in
 from qwlora.parameter_names import canonical_name
 
-_GRADIENT_MODE, _AUTOCAST = (
-    torch.ops.higher_order.wrap_with_set_grad_enabled,
-    torch.ops.higher_order.wrap_with_autocast,
-)
+_GRADIENT_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 def inlined_graph(program: ExportedProgram) -> Graph:
@@ -43,8 +40,10 @@ def inlined_graph(program: ExportedProgram) -> Graph:
 
 def _inline_(graph: Graph, owner: GraphModule) -> None:
     for node in list(graph.nodes):
-        inner = _inner_graph(node, owner)
-        if inner is None:
+        held = [a for a in node.all_input_nodes if a.op == "get_attr"]
+        modules = (getattr(owner, str(attribute.target), None) for attribute in held)
+        inner = next((module for module in modules if isinstance(module, GraphModule)), None)
+        if node.op != "call_function" or inner is None:
             continue
         body = copy.deepcopy(inner.graph)
         _inline_(body, inner)
@@ -54,49 +53,28 @@ def _inline_(graph: Graph, owner: GraphModule) -> None:
             arguments = node.args[5:]
         else:
             raise CaptureError(_refusal(node))
-        values: dict[Node, Any] = dict(
-            zip((n for n in body.nodes if n.op == "placeholder"), arguments, strict=True)
-        )
+        placeholders = [n for n in body.nodes if n.op == "placeholder"]
+        values: dict[Node, Any] = dict(zip(placeholders, arguments, strict=True))
         with graph.inserting_before(node):
             results = graph.graph_copy(body, values)
         for user in list(node.users):  # a getitem for each result
             user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
             graph.erase_node(user)
-        wrapped = [
-            argument
-            for argument in node.args
-            if isinstance(argument, Node) and argument.op == "get_attr"
-        ]
         graph.erase_node(node)
-        for attribute in wrapped:
+        for attribute in held:
             if not attribute.users:
                 graph.erase_node(attribute)
-
-
-def _inner_graph(node: Node, owner: GraphModule) -> GraphModule | None:
-    """The nested graph of an operator, if it has one."""
-    if node.op != "call_function":
-        return None
-    held = (getattr(owner, str(a.target), None) for a in node.all_input_nodes if a.op == "get_attr")
-    return next((module for module in held if isinstance(module, GraphModule)), None)
 
 
 def _changes_types(graph: Graph) -> bool:
     """Whether autocast gave a result a dtype that its arguments and options do not explain."""
     for node in graph.nodes:
-        result = node.meta.get("val")
-        if (
-            node.op != "call_function"
-            or not isinstance(result, Tensor)
-            or not result.is_floating_point()
-        ):
+        result = _float_value(node)
+        if node.op != "call_function" or result is None:
             continue
         options = [*node.args, *node.kwargs.values()]
-        types: list[torch.dtype] = []
-        map_arg(  # calls the function at once
-            options,
-            lambda n: types.append(n.meta["val"].dtype) if _is_float(n) else None,  # noqa: B023
-        )
+        values = [_float_value(n) for option in options for n in nodes_in(option)]
+        types = [value.dtype for value in values if value is not None]
         if (
             types
             and result.dtype not in options
@@ -106,9 +84,9 @@ def _changes_types(graph: Graph) -> bool:
     return False
 
 
-def _is_float(node: Node) -> bool:
+def _float_value(node: Node) -> Tensor | None:
     value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.is_floating_point()
+    return value if isinstance(value, Tensor) and value.is_floating_point() else None
 
 
 def _refusal(node: Node) -> str:

@@ -12,9 +12,8 @@ Values have the names that they have in `capture(model, {"input_ids": ...})`, so
 over by name (`simulation/kv_cache_graph.py`). Every layer keeps the whole past: what a sliding
 window cannot see is masked, not dropped.
 
-A cache with fewer valid tokens than it has room for holds them on the right, next to the new
-tokens, and attention_mask is 0 on the left. Distances, which a sliding window counts in places of
-the cache, then stay right.
+If the cache is not full, its valid tokens are the last places, so that a sliding window counts
+correct distances; attention_mask is 0 on the left.
 """
 
 from __future__ import annotations
@@ -28,14 +27,12 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from qwlora.errors import CaptureError
-from qwlora.graph.aten_ops import base_name
-from qwlora.graph.capture import PAST, PRESENT, Captured, capture
-from qwlora.graph.flat_arguments import CACHE_PARTS, Structure
-from qwlora.graph.graph_analysis import operator_of
+from qwlora.graph.capture import IDS, MASK, PAST, POSITIONS, PRESENT, Captured, capture
+from qwlora.graph.flat_arguments import Structure
+from qwlora.graph.nodes import calls, operation
 from qwlora.graph.quantized_graph import with_graph
 
 CONTEXT = "context"  # name of the size of past and new tokens together
-IDS, MASK, POSITIONS = "input_ids", "attention_mask", "position_ids"
 _EXAMPLE_TOKENS, _EXAMPLE_PAST = 3, 5  # sizes that differ, so that torch.export keeps them apart
 
 
@@ -94,13 +91,13 @@ def capture_cached(
     }
     captured = capture(model, example, static=sizes is not None)
     if sizes is None:
-        captured = _with_context_named(captured)
+        names = {f"{MASK}.1", *(f"{name}.2" for name in captured.interface.outputs)}
+        shapes = {
+            name: tuple(CONTEXT if size in names else size for size in shape)
+            for name, shape in captured.interface.shapes.items()
+        }
+        captured = replace(captured, interface=replace(captured.interface, shapes=shapes))
     return _only_new(captured) if present == "new" else captured
-
-
-def past_names(layer: int) -> tuple[str, str]:
-    """Names of the inputs with the keys and values of a layer."""
-    return tuple(f"{PAST}.{layer}.{part}" for part in CACHE_PARTS)  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -116,8 +113,8 @@ def cache_additions(captured: Captured) -> dict[str, CacheAddition]:
     """The nodes that append to past inputs, by the name of the input."""
     names = {k: v for k, v in captured.input_names.items() if v in captured.interface.cached}
     found = {}
-    for node in captured.program.graph.nodes:
-        if node.op == "call_function" and base_name(operator_of(node)) == "cat":
+    for node in calls(captured.program):
+        if operation(node) == "cat":
             match node.args[0]:
                 case [Node() as past, Node() as new] if past.name in names:
                     found[names[past.name]] = CacheAddition(past, new, node)
@@ -161,15 +158,6 @@ def _example_cache(model: nn.Module, ids: Tensor, past: int) -> list[tuple[Tenso
         torch.randn(t.shape[0], t.shape[1], past, t.shape[3], generator=g).to(t) for t in tensors
     ]
     return list(zip(made[::2], made[1::2], strict=True))
-
-
-def _with_context_named(captured: Captured) -> Captured:
-    """The size of past and new tokens together is called `context` in every shape."""
-    shapes = {
-        name: tuple(CONTEXT if size in (f"{MASK}.1", f"{name}.2") else size for size in shape)
-        for name, shape in captured.interface.shapes.items()
-    }
-    return replace(captured, interface=replace(captured.interface, shapes=shapes))
 
 
 def _only_new(captured: Captured) -> Captured:

@@ -6,8 +6,8 @@ import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
-from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
@@ -88,9 +88,7 @@ class Interface:
     def fixed(self) -> dict[str, dict[int, int]]:
         """Size of each fixed axis, by input."""
         return {
-            name: {
-                axis: size for axis, size in enumerate(self.shapes[name]) if isinstance(size, int)
-            }
+            name: {axis: n for axis, n in enumerate(self.shapes[name]) if isinstance(n, int)}
             for name in self.inputs
         }
 
@@ -132,29 +130,21 @@ def with_graph(program: ExportedProgram, graph: Graph) -> ExportedProgram:
     for spec, node in zip(signature.output_specs, output.args[0], strict=True):
         spec.arg.name = node.name
     graph.lint()
-    return ExportedProgram(
-        GraphModule(program.graph_module, graph),
-        graph,
-        signature,
-        program.state_dict,
-        program.range_constraints,
-        program.module_call_graph,
-        program.example_inputs,
-        program.constants,
-        verifiers=program.verifiers,
-    )
+    module = GraphModule(program.graph_module, graph)
+    return rebuilt(program, root=module, graph=graph, graph_signature=signature)
 
 
-def with_state(program: ExportedProgram, state: dict[str, Tensor]) -> ExportedProgram:
-    """`program` over other parameters and buffers, by their names in `program.state_dict`."""
-    return ExportedProgram(
-        program.graph_module,
-        program.graph,
-        program.graph_signature,
-        state,
-        program.range_constraints,
-        program.module_call_graph,
-        program.example_inputs,
-        program.constants,
-        verifiers=program.verifiers,
-    )
+def rebuilt(program: ExportedProgram, **changes: Any) -> ExportedProgram:
+    """`program` with other parts, such as `state_dict`: its parameters and buffers by name."""
+    parts = {
+        "root": program.graph_module,
+        "graph": program.graph,
+        "graph_signature": program.graph_signature,
+        "state_dict": program.state_dict,
+        "range_constraints": program.range_constraints,
+        "module_call_graph": program.module_call_graph,
+        "example_inputs": program.example_inputs,
+        "constants": program.constants,
+        "verifiers": program.verifiers,
+    }
+    return ExportedProgram(**{**parts, **changes})

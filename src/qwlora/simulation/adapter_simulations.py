@@ -11,14 +11,28 @@ divides by norms; `modules_to_save` replaces modules), "base" is the graph witho
 Adapters of the same structure (names, shapes and scaling of their weights) share one captured
 graph. The next adapter's weights are bound to it and the result is compared with the model, bit for
 bit; if it differs, that adapter is captured by itself.
+
+`base_activations` says which encodings change when a runtime switches adapters. Its values mean the
+same as those of QAIRT's `quant_updatable_mode`:
+
+    all             every activation and the adapter's weights; nothing is shared
+    adapter_only    the LoRA branch: lora_A, lora_B, their outputs and the scaling of these. The sum
+                    with the base layer's output and everything computed from it has one encoding
+                    for all adapters, as have the other activations of the base
+    none            nothing: all activations and adapter weights share one set of encodings, so
+                    adapter weights must have the same shapes
+
+A shared encoding covers everything that any adapter observed: observers of the same name are merged
+and then estimated once. Base weights have one encoding in every mode.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Hashable, Iterator, Mapping
+import copy
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -30,32 +44,33 @@ from qwlora.adapter.active_adapters import (
     adapter_names,
     without_adapters,
 )
-from qwlora.errors import CaptureError
-from qwlora.graph.capture import Captured, capture, rebound
-from qwlora.graph.half_precision import in_float32
-from qwlora.graph.quantized_graph import Kind, with_state
+from qwlora.errors import CalibrationError, CaptureError
+from qwlora.graph.capturable_model import in_float32
+from qwlora.graph.capture import capture, rebound
+from qwlora.graph.graph_analysis import branch_nodes, lora_branch
+from qwlora.graph.quantized_graph import Kind, rebuilt
 from qwlora.grid.encoding import Encoding
+from qwlora.grid.min_max import encoding_from_range, group_range
+from qwlora.grid.scheme import Scheme
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.parameter_names import adapter_of, canonical_name
 from qwlora.progress import Track, untracked
-from qwlora.simulation.calibration import Batches
+from qwlora.simulation.fake_quantizer import Quantizer, device_of, estimate_encodings
 from qwlora.simulation.placement import refuse_ineffective_rules
-from qwlora.simulation.shared_encodings import (
-    BaseActivations,
-    SharedObservation,
-    apply_shared_encodings,
-)
-from qwlora.simulation.simulation import Simulation
+from qwlora.simulation.simulation import Batches, Simulation
 from qwlora.simulation.simulation_schemes import SimulationSchemes, SimulationSource
 
+BaseActivations = Literal["all", "adapter_only", "none"]
 BASE = "base"
 
 
-class AdapterSimulations(Mapping[str, Simulation]):
+class AdapterSimulations(dict[str, Simulation]):
     """The simulation of each adapter by name, and of "base"; made by `simulate_adapters`.
 
     Attributes:
+        base_activations: what adapters share; see the module.
         captures: how many graphs were captured.
+        shared: the shared encodings by name, without those of packed base weights.
     """
 
     def __init__(
@@ -64,10 +79,9 @@ class AdapterSimulations(Mapping[str, Simulation]):
         base_activations: BaseActivations,
         captures: int,
     ):
-        self._simulations = dict(simulations)
-        self._shared: dict[str, Encoding] = {}
-        self.base_activations = base_activations
-        self.captures = captures
+        super().__init__(simulations)
+        self.base_activations, self.captures = base_activations, captures
+        self.shared: dict[str, Encoding] = {}
 
     def calibrate(
         self,
@@ -112,30 +126,16 @@ class AdapterSimulations(Mapping[str, Simulation]):
             CalibrationError: an activation saw no data, shared values differ in shape between
                 adapters, or one has no encoding in `shared`.
         """
-        observation = SharedObservation(self.base_activations)
         for simulation in self.values():
             simulation.freeze(allow_unseen)
-            observation.add(simulation)
-        self._shared = dict(shared) if shared is not None else observation.encodings()
+        if shared is None:
+            shared = shared_encodings(self.values(), self.base_activations)
+        self.shared = dict(shared)
         for simulation in self.values():
-            apply_shared_encodings(simulation, self._shared, self.base_activations)
-
-    @property
-    def shared(self) -> dict[str, Encoding]:
-        """The shared encodings by name, without those of packed base weights."""
-        return dict(self._shared)
+            apply_shared_encodings(simulation, self.shared, self.base_activations)
 
     def __repr__(self) -> str:
         return f"AdapterSimulations of {', '.join(self)}: {next(iter(self.values()), 'none')!r}"
-
-    def __getitem__(self, name: str) -> Simulation:
-        return self._simulations[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._simulations)
-
-    def __len__(self) -> int:
-        return len(self._simulations)
 
 
 def simulate_adapters(
@@ -152,7 +152,7 @@ def simulate_adapters(
     apply to one of the adapters.
 
     Args:
-        base_activations: what adapters share; see `shared_encodings.py`.
+        base_activations: what adapters share; see the module.
         adapters: names of adapters in `model`. Default: all.
 
     Raises:
@@ -172,82 +172,69 @@ def simulate_adapters(
         )
     if packed_layers(model):
         assert_frozen(model)
-    schemes = schemes or SimulationSchemes()
-    maker = _SimulationMaker(model, example_inputs, replace(schemes, unused_rules="allow"))
-    simulations = {}
+    asked, schemes = schemes, replace(schemes or SimulationSchemes(), unused_rules="allow")
+    simulations: dict[str, Simulation] = {}
+    first: dict[Hashable, tuple[Simulation, dict[str, Tensor]]] = {}  # by structure
+    captures = 0
     with restored_adapters(model), in_float32(model):
         for name in names:
             activate_(model, [name])
-            simulations[name] = maker.make(_structure(model, name), _weights(model, name))
+            origin = SimulationSource.of(model, example_inputs, schemes)
+            structure, weights = _structure(model, name), _weights(model, name)
+            simulation = None
+            if structure in first:
+                simulation = _rebound(*first[structure], weights, origin)
+            if simulation is None:
+                simulation, captures = (
+                    Simulation(capture(model, example_inputs), origin),
+                    captures + 1,
+                )
+                first.setdefault(structure, (simulation, weights))
+            simulations[name] = simulation
         with without_adapters(model):
-            simulations[BASE] = maker.make_base()
-    if schemes.unused_rules == "refuse":
+            # the model's own adapter is disabled, not removed, and would be in the fingerprint
+            origin = replace(
+                SimulationSource.of(model, example_inputs, schemes), adapter_fingerprint=None
+            )
+            for earlier, weights in first.values():
+                zeros: dict[str, Tensor] = {
+                    n: nn.Parameter(torch.zeros_like(p), requires_grad=False)
+                    for n, p in weights.items()
+                }
+                if (base := _rebound(earlier, weights, zeros, origin)) is not None:
+                    simulations[BASE] = base
+                    break
+            else:
+                simulations[BASE] = Simulation(capture(model, example_inputs), origin)
+                captures += 1
+    if asked is None or asked.unused_rules == "refuse":
         refuse_ineffective_rules([simulation.placement for simulation in simulations.values()])
-    return AdapterSimulations(simulations, base_activations, maker.captures)
+    return AdapterSimulations(simulations, base_activations, captures)
 
 
-class _SimulationMaker:
-    """Simulates the active adapter of a model, on an earlier graph of the same structure if any."""
+def _rebound(
+    first: Simulation,
+    bound: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor],
+    origin: SimulationSource,
+) -> Simulation | None:
+    """The graph of `first` with other adapter weights; None if it then does not compute the model.
 
-    def __init__(
-        self, model: nn.Module, example_inputs: Mapping[str, Any], schemes: SimulationSchemes
-    ):
-        self.model, self.example_inputs, self.schemes = model, example_inputs, schemes
-        self.captured: dict[Hashable, tuple[Simulation, dict[str, Tensor]]] = {}
-        self.captures = 0
-
-    def make(self, structure: Hashable, weights: dict[str, Tensor]) -> Simulation:
-        origin = self._origin()
-        if structure in self.captured:
-            first, bound = self.captured[structure]
-            replacements = {bound[name].data_ptr(): tensor for name, tensor in weights.items()}
-            simulation = self._bind(first, replacements, origin)
-            if simulation is not None:
-                return simulation
-        simulation = self._capture(origin)
-        self.captured.setdefault(structure, (simulation, weights))
-        return simulation
-
-    def make_base(self) -> Simulation:
-        """A zero adapter, or the graph without adapter where that is not the base bit for bit."""
-        # the model's own adapter is disabled, not removed, and would be in the fingerprint
-        origin = replace(self._origin(), adapter_fingerprint=None)
-        for first, bound in self.captured.values():
-            zeros = {
-                p.data_ptr(): nn.Parameter(torch.zeros_like(p), requires_grad=False)
-                for p in bound.values()
-            }
-            simulation = self._bind(first, zeros, origin)
-            if simulation is not None:
-                return simulation
-        return self._capture(origin)
-
-    def _origin(self) -> SimulationSource:
-        return SimulationSource.of(self.model, self.example_inputs, self.schemes)
-
-    def _capture(self, origin: SimulationSource) -> Simulation:
-        self.captures += 1
-        return Simulation(capture(self.model, self.example_inputs), origin)
-
-    def _bind(
-        self, first: Simulation, replacements: Mapping[int, Tensor], origin: SimulationSource
-    ) -> Simulation | None:
-        """The graph of `first` with other tensors; None if it then does not compute the model.
-
-        Args:
-            replacements: by the address of the tensor to replace.
-        """
-        state = first.program.state_dict
-        program = with_state(
-            first.program,
-            {name: replacements.get(t.data_ptr(), t) for name, t in state.items()},
-        )
-        try:
-            captured: Captured = rebound(first.captured, program, self.model, self.example_inputs)
-        except CaptureError:
-            return None
-        parameters = [mark.name for mark in first.marks if mark.kind is Kind.PARAMETER]
-        return Simulation(captured, origin, {name: first.weights[name] for name in parameters})
+    Args:
+        bound: the adapter weights of `first`, by name.
+    """
+    replacements = {bound[name].data_ptr(): tensor for name, tensor in weights.items()}
+    state = {
+        name: replacements.get(tensor.data_ptr(), tensor)
+        for name, tensor in first.program.state_dict.items()
+    }
+    program = rebuilt(first.program, state_dict=state)
+    try:
+        captured = rebound(first.captured, program, origin.model, origin.example_inputs)
+    except CaptureError:
+        return None
+    parameters = [mark.name for mark in first.marks if mark.kind is Kind.PARAMETER]
+    return Simulation(captured, origin, {name: first.weights[name] for name in parameters})
 
 
 def _weights(model: nn.Module, adapter: str) -> dict[str, Tensor]:
@@ -281,3 +268,128 @@ def restored_adapters(model: nn.Module) -> Iterator[None]:
         activate_(model, active)
         for name, p in model.named_parameters():
             p.requires_grad_(trainable[name])
+
+
+def shared_encodings(
+    simulations: Iterable[Simulation], base_activations: BaseActivations
+) -> dict[str, Encoding]:
+    """The encodings that frozen simulations share, from what all of them observed; with `none`,
+    those of adapter weights too.
+
+    Args:
+        base_activations: see the module's docstring.
+
+    Raises:
+        CalibrationError: a value has another shape or scheme in one of the simulations, or with
+            `none` a value is missing in one of them.
+    """
+    quantizers: dict[str, Quantizer] = {}
+    weights: dict[str, tuple[Scheme, Tensor, Tensor]] = {}  # scheme, low and high ends
+    names: set[str] | None = None
+    for simulation in simulations:
+        # a graph without any adapter lacks the adapter's values in every mode
+        if base_activations == "none" and simulation.adapter_weights:
+            own = {*simulation.quantizers, *simulation.adapter_weights}
+            names = own if names is None else names
+            _refuse_missing(simulation, sorted(own ^ names))
+        for name in _shared_activations(simulation, base_activations):
+            quantizer = simulation.quantizers[name]
+            earlier = quantizers.get(name)
+            if earlier is None:
+                quantizers[name] = copy.deepcopy(quantizer)
+            elif earlier.scheme != quantizer.scheme:
+                raise CalibrationError(
+                    f"adapters disagree on the grid of {name} ({earlier.scheme} vs "
+                    f"{quantizer.scheme}). Share less: base_activations all or adapter_only"
+                )
+            else:
+                earlier.observer.merge(quantizer.observer)
+        if base_activations == "none":
+            for name, weight in simulation.adapter_weights.items():
+                scheme = simulation.weights[name].encoding.scheme
+                weights[name] = _widened(name, scheme, *group_range(weight, scheme), weights)
+    estimate_encodings(list(quantizers.values()))
+    activations = {n: q.encoding for n, q in quantizers.items() if q.encoding is not None}
+    return activations | {
+        name: encoding_from_range(low, high, scheme)
+        for name, (scheme, low, high) in weights.items()
+    }
+
+
+def _refuse_missing(simulation: Simulation, differing: list[str]) -> None:
+    if not differing:
+        return
+    if all(name in simulation.dropped or name in simulation.quantizers for name in differing):
+        remedy = (
+            "The calibration data of one adapter did not reach it: calibrate on more data, or "
+            "add a rule with keep: float"
+        )
+    else:
+        remedy = (
+            "Adapters that share all encodings need the same target_modules, layers and dora; "
+            "otherwise share less"
+        )
+    raise CalibrationError(
+        f"{len(differing)} values have an encoding with one adapter and none with another, "
+        f"{differing[0]} first. {remedy}"
+    )
+
+
+def _widened(
+    name: str,
+    scheme: Scheme,
+    low: Tensor,
+    high: Tensor,
+    earlier: Mapping[str, tuple[Scheme, Tensor, Tensor]],
+) -> tuple[Scheme, Tensor, Tensor]:
+    """Scheme and ends of a weight's range that also hold the weights of earlier adapters."""
+    if name not in earlier:
+        return scheme, low, high
+    known, lowest, highest = earlier[name]
+    if known != scheme or lowest.shape != low.shape:
+        raise CalibrationError(
+            f"adapters disagree on {name} ({list(lowest.shape)} scales of {known} vs "
+            f"{list(low.shape)} of {scheme}). To share its encoding, give them the same rank; "
+            "otherwise share less"
+        )
+    return scheme, torch.minimum(low, lowest), torch.maximum(high, highest)
+
+
+def _shared_activations(simulation: Simulation, base_activations: BaseActivations) -> list[str]:
+    """Names of the quantized activations whose encodings all adapters share, in graph order."""
+    if base_activations == "all":
+        return []
+    branch = lora_branch(simulation.program) if base_activations == "adapter_only" else set()
+    return [
+        mark.name
+        for mark in simulation.marks
+        if mark.name in simulation.quantizers and mark.node not in branch
+    ]
+
+
+def apply_shared_encodings(
+    simulation: Simulation, encodings: Mapping[str, Encoding], base_activations: BaseActivations
+) -> None:
+    """Replace encodings of a frozen simulation by the shared ones.
+
+    With `adapter_only`, the sum of a layer that no earlier adapter changed keeps its own encoding.
+
+    Raises:
+        CalibrationError: a shared activation has no encoding in `encodings`.
+        GridError: the shape of an encoding does not match its weight.
+    """
+    names = _shared_activations(simulation, base_activations)
+    sums = branch_nodes(simulation.program) if base_activations == "adapter_only" else set()
+    optional = {mark.name for mark in simulation.marks if mark.node in sums}
+    if missing := [name for name in names if name not in {*encodings, *optional}]:
+        raise CalibrationError(
+            f"{len(missing)} shared activations have no encoding, {missing[0]} first. Observe "
+            "every adapter before freezing"
+        )
+    for name in names:
+        if name in encodings:
+            quantizer = simulation.quantizers[name]
+            quantizer.encoding = encodings[name]
+            quantizer.move_encoding(device_of(simulation.graph_module))
+    if base_activations == "none":
+        simulation.set_adapter_encodings(encodings)

@@ -1,19 +1,36 @@
-"""Modules that quantize activations and weights in a simulated graph."""
+"""Modules that quantize activations and weights in a simulated graph, and their encodings."""
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from enum import StrEnum
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import GraphModule, Interpreter, Node
 
 from qwlora.errors import CalibrationError
+from qwlora.graph.aten_ops import MAY_ALIAS, base_name, is_known
+from qwlora.graph.nodes import operator_of
+from qwlora.graph.quantized_graph import GraphValue, Kind, insert_after
+from qwlora.graph.value_traits import GridOptions
 from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.range_estimator import Estimator
-from qwlora.grid.scheme import PerTensor, Scheme
+from qwlora.grid.estimate_ranges import estimate_ranges, observed_ranges
+from qwlora.grid.min_max import encoding_from_range, measure
+from qwlora.grid.range_estimator import Estimator, as_estimator
+from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
+from qwlora.messages import listed
+from qwlora.parameter_names import is_factor_name
+from qwlora.simulation.simulation_schemes import SimulationSchemes
 
 MASK_MAGNITUDE = 1e30
+_aten = torch.ops.aten
 
 
 class Mode(StrEnum):
@@ -57,8 +74,6 @@ class Quantizer(nn.Module):
         self.observer = SampleObserver(self.estimator.needs_sample and not self.is_pinned)
         self.encoding: Encoding | None = None
         self.fixed = False  # set by `fix_encodings`: not calibrated
-        self.record = False  # whether forward stores its result in `recorded`
-        self.recorded: Tensor | None = None
         self.scheme = scheme
 
     @property
@@ -85,18 +100,12 @@ class Quantizer(nn.Module):
             case Mode.OBSERVE:
                 self.observer.update(x)
             case Mode.SIMULATE:
-                x = self._simulate(x, self._known_encoding())
+                encoding = self._known_encoding()
+                in_place = self.in_place and not (torch.is_grad_enabled() and x.requires_grad)
+                x = encoding.fake_quantize_(x) if in_place else encoding.fake_quantize(x)
             case Mode.RECIPROCAL:
                 x = _by_reciprocal(x, self._known_encoding())
-        if self.record:
-            self.recorded = x.clone()  # later operators may overwrite x
         return x
-
-    def _simulate(self, x: Tensor, encoding: Encoding) -> Tensor:
-        """`fake_quantize`, in place if that is allowed and no gradient is needed."""
-        if self.in_place and not (torch.is_grad_enabled() and x.requires_grad):
-            return encoding.fake_quantize_(x)
-        return encoding.fake_quantize(x)
 
     def _known_encoding(self) -> Encoding:
         if self.encoding is None:
@@ -126,6 +135,11 @@ class Quantizer(nn.Module):
         low, high = self.observer.low, self.observer.high
         return low is not None and high is not None and bool(low == high)
 
+    def move_encoding(self, device: torch.device) -> None:
+        """Move the encoding, if there is one, to a device."""
+        if self.encoding is not None:
+            self.encoding = moved_encoding(self.encoding, device)
+
     def extra_repr(self) -> str:
         return f"{self.name}, {self.scheme}, {self.mode}"
 
@@ -148,7 +162,211 @@ class FrozenWeight(nn.Module):
         return x if self.mode is Mode.FLOAT else self.value
 
 
+def estimate_encodings(quantizers: Sequence[Quantizer]) -> None:
+    """Set the encoding of each of `quantizers` from what it observed, or from its fixed ends.
+
+    Raises:
+        CalibrationError: observed values were not finite, or an estimator needs a sample and none
+            was kept. The message names the first few quantizers.
+    """
+    alike: dict[tuple[Scheme, Estimator], list[Quantizer]] = defaultdict(list)
+    for quantizer in quantizers:
+        alike[quantizer.scheme, quantizer.estimator].append(quantizer)
+    for (scheme, estimator), group in alike.items():
+        _estimate_alike(group, scheme, estimator)
+
+
+def _estimate_alike(group: Sequence[Quantizer], scheme: Scheme, estimator: Estimator) -> None:
+    observed = [q for q in group if not q.is_pinned]
+    without = [q.name for q in observed if not q.observer.sampled]
+    if estimator.needs_sample and without:
+        raise CalibrationError(
+            f"{without[0]} was observed without a sample, which observer {estimator.name} needs. "
+            "Observe again."
+        )
+    _refuse_ranges_that_are_not_finite(observed)
+    low, high = torch.zeros(len(group)), torch.zeros(len(group))
+    rows = torch.tensor([i for i, q in enumerate(group) if not q.is_pinned], dtype=torch.long)
+    low[rows], high[rows] = estimate_ranges([q.observer for q in observed], scheme, estimator)
+    for i, quantizer in enumerate(group):
+        if quantizer.minimum is not None:
+            low[i] = quantizer.minimum
+        if quantizer.maximum is not None:
+            high[i] = quantizer.maximum
+    many = Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0))
+    together = encoding_from_range(low, high, many)
+    for i, quantizer in enumerate(group):
+        device = quantizer.observer.ends.device
+        quantizer.encoding = Encoding(
+            scheme, together.scale[i].to(device), together.offset[i].to(device)
+        )
+
+
+def _refuse_ranges_that_are_not_finite(quantizers: Sequence[Quantizer]) -> None:
+    low, high = observed_ranges([q.observer for q in quantizers])
+    bad = ~torch.isfinite(high - low)
+    if not bool(bad.any()):
+        return
+    names = [quantizers[i].name for i in bad.nonzero().flatten().tolist()]
+    is_wide = bool(torch.isfinite(low[bad]).all() and torch.isfinite(high[bad]).all())
+    what = (
+        "wider than float32 can hold; look for values that are masks or an overflow"
+        if is_wide
+        else "not finite (nan or infinity in the data)"
+    )
+    raise CalibrationError(f"{listed(names, 3)}: the observed range is {what}")
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """The device of the tensors of `module`; the CPU if it has none."""
+    tensors = chain(module.parameters(), module.buffers())
+    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+
+
+def moved_encoding(encoding: Encoding, device: torch.device) -> Encoding:
+    """`encoding` on `device`; unchanged for the meta device.
+
+    A per-tensor scale must move too: CUDA accepts it on the CPU, but then multiplies by its
+    reciprocal instead of dividing.
+    """
+    if device.type == "meta" or encoding.scale.device == device:
+        return encoding
+    return replace(encoding, scale=encoding.scale.to(device), low_end=encoding.low_end.to(device))
+
+
 def _by_reciprocal(x: Tensor, encoding: Encoding) -> Tensor:
     """`fake_quantize` of a per-tensor encoding with `x * (1 / scale)` instead of `x / scale`."""
     low, high = encoding.offset, encoding.offset + encoding.scheme.steps
     return torch.mul(x, 1.0 / encoding.scale).round_().clamp_(low, high).mul_(encoding.scale)
+
+
+class SumInHalves(Interpreter):
+    """Runs a graph with each sum over k of a matrix product or convolution in two halves."""
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target is _aten.linear.default:
+            x, weight, *bias = args
+            half = x.shape[-1] // 2
+            first = nn.functional.linear(x[..., :half], weight[:, :half], *bias)
+            return first + nn.functional.linear(x[..., half:], weight[:, half:])
+        if target in (_aten.matmul.default, _aten.bmm.default) and args[1].ndim > 1:
+            a, b = args
+            half = a.shape[-1] // 2
+            return a[..., :half] @ b[..., :half, :] + a[..., half:] @ b[..., half:, :]
+        if target in (_aten.conv1d.default, _aten.conv2d.default):
+            x, weight, *rest = args
+            half = weight.shape[1] // 2
+            if half and weight.shape[1] == x.shape[1]:  # not one channel, nor grouped
+                options = rest[1:]
+                return target(x[:, :half], weight[:, :half], *rest) + target(
+                    x[:, half:], weight[:, half:], None, *options
+                )
+        return super().call_function(target, args, kwargs)
+
+
+def insert_quantizers(
+    program: ExportedProgram,
+    values: Iterable[GraphValue],
+    schemes: SimulationSchemes,
+    known: Mapping[str, FrozenWeight],
+) -> tuple[GraphModule, dict[str, Quantizer], dict[str, FrozenWeight]]:
+    """The program as a module with a quantizer after each of `values` but packed weights.
+
+    Args:
+        known: quantized copies of weights, by name; they are shared.
+
+    Returns:
+        the module, the quantizers of activations by name, and those of weights by name.
+
+    Raises:
+        CalibrationError: a weight is not finite.
+    """
+    module = program.module(check_guards=False)
+    nodes = {node.name: node for node in module.graph.nodes}
+    nodes |= _nodes_of_placeholders(program, module)
+    activations, weights = dict[str, Quantizer](), dict[str, FrozenWeight]()
+    frozen: dict[int, FrozenWeight] = {}  # by address: tied weights share one quantized copy
+    for value in values:
+        if value.kind is Kind.BASE:
+            continue
+        node, options = nodes[value.node], value.options
+        quantizer: nn.Module
+        if value.kind is Kind.ACTIVATION:
+            quantizer = activations[value.name] = Quantizer(
+                value.name,
+                _with_options(schemes.activations, options),
+                options.observer or as_estimator(schemes.observer),
+                options.minimum,
+                options.maximum,
+                _is_fresh(node),
+            )
+        elif value.name in known:
+            quantizer = weights[value.name] = known[value.name]
+        else:
+            scheme = schemes.adapter_weights if is_factor_name(value.name) else schemes.parameters
+            weight = attribute_of(module, str(node.target)).detach()
+            quantizer = weights[value.name] = _frozen_weight(
+                value.name, weight, _with_options(scheme, options), frozen
+            )
+        target = f"quantizer_{value.node}"
+        module.add_submodule(target, quantizer)
+        insert_after(node, lambda n, target=target: n.graph.call_module(target, (n,)))  # type: ignore[misc]
+    module.recompile()
+    return module, activations, weights
+
+
+def remove_quantizers_(module: GraphModule, nodes: Iterable[str]) -> None:
+    """Undo `insert_quantizers` for the values of these nodes of the program."""
+    targets = {f"quantizer_{node}" for node in nodes}
+    for node in list(module.graph.nodes):
+        if node.op == "call_module" and node.target in targets:
+            node.replace_all_uses_with(node.args[0])
+            module.graph.erase_node(node)
+            module.delete_submodule(str(node.target))
+    module.recompile()
+
+
+def attribute_of(module: nn.Module, path: str) -> Tensor:
+    """The tensor that a `get_attr` node reads."""
+    owner, _, name = path.rpartition(".")
+    tensor: Tensor = getattr(module.get_submodule(owner), name)
+    return tensor
+
+
+def _frozen_weight(
+    name: str, weight: Tensor, scheme: Scheme, frozen: dict[int, FrozenWeight]
+) -> FrozenWeight:
+    shared = frozen.get(weight.data_ptr())
+    if shared is None or shared.value.shape != weight.shape:
+        if weight.ndim < 2:
+            scheme = Scheme(scheme.bitwidth, scheme.symmetric, PerTensor())
+        try:
+            shared = FrozenWeight(weight, measure(weight, scheme))
+        except CalibrationError as error:
+            raise CalibrationError(f"{name}: {error}") from error
+        frozen[weight.data_ptr()] = shared
+    return shared
+
+
+def _with_options(scheme: Scheme, options: GridOptions) -> Scheme:
+    bitwidth = scheme.bitwidth if options.bitwidth is None else options.bitwidth
+    symmetric = scheme.symmetric if options.symmetric is None else options.symmetric
+    return replace(scheme, bitwidth=bitwidth, symmetric=symmetric)
+
+
+def _is_fresh(node: Node) -> bool:
+    """Whether the value of `node` shares no storage, so that the quantizer may overwrite it."""
+    operator = operator_of(node) if node.op == "call_function" else ""
+    return is_known(operator) and base_name(operator) == operator and operator not in MAY_ALIAS
+
+
+def _nodes_of_placeholders(program: ExportedProgram, module: GraphModule) -> dict[str, Node]:
+    """By placeholder of the program, its node in `module`, where parameters are attributes."""
+    by_target = {str(n.target): n for n in module.graph.nodes if n.op == "get_attr"}
+    inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+    stored = {
+        spec.arg.name: by_target[spec.target]
+        for spec in program.graph_signature.input_specs
+        if spec.target in by_target
+    }
+    return stored | dict(zip(program.graph_signature.user_inputs, inputs, strict=True))

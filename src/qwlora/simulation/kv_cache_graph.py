@@ -27,11 +27,10 @@ from torch.fx import Node
 
 from qwlora.adapter.active_adapters import activate_
 from qwlora.errors import CaptureError
-from qwlora.graph.aten_ops import MOVES_DATA, base_name
 from qwlora.graph.capture import Captured
-from qwlora.graph.graph_analysis import operator_of
 from qwlora.graph.kv_cache_capture import CacheSizes, cache_additions, capture_cached
-from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph, with_state
+from qwlora.graph.nodes import moved_from
+from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph, rebuilt
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.range_estimator import as_estimator
 from qwlora.messages import listed
@@ -39,8 +38,6 @@ from qwlora.parameter_names import adapter_of, canonical_name
 from qwlora.simulation.adapter_simulations import restored_adapters
 from qwlora.simulation.placement import place
 from qwlora.simulation.simulation import Simulation
-
-Encodings = dict[str, Encoding]
 
 
 def capture_with_cache(
@@ -88,35 +85,40 @@ def cached_graph(
             f"{listed(missing, 3)}. The model computes something else with a cache than without, "
             "so its encodings do not carry over"
         )
-    encodings: Encodings = {name: known[name] for name in nodes if name in known}
+    encodings = {name: known[name] for name in nodes if name in known}
     marks = {nodes[name]: GraphValue(nodes[name], name, kinds[name]) for name in encodings}
     names = {node: name for name, node in nodes.items()}
     for added in cache_additions(captured).values() if quantize_past else ():
-        encoding = _encoding_of(added.new, marks, known)
+        encoding = encoding_before(added.new, marks, known)
         for node in (added.past, added.whole):
             if encoding is not None:
                 marks[node.name] = GraphValue(node.name, names[node.name], Kind.ACTIVATION)
                 encodings[names[node.name]] = encoding
-    order = {node.name: index for index, node in enumerate(program.graph.nodes)}
-    placed = sorted(marks.values(), key=lambda mark: order[mark.node])
+    placed = in_graph_order(program, marks)
     return QuantizedGraph(
         program,
         captured.interface,
-        tuple(placed),
+        placed,
         {mark.name: encodings[mark.name] for mark in placed},
         as_estimator(simulation.origin.schemes.observer).name,
     )
 
 
-def _encoding_of(
+def in_graph_order(
+    program: ExportedProgram, marks: Mapping[str, GraphValue]
+) -> tuple[GraphValue, ...]:
+    """`marks` by node, in the order of the nodes."""
+    return tuple(marks[node.name] for node in program.graph.nodes if node.name in marks)
+
+
+def encoding_before(
     node: Node, marks: Mapping[str, GraphValue], known: Mapping[str, Encoding]
 ) -> Encoding | None:
     """The encoding of a value that data movement may have moved since it got it."""
-    while node.name not in marks:
-        if node.op != "call_function" or base_name(operator_of(node)) not in MOVES_DATA:
-            return None
-        node = node.all_input_nodes[0]
-    return known[marks[node.name].name]
+    source: Node | None = node
+    while source is not None and source.name not in marks:
+        source = moved_from(source)
+    return None if source is None else known[marks[source.name].name]
 
 
 def _with_weights(program: ExportedProgram, source: ExportedProgram) -> ExportedProgram:
@@ -125,18 +127,18 @@ def _with_weights(program: ExportedProgram, source: ExportedProgram) -> Exported
     Raises:
         CaptureError: one has another shape or is missing.
     """
-    own = {canonical_name(name): source.state_dict[name] for name in _used(source)}
+    tensors = {canonical_name(name): source.state_dict[name] for name in _used(source)}
     state = dict(program.state_dict)
     for name in _used(program):
-        found, tensor = own.get(canonical_name(name)), state[name]
-        if found is None or found.shape != tensor.shape:
+        tensor, shape = tensors.get(canonical_name(name)), state[name].shape
+        if tensor is None or tensor.shape != shape:
             raise CaptureError(
-                f"{name} is {list(tensor.shape)} in the graph with a cache and "
-                f"{'missing' if found is None else list(found.shape)} in the simulation. Capture "
+                f"{name} is {list(shape)} in the graph with a cache and "
+                f"{'missing' if tensor is None else list(tensor.shape)} in the simulation. Capture "
                 "the graph with an adapter of the same structure active"
             )
-        state[name] = found
-    return with_state(program, state)
+        state[name] = tensor
+    return rebuilt(program, state_dict=state)
 
 
 def _used(program: ExportedProgram) -> list[str]:

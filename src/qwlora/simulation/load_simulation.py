@@ -1,36 +1,27 @@
-"""Read what `save_simulation.py` wrote: capture the graph again and restore its encodings.
+"""Read what `saved_simulation.py` wrote: capture the graph again and restore its encodings.
 
 The logits of a loaded simulation are those of the saved one, bit for bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import nn
 
 from qwlora.adapter.active_adapters import active_adapter
 from qwlora.errors import CalibrationError
-from qwlora.graph.move_graph import device_of
 from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
 from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.adapter_simulations import BASE, simulate_adapters
-from qwlora.simulation.simulation import Simulation, simulate
-from qwlora.simulation.simulation_schemes import SimulationSchemes
-from qwlora.simulation.stored_encodings import (
-    INPUTS,
-    SLOT,
-    TUPLE,
+from qwlora.simulation.fake_quantizer import device_of
+from qwlora.simulation.saved_simulation import (
     check_files,
     load_encodings,
+    read_examples,
     read_record,
-    unreadable,
 )
+from qwlora.simulation.simulation import Simulation, simulate
 
 
 def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
@@ -49,21 +40,27 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     folder = Path(folder)
     record = read_record(folder)
     check_files(folder)
+    adapter = adapter_fingerprint(model)
     is_zero_adapter = record["adapter_fingerprint"] is None and any(
         is_adapter_name(name) for name in record["encodings"]
     )
-    _check_fingerprints(folder, record, model, is_zero_adapter)
-    try:
-        tensors = {
-            name: tensor.to(device_of(model)) for name, tensor in load_file(folder / INPUTS).items()
-        }
-        schemes = TypeAdapter(SimulationSchemes).validate_python(record["schemes"])
-        examples = _template_from_json(record["inputs"], tensors)
-    except (OSError, KeyError, SafetensorError, ValidationError, ValueError) as error:
-        raise unreadable(folder, error) from error
+    if is_zero_adapter and adapter is None:
+        raise CalibrationError(
+            f"{str(folder)!r} is a simulation of a zero adapter. Give it a model with an active "
+            "adapter of that shape"
+        )
+    own = {"base": fingerprint(model), "adapter": None if is_zero_adapter else adapter}
+    for what, digest in own.items():
+        if digest != (saved := record[f"{what}_fingerprint"]):
+            raise CalibrationError(
+                f"{str(folder)!r} is a simulation of the {what} with fingerprint "
+                f"{saved or '(none)'}, but this model's is {digest or '(none)'}. "
+                "Give it the model it was made from, or calibrate again"
+            )
+    examples, schemes = read_examples(folder, record, device_of(model))
     if is_zero_adapter:
-        made = simulate_adapters(model, examples, schemes, adapters=[active_adapter(model)])
-        simulation = made[BASE]
+        names = [active_adapter(model)]
+        simulation = simulate_adapters(model, examples, schemes, adapters=names)[BASE]
     else:
         simulation = simulate(model, examples, schemes)
     # shared adapter encodings are not those measured from this adapter's own values
@@ -81,35 +78,3 @@ def restore(simulation: Simulation, folder: Path) -> None:
     simulation.restore(
         {**simulation.base_encodings, **load_encodings(folder)}, read_record(folder)["dropped"]
     )
-
-
-def _check_fingerprints(
-    folder: Path, record: Mapping[str, Any], model: nn.Module, is_zero_adapter: bool
-) -> None:
-    adapter = adapter_fingerprint(model)
-    if is_zero_adapter and adapter is None:
-        raise CalibrationError(
-            f"{str(folder)!r} is a simulation of a zero adapter. Give it a model with an active "
-            "adapter of that shape"
-        )
-    found = {"base": fingerprint(model), "adapter": None if is_zero_adapter else adapter}
-    for what, fingerprint_of_model in found.items():
-        saved = record[f"{what}_fingerprint"]
-        if fingerprint_of_model != saved:
-            raise CalibrationError(
-                f"{str(folder)!r} is a simulation of the {what} with fingerprint "
-                f"{saved or '(none)'}, but this model's is {fingerprint_of_model or '(none)'}. "
-                "Give it the model it was made from, or calibrate again"
-            )
-
-
-def _template_from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_template_from_json(inner, tensors) for inner in value]
-    if not isinstance(value, dict):
-        return value
-    if SLOT in value:
-        return tensors[value[SLOT]]
-    if TUPLE in value:
-        return tuple(_template_from_json(inner, tensors) for inner in value[TUPLE])
-    return {key: _template_from_json(inner, tensors) for key, inner in value.items()}

@@ -12,7 +12,7 @@ Inputs and outputs are called as in Qualcomm's public recipes:
 
 Keys are [1, heads, tokens, width], like values. past_key_0_in and past_key_0_out have one encoding.
 
-Three values get an encoding that the simulation does not have, as it computes them in float:
+The simulation computes three values in float; the device graph quantizes them:
 
     cos, sin, mask      their range over all positions of the context
     scores + mask       the range of the scores, lowered by the mask
@@ -26,29 +26,33 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from qwlora.errors import CalibrationError
-from qwlora.graph.aten_ops import MOVES_DATA, base_name
-from qwlora.graph.capture import PAST, PRESENT
-from qwlora.graph.fused_norms import fuse_norms
-from qwlora.graph.graph_analysis import computed_from, module_of, operator_of
+from qwlora.graph.aten_ops import MOVES_DATA
+from qwlora.graph.capture import MASK, PAST, PRESENT
+from qwlora.graph.device_rewrites import ALPHA, fuse_norms, lift_scaling, slice_parts
+from qwlora.graph.graph_analysis import computed_from
 from qwlora.graph.host_graph import COS, SIN, HostInputs, lift_host_inputs
-from qwlora.graph.kv_cache_capture import MASK, CacheSizes
-from qwlora.graph.quantized_graph import GraphValue, Interface, Kind, QuantizedGraph, with_state
-from qwlora.graph.scaling_input import ALPHA, lift_scaling
-from qwlora.graph.split_to_slices import slice_parts
+from qwlora.graph.kv_cache_capture import CacheSizes
+from qwlora.graph.nodes import calls, module_of, operation, operator_of, origin
+from qwlora.graph.quantized_graph import GraphValue, Interface, Kind, QuantizedGraph, rebuilt
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import encoding_from_range, measure
 from qwlora.grid.scheme import Scheme
 from qwlora.messages import listed
-from qwlora.simulation.kv_cache_graph import Encodings, cached_graph, capture_with_cache
+from qwlora.simulation.kv_cache_graph import (
+    cached_graph,
+    capture_with_cache,
+    encoding_before,
+    in_graph_order,
+)
 from qwlora.simulation.simulation import Simulation
 
 MASKED_BELOW = 20.0
@@ -135,138 +139,121 @@ def npu_form(
     program = slice_parts(fuse_norms(program))
     nodes = {node.name for node in program.graph.nodes}
     marks = {mark.node: mark for mark in graph.marks if mark.node in nodes}
-    encodings: Encodings = {mark.name: graph.encodings[mark.name] for mark in marks.values()}
-    known = _Known(program, marks, encodings)
-    for name, encoding in _host_encodings(lifted, sizes).items():
-        placeholders = zip(program.graph_signature.user_inputs, interface.inputs, strict=True)
-        node = next(node for node, given in placeholders if given == name)
-        known.add(node, name, encoding)
+    encodings = {mark.name: graph.encodings[mark.name] for mark in marks.values()}
+    added = _host_encodings(lifted, sizes)
     if scaling is not None:
-        known.add(ALPHA, ALPHA, _between(0.0, max(scaling, largest_scaling or 0.0)))
-    known.add_masked_scores(lifted)
-    program = known.fold_norm_weights()
-    known.refuse_float_values(program)
+        added[ALPHA] = _between(0.0, max(scaling, largest_scaling or 0.0))
+    inputs = dict(zip(interface.inputs, program.graph_signature.user_inputs, strict=True))
+    for name, encoding in added.items():
+        marks[inputs[name]] = GraphValue(inputs[name], name, Kind.ACTIVATION)
+        encodings[name] = encoding
+    masks = {node for name, node in inputs.items() if name.startswith(MASK)}
+    _add_masked_scores_(program, masks, marks, encodings)
+    program = _fold_norm_weights_(program, marks, encodings)
+    _refuse_float_values(program, marks)
     renamed = _renamed(interface)
-    names = dict(zip(_all(interface), _all(renamed), strict=True))
-    order = {node.name: index for index, node in enumerate(program.graph.nodes)}
-    placed = [
-        replace(mark, name=names.get(mark.name, mark.name))
-        for mark in sorted(known.marks.values(), key=lambda mark: order[mark.node])
-    ]
+    names = dict(
+        zip(
+            (*interface.inputs, *interface.outputs),
+            (*renamed.inputs, *renamed.outputs),
+            strict=True,
+        )
+    )
     device = QuantizedGraph(
         program,
         renamed,
-        tuple(placed),
-        {names.get(name, name): encoding for name, encoding in known.encodings.items()},
+        tuple(
+            replace(mark, name=names.get(mark.name, mark.name))
+            for mark in in_graph_order(program, marks)
+        ),
+        {names.get(name, name): encoding for name, encoding in encodings.items()},
         graph.observer,
     )
     host = QuantizedGraph(lifted.host, lifted.host_interface, (), {})
     return NpuGraph(sizes, device, host, floor, scaling, lifted)
 
 
-class _Known:
-    """Marks and encodings of a device graph, to which those of its own values are added."""
+def _add_masked_scores_(
+    program: ExportedProgram,
+    masks: set[str],
+    marks: dict[str, GraphValue],
+    encodings: dict[str, Encoding],
+) -> None:
+    """The range of scores plus mask, which the simulation leaves float.
 
-    def __init__(
-        self, program: ExportedProgram, marks: dict[str, GraphValue], encodings: Encodings
-    ):
-        self.program, self.marks, self.encodings = program, marks, encodings
-        self.nodes = {node.name: node for node in program.graph.nodes}
-
-    def add(self, node: str, name: str, encoding: Encoding, kind: Kind = Kind.ACTIVATION) -> None:
-        """Give a value an encoding."""
-        self.marks[node] = GraphValue(node, name, kind)
-        self.encodings[name] = encoding
-
-    def encoding_before(self, node: Node) -> Encoding | None:
-        """The encoding of a value, or of what it was moved from."""
-        while node.name not in self.marks:
-            if node.op != "call_function" or base_name(operator_of(node)) not in MOVES_DATA:
-                return None
-            node = node.all_input_nodes[0]
-        found = self.encodings[self.marks[node.name].name]
-        return found if isinstance(found, Encoding) else None
-
-    def add_masked_scores(self, lifted: HostInputs) -> None:
-        """The range of scores plus mask, which the simulation leaves float.
-
-        Raises:
-            CalibrationError: the scores have no encoding.
-        """
-        masks = {
-            node
-            for node, name in zip(
-                self.program.graph_signature.user_inputs, lifted.interface.inputs, strict=False
-            )
-            if name.startswith(MASK)
-        }
-        for node in self.program.graph.nodes:
-            if node.name in self.marks or base_name(operator_of(node)) != "add":
-                continue
-            scores = [n for n in node.all_input_nodes if _source(n).name not in masks]
-            if len(scores) == len(node.all_input_nodes):
-                continue
-            encoding = self.encoding_before(scores[0])
-            if encoding is None:
-                raise CalibrationError(
-                    f"the attention scores before {node.name} have no encoding. "
-                    "Set simulation.policy: npu, and remove rules that keep them float"
-                )
-            mask = self.encoding_before(next(n for n in node.all_input_nodes if n not in scores))
-            assert mask is not None
-            low, high = _range(encoding)
-            measured = _between(low + _range(mask)[0], high)
-            self.add(node.name, f"{self.marks[_source(scores[0]).name].name}.masked", measured)
-
-    def fold_norm_weights(self) -> ExportedProgram:
-        """The program in which every norm reads a stored weight, not one computed from it."""
-        state = dict(self.program.state_dict)
-        targets = {
-            spec.arg.name: str(spec.target)
-            for spec in self.program.graph_signature.input_specs
-            if spec.kind is InputKind.PARAMETER
-        }
-        for node in self.program.graph.nodes:
-            if node.op != "call_function" or operator_of(node) != "rms_norm":
-                continue
-            weight = node.args[2]
-            if weight.op == "placeholder":
-                continue
-            source = _leaf(weight)
-            stored = self.marks[source.name]
-            value = self.encodings[stored.name].fake_quantize(state[targets[source.name]].detach())
-            folded = _evaluated(weight, source, value)
-            state[targets[source.name]] = nn.Parameter(folded, requires_grad=False)
-            self.encodings[stored.name] = measure(folded, _WEIGHT)
-            node.update_arg(2, source)
-        self.program.graph.eliminate_dead_code()
-        return with_state(self.program, state)
-
-    def refuse_float_values(self, program: ExportedProgram) -> None:
-        """Refuse values that would be computed in half precision.
-
-        Raises:
-            CalibrationError: there are some, other than inside an activation function.
-        """
-        fixed = {n.name for n in program.graph.nodes if n.op == "placeholder"}
-        constants = computed_from(program, fixed - set(program.graph_signature.user_inputs))
-        found = [
-            f"{module_of(node)[0].removeprefix('model.') or 'the model'} ({operator_of(node)})"
-            for node in program.graph.nodes
-            if node.op == "call_function"
-            and node.name not in self.marks
-            and node.name not in constants
-            and isinstance(value := node.meta.get("val"), Tensor)
-            and value.is_floating_point()
-            and base_name(operator_of(node)) not in MOVES_DATA
-            and not re.search(_ACTIVATION_FUNCTION, module_of(node)[1])
-        ]
-        if found:
+    Raises:
+        CalibrationError: the scores have no encoding.
+    """
+    for node in calls(program):
+        if node.name in marks or operation(node) != "add":
+            continue
+        scores = [n for n in node.all_input_nodes if origin(n).name not in masks]
+        mask = next((n for n in node.all_input_nodes if n not in scores), None)
+        if mask is None:
+            continue
+        encoding = encoding_before(scores[0], marks, encodings)
+        if encoding is None:
             raise CalibrationError(
-                f"{len(found)} values would stay float on an NPU, which computes those in half "
-                f"precision: {listed(found, 3)}. Set simulation.policy: npu and "
-                "simulation.residual_adds: quantize, and remove rules with keep: float"
+                f"the attention scores before {node.name} have no encoding. "
+                "Set simulation.policy: npu, and remove rules that keep them float"
             )
+        grid = encoding_before(mask, marks, encodings)
+        assert grid is not None
+        low, high = _range(encoding)
+        name = f"{marks[origin(scores[0]).name].name}.masked"
+        marks[node.name] = GraphValue(node.name, name, Kind.ACTIVATION)
+        encodings[name] = _between(low + _range(grid)[0], high)
+
+
+def _fold_norm_weights_(
+    program: ExportedProgram, marks: dict[str, GraphValue], encodings: dict[str, Encoding]
+) -> ExportedProgram:
+    """The program in which every norm reads a stored weight, not one computed from it."""
+    state = dict(program.state_dict)
+    targets = {spec.arg.name: str(spec.target) for spec in program.graph_signature.input_specs}
+    for node in calls(program):
+        if operation(node) != "rms_norm":
+            continue
+        weight: Any = node.args[2]
+        source = weight
+        while source.op != "placeholder":
+            (source,) = source.all_input_nodes
+        if source is weight:
+            continue
+        name, target = marks[source.name].name, targets[source.name]
+        value = encodings[name].fake_quantize(state[target].detach())
+        folded = _evaluated(weight, source, value)
+        state[target] = nn.Parameter(folded, requires_grad=False)
+        encodings[name] = measure(folded, _WEIGHT)
+        node.update_arg(2, source)
+    program.graph.eliminate_dead_code()
+    return rebuilt(program, state_dict=state)
+
+
+def _refuse_float_values(program: ExportedProgram, marks: dict[str, GraphValue]) -> None:
+    """Refuse values that would be computed in half precision.
+
+    Raises:
+        CalibrationError: there are some, other than inside an activation function.
+    """
+    fixed = {n.name for n in program.graph.nodes if n.op == "placeholder"}
+    constants = computed_from(program, fixed - set(program.graph_signature.user_inputs))
+    floats = [
+        f"{module_of(node)[0].removeprefix('model.') or 'the model'} ({operator_of(node)})"
+        for node in calls(program)
+        if node.name not in marks
+        and node.name not in constants
+        and isinstance(value := node.meta.get("val"), Tensor)
+        and value.is_floating_point()
+        and operation(node) not in MOVES_DATA
+        and not re.search(_ACTIVATION_FUNCTION, module_of(node)[1])
+    ]
+    if floats:
+        raise CalibrationError(
+            f"{len(floats)} values would stay float on an NPU, which computes those in half "
+            f"precision: {listed(floats, 3)}. Set simulation.policy: npu and "
+            "simulation.residual_adds: quantize, and remove rules with keep: float"
+        )
 
 
 def _widest_scores(graph: QuantizedGraph) -> float:
@@ -274,14 +261,13 @@ def _widest_scores(graph: QuantizedGraph) -> float:
     marks = {mark.node: mark.name for mark in graph.marks}
     widest = 0.0
     for node in graph.program.graph.nodes:
-        if node.op != "call_function" or base_name(operator_of(node)) != "softmax":
+        if operation(node) != "softmax":
             continue
         waiting = [node.all_input_nodes[0]]
         while waiting:
             read = waiting.pop()
-            encoding = graph.encodings.get(marks.get(read.name, ""))
-            if isinstance(encoding, Encoding):
-                low, high = _range(encoding)
+            if read.name in marks:
+                low, high = _range(graph.encodings[marks[read.name]])
                 widest = max(widest, high - low)
             else:
                 waiting += read.all_input_nodes
@@ -292,18 +278,17 @@ def _host_encodings(lifted: HostInputs, sizes: CacheSizes) -> dict[str, Encoding
     """The encoding of each float input that the host computes."""
     last = sizes.context - sizes.tokens
     places = sorted({round(last * i / _PLACES) for i in range(_PLACES + 1)})
-    low: dict[str, float] = {}
-    high: dict[str, float] = {}
+    ranges: dict[str, tuple[float, float]] = {}
     for past in places:
         for name, value in lifted.run_host(*host_arguments(sizes, past, sizes.tokens)).items():
             if value.is_floating_point():
-                low[name] = min(low.get(name, 0.0), float(value.min()))
-                high[name] = max(high.get(name, 0.0), float(value.max()))
-    for name in low:
+                low, high = ranges.get(name, (0.0, 0.0))
+                ranges[name] = min(low, float(value.min())), max(high, float(value.max()))
+    for name in list(ranges):
         if name.startswith(COS):  # 1 at position 0, times what the model multiplies both with
-            for each in (name, name.replace(COS, SIN)):
-                low[each], high[each] = -high[name], high[name]
-    return {name: _between(low[name], high[name]) for name in low}
+            high = ranges[name][1]
+            ranges[name] = ranges[name.replace(COS, SIN)] = -high, high
+    return {name: _between(low, high) for name, (low, high) in ranges.items()}
 
 
 def _between(low: float, high: float) -> Encoding:
@@ -314,20 +299,6 @@ def _range(encoding: Encoding) -> tuple[float, float]:
     """The ends of a per-tensor grid."""
     scale, offset = float(encoding.scale), int(encoding.offset)
     return offset * scale, (offset + encoding.scheme.steps) * scale
-
-
-def _source(node: Node) -> Node:
-    """What data movement moved."""
-    while node.op == "call_function" and base_name(operator_of(node)) in MOVES_DATA:
-        node = node.all_input_nodes[0]
-    return node
-
-
-def _leaf(node: Node) -> Node:
-    """The placeholder that a value is computed from."""
-    while node.op != "placeholder":
-        (node,) = node.all_input_nodes
-    return node
 
 
 def _evaluated(node: Node, source: Node, value: Tensor) -> Tensor:
@@ -356,7 +327,3 @@ def _renamed(interface: Interface) -> Interface:
         shapes={renamed(name): shape for name, shape in interface.shapes.items()},
         cached=frozenset(map(renamed, interface.cached)),
     )
-
-
-def _all(interface: Interface) -> tuple[str, ...]:
-    return (*interface.inputs, *interface.outputs)

@@ -11,15 +11,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
 from qwlora.errors import CalibrationError
-from qwlora.graph.graph_analysis import GraphAnalysis, module_of, operator_of
-from qwlora.graph.graph_parameters import buffer_names
+from qwlora.graph.graph_analysis import GraphAnalysis
+from qwlora.graph.nodes import buffer_names, module_of, operator_of
 from qwlora.graph.quantized_graph import GraphValue, Kind
 from qwlora.graph.value_traits import Decision, Trait
 from qwlora.messages import suggestion
@@ -259,3 +260,47 @@ def _numbered(values: Sequence[GraphValue]) -> dict[str, str]:
         names[value.node] = f"{stem}_{taken[stem]}" if taken[stem] else stem
         taken[stem] += 1
     return names
+
+
+@dataclass(frozen=True)
+class LoggedGrid:
+    """The grid of a quantized value.
+
+    Args:
+        grid: the scheme in words; empty if the value is not quantized.
+        observer: how an activation's range is chosen.
+        low, high: ends of an activation's grid, once calibrated or fixed.
+    """
+
+    grid: str = ""
+    observer: str = ""
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclass(frozen=True)
+class PlacementLog:
+    """All values: weights and inputs first, then computed values, in graph order.
+
+    Args:
+        policy: name of the policy.
+        grids: of the quantized values, by name.
+        unknown: number of occurrences of each unknown operator.
+    """
+
+    policy: str
+    values: tuple[GraphValue, ...]
+    grids: Mapping[str, LoggedGrid]
+    unknown: dict[str, int]
+
+    def grid(self, value: GraphValue) -> LoggedGrid:
+        """The grid of a value."""
+        return self.grids.get(value.name, LoggedGrid())
+
+    def to_json(self) -> dict[str, Any]:
+        """The log as JSON values."""
+        return {
+            "policy": self.policy,
+            "unknown": self.unknown,
+            "values": [value.to_json() | asdict(self.grid(value)) for value in self.values],
+        }

@@ -100,13 +100,11 @@ class Policy:
             )
 
 
-def _read_policies() -> dict[str, Policy]:
-    path = resources.files("qwlora.simulation") / "policies.yaml"
-    policies = TypeAdapter(list[Policy]).validate_python(yaml.safe_load(path.read_text()))
-    return {policy.name: policy for policy in policies}
-
-
-POLICIES = _read_policies()
+_FILE = resources.files("qwlora.simulation") / "policies.yaml"
+POLICIES = {
+    policy.name: policy
+    for policy in TypeAdapter(list[Policy]).validate_python(yaml.safe_load(_FILE.read_text()))
+}
 
 
 def policy(name: str) -> Policy:

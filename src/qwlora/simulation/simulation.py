@@ -10,7 +10,7 @@
                       to the statistics; `freeze` estimates encodings from all of them. Observations
                       are kept: more batches can follow, and another scheme needs no new data
 
-The graph computes in float32 for bfloat16 and float16 models too (`graph/half_precision.py`).
+The graph computes in float32 for bfloat16 and float16 models too (`graph/capturable_model.py`).
 `load_simulation.py` reads what `Simulation.save` writes.
 """
 
@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
@@ -28,14 +29,12 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
-from transformers import PreTrainedModel
+from torch.fx.node import map_aggregate
 
 from qwlora.errors import CalibrationError, CaptureError, QwloraWarning
 from qwlora.graph.aten_ops import MASKS, base_name
 from qwlora.graph.call_arguments import as_arguments, check_token_ids
 from qwlora.graph.capture import Captured, capture
-from qwlora.graph.move_graph import device_of, moved_encoding, rewrite_devices_, unshare_moving_
-from qwlora.graph.noise_floor_graph import SumInHalves
 from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph
 from qwlora.graph.value_traits import Decision
 from qwlora.grid.encoding import Encoding
@@ -45,17 +44,52 @@ from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.nn.unwrap import unwrapped
 from qwlora.parameter_names import parameter_name
 from qwlora.progress import Track, untracked
-from qwlora.simulation.calibration import Batches, CalibrationReport, tokens_of
-from qwlora.simulation.estimate_encodings import estimate_encodings
-from qwlora.simulation.fake_quantizer import FrozenWeight, Mode, Quantizer
-from qwlora.simulation.insert_quantizers import attribute_of, insert_quantizers
-from qwlora.simulation.placement import place
-from qwlora.simulation.save_simulation import write_simulation
-from qwlora.simulation.simulated_model import as_model
+from qwlora.simulation.fake_quantizer import (
+    FrozenWeight,
+    Mode,
+    Quantizer,
+    SumInHalves,
+    attribute_of,
+    device_of,
+    estimate_encodings,
+    insert_quantizers,
+    moved_encoding,
+    remove_quantizers_,
+)
+from qwlora.simulation.placement import LoggedGrid, PlacementLog, place
+from qwlora.simulation.saved_simulation import write_simulation
+from qwlora.simulation.simulated_model import SimulatedModel, transformers_model
 from qwlora.simulation.simulation_schemes import SimulationSchemes, SimulationSource
 
-_NO_BATCH = "calibration needs at least one batch, but got none"
+# Calibration data by callback, as AIMET's `compute_encodings` takes it: it gets a model, and calls
+# it with each batch.
+Callback = Callable[[Callable[..., Sequence[Tensor]]], Any]
+# Dicts of arguments, tensors or tuples of tensors, as a DataLoader yields them; see
+# `graph/call_arguments.py`. Or a callback.
+Batches = Iterable[Any] | Callback
+
 _MASK, _UNSEEN = "a mask: values beyond 1e30", "no calibration data reached it"
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """The data of a calibration, and values that are special.
+
+    Args:
+        tokens: attended positions; rows, for inputs without tokens.
+        constants: values with the same number everywhere.
+        unseen: values that no data reached; they are float now.
+        masks: values that turned out to be masks; they are float now.
+    """
+
+    tokens: int
+    batches: int
+    constants: tuple[str, ...]
+    unseen: tuple[str, ...]
+    masks: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 class Simulation(nn.Module):
@@ -120,12 +154,32 @@ class Simulation(nn.Module):
     @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the graph's inputs, in order."""
-        return self.captured.interface.inputs
+        return self.captured.inputs
 
     @property
     def program(self) -> ExportedProgram:
         """The captured graph, without quantizers."""
         return self.captured.program
+
+    def explain(self) -> PlacementLog:
+        """The placement log: which values are quantized, on which grid, and why."""
+        placement = self.placement
+        return PlacementLog(
+            self.origin.schemes.placement_policy().name,
+            (*placement.weights, *placement.explanation),
+            {value.name: self._logged_grid(value.name) for value in placement.marks},
+            dict(placement.unknown),
+        )
+
+    def _logged_grid(self, name: str) -> LoggedGrid:
+        quantizer = self.quantizers.get(name)
+        if quantizer is None:
+            return LoggedGrid(str(self.encoding_of_weight(name).scheme))
+        low, high = quantizer.minimum, quantizer.maximum
+        if quantizer.encoding is not None:
+            scale, offset = float(quantizer.encoding.scale), int(quantizer.encoding.offset)
+            low, high = scale * offset, scale * (offset + quantizer.scheme.steps)
+        return LoggedGrid(str(quantizer.scheme), quantizer.estimator.name, low, high)
 
     def forward(self, *first: Tensor, **arguments: Any) -> Any:
         """The model's result, simulated.
@@ -146,13 +200,8 @@ class Simulation(nn.Module):
         tokens: int | None = None,
         allow_unseen: bool = False,
     ) -> CalibrationReport:
-        """`observe`, then `freeze`. Needs at least one batch, whatever was observed before."""
-        if isinstance(batches, Collection) and not batches:
-            raise CalibrationError(_NO_BATCH)
-        before = self._batches
+        """`observe`, then `freeze`."""
         self.observe(batches, track, tokens)
-        if self._batches == before:
-            raise CalibrationError(_NO_BATCH)
         return self.freeze(allow_unseen)
 
     @torch.no_grad()
@@ -168,11 +217,9 @@ class Simulation(nn.Module):
         Raises:
             CalibrationError: there was no batch.
         """
-        if self._batches == 0 and isinstance(batches, Collection) and not batches:
-            raise CalibrationError(_NO_BATCH)
         for quantizer in self.quantizers.values():
             quantizer.mode = Mode.SIMULATE if quantizer.fixed else Mode.OBSERVE
-        before = self._tokens
+        batches_before, tokens_before = self._batches, self._tokens
         try:
             if callable(batches):
                 batches(self._observe_call)
@@ -180,10 +227,12 @@ class Simulation(nn.Module):
                 total = len(batches) if isinstance(batches, Collection) else None
                 for batch in track(batches, "calibrating", total):
                     self._observe_batch(batch)
-                    if tokens is not None and self._tokens - before >= tokens:
+                    if tokens is not None and self._tokens - tokens_before >= tokens:
                         break
         finally:
             self._set_mode(Mode.FLOAT)
+        if self._batches == batches_before:
+            raise CalibrationError("calibration needs at least one batch, but got none")
         for quantizer in self.quantizers.values():
             if not quantizer.fixed:
                 quantizer.encoding = None
@@ -287,14 +336,8 @@ class Simulation(nn.Module):
         self._dropped |= dict.fromkeys(names, reason)
         for name in names:
             del self.quantizers[name]
-        targets = {f"quantizer_{mark.node}" for mark in self.marks if mark.name in names}
+        remove_quantizers_(self.graph_module, [m.node for m in self.marks if m.name in names])
         self.placement.exclude(names, Decision.FLOAT, reason)
-        for node in list(self.graph_module.graph.nodes):
-            if node.op == "call_module" and node.target in targets:
-                node.replace_all_uses_with(node.args[0])
-                self.graph_module.graph.erase_node(node)
-                self.graph_module.delete_submodule(str(node.target))
-        self.graph_module.recompile()
 
     @contextmanager
     def only(self, *matches: str) -> Iterator[None]:
@@ -316,15 +359,13 @@ class Simulation(nn.Module):
             wanted.update(matched)
         on = {id(modules[name]) for name in wanted}  # tied weights share a module
         before = {name: module.mode for name, module in modules.items()}
+        for module in modules.values():
+            module.mode = Mode.SIMULATE if id(module) in on else Mode.FLOAT
+        self._chosen += 1
         try:
-            for module in modules.values():
-                module.mode = Mode.SIMULATE if id(module) in on else Mode.FLOAT
-            self._chosen += 1
-            try:
-                yield
-            finally:
-                self._chosen -= 1
+            yield
         finally:
+            self._chosen -= 1
             for name, module in modules.items():
                 module.mode = before[name]
 
@@ -336,7 +377,7 @@ class Simulation(nn.Module):
             CalibrationError: before `calibrate`.
         """
         self._refuse_uncalibrated()
-        known = self._fixed_encodings() | {
+        known = self._weight_encodings() | {
             name: q.encoding for name, q in self.quantizers.items() if q.encoding is not None
         }
         return {mark.name: known[mark.name] for mark in self.marks}
@@ -347,8 +388,7 @@ class Simulation(nn.Module):
             return self.base_encodings[name]
         return self.weights[name].encoding
 
-    def _fixed_encodings(self) -> dict[str, Encoding]:
-        """Those of all weights."""
+    def _weight_encodings(self) -> dict[str, Encoding]:
         return {**self.base_encodings, **{n: w.encoding for n, w in self.weights.items()}}
 
     @property
@@ -400,7 +440,7 @@ class Simulation(nn.Module):
                 f"{len(unknown)} encodings have no value in the graph: "
                 f"{listed(unknown, 3)}. Calibrate again"
             )
-        for name, encoding in self._fixed_encodings().items():
+        for name, encoding in self._weight_encodings().items():
             if name not in encodings or not encoding.equals(encodings[name]):
                 raise CalibrationError(
                     f"the encoding of {name} does not match the weight's values. Calibrate again"
@@ -434,21 +474,35 @@ class Simulation(nn.Module):
                 "A simulation cannot be cast: its graph computes in float32, for models in half "
                 "precision too. Only its device can be changed, with to(device)"
             )
-        unshare_moving_(self.graph_module, fn)
+        self._unshare_moving_(fn)
         super()._apply(fn, recurse)
         device = fn(torch.empty(0)).device
-        rewrite_devices_(self.graph_module, device)
+        for node in self.graph_module.graph.nodes:  # such as arange(..., device=cpu)
+            node.args = map_aggregate(node.args, lambda v: device if _is_device(v) else v)
+            node.kwargs = map_aggregate(node.kwargs, lambda v: device if _is_device(v) else v)
+        self.graph_module.recompile()
         self._place_encodings(device)
         for quantizer in self.quantizers.values():
             quantizer.observer = quantizer.observer.to(device)
         return self
 
+    def _unshare_moving_(self, move: Callable[[Tensor], Tensor]) -> None:
+        """Replace each parameter that `move` would move by a new object on the same storage, so
+        that the model keeps its own. Tied parameters stay tied."""
+        moving: dict[int, nn.Parameter] = {}
+        for module in self.graph_module.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and move(parameter).device != parameter.device:
+                    if id(parameter) not in moving:
+                        copied = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                        moving[id(parameter)] = copied
+                    module._parameters[name] = moving[id(parameter)]
+
     def _place_encodings(self, device: torch.device | None = None) -> None:
         """Move activation encodings to the device of the graph, or to `device`."""
         device = device or device_of(self.graph_module)
         for quantizer in self.quantizers.values():
-            if quantizer.encoding is not None:
-                quantizer.encoding = moved_encoding(quantizer.encoding, device)
+            quantizer.move_encoding(device)
 
     def _set_mode(self, mode: Mode) -> None:
         for quantizer in self.quantizers.values():
@@ -501,14 +555,18 @@ class Simulation(nn.Module):
         Args:
             batch: the model's arguments, or unpadded ids [batch, tokens].
         """
-        for quantizer in self.quantizers.values():
-            quantizer.record = True
+        found: dict[str, Tensor] = {}
+
+        def record(quantizer: nn.Module, _: Any, value: Tensor) -> None:
+            found[str(quantizer.name)] = value.clone()  # later operators may overwrite it
+
+        hooks = [q.register_forward_hook(record) for q in self.quantizers.values()]
         try:
             self.outputs({"input_ids": batch} if isinstance(batch, Tensor) else batch)
-            return {n: q.recorded for n, q in self.quantizers.items() if q.recorded is not None}
         finally:
-            for quantizer in self.quantizers.values():
-                quantizer.record, quantizer.recorded = False, None
+            for hook in hooks:
+                hook.remove()
+        return found
 
     def bind(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """The graph's inputs by name, from the model's arguments."""
@@ -536,8 +594,8 @@ class Simulation(nn.Module):
                 "`with simulation.only():`"
             )
 
-    def model(self) -> PreTrainedModel:
-        """The simulation with the interface of its transformers model; see `as_model`.
+    def model(self) -> SimulatedModel:
+        """The simulation with the interface of a transformers model.
 
         Raises:
             CalibrationError: an activation has no encoding yet.
@@ -549,10 +607,10 @@ class Simulation(nn.Module):
                 "the graph takes keys and values of earlier tokens; capture without "
                 "past_key_values to use it as a model"
             )
-        return as_model(self.origin.model, self, self.inputs)
+        return SimulatedModel(self, transformers_model(self.origin.model))
 
     def save(self, folder: str | Path, with_base: bool = False) -> None:
-        """Write the simulation to `folder`; see `save_simulation.py`.
+        """Write the simulation to `folder`; see `saved_simulation.py`.
 
         Args:
             with_base: include the encodings of packed base weights, for a reader without the base.
@@ -565,7 +623,7 @@ class Simulation(nn.Module):
             for name, encoding in self.encodings.items()
             if with_base or name not in self.base_encodings
         }
-        write_simulation(Path(folder), self.origin, encodings, self.placement, self._dropped)
+        write_simulation(Path(folder), self.origin, self.placement, encodings, self._dropped)
 
     def __repr__(self) -> str:
         number = Counter(mark.kind for mark in self.marks)
@@ -621,3 +679,16 @@ def simulate(
 def base_encodings(model: nn.Module) -> dict[str, Encoding]:
     """The encodings of the packed weights of `model`, by weight name."""
     return {parameter_name(path): layer.encoding for path, layer in packed_layers(model).items()}
+
+
+def tokens_of(batch: Mapping[str, Any]) -> int:
+    """Attended positions of a batch; its rows, if it has neither a mask nor token ids."""
+    if isinstance(mask := batch.get("attention_mask"), Tensor) and mask.ndim == 2:
+        return int((mask != 0).sum())
+    if isinstance(ids := batch.get("input_ids"), Tensor):
+        return ids.numel()
+    return next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
+
+
+def _is_device(value: Any) -> bool:
+    return isinstance(value, torch.device)

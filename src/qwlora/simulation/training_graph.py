@@ -26,8 +26,7 @@ from qwlora.errors import CaptureError, TrainingError
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import Encoding
 from qwlora.parameter_names import is_adapter_name
-from qwlora.simulation.fake_quantizer import Mode
-from qwlora.simulation.model_inputs import complete_arguments
+from qwlora.simulation.fake_quantizer import Mode, remove_quantizers_
 from qwlora.simulation.simulation import Simulation
 
 _aten = torch.ops.aten
@@ -66,7 +65,9 @@ class TrainingGraph(nn.Module):
         simulation.fix_encodings(base_encodings)
         for name, quantizer in simulation.quantizers.items():
             quantizer.mode = Mode.SIMULATE if name in base_encodings else Mode.FLOAT
-        _unquantize_adapter_(simulation)
+        # the adapter's float weights instead of their quantized copies
+        adapter = [mark.node for mark in simulation.marks if mark.kind is Kind.ADAPTER]
+        remove_quantizers_(simulation.graph_module, adapter)
         _keep_codes_(simulation.graph_module)
         self._check()
 
@@ -77,12 +78,10 @@ class TrainingGraph(nn.Module):
             inputs: the model's arguments.
 
         Raises:
-            CaptureError: see `complete` and `Captured.bind`.
+            CaptureError: see `Captured.bind`.
         """
         captured = self.simulation.captured
-        outputs = self.simulation.graph_module(
-            *captured.bind(complete_arguments(captured.interface.inputs, inputs))
-        )
+        outputs = self.simulation.graph_module(*captured.bind(inputs))
         return captured.named(outputs)[captured.interface.primary]
 
     def _check(self) -> None:
@@ -97,18 +96,6 @@ class TrainingGraph(nn.Module):
                 "would not change the model. Keep the adapter in float32, as PEFT does by default "
                 "(autocast_adapter_dtype=True)"
             )
-
-
-def _unquantize_adapter_(simulation: Simulation) -> None:
-    """Use the adapter's float weights instead of their quantized copies."""
-    graph_module = simulation.graph_module
-    frozen = {f"quantizer_{mark.node}" for mark in simulation.marks if mark.kind is Kind.ADAPTER}
-    for node in list(graph_module.graph.nodes):
-        if node.op == "call_module" and node.target in frozen:
-            node.replace_all_uses_with(node.args[0])
-            graph_module.graph.erase_node(node)
-            graph_module.delete_submodule(str(node.target))
-    graph_module.recompile()
 
 
 def _keep_codes_(graph_module: GraphModule) -> None:

@@ -1,11 +1,11 @@
 """The AIMET encodings file of an exported ONNX model.
 
-    write_encodings          beside a QDQ model: version 1.0.0, block scales in the order of the
+    write_encodings          for a QDQ model: version 1.0.0, block scales in the order of the
                              tensor ([in / block, out] for the weight of a MatMul), as in AIMET's
                              own ONNX export
-    write_float_encodings    beside a float model, for aimet-onnx: 1.0.0 or 2.0.0. In 1.0.0, block
-                             scales are in one list, channel by channel, however the tensor is
-                             stored; the producer says so (`block_order`)
+    write_float_encodings    for a float model, as aimet-onnx reads it: 1.0.0 or 2.0.0. In 1.0.0,
+                             block scales are in one list, channel by channel, however the tensor
+                             is stored; the producer says so (`block_order`)
 
 Every encoding has the name of its ONNX tensor. A weight with float offsets has no encoding in any
 AIMET file; its layer is listed in `excluded_layers`.
@@ -24,7 +24,6 @@ from qwlora.export.npu.float_onnx import TensorEncoding
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.scheme import PerTensor
 
-VERSION = "1.0.0"
 # AIMET's names of observers that it also has; others keep ours, with underscores.
 _QUANT_SCHEMES = {
     "min-max": "min_max",
@@ -39,46 +38,52 @@ def write_encodings(graph: QuantizedGraph, path: Path, transposed: Collection[st
     Args:
         transposed: names of the weights that the ONNX file stores as [in, out].
     """
-    activations = [m.name for m in graph.marks if m.kind is Kind.ACTIVATION]
-    weights = [m.name for m in graph.marks if m.kind is not Kind.ACTIVATION]
-    parameters = [name for name in weights if not graph.encodings[name].scheme.float_offset]
-    file = files.EncodingsFile(
-        VERSION,
-        tuple(
-            entry_of(name, graph.encodings[name], VERSION, name in transposed)
-            for name in [*activations, *parameters]
-        ),
-        parameters=frozenset(parameters),
-        excluded_layers=tuple(
-            name.removesuffix(".weight") for name in weights if name not in parameters
-        ),
-        quantizer_args=_quantizer_args(graph),
-        producer={"package": "qwlora", "version": version("qwlora")},
-    )
-    files.write_encodings(file, path)
+    marks = sorted(graph.marks, key=lambda mark: mark.kind is not Kind.ACTIVATION)
+    tensors = {
+        mark.name: TensorEncoding(
+            graph.encodings[mark.name], mark.name in transposed, mark.kind is not Kind.ACTIVATION
+        )
+        for mark in marks
+    }
+    _write(graph, tensors, path, "1.0.0", "tensor")
 
 
 def write_float_encodings(
-    graph: QuantizedGraph, tensors: Mapping[str, TensorEncoding], path: Path, version_: str
+    graph: QuantizedGraph, tensors: Mapping[str, TensorEncoding], path: Path, version: str
 ) -> None:
     """Write the encodings of a float model.
 
     Args:
         graph: where the model comes from.
         tensors: grids by name of the tensor; see `FloatOnnx`.
-        version_: 1.0.0 or 2.0.0.
+        version: 1.0.0 or 2.0.0.
     """
-    sections = version_ < "2"
+    _write(graph, tensors, path, version, "channel")
+
+
+def _write(
+    graph: QuantizedGraph,
+    tensors: Mapping[str, TensorEncoding],
+    path: Path,
+    file_version: str,
+    block_order: files.BlockOrder,
+) -> None:
+    excluded = [n for n, tensor in tensors.items() if tensor.encoding.scheme.float_offset]
+    tensors = {name: tensor for name, tensor in tensors.items() if name not in excluded}
+    producer = {"package": "qwlora", "version": version("qwlora")}
+    sections: dict[str, Any] = {
+        "parameters": frozenset(name for name, tensor in tensors.items() if tensor.parameter),
+        "excluded_layers": tuple(name.removesuffix(".weight") for name in excluded),
+        "quantizer_args": _quantizer_args(graph),
+    }
     file = files.EncodingsFile(
-        version_,
+        file_version,
         tuple(
-            entry_of(name, found.encoding, version_, found.transposed, "channel")
-            for name, found in tensors.items()
+            entry_of(name, tensor.encoding, file_version, tensor.transposed, block_order)
+            for name, tensor in tensors.items()
         ),
-        parameters=frozenset(n for n, t in tensors.items() if t.parameter) if sections else None,
-        excluded_layers=() if sections else None,
-        quantizer_args=_quantizer_args(graph) if sections else None,
-        producer={"package": "qwlora", "version": version("qwlora"), "block_order": "channel"},
+        producer=producer | ({"block_order": "channel"} if block_order == "channel" else {}),
+        **(sections if file_version < "2" else {}),
     )
     files.write_encodings(file, path)
 

@@ -29,16 +29,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwlora import strict_json
 from qwlora.encodings.compare import encoding_differences
 from qwlora.encodings.model import Entry, IntegerEncoding
 from qwlora.errors import VerificationError
 from qwlora.export.npu.float_onnx import FloatOnnx, TensorEncoding, to_float_onnx
 from qwlora.export.npu.float_onnx_runner import OPTIONS, ROUNDED, FloatOnnxModel
 from qwlora.export.npu.golden import FOLDER as GOLDEN
-from qwlora.export.npu.golden import RECORD, write_array
+from qwlora.export.npu.golden import write_golden
 from qwlora.export.npu.htp_rewrites import OPSET
-from qwlora.export.npu.kv_cache_graphs import CachedGraphs, write_graphs
+from qwlora.export.npu.kv_cache_graphs import CachedGraphs
 from qwlora.export.onnx.onnx_runtime import expose_activations, open_session
 from qwlora.export.target import ExportedGraph
 from qwlora.graph.kv_cache_capture import CacheSizes
@@ -87,37 +86,32 @@ def float_graphs(cases: Mapping[str, ExportedGraph], name: str) -> Iterator[tupl
         CaptureError, CalibrationError: see `npu_graph`.
         ExportError, MissingExtraError: see `to_float_onnx`.
     """
-    for case, (graph, npu) in _graphs(cases, name).items():
+    npus = _npu_graphs(cases, name) if name else {}
+    for case, exported in cases.items():
+        npu = npus.get(case)
         if npu is None:
-            simulation = cases[case].simulation
-            inputs = simulation.bind(cases[case].sample)
-            made = to_float_onnx(graph, inputs)
+            graph = exported.simulation.graph()
+            made = to_float_onnx(graph, exported.simulation.bind(exported.sample))
         else:
-            shapes = graph.interface.shapes
+            graph, shapes = npu.device, npu.device.interface.shapes
             inputs = {each: torch.zeros([int(n) for n in shapes[each]]) for each in graph.inputs}
             made = to_float_onnx(graph, inputs, OPSET)
             _encode_rest(made)
-        made.model.metadata_props.update(cases[case].metadata)
+        made.model.metadata_props.update(exported.metadata)
         yield case, FloatGraph(graph, made, npu)
 
 
-def _graphs(
-    cases: Mapping[str, ExportedGraph], name: str
-) -> dict[str, tuple[QuantizedGraph, NpuGraph | None]]:
-    if not name:
-        return {case: (exported.simulation.graph(), None) for case, exported in cases.items()}
-    first = next(iter(cases.values()))
-    sizes = CacheSizes(first.graphs[name], first.context)
-    captured = capture_with_cache(_simulation(first), sizes, "new")
-    cached = {case: cached_graph(_simulation(own), captured) for case, own in cases.items()}
+def _npu_graphs(cases: Mapping[str, ExportedGraph], name: str) -> dict[str, NpuGraph]:
+    simulations = dict[str, Simulation]()
+    for case, exported in cases.items():
+        assert isinstance(exported.simulation, Simulation)
+        simulations[case] = exported.simulation
+    first = next(iter(cases))
+    sizes = CacheSizes(cases[first].graphs[name], cases[first].context)
+    captured = capture_with_cache(simulations[first], sizes, "new")
+    cached = {case: cached_graph(own, captured) for case, own in simulations.items()}
     floor = min(mask_floor(graph) for graph in cached.values())
-    forms = {case: npu_form(graph, sizes, floor, None) for case, graph in cached.items()}
-    return {case: (npu.device, npu) for case, npu in forms.items()}
-
-
-def _simulation(exported: ExportedGraph) -> Simulation:
-    assert isinstance(exported.simulation, Simulation)
-    return exported.simulation
+    return {case: npu_form(graph, sizes, floor, None) for case, graph in cached.items()}
 
 
 def _encode_rest(made: FloatOnnx) -> None:
@@ -153,21 +147,6 @@ def _float_tensors(model: Any) -> Iterator[str]:
             yield value.name
 
 
-def write_float_graphs(
-    folder: Path,
-    graphs: Mapping[str, tuple[NpuGraph, list[str]]],
-    files: Mapping[str, Mapping[str, Any]],
-) -> None:
-    """Write the host graphs and graphs.json.
-
-    Args:
-        graphs: each with the names of its float tensors without an encoding.
-        files: fields of each graph in graphs.json: names of its files.
-    """
-    inner = {name: names for name, (_, names) in graphs.items()}
-    write_graphs(folder, {name: npu for name, (npu, _) in graphs.items()}, files, {"float": inner})
-
-
 class FloatGraphs(CachedGraphs):
     """Float models with a cache in ONNX Runtime on the CPU.
 
@@ -184,17 +163,16 @@ class FloatGraphs(CachedGraphs):
         return self.models[name].session
 
     def open_layers(self, name: str) -> tuple[Any, list[str]]:
-        with tempfile.TemporaryDirectory() as scratch:
-            parts = [Path(scratch) / part for part in ("whole", "exposed")]
-            for part in parts:
-                part.mkdir()
-            path = parts[1] / "model.onnx"
-            names = expose_activations(self.models[name].with_grids(parts[0]), path)
+        with tempfile.TemporaryDirectory() as whole, tempfile.TemporaryDirectory() as exposed:
+            path = Path(exposed) / "model.onnx"
+            names = expose_activations(self.models[name].with_grids(Path(whole)), path)
             return open_session(path, OPTIONS), names
 
-    def layers(self, ids: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        given, found = super().layers(ids)
-        return given, {name.removesuffix(ROUNDED): value for name, value in found.items()}
+    def layers(
+        self, tensors: Mapping[str, Tensor]
+    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
+        inputs, layers = super().layers(tensors)
+        return inputs, {name.removesuffix(ROUNDED): value for name, value in layers.items()}
 
     def check(self) -> None:
         """Check every promise of the files.
@@ -216,23 +194,28 @@ class FloatGraphs(CachedGraphs):
         graphs.json."""
         for name in self.names:
             yield from self._graph_problems(name)
-        yield from self._untied()
+        first, *others = self.names
+        shared = self.models[first].file.by_name
+        for other in others:
+            for each, entry in self.models[other].file.by_name.items():
+                if each in shared and encoding_differences(shared[each], entry):
+                    where = self._path(self.models[other].encodings)
+                    yield f"{where}: the entry of {each} differs from that of graph {first}"
+
+    def _path(self, file: Path) -> Path:
+        return file.relative_to(self.folder)
 
     def _graph_problems(self, name: str) -> Iterator[str]:
-        model, record = self.models[name], self.record["graphs"][name]
-        known, where = model.file.by_name, model.encodings.relative_to(self.folder)
+        model, record = self.models[name], self.graphs[name]
+        known, where = model.file.by_name, self._path(model.encodings)
         loaded = require("onnx_ir", "onnx").load(model.model)
         for side, values in (("inputs", loaded.graph.inputs), ("outputs", loaded.graph.outputs)):
-            found = {value.name: [int(n) for n in value.shape] for value in values}
-            if found != record[side]:
-                differing = [
-                    n for n in {**found, **record[side]} if found.get(n) != record[side].get(n)
-                ]
-                file = model.model.relative_to(self.folder)
-                yield f"{file}: {listed(differing, 3)} differ from {side} of {name} in graphs.json"
-        inner = set(self.record["float"][name])
-        bare = [n for n in _float_tensors(loaded) if n not in known and n not in inner]
-        if bare:
+            shapes, wanted = {v.name: [int(n) for n in v.shape] for v in values}, record[side]
+            if differing := [n for n in {**shapes, **wanted} if shapes.get(n) != wanted.get(n)]:
+                file, names = self._path(model.model), listed(differing, 3)
+                yield f"{file}: {names} differ from {side} of {name} in graphs.json"
+        inner = {*known, *self.record["float"][name]}
+        if bare := [each for each in _float_tensors(loaded) if each not in inner]:
             yield f"{where}: {listed(bare, 3)} {'has' if len(bare) == 1 else 'have'} no entry"
         for each, grid in record["encodings"].items():
             if _grid(known.get(each)) != grid:
@@ -241,17 +224,6 @@ class FloatGraphs(CachedGraphs):
             new = each.replace("_in", "_out")
             if new in record["outputs"] and _grid(known.get(each)) != _grid(known.get(new)):
                 yield f"{where}: {each} and {new} have different entries"
-
-    def _untied(self) -> Iterator[str]:
-        """Tensors of one name with different encodings."""
-        first, *others = self.names
-        known = self.models[first].file.by_name
-        for other in others:
-            model = self.models[other]
-            where = model.encodings.relative_to(self.folder)
-            for each, entry in model.file.by_name.items():
-                if each in known and encoding_differences(known[each], entry):
-                    yield f"{where}: the entry of {each} differs from that of graph {first}"
 
 
 def _grid(entry: Entry | None) -> dict[str, float] | None:
@@ -270,16 +242,11 @@ def write_graph_golden(graphs: FloatGraphs, ids: Tensor, folder: Path, case: str
         ids: [1, tokens], at least one for each graph.
     """
     cache, past = graphs.empty_cache(), 0
-    for number, name in enumerate(graphs.names):
-        left = ids.shape[1] - past - (len(graphs.names) - 1 - number)
-        count = min(int(graphs.record["graphs"][name]["tokens"]), left)
-        golden = folder / GOLDEN / case / name
-        golden.mkdir(parents=True)
-        feed, outputs = graphs.call(name, ids[:, past : past + count], past, cache)
-        record = {
-            role: [write_array(golden, n, torch.from_numpy(np.array(v))) for n, v in values.items()]
-            for role, values in (("inputs", feed), ("outputs", outputs))
-        }
-        (golden / RECORD).write_text(strict_json.dumps(record, indent=1) + "\n")
-        graphs.keep(outputs, cache, count)
+    for following, name in zip(reversed(range(len(graphs.names))), graphs.names, strict=True):
+        count = min(graphs.tokens[name], ids.shape[1] - past - following)
+        call = graphs.call(name, ids[:, past : past + count], past, cache)
+        feed, outputs = (
+            {n: torch.from_numpy(np.array(v)) for n, v in side.items()} for side in call
+        )
+        write_golden(folder / GOLDEN / case / name, feed, outputs)
         past += count

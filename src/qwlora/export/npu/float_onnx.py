@@ -30,7 +30,13 @@ from torch import Tensor
 
 from qwlora.errors import ExportError
 from qwlora.export.onnx.onnx_graph import DEQUANTIZE, MARKER, to_onnx
-from qwlora.export.onnx.onnx_model import OPSET, codes_of, is_matrix_transpose
+from qwlora.export.onnx.onnx_model import (
+    OPSET,
+    check_names,
+    codes_of,
+    is_matrix_transpose,
+    replace_marker,
+)
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import Encoding
 from qwlora.messages import listed
@@ -140,16 +146,13 @@ class _FloatRewriter:
         self.encodings: dict[str, TensorEncoding] = {}
 
     def run(self) -> None:
+        from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
+
         kinds = {mark.name: mark.kind for mark in self.graph.marks}
         for node in [n for n in self.model.graph if n.domain == NAMESPACE and n.op_type == MARKER]:
             name = node.attributes["name"].value
-            encoding = self.graph.encodings[name]
-            if kinds[name] is Kind.ACTIVATION:
-                self._activation(node, name, encoding)
-            else:
-                self._weight(node, name, encoding)
-        from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
-
+            rewrite = self._activation if kinds[name] is Kind.ACTIVATION else self._weight
+            rewrite(node, name, self.graph.encodings[name])
         RemoveUnusedNodesPass()(self.model)
         self.model.graph.opset_imports.pop(NAMESPACE, None)
         self._check()
@@ -157,10 +160,11 @@ class _FloatRewriter:
 
     def _activation(self, node: Any, name: str, encoding: Encoding) -> None:
         source = node.inputs[0]
-        if source.const_value is not None:
+        is_constant = source.const_value is not None
+        self.encodings[name] = TensorEncoding(encoding, parameter=is_constant)
+        if is_constant:
             values = encoding.fake_quantize(torch.from_numpy(np.array(source.const_value.numpy())))
-            self._replace(node, self._initializer(name, values))
-            self.encodings[name] = TensorEncoding(encoding, parameter=True)
+            replace_marker(self.model, node, self._initializer(name, values))
             return
         is_named = source.is_graph_input() or source.name in self.encodings
         if is_named and source.name != name:  # one value with two names
@@ -169,8 +173,7 @@ class _FloatRewriter:
             source = identity.outputs[0]
             source.type, source.shape = node.inputs[0].type, node.inputs[0].shape
         source.name = name
-        self._replace(node, source)
-        self.encodings[name] = TensorEncoding(encoding)
+        replace_marker(self.model, node, source)
 
     def _weight(self, node: Any, name: str, encoding: Encoding) -> None:
         source, uses = node.inputs[0], [user for user, _ in node.outputs[0].uses()]
@@ -178,16 +181,15 @@ class _FloatRewriter:
         turned = [user for user in uses if is_matrix_transpose(user)]
         if turned:
             own = name if len(turned) == len(uses) else f"{name}.transposed"
-            initializer = self._initializer(own, values.T.contiguous())
+            initializer = self._initializer(own, values.T)
             self.encodings[own] = TensorEncoding(encoding, transposed=True, parameter=True)
             for user in turned:
                 self.ir.convenience.replace_all_uses_with(user.outputs[0], initializer)
                 self.model.graph.remove(user, safe=True)
         if len(turned) < len(uses):
-            self.ir.convenience.replace_all_uses_with(
-                node.outputs[0], self._initializer(name, values)
-            )
+            initializer = self._initializer(name, values)
             self.encodings[name] = TensorEncoding(encoding, parameter=True)
+            self.ir.convenience.replace_all_uses_with(node.outputs[0], initializer)
         self.model.graph.remove(node, safe=True)
 
     def _initializer(self, name: str, values: Tensor) -> Any:
@@ -197,40 +199,13 @@ class _FloatRewriter:
         self.model.graph.register_initializer(value)
         return value
 
-    def _replace(self, node: Any, value: Any) -> None:
-        """Replace a marker by `value`. A graph output keeps its own name, after an Identity."""
-        old = node.outputs[0]
-        if old.is_graph_output():
-            identity = self.ir.node("Identity", [value])
-            identity.outputs[0].type, identity.outputs[0].shape = old.type, old.shape
-            indices = [i for i, o in enumerate(self.model.graph.outputs) if o is old]
-            identity.outputs[0].name, old.name = old.name, f"{old.name}.marker"
-            self.model.graph.insert_before(node, identity)
-            for index in indices:
-                self.model.graph.outputs[index] = identity.outputs[0]
-        self.ir.convenience.replace_all_uses_with(old, value)
-        self.model.graph.remove(node, safe=True)
-
     def _check(self) -> None:
         used = {v for node in self.model.graph for v in node.inputs if v is not None}
         initializers = self.model.graph.initializers
         for name in [n for n, value in initializers.items() if value not in used]:
             if not initializers[name].is_graph_output():
                 del initializers[name]
-        names = [
-            value.name
-            for value in (
-                *self.model.graph.inputs,
-                *initializers.values(),
-                *(o for n in self.model.graph for o in n.outputs),
-            )
-        ]
-        if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ExportError(f"two tensors of the exported graph have the name {repeated[0]}")
-        if missing := [name for name in self.encodings if name not in set(names)]:
-            raise ExportError(
-                f"encodings without a tensor in the exported graph: {listed(missing, 3)}"
-            )
+        check_names(self.model, self.encodings)
 
 
 def _store_gathered(model: Any, encodings: dict[str, TensorEncoding]) -> None:

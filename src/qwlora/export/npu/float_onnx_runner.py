@@ -10,7 +10,7 @@ Shapes are fixed. Shorter sequences are padded on the right and masked; their ou
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,16 +18,21 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.numpy import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from qwlora import encodings as files
 from qwlora.encodings.grids import TensorLayout, grid_of
 from qwlora.encodings.model import EncodingsFile, Entry, IntegerEncoding
 from qwlora.errors import ExportError, GridError, SourceError, VerificationError
-from qwlora.export.onnx.onnx_runtime import open_session, run_layers_of, run_session
+from qwlora.export.onnx.onnx_runtime import (
+    load_graph,
+    open_session,
+    run_layers_of,
+    run_session,
+)
 from qwlora.export.onnx.session_options import EIGHT_BIT_OPTIONS, SESSION_OPTIONS
 from qwlora.export.runtime import Runtime
-from qwlora.graph.kv_cache_capture import IDS, MASK
+from qwlora.graph.capture import IDS, MASK
 from qwlora.grid.encoding import Encoding
 from qwlora.system.optional_packages import require
 
@@ -119,10 +124,10 @@ class FloatOnnxModel(Runtime):
         self, values: Mapping[str, Tensor], tensors: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
         """Every activation in `values`, computed from the others in `values`; see `Runtime`."""
-        stored = {n: t for n, t in self._constants().items() if n in values}
+        stored = {name: self._initializers[name] for name in self.parameters if name in values}
         computed = {name: value for name, value in values.items() if name not in stored}
         with tempfile.TemporaryDirectory() as scratch:
-            session = open_session(self.with_grids(Path(scratch), cut=computed), OPTIONS)
+            session = open_session(self.with_grids(Path(scratch), computed), OPTIONS)
             given = {f"{name}.in": value for name, value in computed.items()}
             outputs = [f"{name}.out" for name in computed]
             found = run_session(session, outputs, {**tensors, **given})
@@ -144,30 +149,26 @@ class FloatOnnxModel(Runtime):
     def _padded(self, tensors: Mapping[str, Tensor]) -> tuple[int | None, dict[str, Tensor]]:
         """(tokens to keep, inputs of the fixed shapes)."""
         wanted = {i.name: tuple(i.shape) for i in self.session.get_inputs()}
-        tokens, padded = None, {}
-        for name, tensor in tensors.items():
-            missing = wanted[name][-1] - tensor.shape[-1] if name in wanted else 0
+        tokens, padded = None, dict(tensors)
+        for name in [name for name in tensors if name in wanted]:
+            count = tensors[name].shape[-1]
+            missing = wanted[name][-1] - count
             if missing < 0:
                 raise ExportError(
-                    f"{self.model}: input {name} has {tensor.shape[-1]} tokens, but the graph was "
-                    f"written for {wanted[name][-1]}"
+                    f"{self.model}: input {name} has {count} tokens, but the graph was written for "
+                    f"{wanted[name][-1]}"
                 )
             if missing:
-                tokens = tensor.shape[-1]
-            padded[name] = torch.nn.functional.pad(tensor, (0, missing)) if missing else tensor
+                tokens, padded[name] = count, nn.functional.pad(tensors[name], (0, missing))
         return tokens, padded
-
-    def _entry(self, name: str) -> Entry:
-        return self.file.by_name[name]
 
     def _parameter(self, name: str) -> tuple[Encoding, Tensor]:
         """(grid, values), both of the tensor as [..., out, in]."""
-        values, tensor = self._initializers[name], self.graph[name]
-        transposed = values.ndim == 2 and tensor.channel_axis == 1
-        if transposed:
-            values = values.T
-        placement = TensorLayout(tuple(values.shape), transposed, 0, "channel")
-        return grid_of(self._entry(name), placement, self.file.version), values
+        values = self._initializers[name]
+        transposed = values.ndim == 2 and self.graph[name].channel_axis == 1
+        values = values.T if transposed else values
+        layout = TensorLayout(tuple(values.shape), transposed, 0, "channel")
+        return grid_of(self.file.by_name[name], layout, self.file.version), values
 
     def _off_grid(self, name: str) -> str | None:
         try:
@@ -177,89 +178,78 @@ class FloatOnnxModel(Runtime):
         wrong = int((grid.fake_quantize(values) != values).sum())
         return f"{wrong} of {values.numel()} values" if wrong else None
 
-    def _constants(self) -> dict[str, Tensor]:
-        return {name: self._initializers[name] for name in self.parameters}
-
     @cached_property
     def _initializers(self) -> dict[str, Tensor]:
-        ir = require("onnx_ir", "onnx")
-        model = self._load(ir)
         return {
             name: torch.from_numpy(np.array(value.const_value.numpy()))
-            for name, value in model.graph.initializers.items()
+            for name, value in self._load().graph.initializers.items()
             if name in self.file.by_name
         }
 
-    def _load(self, ir: Any) -> Any:
-        try:
-            model = ir.load(self.model)
-        except Exception as error:  # protobuf's and the operating system's
-            raise ExportError(f"{str(self.model)!r} is not an ONNX model: {error}") from error
-        if self.weights is not None:
-            for name, array in load_file(self.weights).items():
-                model.graph.initializers[name].const_value = ir.tensor(array, name=name)
+    def _load(self) -> Any:
+        model = load_graph(self.model)
+        for name, array in load_file(self.weights).items() if self.weights else ():
+            tensor = require("onnx_ir", "onnx").tensor(array, name=name)
+            model.graph.initializers[name].const_value = tensor
         return model
 
-    def with_grids(self, folder: Path, cut: Mapping[str, Tensor] | None = None) -> Path:
+    def with_grids(self, folder: Path, cut: Collection[str] | None = None) -> Path:
         """Write the model with Q/DQ nodes into `folder`.
 
         Args:
             cut: tensors whose readers read a new input `NAME.in`, and which become outputs
                 `NAME.out`. Default: none, the whole model.
         """
-        ir = require("onnx_ir", "onnx")
-        model = self._load(ir)
+        from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+        ir, model = require("onnx_ir", "onnx"), self._load()
         values = {o.name: o for node in model.graph for o in node.outputs}
         values |= {value.name: value for value in model.graph.inputs}
         if cut is not None:
             model.graph.outputs.clear()
         for name in self.activations:
-            rounded = self._round(ir, model, values[name], self._entry(name))
+            rounded = _round(model, values[name], self.file.by_name[name])
             if cut is not None and name in cut:
                 rounded.name = f"{name}.out"
                 given = ir.Value(name=f"{name}.in", type=rounded.type, shape=rounded.shape)
                 ir.convenience.replace_all_uses_with(rounded, given)
                 model.graph.inputs.append(given)
                 model.graph.outputs.append(rounded)
-        from onnx_ir.passes.common import RemoveUnusedNodesPass
-
         RemoveUnusedNodesPass()(model)
         path = folder / "model.onnx"
         ir.save(model, path, external_data="model.onnx.data")
         return path
 
-    def _round(self, ir: Any, model: Any, value: Any, entry: Entry) -> Any:
-        """Insert Q/DQ behind `value`; its readers, and a graph output, read the result."""
-        if not isinstance(entry, IntegerEncoding) or entry.scale.ndim:
-            raise ExportError(f"{entry.name}: activations have one integer grid per tensor")
-        if entry.bitwidth not in (8, 16):
-            raise ExportError(f"{entry.name}: ONNX has no {entry.bitwidth}-bit QuantizeLinear")
-        kind = f"uint{entry.bitwidth}"
-        made = {}
-        for part, array in (
-            ("scale", entry.scale.astype(np.float32)),
-            ("zero_point", (-entry.offset).astype(kind)),
-        ):
-            tensor = ir.tensor(np.asarray(array), name=f"{entry.name}.{part}")
-            made[part] = ir.val(f"{entry.name}.{part}", const_value=tensor)
-            model.graph.register_initializer(made[part])
-        readers = list(value.uses())
-        codes = ir.node("QuantizeLinear", [value, made["scale"], made["zero_point"]])
-        rounded = ir.node("DequantizeLinear", [codes.outputs[0], made["scale"], made["zero_point"]])
-        result = rounded.outputs[0]
-        result.type, result.shape = value.type, value.shape
-        producer = value.producer()
-        if producer is None:
-            model.graph.insert_before(model.graph[0], [codes, rounded])
-        else:
-            model.graph.insert_after(producer, [codes, rounded])
-        for node, index in readers:
-            node.replace_input_with(index, result)
-        result.name = f"{entry.name}{ROUNDED}"
-        if value.is_graph_output():
-            name = value.name
-            indices = [i for i, o in enumerate(model.graph.outputs) if o is value]
-            for index in indices:
+
+def _round(model: Any, value: Any, entry: Entry) -> Any:
+    """Insert Q/DQ after `value`; its readers, and a graph output, read the result."""
+    if not isinstance(entry, IntegerEncoding) or entry.scale.ndim:
+        raise ExportError(f"{entry.name}: activations have one integer grid per tensor")
+    if entry.bitwidth not in (8, 16):
+        raise ExportError(f"{entry.name}: ONNX has no {entry.bitwidth}-bit QuantizeLinear")
+    ir, grid = require("onnx_ir", "onnx"), []
+    arrays = {
+        "scale": entry.scale.astype(np.float32),
+        "zero_point": (-entry.offset).astype(f"uint{entry.bitwidth}"),
+    }
+    for part, array in arrays.items():
+        name = f"{entry.name}.{part}"
+        grid.append(ir.val(name, const_value=ir.tensor(np.asarray(array), name=name)))
+        model.graph.register_initializer(grid[-1])
+    readers = list(value.uses())
+    codes = ir.node("QuantizeLinear", [value, *grid])
+    rounded = ir.node("DequantizeLinear", [codes.outputs[0], *grid])
+    result = rounded.outputs[0]
+    result.type, result.shape, result.name = value.type, value.shape, f"{entry.name}{ROUNDED}"
+    if (producer := value.producer()) is None:
+        model.graph.insert_before(model.graph[0], [codes, rounded])
+    else:
+        model.graph.insert_after(producer, [codes, rounded])
+    for node, index in readers:
+        node.replace_input_with(index, result)
+    if value.is_graph_output():
+        for index, output in enumerate(model.graph.outputs):
+            if output is value:
                 model.graph.outputs[index] = result
-            value.name, result.name = f"{name}.float", name
-        return result
+        value.name, result.name = f"{value.name}.float", value.name
+    return result

@@ -1,39 +1,36 @@
-"""Golden inputs and outputs: one batch and what the simulation computes of it, for the device.
+"""Golden inputs and outputs: one batch, and what the simulation or ONNX Runtime computes of it, to
+compare with a device.
 
     golden/input_ids.npy ...    every input of the graph, with its type
-    golden/logits.npy ...       every output, simulated
+    golden/logits.npy ...       every output
     golden/golden.json          name, role, type, shape and SHA-256 of each
 
-A device's output cannot equal a simulation bit for bit (`verify.py`, noise floor): compare SQNR and
-the likeliest token.
+A device's output cannot equal a simulation bit for bit (noise floor): compare SQNR and the
+likeliest token.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 
 from qwlora import strict_json
-from qwlora.export.target import ExportedGraph
 
-FOLDER, RECORD = "golden", "golden.json"
+FOLDER = "golden"
 
 
-def write_golden(exported: ExportedGraph, folder: Path, case: str = "") -> None:
-    """Write the sample and its simulated outputs into `folder / "golden"`, or below it in the
-    folder of a use case."""
-    golden = folder / FOLDER / case
-    golden.mkdir(parents=True)
-    inputs = exported.simulation.bind(exported.sample)
-    outputs = exported.simulation.outputs(exported.sample)
+def write_golden(folder: Path, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+    """Write one batch and its outputs into a new folder."""
+    folder.mkdir(parents=True)
     record = {
-        "inputs": [write_array(golden, name, tensor) for name, tensor in inputs.items()],
-        "outputs": [write_array(golden, name, tensor) for name, tensor in outputs.items()],
+        role: [write_array(folder, name, tensor) for name, tensor in tensors.items()]
+        for role, tensors in (("inputs", inputs), ("outputs", outputs))
     }
-    (golden / RECORD).write_text(strict_json.dumps(record, indent=1) + "\n")
+    (folder / "golden.json").write_text(strict_json.dumps(record, indent=1) + "\n")
 
 
 def write_array(folder: Path, name: str, tensor: Tensor) -> dict[str, object]:

@@ -31,7 +31,7 @@ So one file serves every adapter: a runtime sets the adapter's codes as inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -48,6 +48,7 @@ _FINER = 257  # 65535 / 255
 _BLOCKS = (64, 32, 16)
 # what an 8-bit value may come from without an operator of another width between
 _KEEPS_WIDTH = frozenset({"DequantizeLinear", "Concat", "Gather"})
+_QUANTIZERS = ("DequantizeLinear", "QuantizeLinear")
 
 
 def npu_onnx(graph: QuantizedGraph, metadata: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
@@ -83,19 +84,14 @@ def npu_onnx(graph: QuantizedGraph, metadata: Mapping[str, str]) -> tuple[Any, d
 
 def _add_zero_point_(model: Any, node: Any) -> None:
     """Give a DequantizeLinear of a symmetric grid its zero point of zeros."""
-    ir = require("onnx_ir", "onnx")
     codes, scale = (value.const_value for value in node.inputs)
-    name = f"{node.outputs[0].name}.zero_point"
     zeros = np.zeros(tuple(scale.shape), codes.numpy().dtype)
-    value = ir.val(name, const_value=ir.tensor(zeros, name=name))
-    model.graph.register_initializer(value)
     node.resize_inputs(3)
-    node.replace_input_with(2, value)
+    node.replace_input_with(2, *_constants(model, node.outputs[0].name, {"zero_point": zeros}))
 
 
 def _split_gemm_(model: Any, node: Any) -> None:
     """Make a MatMul and an Add of a Gemm whose weight has 4 bits or less."""
-    ir = require("onnx_ir", "onnx")
     weight = node.inputs[1].producer()
     if len(node.inputs) < 3 or not _has_four_bits(weight) or _flag(node, "transA"):
         return
@@ -104,9 +100,8 @@ def _split_gemm_(model: Any, node: Any) -> None:
             return
         _turn_(model, weight)
     name = node.outputs[0].name
-    product = ir.node("MatMul", node.inputs[:2], name=f"{name}.product")
-    product.outputs[0].name = f"{name}.product"
-    total = ir.node("Add", [product.outputs[0], node.inputs[2]], name=f"{name}.sum")
+    product = _node("MatMul", node.inputs[:2], f"{name}.product")
+    total = _node("Add", [product.outputs[0], node.inputs[2]], f"{name}.sum")
     node.outputs[0].replace_all_uses_with(total.outputs[0], replace_graph_outputs=True)
     model.graph.insert_before(node, [product, total])
     model.graph.remove(node, safe=True)
@@ -115,8 +110,7 @@ def _split_gemm_(model: Any, node: Any) -> None:
 
 def _round_norm_(model: Any, node: Any) -> None:
     """Make a LayerNormalization of a norm that is only added to something, of 16 bits."""
-    ir = require("onnx_ir", "onnx")
-    x, weight = node.inputs[0], node.inputs[1].producer()
+    x, weight, name = node.inputs[0], node.inputs[1].producer(), node.outputs[0].name
     stored, readers = x.producer(), _readers(node.outputs[0])
     is_added = {reader.op_type for reader in readers} == {"Add"}
     if not is_added or stored is None or stored.op_type != "DequantizeLinear":
@@ -124,7 +118,6 @@ def _round_norm_(model: Any, node: Any) -> None:
     scale, zero_point = (_number(value) for value in stored.inputs[1:])
     if zero_point.dtype != np.uint16:
         return
-    name = node.outputs[0].name
     farthest = max(int(zero_point), 65535 - int(zero_point))
     symmetric = {
         "scale": np.float32(scale * np.float32(farthest / 32767)),
@@ -132,27 +125,20 @@ def _round_norm_(model: Any, node: Any) -> None:
     }
     grid = _constants(model, f"{name}.input", symmetric)
     _insert_quantized_(model, x, f"{name}.input", grid, [node])
-    x = node.inputs[0]
-    negative = ir.node("Neg", [x], name=f"{name}.negative")
-    both = ir.node("Concat", [x, negative.outputs[0]], {"axis": -1}, name=f"{name}.both")
-    codes = _number(weight.inputs[0])
-    (twice,) = _constants(model, f"{weight.outputs[0].name}.twice", {"codes": np.tile(codes, 2)})
-    values = ir.node("DequantizeLinear", [twice, *weight.inputs[1:]], name=f"{name}.weight")
-    norm = ir.node(
-        "LayerNormalization",
-        [both.outputs[0], values.outputs[0]],
-        {"axis": -1, "epsilon": node.attributes["epsilon"].value},
-        name=f"{name}.norm",
-    )
+    x, codes = node.inputs[0], _number(weight.inputs[0])
+    negative = _node("Neg", [x], f"{name}.negative")
+    both = _node("Concat", [x, negative.outputs[0]], f"{name}.both", {"axis": -1})
+    twice = _constants(model, f"{weight.outputs[0].name}.twice", {"codes": np.tile(codes, 2)})
+    values = _node("DequantizeLinear", [*twice, *weight.inputs[1:]], f"{name}.weight")
+    attributes = {"axis": -1, "epsilon": node.attributes["epsilon"].value}
+    factors = [both.outputs[0], values.outputs[0]]
+    norm = _node("LayerNormalization", factors, f"{name}.norm", attributes)
     part = {"start": [0], "end": codes.shape, "axis": [-1]}
-    bounds = _constants(model, name, {key: np.array(each, np.int64) for key, each in part.items()})
-    half = ir.node("Slice", [norm.outputs[0], *bounds], name=f"{name}.half")
-    made = [negative, both, values, norm, half]
-    for each in made:
-        each.outputs[0].name = each.name
+    bounds = _constants(model, name, {key: np.array(end, np.int64) for key, end in part.items()})
+    half = _node("Slice", [norm.outputs[0], *bounds], f"{name}.half")
     quantize = next(iter(node.outputs[0].uses()))[0]
     node.outputs[0].replace_all_uses_with(half.outputs[0])
-    model.graph.insert_before(node, made)
+    model.graph.insert_before(node, [negative, both, values, norm, half])
     model.graph.remove(node, safe=True)
     _insert_quantized_(model, negative.outputs[0], f"{name}.negated", grid, [both])
     _insert_quantized_(model, both.outputs[0], f"{name}.pair", grid, [norm])
@@ -181,7 +167,7 @@ def _turn_(model: Any, stored: Any) -> None:
         stored.replace_input_with(index, new)
     stored.outputs[0].shape = ir.Shape(stored.inputs[0].shape)
     if "axis" in stored.attributes:
-        stored.attributes["axis"] = ir.AttrInt64("axis", 1 - stored.attributes["axis"].value)
+        _set_(stored, "axis", 1 - stored.attributes["axis"].value)
 
 
 def _repeat_scales_(model: Any, node: Any) -> None:
@@ -199,17 +185,20 @@ def _repeat_scales_(model: Any, node: Any) -> None:
     grid = _constants(model, f"{stored.outputs[0].name}.blocks", {"scale": scales, "zero": zeros})
     for index, value in enumerate(grid, 1):
         stored.replace_input_with(index, value)
-    ir = require("onnx_ir", "onnx")
-    stored.attributes["axis"] = ir.AttrInt64("axis", 0)
-    stored.attributes["block_size"] = ir.AttrInt64("block_size", size)
+    _set_(stored, "axis", 0)
+    _set_(stored, "block_size", size)
+
+
+def _set_(node: Any, name: str, value: int) -> None:
+    node.attributes[name] = require("onnx_ir", "onnx").AttrInt64(name, value)
 
 
 def _has_four_bits(node: Any) -> bool:
     """Whether a node dequantizes a constant of int4."""
     if node is None or node.op_type != "DequantizeLinear" or not node.inputs[0].is_initializer():
         return False
-    ir = require("onnx_ir", "onnx")
-    return bool(node.inputs[0].const_value.dtype == ir.DataType.INT4)
+    int4 = require("onnx_ir", "onnx").DataType.INT4
+    return bool(node.inputs[0].const_value.dtype == int4)
 
 
 def _quantize_gathered_(model: Any, node: Any) -> None:
@@ -217,9 +206,8 @@ def _quantize_gathered_(model: Any, node: Any) -> None:
     table = node.inputs[0].producer()
     if table is None or table.op_type != "DequantizeLinear" or table.inputs[1].shape.rank():
         return
-    gathered = node.outputs[0]
+    gathered, name = node.outputs[0], f"{table.outputs[0].name}.gathered"
     users = [user for user, _ in gathered.uses()]
-    name = f"{table.outputs[0].name}.gathered"
     _insert_quantized_(model, gathered, name, list(table.inputs[1:]), users)
 
 
@@ -236,7 +224,7 @@ def _put_norm_second_(node: Any) -> None:
 def _made_by(value: Any) -> Any:
     """The node before the quantization of a value; None if that is an input or a constant."""
     source = value.producer()
-    while source is not None and source.op_type in ("DequantizeLinear", "QuantizeLinear"):
+    while source is not None and source.op_type in _QUANTIZERS:
         source = source.inputs[0].producer()
     return source
 
@@ -245,8 +233,7 @@ def _readers(value: Any) -> list[Any]:
     """The nodes that read a value after its quantization."""
     found = []
     for user, _ in value.uses():
-        is_grid = user.op_type in ("DequantizeLinear", "QuantizeLinear")
-        found += _readers(user.outputs[0]) if is_grid else [user]
+        found += _readers(user.outputs[0]) if user.op_type in _QUANTIZERS else [user]
     return found
 
 
@@ -261,10 +248,9 @@ def _quantize_bias_(model: Any, node: Any) -> None:
     x, weight, bias = (value.producer() for value in node.inputs)
     if any(each is None or each.op_type != "DequantizeLinear" for each in (x, weight, bias)):
         return
-    value = _dequantized(bias)
+    value, name = _dequantized(bias), bias.outputs[0].name
     scale = (_number(x.inputs[1]) * _number(weight.inputs[1])).astype(np.float32)
     codes = np.round(value.astype(np.float64) / scale)
-    name = bias.outputs[0].name
     if np.abs(codes).max(initial=0) > 2**31 - 1:
         raise ExportError(
             f"{name}: {value.flat[np.abs(codes).argmax()]:g} is more than 2^31 steps of its "
@@ -276,13 +262,8 @@ def _quantize_bias_(model: Any, node: Any) -> None:
         "scale": scale,
         "zero_point": np.zeros(scale.shape, np.int32),
     }
-    made = _constants(model, f"{name}.int32", grid)
-    attributes = {"axis": 0} if scale.ndim else {}
-    ir = require("onnx_ir", "onnx")
-    values = ir.node(
-        "DequantizeLinear", made, attributes=attributes, name=f"{name}.int32/dequantize"
-    )
-    values.outputs[0].name = f"{name}.int32"
+    parts, axis = _constants(model, f"{name}.int32", grid), {"axis": 0} if scale.ndim else {}
+    values = _node("DequantizeLinear", parts, f"{name}.int32", axis)
     node.replace_input_with(2, values.outputs[0])
     model.graph.insert_before(node, values)
 
@@ -305,8 +286,7 @@ def _quantize_before_bias_(model: Any, node: Any) -> None:
     ):
         return
     scale, zero_point = (_number(value) for value in quantize.inputs[1:])
-    values = _dequantized(stored)
-    steps = np.iinfo(zero_point.dtype).max
+    values, steps = _dequantized(stored), np.iinfo(zero_point.dtype).max
     low = -float(zero_point) * float(scale) - max(float(values.max()), 0.0)
     high = (steps - float(zero_point)) * float(scale) - min(float(values.min()), 0.0)
     wider = np.float32((high - low) / 65535)
@@ -325,25 +305,31 @@ def _number(value: Any) -> Any:
     return value.const_value.numpy()
 
 
+def _node(
+    operator: str, inputs: Sequence[Any], name: str, attributes: Mapping[str, Any] | None = None
+) -> Any:
+    """A node whose output has the same name."""
+    node = require("onnx_ir", "onnx").node(operator, inputs, attributes, name=name)
+    node.outputs[0].name = name
+    return node
+
+
 def _constants(model: Any, name: str, parts: Mapping[str, Any]) -> list[Any]:
     """Initializers `name.part`."""
-    ir = require("onnx_ir", "onnx")
-    made = []
+    ir, values = require("onnx_ir", "onnx"), []
     for part, array in parts.items():
-        each = f"{name}.{part}"
-        made.append(ir.val(each, const_value=ir.tensor(np.asarray(array), name=each)))
-        model.graph.register_initializer(made[-1])
-    return made
+        tensor = ir.tensor(np.asarray(array), name=f"{name}.{part}")
+        values.append(ir.val(f"{name}.{part}", const_value=tensor))
+        model.graph.register_initializer(values[-1])
+    return values
 
 
 def _insert_quantized_(
-    model: Any, value: Any, name: str, grid: list[Any], users: list[Any]
+    model: Any, value: Any, name: str, grid: Sequence[Any], users: Sequence[Any]
 ) -> None:
     """Quantize and dequantize a value between its producer and `users`."""
-    ir = require("onnx_ir", "onnx")
-    codes = ir.node("QuantizeLinear", [value, *grid], name=f"{name}/quantize")
-    values = ir.node("DequantizeLinear", [codes.outputs[0], *grid], name=f"{name}/dequantize")
-    codes.outputs[0].name, values.outputs[0].name = f"{name}{CODES}", name
+    codes = _node("QuantizeLinear", [value, *grid], f"{name}{CODES}")
+    values = _node("DequantizeLinear", [codes.outputs[0], *grid], name)
     for user in users:
         for index, given in enumerate(user.inputs):
             if given is value:
@@ -355,7 +341,7 @@ def _widen_(model: Any, node: Any) -> None:
     """Quantize to 16 bits before 8 bits what an operator of 16-bit inputs computed."""
     value, scale, zero_point = node.inputs
     producer = value.producer()
-    is_eight = zero_point.const_value.numpy().dtype == np.uint8
+    is_eight = _number(zero_point).dtype == np.uint8
     if not is_eight or producer is None or producer.op_type in _KEEPS_WIDTH:
         return
     name = f"{node.outputs[0].name.removesuffix(CODES)}.wide"
@@ -373,9 +359,8 @@ def _adapter_inputs_(model: Any, graph: QuantizedGraph) -> dict[str, Any]:
     for mark in graph.marks:
         if mark.kind is Kind.ADAPTER and is_factor_name(mark.name):
             value = model.graph.initializers.pop(f"{mark.name}{CODES}")
-            found[value.name] = value.const_value.numpy()
-            value.type = ir.TensorType(value.const_value.dtype)
-            value.shape = value.const_value.shape
-            value.const_value = None
+            stored, value.const_value = value.const_value, None
+            found[value.name] = stored.numpy()
+            value.type, value.shape = ir.TensorType(stored.dtype), stored.shape
             model.graph.inputs.append(value)
     return found

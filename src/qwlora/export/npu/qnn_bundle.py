@@ -39,26 +39,26 @@ from qwlora.export.npu.htp_limits import (
     weight_problem,
 )
 from qwlora.export.npu.htp_rewrites import CODES, npu_onnx
-from qwlora.export.npu.kv_cache_graphs import write_graphs
+from qwlora.export.npu.kv_cache_graphs import share_weights, write_graphs
 from qwlora.export.npu.qnn_runtime import (
     ADAPTER,
     BASE,
     RECORD,
+    ZERO,
     compile_graphs,
     compiled_file,
 )
 from qwlora.formats import manifest
-from qwlora.graph.graph_analysis import operator_of
+from qwlora.graph.device_rewrites import ALPHA, scaling_of
 from qwlora.graph.kv_cache_capture import CacheSizes
+from qwlora.graph.nodes import calls, operation
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
-from qwlora.graph.scaling_input import ALPHA, scaling_of
-from qwlora.grid.encoding import Encoding
 from qwlora.messages import listed
 from qwlora.simulation.npu_graph import NpuGraph, npu_graph
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.optional_packages import require
 
-ZERO, WEIGHTS = "zero", "weights.data"
+WEIGHTS = "weights.data"
 
 
 def export_qnn(
@@ -91,7 +91,11 @@ def export_qnn(
             "folder"
         )
     _refuse_different_encodings(simulations)
-    largest = max(simulations, key=lambda name: _rank(simulations[name]))
+    ranks = {
+        name: max((min(t.shape) for t in simulation.adapter_weights.values()), default=0)
+        for name, simulation in simulations.items()
+    }
+    largest = max(simulations, key=ranks.__getitem__)
     scaling = max(scaling_of(each.program) or 0.0 for each in simulations.values())
     made = {
         name: npu_graph(simulations[largest], CacheSizes(tokens, context), scaling)
@@ -102,7 +106,10 @@ def export_qnn(
     base = folder / BASE
     base.mkdir(parents=True)
     codes = _write_graphs(made, base, metadata or {})
-    compiler = _compiled(base, list(made))
+    try:
+        compiler = compile_graphs(base, list(made))
+    except MissingExtraError:
+        compiler = None
     shapes = {name: list(array.shape) for name, array in codes.items()}
     files = {
         name: {"qdq": f"{name}.onnx", "compiled": compiled_file(name) if compiler else None}
@@ -111,10 +118,9 @@ def export_qnn(
     write_graphs(base, made, files, {"adapter_inputs": shapes, "compiler": compiler})
     manifest.write(base, RECORD, {}, files_in(base))
     for name, simulation in simulations.items():
-        own = {n: torch.from_numpy(_padded(_codes(simulation, n), codes[n])) for n in codes}
-        _write_adapter(folder, name, own, scaling_of(simulation.program))
-    zero = {name: torch.from_numpy(np.zeros_like(array)) for name, array in codes.items()}
-    _write_adapter(folder, ZERO, zero, 0.0)
+        own = {n: _padded(_codes(simulation, n), array) for n, array in codes.items()}
+        _write_adapter(folder, name, own, scaling_of(simulation.program) or 0.0)
+    _write_adapter(folder, ZERO, {n: np.zeros_like(array) for n, array in codes.items()}, 0.0)
 
 
 def base_digest(bundle: Path) -> str:
@@ -132,16 +138,14 @@ def refuse_graph(graph: QuantizedGraph) -> None:
     problems: dict[str, list[str]] = {}
     for mark in graph.marks:
         scheme = graph.encodings[mark.name].scheme
-        readers = {
-            operator_of(user) for user in nodes[mark.node].users if user.op == "call_function"
-        }
-        found = None
+        problem = None
         if mark.kind is Kind.ADAPTER:
-            found = input_problem(scheme)
+            problem = input_problem(scheme)
         elif mark.kind is Kind.BASE:
-            found = table_problem(scheme) if "embedding" in readers else weight_problem(scheme)
-        if found:
-            problems.setdefault(found, []).append(mark.name)
+            is_table = any(operation(user) == "embedding" for user in nodes[mark.node].users)
+            problem = table_problem(scheme) if is_table else weight_problem(scheme)
+        if problem:
+            problems.setdefault(problem, []).append(mark.name)
     problems |= _rescale_problems(graph)
     if problems:
         lines = [f"{listed(names, 3)}: {problem}" for problem, names in problems.items()]
@@ -152,8 +156,8 @@ def _rescale_problems(graph: QuantizedGraph) -> dict[str, list[str]]:
     """Products whose result cannot be rescaled to its grid."""
     marks = {mark.node: mark for mark in graph.marks}
     found: dict[str, list[str]] = {}
-    for node in graph.program.graph.nodes:
-        if node.op != "call_function" or operator_of(node) not in ("linear", "matmul"):
+    for node in calls(graph.program):
+        if operation(node) not in ("linear", "matmul"):
             continue
         names = [marks[n.name].name for n in (*node.all_input_nodes[:2], node) if n.name in marks]
         if len(names) == 3:
@@ -172,9 +176,11 @@ def _refuse_different_encodings(simulations: Mapping[str, Simulation]) -> None:
     (first, one), *others = simulations.items()
     known = one.encodings
     for name, other in others:
-        found = other.encodings
+        own = other.encodings
         differing = [
-            key for key in {**known, **found} if not _is_same(known.get(key), found.get(key))
+            key
+            for key in {**known, **own}
+            if key not in known or not known[key].equals(own.get(key))
         ]
         if differing:
             raise ExportError(
@@ -184,55 +190,23 @@ def _refuse_different_encodings(simulations: Mapping[str, Simulation]) -> None:
             )
 
 
-def _is_same(one: Any, other: Any) -> bool:
-    if isinstance(one, Encoding) and isinstance(other, Encoding):
-        return one.equals(other)
-    return one is other
-
-
-def _rank(simulation: Simulation) -> int:
-    return max((min(t.shape) for t in simulation.adapter_weights.values()), default=0)
-
-
 def _write_graphs(
-    made: Mapping[str, NpuGraph], base: Path, metadata: Mapping[str, str]
+    graphs: Mapping[str, NpuGraph], base: Path, metadata: Mapping[str, str]
 ) -> dict[str, Any]:
     """Write the QDQ graphs, which share a weight file.
 
     Returns:
         the adapter's codes by input name.
     """
-    ir = require("onnx_ir", "onnx")
-    codes: dict[str, Any] = {}
-    shared: dict[str, Any] = {}
-    for name, graph in made.items():
+    ir, codes, first = require("onnx_ir", "onnx"), dict[str, Any](), next(iter(graphs))
+    for name, graph in graphs.items():
         model, codes = npu_onnx(graph.device, {**metadata, "qwlora.graph": name})
-        if shared:
-            for key, value in model.graph.initializers.items():
-                if key in shared and _same_bytes(shared[key], value.const_value):
-                    value.const_value = shared[key]
-            ir.save(model, base / f"{name}.onnx")
-        else:
+        if name == first:
             ir.save(model, base / f"{name}.onnx", external_data=WEIGHTS)
-            written = ir.load(base / f"{name}.onnx")
-            shared = {
-                key: value.const_value
-                for key, value in written.graph.initializers.items()
-                if isinstance(value.const_value, ir.ExternalTensor)
-            }
+        else:
+            share_weights(model, base / f"{first}.onnx")
+            ir.save(model, base / f"{name}.onnx")
     return codes
-
-
-def _same_bytes(one: Any, other: Any) -> bool:
-    return one.dtype == other.dtype and one.tobytes() == other.tobytes()
-
-
-def _compiled(base: Path, names: list[str]) -> dict[str, str] | None:
-    """Compile the graphs for the HTP; returns the compiler, or None if it is not installed."""
-    try:
-        return compile_graphs(base, names)
-    except MissingExtraError:
-        return None
 
 
 def _codes(simulation: Simulation, name: str) -> Any:
@@ -251,11 +225,9 @@ def _padded(codes: Any, like: Any) -> Any:
     return padded
 
 
-def _write_adapter(
-    bundle: Path, name: str, codes: Mapping[str, Any], scaling: float | None
-) -> None:
-    folder = bundle / name
-    folder.mkdir()
-    write_tensors(folder / ADAPTER, {**codes, ALPHA: torch.tensor([scaling or 0.0])})
+def _write_adapter(bundle: Path, name: str, codes: Mapping[str, Any], scaling: float) -> None:
+    (bundle / name).mkdir()
+    tensors = {key: torch.from_numpy(array) for key, array in codes.items()}
+    write_tensors(bundle / name / ADAPTER, {**tensors, ALPHA: torch.tensor([scaling])})
     record = {"adapter": name, "base": base_digest(bundle)}
-    manifest.write(folder, RECORD, record, [ADAPTER])
+    manifest.write(bundle / name, RECORD, record, [ADAPTER])

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 
 from qwlora.atomic import read_tensors
-from qwlora.errors import ExportError
+from qwlora.errors import ExportError, foreign_as
 from qwlora.export.npu.kv_cache_graphs import CachedGraphs
 from qwlora.export.onnx.onnx_runtime import expose_activations
 from qwlora.system.optional_packages import require
@@ -34,7 +34,7 @@ from qwlora.system.optional_packages import require
 # Snapdragon 8 Gen 3. The provider's default is an old chip without 4-bit blocks and 16-bit weights.
 CHIP = {"soc_model": "57", "htp_arch": "75"}
 PROVIDER = "QNNExecutionProvider"
-BASE, RECORD = "base", "qwlora.json"
+BASE, ZERO, RECORD = "base", "zero", "qwlora.json"
 ADAPTER = "adapter.safetensors"
 DEVICE = "device"
 _README = """\
@@ -65,9 +65,8 @@ def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
             "ep.context_embed_mode": "0",
             "ep.context_file_path": str(base / compiled_file(name)),
             "ep.share_ep_contexts": "1",
+            "ep.stop_share_ep_contexts": "1" if name == names[-1] else "0",
         }
-        if name == names[-1]:
-            entries["ep.stop_share_ep_contexts"] = "1"
         for key, value in entries.items():
             options.add_session_config_entry(key, value)
         provider = {**_provider(), "enable_htp_weight_sharing": "1"}
@@ -111,23 +110,24 @@ class QnnModel(CachedGraphs):
         self._profiles = profiles
         self.use(adapter)
 
-    def use(self, adapter: Path) -> None:
-        """Feed another adapter from now on; loaded graphs stay."""
-        tensors, _ = read_tensors(adapter / ADAPTER)
+    def use(self, adapter: Path | None) -> None:
+        tensors, _ = read_tensors((adapter or self.folder.parent / ZERO) / ADAPTER)
         self.fixed = {name: tensor.numpy() for name, tensor in tensors.items()}
+
+    def _file(self, name: str) -> Path:
+        return self.folder / str(self.graphs[name]["qdq"])
 
     def open(self, name: str) -> Any:
         if name not in self._sessions:
-            graph = self.record["graphs"][name]
             profile = self._profiles / name if self._profiles is not None else None
-            self._sessions[name] = open_graph(self.folder / graph["qdq"], self.htp, profile)
+            self._sessions[name] = open_graph(self._file(name), self.htp, profile)
         return self._sessions[name]
 
     def open_layers(self, name: str) -> tuple[Any, list[str]]:
         with tempfile.TemporaryDirectory() as scratch:
             path = Path(scratch) / f"{name}.onnx"
-            names = expose_activations(self.folder / self.record["graphs"][name]["qdq"], path)
-            return _session(path, _cpu_options()), names
+            names = expose_activations(self._file(name), path)
+            return open_graph(path, htp=False), names
 
     def placement(self) -> dict[str, dict[str, Any]]:
         """By graph: partitions on the HTP, and what ran on the CPU besides the graph's edges.
@@ -135,11 +135,10 @@ class QnnModel(CachedGraphs):
         The edges are the quantization of inputs and the dequantization of outputs. Ends profiling,
         which needs `profiles`.
         """
-        graphs, found = self.record["graphs"], {}
-        for name, session in self._sessions.items():
-            edges = len(graphs[name]["inputs"]) + len(graphs[name]["outputs"])
-            found[name] = placement(session, edges)
-        return found
+        return {
+            name: placement(session, sum(len(self.graphs[name][k]) for k in ("inputs", "outputs")))
+            for name, session in self._sessions.items()
+        }
 
 
 def open_graph(path: Path, htp: bool, profile: Path | None = None) -> Any:
@@ -153,12 +152,15 @@ def open_graph(path: Path, htp: bool, profile: Path | None = None) -> Any:
         ExportError: it cannot be read or compiled.
         MissingExtraError: a package is not installed.
     """
-    options = _options() if htp else _cpu_options()
+    options = _options()
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     if htp:
         options.add_provider_for_devices(_devices(), _provider())
+    else:
+        levels = require("onnxruntime", "onnx").GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_DISABLE_ALL
     return _session(path, options)
 
 
@@ -170,14 +172,12 @@ def placement(session: Any, edges: int) -> dict[str, int]:
         edges: how many inputs may be quantized and outputs dequantized on the CPU.
     """
     events = json.loads(Path(session.end_profiling()).read_text())
-    ran = Counter(
-        (event["args"].get("provider"), event["args"].get("op_name"))
-        for event in {
-            e["name"]: e
-            for e in events
-            if e.get("cat") == "Node" and e["name"].endswith("kernel_time")
-        }.values()
-    )
+    kernels = {
+        event["name"]: event["args"]
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("kernel_time")
+    }
+    ran = Counter((kernel.get("provider"), kernel.get("op_name")) for kernel in kernels.values())
     on_cpu = {op: n for (provider, op), n in ran.items() if provider != PROVIDER}
     at_edges = sum(n for op, n in on_cpu.items() if op in ("QuantizeLinear", "DequantizeLinear"))
     return {
@@ -236,16 +236,6 @@ def _options() -> Any:
     return options
 
 
-def _cpu_options() -> Any:
-    """Options without optimizations: the graph as it is written."""
-    runtime, options = require("onnxruntime", "onnx"), _options()
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return options
-
-
 def _session(path: Path, options: Any) -> Any:
-    runtime = require("onnxruntime", "onnx")
-    try:
-        return runtime.InferenceSession(str(path), options)
-    except Exception as error:  # onnxruntime's exceptions have no common base class
-        raise ExportError(f"ONNX Runtime cannot load {str(path)!r}: {error}") from error
+    with foreign_as(ExportError, f"ONNX Runtime cannot load {str(path)!r}"):
+        return require("onnxruntime", "onnx").InferenceSession(str(path), options)

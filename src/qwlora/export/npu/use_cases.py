@@ -15,10 +15,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
+from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from qwlora.export.canonical_adapter import CanonicalAdapter
-from qwlora.graph.adapter_branch import unaffected_nodes
+from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations
 
 NONE, AND = "none", "+"
@@ -43,14 +44,14 @@ def use_case_model(
     Args:
         adapters: by name.
     """
-    own = {case: [adapters[name] for name in members(case)] for case in cases if case != NONE}
-    rank = max(
-        _rank(adapters, module) for adapters in own.values() for module in _modules(adapters)
-    )
-    modules = sorted({module for adapters in own.values() for module in _modules(adapters)})
+    factors = {
+        case: _joined([adapters[name] for name in members(case)]) for case in cases if case != NONE
+    }
+    rank = max(len(a) for own in factors.values() for a, _ in own.values())
+    modules = sorted({module for own in factors.values() for module in own})
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=modules, init_lora_weights=False)
     names, model = peft_names(cases), None
-    for case, together in own.items():
+    for case, own in factors.items():
         if model is None:
             model = get_peft_model(base, config, names[case])
         else:
@@ -59,10 +60,25 @@ def use_case_model(
             layer = model.get_submodule(f"base_model.model.{module}")
             a, b = layer.lora_A[names[case]].weight, layer.lora_B[names[case]].weight
             with torch.no_grad():
-                a.copy_(_padded([f[module][0] for f in _factors(together, module)], a, 0))
-                b.copy_(_padded([f[module][1] for f in _factors(together, module)], b, 1))
+                a.zero_()
+                b.zero_()
+                if module in own:
+                    own_a, own_b = own[module]
+                    a[: len(own_a)].copy_(own_a)
+                    b[:, : len(own_a)].copy_(own_b)
     assert model is not None, "the recipe refuses use cases without an adapter"
     return model.eval()
+
+
+def _joined(adapters: Sequence[CanonicalAdapter]) -> dict[str, tuple[Tensor, Tensor]]:
+    """Factors by module, concatenated along the rank."""
+    found: dict[str, tuple[Tensor, Tensor]] = {}
+    for adapter in adapters:
+        for module, (a, b) in adapter.factors.items():
+            if module in found:
+                a, b = torch.cat([found[module][0], a]), torch.cat([found[module][1], b], 1)
+            found[module] = a, b
+    return found
 
 
 def share_unaffected(simulations: AdapterSimulations) -> None:
@@ -70,30 +86,21 @@ def share_unaffected(simulations: AdapterSimulations) -> None:
     cases have the same base."""
     base = simulations[BASE]
     for simulation in simulations.values():
-        unaffected = unaffected_nodes(simulation.program)
+        affected = _affected_nodes(simulation.program)
         for mark in simulation.marks:
-            if mark.node in unaffected and mark.name in simulation.quantizers:
+            if mark.node not in affected and mark.name in simulation.quantizers:
                 quantizer = simulation.quantizers[mark.name]
                 quantizer.encoding = base.quantizers[mark.name].encoding
 
 
-def _modules(adapters: Sequence[CanonicalAdapter]) -> set[str]:
-    return {module for adapter in adapters for module in adapter.factors}
-
-
-def _factors(
-    adapters: Sequence[CanonicalAdapter], module: str
-) -> list[Mapping[str, tuple[Tensor, Tensor]]]:
-    return [adapter.factors for adapter in adapters if module in adapter.factors]
-
-
-def _rank(adapters: Sequence[CanonicalAdapter], module: str) -> int:
-    return sum(len(factors[module][0]) for factors in _factors(adapters, module))
-
-
-def _padded(parts: Sequence[Tensor], like: Tensor, axis: int) -> Tensor:
-    result, start = torch.zeros_like(like), 0
-    for part in parts:
-        result.narrow(axis, start, part.shape[axis]).copy_(part)
-        start += part.shape[axis]
-    return result
+def _affected_nodes(program: ExportedProgram) -> set[str]:
+    """Names of the nodes whose values depend on an adapter's parameter."""
+    affected = {
+        spec.arg.name
+        for spec in program.graph_signature.input_specs
+        if is_adapter_name(str(spec.target))
+    }
+    for node in program.graph.nodes:
+        if any(source.name in affected for source in node.all_input_nodes):
+            affected.add(node.name)
+    return affected

@@ -44,10 +44,9 @@ from qwlora.export.onnx.onnx_model import (
 )
 from qwlora.export.onnx.onnx_runtime import load_graph
 from qwlora.export.proof.reference import Reference
-from qwlora.graph.adapter_branch import branch_nodes
 from qwlora.graph.aten_ops import base_name
-from qwlora.graph.graph_analysis import operator_of
-from qwlora.graph.graph_parameters import parameter_names
+from qwlora.graph.graph_analysis import branch_nodes
+from qwlora.graph.nodes import operator_of, parameter_names
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.scheme import Blocks, Granularity, PerChannel
 from qwlora.messages import listed

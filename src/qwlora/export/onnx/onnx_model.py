@@ -13,6 +13,7 @@ MatMul: ONNX Runtime fuses that form into MatMulNBits.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,7 @@ class _Rewriter:
 
         RemoveUnusedNodesPass()(self.model)
         self.model.graph.opset_imports.pop(NAMESPACE, None)
-        self._check()
+        check_names(self.model, self.graph.encodings)
 
     def _activation(self, node: Any, name: str, encoding: Encoding) -> None:
         ir = self.ir
@@ -194,44 +195,42 @@ class _Rewriter:
         return value
 
     def _replace(self, node: Any, new: list[Any], name: str) -> None:
-        """Replace a marker by `new`, whose last output is called `name`.
-
-        A graph output keeps its own name, after an Identity.
-        """
-        ir = self.ir
+        """Replace a marker by `new`, whose last output is called `name`."""
         old, value = node.outputs[0], new[-1].outputs[0]
         value.name, value.type, value.shape = name, old.type, old.shape
         self.model.graph.insert_before(node, new)
-        if old.is_graph_output():
-            identity = ir.node("Identity", [value])
-            identity.outputs[0].type, identity.outputs[0].shape = old.type, old.shape
-            indices = [
-                index for index, output in enumerate(self.model.graph.outputs) if output is old
-            ]
-            output_name = old.name
-            old.name = f"{output_name}.marker"
-            identity.outputs[0].name = output_name
-            self.model.graph.insert_before(node, identity)
-            for index in indices:
-                self.model.graph.outputs[index] = identity.outputs[0]
-        ir.convenience.replace_all_uses_with(old, value)
-        self.model.graph.remove(node, safe=True)
+        replace_marker(self.model, node, value)
 
-    def _check(self) -> None:
-        seen: set[str] = set()
-        values = [
-            *self.model.graph.inputs,
-            *self.model.graph.initializers.values(),
-            *(o for n in self.model.graph for o in n.outputs),
-        ]
-        for value in values:
-            if value.name in seen:
-                raise ExportError(f"two tensors of the exported graph have the name {value.name}")
-            seen.add(value.name)
-        if missing := [name for name in self.graph.encodings if name not in seen]:
-            raise ExportError(
-                f"encodings without a tensor in the exported graph: {listed(missing, 3)}"
-            )
+
+def replace_marker(model: Any, node: Any, value: Any) -> None:
+    """Replace a marker by `value`. A graph output keeps its own name, after an Identity."""
+    ir, old = require("onnx_ir", "onnx"), node.outputs[0]
+    if old.is_graph_output():
+        identity = ir.node("Identity", [value])
+        output = identity.outputs[0]
+        output.type, output.shape = old.type, old.shape
+        output.name, old.name = old.name, f"{old.name}.marker"
+        model.graph.insert_before(node, identity)
+        for index, other in enumerate(model.graph.outputs):
+            if other is old:
+                model.graph.outputs[index] = output
+    ir.convenience.replace_all_uses_with(old, value)
+    model.graph.remove(node, safe=True)
+
+
+def check_names(model: Any, encodings: Collection[str]) -> None:
+    """Check that tensors have distinct names, and that each encoding is of one of them.
+
+    Raises:
+        ExportError: two have the same name, or an encoding has no tensor.
+    """
+    computed = [output.name for node in model.graph for output in node.outputs]
+    stored = [*model.graph.inputs, *model.graph.initializers.values()]
+    counts = Counter([*(value.name for value in stored), *computed])
+    if repeated := sorted(name for name, count in counts.items() if count > 1):
+        raise ExportError(f"two tensors of the exported graph have the name {repeated[0]}")
+    if missing := [name for name in encodings if name not in counts]:
+        raise ExportError(f"encodings without a tensor in the exported graph: {listed(missing, 3)}")
 
 
 def activation_arrays(name: str, encoding: Encoding) -> dict[str, np.ndarray[Any, Any]]:

@@ -25,8 +25,7 @@ from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE, ActiveAdapter
 from qwlora.export.onnx.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
 from qwlora.export.onnx.session_options import read_session_options
 from qwlora.export.runtime import Runtime
-from qwlora.graph.capture import PAST, PRESENT
-from qwlora.graph.kv_cache_capture import IDS, MASK, POSITIONS
+from qwlora.graph.capture import IDS, MASK, PAST, POSITIONS, PRESENT
 from qwlora.system.file_stamps import Stamps, file_stamps
 from qwlora.system.optional_packages import require
 

@@ -45,7 +45,7 @@ from qwlora.export.proof.contents import TOKENIZER, Contents
 from qwlora.export.runtime import Runtime
 from qwlora.export.target import Backend, ExportedBase
 from qwlora.export.weights.weights_folder import write_settings
-from qwlora.graph.kv_cache_capture import IDS
+from qwlora.graph.capture import IDS
 from qwlora.system.optional_packages import require
 
 IR, WEIGHTS = "openvino_model.xml", "openvino_model.bin"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from qwlora.pipeline.commands.open_job import is_calibrated, open_job
 
 if TYPE_CHECKING:
-    from qwlora.simulation.placement_log import PlacementLog
+    from qwlora.simulation.placement import PlacementLog
 
 
 def explain_placement(
@@ -28,11 +28,9 @@ def explain_placement(
             `is_calibrated`).
     """
     context, name = open_job(folder, adapter, changes)
-    from qwlora.simulation.placement_log import explain
-
     simulation = (
         context.simulation(name)
         if not changes and is_calibrated(context, name)
         else context.new_simulation(name)
     )
-    return name, explain(simulation, context.recipe.simulation.policy)
+    return name, simulation.explain()

@@ -42,9 +42,9 @@ from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.base_section import Model
 from qwlora.simulation.load_simulation import restore
 from qwlora.simulation.placement import Placement, place
+from qwlora.simulation.saved_simulation import load_activations, load_encodings
 from qwlora.simulation.simulation import Simulation, simulate
 from qwlora.simulation.simulation_schemes import SimulationSchemes
-from qwlora.simulation.stored_encodings import load_activations, load_encodings
 from qwlora.simulation.training_graph import TrainingGraph
 
 if TYPE_CHECKING:

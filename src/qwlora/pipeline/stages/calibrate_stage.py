@@ -101,8 +101,8 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     from qwlora.adapter.adapter_folder import save_adapter
     from qwlora.analysis.encodings_summary import encodings_summary
     from qwlora.analysis.token_scores import perplexity
-    from qwlora.simulation.shared_encodings import apply_shared_encodings
-    from qwlora.simulation.stored_encodings import load_encodings
+    from qwlora.simulation.adapter_simulations import apply_shared_encodings
+    from qwlora.simulation.saved_simulation import load_encodings
 
     if stage.name == CASES:
         from qwlora.pipeline.stages.use_cases import calibrate_use_cases
@@ -144,7 +144,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
 def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
     """Calibrate the shared encodings, on the values of every adapter and of the base alone."""
     from qwlora.simulation.adapter_simulations import simulate_adapters
-    from qwlora.simulation.stored_encodings import save_encodings
+    from qwlora.simulation.saved_simulation import save_encodings
 
     section = context.recipe.simulation
     model = context.with_adapters(*(adapter.name for adapter in context.recipe.adapters))

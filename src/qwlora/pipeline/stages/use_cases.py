@@ -1,6 +1,6 @@
 """The simulations of a job's use cases: calibrated once, captured again by every later stage.
 
-simulation/_use_cases/CASE    encodings, see `save_simulation.py`; "base" is the zero adapter
+simulation/_use_cases/CASE    encodings, see `saved_simulation.py`; "base" is the zero adapter
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from qwlora.export.npu.use_cases import (
 from qwlora.pipeline.job.job_paths import ADAPTER, USE_CASES
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
 from qwlora.simulation.load_simulation import restore
+from qwlora.simulation.saved_simulation import load_encodings
 from qwlora.simulation.simulation import Simulation
-from qwlora.simulation.stored_encodings import load_encodings
 
 if TYPE_CHECKING:
     from qwlora.pipeline.running.loaded_models import JobContext

@@ -1,7 +1,7 @@
 """The simulation of a zero adapter on every layer that an adapter of the job changes: what a
 runtime that can switch adapters computes without one.
 
-simulation/_base    its encodings, see `save_simulation.py`
+simulation/_base    its encodings, see `saved_simulation.py`
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import torch
 from qwlora.adapter.attach import LoraShape, attach, check_existing, check_shape
 from qwlora.parameter_names import canonical_name, is_factor_name
 from qwlora.pipeline.job.job_paths import BASE_SIMULATION, SHARED, ZERO_ADAPTER
+from qwlora.simulation.adapter_simulations import apply_shared_encodings
 from qwlora.simulation.load_simulation import restore
-from qwlora.simulation.shared_encodings import apply_shared_encodings
+from qwlora.simulation.saved_simulation import load_activations, load_encodings
 from qwlora.simulation.simulation import Simulation, simulate
-from qwlora.simulation.stored_encodings import load_activations, load_encodings
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -1,4 +1,6 @@
-"""The proof of a `qnn` bundle: its graphs on the CPU and on Qualcomm's HTP emulator.
+"""The `qnn` target: graphs with a key-value cache for Qualcomm's HTP, and adapters as their inputs.
+
+It is proven by its graphs on the CPU and on Qualcomm's HTP emulator:
 
     files       every file has the digest that was recorded; adapters fit the graphs
     CPU         in ONNX Runtime without optimizations
@@ -21,13 +23,63 @@ from torch import Tensor
 
 from qwlora.atomic import files_in
 from qwlora.errors import FingerprintError, MissingExtraError
-from qwlora.export.npu.qnn_bundle import base_digest
-from qwlora.export.npu.qnn_runtime import BASE, RECORD, QnnModel, require_emulator
+from qwlora.export.npu.qnn_bundle import base_digest, export_qnn
+from qwlora.export.npu.qnn_runtime import BASE, RECORD, ZERO, QnnModel, require_emulator
 from qwlora.export.proof.checks import Check, Limits, Parity, at_most
 from qwlora.export.proof.compare import compare_logits
 from qwlora.export.proof.reference import first_sequences
+from qwlora.export.target import Backend, ExportedUseCases
 from qwlora.formats import manifest
 from qwlora.messages import listed
+from qwlora.simulation.simulation import Simulation
+
+NONE = "none"  # the use case whose adapter is in folder `zero`
+
+
+class Qnn(Backend):
+    """QDQ graphs; the HTP's emulator runs them, and ONNX Runtime on the CPU."""
+
+    def write_cases(self, exported: ExportedUseCases, folder: Path) -> None:
+        simulations = {}
+        for case, graph in exported.cases.items():
+            assert isinstance(graph.simulation, Simulation)
+            if case != NONE:
+                simulations[case] = graph.simulation
+        base = exported.base
+        export_qnn(simulations, base.graphs, base.context, folder, base.metadata)
+
+    def own_files(self, folder: Path, case: str) -> list[Path]:
+        return list((folder / _folder(case)).iterdir())
+
+    def open(self, folder: Path, case: str) -> QnnRuntime:
+        return QnnRuntime(folder, _folder(case))
+
+    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
+        return (
+            f"`{base}` holds graphs with a key-value cache for Qualcomm's HTP, and a folder for "
+            "each adapter, whose tensors are inputs of the graphs."
+        )
+
+
+def _folder(case: str) -> str:
+    return ZERO if case == NONE else case
+
+
+class QnnRuntime(QnnModel):
+    """The graphs with one adapter, on the HTP's emulator.
+
+    Raises:
+        FingerprintError: see `check_bundle`.
+    """
+
+    def __init__(self, bundle: Path, adapter: str):
+        check_bundle(bundle, adapter)
+        super().__init__(bundle / BASE, bundle / adapter, htp=True)
+        self.bundle, self.adapter = bundle, adapter
+
+    def parity(self, reference: Mapping[str, Tensor]) -> Parity:
+        return verify_qnn(self.bundle, self.adapter, reference)
+
 
 DECODED = 4  # of the last tokens of a sequence: one by one, since the emulator takes seconds
 

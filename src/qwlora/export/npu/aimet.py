@@ -1,4 +1,4 @@
-"""What the `aimet` target writes: a `.aimet` folder for AI Hub and aimet-onnx, and files for it.
+"""The `aimet` target: a `.aimet` folder for AI Hub and aimet-onnx, and files for it.
 
     prefill.aimet/, decode.aimet/    of a causal language model: graphs with a key-value cache
     model.aimet/                     of any other model
@@ -18,29 +18,57 @@ from __future__ import annotations
 import filecmp
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from qwlora.errors import VerificationError
 from qwlora.export.npu.aimet_encodings import write_float_encodings
-from qwlora.export.npu.float_graphs import (
-    FloatGraphs,
-    float_graphs,
-    write_float_graphs,
-    write_graph_golden,
-)
+from qwlora.export.npu.float_graphs import FloatGraphs, float_graphs, write_graph_golden
 from qwlora.export.npu.float_onnx_runner import FloatOnnxModel
+from qwlora.export.npu.golden import FOLDER as GOLDEN
 from qwlora.export.npu.golden import write_golden
-from qwlora.export.npu.kv_cache_graphs import read_graphs
-from qwlora.export.target import ExportedGraph
+from qwlora.export.npu.kv_cache_graphs import has_graphs, read_graphs, write_graphs
+from qwlora.export.proof.contents import GOLDEN_FILES, SIMULATED_ADAPTER, Contents
+from qwlora.export.runtime import Runtime
+from qwlora.export.target import Backend, ExportedGraph
 from qwlora.formats.card_mark import marked
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.system.optional_packages import require
 
-SUFFIX = ".aimet"
-FOLDER = f"model{SUFFIX}"
+
+class Aimet(Backend):
+    """Float models with encodings; ONNX Runtime runs them with these as Q/DQ nodes."""
+
+    contents = Contents(
+        adapter=(
+            "*.aimet/model.onnx",
+            "*.aimet/model.data",
+            "*.aimet/model.encodings",
+            "*_host.onnx",
+            "graphs.json",
+            "submit_aihub.py",
+            *GOLDEN_FILES,
+            *SIMULATED_ADAPTER,
+        ),
+        scripts={"submit_aihub.py": "npu/aimet_templates/submit_aihub.py.template"},
+    )
+
+    def write_adapter(self, exported: ExportedGraph, base: Path, folder: Path) -> None:
+        write_aimet(exported, folder)
+
+    def open(self, folder: Path, case: str) -> Runtime:
+        return open_aimet_graphs(folder) if has_graphs(folder) else open_aimet(folder)
+
+    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
+        if adapter is None:
+            return ""
+        return (
+            f"Base and adapter are one model, `{adapter}/*.aimet`, for AI Hub and aimet-onnx. "
+            f"`{adapter}/README.md` has the commands."
+        )
+
+
 MODEL_FILE, DATA_FILE, ENCODINGS_FILE = "model.onnx", "model.data", "model.encodings"
-SCRIPT_FILE, README_FILE, GRAPHS_README = "submit_aihub.py", "README.md", "README.graphs.md"
 _FILES = {MODEL_FILE, DATA_FILE, ENCODINGS_FILE}
+_SCRIPT = "submit_aihub.py"
 
 
 def write_aimet(exported: ExportedGraph, folder: Path) -> None:
@@ -50,30 +78,26 @@ def write_aimet(exported: ExportedGraph, folder: Path) -> None:
     Raises:
         ExportError, CaptureError, CalibrationError, MissingExtraError: see `float_graphs`.
     """
-    described = {}
+    npus, inner = {}, {}
     for name in exported.graphs or [""]:
         ((_, form),) = float_graphs({"": exported}, name)
-        model = folder / f"{name or 'model'}{SUFFIX}"
-        _write_model(form.made.model, model)
+        model = folder / f"{name or 'model'}.aimet"
+        model.mkdir(parents=True)
+        # every weight external: a stored model of more than 2 GB is no protobuf file
+        require("onnx_ir", "onnx").save(
+            form.made.model, model / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=64
+        )
         version = exported.encodings_version
         write_float_encodings(form.graph, form.made.encodings, model / ENCODINGS_FILE, version)
         if form.npu is not None:
-            described[name] = form.npu, form.inner
-    if described:
-        files = {name: {"model": f"{name}{SUFFIX}"} for name in described}
-        write_float_graphs(folder, described, files)
+            npus[name], inner[name] = form.npu, form.inner
+    if npus:
+        write_graphs(folder, npus, {n: {"model": f"{n}.aimet"} for n in npus}, {"float": inner})
         write_graph_golden(_opened_graphs(folder), exported.sample["input_ids"], folder)
     else:
-        write_golden(exported, folder)
-    _write_script(form.graph, folder, GRAPHS_README if described else README_FILE)
-
-
-def _write_model(model: Any, folder: Path) -> None:
-    # every weight external: a stored model of more than 2 GB is no protobuf file
-    folder.mkdir(parents=True)
-    require("onnx_ir", "onnx").save(
-        model, folder / MODEL_FILE, external_data=DATA_FILE, size_threshold_bytes=64
-    )
+        simulation, sample = exported.simulation, exported.sample
+        write_golden(folder / GOLDEN, simulation.bind(sample), simulation.outputs(sample))
+    _write_script(form.graph, folder, "README.graphs.md" if npus else "README.md")
 
 
 def _write_script(graph: QuantizedGraph, folder: Path, readme: str) -> None:
@@ -82,9 +106,9 @@ def _write_script(graph: QuantizedGraph, folder: Path, readme: str) -> None:
     ]
     full_type = "w8a16" if max(activations, default=16) > 8 else "int8"
     templates = resources.files("qwlora.export.npu") / "aimet_templates"
-    script = (templates / f"{SCRIPT_FILE}.template").read_text()
-    (folder / SCRIPT_FILE).write_text(script.replace("@FULL_TYPE@", full_type))
-    (folder / README_FILE).write_text(marked((templates / f"{readme}.template").read_text()))
+    script = (templates / f"{_SCRIPT}.template").read_text()
+    (folder / _SCRIPT).write_text(script.replace("@FULL_TYPE@", full_type))
+    (folder / "README.md").write_text(marked((templates / f"{readme}.template").read_text()))
 
 
 def open_aimet(folder: Path) -> FloatOnnxModel:
@@ -94,8 +118,8 @@ def open_aimet(folder: Path) -> FloatOnnxModel:
         VerificationError: the `.aimet` folder lacks a file or holds another one, or see
             `FloatOnnxModel.check`.
     """
-    _check_folders(folder, [FOLDER])
-    opened = _opened(folder / FOLDER)
+    _check_folders(folder, ["model.aimet"])
+    opened = _opened(folder / "model.aimet")
     opened.check()
     return opened
 

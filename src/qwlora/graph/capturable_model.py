@@ -1,0 +1,113 @@
+"""The form in which a model is captured: float32, with attention and experts as separate operators.
+
+    attention         "eager": two matrix products and a softmax; the others are one operator
+    experts           "batched_mm": one node per product; the default is one opaque operator, and
+                      "eager" loops over data, which cannot be captured
+    packed weights    the same codes, scales and offsets, in the same memory
+    float32 tensors   the same tensors (PEFT keeps LoRA weights in float32)
+    half precision    cast to float32, which is exact
+
+`from_pretrained` keeps the checkpoint's dtype, so most models are bfloat16. They train in bfloat16,
+but their graph computes in float32: 16-bit activation grids are finer than bfloat16, and ONNX
+Runtime has no quantizers in half precision. The graph of a bfloat16 model is therefore that of the
+base that `save_base` writes and `load_base` reads. Its outputs differ from the model's own by the
+rounding of half-precision arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from qwlora.nn.packed_layer import PackedLayer
+
+HALF = (torch.bfloat16, torch.float16)
+ATTENTION, EXPERTS = "eager", "batched_mm"
+# transformers stores both choices in the model's config
+_CHOICES = ("_attn_implementation_internal", "_experts_implementation_internal")
+
+
+@contextmanager
+def visible_implementations(model: nn.Module) -> Iterator[None]:
+    """Within, transformers models inside `model` use the implementations that can be captured."""
+    models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
+    before = [
+        (config, key, config.__dict__[key])
+        for config in _configs(models)
+        for key in _CHOICES
+        if key in config.__dict__
+    ]
+    try:
+        inside: set[int] = set()
+        for each in models:
+            if id(each) not in inside:  # the outer model sets it for its inner models
+                inside.update(id(m) for m in each.modules())
+                if each._can_set_attn_implementation():
+                    each.set_attn_implementation(ATTENTION)
+                each.set_experts_implementation(EXPERTS)
+        yield
+    finally:
+        for config, key, choice in before:
+            setattr(config, key, choice)
+
+
+def _configs(models: list[PreTrainedModel]) -> list[PreTrainedConfig]:
+    """Every config of the models, including nested ones, once."""
+    found: dict[int, Any] = {}
+    waiting: list[Any] = [model.config for model in models]
+    while waiting:
+        config = waiting.pop()
+        if isinstance(config, PreTrainedConfig) and id(config) not in found:
+            found[id(config)] = config
+            waiting += [getattr(config, key, None) for key in config.sub_configs]
+    return list(found.values())
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """Within, `model` computes in float32; afterwards every module has its own tensors back.
+
+    What is captured within keeps the float32 tensors. Nested uses share the casts of the outermost.
+    """
+    layers = [m for m in model.modules() if isinstance(m, PackedLayer) and m.compute_dtype in HALF]
+    types = [layer.compute_dtype for layer in layers]
+    replaced = list(_half_tensors(model))
+    cast = {id(tensor): _to_float32(tensor) for _, _, tensor in replaced}
+    try:
+        for layer in layers:
+            layer.compute_dtype = torch.float32
+        for table, key, tensor in replaced:
+            table[key] = cast[id(tensor)]
+        yield
+    finally:
+        for layer, dtype in zip(layers, types, strict=True):
+            layer.compute_dtype = dtype
+        for table, key, tensor in replaced:
+            table[key] = tensor
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """`tensor` in float32 if it is in half precision; otherwise the tensor itself."""
+    return tensor.float() if tensor.dtype in HALF else tensor
+
+
+def _half_tensors(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Parameters and buffers in half precision, except the scales of packed layers: the dictionary
+    that holds each, its key there, and the tensor."""
+    for module in model.modules():
+        buffers = {} if isinstance(module, PackedLayer) else module._buffers
+        for table in (module._parameters, buffers):
+            for key, tensor in list(table.items()):
+                if tensor is not None and tensor.dtype in HALF:
+                    yield table, key, tensor
+
+
+def _to_float32(tensor: Tensor) -> Tensor:
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(tensor.detach().float(), requires_grad=tensor.requires_grad)
+    return tensor.detach().float()

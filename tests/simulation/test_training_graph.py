@@ -320,7 +320,7 @@ def test_what_cannot_go_together_is_refused(tmp_path: Path) -> None:
     adapted = attach(model, SHAPE, seed=0)
     graph = graph_of(adapted, encodings)
     for settings, message in (
-        ({"loss": "chunked"}, "does not support chunked loss. Turn it off"),
+        ({"loss": "chunked"}, "does not support chunked loss. Train this adapter without"),
         (
             {"loss": "chunked", "gradient_checkpointing": True},
             "does not support chunked loss, gradient checkpointing",

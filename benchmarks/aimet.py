@@ -54,7 +54,7 @@ from measuring import (
 from qwlora import Rule, Scheme, SimulationSchemes, quantize_
 from qwlora.atomic import write_text
 from qwlora.errors import ExportError
-from qwlora.export.npu.aimet_folder import write_aimet
+from qwlora.export.npu.aimet import write_aimet
 from qwlora.export.npu.float_onnx import MOVES
 from qwlora.export.npu.qnn_bundle import export_qnn
 from qwlora.export.npu.qnn_runtime import QnnModel, open_graph, placement

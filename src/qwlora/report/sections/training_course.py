@@ -113,7 +113,12 @@ def _draw(run: Course, width: int) -> Drawing:
     margin = 0.06 * ((high - low) or abs(high) or 1)
     x = Scale(0, run.steps, left, end)
     y = Scale(low - margin, high + margin, bottom, top)
-    drawing = Drawing(width, 270, "Training and held-out loss", _description(run, means))
+    shown = three_decimals(means[0]), three_decimals(means[-1])
+    words = f"Training loss, mean of {SMOOTHED} steps: from {shown[0]} to {shown[1]}"
+    words += f" over {count(done)} of {count(run.steps)} steps."
+    for step, loss in run.held_out[:12]:
+        words += f" Held-out loss at step {step}: {three_decimals(loss)}."
+    drawing = Drawing(width, 270, "Training and held-out loss", words)
     marks = ticks(y.low, y.high, 5)
     digits = max(1, -math.floor(math.log10(marks[1] - marks[0]))) if len(marks) > 1 else 2
     drawing.horizontal_grid(y, left, end, lambda tick: fixed(tick, digits))
@@ -143,43 +148,20 @@ def _draw(run: Course, width: int) -> Drawing:
         is_kept = step == run.best_step
         title = f"Held out, step {step}: {three_decimals(loss)} nats{', kept' * is_kept}"
         drawing.circle(*place, 6 if is_kept else 5, "mark d-held", title)
-    _last_losses(drawing, run, means[-1], y, None if narrow else x(done) + 10)
+    training = f"{fixed(means[-1])} training, mean"
+    held = f"{fixed(run.held_out[-1][1])} held out" if run.held_out else ""
+    if narrow:
+        drawing.text(left, 12, training, "tt")
+        drawing.text(end, 12, held, "th", "end")
+    else:
+        if held:
+            drawing.label(x(done) + 10, held_out[-1][1] + 4, held, "th")
+        drawing.label(x(done) + 10, y(means[-1]) + 4, training, "tt")
     if run.limit is not None:
         drawing.line(left, y(run.limit), end, y(run.limit), "limit")
         drawing.text(left + 4, y(run.limit) - 6, f"divergence limit {fixed(run.limit)}", "ax")
         drawing.circle(x(done), y(run.losses[-1]), 6, "worst", f"Stopped at step {done}")
     return drawing
-
-
-def _last_losses(
-    drawing: Drawing, run: Course, mean: float, y: Scale, beside: float | None
-) -> None:
-    """In words: beside the ends of the lines, or above the plot where that is narrow."""
-    training = f"{fixed(mean)} training, mean"
-    held_out = f"{fixed(run.held_out[-1][1])} held out" if run.held_out else ""
-    if beside is None:
-        drawing.text(38, 12, training, "tt")
-        drawing.text(drawing.width - 16, 12, held_out, "th", "end")
-        return
-    end, shift = y(mean), 0
-    if run.held_out:
-        last = y(run.held_out[-1][1])
-        drawing.text(beside, last + 4, held_out, "th")
-        if abs(last - end) < 16:
-            shift = 16 if last <= end else -12
-    drawing.text(beside, end + 4 + shift, training, "tt")
-
-
-def _description(run: Course, means: list[float]) -> str:
-    held_out = "".join(
-        f" Held-out loss at step {step}: {three_decimals(loss)}."
-        for step, loss in run.held_out[:12]
-    )
-    return (
-        f"Training loss, mean of {SMOOTHED} steps: from {three_decimals(means[0])} to "
-        f"{three_decimals(means[-1])} over {count(len(means))} of {count(run.steps)} steps."
-        f"{held_out}"
-    )
 
 
 def _answer(run: Course) -> Markup:

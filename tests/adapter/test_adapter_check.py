@@ -26,6 +26,7 @@ from qwlora.adapter.adapter_check import (
     problems,
 )
 from qwlora.errors import SourceError
+from qwlora.formats.base_files import FORMAT
 from qwlora.pipeline.job.stage_records import Record, record_path
 
 WEIGHTS = "adapter_model.safetensors"
@@ -44,7 +45,8 @@ def job(tmp_path: Path) -> Path:
     identity = json.loads((tmp_path / "adapters" / "a" / "qwlora.json").read_text())[
         "base_fingerprint"
     ]
-    (tmp_path / "base" / "base.json").write_text(json.dumps({"fingerprint": identity}))
+    record = {"format": FORMAT, "fingerprint": identity, "source": "", "layers": {}, "tensors": {}}
+    (tmp_path / "base" / "base.json").write_text(json.dumps(record))
     (tmp_path / ".qwlora" / "work").mkdir(parents=True)
     (tmp_path / ".qwlora" / "work" / "adapter_config.json").write_text("{}")
     return tmp_path
@@ -172,7 +174,7 @@ def test_names_unreadable_files(job: Path) -> None:
     reseal(folder, "qwlora.json")
     assert "adapter_config.json is not a mapping" in problems(folder, None)[0]
     (job / "base" / "base.json").write_text("{}")
-    with pytest.raises(SourceError, match=r"base.json cannot be read"):
+    with pytest.raises(SourceError, match=r"base.* has format None"):
         job_fingerprint(job)
     with pytest.raises(SourceError, match="no adapter is in"):
         find_adapters(job / "base")

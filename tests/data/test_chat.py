@@ -6,6 +6,7 @@ import copy
 import json
 import re
 import resource
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -95,23 +96,28 @@ def learnt_text(tokenizer: Any, ids: list[int], learnt: list[bool]) -> list[str]
     return [tokenizer.decode(run) for run in runs]
 
 
-@pytest.mark.parametrize("template", [CHATML, BRACKETS, MODEL_TURNS])
-@pytest.mark.parametrize("last_only", [False, True])
-def test_the_derived_mask_is_that_of_the_markers(template: str, last_only: bool) -> None:
-    marked, plain = with_template(template), with_template(unmarked(template))
-    oracle = marked.apply_chat_template(
-        list(TALK.messages), return_dict=True, return_assistant_tokens_mask=True
+def assert_marked(
+    template: str, talk: Conversation, make: Callable[[str], PreTrainedTokenizerBase]
+) -> tuple[PreTrainedTokenizerBase, list[int], list[bool]]:
+    """Compare with transformers' own mask of the template with markers; returns what was found."""
+    oracle: Any = make(template).apply_chat_template(
+        list(talk.messages), return_dict=True, return_assistant_tokens_mask=True
     )
-    for tokenizer in (marked, plain):
-        ids, learnt = encode_conversation(TALK, tokenizer, last_only)
-        assert ids == oracle["input_ids"]
-        if not last_only:
-            assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
-        spoken = learnt_text(tokenizer, ids, learnt)
-        assert [s.strip() for s in spoken] == [
-            "It is 4.<end>",
-            "Yes, as I said:\n\n It is 4.<end>",
-        ][-1 if last_only else 0 :]
+    plain = make(unmarked(template))
+    ids, learnt = encode_conversation(talk, plain)
+    assert ids == oracle["input_ids"]
+    assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
+    assert encode_conversation(talk, make(template)) == (ids, learnt)
+    return plain, ids, learnt
+
+
+@pytest.mark.parametrize("template", [CHATML, BRACKETS, MODEL_TURNS])
+def test_the_derived_mask_is_that_of_the_markers(template: str) -> None:
+    spoken = ["It is 4.<end>", "Yes, as I said:\n\n It is 4.<end>"]
+    assert [s.strip() for s in learnt_text(*assert_marked(template, TALK, with_template))] == spoken
+    for tokenizer in (with_template(template), with_template(unmarked(template))):
+        last = learnt_text(tokenizer, *encode_conversation(TALK, tokenizer, last_only=True))
+        assert [s.strip() for s in last] == spoken[1:]
 
 
 def sentencepiece_tokenizer(template: str) -> PreTrainedTokenizerFast:
@@ -136,13 +142,7 @@ def sentencepiece_tokenizer(template: str) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("template", [LLAMA2, MISTRAL, SPEAKERS, LINES])
 def test_without_a_generation_prompt_the_first_word_is_learnt_with_its_space(template: str) -> None:
     talk = conversation("Hi there.", "Hello you, Hi.", "Hi, again.", "Hello again.")
-    oracle = sentencepiece_tokenizer(template).apply_chat_template(
-        list(talk.messages), return_dict=True, return_assistant_tokens_mask=True
-    )
-    tokenizer = sentencepiece_tokenizer(unmarked(template))
-    ids, learnt = encode_conversation(talk, tokenizer)
-    assert ids == oracle["input_ids"]
-    assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
+    tokenizer, ids, learnt = assert_marked(template, talk, sentencepiece_tokenizer)
     assert template == LINES or tokenizer.convert_ids_to_tokens(ids[learnt.index(True)]) == "▁Hello"
 
 
@@ -160,23 +160,20 @@ def test_smollm2_learns_what_the_assistant_says(smollm2: PreTrainedTokenizerBase
     first = learnt.index(True)
     assert tokenizer.decode(ids[:first]).endswith("<|im_start|>assistant\n")
     # transformers' own mask, for the same template with markers around what it renders of the assistant's messages
-    marked = copy.deepcopy(tokenizer)
     body = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    assert body in marked.chat_template
+    assert body in tokenizer.chat_template
     spoken = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-    marked.chat_template = marked.chat_template.replace(
-        body,
-        "{% if message['role'] == 'assistant' %}{{'<|im_start|>assistant\n'}}"
-        + spoken
-        + "{% else %}"
-        + body
-        + "{% endif %}",
+    header = "{% if message['role'] == 'assistant' %}{{'<|im_start|>assistant\n'}}"
+    marked = tokenizer.chat_template.replace(
+        body, f"{header}{spoken}{{% else %}}{body}{{% endif %}}"
     )
-    oracle = marked.apply_chat_template(
-        list(talk.messages), return_dict=True, return_assistant_tokens_mask=True
-    )
-    assert ids == oracle["input_ids"]
-    assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
+
+    def make(template: str) -> PreTrainedTokenizerBase:
+        copied = copy.deepcopy(tokenizer)
+        copied.chat_template = template
+        return copied
+
+    assert_marked(marked, talk, make)
 
 
 def test_a_token_that_begins_in_the_header_is_not_the_assistants(
@@ -308,16 +305,8 @@ ENDS = THINKS + "{% if not add_generation_prompt %}<|the end of it all|>{% endif
     "template", [CHATML, BRACKETS, MODEL_TURNS, DEFAULT_SYSTEM, SEPARATED, THINKS]
 )
 def test_an_assistant_that_speaks_first_is_learnt(template: str) -> None:
-    marked, plain = with_template(template), with_template(unmarked(template))
-    oracle = marked.apply_chat_template(
-        list(SPOKEN_TO.messages), return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids, learnt = encode_conversation(SPOKEN_TO, plain)
-    assert ids == oracle["input_ids"]
-    assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
-    assert [
-        text.removeprefix("<think></think>").strip() for text in learnt_text(plain, ids, learnt)
-    ] == [
+    found = assert_marked(template, SPOKEN_TO, with_template)
+    assert [text.removeprefix("<think></think>").strip() for text in learnt_text(*found)] == [
         m["content"].strip()
         + ("\n" if template not in (BRACKETS, MODEL_TURNS) and m["content"].endswith("\n") else "")
         + "<end>"
@@ -333,12 +322,7 @@ def test_an_assistant_that_speaks_first_is_learnt_without_a_generation_prompt(
     template: str, first: str
 ) -> None:
     talk = greeting(first, "Hi, again.", "Hello again.")
-    oracle = sentencepiece_tokenizer(template).apply_chat_template(
-        list(talk.messages), return_dict=True, return_assistant_tokens_mask=True
-    )
-    ids, learnt = encode_conversation(talk, sentencepiece_tokenizer(unmarked(template)))
-    assert ids == oracle["input_ids"]
-    assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
+    assert_marked(template, talk, sentencepiece_tokenizer)
 
 
 def test_an_assistant_that_speaks_first_has_turns_and_tools() -> None:

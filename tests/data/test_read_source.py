@@ -32,8 +32,10 @@ from qwlora.errors import MissingExtraError, SourceError
 
 datasets.disable_progress_bars()
 
+HUMAN, GPT = {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}
+ALPACA = {"instruction": "Add.", "input": "2+2", "output": "4"}
 TALK = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-SHAREGPT = [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]
+SHAREGPT = [HUMAN, GPT]
 RECORDS: dict[str, list[dict[str, Any]]] = {
     "text": [{"text": "first, “quoted”\nand a second line"}, {"text": "NA"}, {"text": "third"}],
     "completions": [
@@ -224,6 +226,13 @@ WRONG_MESSAGES = [
         [user(), {"role": "assistant", "content": " \n"}],
         "message 2: the assistant's content is empty",
     ),
+    ([HUMAN, {"from": "gpt"}], "message 2: 'value' is missing"),
+    ([HUMAN, {"from": "gpt", "value": None}], "message 2: 'value' is null"),
+    ([HUMAN, {"from": "gpt", "value": 3}], "message 2: 'value' must be a string"),
+    ([HUMAN, {"role": "assistant", "content": "x"}], "message 2: 'from' is missing"),
+    ([HUMAN, {"from": "humn", "value": "x"}], "message 2: unknown role 'humn'; did you mean hu"),
+    ([HUMAN, {"from": "gpt", "value": " "}], "message 2: the assistant's value is empty"),
+    ([HUMAN], "there is no message of the assistant"),
 ]
 
 
@@ -830,3 +839,94 @@ def test_columns_that_are_not_utf8_name_their_file(tmp_path: Path, name: str) ->
         pa.feather.write_feather(table, tmp_path / name)
     with pytest.raises(SourceError, match=rf"{name}.*after row 0.*utf-8"):
         read(tmp_path / name)
+
+
+def of(folder: Path, *records: dict[str, Any], **columns: str) -> list[Document]:
+    """The documents of these records, read with the recipe's columns."""
+    write_jsonl(folder / "a.jsonl", list(records))
+    return read(folder / "a.jsonl", Reading(columns))
+
+
+def test_sharegpt_roles_become_those_of_chat_templates(tmp_path: Path) -> None:
+    roles = {"user": "human user", "tool": "tool observation function_response"}
+    roles |= {"assistant": "gpt chatgpt bot model assistant", "system": "system"}
+    for role, names in {**roles, "developer": "developer"}.items():
+        for name in names.split():
+            (found,) = of(tmp_path, {"conversations": [{"from": name, "value": "x"}, *SHAREGPT]})
+            assert isinstance(found, Conversation)
+            assert found.messages == ({"role": role, "content": "x"}, *TALK)
+
+
+def test_the_form_of_messages_does_not_depend_on_their_column(tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    for record, columns in (
+        ({"conversations": TALK, "tools": tools}, {}),
+        ({"messages": [HUMAN, GPT], "tools": tools}, {}),
+        ({"chat": [HUMAN, GPT], "text": "x", "tools": tools}, {"messages": "chat"}),
+    ):
+        (found,) = of(tmp_path, record, **columns)
+        assert isinstance(found, Conversation)
+        assert (found.messages, found.tools) == (tuple(TALK), tuple(tools))
+
+
+def test_an_instruction_needs_no_input(tmp_path: Path) -> None:
+    with_input, *others = of(
+        tmp_path,
+        ALPACA,
+        {"instruction": "Add.", "output": "4"},
+        {**ALPACA, "input": None},
+        {**ALPACA, "input": " "},
+    )
+    assert isinstance(with_input, Completion)
+    assert with_input.user_message == "Add.\n\n2+2"
+    assert "### Input:\n2+2\n" in with_input.prompt
+    for other in others:
+        assert isinstance(other, Completion)
+        assert (other.user_message, other.completion) == ("Add.", "4")
+        assert "Input" not in other.prompt
+
+
+def test_columns_of_instructions_may_be_named(tmp_path: Path) -> None:
+    dolly = {"instruction": "Add.", "context": "2+2", "response": "4"}
+    expected = of(tmp_path, ALPACA)
+    assert of(tmp_path, dolly, input="context", output="response") == expected
+    with pytest.raises(SourceError, match=r"no column 'contxt' \(data\.input_column\).*context"):
+        of(tmp_path, dolly, input="contxt", output="response")
+
+
+def test_alpacas_own_text_next_to_its_fields_has_to_be_chosen(tmp_path: Path) -> None:
+    record = {**ALPACA, "text": "Below is ..."}
+    with pytest.raises(
+        SourceError, match=r"data\.text_column: text or data\.instruction_column: instruction"
+    ):
+        of(tmp_path, record)
+    assert of(tmp_path, record, instruction="instruction") == of(tmp_path, ALPACA)
+
+
+@pytest.mark.parametrize(
+    ("record", "remedies"),
+    [
+        (
+            {"prompt": "Q", "chosen": "A", "rejected": "B"},
+            ("data.prompt_column: prompt and data.completion_column: chosen",),
+        ),
+        ({"chosen": "Q A", "rejected": "Q B"}, ("data.text_column: chosen",)),
+        (
+            {"messages": [], "prompt": "Q", "Chosen": [], "Rejected": []},
+            ("data.messages_column: Chosen",),
+        ),
+    ],
+)
+def test_preference_data_are_refused_by_name(
+    tmp_path: Path, record: dict[str, Any], remedies: tuple[str, ...]
+) -> None:
+    with pytest.raises(SourceError, match=r"a\.jsonl:1: .*preference.*DPO") as caught:
+        of(tmp_path, record)
+    assert all(remedy in str(caught.value) for remedy in remedies)
+
+
+def test_the_chosen_answers_can_be_trained_on(tmp_path: Path) -> None:
+    pair = {"prompt": "Q", "chosen": "A", "rejected": "B"}
+    (found,) = of(tmp_path, pair, prompt="prompt", completion="chosen")
+    assert isinstance(found, Completion)
+    assert (found.prompt, found.completion) == ("Q", "A")

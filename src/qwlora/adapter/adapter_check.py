@@ -6,7 +6,6 @@ loaded.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from qwlora.adapter.adapter_folder import FILE, base_of, check_files
 from qwlora.adapter.peft_support import CONFIG, content_problems, read_config, weights_of
 from qwlora.errors import QwloraError, SourceError
 from qwlora.formats import manifest
+from qwlora.formats.base_files import RECORD, read_record
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def adapter_report(adapter: Path, below: Path) -> AdapterReport:
         SourceError: its configuration or its weights cannot be read.
         FingerprintError: its configuration changed after it was saved.
     """
-    if is_verifiable(adapter):
+    if manifest.has_digests(adapter, FILE):
         check_files(adapter, only=[CONFIG])
     config = read_config(adapter)
     shapes = {name: shape for name, shape, _ in weights_of(adapter, read=False)}
@@ -76,7 +76,7 @@ def adapter_report(adapter: Path, below: Path) -> AdapterReport:
         alpha=config.get("lora_alpha"),
         modules=len(layers),
         parameters=sum(math.prod(shape) for shape in shapes.values()),
-        base=base_of(adapter) if records_base(adapter) else None,
+        base=base_of(adapter) if (adapter / FILE).exists() else None,
     )
 
 
@@ -86,29 +86,8 @@ def job_fingerprint(folder: Path) -> str | None:
     Raises:
         SourceError: base.json cannot be read.
     """
-    try:
-        return str(json.loads((folder / "base" / "base.json").read_text())["fingerprint"])
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SourceError(
-            f"{str(folder / 'base')!r}: base.json cannot be read ({error}); quantize again"
-        ) from error
-
-
-def records_base(adapter: Path) -> bool:
-    """Whether `adapter` records which base it was trained on; PEFT alone does not record it."""
-    return (adapter / FILE).exists()
-
-
-def is_verifiable(adapter: Path) -> bool:
-    """Whether `adapter` has digests of its files; PEFT does not write them."""
-    return manifest.has_digests(adapter, FILE)
-
-
-def changed_files(adapter: Path) -> list[str]:
-    """Files of `adapter` that changed after it was saved; none if it has no digests."""
-    return manifest.changed_files(adapter, FILE)
+    base = folder / "base"
+    return str(read_record(base)["fingerprint"]) if (base / RECORD).exists() else None
 
 
 def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> list[str]:
@@ -120,11 +99,11 @@ def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> l
     """
     wrong = [
         f"{file} changed after saving: copy it again, or train it again"
-        for file in changed_files(adapter)
+        for file in manifest.changed_files(adapter, FILE)
     ]
     try:
         wrong += content_problems(adapter)
-        if unknown_base == "refuse" or records_base(adapter):
+        if unknown_base == "refuse" or (adapter / FILE).exists():
             recorded = base_of(adapter)
             if base not in (None, recorded):
                 wrong.append(

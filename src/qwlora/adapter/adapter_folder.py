@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -31,13 +30,7 @@ from qwlora.adapter.peft_support import (
     read_config,
     weights_of,
 )
-from qwlora.errors import (
-    FingerprintError,
-    QwloraError,
-    SourceError,
-    described,
-    is_out_of_memory,
-)
+from qwlora.errors import FingerprintError, SourceError, foreign_as
 from qwlora.formats import manifest
 from qwlora.formats.model_source import downloaded
 from qwlora.formats.user_path import looked_for, source_path
@@ -226,29 +219,19 @@ def refuse_unplaced(folder: Path, wanted: Collection[str]) -> None:
 
 @contextmanager
 def reading(folder: Path, model: nn.Module) -> Iterator[None]:
-    """Turn any error of PEFT and safetensors while reading the adapter into a SourceError.
+    """Turn any error of PEFT and safetensors while reading the adapter into a SourceError: a value
+    of its configuration can fail anywhere in PEFT.
 
     Raises:
         SourceError: a file is damaged, or does not fit the model.
     """
     what = f"adapter {str(folder)!r}"
     check_pattern_times(model, read_config(folder), what)
-    try:
-        with without_pattern_warnings():
-            yield
-    except (QwloraError, PermissionError):
-        raise
-    except (OSError, SafetensorError) as error:
-        raise SourceError(
-            f"{what}: {WEIGHTS} cannot be read ({error}); copy it again from where it came, or "
-            "train it again"
-        ) from error
-    except Exception as error:  # a configuration value can fail anywhere in PEFT
-        if is_out_of_memory(error):
-            raise
-        raise SourceError(
-            f"{what} does not fit {type(model).__name__}: {described(error)}"
-        ) from error
+    with (
+        foreign_as(SourceError, f"{what} does not fit {type(model).__name__}"),
+        without_pattern_warnings(),
+    ):
+        yield
 
 
 @contextmanager

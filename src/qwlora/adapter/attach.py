@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import accumulate
 from pathlib import Path
@@ -40,15 +40,10 @@ from qwlora.adapter.peft_support import (
     weights_of,
 )
 from qwlora.errors import SourceError, TrainingError, foreign_as
-from qwlora.messages import listed, near_names
+from qwlora.messages import listed
 from qwlora.nn import PackedLayer
 from qwlora.nn.fingerprint import fingerprint
-from qwlora.parameter_names import (
-    canonical_name,
-    is_adapter_name,
-    parameter_name,
-    pattern_problem,
-)
+from qwlora.parameter_names import canonical_name, is_adapter_name, parameter_name
 
 
 @dataclass(frozen=True)
@@ -105,12 +100,9 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
     """Attach a new LoRA adapter to `model` with seeded initial weights; the base is frozen.
 
     Raises:
-        TrainingError: a pattern is not a regular expression; a target parameter does not exist or
-            belongs to a layer; no layer matches the target modules; or a name, pattern or layer
-            number in `shape` matches nothing.
+        TrainingError: PEFT refuses the shape; a target parameter belongs to a layer; or a name,
+            pattern or layer number in `shape` matches nothing.
     """
-    if wrong := [*_pattern_problems(shape), *_parameter_problems(model, shape)]:
-        raise TrainingError(f"LoRA cannot be attached: {'; '.join(wrong)}")
     if shape.layers:  # a layer's number is the first in a path
         paths = (re.match(r"(?:.*?\.)?(\d+)(?:\.|$)", name) for name, _ in model.named_modules())
         numbers = {int(match[1]) for match in paths if match}
@@ -127,23 +119,61 @@ def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
         with without_pattern_warnings():  # a pattern that matches nothing is an error below
             # PEFT warns that it corrects this by layer type.
             warnings.filterwarnings("ignore", "fan_in_fan_out is set to")
+            warnings.filterwarnings("ignore", "target_parameters=.* no parameter was matched")
             adapted = get_peft_model(model, shape.config(model))
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, re.error) as error:
         raise TrainingError(
             f"LoRA cannot be attached to target_modules {shape.target_modules!r}: {error}"
         ) from error
-    if unmatched := _unmatched(adapted, shape):
+    _check_matches(adapted, shape)
+    return adapted
+
+
+def _check_matches(model: PeftModel, shape: LoraShape) -> None:
+    """Check that every name and pattern in `shape` matched something: PEFT ignores others."""
+    base = model.get_base_model()
+    modules, parameters = model.targeted_module_names, model.base_model.targeted_parameter_names
+    everywhere = [name for name, _ in base.named_modules()]  # other layers have it, with `layers`
+    names = modules if shape.layers is None else everywhere
+    ends = [("target_modules", name, names) for name in shape.target_modules]
+    if isinstance(shape.target_modules, str):
+        ends = []
+    ends += [("target_parameters", name, parameters) for name in shape.target_parameters]
+    unmatched = [
+        f"{key} {end!r}"
+        for key, end, names in ends
+        if not any(name == end or name.endswith(f".{end}") for name in names)
+    ]
+    unmatched += [
+        f"{key} {pattern!r}"
+        for key in ("rank_pattern", "alpha_pattern")
+        for pattern in getattr(shape, key)
+        if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in modules + parameters)
+    ]
+    if unmatched:
         layers = [
             canonical_name(name).rpartition(".")[2]
-            for name, module in adapted.get_base_model().named_modules()
+            for name, module in base.named_modules()
             if isinstance(module, nn.Linear) and not is_adapter_name(name)
         ]
-        examples = list(dict.fromkeys(layers))[:8] or adapted.targeted_module_names[:4]
+        experts = [
+            re.sub(r"^.*?\.\d+\.", "", canonical_name(name))
+            for name, p in base.named_parameters()
+            if p.ndim == 3 and not is_adapter_name(name)
+        ]
+        examples = list(dict.fromkeys(layers))[:8] or modules[:4]
         raise TrainingError(
             f"the model does not have: {'; '.join(unmatched)}. Its layers are, for example, "
-            f"{', '.join(examples)}"
+            f"{', '.join(examples)}; its fused experts: {listed(sorted({*experts}))}"
         )
-    return adapted
+    for path in parameters:
+        owner = base.get_submodule(path.rpartition(".")[0])
+        if isinstance(owner, LoraLayer) and isinstance(
+            owner.get_base_layer(), nn.Linear | Conv1D | nn.Embedding
+        ):
+            raise TrainingError(
+                f"target_parameters: {path} belongs to a layer; name the layer in target_modules"
+            )
 
 
 def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[int, ...]]:
@@ -326,79 +356,3 @@ def _linear_in_layers(model: nn.Module) -> list[str]:
     linear = (n for n, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
     matches = (re.match(r".*?\.\d+\.(.+)", name) for name in linear)
     return sorted({match[1] for match in matches if match})
-
-
-def _pattern_problems(shape: LoraShape) -> list[str]:
-    """What is wrong with the patterns of `shape`, which PEFT would fail on."""
-    patterns = [
-        (what, key, True)
-        for what in ("rank_pattern", "alpha_pattern")
-        for key in getattr(shape, what)
-    ]
-    if isinstance(shape.target_modules, str):
-        patterns.insert(0, ("target_modules", shape.target_modules, False))
-    return [
-        f"{what} {problem}"
-        for what, pattern, is_end in patterns
-        if (problem := pattern_problem(pattern, is_end))
-    ]
-
-
-def _parameter_problems(model: nn.Module, shape: LoraShape) -> Iterator[str]:
-    """What is wrong with target_parameters: names that PEFT would not find, or would misread."""
-    if not shape.target_parameters:
-        return
-    if shape.layers is not None:
-        yield "layers: PEFT adapts target_parameters in all layers; remove one"
-    parameters = {
-        f"{path}.{name}": (module, p)
-        for path, module in model.named_modules()
-        for name, p in module.named_parameters(recurse=False)
-    }
-    experts = (name for name, (_, p) in parameters.items() if p.ndim == 3)
-    banks = sorted({re.sub(r"^.*?\.\d+\.", "", name) for name in experts})
-    for target in shape.target_parameters:
-        matches = [
-            owner
-            for name, owner in parameters.items()
-            if name == target or name.endswith(f".{target}")
-        ]
-        what = f"target_parameters {target!r}"
-        if not matches:
-            near = near_names(target, banks) or banks[:3]
-            remedy = (
-                f"similar names are {', '.join(near)}"
-                if near
-                else "it has no fused experts; name layers in target_modules"
-            )
-            yield f"{what} is no parameter of {type(model).__name__}; {remedy}"
-        elif any(
-            isinstance(module, nn.Linear | Conv1D | nn.Embedding) or p.ndim not in (2, 3)
-            for module, p in matches
-        ):
-            yield f"{what} belongs to a layer; name the layer in target_modules"
-
-
-def _unmatched(model: PeftModel, shape: LoraShape) -> list[str]:
-    """Names, patterns and layer numbers in `shape` that match nothing in the adapted `model`."""
-    names: list[str] = model.targeted_module_names + model.base_model.targeted_parameter_names
-    # With `layers`, a target may also be a module of another layer.
-    modules = (
-        [name for name, _ in model.get_base_model().named_modules()] if shape.layers else names
-    )
-    targets = shape.target_modules if isinstance(shape.target_modules, list) else []
-    numbers = {int(part) for n in names for part in n.split(".") if part.isdigit()}
-    return [
-        *(
-            f"target_modules {target!r}"
-            for target in targets
-            if not any(n == target or n.endswith(f".{target}") for n in modules)
-        ),
-        *(
-            f"{what} {key!r}"
-            for what in ("rank_pattern", "alpha_pattern")
-            for key in getattr(shape, what)
-            if not any(re.match(rf"(.*\.)?({key})$", n) for n in names)
-        ),
-        *(f"layer {number}" for number in shape.layers or () if number not in numbers),
-    ]

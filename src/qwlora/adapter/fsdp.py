@@ -48,18 +48,13 @@ def enable_fsdp_(accelerator: Any) -> bool:
     return True
 
 
-def is_sharded(trainer: Any) -> bool:
-    """Whether the Trainer shards its model with FSDP."""
-    return bool(trainer.is_fsdp_enabled)
-
-
 def prepare_sharding_(trainer: Any) -> None:
     """Turn the buffers of packed layers into parameters, which FSDP2 shards; a no-op without FSDP.
 
     Raises:
         TrainingError: FSDP version 1, which flattens parameters and cannot hold integers.
     """
-    if not is_sharded(trainer):
+    if not trainer.is_fsdp_enabled:
         return
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
@@ -96,7 +91,7 @@ def gather_(trainer: Any) -> None:
 
     The model cannot be trained further afterwards.
     """
-    if not is_sharded(trainer):
+    if not trainer.is_fsdp_enabled:
         return
     for module in trainer.model.modules():
         if isinstance(module, FSDPModule):

@@ -48,21 +48,17 @@ class GraphForward:
 
     Args:
         processes: number of training processes.
-        requested: settings that a graph does not support: name, and whether it is on.
 
     Raises:
-        TrainingError: a requested setting, several processes, or a router loss, none of which a
-            graph supports.
+        TrainingError: several processes, or a router loss, which a graph does not support.
+            What else it does not support is refused in the recipe (`Adapter.without_graph`).
     """
 
-    def __init__(self, model: nn.Module, graph: TrainableGraph, processes: int, **requested: bool):
-        unsupported = [name.replace("_", " ") for name, is_on in requested.items() if is_on]
+    def __init__(self, model: nn.Module, graph: TrainableGraph, processes: int):
         if processes > 1:
-            unsupported.append(f"{processes} processes")
-        if unsupported:
             raise TrainingError(
                 "training on quantized activations (a captured graph) does not support "
-                f"{', '.join(unsupported)}. Train this adapter without"
+                f"{processes} processes. Start one"
             )
         inner = causal_model(model)
         if getattr(inner.config, "output_router_logits", False):

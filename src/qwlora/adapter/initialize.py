@@ -29,7 +29,7 @@ all outputs of a layer count equally.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
@@ -54,6 +54,7 @@ _DAMPING_INPUT, _DAMPING_OUTPUT = 0.1, 1.0
 _MAX_EXACT_SIZE = 2048
 _OVERSAMPLING, _POWER_ITERATIONS = 32, 4
 _MIN_SINGULAR = 1e-6  # relative to the largest; smaller singular values are rounding errors
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -75,10 +76,8 @@ class InitReports(dict[str, InitReport]):
     def __repr__(self) -> str:
         if not self:
             return "InitReports of no layer"
-        before, after = (
-            sum(getattr(report, key) for report in self.values()) / len(self)
-            for key in ("before", "after")
-        )
+        before = sum(report.before for report in self.values()) / len(self)
+        after = sum(report.after for report in self.values()) / len(self)
         return f"InitReports of {len(self)} layers: mean relative error {before:.3g} -> {after:.3g}"
 
 
@@ -118,51 +117,31 @@ def initialize_adapter_(
         raise TrainingError(
             f"the share of ranks that init {init} corrects with is in (0, 1], not {share:g}"
         )
-    adapter = adapter or active_adapter(model)
-    layers = dict(quantized_layers(model, adapter))
+    adapter, moments, scales = adapter or active_adapter(model), moments or {}, solver_scales or {}
+    layers = _quantized_layers(model, adapter)
     if not layers:
         raise TrainingError(
             f"init {init} corrects the quantization error, but no layer with adapter {adapter!r} "
             "is quantized; use init zero"
         )
-    if init == "qera":
-        check_moments(layers, moments or {})
-    check_scales(model, solver_scales or {})
-    reports = InitReports()
-    for path in track(list(layers), "initializing the adapter", len(layers)):
-        moment = moments[path] if init == "qera" and moments is not None else None
-        weight = weights(path).detach().float()
-        difference = solver_difference(path, layers[path], weight, solver_scales or {})
-        reports[path] = _initialize(layers[path], adapter, weight, difference, moment, share)
-    return reports
-
-
-def check_moments(layers: Iterable[str], moments: Mapping[str, Moment]) -> None:
-    """Check that every layer has moments.
-
-    Raises:
-        TrainingError: a layer has none.
-    """
-    if missing := [path for path in layers if path not in moments]:
+    if init == "qera" and (missing := [path for path in layers if path not in moments]):
         raise TrainingError(
             f"there are no moments of {listed(missing, 3)}, which init qera needs. Measure them "
             "with observe_moments, pass calibration data and moments to quantize_, or use init svd"
         )
-
-
-def check_scales(model: nn.Module, solver_scales: Mapping[str, Tensor]) -> None:
-    """Check that every scale before tuning belongs to a module of `model`.
-
-    Raises:
-        TrainingError: a scale does not.
-    """
-    if unknown := sorted(
-        solver_scales.keys() - {canonical_name(name) for name, _ in model.named_modules()}
-    ):
+    known = {canonical_name(name) for name, _ in model.named_modules()}
+    if unknown := sorted(scales.keys() - known):
         raise TrainingError(
             f"the model has no {listed(unknown, 3)}, whose scale before tuning was given. Pass the "
             "scales of this base, by canonical path"
         )
+    reports = InitReports()
+    for path in track(list(layers), "initializing the adapter", len(layers)):
+        moment = moments[path] if init == "qera" else None
+        weight = weights(path).detach().float()
+        difference = solver_difference(path, layers[path], weight, scales)
+        reports[path] = _initialize(layers[path], adapter, weight, difference, moment, share)
+    return reports
 
 
 def solver_difference(
@@ -212,17 +191,14 @@ class Measure:
                 "the moments of a layer are a qwlora.Moment (R and G), not a matrix. For R alone, "
                 "pass Moment(R)"
             )
-        self._inner = None if moment is None else _root(moment.input, _DAMPING_INPUT)
-        self._outer = (
-            None
-            if moment is None or moment.output is None
-            else _root(moment.output, _DAMPING_OUTPUT)
-        )
+        inner, outer = (None, None) if moment is None else (moment.input, moment.output)
+        self._inner = None if inner is None else _root(inner, _DAMPING_INPUT)
+        self._outer = None if outer is None else _root(outer, _DAMPING_OUTPUT)
 
     def of(self, matrix: Float[Tensor, "out in"]) -> float:
         """The cost of `matrix`; at least the smallest normal float32, so it can be a divisor."""
         energy = torch.linalg.vector_norm(self._weighted(matrix), dtype=torch.float64).square()
-        return float(energy.clamp(min=torch.finfo(torch.float32).tiny))
+        return float(energy.clamp(min=_TINY))
 
     def best_correction(self, difference: Float[Tensor, "out in"], rank: int) -> Correction:
         """The best correction of `difference` D of the given rank."""
@@ -232,27 +208,16 @@ class Measure:
             b = torch.linalg.solve_triangular(self._outer.T, b, upper=True)
         if self._inner is not None:
             a = torch.linalg.solve_triangular(self._inner, a, upper=False, left=False)
-        balance = (
-            self._b_shrinkage(len(difference))
-            * b.norm(dim=0).clamp(min=torch.finfo(torch.float32).tiny).rsqrt()
-        )
+        balance = b.norm(dim=0).clamp(min=_TINY).rsqrt()  # C
+        if self._inner is not None:  # shorter where inputs are large; |L|^2 = tr R
+            size = float(self._inner.square().sum(dtype=torch.float64))
+            balance = min(1.0, len(difference) / size) ** 0.25 * balance
         return Correction(b * balance, a / balance.unsqueeze(1), s)
-
-    def _b_shrinkage(self, out: int) -> float:
-        """What C multiplies B by, and divides A by, where inputs are large; otherwise 1."""
-        if self._inner is None:
-            return 1.0
-        return min(1.0, out / float(self._inner.square().sum(dtype=torch.float64))) ** 0.25
 
     def _weighted(self, matrix: Tensor) -> Tensor:
         """K^T M L."""
         matrix = matrix if self._inner is None else matrix @ self._inner
         return matrix if self._outer is None else self._outer.T @ matrix
-
-
-def corrected_ranks(rank: int, share: float) -> int:
-    """Number of a layer's ranks that correct: `share`, rounded up except for float rounding."""
-    return math.ceil(share * rank - 1e-9)
 
 
 def _initialize(
@@ -264,7 +229,8 @@ def _initialize(
     share: float,
 ) -> InitReport:
     scaling, measure = float(layer.scaling[adapter]), Measure(moment)
-    b, a, singular = measure.best_correction(difference, corrected_ranks(layer.r[adapter], share))
+    ranks = math.ceil(share * layer.r[adapter] - 1e-9)  # rounded up, except for float rounding
+    b, a, singular = measure.best_correction(difference, ranks)
     used = int((singular > _MIN_SINGULAR * singular[0]).sum())
     with torch.no_grad():  # A keeps PEFT's default in all other ranks
         layer.lora_A[adapter].weight[:used] = a[:used] / scaling**0.5
@@ -276,24 +242,22 @@ def _initialize(
     return InitReport(before / whole, after / whole)
 
 
-def quantized_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, LoraLayer]]:
-    """Packed linear layers that have the adapter, by canonical path.
-
-    Raises:
-        TrainingError: the adapter is DoRA.
-    """
+def _quantized_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
+    """Packed linear layers that have the adapter, by canonical path."""
+    layers = {}
     for name, module in model.named_modules():
-        if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
-            continue
-        base = module.get_base_layer()
-        if not isinstance(base, PackedLinear):
-            continue
-        if module.use_dora.get(adapter):
-            raise TrainingError(
-                f"{canonical_name(name)}: a DoRA adapter has magnitudes, which depend on the "
-                "initial weights. Use init zero"
-            )
-        yield canonical_name(name), module
+        if (
+            isinstance(module, LoraLayer)
+            and adapter in module.lora_A
+            and isinstance(module.get_base_layer(), PackedLinear)
+        ):
+            if module.use_dora.get(adapter):
+                raise TrainingError(
+                    f"{canonical_name(name)}: a DoRA adapter has magnitudes, which depend on the "
+                    "initial weights. Use init zero"
+                )
+            layers[canonical_name(name)] = module
+    return layers
 
 
 def _root(moment: Tensor, damping: float) -> Tensor:
@@ -333,7 +297,7 @@ def _leading_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         u = u[:, :kept]
     projected = u.T @ wide
     s = projected.norm(dim=1)
-    vt = projected / s.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1)
+    vt = projected / s.clamp(min=_TINY).unsqueeze(1)
     if rows > columns:
         u, vt = vt.T, u.T
     return u, s, vt

@@ -177,15 +177,7 @@ def train_adapter(
     vocabulary = vocabulary_size(causal_model(model)) if settings.divergence == "stop" else None
     monitor = TrainingMonitor(display.track, settings.checkpoint_steps, vocabulary, display.watch)
     with (
-        replaced_forward(
-            model,
-            training_graph,
-            chunked=settings.loss == "chunked",
-            processes=_world_size(),
-            gradient_checkpointing=settings.gradient_checkpointing,
-            recovery=teacher is not None,
-            bfloat16=settings.compute == "bfloat16",
-        ),
+        replaced_forward(model, training_graph, settings.loss == "chunked", _world_size()),
         _logging_to(display.logs, settings.report_to),
     ):
         trainer = AdapterTrainer(

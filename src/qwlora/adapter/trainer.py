@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, Trainer
 
 from qwlora.adapter.adapter_folder import write_adapter
-from qwlora.adapter.fsdp import enable_fsdp_, is_sharded, whole_adapter
+from qwlora.adapter.fsdp import enable_fsdp_, whole_adapter
 from qwlora.adapter.recovery_loss import RecoveryLoss
 from qwlora.adapter.training_checkpoints import last_good
 from qwlora.data.sequences import IGNORED
@@ -96,13 +96,13 @@ class AdapterTrainer(Trainer):
         Accelerate wraps other models in autocast itself. For a sharded one it relies on FSDP2's
         mixed precision policy, which we turn off (`fsdp.py`).
         """
-        return self.accelerator.autocast() if is_sharded(self) else contextlib.nullcontext()
+        return self.accelerator.autocast() if self.is_fsdp_enabled else contextlib.nullcontext()
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
     ) -> Tensor:
         loss: Tensor = super().training_step(model, inputs, num_items_in_batch)
-        sharded = is_sharded(self)
+        sharded = self.is_fsdp_enabled
         if not bool(loss.isfinite()):
             # The layers of a sharded model are on several processes; with a graph they do not run.
             where = "" if sharded or self.uses_graph else self._first_bad_output(inputs)
@@ -155,7 +155,7 @@ class AdapterTrainer(Trainer):
         written first because each process of the Trainer checks that the best checkpoint's folder
         exists before the Trainer creates it.
         """
-        if is_sharded(self):
+        if self.is_fsdp_enabled:
             self._save(output_dir, whole_adapter(self.adapted))
         super().save_model(output_dir, _internal_call)
 

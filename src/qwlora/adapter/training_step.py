@@ -64,23 +64,20 @@ def replaced_forward(
     graph: TrainableGraph | None,
     chunked: bool,
     processes: int = 1,
-    **unsupported_by_graph: bool,
 ) -> Iterator[None]:
     """Row 1, until the context ends.
 
     Args:
         graph: replaces the forward of `model`, see `GraphForward`.
-        chunked: without a graph, use the chunked loss; with one, refuse.
+        chunked: without a graph, use the chunked loss.
         processes: number of training processes.
-        unsupported_by_graph: settings that a graph refuses if they are on, by name.
 
     Raises:
         TrainingError: see `ChunkedLoss` and `GraphForward`.
     """
     with contextlib.ExitStack() as stack:
         if graph is not None:
-            settings = {"chunked_loss": chunked, **unsupported_by_graph}
-            stack.callback(GraphForward(model, graph, processes, **settings).remove)
+            stack.callback(GraphForward(model, graph, processes).remove)
         elif chunked:
             stack.callback(ChunkedLoss(model).remove)
         yield

@@ -93,15 +93,10 @@ def check(
     Exit code 2 if a file was modified after it was saved, 1 for any other problem.
     An adapter that does not record its base passes, unless --needs-base is given.
     """
-    from qwlora.adapter.adapter_check import (
-        changed_files,
-        find_adapters,
-        is_verifiable,
-        job_fingerprint,
-        problems,
-        records_base,
-    )
+    from qwlora.adapter.adapter_check import find_adapters, job_fingerprint, problems
+    from qwlora.adapter.adapter_folder import FILE
     from qwlora.errors import SourceError
+    from qwlora.formats import manifest
     from qwlora.pipeline.job.directory import Directory
     from qwlora.pipeline.plan.missing_stages import command_line
 
@@ -124,13 +119,13 @@ def check(
         if lost := directory.missing_files(str(adapter.relative_to(folder))):
             found.append(f"{', '.join(lost)} is missing, which this job wrote")
         wrong += bool(found)
-        changed += bool(changed_files(adapter))
+        changed += bool(manifest.changed_files(adapter, FILE))
         good = "good"
-        if not records_base(adapter):
+        if not (adapter / FILE).exists():
             good += "; does not record its base"
         elif not base:
             good += "; no base here to compare with"
-        if not is_verifiable(adapter):
+        if not manifest.has_digests(adapter, FILE):
             good += "; unverified (no digests of its files)"
         print(f"{adapter.relative_to(folder)}: {'; '.join(found) or good}")
     if changed:

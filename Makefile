@@ -21,7 +21,7 @@ test-%: .venv/ready   # slow, attack, clients, aimet, oldest, py313: each has an
 	$(BIN)/nox --session $*
 
 fuzz: .venv/ready
-	$(BIN)/python benchmarks/fuzz_encodings.py 600
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q -m attack tests/attack/test_fuzz.py
 
 benchmark-aimet: .venv/ready   # after make test-clients, whose environment has the emulator
 	$(BIN)/nox --session benchmark_aimet

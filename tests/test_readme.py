@@ -29,6 +29,16 @@ def test_every_file_that_the_map_of_the_code_names_exists() -> None:
     ] == []
 
 
+def test_a_walk_through_the_code_has_at_most_eight_files() -> None:
+    text = (ROOT / "docs" / "code.md").read_text()
+    walks = [part for part in text.split("\n## ") if "\n1. " in part]
+    assert len(walks) >= 5
+    files = {
+        walk.partition("\n")[0]: set(re.findall(r"`(\w+/[\w/]+\.py)`", walk)) for walk in walks
+    }
+    assert {title: names for title, names in files.items() if len(names) > 8} == {}
+
+
 def test_links_lead_somewhere() -> None:
     assert [
         target for target in re.findall(r"\]\(([^)#]+)\)", README) if not (ROOT / target).exists()

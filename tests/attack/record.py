@@ -61,6 +61,13 @@ SECTIONS = {
         "Held: one message, exit code 2, no traceback, nothing written, within a minute, and no "
         "code from the input has run.",
     ),
+    "fuzz": (
+        "Random damage to models and encodings files",
+        "A model in every format that QWLoRA reads, a base, and AIMET's encodings files are broken "
+        "at random: values, keys and structure of JSON and headers, bits, cut ends, repeated "
+        "pieces, NaN and infinite numbers. Then they are read whole. Held: they are read, or "
+        "refused with an exception of QWLoRA.",
+    ),
     "races": (
         "Races of two processes",
         "Two processes start within 0.3 s of each other. Held: exit codes 0 and 2 only, exactly "
@@ -114,5 +121,6 @@ class Record:
 
 def _table(section: str, rows: dict[str, list[int]]) -> Sequence[str]:
     head = {"damage": "file, and who reads it", "unfinished": "file", "hostile": "input"}
+    head["fuzz"] = "format"
     yield_ = [f"| {head.get(section, 'what')} | tried | held |", "|---|--:|--:|"]
     return [*yield_, *(f"| {name} | {tried} | {held} |" for name, (tried, held) in rows.items())]

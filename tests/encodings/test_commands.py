@@ -123,26 +123,10 @@ def test_convert_takes_lacking_fields_from_model_and_options(run: Run, tmp_path:
     code, _, err = run("convert", NEW, "--to", "1.0.0", "--lossy", "--onnx", MODEL)
     assert code == 2
     assert "lpbq.weight_0: its decompressed bitwidth (--decompressed-bitwidth)" in err
-    assert (
-        run(
-            "convert",
-            NEW,
-            "--to",
-            "1.0.0",
-            "--lossy",
-            "--onnx",
-            MODEL,
-            "--decompressed-bitwidth",
-            "8",
-            "--out",
-            target,
-        )[0]
-        == 0
-    )
-    assert (
-        read_encodings(target).by_name["lpbq.weight_0"]
-        == read_encodings(OLD).by_name["lpbq.weight_0"]
-    )
+    known = ("--onnx", MODEL, "--decompressed-bitwidth", "8", "--out", target)
+    assert run("convert", NEW, "--to", "1.0.0", "--lossy", *known)[0] == 0
+    converted, expected = (read_encodings(file).by_name["lpbq.weight_0"] for file in (target, OLD))
+    assert converted == expected
 
 
 def test_diff_exits_1_when_files_differ(run: Run) -> None:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -141,6 +143,10 @@ CONV = {"w": OnnxTensor(True, (2, 6), 0, 1)}
 CHANNEL = IntegerEncoding("w", 4, [0.1, 0.2], [-8, -8], True)
 BLOCK = IntegerEncoding("w", 4, [0.1, 0.2, 0.3, 0.4], [-8] * 4, True, block_size=3)
 LPBQ = LpbqEncoding("w", 4, 3, [1, 2, 3, 4], [0.1, 0.2], 8)
+SIGNED = IntegerEncoding("w", 8, 0.1, -128, True, True)
+
+
+BACK = "to come back needs"
 
 
 def one(version: str, encoding: Entry, **fields: object) -> EncodingsFile:
@@ -154,11 +160,7 @@ def one(version: str, encoding: Entry, **fields: object) -> EncodingsFile:
     [
         (BLOCK, "0.6.1", ["w: granularity block"]),
         (LPBQ, "0.6.1", ["w: the whole encoding, LPBQ of 4 bits"]),
-        (
-            LPBQ,
-            "2.1.0",
-            ["w: to come back needs its decompressed bitwidth (--decompressed-bitwidth)"],
-        ),
+        (LPBQ, "2.1.0", [f"w: {BACK} its decompressed bitwidth (--decompressed-bitwidth)"]),
         (FloatEncoding("w", 16), "2.0.0", ["w: the whole encoding, floats of 16 bits"]),
         (IntegerEncoding("w", 8, 0.1, -128, False), "2.0.0", ["w: symmetric False"]),
         (IntegerEncoding("w", 8, 0.1, 0, True), "2.0.0", ["w: symmetric True"]),
@@ -182,10 +184,7 @@ def test_what_is_lost_from_1_0_0_is_named_and_nothing_else(
         (IntegerEncoding("w", 8, [0.1, 0.2], [-128, -128], True, True, axis=-2), []),
         (
             IntegerEncoding("w", 8, [0.1] * 6, [-128] * 6, True, True, axis=1),
-            [
-                "w: to come back needs its channel axis: there are 6 scales, but axis 0 has 2 in "
-                "the graph"
-            ],
+            [f"w: {BACK} its channel axis: there are 6 scales, but axis 0 has 2 in the graph"],
         ),
         (IntegerEncoding("w", 8, 0.1, -128, True, False), ["w: signed False"]),
         (IntegerEncoding("w", 8, 0.1, -100, False, True), ["w: signed True"]),
@@ -220,70 +219,32 @@ def test_without_a_graph_the_sections_are_lost_to_2_x() -> None:
     assert (kept.parameters, kept.excluded_layers, kept.quantizer_args) == (None, None, None)
 
 
+NEW_LPBQ = LpbqEncoding("w", 4, 3, [[1, 2]], [[0.1]], axis=1, channel_axis=0)
+OPEN_LPBQ = LpbqEncoding("w", 4, 3, [[[1]]], [[[0.1]]], axis=1)
+
+
 @pytest.mark.parametrize(
-    ("file", "target", "graph", "lacking"),
+    ("source", "encoding", "target", "graph", "lacking"),
     [
-        (one("1.0.0", CHANNEL), "2.0.0", {}, "w: its channel axis; give the model's graph"),
-        (one("1.0.0", BLOCK), "2.0.0", {}, "w: its block axis and the shape"),
-        (
-            one("1.0.0", BLOCK),
-            "2.0.0",
-            {"w": OnnxTensor(True, (6, 2), 1, 0)},
-            "w: the order of its block scales.*--block-order",
-        ),
-        (
-            one("1.0.0", BLOCK),
-            "2.0.0",
-            {"w": OnnxTensor(True, (2, 9), 0, 1)},
-            "blocks of 3 on a tensor of \\[2, 9\\] are not 4",
-        ),
-        (
-            one("1.0.0", CHANNEL),
-            "2.0.0",
-            {"w": OnnxTensor(True, (3, 2), 0, 1)},
-            "there are 2 scales, but axis 0 has 3",
-        ),
-        (one("1.0.0", LPBQ), "2.1.0", {}, "w: its block axis"),
-        (
-            one(
-                "2.0.0",
-                LPBQ.replace(
-                    block_scale=[[1, 2]],
-                    channel_scale=[[0.1]],
-                    axis=1,
-                    channel_axis=0,
-                    decompressed_bitwidth=None,
-                ),
-            ),
-            "1.0.0",
-            CONV,
-            "decompressed bitwidth",
-        ),
-        (
-            one("2.0.0", IntegerEncoding("w", 8, 0.1, -128, True, True)),
-            "1.0.0",
-            {},
-            "whether it is a parameter",
-        ),
-        (
-            one(
-                "2.0.0",
-                LPBQ.replace(
-                    block_scale=[[[1]]], channel_scale=[[[0.1]]], axis=1, decompressed_bitwidth=None
-                ),
-            ),
-            "2.1.0",
-            {},
-            "channel axis, which its shapes leave open",
-        ),
+        ("1.0.0", CHANNEL, "2.0.0", None, "w: its channel axis; give the model's graph"),
+        ("1.0.0", BLOCK, "2.0.0", None, "w: its block axis and the shape"),
+        ("1.0.0", BLOCK, "2.0.0", (6, 2, 1, 0), "w: the order of its block scales.*--block-order"),
+        ("1.0.0", BLOCK, "2.0.0", (2, 9, 0, 1), r"blocks of 3 on a tensor of \[2, 9\] are not 4"),
+        ("1.0.0", CHANNEL, "2.0.0", (3, 2, 0, 1), "there are 2 scales, but axis 0 has 3"),
+        ("1.0.0", LPBQ, "2.1.0", None, "w: its block axis"),
+        ("2.0.0", NEW_LPBQ, "1.0.0", (2, 6, 0, 1), "decompressed bitwidth"),
+        ("2.0.0", SIGNED, "1.0.0", None, "whether it is a parameter"),
+        ("2.0.0", OPEN_LPBQ, "2.1.0", None, "channel axis, which its shapes leave open"),
     ],
 )
 @pytest.mark.parametrize("lossy", [False, True])
 def test_what_is_lacking_is_never_invented(
-    file: EncodingsFile, target: str, graph: dict[str, OnnxTensor], lacking: str, lossy: bool
+    source: str, encoding: Entry, target: str, graph: Any, lacking: str, lossy: bool
 ) -> None:
+    """`graph` is the tensor's sizes, channel axis and block axis."""
+    tensors = {"w": OnnxTensor(True, graph[:2], *graph[2:])} if graph else {}
     with pytest.raises(ConversionError, match=lacking):
-        convert(file, target, lossy, graph=graph)
+        convert(one(source, encoding), target, lossy, graph=tensors)
 
 
 def test_blocks_take_their_shape_from_the_graph() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from random_files import FILES
 
@@ -25,58 +27,47 @@ from qwlora.encodings.validate import finding_lines
 from qwlora.errors import EncodingsFileError, MissingExtraError
 
 onnx = pytest.importorskip("onnx")
+pytest.importorskip("onnx.parser")
 MODEL = FILES / "model.onnx"
+
+
+def saved(path: Path, nodes: str, sizes: dict[str, tuple[int, ...]]) -> Path:
+    """A graph in ONNX's text form with weights of these sizes, all ones."""
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> {nodes}')
+    model.graph.initializer.extend(
+        onnx.helper.make_tensor(name, onnx.TensorProto.FLOAT, size, [1.0] * math.prod(size))
+        for name, size in sizes.items()
+    )
+    onnx.save(model, str(path))
+    return path
 
 
 def model_file(path: Path) -> Path:
     """Weights of every op that implies axes; two ops read "both" along different axes."""
-    from onnx import TensorProto, helper
-
-    def weight(name: str, *dims: int, kind: int = TensorProto.FLOAT) -> Any:
-        count = 1
-        for dim in dims:
-            count *= dim
-        return helper.make_tensor(name, kind, dims, [1] * count)
-
-    nodes = [
-        helper.make_node("Conv", ["x", "conv", "bias"], ["a"]),
-        helper.make_node("ConvTranspose", ["a", "deconv"], ["b"]),
-        helper.make_node("Gemm", ["m", "gemm_t"], ["c"], transB=1),
-        helper.make_node("Gemm", ["m", "gemm"], ["d"]),
-        helper.make_node("MatMul", ["m", "matmul"], ["e"]),
-        helper.make_node("Gemm", ["m", "both"], ["f"], transB=1),
-        helper.make_node("MatMul", ["m", "both"], ["g"]),
-        helper.make_node("Gather", ["table", "ids"], ["h"]),
-        helper.make_node("Gather", ["tied", "ids"], ["i"]),
-        helper.make_node("Transpose", ["tied"], ["head"], perm=[1, 0]),
-        helper.make_node("MatMul", ["i", "head"], ["j"]),
-        helper.make_node("Constant", [], ["constant"], value=weight("", 2, 2)),
-        helper.make_node("Add", ["constant", "constant"], ["y"]),
-    ]
-    inputs = [
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, ["n", 3, 8, 8]),
-        helper.make_tensor_value_info("m", TensorProto.FLOAT, [2, 8]),
-    ]
-    inputs.append(helper.make_tensor_value_info("ids", TensorProto.INT64, [2]))
-    stored = [
-        weight("conv", 4, 3, 1, 1),
-        weight("bias", 4),
-        weight("deconv", 4, 5, 1, 1),
-        weight("gemm_t", 6, 8),
-        weight("gemm", 8, 6),
-        weight("matmul", 8, 7),
-    ]
-    stored += [weight("both", 8, 8), weight("table", 9, 4), weight("tied", 9, 4)]
-    gone = [helper.make_tensor_value_info("gone", TensorProto.FLOAT, [1])]
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        inputs,
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 2])],
-        stored,
-        value_info=gone,
-    )
-    onnx.save(helper.make_model(graph), str(path))
+    nodes = """g (float[n, 3, 8, 8] x, float[2, 8] m, int64[2] ids) => (float[2, 2] y) {
+        a = Conv(x, conv, bias)
+        b = ConvTranspose(a, deconv)
+        c = Gemm<transB = 1>(m, gemm_t)
+        d = Gemm(m, gemm)
+        e = MatMul(m, matmul)
+        f = Gemm<transB = 1>(m, both)
+        g = MatMul(m, both)
+        h = Gather(table, ids)
+        i = Gather(tied, ids)
+        head = Transpose<perm = [1, 0]>(tied)
+        j = MatMul(i, head)
+        constant = Constant<value = float[2, 2] {1, 1, 1, 1}>()
+        y = Add(constant, constant)
+    }"""
+    sizes: dict[str, tuple[int, ...]] = {
+        **{"conv": (4, 3, 1, 1), "bias": (4,), "deconv": (4, 5, 1, 1), "gemm_t": (6, 8)},
+        **{"gemm": (8, 6), "matmul": (8, 7), "both": (8, 8), "table": (9, 4), "tied": (9, 4)},
+    }
+    saved(path, nodes, sizes)
+    model = onnx.load(path)
+    gone = onnx.helper.make_tensor_value_info("gone", onnx.TensorProto.FLOAT, [1])
+    model.graph.value_info.append(gone)
+    onnx.save(model, path)
     return path
 
 
@@ -130,61 +121,32 @@ def test_blocks_listed_as_channels_by_0_6_1_do_not_fit_the_model() -> None:
 
 
 def plumbing_file(path: Path) -> Path:
-    """An attention head with shapes, positions and a mask computed in the graph.
-
-    x [2, tokens, 8], ids [2, tokens].
-    """
-    from onnx import TensorProto, helper
-
-    def constant(name: str, value: Any, kind: int = TensorProto.INT64) -> Any:
-        values = value if isinstance(value, list) else [value]
-        return helper.make_node(
-            "Constant",
-            [],
-            [name],
-            value=helper.make_tensor(
-                "", kind, [len(values)] if isinstance(value, list) else [], values
-            ),
-        )
-
-    node = helper.make_node
-    nodes = [
-        node("Gather", ["table", "ids"], ["embedded"]),
-        node("Add", ["embedded", "x"], ["sum"]),
-        node("Shape", ["ids"], ["shape"]),
-        constant("one", 1),
-        node("Gather", ["shape", "one"], ["tokens"]),
-        constant("zero", 0),
-        node("Range", ["zero", "tokens", "one"], ["positions"]),
-        node("Cast", ["positions"], ["moments"], to=TensorProto.FLOAT),
-        node("Greater", ["positions", "zero"], ["late"]),
-        constant("nought", 0.0, TensorProto.FLOAT),
-        constant("lowest", -1e9, TensorProto.FLOAT),
-        node("Where", ["late", "nought", "lowest"], ["mask"]),
-        node("Sub", ["mask", "moments"], ["bias"]),
-        node("Transpose", ["sum"], ["turned"], perm=[0, 2, 1]),
-        node("MatMul", ["sum", "turned"], ["scores"]),
-        node("Add", ["scores", "bias"], ["masked"]),
-        node("Softmax", ["masked"], ["weights"]),
-        node("Cast", ["weights"], ["same"], to=TensorProto.FLOAT),
-        node("MatMul", ["same", "sum"], ["mixed"]),
-        constant("epsilon", 1e-5, TensorProto.FLOAT),
-        node("Add", ["mixed", "epsilon"], ["y"]),
-    ]
-    inputs = [
-        helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, "n", 8]),
-        helper.make_tensor_value_info("ids", TensorProto.INT64, [2, "n"]),
-    ]
-    table = helper.make_tensor("table", TensorProto.FLOAT, [9, 8], [1.0] * 72)
-    graph = helper.make_graph(
-        nodes,
-        "g",
-        inputs,
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, "n", 8])],
-        [table],
-    )
-    onnx.checker.check_model(helper.make_model(graph), full_check=True)
-    onnx.save(helper.make_model(graph), str(path))
+    """An attention head with shapes, positions and a mask computed in the graph."""
+    nodes = """g (float[2, n, 8] x, int64[2, n] ids) => (float[2, n, 8] y) {
+        embedded = Gather(table, ids)
+        sum = Add(embedded, x)
+        shape = Shape(ids)
+        one = Constant<value_int = 1>()
+        tokens = Gather(shape, one)
+        zero = Constant<value_int = 0>()
+        positions = Range(zero, tokens, one)
+        moments = Cast<to = 1>(positions)
+        late = Greater(positions, zero)
+        nought = Constant<value = float {0.0}>()
+        lowest = Constant<value = float {-1e9}>()
+        mask = Where(late, nought, lowest)
+        bias = Sub(mask, moments)
+        turned = Transpose<perm = [0, 2, 1]>(sum)
+        scores = MatMul(sum, turned)
+        masked = Add(scores, bias)
+        weights = Softmax(masked)
+        same = Cast<to = 1>(weights)
+        mixed = MatMul(same, sum)
+        epsilon = Constant<value = float {1e-5}>()
+        y = Add(mixed, epsilon)
+    }"""
+    saved(path, nodes, {"table": (9, 8)})
+    onnx.checker.check_model(onnx.load(path), full_check=True)
     return path
 
 
@@ -241,79 +203,42 @@ def errors_of(tmp_path: Path, version: str, encoding: Entry, parameter: bool = T
 def integers(
     name: str, scale: Any, axis: int | None = None, block_size: int | None = None
 ) -> IntegerEncoding:
-    import numpy as np
-
-    return IntegerEncoding(
-        name,
-        4,
-        scale,
-        np.full(np.shape(scale), -8),
-        True,
-        None if axis is None else True,
-        axis,
-        block_size,
-    )
+    offset = np.full(np.shape(scale), -8)
+    signed = None if axis is None else True
+    return IntegerEncoding(name, 4, scale, offset, True, signed, axis, block_size)
 
 
-@pytest.mark.parametrize(
-    ("version", "encoding", "error"),
-    [
-        (
-            "1.0.0",
-            integers("nobody", 1.0),
-            "nobody, name: is not the name of a tensor in the graph",
-        ),
-        (
-            "1.0.0",
-            integers("m", 1.0),
-            "m, section: says a parameter, but it is an activation of the graph",
-        ),
-        (
-            "1.0.0",
-            integers("gemm", [1.0] * 8),
-            "gemm, scale: has shape [8], but axis 1 of [8, 6] needs [6]",
-        ),
-        (
-            "1.0.0",
-            integers("table", [1.0] * 5),
-            "table, scale: has shape [5], but axis 0 of [9, 4] needs [9]",
-        ),
-        (
-            "1.0.0",
-            integers("gemm", [1.0] * 8, block_size=4),
-            "gemm, scale: has shape [8], but axis 0 of [8, 6] in blocks of 4 needs [12]",
-        ),
-        (
-            "1.0.0",
-            integers("gemm", [1.0] * 16, block_size=3),
-            "gemm, scale: has shape [16], but axis 0 of [8, 6] in blocks of 3 needs [12]",
-        ),
-        (
+IN_BLOCKS = "but axis 0 of [8, 6] in blocks of"
+MISFITS: dict[str, tuple[str, Entry]] = {
+    "nobody, name: is not the name of a tensor in the graph": ("1.0.0", integers("nobody", 1.0)),
+    "m, section: says a parameter, but it is an activation of the graph": (
+        "1.0.0",
+        integers("m", 1.0),
+    ),
+    **{
+        f"{name}, scale: {problem}": (version, integers(name, [1.0] * count, axis, size))
+        for version, name, count, axis, size, problem in [
+            ("1.0.0", "gemm", 8, None, None, "has shape [8], but axis 1 of [8, 6] needs [6]"),
+            ("1.0.0", "table", 5, None, None, "has shape [5], but axis 0 of [9, 4] needs [9]"),
+            ("1.0.0", "gemm", 8, None, 4, f"has shape [8], {IN_BLOCKS} 4 needs [12]"),
+            ("1.0.0", "gemm", 16, None, 3, f"has shape [16], {IN_BLOCKS} 3 needs [12]"),
+            ("2.0.0", "gemm", 6, 2, None, "axis is 2, outside a tensor of shape [8, 6]"),
+            ("2.0.0", "gemm", 6, 0, None, "has shape [6], but axis 0 of [8, 6] needs [8]"),
+        ]
+    },
+    **{
+        f"gemm, scale: has shape [{rows}, {columns}], {IN_BLOCKS} 4 needs [2, 6]": (
             "2.0.0",
-            integers("gemm", [1.0] * 6, axis=2),
-            "gemm, scale: axis is 2, outside a tensor of shape [8, 6]",
-        ),
-        (
-            "2.0.0",
-            integers("gemm", [1.0] * 6, axis=0),
-            "gemm, scale: has shape [6], but axis 0 of [8, 6] needs [8]",
-        ),
-        (
-            "2.0.0",
-            integers("gemm", [[1.0] * 6] * 4, axis=0, block_size=4),
-            "gemm, scale: has shape [4, 6], but axis 0 of [8, 6] in blocks of 4 needs [2, 6]",
-        ),
-        (
-            "2.0.0",
-            integers("gemm", [[1.0] * 5] * 2, axis=0, block_size=4),
-            "gemm, scale: has shape [2, 5], but axis 0 of [8, 6] in blocks of 4 needs [2, 6]",
-        ),
-    ],
-)
-def test_scales_and_names_that_do_not_fit_the_model_are_errors(
-    tmp_path: Path, version: str, encoding: Entry, error: str
-) -> None:
-    assert errors_of(tmp_path, version, encoding) == [error]
+            integers("gemm", [[1.0] * columns] * rows, 0, 4),
+        )
+        for rows, columns in ((4, 6), (2, 5))
+    },
+}
+
+
+@pytest.mark.parametrize("error", MISFITS)
+def test_scales_and_names_that_do_not_fit_the_model_are_errors(tmp_path: Path, error: str) -> None:
+    assert errors_of(tmp_path, *MISFITS[error]) == [error]
 
 
 @pytest.mark.parametrize(

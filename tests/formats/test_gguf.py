@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,94 +42,68 @@ SMALL = {
     "num_key_value_heads": 2,
     "vocab_size": 96,
     "max_position_embeddings": 64,
+    "intermediate_size": 512,
+    "head_dim": 64,
 }
-FEED_FORWARD = {"intermediate_size": 512}
-# what GGUF calls the architecture, what transformers' table of keys calls it, and the configuration
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768}
+GPT2 = {"n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 96}
+BLOOM = {"hidden_size": 256, "n_layer": 2, "n_head": 4, "vocab_size": 96}
+MAMBA = {
+    "hidden_size": 256,
+    "num_hidden_layers": 2,
+    "vocab_size": 96,
+    "state_size": 8,
+    "intermediate_size": 512,
+}
+# By GGUF's name: what transformers' table of keys calls it, model_type, and the configuration.
 ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
-    "llama": (
-        "llama",
-        "llama",
-        {
-            "model_type": "llama",
-            **SMALL,
-            **FEED_FORWARD,
-            "tie_word_embeddings": False,
-            "head_dim": 64,
-        },
-    ),  # rows of q and k
-    "gpt2": (
-        "gpt2",
-        "gpt2",
-        {"model_type": "gpt2", "n_embd": 256, "n_layer": 2, "n_head": 4, "vocab_size": 96},
-    ),  # matrices turned
-    "gemma3": (
-        "gemma3",
-        "gemma3",
-        {
-            "model_type": "gemma3_text",
-            **SMALL,
-            **FEED_FORWARD,
-            "head_dim": 64,
-            "sliding_window": 32,
-        },
-    ),  # norms less one
-    "bloom": (
-        "bloom",
-        "bloom",
-        {"model_type": "bloom", "hidden_size": 256, "n_layer": 2, "n_head": 4, "vocab_size": 96},
-    ),  # q, k, v shuffled
+    "llama": ("llama", "llama", {**SMALL, "tie_word_embeddings": False}),  # rows of q and k
+    "gpt2": ("gpt2", "gpt2", GPT2),  # matrices turned
+    "gemma3": ("gemma3", "gemma3_text", {**SMALL, "sliding_window": 32}),  # norms less one
+    "bloom": ("bloom", "bloom", BLOOM),  # q, k, v shuffled
     "qwen3moe": (  # experts joined
-        "qwen3moe",
         "qwen3_moe",
-        {
-            **{
-                "model_type": "qwen3_moe",
-                **SMALL,
-                **FEED_FORWARD,
-                "num_experts": 4,
-                "num_experts_per_tok": 2,
-                "moe_intermediate_size": 768,
-            },
-            **{"head_dim": 64, "tie_word_embeddings": False},
-        },
+        "qwen3_moe",
+        {**SMALL, **EXPERTS, "tie_word_embeddings": False},
     ),
-    "mamba": (
-        "mamba",
-        "mamba",
-        {
-            "model_type": "mamba",
-            "hidden_size": 256,
-            "num_hidden_layers": 2,
-            "vocab_size": 96,
-            "state_size": 8,
-            "intermediate_size": 512,
-        },
-    ),
+    "mamba": ("mamba", "mamba", MAMBA),
 }
 
 
-def small_file(folder: Path, name: str, kinds: tuple[str, ...] = KINDS) -> Path:
-    arch, key, settings = ARCHITECTURES[name]
-    settings = dict(settings)
-    config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-    choose = in_turn(kinds)
-    experts: dict[str, str] = {}
-
-    def kind_of(stored: str, shape: tuple[int, ...]) -> str:
-        if "_exps" in stored:  # those that are joined have one type
-            return experts.setdefault(
-                stored.split(".")[1] + ("down" if "down" in stored else "gate_up"),
-                choose(stored, shape),
-            )
-        return choose(stored, shape)
-
+def file_of(
+    folder: Path,
+    arch: str,
+    kind_of: dict[str, str] | Callable[[str, tuple[int, ...]], str],
+    extra: dict[str, tuple[int, ...]] | None = None,
+    metadata: dict[str, Any] | None = None,
+    **changes: Any,
+) -> Path:
+    """A small model; types of tensors by a function, or by name, F32 where a name is missing."""
+    key, model_type, settings = ARCHITECTURES[arch]
+    config = AutoConfig.for_model(model_type, **{**settings, **changes})
+    if isinstance(kind_of, dict):
+        kinds = kind_of
+        kind_of = lambda name, shape: kinds.get(name, "F32")  # noqa: E731
     return write_file(
-        folder / f"{name}.gguf",
+        folder / "m.gguf",
         arch,
-        metadata_of(arch, config, key),
-        stored_shapes(arch, config),
+        metadata_of(arch, config, key) | (metadata or {}),
+        stored_shapes(arch, config) | (extra or {}),
         kind_of,
     )
+
+
+def small_file(folder: Path, arch: str) -> Path:
+    """A small model with tensors of all types in turn; experts that are joined have one type."""
+    choose, experts = in_turn(KINDS), dict[str, str]()
+
+    def kind_of(stored: str, shape: tuple[int, ...]) -> str:
+        if "_exps" not in stored:
+            return choose(stored, shape)
+        joined = stored.split(".")[1] + ("down" if "down" in stored else "gate_up")
+        return experts.setdefault(joined, choose(stored, shape))
+
+    return file_of(folder, arch, kind_of)
 
 
 def compare(path: Path) -> dict[str, Any]:
@@ -164,7 +139,7 @@ def hybrid_file(folder: Path, value_head_dim: int, experts: bool, kinds: tuple[s
     arch = "qwen35moe" if experts else "qwen35"
     key_heads, value_heads, key_dim, hidden = 2, 4, 32, 256
     values = value_heads * value_head_dim
-    linear = {
+    linear: dict[str, tuple[int, ...]] = {
         "attn_qkv.weight": (2 * key_heads * key_dim + values, hidden),
         "attn_gate.weight": (values, hidden),
         "ssm_alpha.weight": (value_heads, hidden),
@@ -175,68 +150,46 @@ def hybrid_file(folder: Path, value_head_dim: int, experts: bool, kinds: tuple[s
         "ssm_dt.bias": (value_heads,),
         "ssm_out.weight": (hidden, values),
     }
-    full = {
+    full: dict[str, tuple[int, ...]] = {
         "attn_q.weight": (512, hidden),
         "attn_k.weight": (128, hidden),
         "attn_v.weight": (128, hidden),
         "attn_output.weight": (hidden, 256),
+        "attn_q_norm.weight": (64,),
+        "attn_k_norm.weight": (64,),
     }
-    full |= {"attn_q_norm.weight": (64,), "attn_k_norm.weight": (64,)}
-    both: dict[str, tuple[int, ...]] = {
-        "attn_norm.weight": (hidden,),
-        "post_attention_norm.weight": (hidden,),
-    }
+    both = {"attn_norm.weight": (hidden,), "post_attention_norm.weight": (hidden,)}
+    forward = {"gate": (512, hidden), "up": (512, hidden), "down": (hidden, 512)}
     if experts:
         both |= {"ffn_gate_inp.weight": (4, hidden), "ffn_gate_inp_shexp.weight": (hidden,)}
-        both |= {f"ffn_{part}_exps.weight": (4, 512, hidden) for part in ("gate", "up")} | {
-            "ffn_down_exps.weight": (4, hidden, 512)
-        }
-        both |= {f"ffn_{part}_shexp.weight": (512, hidden) for part in ("gate", "up")} | {
-            "ffn_down_shexp.weight": (hidden, 512)
-        }
-    else:
-        both |= {
-            "ffn_gate.weight": (512, hidden),
-            "ffn_up.weight": (512, hidden),
-            "ffn_down.weight": (hidden, 512),
-        }
-    shapes: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (96, hidden),
-        "output_norm.weight": (hidden,),
-    }
-    for block, own in enumerate((linear, full)):
-        shapes |= {f"blk.{block}.{name}": shape for name, shape in (own | both).items()}
-    numbers = {
-        **{
-            "context_length": 64,
-            "embedding_length": hidden,
-            "attention.head_count": 4,
-            "attention.head_count_kv": 2,
-            "attention.key_length": 64,
-        },
-        **{
-            "attention.layer_norm_rms_epsilon": 1e-6,
-            "full_attention_interval": 2,
-            "block_count": 2,
-            "feed_forward_length": 512,
-            "rope.freq_base": 1e6,
-        },
-        **{
-            "ssm.conv_kernel": 4,
-            "ssm.state_size": key_dim,
-            "ssm.group_count": key_heads,
-            "ssm.time_step_rank": value_heads,
-            "ssm.inner_size": values,
-        },
-        **{"rope.dimension_sections": [3, 3, 2, 0], "rope.dimension_count": 16},
+        both |= {f"ffn_{part}_exps.weight": (4, *size) for part, size in forward.items()}
+    ending = "_shexp.weight" if experts else ".weight"
+    both |= {f"ffn_{part}{ending}": size for part, size in forward.items()}
+    shapes = {"token_embd.weight": (96, hidden), "output_norm.weight": (hidden,)}
+    for block, tensors in enumerate((linear, full)):
+        shapes |= {f"blk.{block}.{name}": shape for name, shape in (tensors | both).items()}
+    numbers: dict[str, Any] = {
+        "context_length": 64,
+        "embedding_length": hidden,
+        "attention.head_count": 4,
+        "attention.head_count_kv": 2,
+        "attention.key_length": 64,
+        "attention.layer_norm_rms_epsilon": 1e-6,
+        "full_attention_interval": 2,
+        "block_count": 2,
+        "feed_forward_length": 512,
+        "rope.freq_base": 1e6,
+        "rope.dimension_sections": [3, 3, 2, 0],
+        "rope.dimension_count": 16,
+        "ssm.conv_kernel": 4,
+        "ssm.state_size": key_dim,
+        "ssm.group_count": key_heads,
+        "ssm.time_step_rank": value_heads,
+        "ssm.inner_size": values,
     }
     if experts:
-        numbers |= {
-            "expert_feed_forward_length": 512,
-            "expert_shared_feed_forward_length": 512,
-            "expert_count": 4,
-            "expert_used_count": 2,
-        }
+        lengths = ("expert_feed_forward_length", "expert_shared_feed_forward_length")
+        numbers |= dict.fromkeys(lengths, 512) | {"expert_count": 4, "expert_used_count": 2}
     choose = in_turn(kinds)
     joined: dict[str, str] = {}
 
@@ -245,13 +198,8 @@ def hybrid_file(folder: Path, value_head_dim: int, experts: bool, kinds: tuple[s
             return joined.setdefault(name.split(".")[1], choose(name, shape))
         return kinds[0] if name.endswith("ssm_out.weight") else choose(name, shape)
 
-    return write_file(
-        folder / f"{arch}.gguf",
-        arch,
-        {f"{arch}.{key}": value for key, value in numbers.items()},
-        shapes,
-        kind_of,
-    )
+    metadata = {f"{arch}.{key}": value for key, value in numbers.items()}
+    return write_file(folder / f"{arch}.gguf", arch, metadata, shapes, kind_of)
 
 
 NEWER = tuple(
@@ -281,16 +229,10 @@ def test_columns_that_leave_their_blocks_are_refused(tmp_path: Path) -> None:
 
 
 def test_values_that_transformers_changes_are_refused(tmp_path: Path) -> None:
-    arch, key, settings = ARCHITECTURES["gemma3"]
-    config = AutoConfig.for_model(
-        settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"}
-    )
     choose = in_turn()
-    path = write_file(
-        tmp_path / "m.gguf",
-        arch,
-        metadata_of(arch, config, key),
-        stored_shapes(arch, config),
+    path = file_of(
+        tmp_path,
+        "gemma3",
         lambda name, shape: "Q8_0" if name == "blk.1.attn_norm.weight" else choose(name, shape),
     )
     with pytest.raises(
@@ -301,19 +243,8 @@ def test_values_that_transformers_changes_are_refused(tmp_path: Path) -> None:
 
 
 def test_joined_experts_of_two_types_are_refused(tmp_path: Path) -> None:
-    arch, key, settings = ARCHITECTURES["qwen3moe"]
-    config = AutoConfig.for_model(
-        settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"}
-    )
-    path = write_file(
-        tmp_path / "m.gguf",
-        arch,
-        metadata_of(arch, config, key),
-        stored_shapes(arch, config),
-        lambda name, shape: (
-            "Q8_0" if name == "blk.0.ffn_up_exps.weight" else "Q4_K" if "exps" in name else "F32"
-        ),
-    )
+    types = {"blk.0.ffn_up_exps.weight": "Q8_0", "blk.0.ffn_gate_exps.weight": "Q4_K"}
+    path = file_of(tmp_path, "qwen3moe", types)
     with pytest.raises(
         SourceError,
         match=r"blk.0.ffn_gate_exps.weight \(Q4_K\), blk.0.ffn_up_exps.weight \(Q8_0\)\. Use a file",
@@ -322,53 +253,20 @@ def test_joined_experts_of_two_types_are_refused(tmp_path: Path) -> None:
 
 
 def test_types_that_no_grid_expresses_are_named(tmp_path: Path) -> None:
-    arch, key, settings = ARCHITECTURES["llama"]
-    config = AutoConfig.for_model(
-        settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"}
-    )
-    kinds = {"blk.0.ffn_up.weight": "TQ2_0", "blk.1.attn_q.weight": "MXFP4"}
-    path = write_file(
-        tmp_path / "m.gguf",
-        arch,
-        metadata_of(arch, config, key),
-        stored_shapes(arch, config),
-        lambda name, shape: kinds.get(name, "F16"),
-    )
+    types = {"blk.0.ffn_up.weight": "TQ2_0", "blk.1.attn_q.weight": "MXFP4"}
     expected = r"blk.0.ffn_up.weight \(TQ2_0\), blk.1.attn_q.weight \(MXFP4\): MXFP4, TQ2_0 cannot be expressed .* Use a file with Q4_0, .*"
     with pytest.raises(SourceError, match=expected):
-        GgufCheckpoint(path)
-
-
-def llama(
-    folder: Path,
-    kinds: dict[str, str],
-    extra: dict[str, tuple[int, ...]] | None = None,
-    *,
-    metadata: Any = None,
-    **changes: Any,
-) -> Path:
-    """A small llama, F32 but for `kinds`."""
-    arch, key, settings = ARCHITECTURES["llama"]
-    settings = {k: v for k, v in settings.items() if k != "model_type"} | changes
-    config = AutoConfig.for_model("llama", **settings)
-    shapes = stored_shapes(arch, config) | (extra or {})
-    return write_file(
-        folder / "m.gguf",
-        arch,
-        metadata_of(arch, config, key) | (metadata or {}),
-        shapes,
-        lambda name, shape: kinds.get(name, "F32"),
-    )
+        GgufCheckpoint(file_of(tmp_path, "llama", types))
 
 
 def test_a_tied_head_comes_once_and_first(tmp_path: Path) -> None:
     tied, untied = tmp_path / "tied", tmp_path / "untied"
     tied.mkdir()
     untied.mkdir()
-    names = GgufCheckpoint(llama(tied, {}, tie_word_embeddings=True)).names()
+    names = GgufCheckpoint(file_of(tied, "llama", {}, tie_word_embeddings=True)).names()
     assert names[0] == "model.embed_tokens.weight"
     assert "lm_head.weight" not in names
-    assert GgufCheckpoint(llama(untied, {})).names()[-1] == "lm_head.weight"
+    assert GgufCheckpoint(file_of(untied, "llama", {})).names()[-1] == "lm_head.weight"
     with pytest.raises(
         SourceError,
         match=r"'lm_head.weight' is not a parameter of LlamaForCausalLM \(tied",
@@ -377,14 +275,8 @@ def test_a_tied_head_comes_once_and_first(tmp_path: Path) -> None:
 
 
 def test_copies_of_a_tied_tensor_that_differ_are_refused(tmp_path: Path) -> None:
-    arch, key, settings = ARCHITECTURES["bloom"]  # transformers ties it whatever the file holds
-    config = AutoConfig.for_model(
-        settings["model_type"], **{k: v for k, v in settings.items() if k != "model_type"}
-    )
-    shapes = stored_shapes(arch, config) | {"output.weight": (96, 256)}
-    path = write_file(
-        tmp_path / "m.gguf", arch, metadata_of(arch, config, key), shapes, lambda name, shape: "F32"
-    )
+    # transformers ties bloom's head whatever the file holds
+    path = file_of(tmp_path, "bloom", {}, {"output.weight": (96, 256)})
     with pytest.raises(
         SourceError,
         match=r"token_embd.weight, output.weight hold different values, but the model .* ties them",
@@ -393,7 +285,7 @@ def test_copies_of_a_tied_tensor_that_differ_are_refused(tmp_path: Path) -> None
 
 
 def test_floats_of_64_bits_stay_what_they_are(tmp_path: Path) -> None:
-    path = llama(tmp_path, {"blk.1.ffn_norm.weight": "F64"})
+    path = file_of(tmp_path, "llama", {"blk.1.ffn_norm.weight": "F64"})
     stored = next(
         tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.1.ffn_norm.weight"
     )
@@ -426,7 +318,7 @@ def test_positions_that_transformers_does_not_read_are_announced(
     tmp_path: Path, metadata: dict[str, Any], extra: dict[str, Any], message: str
 ) -> None:
     """Both ways of opening the file warn, and the model's positions are indeed unscaled."""
-    path = llama(tmp_path, {}, extra, metadata=metadata)
+    path = file_of(tmp_path, "llama", {}, extra, metadata=metadata)
     with pytest.warns(
         UserWarning,
         match=message
@@ -442,7 +334,7 @@ def test_positions_that_transformers_does_not_read_are_announced(
 
 
 def test_the_remedies_for_positions_can_be_followed(tmp_path: Path) -> None:
-    path = llama(tmp_path, {}, metadata=SCALED)
+    path = file_of(tmp_path, "llama", {}, metadata=SCALED)
     with pytest.warns(UserWarning, match="in Python, set config.rope_parameters"):
         checkpoint = open_checkpoint(path)
     with pytest.warns(UserWarning, match="Hugging Face folder as the source"):
@@ -475,7 +367,7 @@ def test_the_remedies_for_positions_can_be_followed(tmp_path: Path) -> None:
 def test_scalings_that_change_nothing_are_no_reason_to_warn(
     tmp_path: Path, metadata: dict[str, Any]
 ) -> None:
-    path = llama(tmp_path, {}, metadata=metadata)
+    path = file_of(tmp_path, "llama", {}, metadata=metadata)
     assert GgufCheckpoint(path).names()
     load_model(str(path))
 
@@ -494,39 +386,17 @@ def test_the_configuration_is_transformers_own(tmp_path: Path) -> None:
         assert found["vocab_size"] == 96
 
 
+HEADS = {"hidden_size": 64, "num_attention_heads": 4}
+MLP = dict(HEADS, num_key_value_heads=2, intermediate_size=64)
+
+
 @pytest.mark.parametrize(
     ("model_type", "settings"),
     [
-        ("falcon", {"hidden_size": 64, "num_attention_heads": 4}),
-        (
-            "phi3",
-            {
-                "hidden_size": 64,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "intermediate_size": 64,
-                "pad_token_id": 0,
-            },
-        ),
-        (
-            "stablelm",
-            {
-                "hidden_size": 64,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 2,
-                "intermediate_size": 64,
-            },
-        ),
-        (
-            "qwen2_moe",
-            {
-                "hidden_size": 64,
-                "num_attention_heads": 4,
-                "num_experts": 2,
-                "moe_intermediate_size": 32,
-                "intermediate_size": 64,
-            },
-        ),
+        ("falcon", HEADS),
+        ("phi3", dict(MLP, pad_token_id=0)),
+        ("stablelm", MLP),
+        ("qwen2_moe", dict(HEADS, num_experts=2, moe_intermediate_size=32, intermediate_size=64)),
         ("gpt2", {"hidden_size": 64, "n_head": 4}),
     ],
 )

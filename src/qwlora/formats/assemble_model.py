@@ -67,18 +67,20 @@ class LazyModel:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         self.model = empty_model(checkpoint.config)
-        folder = checkpoint.folder
-        if folder is not None:
-            read_generation_config_(self.model, folder)
+        if checkpoint.folder is not None:
+            read_generation_config_(self.model, checkpoint.folder)
         self.places = tensor_places(self.model)
         first = {
             place_name(place): name for name, places in self.places.items() for place in places
         }
         # a tied tensor may be stored under any of its names
         self.stored = {first.get(name, name): name for name in checkpoint.names()}
-        if wrong := _wrong_names(set(self.stored), set(self.places)):
+        missing = self.places.keys() - self.stored.keys()
+        unknown = self.stored.keys() - self.places.keys()
+        if missing or unknown:
             raise SourceError(
-                f"the files and config.json ({type(self.model).__name__}) do not match: {wrong}. "
+                f"the files and config.json ({type(self.model).__name__}) do not match: missing: "
+                f"{listed(sorted(missing))}; unknown to the model: {listed(sorted(unknown))}. "
                 "Check that config.json belongs to this model, or download the model again"
             )
 
@@ -90,11 +92,7 @@ class LazyModel:
         Raises:
             SourceError: a tensor cannot be read, or its shape differs from its parameter's.
         """
-        names = [
-            name
-            for name in self.stored
-            if any(is_below(place, path) for place in self._waiting(name))
-        ]
+        names = [n for n in self.stored if any(is_below(p, path) for p in self._waiting(n))]
         for name in track(names, "reading", len(names)):
             self.load_(name)
         return self.model.get_submodule(path)
@@ -110,11 +108,9 @@ class LazyModel:
         """Drop the data of float tensors that are used only in module `path`; packed layers
         stay."""
         for places in self.places.values():
-            there = [place for place in places if tensor_at(self.model, place) is not None]
-            if there and all(is_below(place, path) for place in there):
-                tensor = tensor_at(self.model, there[0])
-                assert tensor is not None
-                put_(self.model, there, tensor.to("meta"))
+            tensors = {p: t for p in places if (t := tensor_at(self.model, p)) is not None}
+            if tensors and all(is_below(place, path) for place in tensors):
+                put_(self.model, tensors, next(iter(tensors.values())).to("meta"))
 
     @contextmanager
     def one_block_at_a_time(self) -> Iterator[PreTrainedModel]:
@@ -130,8 +126,8 @@ class LazyModel:
         for path in blocks:
             block = self.model.get_submodule(path)
             hooks += [
-                block.register_forward_pre_hook(_ignoring(self.materialize_, path)),
-                block.register_forward_hook(_ignoring(self.release_, path)),
+                block.register_forward_pre_hook(_calling(self.materialize_, path)),
+                block.register_forward_hook(_calling(self.release_, path)),
             ]
         try:
             yield self.model
@@ -142,8 +138,8 @@ class LazyModel:
 
     def _waiting(self, name: str) -> list[Place]:
         """The places of a tensor that still exist in the model and have no data."""
-        found = ((place, tensor_at(self.model, place)) for place in self.places[name])
-        return [place for place, tensor in found if tensor is not None and tensor.is_meta]
+        tensors = {place: tensor_at(self.model, place) for place in self.places[name]}
+        return [place for place, tensor in tensors.items() if tensor is not None and tensor.is_meta]
 
     def load_(self, name: str) -> None:
         """Load one parameter or buffer by name if it has no data yet; see `materialize_`."""
@@ -152,7 +148,14 @@ class LazyModel:
             return
         value = self.checkpoint.read(self.stored[name])
         if isinstance(value, QuantizedTensor):
-            self._pack_(name, value)
+            try:
+                pack_at_(self.model, name, value)
+            except GridError as error:
+                raise SourceError(
+                    f"{name} is {value.encoding.scheme} in the files and cannot be packed: {error}"
+                ) from error
+            if len(self.places[name]) > 1:
+                tie_weights_(self.model)
             return
         expected = tensor_at(self.model, places[0])
         assert expected is not None
@@ -164,26 +167,11 @@ class LazyModel:
         check_finite(name, value, allow_infinity=not isinstance(expected, nn.Parameter))
         put_(self.model, places, value.to(torch.float32) if value.is_floating_point() else value)
 
-    def _pack_(self, name: str, value: QuantizedTensor) -> None:
-        try:
-            pack_at_(self.model, name, value)
-        except GridError as error:
-            raise SourceError(
-                f"{name} is {value.encoding.scheme} in the files and cannot be packed: {error}"
-            ) from error
-        if len(self.places[name]) > 1:
-            tie_weights_(self.model)
 
-
-def _ignoring(action: Callable[[str], object], path: str) -> Callable[..., None]:
-    """A module hook that calls `action(path)` and ignores its own arguments."""
+def _calling(action: Callable[[str], object], path: str) -> Callable[..., None]:
+    """A module hook that calls `action(path)`."""
 
     def hook(*ignored: object) -> None:
         action(path)
 
     return hook
-
-
-def _wrong_names(stored: set[str], expected: set[str]) -> str:
-    parts = [(expected - stored, "missing"), (stored - expected, "unknown to the model")]
-    return "; ".join(f"{what}: {listed(sorted(names))}" for names, what in parts if names)

@@ -38,7 +38,7 @@ class Checkpoint(Protocol):
         ...
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """Read one tensor, as integers if it is stored as integers.
+        """Read one tensor, as integers `[out, in]` if it is stored as integers.
 
         Raises:
             SourceError: the tensor cannot be read, or no `Encoding` can express how it is stored.
@@ -53,10 +53,9 @@ class ShownCheckpoint:
     config: PretrainedConfig
     path: Path
 
+    def names(self) -> Sequence[str]:
+        raise NotImplementedError
+
     def __repr__(self) -> str:
         kind, model, count = type(self).__name__, self.config.model_type, len(self.names())
         return f"{kind} of {model} with {count} tensors in {str(self.path)!r}"
-
-    def names(self) -> Sequence[str]:
-        """See `Checkpoint`."""
-        raise NotImplementedError

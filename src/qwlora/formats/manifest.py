@@ -36,7 +36,7 @@ class UnverifiedWarning(QwloraWarning):
 def write(folder: Path, name: str, record: Mapping[str, Any], files: Iterable[str]) -> None:
     """Write `record` as `folder / name`, with the digests of `files` and of the record itself."""
     digests = {file: _file_digest(folder / file) for file in sorted(files)}
-    _write(folder / name, {**record, FILES: {**digests, name: _record_digest(record)}})
+    write_text(folder / name, text({**record, FILES: digests}, name))
 
 
 def text(record: Mapping[str, Any], name: str) -> str:
@@ -50,7 +50,7 @@ def add(folder: Path, name: str, files: Iterable[str]) -> None:
     """Add the digests of more files to the record."""
     record = json.loads((folder / name).read_text())
     record[FILES] |= {file: _file_digest(folder / file) for file in files}
-    _write(folder / name, record)
+    write_text(folder / name, text(record, name))
 
 
 def has_digests(folder: Path, name: str) -> bool:
@@ -70,8 +70,6 @@ def check(
     """Compare the files of `folder` with the digests in its record `name`.
 
     Args:
-        folder: the artifact's folder.
-        name: the file name of its record.
         what: the artifact, for messages.
         remedy: how to create the artifact again, for messages.
         only: the files to check, in addition to the record; default: all listed files.
@@ -90,8 +88,7 @@ def check(
             UnverifiedWarning,
             stacklevel=3,
         )
-        return
-    if changed := changed_files(folder, name, only):
+    elif changed := changed_files(folder, name, only):
         them = "it" if len(changed) == 1 else "them"
         raise FingerprintError(
             f"{what}: {', '.join(changed)} changed after saving (SHA-256 differs from {name}). "
@@ -119,14 +116,10 @@ def changed_files(folder: Path, name: str, only: Iterable[str] | None = None) ->
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        record = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):
         return {}
-    return found if isinstance(found, dict) else {}
-
-
-def _write(path: Path, record: Mapping[str, Any]) -> None:
-    write_text(path, strict_json.dumps(record, indent=1) + "\n")
+    return record if isinstance(record, dict) else {}
 
 
 def _record_digest(record: Mapping[str, Any]) -> str:

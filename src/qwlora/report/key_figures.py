@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
 from qwlora.report.number_format import (
-    NOT_MEASURED,
     Format,
     count,
     fixed,
@@ -43,34 +42,42 @@ SAME_TOKEN = (
 
 @dataclass(frozen=True)
 class Tile:
-    """One key figure: `value` with its unit, a definition behind the question mark, a note."""
+    """One key figure: `value` with its unit, a definition behind the question mark, a note.
+
+    Args:
+        badness: of several adapters, the one with the largest is shown; None if not measured.
+    """
 
     label: str
     tip: str
     value: Markup | None
     note: Markup | str = ""
     unit: str = ""
-
-    @property
-    def shown(self) -> Markup:
-        return NOT_MEASURED if self.value is None else self.value
+    badness: float | None = None
 
 
 def tiles(job: Job) -> list[Tile]:
-    """The key figures of a job, as far as it got."""
-    if job.state not in ("finished", "failed") or not job.adapters:
+    """The key figures of a job, as far as it got; of several adapters always the worst."""
+    names = job.adapters
+    if job.state not in ("finished", "failed") or not names:
         return _of_unfinished(job)
-    if len(job.adapters) > 1:
-        return _of_several(job)
-    adapter = job.adapters[0]
     return [
-        _perplexity(job, adapter),
-        _packing(job, adapter),
-        _shipping(job, adapter),
-        _divergence(job, adapter),
-        _same_token(job, adapter),
-        _file_size(job, adapter),
+        _perplexity(job, names[0]) if len(names) == 1 else _gains(job),
+        _packing(job, names[0]),
+        *(_worst(job, tile) for tile in (_shipping, _divergence, _same_token)),
+        _file_size(job, names[0]) if len(names) == 1 else _size_of_all(job),
     ]
+
+
+def _worst(job: Job, tile_of: Callable[[Job, str], Tile]) -> Tile:
+    """The tile of the adapter with the largest badness; of several it says which."""
+    tiles_ = {name: tile_of(job, name) for name in job.adapters}
+    measured = {name: tile.badness for name, tile in tiles_.items() if tile.badness is not None}
+    name = max(measured, key=lambda n: measured[n], default=job.adapters[0])
+    tile = tiles_[name]
+    if len(tiles_) == 1 or not measured:
+        return tile
+    return replace(tile, note=Markup("worst: {}, {}").format(name, tile.note))
 
 
 def _add(job: Job, verb: str) -> Markup:
@@ -141,8 +148,8 @@ def _shipping_cost(job: Job, adapter: str) -> tuple[float | None, str]:
 
 def _shipping(job: Job, adapter: str) -> Tile:
     cost, note = _shipping_cost(job, adapter)
-    note_or_command = note or _add(job, "verify")
-    return Tile("Cost of shipping", SHIPPING, _change(percent, cost), note_or_command)
+    value, note_or_command = _change(percent, cost), note or _add(job, "verify")
+    return Tile("Cost of shipping", SHIPPING, value, note_or_command, badness=cost)
 
 
 def _divergence(job: Job, adapter: str) -> Tile:
@@ -153,7 +160,7 @@ def _divergence(job: Job, adapter: str) -> Tile:
         if (value := job.shown(significant, *path, "mean")) is not None:
             stderr = job.number(*path, "stderr")
             error = f" ± {significant(stderr, 2)}" if stderr is not None else ""
-            return Tile(label, KL, value, f"{word}{error}", "nats")
+            return Tile(label, KL, value, f"{word}{error}", "nats", job.number(*path, "mean"))
     return Tile(label, KL, None, _add(job, "evaluate"))
 
 
@@ -163,8 +170,8 @@ def _same_token(job: Job, adapter: str) -> Tile:
         return Tile("Same likeliest token", SAME_TOKEN, None, _add(job, "verify"))
     floor = job.number(*path[:-1], "floor_top1_agreement")
     note = f"noise floor {precise_percent(floor)}" if floor is not None else runtime(path[1])
-    value = job.shown(precise_percent, *path)
-    return Tile("Same likeliest token", SAME_TOKEN, value, note)
+    value, share = job.shown(precise_percent, *path), job.number(*path) or 0.0
+    return Tile("Same likeliest token", SAME_TOKEN, value, note, badness=-share)
 
 
 def _file_size(job: Job, adapter: str) -> Tile:
@@ -185,58 +192,27 @@ def _file_size(job: Job, adapter: str) -> Tile:
     return Tile(f"Size of the {name}", tip, tagged(number, value, path), note, unit)
 
 
-def _of_several(job: Job) -> list[Tile]:
-    """The same figures for several adapters: always the worst of them, by name."""
-    names, gains = job.adapters, job.gains()
-    weakest = max(gains, key=lambda n: gains[n], default="")
-    better = Tile(
-        "Better than the float model",
-        "Adapters with a lower perplexity than the float model, each on its own held-out text.",
-        Markup("{} <small>of {}</small>").format(
-            sum(change < 0 for change in gains.values()), len(names)
-        )
-        if gains
-        else None,
-        f"weakest: {weakest}, {percent(gains[weakest], sign=True)}"
-        if gains
-        else _add(job, "evaluate"),
-    )
-    target = job.targets[0] if job.targets else ""
-    costs = {name: _shipping_cost(job, name)[0] for name in names}
-    kls = {name: job.number(*job.path("simulated", name, "kl"), "mean") for name in names}
-    places = {name: job.worst_proof(name, "top1_agreement", min) for name in names}
-    shares = {name: job.number(*place) for name, place in places.items() if place}
-    sizes = [b for n in names if (b := job.number("export", target, n, "bytes")) is not None]
-    total = sum(sizes) + (job.number("export", target, "base", "bytes") or 0.0)
-    number, unit = size(total).split(" ")
+def _gains(job: Job) -> Tile:
+    gains, value, note = job.gains(), None, _add(job, "evaluate")
+    if gains:
+        better, weakest = sum(g < 0 for g in gains.values()), max(gains, key=lambda n: gains[n])
+        value = Markup("{} <small>of {}</small>").format(better, len(job.adapters))
+        note = Markup("weakest: {}, {}").format(weakest, percent(gains[weakest], sign=True))
+    tip = "Adapters with a lower perplexity than the float model, each on its own held-out text."
+    return Tile("Better than the float model", tip, value, note)
+
+
+def _size_of_all(job: Job) -> Tile:
     label, tip = "Size of all files", "Exported files of all adapters, and of their base."
-    files = Tile(label, tip, None, _add(job, "export"))
-    if sizes:
-        exported = f"{len(sizes)} of {len(names)} adapters exported"
-        files = Tile(label, tip, valued(number, total), exported, unit)
-    return [
-        better,
-        _packing(job, names[0]),
-        _worst(job, _shipping, costs),
-        _worst(job, _divergence, kls),
-        _worst(job, _same_token, shares, min),
-        files,
-    ]
-
-
-def _worst(
-    job: Job,
-    tile_of: Callable[[Job, str], Tile],
-    values: Mapping[str, float | None],
-    worst: Callable[..., str] = max,
-) -> Tile:
-    """The tile of the adapter with the worst value, which names it."""
-    known = {name: value for name, value in values.items() if value is not None}
-    if not known:
-        return tile_of(job, job.adapters[0])
-    name = worst(known, key=lambda n: known[n])
-    tile = tile_of(job, name)
-    return replace(tile, note=Markup("worst: {}, {}").format(name, tile.note))
+    files = job.section("export", job.targets[0] if job.targets else "")
+    sizes = {name: job.number("export", job.targets[0], name, "bytes") for name in files}
+    exported = sum(sizes.get(name) is not None for name in job.adapters)
+    if not exported:
+        return Tile(label, tip, None, _add(job, "export"))
+    total = sum(number or 0.0 for number in sizes.values())
+    number, unit = size(total).split(" ")
+    note = f"{exported} of {len(job.adapters)} adapters exported"
+    return Tile(label, tip, valued(number, total), note, unit)
 
 
 def _of_unfinished(job: Job) -> list[Tile]:

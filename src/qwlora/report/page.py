@@ -17,7 +17,7 @@ from markupsafe import Markup
 
 from qwlora.report.comparison import comparison
 from qwlora.report.key_figures import tiles
-from qwlora.report.number_format import count, finite
+from qwlora.report.number_format import NOT_MEASURED, count, finite
 from qwlora.report.results_view import Job, without_folders
 from qwlora.report.section import Section, View
 from qwlora.report.sections import sections
@@ -76,6 +76,7 @@ def render(job: Job) -> str:
             subtitle=f"{job.model}{bits}, {adapters}",
             verdict=judged,
             tiles=tiles(job),
+            not_measured=NOT_MEASURED,
             remedies=remedy_lines,
             remedy_command=remedy_command,
             message=without_folders(str(job.get("error", "message") or "")),
@@ -98,7 +99,7 @@ def render_comparison(jobs: Sequence[Job]) -> str:
 def _sections(job: Job) -> list[Shown]:
     """The sections of the whole job; with one adapter those of the adapter too."""
     is_single = len(job.adapters) < 2
-    adapter = job.adapters[0] if len(job.adapters) == 1 else None
+    adapter = job.adapters[0] if len(job.adapters) == 1 else ""
     shown = [
         Shown(section.id, section, view)
         for section in sections()

@@ -30,7 +30,7 @@ class Section:
         of_job, of_adapter: whether the section is drawn for the whole job, and for each adapter.
             With a single adapter both are one: `view` is called once, with its name.
         view: what the template draws, or None to leave the section out. The key `question`
-            replaces the question. The adapter is None for what concerns the whole job.
+            replaces the question. The adapter is empty for what concerns the whole job.
     """
 
     id: str
@@ -39,7 +39,7 @@ class Section:
     position: int
     of_job: bool
     of_adapter: bool
-    view: Callable[[Job, str | None], View | None]
+    view: Callable[[Job, str], View | None]
 
     @property
     def template(self) -> str:
@@ -54,7 +54,7 @@ def section(
     position: int,
     of_job: bool = False,
     of_adapter: bool = False,
-) -> Callable[[Callable[[Job, str | None], View | None]], Section]:
+) -> Callable[[Callable[[Job, str], View | None]], Section]:
     """Decorator of a section's `view`."""
     return partial(Section, id, label, question, position, of_job, of_adapter)
 

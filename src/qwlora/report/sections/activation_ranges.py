@@ -77,16 +77,15 @@ class Panel:
 @section(
     "activations", "Activations", "Which activations need 16 bits?", position=50, of_adapter=True
 )
-def view(job: Job, adapter: str | None) -> View | None:
+def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
-    name = adapter or job.adapters[0]
-    simulation = job.section("simulation", name)
-    shown, table = _panels(job.section("simulation", name, "ranges")), _table(simulation)
+    simulation = job.section("simulation", adapter)
+    shown, table = _panels(job.section("simulation", adapter, "ranges")), _table(simulation)
     if not shown and not table.rows:
         return None
     low, high = _axis(shown)
     drawn = panels(lambda width: [_draw(panel, low, high, width) for panel in shown])
-    tokens = job.number("simulation", name, "calibration_tokens")
+    tokens = job.number("simulation", adapter, "calibration_tokens")
     return {
         "tokens": count(tokens) if tokens is not None else "",
         "low": significant(low, 1),

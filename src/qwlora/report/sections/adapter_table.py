@@ -38,7 +38,7 @@ class MatrixCell:
 
 
 @section("adapters", "Adapters", "Which adapter helps where?", position=10, of_job=True)
-def view(job: Job, adapter: str | None) -> View | None:
+def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
     if len(job.adapters) < 2:
         return None

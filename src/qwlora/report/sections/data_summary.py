@@ -36,7 +36,7 @@ REMOVED = {
 
 
 @section("data", "Data", "What was it trained and tested on?", position=90, of_job=True)
-def view(job: Job, adapter: str | None) -> View | None:
+def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
     texts = {name: ("texts", name) for name in job.section("texts") if job.section("texts", name)}
     paths: dict[str, tuple[str, ...]] = {**texts} or {"": ("data",)}

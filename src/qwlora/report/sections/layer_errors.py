@@ -54,9 +54,9 @@ class Measure:
 
 
 @section("layers", "Layers", QUESTION, position=40, of_job=True, of_adapter=True)
-def view(job: Job, adapter: str | None) -> View | None:
+def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
-    of_base, of_adapter = len(job.adapters) == 1 or adapter is None, adapter is not None
+    of_base = len(job.adapters) == 1 or not adapter
     bits = _bits(job)
     widths = set(bits.values())
     rounding = f"{next(iter(widths))} bits" if len(widths) == 1 else "integers"
@@ -66,7 +66,7 @@ def view(job: Job, adapter: str | None) -> View | None:
         measures.append(Measure("Weight error", what, ("base", "layers"), "weight_error"))
         what = "Share of the layer's output lost, each input weighted by how much it matters."
         measures.append(Measure("Output error", what, ("base", "layers"), "error"))
-    if adapter is not None:
+    if adapter:
         what = "Size of the adapter's update relative to the frozen weight."
         measures.append(Measure("Adapter gain", what, ("train", adapter, "layers"), "gain"))
     values = {measure: found for measure in measures if (found := measure.values(job))}
@@ -83,7 +83,7 @@ def view(job: Job, adapter: str | None) -> View | None:
         "maps": maps,
         "table": _table(values, bits if of_base else None),
         "missing": _missing(job, {measure.key for measure in values}) if has_layers else "",
-        "question": QUESTION if of_base and of_adapter else of_one,
+        "question": QUESTION if of_base and adapter else of_one,
     }
 
 

@@ -12,7 +12,7 @@ NOT_RECORDED = Markup('<span class="nm">not recorded</span>')
 
 
 @section("reproduce", "Reproduce", "How do I get this again?", position=100, of_job=True)
-def view(job: Job, adapter: str | None) -> View | None:
+def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
     text = without_folders(job.recipe_text)
     source, seed = job.setting("model", "source"), job.setting("seed")

@@ -33,17 +33,16 @@ class Agreement:
     position=60,
     of_adapter=True,
 )
-def view(job: Job, adapter: str | None) -> View | None:
+def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
-    name = adapter or job.adapters[0]
-    rows = [_agreement(job, target, name) for target in job.targets]
+    rows = [_agreement(job, target, adapter) for target in job.targets]
     measured = [row for row in rows if row.share is not None]
     if not rows or (not measured and job.state != "finished"):
         return None
     return {
         "figure": figure(lambda width: _draw(rows, width)) if measured else "",
-        "answer": _answer(job, name, rows),
-        "limits": [limits for target in job.targets if (limits := _limits(job, target, name))],
+        "answer": _answer(job, adapter, rows),
+        "limits": [limits for target in job.targets if (limits := _limits(job, target, adapter))],
     }
 
 

@@ -48,19 +48,18 @@ class Step:
 
 
 @section("stages", "Cost by stage", "What did each stage cost?", position=20, of_adapter=True)
-def view(job: Job, adapter: str | None) -> View | None:
+def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
-    name = adapter or job.adapters[0]
-    steps = _steps(job, name)
+    steps = _steps(job, adapter)
     if sum(step.after is not None for step in steps) < 2:
         return None
     missing = "waiting" if job.state == "running" else "not measured"
     return {
         "figure": figure(lambda width: _draw(steps, width, missing)),
-        "answer": _answer(job, name),
-        "magnified": _magnified(job, name),
-        "note": _note(job, name),
-        "table": _table(job, name),
+        "answer": _answer(job, adapter),
+        "magnified": _magnified(job, adapter),
+        "note": _note(job, adapter),
+        "table": _table(job, adapter),
     }
 
 

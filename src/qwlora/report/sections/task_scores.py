@@ -44,12 +44,12 @@ class Score:
 
 
 @section("tasks", "Tasks", "How well does it answer?", position=70, of_adapter=True)
-def view(job: Job, adapter: str | None) -> View | None:
+def view(job: Job, adapter: str) -> View | None:
     """None without tasks: the section would be empty."""
     scores = {
         stage: found
         for stage in dict.fromkeys([*HEADS, *job.section("tasks")])
-        if (found := _scores(job, stage, adapter or job.adapters[0]))
+        if (found := _scores(job, stage, adapter))
     }
     tasks = dict.fromkeys(task for found in scores.values() for task in found)
     rows: list[dict[str, Cell]] = []

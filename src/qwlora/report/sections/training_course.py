@@ -86,10 +86,9 @@ def course(job: Job, adapter: str) -> Course | None:
 
 
 @section("training", "Training", "Did training work?", position=30, of_adapter=True)
-def view(job: Job, adapter: str | None) -> View | None:
+def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
-    name = adapter or job.adapters[0]
-    run = course(job, name)
+    run = course(job, adapter)
     if run is None:
         return None
     is_part = len(run.losses) < run.steps
@@ -99,7 +98,7 @@ def view(job: Job, adapter: str | None) -> View | None:
         "hatched": is_part,
         "figure": figure(lambda width: _draw(run, width)),
         "answer": _answer(run),
-        "facts": _facts(job, name),
+        "facts": _facts(job, adapter),
     }
 
 

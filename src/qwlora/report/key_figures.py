@@ -20,7 +20,7 @@ from qwlora.report.number_format import (
     tagged,
     valued,
 )
-from qwlora.report.results_view import FILES, Job, code, runtime
+from qwlora.report.results_view import BASE, FILES, Job, code, runtime
 
 PERPLEXITY = (
     "Perplexity: how surprised the model is by held-out text, on average. 1 is perfect. Lower is "
@@ -204,9 +204,10 @@ def _gains(job: Job) -> Tile:
 
 def _size_of_all(job: Job) -> Tile:
     label, tip = "Size of all files", "Exported files of all adapters, and of their base."
-    files = job.section("export", job.targets[0] if job.targets else "")
-    sizes = {name: job.number("export", job.targets[0], name, "bytes") for name in files}
-    exported = sum(sizes.get(name) is not None for name in job.adapters)
+    target = job.targets[0] if job.targets else ""
+    names = (*job.adapters, BASE)
+    sizes = {name: job.number("export", target, name, "bytes") for name in names}
+    exported = sum(sizes[name] is not None for name in job.adapters)
     if not exported:
         return Tile(label, tip, None, _add(job, "export"))
     total = sum(number or 0.0 for number in sizes.values())

@@ -297,7 +297,7 @@ def test_of_several_adapters_the_smallest_gain_is_claimed(swapped: bool) -> None
 
 def test_a_running_job_says_how_far_it_is_and_how_much_time_is_left() -> None:
     found = verdict(running(37))
-    assert found.sentence == "Training first is at step 37 of 60, and the loss is falling."
+    assert found.sentence == "Training of first is at step 37 of 60, and the loss is falling."
     assert found.progress == pytest.approx(37 / 60)
     results = {**running(37).results}
     results["run"]["training"]["step_seconds"] = 32.0

@@ -176,7 +176,7 @@ def _of_running(job: Job, findings: tuple[Finding, ...]) -> Verdict:
         sentence = f"Stage {job.get('run', 'stage') or ''} is running{_stages_done(job)}."
         return Verdict(Kind.NONE_YET, sentence, below, findings)
     sentence = (
-        f"Training {training.get('adapter')} is at step {count(step)} of {count(steps)}"
+        f"Training of {training.get('adapter')} is at step {count(step)} of {count(steps)}"
         f"{_trend(training.get('losses') or [])}."
     )
     if step_seconds := job.number("run", "training", "step_seconds"):

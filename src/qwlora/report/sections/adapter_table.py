@@ -74,11 +74,11 @@ def _figures(job: Job, name: str) -> dict[str, Markup | None]:
     target = job.targets[0] if job.targets else ""
     same_token = job.worst_proof(name, "top1_agreement", min)
     return {
-        "Trained parameters": job.shown(count, "train", name, "trainable_parameters"),
+        "Parameters": job.shown(count, "train", name, "trainable_parameters"),
         "Time per step": job.shown(seconds, "train", name, "step_seconds"),
         "Perplexity, adapted": job.shown(perplexity, "perplexity", "adapted", name),
         "Perplexity, simulated": job.shown(perplexity, "perplexity", "simulated", name),
-        "Same likeliest token": job.shown(precise_percent, *same_token),
+        "Same token": job.shown(precise_percent, *same_token),
         "Worst layer, steps": job.shown(fixed, *job.worst_proof(name, "worst_layer_steps")),
         FILES.get(target, "Exported file"): job.shown(size, "export", target, name, "bytes"),
     }

@@ -34,7 +34,7 @@ from measuring import RESULTS, SMOLLM2, machine_line, train_, write_table
 from qwlora import Rule, Scheme, SimulationSchemes, quantize_
 from qwlora.export.npu.aimet import open_aimet_graphs
 from qwlora.export.npu.qairt import open_qairt_graphs
-from qwlora.export.npu.qnn_bundle import export_qnn
+from qwlora.export.npu.qnn import export_qnn
 from qwlora.export.npu.qnn_runtime import QnnModel
 from qwlora.export.proof.compare import perplexity
 from qwlora.export.proof.reference import token_losses

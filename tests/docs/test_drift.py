@@ -30,7 +30,7 @@ from docs.snippets import (
 )
 from qwlora import errors
 
-CLIENTS = ("qnn_bundle", "verify_qnn")  # Qualcomm's QNN
+CLIENTS = ("npu.qnn",)  # Qualcomm's QNN
 # Blocks of Python, and the test that runs them.
 PYTHON = {
     "python.md": (4, "tests/docs/test_python_page.py"),

@@ -23,7 +23,7 @@ from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export import runtime as runtime_module
 from qwlora.export.npu import qnn, qnn_runtime
-from qwlora.export.npu.qnn_bundle import export_qnn
+from qwlora.export.npu.qnn import export_qnn
 from qwlora.export.proof import reference as reference_module
 from qwlora.export.proof.checks import Limits, Parity, check_parity
 from qwlora.export.proof.compare import (

@@ -19,7 +19,7 @@ from export.proofs import sqnr, verify_graphs
 from qwlora import Rule, Scheme, quantize_
 from qwlora.errors import VerificationError
 from qwlora.export.canonical_adapter import CanonicalAdapter
-from qwlora.export.npu.use_cases import peft_names, share_unaffected, use_case_model
+from qwlora.export.npu.use_case_adapters import peft_names, share_unaffected, use_case_model
 from qwlora.export.proof.checks import Limits
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, ExportedUseCases

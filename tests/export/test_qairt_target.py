@@ -23,7 +23,7 @@ from qwlora.errors import VerificationError
 from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.npu.float_onnx_runner import FloatOnnxModel
 from qwlora.export.npu.qairt import open_qairt
-from qwlora.export.npu.use_cases import peft_names, share_unaffected, use_case_model
+from qwlora.export.npu.use_case_adapters import peft_names, share_unaffected, use_case_model
 from qwlora.export.proof.compare import verify_language_model
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, ExportedUseCases

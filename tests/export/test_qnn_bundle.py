@@ -15,8 +15,7 @@ from peft import LoraConfig, get_peft_model
 from qwlora import Rule, Scheme, SimulationSchemes, quantize_
 from qwlora.errors import ExportError, FingerprintError
 from qwlora.export.npu.htp_limits import input_problem, table_problem, weight_problem
-from qwlora.export.npu.qnn import check_bundle, verify_qnn
-from qwlora.export.npu.qnn_bundle import export_qnn
+from qwlora.export.npu.qnn import check_bundle, export_qnn, verify_qnn
 from qwlora.export.npu.qnn_runtime import QnnModel
 from qwlora.export.proof.checks import Limits
 from qwlora.export.weights.gguf import LlamaRuntime

@@ -17,7 +17,7 @@ from qwlora.errors import CalibrationError, CaptureError
 from qwlora.export.npu.htp_rewrites import npu_onnx
 from qwlora.graph.kv_cache_capture import CacheSizes
 from qwlora.grid.sqnr import sqnr_db
-from qwlora.simulation.npu_graph import NpuGraph, npu_graph
+from qwlora.simulation.npu_graph import NpuGraph, host_arguments, npu_graph
 from qwlora.simulation.simulation import Simulation
 from simulation.tiny_architectures import inputs, make
 
@@ -63,7 +63,9 @@ class OnCpu:
         room = self.graph.sizes.past
         given = {
             "input_ids": ids.to(torch.int32),
-            **self.graph.host_values(past),
+            **self.graph.lifted.run_host(
+                *host_arguments(self.graph.sizes, past, self.graph.sizes.tokens)
+            ),
             **{name: value[:, :, value.shape[2] - room :] for name, value in cache.items()},
         }
         names = [output.name for output in self.session.get_outputs()]

@@ -37,9 +37,16 @@ from torch.fx.node import map_arg
 from qwlora.errors import CalibrationError
 from qwlora.graph.aten_ops import MOVES_DATA
 from qwlora.graph.capture import MASK, PAST, PRESENT
-from qwlora.graph.device_rewrites import ALPHA, fuse_norms, lift_scaling, slice_parts
+from qwlora.graph.device_graph import (
+    ALPHA,
+    COS,
+    SIN,
+    HostInputs,
+    lift_host_inputs,
+    lift_scaling,
+    rewritten,
+)
 from qwlora.graph.graph_analysis import computed_from
-from qwlora.graph.host_graph import COS, SIN, HostInputs, lift_host_inputs
 from qwlora.graph.kv_cache_capture import CacheSizes
 from qwlora.graph.nodes import calls, module_of, operation, operator_of, origin
 from qwlora.graph.quantized_graph import GraphValue, Interface, Kind, QuantizedGraph, rebuilt
@@ -79,10 +86,6 @@ class NpuGraph:
     floor: float
     scaling: float | None
     lifted: HostInputs
-
-    def host_values(self, past: int) -> dict[str, Tensor]:
-        """Inputs of the device graph for a call after `past` tokens, all of them valid."""
-        return self.lifted.run_host(*host_arguments(self.sizes, past, self.sizes.tokens))
 
 
 def host_arguments(sizes: CacheSizes, past: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -136,7 +139,7 @@ def npu_form(
     program, interface, scaling = lifted.program, lifted.interface, None
     if largest_scaling is not None:
         program, interface, scaling = lift_scaling(program, interface)
-    program = slice_parts(fuse_norms(program))
+    program = rewritten(program)
     nodes = {node.name for node in program.graph.nodes}
     marks = {mark.node: mark for mark in graph.marks if mark.node in nodes}
     encodings = {mark.name: graph.encodings[mark.name] for mark in marks.values()}

@@ -96,12 +96,6 @@ class SimulationSchemes:
         ]
         return replace(chosen, rules=tuple(rules))
 
-    @property
-    def adapter_activations(self) -> Scheme:
-        """The grid of what an adapter's factors compute."""
-        bits = self.adapter_activation_bitwidth
-        return self.activations if bits is None else replace(self.activations, bitwidth=bits)
-
 
 @dataclass(frozen=True)
 class SimulationSource:

@@ -25,7 +25,7 @@ from qwlora.export.onnx.onnx_model import build_model
 from qwlora.export.onnx.onnx_runtime import open_session
 from qwlora.export.runtime import Runtime
 from qwlora.graph.capture import IDS, MASK, POSITIONS
-from qwlora.graph.host_graph import HOST_INPUTS
+from qwlora.graph.device_graph import HOST_INPUTS
 from qwlora.graph.kv_cache_capture import CacheSizes
 from qwlora.simulation.npu_graph import NpuGraph, host_arguments
 from qwlora.system.optional_packages import require

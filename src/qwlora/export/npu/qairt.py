@@ -16,7 +16,7 @@ share model.data, CASE.safetensors and lora_weight_list.txt; `float_graphs.py` l
 to them. Any other model has one graph without a name: model.onnx, base.encodings and so on.
 
 `none` is the zero adapter. Ranks are padded to the largest, the scale is folded into lora_B
-(`use_cases.py`), so QAIRT's lora_alpha stays 1.
+(`use_case_adapters.py`), so QAIRT's lora_alpha stays 1.
 
 Every promise of the files is checked without the simulation:
 

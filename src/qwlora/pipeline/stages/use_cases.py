@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.export.canonical_adapter import read_canonical
-from qwlora.export.npu.use_cases import (
+from qwlora.export.npu.use_case_adapters import (
     NONE,
     members,
     peft_names,

@@ -198,7 +198,7 @@ class _Verification:
         """Held-out text of the adapter, or of the first one of a use case, as far as the context of
         the graphs goes."""
         from qwlora.export.npu.kv_cache_graphs import most_tokens
-        from qwlora.export.npu.use_cases import members
+        from qwlora.export.npu.use_case_adapters import members
         from qwlora.export.proof.reference import BASE_SEQUENCES
 
         recipe = self.context.recipe

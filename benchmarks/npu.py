@@ -33,7 +33,7 @@ from peft import LoraConfig, get_peft_model
 from measuring import RESULTS, SMOLLM2, machine_line, train_, write_table
 from qwlora import Rule, Scheme, SimulationSchemes, quantize_
 from qwlora.export.npu.aimet import open_aimet_graphs
-from qwlora.export.npu.qairt import open_qairt_graphs
+from qwlora.export.npu.qairt import open_qairt
 from qwlora.export.npu.qnn import export_qnn
 from qwlora.export.npu.qnn_runtime import QnnModel
 from qwlora.export.proof.compare import perplexity
@@ -146,7 +146,7 @@ def as_floats(
     for name, one in made.items():
         began = time.perf_counter()
         if kind.has_cases:
-            opened = open_qairt_graphs(folder, name)
+            opened = open_qairt(folder, name)
             size = sizes(kind.backend.own_files(folder, name))
         elif name == "none":
             continue

@@ -11,9 +11,8 @@ and importer of Qualcomm's QAIRT.
     GRAPH_lora_adaptor_list.yaml    the same files by use case
     golden/CASE/                    inputs, and the outputs that were computed of them
 
-A causal language model has a graph `prefill` and a graph `decode` with a key-value cache, which
-share model.data, CASE.safetensors and lora_weight_list.txt; `float_graphs.py` lists the files next
-to them. Any other model has one graph without a name: model.onnx, base.encodings and so on.
+The graphs `prefill` and `decode` have a key-value cache and share model.data, CASE.safetensors and
+lora_weight_list.txt; `float_graphs.py` lists the files next to them.
 
 `none` is the zero adapter. Ranks are padded to the largest, the scale is folded into lora_B
 (`use_case_adapters.py`), so QAIRT's lora_alpha stays 1.
@@ -28,8 +27,7 @@ encodings    every encodings file states its version, names tensors of its graph
              the entries of base.encodings; what quant_updatable_mode does not update is equal
              in all, with adapter_only everything but the LoRA branches
 grids        every encoded weight lies on its grid, LoRA weights on that of their own use case
-graphs       with a key-value cache: all of this holds for each of them, and tensors of one name
-             have one encoding in all (`float_graphs.py`)
+graphs       tensors of one name have one encoding in all graphs (`float_graphs.py`)
 """
 
 from __future__ import annotations
@@ -53,17 +51,13 @@ from qwlora.encodings.model import EncodingsFile
 from qwlora.errors import EncodingsFileError, ExportError, VerificationError, foreign_as
 from qwlora.export.npu.aimet_encodings import write_float_encodings
 from qwlora.export.npu.float_graphs import (
-    FloatGraph,
     FloatGraphs,
     float_graphs,
     write_graph_golden,
 )
 from qwlora.export.npu.float_onnx_runner import FloatOnnxModel
-from qwlora.export.npu.golden import FOLDER as GOLDEN
-from qwlora.export.npu.golden import write_golden
 from qwlora.export.npu.kv_cache_graphs import (
     CachedGraphs,
-    has_graphs,
     read_graphs,
     share_weights,
     write_graphs,
@@ -73,6 +67,7 @@ from qwlora.export.target import PROOF, Backend, ExportedUseCases
 from qwlora.formats.card_mark import marked
 from qwlora.graph.quantized_graph import Kind
 from qwlora.messages import listed
+from qwlora.simulation.npu_graph import NpuGraph
 from qwlora.system.file_stamps import Stamps, file_stamps
 from qwlora.system.optional_packages import require
 
@@ -99,11 +94,11 @@ class Qairt(Backend):
         write_qairt(exported, folder)
 
     def own_files(self, folder: Path, case: str) -> list[Path]:
-        encodings = [f"{graph}_{case}.encodings" for graph in read_graphs(folder)["graphs"]]
+        encodings = [f"{graph}_{case}.encodings" for graph in _graphs(folder)]
         return [folder / name for name in (f"{case}.safetensors", *encodings)]
 
     def open(self, folder: Path, case: str) -> CachedGraphs:
-        return open_qairt_graphs(folder, case)
+        return open_qairt(folder, case)
 
     def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
         return (
@@ -112,11 +107,8 @@ class Qairt(Backend):
         )
 
 
-MODEL_FILE, DATA_FILE, BASE_ENCODINGS = "model.onnx", "model.data", "base.encodings"
-LIST_FILE, CONFIG_FILE = "lora_weight_list.txt", "lora_config.yaml"
-ADAPTORS_FILE = "lora_adaptor_list.yaml"
-BASE = "base"
-UPDATABLE = "qwlora.quant_updatable_mode"  # in the metadata of model.onnx
+BASE, DATA_FILE, LIST_FILE = "base", "model.data", "lora_weight_list.txt"
+UPDATABLE = "qwlora.quant_updatable_mode"  # in the metadata of the models
 
 
 def write_qairt(exported: ExportedUseCases, folder: Path) -> None:
@@ -127,82 +119,73 @@ def write_qairt(exported: ExportedUseCases, folder: Path) -> None:
         MissingExtraError: the `onnx` extra is not installed.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    npus, inner = {}, {}
-    for name in exported.base.graphs or [""]:
-        base = _write_graph(exported, name, folder)
-        if base.npu is not None:
-            npus[name], inner[name] = base.npu, base.inner
-    if npus:  # each use case has grids of its own
-        files = {n: {"model": f"{n}_{MODEL_FILE}", "encodings": {}} for n in npus}
-        write_graphs(folder, npus, files, {"float": inner})
+    npus, inner, files = {}, {}, {}
+    for graph in exported.base.graphs:
+        npus[graph], inner[graph] = _write_graph(exported, graph, folder)
+        # each use case has grids of its own
+        files[graph] = {"model": f"{graph}_model.onnx", "encodings": {}}
+    write_graphs(folder, npus, files, {"float": inner})
     for case, own in exported.cases.items():
-        if npus:
-            ids = own.sample["input_ids"]
-            write_graph_golden(use_case_graphs(folder, case), ids, folder, case)
-        else:
-            inputs, outputs = own.simulation.bind(own.sample), own.simulation.outputs(own.sample)
-            write_golden(folder / GOLDEN / case, inputs, outputs)
-    readme = "README.graphs.md" if npus else "README.md"
-    template = resources.files("qwlora.export.npu") / "qairt_templates" / f"{readme}.template"
+        write_graph_golden(_opened(folder, case), own.sample["input_ids"], folder, case)
+    template = resources.files("qwlora.export.npu") / "qairt_templates" / "README.md.template"
     text = template.read_text().replace("@UPDATABLE@", exported.updatable)
     (folder / "README.md").write_text(marked(text))
 
 
-def prefixes(folder: Path) -> list[str]:
-    """Of the names of the files of each graph."""
-    return [f"{graph}_" for graph in read_graphs(folder)["graphs"]] if has_graphs(folder) else [""]
+def _write_graph(
+    exported: ExportedUseCases, graph: str, folder: Path
+) -> tuple[NpuGraph, list[str]]:
+    """Write the files of one graph.
 
-
-def use_case_graphs(folder: Path, case: str) -> FloatGraphs:
-    """The graphs with a key-value cache of a use case; "base" is `BASE_ENCODINGS`, as stored."""
-    graphs = read_graphs(folder)["graphs"]
-    return FloatGraphs(folder, {n: use_case_model(folder, case, f"{n}_") for n in graphs})
-
-
-def use_case_model(folder: Path, case: str, prefix: str) -> FloatOnnxModel:
-    """A use case of one graph; "base" has the weights of the model itself."""
-    weights = None if case == BASE else folder / f"{case}.safetensors"
-    return FloatOnnxModel(
-        folder / f"{prefix}{MODEL_FILE}", folder / f"{prefix}{case}.encodings", weights
-    )
-
-
-def _write_graph(exported: ExportedUseCases, name: str, folder: Path) -> FloatGraph:
-    """Write the files of one graph, and return it with the zero adapter."""
-    prefix, version = f"{name}_" if name else "", exported.base.encodings_version
-    first = next((f"{graph}_" for graph in exported.base.graphs), "")
+    Returns:
+        the graph with the zero adapter, and the names of its float tensors without an encoding.
+    """
+    ir, file = require("onnx_ir", "onnx"), f"{graph}_model.onnx"
+    first = f"{next(iter(exported.base.graphs))}_model.onnx"
     base, names, digests = None, list[str](), dict[str, str]()
-    ir = require("onnx_ir", "onnx")
-    for case, form in float_graphs({BASE: exported.base, **exported.cases}, name):
-        path = folder / f"{prefix}{case}.encodings"
+    for case, form in float_graphs({BASE: exported.base, **exported.cases}, graph):
+        path, version = folder / f"{graph}_{case}.encodings", exported.base.encodings_version
         write_float_encodings(form.graph, form.made.encodings, path, version)
+        model = form.made.model
         if base is None:
             base, names = form, [m.name for m in form.graph.marks if m.kind is Kind.ADAPTER]
-            digests = _digests(form, names)
+            digests = _digests(model, names)
             (folder / LIST_FILE).write_text("".join(f"{name}\n" for name in names))
-            form.made.model.metadata_props[UPDATABLE] = exported.updatable
-            model, file = form.made.model, f"{prefix}{MODEL_FILE}"
-            if prefix == first:
+            model.metadata_props[UPDATABLE] = exported.updatable
+            if file == first:
                 ir.save(model, folder / file, external_data=DATA_FILE, size_threshold_bytes=64)
-                continue
-            if differing := share_weights(model, folder / f"{first}{MODEL_FILE}"):
-                raise ExportError(
-                    f"{file}: {differing[0]} differs from that of {first}{MODEL_FILE}"
-                )
-            ir.save(model, folder / file)
+            elif differing := share_weights(model, folder / first):
+                raise ExportError(f"{file}: {differing[0]} differs from that of {first}")
+            else:
+                ir.save(model, folder / file)
             continue
-        own = _digests(form, names)
-        if differing := sorted(each for each in own if digests.get(each) != own[each]):
-            raise ExportError(
-                f"{case}: base tensors differ from the base's: {listed(differing, 3)}"
-            )
-        known = form.made.model.graph.initializers
-        weights = {each: np.array(known[each].const_value) for each in names}
+        own = _digests(model, names)
+        if differing := sorted(name for name in own if digests.get(name) != own[name]):
+            names_of_base = listed(differing, 3)
+            raise ExportError(f"{case}: base tensors differ from the base's: {names_of_base}")
+        weights = {name: np.array(model.graph.initializers[name].const_value) for name in names}
         save_file(weights, folder / f"{case}.safetensors", {"format": "np"})
-    for file, content in use_case_lists(list(exported.cases), prefix).items():
-        (folder / file).write_text(yaml.safe_dump(content, sort_keys=False))
+    for list_file, content in use_case_lists(list(exported.cases), graph).items():
+        (folder / list_file).write_text(yaml.safe_dump(content, sort_keys=False))
     assert base is not None
-    return base
+    assert base.npu is not None
+    return base.npu, base.inner
+
+
+def _graphs(folder: Path) -> list[str]:
+    return list(read_graphs(folder)["graphs"])
+
+
+def _opened(folder: Path, case: str) -> FloatGraphs:
+    """The graphs of a use case, unchecked; "base" is the model as it is stored."""
+    return FloatGraphs(folder, {name: _model(folder, name, case) for name in _graphs(folder)})
+
+
+def _model(folder: Path, graph: str, case: str) -> FloatOnnxModel:
+    """A use case of one graph; "base" has the weights of the model itself."""
+    weights = None if case == BASE else folder / f"{case}.safetensors"
+    encodings = folder / f"{graph}_{case}.encodings"
+    return FloatOnnxModel(folder / f"{graph}_model.onnx", encodings, weights)
 
 
 def branch_values(graph: Any, names: Iterable[str]) -> set[str]:
@@ -216,26 +199,26 @@ def branch_values(graph: Any, names: Iterable[str]) -> set[str]:
     return {value.name for value in branch}
 
 
-def _digests(form: FloatGraph, adapter: list[str]) -> dict[str, str]:
+def _digests(model: Any, adapter: list[str]) -> dict[str, str]:
     """SHA-256 of every initializer of the base."""
     return {
         name: hashlib.sha256(value.const_value.tobytes()).hexdigest()
-        for name, value in form.made.model.graph.initializers.items()
+        for name, value in model.graph.initializers.items()
         if name not in adapter
     }
 
 
-def use_case_lists(cases: list[str], prefix: str) -> Mapping[str, Any]:
+def use_case_lists(cases: list[str], graph: str) -> Mapping[str, Any]:
     """What the YAML files of a graph hold, by name of the file."""
     use_cases, adaptors = [], []
     for case in cases:
-        weights, encodings = f"{case}.safetensors", f"{prefix}{case}.encodings"
-        use_case = {"name": case, "model_name": f"{prefix}{MODEL_FILE}", "lora_weights": weights}
+        weights, encodings = f"{case}.safetensors", f"{graph}_{case}.encodings"
+        use_case = {"name": case, "model_name": f"{graph}_model.onnx", "lora_weights": weights}
         use_cases.append({**use_case, "quant_overrides": encodings, "output_path": "./output"})
         adaptors.append({"name": case, "encodings_path": encodings, "safetensor_path": weights})
     return {
-        f"{prefix}{CONFIG_FILE}": {"use_case": use_cases},
-        f"{prefix}{ADAPTORS_FILE}": adaptors,
+        f"{graph}_lora_config.yaml": {"use_case": use_cases},
+        f"{graph}_lora_adaptor_list.yaml": adaptors,
     }
 
 
@@ -243,7 +226,7 @@ _USE_CASE = re.compile(r"[A-Za-z0-9][A-Za-z0-9_+-]*")
 _checked: dict[Path, dict[str, Stamps]] = {}  # folders without a problem, with their files
 
 
-def open_qairt(folder: Path, case: str) -> FloatOnnxModel:
+def open_qairt(folder: Path, case: str) -> FloatGraphs:
     """A use case in ONNX Runtime, after all checks of the folder.
 
     A folder is checked once per process, and again after a file has changed.
@@ -252,45 +235,29 @@ def open_qairt(folder: Path, case: str) -> FloatOnnxModel:
         VerificationError: files contradict each other. All problems are listed, each with the name
             of its file.
     """
-    _check(folder)
-    return use_case_model(folder, case, "")
-
-
-def open_qairt_graphs(folder: Path, case: str) -> FloatGraphs:
-    """`open_qairt` of graphs with a key-value cache."""
-    _check(folder)
-    return use_case_graphs(folder, case)
-
-
-def _check(folder: Path) -> None:
     own = [name for name in files_in(folder) if not name.startswith(f"{PROOF}/")]
     files = {name: file_stamps((folder / name).stat()) for name in own}
     if _checked.get(folder.resolve()) != files:
-        if problems := _folder_problems(folder):
+        graphs = _graphs(folder)
+        problems = [problem for graph in graphs for problem in _problems(folder, graph)]
+        for stored in () if problems else (BASE, *_cases(folder, graphs[0])):
+            problems += _opened(folder, stored).problems()
+        if problems:
             raise _contradiction(folder, *problems)
         _checked[folder.resolve()] = files
+    return _opened(folder, case)
 
 
 def _contradiction(folder: Path, *problems: str) -> VerificationError:
     return VerificationError(f"{folder}: the files contradict each other", list(problems))
 
 
-def _folder_problems(folder: Path) -> list[str]:
-    """Problems of the files in `folder`; see the module."""
-    graphs = prefixes(folder)
-    problems = [problem for prefix in graphs for problem in _problems(folder, prefix)]
-    if not problems and has_graphs(folder):
-        for case in (BASE, *_cases(folder, graphs[0])):
-            problems += use_case_graphs(folder, case).problems()
-    return problems
-
-
-def _problems(folder: Path, prefix: str) -> list[str]:
+def _problems(folder: Path, graph: str) -> list[str]:
     """Problems of the files of one graph: those of the first kind of check that fails."""
-    if problems := list(_list_problems(folder, prefix)):
+    if problems := list(_list_problems(folder, graph)):
         return problems
-    model_file, base_file = f"{prefix}{MODEL_FILE}", f"{prefix}{BASE_ENCODINGS}"
-    cases, names = _cases(folder, prefix), (folder / LIST_FILE).read_text().splitlines()
+    model_file, base_file = f"{graph}_model.onnx", f"{graph}_{BASE}.encodings"
+    cases, names = _cases(folder, graph), (folder / LIST_FILE).read_text().splitlines()
     with foreign_as(VerificationError, f"{folder / model_file} is not an ONNX model"):
         model = require("onnx_ir", "onnx").load(folder / model_file)
     known = model.graph.initializers
@@ -305,12 +272,12 @@ def _problems(folder: Path, prefix: str) -> list[str]:
     if problems:
         return problems
     for case in (BASE, *cases):
-        problems += _value_problems(use_case_model(folder, case, prefix))
+        problems += _value_problems(_model(folder, graph, case))
     if not problems:
         base = encodings.read_encodings(folder / base_file)
         fixed = _fixed(model, base, names)
         for case in cases:
-            own = encodings.read_encodings(folder / (file := f"{prefix}{case}.encodings"))
+            own = encodings.read_encodings(folder / (file := f"{graph}_{case}.encodings"))
             problems += _entry_problems(base, base_file, own, file, fixed)
     return problems
 
@@ -326,27 +293,27 @@ def _value_problems(model: FloatOnnxModel) -> list[str]:
     return []
 
 
-def _list_problems(folder: Path, prefix: str) -> Iterator[str]:
+def _list_problems(folder: Path, graph: str) -> Iterator[str]:
     """Files that are missing, and YAML files that do not say what was written."""
-    lists = use_case_lists([], prefix)
-    files = (DATA_FILE, LIST_FILE, f"{prefix}{MODEL_FILE}", f"{prefix}{BASE_ENCODINGS}", *lists)
+    lists, base = use_case_lists([], graph), (f"{graph}_model.onnx", f"{graph}_{BASE}.encodings")
+    files = (DATA_FILE, LIST_FILE, *base, *lists)
     if missing := [name for name in files if not (folder / name).is_file()]:
         yield from (f"{name} is missing" for name in missing)
         return
-    cases = _cases(folder, prefix)
-    for name, expected in use_case_lists(cases, prefix).items():
+    cases, (_, adaptors) = _cases(folder, graph), lists
+    for name, expected in use_case_lists(cases, graph).items():
         items = _items(_yaml(folder / name))
         if [item.get("name") for item in items] != cases:
-            yield f"{name}: use cases are not {', '.join(cases)}, those of {prefix}{ADAPTORS_FILE}"
+            yield f"{name}: use cases are not {', '.join(cases)}, those of {adaptors}"
             continue
         for item, values in zip(items, _items(expected), strict=True):
             for key, value in values.items():
                 if item.get(key) != value:
                     yield f"{name}: {key} of {item['name']} is {item.get(key)}, not {value}"
     for case in cases:
-        for file in (f"{case}.safetensors", f"{prefix}{case}.encodings"):
+        for file in (f"{case}.safetensors", f"{graph}_{case}.encodings"):
             if not (folder / file).is_file():
-                yield f"{file} is missing, but {prefix}{ADAPTORS_FILE} names it"
+                yield f"{file} is missing, but {adaptors} names it"
 
 
 def _items(content: Any) -> list[dict[str, Any]]:
@@ -357,13 +324,13 @@ def _items(content: Any) -> list[dict[str, Any]]:
     return []
 
 
-def _cases(folder: Path, prefix: str) -> list[str]:
+def _cases(folder: Path, graph: str) -> list[str]:
     """Names of the use cases. Files are named by them.
 
     Raises:
         VerificationError: a name is no name of a file in `folder`.
     """
-    file = f"{prefix}{ADAPTORS_FILE}"
+    file = f"{graph}_lora_adaptor_list.yaml"
     names = [item.get("name") for item in _items(_yaml(folder / file))]
     for name in names:
         if not isinstance(name, str) or not _USE_CASE.fullmatch(name):

@@ -1,0 +1,375 @@
+"""QAIRT's LoRA use cases as graphs with a key-value cache: what they compute, and damaged files."""
+
+from __future__ import annotations
+
+import gc
+import json
+import shutil
+import weakref
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from safetensors.numpy import load_file, save_file
+
+from export.damage import edit_json, flip_bit, swap
+from export.proofs import sqnr, verify_graphs
+from qwlora import Rule, Scheme, quantize_
+from qwlora.errors import VerificationError
+from qwlora.export.canonical_adapter import CanonicalAdapter
+from qwlora.export.npu.float_onnx_runner import FloatOnnxModel
+from qwlora.export.npu.use_case_adapters import peft_names, share_unaffected, use_case_model
+from qwlora.export.proof.checks import Limits
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import ExportedGraph, ExportedUseCases
+from qwlora.formats.card_mark import CARD_MARK
+from qwlora.simulation.adapter_simulations import (
+    BASE,
+    AdapterSimulations,
+    BaseActivations,
+    simulate_adapters,
+)
+from simulation.test_npu_graph import SCHEMES
+from simulation.tiny_architectures import inputs, make
+
+CASES = ["A", "B", "A+B", "none"]
+GRAPHS, CONTEXT = {"prefill": 8, "decode": 1}, 32
+IDS = torch.randint(3, 256, (1, 14), generator=torch.Generator().manual_seed(7))
+QAIRT = TARGETS["qairt"].backend
+V, DOWN = "model.layers.0.self_attn.v_proj", "model.layers.1.mlp.down_proj"
+
+
+def adapter(model: Any, seed: int, rank: int, modules: list[str]) -> CanonicalAdapter:
+    generator = torch.Generator().manual_seed(seed)
+    shapes = {module: model.get_submodule(module).weight.shape for module in modules}
+    factors = {
+        module: (
+            torch.randn(rank, shape[1], generator=generator) / 8,
+            torch.randn(shape[0], rank, generator=generator) / 4,
+        )
+        for module, shape in shapes.items()
+    }
+    return CanonicalAdapter(factors, None)
+
+
+ADAPTERS = {
+    "A": adapter(make("Llama"), 1, 2, [V, DOWN]),
+    "B": adapter(make("Llama"), 2, 3, [V]),
+}
+
+
+def simulated(mode: BaseActivations) -> AdapterSimulations:
+    model = make("Llama")
+    quantize_(model, "w4-channel", solver="rtn", rules=[Rule("*embed_tokens", Scheme(8))])
+    cased = use_case_model(model, ADAPTERS, CASES)
+    made = simulate_adapters(cased, inputs("Llama"), SCHEMES, mode)
+    made.calibrate([{"input_ids": IDS}])
+    share_unaffected(made)
+    return made
+
+
+def written(made: AdapterSimulations, path: Path, mode: BaseActivations) -> Path:
+    sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+
+    def exported(name: str) -> ExportedGraph:
+        return ExportedGraph(made[name], {}, sample, "1.0.0", GRAPHS, CONTEXT)
+
+    cases = {case: exported(name) for case, name in peft_names(CASES).items()}
+    QAIRT.write_cases(ExportedUseCases(exported(BASE), cases, mode), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def simulations() -> AdapterSimulations:
+    return simulated("adapter_only")
+
+
+@pytest.fixture(scope="module")
+def folder(simulations: AdapterSimulations, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written(simulations, tmp_path_factory.mktemp("qairt") / "files", "adapter_only")
+
+
+@pytest.fixture
+def copied(folder: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(folder, tmp_path / "copied"))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_prefill_then_decode_is_the_simulation(
+    case: str, folder: Path, simulations: AdapterSimulations
+) -> None:
+    simulation = simulations[peft_names(CASES)[case]]
+    parity = verify_graphs(partial(QAIRT.open(folder, case).logits, steps=4), simulation, IDS)
+    assert not parity.problems(Limits(perplexity_difference=0.02))
+    logits = QAIRT.open(folder, case).logits(IDS)
+    assert sqnr(logits, simulation.logits(IDS)) > 45
+    own = (logits - simulation.logits(IDS)).abs().mean()
+    for other in simulations.values():
+        if other is not simulation and not (case == "none" and other is simulations[BASE]):
+            assert (logits - other.logits(IDS)).abs().mean() > 10 * own
+
+
+def test_two_adapters_at_once_are_their_sum(folder: Path) -> None:
+    a, b, both = (load_file(folder / f"{case}.safetensors") for case in ("A", "B", "A+B"))
+    products = {
+        name: [w[f"{name}.lora_A.weight"] @ w[f"{name}.lora_B.weight"] for w in (a, b, both)]
+        for name in (V, DOWN)
+    }
+    for name, (of_a, of_b, of_both) in products.items():
+        assert a[f"{name}.lora_A.weight"].shape[1] == 5  # padded to the rank of A+B
+        tolerance = 0.03 * np.abs(of_both).max()  # each on 8-bit grids of its own
+        np.testing.assert_allclose(of_both, of_a + of_b, atol=tolerance)
+    expected = (ADAPTERS["A"].factors[V][1] @ ADAPTERS["A"].factors[V][0]).T.numpy()
+    np.testing.assert_allclose(products[V][0], expected, atol=0.03 * np.abs(expected).max())
+    assert not any(w.any() for w in load_file(folder / "none.safetensors").values())
+
+
+def test_the_lists_name_the_files(folder: Path) -> None:
+    names = (folder / "lora_weight_list.txt").read_text().split()
+    assert names == [f"{m}.lora_{half}.weight" for m in (V, DOWN) for half in "AB"]
+    v2 = yaml.safe_load((folder / "decode_lora_config.yaml").read_text())["use_case"]
+    assert [case["name"] for case in v2] == CASES
+    assert v2[2] == {
+        "name": "A+B",
+        "model_name": "decode_model.onnx",
+        "lora_weights": "A+B.safetensors",
+        "quant_overrides": "decode_A+B.encodings",
+        "output_path": "./output",
+    }
+    own = {path.name for path in QAIRT.own_files(folder, "A")}
+    assert own == {"A.safetensors", *(f"{graph}_A.encodings" for graph in GRAPHS)}
+    assert sorted(p.name for p in (folder / "golden/A+B").iterdir()) == ["decode", "prefill"]
+    assert (folder / "golden/A+B/decode/logits.npy").exists()
+    assert CARD_MARK in (folder / "README.md").read_text().splitlines()[-1]
+
+
+def test_weights_are_stored_once_and_a_cache_has_one_grid(folder: Path) -> None:
+    used: list[set[str]] = []
+    for name in ("prefill_model", "decode_model"):
+        model = onnx.load(folder / f"{name}.onnx", load_external_data=False)
+        stored = [t for t in model.graph.initializer if t.external_data]
+        assert all(len(t.raw_data) < 512 for t in model.graph.initializer)
+        used.append({e.value for t in stored for e in t.external_data if e.key == "location"})
+    assert used == [{"model.data"}, {"model.data"}]
+    assert [path.name for path in folder.glob("*.data")] == ["model.data"]
+    base = entries(folder / "prefill_base.encodings")
+    assert base["past_value_0_in"]["scale"] == base["past_value_0_out"]["scale"]
+    for graph in GRAPHS:
+        for case in CASES:
+            own = entries(folder / f"{graph}_{case}.encodings")
+            differing = {n for n, entry in own.items() if base.get(n, entry) != entry}
+            assert all(is_of_branch(name) for name in differing)
+            assert bool(differing) is (case != "none")
+            assert own["past_value_0_in"]["scale"] == base["past_value_0_in"]["scale"]
+
+
+def entries(path: Path) -> dict[str, dict[str, Any]]:
+    document = json.loads(path.read_text())
+    return {e["name"]: e for e in document["activation_encodings"] + document["param_encodings"]}
+
+
+def is_of_branch(name: str) -> bool:
+    """What QAIRT's importer may replace in mode adapter_only."""
+    return ".lora_" in name or any(name == f"{module}.mul" for module in (V, DOWN))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["all", "none"])
+def test_only_what_the_mode_updates_differs_between_use_cases(
+    mode: BaseActivations, tmp_path: Path
+) -> None:
+    folder = written(simulated(mode), tmp_path, mode)
+    QAIRT.open(folder, "A")
+    a, b = (entries(folder / f"prefill_{case}.encodings") for case in ("A", "B"))
+    assert a.keys() == b.keys()
+    differing = {name for name in a if a[name] != b[name]}
+    lora = {name for name in a if is_of_branch(name)}
+    if mode == "none":
+        assert not differing
+    else:
+        assert lora & differing
+        assert {"model.norm.mul", "lm_head.linear"} <= differing
+    assert not {n for n in differing if n.endswith(".weight")} - lora
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_use_case_runs_with_the_bases_encodings_outside_its_branches(
+    case: str, copied: Path
+) -> None:
+    """As an importer in mode adapter_only loads it: nothing is clipped."""
+    expected = QAIRT.open(copied, case).logits(IDS)
+    for graph in GRAPHS:
+        path = copied / f"{graph}_{case}.encodings"
+        merged, base = (
+            json.loads(file.read_text()) for file in (path, copied / f"{graph}_base.encodings")
+        )
+        for section in ("activation_encodings", "param_encodings"):
+            own = {entry["name"]: entry for entry in merged[section]}
+            merged[section] = [
+                own[entry["name"]] if is_of_branch(entry["name"]) else entry
+                for entry in base[section]
+            ]
+        path.write_text(json.dumps(merged))
+    assert torch.equal(QAIRT.open(copied, case).logits(IDS), expected)
+
+
+def edit_weights(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        weights = load_file(folder / name)
+        change(weights)
+        save_file(weights, folder / name)
+
+    return edit
+
+
+def edit_text(name: str, old: str, new: str) -> Callable[[Path], object]:
+    def edit(folder: Path) -> None:
+        text = (folder / name).read_text()
+        assert old in text
+        (folder / name).write_text(text.replace(old, new))
+
+    return edit
+
+
+def rename_case(name: str) -> Callable[[Path], object]:
+    """Give use case B another name in the list of adapters."""
+    return edit_text("prefill_lora_adaptor_list.yaml", "name: B\n", f"name: {name}\n")
+
+
+def rename(weights: dict[str, Any]) -> None:
+    weights["other"] = weights.pop(f"{V}.lora_A.weight")
+
+
+def shrink(weights: dict[str, Any]) -> None:
+    weights[f"{V}.lora_A.weight"] = weights[f"{V}.lora_A.weight"][:, :4].copy()
+
+
+def move(name: str) -> Callable[[dict[str, Any]], None]:
+    def edit(document: dict[str, Any]) -> None:
+        (entry,) = (e for e in document["activation_encodings"] if e["name"] == name)
+        entry["offset"] = [entry["offset"][0] + 1]
+
+    return edit
+
+
+def move_cache(folder: Path) -> None:
+    for case in ("base", *CASES):
+        edit_json(f"decode_{case}.encodings", move("past_value_0_in"))(folder)
+
+
+def test_a_folder_is_checked_once_and_one_model_at_a_time(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alive: weakref.WeakSet[FloatOnnxModel] = weakref.WeakSet()
+    most, checked = 0, FloatOnnxModel.check
+
+    def check(model: FloatOnnxModel) -> None:
+        nonlocal most
+        gc.collect()
+        alive.add(model)
+        checked(model)
+        most = max(most, sum("_initializers" in vars(model) for model in alive))
+        calls.append(model.encodings.name)
+
+    calls: list[str] = []
+    monkeypatch.setattr(FloatOnnxModel, "check", check)
+    for case in CASES:
+        QAIRT.open(copied, case)
+    names = [f"{name}.encodings" for name in ("base", *CASES)]
+    assert calls == [f"{graph}_{name}" for graph in GRAPHS for name in names]
+    assert most == 1
+
+
+DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
+    "bit-of-lora": (flip_bit("B.safetensors"), r"B\.safetensors: .*not on the grid"),
+    "bit-of-base": (flip_bit("model.data"), r"prefill_model\.onnx: .*not on the grid"),
+    "encodings-dropped": (
+        lambda f: (f / "decode_A+B.encodings").unlink(),
+        r"decode_A\+B\.encodings is missing",
+    ),
+    "data-dropped": (lambda f: (f / "model.data").unlink(), r"model\.data is missing"),
+    "encodings-swapped": (
+        swap("decode_A.encodings", "decode_B.encodings"),
+        r"A\.safetensors: .*not on the grid.*decode_A\.encodings",
+    ),
+    "weights-swapped": (
+        swap("A.safetensors", "B.safetensors"),
+        r"A\.safetensors: .*not on the grid",
+    ),
+    "graphs-swapped": (
+        swap("prefill_model.onnx", "decode_model.onnx"),
+        r"prefill_model\.onnx: .*differ from inputs of prefill",
+    ),
+    "tensor-renamed": (
+        edit_weights("B.safetensors", rename),
+        r"B\.safetensors: .*other.* only there",
+    ),
+    "rank-changed": (
+        edit_weights("A.safetensors", shrink),
+        r"A\.safetensors: .*\[64, 4\].*prefill_model\.onnx.*\[64, 5\].*rank",
+    ),
+    "entry-dropped": (
+        edit_json("decode_B.encodings", lambda d: d["activation_encodings"].pop()),
+        r"decode_B\.encodings: .* only there or only in decode_base\.encodings",
+    ),
+    "entry-renamed": (
+        edit_json("decode_B.encodings", lambda d: d["param_encodings"][0].update(name="x")),
+        r"decode_B\.encodings: .*x.*not the name of a tensor",
+    ),
+    "base-entry-changed": (
+        edit_json("decode_B.encodings", move("model.norm.mul")),
+        r"decode_B\.encodings: the entry of model\.norm\.mul",
+    ),
+    "cache-of-a-use-case": (
+        edit_json("decode_B.encodings", move("past_value_0_in")),
+        r"decode_B\.encodings: the entry of past_value_0_in differs from .*base",
+    ),
+    "cache-untied": (
+        move_cache,
+        r"decode_base\.encodings: past_value_0_in and past_value_0_out have different entries",
+    ),
+    "version-dropped": (
+        edit_json("decode_B.encodings", lambda d: d.pop("version")),
+        r"decode_B\.encodings: .*version",
+    ),
+    "list-changed": (
+        lambda f: (f / "lora_weight_list.txt").write_text("x\n"),
+        r"lora_weight_list\.txt: x is not an initializer",
+    ),
+    "config-changed": (
+        edit_text("decode_lora_config.yaml", ": B.safetensors", ": A.safetensors"),
+        r"decode_lora_config\.yaml: lora_weights of B is A\.safetensors",
+    ),
+    "name-leads-out": (
+        rename_case("../B"),
+        r"prefill_lora_adaptor_list\.yaml: '\.\./B' is not the name of a use case",
+    ),
+    "name-is-a-list": (
+        rename_case("[]"),
+        r"prefill_lora_adaptor_list\.yaml: \[\] is not the name of a use case",
+    ),
+    "no-yaml": (rename_case("{"), r"prefill_lora_adaptor_list\.yaml is no YAML"),
+    "name-changed": (
+        rename_case("C"),
+        r"prefill_lora_config\.yaml: use cases are not A, C, A\+B, none",
+    ),
+    "no-use-cases": (
+        lambda f: (f / "prefill_lora_config.yaml").write_text("use_case: 3"),
+        r"prefill_lora_config\.yaml: use cases are not A, B, A\+B, none",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_files_are_refused_by_name(kind: str, copied: Path) -> None:
+    damage, message = DAMAGE[kind]
+    QAIRT.open(copied, "A")  # unchanged files are not checked again
+    damage(copied)
+    with pytest.raises(VerificationError, match=f"(?s){message}"):
+        QAIRT.open(copied, "A")

@@ -168,7 +168,10 @@ def compared(
     simulation: Simulation, runs: Mapping[str, torch.Tensor], ids: torch.Tensor
 ) -> dict[str, Any]:
     """Logits of runtimes and of a second simulation against the simulation."""
-    expected, perturbed = simulation.logits(ids), simulation.perturbed_logits(ids)
+    expected, perturbed = (
+        simulation.logits(ids),
+        simulation.perturbed_outputs({"input_ids": ids})["logits"],
+    )
     floor = against(perturbed, expected, ids)
     return {
         "tokens": ids.shape[1],

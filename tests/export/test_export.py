@@ -37,7 +37,7 @@ from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.export.proof.checks import Limits, Parity, check_parity
 from qwlora.export.proof.compare import compare_logits
 from qwlora.export.proof.measure import measure_logits
-from qwlora.export.proof.reference import make_reference
+from qwlora.export.proof.reference import make_reference, simulated_logits
 from qwlora.graph.quantized_graph import Kind
 from qwlora.nn import packed_weights
 from qwlora.system import optional_packages as extras
@@ -101,7 +101,7 @@ def test_a_runtime_that_rounds_activations_on_its_own_fails_the_proof(
 ) -> None:
     """Its session options say so; layers are not compared in a proof."""
     folder, simulation = bundle
-    perturbed = {"adapter": simulation.perturbed_logits}
+    perturbed = {"adapter": simulated_logits(simulation)[1]}
     text = Sequences(IDS, IDS)
     reference = make_reference({"adapter": simulation.logits}, text, perturbed)
 

@@ -188,7 +188,7 @@ def test_base_encodings_are_those_of_the_packed_layers() -> None:
 def test_perturbed_logits_differ_a_little() -> None:
     simulation, ids = calibrated("llama")[1], inputs()["input_ids"]
     before = simulation.logits(ids)
-    perturbed = simulation.perturbed_logits(ids)
+    perturbed = simulation.perturbed_outputs({"input_ids": ids})["logits"]
     assert 0 < (perturbed - before).abs().max() < 0.01 * before.abs().max()
     assert torch.equal(simulation.logits(ids), before)
 

@@ -84,14 +84,6 @@ class Interface:
     shapes: Mapping[str, tuple[str | int, ...]]
     cached: frozenset[str] = frozenset()
 
-    @property
-    def fixed(self) -> dict[str, dict[int, int]]:
-        """Size of each fixed axis, by input."""
-        return {
-            name: {axis: n for axis, n in enumerate(self.shapes[name]) if isinstance(n, int)}
-            for name in self.inputs
-        }
-
 
 @dataclass(frozen=True)
 class QuantizedGraph:

@@ -519,10 +519,6 @@ class Simulation(nn.Module):
         model, logits [batch, tokens, vocabulary]."""
         return self.outputs({"input_ids": ids})[self.captured.interface.primary]
 
-    def perturbed_logits(self, ids: Tensor) -> Tensor:
-        """`logits` with another order of float operations, see `perturbed_outputs`."""
-        return self.perturbed_outputs({"input_ids": ids})[self.captured.interface.primary]
-
     def outputs(self, batch: Mapping[str, Any]) -> dict[str, Tensor]:
         """Every simulated output by name."""
         with torch.no_grad():

@@ -34,7 +34,7 @@ from torch.fx import Graph, Node
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
-from qwlora.errors import CaptureError
+from qwlora.errors import CaptureError, foreign_as
 from qwlora.graph.call_arguments import LABELS
 from qwlora.graph.capturable_model import in_float32, visible_implementations, widened
 from qwlora.graph.capture_check import Axes, AxisIndex, check_graph
@@ -209,33 +209,18 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
         )
     flat = FlatModel(model, arguments).eval()
     with in_float32(model), visible_implementations(model), torch.no_grad():
-        try:
+        axes_of = tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in tensors)
+        shapes = None if static else {"tensors": axes_of}
+        with foreign_as(CaptureError, f"torch.export cannot capture {type(model).__name__}"):
             result, outputs = Structure.of(flat.result(*tensors), PRESENT)
-            program = torch.export.export(
-                flat,
-                tensors,
-                dynamic_shapes=None
-                if static
-                else {"tensors": tuple(dict.fromkeys(range(t.ndim), Dim.AUTO) for t in tensors)},
-                strict=False,
-            )
-        except CaptureError:
-            raise
-        except Exception as error:  # torch.export raises many types for the same problem
-            raise CaptureError(
-                f"torch.export cannot capture {type(model).__name__}: {error}"
-            ) from error
+            program = torch.export.export(flat, tensors, dynamic_shapes=shapes, strict=False)
         names = tuple(f"out_{name}" if name in arguments.names else name for name in result.names)
         primary = _primary(names, outputs, type(model).__name__)
         axes = Axes.of(program, arguments.names, tensors, arguments.cached)
         program, fixed = _cleaned(program, flat, tensors, axes, names)
-    shapes = axes.shapes(program, names, fixed)
-    return Captured(
-        program,
-        Interface(arguments.names, names, primary, shapes, arguments.cached),
-        arguments,
-        result,
-    )
+    sizes = axes.shapes(program, names, fixed)
+    interface = Interface(arguments.names, names, primary, sizes, arguments.cached)
+    return Captured(program, interface, arguments, result)
 
 
 def rebound(
@@ -252,13 +237,8 @@ def rebound(
     tensors = _separate(Structure.of(_completed(model, example_inputs), PAST)[1], rows=2)
     axes = Axes.of(program, captured.arguments.names, tensors)
     with in_float32(model), visible_implementations(model), torch.no_grad():
-        check_graph(
-            program,
-            FlatModel(model, captured.arguments).eval(),
-            tensors,
-            axes,
-            captured.interface.outputs,
-        )
+        flat = FlatModel(model, captured.arguments).eval()
+        check_graph(program, flat, tensors, axes, captured.interface.outputs)
     return replace(captured, program=program)
 
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node
 
-from qwlora.errors import CaptureError
+from qwlora.errors import CaptureError, foreign_as
 from qwlora.graph.capture import IDS, MASK, PAST, POSITIONS, PRESENT, Captured, capture
 from qwlora.graph.flat_arguments import Structure
 from qwlora.graph.nodes import calls, operation
@@ -128,14 +128,10 @@ def _example_cache(model: nn.Module, ids: Tensor, past: int) -> list[tuple[Tenso
         CaptureError: it makes none.
     """
     kind = type(model).__name__
-    try:
-        with torch.no_grad():
-            result = model(input_ids=ids, use_cache=True)
-    except Exception as error:  # models raise anything
-        raise CaptureError(
-            f"{kind} does not run with input_ids and use_cache=True: {error}. Only a causal "
-            "language model has a graph with a cache"
-        ) from error
+    remedy = "only a causal language model has a graph with a cache"
+    problem = f"{kind} does not run with input_ids and use_cache=True"
+    with foreign_as(CaptureError, problem, remedy), torch.no_grad():
+        result = model(input_ids=ids, use_cache=True)
     cache = result.get(PAST) if isinstance(result, Mapping) else None
     if cache is None:
         raise CaptureError(

@@ -114,20 +114,19 @@ class Quantizer(nn.Module):
             )
         return self.encoding
 
-    @property
-    def is_mask(self) -> bool:
-        """Whether an end of the range that is not fixed is beyond 1e30."""
-        ends = ((self.observer.low, self.minimum), (self.observer.high, self.maximum))
-        return any(
-            observed is not None and fixed is None and abs(float(observed)) > MASK_MAGNITUDE
-            for observed, fixed in ends
-        )
+    def is_mask(self, may_be_infinite: bool) -> bool:
+        """Whether an end of the range that is not fixed is beyond 1e30.
 
-    @property
-    def is_infinite(self) -> bool:
-        """Whether an infinite value was observed."""
-        ends = (self.observer.low, self.observer.high)
-        return any(end is not None and bool(end.isinf()) for end in ends)
+        Args:
+            may_be_infinite: whether infinite values, too, are those of a mask.
+        """
+        low, high = self.observer.low, self.observer.high
+        if low is None or high is None:
+            return False
+        if not may_be_infinite and bool(low.isinf() or high.isinf()):
+            return False
+        beyond = [abs(float(end)) > MASK_MAGNITUDE for end in (low, high)]
+        return (beyond[0] and self.minimum is None) or (beyond[1] and self.maximum is None)
 
     @property
     def is_constant(self) -> bool:

@@ -295,11 +295,7 @@ class Simulation(nn.Module):
         ):
             raise CalibrationError("calibration needs at least one batch, but nothing was observed")
         operators = {value.name: base_name(value.operator) for value in self.marks}
-        masks = [
-            name
-            for name, q in self.quantizers.items()
-            if q.is_mask and (not q.is_infinite or operators[name] in MASKS)
-        ]
+        masks = [n for n, q in self.quantizers.items() if q.is_mask(operators[n] in MASKS)]
         self._drop(masks, _MASK)
         unseen = [
             name

@@ -20,6 +20,17 @@ def batch(rows: int = 2, tokens: int = 16, seed: int = 0) -> dict[str, torch.Ten
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def adapted_layer(
+    architecture: str = "llama", scheme: str = "w4-block32", seed: int = 1, **lora: Any
+) -> PeftModel:
+    """A packed model of one layer with an adapter on every linear layer."""
+    model = tiny_model(architecture, layers=1)
+    quantize_(model, scheme)
+    torch.manual_seed(seed)
+    options = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **lora}
+    return get_peft_model(model, LoraConfig(**options)).eval()
+
+
 @cache
 def adapted() -> PeftModel:
     """A packed llama with an adapter on three kinds of layers; one lora_B is zero."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import pytest
@@ -34,20 +33,9 @@ from qwlora.simulation.adapter_simulations import simulate_adapters
 from qwlora.simulation.placement_rules import PlacementRule
 from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import Simulation
+from simulation.captured import adapted_layer as adapted
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
-
-
-def adapted(
-    architecture: str = "llama", scheme: str = "w4-block32", seed: int = 1, **lora: Any
-) -> PeftModel:
-    model = tiny_model(architecture, layers=1)
-    quantize_(model, scheme)
-    torch.manual_seed(seed)
-    return get_peft_model(
-        model,
-        LoraConfig(**{"r": 4, "target_modules": "all-linear", "init_lora_weights": False, **lora}),
-    ).eval()
 
 
 def batch(seed: int = 0) -> dict[str, Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel, StoppingCriteriaList
@@ -16,17 +15,9 @@ from qwlora.grid.encoding import Encoding
 from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.simulation import Simulation
 from simulation import tiny_architectures
+from simulation.captured import adapted_layer as adapted
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
-
-
-def adapted(architecture: str) -> PeftModel:
-    model = tiny_model(architecture, layers=1)
-    quantize_(model, "w4-block32")
-    torch.manual_seed(1)
-    return get_peft_model(
-        model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    ).eval()
 
 
 def batch(

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 
-from conftest import EACH_ARCHITECTURE, tiny_model
-from qwlora import PerChannel, Scheme, SimulationSchemes, quantize_, simulate
+from conftest import EACH_ARCHITECTURE
+from qwlora import PerChannel, Scheme, SimulationSchemes, simulate
 from qwlora.analysis.sensitivity import sensitivities
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.export.onnx.onnx_bundle import export_onnx, verify_onnx_outputs
@@ -21,22 +21,10 @@ from qwlora.graph.capture import capture
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.value_traits import Decision
 from qwlora.simulation.simulation import Simulation
+from simulation.captured import adapted_layer as adapted
+from simulation.captured import batch as inputs
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
-
-
-def inputs(batch: int = 2, tokens: int = 16, seed: int = 0) -> dict[str, torch.Tensor]:
-    ids = torch.randint(0, 256, (batch, tokens), generator=torch.Generator().manual_seed(seed))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-def adapted(architecture: str) -> PeftModel:
-    model = tiny_model(architecture, layers=1)
-    quantize_(model, "w4-block32")
-    torch.manual_seed(1)
-    return get_peft_model(
-        model, LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    ).eval()
 
 
 @cache
@@ -61,7 +49,7 @@ def test_captured_graph_computes_what_the_model_computes_with_padding_too(
 
 def test_one_row_is_enough_to_capture_from() -> None:
     model = adapted("llama")
-    graph = capture(model, inputs(batch=1)).program.module(check_guards=False)
+    graph = capture(model, inputs(rows=1)).program.module(check_guards=False)
     batch = inputs(3, 20)
     with torch.no_grad(), visible_implementations(model):
         assert torch.equal(graph(*batch.values())[0], model(**batch, use_cache=False).logits)

@@ -151,10 +151,10 @@ def test_a_changed_bit_of_tensors_or_metadata_is_noticed(tmp_path: Path) -> None
             read_tensors(path)
 
 
-def test_files_of_earlier_versions_have_no_digest(tmp_path: Path) -> None:
-    save_file({"a": torch.ones(2)}, tmp_path / "old.safetensors", metadata={"layer": "x"})
-    tensors, metadata = read_tensors(tmp_path / "old.safetensors")
-    assert (tensors["a"].tolist(), metadata) == ([1, 1], {"layer": "x"})
+def test_a_file_without_a_digest_is_refused(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors", metadata={"layer": "x"})
+    with pytest.raises(ValueError, match="no digest"):
+        read_tensors(tmp_path / "other.safetensors")
 
 
 def test_files_get_the_mode_of_the_umask(tmp_path: Path) -> None:

@@ -44,16 +44,36 @@ def refused(call: Any, recipe: Path, out: Path, *arguments: str) -> str:
     return str(errors)
 
 
-def test_missing_model_path(call: Any, recipe_for: Any, tmp_path: Path) -> None:
-    assert "model '/not/there' does not exist" in refused(
-        call, recipe_for(model={"source": "/not/there"}), tmp_path / "out"
-    )
-
-
-def test_unknown_key(call: Any, recipe_for: Any, tmp_path: Path) -> None:
-    assert "did you mean solver?" in refused(
-        call, recipe_for(base={"solvr": "rtn"}), tmp_path / "out"
-    )
+@pytest.mark.parametrize(
+    ("sections", "content", "message"),
+    [
+        ({"model": {"source": "/not/there"}}, None, "model '/not/there' does not exist"),
+        ({"base": {"solvr": "rtn"}}, None, "did you mean solver?"),
+        ({}, {"file.txt": b" \n"}, "holds no text"),
+        (
+            {},
+            {"file.txt": b"a few words only"},
+            "training text has 13 tokens, but one sequence needs 32",
+        ),
+        ({}, {"file.txt": b"\xff\xfe\x00"}, "byte 1 of the line (0xff) is not UTF-8 text"),
+        ({}, {"out/thesis.txt": b"x"}, "is not empty and was not made by qwlora"),
+        ({}, {"out": b"x"}, "is a file; --out names a directory"),
+    ],
+)
+def test_wrong_input_is_refused(
+    call: Any,
+    recipe_for: Any,
+    tmp_path: Path,
+    sections: dict[str, Any],
+    content: dict[str, bytes] | None,
+    message: str,
+) -> None:
+    for name, data in (content or {}).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(data)
+        if name == "file.txt":
+            sections = {"data": {"source": str(tmp_path / name), "sequence_tokens": 32}}
+    assert message in refused(call, recipe_for(**sections), tmp_path / "out")
 
 
 def test_block_size_that_does_not_divide(call: Any, recipe_for: Any, tmp_path: Path) -> None:
@@ -65,30 +85,6 @@ def test_block_size_that_does_not_divide(call: Any, recipe_for: Any, tmp_path: P
     assert (
         "model.layers.0.self_attn.q_proj.weight: int4 symmetric per block 48 does not fit: blocks of 48 do not divide the last axis"
         in message
-    )
-
-
-def test_empty_text(call: Any, recipe_for: Any, tmp_path: Path) -> None:
-    (tmp_path / "empty.txt").write_text(" \n")
-    assert "holds no text" in refused(
-        call, recipe_for(data={"source": str(tmp_path / "empty.txt")}), tmp_path / "out"
-    )
-
-
-def test_text_shorter_than_one_sequence(call: Any, recipe_for: Any, tmp_path: Path) -> None:
-    (tmp_path / "short.txt").write_text("a few words only")
-    message = refused(
-        call,
-        recipe_for(data={"source": str(tmp_path / "short.txt"), "sequence_tokens": 32}),
-        tmp_path / "out",
-    )
-    assert "the training text has 13 tokens, but one sequence needs 32" in message
-
-
-def test_text_that_is_not_text(call: Any, recipe_for: Any, tmp_path: Path) -> None:
-    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    assert "byte 1 of the line (0xff) is not UTF-8 text" in refused(
-        call, recipe_for(data={"source": str(tmp_path / "binary.txt")}), tmp_path / "out"
     )
 
 
@@ -123,19 +119,6 @@ def test_tokenizer_of_another_model(call: Any, recipe_for: Any, tmp_path: Path) 
     byte_tokenizer().save_pretrained(tmp_path / "small")
     message = refused(call, recipe_for(model={"source": str(tmp_path / "small")}), tmp_path / "out")
     assert "but the model has only 50 tokens" in message
-
-
-def test_directory_of_something_else(call: Any, recipe_for: Any, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("x")
-    assert "is not empty and was not made by qwlora" in refused(
-        call, recipe_for(), tmp_path / "out"
-    )
-
-
-def test_out_is_a_file(call: Any, recipe_for: Any, tmp_path: Path) -> None:
-    (tmp_path / "out").write_text("x")
-    assert "is a file; --out names a directory" in refused(call, recipe_for(), tmp_path / "out")
 
 
 def test_unwritable_parent(

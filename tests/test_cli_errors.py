@@ -123,6 +123,7 @@ def model(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
         {"dtype": "float17"},
         {"rope_parameters": {"rope_type": "linear", "factor": float("nan"), "rope_theta": 1e4}},
         {"rms_norm_eps": float("nan")},
+        {"rope_parameters": {"rope_type": "spiral", "rope_theta": 1e4}},
     ],
 )
 def test_impossible_configurations_name_the_model(
@@ -138,6 +139,8 @@ def test_impossible_configurations_name_the_model(
     (key,) = entries
     scalar = isinstance(entries[key], int | float) or entries[key] in ("silly", "float17")
     assert key in errors or not scalar  # a value that is wrong by itself is named
+    if "spiral" in str(entries):
+        assert "rope_parameters.rope_type is 'spiral', and transformers knows default, " in errors
     assert not (tmp_path / "out").exists()
 
 

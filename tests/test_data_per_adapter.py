@@ -153,5 +153,5 @@ def test_sequences_of_several_texts_alternate_in_the_bases_calibration(
     context = new_context(recipe, JobTexts(recipe), tmp_path, untracked)
     found = context.tokenizer.batch_decode(context.base_calibration_ids(5))
     assert [any(c.isdigit() for c in line) for line in found] == [False, True, False, True, False]
-    shared = [batch["input_ids"] for batch in context.shared_calibration()["batches"]]
+    shared = [batch["input_ids"] for batch in context.calibration("words", "digits")["batches"]]
     assert len(shared) == 6

@@ -347,69 +347,6 @@ def test_second_run_skips_everything_and_says_so(finished: dict[str, Path]) -> N
     assert results == json.loads((out / "results.json").read_text())
 
 
-@pytest.mark.slow  # tests/pipeline has the same with fake stages
-def test_changed_section_reruns_it_and_what_follows(recipe_for: Any, tmp_path: Path) -> None:
-    path, out = recipe_for(), tmp_path / "out"
-    run_recipe(path, out)
-    _, said = run_recipe(path, out, "simulation.activation_bitwidth=8", "verify.layer_tokens=12")
-    skipped = {line.split(":")[0] for line in said if "skipped" in line}
-    assert skipped == {
-        "evaluate/float",
-        "quantize",
-        "evaluate/base",
-        "train/first",
-        "evaluate/adapted/first",
-    }
-    partial, _ = run_recipe(path, out, "base.weights.bitwidth=3", verbs=("quantize",), replace=True)
-    assert set(partial["perplexity"]) == {"float"}  # nothing of the other base is shown
-    assert "train" not in partial
-    results, said = run_recipe(path, out, "base.weights.bitwidth=3", replace=True)
-    assert {line.split(":")[0] for line in said if "skipped" in line} == {
-        "evaluate/float",
-        "quantize",
-    }
-    assert (
-        results["base"]["bits_per_weight"] == 3.5
-    )  # 3 bits, and half a bit for the scale of 32 in float16
-
-
-@pytest.mark.slow  # tests/pipeline has the same with fake stages
-def test_damaged_artifact_is_made_again(recipe_for: Any, tmp_path: Path) -> None:
-    path, out = recipe_for(), tmp_path / "out"
-    run_recipe(path, out)
-    (out / "export" / "onnx" / "first" / "model.encodings").unlink()
-    _, said = run_recipe(path, out)
-    assert {line.split(":")[0] for line in said if "done" in line} == {
-        "export/onnx/first",
-        "verify/onnx/first",
-    }
-    (out / "base" / "base.safetensors").write_bytes(b"")
-    _, said = run_recipe(path, out)
-    assert "quantize: done" in " ".join(said)
-
-
-@pytest.mark.slow  # tests/pipeline has the same with fake stages
-def test_another_adapter_in_the_place_of_the_trained_one_is_noticed(
-    recipe_for: Any, tmp_path: Path
-) -> None:
-    path, out = recipe_for(), tmp_path / "out"
-    run_recipe(path, out)
-    weights = out / "adapters" / "first" / "adapter_model.safetensors"
-    content = weights.read_bytes()
-    weights.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # the same size
-    _, said = run_recipe(path, out)
-    done = {line.split(":")[0] for line in said if "done" in line}
-    assert done == {
-        "train/first",
-        "evaluate/adapted/first",
-        "calibrate/first",
-        "evaluate/simulated/first",
-        "export/onnx/first",
-        "verify/onnx/first",
-    }
-    assert weights.read_bytes() == content
-
-
 @pytest.mark.slow
 def test_two_adapters_share_one_base(recipe_for: Any, tmp_path: Path) -> None:
     adapters = [
@@ -424,31 +361,6 @@ def test_two_adapters_share_one_base(recipe_for: Any, tmp_path: Path) -> None:
         for n in "ab"
     }
     assert identities == {results["base"]["fingerprint"]}
-
-
-@pytest.mark.slow  # tests/pipeline has the same with fake stages
-def test_verbs_do_their_stage_only_and_name_what_is_missing(
-    recipe_for: Any, tmp_path: Path
-) -> None:
-    path, out = recipe_for(), tmp_path / "out"
-    with pytest.raises(
-        DirectoryError,
-        match=rf"train needs quantize, missing or out of date in '{out}':\n  quantize: has not run\n"
-        rf"Run first: qwlora quantize --out {out}$",
-    ):
-        run_recipe(path, out, verbs=("train",))
-    with pytest.raises(
-        DirectoryError,
-        match=r"export needs quantize, train/first, calibrate/first, [^$]*qwlora quantize .* && qwlora train .* && qwlora cal",
-    ):
-        run_recipe(path, out, verbs=("export",))
-    assert not out.exists()
-    for verb in ("quantize", "train", "calibrate", "export", "verify", "evaluate"):
-        _, said = run_recipe(path, out, verbs=(verb,))
-        assert said
-        assert all(line.startswith((verb, "data (")) for line in said)
-    _, said = run_recipe(path, out)
-    assert [line for line in said if "skipped" not in line] == []
 
 
 def test_directory_of_another_recipe_is_refused(recipe_for: Any, tmp_path: Path) -> None:

@@ -12,8 +12,8 @@ from peft import LoraConfig, get_peft_model
 from conftest import tiny_model
 from qwlora.errors import CalibrationError, RecipeError, TrainingError
 from qwlora.export.onnx.onnx_runtime import OnnxModel
-from qwlora.pipeline.commands.explain_placement import explain_placement
 from qwlora.pipeline.commands.open_job import open_job
+from qwlora.pipeline.commands.simulate_job import explain_placement
 from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.plan.plan import make_plan
 from qwlora.pipeline.running.run_job import run

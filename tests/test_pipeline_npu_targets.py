@@ -21,9 +21,9 @@ from qwlora.errors import DirectoryError, FingerprintError, GridError, RecipeErr
 from qwlora.export.proof.folder import RECORD, record_digest, verify_bundle
 from qwlora.formats import manifest
 from qwlora.grid.sqnr import sqnr_db
+from qwlora.pipeline.plan.stage import VERBS
 from qwlora.pipeline.results.results_table import print_summary
 from qwlora.pipeline.running.run_job import run
-from qwlora.pipeline.stages import VERBS
 from qwlora.recipe import load_recipe
 
 ADAPTERS = [
@@ -79,10 +79,6 @@ def dumped(job: Path, graph: Path, stage: str, case: str, least_sqnr: float) -> 
         ({"export": {"targets": ["qairt"], "use_cases": ["first+third"]}}, "no adapter third"),
         ({"export": {"targets": ["qairt"], "use_cases": ["first+first"]}}, "an adapter twice"),
         ({"export": {"targets": ["qairt"], "use_cases": ["none"]}}, "must hold an adapter"),
-        (
-            {"export": {"targets": ["onnx"], "use_cases": ["first"]}},
-            "no effect without target qairt or qnn",
-        ),
         (
             {
                 "export": {"targets": ["qairt"]},

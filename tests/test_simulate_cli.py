@@ -15,7 +15,7 @@ from qwlora.cli.main import main
 from qwlora.cli.simulate_command import _suggestion_lines
 from qwlora.cli.tables import group_similar, table
 from qwlora.errors import CalibrationError
-from qwlora.pipeline.commands.explain_placement import explain_placement
+from qwlora.pipeline.commands.simulate_job import explain_placement
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe

@@ -8,7 +8,7 @@ import pytest
 
 from qwlora.export.proof.checks import at_least, at_most
 from qwlora.messages import size
-from qwlora.pipeline.results.results_table import _rows
+from qwlora.pipeline.results.results_table import result_rows
 
 PARITY = {
     "perplexity": 5.0,
@@ -25,7 +25,7 @@ PARITY = {
 
 
 def rows(**parts: Any) -> list[tuple[str, str]]:
-    return _rows({"recipe": "tiny", "stages": {}, **parts})
+    return list(result_rows({"recipe": "tiny", "stages": {}, **parts}))
 
 
 def test_a_parity_says_how_many_sequences_it_is_of() -> None:

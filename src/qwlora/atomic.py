@@ -114,14 +114,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     Raises:
         OSError: the file cannot be read.
         SafetensorError: it is not a safetensors file.
-        ValueError: its content changed after it was written, by its digest. A file without a
-            digest, from an earlier version, is not checked.
+        ValueError: its content changed after it was written, or something else wrote it.
     """
     from safetensors.torch import load_file
 
     metadata, expected = _metadata_and_digest(path)
     tensors = load_file(path)
-    if expected is not None and expected != _digest(tensors, metadata):
+    if expected != _digest(tensors, metadata):
         raise ValueError("its content changed after it was written")
     return tensors, metadata
 
@@ -135,13 +134,14 @@ def read_metadata(path: Path) -> dict[str, str]:
     return _metadata_and_digest(path)[0]
 
 
-def _metadata_and_digest(path: Path) -> tuple[dict[str, str], str | None]:
+def _metadata_and_digest(path: Path) -> tuple[dict[str, str], str]:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as opened:
-        written = dict(opened.metadata() or {})
-    metadata = json.loads(written[_RECORD]) if _RECORD in written else written
-    return metadata, metadata.pop(_DIGEST, None)
+        record = json.loads((opened.metadata() or {}).get(_RECORD, "{}"))
+    if _DIGEST not in record:
+        raise ValueError("it has no digest of its content")
+    return record, record.pop(_DIGEST)
 
 
 def _digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> str:

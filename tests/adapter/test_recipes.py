@@ -163,10 +163,6 @@ def test_external_adapter_needs_unknown_base_accept(
             "adapters.0: steps is 0, so nothing would be trained; set steps, or continue_from",
         ),
         (
-            "adapters.0={name: a, unknown_base: accept}",
-            "adapters.0: unknown_base: accept needs continue_from",
-        ),
-        (
             "adapters.0={name: a, rank_pattern: {'*.down_proj': 8, 'mlp.(up': 2}}",
             r"adapters.0.rank_pattern: '*.down_proj' is no regular expression, which PEFT takes here: nothing to repeat; "
             r"what is meant as a glob is written .*\.down_proj; 'mlp.(up' is no regular",

@@ -11,8 +11,8 @@ from transformers import LlamaConfig
 from conftest import VOCABULARY, byte_tokenizer, tiny_model
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora.export.registry import TARGETS
+from qwlora.pipeline.plan.stage import VERBS
 from qwlora.pipeline.running.run_job import run
-from qwlora.pipeline.stages import VERBS
 from qwlora.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
+from qwlora.pipeline.plan.stage import VERBS
 from qwlora.pipeline.running import run_job
-from qwlora.pipeline.stages import RUN, VERBS
+from qwlora.pipeline.stages import RUN
 from qwlora.recipe import load_recipe
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -139,7 +140,7 @@ def test_what_does_not_fit_names_the_stage_and_a_setting(
     largest = sorted(stage.peak for stage in found.stages)
     limit = int((largest[-1] + largest[-2]) / 2)
     monkeypatch.setattr(estimates, "memory_limit_bytes", lambda: limit)
-    monkeypatch.setattr(estimates, "_free_bytes", lambda out: 10)
+    monkeypatch.setattr(estimates.shutil, "disk_usage", lambda folder: Mock(free=10))
     done = qwlora("plan", recipe_path)
     assert done.returncode == 0
     lines = [line for line in done.stdout.splitlines() if line.startswith("Does not fit")]

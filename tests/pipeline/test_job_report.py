@@ -125,7 +125,7 @@ def test_a_report_that_cannot_be_drawn_does_not_stop_the_job(
     def fail(job: Any) -> str:
         raise ZeroDivisionError("no layers")
 
-    monkeypatch.setattr("qwlora.pipeline.results.job_files.render", fail)
+    monkeypatch.setattr("qwlora.pipeline.results.results.render", fail)
     with pytest.warns(QwloraWarning, match="ZeroDivisionError: no layers"):
         assert job.run()["run"]["state"] == "finished"
     assert results(job)["run"]["state"] == "finished"

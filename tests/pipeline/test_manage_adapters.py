@@ -33,7 +33,7 @@ from qwlora.pipeline.plan.plan import make_plan, resolve_compute
 from qwlora.pipeline.plan.stage import Stage
 from qwlora.pipeline.plan.stale_stages import find_stale
 from qwlora.pipeline.results.adapter_summary import adapter_card, card_lines, sparkline
-from qwlora.pipeline.results.results_table import _rows
+from qwlora.pipeline.results.results_table import result_rows
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import Recipe, load_recipe
 
@@ -290,7 +290,9 @@ def test_training_without_success_is_said(
         "losses": losses,
     }
     perplexity = {"base": 5.0, "adapted": {"a": after}}
-    rows = _rows({"recipe": "r", "stages": {}, "train": {"a": train}, "perplexity": perplexity})
+    rows = result_rows(
+        {"recipe": "r", "stages": {}, "train": {"a": train}, "perplexity": perplexity}
+    )
     found = [text for title, text in rows if title == "warning"]
     assert len(found) == len(warnings)
     assert all(part in text for part, text in zip(warnings, found, strict=True))

@@ -351,3 +351,15 @@ def test_what_a_killed_run_left_is_removed_by_the_next(recipe: Recipe, tmp_path:
         pass
     names = {path.name for path in (tmp_path / "out" / ".qwlora").iterdir()}
     assert names == {"lock", "records"}
+
+
+def test_a_users_file_stays_although_the_record_of_its_folder_is_damaged(
+    recipe: Recipe, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    finish(out, recipe)
+    (out / ".qwlora" / "records" / "quantize.json").write_text("")
+    (out / "base" / "mine.txt").write_text("mine")
+    with pytest.raises(DirectoryError, match=r"base' contains 'mine.txt'.*Move it out"):
+        finish(out, recipe)
+    assert (out / "base" / "mine.txt").read_text() == "mine"

@@ -32,7 +32,7 @@ from qwlora.pipeline.commands.push import prepared, send
 from qwlora.pipeline.job.stage_records import read_record
 from qwlora.pipeline.results import model_cards
 from qwlora.pipeline.results.job_report import read_job
-from qwlora.pipeline.results.model_cards import Places, card_text
+from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 
@@ -111,11 +111,11 @@ def test_what_a_model_says_of_itself_is_escaped(
     origin = ModelCardInfo("n <b>\n# n", None, text, stated_in="README.md")
     monkeypatch.setattr(model_cards, "_known_origin", lambda source: origin)
     found, recipe = read_job(job), load_recipe(job / "recipe.yaml")
-    places = Places(license="mit\n## Mine")
+    places = Repositories(license="mit\n## Mine")
     cards = [
         card_text(found, recipe, adapter, where)
         for adapter in (None, "first")
-        for where in (Places(), places)
+        for where in (None, places)
     ]
     for card in cards:
         body = card.partition("\n---\n")[2]

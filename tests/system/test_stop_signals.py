@@ -27,7 +27,6 @@ WAITING = """
 import sys, time
 import qwlora.pipeline.commands.open_job
 import qwlora.pipeline.running.run_job
-import qwlora.recipe
 from qwlora.cli.main import main
 
 def wait(*_, **__):
@@ -37,8 +36,7 @@ def wait(*_, **__):
     finally:
         print("cleaned up", file=sys.__stdout__, flush=True)
 
-qwlora.recipe.load_recipe = lambda *_: None
-qwlora.pipeline.running.run_job.run = qwlora.pipeline.commands.open_job.open_job = wait
+qwlora.pipeline.running.run_job.run_file = qwlora.pipeline.commands.open_job.open_job = wait
 sys.argv[1:] = {arguments!r}
 main()
 """

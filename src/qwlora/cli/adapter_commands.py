@@ -98,7 +98,7 @@ def check(
     from qwlora.errors import SourceError
     from qwlora.formats import manifest
     from qwlora.pipeline.job.directory import Directory
-    from qwlora.pipeline.plan.missing_stages import command_line
+    from qwlora.pipeline.plan.stale_stages import command_line
 
     directory = Directory.read(folder)
     base, missing = job_fingerprint(folder), directory.missing_adapters()
@@ -106,7 +106,7 @@ def check(
     for name in missing:
         print(
             f"adapters/{name}: this job trained it, but the folder is missing. Train it again: "
-            f"{command_line('train', folder)}"
+            f"{command_line(['train'], folder)}"
         )
     try:
         adapters = find_adapters(folder)

@@ -1,4 +1,10 @@
-"""Commands on a job that exists: `report`, `push`, `merge-check`, `merge` and `dump-layers`."""
+"""Commands on a job that exists: `report`, `push`, `merge-check`, `merge` and `dump-layers`; and
+`base import`, which writes the integers of a quantized checkpoint as a base folder. It is the same
+as a recipe with `base.solver: keep`, without a job around it.
+
+    qwlora base import model-Q4_0.gguf --out base
+    qwlora base import float-model --encodings model.encodings --out base
+"""
 
 from __future__ import annotations
 
@@ -201,3 +207,56 @@ def dump_layers(
         f"{folder}: {len(record['layers'])} layers of {record['stage']}/{record['use_case']} for "
         f"{record['tokens']} tokens, {both} of them simulated and from the runtime"
     )
+
+
+base_app = typer.Typer(
+    name="base", help="Make a base folder without a recipe.", no_args_is_help=True
+)
+
+
+@base_app.callback()
+def _base() -> None:
+    """Keeps `import` a subcommand while it is the only one."""
+
+
+@base_app.command("import")
+def import_(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A .gguf file, a GPTQ, AWQ, compressed-tensors or MLX folder, or, with "
+            "--encodings, a float checkpoint. A path or a hub id, as for model.source."
+        ),
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Folder to create.")],
+    encodings: Annotated[
+        Path | None,
+        typer.Option(
+            help="AIMET encodings of a float checkpoint whose weights already lie on their grid."
+        ),
+    ] = None,
+    keep_float: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="With --encodings: glob of parameters or layers that stay float. May be repeated."
+        ),
+    ] = None,
+) -> None:
+    """Write the integers of a quantized checkpoint as a base folder.
+
+    The integers are kept bit for bit; nothing is rounded. The folder loads with
+    AutoModelForCausalLM.from_pretrained after `import qwlora.hf`, and as model.source of a recipe.
+    """
+    from qwlora.pipeline.commands.model_folder import new_folder
+
+    with new_folder(out) as folder, ProgressDisplay() as display:
+        from qwlora.pipeline.commands.import_base import import_base
+
+        fingerprint, size = import_base(
+            source, folder, encodings, keep_float=keep_float or (), track=display.track
+        )
+    print(
+        f"wrote {out}: {size.weights:,} packed weights with {size.bits_per_weight:.2f} bits each, "
+        f"{size.float_weights:,} float, fingerprint {fingerprint}"
+    )
+    print(f"Train adapters on it: model.source: {out} and base.solver: keep in a recipe")

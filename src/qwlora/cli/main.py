@@ -29,11 +29,10 @@ import typer
 import typer.core
 
 from qwlora.cli.adapter_commands import app as adapters_app
-from qwlora.cli.base_commands import app as base_app
 from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.generate_commands import chat, generate
 from qwlora.cli.inspect_command import inspect
-from qwlora.cli.job_commands import dump_layers, merge, merge_check, push, report
+from qwlora.cli.job_commands import base_app, dump_layers, merge, merge_check, push, report
 from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.recipe_commands import check, data, init, plan
 from qwlora.cli.shared_arguments import AsJson, Changes, Quiet
@@ -51,7 +50,7 @@ from qwlora.errors import (
     is_out_of_space,
 )
 from qwlora.messages import shortened
-from qwlora.pipeline.stages import VERBS
+from qwlora.pipeline.plan.stage import VERBS
 from qwlora.system.cpu_threads import configure_threads
 from qwlora.system.stop_signals import number_of, on_stop_signal, raise_stopped
 

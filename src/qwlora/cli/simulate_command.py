@@ -68,8 +68,11 @@ def simulate(
         remedy = f"for {suggest:g} % use {suggest / 100:g}" if suggest > 1 else "0.05 is 5 %"
         raise typer.BadParameter(f"--suggest must be between 0 and 1, not {suggest:g}; {remedy}")
     asked = tuple(changes or ())
-    from qwlora.pipeline.commands.explain_placement import explain_placement
-    from qwlora.pipeline.stages.simulation_costs import measure_costs, suggest_bitwidths
+    from qwlora.pipeline.commands.simulate_job import (
+        explain_placement,
+        measure_costs,
+        suggest_bitwidths,
+    )
 
     with ProgressDisplay(as_json or not (costs or suggest is not None)) as display:
         if costs:
@@ -123,7 +126,14 @@ def _suggestion_lines(found: dict[str, Any]) -> Iterator[str]:
         f"limit on these sequences: {_compared(limit, plain)}; all {searched} at 16 bits: "
         f"{found['all_wide']:.4f}, all at 8 bits: {found['all_narrow']:.4f}"
     )
-    yield _on_fresh_text(found["fresh"])
+    if (fresh := found["fresh"]) is None:
+        yield (
+            "the search used all evaluation sequences; raise data.evaluation_sequences to measure "
+            "the result on other text"
+        )
+    else:
+        compared = _compared(fresh["measured"], fresh["float_activations"])
+        yield f"perplexity on {fresh['sequences']} sequences not used for the search: {compared}"
     yield from _unshared(found)
     yield ""
     yield "simulation:"
@@ -138,16 +148,6 @@ def _unshared(found: dict[str, Any]) -> Iterator[str]:
             "measured with separate encodings for this adapter; the recipe shares some among "
             f"adapters (base_activations: {found['unshared']}), which costs more"
         )
-
-
-def _on_fresh_text(fresh: dict[str, float] | None) -> str:
-    if fresh is None:
-        return (
-            "the search used all evaluation sequences; raise data.evaluation_sequences to measure "
-            "the result on other text"
-        )
-    compared = _compared(fresh["measured"], fresh["float_activations"])
-    return f"perplexity on {fresh['sequences']} sequences not used for the search: {compared}"
 
 
 def _compared(perplexity: float, plain: float) -> str:

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
     from qwlora.adapter.train import TrainingSettings
 
 Rank = Annotated[int, Field(ge=1, lt=2**31)]  # layer sizes are checked before training
+_SHAPE = {  # keys of `LoraShape`, whose module imports torch
+    *("rank", "alpha", "dropout", "target_modules", "target_parameters"),
+    *("rslora", "dora", "rank_pattern", "alpha_pattern", "layers"),
+}
 Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW changes a weight by about this much per step
 
 
@@ -141,8 +145,7 @@ class Adapter(Section):
         """Which layers get an adapter and its size, in the form that `attach` takes."""
         from qwlora.adapter.attach import LoraShape
 
-        keys = {f.name for f in fields(LoraShape)}
-        return LoraShape(**{key: value for key, value in self if key in keys})
+        return LoraShape(**{key: value for key, value in self if key in _SHAPE})
 
     def training_settings(self, seed: int, whole_loss: bool) -> TrainingSettings:
         """The settings in the form that `train_adapter` takes.
@@ -160,71 +163,51 @@ class Adapter(Section):
             loss=self.loss or ("whole" if whole_loss else "chunked"),
         )
 
-    def shape(self) -> dict[str, Any]:
-        """The keys that determine the shapes of its weights in any given layer."""
-        return {"rank": self.rank, "rank_pattern": self.rank_pattern, "dora": self.dora}
-
     def without_graph(self) -> list[str]:
         """Settings that cannot be trained through a captured graph, and what to use instead."""
-        problems = {
-            "objective recovery needs layer outputs, which the graph does not have; use text": (
-                self.objective == "recovery"
+        problems = [
+            (
+                self.objective == "recovery",
+                "objective recovery needs layer outputs, which the graph does not have; use text",
             ),
-            "dropout is missing in the graph, which is captured in eval mode; set it to 0": (
-                self.dropout > 0
+            (
+                self.dropout > 0,
+                "dropout is missing in the graph, which is captured in eval mode; set it to 0",
             ),
-            "gradient_checkpointing needs modules, which the graph replaces; remove it": (
-                self.gradient_checkpointing
+            (
+                self.gradient_checkpointing,
+                "gradient_checkpointing needs modules, which the graph replaces; remove it",
             ),
-            "compute bfloat16 is too coarse for the activation grids; use float32": (
-                self.compute == "bfloat16"
+            (
+                self.compute == "bfloat16",
+                "compute bfloat16 is too coarse for the activation grids; use float32",
             ),
-            "loss chunked needs an output head outside of the graph; use whole": (
-                self.loss == "chunked"
+            (
+                self.loss == "chunked",
+                "loss chunked needs an output head outside of the graph; use whole",
             ),
-        }
-        return [f"adapter {self.name}: {problem}" for problem, found in problems.items() if found]
+        ]
+        return [f"adapter {self.name}: {problem}" for is_set, problem in problems if is_set]
 
-    @field_validator("target_modules")
+    @field_validator("target_modules", "rank_pattern", "alpha_pattern")
     @classmethod
-    def _is_regular(cls, target: str | list[str]) -> str | list[str]:
-        if isinstance(target, str) and (problem := pattern_problem(target)):
-            raise ValueError(problem)
-        return target
-
-    @field_validator("rank_pattern", "alpha_pattern")
-    @classmethod
-    def _are_regular(cls, patterns: dict[str, float]) -> dict[str, float]:
-        if problems := [
-            problem for pattern in patterns if (problem := pattern_problem(pattern, is_end=True))
-        ]:
-            raise ValueError("; ".join(problems))
-        return patterns
+    def _are_regular(cls, value: Any) -> Any:
+        problems = [pattern_problem(value)] if isinstance(value, str) else []
+        if isinstance(value, dict):
+            problems = [pattern_problem(pattern, is_end=True) for pattern in value]
+        if any(problems):
+            raise ValueError("; ".join(filter(None, problems)))
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Adapter:
-        shape = {
-            "rank",
-            "alpha",
-            "dropout",
-            "target_modules",
-            "target_parameters",
-            "rslora",
-            "dora",
-            "rank_pattern",
-            "alpha_pattern",
-            "layers",
-        }
-        given = sorted(self.model_dump(include=shape, exclude_unset=True, exclude_defaults=True))
-        if self.continue_from is not None and given:
+        continues = self.continue_from is not None
+        shape = sorted(self.model_dump(include=_SHAPE, exclude_unset=True, exclude_defaults=True))
+        if continues and shape:
             raise ValueError(
-                f"{', '.join(given)}: with continue_from, these come from that adapter; remove them"
+                f"{', '.join(shape)}: with continue_from, these come from that adapter; remove them"
             )
-        if self.continue_from is None and self.unknown_base == "accept":
-            raise ValueError(
-                "unknown_base: accept needs continue_from; remove it, or set continue_from"
-            )
-        if self.continue_from is None and self.steps == 0:
+        if not continues and self.steps == 0:
             raise ValueError(
                 "steps is 0, so nothing would be trained; set steps, or continue_from to use an "
                 "adapter as it is"
@@ -234,19 +217,16 @@ class Adapter(Section):
             "dora": self.dora,
             "layers": self.layers is not None,
         }
-        if self.target_parameters and (given := [k for k, is_set in unsupported.items() if is_set]):
+        named = [key for key, is_set in unsupported.items() if is_set]
+        if self.target_parameters and named:
             raise ValueError(
-                f"{', '.join(given)}: PEFT does not support this together with target_parameters; "
+                f"{', '.join(named)}: PEFT does not support this together with target_parameters; "
                 "remove one of them"
             )
-        if self.init != "zero" and (self.dora or self.continue_from is not None):
+        if self.init != "zero" and (self.dora or continues):
             raise ValueError(
                 f"init {self.init} cannot be combined with dora or continue_from; remove it, or "
-                f"remove {'dora' if self.continue_from is None else 'continue_from'}"
-            )
-        if self.init == "zero" and self.init_share != Adapter.model_fields["init_share"].default:
-            raise ValueError(
-                "init_share has no effect with init zero; remove it, or set init to svd or qera"
+                f"remove {'continue_from' if continues else 'dora'}"
             )
         if self.steps and self.warmup_steps >= self.steps and self.schedule != "constant":
             raise ValueError(

@@ -50,19 +50,6 @@ class Model(Section):
         "listed by output channel or in the order of the tensor",
     )
 
-    @model_validator(mode="after")
-    def _about_encodings(self) -> Model:
-        given = [
-            name
-            for name, value in (("keep_float", self.keep_float), ("block_order", self.block_order))
-            if value
-        ]
-        if self.encodings is None and given:
-            raise ValueError(
-                f"{' and '.join(given)}: needs model.encodings; set it, or remove this"
-            )
-        return self
-
 
 class Weights(Section):
     """The grid of the base's weights."""
@@ -211,18 +198,6 @@ class Tuning(Section):
         description="precision of the forward and backward pass; auto: bfloat16 if the processor "
         "has instructions for it, else float32",
     )
-
-    @model_validator(mode="after")
-    def _something_to_do(self) -> Tuning:
-        asked = {
-            "learning_rate": self.learning_rate != Tuning.model_fields["learning_rate"].default,
-            "compute": self.compute == "bfloat16",
-        }
-        if not self.steps and (given := [name for name, is_asked in asked.items() if is_asked]):
-            raise ValueError(
-                f"{' and '.join(given)}: no effect without steps; set steps, or remove tuning"
-            )
-        return self
 
 
 class Base(Section):

@@ -97,18 +97,15 @@ class Data(Section):
 
     @model_validator(mode="after")
     def _one_kind_of_columns(self) -> Data:
-        pair = self.prompt_column or self.completion_column
-        alpaca = self.instruction_column or self.input_column or self.output_column
-        asked = [
-            n
-            for n, given in (
-                ("text_column", self.text_column),
-                ("prompt_column", pair),
-                ("messages_column", self.messages_column),
-                ("instruction_column", alpaca),
-            )
-            if given
-        ]
+        kinds = {
+            "text_column": self.text_column,
+            "prompt_column": self.prompt_column or self.completion_column,
+            "messages_column": self.messages_column,
+            "instruction_column": self.instruction_column
+            or self.input_column
+            or self.output_column,
+        }
+        asked = [name for name, column in kinds.items() if column]
         if len(asked) > 1:
             raise ValueError(f"{' and '.join(asked)} exclude each other; set only one kind")
         return self

@@ -54,8 +54,7 @@ def parse_recipe(given: Mapping[str, Any], source: str, changes: tuple[str, ...]
     """A recipe from its content; `source` is the file that messages name. See `load_recipe`."""
     content = copy.deepcopy(dict(given))
     problems = [p for change in changes if (p := _change(content, change))]
-    problems += _missing_sources(content)
-    _make_paths_absolute(content)
+    problems += _check_sources(content)
     try:
         recipe = Recipe.model_validate(content)
     except ValidationError as error:
@@ -92,132 +91,85 @@ def _describe(error: ValidationError) -> Iterator[str]:
     for item in error.errors():
         where = ".".join(str(p) for p in item["loc"])
         if item["type"] == "extra_forbidden":
-            valid = _keys_at(item["loc"][:-1])
-            yield f"{where}: unknown key{suggestion(str(item['loc'][-1]), valid)}"
+            section: Any = Recipe
+            for key in item["loc"][:-1]:
+                if isinstance(key, str):  # others number the items of a list
+                    section = section.model_fields[key].annotation
+                    section = next(iter(get_args(section)), section)
+            known = list(section.model_fields)
+            yield f"{where}: unknown key{suggestion(str(item['loc'][-1]), known)}"
         elif item["type"] == "missing":
             yield f"{where}: required, but not set"
         else:
-            yield f"{where or 'recipe'}: {item['msg'].removeprefix('Value error, ')}" + _given(item)
+            value, is_ours = item.get("input"), item["type"] == "value_error"
+            is_whole = isinstance(value, dict | list | BaseModel)
+            text = "" if is_ours or is_whole else f" (given: {value!r})"
+            yield f"{where or 'recipe'}: {item['msg'].removeprefix('Value error, ')}{text}"
 
 
-def _given(item: Any) -> str:
-    value = item.get("input")
-    return (
-        ""
-        if isinstance(value, dict | list | BaseModel) or item["type"] == "value_error"
-        else f" (given: {value!r})"
-    )
-
-
-def _keys_at(location: tuple[int | str, ...]) -> list[str]:
-    """Valid keys of the section at `location`; numbers in it are list indices."""
-    section: Any = Recipe
-    for key in location:
-        if isinstance(key, str):
-            section = section.model_fields[key].annotation
-            section = next(iter(get_args(section)), section)
-    return list(section.model_fields)
-
-
-def _make_paths_absolute(content: dict[str, Any]) -> None:
-    """Make relative paths in `content` absolute, so that the resolved recipe does not depend on the
-    current directory. Values that are not valid paths stay unchanged.
-    """
-    for _, part, key, _ in _named_files(content):
-        path = _path_of(part.get(key))
-        if path is not None and (key != "source" or path.exists()):
-            part[key] = str(path.absolute())
-    names = _names(content)
-    for adapter in _adapters(content):
-        path = _path_of(adapter.get("continue_from"))
-        if path is not None and adapter["continue_from"] not in names and path.exists():
-            adapter["continue_from"] = str(path.absolute())
-
-
-def _named_files(
+def _sources(
     content: dict[str, Any],
 ) -> Iterator[tuple[str, dict[str, Any], str, Callable[[str], Any]]]:
-    """Every place of a recipe that may name a file: the section's key and mapping, the key in it,
-    and a function that raises SourceError for a value that names nothing."""
+    """Every place of a recipe that may name a file: where it is, the mapping and the key that hold
+    it, and a function that raises SourceError for a value that names nothing. Loads nothing."""
     from qwlora.data import locate_documents
     from qwlora.formats.model_source import locate
 
-    data = {"source": locate_documents, "chat_template": _check_template}
-    sections: list[tuple[str, Any, dict[str, Callable[[str], Any]]]] = [
-        ("model", content.get("model"), {"source": locate, "encodings": _check_encodings}),
-        ("data", content.get("data"), data),
-        *((f"adapters.{i}.data", a.get("data"), data) for i, a in enumerate(_adapters(content))),
-    ]
-    for where, part, checks in sections:
-        if isinstance(part, dict):
-            for key, check in checks.items():
-                yield where, part, key, check
-
-
-def _path_of(value: Any) -> Path | None:
-    """`value` as a path; None if it cannot be one."""
-    try:
-        return user_path(value) if isinstance(value, str) else None
-    except SourceError:
-        return None
-
-
-def _adapters(content: dict[str, Any]) -> list[dict[str, Any]]:
     adapters = content.get("adapters")
-    return [a for a in adapters if isinstance(a, dict)] if isinstance(adapters, list) else []
-
-
-def _names(content: dict[str, Any]) -> set[str]:
-    return {name for a in _adapters(content) if isinstance(name := a.get("name"), str)}
-
-
-def _missing_sources(content: dict[str, Any]) -> list[str]:
-    """Problems with sources that do not exist: model, encodings, data, template, adapters.
-
-    Loads nothing.
-    """
-    names = _names(content)
+    adapters = [a for a in adapters if isinstance(a, dict)] if isinstance(adapters, list) else []
+    names = {name for a in adapters if isinstance(name := a.get("name"), str)}
 
     def check_adapter(source: str) -> None:
         is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)
         path = source_path(source)
-        if source not in names and not is_hub_id and not path.exists():
+        if not is_hub_id and not path.exists():
             raise SourceError(
                 f"adapter {source!r} {does_not_exist(source, path)}. Give the name of an adapter "
                 "in this recipe, a folder with adapter_config.json, package:NAME/PATH for a "
                 "folder inside an installed package, or a hub id"
             )
 
-    values: list[tuple[str, Any, Callable[[str], Any]]] = [
-        (f"{where}.{key}", part.get(key), check)
-        for where, part, key, check in _named_files(content)
+    def check_template(source: str) -> None:
+        read_text(_file(source, "a file with a Jinja template"))
+
+    of_adapter: dict[str, Callable[[str], Any]] = {"continue_from": check_adapter}
+    data: dict[str, Callable[[str], Any]]
+    data = {"source": locate_documents, "chat_template": check_template}
+    model = {
+        "source": locate,
+        "encodings": lambda source: _file(source, "the .encodings or .json file that AIMET wrote"),
+    }
+    sections: list[tuple[str, Any, dict[str, Callable[[str], Any]]]] = [
+        ("model", content.get("model"), model),
+        ("data", content.get("data"), data),
+        *((f"adapters.{i}.data", a.get("data"), data) for i, a in enumerate(adapters)),
+        *((f"adapters.{i}", a, of_adapter) for i, a in enumerate(adapters)),
     ]
-    values += [
-        (f"adapters.{i}.continue_from", a.get("continue_from"), check_adapter)
-        for i, a in enumerate(_adapters(content))
-    ]
+    for where, part, checks in sections:
+        for key, check in checks.items() if isinstance(part, dict) else ():
+            is_name = key == "continue_from" and part.get(key) in names  # of this recipe
+            if isinstance(part.get(key), str) and not is_name:
+                yield f"{where}.{key}", part, key, check
+
+
+def _file(source: str, wanted: str) -> Path:
+    path = user_path(source)
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else does_not_exist(source, path)
+        raise SourceError(f"{source!r} {what}. Give {wanted}")
+    return path
+
+
+def _check_sources(content: dict[str, Any]) -> list[str]:
+    """Problems with sources that do not exist. Makes paths in `content` absolute, so that the
+    resolved recipe does not depend on the current directory."""
     problems = []
-    for where, value, check in values:
+    for where, part, key, check in list(_sources(content)):
         try:
-            if isinstance(value, str):
-                check(value)
+            check(part[key])
+            path = user_path(part[key])
+            if key in ("encodings", "chat_template") or path.exists():
+                part[key] = str(path.absolute())
         except SourceError as error:
             problems.append(f"{where}: {error}")
     return problems
-
-
-def _check_encodings(encodings: str) -> None:
-    path = user_path(encodings)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else does_not_exist(encodings, path)
-        raise SourceError(
-            f"{encodings!r} {what}. Give the .encodings or .json file that AIMET wrote"
-        )
-
-
-def _check_template(template: str) -> None:
-    path = user_path(template)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else does_not_exist(template, path)
-        raise SourceError(f"{template!r} {what}. Give a file with a Jinja template")
-    read_text(path)

@@ -73,7 +73,8 @@ def _section(title: str, path: str, section: dict[str, Any], every: dict[str, An
             value = "by preset"
         elif default is not None and not (kind and not many):
             value = f"`{flow(default)}`"
-        rows.append(f"| `{name}` | {shown} | {value} | {_cell(field.get('description', ''))} |")
+        meaning = field.get("description", "").replace("|", "\\|")
+        rows.append(f"| `{name}` | {shown} | {value} | {meaning} |")
     return [f"## {title}\n", *about, *rows, "", *inner]
 
 
@@ -102,10 +103,6 @@ def _type(field: dict[str, Any], every: dict[str, Any]) -> str:
             return "`true` \\| `false`"
         case kind:
             return _TYPES[str(kind)]
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 if __name__ == "__main__":

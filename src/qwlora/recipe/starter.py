@@ -48,14 +48,10 @@ def _section(kind: type[BaseModel], path: str, is_set: bool) -> list[str]:
             shown = is_set and where in ("model", "data")
             body = _section(inner, f"{where}.", is_set=shown)
             lines += [f"{'' if shown else '# '}{name}:{comment}"]
-            lines += [_indented(line, shown) for line in body]
+            lines += [f"  {line}" if shown else f"#   {line.removeprefix('# ')}" for line in body]
         else:
             given: Any = _ADAPTER.get(name, field.default) if path == "adapters." else field.default
             required = is_set and (where in _PLACEHOLDERS or where == "adapters.name")
             value = flow(_PLACEHOLDERS.get(where, "first") if required else given)
             lines.append(f"{'' if required or not is_set else '# '}{name}: {value}{comment}")
     return lines
-
-
-def _indented(line: str, is_set: bool) -> str:
-    return f"  {line}" if is_set else f"#   {line.removeprefix('# ')}"

@@ -141,52 +141,30 @@ class Recipe(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _apply_preset(cls, given: Any) -> Any:
-        """Fill in the preset's values for keys that the recipe does not set."""
-        if not isinstance(given, dict) or given.get("preset", "balanced") not in PRESETS:
-            return given
-        preset, base = PRESETS[given.get("preset", "balanced")], given.get("base") or {}
-        adapters = given.get("adapters")
-        if not isinstance(base, dict) or not isinstance(adapters, list):
-            return given
-        keeps = base.get("solver") == "keep"
+    def _fill_in(cls, content: Any) -> Any:
+        """Fill in what follows from other keys: the preset's values, the keys of the data section
+        that an adapter's own data does not set, and target `onnx_each` for adapters that `onnx`
+        cannot switch. What has the wrong type is left to the validation."""
+        if not isinstance(content, dict):
+            return content
+        adapters = content.get("adapters")
+        sections = [content.get(key) or {} for key in ("base", "data", "export")]
+        base, data, export = sections
+        preset = PRESETS.get(str(content.get("preset", "balanced")))
+        is_typed = isinstance(adapters, list) and all(isinstance(s, dict) for s in sections)
+        if preset is None or not is_typed or not all(isinstance(a, dict) for a in adapters or ()):
+            return content
+        filled, keeps = [], base.get("solver") == "keep"
+        for adapter in adapters or ():
+            if not (keeps or adapter.get("dora") or adapter.get("continue_from") is not None):
+                adapter = _filled(adapter, preset["adapter"])
+            if isinstance(adapter.get("data"), dict):
+                adapter = {**adapter, "data": {**data, **adapter["data"]}}
+            filled.append(adapter)
+        if any(a.get("dora") or a.get("target_parameters") for a in filled):
+            export = {"targets": ["onnx_each"], **export}
         base = base if keeps else _filled(base, preset["base"])
-        adapters = [
-            _filled(a, preset["adapter"]) if isinstance(a, dict) and _may_correct(a, keeps) else a
-            for a in adapters
-        ]
-        return {**given, "base": base, "adapters": adapters}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _complete_data_of_adapters(cls, given: Any) -> Any:
-        """Fill in the keys of the data section that an adapter's own data does not set."""
-        if not isinstance(given, dict) or not isinstance(given.get("adapters"), list):
-            return given
-        section = given.get("data") or {}
-        if not isinstance(section, dict):
-            return given
-        adapters = [
-            {**a, "data": {**section, **a["data"]}}
-            if isinstance(a, dict) and isinstance(a.get("data"), dict)
-            else a
-            for a in given["adapters"]
-        ]
-        return {**given, "adapters": adapters}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _choose_target(cls, given: Any) -> Any:
-        """Without a target, `onnx_each` for adapters that `onnx` cannot switch."""
-        if not isinstance(given, dict) or not isinstance(given.get("adapters"), list):
-            return given
-        section = given.get("export") or {}
-        if not isinstance(section, dict) or "targets" in section:
-            return given
-        adapters = [a for a in given["adapters"] if isinstance(a, dict)]
-        if any(a.get("dora") or a.get("target_parameters") for a in adapters):
-            return {**given, "export": {**section, "targets": ["onnx_each"]}}
-        return given
+        return {**content, "base": base, "adapters": filled, "export": export}
 
     @model_validator(mode="after")
     def _everyone_has_text(self) -> Recipe:
@@ -209,11 +187,6 @@ class Recipe(Section):
             raise ValueError(
                 "model.encodings needs base.solver: keep; set it, or remove model.encodings"
             )
-        if self.model.trust_remote_code and self.base.solver == "keep":
-            raise ValueError(
-                "model.trust_remote_code has no effect with base.solver: keep, which never runs "
-                "the model's code; remove it"
-            )
         needy = [a.name for a in self.adapters if a.init != "zero" or a.objective == "recovery"]
         if self.base.solver == "keep" and self.model.encodings is None and needy:
             raise ValueError(
@@ -226,10 +199,6 @@ class Recipe(Section):
     def _targets_take_everything(self) -> Recipe:
         """What the recipe alone says; `target_compatibility.refusals` knows more with a model."""
         targets = {name: TARGETS[name] for name in self.export.targets}
-        if self.export.graphs is not None and not any(t.cached_graphs for t in targets.values()):
-            raise ValueError(
-                "export.graphs has no effect without target qnn, aimet or qairt; remove it"
-            )
         problems = [
             problem
             for name, target in targets.items()
@@ -286,10 +255,6 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _use_cases_exist(self) -> Recipe:
         targets = [name for name in self.export.targets if TARGETS[name].has_cases]
-        if not targets and self.export.use_cases is not None:
-            raise ValueError(
-                "export.use_cases has no effect without target qairt or qnn; remove it"
-            )
         names = {a.name for a in self.adapters}
         if targets and self.workflow == "qwa-lora":
             raise ValueError(
@@ -353,12 +318,9 @@ class Recipe(Section):
         if self.simulation.base_activations != "none" or len(roots) < 2:
             return self
         # The shape of an adapter that continues one in files is known only when these are read.
-        shapes = [a.shape() for a in roots if a.continue_from is None]
-        if differ := [
-            name
-            for name in (shapes[0] if shapes else ())
-            if any(shape[name] != shapes[0][name] for shape in shapes)
-        ]:
+        known = [a for a in roots if a.continue_from is None]
+        keys = ("rank", "rank_pattern", "dora")
+        if differ := [k for k in keys if any(getattr(a, k) != getattr(known[0], k) for a in known)]:
             raise ValueError(
                 "simulation.base_activations none: adapters that share all encodings must have "
                 f"equal shapes, but {', '.join(differ)} "
@@ -371,12 +333,8 @@ class Recipe(Section):
     def _fits_the_workflow(self) -> Recipe:
         if self.workflow == "qw-lora":
             return self
-        problems = [
-            problem
-            for adapter in self.adapters
-            if adapter.steps
-            for problem in adapter.without_graph()
-        ]
+        trained = [adapter for adapter in self.adapters if adapter.steps]
+        problems = [problem for adapter in trained for problem in adapter.without_graph()]
         if self.data.packing == "documents":
             problems.append(
                 "data.packing documents needs position inputs, which the captured graph does not "
@@ -435,18 +393,10 @@ class Recipe(Section):
         return adapters
 
 
-def _filled(given: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """`given`, with missing keys taken from `defaults`, recursively."""
-    filled = dict(given)
+def _filled(section: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """`section`, with missing keys taken from `defaults`, recursively."""
+    filled = {**defaults, **section}
     for key, value in defaults.items():
-        own = filled.get(key)
-        if isinstance(value, dict) and isinstance(own, dict):
-            filled[key] = _filled(own, value)
-        elif key not in filled:
-            filled[key] = value
+        if isinstance(value, dict) and isinstance(filled[key], dict):
+            filled[key] = _filled(filled[key], value)
     return filled
-
-
-def _may_correct(adapter: dict[str, Any], base_is_kept: bool) -> bool:
-    """Whether the adapter can be initialized to correct the quantization error."""
-    return not (base_is_kept or adapter.get("dora") or adapter.get("continue_from") is not None)

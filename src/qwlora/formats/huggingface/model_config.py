@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, PretrainedConfig
 from transformers.activations import ACT2FN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from qwlora.errors import SourceError, foreign_as
 
@@ -105,6 +106,9 @@ def _problem(key: str, value: Any, layers: int, has_own_code: bool) -> str | Non
     if key in ("dtype", "torch_dtype") and value != "auto":
         kind = getattr(torch, value.removeprefix("torch."), None)
         return None if isinstance(kind, torch.dtype) else "which is no dtype of torch"
+    known = {"default", *ROPE_INIT_FUNCTIONS}
+    if key == "rope_type" and not has_own_code and value not in known:
+        return f"and transformers knows {', '.join(sorted(known))}"
     is_activation = _ACTIVATIONS.fullmatch(key) and not has_own_code
     return "which transformers does not have" if is_activation and value not in ACT2FN else None
 

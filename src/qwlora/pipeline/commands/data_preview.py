@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,46 +48,23 @@ def preview(
         )
     item = train[sequence]
     ids, in_loss = item["input_ids"].tolist(), (item["labels"] != IGNORED).tolist()
-    positions = item["position_ids"].tolist() if "position_ids" in item else list(range(len(ids)))
+    positions = item["position_ids"].tolist() if "position_ids" in item else range(len(ids))
     starts = [i for i, position in enumerate(positions) if position == 0]
-    parts = [slice(start, end) for start, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
-    shown = [
-        [_run(context.tokenizer, list(run), flag) for flag, run in _runs(ids[part], in_loss[part])]
-        for part in parts
-    ]
-    return {
-        "data": text.describe(),
-        "sequence": sequence,
-        "documents": [runs for runs in shown if runs],
-    }
-
-
-def _runs(ids: list[int], in_loss: list[bool]) -> Any:
-    """Runs of tokens that are all loss tokens or all not.
-
-    Padding is left out: tokens without loss at the end that repeat one id.
-    """
-    end = len(ids)
-    while end > 1 and not in_loss[end - 1] and ids[end - 1] == ids[end - 2]:
-        end -= 1
-    if end == 1 and len(ids) > 1 and not in_loss[0]:
-        end = 0
-    return (
-        (flag, (i for i, _ in run))
-        for flag, run in groupby(
-            zip(ids[:end], in_loss[:end], strict=True), key=lambda pair: pair[1]
-        )
-    )
+    documents = []
+    for start, stop in pairwise([*starts, len(ids)]):
+        end = stop  # without padding: tokens without loss at the end that repeat one id
+        while end - start > 1 and not in_loss[end - 1] and ids[end - 1] == ids[end - 2]:
+            end -= 1
+        if end - start == 1 < stop - start and not in_loss[start]:
+            continue  # it is all padding
+        runs = groupby(range(start, end), key=in_loss.__getitem__)
+        documents.append([_run(context.tokenizer, [ids[i] for i in run], n) for n, run in runs])
+    return {"data": text.describe(), "sequence": sequence, "documents": documents}
 
 
 def _run(tokenizer: Any, ids: list[int], in_loss: bool) -> dict[str, Any]:
-    return {
-        "text": tokenizer.decode(
-            ids, skip_special_tokens=False, clean_up_tokenization_spaces=False
-        ),
-        "tokens": len(ids),
-        "learnt": in_loss,
-    }
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    return {"text": text, "tokens": len(ids), "learnt": in_loss}
 
 
 def format_preview(found: dict[str, Any]) -> str:

@@ -86,8 +86,7 @@ def dump_layers(
     quiet_libraries()
     context, adapter = open_job(folder, next(iter(name.adapters), None), track=track)
     if stage != "simulated":
-        for export in name.export_stages:
-            check_current(context, export)
+        check_current(context, name.export_stages)
     elif not is_calibrated(context, adapter):
         raise DirectoryError(f"{str(folder)!r} has not calibrated {adapter!r} yet; calibrate first")
     runtime = None
@@ -107,7 +106,7 @@ def dump_layers(
 def _simulation(context: JobContext, name: ModelName) -> Simulation:
     if not name.is_use_case:
         return context.simulation(str(name.adapter))
-    from qwlora.pipeline.stages.use_cases import use_case_simulations
+    from qwlora.pipeline.stages.common_simulations import use_case_simulations
 
     return use_case_simulations(context)[str(name.adapter)]
 

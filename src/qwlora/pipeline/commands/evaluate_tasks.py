@@ -19,7 +19,7 @@ from typing import Any
 from qwlora.errors import DirectoryError
 from qwlora.export.registry import TARGETS
 from qwlora.pipeline.commands.model_names import JobModels, ModelName, model_name
-from qwlora.pipeline.commands.open_job import add_task_scores, check_stages
+from qwlora.pipeline.commands.open_job import JobState, add_task_scores
 from qwlora.pipeline.plan.plan import has_float_model
 from qwlora.pipeline.running.new_context import quiet_libraries
 from qwlora.progress import Track, untracked
@@ -58,7 +58,10 @@ def evaluate_tasks(
     )
     for name in chosen:
         job.check(name)
-    check_stages(folder, dict.fromkeys(stage_of(name) for name in chosen))
+    state = JobState(folder, job.recipe)
+    state.directory.check_writable()
+    for stage in dict.fromkeys(stage_of(name) for name in chosen):
+        state.require(stage)
     quiet_libraries()
     from qwlora.analysis.task_harness import load_tasks, score_tasks
 

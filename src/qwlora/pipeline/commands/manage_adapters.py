@@ -54,7 +54,6 @@ def add_adapter(
     with Directory.edit(folder) as (directory, recipe, finished):
         if finished == command:
             return
-        _check_new(recipe, name, folder)
         model = _named(recipe, like or recipe.adapters[0].name, folder)
         entry = {**model.model_dump(mode="json"), "name": name}
         if data is not None:
@@ -93,7 +92,6 @@ def import_adapter(
     with Directory.edit(folder) as (directory, recipe, finished):
         if finished == command:
             return
-        _check_new(recipe, name, folder)
         if not (is_mlx := is_mlx_adapter(path := user_path(source))):
             check_existing(source, "accept", skeleton(recipe.model))
         entry: dict[str, Any] = {"name": name, "continue_from": source, "unknown_base": "accept"}
@@ -149,8 +147,11 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
         content["base"]["calibrate_on"] = [new if name == old else name for name in on]
         changed = resolve_compute(parse_recipe(content, str(folder / "recipe.yaml")))
         before, after = _plans(folder, recipe, changed)
+        together = {name for name, target in TARGETS.items() if target.has_cases}  # names inside
         renamed = [
-            (b, a) for b, a in zip(before, after, strict=True) if b != a and not _is_of_use_cases(b)
+            (b, a)
+            for b, a in zip(before, after, strict=True)
+            if b != a and b.name != CASES and not together & set(b.name.split("/")[1:2])
         ]
         files = dict[str, str]()
         for stage, now in renamed:  # a proof belongs to the name that is in it
@@ -203,20 +204,16 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
         changed = resolve_compute(parse_recipe(content, str(folder / "recipe.yaml")))
         before, after = _plans(folder, recipe, changed)
         _check_kept(before, after, folder, gone=name)
+        source, imports = Path(adapter.continue_from or ""), (folder / IMPORTS).resolve()
+        is_shared = any(a.continue_from == adapter.continue_from for a in changed.adapters)
+        unused = [f"{IMPORTS}/{source.name}"] if source.resolve().parent == imports else []
+        unused = [] if is_shared else unused  # the converted source, if no other adapter has it
         confirm()
         directory.change(
             command,
             changed,
             removed=[stage for stage in before if stage.adapter == name],
-            removals=_unused_imports(folder, adapter, changed),
-        )
-
-
-def _check_new(recipe: Recipe, name: str, folder: Path) -> None:
-    if name in {a.name for a in recipe.adapters}:
-        raise DirectoryError(
-            f"{str(folder)!r} already has adapter {name!r}; choose another name, or change its "
-            "settings in a run with --replace"
+            removals=unused,
         )
 
 
@@ -232,7 +229,12 @@ def _with_adapter(
     folder: Path, recipe: Recipe, entry: dict[str, Any], changes: tuple[str, ...]
 ) -> Recipe:
     """The recipe with another adapter at its end."""
-    content = recipe.model_dump(mode="json")
+    content, name = recipe.model_dump(mode="json"), entry["name"]
+    if name in {adapter.name for adapter in recipe.adapters}:
+        raise DirectoryError(
+            f"{str(folder)!r} already has adapter {name!r}; choose another name, or change its "
+            "settings in a run with --replace"
+        )
     content["adapters"].append(entry)
     if recipe.data.source is None and not recipe.base.calibrate_on:
         content["base"]["calibrate_on"] = list(recipe.texts())  # what the base was calibrated on
@@ -274,23 +276,6 @@ def _content_digest(folder: Path) -> str:
     for path in sorted(folder.iterdir()):
         digest.update(f"{path.name}\0{Digests().content(path)}\0".encode())
     return digest.hexdigest()
-
-
-def _unused_imports(folder: Path, gone: Adapter, recipe: Recipe) -> list[str]:
-    """The converted source of a removed adapter, if no other adapter of the recipe has it."""
-    source = Path(gone.continue_from or "")
-    imports = (folder / IMPORTS).resolve()
-    if source.resolve().parent != imports or any(
-        adapter.continue_from == gone.continue_from for adapter in recipe.adapters
-    ):
-        return []
-    return [f"{IMPORTS}/{source.name}"]
-
-
-def _is_of_use_cases(stage: Stage) -> bool:
-    """Whether a stage's files hold all use cases, by name."""
-    targets = stage.name.split("/")[1:2]
-    return stage.name == CASES or any(t in TARGETS and TARGETS[t].has_cases for t in targets)
 
 
 def _renamed(results: Any, old: str, new: str, depth: int = 4) -> Any:

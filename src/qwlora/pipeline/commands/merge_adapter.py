@@ -83,31 +83,28 @@ class Verdict:
         )
 
     def to_json(self) -> dict[str, Any]:
-        layers = {
-            name: {**asdict(layer), "share": layer.share} for name, layer in self.layers.items()
-        }
-        numbers = {
-            "share": self.share,
-            "base": self.base,
-            "adapted": self.adapted,
-            "merged": self.merged,
-            "kept": self.kept,
-        }
+        """For `qwlora merge-check --json`."""
+        names = ("share", "base", "adapted", "merged", "kept", "is_harmless")
+        layers = self.layers.items()
         return {
-            **numbers,
-            "is_harmless": self.is_harmless,
+            **{name: getattr(self, name) for name in names},
             "recommendation": self.recommendation(),
-            "layers": layers,
+            "layers": {name: {**asdict(layer), "share": layer.share} for name, layer in layers},
         }
 
 
 def merge_verdict(context: JobContext, name: str, track: Track) -> Verdict:
     """Measure the effect of merging adapter `name`."""
+    evaluation = context.text(name).evaluation
+
+    def measured(model: Any, what: str) -> float:
+        return perplexity(logits_of(model), evaluation, f"perplexity, {what}", track)
+
     adapted = context.adapted(name)
     layers = rounding_losses(adapted)
-    after = _perplexity(context, name, adapted, "adapted", track)
-    before = _perplexity(context, name, context.base(), "base", track)
-    merged = _perplexity(context, name, merged_model(adapted, "requantized"), "merged", track)
+    after = measured(adapted, "adapted")
+    before = measured(context.base(), "base")
+    merged = measured(merged_model(adapted, "requantized"), "merged")
     return Verdict(layers, before, after, merged)
 
 
@@ -147,13 +144,3 @@ def write_merged(context: JobContext, name: str, into: Into, folder: Path) -> No
         context.tokenizer.save_pretrained(folder)
     else:
         save_base(merged, context.tokenizer, folder, context.recipe.model.source)
-
-
-def _perplexity(
-    context: JobContext,
-    name: str,
-    model: PreTrainedModel | PeftModel,
-    what: str,
-    track: Track,
-) -> float:
-    return perplexity(logits_of(model), context.text(name).evaluation, f"perplexity, {what}", track)

@@ -17,8 +17,13 @@ from pathlib import Path
 
 from qwlora.atomic import move_into_place
 from qwlora.errors import DirectoryError
-from qwlora.pipeline.job.directory_errors import as_directory_errors
-from qwlora.pipeline.job.output_path import check_output, lock_folder, remove_empty, shown
+from qwlora.pipeline.job.output_path import (
+    as_directory_errors,
+    check_output,
+    lock_folder,
+    remove_empty,
+    shown,
+)
 
 _PRIVATE = ".qwlora-write"
 _PRIVATE_FILES = {"lock", "model"}
@@ -39,7 +44,9 @@ def check_target(folder: Path) -> None:
                 f"{shown(folder)} is the current directory, which the new model cannot replace; "
                 "choose a new folder with --out"
             )
-        if set(os.listdir(folder)) - {_PRIVATE} or _holds_more_than_ours(folder / _PRIVATE):
+        private = folder / _PRIVATE
+        others = set(os.listdir(private)) - _PRIVATE_FILES if private.is_dir() else set()
+        if others or set(os.listdir(folder)) - {_PRIVATE}:
             raise DirectoryError(f"{shown(folder)} is not empty; choose another --out")
         for needed in (folder, Path(os.path.realpath(folder)).parent):
             if not os.access(needed, os.W_OK):
@@ -112,7 +119,3 @@ def _remove_of_killed_command(part: Path) -> None:
         ) from error
     finally:
         os.close(descriptor)
-
-
-def _holds_more_than_ours(private: Path) -> bool:
-    return private.is_dir() and bool(set(os.listdir(private)) - _PRIVATE_FILES)

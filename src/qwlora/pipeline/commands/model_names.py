@@ -22,7 +22,7 @@ from qwlora.errors import DirectoryError
 from qwlora.export.registry import TARGETS
 from qwlora.messages import listed, suggestion
 from qwlora.pipeline.commands.open_job import check_current, is_calibrated, job_recipe, open_job
-from qwlora.pipeline.plan.missing_stages import command_line
+from qwlora.pipeline.plan.stale_stages import command_line
 from qwlora.pipeline.running.new_context import quiet_libraries
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ class JobModels:
             raise DirectoryError(
                 f"{str(self.folder)!r} is not exported to {name.stage}: export.targets of its "
                 f"recipe.yaml has {listed(targets)}. Add {name.stage} there, then run: "
-                f"{command_line('export', self.folder)}"
+                f"{command_line(['export'], self.folder)}"
             )
         if name.adapter is not None and name not in self.models(name.stage):
             kind = "use case" if name.is_use_case else "adapter"
@@ -158,7 +158,7 @@ class JobModels:
                 verbs.append(verb)
                 lacking = lacking or what
         if verbs:
-            commands = " && ".join(command_line(verb, self.folder) for verb in dict.fromkeys(verbs))
+            commands = command_line(dict.fromkeys(verbs), self.folder)
             raise DirectoryError(f"{str(self.folder)!r} {lacking}. Run first: {commands}")
 
     def open(self, name: ModelName, exact: bool = False) -> PreTrainedModel:
@@ -207,8 +207,7 @@ class JobModels:
             return simulated
         from qwlora.export.exported_model import ExportedModel
 
-        for stage in name.export_stages:
-            check_current(context, stage)
+        check_current(context, name.export_stages)
         runtime = TARGETS[name.stage].open(self.folder / "export" / name.stage, name.adapter)
         return ExportedModel(runtime, context.skeleton())
 

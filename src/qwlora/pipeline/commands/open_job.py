@@ -11,18 +11,59 @@ from typing import Any
 from qwlora.errors import CalibrationError, DirectoryError, RecipeError
 from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.directory import Directory, check_job
-from qwlora.pipeline.job.directory_errors import as_directory_errors
 from qwlora.pipeline.job.job_texts import JobTexts
-from qwlora.pipeline.plan.missing_stages import command_line, lacking_error
+from qwlora.pipeline.job.output_path import as_directory_errors
 from qwlora.pipeline.plan.plan import make_plan, resolve_compute
-from qwlora.pipeline.plan.stage import Stage
-from qwlora.pipeline.plan.stale_stages import find_stale, upstream
-from qwlora.pipeline.results.job_files import last_status, write_results
+from qwlora.pipeline.plan.stale_stages import (
+    command_line,
+    find_stale,
+    missing_error,
+    run_line,
+    upstream,
+)
+from qwlora.pipeline.results.results import last_status, write_results
 from qwlora.pipeline.running.new_context import new_context
 from qwlora.progress import Track, untracked
-from qwlora.recipe import Recipe
+from qwlora.recipe import Recipe, load_recipe
 
 _COUNTS = ("data.evaluation_sequences", "data.calibration_sequences")
+
+
+class JobState:
+    """An existing job: its directory, and the plan of a recipe for it.
+
+    Args:
+        texts: of the recipe, if they were read before.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, texts: JobTexts | None = None):
+        self.folder, self.recipe = folder, resolve_compute(recipe)
+        self.texts = texts or JobTexts(self.recipe)
+        self.directory = Directory.read(folder)
+        self.plan = make_plan(self.recipe, self.texts, self.directory.digests)
+
+    def stale(self) -> dict[str, str]:
+        """The stages that are not current, and why."""
+        return find_stale(self.plan, self.directory)
+
+    def require(self, stage: str, what: str = "", whatever_inputs: bool = False) -> None:
+        """Check that a stage, and all that it needs, is current.
+
+        Args:
+            what: needs the stage; default: its name.
+            whatever_inputs: see `find_stale`.
+
+        Raises:
+            DirectoryError: it is not, or the recipe no longer has this stage.
+        """
+        needed = upstream(self.plan, stage)
+        if not needed:
+            raise DirectoryError(
+                f"{str(self.folder)!r} holds {stage}, but its recipe no longer does; add it to the "
+                "recipe and run the job again"
+            )
+        if stale := find_stale(needed, self.directory, whatever_inputs):
+            raise missing_error(what or stage, stale, self.folder)
 
 
 def open_job(
@@ -43,33 +84,38 @@ def open_job(
         RecipeError: a change would affect the base or the adapters, which exist already.
         FingerprintError: the adapter was trained on a different base.
     """
-    recipe = resolve_compute(job_recipe(folder, changes))
-    if made := tuple(change for change in changes if not _is_harmless_change(change)):
-        _refuse_changes(folder, made)
+    recipe = job_recipe(folder, changes)
+    keys = {change: change.partition("=")[0] for change in changes}
+    harmless = [c for c, k in keys.items() if k.split(".")[0] == "simulation" or k in _COUNTS]
+    if refused := tuple(change for change in changes if change not in harmless):
+        _refuse_changes(folder, refused)
     name = adapter or recipe.adapters[0].name
     if not (folder / "adapters" / name).is_dir():
         known = ", ".join(adapter.name for adapter in recipe.adapters)
         raise DirectoryError(
             f"{str(folder)!r} has no trained adapter {name!r}; the recipe has {known}. Train it: "
-            f"{command_line('train', folder)}"
+            f"{command_line(['train'], folder)}"
         )
-    texts = JobTexts(recipe)
-    directory = Directory.read(folder)
-    plan = make_plan(recipe, texts, directory.digests)
-    stale = find_stale(upstream(plan, f"train/{name}"), directory, whatever_inputs=True)
-    if stale:
-        raise lacking_error(
-            f"adapter {name!r}",
-            [s for s in plan if s.name in stale],
-            stale,
-            folder,
-            lambda verb: command_line(verb, folder),
-        )
-    context = new_context(recipe, texts, folder, track)
+    job = JobState(folder, recipe)
+    if f"train/{name}" in {stage.name for stage in job.plan}:
+        job.require(f"train/{name}", f"adapter {name!r}", whatever_inputs=True)
+    context = new_context(job.recipe, job.texts, folder, track)
     from qwlora.adapter.adapter_folder import check_adapter
 
     check_adapter(folder / "adapters" / name, context.base_fingerprint)
     return context, name
+
+
+def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
+    """The recipe of an existing job.
+
+    Raises:
+        DirectoryError: the folder is not a job directory.
+        RecipeError: the recipe or a change is not valid.
+    """
+    journal.finish(folder)
+    check_job(folder)
+    return load_recipe(folder / "recipe.yaml", changes)
 
 
 def add_task_scores(folder: Path, model: str, stage: str, scores: dict[str, Any]) -> dict[str, Any]:
@@ -102,59 +148,15 @@ def add_task_scores(folder: Path, model: str, stage: str, scores: dict[str, Any]
         return write_results(directory, recipe, plan, stale, last_status(folder))
 
 
-def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
-    """The recipe of an existing job.
+def check_current(context: Any, stages: Iterable[str]) -> None:
+    """Check that stages of the context's job, and all that they need, are current.
 
     Raises:
-        DirectoryError: the folder is not a job directory.
-        RecipeError: the recipe or a change is not valid.
+        DirectoryError: one is not, or the recipe no longer has it.
     """
-    from qwlora.recipe import load_recipe
-
-    journal.finish(folder)
-    check_job(folder)
-    return load_recipe(folder / "recipe.yaml", changes)
-
-
-def check_current(context: Any, stage: str) -> None:
-    """Check that a stage of the context's job, and all that it needs, is current.
-
-    Raises:
-        DirectoryError: it is not, or the recipe no longer has this stage.
-    """
-    _check_current(context.path, context.recipe, context.texts, stage)
-
-
-def check_stages(folder: Path, stages: Iterable[str]) -> None:
-    """Check that a job can be written, and that its stages are current.
-
-    Raises:
-        DirectoryError: it cannot, or one is not.
-    """
-    recipe = resolve_compute(job_recipe(folder))
-    texts = JobTexts(recipe)
-    Directory.read(folder).check_writable()
+    job = JobState(context.path, context.recipe, context.texts)
     for stage in stages:
-        _check_current(folder, recipe, texts, stage)
-
-
-def _check_current(path: Path, recipe: Recipe, texts: JobTexts, stage: str) -> None:
-    directory = Directory.read(path)
-    plan = make_plan(recipe, texts, directory.digests)
-    needed = upstream(plan, stage)
-    if not needed:
-        raise DirectoryError(
-            f"{str(path)!r} holds {stage}, but its recipe no longer does; add it to the "
-            "recipe and run the job again"
-        )
-    if stale := find_stale(needed, directory):
-        raise lacking_error(
-            stage,
-            [s for s in needed if s.name in stale],
-            stale,
-            path,
-            lambda verb: command_line(verb, path),
-        )
+        job.require(stage)
 
 
 def is_calibrated(context: Any, name: str) -> bool:
@@ -165,60 +167,38 @@ def is_calibrated(context: Any, name: str) -> bool:
     """
     if not (context.path / "simulation" / name).is_dir():
         return False
-    directory, stage = Directory.read(context.path), f"calibrate/{name}"
-    plan = make_plan(context.recipe, context.texts, directory.digests)
-    if stage not in {s.name for s in plan}:
+    job = JobState(context.path, context.recipe, context.texts)
+    needed = upstream(job.plan, f"calibrate/{name}")
+    if not needed:
         known = ", ".join(adapter.name for adapter in context.recipe.adapters)
         raise CalibrationError(
             f"adapter {name!r} in {str(context.path)!r} is from an earlier version of the recipe, "
             f"which now has {known}; choose one of these"
         )
-    if reason := find_stale(upstream(plan, stage), directory).get(stage):
+    if reason := find_stale(needed, job.directory).get(f"calibrate/{name}"):
         raise CalibrationError(
             f"the calibration of adapter {name!r} in {str(context.path)!r} is out of date: it "
             f"is of another recipe, adapter or base ({reason}). Calibrate again: "
-            f"{command_line('calibrate', context.path)}"
+            f"{command_line(['calibrate'], context.path)}"
         )
     return True
 
 
-def _is_harmless_change(change: str) -> bool:
-    """Whether a change can be applied to an existing job without redoing its base or adapters."""
-    key = change.partition("=")[0]
-    return key.split(".")[0] == "simulation" or key in _COUNTS
-
-
 def _refuse_changes(folder: Path, changes: tuple[str, ...]) -> None:
-    from qwlora.recipe import load_recipe
-
-    path = folder / "recipe.yaml"
-    before, after = (
-        {stage.name: stage.key for stage in _plan_of(load_recipe(path, given))}
-        for given in ((), changes)
-    )
-    again = [
-        name
-        for name, key in after.items()
-        if name.partition("/")[0] in ("quantize", "calibrate-base", "train")
-        and before.get(name) != key
-    ]
-    asked = shlex.join(_as_options(changes))
-    if not again:
-        raise RecipeError(str(path), [f"{asked}: has no effect on this command; remove it"])
-    raise RecipeError(
-        str(path),
-        [
-            f"{asked}: needs {', '.join(again)} to run again, but this command can only change "
+    """Raise an error about changes that need the base or adapters anew, or do nothing."""
+    path, options = folder / "recipe.yaml", [o for c in changes for o in ("--set", c)]
+    keys = []
+    for asked in ((), changes):
+        recipe = resolve_compute(load_recipe(path, asked))
+        keys.append({stage.name: stage.key for stage in make_plan(recipe, JobTexts(recipe))})
+    before, after = keys
+    verbs = ("quantize", "calibrate-base", "train")
+    again = [s for s, k in after.items() if s.split("/")[0] in verbs and before.get(s) != k]
+    problem = "has no effect on this command; remove it"
+    if again:
+        problem = (
+            f"needs {', '.join(again)} to run again, but this command can only change "
             f"{', '.join(('simulation.*', *_COUNTS))}. Run the job with the change first: "
-            + shlex.join(["qwlora", "run", str(path), "--out", str(folder), *_as_options(changes)])
-        ],
-    )
-
-
-def _as_options(changes: Iterable[str]) -> list[str]:
-    return [part for change in changes for part in ("--set", change)]
-
-
-def _plan_of(recipe: Recipe) -> list[Stage]:
-    recipe = resolve_compute(recipe)
-    return make_plan(recipe, JobTexts(recipe))
+            f"{run_line(folder, *options)}"
+        )
+    raise RecipeError(str(path), [f"{shlex.join(options)}: {problem}"])

@@ -19,9 +19,9 @@ import json
 import shlex
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,12 @@ from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.card_mark import is_users_card
 from qwlora.messages import listed, suggestion
-from qwlora.pipeline.commands.open_job import job_recipe
+from qwlora.pipeline.commands.open_job import JobState, job_recipe
 from qwlora.pipeline.job.directory import CARD, Directory
-from qwlora.pipeline.job.directory_errors import as_directory_errors
 from qwlora.pipeline.job.job_paths import MOMENTS, SOLVER_SCALES
-from qwlora.pipeline.job.job_texts import JobTexts
-from qwlora.pipeline.plan.plan import make_plan, resolve_compute
-from qwlora.pipeline.plan.stage import Stage
-from qwlora.pipeline.plan.stale_stages import find_stale, upstream
-from qwlora.pipeline.results.model_cards import Places, card_text
+from qwlora.pipeline.job.output_path import as_directory_errors
+from qwlora.pipeline.plan.stale_stages import run_line, upstream
+from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import collect_results, job_of
 from qwlora.report.results_view import Job
 
@@ -97,35 +94,38 @@ def prepared(
             incomplete, changed, or of another recipe than the one that is there now.
         SourceError: the model or a text of the recipe is not there any more.
     """
-    recipe, directory = resolve_compute(job_recipe(folder)), Directory.read(folder)
-    plan = make_plan(recipe, JobTexts(recipe), directory.digests)
-    stale = find_stale(plan, directory)
-    job = job_of(folder, recipe, collect_results(directory, recipe, plan, stale))
-    _check(directory, plan, stale, "quantize", "the base")
+    state = JobState(folder, job_recipe(folder))
+    recipe, directory, stale = state.recipe, state.directory, state.stale()
+    job = job_of(folder, recipe, collect_results(directory, recipe, state.plan, stale))
+    stages = {"quantize": "the base"}
     if adapter is not None:
         known = [a.name for a in recipe.adapters]
         if adapter not in known:
             raise DirectoryError(
                 f"{str(folder)!r} has no adapter {adapter!r}{suggestion(adapter, known)}"
             )
-        _check(directory, plan, stale, f"train/{adapter}", f"adapter {adapter!r}")
-    with tempfile.TemporaryDirectory(prefix="qwlora-push-") as scratch:
-        exports, notes = _exports(job, directory, stale, adapter)
-        fingerprint = read_record(folder / "base")["fingerprint"]
-        if adapter is None:
-            artifact, files = "base", _base_files(directory)
-            places = Places(exported_base="base/{target}", use_cases=None, hub_base=repository)
-        else:
-            artifact, base = f"adapters/{adapter}", _pushed_base(folder, fingerprint)
-            files = _adapter_files(directory, Path(scratch), adapter, fingerprint, base)
-            places = Places(
-                adapter=adapter,
-                exported_base="base/{target}",
-                use_cases=None,
-                exported=f"{adapter}/{{target}}",
-                hub_base=base,
-                hub_adapter=repository,
+        stages[f"train/{adapter}"] = f"adapter {adapter!r}"
+    for stage, what in stages.items():
+        needed = [s.name for s in upstream(state.plan, stage) if s.name in stale]
+        if reasons := [f"{name} {stale[name]}" for name in needed]:
+            raise DirectoryError(
+                f"{what} of {str(folder)!r} cannot be uploaded: {'; '.join(reasons)}. Run first: "
+                f"{run_line(folder)}"
             )
+    with tempfile.TemporaryDirectory(prefix="qwlora-push-") as temporary:
+        scratch = Path(temporary)
+        exports, notes = _exports(job, directory, stale, adapter)
+        fingerprint, note = read_record(folder / "base")["fingerprint"], _pushed(folder)
+        if adapter is None:
+            artifact, files = "base", _recorded(directory, "quantize", "base")
+            unwanted = (f"{MOMENTS}/", f"{SOLVER_SCALES.partition('/')[0]}/")
+            files = {name: p for name, p in files.items() if not name.startswith(unwanted)}
+            hub = Repositories(repository, license=license)
+        else:
+            base = str(note["base"]) if note.get("fingerprint") == fingerprint else None
+            artifact = f"adapters/{adapter}"
+            files = _adapter_files(directory, scratch, adapter, fingerprint, base)
+            hub = Repositories(base, repository, license)
             if base is None:
                 notes.append(
                     "the base is not on the hub yet, so the adapter cannot link to it. Push it "
@@ -133,12 +133,11 @@ def prepared(
                 )
         files[CARD] = folder / artifact / CARD
         if not is_users_card(files[CARD]):
-            files[CARD] = Path(scratch) / CARD
-            card_places = replace(places, license=license)
-            write_text(files[CARD], card_text(job, recipe, adapter, card_places))
+            files[CARD] = scratch / CARD
+            write_text(files[CARD], card_text(job, recipe, adapter, hub))
         files |= exports
         what = "the base" if adapter is None else f"adapter {adapter}"
-        before = _pushed(folder)["files"].get(repository, [])
+        before = note["files"].get(repository, [])
         outdated = tuple(name for name in before if name not in files)
         yield Upload(what, repository, is_private, files, tuple(notes), outdated)
 
@@ -168,7 +167,12 @@ def send(upload: Upload, folder: Path) -> str:
                 "upload to it, or another --to"
             )
         there = api.list_repo_files(repository)
-        _check_kind(upload, there)
+        for record, what in ((RECORD, "a base"), (FILE, "an adapter")):
+            if record in there and record not in upload.files:
+                raise UploadError(
+                    f"{repository} holds {what} ({record}), and {upload.what} would mix with it. "
+                    "Nothing was uploaded. Give another --to"
+                )
         _write_note(folder, {**note, "files": {**note["files"], repository: sorted(begun)}})
         added = [CommitOperationAdd(name, str(path)) for name, path in upload.files.items()]
         gone = [CommitOperationDelete(name) for name in upload.outdated if name in there]
@@ -196,16 +200,6 @@ def _write_note(folder: Path, note: Mapping[str, Any]) -> None:
             file.unlink(missing_ok=True)
 
 
-def _check_kind(upload: Upload, there: Collection[str]) -> None:
-    """Check that the repository does not hold a base if an adapter is uploaded, or the reverse."""
-    for record, what in ((RECORD, "a base"), (FILE, "an adapter")):
-        if record in there and record not in upload.files:
-            raise UploadError(
-                f"{upload.repository} holds {what} ({record}), and {upload.what} would mix with "
-                "it. Nothing was uploaded. Give another --to"
-            )
-
-
 def _refused(error: Exception, repository: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -220,21 +214,6 @@ def _refused(error: Exception, repository: str) -> str:
         case _:
             why = f"the hub answered {described(error)}"
     return f"{repository}: nothing was uploaded: {why}"
-
-
-def _check(
-    directory: Directory, plan: list[Stage], stale: Mapping[str, str], stage: str, what: str
-) -> None:
-    """Check that a stage, and all that it needs, is current for the recipe as it is now."""
-    if found := [f"{s.name} {stale[s.name]}" for s in upstream(plan, stage) if s.name in stale]:
-        raise DirectoryError(
-            f"{what} of {str(directory.path)!r} cannot be uploaded: {'; '.join(found)}. Run first: "
-            f"{_run_line(directory.path)}"
-        )
-
-
-def _run_line(folder: Path) -> str:
-    return shlex.join(["qwlora", "run", str(folder / "recipe.yaml"), "--out", str(folder)])
 
 
 def _recorded(directory: Directory, stage: str, artifact: str) -> dict[str, Path]:
@@ -270,7 +249,7 @@ def _exports(
             check = unchecked[0]
             notes.append(
                 f"{stage} is left out: it has not passed its check ({check}: {stale[check]}). "
-                f"Run first: {_run_line(directory.path)}"
+                f"Run first: {run_line(directory.path)}"
             )
         else:
             artifact = f"export/{target}/{adapter or 'base'}"
@@ -283,15 +262,6 @@ def _exports(
             if adapter and (missing := job.get("parity", target, adapter, "not_run")):
                 notes.append(f"{stage} was not run here: {missing}")
     return files, notes
-
-
-def _base_files(directory: Directory) -> dict[str, Path]:
-    unwanted = (MOMENTS, SOLVER_SCALES.partition("/")[0])
-    return {
-        name: path
-        for name, path in _recorded(directory, "quantize", "base").items()
-        if name.partition("/")[0] not in unwanted
-    }
 
 
 def _adapter_files(
@@ -309,12 +279,6 @@ def _adapter_files(
         manifest.add(scratch, FILE, [CONFIG])
         files |= {file: scratch / file for file in (CONFIG, FILE)}
     return files
-
-
-def _pushed_base(folder: Path, fingerprint: str) -> str | None:
-    """Where the base was uploaded to, if it is still this one."""
-    note = _pushed(folder)
-    return str(note["base"]) if note.get("fingerprint") == fingerprint else None
 
 
 def _pushed(folder: Path) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -107,14 +106,10 @@ class Digests:
         track = self.track if size >= _SHOWN_BYTES else untracked
         digest = hashlib.sha256()
         count = -(-size // _CHUNK_BYTES)
-        for chunk in track(_chunks(file), f"reading {os.path.basename(path)}", count):
+        chunks = iter(lambda: file.read(_CHUNK_BYTES), b"")
+        for chunk in track(chunks, f"reading {os.path.basename(path)}", count):
             digest.update(chunk)
         return digest.hexdigest()
-
-
-def _chunks(file: BinaryIO) -> Iterator[bytes]:
-    while chunk := file.read(_CHUNK_BYTES):
-        yield chunk
 
 
 def _read(cache: Path) -> dict[str, tuple[Stamps, str]]:

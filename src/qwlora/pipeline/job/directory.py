@@ -33,8 +33,12 @@ from qwlora.formats.card_mark import is_users_card, text_of
 from qwlora.messages import listed
 from qwlora.pipeline.job import journal, stage_records
 from qwlora.pipeline.job.digests import Digests
-from qwlora.pipeline.job.directory_errors import as_directory_errors
-from qwlora.pipeline.job.output_path import check_output, lock_folder, remove_empty
+from qwlora.pipeline.job.output_path import (
+    as_directory_errors,
+    check_output,
+    lock_folder,
+    remove_empty,
+)
 from qwlora.pipeline.job.ownership import check_replaceable, files_in, is_unclaimed, read_owner
 from qwlora.pipeline.job.stage_records import Record, read_records, record_path
 from qwlora.pipeline.plan.stage import Stage
@@ -99,11 +103,18 @@ class Directory:
                 directory._read_records()
                 directory._remove_scratch()  # of a run that was killed
                 (path / stage_records.FOLDER).mkdir(exist_ok=True)
-                directory._write_recipe(recipe)
+                if not _reads_as(path / "recipe.yaml", recipe):  # else perhaps with comments
+                    write_text(path / "recipe.yaml", _sealed(recipe))
                 yield directory
         finally:
-            if is_new and not directory._has_results():
-                directory._remove_claim()
+            unfinished = any(f.is_file() for f in (directory.private / "work").rglob("*"))
+            has_results = directory.records or directory.outdated or journal.is_pending(path)
+            if is_new and not has_results and not unfinished:
+                made_here = ["results.json", "report.html"]
+                made_here += ["recipe.yaml"] if _is_sealed(path / "recipe.yaml") else []
+                for name in made_here:
+                    (path / name).unlink(missing_ok=True)
+                shutil.rmtree(directory.private, ignore_errors=True)
             remove_empty(made)
             lock.close()
 
@@ -158,16 +169,32 @@ class Directory:
                     f"not by {recipe.name!r} on {recipe.model.source}. Choose another --out, or "
                     "delete the directory"
                 )
-            self._check_recipe(recipe)
+            file = self.path / "recipe.yaml"
+            if os.path.lexists(file) and not _is_sealed(file) and not _reads_as(file, recipe):
+                raise DirectoryError(
+                    f"{str(file)!r} was edited after qwlora wrote it, and differs from the recipe "
+                    "of this run, which would overwrite it. Nothing was changed. Make your changes "
+                    "in that file and run it without --set, or move it away."
+                )
 
-    def check_replaceable(self, stage: str, artifact: str) -> None:
+    def check_replaceable(self, stage: str, artifact: str, new: Collection[str] = ()) -> None:
         """Check that everything at the artifact of `stage` was made by this job.
+
+        Args:
+            new: files that replace the artifact's. If the stage's record is damaged, files of these
+                names count as the job's; if they are not known yet, all do.
 
         Raises:
             DirectoryError: it contains a file that no record lists.
         """
+        prefix = f"{artifact}/"  # also of artifacts inside it, such as the proof of a use case
+        records = (*self.records.values(), *self.outdated.values())
+        listed = (file for record in records for file in record.files if file.startswith(prefix))
+        known = {file.removeprefix(prefix) for file in listed}
         if stage not in self.damaged:
-            check_replaceable(self.path / artifact, self._files_made(artifact))
+            check_replaceable(self.path / artifact, known)
+        elif new:
+            check_replaceable(self.path / artifact, known | set(new))
 
     @property
     def is_writable(self) -> bool:
@@ -228,27 +255,19 @@ class Directory:
     def trained_adapters(self) -> list[str]:
         """Adapters that the job has trained, whether or not their folders are there."""
         return [
-            stage.removeprefix("train/") for stage in self.records if stage.startswith("train/")
+            name for verb, _, name in (s.partition("/") for s in self.records) if verb == "train"
         ]
 
     def missing_adapters(self) -> list[str]:
         """Adapters that the job has trained but whose folders are missing."""
-        return [
-            name
-            for name in self.trained_adapters()
-            if not (self.path / "adapters" / name / "adapter_config.json").is_file()
-        ]
+        folder, file = self.path / "adapters", "adapter_config.json"
+        return [name for name in self.trained_adapters() if not (folder / name / file).is_file()]
 
     def missing_files(self, artifact: str) -> list[str]:
         """Files that a stage wrote into `artifact` and that are no longer there."""
-        listed = (Path(file) for record in self.records.values() for file in record.files)
-        return sorted(
-            file.name
-            for file in listed
-            if str(file.parent) == artifact
-            and file.name != CARD
-            and not (self.path / file).is_file()
-        )
+        listed = [Path(file) for record in self.records.values() for file in record.files]
+        own = [file for file in listed if str(file.parent) == artifact and file.name != CARD]
+        return sorted(file.name for file in own if not (self.path / file).is_file())
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
@@ -292,11 +311,13 @@ class Directory:
         """
         moves, files = list[tuple[str, str]](), dict[str, str]()
         if artifact is not None:
-            self.check_replaceable(stage, artifact)
+            self.check_replaceable(stage, artifact, files_in(scratch))
             if is_users_card(self.path / artifact / CARD):
                 shutil.copy2(self.path / artifact / CARD, scratch / CARD)
+            digests = Digests()
             files = {
-                f"{artifact}/{name}": _digest(scratch / name) or "" for name in files_in(scratch)
+                f"{artifact}/{name}": digests.content(scratch / name) or ""
+                for name in files_in(scratch)
             }
             flush(scratch)
             moves = [(self._in_job(scratch), artifact)]
@@ -375,7 +396,8 @@ class Directory:
         records: dict[str, Record | None] = {stage.name: None for stage in removed}
         records |= {before.name: None for before, _ in renamed}
         for before, after in renamed:
-            if (record := self._record(before.name)) is not None:
+            record = self.records.get(before.name) or self.outdated.get(before.name)
+            if record is not None:
                 prefix = (f"{before.artifact}/", f"{after.artifact}/")
                 moved = {name.replace(*prefix, 1): digest for name, digest in record.files.items()}
                 records[after.name] = Record(
@@ -384,7 +406,7 @@ class Directory:
                     in_results(record.results),
                     {f: _text_digest(files[f]) if f in files else d for f, d in moved.items()},
                 )
-        texts = {**files, "recipe.yaml": _sealed(dump_yaml(recipe.model_dump(mode="json")))}
+        texts = {**files, "recipe.yaml": _sealed(recipe)}
         with as_directory_errors(self.path):
             self._make(command, moves, [*deleted, *unfinished, *removals], records, texts)
 
@@ -411,9 +433,6 @@ class Directory:
         self.records[stage] = record
         write_text(self.path / record_path(stage), record.text(stage))
 
-    def _record(self, stage: str) -> Record | None:
-        return self.records.get(stage) or self.outdated.get(stage)
-
     def _exists(self, name: str) -> bool:
         return os.path.lexists(self.path / name)
 
@@ -432,53 +451,6 @@ class Directory:
 
     def _all_work(self, stage: str) -> list[Path]:
         return list((self.private / "work").glob(f"{stage.replace('/', '-')}-{'?' * 16}"))
-
-    def _files_made(self, artifact: str) -> set[str]:
-        """Files that the job has written to `artifact`, relative to it."""
-        records = (*self.records.values(), *self.outdated.values())
-        prefix = f"{artifact}/"  # also of artifacts inside it, such as the proof of a use case
-        return {
-            file.removeprefix(prefix)
-            for record in records
-            for file in record.files
-            if file.startswith(prefix)
-        }
-
-    def _check_recipe(self, recipe: Recipe) -> None:
-        """Check that `recipe.yaml` equals `recipe`, or can be overwritten without losing edits."""
-        file = self.path / "recipe.yaml"
-        if os.path.lexists(file) and not _is_sealed(file) and not _reads_as(file, recipe):
-            raise DirectoryError(
-                f"{str(file)!r} was edited after qwlora wrote it, and differs from the recipe of "
-                "this run, which would overwrite it. Nothing was changed. Make your changes in "
-                "that file and run it without --set, or move it away."
-            )
-
-    def _write_recipe(self, recipe: Recipe) -> None:
-        """Write the resolved recipe.
-
-        A file with equal content is kept: it may be the user's own, with comments.
-        """
-        if not _reads_as(self.path / "recipe.yaml", recipe):
-            text = _sealed(dump_yaml(recipe.model_dump(mode="json")))
-            write_text(self.path / "recipe.yaml", text)
-
-    def _remove_claim(self) -> None:
-        """Remove everything that claiming the directory created. The lock is still held."""
-        if _is_sealed(self.path / "recipe.yaml"):
-            (self.path / "recipe.yaml").unlink(missing_ok=True)
-        for name in ("results.json", "report.html"):
-            (self.path / name).unlink(missing_ok=True)
-        shutil.rmtree(self.private, ignore_errors=True)
-
-    def _has_results(self) -> bool:
-        """Whether a stage was finished, or partly, so that the next run can resume it."""
-        work = (self.private / "work").rglob("*")
-        return (
-            bool(self.records or self.outdated)
-            or journal.is_pending(self.path)
-            or any(file.is_file() for file in work)
-        )
 
     def _read_records(self) -> None:
         records, self.damaged = read_records(self.path)
@@ -506,8 +478,9 @@ def _reads_as(file: Path, recipe: Recipe) -> bool:
         return False
 
 
-def _sealed(text: str) -> str:
+def _sealed(recipe: Recipe) -> str:
     """The text of recipe.yaml, with a last line that says whether it was edited since."""
+    text = dump_yaml(recipe.model_dump(mode="json"))
     return f"{text}{_SEAL}{_text_digest(text)}\n"
 
 
@@ -519,11 +492,3 @@ def _is_sealed(file: Path) -> bool:
 
 def _text_digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _digest(path: Path) -> str | None:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError:
-        return None

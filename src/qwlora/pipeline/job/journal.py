@@ -31,8 +31,7 @@ from qwlora.errors import DirectoryError
 from qwlora.export.proof.folder import current_proofs
 from qwlora.export.proof.readme import write_readme
 from qwlora.export.registry import TARGETS
-from qwlora.pipeline.job.directory_errors import as_directory_errors
-from qwlora.pipeline.job.output_path import lock_folder
+from qwlora.pipeline.job.output_path import as_directory_errors, lock_folder
 from qwlora.pipeline.job.stage_records import read_records
 
 JOURNAL, TRASH = "journal.json", "trash"

@@ -1,4 +1,4 @@
-"""Checks of an `--out` path, and the lock on a folder that is being written.
+"""Checks of an `--out` path, its errors, and the lock on a folder that is being written.
 
 Nothing is written before `check_output` has accepted a path. `lock_folder` creates the folder and
 returns the folders it created, so that a failed run can remove exactly those.
@@ -10,15 +10,45 @@ import contextlib
 import errno
 import fcntl
 import os
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
-from qwlora.errors import DirectoryError
+from qwlora.errors import DirectoryError, file_being_read, is_out_of_space
 from qwlora.recipe import Recipe
 
+_FULL_BYTES = 64 * 1024
+_UNWRITABLE = (errno.EROFS, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY, errno.ENAMETOOLONG)
 _LONGEST_INSIDE = 250  # bytes that file names inside the folder may need
 _ATTEMPTS = 100
+
+
+@contextlib.contextmanager
+def as_directory_errors(path: Path) -> Iterator[None]:
+    """Turn the various errors for a full disk or an unwritable path into a DirectoryError."""
+    try:
+        yield
+    except DirectoryError:
+        raise
+    except Exception as error:
+        # Native writers report a full disk in their own words, so the free space is checked too.
+        nearest = next(p for p in (path, *path.absolute().parents) if os.path.exists(p))
+        usage = shutil.disk_usage(nearest)
+        is_full = usage.total and usage.free < _FULL_BYTES  # /proc has no size
+        if is_out_of_space(error) or is_full:
+            raise DirectoryError(
+                f"{str(path)!r}: no space left on the disk. Nothing half-written was kept. Free "
+                "some space and run again"
+            ) from error
+        is_of_path = isinstance(error, PermissionError | NotADirectoryError | FileExistsError)
+        if file_being_read(error) is None and (
+            is_of_path or getattr(error, "errno", None) in _UNWRITABLE
+        ):
+            raise DirectoryError(
+                f"{str(path)!r} cannot be written: {error}. Fix this or choose another --out"
+            ) from error
+        raise
 
 
 def check_output(path: Path) -> bool:
@@ -29,22 +59,39 @@ def check_output(path: Path) -> bool:
             long; its parent is a file or not writable.
     """
     try:
-        os.stat(path)
-        exists = True
-    except (FileNotFoundError, NotADirectoryError):
-        exists = False
-    except OSError as error:
-        raise _unusable(path, error) from error
-    if exists and not path.is_dir():
-        raise DirectoryError(f"{shown(path)} is a file; --out names a directory")
-    try:
         os.stat(path / ("x" * _LONGEST_INSIDE))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise _unusable(path, error) from error
-    if not exists:
-        _check_parent(path)
-    return exists
+        what = error.strerror or str(error)
+        if error.errno == errno.ELOOP:
+            what = "it is a loop of symbolic links"
+        elif error.errno == errno.ENAMETOOLONG:
+            longest = max(len(part.encode()) for part in path.absolute().parts)
+            what = (
+                f"the path has {len(str(path))} characters (longest name: {longest} bytes), too "
+                "long for the file system"
+            )
+        raise DirectoryError(
+            f"{shown(path)} cannot be used: {what}; choose another --out"
+        ) from error
+    if path.is_dir():
+        return True
+    if path.exists():
+        raise DirectoryError(f"{shown(path)} is a file; --out names a directory")
+    nearest = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))
+    why = ""
+    if nearest.is_symlink() and not nearest.exists():
+        why = f"is a link to {os.readlink(nearest)!r}, which does not exist"
+    elif not nearest.is_dir():
+        why = "is a file"
+    elif not os.access(nearest, os.W_OK):
+        why = "is not writable"
+    if why:
+        raise DirectoryError(
+            f"{shown(path)} cannot be created: {shown(nearest)} {why}; choose another --out"
+        )
+    return False
 
 
 def check_outside_data(path: Path, recipe: Recipe) -> None:
@@ -79,14 +126,19 @@ def lock_folder(folder: Path, name: str) -> tuple[IO[str], list[Path]]:
     try:
         for _ in range(_ATTEMPTS):
             try:
-                _make_folders(folder, made)
+                for missing in [p for p in (folder, *folder.parents) if not p.exists()][::-1]:
+                    with contextlib.suppress(FileExistsError):  # another process was faster
+                        missing.mkdir()
+                        made.append(missing)
                 file = (folder / name).open("a")
             except FileNotFoundError:  # removed by a process that gave up
                 continue
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _is_in_place(file, folder / name):
+                if os.path.samestat(os.fstat(file.fileno()), (folder / name).stat()):
                     return file, made
+            except FileNotFoundError:  # the lock file was removed
+                pass
             except BlockingIOError:
                 file.close()
                 break
@@ -115,55 +167,3 @@ def shown(path: Path) -> str:
     """The path in quotes, shortened in the middle if it is very long."""
     text = str(path)
     return repr(text if len(text) <= 300 else f"{text[:60]}...{text[-20:]}")
-
-
-def _make_folders(folder: Path, made: list[Path]) -> None:
-    missing = [p for p in (folder, *folder.parents) if not p.exists()]
-    for each in reversed(missing):
-        try:
-            each.mkdir()
-        except FileExistsError:  # another process was faster
-            if not each.is_dir():
-                raise
-        else:
-            made.append(each)
-
-
-def _is_in_place(file: IO[str], path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _check_parent(path: Path) -> None:
-    nearest = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))
-    if nearest.is_symlink() and not nearest.exists():
-        raise DirectoryError(
-            f"{shown(path)} cannot be created: {shown(nearest)} is a link to "
-            f"{os.readlink(nearest)!r}, which does not exist; choose another --out"
-        )
-    if not nearest.is_dir():
-        raise DirectoryError(
-            f"{shown(path)} cannot be created: {shown(nearest)} is a file; choose another --out"
-        )
-    if not os.access(nearest, os.W_OK):
-        raise DirectoryError(
-            f"{shown(path)} cannot be created: {shown(nearest)} is not writable; choose another "
-            "--out"
-        )
-
-
-def _unusable(path: Path, error: OSError) -> DirectoryError:
-    match error.errno:
-        case errno.ENAMETOOLONG:
-            longest = max(len(part.encode()) for part in path.absolute().parts)
-            what = (
-                f"the path has {len(str(path))} characters (longest name: {longest} bytes), too "
-                "long for the file system"
-            )
-        case errno.ELOOP:
-            what = "it is a loop of symbolic links"
-        case _:
-            what = error.strerror or str(error)
-    return DirectoryError(f"{shown(path)} cannot be used: {what}; choose another --out")

@@ -4,6 +4,7 @@ need, what this machine has, and what does not fit.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import shutil
@@ -110,13 +111,22 @@ def estimate(
     keeps = holds_float_model or any(stage.name == "evaluate/float" for stage in stages)
     forecaster = Forecaster(recipe, keeps_float_model=keeps)
     found = [forecaster.stage(stage) for stage in track(list(stages), "estimating", len(stages))]
-    process = _process_bytes(recipe)
+    # Resident memory of this process with what its stages import, after the runs without data.
+    importlib.import_module("qwlora.pipeline.plan.preflight")  # the Trainer and everything below
+    for target in recipe.export.targets:
+        TARGETS[target].missing()  # imports its packages
+    gc.collect()
+    return_freed_memory()
+    process = rss_bytes()
     if holds_float_model:
         process -= FLOAT * forecaster.models.values
     stages_found = tuple(
         replace(each, memory={"process": float(process), **each.memory}) for each in found
     )
-    return Estimates(stages_found, memory_limit_bytes(), _free_bytes(out))
+    folder, free = user_path(str(out)).absolute(), None
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    return Estimates(stages_found, memory_limit_bytes(), free)
 
 
 def summary_line(estimates: Estimates) -> str:
@@ -126,23 +136,3 @@ def summary_line(estimates: Estimates) -> str:
         f"estimate: peak memory {size(int(largest.peak))} in {largest.stage}, disk "
         f"{size(int(estimates.disk))}"
     )
-
-
-def _process_bytes(recipe: Recipe) -> int:
-    """Resident memory of this process with what its stages import, after the runs without data."""
-    importlib.import_module("qwlora.pipeline.plan.preflight")  # the Trainer and everything below
-    for target in recipe.export.targets:
-        TARGETS[target].missing()  # imports its packages
-    gc.collect()
-    return_freed_memory()
-    return rss_bytes()
-
-
-def _free_bytes(out: Path) -> int | None:
-    folder = user_path(str(out)).absolute()
-    while not folder.exists() and folder != folder.parent:
-        folder = folder.parent
-    try:
-        return shutil.disk_usage(folder).free
-    except OSError:
-        return None

@@ -10,6 +10,7 @@ allocator's unused pages are not counted.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -118,7 +119,7 @@ class Forecaster:
         return {"packed base": self.models.packed_bytes + FLOAT * rest + stored}
 
     def _logits(self, tokens: int) -> float:
-        return float(FLOAT * tokens * self.models.vocabulary)
+        return float(FLOAT * tokens * self.models.head_shape[0])
 
     def _adapter(self, stage: Stage) -> Adapter:
         """The stage's adapter, or the first one if the stage is of all."""
@@ -172,7 +173,10 @@ class Forecaster:
                 disk += FLOAT / 2 * sum(i * i + o * o for block in models.blocks for i, o in block)
             settings: tuple[str, ...] = ("base.solver: search with adapters[].init: zero",)
         else:
-            memory = self._solver_without_data()
+            # Layer by layer from the files, with candidates for the scales of each weight.
+            widest = max(i * o for block in models.blocks for i, o in block)
+            largest = FLOAT * max(math.prod(models.head_shape), 6 * widest)
+            memory = {"largest layer": float(largest)} | self._shard
             settings = ("a model as safetensors, which is read layer by layer",)
         if models.is_gguf or self._keeps_float_model:
             memory |= self._float_memory
@@ -194,7 +198,10 @@ class Forecaster:
         # Inputs and outputs of a block's products, their gradients, and copies of both.
         copies = max(sum(2 * i + 4 * o for i, o in block) for block in models.blocks)
         memory = {
-            "hidden states of all calibration sequences": FLOAT * count * tokens * models.width,
+            "hidden states of all calibration sequences": FLOAT
+            * count
+            * tokens
+            * models.head_shape[1],
             "second moments of a block": FLOAT * squares,
             "solver of the largest layer": FLOAT * (4 * inner**2 + 6 * inner * out),
             "activations of a block": FLOAT * tokens * copies,
@@ -204,13 +211,6 @@ class Forecaster:
             outside = models.values - models.packed_weights
             memory["float blocks"] = FLOAT * (outside + 2 * block)
         return {name: float(size) for name, size in memory.items()} | self._shard
-
-    def _solver_without_data(self) -> dict[str, float]:
-        """Layer by layer from the files, with candidates for the scales of each weight."""
-        models = self.models
-        widest = max(i * o for block in models.blocks for i, o in block)
-        largest = FLOAT * max(models.vocabulary * models.width, 6 * widest)
-        return {"largest layer": float(largest)} | self._shard
 
     @property
     def _shard(self) -> dict[str, float]:
@@ -232,7 +232,7 @@ class Forecaster:
                 "activations": float(models.training(adapter, tokens, rows).peak),
                 # logits of a chunk, their softmax and gradient; under autocast also the head
                 "logits of a chunk": 3 * chunk
-                + (2.0 * models.vocabulary * models.width if half else 0.0),
+                + (2.0 * math.prod(models.head_shape) if half else 0.0),
             }
         if adapter.objective == "recovery":
             during |= self._float_memory

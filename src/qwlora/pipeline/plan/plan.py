@@ -103,12 +103,3 @@ def is_imported(recipe: Recipe, adapter: Adapter) -> bool:
 def has_float_model(recipe: Recipe) -> bool:
     """Whether there is a float model to compare with, or only integers in a quantized format."""
     return fetch(recipe.model.source).holds_floats
-
-
-def dependents(plan: list[Stage], name: str) -> list[str]:
-    """Names of the stages that depend on `name`, directly or indirectly."""
-    found = {name}
-    for stage in plan:  # stages are listed after the ones they need
-        if found & set(stage.needs):
-            found.add(stage.name)
-    return [stage.name for stage in plan if stage.name in found - {name}]

@@ -30,7 +30,12 @@ from qwlora.grid.scheme import Scheme
 from qwlora.messages import listed
 from qwlora.parameter_names import canonical_name, is_factor_name
 from qwlora.pipeline.plan.plan import TUNING_DEVICE
-from qwlora.pipeline.plan.target_table import check_targets, kept_grids, second_rounding
+from qwlora.pipeline.plan.target_table import (
+    check_targets,
+    kept_grids,
+    model_files,
+    second_rounding,
+)
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.quantize.quantize_model import find_tensors, plan_layers
 from qwlora.recipe import Recipe
@@ -200,7 +205,7 @@ def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], 
     """The model before step 1, and a function that tells which tensors will be packed."""
     base = context.recipe.base
     if base.solver == "keep":
-        lazy = LazyModel(context.checkpoint())
+        lazy = LazyModel(model_files(context.recipe.model))
         return lazy.model, lambda name: isinstance(
             lazy.checkpoint.read(lazy.stored[name]), QuantizedTensor
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -34,21 +35,27 @@ def check_kept(
     Raises:
         DirectoryError: one would be replaced; says what differs.
     """
-    by_name = {stage.name: stage for stage in waiting if _differs(stage, directory)}
+    records = directory.records
+    again = {s.name for s in waiting if s.name in records and records[s.name].key != s.key}
     problems = []
     for adapter in recipe.adapters:
-        stage = by_name.get(f"train/{adapter.name}")
-        if stage is not None and (directory.path / "adapters" / adapter.name).is_dir():
-            old = directory.records[stage.name].results.get("train", {}).get(adapter.name, {})
-            found = _differences(old.get("settings"), trained_with(recipe, adapter))
-            changed = [need.name for need in upstream(plan, stage.name) if need.name in by_name]
-            found += [f"{name}: {stale[name]}" for name in changed if name != stage.name]
-            problems.append(f"{adapter.name}: {'; '.join(found) or stale[stage.name]}")
-    if not problems and "quantize" in by_name:
+        stage = f"train/{adapter.name}"
+        if stage in again and (directory.path / "adapters" / adapter.name).is_dir():
+            old = records[stage].results.get("train", {}).get(adapter.name, {})
+            reasons = _differences(old.get("settings", {}), trained_with(recipe, adapter))
+            changed = [s.name for s in upstream(plan, stage) if s.name in again and s.name != stage]
+            reasons += [f"{name}: {stale[name]}" for name in changed]
+            problems.append(f"{adapter.name}: {'; '.join(reasons) or stale[stage]}")
+    if not problems and "quantize" in again:
         trained = sorted(path.name for path in (directory.path / "adapters").glob("*"))
         problems = [f"{', '.join(trained)}: their base would be replaced"] if trained else []
-    if "quantize" in by_name and problems:
-        problems += _base_differences(directory, recipe)
+    if "quantize" in again and problems:
+        with contextlib.suppress(RecipeError):
+            before, now = (
+                {"model": r.model.model_dump(mode="json"), "base": r.base.model_dump(mode="json")}
+                for r in (load_recipe(directory.path / "recipe.yaml"), recipe)
+            )
+            problems += _differences(before, now)
     if problems:
         raise DirectoryError(
             f"{str(directory.path)!r} has adapters that were trained differently:\n"
@@ -65,12 +72,9 @@ def check_none_lost(directory: Directory, recipe: Recipe) -> None:
         DirectoryError: it lacks one, such as one that was added with `qwlora adapters add`.
     """
     names = {adapter.name for adapter in recipe.adapters}
-    lost = [
-        name
-        for name in directory.trained_adapters()
-        if name not in names and (directory.path / "adapters" / name).is_dir()
-    ]
-    if lost:
+    folder = directory.path / "adapters"
+    others = [name for name in directory.trained_adapters() if name not in names]
+    if lost := [name for name in others if (folder / name).is_dir()]:
         raise DirectoryError(
             f"{str(directory.path)!r} has adapters {', '.join(lost)}, which this recipe lacks. Run "
             f"{str(directory.path / 'recipe.yaml')!r}, add them to the recipe, or remove them: "
@@ -78,29 +82,8 @@ def check_none_lost(directory: Directory, recipe: Recipe) -> None:
         )
 
 
-def _differs(stage: Stage, directory: Directory) -> bool:
-    """Whether a stage ran before, with other inputs."""
-    record = directory.records.get(stage.name)
-    return record is not None and record.key != stage.key
-
-
-def _base_differences(directory: Directory, recipe: Recipe) -> list[str]:
-    """What differs between the recipe in the directory and this one, in its base and model."""
-    try:
-        old = load_recipe(directory.path / "recipe.yaml")
-    except RecipeError:
-        return []
-    before, now = (
-        {"model": r.model.model_dump(mode="json"), "base": r.base.model_dump(mode="json")}
-        for r in (old, recipe)
-    )
-    return _differences(before, now)
-
-
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:
     """`key: old value, now new value` for every leaf that differs."""
-    if old is None and not path:  # trained by a version that did not record its settings
-        return []
     if isinstance(old, dict) and isinstance(new, dict):
         return [
             line

@@ -24,6 +24,8 @@ from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.recipe import Data, Recipe
 
+VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
+
 
 @dataclass(frozen=True)
 class Stage:

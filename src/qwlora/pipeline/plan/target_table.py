@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import GridError, SourceError
 from qwlora.export.registry import TARGETS
@@ -18,6 +18,10 @@ from qwlora.export.target_compatibility import (
 )
 from qwlora.formats.model_source import fetch
 from qwlora.recipe import Recipe
+from qwlora.recipe.base_section import Model
+
+if TYPE_CHECKING:
+    from qwlora.formats.checkpoint import Checkpoint
 
 _PROBED = 8  # tensors of a float checkpoint that are tested for a grid: one layer is enough to tell
 
@@ -126,21 +130,22 @@ def _lies_on_grid(recipe: Recipe, folder: Path) -> bool:
     return any(is_on_grid(t, plan[name].scheme.bitwidth) for name, t in tensors.items())
 
 
+def model_files(model: Model) -> Checkpoint:
+    """The model's files, with integer weights where the files hold integers."""
+    from qwlora.formats.open_checkpoint import open_checkpoint
+
+    path, keep_float = fetch(model.source).path, model.keep_float
+    return open_checkpoint(
+        path, model.encodings, keep_float=keep_float, block_order=model.block_order
+    )
+
+
 def kept_grids(recipe: Recipe) -> dict[Grid, str]:
     """The grids of the integers in the model's files, and one tensor that has each."""
     from qwlora.formats.assemble_model import LazyModel
-    from qwlora.formats.open_checkpoint import open_checkpoint
     from qwlora.grid.quantized_tensor import QuantizedTensor
 
-    model = recipe.model
-    lazy = LazyModel(
-        open_checkpoint(
-            fetch(model.source).path,
-            model.encodings,
-            keep_float=model.keep_float,
-            block_order=model.block_order,
-        )
-    )
+    lazy = LazyModel(model_files(recipe.model))
     embedding = lazy.model.get_input_embeddings()
     found: dict[Grid, str] = {}
     for name, stored in lazy.stored.items():

@@ -7,12 +7,11 @@ code of the model and of transformers, whatever the architecture.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import logging
 import math
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -69,8 +68,8 @@ class _Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.run = TracedRun()
-        self._alive: dict[int, int] = {}
-        self._bytes = 0
+        self._alive: dict[int, int] = {}  # bytes of storages that exist
+        self._bytes = 0  # of all of them
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -84,19 +83,13 @@ class _Counting(TorchDispatchMode):
         self.run.operators += 1
         if new or func._schema.is_mutable:  # else a view, perhaps of a weight
             self.run.outputs += sum(t.nbytes for t in made)
-        for tensor in new:
-            self._keep(tensor)
+        for storage in (tensor.untyped_storage() for tensor in new):
+            if id(storage) not in self._alive:
+                self._alive[id(storage)] = storage.nbytes()
+                self._bytes += storage.nbytes()
+                self.run.peak = max(self.run.peak, self._bytes)
+                weakref.finalize(storage, self._release, id(storage))
         return result
-
-    def _keep(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = id(storage)
-        if key in self._alive:
-            return
-        self._alive[key] = storage.nbytes()
-        self._bytes += storage.nbytes()
-        self.run.peak = max(self.run.peak, self._bytes)
-        weakref.finalize(storage, self._release, key)
 
     def _release(self, key: int) -> None:
         self._bytes -= self._alive.pop(key, 0)
@@ -133,15 +126,12 @@ class TracedModels:
     def schemes(self) -> dict[str, Scheme]:
         """The scheme of each tensor that the base packs, by its name in the model."""
         base = self.recipe.base
-        scheme = base.weights.scheme()
         if base.solver == "keep":
-            scheme, planned = (
-                parse_scheme(_KEPT_SCHEME),
-                plan_layers(self.model, parse_scheme(_KEPT_SCHEME), "rtn"),
-            )
+            planned = plan_layers(self.model, parse_scheme(_KEPT_SCHEME), "rtn")
         else:
-            planned = plan_layers(self.model, scheme, base.solver, base.layer_rules())
-        return {name: todo.scheme for name, todo in planned.items()}
+            scheme, rules = base.weights.scheme(), base.layer_rules()
+            planned = plan_layers(self.model, scheme, base.solver, rules)
+        return {name: assignment.scheme for name, assignment in planned.items()}
 
     @cached_property
     def base(self) -> PreTrainedModel:
@@ -160,6 +150,12 @@ class TracedModels:
         return sum(p.numel() for p in self.model.parameters())
 
     @cached_property
+    def _layers(self) -> list[PackedLayer]:
+        """All packed layers; tied ones once."""
+        layers = [module for module in self.base.modules() if isinstance(module, PackedLayer)]
+        return [layer for layer in layers if not layer.is_tied]
+
+    @cached_property
     def packed_bytes(self) -> int:
         """Bytes of all packed layers: codes, scales and offsets."""
         return sum(m.own_bytes for m in self.base.modules() if isinstance(m, PackedLayer))
@@ -167,16 +163,13 @@ class TracedModels:
     @cached_property
     def packed_weights(self) -> int:
         """Weights of all packed layers."""
-        layers = (m for m in self.base.modules() if isinstance(m, PackedLayer) and not m.is_tied)
-        return sum(math.prod(layer.tensor.shape) for layer in layers)
+        return sum(math.prod(layer.tensor.shape) for layer in self._layers)
 
     @cached_property
     def scales(self) -> int:
         """Scales of all packed layers."""
-        layers = (m for m in self.base.modules() if isinstance(m, PackedLayer) and not m.is_tied)
-        return sum(
-            math.prod(layer.scheme.scale_shape(tuple(layer.tensor.shape))) for layer in layers
-        )
+        shapes = (layer.scheme.scale_shape(tuple(layer.tensor.shape)) for layer in self._layers)
+        return sum(map(math.prod, shapes))
 
     @property
     def float_values(self) -> int:
@@ -186,31 +179,27 @@ class TracedModels:
     @cached_property
     def blocks(self) -> list[list[tuple[int, int]]]:
         """(in, out) of every packed matrix product, by block of the model."""
-        return [
-            [shape for name in names if (shape := self._product(name)) is not None]
-            for names in tensors_by_block(self.model, self.schemes).values()
-        ]
-
-    def _product(self, name: str) -> tuple[int, int] | None:
-        module = self.model.get_submodule(name.rpartition(".")[0])
-        if not isinstance(module, nn.Linear | Conv1D):
-            return None
-        out, inner = module.weight.shape
-        return (out, inner) if isinstance(module, Conv1D) else (inner, out)
-
-    @property
-    def vocabulary(self) -> int:
-        """Entries of a row of logits."""
-        embedding: Any = self.model.get_input_embeddings()
-        head: Any = self.model.get_output_embeddings()
-        return int(embedding.weight.shape[0] if head is None else head.weight.shape[0])
+        blocks = []
+        for names in tensors_by_block(self.model, self.schemes).values():
+            modules = [self.model.get_submodule(name.rpartition(".")[0]) for name in names]
+            blocks.append(
+                [
+                    (m.weight.shape[0], m.weight.shape[1])
+                    if isinstance(m, Conv1D)
+                    else (m.weight.shape[1], m.weight.shape[0])
+                    for m in modules
+                    if isinstance(m, nn.Linear | Conv1D)
+                ]
+            )
+        return blocks
 
     @property
-    def width(self) -> int:
-        """Width of the hidden state at the head."""
-        embedding: Any = self.model.get_input_embeddings()
+    def head_shape(self) -> tuple[int, int]:
+        """Entries of a row of logits, and the width of the hidden state that they are made of."""
         head: Any = self.model.get_output_embeddings()
-        return int((embedding if head is None else head).weight.shape[-1])
+        embedding: Any = self.model.get_input_embeddings()
+        shape = (embedding if head is None else head).weight.shape
+        return int(shape[0]), int(shape[-1])
 
     @property
     def is_gguf(self) -> bool:
@@ -283,8 +272,11 @@ def _traced(
             ).logits
             return logits
 
+        # torch also logs, with a traceback, what it raises on tensors without data
+        logger = logging.getLogger("torch._subclasses.fake_tensor")
+        was_disabled, logger.disabled = logger.disabled, True
         try:
-            with torch.no_grad(), _errors_not_logged():
+            with torch.no_grad():
                 return traced_run(lambda: run(call))
         except QwloraError:
             raise
@@ -294,17 +286,8 @@ def _traced(
                 f"{type(model).__name__} cannot run on tensors without data, so there is no "
                 f"estimate of its memory: {why}. `qwlora run` works without one"
             ) from error
-
-
-@contextlib.contextmanager
-def _errors_not_logged() -> Iterator[None]:
-    """torch also logs, with a traceback, what it raises on tensors without data."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before
+        finally:
+            logger.disabled = was_disabled
 
 
 def _without_data_(model: nn.Module) -> None:

@@ -7,15 +7,18 @@ from pathlib import Path
 
 from qwlora.atomic import write_text
 from qwlora.errors import DirectoryError
-from qwlora.pipeline.commands.open_job import job_recipe
+from qwlora.pipeline.commands.open_job import JobState, job_recipe
 from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.job.directory_errors import as_directory_errors
-from qwlora.pipeline.job.job_texts import JobTexts
-from qwlora.pipeline.plan.plan import make_plan, resolve_compute
+from qwlora.pipeline.job.output_path import as_directory_errors
 from qwlora.pipeline.plan.stage import Stage
-from qwlora.pipeline.plan.stale_stages import find_stale, upstream
-from qwlora.pipeline.results.job_files import REPORT, last_status
-from qwlora.pipeline.results.results import collect_results, job_of, merge_results
+from qwlora.pipeline.plan.stale_stages import run_line, upstream
+from qwlora.pipeline.results.results import (
+    REPORT,
+    collect_results,
+    job_of,
+    last_status,
+    merge_results,
+)
 from qwlora.report.page import render, render_comparison
 from qwlora.report.results_view import BASE, Job
 
@@ -30,22 +33,21 @@ def read_job(folder: Path) -> Job:
         RecipeError: its recipe is not valid.
         SourceError: the recipe's model or text is not there any more.
     """
-    recipe, directory = resolve_compute(job_recipe(folder)), Directory.read(folder)
-    status = last_status(folder)
-    if not directory.records and not status:
+    recipe, status = job_recipe(folder), last_status(folder)
+    if not Directory.read(folder).records and not status:
         raise DirectoryError(
-            f"{str(folder)!r} has no results yet. Run the job first: `qwlora run "
-            f"{folder / 'recipe.yaml'} --out {folder}`"
+            f"{str(folder)!r} has no results yet. Run the job first: `{run_line(folder)}`"
         )
-    plan = make_plan(recipe, JobTexts(recipe), directory.digests)
-    results = collect_results(directory, recipe, plan, find_stale(plan, directory))
+    state = JobState(folder, recipe)
+    plan, directory = state.plan, state.directory
+    results = collect_results(directory, state.recipe, plan, state.stale())
     merge_results(results, status)
     run = results.setdefault("run", {})
     keys = {name: record.key for name, record in directory.records.items()}
     is_outdated = any(keys.get(stage.name) != stage.key for stage in plan)
     if run.setdefault("state", "finished") == "finished" and is_outdated:
         run["state"] = "incomplete"
-    return job_of(folder, recipe, results, _changed_proofs(plan, directory))
+    return job_of(folder, state.recipe, results, _changed_proofs(plan, directory))
 
 
 def _changed_proofs(plan: list[Stage], directory: Directory) -> Mapping[tuple[str, str], str]:

@@ -16,11 +16,11 @@ from __future__ import annotations
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwlora.errors import QwloraError, QwloraWarning
 from qwlora.export.proof.folder import WITHOUT_CACHE
@@ -33,34 +33,22 @@ from qwlora.recipe import Data, Recipe
 from qwlora.report.number_format import finite
 from qwlora.report.results_view import Job, runtime
 
-if TYPE_CHECKING:
-    from huggingface_hub import EvalResult
-
 FLOAT, BASE_ALONE = "Perplexity, float model", "Perplexity, base alone"  # what to compare with
 _TEMPLATES = Path(__file__).parent / "cards"
 _known_origin = cache(origin_of)
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where the reader of a card finds the files.
+class Repositories:
+    """Where the hub has the files; in its repositories, folders have other names than in a job.
 
     Args:
-        base, adapter: folders of the base and of the adapter.
-        exported_base, exported: folders of a target's files, `{target}` for its name.
-        use_cases: folder of a target that holds base and adapters together; None if the reader does
-            not have it.
-        hub_base, hub_adapter: hub ids, if the files are on the hub.
+        base, adapter: hub ids, as far as there are any.
         license: as the user states it; overrides that of the model.
     """
 
-    base: str = "base"
-    adapter: str = "adapters/{name}"
-    exported_base: str = "export/{target}/base"
-    exported: str = "export/{target}/{name}"
-    use_cases: str | None = "export/{target}"
-    hub_base: str | None = None
-    hub_adapter: str | None = None
+    base: str | None = None
+    adapter: str | None = None
     license: str | None = None
 
 
@@ -89,98 +77,123 @@ def write_cards(directory: Directory, recipe: Recipe, job: Job) -> None:
         directory.write_card(artifact, text)
 
 
-def card_text(job: Job, recipe: Recipe, adapter: str | None, places: Places = Places()) -> str:
-    """The card of an adapter; None: of the base."""
+def card_text(
+    job: Job, recipe: Recipe, adapter: str | None, hub: Repositories | None = None
+) -> str:
+    """The card of an adapter; None: of the base.
+
+    Args:
+        hub: for a card that is uploaded. Default: one in the job's directory.
+    """
     from huggingface_hub import ModelCard, ModelCardData
 
-    origin = _known_origin(recipe.model.source)
-    fields = _of_base(job, recipe) if adapter is None else _of_adapter(job, recipe, adapter, places)
-    metadata, shown = _license(origin, places.license, inherits=adapter is None)
-    title = f"{origin.name}, QWLoRA base" if adapter is None else adapter
-    text, numbers = fields.pop("text"), fields.pop("numbers")
+    origin, known = _known_origin(recipe.model.source), hub or Repositories()
+    wanted = {"base": known.base}
+    if adapter is None:
+        title, text = f"{origin.name}, QWLoRA base", recipe.base_text()
+        fields, numbers = _of_base(job)
+        metadata: dict[str, Any] = {"library_name": "qwlora", "tags": ["qwlora", "quantized"]}
+        relation = "quantized" if origin.repository else None
+    else:
+        title, text = adapter, recipe.data_of(adapter)
+        fields, numbers = _of_adapter(job, recipe, adapter)
+        fields["adapter"] = adapter if hub else f"adapters/{adapter}"
+        wanted[adapter] = known.adapter
+        dataset = text.source if is_hub_dataset(text) else None
+        metadata = {"library_name": "peft", "tags": ["qwlora", "lora"], "datasets": dataset}
+        relation = "adapter" if known.base or origin.repository else None
+    numbers = {what: value for what, value in numbers.items() if finite(value) is not None}
+    license_keys, license_words = _license(origin, known.license, inherits=adapter is None)
     data = ModelCardData(
+        **license_keys,
         **metadata,
-        **fields.pop("metadata"),
-        base_model=(places.hub_base if adapter else None) or origin.repository,
-        base_model_relation=_relation(origin, places, adapter),
+        base_model=(known.base if adapter else None) or origin.repository,
+        base_model_relation=relation,
         pipeline_tag="text-generation",
         model_name=title,
         eval_results=_measured(numbers, text),
     )
-    wanted = {"base": places.hub_base}
-    if adapter is not None:
-        wanted[PurePath(fields["adapter"]).name] = places.hub_adapter
+    downloads = [f"hf download {id} --local-dir {folder}" for folder, id in wanted.items() if id]
+    table = [f"| {what} | {v:.{4 if v < 1 else 2}f} |" for what, v in numbers.items()]
+    of_text = "" if text is None else f" of {shown_text(text)}"
+    repository = origin.repository
     fields |= {
         "title": escaped(title),
-        "model": _linked(origin),
-        "numbers": _table(numbers, text),
+        "model": f"[{repository}](https://huggingface.co/{repository})"
+        if repository
+        else as_code(origin.name),
+        "numbers": "\n".join([f"| on held-out text{of_text} | |", "|---|--:|", *table])
+        if table
+        else "",
         "fingerprint": job.get("base", "fingerprint"),
-        "download": _download(wanted),
-        "base": places.base,
-        "runtimes": list(_runtimes(job, places, adapter)),
-        "license_words": shown,
+        "download": "\n".join(["```shell", *downloads, "```"])
+        if downloads
+        else "Folders are relative to the job's directory.",
+        "base": "base",
+        "runtimes": list(_runtimes(job, adapter, hub is not None)),
+        "license_words": license_words,
     }
     template = _TEMPLATES / ("base.md" if adapter is None else "adapter.md")
     card = ModelCard.from_template(data, template_path=str(template), **fields)
     return marked(re.sub(r"\n{3,}", "\n\n", str(card)))
 
 
-def _of_base(job: Job, recipe: Recipe) -> dict[str, Any]:
+def _of_base(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Fields of the template, and what was measured."""
     layers = job.section("base", "layers").values()
     schemes = Counter(str(layer.get("scheme")) for layer in layers)
-    grids = ", ".join(scheme for scheme, _ in schemes.most_common(3))
-    return {
-        "grids": grids or "packed integers",
-        "bits": f"{job.get('base', 'bits_per_weight'):.2f}",
-        "numbers": {
-            FLOAT: job.get("perplexity", "float"),
-            "Perplexity": job.get("perplexity", "base"),
-            "KL divergence from the float model, nats": job.get("kl", "base", "mean"),
-            "Same likeliest token as the float model": job.get("top1", "base", "share"),
-        },
-        "text": recipe.base_text(),
-        "metadata": {"library_name": "qwlora", "tags": ["qwlora", "quantized"]},
+    grids = ", ".join(scheme for scheme, _ in schemes.most_common(3)) or "packed integers"
+    return {"grids": grids, "bits": f"{job.get('base', 'bits_per_weight'):.2f}"}, {
+        FLOAT: job.get("perplexity", "float"),
+        "Perplexity": job.get("perplexity", "base"),
+        "KL divergence from the float model, nats": job.get("kl", "base", "mean"),
+        "Same likeliest token as the float model": job.get("top1", "base", "share"),
     }
 
 
-def _of_adapter(job: Job, recipe: Recipe, name: str, places: Places) -> dict[str, Any]:
-    adapter, text = next(a for a in recipe.adapters if a.name == name), recipe.data_of(name)
+def _of_adapter(job: Job, recipe: Recipe, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    adapter, training = next(a for a in recipe.adapters if a.name == name), ""
+    amount = (job.section("texts", name) or job.section("data")).get("train", {})
+    documents, tokens = amount.get("documents"), amount.get("loss_tokens")
+    if steps := job.get("train", name, "steps"):
+        size = f" ({documents:,} documents, {tokens:,} loss tokens)" if documents and tokens else ""
+        training = f"Trained for {steps} steps on {shown_text(recipe.data_of(name))}{size}."
     return {
         "rank": adapter.rank,
         "alpha": f"{adapter.alpha:g}",
-        "adapter": places.adapter.format(name=name),
-        "training": _training(job, name, text),
-        "numbers": {
-            FLOAT: job.perplexity("float", name),
-            BASE_ALONE: job.perplexity("base", name),
-            "Perplexity": job.perplexity("adapted", name),
-            "Perplexity with activations as integers": job.perplexity("simulated", name),
-        },
-        "text": text,
-        "metadata": {
-            "library_name": "peft",
-            "tags": ["qwlora", "lora"],
-            "datasets": text.source if is_hub_dataset(text) else None,
-        },
+        "training": training or "Imported: it was trained elsewhere.",
+    }, {
+        FLOAT: job.perplexity("float", name),
+        BASE_ALONE: job.perplexity("base", name),
+        "Perplexity": job.perplexity("adapted", name),
+        "Perplexity with activations as integers": job.perplexity("simulated", name),
     }
 
 
-def _relation(origin: ModelCardInfo, places: Places, adapter: str | None) -> str | None:
-    if adapter is None:
-        return "quantized" if origin.repository else None
-    return "adapter" if places.hub_base or origin.repository else None
-
-
-def _runtimes(job: Job, places: Places, adapter: str | None) -> Iterator[tuple[str, ...]]:
+def _runtimes(job: Job, adapter: str | None, on_hub: bool) -> Iterator[tuple[str, ...]]:
     """For each target: its runtime, how to load the files, and of an adapter their proof."""
     for target in job.targets:
         kind = TARGETS[target]
-        folder = places.use_cases if kind.has_cases else places.exported_base
-        exported = adapter and places.exported.format(target=target, name=adapter)
-        if folder is not None:
-            has_cache = job.get("export", target, BASE, WITHOUT_CACHE) is None
-            if usage := kind.backend.usage(folder.format(target=target), exported, has_cache):
-                yield runtime(target), usage, _check(job, target, adapter) if adapter else ""
+        if kind.has_cases and on_hub:  # base and adapters together are not uploaded
+            continue
+        base = f"base/{target}" if on_hub else f"export/{target}/base"
+        folder = f"export/{target}" if kind.has_cases else base
+        exported = f"{adapter}/{target}" if on_hub else f"export/{target}/{adapter}"
+        has_cache = job.get("export", target, BASE, WITHOUT_CACHE) is None
+        if usage := kind.backend.usage(folder, adapter and exported, has_cache):
+            yield runtime(target), usage, _check(job, target, adapter) if adapter else ""
+
+
+def _check(job: Job, target: str, name: str) -> str:
+    parity = job.section("parity", target, name)
+    if not parity or "not_run" in parity:
+        return "These files have not been run yet."
+    tokens = parity.get("tokens")
+    on = f" on {tokens:,} tokens" if isinstance(tokens, int) else ""
+    if parity.get("passed"):
+        return f"Run{on} and compared with what was trained: all limits hold."
+    problems = escaped("; ".join(parity.get("problems", ())))
+    return f"**The check of these files failed**{on}: {problems}"
 
 
 def is_hub_dataset(data: Data) -> bool:
@@ -219,20 +232,7 @@ def _license(
     return metadata, model
 
 
-def _table(numbers: Mapping[str, Any], text: Data | None) -> str:
-    rows = [(what, value) for what, value in numbers.items() if finite(value) is not None]
-    if not rows:
-        return ""
-    lines = [f"| {what} | {_shown(value)} |" for what, value in rows]
-    head = f"| on held-out text{'' if text is None else f' of {shown_text(text)}'} | |"
-    return "\n".join([head, "|---|--:|", *lines])
-
-
-def _shown(value: float) -> str:
-    return f"{value:.4f}" if value < 1 else f"{value:.2f}"
-
-
-def _measured(numbers: Mapping[str, Any], text: Data | None) -> list[EvalResult] | None:
+def _measured(numbers: dict[str, Any], text: Data | None) -> list[Any] | None:
     """The numbers of this model, without those of the models that it is compared with."""
     from huggingface_hub import EvalResult
 
@@ -240,7 +240,7 @@ def _measured(numbers: Mapping[str, Any], text: Data | None) -> list[EvalResult]
     on_hub = text is not None and is_hub_dataset(text)
     source = "" if text is None else text.source or ""
     name = source if source.startswith("python:") or on_hub else PurePath(source).name
-    found = [
+    results = [
         EvalResult(
             task_type="text-generation",
             dataset_type=source if on_hub else "text",
@@ -251,44 +251,6 @@ def _measured(numbers: Mapping[str, Any], text: Data | None) -> list[EvalResult]
             metric_value=round(float(value), 4),
         )
         for what, value in numbers.items()
-        if finite(value) is not None and what not in (FLOAT, BASE_ALONE)
+        if what not in (FLOAT, BASE_ALONE)
     ]
-    return found or None
-
-
-def _training(job: Job, name: str, text: Data) -> str:
-    counts = job.section("texts", name) or job.section("data")
-    amount = counts.get("train", {})
-    documents, tokens = amount.get("documents"), amount.get("loss_tokens")
-    size = f" ({documents:,} documents, {tokens:,} loss tokens)" if documents and tokens else ""
-    steps = job.get("train", name, "steps")
-    if not steps:
-        return "Imported: it was trained elsewhere."
-    return f"Trained for {steps} steps on {shown_text(text)}{size}."
-
-
-def _download(wanted: Mapping[str, str | None]) -> str:
-    """How to download folders from the hub, by where they should be."""
-    on_hub = [f"hf download {hub} --local-dir {folder}" for folder, hub in wanted.items() if hub]
-    if not on_hub:
-        return "Folders are relative to the job's directory."
-    return "\n".join(["```shell", *on_hub, "```"])
-
-
-def _check(job: Job, target: str, name: str) -> str:
-    found = job.section("parity", target, name)
-    if not found or "not_run" in found:
-        return "These files have not been run yet."
-    passed, tokens = found.get("passed"), found.get("tokens")
-    on = f" on {tokens:,} tokens" if isinstance(tokens, int) else ""
-    if passed:
-        return f"Run{on} and compared with what was trained: all limits hold."
-    return (
-        f"**The check of these files failed**{on}: {escaped('; '.join(found.get('problems', ())))}"
-    )
-
-
-def _linked(origin: ModelCardInfo) -> str:
-    if origin.repository is None:
-        return as_code(origin.name)
-    return f"[{origin.repository}](https://huggingface.co/{origin.repository})"
+    return results or None

@@ -1,19 +1,33 @@
-"""Collects the results of all current stages: the content of results.json (docs/results.md)."""
+"""The results of a job (docs/results.md), and the files that show them to people: results.json,
+report.html and the model cards.
+
+Nothing reads these files back. What a run leaves for the next command, besides the records of its
+stages, is in `.qwlora/status.json`, with a checksum.
+"""
 
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from qwlora import strict_json
+from qwlora.atomic import write_text
+from qwlora.errors import QwloraWarning
 from qwlora.pipeline.job.directory import Directory
+from qwlora.pipeline.job.output_path import as_directory_errors
+from qwlora.pipeline.job.stage_records import Record, read_record
 from qwlora.pipeline.plan.stage import Stage
+from qwlora.pipeline.results.model_cards import write_cards
 from qwlora.recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml
+from qwlora.report.page import render
 from qwlora.report.results_view import Job
 
 RESULTS_FORMAT = 1
+REPORT, STATUS = "report.html", "status.json"
 TIMING = "timing"  # of one stage, in its record; `stages` and `sizes` in results.json
 
 
@@ -27,12 +41,12 @@ def collect_results(
     for stage in plan:
         if stage.name not in stale:
             record = directory.records[stage.name]
-            found = {key: value for key, value in record.results.items() if key != TIMING}
-            merge_results(results, _by_text(found, stage, recipe))
+            measured, timing = dict(record.results), dict(record.results.get(TIMING, {}))
+            measured.pop(TIMING, None)
+            merge_results(results, _by_text(measured, stage, recipe))
+            size = timing.pop("bytes", None)
             entry = results["stages"].setdefault(stage.verb, {"seconds": 0.0, "parts": {}})
             entry["seconds"] += record.seconds
-            timing = dict(record.results.get(TIMING, {}))
-            size = timing.pop("bytes", None)
             entry["parts"][stage.name] = {"seconds": record.seconds, **timing}
             if size is not None and stage.artifact is not None:
                 results.setdefault("sizes", {})[stage.artifact] = size
@@ -40,8 +54,7 @@ def collect_results(
 
 
 def _by_text(results: dict[str, Any], stage: Stage, recipe: Recipe) -> dict[str, Any]:
-    """A stage's results. If adapters have different texts, counts and perplexities are also listed
-    by text, so that adapters can be compared on each other's."""
+    """A stage's results, also listed by text when adapters have different texts."""
     texts = recipe.texts()
     if len(texts) < 2:
         return results
@@ -49,22 +62,17 @@ def _by_text(results: dict[str, Any], stage: Stage, recipe: Recipe) -> dict[str,
     if not text:
         own = recipe.base_text() if stage.adapter is None else recipe.data_of(stage.adapter)
         text = next((name for name, data in texts.items() if data == own), "base")
-    found = {key: value for key, value in results.items() if key != "data"}
+    listed = {key: value for key, value in results.items() if key != "data"}
     if "data" in results:
-        found["texts"] = {text: results["data"]}
+        listed["texts"] = {text: results["data"]}
     if "train" in results:
-        found["train"] = {
-            name: {**measured, "text": text} for name, measured in results["train"].items()
-        }
+        listed["train"] = {n: {**figures, "text": text} for n, figures in results["train"].items()}
     for key in ("perplexity", "perplexity_stderr", "perplexity_document_stderr"):
-        measured = {
-            kind: value
-            for kind, value in results.get(key, {}).items()
-            if kind in ("float", "base", "adapted")
-        }
+        kinds = results.get(key, {}).items()
+        measured = {k: v for k, v in kinds if k in ("float", "base", "adapted")}
         if measured and text in texts:
-            found[key] = {**results[key], "on": {text: measured}}
-    return found
+            listed[key] = {**results[key], "on": {text: measured}}
+    return listed
 
 
 def merge_results(into: dict[str, Any], part: dict[str, Any]) -> None:
@@ -85,3 +93,42 @@ def job_of(
     """A job as its report and its model cards read it."""
     content = recipe.model_dump(mode="json")
     return Job(results, content, dump_yaml(content), folder.absolute().name, stale or {})
+
+
+def write_results(
+    directory: Directory,
+    recipe: Recipe,
+    plan: list[Stage],
+    stale: Collection[str],
+    status: dict[str, Any],
+) -> dict[str, Any]:
+    """Write results.json, report.html and the model cards; returns the results.
+
+    Args:
+        status: keys that no stage recorded: `run`, `error`, and what a failed check measured.
+    """
+    results, folder = collect_results(directory, recipe, plan, stale), directory.path
+    merge_results(results, status)
+    job, page = job_of(folder, recipe, results), None
+    try:
+        page = render(job)
+    except Exception as error:  # a bug, and no reason to stop a job of hours
+        warnings.warn(
+            f"{str(folder / REPORT)!r} was not written ({type(error).__name__}: {error}). The job "
+            "and results.json are not affected; report this as a bug",
+            QwloraWarning,
+            stacklevel=2,
+        )
+    with as_directory_errors(folder):
+        write_text(directory.private / STATUS, Record("", results=status).text("run"))
+        write_text(folder / "results.json", strict_json.dumps(results, indent=1) + "\n")
+        if page is not None:
+            write_text(folder / REPORT, page)
+    write_cards(directory, recipe, job)
+    return results
+
+
+def last_status(folder: Path) -> dict[str, Any]:
+    """The status that the last run wrote; empty if there is none, or it is damaged."""
+    record = read_record(folder / ".qwlora" / STATUS, "run")
+    return {} if record is None else record.results

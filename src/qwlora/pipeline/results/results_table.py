@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ def print_summary(results: dict[str, Any], console: Console) -> None:
         box=None,
         pad_edge=False,
     )
-    for row in _rows(results):
+    for row in result_rows(results):
         table.add_row(*row)
     console.print()
     console.print(table)
@@ -30,8 +31,8 @@ def print_summary(results: dict[str, Any], console: Console) -> None:
 
 def closing_lines(out: Path) -> list[str]:
     """The last lines of a run: the report's verdict, where the report is, and what to do next."""
-    from qwlora.pipeline.results.job_files import REPORT
     from qwlora.pipeline.results.job_report import read_job
+    from qwlora.pipeline.results.results import REPORT
     from qwlora.report.verdict import verdict
 
     job = read_job(out)
@@ -55,129 +56,99 @@ _KINDS = (
 )
 
 
-def _rows(results: dict[str, Any]) -> list[Row]:
+def result_rows(results: dict[str, Any]) -> Iterator[Row]:
+    """The rows of the table: what was measured, and its value."""
     perplexity = results.get("perplexity", {})
-    rows: list[Row] = []
     if results.get("trust_remote_code"):
-        rows.append(("trust_remote_code", "true: Python code from the model's folder was run"))
-    rows += _perplexity_rows(perplexity)
-    rows += _divergence_rows(results)
-    if "base" in results:
-        rows += _base_rows(results["base"])
-    for name, train in results.get("train", {}).items():
-        rows += _training_rows(name, train, perplexity)
-    for target, adapters in results.get("export", {}).items():
-        rows += [
-            (f"size, {target} {name}", size(export["bytes"])) for name, export in adapters.items()
-        ]
-    parity = [
-        (f"{target} {name}", found)
-        for target, adapters in results.get("parity", {}).items()
-        for name, found in adapters.items()
-    ]
-    for name, found in parity:
-        rows += _parity_rows(name, found) if "not_run" not in found else []
-    rows += [(f"verdict, {name}", _verdict(found)) for name, found in parity]
-    seconds = {verb: stage["seconds"] for verb, stage in results["stages"].items()}
-    each = ", ".join(f"{verb} {s:.0f}" for verb, s in seconds.items())
-    rows.append(("seconds", f"{each}; total {sum(seconds.values()):.0f}"))
-    return rows
-
-
-def _perplexity_rows(perplexity: dict[str, Any]) -> list[Row]:
-    rows = [
-        (f"perplexity, {what}", f"{perplexity[kind]:.3f}")
-        for kind, what in (("float", "float model"), ("base", "frozen base"))
-        if kind in perplexity
-    ]
+        yield "trust_remote_code", "true: Python code from the model's folder was run"
+    for kind, what in (("float", "float model"), ("base", "frozen base")):
+        if kind in perplexity:
+            yield f"perplexity, {what}", f"{perplexity[kind]:.3f}"
     for kind, what in _KINDS:
-        rows += [
-            (f"perplexity, {what} {name}", f"{value:.3f}")
-            for name, value in perplexity.get(kind, {}).items()
-        ]
+        for name, value in perplexity.get(kind, {}).items():
+            yield f"perplexity, {what} {name}", f"{value:.3f}"
     for text, measured in perplexity.get("on", {}).items():
-        models = {
-            **{kind: measured[kind] for kind in ("float", "base") if kind in measured},
-            **measured.get("adapted", {}),
-        }
-        found = ", ".join(f"{model} {value:.3f}" for model, value in models.items())
-        rows.append((f"perplexity on the text of {text}", found))
-    return rows
-
-
-def _base_rows(base: dict[str, Any]) -> list[Row]:
-    rows = [
-        (
+        models = {kind: measured[kind] for kind in ("float", "base") if kind in measured}
+        values = (models | measured.get("adapted", {})).items()
+        found = ", ".join(f"{model} {value:.3f}" for model, value in values)
+        yield f"perplexity on the text of {text}", found
+    yield from _divergence_rows(results)
+    if base := results.get("base"):
+        yield (
             "base",
             f"{size(base['bytes'])} packed, {base['bits_per_weight']:.2f} bits per weight, "
             f"fingerprint {base['fingerprint'][:16]}",
         )
-    ]
-    if "float_weights" in base:
-        rows.append(
-            (
+        if "float_weights" in base:
+            yield (
                 "",
                 f"{base['weights']:,} weights packed, {base['float_weights']:,} left float "
                 "(embeddings, norms, biases)",
             )
-        )
-    if "second_rounding" in base:
-        rows.append(("warning", base["second_rounding"]))
-    return rows
+        if "second_rounding" in base:
+            yield "warning", base["second_rounding"]
+    for name, train in results.get("train", {}).items():
+        yield from _training_rows(name, train, perplexity)
+    for target, adapters in results.get("export", {}).items():
+        for name, export in adapters.items():
+            yield f"size, {target} {name}", size(export["bytes"])
+    parities = [
+        (f"{target} {name}", parity)
+        for target, adapters in results.get("parity", {}).items()
+        for name, parity in adapters.items()
+    ]
+    for name, parity in parities:
+        if "not_run" not in parity:
+            yield from _parity_rows(name, parity)
+    for name, parity in parities:
+        verdict = "PASS"
+        if "not_run" in parity:
+            verdict = f"written, not run: {parity['not_run']}"
+        elif problems := parity.get("problems"):
+            verdict = f"FAIL: {'; '.join(problems)}"
+        yield f"verdict, {name}", verdict
+    seconds = {verb: stage["seconds"] for verb, stage in results["stages"].items()}
+    parts = ", ".join(f"{verb} {s:.0f}" for verb, s in seconds.items())
+    yield "seconds", f"{parts}; total {sum(seconds.values()):.0f}"
 
 
-def _verdict(parity: dict[str, Any]) -> str:
-    if "not_run" in parity:
-        return f"written, not run: {parity['not_run']}"
-    problems = parity.get("problems", [])
-    return f"FAIL: {'; '.join(problems)}" if problems else "PASS"
-
-
-def _parity_rows(name: str, parity: dict[str, Any]) -> list[Row]:
-    """How closely a runtime agrees with the simulation or with the trained model."""
-    row = (
-        f"perplexity {shown(parity, 'perplexity', '.3f')} in the runtime, "
-        f"{shown(parity, 'reference_perplexity', '.3f')} {parity['of']} "
-        f"({parity['sequences']} sequences, {parity['tokens']:,} tokens)"
-    )
-    rows = [(f"parity {name}", row)]
-    checks = [Check(**fields) for fields in parity["checks"]]
-    closest = max(checks, key=lambda check: check.share_of_limit)
-    rows.append(("", f"{len(checks)} checks; closest to its limit: {closest.sentence}"))
-    if "shipped_top1_agreement" in parity:
-        rows.append(
-            (
-                "",
-                f"with the runtime's own settings: perplexity "
-                f"{shown(parity, 'shipped_perplexity', '.3f')}, same likeliest token "
-                f"{parity['shipped_top1_agreement']:.2%}",
-            )
-        )
-    return rows
-
-
-def _divergence_rows(results: dict[str, Any]) -> list[Row]:
+def _divergence_rows(results: dict[str, Any]) -> Iterator[Row]:
     """How far each model's next-token distribution is from the float model's."""
     divergences, agreements = results.get("kl", {}), results.get("top1", {})
     models = [("frozen base", divergences, agreements, "base")] if "base" in divergences else []
     for kind, what in _KINDS:
-        models += [
-            (f"{what} {name}", divergences[kind], agreements[kind], name)
-            for name in divergences.get(kind, {})
-        ]
-    rows = []
+        names = divergences.get(kind, {})
+        models += [(f"{what} {n}", divergences[kind], agreements[kind], n) for n in names]
     for what, kl, top1, key in models:
-        divergence = _with_error(kl[key]["mean"], kl[key]["stderr"], ".4f")
-        share = _with_error(top1[key]["share"], top1[key]["stderr"], ".2%")
-        rows.append((f"KL from float, {what}", f"{divergence}, same likeliest token {share}"))
-    return rows
+        divergence, share = f"{kl[key]['mean']:.4f}", f"{top1[key]['share']:.2%}"
+        if (error := kl[key]["stderr"]) is not None:
+            divergence += f" ± {error:.4f}"
+        if (error := top1[key]["stderr"]) is not None:
+            share += f" ± {error:.2%}"
+        yield f"KL from float, {what}", f"{divergence}, same likeliest token {share}"
 
 
-def _with_error(value: float, error: float | None, form: str) -> str:
-    return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form}}"
+def _parity_rows(name: str, parity: dict[str, Any]) -> Iterator[Row]:
+    """How closely a runtime agrees with the simulation or with the trained model."""
+    yield (
+        f"parity {name}",
+        f"perplexity {shown(parity, 'perplexity', '.3f')} in the runtime, "
+        f"{shown(parity, 'reference_perplexity', '.3f')} {parity['of']} "
+        f"({parity['sequences']} sequences, {parity['tokens']:,} tokens)",
+    )
+    checks = [Check(**fields) for fields in parity["checks"]]
+    closest = max(checks, key=lambda check: check.share_of_limit)
+    yield "", f"{len(checks)} checks; closest to its limit: {closest.sentence}"
+    if "shipped_top1_agreement" in parity:
+        yield (
+            "",
+            f"with the runtime's own settings: perplexity "
+            f"{shown(parity, 'shipped_perplexity', '.3f')}, same likeliest token "
+            f"{parity['shipped_top1_agreement']:.2%}",
+        )
 
 
-def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any]) -> list[Row]:
+def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any]) -> Iterator[Row]:
     """Steps, loss and costs of one adapter, its gain on held-out text, and warnings."""
     in_what = f" in {train['compute']}" if train["steps"] and "compute" in train else ""
     losses = train.get("losses") or []
@@ -185,28 +156,22 @@ def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any])
     if losses:
         start, end = (sum(p) / part for p in (losses[:part], losses[-part:]))
         course = f", loss {start:.3f} to {end:.3f}" + (f" (means of {part})" if part > 1 else "")
-    rows = [
-        (f"training {name}", f"{train['steps']} steps{in_what}{course}"),
-        (
-            "",
-            f"{train['step_seconds']:.2f} s per step, peak memory "
-            f"{size(train['peak_rss_bytes'])}, {train['trainable_parameters']:,} parameters",
-        ),
-    ]
+    yield f"training {name}", f"{train['steps']} steps{in_what}{course}"
+    yield (
+        "",
+        f"{train['step_seconds']:.2f} s per step, peak memory {size(train['peak_rss_bytes'])}, "
+        f"{train['trainable_parameters']:,} parameters",
+    )
     after = perplexity.get("adapted", {}).get(name)
-    own = perplexity.get("on", {}).get(train.get("text"), perplexity)
-    before = own.get("base")
+    before = perplexity.get("on", {}).get(train.get("text"), perplexity).get("base")
     if after is not None and before is not None:
         change = after / before - 1
-        rows.append(("", f"held-out perplexity {before:.3f} to {after:.3f} ({change:+.1%})"))
+        yield "", f"held-out perplexity {before:.3f} to {after:.3f} ({change:+.1%})"
         if change >= 0:
-            rows.append(("warning", f"{name} is no better than the base on held-out text"))
+            yield "warning", f"{name} is no better than the base on held-out text"
     if len(losses) > 1 and end >= start:
-        rows.append(
-            (
-                "warning",
-                f"{name} did not learn: its loss went from {start:.3f} to {end:.3f} (means of "
-                f"{part} steps). Try a lower learning_rate, or more steps",
-            )
+        yield (
+            "warning",
+            f"{name} did not learn: its loss went from {start:.3f} to {end:.3f} (means of {part} "
+            "steps). Try a lower learning_rate, or more steps",
         )
-    return rows

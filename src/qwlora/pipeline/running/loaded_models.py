@@ -15,35 +15,32 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import init_empty_weights
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from qwlora.adapter.adapter_folder import adapter_folder, check_adapter, load_adapter, reading
 from qwlora.adapter.attach import attach, attach_existing
+from qwlora.data import Documents, Prepared, prepare
+from qwlora.data.prepared_data import describe
+from qwlora.data.sequences import Sequences
 from qwlora.errors import SourceError
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_files import read_record
 from qwlora.formats.base_folder import load_base
-from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
 from qwlora.formats.meta_model import build_model
 from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
-from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme
 from qwlora.parameter_names import parameter_name
-from qwlora.pipeline.job.job_paths import ADAPTER, BASE_SIMULATION, SOLVER_SCALES
+from qwlora.pipeline.job.job_paths import ADAPTER, BASE_SIMULATION
 from qwlora.pipeline.job.job_texts import JobTexts
-from qwlora.pipeline.job.prepared_text import PreparedText
-from qwlora.pipeline.plan.unused_rules import refuse_unused_rules
-from qwlora.progress import Track, one_step
+from qwlora.progress import Track, one_step, untracked
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.base_section import Model
 from qwlora.simulation.load_simulation import restore
-from qwlora.simulation.placement import Placement, place
+from qwlora.simulation.placement import Placement, place, refuse_ineffective_rules
 from qwlora.simulation.saved_simulation import load_activations, load_encodings
-from qwlora.simulation.simulation import Simulation, simulate
+from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
 from qwlora.simulation.simulation_schemes import SimulationSchemes
 from qwlora.simulation.training_graph import TrainingGraph
 
@@ -63,22 +60,42 @@ def skeleton(model: Model, config: PreTrainedConfig | None = None) -> PreTrained
         return build_model(config, model.trust_remote_code)
 
 
-def solver_scales(base: Path) -> dict[str, Tensor]:
-    """Scales of the base in a folder before tuning, by layer; empty if it was not tuned.
+class PreparedText:
+    """The sequences of one data section, cut on first use.
 
-    Raises:
-        SourceError: the file is damaged.
+    Args:
+        tokenizer: with the chat template that the section asks for.
     """
-    return _read_tensors(
-        base / SOLVER_SCALES, f"base {str(base)!r}", "delete it and quantize again"
-    )
 
+    def __init__(
+        self,
+        section: Data,
+        documents: Documents,
+        tokenizer: PreTrainedTokenizerBase,
+        track: Track = untracked,
+    ):
+        self.section, self._documents, self._tokenizer = section, documents, tokenizer
+        self._track = track
 
-def _read_tensors(path: Path, owner: str, remedy: str) -> dict[str, Tensor]:
-    try:
-        return load_file(path) if path.exists() else {}
-    except (OSError, SafetensorError) as error:
-        raise SourceError(f"{owner}: {path.name} cannot be read ({error}); {remedy}") from error
+    @cached_property
+    def data(self) -> Prepared:
+        """All sequences."""
+        return prepare(self._documents, self._tokenizer, self.section.cutting(), self._track)
+
+    @property
+    def evaluation(self) -> Sequences:
+        """Held-out sequences that perplexity is measured on."""
+        return self.data.held_out.first(self.section.evaluation_sequences)
+
+    @property
+    def calibration_ids(self) -> Tensor:
+        """Token ids that activation ranges are measured on: int64 [count, tokens], no padding."""
+        return self.data.calibration_ids[: self.section.calibration_sequences]
+
+    def describe(self) -> dict[str, Any]:
+        """Counts of documents, tokens and sequences."""
+        counts = describe(self._documents, self.data)
+        return {**counts, "evaluation": self.evaluation.counts()}
 
 
 def _alternating(texts: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -95,8 +112,8 @@ class JobContext:
         self._prepared: dict[Data, PreparedText] = {}
         self._float_model: PreTrainedModel | None = None
         self._simulation: tuple[str, Simulation] | None = None
-        self.use_cases: dict[str, Simulation] | None = None  # see use_cases.py
-        self.zero_adapter: Simulation | None = None  # see zero_adapter.py
+        self.use_cases: dict[str, Simulation] | None = None  # see common_simulations.py
+        self.zero_adapter: Simulation | None = None  # see common_simulations.py
         self._rules_are_checked = False
         # Why the weights cannot be read tensor by tensor; set by `lazy`.
         self.whole_because: str | None = None
@@ -148,36 +165,39 @@ class JobContext:
         ids = [self.prepared(data).data.calibration_ids for data in self.recipe.base_texts()]
         return torch.stack(list(islice(_alternating(ids), count)))
 
-    def base_calibration(self) -> dict[str, Any]:
-        """Arguments of `Simulation.observe` for the base alone."""
-        return self._observation(self.base_calibration_ids(self.recipe.data.calibration_sequences))
+    def calibration(self, *adapters: str) -> dict[str, Any]:
+        """Arguments of `Simulation.observe`: batches, and when to stop.
 
-    def calibration(self, adapter: str) -> dict[str, Any]:
-        """Arguments of `Simulation.observe` for an adapter: batches, and when to stop."""
-        return self._observation(self.text(adapter).calibration_ids)
+        Args:
+            adapters: on whose texts, which alternate. Default: the base's.
+        """
+        if adapters:
+            texts = dict.fromkeys(self.text(name) for name in adapters)
+            rows: Iterable[Tensor] = _alternating([text.calibration_ids for text in texts])
+        else:
+            rows = self.base_calibration_ids(self.recipe.data.calibration_sequences)
+        return {
+            "batches": [
+                {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))}
+                for row in rows
+            ],
+            "track": self.track,
+            "tokens": self.recipe.simulation.calibration_tokens,
+        }
 
-    def calibration_of(self, adapters: Sequence[str]) -> dict[str, Any]:
-        """Arguments of `observe` for several adapters at once: their texts alternate."""
-        texts = dict.fromkeys(self.text(name) for name in adapters)
-        return self._observation(_alternating([text.calibration_ids for text in texts]))
+    @property
+    def allow_unseen(self) -> bool:
+        """Whether a value that no calibration data reached stays float."""
+        return self.recipe.simulation.unseen == "float"
+
+    def calibrate(self, simulation: Simulation, *adapters: str) -> CalibrationReport:
+        """Calibrate a simulation, see `calibration`."""
+        return simulation.calibrate(**self.calibration(*adapters), allow_unseen=self.allow_unseen)
 
     def sample(self, adapter: str) -> dict[str, Tensor]:
         """A batch of one held-out sequence: golden inputs, and the shapes of fixed graphs."""
         ids = self.text(adapter).data.held_out.input_ids[:1]
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-    def shared_calibration(self) -> dict[str, Any]:
-        """Arguments of `observe` for encodings that adapters share: the texts of all of them."""
-        texts = [self.prepared(data).calibration_ids for data in self.recipe.texts().values()]
-        return self._observation(_alternating(texts))
-
-    def _observation(self, rows: Iterable[Tensor]) -> dict[str, Any]:
-        batches = [
-            {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))}
-            for row in rows
-        ]
-        tokens = self.recipe.simulation.calibration_tokens
-        return {"batches": batches, "track": self.track, "tokens": tokens}
 
     def adapter(self, name: str) -> Adapter:
         return next(a for a in self.recipe.adapters if a.name == name)
@@ -189,22 +209,6 @@ class JobContext:
             with self.step("loading the model"):
                 self._float_model = load_model(model.source, model.trust_remote_code)
         return self._float_model
-
-    @property
-    def has_float_model(self) -> bool:
-        """Whether the model's files hold floats, and not only integers."""
-        return fetch(self.recipe.model.source).holds_floats
-
-    def checkpoint(self) -> Checkpoint:
-        """The model's files, with integer weights where the files hold integers."""
-        location = fetch(self.recipe.model.source)
-        section = self.recipe.model
-        return open_checkpoint(
-            location.path,
-            section.encodings,
-            keep_float=section.keep_float,
-            block_order=section.block_order,
-        )
 
     @cached_property
     def lazy(self) -> LazyModel | None:
@@ -328,28 +332,39 @@ class JobContext:
         return simulation
 
     def check_rules(self, *placements: Placement) -> None:
-        """Check once that every placement rule has an effect in the job; see `unused_rules.py`.
+        """Check once, before anything is trained, that every placement rule has an effect.
+
+        A rule may concern values that only some of the job's graphs have, like the weights of one
+        adapter, so it is an error only if it has no effect in any graph. Graphs are captured, with
+        untrained adapters, until every rule has had an effect: the base with each adapter (one that
+        continues another has the same layers), and the base alone if the job calibrates it.
 
         Args:
             placements: placements of graphs that the caller captured anyway.
+
+        Raises:
+            CalibrationError: names all rules without effect.
         """
-        if not self._rules_are_checked and self.recipe.simulation.rules:
-            refuse_unused_rules(placements, self._capture_graphs())
+        known, unused = list(placements), [set(p.unused_rules) for p in placements]
+        graphs = self._graphs()
+        if self.recipe.simulation.rules and not self._rules_are_checked:
+            while not unused or set.intersection(*unused):
+                if (model := next(graphs, None)) is None:
+                    refuse_ineffective_rules(known)
+                    break
+                with self.step("capturing the graph"):
+                    captured = capture(model, self.example_inputs)
+                known.append(place(captured.program, self.schemes, captured.input_names))
+                unused.append(set(known[-1].unused_rules))
         self._rules_are_checked = True
 
-    def _capture_graphs(self) -> Iterator[Placement]:
-        """Capture the job's graphs one by one and yield their placements.
-
-        These are the base with each untrained adapter, and the base alone if the job calibrates it.
-        An adapter that continues another one is left out: it has the same layers.
-        """
+    def _graphs(self) -> Iterator[nn.Module]:
         for adapter in self.recipe.adapters:
             if self.recipe.predecessor(adapter) is None:
-                model = self.untrained(adapter)
-                yield self._placement(model.eval())
+                yield self.untrained(adapter).eval()
         shares = self.recipe.simulation.base_activations != "all"
         if self.recipe.workflow == "qwa-lora" or shares:
-            yield self._placement(self.base())
+            yield self.base()
 
     def untrained(self, adapter: Adapter) -> PeftModel:
         """A fresh copy of the base with an adapter before its training."""
@@ -357,11 +372,6 @@ class JobContext:
         if adapter.continue_from is None:
             return attach(base, adapter.lora_shape(), seed)
         return attach_existing(base, adapter.continue_from, adapter.unknown_base, seed)
-
-    def _placement(self, model: nn.Module) -> Placement:
-        with self.step("capturing the graph"):
-            captured = capture(model, self.example_inputs)
-        return place(captured.program, self.schemes, captured.input_names)
 
     def training_graph(self, model: PeftModel) -> TrainingGraph:
         """Base and adapter as one graph to train through, with calibrated base activations."""

@@ -20,17 +20,20 @@ from qwlora.formats.card_mark import text_of
 from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.directory import Directory, RecipeChangedError
-from qwlora.pipeline.job.directory_errors import as_directory_errors
 from qwlora.pipeline.job.job_texts import JobTexts
-from qwlora.pipeline.job.output_path import check_outside_data
+from qwlora.pipeline.job.output_path import as_directory_errors, check_outside_data
 from qwlora.pipeline.job.stage_records import Record, record_path
-from qwlora.pipeline.plan.missing_stages import check_needs, command_line
-from qwlora.pipeline.plan.plan import dependents, make_plan, resolve_compute
+from qwlora.pipeline.plan.plan import make_plan, resolve_compute
 from qwlora.pipeline.plan.replace_guard import check_kept, check_none_lost
-from qwlora.pipeline.plan.stage import Stage
-from qwlora.pipeline.plan.stale_stages import find_stale
-from qwlora.pipeline.results.job_files import last_status, write_results
-from qwlora.pipeline.results.results import TIMING, collect_results, merge_results
+from qwlora.pipeline.plan.stage import VERBS, Stage
+from qwlora.pipeline.plan.stale_stages import check_needs, dependents, find_stale
+from qwlora.pipeline.results.results import (
+    TIMING,
+    collect_results,
+    last_status,
+    merge_results,
+    write_results,
+)
 from qwlora.pipeline.running.distributed import (
     announce,
     announced_stages,
@@ -40,7 +43,7 @@ from qwlora.pipeline.running.distributed import (
 )
 from qwlora.pipeline.running.job_status import JobStatus
 from qwlora.pipeline.running.new_context import new_context
-from qwlora.pipeline.stages import RUN, VERBS
+from qwlora.pipeline.stages import RUN
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss, return_freed_memory
@@ -114,8 +117,7 @@ def run(
         return _join_stages(new_context(recipe, texts, out, untracked), plan)
     job = _Run(recipe, out, texts, plan, digests, track, say)
     try:
-        asked = job.check(verbs, command or (lambda verb: command_line(verb, out)), replace)
-        return job.run(asked, watch, recipe_text)
+        return job.run(job.check(verbs, command, replace), watch, recipe_text)
     finally:
         digests.save()
         announce(None)
@@ -143,7 +145,7 @@ class _Run:
     context: Any = None
 
     def check(
-        self, verbs: Collection[str], command: Callable[[str], str], replace: bool
+        self, verbs: Collection[str], command: Callable[[str], str] | None, replace: bool
     ) -> list[Stage]:
         """All checks of the directory; returns the stages of `verbs`."""
         asked = [stage for stage in self.plan if stage.verb in verbs]
@@ -157,7 +159,7 @@ class _Run:
                     self.say(f"{stage.name}: left out, {stage.needs[0]} has not run")
                     asked.remove(stage)
         waiting = self._waiting(asked)
-        check_needs(self.plan, waiting, verbs, peek, self.stale, command)
+        check_needs(self.plan, waiting, verbs, self.out, self.stale, command)
         if not replace:
             check_none_lost(peek, self.recipe)
             check_kept(self.plan, waiting, peek, self.recipe, self.stale)

@@ -30,15 +30,11 @@ if TYPE_CHECKING:
     Run = Callable[[JobContext, Stage, Path, Path], dict[str, Any]]
 
 RUN: dict[str, Run] = {
-    module.NAME: module.run
-    for module in (
-        quantize_stage,
-        calibrate_base_stage,
-        train_stage,
-        calibrate_stage,
-        export_stage,
-        verify_stage,
-        evaluate_stage,
-    )
+    "quantize": quantize_stage.run,
+    "calibrate-base": calibrate_base_stage.run,
+    "train": train_stage.run,
+    "calibrate": calibrate_stage.run,
+    "export": export_stage.run,
+    "verify": verify_stage.run,
+    "evaluate": evaluate_stage.run,
 }
-VERBS = tuple(RUN)

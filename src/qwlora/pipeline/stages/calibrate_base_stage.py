@@ -38,9 +38,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     with context.step("capturing the graph"):
         simulation = simulate(base, context.example_inputs, context.schemes)
     context.check_rules(simulation.placement)
-    report = simulation.calibrate(
-        **context.base_calibration(), allow_unseen=context.recipe.simulation.unseen == "float"
-    )
+    report = context.calibrate(simulation)
     simulation.save(scratch)
     return {
         "base_simulation": {

@@ -8,13 +8,16 @@ calibrate/_use_cases    encodings of export.use_cases, for targets that hold all
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from safetensors import SafetensorError, safe_open
+
 from qwlora.grid.range_estimator import Estimator
 from qwlora.pipeline.job.job_paths import ADAPTER, SHARED, USE_CASES, ZERO_ADAPTER
-from qwlora.pipeline.plan.same_layers import is_covered
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.revisions import REVISIONS
@@ -25,7 +28,8 @@ if TYPE_CHECKING:
 
 NAME = "calibrate"
 CASES, ZERO = f"{NAME}/_use_cases", f"{NAME}/_base"
-SIMULATION_FORMAT = 3  # 2: contains the adapter; 3: lists values that calibration left float
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
+_IN_BLOCK = re.compile(r".+\.\d+\..+")
 
 
 def range_inputs(plan: PlanBuilder, texts: Iterable[Data]) -> list[Any]:
@@ -54,20 +58,20 @@ def add(plan: PlanBuilder, name: str) -> None:
     needs = (f"train/{name}", NAME) if _shares(plan) else (f"train/{name}",)
     data = plan.recipe.data_of(name)
     held_out = plan.held_out(data) if _shares(plan) else None
-    inputs = [range_inputs(plan, [data]), SIMULATION_FORMAT, held_out]
+    inputs = [range_inputs(plan, [data]), held_out]
     plan.add(f"{NAME}/{name}", inputs, needs, name, f"simulation/{name}")
 
 
 def add_zero(plan: PlanBuilder) -> None:
     """Add the stage of the zero adapter. It depends on the shape of the first adapter, and on which
     layers have one: another adapter of the same layers changes nothing. Of an adapter from
-    elsewhere the recipe does not say the layers, but its files may; see `same_layers.py`."""
+    elsewhere the recipe does not say the layers, but its files may."""
     recipe = plan.recipe
     first, *others = recipe.adapters
     counted = [
         adapter
         for adapter in others
-        if not (_is_from_elsewhere(recipe, adapter) and is_covered(recipe, adapter))
+        if not (_is_from_elsewhere(recipe, adapter) and _is_covered(recipe, adapter))
     ]
     shape = first.model_dump(include={"rank", "rank_pattern"})
     layers = {a.model_dump_json(include={"target_modules", "layers"}) for a in (first, *counted)}
@@ -83,6 +87,37 @@ def add_zero(plan: PlanBuilder) -> None:
 
 def _is_from_elsewhere(recipe: Recipe, adapter: Adapter) -> bool:
     return adapter.continue_from is not None and recipe.predecessor(adapter) is None
+
+
+def _is_covered(recipe: Recipe, adapter: Adapter) -> bool:
+    """Whether new adapters of `recipe` change all layers of an adapter that continues a folder, by
+    the target_modules that PEFT reads: `all-linear` is every linear layer inside a numbered block,
+    names are the ends of paths. Of a regular expression it is not known: it may take for ever.
+
+    False if the adapter is on the hub, or its files cannot be read or hold something else than
+    factors of linear layers.
+    """
+    folder = Path(str(adapter.continue_from))
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        with safe_open(folder / "adapter_model.safetensors", "np") as file:
+            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
+        factors = [_FACTOR.fullmatch(name) for name, shape in shapes.items() if len(shape) == 2]
+        layers = {match[1] for match in factors if match is not None}
+        is_plain = len(shapes) == len([f for f in factors if f]) and not config.get(
+            "target_parameters"
+        )
+    except (OSError, ValueError, AttributeError, RecursionError, SafetensorError):
+        return False
+
+    def targets(modules: str | list[str], layer: str) -> bool:
+        if isinstance(modules, list):
+            return any(f".{layer}".endswith(f".{name}") for name in modules)
+        return modules.lower() == "all-linear" and _IN_BLOCK.fullmatch(layer) is not None
+
+    new = [a for a in recipe.adapters if a.continue_from is None and a.layers is None]
+    covers = (all(targets(a.target_modules, layer) for layer in layers) for a in new)
+    return is_plain and bool(layers) and any(covers)
 
 
 def add_use_cases(plan: PlanBuilder) -> None:
@@ -105,20 +140,18 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     from qwlora.simulation.saved_simulation import load_encodings
 
     if stage.name == CASES:
-        from qwlora.pipeline.stages.use_cases import calibrate_use_cases
+        from qwlora.pipeline.stages.common_simulations import calibrate_use_cases
 
         return calibrate_use_cases(context, scratch)
     if stage.name == ZERO:
-        from qwlora.pipeline.stages.zero_adapter import calibrate_zero_adapter
+        from qwlora.pipeline.stages.common_simulations import calibrate_zero_adapter
 
         return calibrate_zero_adapter(context, scratch)
     if stage.adapter is None:
         return _calibrate_shared(context, scratch)
     name, section = stage.adapter, context.recipe.simulation
     simulation = context.new_simulation(name)
-    report = simulation.calibrate(
-        **context.calibration(name), allow_unseen=section.unseen == "float"
-    )
+    report = context.calibrate(simulation, name)
     measured: dict[str, Any] = {
         "encodings": len(simulation.encodings),
         "calibration_tokens": report.tokens,
@@ -153,8 +186,8 @@ def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
             model, context.example_inputs, context.schemes, section.base_activations
         )
     context.check_rules(*(simulation.placement for simulation in simulations.values()))
-    simulations.observe(**context.shared_calibration())
-    simulations.freeze(allow_unseen=section.unseen == "float")
+    simulations.observe(**context.calibration(*(a.name for a in context.recipe.adapters)))
+    simulations.freeze(allow_unseen=context.allow_unseen)
     save_encodings(simulations.shared, scratch)
     return {
         "sharing": {

@@ -18,6 +18,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwlora.formats.model_source import fetch
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.pipeline.stages.train_stage import adapter_contents
 from qwlora.revisions import REVISIONS
@@ -98,7 +99,7 @@ def _models(
         logits = context.simulation(str(name)).logits
     else:
         logits = logits_of(context.base() if kind == "base" else context.adapted(str(name)))
-    if not compared or not context.has_float_model:
+    if not compared or not fetch(context.recipe.model.source).holds_floats:
         return logits, None
     # Loading a base releases the float model, so it is loaded after it; the context must not keep
     # it in memory through the stages that follow.

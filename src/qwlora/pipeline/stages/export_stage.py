@@ -98,7 +98,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
 def _exported(context: JobContext, target: Target, name: str, adapter: str | None) -> Any:
     """The base or an adapter, as the target's writers take it."""
     if target.is_simulated:
-        from qwlora.pipeline.stages.zero_adapter import zero_adapter_simulation
+        from qwlora.pipeline.stages.common_simulations import zero_adapter_simulation
 
         if adapter is None:
             return _graph(context, name, zero_adapter_simulation(context), {})
@@ -137,7 +137,7 @@ def _write_cases(
     context: JobContext, target: Target, name: str, scratch: Path
 ) -> dict[str, dict[str, int]]:
     """Write all use cases; returns the size of what belongs to each, and of all other files."""
-    from qwlora.pipeline.stages.use_cases import use_case_simulations
+    from qwlora.pipeline.stages.common_simulations import use_case_simulations
 
     cases = {
         case: _graph(context, name, simulation, {"qwlora.use_case": case})

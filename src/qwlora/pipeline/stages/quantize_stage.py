@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from qwlora.atomic import link
 from qwlora.pipeline.job.job_paths import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
-from qwlora.pipeline.plan.target_table import second_rounding
+from qwlora.pipeline.plan.target_table import model_files, second_rounding
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Recipe
 from qwlora.revisions import REVISIONS
@@ -32,9 +32,13 @@ def add(plan: PlanBuilder) -> None:
     observed: list[Any] | None = None
     if any(SOLVERS[name].needs_calibration for name in solvers) or needs_moments(recipe):
         observed = [plan.base_text, recipe.seed, REVISIONS["layer_statistics"]]
+    section, encodings = recipe.model, None
+    if section.encodings is not None:
+        (digest,) = plan.contents([Path(section.encodings)])
+        encodings = [digest, section.keep_float, section.block_order]
     inputs = [
         plan.model,
-        _encodings(plan),
+        encodings,
         base.model_dump(exclude={"tuning", "calibrate_on"}),
         observed,
         needs_moments(recipe) and REVISIONS["second_moments"],
@@ -49,14 +53,6 @@ def add(plan: PlanBuilder) -> None:
             REVISIONS["tune_scales"],
         ]
     plan.add(NAME, inputs, artifact=ARTIFACT, after_work=tuning)
-
-
-def _encodings(plan: PlanBuilder) -> list[Any] | None:
-    section = plan.recipe.model
-    if section.encodings is None:
-        return None
-    (digest,) = plan.contents([Path(section.encodings)])
-    return [digest, section.keep_float, section.block_order]
 
 
 def needs_moments(recipe: Recipe) -> bool:
@@ -111,7 +107,7 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
     calibration = context.base_calibration_ids(base.calibration_sequences)
     moments = Moments.resumed(work / MOMENTS) if needs_moments(context.recipe) else None
     if base.solver == "keep":
-        model = load_precomputed(context.checkpoint(), context.track)
+        model = load_precomputed(model_files(context.recipe.model), context.track)
         if moments is not None:
             observe_moments(model, calibration, moments, track=context.track)
         return save_base(model, context.tokenizer, scratch, source), QuantizeReport(

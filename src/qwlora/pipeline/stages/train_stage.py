@@ -9,8 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.errors import FingerprintError
-from qwlora.pipeline.job.job_paths import MOMENTS
+from qwlora.errors import FingerprintError, SourceError
+from qwlora.pipeline.job.job_paths import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.plan.replace_guard import trained_with
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.pipeline.running.distributed import is_first_process
@@ -168,7 +168,6 @@ def _initialize(
     from qwlora.adapter.initialize import initialize_adapter_
     from qwlora.grid.second_moments import Moments
     from qwlora.nn import weight_out_in
-    from qwlora.pipeline.running.loaded_models import solver_scales
 
     floats = context.take_float_model()
 
@@ -189,3 +188,22 @@ def _initialize(
         "method": adapter.init,
         "layers": {path: asdict(report) for path, report in reports.items()},
     }
+
+
+def solver_scales(base: Path) -> dict[str, Tensor]:
+    """Scales of the base in a folder before tuning, by layer; empty if it was not tuned.
+
+    Raises:
+        SourceError: the file is damaged.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = base / SOLVER_SCALES
+    try:
+        return load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise SourceError(
+            f"base {str(base)!r}: {path.name} cannot be read ({error}); delete it and quantize "
+            "again"
+        ) from error

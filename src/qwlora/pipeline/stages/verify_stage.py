@@ -164,8 +164,10 @@ class _Verification:
         about held-out text."""
         from qwlora.export.onnx.adapters_as_inputs import ZeroAdapter
         from qwlora.export.proof.reference import logits_of, make_reference, simulated_logits
-        from qwlora.pipeline.stages.use_cases import use_case_simulations
-        from qwlora.pipeline.stages.zero_adapter import zero_adapter_simulation
+        from qwlora.pipeline.stages.common_simulations import (
+            use_case_simulations,
+            zero_adapter_simulation,
+        )
 
         context, target = self.context, self.target
         if not target.is_simulated:

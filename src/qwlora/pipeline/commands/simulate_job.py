@@ -1,6 +1,11 @@
-"""Perplexity cost of a job's simulation, and mixed precision under a limit.
+"""What `qwlora simulate` shows of an adapter: its placement log, the perplexity cost of its
+simulation (--costs), and mixed precision under a limit (--suggest). Writes nothing.
 
-For `qwlora simulate --costs` and `--suggest`.
+All functions take `changes` to the job's recipe, see `load_recipe`, and raise:
+
+    DirectoryError, RecipeError, FingerprintError    see `open_job`
+    CalibrationError                                 a rule has no effect, or the calibration is out
+                                                     of date, see `is_calibrated`
 """
 
 from __future__ import annotations
@@ -16,12 +21,26 @@ from qwlora.progress import Track, untracked
 if TYPE_CHECKING:
     from qwlora.data.sequences import Sequences
     from qwlora.pipeline.running.loaded_models import JobContext
+    from qwlora.simulation.placement import PlacementLog
     from qwlora.simulation.simulation import Simulation
 
 LISTED = 10
 SENSITIVITY_TOKENS = 128  # first tokens of a sequence; all their activations are in memory at once
 SEARCHED_SEQUENCES = 4  # measured dozens of times during a search
 NARROW_BITS, WIDE_BITS = 8, 16
+
+
+def explain_placement(
+    folder: Path, adapter: str | None = None, changes: tuple[str, ...] = ()
+) -> tuple[str, PlacementLog]:
+    """The adapter's name and its placement log: which values are quantized, and why.
+
+    Includes calibration results if the job is calibrated and there are no `changes`.
+    """
+    context, name = open_job(folder, adapter, changes)
+    is_known = not changes and is_calibrated(context, name)
+    simulation = context.simulation(name) if is_known else context.new_simulation(name)
+    return name, simulation.explain()
 
 
 def measure_costs(
@@ -36,19 +55,16 @@ def measure_costs(
         `perplexity`: with the parts of the simulation enabled one after another.
         `sensitivity`: the most expensive activations, cost in nats per token.
         `layer_sqnr_db`: the layers that differ most from the float graph.
-
-    Raises:
-        DirectoryError, RecipeError, FingerprintError: see `open_job`.
-        CalibrationError: the calibration is out of date, see `is_calibrated`.
     """
     context, name = open_job(folder, adapter, changes, track)
     from qwlora.analysis.quantization_costs import cumulative_costs, layer_sqnr
     from qwlora.analysis.sensitivity import sensitivities
+    from qwlora.analysis.token_scores import logits_of, perplexity
 
     calibrated = not changes and is_calibrated(context, name)
     simulation = context.simulation(name) if calibrated else _calibrated(context, name)
     evaluation = context.text(name).evaluation
-    perplexities = {"base": _perplexity(context.base(), evaluation)}
+    perplexities = {"base": perplexity(logits_of(context.base().eval()), evaluation, "perplexity")}
     perplexities |= cumulative_costs(
         simulation, lambda: _simulated(simulation, evaluation), context.track
     )
@@ -61,13 +77,13 @@ def measure_costs(
     furthest = sorted(
         layer_sqnr(simulation, batches[:1], context.track).items(), key=lambda item: item[1]
     )[:LISTED]
-    found = {
+    return {
         "adapter": name,
         "perplexity": perplexities,
         "sensitivity": ranking,
         "layer_sqnr_db": dict(furthest),
+        **({} if calibrated else _unshared(context)),
     }
-    return found if calibrated else found | _unshared(context)
 
 
 def suggest_bitwidths(
@@ -89,7 +105,6 @@ def suggest_bitwidths(
         `rules`: rules that give the result, starting with those of the recipe.
 
     Raises:
-        DirectoryError, RecipeError, FingerprintError: see `open_job`.
         CalibrationError: the limit is exceeded even with 16 bits for all; or the adapter was
             trained through quantized activations (workflow qwa-lora).
     """
@@ -124,27 +139,19 @@ def suggest_bitwidths(
         fresh = {"sequences": len(others), "measured": _simulated(simulation, others)}
         with simulation.only():
             fresh["float_activations"] = _simulated(simulation, others)
-    measured = {
-        "narrow": found.narrow,
-        "kept": found.kept,
-        "measured": found.measured,
-        "all_narrow": found.all_narrow,
-        "all_wide": found.all_wide,
-        "limit": found.limit,
-        "float_activations": reference,
-        "sequences": len(searched),
-    }
-    own = [
-        rule.model_dump(exclude_defaults=True, mode="json")
-        for rule in context.recipe.simulation.rules
-    ]
-    rules = [*own, *({"match": rule.match, "bitwidth": rule.bitwidth} for rule in found.rules)]
+    rules = context.recipe.simulation.rules
+    figures = ("narrow", "kept", "measured", "all_narrow", "all_wide", "limit")
     return {
         "adapter": name,
-        **measured,
+        **{figure: getattr(found, figure) for figure in figures},
+        "float_activations": reference,
+        "sequences": len(searched),
         "fresh": fresh,
         "wide": list(found.wide),
-        "rules": rules,
+        "rules": [
+            *(rule.model_dump(exclude_defaults=True, mode="json") for rule in rules),
+            *({"match": rule.match, "bitwidth": rule.bitwidth} for rule in found.rules),
+        ],
         **_unshared(context),
     }
 
@@ -158,9 +165,7 @@ def _unshared(context: JobContext) -> dict[str, str]:
 
 def _calibrated(context: JobContext, name: str) -> Simulation:
     simulation = context.new_simulation(name)
-    simulation.calibrate(
-        **context.calibration(name), allow_unseen=context.recipe.simulation.unseen == "float"
-    )
+    context.calibrate(simulation, name)
     return simulation
 
 
@@ -176,9 +181,3 @@ def _simulated(simulation: Simulation, evaluation: Sequences) -> float:
     from qwlora.analysis.token_scores import perplexity
 
     return perplexity(simulation.logits, evaluation, "perplexity, simulated")
-
-
-def _perplexity(model: Any, evaluation: Sequences) -> float:
-    from qwlora.analysis.token_scores import logits_of, perplexity
-
-    return perplexity(logits_of(model.eval()), evaluation, "perplexity")

@@ -190,18 +190,14 @@ def _extent(array: Any) -> str:
 
 def _plain(file: encodings.EncodingsFile) -> dict[str, Any]:
     """The content of a file as JSON values, with the same keys for every version."""
-    record = asdict(file, dict_factory=_plain_values)
+
+    def plain(value: Any) -> Any:
+        value = sorted(value) if isinstance(value, frozenset) else value
+        return value.tolist() if isinstance(value, np.ndarray) else value
+
+    record = asdict(file, dict_factory=lambda items: {key: plain(value) for key, value in items})
     record["encodings"] = [
         {"granularity": encoding.granularity, **fields}
         for encoding, fields in zip(file.encodings, record["encodings"], strict=True)
     ]
     return record
-
-
-def _plain_values(items: list[tuple[str, Any]]) -> dict[str, Any]:
-    plain = {}
-    for key, value in items:
-        if isinstance(value, np.ndarray):
-            value = value.tolist()
-        plain[key] = sorted(value) if isinstance(value, frozenset) else value
-    return plain

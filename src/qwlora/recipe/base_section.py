@@ -75,7 +75,12 @@ class Weights(Section):
         """Expand a short name to keys, so that the resolved recipe shows them and a rule can change
         one; fill in the default block size."""
         if isinstance(given, str):
-            given = _keys_of_scheme(parse_scheme(given))
+            scheme, size = parse_scheme(given), None
+            name = str(scheme.granularity)
+            if isinstance(scheme.granularity, Blocks):
+                name, size = scheme.granularity.kind, scheme.granularity.size
+            given = {"bitwidth": scheme.bitwidth, "symmetric": scheme.symmetric}
+            given |= {"granularity": name, "block_size": size}
         if isinstance(given, dict) and given.get("block_size") is None:
             default = DEFAULT_BLOCK_SIZES.get(str(given.get("granularity", "block")))
             return {**given, "block_size": default}
@@ -98,18 +103,6 @@ class Weights(Section):
         elif self.block_size is not None:
             granularity = Blocks.KINDS[self.granularity](self.block_size)
         return Scheme(self.bitwidth, self.symmetric, granularity)
-
-
-def _keys_of_scheme(scheme: Scheme) -> dict[str, Any]:
-    """The keys of `Weights` that request `scheme`."""
-    keys: dict[str, Any] = {"bitwidth": scheme.bitwidth, "symmetric": scheme.symmetric}
-    match scheme.granularity:
-        case PerTensor():
-            return keys | {"granularity": "tensor"}
-        case PerChannel():
-            return keys | {"granularity": "channel"}
-        case Blocks(size) as blocks:
-            return keys | {"granularity": blocks.kind, "block_size": size}
 
 
 def _check_block_size(granularity: str | None, block_size: int | None) -> None:

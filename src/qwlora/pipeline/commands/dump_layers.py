@@ -94,21 +94,18 @@ def dump_layers(
         runtime = TARGETS[stage].open(context.path / "export" / stage, name.adapter)
     length = None if runtime is None else runtime.call_tokens
     batch = _batch(context, adapter, ids, length)
-    simulation = _simulation(context, name)
+    if name.is_use_case:
+        from qwlora.pipeline.stages.common_simulations import use_case_simulations
+
+        simulation = use_case_simulations(context)[str(name.adapter)]
+    else:
+        simulation = context.simulation(str(name.adapter))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=out.parent) as scratch:
         made = Path(scratch) / "made"
         record = _write(simulation, runtime, name, batch, made)
         move_into_place(made, out)
     return out, record
-
-
-def _simulation(context: JobContext, name: ModelName) -> Simulation:
-    if not name.is_use_case:
-        return context.simulation(str(name.adapter))
-    from qwlora.pipeline.stages.common_simulations import use_case_simulations
-
-    return use_case_simulations(context)[str(name.adapter)]
 
 
 def _read_ids(path: Path) -> npt.NDArray[np.int64]:

@@ -11,7 +11,6 @@ from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.pipeline.stages import (
-    calibrate_base_stage,
     calibrate_stage,
     evaluate_stage,
     export_stage,
@@ -44,7 +43,7 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
     for name, target in targets.items():
         if target.has_base and not target.is_simulated:
             export_stage.add_base(plan, name)
-    calibrate_base_stage.add(plan)
+    calibrate_stage.add_base(plan)
     for adapter in recipe.adapters:
         if is_imported(recipe, adapter) and has_float_model(recipe):
             evaluate_stage.add(plan, "imported", (), adapter.name)

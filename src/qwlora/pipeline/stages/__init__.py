@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.pipeline.stages import (
-    calibrate_base_stage,
     calibrate_stage,
     evaluate_stage,
     export_stage,
@@ -31,7 +30,7 @@ if TYPE_CHECKING:
 
 RUN: dict[str, Run] = {
     "quantize": quantize_stage.run,
-    "calibrate-base": calibrate_base_stage.run,
+    "calibrate-base": calibrate_stage.run_base,
     "train": train_stage.run,
     "calibrate": calibrate_stage.run,
     "export": export_stage.run,

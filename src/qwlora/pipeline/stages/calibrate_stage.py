@@ -1,5 +1,7 @@
 """Step 3: encodings of activations and adapters.
 
+calibrate-base    encodings of the base's activations, in workflow qwa-lora: adapters are then
+                  trained through the quantized activations
 calibrate         encodings that adapters share, if simulation.base_activations shares any
 calibrate/NAME    encodings of one adapter
 calibrate/_base         encodings of a zero adapter, for targets that switch simulations
@@ -17,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from qwlora.grid.range_estimator import Estimator
-from qwlora.pipeline.job.job_paths import ADAPTER, SHARED, USE_CASES, ZERO_ADAPTER
+from qwlora.pipeline.job.job_paths import ADAPTER, BASE_SIMULATION, SHARED, USE_CASES, ZERO_ADAPTER
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.revisions import REVISIONS
@@ -43,6 +45,13 @@ def range_inputs(plan: PlanBuilder, texts: Iterable[Data]) -> list[Any]:
     if any(Estimator(observer).needs_sample for observer in observers):
         inputs.append(REVISIONS["activation_samples"])
     return inputs
+
+
+def add_base(plan: PlanBuilder) -> None:
+    """Add the stage of the base, if the workflow is qwa-lora."""
+    if plan.recipe.workflow == "qwa-lora":
+        inputs = range_inputs(plan, plan.recipe.base_texts())
+        plan.add("calibrate-base", inputs, ("quantize",), artifact=BASE_SIMULATION)
 
 
 def add_shared(plan: PlanBuilder) -> None:
@@ -129,6 +138,20 @@ def add_use_cases(plan: PlanBuilder) -> None:
 
 def _shares(plan: PlanBuilder) -> bool:
     return plan.recipe.simulation.base_activations != "all"
+
+
+def run_base(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
+    """Calibrate the base without an adapter."""
+    from qwlora.simulation.simulation import simulate
+
+    base = context.base()
+    with context.step("capturing the graph"):
+        simulation = simulate(base, context.example_inputs, context.schemes)
+    context.check_rules(simulation.placement)
+    report = context.calibrate(simulation)
+    simulation.save(scratch)
+    counts = {"encodings": len(simulation.encodings), "calibration_tokens": report.tokens}
+    return {"base_simulation": counts}
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:

@@ -41,7 +41,7 @@ ADDED = ("evil.so", "modeling_evil.py", "custom_generate/generate.py", "a link",
 # Where a change may pass, and why.
 HARMLESS = {
     r"README\.md$": "for people; no program reads it, and it may be edited",
-    r"(^|/)(tokenizer|special_tokens|added_tokens|chat_template|vocab|merges|detokenizer)[^/]*$": (
+    r"(^|/)(openvino_)?(tokenizer|special_tokens|added_tokens|chat_template|vocab|merges|detokenizer)[^/]*$": (
         "a proof is of token ids: `verify` opens no tokenizer"
     ),
     r"\.encodings$": "for other tools; the runtime reads the ONNX file, which holds the same grids",
@@ -55,6 +55,7 @@ DISPENSABLE = {
     r"/(generation_|adapter_)?config\.json$": (
         "the runtime computes the same without it; other programs may miss it"
     ),
+    r"/submit_aihub\.py$": "a script for people; no runtime reads it",
 }
 A_BIT = "a bit may be one of a number that changes by less than the limits of the proof"
 

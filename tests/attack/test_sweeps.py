@@ -101,6 +101,8 @@ def _content(work: Path) -> Any:
     replaced by the next one that writes the file."""
     content = state(work / "job")
     content["files"] = [name for name in content["files"] if not name.endswith(".part")]
+    # the last line is a digest of the others, which name the place of an adapter from mlx-lm
+    content["recipe"] = content["recipe"].rpartition("# Written by qwlora")[0]
     return json.loads(json.dumps(content).replace(str(work), "WORK"))
 
 

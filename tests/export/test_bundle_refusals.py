@@ -70,9 +70,14 @@ class Runtime(runtime_module.Runtime):
     Args:
         forgets: an adapter changes what the base computes afterwards.
         decodes: whether tokens that are decoded one by one are the likeliest.
+
+    Attributes:
+        decoded: tokens before and after those of each call of `decode`.
+        wrong: how many tokens of a call are not the likeliest.
     """
 
     switches = True
+    wrong = 0
 
     def __init__(
         self,
@@ -83,6 +88,7 @@ class Runtime(runtime_module.Runtime):
     ):
         self.tables, self.table = (base, adapted), base
         self.forgets, self.decodes = forgets, decodes
+        self.decoded: list[tuple[int, int]] = []
 
     def use(self, adapter: Path | None) -> None:
         if adapter is not None or self.forgets or self.table is self.tables[0]:
@@ -94,10 +100,12 @@ class Runtime(runtime_module.Runtime):
         return self.table[ids]
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
+        self.decoded.append((ids.shape[1], count))
         tokens = [int(ids[0, -1])]
-        for _ in range(count):
+        for number in range(count):
             row = self.table[tokens[-1]]
-            tokens.append(int(row.argmax() if self.decodes else row.argmin()))
+            is_likeliest = self.decodes and number >= self.wrong
+            tokens.append(int(row.argmax() if is_likeliest else row.argmin()))
         return tokens[1:]
 
 
@@ -107,15 +115,27 @@ def write(bundle: Path, name: str, content: Any) -> None:
     (bundle / name).write_text(text)
 
 
-def prove(bundle: Path, name: str, **changes: Any) -> None:
+def prove(
+    bundle: Path, name: str, reference: dict[str, Tensor] | None = None, **changes: Any
+) -> None:
     """Write the proof of an adapter that is there."""
     of = {"base": record_digest(bundle / "base"), "adapter": record_digest(bundle / name)}
     record = {"target": "hf", "adapter": name, "of": of, "limits": {"perplexity_difference": LIMIT}}
-    model: Any = Trained()
     (bundle / "proof" / name).mkdir(parents=True, exist_ok=True)
-    write_proof(
-        bundle / "proof" / name, make_reference(logits_of(model), TEXT), {**record, **changes}
-    )
+    write_proof(bundle / "proof" / name, reference or says(TEXT), {**record, **changes})
+
+
+def says(text: Sequences, other: Tensor | None = None) -> dict[str, Tensor]:
+    """The trained model's reference.
+
+    Args:
+        other: what an equally valid computation with the adapter gives.
+    """
+    model: Any = Trained()
+    rounded = None
+    if other is not None:
+        rounded = {"base": lambda ids: BASE[ids], "adapter": lambda ids: other[ids]}
+    return make_reference(logits_of(model), text, rounded=rounded)
 
 
 @pytest.fixture
@@ -372,6 +392,73 @@ def test_settings_as_shipped_that_do_not_switch_off_fail(
     proof = verify_bundle(bundle)["first"]
     assert not proof["passed"]
     assert any("shipped" in problem for problem in proof["problems"])
+
+
+def test_a_runtime_that_opens_with_an_adapter_is_switched_off_first(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime()
+    runtime.table = ADAPTED
+    opens(monkeypatch, runtime)
+    assert verify_bundle(bundle)["first"]["passed"]
+
+
+@pytest.mark.parametrize(("tokens", "prompt"), [(TOKENS, TOKENS - 16), (17, 1), (10, 1)])
+def test_tokens_are_decoded_after_the_rest_of_the_text(
+    tokens: int, prompt: int, bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = Sequences(IDS[:, :tokens], LABELS[:, :tokens])
+    for name in ("first", "second"):
+        prove(bundle, name, says(text))
+    opens(monkeypatch, runtime := Runtime())
+    assert verify_bundle(bundle)["first"]["passed"]
+    assert runtime.decoded[0] == (prompt, 16)
+
+
+def test_decoding_may_differ_as_often_as_two_valid_computations(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime()
+    runtime.wrong = 2  # of 16
+    opens(monkeypatch, runtime)
+    assert not verify_bundle(bundle)["first"]["passed"]
+    other = ADAPTED.clone()
+    for word in IDS.flatten()[::8].unique():  # here the likeliest word of the other is another
+        other[word, ADAPTED[word].argmax()] -= 5
+    prove(bundle, "first", says(TEXT, other))
+    proof = verify_bundle(bundle)["first"]
+    assert proof["passed"], proof["problems"]
+
+
+def test_a_proof_says_if_the_base_alone_would_pass(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert verify_bundle(bundle)["first"]["notes"] == []
+    same = {n: t for n, t in says(TEXT).items() if not n.startswith("adapter.")}
+    same |= {n.replace("base.", "adapter."): t.clone() for n, t in same.items() if "base" in n}
+    prove(bundle, "first", same)
+    opens(monkeypatch, Runtime(adapted=BASE))
+    (note,) = verify_bundle(bundle)["first"]["notes"]
+    assert "base alone would pass" in note
+
+
+@pytest.mark.parametrize(
+    ("tensor", "value", "message"),
+    [
+        ("adapter.losses", float("nan"), "NaN"),
+        ("base.largest", -1.0, "negative"),
+        ("ids", WORDS, f"token {WORDS}.* {WORDS} tokens"),
+    ],
+)
+def test_a_sealed_reference_that_proves_nothing_is_refused(
+    tensor: str, value: float, message: str, bundle: Path
+) -> None:
+    reference = says(TEXT)
+    changed = reference[tensor].clone()
+    changed.view(-1)[0] = value  # its token is not in the loss
+    prove(bundle, "second", reference | {tensor: changed})
+    with pytest.raises(SourceError, match=message):
+        verify_bundle(bundle)
 
 
 @pytest.mark.parametrize("place", ["base/extra", "first/extra", "proof/first/extra", "extra"])

@@ -310,6 +310,8 @@ def test_differences_of_outputs_add_up() -> None:
         (0.89, 1.0, False),
         (0.74, 0.9, False),
         (0.75, 0.9, True),
+        (0.56, 0.8, False),
+        (0.5625, 0.8, True),
         (NAN, 0.9, False),
     ],
 )
@@ -492,6 +494,7 @@ class Session:
 
     def __init__(self, leaks: str = ""):
         self.leaks, self.state, self.uses = leaks, "", 0
+        self.ran: list[tuple[str, int]] = []  # state and tokens of each call of `extend`
         self.tables: Mapping[str, Tensor] = {"": TABLE, "first": OTHER, "second": TABLE.flip(0)}
 
     def use(self, adapter: Path | None) -> None:
@@ -503,9 +506,10 @@ class Session:
         return self.tables[self.state][ids] + leak
 
     def extend(self, ids: Tensor, past: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        self.ran.append((self.state, ids.shape[1]))
         shift = past.get("shift", torch.zeros(1))
         if self.leaks == "cache":
-            shift = torch.tensor([float(self.uses)])
+            shift = shift + len({state for state, _ in self.ran} - {self.state})
         return self.tables[self.state][ids] + shift, {"shift": shift}
 
 
@@ -524,7 +528,12 @@ def test_a_state_gives_the_same_bits_after_others(adapter: Path | None, leaks: s
 
 @pytest.mark.parametrize("adapter", [None, Path("first")])
 @pytest.mark.parametrize("leaks", ["", "cache"])
-def test_a_cache_is_compared_token_by_token(adapter: Path | None, leaks: str) -> None:
+@pytest.mark.parametrize("count", [4, 16])
+def test_a_cache_is_compared_token_by_token(
+    adapter: Path | None, leaks: str, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("qwlora.export.proof.measure.DECODED", count)
+    count = min(count, IDS.shape[1] - 1)
     table = TABLE if adapter is None else OTHER
     labels = IDS.clone()
     labels[:, 4:7] = IGNORED  # of these, too, the cache is compared
@@ -533,8 +542,12 @@ def test_a_cache_is_compared_token_by_token(adapter: Path | None, leaks: str) ->
     figures, bits = compare_cache(session, reference, adapter, [Path("second")])
     assert isinstance(bits, Bits)
     assert bits.equal == (not leaks)
-    assert figures.tokens == IDS.shape[1] - 1
+    assert figures.tokens == count
     assert session.state == ""
+    name = adapter.name if adapter else ""
+    steps = [IDS.shape[1] - count] + [1] * count
+    assert [tokens for state, tokens in session.ran if state == name] == 2 * steps
+    assert {state for state, _ in session.ran} == {"", "second", name}
     if not leaks:
         assert figures.max_log_prob_difference < 1e-5
         assert verdict(figures.checks(LIMITS))["passed"]

@@ -408,6 +408,28 @@ def test_a_reference_with_negative_ids_is_refused() -> None:
         check_reference({**reference, "ids": IDS - WORDS, "labels": IDS - WORDS})
 
 
+def test_a_reference_without_an_adapter_or_a_counted_token_is_refused() -> None:
+    text = Sequences(IDS, IDS.clone())
+    with pytest.raises(SourceError, match="nothing about the adapter"):
+        check_reference(make_reference({"base": says(TABLE)}, text))
+    reference = make_reference({"adapter": says(TABLE)}, text)
+    labels = torch.full_like(IDS, IGNORED)
+    labels[:, 0] = IDS[:, 0]  # no token is before the first
+    with pytest.raises(SourceError, match="count no token"):
+        check_reference({**reference, "labels": labels})
+    labels[:, 1] = IDS[:, 1]
+    check_reference({**reference, "labels": labels})
+
+
+def test_how_far_a_runtime_rounds_is_the_largest_difference_of_a_logit() -> None:
+    other = TABLE.clone()
+    other[int(IDS[0, 3]), 5] += 0.25
+    text = Sequences(IDS[:1], IDS[:1].clone())
+    reference = make_reference({"adapter": says(TABLE)}, text, rounded={"adapter": says(other)})
+    assert float(reference["adapter.rounding"]) == pytest.approx(0.25)
+    assert "adapter.noise" not in reference
+
+
 def test_tokens_beyond_the_likeliest_count_as_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwlora.export.proof.reference.TOP", 3)
     figures = compared(OTHER, IDS)

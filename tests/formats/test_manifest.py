@@ -82,6 +82,36 @@ def test_an_edit_is_accepted_by_deleting_its_entry(folder: Path) -> None:
     check(folder)
 
 
+def test_files_are_added_to_a_record(folder: Path) -> None:
+    (folder / "more").write_text("x")
+    manifest.add(folder, "record.json", ["more"])
+    assert manifest.listed_files(folder, "record.json") == ["more", "record.json", "weights"]
+    check(folder)
+    (folder / "more").write_text("y")
+    with pytest.raises(FingerprintError, match="more changed"):
+        check(folder)
+
+
+def test_a_record_is_changed_with_its_own_digest(folder: Path) -> None:
+    record = json.loads((folder / "record.json").read_text())
+    (folder / "record.json").write_text(manifest.text(record | {"alpha": 2.5}, "record.json"))
+    assert json.loads((folder / "record.json").read_text())["alpha"] == 2.5
+    check(folder)
+    (folder / "weights").write_bytes(b"\x00\x00")
+    with pytest.raises(FingerprintError, match="weights changed"):
+        check(folder)
+
+
+def test_chosen_files_are_compared_and_the_record(folder: Path) -> None:
+    (folder / "weights").write_bytes(b"\x00\x00")
+    check(folder, only=["not listed"])
+    with pytest.raises(FingerprintError, match="weights changed"):
+        check(folder, only=["weights"])
+    edit_alpha(folder)
+    with pytest.raises(FingerprintError, match=r"'x': record\.json changed"):
+        check(folder, only=[])
+
+
 def test_a_folder_without_a_record_is_said_to_be_unverified(folder: Path) -> None:
     (folder / "record.json").unlink()
     with pytest.warns(UnverifiedWarning, match=r"thing 'x' is unverified: record.json"):

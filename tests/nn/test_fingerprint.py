@@ -200,6 +200,25 @@ def test_an_adapter_is_known_whatever_its_name():
         p.data.neg_()
 
 
+def test_an_adapter_that_is_switched_off_is_none():
+    wrapped = with_adapters("first", "second")
+    before = adapter_fingerprint(wrapped)
+    with wrapped.disable_adapter():
+        assert adapter_fingerprint(wrapped) is None
+    assert adapter_fingerprint(wrapped) == before
+    assert adapter_fingerprint(Layered()) is None
+
+
+def test_the_scaling_of_an_adapter_counts_and_not_that_of_others():
+    wrapped = with_adapters("first", "second")
+    before = adapter_fingerprint(wrapped)
+    scaling = wrapped.base_model.model.layers[0].scaling
+    scaling["second"] *= 2
+    assert adapter_fingerprint(wrapped) == before
+    scaling["first"] *= 2
+    assert adapter_fingerprint(wrapped) != before
+
+
 def test_the_fingerprint_of_an_adapter_stays_over_versions():
     assert (
         adapter_fingerprint(with_adapters("first"))

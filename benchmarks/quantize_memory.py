@@ -91,7 +91,7 @@ def write_checkpoint(folder: Path, sizes: dict[str, int]) -> int:
 def quantize(source: Path, out: Path) -> None:
     from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
     from qwlora.formats.model_source import load_tokenizer
-    from qwlora.quantize.quantize_checkpoint import quantize_checkpoint
+    from qwlora.quantize.quantize_model import quantize_checkpoint
 
     tokenizer = load_tokenizer(str(source))
     out.mkdir()
@@ -110,7 +110,7 @@ def load(out: Path) -> None:
 
 def nothing() -> None:
     """What a process weighs that has imported everything and done nothing."""
-    for module in ("formats.huggingface.huggingface_folder", "quantize.quantize_checkpoint"):
+    for module in ("formats.huggingface.huggingface_folder", "quantize.quantize_model"):
         importlib.import_module(f"qwlora.{module}")
 
 

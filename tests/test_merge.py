@@ -26,7 +26,7 @@ from qwlora.errors import DirectoryError, MergeError
 from qwlora.formats.base_folder import save_base
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import is_packed, packed_weights
-from qwlora.nn.pack import unpack_
+from qwlora.nn.replace import unpack_
 from qwlora.pipeline.commands.merge_adapter import Verdict, merged_model, write_merged
 from qwlora.pipeline.commands.model_folder import check_target, new_folder
 from qwlora.pipeline.commands.open_job import open_job

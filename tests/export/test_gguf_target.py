@@ -32,7 +32,7 @@ from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
-from qwlora.nn.pack import pack_at_, packed_weights
+from qwlora.nn import pack_at_, packed_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:the weights of .* were on a grid")
 HEADS, KV_HEADS = 4, 2

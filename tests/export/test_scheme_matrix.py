@@ -34,7 +34,7 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme, short_name
-from qwlora.nn.pack import pack_at_
+from qwlora.nn.replace import pack_at_
 
 pytestmark = pytest.mark.slow
 IDS = torch.randint(3, 90, (1, 24), generator=torch.Generator().manual_seed(3))

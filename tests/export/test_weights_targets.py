@@ -27,7 +27,7 @@ from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
-from qwlora.nn.pack import pack_at_, packed_weights
+from qwlora.nn import pack_at_, packed_weights
 from qwlora.quantize.layer_rules import Rule
 
 IDS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(3))

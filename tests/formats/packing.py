@@ -12,11 +12,12 @@ from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn import (
     is_packable,
     pack_module,
-    pack_parameter_,
     parameter_out_in,
     tie_weights_,
     weight_out_in,
 )
+from qwlora.nn.packed_experts import pack_parameter_
+from qwlora.nn.packed_tensor import PackedTensor
 
 
 def quantized(weight: Tensor, scheme: Scheme | str) -> QuantizedTensor:
@@ -52,7 +53,9 @@ def packed_and_twin(model: nn.Module, scheme: Scheme | str) -> tuple[nn.Module, 
         for name, parameter in list(module._parameters.items()):
             if parameter is not None and parameter.ndim == 3:
                 found = quantized(parameter_out_in(module, name), scheme)
-                turned = pack_parameter_(module, name, found).transposed
+                turned = pack_parameter_(
+                    module, name, PackedTensor.from_quantized(found)
+                ).transposed
                 twin.get_submodule(path)._parameters[name].data = (
                     found.dequantize().mT.contiguous() if turned else found.dequantize()
                 )

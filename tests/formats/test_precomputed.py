@@ -37,7 +37,7 @@ from qwlora.nn import (
     weight_out_in,
 )
 from qwlora.quantize.layer_rules import Rule
-from qwlora.quantize.quantize_checkpoint import quantize_checkpoint
+from qwlora.quantize.quantize_model import quantize_checkpoint
 
 IDS = torch.arange(40).view(2, 20)
 KINDS = (*ARCHITECTURES, "mixtral")

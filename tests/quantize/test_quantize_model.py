@@ -1,4 +1,4 @@
-"""Quantizing a model: which layers, by which rules, part by part on calibration data, and on from where it stopped."""
+"""Quantizing a model: which layers, by which rules, block by block on calibration data, and resumed."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.scheme import PerBlock, Scheme, parse_scheme
 from qwlora.grid.second_moments import Moments
 from qwlora.nn import packed_weights, weight_out_in
-from qwlora.quantize import quantize_blocks as calibrated
+from qwlora.quantize import quantize_blocks
 from qwlora.quantize.block_runner import BlockRunner
 from qwlora.quantize.gptq import GptqSettings
-from qwlora.quantize.layer_rules import Rule
-from qwlora.quantize.quantize_model import find_tensors
+from qwlora.quantize.layer_rules import Rule, find_tensors
+from qwlora.revisions import REVISIONS
 
 
 def token_ids(count: int = 6, tokens: int = 24) -> Tensor:
@@ -252,10 +252,15 @@ def test_only_layers_that_follow_their_inputs_need_to_be_differentiated() -> Non
 FEW = [Rule(f"*.{name}_proj", None) for name in ("q", "v", "o", "gate", "up")]
 
 
-def test_an_interrupted_run_resumes_after_the_last_finished_block(tmp_path: Path) -> None:
-    ids, whole = token_ids(), tiny_model("llama")
-    quantize_(whole, "w3-block32", "gptq", calibration=ids, rules=FEW)
+def solve(model: PreTrainedModel | None = None, **changes: Any) -> tuple[str, Any]:
+    """Fingerprint and report of a tiny model that gptq quantized."""
+    model = tiny_model("llama") if model is None else model
+    asked: dict[str, Any] = {"calibration": token_ids(), "rules": FEW, "scheme": "w3-block32"}
+    report = quantize_(model, solver="gptq", **asked | changes)
+    return fingerprint(model), report
 
+
+def test_an_interrupted_run_resumes_after_the_last_finished_block(tmp_path: Path) -> None:
     class KilledError(Exception):
         pass
 
@@ -264,112 +269,67 @@ def test_an_interrupted_run_resumes_after_the_last_finished_block(tmp_path: Path
         raise KilledError
 
     with pytest.raises(KilledError):
-        quantize_(
-            tiny_model("llama"),
-            "w3-block32",
-            "gptq",
-            calibration=ids,
-            work=tmp_path,
-            rules=FEW,
-            track=killing,
-        )
+        solve(work=tmp_path, track=killing)
     (finished,) = tmp_path.iterdir()
     stamp = finished.stat().st_mtime_ns
-    model = tiny_model("llama")
-    quantize_(model, "w3-block32", "gptq", calibration=ids, work=tmp_path, rules=FEW)
+    assert solve(work=tmp_path) == solve()
     assert finished.stat().st_mtime_ns == stamp, "the finished block was solved again"
-    assert fingerprint(model) == fingerprint(whole)
+    finished.write_bytes(finished.read_bytes()[:-1])
+    assert solve(work=tmp_path) == solve()
 
 
-@pytest.mark.parametrize("what", ["scheme", "calibration", "weights", "rules", "settings"])
-def test_another_call_does_not_use_cached_blocks(tmp_path: Path, what: str) -> None:
-    ids = token_ids()
-    fewer = [Rule("model.layers.*.down_proj", None)] if what == "rules" else []
-    quantize_(
-        tiny_model("llama"),
-        "w3-block32",
-        "gptq",
-        calibration=ids,
-        work=tmp_path,
-        rules=[*fewer, *FEW],
-    )
-    scheme, calibration = (
-        "w4-block32" if what == "scheme" else "w3-block32",
-        ids.flip(0, 1) if what == "calibration" else ids,
-    )
-    models = [tiny_model("llama", seed=1 if what == "weights" else 0) for _ in range(2)]
-    own = {"gptq": GptqSettings(activation_order=True)} if what == "settings" else None
-    arguments: Any = {"calibration": calibration, "rules": FEW, "settings": own}
-    report = quantize_(models[0], scheme, "gptq", work=tmp_path, **arguments)
-    assert report == quantize_(models[1], scheme, "gptq", **arguments)
-    assert fingerprint(models[0]) == fingerprint(models[1])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"scheme": "w4-block32"},
+        {"calibration": token_ids().flip(0, 1)},
+        {"rules": [Rule("model.layers.*.down_proj", None), *FEW]},
+        {"settings": {"gptq": GptqSettings(activation_order=True)}},
+        {"model": 1},
+    ],
+    ids=lambda change: next(iter(change)),
+)
+def test_another_call_does_not_use_cached_blocks(tmp_path: Path, change: dict[str, Any]) -> None:
+    def changed(**more: Any) -> tuple[str, Any]:
+        if "model" in change:
+            return solve(tiny_model("llama", seed=1), **more)
+        return solve(**change, **more)
+
+    solve(work=tmp_path)
+    assert changed(work=tmp_path) == changed()
 
 
 def test_settings_of_an_unknown_solver_are_refused() -> None:
     with pytest.raises(GridError, match="solver 'gtpq' is not one of"):
-        quantize_(tiny_model("llama"), "w4-block32", settings={"gtpq": GptqSettings()})
+        solve(settings={"gtpq": GptqSettings()})
 
 
-def test_a_cached_block_whose_moments_are_missing_is_recomputed(tmp_path: Path) -> None:
-    ids, first = token_ids(), Moments(tmp_path / "first")
-    quantize_(
-        tiny_model("llama"),
-        "w3-block32",
-        "gptq",
-        calibration=ids,
-        work=tmp_path,
-        rules=FEW,
-        moments=first,
-    )
-    (tmp_path / "first" / "model.layers.1.mlp.down_proj.safetensors").unlink()
-    again = Moments(tmp_path / "first")
-    quantize_(
-        tiny_model("llama"),
-        "w3-block32",
-        "gptq",
-        calibration=ids,
-        work=tmp_path,
-        rules=FEW,
-        moments=again,
-    )
-    assert again.keys() == first.keys()
-    assert all(
-        torch.equal(a, b) for name in first for a, b in zip(again[name], first[name], strict=True)
-    )
-
-
-def test_a_cached_block_with_moments_of_another_revision_is_recomputed(
+def test_a_cached_block_is_recomputed_where_moments_are_missing_or_of_another_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = token_ids()
     solved: list[str] = []
-    own = calibrated.solve_tensor
+    own = quantize_blocks.solve_tensor
     monkeypatch.setattr(
-        calibrated, "solve_tensor", lambda name, *rest: solved.append(name) or own(name, *rest)
+        quantize_blocks, "solve_tensor", lambda name, *rest: solved.append(name) or own(name, *rest)
     )
-    for moments, revision, again in (
-        (True, "1", True),
-        (True, "1", False),
-        (True, "2", True),
-        (False, "2", True),
-        (False, "3", False),
-    ):
+
+    def layers_solved(moments: Moments | None) -> int:
         solved.clear()
-        monkeypatch.setattr(
-            "qwlora.quantize.block_cache.revision",
-            lambda module, changed=revision: changed if module == "grid.second_moments" else "2",
-        )
-        found = Moments(tmp_path / f"moments{revision}") if moments else None
-        quantize_(
-            tiny_model("llama"),
-            "w3-block32",
-            "gptq",
-            calibration=ids,
-            work=tmp_path,
-            rules=FEW,
-            moments=found,
-        )
-        assert bool(solved) == again
+        solve(work=tmp_path / "work", moments=moments)
+        return len(solved)
+
+    first = Moments(tmp_path / "first")
+    assert layers_solved(first) == 4
+    assert layers_solved(Moments(tmp_path / "first")) == 0
+    (tmp_path / "first" / "model.layers.1.mlp.down_proj.safetensors").unlink()
+    again = Moments(tmp_path / "first")
+    assert layers_solved(again) == 2
+    assert again.keys() == first.keys()
+    monkeypatch.setitem(REVISIONS, "second_moments", 99)
+    assert layers_solved(Moments(tmp_path / "other")) == 4
+    assert layers_solved(None) == 4
+    monkeypatch.setitem(REVISIONS, "second_moments", 100)
+    assert layers_solved(None) == 0
 
 
 def test_block_runner_pauses_all_batches_before_each_block_and_leaves_no_trace() -> None:
@@ -382,9 +342,9 @@ def test_block_runner_pauses_all_batches_before_each_block_and_leaves_no_trace()
         ["lm_head", "model.layers.1", "model.layers.0"],
         [{"input_ids": row[None]} for row in ids],
     ) as runner:
-        while part := runner.advance():
-            order.append(part)
-            if part == "model.layers.0":
+        for block in runner:
+            order.append(block)
+            if block == "model.layers.0":
                 assert [output.shape for output in runner.repeat()] == [torch.Size([1, 24, 64])] * 3
     hook.remove()
     assert order == ["model.layers.0", "model.layers.1", "lm_head"]

@@ -1,4 +1,4 @@
-"""GPTQ from a checkpoint, part by part: the base that quantizing in memory makes, with a block in memory at a time."""
+"""GPTQ from a checkpoint: the base that quantizing in memory makes, with a block in memory at a time."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from qwlora.formats.base_files import BaseWriter
 from qwlora.grid.scheme import parse_scheme
 from qwlora.grid.second_moments import Moments
 from qwlora.quantize.layer_rules import Rule
-from qwlora.quantize.quantize_checkpoint import quantize_checkpoint
-from qwlora.quantize.streamed_blocks import BlocksOnDemand
+from qwlora.quantize.model_source import InFiles
+from qwlora.quantize.quantize_model import QuantizedCheckpoint, quantize_checkpoint
 
 
 @pytest.fixture
@@ -44,14 +44,9 @@ def test_the_base_that_quantizing_in_memory_makes(
     model = model_of(kind)
     memory, streamed = Moments(tmp_path / "memory"), Moments(tmp_path / "streamed")
     report = quantize_(model, "w4-block32", "gptq", rules=rules, calibration=tokens, moments=memory)
-    (tmp_path / "base").mkdir()
-    result = quantize_checkpoint(
+    result = from_files(
         Held(model_of(kind)),
-        byte_tokenizer(),
         tmp_path / "base",
-        "x",
-        "w4-block32",
-        "gptq",
         rules=rules,
         calibration=tokens,
         moments=streamed,
@@ -65,6 +60,13 @@ def test_the_base_that_quantizing_in_memory_makes(
     assert {f.name: f.read_bytes() for f in (tmp_path / "memory").iterdir()} == {
         f.name: f.read_bytes() for f in (tmp_path / "streamed").iterdir()
     }
+
+
+def from_files(checkpoint: Held, folder: Path, **options: Any) -> QuantizedCheckpoint:
+    folder.mkdir(exist_ok=True)
+    return quantize_checkpoint(
+        checkpoint, byte_tokenizer(), folder, "x", "w4-block32", "gptq", **options
+    )
 
 
 def deep() -> PreTrainedModel:
@@ -93,16 +95,7 @@ def test_a_block_or_two_are_in_memory(
     block = sum(p.nbytes for p in model.model.layers[0].parameters())
     outside = model.model.embed_tokens.weight.nbytes + model.model.norm.weight.nbytes
     checkpoint = Held(model)
-    quantize_checkpoint(
-        checkpoint,
-        byte_tokenizer(),
-        tmp_path,
-        "x",
-        "w4-block32",
-        "gptq",
-        calibration=tokens,
-        shard_bytes=10_000,
-    )
+    from_files(checkpoint, tmp_path, calibration=tokens, shard_bytes=10_000)
     assert [name for name in loaded_at_finish if not name.startswith("model.layers.7.")] == [
         "model.embed_tokens.weight",
         "model.norm.weight",
@@ -120,25 +113,13 @@ def test_goes_on_after_the_last_finished_part(tmp_path: Path, tokens: Tensor) ->
             yield item
 
     base, work = tmp_path / "base", tmp_path / "work"
-    base.mkdir()
     ask: dict[str, Any] = {"calibration": tokens, "work": work}
     with pytest.raises(KeyboardInterrupt):
-        quantize_checkpoint(
-            Held(tiny_model("llama")),
-            byte_tokenizer(),
-            base,
-            "x",
-            "w4-block32",
-            "gptq",
-            track=stopped,
-            **ask,
-        )
+        from_files(Held(tiny_model("llama")), base, track=stopped, **ask)
     assert [file.name for file in work.iterdir()] == ["model.layers.0.safetensors"]
     with pytest.raises(SourceError, match="is not a QWLoRA base"):
         load_base(base)
-    identity = quantize_checkpoint(
-        Held(tiny_model("llama")), byte_tokenizer(), base, "x", "w4-block32", "gptq", **ask
-    ).fingerprint
+    identity = from_files(Held(tiny_model("llama")), base, **ask).fingerprint
     model = tiny_model("llama")
     quantize_(model, "w4-block32", "gptq", calibration=tokens)
     assert identity == fingerprint(model) == fingerprint(load_base(base))
@@ -147,9 +128,7 @@ def test_goes_on_after_the_last_finished_part(tmp_path: Path, tokens: Tensor) ->
 def test_integers_are_not_quantized_again(tmp_path: Path, tokens: Tensor) -> None:
     checkpoint = Held(tiny_model("llama"), parse_scheme("w4-block32"))
     with pytest.raises(SourceError, match=r"q_proj\.weight is already integers.*scheme"):
-        quantize_checkpoint(
-            checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "gptq", calibration=tokens
-        )
+        from_files(checkpoint, tmp_path, calibration=tokens)
 
 
 def test_layers_that_no_batch_reaches_are_named(
@@ -162,15 +141,7 @@ def test_layers_that_no_batch_reaches_are_named(
         CalibrationError,
         match=r"No calibration data reached model\.layers\.0\.self_attn\.q_proj",
     ):
-        quantize_checkpoint(
-            Held(tiny_model("llama")),
-            byte_tokenizer(),
-            tmp_path,
-            "x",
-            "w4-block32",
-            "gptq",
-            calibration=tokens,
-        )
+        from_files(Held(tiny_model("llama")), tmp_path, calibration=tokens)
 
 
 def test_a_part_that_runs_again_is_refused(tmp_path: Path) -> None:
@@ -178,7 +149,7 @@ def test_a_part_that_runs_again_is_refused(tmp_path: Path) -> None:
     first, second = "model.layers.0", "model.layers.1"
     for path in (first, second):
         lazy.model.get_submodule(path).forward = lambda: None  # type: ignore[method-assign]
-    with BlocksOnDemand(lazy, BaseWriter(tmp_path), {first: [], second: []}, 1):
+    with InFiles(lazy, BaseWriter(tmp_path)).blocks({first: [], second: []}, 1):
         lazy.model.get_submodule(first)()
         lazy.model.get_submodule(second)()
         with pytest.raises(GridError, match=r"model\.layers\.0 runs again after a later block"):

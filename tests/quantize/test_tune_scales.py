@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import BatchEncoding, T5Config, T5ForConditionalGeneration
+from transformers import BatchEncoding, PreTrainedModel, T5Config, T5ForConditionalGeneration
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
@@ -30,9 +30,14 @@ from qwlora.pipeline.running.run_job import run
 from qwlora.pipeline.stages.train_stage import solver_scales
 from qwlora.quantize.layer_rules import Rule
 from qwlora.quantize.quantize_model import quantize_
-from qwlora.quantize.tune_scales import TuningSettings, _Comparison, _made_from, tune_scales_
+from qwlora.quantize.tune_scales import (
+    TuningSettings,
+    _Checkpoint,
+    _dependencies,
+    _Divergence,
+    tune_scales_,
+)
 from qwlora.quantize.tuned_parameters import Tunable
-from qwlora.quantize.tuning_checkpoint import TuningState
 from qwlora.recipe import load_recipe
 
 NORMS = {"norm", "input_layernorm", "post_attention_layernorm", "ln_1", "ln_2", "ln_f"}
@@ -49,6 +54,16 @@ SCHEMES = {
 
 def ids(sequences: int = 48, tokens: int = 32) -> Tensor:
     return torch.randint(0, 250, (sequences, tokens), generator=torch.Generator().manual_seed(0))
+
+
+def pair(
+    scheme: str = "w3-block32", architecture: str = "llama"
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A quantized model and its float model."""
+    model = tiny_model(architecture)
+    teacher = copy.deepcopy(model)
+    quantize_(model, scheme)
+    return model, teacher
 
 
 def packed(model: nn.Module) -> dict[str, PackedLinear]:
@@ -115,9 +130,7 @@ def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
 def test_the_model_comes_nearer_and_no_code_moves(
     architecture: str, scheme: str, compute: str
 ) -> None:
-    model = tiny_model(architecture)
-    reference = copy.deepcopy(model)
-    quantize_(model, scheme)
+    model, reference = pair(scheme, architecture)
     before, far = (
         {name: layer.tensor for name, layer in packed(model).items()},
         divergence(model, reference, ids()[:40]),
@@ -148,21 +161,8 @@ def test_the_model_comes_nearer_and_no_code_moves(
         assert not torch.equal(norm.weight, reference.get_submodule(name).weight)
 
 
-def test_a_second_run_is_the_same() -> None:
-    identities = set()
-    for _ in range(2):
-        model = tiny_model("llama")
-        reference = copy.deepcopy(model)
-        quantize_(model, "w3-block32")
-        tune_scales_(model, reference, ids(), TuningSettings(steps=5))
-        identities.add(fingerprint(model))
-    assert len(identities) == 1
-
-
 def test_scales_that_do_not_help_are_not_kept() -> None:
-    model = tiny_model("llama")
-    reference = copy.deepcopy(model)
-    quantize_(model, "w8-channel")
+    model, reference = pair("w8-channel")
     identity = fingerprint(model)
     report = tune_scales_(model, reference, ids(), TuningSettings(steps=3, learning_rate=0.5))
     assert not report.kept
@@ -172,9 +172,7 @@ def test_scales_that_do_not_help_are_not_kept() -> None:
 
 def test_long_sequences_are_compared_at_some_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwlora.quantize.tune_scales._POSITIONS", 8)
-    model = tiny_model("llama")
-    reference = copy.deepcopy(model)
-    quantize_(model, "w3-block32")
+    model, reference = pair()
     made: list[int] = []
     reference.register_forward_hook(
         lambda module, args, output: made.append(output.logits.shape[1])
@@ -217,9 +215,7 @@ def test_decoders_are_compared_where_their_own_mask_is() -> None:
 
 def test_labels_are_left_out_and_modes_and_adapters_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwlora.quantize.tune_scales._POSITIONS", 8)
-    model = tiny_model("llama")
-    reference = copy.deepcopy(model)
-    quantize_(model, "w3-block32")
+    model, reference = pair()
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], use_dora=True))
     adapted.train()
     state = {name: p.clone() for name, p in adapted.named_parameters() if "lora" in name}
@@ -234,19 +230,17 @@ def test_labels_are_left_out_and_modes_and_adapters_stay(monkeypatch: pytest.Mon
 
 
 def test_an_interruption_leaves_the_scales_as_they_were(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model("llama")
-    reference = copy.deepcopy(model)
-    quantize_(model, "w3-block32")
-    identity, measured = fingerprint(model), _Comparison.mean
+    model, reference = pair()
+    identity, measured = fingerprint(model), _Divergence.mean
 
-    def second_time(self: _Comparison, batches: Any) -> float:
-        monkeypatch.setattr(_Comparison, "mean", interrupted)
+    def second_time(self: _Divergence, batches: Any) -> float:
+        monkeypatch.setattr(_Divergence, "mean", interrupted)
         return measured(self, batches)
 
-    def interrupted(self: _Comparison, batches: Any) -> float:
+    def interrupted(self: _Divergence, batches: Any) -> float:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(_Comparison, "mean", second_time)
+    monkeypatch.setattr(_Divergence, "mean", second_time)
     with pytest.raises(KeyboardInterrupt):
         tune_scales_(model, reference, ids(), TuningSettings(steps=2, learning_rate=0.1))
     assert fingerprint(model) == identity
@@ -321,9 +315,7 @@ def test_scales_of_few_weights_and_of_many_bits_learn_slowly() -> None:
 
 
 def test_a_failure_while_learning_leaves_the_modules_as_they_were() -> None:
-    model = tiny_model("gpt2")
-    reference = copy.deepcopy(model)
-    quantize_(model, "w3-block32")
+    model, reference = pair(architecture="gpt2")
     state, kinds = (
         {name: tensor.clone() for name, tensor in model.state_dict().items()},
         [type(m) for m in model.modules()],
@@ -338,9 +330,7 @@ def test_a_failure_while_learning_leaves_the_modules_as_they_were() -> None:
 
 
 def test_padding_is_not_compared() -> None:
-    model = tiny_model("llama")
-    reference = copy.deepcopy(model)
-    quantize_(model, "w3-block32")
+    model, reference = pair()
     full = {"input_ids": ids()[:1], "attention_mask": torch.ones(1, 32, dtype=torch.int64)}
     padded = {"input_ids": ids()[:1].clone(), "attention_mask": full["attention_mask"].clone()}
     padded["attention_mask"][:, 20:] = 0
@@ -429,8 +419,8 @@ def test_a_recipe_tunes(recipe_for: Any, tmp_path: Path) -> None:
 
 @pytest.fixture
 def each_step_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwlora.quantize.tuning_checkpoint._SECONDS_BETWEEN", 0)
-    monkeypatch.setattr("qwlora.quantize.tuning_checkpoint._TIMES_WRITING", 0)
+    monkeypatch.setattr("qwlora.quantize.tune_scales._SECONDS_BETWEEN", 0)
+    monkeypatch.setattr("qwlora.quantize.tune_scales._TIMES_WRITING", 0)
 
 
 def steps_run(track_stops_at: int | None, ran: list[int]) -> Any:
@@ -450,9 +440,7 @@ def steps_run(track_stops_at: int | None, ran: list[int]) -> Any:
 def test_tuning_that_was_interrupted_goes_on_and_ends_with_the_same_bits(
     stops_at: int, tmp_path: Path
 ) -> None:
-    reference = tiny_model("llama")
-    solved = copy.deepcopy(reference)
-    quantize_(solved, "w3-block32")
+    solved, reference = pair()
 
     def tuned(work: Path | None, stops: int | None = None, seed: int = 0) -> tuple[str, list[int]]:
         model, ran, settings = (
@@ -480,9 +468,7 @@ def test_tuning_that_was_interrupted_goes_on_and_ends_with_the_same_bits(
 
 
 def test_a_state_is_of_all_that_decides() -> None:
-    reference, tokens = tiny_model("llama"), ids(4, 1500)
-    solved = copy.deepcopy(reference)
-    quantize_(solved, "w3-block32")
+    (solved, reference), tokens = pair(), ids(4, 1500)
     config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
     def key(
@@ -492,9 +478,9 @@ def test_a_state_is_of_all_that_decides() -> None:
         batch: Any = None,
     ) -> str:
         batches = [{"input_ids": tokens}] if batch is None else [batch]
-        return TuningState(
-            Path("nowhere"), _made_from(settings or TuningSettings(), batches, model, teacher)
-        )._key
+        return _Checkpoint(
+            Path("nowhere"), _dependencies(settings or TuningSettings(), batches, model, teacher)
+        ).key
 
     other = copy.deepcopy(reference)
     other.config.rms_norm_eps = 0.1
@@ -534,15 +520,15 @@ def test_a_state_is_written_once_in_a_while(
     clock = iter(
         [0.0, 59.0, 61.0, 66.0, 126.0, 165.0, 166.0, 166.0, 166.0]
     )  # writing takes 5 s, and then none
-    monkeypatch.setattr("qwlora.quantize.tuning_checkpoint.monotonic", lambda: next(clock))
-    state, made = TuningState(tmp_path / "work", ["key"]), []
+    monkeypatch.setattr("qwlora.quantize.tune_scales.monotonic", lambda: next(clock))
+    state, made = _Checkpoint(tmp_path / "work", ["key"]), []
     for number in range(5):
         state.write(lambda number=number: made.append(number) or {"number": torch.tensor(number)})
     assert made == [1, 4]
-    assert TuningState(None, ["key"]).read() is None
+    assert _Checkpoint(None, ["key"]).read() is None
     monkeypatch.undo()
-    assert TuningState(tmp_path / "work", ["key"]).read() == {"number": 4}
-    assert TuningState(tmp_path / "work", ["another"]).read() is None
+    assert _Checkpoint(tmp_path / "work", ["key"]).read() == {"number": 4}
+    assert _Checkpoint(tmp_path / "work", ["another"]).read() is None
 
 
 @pytest.mark.usefixtures("each_step_written")

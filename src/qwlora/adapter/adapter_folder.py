@@ -36,8 +36,7 @@ from qwlora.formats.model_source import downloaded
 from qwlora.formats.user_path import looked_for, source_path
 from qwlora.messages import listed
 from qwlora.nn.fingerprint import changed_floats, fingerprint_of, remember_floats_, tensor_digests
-from qwlora.nn.frozen import assert_frozen, packed_layers
-from qwlora.nn.unwrap import unwrapped
+from qwlora.nn.frozen import assert_frozen, packed_layers, unwrapped
 
 FORMAT = 1
 FILE = "qwlora.json"

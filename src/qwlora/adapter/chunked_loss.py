@@ -45,7 +45,7 @@ from qwlora.errors import TrainingError
 from qwlora.graph.call_arguments import vocabulary_size
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import compute_dtype
-from qwlora.nn.replaced import replaced
+from qwlora.nn.temporary import replaced
 from qwlora.system.memory import return_freed_memory
 
 # Logits in a chunk: a little over 32 MiB in float32. Freed blocks above 32 MiB are returned to the

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import compute_dtype
-from qwlora.nn.replaced import replaced
+from qwlora.nn.temporary import replaced
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from qwlora.adapter.chunked_loss import causal_model
 from qwlora.errors import TrainingError
-from qwlora.nn.replaced import replaced
+from qwlora.nn.temporary import replaced
 
 _NOT_INPUTS = frozenset(
     {

@@ -41,9 +41,8 @@ from qwlora.nn.fingerprint import (
     remember_floats_,
     tensor_digest,
 )
-from qwlora.nn.finite import check_finite
+from qwlora.nn.finite import check_finite, refuse_meta
 from qwlora.nn.frozen import assert_frozen, packed_layers
-from qwlora.nn.meta_tensors import refuse_meta
 from qwlora.nn.packed_tensor import PackedTensor, Parts, narrowest
 from qwlora.parameter_names import canonical_name, parameter_name
 from qwlora.strict_json import read_object

@@ -42,7 +42,7 @@ from qwlora.graph.flat_arguments import Structure, cache_of, tokens_in
 from qwlora.graph.inline_subgraphs import inlined_graph
 from qwlora.graph.nodes import buffer_names, calls, module_path, operation
 from qwlora.graph.quantized_graph import Interface, with_graph
-from qwlora.nn.meta_tensors import refuse_meta
+from qwlora.nn.finite import refuse_meta
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.parameter_names import parameter_name
 

@@ -4,8 +4,8 @@
     digest      = sha256(name, its scheme as JSON if it is packed, kind and shape, its values)
 
 Tensors are all parameters and persistent buffers, under names without what an adapter library adds.
-Floats are hashed as float32 values: a norm that was bfloat16 in its checkpoint is the same norm in
-either dtype. Buffers that are not persistent (rotary frequencies, masks) follow from the
+Floats are hashed as float32 values, so bfloat16 and float32 copies of the same numbers have the
+same digest. Buffers that are not persistent (rotary frequencies, masks) follow from the
 configuration. That is hashed without keys that do not change logits (`VOLATILE`) and without values
 that equal the default of their class, so that a new key in a library version does not change the
 fingerprint.
@@ -29,30 +29,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwlora.nn.packed_layer import PackedLayer, is_packed
-from qwlora.nn.unwrap import unwrapped
+from qwlora.nn.frozen import unwrapped
+from qwlora.nn.packed_layer import is_packed
 from qwlora.parameter_names import adapter_of, canonical_name, is_adapter_name
 
+_ORIGIN = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
+_HANDED_BACK = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
+_HOW_STORED = ("quantization_config", "transformers_weights")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_OF_CLASSIFIERS = ("id2label", "label2id", "problem_type")
+_OF_DRAWN_WEIGHTS = ("initializer_range", "init_std")
 VOLATILE = frozenset(
-    {
-        *(
-            "_name_or_path",
-            "architectures",
-            "transformers_version",
-            "dtype",
-            "torch_dtype",
-        ),  # where it came from, and as what it was loaded
-        *(
-            "use_cache",
-            "return_dict",
-            "output_attentions",
-            "output_hidden_states",
-        ),  # what a forward hands back
-        *("quantization_config", "transformers_weights"),  # how the files hold the weights
-        *("bos_token_id", "eos_token_id", "pad_token_id"),
-        *("id2label", "label2id", "problem_type"),  # of classifiers
-        *("initializer_range", "init_std"),  # of weights that are read, not drawn
-    }
+    (*_ORIGIN, *_HANDED_BACK, *_HOW_STORED, *_TOKENS, *_OF_CLASSIFIERS, *_OF_DRAWN_WEIGHTS)
 )
 _CHUNK = 2**24
 _KEPT = "_kept_fingerprint"
@@ -66,11 +54,9 @@ def fingerprint(model: nn.Module) -> str:
 
 def fingerprint_of(digests: Mapping[str, str], model: nn.Module) -> str:
     """`fingerprint` of `model`, whose tensors have these digests (see `tensor_digests`)."""
-    found = combined_fingerprint(digests, config_numbers(model))
-    kept = next(
-        (module.__dict__[_KEPT] for module in model.modules() if _KEPT in module.__dict__), None
-    )
-    return kept[1] if kept is not None and kept[0] == found else found
+    now = combined_fingerprint(digests, config_numbers(model))
+    kept = _remembered(model, _KEPT)
+    return kept[1] if kept is not None and kept[0] == now else now
 
 
 def adapter_fingerprint(model: nn.Module) -> str | None:
@@ -78,31 +64,23 @@ def adapter_fingerprint(model: nn.Module) -> str | None:
     and the scaling of each branch. None without an adapter.
     """
     if not hasattr(model, "peft_config") or any(
-        getattr(m, "disable_adapters", False) is True for m in model.modules()
+        getattr(module, "disable_adapters", False) is True for module in model.modules()
     ):
         return None
     # transformers 5.24 has a method of this name that refuses every released PEFT: layers are asked
     stated = (getattr(module, "active_adapters", None) for module in model.modules())
-    names = {name for found in stated if isinstance(found, list) for name in found}
+    active = {name for names in stated if isinstance(names, list) for name in names}
     digests = {
         canonical_name(path): tensor_digest(canonical_name(path), "", p)
         for path, p in model.named_parameters()
-        if adapter_of(path) in names
+        if adapter_of(path) in active
     }
     scaling = {
-        canonical_name(path): {
-            name: factor for name, factor in module.scaling.items() if name in names
-        }
+        canonical_name(path): sorted(s for name, s in module.scaling.items() if name in active)
         for path, module in model.named_modules()
         if isinstance(getattr(module, "scaling", None), dict)
     }
-    return (
-        combined_fingerprint(
-            digests, {path: sorted(factors.values()) for path, factors in scaling.items()}
-        )
-        if digests
-        else None
-    )
+    return combined_fingerprint(digests, scaling) if digests else None
 
 
 def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
@@ -122,9 +100,8 @@ def remember_floats_(model: nn.Module, digests: Mapping[str, str] | None = None)
     inner = unwrapped(model)
     inner = getattr(inner, "get_base_model", lambda: inner)()
     inner.__dict__[_FLOATS] = {
-        name: (digests[name] if digests else tensor_digest(name, layout, tensor), tensor.dtype)
-        for name, (layout, tensor) in base_tensors(model).items()
-        if not layout and tensor.is_floating_point()
+        name: (digests[name] if digests else tensor_digest(name, "", tensor), tensor.dtype)
+        for name, tensor in _float_tensors(model).items()
     }
 
 
@@ -136,22 +113,31 @@ def changed_floats(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
     Args:
         digests: of all tensors, as they are now.
     """
-    remembered = next(
-        (module.__dict__[_FLOATS] for module in model.modules() if _FLOATS in module.__dict__), None
-    )
-    if remembered is None:
+    before = _remembered(model, _FLOATS)
+    if before is None:
         return []
-    now = {
-        name: tensor.dtype
+    now = _float_tensors(model)
+    changed = now.keys() - before.keys()
+    for name, (digest, dtype) in before.items():
+        is_narrower = name in now and now[name].dtype.itemsize < dtype.itemsize
+        if digests.get(name) != digest and not is_narrower:
+            changed.add(name)
+    return sorted(changed)
+
+
+def _float_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the base that are not packed, by name."""
+    return {
+        name: tensor
         for name, (layout, tensor) in base_tensors(model).items()
         if not layout and tensor.is_floating_point()
     }
-    moved = [name for name in now if name not in remembered]
-    for name, (digest, dtype) in remembered.items():
-        is_narrower = name in now and now[name].itemsize < dtype.itemsize
-        if digests.get(name) != digest and not is_narrower:
-            moved.append(name)
-    return sorted(moved)
+
+
+def _remembered(model: nn.Module, key: str) -> Any:
+    """The attribute that a module of `model` remembers under `key`; None if none does."""
+    states = (vars(module) for module in model.modules())
+    return next((state[key] for state in states if key in state), None)
 
 
 def combined_fingerprint(digests: Mapping[str, str], numbers: Mapping[str, Any]) -> str:
@@ -201,42 +187,31 @@ def config_numbers(model: nn.Module) -> dict[str, Any]:
 
 def _numbers(config: Any) -> dict[str, Any]:
     defaults = config.default_config_fields() if hasattr(config, "default_config_fields") else {}
-    found = {}
+    numbers = {}
     for key, value in config.to_dict().items():
         if key in VOLATILE:
             continue
         part = config.__dict__.get(key)
-        if hasattr(
-            part, "to_dict"
-        ):  # the configuration of a part, as models of text and images have them
-            found[key] = _numbers(part)
+        if hasattr(part, "to_dict"):  # of a part, as models of text and images have them
+            numbers[key] = _numbers(part)
         elif defaults.get(key) != value:  # fields without a default count as None
-            found[key] = value
-    return found
+            numbers[key] = value
+    return numbers
 
 
 def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """Layout and tensor of each parameter and persistent buffer of the base; a tensor shared by two
     modules is listed once.
     """
-    found: dict[str, tuple[str, Tensor]] = {}
+    tensors: dict[str, tuple[str, Tensor]] = {}
     seen: set[int] = set()
     for path, module in unwrapped(model).named_modules():
-        layout = ""
-        if isinstance(module, PackedLayer) and is_packed(module):
-            layout = module.scheme.to_text()
-        own = {
-            **module._parameters,
-            **{
-                k: b
-                for k, b in module._buffers.items()
-                if k not in module._non_persistent_buffers_set
-            },
-        }
-        for key, tensor in own.items():
+        layout = module.scheme.to_text() if is_packed(module) else ""
+        for key, tensor in (module._parameters | module._buffers).items():
             name = f"{path}.{key}" if path else key
-            if tensor is None or id(tensor) in seen or is_adapter_name(name):
+            if key in module._non_persistent_buffers_set or is_adapter_name(name):
                 continue
-            seen.add(id(tensor))
-            found[canonical_name(name)] = (layout if key in module._buffers else "", tensor)
-    return found
+            if tensor is not None and id(tensor) not in seen:
+                seen.add(id(tensor))
+                tensors[canonical_name(name)] = layout if key in module._buffers else "", tensor
+    return tensors

@@ -1,11 +1,13 @@
-"""The check that a float tensor holds numbers only."""
+"""Refuse tensors without values, and values that are no numbers, before something reads them."""
 
 from __future__ import annotations
+
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
 
-from qwlora.errors import CalibrationError
+from qwlora.errors import CalibrationError, QwloraError
 from qwlora.nn.fingerprint import base_tensors
 
 
@@ -29,7 +31,7 @@ def check_finite(name: str, tensor: Tensor, allow_infinity: bool = False) -> Non
     bad = nan if allow_infinity else nan | infinite
     if not bool(bad.any()):
         return
-    counts = [(int(nan.sum()), "NaN"), (0 if allow_infinity else int(infinite.sum()), "infinite")]
+    counts = ((int(nan.sum()), "NaN"), (int((bad & infinite).sum()), "infinite"))
     found = " and ".join(f"{count} {what}" for count, what in counts if count)
     first = bad.nonzero()[0].tolist()
     index = first[0] if len(first) == 1 else first
@@ -46,4 +48,20 @@ def check_base_finite(module: nn.Module, path: str = "") -> None:
             f"{path}.{name}" if path else name,
             tensor,
             allow_infinity=not layout and not isinstance(tensor, nn.Parameter),
+        )
+
+
+def refuse_meta(model: nn.Module, error: type[QwloraError]) -> None:
+    """Refuse a model with tensors on the meta device.
+
+    Raises:
+        QwloraError: of type `error`; the first tensors are named.
+    """
+    named = chain(model.named_parameters(), model.named_buffers())
+    if names := [name for name, tensor in named if tensor.is_meta]:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise error(
+            f"{', '.join(names[:3])}{more} are on the meta device and have no values. Load the "
+            "weights first (from_pretrained without device_map offloading). For a checkpoint "
+            "larger than memory use `qwlora quantize`, which reads it block by block"
         )

@@ -1,6 +1,6 @@
 """Packed 3-D parameters: the fused experts of a mixture, in any module.
 
-    pack_parameter_(experts, "gate_up_proj", quantized)     codes [experts, out, in]
+    pack_parameter_(experts, "gate_up_proj", tensor)     codes [experts, out, in]
 
 The module becomes an instance of a generated subclass and keeps its forward. Where it reads the
 parameter it gets a view, which unpacks one expert at a time; the codes are in
@@ -13,14 +13,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from qwlora.errors import GridError
-from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.grid.scheme import Scheme
 from qwlora.nn.custom_ops import dequantize
 from qwlora.nn.packed_layer import PackedLayer, traced
 from qwlora.nn.packed_matmul import PackedWeight
@@ -40,7 +38,7 @@ class PackedParameter(PackedLayer):
         super().__init__()
         self.transposed = transposed
         experts, rows, columns = tensor.shape
-        self._take(tensor, None, (experts, columns, rows) if transposed else tensor.shape, dtype)
+        self._take(tensor, (experts, columns, rows) if transposed else tensor.shape, dtype)
 
     @property
     def weight(self) -> Tensor:
@@ -89,55 +87,31 @@ def parameter_out_in(module: nn.Module, name: str) -> Tensor:
     return parameter.mT if getattr(module, "is_transposed", False) else parameter
 
 
-def pack_parameter_(module: nn.Module, name: str, quantized: QuantizedTensor) -> PackedParameter:
-    """Replace the parameter `name` of `module` by codes [experts, out, in], in place; returns the
-    module that holds them.
+def pack_parameter_(module: nn.Module, name: str, tensor: PackedTensor) -> PackedParameter:
+    """Replace the parameter `name` of `module` by packed codes [experts, out, in], in place.
+    Returns the module that holds them.
 
     Raises:
         GridError: there is no such parameter, or the codes have another shape.
     """
-    return _put(module, name, PackedTensor.from_quantized(quantized))
-
-
-def empty_packed_parameter_(
-    module: nn.Module,
-    name: str,
-    scheme: Scheme,
-    device: torch.device | str = "meta",
-    dtype: torch.dtype = torch.float16,
-) -> PackedParameter:
-    """`pack_parameter_` with empty buffers, to load from a file.
-
-    Raises:
-        GridError: there is no such parameter, or the scheme does not fit it.
-    """
-    return _put(
-        module,
-        name,
-        PackedTensor.empty(scheme, tuple(parameter_out_in(module, name).shape), device, dtype),
-    )
-
-
-def _put(module: nn.Module, name: str, tensor: PackedTensor) -> PackedParameter:
     expected = parameter_out_in(module, name)
     if tensor.shape != tuple(expected.shape):
         raise GridError(
             f"the codes have shape {list(tensor.shape)}, but {name} of {type(module).__name__} has "
             f"{list(expected.shape)}"
         )
-    packed = PackedParameter(
-        tensor, bool(getattr(module, "is_transposed", False)), expected.dtype
-    ).train(module.training)
+    is_transposed = bool(getattr(module, "is_transposed", False))
+    packed = PackedParameter(tensor, is_transposed, expected.dtype).train(module.training)
     if FOLDER not in module._modules:
         module.add_module(FOLDER, nn.ModuleDict().train(module.training))
-    module._modules[FOLDER]._modules[name] = packed  # type: ignore[union-attr]
+    folder = cast(nn.ModuleDict, module._modules[FOLDER])._modules
+    folder[name] = packed
     del module._parameters[name]
     module._buffers[name] = None
-    names = tuple(module._modules[FOLDER]._modules)  # type: ignore[union-attr]
     plain: Any = next(
         kind for kind in type(module).__mro__ if not issubclass(kind, _WithPackedParameters)
     )
-    module.__class__ = _class_with(plain, names)
+    module.__class__ = _class_with(plain, tuple(folder))
     return packed
 
 

@@ -8,12 +8,15 @@ copies and moves.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
-from typing import Any, Self, cast
+from typing import Any, Self, TypeGuard, cast
 
 import torch
+from accelerate.hooks import ModelHook
 from torch import Tensor, nn
 
+from qwlora.errors import GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
@@ -23,6 +26,7 @@ from qwlora.nn.packed_tensor import PackedTensor, Parts
 from qwlora.nn.weight_view import WeightView, refuse_write
 
 _FLOATS = ("scale", "minimum")
+_HOOK, _HOOKED_FORWARD = "_hf_hook", "_old_forward"  # attributes that accelerate sets
 
 
 def traced() -> bool:
@@ -43,26 +47,50 @@ class PackedLayer(PackedWeightOwner):
     weight_shape: tuple[int, ...]  # of the float weight, as the layer's class has it
     count: int
     layout: str  # the scheme, as custom operators take it
+    was_conv1d = False  # whether it replaces a GPT-2 Conv1D, whose weight is [in, out]
     _owner: tuple[PackedLayer] | None  # in a tuple, so that it is no submodule
 
+    @classmethod
+    def from_layer(cls, module: nn.Module, source: PackedTensor | PackedLayer) -> Self:
+        """A layer with the attributes of `module`, on a packed tensor or tied to a packed layer.
+
+        Raises:
+            GridError: `module` has attributes with the names of a packed layer's.
+        """
+        if taken := [name for name in ("tensor", *_ATTRIBUTES) if hasattr(module, name)]:
+            raise GridError(
+                f"{type(module).__name__} already has an attribute {taken[0]!r}, where a packed "
+                "layer stores its codes"
+            )
+        layer = cls.__new__(cls)
+        layer.__dict__.update(_state(module))
+        weight = cast(Tensor, layer._parameters.pop("weight"))
+        return layer._take(source, tuple(weight.shape), weight.dtype)
+
+    def to_layer(self, weight: nn.Parameter, kind: type[nn.Module] | None = None) -> nn.Module:
+        """Undo `from_layer`: a layer of the float class, or of class `kind`."""
+        plain = (k for k in type(self).__mro__ if not issubclass(k, PackedWeightOwner))
+        kind = kind or next(k for k in plain if issubclass(k, nn.Module))
+        module = kind.__new__(kind)
+        module.__dict__.update(_state(self))
+        for name in ("weight", *_ATTRIBUTES):
+            module._buffers.pop(name, None)
+            module.__dict__.pop(name, None)
+        module._parameters = {"weight": weight, **module._parameters}
+        return module
+
     def _take(
-        self,
-        tensor: PackedTensor | None,
-        owner: PackedLayer | None,
-        weight_shape: tuple[int, ...],
-        dtype: torch.dtype,
+        self, source: PackedTensor | PackedLayer, weight_shape: tuple[int, ...], dtype: torch.dtype
     ) -> Self:
-        """Become a packed layer: on `tensor`, or tied to `owner`."""
-        source = tensor or cast(PackedLayer, owner).tensor
-        self.scheme, self.count = source.scheme, source.count
-        self.weight_shape, self.compute_dtype, self.layout = (
-            weight_shape,
-            dtype,
-            source.scheme.to_text(),
-        )
-        self._owner = (owner,) if owner is not None else None
-        for name, part in zip(Parts._fields, tensor.parts if tensor else (), strict=False):
-            self.register_buffer(name, part)
+        tensor = source.tensor if isinstance(source, PackedLayer) else source
+        self.scheme, self.count, self.layout = tensor.scheme, tensor.count, tensor.scheme.to_text()
+        self.weight_shape, self.compute_dtype = weight_shape, dtype
+        if isinstance(source, PackedLayer):
+            self._owner = (source,)
+        else:
+            self._owner = None
+            for name, part in source.parts._asdict().items():
+                self.register_buffer(name, part)
         # Libraries look for "weight" among parameters and buffers. The property below gives it.
         self._buffers["weight"] = None
         return self
@@ -165,6 +193,40 @@ class PackedLayer(PackedWeightOwner):
         return f"{super().extra_repr()}, {self.scheme}" + (", tied" if self.is_tied else "")
 
 
-def is_packed(module: nn.Module) -> bool:
+_ATTRIBUTES = (
+    *Parts._fields,
+    *("scheme", "count", "layout", "weight_shape", "compute_dtype", "was_conv1d", "_owner"),
+)
+
+
+def is_packed(module: nn.Module) -> TypeGuard[PackedLayer]:
     """Whether `module` has packed codes, its own or those of the layer it is tied to."""
     return isinstance(module, PackedLayer) and "scheme" in module.__dict__
+
+
+def instance_calls(module: nn.Module) -> list[str]:
+    """Attributes of the instance that change what a call of `module` computes; accelerate's hook
+    around the class's own forward is none."""
+    hooked = ("forward",) if accelerate_hook(module) is not None else ()
+    calls = ("forward", "_compiled_call_impl")
+    return [n for n in calls if n not in hooked and module.__dict__.get(n) is not None]
+
+
+def accelerate_hook(module: nn.Module) -> ModelHook | None:
+    """The accelerate hook around the class's own forward of `module`; None without one, or if the
+    hook surrounds another forward."""
+    hook, inner = (module.__dict__.get(key) for key in (_HOOK, _HOOKED_FORWARD))
+    if not isinstance(hook, ModelHook) or not isinstance(inner, types.MethodType):
+        return None
+    is_own = inner.__self__ is module and inner.__func__ is type(module).forward
+    return hook if is_own else None
+
+
+def _state(module: nn.Module) -> dict[str, Any]:
+    """A copy of the attributes of `module` for a new module, without accelerate's forward."""
+    hooked = (_HOOK, _HOOKED_FORWARD, "forward") if accelerate_hook(module) is not None else ()
+    return {
+        key: value.copy() if isinstance(value, dict | set) else value
+        for key, value in module.__dict__.items()
+        if key not in hooked
+    }

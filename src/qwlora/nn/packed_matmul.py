@@ -3,7 +3,6 @@ unpacks the codes again.
 
     LinearFunction          y = x W^T + b            dL/dx = dL/dy W
     LinearAddFunction       y += x W^T + b, in place
-    ConvolutionFunction     y = conv(x, W) + b
     GroupedMatmulFunction   y[s_e : s_e+1] = x[s_e : s_e+1] W_e
                             one expert is unpacked at a time; experts without rows are skipped
 
@@ -13,14 +12,12 @@ The weight is frozen: it gets no gradient.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.grad import conv1d_input, conv2d_input
 
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.packed_tensor import PackedTensor, compute_dtype
@@ -109,36 +106,6 @@ class LinearAddFunction(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None]:
         return gradient, *_gradients(gradient, ctx.weight, *ctx.needs_input_grad[1:3]), None
-
-
-class ConvolutionFunction(torch.autograd.Function):
-    """`F.conv1d` or `F.conv2d` with a weight [out, in / groups, *kernel] and numeric padding."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        bias: Tensor | None,
-        weight: PackedWeight,
-        function: Callable[..., Tensor],
-        options: tuple[Any, ...],
-    ) -> Tensor:
-        ctx.weight, ctx.shape, ctx.function, ctx.options = weight, x.shape, function, options
-        return function(x, weight.unpacked(compute_dtype(x)), bias, *options)
-
-    @staticmethod
-    def backward(
-        ctx: Any, gradient: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            input_gradient = conv1d_input if ctx.function is F.conv1d else conv2d_input
-            grad_x = input_gradient(
-                ctx.shape, ctx.weight.unpacked(gradient.dtype), gradient, *ctx.options
-            )
-        spatial = len(ctx.weight.shape) - 2
-        channels = [axis for axis in range(gradient.ndim) if axis != gradient.ndim - 1 - spatial]
-        return grad_x, gradient.sum(channels) if ctx.needs_input_grad[1] else None, None, None, None
 
 
 class GroupedMatmulFunction(torch.autograd.Function):

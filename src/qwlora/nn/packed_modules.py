@@ -10,7 +10,6 @@ forward is kept, and where it calls its parent's forward, it calls these.
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any
 
 import torch
@@ -28,35 +27,17 @@ from qwlora.nn.packed_tensor import PackedTensor
 class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # the weight is a property
     """Linear layer on packed codes [out, in]."""
 
-    was_conv1d = False  # whether it replaces a GPT-2 Conv1D, whose weight is [in, out]
-
     @classmethod
     def from_codes(
         cls, codes: Tensor, encoding: Encoding, bias: nn.Parameter | None
     ) -> PackedLinear:
         """Pack `codes` [out, in] with their encoding."""
-        return cls.build(
-            PackedTensor.from_quantized(QuantizedTensor(codes, encoding)),
-            None,
-            bias,
-            torch.float32 if bias is None else bias.dtype,
-        )
-
-    @classmethod
-    def build(
-        cls,
-        tensor: PackedTensor | None,
-        owner: PackedLayer | None,
-        bias: nn.Parameter | None,
-        dtype: torch.dtype,
-    ) -> PackedLinear:
-        """A layer on `tensor`, or tied to `owner`."""
-        layer = cls.__new__(cls)
-        nn.Module.__init__(layer)  # not Linear's: no float weight is ever made
-        shape = (tensor or owner.tensor).shape  # type: ignore[union-attr]
-        layer.out_features, layer.in_features = shape
-        layer.register_parameter("bias", bias)
-        return layer._take(tensor, owner, shape, dtype)
+        dtype = torch.float32 if bias is None else bias.dtype
+        tensor = PackedTensor.from_quantized(QuantizedTensor(codes, encoding))
+        rows, columns = codes.shape
+        linear = nn.Linear(columns, rows, bias=False, device="meta", dtype=dtype)
+        linear.register_parameter("bias", bias)
+        return cls.from_layer(linear, tensor)
 
     def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
         if torch.compiler.is_exporting():
@@ -97,19 +78,21 @@ class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # we
         return self.tensor.dequantize(self.compute_dtype, index)
 
 
-class PackedConv1d(PackedLayer, nn.Conv1d):  # type: ignore[override] # the weight is a property
+class _PackedConv(PackedLayer):
     """Convolution on packed codes [out, in / groups * kernel]."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         # PEFT builds a LoRA's convolutions by `type(base_layer)(...)`
-        return nn.Conv1d(*args, **kwargs) if args or kwargs else super().__new__(cls)
+        plain = nn.Conv1d if issubclass(cls, nn.Conv1d) else nn.Conv2d
+        return plain(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
 
-class PackedConv2d(PackedLayer, nn.Conv2d):  # type: ignore[override] # the weight is a property
-    """Convolution on packed codes [out, in / groups * height * width]."""
+class PackedConv1d(_PackedConv, nn.Conv1d):  # type: ignore[override] # the weight is a property
+    """Packed Conv1d."""
 
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        return nn.Conv2d(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+class PackedConv2d(_PackedConv, nn.Conv2d):  # type: ignore[override] # the weight is a property
+    """Packed Conv2d."""
 
 
 KINDS: dict[type[nn.Module], type[PackedLayer]] = {
@@ -120,15 +103,11 @@ KINDS: dict[type[nn.Module], type[PackedLayer]] = {
 }
 
 
-@cache
-def _made(kind: Any, parent: Any) -> type[PackedLayer]:
-    return type(f"Packed{kind.__name__}", (kind, parent), {})
-
-
 def packed_class(kind: type[nn.Module]) -> type[PackedLayer] | None:
     """The packed class of modules of class `kind`; None if there is none."""
-    if kind in KINDS:
-        return KINDS[kind]
-    parent = next((packed for plain, packed in KINDS.items() if issubclass(kind, plain)), None)
-    made: Any = _made  # mypy: classes are not hashable
-    return None if parent is None else made(kind, parent)
+    if kind not in KINDS:
+        parent = next((packed for plain, packed in KINDS.items() if issubclass(kind, plain)), None)
+        if parent is None:
+            return None
+        KINDS[kind] = type(f"Packed{kind.__name__}", (kind, parent), {})
+    return KINDS[kind]

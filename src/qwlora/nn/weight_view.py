@@ -21,27 +21,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
+from torch.utils.checkpoint import checkpoint
 
 from qwlora.errors import MergeError
-from qwlora.nn.packed_matmul import (
-    ConvolutionFunction,
-    GroupedMatmulFunction,
-    LinearFunction,
-    PackedWeight,
-)
+from qwlora.nn.packed_matmul import GroupedMatmulFunction, LinearFunction, PackedWeight
+from qwlora.nn.packed_tensor import compute_dtype
 
 
 def refuse_write() -> NoReturn:
     """Raise the error for a write to packed integers."""
     raise MergeError(
         "this layer's weight is packed integers, so an adapter cannot be merged into it: most of "
-        "the "
-        "delta is smaller than a step of the grid and would be lost (`qwlora merge-check` shows "
-        "how "
-        "much). Keep the adapter separate (PeftModel.from_pretrained on the base), or merge it "
-        "into a "
-        "float copy of the model. Initializations that change the base's weights (pissa, olora, "
-        "loftq ...) are refused for the same reason"
+        "the delta is smaller than a step of the grid and would be lost (`qwlora merge-check` "
+        "shows how much). Keep the adapter separate (PeftModel.from_pretrained on the base), or "
+        "merge it into a float copy of the model. Initializations that change the base's weights "
+        "(pissa, olora, loftq ...) are refused for the same reason"
     )
 
 
@@ -109,22 +103,9 @@ class WeightView(Tensor):
 
 
 _TRANSPOSES = ("T", "mT", "H", "mH")
-_METADATA = frozenset(
-    [
-        "size",
-        "dim",
-        "ndimension",
-        "numel",
-        "nelement",
-        "element_size",
-        "is_floating_point",
-        "is_complex",
-        "is_contiguous",
-        "stride",
-        "get_device",
-        "__len__",
-        "__hash__",
-    ]
+_METADATA = (
+    *("size", "dim", "ndimension", "numel", "nelement", "element_size", "is_floating_point"),
+    *("is_complex", "is_contiguous", "stride", "get_device", "__len__", "__hash__"),
 )
 
 
@@ -155,27 +136,23 @@ def _writes(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, A
     ) or isinstance(kwargs.get("out"), WeightView)
 
 
+def _matrix(weight: Any, *others: Any) -> PackedWeight | None:
+    """The packed weight of a 2-D view; None if it is none, or another operand is one too."""
+    if any(isinstance(other, WeightView) for other in others):
+        return None
+    return weight.packed_weight if isinstance(weight, WeightView) and weight.ndim == 2 else None
+
+
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    if (
-        not isinstance(weight, WeightView)
-        or isinstance(x, WeightView)
-        or isinstance(bias, WeightView)
-        or weight.ndim != 2
-    ):
-        return NotImplemented
-    return LinearFunction.apply(x, bias, weight.packed_weight)
+    packed = _matrix(weight, x, bias)
+    return NotImplemented if packed is None else LinearFunction.apply(x, bias, packed)
 
 
 def _matmul(x: Tensor, weight: Tensor, **kwargs: Any) -> Tensor:
-    if (
-        kwargs
-        or not isinstance(weight, WeightView)
-        or isinstance(x, WeightView)
-        or weight.ndim != 2
-        or x.ndim < 2
-    ):
+    packed = _matrix(weight, x)
+    if packed is None or kwargs or x.ndim < 2:
         return NotImplemented
-    return LinearFunction.apply(x, None, weight.packed_weight.transpose())
+    return LinearFunction.apply(x, None, packed.transpose())
 
 
 def _embedding(
@@ -186,14 +163,10 @@ def _embedding(
     *_: Any,
     **__: Any,
 ) -> Tensor:
-    if (
-        not isinstance(weight, WeightView)
-        or weight.packed_weight.transposed
-        or weight.packed_weight.index is not None
-        or max_norm is not None
-    ):
+    packed = _matrix(weight)
+    if packed is None or packed.transposed or packed.index is not None or max_norm is not None:
         return NotImplemented
-    return weight.packed_weight.owner.tensor.dequantize(weight.dtype, index)
+    return packed.owner.tensor.dequantize(weight.dtype, index)
 
 
 def _grouped(
@@ -204,96 +177,59 @@ def _grouped(
     bias: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    if (
-        not isinstance(weight, WeightView)
-        or isinstance(x, WeightView)
-        or weight.ndim != 3
-        or weight.packed_weight.index is not None
-        or x.ndim != 2
-        or offs is None
-    ):
+    if not isinstance(weight, WeightView) or isinstance(x, WeightView):
         return NotImplemented
-    return (
-        GroupedMatmulFunction.apply(x, offs, weight.packed_weight)
-        if bias is None and out_dtype is None
-        else NotImplemented
-    )
+    if weight.ndim != 3 or weight.packed_weight.index is not None or x.ndim != 2 or offs is None:
+        return NotImplemented
+    if bias is not None or out_dtype is not None:
+        return NotImplemented
+    return GroupedMatmulFunction.apply(x, offs, weight.packed_weight)
 
 
 def _convolution(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def convolve(
-        x: Tensor,
-        weight: Tensor,
-        bias: Any = None,
-        stride: Any = 1,
-        padding: Any = 0,
-        dilation: Any = 1,
-        groups: int = 1,
+        x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         if not isinstance(weight, WeightView) or isinstance(x, WeightView):
             return NotImplemented
-        if isinstance(padding, str):
-            x, padding = _padded(x, weight, padding, dilation), 0
-        return ConvolutionFunction.apply(
-            x, bias, weight.packed_weight, function, (stride, padding, dilation, groups)
-        )
+
+        def run(x: Tensor, bias: Tensor | None) -> Tensor:
+            values = weight.packed_weight.unpacked(compute_dtype(x))
+            return function(x, values, bias, *args, **kwargs)
+
+        if not torch.is_grad_enabled():
+            return run(x, bias)
+        # backward computes the product again, so that autograd does not keep the values
+        result: Tensor = checkpoint(run, x, bias, use_reentrant=False, preserve_rng_state=False)
+        return result
 
     return convolve
 
 
-def _padded(x: Tensor, weight: Tensor, padding: str, dilation: Any) -> Tensor:
-    """`x` padded for padding "same"; unchanged for "valid"."""
-    if padding == "valid":
-        return x
-    kernel = weight.shape[2:]
-    dilations = dilation if isinstance(dilation, tuple) else (dilation,) * len(kernel)
-    widths = [d * (k - 1) for d, k in zip(dilations, kernel, strict=True)]
-    return F.pad(
-        x, [side for width in reversed(widths) for side in (width // 2, width - width // 2)]
-    )
-
-
 def _select(view: Tensor, index: Any) -> Tensor:
-    if (
-        not isinstance(view, WeightView)
-        or view.packed_weight.index is not None
-        or isinstance(index, WeightView)
-    ):
+    """An expert by its number, or several experts by a tensor of numbers."""
+    if not isinstance(view, WeightView) or view.ndim != 3 or view.packed_weight.index is not None:
         return NotImplemented
-    whole = isinstance(index, int) and not isinstance(index, bool)
-    if view.ndim == 3 and (
-        whole
-        or (
-            isinstance(index, Tensor)
-            and index.ndim == 0
-            and not index.is_floating_point()
-            and index.dtype != torch.bool
-        )
-    ):
-        return WeightView(view.packed_weight.expert(index))
-    if view.ndim == 3 and isinstance(index, Tensor) and index.dtype in (torch.int32, torch.int64):
+    is_tensor = isinstance(index, Tensor) and not isinstance(index, WeightView)
+    if is_tensor and index.ndim and index.dtype in (torch.int32, torch.int64):
         values = view.packed_weight.owner.tensor.dequantize(view.dtype, index)
         return values.mT if view.packed_weight.transposed else values
-    return NotImplemented
+    is_number = isinstance(index, int) and not isinstance(index, bool)
+    if is_tensor and not index.ndim:
+        is_number = not index.is_floating_point() and index.dtype != torch.bool
+    return WeightView(view.packed_weight.expert(index)) if is_number else NotImplemented
 
 
-def _transpose(view: Tensor, first: int, second: int) -> Tensor:
-    axes = {first % view.ndim, second % view.ndim}
-    return (
-        WeightView(view.packed_weight.transpose())
-        if isinstance(view, WeightView)
-        and view.ndim in (2, 3)
-        and axes == {view.ndim - 2, view.ndim - 1}
-        else NotImplemented
-    )
+def _transpose(view: Tensor, first: int = -2, second: int = -1) -> Tensor:
+    if not isinstance(view, WeightView) or view.ndim not in (2, 3):
+        return NotImplemented
+    if {first % view.ndim, second % view.ndim} != {view.ndim - 2, view.ndim - 1}:
+        return NotImplemented
+    return WeightView(view.packed_weight.transpose())
 
 
-def _transpose_last_axes(view: WeightView) -> Tensor:
-    return WeightView(view.packed_weight.transpose()) if view.ndim in (2, 3) else NotImplemented
-
-
-def _transpose_matrix(view: WeightView) -> Tensor:
-    return WeightView(view.packed_weight.transpose()) if view.ndim == 2 else NotImplemented
+def _transpose_matrix(view: Tensor) -> Tensor:
+    return _transpose(view) if view.ndim == 2 else NotImplemented
 
 
 def _itself(view: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -314,7 +250,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.conv2d: _convolution(F.conv2d),
     Tensor.__getitem__: _select,
     **dict.fromkeys((torch.transpose, Tensor.transpose), _transpose),
-    Tensor.mT.__get__: _transpose_last_axes,  # type: ignore[attr-defined]
+    Tensor.mT.__get__: _transpose,  # type: ignore[attr-defined]
     Tensor.T.__get__: _transpose_matrix,  # type: ignore[attr-defined]
     **dict.fromkeys((Tensor.t, torch.t), _transpose_matrix),
     **dict.fromkeys((Tensor.detach, torch.detach, Tensor.requires_grad_), _itself),

@@ -1,8 +1,8 @@
 """On-disk cache of quantized blocks: an interrupted quantization resumes after the last finished
 block.
 
-One safetensors file per block holds codes, scales, offsets and the report of each layer. A cached
-block is valid only if its key matches, a SHA-256 of everything that its result depends on:
+One safetensors file per block holds the packed tensors and the report of each layer. A cached block
+is valid only if its key matches, a SHA-256 of everything that its result depends on:
 
     calibration batches, revisions of layer statistics and second moments, whether these are stored,
     and for this block and every block before it: float weights, assignments, solver revisions
@@ -26,17 +26,17 @@ from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from qwlora import strict_json
 from qwlora.atomic import read_tensors, write_tensors
-from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import Moments
 from qwlora.nn.fingerprint import update_digest
+from qwlora.nn.packed_tensor import PackedTensor, Parts
 from qwlora.parameter_names import canonical_name
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.quantize_tensor import LayerReport
 from qwlora.revisions import REVISIONS
 
-QuantizedBlock = tuple[dict[str, QuantizedTensor], dict[str, LayerReport]]
+QuantizedBlock = dict[str, tuple[QuantizedTensor, LayerReport]]
 
 
 class BlockCache:
@@ -55,13 +55,9 @@ class BlockCache:
         self.folder, self.moments = folder, moments
         self._digest, self._file = hashlib.sha256(), Path()
         if folder is not None:
+            revision = moments is not None and REVISIONS["second_moments"]
             update_digest(
-                self._digest,
-                [
-                    str(REVISIONS["layer_statistics"]),
-                    moments is not None and str(REVISIONS["second_moments"]),
-                    *named_inputs(batches),
-                ],
+                self._digest, [REVISIONS["layer_statistics"], revision, *named_inputs(batches)]
             )
 
     def begin(
@@ -71,8 +67,7 @@ class BlockCache:
         if self.folder is None:
             return
         for name, tensor in floats.items():
-            revision = str(REVISIONS[plan[name].solver])
-            update_digest(self._digest, [name, plan[name], revision, tensor])
+            update_digest(self._digest, [name, plan[name], REVISIONS[plan[name].solver], tensor])
         self._file = self.folder / f"{canonical_name(block)}.safetensors"
 
     def read(self) -> QuantizedBlock | None:
@@ -82,53 +77,44 @@ class BlockCache:
         """
         if self.folder is None:
             return None
-        try:
-            tensors, metadata = read_tensors(self._file)
-            if metadata["key"] != self._digest.hexdigest():
-                return None
-            records = json.loads(metadata["layers"])
-            quantized = {}
-            for name, record in records.items():
-                codes, scale, offset = (
-                    tensors[f"{name}/{k}"] for k in ("codes", "scale", "offset")
-                )
-                quantized[name] = QuantizedTensor(
-                    codes, Encoding(Scheme.from_json(record["scheme"]), scale, offset)
-                )
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+        if (stored := read_keyed(self._file, self._digest.hexdigest())) is None:
             return None
-        reports = {name: LayerReport(**record["report"]) for name, record in records.items()}
+        tensors, metadata = stored
+        block = {}
+        for name, record in json.loads(metadata["layers"]).items():
+            parts = Parts(*(tensors.get(f"{name}/{part}") for part in Parts._fields))  # type: ignore[arg-type]
+            packed = PackedTensor(Scheme.from_json(record["scheme"]), record["count"], parts)
+            block[name] = packed.quantized, LayerReport(**record["report"])
         observed = {
             canonical_name(name).removesuffix(".weight")
-            for name, report in reports.items()
+            for name, (_, report) in block.items()
             if report.error is not None
         }
-        return (
-            None
-            if self.moments is not None and not observed <= set(self.moments)
-            else (quantized, reports)
-        )
+        return None if self.moments is not None and not observed <= set(self.moments) else block
 
-    def write(
-        self, quantized: Mapping[str, QuantizedTensor], reports: Mapping[str, LayerReport]
-    ) -> None:
+    def write(self, block: QuantizedBlock) -> None:
         """Store the result of the current block."""
         if self.folder is None:
             return
-        tensors: dict[str, Tensor] = {}
-        records = {}
-        for name, q in quantized.items():
-            tensors |= {
-                f"{name}/codes": q.codes,
-                f"{name}/scale": q.encoding.scale,
-                f"{name}/offset": q.encoding.offset,
-            }
-            records[name] = {"scheme": q.encoding.scheme.to_json(), "report": asdict(reports[name])}
-        write_tensors(
-            self._file,
-            tensors,
-            {"layers": strict_json.dumps(records), "key": self._digest.hexdigest()},
-        )
+        tensors, records = dict[str, Tensor](), {}
+        for name, (quantized, report) in block.items():
+            packed = PackedTensor.from_quantized(quantized)
+            parts = packed.parts._asdict().items()
+            tensors |= {f"{name}/{key}": part for key, part in parts if part is not None}
+            scheme = packed.scheme.to_json()
+            records[name] = {"scheme": scheme, "count": packed.count, "report": asdict(report)}
+        metadata = {"layers": strict_json.dumps(records), "key": self._digest.hexdigest()}
+        write_tensors(self._file, tensors, metadata)
+
+
+def read_keyed(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Tensors and metadata of a file whose metadata has this `key`; None if the file is missing or
+    damaged, or has another key."""
+    try:
+        tensors, metadata = read_tensors(file)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return (tensors, metadata) if metadata.get("key") == key else None
 
 
 def named_inputs(batches: Sequence[Mapping[str, Any]]) -> Iterator[Any]:

@@ -6,7 +6,7 @@ are chained: masks, position tables and other arguments arrive as the model pass
 forward is replaced by a gate. Only one thread runs at a time.
 
     with BlockRunner(model, blocks, batches) as runner:
-        while block := runner.advance():      # every batch has arrived at `block`
+        for block in runner:                  # every batch has arrived at `block`
             for result in runner.repeat():    # run it as it is, for every batch
                 ...
             ...replace it...
@@ -17,76 +17,71 @@ Held in memory: the hidden state of each batch, once.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
-from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
 from qwlora.errors import CalibrationError
-from qwlora.nn.replaced import replaced
+from qwlora.nn.temporary import replaced
 
 
 class _Stop(BaseException):
     """Raised in a paused batch to end it."""
 
 
-class _Batch:
-    """One batch and the thread that runs it."""
+class _Batch(threading.Thread):
+    """One batch, and the thread that runs it."""
 
-    def __init__(self, run: Callable[[], Any]):
+    def __init__(self, forward: Callable[[], Any]):
+        super().__init__(daemon=True)
         self.at: str | None = None
-        self.failure: BaseException | None = None
-        self.stopped = False
+        self.repeat: Callable[[], Any] | None = None  # runs the block that the batch is at
+        self._forward, self._stopped = forward, False
+        self._failure: BaseException | None = None
         self._go, self._paused = threading.Semaphore(0), threading.Semaphore(0)
-        self._call: Callable[[], Any] | None = None
-        self._thread = threading.Thread(target=self._run, args=(run,), daemon=True)
-        self._thread.start()
+        self.start()
 
     def resume(self) -> None:
         """Continue to the next gate, or to the end."""
-        self.at = None
+        self.at = self.repeat = None
         self._go.release()
         self._paused.acquire()
-        if self.failure is not None:
-            raise self.failure
-
-    def repeat(self) -> Any:
-        """Run the block that the batch has arrived at, and stay before it."""
-        assert self._call is not None
-        return self._call()
+        if self._failure is not None:
+            raise self._failure
 
     def stop(self) -> None:
-        self.stopped = True
+        self._stopped = True
         self._go.release()
-        self._thread.join()
+        self.join()
 
     def wait_at(self, name: str, call: Callable[[], Any]) -> None:
         """Called by the gate, in the batch's thread."""
-        self.at, self._call = name, call
+        self.at, self.repeat = name, call
         self._paused.release()
+        self._wait()
+
+    def _wait(self) -> None:
         self._go.acquire()
-        self._call = None
-        if self.stopped:
+        if self._stopped:
             raise _Stop
 
-    def _run(self, run: Callable[[], Any]) -> None:
-        self._go.acquire()
+    def run(self) -> None:
         try:
-            if not self.stopped:
-                with torch.no_grad():
-                    run()
+            self._wait()
+            with torch.no_grad():
+                self._forward()
         except _Stop:
             pass
         except BaseException as error:  # raised again by `resume`
-            self.failure = error
+            self._failure = error
         self._paused.release()
 
 
-class BlockRunner:
+class BlockRunner(ExitStack, Iterable[str]):
     """A model with gates before the modules named in `blocks`; use as a context manager.
 
     Raises:
@@ -96,46 +91,36 @@ class BlockRunner:
     def __init__(
         self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Mapping[str, Any]]
     ):
+        super().__init__()
         self.model = model
-        self._waiting = set(blocks)
         self._current: _Batch | None = None
-        self._gated: dict[str, AbstractContextManager[None]] = {}
+        self._gates: dict[str, ExitStack] = {}  # of the blocks that were not visited yet
         for name in blocks:
-            self._gate(name, model.get_submodule(name))
+            module = model.get_submodule(name)
+            self._gates[name] = self.enter_context(ExitStack())
+            self._gates[name].enter_context(replaced(module, self._gate(name, module)))
         self.batches = [_Batch(partial(model, **batch)) for batch in batches]
-
-    def __enter__(self) -> BlockRunner:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
         for batch in self.batches:
-            batch.stop()
-        for name in list(self._gated):
-            self._open(name)
+            self.callback(batch.stop)
 
-    def advance(self) -> str | None:
-        """Let every batch run to the next block that was not visited yet; returns its name, or None
-        when all batches have left the model.
-        """
-        for batch in self.batches:
-            self._current = batch
-            batch.resume()
-        places = {batch.at for batch in self.batches}
-        if len(places) > 1:
-            raise CalibrationError(
-                "the calibration batches do not run through the model's blocks in the same order: "
-                f"some have arrived at {', '.join(map(str, places))}"
-            )
-        (place,) = places
-        if place is not None:
-            self._waiting.discard(place)
-            self._open(place)
-        return place
+    def __iter__(self) -> Iterator[str]:
+        """Let every batch run to the next block, and yield its name, until all batches have left
+        the model."""
+        while True:
+            for batch in self.batches:
+                self._current = batch
+                batch.resume()
+            places = {batch.at for batch in self.batches}
+            if len(places) > 1:
+                raise CalibrationError(
+                    "the calibration batches do not run through the model's blocks in the same "
+                    f"order: some have arrived at {', '.join(map(str, places))}"
+                )
+            (place,) = places
+            if place is None:
+                return
+            self._gates.pop(place).close()
+            yield place
 
     def repeat(self) -> Iterator[Any]:
         """Run the block that all batches have arrived at, one batch after the other, and stay
@@ -143,20 +128,16 @@ class BlockRunner:
         """
         self._current = None
         for batch in self.batches:
+            assert batch.repeat is not None
             yield batch.repeat()
 
-    def _gate(self, name: str, module: nn.Module) -> None:
+    def _gate(self, name: str, module: nn.Module) -> Callable[..., Any]:
         inner = module.forward
 
         def gate(*args: Any, **kwargs: Any) -> Any:
-            if name in self._waiting and self._current is not None:
+            if name in self._gates and self._current is not None:
                 self._current.wait_at(name, partial(module, *args, **kwargs))
-            now = self.model.get_submodule(name)
+            now = self.model.get_submodule(name)  # a layer may have been packed meanwhile
             return inner(*args, **kwargs) if now is module else now(*args, **kwargs)
 
-        self._gated[name] = replaced(module, gate)
-        self._gated[name].__enter__()
-
-    def _open(self, name: str) -> None:
-        """Remove the gate."""
-        self._gated.pop(name).__exit__(None, None, None)
+        return gate

@@ -1,4 +1,4 @@
-"""Freezes a model on a grid that is given: from weights that lie on it, or from integers.
+"""Freeze a model on an existing grid: from weights that lie on it, or from integers.
 
     freeze_(model, "model.encodings")                                    an AIMET file
     freeze_(model, {"model.layers.0.mlp.up_proj.weight": encoding, ...})
@@ -22,9 +22,9 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.messages import lines, suggestion
-from qwlora.nn.pack import pack_at_
-from qwlora.quantize.quantize_model import find_tensors, finish_packing_, model_to_pack
-from qwlora.quantize.quantize_tensor import tensor_out_in
+from qwlora.nn import pack_at_, tensor_out_in
+from qwlora.quantize.layer_rules import find_tensors
+from qwlora.quantize.quantize_model import finish_packing_, model_to_pack
 
 # Largest distance from the grid, in steps, that counts as rounding of the weight's computation.
 TOLERANCE = 0.01
@@ -53,7 +53,7 @@ def freeze_(
             scale's shape gives the granularity: [], [out], [out, 1] or [out, in / block size].
         bitwidth: of the codes.
         signed: whether the codes run from -2^(bitwidth - 1), or from 0.
-        keep_float: of a file, globs of parameters or layers that stay float.
+        keep_float: with an encodings file: globs of parameters or layers that stay float.
 
     Raises:
         EncodingsFileError: the file cannot be read, or does not fit the model.
@@ -78,7 +78,11 @@ def freeze_(
                 packed[name] = _on_grid(tensor_out_in(given, name), encodings[name])
             elif codes is not None:
                 packed[name] = _from_codes(codes[name], bitwidth, signed)
-                _check_shape(packed[name], tensor_out_in(given, name))
+                shapes = [list(packed[name].codes.shape), list(tensor_out_in(given, name).shape)]
+                if shapes[0] != shapes[1]:
+                    raise GridError(
+                        f"the codes have shape {shapes[0]}, the weight is {shapes[1]} [out, in]"
+                    )
         except GridError as error:
             problems.append(f"{name}: {error}")
     if problems:
@@ -161,11 +165,3 @@ def _granularity(
             f"tensor), [{rows}] (per channel) or [{rows}, {columns} / block size]"
         )
     return granularity, Scheme(8, granularity=granularity).scale_shape(codes)
-
-
-def _check_shape(quantized: QuantizedTensor, weight: Tensor) -> None:
-    if quantized.codes.shape != weight.shape:
-        raise GridError(
-            f"the codes have shape {list(quantized.codes.shape)}, the weight is "
-            f"{list(weight.shape)} [out, in]"
-        )

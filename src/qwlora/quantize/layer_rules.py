@@ -11,15 +11,22 @@ a whole (PEFT's `modules_to_save`). A rule can name any layer that can be packed
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
 from qwlora.errors import GridError
-from qwlora.grid.scheme import Scheme
-from qwlora.messages import suggestion
-from qwlora.quantize.solvers import SOLVERS
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, parse_scheme
+from qwlora.messages import lines, suggestion
+from qwlora.nn import has_computed_weight, is_packable, replacement_problem, tensor_out_in
+from qwlora.parameter_names import canonical_name, is_adapter_name
+from qwlora.quantize.solvers import SOLVERS, solver_named
 
 
 @dataclass(frozen=True)
@@ -54,61 +61,155 @@ class Candidate:
         paths: canonical paths of the layers that read it (two if they are tied); for a parameter
             that is not the weight of a layer, its own path.
         by_default: whether it is quantized without a rule.
-        calibrated: whether a solver that needs calibration can solve it (matrices of Linear and
-            Conv1D).
+        has_matrix_input: whether a solver that needs calibration can solve it (matrices of Linear
+            and Conv1D).
     """
 
     paths: tuple[str, ...]
     by_default: bool
-    calibrated: bool
+    has_matrix_input: bool
 
 
-def assign(
-    candidates: Mapping[str, Candidate], scheme: Scheme, solver: str, rules: Sequence[Rule]
+def plan_layers(
+    model: nn.Module,
+    scheme: Scheme | str,
+    solver: str,
+    rules: Sequence[Rule] = (),
+    settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Assignment]:
-    """Scheme and solver of each tensor that is quantized, in the order of the candidates.
+    """Scheme and solver of each tensor that is quantized, by its name in the model. The arguments
+    are those of `quantize_`.
 
     If the solver of the base needs calibration and a tensor has no matrix input to calibrate on
     (embeddings, kernels, fused experts), `search` replaces it.
 
     Raises:
-        GridError: rules match nothing (all are named, with near names), or a rule gives a tensor a
-            solver that cannot solve it.
+        GridError: rules match nothing (all are named, with near names), a rule gives a tensor a
+            solver that cannot solve it, a layer cannot be packed, a scheme does not fit its layer,
+            or there is nothing to quantize.
     """
+    scheme, settings = parse_scheme(scheme) if isinstance(scheme, str) else scheme, settings or {}
+    for named in {solver, *(rule.solver for rule in rules if rule.solver), *settings}:
+        solver_named(named)
+    candidates = find_tensors(model)
     names = [path for candidate in candidates.values() for path in candidate.paths]
     problems = [
         f"{rule.match!r} matches no layer{suggestion(rule.match, names, 3)}"
         for rule in rules
         if not any(fnmatchcase(name, rule.match) for name in names)
     ]
-    found = {}
-    for tensor, candidate in candidates.items():
-        rule = next(
-            (
-                rule
-                for rule in rules
-                if any(fnmatchcase(path, rule.match) for path in candidate.paths)
-            ),
-            None,
-        )
-        if (rule is None and not candidate.by_default) or (
-            rule is not None and rule.scheme is None
-        ):
+    plan = {}
+    for name, candidate in candidates.items():
+        matching = (r for r in rules if any(fnmatchcase(p, r.match) for p in candidate.paths))
+        by_default = Rule("*", scheme if candidate.by_default else None)
+        rule = next(matching, by_default)
+        if rule.scheme is None:
             continue
-        chosen = rule.solver if rule is not None else None
-        if chosen and SOLVERS[chosen].needs_calibration and not candidate.calibrated:
-            problems.append(
-                f"{candidate.paths[0]}: solver {chosen} follows the inputs of a matrix product and "
-                "cannot solve this tensor; choose search, sqnr or rtn"
-            )
-        own = solver
-        if SOLVERS[solver].needs_calibration and not candidate.calibrated:
-            own = "search"
-        found[tensor] = Assignment(
-            scheme if rule is None or rule.scheme is None else rule.scheme, chosen or own
-        )
+        chosen = rule.solver or solver
+        if SOLVERS[chosen].needs_calibration and not candidate.has_matrix_input:
+            if rule.solver:
+                problems.append(
+                    f"{candidate.paths[0]}: solver {chosen} follows the inputs of a matrix product "
+                    "and cannot solve this tensor; choose search, sqnr or rtn"
+                )
+            chosen = "search"
+        plan[name] = Assignment(rule.scheme, chosen, settings.get(chosen))
     if problems:
+        shown = "\n  ".join(problems)
+        raise GridError(f"{len(problems)} of the base's rules cannot be followed:\n  {shown}")
+    return _fitted(model, plan)
+
+
+def _fitted(model: nn.Module, plan: Mapping[str, Assignment]) -> dict[str, Assignment]:
+    """The plan with its schemes fitted to the tensors. Refuses layers that cannot be packed or do
+    not fit; all are named.
+    """
+    problems = [
+        f"{canonical_name(path)} {problem}"
+        for path, _, key in (name.rpartition(".") for name in plan)
+        if key == "weight" and (problem := replacement_problem(model.get_submodule(path)))
+    ]
+    if problems:
+        shown = "\n  ".join(lines(problems))
         raise GridError(
-            "\n  ".join([f"{len(problems)} of the base's rules cannot be followed:", *problems])
+            f"{len(problems)} layers cannot be quantized as they are; change them, or keep them "
+            f"float by a rule\n  {shown}"
         )
-    return found
+    fitted = {}
+    for name, todo in plan.items():
+        scheme, shape = todo.scheme, tuple(tensor_out_in(model, name).shape)
+        if len(shape) == 3 and isinstance(scheme.granularity, PerChannel):
+            # a channel of a bank of experts is a row of one of them
+            scheme = replace(scheme, granularity=PerBlock(shape[-1]))
+        try:
+            scheme.scale_shape(shape)
+        except GridError as error:
+            problems.append(f"{canonical_name(name)}: {scheme} does not fit: {error}")
+        fitted[name] = replace(todo, scheme=scheme)
+    if problems:
+        shown = "\n  ".join(lines(problems))
+        raise GridError(
+            f"{len(problems)} of {len(plan)} layers do not fit their scheme; choose a block size "
+            f"that divides their input\n  {shown}"
+        )
+    if not plan:
+        raise GridError("the model has no layer left to quantize")
+    return fitted
+
+
+def find_tensors(model: nn.Module) -> dict[str, Candidate]:
+    """The tensors that can be packed, by name in the model; tied ones under the first name."""
+    readers: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        if is_adapter_name(path) or isinstance(module, ParametrizationList):
+            continue
+        parameters: Mapping[str, object] = module._parameters
+        if has_computed_weight(module):  # from parameters that are no weights themselves
+            parameters = {"weight": module}
+        for key, parameter in parameters.items():
+            name = f"{path}.{key}" if path else key
+            if parameter is not None and not is_adapter_name(name):
+                readers.setdefault(id(parameter), []).append(name)
+    heads = _heads(model)
+    candidates = {}
+    for names in readers.values():
+        path, _, key = names[0].rpartition(".")
+        module = model.get_submodule(path)
+        paths = tuple(canonical_name(name).removesuffix(".weight") for name in names)
+        if key == "weight" and (is_packable(module) or has_computed_weight(module)):
+            is_matrix = isinstance(module, nn.Linear | Conv1D) and len(names) == 1
+            candidates[names[0]] = Candidate(paths, is_matrix and module not in heads, is_matrix)
+        elif _is_expert_stack(module._parameters[key]):
+            candidates[names[0]] = Candidate(paths, by_default=True, has_matrix_input=False)
+    return candidates
+
+
+def _is_expert_stack(parameter: nn.Parameter | None) -> bool:
+    """Whether a parameter is a stack of matrices, one per expert."""
+    return (
+        parameter is not None
+        and parameter.ndim == 3
+        and parameter.is_floating_point()
+        and min(parameter.shape) > 1
+    )
+
+
+def _heads(model: nn.Module) -> set[nn.Module]:
+    """The modules that compute the result from the last hidden state: the output head, and anything
+    else outside a transformers model's body (a classifier, a projection)."""
+    heads: set[nn.Module] = set()
+    for inner in _transformers_models(model):
+        output = inner.get_output_embeddings()
+        body = set(inner.base_model.modules())
+        heads.add(getattr(output, "base_layer", output))
+        heads.update(module for module in inner.modules() if module not in body)
+    return heads
+
+
+def _transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
+    """The outermost transformers models in `model`: itself, or what a wrapper holds."""
+    if isinstance(model, PreTrainedModel):
+        yield model
+        return
+    for child in model.children():
+        yield from _transformers_models(child)

@@ -10,8 +10,8 @@ of w_t over r is `sum_s |dy_s / dz_t|_F^2 / |y_s|^2` (Hutchinson's estimator, on
 how much an error of the layer at token t changes the block's output, relative to its size.
 
 The tokens of a language model differ widely. Nearly all of them attend to the first one, so an
-error in its value changes every output; and where its hidden state is thousands of times longer
-than the others, the norm that reads it makes that error vanish. With `w_t = 1` the first effect is
+error in its value changes every output; and its hidden state is so large that the next norm divides
+an error of it away. With `w_t = 1` the first effect is
 lost and the second dominates R. GuidedQuant (Kim et al. 2025, https://arxiv.org/abs/2505.07004)
 uses the gradient of the loss; this needs no loss and only one block of the model. That the cost of
 an error is nearly a product of two such moments is K-FAC (Martens and Grosse 2015,
@@ -37,7 +37,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import CalibrationError
 from qwlora.grid.second_moments import Moment, SecondMoment
-from qwlora.nn.frozen import gradients_disabled
+from qwlora.nn.temporary import gradients_disabled
 from qwlora.parameter_names import canonical_name
 from qwlora.quantize.block_runner import BlockRunner
 
@@ -55,6 +55,17 @@ class Observed:
     def moment(self) -> Moment:
         """Their current values."""
         return Moment(self.input.matrix, None if self.output is None else self.output.matrix)
+
+    def add(self, layer: str, x: Tensor, gradient: Tensor | None) -> None:
+        """Add the tokens of one call, given the gradient of its output."""
+        if gradient is None or not x.numel():
+            return
+        try:
+            self.input.update(x, gradient.float().square().sum(-1))
+            if self.output is not None:
+                self.output.update(gradient)
+        except CalibrationError as error:
+            raise CalibrationError(f"{layer}: {error}") from error
 
 
 def observe(
@@ -76,9 +87,9 @@ def observe(
     products = {
         name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)
     }
-    found: dict[str, Observed] = {}
     if not products:
-        return found
+        return {}
+    statistics: dict[str, Observed] = {}
     with (
         torch.enable_grad(),
         gradients_disabled(model.get_submodule(block)),
@@ -87,20 +98,18 @@ def observe(
         seeds = count()
         for result in runner.repeat():
             if calls:
-                gradients = _gradients(
-                    canonical_name(block), result, [z for _, _, z in calls], next(seeds)
-                )
+                outputs_of_calls = [z for _, _, z in calls]
+                gradients = _gradients(canonical_name(block), result, outputs_of_calls, next(seeds))
                 for (name, x, _), gradient in zip(calls, gradients, strict=True):
-                    if name not in found:
-                        found[name] = Observed(
-                            SecondMoment(),
-                            SecondMoment() if outputs and name != f"{block}.weight" else None,
-                        )
-                    _take_in(found[name], canonical_name(name), x, gradient)
-                del gradients, gradient, x
+                    if name not in statistics:
+                        has_output = outputs and name != f"{block}.weight"
+                        output = SecondMoment() if has_output else None
+                        statistics[name] = Observed(SecondMoment(), output)
+                    statistics[name].add(canonical_name(name), x, gradient)
+                del gradients, gradient, x, outputs_of_calls
             del result  # before the next batch runs
             calls.clear()
-    return {name: observed for name, observed in found.items() if observed.input.weight > 0}
+    return {name: observed for name, observed in statistics.items() if observed.input.weight > 0}
 
 
 def _gradients(
@@ -125,17 +134,6 @@ def _gradients(
     raise CalibrationError(
         f"no tensor in the result of {block} can be differentiated back to its layers, {remedy}"
     )
-
-
-def _take_in(observed: Observed, layer: str, x: Tensor, gradient: Tensor | None) -> None:
-    if gradient is None or not x.numel():
-        return
-    try:
-        observed.input.update(x, gradient.float().square().sum(-1))
-        if observed.output is not None:
-            observed.output.update(gradient)
-    except CalibrationError as error:
-        raise CalibrationError(f"{layer}: {error}") from error
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

@@ -27,14 +27,14 @@ from qwlora.formats.meta_model import blocks_of
 from qwlora.graph.call_arguments import as_arguments, check_token_ids
 from qwlora.grid.second_moments import Moments
 from qwlora.messages import listed
-from qwlora.nn import is_packed, pack_at_
+from qwlora.nn import is_packed, pack_at_, tensor_out_in
 from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track, untracked
-from qwlora.quantize.block_cache import BlockCache, QuantizedBlock
+from qwlora.quantize.block_cache import BlockCache
 from qwlora.quantize.block_runner import BlockRunner
 from qwlora.quantize.layer_rules import Assignment
-from qwlora.quantize.layer_statistics import Observed, observe
-from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor, tensor_out_in
+from qwlora.quantize.layer_statistics import observe
+from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor
 from qwlora.quantize.solvers import SOLVERS
 
 
@@ -52,29 +52,29 @@ def quantize_blocks_(
     blocks = tensors_by_block(model, plan)
     reports: dict[str, LayerReport] = {}
     cache = BlockCache(work, batches, moments)
-    with _runner(model, list(blocks), batches) as runner:
-        for _ in track(range(len(blocks)), "quantizing", len(blocks)):
-            block = runner.advance()
+    with _runner(model, blocks, batches) as runner:
+        for path in track(runner, "quantizing", len(blocks)):
+            floats = {name: tensor_out_in(model, name) for name in blocks[path]}
+            cache.begin(path, floats, plan)
+            block = cache.read()
             if block is None:
-                break
-            names = blocks[block]
-            cache.begin(block, {name: tensor_out_in(model, name) for name in names}, plan)
-            result = cache.read()
-            if result is None:
-                observed = [
+                followed = [
                     name
-                    for name in names
+                    for name in floats
                     if moments is not None or SOLVERS[plan[name].solver].needs_calibration
                 ]
-                statistics = observe(model, block, observed, runner, moments is not None)
-                result = _solve_block(model, names, plan, statistics, moments)
-                cache.write(*result)
-            quantized, block_reports = result
-            for name in names:
-                pack_at_(model, name, quantized[name])
-            reports.update({canonical_name(n): r for n, r in block_reports.items()})
-        else:
-            runner.advance()
+                statistics, block = observe(model, path, followed, runner, moments is not None), {}
+                for name in list(floats):
+                    moment = statistics.pop(name).moment if name in statistics else None
+                    second = None if moment is None else moment.input
+                    block[name] = solve_tensor(name, floats.pop(name), plan[name], second)
+                    if moments is not None and moment is not None:
+                        moments.put(canonical_name(name).removesuffix(".weight"), moment)
+                cache.write(block)
+            del floats
+            for name, (quantized, report) in block.items():
+                pack_at_(model, name, quantized)
+                reports[canonical_name(name)] = report
     if missed := [canonical_name(n) for n in plan if canonical_name(n) not in reports]:
         raise CalibrationError(
             f"No calibration data reached {listed(missed)}. Add a rule for these layers: solver: "
@@ -111,15 +111,10 @@ def observe_moments(
     if not packed:
         raise GridError("no linear layer of the model is packed. Quantize it first.")
     blocks = tensors_by_block(model, packed)
-    with _runner(model, list(blocks), batches_of(calibration, model)) as runner:
-        for _ in track(range(len(blocks)), "observing", len(blocks)):
-            block = runner.advance()
-            if block is None:
-                break
-            for name, observed in observe(model, block, blocks[block], runner).items():
+    with _runner(model, blocks, batches_of(calibration, model)) as runner:
+        for path in track(runner, "observing", len(blocks)):
+            for name, observed in observe(model, path, blocks[path], runner).items():
                 moments.put(canonical_name(name).removesuffix(".weight"), observed.moment)
-        else:
-            runner.advance()
     return moments
 
 
@@ -142,12 +137,10 @@ def batches_of(
             "solver gptq and moments need calibration data: token ids, or batches of the model's "
             "inputs"
         )
-    names = list(arguments_of(model))
-    batches = (
-        [{"input_ids": row.unsqueeze(0)} for row in calibration]
-        if isinstance(calibration, Tensor)
-        else [as_arguments(batch, names) for batch in calibration]
-    )
+    names = arguments_of(model)
+    if isinstance(calibration, Tensor):
+        calibration = [{"input_ids": row.unsqueeze(0)} for row in calibration]
+    batches = [as_arguments(batch, names) for batch in calibration]
     if not batches:
         raise CalibrationError("calibration needs at least one sequence, but got none")
     for batch in batches:
@@ -157,41 +150,21 @@ def batches_of(
 
 def tensors_by_block(model: nn.Module, tensors: Iterable[str]) -> dict[str, list[str]]:
     """The names in `tensors`, grouped by the path of their block."""
-    paths = blocks_of(model)
-    found: dict[str, list[str]] = {}
+    paths, blocks = blocks_of(model), dict[str, list[str]]()
     for name in tensors:
         inside = (path for path in paths if name.startswith(f"{path}."))
-        found.setdefault(next(inside, name.rpartition(".")[0]), []).append(name)
-    return found
+        blocks.setdefault(next(inside, name.rpartition(".")[0]), []).append(name)
+    return blocks
 
 
 def _runner(
-    model: nn.Module, blocks: Sequence[str], batches: Sequence[Mapping[str, Any]]
+    model: nn.Module, blocks: Iterable[str], batches: Sequence[Mapping[str, Any]]
 ) -> BlockRunner:
     options = {"use_cache": False} if "use_cache" in arguments_of(model) else {}
-    return BlockRunner(model, blocks, [{**batch, **options} for batch in batches])
+    return BlockRunner(model, list(blocks), [{**batch, **options} for batch in batches])
 
 
 def arguments_of(model: nn.Module) -> tuple[str, ...]:
     """Names of the arguments of a model's forward, in order, through PEFT's wrapper."""
     inner = getattr(model, "get_base_model", lambda: model)()
     return tuple(inspect.signature(inner.forward).parameters)
-
-
-def _solve_block(
-    model: nn.Module,
-    names: Sequence[str],
-    plan: Mapping[str, Assignment],
-    statistics: dict[str, Observed],
-    moments: Moments | None,
-) -> QuantizedBlock:
-    """Codes and report of each tensor. Moves the second moments from `statistics` to `moments`."""
-    quantized, reports = {}, {}
-    for name in names:
-        moment = statistics.pop(name).moment if name in statistics else None
-        quantized[name], reports[name] = solve_tensor(
-            name, tensor_out_in(model, name), plan[name], None if moment is None else moment.input
-        )
-        if moments is not None and moment is not None:
-            moments.put(canonical_name(name).removesuffix(".weight"), moment)
-    return quantized, reports

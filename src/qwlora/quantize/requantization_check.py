@@ -1,4 +1,5 @@
-"""Whether float weights already lie on a uniform grid of few levels.
+"""Whether float weights already lie on a uniform grid of few levels: then quantizing them rounds
+them a second time, and the grid that they have is the better one.
 
 A run of weights w lies on a grid with at most 2^b levels if, for some whole number K < 2^b,
 
@@ -6,7 +7,8 @@ A run of weights w lies on a grid with at most 2^b levels if, for some whole num
 
 K is the number of steps that the run spans. All K are tried, on evenly spaced runs of 32
 consecutive weights of a row: short enough to lie within one block, whatever the granularity. With d
-different values and a tolerance t for the float type's rounding, chance does it with probability
+different values and a tolerance t for the float type's rounding, random weights pass with
+probability
 
     2^b (2 t)^(d - 2)
 
@@ -18,8 +20,14 @@ is as large as a step (8 bits in bfloat16).
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from qwlora.errors import QwloraWarning
+from qwlora.messages import listed
 
 _RUN = 32
 _RUNS = 64
@@ -32,7 +40,13 @@ def is_on_grid(weight: Tensor, bitwidth: int) -> bool:
     2^bitwidth levels."""
     if weight.is_meta or bitwidth > 8 or not weight.numel():
         return False
-    runs = _sample(weight.detach())
+    rows = weight.detach().reshape(-1, weight.shape[-1])
+    length = min(_RUN, rows.shape[1])
+    per_row = rows.shape[1] // length
+    count = min(_RUNS, len(rows) * per_row)
+    which = torch.linspace(0, len(rows) * per_row - 1, count, device=weight.device).long()
+    columns = (which % per_row * length).unsqueeze(1) + torch.arange(length, device=weight.device)
+    runs = rows[(which // per_row).unsqueeze(1), columns]
     first = runs[:: max(1, len(runs) // _FIRST)]
     return bool(_fit(first, bitwidth).any()) and bool(_fit(runs, bitwidth).mean() > 0.5)
 
@@ -52,12 +66,18 @@ def _fit(runs: Tensor, bitwidth: int) -> Tensor:
     return ((off <= tolerance) & (chance < _CHANCE)).any(0).float()
 
 
-def _sample(weight: Tensor) -> Tensor:
-    """At most `_RUNS` runs [runs, length], evenly spaced over rows and columns."""
-    rows = weight.flatten(0, -2) if weight.ndim > 1 else weight.unsqueeze(0)
-    length = min(_RUN, rows.shape[1])
-    per_row = rows.shape[1] // length
-    count = min(_RUNS, len(rows) * per_row)
-    which = torch.linspace(0, len(rows) * per_row - 1, count, device=weight.device).long()
-    columns = (which % per_row * length).unsqueeze(1) + torch.arange(length, device=weight.device)
-    return rows[(which // per_row).unsqueeze(1), columns]
+def warn_of_second_rounding(errors: Mapping[str, float | None]) -> None:
+    """Warn about layers that were rounded a second time, given the relative error of each."""
+    rounded = {name: error for name, error in errors.items() if error}
+    if not rounded:
+        return
+    worst = sorted(rounded.items(), key=lambda item: -item[1])
+    shown = listed(f"{name} by {error:.1%}" for name, error in worst)
+    warnings.warn(
+        f"the weights of {len(rounded)} layers already were on a grid with as few levels, and were "
+        f"rounded a second time, to another grid: {shown}. To keep the grid they had, set "
+        "base.solver: keep in a recipe (and model.encodings, unless the model is a GGUF file), or "
+        "give its encodings to qwlora.freeze_",
+        QwloraWarning,
+        stacklevel=3,
+    )

@@ -1,4 +1,10 @@
-"""Scale search: the grid of each group of weights with the least weighted squared error.
+"""Solvers that look at the weight alone: an encoding, then round to nearest.
+
+    rtn       min-max range; AIMET's numbers
+    search    the encoding with the least squared error in each group
+    sqnr      the same, with clipped weights counted three times (AIMET's enhanced rule)
+
+The search, which gptq uses too, finds the grid of each group with the least weighted squared error:
 
     minimize over scale, offset    sum_j h_j c_j (w_j - w_hat_j)^2
 
@@ -20,7 +26,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.min_max import encoding_from_range, rows_of_groups
+from qwlora.grid.min_max import encoding_from_range, measure, rows_of_groups
+from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 
 _FRACTIONS = tuple(torch.linspace(1.0, 0.3, 15).tolist())
@@ -28,6 +35,31 @@ _COARSE = (1.0, 0.88, 0.76)
 _NARROWEST = 0.01
 _REFITS = 3
 _HALF_NORMAL = torch.finfo(torch.float16).smallest_normal
+
+
+def solve_rtn(
+    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: None
+) -> tuple[QuantizedTensor, dict[str, float]]:
+    """Min-max range."""
+    return _rounded(weight, measure(weight, scheme))
+
+
+def solve_search(
+    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: None
+) -> tuple[QuantizedTensor, dict[str, float]]:
+    """The least squared error."""
+    return _rounded(weight, search_scale(weight, scheme))
+
+
+def solve_sqnr(
+    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: None
+) -> tuple[QuantizedTensor, dict[str, float]]:
+    """The least squared error, with clipped weights counted three times."""
+    return _rounded(weight, search_scale(weight, scheme, clipping_penalty=3.0))
+
+
+def _rounded(weight: Tensor, encoding: Encoding) -> tuple[QuantizedTensor, dict[str, float]]:
+    return QuantizedTensor(encoding.quantize(weight), encoding), {}
 
 
 def search_scale(

@@ -76,9 +76,9 @@ def _imported(name: str) -> Any:
 
 
 _REGISTERED = (
-    Solver("rtn", "quantize.rounding_solvers:solve_rtn"),
-    Solver("search", "quantize.rounding_solvers:solve_search"),
-    Solver("sqnr", "quantize.rounding_solvers:solve_sqnr"),
+    Solver("rtn", "quantize.scale_search:solve_rtn"),
+    Solver("search", "quantize.scale_search:solve_search"),
+    Solver("sqnr", "quantize.scale_search:solve_sqnr"),
     Solver(
         "gptq",
         "quantize.gptq:solve_gptq",

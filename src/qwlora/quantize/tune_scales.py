@@ -19,33 +19,43 @@ https://arxiv.org/abs/2309.02784) for the norms.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from time import monotonic
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from qwlora.atomic import write_tensors
 from qwlora.errors import CalibrationError, GridError
-from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint, remember_floats_
-from qwlora.nn.frozen import gradients_disabled
+from qwlora.nn.fingerprint import (
+    adapter_fingerprint,
+    fingerprint,
+    remember_floats_,
+    update_digest,
+)
+from qwlora.nn.temporary import gradients_disabled
 from qwlora.parameter_names import canonical_name
 from qwlora.progress import Track, untracked
-from qwlora.quantize.block_cache import named_inputs
+from qwlora.quantize.block_cache import named_inputs, read_keyed
 from qwlora.quantize.quantize_blocks import arguments_of, batches_of
 from qwlora.quantize.tuned_parameters import Tunable
-from qwlora.quantize.tuning_checkpoint import TuningState
 from qwlora.revisions import REVISIONS
 from qwlora.system.compute_precision import SlowComputeWarning, auto_compute, slow_compute
 
 HELD_OUT_SEQUENCES = 8  # at most, and a quarter of all
 _LARGEST_CHANGE = 0.5  # of a tuned value, relative
 _POSITIONS = 512  # of a sequence at which logits are compared
-_CLIP = 1.0
+_WARMUP = 5  # steps
+_CLIP = 1.0  # norm of the gradient
+_SECONDS_BETWEEN, _TIMES_WRITING = 60.0, 20  # of checkpoints
 
 
 @dataclass(frozen=True)
@@ -55,8 +65,8 @@ class TuningSettings:
     Args:
         steps: number of steps, one sequence each.
         learning_rate: peak rate, relative to the tuned value. A scale shared by n weights of b bits
-            gets `min(1, sqrt(n) / 2^b)` of it: it moves weights by up to 2^(b - 1) times as much of
-            a step, and with fewer weights its gradient is noisier.
+            learns at `min(1, sqrt(n) / 2^b)` of the rate, because a change of the scale moves a
+            weight by up to 2^(b - 1) times that change, and few weights give a noisy gradient.
         compute: "float32", "bfloat16" (by autocast), or "auto": bfloat16 if the model's device has
             instructions for it, else float32.
         seed: seed of the order of sequences.
@@ -71,11 +81,8 @@ class TuningSettings:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if (
-            self.steps < 1
-            or not 0 < self.learning_rate < 1
-            or self.compute not in ("auto", "float32", "bfloat16")
-        ):
+        is_known = self.compute in ("auto", "float32", "bfloat16")
+        if self.steps < 1 or not 0 < self.learning_rate < 1 or not is_known:
             raise CalibrationError(
                 "tuning takes at least 1 step, a learning rate between 0 and 1, and computes in "
                 f"float32 or bfloat16, not {self.steps}, {self.learning_rate:g} "
@@ -139,10 +146,10 @@ def tune_scales_(
             "no linear layer of the model is packed, so there are no scales to tune; quantize it "
             "first"
         )
-    own = {id(parameter) for parameter in teacher.parameters()}
-    if shared := next((name for name, norm in tuned.norms.items() if id(norm.weight) in own), None):
+    of_teacher = {id(parameter) for parameter in teacher.parameters()}
+    if shared := [name for name, norm in tuned.norms.items() if id(norm.weight) in of_teacher]:
         raise CalibrationError(
-            f"the quantized model and the float one share the weight of {shared!r}, which is "
+            f"the quantized model and the float one share the weight of {shared[0]!r}, which is "
             "tuned; quantize a deep copy of the float model"
         )
     batches = batches_of(calibration, model)
@@ -150,46 +157,28 @@ def tune_scales_(
         raise CalibrationError(
             "tuning scales takes at least two sequences: one is held out to check whether it helped"
         )
-    held_out = batches[-min(HELD_OUT_SEQUENCES, max(1, len(batches) // 4)) :]
-    trained_on = batches[: len(batches) - len(held_out)]
-    compare = _Comparison(model, teacher)
-    state = TuningState(work, _made_from(settings, batches, model, teacher))
-    training = [m for one in (model, teacher) for m in one.modules() if m.training]
-    model.eval()
-    teacher.eval()
-    try:
-        with gradients_disabled(model), gradients_disabled(teacher):
-            before = compare.mean(held_out)
-            with tuned.learning():
-                resumed = _Descent(tuned.by_rate(settings.learning_rate), settings).run(
-                    compare, trained_on, state, track
-                )
-            as_it_was, kept = tuned.state(), False
-            scales = {
-                canonical_name(name): layer.tensor.parts.scale
-                for name, layer in tuned.layers.items()
-            }
-            try:
-                tuned.multiply_()
-                after = compare.mean(held_out)
-                kept = after < before
-            finally:
-                if not kept:
-                    tuned.restore_(as_it_was)
-        if kept:
-            remember_floats_(model)  # norms were tuned
-        return TuningReport(
-            len(tuned.layers),
-            len(tuned.norms),
-            before,
-            after,
-            kept,
-            resumed,
-            scales if kept else {},
-        )
-    finally:
-        for m in training:
-            m.training = True
+    count = len(batches) - min(HELD_OUT_SEQUENCES, max(1, len(batches) // 4))
+    training, held_out = batches[:count], batches[count:]
+    divergence = _Divergence(model, teacher)
+    checkpoint = _Checkpoint(work, _dependencies(settings, batches, model, teacher))
+    with _evaluated(model), _evaluated(teacher):
+        before = divergence.mean(held_out)
+        with tuned.learning():
+            descent = _Descent(tuned.by_rate(settings.learning_rate), settings)
+            resumed = descent.run(divergence, training, checkpoint, track)
+        old, kept = tuned.state(), False
+        scales = {canonical_name(n): layer.tensor.parts.scale for n, layer in tuned.layers.items()}
+        try:
+            tuned.multiply_()
+            after = divergence.mean(held_out)
+            kept = after < before
+        finally:
+            if not kept:
+                tuned.restore_(old)
+    if kept:
+        remember_floats_(model)  # norms were tuned
+    layers, norms = len(tuned.layers), len(tuned.norms)
+    return TuningReport(layers, norms, before, after, kept, resumed, scales if kept else {})
 
 
 def _resolved(settings: TuningSettings, model: nn.Module) -> TuningSettings:
@@ -202,21 +191,59 @@ def _resolved(settings: TuningSettings, model: nn.Module) -> TuningSettings:
     return settings
 
 
-def _made_from(
+def _dependencies(
     settings: TuningSettings,
     batches: Sequence[Mapping[str, Any]],
     model: nn.Module,
     teacher: nn.Module,
 ) -> Iterator[Any]:
     """Everything that the result depends on."""
-    yield from (
-        str(REVISIONS["tune_scales"]),
-        settings,
-        *named_inputs(batches),
-        adapter_fingerprint(model),
-    )
-    for one in (model, teacher):
-        yield from (fingerprint(one), sorted({str(p.dtype) for p in one.parameters()}))
+    yield from (REVISIONS["tune_scales"], settings, *named_inputs(batches))
+    yield adapter_fingerprint(model)
+    for part in (model, teacher):
+        yield from (fingerprint(part), sorted({str(p.dtype) for p in part.parameters()}))
+
+
+@contextmanager
+def _evaluated(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without gradients of parameters, inside the block."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with gradients_disabled(model):
+            yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+class _Checkpoint:
+    """The state of an unfinished tuning in a file: the same call resumes from it and ends with the
+    same bits. Without a folder nothing is stored.
+
+    The key is a digest of everything that the result depends on; a damaged file is ignored. The
+    state is written by the clock, because a step may take a second or an hour: every minute, or
+    after twenty times as long as writing takes. Its size is three float32 numbers per tuned number.
+    """
+
+    def __init__(self, folder: Path | None, dependencies: Iterable[Any]):
+        self._file, self.key = None if folder is None else folder / "tuning.safetensors", ""
+        if folder is not None:
+            update_digest(digest := hashlib.sha256(), dependencies)
+            self.key = digest.hexdigest()
+        self._due = monotonic() + _SECONDS_BETWEEN
+
+    def read(self) -> dict[str, Tensor] | None:
+        """The state that the same call stored; None if it must start from the beginning."""
+        stored = None if self._file is None else read_keyed(self._file, self.key)
+        return None if stored is None else stored[0]
+
+    def write(self, state: Callable[[], dict[str, Tensor]]) -> None:
+        """Store the result of `state` if it is time to."""
+        if self._file is None or (began := monotonic()) < self._due:
+            return
+        write_tensors(self._file, state(), {"key": self.key})
+        self._due = (now := monotonic()) + max(_SECONDS_BETWEEN, _TIMES_WRITING * (now - began))
 
 
 class _Descent:
@@ -226,33 +253,25 @@ class _Descent:
         self.steps, self.compute = settings.steps, settings.compute
         self.generator = torch.Generator().manual_seed(settings.seed)
         self.factors = [factor for group in by_rate.values() for factor in group]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": group, "lr": rate} for rate, group in by_rate.items()], weight_decay=0
-        )
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._rate)
+        groups = [{"params": group, "peak": rate} for rate, group in by_rate.items()]
+        self.optimizer = torch.optim.AdamW(groups, weight_decay=0)
         self.done, self.order = 0, list[int]()
-
-    def _rate(self, step: int) -> float:
-        return min(1, (step + 1) / min(5, self.steps)) * (
-            0.5 + 0.5 * math.cos(math.pi * step / self.steps)
-        )
 
     def run(
         self,
-        compare: _Comparison,
+        divergence: _Divergence,
         batches: Sequence[Mapping[str, Any]],
-        kept: TuningState,
+        checkpoint: _Checkpoint,
         track: Track,
     ) -> int:
         """Run all steps, or those after the checkpoint; returns the number of the latter."""
-        if (state := kept.read()) is not None:
+        if (state := checkpoint.read()) is not None:
             self._restore_(state)
         resumed = self.done
         for step in track(range(resumed, self.steps), "tuning scales", self.steps - resumed):
-            self.order = (
-                self.order or torch.randperm(len(batches), generator=self.generator).tolist()
-            )
-            loss = compare(batches[self.order.pop()], self.compute, self.generator)
+            if not self.order:
+                self.order = torch.randperm(len(batches), generator=self.generator).tolist()
+            loss = divergence(batches[self.order.pop()], self.compute, self.generator)
             if not bool(torch.isfinite(loss)):
                 raise CalibrationError(
                     f"tuning scales: the divergence is {float(loss.detach())} at step {step + 1}; "
@@ -261,67 +280,68 @@ class _Descent:
             self.optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(self.factors, _CLIP)
+            warmup = min(1, (step + 1) / min(_WARMUP, self.steps))
+            for group in self.optimizer.param_groups:
+                cosine = 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
+                group["lr"] = group["peak"] * (warmup * cosine)
             self.optimizer.step()
-            self.schedule.step()
             with torch.no_grad():
                 for factor in self.factors:
                     factor.clamp_(-_LARGEST_CHANGE, _LARGEST_CHANGE)
             self.done = step + 1
-            kept.write(self._state)
+            checkpoint.write(self._state)
         return resumed
 
     def _state(self) -> dict[str, Tensor]:
-        numbers = {
+        tensors = {
             "order": torch.tensor(self.order, dtype=torch.int64),
             "done": torch.tensor(self.done),
             "generator": self.generator.get_state(),
         }
         for i, factor in enumerate(self.factors):
-            numbers |= {
-                f"factor/{i}": factor.detach(),
-                **{f"{name}/{i}": value for name, value in self.optimizer.state[factor].items()},
-            }
-        return numbers
+            values = {"factor": factor.detach(), **self.optimizer.state[factor]}
+            tensors |= {f"{name}/{i}": value for name, value in values.items()}
+        return tensors
 
     @torch.no_grad()
-    def _restore_(self, numbers: dict[str, Tensor]) -> None:
-        self.order, self.done = numbers.pop("order").tolist(), int(numbers.pop("done"))
-        self.generator.set_state(numbers.pop("generator"))
-        for i, factor in enumerate(self.factors):
-            factor.copy_(numbers.pop(f"factor/{i}"))
-        moments: dict[int, dict[str, Tensor]] = {}
-        for key, value in numbers.items():
+    def _restore_(self, tensors: dict[str, Tensor]) -> None:
+        self.order, self.done = tensors.pop("order").tolist(), int(tensors.pop("done"))
+        self.generator.set_state(tensors.pop("generator"))
+        for key, value in tensors.items():
             name, _, number = key.partition("/")
-            moments.setdefault(int(number), {})[name] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
-        self.schedule.last_epoch = self.done
-        for group in self.optimizer.param_groups:
-            group["lr"] = group["initial_lr"] * self._rate(self.done)
+            factor = self.factors[int(number)]
+            if name == "factor":
+                factor.copy_(value)
+            else:  # AdamW counts steps on the CPU
+                self.optimizer.state[factor][name] = value if name == "step" else value.to(factor)
 
 
-class _Comparison:
+class _Divergence:
     """The divergence of two models on a batch."""
 
     def __init__(self, model: nn.Module, teacher: nn.Module):
         self.model, self.teacher = model, teacher
-        self.takes = set(arguments_of(model)) & set(arguments_of(teacher))
+        self.arguments = set(arguments_of(model)) & set(arguments_of(teacher))
 
     def __call__(
         self, batch: Mapping[str, Any], compute: str, generator: torch.Generator
     ) -> Tensor:
         """Mean KL in nats, over the batch's positions, or some of them where it has many."""
-        given = {name: value for name, value in batch.items() if name != "labels"}
-        mask = given.get(
-            "decoder_attention_mask" if "decoder_input_ids" in given else "attention_mask"
-        )
-        if "use_cache" in self.takes:
-            given["use_cache"] = False
-        if (chosen := self._chosen(given, generator)) is not None:
-            given["logits_to_keep"] = chosen
-            mask = mask[:, chosen] if isinstance(mask, Tensor) and mask.ndim == 2 else mask
-        h = _logits(self.model, given, compute)
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        has_decoder = "decoder_input_ids" in inputs
+        mask = inputs.get("decoder_attention_mask" if has_decoder else "attention_mask")
+        ids = inputs.get("input_ids")
+        if "use_cache" in self.arguments:
+            inputs["use_cache"] = False
+        if "logits_to_keep" in self.arguments and isinstance(ids, Tensor) and not has_decoder:
+            count = ids.shape[-1]
+            if count > _POSITIONS:
+                chosen = torch.randperm(count, generator=generator)[:_POSITIONS].sort().values
+                inputs["logits_to_keep"] = chosen = chosen.to(ids.device)
+                mask = mask[:, chosen] if isinstance(mask, Tensor) and mask.ndim == 2 else mask
+        h = _logits(self.model, inputs, compute)
         with torch.no_grad():
-            g = _logits(self.teacher, given, compute)
+            g = _logits(self.teacher, inputs, compute)
         if g.shape != h.shape:
             raise CalibrationError(
                 f"the float model's logits are {list(g.shape)}, the quantized one's "
@@ -338,36 +358,14 @@ class _Comparison:
     @torch.no_grad()
     def mean(self, batches: Sequence[Mapping[str, Any]]) -> float:
         """Over several batches, in float32 and always at the same positions."""
-        return float(
-            torch.stack(
-                [self(batch, "float32", torch.Generator().manual_seed(0)) for batch in batches]
-            ).mean()
-        )
-
-    def _chosen(self, given: Mapping[str, Any], generator: torch.Generator) -> Tensor | None:
-        """Positions whose logits are made; all of them if they are few or the model makes no
-        others.
-        """
-        ids = given.get("input_ids")
-        if (
-            "logits_to_keep" not in self.takes
-            or "decoder_input_ids" in given
-            or not isinstance(ids, Tensor)
-            or ids.shape[-1] <= _POSITIONS
-        ):
-            return None
-        return (
-            torch.randperm(ids.shape[-1], generator=generator)[:_POSITIONS]
-            .sort()
-            .values.to(ids.device)
-        )
+        means = [self(batch, "float32", torch.Generator().manual_seed(0)) for batch in batches]
+        return float(torch.stack(means).mean())
 
 
-def _logits(model: nn.Module, given: Mapping[str, Any], compute: str) -> Tensor:
-    with torch.autocast(
-        next(model.parameters()).device.type, torch.bfloat16, enabled=compute == "bfloat16"
-    ):
-        logits = getattr(model(**given), "logits", None)
+def _logits(model: nn.Module, inputs: Mapping[str, Any], compute: str) -> Tensor:
+    device = next(model.parameters()).device.type
+    with torch.autocast(device, torch.bfloat16, enabled=compute == "bfloat16"):
+        logits = getattr(model(**inputs), "logits", None)
     if not isinstance(logits, Tensor):
         raise CalibrationError(
             f"tuning scales compares logits, but {type(model).__name__} returns none; remove tuning"

@@ -3,10 +3,10 @@
     W_hat    = (1 + f) * scale * (q + offset)       y = x W_hat^T + b
     gain_hat = (1 + f) * gain                       gain = w, or 1 + w as in Gemma's norms
 
-Scales are those of plain linear layers: per tensor, channel or block; for LPBQ, per row. A float
-offset is multiplied like its scale. Scales of blocks stay representable in float16. Norms tune the
-columns, which have no scale otherwise. How a norm uses its weight is found by probing it with
-numbers, and the weight keeps a dtype that holds it exactly.
+One f for each scale of a plain linear layer: per tensor, channel or block; for LPBQ one for each
+row. A float offset gets the f of its scale. Scales of blocks stay representable in float16. Norms
+tune the columns, which have no scale otherwise. How a norm uses its weight is found by probing it
+with numbers, and the weight keeps a dtype that holds it exactly.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
@@ -30,17 +29,14 @@ from torch.nn.utils.parametrize import (
 
 from qwlora.grid.encoding import aligned, grouped
 from qwlora.grid.scheme import PerBlock
-from qwlora.nn import PackedLayer, PackedLinear, is_packed
+from qwlora.nn import PackedLinear
 from qwlora.nn.packed_matmul import PackedWeight
 from qwlora.nn.packed_tensor import Parts, compute_dtype, narrowest
-from qwlora.nn.replaced import replaced
+from qwlora.nn.temporary import replaced
 from qwlora.parameter_names import is_adapter_name
 from qwlora.quantize.scale_search import storable_scale
 
-_CHECKPOINTS = (
-    torch.bfloat16,
-    torch.float16,
-)  # types that models are published in, the likelier first
+_PUBLISHED = (torch.bfloat16, torch.float16)  # dtypes of checkpoints, the likelier first
 
 
 class Tunable:
@@ -49,41 +45,34 @@ class Tunable:
     def __init__(self, model: nn.Module):
         modules = dict(model.named_modules())
         self.layers = {
-            name: m
-            for name, m in modules.items()
-            if type(m) is PackedLinear and is_packed(m) and not m.is_tied
-        }
-        gains = {
-            name: _gain_offset(m)
-            for name, m in modules.items()
-            if not is_adapter_name(f"{name}.weight")
-        }
-        self.norms: dict[str, Any] = {
-            name: modules[name] for name, beside in gains.items() if beside is not None
+            name: module
+            for name, module in modules.items()
+            if type(module) is PackedLinear and not module.is_tied
         }
         self.factors = {
-            name: _factor(layer.tensor.parts.scale) for name, layer in self.layers.items()
+            name: _zeros_like(layer.tensor.parts.scale) for name, layer in self.layers.items()
         }
-        by_weight: dict[
-            int, _Times
-        ] = {}  # norms that share a weight share its factor, under the first one's name
-        for name, norm in self.norms.items():
-            if id(norm.weight) not in by_weight:
-                self.factors[name] = _factor(norm.weight)
-                by_weight[id(norm.weight)] = _Times(self.factors[name], gains[name] or 0.0)
-        self._times = {name: by_weight[id(norm.weight)] for name, norm in self.norms.items()}
+        self.norms: dict[str, Any] = {}
+        self._gains: dict[str, _TunedGain] = {}
+        by_weight: dict[int, _TunedGain] = {}
+        for name, module in modules.items():
+            if is_adapter_name(f"{name}.weight") or (constant := _gain_constant(module)) is None:
+                continue
+            weight = cast(nn.Parameter, module.weight)
+            if id(weight) not in by_weight:  # norms that share a weight share its factor
+                self.factors[name] = _zeros_like(weight)
+                by_weight[id(weight)] = _TunedGain(self.factors[name], constant)
+            self.norms[name], self._gains[name] = module, by_weight[id(weight)]
 
     def by_rate(self, highest: float) -> dict[float, list[nn.Parameter]]:
         """The factors, grouped by learning rate."""
         groups: dict[float, list[nn.Parameter]] = {}
         for name, factor in self.factors.items():
-            layer, share = self.layers.get(name), 1.0
-            if layer is not None:
-                share = (
-                    math.sqrt(math.prod(layer.tensor.shape) / factor.numel())
-                    / 2**layer.scheme.bitwidth
-                )
-            groups.setdefault(highest * min(1.0, share), []).append(factor)
+            share = 1.0
+            if layer := self.layers.get(name):
+                weights = math.prod(layer.tensor.shape) / factor.numel()
+                share = min(1.0, math.sqrt(weights) / 2**layer.scheme.bitwidth)
+            groups.setdefault(highest * share, []).append(factor)
         return groups
 
     @contextmanager
@@ -98,7 +87,7 @@ class Tunable:
                     forward = partial(_forward, layer, self.factors[name])
                     stack.enter_context(replaced(layer, forward))
                 for name, norm in self.norms.items():
-                    register_parametrization(norm, "weight", self._times[name])
+                    register_parametrization(norm, "weight", self._gains[name])
                 yield
         finally:
             for name, norm in self.norms.items():
@@ -117,14 +106,18 @@ class Tunable:
     def multiply_(self) -> None:
         """Store everything multiplied by `1 + f` in the modules."""
         for name, layer in self.layers.items():
-            _multiply_(layer, 1 + self.factors[name])
+            parts = layer.tensor.parts
+            old = parts.scale.float()
+            new = old * (1 + self.factors[name])
+            if isinstance(layer.scheme.granularity, PerBlock):
+                new = storable_scale(new)
+            layer.scale = narrowest(new)
+            if parts.minimum is not None:
+                layer.minimum = narrowest(parts.minimum.float() * (new / old))
         for name, norm in self.norms.items():
             if name in self.factors:
-                norm.weight.copy_(
-                    self._times[name](norm.weight).to(
-                        narrowest(norm.weight, (*_CHECKPOINTS, norm.weight.dtype)).dtype
-                    )
-                )
+                dtype = narrowest(norm.weight, (*_PUBLISHED, norm.weight.dtype)).dtype
+                norm.weight.copy_(self._gains[name](norm.weight).to(dtype))
 
     @torch.no_grad()
     def restore_(self, state: Mapping[str, Any]) -> None:
@@ -135,58 +128,55 @@ class Tunable:
             norm.weight.copy_(state[name])
 
 
-def _factor(numbers: Tensor) -> nn.Parameter:
+def _zeros_like(numbers: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.zeros_like(numbers, dtype=torch.float32))
 
 
 @torch.no_grad()
-def _gain_offset(module: nn.Module) -> float | None:
+def _gain_constant(module: nn.Module) -> float | None:
     """0 if `module` multiplies its channels by `w`, 1 if by `1 + w`; None if neither, or if it has
     state of its own. None is not tuned.
     """
     weight = module._parameters.get("weight")
-    if (
-        weight is None
-        or weight.ndim != 1
-        or not weight.is_floating_point()
-        or [*module.children(), *module.buffers()]
-    ):
+    if weight is None or weight.ndim != 1 or not weight.is_floating_point():
+        return None
+    if [*module.children(), *module.buffers()]:
         return None
     x = torch.linspace(-1, 2, 2 * len(weight), device=weight.device).view(2, -1)
     others = {
-        name: torch.zeros_like(p, dtype=torch.float32)
-        for name, p in module.named_parameters(recurse=False)
+        name: torch.zeros_like(parameter, dtype=torch.float32)
+        for name, parameter in module.named_parameters(recurse=False)
         if name != "weight"
     }
+
+    def output(w: float) -> Any:
+        full = torch.full_like(weight, w, dtype=torch.float32)
+        return functional_call(module, {"weight": full, **others}, (x,))
+
     try:
-        at = [
-            functional_call(
-                module, {"weight": torch.full_like(weight, w, dtype=torch.float32), **others}, (x,)
-            )
-            for w in (0.0, 1.0, 2.0)
-        ]
+        at_0, at_1, at_2 = output(0.0), output(1.0), output(2.0)
     except (RuntimeError, TypeError, ValueError):
         return None
-    if not all(isinstance(y, Tensor) and y.shape == x.shape for y in at) or not torch.allclose(
-        at[2] - at[1], at[1] - at[0], atol=1e-5
-    ):
+    if not all(isinstance(y, Tensor) and y.shape == x.shape for y in (at_0, at_1, at_2)):
         return None
-    if not bool(at[0].any()):
+    if not torch.allclose(at_2 - at_1, at_1 - at_0, atol=1e-5):
+        return None
+    if not bool(at_0.any()):
         return 0.0
-    return 1.0 if torch.allclose(at[0], at[1] - at[0], atol=1e-5) else None
+    return 1.0 if torch.allclose(at_0, at_1 - at_0, atol=1e-5) else None
 
 
-class _Times(nn.Module):
-    """Parametrization of `w` that multiplies the gain by `1 + f`. f is in a tuple so that it is not
-    a parameter of the model.
+class _TunedGain(nn.Module):
+    """Parametrization of `w` that multiplies the gain, `constant + w`, by `1 + f`. f is in a tuple
+    so that it is not a parameter of the model.
     """
 
-    def __init__(self, factor: nn.Parameter, beside: float):
+    def __init__(self, factor: nn.Parameter, constant: float):
         super().__init__()
-        self.factor, self.beside = (factor,), beside
+        self.factor, self.constant = (factor,), constant
 
     def forward(self, weight: Tensor) -> Tensor:
-        return (weight + self.factor[0] * (self.beside + weight)).to(weight.dtype)
+        return (weight + self.factor[0] * (self.constant + weight)).to(weight.dtype)
 
 
 def _forward(layer: PackedLinear, factor: Tensor, x: Tensor) -> Tensor:
@@ -206,54 +196,25 @@ class _TunedProduct(torch.autograd.Function):
         ctx.packed_weight, ctx.dtype, ctx.x_dtype = part, compute_dtype(x), x.dtype
         x = x.to(ctx.dtype)
         ctx.save_for_backward(x, factor)
-        return F.linear(
-            x,
-            _times(part, part.unpacked(torch.float32), factor).to(ctx.dtype),
-            None if bias is None else bias.to(ctx.dtype),
-        )
+        weight = _tuned(part, part.unpacked(torch.float32), factor).to(ctx.dtype)
+        return F.linear(x, weight, None if bias is None else bias.to(ctx.dtype))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor, None, None]:
-        x, factor = ctx.saved_tensors
-        values = ctx.packed_weight.unpacked(torch.float32)
-        of_x = (
-            (gradient @ _times(ctx.packed_weight, values, factor).to(ctx.dtype)).to(ctx.x_dtype)
-            if ctx.needs_input_grad[0]
-            else None
-        )
-        of_weight = (
-            gradient.reshape(-1, gradient.shape[-1]).mT @ x.reshape(-1, x.shape[-1])
-        ).float()
-        granularity = ctx.packed_weight.owner.scheme.granularity
-        return (
-            of_x,
-            grouped(of_weight.mul_(values), granularity)
-            .sum_to_size(_aligned(ctx.packed_weight, factor).shape)
-            .view(factor.shape),
-            None,
-            None,
-        )
+        (x, factor), part = ctx.saved_tensors, ctx.packed_weight
+        values, of_x = part.unpacked(torch.float32), None
+        if ctx.needs_input_grad[0]:
+            of_x = (gradient @ _tuned(part, values, factor).to(ctx.dtype)).to(ctx.x_dtype)
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        of_weight = (rows.mT @ x.reshape(-1, x.shape[-1])).float().mul_(values)
+        granularity = part.owner.scheme.granularity
+        shape = aligned(factor, granularity, 2).shape
+        of_factor = grouped(of_weight, granularity).sum_to_size(shape).view(factor.shape)
+        return of_x, of_factor, None, None
 
 
-def _times(
-    part: PackedWeight, values: Float[Tensor, "out in"], factor: Tensor
-) -> Float[Tensor, "out in"]:
-    return (grouped(values, part.owner.scheme.granularity) * (1 + _aligned(part, factor))).view(
-        values.shape
-    )
-
-
-def _aligned(part: PackedWeight, factor: Tensor) -> Tensor:
-    return aligned(factor, part.owner.scheme.granularity, len(part.shape))
-
-
-def _multiply_(layer: PackedLayer, factor: Tensor) -> None:
-    """Multiply the layer's scales, and its float offsets, by `factor`."""
-    parts, granularity = layer.tensor.parts, layer.scheme.granularity
-    scale = parts.scale.float() * factor
-    if isinstance(granularity, PerBlock):
-        scale = storable_scale(scale)
-    layer.scale = narrowest(scale)
-    if parts.minimum is not None:
-        layer.minimum = narrowest(parts.minimum.float() * (scale / parts.scale.float()))
+def _tuned(part: PackedWeight, values: Tensor, factor: Tensor) -> Tensor:
+    """`(1 + f) W` for the values of W [out, in]."""
+    granularity = part.owner.scheme.granularity
+    return (grouped(values, granularity) * (1 + aligned(factor, granularity, 2))).view(values.shape)

@@ -40,8 +40,7 @@ from qwlora.graph.value_traits import Decision
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.range_estimator import as_estimator
 from qwlora.messages import listed, suggestion
-from qwlora.nn.frozen import assert_frozen, packed_layers
-from qwlora.nn.unwrap import unwrapped
+from qwlora.nn.frozen import assert_frozen, packed_layers, unwrapped
 from qwlora.parameter_names import parameter_name
 from qwlora.progress import Track, untracked
 from qwlora.simulation.fake_quantizer import (

@@ -19,7 +19,7 @@ from qwlora.export.format_limits import LayerKind
 from qwlora.export.proof.contents import known_settings
 from qwlora.grid.scheme import Blocks
 from qwlora.messages import lines
-from qwlora.nn.pack import packed_weights
+from qwlora.nn.frozen import packed_weights
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_modules import PackedLinear
 

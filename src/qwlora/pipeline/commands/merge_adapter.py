@@ -21,7 +21,7 @@ from qwlora.adapter.adapter_deltas import RoundingLoss, rounding_losses, untie_
 from qwlora.analysis.token_scores import logits_of, perplexity
 from qwlora.formats.base_folder import save_base
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.nn.pack import pack_at_, restore_conv1d_, tie_weights_, unpack_
+from qwlora.nn.replace import pack_at_, restore_conv1d_, tie_weights_, unpack_
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.progress import Track
 

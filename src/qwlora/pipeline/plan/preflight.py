@@ -37,7 +37,7 @@ from qwlora.pipeline.plan.target_table import (
     second_rounding,
 )
 from qwlora.pipeline.running.loaded_models import JobContext
-from qwlora.quantize.quantize_model import find_tensors, plan_layers
+from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import slow_compute, training_device
 

@@ -114,7 +114,7 @@ def second_rounding(recipe: Recipe) -> str | None:
 def _lies_on_grid(recipe: Recipe, folder: Path) -> bool:
     from qwlora.formats.assemble_model import LazyModel
     from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
-    from qwlora.quantize.quantize_model import plan_layers
+    from qwlora.quantize.layer_rules import plan_layers
     from qwlora.quantize.requantization_check import is_on_grid
 
     if recipe.model.trust_remote_code:

@@ -32,10 +32,10 @@ from qwlora.errors import CaptureError, QwloraError
 from qwlora.formats.meta_model import build_model
 from qwlora.formats.model_source import fetch, load_config
 from qwlora.grid.scheme import Scheme, parse_scheme
-from qwlora.nn.pack import place_empty_, tie_weights_
 from qwlora.nn.packed_layer import PackedLayer
+from qwlora.nn.replace import place_empty_, tie_weights_
+from qwlora.quantize.layer_rules import plan_layers
 from qwlora.quantize.quantize_blocks import tensors_by_block
-from qwlora.quantize.quantize_model import plan_layers
 from qwlora.recipe import Adapter, Recipe
 
 _device = torch.ops.prim.device.default

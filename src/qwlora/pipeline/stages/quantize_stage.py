@@ -100,8 +100,12 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
     from qwlora.formats.model_origin import public_name
     from qwlora.grid.second_moments import Moments
     from qwlora.quantize.quantize_blocks import observe_moments
-    from qwlora.quantize.quantize_checkpoint import quantize_checkpoint
-    from qwlora.quantize.quantize_model import QuantizeReport, base_size, quantize_
+    from qwlora.quantize.quantize_model import (
+        QuantizeReport,
+        base_size,
+        quantize_,
+        quantize_checkpoint,
+    )
 
     base, source = context.recipe.base, public_name(context.recipe.model.source)
     calibration = context.base_calibration_ids(base.calibration_sequences)

@@ -1,4 +1,6 @@
-"""Models that somebody changed before `quantize_`: hooks, patches, wrappers, computed weights."""
+"""Models that somebody changed: hooks, patches, wrappers, computed weights; before `quantize_`, and
+before `assert_frozen`.
+"""
 
 from __future__ import annotations
 
@@ -8,21 +10,33 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
+from accelerate.hooks import AlignDevicesHook, ModelHook, add_hook_to_module
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.nn.utils.parametrize import remove_parametrizations
 from transformers import PreTrainedModel
 
-from conftest import tiny_model
+from conftest import byte_tokenizer, tiny_model
+from qwlora import (
+    PackedLinear,
+    QwloraError,
+    assert_frozen,
+    fingerprint,
+    quantize_,
+    save_adapter,
+    save_base,
+    simulate,
+)
+from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.errors import GridError
-from qwlora.nn import PackedLinear, packed_weights
-from qwlora.nn.fingerprint import fingerprint
-from qwlora.nn.pack import unpack_
+from qwlora.nn import packed_weights
+from qwlora.nn.replace import unpack_
 from qwlora.quantize.layer_rules import Rule
-from qwlora.quantize.quantize_model import quantize_
 
 IDS = torch.arange(16).view(2, 8)
 UP = "model.layers.1.mlp.up_proj"
+PATCHED = rf"(?s)1 packed layers have a forward that was set .*{UP.replace('.', '[.]')}"
 
 
 def logits(model: nn.Module) -> Tensor:
@@ -31,7 +45,7 @@ def logits(model: nn.Module) -> Tensor:
     return found
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def plain() -> PreTrainedModel:
     model = tiny_model("qwen3")
     quantize_(model, "w4-block32", "rtn")
@@ -134,17 +148,18 @@ def test_a_model_in_distributed_data_parallel_is_refused() -> None:
         quantize_(wrapped, "w4-block32", "rtn")
 
 
-@pytest.mark.parametrize("kind", ["weight_norm", "old weight_norm", "pruning"])
-def test_a_computed_weight_is_refused_by_name_unless_a_rule_keeps_it_float(kind: str) -> None:
+@pytest.mark.parametrize(
+    "compute",
+    [
+        parametrizations.weight_norm,
+        nn.utils.weight_norm,
+        lambda layer: prune.l1_unstructured(layer, "weight", 0.5),
+    ],
+    ids=["weight_norm", "old weight_norm", "pruning"],
+)
+def test_a_computed_weight_is_refused_by_name_unless_a_rule_keeps_it_float(compute) -> None:  # type: ignore[no-untyped-def]
     model = tiny_model("qwen3")
-    layer = model.get_submodule(UP)
-    match kind:
-        case "weight_norm":
-            parametrizations.weight_norm(layer)
-        case "old weight_norm":
-            nn.utils.weight_norm(layer)
-        case "pruning":
-            prune.l1_unstructured(layer, "weight", 0.5)
+    compute(model.get_submodule(UP))
     with pytest.raises(GridError, match=rf"(?s)1 layers.*{UP} computes its weight"):
         quantize_(model, "w4-block32", "rtn")
     quantize_(model, "w4-block32", "rtn", rules=[Rule(UP, None)])
@@ -163,3 +178,75 @@ def test_tensors_of_a_weight_norm_on_a_convolution_are_not_taken_for_experts() -
     model = nn.Sequential(nn.Linear(32, 32), parametrizations.weight_norm(nn.Conv1d(32, 32, 3)))
     quantize_(model, "w4-block32", "rtn")
     assert packed_weights(model).keys() == {"0.weight"}
+
+
+def test_attaching_first_and_quantizing_after_gives_the_same_base(plain: PreTrainedModel) -> None:
+    wrapped = get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules="all-linear"))
+    quantize_(wrapped, "w4-block32", "rtn")
+    assert fingerprint(wrapped) == fingerprint(plain)
+    torch.testing.assert_close(logits(wrapped.eval()), logits(plain))
+
+
+def test_a_float_model_is_not_frozen() -> None:
+    with pytest.raises(GridError, match=r"Qwen3ForCausalLM has no packed layer.*quantize_"):
+        assert_frozen(tiny_model("qwen3"))
+
+
+def test_a_forward_that_was_set_on_a_packed_layer_is_refused_and_hooks_are_not(
+    plain: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> Tensor:
+        raise AssertionError("a weight was unpacked")
+
+    monkeypatch.setattr("qwlora.nn.packed_tensor.unpack", refuse)
+    layer = plain.get_submodule(UP)
+    layer.register_forward_hook(lambda *_: None)
+    add_hook_to_module(plain.get_submodule("model.layers.0.mlp.up_proj"), AlignDevicesHook("cpu"))
+    assert_frozen(plain)
+    layer.forward = lambda x: x.new_zeros(*x.shape[:-1], 128)
+    with pytest.raises(GridError, match=PATCHED):
+        assert_frozen(plain)
+    add_hook_to_module(layer, ModelHook())
+    with pytest.raises(GridError, match=PATCHED):
+        assert_frozen(plain)
+
+
+def test_training_simulation_and_saving_check_it(plain: PreTrainedModel, tmp_path: Path) -> None:
+    adapted = get_peft_model(plain, LoraConfig(r=2, target_modules=["up_proj"]))
+    layer = adapted.base_model.model.get_submodule(f"{UP}.base_layer")
+    layer.forward = lambda x: x @ torch.randn(64, 128)
+    settings = TrainingSettings(1, 1e-3, 1, 0, "constant", 1, 0)
+    for use in (
+        lambda: train_adapter(adapted, IDS, settings, tmp_path / "work"),
+        lambda: simulate(adapted.eval(), {"input_ids": IDS}),
+        lambda: save_adapter(adapted, tmp_path / "adapter"),
+        lambda: save_base(plain, byte_tokenizer(), tmp_path, "here"),
+    ):
+        with pytest.raises(GridError, match=PATCHED):
+            use()
+    assert not list(tmp_path.iterdir())
+
+
+class TwoLayers(nn.Module):
+    """Computes with a weight that it kept for itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(32, 32)
+        self.kept = [self.layer]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.kept[0](x)
+
+
+def test_a_graph_that_uses_no_packed_layer_is_refused() -> None:
+    model = TwoLayers()
+    quantize_(model, "w4-block32", "rtn")
+    with pytest.raises(QwloraError, match=r"none of the 1 packed layers.*layer first"):
+        simulate(model.eval(), {"x": torch.ones(2, 32)})
+
+
+def test_simulating_a_float_model_warns_that_there_are_no_base_encodings() -> None:
+    with pytest.warns(UserWarning, match="Linear has no packed layer.*no base encodings"):
+        simulation = simulate(nn.Linear(4, 4).eval(), {"input": torch.ones(2, 4)})
+    assert not simulation.base_encodings

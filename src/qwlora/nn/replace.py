@@ -1,19 +1,22 @@
-"""From float modules to packed layers in a model, by the names of its float tensors, and back.
+"""Packed layers in place of float modules, and back, by the names of a model's float tensors.
 
 pack_at_(model, name, quantized)     pack one tensor and whatever is tied to it
 place_empty_(model, path, scheme)    the same with empty buffers, by the path of the packed layer
 tie_weights_(model)                  tied output heads read the codes of a packed embedding
-packed_weights(model)                {"model.layers.0.mlp.up_proj.weight": layer,
-                                      "model.layers.0.mlp.experts.down_proj": layer, ...}
 unpack_(model)                       float layers whose weights are the dequantized codes, to merge
 pack_module(module, quantized)       one module
+
+A packed layer is a new module. accelerate's hooks (`dispatch_model`, `device_map`) are set again on
+it. Any other forward that was set on the old module would keep computing its float weight, so such
+modules are refused.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import cast
 
 import torch
+from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -21,13 +24,11 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.errors import GridError, MergeError
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.nn.instance_forward import instance_forward_problem, move_hook_, state_without_hook
-from qwlora.nn.packed_experts import PackedParameter, empty_packed_parameter_, pack_parameter_
-from qwlora.nn.packed_layer import PackedLayer, is_packed
-from qwlora.nn.packed_matmul import PackedWeightOwner
+from qwlora.nn.packed_experts import PackedParameter, pack_parameter_, parameter_out_in
+from qwlora.nn.packed_layer import PackedLayer, accelerate_hook, instance_calls, is_packed
 from qwlora.nn.packed_modules import PackedLinear, packed_class
-from qwlora.nn.packed_tensor import PackedTensor, Parts
-from qwlora.parameter_names import FOLDER, canonical_name, parameter_name
+from qwlora.nn.packed_tensor import PackedTensor
+from qwlora.parameter_names import FOLDER, canonical_name
 
 
 def is_packable(module: nn.Module) -> bool:
@@ -35,14 +36,12 @@ def is_packable(module: nn.Module) -> bool:
     a subclass, whose weight is its own parameter.
     """
     weight = module._parameters.get("weight")
-    if (
-        is_packed(module)
-        or weight is None
-        or not weight.is_floating_point()
-        or getattr(module, "max_norm", None) is not None
-    ):
-        return False
-    return _is_of_packable_class(module)
+    return (
+        weight is not None
+        and weight.is_floating_point()
+        and getattr(module, "max_norm", None) is None
+        and _is_of_packable_class(module)
+    )
 
 
 def has_computed_weight(module: nn.Module) -> bool:
@@ -59,6 +58,32 @@ def _is_of_packable_class(module: nn.Module) -> bool:
     return isinstance(module, Conv1D) or packed_class(type(module)) is not None
 
 
+def replacement_problem(module: nn.Module) -> str | None:
+    """Why another module cannot replace `module`; None if one can."""
+    if has_computed_weight(module):
+        return (
+            "computes its weight in each forward (weight_norm or another parametrization, or "
+            "pruning). Make the result permanent first: torch.nn.utils.parametrize."
+            "remove_parametrizations(layer, 'weight'), remove_weight_norm or prune.remove"
+        )
+    match instance_calls(module):
+        case ["forward", *_]:
+            return (
+                "has a 'forward' that was set on the instance and would keep computing the old "
+                "weight. Delete it (`del layer.forward`) first, and set it again afterwards"
+            )
+        case [_, *_]:
+            return "was compiled by module.compile(); quantize first, then compile"
+    hook = accelerate_hook(module)
+    hooks = hook.hooks if isinstance(hook, SequentialHook) else (hook,)
+    if any(isinstance(part, AlignDevicesHook) and part.offload for part in hooks):
+        return (
+            "is offloaded by accelerate, so its weight is not in memory. Load the model without "
+            "offloading, or quantize it from its folder (`qwlora run`, `open_checkpoint`)"
+        )
+    return None
+
+
 def weight_out_in(module: nn.Module) -> Tensor:
     """The weight as [out, in], blocks along `in`: Conv1D transposed, a kernel flattened, an
     embedding's rows as they are; float32 if packed.
@@ -66,18 +91,27 @@ def weight_out_in(module: nn.Module) -> Tensor:
     Raises:
         GridError: the module is none of these.
     """
-    if isinstance(module, PackedLayer) and is_packed(module):
+    if is_packed(module):
         return module.tensor.dequantize()
     if not is_packable(module):
         raise GridError(
             f"{type(module).__name__} has no weight that can be packed. Linear, Conv1D, Embedding, "
             "Conv1d and Conv2d have one."
         )
-    weight: Any = module.weight
+    weight = cast(Tensor, module.weight)
     return weight.T if isinstance(module, Conv1D) else weight.flatten(1)
 
 
-def pack_module(module: nn.Module, quantized: QuantizedTensor) -> nn.Module:
+def tensor_out_in(model: nn.Module, name: str) -> Tensor:
+    """The float tensor `name` as [out, in], or [experts, out, in]."""
+    path, _, key = name.rpartition(".")
+    module = model.get_submodule(path)
+    if key == "weight" and is_packable(module):
+        return weight_out_in(module)
+    return parameter_out_in(module, key)
+
+
+def pack_module(module: nn.Module, quantized: QuantizedTensor) -> PackedLayer:
     """A packed layer that replaces `module`: codes of `quantized` [out, in]; bias, training mode
     and all other attributes are kept.
 
@@ -85,79 +119,49 @@ def pack_module(module: nn.Module, quantized: QuantizedTensor) -> nn.Module:
         GridError: the module cannot be packed, the codes have another shape, or as
             `PackedTensor.from_quantized`.
     """
-    return _packed(module, PackedTensor.from_quantized(quantized), None)
+    return _packed(module, PackedTensor.from_quantized(quantized))
 
 
-def empty_packed(
-    module: nn.Module,
-    scheme: Scheme,
-    device: torch.device | str = "meta",
-    dtype: torch.dtype = torch.float16,
-) -> nn.Module:
-    """`pack_module` with empty buffers on `device`, to load with `load_state_dict(assign=True)`.
-
-    Raises:
-        GridError: the module cannot be packed, or the scheme does not fit it.
-    """
-    return _packed(
-        module, PackedTensor.empty(scheme, tuple(weight_out_in(module).shape), device, dtype), None
-    )
-
-
-def pack_tied(module: nn.Module, owner: nn.Module) -> nn.Module:
+def pack_tied(module: nn.Module, owner: nn.Module) -> PackedLayer:
     """A layer that replaces `module` and reads the codes of the packed layer `owner`: an output
     head tied to the embedding.
 
     Raises:
         GridError: `owner` is not packed, or the shapes differ.
     """
-    if not isinstance(owner, PackedLayer) or not is_packed(owner):
+    if not is_packed(owner):
         raise GridError(
             f"{type(owner).__name__} is not packed, so no layer can share its codes. Pack it first."
         )
-    return _packed(module, None, owner)
+    return _packed(module, owner)
 
 
-def _packed(module: nn.Module, tensor: PackedTensor | None, owner: PackedLayer | None) -> nn.Module:
+def _packed(module: nn.Module, source: PackedTensor | PackedLayer) -> PackedLayer:
     weight = weight_out_in(module)
-    shape = (tensor or owner.tensor).shape  # type: ignore[union-attr]
+    shape = source.shape if isinstance(source, PackedTensor) else source.tensor.shape
     if is_packed(module) or shape != tuple(weight.shape):
         raise GridError(
             f"the codes have shape {list(shape)}, but the weight of {module} has "
             f"{list(weight.shape)}"
         )
-    if problem := instance_forward_problem(module):
+    if problem := replacement_problem(module):
         raise GridError(f"this {type(module).__name__} {problem}")
     if isinstance(module, Conv1D):
-        linear = PackedLinear.build(tensor, owner, module.bias, weight.dtype).train(module.training)
-        linear.was_conv1d = True
-        move_hook_(module, linear)
-        return linear
-    kind = packed_class(type(module))
-    assert kind is not None
-    if taken := [name for name in ("scheme", "tensor", *Parts._fields) if hasattr(module, name)]:
-        raise GridError(
-            f"{type(module).__name__} already has an attribute {taken[0]!r}, where a packed layer "
-            "stores its codes"
-        )
-    layer = kind.__new__(kind)
-    layer.__dict__.update(state_without_hook(module))
-    layer.__dict__["_non_persistent_buffers_set"] = set(module._non_persistent_buffers_set)
-    full = tuple(layer._parameters.pop("weight").shape)  # type: ignore[union-attr]
-    layer._take(tensor, owner, full, weight.dtype)
-    move_hook_(module, layer)
+        linear = nn.Linear(module.nx, module.nf, bias=False, device="meta", dtype=weight.dtype)
+        linear.bias = module.bias
+        layer: PackedLayer = PackedLinear.from_layer(linear.train(module.training), source)
+        layer.was_conv1d = True
+    else:
+        kind = packed_class(type(module))
+        assert kind is not None
+        layer = kind.from_layer(module, source)
+    _move_hook_(module, layer)
     return layer
 
 
-def packed_weights(model: nn.Module) -> dict[str, PackedLayer]:
-    """Every packed layer of `model`, tied ones included, by the name of its float tensor, without
-    the names that an adapter library adds.
-    """
-    return {
-        parameter_name(path): module
-        for path, module in model.named_modules()
-        if isinstance(module, PackedLayer) and is_packed(module)
-    }
+def _move_hook_(source: nn.Module, target: nn.Module) -> None:
+    if hook := accelerate_hook(source):
+        add_hook_to_module(target, hook)
 
 
 def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedLayer:
@@ -169,10 +173,10 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
         GridError: no packed layer can replace it, or the codes have another shape.
         AttributeError: the model has no such module.
     """
-    path, _, last = name.rpartition(".")
+    path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
-    if not (last == "weight" and is_packable(module)):
-        return pack_parameter_(module, last, quantized)
+    if not (key == "weight" and is_packable(module)):
+        return pack_parameter_(module, key, PackedTensor.from_quantized(quantized))
     weight = module._parameters["weight"]
     tied = [
         (other, reader)
@@ -181,7 +185,6 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
     ]
     layer = pack_module(module, quantized)
     model.set_submodule(path, layer)
-    assert isinstance(layer, PackedLayer)
     for other, reader in tied:
         model.set_submodule(other, pack_tied(reader, layer))
     return layer
@@ -190,7 +193,8 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
 def place_empty_(
     model: nn.Module, path: str, scheme: Scheme, device: torch.device | str = "meta"
 ) -> PackedLayer:
-    """Put a packed layer with empty buffers at `path`, its module path in a packed model.
+    """Put a packed layer with empty buffers at `path`, its module path in a packed model, to load
+    with `load_state_dict(assign=True)`.
 
     Raises:
         GridError: the module there cannot be packed, or the scheme does not fit it.
@@ -198,10 +202,13 @@ def place_empty_(
     """
     module_path, folder, name = path.rpartition(f".{FOLDER}.")
     if folder:
-        return empty_packed_parameter_(model.get_submodule(module_path), name, scheme, device)
-    layer = empty_packed(model.get_submodule(path), scheme, device)
+        experts = model.get_submodule(module_path)
+        shape = tuple(parameter_out_in(experts, name).shape)
+        return pack_parameter_(experts, name, PackedTensor.empty(scheme, shape, device))
+    module = model.get_submodule(path)
+    shape = tuple(weight_out_in(module).shape)
+    layer = _packed(module, PackedTensor.empty(scheme, shape, device))
     model.set_submodule(path, layer)
-    assert isinstance(layer, PackedLayer)
     return layer
 
 
@@ -209,13 +216,13 @@ def tie_weights_(model: PreTrainedModel) -> None:
     """`model.tie_weights()` for models with packed layers: a layer that the model's class ties to a
     packed weight is replaced by one on the same codes."""
     for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
-        paths = [name.removesuffix(".weight") for name in (target, source)]
-        there, owner = (
-            model.get_submodule(path) if path != name else None
-            for path, name in zip(paths, (target, source), strict=True)
-        )
-        if there is not None and owner is not None and is_packed(owner) and not is_packed(there):
-            model.set_submodule(paths[0], pack_tied(there, owner))
+        if not (target.endswith(".weight") and source.endswith(".weight")):
+            continue
+        path = target.removesuffix(".weight")
+        reader = model.get_submodule(path)
+        owner = model.get_submodule(source.removesuffix(".weight"))
+        if is_packed(owner) and not is_packed(reader):
+            model.set_submodule(path, pack_tied(reader, owner))
     model.tie_weights()
 
 
@@ -232,31 +239,33 @@ def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
         The packed tensors by their canonical names.
 
     Raises:
-        MergeError: the model has fused experts, which stay packed.
+        MergeError: the model has fused experts, which stay packed, or a layer has a forward of its
+            own.
     """
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)
     }
-    if experts := [name for name, module in layers.items() if isinstance(module, PackedParameter)]:
-        raise MergeError(
-            f"{canonical_name(experts[0])}: fused experts cannot be unpacked to floats, so nothing "
-            "can be merged into this model. Keep the adapter separate."
-        )
     for name, layer in layers.items():
-        if problem := instance_forward_problem(layer):
+        if isinstance(layer, PackedParameter):
+            raise MergeError(
+                f"{canonical_name(name)}: fused experts cannot be unpacked to floats, so nothing "
+                "can be merged into this model. Keep the adapter separate."
+            )
+        if problem := replacement_problem(layer):
             raise MergeError(f"{canonical_name(name)} {problem}")
     parameters: dict[int, nn.Parameter] = {}
-    found = {}
+    packed = {}
     for name, layer in layers.items():
         key = layer.tensor.parts.packed.data_ptr()
         if key not in parameters:
-            parameters[key] = nn.Parameter(
-                layer.quantized.dequantize().to(layer.compute_dtype).view(layer.weight_shape),
-                requires_grad=False,
-            )
-            found[f"{canonical_name(name)}.weight"] = layer.quantized
-        model.set_submodule(name, _float_module(layer, parameters[key]))
-    return found
+            packed[f"{canonical_name(name)}.weight"] = quantized = layer.quantized
+            values = quantized.dequantize().to(layer.compute_dtype).view(layer.weight_shape)
+            parameters[key] = nn.Parameter(values, requires_grad=False)
+        conv1d = UnpackedConv1D if layer.was_conv1d else None
+        module = layer.to_layer(parameters[key], conv1d)
+        _move_hook_(layer, module)
+        model.set_submodule(name, module)
+    return packed
 
 
 def restore_conv1d_(model: nn.Module) -> None:
@@ -265,29 +274,7 @@ def restore_conv1d_(model: nn.Module) -> None:
         if isinstance(linear, UnpackedConv1D):
             conv1d = Conv1D(0, 0).train(linear.training)
             conv1d.nf, conv1d.nx = linear.weight.shape
-            conv1d.weight, conv1d.bias = (
-                nn.Parameter(linear.weight.detach().T.contiguous(), requires_grad=False),
-                linear.bias,
-            )
+            weight = linear.weight.detach().T.contiguous()
+            conv1d.weight = nn.Parameter(weight, requires_grad=False)
+            conv1d.bias = linear.bias
             model.set_submodule(name, conv1d)
-
-
-def _float_module(layer: PackedLayer, weight: nn.Parameter) -> nn.Module:
-    kind = (
-        UnpackedConv1D
-        if isinstance(layer, PackedLinear) and layer.was_conv1d
-        else next(
-            k
-            for k in type(layer).__mro__
-            if issubclass(k, nn.Module) and not issubclass(k, PackedWeightOwner)
-        )
-    )
-    module = kind.__new__(kind)
-    module.__dict__.update(state_without_hook(layer))
-    for name in (*Parts._fields, "weight"):
-        module._buffers.pop(name, None)
-    for name in ("scheme", "count", "weight_shape", "compute_dtype", "_owner", "was_conv1d"):
-        module.__dict__.pop(name, None)
-    module._parameters = {"weight": weight, **module._parameters}
-    move_hook_(layer, module)
-    return module

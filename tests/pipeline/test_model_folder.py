@@ -58,29 +58,18 @@ def test_a_second_merge_into_the_folder_is_refused_and_harms_nothing(tmp_path: P
     assert names(tmp_path) == ["merged", "merged/config.json"]
 
 
-def test_what_a_killed_merge_left_is_replaced(tmp_path: Path) -> None:
-    half = tmp_path / "merged" / ".qwlora-write" / "model"
-    half.mkdir(parents=True)
-    (half / "half.safetensors").touch()
-    (half.parent / "lock").touch()
-    with new_folder(tmp_path / "merged") as folder:
-        (folder / "config.json").write_text("{}")
-    assert names(tmp_path) == ["merged", "merged/config.json"]
-
-
-@pytest.mark.parametrize("function", ["shutil.rmtree", "move_into_place"])
-def test_what_a_merge_left_that_was_killed_in_its_last_steps_is_replaced(
-    tmp_path: Path, function: str
-) -> None:
-    """Killed before it removes its scratch folder, or before the model takes the folder's place."""
+@pytest.mark.parametrize("is_moving", [False, True])
+def test_what_a_killed_merge_left_is_replaced(tmp_path: Path, is_moving: bool) -> None:
+    """Killed while it writes, or before the model takes the folder's place."""
     place = tmp_path / "merged"
     if not (child := os.fork()):
         try:
             with pytest.MonkeyPatch.context() as patched, new_folder(place) as folder:
                 (folder / "config.json").write_text("old")
-                patched.setattr(
-                    f"qwlora.pipeline.commands.model_folder.{function}", lambda *_: os._exit(9)
-                )
+                (folder / "half.safetensors").touch()
+                if not is_moving:
+                    os._exit(9)
+                patched.setattr(model_folder, "move_into_place", lambda *_: os._exit(9))
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

@@ -126,10 +126,7 @@ def lock_folder(folder: Path, name: str) -> tuple[IO[str], list[Path]]:
     try:
         for _ in range(_ATTEMPTS):
             try:
-                for missing in [p for p in (folder, *folder.parents) if not p.exists()][::-1]:
-                    with contextlib.suppress(FileExistsError):  # another process was faster
-                        missing.mkdir()
-                        made.append(missing)
+                make_folders(folder, made)
                 file = (folder / name).open("a")
             except FileNotFoundError:  # removed by a process that gave up
                 continue
@@ -154,6 +151,14 @@ def lock_folder(folder: Path, name: str) -> tuple[IO[str], list[Path]]:
         f"{shown(folder.parent)} is in use by another qwlora process; wait for it, or choose "
         "another --out"
     )
+
+
+def make_folders(folder: Path, made: list[Path]) -> None:
+    """Create `folder` and its parents; adds those that this call created to `made`."""
+    for missing in [p for p in (folder, *folder.parents) if not p.exists()][::-1]:
+        with contextlib.suppress(FileExistsError):  # another process was faster
+            missing.mkdir()
+            made.append(missing)
 
 
 def remove_empty(folders: Iterable[Path]) -> None:

@@ -18,7 +18,7 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from qwlora.adapter.adapter_folder import adapter_folder, check_adapter, load_adapter, reading
-from qwlora.adapter.attach import attach, attach_existing
+from qwlora.adapter.attach import attach, attach_existing, without_dropout_
 from qwlora.data import Documents, Prepared, prepare
 from qwlora.data.prepared_data import describe
 from qwlora.data.sequences import Sequences
@@ -367,11 +367,15 @@ class JobContext:
             yield self.base()
 
     def untrained(self, adapter: Adapter) -> PeftModel:
-        """A fresh copy of the base with an adapter before its training."""
-        base, seed = self.base(), self.recipe.seed
-        if adapter.continue_from is None:
+        """A fresh copy of the base with a new adapter, or with the one that this one continues."""
+        base, seed, first = self.base(), self.recipe.seed, self.recipe.predecessor(adapter)
+        source = str(self.path / "adapters" / first.name) if first else adapter.continue_from
+        if source is None:
             return attach(base, adapter.lora_shape(), seed)
-        return attach_existing(base, adapter.continue_from, adapter.unknown_base, seed)
+        model = attach_existing(base, source, adapter.unknown_base, seed)
+        if self.recipe.workflow == "qwa-lora" and adapter.steps:
+            without_dropout_(model)
+        return model
 
     def training_graph(self, model: PeftModel) -> TrainingGraph:
         """Base and adapter as one graph to train through, with calibrated base activations."""

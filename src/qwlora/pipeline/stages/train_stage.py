@@ -74,10 +74,10 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     adapter, identity = context.adapter(str(stage.adapter)), context.base_fingerprint
     context.check_rules()
     reset_peak_rss()
-    model = _attached(context, adapter)
+    model = context.untrained(adapter)
     initialized: dict[str, Any] = {}
     if adapter.init != "zero":
-        model, initialized = _initialize(context, model, adapter)
+        initialized = _initialize(context, model, adapter)
         reset_peak_rss()
     report = _train(context, model, adapter, work)
     if (after := fingerprint(model)) != identity:
@@ -113,21 +113,6 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     return {"train": {adapter.name: measured}, "data": context.text(adapter.name).describe()}
 
 
-def _attached(context: JobContext, adapter: Adapter) -> PeftModel:
-    """The base with a new adapter, or with the one that this one continues."""
-    from qwlora.adapter.attach import attach, attach_existing, without_dropout_
-
-    base, seed = context.base(), context.recipe.seed
-    first = context.recipe.predecessor(adapter)
-    source = str(context.path / "adapters" / first.name) if first else adapter.continue_from
-    if source is None:
-        return attach(base, adapter.lora_shape(), seed)
-    model = attach_existing(base, source, adapter.unknown_base, seed)
-    if context.recipe.workflow == "qwa-lora" and adapter.steps:
-        without_dropout_(model)
-    return model
-
-
 def _train(context: JobContext, model: PeftModel, adapter: Adapter, work: Path) -> TrainingReport:
     """Train the adapter of `model`, if it has steps."""
     from qwlora.adapter.attach import check_trainable
@@ -157,14 +142,9 @@ def _train(context: JobContext, model: PeftModel, adapter: Adapter, work: Path) 
     )
 
 
-def _initialize(
-    context: JobContext, model: PeftModel, adapter: Adapter
-) -> tuple[PeftModel, dict[str, Any]]:
-    """Initialize the adapter to correct the quantization error.
-
-    Returns:
-        The model, and a report with each layer's error before and after.
-    """
+def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict[str, Any]:
+    """Initialize the adapter to correct the quantization error; returns each layer's error before
+    and after."""
     from qwlora.adapter.initialize import initialize_adapter_
     from qwlora.grid.second_moments import Moments
     from qwlora.nn import weight_out_in
@@ -184,10 +164,8 @@ def _initialize(
         track=context.track,
         solver_scales=solver_scales(context.path / "base"),
     )
-    return model, {
-        "method": adapter.init,
-        "layers": {path: asdict(report) for path, report in reports.items()},
-    }
+    layers = {path: asdict(report) for path, report in reports.items()}
+    return {"method": adapter.init, "layers": layers}
 
 
 def solver_scales(base: Path) -> dict[str, Tensor]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import nn
@@ -56,29 +56,48 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         ExportError: an adapter from elsewhere has what a target cannot hold.
         MissingExtraError: a package that a later stage needs is not installed.
     """
+    recipe, computing = context.recipe, list[tuple[str, str, str]]()  # name, precision, device
     if verbs & {"export", "verify"}:
-        for target in (TARGETS[name] for name in context.recipe.export.targets):
+        for target in (TARGETS[name] for name in recipe.export.targets):
             if target.is_simulated:
                 target.require_packages()
     if "quantize" in verbs:
-        check_targets(context.recipe)
-        if note := second_rounding(context.recipe):
+        check_targets(recipe)
+        if note := second_rounding(recipe):
             say(f"warning: {note}")
-    for line in _slow_computing(context.recipe, verbs):
-        say(line)
+        if recipe.base.tuning.steps:
+            computing.append(("base.tuning", recipe.base.tuning.compute, TUNING_DEVICE))
+    if "train" in verbs:
+        trained = [a for a in recipe.adapters if a.steps]
+        computing += [(f"adapter {a.name}", a.compute, training_device()) for a in trained]
+    for what, compute, device in computing:
+        if problem := slow_compute(compute, device):
+            say(f"warning: {what}: {problem}")
     texts = context.all_texts()
     largest = max(text.data.largest_id() for text in texts.values())
     is_packed = any(text.data.train.position_ids is not None for text in texts.values())
     if "train" in verbs:
         shapes = _check_adapters(context)
-        for line in _dropouts_left_out(context):
-            say(line)
-        if context.recipe.workflow == "qwa-lora" and is_packed:
+        if recipe.workflow == "qwa-lora" and is_packed:
             raise TrainingError(
                 "workflow qwa-lora: data.packing documents packs several documents into a "
                 "sequence, and the graph cannot mask attention between them; use join or none"
             )
-    model, packed = _unquantized(context) if "quantize" in verbs else _quantized(context)
+        for adapter in trained if recipe.workflow == "qwa-lora" else ():
+            root = adapter
+            while (first := recipe.predecessor(root)) is not None:
+                root = first
+            source = root.continue_from
+            if source is not None and (dropout := dropout_of(source)):
+                say(
+                    f"adapter {adapter.name}: {source} has dropout {dropout:g}; workflow qwa-lora "
+                    "trains without dropout"
+                )
+    if "quantize" in verbs:
+        model, packed = _unquantized(context)
+    else:  # the existing base without weights
+        model, packed = context.skeleton(), lambda name: name in context.packed_names
+        model.tie_weights()
     if note := check_positions(model, max(t.data.positions() for t in texts.values())):
         say(note)
     if verbs & {"quantize", "export"}:
@@ -92,17 +111,17 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
             f"{context.whole_because}"
         )
     if "quantize" in verbs:
-        if context.recipe.base.tuning.steps:
+        if recipe.base.tuning.steps:
             _check_tuning(context, model, packed)
         embedding: Any = model.get_input_embeddings()
         known = embedding.weight.shape[0]
         if largest >= known:
             raise SourceError(
-                f"the tokenizer of {context.recipe.model.source!r} produces token id {largest}, "
+                f"the tokenizer of {recipe.model.source!r} produces token id {largest}, "
                 f"but the model has only {known} tokens; use the tokenizer of this model"
             )
         # With solver keep there is no float model; training checks it on the base.
-        if is_packed and context.recipe.base.solver != "keep":
+        if is_packed and recipe.base.solver != "keep":
             if context.lazy is None or context.holds_float_model:
                 check_isolation(context.float_model())
             else:
@@ -171,36 +190,6 @@ def _check_tuning(
         )
 
 
-def _slow_computing(recipe: Recipe, verbs: set[str]) -> Iterator[str]:
-    """Warnings for a `compute` precision that this machine only emulates."""
-    tuning, adapters = recipe.base.tuning, [a for a in recipe.adapters if a.steps]
-    asked: list[tuple[str, str, str]] = []  # (name, precision, device)
-    if "quantize" in verbs and tuning.steps:
-        asked.append(("base.tuning", tuning.compute, TUNING_DEVICE))
-    if "train" in verbs:
-        asked += [(f"adapter {a.name}", a.compute, training_device()) for a in adapters]
-    for what, compute, device in asked:
-        if problem := slow_compute(compute, device):
-            yield f"warning: {what}: {problem}"
-
-
-def _dropouts_left_out(context: JobContext) -> Iterator[str]:
-    """Notes on adapters that continue one with dropout in workflow qwa-lora, which has none."""
-    recipe = context.recipe
-    if recipe.workflow != "qwa-lora":
-        return
-    for adapter in recipe.adapters:
-        root = adapter
-        while (first := recipe.predecessor(root)) is not None:
-            root = first
-        source = root.continue_from
-        if adapter.steps and source is not None and (dropout := dropout_of(source)):
-            yield (
-                f"adapter {adapter.name}: {source} has dropout {dropout:g}; workflow qwa-lora "
-                "trains without dropout"
-            )
-
-
 def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], bool]]:
     """The model before step 1, and a function that tells which tensors will be packed."""
     base = context.recipe.base
@@ -213,13 +202,6 @@ def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], 
     return model, plan_layers(
         model, base.weights.scheme(), base.solver, base.layer_rules()
     ).__contains__
-
-
-def _quantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], bool]]:
-    """The existing base without weights, and a function that tells which tensors are packed."""
-    model = context.skeleton()
-    model.tie_weights()
-    return model, lambda name: name in context.packed_names
 
 
 def _check_saved(

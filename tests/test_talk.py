@@ -25,7 +25,6 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from conftest import byte_tokenizer, tiny_model
 from qwlora.analysis.generate_text import Answer
 from qwlora.cli.main import main
-from qwlora.pipeline.commands.evaluate_tasks import stage_of
 from qwlora.pipeline.commands.model_names import JobModels
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
@@ -279,7 +278,7 @@ def test_a_use_case_is_found_by_its_own_name(job: Path, call: Call, tmp_path: Pa
     for adapter in (None, "first+second", "none"):
         name = models.name("qairt", adapter)
         models.check(name)
-        assert stage_of(name) == "export/qairt"
+        assert name.made_by == "export/qairt"
         assert models.tokenizer(name).chat_template == TEMPLATE
     assert models.name("qairt", None).adapters == ["first", "second"]
 

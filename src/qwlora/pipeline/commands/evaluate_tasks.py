@@ -60,7 +60,7 @@ def evaluate_tasks(
         job.check(name)
     state = JobState(folder, job.recipe)
     state.directory.check_writable()
-    for stage in dict.fromkeys(stage_of(name) for name in chosen):
+    for stage in dict.fromkeys(name.made_by for name in chosen):
         state.require(stage)
     quiet_libraries()
     from qwlora.analysis.task_harness import load_tasks, score_tasks
@@ -70,21 +70,8 @@ def evaluate_tasks(
         model = job.open(name, exact=True)
         scores = score_tasks(model, job.tokenizer(name), loaded, limit, f"tasks, {name}", track)
         del model
-        results = add_task_scores(folder, str(name), stage_of(name), scores)
+        results = add_task_scores(folder, str(name), name.made_by, scores)
     return dict(results["tasks"])
-
-
-def stage_of(name: ModelName) -> str:
-    """The stage that makes a model."""
-    match name.stage:
-        case "float" | "base":
-            return "quantize"
-        case "adapted":
-            return f"train/{name.adapter}"
-        case "simulated":
-            return f"calibrate/{name.adapter}"
-        case _:
-            return name.export_stages[-1]
 
 
 def _split(names: str) -> list[str]:

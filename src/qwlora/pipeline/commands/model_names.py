@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from qwlora.errors import DirectoryError
 from qwlora.export.registry import TARGETS
@@ -55,6 +55,13 @@ class ModelName:
         """The stages that write its files; the last one has their folder as its name. Of a target
         only."""
         return TARGETS[self.stage].stages(self.stage, str(self.adapter))
+
+    @property
+    def made_by(self) -> str:
+        """The stage that makes the model; of `float`, the one whose key covers its files."""
+        made = {"adapted": f"train/{self.adapter}", "simulated": f"calibrate/{self.adapter}"}
+        made |= dict.fromkeys(("float", "base"), "quantize")
+        return made.get(self.stage) or self.export_stages[-1]
 
     def __str__(self) -> str:
         return self.stage if self.adapter is None else f"{self.stage}/{self.adapter}"
@@ -151,15 +158,9 @@ class JobModels:
             what = "use cases" if name.is_use_case else f"adapter {name.adapter!r}"
             made = f"has not exported {what} to {name.stage} yet"
             needed.append((name.export_stages[-1], "export", made))
-        verbs: list[str] = []
-        lacking = ""
-        for path, verb, what in needed:
-            if not (self.folder / path).is_dir():
-                verbs.append(verb)
-                lacking = lacking or what
-        if verbs:
-            commands = command_line(dict.fromkeys(verbs), self.folder)
-            raise DirectoryError(f"{str(self.folder)!r} {lacking}. Run first: {commands}")
+        if missing := [entry for entry in needed if not (self.folder / entry[0]).is_dir()]:
+            commands = command_line(dict.fromkeys(verb for _, verb, _ in missing), self.folder)
+            raise DirectoryError(f"{str(self.folder)!r} {missing[0][2]}. Run first: {commands}")
 
     def open(self, name: ModelName, exact: bool = False) -> PreTrainedModel:
         """Load a model.
@@ -179,25 +180,23 @@ class JobModels:
         quiet_libraries()
         if name.stage in ("simulated", *TARGETS):
             return self._open_graph(name)
-        recipe = self.recipe
+        section = self.recipe.model
         if name.stage == "float":
             from qwlora.formats.model_source import load_model
 
-            return load_model(recipe.model.source, recipe.model.trust_remote_code)
+            return load_model(section.source, section.trust_remote_code)
         from qwlora.adapter.adapter_folder import load_adapter
         from qwlora.formats.base_folder import load_base
         from qwlora.nn.few_row_kernels import use_few_row_kernels_
 
-        base = load_base(
-            self.folder / "base", trust_remote_code=recipe.model.trust_remote_code
-        ).eval()
-        model: PreTrainedModel = base
+        folder = self.folder / "base"
+        model: Any = load_base(folder, trust_remote_code=section.trust_remote_code).eval()
         if name.adapter is not None:
             # its `generate` passes everything on to the model that it wraps
-            model = load_adapter(base, self.folder / "adapters" / name.adapter).eval()
+            model = load_adapter(model, self.folder / "adapters" / name.adapter).eval()
         if not exact:
             use_few_row_kernels_(model)
-        return model
+        return cast("PreTrainedModel", model)
 
     def _open_graph(self, name: ModelName) -> PreTrainedModel:
         context, adapter = open_job(self.folder, next(iter(name.adapters), None))

@@ -184,7 +184,7 @@ def _write(
             "simulation.policy: npu and calibrate again"
         )
     inputs: Mapping[str, Tensor] = simulation.bind(batch)
-    found = dict[str, Tensor]()
+    found: dict[str, Tensor] = {}
     if runtime is not None:
         inputs, found = runtime.layers(inputs)
     for part in (INPUTS, SIMULATED, RUNTIME):

@@ -243,11 +243,7 @@ def rebound(
 
 
 def _completed(model: nn.Module, example_inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments with pairs of keys and values as a cache, and an explicit `use_cache`.
-
-    Raises:
-        CaptureError: the model is an encoder-decoder and a cache is requested.
-    """
+    """Arguments with pairs of keys and values as a cache, and an explicit `use_cache`."""
     completed = dict(example_inputs)
     if isinstance(_unwrapped(model), PreTrainedModel):
         completed.pop(LABELS, None)  # the loss is not part of the graph

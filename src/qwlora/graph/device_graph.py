@@ -448,9 +448,6 @@ def lift_scaling(
     """The program with the scaling as its last input, and its value; None without an adapter.
 
     Every adapted layer reads the same input.
-
-    Raises:
-        CaptureError: layers of the adapter have different scalings.
     """
     scaling = scaling_of(program)
     if scaling is None:

@@ -122,11 +122,7 @@ def cache_additions(captured: Captured) -> dict[str, CacheAddition]:
 
 
 def _example_cache(model: nn.Module, ids: Tensor, past: int) -> list[tuple[Tensor, Tensor]]:
-    """Keys and values of `past` tokens, in the shapes of those that the model makes of `ids`.
-
-    Raises:
-        CaptureError: it makes none.
-    """
+    """Keys and values of `past` tokens, in the shapes of those that the model makes of `ids`."""
     kind = type(model).__name__
     remedy = "only a causal language model has a graph with a cache"
     problem = f"{kind} does not run with input_ids and use_cache=True"
@@ -157,11 +153,7 @@ def _example_cache(model: nn.Module, ids: Tensor, past: int) -> list[tuple[Tenso
 
 
 def _only_new(captured: Captured) -> Captured:
-    """The graph that returns keys and values of the new tokens only.
-
-    Raises:
-        CaptureError: an output is something else than the past with the new tokens after it.
-    """
+    """The graph that returns keys and values of the new tokens only."""
     interface = captured.interface
     additions = cache_additions(captured)
     graph = type(captured.program.graph)()

@@ -276,9 +276,6 @@ def insert_quantizers(
 
     Returns:
         the module, the quantizers of activations by name, and those of weights by name.
-
-    Raises:
-        CalibrationError: a weight is not finite.
     """
     module = program.module(check_guards=False)
     nodes = {node.name: node for node in module.graph.nodes}

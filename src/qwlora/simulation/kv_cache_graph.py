@@ -45,11 +45,7 @@ def capture_with_cache(
     sizes: CacheSizes | None = None,
     present: Literal["all", "new"] = "all",
 ) -> Captured:
-    """`capture_cached` of the simulation's model, with the simulation's adapter active.
-
-    Raises:
-        CaptureError: see `capture_cached`.
-    """
+    """`capture_cached` of the simulation's model, with the simulation's adapter active."""
     model = simulation.origin.model
     names = {adapter_of(name) for name in _used(simulation.program)} - {None}
     if not names:
@@ -122,11 +118,7 @@ def encoding_before(
 
 
 def _with_weights(program: ExportedProgram, source: ExportedProgram) -> ExportedProgram:
-    """`program` over the tensors of `source`.
-
-    Raises:
-        CaptureError: one has another shape or is missing.
-    """
+    """`program` over the tensors of `source`."""
     tensors = {canonical_name(name): source.state_dict[name] for name in _used(source)}
     state = dict(program.state_dict)
     for name in _used(program):

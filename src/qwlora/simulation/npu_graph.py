@@ -131,9 +131,6 @@ def npu_form(
     Args:
         floor: of the mask.
         largest_scaling: see `npu_graph`; None: alpha / rank stays a constant of the graph.
-
-    Raises:
-        CaptureError, CalibrationError: see `npu_graph`.
     """
     lifted = lift_host_inputs(graph.program, graph.interface, floor)
     program, interface, scaling = lifted.program, lifted.interface, None
@@ -182,11 +179,7 @@ def _add_masked_scores_(
     marks: dict[str, GraphValue],
     encodings: dict[str, Encoding],
 ) -> None:
-    """The range of scores plus mask, which the simulation leaves float.
-
-    Raises:
-        CalibrationError: the scores have no encoding.
-    """
+    """The range of scores plus mask, which the simulation leaves float."""
     for node in calls(program):
         if node.name in marks or operation(node) != "add":
             continue
@@ -234,11 +227,7 @@ def _fold_norm_weights_(
 
 
 def _refuse_float_values(program: ExportedProgram, marks: dict[str, GraphValue]) -> None:
-    """Refuse values that would be computed in half precision.
-
-    Raises:
-        CalibrationError: there are some, other than inside an activation function.
-    """
+    """Refuse values that would be computed in half precision."""
     fixed = {n.name for n in program.graph.nodes if n.op == "placeholder"}
     constants = computed_from(program, fixed - set(program.graph_signature.user_inputs))
     floats = [

@@ -108,11 +108,7 @@ POLICIES = {
 
 
 def policy(name: str) -> Policy:
-    """The policy of this name.
-
-    Raises:
-        CalibrationError: there is none.
-    """
+    """The policy of this name."""
     if name not in POLICIES:
         raise CalibrationError(f"placement policy {name!r} is not one of {', '.join(POLICIES)}")
     return POLICIES[name]

@@ -92,11 +92,7 @@ def write_simulation(
 
 
 def save_encodings(encodings: Mapping[str, Encoding], folder: Path) -> None:
-    """Write encodings into `folder`, with a record of their digest.
-
-    Raises:
-        CalibrationError: an encoding has float offsets.
-    """
+    """Write encodings into `folder`, with a record of their digest."""
     try:
         entries = tuple(entry_of(name, e, _VERSION) for name, e in encodings.items())
     except EncodingsFileError as error:
@@ -139,11 +135,7 @@ def load_activations(folder: Path) -> dict[str, Encoding]:
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """`simulation.json`.
-
-    Raises:
-        CalibrationError: it cannot be read, or lacks a key.
-    """
+    """`simulation.json`."""
     record = _read(folder)
     if missing := [key for key in _KEYS if key not in record]:
         raise _unreadable(folder, ValueError(f"{RECORD} has no {missing[0]}"))
@@ -153,11 +145,7 @@ def read_record(folder: Path) -> dict[str, Any]:
 def read_examples(
     folder: Path, record: Mapping[str, Any], device: torch.device
 ) -> tuple[dict[str, Any], SimulationSchemes]:
-    """What to capture the graph from, and on which schemes.
-
-    Raises:
-        CalibrationError: a file cannot be read.
-    """
+    """What to capture the graph from, and on which schemes."""
     try:
         tensors = {n: tensor.to(device) for n, tensor in load_file(folder / INPUTS).items()}
         schemes = TypeAdapter(SimulationSchemes).validate_python(record["schemes"])

@@ -116,11 +116,7 @@ class SimulatedModel(PreTrainedModel, GenerationMixin):
         return loss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """transformers' `generate`, without a cache.
-
-        Raises:
-            CaptureError: the model is an encoder-decoder.
-        """
+        """transformers' `generate`, without a cache."""
         if self.config.is_encoder_decoder:
             raise CaptureError(
                 f"generate runs encoder and decoder of {self.name} separately, and the simulated "
@@ -157,11 +153,7 @@ class SimulatedModel(PreTrainedModel, GenerationMixin):
 
 
 def transformers_model(model: nn.Module) -> PreTrainedModel:
-    """The transformers model in `model`, which may be a PEFT model.
-
-    Raises:
-        CaptureError: there is none.
-    """
+    """The transformers model in `model`, which may be a PEFT model."""
     inner = model.get_base_model() if isinstance(model, PeftModel) else model
     if not isinstance(inner, PreTrainedModel):
         raise CaptureError(

@@ -457,11 +457,7 @@ class Simulation(nn.Module):
         self._set_mode(Mode.SIMULATE)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        """Move to a device; the captured model stays where it is.
-
-        Raises:
-            CaptureError: `fn` would change a dtype.
-        """
+        """Move to a device; the captured model stays where it is."""
         dtypes = {tensor.dtype for tensor in (*self.parameters(), *self.buffers())}
         dtypes.add(torch.float32)  # of the scales
         if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in dtypes):

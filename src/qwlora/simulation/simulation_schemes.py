@@ -67,11 +67,7 @@ class SimulationSchemes:
         object.__setattr__(self, "rules", tuple(self.rules))
 
     def placement_policy(self) -> Policy:
-        """The policy with a rule for each of the options above.
-
-        Raises:
-            CalibrationError: there is no such policy.
-        """
+        """The policy with a rule for each of the options above."""
         chosen = policy(self.policy) if isinstance(self.policy, str) else self.policy
         rules = list[PolicyRule]()
         if (bits := self.key_value_bitwidth) is not None:

@@ -76,9 +76,6 @@ class TrainingGraph(nn.Module):
 
         Args:
             inputs: the model's arguments.
-
-        Raises:
-            CaptureError: see `Captured.bind`.
         """
         captured = self.simulation.captured
         outputs = self.simulation.graph_module(*captured.bind(inputs))

@@ -73,11 +73,7 @@ _SCRIPT = "submit_aihub.py"
 
 def write_aimet(exported: ExportedGraph, folder: Path) -> None:
     """Write a `.aimet` folder for each of `exported.graphs`, or one for a model without a cache,
-    and the files next to them.
-
-    Raises:
-        ExportError, CaptureError, CalibrationError, MissingExtraError: see `float_graphs`.
-    """
+    and the files next to them."""
     npus, inner = {}, {}
     for name in exported.graphs or [""]:
         ((_, form),) = float_graphs({"": exported}, name)

@@ -81,10 +81,6 @@ def float_graphs(cases: Mapping[str, ExportedGraph], name: str) -> Iterator[tupl
     Args:
         cases: by name; their simulations differ in tensors and encodings only.
         name: of the graph; empty for the whole model without a cache.
-
-    Raises:
-        CaptureError, CalibrationError: see `npu_graph`.
-        ExportError, MissingExtraError: see `to_float_onnx`.
     """
     npus = _npu_graphs(cases, name) if name else {}
     for case, exported in cases.items():
@@ -175,11 +171,7 @@ class FloatGraphs(CachedGraphs):
         return inputs, {name.removesuffix(ROUNDED): value for name, value in layers.items()}
 
     def check(self) -> None:
-        """Check every promise of the files.
-
-        Raises:
-            VerificationError: see `FloatOnnxModel.check` and `problems`. All are listed.
-        """
+        """Check every promise of the files."""
         found: list[str] = []
         for name in self.names:
             try:

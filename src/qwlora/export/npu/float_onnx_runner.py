@@ -107,11 +107,7 @@ class FloatOnnxModel(Runtime):
         return grid.quantize(values)
 
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every output by name, given every input by name.
-
-        Raises:
-            ExportError: ONNX Runtime refuses the files, or the inputs have more tokens than them.
-        """
+        """Every output by name, given every input by name."""
         session = self.session
         tokens, padded = self._padded(tensors)
         found = run_session(session, [o.name for o in session.get_outputs()], padded)

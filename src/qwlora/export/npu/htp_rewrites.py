@@ -52,11 +52,7 @@ _QUANTIZERS = ("DequantizeLinear", "QuantizeLinear")
 
 
 def npu_onnx(graph: QuantizedGraph, metadata: Mapping[str, str]) -> tuple[Any, dict[str, Any]]:
-    """The `onnx_ir.Model` of a device graph, and the adapter's codes by input name.
-
-    Raises:
-        ExportError, MissingExtraError: see `write_onnx`.
-    """
+    """The `onnx_ir.Model` of a device graph, and the adapter's codes by input name."""
     model, _ = build_model(graph, metadata, OPSET)
     for node in list(model.graph):
         if node.op_type == "DequantizeLinear" and len(node.inputs) == 2:
@@ -238,11 +234,7 @@ def _readers(value: Any) -> list[Any]:
 
 
 def _quantize_bias_(model: Any, node: Any) -> None:
-    """Give the bias of a Gemm with a quantized input and weight their product's grid.
-
-    Raises:
-        ExportError: a code of the bias does not fit into 32 bits.
-    """
+    """Give the bias of a Gemm with a quantized input and weight their product's grid."""
     if len(node.inputs) < 3:
         return
     x, weight, bias = (value.producer() for value in node.inputs)

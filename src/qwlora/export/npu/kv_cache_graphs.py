@@ -106,11 +106,7 @@ def most_tokens(folder: Path) -> int:
 
 
 def read_graphs(folder: Path) -> dict[str, Any]:
-    """What `graphs.json` holds: sizes, files and grids of the graphs.
-
-    Raises:
-        SourceError: it cannot be read.
-    """
+    """What `graphs.json` holds: sizes, files and grids of the graphs."""
     with reading(folder / GRAPHS):
         record: dict[str, Any] = json.loads((folder / GRAPHS).read_text())
     return record
@@ -126,9 +122,6 @@ class CachedGraphs(Runtime):
         names: of the graphs, largest first.
         tokens: new tokens of one call, by graph.
         fixed: inputs that are the same in every call.
-
-    Raises:
-        ExportError, SourceError: the files cannot be read.
     """
 
     def __init__(self, folder: Path):
@@ -146,19 +139,11 @@ class CachedGraphs(Runtime):
 
     @abstractmethod
     def open(self, name: str) -> Any:
-        """The session of a graph.
-
-        Raises:
-            ExportError: ONNX Runtime refuses it.
-        """
+        """The session of a graph."""
 
     @abstractmethod
     def open_layers(self, name: str) -> tuple[Any, list[str]]:
-        """A session on the CPU with every quantized activation as an output, and their names.
-
-        Raises:
-            ExportError: ONNX Runtime refuses it.
-        """
+        """A session on the CPU with every quantized activation as an output, and their names."""
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         cache = self.empty_cache()

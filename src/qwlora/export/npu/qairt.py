@@ -112,12 +112,7 @@ UPDATABLE = "qwlora.quant_updatable_mode"  # in the metadata of the models
 
 
 def write_qairt(exported: ExportedUseCases, folder: Path) -> None:
-    """Write all files.
-
-    Raises:
-        ExportError: see `float_graphs`; or a use case has another base.
-        MissingExtraError: the `onnx` extra is not installed.
-    """
+    """Write all files."""
     folder.mkdir(parents=True, exist_ok=True)
     npus, inner, files = {}, {}, {}
     for graph in exported.base.graphs:
@@ -325,11 +320,7 @@ def _items(content: Any) -> list[dict[str, Any]]:
 
 
 def _cases(folder: Path, graph: str) -> list[str]:
-    """Names of the use cases. Files are named by them.
-
-    Raises:
-        VerificationError: a name is no name of a file in `folder`.
-    """
+    """Names of the use cases. Files are named by them."""
     file = f"{graph}_lora_adaptor_list.yaml"
     names = [item.get("name") for item in _items(_yaml(folder / file))]
     for name in names:

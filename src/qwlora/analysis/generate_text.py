@@ -139,11 +139,11 @@ def generate_text(
 def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer, of the model's generation settings and of the tokenizer."""
     settings: Any = getattr(model, "generation_config", None)
-    found = [tokenizer.eos_token_id]
+    tokens = [tokenizer.eos_token_id]
     if settings is not None:
         stated = settings.eos_token_id
-        found += stated if isinstance(stated, list) else [stated]
-    return list(dict.fromkeys(token for token in found if token is not None))
+        tokens += stated if isinstance(stated, list) else [stated]
+    return list(dict.fromkeys(token for token in tokens if token is not None))
 
 
 class _Streamer(TextStreamer):

@@ -165,12 +165,12 @@ def rules_for(
         ):
             rules.append(everywhere)
             continue
-        for own in (PlacementRule(name, bitwidth=wide) for name in among):
-            rules.append(own)
+        for rule in (PlacementRule(name, bitwidth=wide) for name in among):
+            rules.append(rule)
             exceptions |= {
                 name: PlacementRule(name, bitwidth=narrow)
                 for name, fitting in names.items()
-                if name not in chosen and own.fits(fitting)
+                if name not in chosen and rule.fits(fitting)
             }
     return (*exceptions.values(), *rules)
 

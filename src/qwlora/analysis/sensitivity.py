@@ -92,13 +92,13 @@ def sensitivities(
     finally:
         for hook in hooks:
             hook.remove()
-    found = [
+    ranking = [
         Sensitivity(
             name, q.scheme.bitwidth, sums[name].cost, sqnr_db(sums[name].signal, sums[name].noise)
         )
         for name, q in simulation.quantizers.items()
     ]
-    return sorted(found, key=lambda s: -s.cost)
+    return sorted(ranking, key=lambda s: -s.cost)
 
 
 def next_token_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:

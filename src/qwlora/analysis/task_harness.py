@@ -91,7 +91,7 @@ def score_tasks(
     random.seed(_RANDOM_SEED)
     np.random.seed(_SEED)
     torch.manual_seed(_SEED)
-    found = evaluate(
+    results = evaluate(
         lm=_harness(model, tokenizer, description, track),
         task_dict=tasks,
         limit=limit,
@@ -99,8 +99,8 @@ def score_tasks(
         log_samples=False,
     )
     return {
-        name: _score(name, scores, found)
-        for name, scores in found["results"].items()
+        name: _score(name, scores, results)
+        for name, scores in results["results"].items()
         if _metrics(scores)
     }
 
@@ -145,27 +145,27 @@ def _harness(
 
 def _metrics(scores: dict[str, Any]) -> dict[str, dict[str, float | None]]:
     """Value and standard error of each metric; lm-eval's keys are `acc,none`, `acc_stderr,none`."""
-    found = {}
+    metrics = {}
     for key, value in scores.items():
         metric, comma, filtered = key.partition(",")
         if not comma or metric.endswith("_stderr") or _finite(value) is None:
             continue
         name = metric if filtered == "none" else f"{metric} ({filtered})"
         stderr = _finite(scores.get(f"{metric}_stderr,{filtered}"))
-        found[name] = {"value": _finite(value), "stderr": stderr}
-    return found
+        metrics[name] = {"value": _finite(value), "stderr": stderr}
+    return metrics
 
 
-def _score(name: str, scores: dict[str, Any], found: dict[str, Any]) -> dict[str, Any]:
+def _score(name: str, scores: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
     metrics = _metrics(scores)
     metric, first = next(iter(metrics.items()))
-    better = found.get("higher_is_better", {}).get(name, {})
+    better = results.get("higher_is_better", {}).get(name, {})
     return {
         **first,
         "metric": metric,
         "higher_is_better": better.get(metric.partition(" (")[0]),
-        "shots": found.get("n-shot", {}).get(name),
-        "documents": found.get("n-samples", {}).get(name, {}).get("effective"),
+        "shots": results.get("n-shot", {}).get(name),
+        "documents": results.get("n-samples", {}).get(name, {}).get("effective"),
         "metrics": metrics,
     }
 

@@ -40,8 +40,8 @@ def logits_of(model: Callable[..., Any]) -> Logits:
     """A function from token ids to the logits of a causal language model of transformers."""
 
     def logits(ids: Tensor) -> Tensor:
-        found: Tensor = model(ids, use_cache=False).logits
-        return found
+        result: Tensor = model(ids, use_cache=False).logits
+        return result
 
     return logits
 
@@ -86,17 +86,17 @@ class TokenScores:
         """The keys of results.json, see docs/results.md."""
         perplexity = self.perplexity
         errors = self._errors(self.nll, perplexity)
-        found: dict[str, Any] = {
+        content: dict[str, Any] = {
             "perplexity": perplexity,
             "perplexity_stderr": errors["stderr"],
             "perplexity_document_stderr": errors["document_stderr"],
         }
         if (against := self.comparison) is None:
-            return found
+            return content
         change = self.nll - against.reference_nll
         ratio = math.exp(float(change.mean()))
         same = against.same_likeliest.double()
-        return found | {
+        return content | {
             "perplexity_ratio": {"value": ratio, **self._errors(change, ratio)},
             "kl": {
                 "mean": float(against.kl.mean()),
@@ -155,10 +155,10 @@ def score_tokens(
     documents: list[Tensor] = []
     for number, (ids, labels) in enumerate(track(data.rows(), description, len(data))):
         predicted = (labels[1:] != IGNORED).nonzero()[:, 0] + 1
-        found, compared = logits(ids[None])[0], None
+        row, compared = logits(ids[None])[0], None
         if reference is not None:
             compared = reference(ids[None])[0]
-        scores = _score_row(found, compared, predicted - 1, labels[predicted])
+        scores = _score_row(row, compared, predicted - 1, labels[predicted])
         for what, values in zip(
             ("loss", "reference's loss", "KL divergence"), scores, strict=False
         ):
@@ -200,7 +200,7 @@ def _score_row(
     logits: Tensor, reference: Tensor | None, positions: Tensor, targets: Tensor
 ) -> tuple[Tensor, ...]:
     """(nll,) or (nll, reference's nll, KL, same likeliest) of the tokens after `positions`."""
-    found = []
+    parts = []
     size = max(1, _AT_ONCE // logits.shape[-1])
     for at, expected in zip(positions.split(size), targets.split(size), strict=True):
         rows = logits[at].float()
@@ -217,5 +217,5 @@ def _score_row(
                 (log_p.exp_() * difference).sum(-1, dtype=torch.float64),
                 reference_rows.argmax(-1) == rows.argmax(-1),
             ]
-        found.append(tuple(scores))
-    return tuple(torch.cat(columns) for columns in zip(*found, strict=True))
+        parts.append(tuple(scores))
+    return tuple(torch.cat(columns) for columns in zip(*parts, strict=True))

@@ -157,9 +157,9 @@ def _draw(panel: Panel, low: float, high: float, width: int) -> Drawing:
     last = max(panel.ranges)
     group = blocks_per_column(last)
     columns: dict[int, int] = {}
-    for block, found in panel.ranges.items():
+    for block, entry in panel.ranges.items():
         shown = columns.setdefault(block // group, block)
-        if found.peak > panel.ranges[shown].peak:
+        if entry.peak > panel.ranges[shown].peak:
             columns[block // group] = block
     step = (width - 8) / (last // group + 1)
     bar = max(min(step * 0.55, 6), 1)

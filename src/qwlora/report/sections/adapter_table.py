@@ -128,7 +128,7 @@ def _answer(job: Job, texts: list[str]) -> Markup:
 def _cards(job: Job, figures: dict[str, dict[str, Markup | None]]) -> list[dict[str, object]]:
     """Name, badge, plot and facts of each adapter."""
     same = {name: group for group in identical_adapters(job) for name in group}
-    courses = {name: found for name in figures if (found := course(job, name)) is not None}
+    courses = {name: run for name in figures if (run := course(job, name)) is not None}
     return [
         {
             "name": name,
@@ -144,7 +144,7 @@ def _cards(job: Job, figures: dict[str, dict[str, Markup | None]]) -> list[dict[
 
 def _sparkline(name: str, courses: dict[str, Course]) -> Markup:
     """The mean loss; all cards share one axis."""
-    means = {name: found.means for name, found in courses.items()}
+    means = {name: run.means for name, run in courses.items()}
     values = [value for row in means.values() for value in row]
     x = Scale(1, max(len(row) for row in means.values()), 2, 250)
     y = Scale(min(values), max(values) if max(values) > min(values) else min(values) + 1, 42, 6)

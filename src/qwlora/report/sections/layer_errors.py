@@ -69,7 +69,7 @@ def view(job: Job, adapter: str) -> View | None:
     if adapter:
         what = "Size of the adapter's update relative to the frozen weight."
         measures.append(Measure("Adapter gain", what, ("train", adapter, "layers"), "gain"))
-    values = {measure: found for measure in measures if (found := measure.values(job))}
+    values = {measure: numbers for measure in measures if (numbers := measure.values(job))}
     maps = [
         _map(grid, measure, numbers, {} if len(widths) == 1 else bits)
         for measure, numbers in values.items()
@@ -181,13 +181,13 @@ def _table(values: dict[Measure, dict[str, float]], bits: dict[str, int] | None)
         bits: of each layer; None without a column for them.
     """
     columns = {
-        measure: {name.removesuffix(".weight"): (name, number) for name, number in found.items()}
-        for measure, found in values.items()
+        measure: {name.removesuffix(".weight"): (name, number) for name, number in numbers.items()}
+        for measure, numbers in values.items()
     }
     ranks: dict[str, float] = {}
-    for found, numbers in zip(columns.values(), values.values(), strict=True):
+    for cells, numbers in zip(columns.values(), values.values(), strict=True):
         median = sorted(numbers.values())[len(numbers) // 2] or 1e-30
-        for layer, (_, number) in found.items():
+        for layer, (_, number) in cells.items():
             ranks[layer] = max(number / median, ranks.get(layer, 0.0))
     layers = sorted(ranks, key=lambda layer: -ranks[layer])[:MOST_SENT]
     rows: list[dict[str, Cell]] = []
@@ -196,10 +196,10 @@ def _table(values: dict[Measure, dict[str, float]], bits: dict[str, int] | None)
         row: dict[str, Cell] = {"Layer": capitalized(place.name) if place else layer}
         if bits is not None:
             row["Bits"] = str(bits.get(f"{layer}.weight", bits.get(layer)) or "float")
-        for measure, found in columns.items():
+        for measure, cells in columns.items():
             row[measure.title] = None
-            if layer in found:
-                name, number = found[layer]
+            if layer in cells:
+                name, number = cells[layer]
                 path = (*measure.path, name, measure.key)
                 row[measure.title] = tagged(precise_percent(number), number, path)
         rows.append(row)

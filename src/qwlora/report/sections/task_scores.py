@@ -47,22 +47,22 @@ class Score:
 def view(job: Job, adapter: str) -> View | None:
     """None without tasks: the section would be empty."""
     scores = {
-        stage: found
+        stage: of_stage
         for stage in dict.fromkeys([*HEADS, *job.section("tasks")])
-        if (found := _scores(job, stage, adapter))
+        if (of_stage := _scores(job, stage, adapter))
     }
-    tasks = dict.fromkeys(task for found in scores.values() for task in found)
+    tasks = dict.fromkeys(task for of_stage in scores.values() for task in of_stage)
     rows: list[dict[str, Cell]] = []
     for task in tasks:
-        first = next(found[task] for found in scores.values() if task in found)
+        first = next(of_stage[task] for of_stage in scores.values() if task in of_stage)
         arrow = "↓" if first.metric in LOWER_IS_BETTER else "↑"
         reference = scores.get("float", {}).get(task)
         row: dict[str, Cell] = {"Task": task, "Shots": first.shots}
         row["Measure"] = f"{first.metric} {arrow}"
-        for stage, found in scores.items():
+        for stage, of_stage in scores.items():
             head = HEADS.get(stage, runtime(stage))
             head = stage if head in row else head  # two targets of one runtime
-            row[head] = found[task].shown(reference) if task in found else None
+            row[head] = of_stage[task].shown(reference) if task in of_stage else None
         rows.append(row)
     if not rows:
         return None

@@ -39,7 +39,7 @@ from qwlora.pipeline.job.output_path import (
     lock_folder,
     remove_empty,
 )
-from qwlora.pipeline.job.ownership import check_replaceable, files_in, is_unclaimed, read_owner
+from qwlora.pipeline.job.ownership import files_in, is_unclaimed, read_owner
 from qwlora.pipeline.job.stage_records import Record, read_records, record_path
 from qwlora.pipeline.plan.stage import Stage
 from qwlora.recipe import Recipe, load_recipe
@@ -191,10 +191,21 @@ class Directory:
         records = (*self.records.values(), *self.outdated.values())
         listed = (file for record in records for file in record.files if file.startswith(prefix))
         known = {file.removeprefix(prefix) for file in listed}
-        if stage not in self.damaged:
-            check_replaceable(self.path / artifact, known)
-        elif new:
-            check_replaceable(self.path / artifact, known | set(new))
+        if stage in self.damaged:
+            known |= set(new)
+        target = self.path / artifact
+        if (stage in self.damaged and not new) or not os.path.lexists(target):
+            return
+        is_folder = target.is_dir() and not target.is_symlink()
+        foreign = [name for name in files_in(target) if name not in known] if is_folder else []
+        if is_folder and not foreign:
+            return
+        more = f" and {len(foreign) - 1} more files" if len(foreign) > 1 else ""
+        what = f"contains {foreign[0]!r}{more}" if foreign else "exists and is not a folder"
+        raise DirectoryError(
+            f"{str(target)!r} {what}, which this job did not make according to its records, but "
+            "would replace. Nothing was changed. Move it out of the job's directory and run again."
+        )
 
     @property
     def is_writable(self) -> bool:

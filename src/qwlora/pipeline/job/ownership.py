@@ -55,30 +55,3 @@ def files_in(folder: Path) -> list[str]:
         links = [name for name in folders if os.path.islink(os.path.join(root, name))]
         found += [os.path.relpath(os.path.join(root, name), folder) for name in (*files, *links)]
     return sorted(found)
-
-
-def check_replaceable(target: Path, known: set[str]) -> None:
-    """Check that everything at `target` was made by the job.
-
-    Args:
-        known: files at `target` that the job made, relative to it.
-
-    Raises:
-        DirectoryError: there is something else.
-    """
-    if not os.path.lexists(target):
-        return
-    is_folder = target.is_dir() and not target.is_symlink()
-    foreign = [name for name in files_in(target) if name not in known] if is_folder else []
-    if is_folder and not foreign:
-        return
-    what = (
-        f"{str(target)!r} contains {foreign[0]!r}"
-        + (f" and {len(foreign) - 1} more files" if len(foreign) > 1 else "")
-        if is_folder
-        else f"{str(target)!r} exists and is not a folder"
-    )
-    raise DirectoryError(
-        f"{what}, which this job did not make according to its records, but would replace. "
-        "Nothing was changed. Move it out of the job's directory and run again."
-    )

@@ -190,30 +190,29 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def write_recipe(folder: Path, model: Path, corpus: Path, **sections: Any) -> Path:
+    """Write a small recipe to `folder`; keyword arguments replace whole sections."""
+    data = {"sequence_tokens": 32, "evaluation_sequences": 4, "calibration_sequences": 4}
+    first = {"name": "first", "rank": 4, "steps": 6, "warmup_steps": 1, "checkpoint_steps": 2}
+    content = {
+        "name": "tiny",
+        "preset": "fast",
+        "model": {"source": str(model)},
+        "data": {"source": str(corpus), **data},
+        "adapters": [first],
+        "verify": {"sequences": 2, "layer_tokens": 16},
+        **sections,
+    }
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
+    return folder / "recipe.yaml"
+
+
 @pytest.fixture
 def recipe_for(tmp_path: Path, corpus: Path, checkpoints: dict[str, Path]) -> Any:
-    """Write a small recipe; keyword arguments replace whole sections."""
+    """`write_recipe` to the test's folder, with the model of an architecture."""
 
     def write(architecture: str = "llama", **sections: Any) -> Path:
-        content = {
-            "name": "tiny",
-            "preset": "fast",
-            "model": {"source": str(checkpoints[architecture])},
-            "data": {
-                "source": str(corpus),
-                "sequence_tokens": 32,
-                "evaluation_sequences": 4,
-                "calibration_sequences": 4,
-            },
-            "adapters": [
-                {"name": "first", "rank": 4, "steps": 6, "warmup_steps": 1, "checkpoint_steps": 2}
-            ],
-            "verify": {"sequences": 2, "layer_tokens": 16},
-            **sections,
-        }
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump(content))
-        return path
+        return write_recipe(tmp_path, checkpoints[architecture], corpus, **sections)
 
     return write
 

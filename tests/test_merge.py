@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from command_line import qwlora
-from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
+from conftest import ARCHITECTURES, byte_tokenizer, tiny_model, write_recipe
 from qwlora import load_base, quantize_
 from qwlora.adapter.adapter_deltas import rounding_losses
 from qwlora.cli.job_commands import merge_lines
@@ -248,19 +248,11 @@ def test_fused_experts_say_that_they_cannot_be_merged() -> None:
 def job(
     tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], corpus: Path
 ) -> Path:
-    import yaml
-
     folder = tmp_path_factory.mktemp("merge")
-    content = {
-        "name": "tiny",
-        "model": {"source": str(checkpoints["llama"])},
-        "data": {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 4},
-        "adapters": [
-            {"name": "first", "rank": 4, "steps": 20, "learning_rate": 0.01, "warmup_steps": 1}
-        ],
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    run(load_recipe(folder / "recipe.yaml"), folder / "out", ("quantize", "train"))
+    first = {"name": "first", "rank": 4, "steps": 20, "learning_rate": 0.01, "warmup_steps": 1}
+    model = checkpoints["llama"]
+    path = write_recipe(folder, model, corpus, adapters=[first], preset="balanced")
+    run(load_recipe(path), folder / "out", ("quantize", "train"))
     return folder / "out"
 
 

@@ -19,10 +19,11 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from conftest import byte_tokenizer, tiny_model
+from conftest import byte_tokenizer, tiny_model, write_recipe
 from qwlora.analysis.generate_text import Answer
 from qwlora.cli.main import main
 from qwlora.pipeline.commands.model_names import JobModels
@@ -45,21 +46,12 @@ def job(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = TEMPLATE
     tokenizer.save_pretrained(folder / "model")
-    content = {
-        "name": "talk",
-        "preset": "fast",
-        "model": {"source": str(folder / "model")},
-        "data": {"source": str(corpus), "sequence_tokens": 32},
-        "adapters": [
-            {"name": "first", "rank": 4, "steps": 3, "learning_rate": 0.05, "warmup_steps": 0}
-        ],
-        "export": {"targets": ["onnx", "hf"]},
-        "verify": {"sequences": 1, "layer_tokens": 8},
-    }
-    path = folder / "recipe.yaml"
-    path.write_text(json.dumps(content))
+    first = {"name": "first", "rank": 4, "steps": 3, "learning_rate": 0.05, "warmup_steps": 0}
+    sections = {"adapters": [first], "export": {"targets": ["onnx", "hf"]}}
+    path = write_recipe(folder, folder / "model", corpus, **sections)
     run(load_recipe(path), folder / "out", ("quantize", "train", "calibrate", "export"))
-    content["adapters"].append({"name": "second", "steps": 1, "warmup_steps": 0})  # type: ignore[attr-defined]
+    content = yaml.safe_load(path.read_text())
+    content["adapters"].append({"name": "second", "steps": 1, "warmup_steps": 0})
     (folder / "out" / "recipe.yaml").write_text(json.dumps(content))
     return folder / "out"
 

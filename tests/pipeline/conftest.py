@@ -9,8 +9,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import yaml
 
+from conftest import write_recipe
 from qwlora.pipeline.plan.stage import VERBS
 from qwlora.pipeline.running import run_job
 from qwlora.pipeline.stages import RUN
@@ -67,12 +67,7 @@ def trained(
 ) -> Path:
     """A job with the trained adapters `first` and `second`. Tests change copies of it."""
     folder = tmp_path_factory.mktemp("trained")
-    content = {
-        "preset": "fast",
-        "model": {"source": str(checkpoints["llama"])},
-        "data": {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 4},
-        "adapters": [{"name": name, **SETTINGS} for name in ("first", "second")],
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    run_job.run(load_recipe(folder / "recipe.yaml"), folder / "job", ("quantize", "train"))
+    adapters = [{"name": name, **SETTINGS} for name in ("first", "second")]
+    path = write_recipe(folder, checkpoints["llama"], corpus, adapters=adapters)
+    run_job.run(load_recipe(path), folder / "job", ("quantize", "train"))
     return folder / "job"

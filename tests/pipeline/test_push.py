@@ -21,6 +21,7 @@ from huggingface_hub import ModelCard, constants, snapshot_download
 
 import qwlora
 from command_line import qwlora as command
+from conftest import write_recipe
 from docs.snippets import ROOT, blocks
 from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
 from qwlora.errors import DirectoryError, UploadError
@@ -51,17 +52,9 @@ def job(
     for file in checkpoints["llama"].iterdir():
         (model / file.name).write_bytes(file.read_bytes())
     (model / CARD).write_text("---\nlicense: apache-2.0\n---\n\n# A model\n")
-    content = {
-        "name": "tiny",
-        "preset": "fast",
-        "model": {"source": str(model)},
-        "data": {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 4},
-        "adapters": [{"name": "first", "rank": 4, "steps": 3, "warmup_steps": 1}],
-        "export": {"targets": ["hf"]},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    recipe = load_recipe(folder / "recipe.yaml")
-    run(recipe, folder / "out", STAGES)
+    adapters = [{"name": "first", "rank": 4, "steps": 3, "warmup_steps": 1}]
+    path = write_recipe(folder, model, corpus, adapters=adapters, export={"targets": ["hf"]})
+    run(load_recipe(path), folder / "out", STAGES)
     return folder / "out"
 
 

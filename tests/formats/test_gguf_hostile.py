@@ -71,6 +71,10 @@ def tensor(name: str | bytes, shape: tuple[int, ...], kind: int = 0, offset: int
 ARCHITECTURE = pair("general.architecture", 8, string("llama"))
 
 
+def number(key: str, kind: int, layout: str, value: float) -> bytes:
+    return pair(key, kind, struct.pack(f"<{layout}", value))
+
+
 def file_of(
     pairs: list[bytes],
     tensors: list[bytes],
@@ -78,166 +82,82 @@ def file_of(
     version: int = 3,
     counts: tuple[int, int] | None = None,
 ) -> bytes:
-    tensor_count, pair_count = counts or (len(tensors), len(pairs))
-    return (
-        struct.pack("<4sIQQ", b"GGUF", version, tensor_count, pair_count)
-        + b"".join(pairs)
-        + b"".join(tensors)
-        + bytes(data)
-    )
+    head = struct.pack("<4sIQQ", b"GGUF", version, *(counts or (len(tensors), len(pairs))))
+    return b"".join([head, *pairs, *tensors, bytes(data)])
 
 
 HUGE = 2**60
-HEADERS: dict[str, tuple[bytes, str]] = {
-    "nothing": (b"", "too short for a GGUF file"),
-    "magic": (b"GGML" + bytes(60), r"begins with b'GGML', but a GGUF file"),
-    "version": (file_of([], [], version=1), "GGUF version 1 is not supported, 2 and 3 are"),
-    "big-endian": (
-        b"GGUF" + struct.pack(">IQQ", 3, 0, 0) + bytes(64),
-        "the file is big-endian, convert it with gguf_convert_endian.py",
+ROWS = r"tensor 'a' has rows of 33 values, which blocks of 32 \(Q4_0\) do not divide"
+SPLIT = r"one of 3 files .* join them first \(llama-gguf-split --merge\)"
+# By what is said about them: whole files; pairs of a file without tensors; pairs that come after
+# the architecture; tensors of a llama.
+FILES: dict[str, bytes] = {
+    "too short for a GGUF file": b"",
+    "begins with b'GGML', but a GGUF file": b"GGML" + bytes(60),
+    "GGUF version 1 is not supported, 2 and 3 are": file_of([], [], version=1),
+    "the file is big-endian, convert it with gguf_convert_endian.py": (
+        b"GGUF" + struct.pack(">IQQ", 3, 0, 0) + bytes(64)
     ),
-    "tensor count": (
-        file_of([ARCHITECTURE], [], counts=(HUGE, 1)),
-        rf"claims {HUGE} tensors, more than its \d+ bytes can hold",
+    rf"claims {HUGE} tensors, more than its \d+ bytes": file_of(
+        [ARCHITECTURE], [], counts=(HUGE, 1)
     ),
-    "pair count": (
-        file_of([ARCHITECTURE], [], counts=(0, 2**63)),
-        rf"claims {2**63} metadata pairs, more than",
+    f"claims {2**63} metadata pairs, more": file_of([ARCHITECTURE], [], counts=(0, 2**63)),
+    r"is not a valid tensor name|asks for \d+ more bytes": file_of(
+        [ARCHITECTURE], [], data=256, counts=(3, 1)
     ),
-    "count off by some": (
-        file_of([ARCHITECTURE], [], data=256, counts=(3, 1)),
-        r"is not a valid tensor name|asks for \d+ more bytes",
+    "architecture 'perceptron'": file_of(
+        [pair("general.architecture", 8, string("perceptron"))], [tensor("a", (4,))]
     ),
-    "key length": (
-        file_of([struct.pack("<Q", HUGE)], []),
-        rf"a key of {HUGE} bytes at byte \d+; at most 65535",
+    f"llama.block_count is {2**31}, but the file has 1 tensors": file_of(
+        [ARCHITECTURE, number("llama.block_count", 4, "I", 2**31)], [tensor("a", (4,))]
     ),
-    "string length": (
-        file_of([pair("a", 8, struct.pack("<Q", HUGE))], []),
-        rf"asks for {HUGE} more bytes, but the file has",
-    ),
-    "array length": (
-        file_of([pair("a", 9, struct.pack("<IQ", 12, HUGE))], []),
-        rf"asks for {8 * HUGE} more bytes",
-    ),
-    "string array length": (
-        file_of([pair("a", 9, struct.pack("<IQ", 8, HUGE))], []),
-        rf"asks for {8 * HUGE} more bytes",
-    ),
-    "array of arrays": (
-        file_of([pair("a", 9, struct.pack("<IQ", 9, 2))], []),
-        "array 'a' holds values of type 9, but only numbers and strings",
-    ),
-    "type of value": (
-        file_of([pair("a", 77, b"")], []),
-        "value of 'a' is of type 77, which GGUF does not have",
-    ),
-    "key twice": (
-        file_of([ARCHITECTURE, ARCHITECTURE], []),
-        "metadata key 'general.architecture' occurs twice",
-    ),
-    "key not UTF-8": (
-        file_of([string(b"\xff\xfe") + struct.pack("<II", 4, 1)], []),
-        r"a key at byte \d+ is not UTF-8",
-    ),
-    "no architecture": (
-        file_of([pair("a", 4, struct.pack("<I", 1))], []),
-        "general.architecture does not name the model",
-    ),
-    "alignment": (
-        file_of([ARCHITECTURE, pair("general.alignment", 4, struct.pack("<I", 24))], []),
-        "general.alignment is 24, not a power of two",
-    ),
-    "alignment zero": (
-        file_of([ARCHITECTURE, pair("general.alignment", 4, struct.pack("<I", 0))], []),
-        "general.alignment is 0, not a power of two",
-    ),
-    "split": (
-        file_of([ARCHITECTURE, pair("split.count", 2, struct.pack("<H", 3))], []),
-        r"one of 3 files .* join them first \(llama-gguf-split --merge\)",
-    ),
-    "shape": (
-        file_of([ARCHITECTURE], [tensor("a", (HUGE, HUGE))]),
-        rf"tensor 'a' has the invalid shape \[{HUGE}, {HUGE}\]",
-    ),
-    "shape beyond the file": (
-        file_of([ARCHITECTURE], [tensor("a", (HUGE,))]),
-        r"tensor 'a' \(F32, shape .* but the file has \d+ and its tensors start",
-    ),
-    "empty shape": (
-        file_of([ARCHITECTURE], [tensor("a", (0, 4))]),
-        r"tensor 'a' has the invalid shape \[4, 0\]",
-    ),
-    "axes": (
-        file_of([ARCHITECTURE], [string("a") + struct.pack("<I", 2**31)]),
-        rf"tensor 'a' has {2**31} axes; 1 to 4 are allowed",
-    ),
-    "offset": (
-        file_of([ARCHITECTURE], [tensor("a", (4,), 0, 2**63)]),
-        rf"would be at bytes {2**63 + 128} to",
-    ),
-    "offset unaligned": (
-        file_of([ARCHITECTURE], [tensor("a", (4,), 0, 4)]),
-        "its tensors start at multiples of 32",
-    ),
-    "type of tensor": (
-        file_of([ARCHITECTURE], [tensor("a", (32,), 999)]),
-        "tensor 'a' is of type 999, which the installed gguf package does not know",
-    ),
-    "rows and blocks": (
-        file_of([ARCHITECTURE], [tensor("a", (33, 2), 2)]),
-        r"tensor 'a' has rows of 33 values, which blocks of 32 \(Q4_0\) do not divide",
-    ),
-    "tensor twice": (
-        file_of([ARCHITECTURE], [tensor("a", (4,)), tensor("a", (4,))]),
-        "tensor 'a' occurs twice",
-    ),
-    "name with a path": (
-        file_of([ARCHITECTURE], [tensor("../../etc/passwd", (4,))]),
-        r"'../../etc/passwd' is not a valid tensor name",
-    ),
-    "name with a backslash": (
-        file_of([ARCHITECTURE], [tensor("a\\b", (4,))]),
-        "is not a valid tensor name",
-    ),
-    "name with a zero": (
-        file_of([ARCHITECTURE], [tensor("a\0b", (4,))]),
-        "is not a valid tensor name",
-    ),
-    "name empty": (file_of([ARCHITECTURE], [tensor("", (4,))]), "is not a valid tensor name"),
-    "name too long": (
-        file_of([ARCHITECTURE], [tensor("a" * 65, (4,))]),
-        "a tensor name of 65 bytes",
-    ),
-    "block count": (
-        file_of(
-            [ARCHITECTURE, pair("llama.block_count", 4, struct.pack("<I", 2**31))],
-            [tensor("a", (4,))],
-        ),
-        rf"llama.block_count is {2**31}, but the file has 1 tensors",
-    ),
-    "head size": (
-        file_of(
-            [ARCHITECTURE, pair("llama.rope.dimension_count", 10, struct.pack("<Q", 2**40))], []
-        ),
-        rf"dimension_count is {2**40}, but",
-    ),
-    "nan": (
-        file_of([ARCHITECTURE, pair("llama.rope.freq_base", 6, struct.pack("<f", np.nan))], []),
-        "llama.rope.freq_base is nan",
-    ),
-    "unknown model": (
-        file_of([pair("general.architecture", 8, string("perceptron"))], [tensor("a", (4,))]),
-        r"architecture 'perceptron'",
-    ),
+}
+PAIRS: dict[str, bytes] = {
+    rf"a key of {HUGE} bytes at byte \d+; at most 65535": struct.pack("<Q", HUGE),
+    f"asks for {HUGE} more bytes, but the file has": pair("a", 8, struct.pack("<Q", HUGE)),
+    f"asks for {8 * HUGE} more bytes": pair("a", 9, struct.pack("<IQ", 12, HUGE)),
+    f"asks for {8 * HUGE} more": pair("a", 9, struct.pack("<IQ", 8, HUGE)),  # strings
+    "array 'a' holds values of type 9, but only": pair("a", 9, struct.pack("<IQ", 9, 2)),
+    "value of 'a' is of type 77, which GGUF does not have": pair("a", 77, b""),
+    r"a key at byte \d+ is not UTF-8": string(b"\xff\xfe") + struct.pack("<II", 4, 1),
+    "general.architecture does not name the model": number("a", 4, "I", 1),
+}
+MORE_PAIRS: dict[str, bytes] = {
+    "metadata key 'general.architecture' occurs twice": ARCHITECTURE,
+    "general.alignment is 24, not a power of two": number("general.alignment", 4, "I", 24),
+    "general.alignment is 0, not a power of two": number("general.alignment", 4, "I", 0),
+    SPLIT: number("split.count", 2, "H", 3),
+    f"dimension_count is {2**40}, but": number("llama.rope.dimension_count", 10, "Q", 2**40),
+    "llama.rope.freq_base is nan": number("llama.rope.freq_base", 6, "f", np.nan),
+}
+TENSORS: dict[str, list[bytes]] = {
+    rf"tensor 'a' has the invalid shape \[{HUGE}, {HUGE}\]": [tensor("a", (HUGE, HUGE))],
+    r"tensor 'a' \(F32, shape .* but the file has \d+ and its": [tensor("a", (HUGE,))],
+    r"tensor 'a' has the invalid shape \[4, 0\]": [tensor("a", (0, 4))],
+    f"tensor 'a' has {2**31} axes; 1 to 4 are": [string("a") + struct.pack("<I", 2**31)],
+    f"would be at bytes {2**63 + 128} to": [tensor("a", (4,), 0, 2**63)],
+    "its tensors start at multiples of 32": [tensor("a", (4,), 0, 4)],
+    "is of type 999, which the installed gguf package": [tensor("a", (32,), 999)],
+    ROWS: [tensor("a", (33, 2), 2)],
+    "tensor 'a' occurs twice": [tensor("a", (4,)), tensor("a", (4,))],
+    "'../../etc/passwd' is not a valid tensor name": [tensor("../../etc/passwd", (4,))],
+    r"'a\\\\b' is not a valid tensor name": [tensor("a\\b", (4,))],
+    r"'a\\x00b' is not a valid tensor name": [tensor("a\0b", (4,))],
+    "'' is not a valid tensor name": [tensor("", (4,))],
+    "a tensor name of 65 bytes": [tensor("a" * 65, (4,))],
+}
+HEADERS = {
+    **FILES,
+    **{message: file_of([value], []) for message, value in PAIRS.items()},
+    **{message: file_of([ARCHITECTURE, value], []) for message, value in MORE_PAIRS.items()},
+    **{message: file_of([ARCHITECTURE], values) for message, values in TENSORS.items()},
 }
 
 
-@pytest.mark.parametrize("case", HEADERS)
-def test_headers(tmp_path: Path, case: str) -> None:
-    content, message = HEADERS[case]
+@pytest.mark.parametrize("message", HEADERS)
+def test_headers(tmp_path: Path, message: str) -> None:
     path = tmp_path / "m.gguf"
-    path.write_bytes(content)
+    path.write_bytes(HEADERS[message])
     with pytest.raises(SourceError, match=message) as caught:
         GgufCheckpoint(path)
     assert str(path) in str(caught.value)
@@ -273,33 +193,24 @@ def test_every_truncation_is_refused(tmp_path: Path, good: bytes) -> None:
 
 def test_tensors_that_are_not_the_models(tmp_path: Path, good: bytes) -> None:
     path = tmp_path / "m.gguf"
-    cases: list[tuple[Callable[[bytes], bytes], str]] = [
-        (
-            lambda content: content.replace(b"blk.0.attn_v.weight", b"blk.0.attn_w.weight"),
-            "blk.0.attn_w.weight: not in LlamaForCausalLM",
+    v, heads, layers = (
+        b"blk.0.attn_v.weight",
+        b"llama.attention.head_count_kv",
+        b"llama.block_count",
+    )
+    one, two = (struct.pack("<II", 4, count) for count in (1, 2))
+    cases: dict[str, tuple[bytes, bytes]] = {
+        "blk.0.attn_w.weight: not in LlamaForCausalLM": (v, b"blk.0.attn_w.weight"),
+        "blk.7.attn_v.weight: not in LlamaForCausalLM": (v, b"blk.7.attn_v.weight"),
+        r"parameter 'model.layers.0.self_attn.k_proj.weight' is \[32, 32\], but its tensors \(blk.0.attn_k.weight\) have 512 values": (
+            heads + one,
+            heads + two,
         ),
-        (
-            lambda content: content.replace(b"blk.0.attn_v.weight", b"blk.7.attn_v.weight"),
-            "blk.7.attn_v.weight: not in LlamaForCausalLM",
-        ),
-        (
-            lambda content: content.replace(
-                b"llama.attention.head_count_kv" + struct.pack("<II", 4, 1),
-                b"llama.attention.head_count_kv" + struct.pack("<II", 4, 2),
-            ),
-            r"parameter 'model.layers.0.self_attn.k_proj.weight' is \[32, 32\], but its tensors \(blk.0.attn_k.weight\) have 512 values",
-        ),
-        (
-            lambda content: content.replace(
-                b"llama.block_count" + struct.pack("<II", 4, 1),
-                b"llama.block_count" + struct.pack("<II", 4, 2),
-            ),
-            r"missing from the file",
-        ),
-    ]
-    for change, message in cases:
-        assert change(good) != good
-        path.write_bytes(change(good))
+        "missing from the file": (layers + one, layers + two),
+    }
+    for message, change in cases.items():
+        assert good.replace(*change) != good
+        path.write_bytes(good.replace(*change))
         with pytest.raises(SourceError, match=message):
             GgufCheckpoint(path)
 

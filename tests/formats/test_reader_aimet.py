@@ -67,33 +67,19 @@ def grids(file: str, version: str) -> dict[str, Encoding]:
     for layer, shape in (("block", (6, 8)), ("lpbq", (8, 6))):
         folded = f"{layer}.weight_0"  # the ONNX exporter's name of a weight stored [in, out]
         name = folded if folded in entries else f"{layer}.weight"
-        found[layer] = grid_of(
-            entries[name],
-            TensorLayout(
-                shape,
-                transposed=name == folded,
-                block_order="tensor" if name == folded else "channel",
-            ),
-            version,
-        )
+        is_folded = name == folded
+        layout = TensorLayout(shape, is_folded, 0, "tensor" if is_folded else "channel")
+        found[layer] = grid_of(entries[name], layout, version)
     return found
 
 
-@pytest.mark.parametrize(
-    ("file", "version"),
-    [("aimet-1.0.0", "1.0.0"), ("aimet-2.0.0", "2.0.0"), ("aimet-2.1.0", "2.1.0")],
-)
+@pytest.mark.parametrize("version", ["1.0.0", "2.0.0", "2.1.0"])
 def test_three_versions_of_aimets_onnx_exporter_say_the_grids_of_its_torch_exporter(
-    file: str, version: str
+    version: str,
 ) -> None:
-    expected, found = (
-        grids("aimet-export-1.0.0.encodings", "1.0.0"),
-        grids(f"{file}.encodings", version),
-    )
-    for layer in ("block", "lpbq"):
-        assert torch.equal(found[layer].scale, expected[layer].scale)
-        assert torch.equal(found[layer].offset, expected[layer].offset)
-        assert found[layer].scheme == expected[layer].scheme
+    expected = grids("aimet-export-1.0.0.encodings", "1.0.0")
+    found = grids(f"aimet-{version}.encodings", version)
+    assert all(found[layer].equals(expected[layer]) for layer in ("block", "lpbq"))
     assert found["block"].scheme == Scheme(4, True, PerBlock(4))
     assert found["lpbq"].scheme == Scheme(4, True, Lpbq(2, 4))
 
@@ -114,14 +100,7 @@ def test_the_order_of_a_flat_list_is_not_guessed() -> None:
 
 def test_an_order_that_changes_nothing_need_not_be_known() -> None:
     entry = IntegerEncoding("w", 4, np.arange(1.0, 7.0), np.full(6, -8), True, block_size=8)
-    assert grid_of(entry, TensorLayout((6, 8)), "1.0.0").scale.flatten().tolist() == [
-        1,
-        2,
-        3,
-        4,
-        5,
-        6,
-    ]
+    assert grid_of(entry, TensorLayout((6, 8)), "1.0.0").scale.flatten().tolist() == [*range(1, 7)]
     alike = IntegerEncoding("w", 4, np.full(12, 0.5), np.full(12, -8), True, block_size=4)
     assert grid_of(alike, TensorLayout((6, 8)), "1.0.0").scale.shape == (6, 2)
 
@@ -165,49 +144,25 @@ def test_a_checkpoint_on_a_shifted_grid_is_packed_and_computes_its_levels(tmp_pa
     torch.testing.assert_close(found.dequantize(), (codes - 1.5) * step, rtol=3e-7, atol=0)
 
 
+def integers(
+    shape: tuple[int, ...], *, scale: float = 1.0, offset: int = -8, **layout: Any
+) -> Entry:
+    scales, offsets = np.full(shape, scale), np.full(shape, offset)
+    return IntegerEncoding("w", 4, scales, offsets, offset == -8, **layout)
+
+
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (
-            IntegerEncoding(
-                "w", 4, np.ones((3, 8)), np.full((3, 8), -8), True, axis=0, block_size=2
-            ),
-            "has blocks along the output",
-        ),
-        (
-            IntegerEncoding(
-                "w", 4, np.ones((6, 4)), np.full((6, 4), -8), True, axis=1, block_size=4
-            ),
-            r"has \[6, 4\] blocks, but .* needs \[6, 2\]",
-        ),
-        (
-            IntegerEncoding("w", 4, np.ones(5), np.full(5, -8), True, block_size=4),
-            r"has 5 blocks, but a matrix of shape \[6, 8\] needs \[6, 2\]",
-        ),
-        (
-            IntegerEncoding("w", 4, np.ones(12), np.full(12, -8), True, block_size=3),
-            "has blocks of 3, which do not divide",
-        ),
-        (
-            IntegerEncoding("w", 4, np.ones(7), np.full(7, -8), True, axis=0),
-            r"has 7 scales, but axis 0 of \[6, 8\] has 6$",
-        ),
-        (
-            IntegerEncoding("w", 4, np.ones(()), np.array(3), False),
-            r"an offset is outside \[-15, 0\]",
-        ),
-        (
-            IntegerEncoding("w", 4, np.array(1e-60), np.array(-8), True),
-            "a scale is a finite positive number",
-        ),
-        (
-            LpbqEncoding("w", 4, 4, np.ones(12, dtype=int), np.ones(4)),
-            "cannot share evenly",
-        ),
-        (
-            FloatEncoding("w", 8, "float8e4m3fn", np.ones(())),
-            "is a float of 8 bits",
-        ),
+        (integers((3, 8), axis=0, block_size=2), "has blocks along the output"),
+        (integers((6, 4), axis=1, block_size=4), r"has \[6, 4\] blocks, but .* needs \[6, 2\]"),
+        (integers((5,), block_size=4), r"has 5 blocks, but a matrix of .* \[6, 8\] needs \[6, 2\]"),
+        (integers((12,), block_size=3), "has blocks of 3, which do not divide"),
+        (integers((7,), axis=0), r"has 7 scales, but axis 0 of \[6, 8\] has 6$"),
+        (integers((), offset=3), r"an offset is outside \[-15, 0\]"),
+        (integers((), scale=1e-60), "a scale is a finite positive number"),
+        (LpbqEncoding("w", 4, 4, np.ones(12, dtype=int), np.ones(4)), "cannot share evenly"),
+        (FloatEncoding("w", 8, "float8e4m3fn", np.ones(())), "is a float of 8 bits"),
     ],
 )
 def test_entries_that_are_no_grid(entry: Entry, message: str) -> None:

@@ -35,6 +35,16 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
+LLAMA = LlamaConfig(
+    vocab_size=32,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+)
+
+
 def grouped(weight: Tensor, arguments: QuantizationArgs) -> Tensor:
     """`weight` as [..., values that share a scale], the leading axes as the scale's."""
     match arguments.strategy:
@@ -155,15 +165,7 @@ def model_folder(
 ) -> dict[str, Tensor]:
     """Compress the layers of a tiny llama that `layouts` names; returns the expected values."""
     torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
+    LlamaForCausalLM(LLAMA).save_pretrained(folder)
     stored, expected = {}, {}
     for name, value in load_file(folder / "model.safetensors").items():
         layout = next(
@@ -226,161 +228,89 @@ def test_a_whole_checkpoint_of_two_groups(tmp_path: Path) -> None:
 
 
 INTEGER = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
+REFUSED_WEIGHTS: dict[str, dict[str, Any]] = {
+    r"weights.type is 'float': .*quantize the float model instead": {"type": "float"},
+    "num_bits is 16: .*less than or equal to 8": {"num_bits": 16},
+    "strategy is 'tensor_group': .*'tensor', 'channel', 'group'": {"strategy": "tensor_group"},
+    "strategy is 'block'": {"strategy": "block"},
+    "group_size is '16'": {"group_size": "16"},
+    "symmetric is 'yes': Input should be a valid boolean": {"symmetric": "yes"},
+}
+_SPARSE = {"format": "sparse-24-bitmask"}
+_BAD_PATTERN = {"targets": ["re:("], "weights": INTEGER}
+_WITH_ACTIVATIONS = {"targets": ["Linear"], "weights": INTEGER}
+_MORE = "quantizes more than weights.* remove this key"
+REFUSED_SETTINGS: dict[str, dict[str, Any]] = {
+    **{
+        f"format is '{name}'": {"format": name}
+        for name in ("float-quantized", "nvfp4-pack-quantized", "marlin-24")
+    },
+    "sparsity_config is .*sparse-24.*: weights must be dense": {"sparsity_config": _SPARSE},
+    "sparsity_config is 'x': Input should be": {"sparsity_config": "x"},
+    "transform_config is .*: applies rotations": {"transform_config": {"config_groups": {"R": {}}}},
+    "transform_config is True: Input should be": {"transform_config": True},
+    f"kv_cache_scheme is .*{_MORE}": {"kv_cache_scheme": {"num_bits": 8}},
+    "config_groups is .*: quantizes no weights": {"config_groups": {}},
+    r"config_groups is \[.*: Input should be a valid dictionary": {"config_groups": [INTEGER]},
+    **{
+        f"config_groups.group_0.{message}": {"config_groups": {"group_0": group}}
+        for message, group in {
+            "targets is .*: Field required": {"weights": INTEGER},
+            r"targets.0 is 're:\(': is not a valid regular expression": _BAD_PATTERN,
+            r"weights is \[4\]: Input should be": {"targets": ["Linear"], "weights": [4]},
+            **{
+                f"{key} is .*{_MORE}": {**_WITH_ACTIVATIONS, key: {"num_bits": 16}}
+                for key in ("input_activations", "output_activations")
+            },
+        }.items()
+    },
+}
 
 
-@pytest.mark.parametrize(
-    ("record", "more", "message"),
-    [
-        (
-            {"num_bits": 8, "type": "float"},
-            {"format": "float-quantized"},
-            "format is 'float-quantized'",
-        ),
-        (
-            INTEGER,
-            {"format": "nvfp4-pack-quantized"},
-            "format is 'nvfp4-pack-quantized'",
-        ),
-        (
-            INTEGER,
-            {"format": "marlin-24"},
-            "format is 'marlin-24'",
-        ),
-        (
-            {**INTEGER, "type": "float"},
-            {},
-            "weights.type is 'float': .*quantize the float model instead",
-        ),
-        ({**INTEGER, "num_bits": 16}, {}, "num_bits is 16: .*less than or equal to 8"),
-        (
-            {**INTEGER, "strategy": "tensor_group"},
-            {},
-            "strategy is 'tensor_group': .*'tensor', 'channel', 'group'",
-        ),
-        ({**INTEGER, "group_size": "16"}, {}, "group_size is '16'"),
-        ({**INTEGER, "strategy": "block"}, {}, "strategy is 'block'"),
-        (
-            INTEGER,
-            {"sparsity_config": {"format": "sparse-24-bitmask"}},
-            "sparsity_config is .*sparse-24-bitmask.*: weights must be dense",
-        ),
-        (
-            INTEGER,
-            {"transform_config": {"config_groups": {"R1": {}}}},
-            "transform_config is .*: applies rotations",
-        ),
-        (INTEGER, {"config_groups": {}}, "config_groups is .*: quantizes no weights"),
-        (
-            INTEGER,
-            {"config_groups": {"group_0": {"weights": INTEGER}}},
-            "config_groups.group_0.targets is .*: Field required",
-        ),
-        (
-            INTEGER,
-            {"config_groups": {"group_0": {"targets": ["re:("], "weights": INTEGER}}},
-            r"targets.0 is 're:\(': is not a valid regular expression",
-        ),
-        (
-            INTEGER,
-            {"config_groups": [INTEGER]},
-            r"config_groups is \[.*: Input should be a valid dictionary",
-        ),
-        (
-            INTEGER,
-            {"config_groups": {"group_0": {"targets": ["Linear"], "weights": [4]}}},
-            r"group_0.weights is \[4\]: Input should be",
-        ),
-        (INTEGER, {"transform_config": True}, "transform_config is True: Input should be"),
-        (INTEGER, {"sparsity_config": "x"}, "sparsity_config is 'x': Input should be"),
-        (
-            {**INTEGER, "symmetric": "yes"},
-            {},
-            "symmetric is 'yes': Input should be a valid boolean",
-        ),
-        (
-            INTEGER,
-            {"kv_cache_scheme": {"num_bits": 8}},
-            "kv_cache_scheme is .*quantizes more than weights.* remove this key",
-        ),
-        *(
-            (
-                INTEGER,
-                {
-                    "config_groups": {
-                        "group_3": {
-                            "targets": ["Linear"],
-                            "weights": INTEGER,
-                            key: {"num_bits": 16},
-                        }
-                    }
-                },
-                f"group_3.{key} is .*quantizes more than weights.* remove this key",
-            )
-            for key in ("input_activations", "output_activations")
-        ),
-    ],
-)
-def test_settings_that_are_refused(
-    tmp_path: Path, record: dict[str, Any], more: dict[str, Any], message: str
-) -> None:
+@pytest.mark.parametrize("message", REFUSED_WEIGHTS.keys() | REFUSED_SETTINGS.keys())
+def test_settings_that_are_refused(tmp_path: Path, message: str) -> None:
+    record = INTEGER | REFUSED_WEIGHTS.get(message, {})
+    settings = settings_of("pack-quantized", record) | REFUSED_SETTINGS.get(message, {})
     with pytest.raises(SourceError, match=message):
-        opened(
-            tmp_path,
-            {"weight": torch.zeros(2, 2)},
-            {**settings_of("pack-quantized", record), **more},
-        )
+        opened(tmp_path, {"weight": torch.zeros(2, 2)}, settings)
 
 
-@pytest.mark.parametrize(
-    ("parts", "message"),
-    [
-        (
-            {"weight_scale": None, "weight_packed": torch.zeros(OUT, 8, dtype=torch.int32)},
-            "'layer.weight_scale' is missing",
-        ),
-        (
-            {"weight_shape": torch.tensor([OUT, 2**40])},
-            r"weight_shape \[24, 1099511627776\] and weight_packed \[24, 8\] do not belong together",
-        ),
-        ({"weight_shape": torch.tensor([OUT, 60])}, "groups of 16 do not divide rows of 60"),
-        (
-            {"weight_scale": torch.full((OUT, 4), torch.nan)},
-            r"tensor 'layer.weight' \(compressed-tensors\): a scale is a finite positive number",
-        ),
-        (
-            {"weight_scale": torch.ones(OUT, 3)},
-            r"weight_scale' is F32 \[24, 3\], but .* \[24, 4\]",
-        ),
-        (
-            {"weight_zero_point": torch.full((OUT, 4), 100, dtype=torch.int8)},
-            "symmetric: true, but 96 of 96 zero points",
-        ),
-        ({"weight_zero_point": torch.zeros(OUT, 4)}, "zero_point' is F32"),
-        (
-            {"weight_zero_point": torch.zeros(3, 3, dtype=torch.int32)},
-            r"zero_point' is I32 \[3, 3\], but .* \[3, 4\]",
-        ),
-        (
-            {"weight_packed": torch.zeros(OUT, 9, dtype=torch.int32)},
-            r"weight_packed' is I32 \[24, 9\], but .* \[24, 8\]",
-        ),
-        (
-            {"weight_g_idx": torch.arange(IN, dtype=torch.int32) % 4},
-            "quantized in activation order with scattered groups",
-        ),
-    ],
-)
-def test_damaged_layers(tmp_path: Path, parts: dict[str, Any], message: str) -> None:
+DAMAGED: dict[str, dict[str, Any]] = {
+    "'layer.weight_scale' is missing": {
+        "weight_scale": None,
+        "weight_packed": torch.zeros(OUT, 8, dtype=torch.int32),
+    },
+    r"weight_shape \[24, 1099511627776\] and weight_packed \[24, 8\] do not belong together": {
+        "weight_shape": torch.tensor([OUT, 2**40])
+    },
+    "groups of 16 do not divide rows of 60": {"weight_shape": torch.tensor([OUT, 60])},
+    r"tensor 'layer.weight' \(compressed-tensors\): a scale is a finite positive number": {
+        "weight_scale": torch.full((OUT, 4), torch.nan)
+    },
+    r"weight_scale' is F32 \[24, 3\], but .* \[24, 4\]": {"weight_scale": torch.ones(OUT, 3)},
+    "symmetric: true, but 96 of 96 zero points": {
+        "weight_zero_point": torch.full((OUT, 4), 100, dtype=torch.int8)
+    },
+    "zero_point' is F32": {"weight_zero_point": torch.zeros(OUT, 4)},
+    r"zero_point' is I32 \[3, 3\], but .* \[3, 4\]": {
+        "weight_zero_point": torch.zeros(3, 3, dtype=torch.int32)
+    },
+    r"weight_packed' is I32 \[24, 9\], but .* \[24, 8\]": {
+        "weight_packed": torch.zeros(OUT, 9, dtype=torch.int32)
+    },
+    "quantized in activation order with scattered groups": {
+        "weight_g_idx": torch.arange(IN, dtype=torch.int32) % 4
+    },
+}
+
+
+@pytest.mark.parametrize("message", DAMAGED)
+def test_damaged_layers(tmp_path: Path, message: str) -> None:
     weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
-    held: dict[str, Any] = compressed(weight, "pack-quantized", INTEGER, torch.float32)[0] | parts
+    stored: dict[str, Any] = compressed(weight, "pack-quantized", INTEGER, torch.float32)[0]
+    tensors = {k: v for k, v in (stored | DAMAGED[message]).items() if v is not None}
     with pytest.raises(SourceError, match=message):
-        read(
-            opened(
-                tmp_path,
-                {part: tensor for part, tensor in held.items() if tensor is not None},
-                settings_of("pack-quantized", INTEGER),
-            )
-        )
+        read(opened(tmp_path, tensors, settings_of("pack-quantized", INTEGER)))
 
 
 def test_group_order_that_changes_nothing(tmp_path: Path) -> None:
@@ -449,15 +379,7 @@ def test_groups_are_the_librarys(tmp_path: Path, targets: tuple[list[str], list[
         f"group_{i}": {"targets": names, "weights": weights}
         for i, (names, weights) in enumerate(zip(targets, (INTEGER, EIGHT), strict=True))
     }
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    asked = LlamaForCausalLM(config)
+    asked = LlamaForCausalLM(LLAMA)
     apply_quantization_config(
         asked, QuantizationConfig(config_groups=groups, quantization_status="frozen")
     )

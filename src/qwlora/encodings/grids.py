@@ -186,7 +186,15 @@ def _integer_grid(entry: IntegerEncoding, layout: TensorLayout, version: str) ->
     elif scale.size == 1:
         granularity, scale, offset = PerTensor(), scale.reshape(()), offset.reshape(())
     else:
-        granularity = PerChannel(_channel_axis(entry, layout, version))
+        axis = layout.channel_axis if entry.axis is None else layout.axis(entry.axis)
+        granularity = PerChannel(axis)
+        if scale.size != layout.shape[axis]:
+            hint = "; version 0.6.1 lists scales of blocks as channels and loses their shape: "
+            hint = f"{hint}export 1.0.0 or later" if version == "0.6.1" else ""
+            raise SourceError(
+                f"has {scale.size} scales, but axis {axis} of {list(layout.shape)} has "
+                f"{layout.shape[axis]}{hint}"
+            )
     if entry.zero_point_shift:
         scheme = Scheme(entry.bitwidth, symmetric=False, granularity=granularity, float_offset=True)
         minimum = (offset + entry.zero_point_shift) * scale
@@ -212,35 +220,15 @@ def _lpbq_grid(entry: LpbqEncoding, layout: TensorLayout) -> Encoding:
     bits = max(1, int(integers.max() - 1).bit_length())
     if entry.decompressed_bitwidth is not None:
         bits = entry.decompressed_bitwidth - entry.bitwidth
-    scheme = Scheme(entry.bitwidth, True, _lpbq_granularity(scale, entry, bits))
-    offset = torch.full(scale.shape, scheme.symmetric_offset, dtype=torch.int32)
-    return Encoding(scheme, scale, offset)
-
-
-def _lpbq_granularity(scale: Tensor, entry: LpbqEncoding, bits: int) -> PerBlock | Lpbq:
-    """Lpbq if both factors can be recovered: each row has a block with the largest integer."""
+    granularity: Granularity
     try:
         granularity = Lpbq(entry.block_size, bits)
         granularity.split(scale)
-    except GridError:
-        return PerBlock(entry.block_size)
-    return granularity
-
-
-def _channel_axis(entry: IntegerEncoding, layout: TensorLayout, version: str) -> int:
-    axis = layout.channel_axis if entry.axis is None else layout.axis(entry.axis)
-    if entry.scale.size != layout.shape[axis]:
-        lost = (
-            "; version 0.6.1 lists scales of blocks as channels and loses their shape: export "
-            "1.0.0 or later"
-            if version == "0.6.1"
-            else ""
-        )
-        raise SourceError(
-            f"has {entry.scale.size} scales, but axis {axis} of {list(layout.shape)} has "
-            f"{layout.shape[axis]}{lost}"
-        )
-    return axis
+    except GridError:  # the factors are not recoverable: a row lacks the largest integer
+        granularity = PerBlock(entry.block_size)
+    scheme = Scheme(entry.bitwidth, True, granularity)
+    offset = torch.full(scale.shape, scheme.symmetric_offset, dtype=torch.int32)
+    return Encoding(scheme, scale, offset)
 
 
 def _blocks(

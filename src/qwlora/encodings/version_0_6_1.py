@@ -65,29 +65,26 @@ class Channels(JsonEntry):
         for key in ("bitwidth", "is_symmetric", "zero_point_shift"):
             if len({getattr(item, key) for item in self.items}) > 1:
                 raise ValueError(f"{key} differs among the channels")
-        shape = () if len(self.items) == 1 else (len(self.items),)
+        columns = ("scale", "offset", "min", "max")
         scale, offset, low, high = (
-            np.array([getattr(item, key) for item in self.items]).reshape(shape)
-            for key in ("scale", "offset", "min", "max")
+            np.array([getattr(item, key) for item in self.items]) for key in columns
         )
+        shape = () if len(self.items) == 1 else (len(self.items),)
         encoding = IntegerEncoding(
             self.name,
             first.bitwidth,
-            scale,
-            offset,
+            scale.reshape(shape),
+            offset.reshape(shape),
             first.is_symmetric == "True",
             zero_point_shift=first.zero_point_shift,
         )
-        for key, stated, computed in zip(
-            ("min", "max"), (low, high), _range(encoding), strict=True
-        ):
-            tolerance = 0.5 * encoding.scale.reshape(-1) + 1e-5 * np.abs(computed)
-            off = ~(np.abs(stated.reshape(-1) - computed) <= tolerance)
+        for key, stated, computed in zip(columns[2:], (low, high), _range(encoding), strict=True):
+            tolerance = 0.5 * scale + 1e-5 * np.abs(computed)
+            off = ~(np.abs(stated - computed) <= tolerance)
             if off.any():
                 i = int(off.argmax())
                 raise ValueError(
-                    f"{key} is {stated.reshape(-1)[i]} in item {i}, but scale and offset make it "
-                    f"{computed[i]}"
+                    f"{key} is {stated[i]} in item {i}, but scale and offset make it {computed[i]}"
                 )
         return encoding
 

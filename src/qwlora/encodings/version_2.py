@@ -102,18 +102,10 @@ class _Entry(JsonEntry):
             raise ValueError(
                 f"y_zero_point has shape {list(zero_point.shape)}, but y_scale {list(scale.shape)}"
             )
-        offset = (center if signed else 0) - whole.astype(np.int64)
-        symmetric = bool((offset == center).all())
+        offset, size = (center if signed else 0) - whole.astype(np.int64), self.block_size
+        symmetric, shift = bool((offset == center).all()), shifts.pop()
         return IntegerEncoding(
-            self.name,
-            bitwidth,
-            scale,
-            offset,
-            symmetric,
-            signed,
-            axis,
-            self.block_size,
-            shifts.pop(),
+            self.name, bitwidth, scale, offset, symmetric, signed, axis, size, shift
         )
 
     def lpbq(self, blocks: Integers, channels: Floats, channel_axis: int | None) -> Entry:

@@ -75,7 +75,6 @@ class AimetCheckpoint(ShownCheckpoint):
         self._grids = matched_encodings(self.floats.model, encodings, keep_float, block_order)
 
     def names(self) -> list[str]:
-        """Names of parameters and saved buffers in the model's order, tied tensors once."""
         return self.floats.names()
 
     def schemes(self) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
@@ -85,11 +84,6 @@ class AimetCheckpoint(ShownCheckpoint):
         return {n: (self._grids[n].scheme, shape) for n, shape in shapes.items() if len(shape) > 1}
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """Read one parameter, as integers if it is a matrix with an entry.
-
-        Raises:
-            SourceError: there is no such parameter, or its values are not finite.
-        """
         value = self.floats.read(name)
         grid = self._grids.get(name)
         if grid is None:

@@ -247,7 +247,8 @@ class BaseFiles:
     def __init__(self, folder: Path):
         self.folder, self.where = folder, f"base {str(folder)!r}"
         self.record = read_record(folder)
-        check_files(folder)
+        # weights are not listed there: each tensor has its own digest, checked when it is read
+        manifest.check(folder, RECORD, self.where, "quantize again")
         self.files = SafetensorsFiles(folder, STEM)
         self.layers = read_layers(self.record, self.where)
         self.digests: dict[str, str] = {}
@@ -372,9 +373,10 @@ class BaseCheckpoint(BaseFiles, ShownCheckpoint):
     same integers again. Each is compared with its digest in base.json when it is read.
 
     Raises:
-        SourceError: the folder is not a base, has another format version, or cannot be read.
-        GridError: base.json describes an invalid layer.
-        FingerprintError: the configuration or tokenizer was changed after saving.
+        SourceError: the folder is not a base, has another format version, or cannot be read; a part
+            of a layer is missing or has the wrong shape.
+        GridError: base.json describes an invalid layer; scales or offsets are invalid.
+        FingerprintError: the configuration, the tokenizer or a tensor was changed after saving.
     """
 
     def __init__(self, folder: str | Path):
@@ -390,7 +392,6 @@ class BaseCheckpoint(BaseFiles, ShownCheckpoint):
             self.stored.setdefault(parts.get(name, name), []).append(name)
 
     def names(self) -> list[str]:
-        """Names of parameters and saved buffers, tied tensors once."""
         return list(self.stored)
 
     def schemes(self) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
@@ -398,14 +399,6 @@ class BaseCheckpoint(BaseFiles, ShownCheckpoint):
         return {name: self.layers[path] for name, path in self.path_of.items()}
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """One parameter or saved buffer.
-
-        Raises:
-            SourceError: there is no such tensor, or one of its stored parts is missing or has the
-                wrong shape.
-            FingerprintError: it was changed after saving.
-            GridError: its scales or offsets are invalid.
-        """
         if name not in self.stored:
             raise SourceError(f"{self.where}: there is no tensor {name!r}")
         if name not in self.path_of:
@@ -486,14 +479,6 @@ class _SaveAsBase:
             write_base(model, None, save_directory, self.source)
 
 
-def check_files(folder: Path) -> None:
-    """Compare the base's configuration and tokenizer with their digests; see `manifest.check`.
-
-    Weights are not listed there: each tensor has its own digest, checked when it is read.
-    """
-    manifest.check(folder, RECORD, f"base {str(folder)!r}", "quantize again")
-
-
 def read_record(folder: Path) -> dict[str, Any]:
     """Read `base.json`.
 
@@ -503,10 +488,9 @@ def read_record(folder: Path) -> dict[str, Any]:
     if not (folder / RECORD).is_file():
         raise SourceError(f"{str(folder)!r} is not a QWLoRA base: it has no {RECORD}")
     record = read_object(folder / RECORD)
-    found = record.get("format")
-    if found != FORMAT:
+    if (stated := record.get("format")) != FORMAT:
         raise SourceError(
-            f"base {str(folder)!r} has format {found!r}, but this version reads {FORMAT}; quantize "
+            f"base {str(folder)!r} has format {stated!r}, but this version reads {FORMAT}; quantize "
             "again, with the same version of qwlora"
         )
     kinds = {"fingerprint": str, "source": str, "layers": dict, "tensors": dict}

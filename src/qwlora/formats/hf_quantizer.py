@@ -102,10 +102,14 @@ class QwloraQuantizer(HfQuantizer):
                 f"{base.where} is a {expected}, not a {type(model).__name__}; load it with "
                 f"transformers.{expected}.from_pretrained"
             )
-        _tie_(model)
+        # `model.tie_weights()`, which transformers switches off while it builds a model to load
+        for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+            path, _, key = target.rpartition(".")
+            model.get_submodule(path)._parameters[key] = model.get_parameter(source)
         base.place_packed_(model)
-        for target in [name for name in model.all_tied_weights_keys if _is_in_packed(model, name)]:
-            del model.all_tied_weights_keys[target]  # no parameter: it reads the other's codes
+        for target in list(model.all_tied_weights_keys):
+            if isinstance(model.get_submodule(target.rpartition(".")[0]), PackedLayer):
+                del model.all_tied_weights_keys[target]  # no parameter: it reads the other's codes
         for name, stored in base.verified(model):
             if name in base.packed and stored.is_floating_point():
                 path, _, key = name.rpartition(".")
@@ -138,17 +142,6 @@ class QwloraQuantizer(HfQuantizer):
             )
 
 
-def _tie_(model: PreTrainedModel) -> None:
-    """`model.tie_weights()`, which transformers switches off while it builds a model to load."""
-    for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
-        path, _, key = target.rpartition(".")
-        model.get_submodule(path)._parameters[key] = model.get_parameter(source)
-
-
-def _is_in_packed(model: PreTrainedModel, name: str) -> bool:
-    return isinstance(model.get_submodule(name.rpartition(".")[0]), PackedLayer)
-
-
 def register_with_transformers() -> None:
     """Let `from_pretrained`, `pipeline`, `Trainer` and PEFT load QWLoRA bases in this process.
 
@@ -162,18 +155,17 @@ def register_with_transformers() -> None:
 def _folder_of(weights: Path) -> Path:
     """The base's folder; in the hub's cache, its other files are downloaded into it."""
     folder = weights.parent
-    if folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--"):
-        _download_beside(folder, [RECORD])
-        _download_beside(folder, list(read_record(folder).get(FILES, {})))
+    cached = folder.parent.parent  # models--OWNER--NAME/snapshots/REVISION
+    if folder.parent.name != "snapshots" or not cached.name.startswith("models--"):
+        return folder
+    files = [RECORD]
+    for _ in range(2):  # base.json, then the files that it lists
+        if missing := [file for file in files if not (folder / file).is_file()]:
+            snapshot_download(
+                cached.name.removeprefix("models--").replace("--", "/"),
+                revision=folder.name,
+                cache_dir=cached.parent,
+                allow_patterns=missing,
+            )
+        files = list(read_record(folder).get(FILES, {}))
     return folder
-
-
-def _download_beside(snapshot: Path, files: list[str]) -> None:
-    cached = snapshot.parents[1]
-    if missing := [file for file in files if not (snapshot / file).is_file()]:
-        snapshot_download(
-            cached.name.removeprefix("models--").replace("--", "/"),
-            revision=snapshot.name,
-            cache_dir=cached.parent,
-            allow_patterns=missing,
-        )

@@ -87,13 +87,13 @@ def build_model(
 
 def blocks_of(model: nn.Module) -> list[str]:
     """The paths of a model's blocks: the members of its outermost `ModuleList`s."""
-    found: list[str] = []
+    blocks: list[str] = []
     for path, module in model.named_modules():  # outer lists come before nested ones
         if isinstance(module, nn.ModuleList) and not any(
-            path.startswith(f"{block}.") or path == block for block in found
+            path.startswith(f"{block}.") or path == block for block in blocks
         ):
-            found += [f"{path}.{name}" if path else name for name, _ in module.named_children()]
-    return found
+            blocks += [f"{path}.{name}" if path else name for name, _ in module.named_children()]
+    return blocks
 
 
 def tensor_places(model: nn.Module) -> dict[str, list[Place]]:
@@ -108,7 +108,7 @@ def tensor_places(model: nn.Module) -> dict[str, list[Place]]:
         for key, tensor in (module._parameters | saved).items():
             if tensor is not None:
                 places.setdefault(id(tensor), []).append((path, key))
-    return {place_name(found[0]): found for found in places.values()}
+    return {place_name(of_tensor[0]): of_tensor for of_tensor in places.values()}
 
 
 def place_name(place: Place) -> str:
@@ -125,8 +125,8 @@ def tensor_at(model: nn.Module, place: Place) -> Tensor | None:
     """The tensor at a place; None if the module there was replaced and has no such tensor."""
     path, key = place
     module = model.get_submodule(path)
-    found = module._parameters.get(key)
-    return found if found is not None else module._buffers.get(key)
+    parameter = module._parameters.get(key)
+    return parameter if parameter is not None else module._buffers.get(key)
 
 
 def put_(model: nn.Module, places: Iterable[Place], tensor: Tensor) -> None:

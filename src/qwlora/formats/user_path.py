@@ -66,12 +66,12 @@ def source_path(source: str) -> Path:
 
 def _package_folders(names: list[str]) -> list[Path]:
     """The folders of those Python packages that are installed."""
-    found = []
+    folders = []
     for name in names:
         spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
         if spec is not None and spec.submodule_search_locations:
-            found += [Path(place) for place in spec.submodule_search_locations]
-    return found
+            folders += [Path(place) for place in spec.submodule_search_locations]
+    return folders
 
 
 def _packages_of_distribution(name: str) -> list[str]:

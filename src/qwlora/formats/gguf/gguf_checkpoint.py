@@ -106,17 +106,9 @@ class GgufCheckpoint(ShownCheckpoint):
         return origins
 
     def names(self) -> list[str]:
-        """Parameter names in the model's order, tied tensors once."""
         return list(self._origins)
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """Read one parameter: float32 or float64, or integers `[out, in]` or `[experts, out, in]`
-        if it is stored as integers.
-
-        Raises:
-            SourceError: there is no such parameter, its stored tensors have different types, or no
-                encoding can express its values.
-        """
         origin = self._origin(name)
         kinds = self._kinds(origin)
         kind = kinds[origin.sources[0]]

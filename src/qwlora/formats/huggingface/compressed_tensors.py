@@ -190,7 +190,7 @@ def as_linear(stored: str) -> tuple[str, frozenset[str]]:
 
 
 class CompressedTensors:
-    """The tensors of `files` under the float model's names.
+    """The tensors of `files` under the float model's names (`FormatReader`).
 
     Args:
         files: the stored tensors.
@@ -215,14 +215,12 @@ class CompressedTensors:
         }
 
     def names(self) -> list[str]:
-        """Names of the float model's tensors."""
         layers = self._is_packed.keys()
         parts = {f"{name.removesuffix('weight')}{part}" for name in layers for part in PARTS}
         floats = [n for n in self.files.names() if n not in parts and n not in layers]
         return [*layers, *(name for name in floats if not ACTIVATIONS.search(name))]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """`[out, in]` of a quantized layer."""
         if not self._is_packed.get(name, False):
             return self.files.shape(name)
         shape = self.files.read(f"{name}_shape").flatten().tolist()
@@ -236,12 +234,6 @@ class CompressedTensors:
         return int(shape[0]), int(shape[1])
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """Read one tensor.
-
-        Raises:
-            SourceError: the layer's tensors do not match each other, or a scale or zero point is
-                invalid.
-        """
         if name not in self._is_packed:
             return self.files.read(name)
         where, shape, weights = self._where(name), self.shape(name), self._weights(name)

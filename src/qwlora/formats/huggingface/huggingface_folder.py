@@ -41,7 +41,12 @@ class FormatReader(Protocol):
         ...
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """Read one tensor."""
+        """Read one tensor.
+
+        Raises:
+            SourceError: the tensors of a layer do not fit each other or the settings, or a scale or
+                zero point is invalid.
+        """
         ...
 
 
@@ -68,15 +73,9 @@ class FolderCheckpoint(ShownCheckpoint):
         self._find_origins_()
 
     def names(self) -> list[str]:
-        """Names of parameters and saved buffers in the model's order, tied tensors once."""
         return list(self._origins)
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """Read one parameter or saved buffer, as integers `[out, in]` if it is stored as integers.
-
-        Raises:
-            SourceError: there is no such parameter, or its stored tensors cannot be read.
-        """
         if name not in self._origins:
             raise self._error(
                 f"{name!r} is not a parameter of {type(self.model).__name__} (tied "

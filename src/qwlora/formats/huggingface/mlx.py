@@ -55,7 +55,7 @@ class MlxCheckpoint(FolderCheckpoint):
 
 
 class MlxTensors:
-    """The tensors of `files` under the float model's names."""
+    """The tensors of `files` under the float model's names (`FormatReader`)."""
 
     def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any]):
         self.files, self.settings = files, settings
@@ -72,11 +72,9 @@ class MlxTensors:
             )
 
     def names(self) -> list[str]:
-        """Names of the float model's tensors."""
         return [name for name in self.files.names() if name not in self._parts]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """`[out, in]` of a quantized layer."""
         if name not in self.layer_of:
             return self.files.shape(name)
         _, group = self._layout(name)
@@ -84,11 +82,6 @@ class MlxTensors:
         return rows, groups * group
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """Read one tensor.
-
-        Raises:
-            SourceError: the tensors of a layer do not fit each other or its settings.
-        """
         if name not in self.layer_of:
             return self.files.read(name)
         (bitwidth, group), layer = self._layout(name), self.layer_of[name]

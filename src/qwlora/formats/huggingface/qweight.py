@@ -94,7 +94,7 @@ class _Size(NamedTuple):
 
 
 class QweightTensors:
-    """The tensors of `files` under the float model's names; see `QweightCheckpoint`."""
+    """The tensors of `files` under the float model's names (`FormatReader`)."""
 
     def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any], method: str):
         self.files, self.label = files, method.upper()
@@ -127,25 +127,17 @@ class QweightTensors:
         self.layer_of = {f"{layer}.weight": layer for layer in layers}
 
     def names(self) -> list[str]:
-        """Names of the float model's tensors."""
         layers = self.layer_of.values()
         parts = {f"{layer}.{part}" for layer in layers for part in (*PARTS, "g_idx")}
         return [*self.layer_of, *(name for name in self.files.names() if name not in parts)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """`[out, in]` of a quantized layer."""
         if name not in self.layer_of:
             return self.files.shape(name)
         size = self._size(self.layer_of[name])
         return size.outputs, size.inputs
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        """Read one tensor.
-
-        Raises:
-            SourceError: the layer's tensors do not match each other, its groups are scattered, or a
-                scale or zero point is invalid.
-        """
         if name not in self.layer_of:
             return self.files.read(name)
         layer = self.layer_of[name]

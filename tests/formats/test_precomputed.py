@@ -268,6 +268,13 @@ def test_a_model_runs_with_one_block_in_memory_at_a_time() -> None:
     assert all(t() is None for t in checkpoint.given), "nothing holds the floats"
 
 
+def stream(checkpoint: Held, folder: Path, solver: str = "rtn", **settings: Any) -> Any:
+    scheme = settings.pop("scheme", "w4-block32")
+    return quantize_checkpoint(
+        checkpoint, byte_tokenizer(), folder, "x", scheme, solver, **settings
+    )
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_streaming_writes_the_base_that_quantizing_in_memory_writes(
     kind: str, tmp_path: Path
@@ -279,16 +286,8 @@ def test_streaming_writes_the_base_that_quantizing_in_memory_writes(
         Rule("*embed_tokens", parse_scheme("w4-block16")),
     ]
     rules = rules if kind in ("llama", "qwen3") else []
-    streamed = quantize_checkpoint(
-        Held(model_of(kind)),
-        byte_tokenizer(),
-        tmp_path / "streamed",
-        "x",
-        "w4-block32",
-        "rtn",
-        rules=rules,
-        shard_bytes=30_000,
-    )
+    checkpoint = Held(model_of(kind))
+    streamed = stream(checkpoint, tmp_path / "streamed", rules=rules, shard_bytes=30_000)
     model = model_of(kind)
     report = quantize_(model, "w4-block32", "rtn", rules=rules)
     assert streamed.fingerprint == fingerprint(model)
@@ -305,16 +304,7 @@ def test_streaming_holds_one_module_and_a_shard(
     checkpoint = Held(model_of(kind))
     sizes = [p.nbytes for p in checkpoint.model.parameters()]
     rules = [Rule("*embed_tokens", parse_scheme("w4-block16"))]
-    quantize_checkpoint(
-        checkpoint,
-        byte_tokenizer(),
-        tmp_path,
-        "x",
-        "w4-block32",
-        "rtn",
-        rules=rules,
-        shard_bytes=10_000,
-    )
+    stream(checkpoint, tmp_path, rules=rules, shard_bytes=10_000)
     assert loaded_at_finish == [], "only shapes are left of the model"
     assert checkpoint.most_alive <= 2 * max(sizes) + 10_000
     assert checkpoint.most_alive < sum(sizes) / 2, "a model of more than one block"
@@ -325,23 +315,14 @@ def test_streaming_keeps_the_integers_of_a_checkpoint(tmp_path: Path) -> None:
     identity = quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", None).fingerprint
     assert identity == fingerprint(load_precomputed(checkpoint)) == fingerprint(load_base(tmp_path))
     with pytest.raises(SourceError, match=r"q_proj\.weight is already integers.*scheme"):
-        quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn")
+        stream(checkpoint, tmp_path)
 
 
 def test_an_interrupted_stream_leaves_no_base(tmp_path: Path) -> None:
     up = "model.layers.1.mlp.up_proj.weight"
-    quantize_checkpoint(
-        Held(tiny_model("llama")), byte_tokenizer(), tmp_path, "x", "w4-block32", "rtn"
-    )
+    stream(Held(tiny_model("llama")), tmp_path)
     with pytest.raises(CalibrationError, match=f"{up} contains"):
-        quantize_checkpoint(
-            Changed(up, lambda t: t * torch.nan),
-            byte_tokenizer(),
-            tmp_path,
-            "x",
-            "w4-block32",
-            "rtn",
-        )
+        stream(Changed(up, lambda t: t * torch.nan), tmp_path)
     with pytest.raises(SourceError, match="is not a QWLoRA base"):
         load_base(tmp_path)
 
@@ -353,16 +334,8 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_read(tmp_path: Pa
 
     checkpoint = Unread(tiny_model("llama"))
     with pytest.raises(GridError, match="solver gptq and moments need calibration data"):
-        quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block32", "gptq")
+        stream(checkpoint, tmp_path, "gptq")
     with pytest.raises(GridError, match="block 48"):
-        quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", "w4-block48", "rtn")
+        stream(checkpoint, tmp_path, scheme="w4-block48")
     with pytest.raises(GridError, match=r"'\*.nowhere' matches no layer"):
-        quantize_checkpoint(
-            checkpoint,
-            byte_tokenizer(),
-            tmp_path,
-            "x",
-            "w4-block32",
-            "rtn",
-            rules=[Rule("*.nowhere", None)],
-        )
+        stream(checkpoint, tmp_path, rules=[Rule("*.nowhere", None)])

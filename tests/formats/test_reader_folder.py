@@ -223,47 +223,34 @@ def test_experts_of_two_kinds_are_refused(tmp_path: Path) -> None:
         mixed.read("model.layers.0.mlp.experts.down_proj")
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda t, c: t.pop("model.norm.weight"), "'model.norm.weight' is missing from the files"),
-        (
-            lambda t, c: t.update({"model.extra.weight": torch.ones(2)}),
-            "'model.extra.weight' is in the files, but not in LlamaForCausalLM",
-        ),
-        (
-            lambda t, c: t.update({"model.norm.weight": torch.ones(33)}),
-            r"'model.norm.weight' has shape \[33\] in the files, but \[32\] in the model",
-        ),
-        (
-            lambda t, c: c.update(num_hidden_layers=10**9),
-            "num_hidden_layers is 1000000000, but a model with these files has 0 to 128",
-        ),
-        (lambda t, c: c.update(model_type="nonesuch"), "config.json cannot be read"),
-        (
-            lambda t, c: c.update(vocab_size=-3),
-            "vocab_size is -3, but a model with these files has 1 to",
-        ),
-        (
-            lambda t, c: c.update(quantization_config={"quant_method": "hqq"}),
-            "quant_method 'hqq' is not supported; gptq, awq, compressed-tensors, mlx, GGUF files and float",
-        ),
-        (
-            lambda t, c: c.update(quantization_config="gptq"),
-            'quantization_config must be an object, but is "gptq"',
-        ),
-    ],
-)
-def test_folders_that_do_not_fit_their_configuration(
-    tmp_path: Path, change: Any, message: str
-) -> None:
+TENSORS: dict[str, dict[str, Tensor | None]] = {
+    "'model.norm.weight' is missing from the files": {"model.norm.weight": None},
+    "'model.extra.weight' is in the files, but not in LlamaForCausalLM": {
+        "model.extra.weight": torch.ones(2)
+    },
+    r"'model.norm.weight' has shape \[33\] in the files, but \[32\] in the model": {
+        "model.norm.weight": torch.ones(33)
+    },
+}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "num_hidden_layers is 1000000000, but a model with these files has 0 to 128": {
+        "num_hidden_layers": 10**9
+    },
+    "config.json cannot be read": {"model_type": "nonesuch"},
+    "vocab_size is -3, but a model with these files has 1 to": {"vocab_size": -3},
+    "quant_method 'hqq' is not supported; gptq, awq, compressed-tensors, mlx, GGUF files and": {
+        "quantization_config": {"quant_method": "hqq"}
+    },
+    'quantization_config must be an object, but is "gptq"': {"quantization_config": "gptq"},
+}
+
+
+@pytest.mark.parametrize("message", [*TENSORS, *CONFIGURATIONS])
+def test_folders_that_do_not_fit_their_configuration(tmp_path: Path, message: str) -> None:
     llama().save_pretrained(tmp_path)
-    tensors, config = (
-        load_file(tmp_path / "model.safetensors"),
-        json.loads((tmp_path / "config.json").read_text()),
-    )
-    change(tensors, config)
-    save_file(tensors, tmp_path / "model.safetensors")
+    tensors = load_file(tmp_path / "model.safetensors") | TENSORS.get(message, {})
+    save_file({k: v for k, v in tensors.items() if v is not None}, tmp_path / "model.safetensors")
+    config = json.loads((tmp_path / "config.json").read_text()) | CONFIGURATIONS.get(message, {})
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(SourceError, match=message):
         open_checkpoint(tmp_path)
@@ -308,23 +295,13 @@ def entry(dtype: Any = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[
 
 @pytest.mark.parametrize(
     "content",
-    [
+    [  # what safetensors refuses reaches the user with the file's name
         b"",
         header(b"{}", length=10**12),
         header({"a": entry()}, b"\0" * 4),
         header({"a": entry(shape=[2**40, 2**40])}, b"\0" * 8),
-        header({"a": entry(shape=[10**300])}, b"\0" * 8),
-        header({"a": entry(shape=[-2])}, b"\0" * 8),
-        header({"a": entry(shape="x")}, b"\0" * 8),
-        header({"a": entry(offsets=[8, 0])}, b"\0" * 8),
-        header({"a": entry(offsets=[0])}, b"\0" * 8),
-        header({"a": entry(dtype="Q9")}, b"\0" * 8),
-        header({"a": 3}),
         header({"a": entry(), "b": entry()}, b"\0" * 8),  # they overlap
-        header(b"[1]"),
-        header(b"{" * 30),
         header(b"[" * 200000),
-        header(b"\xff\xfe"),
     ],
 )
 def test_damaged_files(tmp_path: Path, content: bytes) -> None:

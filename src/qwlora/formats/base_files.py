@@ -490,8 +490,8 @@ def read_record(folder: Path) -> dict[str, Any]:
     record = read_object(folder / RECORD)
     if (stated := record.get("format")) != FORMAT:
         raise SourceError(
-            f"base {str(folder)!r} has format {stated!r}, but this version reads {FORMAT}; quantize "
-            "again, with the same version of qwlora"
+            f"base {str(folder)!r} has format {stated!r}, but this version reads {FORMAT}; "
+            "quantize again, with the same version of qwlora"
         )
     kinds = {"fingerprint": str, "source": str, "layers": dict, "tensors": dict}
     if wrong := [key for key, kind in kinds.items() if not isinstance(record.get(key), kind)]:

@@ -46,8 +46,8 @@ class SafetensorsFiles:
 
     Raises:
         SourceError: there are no safetensors files, or several and none has the usual name; the
-            index refers to a file that is missing or outside the folder; a tensor is missing or
-            duplicated; a file is truncated or malformed.
+            index refers to a file that is missing or outside the folder; a tensor is in two files;
+            a file is truncated or malformed.
     """
 
     def __init__(self, folder: str | Path, stem: str = "model", mapped: bool = True):
@@ -150,14 +150,14 @@ class SafetensorsFiles:
                 "Give the folder of a Hugging Face checkpoint"
             )
         tensors: dict[str, StoredTensor] = {}
-        for file, names in _listed_files(index).items():
+        for file in _shards(index):
             stored = read_header(file, self._backend)
-            if wrong := sorted(stored.keys() ^ set(names)):
+            if twice := sorted(stored.keys() & tensors.keys()):
                 raise SourceError(
-                    f"{str(file)!r} and {index.name} disagree about which tensors the file holds: "
-                    f"{listed(map(repr, wrong))}; download the model again"
+                    f"{str(file)!r}: {listed(map(repr, twice))} is also in another shard; download "
+                    "the model again"
                 )
-            tensors |= {name: stored[name] for name in names}
+            tensors |= stored
         return tensors
 
     def _file(self, name: str, pattern: str, instead_of: str = "") -> Path | None:
@@ -180,8 +180,8 @@ class SafetensorsFiles:
         return matches[0] if matches else None
 
 
-def _listed_files(index: Path) -> dict[Path, list[str]]:
-    """The files that an index names, with the tensors in each.
+def _shards(index: Path) -> list[Path]:
+    """The files that an index names. What they hold is compared with the model, not the index.
 
     Raises:
         SourceError: a file is missing or outside of the folder, or the index is malformed.
@@ -191,8 +191,8 @@ def _listed_files(index: Path) -> dict[Path, list[str]]:
         raise SourceError(
             f"{str(index)!r}: weight_map must give the file name of each tensor; download it again"
         )
-    files: dict[Path, list[str]] = {}
-    for name, file in weight_map.items():
+    by_file = {file: name for name, file in weight_map.items()}
+    for file, name in by_file.items():
         if set(file) & set("/\\\0") or not file.endswith(".safetensors"):
             raise SourceError(
                 f"{str(index)!r}: tensor {name!r} is listed in {file!r}, which is not a "
@@ -203,8 +203,7 @@ def _listed_files(index: Path) -> dict[Path, list[str]]:
                 f"{str(index)!r}: file {file!r}, which should contain tensor {name!r}, is "
                 "missing; download it too"
             )
-        files.setdefault(index.parent / file, []).append(name)
-    return files
+    return [index.parent / file for file in sorted(by_file)]
 
 
 def check_shards_are_inside(folder: Path) -> None:

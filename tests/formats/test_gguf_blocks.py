@@ -22,15 +22,22 @@ def expected(kind: str, raw: np.ndarray) -> torch.Tensor:
     return torch.from_numpy(gguf.quants.dequantize(raw, gguf.GGMLQuantizationType[kind]))
 
 
+def equals_ggufs(kind: str, raw: np.ndarray) -> bool:
+    values = read(kind, raw).dequantize()
+    return torch.equal(with_one_zero(values), with_one_zero(expected(kind, raw)))
+
+
+def half(number: float) -> np.ndarray:
+    return np.frombuffer(np.float16(number).tobytes(), np.uint8)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_random_blocks_with_scales_of_both_signs_and_zero(kind: str) -> None:
     raw = random_rows(kind, 24, 768)
     quantized = read(kind, raw)
-    assert torch.equal(with_one_zero(quantized.dequantize()), with_one_zero(expected(kind, raw)))
-    assert torch.equal(
-        with_one_zero(PackedTensor.from_quantized(quantized).dequantize()),
-        with_one_zero(expected(kind, raw)),
-    )
+    assert equals_ggufs(kind, raw)
+    packed = PackedTensor.from_quantized(quantized).dequantize()
+    assert torch.equal(with_one_zero(packed), with_one_zero(expected(kind, raw)))
     assert quantized.encoding.scheme.float_offset == (kind in WITH_MINIMUM)
 
 
@@ -40,9 +47,7 @@ def test_what_the_gguf_package_quantizes(kind: str) -> None:
     values[3, 32:64] = 0.25  # a constant block, and one of zeros
     values[4, :32] = 0
     raw = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
-    assert torch.equal(
-        with_one_zero(read(kind, raw).dequantize()), with_one_zero(expected(kind, raw))
-    )
+    assert equals_ggufs(kind, raw)
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q5_0", "Q8_0", "Q3_K", "Q6_K"])
@@ -67,17 +72,13 @@ def test_positive_scales_keep_the_codes_and_the_symmetric_grid(kind: str) -> Non
 def test_a_negative_scale_stays_symmetric_while_code_zero_is_unused() -> None:
     raw = random_rows("Q4_0", 4, 64)
     blocks = raw.reshape(-1, 18)
-    blocks[:, :2] = np.frombuffer(np.float16(-0.5).tobytes(), np.uint8)
+    blocks[:, :2] = half(-0.5)
     blocks[:, 2:] = 0x31
     assert read("Q4_0", raw).encoding.scheme.symmetric
-    assert torch.equal(
-        with_one_zero(read("Q4_0", raw).dequantize()), with_one_zero(expected("Q4_0", raw))
-    )
+    assert equals_ggufs("Q4_0", raw)
     blocks[2, 5] = 0x30
     assert not read("Q4_0", raw).encoding.scheme.symmetric
-    assert torch.equal(
-        with_one_zero(read("Q4_0", raw).dequantize()), with_one_zero(expected("Q4_0", raw))
-    )
+    assert equals_ggufs("Q4_0", raw)
 
 
 def test_a_constant_block_of_a_grid_with_minimum_has_its_minimum() -> None:
@@ -92,13 +93,11 @@ def test_a_negative_scale_beside_a_minimum_is_exact_or_refused(kind: str) -> Non
     size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]][1]
     first, second = HALVES[kind]
     blocks = raw.reshape(-1, size)
-    blocks[:, first : first + 2] = np.frombuffer(np.float16(-0.25).tobytes(), np.uint8)
-    blocks[:, second : second + 2] = np.frombuffer(np.float16(0.5).tobytes(), np.uint8)
-    assert torch.equal(
-        with_one_zero(read(kind, raw).dequantize()), with_one_zero(expected(kind, raw))
-    )
-    blocks[:, first : first + 2] = np.frombuffer(np.float16(-30000).tobytes(), np.uint8)
-    blocks[:, second : second + 2] = np.frombuffer(np.float16(6e-8).tobytes(), np.uint8)
+    blocks[:, first : first + 2] = half(-0.25)
+    blocks[:, second : second + 2] = half(0.5)
+    assert equals_ggufs(kind, raw)
+    blocks[:, first : first + 2] = half(-30000)
+    blocks[:, second : second + 2] = half(6e-8)
     with pytest.raises(
         SourceError,
         match=rf"tensor of {kind}: \d+ of \d+ scales are negative, .* quantize the float model again",
@@ -111,7 +110,7 @@ def test_a_negative_scale_beside_a_minimum_is_exact_or_refused(kind: str) -> Non
 def test_numbers_that_are_not_finite_are_refused(kind: str, number: float) -> None:
     for place in HALVES[kind]:
         raw = random_rows(kind, 4, 256)
-        raw[1, place : place + 2] = np.frombuffer(np.float16(number).tobytes(), np.uint8)
+        raw[1, place : place + 2] = half(number)
         with pytest.raises(
             SourceError,
             match=rf"tensor of {kind}: \d+ of \d+ (scale|minimum)s are nan or infinite\. The file is damaged",

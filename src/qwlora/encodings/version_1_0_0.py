@@ -61,8 +61,15 @@ class Entry100(JsonEntry):
         shift = np.zeros(scale.shape) if self.zero_point_shift is None else self.zero_point_shift
         if shift.size != scale.size or (shift != shift.flat[0]).any():
             raise ValueError("zero_point_shift must be a list as long as scale, of equal values")
-        layout: dict[str, Any] = {"block_size": self.block_size, "zero_point_shift": shift.flat[0]}
-        return IntegerEncoding(self.name, self.bw, scale, offset, self.is_sym, **layout)
+        return IntegerEncoding(
+            self.name,
+            self.bw,
+            scale,
+            offset,
+            self.is_sym,
+            block_size=self.block_size,
+            zero_point_shift=float(shift.flat[0]),
+        )
 
     def _lpbq(self) -> Entry:
         entry = LpbqEncoding(

@@ -44,7 +44,8 @@ def encoding_from_range(
     steps, smallest = scheme.steps, smallest_scale(scheme)
     if scheme.float_offset:
         low = low.float()
-        return Encoding(scheme, ((high.float() - low) / steps).clamp(min=smallest), low)
+        scale = scheme.nearest(((high.float() - low) / steps).clamp(min=smallest))
+        return Encoding(scheme, scale, low)
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     narrow = smallest * ((high - low) / steps < smallest)
     if scheme.symmetric:

@@ -74,7 +74,8 @@ class Blocks:
     def to_json(self) -> dict[str, Any]:
         """The entries of `Scheme.to_json` that describe the blocks."""
         values = asdict(self)
-        return {"block_size": values.pop("size"), "kind": self.kind, **values}
+        kind = {} if self.kind in ("block", "lpbq") else {"kind": self.kind}
+        return {"block_size": values.pop("size"), **kind, **values}
 
     def __str__(self) -> str:
         return f"{self.kind} {self.size}"
@@ -83,9 +84,6 @@ class Blocks:
 @dataclass(frozen=True)
 class PerBlock(Blocks, kind="block"):
     """Blocks with any scales."""
-
-    def to_json(self) -> dict[str, Any]:
-        return {"block_size": self.size}
 
 
 @dataclass(frozen=True)
@@ -131,9 +129,6 @@ class Lpbq(Blocks, kind="lpbq"):
         largest = 2**self.scale_bitwidth
         row = scale.amax(-1, keepdim=True) / largest
         return row, (scale / row).round().clamp(1, largest)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"block_size": self.size, "scale_bitwidth": self.scale_bitwidth}
 
     def __str__(self) -> str:
         return f"block {self.size} with int{self.scale_bitwidth} scales"

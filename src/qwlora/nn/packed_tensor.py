@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -154,7 +154,7 @@ class PackedTensor:
 
     @property
     def zero_point(self) -> Tensor | None:
-        """uint8 of the granularity's shape, for asymmetric grids."""
+        """-offset as uint8, of the granularity's shape; asymmetric integer grids only."""
         zero_point, granularity = self.parts.zero_point, self.scheme.granularity
         if zero_point is None or not isinstance(granularity, Blocks):
             return zero_point
@@ -190,58 +190,43 @@ class PackedTensor:
         return self._rows(packed, index, dtype)
 
     def _rows(self, packed: Tensor, index: Tensor | int | None, dtype: torch.dtype) -> Tensor:
-        shape = (*packed.shape[:-1], self.count)
-        scale, offset, minimum = (
-            self._broadcast(part, index, shape) for part in self._numbers(index)
-        )
+        scheme, shape = self.scheme, (*packed.shape[:-1], self.count)
+        chosen = self
+        if index is not None and isinstance(scheme.granularity, Blocks):  # each row has its own
+            parts: Any = (None if part is None else part[index] for part in self.parts)
+            chosen = PackedTensor(scheme, self.count, Parts(*parts))
+        low = chosen.parts.minimum
+        if not scheme.symmetric and low is None:
+            low = -cast(Tensor, chosen.zero_point).float()
+        scale = self._broadcast(chosen.scale, index, shape)
+        low = None if low is None else self._broadcast(low.float(), index, shape)
         flat = packed.reshape(-1, packed.shape[-1])
         values = torch.empty((len(flat), self.count), dtype=dtype, device=packed.device)
         step = max(1, _AT_ONCE // max(1, self.count))
         for rows in (slice(start, start + step) for start in range(0, len(flat), step)):
-            codes = unpack(flat[rows], self.scheme.bitwidth, self.count)
-            wide = (
-                values[rows]
-                if dtype == torch.float32
-                else torch.empty(codes.shape, device=codes.device)
-            )
+            codes = unpack(flat[rows], scheme.bitwidth, self.count)
+            wide = values[rows]
+            if dtype != torch.float32:
+                wide = torch.empty(codes.shape, device=codes.device)
             wide.copy_(codes)
-            blocks = grouped(wide, self.scheme.granularity)
-            if minimum is not None:
-                blocks.mul_(_of(scale, rows)).add_(_of(minimum, rows))
+            blocks = grouped(wide, scheme.granularity)
+            if scheme.float_offset:
+                blocks.mul_(_of(scale, rows)).add_(_of(low, rows))
             else:
-                blocks.add_(
-                    self.scheme.symmetric_offset if offset is None else _of(offset, rows)
-                ).mul_(_of(scale, rows))
+                blocks.add_(scheme.symmetric_offset if low is None else _of(low, rows))
+                blocks.mul_(_of(scale, rows))
             if wide.dtype != dtype:
                 values[rows] = wide
         return values.view(shape)
 
-    def _numbers(self, index: Tensor | int | None) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Scale, offset and minimum in float32, those of the indexed rows only where each row has
-        its own blocks.
-        """
-        chosen = self
-        if index is not None and isinstance(self.scheme.granularity, Blocks):
-            parts: Any = (None if part is None else part[index] for part in self.parts)
-            chosen = PackedTensor(self.scheme, self.count, Parts(*parts))
-        zero_point, minimum = (
-            chosen.zero_point,
-            self.parts.minimum if chosen is self else chosen.parts.minimum,
-        )
-        return (
-            chosen.scale,
-            None if zero_point is None else -zero_point.float(),
-            None if minimum is None else minimum.float(),
-        )
-
     def _broadcast(
-        self, part: Tensor | None, index: Tensor | int | None, shape: tuple[int, ...]
-    ) -> Tensor | None:
+        self, part: Tensor, index: Tensor | int | None, shape: tuple[int, ...]
+    ) -> Tensor:
         """`part` as `[rows, *tail]`, or `[1, *tail]` if it is the same for all, `tail` being what
         broadcasts against a row's grouped codes.
         """
         granularity = self.scheme.granularity
-        if part is None or not part.ndim:
+        if not part.ndim:
             return part
         if isinstance(granularity, Blocks):
             return part.reshape(-1, part.shape[-1], 1)

@@ -118,11 +118,7 @@ class SampleObserver:
             self._take(rows)
 
     def merge(self, other: SampleObserver) -> None:
-        """Add what `other` observed.
-
-        Raises:
-            CalibrationError: this observer keeps a sample and the other one does not.
-        """
+        """Add what `other` observed."""
         if not other.batches:
             return
         if self.sampled and not other.sampled:

@@ -89,11 +89,7 @@ class Encoding:
 
     @property
     def offset(self) -> Int[Tensor, "*groups"]:
-        """The offsets.
-
-        Raises:
-            GridError: the grid has a float minimum.
-        """
+        """The offsets."""
         if self.scheme.float_offset:
             raise GridError(
                 f"{self.scheme}: the grid is scale * q + minimum with a float minimum, which has "

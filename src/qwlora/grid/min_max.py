@@ -71,12 +71,7 @@ def smallest_scale(scheme: Scheme) -> float:
 def group_range(
     x: Float[Tensor, "*shape"], scheme: Scheme
 ) -> tuple[Float[Tensor, "*groups"], Float[Tensor, "*groups"]]:
-    """Lowest and highest value of each group of `x`.
-
-    Raises:
-        CalibrationError: `x` is empty.
-        GridError: the granularity does not fit the shape.
-    """
+    """Lowest and highest value of each group of `x`."""
     shape = scheme.scale_shape(tuple(x.shape))
     if not x.numel():
         raise CalibrationError(f"a tensor of shape {list(x.shape)} holds no values to measure")
@@ -100,10 +95,5 @@ def rows_of_groups(x: Tensor, scheme: Scheme) -> Float[Tensor, "groups values"]:
 
 
 def measure(x: Float[Tensor, "*shape"], scheme: Scheme) -> Encoding:
-    """The min-max encoding of one tensor.
-
-    Raises:
-        CalibrationError: `x` is empty, or holds nan or infinity.
-        GridError: the granularity does not fit the shape.
-    """
+    """The min-max encoding of one tensor."""
     return encoding_from_range(*group_range(x, scheme), scheme)

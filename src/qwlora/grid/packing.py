@@ -47,11 +47,7 @@ def packed_row_bytes(count: int, bitwidth: int) -> int:
 
 
 def pack(codes: UInt8[Tensor, "*rows count"], bitwidth: int) -> UInt8[Tensor, "*rows bytes"]:
-    """Pack the last axis.
-
-    Raises:
-        GridError: a code does not fit in `bitwidth` bits.
-    """
+    """Pack the last axis."""
     group = _group(bitwidth)
     if codes.numel() and int(codes.max()) >= 2**bitwidth:
         raise GridError(f"code {int(codes.max())} does not fit in {bitwidth} bits")

@@ -49,11 +49,7 @@ class PerChannel:
 
 @dataclass(frozen=True)
 class Blocks:
-    """One scale per `size` neighbors along the last axis: weight [A, B] -> scale [A, B / size].
-
-    Raises:
-        GridError: a size below 1.
-    """
+    """One scale per `size` neighbors along the last axis: weight [A, B] -> scale [A, B / size]."""
 
     size: int
     kind: ClassVar[str]
@@ -113,9 +109,6 @@ class Lpbq(Blocks, kind="lpbq"):
     def split(self, scale: Tensor) -> tuple[Tensor, Tensor]:
         """(row scales [*rows, 1], integers [*rows, blocks]), whose product the scales are, bit for
         bit.
-
-        Raises:
-            GridError: they are no such products.
         """
         row, integers = self._factors(scale)
         if wrong := int((integers * row != scale).sum()):

@@ -131,9 +131,6 @@ def _whole(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
 class Moments(Mapping[str, Moment]):
     """R and G of many layers by canonical module path, in memory or in a folder with one file per
     layer.
-
-    Raises:
-        SourceError: a file of the folder cannot be read.
     """
 
     def __init__(self, folder: Path | None = None):

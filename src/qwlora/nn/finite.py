@@ -16,9 +16,6 @@ def check_finite(name: str, tensor: Tensor, allow_infinity: bool = False) -> Non
 
     Args:
         allow_infinity: for buffers, which may be attention masks.
-
-    Raises:
-        CalibrationError: with how many there are, and where the first is.
     """
     if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
         return
@@ -52,11 +49,7 @@ def check_base_finite(module: nn.Module, path: str = "") -> None:
 
 
 def refuse_meta(model: nn.Module, error: type[QwloraError]) -> None:
-    """Refuse a model with tensors on the meta device.
-
-    Raises:
-        QwloraError: of type `error`; the first tensors are named.
-    """
+    """Refuse a model with tensors on the meta device."""
     named = chain(model.named_parameters(), model.named_buffers())
     if names := [name for name, tensor in named if tensor.is_meta]:
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""

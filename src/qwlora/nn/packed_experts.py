@@ -77,9 +77,6 @@ class _WithPackedParameters(nn.Module):
 def parameter_out_in(module: nn.Module, name: str) -> Tensor:
     """A 3-D parameter as [experts, out, in]. Modules that store it as [experts, in, out] have the
     attribute `is_transposed`, as in transformers and PEFT.
-
-    Raises:
-        GridError: there is no such parameter.
     """
     parameter = module._parameters.get(name)
     if parameter is None or parameter.ndim != 3 or not parameter.is_floating_point():
@@ -90,9 +87,6 @@ def parameter_out_in(module: nn.Module, name: str) -> Tensor:
 def pack_parameter_(module: nn.Module, name: str, tensor: PackedTensor) -> PackedParameter:
     """Replace the parameter `name` of `module` by packed codes [experts, out, in], in place.
     Returns the module that holds them.
-
-    Raises:
-        GridError: there is no such parameter, or the codes have another shape.
     """
     expected = parameter_out_in(module, name)
     if tensor.shape != tuple(expected.shape):

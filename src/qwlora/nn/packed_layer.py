@@ -52,11 +52,7 @@ class PackedLayer(PackedWeightOwner):
 
     @classmethod
     def from_layer(cls, module: nn.Module, source: PackedTensor | PackedLayer) -> Self:
-        """A layer with the attributes of `module`, on a packed tensor or tied to a packed layer.
-
-        Raises:
-            GridError: `module` has attributes with the names of a packed layer's.
-        """
+        """A layer with the attributes of `module`, on a packed tensor or tied to a packed layer."""
         if taken := [name for name in ("tensor", *_ATTRIBUTES) if hasattr(module, name)]:
             raise GridError(
                 f"{type(module).__name__} already has an attribute {taken[0]!r}, where a packed "

@@ -87,11 +87,7 @@ class PackedTensor:
         device: torch.device | str | None = None,
         dtype: torch.dtype = torch.float16,
     ) -> PackedTensor:
-        """Parts without contents, to be read from a file; float ones of `dtype`.
-
-        Raises:
-            GridError: the scheme does not fit the shape.
-        """
+        """Parts without contents, to be read from a file; float ones of `dtype`."""
         groups, granularity = scheme.scale_shape(shape), scheme.granularity
 
         def floats(*shape: int) -> Tensor:

@@ -87,9 +87,6 @@ def replacement_problem(module: nn.Module) -> str | None:
 def weight_out_in(module: nn.Module) -> Tensor:
     """The weight as [out, in], blocks along `in`: Conv1D transposed, a kernel flattened, an
     embedding's rows as they are; float32 if packed.
-
-    Raises:
-        GridError: the module is none of these.
     """
     if is_packed(module):
         return module.tensor.dequantize()
@@ -114,10 +111,6 @@ def tensor_out_in(model: nn.Module, name: str) -> Tensor:
 def pack_module(module: nn.Module, quantized: QuantizedTensor) -> PackedLayer:
     """A packed layer that replaces `module`: codes of `quantized` [out, in]; bias, training mode
     and all other attributes are kept.
-
-    Raises:
-        GridError: the module cannot be packed, the codes have another shape, or as
-            `PackedTensor.from_quantized`.
     """
     return _packed(module, PackedTensor.from_quantized(quantized))
 
@@ -125,9 +118,6 @@ def pack_module(module: nn.Module, quantized: QuantizedTensor) -> PackedLayer:
 def pack_tied(module: nn.Module, owner: nn.Module) -> PackedLayer:
     """A layer that replaces `module` and reads the codes of the packed layer `owner`: an output
     head tied to the embedding.
-
-    Raises:
-        GridError: `owner` is not packed, or the shapes differ.
     """
     if not is_packed(owner):
         raise GridError(
@@ -168,10 +158,6 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
     """Pack the tensor `name` of `model`: a module's `weight`, or a 3-D parameter.
 
     Modules that share the weight (a tied output head) become layers on the same codes.
-
-    Raises:
-        GridError: no packed layer can replace it, or the codes have another shape.
-        AttributeError: the model has no such module.
     """
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
@@ -195,10 +181,6 @@ def place_empty_(
 ) -> PackedLayer:
     """Put a packed layer with empty buffers at `path`, its module path in a packed model, to load
     with `load_state_dict(assign=True)`.
-
-    Raises:
-        GridError: the module there cannot be packed, or the scheme does not fit it.
-        AttributeError: the model has no such module.
     """
     module_path, folder, name = path.rpartition(f".{FOLDER}.")
     if folder:

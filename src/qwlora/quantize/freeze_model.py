@@ -97,11 +97,7 @@ def freeze_(
 
 
 def _on_grid(weight: Tensor, encoding: Encoding) -> QuantizedTensor:
-    """The codes of a weight that lies on the grid.
-
-    Raises:
-        GridError: it does not; says how many values do not, and the largest distance.
-    """
+    """The codes of a weight that lies on the grid."""
     values = weight.detach().float()
     quantized = QuantizedTensor(encoding.quantize(values), encoding)
     ones = torch.ones_like(quantized.codes)
@@ -146,11 +142,7 @@ def _from_codes(given: tuple[Tensor, ...], bitwidth: int | None, signed: bool) -
 def _granularity(
     scale: tuple[int, ...], codes: tuple[int, ...]
 ) -> tuple[Granularity, tuple[int, ...]]:
-    """The granularity of a scale, and the shape that its scheme gives it.
-
-    Raises:
-        GridError: the shape is none of those that `freeze_` takes.
-    """
+    """The granularity of a scale, and the shape that its scheme gives it."""
     rows, columns = codes[0], codes[-1]
     if len(scale) == 2 and scale[0] == rows and scale[1] > 1 and columns % scale[1] == 0:
         return PerBlock(columns // scale[1]), scale

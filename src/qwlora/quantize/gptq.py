@@ -57,9 +57,6 @@ class GptqSettings:
             before any column is rounded.
         sweeps: passes of coordinate descent afterwards; each improves codes and scales one at a
             time (see `_Refinement`).
-
-    Raises:
-        GridError: damping or sweeps are negative, or damping is infinite.
     """
 
     damping: float = 0.01
@@ -78,10 +75,6 @@ def solve_gptq(
 ) -> tuple[QuantizedTensor, dict[str, float]]:
     """`gptq` as a registered solver: codes and encoding of `weight` [out, in] for inputs with the
     second moment `moment` [in, in]; the report's `error` and `damping`.
-
-    Raises:
-        GridError: the scheme does not fit, has float offsets, or `moment` is not [in, in].
-        CalibrationError: there is no moment, or weight or moment hold nan or infinity.
     """
     if moment is None:
         raise CalibrationError(

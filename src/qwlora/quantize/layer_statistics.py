@@ -74,10 +74,6 @@ def observe(
     """Run the block at which `runner` has arrived, and return R and, with `outputs`, G of each
     matrix product in `tensors` whose errors change the block's output. A layer that is the whole
     block, such as a head, has no G: it would be a multiple of the identity.
-
-    Raises:
-        CalibrationError: the block's result cannot be differentiated back to its layers, or an
-            input or a gradient is not finite.
     """
     modules = {
         name: model.get_submodule(name.removesuffix(".weight"))

@@ -126,11 +126,6 @@ def batches_of(
     Args:
         calibration: token ids [sequences, tokens], or batches as a DataLoader gives them; see
             `call_arguments.py`.
-
-    Raises:
-        GridError: `calibration` is None.
-        CalibrationError: there is no batch, or see `check_token_ids`.
-        CaptureError: see `as_arguments`.
     """
     if calibration is None:
         raise GridError(

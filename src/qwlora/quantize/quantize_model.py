@@ -201,11 +201,7 @@ def _pack_(
 
 
 def model_to_pack(model: nn.Module) -> nn.Module:
-    """The model itself, without wrappers, whose weights can be replaced by packed layers.
-
-    Raises:
-        GridError: it is wrapped in DistributedDataParallel, or has weights without data.
-    """
+    """The model itself, without wrappers, whose weights can be replaced by packed layers."""
     if isinstance(model, nn.parallel.DistributedDataParallel):
         raise GridError(
             "the model is wrapped in DistributedDataParallel, which keeps track of the float "
@@ -219,9 +215,6 @@ def model_to_pack(model: nn.Module) -> nn.Module:
 def finish_packing_(model: nn.Module) -> None:
     """Make a base of a model whose weights were packed: tie heads, let it save itself as a base,
     check that it computes its codes, and remember its float tensors.
-
-    Raises:
-        GridError: a packed layer does not compute its codes; see `assert_frozen`.
     """
     if isinstance(model, PreTrainedModel):
         tie_weights_(model)

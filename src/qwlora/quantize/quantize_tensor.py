@@ -45,11 +45,7 @@ class LayerReport:
 def solve_tensor(
     name: str, weight: Tensor, todo: Assignment, moment: Tensor | None = None
 ) -> tuple[QuantizedTensor, LayerReport]:
-    """Quantize one tensor and measure the error.
-
-    Raises:
-        GridError, CalibrationError: as the solver; the latter with the tensor's name.
-    """
+    """Quantize one tensor and measure the error."""
     was_on_grid = is_on_grid(weight, todo.scheme.bitwidth)
     weight = weight.detach().float()
     try:

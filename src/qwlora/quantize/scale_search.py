@@ -76,10 +76,6 @@ def search_scale(
         clipping_penalty: weight of the squared error of a clipped value.
         coarse: try three fractions and refit the scale once, which is enough if scales are improved
             afterwards.
-
-    Raises:
-        GridError: the scheme does not fit the shape.
-        CalibrationError: the weight holds nan or infinity.
     """
     shape = scheme.scale_shape(tuple(weight.shape))
     x = rows_of_groups(weight.float(), scheme)

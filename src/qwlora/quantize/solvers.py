@@ -95,11 +95,7 @@ else:  # for the recipe, which validates it
 
 
 def solver_named(name: str) -> Solver:
-    """The registered solver of this name.
-
-    Raises:
-        GridError: there is none.
-    """
+    """The registered solver of this name."""
     if name not in SOLVERS:
         raise GridError(f"solver {name!r} is not one of {', '.join(SOLVERS)}")
     return SOLVERS[name]

@@ -102,7 +102,7 @@ def packed(base: nn.Module, bits: int) -> tuple[nn.Module, float]:
     quantize_(base, SCHEMES[bits], solver="search")  # whose block scales float16 holds
     layers = [layer for layer in packed_weights(base).values() if not layer.is_tied]
     floats = sum(4 * math.prod(layer.tensor.shape) for layer in layers)
-    return base, sum(layer.own_bytes for layer in layers) / floats
+    return base, sum(layer.tensor.nbytes for layer in layers) / floats
 
 
 def nf4(base: nn.Module) -> tuple[nn.Module, float]:

@@ -124,24 +124,18 @@ class PackedLayer(PackedWeightOwner):
         return self._owner is not None
 
     @property
-    def own_bytes(self) -> int:
-        """Bytes of the layer's own buffers; 0 if it is tied."""
-        return 0 if self.is_tied else self.tensor.nbytes
-
-    @property
     def weight(self) -> Tensor:
         """A view of the float weight."""
         if not is_packed(self):
             raise AttributeError(f"{type(self).__name__} has no weight yet")
-        return self._traced_weight() if traced() else WeightView(self.packed_weight)
+        if traced():
+            return dequantize(*self.operands).to(self.compute_dtype).view(self.weight_shape)
+        return WeightView(self.packed_weight)
 
     @property
     def packed_weight(self) -> PackedWeight:
         """The whole weight, for products."""
         return PackedWeight(self, self.weight_shape)
-
-    def _traced_weight(self) -> Tensor:
-        return dequantize(*self.operands).to(self.compute_dtype).view(self.weight_shape)
 
     @property
     def operands(self) -> tuple[Any, ...]:
@@ -160,29 +154,23 @@ class PackedLayer(PackedWeightOwner):
         super().__setattr__(name, value)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = {
-            name: buffer for name in _FLOATS if (buffer := self._buffers.get(name)) is not None
-        }
+        before = {name: self._buffers.get(name) for name in _FLOATS}
         device = self.tensor.parts.packed.device
         super()._apply(fn, recurse)
-        for name, buffer in before.items():
-            moved = cast(Tensor, self._buffers[name])
-            if moved.dtype != buffer.dtype:
+        for name, old in before.items():
+            new = self._buffers.get(name)
+            if old is not None and new is not None and new.dtype != old.dtype:
                 self._buffers[name] = (
-                    torch.empty_like(buffer, device=moved.device)
-                    if buffer.is_meta
-                    else buffer.to(moved.device)
+                    torch.empty_like(old, device=new.device) if old.is_meta else old.to(new.device)
                 )
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         for name in _FLOATS:
-            found, buffer = state_dict.get(prefix + name), self._buffers.get(name)
-            if (
-                isinstance(found, Tensor) and buffer is not None and found.dtype != buffer.dtype
-            ):  # copying would round
-                self._buffers[name] = torch.empty_like(buffer, dtype=found.dtype)
+            new, old = state_dict.get(prefix + name), self._buffers.get(name)
+            if isinstance(new, Tensor) and old is not None and new.dtype != old.dtype:
+                self._buffers[name] = torch.empty_like(old, dtype=new.dtype)  # a copy would round
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:

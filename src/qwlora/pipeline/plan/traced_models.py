@@ -158,7 +158,7 @@ class TracedModels:
     @cached_property
     def packed_bytes(self) -> int:
         """Bytes of all packed layers: codes, scales and offsets."""
-        return sum(m.own_bytes for m in self.base.modules() if isinstance(m, PackedLayer))
+        return sum(layer.tensor.nbytes for layer in self._layers)
 
     @cached_property
     def packed_weights(self) -> int:

@@ -11,13 +11,14 @@ the qera initialization share.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import UserDict
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
 from qwlora.atomic import read_metadata, read_tensors, write_tensors
@@ -128,26 +129,19 @@ def _whole(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
     return _symmetric(matrix)
 
 
-class Moments(Mapping[str, Moment]):
+class Moments(UserDict[str, Moment]):
     """R and G of many layers by canonical module path, in memory or in a folder with one file per
     layer.
     """
 
     def __init__(self, folder: Path | None = None):
+        super().__init__()
         self.folder = folder
-        self._home: dict[str, Moment | Path] = {}
-        for file in (
-            sorted(folder.glob("*.safetensors")) if folder is not None and folder.is_dir() else ()
-        ):
+        self.data: dict[str, Any] = {}  # a moment, or the path of its file
+        for file in sorted(folder.glob("*.safetensors")) if folder is not None else ():
             try:
-                with safe_open(file, "pt") as opened:
-                    if not {"input"} <= (held := set(opened.keys())) <= set(Moment._fields):
-                        raise ValueError(
-                            f"it holds {', '.join(sorted(held))}, not "
-                            f"{' and '.join(Moment._fields)}"
-                        )
-                self._home[read_metadata(file)["layer"]] = file
-            except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+                self.data[read_metadata(file)["layer"]] = file
+            except (OSError, SafetensorError, KeyError, ValueError) as error:
                 raise SourceError(
                     f"the moments in {str(file)!r} cannot be read ({error}); delete them and "
                     "quantize again"
@@ -165,39 +159,19 @@ class Moments(Mapping[str, Moment]):
                 file.unlink(missing_ok=True)
         return cls(folder)
 
-    def put(self, layer: str, moment: Moment) -> None:
-        """Store `moment` for `layer`."""
-        if self.folder is None:
-            self._home[layer] = moment
-            return
-        file = self.folder / f"{layer}.safetensors"
-        write_tensors(
-            file,
-            {
-                name: _triangle(matrix)
-                for name, matrix in moment._asdict().items()
-                if matrix is not None
-            },
-            {"layer": layer},
-        )
-        self._home[layer] = file
+    def __setitem__(self, layer: str, moment: Moment) -> None:
+        self.data[layer] = moment
+        if self.folder is not None:
+            self.data[layer] = file = self.folder / f"{layer}.safetensors"
+            matrices = {k: _triangle(m) for k, m in moment._asdict().items() if m is not None}
+            write_tensors(file, matrices, {"layer": layer})
 
     def __getitem__(self, layer: str) -> Moment:
-        home = self._home[layer]
-        return (
-            Moment(**{name: _whole(triangle) for name, triangle in read_tensors(home)[0].items()})
-            if isinstance(home, Path)
-            else home
-        )
-
-    def __contains__(self, layer: object) -> bool:
-        return layer in self._home
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._home)
-
-    def __len__(self) -> int:
-        return len(self._home)
+        stored = self.data[layer]
+        if isinstance(stored, Path):
+            tensors = read_tensors(stored)[0]
+            return Moment(**{name: _whole(triangle) for name, triangle in tensors.items()})
+        return cast(Moment, stored)
 
     def __repr__(self) -> str:
         where = "memory" if self.folder is None else repr(str(self.folder))

@@ -69,7 +69,7 @@ def quantize_blocks_(
                     second = None if moment is None else moment.input
                     block[name] = solve_tensor(name, floats.pop(name), plan[name], second)
                     if moments is not None and moment is not None:
-                        moments.put(canonical_name(name).removesuffix(".weight"), moment)
+                        moments[canonical_name(name).removesuffix(".weight")] = moment
                 cache.write(block)
             del floats
             for name, (quantized, report) in block.items():
@@ -114,7 +114,7 @@ def observe_moments(
     with _runner(model, blocks, batches_of(calibration, model)) as runner:
         for path in track(runner, "observing", len(blocks)):
             for name, observed in observe(model, path, blocks[path], runner).items():
-                moments.put(canonical_name(name).removesuffix(".weight"), observed.moment)
+                moments[canonical_name(name).removesuffix(".weight")] = observed.moment
     return moments
 
 

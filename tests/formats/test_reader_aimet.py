@@ -7,6 +7,7 @@ same simulation. tests/aimet/test_reader.py compares with aimet-torch itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -204,6 +205,17 @@ def saved(
     return folder / "model.encodings"
 
 
+def opened(
+    folder: Path,
+    entries: Iterable[Entry],
+    version: str = "1.0.0",
+    model: PreTrainedModel | None = None,
+    **more: Any,
+) -> Any:
+    path = saved(folder, list(entries), version, model or llama())
+    return open_checkpoint(folder, path, **more)
+
+
 def matrices(model: PreTrainedModel) -> dict[str, torch.Tensor]:
     return {name: value.data for name, value in model.named_parameters() if value.ndim == 2}
 
@@ -223,7 +235,7 @@ def test_every_version_gives_the_grid_that_was_written(
         entry_of(f"{name}_0" if folded else name, encoding, version, transposed=folded)
         for name, encoding in expected.items()
     ]
-    checkpoint = open_checkpoint(tmp_path, saved(tmp_path, entries, version, llama()))
+    checkpoint = opened(tmp_path, entries, version)
     for name, value in llama().named_parameters():
         found = checkpoint.read(name)
         if name not in expected:
@@ -298,7 +310,7 @@ def test_everything_that_does_not_fit_is_one_error(tmp_path: Path) -> None:
     up = "model.layers.0.mlp.up_proj.weight"
     entries[up] = per_tensor(up, 16)
     with pytest.raises(EncodingsFileError) as raised:
-        open_checkpoint(tmp_path, saved(tmp_path, list(entries.values()), "1.0.0", llama()))
+        opened(tmp_path, entries.values())
     assert len(raised.value.problems) == 4
     message = str(raised.value)
     assert (
@@ -316,10 +328,8 @@ def test_everything_that_does_not_fit_is_one_error(tmp_path: Path) -> None:
 
 def test_activations_of_2_x_are_not_taken_for_parameters(tmp_path: Path) -> None:
     entries = [*all_entries(llama()).values(), per_tensor("/model/layers.0/Add_output_0", 16)]
-    found = open_checkpoint(
-        tmp_path, saved(tmp_path, [e.replace(signed=True) for e in entries], "2.0.0", llama())
-    )
-    assert isinstance(found.read(DOWN), QuantizedTensor)
+    checkpoint = opened(tmp_path, [e.replace(signed=True) for e in entries], "2.0.0")
+    assert isinstance(checkpoint.read(DOWN), QuantizedTensor)
 
 
 def test_what_stays_float(tmp_path: Path) -> None:
@@ -345,15 +355,7 @@ def test_what_stays_float(tmp_path: Path) -> None:
         EncodingsFileError,
         match=r"is a float of 8 bits, not an integer.*AIMET, or set model.keep_float: ",
     ):
-        AimetCheckpoint(
-            tmp_path,
-            saved(
-                tmp_path,
-                [FloatEncoding(DOWN, 8), *all_entries(llama()).values()][:2],
-                "1.0.0",
-                llama(),
-            ),
-        )
+        opened(tmp_path, [FloatEncoding(DOWN, 8), *all_entries(llama()).values()][:2])
 
 
 def test_vectors_stay_float_on_their_grid(tmp_path: Path) -> None:
@@ -361,7 +363,7 @@ def test_vectors_stay_float_on_their_grid(tmp_path: Path) -> None:
     scale = 0.0007
     vector = IntegerEncoding(norm, 16, np.array(scale), np.array(0), False)
     entries = [*all_entries(llama()).values(), vector, per_tensor(other, 32)]
-    checkpoint = open_checkpoint(tmp_path, saved(tmp_path, entries, "1.0.0", llama()))
+    checkpoint = opened(tmp_path, entries)
     found, untouched = checkpoint.read(norm), checkpoint.read(other)
     assert isinstance(found, torch.Tensor)
     assert isinstance(untouched, torch.Tensor)
@@ -370,38 +372,24 @@ def test_vectors_stay_float_on_their_grid(tmp_path: Path) -> None:
 
 
 def test_tied_weights_have_one_grid(tmp_path: Path) -> None:
-    entries = all_entries(llama(tied=True))
-    head = per_tensor("lm_head.weight")
-    for both in (
-        [*entries.values(), head],
-        [*(e for n, e in entries.items() if "embed" not in n), head],
-    ):
-        found = open_checkpoint(tmp_path, saved(tmp_path, both, "1.0.0", llama(tied=True))).read(
-            "model.embed_tokens.weight"
-        )
-        assert isinstance(found, QuantizedTensor)
+    model = llama(tied=True)
+    entries, head = all_entries(model), per_tensor("lm_head.weight")
+    of_head_only = [e for name, e in entries.items() if "embed" not in name]
+    for others in (entries.values(), of_head_only):
+        checkpoint = opened(tmp_path, [*others, head], model=model)
+        assert isinstance(checkpoint.read("model.embed_tokens.weight"), QuantizedTensor)
     with pytest.raises(
         EncodingsFileError,
         match=r"'lm_head.weight' are tied in the model, but have different encodings",
     ):
-        open_checkpoint(
-            tmp_path,
-            saved(
-                tmp_path,
-                [*entries.values(), per_tensor("lm_head.weight", 8)],
-                "1.0.0",
-                llama(tied=True),
-            ),
-        )
+        opened(tmp_path, [*entries.values(), per_tensor("lm_head.weight", 8)], model=model)
 
 
 def test_a_float_that_is_nan(tmp_path: Path) -> None:
     model = llama()
     model.get_parameter(DOWN).data[0, 0] = torch.nan
     with pytest.raises(SourceError, match=f"'{DOWN}': 1 of 2048 values are nan"):
-        open_checkpoint(
-            tmp_path, saved(tmp_path, list(all_entries(model).values()), "1.0.0", model)
-        ).read(DOWN)
+        opened(tmp_path, all_entries(model).values(), model=model).read(DOWN)
 
 
 @pytest.mark.parametrize("bitwidth", [3, 4, 8])
@@ -415,11 +403,9 @@ def test_encodings_of_another_checkpoint_are_refused(
         entries = []
         for name, value in matrices(llama()).items():
             grid = measure(value, Scheme(bitwidth, True, granularity))
-            entries.append(
-                entry_of(name, Encoding(grid.scheme, grid.scale * factor, grid.offset), "1.0.0")
-            )
-        folder = tmp_path / str(factor)
-        return open_checkpoint(folder, saved(folder, entries, "1.0.0", llama()))
+            grid = Encoding(grid.scheme, grid.scale * factor, grid.offset)
+            entries.append(entry_of(name, grid, "1.0.0"))
+        return opened(tmp_path / str(factor), entries)
 
     for factor in (1.0, 0.7):
         assert isinstance(checkpoint(factor).read(DOWN), QuantizedTensor)

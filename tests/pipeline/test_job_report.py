@@ -25,7 +25,7 @@ from qwlora.errors import (
 from qwlora.pipeline.results.job_report import read_job, rebuild_reports
 from qwlora.pipeline.running.job_status import COST, JobStatus, described_error
 from qwlora.quantize.quantize_model import quantize_
-from qwlora.report.verdict import Kind, verdict
+from qwlora.report.verdict import VerdictKind, verdict
 from qwlora.system.stop_signals import Stopped
 
 
@@ -150,7 +150,7 @@ def test_a_file_that_changed_after_the_check_makes_the_proof_stale(job: FakeJob)
     assert stale == ("onnx", "first")
     assert "weights.bin has changed" in reason
     assert found.state == "finished"
-    assert verdict(found).kind is Kind.NOT_PROVEN
+    assert verdict(found).kind is VerdictKind.NOT_PROVEN
     shutil.rmtree(job.out / "export" / "onnx" / "base")
     assert read_job(job.out).stale.keys() == {stale, ("onnx", "base")}
 
@@ -189,7 +189,7 @@ def test_an_edited_recipe_leaves_out_what_no_longer_belongs_to_it(job: FakeJob) 
     assert "train/first" not in found.results
     assert "quantize" in found.results
     assert found.state == "incomplete"
-    assert verdict(found).kind is Kind.NONE_YET
+    assert verdict(found).kind is VerdictKind.NONE_YET
 
 
 def test_what_a_failed_check_measured_stays_in_the_report(job: FakeJob) -> None:
@@ -205,11 +205,11 @@ def test_what_a_failed_check_measured_stays_in_the_report(job: FakeJob) -> None:
     (job.out / "results.json").unlink()
     found = read_job(job.out)
     assert found.state == "failed"
-    assert verdict(found).kind is Kind.DO_NOT_SHIP
+    assert verdict(found).kind is VerdictKind.DO_NOT_SHIP
     assert "a logit is off" in verdict(found).sentence
     status = job.out / ".qwlora" / "status.json"
     status.write_text(status.read_text().replace("failed", "finished"))
-    assert verdict(read_job(job.out)).kind is Kind.NONE_YET
+    assert verdict(read_job(job.out)).kind is VerdictKind.NONE_YET
 
 
 def test_a_folder_that_is_no_job_is_refused(tmp_path: Path, job: FakeJob) -> None:

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from qwlora.report.findings import FEW_TOKENS, Outcome
+from qwlora.report.evidence import FEW_TOKENS, Outcome
 from qwlora.report.number_format import MINUS
 from qwlora.report.page import render
 from qwlora.report.results_view import Job
-from qwlora.report.verdict import Kind, Verdict, remedies, verdict
+from qwlora.report.verdict import Verdict, VerdictKind, remedies, verdict
 from report.recorded import check_of, failing, job_of, results_of, running
 
-SHIP, WITH_CARE, NOT_PROVEN = Kind.SHIP, Kind.WITH_CARE, Kind.NOT_PROVEN
-DO_NOT_SHIP, NONE_YET = Kind.DO_NOT_SHIP, Kind.NONE_YET
+SHIP, WITH_CARE, NOT_PROVEN = VerdictKind.SHIP, VerdictKind.WITH_CARE, VerdictKind.NOT_PROVEN
+DO_NOT_SHIP, NONE_YET = VerdictKind.DO_NOT_SHIP, VerdictKind.NONE_YET
 PERPLEXITY, TOKENS = "difference of perplexity", "tokens with the same likeliest"
 LAYER, MEAN = "difference of layer", "largest mean difference"
 
@@ -85,7 +85,7 @@ CRASHED = {"run__state": "failed", "error__stage": "export/onnx/first", "parity"
         ({"kl": {}}, SHIP, "but KL divergence and task accuracy were not measured."),
     ],
 )
-def test_rules_apply_in_order(changes: dict[str, Any], kind: Kind, words: str) -> None:
+def test_rules_apply_in_order(changes: dict[str, Any], kind: VerdictKind, words: str) -> None:
     found = judged(**changes)
     assert found.kind is kind
     assert words in found.sentence
@@ -109,7 +109,7 @@ def test_rules_apply_in_order(changes: dict[str, Any], kind: Kind, words: str) -
     ],
 )
 def test_an_adapter_has_to_gain_more_than_chance(
-    changes: dict[str, Any], kind: Kind, words: str
+    changes: dict[str, Any], kind: VerdictKind, words: str
 ) -> None:
     found = judged(**changes)
     assert found.kind is kind
@@ -174,7 +174,7 @@ def test_a_proof_without_rows_does_not_ship(parity: dict[str, Any]) -> None:
     ("changes", "kind"),
     [({}, SHIP), ({"passed": False}, DO_NOT_SHIP), ({"checks": []}, NOT_PROVEN)],
 )
-def test_every_use_case_counts(case: str, changes: dict[str, Any], kind: Kind) -> None:
+def test_every_use_case_counts(case: str, changes: dict[str, Any], kind: VerdictKind) -> None:
     good = finished()["parity"]["onnx"]["first"]
     parity = {"qairt": {"first": good, case: {**good, **changes}}}
     assert judged(["qairt"], parity=parity).kind is kind
@@ -185,7 +185,7 @@ def test_files_that_changed_after_the_check_are_not_proven() -> None:
     found = verdict(job)
     assert found.kind is NOT_PROVEN
     assert "changed after the check" in found.sentence
-    assert not any(c.outcome is Outcome.PASSED and "step" in str(c.what) for c in found.findings)
+    assert not any(c.outcome is Outcome.PASSED and "step" in str(c.what) for c in found.evidence)
 
 
 def test_files_without_activations_are_compared_with_the_trained_model() -> None:
@@ -214,7 +214,7 @@ def test_what_was_not_measured_never_counts_as_passed() -> None:
     measured = finished(kl={"base": {"mean": 0.1}}, tasks={"float": {"arc": {"value": 0.5}}})
     assert "not measured" not in verdict(job_of("finished", measured)).sentence
     for changes in ({"parity": {}}, {"perplexity": {"simulated": {"first": 9.0}}}):
-        outcomes = {str(f.what): f.outcome for f in judged(**changes).findings}
+        outcomes = {str(f.what): f.outcome for f in judged(**changes).evidence}
         assert Outcome.MISSING in outcomes.values()
     assert outcomes["Simulated adapter against the float model"] is Outcome.MISSING
 
@@ -229,7 +229,7 @@ def test_what_was_not_measured_never_counts_as_passed() -> None:
     ],
 )
 def test_the_adapter_that_was_checked_least_counts(
-    words: int | None, digits: int | None, kind: Kind
+    words: int | None, digits: int | None, kind: VerdictKind
 ) -> None:
     found = verdict(job_of("two", two(words, digits)))
     assert found.kind is kind
@@ -262,7 +262,7 @@ def test_adapters_without_losses_are_not_identical(losses: Any) -> None:
         ("stale", NOT_PROVEN),
     ],
 )
-def test_every_adapter_has_to_be_proven(name: str, proof: Any, kind: Kind) -> None:
+def test_every_adapter_has_to_be_proven(name: str, proof: Any, kind: VerdictKind) -> None:
     results, stale = two(), {}
     if proof == "stale":
         stale = {("onnx", name): "model.onnx has changed"}
@@ -272,7 +272,7 @@ def test_every_adapter_has_to_be_proven(name: str, proof: Any, kind: Kind) -> No
     assert found.kind is kind
     assert name in found.sentence
     if kind is DO_NOT_SHIP:
-        assert any("1 of 2" in str(finding.value) for finding in found.findings)
+        assert any("1 of 2" in str(item.value) for item in found.evidence)
 
 
 @pytest.mark.parametrize("swapped", [False, True])

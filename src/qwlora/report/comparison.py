@@ -20,8 +20,8 @@ from qwlora.report.number_format import (
     size,
     three_decimals,
 )
+from qwlora.report.report_section import Cell, Table
 from qwlora.report.results_view import KINDS, Job, capitalized, runtime, without_folders
-from qwlora.report.section import Cell, Table
 from qwlora.report.sections.training_course import course
 from qwlora.report.verdict import verdict
 

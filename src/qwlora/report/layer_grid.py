@@ -39,7 +39,7 @@ def blocks_per_column(last: int) -> int:
 
 
 @dataclass(frozen=True)
-class Grid:
+class LayerGrid:
     """Values by place.
 
     Args:
@@ -60,7 +60,7 @@ class Grid:
         return max(self.cells, key=lambda cell: self.cells[cell][0])
 
 
-def grid_of(values: Mapping[str, float]) -> Grid | None:
+def grid_of(values: Mapping[str, float]) -> LayerGrid | None:
     """Arrange values of tensors; None if none is in a block."""
     placed = [(place, value) for name, value in values.items() if (place := place_of(name))]
     if not placed:
@@ -78,4 +78,4 @@ def grid_of(values: Mapping[str, float]) -> Grid | None:
             cell = (rows[place.kind], place.block // group)
             if cell not in cells or value > cells[cell][0]:
                 cells[cell] = (value, place)
-    return Grid(tuple(rows), range(0, last + 1, group), cells, len(worst) - len(rows))
+    return LayerGrid(tuple(rows), range(0, last + 1, group), cells, len(worst) - len(rows))

@@ -18,8 +18,8 @@ from markupsafe import Markup
 from qwlora.report.comparison import comparison
 from qwlora.report.key_figures import tiles
 from qwlora.report.number_format import NOT_MEASURED, count, finite
+from qwlora.report.report_section import ReportSection, View
 from qwlora.report.results_view import Job, without_folders
-from qwlora.report.section import Section, View
 from qwlora.report.sections import sections
 from qwlora.report.verdict import remedies, verdict
 
@@ -33,7 +33,7 @@ class Shown:
     """A section with what its template draws."""
 
     id: str
-    section: Section
+    section: ReportSection
     view: View
 
     @property

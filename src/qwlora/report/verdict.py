@@ -22,7 +22,7 @@ from enum import Enum
 from markupsafe import Markup
 
 from qwlora.messages import duration
-from qwlora.report.findings import Finding, Outcome, all_findings, outcome_of, proof_findings
+from qwlora.report.evidence import Evidence, Outcome, all_evidence, outcome_of, proof_evidence
 from qwlora.report.number_format import count, listed, percent, significant
 from qwlora.report.results_view import (
     BASE,
@@ -37,7 +37,7 @@ from qwlora.report.results_view import (
 ENOUGH_SEQUENCES = 8  # of a proof whose perplexity is off; fewer differ this much by chance
 
 
-class Kind(Enum):
+class VerdictKind(Enum):
     """A verdict: its name, and the class of its color."""
 
     NONE_YET = ("No verdict yet", "run")
@@ -52,41 +52,41 @@ class Kind(Enum):
 
 @dataclass(frozen=True)
 class Verdict:
-    """The verdict, its sentence, the line below it, and the findings that it follows from.
+    """The verdict, its sentence, the line below it, and the evidence that it follows from.
 
     Args:
         progress: of the stage that runs, from 0 to 1.
     """
 
-    kind: Kind
+    kind: VerdictKind
     sentence: str
     below: str | Markup
-    findings: tuple[Finding, ...]
+    evidence: tuple[Evidence, ...]
     progress: float | None = None
 
 
 def verdict(job: Job) -> Verdict:
     """Apply the rules to a job."""
-    findings = tuple(all_findings(job))
-    outcomes = {finding.outcome for finding in findings}
+    evidence = tuple(all_evidence(job))
+    outcomes = {item.outcome for item in evidence}
     if job.state in ("running", "interrupted", "incomplete"):
-        shown = tuple(f for f in findings if f.outcome is not Outcome.MISSING)
+        shown = tuple(f for f in evidence if f.outcome is not Outcome.MISSING)
         return _of_running(job, shown) if job.state == "running" else _of_stopped(job, shown)
     if job.state == "failed" or Outcome.FAILED in outcomes:
         stage = job.get("error", "stage")
         kept = f"Stage {stage} failed; every stage before it is finished and kept."
         below = kept if stage else ""
-        return Verdict(Kind.DO_NOT_SHIP, _failure(job, findings), below, findings)
+        return Verdict(VerdictKind.DO_NOT_SHIP, _failure(job, evidence), below, evidence)
     if unproven := _unproven(job):
-        kind, against = Kind.NOT_PROVEN, unproven
+        kind, against = VerdictKind.NOT_PROVEN, unproven
     elif Outcome.CAUTION in outcomes:
-        kind = Kind.WITH_CARE
-        against = next(f.against for f in findings if f.outcome is Outcome.CAUTION)
+        kind = VerdictKind.WITH_CARE
+        against = next(f.against for f in evidence if f.outcome is Outcome.CAUTION)
     else:
-        kind, against = Kind.SHIP, _not_measured(job)
+        kind, against = VerdictKind.SHIP, _not_measured(job)
     sentence = _strongest_fact(job, is_proven=not unproven)
     sentence = f"{sentence}, but {against}." if against else f"{sentence}."
-    return Verdict(kind, sentence, _below(job, kind), findings)
+    return Verdict(kind, sentence, _below(job, kind), evidence)
 
 
 def _unproven(job: Job) -> str:
@@ -98,7 +98,7 @@ def _unproven(job: Job) -> str:
             of = f" of {name}" if len(job.adapters) > 1 else ""
             if (target, name) in job.stale:
                 return f"the files{of} for {runtime(target)} changed after the check"
-            if outcome_of(proof_findings(job, target, name)) is Outcome.MISSING:
+            if outcome_of(proof_evidence(job, target, name)) is Outcome.MISSING:
                 completely = " completely" if job.parity(target, name) else ""
                 return f"the file{of} was not checked{completely} in {runtime(target)}"
     return ""
@@ -129,8 +129,8 @@ def _not_measured(job: Job) -> str:
     return f"{' and '.join(missing)} {verb} not measured" if missing else ""
 
 
-def _below(job: Job, kind: Kind) -> str | Markup:
-    if kind is Kind.NOT_PROVEN:
+def _below(job: Job, kind: VerdictKind) -> str | Markup:
+    if kind is VerdictKind.NOT_PROVEN:
         return Markup(
             "Check the files with {}. It runs every file and compares it with the simulation."
         ).format(code(job.verb_command("verify")))
@@ -140,18 +140,18 @@ def _below(job: Job, kind: Kind) -> str | Markup:
         known = [number for number in tokens if number is not None]
         on_tokens = f" on {count(min(known))} tokens" if known else ""
         places.append(f"{runtime(target)}{on_tokens}{' each' if len(known) > 1 else ''}")
-    missing = capitalized(_not_measured(job)) if kind is not Kind.SHIP else ""
+    missing = capitalized(_not_measured(job)) if kind is not VerdictKind.SHIP else ""
     return f"Checked in {listed(places)}.{f' {missing}.' if missing else ''}"
 
 
-def _failure(job: Job, findings: tuple[Finding, ...]) -> str:
-    failed = [f for f in findings if f.outcome is Outcome.FAILED]
+def _failure(job: Job, evidence: tuple[Evidence, ...]) -> str:
+    failed = [f for f in evidence if f.outcome is Outcome.FAILED]
     if not failed:
         stage = job.get("error", "stage") or "unknown"
         return f"The job stopped in stage {stage}, so there is nothing to ship yet."
-    finding = next((f for f in failed if f.against), failed[0])
+    item = next((f for f in failed if f.against), failed[0])
     what = "The exported file does" if len(job.adapters) == 1 else "The exported files do"
-    return f"{what} not match the simulation closely enough: {finding.against or finding.what}."
+    return f"{what} not match the simulation closely enough: {item.against or item.what}."
 
 
 def _stages_done(job: Job) -> str:
@@ -159,29 +159,29 @@ def _stages_done(job: Job) -> str:
     return f", {len(job.finished_stages)} of {len(plan)} stages are done" if plan else ""
 
 
-def _of_stopped(job: Job, findings: tuple[Finding, ...]) -> Verdict:
+def _of_stopped(job: Job, evidence: tuple[Evidence, ...]) -> Verdict:
     """Of a job that was interrupted, or of which some stages were not run."""
     stage, sentence = job.get("run", "stage"), "The job is not complete"
     if job.state == "interrupted":
         sentence = f"The job was interrupted{f' in stage {stage}' if stage else ''}"
     below = Markup("Run {}: finished stages are not repeated.").format(code(job.command))
-    return Verdict(Kind.NONE_YET, f"{sentence}{_stages_done(job)}.", below, findings)
+    return Verdict(VerdictKind.NONE_YET, f"{sentence}{_stages_done(job)}.", below, evidence)
 
 
-def _of_running(job: Job, findings: tuple[Finding, ...]) -> Verdict:
+def _of_running(job: Job, evidence: tuple[Evidence, ...]) -> Verdict:
     training = job.section("run", "training")
     step, steps = training.get("step"), training.get("steps")
     below = "This page updates itself after every stage and while an adapter is trained."
     if not step or not steps:
         sentence = f"Stage {job.get('run', 'stage') or ''} is running{_stages_done(job)}."
-        return Verdict(Kind.NONE_YET, sentence, below, findings)
+        return Verdict(VerdictKind.NONE_YET, sentence, below, evidence)
     sentence = (
         f"Training of {training.get('adapter')} is at step {count(step)} of {count(steps)}"
         f"{_trend(training.get('losses') or [])}."
     )
     if step_seconds := job.number("run", "training", "step_seconds"):
         below = f"About {duration((steps - step) * step_seconds)} of training left. {below}"
-    return Verdict(Kind.NONE_YET, sentence, below, findings, step / steps)
+    return Verdict(VerdictKind.NONE_YET, sentence, below, evidence, step / steps)
 
 
 def _trend(losses: list[float]) -> str:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from importlib import import_module
 from pkgutil import iter_modules
 
-from qwlora.report.section import Section
+from qwlora.report.report_section import ReportSection
 
 
-def sections() -> list[Section]:
+def sections() -> list[ReportSection]:
     """The `view` of every module in this folder, by position."""
     modules = [import_module(f"{__name__}.{info.name}") for info in iter_modules(__path__)]
     return sorted((module.view for module in modules), key=lambda view: view.position)

@@ -12,8 +12,8 @@ from markupsafe import Markup
 from qwlora.report.drawing import Drawing, Scale, log_ticks, panels, shortened
 from qwlora.report.layer_grid import blocks_per_column, place_of
 from qwlora.report.number_format import TIMES, count, finite, listed, significant
+from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import Job, code
-from qwlora.report.section import Cell, Table, View, section
 
 PANELS = 8
 STANDS_OUT = 20.0  # times the median of its kind

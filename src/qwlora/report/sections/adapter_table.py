@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from qwlora.report.drawing import Drawing, Scale
-from qwlora.report.findings import identical_adapters
+from qwlora.report.evidence import identical_adapters
 from qwlora.report.number_format import (
     NOT_MEASURED,
     count,
@@ -20,8 +20,8 @@ from qwlora.report.number_format import (
     size,
     tagged,
 )
+from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import FILES, Job, code
-from qwlora.report.section import Cell, Table, View, section
 from qwlora.report.sections.training_course import Course, course
 
 MOST_IN_MATRIX = 12

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from qwlora.report.drawing import Drawing, figure, shortened
-from qwlora.report.layer_grid import Grid, grid_of, place_of
+from qwlora.report.layer_grid import LayerGrid, grid_of, place_of
 from qwlora.report.number_format import (
     NOT_MEASURED,
     count,
@@ -18,8 +18,8 @@ from qwlora.report.number_format import (
     significant,
     tagged,
 )
+from qwlora.report.report_section import MOST_SENT, Cell, Table, View, section
 from qwlora.report.results_view import Job, capitalized, code
-from qwlora.report.section import MOST_SENT, Cell, Table, View, section
 
 BINS = 8
 MOST_TITLES = 2000  # above this, cells have no tooltip
@@ -28,7 +28,7 @@ QUESTION = "Which layers lost most, and where did the adapter help?"
 
 
 @dataclass(frozen=True)
-class Measure:
+class LayerMeasure:
     """A number of each layer.
 
     Args:
@@ -63,12 +63,12 @@ def view(job: Job, adapter: str) -> View | None:
     measures = []
     if of_base:
         what = f"Share of the weights' energy lost by rounding to {rounding}."
-        measures.append(Measure("Weight error", what, ("base", "layers"), "weight_error"))
+        measures.append(LayerMeasure("Weight error", what, ("base", "layers"), "weight_error"))
         what = "Share of the layer's output lost, each input weighted by how much it matters."
-        measures.append(Measure("Output error", what, ("base", "layers"), "error"))
+        measures.append(LayerMeasure("Output error", what, ("base", "layers"), "error"))
     if adapter:
         what = "Size of the adapter's update relative to the frozen weight."
-        measures.append(Measure("Adapter gain", what, ("train", adapter, "layers"), "gain"))
+        measures.append(LayerMeasure("Adapter gain", what, ("train", adapter, "layers"), "gain"))
     values = {measure: numbers for measure in measures if (numbers := measure.values(job))}
     maps = [
         _map(grid, measure, numbers, {} if len(widths) == 1 else bits)
@@ -97,7 +97,7 @@ def _bits(job: Job) -> dict[str, int]:
 
 
 def _map(
-    grid: Grid, measure: Measure, values: dict[str, float], bits: dict[str, int]
+    grid: LayerGrid, measure: LayerMeasure, values: dict[str, float], bits: dict[str, int]
 ) -> dict[str, object]:
     """One heat map. `folded`: nothing stands out, so the map is folded into its sentence.
 
@@ -130,7 +130,7 @@ def _map(
 
 
 def _draw(
-    grid: Grid, width: int, title: str, low: float, high: float, bits: dict[str, int]
+    grid: LayerGrid, width: int, title: str, low: float, high: float, bits: dict[str, int]
 ) -> Drawing:
     left, cell, columns = (64 if width > 500 else 48), 17, len(grid.columns)
     step = (width - left) / columns
@@ -174,7 +174,7 @@ def _draw(
     return drawing
 
 
-def _table(values: dict[Measure, dict[str, float]], bits: dict[str, int] | None) -> Table:
+def _table(values: dict[LayerMeasure, dict[str, float]], bits: dict[str, int] | None) -> Table:
     """The layers, by how far above the median they are in any column.
 
     Args:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from qwlora.report.drawing import Bar, Drawing, Scale, bars, figure, shortened, ticks
-from qwlora.report.findings import Outcome, outcome_of, proof_findings
+from qwlora.report.evidence import Outcome, outcome_of, proof_evidence
 from qwlora.report.number_format import count, listed, precise_percent
+from qwlora.report.report_section import View, section
 from qwlora.report.results_view import Job, capitalized, code, runtime
-from qwlora.report.section import View, section
 
 MOST_SHOWN = 3.0  # times a limit; longer bars end there
 
@@ -103,7 +103,7 @@ def _draw(rows: list[Agreement], width: int) -> Drawing:
 
 
 def _answer(job: Job, adapter: str, rows: list[Agreement]) -> Markup:
-    outcomes = [outcome_of(proof_findings(job, target, adapter)) for target in job.targets]
+    outcomes = [outcome_of(proof_evidence(job, target, adapter)) for target in job.targets]
     by_outcome = list(zip(job.targets, rows, outcomes, strict=True))
     if failed := [t for t, _, outcome in by_outcome if outcome is Outcome.FAILED]:
         problems = job.get("parity", failed[0], adapter, "problems") or []

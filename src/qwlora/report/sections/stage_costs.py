@@ -19,8 +19,8 @@ from qwlora.report.number_format import (
     three_decimals,
     valued,
 )
+from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import KINDS, Job, code, runtime
-from qwlora.report.section import Cell, Table, View, section
 
 
 @dataclass(frozen=True)

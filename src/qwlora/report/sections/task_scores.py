@@ -8,8 +8,8 @@ from typing import Any
 from markupsafe import Markup
 
 from qwlora.report.number_format import finite, precise_percent, significant, tagged
+from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import KINDS, Job, runtime
-from qwlora.report.section import Cell, Table, View, section
 
 LOWER_IS_BETTER = ("perplexity", "byte_perplexity", "word_perplexity", "bits_per_byte")
 HEADS = {**KINDS, "float": "Float"}

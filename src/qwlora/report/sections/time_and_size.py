@@ -15,8 +15,8 @@ from qwlora.report.number_format import (
     size,
     tagged,
 )
+from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import FILES, FLOAT_BYTES, Job, capitalized, runtime
-from qwlora.report.section import Cell, Table, View, section
 
 MOST_BARS = 40
 WORDS = {"failed": "failed", "running": "running"}  # of the stage that was last begun

@@ -18,8 +18,8 @@ from qwlora.report.number_format import (
     size,
     three_decimals,
 )
+from qwlora.report.report_section import View, section
 from qwlora.report.results_view import Job, code
-from qwlora.report.section import View, section
 
 SMOOTHED = 8  # steps
 MOST_STEPS = 2000  # above, a band of the smallest and largest loss for each pixel

@@ -42,7 +42,7 @@ class Outcome(Enum):
 
 
 @dataclass(frozen=True)
-class Finding:
+class Evidence:
     """One line under the verdict.
 
     Args:
@@ -58,14 +58,14 @@ class Finding:
     against: str = ""
 
 
-def all_findings(job: Job) -> Iterator[Finding]:
-    """Every finding of a job, those of the proofs first."""
+def all_evidence(job: Job) -> Iterator[Evidence]:
+    """All evidence of a job, that of the proofs first."""
     for target in job.targets:
         yield from _of_target(job, target)
     for adapter in job.adapters:
         yield from _gain(job, adapter)
     for names in identical_adapters(job):
-        yield Finding(
+        yield Evidence(
             Outcome.CAUTION,
             f"{listed(names)} have the same loss in every step: same data, settings and seed",
             f"{len(names)} of {len(job.adapters)}",
@@ -75,45 +75,45 @@ def all_findings(job: Job) -> Iterator[Finding]:
         yield from _few_tokens(job, target)
 
 
-def outcome_of(findings: Iterable[Finding]) -> Outcome:
+def outcome_of(evidence: Iterable[Evidence]) -> Outcome:
     """The worst outcome; nothing checked is not measured."""
-    outcomes = {finding.outcome for finding in findings} or {Outcome.MISSING}
+    outcomes = {item.outcome for item in evidence} or {Outcome.MISSING}
     return next(outcome for outcome in Outcome if outcome in outcomes)
 
 
-def proof_findings(job: Job, target: str, case: str) -> list[Finding]:
+def proof_evidence(job: Job, target: str, case: str) -> list[Evidence]:
     """The checks of the proof of one exported file."""
     where = "" if len(job.targets) == 1 else f"{runtime(target)}: "
     if (reason := job.stale.get((target, case))) is not None:
         what = f"{where}Files of {case} changed after the check: {reason}"
-        return [Finding(Outcome.MISSING, what, NOT_MEASURED)]
-    findings = []
+        return [Evidence(Outcome.MISSING, what, NOT_MEASURED)]
+    evidence = []
     for number, row in enumerate(job.proof_rows(target, case)):
         what, value = f"{where}{capitalized(row.what)}", row.shown_value
         if row.passed and not row.is_measured:  # without a number it says nothing
-            findings.append(Finding(Outcome.MISSING, what, NOT_MEASURED))
+            evidence.append(Evidence(Outcome.MISSING, what, NOT_MEASURED))
             continue
         if (exact := finite(row.value)) is not None:
             value = tagged(value, exact, ("parity", target, case, "checks", number, "value"))
         outcome = Outcome.PASSED if row.passed else Outcome.FAILED
-        findings.append(Finding(outcome, what, value, row.shown_limit, row.sentence))
+        evidence.append(Evidence(outcome, what, value, row.shown_limit, row.sentence))
     parity = job.parity(target, case)
-    if parity.get("passed") is False and outcome_of(findings) is not Outcome.FAILED:
+    if parity.get("passed") is False and outcome_of(evidence) is not Outcome.FAILED:
         problems = "; ".join(str(problem) for problem in parity.get("problems", []))
         what = f"{where}{problems or 'The check'}"
-        findings.append(Finding(Outcome.FAILED, what, "failed", against=problems))
-    elif not findings or not isinstance(parity.get("passed"), bool):
+        evidence.append(Evidence(Outcome.FAILED, what, "failed", against=problems))
+    elif not evidence or not isinstance(parity.get("passed"), bool):
         why = job.get("parity", target, case, "not_run")
         what = f"{where}Exported file against what was trained{f': {why}' if why else ''}"
-        findings.append(Finding(Outcome.MISSING, what, NOT_MEASURED))
-    return findings
+        evidence.append(Evidence(Outcome.MISSING, what, NOT_MEASURED))
+    return evidence
 
 
-def _of_target(job: Job, target: str) -> Iterator[Finding]:
+def _of_target(job: Job, target: str) -> Iterator[Evidence]:
     """All checks for a single adapter. For several, one line for their proofs. For the base and
     for several adapters together, one line each. Every check that failed has its own."""
-    proofs = {name: proof_findings(job, target, name) for name in job.adapters}
-    outcomes = {name: outcome_of(findings) for name, findings in proofs.items()}
+    proofs = {name: proof_evidence(job, target, name) for name in job.adapters}
+    outcomes = {name: outcome_of(evidence) for name, evidence in proofs.items()}
     if len(proofs) == 1:
         yield from proofs[job.adapters[0]]
     else:
@@ -121,8 +121,8 @@ def _of_target(job: Job, target: str) -> Iterator[Finding]:
             [name for name in proofs if outcomes[name] is outcome]
             for outcome in (Outcome.PASSED, Outcome.FAILED)
         )
-        yield Finding(
-            outcome_of(finding for findings in proofs.values() for finding in findings),
+        yield Evidence(
+            outcome_of(item for evidence in proofs.values() for item in evidence),
             f"{runtime(target)} computes what was trained: {listed(passed) or 'no adapter yet'}",
             f"{len(passed)} of {len(proofs)}",
             "passed",
@@ -133,25 +133,25 @@ def _of_target(job: Job, target: str) -> Iterator[Finding]:
     for case in job.other_cases(target):
         is_base = case in (BASE, NO_ADAPTER)
         what = "the base without an adapter" if is_base else f"{case} together"
-        findings = proof_findings(job, target, case)
-        outcome = outcome_of(findings)
-        yield Finding(
+        evidence = proof_evidence(job, target, case)
+        outcome = outcome_of(evidence)
+        yield Evidence(
             outcome,
             f"{runtime(target)} computes {what}",
             {Outcome.PASSED: "yes", Outcome.FAILED: "no"}.get(outcome, NOT_MEASURED),
             against=f"the files do not compute {what}",
         )
-        yield from _failed(findings, "without an adapter" if is_base else case)
+        yield from _failed(evidence, "without an adapter" if is_base else case)
 
 
-def _failed(findings: list[Finding], where: str) -> Iterator[Finding]:
-    for finding in findings:
-        if finding.outcome is Outcome.FAILED:
-            what, against = f"{where}: {finding.what}", f"{where}: {finding.against}"
-            yield replace(finding, what=what, against=against)
+def _failed(evidence: list[Evidence], where: str) -> Iterator[Evidence]:
+    for item in evidence:
+        if item.outcome is Outcome.FAILED:
+            what, against = f"{where}: {item.what}", f"{where}: {item.against}"
+            yield replace(item, what=what, against=against)
 
 
-def _gain(job: Job, adapter: str) -> Iterator[Finding]:
+def _gain(job: Job, adapter: str) -> Iterator[Evidence]:
     """Whether the adapter beats the float model on held-out text; where there is no float model,
     the packed base."""
     kind = job.final_kind(adapter)
@@ -161,9 +161,9 @@ def _gain(job: Job, adapter: str) -> Iterator[Finding]:
     name = ("Simulated adapter" if kind == "simulated" else "Adapter") if is_only else adapter
     change, over_base = job.change(kind, "float", adapter), job.change(kind, "base", adapter)
     if change is None and over_base is None:
-        yield Finding(Outcome.MISSING, f"{name} against the float model", NOT_MEASURED)
+        yield Evidence(Outcome.MISSING, f"{name} against the float model", NOT_MEASURED)
     if change is None and over_base is not None:
-        yield Finding(
+        yield Evidence(
             Outcome.PASSED if over_base < 0 else Outcome.CAUTION,
             f"{name} against the packed base, held-out text (there is no float model)",
             valued(percent(over_base, sign=True), over_base),
@@ -177,7 +177,7 @@ def _gain(job: Job, adapter: str) -> Iterator[Finding]:
         is_better = change < 0 and -change >= least
         worse = f"{percent(change)} worse than the float model on held-out text"
         unclear = f"not clearly better than the float model on held-out text ({percent(change)})"
-        yield Finding(
+        yield Evidence(
             Outcome.PASSED if is_better else Outcome.CAUTION,
             f"{name} against the float model, held-out text",
             valued(percent(change, sign=True), change),
@@ -196,7 +196,7 @@ def identical_adapters(job: Job) -> list[list[str]]:
     return [names for names in groups.values() if len(names) > 1]
 
 
-def _few_tokens(job: Job, target: str) -> Iterator[Finding]:
+def _few_tokens(job: Job, target: str) -> Iterator[Evidence]:
     numbers = {name: job.number("parity", target, name, "tokens") for name in job.adapters}
     known = {name: number for name, number in numbers.items() if number is not None}
     name = min(known, key=lambda n: known[n], default="")
@@ -204,7 +204,7 @@ def _few_tokens(job: Job, target: str) -> Iterator[Finding]:
         return
     has_setting = job.number("parity", target, name, "sequences") is not None
     more = "; raise verify.sequences" if has_setting else ""
-    yield Finding(
+    yield Evidence(
         Outcome.CAUTION,
         f"Tokens on which {runtime(target)} was checked{more}",
         tagged(count(known[name]), known[name], ("parity", target, name, "tokens")),

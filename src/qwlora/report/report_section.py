@@ -20,7 +20,7 @@ Cell = str | Markup | None
 
 
 @dataclass(frozen=True)
-class Section:
+class ReportSection:
     """A question, and the template of its module's name, which answers it.
 
     Args:
@@ -54,9 +54,9 @@ def section(
     position: int,
     of_job: bool = False,
     of_adapter: bool = False,
-) -> Callable[[Callable[[Job, str], View | None]], Section]:
+) -> Callable[[Callable[[Job, str], View | None]], ReportSection]:
     """Decorator of a section's `view`."""
-    return partial(Section, id, label, question, position, of_job, of_adapter)
+    return partial(ReportSection, id, label, question, position, of_job, of_adapter)
 
 
 @dataclass(frozen=True)

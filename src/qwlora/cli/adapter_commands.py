@@ -47,29 +47,35 @@ def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
     from qwlora.pipeline.job import journal
 
     journal.finish(folder)
-    base, found, unreadable = job_fingerprint(folder), list[AdapterReport](), list[str]()
+    base, reports, unreadable = job_fingerprint(folder), list[AdapterReport](), list[str]()
     for adapter in find_adapters(folder):
         try:
-            found.append(adapter_report(adapter, folder))
+            reports.append(adapter_report(adapter, folder))
         except QwloraError as error:
             unreadable.append(str(error))
     if as_json:
-        print_json({"base": base, "adapters": [asdict(f) for f in found]})
-    elif found:
-        _print(found, base)
+        print_json({"base": base, "adapters": [asdict(report) for report in reports]})
+    elif reports:
+        _print(reports, base)
     if unreadable:
         raise SourceError("\n".join(unreadable))
 
 
-def _print(found: list[AdapterReport], base: str | None) -> None:
+def _print(reports: list[AdapterReport], base: str | None) -> None:
     table = Table(
         "adapter", "kind", "rank", "alpha", "layers", "parameters", "base", box=None, pad_edge=False
     )
-    for f in found:
-        other = " (a different base)" if base not in (None, f.base) else ""
-        whose = "unknown" if f.base is None else f"{f.base[:16]}{other}"
+    for report in reports:
+        other = " (a different base)" if base not in (None, report.base) else ""
+        whose = "unknown" if report.base is None else f"{report.base[:16]}{other}"
         table.add_row(
-            f.name, f.kind, str(f.rank), str(f.alpha), str(f.modules), f"{f.parameters:,}", whose
+            report.name,
+            report.kind,
+            str(report.rank),
+            str(report.alpha),
+            str(report.modules),
+            f"{report.parameters:,}",
+            whose,
         )
     console(width=120).print(table)
     if base is not None:
@@ -115,10 +121,10 @@ def check(
             raise
         adapters = []
     for adapter in adapters:
-        found = problems(adapter, base, "refuse" if needs_base else "accept")
+        reasons = problems(adapter, base, "refuse" if needs_base else "accept")
         if lost := directory.missing_files(str(adapter.relative_to(folder))):
-            found.append(f"{', '.join(lost)} is missing, which this job wrote")
-        wrong += bool(found)
+            reasons.append(f"{', '.join(lost)} is missing, which this job wrote")
+        wrong += bool(reasons)
         changed += bool(manifest.changed_files(adapter, FILE))
         good = "good"
         if not (adapter / FILE).exists():
@@ -127,7 +133,7 @@ def check(
             good += "; no base here to compare with"
         if not manifest.has_digests(adapter, FILE):
             good += "; unverified (no digests of its files)"
-        print(f"{adapter.relative_to(folder)}: {'; '.join(found) or good}")
+        print(f"{adapter.relative_to(folder)}: {'; '.join(reasons) or good}")
     if changed:
         raise SystemExit(2)
     if wrong:

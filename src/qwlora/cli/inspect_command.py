@@ -93,30 +93,30 @@ def inspect(
         from qwlora.analysis.inspect_model import inspect_source
 
         floats = keep_float or ()
-        found = inspect_source(
+        inspection = inspect_source(
             source, against, encodings=encodings, keep_float=floats, block_order=block_order
         )
-        record, lines = found.to_json(), list(_model_lines(found))
+        record, lines = inspection.to_json(), list(_model_lines(inspection))
     print_result(record, lines, as_json)
 
 
-def _model_lines(found: Inspection) -> Iterator[str]:
+def _model_lines(inspection: Inspection) -> Iterator[str]:
     from qwlora.analysis.inspect_model import bits_per_weight, size_bytes, weights
 
-    yield f"{found.kind} {found.source}"
-    if found.fingerprint:
-        yield f"fingerprint {found.fingerprint}"
-    measured = any(view.sqnr_db is not None for view in found.tensors)
+    yield f"{inspection.kind} {inspection.source}"
+    if inspection.fingerprint:
+        yield f"fingerprint {inspection.fingerprint}"
+    measured = any(view.sqnr_db is not None for view in inspection.tensors)
     rows = [("tensor", "count", "shape", "grid", "bits/weight", *(["SQNR dB"] if measured else []))]
     for name, views in group_similar(
-        found.tensors, lambda view: view.name, lambda view: (view.shape, view.grid, view.bytes)
+        inspection.tensors, lambda view: view.name, lambda view: (view.shape, view.grid, view.bytes)
     ):
         shape, bits = "x".join(map(str, views[0].shape)), f"{views[0].bits_per_weight:.2f}"
         row = (name, str(len(views)), shape, views[0].grid, bits)
         rows.append((*row, _range(views)) if measured else row)
     yield from table(rows)
-    integers = [view for view in found.tensors if view.is_integers]
-    for label, views in (("all", list(found.tensors)), ("integers", integers)):
+    integers = [view for view in inspection.tensors if view.is_integers]
+    for label, views in (("all", list(inspection.tensors)), ("integers", integers)):
         if views:
             yield (
                 f"{label}: {weights(views):,} weights, {size(size_bytes(views))}, "
@@ -178,8 +178,8 @@ def _job(folder: Path, against: str | None) -> tuple[dict[str, Any], list[str]]:
     if base.is_dir():
         from qwlora.analysis.inspect_model import inspect_source
 
-        found = inspect_source(str(base), against)
-        model, lines = found.to_json(), list(_model_lines(found))
+        inspection = inspect_source(str(base), against)
+        model, lines = inspection.to_json(), list(_model_lines(inspection))
     adapters = [
         _adapter(config.parent) for config in sorted(folder.glob("adapters/*/adapter_config.json"))
     ]

@@ -229,11 +229,11 @@ def evaluate(
     from qwlora.pipeline.commands.evaluate_tasks import evaluate_tasks
 
     with ProgressDisplay(quiet or as_json) as display:
-        found = evaluate_tasks(recipe, tasks, models, limit, display.track, display.say)
+        scores = evaluate_tasks(recipe, tasks, models, limit, display.track, display.say)
     if as_json:
-        print_json(found)
+        print_json(scores)
     else:
-        console(width=120).print(score_table(found))
+        console(width=120).print(score_table(scores))
 
 
 def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
@@ -243,9 +243,9 @@ def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
 
     quiet_libraries()
     with ProgressDisplay(quiet or as_json) as display:
-        found = verify_bundle(folder, display.track)
-    print_result(found, proof_table(found), as_json)
-    if problems := [f"{name}: {p}" for name, proof in found.items() for p in proof["problems"]]:
+        proofs = verify_bundle(folder, display.track)
+    print_result(proofs, proof_table(proofs), as_json)
+    if problems := [f"{name}: {p}" for name, proof in proofs.items() for p in proof["problems"]]:
         what = f"{str(folder)!r}: the files do not compute what was trained"
         raise VerificationError(what, problems, {})
 

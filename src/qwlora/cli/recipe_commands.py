@@ -63,8 +63,8 @@ def data(
 
     with ProgressDisplay(as_json) as display:
         chosen = load_recipe(recipe, tuple(changes or ()))
-        found = preview(chosen, sequence, adapter, display.track)
-    print_result(found, [format_preview(found)], as_json)
+        content = preview(chosen, sequence, adapter, display.track)
+    print_result(content, [format_preview(content)], as_json)
 
 
 def init(

@@ -106,27 +106,27 @@ def _cost_lines(account: dict[str, Any]) -> Iterator[str]:
     yield from table([("layers furthest from float", "SQNR, dB"), *layers])
 
 
-def _suggestion_lines(found: dict[str, Any]) -> Iterator[str]:
-    wide, searched = len(found["wide"]), len(found["wide"]) + found["narrow"]
+def _suggestion_lines(record: dict[str, Any]) -> Iterator[str]:
+    wide, searched = len(record["wide"]), len(record["wide"]) + record["narrow"]
     rest = (
-        f"; {found['kept']} more keep the grid that a rule of the recipe gives them"
-        if found["kept"]
+        f"; {record['kept']} more keep the grid that a rule of the recipe gives them"
+        if record["kept"]
         else ""
     )
     yield (
-        f"adapter {found['adapter']}: {wide} of {searched} activations at 16 bits, the others at 8"
+        f"adapter {record['adapter']}: {wide} of {searched} activations at 16 bits, the others at 8"
         f"{rest}"
     )
-    plain, limit = found["float_activations"], found["limit"]
+    plain, limit = record["float_activations"], record["limit"]
     yield (
-        f"perplexity on the {found['sequences']} held-out sequences used for the search: "
-        f"{_compared(found['measured'], plain)}"
+        f"perplexity on the {record['sequences']} held-out sequences used for the search: "
+        f"{_compared(record['measured'], plain)}"
     )
     yield (
         f"limit on these sequences: {_compared(limit, plain)}; all {searched} at 16 bits: "
-        f"{found['all_wide']:.4f}, all at 8 bits: {found['all_narrow']:.4f}"
+        f"{record['all_wide']:.4f}, all at 8 bits: {record['all_narrow']:.4f}"
     )
-    if (fresh := found["fresh"]) is None:
+    if (fresh := record["fresh"]) is None:
         yield (
             "the search used all evaluation sequences; raise data.evaluation_sequences to measure "
             "the result on other text"
@@ -134,19 +134,19 @@ def _suggestion_lines(found: dict[str, Any]) -> Iterator[str]:
     else:
         compared = _compared(fresh["measured"], fresh["float_activations"])
         yield f"perplexity on {fresh['sequences']} sequences not used for the search: {compared}"
-    yield from _unshared(found)
+    yield from _unshared(record)
     yield ""
     yield "simulation:"
     yield "  activation_bitwidth: 8"
-    yield "  rules:" if found["rules"] else "  rules: []"
-    yield from (f"    - {strict_json.dumps(rule)}" for rule in found["rules"])
+    yield "  rules:" if record["rules"] else "  rules: []"
+    yield from (f"    - {strict_json.dumps(rule)}" for rule in record["rules"])
 
 
-def _unshared(found: dict[str, Any]) -> Iterator[str]:
-    if "unshared" in found:
+def _unshared(record: dict[str, Any]) -> Iterator[str]:
+    if "unshared" in record:
         yield (
             "measured with separate encodings for this adapter; the recipe shares some among "
-            f"adapters (base_activations: {found['unshared']}), which costs more"
+            f"adapters (base_activations: {record['unshared']}), which costs more"
         )
 
 

@@ -52,23 +52,23 @@ class Estimates:
     @property
     def problems(self) -> list[str]:
         """What does not fit, and what would make it fit."""
-        found = []
+        problems = []
         if self.memory_limit is not None:
             for stage in self.stages:
                 if stage.peak > self.memory_limit:
                     most = max(stage.memory, key=lambda part: stage.memory[part])
                     remedy = " or ".join(stage.settings) or "a smaller model"
-                    found.append(
+                    problems.append(
                         f"{stage.stage} needs {size(int(stage.peak))}, and this machine has "
                         f"{size(self.memory_limit)}. Most of it is {most} "
                         f"({size(int(stage.memory[most]))}). Less memory: {remedy}"
                     )
         if self.disk_free is not None and self.disk > self.disk_free:
-            found.append(
+            problems.append(
                 f"the job needs {size(int(self.disk))} of disk, and {size(self.disk_free)} are "
                 "free. Choose another --out, or free space"
             )
-        return found
+        return problems
 
     def to_json(self) -> dict[str, Any]:
         """For `qwlora plan --json`."""
@@ -110,7 +110,9 @@ def estimate(
     """
     keeps = holds_float_model or any(stage.name == "evaluate/float" for stage in stages)
     forecaster = Forecaster(recipe, keeps_float_model=keeps)
-    found = [forecaster.stage(stage) for stage in track(list(stages), "estimating", len(stages))]
+    forecasts = [
+        forecaster.stage(stage) for stage in track(list(stages), "estimating", len(stages))
+    ]
     # Resident memory of this process with what its stages import, after the runs without data.
     importlib.import_module("qwlora.pipeline.plan.preflight")  # the Trainer and everything below
     for target in recipe.export.targets:
@@ -121,7 +123,7 @@ def estimate(
     if holds_float_model:
         process -= FLOAT * forecaster.models.values
     stages_found = tuple(
-        replace(each, memory={"process": float(process), **each.memory}) for each in found
+        replace(each, memory={"process": float(process), **each.memory}) for each in forecasts
     )
     folder, free = user_path(str(out)).absolute(), None
     with contextlib.suppress(OSError):

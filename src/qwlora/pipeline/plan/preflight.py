@@ -165,7 +165,7 @@ def _embedding(recipe: Recipe, model: PreTrainedModel) -> tuple[str, Scheme | No
     if recipe.base.solver == "keep":
         kept = (grid.scheme for grid in kept_grids(recipe) if grid.of_embedding)
         return path, next(kept, None)
-    name = next((n for n, found in find_tensors(model).items() if path in found.paths), "")
+    name = next((n for n, tensor in find_tensors(model).items() if path in tensor.paths), "")
     plan = plan_layers(
         model, recipe.base.weights.scheme(), recipe.base.solver, recipe.base.layer_rules()
     )
@@ -175,9 +175,9 @@ def _embedding(recipe: Recipe, model: PreTrainedModel) -> tuple[str, Scheme | No
 def _check_tuning(
     context: JobContext, model: PreTrainedModel, packed: Callable[[str], bool]
 ) -> None:
-    if (found := len(context.base_calibration_ids(2))) < 2:
+    if (count := len(context.base_calibration_ids(2))) < 2:
         raise SourceError(
-            f"base.tuning needs at least 2 training sequences, but the text gives {found}; use "
+            f"base.tuning needs at least 2 training sequences, but the text gives {count}; use "
             "more text, or remove base.tuning"
         )
     if not any(
@@ -277,10 +277,10 @@ def _check_places(context: JobContext, shapes: Shapes) -> None:
 
 def _check_one_shape(shapes: Shapes) -> None:
     (first, known), *others = shapes.items()
-    for name, found in others:
-        if differ := sorted(n for n in known.keys() | found.keys() if known.get(n) != found.get(n)):
+    for name, shape in others:
+        if differ := sorted(n for n in known.keys() | shape.keys() if known.get(n) != shape.get(n)):
             here, there = (
-                list(each[differ[0]]) if differ[0] in each else "none" for each in (known, found)
+                list(each[differ[0]]) if differ[0] in each else "none" for each in (known, shape)
             )
             raise TrainingError(
                 f"adapters {first} and {name} cannot share all encodings "

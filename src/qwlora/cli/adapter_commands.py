@@ -68,15 +68,8 @@ def _print(reports: list[AdapterReport], base: str | None) -> None:
     for report in reports:
         other = " (a different base)" if base not in (None, report.base) else ""
         whose = "unknown" if report.base is None else f"{report.base[:16]}{other}"
-        table.add_row(
-            report.name,
-            report.kind,
-            str(report.rank),
-            str(report.alpha),
-            str(report.modules),
-            f"{report.parameters:,}",
-            whose,
-        )
+        sizes = map(str, (report.rank, report.alpha, report.modules))
+        table.add_row(report.name, report.kind, *sizes, f"{report.parameters:,}", whose)
     console(width=120).print(table)
     if base is not None:
         print(f"base {base[:16]}")

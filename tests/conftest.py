@@ -190,7 +190,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_recipe(folder: Path, model: Path, corpus: Path, **sections: Any) -> Path:
+def write_recipe(folder: Path, model: Path, corpus: Path, /, **sections: Any) -> Path:
     """Write a small recipe to `folder`; keyword arguments replace whole sections."""
     data = {"sequence_tokens": 32, "evaluation_sequences": 4, "calibration_sequences": 4}
     first = {"name": "first", "rank": 4, "steps": 6, "warmup_steps": 1, "checkpoint_steps": 2}

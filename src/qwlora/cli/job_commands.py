@@ -22,7 +22,7 @@ from qwlora.errors import UploadError
 from qwlora.messages import size
 
 if TYPE_CHECKING:
-    from qwlora.pipeline.commands.merge_adapter import Verdict
+    from qwlora.pipeline.commands.merge_adapter import MergeVerdict
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
@@ -152,7 +152,7 @@ def merge(
     print(f"wrote {out}")
 
 
-def merge_lines(verdict: Verdict) -> list[str]:
+def merge_lines(verdict: MergeVerdict) -> list[str]:
     """What a merge loses, in words."""
     worst = sorted(verdict.layers.items(), key=lambda item: -item[1].share)[:3]
     most = ", ".join(f"{path} {layer.share:.1%}" for path, layer in worst)

@@ -34,7 +34,7 @@ KEPT = 0.9  # share of the adapter's improvement that a merge must keep to be ca
 
 
 @dataclass(frozen=True)
-class Verdict:
+class MergeVerdict:
     """Effect of merging an adapter into the base's integers.
 
     Args:
@@ -93,7 +93,7 @@ class Verdict:
         }
 
 
-def merge_verdict(context: JobContext, name: str, track: Track) -> Verdict:
+def merge_verdict(context: JobContext, name: str, track: Track) -> MergeVerdict:
     """Measure the effect of merging adapter `name`."""
     evaluation = context.text(name).evaluation
 
@@ -105,7 +105,7 @@ def merge_verdict(context: JobContext, name: str, track: Track) -> Verdict:
     after = measured(adapted, "adapted")
     before = measured(context.base(), "base")
     merged = measured(merged_model(adapted, "requantized"), "merged")
-    return Verdict(layers, before, after, merged)
+    return MergeVerdict(layers, before, after, merged)
 
 
 def merged_model(adapted: PeftModel, into: Into) -> PreTrainedModel:

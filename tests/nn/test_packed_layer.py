@@ -15,16 +15,9 @@ from qwlora import PackedLinear
 from qwlora.errors import GridError, MergeError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
-from qwlora.nn import (
-    PackedEmbedding,
-    PackedLayer,
-    is_packable,
-    is_packed,
-    pack_module,
-    pack_tied,
-    place_empty_,
-    weight_out_in,
-)
+from qwlora.nn import PackedLayer, is_packable, is_packed, pack_module, weight_out_in
+from qwlora.nn.packed_modules import PackedEmbedding
+from qwlora.nn.replace import pack_tied, place_empty_
 
 SCHEMES = [
     *(Scheme(bits, granularity=PerBlock(16)) for bits in range(2, 9)),

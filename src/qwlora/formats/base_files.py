@@ -32,7 +32,7 @@ from qwlora.formats.meta_model import Place, tensor_at, tensor_places
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.messages import lines, listed
-from qwlora.nn import PackedLayer, is_packed, place_empty_, tie_weights_
+from qwlora.nn import PackedLayer, is_packed, tie_weights_
 from qwlora.nn.fingerprint import (
     base_tensors,
     combined_fingerprint,
@@ -44,6 +44,7 @@ from qwlora.nn.fingerprint import (
 from qwlora.nn.finite import check_finite, refuse_meta
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.nn.packed_tensor import PackedTensor, Parts, narrowest
+from qwlora.nn.replace import place_empty_
 from qwlora.parameter_names import canonical_name, parameter_name
 from qwlora.strict_json import read_object
 

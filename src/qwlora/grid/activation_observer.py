@@ -6,16 +6,16 @@
 
 A sample alone misses the few values far out, and ranges depend on those. A row is the last axis.
 The ends of all rows cost hardly more than those of the batch, and rows after the 64th rarely hold
-more than one value this large. Where some rows reach more than twice as far and may have
-many such values (the first token of a language model), the furthest 8 rows are kept whole. Between
-`bounds` and the ends, no value is missing.
+more than one value this large. Where some rows reach more than twice as far and may have many such
+values (the first token of a language model), the furthest 8 rows are kept whole. Between `bounds`
+and the ends, no value is missing.
 
 A batch costs one pass for ends and tails, and a copy of at most 4,096 values: rows at equal
 distances, with all channels if they fit. When the sample is full, half of it is dropped and half as
 much is taken from later batches; the same happens before a batch that would contribute more than
-smaller ones before it. So memory is constant, except for eight bytes per batch, and every estimator
-(`estimate_ranges.py`) works on one pass over the data, for any grid. If all values fit, the sample
-is the data.
+smaller ones before it. So memory is constant, except for the ends of each batch, and every
+estimator (`estimate_ranges.py`) works on one pass over the data, for any grid. If all values fit,
+the sample is the data.
 
 Merging is exact for ends and tails. The denser of two samples is thinned to the density of the
 other.
@@ -111,7 +111,7 @@ class SampleObserver:
             ends = self._take_tails(rows, torch.stack([-rows.amin(-1), rows.amax(-1)]).flatten(1))
         else:
             ends = torch.stack([-x.amin(), x.amax()])  # two passes, faster than torch.aminmax
-        self._ends.append(ends.float())
+        self._ends.append(ends.to(torch.float32, copy=True))
         self.batches += 1
         self.count += x.numel()
         if self.sampled:

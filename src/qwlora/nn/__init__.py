@@ -11,38 +11,26 @@ keeps codes, never floats. Not supported: a gradient for the weight (it is froze
 float delta into the codes.
 """
 
-from qwlora.nn.frozen import packed_layers, packed_weights
-from qwlora.nn.packed_experts import parameter_out_in
+from qwlora.nn.frozen import packed_weights
 from qwlora.nn.packed_layer import PackedLayer, is_packed
-from qwlora.nn.packed_modules import PackedEmbedding, PackedLinear
+from qwlora.nn.packed_modules import PackedLinear
 from qwlora.nn.replace import (
-    has_computed_weight,
     is_packable,
     pack_at_,
     pack_module,
-    pack_tied,
-    place_empty_,
-    replacement_problem,
     tensor_out_in,
     tie_weights_,
     weight_out_in,
 )
 
 __all__ = [
-    "PackedEmbedding",
     "PackedLayer",
     "PackedLinear",
-    "has_computed_weight",
     "is_packable",
     "is_packed",
     "pack_at_",
     "pack_module",
-    "pack_tied",
-    "packed_layers",
     "packed_weights",
-    "parameter_out_in",
-    "place_empty_",
-    "replacement_problem",
     "tensor_out_in",
     "tie_weights_",
     "weight_out_in",

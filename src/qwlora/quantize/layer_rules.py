@@ -24,7 +24,8 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.errors import GridError
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, parse_scheme
 from qwlora.messages import lines, suggestion
-from qwlora.nn import has_computed_weight, is_packable, replacement_problem, tensor_out_in
+from qwlora.nn import is_packable, tensor_out_in
+from qwlora.nn.replace import has_computed_weight, replacement_problem
 from qwlora.parameter_names import canonical_name, is_adapter_name
 from qwlora.quantize.solvers import SOLVERS, solver_named
 

@@ -25,11 +25,7 @@ class Solve(Protocol):
     """Quantize one weight."""
 
     def __call__(
-        self,
-        weight: Tensor,
-        scheme: Scheme,
-        moment: Tensor | None,
-        settings: Any,
+        self, weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: Any
     ) -> tuple[QuantizedTensor, dict[str, float]]:
         """Codes and encoding, and fields of the `LayerReport` that the solver knows.
 

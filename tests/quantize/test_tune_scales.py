@@ -469,22 +469,17 @@ def test_tuning_that_was_interrupted_goes_on_and_ends_with_the_same_bits(
 
 def test_a_state_is_of_all_that_decides() -> None:
     (solved, reference), tokens = pair(), ids(4, 1500)
-    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
 
     def key(
-        model: nn.Module = solved,
-        teacher: nn.Module = reference,
-        settings: TuningSettings | None = None,
-        batch: Any = None,
+        model: nn.Module = solved, teacher: nn.Module = reference, batch: Any = None, seed: int = 0
     ) -> str:
-        batches = [{"input_ids": tokens}] if batch is None else [batch]
-        return _Checkpoint(
-            Path("nowhere"), _dependencies(settings or TuningSettings(), batches, model, teacher)
-        ).key
+        batches = [{"input_ids": tokens} if batch is None else batch]
+        parts = _dependencies(TuningSettings(seed=seed), batches, model, teacher)
+        return _Checkpoint(Path("nowhere"), parts).key
 
-    other = copy.deepcopy(reference)
+    other, moved = copy.deepcopy(reference), copy.deepcopy(solved)
     other.config.rms_norm_eps = 0.1
-    moved = copy.deepcopy(solved)
+    config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
     with torch.no_grad():
         moved.model.norm.weight[0] += 1
         trained = get_peft_model(copy.deepcopy(solved), config)
@@ -492,23 +487,19 @@ def test_a_state_is_of_all_that_decides() -> None:
         again.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight[0, 0] = 1
     later = tokens.clone()
     later[2, 700] += 1
+    batches: list[Any] = [
+        {"input_ids": later},
+        BatchEncoding({"input_ids": later[:3]}),
+        BatchEncoding({"input_ids": tokens[:3]}),
+        {"input_ids": tokens, "attention_mask": tokens},
+        {"input_ids": tokens, "token_type_ids": tokens},
+    ]
     keys = [
         key(),
-        key(settings=TuningSettings(seed=1)),
+        key(seed=1),
         *(key(teacher=teacher) for teacher in (other, copy.deepcopy(reference).bfloat16())),
         *(key(model) for model in (moved, trained, again)),
-        *(
-            key(batch=batch)
-            for batch in (
-                {"input_ids": later},
-                BatchEncoding({"input_ids": later[:3]}),
-                BatchEncoding({"input_ids": tokens[:3]}),
-            )
-        ),
-        *(
-            key(batch={"input_ids": tokens, name: tokens})
-            for name in ("attention_mask", "token_type_ids")
-        ),
+        *(key(batch=batch) for batch in batches),
     ]
     assert len(set(keys)) == len(keys)
     assert key() == keys[0] == key(batch=BatchEncoding({"input_ids": tokens}))

@@ -44,7 +44,7 @@ from qwlora.formats.huggingface.int32_words import (
 )
 from qwlora.formats.huggingface.safetensors_files import FLOATS, SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Blocks, Granularity, PerChannel, PerTensor, Scheme
 from qwlora.messages import shortened
 from qwlora.system.time_limit import SECONDS, time_limit
 
@@ -334,7 +334,7 @@ class CompressedTensors:
 def weights_settings(scheme: Scheme) -> dict[str, Any]:
     """A scheme as the `weights` of a config group."""
     match scheme.granularity:
-        case PerBlock(size) | Lpbq(size):
+        case Blocks(size):
             granularity: dict[str, Any] = {"strategy": "group", "group_size": size}
         case PerChannel():
             granularity = {"strategy": "channel"}

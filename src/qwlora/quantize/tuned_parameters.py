@@ -108,7 +108,7 @@ class Tunable:
         for name, layer in self.layers.items():
             parts = layer.tensor.parts
             old = parts.scale.float()
-            new = old * (1 + self.factors[name])
+            new = layer.scheme.nearest(old * (1 + self.factors[name]))
             if isinstance(layer.scheme.granularity, PerBlock):
                 new = storable_scale(new)
             layer.scale = narrowest(new)

@@ -10,26 +10,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    LlamaModel,
-    MixtralConfig,
-    MixtralForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import LlamaModel, T5Config, T5ForConditionalGeneration
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from adapter.small_models import LOGIT_CHANGES, OTHERS, built
 from conftest import ARCHITECTURES, VOCABULARY, tiny_model
 from qwlora import quantize_
 from qwlora.adapter.chunked_loss import ChunkedLoss
@@ -39,59 +23,6 @@ from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import PackedTensor
 from qwlora.quantize.layer_rules import Rule
-
-IDS = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    **IDS,
-}
-WITH_A_STEP_BETWEEN_HEAD_AND_LOSS: dict[str, Callable[[], PreTrainedModel]] = {
-    "soft cap": lambda: Gemma2ForCausalLM(
-        Gemma2Config(
-            **SMALL,
-            num_key_value_heads=1,
-            head_dim=16,
-            final_logit_softcapping=2.0,
-            tie_word_embeddings=False,
-        )
-    ),
-    "divided": lambda: GraniteForCausalLM(GraniteConfig(**SMALL, logits_scaling=3.0)),
-    "multiplied": lambda: CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.3)),
-}
-OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
-    "router": lambda: MixtralForCausalLM(
-        MixtralConfig(
-            **SMALL,
-            num_key_value_heads=2,
-            num_local_experts=4,
-            output_router_logits=True,
-            router_aux_loss_coef=0.5,
-        )
-    ),
-    "projected": lambda: OPTForCausalLM(
-        OPTConfig(
-            hidden_size=32,
-            ffn_dim=48,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            word_embed_proj_dim=16,
-            **IDS,
-        )
-    ),
-    "head by another name": lambda: GPTNeoXForCausalLM(
-        GPTNeoXConfig(**SMALL, attn_implementation="eager")
-    ),
-}
-
-
-def built(name: str) -> PreTrainedModel:
-    if name in ARCHITECTURES:
-        return tiny_model(name)
-    torch.manual_seed(0)
-    return {**WITH_A_STEP_BETWEEN_HEAD_AND_LOSS, **OTHERS}[name]().eval()
 
 
 def batch() -> dict[str, Tensor]:
@@ -128,7 +59,7 @@ def assert_same(model: torch.nn.Module, chunk_tokens: int = 7, **more: Any) -> N
         )
 
 
-@pytest.mark.parametrize("name", [*ARCHITECTURES, *WITH_A_STEP_BETWEEN_HEAD_AND_LOSS, *OTHERS])
+@pytest.mark.parametrize("name", [*ARCHITECTURES, *LOGIT_CHANGES, *OTHERS])
 def test_loss_and_gradients_match_the_models_own(name: str) -> None:
     model = built(name)
     assert_same(model)
@@ -163,18 +94,23 @@ def test_shifted_labels_and_a_single_chunk() -> None:
 
 
 class _Largest(TorchDispatchMode):
-    numbers = 0
+    """Size of the largest result that fits the description."""
+
+    def __init__(self, fits: Callable[[Tensor], bool]):
+        super().__init__()
+        self.fits, self.numbers = fits, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         for tensor in result if isinstance(result, tuple) else (result,):
-            if (
-                isinstance(tensor, Tensor)
-                and tensor.shape[-1:] == (VOCABULARY,)
-                and len(tensor) not in (32, 64)
-            ):  # the head's weight, transposed
+            if isinstance(tensor, Tensor) and self.fits(tensor):
                 self.numbers = max(self.numbers, tensor.numel())
         return result
+
+
+def is_logits(tensor: Tensor) -> bool:
+    """Not the head's weight, transposed."""
+    return tensor.shape[-1:] == (VOCABULARY,) and len(tensor) not in (32, 64)
 
 
 @pytest.mark.parametrize("name", ["llama", "soft cap"])
@@ -182,7 +118,7 @@ def test_logits_of_the_whole_batch_never_exist(name: str) -> None:
     model = built(name).requires_grad_(False)
     peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     ChunkedLoss(peft, 5)
-    with _Largest() as largest:
+    with _Largest(is_logits) as largest:
         output = peft(**batch())
         output.loss.backward()
     assert largest.numbers == 5 * VOCABULARY
@@ -218,38 +154,32 @@ def test_bfloat16_autocast_is_close() -> None:
     )
 
 
+def sliced(
+    hidden: Tensor, targets: Tensor, weight: Tensor, rows: int | None, bias: Tensor | None = None
+) -> Tensor:
+    count = len(weight)
+    return sliced_cross_entropy(hidden, targets, lambda i, j: weight[i:j], count, bias, rows)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [7, 100, None])
 def test_sum_over_vocabulary_slices_is_the_cross_entropy(bias: bool, rows: int | None) -> None:
     generator = torch.Generator().manual_seed(0)
-    weight, offset = (
-        torch.randn(100, 16, generator=generator),
-        torch.randn(100, generator=generator) if bias else None,
-    )
-    hidden = (
-        torch.randn(30, 16, generator=generator) * 5
-    ).requires_grad_()  # logits up to 80: a sum without its maximum would overflow
+    weight = torch.randn(100, 16, generator=generator)
+    offset = torch.randn(100, generator=generator) if bias else None
+    # Logits up to 80: a sum without its maximum would overflow.
+    hidden = (torch.randn(30, 16, generator=generator) * 5).requires_grad_()
     targets = torch.randint(0, 100, (30,), generator=generator)
-    own = torch.nn.functional.cross_entropy(
-        torch.nn.functional.linear(hidden, weight, offset), targets, reduction="sum"
-    )
+    logits = torch.nn.functional.linear(hidden, weight, offset)
+    own = torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
     (gradient,) = torch.autograd.grad(own * 0.3, hidden)
-    found = sliced_cross_entropy(
-        hidden, targets, lambda start, stop: weight[start:stop], 100, offset, rows
-    )
+    found = sliced(hidden, targets, weight, rows, offset)
     torch.testing.assert_close(found, own, rtol=1e-6, atol=0)
-    torch.testing.assert_close(
-        torch.autograd.grad(found * 0.3, hidden)[0], gradient, rtol=1e-4, atol=1e-5
-    )
+    (sliced_gradient,) = torch.autograd.grad(found * 0.3, hidden)
+    torch.testing.assert_close(sliced_gradient, gradient, rtol=1e-4, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(
-            sliced_cross_entropy(
-                hidden, targets, lambda start, stop: weight[start:stop], 100, offset, rows
-            ),
-            own,
-            rtol=1e-6,
-            atol=0,
-        )
+        found = sliced(hidden, targets, weight, rows, offset)
+    torch.testing.assert_close(found, own, rtol=1e-6, atol=0)
 
 
 def test_many_slices_are_summed_in_float32() -> None:
@@ -258,12 +188,7 @@ def test_many_slices_are_summed_in_float32() -> None:
     hidden = torch.randn(64, 64, generator=generator, dtype=torch.bfloat16).requires_grad_()
     targets = torch.randint(0, 8192, (64,), generator=generator)
     one, many = (
-        torch.autograd.grad(
-            sliced_cross_entropy(
-                hidden, targets, lambda start, stop: weight[start:stop], 8192, None, rows
-            ),
-            hidden,
-        )[0].float()
+        torch.autograd.grad(sliced(hidden, targets, weight, rows), hidden)[0].float()
         for rows in (8192, 16)
     )
     assert (many - one).norm() < 4e-3 * one.norm()
@@ -273,24 +198,17 @@ def test_bfloat16_gradient_of_a_nearly_certain_token_is_exact() -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(512, 64, generator=generator).bfloat16()
     targets = torch.randint(0, 512, (32,), generator=generator)
-    hidden = (
-        (weight[targets].float() * torch.linspace(0.1, 0.3, 32).unsqueeze(1))
-        .bfloat16()
-        .requires_grad_()
-    )
+    certainty = torch.linspace(0.1, 0.3, 32).unsqueeze(1)
+    hidden = (weight[targets].float() * certainty).bfloat16().requires_grad_()
     exact = hidden.detach().double().requires_grad_()
-    each = torch.nn.functional.cross_entropy(
-        torch.nn.functional.linear(exact, weight.double()), targets, reduction="none"
-    )
+    logits = torch.nn.functional.linear(exact, weight.double())
+    each = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
     assert each.min() < 0.01 < 1 < each.max()
     (gradient,) = torch.autograd.grad(each.sum(), exact)
-    found = sliced_cross_entropy(
-        hidden, targets, lambda start, stop: weight[start:stop], 512, None, 64
-    )
+    found = sliced(hidden, targets, weight, 64)
     off = torch.autograd.grad(found, hidden)[0].double() - gradient
-    assert (
-        off.norm(dim=1) / gradient.norm(dim=1)
-    ).max() < 0.1  # logits are rounded, which alone makes 0.05
+    # Logits are rounded, which alone makes 0.05.
+    assert (off.norm(dim=1) / gradient.norm(dim=1)).max() < 0.1
 
 
 @pytest.mark.parametrize("label", [VOCABULARY, -3])
@@ -305,19 +223,6 @@ def test_refuses_labels_outside_the_vocabulary(label: int) -> None:
         model(**given)
 
 
-class _Roundings(TorchDispatchMode):
-    """Records the size of the largest bfloat16 tensor."""
-
-    numbers = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, tuple) else (result,):
-            if isinstance(tensor, Tensor) and tensor.dtype == torch.bfloat16:
-                self.numbers = max(self.numbers, tensor.numel())
-        return result
-
-
 def test_head_weight_is_never_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwlora.adapter.cross_entropy.SLICE_LOGITS", 600)
     model = tiny_model("llama").requires_grad_(False)
@@ -327,7 +232,7 @@ def test_head_weight_is_never_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -
     with torch.autocast("cpu", torch.bfloat16):
         own, gradients = loss_and_gradients(peft)
         ChunkedLoss(peft)
-        with _Roundings() as largest:
+        with _Largest(lambda t: t.dtype == torch.bfloat16) as largest:
             loss, chunked = loss_and_gradients(peft)
     torch.testing.assert_close(loss, own, rtol=1e-3, atol=0)
     for name, gradient in gradients.items():

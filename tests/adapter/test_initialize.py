@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -22,6 +24,21 @@ from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.quantize.tune_scales import TuningSettings, tune_scales_
 from qwlora.quantize.tuned_parameters import Tunable
+
+
+def weights_of(reference: torch.nn.Module) -> Callable[[str], Tensor]:
+    return lambda path: weight_out_in(reference.get_submodule(path))
+
+
+def lora_layers(model: torch.nn.Module) -> dict[str, Any]:
+    prefix = "base_model.model."
+    modules = model.named_modules()
+    return {n.removeprefix(prefix): m for n, m in modules if isinstance(m, LoraLayer)}
+
+
+def product(layer: Any) -> Tensor:
+    """B A."""
+    return (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
 
 
 def correlated(columns: int) -> Tensor:
@@ -131,9 +148,7 @@ def test_initialization_brings_outputs_closer_to_the_float_model(
             copy.deepcopy(model),
             LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
-        reports = initialize_adapter_(
-            adapted, init, lambda path: weight_out_in(reference.get_submodule(path)), moments
-        )
+        reports = initialize_adapter_(adapted, init, weights_of(reference), moments)
         assert all(report.after < report.before for report in reports.values())
         assert fingerprint(adapted) == identity
         found[init] = distance(adapted)
@@ -164,11 +179,9 @@ def test_unused_ranks_are_trainable() -> None:
     reference = copy.deepcopy(model)
     quantize_(model, "w4-block32")
     adapted = get_peft_model(model, LoraConfig(r=80, target_modules=["q_proj"]))
-    layer = next(module for module in adapted.modules() if isinstance(module, LoraLayer))
+    layer = next(iter(lora_layers(adapted).values()))
     own = layer.lora_A["default"].weight.detach().clone()
-    initialize_adapter_(
-        adapted, "svd", lambda path: weight_out_in(reference.get_submodule(path)), share=1
-    )
+    initialize_adapter_(adapted, "svd", weights_of(reference), share=1)
     after = layer.lora_A["default"].weight
     assert torch.equal(after[64:], own[64:])
     assert not torch.equal(after[:64], own[:64])
@@ -191,24 +204,16 @@ def test_ranks_beyond_the_share_keep_pefts_default(share: float, ranks: int) -> 
     adapted = get_peft_model(
         model, LoraConfig(r=5, lora_alpha=15, target_modules=["q_proj", "down_proj"])
     )
-    layers = {
-        name: module for name, module in adapted.named_modules() if isinstance(module, LoraLayer)
-    }
+    layers = lora_layers(adapted)
     own = {name: layer.lora_A["default"].weight.detach().clone() for name, layer in layers.items()}
-    reports = initialize_adapter_(
-        adapted, "svd", lambda path: weight_out_in(reference.get_submodule(path)), share=share
-    )
+    reports = initialize_adapter_(adapted, "svd", weights_of(reference), share=share)
     assert layers
-    for name, layer in layers.items():
-        path = name.removeprefix("base_model.model.")
-        assert torch.equal(layer.lora_A["default"].weight[ranks:], own[name][ranks:])
+    for path, layer in layers.items():
+        assert torch.equal(layer.lora_A["default"].weight[ranks:], own[path][ranks:])
         assert not layer.lora_B["default"].weight[:, ranks:].any()
         weight = weight_out_in(reference.get_submodule(path)).detach()
         difference = weight - layer.get_base_layer().tensor.dequantize()
-        left = (
-            difference
-            - 3 * (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
-        )
+        left = difference - 3 * product(layer)
         bound = torch.linalg.svdvals(difference)[ranks:].square().sum()
         assert float(left.square().sum()) == pytest.approx(float(bound), rel=1e-3)
         assert reports[path].after == pytest.approx(float(bound / weight.square().sum()), rel=1e-3)
@@ -228,45 +233,29 @@ def test_tuned_scales_are_not_corrected(scheme: str) -> None:
         initialize_adapter_(
             adapted,
             "svd",
-            lambda path: weight_out_in(reference.get_submodule(path)),
+            weights_of(reference),
             solver_scales=scales,
         )
-        layers = {
-            name: module
-            for name, module in adapted.named_modules()
-            if isinstance(module, LoraLayer)
-        }
-        return {
-            name: (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).detach()
-            for name, layer in layers.items()
-        }
+        return {path: product(layer) for path, layer in lora_layers(adapted).items()}
 
     solved = started(copy.deepcopy(model), None)
     report = tune_scales_(model, reference, ids, TuningSettings(steps=10, learning_rate=0.02))
     assert report.kept
-    adapted, unaware = (
-        started(copy.deepcopy(model), report.solver_scales),
-        started(copy.deepcopy(model), None),
-    )
-    for name, correction in solved.items():
-        assert torch.equal(adapted[name], correction)
-        assert not torch.allclose(
-            unaware[name], correction, rtol=0, atol=2e-3 * float(correction.abs().max())
-        )
+    adapted = started(copy.deepcopy(model), report.solver_scales)
+    unaware = started(copy.deepcopy(model), None)
+    for path, correction in solved.items():
+        assert torch.equal(adapted[path], correction)
+        near = 2e-3 * float(correction.abs().max())
+        assert not torch.allclose(unaware[path], correction, rtol=0, atol=near)
     name = next(iter(report.solver_scales))
     with pytest.raises(
         TrainingError,
         match=rf"{name}: the scale before tuning has shape \[3\].* scales of this base",
     ):
         started(copy.deepcopy(model), report.solver_scales | {name: torch.ones(3)})
-    with pytest.raises(
-        TrainingError,
-        match=r"the model has no embed, model\.layers\.9\.mlp, whose scale before tuning was given",
-    ):
-        started(
-            model,
-            {"model.layers.9.mlp": torch.ones(3), "embed": torch.ones(3)} | report.solver_scales,
-        )
+    unknown = {"model.layers.9.mlp": torch.ones(3), "embed": torch.ones(3)}
+    with pytest.raises(TrainingError, match=r"has no embed, model\.layers\.9\.mlp, whose scale"):
+        started(model, unknown | report.solver_scales)
 
 
 def test_float_offset_is_the_solvers_too() -> None:
@@ -292,30 +281,31 @@ def test_float_offset_is_the_solvers_too() -> None:
     assert float((solver_difference("0", layer, weight, {}) - (weight - solved)).abs().max()) > 0.1
 
 
-def test_errors_name_the_reason() -> None:
-    def attached(dora: bool = False) -> torch.nn.Module:
-        return get_peft_model(
-            model,
-            LoraConfig(r=4, use_dora=dora, target_modules="all-linear", task_type="CAUSAL_LM"),
-        )
-
+@pytest.mark.parametrize(
+    ("init", "scheme", "options", "message"),
+    [
+        ("svd", None, {}, "no layer with adapter 'default' is quantized"),
+        (
+            "qera",
+            "w4-block32",
+            {},
+            r"no moments of model\.layers\.0\.self_attn\.q_proj, .* init qera",
+        ),
+        ("svd", "w4-block32", {"use_dora": True}, "DoRA"),
+        *(
+            ("svd", "w4-block32", {"share": share}, rf"in \(0, 1\], not {share:g}")
+            for share in (0.0, 1.5, float("nan"))
+        ),
+    ],
+)
+def test_errors_name_the_reason(
+    init: Any, scheme: str | None, options: dict[str, Any], message: str
+) -> None:
     model = tiny_model("llama")
-    with pytest.raises(TrainingError, match="no layer with adapter 'default' is quantized"):
-        initialize_adapter_(attached(), "svd", lambda path: torch.empty(0))
-    model = tiny_model("llama")
-    quantize_(model, "w4-block32")
-    with pytest.raises(
-        TrainingError,
-        match=r"no moments of model\.layers\.0\.self_attn\.q_proj, .* init qera",
-    ):
-        initialize_adapter_(attached(), "qera", lambda path: torch.empty(0))
-    model = tiny_model("llama")
-    quantize_(model, "w4-block32")
-    with pytest.raises(TrainingError, match="DoRA"):
-        initialize_adapter_(attached(dora=True), "svd", lambda path: torch.empty(0))
-    model = tiny_model("llama")
-    quantize_(model, "w4-block32")
-    adapted = attached()
-    for share in (0.0, 1.5, float("nan")):
-        with pytest.raises(TrainingError, match=rf"in \(0, 1\], not {share:g}"):
-            initialize_adapter_(adapted, "svd", lambda path: torch.empty(0), share=share)
+    if scheme:
+        quantize_(model, scheme)
+    options = dict(options)
+    share = options.pop("share", 0.5)
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **options))
+    with pytest.raises(TrainingError, match=message):
+        initialize_adapter_(adapted, init, lambda path: torch.empty(0), share=share)

@@ -41,6 +41,19 @@ def trains(path: Path, out: Path, *changes: str) -> dict[str, Any]:
     return run(load_recipe(path, changes), out, ("quantize", "train"), replace=True)
 
 
+def assert_refused(path: Path, out: Path, kind: type[Exception], message: str) -> None:
+    """Before anything is written."""
+    with pytest.raises(kind, match=message):
+        trains(path, out)
+    assert not out.exists()
+
+
+def starting_from(folder: Path, steps: int, **more: Any) -> dict[str, Any]:
+    """An adapter that continues one from elsewhere."""
+    start = {"name": "a", "continue_from": str(folder), "unknown_base": "accept"}
+    return {**start, "steps": steps, "warmup_steps": 0, **more}
+
+
 def problems(path: Path, change: str) -> str:
     with pytest.raises(RecipeError) as caught:
         load_recipe(path, (change,))
@@ -91,12 +104,8 @@ def test_wrong_modules_write_nothing(recipe_for: Any, tmp_path: Path) -> None:
         {"name": "right", **FAST},
         {"name": "wrong", **FAST, "target_modules": ["q_proj", "qproj"]},
     ]
-    with pytest.raises(
-        TrainingError,
-        match="adapter wrong: the model does not have: target_modules 'qproj'",
-    ):
-        trains(recipe_for(adapters=adapters), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    message = "adapter wrong: the model does not have: target_modules 'qproj'"
+    assert_refused(recipe_for(adapters=adapters), tmp_path / "out", TrainingError, message)
 
 
 def test_adapter_starts_from_another(recipe_for: Any, tmp_path: Path) -> None:
@@ -203,9 +212,7 @@ def test_start_without_an_adapter_writes_nothing(
     recipe_for: Any, tmp_path: Path, corpus: Path
 ) -> None:
     path = recipe_for(adapters=[{"name": "a", "continue_from": str(corpus), "steps": 0}])
-    with pytest.raises(SourceError, match=r"adapter a: .* has no PEFT adapter"):
-        trains(path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert_refused(path, tmp_path / "out", SourceError, r"adapter a: .* has no PEFT adapter")
 
 
 @pytest.mark.parametrize(
@@ -240,9 +247,7 @@ def test_start_that_does_not_fit_writes_nothing(
         "qwen3" if target == ["lm_head"] else "llama",
         adapters=[{"name": "a", "continue_from": str(tmp_path / "a"), "steps": 0}],
     )
-    with pytest.raises(SourceError, match=message):
-        trains(path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    assert_refused(path, tmp_path / "out", SourceError, message)
 
 
 EXPERTS = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
@@ -318,20 +323,10 @@ def test_fused_experts_get_adapters_by_recipe(
 def test_wrong_experts_write_nothing(
     recipe_for: Any, mixtral: dict[str, Any], tmp_path: Path, change: list[str], message: str
 ) -> None:
-    path = recipe_for(
-        **mixtral,
-        adapters=[
-            {
-                "name": "a",
-                **FAST,
-                "target_modules": ["q_proj"],
-                "target_parameters": [EXPERTS[0], *change],
-            }
-        ],
-    )
-    with pytest.raises(TrainingError, match=f"adapter a: .*{message}"):
-        trains(path, tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    parameters = [EXPERTS[0], *change]
+    adapter = {**FAST, "name": "a", "target_modules": ["q_proj"], "target_parameters": parameters}
+    path = recipe_for(**mixtral, adapters=[adapter])
+    assert_refused(path, tmp_path / "out", TrainingError, f"adapter a: .*{message}")
 
 
 def test_refuses_experts_in_a_dense_model() -> None:
@@ -357,17 +352,8 @@ def test_refuses_a_start_that_saves_packed_layers(
     recipe_for: Any, tmp_path: Path, architecture: str, layers: list[str], where: str
 ) -> None:
     with_whole_layers(tmp_path / "start", architecture, layers)
-    start = {
-        "name": "a",
-        "continue_from": str(tmp_path / "start"),
-        "unknown_base": "accept",
-        "steps": 2,
-        "warmup_steps": 0,
-    }
-    path, packed = (
-        recipe_for(architecture, adapters=[start]),
-        "base.rules=[{match: lm_head, bitwidth: 8}]",
-    )
+    path = recipe_for(architecture, adapters=[starting_from(tmp_path / "start", 2)])
+    packed = "base.rules=[{match: lm_head, bitwidth: 8}]"
     if where != "quantize":
         run(load_recipe(path, (packed,)), tmp_path / "out", ("quantize",))
     changes = (
@@ -399,8 +385,7 @@ def test_what_cannot_be_switched_is_refused_before_training(
     config = LoraConfig(r=2, target_modules=["q_proj"], **given)
     folder = str(tmp_path / "start")
     get_peft_model(tiny_model("qwen3"), config).save_pretrained(folder, save_embedding_layers=False)
-    start = {"continue_from": folder, "unknown_base": "accept", "steps": 1, "warmup_steps": 0}
-    path = recipe_for("qwen3", adapters=[{"name": "a", **start}])
+    path = recipe_for("qwen3", adapters=[starting_from(tmp_path / "start", 1)])
     rules = "base.rules=[{match: lm_head, keep: float}]"
     for targets in ("[onnx]", "[genai, onnx_each]"):
         with pytest.raises(
@@ -413,15 +398,8 @@ def test_what_cannot_be_switched_is_refused_before_training(
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 def test_start_that_saves_float_layers_is_trained_further(recipe_for: Any, tmp_path: Path) -> None:
     with_whole_layers(tmp_path / "start", "qwen3", ["lm_head"])
-    start = {
-        "name": "a",
-        "continue_from": str(tmp_path / "start"),
-        "unknown_base": "accept",
-        "steps": 1,
-        "warmup_steps": 0,
-    }
     trains(
-        recipe_for("qwen3", adapters=[start]),
+        recipe_for("qwen3", adapters=[starting_from(tmp_path / "start", 1)]),
         tmp_path / "out",
         "base.rules=[{match: lm_head, keep: float}, {match: '*_head', bitwidth: 8}, {match: '*', bitwidth: 4}]",
         "export.targets=[onnx_each]",

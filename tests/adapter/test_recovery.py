@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +10,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
-from transformers import (
-    CohereConfig,
-    CohereForCausalLM,
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GraniteConfig,
-    GraniteForCausalLM,
-    PreTrainedModel,
-)
+from transformers import PreTrainedModel
 
+from adapter.small_models import LOGIT_CHANGES, built
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import quantize_
 from qwlora.adapter.recovery_loss import RecoveryLoss
@@ -93,33 +85,13 @@ def test_padding_does_not_count() -> None:
     assert float(recovery.distance(nothing).detach()) == 0
 
 
-SIZES = {
-    "vocab_size": 260,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-CHANGE_LOGITS: dict[str, Callable[[], PreTrainedModel]] = {
-    "gemma2": lambda: Gemma2ForCausalLM(
-        Gemma2Config(**SIZES, head_dim=16, final_logit_softcapping=5.0, pad_token_id=0)
-    ),
-    "granite": lambda: GraniteForCausalLM(
-        GraniteConfig(**SIZES, logits_scaling=4.0, pad_token_id=0)
-    ),
-    "cohere": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25, pad_token_id=0)),
-}
-
-
-@pytest.mark.parametrize("name", CHANGE_LOGITS)
+@pytest.mark.parametrize("name", LOGIT_CHANGES)
 def test_models_that_change_their_logits_are_recovered(name: str, tmp_path: Path) -> None:
     losses = []
     for loss in ("whole", "chunked"):
-        torch.manual_seed(0)
-        teacher = CHANGE_LOGITS[name]().eval()
+        teacher = built(name)
         model = copy.deepcopy(teacher)
-        quantize_(model, "w2-block32-asymmetric")
+        quantize_(model, "w2-block16-asymmetric")
         adapted = get_peft_model(
             model,
             LoraConfig(

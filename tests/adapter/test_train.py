@@ -171,19 +171,10 @@ def test_bfloat16_reaches_the_adapter_as_bfloat16(tmp_path: Path) -> None:
     model.get_base_model().model.layers[0].mlp.down_proj.lora_A[
         "default"
     ].register_forward_pre_hook(lambda _, given: seen.append(given[0].dtype))
-    train_adapter(
-        model,
-        IDS,
-        replace(SETTINGS, compute="bfloat16", steps=1, warmup_steps=0),
-        tmp_path / "plain",
-    )
+    settings = replace(SETTINGS, compute="bfloat16", steps=1, warmup_steps=0)
+    train_adapter(model, IDS, settings, tmp_path / "plain")
     assert seen[-1] == torch.bfloat16  # the loss is checked in float32 first
-    train_adapter(
-        adapted(dora=True),
-        IDS,
-        replace(SETTINGS, compute="bfloat16", steps=1, warmup_steps=0),
-        tmp_path / "dora",
-    )
+    train_adapter(adapted(dora=True), IDS, settings, tmp_path / "dora")
     assert model.get_base_model().model.layers[0].mlp.down_proj.cast_input_dtype_enabled
 
 
@@ -375,7 +366,8 @@ def test_divergence_with_finite_numbers_stops(tmp_path: Path) -> None:
     ],
 )
 def test_divergence_rule(losses: list[float], diverged: bool) -> None:
-    assert (found := divergence(losses, vocabulary=260), found is not None)[1] == diverged
+    found = divergence(losses, vocabulary=260)
+    assert (found is not None) == diverged
     assert found is None or found.limit <= max(losses[0] + 1, math.log(260) + 1)
 
 
@@ -505,13 +497,8 @@ def test_loggers_receive_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             told.append(logs)
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Recorder)
-    train_adapter(
-        adapted(),
-        IDS,
-        replace(SETTINGS, report_to=("tensorboard",)),
-        tmp_path,
-        display=Display(logs=tmp_path / "logs"),
-    )
+    settings = replace(SETTINGS, report_to=("tensorboard",))
+    train_adapter(adapted(), IDS, settings, tmp_path, display=Display(logs=tmp_path / "logs"))
     assert len([t for t in told if "loss" in t and "grad_norm" in t]) == 6
 
 
@@ -559,33 +546,14 @@ def run_to_the_end(folder: Path, kill_after: tuple[float, ...] = ()) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def steps_survived(folder: Path) -> int:
-    found = last_checkpoint(folder / "work")
-    return (
-        int(json.loads((found / "trainer_state.json").read_text())["global_step"]) if found else 0
-    )
-
-
-def killed_moments(folder: Path, count: int, whole_seconds: float) -> bytes:
-    generator = random.Random(folder.name)
-    return run_to_the_end(
-        folder, tuple(generator.uniform(0.1, whole_seconds) / 2 for _ in range(count))
-    )
-
-
 @pytest.mark.slow
-def test_killed_twice_ends_with_the_same_bits(tmp_path: Path) -> None:
-    began = time.monotonic()
+def test_killed_at_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
     whole = run_to_the_end(tmp_path / "whole")
-    seconds = time.monotonic() - began
-    assert killed_moments(tmp_path / "killed", 2, seconds / 2) == whole
-    assert steps_survived(tmp_path / "killed") > 0
+    survived = []
+    for moment in range(10):
+        folder, generator = tmp_path / f"killed-{moment}", random.Random(moment)
+        assert run_to_the_end(folder, tuple(generator.uniform(0.1, 4) for _ in "01")) == whole
+        survived.append(last_checkpoint(folder / "work"))
+    assert any(survived)  # and some were killed after their first checkpoint
     moved = load_file(tmp_path / "whole" / "adapter" / "adapter_model.safetensors")
     assert any(bool(t.abs().max() > 0) for n, t in moved.items() if "lora_B" in n)
-
-
-@pytest.mark.slow
-def test_killed_at_ten_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:
-    whole = run_to_the_end(tmp_path / "whole")
-    for moment in range(10):
-        assert killed_moments(tmp_path / f"killed-{moment}", 2, 8.0) == whole

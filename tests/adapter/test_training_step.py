@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor
 import qwlora
 from conftest import tiny_model
 from qwlora.adapter.chunked_loss import ChunkedLoss
+from qwlora.adapter.training_step import onednn_float32_matmul
 from qwlora.nn.packed_matmul import LinearAddFunction
 
 
@@ -73,3 +75,66 @@ def test_memory_saving_steps_match_plain_steps(
     assert set(used) == {"LinearAddFunction", *(["ChunkedLoss"] if chunked else [])}
     for name, change in expected.items():
         assert float((found[name] - change).norm()) < near * float(change.norm()), name
+
+
+@pytest.fixture
+def precision() -> Iterator[None]:
+    yield
+    torch.set_float32_matmul_precision("highest")
+
+
+@pytest.mark.usefixtures("precision")
+def test_products_are_float32_and_the_rng_is_untouched() -> None:
+    state = torch.get_rng_state()
+    with onednn_float32_matmul():
+        x, w = (
+            torch.randn(300, 300, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)
+        )
+        exact = x.double() @ w.double()
+        assert (x @ w - exact).abs().max() < 1e-5 * exact.abs().max()
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize(
+    ("rounded_bits", "used"),
+    [(0, True), (13, False), (16, False)],
+    ids=["float32", "TF32", "bfloat16"],
+)
+def test_reduced_precision_products_are_refused(
+    rounded_bits: int, used: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = torch.Tensor.__matmul__
+
+    def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        if x.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest":
+            return own(x, w)
+        return own(
+            *(
+                (t.contiguous().view(torch.int32) >> rounded_bits << rounded_bits).view(
+                    torch.float32
+                )
+                for t in (x, w)
+            )
+        )
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", product)
+    with onednn_float32_matmul():
+        assert torch.get_float32_matmul_precision() == ("medium" if used else "highest")
+
+
+@pytest.mark.usefixtures("precision")
+@pytest.mark.parametrize(("device", "chosen"), [("cpu", "high"), ("cuda", "highest")])
+def test_chosen_precision_and_accelerators_are_left_alone(device: str, chosen: str) -> None:
+    torch.set_float32_matmul_precision(chosen)
+    with onednn_float32_matmul(device):
+        assert torch.get_float32_matmul_precision() == chosen
+    assert torch.get_float32_matmul_precision() == chosen
+
+
+@pytest.mark.usefixtures("precision")
+def test_precision_is_restored_after_an_error() -> None:
+    with pytest.raises(KeyError), onednn_float32_matmul():
+        raise KeyError
+    assert torch.get_float32_matmul_precision() == "highest"

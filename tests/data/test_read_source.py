@@ -183,14 +183,6 @@ WRONG_LINES = [
 ]
 
 
-@pytest.mark.parametrize(("line", "message"), WRONG_LINES)
-def test_a_bad_line_of_json_is_named(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "bad.jsonl"
-    path.write_text(f'{{"text": "good"}}\n\n{line}\n{{"text": "good"}}\n')
-    with pytest.raises(SourceError, match=re.escape(f"{path}:3: ") + ".*" + re.escape(message)):
-        read(path)
-
-
 def user(content: Any = "Hi", **more: Any) -> dict[str, Any]:
     return {"role": "user", "content": content, **more}
 
@@ -236,25 +228,13 @@ WRONG_MESSAGES = [
 ]
 
 
-@pytest.mark.parametrize(("messages", "message"), WRONG_MESSAGES)
-def test_a_bad_conversation_is_named(tmp_path: Path, messages: Any, message: str) -> None:
-    write_jsonl(tmp_path / "bad.jsonl", [{"messages": TALK}, {"messages": messages}])
-    with pytest.raises(SourceError, match=re.escape("bad.jsonl:2: ") + ".*" + re.escape(message)):
-        read(tmp_path / "bad.jsonl")
-
-
 def test_a_call_of_a_tool_needs_no_content(tmp_path: Path) -> None:
-    calls = {
-        "role": "assistant",
-        "content": None,
-        "tool_calls": [{"function": {"name": "f", "arguments": {}}}],
-    }
-    write_jsonl(
-        tmp_path / "tools.jsonl", [{"messages": [user(), calls, {"role": "tool", "content": ""}]}]
-    )
+    call = {**calling("f"), "content": None}
+    talk = [user(), call, {"role": "tool", "content": ""}]
+    write_jsonl(tmp_path / "tools.jsonl", [{"messages": talk}])
     (found,) = read(tmp_path / "tools.jsonl")
     assert isinstance(found, Conversation)
-    assert found.messages[1] == {k: v for k, v in calls.items() if v is not None}
+    assert found.messages[1] == calling("f")
 
 
 def tool(name: str, **properties: Any) -> dict[str, Any]:
@@ -268,27 +248,16 @@ TOOLS = [
     tool("weather", city={"type": "string"}),
     tool("time", zone={"type": "string", "description": "as UTC+1"}),
 ]
+
+
+def calling(name: str, **arguments: str) -> dict[str, Any]:
+    call = {"function": {"name": name, "arguments": arguments}}
+    return {"role": "assistant", "tool_calls": [call]}
+
+
 TOOL_RECORDS = [
-    {
-        "messages": [
-            user(),
-            {
-                "role": "assistant",
-                "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Graz"}}}],
-            },
-        ],
-        "tools": TOOLS,
-    },
-    {
-        "messages": [
-            user(),
-            {
-                "role": "assistant",
-                "tool_calls": [{"function": {"name": "time", "arguments": {"zone": "Z"}}}],
-            },
-        ],
-        "tools": TOOLS[1:],
-    },
+    {"messages": [user(), calling("weather", city="Graz")], "tools": TOOLS},
+    {"messages": [user(), calling("time", zone="Z")], "tools": TOOLS[1:]},
     {"messages": TALK, "tools": None},
 ]
 
@@ -308,26 +277,14 @@ def test_tools_are_read_beside_messages(tmp_path: Path, name: str, as_string: bo
 def test_tools_may_be_in_one_file_and_not_in_another(tmp_path: Path) -> None:
     write_parquet(tmp_path / "a.parquet", [{"messages": TALK}])
     write_parquet(tmp_path / "b.parquet", [{"messages": TALK, "tools": TOOLS}])
-    write_jsonl(
-        tmp_path / "c.jsonl",
-        [
-            {"messages": TALK},
-            {"messages": TALK, "tools": TOOLS},
-            {"messages": TALK, "tools": []},
-            {"messages": TALK, "tools": ""},
-        ],
-    )
-    assert [len(d.tools) for d in read(tmp_path) if isinstance(d, Conversation)] == [
-        0,
-        2,
-        0,
-        2,
-        0,
-        0,
+    lines = [
+        {"messages": TALK, **tools} for tools in ({}, *({"tools": t} for t in (TOOLS, [], "")))
     ]
-    write_jsonl(
-        tmp_path / "text.jsonl", [{"text": "a", "tools": 3}]
-    )  # a column of this name means something beside messages only
+    write_jsonl(tmp_path / "c.jsonl", lines)
+    counts = [len(d.tools) for d in read(tmp_path) if isinstance(d, Conversation)]
+    assert counts == [0, 2, 0, 2, 0, 0]
+    # A column of this name means something next to messages only.
+    write_jsonl(tmp_path / "text.jsonl", [{"text": "a", "tools": 3}])
     assert without_place(read(tmp_path / "text.jsonl")) == [Text("a")]
 
 
@@ -359,49 +316,45 @@ WRONG_TOOLS = [
 ]
 
 
-@pytest.mark.parametrize(("tools", "message"), WRONG_TOOLS)
-def test_bad_tools_are_named(tmp_path: Path, tools: Any, message: str) -> None:
-    write_jsonl(tmp_path / "bad.jsonl", [{"messages": TALK}, {"messages": TALK, "tools": tools}])
-    with pytest.raises(SourceError, match=re.escape("bad.jsonl:2: " + message)):
-        read(tmp_path / "bad.jsonl")
+WRONG_RECORDS = [
+    *(("text", line, message) for line, message in WRONG_LINES),
+    *(("messages", {"messages": talk}, message) for talk, message in WRONG_MESSAGES),
+    *(("messages", {"messages": TALK, "tools": t}, message) for t, message in WRONG_TOOLS),
+    ("completions", {"prompt": "a", "completion": ""}, "'completion' is empty"),
+]
+GOOD = {
+    "text": {"text": "good"},
+    "messages": {"messages": TALK},
+    "completions": {"prompt": "a", "completion": "b"},
+}
+
+
+@pytest.mark.parametrize(("kind", "record", "message"), WRONG_RECORDS)
+def test_a_bad_record_is_named(tmp_path: Path, kind: str, record: Any, message: str) -> None:
+    path, good = tmp_path / "bad.jsonl", json.dumps(GOOD[kind])
+    line = record if isinstance(record, str) else json.dumps(record)
+    path.write_text(f"{good}\n\n{line}\n{good}\n")
+    with pytest.raises(SourceError, match=re.escape(f"{path}:3: ") + ".*" + re.escape(message)):
+        read(path)
 
 
 def test_tools_that_no_json_holds_are_named(tmp_path: Path) -> None:
-    write_parquet(
-        tmp_path / "bad.parquet",
-        [{"messages": TALK, "tools": [{"since": datetime.date(2020, 1, 1)}]}],
-    )
-    with pytest.raises(
-        SourceError,
-        match=r"bad.parquet row 1: 'tools' cannot be written as JSON: Object of type date",
-    ):
+    tools = [{"since": datetime.date(2020, 1, 1)}]
+    write_parquet(tmp_path / "bad.parquet", [{"messages": TALK, "tools": tools}])
+    expected = r"bad.parquet row 1: 'tools' cannot be written as JSON: Object of type date"
+    with pytest.raises(SourceError, match=expected):
         read(tmp_path / "bad.parquet")
 
 
-def test_an_empty_completion_is_named(tmp_path: Path) -> None:
-    write_jsonl(
-        tmp_path / "bad.jsonl",
-        [{"prompt": "a", "completion": "b"}, {"prompt": "a", "completion": ""}],
-    )
-    with pytest.raises(SourceError, match=r"bad.jsonl:2: 'completion' is empty"):
-        read(tmp_path / "bad.jsonl")
-
-
 def test_empty_records_may_be_skipped_and_are_counted(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "some.jsonl", [{"text": "a"}, {"text": ""}, {}, {"text": "b"}])
-    documents, skipped = read_documents(str(tmp_path / "some.jsonl"), Reading(skip_empty=True))
+    path, skipping = tmp_path / "some.jsonl", Reading(skip_empty=True)
+    write_jsonl(path, [{"text": "a"}, {"text": ""}, {}, {"text": "b"}])
+    documents, skipped = read_documents(str(path), skipping)
     assert (len(documents), skipped) == (2, 2)
-    assert (
-        load_documents(
-            str(tmp_path / "some.jsonl"), 0.5, 0, Reading(skip_empty=True)
-        ).skipped_records
-        == 2
-    )
-    write_jsonl(
-        tmp_path / "some.jsonl", [{"text": "a"}, {"text": 3}]
-    )  # only what is empty may be skipped
+    assert load_documents(str(path), 0.5, 0, skipping).skipped_records == 2
+    write_jsonl(path, [{"text": "a"}, {"text": 3}])  # only what is empty may be skipped
     with pytest.raises(SourceError, match="must be a string"):
-        read(tmp_path / "some.jsonl", Reading(skip_empty=True))
+        read(path, skipping)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
@@ -532,25 +485,26 @@ def test_a_damaged_saved_dataset_is_named(tmp_path: Path, file: str) -> None:
 
 
 def test_columns_may_be_named(tmp_path: Path) -> None:
-    write_jsonl(tmp_path / "a.jsonl", [{"question": "2+2=", "answer": "4", "text": "x"}])
+    path = tmp_path / "a.jsonl"
+    write_jsonl(path, [{"question": "2+2=", "answer": "4", "text": "x"}])
     reading = Reading({"prompt": "question", "completion": "answer"})
-    assert without_place(read(tmp_path / "a.jsonl", reading)) == [Completion("2+2=", "4")]
-    with pytest.raises(
-        SourceError,
-        match=r"a.jsonl:1: there is no column 'anser' \(data.completion_column\); did you mean answer\?",
-    ):
-        read(tmp_path / "a.jsonl", Reading({"prompt": "question", "completion": "anser"}))
-    with pytest.raises(
-        SourceError,
-        match=r"a.jsonl:1: there is no column 'x' \(data.text_column\); there are question, answer, text",
-    ):
-        read(tmp_path / "a.jsonl", Reading({"text": "x"}))
+    assert without_place(read(path, reading)) == [Completion("2+2=", "4")]
     (tmp_path / "a.txt").write_text("x")
-    with pytest.raises(
-        SourceError,
-        match=r"is running text and has no columns; remove data.text_column from the recipe",
+    for file, columns, message in (
+        (
+            "a.jsonl",
+            {"prompt": "question", "completion": "anser"},
+            r"a.jsonl:1: there is no column 'anser' \(data.completion_column\); .* answer\?",
+        ),
+        (
+            "a.jsonl",
+            {"text": "x"},
+            r"no column 'x' \(data.text_column\); there are question, answer, text",
+        ),
+        ("a.txt", {"text": "x"}, "running text and has no columns; remove data.text_column"),
     ):
-        read(tmp_path / "a.txt", Reading({"text": "x"}))
+        with pytest.raises(SourceError, match=message):
+            read(tmp_path / file, Reading(columns))
 
 
 def test_a_folder_holds_one_kind(tmp_path: Path) -> None:

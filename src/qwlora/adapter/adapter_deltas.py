@@ -126,7 +126,7 @@ def untie_(model: nn.Module, adapter: str | None = None) -> list[list[str]]:
         inner.all_tied_weights_keys = inner.get_expanded_tied_weights_keys(all_submodels=True)
         pairs = inner.all_tied_weights_keys.items()
         tied = {name.removesuffix(".weight") for pair in pairs for name in pair}
-        if still := sorted(tied.intersection(*untied.values())):
+        if still := sorted(tied & {name for names in untied.values() for name in names}):
             raise MergeError(
                 f"{still[0]}: {type(inner).__name__} always ties this layer, so an adapter on it "
                 "cannot be merged; keep the adapter separate"

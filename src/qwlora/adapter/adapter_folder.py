@@ -14,6 +14,7 @@ import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, cast
 
@@ -35,8 +36,10 @@ from qwlora.formats import manifest
 from qwlora.formats.model_source import downloaded
 from qwlora.formats.user_path import looked_for, source_path
 from qwlora.messages import listed
+from qwlora.nn import PackedLayer
 from qwlora.nn.fingerprint import changed_floats, fingerprint_of, remember_floats_, tensor_digests
 from qwlora.nn.frozen import assert_frozen, packed_layers, unwrapped
+from qwlora.parameter_names import parameter_name
 
 FORMAT = 1
 FILE = "qwlora.json"
@@ -156,8 +159,8 @@ def load_adapter(
             was trained on, such as one that PEFT saved.
 
     Raises:
-        SourceError: the folder has no adapter, the adapter does not record its base, or its files
-            are damaged or do not fit the model.
+        SourceError: the folder has no adapter, or the adapter does not record its base, is damaged,
+            has a setting that is not supported, or does not fit the model.
         FingerprintError: it was trained on another base, or a file changed after it was saved.
 
     Warns:
@@ -167,22 +170,13 @@ def load_adapter(
     digests = tensor_digests(model)
     check_adapter(folder, fingerprint_of(digests, model), unknown_base)
     remember_floats_(model, digests)
-    return attach_checked(model, folder, is_trainable, adapter_name)
-
-
-def attach_checked(
-    model: PreTrainedModel | PeftModel,
-    folder: Path,
-    is_trainable: bool,
-    adapter_name: str = "default",
-) -> PeftModel:
-    """Attach the adapter in `folder`, whose base is known to be `model`.
-
-    Raises:
-        SourceError: a file is damaged, has a setting that is not supported, or does not fit the
-            model; or a tensor of it has no place there.
-    """
     check_contents(folder)
+    packed = [
+        parameter_name(path).removesuffix(".weight")
+        for path, module in model.named_modules()
+        if isinstance(module, PackedLayer)
+    ]
+    refuse_saved(folder, packed, f"adapter {str(folder)!r}")
     with reading(folder, model):
         if isinstance(model, PeftModel):
             model.load_adapter(str(folder), adapter_name, is_trainable=is_trainable)
@@ -213,6 +207,36 @@ def refuse_unplaced(folder: Path, wanted: Collection[str]) -> None:
             f"adapter {str(folder)!r}: {len(unplaced)} of its tensors have no place in the model "
             f"and would be dropped: {listed(unplaced, 3)}. It was trained on a model with other "
             "layers, or its target_modules changed"
+        )
+
+
+def refuse_saved(folder: Path, packed: Iterable[str], what: str) -> None:
+    """Refuse an adapter that saves one of the layers at the paths `packed` as floats.
+
+    PEFT's `modules_to_save` are ends of module paths, and include everything inside the module.
+
+    Args:
+        what: the adapter, for the message.
+
+    Raises:
+        SourceError: naming the layers.
+    """
+    names = read_config(folder).get("modules_to_save") or ()
+    saved = [
+        path
+        for path in packed
+        if any(
+            part.endswith(name)
+            for name in names
+            for part in accumulate(path.split("."), "{}.{}".format)
+        )
+    ]
+    if saved:
+        rules = ", ".join(f"{{match: {path}, keep: float}}" for path in saved[:3])
+        raise SourceError(
+            f"{what} does not fit: its modules_to_save hold {listed(saved, 3)} as floats, but the "
+            "base has integers there. Keep them float by base.rules, before the other rules: "
+            f"{rules}; or use an adapter without modules_to_save"
         )
 
 

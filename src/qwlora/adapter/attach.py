@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -26,8 +24,8 @@ from transformers.pytorch_utils import Conv1D
 
 from qwlora.adapter.adapter_folder import (
     adapter_folder,
-    attach_checked,
     check_adapter,
+    load_adapter,
     refuse_unplaced,
     shapes_of,
     without_pattern_warnings,
@@ -41,9 +39,7 @@ from qwlora.adapter.peft_support import (
 )
 from qwlora.errors import SourceError, TrainingError, foreign_as
 from qwlora.messages import listed
-from qwlora.nn import PackedLayer
-from qwlora.nn.fingerprint import fingerprint
-from qwlora.parameter_names import canonical_name, is_adapter_name, parameter_name
+from qwlora.parameter_names import canonical_name, is_adapter_name
 
 
 @dataclass(frozen=True)
@@ -214,21 +210,10 @@ def attach_existing(
             was trained on, such as one that PEFT saved.
 
     Raises:
-        SourceError: there is no LoRA adapter at `source`, it does not fit the model, it has float
-            weights for a packed layer, or it does not record its base.
-        FingerprintError: it was trained on another base.
+        SourceError, FingerprintError: see `adapter_folder` and `load_adapter`.
     """
     torch.manual_seed(seed)  # for dropout
-    folder = adapter_folder(source)
-    check_adapter(folder, fingerprint(model), unknown_base)
-    packed = [
-        parameter_name(name).removesuffix(".weight")
-        for name, module in model.named_modules()
-        if isinstance(module, PackedLayer)
-    ]
-    if saved := saved_among(source, packed):
-        raise SourceError(f"adapter {source!r} does not fit: {saved_on_integers(saved)}")
-    return attach_checked(model, folder, is_trainable=True)
+    return load_adapter(model, adapter_folder(source), True, unknown_base)
 
 
 def dropout_of(source: str) -> float:
@@ -296,33 +281,6 @@ def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> dict[str
         )
     refuse_unplaced(folder, wanted)
     return wanted
-
-
-def saved_among(source: str, paths: Iterable[str]) -> list[str]:
-    """Which of the layers at `paths` the adapter at `source` saves completely.
-
-    PEFT's `modules_to_save` are ends of module paths, and include everything inside the module.
-    """
-    names = read_config(adapter_folder(source)).get("modules_to_save") or ()
-    return [
-        path
-        for path in paths
-        if any(
-            part.endswith(name)
-            for name in names
-            for part in accumulate(path.split("."), "{}.{}".format)
-        )
-    ]
-
-
-def saved_on_integers(paths: Sequence[str]) -> str:
-    """Error text: an adapter saves the layers at `paths` as floats, but the base has integers."""
-    rules = ", ".join(f"{{match: {path}, keep: float}}" for path in paths[:3])
-    return (
-        f"its modules_to_save hold {listed(paths, 3)} as floats, but the base has integers there. "
-        f"Keep {'it' if len(paths) == 1 else 'them'} float by base.rules, before the other rules: "
-        f"{rules}; or use an adapter without modules_to_save"
-    )
 
 
 def check_trainable(model: nn.Module) -> int:

@@ -46,7 +46,7 @@ class RecoveryLoss:
                 "recovery compares the inputs of output heads, but the model has no output head"
             )
         self._hooks = [
-            model.register_forward_pre_hook(self._forget),
+            model.register_forward_pre_hook(lambda *_: setattr(self, "_student_state", None)),
             heads[0].register_forward_pre_hook(self._capture),
             heads[1].register_forward_pre_hook(self._capture_teacher),
         ]
@@ -82,9 +82,6 @@ class RecoveryLoss:
         """Remove the hooks."""
         for hook in self._hooks:
             hook.remove()
-
-    def _forget(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        self._student_state = None
 
     def _capture(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         # Only the first call of a forward: the chunked loss calls the head again, on parts.

@@ -33,7 +33,6 @@ from qwlora.adapter.adapter_folder import reading
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.chunked_loss import causal_model
 from qwlora.adapter.fsdp import gather_, prepare_sharding_
-from qwlora.adapter.graph_training import TrainableGraph
 from qwlora.adapter.peft_support import WEIGHTS
 from qwlora.adapter.trainer import AdapterTrainer
 from qwlora.adapter.training_callbacks import TrainingMonitor, Watch, evaluations_of, losses_of
@@ -45,7 +44,7 @@ from qwlora.adapter.training_checkpoints import (
     read_state,
     step_of,
 )
-from qwlora.adapter.training_step import replaced_forward, training_steps
+from qwlora.adapter.training_step import TrainableGraph, replaced_forward, training_steps
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import MissingExtraError, TrainingError
 from qwlora.graph.call_arguments import vocabulary_size
@@ -149,11 +148,11 @@ def train_adapter(
     Args:
         held_out: evaluated every `evaluation_steps`; the adapter of the best evaluation is kept.
         teacher: the float model, to train for recovery (`recovery_loss.py`).
-        training_graph: replaces the model's forward during training (`graph_training.py`).
+        training_graph: replaces the model's forward during training (`graph_forward`).
 
     Raises:
         GridError: a packed layer does not compute its codes, see `assert_frozen`.
-        TrainingError: see `check_trainable`, `ChunkedLoss` and `GraphForward`; the batch cannot be
+        TrainingError: see `check_trainable`, `ChunkedLoss` and `graph_forward`; the batch cannot be
             divided among the processes; or the loss is not finite or has diverged.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint of the last finished step is in
             `work`.

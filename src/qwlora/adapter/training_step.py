@@ -8,8 +8,8 @@ user's own, is rows 1 and 3 to 5.
     | 1 | `forward` of the causal model and,   | `ChunkedLoss`               | the logits of a whole
     |   | while it runs, its `_loss_function`  | chunked_loss.py             | batch never exist
     |   | and the `forward` of its head        |                             |
-    |   | or: `forward` of the causal model    | `GraphForward`              | train on quantized
-    |   |                                      | graph_training.py           | activations
+    |   | or: `forward` of the causal model    | `graph_forward` below       | train on quantized
+    |   |                                      |                             | activations
     | 2 | nothing: pre-hooks on the model and  | `RecoveryLoss`              | distance to the
     |   | on both output heads                 | recovery_loss.py            | float model
     | 3 | under autocast: PEFT's cast of layer | `peft.helpers.disable_`     | autocast casts them
@@ -40,22 +40,46 @@ private or undocumented parts of transformers' Trainer: `_loss_shifts_labels`,
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
+from typing import Any, Protocol
 
 import torch
 from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutput
 
-from qwlora.adapter.chunked_loss import ChunkedLoss
+from qwlora.adapter.chunked_loss import ChunkedLoss, causal_model
 from qwlora.adapter.fused_forward import fused_lora
-from qwlora.adapter.graph_training import GraphForward, TrainableGraph
 from qwlora.adapter.recovery_loss import RecoveryLoss
+from qwlora.errors import TrainingError
+from qwlora.nn.temporary import replaced
 
 # Relative to the largest sum of 512 products. Measured errors: float32 1e-6, TF32 7e-4,
 # bfloat16 2e-3.
 _FLOAT32_TOLERANCE = 1e-5
+_NOT_INPUTS = frozenset(
+    {
+        "labels",
+        "num_items_in_batch",
+        "use_cache",
+        "return_dict",
+        "output_attentions",
+        "output_hidden_states",
+    }
+)
+
+
+class TrainableGraph(Protocol):
+    """A graph that replaces the model's forward; see `simulation.training_graph.TrainingGraph`."""
+
+    def __call__(self, **inputs: Any) -> Tensor:
+        """Logits, differentiable in the adapter's weights."""
+
+    def to(self, device: torch.device) -> Any:
+        """Move to the model's device; parameters that are there already are not copied."""
 
 
 @contextlib.contextmanager
@@ -68,18 +92,63 @@ def replaced_forward(
     """Row 1, until the context ends.
 
     Args:
-        graph: replaces the forward of `model`, see `GraphForward`.
+        graph: replaces the forward of `model`, see `graph_forward`.
         chunked: without a graph, use the chunked loss.
         processes: number of training processes.
 
     Raises:
-        TrainingError: see `ChunkedLoss` and `GraphForward`.
+        TrainingError: see `ChunkedLoss` and `graph_forward`.
     """
     with contextlib.ExitStack() as stack:
         if graph is not None:
-            stack.callback(GraphForward(model, graph, processes).remove)
+            stack.enter_context(graph_forward(model, graph, processes))
         elif chunked:
             stack.callback(ChunkedLoss(model).remove)
+        yield
+
+
+@contextlib.contextmanager
+def graph_forward(model: nn.Module, graph: TrainableGraph, processes: int) -> Iterator[None]:
+    """Replace the forward of `model` by a graph of what it computes once it is quantized.
+
+        loss = L(graph(inputs), labels),    L the model's own loss function
+
+    The adapter weights in the graph are the model's own parameters, so the optimizer, checkpoints
+    and files are the same as for other training. Given up: the logits of a whole batch exist,
+    because the output head is inside the graph.
+
+    Args:
+        processes: number of training processes.
+
+    Raises:
+        TrainingError: several processes, or a router loss, which a graph does not support. What
+            else it does not support is refused in the recipe (`Adapter.without_graph`).
+    """
+    if processes > 1:
+        raise TrainingError(
+            "training on quantized activations (a captured graph) does not support "
+            f"{processes} processes. Start one"
+        )
+    inner = causal_model(model)
+    if getattr(inner.config, "output_router_logits", False):
+        raise TrainingError(
+            "the model adds a router balance term to its loss (output_router_logits), which a "
+            "captured graph does not contain. Set output_router_logits to false"
+        )
+
+    @functools.wraps(inner.forward)
+    def forward(**kwargs: Any) -> CausalLMOutput:
+        logits = graph(**{k: value for k, value in kwargs.items() if k not in _NOT_INPUTS})
+        if kwargs.get("labels") is None:
+            return CausalLMOutput(logits=logits)
+        items = {k: kwargs[k] for k in ("num_items_in_batch",) if kwargs.get(k) is not None}
+        vocabulary = inner.config.get_text_config().vocab_size
+        loss = inner.loss_function(
+            logits=logits, labels=kwargs["labels"], vocab_size=vocabulary, **items
+        )
+        return CausalLMOutput(loss=loss, logits=logits)
+
+    with replaced(inner, forward):
         yield
 
 

@@ -9,13 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.adapter.attach import (
-    check_existing,
-    check_shape,
-    dropout_of,
-    saved_among,
-    saved_on_integers,
-)
+from qwlora.adapter.adapter_folder import adapter_folder, refuse_saved
+from qwlora.adapter.attach import check_existing, check_shape, dropout_of
 from qwlora.adapter.train import check_loggers
 from qwlora.data.sequences import check_isolation
 from qwlora.errors import ExportError, GridError, SourceError, TrainingError
@@ -215,10 +210,8 @@ def _check_saved(
         source = adapter.continue_from
         if source is None or context.recipe.predecessor(adapter) is not None:
             continue
-        if lost := [path for path in saved_among(source, readers) if packed(readers[path])]:
-            raise SourceError(
-                f"adapter {adapter.name}: {source!r} does not fit: {saved_on_integers(lost)}"
-            )
+        paths = [path for path, name in readers.items() if packed(name)]
+        refuse_saved(adapter_folder(source), paths, f"adapter {adapter.name}: {source!r}")
 
 
 def _check_adapters(context: JobContext) -> Shapes:

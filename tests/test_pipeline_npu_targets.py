@@ -158,10 +158,6 @@ def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_
         ({"export": {"targets": ["qnn"], "graphs": {"prefill": 8, "decode": 8}}}, "less than"),
         ({"export": {"targets": ["qnn"], "graphs": {"context": 128}}}, "greater than prefill 128"),
         (
-            {"export": {"targets": ["onnx"], "graphs": {"prefill": 8}}},
-            "without target qnn, aimet or qairt",
-        ),
-        (
             {
                 "export": {"targets": ["aimet"], "graphs": {"prefill": 8, "context": 32}},
                 "simulation": {"rules": [{"match": "*.softmax", "keep": "float"}]},

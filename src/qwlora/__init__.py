@@ -6,8 +6,8 @@
     save_adapter     after step 2, which is PEFT with your own training loop or Trainer: save the
                      adapter with the fingerprint of its base
     simulate         step 3: capture a graph and calibrate activation and adapter encodings
-    export_onnx      step 4: write the files for a runtime
-    verify_onnx      step 5: run these files and compare them with the simulation
+    export_files     step 4: write the files for a runtime
+    verify_files     step 5: run these files and compare them with the simulation
 
 Names are imported on first use: importing this package imports neither torch nor transformers.
 `import qwlora.hf` makes transformers' `from_pretrained` load the folders that `save_base` writes.
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from qwlora.adapter.training_step import memory_saving
     from qwlora.encodings import EncodingsFile, read_encodings, write_encodings
     from qwlora.errors import QwloraError
-    from qwlora.export.onnx.onnx_bundle import export_onnx, verify_onnx, verify_onnx_outputs
-    from qwlora.export.proof.checks import Limits
+    from qwlora.export.one_call import export_files, verify_files
+    from qwlora.export.proof.checks import Check, Limits
     from qwlora.formats.assemble_model import load_precomputed
     from qwlora.formats.base_folder import load_base, save_base
     from qwlora.formats.hf_quantizer import register_with_transformers
@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from qwlora.quantize.quantize_blocks import observe_moments
     from qwlora.quantize.quantize_model import quantize_
     from qwlora.quantize.tune_scales import TuningSettings, tune_scales_
-    from qwlora.simulation.adapter_simulations import simulate_adapters
+    from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
     from qwlora.simulation.load_simulation import load_simulation
     from qwlora.simulation.placement_rules import PlacementRule
     from qwlora.simulation.simulation import Simulation, simulate
@@ -74,9 +74,10 @@ _HOME = {
     "TuningSettings": "quantize.tune_scales",
     "tune_scales_": "quantize.tune_scales",
     "QwloraError": "errors",
-    "export_onnx": "export.onnx.onnx_bundle",
-    "verify_onnx": "export.onnx.onnx_bundle",
-    "verify_onnx_outputs": "export.onnx.onnx_bundle",
+    "AdapterSimulations": "simulation.adapter_simulations",
+    "Check": "export.proof.checks",
+    "export_files": "export.one_call",
+    "verify_files": "export.one_call",
     "Encoding": "grid.encoding",
     "EncodingsFile": "encodings",
     "read_encodings": "encodings",
@@ -96,6 +97,8 @@ _HOME = {
 }
 
 __all__ = [
+    "AdapterSimulations",
+    "Check",
     "Encoding",
     "EncodingsFile",
     "Estimator",
@@ -115,7 +118,7 @@ __all__ = [
     "TrainingGraph",
     "TuningSettings",
     "assert_frozen",
-    "export_onnx",
+    "export_files",
     "fingerprint",
     "freeze_",
     "initialize_adapter_",
@@ -134,8 +137,7 @@ __all__ = [
     "simulate",
     "simulate_adapters",
     "tune_scales_",
-    "verify_onnx",
-    "verify_onnx_outputs",
+    "verify_files",
     "write_encodings",
 ]
 

@@ -21,13 +21,14 @@ from unittest import mock
 import torch
 from torch import nn
 
+from export.proofs import check_parity
 from qwlora import errors, strict_json
 from qwlora.adapter.adapter_folder import check_adapter
 from qwlora.adapter.attach import check_trainable
 from qwlora.encodings import convert, read_encodings
 from qwlora.errors import QwloraError
 from qwlora.export.canonical_adapter import read_canonical
-from qwlora.export.proof.checks import Limits, Parity, check_parity
+from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.compare import LayerFigures
 from qwlora.formats.model_source import locate
 from qwlora.nn import PackedLinear
@@ -238,7 +239,7 @@ PAGES = {
         lambda: check_parity(
             Parity({}, (LayerFigures("layers.3.mlp.down_proj", 7.0, 0.2, 12),)),
             Limits(),
-            "export/onnx/first",
+            "export/onnx/first: the exported files do not compute what was simulated",
         ),
         (
             ("a layer computes something else", "do not ship the files; report the layer"),

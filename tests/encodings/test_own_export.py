@@ -13,8 +13,9 @@ from onnx import helper, numpy_helper
 from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
-from qwlora import export_onnx, quantize_, simulate
+from qwlora import quantize_, simulate
 from qwlora.encodings import convert, read_encodings, read_graph, validate
+from qwlora.export.onnx.onnx import export_onnx
 
 FLOAT = onnx.TensorProto.FLOAT
 

@@ -10,7 +10,10 @@ import torch
 from torch import Tensor
 
 from qwlora.data.sequences import Sequences, as_sequences
-from qwlora.export.proof.checks import Parity
+from qwlora.errors import VerificationError
+from qwlora.export.onnx.onnx_runtime import OnnxModel
+from qwlora.export.proof.checks import Limits, Parity
+from qwlora.export.proof.compare import verify_language_model, verify_outputs
 from qwlora.export.proof.measure import measure_logits, measure_runtime
 from qwlora.export.proof.reference import (
     Logits,
@@ -20,6 +23,15 @@ from qwlora.export.proof.reference import (
     simulated_logits,
 )
 from qwlora.export.runtime import Runtime
+
+LIMITS = Limits()
+
+
+def check_parity(parity: Parity, limits: Limits, name: str) -> None:
+    """Raises VerificationError: a check failed, or there is none; it lists every one."""
+    found = parity.to_json(limits)
+    if not found["passed"]:
+        raise VerificationError(name, found["problems"] or ["nothing was compared"])
 
 
 def verify_weights(
@@ -34,6 +46,30 @@ def verify_weights(
     return measure_runtime(
         runtime, adapter, make_reference(logits_of(model), sequences, rounded=rounded)
     )
+
+
+def verify_onnx(
+    folder: Path,
+    simulation: Reference,
+    ids: Tensor,
+    layer_tokens: int,
+    limits: Limits | None = LIMITS,
+) -> Parity:
+    """A language model in ONNX Runtime against its simulation; None: within any limits."""
+    parity = verify_language_model(OnnxModel(folder), simulation, ids, layer_tokens)
+    if limits is not None:
+        check_parity(parity, limits, str(folder))
+    return parity
+
+
+def verify_onnx_outputs(
+    folder: Path, simulation: Reference, batches: Any, limits: Limits | None = LIMITS
+) -> Parity:
+    """Any model in ONNX Runtime against its simulation; None: within any limits."""
+    parity = verify_outputs(OnnxModel(folder), simulation, batches)
+    if limits is not None:
+        check_parity(parity, limits, str(folder))
+    return parity
 
 
 def reference_of(simulation: Reference, ids: Tensor, least_noise: float = 0.0) -> dict[str, Tensor]:

@@ -16,25 +16,16 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from conftest import tiny_model
-from export.proofs import reference_of
-from qwlora import (
-    PerChannel,
-    Scheme,
-    Simulation,
-    SimulationSchemes,
-    export_onnx,
-    quantize_,
-    simulate,
-    verify_onnx,
-    verify_onnx_outputs,
-)
+from export.proofs import check_parity, reference_of, verify_onnx, verify_onnx_outputs
+from qwlora import PerChannel, Scheme, Simulation, SimulationSchemes, quantize_, simulate
 from qwlora.data.sequences import Sequences
 from qwlora.encodings import LpbqEncoding, read_encodings, validate
 from qwlora.encodings.grids import TensorLayout, grid_of
 from qwlora.errors import ExportError, MissingExtraError, VerificationError
 from qwlora.export.npu.aimet_encodings import write_encodings
+from qwlora.export.onnx.onnx import export_onnx
 from qwlora.export.onnx.onnx_runtime import OnnxModel
-from qwlora.export.proof.checks import Limits, Parity, check_parity
+from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.compare import compare_logits
 from qwlora.export.proof.measure import measure_logits
 from qwlora.export.proof.reference import make_reference, simulated_logits

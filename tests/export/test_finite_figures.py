@@ -16,7 +16,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from export.proofs import verify_weights
+from export.proofs import check_parity, verify_weights
 from export.test_graph_parity import replace_qnn
 from qwlora import strict_json
 from qwlora.data.sequences import IGNORED, Sequences
@@ -25,7 +25,7 @@ from qwlora.export import runtime as runtime_module
 from qwlora.export.npu import qnn, qnn_runtime
 from qwlora.export.npu.qnn import export_qnn
 from qwlora.export.proof import reference as reference_module
-from qwlora.export.proof.checks import Limits, Parity, check_parity
+from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.compare import (
     compare_layers,
     verify_language_model,

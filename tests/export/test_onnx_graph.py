@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from qwlora import Scheme, Simulation, SimulationSchemes, export_onnx, quantize_, simulate
+from qwlora import Scheme, Simulation, SimulationSchemes, quantize_, simulate
 from qwlora.export.onnx import onnx_graph
+from qwlora.export.onnx.onnx import export_onnx
 
 BATCH = {"input": torch.randn(8, 32, generator=torch.Generator().manual_seed(3))}
 

@@ -12,10 +12,12 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
+from export.proofs import check_parity, verify_onnx
 from formats.packing import packed_and_twin
-from qwlora import Simulation, export_onnx, simulate, verify_onnx
+from qwlora import Simulation, simulate
 from qwlora.errors import CalibrationError
-from qwlora.export.proof.checks import Limits, check_parity
+from qwlora.export.onnx.onnx import export_onnx
+from qwlora.export.proof.checks import Limits
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.scheme import PerBlock, PerTensor, Scheme, parse_scheme
 from qwlora.nn import packed_weights

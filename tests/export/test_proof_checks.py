@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from export.proofs import check_parity
 from qwlora import strict_json
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import SourceError, VerificationError
@@ -22,7 +23,6 @@ from qwlora.export.proof.checks import (
     Parity,
     at_least,
     at_most,
-    check_parity,
     is_so,
     only_finite,
     verdict,

@@ -23,9 +23,8 @@ from qwlora.export.onnx.adapters_as_inputs import (
     write_adapter,
     write_switchable,
 )
-from qwlora.export.onnx.onnx import Onnx
+from qwlora.export.onnx.onnx import Onnx, export_onnx
 from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE
-from qwlora.export.onnx.onnx_bundle import export_onnx
 from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.export.onnx.session_options import write_session_options
 from qwlora.export.proof.checks import Limits, Parity

@@ -12,18 +12,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from qwlora import (
-    Scheme,
-    Simulation,
-    SimulationSchemes,
-    export_onnx,
-    quantize_,
-    simulate,
-    verify_onnx_outputs,
-)
+from export.proofs import check_parity, verify_onnx_outputs
+from qwlora import Scheme, Simulation, SimulationSchemes, quantize_, simulate
 from qwlora.errors import ExportError, VerificationError
+from qwlora.export.onnx.onnx import export_onnx
 from qwlora.export.onnx.onnx_runtime import OnnxModel
-from qwlora.export.proof.checks import Limits, Parity, check_parity
+from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.compare import compare_layers
 from simulation.tiny_architectures import inputs, make
 

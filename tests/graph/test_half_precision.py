@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 
 import qwlora
 from conftest import byte_tokenizer, tiny_model
-from qwlora.export.proof.checks import Limits, check_parity
+from export.proofs import check_parity, verify_onnx
+from qwlora.export.onnx.onnx import export_onnx
+from qwlora.export.proof.checks import Limits
 from qwlora.simulation.adapter_simulations import simulate_adapters
 
 HALF = [torch.bfloat16, torch.float16]
@@ -43,8 +45,8 @@ def test_a_half_precision_model_goes_the_whole_way_to_a_verified_file(
     simulation = qwlora.simulate(model, BATCHES[0])
     simulation.calibrate(BATCHES)
 
-    qwlora.export_onnx(simulation.graph(), tmp_path / "onnx")
-    parity = qwlora.verify_onnx(tmp_path / "onnx", simulation, IDS[2], layer_tokens=16)
+    export_onnx(simulation.graph(), tmp_path / "onnx")
+    parity = verify_onnx(tmp_path / "onnx", simulation, IDS[2], layer_tokens=16)
     check_parity(parity, Limits(), "onnx")
 
     with torch.no_grad():

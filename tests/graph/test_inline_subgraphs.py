@@ -9,9 +9,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
+from export.proofs import verify_onnx_outputs
 from qwlora import PlacementRule, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CaptureError
-from qwlora.export.onnx.onnx_bundle import export_onnx, verify_onnx_outputs
+from qwlora.export.onnx.onnx import export_onnx
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.value_traits import Decision

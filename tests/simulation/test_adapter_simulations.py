@@ -16,7 +16,7 @@ from conftest import tiny_model
 from qwlora import PlacementRule, Scheme, SimulationSchemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError, GridError
 from qwlora.export.npu.aimet_encodings import write_encodings
-from qwlora.export.onnx.onnx_bundle import export_onnx
+from qwlora.export.onnx.onnx import export_onnx
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.graph_analysis import branch_nodes, lora_branch
 from qwlora.graph.quantized_graph import Kind

@@ -15,8 +15,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qwlora import Scheme, SimulationSchemes, export_onnx, quantize_, verify_onnx_outputs
-from qwlora.export.proof.checks import Limits, Parity, check_parity
+from export.proofs import check_parity, verify_onnx_outputs
+from qwlora import Scheme, SimulationSchemes, quantize_
+from qwlora.export.onnx.onnx import export_onnx
+from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.compare import OutputFigures
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.capture import Captured, capture

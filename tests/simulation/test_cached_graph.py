@@ -11,8 +11,9 @@ import transformers
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from qwlora import export_onnx, quantize_, simulate
+from qwlora import quantize_, simulate
 from qwlora.errors import CaptureError
+from qwlora.export.onnx.onnx import export_onnx
 from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.graph.capture import Captured
 from qwlora.graph.kv_cache_capture import CacheSizes, capture_cached

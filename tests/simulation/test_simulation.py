@@ -15,7 +15,7 @@ from conftest import EACH_ARCHITECTURE
 from qwlora import PerChannel, Scheme, SimulationSchemes, simulate
 from qwlora.analysis.sensitivity import sensitivities
 from qwlora.errors import CalibrationError, CaptureError
-from qwlora.export.onnx.onnx_bundle import export_onnx, verify_onnx_outputs
+from qwlora.export.onnx.onnx import export_onnx
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.capture import capture
 from qwlora.graph.quantized_graph import Kind

@@ -9,9 +9,8 @@ computes the base:
     LAYER.scaling                        alpha / rank
 
 The model is that of a zero adapter on every layer that any adapter changes. The file of an adapter
-(`onnx_adapter.py`) has its values of these inputs. For a layer that it does not change, it leaves
-the rank at 0 and gives the sum the grid of the base layer's output: rounding to the same grid twice
-changes nothing.
+(`onnx_adapter.py`) has its values of these inputs. A layer that it does not change keeps rank 0,
+and the sum reuses the grid of the base layer's output, so the extra rounding is a no-op.
 
 The model has a key-value cache: without past tokens it computes the full sequence, as the
 simulation does. If the model has none that can be inputs, the graph of full sequences is written.
@@ -26,7 +25,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ import numpy as np
 from torch.fx import Node
 
 from qwlora.errors import CaptureError, ExportError
-from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE, write_adapter_file
+from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE, add_input, write_adapter_file
 from qwlora.export.onnx.onnx_model import (
     DATA_FILE,
     MODEL_FILE,
@@ -48,7 +47,7 @@ from qwlora.graph.aten_ops import base_name
 from qwlora.graph.graph_analysis import branch_nodes
 from qwlora.graph.nodes import operator_of, parameter_names
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
-from qwlora.grid.scheme import Blocks, Granularity, PerChannel
+from qwlora.grid.scheme import Blocks, PerChannel
 from qwlora.messages import listed
 from qwlora.parameter_names import canonical_name, is_adapter_name, is_factor_name
 from qwlora.simulation.kv_cache_graph import cached_graph, capture_with_cache
@@ -62,25 +61,6 @@ _REMEDY = (
     "If another adapter changes this layer, give all adapters the same target_modules and layers, "
     "or use target onnx_each, which writes a model for each adapter; else calibrate on more data"
 )
-
-
-@dataclass(frozen=True)
-class _Input:
-    """An initializer that depends on the adapter.
-
-    Args:
-        is_base: the grid of a value that the base computes without an adapter, too.
-        rank: axis that has the adapter's rank, and the axis's name; None if there is none.
-    """
-
-    value: Any
-    is_base: bool = False
-    rank: tuple[int, str] | None = None
-
-    @property
-    def array(self) -> np.ndarray[Any, Any]:
-        """The value in a form that adapter files can have."""
-        return _storable(np.array(self.value.const_value.numpy()))
 
 
 def _storable(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -115,27 +95,35 @@ def write_switchable(
     Raises:
         ExportError: see `build_model`; or the adapter is not one of LoRA factors alone.
     """
-    ir = require("onnx_ir", "onnx")
     _refuse_others(graph)
     model, transposed = build_model(graph, metadata)
-    for name, own in _inputs(model, graph, transposed).items():
-        if own.is_base and not base_activations:
+    known = {_input_name(name): value for name, value in model.graph.initializers.items()}
+    branch, fixed = branch_nodes(graph.program), set[str]()
+    for mark in graph.marks:
+        if mark.kind is Kind.ACTIVATION and mark.node not in branch and not base_activations:
+            fixed |= {f"{mark.name}{part}" for part in _GRID}
+    for name, array in _values(graph, transposed).items():
+        value = known.get(name)
+        if name.endswith(_SCALING):
+            factor = f"{name.removesuffix(_SCALING)}.lora_B.weight"
+            value = _scaling(model, known.get(f"{factor}.codes", known.get(factor)))
+        if value is None or name in fixed:
             continue
-        array, shape = own.array, list[int | str](own.array.shape)
-        if own.rank is not None:
-            axis, shape[own.rank[0]] = own.rank
+        shape = list[int | str](array.shape)
+        if (rank := _rank(name, graph, transposed)) is not None:
+            axis, shape[rank[0]] = rank
             array = np.take(array, [], axis)
-        tensor = ir.tensor(array, name=name)
-        made = ir.Value(
-            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape), const_value=tensor
-        )
-        ir.convenience.replace_all_uses_with(own.value, made)
-        del model.graph.initializers[own.value.name]
-        model.graph.register_initializer(made)
-        model.graph.inputs.append(made)
+        add_input(model, name, array, shape, value)
     model.metadata_props[_TRANSPOSED] = json.dumps(sorted(transposed))
-    ir.save(model, folder / MODEL_FILE, external_data=DATA_FILE)
+    require("onnx_ir", "onnx").save(model, folder / MODEL_FILE, external_data=DATA_FILE)
     return transposed
+
+
+def _input_name(initializer: str) -> str:
+    """What an initializer is called as an input."""
+    if initializer.endswith((".codes", *_GRID)):
+        return initializer
+    return canonical_name(initializer.removeprefix("model."))
 
 
 def write_adapter(graph: QuantizedGraph, base: Path, folder: Path) -> set[str]:
@@ -201,7 +189,7 @@ def _values(graph: QuantizedGraph, transposed: Collection[str]) -> dict[str, np.
         if not _is_first(path):
             while not (_is_product(node) and isinstance(node.args[1], int | float)):
                 (node,) = node.users
-            found[f"{_layer(path)}{_SCALING}"] = np.array([node.args[1]], np.float32)
+            found[f"{path.partition('.lora_')[0]}{_SCALING}"] = np.array([node.args[1]], np.float32)
     return found
 
 
@@ -239,79 +227,43 @@ def _refuse_others(graph: QuantizedGraph) -> None:
         )
 
 
-def _inputs(model: Any, graph: QuantizedGraph, transposed: set[str]) -> dict[str, _Input]:
-    """Everything in `model` that can depend on the adapter, by name."""
-    known, branch = model.graph.initializers, branch_nodes(graph.program)
-    found, factors = dict[str, _Input](), dict[str, Any]()
-    for mark in graph.marks:
-        if mark.kind is Kind.ADAPTER:
-            factors[mark.name] = known[f"{mark.name}.codes"]
-        for part in (".codes", *_GRID):
-            if (value := known.get(name := f"{mark.name}{part}")) is None:
-                continue
-            if mark.kind is Kind.ACTIVATION:
-                found[name] = _Input(value, is_base=mark.node not in branch)
-            elif mark.kind is Kind.ADAPTER:
-                grid = graph.encodings[mark.name].scheme.granularity
-                rank = _rank(mark.name, mark.name in transposed, None if part == ".codes" else grid)
-                found[name] = _Input(value, rank=rank)
-    for name, value in known.items():
-        path = canonical_name(name.removeprefix("model."))
-        if name.endswith((".codes", *_GRID)):
-            continue
-        if is_factor_name(path) and value.uses():  # a factor that is not quantized
-            factors[path] = value
-            found[path] = _Input(value, rank=_rank(path, False, None))
-    for path, value in factors.items():
-        if not _is_first(path):
-            name = f"{_layer(path)}{_SCALING}"
-            found[name] = _Input(_scaling(model, name, value))
-    return found
-
-
-def _scaling(model: Any, name: str, factor: Any) -> Any:
+def _scaling(model: Any, factor: Any) -> Any:
     """An initializer in place of the constant that the output of lora_B is multiplied with.
 
     Args:
         factor: the initializer of lora_B.
     """
-    ir = require("onnx_ir", "onnx")
     (node,) = factor.consumers()
     while node.op_type != "Mul":
         (node,) = node.outputs[0].consumers()
-    array = node.inputs[1].producer().attributes["value"].value.numpy().reshape(1)
-    value = ir.val(name, const_value=ir.tensor(array, name=name))
-    model.graph.register_initializer(value)
+    value = require("onnx_ir", "onnx").val("scaling", const_value=node.inputs[1].const_value)
     node.replace_input_with(1, value)
     return value
 
 
-def _layer(factor: str) -> str:
-    return factor.partition(".lora_")[0]
-
-
 def _is_first(factor: str) -> bool:
     """Whether a factor reads the layer's input: [rank, in], the other is [out, rank]."""
-    return factor.removesuffix(".weight").endswith("_A")
+    return ".lora_A" in factor
 
 
-def _rank(factor: str, transposed: bool, granularity: Granularity | None) -> tuple[int, str] | None:
-    """Axis of a factor, or of its grid, that has the rank, and the axis's name.
-
-    Args:
-        granularity: None for the factor itself.
-    """
-    axis = 0 if _is_first(factor) else 1
-    place, name = 1 - axis if transposed else axis, f"rank:{_layer(factor)}"
-    match granularity:
-        case None:
-            return place, name
+def _rank(name: str, graph: QuantizedGraph, transposed: Collection[str]) -> tuple[int, str] | None:
+    """Axis of an input that has the adapter's rank, and the axis's name; None if none has."""
+    layer, is_factor, _ = name.partition(".lora_")
+    factor, _, part = name.rpartition(".")
+    if part == "weight":
+        factor = name
+    if not (is_factor and is_factor_name(factor)):
+        return None
+    axis, rank = 0 if _is_first(factor) else 1, f"rank:{layer}"
+    place = 1 - axis if factor in transposed else axis
+    if part in ("codes", "weight"):
+        return place, rank
+    match graph.encodings[factor].scheme.granularity:
         case PerChannel(channel):
-            return (0, name) if channel == axis else None
+            return (0, rank) if channel == axis else None
         case Blocks():  # blocks of [out, rank] are along the rank
-            return place, name if axis == 0 else f"blocks:{name}"
-        case _:
-            return None
+            return place, rank if axis == 0 else f"blocks:{rank}"
+    return None
 
 
 class ZeroAdapter:

@@ -29,14 +29,13 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.format_limits import NBITS_BLOCKS, nbits_problem
-from qwlora.export.onnx.onnx_adapter import write_adapter_file
+from qwlora.export.onnx.onnx_adapter import add_input, write_adapter_file
 from qwlora.export.onnx.onnx_model import build_model
-from qwlora.export.weights.weights_folder import refuse
+from qwlora.export.weights.weights_folder import largest_group, refuse, width_problem
 from qwlora.formats.huggingface.int32_words import pack_words
 from qwlora.graph.kv_cache_capture import capture_cached
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import spread
-from qwlora.grid.scheme import Blocks
 from qwlora.messages import listed
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_modules import PackedLinear
@@ -83,10 +82,11 @@ def matmul_nbits(made: Any, model: PreTrainedModel, accuracy_level: int = EXACT)
         ExportError: a layer's grid does not fit; all are listed.
     """
     ir = require("onnx_ir", "onnx")
-    layers, problems = _packed_linears(model), list[str]()
+    problems = list[str]()
+    layers = {p: module for p, module in model.named_modules() if isinstance(module, PackedLinear)}
     for node, path in list(matrix_products(made, layers)):
         layer = layers[path]
-        if problem := nbits_problem(layer.scheme) or _width_problem(layer):
+        if problem := nbits_problem(layer.scheme) or width_problem(layer, NBITS_BLOCKS):
             problems.append(f"{path}: {problem}")
             continue
         arrays, block = _operands(layer)
@@ -161,21 +161,10 @@ def _add_branches(made: Any, model: PreTrainedModel) -> None:
     linears = linear_modules(model)
     for node, path in list(matrix_products(made, linears)):
         rows, columns = _shape(linears[path])
-        factors = []
-        for half, shape, empty in (
-            ("A", (columns, f"rank:{path}"), (columns, 0)),
-            ("B", (f"rank:{path}", rows), (0, rows)),
-        ):
-            name = f"{path}.lora_{half}"
-            value = ir.Value(  # whose shape says more than that of its default
-                name=name,
-                type=ir.TensorType(ir.DataType.FLOAT),
-                shape=ir.Shape(shape),
-                const_value=ir.tensor(np.zeros(empty, np.float32), name=name),
-            )
-            made.graph.register_initializer(value)
-            made.graph.inputs.append(value)
-            factors.append(value)
+        sides = (("A", (columns, f"rank:{path}")), ("B", (f"rank:{path}", rows)))
+        factors = [
+            add_input(made, f"{path}.lora_{half}", _empty(shape), shape) for half, shape in sides
+        ]
         inner = ir.node("MatMul", [node.inputs[0], factors[0]], name=f"{path}/lora_A")
         outer = ir.node("MatMul", [inner.outputs[0], factors[1]], name=f"{path}/lora_B")
         old = node.outputs[0]
@@ -185,6 +174,10 @@ def _add_branches(made: Any, model: PreTrainedModel) -> None:
         _take_place(made, old, total.outputs[0])
         total.replace_input_with(0, old)
         made.graph.insert_after(node, [inner, outer, total])
+
+
+def _empty(shape: tuple[int | str, ...]) -> np.ndarray[Any, Any]:
+    return np.zeros([0 if isinstance(size, str) else size for size in shape], np.float32)
 
 
 def _take_place(made: Any, old: Any, new: Any) -> None:
@@ -223,10 +216,6 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _packed_linears(model: nn.Module) -> dict[str, PackedLayer]:
-    return {p: module for p, module in model.named_modules() if isinstance(module, PackedLinear)}
-
-
 def _shape(module: nn.Module) -> tuple[int, int]:
     """[out, in]."""
     if isinstance(module, PackedLinear):
@@ -249,39 +238,26 @@ def _container(bitwidth: int) -> int:
     return next(bits for bits in (2, 4, 8) if bits >= bitwidth)
 
 
-def _width_problem(layer: PackedLayer) -> str | None:
-    columns = layer.tensor.shape[-1]
-    return None if _block(layer) else f"{columns} inputs do not divide into blocks of 16"
-
-
-def _block(layer: PackedLayer) -> int | None:
-    """The largest block of MatMulNBits that does not cross one of the grid; None: there is none."""
-    granularity, columns = layer.scheme.granularity, layer.tensor.shape[-1]
-    size = granularity.size if isinstance(granularity, Blocks) else columns
-    return next((b for b in NBITS_BLOCKS if size % b == 0 and columns % b == 0), None)
-
-
 def _operands(layer: PackedLayer) -> tuple[dict[str, np.ndarray[Any, Any]], int]:
     """Codes, scales and zero points of MatMulNBits, and its block size."""
-    block, (rows, columns) = _block(layer), layer.tensor.shape
+    block, (rows, columns) = largest_group(layer, NBITS_BLOCKS), layer.tensor.shape
     assert block is not None
     encoding, scheme, bits = layer.encoding, layer.scheme, _container(layer.scheme.bitwidth)
     width = block * bits // 8
     packed = pack_words(layer.codes, bits).view(torch.uint8)[:, : columns * bits // 8]
+
+    def by_block(number: torch.Tensor) -> torch.Tensor:
+        return spread(number, scheme.granularity, (rows, columns), block).contiguous()
+
     arrays = {
         "codes": packed.reshape(rows, columns // block, width).numpy(),
-        "scale": _per_block(layer, encoding.scale, block).float().flatten().numpy(),
+        "scale": by_block(encoding.scale).float().flatten().numpy(),
     }
-    if encoding.scheme.float_offset:
-        zeros = _per_block(layer, -encoding.minimum / encoding.scale, block)
+    if scheme.float_offset:
+        zeros = by_block(-encoding.minimum / encoding.scale)
         arrays["zero_point"] = zeros.float().flatten().numpy()
     elif not scheme.symmetric or bits != scheme.bitwidth:
-        zeros = _per_block(layer, -encoding.offset, block).to(torch.uint8)
+        zeros = by_block(-encoding.offset).to(torch.uint8)
         stored = pack_words(zeros, bits).view(torch.uint8)
         arrays["zero_point"] = stored[:, : -(-zeros.shape[1] * bits // 8)].flatten().numpy()
     return arrays, block
-
-
-def _per_block(layer: PackedLayer, number: torch.Tensor, block: int) -> torch.Tensor:
-    """[out, in / block]."""
-    return spread(number, layer.scheme.granularity, layer.tensor.shape, block).contiguous()

@@ -12,17 +12,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from qwlora.export.npu.aimet_encodings import write_encodings
 from qwlora.export.onnx.adapters_as_inputs import graph_with_cache, write_adapter, write_switchable
-from qwlora.export.onnx.onnx_bundle import ENCODINGS_FILE, export_onnx
+from qwlora.export.onnx.onnx_model import write_onnx
 from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.export.onnx.session_options import OPTIONS_FORM, write_session_options
 from qwlora.export.proof.contents import SIMULATED_ADAPTER, TOKENIZER, Contents
 from qwlora.export.target import Backend, ExportedGraph
+from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.simulation.simulation import Simulation
 
+ENCODINGS_FILE = "model.encodings"
 _OPENING = """\
 Activations are on their grids. Pass `session_options.json`: by default ONNX Runtime quantizes
 activations to 8 bits on its own.
@@ -78,6 +81,29 @@ def _opening(base: str, adapter: str | None) -> str:
     """The lines that open a session, with an adapter if one is given."""
     lines = "" if adapter is None else _ADAPTER.format(adapter=adapter)
     return _OPENING.format(base=base, adapter=lines)
+
+
+def export_onnx(
+    graph: QuantizedGraph, folder: str | Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write everything that ONNX Runtime and AIMET's tools need into `folder`.
+
+        model.onnx, model.onnx.data    the model with QuantizeLinear and DequantizeLinear nodes
+        model.encodings                AIMET 1.0.0
+        session_options.json           ONNX Runtime options without which results differ
+
+    Args:
+        metadata: added to the metadata of the ONNX file.
+
+    Raises:
+        ExportError: ONNX cannot express the graph (see `write_onnx`).
+        MissingExtraError: the `onnx` extra is not installed.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    transposed = write_onnx(graph, folder, metadata or {})
+    write_encodings(graph, folder / ENCODINGS_FILE, transposed)
+    write_session_options(graph, folder)
 
 
 class Onnx(Backend):

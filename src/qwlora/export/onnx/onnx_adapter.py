@@ -1,11 +1,11 @@
-"""Adapter files of ONNX Runtime: values of inputs that have a default in the model.
+"""Adapters of ONNX Runtime: inputs that have a default in the model, and files with other values.
 
 ONNX Runtime takes no scalars, and of integers only those of 8 bits and more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,32 @@ if TYPE_CHECKING:
     import numpy as np
 
 ADAPTER_FILE = "adapter.onnx_adapter"
+
+
+def add_input(
+    model: Any,
+    name: str,
+    default: np.ndarray[Any, Any],
+    shape: Sequence[int | str],
+    replaced: Any = None,
+) -> Any:
+    """Add an input with a default to an `onnx_ir.Model`.
+
+    Args:
+        shape: with names for axes of any size; it says more than that of the default.
+        replaced: the initializer that the input takes the place of.
+    """
+    ir = require("onnx_ir", "onnx")
+    tensor = ir.tensor(default, name=name)
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape), const_value=tensor
+    )
+    if replaced is not None:
+        ir.convenience.replace_all_uses_with(replaced, value)
+        model.graph.initializers.pop(replaced.name, None)
+    model.graph.register_initializer(value)
+    model.graph.inputs.append(value)
+    return value
 
 
 def write_adapter_file(values: Mapping[str, np.ndarray[Any, Any]], path: Path) -> None:

@@ -11,8 +11,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
-from qwlora.errors import VerificationError
-
 Unit = Literal["share", "steps", "dB", "nats", ""]
 _FORMS = {"share": ".2%", "steps": ".4g", "dB": ".1f", "nats": ".3g", "": ".4g"}
 
@@ -187,21 +185,6 @@ def verdict(checks: Iterable[Check]) -> dict[str, Any]:
         "problems": [row.sentence for row in rows if not row.passed],
         "checks": [row.to_json() for row in rows],
     }
-
-
-def check_parity(parity: Parity, limits: Limits, name: str) -> None:
-    """Compare a result with its limits.
-
-    Args:
-        name: of the exported files, for the message.
-
-    Raises:
-        VerificationError: a check failed, or there is none; the message lists every one.
-    """
-    found = verdict(parity.checks(limits))
-    if not found["passed"]:
-        what = f"{name}: the exported files do not compute what was simulated"
-        raise VerificationError(what, found["problems"] or ["nothing was compared"])
 
 
 def only_finite(figures: Mapping[str, Any]) -> dict[str, Any]:

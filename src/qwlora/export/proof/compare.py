@@ -416,34 +416,24 @@ def verify_language_model(
     layer_tokens: int,
     track: Track = untracked,
 ) -> Parity:
-    """Compare logits and perplexity on `sequences`, and layers on a part of the first one.
+    """Compare logits and perplexity on `sequences`, and layers on a part of the first one if the
+    runtime gives these.
 
     Args:
         layer_tokens: tokens for the comparison layer by layer.
 
     Raises:
-        VerificationError: the graph is not that of a causal language model.
         ExportError: the runtime refuses the files.
     """
-    interface = simulation.graph().interface
-    refuse_other_tasks(interface)
-    data = as_sequences(sequences)
-    layers = verify_layers(runtime, simulation, data.input_ids[:1, :layer_tokens], track)
+    data, layers = as_sequences(sequences), list[LayerFigures]()
+    if runtime.has_layers:
+        ids = data.input_ids[:1, :layer_tokens]
+        layers.append(verify_layers(runtime, simulation, ids, track))
     logits, perturbed = simulated_logits(simulation)
     reference = make_reference({"adapter": logits}, data, {"adapter": perturbed})
-    run = _run_of(runtime, simulation, interface.primary)
-    figures = compare_logits(tracked(run, track, len(data)), reference)
-    return language_parity(figures, layers)
-
-
-def _run_of(runtime: Runtime, simulation: Reference, primary: str) -> Logits:
-    return lambda ids: runtime.run(simulation.bind({"input_ids": ids}))[primary]
-
-
-def language_parity(figures: LogitsFigures, *parts: Any) -> Parity:
-    """Logits, and layers if they were compared."""
-    layers = [asdict(part) for part in parts if isinstance(part, LayerFigures)]
-    return Parity({**figures.to_json(), **(layers[0] if layers else {})}, (figures, *parts))
+    run = compare_logits(tracked(runtime.logits, track, len(data)), reference)
+    figures = run.to_json() | (asdict(layers[0]) if layers else {})
+    return Parity(figures, (run, *layers))
 
 
 def verify_layers(
@@ -465,13 +455,7 @@ def tracked(logits: Logits, track: Track, count: int) -> Logits:
     return counted
 
 
-def refuse_other_tasks(interface: Interface) -> None:
-    """Refuse graphs without token ids, or without logits [batch, tokens, vocabulary]."""
-    shape = interface.shapes[interface.primary]
-    if "input_ids" not in interface.inputs or interface.primary != "logits" or len(shape) != 3:
-        raise VerificationError(
-            "verify_onnx compares the next-token logits [batch, tokens, vocabulary] of a causal "
-            f"language model. This graph takes {', '.join(interface.inputs)} and returns "
-            f"{interface.primary} [{', '.join(map(str, shape))}]. "
-            "Use qwlora.verify_onnx_outputs(folder, simulation, batches)"
-        )
+def is_language_model(interface: Interface) -> bool:
+    """Whether a graph takes token ids and returns next-token logits [batch, tokens, vocabulary]."""
+    is_logits = interface.primary == "logits" and len(interface.shapes["logits"]) == 3
+    return "input_ids" in interface.inputs and is_logits

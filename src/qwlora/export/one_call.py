@@ -1,0 +1,205 @@
+"""Export to a target in one call, and the proof of the result in one call.
+
+    qwlora.export_files(simulation, "onnx_each", folder)     one adapter: all files are in `folder`
+    qwlora.export_files(simulations, "onnx", folder)         of `simulate_adapters`
+    qwlora.export_files(base, "hf", folder, adapters={"first": "adapters/first"})
+    rows = qwlora.verify_files(folder, simulation, batches)
+
+The last two exports are bundles: base/ and a folder for each adapter, which a runtime switches.
+Targets qairt and qnn hold base and adapters together.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Int64
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from qwlora.data.sequences import as_sequences
+from qwlora.errors import ExportError, SourceError, foreign_as
+from qwlora.export.canonical_adapter import read_canonical
+from qwlora.export.npu.use_cases import NONE
+from qwlora.export.proof.checks import Check, Limits
+from qwlora.export.proof.compare import is_language_model, verify_language_model, verify_outputs
+from qwlora.export.proof.folder import RECORD, write_record
+from qwlora.export.proof.measure import measure_runtime
+from qwlora.export.proof.reference import logits_of, make_reference
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import BASE, ExportedBase, ExportedGraph, ExportedUseCases, Target
+from qwlora.messages import suggestion
+from qwlora.nn.fingerprint import fingerprint
+from qwlora.simulation.adapter_simulations import AdapterSimulations
+from qwlora.simulation.simulation import Simulation
+
+T = TypeVar("T")
+_GRAPHS = {"prefill": 128, "decode": 1}
+_LIMITS = Limits()
+
+
+def export_files(
+    made: Simulation | AdapterSimulations | PreTrainedModel,
+    target: str,
+    folder: str | Path,
+    adapters: Mapping[str, str | Path] | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    gguf_file: str | Path | None = None,
+    sample: Mapping[str, Tensor] | None = None,
+    graphs: Mapping[str, int] | None = None,
+    context: int = 1024,
+) -> None:
+    """Write the files of a target.
+
+    Args:
+        made: where activations are on grids, calibrated simulations: a `Simulation` for targets
+            onnx_each and aimet, what `simulate_adapters` returns for onnx, qairt and qnn. For the
+            other targets, the frozen base without an adapter.
+        target: a name that `export.targets` of a recipe can have.
+        adapters: folders of trained adapters by name, for targets that take a base.
+        tokenizer: saved next to the base.
+        gguf_file: the file that the base came from, for target gguf.
+        sample: one batch of the model's inputs, for targets aimet and qairt: golden inputs, of the
+            shapes that files with fixed shapes take.
+        graphs: of a causal language model, for targets aimet, qairt and qnn: new tokens in a call
+            of each graph. Default: prefill 128, decode 1.
+        context: new and past tokens together, in each of these graphs.
+
+    Raises:
+        ExportError: there is no such target, it takes something else than `made`, or its files
+            cannot hold it.
+        MissingExtraError: a package that writes the files is missing.
+    """
+    if target not in TARGETS:
+        raise ExportError(f"there is no target {target!r}{suggestion(target, TARGETS)}")
+    known, folder = TARGETS[target], Path(folder)
+    backend = known.backend
+
+    def exported(simulation: Simulation) -> ExportedGraph:
+        metadata = {"qwlora.base_fingerprint": fingerprint(simulation.origin.model)}
+        has_cache = known.cached_graphs and is_language_model(simulation.graph().interface)
+        sizes = (graphs or _GRAPHS) if has_cache else {}
+        return ExportedGraph(simulation, metadata, sample or {}, "1.0.0", sizes, context)
+
+    def finish(part: Path, with_tokenizer: bool) -> None:
+        if tokenizer is not None and with_tokenizer and known.is_simulated:
+            tokenizer.save_pretrained(part)
+        write_record(part, {"target": target})
+
+    if known.is_simulated:
+        known.require_packages()
+    folder.mkdir(parents=True, exist_ok=True)
+    if not (known.has_base or known.has_cases):
+        one = exported(_checked(made, Simulation, target, "one simulation"))
+        backend.write_adapter(one, folder / BASE, folder)
+        finish(folder, True)
+        return
+    base: Any
+    if known.is_simulated:
+        all_of = _checked(made, AdapterSimulations, target, "what simulate_adapters returns")
+        changes: dict[str, Any] = {name: exported(all_of[name]) for name in all_of}
+        base = replace(changes.pop(BASE), updatable=all_of.base_activations)
+        if known.has_cases:
+            cases = ExportedUseCases(base, {**changes, NONE: base}, all_of.base_activations)
+            backend.write_cases(cases, folder)
+            finish(folder, True)
+            return
+    else:
+        model = _checked(made, PreTrainedModel, target, "the frozen base, without an adapter")
+        base = ExportedBase(model, tokenizer, None if gguf_file is None else Path(gguf_file))
+        changes = {name: read_canonical(Path(path)) for name, path in (adapters or {}).items()}
+    (folder / BASE).mkdir()
+    backend.write_base(base, folder / BASE)
+    finish(folder / BASE, True)
+    for name, change in changes.items():
+        (folder / name).mkdir()
+        backend.write_adapter(change, folder / BASE, folder / name)
+        finish(folder / name, False)
+
+
+def _checked(made: Any, kind: type[T], target: str, wanted: str) -> T:
+    if not isinstance(made, kind):
+        raise ExportError(f"target {target} takes {wanted}, not {type(made).__name__}")
+    return made
+
+
+def verify_files(
+    folder: str | Path,
+    made: Simulation | AdapterSimulations | PeftModel,
+    batches: Collection[Mapping[str, Any]] | Int64[Tensor, "count tokens"],
+    limits: Limits = _LIMITS,
+    layer_tokens: int = 128,
+) -> list[Check]:
+    """Run the files of `export_files` in their runtime, and compare them with what they were made
+    of: logits and perplexity of language models, all outputs of others, and every layer where the
+    runtime gives its value. Adapters that the folder does not have are left out.
+
+    Args:
+        made: the simulations; or a model with the adapters, if the target took a base.
+        batches: token ids, or arguments of the model by name; all tokens count.
+        layer_tokens: tokens for the comparison layer by layer.
+
+    Returns:
+        what was measured, with limits. The files compute what they should if every row passed.
+
+    Raises:
+        SourceError: the folder holds no files of `export_files`.
+        MissingExtraError: the runtime is not installed.
+        VerificationError, ExportError: the files contradict each other, or the runtime refuses
+            them.
+    """
+    folder = Path(folder)
+    target, rows = _target_of(folder), list[Check]()
+    if isinstance(made, Simulation):
+        runtime = target.backend.open(folder, "")
+        return _simulated(runtime, made, batches, layer_tokens).checks(limits)
+    if isinstance(made, AdapterSimulations):
+        for name, simulation in made.items():
+            if name != BASE and (target.has_cases or (folder / name).is_dir()):
+                found = _simulated(target.open(folder, name), simulation, batches, layer_tokens)
+                rows += _of(name, found.checks(limits))
+        return rows
+    runtime, text = target.open(folder), as_sequences(_ids(batches))
+    for name in made.peft_config:
+        if (folder / name).is_dir():
+            made.set_adapter(name)
+            rounding = target.backend.rounding(made)
+            rounded = None if rounding is None else logits_of(made, rounding)
+            reference = make_reference(logits_of(made), text, rounded=rounded)
+            rows += _of(name, measure_runtime(runtime, folder / name, reference).checks(limits))
+    return rows
+
+
+def _simulated(runtime: Any, simulation: Simulation, batches: Any, layer_tokens: int) -> Any:
+    if is_language_model(simulation.graph().interface):
+        return verify_language_model(runtime, simulation, _ids(batches), layer_tokens)
+    return verify_outputs(runtime, simulation, batches)
+
+
+def _ids(batches: Any) -> Tensor:
+    if isinstance(batches, Tensor):
+        return batches
+    return torch.cat([batch["input_ids"] for batch in batches])
+
+
+def _of(adapter: str, rows: list[Check]) -> list[Check]:
+    return [replace(row, what=f"{adapter}: {row.what}") for row in rows]
+
+
+def _target_of(folder: Path) -> Target:
+    path = next((p for p in (folder / RECORD, folder / BASE / RECORD) if p.is_file()), None)
+    if path is None:
+        raise SourceError(f"{str(folder)!r} has no {RECORD}; write it with qwlora.export_files")
+    with foreign_as(SourceError, f"{str(path)!r} cannot be read", "export the files again"):
+        name = json.loads(path.read_text()).get("target")
+    if name not in TARGETS:
+        raise SourceError(f"{str(path)!r} has target {name!r}, which is unknown; export it again")
+    target = TARGETS[name]
+    target.require_packages()
+    return target

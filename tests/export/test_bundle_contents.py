@@ -17,7 +17,7 @@ from onnx import helper
 
 from conftest import tiny_model
 from qwlora.errors import SourceError
-from qwlora.export.onnx.session_options import read_session_options
+from qwlora.export.onnx.onnx_runtime import read_session_options
 from qwlora.export.proof.contents import check_contents, check_plain, known_settings, misfits
 from qwlora.export.registry import TARGETS
 from qwlora.export.weights.hf import TransformersRuntime

@@ -24,11 +24,10 @@ from qwlora.export.onnx.adapters_as_inputs import (
     write_switchable,
 )
 from qwlora.export.onnx.onnx import Onnx, export_onnx
-from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE
-from qwlora.export.onnx.onnx_runtime import OnnxModel
-from qwlora.export.onnx.session_options import write_session_options
+from qwlora.export.onnx.onnx_runtime import OnnxModel, write_session_options
 from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.compare import verify_language_model
+from qwlora.export.proof.contents import ADAPTER_FILE
 from qwlora.export.proof.folder import RECORD, is_of_base, record_digest
 from qwlora.export.proof.measure import compare_cache, switching
 from qwlora.export.target import ExportedGraph

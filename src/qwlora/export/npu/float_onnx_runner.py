@@ -25,12 +25,13 @@ from qwlora.encodings.grids import TensorLayout, grid_of
 from qwlora.encodings.model import EncodingsFile, Entry, IntegerEncoding
 from qwlora.errors import ExportError, GridError, SourceError, VerificationError
 from qwlora.export.onnx.onnx_runtime import (
+    EIGHT_BIT_OPTIONS,
+    SESSION_OPTIONS,
     load_graph,
     open_session,
     run_layers_of,
     run_session,
 )
-from qwlora.export.onnx.session_options import EIGHT_BIT_OPTIONS, SESSION_OPTIONS
 from qwlora.export.runtime import Runtime
 from qwlora.graph.capture import IDS, MASK
 from qwlora.grid.encoding import Encoding

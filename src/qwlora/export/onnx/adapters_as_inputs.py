@@ -9,7 +9,7 @@ computes the base:
     LAYER.scaling                        alpha / rank
 
 The model is that of a zero adapter on every layer that any adapter changes. The file of an adapter
-(`onnx_adapter.py`) has its values of these inputs. A layer that it does not change keeps rank 0,
+(`write_adapter_file`) has its values of these inputs. A layer that it does not change keeps rank 0,
 and the sum reuses the grid of the base layer's output, so the extra rounding is a no-op.
 
 The model has a key-value cache: without past tokens it computes the full sequence, as the
@@ -33,15 +33,17 @@ import numpy as np
 from torch.fx import Node
 
 from qwlora.errors import CaptureError, ExportError
-from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE, add_input, write_adapter_file
 from qwlora.export.onnx.onnx_model import (
     DATA_FILE,
     MODEL_FILE,
     activation_arrays,
+    add_input,
     build_model,
     weight_arrays,
+    write_adapter_file,
 )
 from qwlora.export.onnx.onnx_runtime import load_graph
+from qwlora.export.proof.contents import ADAPTER_FILE
 from qwlora.export.proof.reference import Reference
 from qwlora.graph.aten_ops import base_name
 from qwlora.graph.graph_analysis import branch_nodes

@@ -35,9 +35,8 @@ from qwlora.export.onnx.matmul_nbits import (
     switchable_model,
     write_onnx_adapter,
 )
-from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE
 from qwlora.export.onnx.onnx_model import DATA_FILE, MODEL_FILE
-from qwlora.export.proof.contents import TOKENIZER, Contents
+from qwlora.export.proof.contents import ADAPTER_FILE, TOKENIZER, Contents
 from qwlora.export.runtime import Runtime
 from qwlora.export.target import Backend, ExportedBase
 from qwlora.export.weights.weights_folder import write_settings

@@ -29,8 +29,7 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.format_limits import NBITS_BLOCKS, nbits_problem
-from qwlora.export.onnx.onnx_adapter import add_input, write_adapter_file
-from qwlora.export.onnx.onnx_model import build_model
+from qwlora.export.onnx.onnx_model import add_input, build_model, write_adapter_file
 from qwlora.export.weights.weights_folder import largest_group, refuse, width_problem
 from qwlora.formats.huggingface.int32_words import pack_words
 from qwlora.graph.kv_cache_capture import capture_cached

@@ -18,8 +18,7 @@ from pathlib import Path
 from qwlora.export.npu.aimet_encodings import write_encodings
 from qwlora.export.onnx.adapters_as_inputs import graph_with_cache, write_adapter, write_switchable
 from qwlora.export.onnx.onnx_model import write_onnx
-from qwlora.export.onnx.onnx_runtime import OnnxModel
-from qwlora.export.onnx.session_options import OPTIONS_FORM, write_session_options
+from qwlora.export.onnx.onnx_runtime import OPTIONS_FORM, OnnxModel, write_session_options
 from qwlora.export.proof.contents import SIMULATED_ADAPTER, TOKENIZER, Contents
 from qwlora.export.target import Backend, ExportedGraph
 from qwlora.graph.quantized_graph import QuantizedGraph

@@ -14,7 +14,7 @@ MatMul: ONNX Runtime fuses that form into MatMulNBits.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -324,3 +324,42 @@ def _name_dimensions(model: Any, shapes: Mapping[str, tuple[str | int, ...]]) ->
         for output in node.outputs:
             if not output.is_graph_output():
                 output.shape = None  # torch's private symbols; runtimes infer their own
+
+
+def add_input(
+    model: Any,
+    name: str,
+    default: np.ndarray[Any, Any],
+    shape: Sequence[int | str],
+    replaced: Any = None,
+) -> Any:
+    """Add an input with a default to an `onnx_ir.Model`.
+
+    Args:
+        shape: with names for axes of any size; it says more than that of the default.
+        replaced: the initializer that the input takes the place of.
+    """
+    ir = require("onnx_ir", "onnx")
+    tensor = ir.tensor(default, name=name)
+    value = ir.Value(
+        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape), const_value=tensor
+    )
+    if replaced is not None:
+        ir.convenience.replace_all_uses_with(replaced, value)
+        model.graph.initializers.pop(replaced.name, None)
+    model.graph.register_initializer(value)
+    model.graph.inputs.append(value)
+    return value
+
+
+def write_adapter_file(values: Mapping[str, np.ndarray[Any, Any]], path: Path) -> None:
+    """Write an adapter file of ONNX Runtime: values of inputs that have a default, by name. It
+    takes no scalars, and of integers only those of 8 bits and more."""
+    runtime = require("onnxruntime", "onnx")
+    written = runtime.AdapterFormat()
+    written.set_adapter_version(1)
+    written.set_model_version(1)
+    written.set_parameters(
+        {name: runtime.OrtValue.ortvalue_from_numpy(array) for name, array in values.items()}
+    )
+    written.export_adapter(str(path))

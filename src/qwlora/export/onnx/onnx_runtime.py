@@ -1,16 +1,23 @@
 """Run an exported ONNX model, as a whole or layer by layer.
 
-With the options of `session_options.py`.
-
 A model with a key-value cache has inputs that a simulation does not have. Those that are not given
 are those of a whole sequence:
 
     past_key_values.N.key, .value    without tokens
     position_ids                     0, 1, 2, ... from the first token that attention_mask shows
+
+Without these options of ONNX Runtime, a quantized model computes something else. They are exported
+with it, and a file with other options is refused:
+
+    SESSION_OPTIONS      do not quantize the activations of 4-bit weights to 8 bits
+    EIGHT_BIT_OPTIONS    for 8-bit activations: do not replace Q/DQ pairs by integer kernels
+                         (QLinearSoftmax, QLinearAdd ...), which round elsewhere. Weights are
+                         unpacked to float32 in memory.
 """
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Collection, Mapping
 from functools import cached_property
@@ -20,14 +27,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwlora.errors import ExportError, foreign_as
-from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE, ActiveAdapter
+from qwlora import strict_json
+from qwlora.atomic import write_text
+from qwlora.errors import ExportError, SourceError, foreign_as
 from qwlora.export.onnx.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
-from qwlora.export.onnx.session_options import read_session_options
+from qwlora.export.proof.contents import ADAPTER_FILE, misfits
 from qwlora.export.runtime import Runtime
 from qwlora.graph.capture import IDS, MASK, PAST, POSITIONS, PRESENT
+from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.messages import listed
 from qwlora.system.file_stamps import Stamps, file_stamps
 from qwlora.system.optional_packages import require
+
+SESSION_OPTIONS = {"session.qdq_matmulnbits_accuracy_level": "1"}
+EIGHT_BIT_OPTIONS = {"session.disable_quant_qdq": "1"}
+OPTIONS_FILE = "session_options.json"
+OPTIONS_FORM = SESSION_OPTIONS | EIGHT_BIT_OPTIONS
 
 
 class OnnxModel(Runtime):
@@ -42,7 +57,8 @@ class OnnxModel(Runtime):
 
     def __init__(self, folder: Path, switches: bool = False):
         self.folder, self.switches = folder, switches
-        self._adapters: dict[Path, tuple[Stamps, ActiveAdapter]] = {}
+        self._adapters: dict[Path, tuple[Stamps, Any]] = {}  # each with the options of its runs
+        self._loaded: list[Any] = []
         self._options: Any = None  # of the active adapter
 
     @cached_property
@@ -59,11 +75,17 @@ class OnnxModel(Runtime):
         if adapter is None:
             self._options = None
             return
-        with foreign_as(ExportError, f"{str(adapter / ADAPTER_FILE)!r} cannot be read"):
-            stamps = file_stamps((adapter / ADAPTER_FILE).stat())  # it may have been replaced
-        if adapter not in self._adapters or self._adapters[adapter][0] != stamps:
-            self._adapters[adapter] = stamps, ActiveAdapter(adapter / ADAPTER_FILE)
-        self._options = self._adapters[adapter][1].options
+        file = adapter / ADAPTER_FILE
+        with foreign_as(ExportError, f"ONNX Runtime cannot load {str(file)!r}"):
+            stamps = file_stamps(file.stat())  # it may have been replaced
+            if self._adapters.get(adapter, (None,))[0] != stamps:
+                runtime = require("onnxruntime", "onnx")
+                loaded, options = runtime.LoraAdapter(), runtime.RunOptions()
+                loaded.Load(str(file))
+                options.add_active_adapter(loaded)
+                self._loaded.append(loaded)  # the options do not keep it alive
+                self._adapters[adapter] = stamps, options
+        self._options = self._adapters[adapter][1]
 
     @property
     def has_cache(self) -> bool:
@@ -153,6 +175,34 @@ class OnnxModel(Runtime):
         return tensors, found
 
 
+def write_session_options(graph: QuantizedGraph, folder: Path) -> None:
+    """Write the options for `add_session_config_entry` that a session of `graph` needs."""
+    eight_bits = any(
+        mark.kind is Kind.ACTIVATION and graph.encodings[mark.name].scheme.bitwidth <= 8
+        for mark in graph.marks
+    )
+    options = SESSION_OPTIONS | (EIGHT_BIT_OPTIONS if eight_bits else {})
+    write_text(folder / OPTIONS_FILE, strict_json.dumps(options, indent=1) + "\n")
+
+
+def read_session_options(folder: Path) -> dict[str, str]:
+    """The options in `folder`, or `SESSION_OPTIONS` if there is no such file.
+
+    Raises:
+        SourceError: the file cannot be read, or has other options than `write_session_options`
+            writes.
+    """
+    path = folder / OPTIONS_FILE
+    if not path.is_file():
+        return SESSION_OPTIONS
+    again = "export the model again, or copy the file again"
+    with foreign_as(SourceError, f"{str(path)!r} cannot be read", again):
+        options: dict[str, str] = json.loads(path.read_text())
+    if problems := list(misfits(options, OPTIONS_FORM)):
+        raise SourceError(f"{str(path)!r}: {listed(problems)}; {again}")
+    return options
+
+
 def run_layers_of(
     model: Path,
     session_options: Mapping[str, str],
@@ -214,7 +264,7 @@ def run_session(
     """Outputs by name; `tensors` may hold more than the session's inputs.
 
     Args:
-        options: of ONNX Runtime, for this run; see `onnx_adapter.py`.
+        options: of ONNX Runtime, for this run; see `use`.
 
     Raises:
         ExportError: an input is missing, or the session refuses its adapter.

@@ -33,6 +33,7 @@ Form = Any  # see `misfits`
 NUMBER = (int, float)
 PLAIN = re.compile(r"[\w.-]+")  # a form: text that is neither a regular expression nor a path
 OTHER_KEYS = "*"  # a key of a form: for all keys that it does not list
+ADAPTER_FILE = "adapter.onnx_adapter"
 TOKENIZER = (
     "tokenizer*.json",
     "special_tokens_map.json",

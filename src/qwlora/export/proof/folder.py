@@ -25,9 +25,8 @@ from typing import Any
 
 from qwlora.atomic import files_in, read_tensors, write_tensors
 from qwlora.errors import FingerprintError, QwloraWarning, SourceError
-from qwlora.export.onnx.onnx_adapter import ADAPTER_FILE
 from qwlora.export.proof.checks import Limits
-from qwlora.export.proof.contents import check_contents, check_plain
+from qwlora.export.proof.contents import ADAPTER_FILE, check_contents, check_plain
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE, PROOF
 from qwlora.formats import manifest

@@ -94,87 +94,61 @@ class _Rewriter:
         check_names(self.model, self.graph.encodings)
 
     def _activation(self, node: Any, name: str, encoding: Encoding) -> None:
-        ir = self.ir
-        scale, zero_point = (
+        grid = [
             self._initializer(f"{name}{part}", array)
             for part, array in activation_arrays(name, encoding).items()
-        )
-        codes = ir.node(
-            "QuantizeLinear", [node.inputs[0], scale, zero_point], name=f"{name}/quantize"
-        )
+        ]
+        codes = self.ir.node("QuantizeLinear", [node.inputs[0], *grid], name=f"{name}/quantize")
         codes.outputs[0].name = f"{name}.codes"
-        values = ir.node(
-            "DequantizeLinear", [codes.outputs[0], scale, zero_point], name=f"{name}/dequantize"
-        )
+        inputs = [codes.outputs[0], *grid]
+        values = self.ir.node("DequantizeLinear", inputs, name=f"{name}/dequantize")
         self._replace(node, [codes, values], activation_tensor(name, self.inputs))
 
     def _weight(self, node: Any, name: str, encoding: Encoding, right_operand: bool) -> None:
-        ir = self.ir
-        transposes = [user for user, _ in node.outputs[0].uses()]
-        transposed = (
-            right_operand
-            and bool(transposes)
-            and all(is_matrix_transpose(user) for user in transposes)
-        )
-        inputs, attributes = self._weight_initializers(node.inputs[0], name, encoding, transposed)
-        values = ir.node(
-            "DequantizeLinear", inputs, attributes=attributes, name=f"{name}/dequantize"
-        )
-        nodes = [values]
+        readers = [user for user, _ in node.outputs[0].uses()]
+        transposed = right_operand and bool(readers) and all(map(is_matrix_transpose, readers))
+        inputs, axis = self._weight_initializers(node.inputs[0], name, encoding, transposed)
+        nodes = [
+            self.ir.node("DequantizeLinear", inputs, attributes=axis, name=f"{name}/dequantize")
+        ]
         if encoding.scheme.float_offset:
-            values.outputs[0].name = f"{name}.scaled"
-            nodes += self._add_minimum(
-                values.outputs[0], name, encoding, transposed, tuple(node.inputs[0].shape)
-            )
+            nodes[0].outputs[0].name = f"{name}.scaled"
+            shape = tuple(node.inputs[0].shape)
+            nodes += self._add_minimum(nodes[0].outputs[0], name, encoding, transposed, shape)
         self._replace(node, nodes, name)
         if transposed:
             self.transposed.add(name)
-            for user in transposes:
-                ir.convenience.replace_all_uses_with(user.outputs[0], nodes[-1].outputs[0])
+            for user in readers:
+                value = nodes[-1].outputs[0]
+                self.ir.convenience.replace_all_uses_with(user.outputs[0], value)
                 self.model.graph.remove(user, safe=True)
 
     def _add_minimum(
-        self,
-        scaled: Any,
-        name: str,
-        encoding: Encoding,
-        transposed: bool,
-        shape: tuple[int, ...],
+        self, scaled: Any, name: str, encoding: Encoding, transposed: bool, shape: tuple[int, ...]
     ) -> list[Any]:
         """Nodes that add each group's minimum to a weight of `shape`; blocks become an axis."""
-        ir = self.ir
         granularity = encoding.scheme.granularity
         minimum = aligned(encoding.minimum, granularity, len(shape))
         if not isinstance(granularity, Blocks):
-            turned = minimum.mT if transposed and minimum.ndim else minimum
-            return [
-                ir.node(
-                    "Add",
-                    [scaled, self._initializer(f"{name}.minimum", turned.contiguous().numpy())],
-                    name=f"{name}/add",
-                )
+            minimum = minimum.mT if transposed and minimum.ndim else minimum
+            steps = [("Add", "minimum", minimum.contiguous().numpy(), "add")]
+        else:
+            (rows, columns), size = shape, granularity.size
+            split, whole = [rows, columns // size, size], [rows, columns]
+            if transposed:
+                minimum, split, whole = minimum.permute(1, 2, 0), [*split[1:], rows], whole[::-1]
+            steps = [
+                ("Reshape", "blocks", np.array(split), "split"),
+                ("Add", "minimum", minimum.contiguous().numpy(), "add"),
+                ("Reshape", "whole", np.array(whole), "join"),
             ]
-        rows, columns = shape
-        split, whole = [rows, columns // granularity.size, granularity.size], [rows, columns]
-        if transposed:
-            minimum, split, whole = minimum.permute(1, 2, 0), [*split[1:], rows], [columns, rows]
-        blocks = ir.node(
-            "Reshape",
-            [scaled, self._initializer(f"{name}.blocks", np.array(split))],
-            name=f"{name}/split",
-        )
-        added = ir.node(
-            "Add",
-            [blocks.outputs[0], self._initializer(f"{name}.minimum", minimum.contiguous().numpy())],
-            name=f"{name}/add",
-        )
-        joined = ir.node(
-            "Reshape",
-            [added.outputs[0], self._initializer(f"{name}.whole", np.array(whole))],
-            name=f"{name}/join",
-        )
-        blocks.outputs[0].name, added.outputs[0].name = f"{name}.split", f"{name}.added"
-        return [blocks, added, joined]
+        nodes = list[Any]()
+        for operator, part, array, step in steps:
+            inputs = [scaled, self._initializer(f"{name}.{part}", array)]
+            nodes.append(self.ir.node(operator, inputs, name=f"{name}/{step}"))
+            scaled = nodes[-1].outputs[0]
+            scaled.name = f"{name}.{step}"
+        return nodes
 
     def _weight_initializers(
         self, value: Any, name: str, encoding: Encoding, transposed: bool

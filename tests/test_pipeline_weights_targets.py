@@ -29,6 +29,7 @@ from qwlora.errors import (
     TrainingError,
     VerificationError,
 )
+from qwlora.export.proof.checks import is_so
 from qwlora.export.proof.folder import (
     current_proofs,
     proofs,
@@ -36,7 +37,6 @@ from qwlora.export.proof.folder import (
     verify_bundle,
     write_record,
 )
-from qwlora.export.proof.measure import Bits
 from qwlora.export.proof.readme import write_readme
 from qwlora.export.registry import TARGETS
 from qwlora.pipeline.commands.manage_adapters import remove_adapter, rename_adapter
@@ -340,7 +340,7 @@ def test_a_readme_says_what_failed_beyond_the_proof(
     job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copy = Path(shutil.copytree(job, tmp_path / "job"))
-    broken = [Bits("switching back", False)]
+    broken = [is_so("switching back", False)]
     monkeypatch.setattr("qwlora.export.proof.measure.switching", lambda *_: broken)
     recipe = load_recipe(copy / "recipe.yaml", ("verify.sequences=1",))
     with pytest.raises(VerificationError, match="switching back: no"):

@@ -41,7 +41,7 @@ from qwlora.export.proof.compare import (
     perplexity,
     perplexity_floor,
 )
-from qwlora.export.proof.measure import Bits, Decoded, compare_cache, switching
+from qwlora.export.proof.measure import compare_cache, decoded, switching
 from qwlora.export.proof.reference import check_reference, make_reference
 from qwlora.graph.quantized_graph import GraphValue, Kind
 
@@ -309,7 +309,7 @@ def test_differences_of_outputs_add_up() -> None:
     ],
 )
 def test_tokens_decoded_one_by_one(agreement: float, floor: float, passes: bool) -> None:
-    assert verdict(Decoded(agreement, floor).checks(LIMITS))["passed"] == passes
+    assert decoded(agreement, floor).passed == passes
 
 
 def test_the_interval_of_an_agreement() -> None:
@@ -534,7 +534,7 @@ def test_a_state_gives_the_same_bits_after_others(adapter: Path | None, leaks: s
     session: Any = Session(leaks)
     bits = list(switching(session, adapter, [Path("second")], IDS[:1]))
     assert bits
-    assert all(bit.equal == (not leaks) for bit in bits)
+    assert all(bit.passed == (not leaks) for bit in bits)
     names = " ".join(bit.what for bit in bits)
     assert "without an adapter" in names
     assert ("first" in names) == (adapter is not None)
@@ -555,8 +555,7 @@ def test_a_cache_is_compared_token_by_token(
     reference = make_reference({"adapter": says(table)}, Sequences(IDS, labels))
     session: Any = Session(leaks)
     figures, bits = compare_cache(session, reference, adapter, [Path("second")])
-    assert isinstance(bits, Bits)
-    assert bits.equal == (not leaks)
+    assert bits.passed == (not leaks)
     assert figures.tokens == count
     assert session.state == ""
     name = adapter.name if adapter else ""

@@ -142,9 +142,12 @@ def _finite(value: float) -> float | None:
 
 
 class Measured(Protocol):
-    """A part of what was measured."""
+    """A part of what was measured, whose limits a recipe has."""
 
     def checks(self, limits: Limits) -> Iterator[Check]: ...
+
+
+Part = Check | Measured
 
 
 @dataclass(frozen=True)
@@ -157,15 +160,16 @@ class Parity:
     """
 
     figures: dict[str, Any]
-    parts: tuple[Measured, ...]
+    parts: tuple[Part, ...]
 
-    def extended(self, figures: Mapping[str, Any], *parts: Measured) -> Parity:
+    def extended(self, figures: Mapping[str, Any], *parts: Part) -> Parity:
         """The same with more figures and parts."""
         return Parity({**self.figures, **figures}, (*self.parts, *parts))
 
     def checks(self, limits: Limits) -> list[Check]:
         """All checks, of every part."""
-        return [check for part in self.parts for check in part.checks(limits)]
+        rows = ([p] if isinstance(p, Check) else p.checks(limits) for p in self.parts)
+        return [check for part in rows for check in part]
 
     def problems(self, limits: Limits) -> list[str]:
         """A sentence for each check that failed."""

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwlora.export.proof.checks import Check, Limits, Measured, Parity, at_least, is_so
+from qwlora.export.proof.checks import Check, Limits, Parity, Part, at_least, is_so
 from qwlora.export.proof.compare import (
     LogitsFigures,
     compare_logits,
@@ -95,11 +94,11 @@ def measure_runtime(
 ) -> Parity:
     """`measure` of an open runtime that switches adapters, without what loading it costs."""
     check_ids(reference["ids"], runtime.logits(torch.zeros(1, 1, dtype=torch.int64)).shape[-1])
-    parts: list[Measured] = []
+    parts: list[Part] = []
     figures = {"exact": _run(runtime, adapter, reference, parts, track)}
     if runtime.shipped is not None:
         figures["shipped"] = _run(runtime.shipped, adapter, reference, [], untracked)
-        parts.append(Bits(f"{OFF} (shipped)", figures["shipped"]["off_is_equal"]))
+        parts.append(is_so(f"{OFF} (shipped)", figures["shipped"]["off_is_equal"]))
     return Parity(figures, tuple(parts))
 
 
@@ -140,37 +139,16 @@ def client(target: Target) -> dict[str, str]:
     return versions
 
 
-@dataclass(frozen=True)
-class Bits:
-    """Whether two computations give the same bits.
-
-    Args:
-        what: they are, as a check.
-    """
-
-    what: str
-    equal: bool
-
-    def checks(self, limits: Limits) -> Iterator[Check]:
-        yield is_so(self.what, self.equal)
-
-
-@dataclass(frozen=True)
-class Decoded:
+def decoded(agreement: float, floor: float) -> Check:
     """Tokens that were decoded one by one.
 
     Args:
         agreement: share that is the likeliest for the whole sequence.
         floor: share of tokens that two correct runtimes agree on.
     """
-
-    agreement: float
-    floor: float
-
-    def checks(self, limits: Limits) -> Iterator[Check]:
-        least = min(DECODE_AGREEMENT, _least_of_sample(self.floor, DECODED))
-        what = "tokens decoded one by one that are the likeliest for the whole sequence"
-        yield at_least(what, self.agreement, least, "share")
+    least = min(DECODE_AGREEMENT, _least_of_sample(floor, DECODED))
+    what = "tokens decoded one by one that are the likeliest for the whole sequence"
+    return at_least(what, agreement, least, "share")
 
 
 def _least_of_sample(share: float, count: int) -> float:
@@ -187,7 +165,7 @@ def _run(
     runtime: Runtime,
     adapter: Path,
     reference: Mapping[str, Tensor],
-    parts: list[Measured],
+    parts: list[Part],
     track: Track,
 ) -> dict[str, Any]:
     """Figures of one runtime; what is checked is added to `parts`."""
@@ -213,8 +191,8 @@ def _run(
     parts += [
         base,
         whole,
-        Decoded(agreement, whole.floor_top1_agreement if has_floor else 1.0),
-        Bits(OFF, off_is_equal),
+        decoded(agreement, whole.floor_top1_agreement if has_floor else 1.0),
+        is_so(OFF, off_is_equal),
     ]
     return {
         "base": base.to_json(),
@@ -256,7 +234,7 @@ def switch_seconds(runtime: Runtime, adapter: Path, token: Tensor) -> float:
 
 def switching(
     runtime: Runtime, adapter: Path | None, others: Sequence[Path], ids: Tensor
-) -> Iterator[Bits]:
+) -> Iterator[Check]:
     """Whether each state gives the same bits after other adapters were active.
 
     Args:
@@ -271,7 +249,7 @@ def switching(
         if state in before:
             name = "without an adapter" if state is None else f"with adapter {state.name}"
             what = f"logits {name} have the same bits after other adapters were active"
-            yield Bits(what, is_same(before[state], logits))
+            yield is_so(what, is_same(before[state], logits))
         before[state] = logits
     runtime.use(None)
 
@@ -281,7 +259,7 @@ def compare_cache(
     reference: Mapping[str, Tensor],
     adapter: Path | None,
     others: Sequence[Path],
-) -> tuple[LogitsFigures, Bits]:
+) -> tuple[LogitsFigures, Check]:
     """Run the first sequence as a prefill and then token by token: compare the logits of these
     tokens, and their bits while other adapters and the base run between the steps, each with a
     cache of its own.
@@ -300,7 +278,7 @@ def compare_cache(
     where = f" of {count} tokens, one by one with the cache"
     figures = compare_logits(lambda _: logits, one, where=where, last=count)
     what = "with the cache, logits have the same bits if other adapters run between the steps"
-    return figures, Bits(what, is_same(logits, switched))
+    return figures, is_so(what, is_same(logits, switched))
 
 
 def _stepwise(

@@ -12,7 +12,6 @@ from peft import LoraConfig, get_peft_model
 import qwlora
 from conftest import byte_tokenizer, tiny_model
 from qwlora.errors import ExportError, SourceError
-from simulation.tiny_architectures import inputs, make
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 IDS = torch.randint(0, 256, (3, 16), generator=torch.Generator().manual_seed(0))
@@ -55,16 +54,6 @@ def test_one_simulation(simulation: qwlora.Simulation, tmp_path: Path) -> None:
         for weight in other.adapter_weights.values():
             weight.mul_(3)
     assert not passed(qwlora.verify_files(tmp_path, other, IDS))
-
-
-def test_a_model_that_is_no_language_model(tmp_path: Path) -> None:
-    batches = [inputs("ViT, classification", seed) for seed in range(2)]
-    made = qwlora.simulate(make("ViT, classification"), batches[0])
-    made.calibrate(batches)
-    qwlora.export_files(made, "onnx_each", tmp_path)
-    rows = qwlora.verify_files(tmp_path, made, batches)
-    assert passed(rows)
-    assert any("output logits" in row.what for row in rows)
 
 
 def test_several_simulations_as_a_bundle(tmp_path: Path) -> None:

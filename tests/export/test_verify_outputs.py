@@ -13,7 +13,15 @@ import torch
 from torch import Tensor, nn
 
 from export.proofs import check_parity, verify_onnx_outputs
-from qwlora import Scheme, Simulation, SimulationSchemes, quantize_, simulate
+from qwlora import (
+    Scheme,
+    Simulation,
+    SimulationSchemes,
+    export_files,
+    quantize_,
+    simulate,
+    verify_files,
+)
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export.onnx.onnx import export_onnx
 from qwlora.export.onnx.onnx_runtime import OnnxModel
@@ -32,7 +40,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Simulation]:
     simulation = simulate(model, BATCHES[0], SimulationSchemes(Scheme(8, symmetric=False)))
     simulation.calibrate(BATCHES)
     folder = tmp_path_factory.mktemp("image")
-    export_onnx(simulation.graph(), folder)
+    export_files(simulation, "onnx_each", folder)
     return folder, simulation
 
 
@@ -44,6 +52,9 @@ def test_an_exported_image_model_computes_what_was_simulated(
     check_parity(parity, Limits(), NAME)
     assert parity.figures["sqnr"]["logits"] > 60
     assert parity.figures["layers"] == sum(m.kind == "activation" for m in simulation.marks)
+    rows = verify_files(folder, simulation, BATCHES)
+    assert rows == parity.checks(Limits())
+    assert {row.what for row in rows} >= {"signal to noise of output logits"}
 
 
 class Mixed(nn.Module):

@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import nn
 
 from conftest import EACH_ARCHITECTURE
+from export.proofs import verify_onnx_outputs
 from qwlora import PerChannel, Scheme, SimulationSchemes, simulate
 from qwlora.analysis.sensitivity import sensitivities
 from qwlora.errors import CalibrationError, CaptureError

@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, SourceError, foreign_as
 from qwlora.export.canonical_adapter import read_canonical
-from qwlora.export.npu.use_cases import NONE
+from qwlora.export.npu.use_case_adapters import NONE
 from qwlora.export.proof.checks import Check, Limits
 from qwlora.export.proof.compare import is_language_model, verify_language_model, verify_outputs
 from qwlora.export.proof.folder import RECORD, write_record

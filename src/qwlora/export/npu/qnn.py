@@ -34,8 +34,7 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,7 +63,7 @@ from qwlora.export.npu.qnn_runtime import (
     compiled_file,
     require_emulator,
 )
-from qwlora.export.proof.checks import Check, Limits, Parity, at_most
+from qwlora.export.proof.checks import Parity, at_most
 from qwlora.export.proof.compare import compare_logits
 from qwlora.export.proof.reference import first_sequences
 from qwlora.export.target import Backend, ExportedUseCases
@@ -125,19 +124,6 @@ class QnnRuntime(QnnModel):
 DECODED = 4  # of the last tokens of a sequence: one by one, since the emulator takes seconds
 
 
-@dataclass(frozen=True)
-class Placement:
-    """Where the nodes of one graph run, see `QnnModel.placement`."""
-
-    graph: str
-    partitions: int
-    cpu_nodes: int
-
-    def checks(self, limits: Limits) -> Iterator[Check]:
-        yield at_most(f"partitions of graph {self.graph} on the HTP", self.partitions, 1)
-        yield at_most(f"nodes of graph {self.graph} on the CPU", self.cpu_nodes, 0)
-
-
 def check_bundle(folder: Path, name: str) -> None:
     """Compare the files of the graphs and of adapter `name` with what was recorded.
 
@@ -193,8 +179,15 @@ def verify_qnn(folder: Path, name: str, reference: Mapping[str, Tensor]) -> Pari
         run = compare_logits(partial(model.logits, steps=steps), one, where=" on the HTP")
         placement = model.placement()
     figures: dict[str, Any] = {"htp": run.to_json(), "exact": {"adapter": run.to_json()}}
-    places = [Placement(n, p["partitions"], p["cpu_nodes"]) for n, p in placement.items()]
-    return parity.extended({**figures, "placement": placement}, run, *places)
+    rows = [
+        row
+        for name, place in placement.items()
+        for row in (
+            at_most(f"partitions of graph {name} on the HTP", place["partitions"], 1),
+            at_most(f"nodes of graph {name} on the CPU", place["cpu_nodes"], 0),
+        )
+    ]
+    return parity.extended({**figures, "placement": placement}, run, *rows)
 
 
 WEIGHTS = "weights.data"

@@ -26,6 +26,7 @@ from qwlora.pipeline.plan.stale_stages import command_line
 from qwlora.pipeline.running.new_context import quiet_libraries
 
 if TYPE_CHECKING:
+    from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 STAGES = ("float", "base", "adapted", "simulated", *TARGETS)
@@ -204,11 +205,17 @@ class JobModels:
             is_calibrated(context, adapter)
             simulated: PreTrainedModel = context.simulation(adapter).model()
             return simulated
-        from qwlora.export.exported_model import ExportedModel
+        from transformers.modeling_outputs import CausalLMOutput
+
+        from qwlora.simulation.simulated_model import SimulatedModel
 
         check_current(context, name.export_stages)
         runtime = TARGETS[name.stage].open(self.folder / "export" / name.stage, name.adapter)
-        return ExportedModel(runtime, context.skeleton())
+
+        def run(input_ids: Tensor, **_: Any) -> CausalLMOutput:
+            return CausalLMOutput(logits=runtime.logits(input_ids))  # of the whole sequence
+
+        return SimulatedModel(run, context.skeleton())
 
     def tokenizer(self, name: ModelName) -> PreTrainedTokenizerBase:
         """The tokenizer, with the chat template that the recipe sets for the adapter's text.

@@ -104,11 +104,15 @@ def write_switchable(
     for mark in graph.marks:
         if mark.kind is Kind.ACTIVATION and mark.node not in branch and not base_activations:
             fixed |= {f"{mark.name}{part}" for part in _GRID}
-    for name, array in _values(graph, transposed).items():
-        value = known.get(name)
+    values = _values(graph, transposed)
+    for name in values:
         if name.endswith(_SCALING):
-            factor = f"{name.removesuffix(_SCALING)}.lora_B.weight"
-            value = _scaling(model, known.get(f"{factor}.codes", known.get(factor)))
+            layer = name.removesuffix(_SCALING)
+            factors = (f"{layer}.lora_B.weight", f"{layer}.lora_embedding_B")
+            stored = next(n for f in factors for n in (f"{f}.codes", f) if n in known)
+            known[name] = _scaling(known[stored])
+    for name, array in values.items():
+        value = known.get(name)
         if value is None or name in fixed:
             continue
         shape = list[int | str](array.shape)
@@ -229,8 +233,8 @@ def _refuse_others(graph: QuantizedGraph) -> None:
         )
 
 
-def _scaling(model: Any, factor: Any) -> Any:
-    """An initializer in place of the constant that the output of lora_B is multiplied with.
+def _scaling(factor: Any) -> Any:
+    """A value in place of the constant that the output of lora_B is multiplied with.
 
     Args:
         factor: the initializer of lora_B.
@@ -238,22 +242,22 @@ def _scaling(model: Any, factor: Any) -> Any:
     (node,) = factor.consumers()
     while node.op_type != "Mul":
         (node,) = node.outputs[0].consumers()
-    value = require("onnx_ir", "onnx").val("scaling", const_value=node.inputs[1].const_value)
+    value = require("onnx_ir", "onnx").val("scaling")
     node.replace_input_with(1, value)
     return value
 
 
 def _is_first(factor: str) -> bool:
     """Whether a factor reads the layer's input: [rank, in], the other is [out, rank]."""
-    return ".lora_A" in factor
+    return factor.removesuffix(".weight").endswith("_A")
 
 
 def _rank(name: str, graph: QuantizedGraph, transposed: Collection[str]) -> tuple[int, str] | None:
     """Axis of an input that has the adapter's rank, and the axis's name; None if none has."""
     layer, is_factor, _ = name.partition(".lora_")
     factor, _, part = name.rpartition(".")
-    if part == "weight":
-        factor = name
+    if is_factor_name(name):  # a float one
+        factor, part = name, "weight"
     if not (is_factor and is_factor_name(factor)):
         return None
     axis, rank = 0 if _is_first(factor) else 1, f"rank:{layer}"

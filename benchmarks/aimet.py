@@ -51,7 +51,7 @@ from measuring import (
     write_result,
     write_table,
 )
-from qwlora import Rule, Scheme, SimulationSchemes, quantize_
+from qwlora import LayerRule, Scheme, Schemes, quantize_
 from qwlora.atomic import write_text
 from qwlora.errors import ExportError
 from qwlora.export.npu.aimet import write_aimet
@@ -73,7 +73,7 @@ TOOLS = {"aimet": "AIMET", "qwlora": "QWLoRA"}
 NO_COMPUTATION = MOVES | {"Cast", "Constant", "ConstantOfShape", "Trilu"}
 Column = dict[str, Any]
 Cell = Callable[[Column], str]
-SCHEMES = SimulationSchemes(
+SCHEMES = Schemes(
     quantize_residual_adds=True,
     symmetric_matmul_second_input=True,
     key_value_bitwidth=16,
@@ -208,7 +208,7 @@ def run_qwlora(folder: Path) -> dict[str, Any]:
     out.mkdir()
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder / "float", attn_implementation="eager")
-    rules = [Rule("*embed_tokens", Scheme(8)), Rule("lm_head", Scheme(8))]
+    rules = [LayerRule("*embed_tokens", Scheme(8)), LayerRule("lm_head", Scheme(8))]
     with phases("quantize"):
         quantize_(model, parse_scheme(settings["weights"]), "rtn", rules=rules)
     rounded = {

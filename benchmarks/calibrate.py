@@ -39,7 +39,7 @@ from measuring import (
     seconds_of_turns,
     write_result,
 )
-from qwlora import Simulation, SimulationSchemes, quantize_, simulate
+from qwlora import Schemes, Simulation, quantize_, simulate
 from qwlora.formats.model_source import load_model
 from qwlora.parameter_names import canonical_name, is_adapter_name
 
@@ -110,7 +110,7 @@ def measure_ours(
     capture_seconds = []
     for kind, observer in (("ends", "min-max"), ("sample", "sqnr")):
         began = time.thread_time()
-        parts[kind] = simulate(model, inputs, SimulationSchemes(observer=observer))
+        parts[kind] = simulate(model, inputs, Schemes(observer=observer))
         capture_seconds.append(round(time.thread_time() - began, 1))
         parts[kind].calibrate([inputs])
     parts["plain"] = parts["ends"].graph().program.module(check_guards=False)

@@ -43,16 +43,16 @@ from torch import nn
 
 from measuring import SMOLLM2, machine_line, run_python
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.adapter.initialize import initialize_adapter_
+from qwlora.adapter.initialize import initialize_
 from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.adapter.training_step import onednn_float32_matmul
 from qwlora.analysis.token_scores import logits_of, perplexity
 from qwlora.data import load_documents
 from qwlora.formats.model_source import load_model, load_tokenizer
-from qwlora.grid.second_moments import Moment, Moments
+from qwlora.grid.second_moments import LayerMoments, MomentStore
 from qwlora.nn import weight_out_in
 from qwlora.quantize.quantize_model import base_size, quantize_
-from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_scales_
+from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
 from sources import concatenated_ids, gemma_file
 
 
@@ -171,11 +171,9 @@ class Bench:
             return result
         adapted = attach(model, LoraShape(rank=16, alpha=32.0), seed=0)
         if row.init == "qera-inputs":
-            initialize_adapter_(
-                adapted, "qera", self.weight, of_inputs(self.moments), share=row.share
-            )
+            initialize_(adapted, "qera", self.weight, of_inputs(self.moments), share=row.share)
         else:
-            initialize_adapter_(
+            initialize_(
                 adapted,
                 row.init,
                 self.weight,
@@ -203,7 +201,7 @@ class Bench:
                 model = self.base(replace(row, tuned=0))
                 began = time.perf_counter() - self.quantize_seconds
                 learnt = self.training[: row.tuned + HELD_OUT_SEQUENCES]
-                self.solver_scales = tune_scales_(
+                self.solver_scales = tune_(
                     model, self.reference, learnt, TuningSettings(row.tuned, compute=COMPUTE)
                 ).solver_scales
             else:
@@ -215,7 +213,7 @@ class Bench:
 
     def round_(self, model: nn.Module, row: Row) -> None:
         """Make the row's base of the float model, in place."""
-        self.moments, self.bits, self.worse = Moments(), 32.0, 0
+        self.moments, self.bits, self.worse = MomentStore(), 32.0, 0
         self.solver_scales: dict[str, torch.Tensor] = {}
         if row.solver == "nf4":
             self.bits = nf4_(model)
@@ -251,9 +249,9 @@ class Bench:
         return perplexity(logits_of(model.eval()), self.held_out if text is None else text, "")
 
 
-def of_inputs(moments: Moments) -> dict[str, Moment]:
+def of_inputs(moments: MomentStore) -> dict[str, LayerMoments]:
     """Those by which all outputs of a layer are alike."""
-    return {path: Moment(moment.input) for path, moment in moments.items()}
+    return {path: LayerMoments(moment.input) for path, moment in moments.items()}
 
 
 def linears(model: nn.Module) -> dict[str, nn.Linear]:

@@ -21,7 +21,7 @@ from measuring import earlier_result, machine_line, write_result
 from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.estimate_ranges import estimate_ranges
 from qwlora.grid.min_max import group_range, measure
-from qwlora.grid.range_estimator import Estimator
+from qwlora.grid.range_estimator import RangeEstimator
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
 REPEATS = 15
@@ -121,7 +121,7 @@ def observer_cases(name: str, x: Tensor) -> list[Case]:
             (
                 f"encoding from what was seen, {what}, {name}",
                 "HistogramObserver.calculate_qparams",
-                partial(estimate_ranges, [histogram[0]], scheme, Estimator(what)),
+                partial(estimate_ranges, [histogram[0]], scheme, RangeEstimator(what)),
                 histogram[1].calculate_qparams,
             )
             for what in ("sqnr", "squared-error", "percentile")

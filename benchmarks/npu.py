@@ -31,7 +31,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from measuring import RESULTS, SMOLLM2, machine_line, train_, write_table
-from qwlora import Rule, Scheme, SimulationSchemes, quantize_
+from qwlora import LayerRule, Scheme, Schemes, quantize_
 from qwlora.export.npu.aimet import open_aimet_graphs
 from qwlora.export.npu.qairt import open_qairt
 from qwlora.export.npu.qnn import export_qnn
@@ -46,7 +46,7 @@ from qwlora.grid.sqnr import sqnr_db
 from qwlora.simulation.adapter_simulations import simulate_adapters
 from qwlora.simulation.simulation import Simulation
 
-SCHEMES = SimulationSchemes(
+SCHEMES = Schemes(
     quantize_residual_adds=True,
     symmetric_matmul_second_input=True,
     key_value_bitwidth=8,
@@ -88,7 +88,7 @@ def main() -> None:
         model.model.layers = model.model.layers[: arguments.layers]
         model.config.num_hidden_layers = arguments.layers
     tokenizer = load_tokenizer(arguments.source)
-    rules = [Rule("*embed_tokens", Scheme(8)), Rule("lm_head", Scheme(8))]
+    rules = [LayerRule("*embed_tokens", Scheme(8)), LayerRule("lm_head", Scheme(8))]
     quantize_(model, parse_scheme(arguments.weights), "search", rules=rules)
     config = LoraConfig(r=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
     adapted = get_peft_model(model, config, adapter_name="first")

@@ -221,7 +221,7 @@ def prepare(folder: Path) -> None:
     from qwlora.formats.base_folder import save_base
     from qwlora.formats.model_source import load_model, load_tokenizer
     from qwlora.grid.scheme import parse_scheme
-    from qwlora.quantize.layer_rules import Rule
+    from qwlora.quantize.layer_rules import LayerRule
     from qwlora.quantize.quantize_model import quantize_
 
     model = load_model(SMOLLM2)
@@ -229,11 +229,14 @@ def prepare(folder: Path) -> None:
     model.hf_quantizer = None
     model.config.__dict__.pop("quantization_config", None)
     model.save_pretrained(folder / "float")
-    for name, rules in (("w4", []), ("w4-head8", [Rule("lm_head", parse_scheme("w8-block32"))])):
+    for name, rules in (
+        ("w4", []),
+        ("w4-head8", [LayerRule("lm_head", parse_scheme("w8-block32"))]),
+    ):
         base = copy.deepcopy(model)
         quantize_(base, "w4-block32", "rtn", rules=rules)
         (folder / name).mkdir()
-        save_base(base, load_tokenizer(SMOLLM2), folder / name, SMOLLM2)
+        save_base(base, folder / name, load_tokenizer(SMOLLM2), source=SMOLLM2)
 
 
 def measure(

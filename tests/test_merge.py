@@ -31,7 +31,7 @@ from qwlora.pipeline.commands.merge_adapter import MergeVerdict, merged_model, w
 from qwlora.pipeline.commands.model_folder import check_target, new_folder
 from qwlora.pipeline.commands.open_job import open_job
 from qwlora.pipeline.running.run_job import run
-from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.layer_rules import LayerRule
 from qwlora.recipe import load_recipe
 
 IDS = torch.arange(40).view(2, 20)
@@ -90,7 +90,9 @@ ENDS = {
 }
 
 
-def tied_and_adapted(architecture: str, targets: list[str], rules: list[Rule] | None = None) -> Any:
+def tied_and_adapted(
+    architecture: str, targets: list[str], rules: list[LayerRule] | None = None
+) -> Any:
     model = tiny_model(architecture)
     quantize_(model, "w4-block32", rules=rules or [])
     torch.manual_seed(0)
@@ -111,7 +113,7 @@ def tied_and_adapted(architecture: str, targets: list[str], rules: list[Rule] | 
 def test_a_tied_layer_that_has_an_adapter_is_merged_by_itself(
     architecture: str, which: tuple[int, ...], is_packed_too: bool, tmp_path: Path
 ) -> None:
-    rules = [Rule(ENDS[architecture][1], parse_scheme("w8-block32"))] if is_packed_too else []
+    rules = [LayerRule(ENDS[architecture][1], parse_scheme("w8-block32"))] if is_packed_too else []
     model = tied_and_adapted(architecture, [ENDS[architecture][i] for i in which], rules)
     with torch.no_grad():
         expected = model(IDS).logits
@@ -131,7 +133,7 @@ def test_ends_that_are_tied_and_packed_are_rounded_each_for_itself(
     which: int | None, tmp_path: Path
 ) -> None:
     rules, targets = (
-        [Rule("lm_head", parse_scheme("w8-block32"))],
+        [LayerRule("lm_head", parse_scheme("w8-block32"))],
         ["q_proj"] if which is None else [ENDS["llama"][which]],
     )
     model, twin = (
@@ -147,7 +149,7 @@ def test_ends_that_are_tied_and_packed_are_rounded_each_for_itself(
             merged.get_submodule(other).tensor.dequantize(), floats.get_submodule(other).weight
         )
         assert not torch.equal(*(merged.get_submodule(path).codes for path in ENDS["llama"]))
-    save_base(merged, byte_tokenizer(), tmp_path, "here")
+    save_base(merged, tmp_path, byte_tokenizer(), source="here")
     with torch.no_grad():
         torch.testing.assert_close(load_base(tmp_path).eval()(IDS).logits, merged(IDS).logits)
 
@@ -216,7 +218,7 @@ def test_rounding_loses_a_small_delta_and_keeps_a_large_one() -> None:
 def test_unpacking_gives_back_the_classes_and_the_tie() -> None:
     model = tiny_model("llama")
     kinds = {name: type(module) for name, module in model.named_modules()}
-    quantize_(model, "w4-block32", rules=[Rule("lm_head", parse_scheme("w8-block32"))])
+    quantize_(model, "w4-block32", rules=[LayerRule("lm_head", parse_scheme("w8-block32"))])
     with torch.no_grad():
         expected = model(IDS).logits
         unpack_(model)

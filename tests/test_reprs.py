@@ -33,13 +33,13 @@ def test_values_without_a_model() -> None:
         scheme,
         qwlora.PerTensor(),
         qwlora.PerChannel(),
-        qwlora.Rule("*", scheme),
+        qwlora.LayerRule("*", scheme),
         qwlora.PlacementRule("*.softmax", keep="float"),
-        qwlora.SimulationSchemes(),
+        qwlora.Schemes(),
         qwlora.TuningSettings(),
         qwlora.QwloraError("text"),
-        qwlora.Moments(),
-        qwlora.Moment(torch.eye(3), torch.eye(2)),
+        qwlora.MomentStore(),
+        qwlora.LayerMoments(torch.eye(3), torch.eye(2)),
     ):
         shown(value)
 
@@ -52,16 +52,16 @@ def test_a_base_before_and_after_each_step(tmp_path: Path) -> None:
     report = qwlora.quantize_(model, "w4-block32")
     assert re.search(r"14 int4 symmetric per block 32 by search.* 4.50 bits", shown(report))
     assert "14 layers in memory" in shown(qwlora.observe_moments(model, IDS))
-    shown(qwlora.tune_scales_(model, teacher, IDS, qwlora.TuningSettings(steps=1)))
+    shown(qwlora.tune_(model, teacher, IDS, qwlora.TuningSettings(steps=1)))
     layer = model.get_submodule("model.layers.0.self_attn.q_proj")
     assert shown(layer.encoding) == "Encoding(int4 symmetric per block 32, scale [64, 2])"
     shown(layer)
     shown(layer.quantized)
     shown(layer.tensor)
-    qwlora.save_base(model, None, tmp_path / "base", "somewhere")
+    qwlora.save_base(model, tmp_path / "base", source="somewhere")
     assert "BaseCheckpoint of llama" in shown(qwlora.open_checkpoint(tmp_path / "base"))
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).eval()
-    reports = qwlora.initialize_adapter_(adapted, "svd", lambda path: weights[f"{path}.weight"])
+    reports = qwlora.initialize_(adapted, "svd", lambda path: weights[f"{path}.weight"])
     assert "InitReports of 2 layers" in shown(reports)
 
 

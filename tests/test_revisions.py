@@ -17,14 +17,14 @@ from torch import Tensor
 
 from conftest import tiny_model
 from qwlora import quantize_
-from qwlora.adapter.initialize import initialize_adapter_
+from qwlora.adapter.initialize import initialize_
 from qwlora.analysis.token_scores import logits_of, score_tokens
 from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
 from qwlora.grid.second_moments import SecondMoment
 from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.solvers import SOLVERS
-from qwlora.quantize.tune_scales import TuningSettings, tune_scales_
+from qwlora.quantize.tune_scales import TuningSettings, tune_
 from qwlora.revisions import REVISIONS
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -69,7 +69,7 @@ def second_moment() -> list[float]:
 
 def tuned() -> list[float]:
     settings = TuningSettings(steps=3, compute="float32")
-    report = tune_scales_(packed_llama(), tiny_model("llama", layers=1), ids(4), settings)
+    report = tune_(packed_llama(), tiny_model("llama", layers=1), ids(4), settings)
     return [report.before, report.after]
 
 
@@ -77,7 +77,7 @@ def initialized() -> list[float]:
     floats, base = tiny_model("llama", layers=1), packed_llama()
     moments = observe_moments(base, ids())
     model = get_peft_model(base, LoraConfig(r=4, target_modules=["up_proj"]))
-    initialize_adapter_(model, "qera", lambda path: floats.get_submodule(path).weight, moments)
+    initialize_(model, "qera", lambda path: floats.get_submodule(path).weight, moments)
     return [float(p.detach().norm()) for name, p in model.named_parameters() if "lora_" in name]
 
 

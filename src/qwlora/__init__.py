@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwlora.adapter.adapter_folder import load_adapter, save_adapter
-    from qwlora.adapter.initialize import initialize_adapter_
+    from qwlora.adapter.initialize import initialize_
     from qwlora.adapter.training_step import memory_saving
     from qwlora.encodings import EncodingsFile, read_encodings, write_encodings
     from qwlora.errors import QwloraError
@@ -31,28 +31,28 @@ if TYPE_CHECKING:
     from qwlora.formats.hf_quantizer import register_with_transformers
     from qwlora.formats.open_checkpoint import open_checkpoint
     from qwlora.grid.encoding import Encoding
-    from qwlora.grid.range_estimator import Estimator
+    from qwlora.grid.range_estimator import RangeEstimator
     from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
-    from qwlora.grid.second_moments import Moment, Moments
+    from qwlora.grid.second_moments import LayerMoments, MomentStore
     from qwlora.nn import PackedLinear
     from qwlora.nn.fingerprint import fingerprint
     from qwlora.nn.frozen import assert_frozen
     from qwlora.quantize.freeze_model import freeze_
-    from qwlora.quantize.layer_rules import Rule
+    from qwlora.quantize.layer_rules import LayerRule
     from qwlora.quantize.quantize_blocks import observe_moments
     from qwlora.quantize.quantize_model import quantize_
-    from qwlora.quantize.tune_scales import TuningSettings, tune_scales_
+    from qwlora.quantize.tune_scales import TuningSettings, tune_
     from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
     from qwlora.simulation.load_simulation import load_simulation
     from qwlora.simulation.placement_rules import PlacementRule
     from qwlora.simulation.simulation import Simulation, simulate
-    from qwlora.simulation.simulation_schemes import SimulationSchemes
+    from qwlora.simulation.simulation_schemes import Schemes
     from qwlora.simulation.training_graph import TrainingGraph
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "initialize_adapter_": "adapter.initialize",
+    "initialize_": "adapter.initialize",
     "memory_saving": "adapter.training_step",
     "load_adapter": "adapter.adapter_folder",
     "save_adapter": "adapter.adapter_folder",
@@ -67,12 +67,12 @@ _HOME = {
     "TrainingGraph": "simulation.training_graph",
     "Limits": "export.proof.checks",
     "open_checkpoint": "formats.open_checkpoint",
-    "Rule": "quantize.layer_rules",
+    "LayerRule": "quantize.layer_rules",
     "load_base": "formats.base_folder",
     "save_base": "formats.base_folder",
     "register_with_transformers": "formats.hf_quantizer",
     "TuningSettings": "quantize.tune_scales",
-    "tune_scales_": "quantize.tune_scales",
+    "tune_": "quantize.tune_scales",
     "QwloraError": "errors",
     "AdapterSimulations": "simulation.adapter_simulations",
     "Check": "export.proof.checks",
@@ -83,16 +83,16 @@ _HOME = {
     "read_encodings": "encodings",
     "write_encodings": "encodings",
     "fingerprint": "nn.fingerprint",
-    "Moment": "grid.second_moments",
-    "Moments": "grid.second_moments",
+    "LayerMoments": "grid.second_moments",
+    "MomentStore": "grid.second_moments",
     "PerBlock": "grid.scheme",
     "PerChannel": "grid.scheme",
     "PerTensor": "grid.scheme",
     "Scheme": "grid.scheme",
-    "Estimator": "grid.range_estimator",
+    "RangeEstimator": "grid.range_estimator",
     "PlacementRule": "simulation.placement_rules",
     "Simulation": "simulation.simulation",
-    "SimulationSchemes": "simulation.simulation_schemes",
+    "Schemes": "simulation.simulation_schemes",
     "simulate": "simulation.simulation",
 }
 
@@ -101,27 +101,27 @@ __all__ = [
     "Check",
     "Encoding",
     "EncodingsFile",
-    "Estimator",
+    "LayerMoments",
+    "LayerRule",
     "Limits",
-    "Moment",
-    "Moments",
+    "MomentStore",
     "PackedLinear",
     "PerBlock",
     "PerChannel",
     "PerTensor",
     "PlacementRule",
     "QwloraError",
-    "Rule",
+    "RangeEstimator",
     "Scheme",
+    "Schemes",
     "Simulation",
-    "SimulationSchemes",
     "TrainingGraph",
     "TuningSettings",
     "assert_frozen",
     "export_files",
     "fingerprint",
     "freeze_",
-    "initialize_adapter_",
+    "initialize_",
     "load_adapter",
     "load_base",
     "load_precomputed",
@@ -136,7 +136,7 @@ __all__ = [
     "save_base",
     "simulate",
     "simulate_adapters",
-    "tune_scales_",
+    "tune_",
     "verify_files",
     "write_encodings",
 ]

@@ -22,7 +22,7 @@ from qwlora.errors import TrainingError
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import PackedTensor
-from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.layer_rules import LayerRule
 
 
 def batch() -> dict[str, Tensor]:
@@ -252,7 +252,7 @@ def test_packed_head_is_never_unpacked_at_once(
 ) -> None:
     monkeypatch.setattr("qwlora.adapter.cross_entropy.SLICE_LOGITS", 600)
     model = tiny_model(name)
-    quantize_(model, "w4-block32", "rtn", rules=[Rule("lm_head", parse_scheme("w8-block32"))])
+    quantize_(model, "w4-block32", "rtn", rules=[LayerRule("lm_head", parse_scheme("w8-block32"))])
     assert type(model.get_output_embeddings()) is PackedLinear
     peft = get_peft_model(
         model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
@@ -278,7 +278,7 @@ def test_packed_head_is_never_unpacked_at_once(
 
 def test_head_with_an_instance_forward_keeps_it() -> None:
     model = tiny_model("qwen3")
-    quantize_(model, "w4-block32", "rtn", rules=[Rule("lm_head", parse_scheme("w8-block32"))])
+    quantize_(model, "w4-block32", "rtn", rules=[LayerRule("lm_head", parse_scheme("w8-block32"))])
     head = model.get_output_embeddings()
     head.forward = lambda x: type(head).forward(head, x) * 0.5
     own = model(**batch()).loss

@@ -13,16 +13,16 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor
 
 from conftest import tiny_model
-from qwlora.adapter.initialize import Measure, initialize_adapter_, solver_difference
+from qwlora.adapter.initialize import Measure, initialize_, solver_difference
 from qwlora.errors import TrainingError
 from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerBlock, Scheme
-from qwlora.grid.second_moments import Moment, Moments
+from qwlora.grid.second_moments import LayerMoments, MomentStore
 from qwlora.nn import PackedLinear, weight_out_in
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.quantize_model import quantize_
-from qwlora.quantize.tune_scales import TuningSettings, tune_scales_
+from qwlora.quantize.tune_scales import TuningSettings, tune_
 from qwlora.quantize.tuned_parameters import Tunable
 
 
@@ -60,7 +60,7 @@ def test_correction_is_optimal_for_its_rank(out: int, columns: int) -> None:
     )
     torch.testing.assert_close(found, singular[:5], rtol=1e-3, atol=0)
 
-    moment = Moment(correlated(columns), correlated(out))
+    moment = LayerMoments(correlated(columns), correlated(out))
     b, a, found = Measure(moment).best_correction(difference, 5)
     r, g = damped(moment.input, 0.1), damped(moment.output, 1.0)
     assert Measure(moment).of(difference) == pytest.approx(
@@ -85,7 +85,7 @@ def test_steps_of_a_and_b_move_outputs_equally_for_large_inputs(size: float, far
         torch.randn(out, columns, generator=torch.Generator().manual_seed(0)),
         correlated(columns) * size,
     )
-    b, a, _ = Measure(Moment(r, correlated(out))).best_correction(difference, rank)
+    b, a, _ = Measure(LayerMoments(r, correlated(out))).best_correction(difference, rank)
     inputs = torch.linalg.cholesky(damped(r, 0.1))
     as_long = torch.allclose(b.norm(dim=0), (a @ inputs).norm(dim=1), rtol=1e-4)
     signs = torch.Generator().manual_seed(1)
@@ -113,7 +113,7 @@ def root(matrix: Tensor) -> Tensor:
 
 def test_rank_above_the_matrix_rank_corrects_everything() -> None:
     difference = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
-    b, a, *_ = Measure(Moment(correlated(8), correlated(6))).best_correction(difference, 10)
+    b, a, *_ = Measure(LayerMoments(correlated(8), correlated(6))).best_correction(difference, 10)
     assert torch.allclose(b @ a, difference, atol=1e-4)
     assert (b.shape, a.shape) == ((6, 6), (6, 8))
 
@@ -126,7 +126,7 @@ def test_initialization_brings_outputs_closer_to_the_float_model(
     model = tiny_model(architecture)
     reference = copy.deepcopy(model)
     ids = torch.randint(0, 250, (8, 32), generator=torch.Generator().manual_seed(0))
-    moments = Moments()
+    moments = MomentStore()
     quantize_(
         model,
         "w2-block32-asymmetric",
@@ -148,7 +148,7 @@ def test_initialization_brings_outputs_closer_to_the_float_model(
             copy.deepcopy(model),
             LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
-        reports = initialize_adapter_(adapted, init, weights_of(reference), moments)
+        reports = initialize_(adapted, init, weights_of(reference), moments)
         assert all(report.after < report.before for report in reports.values())
         assert fingerprint(adapted) == identity
         found[init] = distance(adapted)
@@ -161,16 +161,16 @@ def test_factors_are_finite_when_there_is_nothing_to_correct(nothing: str) -> No
     difference = torch.randn(6, 8, generator=torch.Generator().manual_seed(0)) * (
         nothing != "difference"
     )
-    found = Measure(Moment(correlated(8), correlated(6) * (nothing != "gradient"))).best_correction(
-        difference, 3
-    )
+    found = Measure(
+        LayerMoments(correlated(8), correlated(6) * (nothing != "gradient"))
+    ).best_correction(difference, 3)
     assert all(bool(torch.as_tensor(x).isfinite().all()) for x in found)
     assert not (found.b @ found.a).any() or nothing == "gradient"
     with pytest.raises(
         TrainingError, match=r"the moments contain nan or infinity\. Quantize again"
     ):
-        Measure(Moment(torch.full((8, 8), float("nan"))))
-    with pytest.raises(TrainingError, match=r"For R alone, pass Moment\(R\)"):
+        Measure(LayerMoments(torch.full((8, 8), float("nan"))))
+    with pytest.raises(TrainingError, match=r"For R alone, pass LayerMoments\(R\)"):
         Measure(correlated(8))  # type: ignore[arg-type]
 
 
@@ -181,11 +181,11 @@ def test_unused_ranks_are_trainable() -> None:
     adapted = get_peft_model(model, LoraConfig(r=80, target_modules=["q_proj"]))
     layer = next(iter(lora_layers(adapted).values()))
     own = layer.lora_A["default"].weight.detach().clone()
-    initialize_adapter_(adapted, "svd", weights_of(reference), share=1)
+    initialize_(adapted, "svd", weights_of(reference), share=1)
     after = layer.lora_A["default"].weight
     assert torch.equal(after[64:], own[64:])
     assert not torch.equal(after[:64], own[:64])
-    initialize_adapter_(
+    initialize_(
         adapted,
         "svd",
         lambda path: (
@@ -206,7 +206,7 @@ def test_ranks_beyond_the_share_keep_pefts_default(share: float, ranks: int) -> 
     )
     layers = lora_layers(adapted)
     own = {name: layer.lora_A["default"].weight.detach().clone() for name, layer in layers.items()}
-    reports = initialize_adapter_(adapted, "svd", weights_of(reference), share=share)
+    reports = initialize_(adapted, "svd", weights_of(reference), share=share)
     assert layers
     for path, layer in layers.items():
         assert torch.equal(layer.lora_A["default"].weight[ranks:], own[path][ranks:])
@@ -230,7 +230,7 @@ def test_tuned_scales_are_not_corrected(scheme: str) -> None:
 
     def started(base: torch.nn.Module, scales: dict[str, Tensor] | None) -> dict[str, Tensor]:
         adapted = get_peft_model(base, LoraConfig(r=4, target_modules="all-linear"))
-        initialize_adapter_(
+        initialize_(
             adapted,
             "svd",
             weights_of(reference),
@@ -239,7 +239,7 @@ def test_tuned_scales_are_not_corrected(scheme: str) -> None:
         return {path: product(layer) for path, layer in lora_layers(adapted).items()}
 
     solved = started(copy.deepcopy(model), None)
-    report = tune_scales_(model, reference, ids, TuningSettings(steps=10, learning_rate=0.02))
+    report = tune_(model, reference, ids, TuningSettings(steps=10, learning_rate=0.02))
     assert report.kept
     adapted = started(copy.deepcopy(model), report.solver_scales)
     unaware = started(copy.deepcopy(model), None)
@@ -308,4 +308,4 @@ def test_errors_name_the_reason(
     share = options.pop("share", 0.5)
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear", **options))
     with pytest.raises(TrainingError, match=message):
-        initialize_adapter_(adapted, init, lambda path: torch.empty(0), share=share)
+        initialize_(adapted, init, lambda path: torch.empty(0), share=share)

@@ -108,9 +108,7 @@ def test_it_is_initialized_and_trained() -> None:
         for name, module in tiny_model("llama", layers=1).named_modules()
         if isinstance(module, torch.nn.Linear)
     }
-    reports = qwlora.initialize_adapter_(
-        model, "svd", lambda path: floats[path.removesuffix(".weight")]
-    )
+    reports = qwlora.initialize_(model, "svd", lambda path: floats[path.removesuffix(".weight")])
     assert len(reports) == 2
     assert all(report.after < report.before for report in reports.values())
     model.train()
@@ -123,7 +121,7 @@ def test_it_is_initialized_and_trained() -> None:
 
 def test_its_base_is_saved_without_it_and_it_is_trained_on_the_graph(tmp_path: Path) -> None:
     model = adapted("injected")
-    saved = qwlora.save_base(model, None, tmp_path / "base", "a test")
+    saved = qwlora.save_base(model, tmp_path / "base", source="a test")
     assert saved == qwlora.fingerprint(base())
     loaded = qwlora.load_base(tmp_path / "base")
     assert torch.equal(loaded(**BATCH).logits, base()(**BATCH).logits)

@@ -31,7 +31,7 @@ def base() -> PreTrainedModel:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
-    save_base(base(), byte_tokenizer(), folder, "here")
+    save_base(base(), folder, byte_tokenizer(), source="here")
     return folder
 
 
@@ -87,7 +87,7 @@ def test_names_the_changed_tensors(
 def test_saving_a_changed_base_makes_it_a_new_base(tmp_path: Path) -> None:
     model = base()
     model.model.norm.weight.data.mul_(2)
-    save_base(model, byte_tokenizer(), tmp_path, "here")
+    save_base(model, tmp_path, byte_tokenizer(), source="here")
     save_adapter(get_peft_model(model, lora()), tmp_path / "adapter")
     load_adapter(load_base(tmp_path), tmp_path / "adapter")
 

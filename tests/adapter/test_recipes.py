@@ -31,7 +31,7 @@ from qwlora.errors import ExportError, RecipeError, SourceError, TrainingError
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.scheme import parse_scheme
 from qwlora.pipeline.running.run_job import run
-from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.layer_rules import LayerRule
 from qwlora.recipe import load_recipe
 
 FAST = {"steps": 2, "warmup_steps": 0, "rank": 2}
@@ -415,7 +415,7 @@ def test_start_that_saves_float_layers_is_trained_further(recipe_for: Any, tmp_p
 def test_attach_names_saved_packed_layers(tmp_path: Path, layers: list[str]) -> None:
     with_whole_layers(tmp_path, "qwen3", layers)
     model = tiny_model("qwen3")
-    quantize_(model, "w4-block32", rules=[Rule("*", parse_scheme("w4-block32"))])
+    quantize_(model, "w4-block32", rules=[LayerRule("*", parse_scheme("w4-block32"))])
     with pytest.raises(
         SourceError,
         match=rf"modules_to_save hold .*{layers[0]}.* but the base has integers there",

@@ -19,7 +19,7 @@ from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.estimate_ranges import estimate_ranges
 from qwlora.grid.min_max import encoding_from_range
-from qwlora.grid.range_estimator import Estimator
+from qwlora.grid.range_estimator import RangeEstimator
 from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.quantize.scale_search import search_scale
 
@@ -65,7 +65,7 @@ def theirs(x: Tensor, scheme: Scheme, analyzer, **options) -> Encoding:
     return Encoding(scheme, scale.view(()), offset.view(()))
 
 
-def ours(batches: list[Tensor], scheme: Scheme, estimator: Estimator) -> Encoding:
+def ours(batches: list[Tensor], scheme: Scheme, estimator: RangeEstimator) -> Encoding:
     observer = SampleObserver(estimator.needs_sample)
     for batch in batches:
         observer.update(batch)
@@ -75,7 +75,7 @@ def ours(batches: list[Tensor], scheme: Scheme, estimator: Estimator) -> Encodin
 
 def error_ratio(batches: list[Tensor], scheme: Scheme, name: str) -> float:
     """Our error over AIMET's, on all batches."""
-    x, estimator = torch.cat(batches), Estimator(name)
+    x, estimator = torch.cat(batches), RangeEstimator(name)
     gamma = estimator.gamma
     aimet = theirs(x, scheme, SqnrEncodingAnalyzer, gamma=gamma)
     mine = ours(batches, scheme, estimator)
@@ -130,7 +130,7 @@ def test_percentile(percentile, table: Table):
         for scheme in SCHEMES:
             if scheme.bitwidth == 2 and scheme.symmetric:
                 continue  # AIMET avoids the positive end's clipping for min-max, but not here
-            mine = ours([x], scheme, Estimator("percentile", percentile))
+            mine = ours([x], scheme, RangeEstimator("percentile", percentile))
             aimet = theirs(x, scheme, PercentileEncodingAnalyzer, percentile=percentile)
             ascending = x.flatten().sort().values
             outside = int(len(ascending) * (100 - percentile) / 100 + 1e-9)

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qwlora import PerChannel, Scheme, SimulationSchemes, quantize_, simulate
+from qwlora import PerChannel, Scheme, Schemes, quantize_, simulate
 from qwlora.parameter_names import canonical_name, is_adapter_name
 from qwlora.simulation.placement_rules import PlacementRule
 
@@ -124,9 +124,7 @@ def write(case: Case, folder: Path) -> None:
     )
     channel = Scheme(8, granularity=PerChannel(0))
     rules = UNSEEN_BY_AIMET if case.as_aimet else ()
-    schemes = SimulationSchemes(
-        case.activations, adapter_weights=channel, parameters=channel, rules=rules
-    )
+    schemes = Schemes(case.activations, adapter_weights=channel, parameters=channel, rules=rules)
     simulation = simulate(model, inputs(evaluation), schemes)
     simulation.calibrate([inputs(batch) for batch in calibration])
     parts = {

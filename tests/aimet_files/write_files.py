@@ -22,7 +22,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from qwlora import Rule, Scheme, Simulation, SimulationSchemes, quantize_, simulate
+from qwlora import LayerRule, Scheme, Schemes, Simulation, quantize_, simulate
 from qwlora.export.npu.float_onnx import to_float_onnx
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import Backend, ExportedGraph
@@ -51,9 +51,9 @@ def simulation(grid: str) -> Simulation:
     """A one-layer Llama; with 16 bits, the base is float and its weights are parameters."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=True)).eval()
-    schemes = SimulationSchemes()
+    schemes = Schemes()
     if grid == "w16-channel":
-        schemes = SimulationSchemes(parameters=Scheme(16, True, PerChannel(0)))
+        schemes = Schemes(parameters=Scheme(16, True, PerChannel(0)))
     else:
         quantize_(model, grid, solver="rtn")
     config = LoraConfig(
@@ -93,9 +93,9 @@ def write_graphs(folder: Path, aimet: Backend) -> None:
     """Graphs with a key-value cache in both versions."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SIZES)).eval()
-    quantize_(model, "w4-channel", solver="rtn", rules=[Rule("*embed_tokens", Scheme(8))])
+    quantize_(model, "w4-channel", solver="rtn", rules=[LayerRule("*embed_tokens", Scheme(8))])
     config = LoraConfig(r=4, target_modules=["v_proj"], init_lora_weights=False)
-    schemes = SimulationSchemes(
+    schemes = Schemes(
         quantize_residual_adds=True, symmetric_matmul_second_input=True, key_value_bitwidth=8
     )
     made = simulate(get_peft_model(model, config).eval(), BATCH, schemes)

@@ -28,7 +28,7 @@ from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
 from qwlora.nn import packed_weights
-from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.layer_rules import LayerRule
 
 GPTQ = Path(__file__).parent.parent / "formats" / "files" / "gptqmodel-llama"
 Call = Callable[..., tuple[int, str, str]]
@@ -51,12 +51,12 @@ def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
 def base(tmp_path: Path) -> tuple[Path, Any]:
     model = tiny_model("llama")
     rules = [
-        Rule("*.down_proj", parse_scheme("w8-channel")),
-        Rule("*.1.mlp.up_proj", parse_scheme("w3-block16-asymmetric")),
+        LayerRule("*.down_proj", parse_scheme("w8-channel")),
+        LayerRule("*.1.mlp.up_proj", parse_scheme("w3-block16-asymmetric")),
     ]
     quantize_(model, "w4-block32", "rtn", rules=rules)
     (tmp_path / "base").mkdir()
-    save_base(model, byte_tokenizer(), tmp_path / "base", "somewhere")
+    save_base(model, tmp_path / "base", byte_tokenizer(), source="somewhere")
     return tmp_path / "base", model
 
 
@@ -116,7 +116,7 @@ def test_sqnr_against_the_float_model_is_that_of_a_plain_computation(
     """GPT-2 has square weights that are stored the other way round."""
     model, plain = tiny_model(architecture), tiny_model(architecture)
     quantize_(model, "w4-block32", "rtn")
-    save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
     inspection = inspect_source(str(tmp_path), against=str(checkpoints[architecture]))
     found = {t.name: t for t in inspection.tensors}
     for name, layer in packed_weights(model).items():
@@ -268,7 +268,7 @@ def test_an_adapter_and_a_job_directory(base: tuple[Path, Any], tmp_path: Path, 
     assert "NOT the base" not in out
     other = tiny_model("llama", seed=1)
     quantize_(other, "w4-block32", "rtn")
-    save_base(other, byte_tokenizer(), folder, "somewhere")
+    save_base(other, folder, byte_tokenizer(), source="somewhere")
     assert "NOT the base in this directory" in call(tmp_path)[1]
     _, out, _ = call(tmp_path, "--json")
     assert json.loads(out)["base"]["fingerprint"] == fingerprint(other)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from conftest import tiny_model
-from qwlora import PlacementRule, Scheme, SimulationSchemes, quantize_, simulate
+from qwlora import PlacementRule, Scheme, Schemes, quantize_, simulate
 from qwlora.analysis.mixed_precision import rules_for, suggest
 from qwlora.analysis.quantization_costs import cumulative_costs, layer_sqnr
 from qwlora.analysis.sensitivity import next_token_loss, sensitivities
@@ -24,7 +24,7 @@ NARROW = Scheme(2, symmetric=False)
 
 
 def calibrated(bitwidth: int) -> Simulation:
-    made = simulation(SimulationSchemes(Scheme(bitwidth, symmetric=False)))
+    made = simulation(Schemes(Scheme(bitwidth, symmetric=False)))
     made.calibrate(BATCHES)
     return made
 
@@ -75,7 +75,7 @@ def test_costs_fall_with_the_bitwidth_and_leave_the_simulation_as_it_was() -> No
 def test_costs_do_not_depend_on_what_may_be_trained(architecture: str) -> None:
     model = tiny_model(architecture)
     quantize_(model, "w4-block32", solver="rtn")
-    made = simulate(model, BATCHES[0], SimulationSchemes(Scheme(4, symmetric=False)))
+    made = simulate(model, BATCHES[0], Schemes(Scheme(4, symmetric=False)))
     made.calibrate(BATCHES)
     trainable = {name for name, p in model.named_parameters() if p.requires_grad}
     assert trainable
@@ -115,7 +115,7 @@ def test_the_fewest_dearest_values_get_the_wide_grid() -> None:
     assert loss(made) == found.measured, "the simulation is left in the assignment"
     for name, quantizer in made.quantizers.items():
         assert quantizer.scheme.bitwidth == (8 if name in found.wide else 2)
-    again = simulation(SimulationSchemes(NARROW, rules=found.rules))
+    again = simulation(Schemes(NARROW, rules=found.rules))
     assert {n for n, q in again.quantizers.items() if q.scheme.bitwidth == 8} == set(found.wide)
 
 
@@ -125,7 +125,7 @@ def test_what_a_rule_decided_is_not_searched() -> None:
         PlacementRule("*.q_proj.linear", bitwidth=4, minimum=-3.0),
         PlacementRule("*.v_proj.linear", symmetric=True),
     )
-    schemes = SimulationSchemes(NARROW, rules=own, symmetric_matmul_second_input=True)
+    schemes = Schemes(NARROW, rules=own, symmetric_matmul_second_input=True)
     made = simulation(schemes)
     made.calibrate(BATCHES)
     before = {name: q.scheme for name, q in made.quantizers.items()}

@@ -35,7 +35,7 @@ from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
-from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.layer_rules import LayerRule
 
 from .record import Record
 from .victims import seeds
@@ -169,10 +169,10 @@ def make_gguf(folder: Path) -> None:
 def make_base(folder: Path) -> None:
     model = tiny_model("llama")
     schemes = {"*.q_proj": "w3-block32-asymmetric", "*.up_proj": "w4-lpbq16"}
-    rules = [Rule(match, parse_scheme(scheme)) for match, scheme in schemes.items()]
-    quantize_(model, "w4-block32", "rtn", rules=[*rules, Rule("*.v_proj", None)])
+    rules = [LayerRule(match, parse_scheme(scheme)) for match, scheme in schemes.items()]
+    quantize_(model, "w4-block32", "rtn", rules=[*rules, LayerRule("*.v_proj", None)])
     folder.mkdir()
-    save_base(model, byte_tokenizer(), folder, "somewhere")
+    save_base(model, folder, byte_tokenizer(), source="somewhere")
 
 
 def make_encodings(folder: Path) -> None:

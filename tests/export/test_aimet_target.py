@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
 from export.damage import flip_bit
-from qwlora import Simulation, SimulationSchemes, encodings, quantize_, simulate
+from qwlora import Schemes, Simulation, encodings, quantize_, simulate
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export.npu.aimet import open_aimet
 from qwlora.export.proof.checks import Limits
@@ -40,7 +40,7 @@ def simulation(scheme: str, architecture: str = "llama") -> Simulation:
     config = LoraConfig(
         r=4, lora_alpha=8, target_modules=["q_proj", "down_proj"], init_lora_weights=False
     )
-    schemes = SimulationSchemes(adapter_activation_bitwidth=8)
+    schemes = Schemes(adapter_activation_bitwidth=8)
     made = simulate(get_peft_model(model, config).eval(), BATCH, schemes)
     made.calibrate([BATCH])
     return made

@@ -17,7 +17,7 @@ from torch import nn
 
 from conftest import tiny_model
 from export.proofs import check_parity, reference_of, verify_onnx, verify_onnx_outputs
-from qwlora import PerChannel, Scheme, Simulation, SimulationSchemes, quantize_, simulate
+from qwlora import PerChannel, Scheme, Schemes, Simulation, quantize_, simulate
 from qwlora.data.sequences import Sequences
 from qwlora.encodings import LpbqEncoding, read_encodings, validate
 from qwlora.encodings.grids import TensorLayout, grid_of
@@ -40,7 +40,7 @@ IDS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(3))
 def made(
     scheme: str,
     folder: Path,
-    schemes: SimulationSchemes | None = None,
+    schemes: Schemes | None = None,
     adapted_layers: str | list[str] = "all-linear",
 ) -> Simulation:
     """An exported simulation; translating its graph takes time in proportion to what is adapted."""
@@ -106,9 +106,7 @@ def test_a_runtime_that_rounds_activations_on_its_own_fails_the_proof(
 
 
 def test_eight_bit_activations(tmp_path: Path) -> None:
-    simulation = made(
-        "w4-block32", tmp_path, SimulationSchemes(activations=Scheme(8, symmetric=False))
-    )
+    simulation = made("w4-block32", tmp_path, Schemes(activations=Scheme(8, symmetric=False)))
     check_parity(verify_onnx(tmp_path, simulation, IDS, layer_tokens=16), Limits(), "a8")
     kinds = {
         i.data_type
@@ -129,7 +127,7 @@ def test_adapter_weights_of_every_width(
     simulation = made(
         "w4-block32",
         tmp_path,
-        SimulationSchemes(adapter_weights=Scheme(bitwidth, symmetric, PerChannel(0))),
+        Schemes(adapter_weights=Scheme(bitwidth, symmetric, PerChannel(0))),
     )
     check_parity(verify_onnx(tmp_path, simulation, IDS, layer_tokens=16), Limits(), "it")
     name = "model.layers.0.mlp.up_proj.lora_A.weight"
@@ -146,7 +144,7 @@ def test_adapter_weights_of_every_width(
 
 def test_activation_bitwidths_without_an_onnx_type_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ExportError, match=r"6-bit.*use 8 or 16 bits"):
-        made("w4-block32", tmp_path, SimulationSchemes(activations=Scheme(6, symmetric=False)))
+        made("w4-block32", tmp_path, Schemes(activations=Scheme(6, symmetric=False)))
 
 
 def test_aimet_entries_describe_the_grids(bundle: tuple[Path, Simulation]) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwlora import Scheme, Simulation, SimulationSchemes, quantize_, simulate
+from qwlora import Scheme, Schemes, Simulation, quantize_, simulate
 from qwlora.export.onnx import onnx_graph
 from qwlora.export.onnx.onnx import export_onnx
 
@@ -20,7 +20,7 @@ def simulation(seed: int, width: int = 32, activations: int = 16) -> Simulation:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(32, width), nn.ReLU(), nn.Linear(width, 32)).eval()
     quantize_(model, "w4-block32", solver="rtn")
-    made = simulate(model, BATCH, SimulationSchemes(Scheme(activations, symmetric=False)))
+    made = simulate(model, BATCH, Schemes(Scheme(activations, symmetric=False)))
     made.calibrate([BATCH])
     return made
 

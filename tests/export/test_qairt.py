@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 
 from export.damage import edit_json, flip_bit, swap
 from export.proofs import sqnr, verify_graphs
-from qwlora import Rule, Scheme, quantize_
+from qwlora import LayerRule, Scheme, quantize_
 from qwlora.errors import VerificationError
 from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.npu.float_onnx_runner import FloatOnnxModel
@@ -66,7 +66,7 @@ ADAPTERS = {
 
 def simulated(mode: BaseActivations) -> AdapterSimulations:
     model = make("Llama")
-    quantize_(model, "w4-channel", solver="rtn", rules=[Rule("*embed_tokens", Scheme(8))])
+    quantize_(model, "w4-channel", solver="rtn", rules=[LayerRule("*embed_tokens", Scheme(8))])
     cased = use_case_model(model, ADAPTERS, CASES)
     made = simulate_adapters(cased, inputs("Llama"), SCHEMES, mode)
     made.calibrate([{"input_ids": IDS}])

@@ -12,7 +12,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from qwlora import Rule, Scheme, SimulationSchemes, quantize_
+from qwlora import LayerRule, Scheme, Schemes, quantize_
 from qwlora.errors import ExportError, FingerprintError
 from qwlora.export.npu.htp_limits import input_problem, table_problem, weight_problem
 from qwlora.export.npu.qnn import check_bundle, export_qnn, verify_qnn
@@ -31,7 +31,7 @@ CONTEXT, GENERATED = 96, 64
 EMULATED = pytest.mark.parametrize(
     "is_emulated", [False, pytest.param(True, marks=pytest.mark.client)]
 )
-SCHEMES = SimulationSchemes(
+SCHEMES = Schemes(
     quantize_residual_adds=True,
     symmetric_matmul_second_input=True,
     key_value_bitwidth=8,
@@ -71,10 +71,10 @@ def sqnr(found: torch.Tensor, expected: torch.Tensor) -> float:
     return sqnr_db(float(expected.double().square().sum()), float(noise))
 
 
-def simulated(embeddings: Scheme, schemes: SimulationSchemes = SCHEMES) -> Mapping[str, Simulation]:
+def simulated(embeddings: Scheme, schemes: Schemes = SCHEMES) -> Mapping[str, Simulation]:
     """Adapters of two ranks and scalings, on one set of encodings."""
     model = make("Llama")
-    quantize_(model, "w4-channel", solver="rtn", rules=[Rule("*embed_tokens", embeddings)])
+    quantize_(model, "w4-channel", solver="rtn", rules=[LayerRule("*embed_tokens", embeddings)])
     layers = ["q_proj", "down_proj"]
     first = LoraConfig(r=2, lora_alpha=4, target_modules=layers, init_lora_weights=False)
     second = LoraConfig(r=4, lora_alpha=4, target_modules=layers, init_lora_weights=False)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from conftest import tiny_model
 from export.proofs import reference_of
-from qwlora import Scheme, SimulationSchemes, quantize_, simulate
+from qwlora import Scheme, Schemes, quantize_, simulate
 from qwlora.errors import CaptureError, ExportError
 from qwlora.export.onnx.adapters_as_inputs import (
     ZeroAdapter,
@@ -47,7 +47,7 @@ def simulation(seed: int, modules: list[str], **given: object) -> Simulation:
     torch.manual_seed(seed)
     config = LoraConfig(target_modules=modules, init_lora_weights=False, **given)  # type: ignore[arg-type]
     inputs = {"input_ids": IDS[:2, :12], "attention_mask": torch.ones_like(IDS[:2, :12])}
-    schemes = SimulationSchemes(Scheme(16), adapter_weights=Scheme(4))
+    schemes = Schemes(Scheme(16), adapter_weights=Scheme(4))
     adapted = get_peft_model(model, config).eval()
     if not seed:
         with torch.no_grad():

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from export.proofs import check_parity, verify_onnx_outputs
 from qwlora import (
     Scheme,
+    Schemes,
     Simulation,
-    SimulationSchemes,
     export_files,
     quantize_,
     simulate,
@@ -37,7 +37,7 @@ BATCHES = [inputs(NAME, seed) for seed in range(2)]
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Simulation]:
     model = make(NAME)
     quantize_(model, "w4-block32")
-    simulation = simulate(model, BATCHES[0], SimulationSchemes(Scheme(8, symmetric=False)))
+    simulation = simulate(model, BATCHES[0], Schemes(Scheme(8, symmetric=False)))
     simulation.calibrate(BATCHES)
     folder = tmp_path_factory.mktemp("image")
     export_files(simulation, "onnx_each", folder)
@@ -73,7 +73,7 @@ def test_without_session_options_integer_kernels_change_results(tmp_path: Path) 
     model = Mixed().eval()
     quantize_(model, "w4-block32")
     batches = [{"x": torch.randn(4, 16, 32)} for _ in range(4)]
-    simulation = simulate(model, batches[0], SimulationSchemes(Scheme(8, symmetric=False)))
+    simulation = simulate(model, batches[0], Schemes(Scheme(8, symmetric=False)))
     simulation.calibrate(batches)
     export_onnx(simulation.graph(), tmp_path)
     options = tmp_path / "session_options.json"

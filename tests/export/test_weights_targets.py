@@ -28,7 +28,7 @@ from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn import pack_at_, packed_weights
-from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.layer_rules import LayerRule
 
 IDS = torch.randint(0, 256, (3, 24), generator=torch.Generator().manual_seed(3))
 
@@ -127,10 +127,10 @@ def test_every_scheme_is_held_bit_for_bit_or_refused(
             assert float((values - others).abs().max()) <= 2 * rounding
 
 
-MIXED = [Rule(match="*.mlp.*", scheme=Scheme(8, True, PerChannel()))]
+MIXED = [LayerRule(match="*.mlp.*", scheme=Scheme(8, True, PerChannel()))]
 
 
-EMBEDDING = [Rule(match="*embed_tokens", scheme=Scheme(8, True, PerBlock(32)))]
+EMBEDDING = [LayerRule(match="*embed_tokens", scheme=Scheme(8, True, PerBlock(32)))]
 
 
 @pytest.mark.parametrize(
@@ -160,7 +160,7 @@ EMBEDDING = [Rule(match="*embed_tokens", scheme=Scheme(8, True, PerBlock(32)))]
     ),
 )
 def test_the_runtime_computes_base_and_adapters(
-    name: str, architecture: str, scheme: Any, rules: list[Rule], tmp_path: Path
+    name: str, architecture: str, scheme: Any, rules: list[LayerRule], tmp_path: Path
 ) -> None:
     kind = target(name)
     solver = "search" if TARGETS[name].has_float16_scales else "rtn"

@@ -35,7 +35,7 @@ from qwlora.formats import hf_quantizer
 from qwlora.formats.base_files import BaseWriter
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn.frozen import packed_layers
-from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.layer_rules import LayerRule
 
 IDS = torch.arange(40).view(2, 20)
 
@@ -63,7 +63,7 @@ def quantized(architecture: str = "llama", scheme: str = "w4-block32") -> PreTra
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A base to read only."""
     folder = tmp_path_factory.mktemp("base")
-    save_base(quantized(), byte_tokenizer(), folder, "somewhere")
+    save_base(quantized(), folder, byte_tokenizer(), source="somewhere")
     return folder
 
 
@@ -78,7 +78,7 @@ def own_base(base: Path, tmp_path: Path) -> Path:
 def test_from_pretrained_gives_the_model_of_load_base(
     tmp_path: Path, architecture: str, dtype: torch.dtype
 ) -> None:
-    save_base(quantized(architecture), byte_tokenizer(), tmp_path, "somewhere")
+    save_base(quantized(architecture), tmp_path, byte_tokenizer(), source="somewhere")
     model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     expected = load_base(tmp_path, dtype)
     assert torch.equal(logits(model), logits(expected))
@@ -90,7 +90,7 @@ def test_from_pretrained_gives_the_model_of_load_base(
 def _packed_embedding() -> PreTrainedModel:
     model = tiny_model("llama")
     scheme = parse_scheme("w4-block32")
-    quantize_(model, scheme, "rtn", rules=[Rule("*embed_tokens", scheme)])
+    quantize_(model, scheme, "rtn", rules=[LayerRule("*embed_tokens", scheme)])
     return model
 
 
@@ -120,7 +120,7 @@ def _experts() -> PreTrainedModel:
 def test_tied_heads_and_experts_load_as_well(
     tmp_path: Path, make: Callable[[], PreTrainedModel]
 ) -> None:
-    save_base(make(), None, tmp_path, "somewhere")
+    save_base(make(), tmp_path, source="somewhere")
     model, expected = AutoModelForCausalLM.from_pretrained(tmp_path), load_base(tmp_path)
     assert torch.equal(logits(model), logits(expected))
     assert fingerprint(model) == fingerprint(expected)
@@ -145,7 +145,7 @@ def test_device_map_is_followed(base: Path, device_map: Any) -> None:
 def test_the_dtype_is_by_default_the_one_that_the_model_had(tmp_path: Path) -> None:
     model = tiny_model("llama").bfloat16()
     quantize_(model, "w4-block32", "rtn")
-    save_base(model, None, tmp_path, "somewhere")
+    save_base(model, tmp_path, source="somewhere")
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
     assert loaded.dtype == torch.bfloat16
     assert torch.equal(logits(loaded), logits(load_base(tmp_path, torch.bfloat16)))
@@ -313,7 +313,7 @@ def test_after_save_base_an_adapter_names_the_base_and_not_the_float_model(
 ) -> None:
     model = LlamaForCausalLM.from_pretrained(checkpoints["llama"])
     quantize_(model, "w4-block32", "rtn")
-    save_base(model, None, tmp_path / "base", "somewhere")
+    save_base(model, tmp_path / "base", source="somewhere")
     save_adapter(adapted(model), tmp_path / "adapter")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(tmp_path / "base")

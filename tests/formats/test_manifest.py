@@ -187,7 +187,7 @@ def swap_two_tokens(path: Path) -> None:
 
 
 def test_two_swapped_tokens_of_a_base_are_noticed(tmp_path: Path) -> None:
-    save_base(base(), byte_tokenizer(), tmp_path, "somewhere")
+    save_base(base(), tmp_path, byte_tokenizer(), source="somewhere")
     (tmp_path / "README.md").write_text("a base")
     load_base(tmp_path)
     swap_two_tokens(tmp_path / "tokenizer.json")

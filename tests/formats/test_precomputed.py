@@ -31,7 +31,7 @@ from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn import is_packable, is_packed, packed_weights, weight_out_in
 from qwlora.nn.packed_experts import parameter_out_in
-from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.layer_rules import LayerRule
 from qwlora.quantize.quantize_model import quantize_checkpoint
 
 IDS = torch.arange(40).view(2, 20)
@@ -130,7 +130,7 @@ def test_an_assembled_model_computes_what_its_float_twin_computes(
             value = checkpoint.read(name)
             assert isinstance(value, QuantizedTensor)
             assert torch.equal(layer.codes, value.codes)
-    identity = save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    identity = save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
     loaded = load_base(tmp_path)
     assert fingerprint(loaded) == fingerprint(load_precomputed(checkpoint)) == identity
     with torch.no_grad():
@@ -276,9 +276,9 @@ def test_streaming_writes_the_base_that_quantizing_in_memory_writes(
 ) -> None:
     (tmp_path / "streamed").mkdir()
     rules = [
-        Rule("*.down_proj", parse_scheme("w8-channel")),
-        Rule("*.k_proj", None),
-        Rule("*embed_tokens", parse_scheme("w4-block16")),
+        LayerRule("*.down_proj", parse_scheme("w8-channel")),
+        LayerRule("*.k_proj", None),
+        LayerRule("*embed_tokens", parse_scheme("w4-block16")),
     ]
     rules = rules if kind in ("llama", "qwen3") else []
     checkpoint = Held(model_of(kind))
@@ -298,7 +298,7 @@ def test_streaming_holds_one_module_and_a_shard(
 ) -> None:
     checkpoint = Held(model_of(kind))
     sizes = [p.nbytes for p in checkpoint.model.parameters()]
-    rules = [Rule("*embed_tokens", parse_scheme("w4-block16"))]
+    rules = [LayerRule("*embed_tokens", parse_scheme("w4-block16"))]
     stream(checkpoint, tmp_path, rules=rules, shard_bytes=10_000)
     assert loaded_at_finish == [], "only shapes are left of the model"
     assert checkpoint.most_alive <= 2 * max(sizes) + 10_000
@@ -333,4 +333,4 @@ def test_what_cannot_be_streamed_is_refused_before_anything_is_read(tmp_path: Pa
     with pytest.raises(GridError, match="block 48"):
         stream(checkpoint, tmp_path, scheme="w4-block48")
     with pytest.raises(GridError, match=r"'\*.nowhere' matches no layer"):
-        stream(checkpoint, tmp_path, rules=[Rule("*.nowhere", None)])
+        stream(checkpoint, tmp_path, rules=[LayerRule("*.nowhere", None)])

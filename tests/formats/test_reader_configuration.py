@@ -89,7 +89,7 @@ def test_counts_of_a_base(
 ) -> None:
     model = tiny_model("llama")
     quantize_(model, "w4-block32", "rtn")
-    save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": MANY}))
     reseal(tmp_path, "base.json")

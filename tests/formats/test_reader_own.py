@@ -17,14 +17,14 @@ from qwlora.formats.base_files import BaseCheckpoint
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import parse_scheme
-from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.layer_rules import LayerRule
 
 UP = "model.layers.0.mlp.up_proj"
 RULES = [
-    Rule("*.q_proj", parse_scheme("w3-block32-asymmetric")),
-    Rule("*.up_proj", parse_scheme("w4-lpbq16")),
-    Rule("*.v_proj", None),
-    Rule("*.k_proj", parse_scheme("w8-channel")),
+    LayerRule("*.q_proj", parse_scheme("w3-block32-asymmetric")),
+    LayerRule("*.up_proj", parse_scheme("w4-lpbq16")),
+    LayerRule("*.v_proj", None),
+    LayerRule("*.k_proj", parse_scheme("w8-channel")),
 ]
 
 
@@ -35,9 +35,9 @@ def base(tmp_path: Path) -> Path:
         model,
         "w4-block32",
         "rtn",
-        rules=[*RULES, Rule("model.embed_tokens", parse_scheme("w6-block8"))],
+        rules=[*RULES, LayerRule("model.embed_tokens", parse_scheme("w6-block8"))],
     )
-    save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
     return tmp_path
 
 

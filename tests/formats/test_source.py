@@ -132,7 +132,7 @@ def test_integers_are_not_loaded_as_floats(
 ) -> None:
     model, base = tiny_model("llama"), tmp_path_factory.mktemp("base")
     quantize_(model, "w4-block32", "rtn")
-    save_base(model, byte_tokenizer(), base, "somewhere")
+    save_base(model, base, byte_tokenizer(), source="somewhere")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(
         json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
@@ -207,7 +207,7 @@ def test_a_hub_id_is_downloaded_and_read_like_a_folder(hub: Callable[[str], Path
 def test_integers_and_single_files_are_had_from_the_hub(hub: Callable[[str], Path]) -> None:
     model = tiny_model("llama")
     quantize_(model, "w4-block32", "rtn")
-    save_base(model, byte_tokenizer(), hub("owner/base"), "somewhere")
+    save_base(model, hub("owner/base"), byte_tokenizer(), source="somewhere")
     assert not fetch("owner/base").holds_floats
     assert any("int4" in view.grid for view in inspect_source("owner/base").tensors)
     files = hub("owner/files")

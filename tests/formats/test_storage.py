@@ -19,7 +19,7 @@ from qwlora.errors import FingerprintError, GridError, SourceError
 from qwlora.formats.base_files import BaseWriter
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn.fingerprint import combined_fingerprint, config_numbers
-from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.layer_rules import LayerRule
 
 IDS = torch.arange(40).view(2, 20)
 LAYER = "model.layers.0.mlp.up_proj"
@@ -29,7 +29,7 @@ LAYER = "model.layers.0.mlp.up_proj"
 def base(tmp_path: Path) -> Path:
     model = tiny_model("llama")
     quantize_(model, "w4-block32", "rtn")
-    save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
     return tmp_path
 
 
@@ -46,7 +46,7 @@ def base(tmp_path: Path) -> Path:
 def test_base_on_disk_is_the_same_base(tmp_path: Path, architecture: str, scheme: Scheme) -> None:
     model = tiny_model(architecture)
     quantize_(model, scheme, "rtn")
-    identity = save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    identity = save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
     loaded = load_base(tmp_path)
     assert fingerprint(loaded) == fingerprint(model) == identity
     assert not any(p.requires_grad for p in loaded.parameters())
@@ -69,7 +69,7 @@ def test_a_large_base_lies_in_shards_and_is_the_same(
     assert all(sum(t.nbytes for t in load_file(s).values()) <= max(20_000, largest) for s in shards)
     with torch.no_grad():
         assert torch.equal(load_base(folder)(IDS).logits, model(IDS).logits)
-    save_base(model, byte_tokenizer(), folder, "somewhere")
+    save_base(model, folder, byte_tokenizer(), source="somewhere")
     assert [p.name for p in folder.glob("*.safetensors*")] == ["base.safetensors"], (
         "nothing of the older, larger base remains"
     )
@@ -92,8 +92,10 @@ def test_a_narrower_type_keeps_grid_frequencies_and_fingerprint(base: Path) -> N
 
 def test_a_packed_embedding_gives_the_type_that_was_asked_for(tmp_path: Path) -> None:
     model = tiny_model("llama")
-    quantize_(model, "w4-block32", "rtn", rules=[Rule("*embed_tokens", parse_scheme("w4-block32"))])
-    save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    quantize_(
+        model, "w4-block32", "rtn", rules=[LayerRule("*embed_tokens", parse_scheme("w4-block32"))]
+    )
+    save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
     narrow: Any = load_base(tmp_path, dtype=torch.bfloat16)
     assert narrow.model.embed_tokens(IDS).dtype == narrow(IDS).logits.dtype == torch.bfloat16
     assert fingerprint(narrow) == fingerprint(model)
@@ -102,7 +104,7 @@ def test_a_packed_embedding_gives_the_type_that_was_asked_for(tmp_path: Path) ->
 def test_floats_that_were_narrow_are_stored_narrow_and_come_back_exact(tmp_path: Path) -> None:
     model = tiny_model("llama").bfloat16().float()
     quantize_(model, "w4-block32", "rtn")
-    save_base(model, byte_tokenizer(), tmp_path, "somewhere")
+    save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
     stored, loaded = load_file(tmp_path / "base.safetensors"), load_base(tmp_path)
     assert stored["model.embed_tokens.weight"].element_size() == 2
     assert loaded.get_parameter("model.embed_tokens.weight").dtype == torch.float32

@@ -16,7 +16,7 @@ from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.capture import Captured, capture
 from qwlora.graph.flat_arguments import cache_of
 from qwlora.simulation.simulation import Simulation, simulate
-from qwlora.simulation.simulation_schemes import SimulationSchemes, SimulationSource
+from qwlora.simulation.simulation_schemes import Schemes, SimulationSource
 from simulation.tiny_architectures import inputs, make
 
 
@@ -311,7 +311,7 @@ def test_prefill_and_decode_are_one_model(name: str) -> None:
     torch.testing.assert_close(one_more["logits"], full[:, SPLIT : SPLIT + 1], atol=1e-5, rtol=1e-4)
 
     before, after = (
-        Simulation(captured, SimulationSource.of(model, {}, SimulationSchemes()))
+        Simulation(captured, SimulationSource.of(model, {}, Schemes()))
         for captured in (prefill, decode)
     )
     before.calibrate([{"input_ids": IDS}])

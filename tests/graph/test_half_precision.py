@@ -65,7 +65,7 @@ def test_the_graph_is_that_of_the_base_that_is_saved(tmp_path: Path, dtype: torc
     simulation.save(tmp_path / "simulation")
     qwlora.save_adapter(model, tmp_path / "adapter")
     (tmp_path / "base").mkdir(exist_ok=True)
-    qwlora.save_base(model.get_base_model(), byte_tokenizer(), tmp_path / "base", "tiny")
+    qwlora.save_base(model.get_base_model(), tmp_path / "base", byte_tokenizer(), source="tiny")
 
     base = qwlora.load_base(tmp_path / "base")
     again = qwlora.load_simulation(

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from export.proofs import verify_onnx_outputs
-from qwlora import PlacementRule, SimulationSchemes, quantize_, simulate
+from qwlora import PlacementRule, Schemes, quantize_, simulate
 from qwlora.errors import CaptureError
 from qwlora.export.onnx.onnx import export_onnx
 from qwlora.graph.capturable_model import visible_implementations
@@ -116,7 +116,7 @@ def test_adapted_experts_are_base_weight_and_factors(tmp_path: Path) -> None:
     )
     torch.manual_seed(1)
     adapted = get_peft_model(model, config).eval()
-    schemes = SimulationSchemes(rules=(PlacementRule("*.mlp.gate", bitwidth=16),))
+    schemes = Schemes(rules=(PlacementRule("*.mlp.gate", bitwidth=16),))
     made = simulate(adapted, inputs("Mixtral"), schemes)
     experts = "model.layers.0.mlp.experts"
     kinds = {m.name: m.kind for m in made.marks if m.name.startswith(experts)}

@@ -13,7 +13,7 @@ from qwlora.grid.activation_observer import VALUES, SampleObserver
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.estimate_ranges import estimate_ranges
 from qwlora.grid.min_max import encoding_from_range, measure
-from qwlora.grid.range_estimator import ESTIMATORS, Estimator
+from qwlora.grid.range_estimator import ESTIMATORS, RangeEstimator
 from qwlora.grid.range_search import least_error_grid, share_outside, weighted_points
 from qwlora.grid.scheme import Scheme
 
@@ -21,7 +21,7 @@ SHAPE = (2, 96, 384)
 SEARCHES = {"squared-error": 1.0, "sqnr": 3.0}
 
 
-def estimated(batches: list[Tensor], scheme: Scheme, estimator: Estimator) -> Encoding:
+def estimated(batches: list[Tensor], scheme: Scheme, estimator: RangeEstimator) -> Encoding:
     observer = SampleObserver(estimator.needs_sample)
     for x in batches:
         observer.update(x)
@@ -92,7 +92,7 @@ def test_no_candidate_of_aimet_is_better_on_a_complete_sample(
     x, scheme = SMALL[data](), Scheme(bitwidth, symmetric)
     candidates = aimets_candidates(x, scheme)
     for name, gamma in SEARCHES.items():
-        found = error(estimated([x], scheme, Estimator(name)), x, gamma)
+        found = error(estimated([x], scheme, RangeEstimator(name)), x, gamma)
         least = float(exact_errors(x, *candidates, scheme.steps, gamma).min())
         assert found <= least * (1 + ALLOWED[bitwidth])
 
@@ -131,7 +131,7 @@ def test_a_sample_costs_little_against_all_of_the_data(data: str) -> None:
         for name, gamma in SEARCHES.items():
             scale, offset = least_error_grid(points, low, high, scheme, gamma)
             least = float(exact_errors(x, scale, offset, scheme.steps, gamma))
-            found = error(estimated(batches, scheme, Estimator(name)), x, gamma)
+            found = error(estimated(batches, scheme, RangeEstimator(name)), x, gamma)
             assert found <= 1.05 * least
 
 
@@ -139,7 +139,7 @@ def test_a_sample_costs_little_against_all_of_the_data(data: str) -> None:
 def test_min_max_is_exact(symmetric: bool) -> None:
     batches = [gaussian(3, 40, 64, seed=i) * (i + 1) for i in range(5)]
     scheme = Scheme(8, symmetric)
-    assert estimated(batches, scheme, Estimator()).equals(measure(torch.cat(batches), scheme))
+    assert estimated(batches, scheme, RangeEstimator()).equals(measure(torch.cat(batches), scheme))
 
 
 @pytest.mark.parametrize("shape", [(16,), (5, 30), (1, 4, 8, 9)])
@@ -152,7 +152,7 @@ def test_a_percentile_of_a_complete_sample_is_that_of_the_data(
     ascending = torch.cat([x.flatten() for x in batches]).sort().values
     outside = int(len(ascending) * (100 - percentile) / 100 + 1e-9)
     exact = encoding_from_range(ascending[outside], ascending[-1 - outside], scheme)
-    assert estimated(batches, scheme, Estimator("percentile", percentile)).equals(exact)
+    assert estimated(batches, scheme, RangeEstimator("percentile", percentile)).equals(exact)
 
 
 def test_a_percentile_of_a_sample_is_near_that_of_the_data() -> None:
@@ -160,7 +160,7 @@ def test_a_percentile_of_a_sample_is_near_that_of_the_data() -> None:
     batches = [LARGE["heavy"]() for _ in range(4)]
     x, scheme = torch.cat(batches), Scheme(16, symmetric=False)
     for percentile in (99.0, 99.9, 99.99):
-        found = estimated(batches, scheme, Estimator("percentile", percentile))
+        found = estimated(batches, scheme, RangeEstimator("percentile", percentile))
         outside = float((x > float(found.scale * (found.offset + 65535))).float().mean())
         assert outside == pytest.approx(1 - percentile / 100, rel=0.25)
 
@@ -177,7 +177,7 @@ def test_a_share_that_is_whole_is_not_rounded_down(
 
 def test_a_percentile_leaves_outliers_outside() -> None:
     x = torch.cat([gaussian(100000), torch.tensor([1000.0])])
-    encoding = estimated([x], Scheme(8, False), Estimator("percentile", 99.9))
+    encoding = estimated([x], Scheme(8, False), RangeEstimator("percentile", 99.9))
     assert float(encoding.scale) * 255 < 10
 
 
@@ -185,7 +185,7 @@ def test_clipping_pays_for_heavy_tails_and_sqnr_clips_less_than_squared_error() 
     torch.manual_seed(0)
     batches = [LARGE["heavy"]() for _ in range(3)]
     x, scheme = torch.cat(batches), Scheme(4, symmetric=False)
-    found = {n: estimated(batches, scheme, Estimator(n, 99.9)) for n in ESTIMATORS}
+    found = {n: estimated(batches, scheme, RangeEstimator(n, 99.9)) for n in ESTIMATORS}
     errors = {name: error(encoding, x) for name, encoding in found.items()}
     assert errors["squared-error"] < errors["percentile"] < errors["min-max"] / 2
     assert found["squared-error"].scale < found["sqnr"].scale < found["min-max"].scale
@@ -196,10 +196,10 @@ def test_clipping_pays_for_heavy_tails_and_sqnr_clips_less_than_squared_error() 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_all_zero_and_one_value(name: str, bitwidth: int, symmetric: bool) -> None:
     scheme, zero = Scheme(bitwidth, symmetric), torch.zeros(2, 4)
-    assert estimated([zero, zero], scheme, Estimator(name)).equals(measure(zero, scheme))
+    assert estimated([zero, zero], scheme, RangeEstimator(name)).equals(measure(zero, scheme))
     for value in (0.75, -0.75, 1e-30, -1e30):
         x = torch.full((2, 4), value)
-        encoding = estimated([x], scheme, Estimator(name))
+        encoding = estimated([x], scheme, RangeEstimator(name))
         assert ((encoding.fake_quantize(x) - x).abs() <= 0.51 * encoding.scale).all()
 
 
@@ -210,15 +210,15 @@ def test_many_tensors_at_once_are_each_on_its_own() -> None:
         observer.update(gaussian(7, (1 + seed % 2) * VALUES // 8, seed=seed) + seed)
         observers.append(observer)
     for name in ESTIMATORS:
-        together = torch.stack(estimate_ranges(observers, scheme, Estimator(name)))
+        together = torch.stack(estimate_ranges(observers, scheme, RangeEstimator(name)))
         for i, observer in enumerate(observers):
-            alone = torch.stack(estimate_ranges([observer], scheme, Estimator(name)))
+            alone = torch.stack(estimate_ranges([observer], scheme, RangeEstimator(name)))
             assert torch.equal(together[:, i : i + 1], alone)
 
 
 def test_an_estimator_that_does_not_exist_is_refused() -> None:
     with pytest.raises(CalibrationError, match=r"'moving-average' .* min-max, percentile"):
-        Estimator("moving-average")
+        RangeEstimator("moving-average")
     for percentile in (50, 101, float("nan")):
         with pytest.raises(CalibrationError, match=rf"percentile {percentile} .*\(50, 100\]"):
-            Estimator("percentile", percentile)
+            RangeEstimator("percentile", percentile)

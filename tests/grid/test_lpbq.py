@@ -90,7 +90,7 @@ def test_impossible_schemes_are_refused():
 def test_a_base_on_low_power_blocks_is_saved_and_loaded(tmp_path: Path) -> None:
     model = tiny_model("llama")
     quantize_(model, "w4-lpbq16", "rtn")
-    save_base(model, byte_tokenizer(), tmp_path, "here")
+    save_base(model, tmp_path, byte_tokenizer(), source="here")
     loaded = load_base(tmp_path)
     assert fingerprint(loaded) == fingerprint(model)
     assert {layer.scheme.granularity for layer in packed_weights(loaded).values()} == {Lpbq(16)}
@@ -117,7 +117,7 @@ def test_another_kind_of_blocks_is_one_class(
     quantize_(model, scheme, "search")
     for layer in packed_weights(model).values():
         assert torch.equal(layer.encoding.scale.frexp().mantissa.unique(), torch.tensor([0.5]))
-    save_base(model, byte_tokenizer(), tmp_path, "here")
+    save_base(model, tmp_path, byte_tokenizer(), source="here")
     loaded = load_base(tmp_path)
     assert fingerprint(loaded) == fingerprint(model)
     assert {layer.scheme for layer in packed_weights(loaded).values()} == {scheme}

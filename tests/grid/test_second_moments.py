@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from qwlora.errors import CalibrationError, SourceError
-from qwlora.grid.second_moments import Moment, Moments, SecondMoment
+from qwlora.grid.second_moments import LayerMoments, MomentStore, SecondMoment
 
 
 def seen(*batches: torch.Tensor) -> SecondMoment:
@@ -39,20 +39,20 @@ def test_what_has_no_moment_says_so() -> None:
 
 
 def test_a_folder_gives_back_what_was_put_in_it(tmp_path: Path) -> None:
-    moment = Moment(
+    moment = LayerMoments(
         *(
             seen(torch.randn(20, n, generator=torch.Generator().manual_seed(n))).matrix
             for n in (6, 4)
         )
     )
-    Moments(tmp_path)["a.q"] = moment
-    again = Moments(tmp_path)
-    Moments(tmp_path)["head"] = Moment(moment.input)
-    assert Moments(tmp_path)["head"].output is None
-    assert torch.equal(Moments(tmp_path)["head"].input, moment.input)
+    MomentStore(tmp_path)["a.q"] = moment
+    again = MomentStore(tmp_path)
+    MomentStore(tmp_path)["head"] = LayerMoments(moment.input)
+    assert MomentStore(tmp_path)["head"].output is None
+    assert torch.equal(MomentStore(tmp_path)["head"].input, moment.input)
     assert set(again) == {"a.q"}
     assert torch.equal(again["a.q"].input, moment.input)
     assert torch.equal(again["a.q"].output, moment.output)
     (tmp_path / "broken.safetensors").write_bytes(b"no")
     with pytest.raises(SourceError, match=r"broken\.safetensors.* delete them and quantize again"):
-        Moments(tmp_path)
+        MomentStore(tmp_path)

@@ -46,7 +46,7 @@ def test_nan_outside_the_packed_layers_is_not_frozen(
     model.get_parameter(tensor).data[index] = torch.nan
     (tmp_path / "base").mkdir()
     with pytest.raises(CalibrationError, match=f"{tensor} contains {found}"):
-        save_base(model, byte_tokenizer(), tmp_path / "base", "somewhere")
+        save_base(model, tmp_path / "base", byte_tokenizer(), source="somewhere")
     assert not (tmp_path / "base" / "base.json").exists()
     with_nan(tensor, index).save_pretrained(tmp_path / "floats")
     with pytest.raises(CalibrationError, match=f"{tensor} contains {found}"):

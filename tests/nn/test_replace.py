@@ -32,7 +32,7 @@ from qwlora.adapter.train import TrainingSettings, train_adapter
 from qwlora.errors import GridError
 from qwlora.nn import packed_weights
 from qwlora.nn.replace import unpack_
-from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.layer_rules import LayerRule
 
 IDS = torch.arange(16).view(2, 8)
 UP = "model.layers.1.mlp.up_proj"
@@ -92,7 +92,7 @@ def test_a_patched_forward_is_refused_by_name_before_anything_is_packed(below_ho
     with pytest.raises(GridError, match=rf"(?s)1 layers.*{UP} has a 'forward'.*del layer"):
         quantize_(model, "w4-block32", "rtn")
     assert not packed_weights(model)
-    quantize_(model, "w4-block32", "rtn", rules=[Rule(UP, None)])
+    quantize_(model, "w4-block32", "rtn", rules=[LayerRule(UP, None)])
     assert f"{UP}.weight" not in packed_weights(model)
 
 
@@ -162,7 +162,7 @@ def test_a_computed_weight_is_refused_by_name_unless_a_rule_keeps_it_float(compu
     compute(model.get_submodule(UP))
     with pytest.raises(GridError, match=rf"(?s)1 layers.*{UP} computes its weight"):
         quantize_(model, "w4-block32", "rtn")
-    quantize_(model, "w4-block32", "rtn", rules=[Rule(UP, None)])
+    quantize_(model, "w4-block32", "rtn", rules=[LayerRule(UP, None)])
     assert len(packed_weights(model)) == 13
 
 
@@ -220,7 +220,7 @@ def test_training_simulation_and_saving_check_it(plain: PreTrainedModel, tmp_pat
         lambda: train_adapter(adapted, IDS, settings, tmp_path / "work"),
         lambda: simulate(adapted.eval(), {"input_ids": IDS}),
         lambda: save_adapter(adapted, tmp_path / "adapter"),
-        lambda: save_base(plain, byte_tokenizer(), tmp_path, "here"),
+        lambda: save_base(plain, tmp_path, byte_tokenizer(), source="here"),
     ):
         with pytest.raises(GridError, match=PATCHED):
             use()

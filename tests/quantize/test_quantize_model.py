@@ -28,16 +28,16 @@ from qwlora import (
     observe_moments,
     quantize_,
     simulate,
-    tune_scales_,
+    tune_,
 )
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.scheme import PerBlock, Scheme, parse_scheme
-from qwlora.grid.second_moments import Moments
+from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import packed_weights
 from qwlora.quantize import quantize_blocks
 from qwlora.quantize.block_runner import BlockRunner
 from qwlora.quantize.gptq import GptqSettings
-from qwlora.quantize.layer_rules import Rule, find_tensors
+from qwlora.quantize.layer_rules import LayerRule, find_tensors
 from qwlora.revisions import REVISIONS
 
 
@@ -84,10 +84,10 @@ def test_every_linear_is_taken_but_the_output_head(architecture: str) -> None:
 def test_rules_mix_grids_and_solvers_and_keep_layers_float() -> None:
     model = tiny_model("qwen3")
     rules = [
-        Rule("model.layers.0.*_proj", None),
-        Rule("*.down_proj", Scheme(8, granularity=PerBlock(16)), "rtn"),
-        Rule("*.down_proj", None),  # the first that matches has decided
-        Rule("lm_head", parse_scheme("w8-channel")),
+        LayerRule("model.layers.0.*_proj", None),
+        LayerRule("*.down_proj", Scheme(8, granularity=PerBlock(16)), "rtn"),
+        LayerRule("*.down_proj", None),  # the first that matches has decided
+        LayerRule("lm_head", parse_scheme("w8-channel")),
     ]
     report = quantize_(model, "w4-block32", "search", rules=rules)
     schemes = {
@@ -104,7 +104,7 @@ def test_rules_mix_grids_and_solvers_and_keep_layers_float() -> None:
 def test_a_tied_embedding_is_packed_once_when_a_rule_names_it_or_its_head() -> None:
     for pattern in ("model.embed_tokens", "lm_head"):
         model, whole = tiny_model("llama"), tiny_model("llama")
-        quantize_(model, "w4-block32", rules=[Rule(pattern, parse_scheme("w8-block32"))])
+        quantize_(model, "w4-block32", rules=[LayerRule(pattern, parse_scheme("w8-block32"))])
         layers = packed_weights(model)
         assert layers["lm_head.weight"].is_tied
         assert (
@@ -146,7 +146,7 @@ def test_moments_are_those_of_the_inputs_that_the_quantized_parts_before_make(
     """Against a model whose first part alone is quantized: what the second part then sees, and does not see without that."""
     ids, found = token_ids(8), []
     for first in (parse_scheme("w2-block32"), None):
-        model, moments = tiny_model(architecture), Moments()
+        model, moments = tiny_model(architecture), MomentStore()
         part = next(
             path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)
         )
@@ -154,14 +154,14 @@ def test_moments_are_those_of_the_inputs_that_the_quantized_parts_before_make(
             model,
             "w2-block32",
             "gptq",
-            rules=[Rule(f"{part}.0.*", first)],
+            rules=[LayerRule(f"{part}.0.*", first)],
             calibration=ids,
             moments=moments,
         )
         found.append({path: moments[path] for path in moments if path.startswith(f"{part}.1.")})
-    beside = Moments()
+    beside = MomentStore()
     half = tiny_model(architecture)
-    quantize_(half, "w2-block32", "gptq", rules=[Rule(f"{part}.1.*", None)], calibration=ids)
+    quantize_(half, "w2-block32", "gptq", rules=[LayerRule(f"{part}.1.*", None)], calibration=ids)
     quantize_(half, "w2-block32", "gptq", calibration=ids, moments=beside)
     assert set(found[0]) == set(beside)
     for path in beside:
@@ -178,14 +178,14 @@ def test_moments_of_a_packed_model_are_those_of_the_floats_that_it_stands_for(
 ) -> None:
     ids = token_ids(8)
     model, twin = packed_and_twin(tiny_model(architecture), "w4-block32")
-    found, beside = observe_moments(model, ids), Moments()
+    found, beside = observe_moments(model, ids), MomentStore()
     part = next(path for path, module in twin.named_modules() if isinstance(module, nn.ModuleList))
     for seen in (0, 1):  # by the other way, each part while the one before it holds the same floats
         quantize_(
             copy.deepcopy(twin),
             "w4-block32",
             "rtn",
-            rules=[Rule(f"{part}.{1 - seen}.*", None)],
+            rules=[LayerRule(f"{part}.{1 - seen}.*", None)],
             calibration=ids,
             moments=beside,
         )
@@ -203,7 +203,11 @@ def test_a_head_has_no_moment_of_outputs_as_large_as_the_vocabulary(tied: bool) 
         if tied
         else nn.Parameter(model.lm_head.weight.detach().clone())
     )
-    rules, ids, moments = [Rule("lm_head", parse_scheme("w8-block32"))], token_ids(), Moments()
+    rules, ids, moments = (
+        [LayerRule("lm_head", parse_scheme("w8-block32"))],
+        token_ids(),
+        MomentStore(),
+    )
     quantize_(model, "w4-block32", "gptq", rules=rules, calibration=ids, moments=moments)
     for found in (moments, observe_moments(model, ids)):
         assert all((found[path].output is None) == (path == "lm_head") for path in found)
@@ -228,7 +232,7 @@ def test_only_layers_that_follow_their_inputs_need_to_be_differentiated() -> Non
         model,
         "w4-block32",
         "gptq",
-        rules=[Rule("model.layers.0.*", parse_scheme("w4-block32"), "search")],
+        rules=[LayerRule("model.layers.0.*", parse_scheme("w4-block32"), "search")],
         calibration=token_ids(),
     )
     assert report.layers["model.layers.0.mlp.up_proj.weight"].solver == "search"
@@ -236,7 +240,7 @@ def test_only_layers_that_follow_their_inputs_need_to_be_differentiated() -> Non
 
 
 # Leaves k_proj and down_proj to quantize: the cache is under test, not the solver.
-FEW = [Rule(f"*.{name}_proj", None) for name in ("q", "v", "o", "gate", "up")]
+FEW = [LayerRule(f"*.{name}_proj", None) for name in ("q", "v", "o", "gate", "up")]
 
 
 def solve(model: PreTrainedModel | None = None, **changes: Any) -> tuple[str, Any]:
@@ -270,7 +274,7 @@ def test_an_interrupted_run_resumes_after_the_last_finished_block(tmp_path: Path
     [
         {"scheme": "w4-block32"},
         {"calibration": token_ids().flip(0, 1)},
-        {"rules": [Rule("model.layers.*.down_proj", None), *FEW]},
+        {"rules": [LayerRule("model.layers.*.down_proj", None), *FEW]},
         {"settings": {"gptq": GptqSettings(activation_order=True)}},
         {"model": 1},
     ],
@@ -300,20 +304,20 @@ def test_a_cached_block_is_recomputed_where_moments_are_missing_or_of_another_re
         quantize_blocks, "solve_tensor", lambda name, *rest: solved.append(name) or own(name, *rest)
     )
 
-    def layers_solved(moments: Moments | None) -> int:
+    def layers_solved(moments: MomentStore | None) -> int:
         solved.clear()
         solve(work=tmp_path / "work", moments=moments)
         return len(solved)
 
-    first = Moments(tmp_path / "first")
+    first = MomentStore(tmp_path / "first")
     assert layers_solved(first) == 4
-    assert layers_solved(Moments(tmp_path / "first")) == 0
+    assert layers_solved(MomentStore(tmp_path / "first")) == 0
     (tmp_path / "first" / "model.layers.1.mlp.down_proj.safetensors").unlink()
-    again = Moments(tmp_path / "first")
+    again = MomentStore(tmp_path / "first")
     assert layers_solved(again) == 2
     assert again.keys() == first.keys()
     monkeypatch.setitem(REVISIONS, "second_moments", 99)
-    assert layers_solved(Moments(tmp_path / "other")) == 4
+    assert layers_solved(MomentStore(tmp_path / "other")) == 4
     assert layers_solved(None) == 4
     monkeypatch.setitem(REVISIONS, "second_moments", 100)
     assert layers_solved(None) == 0
@@ -373,10 +377,10 @@ def test_what_cannot_be_quantized_is_named() -> None:
 
 def test_rules_that_cannot_be_followed_are_gathered() -> None:
     rules = [
-        Rule("*.dwn_proj", None),
-        Rule("*.k_proj", None),
-        Rule("lm_hed", None),
-        Rule("model.embed_tokens", parse_scheme("w8-block32"), "gptq"),
+        LayerRule("*.dwn_proj", None),
+        LayerRule("*.k_proj", None),
+        LayerRule("lm_hed", None),
+        LayerRule("model.embed_tokens", parse_scheme("w8-block32"), "gptq"),
     ]
     with pytest.raises(GridError, match=r"3 of the base's rules") as caught:
         quantize_(tiny_model("llama"), "w4-block32", rules=rules)
@@ -418,7 +422,7 @@ def test_what_stands_beside_the_body_of_a_model_is_a_head_and_stays_float() -> N
     report = quantize_(
         GPT2ForSequenceClassification(config),
         "w4-block32",
-        rules=[Rule("score", parse_scheme("w8-block32"))],
+        rules=[LayerRule("score", parse_scheme("w8-block32"))],
     )
     assert report.layers["score.weight"].scheme.startswith("int8")
 
@@ -456,7 +460,7 @@ def test_unusable_calibration_data_is_named(calibration: Any, message: str, step
             observe_moments(model, calibration)
     elif step == "tune":
         with pytest.raises(CalibrationError, match=message):
-            tune_scales_(model, tiny_model("llama"), calibration)
+            tune_(model, tiny_model("llama"), calibration)
     elif torch.is_tensor(calibration) and calibration.ndim == 2:
         simulation = simulate(model, {"input_ids": torch.arange(8)[None]})
         batches = [{"input_ids": row[None]} for row in calibration]

@@ -18,8 +18,8 @@ from qwlora.errors import CalibrationError, GridError, SourceError
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_files import BaseWriter
 from qwlora.grid.scheme import parse_scheme
-from qwlora.grid.second_moments import Moments
-from qwlora.quantize.layer_rules import Rule
+from qwlora.grid.second_moments import MomentStore
+from qwlora.quantize.layer_rules import LayerRule
 from qwlora.quantize.model_source import InFiles
 from qwlora.quantize.quantize_model import QuantizedCheckpoint, quantize_checkpoint
 
@@ -35,14 +35,14 @@ def test_the_base_that_quantizing_in_memory_makes(
 ) -> None:
     rules = (
         [
-            Rule("*.layers.0.mlp.down_proj", None),
-            Rule("*embed_tokens", parse_scheme("w4-block16"), "search"),
+            LayerRule("*.layers.0.mlp.down_proj", None),
+            LayerRule("*embed_tokens", parse_scheme("w4-block16"), "search"),
         ]
         if kind in ("llama", "qwen3")
         else []
     )
     model = model_of(kind)
-    memory, streamed = Moments(tmp_path / "memory"), Moments(tmp_path / "streamed")
+    memory, streamed = MomentStore(tmp_path / "memory"), MomentStore(tmp_path / "streamed")
     report = quantize_(model, "w4-block32", "gptq", rules=rules, calibration=tokens, moments=memory)
     result = from_files(
         Held(model_of(kind)),

@@ -28,14 +28,14 @@ from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.plan.plan import make_plan
 from qwlora.pipeline.running.run_job import run
 from qwlora.pipeline.stages.train_stage import solver_scales
-from qwlora.quantize.layer_rules import Rule
+from qwlora.quantize.layer_rules import LayerRule
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.quantize.tune_scales import (
     TuningSettings,
     _Checkpoint,
     _dependencies,
     _Divergence,
-    tune_scales_,
+    tune_,
 )
 from qwlora.quantize.tuned_parameters import Tunable
 from qwlora.recipe import load_recipe
@@ -135,7 +135,7 @@ def test_the_model_comes_nearer_and_no_code_moves(
         {name: layer.tensor for name, layer in packed(model).items()},
         divergence(model, reference, ids()[:40]),
     )
-    report = tune_scales_(
+    report = tune_(
         model, reference, ids(), TuningSettings(steps=30, learning_rate=1e-2, compute=compute)
     )
     assert report.kept
@@ -164,7 +164,7 @@ def test_the_model_comes_nearer_and_no_code_moves(
 def test_scales_that_do_not_help_are_not_kept() -> None:
     model, reference = pair("w8-channel")
     identity = fingerprint(model)
-    report = tune_scales_(model, reference, ids(), TuningSettings(steps=3, learning_rate=0.5))
+    report = tune_(model, reference, ids(), TuningSettings(steps=3, learning_rate=0.5))
     assert not report.kept
     assert report.after >= report.before
     assert fingerprint(model) == identity
@@ -177,7 +177,7 @@ def test_long_sequences_are_compared_at_some_positions(monkeypatch: pytest.Monke
     reference.register_forward_hook(
         lambda module, args, output: made.append(output.logits.shape[1])
     )
-    assert tune_scales_(model, reference, ids(), TuningSettings(steps=20, learning_rate=1e-2)).kept
+    assert tune_(model, reference, ids(), TuningSettings(steps=20, learning_rate=1e-2)).kept
     assert set(made) == {8}
 
 
@@ -196,13 +196,13 @@ def test_decoders_are_compared_where_their_own_mask_is() -> None:
     batch = {"input_ids": tokens, "attention_mask": short, "decoder_input_ids": tokens}
     other = {**batch, "decoder_input_ids": torch.cat([tokens[:, :8], tokens[:, :8]], 1)}
     found = [
-        tune_scales_(copy.deepcopy(model), reference, [batch, b], TuningSettings(steps=1)).before
+        tune_(copy.deepcopy(model), reference, [batch, b], TuningSettings(steps=1)).before
         for b in (batch, other)
     ]
     assert found[0] != pytest.approx(found[1], rel=1e-4), "tokens behind the encoder's mask count"
     half = torch.tensor([[1] * 8 + [0] * 8])
     found = [
-        tune_scales_(
+        tune_(
             copy.deepcopy(model),
             reference,
             [batch, {**b, "decoder_attention_mask": half}],
@@ -222,7 +222,7 @@ def test_labels_are_left_out_and_modes_and_adapters_stay(monkeypatch: pytest.Mon
     adapted.base_model.model.model.layers[0].eval()
     modes = [m.training for m in adapted.modules()]
     batches = [{"input_ids": row[None], "labels": row[None]} for row in ids(6)]
-    assert tune_scales_(adapted, reference, batches, TuningSettings(steps=2)).norms == 5
+    assert tune_(adapted, reference, batches, TuningSettings(steps=2)).norms == 5
     assert [m.training for m in adapted.modules()] == modes
     assert all(
         torch.equal(p, state[name]) for name, p in adapted.named_parameters() if "lora" in name
@@ -242,7 +242,7 @@ def test_an_interruption_leaves_the_scales_as_they_were(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(_Divergence, "mean", second_time)
     with pytest.raises(KeyboardInterrupt):
-        tune_scales_(model, reference, ids(), TuningSettings(steps=2, learning_rate=0.1))
+        tune_(model, reference, ids(), TuningSettings(steps=2, learning_rate=0.1))
     assert fingerprint(model) == identity
 
 
@@ -295,8 +295,8 @@ def test_scales_of_few_weights_and_of_many_bits_learn_slowly() -> None:
         model,
         "w3-block32",
         rules=[
-            Rule("*.down_proj", parse_scheme("w4-channel")),
-            Rule("*.q_proj", parse_scheme("w2-channel")),
+            LayerRule("*.down_proj", parse_scheme("w4-channel")),
+            LayerRule("*.q_proj", parse_scheme("w2-channel")),
         ],
     )
     tuned = Tunable(model)
@@ -323,7 +323,7 @@ def test_a_failure_while_learning_leaves_the_modules_as_they_were() -> None:
     with torch.no_grad():
         reference.transformer.ln_f.weight.fill_(float("nan"))
     with pytest.raises(CalibrationError, match="the divergence is nan"):
-        tune_scales_(model, reference, ids())
+        tune_(model, reference, ids())
     assert [type(m) for m in model.modules()] == kinds
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
@@ -337,7 +337,7 @@ def test_padding_is_not_compared() -> None:
     other = {**padded, "input_ids": padded["input_ids"].clone()}
     other["input_ids"][:, 20:] = 7
     found = [
-        tune_scales_(copy.deepcopy(model), reference, [full, batch], TuningSettings(steps=1)).before
+        tune_(copy.deepcopy(model), reference, [full, batch], TuningSettings(steps=1)).before
         for batch in (padded, other, full)
     ]
     assert found[0] == pytest.approx(found[1], rel=1e-4)
@@ -348,32 +348,32 @@ def test_what_cannot_be_tuned_says_why() -> None:
     model = tiny_model("llama")
     reference = copy.deepcopy(model)
     with pytest.raises(GridError, match="no linear layer of the model is packed"):
-        tune_scales_(model, reference, ids())
+        tune_(model, reference, ids())
     quantize_(model, "w4-block32")
     with pytest.raises(CalibrationError, match="at least two sequences"):
-        tune_scales_(model, reference, ids(1))
+        tune_(model, reference, ids(1))
     reference.model.norm, kept = model.model.norm, reference.model.norm
     with pytest.raises(
         CalibrationError,
         match=r"share the weight of 'model\.norm', which is tuned; quantize a deep copy",
     ):
-        tune_scales_(model, reference, ids())
+        tune_(model, reference, ids())
     reference.model.norm = kept
     larger = tiny_model("llama")
     larger.resize_token_embeddings(300)
     with pytest.raises(
         CalibrationError, match=r"the float model's logits are \[1, 32, 300\], the quantized one's"
     ):
-        tune_scales_(model, larger, ids())
+        tune_(model, larger, ids())
     with pytest.raises(CalibrationError, match=r"logits.* LlamaModel .*remove tuning"):
-        tune_scales_(model.model, reference.model, ids())
+        tune_(model.model, reference.model, ids())
     with torch.no_grad():
         reference.model.norm.weight.fill_(float("nan"))
     with pytest.raises(
         CalibrationError,
         match=r"divergence is nan at step 1; .*lower learning rate",
     ):
-        tune_scales_(model, reference, ids())
+        tune_(model, reference, ids())
     for wrong in (
         {"steps": 0},
         {"learning_rate": float("nan")},
@@ -448,7 +448,7 @@ def test_tuning_that_was_interrupted_goes_on_and_ends_with_the_same_bits(
             [],
             TuningSettings(steps=12, learning_rate=1e-2, seed=seed),
         )
-        report = tune_scales_(
+        report = tune_(
             model, reference, ids(12), settings, work=work, track=steps_run(stops, ran)
         )  # nine to learn from, so that they come again
         assert report.resumed_from_step == ran[0]

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from conftest import tiny_model
-from qwlora import SimulationSchemes, quantize_, simulate
+from qwlora import Schemes, quantize_, simulate
 from qwlora.graph.capture import capture
 from qwlora.simulation.simulation import Simulation
 
@@ -54,7 +54,7 @@ def _captured() -> Any:
     return capture(adapted(), batch())
 
 
-def simulation(schemes: SimulationSchemes | None = None) -> Simulation:
+def simulation(schemes: Schemes | None = None) -> Simulation:
     """A simulation of it, not calibrated."""
     with mock.patch("qwlora.simulation.simulation.capture", return_value=_captured()):
         return simulate(adapted(), batch(), schemes)

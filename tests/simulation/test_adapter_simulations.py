@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel
 
 from conftest import tiny_model
-from qwlora import PlacementRule, Scheme, SimulationSchemes, quantize_, simulate
+from qwlora import PlacementRule, Scheme, Schemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError, GridError
 from qwlora.export.npu.aimet_encodings import write_encodings
 from qwlora.export.onnx.onnx import export_onnx
@@ -34,7 +34,7 @@ from qwlora.simulation.saved_simulation import load_encodings
 from qwlora.simulation.simulation import Simulation
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
-EIGHT_BITS = SimulationSchemes(Scheme(8, symmetric=False))
+EIGHT_BITS = Schemes(Scheme(8, symmetric=False))
 
 
 def inputs(batch: int = 2, tokens: int = 12, seed: int = 0) -> dict[str, Tensor]:
@@ -397,7 +397,7 @@ def test_a_head_that_is_trained_whole_keeps_its_bits_and_no_name_of_an_adapter()
     both.add_adapter(
         "second", LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS", lora_bias=True)
     )
-    schemes = SimulationSchemes(adapter_weights=Scheme(4, granularity=PerChannel(0)))
+    schemes = Schemes(adapter_weights=Scheme(4, granularity=PerChannel(0)))
     names, prints = [], []
     for name in ("first", "second"):
         both.set_adapter(name)
@@ -519,7 +519,7 @@ def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
         for layer in ("q_proj", "up_proj")
     ]
     simulations = simulate_adapters(
-        with_first.eval(), inputs(), SimulationSchemes(rules=rules), base_activations="all"
+        with_first.eval(), inputs(), Schemes(rules=rules), base_activations="all"
     )
     assert [
         list(simulations[name].placement.unused_rules) for name in ("first", "second", "base")
@@ -543,7 +543,7 @@ def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
         PlacementRule("*.up_proj.lora_B.weight", bitwidth=4),
     ]
     with pytest.raises(CalibrationError, match="2 placement rules") as caught:
-        simulate_adapters(with_first, inputs(), SimulationSchemes(rules=wrong))
+        simulate_adapters(with_first, inputs(), Schemes(rules=wrong))
     assert "'*.k_proj.lora_A.weight' matches no value; did you mean " in str(caught.value)
     assert (
         "'*.up_proj.lora_B.weight' matches only weights, model.layers.0.mlp.up_proj.lora_B.weight"

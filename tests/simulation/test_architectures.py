@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from export.proofs import check_parity, verify_onnx_outputs
-from qwlora import Scheme, SimulationSchemes, quantize_
+from qwlora import Scheme, Schemes, quantize_
 from qwlora.export.onnx.onnx import export_onnx
 from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.compare import OutputFigures
@@ -73,7 +73,7 @@ def simulated(
     model: nn.Module, captured: Captured, name: str, bitwidth: int
 ) -> tuple[Simulation, float, float]:
     """(simulation, SQNR of its primary output against the model's, seconds of calibration)."""
-    schemes = SimulationSchemes(Scheme(bitwidth, symmetric=False), rules=ALL[name].rules)
+    schemes = Schemes(Scheme(bitwidth, symmetric=False), rules=ALL[name].rules)
     simulation = Simulation(captured, SimulationSource.of(model, {}, schemes))
     start = time.perf_counter()
     simulation.calibrate([inputs(name, seed) for seed in SEEDS])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwlora import Estimator, PlacementRule, Scheme, SimulationSchemes
+from qwlora import PlacementRule, RangeEstimator, Scheme, Schemes
 from qwlora.errors import CalibrationError
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.value_traits import Decision
@@ -89,7 +89,7 @@ def test_a_calibration_without_a_batch_is_no_success(nothing: Any) -> None:
 @pytest.mark.parametrize("observer", ESTIMATORS)
 def test_every_observer_gives_every_activation_an_encoding(observer: str) -> None:
     made = simulation(
-        SimulationSchemes(Scheme(8, symmetric=False), observer=Estimator(observer, percentile=99.0))
+        Schemes(Scheme(8, symmetric=False), observer=RangeEstimator(observer, percentile=99.0))
     )
     made.calibrate(BATCHES)
     assert encodings(made).keys() == made.quantizers.keys()
@@ -122,7 +122,7 @@ def test_the_unit_is_tokens() -> None:
 def test_another_scheme_needs_no_data() -> None:
     made, direct = (
         simulation(),
-        simulation(SimulationSchemes(rules=[PlacementRule("*.mlp.*", bitwidth=8, symmetric=True)])),
+        simulation(Schemes(rules=[PlacementRule("*.mlp.*", bitwidth=8, symmetric=True)])),
     )
     made.calibrate(BATCHES)
     direct.calibrate(BATCHES)
@@ -214,7 +214,7 @@ def test_nothing_observed() -> None:
 
 def test_masks_lose_their_quantizer() -> None:
     made = simulation(
-        SimulationSchemes(rules=[PlacementRule("*.self_attn.add_2", force=True, bitwidth=16)])
+        Schemes(rules=[PlacementRule("*.self_attn.add_2", force=True, bitwidth=16)])
     )  # scores and mask
     name = "model.layers.0.self_attn.add_2"
     assert name in made.quantizers

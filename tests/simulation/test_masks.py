@@ -7,7 +7,7 @@ import torch
 import transformers as t
 from torch import Tensor, nn
 
-from qwlora import PlacementRule, SimulationSchemes, quantize_, simulate
+from qwlora import PlacementRule, Schemes, quantize_, simulate
 from qwlora.errors import CalibrationError
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.value_traits import Decision
@@ -57,7 +57,7 @@ def attention(mask: str, *rules: PlacementRule) -> Simulation:
     torch.manual_seed(0)
     model = Attention(mask)
     quantize_(model, "w8-channel")
-    return simulate(model.eval(), given(0), SimulationSchemes(rules=rules))
+    return simulate(model.eval(), given(0), Schemes(rules=rules))
 
 
 def relative_error(simulation: Simulation, batch: dict[str, Tensor]) -> float:
@@ -143,7 +143,7 @@ def test_what_a_mask_chose_of_the_hidden_states_is_no_score() -> None:
             return self.layer((x * mask.unsqueeze(-1)).relu()).softmax(-1)
 
     program = torch.export.export(Masked(), tuple(given(0).values()))
-    placement = place(program, SimulationSchemes())
+    placement = place(program, Schemes())
     assert [p.operator for p in placement.explanation if p.reason == "combined with a mask"] == [
         "mul"
     ]
@@ -168,7 +168,7 @@ def test_what_integers_look_up_is_no_score() -> None:
             ).softmax(-1)
 
     program = torch.export.export(Biased(), tuple(given(0).values()))
-    placement = place(program, SimulationSchemes())
+    placement = place(program, Schemes())
     decisions = {p.name: p.decision for p in placement.explanation}
     assert [decisions[name] for name in ("bias.embedding", "output.squeeze", "output.add")] == [
         Decision.QUANTIZE,

@@ -51,7 +51,7 @@ def simulation() -> qwlora.Simulation:
 def test_a_classifier_is_saved_and_loaded_as_its_own_class(tmp_path: Path) -> None:
     model = classifier()
     qwlora.quantize_(model, "w4-block32", "rtn")
-    identity = qwlora.save_base(model, None, tmp_path / "new" / "base", "tiny")
+    identity = qwlora.save_base(model, tmp_path / "new" / "base", source="tiny")
     lora = LoraConfig(task_type=TaskType.SEQ_CLS, r=2, target_modules=["q_proj"])
     adapted = get_peft_model(model, lora).eval()
     qwlora.save_adapter(adapted, tmp_path / "adapter")
@@ -74,7 +74,7 @@ def test_a_class_that_cannot_be_loaded_again_is_not_saved(tmp_path: Path) -> Non
     model = Scorer(tiny_model("llama").config)
     qwlora.quantize_(model, "w4-block32", "rtn")
     with pytest.raises(SourceError, match=r"Scorer .* is not a model class of transformers"):
-        qwlora.save_base(model, None, tmp_path / "base", "tiny")
+        qwlora.save_base(model, tmp_path / "base", source="tiny")
     assert not (tmp_path / "base").exists()
 
 
@@ -84,7 +84,7 @@ def test_a_subclass_is_loaded_as_the_class_of_transformers(tmp_path: Path) -> No
 
     model = Mine(tiny_model("llama").config)
     qwlora.quantize_(model, "w4-block32", "rtn")
-    qwlora.save_base(model, None, tmp_path, "tiny")
+    qwlora.save_base(model, tmp_path, source="tiny")
     assert type(qwlora.load_base(tmp_path)) is LlamaForCausalLM
 
 

@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from qwlora import Rule, Scheme, SimulationSchemes, quantize_, simulate
+from qwlora import LayerRule, Scheme, Schemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.export.npu.htp_rewrites import npu_onnx
 from qwlora.graph.kv_cache_capture import CacheSizes
@@ -23,7 +23,7 @@ from simulation.tiny_architectures import inputs, make
 
 CONTEXT, FIRST, TOKENS = 24, 9, 14
 TEXT = torch.randint(3, 256, (1, TOKENS), generator=torch.Generator().manual_seed(7))
-SCHEMES = SimulationSchemes(
+SCHEMES = Schemes(
     quantize_residual_adds=True,
     symmetric_matmul_second_input=True,
     key_value_bitwidth=8,
@@ -35,10 +35,10 @@ SLOW = [
 ]
 
 
-def simulated(name: str, schemes: SimulationSchemes = SCHEMES) -> Simulation:
+def simulated(name: str, schemes: Schemes = SCHEMES) -> Simulation:
     model = make(name)
     embeddings = {"GPT-2": ["*wte", "*wpe"], "GPT-NeoX": ["*embed_in"], "OPT": ["*embed_*"]}
-    rules = [Rule(n, Scheme(8)) for n in embeddings.get(name, ["*embed_tokens"])]
+    rules = [LayerRule(n, Scheme(8)) for n in embeddings.get(name, ["*embed_tokens"])]
     quantize_(model, "w4-channel", solver="rtn", rules=rules)
     config = LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
     simulation = simulate(get_peft_model(model, config).eval(), inputs(name), schemes)
@@ -138,7 +138,7 @@ def test_the_simulation_quantizes_keys_and_values_as_the_cache_does() -> None:
     """The same grid where a model splits keys off a joint projection, without a cache too."""
     model = make("GPT-2")
     quantize_(model, "w8-channel", solver="rtn")
-    simulation = simulate(model, inputs("GPT-2"), SimulationSchemes(key_value_bitwidth=8))
+    simulation = simulate(model, inputs("GPT-2"), Schemes(key_value_bitwidth=8))
     simulation.calibrate([{"input_ids": TEXT}])
     eight = [name for name, e in simulation.encodings.items() if e.scheme == Scheme(8)]
     assert eight == [
@@ -148,7 +148,7 @@ def test_the_simulation_quantizes_keys_and_values_as_the_cache_does() -> None:
 
 @pytest.mark.slow
 def test_graphs_that_an_npu_does_not_take_are_refused() -> None:
-    usual = simulated("Llama", SimulationSchemes(key_value_bitwidth=8))
+    usual = simulated("Llama", Schemes(key_value_bitwidth=8))
     with pytest.raises(CalibrationError, match=r"layers.0 \(add\).*residual_adds: quantize"):
         npu_graph(usual, CacheSizes(4, 8))
     experts = make("Qwen3-MoE")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qwlora.errors import CalibrationError
-from qwlora.grid.range_estimator import Estimator
+from qwlora.grid.range_estimator import RangeEstimator
 from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.simulation.fake_quantizer import Mode, Quantizer, estimate_encodings
 
@@ -27,7 +27,7 @@ def test_quantizer_says_what_it_cannot_do() -> None:
     with pytest.raises(CalibrationError, match="it has no encoding; call calibrate"):
         quantizer(torch.ones(2))
     quantizer.observer.update(torch.ones(2))
-    quantizer.estimator = Estimator("sqnr")
+    quantizer.estimator = RangeEstimator("sqnr")
     with pytest.raises(CalibrationError, match=r"it was observed without a sample.* sqnr"):
         estimate_encodings([quantizer])
     for bad, message in (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from qwlora import PlacementRule, Scheme, SimulationSchemes
+from qwlora import PlacementRule, Scheme, Schemes
 from qwlora.errors import CalibrationError, GridError
 from qwlora.graph.aten_ops import MAKES_VALUES, MOVES_DATA
 from qwlora.graph.capturable_model import visible_implementations
@@ -87,7 +87,7 @@ NPU = {
 def decisions(
     program: ExportedProgram, policy: str | Policy = "npu"
 ) -> dict[str, tuple[Decision, str]]:
-    placement = place(program, SimulationSchemes(policy=policy))
+    placement = place(program, Schemes(policy=policy))
     return {p.name: (p.decision, p.reason) for p in (*placement.weights, *placement.explanation)}
 
 
@@ -96,7 +96,7 @@ def test_npu_decides_by_what_a_value_is(every_kind: ExportedProgram) -> None:
     assert {name: found[name] for name in NPU} == NPU
     assert found["x"] == (Decision.QUANTIZE, "an input of the model")
     assert found["up.bias"] == (Decision.QUANTIZE, "a parameter that step 1 left float")
-    assert place(every_kind, SimulationSchemes()).unknown == {"twist": 1}
+    assert place(every_kind, Schemes()).unknown == {"twist": 1}
 
 
 def test_matmul_inputs_and_weights_only(every_kind: ExportedProgram) -> None:
@@ -104,12 +104,12 @@ def test_matmul_inputs_and_weights_only(every_kind: ExportedProgram) -> None:
     quantized = {name for name, (decision, _) in found.items() if decision is Decision.QUANTIZE}
     # what the two linear layers read, and both factors of the product: the split one where it was made
     assert quantized == {"norm.mul", "output.twist", "up.linear", "down.linear"}
-    assert not place(every_kind, SimulationSchemes(policy="weights-only")).marks
+    assert not place(every_kind, Schemes(policy="weights-only")).marks
 
 
 def test_names_do_not_depend_on_what_is_decided(every_kind: ExportedProgram) -> None:
-    schemes = [SimulationSchemes(policy=policy) for policy in POLICIES]
-    schemes.append(SimulationSchemes(rules=[PlacementRule("output.add", keep="float")]))
+    schemes = [Schemes(policy=policy) for policy in POLICIES]
+    schemes.append(Schemes(rules=[PlacementRule("output.add", keep="float")]))
     names = [{p.node: p.name for p in place(every_kind, s).explanation} for s in schemes]
     assert all(found == names[0] for found in names)
     assert len(set(names[0].values())) == len(names[0])
@@ -118,10 +118,10 @@ def test_names_do_not_depend_on_what_is_decided(every_kind: ExportedProgram) -> 
 def test_second_factors_are_symmetric_where_asked(every_kind: ExportedProgram) -> None:
     rule = PlacementRule("down.linear", symmetric=False)
     for rules, expected in ((), {"down.linear"}), ((rule,), set()):
-        schemes = SimulationSchemes(rules=rules, symmetric_matmul_second_input=True)
+        schemes = Schemes(rules=rules, symmetric_matmul_second_input=True)
         values = place(every_kind, schemes).marks
         assert {value.name for value in values if value.options.symmetric} == expected
-    made = simulation(SimulationSchemes(symmetric_matmul_second_input=True))
+    made = simulation(Schemes(symmetric_matmul_second_input=True))
     symmetric = {name for name, q in made.quantizers.items() if q.scheme.symmetric}
     attention = "model.layers.{}.self_attn."
     assert symmetric == {
@@ -153,12 +153,12 @@ def test_a_policy_of_ones_own(every_kind: ExportedProgram) -> None:
         CalibrationError,
         match="placement policy 'gpu' is not one of npu, matmul-inputs, weights-only",
     ):
-        place(every_kind, SimulationSchemes(policy="gpu"))
+        place(every_kind, Schemes(policy="gpu"))
 
 
 def test_options_of_a_simulation_are_rules_before_those_of_the_policy() -> None:
-    plain = SimulationSchemes().placement_policy()
-    schemes = SimulationSchemes(
+    plain = Schemes().placement_policy()
+    schemes = Schemes(
         quantize_residual_adds=True,
         symmetric_matmul_second_input=True,
         key_value_bitwidth=8,
@@ -179,7 +179,7 @@ def test_operators_are_in_one_table_only() -> None:
 
 
 def test_matmul_inputs_of_a_model_are_all_and_only_those() -> None:
-    made = simulation(SimulationSchemes(policy="matmul-inputs"))
+    made = simulation(Schemes(policy="matmul-inputs"))
     graph = made.graph_module.graph
     is_product = {torch.ops.aten.linear.default, torch.ops.aten.matmul.default}
     read = set()
@@ -218,9 +218,7 @@ MOVES = {
 
 def test_with_weights_only_the_rest_is_float() -> None:
     made = simulation(
-        SimulationSchemes(
-            policy="weights-only", adapter_weights=Scheme(16, granularity=PerChannel(0))
-        )
+        Schemes(policy="weights-only", adapter_weights=Scheme(16, granularity=PerChannel(0)))
     )
     assert {m.kind for m in made.marks} == {Kind.BASE, Kind.ADAPTER}
     ids = batch()["input_ids"]
@@ -233,7 +231,7 @@ def test_with_weights_only_the_rest_is_float() -> None:
 
 def test_values_of_an_adapter_have_bits_of_their_own() -> None:
     rules = [PlacementRule("*.1.self_attn.q_proj.lora_A*", bitwidth=12)]
-    made = simulation(SimulationSchemes(rules=rules, adapter_activation_bitwidth=8))
+    made = simulation(Schemes(rules=rules, adapter_activation_bitwidth=8))
     bits = {name: q.scheme.bitwidth for name, q in made.quantizers.items()}
     layers = [
         f"model.layers.{i}.{m}" for i in range(2) for m in ("self_attn.q_proj", "mlp.down_proj")
@@ -251,7 +249,7 @@ def test_values_of_an_adapter_have_bits_of_their_own() -> None:
         n for n in bits if n.endswith((".lora_A.linear", ".lora_B.linear", "_proj.mul"))
     }
     assert all(bits[f"{layer}.add"] == 16 for layer in layers)  # the sum with the base layer
-    plain = simulation(SimulationSchemes())
+    plain = simulation(Schemes())
     assert {q.scheme.bitwidth for q in plain.quantizers.values()} == {16}
 
 
@@ -264,7 +262,7 @@ def test_users_rules_come_first() -> None:
         PlacementRule("*.lora_A.weight", of="weights", bitwidth=4, symmetric=False),
         PlacementRule("model.layers.1.add", force=True, bitwidth=8),
     ]
-    made = simulation(SimulationSchemes(rules=rules))
+    made = simulation(Schemes(rules=rules))
     made.calibrate([batch(seed=s) for s in range(2)])
     pinned = made.quantizers["model.layers.0.self_attn.softmax"].encoding
     assert pinned is not None
@@ -298,7 +296,7 @@ def test_users_rules_come_first() -> None:
 
 
 def test_one_end_of_a_range_can_be_fixed() -> None:
-    made = simulation(SimulationSchemes(rules=[PlacementRule("*.mlp.mul", maximum=1000.0)]))
+    made = simulation(Schemes(rules=[PlacementRule("*.mlp.mul", maximum=1000.0)]))
     made.calibrate([batch()])
     quantizer = made.quantizers["model.layers.0.mlp.mul"]
     assert quantizer.encoding is not None
@@ -338,7 +336,7 @@ def test_one_end_of_a_range_can_be_fixed() -> None:
 )
 def test_a_rule_that_does_nothing_is_refused(rule: PlacementRule, message: str) -> None:
     with pytest.raises(CalibrationError, match=message) as caught:
-        simulation(SimulationSchemes(rules=[PlacementRule("*.softmax", bitwidth=8), rule]))
+        simulation(Schemes(rules=[PlacementRule("*.softmax", bitwidth=8), rule]))
     assert str(caught.value).startswith("1 placement rules")
 
 
@@ -419,7 +417,7 @@ class Timed(nn.Module):
 def test_what_a_product_reads_is_quantized_though_it_comes_from_integers(name: str) -> None:
     for time in (torch.arange(3), torch.arange(3.0)):
         program = torch.export.export(Timed(), (time, torch.ones(3, 8, dtype=torch.long)))
-        placement = place(program, SimulationSchemes(policy=name))
+        placement = place(program, Schemes(policy=name))
         found = {p.node: (p.decision, p.reason) for p in placement.explanation}
         assert [found[node][0] for node in ("mul_2", "sin_1", "softmax")] == [Decision.QUANTIZE] * 3
         assert [found[node][0] for node in ("unsqueeze_1", "repeat")] == [Decision.SHARE] * 2

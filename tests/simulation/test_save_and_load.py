@@ -17,7 +17,7 @@ from qwlora import (
     PerBlock,
     PerChannel,
     Scheme,
-    SimulationSchemes,
+    Schemes,
     load_simulation,
     quantize_,
     simulate,
@@ -43,7 +43,7 @@ def batch(seed: int = 0) -> dict[str, Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def calibrated(model: PeftModel, schemes: SimulationSchemes | None = None) -> Simulation:
+def calibrated(model: PeftModel, schemes: Schemes | None = None) -> Simulation:
     simulation = simulate(model, batch(), schemes)
     simulation.calibrate([batch(s) for s in range(3)])
     return simulation
@@ -55,7 +55,7 @@ def calibrated(model: PeftModel, schemes: SimulationSchemes | None = None) -> Si
     "schemes",
     [
         None,
-        SimulationSchemes(
+        Schemes(
             Scheme(8, symmetric=True),
             Scheme(4, symmetric=False, granularity=PerChannel(0)),
             quantize_residual_adds=True,
@@ -63,7 +63,7 @@ def calibrated(model: PeftModel, schemes: SimulationSchemes | None = None) -> Si
     ],
 )
 def test_it_comes_back_with_the_same_bits(
-    tmp_path: Path, architecture: str, schemes: SimulationSchemes | None
+    tmp_path: Path, architecture: str, schemes: Schemes | None
 ) -> None:
     simulation = calibrated(adapted(architecture), schemes)
     simulation.save(tmp_path / "new" / "folder")
@@ -139,7 +139,7 @@ def test_rules_policy_and_observer_come_back(tmp_path: Path) -> None:
     ]
     simulation = calibrated(
         adapted(),
-        SimulationSchemes(rules=rules, observer="percentile", symmetric_matmul_second_input=True),
+        Schemes(rules=rules, observer="percentile", symmetric_matmul_second_input=True),
     )
     simulation.save(tmp_path)
     again = load_simulation(tmp_path, adapted())
@@ -171,7 +171,7 @@ def test_keys_and_values_of_earlier_tokens_are_example_inputs_too(tmp_path: Path
     assert (keys.decision, log.grid(keys).grid) == ("share", "")
     assert keys.reason == "comes from the cache, on the grid of the output that filled it"
     with pytest.raises(CaptureError, match="capture without past_key_values"):
-        simulation.model()
+        simulation.as_model()
 
 
 def test_an_adapter_that_shares_all_its_encodings_comes_back(tmp_path: Path) -> None:

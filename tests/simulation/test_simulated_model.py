@@ -37,7 +37,7 @@ def calibrated(model: nn.Module, positions: bool = False) -> Simulation:
 @pytest.fixture(scope="module", params=EACH_ARCHITECTURE)
 def pair(request: pytest.FixtureRequest) -> tuple[Simulation, PreTrainedModel]:
     simulation = calibrated(adapted(request.param), positions=True)
-    return simulation, simulation.model()
+    return simulation, simulation.as_model()
 
 
 def test_calls_give_the_models_own_output_with_simulated_logits(
@@ -172,7 +172,7 @@ def test_a_simulated_model_has_no_layers_to_hand_out(
 
 def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
     simulation = calibrated(adapted("llama"))
-    model, given = simulation.model(), batch()
+    model, given = simulation.as_model(), batch()
     plain = model(**given).logits
     positions = torch.arange(12)[None]
     assert torch.equal(
@@ -217,7 +217,7 @@ def test_an_encoder_with_a_decoder_is_called_and_does_not_generate() -> None:
     with pytest.warns(UserWarning, match="T5ForConditionalGeneration has no packed layer"):
         simulation = simulate(own, given)
     simulation.calibrate([given])
-    model = simulation.model()
+    model = simulation.as_model()
     assert torch.equal(model(**given).logits, simulation.outputs(given)["logits"])
     with pytest.raises(
         CaptureError,
@@ -227,7 +227,7 @@ def test_an_encoder_with_a_decoder_is_called_and_does_not_generate() -> None:
 
 
 def test_positions_of_a_masked_batch_are_asked_for() -> None:
-    model = calibrated(adapted("gpt2"), positions=True).model()
+    model = calibrated(adapted("gpt2"), positions=True).as_model()
     given = batch()
     given["attention_mask"][0, :3] = 0
     with pytest.raises(
@@ -250,7 +250,7 @@ def test_the_users_model_is_left_alone(pair: tuple[Simulation, PreTrainedModel])
 def test_moves_whole_to_another_device_and_leaves_the_users_model_behind() -> None:
     user = adapted("llama")
     before = {name: p.clone() for name, p in user.named_parameters()}
-    model = calibrated(user).model().to("meta")  # where a tensor that stayed behind is an error
+    model = calibrated(user).as_model().to("meta")  # where a tensor that stayed behind is an error
     given = {name: t.to("meta") for name, t in batch(3, 7).items()}
     output = model(**given)
     assert output.logits.device.type == "meta"
@@ -270,7 +270,7 @@ def test_a_simulation_computes_in_float32_and_refuses_a_cast(dtype: torch.dtype)
     assert expected.dtype == torch.float32
     for cast in (nn.Module.bfloat16, nn.Module.half, nn.Module.double):
         with pytest.raises(CaptureError, match=r"cannot be cast.*float32"):
-            cast(simulation.model())
+            cast(simulation.as_model())
     simulation.to("cpu")
     assert torch.equal(simulation.logits(batch()["input_ids"]), expected)
 
@@ -306,4 +306,4 @@ def test_only_models_of_transformers_have_such_a_call() -> None:
             return self.inner(**inputs)
 
     with pytest.raises(CaptureError, match="Wrapped is not a transformers model"):
-        calibrated(Wrapped().eval()).model()
+        calibrated(Wrapped().eval()).as_model()

@@ -13,7 +13,7 @@ from torch import nn
 
 from conftest import EACH_ARCHITECTURE
 from export.proofs import verify_onnx_outputs
-from qwlora import PerChannel, Scheme, SimulationSchemes, simulate
+from qwlora import PerChannel, Scheme, Schemes, simulate
 from qwlora.analysis.sensitivity import sensitivities
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.export.onnx.onnx import export_onnx
@@ -125,7 +125,7 @@ def test_decisions_by_operator_and_module_class() -> None:
 
 def test_residual_additions_get_encodings_when_asked() -> None:
     model = adapted("llama")
-    simulation = simulate(model, inputs(), SimulationSchemes(quantize_residual_adds=True))
+    simulation = simulate(model, inputs(), Schemes(quantize_residual_adds=True))
     names = {m.name for m in simulation.marks}
     assert {"model.layers.0.add", "model.layers.0.add_1"} <= names
     assert not any(p.reason == "a residual addition" for p in simulation.explanation)
@@ -146,7 +146,7 @@ def test_simulation_is_close_at_16_bits_and_not_the_same(architecture: str) -> N
         simulation = simulate(
             model,
             inputs(),
-            SimulationSchemes(Scheme(bitwidth, symmetric=False), adapter_weights=fine_adapter),
+            Schemes(Scheme(bitwidth, symmetric=False), adapter_weights=fine_adapter),
         )
         simulation.calibrate([inputs(seed=s) for s in range(4)])
         errors[bitwidth] = float(

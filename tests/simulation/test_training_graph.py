@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from conftest import ARCHITECTURES, text, tiny_model
-from qwlora import Scheme, SimulationSchemes, fingerprint, quantize_, simulate
+from qwlora import Scheme, Schemes, fingerprint, quantize_, simulate
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.train import TrainingReport, TrainingSettings, train_adapter
 from qwlora.adapter.training_step import replaced_forward
@@ -43,7 +43,7 @@ SETTINGS = TrainingSettings(
     loss="whole",
 )
 IDS = torch.tensor([list(text(seed, 40).encode()[:32]) for seed in range(8)])
-W8 = SimulationSchemes(activations=Scheme(8, symmetric=False))
+W8 = Schemes(activations=Scheme(8, symmetric=False))
 
 
 def inputs(ids: Tensor) -> dict[str, Tensor]:
@@ -338,7 +338,7 @@ def test_what_cannot_go_together_is_refused() -> None:
 
 def test_a_value_that_the_policy_quantizes_in_the_base_alone_is_passed_over() -> None:
     """Products read a layer's output in the base, and the sum with its adapter's where it has one."""
-    schemes = SimulationSchemes(activations=Scheme(8, symmetric=False), policy="matmul-inputs")
+    schemes = Schemes(activations=Scheme(8, symmetric=False), policy="matmul-inputs")
     model = base()
     alone = simulate(model, inputs(IDS[:2, :16]), schemes)
     alone.calibrate([inputs(IDS[:2])])

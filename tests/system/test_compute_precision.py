@@ -20,7 +20,7 @@ from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.plan.plan import make_plan, resolve_compute
 from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.quantize_model import quantize_
-from qwlora.quantize.tune_scales import TuningSettings, tune_scales_
+from qwlora.quantize.tune_scales import TuningSettings, tune_
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.system import compute_precision
 from qwlora.system.compute_precision import (
@@ -218,7 +218,7 @@ def test_tuning_in_python_resolves_auto_and_warns_when_forced(
 
     def tuned(asked: str) -> float:
         settings = TuningSettings(steps=3, learning_rate=1e-2, compute=asked)
-        return tune_scales_(copy.deepcopy(solved), reference, ids, settings).after
+        return tune_(copy.deepcopy(solved), reference, ids, settings).after
 
     pretend(monkeypatch, True)
     half = tuned("bfloat16")

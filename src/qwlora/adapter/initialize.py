@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from qwlora.adapter.active_adapters import active_adapter
 from qwlora.errors import TrainingError
-from qwlora.grid.second_moments import Moment, factor_damped
+from qwlora.grid.second_moments import LayerMoments, factor_damped
 from qwlora.messages import listed
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import PackedTensor
@@ -81,11 +81,11 @@ class InitReports(dict[str, InitReport]):
         return f"InitReports of {len(self)} layers: mean relative error {before:.3g} -> {after:.3g}"
 
 
-def initialize_adapter_(
+def initialize_(
     model: nn.Module,
     init: Init,
     weights: Callable[[str], Tensor],
-    moments: Mapping[str, Moment] | None = None,
+    moments: Mapping[str, LayerMoments] | None = None,
     adapter: str | None = None,
     share: float = 0.5,
     track: Track = untracked,
@@ -185,11 +185,11 @@ class Measure:
         TrainingError: the moment is not finite, or is a plain matrix.
     """
 
-    def __init__(self, moment: Moment | None):
+    def __init__(self, moment: LayerMoments | None):
         if isinstance(moment, Tensor):
             raise TrainingError(
-                "the moments of a layer are a qwlora.Moment (R and G), not a matrix. For R alone, "
-                "pass Moment(R)"
+                "the moments of a layer are a qwlora.LayerMoments (R and G), not a matrix. "
+                "For R alone, pass LayerMoments(R)"
             )
         inner, outer = (None, None) if moment is None else (moment.input, moment.output)
         self._inner = None if inner is None else _root(inner, _DAMPING_INPUT)
@@ -225,7 +225,7 @@ def _initialize(
     adapter: str,
     weight: Tensor,
     difference: Tensor,
-    moment: Moment | None,
+    moment: LayerMoments | None,
     share: float,
 ) -> InitReport:
     scaling, measure = float(layer.scaling[adapter]), Measure(moment)

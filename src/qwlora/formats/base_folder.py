@@ -29,17 +29,19 @@ from qwlora.formats.meta_model import empty_model, put_, read_generation_config_
 
 def save_base(
     model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase | None,
     folder: str | Path,
-    source: str,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    source: str | None = None,
 ) -> str:
     """Save the frozen base of `model`, without adapters, in `folder`.
 
     Args:
         model: a model with packed layers.
-        tokenizer: saved with the base; None for none.
         folder: created if needed.
-        source: where the model came from; recorded in base.json.
+        tokenizer: saved with the base.
+        source: where the model came from; recorded in base.json. Default: what its configuration
+            says.
 
     Returns:
         The fingerprint.
@@ -49,7 +51,7 @@ def save_base(
         SourceError: a tensor has no data, or `load_base` could not build a model of this class.
     """
     register_with_transformers()
-    return write_base(model, tokenizer, folder, source)
+    return write_base(model, tokenizer, folder, source or str(model.config._name_or_path))
 
 
 def load_base(

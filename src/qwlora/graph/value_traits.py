@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from enum import StrEnum
 
-from qwlora.grid.range_estimator import Estimator
+from qwlora.grid.range_estimator import RangeEstimator
 
 
 class Trait(StrEnum):
@@ -70,7 +70,7 @@ class GridOptions:
     symmetric: bool | None = None
     minimum: float | None = None
     maximum: float | None = None
-    observer: Estimator | None = None
+    observer: RangeEstimator | None = None
 
     def filled(self, other: GridOptions) -> GridOptions:
         """With the options of `other` where they are None."""

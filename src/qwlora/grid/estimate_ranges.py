@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from qwlora.grid.activation_observer import SampleObserver
-from qwlora.grid.range_estimator import Estimator
+from qwlora.grid.range_estimator import RangeEstimator
 from qwlora.grid.range_search import WeightedPoints, least_error_grid, weighted_points
 from qwlora.grid.scheme import Scheme
 
@@ -39,7 +39,7 @@ def observed_ranges(
 
 
 def estimate_ranges(
-    observers: Sequence[SampleObserver], scheme: Scheme, estimator: Estimator
+    observers: Sequence[SampleObserver], scheme: Scheme, estimator: RangeEstimator
 ) -> tuple[Float[Tensor, " observers"], Float[Tensor, " observers"]]:
     """The range that `estimator` chooses for each, on the CPU.
 

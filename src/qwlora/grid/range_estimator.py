@@ -13,7 +13,7 @@ ESTIMATORS: tuple[str, ...] = get_args(EstimatorName)
 
 
 @dataclass(frozen=True)
-class Estimator:
+class RangeEstimator:
     """How the range of an activation is chosen from what an observer kept.
 
         min-max         the lowest and the highest value
@@ -46,6 +46,6 @@ class Estimator:
         return 3.0 if self.name == "sqnr" else 1.0
 
 
-def as_estimator(observer: str | Estimator) -> Estimator:
+def as_estimator(observer: str | RangeEstimator) -> RangeEstimator:
     """An estimator by name, with its default parameters."""
-    return Estimator(observer) if isinstance(observer, str) else observer
+    return RangeEstimator(observer) if isinstance(observer, str) else observer

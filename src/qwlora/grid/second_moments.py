@@ -74,7 +74,7 @@ class SecondMoment:
         return _symmetric(self.total / self.weight if self.weight else self.total)
 
 
-class Moment(NamedTuple):
+class LayerMoments(NamedTuple):
     """R of a layer's input, and G of the gradient at its output; None stands for the identity."""
 
     input: Float[Tensor, "in in"]
@@ -82,7 +82,7 @@ class Moment(NamedTuple):
 
     def __repr__(self) -> str:
         output = "identity" if self.output is None else list(self.output.shape)
-        return f"Moment(input {list(self.input.shape)}, output {output})"
+        return f"LayerMoments(input {list(self.input.shape)}, output {output})"
 
 
 def output_energy(
@@ -129,7 +129,7 @@ def _whole(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
     return _symmetric(matrix)
 
 
-class Moments(UserDict[str, Moment]):
+class MomentStore(UserDict[str, LayerMoments]):
     """R and G of many layers by canonical module path, in memory or in a folder with one file per
     layer.
     """
@@ -148,7 +148,7 @@ class Moments(UserDict[str, Moment]):
                 ) from error
 
     @classmethod
-    def resumed(cls, folder: Path) -> Moments:
+    def resumed(cls, folder: Path) -> MomentStore:
         """The moments of an unfinished job; files that are damaged or misnamed are deleted."""
         for file in sorted(folder.glob("*.safetensors")):
             try:
@@ -159,20 +159,20 @@ class Moments(UserDict[str, Moment]):
                 file.unlink(missing_ok=True)
         return cls(folder)
 
-    def __setitem__(self, layer: str, moment: Moment) -> None:
+    def __setitem__(self, layer: str, moment: LayerMoments) -> None:
         self.data[layer] = moment
         if self.folder is not None:
             self.data[layer] = file = self.folder / f"{layer}.safetensors"
             matrices = {k: _triangle(m) for k, m in moment._asdict().items() if m is not None}
             write_tensors(file, matrices, {"layer": layer})
 
-    def __getitem__(self, layer: str) -> Moment:
+    def __getitem__(self, layer: str) -> LayerMoments:
         stored = self.data[layer]
         if isinstance(stored, Path):
             tensors = read_tensors(stored)[0]
-            return Moment(**{name: _whole(triangle) for name, triangle in tensors.items()})
-        return cast(Moment, stored)
+            return LayerMoments(**{name: _whole(triangle) for name, triangle in tensors.items()})
+        return cast(LayerMoments, stored)
 
     def __repr__(self) -> str:
         where = "memory" if self.folder is None else repr(str(self.folder))
-        return f"Moments of {len(self)} layers in {where}"
+        return f"MomentStore of {len(self)} layers in {where}"

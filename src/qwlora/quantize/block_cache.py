@@ -28,7 +28,7 @@ from qwlora import strict_json
 from qwlora.atomic import read_tensors, write_tensors
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.grid.second_moments import Moments
+from qwlora.grid.second_moments import MomentStore
 from qwlora.nn.fingerprint import update_digest
 from qwlora.nn.packed_tensor import PackedTensor, Parts
 from qwlora.parameter_names import canonical_name
@@ -50,7 +50,7 @@ class BlockCache:
     """
 
     def __init__(
-        self, folder: Path | None, batches: Sequence[Mapping[str, Any]], moments: Moments | None
+        self, folder: Path | None, batches: Sequence[Mapping[str, Any]], moments: MomentStore | None
     ):
         self.folder, self.moments = folder, moments
         self._digest, self._file = hashlib.sha256(), Path()

@@ -31,7 +31,7 @@ from qwlora.quantize.solvers import SOLVERS, solver_named
 
 
 @dataclass(frozen=True)
-class Rule:
+class LayerRule:
     """What happens to the layers whose path matches.
 
     Args:
@@ -75,7 +75,7 @@ def plan_layers(
     model: nn.Module,
     scheme: Scheme | str,
     solver: str,
-    rules: Sequence[Rule] = (),
+    rules: Sequence[LayerRule] = (),
     settings: Mapping[str, Any] | None = None,
 ) -> dict[str, Assignment]:
     """Scheme and solver of each tensor that is quantized, by its name in the model. The arguments
@@ -102,7 +102,7 @@ def plan_layers(
     plan = {}
     for name, candidate in candidates.items():
         matching = (r for r in rules if any(fnmatchcase(p, r.match) for p in candidate.paths))
-        by_default = Rule("*", scheme if candidate.by_default else None)
+        by_default = LayerRule("*", scheme if candidate.by_default else None)
         rule = next(matching, by_default)
         if rule.scheme is None:
             continue

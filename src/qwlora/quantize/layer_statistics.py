@@ -36,7 +36,7 @@ from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import CalibrationError
-from qwlora.grid.second_moments import Moment, SecondMoment
+from qwlora.grid.second_moments import LayerMoments, SecondMoment
 from qwlora.nn.temporary import gradients_disabled
 from qwlora.parameter_names import canonical_name
 from qwlora.quantize.block_runner import BlockRunner
@@ -52,9 +52,9 @@ class Observed:
     output: SecondMoment | None
 
     @property
-    def moment(self) -> Moment:
+    def moment(self) -> LayerMoments:
         """Their current values."""
-        return Moment(self.input.matrix, None if self.output is None else self.output.matrix)
+        return LayerMoments(self.input.matrix, None if self.output is None else self.output.matrix)
 
     def add(self, layer: str, x: Tensor, gradient: Tensor | None) -> None:
         """Add the tokens of one call, given the gradient of its output."""

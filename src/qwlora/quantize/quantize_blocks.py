@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from qwlora.errors import CalibrationError, GridError
 from qwlora.formats.meta_model import blocks_of
 from qwlora.graph.call_arguments import as_arguments, check_token_ids
-from qwlora.grid.second_moments import Moments
+from qwlora.grid.second_moments import MomentStore
 from qwlora.messages import listed
 from qwlora.nn import is_packed, pack_at_, tensor_out_in
 from qwlora.parameter_names import canonical_name
@@ -42,7 +42,7 @@ def quantize_blocks_(
     model: nn.Module,
     plan: Mapping[str, Assignment],
     batches: Sequence[Mapping[str, Any]],
-    moments: Moments | None,
+    moments: MomentStore | None,
     work: Path | None,
     track: Track,
 ) -> dict[str, LayerReport]:
@@ -86,10 +86,10 @@ def quantize_blocks_(
 def observe_moments(
     model: nn.Module,
     calibration: Tensor | Iterable[Any],
-    moments: Moments | None = None,
+    moments: MomentStore | None = None,
     *,
     track: Track = untracked,
-) -> Moments:
+) -> MomentStore:
     """Second moments of the packed linear layers of a quantized model, for adapter initializations
     that need them when the base was quantized elsewhere.
 
@@ -102,7 +102,7 @@ def observe_moments(
         GridError: no linear layer is packed.
         CalibrationError: an input holds nan or infinity, or a part cannot be differentiated.
     """
-    moments = moments if moments is not None else Moments()
+    moments = moments if moments is not None else MomentStore()
     packed = [
         f"{path}.weight"
         for path, module in model.named_modules()

@@ -29,14 +29,14 @@ from qwlora.formats.base_files import SHARD_BYTES, BaseWriter, save_as_base_
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.model_source import forget_gguf_
 from qwlora.grid.scheme import Scheme
-from qwlora.grid.second_moments import Moments
+from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import pack_at_, packed_weights, tensor_out_in, tie_weights_
 from qwlora.nn.fingerprint import remember_floats_
 from qwlora.nn.finite import check_base_finite, refuse_meta
 from qwlora.nn.frozen import assert_frozen, unwrapped
 from qwlora.parameter_names import canonical_name, is_adapter_name
 from qwlora.progress import Track, untracked
-from qwlora.quantize.layer_rules import Assignment, Rule, plan_layers
+from qwlora.quantize.layer_rules import Assignment, LayerRule, plan_layers
 from qwlora.quantize.model_source import InFiles, InMemory
 from qwlora.quantize.quantize_blocks import batches_of, quantize_blocks_, tensors_by_block
 from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor
@@ -80,10 +80,10 @@ class QuantizeReport:
 class QuantizeOptions(TypedDict, total=False):
     """Keyword arguments of `quantize_` and `quantize_checkpoint`, explained at `quantize_`."""
 
-    rules: Sequence[Rule]
+    rules: Sequence[LayerRule]
     settings: Mapping[str, Any] | None
     calibration: Tensor | Iterable[Any] | None
-    moments: Moments | None
+    moments: MomentStore | None
     work: Path | None
     track: Track
 
@@ -93,10 +93,10 @@ def quantize_(
     scheme: Scheme | str,
     solver: str = "search",
     *,
-    rules: Sequence[Rule] = (),
+    rules: Sequence[LayerRule] = (),
     settings: Mapping[str, Any] | None = None,
     calibration: Tensor | Iterable[Any] | None = None,
-    moments: Moments | None = None,
+    moments: MomentStore | None = None,
     work: Path | None = None,
     track: Track = untracked,
 ) -> QuantizeReport:
@@ -110,7 +110,7 @@ def quantize_(
         calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts,
             tensors, tuples); needed by gptq, and for `moments`.
         moments: filled with the second moments of each layer (`second_moments.py`), which
-            `initialize_adapter_` needs for `qera`.
+            `initialize_` needs for `qera`.
         work: a folder for finished blocks; the same call resumes after the last one in it.
 
     Raises:
@@ -180,7 +180,7 @@ def _pack_(
     source: InMemory | InFiles,
     plan: Mapping[str, Assignment],
     calibration: Tensor | Iterable[Any] | None,
-    moments: Moments | None,
+    moments: MomentStore | None,
     work: Path | None,
     track: Track,
 ) -> dict[str, LayerReport]:

@@ -114,7 +114,7 @@ class TuningReport:
     solver_scales: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
 
-def tune_scales_(
+def tune_(
     model: nn.Module,
     teacher: nn.Module,
     calibration: Tensor | Iterable[Any],

@@ -12,7 +12,7 @@ from qwlora.quantize.solvers import SOLVERS, SolverName
 from qwlora.recipe.section import Count, Name, Section
 
 if TYPE_CHECKING:
-    from qwlora.quantize.layer_rules import Rule
+    from qwlora.quantize.layer_rules import LayerRule
 
 DEFAULT_BLOCK_SIZES = {"block": 32, "lpbq": 64}
 GranularityName = Literal["tensor", "channel", "block", "lpbq"]
@@ -228,11 +228,13 @@ class Base(Section):
         "text of every adapter if that is not set",
     )
 
-    def layer_rules(self) -> list[Rule]:
+    def layer_rules(self) -> list[LayerRule]:
         """The rules as `quantize_` takes them."""
-        from qwlora.quantize.layer_rules import Rule
+        from qwlora.quantize.layer_rules import LayerRule
 
-        return [Rule(rule.match, rule.scheme(self.weights), rule.solver) for rule in self.rules]
+        return [
+            LayerRule(rule.match, rule.scheme(self.weights), rule.solver) for rule in self.rules
+        ]
 
     def grids(self) -> dict[Grid, str]:
         """The grids that are asked for, and for which layers; none with solver keep."""

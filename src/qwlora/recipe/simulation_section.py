@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from qwlora.export.npu.htp_limits import input_problem
-from qwlora.grid.range_estimator import Estimator, EstimatorName
+from qwlora.grid.range_estimator import EstimatorName, RangeEstimator
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 from qwlora.recipe.section import Count, Section
 from qwlora.simulation.placement_rules import PlacementRule
@@ -62,10 +62,10 @@ class SimulationRule(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> SimulationRule:
-        self.placement_rule(Estimator())
+        self.placement_rule(RangeEstimator())
         return self
 
-    def placement_rule(self, usual: Estimator) -> PlacementRule:
+    def placement_rule(self, usual: RangeEstimator) -> PlacementRule:
         """The rule as `simulate` takes it; settings of its observer come from `usual`."""
         estimator = replace(usual, name=self.observer) if self.observer is not None else None
         return PlacementRule(**{**self.model_dump(), "observer": estimator})
@@ -171,9 +171,9 @@ class SimulationSection(Section):
             if rule.keep is not None:
                 yield f"simulation.rules.{number}: every value needs a grid; remove keep: float"
 
-    def estimator(self) -> Estimator:
+    def estimator(self) -> RangeEstimator:
         """How activation ranges are chosen."""
-        return Estimator(self.observer, self.percentile)
+        return RangeEstimator(self.observer, self.percentile)
 
     def placement_rules(self) -> list[PlacementRule]:
         """The rules in the form that `simulate` takes."""

@@ -58,7 +58,7 @@ from qwlora.progress import Track, untracked
 from qwlora.simulation.fake_quantizer import Quantizer, device_of, estimate_encodings
 from qwlora.simulation.placement import refuse_ineffective_rules
 from qwlora.simulation.simulation import Batches, Simulation
-from qwlora.simulation.simulation_schemes import SimulationSchemes, SimulationSource
+from qwlora.simulation.simulation_schemes import Schemes, SimulationSource
 
 BaseActivations = Literal["all", "adapter_only", "none"]
 BASE = "base"
@@ -141,7 +141,7 @@ class AdapterSimulations(dict[str, Simulation]):
 def simulate_adapters(
     model: nn.Module,
     example_inputs: Mapping[str, Any],
-    schemes: SimulationSchemes | None = None,
+    schemes: Schemes | None = None,
     base_activations: BaseActivations = "adapter_only",
     adapters: Collection[str] | None = None,
 ) -> AdapterSimulations:
@@ -172,7 +172,7 @@ def simulate_adapters(
         )
     if packed_layers(model):
         assert_frozen(model)
-    asked, schemes = schemes, replace(schemes or SimulationSchemes(), unused_rules="allow")
+    asked, schemes = schemes, replace(schemes or Schemes(), unused_rules="allow")
     simulations: dict[str, Simulation] = {}
     first: dict[Hashable, tuple[Simulation, dict[str, Tensor]]] = {}  # by structure
     captures = 0

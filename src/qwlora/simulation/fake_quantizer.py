@@ -23,11 +23,11 @@ from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.estimate_ranges import estimate_ranges, observed_ranges
 from qwlora.grid.min_max import encoding_from_range, measure
-from qwlora.grid.range_estimator import Estimator, as_estimator
+from qwlora.grid.range_estimator import RangeEstimator, as_estimator
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
 from qwlora.messages import listed
 from qwlora.parameter_names import is_factor_name
-from qwlora.simulation.simulation_schemes import SimulationSchemes
+from qwlora.simulation.simulation_schemes import Schemes
 
 MASK_MAGNITUDE = 1e30
 _aten = torch.ops.aten
@@ -62,13 +62,13 @@ class Quantizer(nn.Module):
         self,
         name: str,
         scheme: Scheme,
-        estimator: Estimator | None = None,
+        estimator: RangeEstimator | None = None,
         minimum: float | None = None,
         maximum: float | None = None,
         in_place: bool = False,
     ):
         super().__init__()
-        self.name, self.estimator = name, estimator or Estimator()
+        self.name, self.estimator = name, estimator or RangeEstimator()
         self.minimum, self.maximum, self.in_place = minimum, maximum, in_place
         self.mode = Mode.FLOAT
         self.observer = SampleObserver(self.estimator.needs_sample and not self.is_pinned)
@@ -168,14 +168,14 @@ def estimate_encodings(quantizers: Sequence[Quantizer]) -> None:
         CalibrationError: observed values were not finite, or an estimator needs a sample and none
             was kept. The message names the first few quantizers.
     """
-    alike: dict[tuple[Scheme, Estimator], list[Quantizer]] = defaultdict(list)
+    alike: dict[tuple[Scheme, RangeEstimator], list[Quantizer]] = defaultdict(list)
     for quantizer in quantizers:
         alike[quantizer.scheme, quantizer.estimator].append(quantizer)
     for (scheme, estimator), group in alike.items():
         _estimate_alike(group, scheme, estimator)
 
 
-def _estimate_alike(group: Sequence[Quantizer], scheme: Scheme, estimator: Estimator) -> None:
+def _estimate_alike(group: Sequence[Quantizer], scheme: Scheme, estimator: RangeEstimator) -> None:
     observed = [q for q in group if not q.is_pinned]
     without = [q.name for q in observed if not q.observer.sampled]
     if estimator.needs_sample and without:
@@ -266,7 +266,7 @@ class SumInHalves(Interpreter):
 def insert_quantizers(
     program: ExportedProgram,
     values: Iterable[GraphValue],
-    schemes: SimulationSchemes,
+    schemes: Schemes,
     known: Mapping[str, FrozenWeight],
 ) -> tuple[GraphModule, dict[str, Quantizer], dict[str, FrozenWeight]]:
     """The program as a module with a quantizer after each of `values` but packed weights.

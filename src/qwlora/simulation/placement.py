@@ -26,7 +26,7 @@ from qwlora.graph.value_traits import Decision, Trait
 from qwlora.messages import suggestion
 from qwlora.parameter_names import canonical_name, parameter_name
 from qwlora.simulation.placement_rules import PlacementRule, Policy
-from qwlora.simulation.simulation_schemes import SimulationSchemes
+from qwlora.simulation.simulation_schemes import Schemes
 
 _NO_VALUE = "matches no value"
 _NUMBERED_LAST = {
@@ -85,7 +85,7 @@ class Placement:
 
 def place(
     program: ExportedProgram,
-    schemes: SimulationSchemes,
+    schemes: Schemes,
     input_names: Mapping[str, str] | None = None,
 ) -> Placement:
     """Decide about every floating-point value of `program`.

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter
 from qwlora.errors import CalibrationError, GridError
 from qwlora.graph.aten_ops import base_name
 from qwlora.graph.value_traits import Decision, GridOptions, Trait
-from qwlora.grid.range_estimator import Estimator, as_estimator
+from qwlora.grid.range_estimator import RangeEstimator, as_estimator
 from qwlora.grid.scheme import BITWIDTHS
 
 # Class names of modules that are one operation to a runtime but several to torch; their inner
@@ -143,7 +143,7 @@ class PlacementRule:
     symmetric: bool | None = None
     minimum: float | None = None
     maximum: float | None = None
-    observer: str | Estimator | None = None
+    observer: str | RangeEstimator | None = None
     force: bool = False
     of: Literal["activations", "weights"] | None = None
 

@@ -38,7 +38,7 @@ from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import Encoding
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.simulation.placement import Placement
-from qwlora.simulation.simulation_schemes import SimulationSchemes, SimulationSource
+from qwlora.simulation.simulation_schemes import Schemes, SimulationSource
 
 FORMAT = 3
 ENCODINGS, RECORD = "simulation.encodings", "simulation.json"
@@ -68,7 +68,7 @@ def write_simulation(
             encodings file cannot hold.
     """
     arguments, examples = Structure.of(dict(origin.example_inputs))
-    schemes = TypeAdapter(SimulationSchemes)
+    schemes = TypeAdapter(Schemes)
     record = {
         "format": FORMAT,
         "base_fingerprint": fingerprint(origin.model),
@@ -144,11 +144,11 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 def read_examples(
     folder: Path, record: Mapping[str, Any], device: torch.device
-) -> tuple[dict[str, Any], SimulationSchemes]:
+) -> tuple[dict[str, Any], Schemes]:
     """What to capture the graph from, and on which schemes."""
     try:
         tensors = {n: tensor.to(device) for n, tensor in load_file(folder / INPUTS).items()}
-        schemes = TypeAdapter(SimulationSchemes).validate_python(record["schemes"])
+        schemes = TypeAdapter(Schemes).validate_python(record["schemes"])
         return _from_json(record["inputs"], tensors), schemes
     except (OSError, KeyError, SafetensorError, ValidationError, ValueError) as error:
         raise _unreadable(folder, error) from error

@@ -1,6 +1,6 @@
 """Something that computes logits, with the interface of a transformers model.
 
-    model = simulation.model()
+    model = simulation.as_model()
     model(input_ids=ids, attention_mask=mask, labels=labels)    # simulated logits, and their loss
     model.generate(ids, max_new_tokens=20)    # without a cache: each step runs the whole sequence
     model.to("cuda")                          # moves the simulation, not the captured model

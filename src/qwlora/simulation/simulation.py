@@ -58,7 +58,7 @@ from qwlora.simulation.fake_quantizer import (
 from qwlora.simulation.placement import LoggedGrid, PlacementLog, place
 from qwlora.simulation.saved_simulation import write_simulation
 from qwlora.simulation.simulated_model import SimulatedModel, transformers_model
-from qwlora.simulation.simulation_schemes import SimulationSchemes, SimulationSource
+from qwlora.simulation.simulation_schemes import Schemes, SimulationSource
 
 # Calibration data by callback, as AIMET's `compute_encodings` takes it: it gets a model, and calls
 # it with each batch.
@@ -581,7 +581,7 @@ class Simulation(nn.Module):
                 "`with simulation.only():`"
             )
 
-    def model(self) -> SimulatedModel:
+    def as_model(self) -> SimulatedModel:
         """The simulation with the interface of a transformers model.
 
         Raises:
@@ -627,27 +627,27 @@ class Simulation(nn.Module):
 
 
 def simulate(
-    model: nn.Module, example_inputs: Mapping[str, Any], schemes: SimulationSchemes | None = None
+    model: nn.Module, example_inputs: Mapping[str, Any], schemes: Schemes | None = None
 ) -> Simulation:
     """Capture `model` (a frozen base, with or without an adapter) and place quantizers.
 
     Args:
         example_inputs: the model's keyword arguments, with at least two tokens; see `capture`.
-        schemes: default: `SimulationSchemes()`.
+        schemes: default: `Schemes()`.
 
     Raises:
         CaptureError: see `capture`; or the graph uses no packed layer although the model has some.
         CalibrationError: a weight is not finite, or see `place`.
     """
     model = unwrapped(model)
-    schemes = schemes or SimulationSchemes()
+    schemes = schemes or Schemes()
     packed = packed_layers(model)
     if packed:
         assert_frozen(model)
     elif any(parameter.ndim > 1 for parameter in model.parameters()):
         warnings.warn(
             f"{type(model).__name__} has no packed layer, so the simulation has no base encodings: "
-            f"all weights get the grid of SimulationSchemes.parameters ({schemes.parameters}). "
+            f"all weights get the grid of Schemes.parameters ({schemes.parameters}). "
             "To simulate integer weights, call qwlora.quantize_ first",
             QwloraWarning,
             stacklevel=2,

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from qwlora.graph.value_traits import Decision, Trait
-from qwlora.grid.range_estimator import Estimator
+from qwlora.grid.range_estimator import RangeEstimator
 from qwlora.grid.scheme import PerChannel, Scheme
 from qwlora.nn.fingerprint import adapter_fingerprint
 from qwlora.simulation.placement_rules import (
@@ -22,7 +22,7 @@ from qwlora.simulation.placement_rules import (
 
 
 @dataclass(frozen=True)
-class SimulationSchemes:
+class Schemes:
     """Grids of activations and float weights, and the rules that place them.
 
     Vectors (norm weights, biases) are always quantized per tensor.
@@ -37,7 +37,7 @@ class SimulationSchemes:
             16 bits leave few steps for the others.
         policy: `npu`, `matmul-inputs`, `weights-only`, or a `Policy`.
         rules: tried before those of the policy.
-        observer: how the range of an activation is chosen, see `Estimator`.
+        observer: how the range of an activation is chosen, see `RangeEstimator`.
         symmetric_matmul_second_input: give the second input of a product of two activations a
             symmetric grid. Qualcomm HTP requires it at 16 bits (AIMET applies the same exception
             when it is given an HTP configuration).
@@ -57,7 +57,7 @@ class SimulationSchemes:
     quantize_residual_adds: bool = False
     policy: str | Policy = "npu"
     rules: Sequence[PlacementRule] = ()
-    observer: str | Estimator = "min-max"
+    observer: str | RangeEstimator = "min-max"
     symmetric_matmul_second_input: bool = False
     unused_rules: UnusedRules = "refuse"
     key_value_bitwidth: int | None = None
@@ -104,11 +104,11 @@ class SimulationSource:
 
     model: nn.Module
     example_inputs: Mapping[str, Any]
-    schemes: SimulationSchemes
+    schemes: Schemes
     adapter_fingerprint: str | None
 
     @classmethod
     def of(
-        cls, model: nn.Module, example_inputs: Mapping[str, Any], schemes: SimulationSchemes
+        cls, model: nn.Module, example_inputs: Mapping[str, Any], schemes: Schemes
     ) -> SimulationSource:
         return cls(model, dict(example_inputs), schemes, adapter_fingerprint(model))

@@ -40,7 +40,7 @@ from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_modules import PackedLinear
 from qwlora.simulation.placement import place
 from qwlora.simulation.simulation import base_encodings
-from qwlora.simulation.simulation_schemes import SimulationSchemes
+from qwlora.simulation.simulation_schemes import Schemes
 from qwlora.system.optional_packages import require
 
 EXACT = 1  # MatMulNBits' accuracy level: float32; 4 rounds activations to 8 bits
@@ -58,7 +58,7 @@ def switchable_model(model: PreTrainedModel, branches: bool = True) -> Any:
         CaptureError: the model has no graph with a cache.
     """
     captured = capture_cached(model)
-    schemes = SimulationSchemes(policy="weights-only")
+    schemes = Schemes(policy="weights-only")
     placed = place(captured.program, schemes, captured.input_names).marks
     marks = tuple(mark for mark in placed if mark.kind is Kind.BASE)
     known = base_encodings(model)

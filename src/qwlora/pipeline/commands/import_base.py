@@ -44,4 +44,4 @@ def import_base(
         )
     tokenizer = load_tokenizer(source)
     model = load_precomputed(checkpoint, track)
-    return save_base(model, tokenizer, folder, public_name(source)), base_size(model)
+    return save_base(model, folder, tokenizer, source=public_name(source)), base_size(model)

@@ -143,4 +143,4 @@ def write_merged(context: JobContext, name: str, into: Into, folder: Path) -> No
         merged.save_pretrained(folder)
         context.tokenizer.save_pretrained(folder)
     else:
-        save_base(merged, context.tokenizer, folder, context.recipe.model.source)
+        save_base(merged, folder, context.tokenizer, source=context.recipe.model.source)

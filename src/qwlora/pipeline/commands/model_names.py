@@ -203,7 +203,7 @@ class JobModels:
         context, adapter = open_job(self.folder, next(iter(name.adapters), None))
         if name.stage == "simulated":
             is_calibrated(context, adapter)
-            simulated: PreTrainedModel = context.simulation(adapter).model()
+            simulated: PreTrainedModel = context.simulation(adapter).as_model()
             return simulated
         from transformers.modeling_outputs import CausalLMOutput
 

@@ -41,7 +41,7 @@ from qwlora.simulation.load_simulation import restore
 from qwlora.simulation.placement import Placement, place, refuse_ineffective_rules
 from qwlora.simulation.saved_simulation import load_activations, load_encodings
 from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
-from qwlora.simulation.simulation_schemes import SimulationSchemes
+from qwlora.simulation.simulation_schemes import Schemes
 from qwlora.simulation.training_graph import TrainingGraph
 
 if TYPE_CHECKING:
@@ -280,10 +280,10 @@ class JobContext:
         return load_adapter(self.base(), self.path / "adapters" / name).eval()
 
     @property
-    def schemes(self) -> SimulationSchemes:
+    def schemes(self) -> Schemes:
         """Schemes and rules of the recipe's simulation."""
         section = self.recipe.simulation
-        return SimulationSchemes(
+        return Schemes(
             activations=Scheme(section.activation_bitwidth, section.activation_symmetric),
             adapter_weights=section.adapter_weights.scheme(),
             quantize_residual_adds=section.residual_adds == "quantize",

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from qwlora.grid.range_estimator import Estimator
+from qwlora.grid.range_estimator import RangeEstimator
 from qwlora.pipeline.job.job_paths import ADAPTER, BASE_SIMULATION, SHARED, USE_CASES, ZERO_ADAPTER
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.recipe import Adapter, Data, Recipe
@@ -42,7 +42,7 @@ def range_inputs(plan: PlanBuilder, texts: Iterable[Data]) -> list[Any]:
         [[plan.texts.key(t), t.calibration_sequences] for t in texts],
     ]
     observers = {section.observer, *(r.observer for r in section.rules if r.observer is not None)}
-    if any(Estimator(observer).needs_sample for observer in observers):
+    if any(RangeEstimator(observer).needs_sample for observer in observers):
         inputs.append(REVISIONS["activation_samples"])
     return inputs
 

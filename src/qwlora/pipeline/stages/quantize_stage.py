@@ -98,7 +98,7 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
     from qwlora.formats.assemble_model import load_precomputed
     from qwlora.formats.base_folder import save_base
     from qwlora.formats.model_origin import public_name
-    from qwlora.grid.second_moments import Moments
+    from qwlora.grid.second_moments import MomentStore
     from qwlora.quantize.quantize_blocks import observe_moments
     from qwlora.quantize.quantize_model import (
         QuantizeReport,
@@ -109,12 +109,12 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
 
     base, source = context.recipe.base, public_name(context.recipe.model.source)
     calibration = context.base_calibration_ids(base.calibration_sequences)
-    moments = Moments.resumed(work / MOMENTS) if needs_moments(context.recipe) else None
+    moments = MomentStore.resumed(work / MOMENTS) if needs_moments(context.recipe) else None
     if base.solver == "keep":
         model = load_precomputed(model_files(context.recipe.model), context.track)
         if moments is not None:
             observe_moments(model, calibration, moments, track=context.track)
-        return save_base(model, context.tokenizer, scratch, source), QuantizeReport(
+        return save_base(model, scratch, context.tokenizer, source=source), QuantizeReport(
             base_size(model)
         )
     scheme = base.weights.scheme()
@@ -143,7 +143,7 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
         return streamed.fingerprint, streamed.report
     model = context.take_float_model()
     report = quantize_(model, scheme, base.solver, **arguments)
-    return save_base(model, context.tokenizer, scratch, source), report
+    return save_base(model, scratch, context.tokenizer, source=source), report
 
 
 def _tune(
@@ -158,16 +158,16 @@ def _tune(
     from qwlora.formats.base_folder import save_base
     from qwlora.formats.model_origin import public_name
     from qwlora.quantize.quantize_model import base_size
-    from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_scales_
+    from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
 
     section, model = context.recipe.base.tuning, context.load_base(solved)
     settings = TuningSettings(**section.model_dump(), seed=context.recipe.seed)
     sequences = context.base_calibration_ids(section.steps + HELD_OUT_SEQUENCES)
-    report = tune_scales_(
+    report = tune_(
         model, context.float_model(), sequences, settings, work=work, track=context.track
     )
     source = public_name(context.recipe.model.source)
-    identity = save_base(model, context.tokenizer, scratch, source)
+    identity = save_base(model, scratch, context.tokenizer, source=source)
     if report.solver_scales:
         (scratch / SOLVER_SCALES).parent.mkdir()
         save_file(report.solver_scales, scratch / SOLVER_SCALES)

@@ -145,8 +145,8 @@ def _train(context: JobContext, model: PeftModel, adapter: Adapter, work: Path) 
 def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict[str, Any]:
     """Initialize the adapter to correct the quantization error; returns each layer's error before
     and after."""
-    from qwlora.adapter.initialize import initialize_adapter_
-    from qwlora.grid.second_moments import Moments
+    from qwlora.adapter.initialize import initialize_
+    from qwlora.grid.second_moments import MomentStore
     from qwlora.nn import weight_out_in
 
     floats = context.take_float_model()
@@ -154,8 +154,8 @@ def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict
     def weight(path: str) -> Tensor:
         return weight_out_in(floats.get_submodule(path)).detach()
 
-    moments = Moments(context.path / "base" / MOMENTS) if adapter.init == "qera" else None
-    reports = initialize_adapter_(
+    moments = MomentStore(context.path / "base" / MOMENTS) if adapter.init == "qera" else None
+    reports = initialize_(
         model,
         adapter.init,
         weight,

@@ -504,7 +504,7 @@ def test_two_processes_train_the_same_adapter_as_one(
     trains(path, tmp_path / "one")
     result = launched(FSDP2 if launcher == "fsdp2" else LAUNCHERS[launcher], path, tmp_path / "two")
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("quantize: done") == 1  # only the first process prints and writes
+    assert result.stderr.count("quantize: done") == 1  # only the first process prints and writes
     assert_same_adapter(tmp_path / "one", tmp_path / "two")
     whole, held = (
         json.loads((tmp_path / d / "results.json").read_text())["train"]["first"]["base_bytes"]

@@ -267,7 +267,7 @@ REFUSED_SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("message", REFUSED_WEIGHTS.keys() | REFUSED_SETTINGS.keys())
+@pytest.mark.parametrize("message", [*REFUSED_WEIGHTS, *REFUSED_SETTINGS])
 def test_settings_that_are_refused(tmp_path: Path, message: str) -> None:
     record = INTEGER | REFUSED_WEIGHTS.get(message, {})
     settings = settings_of("pack-quantized", record) | REFUSED_SETTINGS.get(message, {})

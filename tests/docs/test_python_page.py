@@ -70,11 +70,13 @@ def test_python_example_runs_and_proves_its_file(
     exec(compile(code, "python.md", "exec"), names)
     with torch.no_grad():
         assert float(names["model"](input_ids=first, labels=first).loss) < before  # type: ignore[operator]
-    printed = capsys.readouterr().out
-    assert float(re.search(r"worst_layer_steps=([\d.]+)", printed)[1]) <= 2  # type: ignore[index]
+    rows: Any = names["rows"]
+    assert capsys.readouterr().out.splitlines() == [row.sentence for row in rows]
+    (steps,) = [row.value for row in rows if row.unit == "steps" and "mean" not in row.what]
+    assert 0 <= steps <= 2
     assert (tmp_path / "adapter" / "qwlora.json").exists()
     assert torch.equal(
         names["model"].get_base_model()(first[:, :4]).logits,  # type: ignore[attr-defined]
         qwlora.load_adapter(qwlora.load_base("base"), "adapter")(first[:, :4]).logits,
     )
-    assert (tmp_path / "bundle" / "session_options.json").exists()
+    assert (tmp_path / "files" / "session_options.json").exists()

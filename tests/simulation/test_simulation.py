@@ -192,7 +192,7 @@ def test_calibration_says_what_is_missing() -> None:
         lambda: simulation(**inputs()),
         lambda: simulation.outputs(inputs()),
         lambda: simulation.logits(inputs()["input_ids"]),
-        simulation.model,
+        simulation.as_model,
     )
     uses = (
         *uses,

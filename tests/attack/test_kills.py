@@ -38,12 +38,12 @@ def test_killed_stages_resume_to_the_same_artifacts(
             shutil.rmtree(place, ignore_errors=True)
             target.put(place)
             if number % 2:
-                moment = 1 + int(generator.random() * target.changes * 0.8**attempt)
+                moment = 1 + int(generator.random() * target.changes * 0.5**attempt)
                 how = f"before change {moment} of {target.changes}"
                 action = killed_at_change(target.action(place), place, moment)
                 ended = start(action, folder / "logs").wait()
             else:
-                share = generator.random() * 0.8**attempt
+                share = generator.random() * 0.5**attempt
                 how = f"after {share:.2f} of {target.seconds:.1f} s"
                 running = start(target.action(place), folder / "logs")
                 _kill_at(running, share * target.seconds)

@@ -415,6 +415,17 @@ def test_tokens_are_decoded_after_the_rest_of_the_text(
     assert runtime.decoded[0] == (prompt, 16)
 
 
+def test_a_runtime_that_cannot_switch_is_compared_with_the_adapter_alone(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runtime = Runtime(base=ADAPTED)
+    runtime.switches = False
+    opens(monkeypatch, runtime)
+    proof = verify_bundle(bundle)["first"]
+    assert proof["passed"]
+    assert proof["figures"]["exact"].keys() == {"adapter"}
+
+
 def test_decoding_may_differ_as_often_as_two_valid_computations(
     bundle: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

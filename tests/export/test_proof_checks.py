@@ -41,7 +41,7 @@ from qwlora.export.proof.compare import (
     perplexity,
     perplexity_floor,
 )
-from qwlora.export.proof.measure import compare_cache, decoded, switching
+from qwlora.export.proof.measure import compare_cache, decoded, measure_logits, switching
 from qwlora.export.proof.reference import check_reference, make_reference
 from qwlora.graph.quantized_graph import GraphValue, Kind
 
@@ -412,6 +412,14 @@ def test_a_reference_without_an_adapter_or_a_counted_token_is_refused() -> None:
         check_reference({**reference, "labels": labels})
     labels[:, 1] = IDS[:, 1]
     check_reference({**reference, "labels": labels})
+
+
+def test_files_that_hold_base_and_adapter_together_are_measured() -> None:
+    reference = make_reference({"adapter": says(TABLE)}, Sequences(IDS, IDS.clone()))
+    assert measure_logits(says(TABLE), reference).to_json(LIMITS)["passed"]
+    assert not measure_logits(says(OTHER), reference).to_json(LIMITS)["passed"]
+    with pytest.raises(SourceError, match="NaN"):
+        measure_logits(says(TABLE), {**reference, "adapter.largest": torch.full((2,), NAN)})
 
 
 def test_how_far_a_runtime_rounds_is_the_largest_difference_of_a_logit() -> None:

@@ -200,9 +200,9 @@ class Bench:
             if row.tuned:
                 model = self.base(replace(row, tuned=0))
                 began = time.perf_counter() - self.quantize_seconds
-                learnt = self.training[: row.tuned + HELD_OUT_SEQUENCES]
+                texts = self.training[: row.tuned + HELD_OUT_SEQUENCES]
                 self.solver_scales = tune_(
-                    model, self.reference, learnt, TuningSettings(row.tuned, compute=COMPUTE)
+                    model, self.reference, texts, TuningSettings(row.tuned, compute=COMPUTE)
                 ).solver_scales
             else:
                 model, began = copy.deepcopy(self.reference), time.perf_counter()

@@ -1,4 +1,4 @@
-"""Which tokens of a conversation are learnt. The oracle is transformers: a twin of each template with {% generation %} markers, and its own assistant mask."""
+"""Which tokens of a conversation are in the loss. The oracle is transformers: a twin of each template with {% generation %} markers, and its own assistant mask."""
 
 from __future__ import annotations
 
@@ -85,11 +85,11 @@ def unmarked(template: str) -> str:
     return re.sub(r"\{% (end)?generation %\}", "", template)
 
 
-def learnt_text(tokenizer: Any, ids: list[int], learnt: list[bool]) -> list[str]:
-    """Each run of learnt tokens, as text."""
+def loss_text(tokenizer: Any, ids: list[int], in_loss: list[bool]) -> list[str]:
+    """Each run of loss tokens, as text."""
     runs: list[list[int]] = []
-    for i, (token, flag) in enumerate(zip(ids, learnt, strict=True)):
-        if flag and (i == 0 or not learnt[i - 1]):
+    for i, (token, flag) in enumerate(zip(ids, in_loss, strict=True)):
+        if flag and (i == 0 or not in_loss[i - 1]):
             runs.append([])
         if flag:
             runs[-1].append(token)
@@ -104,19 +104,19 @@ def assert_marked(
         list(talk.messages), return_dict=True, return_assistant_tokens_mask=True
     )
     plain = make(unmarked(template))
-    ids, learnt = encode_conversation(talk, plain)
+    ids, in_loss = encode_conversation(talk, plain)
     assert ids == oracle["input_ids"]
-    assert learnt == [bool(flag) for flag in oracle["assistant_masks"]]
-    assert encode_conversation(talk, make(template)) == (ids, learnt)
-    return plain, ids, learnt
+    assert in_loss == [bool(flag) for flag in oracle["assistant_masks"]]
+    assert encode_conversation(talk, make(template)) == (ids, in_loss)
+    return plain, ids, in_loss
 
 
 @pytest.mark.parametrize("template", [CHATML, BRACKETS, MODEL_TURNS])
 def test_the_derived_mask_is_that_of_the_markers(template: str) -> None:
     spoken = ["It is 4.<end>", "Yes, as I said:\n\n It is 4.<end>"]
-    assert [s.strip() for s in learnt_text(*assert_marked(template, TALK, with_template))] == spoken
+    assert [s.strip() for s in loss_text(*assert_marked(template, TALK, with_template))] == spoken
     for tokenizer in (with_template(template), with_template(unmarked(template))):
-        last = learnt_text(tokenizer, *encode_conversation(TALK, tokenizer, last_only=True))
+        last = loss_text(tokenizer, *encode_conversation(TALK, tokenizer, last_only=True))
         assert [s.strip() for s in last] == spoken[1:]
 
 
@@ -142,8 +142,8 @@ def sentencepiece_tokenizer(template: str) -> PreTrainedTokenizerFast:
 @pytest.mark.parametrize("template", [LLAMA2, MISTRAL, SPEAKERS, LINES])
 def test_without_a_generation_prompt_the_first_word_is_learnt_with_its_space(template: str) -> None:
     talk = conversation("Hi there.", "Hello you, Hi.", "Hi, again.", "Hello again.")
-    tokenizer, ids, learnt = assert_marked(template, talk, sentencepiece_tokenizer)
-    assert template == LINES or tokenizer.convert_ids_to_tokens(ids[learnt.index(True)]) == "▁Hello"
+    tokenizer, ids, in_loss = assert_marked(template, talk, sentencepiece_tokenizer)
+    assert template == LINES or tokenizer.convert_ids_to_tokens(ids[in_loss.index(True)]) == "▁Hello"
 
 
 def test_smollm2_learns_what_the_assistant_says(smollm2: PreTrainedTokenizerBase) -> None:
@@ -151,13 +151,13 @@ def test_smollm2_learns_what_the_assistant_says(smollm2: PreTrainedTokenizerBase
     talk = conversation(
         "What is 2+2?", "It is 4.", "assistant\nIt is 4.?", "Yes, as I said:\n\n It is 4."
     )
-    ids, learnt = encode_conversation(talk, tokenizer)
+    ids, in_loss = encode_conversation(talk, tokenizer)
     assert ids == tokenizer.apply_chat_template(list(talk.messages))["input_ids"]
-    assert learnt_text(tokenizer, ids, learnt) == [
+    assert loss_text(tokenizer, ids, in_loss) == [
         "It is 4.<|im_end|>",
         "Yes, as I said:\n\n It is 4.<|im_end|>",
     ]
-    first = learnt.index(True)
+    first = in_loss.index(True)
     assert tokenizer.decode(ids[:first]).endswith("<|im_start|>assistant\n")
     # transformers' own mask, for the same template with markers around what it renders of the assistant's messages
     body = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
@@ -179,11 +179,11 @@ def test_smollm2_learns_what_the_assistant_says(smollm2: PreTrainedTokenizerBase
 def test_a_token_that_begins_in_the_header_is_not_the_assistants(
     smollm2: PreTrainedTokenizerBase,
 ) -> None:
-    ids, learnt = encode_conversation(conversation("What is 2+2?", "  It is 4."), smollm2)
+    ids, in_loss = encode_conversation(conversation("What is 2+2?", "  It is 4."), smollm2)
     assert (
-        smollm2.decode(ids[learnt.index(True) - 1]) == "\n "
+        smollm2.decode(ids[in_loss.index(True) - 1]) == "\n "
     )  # the header's newline and the first space: one token
-    assert learnt_text(smollm2, ids, learnt) == [" It is 4.<|im_end|>"]
+    assert loss_text(smollm2, ids, in_loss) == [" It is 4.<|im_end|>"]
 
 
 def test_a_template_that_renders_the_past_otherwise_is_refused_and_taken_apart() -> None:
@@ -194,7 +194,7 @@ def test_a_template_that_renders_the_past_otherwise_is_refused_and_taken_apart()
     ):
         encode_conversation(TALK, tokenizer)
     apart = encode_documents([TALK], tokenizer, "apart")
-    assert [learnt_text(tokenizer, t.ids, t.in_loss) for t in apart] == [
+    assert [loss_text(tokenizer, t.ids, t.in_loss) for t in apart] == [
         ["<think></think>It is 4.<end>"],
         ["<think></think>  Yes, as I said:\n\n It is 4.<end>"],
     ]
@@ -256,15 +256,15 @@ def test_tools_are_rendered_and_never_learnt(template: str, turns: str) -> None:
     )
     assert encoded[-1].ids == whole["input_ids"]
     said = [json.dumps(CALLS[1]["tool_calls"]) + "<end>", "It is sunny.<end>"]
-    assert [text for t in encoded for text in learnt_text(tokenizer, t.ids, t.in_loss)] == said
+    assert [text for t in encoded for text in loss_text(tokenizer, t.ids, t.in_loss)] == said
 
 
 def test_a_template_of_its_own_for_tools_is_used() -> None:
     tokenizer = with_template("")
     tokenizer.chat_template = {"default": CHATML, "tool_use": unmarked(WITH_TOOLS)}
-    ids, learnt = encode_conversation(Conversation(tuple(CALLS), "chat.jsonl:7", TOOLS), tokenizer)
+    ids, in_loss = encode_conversation(Conversation(tuple(CALLS), "chat.jsonl:7", TOOLS), tokenizer)
     assert json.dumps(TOOLS[1]) in tokenizer.decode(ids)
-    assert learnt_text(tokenizer, ids, learnt)[1] == "It is sunny.<end>"
+    assert loss_text(tokenizer, ids, in_loss)[1] == "It is sunny.<end>"
 
 
 def test_a_template_that_leaves_tools_out_is_refused() -> None:
@@ -306,7 +306,7 @@ ENDS = THINKS + "{% if not add_generation_prompt %}<|the end of it all|>{% endif
 )
 def test_an_assistant_that_speaks_first_is_learnt(template: str) -> None:
     found = assert_marked(template, SPOKEN_TO, with_template)
-    assert [text.removeprefix("<think></think>").strip() for text in learnt_text(*found)] == [
+    assert [text.removeprefix("<think></think>").strip() for text in loss_text(*found)] == [
         m["content"].strip()
         + ("\n" if template not in (BRACKETS, MODEL_TURNS) and m["content"].endswith("\n") else "")
         + "<end>"
@@ -330,11 +330,11 @@ def test_an_assistant_that_speaks_first_has_turns_and_tools() -> None:
     first = {"role": "assistant", "content": "", "tool_calls": CALLS[1]["tool_calls"]}
     talk = Conversation((first, *CALLS[2:], CALLS[0], CALLS[3]), "chat.jsonl:7", TOOLS)
     said = [json.dumps(CALLS[1]["tool_calls"]) + "<end>", "It is sunny.<end>", "It is sunny.<end>"]
-    assert learnt_text(tokenizer, *encode_conversation(talk, tokenizer)) == said
+    assert loss_text(tokenizer, *encode_conversation(talk, tokenizer)) == said
     apart = encode_documents([talk], tokenizer, "apart")
-    assert [learnt_text(tokenizer, t.ids, t.in_loss) for t in apart] == [[text] for text in said]
+    assert [loss_text(tokenizer, t.ids, t.in_loss) for t in apart] == [[text] for text in said]
     (alone,) = encode_documents([greeting("Hello!")], with_template(unmarked(ENDS)))
-    assert learnt_text(tokenizer, alone.ids, alone.in_loss) == [
+    assert loss_text(tokenizer, alone.ids, alone.in_loss) == [
         "<think></think>Hello!<end>\n<|the end of it all|>"
     ]
 
@@ -527,7 +527,7 @@ def test_a_pair_is_rendered_with_the_chat_template() -> None:
     for tokens, asked in zip(found, ("What is 2+2?", "add"), strict=True):
         messages = conversation(asked, "4")
         assert (tokens.ids, tokens.in_loss) == encode_conversation(messages, tokenizer)
-        assert learnt_text(tokenizer, tokens.ids, tokens.in_loss) == ["4<end>"]
+        assert loss_text(tokenizer, tokens.ids, tokens.in_loss) == ["4<end>"]
     plain = encode_documents([pair, alpaca], tokenizer, prompt_format="plain")
     tokenizer.chat_template = None
     assert encode_documents([pair, alpaca], tokenizer) == plain

@@ -100,7 +100,7 @@ def test_labels_and_positions_reach_the_model(tmp_path: Path, loss: str) -> None
         assert torch.equal(batch, data.train.labels[index])
         spoken = tokenizer.decode(batch[0][batch[0] != IGNORED])
         assert re.fullmatch(r"(it is \d+<end>)+", spoken)
-    # the first loss is the mean over learnt tokens of each document alone, under the adapter that changes nothing yet
+    # the first loss is the mean over loss tokens of each document alone, under the adapter that changes nothing yet
     model = tiny_model("llama")
     total, count = 0.0, 0
     for i, row in enumerate(given[0]["input_ids"]):

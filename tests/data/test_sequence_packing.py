@@ -1,4 +1,4 @@
-"""Sequences: packed documents are as if alone, nothing learnt is lost uncounted, padding is not learnt."""
+"""Sequences: packed documents are as if alone, no loss token is lost uncounted, padding is not in the loss."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PAD = 257
 
 
 def records(count: int, longest: int, seed: int = 0) -> list[Tokens]:
-    """Documents of which the second half is learnt."""
+    """Documents of which the second half is in the loss."""
     chance = random.Random(seed)
     lengths = [chance.randint(2, longest) for _ in range(count)]
     return [
@@ -97,7 +97,7 @@ def test_loss_of_packs_is_the_mean_over_the_loss_tokens_of_all_documents() -> No
     model, documents = tiny_model("llama"), records(9, 30)
     packed, counts = cut_into_sequences(documents, 64, "documents", [], PAD, "training")
     padded, _ = cut_into_sequences(documents, 64, "none", [], PAD, "training")
-    total, learnt = 0.0, 0
+    total, loss_tokens = 0.0, 0
     for document in documents:
         labels = torch.tensor(
             [
@@ -109,17 +109,17 @@ def test_loss_of_packs_is_the_mean_over_the_loss_tokens_of_all_documents() -> No
         total += float(
             torch.nn.functional.cross_entropy(logits[:-1], labels[1:], reduction="sum").detach()
         )
-        learnt += int((labels != IGNORED).sum())
-    assert counts.loss_tokens == packed.loss_tokens == padded.loss_tokens == learnt
+        loss_tokens += int((labels != IGNORED).sum())
+    assert counts.loss_tokens == packed.loss_tokens == padded.loss_tokens == loss_tokens
     for sequences in (packed, padded):
         batch = {
             name: torch.stack([sequences[i][name] for i in range(len(sequences))])
             for name in sequences[0]
         }
-        found = float(model(**batch, use_cache=False, num_items_in_batch=learnt).loss.detach())
-        assert found == pytest.approx(total / learnt, rel=1e-5)
+        found = float(model(**batch, use_cache=False, num_items_in_batch=loss_tokens).loss.detach())
+        assert found == pytest.approx(total / loss_tokens, rel=1e-5)
     found = perplexity(lambda ids: model(ids, use_cache=False).logits, padded, "")
-    assert found == pytest.approx(torch.tensor(total / learnt).exp().item(), rel=1e-5)
+    assert found == pytest.approx(torch.tensor(total / loss_tokens).exp().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -210,16 +210,16 @@ def test_every_token_is_in_a_sequence_or_counted_as_dropped(
     )
     assert counts.loss_tokens == found.loss_tokens > 0
     wanted = {i for d in documents for i, flag in zip(d.ids, d.in_loss, strict=True) if flag}
-    learnt = found.labels != IGNORED
-    assert set(found.labels[learnt].tolist()) <= wanted
-    assert torch.equal(found.labels[learnt], found.input_ids[learnt])
-    assert learnt[:, 1:].any(dim=1).all()
+    in_loss = found.labels != IGNORED
+    assert set(found.labels[in_loss].tolist()) <= wanted
+    assert torch.equal(found.labels[in_loss], found.input_ids[in_loss])
+    assert in_loss[:, 1:].any(dim=1).all()
     assert found.documents is not None
     assert torch.equal(found.documents, torch.where(found.input_ids < 0, -1, found.input_ids // 30))
     if found.position_ids is not None:
-        assert not learnt[
+        assert not in_loss[
             found.position_ids == 0
-        ].any()  # no document is learnt from the one before it
+        ].any()  # no loss token is predicted by the document before it
 
 
 def test_running_text_is_cut_into_pieces_each_begun_and_nothing_is_lost() -> None:

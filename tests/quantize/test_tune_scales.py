@@ -270,10 +270,10 @@ def test_norms_are_told_apart_and_their_gain_is_tuned() -> None:
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     plain = gemma(x)
     with tuned.learning():
-        learnt = [module(x) for module in (gemma, shared, again, narrow)]
+        outputs = [module(x) for module in (gemma, shared, again, narrow)]
     tuned.multiply_()
-    torch.testing.assert_close(learnt[0], plain * (1 + f))
-    for module, y in zip((gemma, shared, again, narrow), learnt, strict=True):
+    torch.testing.assert_close(outputs[0], plain * (1 + f))
+    for module, y in zip((gemma, shared, again, narrow), outputs, strict=True):
         torch.testing.assert_close(
             module(x), y, rtol=4e-3 if module is narrow or module is gemma else 1e-6, atol=4e-3
         )

@@ -52,9 +52,9 @@ def primary(result: Mapping[str, Any]) -> Tensor:
 
 def train(model: nn.Module, name: str) -> None:
     """Two optimizer steps on the primary output."""
-    learnt = [p for p in model.parameters() if p.requires_grad]
-    before = [p.detach().clone() for p in learnt]
-    optimizer = torch.optim.AdamW(learnt, lr=1e-3)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    before = [p.detach().clone() for p in trained]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3)
     model.train()
     for seed in range(2):
         loss = primary(model(**inputs(name, seed))).square().mean()
@@ -64,8 +64,8 @@ def train(model: nn.Module, name: str) -> None:
         assert math.isfinite(float(loss))
     model.eval()
     assert (
-        sum(not torch.equal(old, new) for old, new in zip(before, learnt, strict=True))
-        > len(learnt) / 2
+        sum(not torch.equal(old, new) for old, new in zip(before, trained, strict=True))
+        > len(trained) / 2
     )
 
 

@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,6 +68,11 @@ def replacing_files(folder: Path, last: str | None = None) -> Iterator[Path]:
 def files_in(folder: Path) -> list[str]:
     """Sorted paths, relative to `folder`, of all files in it and below it."""
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
+
+
+def total_bytes(paths: Iterable[Path]) -> int:
+    """The size of all files among `paths`; folders count nothing."""
+    return sum(path.stat().st_size for path in paths if path.is_file())
 
 
 def write_text(path: Path, text: str) -> None:

@@ -75,16 +75,15 @@ def adapter_updates(model: nn.Module) -> dict[str, dict[str, float]]:
         a, b = (f[adapter].weight.double().cpu() for f in (layer.lora_A, layer.lora_B))
         squares = ((b.T @ b) * (a @ a.T)).sum()
         size = layer.scaling[adapter] * float(squares.clamp_min(0).sqrt())
-        weight = base.tensor.dequantize() if isinstance(base, PackedLayer) else weight_out_in(base)
-        frozen = float(weight.norm())
+        frozen = float(weight_out_in(base).norm())
         updates[path] = {"gain": float(f"{size / frozen:.6g}")} if frozen else {}
     return updates
 
 
 @torch.no_grad()
-def rounding_losses(model: nn.Module, adapter: str | None = None) -> dict[str, RoundingLoss]:
+def rounding_losses(model: nn.Module) -> dict[str, RoundingLoss]:
     """What requantizing loses of each packed layer's delta, by canonical path."""
-    adapter = adapter or active_adapter(model)
+    adapter = active_adapter(model)
     losses = {}
     for path, layer, base in _adapted_layers(model, adapter):
         if isinstance(base, PackedLayer):
@@ -98,7 +97,7 @@ def rounding_losses(model: nn.Module, adapter: str | None = None) -> dict[str, R
 
 
 @torch.no_grad()
-def untie_(model: nn.Module, adapter: str | None = None) -> list[list[str]]:
+def untie_(model: nn.Module) -> list[list[str]]:
     """Give each tied float layer that has the adapter a weight of its own, in place.
 
     The model's configuration then says that nothing is tied.
@@ -114,7 +113,7 @@ def untie_(model: nn.Module, adapter: str | None = None) -> list[list[str]]:
         if (weight := module._parameters.get("weight")) is not None:
             sharing.setdefault(id(weight), []).append(canonical_name(name))
     untied = {}
-    for _, _, base in _adapted_layers(model, adapter or active_adapter(model)):
+    for _, _, base in _adapted_layers(model, active_adapter(model)):
         weight = base._parameters.get("weight")
         if weight is not None and len(sharing.get(id(weight), ())) > 1:
             base.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)

@@ -36,10 +36,8 @@ from qwlora.formats import manifest
 from qwlora.formats.model_source import downloaded
 from qwlora.formats.user_path import looked_for, source_path
 from qwlora.messages import listed
-from qwlora.nn import PackedLayer
 from qwlora.nn.fingerprint import changed_floats, fingerprint_of, remember_floats_, tensor_digests
-from qwlora.nn.frozen import assert_frozen, packed_layers, unwrapped
-from qwlora.parameter_names import parameter_name
+from qwlora.nn.frozen import assert_frozen, packed_layers, packed_weights, unwrapped
 
 FORMAT = 1
 FILE = "qwlora.json"
@@ -171,11 +169,7 @@ def load_adapter(
     check_adapter(folder, fingerprint_of(digests, model), unknown_base)
     remember_floats_(model, digests)
     check_contents(folder)
-    packed = [
-        parameter_name(path).removesuffix(".weight")
-        for path, module in model.named_modules()
-        if isinstance(module, PackedLayer)
-    ]
+    packed = [name.removesuffix(".weight") for name in packed_weights(model)]
     refuse_saved(folder, packed, f"adapter {str(folder)!r}")
     with reading(folder, model):
         if isinstance(model, PeftModel):

@@ -50,6 +50,7 @@ from qwlora.errors import MissingExtraError, TrainingError
 from qwlora.graph.call_arguments import vocabulary_size
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.progress import Track, untracked
+from qwlora.system.cpu_threads import process_count
 from qwlora.system.stop_signals import Stopped, on_stop_signal
 
 _CHECKPOINTING = (  # transformers before 5.23 has only the old name
@@ -172,11 +173,11 @@ def train_adapter(
         with reading(final, model):  # training had ended, but the adapter was not saved
             set_peft_model_state_dict(model, load_file(final / WEIGHTS))
         return _report(read_state(last), settings, step_of(last), trainable)
-    arguments = _arguments(settings, work, _world_size())
+    arguments = _arguments(settings, work, process_count())
     vocabulary = vocabulary_size(causal_model(model)) if settings.divergence == "stop" else None
     monitor = TrainingMonitor(display.track, settings.checkpoint_steps, vocabulary, display.watch)
     with (
-        replaced_forward(model, training_graph, settings.loss == "chunked", _world_size()),
+        replaced_forward(model, training_graph, settings.loss == "chunked", process_count()),
         _logging_to(display.logs, settings.report_to),
     ):
         trainer = AdapterTrainer(
@@ -256,10 +257,6 @@ def check_loggers(report_to: Sequence[str]) -> None:
 
 def _dataset(sequences: TrainingData) -> Dataset[dict[str, Tensor]]:
     return as_sequences(sequences) if isinstance(sequences, Tensor) else sequences
-
-
-def _world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _arguments(settings: TrainingSettings, work: Path, processes: int) -> TrainingArguments:

@@ -37,7 +37,6 @@ from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.sqnr import sqnr_db
-from qwlora.progress import Track, untracked
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
@@ -134,7 +133,6 @@ def bits_per_weight(views: Sequence[TensorView]) -> float:
 def inspect_source(
     source: str,
     against: str | None = None,
-    track: Track = untracked,
     encodings: Path | None = None,
     keep_float: Sequence[str] = (),
     block_order: BlockOrder | None = None,
@@ -161,8 +159,7 @@ def inspect_source(
                 f"{source!r} and {against!r} have no tensor name in common. Give two versions of "
                 "the same model"
             )
-        tracked = track(views, "comparing", len(views))
-        views = [_compared(view, files, reference) for view in tracked]
+        views = [_compared(view, files, reference) for view in views]
     return Inspection(files.kind, source, tuple(views), files.fingerprint)
 
 

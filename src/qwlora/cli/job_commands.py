@@ -200,7 +200,7 @@ def dump_layers(
     """
     from qwlora.pipeline.commands.dump_layers import dump_layers as dump
 
-    with ProgressDisplay(False) as display:
+    with ProgressDisplay() as display:
         folder, record = dump(job, stage, adapter, ids, out, display.track)
     both = sum(1 for layer in record["layers"] if layer["simulated"] and layer["runtime"])
     print(

@@ -26,14 +26,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, SourceError, foreign_as
 from qwlora.export.canonical_adapter import read_canonical
-from qwlora.export.npu.use_case_adapters import NONE
 from qwlora.export.proof.checks import Check, Limits
 from qwlora.export.proof.compare import is_language_model, verify_language_model, verify_outputs
 from qwlora.export.proof.folder import RECORD, write_record
 from qwlora.export.proof.measure import measure_runtime
 from qwlora.export.proof.reference import logits_of, make_reference
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import BASE, ExportedBase, ExportedGraph, ExportedUseCases, Target
+from qwlora.export.target import BASE, NONE, ExportedBase, ExportedGraph, ExportedUseCases, Target
 from qwlora.messages import suggestion
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.simulation.adapter_simulations import AdapterSimulations

@@ -40,6 +40,12 @@ if TYPE_CHECKING:
 
 
 BASE, PROOF = "base", "proof"  # folders of a bundle, next to those of adapters
+NONE, AND = "none", "+"  # use cases: no adapter; the names of several
+
+
+def members(case: str) -> list[str]:
+    """Names of the adapters of a use case."""
+    return [] if case == NONE else case.split(AND)
 
 
 class Layout(Enum):

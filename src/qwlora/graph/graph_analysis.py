@@ -42,6 +42,7 @@ from qwlora.graph.nodes import (
     operator_of,
     origin,
     parameter_names,
+    used_placeholders,
 )
 from qwlora.graph.value_traits import Trait
 from qwlora.parameter_names import is_adapter_name
@@ -202,7 +203,7 @@ def lora_branch(program: ExportedProgram) -> set[str]:
 
 def _adapter_nodes(program: ExportedProgram, pattern: re.Pattern[str]) -> set[str]:
     """Names of the nodes of adapted layers, without their base layers."""
-    used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
+    used = used_placeholders(program)
     layers = {
         match[1]
         for s in program.graph_signature.input_specs

@@ -77,13 +77,18 @@ def module_of(node: Node) -> tuple[str, str]:
     return path.removeprefix("model").removeprefix("."), class_name(kind)
 
 
+def used_placeholders(program: ExportedProgram) -> set[str]:
+    """Names of the placeholders that a node reads."""
+    return {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
+
+
 def parameter_names(program: ExportedProgram) -> dict[str, str]:
     """Parameter path by placeholder name, without the prefix of `FlatModel`.
 
     torch.export uses an arbitrary one of the placeholders of a tied weight for all readers. It gets
     the name that comes first in the model.
     """
-    used = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
+    used = used_placeholders(program)
     specs = [s for s in program.graph_signature.input_specs if s.kind is InputKind.PARAMETER]
     address = {s.arg.name: program.state_dict[s.target].data_ptr() for s in specs}
     unused: dict[int, str] = {}  # by address of the parameter

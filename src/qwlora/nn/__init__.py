@@ -1,7 +1,6 @@
 """Layers whose weight is packed integers, and how a module becomes one.
 
     layer = pack_module(module, quantized)   a new module for a Linear, Conv1D, Embedding, Conv
-    head = pack_tied(head, layer)            an output head that reads the embedding's codes
     pack_at_(model, name, quantized)         one tensor of a model, also fused experts, in place
     layer.quantized, layer.encoding, layer.codes
 

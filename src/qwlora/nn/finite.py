@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from qwlora.errors import CalibrationError, QwloraError
+from qwlora.messages import listed
 from qwlora.nn.fingerprint import base_tensors
 
 
@@ -52,9 +53,8 @@ def refuse_meta(model: nn.Module, error: type[QwloraError]) -> None:
     """Refuse a model with tensors on the meta device."""
     named = chain(model.named_parameters(), model.named_buffers())
     if names := [name for name, tensor in named if tensor.is_meta]:
-        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise error(
-            f"{', '.join(names[:3])}{more} are on the meta device and have no values. Load the "
+            f"{listed(names, 3)} are on the meta device and have no values. Load the "
             "weights first (from_pretrained without device_map offloading). For a checkpoint "
             "larger than memory use `qwlora quantize`, which reads it block by block"
         )

@@ -41,6 +41,7 @@ from qwlora.quantize.solvers import SOLVERS
 def quantize_blocks_(
     model: nn.Module,
     plan: Mapping[str, Assignment],
+    blocks: Mapping[str, Sequence[str]],
     batches: Sequence[Mapping[str, Any]],
     moments: MomentStore | None,
     work: Path | None,
@@ -48,8 +49,10 @@ def quantize_blocks_(
 ) -> dict[str, LayerReport]:
     """Quantize the tensors in `plan` (by their names in the model); see `quantize_` for arguments
     and errors.
+
+    Args:
+        blocks: names of these tensors by block, see `tensors_by_block`.
     """
-    blocks = tensors_by_block(model, plan)
     reports: dict[str, LayerReport] = {}
     cache = BlockCache(work, batches, moments)
     with _runner(model, blocks, batches) as runner:

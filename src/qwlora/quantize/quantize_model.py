@@ -189,8 +189,9 @@ def _pack_(
     model, reports = source.model, dict[str, LayerReport]()
     if moments is not None or any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
         batches = batches_of(calibration, model)
-        with source.blocks(tensors_by_block(model, plan), len(batches)):
-            reports = quantize_blocks_(model, plan, batches, moments, work, track)
+        blocks = tensors_by_block(model, plan)
+        with source.blocks(blocks, len(batches)):
+            reports = quantize_blocks_(model, plan, blocks, batches, moments, work, track)
     else:
         for name in source.modules(plan, track):
             quantized, report = solve_tensor(name, tensor_out_in(model, name), plan[name])

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import Target
+from qwlora.export.target import NONE, Target, members
 from qwlora.export.target_compatibility import refusal
 from qwlora.recipe.adapter_section import Adapter
 from qwlora.recipe.base_section import Base, Model
@@ -271,7 +271,7 @@ class Recipe(Section):
             )
         cases = self.use_cases()
         for case in cases:
-            parts = [] if case == "none" else case.split("+")
+            parts = members(case)
             if unknown := [part for part in parts if part not in names]:
                 raise ValueError(
                     f"export.use_cases: {case}: there is no adapter {', '.join(unknown)}; the "
@@ -279,7 +279,7 @@ class Recipe(Section):
                 )
             if len(set(parts)) < len(parts):
                 raise ValueError(f"export.use_cases: {case} names an adapter twice")
-        if len(set(cases)) < len(cases) or set(cases) <= {"none"}:
+        if len(set(cases)) < len(cases) or set(cases) <= {NONE}:
             raise ValueError(
                 "export.use_cases must hold an adapter, and every use case once; it holds "
                 f"{', '.join(cases) or 'nothing'}"
@@ -290,7 +290,7 @@ class Recipe(Section):
         """`export.use_cases` with its default."""
         if self.export.use_cases is not None:
             return self.export.use_cases
-        return [*(adapter.name for adapter in self.adapters), "none"]
+        return [*(adapter.name for adapter in self.adapters), NONE]
 
     @model_validator(mode="after")
     def _continued_adapters_come_first(self) -> Recipe:

@@ -22,7 +22,7 @@ from qwlora.report.number_format import (
 )
 from qwlora.report.report_section import Cell, Table
 from qwlora.report.results_view import KINDS, Job, capitalized, runtime, without_folders
-from qwlora.report.sections.training_course import course
+from qwlora.report.sections.training_course import SMOOTHED, course
 from qwlora.report.verdict import verdict
 
 COLORS = {"float": "k-float", "base": "d-loss", "adapted": "d-gain", "simulated": "d-held2"}
@@ -216,7 +216,7 @@ def _draw_training(lines: dict[str, list[float]], width: int) -> Drawing:
         f"{name}: {means[0]:.3f} to {means[-1]:.3f} in {len(means)} steps"
         for name, means in lines.items()
     )
-    drawing = Drawing(width, 268, "Training loss, mean of 8 steps", f"{words}.")
+    drawing = Drawing(width, 268, f"Training loss, mean of {SMOOTHED} steps", f"{words}.")
     drawing.horizontal_grid(y, left, right)
     drawing.text(right, 260, f"step {count(x.high)}", "ax", "end")
     for number, (name, means) in enumerate(lines.items()):

@@ -173,7 +173,11 @@ def _gain(job: Job, adapter: str) -> Iterator[Evidence]:
     if change is not None:
         stderr = job.number("perplexity_ratio", kind, adapter, "stderr")
         least = LEAST_GAIN if stderr is None else 2 * stderr
-        needed = "1%" if stderr is None else f"2 standard errors ({precise_percent(least)})"
+        needed = (
+            f"{LEAST_GAIN:.0%}"
+            if stderr is None
+            else f"2 standard errors ({precise_percent(least)})"
+        )
         is_better = change < 0 and -change >= least
         worse = f"{percent(change)} worse than the float model on held-out text"
         unclear = f"not clearly better than the float model on held-out text ({percent(change)})"

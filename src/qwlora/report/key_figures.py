@@ -21,6 +21,7 @@ from qwlora.report.number_format import (
     valued,
 )
 from qwlora.report.results_view import BASE, FILES, Job, code, runtime
+from qwlora.report.sections.training_course import SMOOTHED
 
 PERPLEXITY = (
     "Perplexity: how surprised the model is by held-out text, on average. 1 is perfect. Lower is "
@@ -223,7 +224,7 @@ def _of_unfinished(job: Job) -> list[Tile]:
     rest = (training.get("steps") or 0) - (training.get("step") or 0)
     step_seconds = job.number("run", "training", "step_seconds") if training.get("steps") else None
     losses = training.get("losses") or []
-    last = losses[-8:]
+    last = losses[-SMOOTHED:]
 
     def value(written: Format, number: float | None) -> Markup | None:
         return None if number is None else valued(written(number), number)

@@ -180,7 +180,8 @@ def simulate_adapters(
         for name in names:
             activate_(model, [name])
             origin = SimulationSource.of(model, example_inputs, schemes)
-            structure, weights = _structure(model, name), _weights(model, name)
+            weights = _weights(model, name)
+            structure = _structure(model, name, weights)
             simulation = None
             if structure in first:
                 simulation = _rebound(*first[structure], weights, origin)
@@ -246,9 +247,9 @@ def _weights(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     }
 
 
-def _structure(model: nn.Module, adapter: str) -> Hashable:
+def _structure(model: nn.Module, adapter: str, weights: Mapping[str, Tensor]) -> Hashable:
     """Equal for adapters that differ in the values of their parameters only."""
-    shapes = {(name, tuple(p.shape), p.dtype) for name, p in _weights(model, adapter).items()}
+    shapes = {(name, tuple(p.shape), p.dtype) for name, p in weights.items()}
     layers = {
         (path, module.scaling[adapter], type(module.lora_variant.get(adapter)))
         for path, module in model.named_modules()

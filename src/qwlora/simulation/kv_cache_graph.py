@@ -29,7 +29,7 @@ from qwlora.adapter.active_adapters import activate_
 from qwlora.errors import CaptureError
 from qwlora.graph.capture import Captured
 from qwlora.graph.kv_cache_capture import CacheSizes, cache_additions, capture_cached
-from qwlora.graph.nodes import moved_from
+from qwlora.graph.nodes import moved_from, used_placeholders
 from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph, rebuilt
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.range_estimator import as_estimator
@@ -135,7 +135,7 @@ def _with_weights(program: ExportedProgram, source: ExportedProgram) -> Exported
 
 def _used(program: ExportedProgram) -> list[str]:
     """Names of the parameters and buffers that the graph reads, without those of idle adapters."""
-    placeholders = {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
+    placeholders = used_placeholders(program)
     return [
         str(spec.target)
         for spec in program.graph_signature.input_specs

@@ -63,18 +63,22 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
         simulation = simulate_adapters(model, examples, schemes, adapters=names)[BASE]
     else:
         simulation = simulate(model, examples, schemes)
-    # shared adapter encodings are not those measured from this adapter's own values
-    simulation.set_adapter_encodings(load_encodings(folder))
     restore(simulation, folder)
     return simulation
 
 
-def restore(simulation: Simulation, folder: Path) -> None:
+def restore(simulation: Simulation, folder: Path, adapter_weights: bool = True) -> None:
     """Give an uncalibrated simulation of the same base and adapter the encodings in `folder`.
+
+    Args:
+        adapter_weights: also those of the adapter's weights. Where adapters share them, they do
+            not follow from this adapter's own values.
 
     Raises:
         CalibrationError: the folder does not hold them, or they belong to other values.
     """
-    simulation.restore(
-        {**simulation.base_encodings, **load_encodings(folder)}, read_record(folder)["dropped"]
-    )
+    encodings = load_encodings(folder)
+    if adapter_weights:
+        simulation.set_adapter_encodings(encodings)
+    dropped = read_record(folder)["dropped"]
+    simulation.restore({**simulation.base_encodings, **encodings}, dropped)

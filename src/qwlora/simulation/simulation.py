@@ -40,8 +40,7 @@ from qwlora.graph.value_traits import Decision
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.range_estimator import as_estimator
 from qwlora.messages import listed, suggestion
-from qwlora.nn.frozen import assert_frozen, packed_layers, unwrapped
-from qwlora.parameter_names import parameter_name
+from qwlora.nn.frozen import assert_frozen, packed_layers, packed_weights, unwrapped
 from qwlora.progress import Track, untracked
 from qwlora.simulation.fake_quantizer import (
     FrozenWeight,
@@ -665,7 +664,7 @@ def simulate(
 
 def base_encodings(model: nn.Module) -> dict[str, Encoding]:
     """The encodings of the packed weights of `model`, by weight name."""
-    return {parameter_name(path): layer.encoding for path, layer in packed_layers(model).items()}
+    return {name: layer.encoding for name, layer in packed_weights(model).items()}
 
 
 def tokens_of(batch: Mapping[str, Any]) -> int:

@@ -84,3 +84,8 @@ def _quotas(root: Path) -> Iterator[float]:
                 yield quota / period
             if folder == mount:
                 break
+
+
+def process_count() -> int:
+    """Number of processes in this run, set by the launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

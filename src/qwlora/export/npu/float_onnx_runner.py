@@ -37,8 +37,8 @@ from qwlora.graph.capture import IDS, MASK
 from qwlora.grid.encoding import Encoding
 from qwlora.system.optional_packages import require
 
-# Q/DQ pairs stay as they are, and ONNX Runtime quantizes no float weight by itself
 ROUNDED = ".rounded"  # of a tensor: its value on its grid
+# Q/DQ pairs stay as they are, and ONNX Runtime quantizes no float weight by itself
 OPTIONS = SESSION_OPTIONS | EIGHT_BIT_OPTIONS
 
 

@@ -31,7 +31,6 @@ The logits are compared as those of all targets, see `proof/compare.py`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 from collections.abc import Mapping
@@ -55,8 +54,6 @@ from qwlora.export.npu.htp_rewrites import CODES, npu_onnx
 from qwlora.export.npu.kv_cache_graphs import share_weights, write_graphs
 from qwlora.export.npu.qnn_runtime import (
     ADAPTER,
-    BASE,
-    RECORD,
     ZERO,
     QnnModel,
     compile_graphs,
@@ -65,8 +62,9 @@ from qwlora.export.npu.qnn_runtime import (
 )
 from qwlora.export.proof.checks import Parity, at_most
 from qwlora.export.proof.compare import compare_logits
+from qwlora.export.proof.folder import RECORD, record_digest
 from qwlora.export.proof.reference import first_sequences
-from qwlora.export.target import Backend, ExportedUseCases
+from qwlora.export.target import BASE, NONE, Backend, ExportedUseCases
 from qwlora.formats import manifest
 from qwlora.graph.device_graph import ALPHA, scaling_of
 from qwlora.graph.kv_cache_capture import CacheSizes
@@ -76,8 +74,6 @@ from qwlora.messages import listed
 from qwlora.simulation.npu_graph import NpuGraph, npu_graph
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.optional_packages import require
-
-NONE = "none"  # the use case whose adapter is in folder `zero`
 
 
 class Qnn(Backend):
@@ -106,6 +102,7 @@ class Qnn(Backend):
 
 
 def _folder(case: str) -> str:
+    """Of a use case; the one without an adapter has the zero adapter."""
     return ZERO if case == NONE else case
 
 
@@ -141,7 +138,7 @@ def check_bundle(folder: Path, name: str) -> None:
                 f"{what} holds files that were not exported: {listed(added)}; remove them"
             )
     record = json.loads((folder / name / RECORD).read_text())
-    of_these = record.get("base") == base_digest(folder)
+    of_these = record.get("base") == record_digest(folder / BASE)
     if record.get("adapter") != name or not of_these:
         raise FingerprintError(
             f"{str(folder / name)!r} holds adapter {record.get('adapter')} of "
@@ -160,10 +157,8 @@ def verify_qnn(folder: Path, name: str, reference: Mapping[str, Tensor]) -> Pari
         last. Otherwise `not_run` says how to install it.
 
     Raises:
-        FingerprintError: see `check_bundle`.
         ExportError: a runtime refuses the files.
     """
-    check_bundle(folder, name)
     base, adapter = folder / BASE, folder / name
     one = first_sequences(reference, 1)
     steps = min(DECODED, one["ids"].shape[1] - 1)
@@ -253,11 +248,6 @@ def export_qnn(
         own = {n: _padded(_codes(simulation, n), array) for n, array in codes.items()}
         _write_adapter(folder, name, own, scaling_of(simulation.program) or 0.0)
     _write_adapter(folder, ZERO, {n: np.zeros_like(array) for n, array in codes.items()}, 0.0)
-
-
-def base_digest(bundle: Path) -> str:
-    """SHA-256 of the record of the graphs, which lists the digests of their files."""
-    return hashlib.sha256((bundle / BASE / RECORD).read_bytes()).hexdigest()
 
 
 def refuse_graph(graph: QuantizedGraph) -> None:
@@ -357,5 +347,5 @@ def _write_adapter(bundle: Path, name: str, codes: Mapping[str, Any], scaling: f
     (bundle / name).mkdir()
     tensors = {key: torch.from_numpy(array) for key, array in codes.items()}
     write_tensors(bundle / name / ADAPTER, {**tensors, ALPHA: torch.tensor([scaling])})
-    record = {"adapter": name, "base": base_digest(bundle)}
+    record = {"adapter": name, "base": record_digest(bundle / BASE)}
     manifest.write(bundle / name, RECORD, record, [ADAPTER])

@@ -34,7 +34,7 @@ from qwlora.system.optional_packages import require
 # Snapdragon 8 Gen 3. The provider's default is an old chip without 4-bit blocks and 16-bit weights.
 CHIP = {"soc_model": "57", "htp_arch": "75"}
 PROVIDER = "QNNExecutionProvider"
-BASE, ZERO, RECORD = "base", "zero", "qwlora.json"
+ZERO = "zero"
 ADAPTER = "adapter.safetensors"
 DEVICE = "device"
 _README = """\

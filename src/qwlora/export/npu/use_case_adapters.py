@@ -18,17 +18,12 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
-from qwlora.export.canonical_adapter import CanonicalAdapter
+from qwlora.export.canonical_adapter import PREFIX, CanonicalAdapter
+from qwlora.export.target import NONE, members
 from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations
 
-NONE, AND = "none", "+"
 _NAME = "case{}"  # of a PEFT adapter: a use case's own name may hold a plus sign
-
-
-def members(case: str) -> list[str]:
-    """Names of the adapters of a use case."""
-    return [] if case == NONE else case.split(AND)
 
 
 def peft_names(cases: Sequence[str]) -> dict[str, str]:
@@ -57,7 +52,7 @@ def use_case_model(
         else:
             model.add_adapter(names[case], config)
         for module in modules:
-            layer = model.get_submodule(f"base_model.model.{module}")
+            layer = model.get_submodule(f"{PREFIX}{module}")
             a, b = layer.lora_A[names[case]].weight, layer.lora_B[names[case]].weight
             with torch.no_grad():
                 a.zero_()

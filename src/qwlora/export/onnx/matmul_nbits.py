@@ -74,7 +74,7 @@ def switchable_model(model: PreTrainedModel, branches: bool = True) -> Any:
     return made
 
 
-def matmul_nbits(made: Any, model: PreTrainedModel, accuracy_level: int = EXACT) -> None:
+def matmul_nbits(made: Any, model: PreTrainedModel) -> None:
     """Make the packed linear layers of `made` MatMulNBits nodes, in place.
 
     Raises:
@@ -100,7 +100,7 @@ def matmul_nbits(made: Any, model: PreTrainedModel, accuracy_level: int = EXACT)
             "N": rows,
             "bits": _container(layer.scheme.bitwidth),
             "block_size": block,
-            "accuracy_level": accuracy_level,
+            "accuracy_level": EXACT,
         }
         new = ir.node(
             "MatMulNBits", inputs, attributes=attributes, domain=_DOMAIN, name=f"{path}/product"

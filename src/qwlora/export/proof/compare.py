@@ -54,7 +54,7 @@ from qwlora.export.runtime import Runtime
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.quantized_graph import Interface, Kind
 from qwlora.grid.sqnr import sqnr_db
-from qwlora.progress import Track, one_step, untracked
+from qwlora.progress import Track, one_step
 
 LOGIT_DIFFERENCE = 1e-4
 AGREEMENT = 0.999
@@ -376,7 +376,6 @@ def verify_outputs(
     runtime: Runtime,
     reference: Reference,
     batches: Collection[Any],
-    track: Track = untracked,
 ) -> Parity:
     """Compare every output on `batches`, and every layer on the first of them.
 
@@ -393,7 +392,7 @@ def verify_outputs(
     batches = [as_arguments(batch, interface.inputs) for batch in batches]
     layers = compare_layers(runtime, reference, batches[0])
     outputs: dict[str, OutputFigures] = {}
-    for batch in track(batches, "verifying", len(batches)):
+    for batch in batches:
         found = runtime.run(reference.bind(batch))
         perturbed = reference.perturbed_outputs(batch)
         for name, expected in reference.outputs(batch).items():
@@ -414,7 +413,6 @@ def verify_language_model(
     simulation: Reference,
     sequences: Sequences | Int64[Tensor, "count tokens"],
     layer_tokens: int,
-    track: Track = untracked,
 ) -> Parity:
     """Compare logits and perplexity on `sequences`, and layers on a part of the first one if the
     runtime gives these.
@@ -428,10 +426,10 @@ def verify_language_model(
     data, layers = as_sequences(sequences), list[LayerFigures]()
     if runtime.has_layers:
         ids = data.input_ids[:1, :layer_tokens]
-        layers.append(verify_layers(runtime, simulation, ids, track))
+        layers.append(compare_layers(runtime, simulation, {"input_ids": ids}))
     logits, perturbed = simulated_logits(simulation)
     reference = make_reference({"adapter": logits}, data, {"adapter": perturbed})
-    run = compare_logits(tracked(runtime.logits, track, len(data)), reference)
+    run = compare_logits(runtime.logits, reference)
     figures = run.to_json() | (asdict(layers[0]) if layers else {})
     return Parity(figures, (run, *layers))
 

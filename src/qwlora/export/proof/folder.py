@@ -306,7 +306,10 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
     for record in records.values():
         if str(record.get("target")) not in TARGETS:
             unknown = record.get("target")
-            raise SourceError(f"{str(bundle)!r} is of target {unknown!r}: unknown")
+            raise SourceError(
+                f"{str(bundle)!r} is for target {unknown!r}, which is unknown; copy it again, or "
+                "export it again"
+            )
     check_complete(bundle, records)
     for name, record in records.items():
         check_files(bundle, name, record)

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qwlora.atomic import total_bytes
 from qwlora.export.proof.checks import Check, Limits, Parity, Part, at_least, is_so
 from qwlora.export.proof.compare import (
     LogitsFigures,
@@ -81,7 +82,10 @@ def measure(
     cost = {
         "load_seconds": load_seconds,
         "peak_memory_bytes": peak_rss_bytes() - before,
-        "bytes": {"base": _bytes(bundle / BASE), "adapter": _bytes(bundle / name)},
+        "bytes": {
+            "base": total_bytes((bundle / BASE).rglob("*")),
+            "adapter": total_bytes((bundle / name).rglob("*")),
+        },
     }
     return parity.extended(cost), runtime
 
@@ -103,12 +107,12 @@ def measure_runtime(
 
 
 def measure_logits(
-    logits: Logits, reference: Mapping[str, Tensor], track: Track = untracked, where: str = ""
+    logits: Logits, reference: Mapping[str, Tensor], track: Track = untracked
 ) -> Parity:
     """`measure` of files that hold base and adapter together: figures of `adapter` only."""
     check_reference(reference)
     run = tracked(logits, track, len(reference["ids"]))
-    figures = compare_logits(run, reference, where=where)
+    figures = compare_logits(run, reference)
     return Parity({"exact": {"adapter": figures.to_json()}}, (figures,))
 
 
@@ -303,7 +307,3 @@ def _stepwise(
             if number == 0:
                 steps.append(logits)
     return torch.cat(steps[1:], dim=1)
-
-
-def _bytes(folder: Path) -> int:
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

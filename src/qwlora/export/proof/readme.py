@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwlora.atomic import write_text
+from qwlora.atomic import total_bytes, write_text
 from qwlora.export.proof.checks import shown
 from qwlora.export.proof.folder import README, WITHOUT_CACHE
 from qwlora.export.registry import TARGETS
@@ -39,10 +39,7 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         (bundle / README).unlink(missing_ok=True)
         return
     names, some = sorted(records), next(iter(records.values()))
-    sizes = {
-        path: size(sum(f.stat().st_size for f in (bundle / path).rglob("*") if f.is_file()))
-        for path in (BASE, *names)
-    }
+    sizes = {path: size(total_bytes((bundle / path).rglob("*"))) for path in (BASE, *names)}
     grids = ", ".join(f"{count} of {grid}" for grid, count in some["grids"].items())
     adapters = "one LoRA adapter" if len(names) == 1 else f"{len(names)} LoRA adapters"
     parts = [

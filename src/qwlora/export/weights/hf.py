@@ -151,18 +151,15 @@ def _problem(layer: PackedLayer) -> str | None:
     return compressed_tensors_problem(layer.scheme) if kind is LayerKind.LINEAR else None
 
 
-def load(folder: Path, **arguments: Any) -> Any:
+def load(folder: Path) -> Any:
     """The folder in transformers, in float32. Code in the folder is not run.
-
-    Args:
-        arguments: passed on to `from_pretrained`.
 
     Raises:
         ExportError: transformers refuses the folder.
     """
     with foreign_as(ExportError, f"transformers cannot load {str(folder)!r}"):
         return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, **arguments
+            folder, dtype=torch.float32, trust_remote_code=False
         ).eval()
 
 
@@ -171,13 +168,11 @@ class TransformersRuntime(Runtime):
 
     Args:
         model: the base.
-        shipped: the same with the program's own settings; None if `model` has these.
     """
 
     switches = True
 
-    def __init__(self, model: Any, shipped: TransformersRuntime | None = None):
-        self.shipped = shipped
+    def __init__(self, model: Any):
         self._model = model  # a PeftModel from the first adapter on
         self._known: dict[Path, str] = {}
 
@@ -203,8 +198,6 @@ class TransformersRuntime(Runtime):
             self._model.set_adapter(self._known[adapter])
         elif isinstance(self._model, PeftModel):
             self._model.base_model.disable_adapter_layers()
-        if self.shipped is not None:
-            self.shipped.use(adapter)
 
     @torch.no_grad()
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from qwlora.errors import DirectoryError
 from qwlora.export.registry import TARGETS
+from qwlora.export.target import members
 from qwlora.messages import listed, suggestion
 from qwlora.pipeline.commands.open_job import check_current, is_calibrated, job_recipe, open_job
 from qwlora.pipeline.plan.stale_stages import command_line
@@ -47,9 +48,9 @@ class ModelName:
     @property
     def adapters(self) -> list[str]:
         """Names of its adapters."""
-        if self.adapter is None or (self.is_use_case and self.adapter == "none"):
+        if self.adapter is None:
             return []
-        return self.adapter.split("+") if self.is_use_case else [self.adapter]
+        return members(self.adapter) if self.is_use_case else [self.adapter]
 
     @property
     def export_stages(self) -> list[str]:

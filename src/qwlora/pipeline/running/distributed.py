@@ -15,14 +15,10 @@ from datetime import timedelta
 from typing import Any
 
 from qwlora.errors import TrainingError
+from qwlora.system.cpu_threads import process_count
 
 _PATIENCE = timedelta(days=30)  # the others wait while a large model is quantized, for hours
 _state: dict[str, Any] = {}
-
-
-def process_count() -> int:
-    """Number of processes in this run, set by the launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_first_process() -> bool:

@@ -39,7 +39,7 @@ from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.base_section import Model
 from qwlora.simulation.load_simulation import restore
 from qwlora.simulation.placement import Placement, place, refuse_ineffective_rules
-from qwlora.simulation.saved_simulation import load_activations, load_encodings
+from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
 from qwlora.simulation.simulation_schemes import Schemes
 from qwlora.simulation.training_graph import TrainingGraph
@@ -390,9 +390,6 @@ class JobContext:
             simulation = self.new_simulation(
                 name, load_adapter(self.base(), folder / ADAPTER).eval()
             )
-            if self.recipe.simulation.base_activations == "none":
-                # Adapter weights use shared encodings, which their own values do not determine.
-                simulation.set_adapter_encodings(load_encodings(folder))
-            restore(simulation, folder)
+            restore(simulation, folder, self.recipe.simulation.base_activations == "none")
         assert self._simulation is not None
         return self._simulation[1]

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from qwlora.atomic import total_bytes
 from qwlora.data.prepared_data import summary
 from qwlora.errors import DirectoryError, described
 from qwlora.formats.card_mark import text_of
@@ -38,7 +39,6 @@ from qwlora.pipeline.running.distributed import (
     announce,
     announced_stages,
     is_first_process,
-    process_count,
     wait_for_others,
 )
 from qwlora.pipeline.running.job_status import JobStatus
@@ -46,6 +46,7 @@ from qwlora.pipeline.running.new_context import new_context
 from qwlora.pipeline.stages import RUN
 from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe, load_recipe
+from qwlora.system.cpu_threads import process_count
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss, return_freed_memory
 
 Say = Callable[[str], None]
@@ -296,9 +297,7 @@ def _execute(directory: Directory, context: Any, stage: Stage, follows: Collecti
         seconds = time.perf_counter() - began
         results[TIMING] = {"started": started, "peak_rss_bytes": peak_rss_bytes()}
         if stage.artifact is not None:
-            results[TIMING]["bytes"] = sum(
-                f.stat().st_size for f in scratch.rglob("*") if f.is_file()
-            )
+            results[TIMING]["bytes"] = total_bytes(scratch.rglob("*"))
         directory.commit(
             stage.name, Record(stage.key, seconds, results), scratch, stage.artifact, follows
         )

@@ -17,12 +17,11 @@ import torch
 from qwlora.adapter.attach import LoraShape, attach, check_existing, check_shape
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.npu.use_case_adapters import (
-    NONE,
-    members,
     peft_names,
     share_unaffected,
     use_case_model,
 )
+from qwlora.export.target import NONE, members
 from qwlora.parameter_names import canonical_name, is_factor_name
 from qwlora.pipeline.job.job_paths import ADAPTER, BASE_SIMULATION, SHARED, USE_CASES, ZERO_ADAPTER
 from qwlora.simulation.adapter_simulations import (
@@ -58,8 +57,6 @@ def zero_adapter_simulation(context: JobContext) -> Simulation:
     """The calibrated simulation; the context keeps it until the next simulation is captured."""
     if context.zero_adapter is None:
         simulation, folder = _zero_simulation(context), context.path / ZERO_ADAPTER
-        # shared encodings of adapter weights are not those of zeros
-        simulation.set_adapter_encodings(load_encodings(folder))
         restore(simulation, folder)
         context.zero_adapter = simulation
     return context.zero_adapter
@@ -123,8 +120,6 @@ def use_case_simulations(context: JobContext) -> dict[str, Simulation]:
         simulations, names = _case_simulations(context), peft_names(context.recipe.use_cases())
         for name, simulation in simulations.items():
             folder = context.path / USE_CASES / name
-            # shared encodings of adapter weights are not those of their own values
-            simulation.set_adapter_encodings(load_encodings(folder))
             restore(simulation, folder)
         context.use_cases = {case: simulations[name] for case, name in names.items()}
         context.use_cases[BASE] = simulations[BASE]

@@ -8,10 +8,10 @@ export/TARGET         of a bundle: the base, in the folder export/TARGET/base; w
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwlora.atomic import total_bytes
 from qwlora.export.proof.folder import WITHOUT_CACHE, record_digest, write_record
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE, ExportedBase, ExportedGraph, ExportedUseCases, Target
@@ -77,7 +77,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
             reason = target.backend.write_base(exported, scratch)
         else:
             target.backend.write_adapter(exported, bundle / BASE, scratch)
-    size = _size(scratch.glob(target.model_files))
+    size = total_bytes(scratch.glob(target.model_files))
     if target.is_simulated:
         holds_base = stage.adapter is None or not target.has_base
         if holds_base and not target.cached_graphs:  # a program gives it text of any length
@@ -148,10 +148,6 @@ def _write_cases(
     target.backend.write_cases(exported, scratch)
     record = {"base_fingerprint": context.base_fingerprint, "use_cases": list(cases)}
     write_record(scratch, record)
-    sizes = {case: _size(target.backend.own_files(scratch, case)) for case in cases}
-    sizes = {BASE: _size(scratch.rglob("*")) - sum(sizes.values()), **sizes}
+    sizes = {case: total_bytes(target.backend.own_files(scratch, case)) for case in cases}
+    sizes = {BASE: total_bytes(scratch.rglob("*")) - sum(sizes.values()), **sizes}
     return {case: {"bytes": size} for case, size in sizes.items()}
-
-
-def _size(paths: Iterable[Path]) -> int:
-    return sum(path.stat().st_size for path in paths if path.is_file())

@@ -17,7 +17,7 @@ from qwlora.export.proof.folder import (
     write_proof,
 )
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import BASE, PROOF
+from qwlora.export.target import BASE, PROOF, members
 from qwlora.formats import manifest
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 
@@ -200,7 +200,6 @@ class _Verification:
         """Held-out text of the adapter, or of the first one of a use case, as far as the context of
         the graphs goes."""
         from qwlora.export.npu.kv_cache_graphs import most_tokens
-        from qwlora.export.npu.use_case_adapters import members
         from qwlora.export.proof.reference import BASE_SEQUENCES
 
         recipe = self.context.recipe

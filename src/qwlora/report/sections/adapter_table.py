@@ -22,7 +22,7 @@ from qwlora.report.number_format import (
 )
 from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import FILES, Job, code
-from qwlora.report.sections.training_course import Course, course
+from qwlora.report.sections.training_course import SMOOTHED, Course, course
 
 MOST_IN_MATRIX = 12
 STRENGTHS = (0.1, 0.3)  # relative changes at which the color of a cell becomes stronger
@@ -149,7 +149,7 @@ def _sparkline(name: str, courses: dict[str, Course]) -> Markup:
     x = Scale(1, max(len(row) for row in means.values()), 2, 250)
     y = Scale(min(values), max(values) if max(values) > min(values) else min(values) + 1, 42, 6)
     row = means[name]
-    words = f"Training loss, mean of 8 steps: {row[0]:.3f} to {row[-1]:.3f}."
+    words = f"Training loss, mean of {SMOOTHED} steps: {row[0]:.3f} to {row[-1]:.3f}."
     drawing = Drawing(252, 48, f"{name}: training loss", words)
     points = [(x(n), y(value)) for n, value in enumerate(row, 1)]
     if len(points) > 1:

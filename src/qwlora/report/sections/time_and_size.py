@@ -19,7 +19,6 @@ from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import FILES, FLOAT_BYTES, Job, capitalized, runtime
 
 MOST_BARS = 40
-WORDS = {"failed": "failed", "running": "running"}  # of the stage that was last begun
 QUESTIONS = {"failed": "Where did it stop?", "running": "Where is the job?"}
 
 
@@ -35,7 +34,7 @@ def view(job: Job, adapter: str) -> View | None:
     stages = [*(name for name in done if name not in plan), *plan]
     longest = max(stages, key=lambda name: times.get(name, 0.0))
     states = {
-        name: (WORDS.get(job.state, "waiting") if name == current else "waiting")
+        name: job.state if name == current and job.state in QUESTIONS else "waiting"
         for name in stages
         if name not in times
     }

@@ -143,7 +143,9 @@ def sentencepiece_tokenizer(template: str) -> PreTrainedTokenizerFast:
 def test_without_a_generation_prompt_the_first_word_is_learnt_with_its_space(template: str) -> None:
     talk = conversation("Hi there.", "Hello you, Hi.", "Hi, again.", "Hello again.")
     tokenizer, ids, in_loss = assert_marked(template, talk, sentencepiece_tokenizer)
-    assert template == LINES or tokenizer.convert_ids_to_tokens(ids[in_loss.index(True)]) == "▁Hello"
+    assert (
+        template == LINES or tokenizer.convert_ids_to_tokens(ids[in_loss.index(True)]) == "▁Hello"
+    )
 
 
 def test_smollm2_learns_what_the_assistant_says(smollm2: PreTrainedTokenizerBase) -> None:

@@ -52,7 +52,6 @@ from measuring import (
     write_table,
 )
 from qwlora import LayerRule, Scheme, Schemes, quantize_
-from qwlora.atomic import write_text
 from qwlora.errors import ExportError
 from qwlora.export.npu.aimet import write_aimet
 from qwlora.export.npu.float_onnx import MOVES
@@ -64,6 +63,7 @@ from qwlora.grid.scheme import parse_scheme
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.nn.frozen import packed_layers
 from qwlora.simulation.adapter_simulations import simulate_adapters
+from qwlora.system.atomic import write_text
 
 BASES = {"w4-channel": None, "w4-lpbq64": 64}  # block size
 TEXTS = {"training": (15, 256), "calibration": (4, 256), "evaluation": (4, 256)}  # sequences

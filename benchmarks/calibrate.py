@@ -41,7 +41,7 @@ from measuring import (
 )
 from qwlora import Schemes, Simulation, quantize_, simulate
 from qwlora.formats.model_source import load_model
-from qwlora.parameter_names import canonical_name, is_adapter_name
+from qwlora.system.parameter_names import canonical_name, is_adapter_name
 
 TOKENS, RANK, SCALING = 512, 16, 2.0
 CONFIG = "hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads vocab_size max_position_embeddings rms_norm_eps".split()  # noqa: SIM905

@@ -216,7 +216,7 @@ def main() -> None:
 
 def measure_all(out: Path, has_own: bool) -> dict[str, Any]:
     """Run the job and return its figures, and with --own those of the runtimes' own tools."""
-    from qwlora.atomic import read_tensors
+    from qwlora.system.atomic import read_tensors
 
     texts = out.parent / f"{out.name}-texts"
     texts.mkdir(parents=True, exist_ok=True)

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 import qwlora
 from conftest import text
-from qwlora.encodings import EncodingsFile, write_encodings
-from qwlora.encodings.grids import entry_of
+from qwlora.formats.aimet_encodings import EncodingsFile, write_encodings
+from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.nn.frozen import packed_layers
 
 PAGE = Path(__file__).parent.parent / "docs" / "aimet-guide.md"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from qwlora.atomic import (
+from qwlora.system.atomic import (
     files_in,
     move_into_place,
     read_metadata,

@@ -147,7 +147,7 @@ def test_sequences_of_several_texts_alternate_in_the_bases_calibration(
     two_texts: Any, tmp_path: Path
 ) -> None:
     from qwlora.pipeline.running.new_context import new_context
-    from qwlora.progress import untracked
+    from qwlora.system.progress import untracked
 
     recipe = load_recipe(two_texts())
     context = new_context(recipe, JobTexts(recipe), tmp_path, untracked)

@@ -15,12 +15,11 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "src" / "qwlora"
 # Folders and files directly below the package. A file imports from its own folder or lower levels.
 LEVELS = (
-    {"messages", "parameter_names", "progress", "revisions"},
     {"errors"},
-    {"atomic", "strict_json", "system"},
+    {"system"},
     {"grid"},
     {"nn"},
-    {"encodings", "graph"},
+    {"graph"},
     {"formats"},
     {"data"},
     {"adapter", "quantize"},

@@ -2,7 +2,12 @@ from __future__ import annotations
 
 import pytest
 
-from qwlora.parameter_names import adapter_of, canonical_name, is_adapter_name, is_factor_name
+from qwlora.system.parameter_names import (
+    adapter_of,
+    canonical_name,
+    is_adapter_name,
+    is_factor_name,
+)
 
 
 @pytest.mark.parametrize(

@@ -25,20 +25,20 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from conftest import EACH_ARCHITECTURE, text, tiny_model
-from qwlora.encodings.grids import entry_of
-from qwlora.encodings.version_1_0_0 import json_of
 from qwlora.errors import DirectoryError, EncodingsFileError, FingerprintError, SourceError
 from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.export.proof.folder import verify_bundle
+from qwlora.formats.aimet_encodings.grids import entry_of
+from qwlora.formats.aimet_encodings.version_1_0_0 import json_of
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn import packed_weights
 from qwlora.nn.fingerprint import fingerprint
-from qwlora.parameter_names import canonical_name, is_adapter_name
 from qwlora.pipeline.commands.dump_layers import dump_layers
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
+from qwlora.system.parameter_names import canonical_name, is_adapter_name
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 

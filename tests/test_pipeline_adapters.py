@@ -17,8 +17,8 @@ from qwlora.pipeline.commands.simulate_job import explain_placement
 from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.plan.plan import make_plan
 from qwlora.pipeline.running.run_job import run
+from qwlora.quantize.revisions import REVISIONS
 from qwlora.recipe import load_recipe
-from qwlora.revisions import REVISIONS
 from qwlora.simulation.saved_simulation import load_encodings
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

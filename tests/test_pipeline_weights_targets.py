@@ -19,7 +19,6 @@ from client_programs import with_clients
 from command_line import qwlora
 from conftest import byte_tokenizer, reseal
 from qwlora import load_adapter, load_base
-from qwlora.atomic import files_in, read_tensors
 from qwlora.errors import (
     FingerprintError,
     GridError,
@@ -47,6 +46,7 @@ from qwlora.pipeline.plan.stage import VERBS
 from qwlora.pipeline.plan.stale_stages import find_stale
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
+from qwlora.system.atomic import files_in, read_tensors
 from simulation.tiny_architectures import make
 
 ADAPTERS = [

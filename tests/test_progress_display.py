@@ -14,7 +14,7 @@ import pytest
 from command_line import qwlora
 from qwlora.cli import progress_bars
 from qwlora.cli.progress_bars import ProgressDisplay
-from qwlora.progress import one_step
+from qwlora.system.progress import one_step
 
 
 @contextlib.contextmanager

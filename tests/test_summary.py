@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
+from qwlora.errors import size
 from qwlora.export.proof.checks import at_least, at_most
-from qwlora.messages import size
 from qwlora.pipeline.results.results_table import result_rows
 
 PARITY = {

@@ -17,8 +17,14 @@ from rich.table import Table
 from command_line import qwlora
 from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.terminal import console, print_json, safe_streams
-from qwlora.errors import EncodingsFileError, RecipeError, VerificationError
-from qwlora.messages import escaped, near_names, shortened
+from qwlora.errors import (
+    EncodingsFileError,
+    RecipeError,
+    VerificationError,
+    escaped,
+    near_names,
+    shortened,
+)
 
 HOSTILE = "\x1b[2J\x1b]8;;http://x\x07bell\x9b31m\u202eevil\r\x7f"
 SHOWN = r"\x1b[2J\x1b]8;;http://x\x07bell\x9b31m\u202eevil\r\x7f"

@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from qwlora.adapter.adapter_folder import load_adapter, save_adapter
     from qwlora.adapter.initialize import initialize_
     from qwlora.adapter.training_step import memory_saving
-    from qwlora.encodings import EncodingsFile, read_encodings, write_encodings
     from qwlora.errors import QwloraError
     from qwlora.export.one_call import export_files, verify_files
     from qwlora.export.proof.checks import Check, Limits
+    from qwlora.formats.aimet_encodings import EncodingsFile, read_encodings, write_encodings
     from qwlora.formats.assemble_model import load_precomputed
     from qwlora.formats.base_folder import load_base, save_base
     from qwlora.formats.hf_quantizer import register_with_transformers
@@ -79,9 +79,9 @@ _HOME = {
     "export_files": "export.one_call",
     "verify_files": "export.one_call",
     "Encoding": "grid.encoding",
-    "EncodingsFile": "encodings",
-    "read_encodings": "encodings",
-    "write_encodings": "encodings",
+    "EncodingsFile": "formats.aimet_encodings",
+    "read_encodings": "formats.aimet_encodings",
+    "write_encodings": "formats.aimet_encodings",
     "fingerprint": "nn.fingerprint",
     "LayerMoments": "grid.second_moments",
     "MomentStore": "grid.second_moments",

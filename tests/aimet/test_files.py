@@ -1,7 +1,7 @@
 """A file that we write, loaded by AIMET, gives its quantizers our grid.
 
 AIMET 2.42 loads only version 0.6.1 (`QuantizationSimModel.load_encodings`). For later versions,
-tests/encodings reads files that AIMET wrote.
+tests/formats/aimet_encodings reads files that AIMET wrote.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ aimet_torch = pytest.importorskip("aimet_torch")
 import torch  # noqa: E402
 from aimet_torch.v2.quantization.affine import QuantizeDequantize  # noqa: E402
 
-from qwlora.encodings import (  # noqa: E402
+from qwlora.formats.aimet_encodings import (  # noqa: E402
     EncodingsFile,
     IntegerEncoding,
     convert,

@@ -20,9 +20,9 @@ from aimet_torch.quantization.affine import (  # noqa: E402
 )
 from aimet_torch.quantsim import QuantizationSimModel  # noqa: E402
 
-from qwlora.encodings import read_encodings  # noqa: E402
-from qwlora.encodings.grids import TensorLayout, grid_of  # noqa: E402
 from qwlora.errors import SourceError  # noqa: E402
+from qwlora.formats.aimet_encodings import read_encodings  # noqa: E402
+from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of  # noqa: E402
 from qwlora.grid.scheme import Lpbq, PerBlock  # noqa: E402
 
 SHAPES = {

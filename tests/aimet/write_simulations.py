@@ -31,8 +31,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from qwlora import PerChannel, Scheme, Schemes, quantize_, simulate
-from qwlora.parameter_names import canonical_name, is_adapter_name
 from qwlora.simulation.placement_rules import PlacementRule
+from qwlora.system.parameter_names import canonical_name, is_adapter_name
 
 MODEL: dict[str, Any] = {
     "hidden_size": 64,

@@ -22,8 +22,8 @@ from qwlora.errors import NonFiniteError
 from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.pipeline.running.run_job import run
-from qwlora.progress import untracked
 from qwlora.recipe import load_recipe
+from qwlora.system.progress import untracked
 
 IDS = torch.arange(40).view(4, 10) * 5
 

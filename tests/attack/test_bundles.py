@@ -17,12 +17,12 @@ import pytest
 import torch
 
 from export.test_hot_swap import written
-from qwlora.atomic import files_in
 from qwlora.data.sequences import Sequences
 from qwlora.export.proof.folder import record_digest, write_proof, write_record
 from qwlora.export.proof.reference import logits_of, make_reference
 from qwlora.export.registry import TARGETS
 from qwlora.formats import manifest
+from qwlora.system.atomic import files_in
 
 from .hostile_models import Evil
 from .jobs import write_recipe

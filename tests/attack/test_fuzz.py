@@ -28,9 +28,15 @@ from formats.test_reader_awq import awq_model
 from formats.test_reader_compressed_tensors import model_folder
 from qwlora import load_base, quantize_, save_base
 from qwlora.analysis.inspect_model import inspect_source
-from qwlora.encodings import EncodingsFile, convert, read_encodings, validate, write_encodings
-from qwlora.encodings.grids import entry_of
 from qwlora.errors import QwloraError
+from qwlora.formats.aimet_encodings import (
+    EncodingsFile,
+    convert,
+    read_encodings,
+    validate,
+    write_encodings,
+)
+from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.min_max import measure

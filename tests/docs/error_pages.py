@@ -22,14 +22,14 @@ import torch
 from torch import nn
 
 from export.proofs import check_parity
-from qwlora import errors, strict_json
+from qwlora import errors
 from qwlora.adapter.adapter_folder import check_adapter
 from qwlora.adapter.attach import check_trainable
-from qwlora.encodings import convert, read_encodings
 from qwlora.errors import QwloraError
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.compare import LayerFigures
+from qwlora.formats.aimet_encodings import convert, read_encodings
 from qwlora.formats.model_source import locate
 from qwlora.nn import PackedLinear
 from qwlora.nn.finite import check_finite
@@ -37,6 +37,7 @@ from qwlora.pipeline.commands.open_job import job_recipe
 from qwlora.pipeline.commands.push import Upload, send
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.recipe import parse_recipe
+from qwlora.system import strict_json
 from qwlora.system.optional_packages import require
 
 HEAD = """\

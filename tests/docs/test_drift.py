@@ -90,7 +90,7 @@ def test_every_error_class_has_a_page_in_the_navigation() -> None:
 def test_every_public_name_is_in_the_api_reference() -> None:
     page = (ROOT / "docs/api.md").read_text()
     listed = set(re.findall(r"^::: qwlora\.[\w.]+\.(\w+)$", page, re.MULTILINE))
-    assert {*qwlora.__all__} <= listed <= {*qwlora.__all__, *qwlora.encodings.__all__}
+    assert {*qwlora.__all__} <= listed <= {*qwlora.__all__, *qwlora.formats.aimet_encodings.__all__}
 
 
 def test_every_page_is_in_the_navigation() -> None:
@@ -173,7 +173,7 @@ def test_blocks_that_need_a_client_import_what_exists() -> None:
 def test_the_snippets_of_the_encodings_page_work_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    files = ROOT / "tests/encodings/files"
+    files = ROOT / "tests/formats/aimet_encodings/files"
     shutil.copy(files / "aimet-2.0.0.encodings", tmp_path / "model.encodings")
     shutil.copy(files / "model.onnx", tmp_path / "model.onnx")
     monkeypatch.chdir(tmp_path)

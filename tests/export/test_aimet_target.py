@@ -15,13 +15,14 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
 from export.damage import flip_bit
-from qwlora import Schemes, Simulation, encodings, quantize_, simulate
+from qwlora import Schemes, Simulation, quantize_, simulate
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export.npu.aimet import open_aimet
 from qwlora.export.proof.checks import Limits
 from qwlora.export.proof.compare import verify_language_model
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph
+from qwlora.formats.aimet_encodings import validate
 from qwlora.formats.card_mark import CARD_MARK
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Scheme
@@ -99,7 +100,7 @@ def test_every_entry_names_a_tensor_and_blocks_are_in_aimets_order(
     document = json.loads((files / "model.encodings").read_text())
     assert not [
         f
-        for f in encodings.validate(files / "model.encodings", files / "model.onnx")
+        for f in validate(files / "model.encodings", files / "model.onnx")
         if f.severity == "error"
     ]
     graph = onnx.load(files / "model.onnx", load_external_data=False).graph

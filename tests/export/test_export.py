@@ -19,8 +19,6 @@ from conftest import tiny_model
 from export.proofs import check_parity, reference_of, verify_onnx, verify_onnx_outputs
 from qwlora import PerChannel, Scheme, Schemes, Simulation, quantize_, simulate
 from qwlora.data.sequences import Sequences
-from qwlora.encodings import LpbqEncoding, read_encodings, validate
-from qwlora.encodings.grids import TensorLayout, grid_of
 from qwlora.errors import ExportError, MissingExtraError, VerificationError
 from qwlora.export.npu.aimet_encodings import write_encodings
 from qwlora.export.onnx.onnx import export_onnx
@@ -29,6 +27,8 @@ from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.compare import compare_logits
 from qwlora.export.proof.measure import measure_logits
 from qwlora.export.proof.reference import make_reference, simulated_logits
+from qwlora.formats.aimet_encodings import LpbqEncoding, read_encodings, validate
+from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of
 from qwlora.graph.quantized_graph import Kind
 from qwlora.nn import packed_weights
 from qwlora.system import optional_packages as extras

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from export.proofs import check_parity, verify_weights
 from export.test_graph_parity import replace_qnn
-from qwlora import strict_json
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export import runtime as runtime_module
@@ -38,6 +37,7 @@ from qwlora.export.registry import TARGETS
 from qwlora.graph.quantized_graph import GraphValue, Interface, Kind
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.pipeline.results.results_table import print_summary
+from qwlora.system import strict_json
 
 TOKENS, VOCABULARY = 24, 16
 IDS = torch.randint(0, VOCABULARY, (1, TOKENS), generator=torch.Generator().manual_seed(7))

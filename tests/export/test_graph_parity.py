@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 
-from qwlora import strict_json
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import MissingExtraError
 from qwlora.export.npu import qnn
@@ -18,6 +17,7 @@ from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.measure import measure_logits
 from qwlora.export.proof.reference import make_reference
 from qwlora.pipeline.stages import verify_stage
+from qwlora.system import strict_json
 
 GENERATOR = torch.Generator().manual_seed(7)
 IDS = torch.randint(0, 16, (2, 12), generator=GENERATOR)

@@ -13,7 +13,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from qwlora import strict_json
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import SourceError
 from qwlora.export.proof.checks import (
@@ -44,6 +43,7 @@ from qwlora.export.proof.compare import (
 from qwlora.export.proof.measure import compare_cache, decoded, measure_logits, switching
 from qwlora.export.proof.reference import check_reference, make_reference
 from qwlora.graph.quantized_graph import GraphValue, Kind
+from qwlora.system import strict_json
 
 NAN, INF = math.nan, math.inf
 LIMITS = Limits(

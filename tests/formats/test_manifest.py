@@ -29,7 +29,7 @@ from qwlora.formats.base_files import BaseCheckpoint
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.manifest import UnverifiedWarning
 from qwlora.simulation.saved_simulation import load_encodings, save_encodings
-from qwlora.strict_json import dumps
+from qwlora.system.strict_json import dumps
 
 IDS = torch.arange(24).view(2, 12)
 

@@ -1,7 +1,7 @@
 """AIMET encodings with a float checkpoint: entries are matched and transposed correctly, and all
 problems are reported together.
 
-AIMET's own files (tests/encodings/files) are compared with each other: all versions describe the
+AIMET's own files (tests/formats/aimet_encodings/files) are compared with each other: all versions describe the
 same simulation. tests/aimet/test_reader.py compares with aimet-torch itself.
 """
 
@@ -16,7 +16,9 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from qwlora.encodings import (
+from qwlora.errors import EncodingsFileError, SourceError
+from qwlora.formats.aimet import AimetCheckpoint
+from qwlora.formats.aimet_encodings import (
     EncodingsFile,
     FloatEncoding,
     IntegerEncoding,
@@ -24,17 +26,15 @@ from qwlora.encodings import (
     read_encodings,
     write_encodings,
 )
-from qwlora.encodings.grids import TensorLayout, entry_of, grid_of
-from qwlora.encodings.model import Entry
-from qwlora.errors import EncodingsFileError, SourceError
-from qwlora.formats.aimet import AimetCheckpoint
+from qwlora.formats.aimet_encodings.grids import TensorLayout, entry_of, grid_of
+from qwlora.formats.aimet_encodings.model import Entry
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
-GOLDEN = Path(__file__).parent.parent / "encodings" / "files"
+GOLDEN = Path(__file__).parent / "aimet_encodings" / "files"
 SIZES = {
     "vocab_size": 48,
     "hidden_size": 32,

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from conftest import byte_tokenizer, tiny_model
 from qwlora import fingerprint, load_base, quantize_, save_base
-from qwlora.encodings.grids import entry_of
 from qwlora.errors import GridError
 from qwlora.export.format_limits import gguf_problem
+from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import Blocks, Lpbq, PerBlock, Scheme, parse_scheme, short_name

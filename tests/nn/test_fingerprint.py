@@ -16,7 +16,7 @@ from qwlora.nn.fingerprint import (
     keep_fingerprint_,
 )
 from qwlora.nn.packed_modules import PackedLinear
-from qwlora.parameter_names import adapter_of, is_adapter_name
+from qwlora.system.parameter_names import adapter_of, is_adapter_name
 
 
 class Model(nn.Module):

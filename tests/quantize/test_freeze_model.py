@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from conftest import VOCABULARY, tiny_model
 from qwlora import fingerprint, freeze_, quantize_
-from qwlora.encodings import EncodingsFile, write_encodings
-from qwlora.encodings.grids import entry_of
 from qwlora.errors import EncodingsFileError, GridError
+from qwlora.formats.aimet_encodings import EncodingsFile, write_encodings
+from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme

@@ -18,10 +18,10 @@ from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.nn import packed_weights
+from qwlora.quantize.revisions import REVISIONS
 from qwlora.quantize.scale_search import search_scale
 from qwlora.quantize.solvers import SOLVERS, Solver, solver_named
 from qwlora.recipe import base_section
-from qwlora.revisions import REVISIONS
 
 SCHEME = Scheme(3, granularity=PerBlock(16))
 

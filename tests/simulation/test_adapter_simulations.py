@@ -23,7 +23,6 @@ from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.min_max import encoding_from_range
 from qwlora.grid.scheme import PerChannel
 from qwlora.nn.fingerprint import adapter_fingerprint
-from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.adapter_simulations import (
     AdapterSimulations,
     BaseActivations,
@@ -32,6 +31,7 @@ from qwlora.simulation.adapter_simulations import (
 from qwlora.simulation.load_simulation import load_simulation
 from qwlora.simulation.saved_simulation import load_encodings
 from qwlora.simulation.simulation import Simulation
+from qwlora.system.parameter_names import is_adapter_name
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 EIGHT_BITS = Schemes(Scheme(8, symmetric=False))

@@ -22,8 +22,8 @@ from qwlora import (
     quantize_,
     simulate,
 )
-from qwlora.encodings import IntegerEncoding, read_encodings, validate
 from qwlora.errors import CalibrationError, CaptureError
+from qwlora.formats.aimet_encodings import IntegerEncoding, read_encodings, validate
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor

@@ -32,7 +32,7 @@ from qwlora.adapter.chunked_loss import causal_model
 from qwlora.errors import MergeError
 from qwlora.grid.encoding import aligned, grouped
 from qwlora.nn import PackedLayer, weight_out_in
-from qwlora.parameter_names import canonical_name
+from qwlora.system.parameter_names import canonical_name
 
 
 @dataclass(frozen=True)

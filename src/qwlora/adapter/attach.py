@@ -37,9 +37,8 @@ from qwlora.adapter.peft_support import (
     read_config,
     weights_of,
 )
-from qwlora.errors import SourceError, TrainingError, foreign_as
-from qwlora.messages import listed
-from qwlora.parameter_names import canonical_name, is_adapter_name
+from qwlora.errors import SourceError, TrainingError, foreign_as, listed
+from qwlora.system.parameter_names import canonical_name, is_adapter_name
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch.distributed.tensor import DTensor
 
 from qwlora.errors import TrainingError
 from qwlora.nn import PackedLayer
-from qwlora.parameter_names import is_adapter_name
+from qwlora.system.parameter_names import is_adapter_name
 
 
 def enable_fsdp_(accelerator: Any) -> bool:

@@ -39,13 +39,12 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from qwlora.adapter.active_adapters import active_adapter
-from qwlora.errors import TrainingError
+from qwlora.errors import TrainingError, listed
 from qwlora.grid.second_moments import LayerMoments, factor_damped
-from qwlora.messages import listed
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import PackedTensor
-from qwlora.parameter_names import canonical_name
-from qwlora.progress import Track, untracked
+from qwlora.system.parameter_names import canonical_name
+from qwlora.system.progress import Track, untracked
 
 Init = Literal["zero", "svd", "qera"]
 # Relative to the mean of a moment's diagonal. G is less certain: few tokens have large gradients.

@@ -19,10 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwlora import strict_json
 from qwlora.adapter.peft_support import CONFIG, WEIGHTS
-from qwlora.errors import SourceError
-from qwlora.messages import listed
+from qwlora.errors import SourceError, listed
+from qwlora.system import strict_json
 
 MLX_WEIGHTS = "adapters.safetensors"
 

@@ -16,8 +16,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from qwlora.errors import SourceError
-from qwlora.messages import listed
+from qwlora.errors import SourceError, listed
 from qwlora.system.time_limit import SECONDS, time_limit
 
 WEIGHTS = "adapter_model.safetensors"

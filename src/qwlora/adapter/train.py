@@ -49,8 +49,8 @@ from qwlora.data.sequences import as_sequences
 from qwlora.errors import MissingExtraError, TrainingError
 from qwlora.graph.call_arguments import vocabulary_size
 from qwlora.nn.frozen import assert_frozen, packed_layers
-from qwlora.progress import Track, untracked
 from qwlora.system.cpu_threads import process_count
+from qwlora.system.progress import Track, untracked
 from qwlora.system.stop_signals import Stopped, on_stop_signal
 
 _CHECKPOINTING = (  # transformers before 5.23 has only the old name

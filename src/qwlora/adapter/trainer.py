@@ -28,7 +28,7 @@ from qwlora.adapter.training_checkpoints import last_good
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import TrainingError
 from qwlora.graph.call_arguments import check_token_ids
-from qwlora.parameter_names import canonical_name
+from qwlora.system.parameter_names import canonical_name
 
 
 class AdapterTrainer(Trainer):

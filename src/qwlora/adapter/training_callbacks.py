@@ -37,7 +37,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from qwlora.adapter.fsdp import base_bytes
 from qwlora.adapter.training_checkpoints import last_good, seal
 from qwlora.errors import TrainingError
-from qwlora.progress import Track
+from qwlora.system.progress import Track
 
 FEW, MANY = 5, 50
 Watch = Callable[[Callable[[], dict[str, Any]]], None]

@@ -13,9 +13,9 @@ from typing import Any
 from transformers import TrainerState
 
 from qwlora.adapter.peft_support import WEIGHTS
-from qwlora.atomic import files_in
 from qwlora.errors import reading
 from qwlora.formats import manifest
+from qwlora.system.atomic import files_in
 
 STATE = "trainer_state.json"
 DIGESTS = "digests.json"

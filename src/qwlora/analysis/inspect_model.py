@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.encodings.model import BlockOrder
 from qwlora.errors import SourceError
 from qwlora.formats.aimet import AimetCheckpoint
+from qwlora.formats.aimet_encodings.model import BlockOrder
 from qwlora.formats.base_files import BaseCheckpoint
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint

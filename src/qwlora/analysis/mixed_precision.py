@@ -20,9 +20,9 @@ from typing import Any
 
 from qwlora.analysis.sensitivity import Loss, sensitivities
 from qwlora.errors import CalibrationError
-from qwlora.progress import Track, untracked
 from qwlora.simulation.placement_rules import PlacementRule
 from qwlora.simulation.simulation import Simulation
+from qwlora.system.progress import Track, untracked
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ import torch
 
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.sqnr import sqnr_db
-from qwlora.progress import Track, untracked
 from qwlora.simulation.simulation import Simulation
+from qwlora.system.progress import Track, untracked
 
 
 def cumulative_costs(

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.nn.temporary import gradients_disabled
-from qwlora.progress import Track, untracked
 from qwlora.simulation.fake_quantizer import Quantizer
 from qwlora.simulation.simulation import Simulation
+from qwlora.system.progress import Track, untracked
 
 Loss = Callable[[Tensor, Mapping[str, Any]], Tensor]
 

@@ -25,10 +25,9 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwlora.errors import SourceError, foreign_as
-from qwlora.messages import suggestion
-from qwlora.progress import Track, untracked
+from qwlora.errors import SourceError, foreign_as, suggestion
 from qwlora.system.optional_packages import require
+from qwlora.system.progress import Track, untracked
 
 EXTRA = "lm-eval"
 _SEED, _RANDOM_SEED = 1234, 0  # lm-eval's defaults

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from qwlora.data.sequences import IGNORED, Sequences, as_sequences
 from qwlora.errors import NonFiniteError
-from qwlora.progress import Track, untracked
+from qwlora.system.progress import Track, untracked
 
 LARGEST_LOSS = 709.0  # nats; exp of more overflows float64
 _AT_ONCE = 2**22  # logits whose log-softmax exists at one time

@@ -19,13 +19,13 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from qwlora import encodings
 from qwlora.cli.shared_arguments import AsJson
 from qwlora.cli.tables import table
 from qwlora.cli.terminal import print_json
-from qwlora.encodings.encodings_file import to_text
-from qwlora.encodings.findings import printable
-from qwlora.encodings.validate import finding_lines, summary
+from qwlora.formats import aimet_encodings
+from qwlora.formats.aimet_encodings.encodings_file import to_text
+from qwlora.formats.aimet_encodings.findings import printable
+from qwlora.formats.aimet_encodings.validate import finding_lines, summary
 
 app = typer.Typer(
     name="encodings",
@@ -47,7 +47,7 @@ def show(file: File, as_json: AsJson = False) -> None:
 
     JSON has the same fields for every version.
     """
-    content = encodings.read_encodings(file)
+    content = aimet_encodings.read_encodings(file)
     if as_json:
         print_json(_plain(content))
         return
@@ -71,7 +71,7 @@ def validate(file: File, onnx: Model = None) -> None:
 
     Exit code 1 if there is an error.
     """
-    findings = encodings.validate(file, onnx)
+    findings = aimet_encodings.validate(file, onnx)
     for line in finding_lines(findings):
         print(line)
     print(f"{file}: {summary(findings)}")
@@ -104,7 +104,7 @@ def convert(
         ),
     ] = None,
     block_order: Annotated[
-        encodings.BlockOrder | None,
+        aimet_encodings.BlockOrder | None,
         typer.Option(
             help="How version 1.0.0 orders block scales, which it does not store: by output "
             "channel, or in the order of the tensor."
@@ -115,9 +115,9 @@ def convert(
 
     If that would lose information, nothing is written and the losses are listed; see --lossy.
     """
-    graph = encodings.read_graph(onnx) if onnx is not None else None
-    source = encodings.read_encodings(file)
-    converted = encodings.convert(
+    graph = aimet_encodings.read_graph(onnx) if onnx is not None else None
+    source = aimet_encodings.read_encodings(file)
+    converted = aimet_encodings.convert(
         source,
         version,
         lossy,
@@ -136,7 +136,7 @@ def convert(
     if out is None:
         print(to_text(converted), end="")
     else:
-        encodings.write_encodings(converted, out)
+        aimet_encodings.write_encodings(converted, out)
         print(f"wrote {out}, version {version}, {len(converted.encodings)} encodings")
 
 
@@ -151,8 +151,8 @@ def diff(
     """List the differences between two files of any versions. Exit code 1 if there are any."""
     if tolerance != tolerance:
         raise typer.BadParameter("--tolerance is nan, which is not a number; use 0 or more")
-    files = [encodings.read_encodings(file) for file in (first, second)]
-    differences = encodings.diff(files[0], files[1], tolerance)
+    files = [aimet_encodings.read_encodings(file) for file in (first, second)]
+    differences = aimet_encodings.diff(files[0], files[1], tolerance)
     for difference in differences:
         print(difference)
     count = len(differences) or "no"
@@ -161,19 +161,19 @@ def diff(
         raise SystemExit(1)
 
 
-def _row(encoding: encodings.Entry, file: encodings.EncodingsFile) -> tuple[str, ...]:
+def _row(encoding: aimet_encodings.Entry, file: aimet_encodings.EncodingsFile) -> tuple[str, ...]:
     section = "-"
     if file.parameters is not None:
         section = "parameter" if encoding.name in file.parameters else "activation"
     granularity = encoding.granularity
     granularity += f" axis {encoding.axis}" if encoding.axis is not None else ""
     granularity += f" of {encoding.block_size}" if encoding.block_size is not None else ""
-    lpbq = encodings.LpbqEncoding
+    lpbq = aimet_encodings.LpbqEncoding
     scale = encoding.channel_scale if isinstance(encoding, lpbq) else encoding.scale
     kind, offset = f"int{encoding.bitwidth}", "-"
-    if isinstance(encoding, encodings.FloatEncoding):
+    if isinstance(encoding, aimet_encodings.FloatEncoding):
         kind = encoding.format or f"float{encoding.bitwidth}"
-    elif isinstance(encoding, encodings.IntegerEncoding):
+    elif isinstance(encoding, aimet_encodings.IntegerEncoding):
         sign = "" if encoding.signed in (None, True) else "u"
         kind = f"{sign}int{encoding.bitwidth}{' symmetric' if encoding.symmetric else ''}"
         offset = _extent(encoding.offset)
@@ -188,7 +188,7 @@ def _extent(array: Any) -> str:
     return low if low == high else f"{low} .. {high}"
 
 
-def _plain(file: encodings.EncodingsFile) -> dict[str, Any]:
+def _plain(file: aimet_encodings.EncodingsFile) -> dict[str, Any]:
     """The content of a file as JSON values, with the same keys for every version."""
 
     def plain(value: Any) -> Any:

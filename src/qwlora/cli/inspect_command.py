@@ -20,8 +20,7 @@ import typer
 from qwlora.cli.shared_arguments import AsJson
 from qwlora.cli.tables import group_similar, table
 from qwlora.cli.terminal import print_result
-from qwlora.errors import SourceError
-from qwlora.messages import size
+from qwlora.errors import SourceError, size
 
 if TYPE_CHECKING:
     from qwlora.analysis.inspect_model import Inspection, TensorView
@@ -134,7 +133,7 @@ def _range(views: Sequence[TensorView]) -> str:
 def _adapter(folder: Path) -> dict[str, Any]:
     from qwlora.adapter.adapter_folder import FILE, base_of, check_files
     from qwlora.formats.huggingface.safetensors_files import read_header
-    from qwlora.strict_json import read_object
+    from qwlora.system.strict_json import read_object
 
     config = read_object(folder / "adapter_config.json")
     weights = folder / "adapter_model.safetensors"

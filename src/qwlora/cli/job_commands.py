@@ -18,8 +18,7 @@ import typer
 from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.shared_arguments import AdapterName, AsJson, Job, Yes
 from qwlora.cli.terminal import print_result
-from qwlora.errors import UploadError
-from qwlora.messages import size
+from qwlora.errors import UploadError, size
 
 if TYPE_CHECKING:
     from qwlora.pipeline.commands.merge_adapter import MergeVerdict

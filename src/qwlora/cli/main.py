@@ -48,8 +48,8 @@ from qwlora.errors import (
     file_being_read,
     is_out_of_memory,
     is_out_of_space,
+    shortened,
 )
-from qwlora.messages import shortened
 from qwlora.pipeline.plan.stage import VERBS
 from qwlora.system.cpu_threads import configure_threads
 from qwlora.system.stop_signals import number_of, on_stop_signal, raise_stopped

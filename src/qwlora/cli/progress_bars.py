@@ -22,7 +22,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
 from qwlora.cli.terminal import console
-from qwlora.messages import escaped
+from qwlora.errors import escaped
 
 T = TypeVar("T")
 LINE_SECONDS = 30.0  # without a terminal

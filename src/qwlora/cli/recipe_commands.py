@@ -9,13 +9,12 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from qwlora.atomic import write_text
 from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.shared_arguments import AsJson, Changes
 from qwlora.cli.tables import table
 from qwlora.cli.terminal import console, print_json, print_result
-from qwlora.errors import DirectoryError
-from qwlora.messages import size
+from qwlora.errors import DirectoryError, size
+from qwlora.system.atomic import write_text
 
 if TYPE_CHECKING:
     from qwlora.pipeline.plan.estimates import Estimates

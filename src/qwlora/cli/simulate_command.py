@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from qwlora import strict_json
 from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.shared_arguments import AdapterName, AsJson, Changes, Job
 from qwlora.cli.tables import group_similar, table
 from qwlora.cli.terminal import print_result
+from qwlora.system import strict_json
 
 if TYPE_CHECKING:
     from qwlora.graph.quantized_graph import GraphValue

@@ -20,8 +20,8 @@ from typing import Any, TextIO
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 
-from qwlora import strict_json
-from qwlora.messages import escaped
+from qwlora.errors import escaped
+from qwlora.system import strict_json
 
 
 class _Escaping:

@@ -35,8 +35,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from qwlora.data.document import ASSISTANT, Conversation
-from qwlora.errors import SourceError, foreign_as
-from qwlora.messages import listed
+from qwlora.errors import SourceError, foreign_as, listed
 from qwlora.system.time_limit import SECONDS, memory_limit, time_limit
 
 if TYPE_CHECKING:

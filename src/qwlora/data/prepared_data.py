@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.data.document import Documents
 from qwlora.data.tokenization import encode_documents, renders_pairs, start_tokens
-from qwlora.progress import Track, untracked
+from qwlora.system.progress import Track, untracked
 
 if TYPE_CHECKING:
     from torch import Tensor

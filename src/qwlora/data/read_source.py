@@ -43,9 +43,8 @@ from qwlora.data.records import (
     make_document,
 )
 from qwlora.data.text_files import read_csv, read_json, read_text
-from qwlora.errors import SourceError
+from qwlora.errors import SourceError, listed
 from qwlora.formats.user_path import does_not_exist, user_path
-from qwlora.messages import listed
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (

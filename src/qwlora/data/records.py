@@ -23,8 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qwlora.data.document import ASSISTANT, ROLES, Completion, Conversation, Document, Text
-from qwlora.errors import SourceError
-from qwlora.messages import listed, near_names, suggestion
+from qwlora.errors import SourceError, listed, near_names, suggestion
 
 KINDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from qwlora.encodings.model import repeated
 from qwlora.errors import SourceError
+from qwlora.formats.aimet_encodings.model import repeated
 
 Rows = Iterator[tuple[str, Any]]
 """(place, record)."""

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 from qwlora.data.chat import common_prefix_length, encode_conversation, split_turns
 from qwlora.data.document import Completion, Document, Text
 from qwlora.errors import SourceError
-from qwlora.progress import Track, untracked
+from qwlora.system.progress import Track, untracked
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -23,12 +23,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwlora import strict_json
 from qwlora.adapter.adapter_folder import FILE
 from qwlora.adapter.peft_support import CONFIG, WEIGHTS, read_config
-from qwlora.errors import ExportError, SourceError
+from qwlora.errors import ExportError, SourceError, listed
 from qwlora.export.proof.contents import NUMBER, OTHER_KEYS, PLAIN, Form
-from qwlora.messages import listed
+from qwlora.system import strict_json
 
 PREFIX = "base_model.model."  # of PEFT's names
 PEFT_FILES = (CONFIG, WEIGHTS)

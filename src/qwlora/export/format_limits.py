@@ -9,10 +9,10 @@ from collections.abc import Collection
 from enum import Enum
 from functools import partial
 
+from qwlora.errors import listed
 from qwlora.export.npu.htp_limits import table_problem, weight_problem
 from qwlora.formats.bitwidths import MLX_BITWIDTHS
 from qwlora.grid.scheme import Blocks, Scheme
-from qwlora.messages import listed
 
 MLX_GROUPS = (128, 64, 32)
 NBITS_BLOCKS = (256, 128, 64, 32, 16)  # of ONNX Runtime's MatMulNBits

@@ -24,7 +24,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.data.sequences import as_sequences
-from qwlora.errors import ExportError, SourceError, foreign_as
+from qwlora.errors import ExportError, SourceError, foreign_as, suggestion
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.proof.checks import Check, Limits
 from qwlora.export.proof.compare import is_language_model, verify_language_model, verify_outputs
@@ -33,7 +33,6 @@ from qwlora.export.proof.measure import measure_runtime
 from qwlora.export.proof.reference import logits_of, make_reference
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE, NONE, ExportedBase, ExportedGraph, ExportedUseCases, Target
-from qwlora.messages import suggestion
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.simulation.adapter_simulations import AdapterSimulations
 from qwlora.simulation.simulation import Simulation

@@ -31,10 +31,10 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.encodings.encodings_file import read_encodings
-from qwlora.encodings.grids import TensorLayout, grid_of
-from qwlora.encodings.model import BlockOrder, EncodingsFile, Entry, FloatEncoding
-from qwlora.errors import EncodingsFileError, GridError, SourceError
+from qwlora.errors import EncodingsFileError, GridError, SourceError, near_names
+from qwlora.formats.aimet_encodings.encodings_file import read_encodings
+from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of
+from qwlora.formats.aimet_encodings.model import BlockOrder, EncodingsFile, Entry, FloatEncoding
 from qwlora.formats.checkpoint import ShownCheckpoint
 from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
 from qwlora.grid.encoding import Encoding
@@ -42,7 +42,6 @@ from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import BITWIDTHS, Scheme
 from qwlora.grid.sqnr import sqnr_db
-from qwlora.messages import near_names
 
 # An encoding below LEAST_SQNR that is WORSE than a min-max grid is refused, both in dB. Clipping
 # that an observer chose costs less. At 2 bits a min-max grid is too poor to tell.
@@ -138,7 +137,7 @@ def matched_encodings(
         keep_float: globs of parameters or layers that stay float, whether or not the file has an
             entry for them (`"lm_head*"`).
         block_order: the order of blocks in a 1.0.0 file that does not determine it (see
-            `qwlora.encodings.grids`).
+            `qwlora.formats.aimet_encodings.grids`).
 
     Raises:
         EncodingsFileError: the file cannot be read, an entry matches no parameter, the weight of a

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from qwlora.errors import GridError, SourceError
+from qwlora.errors import GridError, SourceError, listed
 from qwlora.formats.base_files import save_as_base_
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.meta_model import (
@@ -32,11 +32,10 @@ from qwlora.formats.meta_model import (
     tensor_places,
 )
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.messages import listed
 from qwlora.nn import pack_at_, tie_weights_
 from qwlora.nn.fingerprint import remember_floats_
 from qwlora.nn.finite import check_finite
-from qwlora.progress import Track, untracked
+from qwlora.system.progress import Track, untracked
 
 
 def load_precomputed(checkpoint: Checkpoint, track: Track = untracked) -> PreTrainedModel:

@@ -21,9 +21,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-from qwlora import strict_json
-from qwlora.atomic import files_in, move_into_place, replacing_files, write_text
-from qwlora.errors import FingerprintError, GridError, SourceError
+from qwlora.errors import FingerprintError, GridError, SourceError, lines, listed
 from qwlora.formats import manifest
 from qwlora.formats.checkpoint import ShownCheckpoint
 from qwlora.formats.huggingface.model_config import read_config
@@ -31,7 +29,6 @@ from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.meta_model import Place, tensor_at, tensor_places
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.messages import lines, listed
 from qwlora.nn import PackedLayer, is_packed, tie_weights_
 from qwlora.nn.fingerprint import (
     base_tensors,
@@ -45,8 +42,10 @@ from qwlora.nn.finite import check_finite, refuse_meta
 from qwlora.nn.frozen import assert_frozen, packed_layers
 from qwlora.nn.packed_tensor import PackedTensor, Parts, narrowest
 from qwlora.nn.replace import place_empty_
-from qwlora.parameter_names import canonical_name, parameter_name
-from qwlora.strict_json import read_object
+from qwlora.system import strict_json
+from qwlora.system.atomic import files_in, move_into_place, replacing_files, write_text
+from qwlora.system.parameter_names import canonical_name, parameter_name
+from qwlora.system.strict_json import read_object
 
 STEM = "base"
 INDEX = "base.safetensors.index.json"

@@ -22,9 +22,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwlora import strict_json
-from qwlora.atomic import write_text
 from qwlora.errors import FingerprintError, QwloraWarning
+from qwlora.system import strict_json
+from qwlora.system.atomic import write_text
 
 FILES = "files"
 

@@ -23,10 +23,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.errors import SourceError
+from qwlora.errors import SourceError, listed
 from qwlora.formats.user_path import does_not_exist, looked_for, source_path
-from qwlora.messages import listed
-from qwlora.strict_json import read_object
+from qwlora.system.strict_json import read_object
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase

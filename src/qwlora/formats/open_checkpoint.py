@@ -7,9 +7,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from qwlora.encodings.model import BlockOrder
 from qwlora.errors import SourceError
 from qwlora.formats.aimet import AimetCheckpoint
+from qwlora.formats.aimet_encodings.model import BlockOrder
 from qwlora.formats.base_files import RECORD, BaseCheckpoint
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface.compressed_tensors import CompressedTensorsCheckpoint

@@ -44,7 +44,7 @@ from qwlora.graph.nodes import buffer_names, calls, module_path, operation
 from qwlora.graph.quantized_graph import Interface, with_graph
 from qwlora.nn.finite import refuse_meta
 from qwlora.nn.packed_layer import PackedLayer
-from qwlora.parameter_names import parameter_name
+from qwlora.system.parameter_names import parameter_name
 
 PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
 CACHE = "cache"  # name of the argument in newer models

@@ -60,7 +60,7 @@ from qwlora.graph.capture import IDS, MASK, POSITIONS
 from qwlora.graph.graph_analysis import computed_from, factor_nodes
 from qwlora.graph.nodes import calls, module_of, moved_from, operation, operator_of, parameter_names
 from qwlora.graph.quantized_graph import Interface, rebuilt, with_graph
-from qwlora.parameter_names import canonical_name
+from qwlora.system.parameter_names import canonical_name
 
 COS, SIN = f"{POSITIONS}_cos", f"{POSITIONS}_sin"
 # names of the host graph's inputs; its outputs have those that the device graph's inputs have

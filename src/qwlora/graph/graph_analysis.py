@@ -45,7 +45,7 @@ from qwlora.graph.nodes import (
     used_placeholders,
 )
 from qwlora.graph.value_traits import Trait
-from qwlora.parameter_names import is_adapter_name
+from qwlora.system.parameter_names import is_adapter_name
 
 # parameters of an adapter; the first group is the adapted layer
 _FACTOR = re.compile(r"(.*?)\.lora_\w+(?:\.|$)")

@@ -21,7 +21,7 @@ from torch.fx import Graph, GraphModule, Node
 
 from qwlora.errors import CaptureError
 from qwlora.graph.nodes import module_of, nodes_in
-from qwlora.parameter_names import canonical_name
+from qwlora.system.parameter_names import canonical_name
 
 _GRADIENT_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
 _AUTOCAST = torch.ops.higher_order.wrap_with_autocast

@@ -21,8 +21,8 @@ from jaxtyping import Float
 from safetensors import SafetensorError
 from torch import Tensor
 
-from qwlora.atomic import read_metadata, read_tensors, write_tensors
 from qwlora.errors import CalibrationError, SourceError
+from qwlora.system.atomic import read_metadata, read_tensors, write_tensors
 
 _LEAST_DAMPING = 1e-6  # of a matrix that is not positive definite without any
 

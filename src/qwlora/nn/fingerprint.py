@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from qwlora.nn.frozen import unwrapped
 from qwlora.nn.packed_layer import is_packed
-from qwlora.parameter_names import adapter_of, canonical_name, is_adapter_name
+from qwlora.system.parameter_names import adapter_of, canonical_name, is_adapter_name
 
 _ORIGIN = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
 _HANDED_BACK = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")

@@ -7,8 +7,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from qwlora.errors import CalibrationError, QwloraError
-from qwlora.messages import listed
+from qwlora.errors import CalibrationError, QwloraError, listed
 from qwlora.nn.fingerprint import base_tensors
 
 

@@ -16,10 +16,9 @@ import sys
 
 from torch import nn
 
-from qwlora.errors import GridError
-from qwlora.messages import lines
+from qwlora.errors import GridError, lines
 from qwlora.nn.packed_layer import PackedLayer, instance_calls, is_packed
-from qwlora.parameter_names import canonical_name, parameter_name
+from qwlora.system.parameter_names import canonical_name, parameter_name
 
 
 def assert_frozen(model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from qwlora.nn.packed_layer import PackedLayer, traced
 from qwlora.nn.packed_matmul import PackedWeight
 from qwlora.nn.packed_tensor import PackedTensor
 from qwlora.nn.weight_view import WeightView, refuse_write
-from qwlora.parameter_names import FOLDER
+from qwlora.system.parameter_names import FOLDER
 
 
 class PackedParameter(PackedLayer):

@@ -28,7 +28,7 @@ from qwlora.nn.packed_experts import PackedParameter, pack_parameter_, parameter
 from qwlora.nn.packed_layer import PackedLayer, accelerate_hook, instance_calls, is_packed
 from qwlora.nn.packed_modules import PackedLinear, packed_class
 from qwlora.nn.packed_tensor import PackedTensor
-from qwlora.parameter_names import FOLDER, canonical_name
+from qwlora.system.parameter_names import FOLDER, canonical_name
 
 
 def is_packable(module: nn.Module) -> bool:

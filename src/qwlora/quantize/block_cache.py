@@ -24,17 +24,17 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from qwlora import strict_json
-from qwlora.atomic import read_tensors, write_tensors
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn.fingerprint import update_digest
 from qwlora.nn.packed_tensor import PackedTensor, Parts
-from qwlora.parameter_names import canonical_name
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.quantize_tensor import LayerReport
-from qwlora.revisions import REVISIONS
+from qwlora.quantize.revisions import REVISIONS
+from qwlora.system import strict_json
+from qwlora.system.atomic import read_tensors, write_tensors
+from qwlora.system.parameter_names import canonical_name
 
 QuantizedBlock = dict[str, tuple[QuantizedTensor, LayerReport]]
 

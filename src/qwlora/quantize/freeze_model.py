@@ -16,12 +16,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from qwlora.errors import GridError
+from qwlora.errors import GridError, lines, suggestion
 from qwlora.formats.aimet import matched_encodings
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
-from qwlora.messages import lines, suggestion
 from qwlora.nn import pack_at_, tensor_out_in
 from qwlora.quantize.layer_rules import find_tensors
 from qwlora.quantize.quantize_model import finish_packing_, model_to_pack

@@ -21,13 +21,12 @@ from torch.nn.utils.parametrize import ParametrizationList
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.errors import GridError
+from qwlora.errors import GridError, lines, suggestion
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, parse_scheme
-from qwlora.messages import lines, suggestion
 from qwlora.nn import is_packable, tensor_out_in
 from qwlora.nn.replace import has_computed_weight, replacement_problem
-from qwlora.parameter_names import canonical_name, is_adapter_name
 from qwlora.quantize.solvers import SOLVERS, solver_named
+from qwlora.system.parameter_names import canonical_name, is_adapter_name
 
 
 @dataclass(frozen=True)

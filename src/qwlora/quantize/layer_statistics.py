@@ -38,8 +38,8 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.errors import CalibrationError
 from qwlora.grid.second_moments import LayerMoments, SecondMoment
 from qwlora.nn.temporary import gradients_disabled
-from qwlora.parameter_names import canonical_name
 from qwlora.quantize.block_runner import BlockRunner
+from qwlora.system.parameter_names import canonical_name
 
 _SHORTEST = 0.1  # of the median length of an output: what is shorter counts as this long
 

@@ -33,7 +33,7 @@ from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_files import BaseWriter
 from qwlora.formats.meta_model import Place, is_below, put_, tensor_at
 from qwlora.nn import tie_weights_
-from qwlora.progress import Track
+from qwlora.system.progress import Track
 
 
 class InMemory:

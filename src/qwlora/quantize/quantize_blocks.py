@@ -22,20 +22,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qwlora.errors import CalibrationError, GridError
+from qwlora.errors import CalibrationError, GridError, listed
 from qwlora.formats.meta_model import blocks_of
 from qwlora.graph.call_arguments import as_arguments, check_token_ids
 from qwlora.grid.second_moments import MomentStore
-from qwlora.messages import listed
 from qwlora.nn import is_packed, pack_at_, tensor_out_in
-from qwlora.parameter_names import canonical_name
-from qwlora.progress import Track, untracked
 from qwlora.quantize.block_cache import BlockCache
 from qwlora.quantize.block_runner import BlockRunner
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.layer_statistics import observe
 from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor
 from qwlora.quantize.solvers import SOLVERS
+from qwlora.system.parameter_names import canonical_name
+from qwlora.system.progress import Track, untracked
 
 
 def quantize_blocks_(

@@ -34,14 +34,14 @@ from qwlora.nn import pack_at_, packed_weights, tensor_out_in, tie_weights_
 from qwlora.nn.fingerprint import remember_floats_
 from qwlora.nn.finite import check_base_finite, refuse_meta
 from qwlora.nn.frozen import assert_frozen, unwrapped
-from qwlora.parameter_names import canonical_name, is_adapter_name
-from qwlora.progress import Track, untracked
 from qwlora.quantize.layer_rules import Assignment, LayerRule, plan_layers
 from qwlora.quantize.model_source import InFiles, InMemory
 from qwlora.quantize.quantize_blocks import batches_of, quantize_blocks_, tensors_by_block
 from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor
 from qwlora.quantize.requantization_check import warn_of_second_rounding
 from qwlora.quantize.solvers import SOLVERS
+from qwlora.system.parameter_names import canonical_name, is_adapter_name
+from qwlora.system.progress import Track, untracked
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,10 @@ from qwlora.errors import CalibrationError
 from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.second_moments import output_energy
-from qwlora.parameter_names import canonical_name
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.requantization_check import is_on_grid
 from qwlora.quantize.solvers import SOLVERS
+from qwlora.system.parameter_names import canonical_name
 
 _SAME_GRID = 5e-3  # relative error up to which a second grid counts as the first; bfloat16 has 2e-3
 

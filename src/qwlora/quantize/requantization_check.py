@@ -26,8 +26,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from qwlora.errors import QwloraWarning
-from qwlora.messages import listed
+from qwlora.errors import QwloraWarning, listed
 
 _RUN = 32
 _RUNS = 64

@@ -1,8 +1,8 @@
 """The registry of solvers: how codes and encoding of a float weight are found.
 
 A new solver is one module with a `solve` function and, if it has settings, their class, one entry
-here and its revision in `revisions.py`. Recipes and rules take the names from here. Free of
-torch: a solver's module is imported when it first solves something.
+here and its revision in `revisions.py`. Recipes and rules take the names from here. Free of torch:
+a solver's module is imported when it first solves something.
 """
 
 from __future__ import annotations

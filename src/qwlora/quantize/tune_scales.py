@@ -33,7 +33,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from qwlora.atomic import write_tensors
 from qwlora.errors import CalibrationError, GridError
 from qwlora.nn.fingerprint import (
     adapter_fingerprint,
@@ -42,13 +41,14 @@ from qwlora.nn.fingerprint import (
     update_digest,
 )
 from qwlora.nn.temporary import gradients_disabled
-from qwlora.parameter_names import canonical_name
-from qwlora.progress import Track, untracked
 from qwlora.quantize.block_cache import named_inputs, read_keyed
 from qwlora.quantize.quantize_blocks import arguments_of, batches_of
+from qwlora.quantize.revisions import REVISIONS
 from qwlora.quantize.tuned_parameters import Tunable
-from qwlora.revisions import REVISIONS
+from qwlora.system.atomic import write_tensors
 from qwlora.system.compute_precision import SlowComputeWarning, auto_compute, slow_compute
+from qwlora.system.parameter_names import canonical_name
+from qwlora.system.progress import Track, untracked
 
 HELD_OUT_SEQUENCES = 8  # at most, and a quarter of all
 _LARGEST_CHANGE = 0.5  # of a tuned value, relative

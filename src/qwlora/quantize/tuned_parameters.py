@@ -33,8 +33,8 @@ from qwlora.nn import PackedLinear
 from qwlora.nn.packed_matmul import PackedWeight
 from qwlora.nn.packed_tensor import Parts, compute_dtype, narrowest
 from qwlora.nn.temporary import replaced
-from qwlora.parameter_names import is_adapter_name
 from qwlora.quantize.scale_search import storable_scale
+from qwlora.system.parameter_names import is_adapter_name
 
 _PUBLISHED = (torch.bfloat16, torch.float16)  # dtypes of checkpoints, the likelier first
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from qwlora.parameter_names import pattern_problem
 from qwlora.recipe.data_section import Data
 from qwlora.recipe.section import Count, Name, Section
+from qwlora.system.parameter_names import pattern_problem
 
 if TYPE_CHECKING:
     from qwlora.adapter.attach import LoraShape

@@ -12,9 +12,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from qwlora.data.text_files import read_text
-from qwlora.errors import RecipeError, SourceError
+from qwlora.errors import RecipeError, SourceError, suggestion
 from qwlora.formats.user_path import does_not_exist, source_path, user_path
-from qwlora.messages import suggestion
 from qwlora.recipe.whole_recipe import Recipe
 from qwlora.recipe.yaml_core import load_yaml
 

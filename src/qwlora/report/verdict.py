@@ -21,7 +21,7 @@ from enum import Enum
 
 from markupsafe import Markup
 
-from qwlora.messages import duration
+from qwlora.errors import duration
 from qwlora.report.evidence import Evidence, Outcome, all_evidence, outcome_of, proof_evidence
 from qwlora.report.number_format import count, listed, percent, significant
 from qwlora.report.results_view import (

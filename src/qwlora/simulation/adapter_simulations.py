@@ -53,12 +53,12 @@ from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import encoding_from_range, group_range
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.frozen import assert_frozen, packed_layers
-from qwlora.parameter_names import adapter_of, canonical_name
-from qwlora.progress import Track, untracked
 from qwlora.simulation.fake_quantizer import Quantizer, device_of, estimate_encodings
 from qwlora.simulation.placement import refuse_ineffective_rules
 from qwlora.simulation.simulation import Batches, Simulation
 from qwlora.simulation.simulation_schemes import Schemes, SimulationSource
+from qwlora.system.parameter_names import adapter_of, canonical_name
+from qwlora.system.progress import Track, untracked
 
 BaseActivations = Literal["all", "adapter_only", "none"]
 BASE = "base"

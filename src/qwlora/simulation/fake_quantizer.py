@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter, Node
 
-from qwlora.errors import CalibrationError
+from qwlora.errors import CalibrationError, listed
 from qwlora.graph.aten_ops import MAY_ALIAS, base_name, is_known
 from qwlora.graph.nodes import operator_of
 from qwlora.graph.quantized_graph import GraphValue, Kind, insert_after
@@ -25,9 +25,8 @@ from qwlora.grid.estimate_ranges import estimate_ranges, observed_ranges
 from qwlora.grid.min_max import encoding_from_range, measure
 from qwlora.grid.range_estimator import RangeEstimator, as_estimator
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
-from qwlora.messages import listed
-from qwlora.parameter_names import is_factor_name
 from qwlora.simulation.simulation_schemes import Schemes
+from qwlora.system.parameter_names import is_factor_name
 
 MASK_MAGNITUDE = 1e30
 _aten = torch.ops.aten

@@ -26,18 +26,17 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 
 from qwlora.adapter.active_adapters import activate_
-from qwlora.errors import CaptureError
+from qwlora.errors import CaptureError, listed
 from qwlora.graph.capture import Captured
 from qwlora.graph.kv_cache_capture import CacheSizes, cache_additions, capture_cached
 from qwlora.graph.nodes import moved_from, used_placeholders
 from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph, rebuilt
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.range_estimator import as_estimator
-from qwlora.messages import listed
-from qwlora.parameter_names import adapter_of, canonical_name
 from qwlora.simulation.adapter_simulations import restored_adapters
 from qwlora.simulation.placement import place
 from qwlora.simulation.simulation import Simulation
+from qwlora.system.parameter_names import adapter_of, canonical_name
 
 
 def capture_with_cache(

@@ -12,7 +12,6 @@ from torch import nn
 from qwlora.adapter.active_adapters import active_adapter
 from qwlora.errors import CalibrationError
 from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
-from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.adapter_simulations import BASE, simulate_adapters
 from qwlora.simulation.fake_quantizer import device_of
 from qwlora.simulation.saved_simulation import (
@@ -22,6 +21,7 @@ from qwlora.simulation.saved_simulation import (
     read_record,
 )
 from qwlora.simulation.simulation import Simulation, simulate
+from qwlora.system.parameter_names import is_adapter_name
 
 
 def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:

@@ -34,7 +34,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from qwlora.errors import CalibrationError
+from qwlora.errors import CalibrationError, listed
 from qwlora.graph.aten_ops import MOVES_DATA
 from qwlora.graph.capture import MASK, PAST, PRESENT
 from qwlora.graph.device_graph import (
@@ -53,7 +53,6 @@ from qwlora.graph.quantized_graph import GraphValue, Interface, Kind, QuantizedG
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import encoding_from_range, measure
 from qwlora.grid.scheme import Scheme
-from qwlora.messages import listed
 from qwlora.simulation.kv_cache_graph import (
     cached_graph,
     capture_with_cache,

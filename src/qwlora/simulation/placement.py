@@ -18,15 +18,14 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from qwlora.errors import CalibrationError
+from qwlora.errors import CalibrationError, suggestion
 from qwlora.graph.graph_analysis import GraphAnalysis
 from qwlora.graph.nodes import buffer_names, module_of, operator_of
 from qwlora.graph.quantized_graph import GraphValue, Kind
 from qwlora.graph.value_traits import Decision, Trait
-from qwlora.messages import suggestion
-from qwlora.parameter_names import canonical_name, parameter_name
 from qwlora.simulation.placement_rules import PlacementRule, Policy
 from qwlora.simulation.simulation_schemes import Schemes
+from qwlora.system.parameter_names import canonical_name, parameter_name
 
 _NO_VALUE = "matches no value"
 _NUMBERED_LAST = {

@@ -28,17 +28,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwlora import encodings as files
-from qwlora.atomic import replacing_files
-from qwlora.encodings.grids import encoding_of, entry_of
 from qwlora.errors import CalibrationError, EncodingsFileError
+from qwlora.formats import aimet_encodings as files
 from qwlora.formats import manifest
+from qwlora.formats.aimet_encodings.grids import encoding_of, entry_of
 from qwlora.graph.flat_arguments import CacheSlot, Slot, Structure
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import Encoding
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.simulation.placement import Placement
 from qwlora.simulation.simulation_schemes import Schemes, SimulationSource
+from qwlora.system.atomic import replacing_files
 
 FORMAT = 3
 ENCODINGS, RECORD = "simulation.encodings", "simulation.json"

@@ -31,7 +31,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.node import map_aggregate
 
-from qwlora.errors import CalibrationError, CaptureError, QwloraWarning
+from qwlora.errors import CalibrationError, CaptureError, QwloraWarning, listed, suggestion
 from qwlora.graph.aten_ops import MASKS, base_name
 from qwlora.graph.call_arguments import as_arguments, check_token_ids
 from qwlora.graph.capture import Captured, capture
@@ -39,9 +39,7 @@ from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph
 from qwlora.graph.value_traits import Decision
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.range_estimator import as_estimator
-from qwlora.messages import listed, suggestion
 from qwlora.nn.frozen import assert_frozen, packed_layers, packed_weights, unwrapped
-from qwlora.progress import Track, untracked
 from qwlora.simulation.fake_quantizer import (
     FrozenWeight,
     Mode,
@@ -58,6 +56,7 @@ from qwlora.simulation.placement import LoggedGrid, PlacementLog, place
 from qwlora.simulation.saved_simulation import write_simulation
 from qwlora.simulation.simulated_model import SimulatedModel, transformers_model
 from qwlora.simulation.simulation_schemes import Schemes, SimulationSource
+from qwlora.system.progress import Track, untracked
 
 # Calibration data by callback, as AIMET's `compute_encodings` takes it: it gets a model, and calls
 # it with each batch.

@@ -25,9 +25,9 @@ from torch.fx import GraphModule, Node
 from qwlora.errors import CaptureError, TrainingError
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import Encoding
-from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.fake_quantizer import Mode, remove_quantizers_
 from qwlora.simulation.simulation import Simulation
+from qwlora.system.parameter_names import is_adapter_name
 
 _aten = torch.ops.aten
 

@@ -1,4 +1,4 @@
-"""The machine: processor, memory, signals and installed packages.
+"""What all other packages build on: atomic writes, JSON, progress, names; and the machine.
 
 Importing these modules does not import torch.
 """

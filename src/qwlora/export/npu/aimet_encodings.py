@@ -18,9 +18,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qwlora import encodings as files
-from qwlora.encodings.grids import entry_of
 from qwlora.export.npu.float_onnx import TensorEncoding
+from qwlora.formats import aimet_encodings as files
+from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.scheme import PerTensor
 

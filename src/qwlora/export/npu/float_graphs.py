@@ -29,9 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwlora.encodings.compare import encoding_differences
-from qwlora.encodings.model import Entry, IntegerEncoding
-from qwlora.errors import VerificationError
+from qwlora.errors import VerificationError, listed
 from qwlora.export.npu.float_onnx import FloatOnnx, TensorEncoding, to_float_onnx
 from qwlora.export.npu.float_onnx_runner import OPTIONS, ROUNDED, FloatOnnxModel
 from qwlora.export.npu.golden import FOLDER as GOLDEN
@@ -40,12 +38,13 @@ from qwlora.export.npu.htp_rewrites import OPSET
 from qwlora.export.npu.kv_cache_graphs import CachedGraphs
 from qwlora.export.onnx.onnx_runtime import expose_activations, open_session
 from qwlora.export.target import ExportedGraph
+from qwlora.formats.aimet_encodings.compare import encoding_differences
+from qwlora.formats.aimet_encodings.model import Entry, IntegerEncoding
 from qwlora.graph.kv_cache_capture import CacheSizes
 from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import encoding_from_range
 from qwlora.grid.scheme import Scheme
-from qwlora.messages import listed
 from qwlora.simulation.kv_cache_graph import cached_graph, capture_with_cache
 from qwlora.simulation.npu_graph import NpuGraph, mask_floor, npu_form
 from qwlora.simulation.simulation import Simulation

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwlora.errors import ExportError
+from qwlora.errors import ExportError, listed
 from qwlora.export.onnx.onnx_graph import DEQUANTIZE, MARKER, to_onnx
 from qwlora.export.onnx.onnx_model import (
     OPSET,
@@ -39,7 +39,6 @@ from qwlora.export.onnx.onnx_model import (
 )
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import Encoding
-from qwlora.messages import listed
 from qwlora.nn.custom_ops import NAMESPACE
 from qwlora.system.optional_packages import require
 

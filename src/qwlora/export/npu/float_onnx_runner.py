@@ -20,9 +20,6 @@ import torch
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from qwlora import encodings as files
-from qwlora.encodings.grids import TensorLayout, grid_of
-from qwlora.encodings.model import EncodingsFile, Entry, IntegerEncoding
 from qwlora.errors import ExportError, GridError, SourceError, VerificationError
 from qwlora.export.onnx.onnx_runtime import (
     EIGHT_BIT_OPTIONS,
@@ -33,6 +30,9 @@ from qwlora.export.onnx.onnx_runtime import (
     run_session,
 )
 from qwlora.export.runtime import Runtime
+from qwlora.formats import aimet_encodings as files
+from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of
+from qwlora.formats.aimet_encodings.model import EncodingsFile, Entry, IntegerEncoding
 from qwlora.graph.capture import IDS, MASK
 from qwlora.grid.encoding import Encoding
 from qwlora.system.optional_packages import require

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
-from qwlora import strict_json
+from qwlora.system import strict_json
 
 FOLDER = "golden"
 

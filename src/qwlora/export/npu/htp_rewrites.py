@@ -39,8 +39,8 @@ import numpy as np
 from qwlora.errors import ExportError
 from qwlora.export.onnx.onnx_model import build_model
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
-from qwlora.parameter_names import is_factor_name
 from qwlora.system.optional_packages import require
+from qwlora.system.parameter_names import is_factor_name
 
 OPSET = 23  # the first with RMSNormalization
 CODES = ".codes"

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwlora import strict_json
-from qwlora.atomic import write_text
 from qwlora.errors import ExportError, foreign_as, reading
 from qwlora.export.onnx.onnx_model import build_model
 from qwlora.export.onnx.onnx_runtime import open_session
@@ -28,6 +26,8 @@ from qwlora.graph.capture import IDS, MASK, POSITIONS
 from qwlora.graph.device_graph import HOST_INPUTS
 from qwlora.graph.kv_cache_capture import CacheSizes
 from qwlora.simulation.npu_graph import NpuGraph, host_arguments
+from qwlora.system import strict_json
+from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import require
 
 GRAPHS, FORMAT = "graphs.json", 1

@@ -44,11 +44,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from qwlora import encodings
-from qwlora.atomic import files_in
-from qwlora.encodings.compare import encoding_differences
-from qwlora.encodings.model import EncodingsFile
-from qwlora.errors import EncodingsFileError, ExportError, VerificationError, foreign_as
+from qwlora.errors import EncodingsFileError, ExportError, VerificationError, foreign_as, listed
 from qwlora.export.npu.aimet_encodings import write_float_encodings
 from qwlora.export.npu.float_graphs import (
     FloatGraphs,
@@ -64,10 +60,13 @@ from qwlora.export.npu.kv_cache_graphs import (
 )
 from qwlora.export.proof.contents import GOLDEN_FILES, Contents
 from qwlora.export.target import PROOF, Backend, ExportedUseCases
+from qwlora.formats.aimet_encodings import read_encodings
+from qwlora.formats.aimet_encodings.compare import encoding_differences
+from qwlora.formats.aimet_encodings.model import EncodingsFile
 from qwlora.formats.card_mark import marked
 from qwlora.graph.quantized_graph import Kind
-from qwlora.messages import listed
 from qwlora.simulation.npu_graph import NpuGraph
+from qwlora.system.atomic import files_in
 from qwlora.system.file_stamps import Stamps, file_stamps
 from qwlora.system.optional_packages import require
 
@@ -269,10 +268,10 @@ def _problems(folder: Path, graph: str) -> list[str]:
     for case in (BASE, *cases):
         problems += _value_problems(_model(folder, graph, case))
     if not problems:
-        base = encodings.read_encodings(folder / base_file)
+        base = read_encodings(folder / base_file)
         fixed = _fixed(model, base, names)
         for case in cases:
-            own = encodings.read_encodings(folder / (file := f"{graph}_{case}.encodings"))
+            own = read_encodings(folder / (file := f"{graph}_{case}.encodings"))
             problems += _entry_problems(base, base_file, own, file, fixed)
     return problems
 

@@ -42,8 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwlora.atomic import files_in, write_tensors
-from qwlora.errors import ExportError, FingerprintError, MissingExtraError
+from qwlora.errors import ExportError, FingerprintError, MissingExtraError, listed
 from qwlora.export.npu.htp_limits import (
     SMALLEST_RESCALE,
     input_problem,
@@ -70,9 +69,9 @@ from qwlora.graph.device_graph import ALPHA, scaling_of
 from qwlora.graph.kv_cache_capture import CacheSizes
 from qwlora.graph.nodes import calls, operation
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
-from qwlora.messages import listed
 from qwlora.simulation.npu_graph import NpuGraph, npu_graph
 from qwlora.simulation.simulation import Simulation
+from qwlora.system.atomic import files_in, write_tensors
 from qwlora.system.optional_packages import require
 
 

@@ -25,10 +25,10 @@ from typing import Any
 
 import torch
 
-from qwlora.atomic import read_tensors
 from qwlora.errors import ExportError, foreign_as
 from qwlora.export.npu.kv_cache_graphs import CachedGraphs
 from qwlora.export.onnx.onnx_runtime import expose_activations
+from qwlora.system.atomic import read_tensors
 from qwlora.system.optional_packages import require
 
 # Snapdragon 8 Gen 3. The provider's default is an old chip without 4-bit blocks and 16-bit weights.

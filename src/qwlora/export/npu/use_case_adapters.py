@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 
 from qwlora.export.canonical_adapter import PREFIX, CanonicalAdapter
 from qwlora.export.target import NONE, members
-from qwlora.parameter_names import is_adapter_name
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations
+from qwlora.system.parameter_names import is_adapter_name
 
 _NAME = "case{}"  # of a PEFT adapter: a use case's own name may hold a plus sign
 

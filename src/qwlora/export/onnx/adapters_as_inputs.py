@@ -32,7 +32,7 @@ from typing import Any
 import numpy as np
 from torch.fx import Node
 
-from qwlora.errors import CaptureError, ExportError
+from qwlora.errors import CaptureError, ExportError, listed
 from qwlora.export.onnx.onnx_model import (
     DATA_FILE,
     MODEL_FILE,
@@ -50,11 +50,10 @@ from qwlora.graph.graph_analysis import branch_nodes
 from qwlora.graph.nodes import operator_of, parameter_names
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.scheme import Blocks, PerChannel
-from qwlora.messages import listed
-from qwlora.parameter_names import canonical_name, is_adapter_name, is_factor_name
 from qwlora.simulation.kv_cache_graph import cached_graph, capture_with_cache
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.optional_packages import require
+from qwlora.system.parameter_names import canonical_name, is_adapter_name, is_factor_name
 
 _GRID = (".scale", ".zero_point")
 _SCALING = ".scaling"

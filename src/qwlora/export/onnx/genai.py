@@ -25,8 +25,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwlora import strict_json
-from qwlora.atomic import write_text
 from qwlora.errors import ExportError, foreign_as
 from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.onnx.matmul_nbits import (
@@ -40,6 +38,8 @@ from qwlora.export.proof.contents import ADAPTER_FILE, TOKENIZER, Contents
 from qwlora.export.runtime import Runtime
 from qwlora.export.target import Backend, ExportedBase
 from qwlora.export.weights.weights_folder import write_settings
+from qwlora.system import strict_json
+from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import require
 
 NO_ADAPTER = "none.onnx_adapter"  # switches a running generation back to the base

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.errors import ExportError
+from qwlora.errors import ExportError, listed
 from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.format_limits import NBITS_BLOCKS, nbits_problem
 from qwlora.export.onnx.onnx_model import add_input, build_model, write_adapter_file
@@ -35,7 +35,6 @@ from qwlora.formats.huggingface.int32_words import pack_words
 from qwlora.graph.kv_cache_capture import capture_cached
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import spread
-from qwlora.messages import listed
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_modules import PackedLinear
 from qwlora.simulation.placement import place

@@ -21,13 +21,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwlora.errors import ExportError
+from qwlora.errors import ExportError, listed
 from qwlora.export.onnx.onnx_graph import DEQUANTIZE, MARKER, to_onnx
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.packing import unpack
 from qwlora.grid.scheme import Blocks, PerChannel, PerTensor
-from qwlora.messages import listed
 from qwlora.nn.custom_ops import NAMESPACE
 from qwlora.system.optional_packages import require
 

@@ -27,15 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwlora import strict_json
-from qwlora.atomic import write_text
-from qwlora.errors import ExportError, SourceError, foreign_as
+from qwlora.errors import ExportError, SourceError, foreign_as, listed
 from qwlora.export.onnx.onnx_model import DATA_FILE, MODEL_FILE, activation_tensor
 from qwlora.export.proof.contents import ADAPTER_FILE, misfits
 from qwlora.export.runtime import Runtime
 from qwlora.graph.capture import IDS, MASK, PAST, POSITIONS, PRESENT
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
-from qwlora.messages import listed
+from qwlora.system import strict_json
+from qwlora.system.atomic import write_text
 from qwlora.system.file_stamps import Stamps, file_stamps
 from qwlora.system.optional_packages import require
 

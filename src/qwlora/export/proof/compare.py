@@ -54,7 +54,7 @@ from qwlora.export.runtime import Runtime
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.quantized_graph import Interface, Kind
 from qwlora.grid.sqnr import sqnr_db
-from qwlora.progress import Track, one_step
+from qwlora.system.progress import Track, one_step
 
 LOGIT_DIFFERENCE = 1e-4
 AGREEMENT = 0.999

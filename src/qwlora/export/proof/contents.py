@@ -25,8 +25,7 @@ from pathlib import Path, PurePosixPath
 from stat import S_ISDIR, S_ISREG
 from typing import Any
 
-from qwlora.errors import SourceError, foreign_as
-from qwlora.messages import listed
+from qwlora.errors import SourceError, foreign_as, listed
 from qwlora.system.optional_packages import require
 
 Form = Any  # see `misfits`

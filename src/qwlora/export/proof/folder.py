@@ -23,15 +23,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwlora.atomic import files_in, read_tensors, write_tensors
-from qwlora.errors import FingerprintError, QwloraWarning, SourceError
+from qwlora.errors import FingerprintError, QwloraWarning, SourceError, listed
 from qwlora.export.proof.checks import Limits
 from qwlora.export.proof.contents import ADAPTER_FILE, check_contents, check_plain
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE, PROOF
 from qwlora.formats import manifest
-from qwlora.messages import listed
-from qwlora.progress import Track, untracked
+from qwlora.system.atomic import files_in, read_tensors, write_tensors
+from qwlora.system.progress import Track, untracked
 
 README = "README.md"
 RECORD = "qwlora.json"  # of a base or an adapter: the base's fingerprint, and digests of the files

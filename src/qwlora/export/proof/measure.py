@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwlora.atomic import total_bytes
 from qwlora.export.proof.checks import Check, Limits, Parity, Part, at_least, is_so
 from qwlora.export.proof.compare import (
     LogitsFigures,
@@ -35,9 +34,10 @@ from qwlora.export.proof.compare import (
 from qwlora.export.proof.reference import Logits, check_ids, check_reference
 from qwlora.export.runtime import Runtime
 from qwlora.export.target import BASE, Target
-from qwlora.progress import Track, untracked
+from qwlora.system.atomic import total_bytes
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.system.processor import processor_name
+from qwlora.system.progress import Track, untracked
 
 DECODED = 16  # tokens
 SWITCHES = 3  # measured; the fastest counts

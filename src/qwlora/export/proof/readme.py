@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from qwlora.atomic import total_bytes, write_text
+from qwlora.errors import size
 from qwlora.export.proof.checks import shown
 from qwlora.export.proof.folder import README, WITHOUT_CACHE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE
 from qwlora.formats.card_mark import escaped, is_users_card, marked
-from qwlora.messages import size
+from qwlora.system.atomic import total_bytes, write_text
 
 
 def facts(model: Any, source: str) -> dict[str, Any]:

@@ -36,9 +36,8 @@ from peft import PeftModel
 from torch import Tensor
 
 from qwlora.data.sequences import IGNORED, Sequences
-from qwlora.errors import SourceError
+from qwlora.errors import SourceError, listed
 from qwlora.graph.quantized_graph import QuantizedGraph
-from qwlora.messages import listed
 
 TOP = 64
 BASE_SEQUENCES = 2  # a bundle need not hold more to be proven again

@@ -35,7 +35,6 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
 
-from qwlora import strict_json
 from qwlora.errors import ExportError, foreign_as
 from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.format_limits import MLX_GROUPS, mlx_kind_problem, mlx_problem
@@ -54,6 +53,7 @@ from qwlora.export.weights.weights_folder import (
 from qwlora.formats.huggingface.int32_words import pack_words
 from qwlora.grid.encoding import spread
 from qwlora.nn.packed_layer import PackedLayer
+from qwlora.system import strict_json
 
 _GRID = {"group_size": int, "bits": int, "mode": "affine"}
 _QUANTIZATION = {**_GRID, OTHER_KEYS: _GRID}  # by module path

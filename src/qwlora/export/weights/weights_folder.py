@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from qwlora import strict_json
-from qwlora.errors import ExportError
+from qwlora.errors import ExportError, lines
 from qwlora.export.format_limits import LayerKind
 from qwlora.export.proof.contents import known_settings
 from qwlora.grid.scheme import Blocks
-from qwlora.messages import lines
 from qwlora.nn.frozen import packed_weights
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.packed_modules import PackedLinear
+from qwlora.system import strict_json
 
 # what targets add to config.json, see `Contents.settings`
 ADDED_SETTINGS = ("quantization", "quantization_config", "rope_scaling", "rope_theta")

@@ -27,7 +27,7 @@ from torch import Tensor
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
-from qwlora.errors import ExportError, SourceError, foreign_as
+from qwlora.errors import ExportError, SourceError, foreign_as, listed
 from qwlora.formats.checkpoint import ShownCheckpoint
 from qwlora.formats.gguf.blocks import TYPES, Blocks, decode_blocks, to_quantized
 from qwlora.formats.gguf.gguf_file import TOKENS, GgufFile
@@ -35,7 +35,6 @@ from qwlora.formats.gguf.rope_config import FACTORS, warn_of_positions
 from qwlora.formats.gguf.tensor_names import GgufOrigin, Reordering, find_reordering, gguf_origins
 from qwlora.formats.meta_model import empty_model, place_name, tensor_at, tensor_places
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.messages import listed
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 

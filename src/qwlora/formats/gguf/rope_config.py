@@ -16,9 +16,8 @@ import re
 import warnings
 from typing import TYPE_CHECKING, Any
 
-from qwlora.errors import QwloraWarning
+from qwlora.errors import QwloraWarning, listed
 from qwlora.formats.gguf.gguf_file import GgufFile
-from qwlora.messages import listed
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

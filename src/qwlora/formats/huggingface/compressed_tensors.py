@@ -34,7 +34,7 @@ import torch
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor, nn
 
-from qwlora.errors import SourceError
+from qwlora.errors import SourceError, shortened
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.huggingface.int32_words import (
     granularity_of_groups,
@@ -45,7 +45,6 @@ from qwlora.formats.huggingface.int32_words import (
 from qwlora.formats.huggingface.safetensors_files import FLOATS, SafetensorsFiles
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Blocks, Granularity, PerChannel, PerTensor, Scheme
-from qwlora.messages import shortened
 from qwlora.system.time_limit import SECONDS, time_limit
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")

@@ -19,14 +19,13 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.errors import SourceError
+from qwlora.errors import SourceError, listed
 from qwlora.formats.checkpoint import ShownCheckpoint
 from qwlora.formats.huggingface.model_config import read_config
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.huggingface.transformers_names import StoredTensors, convert_quantized, origins
 from qwlora.formats.meta_model import empty_model
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.messages import listed
 
 
 class FormatReader(Protocol):

@@ -21,9 +21,8 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qwlora.errors import SourceError
-from qwlora.messages import listed
-from qwlora.strict_json import read_object
+from qwlora.errors import SourceError, listed
+from qwlora.system.strict_json import read_object
 
 FLOATS = ("F32", "BF16", "F16", "F64")
 

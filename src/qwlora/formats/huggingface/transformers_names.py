@@ -32,11 +32,10 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-from qwlora.errors import SourceError
+from qwlora.errors import SourceError, listed
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Blocks, PerBlock
-from qwlora.messages import listed
 
 ROW_OPERATIONS = tuple(
     getattr(core_model_loading, name)

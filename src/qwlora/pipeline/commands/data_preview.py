@@ -10,8 +10,8 @@ from qwlora.data.prepared_data import heading
 from qwlora.errors import SourceError
 from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.running.new_context import new_context
-from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
+from qwlora.system.progress import Track, untracked
 
 OPEN, CLOSE = "⟦", "⟧"
 

@@ -22,14 +22,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from qwlora import strict_json
-from qwlora.atomic import move_into_place
 from qwlora.errors import CalibrationError, DirectoryError, SourceError
 from qwlora.export.registry import TARGETS
 from qwlora.pipeline.commands.model_names import JobModels, ModelName
 from qwlora.pipeline.commands.open_job import check_current, is_calibrated, open_job
 from qwlora.pipeline.running.new_context import quiet_libraries
-from qwlora.progress import Track, untracked
+from qwlora.system import strict_json
+from qwlora.system.atomic import move_into_place
+from qwlora.system.progress import Track, untracked
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -22,7 +22,7 @@ from qwlora.pipeline.commands.model_names import JobModels, ModelName, model_nam
 from qwlora.pipeline.commands.open_job import JobState, add_task_scores
 from qwlora.pipeline.plan.plan import has_float_model
 from qwlora.pipeline.running.new_context import quiet_libraries
-from qwlora.progress import Track, untracked
+from qwlora.system.progress import Track, untracked
 
 
 def evaluate_tasks(

@@ -12,8 +12,8 @@ from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
 from qwlora.formats.model_origin import public_name
 from qwlora.formats.model_source import fetch, load_tokenizer
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.progress import Track, untracked
 from qwlora.quantize.quantize_model import BaseSize, base_size
+from qwlora.system.progress import Track, untracked
 
 
 def import_base(

@@ -14,12 +14,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwlora.atomic import flush
-from qwlora.errors import DirectoryError, RecipeError, SourceError
+from qwlora.errors import DirectoryError, RecipeError, SourceError, suggestion
 from qwlora.export.proof.folder import PROOF_RECORD, renamed_proof
 from qwlora.export.registry import TARGETS
 from qwlora.formats.user_path import user_path
-from qwlora.messages import suggestion
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.job_texts import JobTexts
@@ -27,6 +25,7 @@ from qwlora.pipeline.plan.plan import make_plan, resolve_compute
 from qwlora.pipeline.plan.stage import Stage
 from qwlora.pipeline.stages.calibrate_stage import CASES
 from qwlora.recipe import Adapter, Recipe, parse_recipe
+from qwlora.system.atomic import flush
 
 IMPORTS = ".qwlora/imports"  # converted sources of adapters, by the digest of their content
 

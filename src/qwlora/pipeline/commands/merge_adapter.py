@@ -23,7 +23,7 @@ from qwlora.formats.base_folder import save_base
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn.replace import pack_at_, restore_conv1d_, tie_weights_, unpack_
 from qwlora.pipeline.running.loaded_models import JobContext
-from qwlora.progress import Track
+from qwlora.system.progress import Track
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwlora.atomic import move_into_place
 from qwlora.errors import DirectoryError
 from qwlora.pipeline.job.output_path import (
     as_directory_errors,
@@ -24,6 +23,7 @@ from qwlora.pipeline.job.output_path import (
     remove_empty,
     shown,
 )
+from qwlora.system.atomic import move_into_place
 
 PREFIX = ".qwlora-write-"
 

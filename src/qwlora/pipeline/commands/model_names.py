@@ -18,10 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from qwlora.errors import DirectoryError
+from qwlora.errors import DirectoryError, listed, suggestion
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import members
-from qwlora.messages import listed, suggestion
 from qwlora.pipeline.commands.open_job import check_current, is_calibrated, job_recipe, open_job
 from qwlora.pipeline.plan.stale_stages import command_line
 from qwlora.pipeline.running.new_context import quiet_libraries

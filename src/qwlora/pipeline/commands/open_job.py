@@ -23,8 +23,8 @@ from qwlora.pipeline.plan.stale_stages import (
 )
 from qwlora.pipeline.results.results import last_status, write_results
 from qwlora.pipeline.running.new_context import new_context
-from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe, load_recipe
+from qwlora.system.progress import Track, untracked
 
 _COUNTS = ("data.evaluation_sequences", "data.calibration_sequences")
 

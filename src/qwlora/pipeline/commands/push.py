@@ -25,17 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwlora import strict_json
 from qwlora.adapter.adapter_check import problems
 from qwlora.adapter.adapter_folder import FILE
 from qwlora.adapter.peft_support import CONFIG
-from qwlora.atomic import write_text
-from qwlora.errors import DirectoryError, QwloraError, UploadError, described
+from qwlora.errors import DirectoryError, QwloraError, UploadError, described, listed, suggestion
 from qwlora.export.registry import TARGETS
 from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.card_mark import is_users_card
-from qwlora.messages import listed, suggestion
 from qwlora.pipeline.commands.open_job import JobState, job_recipe
 from qwlora.pipeline.job.directory import CARD, Directory
 from qwlora.pipeline.job.job_paths import MOMENTS, SOLVER_SCALES
@@ -44,6 +41,8 @@ from qwlora.pipeline.plan.stale_stages import run_line, upstream
 from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import collect_results, job_of
 from qwlora.report.results_view import Job
+from qwlora.system import strict_json
+from qwlora.system.atomic import write_text
 
 PUSHED = "pushed.json"  # in .qwlora/: where the base was uploaded to, and which files went where
 

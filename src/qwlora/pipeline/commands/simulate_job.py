@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import CalibrationError
 from qwlora.pipeline.commands.open_job import is_calibrated, open_job
-from qwlora.progress import Track, untracked
+from qwlora.system.progress import Track, untracked
 
 if TYPE_CHECKING:
     from qwlora.data.sequences import Sequences

@@ -19,10 +19,10 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from qwlora import strict_json
-from qwlora.atomic import write_text
-from qwlora.progress import Track, untracked
+from qwlora.system import strict_json
+from qwlora.system.atomic import write_text
 from qwlora.system.file_stamps import Stamps, file_stamps
+from qwlora.system.progress import Track, untracked
 
 # Files written less than this ago are not cached: a second write within the same tick of the file
 # system's clock (up to 2 s) would leave the stamps unchanged.

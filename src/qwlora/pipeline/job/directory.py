@@ -27,10 +27,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from qwlora.atomic import flush, write_text
-from qwlora.errors import DirectoryError, RecipeError
+from qwlora.errors import DirectoryError, RecipeError, listed
 from qwlora.formats.card_mark import is_users_card, text_of
-from qwlora.messages import listed
 from qwlora.pipeline.job import journal, stage_records
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.output_path import (
@@ -44,6 +42,7 @@ from qwlora.pipeline.job.stage_records import Record, read_records, record_path
 from qwlora.pipeline.plan.stage import Stage
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
+from qwlora.system.atomic import flush, write_text
 
 _SEAL = "# Written by qwlora: "
 CARD = "README.md"  # the model card in an artifact: for people, no input of any stage

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from qwlora.data import Documents, load_documents
-from qwlora.progress import Track, one_step, untracked
 from qwlora.recipe import Data, Recipe
+from qwlora.system.progress import Track, one_step, untracked
 
 
 class JobTexts:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qwlora import strict_json
+from qwlora.system import strict_json
 
 FOLDER = ".qwlora/records"
 

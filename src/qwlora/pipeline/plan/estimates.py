@@ -13,17 +13,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qwlora.errors import size
 from qwlora.export.registry import TARGETS
 from qwlora.formats.user_path import user_path
-from qwlora.messages import size
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.job_texts import UnreadTexts
 from qwlora.pipeline.plan.forecast import FLOAT, Forecast, Forecaster
 from qwlora.pipeline.plan.plan import make_plan, resolve_compute
 from qwlora.pipeline.plan.stage import Stage
-from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe
 from qwlora.system.memory import memory_limit_bytes, return_freed_memory, rss_bytes
+from qwlora.system.progress import Track, untracked
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from qwlora.adapter.adapter_folder import adapter_folder, refuse_saved
 from qwlora.adapter.attach import check_existing, check_shape, dropout_of
 from qwlora.adapter.train import check_loggers
 from qwlora.data.sequences import check_isolation
-from qwlora.errors import ExportError, GridError, SourceError, TrainingError
+from qwlora.errors import ExportError, GridError, SourceError, TrainingError, listed
 from qwlora.export.format_limits import LayerKind
 from qwlora.export.registry import TARGETS
 from qwlora.export.target_compatibility import ModelFacts, refusals
@@ -22,8 +22,6 @@ from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.huggingface.max_positions import check_positions
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.messages import listed
-from qwlora.parameter_names import canonical_name, is_factor_name
 from qwlora.pipeline.plan.plan import TUNING_DEVICE
 from qwlora.pipeline.plan.target_table import (
     check_targets,
@@ -35,6 +33,7 @@ from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import slow_compute, training_device
+from qwlora.system.parameter_names import canonical_name, is_factor_name
 
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # of weights by name, by adapter
 

@@ -8,8 +8,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from qwlora.errors import DirectoryError
-from qwlora.messages import size, suggestion
+from qwlora.errors import DirectoryError, size, suggestion
 from qwlora.pipeline.results.job_report import read_job
 
 _BARS = "▁▂▃▄▅▆▇█"

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from qwlora.atomic import write_text
 from qwlora.errors import DirectoryError
 from qwlora.pipeline.commands.open_job import JobState, job_recipe
 from qwlora.pipeline.job.directory import Directory
@@ -21,6 +20,7 @@ from qwlora.pipeline.results.results import (
 )
 from qwlora.report.page import render, render_comparison
 from qwlora.report.results_view import BASE, Job
+from qwlora.system.atomic import write_text
 
 PAGE_MARK = '<meta name="generator" content="QWLoRA">'
 

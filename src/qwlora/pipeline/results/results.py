@@ -13,8 +13,6 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from qwlora import strict_json
-from qwlora.atomic import write_text
 from qwlora.errors import QwloraWarning
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.output_path import as_directory_errors
@@ -25,6 +23,8 @@ from qwlora.recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.report.page import render
 from qwlora.report.results_view import Job
+from qwlora.system import strict_json
+from qwlora.system.atomic import write_text
 
 RESULTS_FORMAT = 1
 REPORT, STATUS = "report.html", "status.json"

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from qwlora.errors import size
 from qwlora.export.proof.checks import Check, shown
-from qwlora.messages import size
 
 
 def print_summary(results: dict[str, Any], console: Console) -> None:

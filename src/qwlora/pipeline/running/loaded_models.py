@@ -31,10 +31,8 @@ from qwlora.formats.meta_model import build_model
 from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
 from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme
-from qwlora.parameter_names import parameter_name
 from qwlora.pipeline.job.job_paths import ADAPTER, BASE_SIMULATION
 from qwlora.pipeline.job.job_texts import JobTexts
-from qwlora.progress import Track, one_step, untracked
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.base_section import Model
 from qwlora.simulation.load_simulation import restore
@@ -43,6 +41,8 @@ from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
 from qwlora.simulation.simulation_schemes import Schemes
 from qwlora.simulation.training_graph import TrainingGraph
+from qwlora.system.parameter_names import parameter_name
+from qwlora.system.progress import Track, one_step, untracked
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.pipeline.job.job_texts import JobTexts
-from qwlora.progress import Track
 from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import SlowComputeWarning
+from qwlora.system.progress import Track
 
 
 def new_context(recipe: Recipe, texts: JobTexts, out: Path, track: Track) -> Any:

@@ -14,7 +14,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from qwlora.atomic import total_bytes
 from qwlora.data.prepared_data import summary
 from qwlora.errors import DirectoryError, described
 from qwlora.formats.card_mark import text_of
@@ -44,10 +43,11 @@ from qwlora.pipeline.running.distributed import (
 from qwlora.pipeline.running.job_status import JobStatus
 from qwlora.pipeline.running.new_context import new_context
 from qwlora.pipeline.stages import RUN
-from qwlora.progress import Track, untracked
 from qwlora.recipe import Recipe, load_recipe
+from qwlora.system.atomic import total_bytes
 from qwlora.system.cpu_threads import process_count
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss, return_freed_memory
+from qwlora.system.progress import Track, untracked
 
 Say = Callable[[str], None]
 Watch = Callable[[str, int, int], None]

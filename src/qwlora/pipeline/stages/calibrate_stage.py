@@ -21,8 +21,8 @@ from safetensors import SafetensorError, safe_open
 from qwlora.grid.range_estimator import RangeEstimator
 from qwlora.pipeline.job.job_paths import ADAPTER, BASE_SIMULATION, SHARED, USE_CASES, ZERO_ADAPTER
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
+from qwlora.quantize.revisions import REVISIONS
 from qwlora.recipe import Adapter, Data, Recipe
-from qwlora.revisions import REVISIONS
 
 if TYPE_CHECKING:
     from qwlora.pipeline.running.loaded_models import JobContext

@@ -22,7 +22,6 @@ from qwlora.export.npu.use_case_adapters import (
     use_case_model,
 )
 from qwlora.export.target import NONE, members
-from qwlora.parameter_names import canonical_name, is_factor_name
 from qwlora.pipeline.job.job_paths import ADAPTER, BASE_SIMULATION, SHARED, USE_CASES, ZERO_ADAPTER
 from qwlora.simulation.adapter_simulations import (
     BASE,
@@ -33,6 +32,7 @@ from qwlora.simulation.adapter_simulations import (
 from qwlora.simulation.load_simulation import restore
 from qwlora.simulation.saved_simulation import load_activations, load_encodings
 from qwlora.simulation.simulation import Simulation, simulate
+from qwlora.system.parameter_names import canonical_name, is_factor_name
 
 if TYPE_CHECKING:
     from qwlora.pipeline.running.loaded_models import JobContext

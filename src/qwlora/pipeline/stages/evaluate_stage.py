@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.pipeline.stages.train_stage import adapter_contents
-from qwlora.revisions import REVISIONS
+from qwlora.quantize.revisions import REVISIONS
 
 if TYPE_CHECKING:
     from torch import Tensor

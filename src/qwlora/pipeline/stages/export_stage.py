@@ -11,7 +11,6 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.atomic import total_bytes
 from qwlora.export.proof.folder import WITHOUT_CACHE, record_digest, write_record
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE, ExportedBase, ExportedGraph, ExportedUseCases, Target
@@ -19,6 +18,7 @@ from qwlora.formats.model_source import fetch
 from qwlora.pipeline.job.job_paths import ADAPTER
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.pipeline.stages.calibrate_stage import CASES, ZERO
+from qwlora.system.atomic import total_bytes
 
 if TYPE_CHECKING:
     from qwlora.export.proof.reference import Reference

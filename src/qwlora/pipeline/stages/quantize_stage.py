@@ -7,13 +7,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.atomic import link
 from qwlora.pipeline.job.job_paths import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.pipeline.plan.target_table import model_files, second_rounding
+from qwlora.quantize.revisions import REVISIONS
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Recipe
-from qwlora.revisions import REVISIONS
+from qwlora.system.atomic import link
 
 if TYPE_CHECKING:
     from qwlora.pipeline.running.loaded_models import JobContext

@@ -14,8 +14,8 @@ from qwlora.pipeline.job.job_paths import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.plan.replace_guard import trained_with
 from qwlora.pipeline.plan.stage import PlanBuilder, Stage
 from qwlora.pipeline.running.distributed import is_first_process
+from qwlora.quantize.revisions import REVISIONS
 from qwlora.recipe import Adapter
-from qwlora.revisions import REVISIONS
 
 if TYPE_CHECKING:
     from peft import PeftModel

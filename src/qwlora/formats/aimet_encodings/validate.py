@@ -10,11 +10,11 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwlora.encodings.encodings_file import load_json, parse, to_document
-from qwlora.encodings.findings import Finding, shared_lines
-from qwlora.encodings.model import EncodingsFile, Entry, IntegerEncoding, LpbqEncoding
-from qwlora.encodings.onnx_tensors import Graph, OnnxTensor, read_graph
 from qwlora.errors import ConversionError, EncodingsFileError
+from qwlora.formats.aimet_encodings.encodings_file import load_json, parse, to_document
+from qwlora.formats.aimet_encodings.findings import Finding, shared_lines
+from qwlora.formats.aimet_encodings.model import EncodingsFile, Entry, IntegerEncoding, LpbqEncoding
+from qwlora.formats.aimet_encodings.onnx_tensors import Graph, OnnxTensor, read_graph
 
 
 def validate(

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from qwlora.encodings.findings import printable
-from qwlora.encodings.model import EncodingsFile, Entry
+from qwlora.formats.aimet_encodings.findings import printable
+from qwlora.formats.aimet_encodings.model import EncodingsFile, Entry
 
 
 @dataclass(frozen=True)

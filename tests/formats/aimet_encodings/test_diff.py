@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_files import FILES, files
 
-from qwlora.encodings import (
+from qwlora.formats.aimet_encodings import (
     VERSIONS,
     Difference,
     EncodingsFile,

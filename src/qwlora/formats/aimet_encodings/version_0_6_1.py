@@ -19,9 +19,20 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BeforeValidator, Discriminator, Field, Tag
 
-from qwlora.encodings.findings import describe
-from qwlora.encodings.json_fields import MAX_INTEGER, JsonEntry, SectionsDocument, Strict
-from qwlora.encodings.model import Entry, FloatEncoding, Floats, IntegerEncoding, LpbqEncoding
+from qwlora.formats.aimet_encodings.findings import describe
+from qwlora.formats.aimet_encodings.json_fields import (
+    MAX_INTEGER,
+    JsonEntry,
+    SectionsDocument,
+    Strict,
+)
+from qwlora.formats.aimet_encodings.model import (
+    Entry,
+    FloatEncoding,
+    Floats,
+    IntegerEncoding,
+    LpbqEncoding,
+)
 
 
 class IntegerItem(Strict):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qwlora.messages import lines, listed, near_names, suggestion
+from qwlora.errors import lines, listed, near_names, suggestion
 
 MODEL = [f"model.layers.{i}.mlp.{name}" for i in range(3) for name in ("up_proj", "down_proj")]
 WEIGHTS = [f"{name}.weight" for name in MODEL]

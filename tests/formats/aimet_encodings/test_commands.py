@@ -12,7 +12,7 @@ import pytest
 from random_files import FILES
 
 import qwlora.cli.main
-from qwlora.encodings import convert, read_encodings
+from qwlora.formats.aimet_encodings import convert, read_encodings
 
 NEW, OLD, LEGACY = (
     str(FILES / f"aimet-{version}.encodings") for version in ("2.0.0", "1.0.0", "0.6.1")

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from random_files import FILES
 
-from qwlora.encodings import (
+from qwlora.errors import EncodingsFileError, MissingExtraError
+from qwlora.formats.aimet_encodings import (
     EncodingsFile,
     Entry,
     Finding,
@@ -23,8 +24,7 @@ from qwlora.encodings import (
     read_graph,
     validate,
 )
-from qwlora.encodings.validate import finding_lines
-from qwlora.errors import EncodingsFileError, MissingExtraError
+from qwlora.formats.aimet_encodings.validate import finding_lines
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnx.parser")

@@ -7,9 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwlora.encodings import VERSIONS, EncodingsFile, LpbqEncoding, read_encodings, write_encodings
-from qwlora.encodings.grids import TensorLayout, encoding_of, entry_of, grid_of
 from qwlora.errors import ConversionError, EncodingsFileError
+from qwlora.formats.aimet_encodings import (
+    VERSIONS,
+    EncodingsFile,
+    LpbqEncoding,
+    read_encodings,
+    write_encodings,
+)
+from qwlora.formats.aimet_encodings.grids import TensorLayout, encoding_of, entry_of, grid_of
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 

@@ -1,6 +1,6 @@
 """Write the golden files of these tests, files/*.encodings and files/model.onnx, with aimet-torch.
 
-    python tests/encodings/make_aimet_files.py       by hand, in an environment with aimet-torch
+    python tests/formats/aimet_encodings/make_aimet_files.py       by hand, in an environment with aimet-torch
 
 One small network has everything that AIMET can write: per tensor, per channel, per block, LPBQ, a
 float16 weight, a float8 weight (2.x only), a zero point shift of one half.

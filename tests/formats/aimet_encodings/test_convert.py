@@ -12,7 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_files import DECOMPRESSED_BITWIDTH, FILES, encodings, files
 
-from qwlora.encodings import (
+from qwlora.errors import ConversionError
+from qwlora.formats.aimet_encodings import (
     VERSIONS,
     BlockOrder,
     EncodingsFile,
@@ -25,8 +26,7 @@ from qwlora.encodings import (
     read_encodings,
     read_graph,
 )
-from qwlora.encodings.encodings_file import parse, to_document
-from qwlora.errors import ConversionError
+from qwlora.formats.aimet_encodings.encodings_file import parse, to_document
 
 PAIRS = [(a, b) for a in VERSIONS for b in VERSIONS]
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from qwlora.encodings import (
+from qwlora.formats.aimet_encodings import (
     FLOAT_FORMATS,
     EncodingsFile,
     Entry,

@@ -12,11 +12,11 @@ which needs torch, turns grids into entries and back.
 
 from __future__ import annotations
 
-from qwlora.encodings.compare import Difference, diff
-from qwlora.encodings.convert import convert
-from qwlora.encodings.encodings_file import read_encodings, write_encodings
-from qwlora.encodings.findings import Finding
-from qwlora.encodings.model import (
+from qwlora.formats.aimet_encodings.compare import Difference, diff
+from qwlora.formats.aimet_encodings.convert import convert
+from qwlora.formats.aimet_encodings.encodings_file import read_encodings, write_encodings
+from qwlora.formats.aimet_encodings.findings import Finding
+from qwlora.formats.aimet_encodings.model import (
     FLOAT_FORMATS,
     VERSIONS,
     BlockOrder,
@@ -26,8 +26,8 @@ from qwlora.encodings.model import (
     IntegerEncoding,
     LpbqEncoding,
 )
-from qwlora.encodings.onnx_tensors import OnnxTensor, read_graph
-from qwlora.encodings.validate import validate
+from qwlora.formats.aimet_encodings.onnx_tensors import OnnxTensor, read_graph
+from qwlora.formats.aimet_encodings.validate import validate
 
 __all__ = [
     "FLOAT_FORMATS",

@@ -36,9 +36,10 @@ from typing import Any
 
 import numpy.typing as npt
 
-from qwlora.encodings.compare import encoding_differences
-from qwlora.encodings.findings import printable, shared_lines
-from qwlora.encodings.model import (
+from qwlora.errors import ConversionError
+from qwlora.formats.aimet_encodings.compare import encoding_differences
+from qwlora.formats.aimet_encodings.findings import printable, shared_lines
+from qwlora.formats.aimet_encodings.model import (
     BLOCK_ORDERS,
     VERSIONS,
     BlockOrder,
@@ -49,9 +50,8 @@ from qwlora.encodings.model import (
     LpbqEncoding,
     has_axes,
 )
-from qwlora.encodings.onnx_tensors import Graph, OnnxTensor
-from qwlora.encodings.version_2 import channel_axis_of, channel_shape
-from qwlora.errors import ConversionError
+from qwlora.formats.aimet_encodings.onnx_tensors import Graph, OnnxTensor
+from qwlora.formats.aimet_encodings.version_2 import channel_axis_of, channel_shape
 
 _UNKNOWN = OnnxTensor(parameter=False)
 

@@ -9,8 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from qwlora.errors import NonFiniteError, SourceError
-from qwlora.messages import shortened
+from qwlora.errors import NonFiniteError, SourceError, shortened
 
 
 def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

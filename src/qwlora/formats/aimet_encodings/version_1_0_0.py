@@ -17,8 +17,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from qwlora.encodings.json_fields import FlatIntegers, FlatNumbers, JsonEntry, SectionsDocument
-from qwlora.encodings.model import Entry, FloatEncoding, IntegerEncoding, LpbqEncoding
+from qwlora.formats.aimet_encodings.json_fields import (
+    FlatIntegers,
+    FlatNumbers,
+    JsonEntry,
+    SectionsDocument,
+)
+from qwlora.formats.aimet_encodings.model import Entry, FloatEncoding, IntegerEncoding, LpbqEncoding
 
 _GRID = {"is_sym", "scale", "offset"}
 _FIELDS = {

@@ -24,8 +24,8 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from qwlora.encodings.findings import printable
-from qwlora.encodings.json_fields import (
+from qwlora.formats.aimet_encodings.findings import printable
+from qwlora.formats.aimet_encodings.json_fields import (
     MAX_INTEGER,
     MAX_RANK,
     Document,
@@ -35,7 +35,7 @@ from qwlora.encodings.json_fields import (
     NestedNumbers,
     Strict,
 )
-from qwlora.encodings.model import (
+from qwlora.formats.aimet_encodings.model import (
     FLOAT_FORMATS,
     MAX_BITWIDTH,
     EncodingsFile,

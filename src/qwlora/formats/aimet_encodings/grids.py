@@ -33,7 +33,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qwlora.encodings.model import (
+from qwlora.errors import EncodingsFileError, GridError, SourceError
+from qwlora.formats.aimet_encodings.model import (
     BlockOrder,
     Entry,
     FloatEncoding,
@@ -41,7 +42,6 @@ from qwlora.encodings.model import (
     LpbqEncoding,
     has_axes,
 )
-from qwlora.errors import EncodingsFileError, GridError, SourceError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Blocks, Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 

@@ -16,16 +16,16 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from qwlora.atomic import write_text
-from qwlora.encodings.convert import convert
-from qwlora.encodings.findings import Finding, describe, findings_of, printable
-from qwlora.encodings.json_fields import Document
-from qwlora.encodings.model import VERSIONS, EncodingsFile
-from qwlora.encodings.version_0_6_1 import Document061
-from qwlora.encodings.version_1_0_0 import Document100
-from qwlora.encodings.version_2 import Document200, Document210
 from qwlora.errors import EncodingsFileError, described
-from qwlora.strict_json import distinct_keys
+from qwlora.formats.aimet_encodings.convert import convert
+from qwlora.formats.aimet_encodings.findings import Finding, describe, findings_of, printable
+from qwlora.formats.aimet_encodings.json_fields import Document
+from qwlora.formats.aimet_encodings.model import VERSIONS, EncodingsFile
+from qwlora.formats.aimet_encodings.version_0_6_1 import Document061
+from qwlora.formats.aimet_encodings.version_1_0_0 import Document100
+from qwlora.formats.aimet_encodings.version_2 import Document200, Document210
+from qwlora.system.atomic import write_text
+from qwlora.system.strict_json import distinct_keys
 
 LIMIT_BYTES = 2**31
 DOCUMENTS: dict[str, type[Document]] = dict(

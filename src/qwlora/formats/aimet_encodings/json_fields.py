@@ -16,9 +16,9 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
-from qwlora.encodings.findings import describe, printable
-from qwlora.encodings.model import EncodingsFile, Entry, Floats, Integers
 from qwlora.errors import EncodingsFileError
+from qwlora.formats.aimet_encodings.findings import describe, printable
+from qwlora.formats.aimet_encodings.model import EncodingsFile, Entry, Floats, Integers
 
 MAX_RANK = 8
 MAX_INTEGER = 2**40  # larger than any code or offset, far below the end of int64

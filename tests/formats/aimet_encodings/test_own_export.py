@@ -14,8 +14,8 @@ from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
 from qwlora import quantize_, simulate
-from qwlora.encodings import convert, read_encodings, read_graph, validate
 from qwlora.export.onnx.onnx import export_onnx
+from qwlora.formats.aimet_encodings import convert, read_encodings, read_graph, validate
 
 FLOAT = onnx.TensorProto.FLOAT
 

@@ -15,7 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from random_files import FILES
 
-from qwlora.encodings import (
+from qwlora.errors import ConversionError, EncodingsFileError, QwloraError
+from qwlora.formats.aimet_encodings import (
     VERSIONS,
     EncodingsFile,
     FloatEncoding,
@@ -24,10 +25,9 @@ from qwlora.encodings import (
     read_encodings,
     write_encodings,
 )
-from qwlora.encodings.encodings_file import load_json, parse, to_document
-from qwlora.encodings.grids import entry_of
-from qwlora.encodings.version_1_0_0 import json_of
-from qwlora.errors import ConversionError, EncodingsFileError, QwloraError
+from qwlora.formats.aimet_encodings.encodings_file import load_json, parse, to_document
+from qwlora.formats.aimet_encodings.grids import entry_of
+from qwlora.formats.aimet_encodings.version_1_0_0 import json_of
 
 GOLDEN = {
     version: json.loads((FILES / f"aimet-{version}.encodings").read_text()) for version in VERSIONS

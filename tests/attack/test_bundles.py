@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from export.test_hot_swap import written
+from export.weights.test_hot_swap import written
 from qwlora.data.sequences import Sequences
 from qwlora.export.proof.folder import record_digest, write_proof, write_record
 from qwlora.export.proof.reference import logits_of, make_reference

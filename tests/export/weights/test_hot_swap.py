@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from client_programs import with_clients
 from conftest import byte_tokenizer
-from export.test_weights_targets import adapters, base, target
+from export.weights.test_weights_targets import adapters, base, target
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.onnx.openvino import EXACT

@@ -16,8 +16,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from export.proof.test_graph_parity import replace_qnn
 from export.proofs import check_parity, verify_weights
-from export.test_graph_parity import replace_qnn
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export import runtime as runtime_module

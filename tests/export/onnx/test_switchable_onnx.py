@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 from conftest import byte_tokenizer
-from export.test_weights_targets import adapters, base, target
+from export.weights.test_weights_targets import adapters, base, target
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import CanonicalAdapter, read_canonical
 from qwlora.export.onnx.matmul_nbits import _container, _operands

@@ -227,8 +227,8 @@ def frozen_garbage_collector() -> None:
 
 @pytest.fixture(scope="module")
 def shared_captures() -> Iterator[None]:
-    """Models of one structure are captured once; see `shared_captures.py`."""
-    from shared_captures import CALLERS, shared_capture
+    """Models of one structure are captured once; see `graph/shared_captures.py`."""
+    from graph.shared_captures import CALLERS, shared_capture
 
     with pytest.MonkeyPatch.context() as patch:
         for caller in CALLERS:

@@ -20,7 +20,7 @@ REQUIREMENTS = [
 
 
 def pins() -> dict[str, Version]:
-    lines = (ROOT / "tests/oldest.txt").read_text().splitlines()
+    lines = (ROOT / "tests/repository/oldest.txt").read_text().splitlines()
     pairs = (line.split("==") for line in lines if not line.startswith("#"))
     return {name: Version(version) for name, version in pairs}
 

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
-from command_line import qwlora
+from cli.command_line import qwlora
 from conftest import reseal, tiny_model
 from qwlora import save_adapter
 from qwlora.adapter.adapter_check import (

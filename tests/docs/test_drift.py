@@ -15,8 +15,8 @@ import pytest
 import typer
 from packaging.version import Version
 
-import command_line
 import qwlora
+from cli import command_line
 from docs.error_pages import PAGES, pages
 from docs.snippets import (
     LANGUAGES,
@@ -35,7 +35,7 @@ CLIENTS = ("npu.qnn",)  # Qualcomm's QNN
 PYTHON = {
     "python.md": (4, "tests/docs/test_python_page.py"),
     "first-five-minutes.md": (1, "tests/docs/test_newcomer.py"),
-    "aimet-guide.md": (6, "tests/test_aimet_guide.py"),
+    "aimet-guide.md": (6, "tests/docs/test_aimet_guide.py"),
     "encodings.md": (1, "tests/docs/test_drift.py"),
     "push.md": (1, "tests/pipeline/test_push.py"),
     "runtimes.md": (1, "tests/pipeline/test_push.py"),

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from command_line import qwlora
+from cli.command_line import qwlora
 from conftest import byte_tokenizer, tiny_model
 from qwlora import quantize_
 from qwlora.errors import RecipeError

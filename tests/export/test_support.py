@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from client_programs import TARGETS_OF_CLIENTS
+from export.client_programs import TARGETS_OF_CLIENTS
 from export.support_matrix import ARCHITECTURES, WEIGHTS, cell, outcome, scheme_table, written
 
 # what is quickest to show to be out of date, in every run; the rest takes minutes

@@ -12,7 +12,7 @@ import yaml
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import MixtralConfig
 
-from command_line import qwlora
+from cli.command_line import qwlora
 from conftest import VOCABULARY, byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.pipeline.plan import estimates

@@ -20,7 +20,7 @@ import yaml
 from huggingface_hub import ModelCard, constants, snapshot_download
 
 import qwlora
-from command_line import qwlora as command
+from cli.command_line import qwlora as command
 from conftest import write_recipe
 from docs.snippets import ROOT, blocks
 from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub

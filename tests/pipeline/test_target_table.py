@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from command_line import qwlora
+from cli.command_line import qwlora
 from conftest import byte_tokenizer, tiny_model
 from formats.test_model_origin import gguf
 from qwlora import Scheme

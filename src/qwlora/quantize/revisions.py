@@ -1,9 +1,9 @@
 """Revisions of the algorithms whose results are stored.
 
 Stage keys and caches contain the revisions of what they run, so results of an older one are
-computed again. Raise a number when the same inputs give other results: `tests/test_revisions.py`
-fails if a result changes and its number does not. Imports no torch: keys are made before it is
-loaded.
+computed again. Raise a number when the same inputs give other results:
+`tests/quantize/test_revisions.py` fails if a result changes and its number does not. Imports no
+torch: keys are made before it is loaded.
 """
 
 from __future__ import annotations

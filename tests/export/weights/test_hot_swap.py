@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from peft import PeftModel
 from transformers import LlamaConfig
 
-from client_programs import with_clients
 from conftest import byte_tokenizer
+from export.client_programs import with_clients
 from export.weights.test_weights_targets import adapters, base, target
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora.export.canonical_adapter import read_canonical

@@ -17,8 +17,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from client_programs import with_clients
 from conftest import byte_tokenizer
+from export.client_programs import with_clients
 from export.proofs import verify_weights
 from export.support_matrix import SCHEMES, WEIGHTS
 from formats.gguf_models import metadata_of, stored_shapes, write_file

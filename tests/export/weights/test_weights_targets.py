@@ -12,8 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 
-from client_programs import with_clients
 from conftest import byte_tokenizer, tiny_model
+from export.client_programs import with_clients
 from export.proofs import verify_weights
 from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences

@@ -11,7 +11,7 @@ from unittest import mock
 
 import pytest
 
-from command_line import qwlora
+from cli.command_line import qwlora
 from qwlora.cli import progress_bars
 from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.system.progress import one_step

@@ -6,7 +6,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
-PACKAGE = Path(__file__).parent.parent / "src" / "qwlora"
+PACKAGE = Path(__file__).parents[2] / "src" / "qwlora"
 # Attributes that `getattr` and `hasattr` may name, by who defines them.
 FOREIGN = {
     "python": "__func__ __name__ __notes__ _fields errno keys strerror values",

@@ -14,7 +14,7 @@ import pytest
 
 import conftest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 OPTIONS = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
 MARKS = [line.split(":")[0] for line in OPTIONS["markers"]]
 

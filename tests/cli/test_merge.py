@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from command_line import qwlora
+from cli.command_line import qwlora
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model, write_recipe
 from qwlora import load_base, quantize_
 from qwlora.adapter.adapter_deltas import rounding_losses

@@ -11,7 +11,7 @@ import pytest
 
 HEAD = """# Files of target `aimet` in aimet-onnx
 
-Written by `make test-aimet` (tests/aimet_files, option `--loaders-table`); do not edit.
+Written by `make test-aimet` (tests/aimet/files, option `--loaders-table`); do not edit.
 aimet-onnx {aimet}, qai-hub {hub}, onnx {onnx}, Python {python}, CPU.
 
 Target `aimet` wrote a one-layer Llama with an adapter for each grid. Weights are stored as floats on

@@ -1,6 +1,6 @@
 """Write what target `aimet` writes, for every kind of grid, and the integers that it must mean.
 
-    python tests/aimet_files/write_files.py FOLDER
+    python tests/aimet/files/write_files.py FOLDER
 
 aimet-onnx needs other versions of shared packages, so the two halves meet in files:
 

@@ -15,7 +15,7 @@ import onnx
 import pytest
 from rich.console import Console
 
-from command_line import qwlora
+from cli.command_line import qwlora
 from export.npu.test_qnn_bundle import EMULATED
 from qwlora.errors import DirectoryError, FingerprintError, GridError, RecipeError
 from qwlora.export.proof.folder import RECORD, record_digest, verify_bundle

@@ -15,9 +15,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from client_programs import with_clients
-from command_line import qwlora
+from cli.command_line import qwlora
 from conftest import byte_tokenizer, reseal
+from export.client_programs import with_clients
 from qwlora import load_adapter, load_base
 from qwlora.errors import (
     FingerprintError,

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from rich.table import Table
 
-from command_line import qwlora
+from cli.command_line import qwlora
 from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.terminal import console, print_json, safe_streams
 from qwlora.errors import (

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from command_line import qwlora
+from cli.command_line import qwlora
 from conftest import WORDS, byte_tokenizer, tiny_model
 from qwlora.report.results_view import Job
 from qwlora.report.sections import task_scores

@@ -16,7 +16,7 @@ from qwlora.formats.aimet_encodings import EncodingsFile, write_encodings
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.nn.frozen import packed_layers
 
-PAGE = Path(__file__).parent.parent / "docs" / "aimet-guide.md"
+PAGE = Path(__file__).parents[2] / "docs" / "aimet-guide.md"
 
 
 def rounded_checkpoint(checkpoint: Path, folder: Path) -> dict[str, str]:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from command_line import qwlora
+from cli.command_line import qwlora
 from qwlora.cli.main import main
 from qwlora.cli.simulate_command import _suggestion_lines
 from qwlora.cli.tables import group_similar, table

@@ -1,11 +1,9 @@
 """Tiny random models of several architectures, with a tokenizer of their own: nothing is downloaded."""
 
-from __future__ import annotations
-
 import gc
 import json
 import subprocess
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -56,26 +54,7 @@ EACH_ARCHITECTURE = (
     pytest.param("opt", marks=pytest.mark.slow),
     pytest.param("qwen3", marks=pytest.mark.slow),
 )
-WORDS = [
-    "the",
-    "integer",
-    "grid",
-    "holds",
-    "a",
-    "weight",
-    "in",
-    "four",
-    "bits",
-    "and",
-    "scale",
-    "so",
-    "that",
-    "what",
-    "was",
-    "trained",
-    "is",
-    "computed",
-]
+WORDS = "the integer grid holds a weight in four bits and scale so that what was trained is computed".split()
 
 # Time limits belong into benchmarks: on a shared machine a deadline fails by chance.
 hypothesis.settings.register_profile(
@@ -172,7 +151,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def checkpoints(tmp_path_factory):
     """A Hugging Face checkpoint folder of each architecture."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for architecture in ARCHITECTURES:
@@ -182,7 +161,7 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def corpus(tmp_path_factory):
     """A folder of ten short documents."""
     folder = tmp_path_factory.mktemp("corpus")
     for i in range(10):
@@ -208,17 +187,17 @@ def write_recipe(folder: Path, model: Path, corpus: Path, /, **sections: Any) ->
 
 
 @pytest.fixture
-def recipe_for(tmp_path: Path, corpus: Path, checkpoints: dict[str, Path]) -> Any:
+def recipe_for(tmp_path, corpus, checkpoints):
     """`write_recipe` to the test's folder, with the model of an architecture."""
 
-    def write(architecture: str = "llama", **sections: Any) -> Path:
+    def write(architecture="llama", **sections):
         return write_recipe(tmp_path, checkpoints[architecture], corpus, **sections)
 
     return write
 
 
 @pytest.fixture(scope="module", autouse=True)
-def frozen_garbage_collector() -> None:
+def frozen_garbage_collector():
     """Jobs collect garbage before each stage. With all that is imported here, looking through it takes
     longer than a stage of a tiny model: without this, tests/pipeline takes three times as long."""
     gc.collect()
@@ -226,7 +205,7 @@ def frozen_garbage_collector() -> None:
 
 
 @pytest.fixture(scope="module")
-def shared_captures() -> Iterator[None]:
+def shared_captures():
     """Models of one structure are captured once; see `graph/shared_captures.py`."""
     from graph.shared_captures import CALLERS, shared_capture
 
@@ -237,18 +216,18 @@ def shared_captures() -> Iterator[None]:
 
 
 @pytest.fixture
-def short_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_time_limit(monkeypatch):
     """Regular expressions and templates that users supply get 0.2 s instead of 10."""
     limit = "qwlora.system.time_limit.time_limit.__wrapped__.__defaults__"
     monkeypatch.setattr(limit, (0.2,))
 
 
 @pytest.fixture
-def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+def mounted(tmp_path):
     """Mounts an empty file system with the given options, like `size=100k` or `ro`; skips the test where that is not allowed."""
     made: list[Path] = []
 
-    def mount(options: str) -> Path:
+    def mount(options):
         folder = tmp_path / f"disk{len(made)}"
         folder.mkdir()
         if subprocess.run(
@@ -266,12 +245,12 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
 
 
 @pytest.fixture
-def loaded_at_finish(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def loaded_at_finish(monkeypatch):
     """Names of the tensors that still have data when `BaseWriter.finish` is called."""
     found: list[str] = []
     finish = BaseWriter.finish
 
-    def recorded(writer: BaseWriter, model: PreTrainedModel, *arguments: Any) -> str:
+    def recorded(writer, model, *arguments):
         found.extend(name for name, tensor in model.state_dict().items() if not tensor.is_meta)
         return finish(writer, model, *arguments)
 

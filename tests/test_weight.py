@@ -1,7 +1,5 @@
 """The size of the code stays within the budget that pyproject.toml states."""
 
-from __future__ import annotations
-
 import tomllib
 from pathlib import Path
 
@@ -34,7 +32,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize("what", BUDGET)
-def test_the_code_is_within_its_budget(what: str) -> None:
+def test_the_code_is_within_its_budget(what):
     found, most = FOUND[what], BUDGET[what]
     assert found <= most, (
         f"{what} is {found:,}, and pyproject.toml allows {most:,}. Make something smaller first; "

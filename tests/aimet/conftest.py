@@ -1,9 +1,6 @@
 """Collects the results of all comparisons; `--table FILE` writes them as docs/aimet-oracle.md."""
 
-from __future__ import annotations
-
 import platform
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -45,7 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def table(request: pytest.FixtureRequest) -> Iterator[Table]:
+def table(request):
     collected = Table()
     yield collected
     path = request.config.getoption("--table")
@@ -60,7 +57,7 @@ def table(request: pytest.FixtureRequest) -> Iterator[Table]:
 
 
 @pytest.fixture
-def comparison(table: Table) -> Iterator[Comparison]:
+def comparison(table):
     """One row of the table; the test sets its name."""
     row = Comparison()
     yield row

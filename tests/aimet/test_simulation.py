@@ -7,8 +7,6 @@ Under `torch.no_grad()` it multiplies by the reciprocal, which changes some code
 computed from them; then logits differ by at most `SHORTCUT_ERROR`.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,7 +28,6 @@ from .oracle import (
     aimet_shape,
     ulps,
 )
-from .table import Comparison, Table
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 pytestmark = [pytest.mark.aimet, pytest.mark.filterwarnings("ignore")]
@@ -78,7 +75,7 @@ class Pair:
 
 
 @pytest.fixture(scope="module", params=range(CASES))
-def pair(request: pytest.FixtureRequest) -> Pair:
+def pair(request):
     folder = request.config.getoption("--simulations")
     if folder is None:
         pytest.skip(
@@ -202,12 +199,12 @@ def values_of(pair: Pair) -> dict[str, Tensor]:
     return seen
 
 
-def test_both_float_models_are_equal(pair: Pair) -> None:
+def test_both_float_models_are_equal(pair):
     """In float, without quantizers, both versions of transformers compute the same logits."""
     assert torch.equal(pair.plain, pair.ours.results["plain"])
 
 
-def test_same_values_are_quantized(pair: Pair) -> None:
+def test_same_values_are_quantized(pair):
     ours = {
         name.removeprefix("values.") for name in pair.ours.results if name.startswith("values.")
     }
@@ -216,7 +213,7 @@ def test_same_values_are_quantized(pair: Pair) -> None:
     assert len(ours) > 15
 
 
-def test_encodings_and_values_are_equal(pair: Pair, comparison: Comparison, table: Table) -> None:
+def test_encodings_and_values_are_equal(pair, comparison, table):
     name = comparison.name = f"simulation of a 2-layer Llama, {pair.ours.record['name']}"
     for known in (pair.activations, {n: [q] for n, q in pair.parameters.items()}):
         for encoding_name, quantizers in known.items():

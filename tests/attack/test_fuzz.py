@@ -6,15 +6,13 @@ infinite, negative or zero numbers. Whatever opens is read whole. What reads wel
 also written in every version that holds it.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import random
 import shutil
 import struct
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +41,6 @@ from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
 from qwlora.quantize.layer_rules import LayerRule
 
-from .record import Record
 from .victims import seeds
 
 pytestmark = pytest.mark.attack
@@ -218,9 +215,7 @@ def use_model(folder: Path) -> None:
         make_encodings,
     ],
 )
-def test_random_damage_is_refused_or_read(
-    make: Callable[[Path], Any], seed: int, record: Record, tmp_path: Path
-) -> None:
+def test_random_damage_is_refused_or_read(make, seed, record, tmp_path):
     whole, place = tmp_path / "whole", tmp_path / "damaged"
     make(whole)
     kind = make.__name__.removeprefix("make_").removesuffix("_model")

@@ -1,7 +1,5 @@
 """Two processes at once: one of them works, the other says so, and nothing of the first is lost."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
@@ -10,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from .jobs import CACHE, Job, artifacts, digests, write_recipe
+from .jobs import CACHE, artifacts, digests, write_recipe
 from .record import Record
 from .victims import Ended, command, parallel, qwlora, seeds, start
 
@@ -20,14 +18,12 @@ MERGES = 10
 
 
 @pytest.fixture(scope="module")
-def recipe(warm: None, place: Path, one_layer: Path, corpus: Path) -> Path:
+def recipe(warm, place, one_layer, corpus):
     return write_recipe(place / "race.yaml", one_layer, corpus, base={"solver": "rtn"})
 
 
 @pytest.mark.parametrize("is_new", [True, False], ids=["new directory", "directory that is there"])
-def test_one_of_two_processes_works_and_keeps_its_files(
-    recipe: Path, is_new: bool, seed: int, record: Record, tmp_path: Path
-) -> None:
+def test_one_of_two_processes_works_and_keeps_its_files(recipe, is_new, seed, record, tmp_path):
     change = "base.weights.bitwidth=3"
     before, reference = tmp_path / "before", tmp_path / "reference"
     if not is_new:
@@ -36,7 +32,7 @@ def test_one_of_two_processes_works_and_keeps_its_files(
     assert qwlora("quantize", recipe, "--out", reference, "--set", change).code == 0
     row = "two runs on a new directory" if is_new else "two runs on a directory that is there"
 
-    def race(number: int, folder: Path) -> dict[str, str]:
+    def race(number, folder):
         out = folder / "out"
         shutil.rmtree(out, ignore_errors=True)
         if not is_new:
@@ -59,14 +55,12 @@ def test_one_of_two_processes_works_and_keeps_its_files(
     _record(record, row, race, STARTS, tmp_path / "races")
 
 
-def test_one_of_two_merges_into_one_folder_writes(
-    qwa: Job, seed: int, record: Record, tmp_path: Path
-) -> None:
+def test_one_of_two_merges_into_one_folder_writes(qwa, seed, record, tmp_path):
     arguments = ("merge", qwa.finished, "first", "--into", "requantized", "--out")
     assert qwlora(*arguments, tmp_path / "reference").code == 0
     row = "two merges into one folder"
 
-    def race(number: int, folder: Path) -> dict[str, str]:
+    def race(number, folder):
         place = folder / "place"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()

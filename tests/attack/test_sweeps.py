@@ -1,11 +1,8 @@
 """Commands that change a finished job, killed at every change of the disk that they make."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.fake_hub import TOKEN, fake_hub
 
-from .jobs import Job, differences, state
-from .record import Record
-from .targets import Target, change_target
+from .jobs import differences, state
+from .targets import change_target
 from .victims import Ended, command, inside, killed_at_change, parallel, start
 
 pytestmark = [
@@ -28,11 +24,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def hub(warm: None, place: Path) -> Iterator[None]:
+def hub(warm, place):
     """A hub in a process of its own, since this one must not have its threads when it forks."""
     address = place / "hub-address"
 
-    def serve() -> None:
+    def serve():
         with fake_hub() as server:
             address.with_suffix(".new").write_text(server.url)
             address.with_suffix(".new").rename(address)
@@ -71,7 +67,7 @@ def _as_mlx(peft: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def changes(shared: Job, place: Path, hub: None) -> list[Target]:
+def changes(shared, place, hub):
     """Every command that changes adapters of a job, and the one that notes what it uploaded."""
     peft = place / "elsewhere" / "peft"
     shutil.copytree(shared.finished / "adapters" / "first", peft)
@@ -106,9 +102,7 @@ def _content(work: Path) -> Any:
     return json.loads(json.dumps(content).replace(str(work), "WORK"))
 
 
-def test_jobs_are_sound_wherever_a_change_of_them_is_killed(
-    changes: list[Target], record: Record, tmp_path: Path
-) -> None:
+def test_jobs_are_sound_wherever_a_change_of_them_is_killed(changes, record, tmp_path):
     """The next command is, in turn, the same one and a stage of the job."""
     undone, made = [], []
     for change in changes:
@@ -123,7 +117,7 @@ def test_jobs_are_sound_wherever_a_change_of_them_is_killed(
         for moment in range(1, change.changes + 1)
     ]
 
-    def kill(trial: tuple[int, int], folder: Path) -> dict[str, Any]:
+    def kill(trial, folder):
         number, moment = trial
         change, work = changes[number], folder / "trial"
         shutil.rmtree(work, ignore_errors=True)

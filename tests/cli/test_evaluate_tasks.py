@@ -1,7 +1,5 @@
 """`qwlora evaluate DIR --tasks`: scores of lm-eval on a task file, without a network."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path
@@ -20,7 +18,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lm_eval")
 
 
 @pytest.fixture(scope="module")
-def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def task_file(tmp_path_factory):
     """A multiple-choice task with a dataset next to it."""
     folder = tmp_path_factory.mktemp("task")
     pick = random.Random(0)
@@ -52,7 +50,7 @@ def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+def job(tmp_path_factory, corpus):
     """A finished job with an ONNX file."""
     folder = tmp_path_factory.mktemp("job")
     tiny_model("llama", layers=1).save_pretrained(folder / "model")
@@ -84,9 +82,7 @@ def plain_scores(job: Path, task_file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.client
-def test_every_model_is_scored_and_the_float_model_as_by_lm_eval(
-    job: Path, task_file: Path
-) -> None:
+def test_every_model_is_scored_and_the_float_model_as_by_lm_eval(job, task_file):
     done = qwlora("evaluate", job, "--tasks", task_file, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -116,9 +112,7 @@ def test_every_model_is_scored_and_the_float_model_as_by_lm_eval(
 
 
 @pytest.mark.client
-def test_scores_are_shown_as_a_table_and_stay_through_the_next_run(
-    job: Path, task_file: Path
-) -> None:
+def test_scores_are_shown_as_a_table_and_stay_through_the_next_run(job, task_file):
     done = qwlora("evaluate", job, "--tasks", task_file, "--models", "base,first", "--limit", "4")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
@@ -130,7 +124,7 @@ def test_scores_are_shown_as_a_table_and_stay_through_the_next_run(
 
 
 @pytest.mark.client
-def test_unknown_tasks_and_missing_files_are_named(job: Path, tmp_path: Path) -> None:
+def test_unknown_tasks_and_missing_files_are_named(job, tmp_path):
     done = qwlora("evaluate", job, "--tasks", "hellaswagg", "--models", "base")
     assert done.returncode == 2
     assert "hellaswag" in done.stderr.replace("hellaswagg", "")
@@ -147,7 +141,7 @@ def test_unknown_tasks_and_missing_files_are_named(job: Path, tmp_path: Path) ->
         ((), "--out"),
     ],
 )
-def test_a_wrong_call_says_how_to_call(arguments: tuple[str, ...], said: str) -> None:
+def test_a_wrong_call_says_how_to_call(arguments, said):
     done = qwlora("evaluate", *arguments)
     assert done.returncode == 2
     assert said in done.stderr

@@ -1,10 +1,7 @@
 """`qwlora simulate` and `qwlora dump-layers`: what they say of a job, and what they refuse."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,9 +23,7 @@ RULES = 'simulation.rules=[{match: "*.softmax", bitwidth: 8, observer: percentil
 
 
 @pytest.fixture(scope="module")
-def job(
-    tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], corpus: Path
-) -> Path:
+def job(tmp_path_factory, checkpoints, corpus):
     """A job with an adapter that is calibrated, and one that is not trained."""
     folder = tmp_path_factory.mktemp("job")
     data = {
@@ -69,9 +64,7 @@ def call(
     return int(caught.value.code or 0), captured.out, captured.err
 
 
-def test_alike_values_are_one_line(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_alike_values_are_one_line(job, capsys, monkeypatch):
     code, out, _ = call(capsys, monkeypatch, job, "--explain", "--set", RULES)
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert code == 0
@@ -92,9 +85,7 @@ def test_alike_values_are_one_line(
     assert sum(int(row[1]) for row in rows) == sum(counts)
 
 
-def test_json_has_every_value_and_what_was_calibrated(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_json_has_every_value_and_what_was_calibrated(job, capsys, monkeypatch):
     _, out, _ = call(capsys, monkeypatch, job, "--json")
     found = json.loads(out)
     assert (found["adapter"], found["policy"], found["unknown"]) == ("first", "npu", {})
@@ -108,7 +99,7 @@ def test_json_has_every_value_and_what_was_calibrated(
     assert {v.decision.value for v in changed.values if v.kind == "activation"} == {"float"}
 
 
-def test_layers_of_a_simulation_are_written(job: Path, tmp_path: Path) -> None:
+def test_layers_of_a_simulation_are_written(job, tmp_path):
     ids = np.array([5, 7, 11, 13, 17], dtype=np.int32)
     np.save(tmp_path / "ids.npy", ids)
     out = tmp_path / "layers"
@@ -142,9 +133,7 @@ def test_layers_of_a_simulation_are_written(job: Path, tmp_path: Path) -> None:
         ([1], ["--stage", "simulated", "--out", "here"], "here' exists. Nothing was changed"),
     ],
 )
-def test_layers_that_cannot_be_written_leave_nothing(
-    ids: Any, arguments: list[str], said: str, job: Path, tmp_path: Path
-) -> None:
+def test_layers_that_cannot_be_written_leave_nothing(ids, arguments, said, job, tmp_path):
     (tmp_path / "here").mkdir()
     if ids is None:
         (tmp_path / "ids.npy").write_text("text")
@@ -159,9 +148,7 @@ def test_layers_that_cannot_be_written_leave_nothing(
     assert (sorted(tmp_path.rglob("*")), sorted(job.glob("*"))) == before
 
 
-def test_costs_are_switched_on_one_by_one(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_costs_are_switched_on_one_by_one(job, capsys, monkeypatch):
     code, out, _ = call(capsys, monkeypatch, job, "--costs", "--json")
     account = json.loads(out)
     assert code == 0
@@ -191,9 +178,7 @@ def test_costs_are_switched_on_one_by_one(
 
 
 @pytest.mark.slow
-def test_a_suggestion_is_what_its_rules_give(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_suggestion_is_what_its_rules_give(job, capsys, monkeypatch):
     code, out, _ = call(capsys, monkeypatch, job, "--suggest", "1", "--json")
     loose = json.loads(out)
     assert code == 0
@@ -232,9 +217,7 @@ def test_a_suggestion_is_what_its_rules_give(
     assert fresh["sequences"] == 2
 
 
-def test_a_suggestion_counts_and_prints_the_rules_that_are_there(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_suggestion_counts_and_prints_the_rules_that_are_there(job, capsys, monkeypatch):
     """As a resolved recipe holds them, with every key."""
     own = [{"match": "*.softmax", "bitwidth": 16}, {"match": "lm_head", "keep": "float"}]
     section = json.dumps([SimulationRule(**rule).model_dump(mode="json") for rule in own])
@@ -255,18 +238,12 @@ def test_a_suggestion_counts_and_prints_the_rules_that_are_there(
     ("share", "message"),
     [("5", "for 5 % use 0.05"), ("-0.1", "0.05 is 5 %"), ("nan", "0.05 is 5 %")],
 )
-def test_a_share_is_between_zero_and_one(
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    share: str,
-    message: str,
-) -> None:
+def test_a_share_is_between_zero_and_one(tmp_path, capsys, monkeypatch, share, message):
     code, _, errors = call(capsys, monkeypatch, tmp_path, f"--suggest={share}")
     assert (code, f"between 0 and 1, not {share}; {message}" in errors) == (2, True)
 
 
-def test_a_suggestion_says_which_text_each_figure_is_of() -> None:
+def test_a_suggestion_says_which_text_each_figure_is_of():
     found = {
         "adapter": "first",
         "wide": ["a"],
@@ -302,9 +279,7 @@ def test_a_suggestion_says_which_text_each_figure_is_of() -> None:
     assert lines[-1] == "  rules: []"
 
 
-def test_what_cannot_be_shown(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_what_cannot_be_shown(job, capsys, monkeypatch, tmp_path):
     code, _, errors = call(capsys, monkeypatch, tmp_path)
     assert code == 2
     assert "is not a job directory: it has no recipe.yaml" in errors
@@ -321,12 +296,8 @@ def test_what_cannot_be_shown(
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [("activation_bitwidth", 8), ("residual_adds", "quantize")])
 def test_a_calibration_of_another_recipe_is_not_shown_as_this_ones(
-    job: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path: Path,
-    changes: tuple[str, Any],
-) -> None:
+    job, capsys, monkeypatch, tmp_path, changes
+):
     out = tmp_path / "out"
     shutil.copytree(job, out)
     content = json.loads((out / "recipe.yaml").read_text())
@@ -345,7 +316,7 @@ def test_a_calibration_of_another_recipe_is_not_shown_as_this_ones(
     assert code == 0, "a placement without a calibration"
 
 
-def test_an_adapter_that_left_the_recipe_is_not_shown_by_it(job: Path, tmp_path: Path) -> None:
+def test_an_adapter_that_left_the_recipe_is_not_shown_by_it(job, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(job, out)
     (out / "adapters" / "first").rename(out / "adapters" / "before")
@@ -357,9 +328,7 @@ def test_an_adapter_that_left_the_recipe_is_not_shown_by_it(job: Path, tmp_path:
         explain_placement(out, "before")
 
 
-def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(
-    job: Path, tmp_path: Path
-) -> None:
+def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(job, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(job, out)
     Directory.read(out).drop("calibrate/first")  # as training leaves it
@@ -385,13 +354,7 @@ def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(
         ),
     ],
 )
-def test_a_change_that_needs_another_stage_is_refused(
-    job: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    change: str,
-    message: str,
-) -> None:
+def test_a_change_that_needs_another_stage_is_refused(job, capsys, monkeypatch, change, message):
     code, out, errors = call(
         capsys, monkeypatch, job, "--set", "simulation.activation_bitwidth=8", "--set", change
     )
@@ -401,9 +364,7 @@ def test_a_change_that_needs_another_stage_is_refused(
         assert f"qwlora run {job / 'recipe.yaml'} --out {job} --set {change}" in errors
 
 
-def test_an_adapter_whose_record_was_replaced_is_refused(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_adapter_whose_record_was_replaced_is_refused(job, capsys, monkeypatch, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(job, other)
     (other / "adapters" / "first" / "qwlora.json").write_text(
@@ -415,7 +376,7 @@ def test_an_adapter_whose_record_was_replaced_is_refused(
     assert "qwlora train" in errors
 
 
-def test_tables_of_alike_things() -> None:
+def test_tables_of_alike_things():
     names = [("a.0.x", 1), ("a.1.x", 1), ("a.2.x", 2), ("a.5.x", 1), ("b", 1), ("a.0.y", 3)]
     groups = group_similar(names, lambda n: n[0], lambda n: n[1])
     assert [(name, len(group)) for name, group in groups] == [

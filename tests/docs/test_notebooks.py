@@ -1,7 +1,5 @@
 """The notebooks in examples/ run from top to bottom, and are stored without outputs."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -22,7 +20,7 @@ def cells(path: Path, kind: str) -> list[dict[str, Any]]:
 
 
 @names
-def test_a_notebook_is_stored_without_outputs(path: Path) -> None:
+def test_a_notebook_is_stored_without_outputs(path):
     found = cells(path, "code")
     assert len(found) >= 5
     assert [c["outputs"] for c in found] == [[]] * len(found)
@@ -30,7 +28,7 @@ def test_a_notebook_is_stored_without_outputs(path: Path) -> None:
 
 
 @names
-def test_the_code_of_a_notebook_is_python(path: Path) -> None:
+def test_the_code_of_a_notebook_is_python(path):
     for cell in cells(path, "code"):
         compile("".join(cell["source"]), path.name, "exec")
 
@@ -45,7 +43,7 @@ nbformat.write(notebook, sys.argv[2])
 
 @pytest.mark.slow
 @names
-def test_a_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path) -> None:
+def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
     for package in ("nbformat", "nbclient", "ipykernel"):
         pytest.importorskip(package, reason="pip install 'qwlora[notebooks]'")
     paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])

@@ -1,14 +1,9 @@
 """The site builds without a warning, and its pages need no network: in mkdocs and in chromium."""
 
-from __future__ import annotations
-
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -19,7 +14,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(tmp_path_factory):
     pytest.importorskip("material", reason="pip install 'qwlora[docs]'")
     pytest.importorskip("mkdocstrings", reason="pip install 'qwlora[docs]'")
     folder = tmp_path_factory.mktemp("site")
@@ -36,7 +31,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
+def test_no_page_loads_anything_from_elsewhere(site):
     pages = list(site.rglob("*.html"))
     assert len(pages) > 40
     loaded = r"""<(?:script|img|iframe)[^>]+src=["']?https?:|<link[^>]+stylesheet[^>]+https?:"""
@@ -46,13 +41,13 @@ def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
     ] == []
 
 
-def test_every_part_of_another_file_was_filled_in(site: Path) -> None:
+def test_every_part_of_another_file_was_filled_in(site):
     left = re.compile(r"\{\{ \w+: [^}]+ \}\}|^::: ", re.MULTILINE)
     assert [p.name for p in site.rglob("*.html") if left.search(p.read_text())] == []
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
+def browser():
     if BROWSER is None or not HAS_PLAYWRIGHT:
         pytest.skip("the site was NOT tested in a browser: install chromium and playwright")
     from playwright.sync_api import sync_playwright
@@ -65,9 +60,7 @@ def browser() -> Iterator[Any]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
-def test_pages_open_without_errors_and_fit_the_width(
-    browser: Any, site: Path, width: int, scheme: str
-) -> None:
+def test_pages_open_without_errors_and_fit_the_width(browser, site, width, scheme):
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
     )

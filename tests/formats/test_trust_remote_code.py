@@ -1,7 +1,5 @@
 """Python code in a model's folder runs only if the recipe says so."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys
@@ -42,7 +40,7 @@ def edit(file: Path, **entries: Any) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
+def folder(tmp_path, checkpoints):
     """A whole checkpoint, without any code."""
     copy = tmp_path / "model"
     copy.mkdir()
@@ -52,13 +50,13 @@ def folder(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
 
 
 @pytest.fixture
-def ran(tmp_path: Path) -> Path:
+def ran(tmp_path):
     """The file that the folder's code makes."""
     return tmp_path / "code_ran"
 
 
 @pytest.fixture
-def own_model(folder: Path, ran: Path) -> Path:
+def own_model(folder, ran):
     (folder / "own_config.py").write_text(CONFIG_CODE.format(ran=str(ran)))
     (folder / "own_model.py").write_text(MODEL_CODE.format(ran=str(ran)))
     auto_map = {"AutoConfig": "own_config.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}
@@ -67,7 +65,7 @@ def own_model(folder: Path, ran: Path) -> Path:
 
 
 @pytest.fixture
-def own_tokenizer(folder: Path, ran: Path) -> Path:
+def own_tokenizer(folder, ran):
     (folder / "own_tokenizer.py").write_text(TOKENIZER_CODE.format(ran=str(ran)))
     edit(
         folder / "tokenizer_config.json",
@@ -78,16 +76,14 @@ def own_tokenizer(folder: Path, ran: Path) -> Path:
 
 
 @pytest.fixture
-def call(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Any:
+def call(tmp_path, capsys, monkeypatch):
     """The command line, with `y` typed at every question."""
     modules = str(tmp_path / "modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
     monkeypatch.setattr("sys.path", list(sys.path))
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
 
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
+    def run(*arguments):
         monkeypatch.setattr("sys.argv", ["qwlora", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             main()
@@ -101,9 +97,7 @@ def trusting(source: Path) -> dict[str, Any]:
     return {"source": str(source), "trust_remote_code": True}
 
 
-def test_code_named_in_config_json_does_not_run(
-    call: Any, recipe_for: Any, own_model: Path, ran: Path, tmp_path: Path
-) -> None:
+def test_code_named_in_config_json_does_not_run(call, recipe_for, own_model, ran, tmp_path):
     recipe = recipe_for(model={"source": str(own_model)})
     code, _, errors = call("run", recipe, "--out", tmp_path / "out")
     assert not ran.exists()
@@ -113,9 +107,7 @@ def test_code_named_in_config_json_does_not_run(
     assert not (tmp_path / "out").exists()
 
 
-def test_code_named_in_tokenizer_config_json_does_not_run(
-    call: Any, recipe_for: Any, own_tokenizer: Path, ran: Path
-) -> None:
+def test_code_named_in_tokenizer_config_json_does_not_run(call, recipe_for, own_tokenizer, ran):
     code, _, errors = call("data", recipe_for(model={"source": str(own_tokenizer)}))
     assert not ran.exists()
     assert code == 2
@@ -123,8 +115,8 @@ def test_code_named_in_tokenizer_config_json_does_not_run(
 
 
 def test_trusted_code_runs_and_every_summary_says_so(
-    call: Any, recipe_for: Any, own_model: Path, own_tokenizer: Path, ran: Path, tmp_path: Path
-) -> None:
+    call, recipe_for, own_model, own_tokenizer, ran, tmp_path
+):
     recipe = recipe_for(model=trusting(own_model), export={"targets": []})
     code, out, errors = call("run", recipe, "--out", tmp_path / "out")
     assert code == 0, errors

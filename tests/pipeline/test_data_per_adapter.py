@@ -1,11 +1,8 @@
 """Adapters with texts of their own: what each is trained, calibrated and measured on."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -23,7 +20,7 @@ SETTINGS = {"rank": 4, "steps": 40, "warmup_steps": 1, "learning_rate": 0.01}
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def texts(tmp_path_factory):
     """Two texts with nothing in common: words, and digits."""
     folder, digits = tmp_path_factory.mktemp("texts"), random.Random(0)
     for i in range(8):
@@ -35,10 +32,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def two_texts(recipe_for: Any, texts: dict[str, Path]) -> Any:
+def two_texts(recipe_for, texts):
     """Write a recipe of one adapter per text; the data section has no source."""
 
-    def write(**sections: Any) -> Path:
+    def write(**sections):
         data = {"sequence_tokens": 32, "evaluation_sequences": 4, "calibration_sequences": 3}
         adapters = [
             {"name": name, "data": {"source": str(path)}, **SETTINGS}
@@ -55,8 +52,8 @@ def keys(path: Path) -> dict[str, str]:
 
 
 def test_an_adapters_data_takes_what_it_does_not_set_from_the_data_section(
-    two_texts: Any, texts: dict[str, Path], tmp_path: Path
-) -> None:
+    two_texts, texts, tmp_path
+):
     path = two_texts()
     content = yaml.safe_load(path.read_text())
     content["adapters"][1]["data"]["sequence_tokens"] = 16
@@ -70,7 +67,7 @@ def test_an_adapters_data_takes_what_it_does_not_set_from_the_data_section(
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
 
 
-def test_an_adapter_without_any_text_is_named(two_texts: Any) -> None:
+def test_an_adapter_without_any_text_is_named(two_texts):
     path = two_texts(adapters=[{"name": "lonely", **SETTINGS}])
     with pytest.raises(RecipeError, match=r"data\.source: required, but not set.*lonely"):
         load_recipe(path)
@@ -84,17 +81,13 @@ def test_an_adapter_without_any_text_is_named(two_texts: Any) -> None:
         ({"chat_template": "/no/t.jinja"}, r"adapters\.0\.data\.chat_template: .*/no/t\.jinja"),
     ],
 )
-def test_problems_of_an_adapters_data_are_located(
-    two_texts: Any, data: dict[str, str], problem: str
-) -> None:
+def test_problems_of_an_adapters_data_are_located(two_texts, data, problem):
     path = two_texts(adapters=[{"name": "a", "data": data, **SETTINGS}])
     with pytest.raises(RecipeError, match=problem):
         load_recipe(path)
 
 
-def test_each_adapter_learns_its_own_text_and_is_measured_on_all(
-    two_texts: Any, tmp_path: Path
-) -> None:
+def test_each_adapter_learns_its_own_text_and_is_measured_on_all(two_texts, tmp_path):
     verbs = ("quantize", "train", "calibrate", "evaluate")
     results = run(load_recipe(two_texts()), tmp_path / "out", verbs)
     on = results["perplexity"]["on"]
@@ -116,9 +109,7 @@ def test_each_adapter_learns_its_own_text_and_is_measured_on_all(
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
 
-def test_a_change_of_one_text_concerns_its_adapter_only(
-    two_texts: Any, texts: dict[str, Path], corpus: Path
-) -> None:
+def test_a_change_of_one_text_concerns_its_adapter_only(two_texts, texts, corpus):
     with_own_text = {"sequence_tokens": 32, "source": str(corpus)}
     before = keys(two_texts(data=with_own_text))
     content = yaml.safe_load(two_texts(data=with_own_text).read_text())
@@ -129,10 +120,8 @@ def test_a_change_of_one_text_concerns_its_adapter_only(
     assert {"train/digits", "calibrate/digits", "evaluate/adapted/words/on/digits"} <= changed
 
 
-def test_the_base_is_calibrated_on_its_own_text_or_on_all(
-    two_texts: Any, texts: dict[str, Path], corpus: Path
-) -> None:
-    def sources(**sections: Any) -> list[str | None]:
+def test_the_base_is_calibrated_on_its_own_text_or_on_all(two_texts, texts, corpus):
+    def sources(**sections):
         return [data.source for data in load_recipe(two_texts(**sections)).base_texts()]
 
     words, digits = map(str, texts.values())
@@ -143,9 +132,7 @@ def test_the_base_is_calibrated_on_its_own_text_or_on_all(
         sources(base={"calibrate_on": ["third"]})
 
 
-def test_sequences_of_several_texts_alternate_in_the_bases_calibration(
-    two_texts: Any, tmp_path: Path
-) -> None:
+def test_sequences_of_several_texts_alternate_in_the_bases_calibration(two_texts, tmp_path):
     from qwlora.pipeline.running.new_context import new_context
     from qwlora.system.progress import untracked
 

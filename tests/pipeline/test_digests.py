@@ -1,16 +1,12 @@
 """What is found to have changed, and what is not read again."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from pipeline.conftest import FakeJob
 from qwlora.pipeline.job import digests as module
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.job_texts import JobTexts
@@ -19,18 +15,18 @@ from qwlora.recipe import load_recipe
 
 
 @pytest.fixture
-def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+def settled(monkeypatch):
     """Files count as old enough to be cached as soon as they are written."""
     monkeypatch.setattr(module, "SETTLED_NS", -(10**18))
 
 
 @pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def reads(monkeypatch):
     """Names of the files that were read."""
     found: list[str] = []
     own = Digests._hash
 
-    def count(self: Digests, file: Any, path: str, size: int) -> str:
+    def count(self, file, path, size):
         found.append(Path(path).name)
         return own(self, file, path, size)
 
@@ -52,7 +48,7 @@ def sha256(content: bytes) -> str:
 
 
 @pytest.mark.usefixtures("settled")
-def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[str]) -> None:
+def test_an_unchanged_file_is_read_once(tmp_path, reads):
     file, cache = tmp_path / "a", tmp_path / "cache.json"
     file.write_bytes(b"old")
     digests = Digests(cache)
@@ -66,7 +62,7 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[str]) -> Non
 
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("how", ["in place", "another file"])
-def test_new_content_with_old_size_and_mtime_is_found(tmp_path: Path, how: str) -> None:
+def test_new_content_with_old_size_and_mtime_is_found(tmp_path, how):
     file, other, cache = tmp_path / "a", tmp_path / "b", tmp_path / "cache.json"
     file.write_bytes(b"old")
     (digests := Digests(cache)).content(file)
@@ -80,7 +76,7 @@ def test_new_content_with_old_size_and_mtime_is_found(tmp_path: Path, how: str) 
     assert Digests(cache).content(file) == sha256(b"new")
 
 
-def test_a_file_written_just_now_is_not_cached(tmp_path: Path, reads: list[str]) -> None:
+def test_a_file_written_just_now_is_not_cached(tmp_path, reads):
     """A second write could fall into the same tick of the clock, and leave the same stamps."""
     file = tmp_path / "a"
     file.write_bytes(b"old")
@@ -91,7 +87,7 @@ def test_a_file_written_just_now_is_not_cached(tmp_path: Path, reads: list[str])
 
 
 @pytest.mark.usefixtures("settled")
-def test_trusted_mtime_reads_nothing_but_artifacts(tmp_path: Path, reads: list[str]) -> None:
+def test_trusted_mtime_reads_nothing_but_artifacts(tmp_path, reads):
     file, cache = tmp_path / "a", tmp_path / "cache.json"
     file.write_bytes(b"old")
     digests = Digests(cache, trust_mtime=True)
@@ -110,7 +106,7 @@ def test_trusted_mtime_reads_nothing_but_artifacts(tmp_path: Path, reads: list[s
 
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"files": 1, "sha256": 2}', b"\xff", None])
-def test_a_damaged_cache_is_ignored(tmp_path: Path, damage: bytes | None) -> None:
+def test_a_damaged_cache_is_ignored(tmp_path, damage):
     file, cache = tmp_path / "a", tmp_path / "cache.json"
     file.write_bytes(b"old")
     (digests := Digests(cache)).content(file)
@@ -120,14 +116,14 @@ def test_a_damaged_cache_is_ignored(tmp_path: Path, damage: bytes | None) -> Non
     assert Digests(cache).content(file) == sha256(b"old")
 
 
-def test_a_file_that_cannot_be_read_has_no_digest(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_read_has_no_digest(tmp_path):
     assert Digests().content(tmp_path / "none") is None
     assert Digests().identity(tmp_path) is None
 
 
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("name", ["none/cache.json", None])
-def test_a_cache_is_not_written_where_there_is_no_job(tmp_path: Path, name: str | None) -> None:
+def test_a_cache_is_not_written_where_there_is_no_job(tmp_path, name):
     file = tmp_path / "a"
     file.write_bytes(b"old")
     digests = Digests(name and tmp_path / name)
@@ -144,9 +140,7 @@ def keys(path: Path, cache: Path, *changes: str) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("settled")
-def test_a_model_retrained_in_place_is_another_model(
-    recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]
-) -> None:
+def test_a_model_retrained_in_place_is_another_model(recipe_for, tmp_path, checkpoints):
     model, cache = tmp_path / "model", tmp_path / "cache.json"
     shutil.copytree(checkpoints["llama"], model)
     recipe = recipe_for(model={"source": str(model)})
@@ -161,7 +155,7 @@ def test_a_model_retrained_in_place_is_another_model(
 
 
 @pytest.mark.usefixtures("settled")
-def test_an_adapter_to_continue_counts_by_its_content(recipe_for: Any, tmp_path: Path) -> None:
+def test_an_adapter_to_continue_counts_by_its_content(recipe_for, tmp_path):
     source, cache = tmp_path / "source", tmp_path / "cache.json"
     source.mkdir()
     (source / "adapter_model.safetensors").write_bytes(b"old")
@@ -177,7 +171,7 @@ def test_an_adapter_to_continue_counts_by_its_content(recipe_for: Any, tmp_path:
 
 
 @pytest.mark.usefixtures("settled")
-def test_a_run_with_trusted_mtime_and_one_without_are_the_same_job(job: FakeJob) -> None:
+def test_a_run_with_trusted_mtime_and_one_without_are_the_same_job(job):
     job.run(trust_mtime=True)
     job.run(trust_mtime=True)
     assert not job.ran

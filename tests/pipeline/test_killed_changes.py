@@ -1,8 +1,6 @@
 """Commands that change adapters and are killed at any change of the disk: the next command finishes
 or undoes what they began."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import os
@@ -75,7 +73,7 @@ def stopping(number: int) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(trained, tmp_path_factory):
     """A job with adapters `first`, trained and exported, and `second`, with unfinished training."""
     job = Path(shutil.copytree(trained, tmp_path_factory.mktemp("finished") / "job"))
     shutil.rmtree(job / "adapters" / "second")
@@ -96,7 +94,7 @@ def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def source(tmp_path_factory):
     return write_mlx(tmp_path_factory.mktemp("elsewhere") / "mlx")
 
 
@@ -133,12 +131,12 @@ def ran(job: Path) -> None:
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_that_is_killed_at_any_change_is_finished_or_undone_by_the_next(
-    command: str, finished: Path, source: Path, tmp_path: Path
-) -> None:
+    command, finished, source, tmp_path
+):
     """Repeated, it ends as if it had not been killed."""
     change, job = COMMANDS[command], tmp_path / "job"
 
-    def fresh() -> Path:
+    def fresh():
         shutil.rmtree(job, ignore_errors=True)
         return Path(shutil.copytree(finished, job))
 
@@ -176,7 +174,7 @@ def test_a_command_that_is_killed_at_any_change_is_finished_or_undone_by_the_nex
     assert number > 10
 
 
-def test_a_run_after_a_killed_rename_skips_what_is_trained(finished: Path, tmp_path: Path) -> None:
+def test_a_run_after_a_killed_rename_skips_what_is_trained(finished, tmp_path):
     job = Path(shutil.copytree(finished, tmp_path / "job"))
     with pytest.raises(Stopped), stopping(6):
         rename_adapter(job, "first", "one")
@@ -203,9 +201,7 @@ def test_a_run_after_a_killed_rename_skips_what_is_trained(finished: Path, tmp_p
         ('{"command": [], "moves": [], "files": {"link/victim": "a"}}', "leads out of the job"),
     ],
 )
-def test_a_journal_that_is_damaged_or_hostile_changes_nothing(
-    content: str, problem: str, finished: Path, tmp_path: Path
-) -> None:
+def test_a_journal_that_is_damaged_or_hostile_changes_nothing(content, problem, finished, tmp_path):
     job, victim = Path(shutil.copytree(finished, tmp_path / "job")), tmp_path / "victim"
     victim.write_text("mine")
     (job / "link").symlink_to(tmp_path)
@@ -216,9 +212,7 @@ def test_a_journal_that_is_damaged_or_hostile_changes_nothing(
     assert (state(job), victim.read_text()) == (before, "mine")
 
 
-def test_names_are_checked_before_anything_is_written(
-    finished: Path, source: Path, tmp_path: Path
-) -> None:
+def test_names_are_checked_before_anything_is_written(finished, source, tmp_path):
     job = Path(shutil.copytree(finished, tmp_path / "job"))
     victim = tmp_path / "victim"
     victim.mkdir()
@@ -231,11 +225,11 @@ def test_names_are_checked_before_anything_is_written(
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 def test_the_source_of_an_import_stays_when_its_name_is_taken_by_another(
-    finished: Path, source: Path, tmp_path: Path
-) -> None:
+    finished, source, tmp_path
+):
     job = Path(shutil.copytree(finished, tmp_path / "job"))
 
-    def sources() -> dict[str, bytes]:
+    def sources():
         recipe = job_recipe(job)
         return {
             a.name: (Path(a.continue_from) / "adapter_model.safetensors").read_bytes()
@@ -261,15 +255,13 @@ def test_the_source_of_an_import_stays_when_its_name_is_taken_by_another(
     ]
 
 
-def test_no_adapter_is_lost_that_another_command_adds_meanwhile(
-    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_adapter_is_lost_that_another_command_adds_meanwhile(finished, tmp_path, monkeypatch):
     from qwlora.pipeline.commands import manage_adapters
 
     job = Path(shutil.copytree(finished, tmp_path / "job"))
     plans = manage_adapters._plans
 
-    def meanwhile(*arguments: Any) -> Any:
+    def meanwhile(*arguments):
         monkeypatch.undo()
         with pytest.raises(DirectoryError, match="in use by another qwlora process"):
             remove_adapter(job, "second")
@@ -280,7 +272,7 @@ def test_no_adapter_is_lost_that_another_command_adds_meanwhile(
     assert [a.name for a in job_recipe(job).adapters] == ["first", "second", "third"]
 
 
-def test_removing_an_unknown_adapter_does_not_ask(finished: Path) -> None:
+def test_removing_an_unknown_adapter_does_not_ask(finished):
     answer = CliRunner().invoke(app, ["adapters", "remove", str(finished), "frist"])
     assert "did you mean first" in str(answer.exception)
     assert "--yes" not in str(answer.exception)

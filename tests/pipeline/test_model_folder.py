@@ -1,7 +1,5 @@
 """The folder of a merged model. Nothing is merged here."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 
@@ -16,7 +14,7 @@ def names(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
-def test_a_users_folders_next_to_it_stay(tmp_path: Path) -> None:
+def test_a_users_folders_next_to_it_stay(tmp_path):
     (tmp_path / ".merged.part").mkdir()
     (tmp_path / ".merged.part" / "mine.txt").touch()
     with new_folder(tmp_path / "merged") as folder:
@@ -36,7 +34,7 @@ def interrupted_in(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("is_there", [False, True], ids=["new", "empty"])
-def test_a_failed_merge_leaves_what_was_there(tmp_path: Path, is_there: bool) -> None:
+def test_a_failed_merge_leaves_what_was_there(tmp_path, is_there):
     place = tmp_path / "a" / "merged"
     if is_there:
         place.mkdir(parents=True)
@@ -46,7 +44,7 @@ def test_a_failed_merge_leaves_what_was_there(tmp_path: Path, is_there: bool) ->
     assert names(tmp_path) == before
 
 
-def test_a_second_merge_into_the_folder_is_refused_and_harms_nothing(tmp_path: Path) -> None:
+def test_a_second_merge_into_the_folder_is_refused_and_harms_nothing(tmp_path):
     place = tmp_path / "merged"
     with new_folder(place) as folder:
         (folder / "config.json").write_text("{}")
@@ -59,7 +57,7 @@ def test_a_second_merge_into_the_folder_is_refused_and_harms_nothing(tmp_path: P
 
 
 @pytest.mark.parametrize("is_moving", [False, True])
-def test_what_a_killed_merge_left_is_replaced(tmp_path: Path, is_moving: bool) -> None:
+def test_what_a_killed_merge_left_is_replaced(tmp_path, is_moving):
     """Killed while it writes, or before the model takes the folder's place."""
     place = tmp_path / "merged"
     if not (child := os.fork()):
@@ -80,13 +78,11 @@ def test_what_a_killed_merge_left_is_replaced(tmp_path: Path, is_moving: bool) -
     assert (place / "config.json").read_text() == "new"
 
 
-def test_a_merge_that_is_about_to_finish_keeps_its_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_merge_that_is_about_to_finish_keeps_its_model(tmp_path, monkeypatch):
     """Its lock is gone by then with the folder that held it."""
     place = tmp_path / "merged"
 
-    def move(part: Path, target: Path) -> None:
+    def move(part, target):
         with pytest.raises(DirectoryError, match="is in use"), new_folder(place):
             pass
         real(part, target)
@@ -98,7 +94,7 @@ def test_a_merge_that_is_about_to_finish_keeps_its_model(
     assert names(tmp_path) == ["merged", "merged/config.json"]
 
 
-def test_the_current_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_current_directory_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for place in (Path(), tmp_path):
         with pytest.raises(DirectoryError, match="is the current directory"):

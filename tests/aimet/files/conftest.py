@@ -1,9 +1,6 @@
 """What each loader of aimet-onnx takes; `--loaders-table FILE` writes it as docs/aimet-onnx.md."""
 
-from __future__ import annotations
-
 import platform
-from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -41,7 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def table(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], dict[str, str]]]:
+def table(request):
     rows: dict[tuple[str, str], dict[str, str]] = {}
     yield rows
     path = request.config.getoption("--loaders-table")

@@ -54,7 +54,8 @@ EACH_ARCHITECTURE = (
     pytest.param("opt", marks=pytest.mark.slow),
     pytest.param("qwen3", marks=pytest.mark.slow),
 )
-WORDS = "the integer grid holds a weight in four bits and scale so that what was trained is computed".split()
+WORDS = """the integer grid holds a weight in four bits and scale so that what was trained
+is computed"""
 
 # Time limits belong into benchmarks: on a shared machine a deadline fails by chance.
 hypothesis.settings.register_profile(
@@ -72,42 +73,23 @@ def tiny_model(architecture: str, seed: int = 0, layers: int = 2) -> PreTrainedM
     """
     torch.manual_seed(seed)
     ids = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
-    llama = {
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": layers,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        **ids,
-    }
+    positions = {"max_position_embeddings": 128}
+    llama = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": layers}
+    llama |= {"num_attention_heads": 4, "num_key_value_heads": 2} | positions | ids
     model: PreTrainedModel
     match architecture:
         case "llama":
-            model = LlamaForCausalLM(
-                LlamaConfig(**llama, tie_word_embeddings=True, max_position_embeddings=128)
-            )
+            model = LlamaForCausalLM(LlamaConfig(**llama, tie_word_embeddings=True))
         case "qwen3":
-            model = Qwen3ForCausalLM(
-                Qwen3Config(
-                    **llama, head_dim=16, tie_word_embeddings=False, max_position_embeddings=128
-                )
-            )
+            config = Qwen3Config(**llama, head_dim=16, tie_word_embeddings=False)
+            model = Qwen3ForCausalLM(config)
         case "gpt2":
-            model = GPT2LMHeadModel(
-                GPT2Config(n_embd=64, n_layer=layers, n_head=4, n_positions=128, **ids)
-            )
+            config = GPT2Config(n_embd=64, n_layer=layers, n_head=4, n_positions=128, **ids)
+            model = GPT2LMHeadModel(config)
         case "opt":
-            model = OPTForCausalLM(
-                OPTConfig(
-                    hidden_size=64,
-                    ffn_dim=128,
-                    num_hidden_layers=layers,
-                    num_attention_heads=4,
-                    max_position_embeddings=128,
-                    word_embed_proj_dim=64,
-                    **ids,
-                )
-            )
+            sizes = {"hidden_size": 64, "word_embed_proj_dim": 64, "ffn_dim": 128} | positions
+            heads = {"num_hidden_layers": layers, "num_attention_heads": 4}
+            model = OPTForCausalLM(OPTConfig(**sizes, **heads, **ids))
         case _:
             raise AssertionError(architecture)
     with torch.no_grad():
@@ -127,9 +109,10 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def text(seed: int, words: int) -> str:
     """Words in a seeded order."""
+    known = WORDS.split()
     generator = torch.Generator().manual_seed(seed)
     return " ".join(
-        WORDS[i] for i in torch.randint(len(WORDS), (words,), generator=generator).tolist()
+        known[i] for i in torch.randint(len(known), (words,), generator=generator).tolist()
     )
 
 

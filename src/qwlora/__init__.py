@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qwlora.adapter.adapter_folder import load_adapter, save_adapter
-    from qwlora.adapter.initialize import initialize_
+    from qwlora.adapter.initialize import InitReports, initialize_
     from qwlora.adapter.training_step import memory_saving
     from qwlora.errors import QwloraError
     from qwlora.export.one_call import export_files, verify_files
@@ -28,11 +28,14 @@ if TYPE_CHECKING:
     from qwlora.formats.aimet_encodings import EncodingsFile, read_encodings, write_encodings
     from qwlora.formats.assemble_model import load_precomputed
     from qwlora.formats.base_folder import load_base, save_base
+    from qwlora.formats.checkpoint import Checkpoint
     from qwlora.formats.hf_quantizer import register_with_transformers
     from qwlora.formats.open_checkpoint import open_checkpoint
+    from qwlora.graph.value_traits import Decision, Trait
     from qwlora.grid.encoding import Encoding
+    from qwlora.grid.quantized_tensor import QuantizedTensor
     from qwlora.grid.range_estimator import RangeEstimator
-    from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+    from qwlora.grid.scheme import Blocks, PerBlock, PerChannel, PerTensor, Scheme
     from qwlora.grid.second_moments import LayerMoments, MomentStore
     from qwlora.nn import PackedLinear
     from qwlora.nn.fingerprint import fingerprint
@@ -40,67 +43,69 @@ if TYPE_CHECKING:
     from qwlora.quantize.freeze_model import freeze_
     from qwlora.quantize.layer_rules import LayerRule
     from qwlora.quantize.quantize_blocks import observe_moments
-    from qwlora.quantize.quantize_model import quantize_
-    from qwlora.quantize.tune_scales import TuningSettings, tune_
+    from qwlora.quantize.quantize_model import QuantizeReport, quantize_
+    from qwlora.quantize.tune_scales import TuningReport, TuningSettings, tune_
     from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
     from qwlora.simulation.load_simulation import load_simulation
-    from qwlora.simulation.placement_rules import PlacementRule
-    from qwlora.simulation.simulation import Simulation, simulate
+    from qwlora.simulation.placement import PlacementLog
+    from qwlora.simulation.placement_rules import PlacementRule, Policy, PolicyRule
+    from qwlora.simulation.simulated_model import SimulatedModel
+    from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
     from qwlora.simulation.simulation_schemes import Schemes
     from qwlora.simulation.training_graph import TrainingGraph
+    from qwlora.system.progress import Track
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "initialize_": "adapter.initialize",
-    "memory_saving": "adapter.training_step",
-    "load_adapter": "adapter.adapter_folder",
-    "save_adapter": "adapter.adapter_folder",
-    "observe_moments": "quantize.quantize_blocks",
-    "PackedLinear": "nn",
-    "assert_frozen": "nn.frozen",
-    "load_precomputed": "formats.assemble_model",
-    "load_simulation": "simulation.load_simulation",
-    "quantize_": "quantize.quantize_model",
-    "freeze_": "quantize.freeze_model",
-    "simulate_adapters": "simulation.adapter_simulations",
-    "TrainingGraph": "simulation.training_graph",
-    "Limits": "export.proof.checks",
-    "open_checkpoint": "formats.open_checkpoint",
-    "LayerRule": "quantize.layer_rules",
-    "load_base": "formats.base_folder",
-    "save_base": "formats.base_folder",
-    "register_with_transformers": "formats.hf_quantizer",
-    "TuningSettings": "quantize.tune_scales",
-    "tune_": "quantize.tune_scales",
-    "QwloraError": "errors",
-    "AdapterSimulations": "simulation.adapter_simulations",
-    "Check": "export.proof.checks",
-    "export_files": "export.one_call",
-    "verify_files": "export.one_call",
-    "Encoding": "grid.encoding",
-    "EncodingsFile": "formats.aimet_encodings",
-    "read_encodings": "formats.aimet_encodings",
-    "write_encodings": "formats.aimet_encodings",
-    "fingerprint": "nn.fingerprint",
-    "LayerMoments": "grid.second_moments",
-    "MomentStore": "grid.second_moments",
-    "PerBlock": "grid.scheme",
-    "PerChannel": "grid.scheme",
-    "PerTensor": "grid.scheme",
-    "Scheme": "grid.scheme",
-    "RangeEstimator": "grid.range_estimator",
-    "PlacementRule": "simulation.placement_rules",
-    "Simulation": "simulation.simulation",
-    "Schemes": "simulation.simulation_schemes",
-    "simulate": "simulation.simulation",
+_NAMES = {
+    "adapter.adapter_folder": ("load_adapter", "save_adapter"),
+    "adapter.initialize": ("InitReports", "initialize_"),
+    "adapter.training_step": ("memory_saving",),
+    "errors": ("QwloraError",),
+    "export.one_call": ("export_files", "verify_files"),
+    "export.proof.checks": ("Check", "Limits"),
+    "formats.aimet_encodings": ("EncodingsFile", "read_encodings", "write_encodings"),
+    "formats.assemble_model": ("load_precomputed",),
+    "formats.base_folder": ("load_base", "save_base"),
+    "formats.checkpoint": ("Checkpoint",),
+    "formats.hf_quantizer": ("register_with_transformers",),
+    "formats.open_checkpoint": ("open_checkpoint",),
+    "graph.value_traits": ("Decision", "Trait"),
+    "grid.encoding": ("Encoding",),
+    "grid.quantized_tensor": ("QuantizedTensor",),
+    "grid.range_estimator": ("RangeEstimator",),
+    "grid.scheme": ("Blocks", "PerBlock", "PerChannel", "PerTensor", "Scheme"),
+    "grid.second_moments": ("LayerMoments", "MomentStore"),
+    "nn": ("PackedLinear",),
+    "nn.fingerprint": ("fingerprint",),
+    "nn.frozen": ("assert_frozen",),
+    "quantize.freeze_model": ("freeze_",),
+    "quantize.layer_rules": ("LayerRule",),
+    "quantize.quantize_blocks": ("observe_moments",),
+    "quantize.quantize_model": ("QuantizeReport", "quantize_"),
+    "quantize.tune_scales": ("TuningReport", "TuningSettings", "tune_"),
+    "simulation.adapter_simulations": ("AdapterSimulations", "simulate_adapters"),
+    "simulation.load_simulation": ("load_simulation",),
+    "simulation.placement": ("PlacementLog",),
+    "simulation.placement_rules": ("PlacementRule", "Policy", "PolicyRule"),
+    "simulation.simulated_model": ("SimulatedModel",),
+    "simulation.simulation": ("CalibrationReport", "Simulation", "simulate"),
+    "simulation.simulation_schemes": ("Schemes",),
+    "simulation.training_graph": ("TrainingGraph",),
+    "system.progress": ("Track",),
 }
+_HOME = {name: module for module, names in _NAMES.items() for name in names}
 
 __all__ = [
     "AdapterSimulations",
+    "Blocks",
+    "CalibrationReport",
     "Check",
+    "Checkpoint",
+    "Decision",
     "Encoding",
     "EncodingsFile",
+    "InitReports",
     "LayerMoments",
     "LayerRule",
     "Limits",
@@ -109,13 +114,22 @@ __all__ = [
     "PerBlock",
     "PerChannel",
     "PerTensor",
+    "PlacementLog",
     "PlacementRule",
+    "Policy",
+    "PolicyRule",
+    "QuantizeReport",
+    "QuantizedTensor",
     "QwloraError",
     "RangeEstimator",
     "Scheme",
     "Schemes",
+    "SimulatedModel",
     "Simulation",
+    "Track",
     "TrainingGraph",
+    "Trait",
+    "TuningReport",
     "TuningSettings",
     "assert_frozen",
     "export_files",

@@ -161,10 +161,10 @@ def _key(value: Any) -> tuple[int, Any]:
 def test_a_thousand_layers_open_in_3_seconds(browser: Any, pages: dict[str, Path]) -> None:
     opened = Opened(browser, pages["thousand"])
     assert opened.seconds < 3
-    rows = opened.page.locator("#layers tbody tr")
+    rows = opened.page.locator("#layers tbody tr:visible")
     assert rows.count() == 12
-    opened.page.get_by_role("button", name="Show all 7,000 rows").click()
-    assert rows.count() == 7000
+    opened.page.get_by_role("button", name="Show all 1,000 rows").click()
+    assert rows.count() == 1000
     assert opened.page.get_by_role("button", name="Show all").count() == 0
 
 

@@ -48,7 +48,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         found = {key: value or "" for key, value in attrs}
-        self.scripts += tag == "script" and "data-rows" not in found  # rows are data
+        self.scripts += tag == "script"
         self.ids += [found["id"]] if "id" in found else []
         self.links += [v[1:] for k, v in found.items() if k == "href" and v.startswith("#")]
         self.loads += [v for k, v in found.items() if k in ("src", "href") and "//" in v]
@@ -228,9 +228,9 @@ def test_a_page_of_many_layers_is_bounded() -> None:
     assert "99,941 kinds of layers" in html
     html = render(many_layers(1000))
     assert len(html.encode()) < 1.5e6
-    (rows,) = re.findall(r'data-rows="t-layers"[^>]*>(.*?)</script>', html, re.S)
-    assert html.split('id="t-layers"')[1].split("</table>")[0].count("<tr>") == 13
-    assert len(json.loads(rows)) == 7000 - 12
+    table = html.split('id="t-layers"')[1].split("</table>")[0]
+    assert (table.count("<tr>"), table.count("<tr hidden>")) == (1 + 12, 1000 - 12)
+    assert "6,000 more rows are in results.json" in html
 
 
 def test_a_figure_has_one_source() -> None:
@@ -244,9 +244,10 @@ def test_a_figure_has_one_source() -> None:
     job = job_of("two", results)
     job = replace(job, recipe={**job.recipe, "export": {"targets": ["hf", "onnx"]}})
     html = render(job)
-    cards = html[html.index('<article class="card">') :]
-    assert "Worst layer, steps</dt><dd><data" in cards
-    assert "98.76%" in html[: html.index("<article")]
+    table = html[html.index("All adapters. Select") :]
+    worst = onnx["words"]["worst_layer_steps"]
+    assert f'<data value="{worst!r}"' in table[: table.index("</table>")]
+    assert "98.76%" in html[: html.index('<section id="adapters"')]
     assert f"transformers on 96 tokens each and ONNX Runtime on {onnx['words']['tokens']}" in html
 
 

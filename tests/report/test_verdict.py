@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 
-from qwlora.report.evidence import FEW_TOKENS, Outcome
 from qwlora.report.number_format import MINUS
 from qwlora.report.page import render
 from qwlora.report.results_view import Job
-from qwlora.report.verdict import Verdict, VerdictKind, remedies, verdict
+from qwlora.report.verdict import FEW_TOKENS, Outcome, Verdict, VerdictKind, remedies, verdict
 from report.recorded import check_of, failing, job_of, results_of, running
 
 SHIP, WITH_CARE, NOT_PROVEN = VerdictKind.SHIP, VerdictKind.WITH_CARE, VerdictKind.NOT_PROVEN

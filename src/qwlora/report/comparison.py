@@ -4,22 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from markupsafe import Markup
 
-from qwlora.report.drawing import Drawing, Scale, figure, shortened, ticks
-from qwlora.report.number_format import (
-    count,
-    finite,
-    fixed,
-    perplexity,
-    precise_percent,
-    seconds,
-    significant,
-    size,
-    three_decimals,
-)
+from qwlora.report import number_format as form
+from qwlora.report.drawing import Drawing, Scale, figure, is_narrow, shortened, ticks
+from qwlora.report.number_format import fixed, perplexity, precise_percent, three_decimals
 from qwlora.report.report_section import Cell, Table
 from qwlora.report.results_view import KINDS, Job, capitalized, runtime, without_folders
 from qwlora.report.sections.training_course import SMOOTHED, course
@@ -39,7 +30,9 @@ class Series:
 
     @property
     def perplexity(self) -> float | None:
-        return self.job.final_perplexity(self.adapter)
+        """Of the last model that was evaluated."""
+        kind = self.job.final_kind(self.adapter)
+        return self.job.perplexity(kind, self.adapter) if kind else None
 
     @property
     def text(self) -> str:
@@ -65,6 +58,7 @@ def comparison(jobs: Sequence[Job]) -> dict[str, Any]:
         "stage_figure": _stage_figure(series),
         "size_quality": _size_quality(series),
         "training": _training_figure(series),
+        "smoothed": SMOOTHED,
         "parity": _parity_table(series),
         "cost": _cost_table(names, jobs),
         "recipe": _recipe_table(names, jobs),
@@ -108,7 +102,8 @@ def _stage_table(series: list[Series]) -> Table:
     ]
     last: dict[str, Cell] = {"Stage": "KL to float, simulated"}
     for s in series:
-        last[s.name] = s.job.shown(significant, *s.job.path("simulated", s.adapter, "kl"), "mean")
+        path = (*s.job.path("simulated", s.adapter, "kl"), "mean")
+        last[s.name] = s.job.shown(form.significant, *path)
     return Table("Perplexity on held-out text, by stage", [*rows, last])
 
 
@@ -117,116 +112,115 @@ def _stage_figure(series: list[Series]) -> Markup | str:
         s.name: {k: value for k in KINDS if (value := s.job.perplexity(k, s.adapter)) is not None}
         for s in series
     }
-    return figure(lambda width: _draw_stages(rows, width)) if any(rows.values()) else ""
-
-
-def _draw_stages(rows: dict[str, dict[str, float]], width: int) -> Drawing:
-    narrow = width < 500
-    left, step = (0, 56) if narrow else (180, 44)
     values = [value for row in rows.values() for value in row.values()]
+    if not values:
+        return ""
     margin = max((max(values) / min(values)) ** 0.06, 1.005)
-    low, high = min(values) / margin, max(values) * margin
-    scale = Scale(low, high, left + 8, width - 20, logarithmic=True)
-    height = 44 + step * len(rows)
     words = "; ".join(
         f"{name}: " + ", ".join(f"{KINDS[kind]} {value:.3f}" for kind, value in row.items())
         for name, row in rows.items()
     )
-    drawing = Drawing(width, height, "Perplexity by stage and job", f"{words}.")
-    drawing.vertical_grid(scale, 8, height - 28)
-    for number, (name, row) in enumerate(rows.items()):
-        y = 28 + step * number + (14 if narrow else 0)
-        drawing.text(0, y - 12 if narrow else y + 5, shortened(name, 170), "lb")
-        if row:
-            drawing.line(scale(min(row.values())), y, scale(max(row.values())), y, "conn")
-        for kind, value in row.items():
-            title = f"{KINDS[kind]}: {value:.3f}"
-            drawing.circle(scale(value), y, 5, f"mark {COLORS[kind]}", title)
-    return drawing
+
+    def draw(width: int) -> Drawing:
+        narrow = is_narrow(width)
+        left, step = (0, 56) if narrow else (180, 44)
+        ends = min(values) / margin, max(values) * margin
+        scale, height = Scale(*ends, left + 8, width - 20, logarithmic=True), 44 + step * len(rows)
+        drawing = Drawing(width, height, "Perplexity by stage and job", f"{words}.")
+        drawing.vertical_grid(scale, 8, height - 28)
+        for number, (name, row) in enumerate(rows.items()):
+            y = 28 + step * number + (14 if narrow else 0)
+            drawing.text(0, y - 12 if narrow else y + 5, shortened(name, 170), "lb")
+            if row:
+                drawing.line(scale(min(row.values())), y, scale(max(row.values())), y, "conn")
+            for kind, value in row.items():
+                title = f"{KINDS[kind]}: {value:.3f}"
+                drawing.circle(scale(value), y, 5, f"mark {COLORS[kind]}", title)
+        return drawing
+
+    return figure(draw)
 
 
-@dataclass(frozen=True)
-class Point:
+class Point(NamedTuple):
     """Bits per packed weight, encodings included, and perplexity on held-out text."""
 
-    name: str
     bits: float
     perplexity: float
+    name: str
 
-    def beats(self, other: Point) -> bool:
-        """Whether it is at least as good in both, and better in one."""
-        ours, theirs = (self.bits, self.perplexity), (other.bits, other.perplexity)
-        return ours != theirs and ours[0] <= theirs[0] and ours[1] <= theirs[1]
+    def is_beaten_by(self, other: Point) -> bool:
+        """Whether `other` is at least as good in both, and better in one."""
+        is_equal = other[:2] == self[:2]
+        return not is_equal and other.bits <= self.bits and other.perplexity <= self.perplexity
 
 
 def _size_quality(series: list[Series]) -> dict[str, str | Markup] | None:
-    """The plot of jobs with bases of different sizes that were tested on the same text."""
-    numbers = [(s.name, s.job.number("base", "bits_per_weight"), s.perplexity) for s in series]
-    points = [Point(name, bits, value) for name, bits, value in numbers if bits and value]
+    """The plot of jobs with bases of different sizes that were tested on the same text; points that
+    another one beats are hollow."""
+    numbers = [(s.job.number("base", "bits_per_weight"), s.perplexity, s.name) for s in series]
+    points = [Point(bits, value, name) for bits, value, name in numbers if bits and value]
     if len({point.bits for point in points}) < 2 or not _share_a_text(series):
         return None
-    best = [point for point in points if not any(other.beats(point) for other in points)]
-    words = [
-        f"{p.name} ({perplexity(p.perplexity)} at {fixed(p.bits)} bits)"
-        for p in sorted(best, key=lambda p: p.bits)
-    ]
+    best = [p for p in points if not any(p.is_beaten_by(other) for other in points)]
+    words = [f"{p.name} ({perplexity(p.perplexity)} at {fixed(p.bits)} bits)" for p in sorted(best)]
     answer = f"Best at their size: {', '.join(words[:-1])} and {words[-1]}."
     if len(best) == len(points):
         answer = "Each is a trade of its own: fewer bits cost quality."
     elif len(best) == 1:
         answer = f"{words[0]} is both smallest and best."
-    return {"answer": answer, "figure": figure(lambda width: _draw_points(points, best, width))}
-
-
-def _draw_points(points: list[Point], best: list[Point], width: int) -> Drawing:
-    """Points that another one beats are hollow."""
-    left, right, bottom = 44, width - 16, 240
     bits, values = [p.bits for p in points], [p.perplexity for p in points]
-    x = Scale(min(bits) * 0.95, max(bits) * 1.05, left, right)
-    y = Scale(min(values) * 0.97, max(values) * 1.03, bottom, 20, logarithmic=True)
-    words = "; ".join(f"{p.name}: {p.perplexity:.3f} at {p.bits:.2f} bits" for p in points)
-    drawing = Drawing(width, 280, "Perplexity by size of the base", f"{words}.")
-    drawing.horizontal_grid(y, left, right)
-    for tick in ticks(x.low, x.high, 5):
-        drawing.text(x(tick), bottom + 18, f"{tick:g}", "ax", "middle")
-    drawing.text(right, bottom + 36, "bits per packed weight", "ax", "end")
-    for point in points:
-        px, py = x(point.bits), y(point.perplexity)
-        title = f"{point.name}: {three_decimals(point.perplexity)}"
-        drawing.circle(px, py, 5, f"mark {'m-data' if point in best else 'm-rtn'}", title)
-        side, anchor = (-12, "end") if px > width - 120 else (12, "start")
-        drawing.label(px + side, py + 4, shortened(point.name, 110, 12), "ax", anchor)
-    return drawing
+    described = "; ".join(f"{p.name}: {p.perplexity:.3f} at {p.bits:.2f} bits" for p in points)
+
+    def draw(width: int) -> Drawing:
+        left, right, bottom = 44, width - 16, 240
+        x = Scale(min(bits) * 0.95, max(bits) * 1.05, left, right)
+        y = Scale(min(values) * 0.97, max(values) * 1.03, bottom, 20, logarithmic=True)
+        drawing = Drawing(width, 280, "Perplexity by size of the base", f"{described}.")
+        drawing.horizontal_grid(y, left, right)
+        for tick in ticks(x.low, x.high, 5):
+            drawing.text(x(tick), bottom + 18, f"{tick:g}", "ax", "middle")
+        drawing.text(right, bottom + 36, "bits per packed weight", "ax", "end")
+        for point in points:
+            px, py = x(point.bits), y(point.perplexity)
+            title = f"{point.name}: {three_decimals(point.perplexity)}"
+            drawing.circle(px, py, 5, f"mark {'m-data' if point in best else 'm-rtn'}", title)
+            side, anchor = (-12, "end") if px > width - 120 else (12, "start")
+            drawing.label(px + side, py + 4, shortened(point.name, 110, 12), "ax", anchor)
+        return drawing
+
+    return {"answer": answer, "figure": figure(draw)}
 
 
 def _training_figure(series: list[Series]) -> Markup | str:
     courses = {s.name: run.means for s in series if (run := course(s.job, s.adapter)) is not None}
     lines = dict(list(courses.items())[:MOST_LINES])
-    return figure(lambda width: _draw_training(lines, width)) if lines else ""
-
-
-def _draw_training(lines: dict[str, list[float]], width: int) -> Drawing:
-    narrow = width < 500
-    left, right = 40, width - (16 if narrow else 150)
+    if not lines:
+        return ""
     values = [value for means in lines.values() for value in means]
     margin = 0.06 * ((max(values) - min(values)) or 1)
-    x = Scale(1, max(2, *(len(means) for means in lines.values())), left, right)
-    y = Scale(min(values) - margin, max(values) + margin, 240, 16)
     words = "; ".join(
         f"{name}: {means[0]:.3f} to {means[-1]:.3f} in {len(means)} steps"
         for name, means in lines.items()
     )
-    drawing = Drawing(width, 268, f"Training loss, mean of {SMOOTHED} steps", f"{words}.")
-    drawing.horizontal_grid(y, left, right)
-    drawing.text(right, 260, f"step {count(x.high)}", "ax", "end")
-    for number, (name, means) in enumerate(lines.items()):
-        points = [(x(n), y(value)) for n, value in enumerate(means, 1)]
-        px, py = points[-1]
-        drawing.polyline(points[:: max(1, len(points) // 800)], f"mark s{number}")
-        drawing.circle(px, py, 3, f"mark c{number}", f"{name}: {means[-1]:.3f}")
-        side, anchor = (-8, "end") if narrow else (8, "start")
-        drawing.label(px + side, py + 4, shortened(name, 138, 12), f"t{number}", anchor)
-    return drawing
+
+    def draw(width: int) -> Drawing:
+        narrow = is_narrow(width)
+        left, right = 40, width - (16 if narrow else 150)
+        x = Scale(1, max(2, *map(len, lines.values())), left, right)
+        y = Scale(min(values) - margin, max(values) + margin, 240, 16)
+        drawing = Drawing(width, 268, f"Training loss, mean of {SMOOTHED} steps", f"{words}.")
+        drawing.horizontal_grid(y, left, right)
+        drawing.text(right, 260, f"step {form.count(x.high)}", "ax", "end")
+        for number, (name, means) in enumerate(lines.items()):
+            points = [(x(n), y(value)) for n, value in enumerate(means, 1)]
+            px, py = points[-1]
+            drawing.polyline(points[:: max(1, len(points) // 800)], f"mark s{number}")
+            drawing.circle(px, py, 3, f"mark c{number}", f"{name}: {means[-1]:.3f}")
+            side, anchor = (-8, "end") if narrow else (8, "start")
+            drawing.label(px + side, py + 4, shortened(name, 138, 12), f"t{number}", anchor)
+        return drawing
+
+    return figure(draw)
 
 
 def _parity_table(series: list[Series]) -> Table:
@@ -251,8 +245,8 @@ def _parity_table(series: list[Series]) -> Table:
 def _cost_table(names: list[str], jobs: Sequence[Job]) -> Table:
     verbs = dict.fromkeys(verb for job in jobs for verb in job.section("stages"))
     measures = {
-        **{capitalized(verb): (seconds, ("stages", verb, "seconds")) for verb in verbs},
-        "Packed layers": (size, ("base", "bytes")),
+        **{capitalized(verb): (form.seconds, ("stages", verb, "seconds")) for verb in verbs},
+        "Packed layers": (form.size, ("base", "bytes")),
         "Bits per weight": (fixed, ("base", "bits_per_weight")),
     }
     rows: list[dict[str, Cell]] = []
@@ -287,6 +281,6 @@ def _lines(prefix: str, value: Any) -> dict[str, str]:
         for key, item in value.items():
             lines |= _lines(f"{prefix}.{key}" if prefix else str(key), item)
         return lines
-    number = finite(value)
+    number = form.finite(value)
     shown = f"{number:g}" if number is not None else "null" if value is None else str(value)
     return {prefix: without_folders(shown)}

@@ -36,11 +36,6 @@ class Drawing:
         self._squares: dict[str, list[str]] = {}
         self._labels: list[Point] = []
 
-    @property
-    def is_narrow(self) -> bool:
-        """Whether it is for a phone."""
-        return self.width < 500
-
     def text(self, x: float, y: float, text: str, kind: str = "ax", anchor: str = "start") -> None:
         """Text whose baseline begins, is centered or ends at (x, y)."""
         place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
@@ -59,19 +54,12 @@ class Drawing:
         self._parts.append(f'<line {ends} class="{kind}"/>')
 
     def rect(
-        self,
-        x: float,
-        y: float,
-        width: float,
-        height: float,
-        kind: str,
-        title: str = "",
-        radius: float = 0,
+        self, x: float, y: float, w: float, h: float, kind: str, title: str = "", radius: float = 0
     ) -> None:
         """A rectangle, with a tooltip if it has a title."""
         rx = f' rx="{radius:g}"' if radius else ""
-        size = f'width="{max(width, 0):.1f}" height="{height:.1f}"'
-        self._mark("rect", f'x="{x:.1f}" y="{y:.1f}" {size}{rx} class="{kind}"', title)
+        place = f'x="{x:.1f}" y="{y:.1f}" width="{max(w, 0):.1f}" height="{h:.1f}"{rx}'
+        self._mark("rect", f'{place} class="{kind}"', title)
 
     def square(self, x: float, y: float, width: float, height: float, kind: str) -> None:
         """One of many rectangles; those of a kind become a single path, behind everything else."""
@@ -102,7 +90,7 @@ class Drawing:
 
     def vertical_grid(self, x: Scale, top: float, bottom: float) -> None:
         """Lines from `top` to `bottom`, with their values below them."""
-        for tick in ticks(x.low, x.high, 4 if self.is_narrow else 8):
+        for tick in ticks(x.low, x.high, 4 if is_narrow(self.width) else 8):
             self.line(x(tick), top, x(tick), bottom)
             self.text(x(tick), bottom + 18, significant(tick), "ax", "middle")
 
@@ -120,21 +108,24 @@ class Drawing:
         )
 
 
+def is_narrow(width: float) -> bool:
+    """Whether a figure of this width is for a phone."""
+    return width < 500
+
+
 def figure(draw: Callable[[int], Drawing]) -> Markup:
     """A figure, drawn for each width."""
-    drawn = "".join(
-        f'<div class="{name}">{draw(width).svg()}</div>' for name, width in WIDTHS.items()
-    )
-    return Markup(f'<div class="fig">{drawn}</div>')
+    drawn = [f'<div class="{name}">{draw(width).svg()}</div>' for name, width in WIDTHS.items()]
+    return Markup(f'<div class="fig">{"".join(drawn)}</div>')
 
 
 def panels(draw: Callable[[int], Sequence[Drawing]]) -> Markup:
     """Small multiples: as many in a row as fit, and two on a phone, drawn for each width."""
-    drawn = "".join(
+    drawn = (
         f'<div class="sm-grid {name}">{"".join(d.svg("plot sm") for d in draw(width))}</div>'
         for name, width in PANEL_WIDTHS.items()
     )
-    return Markup(drawn)
+    return Markup("".join(drawn))
 
 
 class Scale:
@@ -201,19 +192,19 @@ class Bar:
 
 def bars(title: str, rows: Sequence[Bar], most: float, width: int) -> Drawing:
     """Rows of horizontal bars on one scale from 0 to `most`; on a phone, names are above them."""
-    has_limits = any(row.limit for row in rows)
+    has_limits, narrow = any(row.limit for row in rows), is_narrow(width)
     top = 24 if has_limits else 6
-    left, right, step = (0, 0, 42) if width < 500 else (260, 116, 38 if has_limits else 30)
+    left, right, step = (0, 0, 42) if narrow else (260, 116, 38 if has_limits else 30)
     scale, end = Scale(0, most or 1, left, width - right), width - right
     words = "; ".join(f"{row.name} {row.value}" for row in rows)
     drawing = Drawing(width, top + step * len(rows), title, f"{words}.")
     for number, row in enumerate(rows):
         y, value = top + step * number, row.value
-        if drawing.is_narrow:
-            y += 16
+        base, room = y + 11, left - 8.0
+        if narrow:
+            y, base = y + 16, y + 11
             value += f", {row.limit[1]}" if row.limit else ""
-        base = y - 5 if drawing.is_narrow else y + 11
-        room = width - 7.5 * len(value) - 10 if drawing.is_narrow else left - 8
+            room = width - 7.5 * len(value) - 10
         drawing.text(0, base, shortened(row.name, room), "lb")
         drawing.text(width, base, value, "nm2" if row.parts else "mut", "end")
         drawing.rect(left, y, end - left, 12, "hatch" if row.hatched else "track", row.hatched, 2)
@@ -223,6 +214,6 @@ def bars(title: str, rows: Sequence[Bar], most: float, width: int) -> Drawing:
         if row.limit:
             x = scale(row.limit[0])
             drawing.line(x, y - 3, x, y + 15, "limit")
-            if not drawing.is_narrow:
+            if not narrow:
                 drawing.text(x, y - 7, row.limit[1], "ax", "middle")
     return drawing

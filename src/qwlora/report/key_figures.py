@@ -7,20 +7,9 @@ from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
-from qwlora.report.number_format import (
-    Format,
-    count,
-    fixed,
-    percent,
-    perplexity,
-    precise_percent,
-    seconds,
-    significant,
-    size,
-    tagged,
-    valued,
-)
-from qwlora.report.results_view import BASE, FILES, Job, code, runtime
+from qwlora.report import number_format as form
+from qwlora.report.number_format import Format, count, percent, precise_percent, size, tagged
+from qwlora.report.results_view import BASE, FILES, Job, runtime
 from qwlora.report.sections.training_course import SMOOTHED
 
 PERPLEXITY = (
@@ -72,37 +61,40 @@ def tiles(job: Job) -> list[Tile]:
 
 def _worst(job: Job, tile_of: Callable[[Job, str], Tile]) -> Tile:
     """The tile of the adapter with the largest badness; of several it says which."""
-    tiles_ = {name: tile_of(job, name) for name in job.adapters}
-    measured = {name: tile.badness for name, tile in tiles_.items() if tile.badness is not None}
-    name = max(measured, key=lambda n: measured[n], default=job.adapters[0])
-    tile = tiles_[name]
-    if len(tiles_) == 1 or not measured:
-        return tile
-    return replace(tile, note=Markup("worst: {}, {}").format(name, tile.note))
+    named = {name: tile_of(job, name) for name in job.adapters}
+    measured = [name for name, tile in named.items() if tile.badness is not None]
+    name = max(measured, key=lambda n: named[n].badness or 0.0, default=job.adapters[0])
+    if len(named) == 1 or not measured:
+        return named[name]
+    return replace(named[name], note=Markup("worst: {}, {}").format(name, named[name].note))
 
 
 def _add(job: Job, verb: str) -> Markup:
     """How to measure what was not measured."""
     if job.state == "running":
         return Markup("not yet")
-    return Markup("add it: {}").format(code(job.verb_command(verb)))
+    return Markup("add it: {}").format(job.verb_command(verb))
 
 
-def _change(written: Callable[[float, bool], str], value: float | None) -> Markup | None:
-    return None if value is None else valued(written(value, True), value)
+def _value(value: float | None, written: Format) -> Markup | None:
+    return None if value is None else tagged(written(value), value)
+
+
+def _change(value: float | None) -> Markup | None:
+    return _value(value, lambda change: percent(change, sign=True))
 
 
 def _perplexity(job: Job, adapter: str) -> Tile:
     kind = job.final_kind(adapter) or "simulated"
     label = "Perplexity, simulated" if kind == "simulated" else "Perplexity, with adapter"
-    value = job.shown(perplexity, *job.path(kind, adapter))
+    value = job.shown(form.perplexity, *job.path(kind, adapter))
     reference, change = job.perplexity("float", adapter), job.gains().get(adapter)
     note: Markup | str = "there is no float model to compare with"
     if change is not None:
         note = f"{percent(change, sign=True)} against the float model"
     elif value is None:
         note = _add(job, "evaluate")
-    unit = f"float {perplexity(reference)}" if reference else ""
+    unit = f"float {form.perplexity(reference)}" if reference else ""
     return Tile(label, PERPLEXITY, value, note, unit)
 
 
@@ -116,41 +108,28 @@ def _packing(job: Job, adapter: str) -> Tile:
     before, after = (job.perplexity(kind, adapter) for kind in ("float", "base"))
     note: Markup | str = _add(job, "evaluate")
     if before and after:
-        note = f"{perplexity(before)} to {perplexity(after)}, before training"
+        note = f"{form.perplexity(before)} to {form.perplexity(after)}, before training"
     elif after:
         note = "the model's files hold only integers"
-    return Tile(
-        "Cost of packing", tip, _change(percent, job.change("base", "float", adapter)), note
-    )
-
-
-def _drifts(job: Job, adapter: str) -> dict[str, float]:
-    """How far the files for each target are from what is expected."""
-    drifts = {target: job.drift(target, adapter) for target in job.targets}
-    return {target: drift for target, drift in drifts.items() if drift is not None}
-
-
-def _shipping_cost(job: Job, adapter: str) -> tuple[float | None, str]:
-    """Relative perplexity between the trained adapter and the exported file that is furthest from
-    what is expected; and its parts in words."""
-    drifts = _drifts(job, adapter)
-    if not drifts:
-        return None, ""
-    target = max(drifts, key=lambda t: abs(drifts[t]))
-    drift, words = drifts[target], f"export {precise_percent(drifts[target], True)}"
-    if job.compared_with(target, adapter) == "adapted":
-        return drift, words  # the files hold no activations
-    simulation = job.change("simulated", "adapted", adapter)
-    if simulation is None:
-        return None, ""
-    words = f"simulation {precise_percent(simulation, True)}, {words}"
-    return (1 + simulation) * (1 + drift) - 1, words
+    value = _change(job.change("base", "float", adapter))
+    return Tile("Cost of packing", tip, value, note)
 
 
 def _shipping(job: Job, adapter: str) -> Tile:
-    cost, note = _shipping_cost(job, adapter)
-    value, note_or_command = _change(percent, cost), note or _add(job, "verify")
-    return Tile("Cost of shipping", SHIPPING, value, note_or_command, badness=cost)
+    """Relative perplexity between the trained adapter and the exported file that is furthest from
+    what is expected; and its parts in words."""
+    drifts = {t: drift for t in job.targets if (drift := job.drift(t, adapter)) is not None}
+    target = max(drifts, key=lambda t: abs(drifts[t]), default="")
+    cost, note = drifts.get(target), ""
+    if cost is not None:
+        note = f"export {precise_percent(cost, True)}"
+        if job.compared_with(target, adapter) == "simulated":  # else files hold no activations
+            simulation, export = job.change("simulated", "adapted", adapter), cost
+            cost = None if simulation is None else (1 + simulation) * (1 + export) - 1
+            note = f"simulation {precise_percent(simulation or 0.0, True)}, {note}"
+    if cost is None:
+        return Tile("Cost of shipping", SHIPPING, None, _add(job, "verify"))
+    return Tile("Cost of shipping", SHIPPING, _change(cost), note, badness=cost)
 
 
 def _divergence(job: Job, adapter: str) -> Tile:
@@ -158,9 +137,9 @@ def _divergence(job: Job, adapter: str) -> Tile:
     label = "KL to float, mean"
     for kind, word in (("simulated", "simulated"), ("adapted", "with adapter"), ("base", "base")):
         path = job.path(kind, adapter, "kl")
-        if (value := job.shown(significant, *path, "mean")) is not None:
+        if (value := job.shown(form.significant, *path, "mean")) is not None:
             stderr = job.number(*path, "stderr")
-            error = f" ± {significant(stderr, 2)}" if stderr is not None else ""
+            error = f" ± {form.significant(stderr, 2)}" if stderr is not None else ""
             return Tile(label, KL, value, f"{word}{error}", "nats", job.number(*path, "mean"))
     return Tile(label, KL, None, _add(job, "evaluate"))
 
@@ -206,49 +185,45 @@ def _gains(job: Job) -> Tile:
 def _size_of_all(job: Job) -> Tile:
     label, tip = "Size of all files", "Exported files of all adapters, and of their base."
     target = job.targets[0] if job.targets else ""
-    names = (*job.adapters, BASE)
-    sizes = {name: job.number("export", target, name, "bytes") for name in names}
-    exported = sum(sizes[name] is not None for name in job.adapters)
+    sizes = [job.number("export", target, name, "bytes") for name in job.adapters]
+    exported = [number for number in sizes if number is not None]
     if not exported:
         return Tile(label, tip, None, _add(job, "export"))
-    total = sum(number or 0.0 for number in sizes.values())
+    total = sum(exported) + (job.number("export", target, BASE, "bytes") or 0.0)
     number, unit = size(total).split(" ")
-    note = f"{exported} of {len(job.adapters)} adapters exported"
-    return Tile(label, tip, valued(number, total), note, unit)
+    note = f"{len(exported)} of {len(job.adapters)} adapters exported"
+    return Tile(label, tip, tagged(number, total), note, unit)
 
 
 def _of_unfinished(job: Job) -> list[Tile]:
     training = job.section("run", "training")
     adapter = str(training.get("adapter") or (job.adapters or [""])[0])
-    done, plan = len(job.finished_stages), len(job.planned_stages)
-    rest = (training.get("steps") or 0) - (training.get("step") or 0)
-    step_seconds = job.number("run", "training", "step_seconds") if training.get("steps") else None
+    plan, steps = len(job.planned_stages), training.get("steps") or 0
+    rest = steps - (training.get("step") or 0)
+    step_seconds = job.number("run", "training", "step_seconds") if steps else None
+    left = step_seconds and step_seconds * rest
     losses = training.get("losses") or []
     last = losses[-SMOOTHED:]
-
-    def value(written: Format, number: float | None) -> Markup | None:
-        return None if number is None else valued(written(number), number)
-
     return [
         Tile(
             "Time so far",
             "Time of all stages so far, also of those that an earlier run finished.",
-            value(seconds, job.seconds_so_far),
-            f"{done}{f' of {plan}' if plan else ''} stages done",
+            _value(job.seconds_so_far, form.seconds),
+            f"{len(job.finished_stages)}{f' of {plan}' if plan else ''} stages done",
         ),
         Tile(
             "Left in training",
             "Remaining steps times the mean time of a step.",
-            value(lambda s: f"about {seconds(s)}", step_seconds and step_seconds * rest),
+            _value(left, lambda s: f"about {form.seconds(s)}"),
             "no adapter is being trained"
             if step_seconds is None
-            else f"{count(rest)} steps at {seconds(step_seconds)}",
+            else f"{count(rest)} steps at {form.seconds(step_seconds)}",
         ),
         Tile(
             "Training loss",
             "Average surprise per token on the training text. Lower is better.",
-            value(fixed, sum(last) / len(last) if last else None),
-            f"mean of {len(last)} steps; it began at {fixed(losses[0])}" if last else "",
+            _value(sum(last) / len(last) if last else None, form.fixed),
+            f"mean of {len(last)} steps; it began at {form.fixed(losses[0])}" if last else "",
             "nats" if last else "",
         ),
         _packing(job, adapter),

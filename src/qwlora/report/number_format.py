@@ -27,24 +27,11 @@ def finite(value: Any) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-class Tagged(Markup):
-    """A number as HTML, and what it was made of."""
-
-    text = ""
-    value = 0.0
-
-
-def tagged(text: str, value: float, path: Path) -> Markup:
-    """A number with its exact value and its place in results.json, which tests and tools read."""
-    html = Markup('<data value="{}" data-key="{}">{}</data>')
-    number = Tagged(html.format(repr(value), json.dumps(path), text))
-    number.text, number.value = text, value
-    return number
-
-
-def valued(text: str, value: float) -> Markup:
-    """A number that was computed from several keys, with its exact value, by which tables sort."""
-    return Markup('<data value="{}">{}</data>').format(repr(value), text)
+def tagged(text: str, value: float, path: Path = ()) -> Markup:
+    """A number with its exact value, by which tables sort, and its place in results.json, which
+    tests and tools read; without one it was computed from several."""
+    key = Markup(' data-key="{}"').format(json.dumps(path)) if path else ""
+    return Markup('<data value="{}"{}>{}</data>').format(repr(value), key, text)
 
 
 def signed(text: str) -> str:
@@ -75,22 +62,20 @@ def perplexity(value: float) -> str:
     return fixed(value, 2 if value < 1000 else 0)
 
 
-def percent(value: float, sign: bool = False) -> str:
+def percent(value: float, sign: bool = False, digits: int | None = None) -> str:
     """A share as a percentage: one decimal, two below 1%.
 
     Args:
         sign: write a plus sign too.
     """
-    return _percent(value, sign, 2 if abs(value) < 0.00995 else 1)
+    if digits is None:
+        digits = 2 if abs(value) < 0.00995 else 1
+    return signed(f"{100 * value:{'+' if sign else ''},.{digits}f}%")
 
 
 def precise_percent(value: float, sign: bool = False) -> str:
     """A share as a percentage with two decimals, for tables and limits."""
-    return _percent(value, sign, 2)
-
-
-def _percent(value: float, sign: bool, digits: int) -> str:
-    return signed(f"{100 * value:{'+' if sign else ''},.{digits}f}%")
+    return percent(value, sign, 2)
 
 
 def significant(value: float, digits: int = 3) -> str:

@@ -6,19 +6,15 @@ the browser itself refuse any request. Every name is escaped (jinja2's autoescap
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cache
-from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 
 from qwlora.report.comparison import comparison
 from qwlora.report.key_figures import tiles
 from qwlora.report.number_format import NOT_MEASURED, count, finite
-from qwlora.report.report_section import ReportSection, View
+from qwlora.report.report_section import View
 from qwlora.report.results_view import Job, without_folders
 from qwlora.report.sections import sections
 from qwlora.report.verdict import remedies, verdict
@@ -28,22 +24,9 @@ TRAINING_PATIENCE, STAGE_PATIENCE = 600.0, 1800.0  # at least, in seconds
 _FIRST = {"running": ("training", "cost"), "finished": ()}  # sections; of a job that stopped: cost
 
 
-@dataclass(frozen=True)
-class Shown:
-    """A section with what its template draws."""
-
-    id: str
-    section: ReportSection
-    view: View
-
-    @property
-    def question(self) -> str:
-        return str(self.view.get("question") or self.section.question)
-
-
 @cache
 def _environment() -> Environment:
-    environment = Environment(
+    return Environment(
         loader=PackageLoader("qwlora.report", "templates"),
         autoescape=True,
         auto_reload=False,  # a job runs for hours; the package may be upgraded meanwhile
@@ -51,14 +34,6 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["compact_json"] = _compact_json
-    return environment
-
-
-def _compact_json(value: Any) -> Markup:
-    """JSON for a `script` element, which must not contain `</script>` or `<!--`."""
-    text = json.dumps(value, separators=(",", ":"), ensure_ascii=False)
-    return Markup(text.replace("<", "\\u003c").replace("&", "\\u0026"))
 
 
 def render(job: Job) -> str:
@@ -96,32 +71,30 @@ def render_comparison(jobs: Sequence[Job]) -> str:
     return _environment().get_template("comparison.html").render(**comparison(jobs))
 
 
-def _sections(job: Job) -> list[Shown]:
+def _sections(job: Job) -> list[View]:
     """The sections of the whole job; with one adapter those of the adapter too."""
-    is_single = len(job.adapters) < 2
-    adapter = job.adapters[0] if len(job.adapters) == 1 else ""
+    names, first = job.adapters, _FIRST.get(job.state, ("cost",))
     shown = [
-        Shown(section.id, section, view)
+        drawn
         for section in sections()
-        if job.adapters and (is_single or section.of_job)
-        if (view := section.view(job, adapter)) is not None
+        if len(names) == 1 or (names and section.of_job)
+        if (drawn := section.drawn(job, names[0] if len(names) == 1 else "")) is not None
     ]
-    first = _FIRST.get(job.state, ("cost",))
-    return sorted(shown, key=lambda s: first.index(s.id) if s.id in first else len(first))
+    return sorted(shown, key=lambda s: first.index(s["id"]) if s["id"] in first else len(first))
 
 
-def _folds(job: Job) -> dict[str, list[Shown]]:
+def _folds(job: Job) -> dict[str, list[View]]:
     """The sections of each of several adapters."""
-    folds: dict[str, list[Shown]] = {}
-    for name in job.adapters if len(job.adapters) > 1 else ():
-        shown = [
-            Shown(f"{section.id}-{number}", section, view)
-            for number, section in enumerate(sections(), 100 * (len(folds) + 1))
-            if section.of_adapter and (view := section.view(job, name)) is not None
+    names, of_adapter = job.adapters, [section for section in sections() if section.of_adapter]
+    folds = {
+        name: [
+            drawn
+            for section in of_adapter
+            if (drawn := section.drawn(job, name, f"{section.id}-{number}")) is not None
         ]
-        if shown:
-            folds[name] = shown
-    return folds
+        for number, name in enumerate(names if len(names) > 1 else (), 1)
+    }
+    return {name: fold for name, fold in folds.items() if fold}
 
 
 def _patience(job: Job) -> float:

@@ -7,13 +7,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from markupsafe import Markup, escape
+from markupsafe import Markup
 
-from qwlora.report.number_format import Tagged
 from qwlora.report.results_view import Job
-
-MOST_ROWS = 50
-MOST_SENT = 10_000  # rows in the page; the others are in results.json
 
 View = dict[str, Any]
 Cell = str | Markup | None
@@ -41,10 +37,17 @@ class ReportSection:
     of_adapter: bool
     view: Callable[[Job, str], View | None]
 
-    @property
-    def template(self) -> str:
-        """The file in `templates/`."""
-        return f"{self.view.__module__.rpartition('.')[2]}.html"
+    def drawn(self, job: Job, adapter: str, id: str = "") -> View | None:
+        """What the page shows; None if there is nothing to show."""
+        if (view := self.view(job, adapter)) is None:
+            return None
+        return {
+            "id": id or self.id,
+            "label": self.label,
+            "question": view.get("question") or self.question,
+            "template": f"{self.view.__module__.rpartition('.')[2]}.html",
+            "view": view,
+        }
 
 
 def section(
@@ -77,22 +80,6 @@ class Table:
     marked: Sequence[int] = ()
     words: Collection[str] = ()
     sortable: bool = False
-    most: int = MOST_ROWS
+    most: int = 50
     note: str | Markup = ""
     left_out: int = 0
-
-    @property
-    def columns(self) -> list[str]:
-        """The headings."""
-        return list(self.rows[0]) if self.rows else []
-
-    @property
-    def rows_on_request(self) -> list[list[str | list[str | float] | None]]:
-        """The rows after the first `most`: HTML, or a number as its text and six digits of it."""
-        return [[_compact(cell) for cell in row.values()] for row in self.rows[self.most :]]
-
-
-def _compact(cell: Cell) -> str | list[str | float] | None:
-    if isinstance(cell, Tagged) and cell.text:
-        return [str(escape(cell.text)), float(f"{cell.value:.6g}")]
-    return None if cell is None else str(escape(cell))

@@ -121,7 +121,7 @@ class Job:
 
     def text_of(self, adapter: str | None) -> str | None:
         """The name of the adapter's text, if adapters have different texts."""
-        text = self.get("train", adapter, "text") if adapter else None
+        text = self.get("train", adapter or "", "text")
         return text if isinstance(text, str) else None
 
     def path(self, kind: str, adapter: str | None, key: str = "perplexity") -> tuple[str, ...]:
@@ -131,11 +131,10 @@ class Job:
             kind: one of `KINDS`, or `imported`.
             key: `perplexity`, `perplexity_stderr`, `perplexity_ratio`, `kl` or `top1`.
         """
-        if kind in ("float", "base"):
-            text = self.text_of(adapter)
-            on = (key, "on", text, kind) if text else ()
-            return on if on and self.get(*on) is not None else (key, kind)
-        return (key, kind, adapter or "")
+        if kind not in ("float", "base"):
+            return (key, kind, adapter or "")
+        on = (key, "on", self.text_of(adapter) or "", kind)
+        return on if self.get(*on) is not None else (key, kind)
 
     def perplexity(self, kind: str, adapter: str | None) -> float | None:
         """The perplexity of a model on the text of `adapter`."""
@@ -151,20 +150,10 @@ class Job:
         kinds = ("simulated", "adapted")
         return next((kind for kind in kinds if self.perplexity(kind, adapter)), None)
 
-    def final_perplexity(self, adapter: str) -> float | None:
-        """The perplexity of that model."""
-        kind = self.final_kind(adapter)
-        return self.perplexity(kind, adapter) if kind else None
-
     def gains(self) -> dict[str, float]:
         """Change of the perplexity from the float model to the final one, by adapter."""
         changes = {n: self.change(self.final_kind(n) or "", "float", n) for n in self.adapters}
         return {name: change for name, change in changes.items() if change is not None}
-
-    def parity(self, target: str, adapter: str) -> dict[str, Any]:
-        """What the proof of an adapter's files measured; empty if they were not run."""
-        parity = self.section("parity", target, adapter)
-        return {} if "not_run" in parity else parity
 
     def other_cases(self, target: str) -> list[str]:
         """What was checked besides adapters: the base without one, several adapters together."""
@@ -176,11 +165,6 @@ class Job:
         rows = rows if isinstance(rows, list) else []
         return [Check.from_json(row) for row in rows if isinstance(row, Mapping)]
 
-    def perplexity_row(self, target: str, adapter: str) -> Check | None:
-        """The check of the perplexity with the adapter, if there is one."""
-        rows = [row for row in self.proof_rows(target, adapter) if is_of_perplexity(row)]
-        return next((row for row in rows if "without" not in row.what), None)
-
     def compared_with(self, target: str, adapter: str) -> str:
         """What the files were compared with: `simulated`, or, without activations, `adapted`."""
         is_trained = self.get("parity", target, adapter, "of") == "trained"
@@ -189,9 +173,8 @@ class Job:
     def drift(self, target: str, adapter: str) -> float | None:
         """Relative difference of the exported file's perplexity from what is expected; None if the
         files changed since."""
-        place = ("parity", target, adapter)
         keys = ("perplexity", "reference_perplexity")
-        value, expected = (self.number(*place, key) for key in keys)
+        value, expected = (self.number("parity", target, adapter, key) for key in keys)
         if (target, adapter) in self.stale or not value or not expected:
             return None
         return value / expected - 1
@@ -200,12 +183,12 @@ class Job:
         """The place in the results of the worst `key` of an adapter's proofs, over all targets that
         measured it; empty if none did."""
         places = [
-            ("parity", target, adapter, key)
+            place
             for target in self.targets
             if (target, adapter) not in self.stale
+            and self.number(*(place := ("parity", target, adapter, key))) is not None
         ]
-        numbers = {place: n for place in places if (n := self.number(*place)) is not None}
-        return worst(numbers, key=lambda place: (numbers[place], place), default=())
+        return worst(places, key=lambda place: (self.number(*place), place), default=())
 
     @property
     def planned_stages(self) -> list[str]:
@@ -216,21 +199,21 @@ class Job:
     @property
     def finished_stages(self) -> dict[str, dict[str, float]]:
         """What was recorded of each finished stage, in order."""
-        stages = {}
+        stages: dict[str, dict[str, float]] = {}
         for verb in self.section("stages"):
-            stages.update(self.section("stages", verb, "parts"))
+            stages |= self.section("stages", verb, "parts")
         order = {name: n for n, name in enumerate(self.planned_stages)}
         return dict(sorted(stages.items(), key=lambda item: order.get(item[0], len(order))))
 
     @property
     def seconds_so_far(self) -> float:
         """Time of all finished stages, also of earlier runs, and of the stage that runs."""
-        parts = list(self.finished_stages.values())
         began = str(self.get("run", "started") or "")
-        earlier = [part for part in parts if str(part.get("started") or "") < began]
-        finished, before = (
-            sum(finite(p.get("seconds")) or 0.0 for p in ps) for ps in (parts, earlier)
-        )
+        finished = before = 0.0
+        for part in self.finished_stages.values():
+            seconds = finite(part.get("seconds")) or 0.0
+            finished += seconds
+            before += seconds if str(part.get("started") or "") < began else 0.0
         if self.state == "finished":
             return finished
         return max(finished, before + (self.number("run", "elapsed_seconds") or 0.0))
@@ -242,9 +225,9 @@ class Job:
         default = f"qwlora run {self.name}/recipe.yaml --out {self.name}"
         return command if isinstance(command, str) else default
 
-    def verb_command(self, verb: str) -> str:
+    def verb_command(self, verb: str) -> Markup:
         """The command that runs one stage of this job."""
-        return f"qwlora {verb} --out {self.name}"
+        return code(f"qwlora {verb} --out {self.name}")
 
 
 def _at(content: Any, path: tuple[Any, ...]) -> Any:

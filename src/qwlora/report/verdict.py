@@ -8,7 +8,7 @@
 
 A caution: an adapter is not better than the float model by 1%, or by 2 standard errors where those
 were measured; two adapters are identical; a file was checked on fewer than 1,000 tokens. What was
-not measured never counts as passed.
+not measured never counts as passed. Checks of a proof were judged by `export/proof`.
 
 The sentence is the strongest fact for, ", but ", the strongest fact against.
 """
@@ -16,14 +16,15 @@ The sentence is the strongest fact for, ", but ", the strongest fact against.
 from __future__ import annotations
 
 import statistics
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from markupsafe import Markup
 
 from qwlora.errors import duration
-from qwlora.report.evidence import Evidence, Outcome, all_evidence, outcome_of, proof_evidence
-from qwlora.report.number_format import count, listed, percent, significant
+from qwlora.report import number_format as form
+from qwlora.report.number_format import NOT_MEASURED, count, listed, percent, tagged
 from qwlora.report.results_view import (
     BASE,
     Job,
@@ -34,6 +35,9 @@ from qwlora.report.results_view import (
     without_folders,
 )
 
+NO_ADAPTER = "none"  # the use case of the base, in targets of use cases
+LEAST_GAIN = 0.01  # an adapter should beat the float model by this much
+FEW_TOKENS = 1000  # a proof on fewer tokens is a caution
 ENOUGH_SEQUENCES = 8  # of a proof whose perplexity is off; fewer differ this much by chance
 
 
@@ -48,6 +52,35 @@ class VerdictKind(Enum):
 
     def __init__(self, label: str, color: str):
         self.label, self.color = label, color
+
+
+class Outcome(Enum):
+    """The outcome of a check, worst first: its word, and the class of its color."""
+
+    FAILED = ("Failed", "b")
+    MISSING = ("Not measured", "u")
+    CAUTION = ("Caution", "w")
+    PASSED = ("Passed", "o")
+
+    def __init__(self, word: str, color: str):
+        self.word, self.color = word, color
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """One line under the verdict.
+
+    Args:
+        what: what was checked.
+        value: the result; with `limit`, in words.
+        against: the fact as the end of the verdict's sentence, if it speaks against shipping.
+    """
+
+    outcome: Outcome
+    what: str | Markup
+    value: str | Markup = NOT_MEASURED
+    limit: str = ""
+    against: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,16 +100,15 @@ class Verdict:
 
 def verdict(job: Job) -> Verdict:
     """Apply the rules to a job."""
-    evidence = tuple(all_evidence(job))
+    evidence = tuple(_all_evidence(job))
     outcomes = {item.outcome for item in evidence}
     if job.state in ("running", "interrupted", "incomplete"):
-        shown = tuple(f for f in evidence if f.outcome is not Outcome.MISSING)
-        return _of_running(job, shown) if job.state == "running" else _of_stopped(job, shown)
+        return _unfinished(job, tuple(f for f in evidence if f.outcome is not Outcome.MISSING))
     if job.state == "failed" or Outcome.FAILED in outcomes:
         stage = job.get("error", "stage")
         kept = f"Stage {stage} failed; every stage before it is finished and kept."
-        below = kept if stage else ""
-        return Verdict(VerdictKind.DO_NOT_SHIP, _failure(job, evidence), below, evidence)
+        sentence = _failure(job, evidence)
+        return Verdict(VerdictKind.DO_NOT_SHIP, sentence, kept if stage else "", evidence)
     if unproven := _unproven(job):
         kind, against = VerdictKind.NOT_PROVEN, unproven
     elif Outcome.CAUTION in outcomes:
@@ -84,9 +116,171 @@ def verdict(job: Job) -> Verdict:
         against = next(f.against for f in evidence if f.outcome is Outcome.CAUTION)
     else:
         kind, against = VerdictKind.SHIP, _not_measured(job)
-    sentence = _strongest_fact(job, is_proven=not unproven)
-    sentence = f"{sentence}, but {against}." if against else f"{sentence}."
+    but = f", but {against}" if against else ""
+    sentence = f"{_strongest_fact(job, is_proven=not unproven)}{but}."
     return Verdict(kind, sentence, _below(job, kind), evidence)
+
+
+def outcome_of(evidence: Iterable[Evidence]) -> Outcome:
+    """The worst outcome; nothing checked is not measured."""
+    outcomes = {item.outcome for item in evidence} or {Outcome.MISSING}
+    return next(outcome for outcome in Outcome if outcome in outcomes)
+
+
+def proof_evidence(job: Job, target: str, case: str) -> list[Evidence]:
+    """The checks of the proof of one exported file."""
+    where = "" if len(job.targets) == 1 else f"{runtime(target)}: "
+    if (reason := job.stale.get((target, case))) is not None:
+        what = f"{where}Files of {case} changed after the check: {reason}"
+        return [Evidence(Outcome.MISSING, what)]
+    evidence = []
+    for number, row in enumerate(job.proof_rows(target, case)):
+        what, value = f"{where}{capitalized(row.what)}", row.shown_value
+        if row.passed and not row.is_measured:  # without a number it says nothing
+            evidence.append(Evidence(Outcome.MISSING, what))
+            continue
+        if (exact := form.finite(row.value)) is not None:
+            value = tagged(value, exact, ("parity", target, case, "checks", number, "value"))
+        outcome = Outcome.PASSED if row.passed else Outcome.FAILED
+        evidence.append(Evidence(outcome, what, value, row.shown_limit, row.sentence))
+    parity = job.section("parity", target, case)
+    why = parity.get("not_run")
+    passed = None if why else parity.get("passed")
+    if passed is False and outcome_of(evidence) is not Outcome.FAILED:
+        problems = "; ".join(str(problem) for problem in parity.get("problems", []))
+        what = f"{where}{problems or 'The check'}"
+        evidence.append(Evidence(Outcome.FAILED, what, "failed", against=problems))
+    elif not evidence or not isinstance(passed, bool):
+        what = f"{where}Exported file against what was trained{f': {why}' if why else ''}"
+        evidence.append(Evidence(Outcome.MISSING, what))
+    return evidence
+
+
+def _all_evidence(job: Job) -> Iterator[Evidence]:
+    """That of the proofs first."""
+    for target in job.targets:
+        yield from _of_target(job, target)
+    for adapter in job.adapters:
+        yield from _gain(job, adapter)
+    for names in identical_adapters(job):
+        yield Evidence(
+            Outcome.CAUTION,
+            f"{listed(names)} have the same loss in every step: same data, settings and seed",
+            f"{len(names)} of {len(job.adapters)}",
+            against=f"{listed(names)} are identical",
+        )
+    for target in job.targets:
+        yield from _few_tokens(job, target)
+
+
+def _of_target(job: Job, target: str) -> Iterator[Evidence]:
+    """All checks for a single adapter. For several, one line for their proofs. For the base and
+    for several adapters together, one line each. Every check that failed has its own."""
+    proofs = {name: proof_evidence(job, target, name) for name in job.adapters}
+    outcomes = {name: outcome_of(evidence) for name, evidence in proofs.items()}
+    if len(proofs) == 1:
+        yield from proofs[job.adapters[0]]
+    else:
+        passed = [name for name in proofs if outcomes[name] is Outcome.PASSED]
+        failed = [name for name in proofs if outcomes[name] is Outcome.FAILED]
+        yield Evidence(
+            outcome_of(item for evidence in proofs.values() for item in evidence),
+            f"{runtime(target)} computes what was trained: {listed(passed) or 'no adapter yet'}",
+            f"{len(passed)} of {len(proofs)}",
+            "passed",
+            f"{listed(sorted(failed))} did not pass",
+        )
+        for name in failed:
+            yield from _failed(proofs[name], name)
+    for case in job.other_cases(target):
+        is_base = case in (BASE, NO_ADAPTER)
+        what = "the base without an adapter" if is_base else f"{case} together"
+        evidence = proof_evidence(job, target, case)
+        outcome = outcome_of(evidence)
+        yield Evidence(
+            outcome,
+            f"{runtime(target)} computes {what}",
+            {Outcome.PASSED: "yes", Outcome.FAILED: "no"}.get(outcome, NOT_MEASURED),
+            against=f"the files do not compute {what}",
+        )
+        yield from _failed(evidence, "without an adapter" if is_base else case)
+
+
+def _failed(evidence: list[Evidence], where: str) -> Iterator[Evidence]:
+    for item in evidence:
+        if item.outcome is Outcome.FAILED:
+            yield replace(item, what=f"{where}: {item.what}", against=f"{where}: {item.against}")
+
+
+def _gain(job: Job, adapter: str) -> Iterator[Evidence]:
+    """Whether the adapter beats the float model on held-out text; where there is no float model,
+    the packed base."""
+    if (kind := job.final_kind(adapter)) is None:
+        return
+    is_only = len(job.adapters) == 1
+    name = ("Simulated adapter" if kind == "simulated" else "Adapter") if is_only else adapter
+    change, over_base = job.change(kind, "float", adapter), job.change(kind, "base", adapter)
+    if change is not None:
+        least, needed = LEAST_GAIN, f"{LEAST_GAIN:.0%}"
+        if (stderr := job.number("perplexity_ratio", kind, adapter, "stderr")) is not None:
+            least, needed = 2 * stderr, f"2 standard errors ({form.precise_percent(2 * stderr)})"
+        is_better = change < 0 and -change >= least
+        against = "than the float model on held-out text"
+        yield Evidence(
+            Outcome.PASSED if is_better else Outcome.CAUTION,
+            f"{name} against the float model, held-out text",
+            tagged(percent(change, sign=True), change),
+            "perplexity" if is_better else f"better by {needed} expected",
+            f"{'the adapter' if is_only else adapter} is "
+            + (
+                f"{percent(change)} worse {against}"
+                if change > 0
+                else f"not clearly better {against} ({percent(change)})"
+            ),
+        )
+    elif over_base is not None:
+        yield Evidence(
+            Outcome.PASSED if over_base < 0 else Outcome.CAUTION,
+            f"{name} against the packed base, held-out text (there is no float model)",
+            tagged(percent(over_base, sign=True), over_base),
+            "perplexity",
+            "the adapter is no better than the packed base on held-out text",
+        )
+    else:
+        yield Evidence(Outcome.MISSING, f"{name} against the float model")
+
+
+def identical_adapters(job: Job) -> list[list[str]]:
+    """Groups of adapters with the same loss in every training step."""
+    groups: dict[tuple[float, ...], list[str]] = {}
+    for name in job.adapters:
+        losses = job.get("train", name, "losses")
+        if isinstance(losses, list) and losses:
+            groups.setdefault(tuple(losses), []).append(name)
+    return [names for names in groups.values() if len(names) > 1]
+
+
+def _tokens(job: Job, target: str) -> dict[str, float]:
+    """Tokens on which the files of each adapter were checked."""
+    numbers = {name: job.number("parity", target, name, "tokens") for name in job.adapters}
+    return {name: number for name, number in numbers.items() if number is not None}
+
+
+def _few_tokens(job: Job, target: str) -> Iterator[Evidence]:
+    known = _tokens(job, target)
+    name = min(known, key=lambda n: known[n], default="")
+    if not known or known[name] >= FEW_TOKENS:
+        return
+    has_setting = job.number("parity", target, name, "sequences") is not None
+    more = "; raise verify.sequences" if has_setting else ""
+    yield Evidence(
+        Outcome.CAUTION,
+        f"Tokens on which {runtime(target)} was checked{more}",
+        tagged(count(known[name]), known[name], ("parity", target, name, "tokens")),
+        f"{count(FEW_TOKENS)} or more expected",
+        f"{'it was' if len(known) == 1 else 'they were'} checked on "
+        f"{count(known[name])} tokens only",
+    )
 
 
 def _unproven(job: Job) -> str:
@@ -99,25 +293,25 @@ def _unproven(job: Job) -> str:
             if (target, name) in job.stale:
                 return f"the files{of} for {runtime(target)} changed after the check"
             if outcome_of(proof_evidence(job, target, name)) is Outcome.MISSING:
-                completely = " completely" if job.parity(target, name) else ""
+                parity = job.section("parity", target, name)
+                completely = " completely" if parity and "not_run" not in parity else ""
                 return f"the file{of} was not checked{completely} in {runtime(target)}"
     return ""
 
 
 def _strongest_fact(job: Job, is_proven: bool) -> str:
-    count_ = len(job.adapters)
+    adapters, gains = len(job.adapters), job.gains()
     several = (
-        "Both exported files compute" if count_ == 2 else f"All {count_} exported files compute"
+        "Both exported files compute" if adapters == 2 else f"All {adapters} exported files compute"
     )
-    files = "The exported file computes" if count_ == 1 else several
-    gains = job.gains()
+    files = "The exported file computes" if adapters == 1 else several
     if not gains or max(gains.values()) >= 0:
         return f"{files} what you trained" if is_proven else "The job is finished"
     gain = f"beats the float model by {percent(-max(gains.values()))}"
     if not is_proven:
-        who, more = ("The", "") if count_ == 1 else ("Every", " or more")
+        who, more = ("The", "") if adapters == 1 else ("Every", " or more")
         return f"{who} adapter {gain} on held-out text{more}"
-    if count_ == 1:
+    if adapters == 1:
         return f"{files} what you trained and {gain} on held-out text"
     return f"{files} what you trained, and every adapter {gain} or more"
 
@@ -133,11 +327,10 @@ def _below(job: Job, kind: VerdictKind) -> str | Markup:
     if kind is VerdictKind.NOT_PROVEN:
         return Markup(
             "Check the files with {}. It runs every file and compares it with the simulation."
-        ).format(code(job.verb_command("verify")))
+        ).format(job.verb_command("verify"))
     places = []
     for target in job.targets:
-        tokens = [job.number("parity", target, name, "tokens") for name in job.adapters]
-        known = [number for number in tokens if number is not None]
+        known = _tokens(job, target).values()
         on_tokens = f" on {count(min(known))} tokens" if known else ""
         places.append(f"{runtime(target)}{on_tokens}{' each' if len(known) > 1 else ''}")
     missing = capitalized(_not_measured(job)) if kind is not VerdictKind.SHIP else ""
@@ -154,34 +347,34 @@ def _failure(job: Job, evidence: tuple[Evidence, ...]) -> str:
     return f"{what} not match the simulation closely enough: {item.against or item.what}."
 
 
-def _stages_done(job: Job) -> str:
-    plan = job.planned_stages
-    return f", {len(job.finished_stages)} of {len(plan)} stages are done" if plan else ""
-
-
-def _of_stopped(job: Job, evidence: tuple[Evidence, ...]) -> Verdict:
-    """Of a job that was interrupted, or of which some stages were not run."""
-    stage, sentence = job.get("run", "stage"), "The job is not complete"
-    if job.state == "interrupted":
-        sentence = f"The job was interrupted{f' in stage {stage}' if stage else ''}"
-    below = Markup("Run {}: finished stages are not repeated.").format(code(job.command))
-    return Verdict(VerdictKind.NONE_YET, f"{sentence}{_stages_done(job)}.", below, evidence)
-
-
-def _of_running(job: Job, evidence: tuple[Evidence, ...]) -> Verdict:
-    training = job.section("run", "training")
-    step, steps = training.get("step"), training.get("steps")
-    below = "This page updates itself after every stage and while an adapter is trained."
-    if not step or not steps:
-        sentence = f"Stage {job.get('run', 'stage') or ''} is running{_stages_done(job)}."
-        return Verdict(VerdictKind.NONE_YET, sentence, below, evidence)
-    sentence = (
-        f"Training of {training.get('adapter')} is at step {count(step)} of {count(steps)}"
-        f"{_trend(training.get('losses') or [])}."
+def _unfinished(job: Job, evidence: tuple[Evidence, ...]) -> Verdict:
+    """Of a job that runs, was interrupted, or of which some stages were not run."""
+    stage, training = job.get("run", "stage"), job.section("run", "training")
+    step, steps, plan = training.get("step"), training.get("steps"), job.planned_stages
+    done = f", {len(job.finished_stages)} of {len(plan)} stages are done" if plan else ""
+    below: str | Markup
+    below, progress = (
+        "This page updates itself after every stage and while an adapter is trained.",
+        None,
     )
-    if step_seconds := job.number("run", "training", "step_seconds"):
-        below = f"About {duration((steps - step) * step_seconds)} of training left. {below}"
-    return Verdict(VerdictKind.NONE_YET, sentence, below, evidence, step / steps)
+    if job.state != "running":
+        sentence = "The job is not complete"
+        if job.state == "interrupted":
+            sentence = f"The job was interrupted{f' in stage {stage}' if stage else ''}"
+        sentence += f"{done}."
+        below = Markup("Run {}: finished stages are not repeated.").format(code(job.command))
+    elif step and steps:
+        sentence = (
+            f"Training of {training.get('adapter')} is at step {count(step)} of {count(steps)}"
+            f"{_trend(training.get('losses') or [])}."
+        )
+        progress = step / steps
+        if step_seconds := job.number("run", "training", "step_seconds"):
+            left = duration((steps - step) * step_seconds)
+            below = f"About {left} of training left. {below}"
+    else:
+        sentence = f"Stage {stage or ''} is running{done}."
+    return Verdict(VerdictKind.NONE_YET, sentence, below, evidence, progress)
 
 
 def _trend(losses: list[float]) -> str:
@@ -197,35 +390,27 @@ def remedies(job: Job) -> tuple[list[str | Markup], str]:
     recorded, after what the figures of a failed proof suggest."""
     lines: list[str | Markup] = []
     options = ""
-    proofs = [(target, name) for target in job.targets for name in (*job.adapters, BASE)]
-    for target, name in proofs:
-        failed = [row for row in job.proof_rows(target, name) if not row.passed]
-        sequences = job.number("parity", target, name, "sequences") or ENOUGH_SEQUENCES
-        # a small sample explains a perplexity that is off, and nothing else
-        is_small = sequences < ENOUGH_SEQUENCES and failed
-        if is_small and all(is_of_perplexity(row) for row in failed):
-            options = f" --set verify.sequences={ENOUGH_SEQUENCES}"
-            lines.append(
-                Markup(
-                    "<b>Test on more text.</b> {} sequences are few for a limit of {}. Set {} "
-                    "to {} and run the same command. Finished stages are skipped."
-                ).format(
-                    count(sequences),
-                    failed[0].shown_limit,
-                    code("verify.sequences"),
-                    ENOUGH_SEQUENCES,
+    for target in job.targets:
+        for name in (*job.adapters, BASE):
+            parity = job.section("parity", target, name)
+            failed = [row for row in job.proof_rows(target, name) if not row.passed]
+            sequences = form.finite(parity.get("sequences")) or ENOUGH_SEQUENCES
+            # a small sample explains a perplexity that is off, and nothing else
+            if failed and sequences < ENOUGH_SEQUENCES and all(map(is_of_perplexity, failed)):
+                options = f" --set verify.sequences={ENOUGH_SEQUENCES}"
+                more = Markup(
+                    "<b>Test on more text.</b> {} sequences are few for a limit of {}. Set {} to "
+                    "{} and run the same command. Finished stages are skipped."
                 )
-            )
-        steps = job.number("parity", target, name, "worst_layer_steps")
-        if failed and steps is not None:
-            lines.append(
-                Markup(
+                key, limit = code("verify.sequences"), failed[0].shown_limit
+                lines.append(more.format(count(sequences), limit, key, ENOUGH_SEQUENCES))
+            if failed and (steps := form.finite(parity.get("worst_layer_steps"))) is not None:
+                layer = Markup(
                     "<b>Look at the worst layer</b> under Runtimes: {}, {} steps off. A broken "
                     "layer shows as many steps, not as a small drift."
-                ).format(
-                    code(str(job.get("parity", target, name, "worst_layer"))), significant(steps)
                 )
-            )
+                worst = code(str(parity.get("worst_layer")))
+                lines.append(layer.format(worst, form.significant(steps)))
     recorded = job.get("error", "remedy")
     lines += [without_folders(str(line)) for line in recorded or [] if isinstance(recorded, list)]
     return lines, without_folders(job.command) + options

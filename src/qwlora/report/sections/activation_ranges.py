@@ -10,10 +10,10 @@ from typing import Any
 from markupsafe import Markup
 
 from qwlora.report.drawing import Drawing, Scale, log_ticks, panels, shortened
-from qwlora.report.layer_grid import blocks_per_column, place_of
 from qwlora.report.number_format import TIMES, count, finite, listed, significant
 from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import Job, code
+from qwlora.report.sections.layer_errors import blocks_per_column, place_of
 
 PANELS = 8
 STANDS_OUT = 20.0  # times the median of its kind
@@ -83,9 +83,16 @@ def view(job: Job, adapter: str) -> View | None:
     shown, table = _panels(job.section("simulation", adapter, "ranges")), _table(simulation)
     if not shown and not table.rows:
         return None
-    low, high = _axis(shown)
+    # one axis: from a power of ten below the medians to one above the largest
+    low, high, largest = 1.0, 10.0, max((p.ranges[p.top].peak for p in shown), default=0.0)
+    if largest > 0:
+        low = 10.0 ** math.floor(math.log10(min(panel.median or 1.0 for panel in shown)))
+        high = max(10.0 ** math.ceil(math.log10(largest) + 1e-9), 10 * low)
     drawn = panels(lambda width: [_draw(panel, low, high, width) for panel in shown])
     tokens = job.number("simulation", adapter, "calibration_tokens")
+    constants, unseen = (len(simulation.get(key) or ()) for key in ("constants", "unseen"))
+    left_out = [f"{constants} activations had a single value"] * bool(constants)
+    left_out += [f"{unseen} saw no calibration data and stay float"] * bool(unseen)
     return {
         "tokens": count(tokens) if tokens is not None else "",
         "low": significant(low, 1),
@@ -93,7 +100,7 @@ def view(job: Job, adapter: str) -> View | None:
         "figure": drawn if shown else "",
         "answer": _answer(shown),
         "table": table,
-        "left_out": _left_out(simulation),
+        "left_out": f"{'; '.join(left_out)}." if left_out else "",
         "command": f"qwlora simulate {job.name} --suggest 0.01",
     }
 
@@ -105,12 +112,9 @@ def _panels(ranges: dict[str, Any]) -> list[Panel]:
         place, low, high = place_of(tensor), finite(entry.get("min")), finite(entry.get("max"))
         if place is None or low is None or high is None or "lora_" in tensor:
             continue
-        new, blocks = (
-            Range(low, high, int(entry.get("bitwidth") or 0)),
-            kinds.setdefault(place.kind, {}),
-        )
-        if place.block not in blocks or new.peak > blocks[place.block].peak:
-            blocks[place.block] = new
+        new = Range(low, high, int(entry.get("bitwidth") or 0))
+        blocks = kinds.setdefault(place.kind, {})
+        blocks[place.block] = max(new, blocks.get(place.block, new), key=lambda r: r.peak)
     largest = {kind: max(r.peak for r in blocks.values()) for kind, blocks in kinds.items()}
     titles: dict[str, str] = {}
     for module, title in KINDS.items():
@@ -124,16 +128,6 @@ def _panels(ranges: dict[str, Any]) -> list[Panel]:
         Panel(title, kind.rpartition(".")[0], dict(sorted(kinds[kind].items())))
         for kind, title in titles.items()
     ]
-
-
-def _axis(shown: list[Panel]) -> tuple[float, float]:
-    """The shared axis: from a power of ten below the medians to one above the largest."""
-    largest = max((panel.ranges[panel.top].peak for panel in shown), default=0.0)
-    if not largest > 0:
-        return 1.0, 10.0
-    low = 10.0 ** math.floor(math.log10(min(panel.median or 1.0 for panel in shown)))
-    high = 10.0 ** math.ceil(math.log10(largest) + 1e-9)
-    return (low, high) if high > low else (low, 10 * low)
 
 
 def _draw(panel: Panel, low: float, high: float, width: int) -> Drawing:
@@ -218,12 +212,3 @@ def _table(simulation: dict[str, Any]) -> Table:
     total = finite(simulation.get("encodings"))
     caption = f"Bit widths of the {count(total)} encodings" if total is not None else "Bit widths"
     return Table(caption, rows)
-
-
-def _left_out(simulation: dict[str, Any]) -> str:
-    parts = []
-    if constants := simulation.get("constants"):
-        parts.append(f"{len(constants)} activations had a single value")
-    if unseen := simulation.get("unseen"):
-        parts.append(f"{len(unseen)} saw no calibration data and stay float")
-    return f"{'; '.join(parts)}." if parts else ""

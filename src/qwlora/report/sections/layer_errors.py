@@ -1,14 +1,17 @@
-"""Which layers lost most, and where did the adapter help? Heat maps and a table."""
+"""Which layers lost most, and where did the adapter help? Heat maps and a table.
+
+Layers are a grid: a column for each block of the model, a row for each projection.
+"""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from qwlora.report.drawing import Drawing, figure, shortened
-from qwlora.report.layer_grid import LayerGrid, grid_of, place_of
+from qwlora.report.drawing import Drawing, figure, is_narrow, shortened
 from qwlora.report.number_format import (
     NOT_MEASURED,
     count,
@@ -18,13 +21,87 @@ from qwlora.report.number_format import (
     significant,
     tagged,
 )
-from qwlora.report.report_section import MOST_SENT, Cell, Table, View, section
+from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import Job, capitalized, code
 
-BINS = 8
+MOST_COLUMNS = 120  # above, a column is a group of blocks, and shows the worst of them
+MOST_KINDS = 60  # rows; those with the largest values
+MOST_LAYERS = 1000  # in the table
 MOST_TITLES = 2000  # above this, cells have no tooltip
+BINS = 8
 EVEN = 2.0  # a map whose largest value is less than this times its median is folded
 QUESTION = "Which layers lost most, and where did the adapter help?"
+_BLOCK = re.compile(r"^(.*?)\.?\b(\d{1,9})\.(.+)$")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor is: its block, and its name within the block."""
+
+    block: int
+    kind: str
+
+    @property
+    def name(self) -> str:
+        """`layer 3, v_proj`."""
+        return f"layer {self.block}, {self.kind.rpartition('.')[2]}"
+
+
+def place_of(tensor: str) -> Place | None:
+    """The place of a tensor or module; None if it is outside the blocks."""
+    match = _BLOCK.match(tensor.removesuffix(".weight"))
+    if match is None:
+        return None
+    kind = re.sub(r"\.\d+(?=\.|$)", ".*", match[3])  # experts: one row for all
+    return Place(int(match[2]), kind)
+
+
+def blocks_per_column(last: int) -> int:
+    """How many blocks share a column, if `last` is the last block."""
+    return -(-(last + 1) // MOST_COLUMNS)
+
+
+@dataclass(frozen=True)
+class LayerGrid:
+    """Values by place.
+
+    Args:
+        rows: kinds, in the order of the model.
+        columns: the first block of each.
+        cells: the largest value by (row, column), with its place.
+        left_out: number of kinds that have no row, since there are too many.
+    """
+
+    rows: tuple[str, ...]
+    columns: range
+    cells: Mapping[tuple[int, int], tuple[float, Place]]
+    left_out: int
+
+    @property
+    def largest(self) -> tuple[int, int]:
+        """The cell of the largest value."""
+        return max(self.cells, key=lambda cell: self.cells[cell][0])
+
+
+def grid_of(values: Mapping[str, float]) -> LayerGrid | None:
+    """Arrange values of tensors; None if none is in a block."""
+    placed = [(place, value) for name, value in values.items() if (place := place_of(name))]
+    if not placed:
+        return None
+    last = max(place.block for place, _ in placed)
+    group = blocks_per_column(last)
+    worst: dict[str, float] = {}
+    for place, value in placed:
+        worst[place.kind] = max(value, worst.get(place.kind, value))
+    kept = set(sorted(worst, key=lambda kind: -worst[kind])[:MOST_KINDS])
+    rows = {kind: number for number, kind in enumerate(k for k in worst if k in kept)}
+    cells: dict[tuple[int, int], tuple[float, Place]] = {}
+    for place, value in placed:
+        if place.kind in rows:
+            cell = (rows[place.kind], place.block // group)
+            if cell not in cells or value > cells[cell][0]:
+                cells[cell] = (value, place)
+    return LayerGrid(tuple(rows), range(0, last + 1, group), cells, len(worst) - len(rows))
 
 
 @dataclass(frozen=True)
@@ -48,16 +125,15 @@ class LayerMeasure:
         numbers = {name: finite(report.get(self.key)) for name, report in layers}
         return {name: number for name, number in numbers.items() if number is not None}
 
-    @property
-    def is_of_adapter(self) -> bool:
-        return self.path[0] == "train"
-
 
 @section("layers", "Layers", QUESTION, position=40, of_job=True, of_adapter=True)
 def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
     of_base = len(job.adapters) == 1 or not adapter
-    bits = _bits(job)
+    schemes = {n: str(of.get("scheme")) for n, of in job.section("base", "layers").items()}
+    # `int4 symmetric per block 32`
+    matches = {name: re.match(r"u?int(\d+)", scheme) for name, scheme in schemes.items()}
+    bits = {name: match[1] for name, match in matches.items() if match}
     widths = set(bits.values())
     rounding = f"{next(iter(widths))} bits" if len(widths) == 1 else "integers"
     measures = []
@@ -70,34 +146,24 @@ def view(job: Job, adapter: str) -> View | None:
         what = "Size of the adapter's update relative to the frozen weight."
         measures.append(LayerMeasure("Adapter gain", what, ("train", adapter, "layers"), "gain"))
     values = {measure: numbers for measure in measures if (numbers := measure.values(job))}
+    if not values:
+        return None
     maps = [
         _map(grid, measure, numbers, {} if len(widths) == 1 else bits)
         for measure, numbers in values.items()
         if (grid := grid_of(numbers)) is not None
     ]
-    if not values:
-        return None
-    has_layers = of_base and bool(job.section("base", "layers"))
     of_one = "Which layers lost most?" if of_base else "Where did the adapter help?"
     return {
         "maps": maps,
         "table": _table(values, bits if of_base else None),
-        "missing": _missing(job, {measure.key for measure in values}) if has_layers else "",
-        "question": QUESTION if of_base and adapter else of_one,
+        "missing": _missing(job, {measure.key for measure in values}) if of_base else "",
+        "question": "" if of_base and adapter else of_one,
     }
-
-
-def _bits(job: Job) -> dict[str, int]:
-    """Bitwidth of each packed tensor, from its scheme (`int4 symmetric per block 32`)."""
-    schemes = {
-        n: str(layer.get("scheme", "")) for n, layer in job.section("base", "layers").items()
-    }
-    matches = {name: re.match(r"u?int(\d+)", scheme) for name, scheme in schemes.items()}
-    return {name: int(match[1]) for name, match in matches.items() if match}
 
 
 def _map(
-    grid: LayerGrid, measure: LayerMeasure, values: dict[str, float], bits: dict[str, int]
+    grid: LayerGrid, measure: LayerMeasure, values: dict[str, float], bits: dict[str, str]
 ) -> dict[str, object]:
     """One heat map. `folded`: nothing stands out, so the map is folded into its sentence.
 
@@ -110,7 +176,7 @@ def _map(
     if high < EVEN * median:
         span = f"{percent(low)} and {percent(high)}"
         answer = f"All {count(len(values))} layers lie within {span}: nothing stands out."
-    elif measure.is_of_adapter:
+    elif measure.key == "gain":
         answer = f"Training changed {name} most, by {percent(high)}."
     else:
         times = f"{significant(high / median, 2)} times the median" if median else ""
@@ -130,9 +196,9 @@ def _map(
 
 
 def _draw(
-    grid: LayerGrid, width: int, title: str, low: float, high: float, bits: dict[str, int]
+    grid: LayerGrid, width: int, title: str, low: float, high: float, bits: dict[str, str]
 ) -> Drawing:
-    left, cell, columns = (64 if width > 500 else 48), 17, len(grid.columns)
+    left, cell, columns = (48 if is_narrow(width) else 64), 17, len(grid.columns)
     step = (width - left) / columns
     square = step - 1 if step > 4 else step
     height = cell * len(grid.rows) + 22
@@ -144,8 +210,8 @@ def _draw(
         f"Smallest {percent(low)}, largest {percent(high)} at "
         f"{grid.cells[grid.largest][1].name}. The table lists the largest.",
     )
-    has_titles = width > 500 and grid.columns.step == 1 and len(grid.cells) <= MOST_TITLES
-    digits = {place_of(name): str(number) for name, number in bits.items()}
+    has_titles = not is_narrow(width) and grid.columns.step == 1 and len(grid.cells) <= MOST_TITLES
+    digits = {place_of(name): number for name, number in bits.items()}
     for (row, column), (number, place) in grid.cells.items():
         x, y = left + column * step, row * cell
         shade = min(BINS - 1, int(BINS * (number - low) / ((high - low) or 1)))
@@ -167,41 +233,39 @@ def _draw(
     row, column = grid.largest
     drawing.rect(left + column * step, row * cell, square, cell - 1, "worst")
     drawing.text(left - 6, height - 6, "layer", "ax", "end")
-    tenths = max(1, round(columns / (6 if drawing.is_narrow else 12) / 5) * 5)
+    tenths = max(1, round(columns / (6 if is_narrow(width) else 12) / 5) * 5)
     for column in range(0, columns, tenths if columns > 12 else 1):
         x = left + (column + 0.5) * step
         drawing.text(x, height - 6, str(grid.columns[column]), "ax", "middle")
     return drawing
 
 
-def _table(values: dict[LayerMeasure, dict[str, float]], bits: dict[str, int] | None) -> Table:
+def _table(values: dict[LayerMeasure, dict[str, float]], bits: dict[str, str] | None) -> Table:
     """The layers, by how far above the median they are in any column.
 
     Args:
         bits: of each layer; None without a column for them.
     """
-    columns = {
-        measure: {name.removesuffix(".weight"): (name, number) for name, number in numbers.items()}
-        for measure, numbers in values.items()
-    }
     ranks: dict[str, float] = {}
-    for cells, numbers in zip(columns.values(), values.values(), strict=True):
+    names: dict[tuple[str, str], str] = {}
+    for measure, numbers in values.items():
         median = sorted(numbers.values())[len(numbers) // 2] or 1e-30
-        for layer, (_, number) in cells.items():
+        for name, number in numbers.items():
+            layer = name.removesuffix(".weight")
+            names[measure.key, layer] = name
             ranks[layer] = max(number / median, ranks.get(layer, 0.0))
-    layers = sorted(ranks, key=lambda layer: -ranks[layer])[:MOST_SENT]
+    layers = sorted(ranks, key=lambda layer: -ranks[layer])[:MOST_LAYERS]
     rows: list[dict[str, Cell]] = []
     for layer in layers:
         place = place_of(layer)
         row: dict[str, Cell] = {"Layer": capitalized(place.name) if place else layer}
         if bits is not None:
-            row["Bits"] = str(bits.get(f"{layer}.weight", bits.get(layer)) or "float")
-        for measure, cells in columns.items():
+            row["Bits"] = bits.get(f"{layer}.weight", bits.get(layer, "float"))
+        for measure, numbers in values.items():
             row[measure.title] = None
-            if layer in cells:
-                name, number = cells[layer]
+            if (name := names.get((measure.key, layer), "")) in numbers:
                 path = (*measure.path, name, measure.key)
-                row[measure.title] = tagged(precise_percent(number), number, path)
+                row[measure.title] = tagged(precise_percent(numbers[name]), numbers[name], path)
         rows.append(row)
     return Table(
         "Layers, those furthest above the median of a column first. Select a heading to sort.",
@@ -213,10 +277,11 @@ def _table(values: dict[LayerMeasure, dict[str, float]], bits: dict[str, int] | 
 
 
 def _missing(job: Job, measured: set[str]) -> Markup | str:
+    if not job.section("base", "layers"):
+        return ""
     if "weight_error" not in measured:
-        return Markup("Weight error: {}. The base has the integers of its file.").format(
-            NOT_MEASURED
-        )
+        said = Markup("Weight error: {}. The base has the integers of its file.")
+        return said.format(NOT_MEASURED)
     if "error" not in measured:
         return Markup(
             "Error of the layer's <em>output</em>, which weighs each weight by how much it "

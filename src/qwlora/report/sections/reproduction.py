@@ -17,29 +17,26 @@ def view(job: Job, adapter: str) -> View | None:
     text = without_folders(job.recipe_text)
     source, seed = job.setting("model", "source"), job.setting("seed")
     versions, machine = job.section("run", "versions"), job.section("run", "machine")
-    adapters = {f"Adapter {name}": job.get("train", name, "fingerprint") for name in job.adapters}
+    cores, memory = machine.get("cores"), machine.get("memory_bytes")
     hardware = (
         machine.get("processor") or machine.get("architecture"),
-        f"{machine['cores']} cores" if machine.get("cores") else "",
-        f"{size(machine['memory_bytes'])} memory" if machine.get("memory_bytes") else "",
+        cores and f"{cores} cores",
+        memory and f"{size(memory)} memory",
         machine.get("system"),
     )
-    times = {key: str(job.get("run", key) or "") for key in ("started", "finished")}
+    times = {key.capitalize(): str(job.get("run", key) or "") for key in ("started", "finished")}
     return {
         "command": without_folders(job.command),
         "codes": {
             "Base fingerprint": job.get("base", "fingerprint") or NOT_MEASURED,
-            **adapters,
+            **{f"Adapter {name}": job.get("train", name, "fingerprint") for name in job.adapters},
             "Model": without_folders(str(source)) if source else "",
         },
         "facts": {
             "Seed": "" if seed is None else str(seed),
             "Versions": ", ".join(map(" ".join, versions.items())) or NOT_RECORDED,
             "Machine": ", ".join(str(part) for part in hardware if part) or NOT_RECORDED,
-            **{
-                key.capitalize(): time.replace("T", " ").replace("+00:00", " UTC")
-                for key, time in times.items()
-            },
+            **{k: t.replace("T", " ").replace("+00:00", " UTC") for k, t in times.items()},
         },
         "recipe": text,
         "lines": len(text.splitlines()),

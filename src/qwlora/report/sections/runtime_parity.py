@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from qwlora.report.drawing import Bar, Drawing, Scale, bars, figure, shortened, ticks
-from qwlora.report.evidence import Outcome, outcome_of, proof_evidence
+from qwlora.report.drawing import Bar, Drawing, Scale, bars, figure, is_narrow, shortened, ticks
 from qwlora.report.number_format import count, listed, precise_percent
 from qwlora.report.report_section import View, section
 from qwlora.report.results_view import Job, capitalized, code, runtime
+from qwlora.report.verdict import Outcome, outcome_of, proof_evidence
 
 MOST_SHOWN = 3.0  # times a limit; longer bars end there
 
@@ -60,7 +60,7 @@ def _agreement(job: Job, target: str, adapter: str) -> Agreement:
 
 
 def _draw(rows: list[Agreement], width: int) -> Drawing:
-    narrow = width < 500
+    narrow = is_narrow(width)
     left, right, step = (0, 62, 46) if narrow else (152, 118, 32)
     floors = [row.floor for row in rows if row.floor is not None]
     least = min([*floors, *(row.share for row in rows if row.share is not None)])
@@ -112,7 +112,7 @@ def _answer(job: Job, adapter: str, rows: list[Agreement]) -> Markup:
         )
     if missing := [row for _, row, outcome in by_outcome if outcome is Outcome.MISSING]:
         return Markup("<b>Not proven for {}: {}.</b> Check the files with {}.").format(
-            listed([row.name for row in missing]), missing[0].why, code(job.verb_command("verify"))
+            listed([row.name for row in missing]), missing[0].why, job.verb_command("verify")
         )
     does = "does" if len(rows) == 1 else "do"
     answer = Markup("<b>{} {}.</b>").format(listed([row.name for row in rows]), does)

@@ -7,20 +7,11 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from qwlora.report.drawing import Bar, Drawing, Scale, bars, figure, shortened
-from qwlora.report.number_format import (
-    TIMES,
-    count,
-    finite,
-    percent,
-    perplexity,
-    precise_percent,
-    significant,
-    three_decimals,
-    valued,
-)
+from qwlora.report import number_format as form
+from qwlora.report.drawing import Drawing, Scale, figure, is_narrow, shortened
+from qwlora.report.number_format import TIMES, percent, perplexity, precise_percent, three_decimals
 from qwlora.report.report_section import Cell, Table, View, section
-from qwlora.report.results_view import KINDS, Job, code, runtime
+from qwlora.report.results_view import KINDS, Job, runtime
 
 
 @dataclass(frozen=True)
@@ -57,7 +48,6 @@ def view(job: Job, adapter: str) -> View | None:
     return {
         "figure": figure(lambda width: _draw(steps, width, missing)),
         "answer": _answer(job, adapter),
-        "magnified": _magnified(job, adapter),
         "note": _note(job, adapter),
         "table": _table(job, adapter),
     }
@@ -65,13 +55,21 @@ def view(job: Job, adapter: str) -> View | None:
 
 def _steps(job: Job, adapter: str) -> list[Step]:
     """One for each stage, and for the files of each target."""
+    bits, activation_bits = job.bitwidth, job.setting("simulation", "activation_bitwidth")
+    trained = job.number("train", adapter, "steps")
+    details = {
+        "float": "as loaded",
+        "base": f"{bits}-bit, {job.setting('base', 'solver')}" if bits else "integers",
+        "adapted": adapter if trained is None else f"{adapter}, {form.count(trained)} steps",
+        "simulated": f"{activation_bits or 'integer'}{'-bit' * bool(activation_bits)} activations",
+    }
     steps: list[Step] = []
     before: float | None = None
     for kind, title in KINDS.items():
         after = job.perplexity(kind, adapter)
         if kind == "float" and after is None and job.perplexity("base", adapter) is not None:
             continue  # the model's files hold only integers
-        steps.append(Step(title, _detail(job, adapter, kind), before, after))
+        steps.append(Step(title, details[kind], before, after))
         before = after or before
     for target in job.targets:
         drift = job.drift(target, adapter)
@@ -82,21 +80,8 @@ def _steps(job: Job, adapter: str) -> list[Step]:
     return steps
 
 
-def _detail(job: Job, adapter: str, kind: str) -> str:
-    if kind == "base":
-        bits = job.bitwidth
-        return f"{bits}-bit, {job.setting('base', 'solver')}" if bits else "integers"
-    if kind == "adapted":
-        steps = job.number("train", adapter, "steps")
-        return f"{adapter}, {count(steps)} steps" if steps is not None else adapter
-    if kind == "simulated":
-        bits = job.setting("simulation", "activation_bitwidth")
-        return f"{bits}-bit activations" if bits else "integer activations"
-    return "as loaded"
-
-
 def _draw(steps: list[Step], width: int, missing: str) -> Drawing:
-    narrow = width < 500
+    narrow = is_narrow(width)
     left, right = (118, 80) if narrow else (216, 186)
     values = [v for step in steps for v in (step.before, step.after) if v is not None]
     margin = max((max(values) / min(values)) ** 0.08, 1.005)
@@ -141,78 +126,48 @@ def _draw_step(drawing: Drawing, scale: Scale, step: Step, y: float) -> None:
         drawing.rect(scale(step.after) - 2, y, 4, 22, "mark k-float", title, 2)
     else:
         start, end = sorted((scale(step.before), scale(step.after)))
-        kind = "k-loss" if step.after > step.before else "k-gain"
+        kind = f"mark {'k-loss' if step.after > step.before else 'k-gain'}"
         title = f"{step.name}: {step.before:.3f} to {step.after:.3f}, {step.change}"
         drawing.line(scale(step.before), y - 24, scale(step.before), y, "conn")
-        drawing.rect(
-            start - (end - start < 2), y, max(end - start, 2), 22, f"mark {kind}", title, 2
-        )
+        drawing.rect(start - (end - start < 2), y, max(end - start, 2), 22, kind, title, 2)
 
 
 def _answer(job: Job, adapter: str) -> Markup:
     packing, training = job.change("base", "float", adapter), job.change("adapted", "base", adapter)
     direction = "better" if training is not None and training < 0 else "worse"
+    gain = percent(abs(training or 0.0))
+    if packing is None and training is None:
+        return Markup("<b>The packed base is measured; nothing after it is yet.</b>")
     if packing is None:
-        if training is None:
-            return Markup("<b>The packed base is measured; nothing after it is yet.</b>")
         return Markup(
             "<b>The adapter made the packed base {} {}.</b> The model's files hold only integers, "
             "so there is no float model to compare with."
-        ).format(percent(abs(training)), direction)
-    cost = (
-        f"Packing cost {percent(packing)}"
-        if packing > 0
-        else f"Packing cost nothing: perplexity is {percent(-packing)} better"
-    )
+        ).format(gain, direction)
+    cost = f"Packing cost {percent(packing)}"
+    if packing <= 0:
+        cost = f"Packing cost nothing: perplexity is {percent(-packing)} better"
     if training is None:
         return Markup("<b>{}.</b>").format(cost)
     if packing <= 0 or training >= 0:
-        return Markup("<b>{}; the adapter made it {} {} than the packed base.</b>").format(
-            cost, percent(abs(training)), direction
-        )
+        than = Markup("<b>{}; the adapter made it {} {} than the packed base.</b>")
+        return than.format(cost, gain, direction)
     share = -math.log1p(training) / math.log1p(packing)
     if share > 10:
-        return Markup("<b>{}; the adapter then made the model {} better.</b>").format(
-            cost, percent(-training)
-        )
+        return Markup("<b>{}; the adapter then made the model {} better.</b>").format(cost, gain)
     more = " More than 100% means that it repaired the damage and then learned the text."
     return Markup("<b>{}; the adapter won back {:.0%} of it.</b>{}").format(
         cost, share, more if share > 1 else ""
     )
 
 
-def _magnified(job: Job, adapter: str) -> Markup | None:
-    """Bars of the steps that are too small for the waterfall."""
-    rows, most = list[Bar](), 1e-6
-
-    def add(name: str, value: float, color: str, limit: tuple[float, str] | None = None) -> None:
-        nonlocal most
-        shown = precise_percent(value, True)
-        rows.append(Bar(name, shown, [(0.0, abs(value), color, f"{name}: {shown}")], "", limit))
-        most = max(most, abs(value), limit[0] if limit else 0.0)
-
-    if (simulation := job.change("simulated", "adapted", adapter)) is not None:
-        add("Simulation, of the adapter", simulation, "k-neu")
-    for target in job.targets:
-        if (drift := job.drift(target, adapter)) is not None:
-            row, limit = job.perplexity_row(target, adapter), None
-            if row is not None and (allowed := finite(row.limit)) is not None:
-                limit = allowed, f"limit {precise_percent(allowed)}"
-            of = "simulation" if job.compared_with(target, adapter) == "simulated" else "adapter"
-            color = "k-gain" if row is None or row.passed else "k-loss"
-            add(f"{runtime(target)}, of the {of}", drift, color, limit)
-    title = "The last steps, magnified"
-    return figure(lambda width: bars(title, rows, 1.25 * most, width)) if rows else None
-
-
 def _note(job: Job, adapter: str) -> str:
-    keys = ("sequences", "perplexity", "reference_perplexity")
     for target in job.targets:
+        keys = ("sequences", "perplexity", "reference_perplexity")
         numbers = [job.number("parity", target, adapter, key) for key in keys]
-        sequences, value, expected = (number or 0.0 for number in numbers)
         if None not in numbers:
+            sequences, value, expected = (number or 0.0 for number in numbers)
             return (
-                f"The exported file was run on {count(sequences)} "
+                f"The exported file was run on {form.count(sequences)} "
                 f"sequence{'' if sequences == 1 else 's'}: "
                 f"{three_decimals(value)}, where {three_decimals(expected)} is expected. "
                 "Compare those two with each other, not with the table."
@@ -226,14 +181,13 @@ def _table(job: Job, adapter: str) -> Table:
         kl, stderr = (job.path(kind, adapter, key) for key in ("kl", "perplexity_stderr"))
         value = job.shown(three_decimals, *job.path(kind, adapter))
         change = job.change(kind, "float", adapter)
+        against = None if change is None else form.tagged(precise_percent(change, True), change)
         row: dict[str, Cell] = {
             "Stage": title,
             "Perplexity": value,
-            "Against float": None
-            if change is None
-            else valued(precise_percent(change, True), change),
-            "KL, mean": job.shown(significant, *kl, "mean"),
-            "KL, 99.9%": job.shown(significant, *kl, "p999"),
+            "Against float": against,
+            "KL, mean": job.shown(form.significant, *kl, "mean"),
+            "KL, 99.9%": job.shown(form.significant, *kl, "p999"),
             "Same token": job.shown(precise_percent, *job.path(kind, adapter, "top1"), "share"),
             "Standard error": job.shown(lambda v: f"± {three_decimals(v)}", *stderr),
         }
@@ -244,7 +198,7 @@ def _table(job: Job, adapter: str) -> Table:
     note = Markup(
         '<span class="nm">hatched</span> not measured. Add KL, agreement and standard errors '
         "with {}."
-    ).format(code(job.verb_command("evaluate")))
+    ).format(job.verb_command("evaluate"))
     sequences = job.setting("data", "evaluation_sequences")
     words = f"the same {sequences} held-out sequences" if sequences else "the same held-out text"
     return Table(

@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from markupsafe import Markup
 
+from qwlora.report import number_format as form
 from qwlora.report.drawing import Bar, bars, figure
-from qwlora.report.number_format import (
-    NOT_MEASURED,
-    count,
-    finite,
-    fixed,
-    percent,
-    seconds,
-    size,
-    tagged,
-)
+from qwlora.report.number_format import NOT_MEASURED, finite, fixed, percent, seconds, size
 from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import FILES, FLOAT_BYTES, Job, capitalized, runtime
 
@@ -29,65 +21,51 @@ def view(job: Job, adapter: str) -> View | None:
     if not done:
         return None
     current = job.get("run", "stage")
-    times = {name: finite(part.get("seconds")) or 0.0 for name, part in done.items()}
-    times = {name: time for name, time in times.items() if name != current}
+    times = {
+        name: finite(part.get("seconds")) or 0.0 for name, part in done.items() if name != current
+    }
     stages = [*(name for name in done if name not in plan), *plan]
     longest = max(stages, key=lambda name: times.get(name, 0.0))
-    states = {
-        name: job.state if name == current and job.state in QUESTIONS else "waiting"
-        for name in stages
-        if name not in times
-    }
-    rows, begin, waits = list[Bar](), 0.0, any(s != "failed" for s in states.values())
-    for name in stages[:MOST_BARS]:
-        spoken = _spoken(name)
+    share = percent(times.get(longest, 0.0) / total) if total else "0%"
+    time, table, begin, waits = list[Bar](), list[dict[str, Cell]](), 0.0, False
+    for name in stages:
+        verb, *parts = name.replace("/on/", " on text of ").split("/")
+        # no adapter's name begins with an underscore: `calibrate/_base` is of the base
+        said = (part[1:].replace("_", " ") if part.startswith("_") else part for part in parts)
+        title = " ".join([capitalized(verb), *said])
+        path, state = ("stages", name.partition("/")[0], "parts", name), ""
         if name in times:
             end = begin + times[name]
+            of_job = percent(times[name] / total) if total else "0%"
+            tooltip = f"{title}: {seconds(times[name])}, {of_job} of the job"
             color = "k-gain" if name == longest else "k-neu"
-            share = percent(times[name] / total) if total else "0%"
-            title = f"{spoken}: {seconds(times[name])}, {share} of the job"
-            rows.append(Bar(spoken, seconds(times[name]), [(begin, end, color, title)]))
+            time.append(Bar(title, seconds(times[name]), [(begin, end, color, tooltip)]))
             begin = end
+        elif name == current and job.state == "failed":
+            failed = (begin, begin + 0.02 * total, "k-loss", f"{title} failed")
+            state = "failed"
+            time.append(Bar(title, state, [failed]))
         else:
-            part = [(begin, begin + 0.02 * total, "k-loss", f"{spoken} failed")]
-            is_failed = states[name] == "failed"
-            hatched = "" if is_failed else f"{spoken}: {states[name]}"
-            rows.append(Bar(spoken, states[name], part if is_failed else (), hatched))
+            state = "running" if name == current and job.state == "running" else "waiting"
+            time.append(Bar(title, state, hatched=f"{title}: {state}"))
+            waits = True
+        row: dict[str, Cell] = {"Stage": title, "Time": state, "Peak memory": None}
+        if not state:
+            row["Time"] = job.shown(seconds, *path, "seconds") or seconds(0)
+            row["Peak memory"] = job.shown(size, *path, "peak_rss_bytes")
+        table.append(row)
     sizes = _sizes(job)
     largest = max((stop for row in sizes for _, stop, _, _ in row.parts), default=0.0)
-    share = percent(times.get(longest, 0.0) / total) if total else "0%"
+    of_longest = time[stages.index(longest)].name.lower()
     return {
-        "question": QUESTIONS.get(job.state, "What did it take, and how big is it?"),
-        "summary": f"{seconds(total)} in all; "
-        f"the longest stage was {_spoken(longest).lower()}, {share} of it.",
+        "question": QUESTIONS.get(job.state),
+        "summary": f"{seconds(total)} in all; the longest stage was {of_longest}, {share} of it.",
         "waits": waits,
-        "time": figure(lambda width: bars("Time by stage", rows, total, width)),
+        "time": figure(lambda width: bars("Time by stage", time[:MOST_BARS], total, width)),
         "left_out": max(0, len(stages) - MOST_BARS),
-        "table": Table(
-            "Time and peak memory of each stage",
-            [_table_row(job, name, states.get(name)) for name in stages],
-            sortable=True,
-        ),
+        "table": Table("Time and peak memory of each stage", table, sortable=True),
         "sizes": figure(lambda width: bars("Size", sizes, largest, width)) if sizes else "",
         "answer": _answer(job),
-    }
-
-
-def _spoken(stage: str) -> str:
-    """`evaluate/adapted/first` as `Evaluate adapted first`, and `calibrate/_base` as `Calibrate
-    base`."""
-    verb, *parts = stage.replace("/on/", " on text of ").split("/")
-    # no adapter's name begins with an underscore
-    said = (part[1:].replace("_", " ") if part.startswith("_") else part for part in parts)
-    return " ".join([capitalized(verb), *said])
-
-
-def _table_row(job: Job, stage: str, state: str | None) -> dict[str, Cell]:
-    path = ("stages", stage.partition("/")[0], "parts", stage)
-    return {
-        "Stage": _spoken(stage),
-        "Time": state or job.shown(seconds, *path, "seconds") or seconds(0),
-        "Peak memory": None if state else job.shown(size, *path, "peak_rss_bytes"),
     }
 
 
@@ -135,8 +113,8 @@ def _answer(job: Job) -> Markup:
         "<b>{} bits per packed weight, {} over the whole model.</b> {} values stay float "
         "(embeddings, norms, biases); in float32 they are {} of the base."
     ).format(
-        tagged(fixed(bits), bits, ("base", "bits_per_weight")),
+        job.shown(fixed, "base", "bits_per_weight"),
         fixed(8 * stored / (weights + floats), 1),
-        f"{fixed(floats / 1e6, 1)} million" if floats >= 1e6 else count(floats),
+        f"{fixed(floats / 1e6, 1)} million" if floats >= 1e6 else form.count(floats),
         percent(FLOAT_BYTES * floats / stored),
     )

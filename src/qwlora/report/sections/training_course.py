@@ -7,17 +7,9 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from qwlora.report.drawing import Drawing, Scale, figure, ticks
-from qwlora.report.number_format import (
-    NOT_MEASURED,
-    count,
-    finite,
-    fixed,
-    percent,
-    seconds,
-    size,
-    three_decimals,
-)
+from qwlora.report import number_format as form
+from qwlora.report.drawing import Drawing, Scale, figure, is_narrow, ticks
+from qwlora.report.number_format import NOT_MEASURED, count, finite, fixed, three_decimals
 from qwlora.report.report_section import View, section
 from qwlora.report.results_view import Job, code
 
@@ -94,8 +86,9 @@ def view(job: Job, adapter: str) -> View | None:
     is_part = len(run.losses) < run.steps
     is_running = is_part and job.state == "running"
     return {
-        "question": "Is training going well?" if is_running else "Did training work?",
+        "question": "Is training going well?" if is_running else "",
         "hatched": is_part,
+        "smoothed": SMOOTHED,
         "figure": figure(lambda width: _draw(run, width)),
         "answer": _answer(run),
         "facts": _facts(job, adapter),
@@ -103,7 +96,7 @@ def view(job: Job, adapter: str) -> View | None:
 
 
 def _draw(run: Course, width: int) -> Drawing:
-    narrow = width < 500
+    narrow = is_narrow(width)
     left, right, bottom, top = 38, (16 if narrow else 150), 240, 22
     end, means, done = width - right, run.means, len(run.losses)
     values = [*run.losses, *(loss for _, loss in run.held_out)]
@@ -170,33 +163,23 @@ def _answer(run: Course) -> Markup:
             "<b>No: it diverged at step {}.</b> The loss was {}, above the limit of {}."
         ).format(count(done), fixed(run.losses[-1]), fixed(run.limit))
     if done < run.steps:
+        so_far = "So far, yes" if last < first else "Not yet"
         return Markup(
             "<b>{}: step {} of {}, loss {} at first and {} now.</b> No step was above the "
             "divergence limit."
-        ).format(
-            "So far, yes" if last < first else "Not yet",
-            count(done),
-            count(run.steps),
-            fixed(first),
-            fixed(last),
-        )
+        ).format(so_far, count(done), count(run.steps), fixed(first), fixed(last))
     if len(run.held_out) < 2:
+        fell = "fell" if last < first else "did not fall"
         return Markup(
             "<b>The training loss {}: {} to {} nats per token.</b> On held-out text: {}."
-        ).format(
-            "fell" if last < first else "did not fall", fixed(first), fixed(last), NOT_MEASURED
-        )
+        ).format(fell, fixed(first), fixed(last), NOT_MEASURED)
     (first_step, before), (_, after) = run.held_out[0], run.held_out[-1]
     if run.is_evaluated and run.best_step is not None:
         after = dict(run.held_out).get(run.best_step, after)
-    fell = after < before
-    sentence = Markup("<b>{}: held-out loss {} from {}{} to {} nats per token.</b> ").format(
-        "Yes" if fell else "No",
-        "fell" if fell else "rose",
-        fixed(before),
-        f" at step {first_step}" if first_step else "",
-        fixed(after),
-    )
+    answer, fell = ("Yes", "fell") if after < before else ("No", "rose")
+    at = f" at step {first_step}" if first_step else ""
+    sentence = Markup("<b>{}: held-out loss {} from {}{} to {} nats per token.</b> ")
+    sentence = sentence.format(answer, fell, fixed(before), at, fixed(after))
     if run.is_evaluated:
         kept = f"The adapter of step {count(run.best_step)} was kept." if run.best_step else ""
         return sentence + kept
@@ -208,8 +191,7 @@ def _answer(run: Course) -> Markup:
 def _facts(job: Job, adapter: str) -> list[tuple[str, Markup | str]]:
     """Labels and values."""
     path, setting = ("train", adapter), job.adapter_settings().get(adapter, {})
-    train = job.section(*path)
-    if not train:
+    if not job.section(*path):
         return []
     batch, rate = setting.get("batch_sequences"), setting.get("learning_rate")
     of_batch = f", of {batch} sequence{'s' if batch != 1 else ''}" if batch else ""
@@ -217,13 +199,13 @@ def _facts(job: Job, adapter: str) -> list[tuple[str, Markup | str]]:
     trained, warm = job.number(*path, "trainable_parameters") or 0, setting.get("warmup_steps")
     warm_up = f", {warm} warm-up steps" if warm else ""
     steps, parameters = (job.shown(count, *path, key) for key in ("steps", "trainable_parameters"))
-    share = f" ({percent(trained / whole)} of the model)" if whole else ""
+    share = f" ({form.percent(trained / whole)} of the model)" if whole else ""
     facts: dict[str, Markup | str | None] = {
         "Steps": steps and steps + of_batch,
-        "Time per step": job.shown(seconds, *path, "step_seconds"),
-        "Peak memory": job.shown(size, *path, "peak_rss_bytes"),
+        "Time per step": job.shown(form.seconds, *path, "step_seconds"),
+        "Peak memory": job.shown(form.size, *path, "peak_rss_bytes"),
         "Trained parameters": parameters and parameters + share,
         "Learning rate": f"{rate:g}, {setting.get('schedule')}{warm_up}" if rate else None,
-        "Precision": train.get("compute"),
+        "Precision": job.get(*path, "compute"),
     }
     return [(label, value) for label, value in facts.items() if value]

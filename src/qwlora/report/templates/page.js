@@ -49,20 +49,11 @@
       .forEach(function (pair) { body.appendChild(pair[1]); });
   }
   function showAll(id) {
-    var rows = document.querySelector('script[data-rows="' + id + '"]');
-    if (!rows) return;
-    var words = rows.dataset.words.split(" ");
-    var body = document.querySelector('table[aria-labelledby="' + id + '"]').tBodies[0];
-    body.insertAdjacentHTML("beforeend", JSON.parse(rows.textContent).map(function (row) {
-      return "<tr>" + row.map(function (cell, n) {
-        if (!n) return '<th scope="row">' + cell + "</th>";
-        if (cell === null) return '<td class="e"><span class="vh">not measured</span></td>';
-        if (cell instanceof Array) return '<td><data value="' + cell[1] + '">' + cell[0] + "</data></td>";
-        return (words.indexOf(String(n)) < 0 ? "<td>" : '<td class="l">') + cell + "</td>";
-      }).join("") + "</tr>";
-    }).join(""));
-    rows.remove();
-    document.querySelector('[data-more="' + id + '"]').parentNode.remove();
+    var more = document.querySelector('[data-more="' + id + '"]');
+    if (!more) return;
+    var table = document.querySelector('table[aria-labelledby="' + id + '"]');
+    [].forEach.call(table.tBodies[0].rows, function (row) { row.hidden = false; });
+    more.parentNode.remove();
   }
   document.addEventListener("click", function (event) {
     var link = event.target.closest("a[href^='#d-']");

@@ -1,9 +1,11 @@
 """Tiny random models of several architectures, with a tokenizer of their own: nothing is downloaded."""
 
+from __future__ import annotations
+
 import gc
 import json
 import subprocess
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -134,7 +136,7 @@ def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, Any, Any]:
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory):
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A Hugging Face checkpoint folder of each architecture."""
     folder = tmp_path_factory.mktemp("checkpoints")
     for architecture in ARCHITECTURES:
@@ -144,7 +146,7 @@ def checkpoints(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def corpus(tmp_path_factory):
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of ten short documents."""
     folder = tmp_path_factory.mktemp("corpus")
     for i in range(10):
@@ -170,17 +172,17 @@ def write_recipe(folder: Path, model: Path, corpus: Path, /, **sections: Any) ->
 
 
 @pytest.fixture
-def recipe_for(tmp_path, corpus, checkpoints):
+def recipe_for(tmp_path: Path, corpus: Path, checkpoints: dict[str, Path]) -> Any:
     """`write_recipe` to the test's folder, with the model of an architecture."""
 
-    def write(architecture="llama", **sections):
+    def write(architecture: str = "llama", **sections: Any) -> Path:
         return write_recipe(tmp_path, checkpoints[architecture], corpus, **sections)
 
     return write
 
 
 @pytest.fixture(scope="module", autouse=True)
-def frozen_garbage_collector():
+def frozen_garbage_collector() -> None:
     """Jobs collect garbage before each stage. With all that is imported here, looking through it takes
     longer than a stage of a tiny model: without this, tests/pipeline takes three times as long."""
     gc.collect()
@@ -188,7 +190,7 @@ def frozen_garbage_collector():
 
 
 @pytest.fixture(scope="module")
-def shared_captures():
+def shared_captures() -> Iterator[None]:
     """Models of one structure are captured once; see `graph/shared_captures.py`."""
     from graph.shared_captures import CALLERS, shared_capture
 
@@ -199,18 +201,18 @@ def shared_captures():
 
 
 @pytest.fixture
-def short_time_limit(monkeypatch):
+def short_time_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Regular expressions and templates that users supply get 0.2 s instead of 10."""
     limit = "qwlora.system.time_limit.time_limit.__wrapped__.__defaults__"
     monkeypatch.setattr(limit, (0.2,))
 
 
 @pytest.fixture
-def mounted(tmp_path):
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     """Mounts an empty file system with the given options, like `size=100k` or `ro`; skips the test where that is not allowed."""
     made: list[Path] = []
 
-    def mount(options):
+    def mount(options: str) -> Path:
         folder = tmp_path / f"disk{len(made)}"
         folder.mkdir()
         if subprocess.run(
@@ -228,12 +230,12 @@ def mounted(tmp_path):
 
 
 @pytest.fixture
-def loaded_at_finish(monkeypatch):
+def loaded_at_finish(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the tensors that still have data when `BaseWriter.finish` is called."""
     found: list[str] = []
     finish = BaseWriter.finish
 
-    def recorded(writer, model, *arguments):
+    def recorded(writer: BaseWriter, model: PreTrainedModel, *arguments: Any) -> str:
         found.extend(name for name, tensor in model.state_dict().items() if not tensor.is_meta)
         return finish(writer, model, *arguments)
 

@@ -1,5 +1,7 @@
 """The oldest releases that pyproject.toml allows are those that `make test-oldest` installs."""
 
+from __future__ import annotations
+
 import tomllib
 from pathlib import Path
 
@@ -26,7 +28,7 @@ def pins() -> dict[str, Version]:
 @pytest.mark.parametrize(
     "requirement", [found for found in REQUIREMENTS if found.name != "qwlora"], ids=str
 )
-def test_the_oldest_allowed_release_is_pinned(requirement):
+def test_the_oldest_allowed_release_is_pinned(requirement: Requirement) -> None:
     (lowest,) = (
         Version(part.version) for part in requirement.specifier if part.operator in (">=", "==")
     )
@@ -34,7 +36,7 @@ def test_the_oldest_allowed_release_is_pinned(requirement):
 
 
 @pytest.mark.parametrize("line", EXTRAS["dev"])
-def test_pins_allow_the_tools_of_the_tests(line):
+def test_pins_allow_the_tools_of_the_tests(line: str) -> None:
     requirement = Requirement(line)
     pin = pins().get(requirement.name)
     assert pin is None or pin in requirement.specifier

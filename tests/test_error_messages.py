@@ -1,5 +1,7 @@
 """Parts of messages: lists, near names, sizes."""
 
+from __future__ import annotations
+
 import pytest
 
 from qwlora.errors import lines, listed, near_names, suggestion
@@ -8,7 +10,7 @@ MODEL = [f"model.layers.{i}.mlp.{name}" for i in range(3) for name in ("up_proj"
 WEIGHTS = [f"{name}.weight" for name in MODEL]
 
 
-def test_lists_name_the_first_and_count_the_rest():
+def test_lists_name_the_first_and_count_the_rest() -> None:
     assert listed("abc", 3) == "a, b, c"
     assert listed("abcde", 3) == "a, b, c and 2 more"
     assert listed([]) == "none"
@@ -26,11 +28,11 @@ def test_lists_name_the_first_and_count_the_rest():
         ("model.layers.1.mpl.up_proj.linear", MODEL, "model.layers.1.mlp.up_proj"),
     ],
 )
-def test_the_nearest_name_comes_first(name, names, near):
+def test_the_nearest_name_comes_first(name: str, names: list[str], near: str) -> None:
     assert near_names(name, names)[0] == near
     assert suggestion(name, names) == f"; did you mean {near}?"
 
 
-def test_without_a_near_name_the_known_ones_are_listed():
+def test_without_a_near_name_the_known_ones_are_listed() -> None:
     assert near_names("xyz", ["text", "label"]) == []
     assert suggestion("xyz", ["text", "label"]) == "; there are text, label"

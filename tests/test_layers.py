@@ -86,15 +86,15 @@ def upward(graph: dict[str, set[str]]) -> list[str]:
     ]
 
 
-def test_no_circles():
+def test_no_circles() -> None:
     assert circles(import_graph(PACKAGE)) == []
 
 
-def test_imports_point_down():
+def test_imports_point_down() -> None:
     assert upward(import_graph(PACKAGE)) == []
 
 
-def test_every_module_has_a_level():
+def test_every_module_has_a_level() -> None:
     assert {name.partition(".")[0] for name in import_graph(PACKAGE)} <= LEVEL.keys()
 
 
@@ -119,7 +119,7 @@ def planted(folder: Path, files: dict[str, str]) -> dict[str, set[str]]:
         ("nn/bad.py", "if TYPE_CHECKING:\n    from qwlora.adapter.train import train"),
     ],
 )
-def test_a_planted_upward_import_is_found(tmp_path, file, text):
+def test_a_planted_upward_import_is_found(tmp_path: Path, file: str, text: str) -> None:
     assert len(upward(planted(tmp_path, {file: text}))) == 1
 
 
@@ -132,14 +132,14 @@ def test_a_planted_upward_import_is_found(tmp_path, file, text):
         "if TYPE_CHECKING:\n    from qwlora.nn.b import x",
     ],
 )
-def test_a_planted_circle_is_found(tmp_path, text):
+def test_a_planted_circle_is_found(tmp_path: Path, text: str) -> None:
     back = {"nn/b.py": "from qwlora.nn import c", "nn/c.py": "import qwlora.nn.a"}
     graph = planted(tmp_path, {"nn/a.py": text, **back})
     assert circles(graph) == [{"nn.a", "nn.b", "nn.c"}]
     assert upward(graph) == []
 
 
-def test_names_that_are_loaded_later_are_listed():
+def test_names_that_are_loaded_later_are_listed() -> None:
     import qwlora
 
     assert {*qwlora.__all__, "__version__"} <= set(dir(qwlora))

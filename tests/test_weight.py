@@ -1,5 +1,7 @@
 """The size of the code stays within the budget that pyproject.toml states."""
 
+from __future__ import annotations
+
 import tomllib
 from pathlib import Path
 
@@ -32,7 +34,7 @@ FOUND = {
 
 
 @pytest.mark.parametrize("what", BUDGET)
-def test_the_code_is_within_its_budget(what):
+def test_the_code_is_within_its_budget(what: str) -> None:
     found, most = FOUND[what], BUDGET[what]
     assert found <= most, (
         f"{what} is {found:,}, and pyproject.toml allows {most:,}. Make something smaller first; "

@@ -1,6 +1,9 @@
 """Collects the results of all comparisons; `--table FILE` writes them as docs/aimet-oracle.md."""
 
+from __future__ import annotations
+
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -42,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def table(request):
+def table(request: pytest.FixtureRequest) -> Iterator[Table]:
     collected = Table()
     yield collected
     path = request.config.getoption("--table")
@@ -57,7 +60,7 @@ def table(request):
 
 
 @pytest.fixture
-def comparison(table):
+def comparison(table: Table) -> Iterator[Comparison]:
     """One row of the table; the test sets its name."""
     row = Comparison()
     yield row

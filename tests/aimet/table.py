@@ -1,5 +1,7 @@
 """The table of comparisons. Does not import AIMET, so pytest can collect it anywhere."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass, field
 
 

@@ -9,6 +9,8 @@ A percentile is not chosen for its error. What is compared is how far its range 
 sorted data.
 """
 
+from __future__ import annotations
+
 import pytest
 import torch
 from torch import Tensor
@@ -98,7 +100,7 @@ BITS = [((2, 3, 4), EXACT), ((6, 8), 1.03), ((16,), 1.05)]
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("bits", "allowed"), BITS)
-def test_error_on_a_complete_sample(bits, allowed, name, table):
+def test_error_on_a_complete_sample(bits, allowed, name, table: Table):
     ratios = [
         error_ratio([x], scheme, name)
         for x in datasets().values()
@@ -109,7 +111,7 @@ def test_error_on_a_complete_sample(bits, allowed, name, table):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_error_on_a_sample(name, table):
+def test_error_on_a_sample(name, table: Table):
     """524,288 values in 8 batches, of which a sample of 12,288 and the tails are kept."""
     ratios = [
         error_ratio(list(x.view(8, 128, 512)), scheme, name)
@@ -121,7 +123,7 @@ def test_error_on_a_sample(name, table):
 
 
 @pytest.mark.parametrize("percentile", [99.0, 99.9])
-def test_percentile(percentile, table):
+def test_percentile(percentile, table: Table):
     """Ours is the encoding of the sorted data's range, to the last bit; AIMET's that of bin edges."""
     widths = []
     for x in datasets().values():
@@ -157,7 +159,7 @@ def solver_ratio(weight: Tensor, scheme: Scheme) -> float:
     return weighted_error(weight, mine, 3.0) / weighted_error(weight, aimet, 3.0)
 
 
-def test_the_sqnr_solver_on_every_weight_of_smollm2(table):
+def test_the_sqnr_solver_on_every_weight_of_smollm2(table: Table):
     """What is rounded is weights, so this is the estimator that the solver runs on them."""
     per_tensor, per_channel = [], []
     for i, weight in enumerate(weights()):

@@ -4,6 +4,10 @@ AIMET 2.42 loads only version 0.6.1 (`QuantizationSimModel.load_encodings`). For
 tests/formats/aimet_encodings reads files that AIMET wrote.
 """
 
+from __future__ import annotations
+
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -70,7 +74,7 @@ def file_of(name: str, encoding: GridEncoding) -> EncodingsFile:
 
 
 @pytest.mark.parametrize("scheme", GRIDS, ids=str)
-def test_our_file_gives_aimet_our_grid(scheme, tmp_path):
+def test_our_file_gives_aimet_our_grid(scheme: Scheme, tmp_path: Path) -> None:
     model, sim = simulated(scheme)
     weight = model[0].weight.detach()
     encoding = measure(weight, scheme)

@@ -1,5 +1,7 @@
 """LPBQ encodings and learned-scale gradients equal AIMET's."""
 
+from __future__ import annotations
+
 import pytest
 import torch
 

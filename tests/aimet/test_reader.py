@@ -1,5 +1,7 @@
 """Grids read from AIMET's files, of all exporters and versions, round as AIMET's quantizers."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import pytest
@@ -107,7 +109,7 @@ def exported(
 
 @pytest.mark.parametrize("version", ["0.6.1", "1.0.0", "2.0.0", "2.1.0"])
 @pytest.mark.parametrize("exporter", ["torch", "onnx", "dynamo"])
-def test_grids_round_as_aimets_quantizers(tmp_path, exporter, version):
+def test_grids_round_as_aimets_quantizers(tmp_path: Path, exporter: str, version: str) -> None:
     if exporter == "torch" and version >= "2":
         pytest.skip("AIMET's older exporter does not write 2.x")
     sim, model, path = exported(tmp_path, exporter, version)

@@ -7,6 +7,8 @@ Under `torch.no_grad()` it multiplies by the reciprocal, which changes some code
 computed from them; then logits differ by at most `SHORTCUT_ERROR`.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ from .oracle import (
     aimet_shape,
     ulps,
 )
+from .table import Comparison, Table
 
 load_file = pytest.importorskip("safetensors.torch").load_file
 pytestmark = [pytest.mark.aimet, pytest.mark.filterwarnings("ignore")]
@@ -75,7 +78,7 @@ class Pair:
 
 
 @pytest.fixture(scope="module", params=range(CASES))
-def pair(request):
+def pair(request: pytest.FixtureRequest) -> Pair:
     folder = request.config.getoption("--simulations")
     if folder is None:
         pytest.skip(
@@ -199,12 +202,12 @@ def values_of(pair: Pair) -> dict[str, Tensor]:
     return seen
 
 
-def test_both_float_models_are_equal(pair):
+def test_both_float_models_are_equal(pair: Pair) -> None:
     """In float, without quantizers, both versions of transformers compute the same logits."""
     assert torch.equal(pair.plain, pair.ours.results["plain"])
 
 
-def test_same_values_are_quantized(pair):
+def test_same_values_are_quantized(pair: Pair) -> None:
     ours = {
         name.removeprefix("values.") for name in pair.ours.results if name.startswith("values.")
     }
@@ -213,7 +216,7 @@ def test_same_values_are_quantized(pair):
     assert len(ours) > 15
 
 
-def test_encodings_and_values_are_equal(pair, comparison, table):
+def test_encodings_and_values_are_equal(pair: Pair, comparison: Comparison, table: Table) -> None:
     name = comparison.name = f"simulation of a 2-layer Llama, {pair.ours.record['name']}"
     for known in (pair.activations, {n: [q] for n, q in pair.parameters.items()}):
         for encoding_name, quantizers in known.items():

@@ -16,6 +16,8 @@ case, FOLDER/CASE/ contains:
 `make test-aimet` runs this, then test_simulation.py.
 """
 
+from __future__ import annotations
+
 import json
 import sys
 from dataclasses import dataclass

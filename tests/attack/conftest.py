@@ -3,11 +3,14 @@
 pytest tests/attack -m attack --reliability docs/reliability.md --attack-seed 20
 """
 
+from __future__ import annotations
+
 import importlib
 import os
 import pkgutil
 import platform
 import warnings
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -20,7 +23,7 @@ from conftest import VOCABULARY, byte_tokenizer, text, tiny_model
 
 from . import jobs
 from .record import Record
-from .targets import again_target, merge_target, stage_target
+from .targets import Target, again_target, merge_target, stage_target
 from .victims import command, start
 
 HEAD = """# Reliability
@@ -38,14 +41,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def seed(request):
+def seed(request: pytest.FixtureRequest) -> int:
     value: int = request.config.getoption("--attack-seed", default=20)
     print(f"attack seed {value}")
     return value
 
 
 @pytest.fixture(scope="session")
-def record(request, seed):
+def record(request: pytest.FixtureRequest, seed: int) -> Iterator[Record]:
     collected = Record()
     yield collected
     path = request.config.getoption("--reliability", default=None)
@@ -61,13 +64,13 @@ def record(request, seed):
 
 
 @pytest.fixture(scope="session")
-def place(tmp_path_factory):
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where everything is kept."""
     return tmp_path_factory.mktemp("attack")
 
 
 @pytest.fixture(scope="session")
-def corpus(place):
+def corpus(place: Path) -> Path:
     folder = place / "corpus"
     folder.mkdir()
     for i in range(10):
@@ -76,14 +79,14 @@ def corpus(place):
 
 
 @pytest.fixture(scope="session")
-def two_layers(place):
+def two_layers(place: Path) -> Path:
     tiny_model("llama").save_pretrained(place / "two-layers")
     byte_tokenizer().save_pretrained(place / "two-layers")
     return place / "two-layers"
 
 
 @pytest.fixture(scope="session")
-def one_layer(place):
+def one_layer(place: Path) -> Path:
     """A model of one layer, whose graph is captured in half of the time."""
     torch.manual_seed(0)
     model = LlamaForCausalLM(
@@ -111,7 +114,7 @@ def one_layer(place):
 
 
 @pytest.fixture(scope="session")
-def warm(place, one_layer, corpus):
+def warm(place: Path, one_layer: Path, corpus: Path) -> None:
     """Import and initialize in this process what forked ones would each do again."""
     import tqdm
 
@@ -134,22 +137,22 @@ def warm(place, one_layer, corpus):
 
 
 @pytest.fixture(scope="session")
-def tuned(warm, place, two_layers, corpus):
+def tuned(warm: None, place: Path, two_layers: Path, corpus: Path) -> jobs.Job:
     return jobs.build("tuned", place / "tuned", two_layers, corpus)
 
 
 @pytest.fixture(scope="session")
-def qwa(warm, place, one_layer, corpus):
+def qwa(warm: None, place: Path, one_layer: Path, corpus: Path) -> jobs.Job:
     return jobs.build("qwa", place / "qwa", one_layer, corpus)
 
 
 @pytest.fixture(scope="session")
-def shared(warm, place, one_layer, corpus):
+def shared(warm: None, place: Path, one_layer: Path, corpus: Path) -> jobs.Job:
     return jobs.build("shared", place / "shared", one_layer, corpus)
 
 
 @pytest.fixture(scope="session")
-def targets(place, tuned, qwa, shared):
+def targets(place: Path, tuned: jobs.Job, qwa: jobs.Job, shared: jobs.Job) -> list[Target]:
     """The commands that are killed, and that find the disk full."""
     again = place / "again"
     return [

@@ -1,5 +1,7 @@
 """What was attacked and what held, and the page that says so."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 

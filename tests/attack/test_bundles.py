@@ -1,5 +1,7 @@
 """Bundles that somebody else made: files changed, replaced and added, with digests that agree."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import os
@@ -24,6 +26,7 @@ from qwlora.system.atomic import files_in
 
 from .hostile_models import Evil
 from .jobs import write_recipe
+from .record import Record
 from .victims import Ended, parallel, python, qwlora, seeds
 
 pytestmark = pytest.mark.attack
@@ -61,7 +64,7 @@ PROVEN = [name for name, target in TARGETS.items() if target.has_proof]
 
 
 @pytest.fixture(scope="session")
-def bundles(warm, place, one_layer, corpus):
+def bundles(warm: None, place: Path, one_layer: Path, corpus: Path) -> dict[str, Path]:
     """The bundle of every target, by target."""
     folder = place / "bundles"
     folder.mkdir()
@@ -230,7 +233,9 @@ def _problem(ended: Ended, marker: Path, *, may_pass: bool) -> str:
     return "; ".join(problems)
 
 
-def test_changed_bundles_are_refused_before_they_are_run(bundles, seed, record, tmp_path):
+def test_changed_bundles_are_refused_before_they_are_run(
+    bundles: dict[str, Path], seed: int, record: Record, tmp_path: Path
+) -> None:
     trials: list[tuple[str, str, str, str]] = []
     for target, bundle in bundles.items():
         adapters = {path.name for path in (bundle / "proof").iterdir()}
@@ -251,7 +256,7 @@ def test_changed_bundles_are_refused_before_they_are_run(bundles, seed, record, 
             for name in ADDED
         ]
 
-    def attack(trial, folder):
+    def attack(trial: tuple[str, str, str, str], folder: Path) -> dict[str, Any]:
         target, kind, name, how = trial
         generator = seeds(seed, "bundle", target, kind, how)
         work, marker = folder / "trial", folder / "trial" / "marker"
@@ -287,10 +292,10 @@ def test_changed_bundles_are_refused_before_they_are_run(bundles, seed, record, 
     record.check(since)
 
 
-def test_untouched_bundles_pass(bundles, tmp_path):
+def test_untouched_bundles_pass(bundles: dict[str, Path], tmp_path: Path) -> None:
     """Else the attacks above would prove nothing; sealing alone changes nothing."""
 
-    def verify(target, folder):
+    def verify(target: str, folder: Path) -> dict[str, Any]:
         bundle = Path(shutil.copytree(bundles[target], folder / target))
         seal(bundle)
         ended = qwlora("verify", bundle, logs=folder / "logs")

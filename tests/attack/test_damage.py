@@ -1,5 +1,7 @@
 """Damaged and swapped files: each is noticed by what reads it, or harmless with a reason."""
 
+from __future__ import annotations
+
 import json
 import re
 import shutil
@@ -13,6 +15,7 @@ import pytest
 
 from .damage import HOWS, damage, kinds
 from .jobs import Job, artifacts, differences, state, without_times
+from .record import Record
 from .targets import Target, stage_target
 from .victims import (
     Ended,
@@ -141,11 +144,11 @@ READERS = (
 )
 
 
-def test_undamaged_files_are_read(tuned, qwa, shared, tmp_path):
+def test_undamaged_files_are_read(tuned: Job, qwa: Job, shared: Job, tmp_path: Path) -> None:
     """Else the attacks below would prove nothing."""
     trials = [(reader, job) for reader in READERS for job in (tuned, qwa, shared)]
 
-    def read(trial, folder):
+    def read(trial: tuple[Reader, Job], folder: Path) -> str:
         reader, job = trial
         place = folder / "job"
         shutil.rmtree(place, ignore_errors=True)
@@ -190,14 +193,16 @@ def _false_numbers(job: Path, reference: Path) -> str:
     return f"false numbers: {wrong}" if wrong else ""
 
 
-def test_damaged_files_are_noticed_by_what_reads_them(tuned, qwa, shared, seed, record, tmp_path):
+def test_damaged_files_are_noticed_by_what_reads_them(
+    tuned: Job, qwa: Job, shared: Job, seed: int, record: Record, tmp_path: Path
+) -> None:
     found: dict[str, tuple[Job, list[Path]]] = {}
     for job in (qwa, shared, tuned):
         for kind, files in kinds(job.finished).items():
             found.setdefault(kind, (job, files))
     trials = [(kind, how) for kind in found for how in HOWS]
 
-    def attack(trial, folder):
+    def attack(trial: tuple[str, str], folder: Path) -> dict[str, Any]:
         kind, how = trial
         job, files = found[kind]
         generator = seeds(seed, "damage", kind, how)
@@ -255,13 +260,15 @@ def _plant(job: Path) -> str:
     return f"every measured number is {PLANTED}"
 
 
-def test_reports_of_damaged_jobs_ship_nothing_that_changed(qwa, seed, record, tmp_path):
+def test_reports_of_damaged_jobs_ship_nothing_that_changed(
+    qwa: Job, seed: int, record: Record, tmp_path: Path
+) -> None:
     """A report says that files may be shipped only if they are those that were proven."""
     found = {kind: files for kind, files in kinds(qwa.finished).items() if kind != "report.html"}
     trials = [("nothing", "nothing"), ("results.json", "plant")]
     trials += [(kind, how) for kind in found for how in REPORTED]
 
-    def attack(trial, folder):
+    def attack(trial: tuple[str, str], folder: Path) -> dict[str, Any]:
         kind, how = trial
         generator = seeds(seed, "report", kind, how)
         place = folder / "job"
@@ -319,10 +326,12 @@ HEALED = (
 )
 
 
-def test_run_makes_damaged_artifacts_again(qwa, seed, record, tmp_path):
+def test_run_makes_damaged_artifacts_again(
+    qwa: Job, seed: int, record: Record, tmp_path: Path
+) -> None:
     trials = [(qwa, top, how) for top, how in HEALED]
 
-    def attack(trial, folder):
+    def attack(trial: tuple[Job, str, str], folder: Path) -> dict[str, Any]:
         job, top, how = trial
         generator = seeds(seed, "heal", job.name, top, how)
         place = folder / "job"
@@ -350,8 +359,8 @@ def test_run_makes_damaged_artifacts_again(qwa, seed, record, tmp_path):
 
 
 def test_stages_resume_from_damaged_checkpoints_to_the_same_artifacts(
-    tuned, qwa, seed, record, place, tmp_path
-):
+    tuned: Job, qwa: Job, seed: int, record: Record, place: Path, tmp_path: Path
+) -> None:
     folder = place / "unfinished"
     folder.mkdir()
     targets = {
@@ -366,7 +375,7 @@ def test_stages_resume_from_damaged_checkpoints_to_the_same_artifacts(
         assert found, f"{verb} keeps nothing to resume from"
         trials += [(verb, kind, files, how) for kind, files in found.items() for how in HOWS[2:]]
 
-    def attack(trial, folder):
+    def attack(trial: tuple[str, str, list[Path], str], folder: Path) -> dict[str, Any]:
         verb, kind, files, how = trial
         generator = seeds(seed, "unfinished", kind, how)
         file = generator.choice(files)

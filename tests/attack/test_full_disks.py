@@ -1,13 +1,18 @@
 """Disks that are full: one message, nothing half-written, and it works once there is space."""
 
+from __future__ import annotations
+
 import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from .record import Record
+from .targets import Target
 from .victims import parallel, seeds, start
 
 pytestmark = pytest.mark.attack
@@ -15,12 +20,14 @@ SIZES = 2  # of free space for each command; the first is none
 PAGE = 4096
 
 
-def test_full_disks_are_one_message_and_nothing_half_written(targets, seed, record, tmp_path):
+def test_full_disks_are_one_message_and_nothing_half_written(
+    targets: list[Target], seed: int, record: Record, tmp_path: Path
+) -> None:
     with _disk(tmp_path / "probe", 2**20):
         pass  # skips where mounting is not allowed
     trials = [(target, number) for target in targets for number in range(SIZES)]
 
-    def fill(trial, folder):
+    def fill(trial: tuple[Target, int], folder: Path) -> dict[str, Any]:
         target, number = trial
         generator = seeds(seed, "disk", target.name, str(number))
         needed = max(_size(target.after) - _size(target.before), 2 * PAGE)

@@ -6,13 +6,15 @@ infinite, negative or zero numbers. Whatever opens is read whole. What reads wel
 also written in every version that holds it.
 """
 
+from __future__ import annotations
+
 import copy
 import json
 import random
 import shutil
 import struct
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
 from qwlora.quantize.layer_rules import LayerRule
 
+from .record import Record
 from .victims import seeds
 
 pytestmark = pytest.mark.attack
@@ -215,7 +218,9 @@ def use_model(folder: Path) -> None:
         make_encodings,
     ],
 )
-def test_random_damage_is_refused_or_read(make, seed, record, tmp_path):
+def test_random_damage_is_refused_or_read(
+    make: Callable[[Path], Any], seed: int, record: Record, tmp_path: Path
+) -> None:
     whole, place = tmp_path / "whole", tmp_path / "damaged"
     make(whole)
     kind = make.__name__.removeprefix("make_").removesuffix("_model")

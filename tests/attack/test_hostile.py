@@ -1,5 +1,7 @@
 """Hostile models, adapters, recipes and data: one message, exit code 2, none of their code."""
 
+from __future__ import annotations
+
 import json
 import os
 import shutil
@@ -13,7 +15,7 @@ import pytest
 import yaml
 
 from . import hostile_models
-from .jobs import digests, write_recipe
+from .jobs import Job, digests, write_recipe
 from .record import Record
 from .victims import Ended, parallel, python, qwlora
 
@@ -63,8 +65,10 @@ def _after(ended: Ended, marker: Path, out: Path | None = None) -> str:
     return "; ".join(problems)
 
 
-def test_hostile_models_are_refused(warm, two_layers, corpus, record, tmp_path):
-    def attack(name, place):
+def test_hostile_models_are_refused(
+    warm: None, two_layers: Path, corpus: Path, record: Record, tmp_path: Path
+) -> None:
+    def attack(name: str, place: Path) -> str:
         marker, model = place / "marker", place / "model"
         shutil.copytree(two_layers, model)
         hostile_models.MODELS[name](model, marker)
@@ -92,8 +96,8 @@ def test_hostile_models_are_refused(warm, two_layers, corpus, record, tmp_path):
     _run_all(record, "models", cases, attack, tmp_path)
 
 
-def test_hostile_adapters_are_refused(qwa, tuned, record, tmp_path):
-    def attack(name, place):
+def test_hostile_adapters_are_refused(qwa: Job, tuned: Job, record: Record, tmp_path: Path) -> None:
+    def attack(name: str, place: Path) -> str:
         job, marker = place / "job", place / "marker"
         shutil.copytree(tuned.finished, job)
         hostile_models.ADAPTERS[name](job / "adapters" / "first", marker)
@@ -252,8 +256,10 @@ CHANGES: dict[str, Check] = {
 }
 
 
-def test_hostile_recipes_are_refused(warm, one_layer, corpus, record, tmp_path):
-    def attack(name, place):
+def test_hostile_recipes_are_refused(
+    warm: None, one_layer: Path, corpus: Path, record: Record, tmp_path: Path
+) -> None:
+    def attack(name: str, place: Path) -> str:
         content, check = RECIPES[name]
         marker, path = place / "marker", place / "recipe.yaml"
         parts = {"MODEL": str(one_layer), "DATA": str(corpus), "MARKER": str(marker)}
@@ -267,11 +273,13 @@ def test_hostile_recipes_are_refused(warm, one_layer, corpus, record, tmp_path):
     _run_all(record, "recipes", RECIPES, attack, tmp_path)
 
 
-def test_hostile_changes_are_refused(warm, one_layer, corpus, record, tmp_path):
+def test_hostile_changes_are_refused(
+    warm: None, one_layer: Path, corpus: Path, record: Record, tmp_path: Path
+) -> None:
     good = GOOD.replace("MODEL", str(one_layer)).replace("DATA", str(corpus))
     (tmp_path / "recipe.yaml").write_text(good)
 
-    def attack(name, place):
+    def attack(name: str, place: Path) -> str:
         ended = qwlora("check", tmp_path / "recipe.yaml", "--set", name, logs=place / "logs")
         return _recipe_problem(ended, place / "marker", CHANGES[name])
 
@@ -324,10 +332,12 @@ OUTS: dict[str, Callable[[Path], str]] = {
 }
 
 
-def test_hostile_outs_are_refused(warm, qwa, one_layer, corpus, record, tmp_path):
+def test_hostile_outs_are_refused(
+    warm: None, qwa: Job, one_layer: Path, corpus: Path, record: Record, tmp_path: Path
+) -> None:
     recipe = write_recipe(tmp_path / "recipe.yaml", one_layer, corpus)
 
-    def attack(name, place):
+    def attack(name: str, place: Path) -> str:
         out = OUTS[name](place)
         names, before = sorted(str(p) for p in place.rglob("*")), _mine(place)
         found = []
@@ -454,8 +464,10 @@ DATA: dict[str, tuple[str, bytes | Callable[[Path], None], str | bytes | None]] 
 }
 
 
-def test_hostile_data_are_refused(warm, one_layer, record, tmp_path):
-    def attack(name, place):
+def test_hostile_data_are_refused(
+    warm: None, one_layer: Path, record: Record, tmp_path: Path
+) -> None:
+    def attack(name: str, place: Path) -> str:
         file, content, template = DATA[name]
         marker, source = place / "marker", place / file
         if callable(content):  # in a process of its own, since pyarrow starts threads
@@ -481,9 +493,9 @@ EXPRESSIONS: dict[str, dict[str, Any]] = {
 
 
 def test_regular_expressions_that_backtrack_for_ever_are_refused(
-    warm, one_layer, corpus, record, tmp_path
-):
-    def attack(name, place):
+    warm: None, one_layer: Path, corpus: Path, record: Record, tmp_path: Path
+) -> None:
+    def attack(name: str, place: Path) -> str:
         adapters = [{"name": "first", "rank": 4, "steps": 1, **EXPRESSIONS[name]}]
         recipe = write_recipe(place / "recipe.yaml", one_layer, corpus, adapters=adapters)
         ended = qwlora("run", recipe, "--out", place / "out", logs=place / "logs")
@@ -492,8 +504,10 @@ def test_regular_expressions_that_backtrack_for_ever_are_refused(
     _run_all(record, "regular expressions", EXPRESSIONS, attack, tmp_path)
 
 
-def test_data_that_contain_the_output_are_refused(warm, one_layer, corpus, record, tmp_path):
-    def attack(name, place):
+def test_data_that_contain_the_output_are_refused(
+    warm: None, one_layer: Path, corpus: Path, record: Record, tmp_path: Path
+) -> None:
+    def attack(name: str, place: Path) -> str:
         shutil.copytree(corpus, place / "data")
         recipe = write_recipe(place / "recipe.yaml", one_layer, place / "data")
         out = place / "data" / "out" if name == "inside" else place / "data"

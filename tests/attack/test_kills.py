@@ -1,10 +1,16 @@
 """Processes that are killed: nothing half-written, and the next run ends the same, bit for bit."""
 
+from __future__ import annotations
+
 import shutil
 import time
+from pathlib import Path
+from typing import Any
 
 import pytest
 
+from .record import Record
+from .targets import Target
 from .victims import Running, killed_at_change, parallel, seeds, start
 
 pytestmark = pytest.mark.attack
@@ -15,14 +21,16 @@ KILLS = {"quantize": 4, "train": 4, "merge": 4}
 OTHERS = 3
 
 
-def test_killed_stages_resume_to_the_same_artifacts(targets, seed, record, tmp_path):
+def test_killed_stages_resume_to_the_same_artifacts(
+    targets: list[Target], seed: int, record: Record, tmp_path: Path
+) -> None:
     trials = [
         (target, number)
         for target in targets
         for number in range(KILLS.get(target.arguments[0], OTHERS))
     ]
 
-    def kill(trial, folder):
+    def kill(trial: tuple[Target, int], folder: Path) -> dict[str, Any]:
         target, number = trial
         generator = seeds(seed, "kill", target.name, str(number))
         for attempt in range(6):

@@ -1,5 +1,7 @@
 """Two processes at once: one of them works, the other says so, and nothing of the first is lost."""
 
+from __future__ import annotations
+
 import json
 import shutil
 import time
@@ -8,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from .jobs import CACHE, artifacts, digests, write_recipe
+from .jobs import CACHE, Job, artifacts, digests, write_recipe
 from .record import Record
 from .victims import Ended, command, parallel, qwlora, seeds, start
 
@@ -18,12 +20,14 @@ MERGES = 10
 
 
 @pytest.fixture(scope="module")
-def recipe(warm, place, one_layer, corpus):
+def recipe(warm: None, place: Path, one_layer: Path, corpus: Path) -> Path:
     return write_recipe(place / "race.yaml", one_layer, corpus, base={"solver": "rtn"})
 
 
 @pytest.mark.parametrize("is_new", [True, False], ids=["new directory", "directory that is there"])
-def test_one_of_two_processes_works_and_keeps_its_files(recipe, is_new, seed, record, tmp_path):
+def test_one_of_two_processes_works_and_keeps_its_files(
+    recipe: Path, is_new: bool, seed: int, record: Record, tmp_path: Path
+) -> None:
     change = "base.weights.bitwidth=3"
     before, reference = tmp_path / "before", tmp_path / "reference"
     if not is_new:
@@ -32,7 +36,7 @@ def test_one_of_two_processes_works_and_keeps_its_files(recipe, is_new, seed, re
     assert qwlora("quantize", recipe, "--out", reference, "--set", change).code == 0
     row = "two runs on a new directory" if is_new else "two runs on a directory that is there"
 
-    def race(number, folder):
+    def race(number: int, folder: Path) -> dict[str, str]:
         out = folder / "out"
         shutil.rmtree(out, ignore_errors=True)
         if not is_new:
@@ -55,12 +59,14 @@ def test_one_of_two_processes_works_and_keeps_its_files(recipe, is_new, seed, re
     _record(record, row, race, STARTS, tmp_path / "races")
 
 
-def test_one_of_two_merges_into_one_folder_writes(qwa, seed, record, tmp_path):
+def test_one_of_two_merges_into_one_folder_writes(
+    qwa: Job, seed: int, record: Record, tmp_path: Path
+) -> None:
     arguments = ("merge", qwa.finished, "first", "--into", "requantized", "--out")
     assert qwlora(*arguments, tmp_path / "reference").code == 0
     row = "two merges into one folder"
 
-    def race(number, folder):
+    def race(number: int, folder: Path) -> dict[str, str]:
         place = folder / "place"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()

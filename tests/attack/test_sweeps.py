@@ -1,8 +1,11 @@
 """Commands that change a finished job, killed at every change of the disk that they make."""
 
+from __future__ import annotations
+
 import json
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +15,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.fake_hub import TOKEN, fake_hub
 
-from .jobs import differences, state
-from .targets import change_target
+from .jobs import Job, differences, state
+from .record import Record
+from .targets import Target, change_target
 from .victims import Ended, command, inside, killed_at_change, parallel, start
 
 pytestmark = [
@@ -24,11 +28,11 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def hub(warm, place):
+def hub(warm: None, place: Path) -> Iterator[None]:
     """A hub in a process of its own, since this one must not have its threads when it forks."""
     address = place / "hub-address"
 
-    def serve():
+    def serve() -> None:
         with fake_hub() as server:
             address.with_suffix(".new").write_text(server.url)
             address.with_suffix(".new").rename(address)
@@ -67,7 +71,7 @@ def _as_mlx(peft: Path, folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def changes(shared, place, hub):
+def changes(shared: Job, place: Path, hub: None) -> list[Target]:
     """Every command that changes adapters of a job, and the one that notes what it uploaded."""
     peft = place / "elsewhere" / "peft"
     shutil.copytree(shared.finished / "adapters" / "first", peft)
@@ -102,7 +106,9 @@ def _content(work: Path) -> Any:
     return json.loads(json.dumps(content).replace(str(work), "WORK"))
 
 
-def test_jobs_are_sound_wherever_a_change_of_them_is_killed(changes, record, tmp_path):
+def test_jobs_are_sound_wherever_a_change_of_them_is_killed(
+    changes: list[Target], record: Record, tmp_path: Path
+) -> None:
     """The next command is, in turn, the same one and a stage of the job."""
     undone, made = [], []
     for change in changes:
@@ -117,7 +123,7 @@ def test_jobs_are_sound_wherever_a_change_of_them_is_killed(changes, record, tmp
         for moment in range(1, change.changes + 1)
     ]
 
-    def kill(trial, folder):
+    def kill(trial: tuple[int, int], folder: Path) -> dict[str, Any]:
         number, moment = trial
         change, work = changes[number], folder / "trial"
         shutil.rmtree(work, ignore_errors=True)

@@ -3,6 +3,8 @@
 The parent must have a single thread when it forks: run the suite with OMP_NUM_THREADS=1.
 """
 
+from __future__ import annotations
+
 import itertools
 import json
 import os

@@ -1,5 +1,7 @@
 """`qwlora ARGUMENTS` in this process: a new one takes seconds to import torch and transformers."""
 
+from __future__ import annotations
+
 import contextlib
 import io
 import warnings

@@ -1,5 +1,7 @@
 """`qwlora evaluate DIR --tasks`: scores of lm-eval on a task file, without a network."""
 
+from __future__ import annotations
+
 import json
 import random
 from pathlib import Path
@@ -18,7 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:lm_eval")
 
 
 @pytest.fixture(scope="module")
-def task_file(tmp_path_factory):
+def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A multiple-choice task with a dataset next to it."""
     folder = tmp_path_factory.mktemp("task")
     pick = random.Random(0)
@@ -50,7 +52,7 @@ def task_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory, corpus):
+def job(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A finished job with an ONNX file."""
     folder = tmp_path_factory.mktemp("job")
     tiny_model("llama", layers=1).save_pretrained(folder / "model")
@@ -82,7 +84,9 @@ def plain_scores(job: Path, task_file: Path) -> dict[str, Any]:
 
 
 @pytest.mark.client
-def test_every_model_is_scored_and_the_float_model_as_by_lm_eval(job, task_file):
+def test_every_model_is_scored_and_the_float_model_as_by_lm_eval(
+    job: Path, task_file: Path
+) -> None:
     done = qwlora("evaluate", job, "--tasks", task_file, "--json")
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
@@ -112,7 +116,9 @@ def test_every_model_is_scored_and_the_float_model_as_by_lm_eval(job, task_file)
 
 
 @pytest.mark.client
-def test_scores_are_shown_as_a_table_and_stay_through_the_next_run(job, task_file):
+def test_scores_are_shown_as_a_table_and_stay_through_the_next_run(
+    job: Path, task_file: Path
+) -> None:
     done = qwlora("evaluate", job, "--tasks", task_file, "--models", "base,first", "--limit", "4")
     assert done.returncode == 0, done.stderr
     rows = [line.split() for line in done.stdout.splitlines()]
@@ -124,7 +130,7 @@ def test_scores_are_shown_as_a_table_and_stay_through_the_next_run(job, task_fil
 
 
 @pytest.mark.client
-def test_unknown_tasks_and_missing_files_are_named(job, tmp_path):
+def test_unknown_tasks_and_missing_files_are_named(job: Path, tmp_path: Path) -> None:
     done = qwlora("evaluate", job, "--tasks", "hellaswagg", "--models", "base")
     assert done.returncode == 2
     assert "hellaswag" in done.stderr.replace("hellaswagg", "")
@@ -141,7 +147,7 @@ def test_unknown_tasks_and_missing_files_are_named(job, tmp_path):
         ((), "--out"),
     ],
 )
-def test_a_wrong_call_says_how_to_call(arguments, said):
+def test_a_wrong_call_says_how_to_call(arguments: tuple[str, ...], said: str) -> None:
     done = qwlora("evaluate", *arguments)
     assert done.returncode == 2
     assert said in done.stderr

@@ -1,11 +1,14 @@
 """Merging: the verdict against what PEFT computes, and the models that are written."""
 
+from __future__ import annotations
+
 import contextlib
 import json
 import os
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -60,8 +63,8 @@ def adapted(architecture: str, size: float, **options: Any) -> Any:
     "options", [{}, {"use_dora": True}, {"use_rslora": True}], ids=["lora", "dora", "rslora"]
 )
 def test_merged_into_floats_it_computes_what_base_and_adapter_compute(
-    architecture, options, tmp_path
-):
+    architecture: str, options: dict[str, Any], tmp_path: Path
+) -> None:
     """Once written and read again by transformers, too."""
     model = adapted(architecture, 0.1, **options)
     with torch.no_grad():
@@ -108,8 +111,8 @@ def tied_and_adapted(
 @pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=["embedding", "head", "both"])
 @pytest.mark.parametrize("is_packed_too", [False, True], ids=["float", "packed"])
 def test_a_tied_layer_that_has_an_adapter_is_merged_by_itself(
-    architecture, which, is_packed_too, tmp_path
-):
+    architecture: str, which: tuple[int, ...], is_packed_too: bool, tmp_path: Path
+) -> None:
     rules = [LayerRule(ENDS[architecture][1], parse_scheme("w8-block32"))] if is_packed_too else []
     model = tied_and_adapted(architecture, [ENDS[architecture][i] for i in which], rules)
     with torch.no_grad():
@@ -126,7 +129,9 @@ def test_a_tied_layer_that_has_an_adapter_is_merged_by_itself(
 
 
 @pytest.mark.parametrize("which", [None, 0, 1], ids=["neither", "embedding", "head"])
-def test_ends_that_are_tied_and_packed_are_rounded_each_for_itself(which, tmp_path):
+def test_ends_that_are_tied_and_packed_are_rounded_each_for_itself(
+    which: int | None, tmp_path: Path
+) -> None:
     rules, targets = (
         [LayerRule("lm_head", parse_scheme("w8-block32"))],
         ["q_proj"] if which is None else [ENDS["llama"][which]],
@@ -149,7 +154,7 @@ def test_ends_that_are_tied_and_packed_are_rounded_each_for_itself(which, tmp_pa
         torch.testing.assert_close(load_base(tmp_path).eval()(IDS).logits, merged(IDS).logits)
 
 
-def test_a_tie_that_no_configuration_undoes_is_refused(monkeypatch):
+def test_a_tie_that_no_configuration_undoes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = tied_and_adapted("llama", ["lm_head"])
     monkeypatch.setattr(
         type(model.get_base_model()),
@@ -163,7 +168,7 @@ def test_a_tie_that_no_configuration_undoes_is_refused(monkeypatch):
         merged_model(model, "float")
 
 
-def test_what_is_kept_of_no_gain_is_null():
+def test_what_is_kept_of_no_gain_is_null() -> None:
     verdict = MergeVerdict({}, base=5.0, adapted=5.0, merged=5.1)
     assert json.loads(json.dumps(verdict.to_json(), allow_nan=False))["kept"] is None
     assert "the adapter does not improve perplexity on this text" in merge_lines(
@@ -175,7 +180,7 @@ def test_what_is_kept_of_no_gain_is_null():
 @pytest.mark.parametrize(
     ("merged", "advice"), [(9.95, "Keep the adapter separate"), (9.02, "Merge")]
 )
-def test_the_advice_weighs_what_is_kept_of_the_gain(merged, advice):
+def test_the_advice_weighs_what_is_kept_of_the_gain(merged: float, advice: str) -> None:
     """An adapter that gained 10 %: a merge that is 1 % worse than it may have lost most of that."""
     verdict = MergeVerdict({}, base=10.0, adapted=9.0, merged=merged)
     assert verdict.recommendation().startswith(advice)
@@ -185,7 +190,7 @@ def test_the_advice_weighs_what_is_kept_of_the_gain(merged, advice):
     assert small.recommendation().startswith("Keep the adapter separate")
 
 
-def test_merged_onto_the_grid_it_is_the_float_merge_rounded():
+def test_merged_onto_the_grid_it_is_the_float_merge_rounded() -> None:
     model, twin = adapted("llama", 0.3), adapted("llama", 0.3)
     before = {name: layer.encoding.scale for name, layer in packed_weights(model).items()}
     merged, floats = merged_model(model, "requantized"), merged_model(twin, "float")
@@ -197,7 +202,7 @@ def test_merged_onto_the_grid_it_is_the_float_merge_rounded():
         assert ((layer.quantized.dequantize() - weight).abs() <= step * 0.501)[inside].all()
 
 
-def test_rounding_loses_a_small_delta_and_keeps_a_large_one():
+def test_rounding_loses_a_small_delta_and_keeps_a_large_one() -> None:
     model = adapted("llama", 1e-4)
     base = {name: layer.codes.clone() for name, layer in packed_weights(model).items()}
     shares = [layer.share for layer in rounding_losses(model).values()]
@@ -210,7 +215,7 @@ def test_rounding_loses_a_small_delta_and_keeps_a_large_one():
     assert all(layer.share < 0.5 and layer.rms_steps > 1 for layer in layers.values())
 
 
-def test_unpacking_gives_back_the_classes_and_the_tie():
+def test_unpacking_gives_back_the_classes_and_the_tie() -> None:
     model = tiny_model("llama")
     kinds = {name: type(module) for name, module in model.named_modules()}
     quantize_(model, "w4-block32", rules=[LayerRule("lm_head", parse_scheme("w8-block32"))])
@@ -222,7 +227,7 @@ def test_unpacking_gives_back_the_classes_and_the_tie():
         torch.testing.assert_close(model(IDS).logits, expected)
 
 
-def test_fused_experts_say_that_they_cannot_be_merged():
+def test_fused_experts_say_that_they_cannot_be_merged() -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
     sizes = {
@@ -242,7 +247,9 @@ def test_fused_experts_say_that_they_cannot_be_merged():
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory, checkpoints, corpus):
+def job(
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], corpus: Path
+) -> Path:
     folder = tmp_path_factory.mktemp("merge")
     first = {"name": "first", "rank": 4, "steps": 20, "learning_rate": 0.01, "warmup_steps": 1}
     model = checkpoints["llama"]
@@ -261,7 +268,7 @@ def command(*arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_command_prints_the_verdict_and_writes_what_it_says(job, tmp_path):
+def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_path: Path) -> None:
     checked = command("merge-check", job, "first", "--json")
     assert checked.returncode == 0, checked.stderr
     verdict = json.loads(checked.stdout)
@@ -290,7 +297,7 @@ def test_the_command_prints_the_verdict_and_writes_what_it_says(job, tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="terminals are POSIX's here")
-def test_a_terminal_sees_how_far_the_verdict_is(job):
+def test_a_terminal_sees_how_far_the_verdict_is(job: Path) -> None:
     import pty
 
     ours, theirs = pty.openpty()
@@ -315,7 +322,9 @@ def test_a_terminal_sees_how_far_the_verdict_is(job):
     assert b"perplexity, merged" not in printed
 
 
-def test_a_place_that_cannot_be_written_is_refused_before_the_verdict(job, tmp_path):
+def test_a_place_that_cannot_be_written_is_refused_before_the_verdict(
+    job: Path, tmp_path: Path
+) -> None:
     empty = tmp_path / "empty"
     empty.mkdir()
     (tmp_path / "notes.txt").write_text("x")
@@ -334,7 +343,9 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_verdict(job, tmp_p
 
 
 @pytest.mark.parametrize(("into", "size"), [("float", "300k"), ("requantized", "16k")])
-def test_a_full_disk_is_an_error_of_ours_and_keeps_nothing(job, mounted, into, size):
+def test_a_full_disk_is_an_error_of_ours_and_keeps_nothing(
+    job: Path, mounted: Any, into: Any, size: str
+) -> None:
     session, _ = open_job(job)
     disk = mounted(f"size={size}")
     with (
@@ -348,7 +359,9 @@ def test_a_full_disk_is_an_error_of_ours_and_keeps_nothing(job, mounted, into, s
     assert list(disk.iterdir()) == []
 
 
-def test_a_place_that_is_read_only_or_cannot_be_replaced_is_named(mounted, tmp_path):
+def test_a_place_that_is_read_only_or_cannot_be_replaced_is_named(
+    mounted: Any, tmp_path: Path
+) -> None:
     disk = mounted("ro")
     for place in (disk / "merged", disk):
         with pytest.raises(DirectoryError, match="is not writable; choose another --out"):
@@ -358,7 +371,7 @@ def test_a_place_that_is_read_only_or_cannot_be_replaced_is_named(mounted, tmp_p
     assert not [p for p in tmp_path.iterdir() if p.name.endswith(".part")]
 
 
-def test_what_is_not_there_is_named(job, tmp_path):
+def test_what_is_not_there_is_named(job: Path, tmp_path: Path) -> None:
     assert (
         "has no trained adapter 'other'; the recipe has first"
         in qwlora("merge-check", job, "other").stderr

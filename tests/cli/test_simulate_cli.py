@@ -1,7 +1,10 @@
 """`qwlora simulate` and `qwlora dump-layers`: what they say of a job, and what they refuse."""
 
+from __future__ import annotations
+
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,7 +26,9 @@ RULES = 'simulation.rules=[{match: "*.softmax", bitwidth: 8, observer: percentil
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory, checkpoints, corpus):
+def job(
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: dict[str, Path], corpus: Path
+) -> Path:
     """A job with an adapter that is calibrated, and one that is not trained."""
     folder = tmp_path_factory.mktemp("job")
     data = {
@@ -64,7 +69,9 @@ def call(
     return int(caught.value.code or 0), captured.out, captured.err
 
 
-def test_alike_values_are_one_line(job, capsys, monkeypatch):
+def test_alike_values_are_one_line(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, _ = call(capsys, monkeypatch, job, "--explain", "--set", RULES)
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert code == 0
@@ -85,7 +92,9 @@ def test_alike_values_are_one_line(job, capsys, monkeypatch):
     assert sum(int(row[1]) for row in rows) == sum(counts)
 
 
-def test_json_has_every_value_and_what_was_calibrated(job, capsys, monkeypatch):
+def test_json_has_every_value_and_what_was_calibrated(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, out, _ = call(capsys, monkeypatch, job, "--json")
     found = json.loads(out)
     assert (found["adapter"], found["policy"], found["unknown"]) == ("first", "npu", {})
@@ -99,7 +108,7 @@ def test_json_has_every_value_and_what_was_calibrated(job, capsys, monkeypatch):
     assert {v.decision.value for v in changed.values if v.kind == "activation"} == {"float"}
 
 
-def test_layers_of_a_simulation_are_written(job, tmp_path):
+def test_layers_of_a_simulation_are_written(job: Path, tmp_path: Path) -> None:
     ids = np.array([5, 7, 11, 13, 17], dtype=np.int32)
     np.save(tmp_path / "ids.npy", ids)
     out = tmp_path / "layers"
@@ -133,7 +142,9 @@ def test_layers_of_a_simulation_are_written(job, tmp_path):
         ([1], ["--stage", "simulated", "--out", "here"], "here' exists. Nothing was changed"),
     ],
 )
-def test_layers_that_cannot_be_written_leave_nothing(ids, arguments, said, job, tmp_path):
+def test_layers_that_cannot_be_written_leave_nothing(
+    ids: Any, arguments: list[str], said: str, job: Path, tmp_path: Path
+) -> None:
     (tmp_path / "here").mkdir()
     if ids is None:
         (tmp_path / "ids.npy").write_text("text")
@@ -148,7 +159,9 @@ def test_layers_that_cannot_be_written_leave_nothing(ids, arguments, said, job, 
     assert (sorted(tmp_path.rglob("*")), sorted(job.glob("*"))) == before
 
 
-def test_costs_are_switched_on_one_by_one(job, capsys, monkeypatch):
+def test_costs_are_switched_on_one_by_one(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, _ = call(capsys, monkeypatch, job, "--costs", "--json")
     account = json.loads(out)
     assert code == 0
@@ -178,7 +191,9 @@ def test_costs_are_switched_on_one_by_one(job, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_suggestion_is_what_its_rules_give(job, capsys, monkeypatch):
+def test_a_suggestion_is_what_its_rules_give(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     code, out, _ = call(capsys, monkeypatch, job, "--suggest", "1", "--json")
     loose = json.loads(out)
     assert code == 0
@@ -217,7 +232,9 @@ def test_a_suggestion_is_what_its_rules_give(job, capsys, monkeypatch):
     assert fresh["sequences"] == 2
 
 
-def test_a_suggestion_counts_and_prints_the_rules_that_are_there(job, capsys, monkeypatch):
+def test_a_suggestion_counts_and_prints_the_rules_that_are_there(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """As a resolved recipe holds them, with every key."""
     own = [{"match": "*.softmax", "bitwidth": 16}, {"match": "lm_head", "keep": "float"}]
     section = json.dumps([SimulationRule(**rule).model_dump(mode="json") for rule in own])
@@ -238,12 +255,18 @@ def test_a_suggestion_counts_and_prints_the_rules_that_are_there(job, capsys, mo
     ("share", "message"),
     [("5", "for 5 % use 0.05"), ("-0.1", "0.05 is 5 %"), ("nan", "0.05 is 5 %")],
 )
-def test_a_share_is_between_zero_and_one(tmp_path, capsys, monkeypatch, share, message):
+def test_a_share_is_between_zero_and_one(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    share: str,
+    message: str,
+) -> None:
     code, _, errors = call(capsys, monkeypatch, tmp_path, f"--suggest={share}")
     assert (code, f"between 0 and 1, not {share}; {message}" in errors) == (2, True)
 
 
-def test_a_suggestion_says_which_text_each_figure_is_of():
+def test_a_suggestion_says_which_text_each_figure_is_of() -> None:
     found = {
         "adapter": "first",
         "wide": ["a"],
@@ -279,7 +302,9 @@ def test_a_suggestion_says_which_text_each_figure_is_of():
     assert lines[-1] == "  rules: []"
 
 
-def test_what_cannot_be_shown(job, capsys, monkeypatch, tmp_path):
+def test_what_cannot_be_shown(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     code, _, errors = call(capsys, monkeypatch, tmp_path)
     assert code == 2
     assert "is not a job directory: it has no recipe.yaml" in errors
@@ -296,8 +321,12 @@ def test_what_cannot_be_shown(job, capsys, monkeypatch, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("changes", [("activation_bitwidth", 8), ("residual_adds", "quantize")])
 def test_a_calibration_of_another_recipe_is_not_shown_as_this_ones(
-    job, capsys, monkeypatch, tmp_path, changes
-):
+    job: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    changes: tuple[str, Any],
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(job, out)
     content = json.loads((out / "recipe.yaml").read_text())
@@ -316,7 +345,7 @@ def test_a_calibration_of_another_recipe_is_not_shown_as_this_ones(
     assert code == 0, "a placement without a calibration"
 
 
-def test_an_adapter_that_left_the_recipe_is_not_shown_by_it(job, tmp_path):
+def test_an_adapter_that_left_the_recipe_is_not_shown_by_it(job: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     shutil.copytree(job, out)
     (out / "adapters" / "first").rename(out / "adapters" / "before")
@@ -328,7 +357,9 @@ def test_an_adapter_that_left_the_recipe_is_not_shown_by_it(job, tmp_path):
         explain_placement(out, "before")
 
 
-def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(job, tmp_path):
+def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(
+    job: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     shutil.copytree(job, out)
     Directory.read(out).drop("calibrate/first")  # as training leaves it
@@ -354,7 +385,13 @@ def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(job, tm
         ),
     ],
 )
-def test_a_change_that_needs_another_stage_is_refused(job, capsys, monkeypatch, change, message):
+def test_a_change_that_needs_another_stage_is_refused(
+    job: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    change: str,
+    message: str,
+) -> None:
     code, out, errors = call(
         capsys, monkeypatch, job, "--set", "simulation.activation_bitwidth=8", "--set", change
     )
@@ -364,7 +401,9 @@ def test_a_change_that_needs_another_stage_is_refused(job, capsys, monkeypatch, 
         assert f"qwlora run {job / 'recipe.yaml'} --out {job} --set {change}" in errors
 
 
-def test_an_adapter_whose_record_was_replaced_is_refused(job, capsys, monkeypatch, tmp_path):
+def test_an_adapter_whose_record_was_replaced_is_refused(
+    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     other = tmp_path / "other"
     shutil.copytree(job, other)
     (other / "adapters" / "first" / "qwlora.json").write_text(
@@ -376,7 +415,7 @@ def test_an_adapter_whose_record_was_replaced_is_refused(job, capsys, monkeypatc
     assert "qwlora train" in errors
 
 
-def test_tables_of_alike_things():
+def test_tables_of_alike_things() -> None:
     names = [("a.0.x", 1), ("a.1.x", 1), ("a.2.x", 2), ("a.5.x", 1), ("b", 1), ("a.0.y", 3)]
     groups = group_similar(names, lambda n: n[0], lambda n: n[1])
     assert [(name, len(group)) for name, group in groups] == [

@@ -1,5 +1,7 @@
 """`qwlora generate` and `qwlora chat`: every stage answers as transformers' own generate does."""
 
+from __future__ import annotations
+
 import fcntl
 import io
 import json
@@ -37,7 +39,7 @@ Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory, corpus):
+def job(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """A finished job with an adapter that changes answers; its recipe has a second, untrained one."""
     folder = tmp_path_factory.mktemp("talk")
     tiny_model("llama", layers=1).save_pretrained(folder / "model")
@@ -55,8 +57,8 @@ def job(tmp_path_factory, corpus):
 
 
 @pytest.fixture
-def call(capsys, monkeypatch):
-    def run_command(*arguments, typed=""):
+def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    def run_command(*arguments: Any, typed: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["qwlora", *map(str, arguments)])
         monkeypatch.setattr("sys.stdin", io.StringIO(typed))
         with pytest.raises(SystemExit) as caught:
@@ -93,7 +95,7 @@ def chat_text(*turns: str) -> str:
 
 
 @pytest.mark.parametrize("stage", ["float", "base", "adapted"])
-def test_each_stage_answers_as_plain_transformers_does(job, call, stage):
+def test_each_stage_answers_as_plain_transformers_does(job: Path, call: Call, stage: str) -> None:
     options = ("generate", job, PROMPT, "--stage", stage, "--max-new-tokens", 8, "--exact")
     code, out, err = call(*options)
     assert (code, out) == (0, expected(job, stage, chat_text(PROMPT)) + "\n"), err
@@ -101,7 +103,9 @@ def test_each_stage_answers_as_plain_transformers_does(job, call, stage):
     assert call(*options, "--raw")[1] == expected(job, stage, PROMPT) + "\n"
 
 
-def test_kernels_of_torch_are_used_unless_answers_are_to_be_exact(job, call, monkeypatch):
+def test_kernels_of_torch_are_used_unless_answers_are_to_be_exact(
+    job: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A product of the kernel's that is zero everywhere shows where it is used."""
     zero = "qwlora.nn.few_row_kernels._product"
     monkeypatch.setattr(
@@ -113,7 +117,7 @@ def test_kernels_of_torch_are_used_unless_answers_are_to_be_exact(job, call, mon
     assert call(*options)[1] != exact
 
 
-def test_simulation_and_exported_files_answer_alike_and_base_differs(job, call):
+def test_simulation_and_exported_files_answer_alike_and_base_differs(job: Path, call: Call) -> None:
     names = "base,first,simulated/first,onnx/first,hf/first"
     options = ("generate", job, PROMPT, "--compare", names, "--max-new-tokens", 6, "--exact")
     code, out, err = call(*options, "--json")
@@ -131,13 +135,13 @@ def test_simulation_and_exported_files_answer_alike_and_base_differs(job, call):
     )
 
 
-def test_samples_repeat_with_their_seed_only(job, call):
+def test_samples_repeat_with_their_seed_only(job: Path, call: Call) -> None:
     options = ("generate", job, PROMPT, "--temperature", 2, "--max-new-tokens", 12, "--seed")
     one, again, other = (call(*options, seed)[1] for seed in (1, 1, 2))
     assert one == again != other
 
 
-def test_a_conversation_keeps_its_turns_until_it_is_reset(job, call):
+def test_a_conversation_keeps_its_turns_until_it_is_reset(job: Path, call: Call) -> None:
     typed = "hello\n\nand now\n/reset\nhello\n/exit\nnever read\n"
     code, out, _ = call("chat", job, "--exact", "--max-new-tokens", 6, typed=typed)
     first = expected(job, "adapted", chat_text("hello"), 6)
@@ -145,7 +149,7 @@ def test_a_conversation_keeps_its_turns_until_it_is_reset(job, call):
     assert (code, out) == (0, f"{first}\n{second}\n{first}\n")
 
 
-def test_without_a_template_each_message_continues_the_text(job, call):
+def test_without_a_template_each_message_continues_the_text(job: Path, call: Call) -> None:
     code, out, _ = call(
         "chat", job, "--raw", "--exact", "--max-new-tokens", 6, typed="hello\nand now"
     )
@@ -154,7 +158,7 @@ def test_without_a_template_each_message_continues_the_text(job, call):
     assert (code, out) == (0, f"{first}\n{second}\n")
 
 
-def test_an_answer_ends_at_the_last_position(job, call):
+def test_an_answer_ends_at_the_last_position(job: Path, call: Call) -> None:
     long = "a" * 120
     code, _, err = call("generate", job, long, "--raw", "--max-new-tokens", 50)
     assert (code, "8 tokens" in err) == (0, True), err
@@ -178,14 +182,16 @@ def test_an_answer_ends_at_the_last_position(job, call):
         (("--compare", "base", "--stage", "base"), ("--compare names its models itself",)),
     ],
 )
-def test_what_cannot_be_used_is_named_before_anything_is_loaded(job, call, options, facts):
+def test_what_cannot_be_used_is_named_before_anything_is_loaded(
+    job: Path, call: Call, options: tuple[str, ...], facts: tuple[str, ...]
+) -> None:
     code, out, err = call("generate", job, PROMPT, *options)
     assert (code, out, err.count("\n")) == (2, "", 1)
     for fact in facts:
         assert fact in err
 
 
-def test_text_that_is_not_utf8_is_refused(job, call):
+def test_text_that_is_not_utf8_is_refused(job: Path, call: Call) -> None:
     for raw in ([], ["--raw"]):
         code, out, err = call("generate", job, "caf\udce9", "--stage", "base", *raw)
         assert (code, out) == (2, "")
@@ -196,8 +202,10 @@ def test_text_that_is_not_utf8_is_refused(job, call):
         assert "not UTF-8 text at character 3" in err
 
 
-def test_an_answer_with_control_characters_is_shown_as_escapes(job, call, monkeypatch):
-    def answer(model, tokenizer, ids, sampling, write):
+def test_an_answer_with_control_characters_is_shown_as_escapes(
+    job: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def answer(model: Any, tokenizer: Any, ids: Any, sampling: Any, write: Any) -> Answer:
         write("\x1b]52;c;aGk=\x07 done")
         return Answer("\x1b]52;c;aGk=\x07 done", 1, 0.1, 0.1)
 
@@ -210,10 +218,12 @@ def test_an_answer_with_control_characters_is_shown_as_escapes(job, call, monkey
     assert call("chat", job, "--stage", "base", typed="hi")[1] == "\\x1b]52;c;aGk=\\x07 done\n"
 
 
-def test_json_is_alone_whatever_is_printed_while_models_load(job, call, monkeypatch):
+def test_json_is_alone_whatever_is_printed_while_models_load(
+    job: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
     load = JobModels.open
 
-    def noisy(*arguments):
+    def noisy(*arguments: Any) -> Any:
         print("GPT-QModel 7.7 banner")
         return load(*arguments)
 
@@ -227,7 +237,9 @@ def test_json_is_alone_whatever_is_printed_while_models_load(job, call, monkeypa
     assert "banner" in err
 
 
-def test_a_folder_that_is_no_job_or_has_no_base_is_refused(job, call, tmp_path):
+def test_a_folder_that_is_no_job_or_has_no_base_is_refused(
+    job: Path, call: Call, tmp_path: Path
+) -> None:
     code, _, err = call("chat", tmp_path)
     assert (code, err.count("\n")) == (2, 1)
     assert "is not a job directory" in err
@@ -238,7 +250,7 @@ def test_a_folder_that_is_no_job_or_has_no_base_is_refused(job, call, tmp_path):
     assert "&& qwlora train --out" in err
 
 
-def test_a_use_case_is_found_by_its_own_name(job, call, tmp_path):
+def test_a_use_case_is_found_by_its_own_name(job: Path, call: Call, tmp_path: Path) -> None:
     """Use cases share a folder, export/qairt."""
     shutil.copytree(job / "base", tmp_path / "base")
     for part in ("adapters/first", "adapters/second"):
@@ -263,7 +275,9 @@ def test_a_use_case_is_found_by_its_own_name(job, call, tmp_path):
     assert models.name("qairt", None).adapters == ["first", "second"]
 
 
-def test_exported_files_of_another_adapter_are_not_run(job, call, tmp_path):
+def test_exported_files_of_another_adapter_are_not_run(
+    job: Path, call: Call, tmp_path: Path
+) -> None:
     copied = tmp_path / "job"
     shutil.copytree(job, copied)
     for name in ("base/model.onnx.data", "first/adapter.onnx_adapter"):
@@ -277,7 +291,7 @@ def test_exported_files_of_another_adapter_are_not_run(job, call, tmp_path):
 
 
 @pytest.mark.slow
-def test_control_c_ends_an_answer_and_the_conversation_continues(job):
+def test_control_c_ends_an_answer_and_the_conversation_continues(job: Path) -> None:
     terminal, inside = pty.openpty()
     command = [sys.executable, "-c", "from qwlora.cli.main import main; main()", "chat", str(job)]
     process = subprocess.Popen(
@@ -291,7 +305,7 @@ def test_control_c_ends_an_answer_and_the_conversation_continues(job):
     os.close(inside)
     seen = ""
 
-    def read_until(text):
+    def read_until(text: str) -> str:
         nonlocal seen
         deadline = time.monotonic() + 120
         while text not in seen:

@@ -6,6 +6,8 @@ The message on a page is raised by the package when the page is written, so a ch
 changes the page, and a test compares the two.
 """
 
+from __future__ import annotations
+
 import inspect
 import json
 import sys

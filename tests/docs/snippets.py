@@ -1,5 +1,7 @@
 """Blocks of code in Markdown, and checks of those that are commands and recipes."""
 
+from __future__ import annotations
+
 import re
 import shlex
 from collections.abc import Iterator

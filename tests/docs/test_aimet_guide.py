@@ -1,5 +1,7 @@
 """The program on docs/aimet-guide.md does what AIMET's guide says, step by step."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 from typing import Any
@@ -32,7 +34,7 @@ def rounded_checkpoint(checkpoint: Path, folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def program(checkpoints, tmp_path_factory):
+def program(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Every name that the page's program defines."""
     folder = tmp_path_factory.mktemp("guide")
     names: dict[str, Any] = {
@@ -48,11 +50,11 @@ def program(checkpoints, tmp_path_factory):
     return names
 
 
-def test_precomputed_encodings_give_the_same_integers(program):
+def test_precomputed_encodings_give_the_same_integers(program: Any) -> None:
     assert qwlora.fingerprint(program["precomputed"]) == program["frozen"]
 
 
-def test_training_moves_the_adapter_and_not_the_base(program):
+def test_training_moves_the_adapter_and_not_the_base(program: Any) -> None:
     assert qwlora.fingerprint(program["model"]) == program["frozen"]
     assert len(program["trained"]) == 8  # two factors of two layers in two blocks
     norms = [
@@ -61,7 +63,7 @@ def test_training_moves_the_adapter_and_not_the_base(program):
     assert all(norm > 0 for norm in norms)
 
 
-def test_grids_are_those_that_were_asked_for(program):
+def test_grids_are_those_that_were_asked_for(program: Any) -> None:
     encodings = program["simulation"].encodings
     bits = {name: encoding.scheme.bitwidth for name, encoding in encodings.items()}
     layer = "model.layers.0.self_attn"
@@ -76,13 +78,13 @@ def test_grids_are_those_that_were_asked_for(program):
     assert (low, high) == pytest.approx((-1, 2), abs=0.01)
 
 
-def test_calibration_keeps_the_bases_encodings(program):
+def test_calibration_keeps_the_bases_encodings(program: Any) -> None:
     simulation = program["simulation"]
     for name, encoding in simulation.base_encodings.items():
         assert simulation.encodings[name] is encoding
 
 
-def test_what_is_delivered_computes_what_was_simulated(program):
+def test_what_is_delivered_computes_what_was_simulated(program: Any) -> None:
     expected = program["simulation"].outputs(program["example"])["logits"]
     assert torch.equal(program["logits"].argmax(-1), expected.argmax(-1))
     torch.testing.assert_close(program["logits"], expected, atol=0.02, rtol=1e-3)

@@ -1,5 +1,7 @@
 """Pages that are generated equal the code, and every snippet in README.md and docs is true."""
 
+from __future__ import annotations
+
 import ast
 import importlib
 import re
@@ -7,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -39,7 +42,7 @@ PYTHON = {
 }
 
 
-def test_the_command_line_reference_is_up_to_date(tmp_path):
+def test_the_command_line_reference_is_up_to_date(tmp_path: Path) -> None:
     """typer writes the page; older versions write other words around the same facts."""
     if Version(typer.__version__) < Version("0.29"):
         pytest.skip("docs/cli.md is from typer 0.29 or newer")
@@ -51,13 +54,13 @@ def test_the_command_line_reference_is_up_to_date(tmp_path):
     )
 
 
-def test_the_error_pages_are_up_to_date():
+def test_the_error_pages_are_up_to_date() -> None:
     folder = ROOT / "docs" / "errors"
     written = {path.name: path.read_text() for path in folder.glob("*.md")}
     assert written == pages(), "make docs/errors/index.md"
 
 
-def test_a_changed_message_or_docstring_changes_its_page(monkeypatch):
+def test_a_changed_message_or_docstring_changes_its_page(monkeypatch: pytest.MonkeyPatch) -> None:
     page = pages()["MissingExtraError.md"]
     monkeypatch.setattr("qwlora.system.optional_packages.MissingExtraError", _Reworded)
     with pytest.raises(AssertionError):
@@ -72,7 +75,7 @@ class _Reworded(errors.MissingExtraError):
         super().__init__(f"Reworded: {message}")
 
 
-def test_every_error_class_has_a_page_in_the_navigation():
+def test_every_error_class_has_a_page_in_the_navigation() -> None:
     classes = {
         value
         for value in vars(errors).values()
@@ -84,25 +87,25 @@ def test_every_error_class_has_a_page_in_the_navigation():
     assert [name for name in listed if name != "index"] == sorted(k.__name__ for k in PAGES)
 
 
-def test_every_public_name_is_in_the_api_reference():
+def test_every_public_name_is_in_the_api_reference() -> None:
     page = (ROOT / "docs/api.md").read_text()
     listed = set(re.findall(r"^::: qwlora\.[\w.]+\.(\w+)$", page, re.MULTILINE))
     assert {*qwlora.__all__} <= listed <= {*qwlora.__all__, *qwlora.formats.aimet_encodings.__all__}
 
 
-def test_every_page_is_in_the_navigation():
+def test_every_page_is_in_the_navigation() -> None:
     navigation = (ROOT / "mkdocs.yml").read_text()
     pages = [str(p.relative_to(ROOT / "docs")) for p in (ROOT / "docs").rglob("*.md")]
     assert [page for page in pages if page not in navigation] == []
 
 
-def test_every_block_of_code_has_a_language_that_is_checked():
+def test_every_block_of_code_has_a_language_that_is_checked() -> None:
     found = [block for path in documents() for block in blocks(path)]
     assert len(found) > 60
     assert [block.where for block in found if block.language not in LANGUAGES] == []
 
 
-def test_commands_in_the_documentation_exist_with_their_options():
+def test_commands_in_the_documentation_exist_with_their_options() -> None:
     found = [(where, line) for path in documents() for where, line in commands(path)]
     assert len(found) > 60
     problems = {f"{where}: {line}": problem_of_command(line) for where, line in found}
@@ -120,20 +123,20 @@ def test_commands_in_the_documentation_exist_with_their_options():
         ("notaprogram x", "unknown program"),
     ],
 )
-def test_a_planted_command_is_found(command, problem):
+def test_a_planted_command_is_found(command: str, problem: str) -> None:
     found = problem_of_command(command)
     assert found is not None
     assert problem in found
 
 
-def test_recipes_in_the_documentation_are_valid(checkpoints, corpus):
+def test_recipes_in_the_documentation_are_valid(checkpoints: dict[str, Path], corpus: Path) -> None:
     found = [b for path in documents() for b in blocks(path) if b.language == "yaml"]
     assert len(found) >= 3
     problems = {b.where: problem_of_recipe(b.text, checkpoints["llama"], corpus) for b in found}
     assert {where: problem for where, problem in problems.items() if problem} == {}
 
 
-def test_a_planted_key_is_found(checkpoints, corpus, tmp_path):
+def test_a_planted_key_is_found(checkpoints: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     copied = tmp_path / "README.md"
     shutil.copy(ROOT / "README.md", copied)
     copied.write_text(copied.read_text().replace("activation_bitwidth", "activation_bits", 1))
@@ -142,7 +145,7 @@ def test_a_planted_key_is_found(checkpoints, corpus, tmp_path):
     assert any("activation_bits" in problem for problem in problems if problem)
 
 
-def test_every_python_block_is_run_by_a_test():
+def test_every_python_block_is_run_by_a_test() -> None:
     found: dict[str, int] = {}
     for path in documents():
         count = sum(b.language == "python" and not needs_a_client(b) for b in blocks(path))
@@ -157,7 +160,7 @@ def needs_a_client(block: Block) -> bool:
     return any(f"qwlora.export.{module} " in block.text for module in CLIENTS)
 
 
-def test_blocks_that_need_a_client_import_what_exists():
+def test_blocks_that_need_a_client_import_what_exists() -> None:
     found = [b for path in documents() for b in blocks(path) if b.language == "python"]
     for block in filter(needs_a_client, found):
         for node in ast.walk(ast.parse(block.text)):
@@ -167,7 +170,9 @@ def test_blocks_that_need_a_client_import_what_exists():
                 assert {alias.name for alias in node.names} <= public, block.where
 
 
-def test_the_snippets_of_the_encodings_page_work_one_after_the_other(tmp_path, monkeypatch):
+def test_the_snippets_of_the_encodings_page_work_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     files = ROOT / "tests/formats/aimet_encodings/files"
     shutil.copy(files / "aimet-2.0.0.encodings", tmp_path / "model.encodings")
     shutil.copy(files / "model.onnx", tmp_path / "model.onnx")

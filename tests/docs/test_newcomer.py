@@ -4,6 +4,8 @@ The commands of the page run in a copy of the repository, with a new virtual env
 print is compared with what the page shows: words must be the same, numbers may differ by a little.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import shlex
@@ -22,7 +24,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def clone(tmp_path_factory):
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files that git knows, as they are now."""
     place = tmp_path_factory.mktemp("newcomer") / "qwlora"
     listed = subprocess.run(
@@ -84,7 +86,7 @@ def without_machine(text: str) -> str:
     return "\n".join(line for line in kept if "±" not in line)
 
 
-def test_the_page_is_true(clone):
+def test_the_page_is_true(clone: Path) -> None:
     printed, ran = "", 0
     for block in blocks(PAGE):
         if block.language == "shell":
@@ -102,7 +104,7 @@ def test_the_page_is_true(clone):
     assert (clone / "out/first/report.html").stat().st_size > 10_000
 
 
-def test_the_commands_of_the_readme_work_on_a_recipe_that_was_filled_in(clone):
+def test_the_commands_of_the_readme_work_on_a_recipe_that_was_filled_in(clone: Path) -> None:
     text = (clone / "README.md").read_text()
     (lines,) = [
         block.text
@@ -128,6 +130,6 @@ def test_the_commands_of_the_readme_work_on_a_recipe_that_was_filled_in(clone):
         ("verdict, hf topics   PASS", "verdict, hf topics FAIL", False),
     ],
 )
-def test_a_planted_difference_is_found(shown, printed, same):
+def test_a_planted_difference_is_found(shown: str, printed: str, same: bool) -> None:
     block = Block("text", shown, "page")
     assert (differences(block.text, f"a line\n{printed}\n") == []) is same

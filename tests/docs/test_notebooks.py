@@ -1,5 +1,7 @@
 """The notebooks in examples/ run from top to bottom, and are stored without outputs."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
@@ -20,7 +22,7 @@ def cells(path: Path, kind: str) -> list[dict[str, Any]]:
 
 
 @names
-def test_a_notebook_is_stored_without_outputs(path):
+def test_a_notebook_is_stored_without_outputs(path: Path) -> None:
     found = cells(path, "code")
     assert len(found) >= 5
     assert [c["outputs"] for c in found] == [[]] * len(found)
@@ -28,7 +30,7 @@ def test_a_notebook_is_stored_without_outputs(path):
 
 
 @names
-def test_the_code_of_a_notebook_is_python(path):
+def test_the_code_of_a_notebook_is_python(path: Path) -> None:
     for cell in cells(path, "code"):
         compile("".join(cell["source"]), path.name, "exec")
 
@@ -43,7 +45,7 @@ nbformat.write(notebook, sys.argv[2])
 
 @pytest.mark.slow
 @names
-def test_a_notebook_runs_from_top_to_bottom(path, tmp_path):
+def test_a_notebook_runs_from_top_to_bottom(path: Path, tmp_path: Path) -> None:
     for package in ("nbformat", "nbclient", "ipykernel"):
         pytest.importorskip(package, reason="pip install 'qwlora[notebooks]'")
     paths = os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")])

@@ -1,6 +1,9 @@
 """The code of docs/python.md runs, and its files compute what they should."""
 
+from __future__ import annotations
+
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,8 +25,11 @@ def examples(section: str) -> list[str]:
 
 
 def test_the_result_of_a_job_generates_and_its_file_computes_the_same(
-    tmp_path, recipe_for, monkeypatch, capsys
-):
+    tmp_path: Path,
+    recipe_for: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     recipe = load_recipe(
         recipe_for(adapters=[{"name": "support", "rank": 4, "steps": 6}]),
         ("simulation.activation_bitwidth=8", "simulation.adapter_weights.bitwidth=4"),
@@ -51,7 +57,9 @@ def test_the_result_of_a_job_generates_and_its_file_computes_the_same(
     )
 
 
-def test_python_example_runs_and_proves_its_file(tmp_path, monkeypatch, capsys):
+def test_python_example_runs_and_proves_its_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     (code,) = examples("Your own training loop")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)

@@ -1,5 +1,7 @@
 """The README's links and make targets exist, and the map of the code is complete."""
 
+from __future__ import annotations
+
 import re
 from pathlib import Path
 
@@ -7,7 +9,7 @@ ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
 
 
-def test_every_folder_is_in_the_map_of_the_code():
+def test_every_folder_is_in_the_map_of_the_code() -> None:
     text = (ROOT / "docs" / "code.md").read_text()
     listed = {Path(p) for p in re.findall(r"^(src/\S*)", text, re.MULTILINE)}
     folders = {
@@ -18,7 +20,7 @@ def test_every_folder_is_in_the_map_of_the_code():
     assert folders == listed - {Path("src/qwlora/*.py")}
 
 
-def test_every_file_that_the_map_of_the_code_names_exists():
+def test_every_file_that_the_map_of_the_code_names_exists() -> None:
     text = (ROOT / "docs" / "code.md").read_text()
     named = re.findall(r"`(\w+(?:/\w+)+\.py)`", text)
     assert len(named) > 12
@@ -27,7 +29,7 @@ def test_every_file_that_the_map_of_the_code_names_exists():
     ] == []
 
 
-def test_a_walk_through_the_code_has_at_most_eight_files():
+def test_a_walk_through_the_code_has_at_most_eight_files() -> None:
     text = (ROOT / "docs" / "code.md").read_text()
     walks = [part for part in text.split("\n## ") if "\n1. " in part]
     assert len(walks) >= 5
@@ -37,12 +39,12 @@ def test_a_walk_through_the_code_has_at_most_eight_files():
     assert {title: names for title, names in files.items() if len(names) > 8} == {}
 
 
-def test_links_lead_somewhere():
+def test_links_lead_somewhere() -> None:
     assert [
         target for target in re.findall(r"\]\(([^)#]+)\)", README) if not (ROOT / target).exists()
     ] == []
 
 
-def test_make_targets_exist():
+def test_make_targets_exist() -> None:
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert set(re.findall(r"make ([\w-]+)", README)) <= set(targets)

@@ -1,6 +1,9 @@
 """Every file in recipes/ runs as it is written, on a tiny model and little text."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import LlamaConfig
@@ -10,7 +13,7 @@ from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora.export.registry import TARGETS
 from qwlora.pipeline.plan.stage import VERBS
 from qwlora.pipeline.running.run_job import run
-from qwlora.recipe import load_recipe
+from qwlora.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = sorted(path.name for path in (ROOT / "recipes").glob("*.yaml"))
@@ -18,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory):
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A model of one layer: a checkpoint folder, and a GGUF file of the types of the demo's."""
     folder = tmp_path_factory.mktemp("models")
     tiny_model("llama", layers=1).save_pretrained(folder / "llama")
@@ -46,13 +49,13 @@ def models(tmp_path_factory):
 
 
 @pytest.fixture
-def small(models, corpus, monkeypatch):
+def small(models: dict[str, Path], corpus: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A recipe of recipes/, with less of everything and nothing else changed."""
     monkeypatch.setattr(  # the tiny GGUF file has none
         "qwlora.pipeline.running.loaded_models.load_tokenizer", lambda *arguments: byte_tokenizer()
     )
 
-    def read(name):
+    def read(name: str) -> Recipe:
         path = ROOT / "recipes" / name
         keeps = load_recipe(path, (f"model.source={models['gguf']}",)).base.solver == "keep"
         changes = [
@@ -75,7 +78,7 @@ def small(models, corpus, monkeypatch):
 
 # the fast lane runs those that differ most; the test below, in the slow lane, runs all
 @pytest.mark.parametrize("name", ["local.yaml", "npu.yaml", "research.yaml"])
-def test_a_recipe_is_quantized_trained_and_exported(name, small, tmp_path):
+def test_a_recipe_is_quantized_trained_and_exported(name: str, small: Any, tmp_path: Path) -> None:
     recipe = small(name)
     targets = [TARGETS[name] for name in recipe.export.targets]
     captured = any(t.is_simulated for t in targets)  # these: the test below
@@ -87,7 +90,7 @@ def test_a_recipe_is_quantized_trained_and_exported(name, small, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
-def test_a_recipe_runs_to_its_end(name, small, tmp_path):
+def test_a_recipe_runs_to_its_end(name: str, small: Any, tmp_path: Path) -> None:
     recipe = small(name)
     results = run(recipe, tmp_path / "out", VERBS)
     assert results["run"]["state"] == "finished"

@@ -1,9 +1,14 @@
 """The site builds without a warning, and its pages need no network: in mkdocs and in chromium."""
 
+from __future__ import annotations
+
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def site(tmp_path_factory):
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("material", reason="pip install 'qwlora[docs]'")
     pytest.importorskip("mkdocstrings", reason="pip install 'qwlora[docs]'")
     folder = tmp_path_factory.mktemp("site")
@@ -31,7 +36,7 @@ def site(tmp_path_factory):
     return folder
 
 
-def test_no_page_loads_anything_from_elsewhere(site):
+def test_no_page_loads_anything_from_elsewhere(site: Path) -> None:
     pages = list(site.rglob("*.html"))
     assert len(pages) > 40
     loaded = r"""<(?:script|img|iframe)[^>]+src=["']?https?:|<link[^>]+stylesheet[^>]+https?:"""
@@ -41,13 +46,13 @@ def test_no_page_loads_anything_from_elsewhere(site):
     ] == []
 
 
-def test_every_part_of_another_file_was_filled_in(site):
+def test_every_part_of_another_file_was_filled_in(site: Path) -> None:
     left = re.compile(r"\{\{ \w+: [^}]+ \}\}|^::: ", re.MULTILINE)
     assert [p.name for p in site.rglob("*.html") if left.search(p.read_text())] == []
 
 
 @pytest.fixture(scope="module")
-def browser():
+def browser() -> Iterator[Any]:
     if BROWSER is None or not HAS_PLAYWRIGHT:
         pytest.skip("the site was NOT tested in a browser: install chromium and playwright")
     from playwright.sync_api import sync_playwright
@@ -60,7 +65,9 @@ def browser():
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1440])
-def test_pages_open_without_errors_and_fit_the_width(browser, site, width, scheme):
+def test_pages_open_without_errors_and_fit_the_width(
+    browser: Any, site: Path, width: int, scheme: str
+) -> None:
     context = browser.new_context(
         viewport={"width": width, "height": 900}, color_scheme=scheme, offline=True
     )

@@ -1,5 +1,7 @@
 """Python code in a model's folder runs only if the recipe says so."""
 
+from __future__ import annotations
+
 import io
 import json
 import sys
@@ -40,7 +42,7 @@ def edit(file: Path, **entries: Any) -> None:
 
 
 @pytest.fixture
-def folder(tmp_path, checkpoints):
+def folder(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
     """A whole checkpoint, without any code."""
     copy = tmp_path / "model"
     copy.mkdir()
@@ -50,13 +52,13 @@ def folder(tmp_path, checkpoints):
 
 
 @pytest.fixture
-def ran(tmp_path):
+def ran(tmp_path: Path) -> Path:
     """The file that the folder's code makes."""
     return tmp_path / "code_ran"
 
 
 @pytest.fixture
-def own_model(folder, ran):
+def own_model(folder: Path, ran: Path) -> Path:
     (folder / "own_config.py").write_text(CONFIG_CODE.format(ran=str(ran)))
     (folder / "own_model.py").write_text(MODEL_CODE.format(ran=str(ran)))
     auto_map = {"AutoConfig": "own_config.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}
@@ -65,7 +67,7 @@ def own_model(folder, ran):
 
 
 @pytest.fixture
-def own_tokenizer(folder, ran):
+def own_tokenizer(folder: Path, ran: Path) -> Path:
     (folder / "own_tokenizer.py").write_text(TOKENIZER_CODE.format(ran=str(ran)))
     edit(
         folder / "tokenizer_config.json",
@@ -76,14 +78,16 @@ def own_tokenizer(folder, ran):
 
 
 @pytest.fixture
-def call(tmp_path, capsys, monkeypatch):
+def call(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Any:
     """The command line, with `y` typed at every question."""
     modules = str(tmp_path / "modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
     monkeypatch.setattr("sys.path", list(sys.path))
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
 
-    def run(*arguments):
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr("sys.argv", ["qwlora", *map(str, arguments)])
         with pytest.raises(SystemExit) as caught:
             main()
@@ -97,7 +101,9 @@ def trusting(source: Path) -> dict[str, Any]:
     return {"source": str(source), "trust_remote_code": True}
 
 
-def test_code_named_in_config_json_does_not_run(call, recipe_for, own_model, ran, tmp_path):
+def test_code_named_in_config_json_does_not_run(
+    call: Any, recipe_for: Any, own_model: Path, ran: Path, tmp_path: Path
+) -> None:
     recipe = recipe_for(model={"source": str(own_model)})
     code, _, errors = call("run", recipe, "--out", tmp_path / "out")
     assert not ran.exists()
@@ -107,7 +113,9 @@ def test_code_named_in_config_json_does_not_run(call, recipe_for, own_model, ran
     assert not (tmp_path / "out").exists()
 
 
-def test_code_named_in_tokenizer_config_json_does_not_run(call, recipe_for, own_tokenizer, ran):
+def test_code_named_in_tokenizer_config_json_does_not_run(
+    call: Any, recipe_for: Any, own_tokenizer: Path, ran: Path
+) -> None:
     code, _, errors = call("data", recipe_for(model={"source": str(own_tokenizer)}))
     assert not ran.exists()
     assert code == 2
@@ -115,8 +123,8 @@ def test_code_named_in_tokenizer_config_json_does_not_run(call, recipe_for, own_
 
 
 def test_trusted_code_runs_and_every_summary_says_so(
-    call, recipe_for, own_model, own_tokenizer, ran, tmp_path
-):
+    call: Any, recipe_for: Any, own_model: Path, own_tokenizer: Path, ran: Path, tmp_path: Path
+) -> None:
     recipe = recipe_for(model=trusting(own_model), export={"targets": []})
     code, out, errors = call("run", recipe, "--out", tmp_path / "out")
     assert code == 0, errors

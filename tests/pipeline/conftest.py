@@ -1,5 +1,7 @@
 """A job whose stages are fakes: they write a few bytes, so that tests of skipping take no time."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +49,7 @@ class FakeJob:
 
 
 @pytest.fixture
-def job(recipe_for, tmp_path, monkeypatch):
+def job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeJob:
     fake = FakeJob(recipe_for(), tmp_path / "out")
     for verb in RUN:
         monkeypatch.setitem(RUN, verb, fake.stage)
@@ -60,7 +62,9 @@ SETTINGS = {"rank": 2, "steps": 2, "warmup_steps": 0}
 
 
 @pytest.fixture(scope="session")
-def trained(checkpoints, corpus, tmp_path_factory):
+def trained(
+    checkpoints: dict[str, Path], corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
     """A job with the trained adapters `first` and `second`. Tests change copies of it."""
     folder = tmp_path_factory.mktemp("trained")
     adapters = [{"name": name, **SETTINGS} for name in ("first", "second")]

@@ -1,8 +1,11 @@
 """Adapters with texts of their own: what each is trained, calibrated and measured on."""
 
+from __future__ import annotations
+
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -20,7 +23,7 @@ SETTINGS = {"rank": 4, "steps": 40, "warmup_steps": 1, "learning_rate": 0.01}
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory):
+def texts(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Two texts with nothing in common: words, and digits."""
     folder, digits = tmp_path_factory.mktemp("texts"), random.Random(0)
     for i in range(8):
@@ -32,10 +35,10 @@ def texts(tmp_path_factory):
 
 
 @pytest.fixture
-def two_texts(recipe_for, texts):
+def two_texts(recipe_for: Any, texts: dict[str, Path]) -> Any:
     """Write a recipe of one adapter per text; the data section has no source."""
 
-    def write(**sections):
+    def write(**sections: Any) -> Path:
         data = {"sequence_tokens": 32, "evaluation_sequences": 4, "calibration_sequences": 3}
         adapters = [
             {"name": name, "data": {"source": str(path)}, **SETTINGS}
@@ -52,8 +55,8 @@ def keys(path: Path) -> dict[str, str]:
 
 
 def test_an_adapters_data_takes_what_it_does_not_set_from_the_data_section(
-    two_texts, texts, tmp_path
-):
+    two_texts: Any, texts: dict[str, Path], tmp_path: Path
+) -> None:
     path = two_texts()
     content = yaml.safe_load(path.read_text())
     content["adapters"][1]["data"]["sequence_tokens"] = 16
@@ -67,7 +70,7 @@ def test_an_adapters_data_takes_what_it_does_not_set_from_the_data_section(
     assert load_recipe(tmp_path / "resolved.yaml") == recipe
 
 
-def test_an_adapter_without_any_text_is_named(two_texts):
+def test_an_adapter_without_any_text_is_named(two_texts: Any) -> None:
     path = two_texts(adapters=[{"name": "lonely", **SETTINGS}])
     with pytest.raises(RecipeError, match=r"data\.source: required, but not set.*lonely"):
         load_recipe(path)
@@ -81,13 +84,17 @@ def test_an_adapter_without_any_text_is_named(two_texts):
         ({"chat_template": "/no/t.jinja"}, r"adapters\.0\.data\.chat_template: .*/no/t\.jinja"),
     ],
 )
-def test_problems_of_an_adapters_data_are_located(two_texts, data, problem):
+def test_problems_of_an_adapters_data_are_located(
+    two_texts: Any, data: dict[str, str], problem: str
+) -> None:
     path = two_texts(adapters=[{"name": "a", "data": data, **SETTINGS}])
     with pytest.raises(RecipeError, match=problem):
         load_recipe(path)
 
 
-def test_each_adapter_learns_its_own_text_and_is_measured_on_all(two_texts, tmp_path):
+def test_each_adapter_learns_its_own_text_and_is_measured_on_all(
+    two_texts: Any, tmp_path: Path
+) -> None:
     verbs = ("quantize", "train", "calibrate", "evaluate")
     results = run(load_recipe(two_texts()), tmp_path / "out", verbs)
     on = results["perplexity"]["on"]
@@ -109,7 +116,9 @@ def test_each_adapter_learns_its_own_text_and_is_measured_on_all(two_texts, tmp_
     assert json.loads((tmp_path / "out" / "results.json").read_text()) == results
 
 
-def test_a_change_of_one_text_concerns_its_adapter_only(two_texts, texts, corpus):
+def test_a_change_of_one_text_concerns_its_adapter_only(
+    two_texts: Any, texts: dict[str, Path], corpus: Path
+) -> None:
     with_own_text = {"sequence_tokens": 32, "source": str(corpus)}
     before = keys(two_texts(data=with_own_text))
     content = yaml.safe_load(two_texts(data=with_own_text).read_text())
@@ -120,8 +129,10 @@ def test_a_change_of_one_text_concerns_its_adapter_only(two_texts, texts, corpus
     assert {"train/digits", "calibrate/digits", "evaluate/adapted/words/on/digits"} <= changed
 
 
-def test_the_base_is_calibrated_on_its_own_text_or_on_all(two_texts, texts, corpus):
-    def sources(**sections):
+def test_the_base_is_calibrated_on_its_own_text_or_on_all(
+    two_texts: Any, texts: dict[str, Path], corpus: Path
+) -> None:
+    def sources(**sections: Any) -> list[str | None]:
         return [data.source for data in load_recipe(two_texts(**sections)).base_texts()]
 
     words, digits = map(str, texts.values())
@@ -132,7 +143,9 @@ def test_the_base_is_calibrated_on_its_own_text_or_on_all(two_texts, texts, corp
         sources(base={"calibrate_on": ["third"]})
 
 
-def test_sequences_of_several_texts_alternate_in_the_bases_calibration(two_texts, tmp_path):
+def test_sequences_of_several_texts_alternate_in_the_bases_calibration(
+    two_texts: Any, tmp_path: Path
+) -> None:
     from qwlora.pipeline.running.new_context import new_context
     from qwlora.system.progress import untracked
 

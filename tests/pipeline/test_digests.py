@@ -1,12 +1,16 @@
 """What is found to have changed, and what is not read again."""
 
+from __future__ import annotations
+
 import hashlib
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.conftest import FakeJob
 from qwlora.pipeline.job import digests as module
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.job_texts import JobTexts
@@ -15,18 +19,18 @@ from qwlora.recipe import load_recipe
 
 
 @pytest.fixture
-def settled(monkeypatch):
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files count as old enough to be cached as soon as they are written."""
     monkeypatch.setattr(module, "SETTLED_NS", -(10**18))
 
 
 @pytest.fixture
-def reads(monkeypatch):
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were read."""
     found: list[str] = []
     own = Digests._hash
 
-    def count(self, file, path, size):
+    def count(self: Digests, file: Any, path: str, size: int) -> str:
         found.append(Path(path).name)
         return own(self, file, path, size)
 
@@ -48,7 +52,7 @@ def sha256(content: bytes) -> str:
 
 
 @pytest.mark.usefixtures("settled")
-def test_an_unchanged_file_is_read_once(tmp_path, reads):
+def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[str]) -> None:
     file, cache = tmp_path / "a", tmp_path / "cache.json"
     file.write_bytes(b"old")
     digests = Digests(cache)
@@ -62,7 +66,7 @@ def test_an_unchanged_file_is_read_once(tmp_path, reads):
 
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("how", ["in place", "another file"])
-def test_new_content_with_old_size_and_mtime_is_found(tmp_path, how):
+def test_new_content_with_old_size_and_mtime_is_found(tmp_path: Path, how: str) -> None:
     file, other, cache = tmp_path / "a", tmp_path / "b", tmp_path / "cache.json"
     file.write_bytes(b"old")
     (digests := Digests(cache)).content(file)
@@ -76,7 +80,7 @@ def test_new_content_with_old_size_and_mtime_is_found(tmp_path, how):
     assert Digests(cache).content(file) == sha256(b"new")
 
 
-def test_a_file_written_just_now_is_not_cached(tmp_path, reads):
+def test_a_file_written_just_now_is_not_cached(tmp_path: Path, reads: list[str]) -> None:
     """A second write could fall into the same tick of the clock, and leave the same stamps."""
     file = tmp_path / "a"
     file.write_bytes(b"old")
@@ -87,7 +91,7 @@ def test_a_file_written_just_now_is_not_cached(tmp_path, reads):
 
 
 @pytest.mark.usefixtures("settled")
-def test_trusted_mtime_reads_nothing_but_artifacts(tmp_path, reads):
+def test_trusted_mtime_reads_nothing_but_artifacts(tmp_path: Path, reads: list[str]) -> None:
     file, cache = tmp_path / "a", tmp_path / "cache.json"
     file.write_bytes(b"old")
     digests = Digests(cache, trust_mtime=True)
@@ -106,7 +110,7 @@ def test_trusted_mtime_reads_nothing_but_artifacts(tmp_path, reads):
 
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"files": 1, "sha256": 2}', b"\xff", None])
-def test_a_damaged_cache_is_ignored(tmp_path, damage):
+def test_a_damaged_cache_is_ignored(tmp_path: Path, damage: bytes | None) -> None:
     file, cache = tmp_path / "a", tmp_path / "cache.json"
     file.write_bytes(b"old")
     (digests := Digests(cache)).content(file)
@@ -116,14 +120,14 @@ def test_a_damaged_cache_is_ignored(tmp_path, damage):
     assert Digests(cache).content(file) == sha256(b"old")
 
 
-def test_a_file_that_cannot_be_read_has_no_digest(tmp_path):
+def test_a_file_that_cannot_be_read_has_no_digest(tmp_path: Path) -> None:
     assert Digests().content(tmp_path / "none") is None
     assert Digests().identity(tmp_path) is None
 
 
 @pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("name", ["none/cache.json", None])
-def test_a_cache_is_not_written_where_there_is_no_job(tmp_path, name):
+def test_a_cache_is_not_written_where_there_is_no_job(tmp_path: Path, name: str | None) -> None:
     file = tmp_path / "a"
     file.write_bytes(b"old")
     digests = Digests(name and tmp_path / name)
@@ -140,7 +144,9 @@ def keys(path: Path, cache: Path, *changes: str) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("settled")
-def test_a_model_retrained_in_place_is_another_model(recipe_for, tmp_path, checkpoints):
+def test_a_model_retrained_in_place_is_another_model(
+    recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]
+) -> None:
     model, cache = tmp_path / "model", tmp_path / "cache.json"
     shutil.copytree(checkpoints["llama"], model)
     recipe = recipe_for(model={"source": str(model)})
@@ -155,7 +161,7 @@ def test_a_model_retrained_in_place_is_another_model(recipe_for, tmp_path, check
 
 
 @pytest.mark.usefixtures("settled")
-def test_an_adapter_to_continue_counts_by_its_content(recipe_for, tmp_path):
+def test_an_adapter_to_continue_counts_by_its_content(recipe_for: Any, tmp_path: Path) -> None:
     source, cache = tmp_path / "source", tmp_path / "cache.json"
     source.mkdir()
     (source / "adapter_model.safetensors").write_bytes(b"old")
@@ -171,7 +177,7 @@ def test_an_adapter_to_continue_counts_by_its_content(recipe_for, tmp_path):
 
 
 @pytest.mark.usefixtures("settled")
-def test_a_run_with_trusted_mtime_and_one_without_are_the_same_job(job):
+def test_a_run_with_trusted_mtime_and_one_without_are_the_same_job(job: FakeJob) -> None:
     job.run(trust_mtime=True)
     job.run(trust_mtime=True)
     assert not job.ran

@@ -1,5 +1,7 @@
 """What `qwlora plan` says before a job runs: counted from shapes, without weights."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from unittest.mock import Mock
@@ -17,13 +19,13 @@ from qwlora.pipeline.plan import estimates
 from qwlora.pipeline.plan.plan import resolve_compute
 from qwlora.pipeline.plan.traced_models import TracedModels, traced_run
 from qwlora.quantize.quantize_model import base_size, quantize_
-from qwlora.recipe import load_recipe
+from qwlora.recipe import Recipe, load_recipe
 
 TOKENS = 32
 
 
 @pytest.fixture(scope="module")
-def recipe_path(tmp_path_factory):
+def recipe_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A recipe whose model has a configuration and a tokenizer, and weights that cannot be read."""
     folder = tmp_path_factory.mktemp("plan")
     tiny_model("llama", layers=2).save_pretrained(folder / "model")
@@ -41,20 +43,20 @@ def recipe_path(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def recipe(recipe_path):
+def recipe(recipe_path: Path) -> Recipe:
     return resolve_compute(load_recipe(recipe_path))
 
 
 @pytest.fixture(scope="module")
-def models(recipe):
+def models(recipe: Recipe) -> TracedModels:
     return TracedModels(recipe)
 
 
-def test_the_peak_is_what_is_alive_together():
+def test_the_peak_is_what_is_alive_together() -> None:
     with FakeTensorMode(), torch.no_grad():
         x, weight = torch.empty(8, 16), torch.empty(32, 16)
 
-        def call():
+        def call() -> None:
             y = torch.nn.functional.linear(x, weight)  # 8 x 32
             z = y.relu()  # beside y
             del y
@@ -65,7 +67,7 @@ def test_the_peak_is_what_is_alive_together():
     assert run.outputs == 4 * (3 * 8 * 32 + 1)
 
 
-def test_training_keeps_what_autograd_keeps():
+def test_training_keeps_what_autograd_keeps() -> None:
     with FakeTensorMode():
         x, weight = torch.empty(8, 16), torch.empty(32, 16, requires_grad=True)
         run = traced_run(lambda: torch.nn.functional.linear(x, weight).exp().sum().backward())
@@ -73,7 +75,7 @@ def test_training_keeps_what_autograd_keeps():
     assert run.peak >= 4 * 2 * 8 * 32
 
 
-def test_packed_bytes_are_those_of_the_base(models):
+def test_packed_bytes_are_those_of_the_base(models: TracedModels) -> None:
     model = tiny_model("llama", layers=2)
     quantize_(model, "w4-block32", "search")
     size = base_size(model)
@@ -82,18 +84,20 @@ def test_packed_bytes_are_those_of_the_base(models):
     assert models.float_values == size.float_weights
 
 
-def test_an_adapter_has_as_many_values_as_peft_gives_it(models, recipe):
+def test_an_adapter_has_as_many_values_as_peft_gives_it(
+    models: TracedModels, recipe: Recipe
+) -> None:
     attached = attach(tiny_model("llama", layers=2), LoraShape(16, 32.0), 0)
     expected = sum(p.numel() for p in attached.parameters() if p.requires_grad)
     assert models.trained_values(recipe.adapters[0]) == expected
 
 
-def test_an_evaluation_holds_its_logits(models):
+def test_an_evaluation_holds_its_logits(models: TracedModels) -> None:
     run = models.forward("float", TOKENS)
     assert run.peak >= 4 * TOKENS * 260
 
 
-def test_checkpointing_keeps_less_and_computes_more(models, recipe):
+def test_checkpointing_keeps_less_and_computes_more(models: TracedModels, recipe: Recipe) -> None:
     adapter = recipe.adapters[0]
     plain = models.training(adapter, 64, 2)
     again = models.training(
@@ -104,7 +108,7 @@ def test_checkpointing_keeps_less_and_computes_more(models, recipe):
     assert models.training(adapter, 64, 4).peak > 1.9 * plain.peak
 
 
-def test_a_plan_reads_no_weights_and_no_text(recipe_path, tmp_path):
+def test_a_plan_reads_no_weights_and_no_text(recipe_path: Path, tmp_path: Path) -> None:
     done = qwlora("plan", recipe_path, "--json", "--out", tmp_path / "none")
     assert (done.returncode, done.stderr) == (0, "")
     found = json.loads(done.stdout)
@@ -117,7 +121,7 @@ def test_a_plan_reads_no_weights_and_no_text(recipe_path, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def test_every_kind_of_target_has_an_estimate(recipe_path):
+def test_every_kind_of_target_has_an_estimate(recipe_path: Path) -> None:
     shared = (
         "base.weights=w4-block32",
         "simulation.base_activations=adapter_only",
@@ -129,7 +133,9 @@ def test_every_kind_of_target_has_an_estimate(recipe_path):
     assert all(stage.peak > 0 for stage in found.values())
 
 
-def test_what_does_not_fit_names_the_stage_and_a_setting(recipe_path, monkeypatch):
+def test_what_does_not_fit_names_the_stage_and_a_setting(
+    recipe_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     found = estimates.plan_job(load_recipe(recipe_path), Path())
     largest = sorted(stage.peak for stage in found.stages)
     limit = int((largest[-1] + largest[-2]) / 2)
@@ -144,7 +150,7 @@ def test_what_does_not_fit_names_the_stage_and_a_setting(recipe_path, monkeypatc
     assert "--out" in lines[1]
 
 
-def test_a_model_that_looks_at_its_data_has_no_estimate(recipe_path, tmp_path):
+def test_a_model_that_looks_at_its_data_has_no_estimate(recipe_path: Path, tmp_path: Path) -> None:
     config = MixtralConfig(
         hidden_size=64,
         intermediate_size=64,

@@ -1,5 +1,7 @@
 """`qwlora base import`: other tools' integers become a base folder, bit for bit."""
 
+from __future__ import annotations
+
 import shutil
 from pathlib import Path
 
@@ -21,7 +23,9 @@ def qwlora_cli(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
     return int(caught.value.code or 0)
 
 
-def test_the_imported_base_computes_what_its_own_tool_does(tmp_path, monkeypatch, capsys):
+def test_the_imported_base_computes_what_its_own_tool_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.copytree(MLX, tmp_path / "mlx")
     byte_tokenizer().save_pretrained(tmp_path / "mlx")
     out = tmp_path / "base"
@@ -40,14 +44,21 @@ def test_the_imported_base_computes_what_its_own_tool_does(tmp_path, monkeypatch
     assert {file: file.read_bytes() for file in out.iterdir()} == before
 
 
-def test_a_float_model_has_nothing_to_import(checkpoints, tmp_path, monkeypatch, capsys):
+def test_a_float_model_has_nothing_to_import(
+    checkpoints: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     source = checkpoints["llama"]
     assert qwlora_cli(monkeypatch, "base", "import", source, "--out", tmp_path / "base") == 2
     assert "no integers to import" in capsys.readouterr().err
     assert not (tmp_path / "base").exists()
 
 
-def test_a_folder_without_a_tokenizer_leaves_nothing(tmp_path, monkeypatch, capsys):
+def test_a_folder_without_a_tokenizer_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert qwlora_cli(monkeypatch, "base", "import", MLX, "--out", tmp_path / "base") == 2
     assert "has no tokenizer" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []

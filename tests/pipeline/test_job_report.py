@@ -1,5 +1,7 @@
 """report.html and the state of a run in results.json, over a job of fake stages."""
 
+from __future__ import annotations
+
 import json
 import shutil
 from pathlib import Path
@@ -35,10 +37,10 @@ def page(job: FakeJob) -> str:
     return (job.out / "report.html").read_text()
 
 
-def test_the_report_follows_the_stages(job):
+def test_the_report_follows_the_stages(job: FakeJob) -> None:
     seen: dict[str, str] = {}
 
-    def look(stage):
+    def look(stage: str) -> None:
         run = results(job)["run"]
         assert run["stage"] == stage
         assert run["plan"][len(seen)] == stage
@@ -62,18 +64,18 @@ def test_the_report_follows_the_stages(job):
     assert returned["sizes"]["base"] == size
 
 
-def test_a_run_with_nothing_to_do_keeps_what_the_last_one_recorded(job):
+def test_a_run_with_nothing_to_do_keeps_what_the_last_one_recorded(job: FakeJob) -> None:
     before = job.run()["run"]
     assert job.run()["run"] == before
 
 
-def test_a_run_of_some_stages_is_incomplete(job):
+def test_a_run_of_some_stages_is_incomplete(job: FakeJob) -> None:
     assert job.run("quantize", "evaluate", "train")["run"]["state"] == "incomplete"
     assert "No verdict yet" in page(job)
 
 
-def test_a_failure_says_what_to_do(job):
-    def fail(stage):
+def test_a_failure_says_what_to_do(job: FakeJob) -> None:
+    def fail(stage: str) -> None:
         if stage == "train/first":
             raise TrainingError("training diverged at <step> 3")
 
@@ -94,8 +96,8 @@ def test_a_failure_says_what_to_do(job):
     assert "error" not in results(job)
 
 
-def test_an_interrupted_run_says_so(job):
-    def stop(stage):
+def test_an_interrupted_run_says_so(job: FakeJob) -> None:
+    def stop(stage: str) -> None:
         if stage == "train/first":
             raise Stopped(15, "stopped after step 3")
 
@@ -106,8 +108,8 @@ def test_an_interrupted_run_says_so(job):
     assert "interrupted in stage train/first" in page(job)
 
 
-def test_a_new_job_that_finishes_nothing_leaves_nothing(job):
-    def fail(stage):
+def test_a_new_job_that_finishes_nothing_leaves_nothing(job: FakeJob) -> None:
+    def fail(stage: str) -> None:
         assert (job.out / "report.html").exists()
         raise TrainingError("no")
 
@@ -117,8 +119,10 @@ def test_a_new_job_that_finishes_nothing_leaves_nothing(job):
     assert not job.out.exists()
 
 
-def test_a_report_that_cannot_be_drawn_does_not_stop_the_job(job, monkeypatch):
-    def fail(job):
+def test_a_report_that_cannot_be_drawn_does_not_stop_the_job(
+    job: FakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(job: Any) -> str:
         raise ZeroDivisionError("no layers")
 
     monkeypatch.setattr("qwlora.pipeline.results.results.render", fail)
@@ -127,7 +131,7 @@ def test_a_report_that_cannot_be_drawn_does_not_stop_the_job(job, monkeypatch):
     assert results(job)["run"]["state"] == "finished"
 
 
-def test_reports_are_rebuilt_and_compared(job, tmp_path):
+def test_reports_are_rebuilt_and_compared(job: FakeJob, tmp_path: Path) -> None:
     job.run()
     first = page(job)
     (job.out / "report.html").write_text("old")
@@ -137,7 +141,7 @@ def test_reports_are_rebuilt_and_compared(job, tmp_path):
     assert "2 jobs" in (tmp_path / "both.html").read_text()
 
 
-def test_a_file_that_changed_after_the_check_makes_the_proof_stale(job):
+def test_a_file_that_changed_after_the_check_makes_the_proof_stale(job: FakeJob) -> None:
     job.run()
     assert not read_job(job.out).stale
     (job.out / "export" / "onnx" / "first" / "weights.bin").write_bytes(b"other")
@@ -152,7 +156,7 @@ def test_a_file_that_changed_after_the_check_makes_the_proof_stale(job):
 
 
 @pytest.mark.parametrize("target", ["qairt", "onnx", "hf"])
-def test_an_untouched_job_is_finished(job, target):
+def test_an_untouched_job_is_finished(job: FakeJob, target: str) -> None:
     content = yaml.safe_load(job.recipe.read_text()) | {"export": {"targets": [target]}}
     content["simulation"] = {"residual_adds": "quantize"}  # qairt needs it
     job.recipe.write_text(yaml.safe_dump(content))
@@ -164,7 +168,7 @@ def test_an_untouched_job_is_finished(job, target):
 
 
 @pytest.mark.parametrize("content", ['{"perplexity": {"float": 4321.5}}', "[1", "", None])
-def test_results_json_is_written_and_never_read(job, content):
+def test_results_json_is_written_and_never_read(job: FakeJob, content: str | None) -> None:
     job.run()
     first = page(job)
     (job.out / "results.json").unlink()
@@ -174,7 +178,7 @@ def test_results_json_is_written_and_never_read(job, content):
     assert page(job) == first
 
 
-def test_an_edited_recipe_leaves_out_what_no_longer_belongs_to_it(job):
+def test_an_edited_recipe_leaves_out_what_no_longer_belongs_to_it(job: FakeJob) -> None:
     job.run()
     before = read_job(job.out).results
     content = yaml.safe_load((job.out / "recipe.yaml").read_text())
@@ -188,10 +192,10 @@ def test_an_edited_recipe_leaves_out_what_no_longer_belongs_to_it(job):
     assert verdict(found).kind is VerdictKind.NONE_YET
 
 
-def test_what_a_failed_check_measured_stays_in_the_report(job):
+def test_what_a_failed_check_measured_stays_in_the_report(job: FakeJob) -> None:
     parity = {"parity": {"onnx": {"first": {"passed": False, "problems": ["a logit is off"]}}}}
 
-    def fail(stage):
+    def fail(stage: str) -> None:
         if stage == "verify/onnx/first":
             raise VerificationError("export/onnx/first", ["a logit is off"], parity)
 
@@ -208,7 +212,7 @@ def test_what_a_failed_check_measured_stays_in_the_report(job):
     assert verdict(read_job(job.out)).kind is VerdictKind.NONE_YET
 
 
-def test_a_folder_that_is_no_job_is_refused(tmp_path, job):
+def test_a_folder_that_is_no_job_is_refused(tmp_path: Path, job: FakeJob) -> None:
     with pytest.raises(DirectoryError, match="is not a job directory"):
         rebuild_reports([tmp_path / "out"])
     with pytest.raises(DirectoryError, match="has no results yet"):
@@ -219,12 +223,14 @@ def test_a_folder_that_is_no_job_is_refused(tmp_path, job):
         rebuild_reports([job.out])
 
 
-def test_training_is_written_only_so_often_that_it_costs_little(monkeypatch):
+def test_training_is_written_only_so_often_that_it_costs_little(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     clock = [0.0]
     monkeypatch.setattr("qwlora.pipeline.running.job_status.time.monotonic", lambda: clock[0])
     written: list[dict[str, Any]] = []
 
-    def write(keys):
+    def write(keys: dict[str, Any]) -> dict[str, Any]:
         clock[0] += 0.5  # a slow disk
         written.append(keys)
         return keys
@@ -240,13 +246,13 @@ def test_training_is_written_only_so_often_that_it_costs_little(monkeypatch):
     assert written[-1]["run"]["training"]["step"] > 900
 
 
-def test_an_unknown_error_asks_for_a_report():
+def test_an_unknown_error_asks_for_a_report() -> None:
     found = described_error(KeyError("x"), "quantize")
     assert "--debug" in found["remedy"][0]
     assert "Free memory" in described_error(MemoryError(), "train/a")["remedy"][0]
 
 
-def test_paths_of_the_user_are_not_recorded():
+def test_paths_of_the_user_are_not_recorded() -> None:
     message = described_error(ValueError(f"{Path.home()}/x and {Path.cwd()}/y"), "train/a")[
         "message"
     ]
@@ -254,7 +260,7 @@ def test_paths_of_the_user_are_not_recorded():
     assert "y" in message
 
 
-def test_updates_of_an_adapter():
+def test_updates_of_an_adapter() -> None:
     torch.manual_seed(0)
     model = tiny_model("llama", layers=1)
     quantize_(model, "w4-block32", "rtn")

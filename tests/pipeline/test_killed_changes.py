@@ -1,6 +1,8 @@
 """Commands that change adapters and are killed at any change of the disk: the next command finishes
 or undoes what they began."""
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 import os
@@ -73,7 +75,7 @@ def stopping(number: int) -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def finished(trained, tmp_path_factory):
+def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A job with adapters `first`, trained and exported, and `second`, with unfinished training."""
     job = Path(shutil.copytree(trained, tmp_path_factory.mktemp("finished") / "job"))
     shutil.rmtree(job / "adapters" / "second")
@@ -94,7 +96,7 @@ def finished(trained, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory):
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_mlx(tmp_path_factory.mktemp("elsewhere") / "mlx")
 
 
@@ -131,12 +133,12 @@ def ran(job: Path) -> None:
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_that_is_killed_at_any_change_is_finished_or_undone_by_the_next(
-    command, finished, source, tmp_path
-):
+    command: str, finished: Path, source: Path, tmp_path: Path
+) -> None:
     """Repeated, it ends as if it had not been killed."""
     change, job = COMMANDS[command], tmp_path / "job"
 
-    def fresh():
+    def fresh() -> Path:
         shutil.rmtree(job, ignore_errors=True)
         return Path(shutil.copytree(finished, job))
 
@@ -174,7 +176,7 @@ def test_a_command_that_is_killed_at_any_change_is_finished_or_undone_by_the_nex
     assert number > 10
 
 
-def test_a_run_after_a_killed_rename_skips_what_is_trained(finished, tmp_path):
+def test_a_run_after_a_killed_rename_skips_what_is_trained(finished: Path, tmp_path: Path) -> None:
     job = Path(shutil.copytree(finished, tmp_path / "job"))
     with pytest.raises(Stopped), stopping(6):
         rename_adapter(job, "first", "one")
@@ -201,7 +203,9 @@ def test_a_run_after_a_killed_rename_skips_what_is_trained(finished, tmp_path):
         ('{"command": [], "moves": [], "files": {"link/victim": "a"}}', "leads out of the job"),
     ],
 )
-def test_a_journal_that_is_damaged_or_hostile_changes_nothing(content, problem, finished, tmp_path):
+def test_a_journal_that_is_damaged_or_hostile_changes_nothing(
+    content: str, problem: str, finished: Path, tmp_path: Path
+) -> None:
     job, victim = Path(shutil.copytree(finished, tmp_path / "job")), tmp_path / "victim"
     victim.write_text("mine")
     (job / "link").symlink_to(tmp_path)
@@ -212,7 +216,9 @@ def test_a_journal_that_is_damaged_or_hostile_changes_nothing(content, problem, 
     assert (state(job), victim.read_text()) == (before, "mine")
 
 
-def test_names_are_checked_before_anything_is_written(finished, source, tmp_path):
+def test_names_are_checked_before_anything_is_written(
+    finished: Path, source: Path, tmp_path: Path
+) -> None:
     job = Path(shutil.copytree(finished, tmp_path / "job"))
     victim = tmp_path / "victim"
     victim.mkdir()
@@ -225,11 +231,11 @@ def test_names_are_checked_before_anything_is_written(finished, source, tmp_path
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 def test_the_source_of_an_import_stays_when_its_name_is_taken_by_another(
-    finished, source, tmp_path
-):
+    finished: Path, source: Path, tmp_path: Path
+) -> None:
     job = Path(shutil.copytree(finished, tmp_path / "job"))
 
-    def sources():
+    def sources() -> dict[str, bytes]:
         recipe = job_recipe(job)
         return {
             a.name: (Path(a.continue_from) / "adapter_model.safetensors").read_bytes()
@@ -255,13 +261,15 @@ def test_the_source_of_an_import_stays_when_its_name_is_taken_by_another(
     ]
 
 
-def test_no_adapter_is_lost_that_another_command_adds_meanwhile(finished, tmp_path, monkeypatch):
+def test_no_adapter_is_lost_that_another_command_adds_meanwhile(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from qwlora.pipeline.commands import manage_adapters
 
     job = Path(shutil.copytree(finished, tmp_path / "job"))
     plans = manage_adapters._plans
 
-    def meanwhile(*arguments):
+    def meanwhile(*arguments: Any) -> Any:
         monkeypatch.undo()
         with pytest.raises(DirectoryError, match="in use by another qwlora process"):
             remove_adapter(job, "second")
@@ -272,7 +280,7 @@ def test_no_adapter_is_lost_that_another_command_adds_meanwhile(finished, tmp_pa
     assert [a.name for a in job_recipe(job).adapters] == ["first", "second", "third"]
 
 
-def test_removing_an_unknown_adapter_does_not_ask(finished):
+def test_removing_an_unknown_adapter_does_not_ask(finished: Path) -> None:
     answer = CliRunner().invoke(app, ["adapters", "remove", str(finished), "frist"])
     assert "did you mean first" in str(answer.exception)
     assert "--yes" not in str(answer.exception)

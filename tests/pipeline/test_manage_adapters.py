@@ -1,5 +1,7 @@
 """Adapters that are added, renamed and removed: nothing else of the job changes."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import shutil
@@ -39,7 +41,7 @@ VERBS = ("quantize", "train")
 
 
 @pytest.fixture(scope="module")
-def other_text(tmp_path_factory):
+def other_text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("other")
     for i in range(8):
         (folder / f"{i}.txt").write_text(text(100 + i, 60))
@@ -47,7 +49,7 @@ def other_text(tmp_path_factory):
 
 
 @pytest.fixture
-def job(trained, tmp_path):
+def job(trained: Path, tmp_path: Path) -> Path:
     """A copy of the job with two trained adapters."""
     return Path(shutil.copytree(trained, tmp_path / "job"))
 
@@ -74,7 +76,9 @@ def again(job: Path, *verbs: str) -> list[str]:
     return [line for line in said if line.split(":")[0].split(" ")[0] in records(job)]
 
 
-def test_an_added_adapter_is_trained_and_no_other_file_or_record_moves(job, other_text):
+def test_an_added_adapter_is_trained_and_no_other_file_or_record_moves(
+    job: Path, other_text: Path
+) -> None:
     before, kept = files(job, "base", "adapters"), records(job)
     add_adapter(job, "third", str(other_text), changes=("steps=3",))
     assert next(line for line in again(job) if "skipped" not in line) == "train/third ..."
@@ -87,7 +91,7 @@ def test_an_added_adapter_is_trained_and_no_other_file_or_record_moves(job, othe
     assert added.data.source == str(other_text)
 
 
-def test_adding_an_existing_or_unusable_adapter_changes_nothing(job):
+def test_adding_an_existing_or_unusable_adapter_changes_nothing(job: Path) -> None:
     before = (job / "recipe.yaml").read_text()
     with pytest.raises(DirectoryError, match="already has adapter 'first'"):
         add_adapter(job, "first")
@@ -101,8 +105,8 @@ def test_adding_an_existing_or_unusable_adapter_changes_nothing(job):
 
 
 def test_without_a_text_of_its_own_the_base_stays_calibrated_on_what_it_was(
-    recipe_for, corpus, other_text, tmp_path
-):
+    recipe_for: Any, corpus: Path, other_text: Path, tmp_path: Path
+) -> None:
     path = recipe_for(
         data={"sequence_tokens": 32},
         base={"solver": "gptq", "calibration_sequences": 4},
@@ -121,7 +125,7 @@ def test_without_a_text_of_its_own_the_base_stays_calibrated_on_what_it_was(
         remove_adapter(tmp_path / "job", "first")
 
 
-def test_a_renamed_adapter_keeps_its_files_and_results(job):
+def test_a_renamed_adapter_keeps_its_files_and_results(job: Path) -> None:
     before, results = files(job, "adapters"), json.loads((job / "results.json").read_text())
     rename_adapter(job, "first", "one")
     renamed = {n.replace("adapters/first/", "adapters/one/"): d for n, d in before.items()}
@@ -131,7 +135,7 @@ def test_a_renamed_adapter_keeps_its_files_and_results(job):
     assert now["train"] == {"one": results["train"]["first"], "second": results["train"]["second"]}
 
 
-def test_scores_of_tasks_belong_to_the_model_that_was_scored(job):
+def test_scores_of_tasks_belong_to_the_model_that_was_scored(job: Path) -> None:
     arc, piqa = {"arc": {"value": 0.5}}, {"piqa": {"value": 0.6}}
     add_task_scores(job, "base", "quantize", arc)
     add_task_scores(job, "adapted/first", "train/first", {"first": {"value": 0.7}})
@@ -146,7 +150,7 @@ def test_scores_of_tasks_belong_to_the_model_that_was_scored(job):
     assert tasks == {"base": arc | piqa, "adapted": {"second": arc}}
 
 
-def test_use_cases_of_a_renamed_adapter_are_exported_again(job):
+def test_use_cases_of_a_renamed_adapter_are_exported_again(job: Path) -> None:
     """Their files have its name."""
     changes = ("export.targets=[qairt]", "simulation.residual_adds=quantize")
     recipe = load_recipe(job / "recipe.yaml", changes)
@@ -165,7 +169,7 @@ def plan_of(recipe: Recipe) -> list[Stage]:
     return make_plan(resolve_compute(recipe), JobTexts(recipe))
 
 
-def test_a_name_that_is_taken_is_refused(job):
+def test_a_name_that_is_taken_is_refused(job: Path) -> None:
     before = files(job, "adapters")
     with pytest.raises(RecipeError, match="adapters second, second"):
         rename_adapter(job, "first", "second")
@@ -176,8 +180,8 @@ def test_a_name_that_is_taken_is_refused(job):
 
 
 def test_an_adapter_that_another_continues_is_renamed_there_too_and_not_removed(
-    recipe_for, tmp_path
-):
+    recipe_for: Any, tmp_path: Path
+) -> None:
     adapters = [
         {"name": "first", **SETTINGS},
         {"name": "second", "continue_from": "first", "steps": 2, "warmup_steps": 0},
@@ -190,7 +194,7 @@ def test_an_adapter_that_another_continues_is_renamed_there_too_and_not_removed(
     assert all("skipped" in line for line in again(tmp_path / "job"))
 
 
-def test_a_removed_adapter_leaves_the_others_as_they_are(job):
+def test_a_removed_adapter_leaves_the_others_as_they_are(job: Path) -> None:
     before = files(job, "base", "adapters/second")
     answer = CliRunner().invoke(app, ["adapters", "remove", str(job), "first"])
     assert "--yes" in str(answer.exception)
@@ -202,7 +206,7 @@ def test_a_removed_adapter_leaves_the_others_as_they_are(job):
         remove_adapter(job, "second")
 
 
-def test_an_adapter_trained_with_other_settings_is_replaced_only_on_request(job):
+def test_an_adapter_trained_with_other_settings_is_replaced_only_on_request(job: Path) -> None:
     before = files(job, "adapters")
     path = job / "recipe.yaml"
     with pytest.raises(DirectoryError, match=r"(?s)first: steps: 2, now 3.*--replace"):
@@ -217,7 +221,7 @@ def test_an_adapter_trained_with_other_settings_is_replaced_only_on_request(job)
     assert not any(name.startswith("adapters/second/") for name in changed)
 
 
-def test_a_damaged_adapter_is_trained_again_without_a_request(job):
+def test_a_damaged_adapter_is_trained_again_without_a_request(job: Path) -> None:
     weights = job / "adapters" / "first" / "adapter_model.safetensors"
     before = weights.read_bytes()
     weights.unlink()
@@ -225,7 +229,7 @@ def test_a_damaged_adapter_is_trained_again_without_a_request(job):
     assert weights.read_bytes() == before
 
 
-def test_a_recipe_that_lacks_a_trained_adapter_is_refused(job, tmp_path):
+def test_a_recipe_that_lacks_a_trained_adapter_is_refused(job: Path, tmp_path: Path) -> None:
     content = yaml.safe_load((job / "recipe.yaml").read_text())
     shorter = tmp_path / "shorter.yaml"
     shorter.write_text(yaml.safe_dump({**content, "adapters": content["adapters"][:1]}))
@@ -234,7 +238,7 @@ def test_a_recipe_that_lacks_a_trained_adapter_is_refused(job, tmp_path):
     assert "second" in (job / "recipe.yaml").read_text()
 
 
-def test_adapters_are_evaluated_before_they_are_calibrated(job):
+def test_adapters_are_evaluated_before_they_are_calibrated(job: Path) -> None:
     said: list[str] = []
     results = run(load_recipe(job / "recipe.yaml"), job, ("evaluate",), say=said.append)
     assert set(results["perplexity"]) == {"float", "base", "adapted"}
@@ -244,7 +248,7 @@ def test_adapters_are_evaluated_before_they_are_calibrated(job):
         run(load_recipe(job / "recipe.yaml"), job, ("evaluate",))
 
 
-def test_the_card_of_an_adapter(job):
+def test_the_card_of_an_adapter(job: Path) -> None:
     card = adapter_card(job, "first")
     results = json.loads((job / "results.json").read_text())
     assert card["train"] == results["train"]["first"]
@@ -262,7 +266,7 @@ def test_the_card_of_an_adapter(job):
 @pytest.mark.parametrize(
     ("values", "line"), [([2.0, 1.0], "█▁"), ([1.0, 1.0], "▁▁"), (range(120), None)]
 )
-def test_a_sparkline_shows_the_course(values, line):
+def test_a_sparkline_shows_the_course(values: Any, line: str | None) -> None:
     found = sparkline(list(values))
     assert found == line if line else (len(found), found[0], found[-1]) == (60, "▁", "█")
 
@@ -275,7 +279,9 @@ def test_a_sparkline_shows_the_course(values, line):
         ([3.0, 2.0], 6.0, ["no better than the base"]),
     ],
 )
-def test_training_without_success_is_said(losses, after, warnings):
+def test_training_without_success_is_said(
+    losses: list[float], after: float, warnings: list[str]
+) -> None:
     train = {
         "steps": 2,
         "step_seconds": 1.0,
@@ -294,7 +300,9 @@ def test_training_without_success_is_said(losses, after, warnings):
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 @pytest.mark.parametrize("layout", ["peft", "mlx"])
-def test_an_imported_adapter_is_used_as_it_is_and_measured_before_and_after(job, tmp_path, layout):
+def test_an_imported_adapter_is_used_as_it_is_and_measured_before_and_after(
+    job: Path, tmp_path: Path, layout: str
+) -> None:
     if layout == "mlx":
         source = write_mlx(tmp_path / "elsewhere")
     else:
@@ -323,7 +331,7 @@ def test_an_imported_adapter_is_used_as_it_is_and_measured_before_and_after(job,
 
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
-def test_an_imported_adapter_is_trained_further_on_request(job, tmp_path):
+def test_an_imported_adapter_is_trained_further_on_request(job: Path, tmp_path: Path) -> None:
     source = write_mlx(tmp_path / "elsewhere")
     import_adapter(
         job, "imported", str(source), continues=True, changes=("steps=2", "warmup_steps=0")

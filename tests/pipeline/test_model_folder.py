@@ -1,5 +1,7 @@
 """The folder of a merged model. Nothing is merged here."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 
@@ -14,7 +16,7 @@ def names(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*"))
 
 
-def test_a_users_folders_next_to_it_stay(tmp_path):
+def test_a_users_folders_next_to_it_stay(tmp_path: Path) -> None:
     (tmp_path / ".merged.part").mkdir()
     (tmp_path / ".merged.part" / "mine.txt").touch()
     with new_folder(tmp_path / "merged") as folder:
@@ -34,7 +36,7 @@ def interrupted_in(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("is_there", [False, True], ids=["new", "empty"])
-def test_a_failed_merge_leaves_what_was_there(tmp_path, is_there):
+def test_a_failed_merge_leaves_what_was_there(tmp_path: Path, is_there: bool) -> None:
     place = tmp_path / "a" / "merged"
     if is_there:
         place.mkdir(parents=True)
@@ -44,7 +46,7 @@ def test_a_failed_merge_leaves_what_was_there(tmp_path, is_there):
     assert names(tmp_path) == before
 
 
-def test_a_second_merge_into_the_folder_is_refused_and_harms_nothing(tmp_path):
+def test_a_second_merge_into_the_folder_is_refused_and_harms_nothing(tmp_path: Path) -> None:
     place = tmp_path / "merged"
     with new_folder(place) as folder:
         (folder / "config.json").write_text("{}")
@@ -57,7 +59,7 @@ def test_a_second_merge_into_the_folder_is_refused_and_harms_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("is_moving", [False, True])
-def test_what_a_killed_merge_left_is_replaced(tmp_path, is_moving):
+def test_what_a_killed_merge_left_is_replaced(tmp_path: Path, is_moving: bool) -> None:
     """Killed while it writes, or before the model takes the folder's place."""
     place = tmp_path / "merged"
     if not (child := os.fork()):
@@ -78,11 +80,13 @@ def test_what_a_killed_merge_left_is_replaced(tmp_path, is_moving):
     assert (place / "config.json").read_text() == "new"
 
 
-def test_a_merge_that_is_about_to_finish_keeps_its_model(tmp_path, monkeypatch):
+def test_a_merge_that_is_about_to_finish_keeps_its_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its lock is gone by then with the folder that held it."""
     place = tmp_path / "merged"
 
-    def move(part, target):
+    def move(part: Path, target: Path) -> None:
         with pytest.raises(DirectoryError, match="is in use"), new_folder(place):
             pass
         real(part, target)
@@ -94,7 +98,7 @@ def test_a_merge_that_is_about_to_finish_keeps_its_model(tmp_path, monkeypatch):
     assert names(tmp_path) == ["merged", "merged/config.json"]
 
 
-def test_the_current_directory_is_refused(tmp_path, monkeypatch):
+def test_the_current_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for place in (Path(), tmp_path):
         with pytest.raises(DirectoryError, match="is the current directory"):

@@ -1,7 +1,11 @@
 """Directories: what a job may write to, replace and remove. No stage runs here."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,7 +25,7 @@ from qwlora.recipe import Recipe, load_recipe
 
 
 @pytest.fixture
-def recipe(recipe_for):
+def recipe(recipe_for: Any) -> Recipe:
     return load_recipe(recipe_for())
 
 
@@ -44,7 +48,9 @@ def fail(written: Path) -> None:
     raise ZeroDivisionError
 
 
-def test_a_users_folder_with_a_recipe_is_refused_and_left_alone(recipe_for, monkeypatch, capsys):
+def test_a_users_folder_with_a_recipe_is_refused_and_left_alone(
+    recipe_for: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path: Path = recipe_for()
     for folder in ("base", "adapters/first"):
         (path.parent / folder).mkdir(parents=True)
@@ -59,7 +65,7 @@ def test_a_users_folder_with_a_recipe_is_refused_and_left_alone(recipe_for, monk
     assert contents(path.parent) == before
 
 
-def test_a_folder_that_no_record_lists_is_not_replaced(recipe, tmp_path):
+def test_a_folder_that_no_record_lists_is_not_replaced(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
     finish(out, recipe, "train/first", "adapters/first")
     (out / "base").mkdir()
@@ -72,7 +78,7 @@ def test_a_folder_that_no_record_lists_is_not_replaced(recipe, tmp_path):
     assert Directory.read(out).records.keys() == {"train/first"}
 
 
-def test_a_users_file_among_a_jobs_is_not_removed(recipe, tmp_path):
+def test_a_users_file_among_a_jobs_is_not_removed(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
     finish(out, recipe)
     (out / "base" / "README.md").write_text("mine")
@@ -84,11 +90,11 @@ def test_a_users_file_among_a_jobs_is_not_removed(recipe, tmp_path):
 
 @pytest.mark.parametrize("written_by", ["the job", "the user"])
 def test_exporting_again_replaces_the_readme_unless_the_user_edited_it(
-    written_by, recipe, tmp_path
-):
+    written_by: str, recipe: Recipe, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
 
-    def export(text):
+    def export(text: str) -> None:
         with Directory.open(out, recipe) as directory, directory.scratch() as scratch:
             (scratch / "README.md").write_text(text)
             write_record(scratch, {})
@@ -105,7 +111,7 @@ def test_exporting_again_replaces_the_readme_unless_the_user_edited_it(
     assert manifest.changed_files(files, RECORD) == []
 
 
-def test_a_damaged_record_leaves_an_artifact_that_is_ours(recipe, tmp_path):
+def test_a_damaged_record_leaves_an_artifact_that_is_ours(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
     finish(out, recipe)
     record = out / ".qwlora" / "records" / "quantize.json"
@@ -117,12 +123,12 @@ def test_a_damaged_record_leaves_an_artifact_that_is_ours(recipe, tmp_path):
 
 
 def test_a_kill_before_an_artifact_is_in_place_leaves_it_to_the_next_command(
-    recipe, tmp_path, monkeypatch
-):
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     finish(out, recipe)
 
-    def killed(path, target):
+    def killed(path: Path, target: Path) -> Path:
         raise KeyboardInterrupt
 
     with Directory.open(out, recipe) as directory, directory.scratch() as scratch:
@@ -136,7 +142,7 @@ def test_a_kill_before_an_artifact_is_in_place_leaves_it_to_the_next_command(
     assert [path.name for path in (out / "base").iterdir()] == ["new.safetensors"]
 
 
-def test_a_job_whose_recipe_is_gone_is_of_nobody(recipe, tmp_path):
+def test_a_job_whose_recipe_is_gone_is_of_nobody(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
     finish(out, recipe)
     with pytest.raises(DirectoryError, match="was made by another recipe"):
@@ -147,7 +153,9 @@ def test_a_job_whose_recipe_is_gone_is_of_nobody(recipe, tmp_path):
             finish(out, recipe)
 
 
-def test_a_recipe_that_was_edited_in_the_directory_is_not_overwritten(recipe, tmp_path):
+def test_a_recipe_that_was_edited_in_the_directory_is_not_overwritten(
+    recipe: Recipe, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     finish(out, recipe)
     file = out / "recipe.yaml"
@@ -163,7 +171,9 @@ def test_a_recipe_that_was_edited_in_the_directory_is_not_overwritten(recipe, tm
     assert file.read_text() == edited
 
 
-def test_a_directory_in_which_nothing_was_finished_is_as_before(recipe, tmp_path):
+def test_a_directory_in_which_nothing_was_finished_is_as_before(
+    recipe: Recipe, tmp_path: Path
+) -> None:
     (tmp_path / "empty").mkdir()
     before = contents(tmp_path)
     for out in (tmp_path / "empty", tmp_path / "new" / "out"):
@@ -172,7 +182,9 @@ def test_a_directory_in_which_nothing_was_finished_is_as_before(recipe, tmp_path
         assert contents(tmp_path) == before
 
 
-def test_a_directory_whose_maker_was_killed_before_the_marker_is_free(recipe, tmp_path):
+def test_a_directory_whose_maker_was_killed_before_the_marker_is_free(
+    recipe: Recipe, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     (out / ".qwlora").mkdir(parents=True)
     (out / ".qwlora" / "lock").touch()
@@ -184,7 +196,7 @@ def test_a_directory_whose_maker_was_killed_before_the_marker_is_free(recipe, tm
         finish(other, recipe)
 
 
-def test_a_second_first_run_leaves_the_first_ones_directory(recipe, tmp_path):
+def test_a_second_first_run_leaves_the_first_ones_directory(recipe: Recipe, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with Directory.open(out, recipe):
         before = contents(out)
@@ -197,13 +209,13 @@ def test_a_second_first_run_leaves_the_first_ones_directory(recipe, tmp_path):
 
 
 def test_a_job_that_is_finished_while_its_owner_is_checked_is_not_foreign(
-    recipe, tmp_path, monkeypatch
-):
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "out"
     out.mkdir()
 
-    def then_another_finishes(look):
-        def look_and_let_it(path):
+    def then_another_finishes(look: Callable[[Path], Any]) -> Callable[[Path], Any]:
+        def look_and_let_it(path: Path) -> Any:
             seen = look(path)
             monkeypatch.undo()
             finish(path, recipe)
@@ -217,14 +229,16 @@ def test_a_job_that_is_finished_while_its_owner_is_checked_is_not_foreign(
     assert Directory.read(out).records.keys() == {"quantize"}
 
 
-def test_a_lock_on_a_file_that_was_removed_does_not_count(tmp_path, monkeypatch):
+def test_a_lock_on_a_file_that_was_removed_does_not_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A process that gives up removes its lock file; one that has opened it already waits on air."""
     import fcntl
 
     flock = fcntl.flock
     removed = []
 
-    def remove_then_lock(file, how):
+    def remove_then_lock(file: Any, how: int) -> None:
         if not removed:
             removed.append((tmp_path / "folder" / "lock").unlink())
         flock(file, how)
@@ -249,7 +263,9 @@ def test_a_lock_on_a_file_that_was_removed_does_not_count(tmp_path, monkeypatch)
         ("file/out", "file' is a file; choose another --out"),
     ],
 )
-def test_an_unusable_path_is_refused_with_the_reason(tmp_path, name, message):
+def test_an_unusable_path_is_refused_with_the_reason(
+    tmp_path: Path, name: str, message: str
+) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "file").touch()
@@ -260,7 +276,9 @@ def test_an_unusable_path_is_refused_with_the_reason(tmp_path, name, message):
     assert contents(tmp_path) == before
 
 
-def test_a_verb_says_the_same_of_a_path_in_which_it_looks_for_the_recipe(monkeypatch, capsys):
+def test_a_verb_says_the_same_of_a_path_in_which_it_looks_for_the_recipe(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.argv", ["qwlora", "train", "--out", "x/" * 2500])
     with pytest.raises(SystemExit) as caught:
         main()
@@ -270,7 +288,7 @@ def test_a_verb_says_the_same_of_a_path_in_which_it_looks_for_the_recipe(monkeyp
     assert len(errors) < 1000
 
 
-def test_a_link_to_a_folder_is_that_folder(recipe, tmp_path):
+def test_a_link_to_a_folder_is_that_folder(recipe: Recipe, tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     (tmp_path / "out").symlink_to("disk")
     finish(tmp_path / "out", recipe)
@@ -279,7 +297,9 @@ def test_a_link_to_a_folder_is_that_folder(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("name", [".", "sub/out", "../data/out"])
-def test_an_output_inside_the_data_folder_is_refused(recipe_for, tmp_path, name):
+def test_an_output_inside_the_data_folder_is_refused(
+    recipe_for: Any, tmp_path: Path, name: str
+) -> None:
     data = tmp_path / "data"
     data.mkdir()
     (data / "text.txt").write_text("a text")
@@ -289,10 +309,12 @@ def test_an_output_inside_the_data_folder_is_refused(recipe_for, tmp_path, name)
     assert contents(data) == {"text.txt": b"a text"}
 
 
-def test_an_artifact_that_is_replaced_is_never_visible_in_part(recipe, tmp_path, monkeypatch):
+def test_an_artifact_that_is_replaced_is_never_visible_in_part(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Not even when the process dies while it removes the old files."""
 
-    def write(text):
+    def write(text: str) -> None:
         with Directory.open(tmp_path / "out", recipe) as directory, directory.scratch() as scratch:
             for name in ("a", "b", "c"):
                 (scratch / name).write_text(text)
@@ -301,7 +323,7 @@ def test_an_artifact_that_is_replaced_is_never_visible_in_part(recipe, tmp_path,
     write("old")
     removed: list[str] = []
 
-    def unlink(path, **options):
+    def unlink(path: str, **options: Any) -> None:
         if path in ("a", "b", "c"):
             removed.append(path)
             if len(removed) > 1:
@@ -320,7 +342,7 @@ def test_an_artifact_that_is_replaced_is_never_visible_in_part(recipe, tmp_path,
     assert sorted(p.name for p in (tmp_path / "out" / ".qwlora").iterdir()) == ["lock", "records"]
 
 
-def test_what_a_killed_run_left_is_removed_by_the_next(recipe, tmp_path):
+def test_what_a_killed_run_left_is_removed_by_the_next(recipe: Recipe, tmp_path: Path) -> None:
     finish(tmp_path / "out", recipe)
     for name in ("scratch", "trash"):
         (tmp_path / "out" / ".qwlora" / name).mkdir()
@@ -331,7 +353,9 @@ def test_what_a_killed_run_left_is_removed_by_the_next(recipe, tmp_path):
     assert names == {"lock", "records"}
 
 
-def test_a_users_file_stays_although_the_record_of_its_folder_is_damaged(recipe, tmp_path):
+def test_a_users_file_stays_although_the_record_of_its_folder_is_damaged(
+    recipe: Recipe, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     finish(out, recipe)
     (out / ".qwlora" / "records" / "quantize.json").write_text("")

@@ -1,5 +1,7 @@
 """The whole job on tiny models: every architecture, what is skipped, what is run again, what survives an interruption."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -61,10 +63,12 @@ class Made(dict[str, Path]):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory, corpus, checkpoints):
+def finished(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Path, checkpoints: dict[str, Path]
+) -> dict[str, Path]:
     """A finished run of each architecture, made when it is first asked for."""
 
-    def make(architecture):
+    def make(architecture: str) -> Path:
         out = tmp_path_factory.mktemp("runs") / architecture
         recipe = {
             "name": "tiny",
@@ -83,7 +87,7 @@ def finished(tmp_path_factory, corpus, checkpoints):
 
 
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-def test_results_hold_the_contract(finished, architecture):
+def test_results_hold_the_contract(finished: dict[str, Path], architecture: str) -> None:
     results = json.loads((finished[architecture] / "results.json").read_text())
     perplexity = results["perplexity"]
     assert perplexity["adapted"]["first"] < perplexity["base"]
@@ -113,8 +117,8 @@ def test_results_hold_the_contract(finished, architecture):
 
 @pytest.mark.parametrize("is_quantized", [False, True])
 def test_sequences_longer_than_the_learned_positions_are_refused_before_anything_is_written(
-    recipe_for, tmp_path, is_quantized
-):
+    recipe_for: Any, tmp_path: Path, is_quantized: bool
+) -> None:
     path, out = recipe_for("gpt2"), tmp_path / "out"
     if is_quantized:
         run(load_recipe(path), out, ("quantize",))
@@ -127,7 +131,9 @@ def test_sequences_longer_than_the_learned_positions_are_refused_before_anything
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_sequences_longer_than_rotary_positions_are_spoken_of(recipe_for, tmp_path):
+def test_sequences_longer_than_rotary_positions_are_spoken_of(
+    recipe_for: Any, tmp_path: Path
+) -> None:
     said: list[str] = []
     run(
         load_recipe(recipe_for(), ("data.sequence_tokens=160",)),
@@ -142,7 +148,7 @@ def test_sequences_longer_than_rotary_positions_are_spoken_of(recipe_for, tmp_pa
 
 
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-def test_exported_names_and_encodings_agree(finished, architecture):
+def test_exported_names_and_encodings_agree(finished: dict[str, Path], architecture: str) -> None:
     folder = finished[architecture] / "export" / "onnx"
     onnx.checker.check_model(str(folder / "base" / "model.onnx"), full_check=True)
     graph = onnx.load(folder / "base" / "model.onnx").graph
@@ -174,7 +180,9 @@ def test_exported_names_and_encodings_agree(finished, architecture):
 
 
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-def test_exported_integers_are_the_trained_integers(finished, architecture):
+def test_exported_integers_are_the_trained_integers(
+    finished: dict[str, Path], architecture: str
+) -> None:
     import qwlora
 
     base = qwlora.load_base(finished[architecture] / "base")
@@ -198,7 +206,9 @@ def test_exported_integers_are_the_trained_integers(finished, architecture):
 
 
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-def test_the_exported_adapter_is_the_one_that_the_encodings_are_of(finished, architecture):
+def test_the_exported_adapter_is_the_one_that_the_encodings_are_of(
+    finished: dict[str, Path], architecture: str
+) -> None:
     import qwlora
 
     out = finished[architecture]
@@ -229,7 +239,9 @@ def test_the_exported_adapter_is_the_one_that_the_encodings_are_of(finished, arc
     assert qwlora.load_simulation(out / "simulation" / "first", model).encodings
 
 
-def test_the_onnx_bundle_is_proven_again_elsewhere_and_changed_files_are_named(finished, tmp_path):
+def test_the_onnx_bundle_is_proven_again_elsewhere_and_changed_files_are_named(
+    finished: dict[str, Path], tmp_path: Path
+) -> None:
     shutil.copytree(finished["llama"] / "export" / "onnx", tmp_path / "onnx")
     found = verify_bundle(tmp_path / "onnx")["first"]
     assert found["passed"], found["problems"]
@@ -243,7 +255,9 @@ def test_the_onnx_bundle_is_proven_again_elsewhere_and_changed_files_are_named(f
         path.write_bytes(content)
 
 
-def test_the_lines_in_the_readme_generate_with_the_cache_and_the_adapter(finished, monkeypatch):
+def test_the_lines_in_the_readme_generate_with_the_cache_and_the_adapter(
+    finished: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = finished["llama"] / "export" / "onnx"
     monkeypatch.chdir(bundle)
     (lines,) = re.findall(r"```python\n(.*?)```", (bundle / "README.md").read_text(), re.DOTALL)
@@ -258,7 +272,9 @@ def test_the_lines_in_the_readme_generate_with_the_cache_and_the_adapter(finishe
     assert names["cache"]["past_key_values.0.key"].shape[2] == ids.shape[1] - 1
 
 
-def test_dumped_layers_are_those_of_the_session_with_the_adapter(finished, tmp_path):
+def test_dumped_layers_are_those_of_the_session_with_the_adapter(
+    finished: dict[str, Path], tmp_path: Path
+) -> None:
     folder, record = dump_layers(finished["llama"], "onnx", out=tmp_path / "layers")
     both = [layer for layer in record["layers"] if layer["simulated"] and layer["runtime"]]
     assert len(both) == len(record["layers"])
@@ -281,7 +297,7 @@ def _gemm_weights(out: Path) -> set[str]:
     }
 
 
-def test_session_options_beside_the_file_make_it_faithful(finished):
+def test_session_options_beside_the_file_make_it_faithful(finished: dict[str, Path]) -> None:
     folder = finished["llama"] / "export" / "onnx" / "base"
     options = onnxruntime.SessionOptions()
     for key, value in json.loads((folder / "session_options.json").read_text()).items():
@@ -304,7 +320,9 @@ def test_session_options_beside_the_file_make_it_faithful(finished):
 @pytest.mark.filterwarnings(
     "ignore:fan_in_fan_out is set to False"
 )  # PEFT, about GPT-2; it then sets it right
-def test_peft_alone_loads_the_adapter_on_the_float_model(finished, checkpoints, architecture):
+def test_peft_alone_loads_the_adapter_on_the_float_model(
+    finished: dict[str, Path], checkpoints: dict[str, Path], architecture: str
+) -> None:
     folder = finished[architecture] / "adapters" / "first"
     model = AutoModelForCausalLM.from_pretrained(checkpoints[architecture])
     ids = torch.arange(20)[None]
@@ -313,7 +331,7 @@ def test_peft_alone_loads_the_adapter_on_the_float_model(finished, checkpoints, 
     assert not torch.equal(before, adapted(ids).logits)
 
 
-def test_second_run_skips_everything_and_says_so(finished):
+def test_second_run_skips_everything_and_says_so(finished: dict[str, Path]) -> None:
     out = finished["llama"]
     before = {
         p: p.stat().st_mtime_ns
@@ -330,7 +348,7 @@ def test_second_run_skips_everything_and_says_so(finished):
 
 
 @pytest.mark.slow
-def test_two_adapters_share_one_base(recipe_for, tmp_path):
+def test_two_adapters_share_one_base(recipe_for: Any, tmp_path: Path) -> None:
     adapters = [
         {"name": n, "rank": r, "steps": 2, "warmup_steps": 0} for n, r in (("a", 2), ("b", 4))
     ]
@@ -345,7 +363,7 @@ def test_two_adapters_share_one_base(recipe_for, tmp_path):
     assert identities == {results["base"]["fingerprint"]}
 
 
-def test_directory_of_another_recipe_is_refused(recipe_for, tmp_path):
+def test_directory_of_another_recipe_is_refused(recipe_for: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run_recipe(recipe_for(), out, verbs=("quantize",))
     with pytest.raises(DirectoryError, match="was made by another recipe"):
@@ -354,7 +372,9 @@ def test_directory_of_another_recipe_is_refused(recipe_for, tmp_path):
         run_recipe(recipe_for(), out, "name=other")
 
 
-def test_directory_works_from_anywhere(recipe_for, tmp_path, monkeypatch, corpus):
+def test_directory_works_from_anywhere(
+    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path
+) -> None:
     monkeypatch.chdir(corpus.parent)
     run_recipe(recipe_for(), tmp_path / "out", f"data.source={corpus.name}", verbs=("quantize",))
     monkeypatch.chdir(tmp_path)
@@ -362,7 +382,9 @@ def test_directory_works_from_anywhere(recipe_for, tmp_path, monkeypatch, corpus
     assert said == ["quantize: skipped, nothing it depends on has changed"]
 
 
-def test_adapter_of_another_base_is_refused_with_both_fingerprints(recipe_for, tmp_path):
+def test_adapter_of_another_base_is_refused_with_both_fingerprints(
+    recipe_for: Any, tmp_path: Path
+) -> None:
     import qwlora
 
     for bitwidth, out in ((4, tmp_path / "four"), (3, tmp_path / "three")):
@@ -378,7 +400,7 @@ def test_adapter_of_another_base_is_refused_with_both_fingerprints(recipe_for, t
     qwlora.load_adapter(base, tmp_path / "three" / "adapters" / "first")
 
 
-def test_interrupted_training_goes_on_to_the_same_adapter(recipe_for, tmp_path):
+def test_interrupted_training_goes_on_to_the_same_adapter(recipe_for: Any, tmp_path: Path) -> None:
     adapters = [{"name": "first", "rank": 4, "steps": 60, "warmup_steps": 1, "checkpoint_steps": 5}]
     path = recipe_for(adapters=adapters)
     command = [sys.executable, "-m", "qwlora", "run", str(path), "--out"]
@@ -406,8 +428,8 @@ def test_interrupted_training_goes_on_to_the_same_adapter(recipe_for, tmp_path):
 
 
 def test_integers_of_an_encodings_file_are_kept_and_documents_stay_apart(
-    recipe_for, checkpoints, tmp_path
-):
+    recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     model = tiny_model("llama")
     layers = {
         n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n != "lm_head"
@@ -446,9 +468,9 @@ def test_integers_of_an_encodings_file_are_kept_and_documents_stay_apart(
 
 
 def test_a_folder_is_quantized_without_the_whole_model_whatever_the_data(
-    recipe_for, tmp_path, monkeypatch
-):
-    def refuse(source):
+    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(source: str) -> None:
         raise AssertionError(f"{source} is loaded whole")
 
     monkeypatch.setattr("qwlora.pipeline.running.loaded_models.load_model", refuse)
@@ -465,8 +487,8 @@ def test_a_folder_is_quantized_without_the_whole_model_whatever_the_data(
 
 
 def test_a_model_that_can_only_be_loaded_whole_is_and_that_is_said(
-    recipe_for, checkpoints, tmp_path
-):
+    recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     folder = tmp_path / "pickled"
     shutil.copytree(checkpoints["llama"], folder)
     torch.save(tiny_model("llama").state_dict(), folder / "pytorch_model.bin")
@@ -489,8 +511,8 @@ def test_a_model_that_can_only_be_loaded_whole_is_and_that_is_said(
 
 
 def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(
-    recipe_for, checkpoints, tmp_path
-):
+    recipe_for: Any, checkpoints: dict[str, Path], tmp_path: Path
+) -> None:
     """A file of an exporter that is not known lists blocks [in, out], and lacks a layer."""
     model = tiny_model("llama")
     weights = {
@@ -526,7 +548,7 @@ def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(
     assert all(torch.equal(packed[name].encoding.scale, grid.scale) for name, grid in grids.items())
 
 
-def test_floats_hold_no_integers_to_keep(recipe_for, tmp_path):
+def test_floats_hold_no_integers_to_keep(recipe_for: Any, tmp_path: Path) -> None:
     with pytest.raises(
         SourceError,
         match=r"has no integers to keep; use another solver, or set model\.encodings",
@@ -535,7 +557,7 @@ def test_floats_hold_no_integers_to_keep(recipe_for, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_integers_of_a_base_are_kept(recipe_for, tmp_path):
+def test_integers_of_a_base_are_kept(recipe_for: Any, tmp_path: Path) -> None:
     first, _ = run_recipe(recipe_for(), tmp_path / "first", verbs=("quantize",))
     path = recipe_for(model={"source": str(tmp_path / "first" / "base")}, base={"solver": "keep"})
     second, _ = run_recipe(path, tmp_path / "second", verbs=("quantize",))
@@ -547,10 +569,12 @@ def test_integers_of_a_base_are_kept(recipe_for, tmp_path):
         run_recipe(path, tmp_path / "third", "base.solver=rtn", verbs=("quantize",))
 
 
-def test_interrupted_quantizing_keeps_the_blocks_that_are_done(recipe_for, tmp_path):
+def test_interrupted_quantizing_keeps_the_blocks_that_are_done(
+    recipe_for: Any, tmp_path: Path
+) -> None:
     path, out = recipe_for(base={"solver": "gptq"}), tmp_path / "out"
 
-    def interrupted(items, description, total=None):
+    def interrupted(items: Any, description: str, total: int | None = None) -> Any:
         for number, item in enumerate(items):
             if description == "quantizing" and number == 1:
                 raise KeyboardInterrupt
@@ -565,16 +589,16 @@ def test_interrupted_quantizing_keeps_the_blocks_that_are_done(recipe_for, tmp_p
 
 
 def test_quantizing_alone_goes_through_the_files_and_makes_the_same_base(
-    recipe_for, tmp_path, checkpoints, monkeypatch
-):
+    recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The whole run quantizes the float model that its perplexity was measured of; `qwlora quantize` never has it in memory, here on a disk without links."""
 
     linked: list[str] = []
 
-    def refuse(*names):
+    def refuse(*names: str) -> None:
         raise OSError("no links here")
 
-    def link(source, target, own=os.link):
+    def link(source: str, target: str, own: Any = os.link) -> None:
         linked.append(Path(target).name)
         own(source, target)
 

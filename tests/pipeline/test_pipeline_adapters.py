@@ -1,5 +1,7 @@
 """Jobs of several adapters: what they share, and in which stages."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +42,7 @@ def done(said: list[str]) -> set[str]:
 
 
 @pytest.mark.slow
-def test_adapters_share_what_the_recipe_says(recipe_for, tmp_path):
+def test_adapters_share_what_the_recipe_says(recipe_for: Any, tmp_path: Path) -> None:
     path, out = recipe_for(adapters=TWO), tmp_path / "out"
     found = {}
     for mode in ("adapter_only", "none"):
@@ -92,7 +94,9 @@ def test_adapters_share_what_the_recipe_says(recipe_for, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_session_of_adapters_that_share_base_activations_passes(recipe_for, tmp_path):
+def test_a_session_of_adapters_that_share_base_activations_passes(
+    recipe_for: Any, tmp_path: Path
+) -> None:
     path, out = recipe_for(adapters=TWO), tmp_path / "out"
     verbs = ("quantize", "train", "calibrate", "export", "verify")
     results, _ = run_recipe(path, out, "simulation.base_activations=adapter_only", verbs=verbs)
@@ -106,7 +110,7 @@ def test_a_session_of_adapters_that_share_base_activations_passes(recipe_for, tm
     assert not {"model.layers.0.self_attn.q_proj.linear.scale", "model.norm.mul.scale"} & names
 
 
-def test_another_adapter_changes_what_is_shared(recipe_for, tmp_path):
+def test_another_adapter_changes_what_is_shared(recipe_for: Any, tmp_path: Path) -> None:
     path = recipe_for(adapters=TWO)
     keys = {}
     for steps in (2, 3):
@@ -133,8 +137,8 @@ def test_another_adapter_changes_what_is_shared(recipe_for, tmp_path):
 )
 @pytest.mark.filterwarnings("ignore:Model .*tie_word_embeddings")
 def test_an_imported_adapter_of_layers_that_the_base_has_exports_nothing_again(
-    recipe_for, tmp_path, own, given, is_covered
-):
+    recipe_for: Any, tmp_path: Path, own: Any, given: Any, is_covered: bool
+) -> None:
     folder = str(tmp_path / "elsewhere")
     model = get_peft_model(tiny_model("qwen3", layers=1), LoraConfig(**given))
     model.save_pretrained(folder, save_embedding_layers=False)
@@ -148,9 +152,9 @@ def test_an_imported_adapter_of_layers_that_the_base_has_exports_nothing_again(
 
 
 def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(
-    recipe_for, monkeypatch
-):
-    def keys(init):
+    recipe_for: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def keys(init: str) -> dict[str, str]:
         recipe = load_recipe(recipe_for(), ("base.solver=rtn", f"adapters.0.init={init}"))
         return {stage.name: stage.key for stage in make_plan(recipe, JobTexts(recipe))}
 
@@ -184,7 +188,9 @@ def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(
         ({"rank": 8, "dora": True}, "must have equal shapes, but rank, dora differ among them"),
     ],
 )
-def test_adapters_that_share_everything_have_one_shape(recipe_for, change, problem):
+def test_adapters_that_share_everything_have_one_shape(
+    recipe_for: Any, change: dict[str, Any], problem: str
+) -> None:
     path = recipe_for(adapters=[TWO[0], {**TWO[1], **change}])
     with pytest.raises(RecipeError, match=f"{problem}.*, or .*adapter_only"):
         load_recipe(path, ("simulation.base_activations=none",))
@@ -194,7 +200,7 @@ def test_adapters_that_share_everything_have_one_shape(recipe_for, change, probl
     )
 
 
-def test_what_is_one_shape(recipe_for):
+def test_what_is_one_shape(recipe_for: Any) -> None:
     none = {"base_activations": "none"}
     targets = [
         {"target_modules": ["q_proj", "v_proj"]},
@@ -216,8 +222,8 @@ def test_what_is_one_shape(recipe_for):
 
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
 def test_adapters_from_elsewhere_that_cannot_share_everything_are_found_before_training(
-    recipe_for, tmp_path
-):
+    recipe_for: Any, tmp_path: Path
+) -> None:
     elsewhere = get_peft_model(
         tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
     )
@@ -254,7 +260,9 @@ def on_different_layers() -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workflow", ["qw-lora", "qwa-lora"])
-def test_a_rule_may_be_for_one_adapter_alone(recipe_for, tmp_path, workflow):
+def test_a_rule_may_be_for_one_adapter_alone(
+    recipe_for: Any, tmp_path: Path, workflow: str
+) -> None:
     """And for none of the base's values, where that is calibrated first."""
     path, out = (
         recipe_for(
@@ -281,8 +289,8 @@ def test_a_rule_may_be_for_one_adapter_alone(recipe_for, tmp_path, workflow):
 
 @pytest.mark.parametrize("workflow", ["qw-lora", "qwa-lora"])
 def test_a_rule_that_does_nothing_in_the_whole_job_is_refused_before_training(
-    recipe_for, tmp_path, workflow
-):
+    recipe_for: Any, tmp_path: Path, workflow: str
+) -> None:
     wrong = {"rules": [*ONE_RULE_EACH, {"match": "*.sofmax", "bitwidth": 8}]}
     path, out = (
         recipe_for(workflow=workflow, adapters=on_different_layers(), simulation=wrong),

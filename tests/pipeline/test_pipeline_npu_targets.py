@@ -1,5 +1,7 @@
 """Jobs that write the files of AI Hub and QAIRT."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import re
@@ -98,7 +100,9 @@ def dumped(job: Path, graph: Path, stage: str, case: str, least_sqnr: float) -> 
         ),
     ],
 )
-def test_use_cases_that_cannot_be_are_refused(sections, said, recipe_for):
+def test_use_cases_that_cannot_be_are_refused(
+    sections: dict[str, Any], said: str, recipe_for: Any
+) -> None:
     with pytest.raises(RecipeError, match=said):
         load_recipe(recipe_for(**{"adapters": ADAPTERS, "simulation": GRAPHS, **sections}))
 
@@ -123,7 +127,7 @@ TWO = [
 ]
 
 
-def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_for):
+def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_for: Any) -> None:
     with pytest.raises(RecipeError) as found:
         load_recipe(
             recipe_for(
@@ -163,12 +167,16 @@ def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_
         ({"adapters": [{**TWO[0], "name": "zero"}]}, "zero is the name of another file"),
     ],
 )
-def test_graphs_of_the_htp_that_cannot_be_are_refused(sections, said, recipe_for):
+def test_graphs_of_the_htp_that_cannot_be_are_refused(
+    sections: dict[str, Any], said: str, recipe_for: Any
+) -> None:
     with pytest.raises(RecipeError, match=said):
         load_recipe(recipe_for(**{"adapters": TWO, **HTP, **sections}))
 
 
-def test_an_embedding_that_the_htp_cannot_read_is_refused_before_training(recipe_for, tmp_path):
+def test_an_embedding_that_the_htp_cannot_read_is_refused_before_training(
+    recipe_for: Any, tmp_path: Path
+) -> None:
     recipe = load_recipe(recipe_for(**{"adapters": TWO, **HTP, "base": {"weights": "w4-channel"}}))
     with pytest.raises(GridError, match="embed_tokens', bitwidth: 8, granularity: tensor"):
         run(recipe, tmp_path / "job", VERBS)
@@ -193,7 +201,9 @@ def break_decode(folder: Path, proofs: list[Path]) -> None:
 
 @pytest.mark.slow
 @EMULATED
-def test_a_job_writes_graphs_for_the_htp_and_runs_every_adapter(is_emulated, recipe_for, tmp_path):
+def test_a_job_writes_graphs_for_the_htp_and_runs_every_adapter(
+    is_emulated: bool, recipe_for: Any, tmp_path: Path
+) -> None:
     verify = {"sequences": 1, "perplexity_difference": 0.02}
     export = {
         **HTP["export"],

@@ -1,5 +1,7 @@
 """Workflow qwa-lora by recipe: the base's activations are calibrated first, adapters are trained through them, and they stay."""
 
+from __future__ import annotations
+
 import json
 from pathlib import Path
 from typing import Any
@@ -43,7 +45,7 @@ def done(said: list[str]) -> list[str]:
     return [line.split(":")[0] for line in said if ": done" in line]
 
 
-def test_the_whole_job(recipe_for, tmp_path):
+def test_the_whole_job(recipe_for: Any, tmp_path: Path) -> None:
     path, out = (
         recipe_for(
             workflow="qwa-lora", adapters=[FIRST, SECOND], simulation={"activation_bitwidth": 8}
@@ -95,7 +97,7 @@ def test_the_whole_job(recipe_for, tmp_path):
 
 
 @pytest.mark.slow
-def test_export_is_proved(recipe_for, tmp_path):
+def test_export_is_proved(recipe_for: Any, tmp_path: Path) -> None:
     out = tmp_path / "out"
     results, said = run_recipe(recipe_for(workflow="qwa-lora", adapters=[SECOND]), out)
     parity = results["parity"]["onnx"]["second"]
@@ -110,7 +112,7 @@ def test_export_is_proved(recipe_for, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::qwlora.formats.manifest.UnverifiedWarning")
-def test_an_adapter_that_had_dropout_goes_on_without_it(recipe_for, tmp_path):
+def test_an_adapter_that_had_dropout_goes_on_without_it(recipe_for: Any, tmp_path: Path) -> None:
     """PEFT's adapters often have some, and a graph of evaluation has none."""
     config = LoraConfig(r=2, target_modules=["q_proj"], lora_dropout=0.05, task_type="CAUSAL_LM")
     get_peft_model(tiny_model("llama"), config).save_pretrained(
@@ -148,7 +150,7 @@ def test_an_adapter_that_had_dropout_goes_on_without_it(recipe_for, tmp_path):
     assert dropouts == {"kept": 0.05, "first": 0.0, "second": 0.0}
 
 
-def test_training_asks_for_the_calibration_first(recipe_for, tmp_path):
+def test_training_asks_for_the_calibration_first(recipe_for: Any, tmp_path: Path) -> None:
     path, out = recipe_for(workflow="qwa-lora"), tmp_path / "out"
     run_recipe(path, out, verbs=("quantize",))
     with pytest.raises(
@@ -160,7 +162,7 @@ def test_training_asks_for_the_calibration_first(recipe_for, tmp_path):
     assert done(said) == ["calibrate-base"]
 
 
-def test_what_cannot_go_together_is_one_error(recipe_for):
+def test_what_cannot_go_together_is_one_error(recipe_for: Any) -> None:
     wrong = [
         {**FIRST, "objective": "recovery", "dropout": 0.1, "gradient_checkpointing": True},
         {**SECOND, "compute": "bfloat16", "loss": "chunked"},
@@ -182,8 +184,8 @@ def test_what_cannot_go_together_is_one_error(recipe_for):
 
 
 def test_documents_that_share_a_sequence_are_found_out_before_anything_is_written(
-    recipe_for, tmp_path
-):
+    recipe_for: Any, tmp_path: Path
+) -> None:
     source = tmp_path / "pairs.jsonl"
     source.write_text(
         "".join(

@@ -1,11 +1,14 @@
 """Jobs that export the base once and adapters beside it."""
 
+from __future__ import annotations
+
 import contextlib
 import importlib.util
 import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -53,12 +56,12 @@ ADAPTERS = [
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("weights")
 
 
 @pytest.fixture
-def job(recipe_for, finished):
+def job(recipe_for: Any, finished: Path) -> Path:
     """A finished job; made once."""
     if not (finished / "job").exists():
         recipe = recipe_for(export={"targets": ["hf", "mlx"]}, adapters=ADAPTERS)
@@ -66,7 +69,7 @@ def job(recipe_for, finished):
     return finished / "job"
 
 
-def test_the_base_is_written_once_and_every_adapter_beside_it(job):
+def test_the_base_is_written_once_and_every_adapter_beside_it(job: Path) -> None:
     for name in ("hf", "mlx"):
         folders = {path.name for path in (job / "export" / name).iterdir()}
         assert folders == {"base", "first", "second", "proof", "README.md"}
@@ -82,7 +85,7 @@ def test_the_base_is_written_once_and_every_adapter_beside_it(job):
             assert mlx["passed"]
 
 
-def test_what_transformers_loads_is_what_was_trained(job):
+def test_what_transformers_loads_is_what_was_trained(job: Path) -> None:
     ids = torch.arange(20)[None]
     folder = job / "export" / "hf"
     for name in ("first", "second"):
@@ -94,14 +97,16 @@ def test_what_transformers_loads_is_what_was_trained(job):
         assert float((found - expected).abs().max()) < 1e-4
 
 
-def test_a_second_run_skips_everything_and_renaming_keeps_the_base(job, tmp_path):
+def test_a_second_run_skips_everything_and_renaming_keeps_the_base(
+    job: Path, tmp_path: Path
+) -> None:
     copy = Path(shutil.copytree(job, tmp_path / "job"))
     said: list[str] = []
     run(load_recipe(copy / "recipe.yaml"), copy, ("quantize", "train", "export"), say=said.append)
     assert not [line for line in said if line.endswith(" ...")]
 
 
-def test_the_bundle_of_a_renamed_adapter_is_proven_as_before(job, tmp_path):
+def test_the_bundle_of_a_renamed_adapter_is_proven_as_before(job: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(job, tmp_path / "job"))
     rename_adapter(copy, "first", "one")
     bundle = copy / "export" / "hf"
@@ -111,7 +116,7 @@ def test_the_bundle_of_a_renamed_adapter_is_proven_as_before(job, tmp_path):
     assert not find_stale(make_plan(recipe, JobTexts(recipe)), Directory.read(copy))
 
 
-def test_files_that_changed_are_not_verified(job, tmp_path):
+def test_files_that_changed_are_not_verified(job: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(job, tmp_path / "job"))
     file = copy / "export" / "hf" / "second" / "adapter_model.safetensors"
     content = bytearray(file.read_bytes())
@@ -128,7 +133,9 @@ def test_files_that_changed_are_not_verified(job, tmp_path):
         ({"name": "base"}, "base is the name of another file or folder in export/hf"),
     ],
 )
-def test_adapters_that_a_target_cannot_hold_are_refused_at_once(recipe_for, change, message):
+def test_adapters_that_a_target_cannot_hold_are_refused_at_once(
+    recipe_for: Any, change: dict[str, Any], message: str
+) -> None:
     adapter = {**ADAPTERS[0], **change}
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe_for(export={"targets": ["hf"]}, adapters=[adapter]))
@@ -149,7 +156,9 @@ def test_adapters_that_a_target_cannot_hold_are_refused_at_once(recipe_for, chan
         ),
     ],
 )
-def test_a_grid_that_a_target_cannot_hold_is_refused_at_once(recipe_for, target, base, message):
+def test_a_grid_that_a_target_cannot_hold_is_refused_at_once(
+    recipe_for: Any, target: str, base: dict[str, Any], message: str
+) -> None:
     with pytest.raises(RecipeError, match=message):
         load_recipe(recipe_for(export={"targets": [target]}, base=base))
 
@@ -167,8 +176,8 @@ def test_a_grid_that_a_target_cannot_hold_is_refused_at_once(recipe_for, target,
     ],
 )
 def test_a_model_that_a_target_cannot_hold_is_refused_before_anything_is_computed(
-    recipe_for, tmp_path, architecture, target, message
-):
+    recipe_for: Any, tmp_path: Path, architecture: str, target: str, message: str
+) -> None:
     recipe = load_recipe(recipe_for(architecture, export={"targets": [target]}))
     with pytest.raises(GridError, match=message):
         run(recipe, tmp_path / "job", ("quantize",))
@@ -176,8 +185,8 @@ def test_a_model_that_a_target_cannot_hold_is_refused_before_anything_is_compute
 
 
 def test_an_adapter_that_peft_puts_on_experts_is_refused_before_anything_is_computed(
-    recipe_for, tmp_path
-):
+    recipe_for: Any, tmp_path: Path
+) -> None:
     """`all-linear` of a mixture of experts includes them."""
     make("Mixtral").save_pretrained(tmp_path / "model")
     byte_tokenizer().save_pretrained(tmp_path / "model")
@@ -193,7 +202,7 @@ def bundle(job: Path, folder: Path, target: str = "hf") -> Path:
     return Path(shutil.copytree(job / "export" / target, folder / "moved"))
 
 
-def test_a_moved_bundle_is_proven_without_the_job(job, tmp_path):
+def test_a_moved_bundle_is_proven_without_the_job(job: Path, tmp_path: Path) -> None:
     moved = bundle(job, tmp_path)
     done = qwlora("verify", moved, "--json")
     assert done.returncode == 0, done.stderr
@@ -216,7 +225,7 @@ def test_a_moved_bundle_is_proven_without_the_job(job, tmp_path):
     assert results["parity"]["hf"]["first"]["proof"]["exact"]["base"]["top1_agreement"] == 1
 
 
-def test_the_reference_is_what_the_trained_model_says(job):
+def test_the_reference_is_what_the_trained_model_says(job: Path) -> None:
     reference, _ = read_tensors(
         job / "export" / "hf" / "proof" / "second" / "reference.safetensors"
     )
@@ -229,7 +238,7 @@ def test_the_reference_is_what_the_trained_model_says(job):
     assert torch.equal(reference["adapter.top"][0].long(), expected.indices)
 
 
-def test_one_changed_bit_in_any_file_of_a_bundle_is_refused(job, tmp_path):
+def test_one_changed_bit_in_any_file_of_a_bundle_is_refused(job: Path, tmp_path: Path) -> None:
     moved = bundle(job, tmp_path)
     files = [path for path in files_in(moved) if path != "README.md"]
     assert {"base/model.safetensors", "first/adapter_model.safetensors"} <= set(files)
@@ -247,7 +256,7 @@ def test_one_changed_bit_in_any_file_of_a_bundle_is_refused(job, tmp_path):
 
 
 @pytest.mark.parametrize("added", ["notes.txt", "third/x", "proof/x", "proof/first/x"])
-def test_a_file_without_a_proof_is_refused(added, job, tmp_path):
+def test_a_file_without_a_proof_is_refused(added: str, job: Path, tmp_path: Path) -> None:
     moved = bundle(job, tmp_path)
     (moved / ".gitattributes").write_text("added by a download")
     (moved / added).parent.mkdir(exist_ok=True)
@@ -270,7 +279,9 @@ def test_a_file_without_a_proof_is_refused(added, job, tmp_path):
         ('{"format": 1, "of": {}, "limits": {"perplexity_difference": "1"}}', "no limits"),
     ],
 )
-def test_a_damaged_proof_is_named_and_does_not_block_the_job(content, said, job, tmp_path):
+def test_a_damaged_proof_is_named_and_does_not_block_the_job(
+    content: str, said: str, job: Path, tmp_path: Path
+) -> None:
     moved = bundle(job, tmp_path)
     path = moved / "proof" / "first" / "proof.json"
     path.write_text(content)
@@ -281,7 +292,7 @@ def test_a_damaged_proof_is_named_and_does_not_block_the_job(content, said, job,
         assert current_proofs(moved, without="second") == {}
 
 
-def test_an_edited_readme_is_kept(job, tmp_path):
+def test_an_edited_readme_is_kept(job: Path, tmp_path: Path) -> None:
     moved = bundle(job, tmp_path)
     readme, records = moved / "README.md", proofs(moved)
     written = readme.read_text()
@@ -294,7 +305,9 @@ def test_an_edited_readme_is_kept(job, tmp_path):
     assert readme.read_text() == written
 
 
-def test_a_readme_names_only_adapters_that_are_proven_on_the_files_that_are_there(job, tmp_path):
+def test_a_readme_names_only_adapters_that_are_proven_on_the_files_that_are_there(
+    job: Path, tmp_path: Path
+) -> None:
     moved = bundle(job, tmp_path)
     assert current_proofs(moved).keys() == {"first", "second"}
     write_record(moved / "second", {"base_fingerprint": "another"})
@@ -311,7 +324,7 @@ def readme_lines(job: Path) -> list[tuple[str, str]]:
     return re.findall(r"^(?:\| `(\w+)/`|- (\w+: \w+))", text, re.MULTILINE)
 
 
-def test_a_readme_follows_adapters_that_are_renamed_and_removed(job, tmp_path):
+def test_a_readme_follows_adapters_that_are_renamed_and_removed(job: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(job, tmp_path / "job"))
     rename_adapter(copy, "first", "one")
     both = [("base", ""), ("one", ""), ("second", ""), ("", "one: passed"), ("", "second: passed")]
@@ -323,7 +336,9 @@ def test_a_readme_follows_adapters_that_are_renamed_and_removed(job, tmp_path):
     assert readme_lines(copy) == [("base", ""), ("one", ""), ("", "one: passed")]
 
 
-def test_a_readme_says_what_failed_beyond_the_proof(job, tmp_path, monkeypatch):
+def test_a_readme_says_what_failed_beyond_the_proof(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = Path(shutil.copytree(job, tmp_path / "job"))
     broken = [is_so("switching back", False)]
     monkeypatch.setattr("qwlora.export.proof.measure.switching", lambda *_: broken)
@@ -339,7 +354,7 @@ def test_a_readme_says_what_failed_beyond_the_proof(job, tmp_path, monkeypatch):
     assert not (copy / "export" / "hf" / "README.md").exists()
 
 
-def test_a_base_or_an_adapter_of_another_bundle_is_refused(job, tmp_path):
+def test_a_base_or_an_adapter_of_another_bundle_is_refused(job: Path, tmp_path: Path) -> None:
     moved = bundle(job, tmp_path)
     (moved / "first").rename(tmp_path / "kept")
     shutil.copytree(moved / "second", moved / "first")
@@ -353,7 +368,9 @@ def test_a_base_or_an_adapter_of_another_bundle_is_refused(job, tmp_path):
 
 
 @pytest.mark.parametrize("target", ["hf", "mlx"])
-def test_adapters_that_were_swapped_with_their_proofs_are_refused(target, job, tmp_path):
+def test_adapters_that_were_swapped_with_their_proofs_are_refused(
+    target: str, job: Path, tmp_path: Path
+) -> None:
     moved = bundle(job, tmp_path, target)
     for folder in (moved, moved / "proof"):
         (folder / "first").rename(folder / "other")
@@ -363,7 +380,7 @@ def test_adapters_that_were_swapped_with_their_proofs_are_refused(target, job, t
         verify_bundle(moved)
 
 
-def test_a_sealed_bundle_that_names_code_is_refused(job, tmp_path):
+def test_a_sealed_bundle_that_names_code_is_refused(job: Path, tmp_path: Path) -> None:
     """Whoever changes a file can change every digest too."""
     moved = bundle(job, tmp_path)
     config = moved / "base" / "config.json"
@@ -387,7 +404,7 @@ EVERYWHERE = [  # gguf needs a model from a GGUF file
 
 
 @pytest.fixture
-def everywhere(recipe_for, finished):
+def everywhere(recipe_for: Any, finished: Path) -> Path:
     """A job for every runtime that is installed; made once."""
     if not (finished / "everywhere").exists():
         targets = [name for name in EVERYWHERE if TARGETS[name].missing() is None]
@@ -402,8 +419,8 @@ def everywhere(recipe_for, finished):
 
 @pytest.mark.parametrize("name", with_clients(EVERYWHERE))
 def test_the_bundle_of_every_runtime_is_proven_elsewhere_and_refused_after_a_changed_bit(
-    name, everywhere, tmp_path
-):
+    name: str, everywhere: Path, tmp_path: Path
+) -> None:
     moved = bundle(everywhere, tmp_path, name)
     gone = everywhere.rename(everywhere.with_name("gone"))
     try:
@@ -426,7 +443,7 @@ def test_the_bundle_of_every_runtime_is_proven_elsewhere_and_refused_after_a_cha
         gone.rename(everywhere)
 
 
-def test_a_bundle_that_computes_something_else_fails(job, tmp_path):
+def test_a_bundle_that_computes_something_else_fails(job: Path, tmp_path: Path) -> None:
     """Every digest is right, as after an attack or a bug of the exporter."""
     moved = bundle(job, tmp_path)
     shutil.copytree(moved / "second", moved / "first", dirs_exist_ok=True)
@@ -440,7 +457,7 @@ def test_a_bundle_that_computes_something_else_fails(job, tmp_path):
     assert "| second | exact |" in done.stdout
 
 
-def test_the_readme_of_a_bundle_runs(job, tmp_path):
+def test_the_readme_of_a_bundle_runs(job: Path, tmp_path: Path) -> None:
     for target, packages in (("hf", ["compressed_tensors"]), ("mlx", ["mlx_lm"])):
         moved = bundle(job, tmp_path / target, target)
         text = (moved / "README.md").read_text()
@@ -456,7 +473,7 @@ def test_the_readme_of_a_bundle_runs(job, tmp_path):
                 exec(code, {})
 
 
-def test_verify_without_a_job_or_a_bundle_says_what_it_needs(tmp_path):
+def test_verify_without_a_job_or_a_bundle_says_what_it_needs(tmp_path: Path) -> None:
     done = qwlora("verify", tmp_path)
     assert done.returncode == 2
     assert "--out" in done.stderr

@@ -1,5 +1,7 @@
 """`qwlora push` against a hub on this machine, and the model cards that it uploads."""
 
+from __future__ import annotations
+
 import json
 import os
 import re
@@ -21,7 +23,7 @@ import qwlora
 from cli.command_line import qwlora as command
 from conftest import write_recipe
 from docs.snippets import ROOT, blocks
-from pipeline.fake_hub import TOKEN, Repository, fake_hub
+from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
 from qwlora.errors import DirectoryError, UploadError
 from qwlora.export.proof.folder import proofs
 from qwlora.export.proof.readme import write_readme
@@ -40,7 +42,9 @@ STAGES = ("quantize", "train", "evaluate", "export", "verify")
 
 
 @pytest.fixture(scope="module")
-def job(tmp_path_factory, corpus, checkpoints):
+def job(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Path, checkpoints: dict[str, Path]
+) -> Path:
     """Trained and exported for transformers; the model has a license, nothing is captured."""
     folder = tmp_path_factory.mktemp("job")
     model = folder / "tiny-model"
@@ -55,7 +59,7 @@ def job(tmp_path_factory, corpus, checkpoints):
 
 
 @pytest.fixture
-def hub(monkeypatch, job):
+def hub(monkeypatch: pytest.MonkeyPatch, job: Path) -> Iterator[FakeHub]:
     with fake_hub() as server:
         files = server.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
@@ -74,7 +78,7 @@ def card(folder: Path) -> dict[str, Any]:
     return ModelCard((folder / CARD).read_text()).data.to_dict()
 
 
-def test_cards_have_what_the_hub_reads(job):
+def test_cards_have_what_the_hub_reads(job: Path) -> None:
     results = json.loads((job / "results.json").read_text())
     base, adapter = card(job / "base"), card(job / "adapters" / "first")
     assert (base["license"], base["library_name"]) == ("apache-2.0", "qwlora")
@@ -93,7 +97,9 @@ def test_cards_have_what_the_hub_reads(job):
     assert f"| Perplexity | {perplexity:.2f} |" in (job / "adapters/first" / CARD).read_text()
 
 
-def test_what_a_model_says_of_itself_is_escaped(job, tmp_path, monkeypatch):
+def test_what_a_model_says_of_itself_is_escaped(
+    job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     text = 'bsd.\n\n## Proof\n\n| all | passed |\n\n<iframe src="x">'
     origin = ModelCardInfo("n <b>\n# n", None, text, stated_in="README.md")
     monkeypatch.setattr(model_cards, "_known_origin", lambda source: origin)
@@ -120,7 +126,7 @@ def test_what_a_model_says_of_itself_is_escaped(job, tmp_path, monkeypatch):
     assert "\n# n" not in readme
 
 
-def test_cards_say_how_each_runtime_loads_the_files(job):
+def test_cards_say_how_each_runtime_loads_the_files(job: Path) -> None:
     base, adapter = (job / "base" / CARD).read_text(), (job / "adapters/first" / CARD).read_text()
     assert 'from_pretrained("export/hf/base")' in base
     assert 'PeftModel.from_pretrained(model, "export/hf/first")' in adapter
@@ -129,7 +135,7 @@ def test_cards_say_how_each_runtime_loads_the_files(job):
     assert "all limits hold" in adapter
 
 
-def test_the_python_of_a_card_loads_the_files(job, monkeypatch):
+def test_the_python_of_a_card_loads_the_files(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(job)
     for folder in ("base", "adapters/first"):
         text = (job / folder / CARD).read_text()
@@ -151,7 +157,9 @@ def test_the_python_of_a_card_loads_the_files(job, monkeypatch):
         ),
     ],
 )
-def test_the_python_of_a_page_loads_the_files(page, folders, job, tmp_path, monkeypatch):
+def test_the_python_of_a_page_loads_the_files(
+    page: str, folders: dict[str, str], job: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, there in folders.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(job / there)
@@ -166,7 +174,7 @@ def test_the_python_of_a_page_loads_the_files(page, folders, job, tmp_path, monk
     torch.testing.assert_close(found, adapted(ids).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_card_is_written_again_unless_the_user_edited_it(job):
+def test_a_card_is_written_again_unless_the_user_edited_it(job: Path) -> None:
     file, recipe = job / "base" / CARD, load_recipe(job / "recipe.yaml")
     written = file.read_text()
     try:
@@ -189,7 +197,7 @@ def _run(recipe: Any, job: Path) -> list[str]:
     return [line for line in said if line.startswith(("quantize", "train", "export"))]
 
 
-def test_nothing_is_uploaded_without_being_asked(job, hub):
+def test_nothing_is_uploaded_without_being_asked(job: Path, hub: FakeHub) -> None:
     ended = push(job, "--to", "me/base")
     assert ended.returncode == 2
     assert "--yes" in ended.stderr
@@ -197,7 +205,9 @@ def test_nothing_is_uploaded_without_being_asked(job, hub):
     assert hub.requests == []
 
 
-def test_base_and_adapter_are_uploaded_private_and_load_from_there(job, hub, tmp_path):
+def test_base_and_adapter_are_uploaded_private_and_load_from_there(
+    job: Path, hub: FakeHub, tmp_path: Path
+) -> None:
     assert push(job, "--to", "me/base", "--yes").returncode == 0
     ended = push(job, "--adapter", "first", "--to", "me/first", "--license", "mit", "--yes")
     assert ended.returncode == 0, ended.stderr
@@ -227,7 +237,7 @@ def test_base_and_adapter_are_uploaded_private_and_load_from_there(job, hub, tmp
         assert torch.equal(there(ids).logits, here(ids).logits)
 
 
-def test_an_adapter_without_its_base_on_the_hub_says_so(job, hub):
+def test_an_adapter_without_its_base_on_the_hub_says_so(job: Path, hub: FakeHub) -> None:
     ended = push(job, "--adapter", "first", "--to", "me/first", "--yes")
     assert ended.returncode == 0
     assert "note: the base is not on the hub yet" in ended.stdout
@@ -235,7 +245,7 @@ def test_an_adapter_without_its_base_on_the_hub_says_so(job, hub):
     assert not config["base_model_name_or_path"]
 
 
-def test_a_public_repository_needs_public(job, hub):
+def test_a_public_repository_needs_public(job: Path, hub: FakeHub) -> None:
     hub.repositories["me/base"] = Repository(private=False)
     ended = push(job, "--to", "me/base", "--yes")
     assert ended.returncode == 2
@@ -246,7 +256,9 @@ def test_a_public_repository_needs_public(job, hub):
     assert "base.json" in hub.repositories["me/base"].files
 
 
-def test_another_upload_deletes_what_an_earlier_one_left_and_nothing_else(job, hub):
+def test_another_upload_deletes_what_an_earlier_one_left_and_nothing_else(
+    job: Path, hub: FakeHub
+) -> None:
     mine = {"base-00001-of-00002.safetensors": b"", "gguf/notes.txt": b"", "hf/mine.md": b"mine"}
     hub.repositories["me/base"] = Repository(private=True, files=dict(mine))
     with prepared(job, "me/base", None) as upload:
@@ -265,7 +277,9 @@ def test_another_upload_deletes_what_an_earlier_one_left_and_nothing_else(job, h
 @pytest.mark.parametrize(
     ("held", "arguments"), [("base.json", ("--adapter", "first")), ("qwlora.json", ())]
 )
-def test_a_base_and_an_adapter_do_not_share_a_repository(job, hub, held, arguments):
+def test_a_base_and_an_adapter_do_not_share_a_repository(
+    job: Path, hub: FakeHub, held: str, arguments: tuple[str, ...]
+) -> None:
     hub.repositories["me/it"] = Repository(private=True, files={held: b"{}"})
     ended = push(job, *arguments, "--to", "me/it", "--yes")
     assert ended.returncode == 2
@@ -284,7 +298,7 @@ def edited(file: Path, text: str) -> Iterator[None]:
         file.write_text(before)
 
 
-def test_files_that_were_not_checked_are_left_out(job):
+def test_files_that_were_not_checked_are_left_out(job: Path) -> None:
     record = job / ".qwlora" / "records" / "verify" / "hf" / "first.json"
     with edited(record, "{}"):
         for adapter in (None, "first"):
@@ -293,7 +307,7 @@ def test_files_that_were_not_checked_are_left_out(job):
                 assert any("verify/hf/first" in note for note in upload.notes)
 
 
-def test_a_recipe_that_was_not_run_is_refused(job):
+def test_a_recipe_that_was_not_run_is_refused(job: Path) -> None:
     content = yaml.safe_load((job / "recipe.yaml").read_text())
     content["adapters"][0]["steps"] = 4
     with edited(job / "recipe.yaml", yaml.safe_dump(content)):
@@ -311,7 +325,7 @@ def test_a_recipe_that_was_not_run_is_refused(job):
             pass
 
 
-def test_files_of_others_are_not_uploaded(job):
+def test_files_of_others_are_not_uploaded(job: Path) -> None:
     places = [job / folder for folder in ("base", "adapters/first", "export/hf/first")]
     added = [folder / name for folder in places for name in ("secret.pem", ".env")]
     try:
@@ -325,7 +339,7 @@ def test_files_of_others_are_not_uploaded(job):
             file.unlink()
 
 
-def test_a_readme_of_exported_files_is_uploaded_if_the_job_wrote_it(job):
+def test_a_readme_of_exported_files_is_uploaded_if_the_job_wrote_it(job: Path) -> None:
     folder, stage = "export/hf/first", "export/hf/first"
     file = job / ".qwlora" / "records" / f"{stage}.json"
     record = read_record(file, stage)
@@ -349,7 +363,9 @@ def test_a_readme_of_exported_files_is_uploaded_if_the_job_wrote_it(job):
         ("/commit/", 400, ("me/base", "nothing was uploaded", "400")),
     ],
 )
-def test_what_the_hub_refuses_is_one_message(job, hub, path, status, words):
+def test_what_the_hub_refuses_is_one_message(
+    job: Path, hub: FakeHub, path: str, status: int, words: tuple[str, ...]
+) -> None:
     hub.answers[path] = status
     ended = push(job, "--to", "me/base", "--yes")
     assert ended.returncode == 2
@@ -360,12 +376,12 @@ def test_what_the_hub_refuses_is_one_message(job, hub, path, status, words):
 
 
 def test_files_of_an_upload_that_was_killed_before_its_note_are_known_to_the_next(
-    job, hub, monkeypatch, tmp_path
-):
+    job: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     (tmp_path / "extra.txt").write_text("extra")
     notes = iter([push_module._write_note])
 
-    def killed(folder, note):
+    def killed(folder: Path, note: Any) -> None:
         if (write := next(notes, None)) is None:
             raise KeyboardInterrupt
         write(folder, note)
@@ -382,13 +398,17 @@ def test_files_of_an_upload_that_was_killed_before_its_note_are_known_to_the_nex
     assert "extra.txt" not in hub.repositories["me/base"].files
 
 
-def test_a_hub_that_does_not_answer_is_named(job, hub, monkeypatch):
+def test_a_hub_that_does_not_answer_is_named(
+    job: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     with prepared(job, "me/base", None) as upload, pytest.raises(UploadError, match="HF_ENDPOINT"):
         send(upload, job)
 
 
-def test_without_a_token_the_remedy_is_named(job, hub, monkeypatch):
+def test_without_a_token_the_remedy_is_named(
+    job: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     ended = push(job, "--to", "me/base", "--yes")
@@ -396,7 +416,7 @@ def test_without_a_token_the_remedy_is_named(job, hub, monkeypatch):
     assert "hf auth login" in ended.stderr
 
 
-def test_a_changed_file_and_an_unknown_name_are_refused(job):
+def test_a_changed_file_and_an_unknown_name_are_refused(job: Path) -> None:
     with (
         pytest.raises(DirectoryError, match=r"no adapter 'frist'.*first"),
         prepared(job, "me/a", "frist"),
@@ -415,13 +435,13 @@ def test_a_changed_file_and_an_unknown_name_are_refused(job):
         file.write_bytes(content)
 
 
-def test_a_bad_repository_name_is_a_usage_error(job):
+def test_a_bad_repository_name_is_a_usage_error(job: Path) -> None:
     ended = push(job, "--to", "base", "--yes")
     assert (ended.returncode, "OWNER/NAME" in ended.stderr) == (2, True)
 
 
 @pytest.mark.slow
-def test_the_environment_names_the_hub(job, hub):
+def test_the_environment_names_the_hub(job: Path, hub: FakeHub) -> None:
     environment = {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_DISABLE_XET": "1"}
     words = [sys.executable, "-m", "qwlora", "push", str(job), "--to", "me/base", "--yes"]
     ended = subprocess.run(

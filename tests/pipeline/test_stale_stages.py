@@ -1,5 +1,7 @@
 """A stage is current only if everything that it read is there and unchanged, all the way up."""
 
+from __future__ import annotations
+
 import json
 import re
 import shutil
@@ -7,9 +9,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from pipeline.conftest import FakeJob
 from qwlora.errors import DirectoryError, VerificationError
 from qwlora.pipeline.commands.manage_adapters import add_adapter
 from qwlora.pipeline.commands.open_job import open_job
@@ -91,7 +95,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], None], str, list[str]]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_verify_names_what_is_missing_or_changed_all_the_way_up(job, damage):
+def test_verify_names_what_is_missing_or_changed_all_the_way_up(job: FakeJob, damage: str) -> None:
     path, harm, found, needed = DAMAGES[damage]
     job.run()
     harm(job.out / path)
@@ -108,7 +112,7 @@ def test_verify_names_what_is_missing_or_changed_all_the_way_up(job, damage):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_run_repairs_damage_and_all_that_depends_on_it(job, damage):
+def test_a_run_repairs_damage_and_all_that_depends_on_it(job: FakeJob, damage: str) -> None:
     path, harm, found, needed = DAMAGES[damage]
     job.run()
     harm(job.out / path)
@@ -121,7 +125,7 @@ def test_a_run_repairs_damage_and_all_that_depends_on_it(job, damage):
     assert not job.ran
 
 
-def test_evaluate_without_base_and_adapters_is_refused(job):
+def test_evaluate_without_base_and_adapters_is_refused(job: FakeJob) -> None:
     job.run()
     shutil.rmtree(job.out / "base")
     shutil.rmtree(job.out / "adapters")
@@ -135,7 +139,7 @@ def test_evaluate_without_base_and_adapters_is_refused(job):
         job.run("evaluate")
 
 
-def test_verify_always_runs_when_asked_for_and_a_full_run_skips_it(job):
+def test_verify_always_runs_when_asked_for_and_a_full_run_skips_it(job: FakeJob) -> None:
     job.run()
     job.run()
     assert not job.ran
@@ -145,10 +149,10 @@ def test_verify_always_runs_when_asked_for_and_a_full_run_skips_it(job):
     assert not job.ran
 
 
-def test_a_proof_that_fails_leaves_no_earlier_proof(job):
+def test_a_proof_that_fails_leaves_no_earlier_proof(job: FakeJob) -> None:
     assert "verify/onnx/first" in job.run()
 
-    def fail(stage):
+    def fail(stage: str) -> None:
         if stage != "verify/onnx/first":
             return
         problems = ["too far"]
@@ -168,7 +172,7 @@ def test_a_proof_that_fails_leaves_no_earlier_proof(job):
     assert job.ran == ["verify/onnx/first"]
 
 
-def test_results_hold_only_what_is_current(job):
+def test_results_hold_only_what_is_current(job: FakeJob) -> None:
     job.run()
     flip_bit(job.out / "simulation" / "first" / "weights.bin")
     results = job.run("quantize")
@@ -176,7 +180,7 @@ def test_results_hold_only_what_is_current(job):
 
 
 @pytest.mark.parametrize("path", ["base/weights.bin", "adapters/first/weights.bin"])
-def test_verbs_that_read_a_job_refuse_files_that_it_did_not_make(job, path):
+def test_verbs_that_read_a_job_refuse_files_that_it_did_not_make(job: FakeJob, path: str) -> None:
     job.run()
     flip_bit(job.out / path)
     for verb in (explain_placement, open_job):
@@ -196,7 +200,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("stage", ["quantize", "evaluate/base", "verify/onnx"])
 @pytest.mark.parametrize("what", DAMAGED)
-def test_a_damaged_record_makes_its_stage_run_again(job, what, stage):
+def test_a_damaged_record_makes_its_stage_run_again(job: FakeJob, what: str, stage: str) -> None:
     job.run()
     file = job.out / ".qwlora" / "records" / f"{stage}.json"
     file.write_bytes(DAMAGED[what](file.read_bytes()))
@@ -210,7 +214,7 @@ def test_a_damaged_record_makes_its_stage_run_again(job, what, stage):
 
 
 @pytest.fixture
-def read_only(job, mounted):
+def read_only(job: FakeJob, mounted: Callable[[str], Path]) -> Any:
     """Runs the job on a disk, which is read-only from then on."""
     disk = mounted("size=10m")
     job.out = disk / "out"
@@ -219,7 +223,7 @@ def read_only(job, mounted):
     return job
 
 
-def test_a_current_job_in_a_read_only_folder_can_be_read(read_only):
+def test_a_current_job_in_a_read_only_folder_can_be_read(read_only: FakeJob) -> None:
     results = json.loads((read_only.out / "results.json").read_text())
     for verbs in ((), ("evaluate",), ("quantize",)):
         assert read_only.run(*verbs) == results
@@ -234,7 +238,9 @@ def test_a_current_job_in_a_read_only_folder_can_be_read(read_only):
     assert not read_only.ran
 
 
-def test_a_run_that_skips_everything_reads_nothing_and_imports_no_torch(job, monkeypatch):
+def test_a_run_that_skips_everything_reads_nothing_and_imports_no_torch(
+    job: FakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("qwlora.pipeline.job.digests.SETTLED_NS", -(10**18))
     job.run()
     job.run()
@@ -253,13 +259,15 @@ def test_a_run_that_skips_everything_reads_nothing_and_imports_no_torch(job, mon
     assert json.loads(done.stdout).keys() >= set(ALL)
 
 
-def test_work_of_a_run_that_was_killed_when_it_was_done_is_removed(job, monkeypatch):
+def test_work_of_a_run_that_was_killed_when_it_was_done_is_removed(
+    job: FakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
     places: list[Path] = []
 
-    def keep(folder, stage, key=None):
+    def keep(folder: Directory, stage: str, key: str | None = None) -> None:
         raise KeyboardInterrupt
 
-    def place(folder, stage, key):
+    def place(folder: Directory, stage: str, key: str) -> Path:
         places.append(real(folder, stage, key))
         places[-1].mkdir(parents=True)
         return places[-1]
@@ -280,11 +288,13 @@ def test_work_of_a_run_that_was_killed_when_it_was_done_is_removed(job, monkeypa
     assert other.exists()
 
 
-def test_a_recipe_that_another_command_changes_before_the_lock_is_read_again(job, monkeypatch):
+def test_a_recipe_that_another_command_changes_before_the_lock_is_read_again(
+    job: FakeJob, monkeypatch: pytest.MonkeyPatch
+) -> None:
     job.run()
     recipe, start = job.out / "recipe.yaml", run_job._start_context
 
-    def meanwhile(*arguments):
+    def meanwhile(*arguments: Any) -> Any:
         monkeypatch.setattr(run_job, "_start_context", start)
         add_adapter(job.out, "second")
         return start(*arguments)

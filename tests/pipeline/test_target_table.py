@@ -1,5 +1,10 @@
 """What is refused or said about a recipe's model before anything is quantized."""
 
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
@@ -23,8 +28,8 @@ from qwlora.recipe import load_recipe
     ],
 )
 def test_run_and_check_refuse_the_same_before_anything_is_quantized(
-    recipe_for, tmp_path, change, problem
-):
+    recipe_for: Any, tmp_path: Path, change: str, problem: str
+) -> None:
     path, out = recipe_for(), tmp_path / "out"
     with pytest.raises(SourceError, match=problem) as refused:
         run(load_recipe(path, (change,)), out, ("quantize",))
@@ -32,7 +37,9 @@ def test_run_and_check_refuse_the_same_before_anything_is_quantized(
     assert qwlora("check", path, "--set", change).stderr == f"qwlora: {refused.value}\n"
 
 
-def test_integers_that_are_rounded_again_are_said_by_check_and_by_the_run(recipe_for, tmp_path):
+def test_integers_that_are_rounded_again_are_said_by_check_and_by_the_run(
+    recipe_for: Any, tmp_path: Path
+) -> None:
     model, scheme = tiny_model("llama", layers=1), Scheme(3, True, PerBlock(32))
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -53,8 +60,8 @@ def test_integers_that_are_rounded_again_are_said_by_check_and_by_the_run(recipe
 
 
 def test_the_integers_of_a_gguf_file_are_kept_by_the_solver_alone(
-    recipe_for, tmp_path, monkeypatch
-):
+    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from types import SimpleNamespace
 
     source = f"model.source={gguf(tmp_path / 'model.gguf')}"

@@ -3,6 +3,8 @@
 If a result changes on purpose, raise the revision in `quantize/revisions.py` and write both numbers here.
 """
 
+from __future__ import annotations
+
 import subprocess
 import sys
 from collections.abc import Callable
@@ -112,14 +114,14 @@ GOLDEN: dict[str, tuple[int, Any, Callable[[], list[float]] | None]] = {
 
 
 @pytest.mark.parametrize("name", REVISIONS)
-def test_another_result_has_another_revision(name):
+def test_another_result_has_another_revision(name: str) -> None:
     revision, expected, compute = GOLDEN[name]
     result = codes(name) if compute is None else compute()
     assert REVISIONS[name] == revision
     assert result == (expected if compute is None else pytest.approx(expected, rel=1e-3))
 
 
-def test_every_solver_has_a_revision_that_is_known_without_torch():
+def test_every_solver_has_a_revision_that_is_known_without_torch() -> None:
     assert SOLVERS.keys() <= REVISIONS.keys()
     code = (
         "import sys; from qwlora.quantize.solvers import SOLVERS; "

@@ -1,5 +1,7 @@
 """The table at the end of a run, and sizes in it."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import pytest
@@ -26,7 +28,7 @@ def rows(**parts: Any) -> list[tuple[str, str]]:
     return list(result_rows({"recipe": "tiny", "stages": {}, **parts}))
 
 
-def test_a_parity_says_how_many_sequences_it_is_of():
+def test_a_parity_says_how_many_sequences_it_is_of() -> None:
     found = dict(rows(perplexity={"simulated": {"first": 6.0}}, parity={"onnx": {"first": PARITY}}))
     assert found["perplexity, simulated, adapter first"] == "6.000"
     assert found["parity onnx first"] == (
@@ -34,7 +36,7 @@ def test_a_parity_says_how_many_sequences_it_is_of():
     )
 
 
-def test_a_parity_shows_the_check_that_is_closest_to_its_limit():
+def test_a_parity_shows_the_check_that_is_closest_to_its_limit() -> None:
     shown = [row for _, row in rows(parity={"onnx": {"first": PARITY}})]
     assert (
         "3 checks; closest to its limit: tokens with the same likeliest token: 99.00% (limit: "
@@ -42,7 +44,7 @@ def test_a_parity_shows_the_check_that_is_closest_to_its_limit():
     ) in shown
 
 
-def test_the_course_of_training_is_of_means():
+def test_the_course_of_training_is_of_means() -> None:
     """Single steps differ more than training changes them."""
     train = {
         "steps": 10,
@@ -56,14 +58,14 @@ def test_the_course_of_training_is_of_means():
     assert "warning" not in dict(found)
 
 
-def test_every_name_in_the_table_is_there_once():
+def test_every_name_in_the_table_is_there_once() -> None:
     found = rows(export={"onnx": {"first": {"bytes": 1}}}, parity={"onnx": {"first": PARITY}})
     names = [name for name, _ in found if name]
     assert len(set(names)) == len(names)
     assert dict(found)["verdict, onnx first"] == "PASS"
 
 
-def test_distances_from_the_float_model_have_their_errors():
+def test_distances_from_the_float_model_have_their_errors() -> None:
     base = {"mean": 0.09119, "stderr": 0.0021, "document_stderr": None, "p999": 1.5}
     only = {"mean": 0.5, "stderr": None, "document_stderr": None, "p999": 1.5}
     share = {"share": 0.8312, "stderr": 0.004, "document_stderr": None}
@@ -83,6 +85,6 @@ def test_distances_from_the_float_model_have_their_errors():
     ("count", "words"),
     [(0, "0.0 kB"), (45_678, "45.7 kB"), (100_000, "0.1 MB"), (1_234_567_890, "1,234.6 MB")],
 )
-def test_sizes_do_not_round_to_nothing(count, words):
+def test_sizes_do_not_round_to_nothing(count: int, words: str) -> None:
     assert size(count) == words
     assert dict(rows(export={"onnx": {"first": {"bytes": count}}}))["size, onnx first"] == words

@@ -1,5 +1,7 @@
 """No attribute of our own types is looked up by name: `isinstance` on an imported type instead."""
 
+from __future__ import annotations
+
 import ast
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,7 +35,7 @@ def looked_up(code: str) -> Iterator[str]:
             yield node.args[1].value
 
 
-def test_only_attributes_of_other_libraries_are_looked_up_by_name():
+def test_only_attributes_of_other_libraries_are_looked_up_by_name() -> None:
     found = {
         str(path.relative_to(PACKAGE)): names
         for path in PACKAGE.rglob("*.py")
@@ -42,5 +44,5 @@ def test_only_attributes_of_other_libraries_are_looked_up_by_name():
     assert found == {}
 
 
-def test_a_planted_lookup_of_an_attribute_of_ours_is_found():
+def test_a_planted_lookup_of_an_attribute_of_ours_is_found() -> None:
     assert set(looked_up("x = getattr(layer, 'scheme', None)")) - ALLOWED == {"scheme"}

@@ -1,5 +1,7 @@
 """No test is in no lane: `make test` runs what is not marked, a session of noxfile.py each mark."""
 
+from __future__ import annotations
+
 import ast
 import importlib.util
 import re
@@ -23,26 +25,26 @@ def has_tests(path: Path) -> bool:
     return any(isinstance(n, ast.FunctionDef) and n.name.startswith("test_") for n in body)
 
 
-def test_every_file_with_tests_is_collected():
+def test_every_file_with_tests_is_collected() -> None:
     (place,) = OPTIONS["testpaths"]
     paths = [path for path in (ROOT / place).rglob("*.py") if has_tests(path)]
     assert len(paths) > 100
     assert not [path for path in paths if not re.fullmatch(r"test_\w+\.py", path.name)]
 
 
-def test_make_test_leaves_out_the_marks_and_nothing_else():
+def test_make_test_leaves_out_the_marks_and_nothing_else() -> None:
     words = re.search(r"-m '([^']*)'", OPTIONS["addopts"])
     assert words is not None
     assert words[1].split(" and ") == [f"not {mark}" for mark in MARKS]
 
 
 @pytest.mark.parametrize("mark", MARKS)
-def test_a_session_of_nox_runs_each_mark(mark):
+def test_a_session_of_nox_runs_each_mark(mark: str) -> None:
     assert f'"-m", "{mark}' in (ROOT / "noxfile.py").read_text()
 
 
 @pytest.mark.parametrize(("mark", "outcome"), [("client", "failed"), ("slow", "skipped")])
-def test_a_skip_is_a_failure_where_all_programs_are(mark, outcome):
+def test_a_skip_is_a_failure_where_all_programs_are(mark: str, outcome: str) -> None:
     item: Any = SimpleNamespace(get_closest_marker=lambda name: name == mark)
     hook = conftest.pytest_runtest_makereport(item)
     next(hook)
@@ -52,7 +54,7 @@ def test_a_skip_is_a_failure_where_all_programs_are(mark, outcome):
     assert report.outcome == outcome
 
 
-def test_benchmarks_import_what_exists():
+def test_benchmarks_import_what_exists() -> None:
     nodes = {p.name: ast.walk(ast.parse(p.read_text())) for p in ROOT.glob("benchmarks/*.py")}
     lacking = [
         f"{script}: {node.module}.{alias.name}"

@@ -1,7 +1,11 @@
 """Signatures of the public API name public types only: whoever calls it needs no other import."""
 
+from __future__ import annotations
+
 import inspect
 import typing
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -35,7 +39,7 @@ INTERNAL = {
 }
 
 
-def types_in(annotation):
+def types_in(annotation: Any) -> set[Any]:
     """The classes that an annotation names."""
     if not (parts := typing.get_args(annotation)):
         return {annotation}
@@ -45,11 +49,11 @@ def types_in(annotation):
     return set().union(*map(types_in, flat))
 
 
-def module_of(kind):
+def module_of(kind: Any) -> str:
     return getattr(kind, "__module__", "builtins").partition(".")[0]
 
 
-def signatures(value, name):
+def signatures(value: Any, name: str) -> list[Callable[..., Any]]:
     """What a user calls: the function, or the constructor and the public methods and properties."""
     if not isinstance(value, type):
         return [value]
@@ -67,7 +71,7 @@ def signatures(value, name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_signatures_name_public_types_only(name):
+def test_signatures_name_public_types_only(name: str) -> None:
     others = {
         f"{function.__qualname__}({argument}): {kind}"
         for function in signatures(getattr(qwlora, name), name)
@@ -80,7 +84,7 @@ def test_signatures_name_public_types_only(name):
     assert others == set()
 
 
-def test_a_private_type_in_a_signature_is_noticed():
+def test_a_private_type_in_a_signature_is_noticed() -> None:
     from qwlora.graph.capture import capture
 
     hints = typing.get_type_hints(capture, localns={"Tensor": torch.Tensor})

@@ -1,6 +1,9 @@
 """Everything that the public API returns can be shown at any time: one short line, no address."""
 
+from __future__ import annotations
+
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,7 +26,7 @@ def shown(value: Any) -> str:
     return text
 
 
-def test_values_without_a_model():
+def test_values_without_a_model() -> None:
     scheme = qwlora.Scheme(4, granularity=qwlora.PerBlock(32))
     for value in (
         qwlora.Limits(),
@@ -41,7 +44,7 @@ def test_values_without_a_model():
         shown(value)
 
 
-def test_a_base_before_and_after_each_step(tmp_path):
+def test_a_base_before_and_after_each_step(tmp_path: Path) -> None:
     model, teacher = tiny_model("llama"), tiny_model("llama")
     model.save_pretrained(tmp_path / "float")
     assert "FloatCheckpoint of llama" in shown(qwlora.open_checkpoint(tmp_path / "float"))
@@ -63,7 +66,7 @@ def test_a_base_before_and_after_each_step(tmp_path):
 
 
 @pytest.mark.parametrize("several", [False, True])
-def test_a_simulation_before_and_after_each_step(tmp_path, several):
+def test_a_simulation_before_and_after_each_step(tmp_path: Path, several: bool) -> None:
     model = tiny_model("llama")
     qwlora.quantize_(model, "w4-block32")
     adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).eval()
@@ -83,7 +86,7 @@ def test_a_simulation_before_and_after_each_step(tmp_path, several):
     shown(qwlora.load_simulation(tmp_path, adapted))
 
 
-def test_a_training_graph():
+def test_a_training_graph() -> None:
     model = tiny_model("llama")
     qwlora.quantize_(model, "w4-block32")
     simulation = qwlora.simulate(model, EXAMPLE)

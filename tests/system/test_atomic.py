@@ -1,5 +1,7 @@
 """What is renamed was flushed to disk before."""
 
+from __future__ import annotations
+
 import os
 from pathlib import Path
 
@@ -20,16 +22,16 @@ from qwlora.system.atomic import (
 
 
 @pytest.fixture
-def calls(monkeypatch):
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were flushed, and "rename" where something was renamed."""
     found: list[str] = []
     fsync, replace = os.fsync, Path.replace
 
-    def flush(descriptor):
+    def flush(descriptor: int) -> None:
         found.append(Path(os.readlink(f"/proc/self/fd/{descriptor}")).name)
         fsync(descriptor)
 
-    def rename(self, target):
+    def rename(self: Path, target: Path) -> Path:
         found.append("rename")
         return replace(self, target)
 
@@ -38,7 +40,7 @@ def calls(monkeypatch):
     return found
 
 
-def test_a_folder_is_flushed_with_all_its_files(tmp_path, calls):
+def test_a_folder_is_flushed_with_all_its_files(tmp_path: Path, calls: list[str]) -> None:
     (tmp_path / "scratch" / "below").mkdir(parents=True)
     for name in ("one", "below/two"):
         (tmp_path / "scratch" / name).write_text(name)
@@ -48,7 +50,7 @@ def test_a_folder_is_flushed_with_all_its_files(tmp_path, calls):
     assert (tmp_path / "target" / "below" / "two").read_text() == "below/two"
 
 
-def test_text_is_flushed_and_replaces_the_old(tmp_path, calls):
+def test_text_is_flushed_and_replaces_the_old(tmp_path: Path, calls: list[str]) -> None:
     (tmp_path / "a").write_text("old")
     write_text(tmp_path / "a", "new")
     assert calls == [".a.part", "rename", tmp_path.name]
@@ -56,8 +58,10 @@ def test_text_is_flushed_and_replaces_the_old(tmp_path, calls):
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
-def test_text_that_cannot_be_flushed_leaves_the_old(tmp_path, monkeypatch):
-    def full(descriptor):
+def test_text_that_cannot_be_flushed_leaves_the_old(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     (tmp_path / "a").write_text("old")
@@ -68,8 +72,8 @@ def test_text_that_cannot_be_flushed_leaves_the_old(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["a"]
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old(tmp_path):
-    def write_half():
+def test_a_file_that_cannot_be_written_leaves_the_old(tmp_path: Path) -> None:
+    def write_half() -> None:
         with replacing(tmp_path / "new" / "a") as scratch:
             scratch.write_text("half")
             raise OSError("full")
@@ -81,7 +85,7 @@ def test_a_file_that_cannot_be_written_leaves_the_old(tmp_path):
     assert [file.name for file in (tmp_path / "new").iterdir()] == ["a"]
 
 
-def test_the_record_of_a_folder_is_written_last(tmp_path, calls):
+def test_the_record_of_a_folder_is_written_last(tmp_path: Path, calls: list[str]) -> None:
     for name in ("a", "record", "kept"):
         (tmp_path / name).write_text("old")
     with replacing_files(tmp_path, last="record") as scratch:
@@ -104,8 +108,8 @@ def test_the_record_of_a_folder_is_written_last(tmp_path, calls):
     }
 
 
-def test_an_interrupted_write_of_a_folder_changes_nothing(tmp_path):
-    def write_half():
+def test_an_interrupted_write_of_a_folder_changes_nothing(tmp_path: Path) -> None:
+    def write_half() -> None:
         with replacing_files(tmp_path, last="record") as scratch:
             (scratch / "a").write_text("new")
             raise OSError("full")
@@ -117,7 +121,7 @@ def test_an_interrupted_write_of_a_folder_changes_nothing(tmp_path):
     assert (tmp_path / "record").read_text() == "old"
 
 
-def test_tensors_are_read_as_they_were_written(tmp_path):
+def test_tensors_are_read_as_they_were_written(tmp_path: Path) -> None:
     path = tmp_path / "new" / "some.safetensors"
     tensors = {
         "a": torch.randn(3, 4).bfloat16(),
@@ -136,7 +140,7 @@ def test_tensors_are_read_as_they_were_written(tmp_path):
         assert path.read_bytes() == first
 
 
-def test_a_changed_bit_of_tensors_or_metadata_is_noticed(tmp_path):
+def test_a_changed_bit_of_tensors_or_metadata_is_noticed(tmp_path: Path) -> None:
     path = tmp_path / "some.safetensors"
     write_tensors(path, {"a": torch.randn(3, 4), "b": torch.randn(3, 4)}, {"layer": "x"})
     whole = path.read_bytes()
@@ -147,13 +151,13 @@ def test_a_changed_bit_of_tensors_or_metadata_is_noticed(tmp_path):
             read_tensors(path)
 
 
-def test_a_file_without_a_digest_is_refused(tmp_path):
+def test_a_file_without_a_digest_is_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "other.safetensors", metadata={"layer": "x"})
     with pytest.raises(ValueError, match="no digest"):
         read_tensors(tmp_path / "other.safetensors")
 
 
-def test_files_get_the_mode_of_the_umask(tmp_path):
+def test_files_get_the_mode_of_the_umask(tmp_path: Path) -> None:
     """safetensors creates its files for their owner alone."""
     before = os.umask(0o027)
     try:

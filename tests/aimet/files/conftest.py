@@ -1,6 +1,9 @@
 """What each loader of aimet-onnx takes; `--loaders-table FILE` writes it as docs/aimet-onnx.md."""
 
+from __future__ import annotations
+
 import platform
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 
@@ -38,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 @pytest.fixture(scope="session")
-def table(request):
+def table(request: pytest.FixtureRequest) -> Iterator[dict[tuple[str, str], dict[str, str]]]:
     rows: dict[tuple[str, str], dict[str, str]] = {}
     yield rows
     path = request.config.getoption("--loaders-table")

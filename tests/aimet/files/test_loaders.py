@@ -3,6 +3,8 @@
 Runs in an environment of its own (`make test-aimet`); collected elsewhere, it is skipped.
 """
 
+from __future__ import annotations
+
 import copy
 import json
 import logging
@@ -36,7 +38,7 @@ CASES = [(grid, version) for grid in GRIDS for version in ("1.0.0", "2.0.0")]
 
 
 @pytest.fixture(params=CASES, ids="-".join)
-def case(request, table):
+def case(request: pytest.FixtureRequest, table: dict[Any, dict[str, str]]) -> Any:
     """(folder, model, encodings, integers, row of the table, grid, version)."""
     files = request.config.getoption("--files")
     if files is None:
@@ -49,7 +51,7 @@ def case(request, table):
     return folder, model, encodings, codes, table.setdefault((grid, version), {}), grid, version
 
 
-def test_ai_hubs_client_takes_the_folder(case):
+def test_ai_hubs_client_takes_the_folder(case: Any) -> None:
     folder, *_, row, _, _ = case
     assert client._determine_model_type(folder / "model.aimet").name == "AIMET_ONNX"
     row["hub"] = "yes"
@@ -67,7 +69,7 @@ def refusal(grid: str, version: str) -> str | None:
     return None
 
 
-def test_prequantized_constants_are_our_integers(case):
+def test_prequantized_constants_are_our_integers(case: Any) -> None:
     _, model, encodings, codes, row, grid, version = case
     expected = refusal(grid, version)
     if expected is not None:
@@ -83,7 +85,7 @@ def test_prequantized_constants_are_our_integers(case):
     row["qdq"] = f"equal ({sum(c.size for c in codes.values()):,} integers)"
 
 
-def test_a_sim_loads_every_encoding_and_rounds_no_weight(case):
+def test_a_sim_loads_every_encoding_and_rounds_no_weight(case: Any) -> None:
     _, model, encodings, codes, row, *_ = case
     inputs = {
         i.name: np.ones([d.dim_value for d in i.type.tensor_type.shape.dim], np.int64)
@@ -105,7 +107,7 @@ def test_a_sim_loads_every_encoding_and_rounds_no_weight(case):
     row["sim"] = f"{len(codes)} parameters, unchanged"
 
 
-def test_a_sim_with_these_settings_loads_strictly(case):
+def test_a_sim_with_these_settings_loads_strictly(case: Any) -> None:
     """Strict loading takes a sim whose quantizers are set as the file says, and no entry without a
     quantizer: AIMET has none where values are only moved, and 1.0.0 gives it no way to drop them.
     """
@@ -133,7 +135,9 @@ def test_a_sim_with_these_settings_loads_strictly(case):
 
 @pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
 @pytest.mark.parametrize("graph", ["prefill", "decode"])
-def test_graphs_with_a_cache_load_strictly_and_keep_the_integers(graph, version, request):
+def test_graphs_with_a_cache_load_strictly_and_keep_the_integers(
+    graph: str, version: str, request: pytest.FixtureRequest
+) -> None:
     files = request.config.getoption("--files")
     if files is None:
         pytest.skip("needs --files, which write_files.py writes")

@@ -12,6 +12,8 @@ aimet-onnx needs other versions of shared packages, so the two halves meet in fi
 `make test-aimet` runs this, then test_loaders.py in an environment with aimet-onnx.
 """
 
+from __future__ import annotations
+
 import sys
 from pathlib import Path
 

@@ -56,8 +56,9 @@ EACH_ARCHITECTURE = (
     pytest.param("opt", marks=pytest.mark.slow),
     pytest.param("qwen3", marks=pytest.mark.slow),
 )
-WORDS = """the integer grid holds a weight in four bits and scale so that what was trained
+SENTENCE = """the integer grid holds a weight in four bits and scale so that what was trained
 is computed"""
+WORDS = SENTENCE.split()
 
 # Time limits belong into benchmarks: on a shared machine a deadline fails by chance.
 hypothesis.settings.register_profile(
@@ -111,10 +112,9 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 def text(seed: int, words: int) -> str:
     """Words in a seeded order."""
-    known = WORDS.split()
     generator = torch.Generator().manual_seed(seed)
     return " ".join(
-        known[i] for i in torch.randint(len(known), (words,), generator=generator).tolist()
+        WORDS[i] for i in torch.randint(len(WORDS), (words,), generator=generator).tolist()
     )
 
 

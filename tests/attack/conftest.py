@@ -15,11 +15,9 @@ from importlib.metadata import version
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 import qwlora
-from conftest import VOCABULARY, byte_tokenizer, text, tiny_model
+from conftest import byte_tokenizer, text, tiny_model
 
 from . import jobs
 from .record import Record
@@ -80,37 +78,19 @@ def corpus(place: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def two_layers(place: Path) -> Path:
-    tiny_model("llama").save_pretrained(place / "two-layers")
-    byte_tokenizer().save_pretrained(place / "two-layers")
-    return place / "two-layers"
+    return _model(place / "two-layers", layers=2)
 
 
 @pytest.fixture(scope="session")
 def one_layer(place: Path) -> Path:
-    """A model of one layer, whose graph is captured in half of the time."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCABULARY,
-            bos_token_id=256,
-            eos_token_id=256,
-            pad_token_id=257,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            tie_word_embeddings=True,
-            max_position_embeddings=128,
-        )
-    )
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)
-    model.save_pretrained(place / "one-layer")
-    byte_tokenizer().save_pretrained(place / "one-layer")
-    return place / "one-layer"
+    """Its graph is captured in half of the time."""
+    return _model(place / "one-layer", layers=1)
+
+
+def _model(folder: Path, layers: int) -> Path:
+    tiny_model("llama", layers=layers).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -26,32 +26,13 @@ VERBS = {
     "qwa": ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate"),
     "shared": ("quantize", "train", "calibrate"),
 }
+_FIRST = {"name": "first", "rank": 4, "steps": 4, "warmup_steps": 0, "checkpoint_steps": 2}
 SECTIONS: dict[str, dict[str, Any]] = {
     "tuned": {
         "base": {"solver": "gptq", "tuning": {"steps": 3}, "calibration_sequences": 4},
-        "adapters": [
-            {
-                "name": "first",
-                "init": "qera",
-                "rank": 4,
-                "steps": 6,
-                "warmup_steps": 1,
-                "checkpoint_steps": 2,
-            }
-        ],
+        "adapters": [{**_FIRST, "init": "qera", "steps": 6, "warmup_steps": 1}],
     },
-    "qwa": {
-        "workflow": "qwa-lora",
-        "adapters": [
-            {
-                "name": "first",
-                "rank": 4,
-                "steps": 4,
-                "warmup_steps": 0,
-                "checkpoint_steps": 2,
-            }
-        ],
-    },
+    "qwa": {"workflow": "qwa-lora", "adapters": [_FIRST]},
     "shared": {
         "simulation": {"base_activations": "none"},
         "adapters": [
@@ -92,17 +73,19 @@ class Job:
         return self.after[verbs[verbs.index(verb) - 1]]
 
 
+def fresh(source: Path, place: Path) -> Path:
+    """A copy of a folder in the place of what is there."""
+    shutil.rmtree(place, ignore_errors=True)
+    return Path(shutil.copytree(source, place))
+
+
 def write_recipe(path: Path, model: Path, corpus: Path, **sections: Any) -> Path:
     """A small recipe; keyword arguments replace whole sections."""
+    data = {"sequence_tokens": 32, "evaluation_sequences": 2, "calibration_sequences": 2}
     content = {
         "name": "tiny",
         "model": {"source": str(model)},
-        "data": {
-            "source": str(corpus),
-            "sequence_tokens": 32,
-            "evaluation_sequences": 2,
-            "calibration_sequences": 2,
-        },
+        "data": {"source": str(corpus), **data},
         "adapters": [{"name": "first", "rank": 4, "steps": 2, "warmup_steps": 0}],
         "verify": {"sequences": 2, "layer_tokens": 16},
         **sections,

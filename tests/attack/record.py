@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .victims import parallel
 
 SECTIONS = {
     "kills": (
@@ -91,6 +95,26 @@ class Record:
         counts[1] += not problem
         if problem:
             self.failures.append(f"{section}: {row}: {how}: {problem}")
+
+    def attack(
+        self,
+        section: str,
+        trials: Iterable[Any],
+        attack: Callable[[Any, Path], Sequence[tuple[str, str, str]]],
+        folder: Path,
+    ) -> None:
+        """Run `attack(trial, own folder)` of all trials, count what held, and fail with the rest.
+
+        Args:
+            attack: returns the arguments of `add`, for each row that the trial counts in.
+        """
+        known, since = list(trials), len(self.failures)
+        for trial, result in zip(known, parallel(attack, known, folder), strict=True):
+            if isinstance(result, dict):
+                result = [("crashed", result["error"], str(trial))]
+            for row, problem, how in result:
+                self.add(section, row, problem, how)
+        self.check(since)
 
     def add_harmless(self, section: str, what: str, why: str) -> None:
         """Something that need not be noticed."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +12,10 @@ from typing import Any
 
 import pytest
 
+import qwlora as package
+
 from .damage import HOWS, damage, kinds
-from .jobs import Job, artifacts, differences, state, without_times
+from .jobs import Job, artifacts, differences, fresh, state, without_times
 from .record import Record
 from .targets import Target, stage_target
 from .victims import (
@@ -58,23 +59,15 @@ FOUND_AGAIN = (
 
 
 def _load_base(job: Path, file: Path, logs: Path) -> Ended:
-    import qwlora as package
-
     return python(lambda: package.load_base(job / "base"), logs)
 
 
 def _load_adapter(job: Path, file: Path, logs: Path) -> Ended:
-    import qwlora as package
-
-    def load() -> None:
-        package.load_adapter(package.load_base(job / "base"), (job / file).parent)
-
-    return python(load, logs)
+    folder = (job / file).parent
+    return python(lambda: package.load_adapter(package.load_base(job / "base"), folder), logs)
 
 
 def _load_simulation(job: Path, file: Path, logs: Path) -> Ended:
-    import qwlora as package
-
     folder = job / "simulation" / file.parts[1]
 
     def load() -> None:
@@ -106,10 +99,8 @@ READERS = (
     Reader(
         "merge-check",
         r"^(adapters|base)/",
-        lambda job, file, logs: (
-            qwlora("merge-check", job, file.parts[1], logs=logs)
-            if file.parts[0] == "adapters"
-            else qwlora("merge-check", job, "first", logs=logs)
+        lambda job, file, logs: qwlora(
+            "merge-check", job, file.parts[1] if file.parts[0] == "adapters" else "first", logs=logs
         ),
         CARD | {r"^base/(moments|second_moments|tuning)/": NOT_LOADED},
     ),
@@ -150,9 +141,7 @@ def test_undamaged_files_are_read(tuned: Job, qwa: Job, shared: Job, tmp_path: P
 
     def read(trial: tuple[Reader, Job], folder: Path) -> str:
         reader, job = trial
-        place = folder / "job"
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(job.finished, place)
+        place = fresh(job.finished, folder / "job")
         found = kinds(place)
         for kind, files in found.items():
             if re.search(reader.reads, kind) and job.name in reader.jobs:
@@ -202,38 +191,32 @@ def test_damaged_files_are_noticed_by_what_reads_them(
             found.setdefault(kind, (job, files))
     trials = [(kind, how) for kind in found for how in HOWS]
 
-    def attack(trial: tuple[str, str], folder: Path) -> dict[str, Any]:
+    def attack(trial: tuple[str, str], folder: Path) -> list[tuple[str, str, str]]:
         kind, how = trial
         job, files = found[kind]
         generator = seeds(seed, "damage", kind, how)
         file = generator.choice(files)
-        place = folder / "job"
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(job.finished, place)
+        place = fresh(job.finished, folder / "job")
         if how == "flip 1":
             _remember_digests(place, folder)
         done = damage(place / file, how, generator)
-        problems = {}
         readers = [r for r in READERS if job.name in r.jobs and re.search(r.reads, kind)]
         if readers and how not in ("cut", "swap"):  # each reader gets some of these
             readers = [readers[HOWS.index(how) % len(readers)]]
+        counted = []
         for reader in readers if done else []:
             ended = reader.run(place, file, folder / "logs")
-            problems[reader.name] = _judge(reader, kind, ended, place, job.finished)
-        return {"problems": problems, "how": f"seed {seed}: {job.name}: {file}: {done}"}
+            problem = _judge(reader, kind, ended, place, job.finished)
+            how = f"seed {seed}: {job.name}: {file}: {done}"
+            counted.append((f"`{kind}`: {reader.name}", problem, how))
+        return counted
 
-    since = len(record.failures)
-    for (kind, how), result in zip(trials, parallel(attack, trials, tmp_path), strict=True):
-        if error := result.get("error"):
-            record.add("damage", f"`{kind}`", error, how)
-        for reader, problem in result.get("problems", {}).items():
-            record.add("damage", f"`{kind}`: {reader}", problem, result["how"])
     for reader in READERS:
         for pattern, why in reader.harmless.items():
             for kind in found:
                 if re.search(reader.reads, kind) and re.search(pattern, kind):
                     record.add_harmless("damage", f"`{kind}`, read by {reader.name}", why)
-    record.check(since)
+    record.attack("damage", trials, attack, tmp_path)
 
 
 REPORTED = ("flip 0", "flip 1", "cut", "empty", "delete", "swap")
@@ -268,12 +251,10 @@ def test_reports_of_damaged_jobs_ship_nothing_that_changed(
     trials = [("nothing", "nothing"), ("results.json", "plant")]
     trials += [(kind, how) for kind in found for how in REPORTED]
 
-    def attack(trial: tuple[str, str], folder: Path) -> dict[str, Any]:
+    def attack(trial: tuple[str, str], folder: Path) -> list[tuple[str, str, str]]:
         kind, how = trial
         generator = seeds(seed, "report", kind, how)
-        place = folder / "job"
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(qwa.finished, place)
+        place = fresh(qwa.finished, folder / "job")
         if how == "nothing":
             file, done = place, "undamaged"
         elif how == "plant":
@@ -294,14 +275,9 @@ def test_reports_of_damaged_jobs_ship_nothing_that_changed(
                 problem = f"the verdict is {_verdict(place)!r}, but {unequal}"
             elif "987,65" in page or "987654" in page:
                 problem = "it shows a number that nobody measured"
-        how = f"seed {seed}: {file.relative_to(folder)}: {done}"
-        return {"problem": problem, "how": how}
+        return [(f"`{kind}`", problem, f"seed {seed}: {file.relative_to(folder)}: {done}")]
 
-    since = len(record.failures)
-    for (kind, _), result in zip(trials, parallel(attack, trials, tmp_path), strict=True):
-        problem = result.get("error") or result["problem"]
-        record.add("reports", f"`{kind}`", problem, result.get("how", ""))
-    record.check(since)
+    record.attack("reports", trials, attack, tmp_path)
 
 
 def _remember_digests(job: Path, folder: Path) -> None:
@@ -329,33 +305,25 @@ HEALED = (
 def test_run_makes_damaged_artifacts_again(
     qwa: Job, seed: int, record: Record, tmp_path: Path
 ) -> None:
-    trials = [(qwa, top, how) for top, how in HEALED]
-
-    def attack(trial: tuple[Job, str, str], folder: Path) -> dict[str, Any]:
-        job, top, how = trial
-        generator = seeds(seed, "heal", job.name, top, how)
-        place = folder / "job"
-        shutil.rmtree(place, ignore_errors=True)
-        shutil.copytree(job.finished, place)
+    def attack(trial: tuple[str, str], folder: Path) -> list[tuple[str, str, str]]:
+        top, how = trial
+        generator = seeds(seed, "heal", qwa.name, top, how)
+        place = fresh(qwa.finished, folder / "job")
         whole = place / top
         files = [whole] if whole.is_file() else [p for p in whole.rglob("*") if p.is_file()]
         file = generator.choice(sorted(files))
         done = damage(file, how, generator)
-        action = inside(folder, command("run", job.recipe, "--out", "job"))
+        action = inside(folder, command("run", qwa.recipe, "--out", "job"))
         ended = start(action, folder / "logs").wait(timeout=900)
         problem = ended.refused() if ended.code else ""
-        if not ended.code and (unequal := differences(state(place), state(job.finished))):
+        if not ended.code and (unequal := differences(state(place), state(qwa.finished))):
             problem = f"run made something else: {unequal}"
-        how = f"seed {seed}: {job.name}: {file.relative_to(place)}: {done}"
         if not problem and ended.code and "records" not in top:
             problem = f"run refuses: {ended.err.strip()[-300:]}"
-        return {"problem": problem, "how": how}
+        how = f"seed {seed}: {qwa.name}: {file.relative_to(place)}: {done}"
+        return [(f"`{top}`: made again by run", problem, how)]
 
-    since = len(record.failures)
-    for (_, top, _), result in zip(trials, parallel(attack, trials, tmp_path), strict=True):
-        problem = result.get("error") or result["problem"]
-        record.add("damage", f"`{top}`: made again by run", problem, result.get("how", ""))
-    record.check(since)
+    record.attack("damage", HEALED, attack, tmp_path)
 
 
 def test_stages_resume_from_damaged_checkpoints_to_the_same_artifacts(
@@ -375,25 +343,19 @@ def test_stages_resume_from_damaged_checkpoints_to_the_same_artifacts(
         assert found, f"{verb} keeps nothing to resume from"
         trials += [(verb, kind, files, how) for kind, files in found.items() for how in HOWS[2:]]
 
-    def attack(trial: tuple[str, str, list[Path], str], folder: Path) -> dict[str, Any]:
+    def attack(trial: tuple[str, str, list[Path], str], folder: Path) -> list[tuple[str, str, str]]:
         verb, kind, files, how = trial
         generator = seeds(seed, "unfinished", kind, how)
         file = generator.choice(files)
-        work = folder / "trial"
-        shutil.rmtree(work, ignore_errors=True)
-        shutil.copytree(interrupted[verb], work)
+        work = fresh(interrupted[verb], folder / "trial")
         done = damage(work / "job" / file, how, generator)
         ended = start(targets[verb].action(work), folder / "logs").wait()
         problem = ended.refused()
         if problem and not ended.code:
             problem = "; ".join(targets[verb].unequal(work, ended))
-        return {"problem": problem, "how": f"seed {seed}: {file}: {done}"}
+        return [(f"`{kind}`", problem, f"seed {seed}: {file}: {done}")]
 
-    since = len(record.failures)
-    for (_, kind, _, _), result in zip(trials, parallel(attack, trials, tmp_path), strict=True):
-        problem = result.get("error") or result["problem"]
-        record.add("unfinished", f"`{kind}`", problem, result.get("how", ""))
-    record.check(since)
+    record.attack("unfinished", trials, attack, tmp_path)
 
 
 def _interrupt(target: Target, place: Path) -> Path:

@@ -7,13 +7,12 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from .record import Record
 from .targets import Target
-from .victims import parallel, seeds, start
+from .victims import seeds, start
 
 pytestmark = pytest.mark.attack
 SIZES = 2  # of free space for each command; the first is none
@@ -27,7 +26,7 @@ def test_full_disks_are_one_message_and_nothing_half_written(
         pass  # skips where mounting is not allowed
     trials = [(target, number) for target in targets for number in range(SIZES)]
 
-    def fill(trial: tuple[Target, int], folder: Path) -> dict[str, Any]:
+    def fill(trial: tuple[Target, int], folder: Path) -> list[tuple[str, str, str]]:
         target, number = trial
         generator = seeds(seed, "disk", target.name, str(number))
         needed = max(_size(target.after) - _size(target.before), 2 * PAGE)
@@ -48,13 +47,9 @@ def test_full_disks_are_one_message_and_nothing_half_written(
                 again = start(target.action(disk), folder / "logs").wait()
                 problems += target.unequal(disk, again)
             how = f"seed {seed}, number {number}: {free} bytes free, {needed} needed"
-            return {"problem": "; ".join(problems), "how": how}
+            return [(target.name, "; ".join(problems), how)]
 
-    since = len(record.failures)
-    for (target, _), result in zip(trials, parallel(fill, trials, tmp_path), strict=True):
-        problem = result.get("error") or result["problem"]
-        record.add("disks", target.name, problem, result.get("how", ""))
-    record.check(since)
+    record.attack("disks", trials, fill, tmp_path)
 
 
 def _size(folder: Path) -> int:

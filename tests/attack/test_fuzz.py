@@ -184,7 +184,7 @@ def make_base(folder: Path) -> None:
 def make_encodings(folder: Path) -> None:
     """The files that AIMET wrote."""
     folder.mkdir()
-    for file in (FILES / "encodings/files").iterdir():
+    for file in (FILES / "formats/aimet_encodings/files").iterdir():
         if file.suffix in (".json", ".encodings"):
             shutil.copy(file, folder / f"{file.name}.encodings")
 

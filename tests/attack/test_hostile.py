@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,37 +17,28 @@ import yaml
 from . import hostile_models
 from .jobs import Job, digests, write_recipe
 from .record import Record
-from .victims import Ended, parallel, python, qwlora
+from .victims import Ended, python, qwlora
 
 pytestmark = pytest.mark.attack
 SECONDS = 60.0  # until a hostile input must be refused, on a machine that is busy with the others
-
-Check = Callable[[Ended], str]
-
-
-def refused(ended: Ended) -> str:
-    return ended.refused()
 
 
 def _run_all(
     record: Record,
     row: str,
-    cases: dict[str, Any],
+    cases: Iterable[str],
     attack: Callable[[str, Path], str],
     folder: Path,
 ) -> None:
-    """Run every case, count it under one row, and fail with all that did not hold."""
-    since, names = len(record.failures), list(cases)
+    """Attack every case in an empty folder of its own, and count it under one row."""
 
-    def one(name: str, own: Path) -> dict[str, str]:
+    def one(name: str, own: Path) -> list[tuple[str, str, str]]:
         place = own / "place"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
-        return {"problem": attack(name, place)}
+        return [(row, attack(name, place), name)]
 
-    for name, result in zip(names, parallel(one, names, folder), strict=True):
-        record.add("hostile", row, result.get("error") or result["problem"], name)
-    record.check(since)
+    record.attack("hostile", cases, one, folder)
 
 
 def _after(ended: Ended, marker: Path, out: Path | None = None) -> str:
@@ -74,26 +65,18 @@ def test_hostile_models_are_refused(
         hostile_models.MODELS[name](model, marker)
         recipe = write_recipe(place / "recipe.yaml", model, corpus)
         found = []
-        for verb in (
-            ("quantize", str(recipe), "--out", str(place / "out")),
-            ("inspect", str(model)),
-        ):
-            if verb[0] == "inspect":  # reads headers alone, so it may well succeed
-                ended = qwlora(*verb, logs=place / "logs")
-                if ended.code not in (0, 2) or ended.has_traceback:
-                    found.append(f"inspect: {ended.refused()}")
-                if marker.exists():
-                    found.append("inspect: its code ran")
-            else:
-                ended = qwlora(*verb, logs=place / "logs")
-                if ended.code == 0 and name in hostile_models.HARMLESS and not marker.exists():
-                    continue
-                if problem := _after(ended, marker, place / "out"):
-                    found.append(problem)
+        quantized = qwlora("quantize", recipe, "--out", place / "out", logs=place / "logs")
+        is_harmless = name in hostile_models.HARMLESS and not (quantized.code or marker.exists())
+        if not is_harmless and (problem := _after(quantized, marker, place / "out")):
+            found.append(problem)
+        inspected = qwlora("inspect", model, logs=place / "logs")  # reads headers alone
+        if inspected.code not in (0, 2) or inspected.has_traceback:
+            found.append(f"inspect: {inspected.refused()}")
+        if marker.exists():
+            found.append("inspect: its code ran")
         return "; ".join(found)
 
-    cases = hostile_models.MODELS
-    _run_all(record, "models", cases, attack, tmp_path)
+    _run_all(record, "models", hostile_models.MODELS, attack, tmp_path)
 
 
 def test_hostile_adapters_are_refused(qwa: Job, tuned: Job, record: Record, tmp_path: Path) -> None:
@@ -114,15 +97,8 @@ def test_hostile_adapters_are_refused(qwa: Job, tuned: Job, record: Record, tmp_
         if listed.has_traceback or listed.code not in (0, 1, 2) or marker.exists():
             found.append(f"adapters check: {listed.refused()}")
         recipe = yaml.safe_load(tuned.recipe.read_text())
-        recipe["adapters"] = [
-            {
-                "name": "next",
-                "continue_from": str(foreign),
-                "unknown_base": "accept",
-                "steps": 1,
-                "warmup_steps": 0,
-            }
-        ]
+        begins = {"continue_from": str(foreign), "unknown_base": "accept"}
+        recipe["adapters"] = [{"name": "next", "steps": 1, "warmup_steps": 0, **begins}]
         recipe["base"] = {"solver": "rtn"}
         (place / "next.yaml").write_text(yaml.safe_dump(recipe))
         shutil.copytree(started, place / "started")
@@ -153,114 +129,79 @@ def _laughs() -> str:
     return "\n".join([*lines, GOOD])
 
 
-def shows(text: str) -> Check:
-    """Either refused, or it is what YAML 1.2 says."""
-
-    def check(ended: Ended) -> str:
-        return "" if ended.code == 0 and text in ended.out else ended.refused()
-
-    return check
+def _adapter(keys: str) -> str:
+    """The good recipe with more keys of its adapter."""
+    return GOOD.replace("{name: a}", f"{{name: a, {keys}}}")
 
 
-RECIPES: dict[str, tuple[str | bytes, Check]] = {
-    "a key twice": (GOOD + "seed: 1\nseed: 2\n", refused),
-    "a section twice": (GOOD + "base: {solver: rtn}\nbase: {solver: gptq}\n", refused),
-    "a key twice, deep": (GOOD.replace("{name: a}", "{name: a, rank: 4, rank: 8}"), refused),
-    "a key twice by merging": (GOOD + "seed: 1\n<<: {seed: 2}\n<<: {seed: 3}\n", refused),
-    "octal": (GOOD + "seed: 012\n", shows("seed: 12\n")),
-    "octal of YAML 1.2": (GOOD + "seed: 0o17\n", shows("seed: 15\n")),
-    "sexagesimal": (GOOD + "seed: 1:30\n", refused),
-    "sexagesimal fraction": (
-        GOOD.replace("{name: a}", "{name: a, alpha: 1:30.5}"),
-        refused,
-    ),
-    "underscores": (GOOD + "seed: 1_000\n", refused),
-    "yes is a word": (GOOD.replace("{name: a}", "{name: a, dora: yes}"), refused),
-    "binary": (GOOD + "seed: 0b11\n", refused),
-    "deep lists": (GOOD + "seed: " + "[" * 20_000 + "]" * 20_000, refused),
-    "deep mappings": (GOOD + "seed: " + "{a: " * 20_000 + "1" + "}" * 20_000, refused),
-    "deep blocks": (GOOD + "base:\n" + "".join(" " * i + "a:\n" for i in range(1, 3000)), refused),
-    "5,000 digits": (GOOD + f"seed: {'9' * 5000}\n", refused),
-    "5,000 digits in base 16": (GOOD + f"seed: 0x{'f' * 50_000}\n", refused),
-    "a date": (GOOD + "name: 2024-01-01\n", shows("name: '2024-01-01'")),
-    "a name that is a list": (GOOD + "name: [a, b]\n", refused),
-    "an adapter's name that is a list": (GOOD.replace("name: a", "name: [a]"), refused),
-    "adapters are a mapping": (GOOD.replace("[{name: a}]", "{name: a}"), refused),
-    "adapters are numbers": (GOOD.replace("[{name: a}]", "[1, 2]"), refused),
-    "a path of 5,000 characters": (GOOD.replace("MODEL", "/" + "m" * 5000), refused),
-    "a data path of 5,000 characters": (GOOD.replace("DATA", "d" * 5000), refused),
-    "a start of 5,000 characters": (
-        GOOD.replace("{name: a}", "{name: a, continue_from: " + "s" * 5000 + "}"),
-        refused,
-    ),
-    "a user that is not there": (GOOD.replace("MODEL", "~nouser/model"), refused),
-    "data of a user that is not there": (GOOD.replace("DATA", "~nouser/data"), refused),
-    "a template of a user that is not there": (
-        GOOD.replace("DATA,", "DATA, chat_template: ~nouser/t,"),
-        refused,
-    ),
-    "a start of a user that is not there": (
-        GOOD.replace("{name: a}", "{name: a, continue_from: ~nouser/a}"),
-        refused,
-    ),
-    "a name of 300 characters": (GOOD.replace("name: a", f"name: {'a' * 300}"), refused),
-    "names that differ in case only": (
-        GOOD.replace("[{name: a}]", "[{name: first}, {name: First}]"),
-        refused,
-    ),
-    "a name with a path": (GOOD.replace("name: a", "name: ../a"), refused),
-    "NUL in a path": (GOOD.replace("MODEL", '"a\\0b"'), refused),
-    "a surrogate in a name": (GOOD.replace("MODEL", '"a\\uD800b"'), refused),
-    "not UTF-8": (GOOD.encode() + b"name: \xff\xfe\n", refused),
-    "NUL bytes": (GOOD.encode() + b"\0\0\0", refused),
-    "UTF-16": (GOOD.encode("utf-16"), refused),
-    "a billion laughs": (_laughs(), refused),
-    "a list that holds itself": (GOOD + "base: &a [*a]\n", refused),
-    "a mapping that holds itself": (GOOD + "base: &a {weights: *a}\n", refused),
-    "a Python object": (GOOD + "name: !!python/object/apply:os.system ['touch MARKER']\n", refused),
-    "a key that is a list": (GOOD + "? [a, b]\n: 1\n", refused),
-    "a key that is a number": (GOOD + "7: 1\n", refused),
-    "infinity": (GOOD.replace("{name: a}", "{name: a, alpha: .inf}"), refused),
-    "two documents": (GOOD + "---\n" + GOOD, refused),
-    "empty": ("", refused),
-    "a scalar": ("hello", refused),
-    "a regular expression that is none": (
-        GOOD.replace("{name: a}", "{name: a, target_modules: '((('}"),
-        refused,
-    ),
-    "a regular expression of 100,000 groups": (
-        GOOD.replace(
-            "{name: a}", "{name: a, target_modules: '" + "(" * 50_000 + ")" * 50_000 + "'}"
-        ),
-        refused,
+RECIPES: dict[str, str | bytes] = {
+    "a key twice": GOOD + "seed: 1\nseed: 2\n",
+    "a section twice": GOOD + "base: {solver: rtn}\nbase: {solver: gptq}\n",
+    "a key twice, deep": _adapter("rank: 4, rank: 8"),
+    "a key twice by merging": GOOD + "seed: 1\n<<: {seed: 2}\n<<: {seed: 3}\n",
+    "octal": GOOD + "seed: 012\n",
+    "octal of YAML 1.2": GOOD + "seed: 0o17\n",
+    "sexagesimal": GOOD + "seed: 1:30\n",
+    "sexagesimal fraction": _adapter("alpha: 1:30.5"),
+    "underscores": GOOD + "seed: 1_000\n",
+    "yes is a word": _adapter("dora: yes"),
+    "binary": GOOD + "seed: 0b11\n",
+    "deep lists": GOOD + "seed: " + "[" * 20_000 + "]" * 20_000,
+    "deep mappings": GOOD + "seed: " + "{a: " * 20_000 + "1" + "}" * 20_000,
+    "deep blocks": GOOD + "base:\n" + "".join(" " * i + "a:\n" for i in range(1, 3000)),
+    "5,000 digits": GOOD + f"seed: {'9' * 5000}\n",
+    "5,000 digits in base 16": GOOD + f"seed: 0x{'f' * 50_000}\n",
+    "a date": GOOD + "name: 2024-01-01\n",
+    "a name that is a list": GOOD + "name: [a, b]\n",
+    "an adapter's name that is a list": GOOD.replace("name: a", "name: [a]"),
+    "adapters are a mapping": GOOD.replace("[{name: a}]", "{name: a}"),
+    "adapters are numbers": GOOD.replace("[{name: a}]", "[1, 2]"),
+    "a path of 5,000 characters": GOOD.replace("MODEL", "/" + "m" * 5000),
+    "a data path of 5,000 characters": GOOD.replace("DATA", "d" * 5000),
+    "a start of 5,000 characters": _adapter("continue_from: " + "s" * 5000),
+    "a user that is not there": GOOD.replace("MODEL", "~nouser/model"),
+    "data of a user that is not there": GOOD.replace("DATA", "~nouser/data"),
+    "a template of a user that is not there": GOOD.replace("DATA,", "DATA, chat_template: ~u/t,"),
+    "a start of a user that is not there": _adapter("continue_from: ~nouser/a"),
+    "a name of 300 characters": GOOD.replace("name: a", f"name: {'a' * 300}"),
+    "names that differ in case only": GOOD.replace("{name: a}", "{name: first}, {name: First}"),
+    "a name with a path": GOOD.replace("name: a", "name: ../a"),
+    "NUL in a path": GOOD.replace("MODEL", '"a\\0b"'),
+    "a surrogate in a name": GOOD.replace("MODEL", '"a\\uD800b"'),
+    "not UTF-8": GOOD.encode() + b"name: \xff\xfe\n",
+    "NUL bytes": GOOD.encode() + b"\0\0\0",
+    "UTF-16": GOOD.encode("utf-16"),
+    "a billion laughs": _laughs(),
+    "a list that holds itself": GOOD + "base: &a [*a]\n",
+    "a mapping that holds itself": GOOD + "base: &a {weights: *a}\n",
+    "a Python object": GOOD + "name: !!python/object/apply:os.system ['touch MARKER']\n",
+    "a key that is a list": GOOD + "? [a, b]\n: 1\n",
+    "a key that is a number": GOOD + "7: 1\n",
+    "infinity": _adapter("alpha: .inf"),
+    "two documents": GOOD + "---\n" + GOOD,
+    "empty": "",
+    "a scalar": "hello",
+    "a regular expression that is none": _adapter("target_modules: '((('"),
+    "a regular expression of 100,000 groups": _adapter(
+        f"target_modules: '{'(' * 50_000}{')' * 50_000}'"
     ),
 }
-
-CHANGES: dict[str, Check] = {
-    "seed=1:30": refused,
-    "seed=[" + "[" * 5000: refused,
-    f"seed={'9' * 5000}": refused,
-    "seed=012": shows("seed: 12\n"),
-    "a.b.c=1": refused,
-    "=1": refused,
-    "seed": refused,
-    "adapters.99.steps=1": refused,
-    "adapters.0.0.0=1": refused,
-    "adapters=[]": refused,
-    "model=null": refused,
-    "name={a: 1, a: 2}": refused,
-    "name=2024-01-01": shows("name: '2024-01-01'"),
-    "model.source=~nouser": refused,
-    "data.source=" + "x" * 5000: refused,
-    "seed=!!python/name:os.system": refused,
-}
+CHANGES = (
+    *("seed=1:30", "seed=[" + "[" * 5000, f"seed={'9' * 5000}", "seed=012", "a.b.c=1", "=1"),
+    *("seed", "adapters.99.steps=1", "adapters.0.0.0=1", "adapters=[]", "model=null"),
+    *("name={a: 1, a: 2}", "name=2024-01-01", "model.source=~nouser"),
+    *("data.source=" + "x" * 5000, "seed=!!python/name:os.system"),
+)
+# what may be accepted, if it is shown as YAML 1.2 says
+SHOWN = {"octal": "seed: 12\n", "octal of YAML 1.2": "seed: 15\n", "a date": "name: '2024-01-01'"}
+SHOWN |= {"seed=012": "seed: 12\n", "name=2024-01-01": "name: '2024-01-01'"}
 
 
 def test_hostile_recipes_are_refused(
     warm: None, one_layer: Path, corpus: Path, record: Record, tmp_path: Path
 ) -> None:
     def attack(name: str, place: Path) -> str:
-        content, check = RECIPES[name]
+        content = RECIPES[name]
         marker, path = place / "marker", place / "recipe.yaml"
         parts = {"MODEL": str(one_layer), "DATA": str(corpus), "MARKER": str(marker)}
         if isinstance(content, str):
@@ -268,7 +209,7 @@ def test_hostile_recipes_are_refused(
                 content = content.replace(word, value)
             content = content.encode("utf-8", "surrogatepass")
         path.write_bytes(content)
-        return _recipe_problem(qwlora("check", path, logs=place / "logs"), marker, check)
+        return _recipe_problem(qwlora("check", path, logs=place / "logs"), marker, name)
 
     _run_all(record, "recipes", RECIPES, attack, tmp_path)
 
@@ -281,13 +222,14 @@ def test_hostile_changes_are_refused(
 
     def attack(name: str, place: Path) -> str:
         ended = qwlora("check", tmp_path / "recipe.yaml", "--set", name, logs=place / "logs")
-        return _recipe_problem(ended, place / "marker", CHANGES[name])
+        return _recipe_problem(ended, place / "marker", name)
 
     _run_all(record, "changes by --set", CHANGES, attack, tmp_path)
 
 
-def _recipe_problem(ended: Ended, marker: Path, check: Check) -> str:
-    problems = [check(ended)] if check(ended) else []
+def _recipe_problem(ended: Ended, marker: Path, name: str) -> str:
+    is_shown = name in SHOWN and ended.code == 0 and SHOWN[name] in ended.out
+    problems = [] if is_shown or not ended.refused() else [ended.refused()]
     problems += ["took a minute"] * (ended.seconds > SECONDS) + ["code ran"] * marker.exists()
     if len(ended.err) > 20_000:
         problems.append(f"a message of {len(ended.err)} characters")
@@ -367,19 +309,18 @@ def _mine(place: Path) -> list[str]:
     return [p.read_text() for p in sorted(place.rglob("*")) if p.is_file()]
 
 
-TURNS = [
-    {
-        "messages": [
-            {"role": "user", "content": "the grid"},
-            {"role": "assistant", "content": "holds"},
-        ]
-    }
-] * 20
 ENDLESS = "".join(f"{{% for {name} in range(99999) %}}" for name in "ijk") + "{% endfor %}" * 3
 
 
-def _lines(*records: Any) -> bytes:
-    return "\n".join(json.dumps(r) for r in records).encode()
+def _lines(record: Any) -> bytes:
+    return "\n".join([json.dumps(record)] * 20).encode()
+
+
+USER, ASSISTANT = (
+    {"role": "user", "content": "the grid"},
+    {"role": "assistant", "content": "holds"},
+)
+TURNS = _lines({"messages": [USER, ASSISTANT]})
 
 
 def _parquet(**columns: Any) -> Callable[[Path], None]:
@@ -395,72 +336,69 @@ def _bad_text(path: Path) -> None:
     pq.write_table(pa.table({"text": text}), path)
 
 
-def _bomb(path: Path) -> None:
+def _write_bomb(writer: Any, schema: Any) -> None:
     """A gigabyte in a few kilobytes."""
-    schema = pa.schema({"text": pa.string()})
-    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False) as writer:
+    with writer:
         for _ in range(16):
             writer.write_table(pa.table({"text": ["a" * 2**26]}, schema))
+
+
+def _bomb(path: Path) -> None:
+    schema = pa.schema({"text": pa.string()})
+    options = {"compression": "zstd", "use_dictionary": False}
+    _write_bomb(pq.ParquetWriter(path, schema, **options), schema)
 
 
 def _arrow_bomb(path: Path) -> None:
     schema = pa.schema({"text": pa.string()})
     options = pa.ipc.IpcWriteOptions(compression="zstd")
-    with pa.ipc.new_file(path, schema, options=options) as writer:
-        for _ in range(16):
-            writer.write_table(pa.table({"text": ["a" * 2**26]}, schema))
+    _write_bomb(pa.ipc.new_file(path, schema, options=options), schema)
 
 
-DATA: dict[str, tuple[str, bytes | Callable[[Path], None], str | bytes | None]] = {
-    "text that is not UTF-8": ("a.txt", b"the grid \xff\xfe holds " * 50, None),
-    "JSON lines that are not UTF-8": ("a.jsonl", b'{"text": "\xff\xfe"}\n' * 20, None),
-    "JSON lines that are deep": ("a.jsonl", b'{"text": ' + b"[" * 100_000, None),
-    "JSON that is deep": ("a.json", b"[" * 100_000 + b"]" * 100_000, None),
-    "5,000 digits": ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n", None),
-    "a surrogate": ("a.jsonl", b'{"text": "a \\ud800 b"}\n' * 20, None),
-    "lists for text": ("a.jsonl", _lines(*[{"text": ["a"]}] * 20), None),
-    "numbers for records": ("a.jsonl", b"1\n2\n3\n", None),
-    "NaN for text": ("a.jsonl", b'{"text": NaN}\n' * 20, None),
-    "messages that are text": ("a.jsonl", _lines(*[{"messages": "hello"}] * 20), None),
-    "messages without roles": ("a.jsonl", _lines(*[{"messages": [{"content": "x"}]}] * 20), None),
-    "CSV with NUL": ("a.csv", b"text\n" + b"a\0b\n" * 20, None),
-    "CSV with an open quote": ("a.csv", b'text\n"' + b"a" * 2_000_000, None),
-    "CSV that is not UTF-8": ("a.csv", b"text\n" + b"\xff\xfe\n" * 20, None),
-    "CSV with 200,000 columns": ("a.csv", b"c,d" * 100_000 + b"\n" + b"1,2" * 100_000, None),
-    "Parquet that is none": ("a.parquet", b"PAR1" + b"\xff" * 500 + b"PAR1", None),
-    "Parquet that is empty": ("a.parquet", b"", None),
-    "Parquet text that is not UTF-8": ("a.parquet", _bad_text, None),
-    "Parquet of lists": ("a.parquet", _parquet(text=[["a"]] * 20), None),
-    "Parquet bomb": ("a.parquet", _bomb, None),
-    "Arrow that is none": ("a.arrow", b"ARROW1\0\0" + b"\xff" * 500, None),
-    "Arrow bomb": ("a.arrow", _arrow_bomb, None),
-    "gzip": ("a.txt.gz", b"\x1f\x8b\x08\0" + b"\xff" * 100, None),
-    "gzip named .jsonl": ("a.jsonl", b"\x1f\x8b\x08\0" + b"\xff" * 100, None),
-    "template that loops": ("a.jsonl", _lines(*TURNS), ENDLESS),
-    "template that calls itself": (
-        "a.jsonl",
-        _lines(*TURNS),
-        "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
-    ),
+DATA: dict[str, tuple[str, bytes | Callable[[Path], None]]] = {
+    "text that is not UTF-8": ("a.txt", b"the grid \xff\xfe holds " * 50),
+    "JSON lines that are not UTF-8": ("a.jsonl", b'{"text": "\xff\xfe"}\n' * 20),
+    "JSON lines that are deep": ("a.jsonl", b'{"text": ' + b"[" * 100_000),
+    "JSON that is deep": ("a.json", b"[" * 100_000 + b"]" * 100_000),
+    "5,000 digits": ("a.jsonl", b'{"text": ' + b"9" * 5000 + b"}\n"),
+    "a surrogate": ("a.jsonl", b'{"text": "a \\ud800 b"}\n' * 20),
+    "lists for text": ("a.jsonl", _lines({"text": ["a"]})),
+    "numbers for records": ("a.jsonl", b"1\n2\n3\n"),
+    "NaN for text": ("a.jsonl", b'{"text": NaN}\n' * 20),
+    "messages that are text": ("a.jsonl", _lines({"messages": "hello"})),
+    "messages without roles": ("a.jsonl", _lines({"messages": [{"content": "x"}]})),
+    "CSV with NUL": ("a.csv", b"text\n" + b"a\0b\n" * 20),
+    "CSV with an open quote": ("a.csv", b'text\n"' + b"a" * 2_000_000),
+    "CSV that is not UTF-8": ("a.csv", b"text\n" + b"\xff\xfe\n" * 20),
+    "CSV with 200,000 columns": ("a.csv", b"c,d" * 100_000 + b"\n" + b"1,2" * 100_000),
+    "Parquet that is none": ("a.parquet", b"PAR1" + b"\xff" * 500 + b"PAR1"),
+    "Parquet that is empty": ("a.parquet", b""),
+    "Parquet text that is not UTF-8": ("a.parquet", _bad_text),
+    "Parquet of lists": ("a.parquet", _parquet(text=[["a"]] * 20)),
+    "Parquet bomb": ("a.parquet", _bomb),
+    "Arrow that is none": ("a.arrow", b"ARROW1\0\0" + b"\xff" * 500),
+    "Arrow bomb": ("a.arrow", _arrow_bomb),
+    "gzip": ("a.txt.gz", b"\x1f\x8b\x08\0" + b"\xff" * 100),
+    "gzip named .jsonl": ("a.jsonl", b"\x1f\x8b\x08\0" + b"\xff" * 100),
+}
+TEMPLATES: dict[str, str | bytes] = {
+    "template that loops": ENDLESS,
+    "template that calls itself": "{% macro f(x) %}{{ f(x) }}{% endmacro %}{{ f(1) }}",
     "template that fills memory": (
-        "a.jsonl",
-        _lines(*TURNS),
         "{% set ns = namespace(s='aaaaaaaaaaaaaaaa') %}{% for i in range(40) %}"
-        "{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}",
+        "{% set ns.s = ns.s ~ ns.s %}{% endfor %}{{ ns.s }}"
     ),
-    "template that multiplies": ("a.jsonl", _lines(*TURNS), "{{ 'a' * 10**11 }}"),
-    "template that pads": ("a.jsonl", _lines(*TURNS), "{{ messages | center(300000000) }}"),
-    "template with a power": ("a.jsonl", _lines(*TURNS), "{{ 10 ** 10 ** 10 }}"),
-    "template that raises": ("a.jsonl", _lines(*TURNS), "{{ raise_exception('no') }}"),
+    "template that multiplies": "{{ 'a' * 10**11 }}",
+    "template that pads": "{{ messages | center(300000000) }}",
+    "template with a power": "{{ 10 ** 10 ** 10 }}",
+    "template that raises": "{{ raise_exception('no') }}",
     "template that breaks out": (
-        "a.jsonl",
-        _lines(*TURNS),
         "{{ ''.__class__.__mro__[1].__subclasses__() }}"
-        "{{ cycler.__init__.__globals__.os.system('touch MARKER') }}",
+        "{{ cycler.__init__.__globals__.os.system('touch MARKER') }}"
     ),
-    "template that is none": ("a.jsonl", _lines(*TURNS), "{% for %}"),
-    "template that is deep": ("a.jsonl", _lines(*TURNS), "{{ " + "(" * 50_000),
-    "template that is not UTF-8": ("a.jsonl", _lines(*TURNS), b"{{ messages }} \xff\xfe"),
+    "template that is none": "{% for %}",
+    "template that is deep": "{{ " + "(" * 50_000,
+    "template that is not UTF-8": b"{{ messages }} \xff\xfe",
 }
 
 
@@ -468,7 +406,8 @@ def test_hostile_data_are_refused(
     warm: None, one_layer: Path, record: Record, tmp_path: Path
 ) -> None:
     def attack(name: str, place: Path) -> str:
-        file, content, template = DATA[name]
+        template = TEMPLATES.get(name)
+        file, content = DATA[name] if template is None else ("a.jsonl", TURNS)
         marker, source = place / "marker", place / file
         if callable(content):  # in a process of its own, since pyarrow starts threads
             assert python(lambda: content(source), place / "logs").code == 0
@@ -482,13 +421,14 @@ def test_hostile_data_are_refused(
         recipe = write_recipe(place / "recipe.yaml", one_layer, source, data=section)
         return _after(qwlora("data", recipe, logs=place / "logs"), marker)
 
-    _run_all(record, "data", DATA, attack, tmp_path)
+    _run_all(record, "data", [*DATA, *TEMPLATES], attack, tmp_path)
 
 
-EXPRESSIONS: dict[str, dict[str, Any]] = {
-    "target_modules": {"target_modules": r"([a-z_.0-9]+)+!"},
-    "rank_pattern": {"rank_pattern": {r"([a-z_.0-9]+)+!": 8}},
-    "alpha_pattern": {"alpha_pattern": {r"([a-z_.0-9]+)+!": 8.0}},
+ENDLESS_SEARCH = r"([a-z_.0-9]+)+!"
+EXPRESSIONS: dict[str, Any] = {
+    "target_modules": ENDLESS_SEARCH,
+    "rank_pattern": {ENDLESS_SEARCH: 8},
+    "alpha_pattern": {ENDLESS_SEARCH: 8.0},
 }
 
 
@@ -496,7 +436,7 @@ def test_regular_expressions_that_backtrack_for_ever_are_refused(
     warm: None, one_layer: Path, corpus: Path, record: Record, tmp_path: Path
 ) -> None:
     def attack(name: str, place: Path) -> str:
-        adapters = [{"name": "first", "rank": 4, "steps": 1, **EXPRESSIONS[name]}]
+        adapters = [{"name": "first", "rank": 4, "steps": 1, name: EXPRESSIONS[name]}]
         recipe = write_recipe(place / "recipe.yaml", one_layer, corpus, adapters=adapters)
         ended = qwlora("run", recipe, "--out", place / "out", logs=place / "logs")
         return _after(ended, place / "marker", place / "out")

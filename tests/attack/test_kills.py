@@ -5,13 +5,12 @@ from __future__ import annotations
 import shutil
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from .record import Record
 from .targets import Target
-from .victims import Running, killed_at_change, parallel, seeds, start
+from .victims import Running, killed_at_change, seeds, start
 
 pytestmark = pytest.mark.attack
 
@@ -30,7 +29,7 @@ def test_killed_stages_resume_to_the_same_artifacts(
         for number in range(KILLS.get(target.arguments[0], OTHERS))
     ]
 
-    def kill(trial: tuple[Target, int], folder: Path) -> dict[str, Any]:
+    def kill(trial: tuple[Target, int], folder: Path) -> list[tuple[str, str, str]]:
         target, number = trial
         generator = seeds(seed, "kill", target.name, str(number))
         for attempt in range(6):
@@ -51,18 +50,14 @@ def test_killed_stages_resume_to_the_same_artifacts(
             if ended.code == -9:
                 break
         else:
-            return {"problem": f"never killed: {ended}", "how": how}
+            return [(target.name, f"never killed: {ended}", how)]
         problems = target.visible_damage(place)
         again = start(target.action(place), folder / "logs").wait()
         problems += target.unequal(place, again)
-        return {"problem": "; ".join(problems), "how": f"seed {seed}, number {number}: {how}"}
+        return [(target.name, "; ".join(problems), f"seed {seed}, number {number}: {how}")]
 
-    since = len(record.failures)
-    for (target, _), result in zip(trials, parallel(kill, trials, tmp_path), strict=True):
-        problem = result.get("error") or result["problem"]
-        record.add("kills", target.name, problem, result.get("how", ""))
+    record.attack("kills", trials, kill, tmp_path)
     assert record.tried("kills") >= 50
-    record.check(since)
 
 
 def _kill_at(running: Running, seconds: float) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from .jobs import CACHE, Job, artifacts, digests, write_recipe
 from .record import Record
-from .victims import Ended, command, parallel, qwlora, seeds, start
+from .victims import Ended, command, qwlora, seeds, start
 
 pytestmark = pytest.mark.attack
 STARTS = 25  # of two processes, on a new directory, and as many on one that is there
@@ -36,7 +36,7 @@ def test_one_of_two_processes_works_and_keeps_its_files(
     assert qwlora("quantize", recipe, "--out", reference, "--set", change).code == 0
     row = "two runs on a new directory" if is_new else "two runs on a directory that is there"
 
-    def race(number: int, folder: Path) -> dict[str, str]:
+    def race(number: int, folder: Path) -> list[tuple[str, str, str]]:
         out = folder / "out"
         shutil.rmtree(out, ignore_errors=True)
         if not is_new:
@@ -53,10 +53,9 @@ def test_one_of_two_processes_works_and_keeps_its_files(
         else:
             for file in (out / "results.json", *(out / ".qwlora" / "records").rglob("*.json")):
                 json.loads(file.read_text())
-        how = f"seed {seed}, number {number}: {delay * 1000:.1f} ms apart"
-        return {"problem": "; ".join(problems), "how": how}
+        return [(row, "; ".join(problems), f"seed {seed}, number {number}: {delay} s apart")]
 
-    _record(record, row, race, STARTS, tmp_path / "races")
+    record.attack("races", range(STARTS), race, tmp_path / "races")
 
 
 def test_one_of_two_merges_into_one_folder_writes(
@@ -66,7 +65,7 @@ def test_one_of_two_merges_into_one_folder_writes(
     assert qwlora(*arguments, tmp_path / "reference").code == 0
     row = "two merges into one folder"
 
-    def race(number: int, folder: Path) -> dict[str, str]:
+    def race(number: int, folder: Path) -> list[tuple[str, str, str]]:
         place = folder / "place"
         shutil.rmtree(place, ignore_errors=True)
         place.mkdir()
@@ -78,10 +77,9 @@ def test_one_of_two_merges_into_one_folder_writes(
             problems.append("the merged model is not whole")
         if others := sorted(p.name for p in place.iterdir() if p.name != "out"):
             problems.append(f"left behind: {others}")
-        how = f"seed {seed}, number {number}: {delay * 1000:.1f} ms apart"
-        return {"problem": "; ".join(problems), "how": how}
+        return [(row, "; ".join(problems), f"seed {seed}, number {number}: {delay} s apart")]
 
-    _record(record, row, race, MERGES, tmp_path / "races")
+    record.attack("races", range(MERGES), race, tmp_path / "races")
 
 
 def _both(
@@ -101,10 +99,3 @@ def _exit_codes(ended: tuple[Ended, Ended]) -> list[str]:
         for e in ended
         if e.code not in (0, 2) or e.has_traceback
     ]
-
-
-def _record(record: Record, row: str, race: Any, count: int, folder: Path) -> None:
-    since = len(record.failures)
-    for result in parallel(race, range(count), folder):
-        record.add("races", row, result.get("error") or result["problem"], result.get("how", ""))
-    record.check(since)

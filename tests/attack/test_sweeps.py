@@ -18,7 +18,7 @@ from pipeline.fake_hub import TOKEN, fake_hub
 from .jobs import Job, differences, state
 from .record import Record
 from .targets import Target, change_target
-from .victims import Ended, command, inside, killed_at_change, parallel, start
+from .victims import Ended, command, inside, killed_at_change, start
 
 pytestmark = [
     pytest.mark.attack,
@@ -123,7 +123,7 @@ def test_jobs_are_sound_wherever_a_change_of_them_is_killed(
         for moment in range(1, change.changes + 1)
     ]
 
-    def kill(trial: tuple[int, int], folder: Path) -> dict[str, Any]:
+    def kill(trial: tuple[int, int], folder: Path) -> list[tuple[str, str, str]]:
         number, moment = trial
         change, work = changes[number], folder / "trial"
         shutil.rmtree(work, ignore_errors=True)
@@ -143,11 +143,7 @@ def test_jobs_are_sound_wherever_a_change_of_them_is_killed(
                 problems += [f"it is not {differences(content, other)}" for other in allowed]
         what = "the same command, then train" if is_repeated else "train"
         how = f"killed before change {moment} of {change.changes}; then {what}"
-        return {"problem": "; ".join(problems), "how": how}
+        return [(change.name, "; ".join(problems), how)]
 
-    since = len(record.failures)
-    for (number, _), result in zip(trials, parallel(kill, trials, tmp_path), strict=True):
-        problem = result.get("error") or result["problem"]
-        record.add("changes", changes[number].name, problem, result.get("how", ""))
+    record.attack("changes", trials, kill, tmp_path)
     assert record.rows["changes"].keys() == {change.name for change in changes}
-    record.check(since)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,29 +34,38 @@ from qwlora.pipeline.commands.open_job import open_job
 from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.recipe import load_recipe
+from simulation.tiny_architectures import make
 
 IDS = torch.arange(40).view(2, 20)
 
 
 def adapted(architecture: str, size: float, **options: Any) -> Any:
-    model = tiny_model(architecture)
-    quantize_(model, "w4-block32")
-    torch.manual_seed(0)
-    model = get_peft_model(
-        model,
-        LoraConfig(
-            r=4,
-            target_modules="all-linear",
-            init_lora_weights=False,
-            task_type="CAUSAL_LM",
-            **options,
-        ),
-    )
+    model = with_adapter(architecture, target_modules="all-linear", **options)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.mul_(size)
-    return model.eval()
+    return model
+
+
+def with_adapter(architecture: str, rules: Sequence[LayerRule] = (), **options: Any) -> Any:
+    """A quantized model with a random adapter."""
+    model = tiny_model(architecture)
+    quantize_(model, "w4-block32", rules=rules)
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Model has `tie_word_embeddings=True`")  # tested here
+        return get_peft_model(model, config).eval()
+
+
+def written_and_read(merged: Any, folder: Path) -> Any:
+    """What transformers reads computes the same, and it misses nothing."""
+    merged.save_pretrained(folder)
+    again, report = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    assert not any(report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(again.eval()(IDS).logits, merged(IDS).logits)
+    return again
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -75,12 +85,7 @@ def test_merged_into_floats_it_computes_what_base_and_adapter_compute(
             n: type(m) for n, m in tiny_model(architecture).named_modules()
         }
         torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-        merged.save_pretrained(tmp_path)
-        again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-        assert not any(
-            report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        )
-        assert torch.equal(again.eval()(IDS).logits, merged(IDS).logits)
+        written_and_read(merged, tmp_path)
 
 
 ENDS = {
@@ -90,23 +95,6 @@ ENDS = {
 }
 
 
-def tied_and_adapted(
-    architecture: str, targets: list[str], rules: list[LayerRule] | None = None
-) -> Any:
-    model = tiny_model(architecture)
-    quantize_(model, "w4-block32", rules=rules or [])
-    torch.manual_seed(0)
-    with warnings.catch_warnings():
-        warnings.filterwarnings(
-            "ignore", "Model has `tie_word_embeddings=True`"
-        )  # what is tested here
-        model = get_peft_model(
-            model,
-            LoraConfig(r=4, target_modules=targets, init_lora_weights=False, task_type="CAUSAL_LM"),
-        )
-    return model.eval()
-
-
 @pytest.mark.parametrize("architecture", ENDS)
 @pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=["embedding", "head", "both"])
 @pytest.mark.parametrize("is_packed_too", [False, True], ids=["float", "packed"])
@@ -114,32 +102,22 @@ def test_a_tied_layer_that_has_an_adapter_is_merged_by_itself(
     architecture: str, which: tuple[int, ...], is_packed_too: bool, tmp_path: Path
 ) -> None:
     rules = [LayerRule(ENDS[architecture][1], parse_scheme("w8-block32"))] if is_packed_too else []
-    model = tied_and_adapted(architecture, [ENDS[architecture][i] for i in which], rules)
+    targets = [ENDS[architecture][i] for i in which]
+    model = with_adapter(architecture, rules, target_modules=targets)
     with torch.no_grad():
         expected = model(IDS).logits
         merged = merged_model(model, "float")
         torch.testing.assert_close(merged(IDS).logits, expected, rtol=1e-4, atol=1e-4)
-        merged.save_pretrained(tmp_path)
-        again, report = AutoModelForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
-        assert not any(
-            report[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys")
-        )
-        assert not again.config.tie_word_embeddings
-        assert torch.equal(again.eval()(IDS).logits, merged(IDS).logits)
+        assert not written_and_read(merged, tmp_path).config.tie_word_embeddings
 
 
 @pytest.mark.parametrize("which", [None, 0, 1], ids=["neither", "embedding", "head"])
 def test_ends_that_are_tied_and_packed_are_rounded_each_for_itself(
     which: int | None, tmp_path: Path
 ) -> None:
-    rules, targets = (
-        [LayerRule("lm_head", parse_scheme("w8-block32"))],
-        ["q_proj"] if which is None else [ENDS["llama"][which]],
-    )
-    model, twin = (
-        tied_and_adapted("llama", targets, rules),
-        tied_and_adapted("llama", targets, rules),
-    )
+    rules = [LayerRule("lm_head", parse_scheme("w8-block32"))]
+    targets = ["q_proj"] if which is None else [ENDS["llama"][which]]
+    model, twin = (with_adapter("llama", rules, target_modules=targets) for _ in range(2))
     merged, floats = merged_model(model, "requantized"), merged_model(twin, "float")
     assert all(is_packed(merged.get_submodule(path)) for path in ENDS["llama"])
     assert merged.get_submodule("lm_head").is_tied == (which is None)
@@ -155,16 +133,11 @@ def test_ends_that_are_tied_and_packed_are_rounded_each_for_itself(
 
 
 def test_a_tie_that_no_configuration_undoes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tied_and_adapted("llama", ["lm_head"])
-    monkeypatch.setattr(
-        type(model.get_base_model()),
-        "get_expanded_tied_weights_keys",
-        lambda *_, **__: {"lm_head.weight": "model.embed_tokens.weight"},
-    )
-    with pytest.raises(
-        MergeError,
-        match=r"lm_head: LlamaForCausalLM always ties this layer, .*keep the adapter separate",
-    ):
+    model = with_adapter("llama", target_modules=["lm_head"])
+    kind = type(model.get_base_model())
+    tied = {"lm_head.weight": "model.embed_tokens.weight"}
+    monkeypatch.setattr(kind, "get_expanded_tied_weights_keys", lambda *_, **__: tied)
+    with pytest.raises(MergeError, match=r"lm_head: Llama\w+ always ties .*keep the adapter sep"):
         merged_model(model, "float")
 
 
@@ -228,16 +201,7 @@ def test_unpacking_gives_back_the_classes_and_the_tie() -> None:
 
 
 def test_fused_experts_say_that_they_cannot_be_merged() -> None:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    model = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=260, num_local_experts=2)).eval()
+    model = make("Mixtral")
     quantize_(model, "w4-block32")
     wrapped = get_peft_model(
         model, LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
@@ -258,18 +222,9 @@ def job(
     return folder / "out"
 
 
-def command(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "qwlora", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
 @pytest.mark.slow
 def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_path: Path) -> None:
-    checked = command("merge-check", job, "first", "--json")
+    checked = qwlora("merge-check", job, "first", "--json")
     assert checked.returncode == 0, checked.stderr
     verdict = json.loads(checked.stdout)
     assert 0 < verdict["share"] < 1
@@ -278,20 +233,17 @@ def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_p
         name.removesuffix(".weight") for name in packed_weights(load_base(job / "base"))
     }
     (tmp_path / ".float.part").mkdir()  # the user's own
-    merged = command("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
+    merged = qwlora("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
     assert merged.returncode == 0, merged.stderr
     assert "smaller than half a quantization step" in merged.stdout
     assert f"merged into the integers {verdict['merged']:.3f}" in merged.stdout
     assert sorted(p.name for p in tmp_path.iterdir()) == [".float.part", "float"]
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "float")
     assert isinstance(model.model.layers[0].mlp.up_proj, nn.Linear)
-    again = command("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
-    assert (again.returncode, again.stdout, "is not empty" in again.stderr) == (
-        2,
-        "",
-        True,
-    )  # before the verdict
-    rounded = command("merge", job, "first", "--into", "requantized", "--out", tmp_path / "base")
+    again = qwlora("merge", job, "first", "--into", "float", "--out", tmp_path / "float")
+    assert (again.returncode, again.stdout) == (2, "")  # before the verdict
+    assert "is not empty" in again.stderr
+    rounded = qwlora("merge", job, "first", "--into", "requantized", "--out", tmp_path / "base")
     assert rounded.returncode == 0, rounded.stderr
     assert len(packed_weights(load_base(tmp_path / "base"))) == 14
 
@@ -348,11 +300,9 @@ def test_a_full_disk_is_an_error_of_ours_and_keeps_nothing(
 ) -> None:
     session, _ = open_job(job)
     disk = mounted(f"size={size}")
+    full = "new/merged': no space left on the disk. Nothing half-written was kept. Free some space"
     with (
-        pytest.raises(
-            DirectoryError,
-            match=r"new/merged': no space left on the disk. Nothing half-written was kept. Free some space and run again",
-        ),
+        pytest.raises(DirectoryError, match=full),
         new_folder(disk / "new" / "merged") as folder,
     ):
         write_merged(session, "first", into, folder)
@@ -372,10 +322,8 @@ def test_a_place_that_is_read_only_or_cannot_be_replaced_is_named(
 
 
 def test_what_is_not_there_is_named(job: Path, tmp_path: Path) -> None:
-    assert (
-        "has no trained adapter 'other'; the recipe has first"
-        in qwlora("merge-check", job, "other").stderr
-    )
+    unknown = qwlora("merge-check", job, "other").stderr
+    assert "has no trained adapter 'other'; the recipe has first" in unknown
     assert "is not a job directory" in qwlora("merge-check", tmp_path, "first").stderr
     wrong = qwlora("merge", job, "first", "--into", "gold", "--out", tmp_path / "x")
     assert (wrong.returncode, "'requantized'" in wrong.stderr) == (2, True)

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from cli.command_line import qwlora
-from qwlora.cli.main import main
 from qwlora.cli.simulate_command import _suggestion_lines
 from qwlora.cli.tables import group_similar, table
 from qwlora.errors import CalibrationError
@@ -31,48 +30,30 @@ def job(
 ) -> Path:
     """A job with an adapter that is calibrated, and one that is not trained."""
     folder = tmp_path_factory.mktemp("job")
-    data = {
-        "source": str(corpus),
-        "sequence_tokens": 32,
-        "evaluation_sequences": 2,
-        "calibration_sequences": 3,
-    }
-    adapters = [
-        {"name": "first", "rank": 4, "steps": 1, "warmup_steps": 0},
-        {"name": "second", "steps": 1, "warmup_steps": 0},
-    ]
-    simulation = {"calibration_tokens": 33, "observer": "sqnr"}
+    sizes = {"sequence_tokens": 32, "evaluation_sequences": 2, "calibration_sequences": 3}
+    adapters = [{"name": n, "rank": 4, "steps": 1, "warmup_steps": 0} for n in ("first", "second")]
     content = {
         "model": {"source": str(checkpoints["llama"])},
-        "data": data,
-        "adapters": adapters,
-        "simulation": simulation,
+        "data": {"source": str(corpus), **sizes},
+        "adapters": adapters[:1],
+        "simulation": {"calibration_tokens": 33, "observer": "sqnr"},
     }
     (folder / "recipe.yaml").write_text(json.dumps(content))
-    recipe = load_recipe(
-        folder / "recipe.yaml", ("adapters=[{name: first, rank: 4, steps: 1, warmup_steps: 0}]",)
-    )
+    recipe = load_recipe(folder / "recipe.yaml")
     results = run(recipe, folder / "out", ("quantize", "train", "calibrate"))
     measured = results["simulation"]["first"]
     assert (measured["calibration_tokens"], measured["unseen"]) == (64, [])
-    (folder / "out" / "recipe.yaml").write_text(json.dumps(content))
+    (folder / "out" / "recipe.yaml").write_text(json.dumps({**content, "adapters": adapters}))
     return folder / "out"
 
 
-def call(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: Any
-) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["qwlora", "simulate", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    captured = capsys.readouterr()
-    return int(caught.value.code or 0), captured.out, captured.err
+def simulate(*arguments: Any) -> tuple[int, str, str]:
+    done = qwlora("simulate", *arguments)
+    return done.returncode, done.stdout, done.stderr
 
 
-def test_alike_values_are_one_line(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, out, _ = call(capsys, monkeypatch, job, "--explain", "--set", RULES)
+def test_alike_values_are_one_line(job: Path) -> None:
+    code, out, _ = simulate(job, "--explain", "--set", RULES)
     lines = [" ".join(line.split()) for line in out.splitlines()]
     assert code == 0
     assert lines[0].startswith("adapter first, policy npu: ")
@@ -86,16 +67,14 @@ def test_alike_values_are_one_line(
     ):
         assert line in lines
     counts = [int(part.split()[0]) for part in lines[0].partition("npu: ")[2].split(", ")]
-    code, out, _ = call(capsys, monkeypatch, job, "--set", RULES)  # without --explain: by reason
+    code, out, _ = simulate(job, "--set", RULES)  # without --explain: by reason
     assert len(out.splitlines()) < 25
     rows = [line.split() for line in out.splitlines()[2:]]
     assert sum(int(row[1]) for row in rows) == sum(counts)
 
 
-def test_json_has_every_value_and_what_was_calibrated(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    _, out, _ = call(capsys, monkeypatch, job, "--json")
+def test_json_has_every_value_and_what_was_calibrated(job: Path) -> None:
+    _, out, _ = simulate(job, "--json")
     found = json.loads(out)
     assert (found["adapter"], found["policy"], found["unknown"]) == ("first", "npu", {})
     values = {value["name"]: value for value in found["values"]}
@@ -159,42 +138,27 @@ def test_layers_that_cannot_be_written_leave_nothing(
     assert (sorted(tmp_path.rglob("*")), sorted(job.glob("*"))) == before
 
 
-def test_costs_are_switched_on_one_by_one(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, out, _ = call(capsys, monkeypatch, job, "--costs", "--json")
+def test_costs_are_switched_on_one_by_one(job: Path) -> None:
+    code, out, _ = simulate(job, "--costs", "--json")
     account = json.loads(out)
     assert code == 0
-    assert list(account["perplexity"]) == [
-        "base",
-        "adapted",
-        "adapter_weights",
-        "parameters",
-        "activations",
-    ]
+    steps = ["base", "adapted", "adapter_weights", "parameters", "activations"]
+    assert list(account["perplexity"]) == steps
     assert len(account["sensitivity"]) == len(account["layer_sqnr_db"]) == 10
     assert "unshared" not in account
-    code, out, _ = call(
-        capsys,
-        monkeypatch,
-        job,
-        "--costs",
-        "--set",
-        "simulation.base_activations=adapter_only",
-        "--json",
+    code, out, _ = simulate(
+        job, "--costs", "--set", "simulation.base_activations=adapter_only", "--json"
     )
     assert json.loads(out)["unshared"] == "adapter_only"
-    code, out, _ = call(capsys, monkeypatch, job, "--costs")
+    code, out, _ = simulate(job, "--costs")
     assert f"adapter weights {account['perplexity']['adapter_weights']:.4f}" in [
         " ".join(line.split()) for line in out.splitlines()
     ]
 
 
 @pytest.mark.slow
-def test_a_suggestion_is_what_its_rules_give(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    code, out, _ = call(capsys, monkeypatch, job, "--suggest", "1", "--json")
+def test_a_suggestion_is_what_its_rules_give(job: Path) -> None:
+    code, out, _ = simulate(job, "--suggest", "1", "--json")
     loose = json.loads(out)
     assert code == 0
     assert (loose["wide"], loose["rules"], loose["measured"]) == ([], [], loose["all_narrow"])
@@ -206,14 +170,12 @@ def test_a_suggestion_is_what_its_rules_give(
     )
     share = (loose["all_narrow"] + loose["all_wide"]) / 2 / reference - 1
     assert 0 < share < 0.1, "of 8 bits on this model"
-    _, out, _ = call(capsys, monkeypatch, job, "--suggest", share, "--json")
+    _, out, _ = simulate(job, "--suggest", share, "--json")
     found = json.loads(out)
     assert 0 < len(found["wide"]) < found["narrow"]
     assert found["measured"] <= found["limit"]
     rules = json.dumps(found["rules"])
-    _, out, _ = call(
-        capsys,
-        monkeypatch,
+    _, out, _ = simulate(
         job,
         "--costs",
         "--json",
@@ -224,23 +186,17 @@ def test_a_suggestion_is_what_its_rules_give(
     )
     assert json.loads(out)["perplexity"]["activations"] == found["measured"]
     assert found["fresh"] is None, "the job evaluates on two sequences, and both were searched"
-    _, out, _ = call(
-        capsys, monkeypatch, job, "--suggest", "1", "--json", "--set", "data.evaluation_sequences=6"
-    )
+    _, out, _ = simulate(job, "--suggest", "1", "--json", "--set", "data.evaluation_sequences=6")
     fresh = json.loads(out)["fresh"]
     assert fresh["measured"] > fresh["float_activations"] > 1
     assert fresh["sequences"] == 2
 
 
-def test_a_suggestion_counts_and_prints_the_rules_that_are_there(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_suggestion_counts_and_prints_the_rules_that_are_there(job: Path) -> None:
     """As a resolved recipe holds them, with every key."""
     own = [{"match": "*.softmax", "bitwidth": 16}, {"match": "lm_head", "keep": "float"}]
     section = json.dumps([SimulationRule(**rule).model_dump(mode="json") for rule in own])
-    _, out, _ = call(
-        capsys, monkeypatch, job, "--suggest", "1", "--json", "--set", f"simulation.rules={section}"
-    )
+    _, out, _ = simulate(job, "--suggest", "1", "--json", "--set", f"simulation.rules={section}")
     found = json.loads(out)
     assert (found["rules"], found["wide"], found["kept"]) == (own, [], 2)
     lines = list(_suggestion_lines(found))
@@ -257,39 +213,22 @@ def test_a_suggestion_counts_and_prints_the_rules_that_are_there(
 )
 def test_a_share_is_between_zero_and_one(
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
     share: str,
     message: str,
 ) -> None:
-    code, _, errors = call(capsys, monkeypatch, tmp_path, f"--suggest={share}")
+    code, _, errors = simulate(tmp_path, f"--suggest={share}")
     assert (code, f"between 0 and 1, not {share}; {message}" in errors) == (2, True)
 
 
 def test_a_suggestion_says_which_text_each_figure_is_of() -> None:
-    found = {
-        "adapter": "first",
-        "wide": ["a"],
-        "narrow": 3,
-        "kept": 0,
-        "rules": [],
-        "sequences": 4,
-        "float_activations": 2.0,
-    }
+    found: dict[str, Any] = {"adapter": "first", "wide": ["a"], "narrow": 3, "kept": 0}
+    found |= {"rules": [], "sequences": 4, "float_activations": 2.0, "fresh": None}
     found |= {"measured": 2.1, "limit": 2.2, "all_wide": 2.05, "all_narrow": 3.0}
-    assert any(
-        line.startswith("the search used all evaluation sequences")
-        for line in _suggestion_lines({**found, "fresh": None})
-    )
-    assert any(
-        "base_activations: none" in line
-        for line in _suggestion_lines({**found, "fresh": None, "unshared": "none"})
-    )
-    lines = list(
-        _suggestion_lines(
-            {**found, "fresh": {"sequences": 12, "measured": 2.2, "float_activations": 2.0}}
-        )
-    )
+    text = "\n".join(_suggestion_lines({**found, "unshared": "none"}))
+    assert "\nthe search used all evaluation sequences" in text
+    assert "base_activations: none" in text
+    fresh = {"sequences": 12, "measured": 2.2, "float_activations": 2.0}
+    lines = list(_suggestion_lines({**found, "fresh": fresh}))
     assert lines[:4] == [
         "adapter first: 1 of 4 activations at 16 bits, the others at 8",
         "perplexity on the 4 held-out sequences used for the search: "
@@ -302,18 +241,14 @@ def test_a_suggestion_says_which_text_each_figure_is_of() -> None:
     assert lines[-1] == "  rules: []"
 
 
-def test_what_cannot_be_shown(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    code, _, errors = call(capsys, monkeypatch, tmp_path)
+def test_what_cannot_be_shown(job: Path, tmp_path: Path) -> None:
+    code, _, errors = simulate(tmp_path)
     assert code == 2
     assert "is not a job directory: it has no recipe.yaml" in errors
-    code, _, errors = call(capsys, monkeypatch, job, "--adapter", "second")
+    code, _, errors = simulate(job, "--adapter", "second")
     assert code == 2
     assert "has no trained adapter 'second'; the recipe has first, second. Train it" in errors
-    code, _, errors = call(
-        capsys, monkeypatch, job, "--set", "simulation.rules=[{match: lm_hed, bitwidth: 8}]"
-    )
+    code, _, errors = simulate(job, "--set", "simulation.rules=[{match: lm_hed, bitwidth: 8}]")
     assert code == 2
     assert "'lm_hed' matches no value; did you mean lm_head" in errors
 
@@ -322,8 +257,6 @@ def test_what_cannot_be_shown(
 @pytest.mark.parametrize("changes", [("activation_bitwidth", 8), ("residual_adds", "quantize")])
 def test_a_calibration_of_another_recipe_is_not_shown_as_this_ones(
     job: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
     changes: tuple[str, Any],
 ) -> None:
@@ -333,41 +266,28 @@ def test_a_calibration_of_another_recipe_is_not_shown_as_this_ones(
     content["simulation"][changes[0]] = changes[1]
     (out / "recipe.yaml").write_text(json.dumps(content))
     for asked in ("--explain", "--costs"):
-        code, said, errors = call(capsys, monkeypatch, out, asked)
+        code, said, errors = simulate(out, asked)
         assert (code, said) == (2, "")
         assert "the calibration of adapter 'first'" in errors
         assert f"Calibrate again: qwlora calibrate --out {out}" in errors
-    assert call(capsys, monkeypatch, out, "--set", "simulation.policy=weights-only")[0] == 0, (
+    assert simulate(out, "--set", "simulation.policy=weights-only")[0] == 0, (
         "of a change nothing is calibrated"
     )
     shutil.rmtree(out / "simulation" / "first")
-    code, said, _ = call(capsys, monkeypatch, out, "--explain")
+    code, said, _ = simulate(out, "--explain")
     assert code == 0, "a placement without a calibration"
 
 
-def test_an_adapter_that_left_the_recipe_is_not_shown_by_it(job: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(job, out)
-    (out / "adapters" / "first").rename(out / "adapters" / "before")
-    (out / "simulation" / "first").rename(out / "simulation" / "before")
-    with pytest.raises(
-        CalibrationError,
-        match=r"adapter 'before' in .* is from an earlier version of the recipe, which now has first, second",
-    ):
-        explain_placement(out, "before")
-
-
-def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(
-    job: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(job, out)
+def test_what_is_of_another_recipe_is_not_shown(job: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(job, tmp_path / "out"))
     Directory.read(out).drop("calibrate/first")  # as training leaves it
-    with pytest.raises(
-        CalibrationError,
-        match=r"is of another recipe, adapter or base \(has not run\)\. Calibrate again: qwlora calibrate",
-    ):
+    with pytest.raises(CalibrationError, match=r"\(has not run\)\. Calibrate again: qwlora calibr"):
         explain_placement(out)
+    for folder in ("adapters", "simulation"):
+        (out / folder / "first").rename(out / folder / "before")
+    earlier = "adapter 'before' in .* is from an earlier version of .*, which now has first, second"
+    with pytest.raises(CalibrationError, match=earlier):
+        explain_placement(out, "before")
 
 
 @pytest.mark.parametrize(
@@ -387,29 +307,23 @@ def test_a_calibration_of_an_adapter_that_was_trained_again_is_not_shown(
 )
 def test_a_change_that_needs_another_stage_is_refused(
     job: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
     change: str,
     message: str,
 ) -> None:
-    code, out, errors = call(
-        capsys, monkeypatch, job, "--set", "simulation.activation_bitwidth=8", "--set", change
-    )
+    code, out, errors = simulate(job, "--set", "simulation.activation_bitwidth=8", "--set", change)
     assert (code, out) == (2, "")
     assert message in errors
     if "again" in message:
         assert f"qwlora run {job / 'recipe.yaml'} --out {job} --set {change}" in errors
 
 
-def test_an_adapter_whose_record_was_replaced_is_refused(
-    job: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_an_adapter_whose_record_was_replaced_is_refused(job: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(job, other)
     (other / "adapters" / "first" / "qwlora.json").write_text(
         json.dumps({"format": 1, "base_fingerprint": "0" * 64})
     )
-    code, out, errors = call(capsys, monkeypatch, other)
+    code, out, errors = simulate(other)
     assert (code, out) == (2, "")
     assert "adapters/first/qwlora.json has changed" in errors
     assert "qwlora train" in errors

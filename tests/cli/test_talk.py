@@ -13,9 +13,9 @@ import subprocess
 import sys
 import termios
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -23,9 +23,9 @@ import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cli.command_line import qwlora
 from conftest import byte_tokenizer, tiny_model, write_recipe
 from qwlora.analysis.generate_text import Answer
-from qwlora.cli.main import main
 from qwlora.pipeline.commands.model_names import JobModels
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
@@ -35,7 +35,6 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
 PROMPT = "the integer"
-Call = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -56,17 +55,11 @@ def job(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return folder / "out"
 
 
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
-    def run_command(*arguments: Any, typed: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["qwlora", *map(str, arguments)])
-        monkeypatch.setattr("sys.stdin", io.StringIO(typed))
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return run_command
+def call(*arguments: object, typed: str = "") -> tuple[int, str, str]:
+    """Exit code, output and errors of a command while `typed` is its standard input."""
+    with mock.patch("sys.stdin", io.StringIO(typed)):
+        done = qwlora(*arguments)
+    return done.returncode, done.stdout, done.stderr
 
 
 def expected(job: Path, stage: str, prompt: str, count: int = 8) -> str:
@@ -95,7 +88,7 @@ def chat_text(*turns: str) -> str:
 
 
 @pytest.mark.parametrize("stage", ["float", "base", "adapted"])
-def test_each_stage_answers_as_plain_transformers_does(job: Path, call: Call, stage: str) -> None:
+def test_each_stage_answers_as_plain_transformers_does(job: Path, stage: str) -> None:
     options = ("generate", job, PROMPT, "--stage", stage, "--max-new-tokens", 8, "--exact")
     code, out, err = call(*options)
     assert (code, out) == (0, expected(job, stage, chat_text(PROMPT)) + "\n"), err
@@ -104,7 +97,7 @@ def test_each_stage_answers_as_plain_transformers_does(job: Path, call: Call, st
 
 
 def test_kernels_of_torch_are_used_unless_answers_are_to_be_exact(
-    job: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+    job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A product of the kernel's that is zero everywhere shows where it is used."""
     zero = "qwlora.nn.few_row_kernels._product"
@@ -117,7 +110,7 @@ def test_kernels_of_torch_are_used_unless_answers_are_to_be_exact(
     assert call(*options)[1] != exact
 
 
-def test_simulation_and_exported_files_answer_alike_and_base_differs(job: Path, call: Call) -> None:
+def test_simulation_and_exported_files_answer_alike_and_base_differs(job: Path) -> None:
     names = "base,first,simulated/first,onnx/first,hf/first"
     options = ("generate", job, PROMPT, "--compare", names, "--max-new-tokens", 6, "--exact")
     code, out, err = call(*options, "--json")
@@ -135,13 +128,13 @@ def test_simulation_and_exported_files_answer_alike_and_base_differs(job: Path, 
     )
 
 
-def test_samples_repeat_with_their_seed_only(job: Path, call: Call) -> None:
+def test_samples_repeat_with_their_seed_only(job: Path) -> None:
     options = ("generate", job, PROMPT, "--temperature", 2, "--max-new-tokens", 12, "--seed")
     one, again, other = (call(*options, seed)[1] for seed in (1, 1, 2))
     assert one == again != other
 
 
-def test_a_conversation_keeps_its_turns_until_it_is_reset(job: Path, call: Call) -> None:
+def test_a_conversation_keeps_its_turns_until_it_is_reset(job: Path) -> None:
     typed = "hello\n\nand now\n/reset\nhello\n/exit\nnever read\n"
     code, out, _ = call("chat", job, "--exact", "--max-new-tokens", 6, typed=typed)
     first = expected(job, "adapted", chat_text("hello"), 6)
@@ -149,7 +142,7 @@ def test_a_conversation_keeps_its_turns_until_it_is_reset(job: Path, call: Call)
     assert (code, out) == (0, f"{first}\n{second}\n{first}\n")
 
 
-def test_without_a_template_each_message_continues_the_text(job: Path, call: Call) -> None:
+def test_without_a_template_each_message_continues_the_text(job: Path) -> None:
     code, out, _ = call(
         "chat", job, "--raw", "--exact", "--max-new-tokens", 6, typed="hello\nand now"
     )
@@ -158,7 +151,7 @@ def test_without_a_template_each_message_continues_the_text(job: Path, call: Cal
     assert (code, out) == (0, f"{first}\n{second}\n")
 
 
-def test_an_answer_ends_at_the_last_position(job: Path, call: Call) -> None:
+def test_an_answer_ends_at_the_last_position(job: Path) -> None:
     long = "a" * 120
     code, _, err = call("generate", job, long, "--raw", "--max-new-tokens", 50)
     assert (code, "8 tokens" in err) == (0, True), err
@@ -183,7 +176,7 @@ def test_an_answer_ends_at_the_last_position(job: Path, call: Call) -> None:
     ],
 )
 def test_what_cannot_be_used_is_named_before_anything_is_loaded(
-    job: Path, call: Call, options: tuple[str, ...], facts: tuple[str, ...]
+    job: Path, options: tuple[str, ...], facts: tuple[str, ...]
 ) -> None:
     code, out, err = call("generate", job, PROMPT, *options)
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -191,19 +184,19 @@ def test_what_cannot_be_used_is_named_before_anything_is_loaded(
         assert fact in err
 
 
-def test_text_that_is_not_utf8_is_refused(job: Path, call: Call) -> None:
+def test_text_that_is_not_utf8_is_refused(job: Path) -> None:
     for raw in ([], ["--raw"]):
-        code, out, err = call("generate", job, "caf\udce9", "--stage", "base", *raw)
-        assert (code, out) == (2, "")
-        assert "not UTF-8 text at character 4" in err
-        assert "unexpected" not in err
-        code, out, err = call("chat", job, "--stage", "base", *raw, typed="hi\udcff\n")
-        assert (code, out) == (2, "")
-        assert "not UTF-8 text at character 3" in err
+        for command, typed, place in (
+            (["generate", job, "caf\udce9"], "", 4),
+            (["chat", job], "hi\udcff\n", 3),
+        ):
+            code, out, err = call(*command, "--stage", "base", *raw, typed=typed)
+            assert (code, out, "unexpected" in err) == (2, "", False)
+            assert f"not UTF-8 text at character {place}" in err
 
 
 def test_an_answer_with_control_characters_is_shown_as_escapes(
-    job: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+    job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def answer(model: Any, tokenizer: Any, ids: Any, sampling: Any, write: Any) -> Answer:
         write("\x1b]52;c;aGk=\x07 done")
@@ -219,7 +212,7 @@ def test_an_answer_with_control_characters_is_shown_as_escapes(
 
 
 def test_json_is_alone_whatever_is_printed_while_models_load(
-    job: Path, call: Call, monkeypatch: pytest.MonkeyPatch
+    job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load = JobModels.open
 
@@ -237,9 +230,7 @@ def test_json_is_alone_whatever_is_printed_while_models_load(
     assert "banner" in err
 
 
-def test_a_folder_that_is_no_job_or_has_no_base_is_refused(
-    job: Path, call: Call, tmp_path: Path
-) -> None:
+def test_a_folder_that_is_no_job_or_has_no_base_is_refused(job: Path, tmp_path: Path) -> None:
     code, _, err = call("chat", tmp_path)
     assert (code, err.count("\n")) == (2, 1)
     assert "is not a job directory" in err
@@ -250,7 +241,7 @@ def test_a_folder_that_is_no_job_or_has_no_base_is_refused(
     assert "&& qwlora train --out" in err
 
 
-def test_a_use_case_is_found_by_its_own_name(job: Path, call: Call, tmp_path: Path) -> None:
+def test_a_use_case_is_found_by_its_own_name(job: Path, tmp_path: Path) -> None:
     """Use cases share a folder, export/qairt."""
     shutil.copytree(job / "base", tmp_path / "base")
     for part in ("adapters/first", "adapters/second"):
@@ -275,9 +266,7 @@ def test_a_use_case_is_found_by_its_own_name(job: Path, call: Call, tmp_path: Pa
     assert models.name("qairt", None).adapters == ["first", "second"]
 
 
-def test_exported_files_of_another_adapter_are_not_run(
-    job: Path, call: Call, tmp_path: Path
-) -> None:
+def test_exported_files_of_another_adapter_are_not_run(job: Path, tmp_path: Path) -> None:
     copied = tmp_path / "job"
     shutil.copytree(job, copied)
     for name in ("base/model.onnx.data", "first/adapter.onnx_adapter"):

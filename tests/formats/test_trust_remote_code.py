@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from qwlora.cli.main import main
+from cli.command_line import qwlora
 
 CONFIG_CODE = """
 from pathlib import Path
@@ -44,11 +45,7 @@ def edit(file: Path, **entries: Any) -> None:
 @pytest.fixture
 def folder(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
     """A whole checkpoint, without any code."""
-    copy = tmp_path / "model"
-    copy.mkdir()
-    for file in checkpoints["llama"].iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    return copy
+    return Path(shutil.copytree(checkpoints["llama"], tmp_path / "model"))
 
 
 @pytest.fixture
@@ -77,24 +74,13 @@ def own_tokenizer(folder: Path, ran: Path) -> Path:
     return folder
 
 
-@pytest.fixture
-def call(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> Any:
-    """The command line, with `y` typed at every question."""
+@pytest.fixture(autouse=True)
+def willing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`y` is typed at every question."""
     modules = str(tmp_path / "modules")
     monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
     monkeypatch.setattr("sys.path", list(sys.path))
     monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 100))
-
-    def run(*arguments: str | Path) -> tuple[int, str, str]:
-        monkeypatch.setattr("sys.argv", ["qwlora", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        captured = capsys.readouterr()
-        return int(caught.value.code or 0), captured.out, captured.err
-
-    return run
 
 
 def trusting(source: Path) -> dict[str, Any]:
@@ -102,37 +88,33 @@ def trusting(source: Path) -> dict[str, Any]:
 
 
 def test_code_named_in_config_json_does_not_run(
-    call: Any, recipe_for: Any, own_model: Path, ran: Path, tmp_path: Path
+    recipe_for: Any, own_model: Path, ran: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_for(model={"source": str(own_model)})
-    code, _, errors = call("run", recipe, "--out", tmp_path / "out")
-    assert not ran.exists()
-    assert code == 2
-    assert errors.startswith("qwlora: ")
-    assert "model.trust_remote_code: true" in errors
+    done = qwlora("run", recipe, "--out", tmp_path / "out")
+    assert (done.returncode, ran.exists()) == (2, False)
+    assert done.stderr.startswith("qwlora: ")
+    assert "model.trust_remote_code: true" in done.stderr
     assert not (tmp_path / "out").exists()
 
 
 def test_code_named_in_tokenizer_config_json_does_not_run(
-    call: Any, recipe_for: Any, own_tokenizer: Path, ran: Path
+    recipe_for: Any, own_tokenizer: Path, ran: Path
 ) -> None:
-    code, _, errors = call("data", recipe_for(model={"source": str(own_tokenizer)}))
-    assert not ran.exists()
-    assert code == 2
-    assert "model.trust_remote_code: true" in errors
+    done = qwlora("data", recipe_for(model={"source": str(own_tokenizer)}))
+    assert (done.returncode, ran.exists()) == (2, False)
+    assert "model.trust_remote_code: true" in done.stderr
 
 
 def test_trusted_code_runs_and_every_summary_says_so(
-    call: Any, recipe_for: Any, own_model: Path, own_tokenizer: Path, ran: Path, tmp_path: Path
+    recipe_for: Any, own_model: Path, own_tokenizer: Path, ran: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_for(model=trusting(own_model), export={"targets": []})
-    code, out, errors = call("run", recipe, "--out", tmp_path / "out")
-    assert code == 0, errors
-    assert ran.exists()
-    assert "trust_remote_code" in out
+    done = qwlora("run", recipe, "--out", tmp_path / "out")
+    assert (done.returncode, ran.exists()) == (0, True), done.stderr
+    assert "trust_remote_code" in done.stdout
     record = json.loads((tmp_path / "out" / "base" / "base.json").read_text())
     assert record["trust_remote_code"] is True
     assert json.loads((tmp_path / "out" / "results.json").read_text())["trust_remote_code"] is True
-    assert yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())["model"][
-        "trust_remote_code"
-    ]
+    recipe = yaml.safe_load((tmp_path / "out" / "recipe.yaml").read_text())
+    assert recipe["model"]["trust_remote_code"]

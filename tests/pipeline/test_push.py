@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,11 @@ def push(job: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return command("push", job, *arguments)
 
 
+def refused(job: Path, message: str, adapter: str | None = None) -> None:
+    with pytest.raises(DirectoryError, match=message), prepared(job, "me/it", adapter):
+        pass
+
+
 def card(folder: Path) -> dict[str, Any]:
     return ModelCard((folder / CARD).read_text()).data.to_dict()
 
@@ -126,24 +131,22 @@ def test_what_a_model_says_of_itself_is_escaped(
     assert "\n# n" not in readme
 
 
-def test_cards_say_how_each_runtime_loads_the_files(job: Path) -> None:
+def test_cards_say_how_each_runtime_loads_the_files(
+    job: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, adapter = (job / "base" / CARD).read_text(), (job / "adapters/first" / CARD).read_text()
     assert 'from_pretrained("export/hf/base")' in base
     assert 'PeftModel.from_pretrained(model, "export/hf/first")' in adapter
     assert "--enable-lora" in adapter
     assert "--enable-lora" not in base
     assert "all limits hold" in adapter
-
-
-def test_the_python_of_a_card_loads_the_files(job: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(job)
-    for folder in ("base", "adapters/first"):
-        text = (job / folder / CARD).read_text()
-        codes = [part.split("```")[0] for part in text.split("```python\n")[1:]]
+    for card in (base, adapter):
+        codes = [part.split("```")[0] for part in card.split("```python\n")[1:]]
         assert len(codes) == 2
         for code in codes:
             names: dict[str, Any] = {}
-            exec(compile(code, f"{folder}/{CARD}", "exec"), names)
+            exec(compile(code, CARD, "exec"), names)
             assert names["model"](torch.tensor([[1, 2]])).logits.isfinite().all()
 
 
@@ -177,24 +180,18 @@ def test_the_python_of_a_page_loads_the_files(
 def test_a_card_is_written_again_unless_the_user_edited_it(job: Path) -> None:
     file, recipe = job / "base" / CARD, load_recipe(job / "recipe.yaml")
     written = file.read_text()
-    try:
-        file.write_text(written.replace("apache-2.0", "mit"))
-        assert all("skipped" in line for line in _run(recipe, job))
-        assert file.read_text() == written
-        edited = written.replace("apache-2.0", "mit").replace("<!-- Written by", "<!--")
-        file.write_text(edited)
-        assert all("skipped" in line for line in _run(recipe, job))
-        assert file.read_text() == edited
+    changed = written.replace("apache-2.0", "mit")
+    by_user = changed.replace("<!-- Written by", "<!--")
+    with edited(file, written):
+        for text, expected in ((changed, written), (by_user, by_user)):
+            file.write_text(text)
+            said: list[str] = []
+            run(recipe, job, STAGES, say=said.append)
+            stages = [line for line in said if line.startswith(("quantize", "train", "export"))]
+            assert all("skipped" in line for line in stages)
+            assert file.read_text() == expected
         with prepared(job, "me/base", None) as upload:
-            assert upload.files[CARD].read_text() == edited
-    finally:
-        file.write_text(written)
-
-
-def _run(recipe: Any, job: Path) -> list[str]:
-    said: list[str] = []
-    run(recipe, job, STAGES, say=said.append)
-    return [line for line in said if line.startswith(("quantize", "train", "export"))]
+            assert upload.files[CARD].read_text() == by_user
 
 
 def test_nothing_is_uploaded_without_being_asked(job: Path, hub: FakeHub) -> None:
@@ -289,13 +286,14 @@ def test_a_base_and_an_adapter_do_not_share_a_repository(
 
 
 @contextmanager
-def edited(file: Path, text: str) -> Iterator[None]:
-    before = file.read_text()
+def edited(file: Path, content: bytes | str) -> Iterator[None]:
+    """Another content of a file, which may not be there before."""
+    before = file.read_bytes() if file.exists() else None
     try:
-        file.write_text(text)
+        file.write_bytes(content if isinstance(content, bytes) else content.encode())
         yield
     finally:
-        file.write_text(before)
+        file.write_bytes(before) if before is not None else file.unlink()
 
 
 def test_files_that_were_not_checked_are_left_out(job: Path) -> None:
@@ -311,32 +309,20 @@ def test_a_recipe_that_was_not_run_is_refused(job: Path) -> None:
     content = yaml.safe_load((job / "recipe.yaml").read_text())
     content["adapters"][0]["steps"] = 4
     with edited(job / "recipe.yaml", yaml.safe_dump(content)):
-        with (
-            pytest.raises(DirectoryError, match=r"train/first its inputs changed.*qwlora run"),
-            prepared(job, "me/it", "first"),
-        ):
-            pass
+        refused(job, r"train/first its inputs changed.*qwlora run", "first")
         content["base"]["weights"] = "w8-channel"
         (job / "recipe.yaml").write_text(yaml.safe_dump(content))
-        with (
-            pytest.raises(DirectoryError, match=r"quantize its inputs changed.*qwlora run"),
-            prepared(job, "me/it", None),
-        ):
-            pass
+        refused(job, r"quantize its inputs changed.*qwlora run")
 
 
 def test_files_of_others_are_not_uploaded(job: Path) -> None:
-    places = [job / folder for folder in ("base", "adapters/first", "export/hf/first")]
-    added = [folder / name for folder in places for name in ("secret.pem", ".env")]
-    try:
-        for file in added:
-            file.write_text("mine")
+    with ExitStack() as added:
+        for folder in ("base", "adapters/first", "export/hf/first"):
+            for name in ("secret.pem", ".env"):
+                added.enter_context(edited(job / folder / name, "mine"))
         for adapter in (None, "first"):
             with prepared(job, "me/it", adapter) as upload:
                 assert not any("secret" in name or ".env" in name for name in upload.files)
-    finally:
-        for file in added:
-            file.unlink()
 
 
 def test_a_readme_of_exported_files_is_uploaded_if_the_job_wrote_it(job: Path) -> None:
@@ -345,14 +331,11 @@ def test_a_readme_of_exported_files_is_uploaded_if_the_job_wrote_it(job: Path) -
     record = read_record(file, stage)
     assert record is not None
     ours = replace(record, files={**record.files, f"{folder}/{CARD}": ""})
-    (job / folder / CARD).write_text("how to use it")
-    try:
+    with edited(job / folder / CARD, "how to use it"):
         with prepared(job, "me/it", "first") as upload:
             assert f"hf/{CARD}" not in upload.files
         with edited(file, ours.text(stage)), prepared(job, "me/it", "first") as upload:
             assert upload.files[f"hf/{CARD}"].read_text() == "how to use it"
-    finally:
-        (job / folder / CARD).unlink()
 
 
 @pytest.mark.parametrize(
@@ -398,17 +381,13 @@ def test_files_of_an_upload_that_was_killed_before_its_note_are_known_to_the_nex
     assert "extra.txt" not in hub.repositories["me/base"].files
 
 
-def test_a_hub_that_does_not_answer_is_named(
+def test_without_a_token_or_an_answer_the_remedy_is_named(
     job: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    with prepared(job, "me/base", None) as upload, pytest.raises(UploadError, match="HF_ENDPOINT"):
-        send(upload, job)
-
-
-def test_without_a_token_the_remedy_is_named(
-    job: Path, hub: FakeHub, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    with monkeypatch.context() as silent:
+        silent.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+        with prepared(job, "me/base", None) as upload, pytest.raises(UploadError, match="HF_ENDP"):
+            send(upload, job)
     monkeypatch.delenv("HF_TOKEN")
     monkeypatch.setattr("huggingface_hub.get_token", lambda: None)
     ended = push(job, "--to", "me/base", "--yes")
@@ -417,25 +396,11 @@ def test_without_a_token_the_remedy_is_named(
 
 
 def test_a_changed_file_and_an_unknown_name_are_refused(job: Path) -> None:
-    with (
-        pytest.raises(DirectoryError, match=r"no adapter 'frist'.*first"),
-        prepared(job, "me/a", "frist"),
-    ):
-        pass
+    refused(job, r"no adapter 'frist'.*first", "frist")
     file = job / "adapters/first/adapter_model.safetensors"
     content = file.read_bytes()
-    try:
-        file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-        with (
-            pytest.raises(DirectoryError, match=r"has changed.*Run first: qwlora run"),
-            prepared(job, "me/a", "first"),
-        ):
-            pass
-    finally:
-        file.write_bytes(content)
-
-
-def test_a_bad_repository_name_is_a_usage_error(job: Path) -> None:
+    with edited(file, content[:-1] + bytes([content[-1] ^ 1])):
+        refused(job, r"has changed.*Run first: qwlora run", "first")
     ended = push(job, "--to", "base", "--yes")
     assert (ended.returncode, "OWNER/NAME" in ended.stderr) == (2, True)
 

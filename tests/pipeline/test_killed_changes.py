@@ -35,6 +35,7 @@ from qwlora.pipeline.plan.stale_stages import find_stale
 from qwlora.recipe import load_recipe
 
 _CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink"}
+_WRITING = os.O_WRONLY | os.O_RDWR
 _UNSTABLE = {".qwlora/digests.json", ".qwlora/lock"}
 _stop: Callable[[], None] | None = None
 
@@ -44,14 +45,11 @@ class Stopped(BaseException):
 
 
 def _hook(event: str, arguments: tuple[Any, ...]) -> None:
-    if _stop is not None:
-        writes = (
-            event == "open"
-            and isinstance(arguments[2], int)
-            and arguments[2] & (os.O_WRONLY | os.O_RDWR)
-        )
-        if (event in _CHANGES or writes) and not str(arguments[0]).startswith("/dev"):
-            _stop()
+    if _stop is None or str(arguments[:1]).startswith("('/dev"):
+        return
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & _WRITING
+    if event in _CHANGES or writes:
+        _stop()
 
 
 sys.addaudithook(_hook)
@@ -195,12 +193,9 @@ def test_a_run_after_a_killed_rename_skips_what_is_trained(finished: Path, tmp_p
     [
         ("{", "is damaged"),
         ('{"command": [], "moves": 3, "files": {}}', "is damaged"),
-        ('{"command": [], "moves": [], "files": {"../victim": null}}', "leads out of the job"),
-        (
-            '{"command": [], "moves": [["VICTIM", "adapters/x"]], "files": {}}',
-            "leads out of the job",
-        ),
-        ('{"command": [], "moves": [], "files": {"link/victim": "a"}}', "leads out of the job"),
+        ('{"command": [], "moves": [], "files": {"../victim": null}}', "leads out of"),
+        ('{"command": [], "moves": [["VICTIM", "adapters/x"]], "files": {}}', "leads out of"),
+        ('{"command": [], "moves": [], "files": {"link/victim": "a"}}', "leads out of"),
     ],
 )
 def test_a_journal_that_is_damaged_or_hostile_changes_nothing(
@@ -236,12 +231,9 @@ def test_the_source_of_an_import_stays_when_its_name_is_taken_by_another(
     job = Path(shutil.copytree(finished, tmp_path / "job"))
 
     def sources() -> dict[str, bytes]:
-        recipe = job_recipe(job)
-        return {
-            a.name: (Path(a.continue_from) / "adapter_model.safetensors").read_bytes()
-            for a in recipe.adapters
-            if a.continue_from
-        }
+        known = {a.name: a.continue_from for a in job_recipe(job).adapters if a.continue_from}
+        weights = "adapter_model.safetensors"
+        return {name: (Path(place) / weights).read_bytes() for name, place in known.items()}
 
     import_adapter(job, "old", str(source))
     before = sources()["old"]
@@ -256,9 +248,8 @@ def test_the_source_of_an_import_stays_when_its_name_is_taken_by_another(
     remove_adapter(job, "again")
     assert sources()["new"] == before
     remove_adapter(job, "new")
-    assert sorted(p.name for p in (job / ".qwlora" / "imports").iterdir()) == [
-        Path(str(places["old"])).name
-    ]
+    (left,) = (job / ".qwlora" / "imports").iterdir()
+    assert left.name == Path(str(places["old"])).name
 
 
 def test_no_adapter_is_lost_that_another_command_adds_meanwhile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import yaml
 
 import qwlora.pipeline.job.directory as directory_module
-from qwlora.cli.main import main
+from cli.command_line import qwlora
 from qwlora.errors import DirectoryError
 from qwlora.export.proof.folder import RECORD, write_record
 from qwlora.formats import manifest
@@ -49,19 +50,16 @@ def fail(written: Path) -> None:
 
 
 def test_a_users_folder_with_a_recipe_is_refused_and_left_alone(
-    recipe_for: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    recipe_for: Any,
 ) -> None:
     path: Path = recipe_for()
     for folder in ("base", "adapters/first"):
         (path.parent / folder).mkdir(parents=True)
         (path.parent / folder / "mine.txt").write_text("mine")
     before = contents(path.parent)
-    monkeypatch.chdir(path.parent)
-    monkeypatch.setattr("sys.argv", ["qwlora", "run", "recipe.yaml", "--out", "."])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2
-    assert "'.' is not empty and was not made by qwlora" in capsys.readouterr().err
+    done = qwlora("run", "recipe.yaml", "--out", ".", cwd=path.parent)
+    assert done.returncode == 2
+    assert "'.' is not empty and was not made by qwlora" in done.stderr
     assert contents(path.parent) == before
 
 
@@ -82,10 +80,13 @@ def test_a_users_file_among_a_jobs_is_not_removed(recipe: Recipe, tmp_path: Path
     out = tmp_path / "out"
     finish(out, recipe)
     (out / "base" / "README.md").write_text("mine")
-    before = contents(out)
-    with pytest.raises(DirectoryError, match=r"base' contains 'README.md'"):
-        finish(out, recipe)
-    assert contents(out) == before
+    for damage in (None, ""):  # also if the record of its folder is damaged
+        if damage is not None:
+            (out / ".qwlora" / "records" / "quantize.json").write_text(damage)
+        before = contents(out / "base")
+        with pytest.raises(DirectoryError, match=r"base' contains 'README.md'.*Move it out"):
+            finish(out, recipe)
+        assert contents(out / "base") == before
 
 
 @pytest.mark.parametrize("written_by", ["the job", "the user"])
@@ -233,8 +234,6 @@ def test_a_lock_on_a_file_that_was_removed_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A process that gives up removes its lock file; one that has opened it already waits on air."""
-    import fcntl
-
     flock = fcntl.flock
     removed = []
 
@@ -276,16 +275,10 @@ def test_an_unusable_path_is_refused_with_the_reason(
     assert contents(tmp_path) == before
 
 
-def test_a_verb_says_the_same_of_a_path_in_which_it_looks_for_the_recipe(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["qwlora", "train", "--out", "x/" * 2500])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    assert caught.value.code == 2
-    errors = capsys.readouterr().err
-    assert "too long for the file system; choose another --out" in errors
-    assert len(errors) < 1000
+def test_a_verb_says_the_same_of_a_path_in_which_it_looks_for_the_recipe() -> None:
+    done = qwlora("train", "--out", "x/" * 2500)
+    assert (done.returncode, len(done.stderr) < 1000) == (2, True)
+    assert "too long for the file system; choose another --out" in done.stderr
 
 
 def test_a_link_to_a_folder_is_that_folder(recipe: Recipe, tmp_path: Path) -> None:
@@ -351,15 +344,3 @@ def test_what_a_killed_run_left_is_removed_by_the_next(recipe: Recipe, tmp_path:
         pass
     names = {path.name for path in (tmp_path / "out" / ".qwlora").iterdir()}
     assert names == {"lock", "records"}
-
-
-def test_a_users_file_stays_although_the_record_of_its_folder_is_damaged(
-    recipe: Recipe, tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    finish(out, recipe)
-    (out / ".qwlora" / "records" / "quantize.json").write_text("")
-    (out / "base" / "mine.txt").write_text("mine")
-    with pytest.raises(DirectoryError, match=r"base' contains 'mine.txt'.*Move it out"):
-        finish(out, recipe)
-    assert (out / "base" / "mine.txt").read_text() == "mine"

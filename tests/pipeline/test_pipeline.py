@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-import yaml
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from conftest import EACH_ARCHITECTURE, text, tiny_model
-from qwlora.errors import DirectoryError, EncodingsFileError, FingerprintError, SourceError
+from conftest import EACH_ARCHITECTURE, text, tiny_model, write_recipe
+from qwlora import PackedLinear, load_adapter, load_simulation
+from qwlora.errors import EncodingsFileError, FingerprintError, SourceError
 from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.export.proof.folder import verify_bundle
 from qwlora.formats.aimet_encodings.grids import entry_of
@@ -36,6 +37,7 @@ from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn import packed_weights
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.commands.dump_layers import dump_layers
+from qwlora.pipeline.plan.stage import VERBS
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
@@ -50,45 +52,45 @@ def run_recipe(
     return run(load_recipe(path, changes), out, say=said.append, **options), said
 
 
-class Made(dict[str, Path]):
-    """Values that `make` gives for their keys, once."""
-
-    def __init__(self, make: Callable[[str], Path]):
-        super().__init__()
-        self.make = make
-
-    def __missing__(self, key: str) -> Path:
-        self[key] = self.make(key)
-        return self[key]
-
-
 @pytest.fixture(scope="module")
-def finished(
+def run_of(
     tmp_path_factory: pytest.TempPathFactory, corpus: Path, checkpoints: dict[str, Path]
-) -> dict[str, Path]:
-    """A finished run of each architecture, made when it is first asked for."""
+) -> Callable[[str], Path]:
+    """The finished run of an architecture."""
 
-    def make(architecture: str) -> Path:
-        out = tmp_path_factory.mktemp("runs") / architecture
-        recipe = {
-            "name": "tiny",
-            "model": {"source": str(checkpoints[architecture])},
-            "data": {"source": str(corpus), "sequence_tokens": 32},
-            "adapters": [
-                {"name": "first", "rank": 4, "steps": 6, "warmup_steps": 1, "learning_rate": 5e-3}
-            ],
-            "verify": {"sequences": 4, "layer_tokens": 16},
-        }
-        (out.parent / f"{architecture}.yaml").write_text(yaml.safe_dump(recipe))
-        run(load_recipe(out.parent / f"{architecture}.yaml"), out)
-        return out
+    @cache
+    def finished(architecture: str) -> Path:
+        folder = tmp_path_factory.mktemp(architecture)
+        first = {"name": "first", "rank": 4, "steps": 6, "warmup_steps": 1, "learning_rate": 5e-3}
+        sections = {"preset": "balanced", "adapters": [first]}
+        sections["data"] = {"source": str(corpus), "sequence_tokens": 32}
+        sections["verify"] = {"sequences": 4, "layer_tokens": 16}
+        recipe = write_recipe(folder, checkpoints[architecture], corpus, **sections)
+        run(load_recipe(recipe), folder / "out")
+        return folder / "out"
 
-    return Made(make)
+    return finished
 
 
-@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-def test_results_hold_the_contract(finished: dict[str, Path], architecture: str) -> None:
-    results = json.loads((finished[architecture] / "results.json").read_text())
+@pytest.fixture
+def llama(run_of: Callable[[str], Path]) -> Path:
+    return run_of("llama")
+
+
+@pytest.fixture(params=EACH_ARCHITECTURE)
+def finished(run_of: Callable[[str], Path], request: pytest.FixtureRequest) -> Path:
+    return run_of(request.param)
+
+
+def write_pairs(path: Path) -> Path:
+    """Thirty short prompts with completions."""
+    pairs = [{"prompt": text(i, 3), "completion": " " + text(i + 50, 3)} for i in range(30)]
+    path.write_text("\n".join(map(json.dumps, pairs)))
+    return path
+
+
+def test_results_hold_the_contract(finished: Path) -> None:
+    results = json.loads((finished / "results.json").read_text())
     perplexity = results["perplexity"]
     assert perplexity["adapted"]["first"] < perplexity["base"]
     assert perplexity["simulated"]["first"] == pytest.approx(
@@ -105,14 +107,7 @@ def test_results_hold_the_contract(finished: dict[str, Path], architecture: str)
     assert results["train"]["first"]["steps"] == 6
     assert results["train"]["first"]["trainable_parameters"] > 0
     assert results["train"]["first"]["peak_rss_bytes"] > 0
-    assert set(results["stages"]) == {
-        "quantize",
-        "train",
-        "calibrate",
-        "export",
-        "verify",
-        "evaluate",
-    }
+    assert set(results["stages"]) == {*VERBS} - {"calibrate-base"}
 
 
 @pytest.mark.parametrize("is_quantized", [False, True])
@@ -123,10 +118,10 @@ def test_sequences_longer_than_the_learned_positions_are_refused_before_anything
     if is_quantized:
         run(load_recipe(path), out, ("quantize",))
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(
-        SourceError,
-        match=r"160 tokens, but GPT2LMHeadModel has positions for 128 .*: set data.sequence_tokens to 128",
-    ):
+    longer = (
+        r"160 tokens, but GPT2LMHeadModel has positions for 128 .*: set data.sequence_tokens to"
+    )
+    with pytest.raises(SourceError, match=longer):
         run(load_recipe(path, ("data.sequence_tokens=160",)), out)
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -134,115 +129,80 @@ def test_sequences_longer_than_the_learned_positions_are_refused_before_anything
 def test_sequences_longer_than_rotary_positions_are_spoken_of(
     recipe_for: Any, tmp_path: Path
 ) -> None:
-    said: list[str] = []
-    run(
-        load_recipe(recipe_for(), ("data.sequence_tokens=160",)),
-        tmp_path / "out",
-        ("quantize",),
-        say=said.append,
+    _, said = run_recipe(
+        recipe_for(), tmp_path / "out", "data.sequence_tokens=160", verbs=("quantize",)
     )
-    assert (
-        "sequences have 160 tokens, but LlamaForCausalLM has positions for 128 (max_position_embeddings)"
-        in said[0]
-    )
+    longer = "sequences have 160 tokens, but LlamaForCausalLM has positions for 128 (max_position_"
+    assert longer in said[0]
 
 
-@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-def test_exported_names_and_encodings_agree(finished: dict[str, Path], architecture: str) -> None:
-    folder = finished[architecture] / "export" / "onnx"
+def test_exported_names_and_encodings_agree(finished: Path) -> None:
+    folder = finished / "export" / "onnx"
     onnx.checker.check_model(str(folder / "base" / "model.onnx"), full_check=True)
     graph = onnx.load(folder / "base" / "model.onnx").graph
     tensors = {o for node in graph.node for o in node.output} | {i.name for i in graph.initializer}
     for name in ("base", "first"):
         encodings = json.loads((folder / name / "model.encodings").read_text())
-        names = [
-            e["name"]
-            for part in ("activation_encodings", "param_encodings")
-            for e in encodings[part]
-        ]
+        both = encodings["activation_encodings"] + encodings["param_encodings"]
+        names = [entry["name"] for entry in both]
         assert encodings["version"] == "1.0.0"
         assert len(names) == len(set(names))
         assert set(names) <= tensors
-    # nothing of the model's weights is left float in the file: what is float there is scales and constants of the code
-    floats = {i.name for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT}
+    # no weight of the model is left float: what is, are scales and constants of the code
+    floats = [i for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT]
     assert all(
-        n.endswith(".scale") or "inv_freq" in n or not np.prod(i.dims) > 1
-        for n in floats
-        for i in graph.initializer
-        if i.name == n
+        i.name.endswith(".scale") or "inv_freq" in i.name or not np.prod(i.dims) > 1 for i in floats
     )
-    parameters = dict(
-        AutoModelForCausalLM.from_pretrained(
-            load_recipe(finished[architecture] / "recipe.yaml").model.source
-        ).named_parameters()
-    )
+    source = load_recipe(finished / "recipe.yaml").model.source
+    parameters = dict(AutoModelForCausalLM.from_pretrained(source).named_parameters())
     assert set(parameters) <= set(names)
 
 
-@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-def test_exported_integers_are_the_trained_integers(
-    finished: dict[str, Path], architecture: str
-) -> None:
-    import qwlora
-
-    base = qwlora.load_base(finished[architecture] / "base")
-    exported = {
-        i.name: i
-        for i in onnx.load(
-            finished[architecture] / "export" / "onnx" / "base" / "model.onnx"
-        ).graph.initializer
-    }
-    layers = {name: m for name, m in base.named_modules() if isinstance(m, qwlora.PackedLinear)}
+def test_exported_integers_are_the_trained_integers(finished: Path) -> None:
+    base = load_base(finished / "base")
+    graph = onnx.load(finished / "export" / "onnx" / "base" / "model.onnx").graph
+    exported = {i.name: i for i in graph.initializer}
+    # layers that torch exports as Gemm, whose weight keeps the layout [out, in]
+    gemm = {name for node in graph.node if node.op_type == "Gemm" for name in node.input}
+    layers = {name: m for name, m in base.named_modules() if isinstance(m, PackedLinear)}
     assert layers
     for name, layer in layers.items():
         codes = onnx.numpy_helper.to_array(exported[f"{name}.weight.codes"]).astype(np.int32)
         assert exported[f"{name}.weight.codes"].data_type == onnx.TensorProto.INT4
         scale = onnx.numpy_helper.to_array(exported[f"{name}.weight.scale"])
         trained = layer.codes.numpy().astype(np.int32) - 8
-        if name not in _gemm_weights(finished[architecture]):
+        if f"{name}.weight" not in gemm:
             codes, scale = codes.T, scale.T
         np.testing.assert_array_equal(codes, trained)
         np.testing.assert_array_equal(scale, layer.scale.numpy())
 
 
-@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-def test_the_exported_adapter_is_the_one_that_the_encodings_are_of(
-    finished: dict[str, Path], architecture: str
-) -> None:
-    import qwlora
-
-    out = finished[architecture]
-    model = qwlora.load_adapter(
-        qwlora.load_base(out / "base"), out / "export" / "onnx" / "first" / "adapter"
-    ).eval()
+def test_the_exported_adapter_is_the_one_that_the_encodings_are_of(finished: Path) -> None:
+    out, exported_adapter = finished, finished / "export" / "onnx" / "first"
+    model = load_adapter(load_base(out / "base"), exported_adapter / "adapter").eval()
     factors = {
         canonical_name(path): p.detach()
         for path, p in model.named_parameters()
         if is_adapter_name(path)
     }
-    entries = json.loads((out / "export" / "onnx" / "first" / "model.encodings").read_text())[
-        "param_encodings"
-    ]
-    exported = {entry["name"]: entry["scale"] for entry in entries}
+    document = json.loads((exported_adapter / "model.encodings").read_text())
+    exported = {entry["name"]: entry["scale"] for entry in document["param_encodings"]}
     trained = load_file(out / "adapters" / "first" / "adapter_model.safetensors")
     assert factors
     for name, factor in factors.items():
-        np.testing.assert_allclose(
-            exported[name],
-            measure(factor, Scheme(8, granularity=PerChannel(0))).scale.flatten(),
-            rtol=1e-6,
-        )
+        scale = measure(factor, Scheme(8, granularity=PerChannel(0))).scale.flatten()
+        np.testing.assert_allclose(exported[name], scale, rtol=1e-6)
     assert all(
         any(t.shape == factor.shape and torch.equal(t, factor) for t in trained.values())
         for factor in factors.values()
     )
-    assert qwlora.load_simulation(out / "simulation" / "first", model).encodings
+    assert load_simulation(out / "simulation" / "first", model).encodings
 
 
 def test_the_onnx_bundle_is_proven_again_elsewhere_and_changed_files_are_named(
-    finished: dict[str, Path], tmp_path: Path
+    llama: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(finished["llama"] / "export" / "onnx", tmp_path / "onnx")
+    shutil.copytree(llama / "export" / "onnx", tmp_path / "onnx")
     found = verify_bundle(tmp_path / "onnx")["first"]
     assert found["passed"], found["problems"]
     assert found["figures"]["exact"]["adapter"]["top1_agreement"] == 1
@@ -256,9 +216,9 @@ def test_the_onnx_bundle_is_proven_again_elsewhere_and_changed_files_are_named(
 
 
 def test_the_lines_in_the_readme_generate_with_the_cache_and_the_adapter(
-    finished: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    llama: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = finished["llama"] / "export" / "onnx"
+    bundle = llama / "export" / "onnx"
     monkeypatch.chdir(bundle)
     (lines,) = re.findall(r"```python\n(.*?)```", (bundle / "README.md").read_text(), re.DOTALL)
     names: dict[str, Any] = {}
@@ -273,9 +233,9 @@ def test_the_lines_in_the_readme_generate_with_the_cache_and_the_adapter(
 
 
 def test_dumped_layers_are_those_of_the_session_with_the_adapter(
-    finished: dict[str, Path], tmp_path: Path
+    llama: Path, tmp_path: Path
 ) -> None:
-    folder, record = dump_layers(finished["llama"], "onnx", out=tmp_path / "layers")
+    folder, record = dump_layers(llama, "onnx", out=tmp_path / "layers")
     both = [layer for layer in record["layers"] if layer["simulated"] and layer["runtime"]]
     assert len(both) == len(record["layers"])
     for layer in both:
@@ -286,19 +246,8 @@ def test_dumped_layers_are_those_of_the_session_with_the_adapter(
     assert any(".lora_B." in layer["encoding"] and simulated.any() for layer in both)
 
 
-def _gemm_weights(out: Path) -> set[str]:
-    """Layers that torch exports as Gemm, whose weight keeps the layout [out, in]."""
-    graph = onnx.load(out / "export" / "onnx" / "base" / "model.onnx").graph
-    return {
-        i.removesuffix(".weight")
-        for node in graph.node
-        if node.op_type == "Gemm"
-        for i in node.input
-    }
-
-
-def test_session_options_beside_the_file_make_it_faithful(finished: dict[str, Path]) -> None:
-    folder = finished["llama"] / "export" / "onnx" / "base"
+def test_session_options_beside_the_file_make_it_faithful(llama: Path) -> None:
+    folder = llama / "export" / "onnx" / "base"
     options = onnxruntime.SessionOptions()
     for key, value in json.loads((folder / "session_options.json").read_text()).items():
         options.add_session_config_entry(key, value)
@@ -316,30 +265,21 @@ def test_session_options_beside_the_file_make_it_faithful(finished: dict[str, Pa
     assert np.abs(faithful - node_by_node).mean() * 5 < np.abs(default - node_by_node).mean()
 
 
-@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-@pytest.mark.filterwarnings(
-    "ignore:fan_in_fan_out is set to False"
-)  # PEFT, about GPT-2; it then sets it right
-def test_peft_alone_loads_the_adapter_on_the_float_model(
-    finished: dict[str, Path], checkpoints: dict[str, Path], architecture: str
-) -> None:
-    folder = finished[architecture] / "adapters" / "first"
-    model = AutoModelForCausalLM.from_pretrained(checkpoints[architecture])
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")  # GPT-2; then it is set right
+def test_peft_alone_loads_the_adapter_on_the_float_model(finished: Path) -> None:
+    folder = finished / "adapters" / "first"
+    source = load_recipe(finished / "recipe.yaml").model.source
+    model = AutoModelForCausalLM.from_pretrained(source)
     ids = torch.arange(20)[None]
     before = model(ids).logits
     adapted = PeftModel.from_pretrained(model, folder).eval()
     assert not torch.equal(before, adapted(ids).logits)
 
 
-def test_second_run_skips_everything_and_says_so(finished: dict[str, Path]) -> None:
-    out = finished["llama"]
-    before = {
-        p: p.stat().st_mtime_ns
-        for p in out.rglob("*")
-        if p.is_file()
-        and ".qwlora" not in p.parts
-        and p.name not in ("results.json", "report.html", "recipe.yaml")
-    }
+def test_second_run_skips_everything_and_says_so(llama: Path) -> None:
+    out, again = llama, ("results.json", "report.html", "recipe.yaml")
+    files = [p for p in out.rglob("*") if p.is_file() and ".qwlora" not in p.parts]
+    before = {p: p.stat().st_mtime_ns for p in files if p.name not in again}
     results, said = run_recipe(out / "recipe.yaml", out)
     assert [line for line in said if "skipped" not in line] == []
     assert len(said) == 12
@@ -363,15 +303,6 @@ def test_two_adapters_share_one_base(recipe_for: Any, tmp_path: Path) -> None:
     assert identities == {results["base"]["fingerprint"]}
 
 
-def test_directory_of_another_recipe_is_refused(recipe_for: Any, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    run_recipe(recipe_for(), out, verbs=("quantize",))
-    with pytest.raises(DirectoryError, match="was made by another recipe"):
-        run_recipe(recipe_for("gpt2"), out)
-    with pytest.raises(DirectoryError, match="was made by another recipe"):
-        run_recipe(recipe_for(), out, "name=other")
-
-
 def test_directory_works_from_anywhere(
     recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, corpus: Path
 ) -> None:
@@ -382,24 +313,7 @@ def test_directory_works_from_anywhere(
     assert said == ["quantize: skipped, nothing it depends on has changed"]
 
 
-def test_adapter_of_another_base_is_refused_with_both_fingerprints(
-    recipe_for: Any, tmp_path: Path
-) -> None:
-    import qwlora
-
-    for bitwidth, out in ((4, tmp_path / "four"), (3, tmp_path / "three")):
-        run_recipe(
-            recipe_for(), out, f"base.weights.bitwidth={bitwidth}", verbs=("quantize", "train")
-        )
-    base = qwlora.load_base(tmp_path / "three" / "base")
-    with pytest.raises(FingerprintError) as caught:
-        qwlora.load_adapter(base, tmp_path / "four" / "adapters" / "first")
-    four = json.loads((tmp_path / "four" / "base" / "base.json").read_text())["fingerprint"]
-    assert four in str(caught.value)
-    assert qwlora.fingerprint(base) in str(caught.value)
-    qwlora.load_adapter(base, tmp_path / "three" / "adapters" / "first")
-
-
+@pytest.mark.slow
 def test_interrupted_training_goes_on_to_the_same_adapter(recipe_for: Any, tmp_path: Path) -> None:
     adapters = [{"name": "first", "rank": 4, "steps": 60, "warmup_steps": 1, "checkpoint_steps": 5}]
     path = recipe_for(adapters=adapters)
@@ -439,18 +353,11 @@ def test_integers_of_an_encodings_file_are_kept_and_documents_stay_apart(
         for n, m in layers.items()
     }
     entries = [json_of(entry_of(name, grid, "1.0.0")) for name, grid in grids.items()]
-    (tmp_path / "model.encodings").write_text(
-        json.dumps({"version": "1.0.0", "activation_encodings": [], "param_encodings": entries})
-    )
-    (tmp_path / "data.jsonl").write_text(
-        "\n".join(
-            json.dumps({"prompt": text(i, 3), "completion": " " + text(i + 50, 3)})
-            for i in range(30)
-        )
-    )
+    file = {"version": "1.0.0", "activation_encodings": [], "param_encodings": entries}
+    (tmp_path / "model.encodings").write_text(json.dumps(file))
     path = recipe_for(
         model={"source": str(checkpoints["llama"]), "encodings": str(tmp_path / "model.encodings")},
-        data={"source": str(tmp_path / "data.jsonl"), "sequence_tokens": 64},
+        data={"source": str(write_pairs(tmp_path / "data.jsonl")), "sequence_tokens": 64},
         base={"solver": "keep"},
     )
     results, _ = run_recipe(
@@ -474,13 +381,8 @@ def test_a_folder_is_quantized_without_the_whole_model_whatever_the_data(
         raise AssertionError(f"{source} is loaded whole")
 
     monkeypatch.setattr("qwlora.pipeline.running.loaded_models.load_model", refuse)
-    (tmp_path / "data.jsonl").write_text(
-        "\n".join(
-            json.dumps({"prompt": text(i, 3), "completion": " " + text(i + 50, 3)})
-            for i in range(30)
-        )
-    )
-    path = recipe_for(data={"source": str(tmp_path / "data.jsonl"), "sequence_tokens": 64})
+    pairs = write_pairs(tmp_path / "data.jsonl")
+    path = recipe_for(data={"source": str(pairs), "sequence_tokens": 64})
     _, said = run_recipe(path, tmp_path / "out", verbs=("quantize",))
     assert "packing documents" in said[0]
     assert packed_weights(load_base(tmp_path / "out" / "base"))
@@ -496,18 +398,12 @@ def test_a_model_that_can_only_be_loaded_whole_is_and_that_is_said(
     _, said = run_recipe(
         recipe_for(model={"source": str(folder)}), tmp_path / "out", verbs=("quantize",)
     )
-    assert any(
-        line.startswith(
-            "the model is loaded whole, since its weights cannot be read tensor by tensor: "
-        )
-        and "a pickle" in line
-        for line in said
-    )
+    (line,) = [line for line in said if "loaded whole, since its weights cannot be read" in line]
+    assert "a pickle" in line
     _, whole = run_recipe(recipe_for(), tmp_path / "folder", verbs=("quantize",))
     assert not any("loaded whole" in line for line in whole)
-    assert (
-        len({fingerprint(load_base(tmp_path / name / "base")) for name in ("out", "folder")}) == 1
-    )
+    bases = [load_base(tmp_path / name / "base") for name in ("out", "folder")]
+    assert fingerprint(bases[0]) == fingerprint(bases[1])
 
 
 def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(
@@ -530,31 +426,14 @@ def test_what_of_an_encodings_file_stays_float_and_how_it_lists_blocks(
     file = {"version": "1.0.0", "activation_encodings": [], "param_encodings": entries}
     (tmp_path / "model.encodings").write_text(json.dumps(file))
     section = {"source": str(checkpoints["llama"]), "encodings": str(tmp_path / "model.encodings")}
-    with pytest.raises(
-        EncodingsFileError,
-        match=r"model.keep_float: \[model.layers.0.mlp.up_proj\]",
-    ):
-        run_recipe(
-            recipe_for(model=section, base={"solver": "keep"}),
-            tmp_path / "out",
-            verbs=("quantize",),
-        )
+    keep = {"solver": "keep"}
+    with pytest.raises(EncodingsFileError, match=r"keep_float: \[model.layers.0.mlp.up_proj\]"):
+        run_recipe(recipe_for(model=section, base=keep), tmp_path / "out", verbs=("quantize",))
     section |= {"keep_float": ["*.up_proj"], "block_order": "tensor"}
-    run_recipe(
-        recipe_for(model=section, base={"solver": "keep"}), tmp_path / "out", verbs=("quantize",)
-    )
+    run_recipe(recipe_for(model=section, base=keep), tmp_path / "out", verbs=("quantize",))
     packed = packed_weights(load_base(tmp_path / "out" / "base"))
     assert set(packed) == set(grids)
     assert all(torch.equal(packed[name].encoding.scale, grid.scale) for name, grid in grids.items())
-
-
-def test_floats_hold_no_integers_to_keep(recipe_for: Any, tmp_path: Path) -> None:
-    with pytest.raises(
-        SourceError,
-        match=r"has no integers to keep; use another solver, or set model\.encodings",
-    ):
-        run_recipe(recipe_for(base={"solver": "keep"}), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 def test_integers_of_a_base_are_kept(recipe_for: Any, tmp_path: Path) -> None:
@@ -562,10 +441,7 @@ def test_integers_of_a_base_are_kept(recipe_for: Any, tmp_path: Path) -> None:
     path = recipe_for(model={"source": str(tmp_path / "first" / "base")}, base={"solver": "keep"})
     second, _ = run_recipe(path, tmp_path / "second", verbs=("quantize",))
     assert second["base"]["fingerprint"] == first["base"]["fingerprint"]
-    with pytest.raises(
-        SourceError,
-        match=r"is already quantized; use base\.solver: keep",
-    ):
+    with pytest.raises(SourceError, match=r"is already quantized; use base\.solver: keep"):
         run_recipe(path, tmp_path / "third", "base.solver=rtn", verbs=("quantize",))
 
 

@@ -18,7 +18,7 @@ from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.plan.plan import make_plan
 from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.revisions import REVISIONS
-from qwlora.recipe import load_recipe
+from qwlora.recipe import Recipe, load_recipe
 from qwlora.simulation.saved_simulation import load_encodings
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
@@ -37,6 +37,10 @@ def run_recipe(
     return run(load_recipe(path, changes), out, verbs, say=said.append), said
 
 
+def stage_keys(recipe: Recipe) -> dict[str, str]:
+    return {stage.name: stage.key for stage in make_plan(recipe, JobTexts(recipe))}
+
+
 def done(said: list[str]) -> set[str]:
     return {line.split(":")[0] for line in said if ": done" in line}
 
@@ -47,50 +51,30 @@ def test_adapters_share_what_the_recipe_says(recipe_for: Any, tmp_path: Path) ->
     found = {}
     for mode in ("adapter_only", "none"):
         results, said = run_recipe(path, out, EIGHT_BITS, f"simulation.base_activations={mode}")
-        assert done(said) >= {
-            "calibrate",
-            "calibrate/a",
-            "calibrate/b",
-            "evaluate/simulated/a",
-            "evaluate/simulated/b",
-        }
-        encodings = {n: load_encodings(out / "simulation" / n) for n in "ab"}
-        assert encodings["a"].keys() == encodings["b"].keys()
-        differ = {
-            n
-            for n, e in encodings["a"].items()
-            if not torch.equal(e.scale, encodings["b"][n].scale)
-        }
+        evaluated = {f"evaluate/simulated/{name}" for name in "ab"}
+        assert done(said) >= {"calibrate", "calibrate/a", "calibrate/b"} | evaluated
+        a, b = (load_encodings(out / "simulation" / name) for name in "ab")
+        assert a.keys() == b.keys()
+        differ = {name for name in a if not torch.equal(a[name].scale, b[name].scale)}
         found[mode] = (results, differ)
-    own = {name.rpartition(".")[2] for name in found["adapter_only"][1]}
-    assert own == {"linear", "mul", "weight"}
-    assert all("lora_" in name or name.endswith("_proj.mul") for name in found["adapter_only"][1])
-    assert not found["none"][1]
-    assert (out / "simulation" / "a" / "simulation.encodings").read_bytes() == (
-        out / "simulation" / "b" / "simulation.encodings"
-    ).read_bytes()
-    results = found["none"][0]
+    partly, differ = found["adapter_only"]
+    assert {name.rpartition(".")[2] for name in differ} == {"linear", "mul", "weight"}
+    assert all("lora_" in name or name.endswith("_proj.mul") for name in differ)
+    results, differ = found["none"]
+    assert not differ
+    files = [out / "simulation" / name / "simulation.encodings" for name in "ab"]
+    assert files[0].read_bytes() == files[1].read_bytes()
     assert results["sharing"]["captures"] == 1
     for name in "ab":
         own_perplexity = results["simulation"][name]["perplexity_with_own_encodings"]
-        assert (
-            own_perplexity
-            == found["adapter_only"][0]["simulation"][name]["perplexity_with_own_encodings"]
-        )
+        assert own_perplexity == partly["simulation"][name]["perplexity_with_own_encodings"]
         assert results["perplexity"]["simulated"][name] == pytest.approx(own_perplexity, rel=0.05)
         assert results["perplexity"]["simulated"][name] != own_perplexity
 
     session, _ = open_job(out, "a", (EIGHT_BITS, "simulation.base_activations=none"))
-    restored = session.simulation(
-        "a"
-    ).encodings  # weights on grids that their own values do not give among them
-    assert (
-        restored.keys() > encodings["a"].keys()
-    )  # those of the base's packed weights lie in the base
-    assert all(
-        torch.equal(restored[name].scale, encoding.scale)
-        for name, encoding in encodings["a"].items()
-    )
+    restored = session.simulation("a").encodings  # also of the base's packed weights
+    assert restored.keys() > a.keys()
+    assert all(torch.equal(restored[name].scale, encoding.scale) for name, encoding in a.items())
 
 
 @pytest.mark.slow
@@ -114,10 +98,8 @@ def test_another_adapter_changes_what_is_shared(recipe_for: Any, tmp_path: Path)
     path = recipe_for(adapters=TWO)
     keys = {}
     for steps in (2, 3):
-        recipe = load_recipe(
-            path, (f"adapters.1.steps={steps}", "simulation.base_activations=none")
-        )
-        keys[steps] = {stage.name: stage.key for stage in make_plan(recipe, JobTexts(recipe))}
+        changes = (f"adapters.1.steps={steps}", "simulation.base_activations=none")
+        keys[steps] = stage_keys(load_recipe(path, changes))
     changed = {name for name in keys[2] if keys[2][name] != keys[3][name]}
     assert {"calibrate", "calibrate/a", "calibrate/b", "export/onnx/a"} <= changed
     assert "train/a" not in changed
@@ -143,20 +125,20 @@ def test_an_imported_adapter_of_layers_that_the_base_has_exports_nothing_again(
     model = get_peft_model(tiny_model("qwen3", layers=1), LoraConfig(**given))
     model.save_pretrained(folder, save_embedding_layers=False)
     imported = {"name": "b", "continue_from": folder, "unknown_base": "accept", "steps": 0}
-    keys = []
-    for adapters in ([TWO[0] | own], [TWO[0] | own, imported]):
-        recipe = load_recipe(recipe_for("qwen3", adapters=adapters))
-        keys.append({stage.name: stage.key for stage in make_plan(recipe, JobTexts(recipe))})
+    before, after = (
+        stage_keys(load_recipe(recipe_for("qwen3", adapters=adapters)))
+        for adapters in ([TWO[0] | own], [TWO[0] | own, imported])
+    )
     for stage in ("calibrate/_base", "export/onnx", "export/onnx/a"):
-        assert (keys[0][stage] == keys[1][stage]) == is_covered
+        assert (before[stage] == after[stage]) == is_covered
 
 
 def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(
     recipe_for: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def keys(init: str) -> dict[str, str]:
-        recipe = load_recipe(recipe_for(), ("base.solver=rtn", f"adapters.0.init={init}"))
-        return {stage.name: stage.key for stage in make_plan(recipe, JobTexts(recipe))}
+        changes = ("base.solver=rtn", f"adapters.0.init={init}")
+        return stage_keys(load_recipe(recipe_for(), changes))
 
     before = {init: keys(init) for init in ("zero", "svd", "qera")}
     all_inits = {init: ["quantize", "train/first"] for init in before}
@@ -171,52 +153,35 @@ def test_what_a_start_is_computed_from_and_how_is_part_of_what_it_belongs_to(
             patched.setitem(REVISIONS, name, 99)
             for init, old in before.items():
                 new = keys(init)
-                changed = [
-                    stage for stage in ("quantize", "train/first") if new[stage] != old[stage]
-                ]
+                changed = [s for s in ("quantize", "train/first") if new[s] != old[s]]
                 assert changed == remade.get(init, [])
 
 
 @pytest.mark.parametrize(
-    ("change", "problem"),
+    ("change", "differing"),
     [
-        ({"rank": 8}, "must have equal shapes, but rank differs among them"),
-        (
-            {"rank_pattern": {"q_proj": 2}},
-            "must have equal shapes, but rank_pattern differs among them",
-        ),
-        ({"rank": 8, "dora": True}, "must have equal shapes, but rank, dora differ among them"),
+        ({"rank": 8}, "rank differs"),
+        ({"rank_pattern": {"q_proj": 2}}, "rank_pattern differs"),
+        ({"rank": 8, "dora": True}, "rank, dora differ"),
     ],
 )
 def test_adapters_that_share_everything_have_one_shape(
-    recipe_for: Any, change: dict[str, Any], problem: str
+    recipe_for: Any, change: dict[str, Any], differing: str
 ) -> None:
     path = recipe_for(adapters=[TWO[0], {**TWO[1], **change}])
-    with pytest.raises(RecipeError, match=f"{problem}.*, or .*adapter_only"):
+    with pytest.raises(RecipeError, match=f"equal shapes, but {differing} .*, or .*adapter_only"):
         load_recipe(path, ("simulation.base_activations=none",))
-    assert (
-        load_recipe(path, ("simulation.base_activations=adapter_only",)).simulation.base_activations
-        == "adapter_only"
-    )
+    load_recipe(path, ("simulation.base_activations=adapter_only",))
 
 
 def test_what_is_one_shape(recipe_for: Any) -> None:
     none = {"base_activations": "none"}
-    targets = [
-        {"target_modules": ["q_proj", "v_proj"]},
-        {"target_modules": r".*\.[qv]_proj", "alpha": 4},
-    ]
-    recipe = load_recipe(
-        recipe_for(
-            simulation=none,
-            adapters=[{**adapter, **change} for adapter, change in zip(TWO, targets, strict=True)],
-        )
-    )
-    assert [adapter.target_modules for adapter in recipe.adapters] == [
-        change["target_modules"] for change in targets
-    ]
-    goes_on = {"name": "b", "continue_from": "a", "steps": 2, "warmup_steps": 0}
-    recipe = load_recipe(recipe_for(simulation=none, adapters=[{**TWO[0], "init": "svd"}, goes_on]))
+    first = TWO[0] | {"target_modules": ["q_proj", "v_proj"]}
+    second = TWO[1] | {"target_modules": r".*\.[qv]_proj", "alpha": 4}
+    assert load_recipe(recipe_for(simulation=none, adapters=[first, second]))
+    continued = {"name": "b", "continue_from": "a", "steps": 2, "warmup_steps": 0}
+    adapters = [{**TWO[0], "init": "svd"}, continued]
+    recipe = load_recipe(recipe_for(simulation=none, adapters=adapters))
     assert recipe.predecessor(recipe.adapters[1]) == recipe.adapters[0]
 
 
@@ -224,38 +189,26 @@ def test_what_is_one_shape(recipe_for: Any) -> None:
 def test_adapters_from_elsewhere_that_cannot_share_everything_are_found_before_training(
     recipe_for: Any, tmp_path: Path
 ) -> None:
-    elsewhere = get_peft_model(
-        tiny_model("llama"), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
-    )
+    config = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    elsewhere = get_peft_model(tiny_model("llama"), config)
     elsewhere.save_pretrained(tmp_path / "elsewhere", save_embedding_layers=False)
-    begins = {
-        "name": "b",
-        "continue_from": str(tmp_path / "elsewhere"),
-        "unknown_base": "accept",
-        "steps": 2,
-        "warmup_steps": 0,
-    }
-    path, out = (
-        recipe_for(adapters=[TWO[0], begins], simulation={"base_activations": "none"}),
-        tmp_path / "out",
-    )
+    begins = {"continue_from": str(tmp_path / "elsewhere"), "unknown_base": "accept"}
+    adapters = [TWO[0], {"name": "b", "steps": 2, "warmup_steps": 0, **begins}]
+    path = recipe_for(adapters=adapters, simulation={"base_activations": "none"})
+    out = tmp_path / "out"
     message = r"adapters a and b cannot share all encodings .* 24 weights differ, .*lora_A.weight: \[4, 128\] and none; give them equal shapes"
     with pytest.raises(TrainingError, match=message):
         run_recipe(path, out)
     assert not out.exists()
 
 
+LAYERS = ("q_proj", "up_proj")
 ONE_RULE_EACH = [
-    {"match": f"*.{layer}.lora_A.weight", "of": "weights", "bitwidth": 4}
-    for layer in ("q_proj", "up_proj")
+    {"match": f"*.{layer}.lora_A.weight", "of": "weights", "bitwidth": 4} for layer in LAYERS
 ]
-
-
-def on_different_layers() -> list[dict[str, Any]]:
-    return [
-        {**adapter, "target_modules": [layer]}
-        for adapter, layer in zip(TWO, ("q_proj", "up_proj"), strict=True)
-    ]
+ON_DIFFERENT_LAYERS = [
+    {**adapter, "target_modules": [layer]} for adapter, layer in zip(TWO, LAYERS, strict=True)
+]
 
 
 @pytest.mark.slow
@@ -264,21 +217,14 @@ def test_a_rule_may_be_for_one_adapter_alone(
     recipe_for: Any, tmp_path: Path, workflow: str
 ) -> None:
     """And for none of the base's values, where that is calibrated first."""
-    path, out = (
-        recipe_for(
-            workflow=workflow, adapters=on_different_layers(), simulation={"rules": ONE_RULE_EACH}
-        ),
-        tmp_path / "out",
-    )
+    rules = {"rules": ONE_RULE_EACH}
+    path = recipe_for(workflow=workflow, adapters=ON_DIFFERENT_LAYERS, simulation=rules)
+    out = tmp_path / "out"
     _, said = run_recipe(path, out, verbs=("quantize", "calibrate-base", "train", "calibrate"))
     assert done(said) >= {"train/a", "train/b", "calibrate/a", "calibrate/b"}
     for name, layer in (("a", "self_attn.q_proj"), ("b", "mlp.up_proj")):
-        assert (
-            load_encodings(out / "simulation" / name)[
-                f"model.layers.0.{layer}.lora_A.weight"
-            ].scheme.bitwidth
-            == 4
-        )
+        encodings = load_encodings(out / "simulation" / name)
+        assert encodings[f"model.layers.0.{layer}.lora_A.weight"].scheme.bitwidth == 4
     assert explain_placement(out, "b")[0] == "b"
     with pytest.raises(
         CalibrationError,
@@ -292,13 +238,9 @@ def test_a_rule_that_does_nothing_in_the_whole_job_is_refused_before_training(
     recipe_for: Any, tmp_path: Path, workflow: str
 ) -> None:
     wrong = {"rules": [*ONE_RULE_EACH, {"match": "*.sofmax", "bitwidth": 8}]}
-    path, out = (
-        recipe_for(workflow=workflow, adapters=on_different_layers(), simulation=wrong),
-        tmp_path / "out",
-    )
-    with pytest.raises(
-        CalibrationError,
-        match=r"1 placement rules .*\n  '\*.sofmax' matches no value.*softmax",
-    ):
+    path = recipe_for(workflow=workflow, adapters=ON_DIFFERENT_LAYERS, simulation=wrong)
+    out = tmp_path / "out"
+    message = r"1 placement rules .*\n  '\*.sofmax' matches no value.*softmax"
+    with pytest.raises(CalibrationError, match=message):
         run_recipe(path, out, verbs=("quantize", "calibrate-base", "train"))
     assert not (out / "adapters").exists()

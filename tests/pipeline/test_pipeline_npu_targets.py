@@ -31,7 +31,6 @@ ADAPTERS = [
     for name, rank in (("first", 2), ("second", 3))
 ]
 CASES = ["first", "second", "first+second", "none"]
-GRAPHS = {"residual_adds": "quantize"}
 
 
 def sqnr(found: Any, expected: Any) -> float:
@@ -73,40 +72,6 @@ def dumped(job: Path, graph: Path, stage: str, case: str, least_sqnr: float) -> 
     return layers
 
 
-@pytest.mark.parametrize(
-    ("sections", "said"),
-    [
-        ({"export": {"targets": ["qairt"], "use_cases": ["first+third"]}}, "no adapter third"),
-        ({"export": {"targets": ["qairt"], "use_cases": ["first+first"]}}, "an adapter twice"),
-        ({"export": {"targets": ["qairt"], "use_cases": ["none"]}}, "must hold an adapter"),
-        (
-            {
-                "export": {"targets": ["qairt"]},
-                "adapters": [{"name": "none", "steps": 4, "warmup_steps": 1}],
-            },
-            "choose another name",
-        ),
-        (
-            {"export": {"targets": ["qairt"]}, "adapters": [{**ADAPTERS[0], "name": "host"}]},
-            "host is the name of another file or folder in export/qairt",
-        ),
-        ({"export": {"targets": ["qairt"]}, "workflow": "qwa-lora"}, "use workflow qw-lora"),
-        (
-            {
-                "export": {"targets": ["qairt"]},
-                "adapters": [ADAPTERS[0], {**ADAPTERS[1], "data": {"sequence_tokens": 16}}],
-            },
-            "sequence_tokens: first 32, second 16; .* remove qairt",
-        ),
-    ],
-)
-def test_use_cases_that_cannot_be_are_refused(
-    sections: dict[str, Any], said: str, recipe_for: Any
-) -> None:
-    with pytest.raises(RecipeError, match=said):
-        load_recipe(recipe_for(**{"adapters": ADAPTERS, "simulation": GRAPHS, **sections}))
-
-
 HTP = {
     "base": {
         "weights": "w4-channel",
@@ -128,17 +93,11 @@ TWO = [
 
 
 def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_for: Any) -> None:
+    simulation = {"rules": [{"match": "*.softmax", "keep": "float"}]}
+    simulation |= {"adapter_activation_bitwidth": 8}
+    base, export = {"weights": "w3-channel"}, {"targets": ["qnn"]}
     with pytest.raises(RecipeError) as found:
-        load_recipe(
-            recipe_for(
-                base={"weights": "w3-channel"},
-                simulation={
-                    "rules": [{"match": "*.softmax", "keep": "float"}],
-                    "adapter_activation_bitwidth": 8,
-                },
-                export={"targets": ["qnn"]},
-            )
-        )
+        load_recipe(recipe_for(base=base, simulation=simulation, export=export))
     for remedy in (
         "simulation.residual_adds: quantize",
         "simulation.symmetric_matmul_second_input: true",
@@ -152,26 +111,39 @@ def test_everything_that_the_htp_does_not_take_is_listed_before_training(recipe_
         assert remedy in str(found.value)
 
 
+QAIRT = {"adapters": ADAPTERS, "simulation": {"residual_adds": "quantize"}}
+OTHER_LENGTH = [ADAPTERS[0], {**ADAPTERS[1], "data": {"sequence_tokens": 16}}]
+FLOAT_SOFTMAX = {"rules": [{"match": "*.softmax", "keep": "float"}]}
+
+
 @pytest.mark.parametrize(
     ("sections", "said"),
     [
-        ({"export": {"targets": ["qnn"], "graphs": {"prefill": 8, "decode": 8}}}, "less than"),
-        ({"export": {"targets": ["qnn"], "graphs": {"context": 128}}}, "greater than prefill 128"),
+        ({"export": {"targets": ["qairt"], "use_cases": ["first+third"]}}, "no adapter third"),
+        ({"export": {"targets": ["qairt"], "use_cases": ["first+first"]}}, "an adapter twice"),
+        ({"export": {"targets": ["qairt"], "use_cases": ["none"]}}, "must hold an adapter"),
+        ({"adapters": [{**ADAPTERS[0], "name": "none"}]}, "choose another name"),
+        ({"adapters": [{**ADAPTERS[0], "name": "host"}]}, "host is the name of another .*/qairt"),
+        ({"workflow": "qwa-lora"}, "use workflow qw-lora"),
+        ({"adapters": OTHER_LENGTH}, "sequence_tokens: first 32, second 16; .* remove qairt"),
+        ({**HTP, "export": {"targets": ["qnn"], "graphs": {"prefill": 8, "decode": 8}}}, "less th"),
+        ({**HTP, "export": {"targets": ["qnn"], "graphs": {"context": 128}}}, "than prefill 128"),
+        ({**HTP, "adapters": [{**TWO[0], "name": "zero"}]}, "zero is the name of another file"),
         (
             {
+                **HTP,
                 "export": {"targets": ["aimet"], "graphs": {"prefill": 8, "context": 32}},
-                "simulation": {"rules": [{"match": "*.softmax", "keep": "float"}]},
+                "simulation": FLOAT_SOFTMAX,
             },
             "target aimet: set simulation.residual_adds: quantize; .* remove keep: float",
         ),
-        ({"adapters": [{**TWO[0], "name": "zero"}]}, "zero is the name of another file"),
     ],
 )
-def test_graphs_of_the_htp_that_cannot_be_are_refused(
+def test_graphs_and_use_cases_that_cannot_be_are_refused(
     sections: dict[str, Any], said: str, recipe_for: Any
 ) -> None:
     with pytest.raises(RecipeError, match=said):
-        load_recipe(recipe_for(**{"adapters": TWO, **HTP, **sections}))
+        load_recipe(recipe_for(**{"export": {"targets": ["qairt"]}, **QAIRT, **sections}))
 
 
 def test_an_embedding_that_the_htp_cannot_read_is_refused_before_training(

@@ -17,21 +17,10 @@ from qwlora.recipe import load_recipe
 from qwlora.simulation.saved_simulation import load_activations
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
-FIRST = {
-    "name": "first",
-    "rank": 4,
-    "steps": 4,
-    "warmup_steps": 1,
-    "checkpoint_steps": 2,
-    "learning_rate": 5e-3,
-}
-SECOND = {
-    "name": "second",
-    "rank": 2,
-    "steps": 4,
-    "warmup_steps": 0,
-    "learning_rate": 5e-3,
-}
+FIRST = {"name": "first", "rank": 4, "steps": 4, "warmup_steps": 1, "learning_rate": 5e-3}
+SECOND = {"name": "second", "rank": 2, "steps": 4, "warmup_steps": 0, "learning_rate": 5e-3}
+TRAINED = ("quantize", "calibrate-base", "train")
+MEASURED = (*TRAINED, "calibrate", "evaluate")
 
 
 def run_recipe(
@@ -46,15 +35,10 @@ def done(said: list[str]) -> list[str]:
 
 
 def test_the_whole_job(recipe_for: Any, tmp_path: Path) -> None:
-    path, out = (
-        recipe_for(
-            workflow="qwa-lora", adapters=[FIRST, SECOND], simulation={"activation_bitwidth": 8}
-        ),
-        tmp_path / "out",
-    )
-    results, said = run_recipe(
-        path, out, verbs=("quantize", "calibrate-base", "train", "calibrate", "evaluate")
-    )
+    bits = {"activation_bitwidth": 8}
+    path = recipe_for(workflow="qwa-lora", adapters=[FIRST, SECOND], simulation=bits)
+    out = tmp_path / "out"
+    results, said = run_recipe(path, out, verbs=MEASURED)
     order = done(said)
     assert order.index("quantize") < order.index("calibrate-base") < order.index("train/first")
     assert results["base_simulation"]["encodings"] > 0
@@ -71,28 +55,13 @@ def test_the_whole_job(recipe_for: Any, tmp_path: Path) -> None:
             for n, e in base.items()
         )
 
-    _, said = run_recipe(
-        out / "recipe.yaml",
-        out,
-        verbs=("quantize", "calibrate-base", "train", "calibrate", "evaluate"),
-    )
+    _, said = run_recipe(out / "recipe.yaml", out, verbs=MEASURED)
     assert done(said) == []
-    _, said = run_recipe(
-        path,
-        out,
-        "adapters.0.steps=5",
-        verbs=("quantize", "calibrate-base", "train"),
-        replace=True,
-    )
+    changes = ["adapters.0.steps=5"]
+    _, said = run_recipe(path, out, *changes, verbs=TRAINED, replace=True)
     assert done(said) == ["train/first"]
-    _, said = run_recipe(
-        path,
-        out,
-        "adapters.0.steps=5",
-        "simulation.activation_bitwidth=16",
-        verbs=("quantize", "calibrate-base", "train"),
-        replace=True,
-    )
+    changes.append("simulation.activation_bitwidth=16")
+    _, said = run_recipe(path, out, *changes, verbs=TRAINED, replace=True)
     assert done(said) == ["calibrate-base", "train/first", "train/second"]
 
 
@@ -119,28 +88,17 @@ def test_an_adapter_that_had_dropout_goes_on_without_it(recipe_for: Any, tmp_pat
         tmp_path / "from", save_embedding_layers=False
     )
     steps = {"steps": 2, "warmup_steps": 0}
+    begins = {"continue_from": str(tmp_path / "from"), "unknown_base": "accept"}
     adapters = [
-        {
-            "name": "kept",
-            "continue_from": str(tmp_path / "from"),
-            "unknown_base": "accept",
-            "steps": 0,
-        },
-        {
-            "name": "first",
-            "continue_from": str(tmp_path / "from"),
-            "unknown_base": "accept",
-            **steps,
-        },
+        {"name": "kept", **begins, "steps": 0},
+        {"name": "first", **begins, **steps},
         {"name": "second", "continue_from": "kept", **steps},
     ]
     path, out = recipe_for(workflow="qwa-lora", adapters=adapters), tmp_path / "out"
     _, said = run_recipe(path, out, verbs=("quantize", "calibrate-base", "train"))
     told = [line for line in said if "dropout" in line]
-    assert told == [
-        f"adapter {name}: {tmp_path / 'from'} has dropout 0.05; workflow qwa-lora trains without dropout"
-        for name in ("first", "second")
-    ]
+    note = f"{tmp_path / 'from'} has dropout 0.05; workflow qwa-lora trains without dropout"
+    assert told == [f"adapter {name}: {note}" for name in ("first", "second")]
     starts = [line for line in said if line.startswith("train/first ...")]
     assert said.index(told[0]) < said.index(starts[0])
     dropouts = {
@@ -153,10 +111,8 @@ def test_an_adapter_that_had_dropout_goes_on_without_it(recipe_for: Any, tmp_pat
 def test_training_asks_for_the_calibration_first(recipe_for: Any, tmp_path: Path) -> None:
     path, out = recipe_for(workflow="qwa-lora"), tmp_path / "out"
     run_recipe(path, out, verbs=("quantize",))
-    with pytest.raises(
-        DirectoryError,
-        match=r"(?s)train needs calibrate-base, missing or out of date .*Run first: qwlora calibrate-base --out",
-    ):
+    message = r"(?s)train needs calibrate-base, missing .*Run first: qwlora calibrate-base --out"
+    with pytest.raises(DirectoryError, match=message):
         run_recipe(path, out, verbs=("train",))
     _, said = run_recipe(path, out, verbs=("calibrate-base",))
     assert done(said) == ["calibrate-base"]
@@ -187,12 +143,8 @@ def test_documents_that_share_a_sequence_are_found_out_before_anything_is_writte
     recipe_for: Any, tmp_path: Path
 ) -> None:
     source = tmp_path / "pairs.jsonl"
-    source.write_text(
-        "".join(
-            json.dumps({"prompt": f"what is {i}", "completion": f"it is {i}"}) + "\n"
-            for i in range(40)
-        )
-    )
+    pairs = [{"prompt": f"what is {i}", "completion": f"it is {i}"} for i in range(40)]
+    source.write_text("\n".join(map(json.dumps, pairs)))
     path = recipe_for(workflow="qwa-lora", data={"source": str(source), "sequence_tokens": 64})
     with pytest.raises(TrainingError, match="packs several documents into a sequence"):
         run_recipe(path, tmp_path / "out")

@@ -47,58 +47,38 @@ def flip_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
-DAMAGES: dict[str, tuple[str, Callable[[Path], None], str, list[str]]] = {
-    "export deleted": (
-        "export",
-        shutil.rmtree,
-        "export/onnx/base/ is missing",
-        ["export/onnx", "export/onnx/first"],
-    ),
-    "file of the export emptied": (
-        "export/onnx/first/part/settings.json",
-        lambda file: file.write_text("") and None,
-        "export/onnx/first/part/settings.json has changed",
-        ["export/onnx/first"],
-    ),
-    "bit flipped in the export": (
-        "export/onnx/first/weights.bin",
-        flip_bit,
-        "export/onnx/first/weights.bin has changed",
-        ["export/onnx/first"],
-    ),
-    "bit flipped in the simulation": (
-        "simulation/first/weights.bin",
-        flip_bit,
-        "simulation/first/weights.bin has changed",
-        ["calibrate/first", "export/onnx/first"],
-    ),
-    "adapters deleted": (
-        "adapters",
-        shutil.rmtree,
-        "adapters/first/ is missing",
-        ["train/first", "calibrate/first", "export/onnx/first"],
-    ),
-    "base deleted": (
-        "base",
-        shutil.rmtree,
+def damage(path: Path) -> None:
+    """Remove a folder, empty JSON, and flip a bit of anything else."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.suffix == ".json":
+        path.write_text("")
+    else:
+        flip_bit(path)
+
+
+EXPORTED = ["calibrate/first", "export/onnx/first"]
+DAMAGES = {  # what is said, and the stages that are needed, by what is damaged
+    "export": ("export/onnx/base/ is missing", ["export/onnx", "export/onnx/first"]),
+    "export/onnx/first/part/settings.json": ("PATH has changed", EXPORTED[1:]),
+    "export/onnx/first/weights.bin": ("PATH has changed", EXPORTED[1:]),
+    "simulation/first/weights.bin": ("PATH has changed", EXPORTED),
+    "adapters": ("adapters/first/ is missing", ["train/first", *EXPORTED]),
+    "base": (
         "base/ is missing",
-        [
-            "quantize",
-            "train/first",
-            "calibrate/_base",
-            "export/onnx",
-            "calibrate/first",
-            "export/onnx/first",
-        ],
+        ["quantize", "train/first", "calibrate/_base", "export/onnx", *EXPORTED],
     ),
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_verify_names_what_is_missing_or_changed_all_the_way_up(job: FakeJob, damage: str) -> None:
-    path, harm, found, needed = DAMAGES[damage]
+@pytest.mark.parametrize("path", DAMAGES)
+def test_verify_names_what_is_missing_or_changed_all_the_way_up_and_a_run_repairs_it(
+    job: FakeJob, path: str
+) -> None:
+    found, needed = DAMAGES[path]
+    found = found.replace("PATH", path)
     job.run()
-    harm(job.out / path)
+    damage(job.out / path)
     before = (job.out / "results.json").read_bytes()
     with pytest.raises(DirectoryError) as caught:
         job.run("verify")
@@ -109,33 +89,29 @@ def test_verify_names_what_is_missing_or_changed_all_the_way_up(job: FakeJob, da
     assert message.endswith(" && ".join(f"qwlora {verb} --out {job.out}" for verb in verbs))
     assert not job.ran
     assert (job.out / "results.json").read_bytes() == before
-
-
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_a_run_repairs_damage_and_all_that_depends_on_it(job: FakeJob, damage: str) -> None:
-    path, harm, found, needed = DAMAGES[damage]
     job.run()
-    harm(job.out / path)
-    job.run()
-    recipe = load_recipe(job.recipe)
-    after = dependents(make_plan(recipe, JobTexts(recipe)), needed[0])
-    assert job.ran == [stage for stage in ALL if stage in (needed[0], *after)]
+    assert job.ran == [needed[0], *after(job, needed[0])]
     assert f"{needed[0]} ... ({found}" in " ".join(job.said)
     job.run()
     assert not job.ran
+
+
+def after(job: FakeJob, stage: str) -> list[str]:
+    """The stages that depend on one, in their order."""
+    recipe = load_recipe(job.recipe)
+    found = dependents(make_plan(recipe, JobTexts(recipe)), stage)
+    return [name for name in ALL if name in found]
 
 
 def test_evaluate_without_base_and_adapters_is_refused(job: FakeJob) -> None:
     job.run()
     shutil.rmtree(job.out / "base")
     shutil.rmtree(job.out / "adapters")
-    with pytest.raises(
-        DirectoryError,
-        match=r"evaluate needs quantize, train/first, calibrate/first, missing[^$]*"
-        r"quantize: base/ is missing\n"
-        r"  train/first: adapters/first/ is missing\n  "
-        r"calibrate/first: reads train/first\n",
-    ):
+    reasons = (
+        r"evaluate needs quantize, train/first, calibrate/first, missing[^$]*quantize: base/ is mis"
+        r"sing\n  train/first: adapters/first/ is missing\n  calibrate/first: reads train/first\n"
+    )
+    with pytest.raises(DirectoryError, match=reasons):
         job.run("evaluate")
 
 
@@ -205,9 +181,7 @@ def test_a_damaged_record_makes_its_stage_run_again(job: FakeJob, what: str, sta
     file = job.out / ".qwlora" / "records" / f"{stage}.json"
     file.write_bytes(DAMAGED[what](file.read_bytes()))
     results = job.run()
-    recipe = load_recipe(job.recipe)
-    after = dependents(make_plan(recipe, JobTexts(recipe)), stage)
-    assert job.ran == [name for name in ALL if name in (stage, *after)]
+    assert job.ran == [stage, *after(job, stage)]
     assert results[stage] == {"measured": 1}
     job.run()
     assert not job.ran

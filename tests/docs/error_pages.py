@@ -40,9 +40,7 @@ from qwlora.recipe import parse_recipe
 from qwlora.system import strict_json
 from qwlora.system.optional_packages import require
 
-HEAD = """\
-Generated from the code: `make docs/errors/index.md`.
-"""
+HEAD = "Generated from the code: `make docs/errors/index.md`.\n"
 
 
 @dataclass(frozen=True)
@@ -67,22 +65,13 @@ def _folder(name: str, **files: object) -> Path:
 
 
 def _wrong_recipe() -> None:
-    parse_recipe(
-        {
-            "model": {"source": "model"},
-            "data": {"sourc": "text.jsonl"},
-            "adapters": [{"name": "support", "steps": 3}],
-        },
-        "recipe.yaml",
-    )
+    sections = {"model": {"source": "model"}, "data": {"sourc": "text.jsonl"}}
+    parse_recipe({**sections, "adapters": [{"name": "support", "steps": 3}]}, "recipe.yaml")
 
 
 def _other_base() -> None:
-    folder = _folder(
-        "adapters/first",
-        qwlora={"base_fingerprint": "0" * 64},
-        adapter_config={"peft_type": "LORA"},
-    )
+    files = {"qwlora": {"base_fingerprint": "0" * 64}, "adapter_config": {"peft_type": "LORA"}}
+    folder = _folder("adapters/first", **files)
     (folder / "adapter_model.safetensors").touch()
     check_adapter(folder, "1" * 64)
 
@@ -111,12 +100,8 @@ def _in_training_mode() -> None:
 
 def _lossy() -> None:
     entry = {"bw": 4, "dtype": "INT", "enc_type": "PER_TENSOR", "is_sym": True, "name": "w"}
-    content = {
-        "version": "1.0.0",
-        "activation_encodings": [],
-        "param_encodings": [{**entry, "scale": [0.5], "offset": [-8]}],
-        "excluded_layers": ["norm"],
-    }
+    content = {"version": "1.0.0", "activation_encodings": [], "excluded_layers": ["norm"]}
+    content["param_encodings"] = [{**entry, "scale": [0.5], "offset": [-8]}]
     Path("model.encodings").write_text(json.dumps(content))
     convert(read_encodings("model.encodings"), "2.0.0")
 
@@ -129,6 +114,12 @@ def _bad_encodings() -> None:
 def _missing_package() -> None:
     with mock.patch.dict(sys.modules, {"onnxruntime": None}):
         require("onnxruntime", "onnx")
+
+
+def _wrong_layer() -> None:
+    parity = Parity({}, (LayerFigures("layers.3.mlp.down_proj", 7.0, 0.2, 12),))
+    what = "export/onnx/first: the exported files do not compute what was simulated"
+    check_parity(parity, Limits(), what)
 
 
 def _no_token() -> None:
@@ -237,11 +228,7 @@ PAGES = {
         ),
     ),
     errors.VerificationError: Page(
-        lambda: check_parity(
-            Parity({}, (LayerFigures("layers.3.mlp.down_proj", 7.0, 0.2, 12),)),
-            Limits(),
-            "export/onnx/first: the exported files do not compute what was simulated",
-        ),
+        _wrong_layer,
         (
             ("a layer computes something else", "do not ship the files; report the layer"),
             ("the runtime is another version", "use the versions that the exports were made for"),
@@ -283,14 +270,8 @@ def message_of(page: Page) -> tuple[type[QwloraError], str]:
 
 def pages() -> dict[str, str]:
     """The content of docs/errors by file name."""
-    rows = [
-        "# Error messages\n",
-        HEAD,
-        inspect.cleandoc(INDEX),
-        "",
-        "| class | means |",
-        "|---|---|",
-    ]
+    rows = ["# Error messages\n", HEAD, inspect.cleandoc(INDEX), ""]
+    rows += ["| class | means |", "|---|---|"]
     found = {}
     for kind, page in PAGES.items():
         name, meaning = kind.__name__, inspect.cleandoc(kind.__doc__ or "").splitlines()[0]

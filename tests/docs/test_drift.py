@@ -76,11 +76,8 @@ class _Reworded(errors.MissingExtraError):
 
 
 def test_every_error_class_has_a_page_in_the_navigation() -> None:
-    classes = {
-        value
-        for value in vars(errors).values()
-        if isinstance(value, type) and issubclass(value, errors.QwloraError)
-    }
+    types = [value for value in vars(errors).values() if isinstance(value, type)]
+    classes = {kind for kind in types if issubclass(kind, errors.QwloraError)}
     assert classes - {errors.QwloraError} == PAGES.keys()
     navigation = (ROOT / "mkdocs.yml").read_text()
     listed = re.findall(r"errors/(\w+)\.md", navigation)
@@ -183,9 +180,6 @@ def test_the_snippets_of_the_encodings_page_work_one_after_the_other(
     written = (tmp_path / "model-2.encodings").read_bytes()
     (tmp_path / "model-2.encodings").unlink()
     (lines,) = [block.text for block in found if block.language == "shell"]
-    codes = [
-        command_line.qwlora(*shlex.split(line, comments=True)[1:]).returncode
-        for line in lines.splitlines()
-    ]
-    assert codes == [0, 0, 0, 0]
+    found_words = [shlex.split(line, comments=True)[1:] for line in lines.splitlines()]
+    assert [command_line.qwlora(*words).returncode for words in found_words] == [0, 0, 0, 0]
     assert (tmp_path / "model-2.encodings").read_bytes() == written

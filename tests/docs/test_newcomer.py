@@ -106,11 +106,8 @@ def test_the_page_is_true(clone: Path) -> None:
 
 def test_the_commands_of_the_readme_work_on_a_recipe_that_was_filled_in(clone: Path) -> None:
     text = (clone / "README.md").read_text()
-    (lines,) = [
-        block.text
-        for block in blocks(clone / "README.md")
-        if block.language == "shell" and "qwlora init" in block.text
-    ]
+    found = [block.text for block in blocks(clone / "README.md") if block.language == "shell"]
+    (lines,) = [text for text in found if "qwlora init" in text]
     assert "qwlora run recipe.yaml --out out" in text
     commands = [shlex.split(line, comments=True) for line in lines.splitlines()]
     init, check, data, plan, _ = (f".venv/bin/{shlex.join(words)}" for words in commands)

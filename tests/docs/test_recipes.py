@@ -26,16 +26,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("models")
     tiny_model("llama", layers=1).save_pretrained(folder / "llama")
     byte_tokenizer().save_pretrained(folder / "llama")
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
+    config = LlamaConfig.from_pretrained(folder / "llama")
     kinds = {"token_embd.weight": "Q8_0"}
     file = write_file(
         folder / "tiny.gguf",

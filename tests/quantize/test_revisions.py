@@ -86,16 +86,13 @@ def sampled() -> list[float]:
     for i in range(3):
         observer.update(random(64, 512) * (i + 1))
     return [
-        float(observer.sample.sum()),
-        float(observer.tails.sum()),
-        float(observer.sample.numel()),
+        float(x) for x in (observer.sample.sum(), observer.tails.sum(), observer.sample.numel())
     ]
 
 
 def scored() -> list[float]:
-    models = tiny_model("llama", layers=1), packed_llama()
-    scores = score_tokens(logits_of(models[1]), ids(), "", reference=logits_of(models[0]))
-    found = scores.to_json()
+    reference = logits_of(tiny_model("llama", layers=1))
+    found = score_tokens(logits_of(packed_llama()), ids(), "", reference=reference).to_json()
     return [found["perplexity"], found["kl"]["mean"], found["top1"]["share"]]
 
 

@@ -28,31 +28,20 @@ def rows(**parts: Any) -> list[tuple[str, str]]:
     return list(result_rows({"recipe": "tiny", "stages": {}, **parts}))
 
 
-def test_a_parity_says_how_many_sequences_it_is_of() -> None:
-    found = dict(rows(perplexity={"simulated": {"first": 6.0}}, parity={"onnx": {"first": PARITY}}))
-    assert found["perplexity, simulated, adapter first"] == "6.000"
-    assert found["parity onnx first"] == (
+def test_a_parity_says_of_how_many_sequences_it_is_and_what_is_closest_to_a_limit() -> None:
+    found = rows(perplexity={"simulated": {"first": 6.0}}, parity={"onnx": {"first": PARITY}})
+    assert dict(found)["perplexity, simulated, adapter first"] == "6.000"
+    assert dict(found)["parity onnx first"] == (
         "perplexity 5.000 in the runtime, 5.010 simulated (8 sequences, 2,048 tokens)"
     )
-
-
-def test_a_parity_shows_the_check_that_is_closest_to_its_limit() -> None:
-    shown = [row for _, row in rows(parity={"onnx": {"first": PARITY}})]
-    assert (
-        "3 checks; closest to its limit: tokens with the same likeliest token: 99.00% (limit: "
-        "at least 98.00%)"
-    ) in shown
+    closest = "tokens with the same likeliest token: 99.00% (limit: at least 98.00%)"
+    assert f"3 checks; closest to its limit: {closest}" in [row for _, row in found]
 
 
 def test_the_course_of_training_is_of_means() -> None:
     """Single steps differ more than training changes them."""
-    train = {
-        "steps": 10,
-        "losses": [2.8, 3.0, *[2.7] * 6, 2.2, 3.2],
-        "step_seconds": 1.0,
-        "peak_rss_bytes": 10**9,
-        "trainable_parameters": 5,
-    }
+    train = {"steps": 10, "losses": [2.8, 3.0, *[2.7] * 6, 2.2, 3.2], "step_seconds": 1.0}
+    train |= {"peak_rss_bytes": 10**9, "trainable_parameters": 5}
     found = rows(train={"first": train})
     assert ("training first", "10 steps, loss 2.900 to 2.700 (means of 2)") in found
     assert "warning" not in dict(found)
@@ -69,12 +58,8 @@ def test_distances_from_the_float_model_have_their_errors() -> None:
     base = {"mean": 0.09119, "stderr": 0.0021, "document_stderr": None, "p999": 1.5}
     only = {"mean": 0.5, "stderr": None, "document_stderr": None, "p999": 1.5}
     share = {"share": 0.8312, "stderr": 0.004, "document_stderr": None}
-    found = dict(
-        rows(
-            kl={"base": base, "adapted": {"first": only}},
-            top1={"base": share, "adapted": {"first": share}},
-        )
-    )
+    kl = {"base": base, "adapted": {"first": only}}
+    found = dict(rows(kl=kl, top1={"base": share, "adapted": {"first": share}}))
     assert found == found | {
         "KL from float, frozen base": "0.0912 ± 0.0021, same likeliest token 83.12% ± 0.40%",
         "KL from float, after adapter first": "0.5000, same likeliest token 83.12% ± 0.40%",

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 import qwlora
 from conftest import tiny_model
 
+pytestmark = pytest.mark.usefixtures("shared_captures")
 IDS = torch.arange(64).view(4, 16)
 EXAMPLE = {"input_ids": IDS[:1]}
 
@@ -65,11 +66,17 @@ def test_a_base_before_and_after_each_step(tmp_path: Path) -> None:
     assert "InitReports of 2 layers" in shown(reports)
 
 
+def quantized(adapter: bool = False) -> Any:
+    model: Any = tiny_model("llama", layers=1)
+    qwlora.quantize_(model, "w4-block32", solver="rtn")
+    if adapter:
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    return model.eval()
+
+
 @pytest.mark.parametrize("several", [False, True])
 def test_a_simulation_before_and_after_each_step(tmp_path: Path, several: bool) -> None:
-    model = tiny_model("llama")
-    qwlora.quantize_(model, "w4-block32")
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).eval()
+    adapted = quantized(adapter=True)
     simulate: Any = qwlora.simulate_adapters if several else qwlora.simulate
     simulation = simulate(adapted, EXAMPLE)
     assert re.search(r"Simulation.*not calibrated", shown(simulation))
@@ -87,11 +94,8 @@ def test_a_simulation_before_and_after_each_step(tmp_path: Path, several: bool) 
 
 
 def test_a_training_graph() -> None:
-    model = tiny_model("llama")
-    qwlora.quantize_(model, "w4-block32")
-    simulation = qwlora.simulate(model, EXAMPLE)
+    simulation = qwlora.simulate(quantized(), EXAMPLE)
     simulation.calibrate([EXAMPLE])
     encodings = {n: q.encoding for n, q in simulation.quantizers.items() if q.encoding is not None}
-    adapted = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"])).eval()
-    graph = qwlora.TrainingGraph(qwlora.simulate(adapted, EXAMPLE), encodings)
+    graph = qwlora.TrainingGraph(qwlora.simulate(quantized(adapter=True), EXAMPLE), encodings)
     assert shown(graph).startswith("TrainingGraph of Simulation of")

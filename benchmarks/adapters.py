@@ -18,12 +18,13 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import onnxruntime
 import torch
 from peft import LoraConfig, get_peft_model
 
-from measuring import RESULTS, SMOLLM2, machine_line
+from measuring import RESULTS, SMOLLM2, machine_line, markdown
 from qwlora.formats.model_source import load_model, load_tokenizer
 
 PAGE = RESULTS / "adapters.md"
@@ -94,31 +95,14 @@ def main() -> None:
             commands.append((shown, time.perf_counter() - began, said))
 
         run = ["--out", str(job), str(job / "recipe.yaml")]
+        text = ("--data", TEXTS["torch"])
+        longer = ("--like", "python", "--set", f"steps={2 * steps}")
         qwlora("quantize", "--out", str(job), str(recipe))
         qwlora("train", *run)
-        qwlora("adapters", "add", str(job), "--name", "torch", "--data", TEXTS["torch"])
+        qwlora("adapters", "add", str(job), "--name", "torch", *text)
         qwlora("train", *run)
-        qwlora(
-            "adapters",
-            "import",
-            str(job),
-            str(peft),
-            "--name",
-            "from-peft",
-            "--data",
-            TEXTS["torch"],
-        )
-        qwlora(
-            "adapters",
-            "add",
-            str(job),
-            "--name",
-            "python-long",
-            "--like",
-            "python",
-            "--set",
-            f"steps={2 * steps}",
-        )
+        qwlora("adapters", "import", str(job), str(peft), "--name", "from-peft", *text)
+        qwlora("adapters", "add", str(job), "--name", "python-long", *longer)
         qwlora("train", *run)
         qwlora("evaluate", *run)
         results = json.loads((job / "results.json").read_text())
@@ -129,42 +113,25 @@ def main() -> None:
 
 
 def page(
-    matrix: dict[str, dict[str, float | dict[str, float]]],
-    commands: list[tuple[str, float, str]],
-    steps: int,
+    matrix: dict[str, dict[str, Any]], commands: list[tuple[str, float, str]], steps: int
 ) -> str:
-    adapters = list(next(iter(matrix.values()))["adapted"])
-    lines = [
-        "# One base, several adapters: SmolLM2-135M",
-        "",
-        f"`python benchmarks/adapters.py`; {steps} steps of 256 tokens each (python-long twice as "
-        "many), one seed.",
-        f"Machine: {machine_line()}.",
-        "",
-        "Perplexity on held-out text. Columns are the texts; the best adapter of each is bold.",
-        "",
-        "| | " + " | ".join(matrix) + " |",
-        "|---|" + "---|" * len(matrix),
-    ]
-    lines += [
-        f"| {stage} | " + " | ".join(f"{on[stage]:.2f}" for on in matrix.values()) + " |"
-        for stage in ("float", "base")
-    ]
-    for name in adapters:
-        cells = [
-            f"**{on['adapted'][name]:.2f}**"
-            if on["adapted"][name] == min(on["adapted"].values())
-            else f"{on['adapted'][name]:.2f}"
-            for on in matrix.values()
-        ]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| command | seconds | files of the base and the adapters, by SHA-256 |",
-        "|---|---|---|",
-    ]
-    lines += [f"| `qwlora {c}` | {seconds:.0f} | {said} |" for c, seconds, said in commands]
-    return "\n".join(lines) + "\n"
+    rows = [[stage, *(f"{on[stage]:.2f}" for on in matrix.values())] for stage in ("float", "base")]
+    for name in next(iter(matrix.values()))["adapted"]:
+        figures = [on["adapted"] for on in matrix.values()]
+        bold = ["**" * (on[name] == min(on.values())) for on in figures]
+        rows.append([name, *(f"{b}{on[name]:.2f}{b}" for b, on in zip(bold, figures, strict=True))])
+    ran = [(f"`qwlora {c}`", f"{seconds:.0f}", said) for c, seconds, said in commands]
+    return f"""# One base, several adapters: SmolLM2-135M
+
+`python benchmarks/adapters.py`; {steps} steps of 256 tokens each (python-long twice as many), one seed.
+Machine: {machine_line()}.
+
+Perplexity on held-out text. Columns are the texts; the best adapter of each is bold.
+
+{markdown(["", *matrix], rows)}
+
+{markdown(["command", "seconds", "files of the base and the adapters, by SHA-256"], ran)}
+"""
 
 
 if __name__ == "__main__":

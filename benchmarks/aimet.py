@@ -46,6 +46,7 @@ from measuring import (
     Phases,
     earlier_result,
     machine_line,
+    markdown,
     run_python,
     train_,
     write_result,
@@ -61,7 +62,7 @@ from qwlora.export.target import ExportedGraph
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.scheme import parse_scheme
 from qwlora.grid.sqnr import sqnr_db
-from qwlora.nn.frozen import packed_layers
+from qwlora.nn.packed_layer import packed_layers
 from qwlora.simulation.adapter_simulations import simulate_adapters
 from qwlora.system.atomic import write_text
 
@@ -313,7 +314,7 @@ def measure(weights: str, options: argparse.Namespace) -> dict[str, Any]:
 
     result = {"qwlora": ran("qwlora", sys.executable, __file__, folder, "--side", "qwlora")}
     # takes the adapter of the first
-    result["aimet"] = ran("aimet", options.aimet, theirs, "guide", folder)
+    result["aimet"] = ran("aimet", options.aimet, theirs, folder)
     result["handed_over"] = handed_over(folder)
     result["quality"] = once(folder / "quality.json", lambda: quality(folder))
     if options.qnn:
@@ -341,9 +342,8 @@ def table(results: dict[str, Any], steps: int) -> str:
         for tool in TOOLS
     ]
     heads = [f"{name}, {weights}" for weights in results for name in TOOLS.values()]
-    lines = [f"| | {' | '.join(heads)} |", f"|---|{'---:|' * len(heads)}"]
-    for name, cell in rows(list(columns[0]["phases"]), steps).items():
-        lines.append(f"| {name} | {' | '.join(map(cell, columns))} |")
+    cells = rows(list(columns[0]["phases"]), steps)
+    lines = [markdown(["", *heads], [[name, *map(cell, columns)] for name, cell in cells.items()])]
     one = next(iter(results.values()))
     adapters = ", ".join(
         f"with the adapter of {weights} {result['quality']['float']['adapter']['perplexity']:.3f}"
@@ -393,13 +393,9 @@ def rows(phases: list[str], steps: int) -> dict[str, Cell]:
             lambda r: f"{r['htp']['top1_agreement']:.1%}"
         ),
         "perplexity of the graph's tokens: simulated, CPU, HTP": on_htp(
-            lambda r: ", ".join(
-                f"{value:.3f}"
-                for value in (
-                    r["simulated_perplexity"],
-                    r["cpu"]["perplexity"],
-                    r["htp"]["perplexity"],
-                )
+            lambda r: (
+                f"{r['simulated_perplexity']:.3f}, {r['cpu']['perplexity']:.3f}, "
+                f"{r['htp']['perplexity']:.3f}"
             )
         ),
     }

@@ -1,20 +1,15 @@
 """The side of AIMET: it runs in an environment with aimet-torch, transformers 4.49 and peft.
 
-    python aimet_theirs.py guide FOLDER              for `aimet.py`: the steps of AIMET's QW-LoRA guide
-    python aimet_theirs.py calibrate FOLDER ROUNDS   for `calibrate.py`: what calibration costs
-    python aimet_theirs.py seed BEFORE AFTER         for `fidelity.py`: the guide's helper for step 1
+    python aimet_theirs.py FOLDER     for `aimet.py`: the steps of AIMET's QW-LoRA guide
 
-guide: the model is transformers' own, as in the guide. AIMET quantizes modules; operators that are
-functions (products of attention, rotary embeddings, residual adds) stay float. calibrate: the
-adapter's operators are modules, so AIMET quantizes them, and in the rest of the model the modules.
-seed: every parameter of a safetensors file gets 4 bits, symmetric, per tensor.
+The model is transformers' own, as in the guide. AIMET quantizes modules; operators that are
+functions (products of attention, rotary embeddings, residual adds) stay float.
 """
 
 from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +17,6 @@ import aimet_torch
 import aimet_torch.nn.transformers.models.llama  # registers its norms
 import torch
 from aimet_torch.common.quantsim_config.config_utils import get_path_for_target_config
-from aimet_torch.nn import QuantizationMixin
 from aimet_torch.peft import (
     PeftQuantUtils,
     replace_lora_layers_with_quantizable_layers,
@@ -36,8 +30,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from aimet.llama import ForwardLogits, adapt_, llama  # the tests' own
-from measuring import Phases, machine_line, make_row, peak_of, seconds_of_turns, train_
+from aimet.llama import ForwardLogits  # the tests' own
+from measuring import Phases, machine_line, train_
 
 CONFIG = "htp_quantsim_config_v75_per_channel_linear"
 NAMES = {"input_names": ["input_ids", "attention_mask"], "output_names": ["logits"]}
@@ -171,89 +165,6 @@ def run_guide(folder: Path) -> dict[str, Any]:
     }
 
 
-def load(folder: Path) -> nn.Module:
-    config, weights = (
-        json.loads((folder / "config.json").read_text()),
-        load_file(folder / "float.safetensors"),
-    )
-    model = llama(
-        config["model"], weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}
-    )
-    adapt_(model, load_file(folder / "adapter.safetensors"), config["scaling"])
-    return ForwardLogits(model).eval()
-
-
-@torch.no_grad()
-def run_calibrate(folder: Path, rounds: int) -> list[dict[str, Any]]:
-    inputs = tuple(
-        load_file(folder / "batch.safetensors")[name] for name in ("input_ids", "attention_mask")
-    )
-    parts: dict[str, Any] = {"plain": load(folder)}
-    began = time.thread_time()
-    parts["simulation"] = QuantizationSimModel(
-        load(folder), inputs, default_output_bw=16, default_param_bw=4, in_place=True
-    )
-    made_seconds = time.thread_time() - began
-    passes: list[float] = []
-
-    def observe(model: nn.Module) -> None:
-        began = time.thread_time()
-        model(*inputs)
-        passes.append(time.thread_time() - began)
-
-    def calibrate(simulation: QuantizationSimModel) -> None:
-        simulation.compute_encodings(observe)
-
-    def run(model: Any) -> None:
-        (model.model if isinstance(model, QuantizationSimModel) else model)(*inputs)
-
-    calibrate(parts["simulation"])
-    ways = {
-        "plain": ("plain", run),
-        "simulate": ("simulation", run),
-        "calibrate": ("simulation", calibrate),
-    }
-    peaks = {way: peak_of(parts, part, use) for way, (part, use) in ways.items()}
-    passes.clear()
-    timed = seconds_of_turns(
-        {way: lambda part=part, use=use: use(parts[part]) for way, (part, use) in ways.items()},
-        rounds,
-    )
-    timed["observe"] = passes[1:]
-    modules = [m for m in parts["simulation"].model.modules() if isinstance(m, QuantizationMixin)]
-    quantizers = sum(
-        q is not None for m in modules for q in (*m.input_quantizers, *m.output_quantizers)
-    )
-    rows = [make_row("aimet-torch", way, timed, peaks[way]) for way in ways]
-    observed = make_row("aimet-torch", "observe", timed, {})
-    rows.append(
-        {
-            **observed,
-            "what": "the forward pass within calibrate",
-            "quantizers": quantizers,
-            "simulation_seconds": round(made_seconds, 1),
-        }
-    )
-    return rows
-
-
-def rounded(parameter: torch.Tensor) -> torch.Tensor:
-    quantizer = QuantizeDequantize((), 4, True)
-    with torch.no_grad(), quantizer.compute_encodings():
-        quantizer(parameter)
-    with torch.no_grad():
-        return torch.Tensor(quantizer(parameter)).contiguous()
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    match sys.argv[1:]:
-        case ["guide", folder]:
-            print(json.dumps(run_guide(Path(folder))))
-        case ["calibrate", folder, rounds]:
-            print(json.dumps(run_calibrate(Path(folder), int(rounds))))
-        case ["seed", before, after]:
-            save_file({name: rounded(p) for name, p in load_file(before).items()}, after)
-            print("null")
-        case _:
-            print(__doc__)
+    print(json.dumps(run_guide(Path(sys.argv[1]))))

@@ -5,7 +5,6 @@ python benchmarks/demo.py            writes benchmarks/results/demo.json: result
 
 from __future__ import annotations
 
-import argparse
 import json
 import subprocess
 import sys
@@ -17,33 +16,20 @@ from measuring import ROOT, machine_line, write_result
 
 
 def main() -> None:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable,
-            "-m",
-            "qwlora",
-            "run",
-            str(ROOT / "recipes" / "demo.yaml"),
-            "--out",
-            f"{folder}/demo",
-        ]
+        recipe, out = str(ROOT / "recipes" / "demo.yaml"), f"{folder}/demo"
         seconds = []
         for _ in range(2):  # the second run skips everything
             began = time.perf_counter()
-            subprocess.run(command, check=True)
+            subprocess.run(
+                [sys.executable, "-m", "qwlora", "run", recipe, "--out", out], check=True
+            )
             seconds.append(round(time.perf_counter() - began, 1))
-        results = json.loads(Path(folder, "demo", "results.json").read_text())
+        results = json.loads(Path(out, "results.json").read_text())
     results["train"]["topics"].pop("losses")
-    record = {
-        "machine": machine_line(),
-        "seconds": seconds[0],
-        "second_run_seconds": seconds[1],
-        "results": results,
-    }
-    write_result("demo", record)
+    first, second = seconds
+    timed = {"machine": machine_line(), "seconds": first, "second_run_seconds": second}
+    write_result("demo", {**timed, "results": results})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,10 @@
 """How much perplexity a frozen base loses, and how much of it 60 LoRA steps recover.
 
-    python benchmarks/fidelity.py [--model smollm2|gemma3] [--only SUBSTRING ...] [--aimet PYTHON]
+    python benchmarks/fidelity.py [--model smollm2|gemma3] [--only SUBSTRING ...]
 
 Rows: solver x bitwidth x granularity x initialization of the adapter, with and without tuning. Also
-bitsandbytes' NF4, the seed's helper (per-tensor int4, computed by aimet-torch; PYTHON is an
-interpreter that has it, after `make test-aimet` .nox/aimet/bin/python), and the float model with
-LoRA. All are trained on
-the same sequences in the same order.
+bitsandbytes' NF4, the helper of AIMET's guide (per-tensor int4), and the float model with LoRA. All
+are trained on the same sequences in the same order.
 
     svd, qera      half of the ranks carry the correction, or all of them
     qera-inputs    qera as published: all outputs of a layer count equally, and the adapter also
@@ -18,8 +16,7 @@ Columns: stored bits per weight; perplexity of the base, of the adapter before t
 all held-out text; seconds on one thread. Training computes in bfloat16 (autocast), everything else
 in float32. A base with a perplexity above 1,000 is not trained.
 
-A finished row is in the result file and is not computed again; several processes may fill one file.
-Delete the file to start over. The table is next to it, as Markdown. SmolLM2 has a width of 576,
+A finished row is in the result file and is not computed again. Delete the file to start over. The table is next to it, as Markdown. SmolLM2 has a width of 576,
 which 128 does not divide, so its blocks have 192 weights where others have 128.
 """
 
@@ -27,21 +24,19 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fcntl
 import json
 import shutil
 import tempfile
 import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file, save_file
 from torch import nn
 
-from measuring import SMOLLM2, machine_line, run_python
+from measuring import SMOLLM2, machine_line, markdown
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.initialize import initialize_
 from qwlora.adapter.train import TrainingSettings, train_adapter
@@ -49,6 +44,8 @@ from qwlora.adapter.training_step import onednn_float32_matmul
 from qwlora.analysis.token_scores import logits_of, perplexity
 from qwlora.data import load_documents
 from qwlora.formats.model_source import load_model, load_tokenizer
+from qwlora.grid.min_max import measure
+from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import LayerMoments, MomentStore
 from qwlora.nn import weight_out_in
 from qwlora.quantize.quantize_model import base_size, quantize_
@@ -56,8 +53,7 @@ from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune
 from sources import concatenated_ids, gemma_file
 
 
-@dataclass(frozen=True)
-class Subject:
+class Subject(NamedTuple):
     """A model, the length of its sequences, and the block size to use instead of 128."""
 
     source: str
@@ -65,12 +61,8 @@ class Subject:
     block_128: int
 
 
-SUBJECTS = {
-    "smollm2": Subject(SMOLLM2, 256, 192),
-    "gemma3": Subject(
-        gemma_file(), 128, 128
-    ),  # half as long, since its vocabulary is five times as large
-}
+# sequences of gemma3 are half as long, since its vocabulary is five times as large
+SUBJECTS = {"smollm2": Subject(SMOLLM2, 256, 192), "gemma3": Subject(gemma_file(), 128, 128)}
 TEXT = "python:pydoc_data.topics:topics"
 HELD_OUT_TOKENS, CALIBRATION_TOKENS = 16 * 256, 64 * 256
 COMPUTE = "bfloat16"
@@ -84,7 +76,6 @@ TUNING_STEPS = {
 }
 UNUSABLE = 1000.0  # a base of a perplexity above this is not trained
 RESULTS = Path(__file__).parent / "results"
-THEIRS = Path(__file__).with_name("aimet_theirs.py")
 
 
 @dataclass(frozen=True)
@@ -120,16 +111,10 @@ def rows(subject: Subject) -> list[Row]:
             if granularity == f"block{subject.block_128}":
                 continue
             recovered = scheme == "w2-block32-asymmetric"
-            made += [
-                Row("gptq", scheme, init, share=share)
-                for share in SHARES
-                for init in ("svd", *QERA)
-            ]
-            made += (
-                [Row("gptq", scheme, init, True, share) for share in SHARES for init in QERA]
-                if recovered
-                else []
-            )
+            starts = [(share, init) for share in SHARES for init in ("svd", *QERA)]
+            made += [Row("gptq", scheme, init, share=share) for share, init in starts]
+            if recovered:
+                made += [Row("gptq", scheme, i, True, s) for s, i in starts if i != "svd"]
             for steps in TUNING_STEPS.get(scheme, ()):
                 made.append(Row("gptq", scheme, tuned=steps))
                 for recovery in (False, True) if recovered else (False,):
@@ -143,8 +128,7 @@ def rows(subject: Subject) -> list[Row]:
 class Bench:
     """Model and text, and what rows share."""
 
-    def __init__(self, subject: Subject, steps: int, learning_rate: float, aimet: Path | None):
-        self.source, self.aimet = subject.source, aimet
+    def __init__(self, subject: Subject, steps: int, learning_rate: float):
         self.reference = load_model(subject.source)
         tokenizer = load_tokenizer(subject.source)
         documents = load_documents(TEXT, 0.2, 0)
@@ -170,17 +154,18 @@ class Bench:
         if self.base_perplexity > UNUSABLE and row.init == "zero" and row.solver != "seed":
             return result
         adapted = attach(model, LoraShape(rank=16, alpha=32.0), seed=0)
-        if row.init == "qera-inputs":
-            initialize_(adapted, "qera", self.weight, of_inputs(self.moments), share=row.share)
-        else:
-            initialize_(
-                adapted,
-                row.init,
-                self.weight,
-                self.moments,
-                share=row.share,
-                solver_scales=self.solver_scales,
-            )  # type: ignore[arg-type]
+        of_inputs = row.init == "qera-inputs"
+        initialize_(
+            adapted,
+            "qera" if of_inputs else row.init,  # type: ignore[arg-type]
+            self.weight,
+            # all outputs of a layer are alike
+            {path: LayerMoments(m.input) for path, m in self.moments.items()}
+            if of_inputs
+            else self.moments,
+            share=row.share,
+            solver_scales=None if of_inputs else self.solver_scales,
+        )
         result["start"] = self.base_perplexity if row.init == "zero" else self.perplexity(adapted)
         if row.recovery:
             self.train(adapted, teacher=self.reference)
@@ -218,7 +203,7 @@ class Bench:
         if row.solver == "nf4":
             self.bits = nf4_(model)
         elif row.solver == "seed":
-            self.bits = seed_(model, self.aimet)
+            self.bits = seed_(model)
         elif row.solver != "float":
             gptq = row.solver == "gptq"
             report = quantize_(
@@ -249,64 +234,27 @@ class Bench:
         return perplexity(logits_of(model.eval()), self.held_out if text is None else text, "")
 
 
-def of_inputs(moments: MomentStore) -> dict[str, LayerMoments]:
-    """Those by which all outputs of a layer are alike."""
-    return {path: LayerMoments(moment.input) for path, moment in moments.items()}
-
-
-def linears(model: nn.Module) -> dict[str, nn.Linear]:
-    """Every Linear but the head."""
-    head = model.get_output_embeddings()  # type: ignore[operator]
-    return {
-        path: module
-        for path, module in model.named_modules()
-        if isinstance(module, nn.Linear) and module is not head
-    }
-
-
 def nf4_(model: nn.Module) -> float:
     """Round as bitsandbytes does (NF4, blocks of 64, float32 scales); returns bits a weight."""
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    for module in linears(model).values():
+    head = model.get_output_embeddings()  # type: ignore[operator]
+    for module in model.modules():
+        if not isinstance(module, nn.Linear) or module is head:
+            continue
         codes, state = quantize_4bit(module.weight.data, blocksize=64, quant_type="nf4")
         module.weight.data = dequantize_4bit(codes, state).to(module.weight.dtype)
     model.requires_grad_(False)
     return 4 + 32 / 64
 
 
-def seed_(model: nn.Module, aimet: Path | None) -> float:
-    """Round as the helper of AIMET's guide does, in aimet-torch: every parameter of the model, 4 bits per tensor; returns bits a weight."""
-    if aimet is None:
-        raise SystemExit(
-            "the seed's row is computed by aimet-torch: give --aimet PYTHON, one that has it"
-        )
-    with tempfile.TemporaryDirectory() as folder:
-        before, after = Path(folder) / "before.safetensors", Path(folder) / "after.safetensors"
-        save_file(
-            {name: parameter.detach().contiguous() for name, parameter in model.named_parameters()},
-            before,
-        )
-        run_python(THEIRS, "seed", before, after, python=aimet)
-        rounded = load_file(after)
-        for name, parameter in model.named_parameters():
-            parameter.data.copy_(rounded[name])
+def seed_(model: nn.Module) -> float:
+    """Round as the helper of AIMET's guide does: every parameter, 4 bits per tensor; returns bits a
+    weight. Our min-max grid is AIMET's (tests/aimet)."""
+    for parameter in model.parameters():
+        parameter.data = measure(parameter.data, Scheme(4)).fake_quantize(parameter.data)
     model.requires_grad_(False)
     return 4.0
-
-
-def record(file: Path, row: Row, result: dict[str, Any], steps: int) -> None:
-    """Add one row to the file; other processes may be writing to it."""
-    with open(file.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        content = read(file) or {
-            "machine": machine_line(),
-            "steps": steps,
-            "compute": COMPUTE,
-            "rows": {},
-        }
-        content["rows"][row.name] = result
-        file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -317,10 +265,7 @@ def read(file: Path) -> dict[str, Any]:
 def table(results: dict[str, Any]) -> str:
     """All rows, in Markdown."""
     reference = results.get("float float zero", {})
-    lines = [
-        "| solver, grid, init | bits a weight | base | start | end | of float LoRA | on all held-out text | seconds |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    rows = []
     for name, row in results.items():
         cells = [name, f"{row['bits_per_weight']:.2f}", f"{row['base']:.2f}"]
         if "end" in row:
@@ -331,8 +276,9 @@ def table(results: dict[str, Any]) -> str:
             cells += [f"{row['start']:.2f}", f"{row['end']:.2f}", *ratios, f"{row['seconds']:.0f}"]
         else:
             cells += ["", "not trained", "", "", ""]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    head = ["solver, grid, init", "bits a weight", "base", "start", "end"]
+    return markdown([*head, "of float LoRA", "on all held-out text", "seconds"], rows) + "\n"
 
 
 def fill(file: Path, subject: Subject, given: argparse.Namespace) -> None:
@@ -343,9 +289,12 @@ def fill(file: Path, subject: Subject, given: argparse.Namespace) -> None:
             given.only and not any(part in row.name for part in given.only)
         ):
             continue
-        bench = bench or Bench(subject, given.steps, given.learning_rate, given.aimet)
+        bench = bench or Bench(subject, given.steps, given.learning_rate)
         result = bench.run(row)
-        record(file, row, result, given.steps)
+        content = {"machine": machine_line(), "steps": given.steps, "compute": COMPUTE, "rows": {}}
+        content = read(file) or content
+        content["rows"][row.name] = result
+        file.write_text(json.dumps(content, indent=1) + "\n")
         print(row.name, json.dumps(result), flush=True)
 
 
@@ -358,7 +307,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--learning-rate", type=float, default=5e-4)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--aimet", type=Path, help="a Python with aimet-torch")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     file, subject = RESULTS / f"fidelity-{given.model}.json", SUBJECTS[given.model]

@@ -19,7 +19,6 @@ import argparse
 import copy
 import statistics
 import time
-from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
 
@@ -32,7 +31,6 @@ from qwlora import quantize_
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.nn.few_row_kernels import use_few_row_kernels_
 
-RESULT = Path(__file__).parent / "results" / "generate.json"
 PROMPT_TOKENS, RANK = 32, 16
 
 
@@ -48,14 +46,9 @@ def seconds_of(model: Any, ids: Tensor, tokens: int) -> tuple[float, float]:
     for count in (1, tokens + 1):
         began = time.thread_time()
         with torch.inference_mode():
-            found = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                do_sample=False,
-                min_new_tokens=count,
-                max_new_tokens=count,
-                pad_token_id=0,
-            )
+            length = {"min_new_tokens": count, "max_new_tokens": count, "pad_token_id": 0}
+            mask = torch.ones_like(ids)
+            found = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, **length)
         spent.append(time.thread_time() - began)
         assert found.shape[1] == ids.shape[1] + count
     return spent[0], (spent[1] - spent[0]) / tokens

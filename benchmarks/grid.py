@@ -22,7 +22,7 @@ from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.estimate_ranges import estimate_ranges
 from qwlora.grid.min_max import group_range, measure
 from qwlora.grid.range_estimator import RangeEstimator
-from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 
 REPEATS = 15
 SECONDS = 3.0
@@ -30,103 +30,70 @@ Case = tuple[str, str, Callable[[], object], Callable[[], object]]
 
 
 def fake_quantize_cases(name: str, x: Tensor) -> list[Case]:
-    """Per tensor (symmetric and not), per channel, and per block against per channel, which is the nearest that torch has."""
+    """Per tensor (symmetric and not), per channel, and per block against per channel, which is the
+    nearest that torch has."""
+    tensor, channel = (Scheme(8), Scheme(8, False)), PerChannel(0)
+    channels = (Scheme(4, True, channel), Scheme(4, False, channel), Scheme(4, True, PerBlock(32)))
+    rows = x.view(-1, x.shape[-1])
     cases: list[Case] = []
-    for scheme in (
-        Scheme(8),
-        Scheme(8, False),
-        Scheme(4, True, PerChannel(0)),
-        Scheme(4, False, PerChannel(0)),
-        Scheme(4, True, PerBlock(32)),
-    ):
-        rows = x.view(-1, x.shape[-1])
-        encoding = measure(rows, scheme)
-        if isinstance(scheme.granularity, PerTensor):
-            scale, zero_point = float(encoding.scale), int(-encoding.offset)
-            theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: (  # noqa: E731
-                torch.fake_quantize_per_tensor_affine(rows, s, z, 0, q)
-            )
-            against = "torch.fake_quantize_per_tensor_affine"
+    for scheme in (*tensor, *channels):
+        if scheme in tensor:
+            grid, against = measure(rows, scheme), "torch.fake_quantize_per_tensor_affine"
+            numbers = (float(grid.scale), int(-grid.offset), 0, scheme.steps)
+            theirs = partial(torch.fake_quantize_per_tensor_affine, rows, *numbers)
         else:
-            channel = measure(rows, Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0)))
-            scale, zero_point = channel.scale, -channel.offset
-            theirs = lambda rows=rows, s=scale, z=zero_point, q=scheme.steps: (  # noqa: E731
-                torch.fake_quantize_per_channel_affine(rows, s, z, 0, 0, q)
-            )
+            grid = measure(rows, Scheme(scheme.bitwidth, scheme.symmetric, channel))
             against = "torch.fake_quantize_per_channel_affine"
-        cases.append(
-            (
-                f"fake_quantize, {name}, {scheme}",
-                against,
-                lambda rows=rows, e=encoding: e.fake_quantize(rows),
-                theirs,
-            )
-        )
+            numbers = (grid.scale, -grid.offset, 0, 0, scheme.steps)
+            theirs = partial(torch.fake_quantize_per_channel_affine, rows, *numbers)
+        ours = partial(measure(rows, scheme).fake_quantize, rows)
+        cases.append((f"fake_quantize, {name}, {scheme}", against, ours, theirs))
     return cases
 
 
 def observer_cases(name: str, x: Tensor) -> list[Case]:
-    """One update each. HistogramObserver is timed with a range that stays, its best case, and with one that grows."""
+    """One update each. HistogramObserver is timed with a range that stays, its best case, and with
+    one that grows."""
     scheme, channel = Scheme(8, False), Scheme(8, True, PerChannel(0))
     rows = x.view(-1, x.shape[-1])
+    larger = 1.1 * rows
     minmax, per_channel = MinMaxObserver(), PerChannelMinMaxObserver(ch_axis=0)
-    histogram = (SampleObserver(True), HistogramObserver())
+    ours, theirs = SampleObserver(True), HistogramObserver()
+    ours.update(rows)
+    theirs(rows)
 
-    def grow(
-        make: Callable[[], object], update: Callable[[object, Tensor], object]
-    ) -> Callable[[], object]:
-        larger = 1.1 * rows
+    def our_growth() -> None:
+        observer = SampleObserver(True)
+        observer.update(rows)
+        observer.update(larger)
 
-        def run() -> None:
-            fresh = make()
-            update(fresh, rows)
-            update(fresh, larger)
+    def their_growth() -> None:
+        observer = HistogramObserver()
+        observer(rows)
+        observer(larger)
 
-        return run
-
-    histogram[0].update(rows)
-    histogram[1](rows)
-    return [
-        (
-            f"one read of the tensor (sum), {name}: the least that min-max can cost",
-            "MinMaxObserver",
-            lambda: rows.sum(),
-            lambda: minmax(rows),
-        ),
-        (
-            f"min-max, {name}, per tensor",
-            "MinMaxObserver",
-            lambda: group_range(rows, scheme),
-            lambda: minmax(rows),
-        ),
+    per_tensor, sampled = "MinMaxObserver", "HistogramObserver"
+    read = f"one read of the tensor (sum), {name}: the least that min-max can cost"
+    sample = f"sample (percentile, squared error, SQNR), {name}"
+    group, rows_minmax = partial(group_range, rows), partial(minmax, rows)
+    cases: list[Case] = [
+        (read, per_tensor, rows.sum, rows_minmax),
+        (f"min-max, {name}, per tensor", per_tensor, partial(group, scheme), rows_minmax),
         (
             f"min-max, {name}, per channel",
             "PerChannelMinMaxObserver",
-            lambda: group_range(rows, channel),
-            lambda: per_channel(rows),
+            partial(group, channel),
+            partial(per_channel, rows),
         ),
-        (
-            f"sample (percentile, squared error, SQNR), {name}",
-            "HistogramObserver",
-            lambda: histogram[0].update(rows),
-            lambda: histogram[1](rows),
-        ),
-        (
-            f"sample, {name}, two batches, the second wider",
-            "HistogramObserver",
-            grow(lambda: SampleObserver(True), lambda o, v: o.update(v)),  # type: ignore[attr-defined]
-            grow(HistogramObserver, lambda o, v: o(v)),  # type: ignore[operator]
-        ),
-        *(
-            (
-                f"encoding from what was seen, {what}, {name}",
-                "HistogramObserver.calculate_qparams",
-                partial(estimate_ranges, [histogram[0]], scheme, RangeEstimator(what)),
-                histogram[1].calculate_qparams,
-            )
-            for what in ("sqnr", "squared-error", "percentile")
-        ),
+        (sample, sampled, partial(ours.update, rows), partial(theirs, rows)),
+        (f"sample, {name}, two batches, the second wider", sampled, our_growth, their_growth),
     ]
+    for estimator in ("sqnr", "squared-error", "percentile"):
+        solve = partial(estimate_ranges, [ours], scheme, RangeEstimator(estimator))
+        what = f"encoding from what was seen, {estimator}, {name}"
+        qparams = "HistogramObserver.calculate_qparams"
+        cases.append((what, qparams, solve, theirs.calculate_qparams))
+    return cases
 
 
 def best_milliseconds(

@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -50,6 +50,12 @@ def earlier_result(name: str) -> dict[str, Any]:
     """What an earlier run wrote; empty if there is none."""
     file = RESULTS / f"{name}.json"
     return json.loads(file.read_text()) if file.exists() else {}
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    """A table."""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in lines)
 
 
 def write_table(page: str, script: str, text: str) -> None:
@@ -143,19 +149,6 @@ def ratio(seconds: Mapping[str, list[float]], name: str, to: str) -> float:
     return round(
         statistics.median(a / b for a, b in zip(seconds[name], seconds[to], strict=True)), 3
     )
-
-
-def make_row(
-    tool: str, way: str, seconds: Mapping[str, list[float]], peak: Mapping[str, int]
-) -> dict[str, Any]:
-    """A way's seconds, its ratio to `plain`, its memory."""
-    return {
-        "tool": tool,
-        "way": way,
-        "ratio": ratio(seconds, way, "plain"),
-        "seconds": [round(s, 3) for s in seconds[way]],
-        **peak,
-    }
 
 
 def peak_of(parts: dict[str, Any], needed: str, use: Callable[[Any], object]) -> dict[str, int]:

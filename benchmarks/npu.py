@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from measuring import RESULTS, SMOLLM2, machine_line, train_, write_table
+from measuring import RESULTS, SMOLLM2, machine_line, markdown, train_, write_table
 from qwlora import LayerRule, Scheme, Schemes, quantize_
 from qwlora.export.npu.aimet import open_aimet_graphs
 from qwlora.export.npu.qairt import open_qairt
@@ -120,7 +120,8 @@ def main() -> None:
         print(table([result]))
     else:
         file.write_text(json.dumps(result, indent=1) + "\n")
-        write_results()
+        results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("npu-*.json"))]
+        write_table("runtimes.md", "npu.py", f"{table(results)}\n\n{results[0]['machine']}")
 
 
 def exported(
@@ -253,54 +254,36 @@ def switching(folder: Path, ids: torch.Tensor) -> bool:
     return same
 
 
-def write_results() -> None:
-    """Write the table of all results into the docs."""
-    results = [json.loads(file.read_text()) for file in sorted(RESULTS.glob("npu-*.json"))]
-    write_table("runtimes.md", "npu.py", f"{table(results)}\n\n{results[0]['machine']}")
-
-
 def table(results: list[dict[str, Any]]) -> str:
-    lines = [
-        "| model | weights | target | adapter | perplexity simulated, CPU, HTP "
-        "| logits: HTP to CPU, HTP to simulation, CPU to simulation; two simulations "
-        "| same likeliest token: HTP to CPU, HTP to simulation; two simulations "
-        "| partitions | CPU nodes | bytes |",
-        "|---|---|---|---|---|---|---|---:|---:|---:|",
-    ]
+    rows = []
     for result in results:
-        for target in ("aimet", "qairt"):
-            for name, row in result.get(target, {}).items():
-                cpu = row["cpu"]
-                figures = [
-                    f"{row['simulated_perplexity']:.3f}, {cpu['perplexity']:.3f}, not run",
-                    f"not run, not run, {sqnr(cpu)}; {sqnr(row, 'perturbed_sqnr')} dB",
-                    f"CPU to simulation {cpu['top1_agreement']:.1%}; "
-                    f"{row['perturbed_top1_agreement']:.1%}",
-                ]
-                where = [result["model"], result["weights"], target, name]
-                cells = [*where, *figures, "", "", f"{row['bytes']:,}"]
-                lines.append(f"| {' | '.join(cells)} |")
-        for name, row in result.get("adapters", {}).items():
-            cpu, htp, placed = row["cpu"], row["htp"], row["placement"].values()
-            cells = [
-                result["model"],
-                result["weights"],
-                "qnn",
-                name,
-                ", ".join(
-                    f"{value:.3f}"
-                    for value in (row["simulated_perplexity"], cpu["perplexity"], htp["perplexity"])
-                ),
-                f"{sqnr(row, 'htp_sqnr')}, {sqnr(htp)}, {sqnr(cpu)}; "
-                f"{sqnr(row, 'perturbed_sqnr')} dB",
-                f"{row['htp_top1_agreement']:.1%}, {htp['top1_agreement']:.1%}; "
-                f"{row['perturbed_top1_agreement']:.1%}",
-                ", ".join(str(p["partitions"]) for p in placed),
-                str(sum(p["cpu_nodes"] for p in placed)),
-                f"{row['bytes']:,}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+        for target in ("aimet", "qairt", "qnn"):
+            of_target = result.get("adapters" if target == "qnn" else target, {})
+            for name, row in of_target.items():
+                cpu, htp, placed = row["cpu"], row.get("htp"), row.get("placement", {}).values()
+                ran = [f"{row['simulated_perplexity']:.3f}", f"{cpu['perplexity']:.3f}", "not run"]
+                distances, agreement = (
+                    ["not run", "not run"],
+                    f"CPU to simulation {cpu['top1_agreement']:.1%}",
+                )
+                if htp:
+                    ran[2] = f"{htp['perplexity']:.3f}"
+                    distances = [sqnr(row, "htp_sqnr"), sqnr(htp)]
+                    agreement = f"{row['htp_top1_agreement']:.1%}, {htp['top1_agreement']:.1%}"
+                rows.append(
+                    [
+                        *(result["model"], result["weights"], target, name, ", ".join(ran)),
+                        f"{', '.join([*distances, sqnr(cpu)])}; {sqnr(row, 'perturbed_sqnr')} dB",
+                        f"{agreement}; {row['perturbed_top1_agreement']:.1%}",
+                        ", ".join(str(p["partitions"]) for p in placed),
+                        sum(p["cpu_nodes"] for p in placed) if htp else "",
+                        f"{row['bytes']:,}",
+                    ]
+                )
+    head = ["model", "weights", "target", "adapter", "perplexity simulated, CPU, HTP"]
+    head += ["logits: HTP to CPU, HTP to simulation, CPU to simulation; two simulations"]
+    head += ["same likeliest token: HTP to CPU, HTP to simulation; two simulations"]
+    return markdown([*head, "partitions", "CPU nodes", "bytes"], rows)
 
 
 def sqnr(found: dict[str, Any], key: str = "sqnr") -> str:

@@ -34,9 +34,7 @@ RECIPE: dict[str, Any] = {
     "verify": {"sequences": 2},
 }
 MODELS: dict[str, dict[str, Any]] = {
-    "smollm2": {
-        "model": {"source": SMOLLM2},
-    },
+    "smollm2": {"model": {"source": SMOLLM2}},
     "gemma3-270m": {"model": {"source": gemma_file()}},
     # no second moments of a 1B model on a small machine
     "llama-1b": {
@@ -110,12 +108,7 @@ def job(name: str, scratch: Path) -> dict[str, Any]:
     rows = found["rows"]
     peak, estimated = (max(r[key] for r in rows) for key in ("peak_bytes", "estimated_bytes"))
     found["job"] = {"memory_ratio": round(peak / estimated, 3)}
-    for r in rows:
-        print(
-            f"{name:12} {r['stage']:24} {r['peak_bytes'] / 1e6:7.0f} MB, estimated {r['estimated_bytes'] / 1e6:7.0f} ({r['memory_ratio']:.2f})",
-            flush=True,
-        )
-    print(f"{name:12} whole job: {found['job']}", flush=True)
+    print(name, json.dumps(found, indent=1), flush=True)
     return found
 
 

@@ -45,11 +45,8 @@ def capture(file: Path) -> None:
     inputs: dict[str, list[Tensor]] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and any(f".layers.{block}." in name for block in BLOCKS):
-            module.register_forward_pre_hook(
-                lambda _, args, name=name: inputs.setdefault(name, []).append(
-                    args[0].flatten(0, -2)
-                )
-            )
+            keep = lambda _, x, name=name: inputs.setdefault(name, []).append(x[0].flatten(0, -2))  # noqa: E731
+            module.register_forward_pre_hook(keep)
     with torch.no_grad():
         for row in ids:
             model(row[None], use_cache=False)
@@ -76,10 +73,8 @@ def theirs(weight: Tensor, x: Tensor, size: int) -> tuple[Tensor, float]:
 
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     layer.weight.data = weight.clone()
-    solver = GPTQ(
-        layer,
-        QuantizeConfig(bits=4, group_size=size, sym=True, desc_act=False, act_group_aware=False),
-    )
+    config = {"bits": 4, "group_size": size, "desc_act": False, "act_group_aware": False}
+    solver = GPTQ(layer, QuantizeConfig(**config, sym=True))
     solver.quantizer.configure(perchannel=True)
     solver.add_batch(x.unsqueeze(0), layer(x.unsqueeze(0)))
     solver.finalize_hessian()
@@ -126,14 +121,16 @@ def main() -> None:
     summary = {}
     for sweeps, grid in product(SWEEPS, GRIDS):
         chosen = [(a, b) for a, b in pairs[sweeps] if a["grid"] == grid]
-        ratios = [a["error"] / b["error"] for a, b in chosen]
+        ratios, count = [a["error"] / b["error"] for a, b in chosen], len(chosen)
+        ours_seconds, their_seconds = (
+            sum(x["seconds"] for x in side) for side in zip(*chosen, strict=True)
+        )
         summary[f"{grid}, {sweeps} sweeps"] = {
-            "layers": len(chosen),
-            "seconds_ratio": sum(a["seconds"] for a, _ in chosen)
-            / sum(b["seconds"] for _, b in chosen),
-            "error_ratio_mean": sum(ratios) / len(ratios),
+            "layers": count,
+            "seconds_ratio": ours_seconds / their_seconds,
+            "error_ratio_mean": sum(ratios) / count,
             "error_ratio_worst": max(ratios),
-            "our_seconds_per_layer": sum(a["seconds"] for a, _ in chosen) / len(chosen),
+            "our_seconds_per_layer": ours_seconds / count,
         }
     write_result(
         "quantize", {"machine": machine_line(), "ours_over_gptqmodel": summary, "layers": pairs}

@@ -22,28 +22,11 @@ from measuring import machine_line, run_python, write_result
 from qwlora.system.memory import peak_rss_bytes
 
 SCHEME = "w4-block32"
+NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 SIZES = {
-    "0.3B": {
-        "hidden_size": 1024,
-        "intermediate_size": 2816,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-    },
-    "1B": {
-        "hidden_size": 2048,
-        "intermediate_size": 5632,
-        "num_hidden_layers": 22,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "3B": {
-        "hidden_size": 3072,
-        "intermediate_size": 8192,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 24,
-        "num_key_value_heads": 8,
-    },
+    "0.3B": dict(zip(NAMES, (1024, 2816, 22, 16), strict=True)),
+    "1B": dict(zip(NAMES, (2048, 5632, 22, 32), strict=True)),
+    "3B": dict(zip(NAMES, (3072, 8192, 28, 24), strict=True)),
 }
 VOCABULARY = 32000
 GIB = 2**30
@@ -59,6 +42,7 @@ def write_checkpoint(folder: Path, sizes: dict[str, int]) -> int:
 
     config = LlamaConfig(
         **sizes,
+        num_key_value_heads=8,
         vocab_size=VOCABULARY,
         tie_word_embeddings=False,
         dtype="bfloat16",

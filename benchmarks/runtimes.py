@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from measuring import SMOLLM2, earlier_result, machine_line, write_result, write_table
+from measuring import SMOLLM2, earlier_result, machine_line, markdown, write_result, write_table
 from qwlora.data.sequences import Sequences
 from qwlora.export import registry
 from qwlora.export.onnx.genai import GenaiRuntime
@@ -75,38 +75,30 @@ def recipe(texts: Path) -> dict[str, Any]:
 
 def table(bundles: dict[str, dict[str, Any]]) -> str:
     """Figures of every runtime, with exact settings and as shipped."""
-    lines = [
-        "| runtime | settings | adapter | log-probability off by, at most | same likeliest token "
-        "| perplexity, expected and here | gain kept | tokens/s, prompt and new "
-        "| memory | switch |",
-        "|---|---|---|---|---|---|---|---|---|---|",
-    ]
+    head = ["runtime", "settings", "adapter", "log-probability off by, at most"]
+    head += ["same likeliest token", "perplexity, expected and here", "gain kept"]
+    head += ["tokens/s, prompt and new", "memory", "switch"]
+    rows = []
     for target, records in bundles.items():
         for name, record in records.items():
             for settings in ("exact", "shipped"):
-                figures = record["figures"].get(settings)
-                if figures is None:
+                if (figures := record["figures"].get(settings)) is None:
                     continue
                 base, own = figures["base"], figures["adapter"]
                 trained = base["reference_perplexity"] - own["reference_perplexity"]
-                kept = (base["perplexity"] - own["perplexity"]) / trained
-                lines.append(
-                    f"| {target} | {settings} | {name} | {own['max_log_prob_difference']:.2g} "
-                    f"| {own['top1_agreement']:.4f} | {own['reference_perplexity']:.3f}, "
-                    f"{own['perplexity']:.3f} | {kept:.1%} "
-                    f"| {figures['prefill_tokens_per_second']:.0f}, "
-                    f"{figures['decode_tokens_per_second']:.1f} "
-                    f"| {record['figures']['peak_memory_bytes'] / 1e6:.0f} MB "
-                    f"| {1000 * figures['switch_seconds']:.3g} ms |"
+                speeds = (figures["prefill_tokens_per_second"], figures["decode_tokens_per_second"])
+                rows.append(
+                    [
+                        *(target, settings, name, f"{own['max_log_prob_difference']:.2g}"),
+                        f"{own['top1_agreement']:.4f}",
+                        f"{own['reference_perplexity']:.3f}, {own['perplexity']:.3f}",
+                        f"{(base['perplexity'] - own['perplexity']) / trained:.1%}",
+                        f"{speeds[0]:.0f}, {speeds[1]:.1f}",
+                        f"{record['figures']['peak_memory_bytes'] / 1e6:.0f} MB",
+                        f"{1000 * figures['switch_seconds']:.3g} ms",
+                    ]
                 )
-    return "\n".join(lines)
-
-
-def own_table(found: dict[str, float]) -> str:
-    """Perplexities of the base on the proof's text of adapter a."""
-    rows = [f"| {name} | {value:.3f} |" for name, value in found.items()]
-    head = ["| quantized by | perplexity of the base, exact settings |", "|---|---:|"]
-    return "\n".join([*head, *rows])
+    return markdown(head, rows)
 
 
 def own_routes(data: Sequences) -> dict[str, float]:
@@ -208,7 +200,9 @@ def main() -> None:
     write_result("runtimes", result)
     parts = [table(result["bundles"]), result["machine"]]
     if "own" in result:
-        parts.append(own_table(result["own"]))
+        # perplexities of the base on the proof's text of adapter a
+        head = ["quantized by", "perplexity of the base, exact settings"]
+        parts.append(markdown(head, [(k, f"{v:.3f}") for k, v in result["own"].items()]))
     page = "\n\n".join(parts)
     write_table("runtimes.md", "runtimes.py", page)
     print(page)

@@ -5,7 +5,6 @@
     python benchmarks/train.py time --rounds 1         a smoke test; writes nothing
     python benchmarks/train.py memory                  writes benchmarks/results/train_memory.json
     python benchmarks/train.py memory --only plain ours --steps 2 --rounds 1
-    python benchmarks/train.py shared                  writes benchmarks/results/shared_cpu.json
 
 time: forward and backward, also of bitsandbytes' NF4 (extra `benchmarks`; without it its row is left out). Candidates are measured in groups, each with plain
 float32 PEFT in it: [plain, a bitwidth in float32, the same in bfloat16] for each bitwidth, and [plain, plain bfloat16, NF4]. Within a group they take turns
@@ -18,10 +17,6 @@ resident size of the whole process during the steps (VmHWM, counted anew after l
 size before anything is loaded, so the difference is what model and step cost. `ours` trains as the train stage does (`adapter/train.py`), `plain` as anybody
 runs it. The embedding, which is the head too, is float32, or with `head int8` of 8 bits per block of 32, as in the model's own file. `ratio` is of whole peaks;
 `ratio_above_imports` of the differences. Seconds are the median of the steps after the first, the ratio of times the median of the ratios of the rounds.
-
-shared: whole steps of 512 tokens on the packed base, alone and beside one and two processes that compute without a pause. Three processes take turns, one step
-each: `before` leaves OMP_WAIT_POLICY unset, so threads spin while they wait for one another; `after` has OMP_WAIT_POLICY=passive, what the command line sets;
-`one thread` has nothing to wait for. A ratio is the median, over the rounds, of two steps of the same round.
 """
 
 from __future__ import annotations
@@ -32,10 +27,7 @@ import copy
 import importlib.util
 import json
 import math
-import os
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from functools import partial
@@ -74,11 +66,6 @@ WAYS: dict[str, dict[str, Any]] = {
     "ours-checkpointing, head int8": {"base": "w4-head8", "checkpointing": True},
     "ours-bf16-checkpointing, head int8": {"base": "w4-head8", "checkpointing": True, "half": True},
 }
-SHARED = {
-    "before": {},
-    "after": {"OMP_WAIT_POLICY": "passive"},
-    "one thread": {"OMP_NUM_THREADS": "1"},
-}
 GOALS = {
     "ours": (0.78, 1.02),
     "ours-checkpointing": (0.25, 1.2),
@@ -112,16 +99,9 @@ def nf4(base: nn.Module) -> tuple[nn.Module, float]:
     held = floats = 0
     for path, module in list(base.named_modules()):
         if isinstance(module, nn.Linear) and path != "lm_head":
-            layer = bnb.nn.Linear4bit(
-                module.in_features,
-                module.out_features,
-                bias=False,
-                compute_dtype=torch.float32,
-                quant_type="nf4",
-            )
-            layer.weight = bnb.nn.Params4bit(
-                module.weight.data, requires_grad=False, quant_type="nf4"
-            )
+            sizes, nf4 = (module.in_features, module.out_features), {"quant_type": "nf4"}
+            layer = bnb.nn.Linear4bit(*sizes, bias=False, compute_dtype=torch.float32, **nf4)
+            layer.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, **nf4)
             base.set_submodule(path, layer.to("cpu"))
             held += layer.weight.nbytes + layer.weight.quant_state.absmax.nbytes
             floats += 4 * module.weight.numel()
@@ -181,20 +161,17 @@ def goals(rows: list[dict[str, Any]]) -> dict[str, bool]:
     """Each goal, and whether it holds at all bitwidths that were measured."""
     ours = [row for row in rows if row["candidate"].startswith("w")]
     floats = [row for row in ours if row["candidate"].endswith(" float32")]
-    return {
-        **{
-            f"step at {tokens} tokens <= {limit}": all(
-                r["ratio"] <= limit for r in floats if r["tokens"] == tokens
-            )
-            for tokens, limit in LIMITS.items()
-        },
-        "resident <= (bits + 0.6) / 32": all(
-            r["resident"] <= (int(r["candidate"][1]) + 0.6) / 32 for r in floats
-        ),
-        "bfloat16 faster than float32": all(
-            r["to_its_float32"] < 1 for r in ours if "to_its_float32" in r
-        ),
+    held = {
+        f"step at {tokens} tokens <= {limit}": all(
+            row["ratio"] <= limit for row in floats if row["tokens"] == tokens
+        )
+        for tokens, limit in LIMITS.items()
     }
+    held["resident <= (bits + 0.6) / 32"] = all(
+        row["resident"] <= (int(row["candidate"][1]) + 0.6) / 32 for row in floats
+    )
+    halves = [row["to_its_float32"] for row in ours if "to_its_float32" in row]
+    return held | {"bfloat16 faster than float32": all(half < 1 for half in halves)}
 
 
 def compare_times(groups: list[str], rounds: int) -> None:
@@ -312,78 +289,14 @@ def compare_memory(names: list[str], steps: int, rounds: int) -> None:
     write_result("train_memory", {**machine, "rows": rows})
 
 
-def serve(folder: Path) -> None:
-    """Train one step for each line on stdin, and answer with its seconds."""
-    from peft import LoraConfig, get_peft_model
-
-    from qwlora.adapter.training_step import memory_saving
-    from qwlora.formats.base_folder import load_base
-
-    config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
-    model = get_peft_model(load_base(folder / "w4"), config).train()
-    optimizer = torch.optim.AdamW(p for p in model.parameters() if p.requires_grad)
-    ids = torch.randint(0, 49152, (1, 512))
-    with memory_saving(model):
-        for _ in sys.stdin:
-            began = time.perf_counter()
-            model(input_ids=ids, labels=ids).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            print(time.perf_counter() - began, flush=True)
-
-
-def start(folder: str, environment: dict[str, str]) -> subprocess.Popen[str]:
-    """A process that serves steps."""
-    settings = ("OMP_WAIT_POLICY", "OMP_NUM_THREADS", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
-    inherited = {k: v for k, v in os.environ.items() if k not in settings}
-    command = [sys.executable, __file__, "serve", "--folder", folder]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
-    return subprocess.Popen(command, env=inherited | environment, **pipes)
-
-
-def ask(trainer: subprocess.Popen[str]) -> float:
-    """The seconds of one step."""
-    assert trainer.stdin is not None
-    assert trainer.stdout is not None
-    trainer.stdin.write("step\n")
-    return float(trainer.stdout.readline())
-
-
-def compare_shared(rounds: int) -> None:
-    rows = []
-    with tempfile.TemporaryDirectory() as folder:
-        run_python(__file__, "prepare", "--folder", folder)
-        trainers = {way: start(folder, environment) for way, environment in SHARED.items()}
-        for trainer in trainers.values():
-            ask(trainer)  # warms up
-        for busy in (0, 1, 2):
-            loops = [
-                subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)
-            ]
-            turns = [{way: ask(t) for way, t in trainers.items()} for _ in range(rounds)]
-            for loop in loops:
-                loop.kill()
-                loop.wait()
-            seconds = {way: [turn[way] for turn in turns] for way in SHARED}
-            row = {"busy": busy, **{way: statistics.median(s) for way, s in seconds.items()}}
-            row |= {f"before / {way}": ratio(seconds, "before", way) for way in SHARED}
-            rows.append(row)
-            print(row, flush=True)
-        for trainer in trainers.values():
-            trainer.communicate()
-    write_result("shared_cpu", {"machine": machine_line(), "rows": rows})
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("what", choices=("time", "memory", "shared", "prepare", "measure", "serve"))
+    parser.add_argument("what", choices=("time", "memory", "prepare", "measure"))
     groups = [*(f"w{bits}" for bits in SCHEMES), "others"]
     parser.add_argument("--only", nargs="*", choices=[*groups, *WAYS], help="groups, or ways")
-    parser.add_argument(
-        "--rounds", type=int, help="turns of each candidate (7), way (3) or process (5)"
-    )
+    parser.add_argument("--rounds", type=int, help="turns of each candidate (7) or way (3)")
     parser.add_argument("--steps", type=int, default=3, help="of a way; the first is not timed")
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -393,10 +306,6 @@ def main() -> None:
             compare_times(options.only or groups, options.rounds or 7)
         case "memory":
             compare_memory(options.only or list(WAYS), options.steps, options.rounds or 3)
-        case "shared":
-            compare_shared(options.rounds or 5)
-        case "serve":
-            serve(options.folder)
         case "prepare":
             prepare(options.folder)
             print("null")

@@ -47,11 +47,10 @@ if TYPE_CHECKING:
     from qwlora.quantize.tune_scales import TuningReport, TuningSettings, tune_
     from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
     from qwlora.simulation.load_simulation import load_simulation
-    from qwlora.simulation.placement import PlacementLog
-    from qwlora.simulation.placement_rules import PlacementRule, Policy, PolicyRule
+    from qwlora.simulation.placement import Placement
+    from qwlora.simulation.placement_rules import PlacementRule, Policy, PolicyRule, Schemes
     from qwlora.simulation.simulated_model import SimulatedModel
     from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
-    from qwlora.simulation.simulation_schemes import Schemes
     from qwlora.simulation.training_graph import TrainingGraph
     from qwlora.system.progress import Track
 
@@ -86,11 +85,10 @@ _NAMES = {
     "quantize.tune_scales": ("TuningReport", "TuningSettings", "tune_"),
     "simulation.adapter_simulations": ("AdapterSimulations", "simulate_adapters"),
     "simulation.load_simulation": ("load_simulation",),
-    "simulation.placement": ("PlacementLog",),
-    "simulation.placement_rules": ("PlacementRule", "Policy", "PolicyRule"),
+    "simulation.placement": ("Placement",),
+    "simulation.placement_rules": ("PlacementRule", "Policy", "PolicyRule", "Schemes"),
     "simulation.simulated_model": ("SimulatedModel",),
     "simulation.simulation": ("CalibrationReport", "Simulation", "simulate"),
-    "simulation.simulation_schemes": ("Schemes",),
     "simulation.training_graph": ("TrainingGraph",),
     "system.progress": ("Track",),
 }
@@ -114,7 +112,7 @@ __all__ = [
     "PerBlock",
     "PerChannel",
     "PerTensor",
-    "PlacementLog",
+    "Placement",
     "PlacementRule",
     "Policy",
     "PolicyRule",

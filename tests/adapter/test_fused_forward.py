@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from conftest import tiny_model
 from qwlora.adapter.fused_forward import fused_lora
 from qwlora.nn import PackedLinear
-from qwlora.nn.packed_matmul import LinearAddFunction
+from qwlora.nn.weight_view import LinearAddFunction
 from qwlora.quantize.quantize_model import quantize_
 
 IDS = torch.arange(64).view(2, 32)

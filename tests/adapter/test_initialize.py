@@ -16,9 +16,10 @@ from conftest import tiny_model
 from qwlora.adapter.initialize import Measure, initialize_, solver_difference
 from qwlora.errors import TrainingError
 from qwlora.grid.min_max import measure
+from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.grid.second_moments import LayerMoments, MomentStore
-from qwlora.nn import PackedLinear, weight_out_in
+from qwlora.nn import pack_module, weight_out_in
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.quantize.quantize_blocks import observe_moments
 from qwlora.quantize.quantize_model import quantize_
@@ -264,11 +265,8 @@ def test_float_offset_is_the_solvers_too() -> None:
         Scheme(4, False, PerBlock(8), float_offset=True),
     )
     encoding = measure(weight, scheme)
-    model = torch.nn.Sequential(
-        PackedLinear.from_codes(
-            encoding.quantize(weight), encoding, torch.nn.Parameter(torch.zeros(24))
-        )
-    )
+    tensor = QuantizedTensor(encoding.quantize(weight), encoding)
+    model = torch.nn.Sequential(pack_module(torch.nn.Linear(weight.shape[1], 24), tensor))
     solved, before = model[0].tensor.dequantize(), model[0].tensor.parts.scale
     tuned = Tunable(model)
     with torch.no_grad():

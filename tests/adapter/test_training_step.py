@@ -15,7 +15,7 @@ import qwlora
 from conftest import tiny_model
 from qwlora.adapter.chunked_loss import ChunkedLoss
 from qwlora.adapter.training_step import onednn_float32_matmul
-from qwlora.nn.packed_matmul import LinearAddFunction
+from qwlora.nn.weight_view import LinearAddFunction
 
 
 def weight_changes(lean: bool, half: bool, chunked: bool = True) -> dict[str, Tensor]:

@@ -32,7 +32,7 @@ from qwlora.export.proof.compare import LayerFigures
 from qwlora.formats.aimet_encodings import convert, read_encodings
 from qwlora.formats.model_source import locate
 from qwlora.nn import PackedLinear
-from qwlora.nn.finite import check_finite
+from qwlora.nn.frozen import check_finite
 from qwlora.pipeline.commands.open_job import job_recipe
 from qwlora.pipeline.commands.push import Upload, send
 from qwlora.quantize.quantize_model import quantize_

@@ -14,7 +14,7 @@ import qwlora
 from conftest import text
 from qwlora.formats.aimet_encodings import EncodingsFile, write_encodings
 from qwlora.formats.aimet_encodings.grids import entry_of
-from qwlora.nn.frozen import packed_layers
+from qwlora.nn.packed_layer import packed_layers
 
 PAGE = Path(__file__).parents[2] / "docs" / "aimet-guide.md"
 

@@ -34,7 +34,7 @@ from qwlora.export.weights.weights_folder import layer_kind
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, short_name
-from qwlora.nn.frozen import packed_weights
+from qwlora.nn.packed_layer import packed_weights
 from simulation.tiny_architectures import DECODER, make, with_large_weights
 
 PAGE = Path(__file__).parents[2] / "docs" / "support.md"

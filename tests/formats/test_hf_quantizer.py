@@ -34,7 +34,7 @@ from qwlora.errors import FingerprintError, SourceError
 from qwlora.formats import hf_quantizer
 from qwlora.formats.base_files import BaseWriter
 from qwlora.grid.scheme import parse_scheme
-from qwlora.nn.frozen import packed_layers
+from qwlora.nn.packed_layer import packed_layers
 from qwlora.quantize.layer_rules import LayerRule
 
 IDS = torch.arange(40).view(2, 20)

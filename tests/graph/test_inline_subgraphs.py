@@ -68,7 +68,7 @@ def test_layers_under_wrappers_are_simulated_and_exported(tmp_path: Path) -> Non
         f"{layer}.weight" for layer in layers
     }
     assert {f"{layer}.linear" for layer in layers} <= set(made.encodings)
-    assert next(p for p in made.explanation if p.operator == "relu").name == "output.relu"
+    assert next(p for p in made.placement.values if p.operator == "relu").name == "output.relu"
     with torch.no_grad(), made.only():
         assert torch.equal(made(x=X), model(X))
     export_onnx(made.graph(), tmp_path)
@@ -127,7 +127,7 @@ def test_adapted_experts_are_base_weight_and_factors(tmp_path: Path) -> None:
     assert sum(kind is Kind.ADAPTER for kind in kinds.values()) == 4
     sums = {
         p.operator: p
-        for p in made.explanation
+        for p in made.placement.values
         if p.module == experts and p.operator in ("baddbmm", "index")
     }
     assert {p.reason for p in sums.values()} == {

@@ -11,6 +11,7 @@ from formats.packing import quantized
 from qwlora import PackedLinear, quantize_
 from qwlora.errors import GridError
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.nn import pack_module
 from qwlora.nn.few_row_kernels import ROWS, use_few_row_kernels_
 from qwlora.nn.frozen import assert_frozen
 
@@ -38,8 +39,9 @@ FITS_NOT = [
 def packed(scheme: Scheme, outputs: int = 48, inputs: int = 192) -> PackedLinear:
     torch.manual_seed(0)
     found = quantized(torch.randn(outputs, inputs), scheme)
-    bias = nn.Parameter(torch.randn(outputs), requires_grad=False)
-    return PackedLinear.from_codes(found.codes, found.encoding, bias)
+    linear = nn.Linear(inputs, outputs).requires_grad_(False)
+    linear.bias.copy_(torch.randn(outputs))
+    return pack_module(linear, found)
 
 
 @torch.no_grad()

@@ -16,7 +16,7 @@ from qwlora.analysis.token_scores import perplexity
 from qwlora.errors import CalibrationError, NonFiniteError
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
-from qwlora.nn.finite import check_base_finite, check_finite
+from qwlora.nn.frozen import check_base_finite, check_finite
 from qwlora.quantize.quantize_model import quantize_checkpoint
 
 IDS = torch.arange(24).view(2, 12)

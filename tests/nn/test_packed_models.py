@@ -10,13 +10,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     GptOssConfig,
-    GptOssForCausalLM,
     MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedModel,
     Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
 )
 
 from conftest import ARCHITECTURES, tiny_model
@@ -152,19 +150,13 @@ def test_starts_that_change_the_base_are_refused(start: str) -> None:
 def test_whole_models_with_embeddings_and_tied_heads(architecture: str) -> None:
     model, twin = packed_and_twin(tiny_model(architecture), "w4-block32")
     packed = packed_weights(model)
-    assert all(
-        is_packed(m)
-        for n, m in model.named_modules()
-        if n == "lm_head" or isinstance(m, nn.Linear | nn.Embedding)
-    )
+    kinds = (nn.Linear, nn.Embedding)
+    assert all(is_packed(m) for m in model.modules() if isinstance(m, kinds))
     head = packed["lm_head.weight"]
     assert head.is_tied is model.config.tie_word_embeddings
     model.tie_weights()
-    assert {p.dtype for p in model.state_dict().values()} <= {
-        torch.float32,
-        torch.float16,
-        torch.uint8,
-    }
+    dtypes = {tensor.dtype for tensor in model.state_dict().values()}
+    assert dtypes <= {torch.float32, torch.float16, torch.uint8}
     with torch.no_grad():
         torch.testing.assert_close(model(IDS).logits, twin(IDS).logits, rtol=1e-5, atol=1e-4)
     again = copy.deepcopy(model)
@@ -178,28 +170,16 @@ def test_whole_models_with_embeddings_and_tied_heads(architecture: str) -> None:
 
 def experts(kind: str, implementation: str | None = None) -> PreTrainedModel:
     torch.manual_seed(0)
-    size = {
-        "vocab_size": 100,
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 8,
-    }
-    counts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    model: PreTrainedModel
-    match kind:
-        case "mixtral":
-            model = MixtralForCausalLM(MixtralConfig(**size, **counts))
-        case "qwen3":
-            model = Qwen3MoeForCausalLM(
-                Qwen3MoeConfig(
-                    **size, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48
-                )
-            )
-        case _:
-            model = GptOssForCausalLM(GptOssConfig(**size, **counts))
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
+    size = {"vocab_size": 100, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    config: Any = {
+        "mixtral": MixtralConfig(**size, **heads, num_local_experts=4, num_experts_per_tok=2),
+        "qwen3": Qwen3MoeConfig(
+            **size, **heads, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=48
+        ),
+        "gpt-oss": GptOssConfig(**size, **heads, num_local_experts=4, num_experts_per_tok=2),
+    }[kind]
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
@@ -215,13 +195,7 @@ def test_experts_compute_and_learn_as_their_floats_do(
     kind: str, implementation: str | None
 ) -> None:
     model, twin = packed_and_twin(experts(kind, implementation), "w4-block16-asymmetric")
-    assert (
-        sum(
-            name.endswith(("experts.gate_up_proj", "experts.down_proj"))
-            for name in packed_weights(model)
-        )
-        == 4
-    )
+    assert sum(name.endswith(tuple(EXPERTS)) for name in packed_weights(model)) == 4
     assert not any(module.training for module in model.modules())
     attention = LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
     count = same_step(
@@ -328,10 +302,5 @@ def test_gradient_checkpointing_and_generation() -> None:
         atol=1e-5,
     )
     ours.gradient_checkpointing_disable()
-    options = {
-        "input_ids": IDS,
-        "attention_mask": torch.ones_like(IDS),
-        "max_new_tokens": 4,
-        "do_sample": False,
-    }
-    assert torch.equal(ours.eval().generate(**options), theirs.eval().generate(**options))
+    options = {"attention_mask": torch.ones_like(IDS), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(ours.eval().generate(IDS, **options), theirs.eval().generate(IDS, **options))

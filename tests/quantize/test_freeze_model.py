@@ -17,7 +17,7 @@ from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
-from qwlora.nn.frozen import packed_weights
+from qwlora.nn.packed_layer import packed_weights
 
 IDS = torch.arange(24).reshape(2, 12) % VOCABULARY
 

@@ -20,8 +20,9 @@ from conftest import tiny_model
 from qwlora.errors import CalibrationError, GridError, RecipeError, SourceError
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.min_max import measure
+from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
-from qwlora.nn import PackedLinear
+from qwlora.nn import PackedLinear, pack_module
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.job.job_paths import SOLVER_SCALES
 from qwlora.pipeline.job.job_texts import JobTexts
@@ -83,7 +84,7 @@ def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
     model, scheme = nn.Sequential(nn.Linear(32, 24)), SCHEMES[name]
     weight = model[0].weight.detach()
     encoding = measure(weight, scheme)
-    layer = PackedLinear.from_codes(encoding.quantize(weight), encoding, model[0].bias)  # type: ignore[arg-type]
+    layer = pack_module(model[0], QuantizedTensor(encoding.quantize(weight), encoding))
     model[0] = layer
     x = torch.randn(2, 5, 32, generator=torch.Generator().manual_seed(1), requires_grad=True)
     tuned = Tunable(model)

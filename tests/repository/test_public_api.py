@@ -27,15 +27,15 @@ RETURNED = {
     "CalibrationReport",
     "InitReports",
     "PackedLinear",
-    "PlacementLog",
+    "Placement",
 }
 RETURNED |= {"QuantizeReport", "SimulatedModel", "Simulation", "TrainingGraph", "TuningReport"}
 INTERNAL = {
     "PackedLinear": {"from_layer", "packed_weight", "tensor"},
-    "PlacementLog": {"grid"},
+    "Placement": {"marks"},
     "PlacementRule": {"options"},
     "PolicyRule": {"options"},
-    "Simulation": {"explanation", "graph", "marks"},
+    "Simulation": {"graph", "marks"},
 }
 
 

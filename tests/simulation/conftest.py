@@ -39,23 +39,10 @@ class Table:
     rows: dict[str, list[str]] = field(default_factory=dict)
 
     def to_markdown(self, order: list[str]) -> str:
-        lines = [
-            f"| {' | '.join(COLUMNS.split(', '))} |",
-            "|---|---|" + "--:|" * (COLUMNS.count(",") - 1),
-        ]
-        return (
-            "\n".join(
-                [
-                    *lines,
-                    *(
-                        f"| {' | '.join([name, *self.rows[name]])} |"
-                        for name in order
-                        if name in self.rows
-                    ),
-                ]
-            )
-            + "\n"
-        )
+        columns = COLUMNS.split(", ")
+        lines = [columns, ["---"] * 2 + ["--:"] * (len(columns) - 2)]
+        lines += [[name, *self.rows[name]] for name in order if name in self.rows]
+        return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -23,24 +23,22 @@ from qwlora.export.proof.compare import OutputFigures
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.capture import Captured, capture
 from qwlora.graph.quantized_graph import Kind
+from qwlora.simulation.saved_simulation import SimulationSource
 from qwlora.simulation.simulation import Simulation
 from simulation.conftest import Table
 from simulation.tiny_architectures import ALL, inputs, make
 
 SEEDS = range(3)
-BELOW_FLOOR = {
-    16: 6.0,
-    8: 15.0,
-}  # at 8 bits one value that falls on the other side of a border is 30 dB of a tiny output
+# at 8 bits one value that falls on the other side of a border is 30 dB of a tiny output
+BELOW_FLOOR = {16: 6.0, 8: 15.0}
 
 
 def adapted(name: str) -> nn.Module:
     """A packed model with a LoRA on every linear layer."""
     model = make(name)
     report = quantize_(model, "w4-block32")
-    linear = [
-        path.removesuffix(".weight") for path in report.layers
-    ]  # where PEFT does not know the model
+    # where PEFT does not know the model
+    linear = [path.removesuffix(".weight") for path in report.layers]
     torch.manual_seed(1)
     targets = "all-linear" if isinstance(model, PreTrainedModel) else linear
     return get_peft_model(model, LoraConfig(r=4, target_modules=targets, init_lora_weights=False))
@@ -63,10 +61,8 @@ def train(model: nn.Module, name: str) -> None:
         optimizer.zero_grad()
         assert math.isfinite(float(loss))
     model.eval()
-    assert (
-        sum(not torch.equal(old, new) for old, new in zip(before, trained, strict=True))
-        > len(trained) / 2
-    )
+    changed = [not torch.equal(old, new) for old, new in zip(before, trained, strict=True)]
+    assert sum(changed) > len(trained) / 2
 
 
 def simulated(
@@ -95,42 +91,29 @@ def exported(
     seconds = time.perf_counter() - start
     batches = [inputs(name, seed) for seed in range(2)]
     parity = verify_onnx_outputs(folder, simulation, batches, limits=None)
-    tiny = ALL[name]
-    check_parity(
-        parity,
-        Limits(
-            layer_steps=tiny.layer_steps,
-            layer_mean_steps=tiny.layer_mean_steps,
-            below_floor=BELOW_FLOOR[bitwidth],
-        ),
-        name,
+    steps = (ALL[name].layer_steps, ALL[name].layer_mean_steps)
+    limits = Limits(
+        layer_steps=steps[0], layer_mean_steps=steps[1], below_floor=BELOW_FLOOR[bitwidth]
     )
+    check_parity(parity, limits, name)
     return parity, seconds
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if tiny.slow else [])
-        for name, tiny in ALL.items()
-    ],
+    [pytest.param(n, marks=pytest.mark.slow if tiny.slow else ()) for n, tiny in ALL.items()],
 )
 def test_the_whole_job(name: str, table: Table, tmp_path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore"
-        )  # what libraries say about their own arguments and optional parts
+        # what libraries say about their own arguments and optional parts
+        warnings.simplefilter("ignore")
         model = adapted(name)
         train(model, name)
         start = time.perf_counter()
         captured = capture(model, inputs(name))
-        row = [
-            _shapes(captured),
-            str(len(captured.program.graph.nodes)),
-            "",
-            f"{time.perf_counter() - start:.1f}",
-        ]
+        nodes = str(len(captured.program.graph.nodes))
+        row = [_shapes(captured), nodes, "", f"{time.perf_counter() - start:.1f}"]
         found = {bitwidth: simulated(model, captured, name, bitwidth) for bitwidth in (16, 8)}
     simulation = found[16][0]
     packed = {m for m in simulation.marks if m.kind is Kind.BASE}

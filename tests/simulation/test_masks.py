@@ -69,13 +69,10 @@ def relative_error(simulation: Simulation, batch: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("mask", ["sinks", "sub", "add_", "masked_fill_"])
 def test_masked_scores_are_float_up_to_the_softmax(mask: str) -> None:
     made = attention(mask)
-    reasons = {p.operator: p.reason for p in made.explanation}
-    between = {"sinks": ("add", "cat", "max", "sub"), "sub": ("sub", "div")}.get(
-        mask, (mask, "div")
-    )
-    assert {
-        operator for operator, reason in reasons.items() if reason == "combined with a mask"
-    } == set(between)
+    reasons = {p.operator: p.reason for p in made.placement.values}
+    between = {"sinks": {"add", "cat", "max", "sub"}}.get(mask, {mask, "div"})
+    masked = {operator for operator, reason in reasons.items() if reason == "combined with a mask"}
+    assert masked == between
     assert made.calibrate([given(seed) for seed in range(3)]).masks == ()
     assert "output.softmax" in made.encodings
     assert relative_error(made, given(0)) < 1e-3
@@ -88,7 +85,7 @@ def test_what_only_a_mask_holds_loses_its_quantizer_whatever_made_it(mask: str) 
     assert {f"output.{mask}", "output.div"} <= set(report.masks)
     assert relative_error(made, given(0)) < 1e-3
     assert (
-        next(p for p in made.explanation if p.name == "output.div").reason
+        next(p for p in made.placement.values if p.name == "output.div").reason
         == "a mask: values beyond 1e30"
     )
 
@@ -127,7 +124,7 @@ def test_a_mask_among_the_inputs_loses_its_quantizer() -> None:
     }
     made = simulate(Masked().eval(), batch)
     assert set(made.calibrate([batch]).masks) == {"mask", "output.add"}
-    assert next(p for p in made.placement.weights if p.name == "mask").decision is Decision.FLOAT
+    assert next(p for p in made.placement.values if p.name == "mask").decision is Decision.FLOAT
     assert relative_error(made, batch) < 1e-3
 
 
@@ -144,11 +141,9 @@ def test_what_a_mask_chose_of_the_hidden_states_is_no_score() -> None:
 
     program = torch.export.export(Masked(), tuple(given(0).values()))
     placement = place(program, Schemes())
-    assert [p.operator for p in placement.explanation if p.reason == "combined with a mask"] == [
-        "mul"
-    ]
+    assert [p.operator for p in placement.values if p.reason == "combined with a mask"] == ["mul"]
     assert {"relu", "linear", "softmax"} <= {
-        p.operator for p in placement.explanation if p.decision is Decision.QUANTIZE
+        p.operator for p in placement.values if p.decision is Decision.QUANTIZE
     }
 
 
@@ -169,13 +164,13 @@ def test_what_integers_look_up_is_no_score() -> None:
 
     program = torch.export.export(Biased(), tuple(given(0).values()))
     placement = place(program, Schemes())
-    decisions = {p.name: p.decision for p in placement.explanation}
+    decisions = {p.name: p.decision for p in placement.values}
     assert [decisions[name] for name in ("bias.embedding", "output.squeeze", "output.add")] == [
         Decision.QUANTIZE,
         Decision.SHARE,
         Decision.QUANTIZE,
     ]
-    assert [p.name for p in placement.explanation if p.reason == "combined with a mask"] == [
+    assert [p.name for p in placement.values if p.reason == "combined with a mask"] == [
         "output.add_1"
     ]
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from qwlora import LayerRule, Scheme, Schemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.export.npu.htp_rewrites import npu_onnx
+from qwlora.graph.device_graph import run_host
 from qwlora.graph.kv_cache_capture import CacheSizes
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.simulation.npu_graph import NpuGraph, host_arguments, npu_graph
@@ -63,8 +64,8 @@ class OnCpu:
         room = self.graph.sizes.past
         given = {
             "input_ids": ids.to(torch.int32),
-            **self.graph.lifted.run_host(
-                *host_arguments(self.graph.sizes, past, self.graph.sizes.tokens)
+            **run_host(
+                self.graph.host, *host_arguments(self.graph.sizes, past, self.graph.sizes.tokens)
             ),
             **{name: value[:, :, value.shape[2] - room :] for name, value in cache.items()},
         }

@@ -14,6 +14,7 @@ from qwlora import PlacementRule, Scheme, Schemes
 from qwlora.errors import CalibrationError, GridError
 from qwlora.graph.aten_ops import MAKES_VALUES, MOVES_DATA
 from qwlora.graph.capturable_model import visible_implementations
+from qwlora.graph.nodes import operation, origin
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.value_traits import Decision, Trait
 from qwlora.grid.scheme import PerChannel
@@ -88,7 +89,7 @@ def decisions(
     program: ExportedProgram, policy: str | Policy = "npu"
 ) -> dict[str, tuple[Decision, str]]:
     placement = place(program, Schemes(policy=policy))
-    return {p.name: (p.decision, p.reason) for p in (*placement.weights, *placement.explanation)}
+    return {p.name: (p.decision, p.reason) for p in placement.values}
 
 
 def test_npu_decides_by_what_a_value_is(every_kind: ExportedProgram) -> None:
@@ -108,9 +109,9 @@ def test_matmul_inputs_and_weights_only(every_kind: ExportedProgram) -> None:
 
 
 def test_names_do_not_depend_on_what_is_decided(every_kind: ExportedProgram) -> None:
-    schemes = [Schemes(policy=policy) for policy in POLICIES]
+    schemes = [*(Schemes(policy=policy) for policy in POLICIES)]
     schemes.append(Schemes(rules=[PlacementRule("output.add", keep="float")]))
-    names = [{p.node: p.name for p in place(every_kind, s).explanation} for s in schemes]
+    names = [{p.node: p.name for p in place(every_kind, s).values} for s in schemes]
     assert all(found == names[0] for found in names)
     assert len(set(names[0].values())) == len(names[0])
 
@@ -180,40 +181,22 @@ def test_operators_are_in_one_table_only() -> None:
 
 def test_matmul_inputs_of_a_model_are_all_and_only_those() -> None:
     made = simulation(Schemes(policy="matmul-inputs"))
-    graph = made.graph_module.graph
-    is_product = {torch.ops.aten.linear.default, torch.ops.aten.matmul.default}
+    module = made.graph_module
+    products = {torch.ops.aten.linear.default, torch.ops.aten.matmul.default}
     read = set()
-    for node in graph.nodes:
-        for argument in node.args[:2] if node.target in is_product else ():
-            while argument.op == "call_function" and argument.target in MOVES:
-                argument = argument.args[0]
-            if argument.op == "call_module" and isinstance(
-                made.get_submodule("graph_module." + argument.target), Quantizer
-            ):
-                read.add(made.get_submodule("graph_module." + argument.target).name)
-            else:  # a weight
-                assert (
-                    argument.op == "get_attr"
-                    or argument.target is torch.ops.qwlora.dequantize.default
-                    or "lora" in str(argument.args[0].target)
-                )
+    for node in module.graph.nodes:
+        for argument in node.args[:2] if node.target in products else ():
+            argument = origin(argument)
+            called = module.get_submodule(argument.target) if argument.op == "call_module" else None
+            if isinstance(called, Quantizer):
+                read.add(called.name)
+            else:
+                assert argument.op == "get_attr" or operation(argument) in ("dequantize", "")
     assert read == set(made.quantizers)
-    assert (
-        len(read) == 2 * 11 + 1
-    )  # a layer: two norms, q, k, v, softmax, the mixed values, the product of the MLP, and what three lora_A give; the last norm
+    # a layer: two norms, q, k, v, softmax, the mixed values, the product of the MLP, and what
+    # three lora_A give; the last norm
+    assert len(read) == 2 * 11 + 1
     assert {m.kind for m in made.marks} == {Kind.BASE, Kind.ADAPTER, Kind.ACTIVATION}
-
-
-aten = torch.ops.aten
-MOVES = {
-    aten.view.default,
-    aten.transpose.int,
-    aten.reshape.default,
-    aten.expand.default,
-    aten.unsqueeze.default,
-    aten.slice.Tensor,
-    aten.to.dtype,
-}
 
 
 def test_with_weights_only_the_rest_is_float() -> None:
@@ -264,35 +247,26 @@ def test_users_rules_come_first() -> None:
     ]
     made = simulation(Schemes(rules=rules))
     made.calibrate([batch(seed=s) for s in range(2)])
-    pinned = made.quantizers["model.layers.0.self_attn.softmax"].encoding
+    layer = "model.layers.{}.self_attn"
+    pinned = made.quantizers[f"{layer.format(0)}.softmax"].encoding
     assert pinned is not None
     assert (float(pinned.scale), int(pinned.offset)) == (pytest.approx(1 / 255), 0)
-    other = made.quantizers["model.layers.1.self_attn.softmax"]
+    other = made.quantizers[f"{layer.format(1)}.softmax"]
     assert (other.scheme.bitwidth, other.estimator.name) == (4, "percentile")
-    names = {m.name: m.kind for m in made.marks}
-    assert "lm_head.linear" not in names
-    assert [name for name in names if "1.self_attn.v_proj" in name] == [
-        "model.layers.1.self_attn.v_proj.weight"
-    ]  # packed weights stay
-    assert (
-        str(made.weights["model.layers.0.mlp.down_proj.lora_A.weight"].encoding.scheme)
-        == "int4 asymmetric per channel"
-    )
-    assert (
-        str(made.weights["model.layers.0.mlp.down_proj.lora_B.weight"].encoding.scheme)
-        == "int8 symmetric per channel"
-    )
+    names = [m.name for m in made.marks]
+    v_proj = [name for name in names if "1.self_attn.v_proj" in name]
+    assert v_proj == [f"{layer.format(1)}.v_proj.weight"]  # packed weights stay
+    grids = {n: str(w.encoding.scheme) for n, w in made.weights.items()}
+    assert grids["model.layers.0.mlp.down_proj.lora_A.weight"] == "int4 asymmetric per channel"
+    assert grids["model.layers.0.mlp.down_proj.lora_B.weight"] == "int8 symmetric per channel"
     assert made.quantizers["model.layers.1.add"].scheme.bitwidth == 8
-    assert "model.layers.0.add" not in names
-    reasons = {p.name: p.reason for p in (*made.explanation, *made.placement.weights)}
-    assert (
-        reasons["model.layers.0.self_attn.softmax"]
-        == "computes new values; rule '*.0.self_attn.softmax'"
-    )
+    assert not {"lm_head.linear", "model.layers.0.add"} & set(names)
+    reasons = {p.name: p.reason for p in made.placement.values}
+    ruled = "computes new values; rule '*.0.self_attn.softmax'"
+    assert reasons[f"{layer.format(0)}.softmax"] == ruled
     assert reasons["lm_head.linear"] == "rule 'lm_head'"
-    assert (
-        reasons["model.layers.1.self_attn.v_proj.lora_B.weight"] == "rule '*.1.self_attn.v_proj*'"
-    )
+    weight = f"{layer.format(1)}.v_proj.lora_B.weight"
+    assert reasons[weight] == "rule '*.1.self_attn.v_proj*'"
 
 
 def test_one_end_of_a_range_can_be_fixed() -> None:
@@ -418,7 +392,7 @@ def test_what_a_product_reads_is_quantized_though_it_comes_from_integers(name: s
     for time in (torch.arange(3), torch.arange(3.0)):
         program = torch.export.export(Timed(), (time, torch.ones(3, 8, dtype=torch.long)))
         placement = place(program, Schemes(policy=name))
-        found = {p.node: (p.decision, p.reason) for p in placement.explanation}
+        found = {p.node: (p.decision, p.reason) for p in placement.values}
         assert [found[node][0] for node in ("mul_2", "sin_1", "softmax")] == [Decision.QUANTIZE] * 3
         assert [found[node][0] for node in ("unsqueeze_1", "repeat")] == [Decision.SHARE] * 2
         assert found["add"] == (Decision.FLOAT, "combined with a mask")

@@ -28,8 +28,6 @@ from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn import pack_at_
-from qwlora.nn.fingerprint import adapter_fingerprint
-from qwlora.simulation.adapter_simulations import simulate_adapters
 from qwlora.simulation.placement_rules import PlacementRule
 from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import Simulation
@@ -49,16 +47,29 @@ def calibrated(model: PeftModel, schemes: Schemes | None = None) -> Simulation:
     return simulation
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+NARROW = Schemes(
+    Scheme(8, symmetric=True),
+    Scheme(4, symmetric=False, granularity=PerChannel(0)),
+    quantize_residual_adds=True,
+)
+RULED = Schemes(
+    rules=[
+        PlacementRule("*.self_attn.softmax", bitwidth=8, minimum=0.0, maximum=1.0),
+        PlacementRule("*.down_proj", keep="float"),
+    ],
+    observer="percentile",
+    symmetric_matmul_second_input=True,
+)
+
+
 @pytest.mark.parametrize(
-    "schemes",
+    ("architecture", "schemes"),
     [
-        None,
-        Schemes(
-            Scheme(8, symmetric=True),
-            Scheme(4, symmetric=False, granularity=PerChannel(0)),
-            quantize_residual_adds=True,
+        ("llama", RULED),
+        *(
+            pytest.param(name, schemes, marks=pytest.mark.slow)
+            for name in ARCHITECTURES
+            for schemes in (None, NARROW)
         ),
     ],
 )
@@ -78,7 +89,7 @@ def test_it_comes_back_with_the_same_bits(
         assert found.scheme == encoding.scheme
         assert torch.equal(found.scale, encoding.scale)
         assert torch.equal(found.offset, encoding.offset)
-    assert again.explanation == simulation.explanation
+    assert again.placement.values == simulation.placement.values
 
 
 def test_its_encodings_are_a_valid_2_1_0_file_keyed_by_module_path(tmp_path: Path) -> None:
@@ -94,12 +105,8 @@ def test_its_encodings_are_a_valid_2_1_0_file_keyed_by_module_path(tmp_path: Pat
     assert (entry.bitwidth, entry.signed, entry.axis) == (8, True, 0)
     softmax = file.by_name["model.layers.0.self_attn.softmax"]
     assert isinstance(softmax, IntegerEncoding)
-    assert (softmax.bitwidth, softmax.signed, softmax.axis, int(softmax.offset)) == (
-        16,
-        False,
-        None,
-        0,
-    )
+    grid = (softmax.bitwidth, softmax.signed, softmax.axis, int(softmax.offset))
+    assert grid == (16, False, None, 0)
     assert set(load_activations(tmp_path)) == {
         m.name for m in simulation.marks if m.kind is Kind.ACTIVATION
     }
@@ -109,15 +116,9 @@ def test_its_encodings_are_a_valid_2_1_0_file_keyed_by_module_path(tmp_path: Pat
 def test_a_base_with_float_offsets_is_no_obstacle(tmp_path: Path) -> None:
     def model() -> PeftModel:
         base = tiny_model("llama", layers=1).requires_grad_(False)
-        for name in [
-            n
-            for n, m in base.named_modules()
-            if isinstance(m, torch.nn.Linear) and n.endswith("_proj")
-        ]:
+        for name in [n for n, _ in base.named_modules() if n.endswith("_proj")]:
             weight = base.get_submodule(name).weight
-            encoding = measure(
-                weight, Scheme(4, symmetric=False, granularity=PerBlock(32), float_offset=True)
-            )
+            encoding = measure(weight, Scheme(4, False, PerBlock(32), float_offset=True))
             pack_at_(base, f"{name}.weight", QuantizedTensor(encoding.quantize(weight), encoding))
         torch.manual_seed(1)
         return get_peft_model(
@@ -129,24 +130,6 @@ def test_a_base_with_float_offsets_is_no_obstacle(tmp_path: Path) -> None:
     assert torch.equal(
         load_simulation(tmp_path, model()).logits(batch()["input_ids"]),
         simulation.logits(batch()["input_ids"]),
-    )
-
-
-def test_rules_policy_and_observer_come_back(tmp_path: Path) -> None:
-    rules = [
-        PlacementRule("*.self_attn.softmax", bitwidth=8, minimum=0.0, maximum=1.0),
-        PlacementRule("*.down_proj", keep="float"),
-    ]
-    simulation = calibrated(
-        adapted(),
-        Schemes(rules=rules, observer="percentile", symmetric_matmul_second_input=True),
-    )
-    simulation.save(tmp_path)
-    again = load_simulation(tmp_path, adapted())
-    assert again.origin.schemes == simulation.origin.schemes
-    assert isinstance(again.origin.schemes.rules[0], PlacementRule)
-    assert torch.equal(
-        again.logits(batch(9)["input_ids"]), simulation.logits(batch(9)["input_ids"])
     )
 
 
@@ -168,25 +151,10 @@ def test_keys_and_values_of_earlier_tokens_are_example_inputs_too(tmp_path: Path
     assert torch.equal(again.outputs(given)["logits"], simulation.outputs(given)["logits"])
     log = again.explain()
     keys = next(value for value in log.values if value.name == "past_key_values.0.key")
-    assert (keys.decision, log.grid(keys).grid) == ("share", "")
+    assert (keys.decision, keys.grid) == ("share", "")
     assert keys.reason == "comes from the cache, on the grid of the output that filled it"
     with pytest.raises(CaptureError, match="capture without past_key_values"):
         simulation.as_model()
-
-
-def test_an_adapter_that_shares_all_its_encodings_comes_back(tmp_path: Path) -> None:
-    model = adapted()
-    torch.manual_seed(2)
-    model.add_adapter(
-        "second", LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
-    )
-    simulations = simulate_adapters(model.eval(), batch(), base_activations="none")
-    simulations.calibrate([batch(s) for s in range(2)])
-    simulations["default"].save(tmp_path)
-    again = load_simulation(tmp_path, adapted())
-    assert torch.equal(
-        again.logits(batch(9)["input_ids"]), simulations["default"].logits(batch(9)["input_ids"])
-    )
 
 
 def test_what_a_folder_held_stays_until_all_is_written(tmp_path: Path) -> None:
@@ -197,7 +165,7 @@ def test_what_a_folder_held_stays_until_all_is_written(tmp_path: Path) -> None:
         simulation.origin, example_inputs={**batch(), "device": torch.device("cpu")}
     )
     with pytest.raises(
-        CalibrationError, match="example input device is a device, which JSON cannot hold"
+        CalibrationError, match="example input device holds a device, which JSON cannot"
     ):
         simulation.save(tmp_path)
     simulation.origin = replace(simulation.origin, example_inputs=batch())
@@ -292,68 +260,34 @@ def test_another_base_or_adapter_is_refused(tmp_path: Path) -> None:
         load_simulation(tmp_path, base)
 
 
-def test_adapter_fingerprint_is_of_the_active_adapter_whatever_its_name() -> None:
-    model, alone = adapted(), adapted()
-    model.add_adapter(
-        "second", LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
-    )
-    assert adapter_fingerprint(model) == adapter_fingerprint(alone)
-    model.set_adapter("second")
-    assert adapter_fingerprint(model) not in (adapter_fingerprint(alone), None)
-    renamed = adapted()
-    state = {
-        n.replace(".default.", ".other."): p for n, p in renamed.named_parameters() if "lora_" in n
-    }
-    renamed.add_adapter("other", LoraConfig(r=4, target_modules="all-linear"))
-    renamed.set_adapter("other")
-    with torch.no_grad():
-        for name, parameter in renamed.named_parameters():
-            if name in state:
-                parameter.copy_(state[name])
-    assert adapter_fingerprint(renamed) == adapter_fingerprint(alone)
-
-
 def test_what_is_missing_or_damaged_is_said(tmp_path: Path) -> None:
-    with pytest.raises(CalibrationError, match="holds no readable simulation"):
+    def refused(file: str, content: str | bytes, message: str) -> None:
+        path = tmp_path / file
+        whole = path.read_bytes()
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        reseal(tmp_path, "simulation.json")
+        with pytest.raises(CalibrationError, match=message):
+            load_simulation(tmp_path, adapted())
+        path.write_bytes(whole)
+
+    unreadable = "holds no readable simulation"
+    with pytest.raises(CalibrationError, match=unreadable):
         load_simulation(tmp_path, adapted())
     calibrated(adapted()).save(tmp_path)
-    path = tmp_path / "simulation.encodings"
-    text = path.read_text()
+    softmax = "model.layers.0.self_attn.softmax"
+    text = (tmp_path / "simulation.encodings").read_text()
     document = json.loads(text)
-    document["encodings"] = [
-        e for e in document["encodings"] if e["name"] != "model.layers.0.self_attn.softmax"
-    ]
-    path.write_text(json.dumps(document))
-    reseal(tmp_path, "simulation.json")
-    with pytest.raises(
-        CalibrationError,
-        match=r"lacks 1 encodings, model.layers.0.self_attn.softmax first",
-    ):
-        load_simulation(tmp_path, adapted())
-    path.write_text(text[:-20])
-    reseal(tmp_path, "simulation.json")
-    with pytest.raises(CalibrationError, match="is not JSON"):
-        load_simulation(tmp_path, adapted())
-    path.write_text(text.replace('"uint16"', '"float8e5m2"'))
-    reseal(tmp_path, "simulation.json")
-    with pytest.raises(CalibrationError, match="holds no readable simulation"):
-        load_simulation(tmp_path, adapted())
-    path.write_text(text)
-    reseal(tmp_path, "simulation.json")
-    record = tmp_path / "simulation.json"
-    whole = record.read_text()
+    document["encodings"] = [e for e in document["encodings"] if e["name"] != softmax]
+    without = f"1 activations have no encoding, {softmax} first"
+    refused("simulation.encodings", json.dumps(document), without)
+    refused("simulation.encodings", text[:-20], "is not JSON")
+    refused("simulation.encodings", text.replace('"uint16"', '"float8e5m2"'), unreadable)
+    record = (tmp_path / "simulation.json").read_text()
     for damaged in (
         "{}",
-        whole.replace('"format": 3', '"format": 2'),
-        whole.replace('"schemes"', '"plans"'),
-        whole.replace('"bitwidth": 16', '"bitwidth": 17'),
+        record.replace('"format": 3', '"format": 2'),
+        record.replace('"schemes"', '"plans"'),
+        record.replace('"bitwidth": 16', '"bitwidth": 17'),
     ):
-        record.write_text(damaged)
-        reseal(tmp_path, "simulation.json")
-        with pytest.raises(CalibrationError, match="holds no readable simulation"):
-            load_simulation(tmp_path, adapted())
-    record.write_text(whole)
-    (tmp_path / "example_inputs.safetensors").write_bytes(b"0")
-    reseal(tmp_path, "simulation.json")
-    with pytest.raises(CalibrationError, match="holds no readable simulation"):
-        load_simulation(tmp_path, adapted())
+        refused("simulation.json", damaged, unreadable)
+    refused("example_inputs.safetensors", b"0", unreadable)

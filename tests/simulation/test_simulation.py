@@ -48,28 +48,17 @@ def test_captured_graph_computes_what_the_model_computes_with_padding_too(
         assert torch.equal(graph(*padded.values())[0], model(**padded, use_cache=False).logits)
 
 
-def test_one_row_is_enough_to_capture_from() -> None:
-    model = adapted("llama")
+def test_captured_graph_shares_storage_with_the_model_and_needs_one_row() -> None:
+    model, batch = adapted("llama"), inputs(3, 20)
     graph = capture(model, inputs(rows=1)).program.module(check_guards=False)
-    batch = inputs(3, 20)
-    with torch.no_grad(), visible_implementations(model):
-        assert torch.equal(graph(*batch.values())[0], model(**batch, use_cache=False).logits)
-
-
-def test_captured_graph_shares_storage_with_the_model() -> None:
-    model = adapted("llama")
-    graph = capture(model, inputs()).program.module(check_guards=False)
     with torch.no_grad(), visible_implementations(model):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.zero_()
-        expected = model(**inputs(), use_cache=False).logits
-        assert torch.equal(graph(*inputs().values())[0], expected)
+        assert torch.equal(graph(*batch.values())[0], model(**batch, use_cache=False).logits)
 
 
 def test_capture_refuses_what_it_cannot_prove() -> None:
-    with pytest.raises(CaptureError, match="two or more"):
-        capture(adapted("llama"), inputs(tokens=1))
     with pytest.raises(CaptureError, match="training mode"):
         capture(adapted("llama").train(), inputs())
     model = adapted("llama")
@@ -83,7 +72,7 @@ def test_capture_refuses_what_it_cannot_prove() -> None:
 def test_every_value_is_decided_about_and_every_weight_has_an_encoding(architecture: str) -> None:
     model, simulation = calibrated(architecture)
     graph = simulation.graph()
-    decided = {p.node for p in simulation.explanation}
+    decided = {p.node for p in simulation.placement.values if p.is_computed}
     floats = {
         n.name
         for n in graph.program.graph.nodes
@@ -103,24 +92,23 @@ def test_every_value_is_decided_about_and_every_weight_has_an_encoding(architect
 
 def test_decisions_by_operator_and_module_class() -> None:
     decisions = {
-        (p.module, p.operator): (p.decision, p.reason) for p in calibrated("llama")[1].explanation
+        (p.module, p.operator): (p.decision, p.reason)
+        for p in calibrated("llama")[1].placement.values
     }
+    inside = (Decision.FLOAT, "inside LlamaRMSNorm, which is one operation")
     layer = "model.layers.0"
-    assert decisions[f"{layer}.input_layernorm", "rsqrt"] == (
-        Decision.FLOAT,
-        "inside LlamaRMSNorm, which is one operation",
-    )
-    assert decisions[f"{layer}.input_layernorm", "mul"] == (
-        Decision.QUANTIZE,
-        "output of LlamaRMSNorm",
-    )
-    assert decisions[f"{layer}.self_attn", "softmax"][0] is Decision.QUANTIZE
+    assert decisions[f"{layer}.input_layernorm", "rsqrt"] == inside
+    assert decisions[f"{layer}.input_layernorm", "mul"][1] == "output of LlamaRMSNorm"
     assert decisions[f"{layer}.self_attn", "add"] == (Decision.FLOAT, "combined with a mask")
     assert decisions[layer, "add"] == (Decision.FLOAT, "a residual addition")
     assert decisions[f"{layer}.self_attn", "transpose"][0] is Decision.SHARE
     assert decisions["model.rotary_emb", "cos"][0] is Decision.FLOAT
-    for part in ("lora_A", "lora_B"):
-        assert decisions[f"{layer}.mlp.up_proj.{part}", "linear"][0] is Decision.QUANTIZE
+    for module, operator in (
+        (f"{layer}.self_attn", "softmax"),
+        (f"{layer}.mlp.up_proj.lora_A", "linear"),
+        (f"{layer}.mlp.up_proj.lora_B", "linear"),
+    ):
+        assert decisions[module, operator][0] is Decision.QUANTIZE
 
 
 def test_residual_additions_get_encodings_when_asked() -> None:
@@ -128,7 +116,7 @@ def test_residual_additions_get_encodings_when_asked() -> None:
     simulation = simulate(model, inputs(), Schemes(quantize_residual_adds=True))
     names = {m.name for m in simulation.marks}
     assert {"model.layers.0.add", "model.layers.0.add_1"} <= names
-    assert not any(p.reason == "a residual addition" for p in simulation.explanation)
+    assert not any(p.reason == "a residual addition" for p in simulation.placement.values)
 
 
 @pytest.mark.slow
@@ -184,52 +172,34 @@ def test_perturbed_logits_differ_a_little() -> None:
 
 def test_calibration_says_what_is_missing() -> None:
     simulation = simulate(adapted("llama"), inputs())
-    with pytest.raises(
-        CalibrationError, match=r"activations have no encoding yet, .* first; call calibrate"
-    ):
-        simulation.graph()
     uses = (
+        simulation.graph,
+        simulation.as_model,
         lambda: simulation(**inputs()),
         lambda: simulation.outputs(inputs()),
         lambda: simulation.logits(inputs()["input_ids"]),
-        simulation.as_model,
-    )
-    uses = (
-        *uses,
         lambda: simulation.primary(inputs()),
         lambda: simulation.values(inputs()),
         lambda: simulation.perturbed_outputs(inputs()),
     )
     simulation.observe([inputs()])  # what was observed alone is no encoding
+    missing = r"activations have no encoding yet, .* first; call calibrate, .*simulation.only\(\):`"
     for use in uses:
-        with pytest.raises(
-            CalibrationError,
-            match=r"activations have no encoding yet, .* first; call calibrate, .* `with simulation.only\(\):`",
-        ):
+        with pytest.raises(CalibrationError, match=missing):
             use()
     with simulation.only("*.lora_A.weight"):
         assert torch.isfinite(simulation.logits(inputs()["input_ids"])).all()
     simulation.freeze()
     for use in uses:
         use()
-    for name, quantizer in simulation.quantizers.items():
-        if name.endswith(".softmax"):
-            quantizer.scheme = Scheme(8, symmetric=False)
-    with pytest.raises(
-        CalibrationError,
-        match=r"1 activations have no encoding yet, model.layers.0.self_attn.softmax first",
-    ):
+    softmax = "model.layers.0.self_attn.softmax"
+    simulation.quantizers[softmax].scheme = Scheme(8, symmetric=False)
+    with pytest.raises(CalibrationError, match=f"1 activations .* yet, {softmax} first"):
         simulation.outputs(inputs())
-    simulation = simulate(adapted("llama"), inputs())
-    with pytest.raises(CalibrationError, match="at least one batch"):
-        simulation.calibrate([])
     model = adapted("llama")
     with torch.no_grad():
         next(p for n, p in model.named_parameters() if "lora_A" in n).fill_(torch.nan)
-    with pytest.raises(
-        CalibrationError,
-        match=r"model.layers.0.self_attn.q_proj.lora_A.weight: the observed range is not finite",
-    ):
+    with pytest.raises(CalibrationError, match=r"q_proj.lora_A.weight: the .* is not finite"):
         simulate(model, inputs())
 
 
@@ -264,13 +234,3 @@ def test_what_an_operator_overwrites_was_seen_before(tmp_path: Path) -> None:
     ]
     assert [c.cost for c in costs[0]] == pytest.approx([c.cost for c in costs[1]])
     assert all(c.cost > 0 for c in costs[0])
-
-
-def test_printing_a_simulation_is_one_line() -> None:
-    model, simulation = calibrated("llama")
-    counts = Counter(mark.kind for mark in simulation.marks)
-    assert repr(simulation) == (
-        f"Simulation of {type(model).__name__}: {counts[Kind.BASE]} base weights, "
-        f"{counts[Kind.ADAPTER]} adapter weights, {counts[Kind.PARAMETER]} other parameters, "
-        f"{counts[Kind.ACTIVATION]} activations; calibrated"
-    )

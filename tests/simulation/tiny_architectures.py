@@ -14,21 +14,9 @@ from qwlora.simulation.placement_rules import PlacementRule
 
 VOCABULARY = 256
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-DECODER = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    **IDS,
-}
-DECODER |= {"max_position_embeddings": 128}
-ENCODER = {
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+ENCODER = {"hidden_size": 64, "intermediate_size": 128}
+ENCODER |= {"num_hidden_layers": 2, "num_attention_heads": 4}
+DECODER = {**ENCODER, **IDS, "num_key_value_heads": 2, "max_position_embeddings": 128}
 MOE = {"num_experts_per_tok": 2}
 
 Inputs = dict[str, Any]
@@ -50,7 +38,6 @@ class Tiny:
 
 
 def make(name: str) -> nn.Module:
-    """The model, in evaluation mode, with weights that are large enough to matter."""
     torch.manual_seed(0)
     return with_large_weights(ALL[name].model())
 
@@ -92,77 +79,34 @@ def _sequence_to_sequence(g: torch.Generator) -> Inputs:
     return {**_text(g), "decoder_input_ids": _ids(g, tokens=7)}
 
 
-def _unet() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=8,
-        norm_num_groups=8,
-    )
-
-
-def _unet_xl() -> nn.Module:
-    from diffusers import UNet2DConditionModel
-
-    return UNet2DConditionModel(
-        sample_size=16,
-        in_channels=4,
-        out_channels=4,
-        layers_per_block=1,
-        block_out_channels=(32, 64),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=(4, 8),
-        norm_num_groups=8,
-        use_linear_projection=True,
-        addition_embed_type="text_time",
-        addition_time_embed_dim=16,
-        projection_class_embeddings_input_dim=32 + 6 * 16,
-    )
+IMAGE = {"sample_size": 16, "in_channels": 4, "out_channels": 4}
+UNET = {
+    **IMAGE,
+    "layers_per_block": 1,
+    "block_out_channels": (32, 64),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "cross_attention_dim": 32,
+    "norm_num_groups": 8,
+}
+XL = {"attention_head_dim": (4, 8), "use_linear_projection": True}
+XL |= {"addition_embed_type": "text_time", "addition_time_embed_dim": 16}
+XL |= {"projection_class_embeddings_input_dim": 32 + 6 * 16}
+JOINT = {"attention_head_dim": 16, "num_attention_heads": 4, "joint_attention_dim": 32}
+SD3 = {**IMAGE, **JOINT, "patch_size": 2, "num_layers": 2, "caption_projection_dim": 64}
+SD3 |= {"pooled_projection_dim": 64, "pos_embed_max_size": 16}
+FLUX = {**JOINT, "patch_size": 1, "in_channels": 32, "num_layers": 1, "num_single_layers": 1}
+FLUX |= {"pooled_projection_dim": 32, "axes_dims_rope": (4, 4, 8), "guidance_embeds": True}
 
 
-def _sd3() -> nn.Module:
-    from diffusers import SD3Transformer2DModel
+def diffuser(kind: str, **sizes: Any) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        import diffusers
 
-    return SD3Transformer2DModel(
-        sample_size=16,
-        patch_size=2,
-        in_channels=4,
-        out_channels=4,
-        num_layers=2,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        caption_projection_dim=64,
-        joint_attention_dim=32,
-        pooled_projection_dim=64,
-        pos_embed_max_size=16,
-    )
+        model: nn.Module = getattr(diffusers, kind)(**sizes)
+        return model
 
-
-def _flux() -> nn.Module:
-    from diffusers import FluxTransformer2DModel
-
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=32,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=16,
-        num_attention_heads=4,
-        joint_attention_dim=32,
-        pooled_projection_dim=32,
-        axes_dims_rope=(4, 4, 8),
-        guidance_embeds=True,
-    )
+    return build
 
 
 def _latents(g: torch.Generator) -> Inputs:
@@ -174,13 +118,8 @@ def _latents(g: torch.Generator) -> Inputs:
 
 
 def _latents_xl(g: torch.Generator) -> Inputs:
-    return {
-        **_latents(g),
-        "added_cond_kwargs": {
-            "text_embeds": _noise(g, 2, 32),
-            "time_ids": torch.full((2, 6), 16.0),
-        },
-    }
+    added = {"text_embeds": _noise(g, 2, 32), "time_ids": torch.full((2, 6), 16.0)}
+    return {**_latents(g), "added_cond_kwargs": added}
 
 
 def _joint(g: torch.Generator) -> Inputs:
@@ -207,48 +146,20 @@ def _packed_latents(g: torch.Generator) -> Inputs:
 
 
 GPT2 = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 128, **IDS}
-OPT = {
-    "hidden_size": 64,
-    "ffn_dim": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-    "word_embed_proj_dim": 64,
-    **IDS,
-}
+OPT = {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, **IDS}
+OPT |= {"max_position_embeddings": 128, "word_embed_proj_dim": 64}
 NEOX = {**ENCODER, **IDS, "max_position_embeddings": 128}
 QWEN3_MOE = {**DECODER, **MOE, "head_dim": 16, "num_experts": 4, "moe_intermediate_size": 32}
-WHISPER = {
-    "d_model": 64,
-    "encoder_layers": 2,
-    "decoder_layers": 2,
-    "encoder_attention_heads": 4,
-    "decoder_attention_heads": 4,
-    "encoder_ffn_dim": 128,
-}
-WHISPER |= {
-    "decoder_ffn_dim": 128,
-    "num_mel_bins": 8,
-    "max_source_positions": 20,
-    "max_target_positions": 32,
-    "decoder_start_token_id": 1,
-    **IDS,
-}
-T5 = {
-    "d_model": 64,
-    "d_kv": 16,
-    "d_ff": 128,
-    "num_layers": 2,
-    "num_heads": 4,
-    "decoder_start_token_id": 0,
-    "vocab_size": VOCABULARY,
-}
-GEMMA3 = {
-    **DECODER,
-    "head_dim": 16,
-    "sliding_window": 8,
-    "layer_types": ["sliding_attention", "full_attention"],
-}
+WHISPER = {"d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
+WHISPER |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128, **IDS}
+WHISPER |= {"num_mel_bins": 8, "max_source_positions": 20, "max_target_positions": 32}
+WHISPER |= {"decoder_start_token_id": 1}
+T5 = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+T5 |= {"decoder_start_token_id": 0, "vocab_size": VOCABULARY}
+GEMMA3 = {**DECODER, "head_dim": 16, "sliding_window": 8}
+GEMMA3 |= {"layer_types": ["sliding_attention", "full_attention"]}
+NARROW_ENCODER = {**ENCODER, "vocab_size": VOCABULARY, "max_position_embeddings": 64}
+VIT = {**ENCODER, "image_size": 16, "patch_size": 4, "num_channels": 3, "num_labels": 5}
 
 # At 8 bits two experts may be equally likely, and who is then the second of them no two runtimes agree about.
 ROUTER = (PlacementRule("*.mlp.gate", bitwidth=16),)
@@ -275,16 +186,12 @@ ALL: dict[str, Tiny] = {
         rules=ROUTER,
     ),
     "BERT, classification": Tiny(
-        lambda: t.BertForSequenceClassification(
-            t.BertConfig(**ENCODER, vocab_size=VOCABULARY, max_position_embeddings=64, num_labels=3)
-        ),
+        lambda: t.BertForSequenceClassification(t.BertConfig(**NARROW_ENCODER, num_labels=3)),
         _typed,
         slow=False,
     ),
     "ViT, classification": Tiny(
-        lambda: t.ViTForImageClassification(
-            t.ViTConfig(**ENCODER, image_size=16, patch_size=4, num_channels=3, num_labels=5)
-        ),
+        lambda: t.ViTForImageClassification(t.ViTConfig(**VIT)),
         lambda g: {"pixel_values": _noise(g, 2, 3, 16, 16)},
         slow=False,
     ),
@@ -299,8 +206,20 @@ ALL: dict[str, Tiny] = {
         lambda: t.CLIPTextModel(t.CLIPTextConfig(**ENCODER, **IDS, max_position_embeddings=32)),
         _text,
     ),
-    "Stable Diffusion UNet": Tiny(_unet, _latents),
-    "Stable Diffusion XL UNet": Tiny(_unet_xl, _latents_xl, layer_steps=8, layer_mean_steps=0.25),
-    "SD3": Tiny(_sd3, _joint, slow=False),
-    "Flux": Tiny(_flux, _packed_latents, layer_steps=8, layer_mean_steps=0.25),
+    "Stable Diffusion UNet": Tiny(
+        diffuser("UNet2DConditionModel", **UNET, attention_head_dim=8), _latents
+    ),
+    "Stable Diffusion XL UNet": Tiny(
+        diffuser("UNet2DConditionModel", **UNET, **XL),
+        _latents_xl,
+        layer_steps=8,
+        layer_mean_steps=0.25,
+    ),
+    "SD3": Tiny(diffuser("SD3Transformer2DModel", **SD3), _joint, slow=False),
+    "Flux": Tiny(
+        diffuser("FluxTransformer2DModel", **FLUX),
+        _packed_latents,
+        layer_steps=8,
+        layer_mean_steps=0.25,
+    ),
 }

@@ -36,7 +36,8 @@ from qwlora.formats import manifest
 from qwlora.formats.model_source import downloaded
 from qwlora.formats.user_path import looked_for, source_path
 from qwlora.nn.fingerprint import changed_floats, fingerprint_of, remember_floats_, tensor_digests
-from qwlora.nn.frozen import assert_frozen, packed_layers, packed_weights, unwrapped
+from qwlora.nn.frozen import assert_frozen
+from qwlora.nn.packed_layer import packed_layers, packed_weights, unwrapped
 
 FORMAT = 1
 FILE = "qwlora.json"

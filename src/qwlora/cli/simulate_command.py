@@ -22,7 +22,7 @@ from qwlora.system import strict_json
 
 if TYPE_CHECKING:
     from qwlora.graph.quantized_graph import GraphValue
-    from qwlora.simulation.placement import LoggedGrid, PlacementLog
+    from qwlora.simulation.placement import Placement
 
 
 def simulate(
@@ -155,7 +155,7 @@ def _compared(perplexity: float, plain: float) -> str:
     return f"{perplexity:.4f} ({change} from {plain:.4f} with float activations)"
 
 
-def _lines(name: str, log: PlacementLog, everything: bool) -> Iterator[str]:
+def _lines(name: str, log: Placement, everything: bool) -> Iterator[str]:
     counts = Counter(value.decision.value for value in log.values)
     counted = ", ".join(f"{counts[d]} {d}" for d in ("quantize", "share", "float"))
     yield f"adapter {name}, policy {log.policy}: {counted}"
@@ -163,15 +163,13 @@ def _lines(name: str, log: PlacementLog, everything: bool) -> Iterator[str]:
     if everything:
         rows = [("value", "count", "class", "decision", "grid", "reason")]
         for pattern, values in group_similar(
-            log.values, _name, lambda v: (v.module_class, v.decision, v.reason, _grid(log.grid(v)))
+            log.values, _name, lambda v: (v.module_class, v.decision, v.reason, _grid(v))
         ):
             v, count = values[0], str(len(values))
-            decided = (v.module_class, v.decision.value, _grid(log.grid(v)), v.reason)
+            decided = (v.module_class, v.decision.value, _grid(v), v.reason)
             rows.append((pattern, count, *decided))
     else:
-        reasons = Counter(
-            (v.kind.value, v.decision.value, log.grid(v).grid, v.reason) for v in log.values
-        )
+        reasons = Counter((v.kind.value, v.decision.value, v.grid, v.reason) for v in log.values)
         rows = [("tensor", "count", "decision", "grid", "reason")]
         rows += [(kind, str(count), *decided) for (kind, *decided), count in reasons.items()]
     yield from table(rows)
@@ -185,11 +183,9 @@ def _lines(name: str, log: PlacementLog, everything: bool) -> Iterator[str]:
 
 def _name(value: GraphValue) -> str:
     """The value's name without the number that distinguishes values of the same operator."""
-    if value.operator in ("weight", "input"):
-        return value.name
-    return f"{value.module or 'output'}.{value.operator}"
+    return f"{value.module or 'output'}.{value.operator}" if value.is_computed else value.name
 
 
-def _grid(grid: LoggedGrid) -> str:
+def _grid(value: GraphValue) -> str:
     """The grid, and the observer unless it is min-max."""
-    return grid.grid if grid.observer in ("", "min-max") else f"{grid.grid}, {grid.observer}"
+    return value.grid if value.observer in ("", "min-max") else f"{value.grid}, {value.observer}"

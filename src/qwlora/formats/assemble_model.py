@@ -34,7 +34,7 @@ from qwlora.formats.meta_model import (
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn import pack_at_, tie_weights_
 from qwlora.nn.fingerprint import remember_floats_
-from qwlora.nn.finite import check_finite
+from qwlora.nn.frozen import check_finite
 from qwlora.system.progress import Track, untracked
 
 

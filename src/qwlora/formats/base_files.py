@@ -38,8 +38,8 @@ from qwlora.nn.fingerprint import (
     remember_floats_,
     tensor_digest,
 )
-from qwlora.nn.finite import check_finite, refuse_meta
-from qwlora.nn.frozen import assert_frozen, packed_layers
+from qwlora.nn.frozen import assert_frozen, check_finite, refuse_meta
+from qwlora.nn.packed_layer import packed_layers
 from qwlora.nn.packed_tensor import PackedTensor, Parts, narrowest
 from qwlora.nn.replace import place_empty_
 from qwlora.system import strict_json

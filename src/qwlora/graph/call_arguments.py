@@ -1,17 +1,31 @@
-"""A batch, in whatever form a DataLoader gives it, as the keyword arguments of a model.
+"""The arguments of a model: batches in whatever form a DataLoader gives them, and nested arguments
+or results as named tensors and back.
 
-{"input_ids": ids, "labels": labels}    the same, without labels where the model or graph takes none
-ids                                     the first argument
-(ids, mask), [ids, mask]                the first arguments, in order
+    {"input_ids": ids, "labels": labels}    by name; without labels where the model takes none
+    ids                                     the first argument
+    (ids, mask), [ids, mask]                the first arguments, in order
+
+A `Structure` is a value with its tensors taken out:
+
+    {"ids": A, "added": {"text": B, "scale": 2.0}, "past": ((K, V), None)}
+    names      ids, added.text, past.0.0, past.0.1    in this order
+    constants  2.0, None                              another value needs another graph
+
+Mappings (ModelOutput included), tuples and lists may be nested. A key-value cache of transformers
+has two tensors per layer: `past_key_values.0.key`, `past_key_values.0.value`. `fill` restores the
+original types.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import Cache, DynamicLayer
 
 from qwlora.errors import CaptureError, QwloraError
 
@@ -90,3 +104,182 @@ def vocabulary_size(model: nn.Module) -> int:
         or getattr(getattr(model, "config", None), "vocab_size", None)
         or 0
     )
+
+
+@dataclass(frozen=True)
+class Slot:
+    """The place of a tensor."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class CacheSlot:
+    """The place of a key-value cache: a pair of slots per layer."""
+
+    layers: tuple[tuple[Slot, Slot], ...]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """A value with its tensors taken out.
+
+    Args:
+        template: the value with a slot for each tensor.
+        names: of the slots, in order.
+        cached: names of the tensors in key-value caches.
+    """
+
+    template: Any
+    names: tuple[str, ...]
+    cached: frozenset[str]
+
+    @classmethod
+    def of(
+        cls, value: Any, cache_name: str = "past_key_values"
+    ) -> tuple[Structure, tuple[Tensor, ...]]:
+        """The structure of `value`, and its tensors in the order of `names`.
+
+        A value that is itself a tensor has the name `output`.
+
+        Args:
+            cache_name: prefix of the names of cached tensors.
+
+        Raises:
+            CaptureError: two tensors would have the same name, or a cache has no pairs of keys and
+                values.
+        """
+        found: list[tuple[str, Tensor]] = []
+        cached: list[str] = []
+
+        def slot(name: str, tensor: Tensor) -> Slot:
+            found.append((name, tensor))
+            return Slot(name)
+
+        def place(path: str, leaf: Any) -> Any:
+            if isinstance(leaf, Tensor):
+                return slot(path or "output", leaf)
+            if not isinstance(leaf, Cache):
+                return leaf
+            layers = []
+            for index, pair in enumerate(_pairs(leaf, path)):
+                names = [f"{cache_name}.{index}.{part}" for part in ("key", "value")]
+                cached.extend(names)
+                layers.append((slot(names[0], pair[0]), slot(names[1], pair[1])))
+            return CacheSlot(tuple(layers))
+
+        template = _mapped(value, place)
+        names = tuple(name for name, _ in found)
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise CaptureError(
+                f"two tensors of the arguments or the result would be called {twice[0]}; rename one"
+            )
+        return cls(template, names, frozenset(cached)), tuple(tensor for _, tensor in found)
+
+    def fill(self, tensors: Mapping[str, Tensor]) -> Any:
+        """The value with `tensors` by name in its slots."""
+
+        def filled(_: str, leaf: Any) -> Any:
+            if isinstance(leaf, Slot):
+                return tensors[leaf.name]
+            if isinstance(leaf, CacheSlot):
+                return cache_of([(tensors[k.name], tensors[v.name]) for k, v in leaf.layers])
+            return leaf
+
+        return _mapped(self.template, filled)
+
+    def flatten(self, value: Any) -> tuple[Tensor, ...]:
+        """The tensors of another value of this structure.
+
+        Constants and None may be left out.
+
+        Raises:
+            CaptureError: its structure or a constant differs. The message names the first place.
+        """
+        expected = dict(_leaves(self.template))
+        given = dict(_leaves(value, stop_at=expected))
+        if more := [path for path in given if path not in expected and given[path] is not None]:
+            raise CaptureError(
+                f"{more[0]}: the graph was captured without this argument; omit it, or capture "
+                "again with it"
+            )
+        tensors: list[Tensor] = []
+        for path, leaf in expected.items():
+            found = given.get(path)
+            if isinstance(leaf, Slot) and isinstance(found, Tensor):
+                tensors.append(found)
+            elif isinstance(leaf, CacheSlot):
+                pairs = _pairs(found, path) if isinstance(found, Cache) else list(found or ())
+                if len(pairs) != len(leaf.layers):
+                    raise CaptureError(
+                        f"{path}: the graph was captured with a cache of {len(leaf.layers)} "
+                        f"layers, not of {len(pairs)}; capture again"
+                    )
+                tensors += [tensor for pair in pairs for tensor in pair[:2]]
+            elif isinstance(leaf, Slot) or (
+                path in given
+                and (isinstance(found, Tensor) or not (found is leaf or found == leaf))
+            ):
+                kind = "a tensor" if isinstance(leaf, Slot) else f"the constant {leaf!r}"
+                raise CaptureError(
+                    f"{path or 'the arguments'}: the graph was captured with {kind}, not with "
+                    f"{found!r}; give the same, or capture again"
+                )
+        return tuple(tensors)
+
+
+def _leaves(value: Any, path: str = "", stop_at: Collection[str] = ()) -> Iterator[tuple[str, Any]]:
+    """Everything in `value` that is no mapping, tuple or list, or whose path is in `stop_at`."""
+    if path in stop_at or not isinstance(value, Mapping | tuple | list):
+        yield path, value
+        return
+    for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
+        yield from _leaves(item, _join(path, key), stop_at)
+
+
+def _mapped(value: Any, change: Callable[[str, Any], Any], path: str = "") -> Any:
+    """`value` with `change(path, leaf)` in place of each leaf."""
+    if isinstance(value, Mapping):
+        items = {key: _mapped(item, change, _join(path, key)) for key, item in value.items()}
+        return items if type(value) is dict else type(value)(**items)
+    if isinstance(value, tuple | list):
+        parts = [_mapped(item, change, _join(path, i)) for i, item in enumerate(value)]
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    return change(path, value)
+
+
+def _join(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)
+
+
+def _pairs(cache: Cache, path: str) -> list[tuple[Tensor, Tensor]]:
+    pairs = [
+        (getattr(layer, "keys", None), getattr(layer, "values", None))
+        for layer in getattr(cache, "layers", [])
+    ]
+    if not pairs or not all(isinstance(part, Tensor) for pair in pairs for part in pair):
+        raise CaptureError(
+            f"{path}: a {type(cache).__name__} does not have a key and a value for each layer; "
+            "capture without a cache (use_cache=False)"
+        )
+    return pairs  # type: ignore[return-value]
+
+
+def tokens_in(cache: Any) -> int:
+    """Tokens in a cache or in pairs of keys and values [batch, heads, tokens, width].
+
+    The maximum over layers, since some layers keep only a window.
+    """
+    pairs = _pairs(cache, "the cache") if isinstance(cache, Cache) else list(cache or ())
+    return max((int(key.shape[-2]) for key, *_ in pairs), default=0)
+
+
+def cache_of(pairs: list[tuple[Tensor, Tensor]]) -> DynamicCache:
+    """A cache with `pairs` of keys and values [batch, heads, tokens, width], one per layer."""
+    cache = DynamicCache()
+    for key, value in pairs:
+        layer = DynamicLayer()
+        layer.lazy_initialization(key, value)
+        layer.keys, layer.values = key, value  # without the copies that `update` makes
+        cache.layers.append(layer)
+    return cache

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from qwlora.nn.packed_layer import PackedLayer
+from qwlora.nn.packed_layer import PackedLayer, is_packed
 
 HALF = (torch.bfloat16, torch.float16)
 ATTENTION, EXPERTS = "eager", "batched_mm"
@@ -74,40 +74,33 @@ def in_float32(model: nn.Module) -> Iterator[None]:
 
     What is captured within keeps the float32 tensors. Nested uses share the casts of the outermost.
     """
-    layers = [m for m in model.modules() if isinstance(m, PackedLayer) and m.compute_dtype in HALF]
-    types = [layer.compute_dtype for layer in layers]
-    replaced = list(_half_tensors(model))
-    cast = {id(tensor): _to_float32(tensor) for _, _, tensor in replaced}
+    packed = [m for m in model.modules() if isinstance(m, PackedLayer) and m.compute_dtype in HALF]
+    # the dictionary that holds a value, its key there, and the value
+    replaced: list[tuple[dict[str, Any], str, Any]] = [
+        (table, key, tensor)
+        for module in model.modules()
+        # the buffers of a packed layer are scales, which stay
+        for table in (module._parameters, {} if is_packed(module) else module._buffers)
+        for key, tensor in table.items()
+        if tensor is not None and tensor.dtype in HALF
+    ]
+    replaced += [(vars(layer), "compute_dtype", layer.compute_dtype) for layer in packed]
+    cast = {id(value): _to_float32(value) for _, _, value in replaced}
     try:
-        for layer in layers:
-            layer.compute_dtype = torch.float32
-        for table, key, tensor in replaced:
-            table[key] = cast[id(tensor)]
+        for table, key, value in replaced:
+            table[key] = cast[id(value)]
         yield
     finally:
-        for layer, dtype in zip(layers, types, strict=True):
-            layer.compute_dtype = dtype
-        for table, key, tensor in replaced:
-            table[key] = tensor
+        for table, key, value in replaced:
+            table[key] = value
+
+
+def _to_float32(value: Tensor | torch.dtype) -> Tensor | torch.dtype:
+    if isinstance(value, nn.Parameter):
+        return nn.Parameter(value.detach().float(), requires_grad=value.requires_grad)
+    return value.detach().float() if isinstance(value, Tensor) else torch.float32
 
 
 def widened(tensor: Tensor) -> Tensor:
     """`tensor` in float32 if it is in half precision; otherwise the tensor itself."""
     return tensor.float() if tensor.dtype in HALF else tensor
-
-
-def _half_tensors(model: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """Parameters and buffers in half precision, except the scales of packed layers: the dictionary
-    that holds each, its key there, and the tensor."""
-    for module in model.modules():
-        buffers = {} if isinstance(module, PackedLayer) else module._buffers
-        for table in (module._parameters, buffers):
-            for key, tensor in list(table.items()):
-                if tensor is not None and tensor.dtype in HALF:
-                    yield table, key, tensor
-
-
-def _to_float32(tensor: Tensor) -> Tensor:
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(tensor.detach().float(), requires_grad=tensor.requires_grad)
-    return tensor.detach().float()

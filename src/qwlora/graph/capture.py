@@ -35,14 +35,13 @@ from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
 from qwlora.errors import CaptureError, foreign_as
-from qwlora.graph.call_arguments import LABELS
+from qwlora.graph.call_arguments import LABELS, Structure, cache_of, tokens_in
 from qwlora.graph.capturable_model import in_float32, visible_implementations, widened
 from qwlora.graph.capture_check import Axes, AxisIndex, check_graph
-from qwlora.graph.flat_arguments import Structure, cache_of, tokens_in
 from qwlora.graph.inline_subgraphs import inlined_graph
 from qwlora.graph.nodes import buffer_names, calls, module_path, operation
 from qwlora.graph.quantized_graph import Interface, with_graph
-from qwlora.nn.finite import refuse_meta
+from qwlora.nn.frozen import refuse_meta
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.system.parameter_names import parameter_name
 
@@ -215,10 +214,16 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
             result, outputs = Structure.of(flat.result(*tensors), PRESENT)
             program = torch.export.export(flat, tensors, dynamic_shapes=shapes, strict=False)
         names = tuple(f"out_{name}" if name in arguments.names else name for name in result.names)
-        primary = _primary(names, outputs, type(model).__name__)
+        floats = [n for n, t in zip(names, outputs, strict=True) if t.is_floating_point()]
+        if not floats:
+            raise CaptureError(
+                f"{type(model).__name__} returns no floating point tensor (outputs: "
+                f"{', '.join(names) or 'none'}), so there is nothing to simulate"
+            )
         axes = Axes.of(program, arguments.names, tensors, arguments.cached)
         program, fixed = _cleaned(program, flat, tensors, axes, names)
     sizes = axes.shapes(program, names, fixed)
+    primary = "logits" if "logits" in floats else floats[0]
     interface = Interface(arguments.names, names, primary, sizes, arguments.cached)
     return Captured(program, interface, arguments, result)
 
@@ -296,18 +301,6 @@ def _separate(tensors: tuple[Tensor, ...], rows: int) -> tuple[Tensor, ...]:
 
 def _is_all_ones(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask == 1).all())
-
-
-def _primary(names: tuple[str, ...], outputs: tuple[Tensor, ...], model: str) -> str:
-    floats = [
-        name for name, tensor in zip(names, outputs, strict=True) if tensor.is_floating_point()
-    ]
-    if not floats:
-        raise CaptureError(
-            f"{model} returns no floating point tensor (outputs: {', '.join(names) or 'none'}), so "
-            "there is nothing to simulate"
-        )
-    return "logits" if "logits" in floats else floats[0]
 
 
 def _cleaned(

@@ -21,6 +21,7 @@ axes with equal sizes in the example are varied together.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -33,7 +34,7 @@ from torch.fx import Interpreter, Node
 from torch.utils._pytree import tree_leaves
 
 from qwlora.errors import CaptureError
-from qwlora.graph.nodes import calls, module_stack
+from qwlora.graph.nodes import module_stack
 
 BATCH, TOKENS, PAST = "batch", "tokens", "past"
 Tensors = tuple[Tensor, ...]
@@ -93,8 +94,8 @@ class Axes:
         return cls(names, tuple(tuple(t.shape) for t in tensors), symbols, labels)
 
     def trials(self, tensors: Tensors) -> Iterator[tuple[list[AxisIndex], Tensors]]:
-        """Smaller inputs and the axes that were cut, to half their size or by one: all groups of
-        axes, then each one, then pairs."""
+        """Smaller inputs and the axes that were cut, to half their size or by one, but no less than
+        two tokens or one row: all groups of axes, then each one, then pairs."""
         by_size: dict[tuple[bool, int], list[AxisIndex]] = {}  # the batch first
         for place, symbol in self.symbols.items():
             key = self.labels[symbol] != BATCH, self.sizes[place[0]][place[1]]
@@ -105,16 +106,13 @@ class Axes:
         for chosen in choices:
             places = [place for group in chosen for place in group]
             for halved in (True, False):
-                yield places, self._smaller(tensors, places, halved)
-
-    def _smaller(self, tensors: Tensors, places: list[AxisIndex], halved: bool) -> Tensors:
-        """`tensors` cut along `places`, to no less than two tokens or one row."""
-        cut = list(tensors)
-        for index, axis in places:
-            size = self.sizes[index][axis]
-            least = 1 if self.labels[self.symbols[index, axis]] == BATCH else 2
-            cut[index] = cut[index].narrow(axis, 0, max(least, size // 2 if halved else size - 1))
-        return tuple(cut)
+                cut = list(tensors)
+                for index, axis in places:
+                    size = self.sizes[index][axis]
+                    least = 1 if self.labels[self.symbols[index, axis]] == BATCH else 2
+                    smaller = max(least, size // 2 if halved else size - 1)
+                    cut[index] = cut[index].narrow(axis, 0, smaller)
+                yield places, tuple(cut)
 
     def shapes(
         self, program: ExportedProgram, outputs: tuple[str, ...], fixed: set[AxisIndex]
@@ -132,8 +130,7 @@ class Axes:
                 size if symbol is None or symbol in closed else self.labels[symbol]
                 for symbol, size in zip(symbols, self.sizes[index], strict=True)
             )
-        (output,) = (n for n in program.graph.nodes if n.op == "output")
-        for name, node in zip(outputs, output.args[0], strict=True):
+        for name, node in zip(outputs, program.graph.output_node().args[0], strict=True):
             found[name] = tuple(
                 int(s) if s.isdigit() else closed.get(s, self.labels.get(s, f"{name}.{axis}"))
                 for axis, s in enumerate(map(str, node.meta["val"].shape))
@@ -173,7 +170,11 @@ def check_graph(
             difference = f"the graph fails with {type(error).__name__}: {error}"
         if not difference:
             fixed.difference_update(places)
-        elif _assumed(program, smaller):
+        else:
+            try:
+                program.module()(*smaller)  # with torch.export's assumptions, the guards
+            except Exception:  # guards and operators raise many types
+                continue
             raise _refusal(program, module, smaller, difference)
     return fixed
 
@@ -191,15 +192,6 @@ def _difference(expected: Sequence[Tensor], found: Sequence[Tensor], names: Sequ
 
 def _same(one: Tensor, other: Tensor) -> bool:
     return one.dtype == other.dtype and bool(((one == other) | (one.isnan() & other.isnan())).all())
-
-
-def _assumed(program: ExportedProgram, tensors: Tensors) -> bool:
-    """Whether torch.export's assumptions (guards) hold for `tensors`."""
-    try:
-        program.module()(*tensors)
-    except Exception:  # guards and operators raise many types
-        return False
-    return True
 
 
 def _refusal(
@@ -220,30 +212,21 @@ def _first_difference(program: ExportedProgram, module: nn.Module, tensors: Tens
         recorder.run(*tensors)
     except Exception as error:  # from an operator; earlier values are known
         stopped = f", after which the graph stops with {type(error).__name__}"
-    leaving = _leaving(program)
-    for path, (kind, output) in _module_outputs(module, tensors).items():
-        known = [recorder.values[n] for n in leaving.get(path, ()) if n in recorder.values]
-        candidates = [value for value in known if value.shape == output.shape]
-        if candidates and not any(_same(output, value) for value in candidates):
-            name = path.removeprefix("model.") or "the model"
-            return f"The first module whose output differs is {name} ({kind}){stopped}"
-    return (
-        "Every module that can be compared has the same output; the difference arises between "
-        f"modules{stopped}"
-    )
+    differing: list[str] = []
+    seen = set[str]()
 
-
-def _module_outputs(module: nn.Module, tensors: Tensors) -> dict[str, tuple[str, Tensor]]:
-    """Class and first output tensor of each module's first call, in order of completion."""
-    found: dict[str, tuple[str, Tensor]] = {}
-
-    def record(path: str, called: nn.Module, output: Any) -> None:
+    def compare(path: str, called: nn.Module, output: Any) -> None:
         first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
-        if first is not None:
-            found.setdefault(path, (type(called).__name__, first.detach().clone()))
+        if first is None or path in seen:
+            return
+        seen.add(path)
+        values = [value for value in recorder.values[path] if value.shape == first.shape]
+        if values and not any(_same(first, value) for value in values):
+            name = path.removeprefix("model.") or "the model"
+            differing.append(f"{name} ({type(called).__name__})")
 
     hooks = [
-        inner.register_forward_hook(lambda m, _, output, path=path: record(path, m, output))
+        inner.register_forward_hook(lambda m, _, output, path=path: compare(path, m, output))
         for path, inner in module.named_modules()
         if path
     ]
@@ -252,29 +235,25 @@ def _module_outputs(module: nn.Module, tensors: Tensors) -> dict[str, tuple[str,
     finally:
         for hook in hooks:
             hook.remove()
-    return found
-
-
-def _leaving(program: ExportedProgram) -> dict[str, list[str]]:
-    """By module path, the nodes of its first call that are read outside of it."""
-    found: dict[str, list[str]] = {}
-    for node in calls(program):
-        for key, (path, _) in module_stack(node).items():
-            is_first = "@" not in path  # later calls are called PATH@1 ...
-            if is_first and any(key not in module_stack(user) for user in node.users):
-                found.setdefault(path, []).append(node.name)
-    return found
+    if differing:
+        return f"The first module whose output differs is {differing[0]}{stopped}"
+    return (
+        "Every module that can be compared has the same output; the difference arises between "
+        f"modules{stopped}"
+    )
 
 
 class _Recorder(Interpreter):
-    """Runs a graph and records every tensor."""
+    """Runs a graph and records the tensors that the first call of each module computes, by path."""
 
     def __init__(self, graph: torch.fx.GraphModule):
         super().__init__(graph)
-        self.values: dict[str, Tensor] = {}
+        self.values: defaultdict[str, list[Tensor]] = defaultdict(list)
 
     def run_node(self, n: Node) -> Any:
         result = super().run_node(n)
-        if isinstance(result, Tensor):
-            self.values[n.name] = result.detach().clone()
+        if isinstance(result, Tensor) and n.op == "call_function":
+            kept = result.detach().clone()  # later operators may overwrite it
+            for path, _ in module_stack(n).values():  # later calls are called PATH@1 ...
+                self.values[path].append(kept)
         return result

@@ -37,29 +37,28 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import (
-    ExportGraphSignature,
-    InputKind,
-    InputSpec,
-    OutputKind,
-    OutputSpec,
-    TensorArgument,
-)
-from torch.fx import Graph, GraphModule, Node
-from torch.utils._pytree import tree_structure
+from torch.fx import Graph, Node
 
 from qwlora.errors import CaptureError
 from qwlora.graph.aten_ops import base_name
 from qwlora.graph.capture import IDS, MASK, POSITIONS
 from qwlora.graph.graph_analysis import computed_from, factor_nodes
-from qwlora.graph.nodes import calls, module_of, moved_from, operation, operator_of, parameter_names
-from qwlora.graph.quantized_graph import Interface, rebuilt, with_graph
+from qwlora.graph.nodes import (
+    calls,
+    module_of,
+    moved_from,
+    operation,
+    operator_of,
+    parameter_names,
+    stored_tensors,
+)
+from qwlora.graph.quantized_graph import Interface, QuantizedGraph, with_graph
 from qwlora.system.parameter_names import canonical_name
 
 COS, SIN = f"{POSITIONS}_cos", f"{POSITIONS}_sin"
@@ -70,38 +69,17 @@ _NOT_CONSTANT = frozenset({"dequantize", "embedding"})  # of weights
 _MASKED = -1e30  # a mask's entries below this mean minus infinity
 
 
-@dataclass(frozen=True)
-class HostInputs:
-    """A graph without position and mask arithmetic, and the graph of that arithmetic.
-
-    Args:
-        program: takes token ids (int32), the outputs of `host`, and the other inputs.
-        host: takes token_mask and token_positions, returns inputs of `program`.
-    """
-
-    program: ExportedProgram
-    interface: Interface
-    host: ExportedProgram
-    host_interface: Interface
-
-    def run_host(self, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
-        """Inputs of the device graph by name.
-
-        Args:
-            mask: int64 [1, context], 1 where there is a token.
-            positions: int64 [1, tokens].
-        """
-        given = {HOST_INPUTS[MASK]: mask, HOST_INPUTS[POSITIONS]: positions}
-        tensors = [given[name] for name in self.host_interface.inputs]
-        found = self.host.module(check_guards=False)(*tensors)
-        return dict(zip(self.host_interface.outputs, found, strict=True))
-
-
-def lift_host_inputs(program: ExportedProgram, interface: Interface, floor: float) -> HostInputs:
+def lift_host_inputs(
+    program: ExportedProgram, interface: Interface, floor: float
+) -> tuple[ExportedProgram, Interface, QuantizedGraph]:
     """Split a program with static shapes in two.
 
     Args:
         floor: what masked entries of a float mask become; negative.
+
+    Returns:
+        The device program, which takes token ids (int32), the outputs of the host graph and the
+        other inputs; its interface; and the host graph, which takes token_mask and token_positions.
 
     Raises:
         CaptureError: the device would read a boolean or a complex number, or compute with integers;
@@ -109,7 +87,10 @@ def lift_host_inputs(program: ExportedProgram, interface: Interface, floor: floa
     """
     graph = copy.deepcopy(program.graph)
     inputs = dict(zip(program.graph_signature.user_inputs, interface.inputs, strict=True))
-    constants, decided = _origins(program, inputs)
+    fixed = stored_tensors(program) - set(parameter_names(program))
+    deciding = {name for name, called in inputs.items() if called in _DECIDING}
+    constants = computed_from(program, fixed, _NOT_CONSTANT)
+    decided = computed_from(program, fixed | deciding, _NOT_CONSTANT) - constants
     _merge_equal_(graph, constants | decided)
     lifted = [
         n
@@ -117,36 +98,45 @@ def lift_host_inputs(program: ExportedProgram, interface: Interface, floor: floa
         if n.name in decided and any(user.name not in decided for user in n.users)
     ]
     for node in lifted:
-        _refuse_other_types(node, decided)
+        value = node.meta["val"]
+        if value.dtype == torch.bool or value.is_complex():
+            user = next(user for user in node.users if user.name not in decided)
+            kind = "a complex number" if value.is_complex() else "a boolean mask"
+            source = operator_of(node)
+            raise _no_float(user, f"reads {kind} that positions and masks decide ({source})")
     names = _names(lifted, decided, inputs)
     host = _host(program, graph, list(names), constants | decided, floor)
     device, device_inputs = _device(program, graph, names, decided, inputs)
-    _refuse_integers(device)
-    made = {name: _shape(node) for node, name in names.items()}
-    placeholders = {n.name: n for n in host.graph.nodes if n.op == "placeholder"}
-    given = host.graph_signature.user_inputs
-    host_shapes = {HOST_INPUTS[inputs[n]]: _shape(placeholders[n]) for n in given} | made
-    host_inputs = tuple(HOST_INPUTS[inputs[n]] for n in given)
-    shapes = {**interface.shapes, **made}
-    return HostInputs(
-        device,
-        replace(
-            interface,
-            inputs=device_inputs,
-            shapes={name: shapes[name] for name in (*device_inputs, *interface.outputs)},
-        ),
-        host,
-        Interface(host_inputs, tuple(names.values()), next(iter(names.values()), ""), host_shapes),
+    for node in calls(device):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and not value.is_floating_point():
+            kind = str(value.dtype).removeprefix("torch.")
+            raise _no_float(node, f"computes {kind} values from tokens, weights or the cache")
+    outputs = tuple(names.values())
+    shapes = {**interface.shapes, **{name: _shape(node) for node, name in names.items()}}
+    taken = [inputs[name] for name in host.graph_signature.user_inputs]
+    host_shapes = {HOST_INPUTS[name]: shapes[name] for name in taken}
+    host_interface = Interface(
+        tuple(host_shapes),
+        outputs,
+        outputs[0] if outputs else "",
+        host_shapes | {name: shapes[name] for name in outputs},
     )
+    shapes = {name: shapes[name] for name in (*device_inputs, *interface.outputs)}
+    device_interface = replace(interface, inputs=device_inputs, shapes=shapes)
+    return device, device_interface, QuantizedGraph(host, host_interface, (), {})
 
 
-def _origins(program: ExportedProgram, inputs: Mapping[str, str]) -> tuple[set[str], set[str]]:
-    """Names of the nodes that constants decide, and of those that positions and masks decide."""
-    placeholders = {n.name for n in program.graph.nodes if n.op == "placeholder"}
-    fixed = placeholders - set(inputs) - set(parameter_names(program))
-    deciding = {name for name, called in inputs.items() if called in _DECIDING}
-    constants = computed_from(program, fixed, _NOT_CONSTANT)
-    return constants, computed_from(program, fixed | deciding, _NOT_CONSTANT) - constants
+def run_host(host: QuantizedGraph, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
+    """Inputs of the device graph by name.
+
+    Args:
+        mask: int64 [1, context], 1 where there is a token.
+        positions: int64 [1, tokens].
+    """
+    given = {HOST_INPUTS[MASK]: mask, HOST_INPUTS[POSITIONS]: positions}
+    outputs = host.program.module(check_guards=False)(*(given[name] for name in host.inputs))
+    return dict(zip(host.interface.outputs, outputs, strict=True))
 
 
 def _merge_equal_(graph: Graph, names: set[str]) -> None:
@@ -157,7 +147,7 @@ def _merge_equal_(graph: Graph, names: set[str]) -> None:
             continue
         if any(operator_of(user).endswith("_") for user in node.users):
             continue  # it is overwritten
-        key = (node.target, _frozen(node.args), _frozen(node.kwargs))
+        key = (node.target, str(node.args), str(node.kwargs))
         if key in first:
             node.replace_all_uses_with(first[key])
             graph.erase_node(node)
@@ -165,60 +155,30 @@ def _merge_equal_(graph: Graph, names: set[str]) -> None:
             first[key] = node
 
 
-def _frozen(value: object) -> object:
-    if isinstance(value, Mapping):
-        return tuple((key, _frozen(inner)) for key, inner in value.items())
-    if isinstance(value, list | tuple):
-        return tuple(_frozen(inner) for inner in value)
-    return (type(value), value)
-
-
-def _refuse_other_types(node: Node, decided: set[str]) -> None:
-    value = node.meta["val"]
-    if value.dtype == torch.bool or value.is_complex():
-        user = next(user for user in node.users if user.name not in decided)
-        kind = "a complex number" if value.is_complex() else "a boolean mask"
-        raise CaptureError(
-            f"{_place(user)} reads {kind} that positions and masks decide ({operator_of(node)}), "
-            "and an accelerator takes floats. Its positions or mask cannot be lifted out of the "
-            "graph; export the model without graphs for an NPU"
-        )
-
-
-def _refuse_integers(program: ExportedProgram) -> None:
-    for node in calls(program):
-        value = node.meta.get("val")
-        if isinstance(value, Tensor) and not value.is_floating_point():
-            raise CaptureError(
-                f"{_place(node)} computes {str(value.dtype).removeprefix('torch.')} values from "
-                "tokens, weights or the cache, and an accelerator takes floats. Export the model "
-                "without graphs for an NPU"
-            )
-
-
-def _place(node: Node) -> str:
-    return f"{canonical_name(module_of(node)[0]) or 'the model'} ({operator_of(node)})"
+def _no_float(node: Node, problem: str) -> CaptureError:
+    place = canonical_name(module_of(node)[0]) or "the model"
+    return CaptureError(
+        f"{place} ({operator_of(node)}) {problem}, and an accelerator takes floats. Export the "
+        "model without graphs for an NPU"
+    )
 
 
 def _names(lifted: Sequence[Node], decided: set[str], inputs: Mapping[str, str]) -> dict[Node, str]:
     """A name for each lifted node, in order of names: masks, cosines, sines, positions."""
-    stems = {node: _stem(node, decided, inputs) for node in lifted}
+    stems: dict[Node, str] = {}
+    for node in lifted:
+        ancestors = _ancestors(node, decided)
+        waves = {operation(n) for n in ancestors} & {"cos", "sin"}
+        sources = {inputs[n.name] for n in ancestors if n.op == "placeholder"}
+        stems[node] = MASK if MASK in sources else POSITIONS
+        if len(waves) == 1:
+            stems[node] = COS if waves == {"cos"} else SIN
     order = (MASK, COS, SIN)
     names: dict[Node, str] = {}
     for stem in (*order, *(s for s in dict.fromkeys(stems.values()) if s not in order)):
         for number, node in enumerate(n for n in lifted if stems[n] == stem):
             names[node] = f"{stem}_{number}" if number else stem
     return names
-
-
-def _stem(node: Node, decided: set[str], inputs: Mapping[str, str]) -> str:
-    made_by = {operator_of(n) for n in _ancestors(node, decided) if n.op == "call_function"}
-    if made_by >= {"cos"} and "sin" not in made_by:
-        return COS
-    if made_by >= {"sin"} and "cos" not in made_by:
-        return SIN
-    sources = {inputs[n.name] for n in _ancestors(node, decided) if n.op == "placeholder"}
-    return MASK if MASK in sources else POSITIONS
 
 
 def _ancestors(node: Node, decided: set[str]) -> set[Node]:
@@ -247,7 +207,7 @@ def _host(
     for node in list(made.nodes):
         if node.op == "placeholder" and not node.users:
             made.erase_node(node)
-    return program_over(program, made)
+    return with_graph(program, made)
 
 
 def _as_input(graph: Graph, node: Node, floor: float) -> Node:
@@ -300,10 +260,10 @@ def _device(
     # token ids first, then what was lifted, then the cache
     given_order = sorted(called, key=lambda n: (called[n] != IDS, n.name in inputs))
     for node in given_order:
-        last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+        last = graph.find_nodes(op="placeholder")[-1]
         if node is not last:
             last.append(node)
-    return program_over(program, graph), tuple(called[node] for node in given_order)
+    return with_graph(program, graph), tuple(called[node] for node in given_order)
 
 
 def _is_view_of_ids(node: Node) -> bool:
@@ -320,44 +280,6 @@ def _is_view_of_ids(node: Node) -> bool:
 
 def _int32(value: Tensor) -> Tensor:
     return value if value.is_floating_point() else value.to(torch.int32)
-
-
-def program_over(source: ExportedProgram, graph: Graph) -> ExportedProgram:
-    """A program of `graph` over the tensors of `source`; other placeholders are its inputs."""
-    stored = {
-        spec.arg.name: spec
-        for spec in source.graph_signature.input_specs
-        if spec.kind is not InputKind.USER_INPUT
-    }
-    specs = [
-        stored.get(n.name)
-        or InputSpec(InputKind.USER_INPUT, TensorArgument(name=n.name), target=None)
-        for n in graph.nodes
-        if n.op == "placeholder"
-    ]
-    (output,) = (n for n in graph.nodes if n.op == "output")
-    results = [
-        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=n.name), target=None)
-        for n in output.args[0]
-    ]
-    given = [spec.arg for spec in specs if spec.kind is InputKind.USER_INPUT]
-    entry = copy.deepcopy(source.module_call_graph[0])
-    assert entry.signature is not None
-    entry.signature.inputs = given
-    entry.signature.outputs = [result.arg for result in results]
-    entry.signature.in_spec = tree_structure((tuple(range(len(given))), {}))
-    entry.signature.out_spec = tree_structure(tuple(range(len(results))))
-    entry.signature.forward_arg_names = None
-    graph.lint()
-    return rebuilt(
-        source,
-        root=GraphModule(source.graph_module, graph),
-        graph=graph,
-        graph_signature=ExportGraphSignature(specs, results),
-        range_constraints={},
-        module_call_graph=[entry],
-        example_inputs=None,
-    )
 
 
 def _shape(node: Node) -> tuple[int, ...]:
@@ -454,14 +376,14 @@ def lift_scaling(
         return program, interface, None
     graph, branch = copy.deepcopy(program.graph), factor_nodes(program)
     scaled = [n for n in graph.nodes if n.name in branch and _scaling(n) is not None]
-    last = [n for n in graph.nodes if n.op == "placeholder"][-1]
+    last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
         alpha = graph.placeholder(ALPHA)
     alpha.meta["val"] = scaled[0].meta["val"].new_zeros(1)
     for node in scaled:
         node.args = (node.args[0], alpha)
     inputs, shapes = (*interface.inputs, ALPHA), {**interface.shapes, ALPHA: (1,)}
-    return program_over(program, graph), replace(interface, inputs=inputs, shapes=shapes), scaling
+    return with_graph(program, graph), replace(interface, inputs=inputs, shapes=shapes), scaling
 
 
 def scaling_of(program: ExportedProgram) -> float | None:

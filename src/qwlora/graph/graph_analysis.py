@@ -42,6 +42,7 @@ from qwlora.graph.nodes import (
     operator_of,
     origin,
     parameter_names,
+    stored_tensors,
     used_placeholders,
 )
 from qwlora.graph.value_traits import Trait
@@ -79,7 +80,7 @@ class GraphAnalysis:
         # embeddings are data, although they are looked up by integers
         integer_origins = computed_from(program, integers, frozenset({"embedding"}))
         self._inputs = set(program.graph_signature.user_inputs)
-        fixed = {n.name for n in placeholders} - self._inputs
+        fixed = stored_tensors(program)
         self._constants = computed_from(program, fixed)
         adapter = {name for name, path in self.parameters.items() if is_adapter_name(path)}
         self._of_adapter = self._constants - computed_from(program, fixed - adapter)

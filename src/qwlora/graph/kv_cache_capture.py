@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from torch.fx import Node
 
 from qwlora.errors import CaptureError, foreign_as
+from qwlora.graph.call_arguments import Structure
 from qwlora.graph.capture import IDS, MASK, PAST, POSITIONS, PRESENT, Captured, capture
-from qwlora.graph.flat_arguments import Structure
 from qwlora.graph.nodes import calls, operation
 from qwlora.graph.quantized_graph import with_graph
 
@@ -159,10 +159,11 @@ def _only_new(captured: Captured) -> Captured:
     graph = type(captured.program.graph)()
     copied: dict[Node, Node] = {}
     graph.graph_copy(captured.program.graph, copied)
-    (output,) = (n for n in captured.program.graph.nodes if n.op == "output")
     results = []
     shapes = dict(interface.shapes)
-    for name, node in zip(interface.outputs, output.args[0], strict=True):
+    for name, node in zip(
+        interface.outputs, captured.program.graph.output_node().args[0], strict=True
+    ):
         if name.startswith(f"{PRESENT}."):
             past = f"{PAST}{name.removeprefix(PRESENT)}"
             added = additions.get(past)

@@ -82,6 +82,12 @@ def used_placeholders(program: ExportedProgram) -> set[str]:
     return {n.name for n in program.graph.nodes if n.op == "placeholder" and n.users}
 
 
+def stored_tensors(program: ExportedProgram) -> set[str]:
+    """Names of the placeholders that are no inputs: parameters, buffers and constants."""
+    specs = program.graph_signature.input_specs
+    return {spec.arg.name for spec in specs if spec.kind is not InputKind.USER_INPUT}
+
+
 def parameter_names(program: ExportedProgram) -> dict[str, str]:
     """Parameter path by placeholder name, without the prefix of `FlatModel`.
 
@@ -95,13 +101,12 @@ def parameter_names(program: ExportedProgram) -> dict[str, str]:
     for spec in specs:
         if spec.arg.name not in used:
             unused.setdefault(address[spec.arg.name], str(spec.target))
-    return {
-        name: (
-            unused.get(address[name], str(spec.target)) if name in used else str(spec.target)
-        ).removeprefix("model.")
-        for spec in specs
-        for name in (spec.arg.name,)
-    }
+    names = {}
+    for spec in specs:
+        name, path = spec.arg.name, str(spec.target)
+        tied = unused.get(address[name], path) if name in used else path
+        names[name] = tied.removeprefix("model.")
+    return names
 
 
 def buffer_names(program: ExportedProgram) -> dict[str, str]:

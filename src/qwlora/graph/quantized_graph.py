@@ -9,7 +9,16 @@ from enum import StrEnum
 from typing import Any
 
 from torch.export import ExportedProgram
+from torch.export.graph_signature import (
+    ExportGraphSignature,
+    InputKind,
+    InputSpec,
+    OutputKind,
+    OutputSpec,
+    TensorArgument,
+)
 from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_structure
 
 from qwlora.graph.value_traits import Decision, GridOptions, Trait
 from qwlora.grid.encoding import Encoding
@@ -36,6 +45,9 @@ class GraphValue:
         owner: class of the enclosing module that is one operation; empty if there is none.
         reason: of the rule that decided.
         ruled: whether that was a rule of the user.
+        grid: of a quantized value, in words; as the next three, from `Simulation.explain` only.
+        observer: how an activation's range is chosen.
+        low, high: ends of an activation's grid, once calibrated or fixed.
     """
 
     node: str
@@ -50,18 +62,26 @@ class GraphValue:
     reason: str = ""
     ruled: bool = False
     options: GridOptions = GridOptions()
+    grid: str = ""
+    observer: str = ""
+    low: float | None = None
+    high: float | None = None
+
+    @property
+    def is_computed(self) -> bool:
+        """Whether it is neither a weight nor an input."""
+        return self.operator not in ("weight", "input")
 
     @property
     def names(self) -> tuple[str, ...]:
         """The names that a rule's glob matches; see `PlacementRule`."""
-        is_computed = self.module and self.operator not in ("weight", "input")
-        made_by = f"{self.module}.{self.operator}" if is_computed else ""
+        made_by = f"{self.module}.{self.operator}" if self.module and self.is_computed else ""
         return tuple(name for name in (self.name, self.module, made_by) if name)
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, Any]:
         """What the placement log says about the value."""
-        keys = ("name", "module", "operator", "module_class", "kind", "decision", "reason")
-        return {key: str(getattr(self, key)) for key in keys}
+        omitted = {"node", "traits", "owner", "ruled", "options"}
+        return {key: value for key, value in vars(self).items() if key not in omitted}
 
 
 @dataclass(frozen=True)
@@ -116,14 +136,38 @@ def insert_after(node: Node, make: Callable[[Node], Node], place: Node | None = 
 
 
 def with_graph(program: ExportedProgram, graph: Graph) -> ExportedProgram:
-    """`program` with another graph over the same placeholders and tensors."""
-    signature = copy.deepcopy(program.graph_signature)
+    """`program` with another graph over its tensors; all other placeholders are inputs."""
+    tensors = {
+        spec.arg.name: spec
+        for spec in program.graph_signature.input_specs
+        if spec.kind is not InputKind.USER_INPUT
+    }
+    inputs = [
+        tensors.get(n.name)
+        or InputSpec(InputKind.USER_INPUT, TensorArgument(name=n.name), target=None)
+        for n in graph.nodes
+        if n.op == "placeholder"
+    ]
     (output,) = (n for n in graph.nodes if n.op == "output")
-    for spec, node in zip(signature.output_specs, output.args[0], strict=True):
-        spec.arg.name = node.name
+    outputs = [
+        OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=n.name), target=None)
+        for n in output.args[0]
+    ]
+    count = sum(spec.kind is InputKind.USER_INPUT for spec in inputs)
+    entry = copy.deepcopy(program.module_call_graph[0])
+    assert entry.signature is not None
+    entry.signature.in_spec = tree_structure((tuple(range(count)), {}))
+    entry.signature.out_spec = tree_structure(tuple(range(len(outputs))))
+    entry.signature.forward_arg_names = None
     graph.lint()
-    module = GraphModule(program.graph_module, graph)
-    return rebuilt(program, root=module, graph=graph, graph_signature=signature)
+    return rebuilt(
+        program,
+        root=GraphModule(program.graph_module, graph),
+        graph=graph,
+        graph_signature=ExportGraphSignature(inputs, outputs),
+        module_call_graph=[entry],
+        example_inputs=None,
+    )
 
 
 def rebuilt(program: ExportedProgram, **changes: Any) -> ExportedProgram:

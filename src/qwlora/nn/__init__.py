@@ -10,9 +10,7 @@ keeps codes, never floats. Not supported: a gradient for the weight (it is froze
 float delta into the codes.
 """
 
-from qwlora.nn.frozen import packed_weights
-from qwlora.nn.packed_layer import PackedLayer, is_packed
-from qwlora.nn.packed_modules import PackedLinear
+from qwlora.nn.packed_layer import PackedLayer, PackedLinear, is_packed, packed_weights
 from qwlora.nn.replace import (
     is_packable,
     pack_at_,

@@ -24,8 +24,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from qwlora.grid.scheme import Blocks, PerChannel
-from qwlora.nn.packed_modules import PackedLinear
+from qwlora.grid.scheme import Blocks, PerChannel, Scheme
+from qwlora.nn.packed_layer import PackedLinear
 
 ROWS = 16
 _BLOCKS = (256, 128, 64, 32)  # what the int4 kernel supports
@@ -45,7 +45,7 @@ def use_few_row_kernels_(model: nn.Module) -> int:
     count = 0
     for module in model.modules():
         if isinstance(module, PackedLinear) and module.is_plain:
-            product = _product(module)
+            product = _int4_product(module) or _int8_product(module)
             if product is not None:
                 module.forward = functools.partial(  # type: ignore[method-assign]
                     _forward, module, product
@@ -62,58 +62,43 @@ def _forward(layer: PackedLinear, product: Product, x: Tensor) -> Tensor:
     return y if layer.bias is None else y + layer.bias
 
 
-def _product(layer: PackedLinear) -> Product | None:
-    """The kernel with the layer's weight; None if none fits."""
-    tensor, scheme = layer.tensor, layer.scheme
-    if tensor.parts.packed.device.type != "cpu":
-        return None
-    if scheme.bitwidth <= 4:
-        return _int4_product(layer)
-    if scheme.bitwidth == 8 and scheme.symmetric and isinstance(scheme.granularity, PerChannel):
-        return _int8_product(layer)
-    return None
-
-
 def _int4_product(layer: PackedLinear) -> Product | None:
-    scheme, count = layer.scheme, layer.in_features
+    """The int4 kernel with the layer's weight; None if it does not fit."""
+    scheme, encoding = layer.scheme, layer.encoding
     match scheme.granularity:
         case Blocks(size):
             pass
         case PerChannel(0):
-            size = count
+            size = layer.in_features
         case _:
             return None
     block = next((b for b in _BLOCKS if size % b == 0), None)
-    if block is None or layer.out_features % _OUTPUTS:
+    if not _is_on_cpu(layer) or scheme.bitwidth > 4 or not block or layer.out_features % _OUTPUTS:
         return None
     # The kernel subtracts 8. With the middle code moved there, a symmetric grid has the zero 0.
     middle = -scheme.symmetric_offset
-    encoding = layer.encoding
     scale = encoding.scale
-    if not scheme.float_offset:
-        zero = (encoding.offset + middle) * scale
-    else:
+    if scheme.float_offset:
         zero = encoding.minimum + middle * scale
+    else:
+        zero = (encoding.offset + middle) * scale
     codes = layer.codes.to(torch.int32) + (8 - middle)
     numbers = torch.stack([scale, zero], -1).view(layer.out_features, -1, 2)
     numbers = numbers.repeat_interleave(size // block, 1).transpose(0, 1)
     numbers = numbers.to(torch.bfloat16).contiguous()
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
-
-    def product(rows: Tensor) -> Tensor:
-        found: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, block, numbers)
-        return found
-
-    return product
+    return lambda rows: torch.ops.aten._weight_int4pack_mm_for_cpu(rows, packed, block, numbers)
 
 
 def _int8_product(layer: PackedLinear) -> Product | None:
-    encoding = layer.encoding
-    codes = (layer.codes.to(torch.int16) + layer.scheme.symmetric_offset).to(torch.int8)
-    scale = encoding.scale.flatten().to(torch.bfloat16)
+    """The int8 kernel with the layer's weight; None if it does not fit."""
+    scheme = layer.scheme
+    if not _is_on_cpu(layer) or scheme != Scheme(8, granularity=PerChannel(0)):
+        return None
+    codes = (layer.codes.to(torch.int16) + scheme.symmetric_offset).to(torch.int8)
+    scale = layer.encoding.scale.flatten().to(torch.bfloat16)
+    return lambda rows: torch.ops.aten._weight_int8pack_mm(rows, codes, scale)
 
-    def product(rows: Tensor) -> Tensor:
-        found: Tensor = torch.ops.aten._weight_int8pack_mm(rows, codes, scale)
-        return found
 
-    return product
+def _is_on_cpu(layer: PackedLinear) -> bool:
+    return layer.tensor.parts.packed.device.type == "cpu"

@@ -29,18 +29,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qwlora.nn.frozen import unwrapped
-from qwlora.nn.packed_layer import is_packed
+from qwlora.nn.packed_layer import is_packed, unwrapped
 from qwlora.system.parameter_names import adapter_of, canonical_name, is_adapter_name
 
-_ORIGIN = ("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype")
-_HANDED_BACK = ("use_cache", "return_dict", "output_attentions", "output_hidden_states")
-_HOW_STORED = ("quantization_config", "transformers_weights")
-_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-_OF_CLASSIFIERS = ("id2label", "label2id", "problem_type")
-_OF_DRAWN_WEIGHTS = ("initializer_range", "init_std")
 VOLATILE = frozenset(
-    (*_ORIGIN, *_HANDED_BACK, *_HOW_STORED, *_TOKENS, *_OF_CLASSIFIERS, *_OF_DRAWN_WEIGHTS)
+    (
+        *("_name_or_path", "architectures", "transformers_version", "dtype", "torch_dtype"),
+        *("use_cache", "return_dict", "output_attentions", "output_hidden_states"),
+        *("quantization_config", "transformers_weights"),
+        *("bos_token_id", "eos_token_id", "pad_token_id"),
+        *("id2label", "label2id", "problem_type"),
+        *("initializer_range", "init_std"),  # of randomly initialized weights
+    )
 )
 _CHUNK = 2**24
 _KEPT = "_kept_fingerprint"
@@ -61,8 +61,7 @@ def fingerprint_of(digests: Mapping[str, str], model: nn.Module) -> str:
 
 def adapter_fingerprint(model: nn.Module) -> str | None:
     """SHA-256 over the active adapters of `model`: each weight by name, without the adapter's name,
-    and the scaling of each branch. None without an adapter.
-    """
+    and the scaling of each branch. None without an adapter."""
     if not hasattr(model, "peft_config") or any(
         getattr(module, "disable_adapters", False) is True for module in model.modules()
     ):
@@ -85,8 +84,7 @@ def adapter_fingerprint(model: nn.Module) -> str | None:
 
 def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
     """Let `model`, whose tensors now hash to `now`, keep `identity`, its fingerprint before its
-    floats were cast. Any later change ends that.
-    """
+    floats were cast. Any later change ends that."""
     model.__dict__[_KEPT] = (now, identity)
 
 
@@ -142,8 +140,7 @@ def _remembered(model: nn.Module, key: str) -> Any:
 
 def combined_fingerprint(digests: Mapping[str, str], numbers: Mapping[str, Any]) -> str:
     """The fingerprint of a base with these digests of tensors (see `tensor_digests`) and these
-    numbers (see `config_numbers`).
-    """
+    numbers (see `config_numbers`)."""
     total = hashlib.sha256(json.dumps(numbers, sort_keys=True, default=str).encode())
     for name, digest in sorted(digests.items()):
         total.update(f"\0{name}\0{digest}".encode())
@@ -160,11 +157,9 @@ def tensor_digests(model: nn.Module) -> dict[str, str]:
 
 def tensor_digest(name: str, layout: str, tensor: Tensor) -> str:
     """SHA-256 of one tensor; floats narrower than float32 by their float32 values."""
-    kind = (
-        torch.promote_types(tensor.dtype, torch.float32)
-        if tensor.is_floating_point()
-        else tensor.dtype
-    )
+    kind = tensor.dtype
+    if tensor.is_floating_point():
+        kind = torch.promote_types(kind, torch.float32)
     digest = hashlib.sha256(f"{name}\0{layout}\0{kind}\0{list(tensor.shape)}\0".encode())
     for chunk in tensor.detach().flatten().split(_CHUNK):
         digest.update(chunk.cpu().to(kind).view(torch.uint8).numpy().data)
@@ -201,8 +196,7 @@ def _numbers(config: Any) -> dict[str, Any]:
 
 def base_tensors(model: nn.Module) -> dict[str, tuple[str, Tensor]]:
     """Layout and tensor of each parameter and persistent buffer of the base; a tensor shared by two
-    modules is listed once.
-    """
+    modules is listed once."""
     tensors: dict[str, tuple[str, Tensor]] = {}
     seen: set[int] = set()
     for path, module in unwrapped(model).named_modules():

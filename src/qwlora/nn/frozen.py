@@ -1,4 +1,4 @@
-"""The packed layers of a model, and whether they compute their integer codes.
+"""Checks of a model: its packed layers compute their codes, and its tensors have finite values.
 
     assert_frozen(model)
 
@@ -12,13 +12,14 @@ computes cannot be known, so it is refused; forward hooks are fine.
 
 from __future__ import annotations
 
-import sys
+from itertools import chain
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from qwlora.errors import GridError, lines
-from qwlora.nn.packed_layer import PackedLayer, instance_calls, is_packed
-from qwlora.system.parameter_names import canonical_name, parameter_name
+from qwlora.errors import CalibrationError, GridError, QwloraError, lines, listed
+from qwlora.nn.fingerprint import base_tensors
+from qwlora.nn.packed_layer import instance_calls, packed_layers, unwrapped
 
 
 def assert_frozen(model: nn.Module) -> None:
@@ -36,42 +37,54 @@ def assert_frozen(model: nn.Module) -> None:
         )
     patched = [name for name, layer in packed.items() if "forward" in instance_calls(layer)]
     if patched:
-        shown = "\n  ".join(lines(patched))
         raise GridError(
             f"{len(patched)} packed layers have a forward that was set on the instance, so they "
             "may not compute their codes. Delete it (`del layer.forward`), or use a forward hook"
-            f"\n  {shown}"
+            + "\n  ".join(["", *lines(patched)])
         )
 
 
-def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
-    """Every packed layer of `model`, tied ones included, by its canonical path."""
-    return {
-        canonical_name(path): module
-        for path, module in unwrapped(model).named_modules()
-        if is_packed(module)
-    }
+def check_finite(name: str, tensor: Tensor, allow_infinity: bool = False) -> None:
+    """See that `tensor` holds no NaN and no infinity; tensors without data or floats pass.
+
+    Args:
+        allow_infinity: for buffers, which may be attention masks.
+    """
+    if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
+        return
+    values = tensor.detach()
+    values = values if values.element_size() > 1 else values.float()
+    low, high = values.aminmax()  # NaN propagates; allocates nothing
+    if bool(torch.isfinite(low) & torch.isfinite(high)):
+        return
+    bad = values.isnan() if allow_infinity else ~values.isfinite()
+    if not bool(bad.any()):
+        return
+    nan, first = int(values.isnan().sum()), bad.nonzero()[0].tolist()
+    counts = {"NaN": nan, "infinite": int(bad.sum()) - nan}
+    found = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+    raise CalibrationError(
+        f"{name} contains {found} (first at index {first[0] if len(first) == 1 else first}). "
+        "QWLoRA cannot freeze a model with non-finite weights; check the checkpoint"
+    )
 
 
-def packed_weights(model: nn.Module) -> dict[str, PackedLayer]:
-    """`packed_layers` by the canonical names of their float tensors."""
-    return {parameter_name(path): layer for path, layer in packed_layers(model).items()}
+def check_base_finite(module: nn.Module, path: str = "") -> None:
+    """`check_finite` for every tensor of the base in `module`, which is at `path` of its model."""
+    for name, (layout, tensor) in base_tensors(module).items():
+        check_finite(
+            f"{path}.{name}" if path else name,
+            tensor,
+            allow_infinity=not layout and not isinstance(tensor, nn.Parameter),
+        )
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
-    """`model` without torch.compile's `OptimizedModule`, `DataParallel` and
-    `DistributedDataParallel` around it; the model itself if it has none of them."""
-    while (inner := _inner(model)) is not None:
-        model = inner
-    return model
-
-
-def _inner(model: nn.Module) -> nn.Module | None:
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        return model.module
-    if "torch._dynamo" in sys.modules:  # slow to import, and without it nothing is compiled
-        from torch._dynamo import OptimizedModule
-
-        if isinstance(model, OptimizedModule):
-            return model._orig_mod
-    return None
+def refuse_meta(model: nn.Module, error: type[QwloraError]) -> None:
+    """Refuse a model with tensors on the meta device."""
+    named = chain(model.named_parameters(), model.named_buffers())
+    if names := [name for name, tensor in named if tensor.is_meta]:
+        raise error(
+            f"{listed(names, 3)} are on the meta device and have no values. Load the "
+            "weights first (from_pretrained without device_map offloading). For a checkpoint "
+            "larger than memory use `qwlora quantize`, which reads it block by block"
+        )

@@ -12,7 +12,7 @@ checkpointing, until its backward. PEFT does the same with float experts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache
+from functools import cache, partial
 from typing import Any, cast
 
 import torch
@@ -21,9 +21,8 @@ from torch import Tensor, nn
 from qwlora.errors import GridError
 from qwlora.nn.custom_ops import dequantize
 from qwlora.nn.packed_layer import PackedLayer, traced
-from qwlora.nn.packed_matmul import PackedWeight
 from qwlora.nn.packed_tensor import PackedTensor
-from qwlora.nn.weight_view import WeightView, refuse_write
+from qwlora.nn.weight_view import PackedWeight, WeightView, refuse_write
 from qwlora.system.parameter_names import FOLDER
 
 
@@ -76,8 +75,7 @@ class _WithPackedParameters(nn.Module):
 
 def parameter_out_in(module: nn.Module, name: str) -> Tensor:
     """A 3-D parameter as [experts, out, in]. Modules that store it as [experts, in, out] have the
-    attribute `is_transposed`, as in transformers and PEFT.
-    """
+    attribute `is_transposed`, as in transformers and PEFT."""
     parameter = module._parameters.get(name)
     if parameter is None or parameter.ndim != 3 or not parameter.is_floating_point():
         raise GridError(f"{type(module).__name__} has no float parameter {name!r} with three axes")
@@ -86,8 +84,7 @@ def parameter_out_in(module: nn.Module, name: str) -> Tensor:
 
 def pack_parameter_(module: nn.Module, name: str, tensor: PackedTensor) -> PackedParameter:
     """Replace the parameter `name` of `module` by packed codes [experts, out, in], in place.
-    Returns the module that holds them.
-    """
+    Returns the module that holds them."""
     expected = parameter_out_in(module, name)
     if tensor.shape != tuple(expected.shape):
         raise GridError(
@@ -111,15 +108,7 @@ def pack_parameter_(module: nn.Module, name: str, tensor: PackedTensor) -> Packe
 
 @cache
 def _class_with(kind: Any, names: tuple[str, ...]) -> type[nn.Module]:
-    return type(
-        f"Packed{kind.__name__}",
-        (_WithPackedParameters, kind),
-        {name: _reader(name) for name in names},
-    )
-
-
-def _reader(name: str) -> property:
-    def read(module: nn.Module) -> Tensor:
+    def read(module: nn.Module, name: str) -> Tensor:
         # While torch parametrizes it, the name must not exist.
         if name not in module._buffers:
             raise AttributeError(f"{type(module).__name__} has no attribute {name!r}")
@@ -127,4 +116,5 @@ def _reader(name: str) -> property:
         weight: Tensor = folder._modules[name].weight
         return weight
 
-    return property(read)
+    readers = {name: property(partial(read, name=name)) for name in names}
+    return type(f"Packed{kind.__name__}", (_WithPackedParameters, kind), readers)

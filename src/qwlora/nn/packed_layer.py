@@ -1,5 +1,11 @@
-"""The base class of packed layers: the tensors of a `PackedTensor` as buffers, and a view of the
-weight.
+"""Packed layers: the tensors of a `PackedTensor` as buffers, and a view of the weight.
+
+    PackedLinear       y = x W_hat^T + b
+    PackedEmbedding    only the rows that are looked up are unpacked
+    PackedConv1d, 2d   the weight as [out, in * kernel], blocks along that row
+
+For a subclass of one of these, `packed_class` generates a class with the subclass first: its
+forward is kept, and where it calls its parent's forward, it calls these.
 
 `model.to(bfloat16)` changes the dtype in which a layer computes, never its grid: the buffers keep
 their dtypes. A tied layer has no buffers; it reads those of the layer it is tied to, also after
@@ -8,22 +14,32 @@ copies and moves.
 
 from __future__ import annotations
 
+import sys
 import types
 from collections.abc import Callable
 from typing import Any, Self, TypeGuard, cast
 
 import torch
 from accelerate.hooks import ModelHook
+from jaxtyping import Float, Integer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.nn.custom_ops import dequantize
-from qwlora.nn.packed_matmul import PackedWeight, PackedWeightOwner
+from qwlora.nn.custom_ops import dequantize, gather, linear
 from qwlora.nn.packed_tensor import PackedTensor, Parts
-from qwlora.nn.weight_view import WeightView, refuse_write
+from qwlora.nn.weight_view import (
+    LinearAddFunction,
+    LinearFunction,
+    PackedWeight,
+    PackedWeightOwner,
+    WeightView,
+    refuse_write,
+)
+from qwlora.system.parameter_names import canonical_name, parameter_name
 
 _FLOATS = ("scale", "minimum")
 _HOOK, _HOOKED_FORWARD = "_hf_hook", "_old_forward"  # attributes that accelerate sets
@@ -160,9 +176,8 @@ class PackedLayer(PackedWeightOwner):
         for name, old in before.items():
             new = self._buffers.get(name)
             if old is not None and new is not None and new.dtype != old.dtype:
-                self._buffers[name] = (
-                    torch.empty_like(old, device=new.device) if old.is_meta else old.to(new.device)
-                )
+                moved = torch.empty_like(old, device=new.device) if old.is_meta else old
+                self._buffers[name] = moved.to(new.device)
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype, device=device)).dtype
         return self
 
@@ -214,3 +229,107 @@ def _state(module: nn.Module) -> dict[str, Any]:
         for key, value in module.__dict__.items()
         if key not in hooked
     }
+
+
+class PackedLinear(PackedLayer, nn.Linear):  # type: ignore[override] # the weight is a property
+    """Linear layer on packed codes [out, in]."""
+
+    def forward(self, x: Float[Tensor, "*batch in"]) -> Float[Tensor, "*batch out"]:
+        if torch.compiler.is_exporting():
+            return nn.functional.linear(x, dequantize(*self.operands).to(x.dtype), self.bias)
+        if traced():
+            y = linear(x, *self.operands)
+            return y if self.bias is None else y + self.bias
+        return LinearFunction.apply(x, self.bias, self.packed_weight)
+
+    def add_to(
+        self, y: Float[Tensor, "*batch out"], x: Float[Tensor, "*batch in"]
+    ) -> Float[Tensor, "*batch out"]:
+        """y += x W_hat^T + b, in place."""
+        return LinearAddFunction.apply(y, x, self.bias, self.packed_weight)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a call computes only the product: no subclass overrides forward, and no hook
+        runs."""
+        return (
+            type(self).forward is PackedLinear.forward
+            and "forward" not in self.__dict__
+            and not (self._forward_hooks or self._forward_pre_hooks)
+        )
+
+
+class PackedEmbedding(PackedLayer, nn.Embedding):  # type: ignore[override] # weight: a property
+    """Embedding on packed codes [rows, width]."""
+
+    def forward(self, index: Integer[Tensor, "*batch"]) -> Float[Tensor, "*batch width"]:
+        if torch.compiler.is_exporting():
+            return nn.functional.embedding(
+                index, dequantize(*self.operands).to(self.compute_dtype), self.padding_idx
+            )
+        if traced():
+            return gather(index, *self.operands).to(self.compute_dtype)
+        return self.tensor.dequantize(self.compute_dtype, index)
+
+
+class _PackedConv(PackedLayer):
+    """Convolution on packed codes [out, in / groups * kernel]."""
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        # PEFT builds a LoRA's convolutions by `type(base_layer)(...)`
+        plain = nn.Conv1d if issubclass(cls, nn.Conv1d) else nn.Conv2d
+        return plain(*args, **kwargs) if args or kwargs else super().__new__(cls)
+
+
+class PackedConv1d(_PackedConv, nn.Conv1d):  # type: ignore[override] # the weight is a property
+    """Packed Conv1d."""
+
+
+class PackedConv2d(_PackedConv, nn.Conv2d):  # type: ignore[override] # the weight is a property
+    """Packed Conv2d."""
+
+
+KINDS: dict[type[nn.Module], type[PackedLayer]] = {
+    nn.Linear: PackedLinear,
+    Conv1D: PackedLinear,  # as the linear layer that computes the same
+    nn.Embedding: PackedEmbedding,
+    nn.Conv1d: PackedConv1d,
+    nn.Conv2d: PackedConv2d,
+}
+
+
+def packed_class(kind: type[nn.Module]) -> type[PackedLayer] | None:
+    """The packed class of modules of class `kind`; None if there is none."""
+    if kind not in KINDS:
+        parent = next((packed for plain, packed in KINDS.items() if issubclass(kind, plain)), None)
+        if parent is None or issubclass(kind, Conv1D):
+            return parent
+        KINDS[kind] = type(f"Packed{kind.__name__}", (kind, parent), {})
+    return KINDS[kind]
+
+
+def packed_layers(model: nn.Module) -> dict[str, PackedLayer]:
+    """Every packed layer of `model`, tied ones included, by its canonical path."""
+    return {
+        canonical_name(path): module
+        for path, module in unwrapped(model).named_modules()
+        if is_packed(module)
+    }
+
+
+def packed_weights(model: nn.Module) -> dict[str, PackedLayer]:
+    """`packed_layers` by the canonical names of their float tensors."""
+    return {parameter_name(path): layer for path, layer in packed_layers(model).items()}
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """`model` without torch.compile's `OptimizedModule`, `DataParallel` and
+    `DistributedDataParallel` around it; the model itself if it has none of them."""
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        return unwrapped(model.module)
+    if "torch._dynamo" in sys.modules:  # slow to import, and without it nothing is compiled
+        from torch._dynamo import OptimizedModule
+
+        if isinstance(model, OptimizedModule):
+            return unwrapped(model._orig_mod)
+    return model

@@ -139,13 +139,8 @@ class PackedTensor:
         """int32, of the granularity's shape; integer-offset grids only."""
         zero_point = self.zero_point
         if zero_point is None:
-            groups = self.scheme.scale_shape(self.shape)
-            return torch.full(
-                groups,
-                self.scheme.symmetric_offset,
-                dtype=torch.int32,
-                device=self.parts.packed.device,
-            )
+            groups, middle = self.scheme.scale_shape(self.shape), self.scheme.symmetric_offset
+            return torch.full(groups, middle, dtype=torch.int32, device=self.parts.packed.device)
         return -zero_point.to(torch.int32)
 
     @property
@@ -160,9 +155,8 @@ class PackedTensor:
     def encoding(self) -> Encoding:
         """The grid, in float32."""
         minimum = self.parts.minimum
-        return Encoding(
-            self.scheme, self.scale, self.offset if minimum is None else minimum.float()
-        )
+        low_end = self.offset if minimum is None else minimum.float()
+        return Encoding(self.scheme, self.scale, low_end)
 
     @property
     def quantized(self) -> QuantizedTensor:
@@ -219,8 +213,7 @@ class PackedTensor:
         self, part: Tensor, index: Tensor | int | None, shape: tuple[int, ...]
     ) -> Tensor:
         """`part` as `[rows, *tail]`, or `[1, *tail]` if it is the same for all, `tail` being what
-        broadcasts against a row's grouped codes.
-        """
+        broadcasts against a row's grouped codes."""
         granularity = self.scheme.granularity
         if not part.ndim:
             return part
@@ -254,8 +247,5 @@ def narrowest(
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype of a product of a packed weight with `x`: autocast's, or that of `x`."""
     kind = x.device.type
-    return (
-        torch.get_autocast_dtype(kind)
-        if torch.is_autocast_enabled(kind) and x.dtype != torch.float64
-        else x.dtype
-    )
+    is_cast = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if is_cast else x.dtype

@@ -25,22 +25,26 @@ from qwlora.errors import GridError, MergeError
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.packed_experts import PackedParameter, pack_parameter_, parameter_out_in
-from qwlora.nn.packed_layer import PackedLayer, accelerate_hook, instance_calls, is_packed
-from qwlora.nn.packed_modules import PackedLinear, packed_class
+from qwlora.nn.packed_layer import (
+    PackedLayer,
+    accelerate_hook,
+    instance_calls,
+    is_packed,
+    packed_class,
+)
 from qwlora.nn.packed_tensor import PackedTensor
 from qwlora.system.parameter_names import FOLDER, canonical_name
 
 
 def is_packable(module: nn.Module) -> bool:
     """Whether `pack_module` accepts `module`: a float Linear, Conv1D, Embedding, Conv1d, Conv2d or
-    a subclass, whose weight is its own parameter.
-    """
+    a subclass, whose weight is its own parameter."""
     weight = module._parameters.get("weight")
     return (
         weight is not None
         and weight.is_floating_point()
         and getattr(module, "max_norm", None) is None
-        and _is_of_packable_class(module)
+        and packed_class(type(module)) is not None
     )
 
 
@@ -50,12 +54,8 @@ def has_computed_weight(module: nn.Module) -> bool:
     return (
         not is_packed(module)
         and module._parameters.get("weight") is None
-        and _is_of_packable_class(module)
+        and packed_class(type(module)) is not None
     )
-
-
-def _is_of_packable_class(module: nn.Module) -> bool:
-    return isinstance(module, Conv1D) or packed_class(type(module)) is not None
 
 
 def replacement_problem(module: nn.Module) -> str | None:
@@ -86,8 +86,7 @@ def replacement_problem(module: nn.Module) -> str | None:
 
 def weight_out_in(module: nn.Module) -> Tensor:
     """The weight as [out, in], blocks along `in`: Conv1D transposed, a kernel flattened, an
-    embedding's rows as they are; float32 if packed.
-    """
+    embedding's rows as they are; float32 if packed."""
     if is_packed(module):
         return module.tensor.dequantize()
     if not is_packable(module):
@@ -103,30 +102,19 @@ def tensor_out_in(model: nn.Module, name: str) -> Tensor:
     """The float tensor `name` as [out, in], or [experts, out, in]."""
     path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
-    if key == "weight" and is_packable(module):
-        return weight_out_in(module)
-    return parameter_out_in(module, key)
+    is_weight = key == "weight" and is_packable(module)
+    return weight_out_in(module) if is_weight else parameter_out_in(module, key)
 
 
 def pack_module(module: nn.Module, quantized: QuantizedTensor) -> PackedLayer:
     """A packed layer that replaces `module`: codes of `quantized` [out, in]; bias, training mode
-    and all other attributes are kept.
-    """
-    return _packed(module, PackedTensor.from_quantized(quantized))
+    and all other attributes are kept."""
+    return packed_on(module, PackedTensor.from_quantized(quantized))
 
 
-def pack_tied(module: nn.Module, owner: nn.Module) -> PackedLayer:
-    """A layer that replaces `module` and reads the codes of the packed layer `owner`: an output
-    head tied to the embedding.
-    """
-    if not is_packed(owner):
-        raise GridError(
-            f"{type(owner).__name__} is not packed, so no layer can share its codes. Pack it first."
-        )
-    return _packed(module, owner)
-
-
-def _packed(module: nn.Module, source: PackedTensor | PackedLayer) -> PackedLayer:
+def packed_on(module: nn.Module, source: PackedTensor | PackedLayer) -> PackedLayer:
+    """A layer that replaces `module`, on these codes or tied to a packed layer (an output head that
+    reads the codes of the embedding)."""
     weight = weight_out_in(module)
     shape = source.shape if isinstance(source, PackedTensor) else source.tensor.shape
     if is_packed(module) or shape != tuple(weight.shape):
@@ -136,22 +124,18 @@ def _packed(module: nn.Module, source: PackedTensor | PackedLayer) -> PackedLaye
         )
     if problem := replacement_problem(module):
         raise GridError(f"this {type(module).__name__} {problem}")
+    was_conv1d, hook = isinstance(module, Conv1D), accelerate_hook(module)
     if isinstance(module, Conv1D):
         linear = nn.Linear(module.nx, module.nf, bias=False, device="meta", dtype=weight.dtype)
         linear.bias = module.bias
-        layer: PackedLayer = PackedLinear.from_layer(linear.train(module.training), source)
-        layer.was_conv1d = True
-    else:
-        kind = packed_class(type(module))
-        assert kind is not None
-        layer = kind.from_layer(module, source)
-    _move_hook_(module, layer)
+        module = linear.train(module.training)
+    kind = packed_class(type(module))
+    assert kind is not None
+    layer = kind.from_layer(module, source)
+    layer.was_conv1d = was_conv1d
+    if hook:
+        add_hook_to_module(layer, hook)
     return layer
-
-
-def _move_hook_(source: nn.Module, target: nn.Module) -> None:
-    if hook := accelerate_hook(source):
-        add_hook_to_module(target, hook)
 
 
 def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedLayer:
@@ -172,7 +156,7 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
     layer = pack_module(module, quantized)
     model.set_submodule(path, layer)
     for other, reader in tied:
-        model.set_submodule(other, pack_tied(reader, layer))
+        model.set_submodule(other, packed_on(reader, layer))
     return layer
 
 
@@ -180,16 +164,14 @@ def place_empty_(
     model: nn.Module, path: str, scheme: Scheme, device: torch.device | str = "meta"
 ) -> PackedLayer:
     """Put a packed layer with empty buffers at `path`, its module path in a packed model, to load
-    with `load_state_dict(assign=True)`.
-    """
-    module_path, folder, name = path.rpartition(f".{FOLDER}.")
-    if folder:
-        experts = model.get_submodule(module_path)
-        shape = tuple(parameter_out_in(experts, name).shape)
-        return pack_parameter_(experts, name, PackedTensor.empty(scheme, shape, device))
-    module = model.get_submodule(path)
-    shape = tuple(weight_out_in(module).shape)
-    layer = _packed(module, PackedTensor.empty(scheme, shape, device))
+    with `load_state_dict(assign=True)`."""
+    module_path, is_expert, name = path.rpartition(f".{FOLDER}.")
+    module = model.get_submodule(module_path if is_expert else path)
+    weight = parameter_out_in(module, name) if is_expert else weight_out_in(module)
+    tensor = PackedTensor.empty(scheme, tuple(weight.shape), device)
+    if is_expert:
+        return pack_parameter_(module, name, tensor)
+    layer = packed_on(module, tensor)
     model.set_submodule(path, layer)
     return layer
 
@@ -204,7 +186,7 @@ def tie_weights_(model: PreTrainedModel) -> None:
         reader = model.get_submodule(path)
         owner = model.get_submodule(source.removesuffix(".weight"))
         if is_packed(owner) and not is_packed(reader):
-            model.set_submodule(path, pack_tied(reader, owner))
+            model.set_submodule(path, packed_on(reader, owner))
     model.tie_weights()
 
 
@@ -245,7 +227,8 @@ def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
             parameters[key] = nn.Parameter(values, requires_grad=False)
         conv1d = UnpackedConv1D if layer.was_conv1d else None
         module = layer.to_layer(parameters[key], conv1d)
-        _move_hook_(layer, module)
+        if hook := accelerate_hook(layer):
+            add_hook_to_module(module, hook)
         model.set_submodule(name, module)
     return packed
 

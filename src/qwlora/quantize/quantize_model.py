@@ -32,8 +32,8 @@ from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import pack_at_, packed_weights, tensor_out_in, tie_weights_
 from qwlora.nn.fingerprint import remember_floats_
-from qwlora.nn.finite import check_base_finite, refuse_meta
-from qwlora.nn.frozen import assert_frozen, unwrapped
+from qwlora.nn.frozen import assert_frozen, check_base_finite, refuse_meta
+from qwlora.nn.packed_layer import unwrapped
 from qwlora.quantize.layer_rules import Assignment, LayerRule, plan_layers
 from qwlora.quantize.model_source import InFiles, InMemory
 from qwlora.quantize.quantize_blocks import batches_of, quantize_blocks_, tensors_by_block

@@ -30,9 +30,9 @@ from torch.nn.utils.parametrize import (
 from qwlora.grid.encoding import aligned, grouped
 from qwlora.grid.scheme import PerBlock
 from qwlora.nn import PackedLinear
-from qwlora.nn.packed_matmul import PackedWeight
 from qwlora.nn.packed_tensor import Parts, compute_dtype, narrowest
 from qwlora.nn.temporary import replaced
+from qwlora.nn.weight_view import PackedWeight
 from qwlora.quantize.scale_search import storable_scale
 from qwlora.system.parameter_names import is_adapter_name
 

@@ -52,11 +52,13 @@ from qwlora.graph.quantized_graph import Kind, rebuilt
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import encoding_from_range, group_range
 from qwlora.grid.scheme import Scheme
-from qwlora.nn.frozen import assert_frozen, packed_layers
+from qwlora.nn.frozen import assert_frozen
+from qwlora.nn.packed_layer import packed_layers
 from qwlora.simulation.fake_quantizer import Quantizer, device_of, estimate_encodings
 from qwlora.simulation.placement import refuse_ineffective_rules
+from qwlora.simulation.placement_rules import Schemes
+from qwlora.simulation.saved_simulation import SimulationSource
 from qwlora.simulation.simulation import Batches, Simulation
-from qwlora.simulation.simulation_schemes import Schemes, SimulationSource
 from qwlora.system.parameter_names import adapter_of, canonical_name
 from qwlora.system.progress import Track, untracked
 
@@ -186,28 +188,22 @@ def simulate_adapters(
             if structure in first:
                 simulation = _rebound(*first[structure], weights, origin)
             if simulation is None:
-                simulation, captures = (
-                    Simulation(capture(model, example_inputs), origin),
-                    captures + 1,
-                )
+                simulation = Simulation(capture(model, example_inputs), origin)
+                captures += 1
                 first.setdefault(structure, (simulation, weights))
             simulations[name] = simulation
         with without_adapters(model):
             # the model's own adapter is disabled, not removed, and would be in the fingerprint
-            origin = replace(
-                SimulationSource.of(model, example_inputs, schemes), adapter_fingerprint=None
+            origin = SimulationSource(model, dict(example_inputs), schemes, None)
+            zero_adapters = (
+                _rebound(simulation, weights, _zeros(weights), origin)
+                for simulation, weights in first.values()
             )
-            for earlier, weights in first.values():
-                zeros: dict[str, Tensor] = {
-                    n: nn.Parameter(torch.zeros_like(p), requires_grad=False)
-                    for n, p in weights.items()
-                }
-                if (base := _rebound(earlier, weights, zeros, origin)) is not None:
-                    simulations[BASE] = base
-                    break
-            else:
-                simulations[BASE] = Simulation(capture(model, example_inputs), origin)
+            base = next((found for found in zero_adapters if found is not None), None)
+            if base is None:
+                base = Simulation(capture(model, example_inputs), origin)
                 captures += 1
+            simulations[BASE] = base
     if asked is None or asked.unused_rules == "refuse":
         refuse_ineffective_rules([simulation.placement for simulation in simulations.values()])
     return AdapterSimulations(simulations, base_activations, captures)
@@ -236,6 +232,10 @@ def _rebound(
         return None
     parameters = [mark.name for mark in first.marks if mark.kind is Kind.PARAMETER]
     return Simulation(captured, origin, {name: first.weights[name] for name in parameters})
+
+
+def _zeros(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: nn.Parameter(torch.zeros_like(p), False) for n, p in weights.items()}
 
 
 def _weights(model: nn.Module, adapter: str) -> dict[str, Tensor]:
@@ -292,7 +292,13 @@ def shared_encodings(
         if base_activations == "none" and simulation.adapter_weights:
             own = {*simulation.quantizers, *simulation.adapter_weights}
             names = own if names is None else names
-            _refuse_missing(simulation, sorted(own ^ names))
+            if differing := sorted(own ^ names):
+                raise CalibrationError(
+                    f"{len(differing)} values have an encoding with one adapter and none with "
+                    f"another, {differing[0]} first. Adapters that share all encodings need the "
+                    "same target_modules, layers and dora, and calibration data that reaches all "
+                    "values (more data, or a rule with keep: float); otherwise share less"
+                )
         for name in _shared_activations(simulation, base_activations):
             quantizer = simulation.quantizers[name]
             earlier = quantizers.get(name)
@@ -305,55 +311,25 @@ def shared_encodings(
                 )
             else:
                 earlier.observer.merge(quantizer.observer)
-        if base_activations == "none":
-            for name, weight in simulation.adapter_weights.items():
-                scheme = simulation.weights[name].encoding.scheme
-                weights[name] = _widened(name, scheme, *group_range(weight, scheme), weights)
+        for name, weight in (
+            simulation.adapter_weights.items() if base_activations == "none" else ()
+        ):
+            scheme = simulation.weights[name].encoding.scheme
+            low, high = group_range(weight, scheme)
+            known, lowest, highest = weights.get(name, (scheme, low, high))
+            if known != scheme or lowest.shape != low.shape:
+                raise CalibrationError(
+                    f"adapters disagree on {name} ({list(lowest.shape)} scales of {known} vs "
+                    f"{list(low.shape)} of {scheme}). To share its encoding, give them the same "
+                    "rank; otherwise share less"
+                )
+            weights[name] = scheme, torch.minimum(low, lowest), torch.maximum(high, highest)
     estimate_encodings(list(quantizers.values()))
     activations = {n: q.encoding for n, q in quantizers.items() if q.encoding is not None}
     return activations | {
         name: encoding_from_range(low, high, scheme)
         for name, (scheme, low, high) in weights.items()
     }
-
-
-def _refuse_missing(simulation: Simulation, differing: list[str]) -> None:
-    if not differing:
-        return
-    if all(name in simulation.dropped or name in simulation.quantizers for name in differing):
-        remedy = (
-            "The calibration data of one adapter did not reach it: calibrate on more data, or "
-            "add a rule with keep: float"
-        )
-    else:
-        remedy = (
-            "Adapters that share all encodings need the same target_modules, layers and dora; "
-            "otherwise share less"
-        )
-    raise CalibrationError(
-        f"{len(differing)} values have an encoding with one adapter and none with another, "
-        f"{differing[0]} first. {remedy}"
-    )
-
-
-def _widened(
-    name: str,
-    scheme: Scheme,
-    low: Tensor,
-    high: Tensor,
-    earlier: Mapping[str, tuple[Scheme, Tensor, Tensor]],
-) -> tuple[Scheme, Tensor, Tensor]:
-    """Scheme and ends of a weight's range that also hold the weights of earlier adapters."""
-    if name not in earlier:
-        return scheme, low, high
-    known, lowest, highest = earlier[name]
-    if known != scheme or lowest.shape != low.shape:
-        raise CalibrationError(
-            f"adapters disagree on {name} ({list(lowest.shape)} scales of {known} vs "
-            f"{list(low.shape)} of {scheme}). To share its encoding, give them the same rank; "
-            "otherwise share less"
-        )
-    return scheme, torch.minimum(low, lowest), torch.maximum(high, highest)
 
 
 def _shared_activations(simulation: Simulation, base_activations: BaseActivations) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Interpreter
 
 from qwlora.errors import CalibrationError, listed
 from qwlora.graph.aten_ops import MAY_ALIAS, base_name, is_known
@@ -25,7 +25,7 @@ from qwlora.grid.estimate_ranges import estimate_ranges, observed_ranges
 from qwlora.grid.min_max import encoding_from_range, measure
 from qwlora.grid.range_estimator import RangeEstimator, as_estimator
 from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
-from qwlora.simulation.simulation_schemes import Schemes
+from qwlora.simulation.placement_rules import Schemes
 from qwlora.system.parameter_names import is_factor_name
 
 MASK_MAGNITUDE = 1e30
@@ -103,7 +103,10 @@ class Quantizer(nn.Module):
                 in_place = self.in_place and not (torch.is_grad_enabled() and x.requires_grad)
                 x = encoding.fake_quantize_(x) if in_place else encoding.fake_quantize(x)
             case Mode.RECIPROCAL:
-                x = _by_reciprocal(x, self._known_encoding())
+                encoding = self._known_encoding()
+                low, high = encoding.offset, encoding.offset + encoding.scheme.steps
+                x = torch.mul(x, 1.0 / encoding.scale).round_().clamp_(low, high)
+                x = x.mul_(encoding.scale)
         return x
 
     def _known_encoding(self) -> Encoding:
@@ -171,48 +174,45 @@ def estimate_encodings(quantizers: Sequence[Quantizer]) -> None:
     for quantizer in quantizers:
         alike[quantizer.scheme, quantizer.estimator].append(quantizer)
     for (scheme, estimator), group in alike.items():
-        _estimate_alike(group, scheme, estimator)
+        low, high = torch.zeros(len(group)), torch.zeros(len(group))
+        observed = [q for q in group if not q.is_pinned]
+        rows = torch.tensor([not q.is_pinned for q in group])
+        low[rows], high[rows] = _estimated(observed, scheme, estimator)
+        for i, quantizer in enumerate(group):
+            if quantizer.minimum is not None:
+                low[i] = quantizer.minimum
+            if quantizer.maximum is not None:
+                high[i] = quantizer.maximum
+        many = Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0))
+        together = encoding_from_range(low, high, many)
+        for i, quantizer in enumerate(group):
+            device = quantizer.observer.ends.device
+            scale, offset = together.scale[i].to(device), together.offset[i].to(device)
+            quantizer.encoding = Encoding(scheme, scale, offset)
 
 
-def _estimate_alike(group: Sequence[Quantizer], scheme: Scheme, estimator: RangeEstimator) -> None:
-    observed = [q for q in group if not q.is_pinned]
-    without = [q.name for q in observed if not q.observer.sampled]
+def _estimated(
+    quantizers: Sequence[Quantizer], scheme: Scheme, estimator: RangeEstimator
+) -> tuple[Tensor, Tensor]:
+    """Low and high ends of what these quantizers observed."""
+    observers = [q.observer for q in quantizers]
+    without = [q.name for q in quantizers if not q.observer.sampled]
     if estimator.needs_sample and without:
         raise CalibrationError(
             f"{without[0]} was observed without a sample, which observer {estimator.name} needs. "
             "Observe again."
         )
-    _refuse_ranges_that_are_not_finite(observed)
-    low, high = torch.zeros(len(group)), torch.zeros(len(group))
-    rows = torch.tensor([i for i, q in enumerate(group) if not q.is_pinned], dtype=torch.long)
-    low[rows], high[rows] = estimate_ranges([q.observer for q in observed], scheme, estimator)
-    for i, quantizer in enumerate(group):
-        if quantizer.minimum is not None:
-            low[i] = quantizer.minimum
-        if quantizer.maximum is not None:
-            high[i] = quantizer.maximum
-    many = Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0))
-    together = encoding_from_range(low, high, many)
-    for i, quantizer in enumerate(group):
-        device = quantizer.observer.ends.device
-        quantizer.encoding = Encoding(
-            scheme, together.scale[i].to(device), together.offset[i].to(device)
+    low, high = observed_ranges(observers)
+    if bad := (~torch.isfinite(high - low)).nonzero().flatten().tolist():
+        is_wide = bool(torch.isfinite(low[bad]).all() and torch.isfinite(high[bad]).all())
+        problem = (
+            "wider than float32 can hold; look for values that are masks or an overflow"
+            if is_wide
+            else "not finite (nan or infinity in the data)"
         )
-
-
-def _refuse_ranges_that_are_not_finite(quantizers: Sequence[Quantizer]) -> None:
-    low, high = observed_ranges([q.observer for q in quantizers])
-    bad = ~torch.isfinite(high - low)
-    if not bool(bad.any()):
-        return
-    names = [quantizers[i].name for i in bad.nonzero().flatten().tolist()]
-    is_wide = bool(torch.isfinite(low[bad]).all() and torch.isfinite(high[bad]).all())
-    what = (
-        "wider than float32 can hold; look for values that are masks or an overflow"
-        if is_wide
-        else "not finite (nan or infinity in the data)"
-    )
-    raise CalibrationError(f"{listed(names, 3)}: the observed range is {what}")
+        names = listed([quantizers[i].name for i in bad], 3)
+        raise CalibrationError(f"{names}: the observed range is {problem}")
+    return estimate_ranges(observers, scheme, estimator)
 
 
 def device_of(module: nn.Module) -> torch.device:
@@ -232,10 +232,10 @@ def moved_encoding(encoding: Encoding, device: torch.device) -> Encoding:
     return replace(encoding, scale=encoding.scale.to(device), low_end=encoding.low_end.to(device))
 
 
-def _by_reciprocal(x: Tensor, encoding: Encoding) -> Tensor:
-    """`fake_quantize` of a per-tensor encoding with `x * (1 / scale)` instead of `x / scale`."""
-    low, high = encoding.offset, encoding.offset + encoding.scheme.steps
-    return torch.mul(x, 1.0 / encoding.scale).round_().clamp_(low, high).mul_(encoding.scale)
+def grid_ends(encoding: Encoding) -> tuple[float, float]:
+    """The smallest and largest value of a per-tensor grid."""
+    scale, offset = float(encoding.scale), int(encoding.offset)
+    return offset * scale, (offset + encoding.scheme.steps) * scale
 
 
 class SumInHalves(Interpreter):
@@ -278,13 +278,23 @@ def insert_quantizers(
     """
     module = program.module(check_guards=False)
     nodes = {node.name: node for node in module.graph.nodes}
-    nodes |= _nodes_of_placeholders(program, module)
+    # placeholders of the program are attributes of the module, but for inputs
+    attributes = {str(n.target): n for n in module.graph.nodes if n.op == "get_attr"}
+    for spec in program.graph_signature.input_specs:
+        if spec.target in attributes:
+            nodes[spec.arg.name] = attributes[spec.target]
+    inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
+    nodes |= zip(program.graph_signature.user_inputs, inputs, strict=True)
     activations, weights = dict[str, Quantizer](), dict[str, FrozenWeight]()
     frozen: dict[int, FrozenWeight] = {}  # by address: tied weights share one quantized copy
     for value in values:
         if value.kind is Kind.BASE:
             continue
         node, options = nodes[value.node], value.options
+        operator = operator_of(node) if node.op == "call_function" else ""
+        # its value shares no storage, so the quantizer may overwrite it
+        is_fresh = is_known(operator) and operator not in MAY_ALIAS
+        is_fresh = is_fresh and base_name(operator) == operator
         quantizer: nn.Module
         if value.kind is Kind.ACTIVATION:
             quantizer = activations[value.name] = Quantizer(
@@ -293,16 +303,24 @@ def insert_quantizers(
                 options.observer or as_estimator(schemes.observer),
                 options.minimum,
                 options.maximum,
-                _is_fresh(node),
+                is_fresh,
             )
         elif value.name in known:
             quantizer = weights[value.name] = known[value.name]
         else:
             scheme = schemes.adapter_weights if is_factor_name(value.name) else schemes.parameters
             weight = attribute_of(module, str(node.target)).detach()
-            quantizer = weights[value.name] = _frozen_weight(
-                value.name, weight, _with_options(scheme, options), frozen
-            )
+            shared = frozen.get(weight.data_ptr())
+            if shared is None or shared.value.shape != weight.shape:
+                scheme = _with_options(scheme, options)
+                if weight.ndim < 2:
+                    scheme = Scheme(scheme.bitwidth, scheme.symmetric, PerTensor())
+                try:
+                    shared = FrozenWeight(weight, measure(weight, scheme))
+                except CalibrationError as error:
+                    raise CalibrationError(f"{value.name}: {error}") from error
+                frozen[weight.data_ptr()] = shared
+            quantizer = weights[value.name] = shared
         target = f"quantizer_{value.node}"
         module.add_submodule(target, quantizer)
         insert_after(node, lambda n, target=target: n.graph.call_module(target, (n,)))  # type: ignore[misc]
@@ -328,40 +346,7 @@ def attribute_of(module: nn.Module, path: str) -> Tensor:
     return tensor
 
 
-def _frozen_weight(
-    name: str, weight: Tensor, scheme: Scheme, frozen: dict[int, FrozenWeight]
-) -> FrozenWeight:
-    shared = frozen.get(weight.data_ptr())
-    if shared is None or shared.value.shape != weight.shape:
-        if weight.ndim < 2:
-            scheme = Scheme(scheme.bitwidth, scheme.symmetric, PerTensor())
-        try:
-            shared = FrozenWeight(weight, measure(weight, scheme))
-        except CalibrationError as error:
-            raise CalibrationError(f"{name}: {error}") from error
-        frozen[weight.data_ptr()] = shared
-    return shared
-
-
 def _with_options(scheme: Scheme, options: GridOptions) -> Scheme:
     bitwidth = scheme.bitwidth if options.bitwidth is None else options.bitwidth
     symmetric = scheme.symmetric if options.symmetric is None else options.symmetric
     return replace(scheme, bitwidth=bitwidth, symmetric=symmetric)
-
-
-def _is_fresh(node: Node) -> bool:
-    """Whether the value of `node` shares no storage, so that the quantizer may overwrite it."""
-    operator = operator_of(node) if node.op == "call_function" else ""
-    return is_known(operator) and base_name(operator) == operator and operator not in MAY_ALIAS
-
-
-def _nodes_of_placeholders(program: ExportedProgram, module: GraphModule) -> dict[str, Node]:
-    """By placeholder of the program, its node in `module`, where parameters are attributes."""
-    by_target = {str(n.target): n for n in module.graph.nodes if n.op == "get_attr"}
-    inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
-    stored = {
-        spec.arg.name: by_target[spec.target]
-        for spec in program.graph_signature.input_specs
-        if spec.target in by_target
-    }
-    return stored | dict(zip(program.graph_signature.user_inputs, inputs, strict=True))

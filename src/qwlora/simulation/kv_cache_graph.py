@@ -20,6 +20,7 @@ does not have to quantize them again: `quantize_past` false leaves both without 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Literal
 
 from torch.export import ExportedProgram
@@ -46,11 +47,10 @@ def capture_with_cache(
 ) -> Captured:
     """`capture_cached` of the simulation's model, with the simulation's adapter active."""
     model = simulation.origin.model
-    names = {adapter_of(name) for name in _used(simulation.program)} - {None}
-    if not names:
-        return capture_cached(model, sizes, present)
-    with restored_adapters(model):
-        activate_(model, [str(name) for name in names])
+    adapters = {adapter_of(name) for name in _used(simulation.program)} - {None}
+    with restored_adapters(model) if adapters else nullcontext():
+        if adapters:
+            activate_(model, [str(name) for name in adapters])
         return capture_cached(model, sizes, present)
 
 
@@ -73,7 +73,7 @@ def cached_graph(
     program = _with_weights(captured.program, simulation.program)
     placement = place(program, simulation.origin.schemes, captured.input_names)
     kinds = {mark.name: mark.kind for mark in simulation.marks}
-    nodes = {value.name: value.node for value in (*placement.weights, *placement.explanation)}
+    nodes = {value.name: value.node for value in placement.values}
     if missing := [name for name in known if name not in nodes]:
         raise CaptureError(
             f"{len(missing)} of {len(known)} encodings have no value in the graph with a cache: "

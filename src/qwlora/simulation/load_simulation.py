@@ -17,7 +17,7 @@ from qwlora.simulation.fake_quantizer import device_of
 from qwlora.simulation.saved_simulation import (
     check_files,
     load_encodings,
-    read_examples,
+    read_inputs,
     read_record,
 )
 from qwlora.simulation.simulation import Simulation, simulate
@@ -41,28 +41,30 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     record = read_record(folder)
     check_files(folder)
     adapter = adapter_fingerprint(model)
-    is_zero_adapter = record["adapter_fingerprint"] is None and any(
-        is_adapter_name(name) for name in record["encodings"]
+    is_zero_adapter = record.adapter_fingerprint is None and any(
+        is_adapter_name(name) for name in record.encodings
     )
     if is_zero_adapter and adapter is None:
         raise CalibrationError(
             f"{str(folder)!r} is a simulation of a zero adapter. Give it a model with an active "
             "adapter of that shape"
         )
-    own = {"base": fingerprint(model), "adapter": None if is_zero_adapter else adapter}
-    for what, digest in own.items():
-        if digest != (saved := record[f"{what}_fingerprint"]):
+    for what, digest, saved in (
+        ("base", fingerprint(model), record.base_fingerprint),
+        ("adapter", None if is_zero_adapter else adapter, record.adapter_fingerprint),
+    ):
+        if digest != saved:
             raise CalibrationError(
                 f"{str(folder)!r} is a simulation of the {what} with fingerprint "
                 f"{saved or '(none)'}, but this model's is {digest or '(none)'}. "
                 "Give it the model it was made from, or calibrate again"
             )
-    examples, schemes = read_examples(folder, record, device_of(model))
+    inputs = read_inputs(folder, record, device_of(model))
     if is_zero_adapter:
         names = [active_adapter(model)]
-        simulation = simulate_adapters(model, examples, schemes, adapters=names)[BASE]
+        simulation = simulate_adapters(model, inputs, record.schemes, adapters=names)[BASE]
     else:
-        simulation = simulate(model, examples, schemes)
+        simulation = simulate(model, inputs, record.schemes)
     restore(simulation, folder)
     return simulation
 
@@ -80,5 +82,5 @@ def restore(simulation: Simulation, folder: Path, adapter_weights: bool = True) 
     encodings = load_encodings(folder)
     if adapter_weights:
         simulation.set_adapter_encodings(encodings)
-    dropped = read_record(folder)["dropped"]
+    dropped = read_record(folder).dropped
     simulation.restore({**simulation.base_encodings, **encodings}, dropped)

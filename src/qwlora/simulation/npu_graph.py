@@ -41,18 +41,19 @@ from qwlora.graph.device_graph import (
     ALPHA,
     COS,
     SIN,
-    HostInputs,
     lift_host_inputs,
     lift_scaling,
     rewritten,
+    run_host,
 )
 from qwlora.graph.graph_analysis import computed_from
 from qwlora.graph.kv_cache_capture import CacheSizes
-from qwlora.graph.nodes import calls, module_of, operation, operator_of, origin
-from qwlora.graph.quantized_graph import GraphValue, Interface, Kind, QuantizedGraph, rebuilt
+from qwlora.graph.nodes import calls, module_of, operation, operator_of, origin, stored_tensors
+from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph, rebuilt
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import encoding_from_range, measure
 from qwlora.grid.scheme import Scheme
+from qwlora.simulation.fake_quantizer import grid_ends
 from qwlora.simulation.kv_cache_graph import (
     cached_graph,
     capture_with_cache,
@@ -84,7 +85,6 @@ class NpuGraph:
     host: QuantizedGraph
     floor: float
     scaling: float | None
-    lifted: HostInputs
 
 
 def host_arguments(sizes: CacheSizes, past: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -118,8 +118,20 @@ def npu_graph(
 
 
 def mask_floor(graph: QuantizedGraph) -> float:
-    """The floor of the mask that a graph of `cached_graph` needs; see the module."""
-    return -(MASKED_BELOW + _widest_scores(graph))
+    """The floor of the mask that a graph of `cached_graph` needs, from the widest range of what a
+    softmax reads, before the mask; see the module."""
+    marks = {mark.node: mark.name for mark in graph.marks}
+    widest = 0.0
+    for node in graph.program.graph.nodes:
+        waiting = node.all_input_nodes[:1] if operation(node) == "softmax" else []
+        while waiting:
+            read = waiting.pop()
+            if read.name in marks:
+                low, high = grid_ends(graph.encodings[marks[read.name]])
+                widest = max(widest, high - low)
+            else:
+                waiting += read.all_input_nodes
+    return -(MASKED_BELOW + widest)
 
 
 def npu_form(
@@ -131,15 +143,15 @@ def npu_form(
         floor: of the mask.
         largest_scaling: see `npu_graph`; None: alpha / rank stays a constant of the graph.
     """
-    lifted = lift_host_inputs(graph.program, graph.interface, floor)
-    program, interface, scaling = lifted.program, lifted.interface, None
+    program, interface, host = lift_host_inputs(graph.program, graph.interface, floor)
+    scaling = None
     if largest_scaling is not None:
         program, interface, scaling = lift_scaling(program, interface)
     program = rewritten(program)
     nodes = {node.name for node in program.graph.nodes}
     marks = {mark.node: mark for mark in graph.marks if mark.node in nodes}
     encodings = {mark.name: graph.encodings[mark.name] for mark in marks.values()}
-    added = _host_encodings(lifted, sizes)
+    added = _host_encodings(host, sizes)
     if scaling is not None:
         added[ALPHA] = _between(0.0, max(scaling, largest_scaling or 0.0))
     inputs = dict(zip(interface.inputs, program.graph_signature.user_inputs, strict=True))
@@ -150,26 +162,21 @@ def npu_form(
     _add_masked_scores_(program, masks, marks, encodings)
     program = _fold_norm_weights_(program, marks, encodings)
     _refuse_float_values(program, marks)
-    renamed = _renamed(interface)
-    names = dict(
-        zip(
-            (*interface.inputs, *interface.outputs),
-            (*renamed.inputs, *renamed.outputs),
-            strict=True,
-        )
-    )
+    placed = in_graph_order(program, marks)
     device = QuantizedGraph(
         program,
-        renamed,
-        tuple(
-            replace(mark, name=names.get(mark.name, mark.name))
-            for mark in in_graph_order(program, marks)
+        replace(
+            interface,
+            inputs=tuple(map(_renamed, interface.inputs)),
+            outputs=tuple(map(_renamed, interface.outputs)),
+            shapes={_renamed(name): shape for name, shape in interface.shapes.items()},
+            cached=frozenset(map(_renamed, interface.cached)),
         ),
-        {names.get(name, name): encoding for name, encoding in encodings.items()},
+        tuple(replace(mark, name=_renamed(mark.name)) for mark in placed),
+        {_renamed(name): encoding for name, encoding in encodings.items()},
         graph.observer,
     )
-    host = QuantizedGraph(lifted.host, lifted.host_interface, (), {})
-    return NpuGraph(sizes, device, host, floor, scaling, lifted)
+    return NpuGraph(sizes, device, host, floor, scaling)
 
 
 def _add_masked_scores_(
@@ -194,10 +201,10 @@ def _add_masked_scores_(
             )
         grid = encoding_before(mask, marks, encodings)
         assert grid is not None
-        low, high = _range(encoding)
+        low, high = grid_ends(encoding)
         name = f"{marks[origin(scores[0]).name].name}.masked"
         marks[node.name] = GraphValue(node.name, name, Kind.ACTIVATION)
-        encodings[name] = _between(low + _range(grid)[0], high)
+        encodings[name] = _between(low + grid_ends(grid)[0], high)
 
 
 def _fold_norm_weights_(
@@ -227,8 +234,7 @@ def _fold_norm_weights_(
 
 def _refuse_float_values(program: ExportedProgram, marks: dict[str, GraphValue]) -> None:
     """Refuse values that would be computed in half precision."""
-    fixed = {n.name for n in program.graph.nodes if n.op == "placeholder"}
-    constants = computed_from(program, fixed - set(program.graph_signature.user_inputs))
+    constants = computed_from(program, stored_tensors(program))
     floats = [
         f"{module_of(node)[0].removeprefix('model.') or 'the model'} ({operator_of(node)})"
         for node in calls(program)
@@ -247,31 +253,12 @@ def _refuse_float_values(program: ExportedProgram, marks: dict[str, GraphValue])
         )
 
 
-def _widest_scores(graph: QuantizedGraph) -> float:
-    """The widest range of what a softmax reads, before the mask; 0 if there is no softmax."""
-    marks = {mark.node: mark.name for mark in graph.marks}
-    widest = 0.0
-    for node in graph.program.graph.nodes:
-        if operation(node) != "softmax":
-            continue
-        waiting = [node.all_input_nodes[0]]
-        while waiting:
-            read = waiting.pop()
-            if read.name in marks:
-                low, high = _range(graph.encodings[marks[read.name]])
-                widest = max(widest, high - low)
-            else:
-                waiting += read.all_input_nodes
-    return widest
-
-
-def _host_encodings(lifted: HostInputs, sizes: CacheSizes) -> dict[str, Encoding]:
+def _host_encodings(host: QuantizedGraph, sizes: CacheSizes) -> dict[str, Encoding]:
     """The encoding of each float input that the host computes."""
     last = sizes.context - sizes.tokens
-    places = sorted({round(last * i / _PLACES) for i in range(_PLACES + 1)})
     ranges: dict[str, tuple[float, float]] = {}
-    for past in places:
-        for name, value in lifted.run_host(*host_arguments(sizes, past, sizes.tokens)).items():
+    for past in sorted({round(last * i / _PLACES) for i in range(_PLACES + 1)}):
+        for name, value in run_host(host, *host_arguments(sizes, past, sizes.tokens)).items():
             if value.is_floating_point():
                 low, high = ranges.get(name, (0.0, 0.0))
                 ranges[name] = min(low, float(value.min())), max(high, float(value.max()))
@@ -286,35 +273,19 @@ def _between(low: float, high: float) -> Encoding:
     return encoding_from_range(torch.tensor(low), torch.tensor(high), _SIXTEEN_BITS)
 
 
-def _range(encoding: Encoding) -> tuple[float, float]:
-    """The ends of a per-tensor grid."""
-    scale, offset = float(encoding.scale), int(encoding.offset)
-    return offset * scale, (offset + encoding.scheme.steps) * scale
-
-
 def _evaluated(node: Node, source: Node, value: Tensor) -> Tensor:
     """A value computed from `source`, if that is `value`."""
     if node is source:
         return value
     arguments = map_arg(node.args, lambda inner: _evaluated(inner, source, value))
-    found: Tensor = node.target(*arguments, **node.kwargs)  # type: ignore[operator]
-    return found
+    result: Tensor = node.target(*arguments, **node.kwargs)  # type: ignore[operator]
+    return result
 
 
-def _renamed(interface: Interface) -> Interface:
-    """The interface with the names of the cache that Qualcomm's recipes use."""
-
-    def renamed(name: str) -> str:
-        direction = {PAST: "in", PRESENT: "out"}.get(name.partition(".")[0])
-        if direction is None:
-            return name
-        _, layer, part = name.split(".")
-        return f"past_{part}_{layer}_{direction}"
-
-    return replace(
-        interface,
-        inputs=tuple(map(renamed, interface.inputs)),
-        outputs=tuple(map(renamed, interface.outputs)),
-        shapes={renamed(name): shape for name, shape in interface.shapes.items()},
-        cached=frozenset(map(renamed, interface.cached)),
-    )
+def _renamed(name: str) -> str:
+    """The name of a cached tensor in Qualcomm's recipes; other names stay."""
+    kind, _, rest = name.partition(".")
+    if kind not in (PAST, PRESENT):
+        return name
+    layer, part = rest.split(".")
+    return f"past_{part}_{layer}_{'in' if kind == PAST else 'out'}"

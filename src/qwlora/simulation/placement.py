@@ -11,20 +11,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.fx import Node
 
 from qwlora.errors import CalibrationError, suggestion
 from qwlora.graph.graph_analysis import GraphAnalysis
-from qwlora.graph.nodes import buffer_names, module_of, operator_of
+from qwlora.graph.nodes import buffer_names, module_of, operation, operator_of
 from qwlora.graph.quantized_graph import GraphValue, Kind
 from qwlora.graph.value_traits import Decision, Trait
-from qwlora.simulation.placement_rules import PlacementRule, Policy
-from qwlora.simulation.simulation_schemes import Schemes
+from qwlora.simulation.placement_rules import PlacementRule, Policy, Schemes
 from qwlora.system.parameter_names import canonical_name, parameter_name
 
 _NO_VALUE = "matches no value"
@@ -42,10 +40,12 @@ class Placement:
     """The floating-point values of a graph, in graph order.
 
     Args:
+        policy: its name.
         unused_rules: why a user's rule has no effect, by its index.
     """
 
-    values: list[GraphValue] = field(default_factory=list)
+    policy: str
+    values: list[GraphValue]
     unused_rules: dict[int, str] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -60,16 +60,6 @@ class Placement:
         return [value for value in self.values if value.decision is Decision.QUANTIZE]
 
     @property
-    def weights(self) -> list[GraphValue]:
-        """Weights and inputs."""
-        return [value for value in self.values if value.operator in ("weight", "input")]
-
-    @property
-    def explanation(self) -> list[GraphValue]:
-        """Computed values."""
-        return [value for value in self.values if value.operator not in ("weight", "input")]
-
-    @property
     def unknown(self) -> Counter[str]:
         """Number of occurrences of each unknown operator."""
         return Counter(value.operator for value in self.values if Trait.UNKNOWN in value.traits)
@@ -81,11 +71,14 @@ class Placement:
             for value in self.values
         ]
 
+    def to_json(self) -> dict[str, Any]:
+        """The log as JSON values."""
+        values = [value.to_json() for value in self.values]
+        return {"policy": self.policy, "unknown": dict(self.unknown), "values": values}
+
 
 def place(
-    program: ExportedProgram,
-    schemes: Schemes,
-    input_names: Mapping[str, str] | None = None,
+    program: ExportedProgram, schemes: Schemes, input_names: Mapping[str, str] | None = None
 ) -> Placement:
     """Decide about every floating-point value of `program`.
 
@@ -106,7 +99,7 @@ def place(
         for index, rule in enumerate(rules)
         if index not in effective
     }
-    placement = Placement(decided, unused)
+    placement = Placement(policy.name, decided, unused)
     if schemes.unused_rules == "refuse":
         refuse_ineffective_rules([placement])
     return placement
@@ -119,13 +112,13 @@ def refuse_ineffective_rules(placements: Sequence[Placement]) -> None:
         CalibrationError: rules have no effect in any graph; all are named.
     """
     reasons = [placement.unused_rules for placement in placements]
-    unused = [index for index in reasons[0] if all(index in each for each in reasons)]
-    if unused:
+    problems = [
         # of the reasons in several graphs, prefer one of a graph where the rule matches something
-        problems = [
-            min((each[index] for each in reasons), key=lambda why: _NO_VALUE in why)
-            for index in unused
-        ]
+        min((unused[index] for unused in reasons), key=lambda why: _NO_VALUE in why)
+        for index in reasons[0]
+        if all(index in unused for unused in reasons)
+    ]
+    if problems:
         raise CalibrationError(
             "\n  ".join([f"{len(problems)} placement rules have no effect:", *problems])
         )
@@ -146,29 +139,24 @@ def _decided(
         for rule in policy.rules
         if rule.fits(value.operator, value.module_class, value.module, value.traits)
     ]
-    decision, reason, options = next(
-        (rule.decision, rule.reason.format(owner=value.owner), rule.options)
-        for rule in fitting
-        if rule.decision is not None
-    )
-    chosen = None
+    deciding = next(rule for rule in fitting if rule.decision is not None)
+    decision, reason, options = deciding.decision, deciding.reason, deciding.options
+    assert decision is not None
+    reason = reason.format(owner=value.owner)
     for index, rule in enumerate(rules):
         is_placed = rule.keep is not None or rule.force or decision is Decision.QUANTIZE
         if is_placed and rule.is_for(value.kind is not Kind.ACTIVATION) and rule.fits(value.names):
             effective.add(index)
-            chosen = rule
+            value = replace(value, ruled=True)
+            if rule.keep is not None:
+                return replace(value, decision=Decision.FLOAT, reason=rule.reason)
+            decision, options = Decision.QUANTIZE, rule.options
+            reason = f"{reason}; {rule.reason}"
             break
-    if chosen is not None and chosen.keep is not None:
-        return replace(value, decision=Decision.FLOAT, reason=chosen.reason, ruled=True)
-    if chosen is not None:
-        decision, options = Decision.QUANTIZE, chosen.options
-        reason = f"{reason}; {chosen.reason}"
     for grid_rule in fitting:
         if grid_rule.decision is None:
             options = options.filled(grid_rule.options)
-    return replace(
-        value, decision=decision, reason=reason, options=options, ruled=chosen is not None
-    )
+    return replace(value, decision=decision, reason=reason, options=options)
 
 
 def _why_unused(rule: PlacementRule, values: Sequence[GraphValue], policy: Policy) -> str:
@@ -200,26 +188,33 @@ def _graph_values(
     program: ExportedProgram, analysis: GraphAnalysis, input_names: Mapping[str, str]
 ) -> Iterator[GraphValue]:
     """Every floating-point parameter in use, input and computed value, in graph order."""
-    found: list[GraphValue] = []
+    values: list[GraphValue] = []
     buffers, stored_weights = buffer_names(program), set[str]()
     for node in program.graph.nodes:
-        value = node.meta.get("val")
-        if not isinstance(value, Tensor) or not value.is_floating_point():
+        tensor = node.meta.get("val")
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
-        if node.op == "placeholder":
-            found += _of_placeholder(node, analysis, input_names.get(node.name, node.name))
-        elif node.op == "call_function" and operator_of(node) == "dequantize":
-            path, module_class = module_of(node)
+        traits = analysis.traits(node)
+        path, module_class = module_of(node)
+        if (parameter := analysis.parameters.get(node.name)) is not None:
+            kind = Kind.ADAPTER if Trait.ADAPTER_WEIGHT in traits else Kind.PARAMETER
+            name = canonical_name(parameter)
+            module = name.rpartition(".")[0]
+            if node.users:
+                values.append(GraphValue(node.name, name, kind, "weight", module, "", traits))
+        elif Trait.INPUT in traits:
+            name = input_names.get(node.name, node.name)
+            values.append(GraphValue(node.name, name, Kind.ACTIVATION, "input", traits=traits))
+        elif operation(node) == "dequantize":
             stored = parameter_name(buffers[node.args[0].name].removesuffix(".packed"))
             # a tied layer reads the codes of another layer
             name = stored if stored not in stored_weights else parameter_name(path)
             stored_weights.add(stored)
             module = name.rpartition(".")[0]
-            found.append(GraphValue(node.name, name, Kind.BASE, "weight", module, module_class))
+            values.append(GraphValue(node.name, name, Kind.BASE, "weight", module, module_class))
         elif node.op == "call_function":
-            path, module_class = module_of(node)
             owner = analysis.owner(node)
-            found.append(
+            values.append(
                 GraphValue(
                     node.name,
                     "",
@@ -227,25 +222,12 @@ def _graph_values(
                     operator_of(node),
                     canonical_name(path),
                     module_class,
-                    analysis.traits(node),
+                    traits,
                     owner[1] if owner else "",
                 )
             )
-    names = _numbered(found)
-    for each in found:
-        yield replace(each, name=each.name or names[each.node])
-
-
-def _of_placeholder(node: Node, analysis: GraphAnalysis, input_name: str) -> list[GraphValue]:
-    """The value of a placeholder: a parameter in use or an input, but not a buffer."""
-    traits = analysis.traits(node)
-    if (parameter := analysis.parameters.get(node.name)) is not None:
-        kind = Kind.ADAPTER if Trait.ADAPTER_WEIGHT in traits else Kind.PARAMETER
-        name = canonical_name(parameter)
-        value = GraphValue(node.name, name, kind, "weight", name.rpartition(".")[0], "", traits)
-        return [value] if node.users else []
-    value = GraphValue(node.name, input_name, Kind.ACTIVATION, "input", "", "", traits)
-    return [value] if Trait.INPUT in traits else []
+    names = _numbered(values)
+    return (replace(value, name=value.name or names[value.node]) for value in values)
 
 
 def _numbered(values: Sequence[GraphValue]) -> dict[str, str]:
@@ -259,47 +241,3 @@ def _numbered(values: Sequence[GraphValue]) -> dict[str, str]:
         names[value.node] = f"{stem}_{taken[stem]}" if taken[stem] else stem
         taken[stem] += 1
     return names
-
-
-@dataclass(frozen=True)
-class LoggedGrid:
-    """The grid of a quantized value.
-
-    Args:
-        grid: the scheme in words; empty if the value is not quantized.
-        observer: how an activation's range is chosen.
-        low, high: ends of an activation's grid, once calibrated or fixed.
-    """
-
-    grid: str = ""
-    observer: str = ""
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
-class PlacementLog:
-    """All values: weights and inputs first, then computed values, in graph order.
-
-    Args:
-        policy: name of the policy.
-        grids: of the quantized values, by name.
-        unknown: number of occurrences of each unknown operator.
-    """
-
-    policy: str
-    values: tuple[GraphValue, ...]
-    grids: Mapping[str, LoggedGrid]
-    unknown: dict[str, int]
-
-    def grid(self, value: GraphValue) -> LoggedGrid:
-        """The grid of a value."""
-        return self.grids.get(value.name, LoggedGrid())
-
-    def to_json(self) -> dict[str, Any]:
-        """The log as JSON values."""
-        return {
-            "policy": self.policy,
-            "unknown": self.unknown,
-            "values": [value.to_json() | asdict(self.grid(value)) for value in self.values],
-        }

@@ -1,4 +1,5 @@
-"""Rules and policies that say which values of a graph get a quantizer. Does not import torch.
+"""Which values of a graph a simulation quantizes, and on which grids: schemes, rules and policies.
+Does not import torch.
 
 A policy is an ordered list of `PolicyRule`s; the first one that fits a value decides. A rule fits
 by operator, module class, module path and a structural trait (`Trait`). `policies.yaml` has the
@@ -11,7 +12,8 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib import resources
 from typing import ClassVar, Literal
@@ -23,7 +25,7 @@ from qwlora.errors import CalibrationError, GridError
 from qwlora.graph.aten_ops import base_name
 from qwlora.graph.value_traits import Decision, GridOptions, Trait
 from qwlora.grid.range_estimator import RangeEstimator, as_estimator
-from qwlora.grid.scheme import BITWIDTHS
+from qwlora.grid.scheme import BITWIDTHS, PerChannel, Scheme
 
 # Class names of modules that are one operation to a runtime but several to torch; their inner
 # values are not quantized.
@@ -209,3 +211,67 @@ class PlacementRule:
     def fits(self, names: tuple[str, ...]) -> bool:
         """Whether the glob matches one of a value's names."""
         return any(fnmatchcase(name, self.match) for name in names)
+
+
+@dataclass(frozen=True)
+class Schemes:
+    """Grids of activations and float weights, and the rules that place them.
+
+    Vectors (norm weights, biases) are always quantized per tensor.
+
+    Args:
+        activations: must be per tensor.
+        adapter_weights: lora_A and lora_B.
+        parameters: every other weight that step 1 left float, including an adapter's
+            (`modules_to_save`, biases, DoRA magnitudes).
+        quantize_residual_adds: quantize the residual stream too, for NPUs without float. In most
+            language models a few channels are thousands of times larger than the rest, so that even
+            16 bits leave few steps for the others.
+        policy: `npu`, `matmul-inputs`, `weights-only`, or a `Policy`.
+        rules: tried before those of the policy.
+        observer: how the range of an activation is chosen, see `RangeEstimator`.
+        symmetric_matmul_second_input: give the second input of a product of two activations a
+            symmetric grid. Qualcomm HTP requires it at 16 bits (AIMET applies the same exception
+            when it is given an HTP configuration).
+        unused_rules: refuse user rules without effect, or allow them; see
+            `refuse_ineffective_rules`.
+        key_value_bitwidth: quantize the keys and values of attention to this many bits, with a
+            symmetric grid: that of the cache in a graph with a cache, where they are read from.
+            None: like other activations.
+        adapter_activation_bitwidth: bits of what an adapter's factors compute: lora_A(x),
+            lora_B(lora_A(x)) and its product with the scaling; not of the sum with the base layer.
+            None: like other activations.
+    """
+
+    activations: Scheme = Scheme(16, symmetric=False)
+    adapter_weights: Scheme = Scheme(8, granularity=PerChannel(0))
+    parameters: Scheme = Scheme(16, granularity=PerChannel(0))
+    quantize_residual_adds: bool = False
+    policy: str | Policy = "npu"
+    rules: Sequence[PlacementRule] = ()
+    observer: str | RangeEstimator = "min-max"
+    symmetric_matmul_second_input: bool = False
+    unused_rules: UnusedRules = "refuse"
+    key_value_bitwidth: int | None = None
+    adapter_activation_bitwidth: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rules", tuple(self.rules))
+
+    def placement_policy(self) -> Policy:
+        """The policy with a rule for each of the options above."""
+        chosen = policy(self.policy) if isinstance(self.policy, str) else self.policy
+        rules = [
+            rule
+            for rule in chosen.rules
+            if not (self.quantize_residual_adds and rule.trait is Trait.RESIDUAL_ADDITION)
+        ]
+        if self.symmetric_matmul_second_input:
+            rules.insert(0, PolicyRule(None, "", trait=Trait.MATMUL_SECOND_INPUT, symmetric=True))
+        if (bits := self.adapter_activation_bitwidth) is not None:
+            rules.insert(0, PolicyRule(None, "", trait=Trait.LORA_BRANCH, bitwidth=bits))
+        if (bits := self.key_value_bitwidth) is not None:
+            reason, trait = "keys or values that a cache holds", Trait.KEY_OR_VALUE
+            cached = PolicyRule(Decision.QUANTIZE, reason, None, None, None, trait, bits, True)
+            rules.insert(0, cached)
+        return replace(chosen, rules=tuple(rules))

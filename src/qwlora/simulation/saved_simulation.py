@@ -18,34 +18,68 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import nn
 
 from qwlora.errors import CalibrationError, EncodingsFileError
 from qwlora.formats import aimet_encodings as files
 from qwlora.formats import manifest
 from qwlora.formats.aimet_encodings.grids import encoding_of, entry_of
-from qwlora.graph.flat_arguments import CacheSlot, Slot, Structure
+from qwlora.graph.call_arguments import CacheSlot, Slot, Structure
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import Encoding
-from qwlora.nn.fingerprint import fingerprint
+from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
 from qwlora.simulation.placement import Placement
-from qwlora.simulation.simulation_schemes import Schemes, SimulationSource
+from qwlora.simulation.placement_rules import Schemes
 from qwlora.system.atomic import replacing_files
 
-FORMAT = 3
 ENCODINGS, RECORD = "simulation.encodings", "simulation.json"
 INPUTS = "example_inputs.safetensors"
-_SLOT, _TUPLE = "$tensor", "$tuple"  # keys of the record's `inputs`
+_TENSOR = "$tensor"  # key of a tensor's name among the record's inputs
 _VERSION = "2.1.0"
-_KEYS = ("base_fingerprint", "adapter_fingerprint", "inputs", "schemes", "encodings", "dropped")
+
+
+@dataclass(frozen=True)
+class SimulationSource:
+    """What a simulation was made from.
+
+    Args:
+        adapter_fingerprint: of the active adapter at that time; None if there was none, or for a
+            zero adapter.
+    """
+
+    model: nn.Module
+    example_inputs: Mapping[str, Any]
+    schemes: Schemes
+    adapter_fingerprint: str | None
+
+    @classmethod
+    def of(
+        cls, model: nn.Module, example_inputs: Mapping[str, Any], schemes: Schemes
+    ) -> SimulationSource:
+        return cls(model, dict(example_inputs), schemes, adapter_fingerprint(model))
+
+
+class Record(BaseModel):
+    """`simulation.json`."""
+
+    format: Literal[3] = 3
+    base_fingerprint: str
+    adapter_fingerprint: str | None
+    inputs: dict[str, Any]
+    schemes: Schemes
+    encodings: dict[str, Kind]
+    dropped: list[str]
+    placement: dict[str, Any]
 
 
 def write_simulation(
@@ -68,18 +102,19 @@ def write_simulation(
             encodings file cannot hold.
     """
     arguments, examples = Structure.of(dict(origin.example_inputs))
-    schemes = TypeAdapter(Schemes)
-    record = {
-        "format": FORMAT,
-        "base_fingerprint": fingerprint(origin.model),
-        "adapter_fingerprint": origin.adapter_fingerprint,
-        "inputs": _to_json(arguments.template, ""),
-        "schemes": schemes.dump_python(origin.schemes, mode="json"),
-        "encodings": {m.name: m.kind.value for m in placement.marks if m.name in encodings},
-        "dropped": sorted(dropped),
-        "placement": [value.to_json() for value in placement.explanation],
+    inputs = {
+        name: json.loads(json.dumps(argument, default=partial(_named, name)))
+        for name, argument in arguments.template.items()
     }
-    assert schemes.validate_python(record["schemes"]) == origin.schemes, "survives a round trip"
+    record = Record(
+        base_fingerprint=fingerprint(origin.model),
+        adapter_fingerprint=origin.adapter_fingerprint,
+        inputs=inputs,
+        schemes=origin.schemes,
+        encodings={mark.name: mark.kind for mark in placement.marks if mark.name in encodings},
+        dropped=sorted(dropped),
+        placement=placement.to_json(),
+    )
     with replacing_files(folder, last=RECORD) as scratch:
         save_encodings(encodings, scratch)
         # cloned because safetensors refuses tensors that share memory, as two arguments may
@@ -88,7 +123,7 @@ def write_simulation(
             for name, tensor in zip(arguments.names, examples, strict=True)
         }
         save_file(tensors, scratch / INPUTS)
-        manifest.write(scratch, RECORD, record, (ENCODINGS, INPUTS))
+        manifest.write(scratch, RECORD, record.model_dump(mode="json"), (ENCODINGS, INPUTS))
 
 
 def save_encodings(encodings: Mapping[str, Encoding], folder: Path) -> None:
@@ -100,7 +135,7 @@ def save_encodings(encodings: Mapping[str, Encoding], folder: Path) -> None:
     producer = {"package": "qwlora", "version": version("qwlora")}
     file = files.EncodingsFile(_VERSION, entries, producer=producer)
     files.write_encodings(file, folder / ENCODINGS)
-    manifest.write(folder, RECORD, {"format": FORMAT}, (ENCODINGS,))
+    manifest.write(folder, RECORD, {}, (ENCODINGS,))
 
 
 def load_encodings(folder: Path) -> dict[str, Encoding]:
@@ -114,59 +149,41 @@ def load_encodings(folder: Path) -> dict[str, Encoding]:
         check_files(folder, only=[ENCODINGS])
     try:
         entries = files.read_encodings(folder / ENCODINGS).encodings
-        encodings = {entry.name: encoding_of(entry) for entry in entries}
+        return {entry.name: encoding_of(entry) for entry in entries}
     except (EncodingsFileError, ValueError) as error:
         raise _unreadable(folder, error) from error
-    expected = _read(folder).get("encodings", ()) if (folder / RECORD).exists() else ()
-    if missing := [name for name in expected if name not in encodings]:
-        raise CalibrationError(
-            f"{str(folder / ENCODINGS)!r} lacks {len(missing)} encodings, {missing[0]} first. "
-            "Calibrate again"
-        )
-    return encodings
 
 
 def load_activations(folder: Path) -> dict[str, Encoding]:
     """The activation encodings of the simulation in `folder`."""
-    kinds = read_record(folder)["encodings"]
-    return {
-        name: e for name, e in load_encodings(folder).items() if kinds.get(name) == Kind.ACTIVATION
-    }
+    kinds = read_record(folder).encodings
+    return {n: e for n, e in load_encodings(folder).items() if kinds.get(n) is Kind.ACTIVATION}
 
 
-def read_record(folder: Path) -> dict[str, Any]:
+def read_record(folder: Path) -> Record:
     """`simulation.json`."""
-    record = _read(folder)
-    if missing := [key for key in _KEYS if key not in record]:
-        raise _unreadable(folder, ValueError(f"{RECORD} has no {missing[0]}"))
-    return record
-
-
-def read_examples(
-    folder: Path, record: Mapping[str, Any], device: torch.device
-) -> tuple[dict[str, Any], Schemes]:
-    """What to capture the graph from, and on which schemes."""
     try:
-        tensors = {n: tensor.to(device) for n, tensor in load_file(folder / INPUTS).items()}
-        schemes = TypeAdapter(Schemes).validate_python(record["schemes"])
-        return _from_json(record["inputs"], tensors), schemes
-    except (OSError, KeyError, SafetensorError, ValidationError, ValueError) as error:
+        return Record.model_validate_json((folder / RECORD).read_bytes())
+    except (OSError, ValueError) as error:
         raise _unreadable(folder, error) from error
+
+
+def read_inputs(folder: Path, record: Record, device: torch.device) -> dict[str, Any]:
+    """The example inputs that the graph is captured from."""
+    try:
+        tensors = {name: tensor.to(device) for name, tensor in load_file(folder / INPUTS).items()}
+        inputs: dict[str, Any] = json.loads(
+            json.dumps(record.inputs),
+            object_hook=lambda part: tensors[part[_TENSOR]] if _TENSOR in part else part,
+        )
+    except (OSError, KeyError, SafetensorError) as error:
+        raise _unreadable(folder, error) from error
+    return inputs
 
 
 def check_files(folder: Path, only: Iterable[str] | None = None) -> None:
     """Compare the files of a simulation with their digests; see `manifest.check`."""
     manifest.check(folder, RECORD, f"simulation {str(folder)!r}", "calibrate again", only)
-
-
-def _read(folder: Path) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads((folder / RECORD).read_text())
-        if record["format"] != FORMAT:
-            raise ValueError(f"format {record['format']}, expected {FORMAT}")
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise _unreadable(folder, error) from error
-    return record
 
 
 def _unreadable(folder: Path, error: Exception) -> CalibrationError:
@@ -175,34 +192,13 @@ def _unreadable(folder: Path, error: Exception) -> CalibrationError:
     )
 
 
-def _to_json(template: Any, path: str) -> Any:
-    """Example inputs with the name of each tensor in its place."""
-    match template:
-        case Slot():
-            return {_SLOT: template.name}
-        case CacheSlot():
-            return {_TUPLE: [_to_json(pair, path) for pair in template.layers]}
-        case Mapping():
-            prefix = f"{path}." if path else ""
-            return {key: _to_json(item, f"{prefix}{key}") for key, item in template.items()}
-        case list() | tuple():
-            items = [_to_json(item, f"{path}.{i}") for i, item in enumerate(template)]
-            return items if isinstance(template, list) else {_TUPLE: items}
-        case None | bool() | int() | float() | str():
-            return template
+def _named(argument: str, part: Any) -> Any:
+    """What JSON cannot hold of an example input: the name of each tensor instead."""
+    if isinstance(part, Slot):
+        return {_TENSOR: part.name}
+    if isinstance(part, CacheSlot):
+        return part.layers
     raise CalibrationError(
-        f"example input {path or '(all)'} is a {type(template).__name__}, which JSON cannot hold. "
+        f"example input {argument} holds a {type(part).__name__}, which JSON cannot hold. "
         "Give tensors, numbers or strings"
     )
-
-
-def _from_json(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    if isinstance(value, list):
-        return [_from_json(item, tensors) for item in value]
-    if not isinstance(value, dict):
-        return value
-    if _SLOT in value:
-        return tensors[value[_SLOT]]
-    if _TUPLE in value:
-        return tuple(_from_json(item, tensors) for item in value[_TUPLE])
-    return {key: _from_json(item, tensors) for key, item in value.items()}

@@ -13,7 +13,6 @@ inputs of `simulate`.
 from __future__ import annotations
 
 import copy
-import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn, Self
 
@@ -22,7 +21,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 
-from qwlora.errors import CaptureError
+from qwlora.errors import CaptureError, foreign_as
 
 
 class SimulatedModel(PreTrainedModel, GenerationMixin):
@@ -91,28 +90,21 @@ class SimulatedModel(PreTrainedModel, GenerationMixin):
             count: of the labels to average over; None: those of the batch.
         """
         config = self.config
-        known = {
-            "logits": logits,
-            "pooled_logits": logits,
-            "labels": labels,
-            "config": config,
-            "vocab_size": getattr(config.get_text_config(), "vocab_size", None),
-        }
-        parameters = inspect.signature(self.loss_function).parameters.values()
-        required = {
-            p.name for p in parameters if p.default is p.empty and p.kind is not p.VAR_KEYWORD
-        }
+        problem = f"the loss of {self.name} needs more than logits and labels"
+        remedy = "compute it from the outputs, without labels"
         # an encoder-decoder shifts labels in its forward, and a router's loss is added there
         is_more = config.is_encoder_decoder or getattr(config, "output_router_logits", False)
-        if logits is None or is_more or required - known.keys():
-            raise CaptureError(
-                f"the loss of {self.name} needs more than logits and labels; compute it from the "
-                "outputs, without labels"
+        if logits is None or is_more:
+            raise CaptureError(f"{problem}; {remedy}")
+        with foreign_as(CaptureError, problem, remedy):
+            loss: Tensor = self.loss_function(
+                logits=logits,
+                pooled_logits=logits,
+                labels=labels,
+                config=config,
+                vocab_size=getattr(config.get_text_config(), "vocab_size", None),
+                **({} if count is None else {"num_items_in_batch": count}),
             )
-        given = {p.name: known[p.name] for p in parameters if p.name in known}
-        if count is not None:
-            given["num_items_in_batch"] = count
-        loss: Tensor = self.loss_function(**given)
         return loss
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -136,13 +128,6 @@ class SimulatedModel(PreTrainedModel, GenerationMixin):
 
     def tie_weights(self, *_: Any, **__: Any) -> None:
         """Does nothing: tied weights are one in the graph. Evaluation harnesses call it."""
-
-    def get_input_embeddings(self) -> NoReturn:
-        """Refuse: a simulated model has no layers."""
-        raise CaptureError(
-            "a simulated model is one graph and has no embedding layers. Change those of "
-            "simulation.origin.model, and simulate it again"
-        )
 
     def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
         """Refuse: save the base, the adapter and the simulation instead."""

@@ -20,7 +20,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Self
@@ -39,7 +39,8 @@ from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph
 from qwlora.graph.value_traits import Decision
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.range_estimator import as_estimator
-from qwlora.nn.frozen import assert_frozen, packed_layers, packed_weights, unwrapped
+from qwlora.nn.frozen import assert_frozen
+from qwlora.nn.packed_layer import packed_layers, packed_weights, unwrapped
 from qwlora.simulation.fake_quantizer import (
     FrozenWeight,
     Mode,
@@ -48,22 +49,20 @@ from qwlora.simulation.fake_quantizer import (
     attribute_of,
     device_of,
     estimate_encodings,
+    grid_ends,
     insert_quantizers,
     moved_encoding,
     remove_quantizers_,
 )
-from qwlora.simulation.placement import LoggedGrid, PlacementLog, place
-from qwlora.simulation.saved_simulation import write_simulation
+from qwlora.simulation.placement import Placement, place
+from qwlora.simulation.placement_rules import Schemes
+from qwlora.simulation.saved_simulation import SimulationSource, write_simulation
 from qwlora.simulation.simulated_model import SimulatedModel, transformers_model
-from qwlora.simulation.simulation_schemes import Schemes, SimulationSource
 from qwlora.system.progress import Track, untracked
 
-# Calibration data by callback, as AIMET's `compute_encodings` takes it: it gets a model, and calls
-# it with each batch.
-Callback = Callable[[Callable[..., Sequence[Tensor]]], Any]
 # Dicts of arguments, tensors or tuples of tensors, as a DataLoader yields them; see
-# `graph/call_arguments.py`. Or a callback.
-Batches = Iterable[Any] | Callback
+# `graph/call_arguments.py`
+Batches = Iterable[Any]
 
 _MASK, _UNSEEN = "a mask: values beyond 1e30", "no calibration data reached it"
 
@@ -84,9 +83,6 @@ class CalibrationReport:
     constants: tuple[str, ...]
     unseen: tuple[str, ...]
     masks: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 class Simulation(nn.Module):
@@ -144,11 +140,6 @@ class Simulation(nn.Module):
         return self.placement.marks
 
     @property
-    def explanation(self) -> list[GraphValue]:
-        """All computed values, in graph order."""
-        return self.placement.explanation
-
-    @property
     def inputs(self) -> tuple[str, ...]:
         """Names of the graph's inputs, in order."""
         return self.captured.inputs
@@ -158,25 +149,22 @@ class Simulation(nn.Module):
         """The captured graph, without quantizers."""
         return self.captured.program
 
-    def explain(self) -> PlacementLog:
-        """The placement log: which values are quantized, on which grid, and why."""
-        placement = self.placement
-        return PlacementLog(
-            self.origin.schemes.placement_policy().name,
-            (*placement.weights, *placement.explanation),
-            {value.name: self._logged_grid(value.name) for value in placement.marks},
-            dict(placement.unknown),
-        )
+    def explain(self) -> Placement:
+        """The placement log: which values are quantized, on which grid, and why; weights and inputs
+        first, then computed values."""
+        values = sorted(self.placement.values, key=lambda value: value.is_computed)
+        return Placement(self.placement.policy, [self._with_grid(value) for value in values])
 
-    def _logged_grid(self, name: str) -> LoggedGrid:
-        quantizer = self.quantizers.get(name)
-        if quantizer is None:
-            return LoggedGrid(str(self.encoding_of_weight(name).scheme))
+    def _with_grid(self, value: GraphValue) -> GraphValue:
+        if value.decision is not Decision.QUANTIZE:
+            return value
+        if (quantizer := self.quantizers.get(value.name)) is None:
+            return replace(value, grid=str(self.encoding_of_weight(value.name).scheme))
         low, high = quantizer.minimum, quantizer.maximum
         if quantizer.encoding is not None:
-            scale, offset = float(quantizer.encoding.scale), int(quantizer.encoding.offset)
-            low, high = scale * offset, scale * (offset + quantizer.scheme.steps)
-        return LoggedGrid(str(quantizer.scheme), quantizer.estimator.name, low, high)
+            low, high = grid_ends(quantizer.encoding)
+        grid, observer = str(quantizer.scheme), quantizer.estimator.name
+        return replace(value, grid=grid, observer=observer, low=low, high=high)
 
     def forward(self, *first: Tensor, **arguments: Any) -> Any:
         """The model's result, simulated.
@@ -209,7 +197,7 @@ class Simulation(nn.Module):
 
         Args:
             batches: see `Batches`.
-            tokens: stop after the batch that reaches this number of tokens; not with a callback.
+            tokens: stop after the batch that reaches this number of tokens.
 
         Raises:
             CalibrationError: there was no batch.
@@ -218,14 +206,15 @@ class Simulation(nn.Module):
             quantizer.mode = Mode.SIMULATE if quantizer.fixed else Mode.OBSERVE
         batches_before, tokens_before = self._batches, self._tokens
         try:
-            if callable(batches):
-                batches(self._observe_call)
-            else:
-                total = len(batches) if isinstance(batches, Collection) else None
-                for batch in track(batches, "calibrating", total):
-                    self._observe_batch(batch)
-                    if tokens is not None and self._tokens - tokens_before >= tokens:
-                        break
+            total = len(batches) if isinstance(batches, Collection) else None
+            for batch in track(batches, "calibrating", total):
+                arguments = as_arguments(batch, self.inputs)
+                check_token_ids(arguments, self.origin.model, CalibrationError)
+                self.graph_module(*self.captured.bind(arguments))
+                self._batches += 1
+                self._tokens += tokens_of(arguments)
+                if tokens is not None and self._tokens - tokens_before >= tokens:
+                    break
         finally:
             self._set_mode(Mode.FLOAT)
         if self._batches == batches_before:
@@ -233,23 +222,6 @@ class Simulation(nn.Module):
         for quantizer in self.quantizers.values():
             if not quantizer.fixed:
                 quantizer.encoding = None
-
-    def _observe_call(self, *inputs: Any, **arguments: Any) -> Sequence[Tensor]:
-        """What a callback gets as its model."""
-        if inputs and arguments:
-            raise CalibrationError(
-                "a callback called the model with positional and keyword arguments; give it all "
-                "of them by name"
-            )
-        return self._observe_batch(arguments or (inputs[0] if len(inputs) == 1 else inputs))
-
-    def _observe_batch(self, batch: Any) -> Sequence[Tensor]:
-        batch = as_arguments(batch, self.inputs)
-        check_token_ids(batch, self.origin.model, CalibrationError)
-        outputs = self._run(batch)
-        self._batches += 1
-        self._tokens += tokens_of(batch)
-        return outputs
 
     def fix_encodings(self, encodings: Mapping[str, Encoding]) -> None:
         """Use activation encodings of another simulation of the same base.
@@ -260,12 +232,7 @@ class Simulation(nn.Module):
         Raises:
             CalibrationError: an encoding has no value in this graph.
         """
-        known = {value.name for value in self.placement.values}
-        if unknown := [name for name in encodings if name not in known]:
-            raise CalibrationError(
-                f"{len(unknown)} encodings have no activation in the graph: "
-                f"{listed(unknown, 3)}. Calibrate the base again"
-            )
+        _refuse_unknown(encodings, self.placement.values)
         for name, quantizer in self.quantizers.items():
             encoding = encodings.get(name)
             if encoding is not None:
@@ -370,16 +337,14 @@ class Simulation(nn.Module):
             CalibrationError: before `calibrate`.
         """
         self._refuse_uncalibrated()
-        known = self._weight_encodings() | {
-            name: q.encoding for name, q in self.quantizers.items() if q.encoding is not None
-        }
+        known = self._weight_encodings()
+        known |= {n: q.encoding for n, q in self.quantizers.items() if q.encoding is not None}
         return {mark.name: known[mark.name] for mark in self.marks}
 
     def encoding_of_weight(self, name: str) -> Encoding:
         """The encoding of a weight; known before `calibrate`."""
-        if name in self.base_encodings:
-            return self.base_encodings[name]
-        return self.weights[name].encoding
+        is_base = name in self.base_encodings
+        return self.base_encodings[name] if is_base else self.weights[name].encoding
 
     def _weight_encodings(self) -> dict[str, Encoding]:
         return {**self.base_encodings, **{n: w.encoding for n, w in self.weights.items()}}
@@ -389,7 +354,7 @@ class Simulation(nn.Module):
         """The float weights of the adapter, by name."""
         return {
             name: attribute_of(self.graph_module, str(node.all_input_nodes[0].target)).detach()
-            for name, node in self._adapter_nodes()
+            for name, node in self._adapter_nodes().items()
         }
 
     def set_adapter_encodings(self, encodings: Mapping[str, Encoding]) -> None:
@@ -401,20 +366,21 @@ class Simulation(nn.Module):
         Raises:
             GridError: the shape of an encoding does not match its weight.
         """
-        weights = self.adapter_weights
-        for name, node in self._adapter_nodes():
+        nodes = self._adapter_nodes()
+        for name, weight in self.adapter_weights.items():
             if name in encodings:
-                self.weights[name] = FrozenWeight(
-                    weights[name], moved_encoding(encodings[name], weights[name].device)
-                )
-                self.graph_module.add_submodule(str(node.target), self.weights[name])
+                encoding = moved_encoding(encodings[name], weight.device)
+                self.weights[name] = FrozenWeight(weight, encoding)
+                self.graph_module.add_submodule(str(nodes[name].target), self.weights[name])
 
-    def _adapter_nodes(self) -> list[tuple[str, Node]]:
-        """Name of each adapter weight, and the node of its quantizer."""
+    def _adapter_nodes(self) -> dict[str, Node]:
+        """The node of each adapter weight's quantizer, by the weight's name."""
         calls = {str(n.target): n for n in self.graph_module.graph.nodes if n.op == "call_module"}
-        return [
-            (m.name, calls[f"quantizer_{m.node}"]) for m in self.marks if m.kind is Kind.ADAPTER
-        ]
+        return {
+            mark.name: calls[f"quantizer_{mark.node}"]
+            for mark in self.marks
+            if mark.kind is Kind.ADAPTER
+        }
 
     def restore(self, encodings: Mapping[str, Encoding], dropped: Collection[str] = ()) -> None:
         """Use the encodings of an earlier calibration.
@@ -427,12 +393,7 @@ class Simulation(nn.Module):
             CalibrationError: an encoding has no value in this graph, a weight's encoding is not
                 the one measured from its values, or an activation has no encoding.
         """
-        known = {mark.name for mark in self.marks}
-        if unknown := [name for name in encodings if name not in known]:
-            raise CalibrationError(
-                f"{len(unknown)} encodings have no value in the graph: "
-                f"{listed(unknown, 3)}. Calibrate again"
-            )
+        _refuse_unknown(encodings, self.marks)
         for name, encoding in self._weight_encodings().items():
             if name not in encodings or not encoding.equals(encodings[name]):
                 raise CalibrationError(
@@ -463,29 +424,25 @@ class Simulation(nn.Module):
                 "A simulation cannot be cast: its graph computes in float32, for models in half "
                 "precision too. Only its device can be changed, with to(device)"
             )
-        self._unshare_moving_(fn)
+        # Parameters that move become new objects on the same storage, as those of the model stay
+        # where they are. Tied parameters stay tied.
+        copies: dict[int, nn.Parameter] = {}
+        for module in self.graph_module.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and fn(parameter).device != parameter.device:
+                    copied = nn.Parameter(parameter.detach(), parameter.requires_grad)
+                    module._parameters[name] = copies.setdefault(id(parameter), copied)
         super()._apply(fn, recurse)
         device = fn(torch.empty(0)).device
         for node in self.graph_module.graph.nodes:  # such as arange(..., device=cpu)
-            node.args = map_aggregate(node.args, lambda v: device if _is_device(v) else v)
-            node.kwargs = map_aggregate(node.kwargs, lambda v: device if _is_device(v) else v)
+            node.args, node.kwargs = map_aggregate(
+                (node.args, node.kwargs), lambda v: device if isinstance(v, torch.device) else v
+            )
         self.graph_module.recompile()
         self._place_encodings(device)
         for quantizer in self.quantizers.values():
             quantizer.observer = quantizer.observer.to(device)
         return self
-
-    def _unshare_moving_(self, move: Callable[[Tensor], Tensor]) -> None:
-        """Replace each parameter that `move` would move by a new object on the same storage, so
-        that the model keeps its own. Tied parameters stay tied."""
-        moving: dict[int, nn.Parameter] = {}
-        for module in self.graph_module.modules():
-            for name, parameter in module._parameters.items():
-                if parameter is not None and move(parameter).device != parameter.device:
-                    if id(parameter) not in moving:
-                        copied = nn.Parameter(parameter.detach(), parameter.requires_grad)
-                        moving[id(parameter)] = copied
-                    module._parameters[name] = moving[id(parameter)]
 
     def _place_encodings(self, device: torch.device | None = None) -> None:
         """Move activation encodings to the device of the graph, or to `device`."""
@@ -561,9 +518,6 @@ class Simulation(nn.Module):
         """One forward with every quantizer, or with those that `only` enables."""
         if not self._chosen:
             self._refuse_uncalibrated()
-        return self._run(batch)
-
-    def _run(self, batch: Mapping[str, Any]) -> Sequence[Tensor]:
         outputs: Sequence[Tensor] = self.graph_module(*self.captured.bind(batch))
         return outputs
 
@@ -594,34 +548,24 @@ class Simulation(nn.Module):
             )
         return SimulatedModel(self, transformers_model(self.origin.model))
 
-    def save(self, folder: str | Path, with_base: bool = False) -> None:
+    def save(self, folder: str | Path) -> None:
         """Write the simulation to `folder`; see `saved_simulation.py`.
-
-        Args:
-            with_base: include the encodings of packed base weights, for a reader without the base.
 
         Raises:
             CalibrationError: an activation has no encoding yet, or see `write_simulation`.
         """
-        encodings = {
-            name: encoding
-            for name, encoding in self.encodings.items()
-            if with_base or name not in self.base_encodings
-        }
-        write_simulation(Path(folder), self.origin, self.placement, encodings, self._dropped)
+        encodings = {n: e for n, e in self.encodings.items() if n not in self.base_encodings}
+        write_simulation(Path(folder), self.origin, self.explain(), encodings, self._dropped)
 
     def __repr__(self) -> str:
-        number = Counter(mark.kind for mark in self.marks)
-        words = {
-            Kind.BASE: "base weights",
-            Kind.ADAPTER: "adapter weights",
-            Kind.PARAMETER: "other parameters",
-            Kind.ACTIVATION: "activations",
-        }
-        counts = ", ".join(f"{number[kind]:,} {word}" for kind, word in words.items())
+        kinds = Counter(mark.kind for mark in self.marks)
         missing = len(self._uncalibrated)
-        state = f"{missing:,} not calibrated" if missing else "calibrated"
-        return f"Simulation of {type(self.origin.model).__name__}: {counts}; {state}"
+        return (
+            f"Simulation of {type(self.origin.model).__name__}: "
+            f"{kinds[Kind.BASE]:,} base weights, {kinds[Kind.ADAPTER]:,} adapter weights, "
+            f"{kinds[Kind.PARAMETER]:,} other parameters, {kinds[Kind.ACTIVATION]:,} activations; "
+            + (f"{missing:,} not calibrated" if missing else "calibrated")
+        )
 
 
 def simulate(
@@ -661,6 +605,15 @@ def simulate(
     return simulation
 
 
+def _refuse_unknown(encodings: Iterable[str], values: Iterable[GraphValue]) -> None:
+    known = {value.name for value in values}
+    if unknown := [name for name in encodings if name not in known]:
+        raise CalibrationError(
+            f"{len(unknown)} encodings have no value in the graph: {listed(unknown, 3)}. "
+            "Calibrate again"
+        )
+
+
 def base_encodings(model: nn.Module) -> dict[str, Encoding]:
     """The encodings of the packed weights of `model`, by weight name."""
     return {name: layer.encoding for name, layer in packed_weights(model).items()}
@@ -673,7 +626,3 @@ def tokens_of(batch: Mapping[str, Any]) -> int:
     if isinstance(ids := batch.get("input_ids"), Tensor):
         return ids.numel()
     return next((len(v) for v in batch.values() if isinstance(v, Tensor) and v.ndim), 1)
-
-
-def _is_device(value: Any) -> bool:
-    return isinstance(value, torch.device)

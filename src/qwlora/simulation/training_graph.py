@@ -45,9 +45,6 @@ class TrainingGraph(nn.Module):
         TrainingError: the adapter has dropout, or nothing in the graph is trainable.
     """
 
-    def __repr__(self) -> str:
-        return f"TrainingGraph of {self.simulation!r}"
-
     def __init__(self, simulation: Simulation, base_encodings: Mapping[str, Encoding]):
         super().__init__()
         model = simulation.origin.model
@@ -61,7 +58,6 @@ class TrainingGraph(nn.Module):
                 "or use workflow: qw-lora"
             )
         self.simulation = simulation
-        self._own_parameters = {id(p) for p in model.parameters()}
         simulation.fix_encodings(base_encodings)
         for name, quantizer in simulation.quantizers.items():
             quantizer.mode = Mode.SIMULATE if name in base_encodings else Mode.FLOAT
@@ -69,7 +65,17 @@ class TrainingGraph(nn.Module):
         adapter = [mark.node for mark in simulation.marks if mark.kind is Kind.ADAPTER]
         remove_quantizers_(simulation.graph_module, adapter)
         _keep_codes_(simulation.graph_module)
-        self._check()
+        trainable = [p for p in simulation.graph_module.parameters() if p.requires_grad]
+        if not trainable:
+            raise TrainingError(
+                "nothing in the graph is trainable; attach an adapter before the capture"
+            )
+        if not {id(p) for p in trainable} <= {id(p) for p in model.parameters()}:
+            raise CaptureError(
+                "The captured graph holds copies of the model's trainable parameters, so training "
+                "would not change the model. Keep the adapter in float32, as PEFT does by default "
+                "(autocast_adapter_dtype=True)"
+            )
 
     def forward(self, **inputs: Any) -> Tensor:
         """Logits.
@@ -81,18 +87,8 @@ class TrainingGraph(nn.Module):
         outputs = self.simulation.graph_module(*captured.bind(inputs))
         return captured.named(outputs)[captured.interface.primary]
 
-    def _check(self) -> None:
-        parameters = list(self.simulation.graph_module.parameters())
-        if not any(p.requires_grad for p in parameters):
-            raise TrainingError(
-                "nothing in the graph is trainable; attach an adapter before the capture"
-            )
-        if any(p.requires_grad and id(p) not in self._own_parameters for p in parameters):
-            raise CaptureError(
-                "The captured graph holds copies of the model's trainable parameters, so training "
-                "would not change the model. Keep the adapter in float32, as PEFT does by default "
-                "(autocast_adapter_dtype=True)"
-            )
+    def __repr__(self) -> str:
+        return f"TrainingGraph of {self.simulation!r}"
 
 
 def _keep_codes_(graph_module: GraphModule) -> None:

@@ -27,7 +27,7 @@ from qwlora.export.npu.float_onnx import to_float_onnx
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import Backend, ExportedGraph
 from qwlora.grid.scheme import PerChannel
-from qwlora.nn.packed_modules import PackedLinear
+from qwlora.nn.packed_layer import PackedLinear
 
 GRIDS = (
     *(f"w{bits}-channel" for bits in (2, 3, 4, 5, 6, 7, 8)),

@@ -21,7 +21,7 @@ from qwlora.export.onnx.matmul_nbits import _container, _operands
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
-from qwlora.nn.frozen import packed_weights
+from qwlora.nn.packed_layer import packed_weights
 
 IDS = torch.randint(0, 256, (1, 20), generator=torch.Generator().manual_seed(5))
 SCHEMES = [

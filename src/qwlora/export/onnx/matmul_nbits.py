@@ -35,11 +35,10 @@ from qwlora.formats.huggingface.int32_words import pack_words
 from qwlora.graph.kv_cache_capture import capture_cached
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.encoding import spread
-from qwlora.nn.packed_layer import PackedLayer
-from qwlora.nn.packed_modules import PackedLinear
+from qwlora.nn.packed_layer import PackedLayer, PackedLinear
 from qwlora.simulation.placement import place
+from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.simulation import base_encodings
-from qwlora.simulation.simulation_schemes import Schemes
 from qwlora.system.optional_packages import require
 
 EXACT = 1  # MatMulNBits' accuracy level: float32; 4 rounds activations to 8 bits

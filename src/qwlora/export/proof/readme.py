@@ -21,7 +21,7 @@ def facts(model: Any, source: str) -> dict[str, Any]:
     """What a README says about a packed base that was made from the model `source`."""
     from qwlora.formats.model_origin import origin_of
     from qwlora.grid.scheme import short_name
-    from qwlora.nn.frozen import packed_weights
+    from qwlora.nn.packed_layer import packed_weights
 
     origin = origin_of(source)
     grids = Counter(short_name(layer.scheme) for layer in packed_weights(model).values())

@@ -47,8 +47,7 @@ from qwlora.export.weights.weights_folder import (
 )
 from qwlora.formats.huggingface.compressed_tensors import layer_tensors, weights_settings
 from qwlora.grid.scheme import Scheme
-from qwlora.nn.packed_layer import PackedLayer
-from qwlora.nn.packed_modules import PackedEmbedding, PackedLinear
+from qwlora.nn.packed_layer import PackedEmbedding, PackedLayer, PackedLinear
 
 _METHOD = {
     "quant_method": "compressed-tensors",

@@ -17,9 +17,7 @@ from qwlora.errors import ExportError, lines
 from qwlora.export.format_limits import LayerKind
 from qwlora.export.proof.contents import known_settings
 from qwlora.grid.scheme import Blocks
-from qwlora.nn.frozen import packed_weights
-from qwlora.nn.packed_layer import PackedLayer
-from qwlora.nn.packed_modules import PackedLinear
+from qwlora.nn.packed_layer import PackedLayer, PackedLinear, packed_weights
 from qwlora.system import strict_json
 
 # what targets add to config.json, see `Contents.settings`

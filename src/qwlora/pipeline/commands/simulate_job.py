@@ -21,7 +21,7 @@ from qwlora.system.progress import Track, untracked
 if TYPE_CHECKING:
     from qwlora.data.sequences import Sequences
     from qwlora.pipeline.running.loaded_models import JobContext
-    from qwlora.simulation.placement import PlacementLog
+    from qwlora.simulation.placement import Placement
     from qwlora.simulation.simulation import Simulation
 
 LISTED = 10
@@ -32,7 +32,7 @@ NARROW_BITS, WIDE_BITS = 8, 16
 
 def explain_placement(
     folder: Path, adapter: str | None = None, changes: tuple[str, ...] = ()
-) -> tuple[str, PlacementLog]:
+) -> tuple[str, Placement]:
     """The adapter's name and its placement log: which values are quantized, and why.
 
     Includes calibration results if the job is calibrated and there are no `changes`.

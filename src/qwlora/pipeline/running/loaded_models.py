@@ -37,9 +37,9 @@ from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.base_section import Model
 from qwlora.simulation.load_simulation import restore
 from qwlora.simulation.placement import Placement, place, refuse_ineffective_rules
+from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
-from qwlora.simulation.simulation_schemes import Schemes
 from qwlora.simulation.training_graph import TrainingGraph
 from qwlora.system.parameter_names import parameter_name
 from qwlora.system.progress import Track, one_step, untracked

@@ -12,7 +12,7 @@ from transformers import DynamicCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from qwlora.errors import CaptureError
-from qwlora.graph.flat_arguments import Structure, cache_of
+from qwlora.graph.call_arguments import Structure, cache_of
 
 LEAVES = st.one_of(st.none(), st.sampled_from([0, 1, 2.5, "a"]), st.integers(1, 3).map(torch.ones))
 KEYS = st.sampled_from(["a", "b", "ab"])
@@ -72,60 +72,39 @@ def test_names_are_paths_and_types_come_back() -> None:
 def test_a_cache_is_its_keys_and_values() -> None:
     pairs = [(torch.rand(1, 2, 3, 4), torch.rand(1, 2, 3, 4)) for _ in range(2)]
     structure, tensors = Structure.of({"past": cache_of(pairs)}, "present")
-    assert structure.names == (
-        "present.0.key",
-        "present.0.value",
-        "present.1.key",
-        "present.1.value",
-    )
+    names = [f"present.{layer}.{part}" for layer in range(2) for part in ("key", "value")]
+    assert structure.names == tuple(names)
     assert structure.cached == set(structure.names)
     back = structure.fill(dict(zip(structure.names, tensors, strict=True)))["past"]
     assert isinstance(back, DynamicCache)
     assert back.layers[1].values is pairs[1][1]
-    assert [
-        t is part
-        for t, part in zip(
-            structure.flatten({"past": pairs}), [p for pair in pairs for p in pair], strict=True
-        )
-    ] == [True] * 4
+    parts = [part for pair in pairs for part in pair]
+    assert same(list(structure.flatten({"past": pairs})), parts)
     with pytest.raises(CaptureError, match="captured with a cache of 2 layers, not of 1"):
         structure.flatten({"past": pairs[:1]})
     with pytest.raises(CaptureError, match="does not have a key and a value"):
         Structure.of({"past": cache_of([])})
 
 
+X = torch.ones(1)
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
-        (
-            {"x": torch.ones(1), "n": 3, "more": {"y": torch.ones(1)}},
-            "n: .* the constant 2",
-        ),
-        (
-            {"n": 2, "more": {"y": torch.ones(1)}},
-            "x: the graph was captured with this argument; give it",
-        ),
-        (
-            {"x": torch.ones(1), "n": 2, "more": {}},
-            "more.y: the graph was captured with this argument; give it",
-        ),
-        (
-            {"x": torch.ones(1), "n": 2, "more": {"y": torch.ones(1), "z": 1}},
-            "more.z: the graph was captured without this argument",
-        ),
-        (
-            {"x": 1, "n": 2, "more": {"y": torch.ones(1)}},
-            "x: the graph was captured with a tensor, not with 1",
-        ),
+        ({"x": X, "n": 3, "more": {"y": X}}, "n: .* the constant 2"),
+        ({"n": 2, "more": {"y": X}}, "x: .* captured with a tensor, not with None"),
+        ({"x": X, "n": 2, "more": {}}, "more.y: .* captured with a tensor, not with None"),
+        ({"x": X, "n": 2, "more": {"y": X, "z": 1}}, "more.z: .* captured without this"),
+        ({"x": 1, "n": 2, "more": {"y": X}}, "x: .* captured with a tensor, not with 1"),
     ],
 )
 def test_another_structure_is_refused(value: dict[str, Any], message: str) -> None:
-    structure, _ = Structure.of({"x": torch.ones(1), "n": 2, "more": {"y": torch.ones(1)}})
+    structure, _ = Structure.of({"x": X, "n": 2, "more": {"y": X}})
     with pytest.raises(CaptureError, match=message):
         structure.flatten(value)
-    assert (
-        len(structure.flatten({"x": torch.ones(1), "more": {"y": torch.ones(1)}, "z": None})) == 2
-    )  # constants and None may be left out
+    # constants and None may be left out
+    assert len(structure.flatten({"x": X, "more": {"y": X}, "z": None})) == 2
 
 
 def test_two_tensors_of_one_name_are_refused() -> None:

@@ -24,7 +24,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, GenerationConfig
 
-from conftest import EACH_ARCHITECTURE, text, tiny_model, write_recipe
+from conftest import EACH_ARCHITECTURE, byte_tokenizer, text, tiny_model, write_recipe
 from qwlora import PackedLinear, load_adapter, load_simulation
 from qwlora.errors import EncodingsFileError, FingerprintError, SourceError
 from qwlora.export.onnx.onnx_runtime import OnnxModel
@@ -53,19 +53,19 @@ def run_recipe(
 
 
 @pytest.fixture(scope="module")
-def run_of(
-    tmp_path_factory: pytest.TempPathFactory, corpus: Path, checkpoints: dict[str, Path]
-) -> Callable[[str], Path]:
+def run_of(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Callable[[str], Path]:
     """The finished run of an architecture."""
 
     @cache
     def finished(architecture: str) -> Path:
         folder = tmp_path_factory.mktemp(architecture)
+        tiny_model(architecture, layers=1).save_pretrained(folder / "model")
+        byte_tokenizer().save_pretrained(folder / "model")
         first = {"name": "first", "rank": 4, "steps": 6, "warmup_steps": 1, "learning_rate": 5e-3}
         sections = {"preset": "balanced", "adapters": [first]}
         sections["data"] = {"source": str(corpus), "sequence_tokens": 32}
         sections["verify"] = {"sequences": 4, "layer_tokens": 16}
-        recipe = write_recipe(folder, checkpoints[architecture], corpus, **sections)
+        recipe = write_recipe(folder, folder / "model", corpus, **sections)
         run(load_recipe(recipe), folder / "out")
         return folder / "out"
 
@@ -487,7 +487,8 @@ def test_quantizing_alone_goes_through_the_files_and_makes_the_same_base(
     model = shutil.copytree(checkpoints["qwen3"], tmp_path / "model")
     GenerationConfig(eos_token_id=[7, 8], temperature=0.5, do_sample=True).save_pretrained(model)
     recipe = recipe_for("qwen3", model={"source": str(model)})
-    whole, _ = run_recipe(recipe, tmp_path / "whole", *changes)
+    evaluated = ("quantize", "train", "evaluate")
+    whole, _ = run_recipe(recipe, tmp_path / "whole", *changes, verbs=evaluated)
     monkeypatch.setattr("os.link", refuse)
     alone, _ = run_recipe(recipe, tmp_path / "alone", *changes, verbs=("quantize",))
     assert alone["base"] == whole["base"]

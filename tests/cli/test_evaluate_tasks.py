@@ -11,7 +11,7 @@ import pytest
 import yaml
 
 from cli.command_line import qwlora
-from conftest import WORDS, byte_tokenizer, tiny_model
+from conftest import WORDS, byte_tokenizer, tiny_model, write_recipe
 from qwlora.report.results_view import Job
 from qwlora.report.sections import task_scores
 
@@ -24,15 +24,16 @@ def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A multiple-choice task with a dataset next to it."""
     folder = tmp_path_factory.mktemp("task")
     pick = random.Random(0)
+
+    def words(count: int) -> str:
+        return " ".join(pick.choices(WORDS, k=count))
+
     rows = [
-        {
-            "question": " ".join(pick.choices(WORDS, k=3)),
-            "choices": [" ".join(pick.choices(WORDS, k=count)) for count in (1, 2, 3)],
-            "gold": pick.randrange(3),
-        }
+        {"question": words(3), "choices": [words(1), words(2), words(3)], "gold": pick.randrange(3)}
         for _ in range(12)
     ]
     (folder / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    metric = {"aggregation": "mean", "higher_is_better": True}
     content = {
         "task": TASK,
         "dataset_path": "json",
@@ -42,10 +43,7 @@ def task_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "doc_to_text": "{{question}}",
         "doc_to_target": "{{gold}}",
         "doc_to_choice": "{{choices}}",
-        "metric_list": [
-            {"metric": name, "aggregation": "mean", "higher_is_better": True}
-            for name in ("acc", "acc_norm")
-        ],
+        "metric_list": [{"metric": "acc", **metric}, {"metric": "acc_norm", **metric}],
     }
     (folder / "task.yaml").write_text(yaml.safe_dump(content))
     return folder / "task.yaml"
@@ -57,16 +55,9 @@ def job(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     folder = tmp_path_factory.mktemp("job")
     tiny_model("llama", layers=1).save_pretrained(folder / "model")
     byte_tokenizer().save_pretrained(folder / "model")
-    content = {
-        "name": "scored",
-        "preset": "fast",
-        "model": {"source": str(folder / "model")},
-        "data": {"source": str(corpus), "sequence_tokens": 32, "evaluation_sequences": 2},
-        "adapters": [{"name": "first", "steps": 20, "learning_rate": 0.01, "compute": "float32"}],
-        "verify": {"sequences": 1},
-    }
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(content))
-    done = qwlora("run", folder / "recipe.yaml", "--out", folder / "out", "--quiet")
+    first = {"name": "first", "steps": 20, "learning_rate": 0.01, "compute": "float32"}
+    recipe = write_recipe(folder, folder / "model", corpus, adapters=[first])
+    done = qwlora("run", recipe, "--out", folder / "out", "--quiet")
     assert done.returncode == 0, done.stderr
     return folder / "out"
 
@@ -106,13 +97,8 @@ def test_every_model_is_scored_and_the_float_model_as_by_lm_eval(
     assert results["run"]["state"] == "finished"
     view = task_scores.view.view(Job(results, {}, "", "job"), "first")
     assert view is not None
-    assert view["table"].columns[3:] == [
-        "Float",
-        "Packed base",
-        "With adapter",
-        "Simulated",
-        "ONNX Runtime",
-    ]
+    stages = ["Float", "Packed base", "With adapter", "Simulated", "ONNX Runtime"]
+    assert view["table"].columns[3:] == stages
 
 
 @pytest.mark.client

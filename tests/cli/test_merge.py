@@ -248,7 +248,7 @@ def test_the_command_prints_the_verdict_and_writes_what_it_says(job: Path, tmp_p
     assert len(packed_weights(load_base(tmp_path / "base"))) == 14
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="terminals are POSIX's here")
+@pytest.mark.slow
 def test_a_terminal_sees_how_far_the_verdict_is(job: Path) -> None:
     import pty
 

@@ -34,6 +34,7 @@ TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
+pytestmark = pytest.mark.usefixtures("shared_captures")
 PROMPT = "the integer"
 
 

@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import chdir
-from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock
 
@@ -43,7 +42,6 @@ from qwlora.system.optional_packages import require
 HEAD = "Generated from the code: `make docs/errors/index.md`.\n"
 
 
-@dataclass(frozen=True)
 class Page:
     """What the code cannot say.
 
@@ -52,8 +50,8 @@ class Page:
         remedies: pairs of a cause and what to do.
     """
 
-    raising: Callable[[], object]
-    remedies: tuple[tuple[str, str], ...]
+    def __init__(self, raising: Callable[[], object], *remedies: tuple[str, str]):
+        self.raising, self.remedies = raising, remedies
 
 
 def _folder(name: str, **files: object) -> Path:
@@ -134,125 +132,94 @@ def _trainable_base() -> None:
 PAGES = {
     errors.RecipeError: Page(
         _wrong_recipe,
-        (
-            ("a key is misspelled", "take the name that the message suggests"),
-            ("a key is missing", "`qwlora init --full` lists every key"),
-            ("two settings exclude each other", "change one of the two that are named"),
-        ),
+        ("a key is misspelled", "take the name that the message suggests"),
+        ("a key is missing", "`qwlora init --full` lists every key"),
+        ("two settings exclude each other", "change one of the two that are named"),
     ),
     errors.SourceError: Page(
         lambda: locate("./models/llama"),
-        (
-            ("the path is wrong", "the message shows the absolute path that was looked for"),
-            ("the model is on the hub", "give `owner/name`, and check the network and the token"),
-            ("a file is damaged", "download or copy it again"),
-        ),
+        ("the path is wrong", "the message shows the absolute path that was looked for"),
+        ("the model is on the hub", "give `owner/name`, and check the network and the token"),
+        ("a file is damaged", "download or copy it again"),
     ),
     errors.GridError: Page(
         lambda: quantize_(nn.ModuleDict({"proj": nn.Linear(50, 8)}), "w4-block32"),  # type: ignore[arg-type]
-        (
-            ("a block size does not divide a layer's inputs", "choose one that does"),
-            ("one layer is special", "give it a grid of its own with `base.rules`"),
-            ("a layer is wrapped or patched", "undo that before you train or save"),
-        ),
+        ("a block size does not divide a layer's inputs", "choose one that does"),
+        ("one layer is special", "give it a grid of its own with `base.rules`"),
+        ("a layer is wrapped or patched", "undo that before you train or save"),
     ),
     errors.FingerprintError: Page(
         _other_base,
-        (
-            ("the adapter is of another base", "load its own base, or train it on this one"),
-            ("a file was edited or damaged", "copy it again, or run the stage that writes it"),
-            ("you edited it on purpose", 'delete its entry under `"files"` in the record'),
-        ),
+        ("the adapter is of another base", "load its own base, or train it on this one"),
+        ("a file was edited or damaged", "copy it again, or run the stage that writes it"),
+        ("you edited it on purpose", 'delete its entry under `"files"` in the record'),
     ),
     errors.DirectoryError: Page(
         lambda: job_recipe(Path("out")),
-        (
-            ("the folder is of another job", "choose another `--out`"),
-            ("it holds files that the job did not write", "move them out"),
-            ("there is no space, or no permission", "free space, or change the permissions"),
-            ("a stage has not run", "run the command that the message shows"),
-        ),
+        ("the folder is of another job", "choose another `--out`"),
+        ("it holds files that the job did not write", "move them out"),
+        ("there is no space, or no permission", "free space, or change the permissions"),
+        ("a stage has not run", "run the command that the message shows"),
     ),
     errors.MergeError: Page(
         _merged,
-        (
-            ("most of the adapter is smaller than a step", "keep the adapter separate"),
-            ("you need one model", "`qwlora merge DIR NAME --into float --out FOLDER`"),
-        ),
+        ("most of the adapter is smaller than a step", "keep the adapter separate"),
+        ("you need one model", "`qwlora merge DIR NAME --into float --out FOLDER`"),
     ),
     errors.TrainingError: Page(
         _trainable_base,
-        (
-            ("float weights of the base are trainable", "set requires_grad to False on them"),
-            ("no layer has the name", "take the name of a module of the model"),
-            ("the loss diverged", "lower `learning_rate`, or raise `warmup_steps`"),
-        ),
+        ("float weights of the base are trainable", "set requires_grad to False on them"),
+        ("no layer has the name", "take the name of a module of the model"),
+        ("the loss diverged", "lower `learning_rate`, or raise `warmup_steps`"),
     ),
     errors.CaptureError: Page(
         _in_training_mode,
-        (
-            ("the model is in training mode", "call `model.eval()`"),
-            ("the model branches on a value", "choose the branch when the model is built"),
-            ("the model keeps state between calls", "remove the state"),
-            ("another shape is needed", "capture again with an example of that shape"),
-        ),
+        ("the model is in training mode", "call `model.eval()`"),
+        ("the model branches on a value", "choose the branch when the model is built"),
+        ("the model keeps state between calls", "remove the state"),
+        ("another shape is needed", "capture again with an example of that shape"),
     ),
     errors.CalibrationError: Page(
         lambda: check_finite("model.norm.weight", torch.tensor([1.0, float("nan")])),
-        (
-            ("a weight is NaN or infinite", "check the checkpoint"),
-            ("a layer saw no data", "give it other text, or keep it float with a rule"),
-            ("the calibration is out of date", "`qwlora calibrate --out DIR`"),
-        ),
+        ("a weight is NaN or infinite", "check the checkpoint"),
+        ("a layer saw no data", "give it other text, or keep it float with a rule"),
+        ("the calibration is out of date", "`qwlora calibrate --out DIR`"),
     ),
     errors.ExportError: Page(
         _dora,
-        (
-            ("the target cannot hold the grid", "choose another grid; `qwlora check` lists them"),
-            ("the target cannot hold the adapter", "train one without DoRA and experts"),
-            ("a runtime refuses a file", "check its version, then export again"),
-        ),
+        ("the target cannot hold the grid", "choose another grid; `qwlora check` lists them"),
+        ("the target cannot hold the adapter", "train one without DoRA and experts"),
+        ("a runtime refuses a file", "check its version, then export again"),
     ),
     errors.EncodingsFileError: Page(
         _bad_encodings,
-        (
-            ("fields are missing or malformed", "export the file again from its tool"),
-            ("the version is wrong", "`qwlora encodings show FILE` tells which it is"),
-        ),
+        ("fields are missing or malformed", "export the file again from its tool"),
+        ("the version is wrong", "`qwlora encodings show FILE` tells which it is"),
     ),
     errors.ConversionError: Page(
         _lossy,
-        (
-            ("the other version has no such field", "`--lossy` accepts the loss"),
-            ("the file does not have what is needed", "give the model with `--onnx`"),
-        ),
+        ("the other version has no such field", "`--lossy` accepts the loss"),
+        ("the file does not have what is needed", "give the model with `--onnx`"),
     ),
     errors.VerificationError: Page(
         _wrong_layer,
-        (
-            ("a layer computes something else", "do not ship the files; report the layer"),
-            ("the runtime is another version", "use the versions that the exports were made for"),
-            ("only the perplexity differs, barely", "raise `verify.sequences`"),
-        ),
+        ("a layer computes something else", "do not ship the files; report the layer"),
+        ("the runtime is another version", "use the versions that the exports were made for"),
+        ("only the perplexity differs, barely", "raise `verify.sequences`"),
     ),
     errors.UploadError: Page(
         _no_token,
-        (
-            ("there is no token, or it is not accepted", "`hf auth login`, or set HF_TOKEN"),
-            ("the repository is public", "`--public`, or another `--to`"),
-            ("the hub cannot be reached", "check the network and HF_ENDPOINT"),
-        ),
+        ("there is no token, or it is not accepted", "`hf auth login`, or set HF_TOKEN"),
+        ("the repository is public", "`--public`, or another `--to`"),
+        ("the hub cannot be reached", "check the network and HF_ENDPOINT"),
     ),
     errors.NonFiniteError: Page(
         lambda: strict_json.dumps({"perplexity": {"base": float("nan")}}),
-        (
-            ("a layer overflows in half precision", "set `compute: float32`"),
-            ("the base lost too much", "more bits, smaller blocks, or solver gptq"),
-        ),
+        ("a layer overflows in half precision", "set `compute: float32`"),
+        ("the base lost too much", "more bits, smaller blocks, or solver gptq"),
     ),
     errors.MissingExtraError: Page(
-        _missing_package,
-        (("a package is not installed", "run the command in the message"),),
+        _missing_package, ("a package is not installed", "run the command in the message")
     ),
 }
 

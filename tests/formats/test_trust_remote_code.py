@@ -110,7 +110,7 @@ def test_trusted_code_runs_and_every_summary_says_so(
     recipe_for: Any, own_model: Path, own_tokenizer: Path, ran: Path, tmp_path: Path
 ) -> None:
     recipe = recipe_for(model=trusting(own_model), export={"targets": []})
-    done = qwlora("run", recipe, "--out", tmp_path / "out")
+    done = qwlora("quantize", recipe, "--out", tmp_path / "out")
     assert (done.returncode, ran.exists()) == (0, True), done.stderr
     assert "trust_remote_code" in done.stdout
     record = json.loads((tmp_path / "out" / "base" / "base.json").read_text())

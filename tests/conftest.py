@@ -7,6 +7,7 @@ import json
 import subprocess
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import hypothesis
@@ -183,10 +184,19 @@ def recipe_for(tmp_path: Path, corpus: Path, checkpoints: dict[str, Path]) -> An
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen_garbage_collector() -> None:
-    """Jobs collect garbage before each stage. With all that is imported here, looking through it takes
-    longer than a stage of a tiny model: without this, tests/pipeline takes three times as long."""
+    """The collector looks no further through what was imported."""
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_stages() -> Iterator[None]:
+    """Flushing files to the disk and collecting garbage takes longer than a stage of a tiny model: jobs
+    do neither here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.fsync", lambda descriptor: None)
+        patch.setattr("qwlora.pipeline.running.run_job.gc", SimpleNamespace(collect=lambda: 0))
+        yield
 
 
 @pytest.fixture(scope="module")

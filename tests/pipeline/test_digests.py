@@ -17,8 +17,10 @@ from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.plan.plan import make_plan
 from qwlora.recipe import load_recipe
 
+SETTLED_NS = module.SETTLED_NS
 
-@pytest.fixture
+
+@pytest.fixture(autouse=True)
 def settled(monkeypatch: pytest.MonkeyPatch) -> None:
     """Files count as old enough to be cached as soon as they are written."""
     monkeypatch.setattr(module, "SETTLED_NS", -(10**18))
@@ -51,7 +53,6 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-@pytest.mark.usefixtures("settled")
 def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[str]) -> None:
     file, cache = tmp_path / "a", tmp_path / "cache.json"
     file.write_bytes(b"old")
@@ -64,7 +65,6 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[str]) -> Non
     assert reads == ["a"]
 
 
-@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("how", ["in place", "another file"])
 def test_new_content_with_old_size_and_mtime_is_found(tmp_path: Path, how: str) -> None:
     file, other, cache = tmp_path / "a", tmp_path / "b", tmp_path / "cache.json"
@@ -80,8 +80,11 @@ def test_new_content_with_old_size_and_mtime_is_found(tmp_path: Path, how: str) 
     assert Digests(cache).content(file) == sha256(b"new")
 
 
-def test_a_file_written_just_now_is_not_cached(tmp_path: Path, reads: list[str]) -> None:
+def test_a_file_written_just_now_is_not_cached(
+    tmp_path: Path, reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A second write could fall into the same tick of the clock, and leave the same stamps."""
+    monkeypatch.setattr(module, "SETTLED_NS", SETTLED_NS)
     file = tmp_path / "a"
     file.write_bytes(b"old")
     digests = Digests()
@@ -90,7 +93,6 @@ def test_a_file_written_just_now_is_not_cached(tmp_path: Path, reads: list[str])
     assert reads == ["a", "a"]
 
 
-@pytest.mark.usefixtures("settled")
 def test_trusted_mtime_reads_nothing_but_artifacts(tmp_path: Path, reads: list[str]) -> None:
     file, cache = tmp_path / "a", tmp_path / "cache.json"
     file.write_bytes(b"old")
@@ -108,7 +110,6 @@ def test_trusted_mtime_reads_nothing_but_artifacts(tmp_path: Path, reads: list[s
     assert Digests(cache).identity(file) == sha256(b"yet")
 
 
-@pytest.mark.usefixtures("settled")
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"files": 1, "sha256": 2}', b"\xff", None])
 def test_a_damaged_cache_is_ignored(tmp_path: Path, damage: bytes | None) -> None:
     file, cache = tmp_path / "a", tmp_path / "cache.json"
@@ -120,7 +121,6 @@ def test_a_damaged_cache_is_ignored(tmp_path: Path, damage: bytes | None) -> Non
     assert Digests(cache).content(file) == sha256(b"old")
 
 
-@pytest.mark.usefixtures("settled")
 def test_without_a_file_there_is_no_digest_and_without_a_job_no_cache(tmp_path: Path) -> None:
     assert Digests().content(tmp_path / "none") is None
     assert Digests().identity(tmp_path) is None
@@ -140,7 +140,6 @@ def keys(path: Path, cache: Path, *changes: str) -> dict[str, str]:
     return {stage.name: stage.key for stage in plan}
 
 
-@pytest.mark.usefixtures("settled")
 def test_a_model_retrained_in_place_is_another_model(
     recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]
 ) -> None:
@@ -157,7 +156,6 @@ def test_a_model_retrained_in_place_is_another_model(
     assert all(after[name] != key for name, key in before.items())
 
 
-@pytest.mark.usefixtures("settled")
 def test_an_adapter_to_continue_counts_by_its_content(recipe_for: Any, tmp_path: Path) -> None:
     source, cache = tmp_path / "source", tmp_path / "cache.json"
     source.mkdir()
@@ -173,7 +171,6 @@ def test_an_adapter_to_continue_counts_by_its_content(recipe_for: Any, tmp_path:
     assert "quantize" not in changed
 
 
-@pytest.mark.usefixtures("settled")
 def test_a_run_with_trusted_mtime_and_one_without_are_the_same_job(job: FakeJob) -> None:
     job.run(trust_mtime=True)
     job.run(trust_mtime=True)

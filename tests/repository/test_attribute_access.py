@@ -14,6 +14,7 @@ FOREIGN = {
     "torch": "_schema max_norm num_embeddings",
     "peft": "active_adapters base_layer disable_adapters get_base_model peft_config scaling",
     "click": "format_message",
+    "yaml": "CSafeDumper",
     "transformers": "_hf_peft_config_loaded activation_checkpointing config default_config_fields dim distributed_config "
     "register_quantization_config "
     "generation_config hf_device_map is_encoder_decoder is_transposed layers logits max_position_embeddings offset output_router_logits "

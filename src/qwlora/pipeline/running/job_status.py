@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,7 @@ def described_error(error: BaseException, stage: str) -> dict[str, Any]:
     return described
 
 
+@cache
 def versions() -> dict[str, str]:
     """Releases of the packages that results depend on, as far as they are installed."""
     releases = {"python": platform.python_version()}
@@ -160,6 +162,7 @@ def versions() -> dict[str, str]:
     return releases
 
 
+@cache
 def machine() -> dict[str, Any]:
     """The machine, without its name."""
     facts: dict[str, Any] = {

@@ -74,15 +74,9 @@ def make_modules_(model: nn.Module) -> None:
         attention = layer.self_attn
         for name in ("mul", "mul_1", "mul_2", "mul_3", "mul_4"):
             attention.add_module(name, Multiply())
-        for name, module in {
-            "neg": Neg(),
-            "neg_1": Neg(),
-            "cat": Concat(-1),
-            "cat_1": Concat(-1),
-            "add": Add(),
-            "add_1": Add(),
-        }.items():
-            attention.add_module(name, module)
+        for number in ("", "_1"):
+            for name, module in {"neg": Neg(), "cat": Concat(-1), "add": Add()}.items():
+                attention.add_module(name + number, module)
         attention.matmul, attention.matmul_1, attention.softmax = MatMul(), MatMul(), nn.Softmax(-1)
         attention.forward = types.MethodType(_attend, attention)
         layer.mlp.mul = Multiply()
@@ -92,15 +86,8 @@ def make_modules_(model: nn.Module) -> None:
 def adapt_(model: nn.Module, adapter: dict[str, Tensor], scaling: float) -> None:
     """Add LoRA to every linear layer in `adapter`."""
     for path in sorted({name.partition(".lora_")[0] for name in adapter}):
-        model.set_submodule(
-            path,
-            Lora(
-                model.get_submodule(path),
-                adapter[f"{path}.lora_A.weight"],
-                adapter[f"{path}.lora_B.weight"],
-                scaling,
-            ),
-        )
+        factors = (adapter[f"{path}.lora_{letter}.weight"] for letter in "AB")
+        model.set_submodule(path, Lora(model.get_submodule(path), *factors, scaling))
 
 
 def _linear(weight: Tensor) -> nn.Linear:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 
 @dataclass
@@ -13,8 +13,8 @@ class Comparison:
     tensors: int = 0
     scales: int = 0
     values: int = 0
-    worst_ulps: int = 0
     scales_differ: int = 0
+    worst_ulps: int = 0
     offsets_differ: int = 0
     values_differ: int = 0
     shortcut_differ: int = 0
@@ -28,25 +28,13 @@ class Table:
     notes: list[str] = field(default_factory=list)
 
     def to_markdown(self) -> str:
-        lines = [
-            "",
-            "| what | tensors | scales | values | scales that differ | by at most "
-            "| offsets that differ | values that differ | under `no_grad` |",
-            "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-        ]
-        for r in self.rows:
-            cells = (
-                r.name,
-                r.tensors,
-                r.scales,
-                r.values,
-                r.scales_differ,
-                f"{r.worst_ulps} ulp",
-                r.offsets_differ,
-                r.values_differ,
-                r.shortcut_differ,
-            )
-            lines.append(
-                "| " + " | ".join(f"{c:,}" if isinstance(c, int) else c for c in cells) + " |"
-            )
+        head = (
+            "| what | tensors | scales | values | scales that differ | by at most | offsets that "
+            "differ | values that differ | under `no_grad` |"
+        )
+        lines = ["", head, "|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
+        for row in self.rows:
+            cells = (asdict(row) | {"worst_ulps": f"{row.worst_ulps} ulp"}).values()
+            words = [f"{cell:,}" if isinstance(cell, int) else cell for cell in cells]
+            lines.append(f"| {' | '.join(words)} |")
         return "\n".join([*lines, *(f"\n{note}" for note in self.notes)]) + "\n"

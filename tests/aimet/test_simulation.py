@@ -54,13 +54,16 @@ class Ours:
     batches: dict[str, Tensor]
     results: dict[str, Tensor]
 
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The simulated values by name."""
+        named = {name.partition("values."): value for name, value in self.results.items()}
+        return {name: value for (_, prefix, name), value in named.items() if prefix}
+
     def activation_of(self, path: str) -> str | None:
         """Our name for the output of AIMET's module at `path`."""
-        named = [
-            n
-            for n in self.encodings
-            if f"values.{n}" in self.results and (n == path or n.rpartition(".")[0] == path)
-        ]
+        values = [n for n in self.encodings if f"values.{n}" in self.results]
+        named = [n for n in values if path in (n, n.rpartition(".")[0])]
         exact = [n for n in named if n == path] or named
         assert len(exact) <= 1, f"{path} could be {exact}"
         return exact[0] if exact else None
@@ -86,27 +89,15 @@ def pair(request: pytest.FixtureRequest) -> Pair:
             "--simulations FOLDER"
         )
     here = folder / f"{request.param}"
-    tensors = {
-        part: load_file(here / f"{part}.safetensors")
-        for part in ("float", "adapter", "batches", "results", "encodings")
-    }
     record = json.loads((here / "case.json").read_text())
-    schemes = {name: Scheme.from_json(scheme) for name, scheme in record["schemes"].items()}
+    known = load_file(here / "encodings.safetensors")
     encodings = {
-        name: Encoding(
-            s, tensors["encodings"][f"{name}.scale"], tensors["encodings"][f"{name}.offset"]
-        )
-        for name, s in schemes.items()
+        name: Encoding(Scheme.from_json(scheme), known[f"{name}.scale"], known[f"{name}.offset"])
+        for name, scheme in record["schemes"].items()
     }
-    ours = Ours(
-        record,
-        encodings,
-        tensors["float"],
-        tensors["adapter"],
-        tensors["batches"],
-        tensors["results"],
-    )
-    return make_pair(ours)
+    parts = ("float", "adapter", "batches", "results")
+    tensors = (load_file(here / f"{part}.safetensors") for part in parts)
+    return make_pair(Ours(record, encodings, *tensors))
 
 
 def make_pair(ours: Ours) -> Pair:
@@ -208,9 +199,7 @@ def test_both_float_models_are_equal(pair: Pair) -> None:
 
 
 def test_same_values_are_quantized(pair: Pair) -> None:
-    ours = {
-        name.removeprefix("values.") for name in pair.ours.results if name.startswith("values.")
-    }
+    ours = set(pair.ours.values)
     assert set(pair.activations) == ours
     assert set(pair.parameters) == set(pair.ours.encodings) - ours
     assert len(ours) > 15
@@ -230,11 +219,7 @@ def test_encodings_and_values_are_equal(pair: Pair, comparison: Comparison, tabl
                 )
                 comparison.scales_differ += int((scale != encoding.scale.flatten()).sum())
                 comparison.offsets_differ += int((offset != encoding.offset.flatten()).sum())
-    expected = {
-        n.removeprefix("values."): v
-        for n, v in pair.ours.results.items()
-        if n.startswith("values.")
-    } | {"logits": pair.ours.results["simulated"]}
+    expected = pair.ours.values | {"logits": pair.ours.results["simulated"]}
     dividing = values_of(pair)
     with torch.no_grad():
         shortcut = values_of(pair)

@@ -64,8 +64,8 @@ def write_llama(folder: Path) -> None:
 def measure(recipe_path: Path, out: Path) -> None:
     """Estimate and run one job in this process; prints JSON."""
     from qwlora.formats.model_source import load_tokenizer
-    from qwlora.pipeline.plan.estimates import plan_job, summary_line
-    from qwlora.pipeline.running.new_context import quiet_libraries
+    from qwlora.pipeline.plan.forecast import plan_job
+    from qwlora.pipeline.running import quiet_libraries
     from qwlora.pipeline.running.run_job import run
     from qwlora.recipe import load_recipe
 
@@ -76,7 +76,7 @@ def measure(recipe_path: Path, out: Path) -> None:
     quiet_libraries()
     load_tokenizer(recipe.model.source)
     estimates = plan_job(recipe, out)
-    print(summary_line(estimates), file=sys.stderr, flush=True)
+    print(estimates.summary, file=sys.stderr, flush=True)
     results = run(recipe, out, say=say)
     parts = {
         name: part for stage in results["stages"].values() for name, part in stage["parts"].items()

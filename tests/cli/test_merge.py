@@ -28,9 +28,9 @@ from qwlora.formats.base_folder import save_base
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import is_packed, packed_weights
 from qwlora.nn.replace import unpack_
-from qwlora.pipeline.commands.merge_adapter import MergeVerdict, merged_model, write_merged
-from qwlora.pipeline.commands.model_folder import check_target, new_folder
 from qwlora.pipeline.commands.open_job import open_job
+from qwlora.pipeline.commands.write_model import MergeVerdict, merged_model, write_merged
+from qwlora.pipeline.job.output_path import check_target, new_folder
 from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.recipe import load_recipe
@@ -156,11 +156,11 @@ def test_what_is_kept_of_no_gain_is_null() -> None:
 def test_the_advice_weighs_what_is_kept_of_the_gain(merged: float, advice: str) -> None:
     """An adapter that gained 10 %: a merge that is 1 % worse than it may have lost most of that."""
     verdict = MergeVerdict({}, base=10.0, adapted=9.0, merged=merged)
-    assert verdict.recommendation().startswith(advice)
+    assert verdict.recommendation.startswith(advice)
     assert MergeVerdict({}, base=20.0, adapted=10.0, merged=11.0).is_harmless  # keeps exactly 90 %
     small = MergeVerdict({}, base=10.0, adapted=9.95, merged=9.9974)  # keeps 5.2 %, 0.5 % worse
     assert not small.is_harmless
-    assert small.recommendation().startswith("Keep the adapter separate")
+    assert small.recommendation.startswith("Keep the adapter separate")
 
 
 def test_merged_onto_the_grid_it_is_the_float_merge_rounded() -> None:

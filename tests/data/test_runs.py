@@ -20,7 +20,7 @@ from qwlora.data import Completion, Conversation, Cutting, Documents, prepare
 from qwlora.data.prepared_data import describe, summary
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import RecipeError, SourceError
-from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.plan.stage import JobTexts
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 
@@ -134,7 +134,7 @@ def test_the_mask_is_shown(
     )
     found = json.loads(capsys.readouterr().out)
     assert found["data"]["packing"] == "none"
-    assert sum(r["tokens"] for r in found["documents"][0] if r["learnt"]) > 0
+    assert sum(r["tokens"] for r in found["documents"][0] if r["in_loss"]) > 0
     with pytest.raises(
         SourceError, match="training sequence 999 does not exist; choose one from 0"
     ):

@@ -32,8 +32,8 @@ from qwlora.formats.aimet_encodings import convert, read_encodings
 from qwlora.formats.model_source import locate
 from qwlora.nn import PackedLinear
 from qwlora.nn.frozen import check_finite
-from qwlora.pipeline.commands.open_job import job_recipe
 from qwlora.pipeline.commands.push import Upload, send
+from qwlora.pipeline.plan.stale_stages import job_recipe
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.recipe import parse_recipe
 from qwlora.system import strict_json
@@ -183,7 +183,6 @@ PAGES = {
         lambda: check_finite("model.norm.weight", torch.tensor([1.0, float("nan")])),
         ("a weight is NaN or infinite", "check the checkpoint"),
         ("a layer saw no data", "give it other text, or keep it float with a rule"),
-        ("the calibration is out of date", "`qwlora calibrate --out DIR`"),
     ),
     errors.ExportError: Page(
         _dora,

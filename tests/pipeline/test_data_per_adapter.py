@@ -12,8 +12,8 @@ import yaml
 
 from conftest import text
 from qwlora.errors import RecipeError
-from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.plan.plan import make_plan
+from qwlora.pipeline.plan.stage import JobTexts
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
@@ -132,7 +132,7 @@ def test_the_base_is_calibrated_on_its_own_text_or_on_all(
 def test_sequences_of_several_texts_alternate_in_the_bases_calibration(
     two_texts: Any, tmp_path: Path
 ) -> None:
-    from qwlora.pipeline.running.new_context import new_context
+    from qwlora.pipeline.running import new_context
     from qwlora.system.progress import untracked
 
     recipe = load_recipe(two_texts())

@@ -13,8 +13,8 @@ import pytest
 from pipeline.conftest import FakeJob
 from qwlora.pipeline.job import digests as module
 from qwlora.pipeline.job.digests import Digests
-from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.plan.plan import make_plan
+from qwlora.pipeline.plan.stage import JobTexts
 from qwlora.recipe import load_recipe
 
 SETTLED_NS = module.SETTLED_NS

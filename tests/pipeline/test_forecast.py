@@ -15,7 +15,7 @@ from transformers import MixtralConfig
 from cli.command_line import qwlora
 from conftest import VOCABULARY, byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.pipeline.plan import estimates
+from qwlora.pipeline.plan import forecast
 from qwlora.pipeline.plan.plan import resolve_compute
 from qwlora.pipeline.plan.traced_models import TracedModels, traced_run
 from qwlora.quantize.quantize_model import base_size, quantize_
@@ -128,7 +128,7 @@ def test_every_kind_of_target_has_an_estimate(recipe_path: Path) -> None:
         "simulation.residual_adds=quantize",
     )
     recipe = load_recipe(recipe_path, ("export.targets=[onnx, aimet, qairt, hf]", *shared))
-    found = {stage.stage: stage for stage in estimates.plan_job(recipe, Path()).stages}
+    found = {stage.stage: stage for stage in forecast.plan_job(recipe, Path()).stages}
     assert {"export/qairt", "export/hf", "export/aimet/first", "verify/qairt/none"} < {*found}
     assert all(stage.peak > 0 for stage in found.values())
 
@@ -136,11 +136,11 @@ def test_every_kind_of_target_has_an_estimate(recipe_path: Path) -> None:
 def test_what_does_not_fit_names_the_stage_and_a_setting(
     recipe_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    found = estimates.plan_job(load_recipe(recipe_path), Path())
+    found = forecast.plan_job(load_recipe(recipe_path), Path())
     largest = sorted(stage.peak for stage in found.stages)
     limit = int((largest[-1] + largest[-2]) / 2)
-    monkeypatch.setattr(estimates, "memory_limit_bytes", lambda: limit)
-    monkeypatch.setattr(estimates.shutil, "disk_usage", lambda folder: Mock(free=10))
+    monkeypatch.setattr(forecast, "memory_limit_bytes", lambda: limit)
+    monkeypatch.setattr(forecast.shutil, "disk_usage", lambda folder: Mock(free=10))
     done = qwlora("plan", recipe_path)
     assert done.returncode == 0
     lines = [line for line in done.stdout.splitlines() if line.startswith("Does not fit")]

@@ -24,7 +24,7 @@ from qwlora.errors import (
     TrainingError,
     VerificationError,
 )
-from qwlora.pipeline.results.job_report import read_job, rebuild_reports
+from qwlora.pipeline.results.results import read_job, rebuild_reports
 from qwlora.pipeline.running.job_status import COST, JobStatus, described_error
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.report.verdict import VerdictKind, verdict

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from qwlora.errors import DirectoryError
-from qwlora.pipeline.commands import model_folder
-from qwlora.pipeline.commands.model_folder import check_target, new_folder
+from qwlora.pipeline.job import output_path
+from qwlora.pipeline.job.output_path import check_target, new_folder
 
 
 def names(folder: Path) -> list[str]:
@@ -69,7 +69,7 @@ def test_what_a_killed_merge_left_is_replaced(tmp_path: Path, is_moving: bool) -
                 (folder / "half.safetensors").touch()
                 if not is_moving:
                     os._exit(9)
-                patched.setattr(model_folder, "move_into_place", lambda *_: os._exit(9))
+                patched.setattr(output_path, "move_into_place", lambda *_: os._exit(9))
         finally:
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
@@ -91,10 +91,10 @@ def test_a_merge_that_is_about_to_finish_keeps_its_model(
             pass
         real(part, target)
 
-    real = model_folder.move_into_place
+    real = output_path.move_into_place
     with monkeypatch.context() as patched, new_folder(place) as folder:
         (folder / "config.json").write_text("{}")
-        patched.setattr(model_folder, "move_into_place", move)
+        patched.setattr(output_path, "move_into_place", move)
     assert names(tmp_path) == ["merged", "merged/config.json"]
 
 

@@ -19,8 +19,7 @@ from qwlora.formats import manifest
 from qwlora.formats.card_mark import marked
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.output_path import check_output, lock_folder
-from qwlora.pipeline.job.ownership import is_unclaimed, read_owner
-from qwlora.pipeline.job.stage_records import Record
+from qwlora.pipeline.job.stage_records import Record, is_unclaimed, read_owner
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import Recipe, load_recipe
 
@@ -243,10 +242,10 @@ def test_a_lock_on_a_file_that_was_removed_does_not_count(
         flock(file, how)
 
     monkeypatch.setattr("fcntl.flock", remove_then_lock)
-    file, made = lock_folder(tmp_path / "folder", "lock")
+    file, made = lock_folder(tmp_path / "folder", tmp_path)
     assert made == [tmp_path / "folder"]
     with file, pytest.raises(DirectoryError, match="in use"):
-        lock_folder(tmp_path / "folder", "lock")
+        lock_folder(tmp_path / "folder", tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from qwlora.errors import CalibrationError, RecipeError, TrainingError
 from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.pipeline.commands.open_job import open_job
 from qwlora.pipeline.commands.simulate_job import explain_placement
-from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.plan.plan import make_plan
+from qwlora.pipeline.plan.stage import JobTexts
 from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.revisions import REVISIONS
 from qwlora.recipe import Recipe, load_recipe

@@ -32,8 +32,8 @@ from qwlora.pipeline.commands import push as push_module
 from qwlora.pipeline.commands.push import prepared, send
 from qwlora.pipeline.job.stage_records import read_record
 from qwlora.pipeline.results import model_cards
-from qwlora.pipeline.results.job_report import read_job
 from qwlora.pipeline.results.model_cards import Repositories, card_text
+from qwlora.pipeline.results.results import read_job
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 
@@ -342,7 +342,7 @@ def test_a_readme_of_exported_files_is_uploaded_if_the_job_wrote_it(job: Path) -
     ("path", "status", "words"),
     [
         ("/api/repos/create", 401, ("me/base", "token", "hf auth login")),
-        ("/preupload/", 403, ("me/base", "may not write")),
+        ("/preupload/", 403, ("me/base", "may write")),
         ("/commit/", 400, ("me/base", "nothing was uploaded", "400")),
     ],
 )

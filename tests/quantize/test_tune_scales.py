@@ -24,9 +24,8 @@ from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
 from qwlora.nn import PackedLinear, pack_module
 from qwlora.nn.fingerprint import fingerprint
-from qwlora.pipeline.job.job_paths import SOLVER_SCALES
-from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.plan.plan import make_plan
+from qwlora.pipeline.plan.stage import SOLVER_SCALES, JobTexts
 from qwlora.pipeline.running.run_job import run
 from qwlora.pipeline.stages.train_stage import solver_scales
 from qwlora.quantize.layer_rules import LayerRule

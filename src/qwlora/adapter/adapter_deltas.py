@@ -10,7 +10,7 @@ included.
 
 Base weights are on the grid. After merging and requantizing, an entry of the delta below half a
 step is lost, and a larger one is rounded to whole steps. What that costs in perplexity is measured
-in `pipeline/commands/merge_adapter.py`.
+in `pipeline/commands/write_model.py`.
 
 A tied embedding and head share one weight, but an adapter on either changes only that one: merged,
 they need two weights (`untie_`).

@@ -105,7 +105,7 @@ def check(
     for name in missing:
         print(
             f"adapters/{name}: this job trained it, but the folder is missing. Train it again: "
-            f"{command_line(['train'], folder)}"
+            f"{command_line('train', folder)}"
         )
     try:
         adapters = find_adapters(folder)
@@ -223,7 +223,7 @@ def show(
     folder: Job, name: Annotated[str, typer.Argument(help="Its name.")], as_json: AsJson = False
 ) -> None:
     """Show an adapter's settings, text, losses, perplexities and size."""
-    from qwlora.pipeline.results.adapter_summary import adapter_card, card_lines
+    from qwlora.pipeline.results.results_table import adapter_card, card_lines
 
     card = adapter_card(folder, name)
     print_result(card, card_lines(card), as_json)

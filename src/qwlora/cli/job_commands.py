@@ -21,7 +21,7 @@ from qwlora.cli.terminal import print_result
 from qwlora.errors import UploadError, size
 
 if TYPE_CHECKING:
-    from qwlora.pipeline.commands.merge_adapter import MergeVerdict
+    from qwlora.pipeline.commands.write_model import MergeVerdict
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
@@ -41,7 +41,7 @@ def report(
     changed: results that no longer belong to them are left out. For several jobs, also writes a
     page that shows them side by side.
     """
-    from qwlora.pipeline.results.job_report import rebuild_reports
+    from qwlora.pipeline.results.results import rebuild_reports
 
     for path in rebuild_reports(jobs, out if len(jobs) > 1 else None):
         print(path)
@@ -111,7 +111,7 @@ def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
     from qwlora.pipeline.commands.open_job import open_job
 
     context, name = open_job(job, name)
-    from qwlora.pipeline.commands.merge_adapter import merge_verdict
+    from qwlora.pipeline.commands.write_model import merge_verdict
 
     with ProgressDisplay(as_json) as display:
         verdict = merge_verdict(context, name, display.track)
@@ -135,14 +135,13 @@ def merge(
     Reports what that loses. The merge starts from the dequantized base, never from the original
     float weights.
     """
-    from qwlora.pipeline.commands.model_folder import new_folder
     from qwlora.pipeline.commands.open_job import open_job
-    from qwlora.pipeline.job.output_path import check_outside_data
+    from qwlora.pipeline.job.output_path import check_outside_data, new_folder
 
     with new_folder(out) as folder:
         context, name = open_job(job, name)
         check_outside_data(out, context.recipe)
-        from qwlora.pipeline.commands.merge_adapter import merge_verdict, write_merged
+        from qwlora.pipeline.commands.write_model import merge_verdict, write_merged
 
         with ProgressDisplay() as display:
             verdict = merge_verdict(context, name, display.track)
@@ -163,7 +162,7 @@ def merge_lines(verdict: MergeVerdict) -> list[str]:
         "the adapter does not improve perplexity on this text"
         if verdict.kept is None
         else f"the merged integers keep {verdict.kept:.1%} of the adapter's improvement",
-        verdict.recommendation(),
+        verdict.recommendation,
     ]
 
 
@@ -246,10 +245,10 @@ def import_(
     The integers are kept bit for bit; nothing is rounded. The folder loads with
     AutoModelForCausalLM.from_pretrained after `import qwlora.hf`, and as model.source of a recipe.
     """
-    from qwlora.pipeline.commands.model_folder import new_folder
+    from qwlora.pipeline.job.output_path import new_folder
 
     with new_folder(out) as folder, ProgressDisplay() as display:
-        from qwlora.pipeline.commands.import_base import import_base
+        from qwlora.pipeline.commands.write_model import import_base
 
         fingerprint, size = import_base(
             source, folder, encodings, keep_float=keep_float or (), track=display.track

@@ -226,7 +226,7 @@ def evaluate(
             "--tasks needs the job's directory as argument, without --out and --set: "
             "qwlora evaluate DIR --tasks TASK"
         )
-    from qwlora.pipeline.commands.evaluate_tasks import evaluate_tasks
+    from qwlora.pipeline.commands.model_names import evaluate_tasks
 
     with ProgressDisplay(quiet or as_json) as display:
         scores = evaluate_tasks(recipe, tasks, models, limit, display.track, display.say)
@@ -239,7 +239,7 @@ def evaluate(
 def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
     from qwlora.export.proof.folder import verify_bundle
     from qwlora.export.proof.readme import proof_table
-    from qwlora.pipeline.running.new_context import quiet_libraries
+    from qwlora.pipeline.running import quiet_libraries
 
     quiet_libraries()
     with ProgressDisplay(quiet or as_json) as display:

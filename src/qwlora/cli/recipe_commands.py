@@ -17,7 +17,7 @@ from qwlora.errors import DirectoryError, size
 from qwlora.system.atomic import write_text
 
 if TYPE_CHECKING:
-    from qwlora.pipeline.plan.estimates import Estimates
+    from qwlora.pipeline.plan.forecast import Estimates
 
 RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
 
@@ -108,10 +108,10 @@ def plan(
     from qwlora.recipe import load_recipe
 
     content = load_recipe(recipe, tuple(changes or ()))
-    from qwlora.pipeline.running.new_context import quiet_libraries
+    from qwlora.pipeline.running import quiet_libraries
 
     quiet_libraries()
-    from qwlora.pipeline.plan.estimates import plan_job
+    from qwlora.pipeline.plan.forecast import plan_job
     from qwlora.pipeline.plan.target_table import second_rounding
 
     with ProgressDisplay(as_json) as display:

@@ -8,8 +8,8 @@ from typing import Any
 
 from qwlora.data.prepared_data import heading
 from qwlora.errors import SourceError
-from qwlora.pipeline.job.job_texts import JobTexts
-from qwlora.pipeline.running.new_context import new_context
+from qwlora.pipeline.plan.stage import JobTexts
+from qwlora.pipeline.running import new_context
 from qwlora.recipe import Recipe
 from qwlora.system.progress import Track, untracked
 
@@ -29,7 +29,7 @@ def preview(
 
     Returns:
         `data`: counts as in results.json. `documents`: for each document in training sequence
-        number `sequence`, a list of runs {text, tokens, learnt}; `learnt` marks loss tokens.
+        number `sequence`, a list of runs {text, tokens, in_loss}.
 
     Raises:
         SourceError: see `load_documents` and `prepare`; or there is no sequence of that number.
@@ -64,12 +64,12 @@ def preview(
 
 def _run(tokenizer: Any, ids: list[int], in_loss: bool) -> dict[str, Any]:
     text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    return {"text": text, "tokens": len(ids), "learnt": in_loss}
+    return {"text": text, "tokens": len(ids), "in_loss": in_loss}
 
 
-def format_preview(found: dict[str, Any]) -> str:
+def format_preview(shown: dict[str, Any]) -> str:
     """The counts as a table and the sequence as text, loss tokens between OPEN and CLOSE."""
-    data = found["data"]
+    data = shown["data"]
     lines = [heading(data)]
     lines += [
         f"{data[key]:,} {key.replace('_', ' ')}"
@@ -81,12 +81,8 @@ def format_preview(found: dict[str, Any]) -> str:
         f"{key.replace('_', ' '):22}{value:>12,}{data['held_out'][key]:>12,}"
         for key, value in data["train"].items()
     ]
-    lines += ["", f"training sequence {found['sequence']}; loss tokens are in {OPEN} {CLOSE}"]
-    for runs in found["documents"]:
-        lines += [
-            "-" * 40,
-            "".join(
-                f"{OPEN}{run['text']}{CLOSE}" if run["learnt"] else run["text"] for run in runs
-            ),
-        ]
+    lines += ["", f"training sequence {shown['sequence']}; loss tokens are in {OPEN} {CLOSE}"]
+    for runs in shown["documents"]:
+        texts = (f"{OPEN}{r['text']}{CLOSE}" if r["in_loss"] else r["text"] for r in runs)
+        lines += ["-" * 40, "".join(texts)]
     return "\n".join(lines)

@@ -26,7 +26,6 @@ from qwlora.errors import CalibrationError, DirectoryError, SourceError
 from qwlora.export.registry import TARGETS
 from qwlora.pipeline.commands.model_names import JobModels, ModelName
 from qwlora.pipeline.commands.open_job import check_current, is_calibrated, open_job
-from qwlora.pipeline.running.new_context import quiet_libraries
 from qwlora.system import strict_json
 from qwlora.system.atomic import move_into_place
 from qwlora.system.progress import Track, untracked
@@ -69,7 +68,7 @@ def dump_layers(
         CalibrationError: no activation is quantized.
         VerificationError, ExportError: the files contradict each other, or cannot be run.
     """
-    models = JobModels(folder)
+    models, runtime = JobModels(folder), None
     if stage is None:
         targets = (name for name in models.recipe.export.targets if name in STAGES)
         stage = next(targets, "simulated")
@@ -83,28 +82,21 @@ def dump_layers(
     if out.exists():
         raise DirectoryError(f"{str(out)!r} exists. Nothing was changed. Give another --out")
     ids = None if ids_file is None else _read_ids(ids_file)
-    quiet_libraries()
     context, adapter = open_job(folder, next(iter(name.adapters), None), track=track)
     if stage != "simulated":
         check_current(context, name.export_stages)
+        runtime = TARGETS[stage].open(context.path / "export" / stage, name.adapter)
     elif not is_calibrated(context, adapter):
         raise DirectoryError(f"{str(folder)!r} has not calibrated {adapter!r} yet; calibrate first")
-    runtime = None
-    if stage != "simulated":
-        runtime = TARGETS[stage].open(context.path / "export" / stage, name.adapter)
-    length = None if runtime is None else runtime.call_tokens
-    batch = _batch(context, adapter, ids, length)
+    batch = _batch(context, adapter, ids, None if runtime is None else runtime.call_tokens)
     if name.is_use_case:
-        from qwlora.pipeline.stages.common_simulations import use_case_simulations
-
-        simulation = use_case_simulations(context)[str(name.adapter)]
+        simulation = context.use_cases[str(name.adapter)]
     else:
         simulation = context.simulation(str(name.adapter))
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=out.parent) as scratch:
-        made = Path(scratch) / "made"
-        record = _write(simulation, runtime, name, batch, made)
-        move_into_place(made, out)
+        record = _write(simulation, runtime, name, batch, Path(scratch) / "layers")
+        move_into_place(Path(scratch) / "layers", out)
     return out, record
 
 
@@ -116,12 +108,12 @@ def _read_ids(path: Path) -> npt.NDArray[np.int64]:
     """
     try:
         array = np.load(path, allow_pickle=False)
+        if not isinstance(array, np.ndarray):  # .npz
+            raise ValueError("it holds several arrays")
     except (OSError, ValueError, EOFError) as error:
         raise SourceError(
             f"{str(path)!r} is not a .npy file: {error}. Give one with token ids"
         ) from error
-    if not isinstance(array, np.ndarray):
-        raise SourceError(f"{str(path)!r} is not a .npy file. Give one with token ids")
     if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or array.size != array.shape[-1]:
         raise SourceError(
             f"{str(path)!r} holds {array.dtype} {list(array.shape)}; give integers [tokens]"
@@ -130,10 +122,7 @@ def _read_ids(path: Path) -> npt.NDArray[np.int64]:
 
 
 def _batch(
-    context: JobContext,
-    adapter: str,
-    given: npt.NDArray[np.int64] | None,
-    length: int | None,
+    context: JobContext, adapter: str, given: npt.NDArray[np.int64] | None, length: int | None
 ) -> dict[str, Tensor]:
     """Ids and mask of one sequence, padded on the right to `length`, that of the files.
 
@@ -143,28 +132,24 @@ def _batch(
     import torch
     from torch.nn.functional import pad
 
-    held_out = context.sample(adapter)["input_ids"]
     if given is None:
-        ids = held_out[:, :length]
+        ids = context.sample(adapter)["input_ids"][:, :length]
     else:
-        _check_ids(given, length, context.skeleton().config.get_text_config().vocab_size)
+        if not given.size or (length is not None and given.size > length):
+            wanted = "at least one" if length is None else f"1 to {length}"
+            raise SourceError(f"--ids holds {given.size} token ids; the model takes {wanted}")
+        vocabulary = context.skeleton().config.get_text_config().vocab_size
+        if given.min() < 0 or given.max() >= vocabulary:
+            raise SourceError(
+                f"--ids holds ids from {given.min()} to {given.max()}; the model has 0 to "
+                f"{vocabulary - 1}. Use the model's own tokenizer"
+            )
         ids = torch.from_numpy(given)[None]
     missing = 0 if length is None else length - ids.shape[1]
     return {
         "input_ids": pad(ids, (0, missing)),
         "attention_mask": pad(torch.ones_like(ids), (0, missing)),
     }
-
-
-def _check_ids(ids: npt.NDArray[np.int64], most: int | None, vocabulary: int) -> None:
-    if not ids.size or (most is not None and ids.size > most):
-        wanted = "at least one" if most is None else f"1 to {most}"
-        raise SourceError(f"--ids holds {ids.size} token ids; the model takes {wanted}")
-    if ids.min() < 0 or ids.max() >= vocabulary:
-        raise SourceError(
-            f"--ids holds ids from {ids.min()} to {ids.max()}; the model has 0 to "
-            f"{vocabulary - 1}. Use the model's own tokenizer"
-        )
 
 
 def _write(
@@ -177,27 +162,27 @@ def _write(
     from qwlora.export.npu.golden import write_array
     from qwlora.export.onnx.onnx_model import OF_INPUT
 
-    values = simulation.values(batch)
-    if not values:
+    simulated = simulation.values(batch)
+    if not simulated:
         raise CalibrationError(
             "no activation of the simulation is quantized, so there is no layer to compare. Set "
             "simulation.policy: npu and calibrate again"
         )
     inputs: Mapping[str, Tensor] = simulation.bind(batch)
-    found: dict[str, Tensor] = {}
+    computed: dict[str, Tensor] = {}
     if runtime is not None:
-        inputs, found = runtime.layers(inputs)
+        inputs, computed = runtime.layers(inputs)
     for part in (INPUTS, SIMULATED, RUNTIME):
         (folder / part).mkdir(parents=True)
     layers = []
-    for tensor in found or values:
+    for tensor in computed or simulated:
         encoding = tensor.removesuffix(OF_INPUT)
-        own, ran = values.get(encoding), found.get(tensor)
-        if own is not None and ran is not None and own.shape != ran.shape:
-            own = None
+        expected, value = simulated.get(encoding), computed.get(tensor)
+        if expected is not None and value is not None and expected.shape != value.shape:
+            expected = None
         entry: dict[str, Any] = {"tensor": tensor, "encoding": encoding}
-        for part, value in ((SIMULATED, own), (RUNTIME, ran)):
-            written = None if value is None else write_array(folder / part, tensor, value)
+        for part, array in ((SIMULATED, expected), (RUNTIME, value)):
+            written = None if array is None else write_array(folder / part, tensor, array)
             entry[part] = written and {k: v for k, v in written.items() if k != "name"}
         layers.append(entry)
     record = {

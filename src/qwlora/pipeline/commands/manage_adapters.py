@@ -20,9 +20,8 @@ from qwlora.export.registry import TARGETS
 from qwlora.formats.user_path import user_path
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.plan.plan import make_plan, resolve_compute
-from qwlora.pipeline.plan.stage import Stage
+from qwlora.pipeline.plan.stage import JobTexts, Stage
 from qwlora.pipeline.stages.calibrate_stage import CASES
 from qwlora.recipe import Adapter, Recipe, parse_recipe
 from qwlora.system.atomic import flush
@@ -84,7 +83,7 @@ def import_adapter(
         DirectoryError, RecipeError: as for `add_adapter`.
     """
     from qwlora.adapter.attach import check_existing
-    from qwlora.adapter.mlx_adapter import convert_mlx_adapter, is_mlx_adapter
+    from qwlora.adapter.mlx_adapter import is_mlx_adapter
     from qwlora.pipeline.running.loaded_models import skeleton
 
     command: list[str | None] = ["import", name, source, data, str(continues), *changes]
@@ -99,29 +98,42 @@ def import_adapter(
         if data is not None:
             entry["data"] = {**recipe.data.model_dump(mode="json"), "source": data}
         changed = _with_adapter(folder, recipe, entry, changes)  # before anything is written
-        moves: list[tuple[str, str]] = []
         with directory.scratch() as scratch:
+            moves = []
             if is_mlx:
-                convert_mlx_adapter(path, scratch)
-                flush(scratch)
-                place = f"{IMPORTS}/{_content_digest(scratch)}"
-                if not (folder / place).exists():
-                    moves = [(str(scratch.relative_to(folder)), place)]
-                elif (now := _content_digest(folder / place)) != Path(place).name:
-                    raise DirectoryError(
-                        f"{str(folder / place)!r} has other content than when it was imported "
-                        f"(SHA-256 {now[:16]}); move it away, then import again"
-                    )
-                try:
-                    check_existing(str(scratch), "accept", skeleton(recipe.model))
-                except SourceError as error:
-                    raise SourceError(str(error).replace(str(scratch), source)) from error
-                imported = {"continue_from": str(folder.absolute() / place)}
+                place, is_new = _convert(folder, path, source, scratch, recipe)
+                moves = [(str(scratch.relative_to(folder)), place)] if is_new else []
                 *others, adapter = changed.adapters
+                imported = {"continue_from": str(folder.absolute() / place)}
                 adapters = [*others, adapter.model_copy(update=imported)]
                 changed = changed.model_copy(update={"adapters": adapters})
             _check_kept(*_plans(folder, recipe, changed), folder)
             directory.change(command, changed, moves=moves)
+
+
+def _convert(
+    folder: Path, path: Path, source: str, scratch: Path, recipe: Recipe
+) -> tuple[str, bool]:
+    """Convert an adapter of mlx-lm into `scratch`; returns its place in the job, and whether
+    nothing is there yet."""
+    from qwlora.adapter.attach import check_existing
+    from qwlora.adapter.mlx_adapter import convert_mlx_adapter
+    from qwlora.pipeline.running.loaded_models import skeleton
+
+    convert_mlx_adapter(path, scratch)
+    flush(scratch)
+    place = f"{IMPORTS}/{_content_digest(scratch)}"
+    is_new = not (folder / place).exists()
+    if not is_new and (now := _content_digest(folder / place)) != Path(place).name:
+        raise DirectoryError(
+            f"{str(folder / place)!r} has other content than when it was imported (SHA-256 "
+            f"{now[:16]}); move it away, then import again"
+        )
+    try:
+        check_existing(str(scratch), "accept", skeleton(recipe.model))
+    except SourceError as error:
+        raise SourceError(str(error).replace(str(scratch), source)) from error
+    return place, is_new
 
 
 def rename_adapter(folder: Path, old: str, new: str) -> None:
@@ -142,8 +154,8 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
             for key in ("name", "continue_from"):
                 if adapter[key] == old:
                     adapter[key] = new
-        on = content["base"]["calibrate_on"]
-        content["base"]["calibrate_on"] = [new if name == old else name for name in on]
+        names = recipe.base.calibrate_on
+        content["base"]["calibrate_on"] = [new if name == old else name for name in names]
         changed = resolve_compute(parse_recipe(content, str(folder / "recipe.yaml")))
         before, after = _plans(folder, recipe, changed)
         together = {name for name, target in TARGETS.items() if target.has_cases}  # names inside
@@ -203,10 +215,11 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
         changed = resolve_compute(parse_recipe(content, str(folder / "recipe.yaml")))
         before, after = _plans(folder, recipe, changed)
         _check_kept(before, after, folder, gone=name)
-        source, imports = Path(adapter.continue_from or ""), (folder / IMPORTS).resolve()
-        is_shared = any(a.continue_from == adapter.continue_from for a in changed.adapters)
-        unused = [f"{IMPORTS}/{source.name}"] if source.resolve().parent == imports else []
-        unused = [] if is_shared else unused  # the converted source, if no other adapter has it
+        unused = []  # the converted source, if no other adapter has it
+        if adapter.continue_from not in [a.continue_from for a in changed.adapters]:
+            source = Path(adapter.continue_from or "")
+            if source.resolve().parent == (folder / IMPORTS).resolve():
+                unused = [f"{IMPORTS}/{source.name}"]
         confirm()
         directory.change(
             command,
@@ -248,25 +261,17 @@ def _plans(folder: Path, before: Recipe, after: Recipe) -> tuple[list[Stage], li
 
 
 def _check_kept(
-    before: Sequence[Stage], after: Sequence[Stage], folder: Path, gone: str | None = None
+    before: Sequence[Stage], after: Sequence[Stage], folder: Path, gone: str = ""
 ) -> None:
     """Check that the base and all adapters but `gone` stay as they are."""
     keys = {stage.name: stage.key for stage in after}
-    differ = [
-        stage.name
-        for stage in before
-        if stage.verb in ("quantize", "calibrate-base", "train")
-        and (gone is None or stage.adapter != gone)
-        and keys.get(stage.name, stage.key) != stage.key
-    ]
-    if differ:
-        raise RecipeError(
-            str(folder / "recipe.yaml"),
-            [
-                f"this would change {', '.join(differ)}, which exist already. Use the same init, "
-                "or a new directory"
-            ],
+    kept = [s for s in before if s.verb in ("quantize", "calibrate-base", "train")]
+    if differ := [s.name for s in kept if keys.get(s.name, s.key) != s.key and s.adapter != gone]:
+        problem = (
+            f"this would change {', '.join(differ)}, which exist already. Use the same init, or a "
+            "new directory"
         )
+        raise RecipeError(str(folder / "recipe.yaml"), [problem])
 
 
 def _content_digest(folder: Path) -> str:

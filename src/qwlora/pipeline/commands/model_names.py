@@ -1,4 +1,4 @@
-"""The models of a job under the names that results.json uses, ready for `generate`.
+"""The models of a job under the names that results.json uses, ready for `generate` and `evaluate`.
 
     float              the model as loaded, before step 1
     base               the frozen base
@@ -13,7 +13,7 @@ files are run without one, so there each new token runs the whole sequence again
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,9 +21,16 @@ from typing import TYPE_CHECKING, Any, cast
 from qwlora.errors import DirectoryError, listed, suggestion
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import members
-from qwlora.pipeline.commands.open_job import check_current, is_calibrated, job_recipe, open_job
-from qwlora.pipeline.plan.stale_stages import command_line
-from qwlora.pipeline.running.new_context import quiet_libraries
+from qwlora.pipeline.commands.open_job import (
+    add_task_scores,
+    check_current,
+    is_calibrated,
+    open_job,
+)
+from qwlora.pipeline.plan.plan import has_float_model
+from qwlora.pipeline.plan.stale_stages import JobState, command_line, job_recipe
+from qwlora.pipeline.running import quiet_libraries
+from qwlora.system.progress import Track, untracked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +44,7 @@ class ModelName:
     """A model of a job: its stage, and its adapter or use case unless it is `float` or `base`."""
 
     stage: str
-    adapter: str | None
+    adapter: str | None = None
 
     @property
     def is_use_case(self) -> bool:
@@ -60,9 +67,10 @@ class ModelName:
     @property
     def made_by(self) -> str:
         """The stage that makes the model; of `float`, the one whose key covers its files."""
+        if self.stage in TARGETS:
+            return self.export_stages[-1]
         made = {"adapted": f"train/{self.adapter}", "simulated": f"calibrate/{self.adapter}"}
-        made |= dict.fromkeys(("float", "base"), "quantize")
-        return made.get(self.stage) or self.export_stages[-1]
+        return made.get(self.stage, "quantize")
 
     def __str__(self) -> str:
         return self.stage if self.adapter is None else f"{self.stage}/{self.adapter}"
@@ -77,7 +85,7 @@ def model_name(text: str, adapters: Iterable[str]) -> ModelName:
     known = list(adapters)
     stage, _, adapter = text.partition("/")
     if text in ("float", "base"):
-        return ModelName(text, None)
+        return ModelName(text)
     if adapter and stage in STAGES[2:]:
         return ModelName(stage, adapter)
     if text in known:
@@ -107,8 +115,7 @@ class JobModels:
 
     def models(self, stage: str) -> list[ModelName]:
         """The models of a stage other than `float` and `base`: one an adapter or use case."""
-        is_use_case = ModelName(stage, None).is_use_case
-        names = self.recipe.use_cases() if is_use_case else self.adapters
+        names = self.recipe.use_cases() if ModelName(stage).is_use_case else self.adapters
         return [ModelName(stage, name) for name in names]
 
     def name(self, stage: str, adapter: str | None) -> ModelName:
@@ -123,7 +130,7 @@ class JobModels:
         if stage not in STAGES:
             raise DirectoryError(f"there is no stage {stage!r}{suggestion(stage, STAGES)}")
         if stage in ("float", "base"):
-            return ModelName(stage, None)
+            return ModelName(stage)
         return self.models(stage)[0] if adapter is None else ModelName(stage, adapter)
 
     def check(self, name: ModelName) -> None:
@@ -134,34 +141,37 @@ class JobModels:
         """
         if name.stage == "float":
             return
-        targets = self.recipe.export.targets
+        job, targets = f"{str(self.folder)!r}", self.recipe.export.targets
         if name.stage in TARGETS and name.stage not in targets:
             raise DirectoryError(
-                f"{str(self.folder)!r} is not exported to {name.stage}: export.targets of its "
-                f"recipe.yaml has {listed(targets)}. Add {name.stage} there, then run: "
-                f"{command_line(['export'], self.folder)}"
+                f"{job} is not exported to {name.stage}: export.targets of its recipe.yaml has "
+                f"{listed(targets)}. Add {name.stage} there, then run: "
+                f"{command_line('export', self.folder)}"
             )
+        kind = "use case" if name.is_use_case else "adapter"
         if name.adapter is not None and name not in self.models(name.stage):
-            kind = "use case" if name.is_use_case else "adapter"
             known = [str(model.adapter) for model in self.models(name.stage)]
             raise DirectoryError(
-                f"{str(self.folder)!r} has no {kind} {name.adapter!r}"
-                f"{suggestion(name.adapter, known)}"
+                f"{job} has no {kind} {name.adapter!r}{suggestion(name.adapter, known)}"
             )
-        needed = [("base", "quantize", "has no base yet")]
-        for adapter in name.adapters:
-            made = f"has not trained adapter {adapter!r} yet"
-            needed.append((f"adapters/{adapter}", "train", made))
+        needed = [
+            ("base", "quantize", "has no base yet"),
+            *(
+                (f"adapters/{a}", "train", f"has not trained adapter {a!r} yet")
+                for a in name.adapters
+            ),
+        ]
         if name.stage == "simulated":
-            made = f"has not calibrated adapter {name.adapter!r} yet"
-            needed.append((f"simulation/{name.adapter}", "calibrate", made))
+            problem = f"has not calibrated adapter {name.adapter!r} yet"
+            needed.append((f"simulation/{name.adapter}", "calibrate", problem))
         if name.stage in TARGETS:
-            what = "use cases" if name.is_use_case else f"adapter {name.adapter!r}"
-            made = f"has not exported {what} to {name.stage} yet"
-            needed.append((name.export_stages[-1], "export", made))
+            files = "use cases" if name.is_use_case else f"adapter {name.adapter!r}"
+            problem = f"has not exported {files} to {name.stage} yet"
+            needed.append((name.export_stages[-1], "export", problem))
         if missing := [entry for entry in needed if not (self.folder / entry[0]).is_dir()]:
-            commands = command_line(dict.fromkeys(verb for _, verb, _ in missing), self.folder)
-            raise DirectoryError(f"{str(self.folder)!r} {missing[0][2]}. Run first: {commands}")
+            verbs = dict.fromkeys(verb for _, verb, _ in missing)
+            commands = " && ".join(command_line(verb, self.folder) for verb in verbs)
+            raise DirectoryError(f"{job} {missing[0][2]}. Run first: {commands}")
 
     def open(self, name: ModelName, exact: bool = False) -> PreTrainedModel:
         """Load a model.
@@ -174,7 +184,6 @@ class JobModels:
             DirectoryError: see `check`; or the files are out of date.
             SourceError: the float model cannot be loaded, or there is none.
             FingerprintError: a file was changed, or the adapter is of another base.
-            CalibrationError: the calibration is out of date.
             ExportError: the runtime refuses the files.
         """
         self.check(name)
@@ -203,8 +212,7 @@ class JobModels:
         context, adapter = open_job(self.folder, next(iter(name.adapters), None))
         if name.stage == "simulated":
             is_calibrated(context, adapter)
-            simulated: PreTrainedModel = context.simulation(adapter).as_model()
-            return simulated
+            return context.simulation(adapter).as_model()
         from transformers.modeling_outputs import CausalLMOutput
 
         from qwlora.simulation.simulated_model import SimulatedModel
@@ -232,3 +240,75 @@ class JobModels:
         if (template := data.read_template()) is not None:
             tokenizer.chat_template = template
         return tokenizer
+
+
+def evaluate_tasks(
+    folder: Path,
+    tasks: str,
+    models: str | None = None,
+    limit: int | None = None,
+    track: Track = untracked,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any]:
+    """Score the models of the job in `folder` on tasks of lm-eval, and add the scores to its
+    results: to those of the stage `made_by` of the model.
+
+    Args:
+        tasks: names of lm-eval's tasks, or YAML files, separated by commas.
+        models: names as in `model_name`, separated by commas. Default: all that the job has and
+            whose runtime is installed.
+        limit: documents of each task; None for all.
+        say: receives a line for each model that is left out.
+
+    Returns:
+        The key `tasks` of results.json.
+
+    Raises:
+        MissingExtraError: lm-eval is not installed.
+        SourceError: a task cannot be loaded.
+        DirectoryError: see `JobModels.check`; or the job has no model yet.
+    """
+    job = JobModels(folder)
+    if models is None:
+        chosen = _all_models(job, say)
+    else:
+        chosen = [model_name(name, job.adapters) for name in _split(models)]
+    for name in chosen:
+        job.check(name)
+    state = JobState(folder, job.recipe)
+    state.directory.check_writable()
+    for stage in dict.fromkeys(name.made_by for name in chosen):
+        state.require(stage)
+    quiet_libraries()
+    from qwlora.analysis.task_harness import load_tasks, score_tasks
+
+    loaded = load_tasks(_split(tasks))
+    for name in chosen:  # one model in memory at a time
+        model = job.open(name, exact=True)
+        scores = score_tasks(model, job.tokenizer(name), loaded, limit, f"tasks, {name}", track)
+        del model
+        results = add_task_scores(folder, str(name), name.made_by, scores)
+    return dict(results["tasks"])
+
+
+def _split(names: str) -> list[str]:
+    return [name.strip() for name in names.split(",") if name.strip()]
+
+
+def _all_models(job: JobModels, say: Callable[[str], None]) -> list[ModelName]:
+    names = [ModelName("float")] if has_float_model(job.recipe) else []
+    names.append(ModelName("base"))
+    for stage in ("adapted", "simulated", *job.recipe.export.targets):
+        names += job.models(stage)
+    chosen = []
+    for name in names:
+        try:
+            job.check(name)
+        except DirectoryError:
+            continue  # not made yet
+        target = TARGETS.get(name.stage)
+        if target is not None and (missing := target.missing()):
+            say(f"{name}: left out, {missing}")
+        else:
+            chosen.append(name)
+    return chosen

@@ -33,11 +33,10 @@ from qwlora.export.registry import TARGETS
 from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.card_mark import is_users_card
-from qwlora.pipeline.commands.open_job import JobState, job_recipe
 from qwlora.pipeline.job.directory import CARD, Directory
-from qwlora.pipeline.job.job_paths import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.job.output_path import as_directory_errors
-from qwlora.pipeline.plan.stale_stages import run_line, upstream
+from qwlora.pipeline.plan.stage import MOMENTS, SOLVER_SCALES
+from qwlora.pipeline.plan.stale_stages import JobState, job_recipe, run_line, upstream
 from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import collect_results, job_of
 from qwlora.report.results_view import Job
@@ -182,7 +181,10 @@ def send(upload: Upload, folder: Path) -> str:
         raise
     except Exception as error:  # the client raises many types: offline, forbidden, too large ...
         _write_note(folder, note)
-        raise UploadError(_refused(error, repository)) from error
+        raise UploadError(
+            f"{repository}: nothing was uploaded: {described(error)}. Check the token (`hf auth "
+            "login`, or HF_TOKEN), that it may write there, the network and HF_ENDPOINT"
+        ) from error
     note["files"][repository] = sorted(upload.files)
     if RECORD in upload.files:
         note |= {"base": repository, "fingerprint": read_record(folder / "base")["fingerprint"]}
@@ -197,22 +199,6 @@ def _write_note(folder: Path, note: Mapping[str, Any]) -> None:
             write_text(file, strict_json.dumps(note, indent=1) + "\n")
         else:
             file.unlink(missing_ok=True)
-
-
-def _refused(error: Exception, repository: str) -> str:
-    from huggingface_hub.errors import HfHubHTTPError
-
-    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    match status:
-        case 401:
-            why = "the hub does not accept the token. Run `hf auth login`, or set HF_TOKEN"
-        case 403:
-            why = "the token may not write there. Use one that may, or another --to"
-        case None:
-            why = f"{described(error)}. Check the network and HF_ENDPOINT, then run it again"
-        case _:
-            why = f"the hub answered {described(error)}"
-    return f"{repository}: nothing was uploaded: {why}"
 
 
 def _recorded(directory: Directory, stage: str, artifact: str) -> dict[str, Path]:

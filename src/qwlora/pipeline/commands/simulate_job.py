@@ -3,9 +3,8 @@ simulation (--costs), and mixed precision under a limit (--suggest). Writes noth
 
 All functions take `changes` to the job's recipe, see `load_recipe`, and raise:
 
-    DirectoryError, RecipeError, FingerprintError    see `open_job`
-    CalibrationError                                 a rule has no effect, or the calibration is out
-                                                     of date, see `is_calibrated`
+    DirectoryError, RecipeError, FingerprintError    see `open_job`, `is_calibrated`
+    CalibrationError                                 a rule has no effect
 """
 
 from __future__ import annotations
@@ -70,18 +69,13 @@ def measure_costs(
     )
     batches = _sensitivity_batches(context, name)
     tokens = sum(batch["input_ids"].numel() - 1 for batch in batches)
-    ranking = [
-        {**asdict(s), "cost": s.cost / tokens}
-        for s in sensitivities(simulation, batches, track=context.track)[:LISTED]
-    ]
-    furthest = sorted(
-        layer_sqnr(simulation, batches[:1], context.track).items(), key=lambda item: item[1]
-    )[:LISTED]
+    ranking = sensitivities(simulation, batches, track=context.track)[:LISTED]
+    sqnr = layer_sqnr(simulation, batches[:1], context.track)
     return {
         "adapter": name,
         "perplexity": perplexities,
-        "sensitivity": ranking,
-        "layer_sqnr_db": dict(furthest),
+        "sensitivity": [{**asdict(s), "cost": s.cost / tokens} for s in ranking],
+        "layer_sqnr_db": dict(sorted(sqnr.items(), key=lambda item: item[1])[:LISTED]),
         **({} if calibrated else _unshared(context)),
     }
 
@@ -119,17 +113,15 @@ def suggest_bitwidths(
             "other grids need another training, which --suggest does not do. Find the rules with "
             "workflow qw-lora, add them to the recipe, and train again"
         )
-
     simulation = _calibrated(context, name)
     searched, others = context.text(name).evaluation.spread(SEARCHED_SEQUENCES)
     with simulation.only():
         reference = _simulated(simulation, searched)
-    limit = (1 + share) * reference
-    found = suggest(
+    result = suggest(
         simulation,
         _sensitivity_batches(context, name),
         lambda: _simulated(simulation, searched),
-        limit,
+        (1 + share) * reference,
         NARROW_BITS,
         WIDE_BITS,
         track=context.track,
@@ -143,14 +135,14 @@ def suggest_bitwidths(
     figures = ("narrow", "kept", "measured", "all_narrow", "all_wide", "limit")
     return {
         "adapter": name,
-        **{figure: getattr(found, figure) for figure in figures},
+        **{figure: getattr(result, figure) for figure in figures},
         "float_activations": reference,
         "sequences": len(searched),
         "fresh": fresh,
-        "wide": list(found.wide),
+        "wide": list(result.wide),
         "rules": [
             *(rule.model_dump(exclude_defaults=True, mode="json") for rule in rules),
-            *({"match": rule.match, "bitwidth": rule.bitwidth} for rule in found.rules),
+            *({"match": rule.match, "bitwidth": rule.bitwidth} for rule in result.rules),
         ],
         **_unshared(context),
     }
@@ -171,10 +163,9 @@ def _calibrated(context: JobContext, name: str) -> Simulation:
 
 def _sensitivity_batches(context: JobContext, name: str) -> list[dict[str, Any]]:
     """The first tokens of each calibration sequence."""
-    ids = context.text(name).calibration_ids[:, :SENSITIVITY_TOKENS]
-    return [
-        {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))} for row in ids
-    ]
+    from qwlora.pipeline.running.loaded_models import one_row
+
+    return [one_row(ids) for ids in context.text(name).calibration_ids[:, :SENSITIVITY_TOKENS]]
 
 
 def _simulated(simulation: Simulation, evaluation: Sequences) -> float:

@@ -46,8 +46,16 @@ class Digests:
         self, cache: Path | None = None, *, trust_mtime: bool = False, track: Track = untracked
     ):
         self.cache, self.trust_mtime, self.track = cache, trust_mtime, track
-        self._known = _read(cache) if cache else {}
+        self._known = dict[str, tuple[Stamps, str]]()
         self._is_changed = False
+        with contextlib.suppress(
+            OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError
+        ):
+            content: Any = json.loads(cache.read_bytes()) if cache else {"files": {}, "sha256": ""}
+            if content["sha256"] == _checksum(content["files"]):
+                self._known = {
+                    p: ((a, b, c, d), e) for p, (a, b, c, d, e) in content["files"].items()
+                }
 
     def content(self, path: str | Path) -> str | None:
         """SHA-256 of a file's content, as hex digits; None if it cannot be read."""
@@ -58,10 +66,11 @@ class Digests:
             with open(path, "rb") as file:
                 before = file_stamps(os.fstat(file.fileno()))
                 digest = self._hash(file, path, before[0])
-                self._keep(path, before, file_stamps(os.fstat(file.fileno())), digest)
+                if file_stamps(os.fstat(file.fileno())) == before:
+                    self._keep(path, before, digest)
+                return digest
         except OSError:
             return None
-        return digest
 
     def identity(self, path: str | Path) -> str | None:
         """A string that changes with the file's content: `content`, or a stamp with `trust_mtime`.
@@ -70,15 +79,14 @@ class Digests:
         """
         path = os.path.abspath(path)
         try:
-            if digest := self._cached(path):
-                return digest
-            if not self.trust_mtime:
-                return self.content(path)
+            digest = self._cached(path)
+            if digest or not self.trust_mtime:
+                return digest or self.content(path)
             stamps = file_stamps(os.stat(path))
         except OSError:
             return None
         stamp = f"{_UNREAD}{stamps[0]}:{stamps[1]}"
-        self._keep(path, stamps, stamps, stamp)
+        self._keep(path, stamps, stamp)
         return stamp
 
     def save(self) -> None:
@@ -94,33 +102,21 @@ class Digests:
         if path not in self._known:
             return None
         stamps, digest = self._known[path]
-        found, compared = file_stamps(os.stat(path)), 2 if self.trust_mtime else 4
-        return digest if found[:compared] == stamps[:compared] else None
+        compared = 2 if self.trust_mtime else 4
+        return digest if file_stamps(os.stat(path))[:compared] == stamps[:compared] else None
 
-    def _keep(self, path: str, before: Stamps, after: Stamps, digest: str) -> None:
-        if before == after and time.time_ns() - after[2] > SETTLED_NS:
-            self._known[path] = after, digest
+    def _keep(self, path: str, stamps: Stamps, digest: str) -> None:
+        if time.time_ns() - stamps[2] > SETTLED_NS:
+            self._known[path] = stamps, digest
             self._is_changed = True
 
     def _hash(self, file: BinaryIO, path: str, size: int) -> str:
         track = self.track if size >= _SHOWN_BYTES else untracked
-        digest = hashlib.sha256()
-        count = -(-size // _CHUNK_BYTES)
+        digest, count = hashlib.sha256(), -(-size // _CHUNK_BYTES)
         chunks = iter(lambda: file.read(_CHUNK_BYTES), b"")
         for chunk in track(chunks, f"reading {os.path.basename(path)}", count):
             digest.update(chunk)
         return digest.hexdigest()
-
-
-def _read(cache: Path) -> dict[str, tuple[Stamps, str]]:
-    try:
-        content = json.loads(cache.read_bytes())
-        files: dict[str, Any] = content["files"]
-        if content["sha256"] != _checksum(files):
-            return {}
-        return {path: ((a, b, c, d), digest) for path, (a, b, c, d, digest) in files.items()}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return {}
 
 
 def _checksum(files: dict[str, Any]) -> str:

@@ -29,7 +29,7 @@ from typing import Any
 
 from qwlora.errors import DirectoryError, RecipeError, listed
 from qwlora.formats.card_mark import is_users_card, text_of
-from qwlora.pipeline.job import journal, stage_records
+from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.output_path import (
     as_directory_errors,
@@ -37,8 +37,14 @@ from qwlora.pipeline.job.output_path import (
     lock_folder,
     remove_empty,
 )
-from qwlora.pipeline.job.ownership import files_in, is_unclaimed, read_owner
-from qwlora.pipeline.job.stage_records import Record, read_records, record_path
+from qwlora.pipeline.job.stage_records import (
+    FOLDER,
+    Record,
+    is_unclaimed,
+    read_owner,
+    read_records,
+    record_path,
+)
 from qwlora.pipeline.plan.stage import Stage
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
@@ -53,14 +59,19 @@ class RecipeChangedError(DirectoryError):
 
 
 class Directory:
-    """The directory of one job. Use `open` to write to it, `peek` or `read` to look at it."""
+    """The directory of one job. `open` or `edit` to write to it, `peek` or `read` to look at it.
+
+    Attributes:
+        records: of stages that ran.
+        outdated: records of stages that must run again.
+        damaged: stages whose record is damaged.
+    """
 
     def __init__(self, path: Path):
-        self.path = path
-        self.private = path / ".qwlora"
-        self.records: dict[str, Record] = {}  # of stages that ran
-        self.outdated: dict[str, Record] = {}  # of stages that must run again
-        self.damaged: list[str] = []  # stages whose record is damaged
+        self.path, self.private = path, path / ".qwlora"
+        self.records: dict[str, Record] = {}
+        self.outdated: dict[str, Record] = {}
+        self.damaged: list[str] = []
         self.digests = Digests(self.private / "digests.json")
 
     @classmethod
@@ -85,37 +96,27 @@ class Directory:
         journal.finish(path)
         directory = cls(path)
         directory.check_owner(recipe)
-        directory.check_writable()
-        with as_directory_errors(path):
-            lock, made = lock_folder(directory.private, "lock")
-        is_new = False
-        try:
-            with as_directory_errors(path):
-                journal.finish_locked(path)
-                # another process may have finished a job here since the check
-                directory.check_owner(recipe)
-                if recipe_text is not None and text_of(path / "recipe.yaml") != recipe_text:
-                    raise RecipeChangedError(
-                        f"the recipe of {str(path)!r} changed meanwhile; run again"
-                    )
-                is_new = read_owner(path) is None
-                directory._read_records()
-                directory._remove_scratch()  # of a run that was killed
-                (path / stage_records.FOLDER).mkdir(exist_ok=True)
+        with directory._locked():
+            directory.check_owner(recipe)  # another process may have finished a job here since
+            if recipe_text is not None and text_of(path / "recipe.yaml") != recipe_text:
+                raise RecipeChangedError(
+                    f"the recipe of {str(path)!r} changed meanwhile; run again"
+                )
+            is_new = read_owner(path) is None
+            try:
+                (path / FOLDER).mkdir(exist_ok=True)
                 if not _reads_as(path / "recipe.yaml", recipe):  # else perhaps with comments
                     write_text(path / "recipe.yaml", _sealed(recipe))
                 yield directory
-        finally:
-            unfinished = any(f.is_file() for f in (directory.private / "work").rglob("*"))
-            has_results = directory.records or directory.outdated or journal.is_pending(path)
-            if is_new and not has_results and not unfinished:
-                made_here = ["results.json", "report.html"]
-                made_here += ["recipe.yaml"] if _is_sealed(path / "recipe.yaml") else []
-                for name in made_here:
-                    (path / name).unlink(missing_ok=True)
-                shutil.rmtree(directory.private, ignore_errors=True)
-            remove_empty(made)
-            lock.close()
+            finally:
+                has_work = any(f.is_file() for f in (directory.private / "work").rglob("*"))
+                has_results = directory.records or directory.outdated or journal.is_pending(path)
+                if is_new and not has_results and not has_work:
+                    if _is_sealed(path / "recipe.yaml"):
+                        (path / "recipe.yaml").unlink()
+                    for name in ("results.json", "report.html"):
+                        (path / name).unlink(missing_ok=True)
+                    shutil.rmtree(directory.private, ignore_errors=True)
 
     @classmethod
     @contextlib.contextmanager
@@ -133,16 +134,50 @@ class Directory:
         directory = cls(path)
         check_job(path)
         directory.check_owner(load_recipe(path / "recipe.yaml"))
-        directory.check_writable()
-        with as_directory_errors(path):
-            lock, _ = lock_folder(directory.private, "lock")
+        with directory._locked() as finished:
+            recipe = load_recipe(path / "recipe.yaml")
+            directory.check_owner(recipe)
+            yield directory, recipe, finished
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[list[str | None]]:
+        """Hold the job's lock; begins with what an interrupted command left, and the records."""
+        self.check_writable()
+        with as_directory_errors(self.path):
+            lock, created = lock_folder(self.private, self.path)
             with lock:
-                finished = journal.finish_locked(path)
-                recipe = load_recipe(path / "recipe.yaml")
-                directory.check_owner(recipe)
-                directory._read_records()
-                directory._remove_scratch()
-                yield directory, recipe, finished
+                try:
+                    finished = journal.finish_locked(self.path)
+                    self._read_records()
+                    self._remove_scratch()
+                    yield finished
+                finally:
+                    remove_empty(created)
+
+    @classmethod
+    def peek(cls, path: Path, recipe: Recipe) -> Directory:
+        """The records of `path` without claiming it. Raises like `check_owner`."""
+        journal.finish(path)
+        cls(path).check_owner(recipe)
+        return cls.read(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Directory:
+        """The records of `path`, regardless of its owner; empty if no job ran there.
+
+        Claims nothing. Writes only to finish a change that was interrupted.
+        """
+        journal.finish(path)
+        directory = cls(path)
+        directory._read_records()
+        return directory
+
+    def _read_records(self) -> None:
+        records, self.damaged = read_records(self.path)
+        self.records = {name: record for name, record in records.items() if record.key}
+        self.outdated = {name: record for name, record in records.items() if not record.key}
+
+    # Whose it is
 
     def check_owner(self, recipe: Recipe) -> None:
         """Check that the directory is free or belongs to this job (same recipe name and model).
@@ -155,12 +190,12 @@ class Directory:
                 return
             was_unclaimed = is_unclaimed(self.path)  # before the owner: others may claim it
             owner = read_owner(self.path)
-            if owner is None and was_unclaimed:
-                return
             if owner is None:
+                if was_unclaimed:
+                    return
                 raise DirectoryError(
                     f"{str(self.path)!r} is not empty and was not made by qwlora (it has no "
-                    f"{stage_records.FOLDER}); choose another --out"
+                    f"{FOLDER}); choose another --out"
                 )
             if owner != (recipe.name, recipe.model.source):
                 raise DirectoryError(
@@ -186,23 +221,22 @@ class Directory:
         Raises:
             DirectoryError: it contains a file that no record lists.
         """
-        prefix = f"{artifact}/"  # also of artifacts inside it, such as the proof of a use case
-        records = (*self.records.values(), *self.outdated.values())
-        listed = (file for record in records for file in record.files if file.startswith(prefix))
-        known = {file.removeprefix(prefix) for file in listed}
-        if stage in self.damaged:
-            known |= set(new)
-        target = self.path / artifact
-        if (stage in self.damaged and not new) or not os.path.lexists(target):
+        target, prefix = self.path / artifact, f"{artifact}/"
+        is_damaged = stage in self.damaged
+        if (is_damaged and not new) or not os.path.lexists(target):
             return
-        is_folder = target.is_dir() and not target.is_symlink()
-        foreign = [name for name in files_in(target) if name not in known] if is_folder else []
-        if is_folder and not foreign:
+        records = (*self.records.values(), *self.outdated.values())  # also of artifacts inside it
+        known = {f.removeprefix(prefix) for r in records for f in r.files if f.startswith(prefix)}
+        known |= set(new) if is_damaged else set()
+        if not target.is_dir() or target.is_symlink():
+            problem = "exists and is not a folder"
+        elif foreign := [name for name in _files_in(target) if name not in known]:
+            more = f" and {len(foreign) - 1} more files" if len(foreign) > 1 else ""
+            problem = f"contains {foreign[0]!r}{more}"
+        else:
             return
-        more = f" and {len(foreign) - 1} more files" if len(foreign) > 1 else ""
-        what = f"contains {foreign[0]!r}{more}" if foreign else "exists and is not a folder"
         raise DirectoryError(
-            f"{str(target)!r} {what}, which this job did not make according to its records, but "
+            f"{str(target)!r} {problem}, which this job did not make according to its records, but "
             "would replace. Nothing was changed. Move it out of the job's directory and run again."
         )
 
@@ -213,13 +247,15 @@ class Directory:
         return all(os.access(folder, os.W_OK) for folder in folders if folder.exists())
 
     def check_writable(self) -> None:
-        """Check that the directory is writable.
+        """Check that the directory, and its .qwlora folder, is writable.
 
         Raises:
-            DirectoryError: it, or its .qwlora folder, is read-only.
+            DirectoryError: it is not.
         """
         if not self.is_writable:
             raise DirectoryError(f"{str(self.path)!r} is not writable; choose another --out")
+
+    # What is in it
 
     def problem(self, stage: str, key: str | None) -> str | None:
         """Why `stage` must run, without regard to other stages; None if it need not.
@@ -230,43 +266,22 @@ class Directory:
             return "its record is damaged" if stage in self.damaged else "has not run"
         if key is not None and record.key != key:
             return "its inputs changed since it ran"
-        found = []
         files = [file for file in record.files if Path(file).name != CARD]
         folder = os.path.commonpath(files) if len(files) > 1 else ""
         if folder and not (self.path / folder).exists():
             return f"{folder}/ is missing"
+        problems = []
         for file in files:
-            now = self.digests.content(self.path / file)
-            if now is None:
+            if (now := self.digests.content(self.path / file)) is None:
                 is_there = (self.path / file).exists()
-                found.append(f"{file} {'cannot be read' if is_there else 'is missing'}")
+                problems.append(f"{file} {'cannot be read' if is_there else 'is missing'}")
             elif now != record.files[file]:
-                found.append(f"{file} has changed")
-        return listed(found, 3) if found else None
-
-    @classmethod
-    def peek(cls, path: Path, recipe: Recipe) -> Directory:
-        """The records of `path` without claiming it. Raises like `check_owner`."""
-        journal.finish(path)
-        cls(path).check_owner(recipe)
-        return cls.read(path)
-
-    @classmethod
-    def read(cls, path: Path) -> Directory:
-        """The records of `path`, regardless of its owner; empty if no job ran there.
-
-        Claims nothing. Writes only to finish a change that was interrupted.
-        """
-        journal.finish(path)
-        directory = cls(path)
-        directory._read_records()
-        return directory
+                problems.append(f"{file} has changed")
+        return listed(problems, 3) if problems else None
 
     def trained_adapters(self) -> list[str]:
         """Adapters that the job has trained, whether or not their folders are there."""
-        return [
-            name for verb, _, name in (s.partition("/") for s in self.records) if verb == "train"
-        ]
+        return [s.removeprefix("train/") for s in self.records if s.startswith("train/")]
 
     def missing_adapters(self) -> list[str]:
         """Adapters that the job has trained but whose folders are missing."""
@@ -275,27 +290,25 @@ class Directory:
 
     def missing_files(self, artifact: str) -> list[str]:
         """Files that a stage wrote into `artifact` and that are no longer there."""
-        listed = [Path(file) for record in self.records.values() for file in record.files]
-        own = [file for file in listed if str(file.parent) == artifact and file.name != CARD]
-        return sorted(file.name for file in own if not (self.path / file).is_file())
+        written = [Path(file) for record in self.records.values() for file in record.files]
+        files = [f for f in written if str(f.parent) == artifact and f.name != CARD]
+        return sorted(file.name for file in files if not (self.path / file).is_file())
+
+    # What a stage writes
 
     @contextlib.contextmanager
     def scratch(self) -> Iterator[Path]:
         """An empty folder; deleted afterwards unless it was committed."""
-        self._scratch.mkdir()
+        (self.private / "scratch").mkdir()
         try:
-            yield self._scratch
+            yield self.private / "scratch"
         finally:
             self._remove_scratch()
 
-    @property
-    def _scratch(self) -> Path:
-        return self.private / "scratch"
-
     def _remove_scratch(self) -> None:
         if not journal.is_pending(self.path):  # else the next command needs it
-            for folder in (self._scratch, self.private / journal.TRASH):
-                shutil.rmtree(folder, ignore_errors=True)
+            for name in ("scratch", journal.TRASH):
+                shutil.rmtree(self.private / name, ignore_errors=True)
 
     def drop(self, *stages: str) -> None:
         """Mark the records of `stages` as outdated; their files stay."""
@@ -321,18 +334,16 @@ class Directory:
         """
         moves, files = list[tuple[str, str]](), dict[str, str]()
         if artifact is not None:
-            self.check_replaceable(stage, artifact, files_in(scratch))
+            self.check_replaceable(stage, artifact, _files_in(scratch))
             if is_users_card(self.path / artifact / CARD):
                 shutil.copy2(self.path / artifact / CARD, scratch / CARD)
             digests = Digests()
-            files = {
-                f"{artifact}/{name}": digests.content(scratch / name) or ""
-                for name in files_in(scratch)
-            }
+            for name in _files_in(scratch):
+                files[f"{artifact}/{name}"] = digests.content(scratch / name) or ""
             flush(scratch)
             moves = [(self._in_job(scratch), artifact)]
         old = {name: self.records[name].outdated() for name in dependents if name in self.records}
-        new = Record(record.key, record.seconds, record.results, files)
+        new = replace(record, files=files)
         self._make([], moves, [artifact] if artifact else [], {**old, stage: new})
 
     def set_results(self, stage: str, results: dict[str, Any]) -> None:
@@ -345,20 +356,37 @@ class Directory:
         Raises:
             DirectoryError: it cannot be written.
         """
-        card = self.path / artifact / CARD
+        card, name = self.path / artifact / CARD, f"{artifact}/{CARD}"
         if not card.parent.is_dir() or is_users_card(card) or text_of(card) == text:
             return
         with as_directory_errors(self.path):
-            folders = {s: {str(Path(f).parent) for f in r.files} for s, r in self.records.items()}
-            stage = next((stage for stage, parents in folders.items() if artifact in parents), None)
-            if stage is None:
-                return
-            record, name = self.records[stage], f"{artifact}/{CARD}"
-            if name not in record.files:
-                if os.path.lexists(card):
-                    return  # the user's, and empty or unreadable
-                self._write(stage, replace(record, files={**record.files, name: ""}))
-            write_text(card, text)
+            for stage, record in self.records.items():
+                if artifact in {str(Path(file).parent) for file in record.files}:
+                    if name not in record.files:
+                        if os.path.lexists(card):
+                            return  # the user's, and empty or unreadable
+                        self._write(stage, replace(record, files={**record.files, name: ""}))
+                    write_text(card, text)
+                    return
+
+    def _write(self, stage: str, record: Record) -> None:
+        self.records[stage] = record
+        write_text(self.path / record_path(stage), record.text(stage))
+
+    def work(self, stage: str, key: str) -> Path:
+        """Folder for unfinished work that a stage resumes after an interruption; one per key."""
+        return self.private / "work" / f"{stage.replace('/', '-')}-{key[:16]}"
+
+    def drop_work(self, stage: str, key: str | None = None) -> None:
+        """Delete the work folder of `stage` for `key`; by default those of all keys."""
+        for folder in [self.work(stage, key)] if key else self._all_work(stage):
+            if folder.exists():
+                shutil.rmtree(folder)
+
+    def _all_work(self, stage: str) -> list[Path]:
+        return list((self.private / "work").glob(f"{stage.replace('/', '-')}-{'?' * 16}"))
+
+    # Changes of the recipe
 
     def change(
         self,
@@ -389,36 +417,37 @@ class Directory:
             DirectoryError: an artifact contains something that the job did not make, or something
                 exists where one is moved to. Nothing was changed.
         """
-        names = [(b.artifact, a.artifact) for b, a in renamed if b.artifact != a.artifact]
-        artifacts = [(old, new) for old, new in names if old and new and self._exists(old)]
-        deleted = [s.artifact for s in removed if s.artifact and self._exists(s.artifact)]
+        names = [(before.artifact, after.artifact) for before, after in renamed]
+        pairs = [(old, new) for old, new in names if old and new and old != new]
+        gone = [stage.artifact for stage in removed if stage.artifact]
         for stage in (*(before for before, _ in renamed), *removed):
-            if stage.artifact in (*(old for old, _ in artifacts), *deleted):
-                self.check_replaceable(stage.name, stage.artifact)
-        work = [
-            tuple(self._in_job(self.work(s.name, s.work_key)) for s in pair) for pair in renamed
-        ]
-        moves = [*artifacts, *((o, n) for o, n in work if self._exists(o)), *moves]
+            if stage.artifact in (*(old for old, _ in pairs), *gone):
+                self.check_replaceable(stage.name, str(stage.artifact))
+        for stages in renamed:
+            before, after = (self._in_job(self.work(s.name, s.work_key)) for s in stages)
+            pairs.append((before, after))
+        moves = [*((o, n) for o, n in pairs if os.path.lexists(self.path / o)), *moves]
         for _, new in moves:
             if os.path.lexists(self.path / new):
                 raise DirectoryError(f"{str(self.path / new)!r} exists; move it away")
-        unfinished = [self._in_job(f) for s in removed for f in self._all_work(s.name)]
-        records: dict[str, Record | None] = {stage.name: None for stage in removed}
-        records |= {before.name: None for before, _ in renamed}
-        for before, after in renamed:
-            record = self.records.get(before.name) or self.outdated.get(before.name)
+        gone += [self._in_job(f) for stage in removed for f in self._all_work(stage.name)]
+        records: dict[str, Record | None] = {
+            stage.name: None for stage in (*removed, *(before for before, _ in renamed))
+        }
+        for old_stage, new_stage in renamed:
+            record = self.records.get(old_stage.name) or self.outdated.get(old_stage.name)
             if record is not None:
-                prefix = (f"{before.artifact}/", f"{after.artifact}/")
-                moved = {name.replace(*prefix, 1): digest for name, digest in record.files.items()}
-                records[after.name] = Record(
-                    after.key if record.key == before.key else record.key,
+                prefixes = f"{old_stage.artifact}/", f"{new_stage.artifact}/"
+                moved = {name.replace(*prefixes, 1): d for name, d in record.files.items()}
+                records[new_stage.name] = Record(
+                    new_stage.key if record.key == old_stage.key else record.key,
                     record.seconds,
                     in_results(record.results),
                     {f: _text_digest(files[f]) if f in files else d for f, d in moved.items()},
                 )
         texts = {**files, "recipe.yaml": _sealed(recipe)}
         with as_directory_errors(self.path):
-            self._make(command, moves, [*deleted, *unfinished, *removals], records, texts)
+            self._make(command, moves, [*gone, *removals], records, texts)
 
     def _make(
         self,
@@ -439,33 +468,8 @@ class Directory:
             if name in self.damaged:
                 self.damaged.remove(name)
 
-    def _write(self, stage: str, record: Record) -> None:
-        self.records[stage] = record
-        write_text(self.path / record_path(stage), record.text(stage))
-
-    def _exists(self, name: str) -> bool:
-        return os.path.lexists(self.path / name)
-
     def _in_job(self, path: Path) -> str:
         return str(path.relative_to(self.path))
-
-    def work(self, stage: str, key: str) -> Path:
-        """Folder for unfinished work that a stage resumes after an interruption; one per key."""
-        return self.private / "work" / f"{stage.replace('/', '-')}-{key[:16]}"
-
-    def drop_work(self, stage: str, key: str | None = None) -> None:
-        """Delete the work folder of `stage` for `key`; by default those of all keys."""
-        for folder in [self.work(stage, key)] if key else self._all_work(stage):
-            if folder.exists():
-                shutil.rmtree(folder)
-
-    def _all_work(self, stage: str) -> list[Path]:
-        return list((self.private / "work").glob(f"{stage.replace('/', '-')}-{'?' * 16}"))
-
-    def _read_records(self) -> None:
-        records, self.damaged = read_records(self.path)
-        self.records = {name: record for name, record in records.items() if record.key}
-        self.outdated = {name: record for name, record in records.items() if not record.key}
 
 
 def check_job(folder: Path) -> None:
@@ -479,6 +483,15 @@ def check_job(folder: Path) -> None:
             f"{str(folder)!r} is not a job directory: it has no recipe.yaml; `qwlora run` "
             "creates one"
         )
+
+
+def _files_in(folder: Path) -> list[str]:
+    """All files under `folder`, relative to it. Includes links, but does not follow them."""
+    paths = []
+    for root, folders, files in os.walk(folder):
+        links = [name for name in folders if os.path.islink(os.path.join(root, name))]
+        paths += [os.path.relpath(os.path.join(root, name), folder) for name in (*files, *links)]
+    return sorted(paths)
 
 
 def _reads_as(file: Path, recipe: Recipe) -> bool:

@@ -45,9 +45,17 @@ class Change:
     moves: list[list[str]]
     files: dict[str, str | None]
 
-    def paths(self) -> list[str]:
-        """All paths, relative to the job's directory."""
-        return [*(path for pair in self.moves for path in pair), *self.files]
+    def check_inside(self, job: Path) -> None:
+        """Check that no path leads out of the job, by itself or through a link."""
+        for path in (*(path for pair in self.moves for path in pair), *self.files):
+            parts = PurePosixPath(path).parts
+            folder = (job / path).parent.resolve()
+            is_inside = folder.is_relative_to(job.resolve())
+            if not parts or parts[0] == "/" or ".." in parts or not is_inside:
+                raise DirectoryError(
+                    f"{path!r} leads out of the job's directory {str(job)!r}, so it is not "
+                    "changed. If a folder of the job is a link, replace it by what it points to"
+                )
 
 
 def make(
@@ -75,7 +83,7 @@ def make(
     removed = [path for path in removals if os.path.lexists(job / path)]
     trash = [[path, f".qwlora/{TRASH}/{number}"] for number, path in enumerate(removed)]
     change = Change(command, [*trash, *map(list, moves)], dict(files))
-    _check_inside(job, change)
+    change.check_inside(job)
     write_text(_journal(job), strict_json.dumps(asdict(change), indent=1) + "\n")
     finish_locked(job)
 
@@ -91,13 +99,11 @@ def finish(job: Path) -> None:
         return
     if not all(os.access(folder, os.W_OK) for folder in (job, job / ".qwlora")):
         raise DirectoryError(
-            f"{str(job)!r} holds a change that was interrupted ({_journal(job).name}), and is not "
-            "writable. Make it writable, so that the change can be finished"
+            f"{str(job)!r} holds a change that was interrupted ({JOURNAL}), and is not writable. "
+            "Make it writable, so that the change can be finished"
         )
-    with as_directory_errors(job):
-        lock, _ = lock_folder(job / ".qwlora", "lock")
-        with lock:
-            finish_locked(job)
+    with as_directory_errors(job), lock_folder(job / ".qwlora", job)[0]:
+        finish_locked(job)
 
 
 def finish_locked(job: Path) -> list[str | None]:
@@ -108,7 +114,15 @@ def finish_locked(job: Path) -> list[str | None]:
     """
     if not is_pending(job):
         return []
-    change = _read(job)
+    try:
+        change = Change(**json.loads(_journal(job).read_text(encoding="utf-8")))
+        change.check_inside(job)
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DirectoryError(
+            f"{str(_journal(job))!r} is damaged ({error}): a change of the job was interrupted "
+            "and cannot be finished. Delete the file, then look what is there: "
+            f"qwlora adapters check {job}"
+        ) from error
     for old, new in change.moves:
         if os.path.lexists(job / old) and not os.path.lexists(job / new):
             (job / new).parent.mkdir(parents=True, exist_ok=True)
@@ -129,11 +143,6 @@ def finish_locked(job: Path) -> list[str | None]:
     return change.command
 
 
-def _empty_trash(job: Path) -> None:
-    if (job / ".qwlora" / TRASH).exists():
-        shutil.rmtree(job / ".qwlora" / TRASH)
-
-
 def is_pending(job: Path) -> bool:
     """Whether a change was begun and is not finished."""
     return _journal(job).is_file()
@@ -143,30 +152,9 @@ def _journal(job: Path) -> Path:
     return job / ".qwlora" / JOURNAL
 
 
-def _read(job: Path) -> Change:
-    try:
-        change = Change(**json.loads(_journal(job).read_text(encoding="utf-8")))
-        _check_inside(job, change)
-        return change
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise DirectoryError(
-            f"{str(_journal(job))!r} is damaged ({error}): a change of the job was interrupted "
-            "and cannot be finished. Delete the file, then look what is there: "
-            f"qwlora adapters check {job}"
-        ) from error
-
-
-def _check_inside(job: Path, change: Change) -> None:
-    """Check that no path leads out of the job, by itself or through a link."""
-    root = job.resolve()
-    for path in change.paths():
-        parts = PurePosixPath(path).parts
-        folder = (job / path).parent.resolve()
-        if not parts or parts[0] == "/" or ".." in parts or not folder.is_relative_to(root):
-            raise DirectoryError(
-                f"{path!r} leads out of the job's directory {str(job)!r}, so it is not changed. If "
-                "a folder of the job is a link, replace it by what it points to"
-            )
+def _empty_trash(job: Path) -> None:
+    if (job / ".qwlora" / TRASH).exists():
+        shutil.rmtree(job / ".qwlora" / TRASH)
 
 
 def _write_bundle_readmes(job: Path) -> None:
@@ -175,9 +163,7 @@ def _write_bundle_readmes(job: Path) -> None:
     for target, kind in TARGETS.items():
         bundle = job / "export" / target
         if kind.has_base and bundle.is_dir():
-            passed = {
-                name: proof
-                for name, proof in current_proofs(bundle).items()
-                if (record := records.get(f"verify/{target}/{name}")) and record.key
-            }
+            verified = {n for n in records if n.startswith(f"verify/{target}/") and records[n].key}
+            proofs = current_proofs(bundle).items()
+            passed = {name: p for name, p in proofs if f"verify/{target}/{name}" in verified}
             write_readme(bundle, passed)

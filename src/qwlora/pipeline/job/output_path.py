@@ -1,4 +1,4 @@
-"""Checks of an `--out` path, its errors, and the lock on a folder that is being written.
+"""Folders to write to: checks of an `--out` path, its errors, the lock, and new model folders.
 
 Nothing is written before `check_output` has accepted a path. `lock_folder` creates the folder and
 returns the folders it created, so that a failed run can remove exactly those.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from typing import IO
 
 from qwlora.errors import DirectoryError, file_being_read, is_out_of_space
 from qwlora.recipe import Recipe
+from qwlora.system.atomic import move_into_place
 
 _FULL_BYTES = 64 * 1024
 _UNWRITABLE = (errno.EROFS, errno.EBUSY, errno.EXDEV, errno.ENOTEMPTY, errno.ENAMETOOLONG)
@@ -63,35 +65,34 @@ def check_output(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        what = error.strerror or str(error)
+        reason = error.strerror or str(error)
         if error.errno == errno.ELOOP:
-            what = "it is a loop of symbolic links"
+            reason = "it is a loop of symbolic links"
         elif error.errno == errno.ENAMETOOLONG:
             longest = max(len(part.encode()) for part in path.absolute().parts)
-            what = (
+            reason = (
                 f"the path has {len(str(path))} characters (longest name: {longest} bytes), too "
                 "long for the file system"
             )
         raise DirectoryError(
-            f"{shown(path)} cannot be used: {what}; choose another --out"
+            f"{_shown(path)} cannot be used: {reason}; choose another --out"
         ) from error
     if path.is_dir():
         return True
     if path.exists():
-        raise DirectoryError(f"{shown(path)} is a file; --out names a directory")
+        raise DirectoryError(f"{_shown(path)} is a file; --out names a directory")
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if os.path.lexists(p))
-    why = ""
     if nearest.is_symlink() and not nearest.exists():
-        why = f"is a link to {os.readlink(nearest)!r}, which does not exist"
+        reason = f"is a link to {os.readlink(nearest)!r}, which does not exist"
     elif not nearest.is_dir():
-        why = "is a file"
+        reason = "is a file"
     elif not os.access(nearest, os.W_OK):
-        why = "is not writable"
-    if why:
-        raise DirectoryError(
-            f"{shown(path)} cannot be created: {shown(nearest)} {why}; choose another --out"
-        )
-    return False
+        reason = "is not writable"
+    else:
+        return False
+    raise DirectoryError(
+        f"{_shown(path)} cannot be created: {_shown(nearest)} {reason}; choose another --out"
+    )
 
 
 def check_outside_data(path: Path, recipe: Recipe) -> None:
@@ -105,16 +106,19 @@ def check_outside_data(path: Path, recipe: Recipe) -> None:
         folder = os.path.realpath(os.path.expanduser(data.source or ""))
         if data.source and os.path.isdir(folder) and os.path.commonpath([folder, target]) == folder:
             raise DirectoryError(
-                f"{shown(path)} is inside the data folder {data.source!r} (data.source), so its "
+                f"{_shown(path)} is inside the data folder {data.source!r} (data.source), so its "
                 "own files would be read as data. Choose an --out outside of it."
             )
 
 
-def lock_folder(folder: Path, name: str) -> tuple[IO[str], list[Path]]:
-    """Create `folder`, open the file `name` in it and lock it; closing the file unlocks it.
+def lock_folder(folder: Path, protected: Path) -> tuple[IO[str], list[Path]]:
+    """Create `folder`, open the file `lock` in it and lock it; closing the file unlocks it.
 
     A process that gives up deletes its lock file while it holds the lock. So a lock is valid only
     if the locked file is still the one in the folder.
+
+    Args:
+        protected: the folder that nobody else may write meanwhile, for messages.
 
     Returns:
         The open lock file, and the folders that this call created, outermost first.
@@ -122,43 +126,78 @@ def lock_folder(folder: Path, name: str) -> tuple[IO[str], list[Path]]:
     Raises:
         DirectoryError: another process holds the lock. Folders created here are removed again.
     """
-    made: list[Path] = []
+    created: list[Path] = []
     try:
         for _ in range(_ATTEMPTS):
-            try:
-                make_folders(folder, made)
-                file = (folder / name).open("a")
-            except FileNotFoundError:  # removed by a process that gave up
-                continue
-            try:
+            # not found: removed by a process that gave up
+            with contextlib.suppress(FileNotFoundError), contextlib.ExitStack() as attempt:
+                for missing in [p for p in (folder, *folder.parents) if not p.exists()][::-1]:
+                    with contextlib.suppress(FileExistsError):  # another process was faster
+                        missing.mkdir()
+                        created.append(missing)
+                file = attempt.enter_context((folder / "lock").open("a"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if os.path.samestat(os.fstat(file.fileno()), (folder / name).stat()):
-                    return file, made
-            except FileNotFoundError:  # the lock file was removed
-                pass
-            except BlockingIOError:
-                file.close()
-                break
-            except BaseException:
-                file.close()
-                raise
-            file.close()
-    except BaseException:
-        remove_empty(made)
-        raise
-    remove_empty(made)
-    raise DirectoryError(
-        f"{shown(folder.parent)} is in use by another qwlora process; wait for it, or choose "
-        "another --out"
+                if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
+                    attempt.pop_all()
+                    return file, created
+        raise BlockingIOError
+    except BaseException as error:
+        remove_empty(created)
+        if not isinstance(error, BlockingIOError):
+            raise
+        raise DirectoryError(
+            f"{_shown(protected)} is in use by another qwlora process; wait for it, or choose "
+            "another --out"
+        ) from error
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """An empty folder to write a model to. When the block ends without an error, it becomes
+    `folder`.
+
+    It is in `.qwlora-write-HASH` (of the path of `folder`), next to `folder` and locked. The next
+    command that writes the same folder removes what a killed one left there.
+
+    Raises:
+        DirectoryError: `folder` is a file, is not empty, is the current directory or a mount point,
+            cannot be created, or another process writes it; or the disk is full. Nothing
+            half-written stays; only what this call created is removed.
+    """
+    check_target(folder)
+    folder = Path(os.path.realpath(folder))
+    scratch = folder.with_name(
+        f".qwlora-write-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
     )
+    with as_directory_errors(folder):
+        lock, created = lock_folder(scratch, folder)
+        with lock:
+            try:
+                check_target(folder)  # another process may have finished since the check
+                shutil.rmtree(scratch / "model", ignore_errors=True)  # of a killed command
+                (scratch / "model").mkdir()
+                yield scratch / "model"
+                move_into_place(scratch / "model", folder)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
+                remove_empty(created)
 
 
-def make_folders(folder: Path, made: list[Path]) -> None:
-    """Create `folder` and its parents; adds those that this call created to `made`."""
-    for missing in [p for p in (folder, *folder.parents) if not p.exists()][::-1]:
-        with contextlib.suppress(FileExistsError):  # another process was faster
-            missing.mkdir()
-            made.append(missing)
+def check_target(folder: Path) -> None:
+    """Check that a new model can take the place of `folder`; see `new_folder`."""
+    if not check_output(folder):
+        return
+    reason = None
+    if os.path.realpath(folder) == os.path.realpath("."):
+        reason = "is the current directory, which the new model cannot replace"
+    elif os.listdir(folder):
+        reason = "is not empty"
+    elif not all(os.access(f, os.W_OK) for f in (folder, Path(os.path.realpath(folder)).parent)):
+        reason = "cannot be replaced: it or the folder above it is not writable"
+    elif os.path.ismount(folder):
+        reason = "is a mount point, which the new model cannot replace"
+    if reason:
+        raise DirectoryError(f"{_shown(folder)} {reason}; choose another --out")
 
 
 def remove_empty(folders: Iterable[Path]) -> None:
@@ -168,7 +207,7 @@ def remove_empty(folders: Iterable[Path]) -> None:
             folder.rmdir()
 
 
-def shown(path: Path) -> str:
+def _shown(path: Path) -> str:
     """The path in quotes, shortened in the middle if it is very long."""
     text = str(path)
     return repr(text if len(text) <= 300 else f"{text[:60]}...{text[-20:]}")

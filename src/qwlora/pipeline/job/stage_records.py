@@ -1,25 +1,33 @@
-"""The record of each stage, in `.qwlora/records/STAGE.json`.
+"""The record of each stage, in `.qwlora/records/STAGE.json`, and whose a directory is.
 
     key       of the inputs that the stage ran with; empty: it must run again
     seconds   that it took
     results   its part of results.json
     files     SHA-256 by path of each file that it wrote
 
-A file is the job's, and may be replaced, if a record lists it. A record has a checksum; a damaged
-one says only that its stage ran once, and whatever is in its artifact counts as the job's.
+A directory with records belongs to the job whose recipe is there. A file in it is the job's, and
+may be replaced, if a record lists it. A record has a checksum; a damaged one says only that its
+stage ran once, and whatever is in its artifact counts as the job's.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
+
+from qwlora.errors import DirectoryError
+from qwlora.recipe.yaml_core import load_yaml
 from qwlora.system import strict_json
 
 FOLDER = ".qwlora/records"
+# what is in .qwlora/ before a job has written its recipe
+_BEFORE_RECIPE = {"lock", "records", "digests.json", ".digests.json.part"}
 
 
 @dataclass(frozen=True)
@@ -48,14 +56,11 @@ def record_path(stage: str) -> str:
 
 def read_records(job: Path) -> tuple[dict[str, Record], list[str]]:
     """Records by stage, and the stages whose record is damaged."""
-    records, damaged, folder = {}, [], job / FOLDER
-    for file in sorted(folder.rglob("*.json")):
-        stage = str(file.relative_to(folder).with_suffix(""))
-        if (record := read_record(file, stage)) is None:
-            damaged.append(stage)
-        else:
-            records[stage] = record
-    return records, damaged
+    folder = job / FOLDER
+    files = {str(f.relative_to(folder).with_suffix("")): f for f in sorted(folder.rglob("*.json"))}
+    records = {stage: read_record(file, stage) for stage, file in files.items()}
+    damaged = [stage for stage, record in records.items() if record is None]
+    return {stage: record for stage, record in records.items() if record is not None}, damaged
 
 
 def read_record(file: Path, stage: str) -> Record | None:
@@ -74,3 +79,32 @@ def read_record(file: Path, stage: str) -> Record | None:
 def _checksum(content: Any) -> str:
     as_read = json.loads(json.dumps(content))
     return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
+def read_owner(path: Path) -> tuple[str, str] | None:
+    """Recipe name and model of the job in `path`; None if it is not a job directory.
+
+    Raises:
+        DirectoryError: its recipe cannot be read.
+    """
+    if not (path / FOLDER).is_dir() or is_unclaimed(path):
+        return None
+    try:
+        content = load_yaml((path / "recipe.yaml").read_text(encoding="utf-8"))
+        return str(content["name"]), str(content["model"]["source"])
+    except (OSError, ValueError, yaml.YAMLError, TypeError, KeyError, RecursionError) as error:
+        raise DirectoryError(
+            f"{str(path / 'recipe.yaml')!r} cannot be read, so it is unknown which job "
+            f"{str(path)!r} belongs to. Restore it, or choose another --out."
+        ) from error
+
+
+def is_unclaimed(path: Path) -> bool:
+    """Whether the folder `path` is empty, except for what a process leaves that is killed before it
+    wrote the recipe."""
+    inside, private = set(os.listdir(path)), path / ".qwlora"
+    if inside - {private.name, ".recipe.yaml.part"}:
+        return False
+    if not private.is_dir():
+        return not inside
+    return set(os.listdir(private)) <= _BEFORE_RECIPE and not any((path / FOLDER).rglob("*.json"))

@@ -1,4 +1,5 @@
-"""What each stage of a job will need, before it runs: peak memory and disk.
+"""What each stage of a job will need, before it runs: peak memory and disk; and what does not fit.
+`qwlora plan` prints it, and `qwlora run` begins with it.
 
 Shapes come from the model's configuration, activations from running the model's own code on tensors
 without data (`traced_models.py`). What stages hold at the same time is written down here, next to
@@ -10,23 +11,33 @@ allocator's unused pages are not counted.
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import importlib
 import math
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from qwlora.adapter.chunked_loss import CHUNK_LOGITS
+from qwlora.errors import size
 from qwlora.export.registry import TARGETS
 from qwlora.formats.base_files import SHARD_BYTES
 from qwlora.formats.model_source import fetch
+from qwlora.formats.user_path import user_path
 from qwlora.grid.activation_observer import VALUES
-from qwlora.pipeline.plan.plan import has_float_model
-from qwlora.pipeline.plan.stage import Stage
-from qwlora.pipeline.plan.traced_models import TracedModels, TracedRun
+from qwlora.pipeline.job.digests import Digests
+from qwlora.pipeline.plan.plan import has_float_model, make_plan, resolve_compute
+from qwlora.pipeline.plan.stage import Stage, UnreadTexts
+from qwlora.pipeline.plan.traced_models import TracedModels
 from qwlora.pipeline.stages.evaluate_stage import is_compared
 from qwlora.pipeline.stages.quantize_stage import needs_moments
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Adapter, Data, Recipe
+from qwlora.system.memory import memory_limit_bytes, return_freed_memory, rss_bytes
+from qwlora.system.progress import Track, untracked
 
 FLOAT = 4  # bytes
 _SCORED_AT_ONCE = 2**22  # logits; analysis/token_scores.py
@@ -57,9 +68,110 @@ class Forecast:
         """Bytes at the peak."""
         return sum(self.memory.values())
 
+
+@dataclass(frozen=True)
+class Estimates:
+    """Forecasts of all stages, and what there is.
+
+    Args:
+        memory_limit: bytes that the process may use; None if it is not known.
+        disk_free: bytes free where the job is written; None if it is not known.
+    """
+
+    stages: tuple[Forecast, ...]
+    memory_limit: int | None
+    disk_free: int | None
+
+    @property
+    def disk(self) -> float:
+        """Of all stages."""
+        return sum(stage.disk for stage in self.stages)
+
+    @property
+    def largest(self) -> Forecast:
+        """The stage that needs the most memory."""
+        return max(self.stages, key=lambda stage: stage.peak)
+
+    @property
+    def summary(self) -> str:
+        """The estimate in one line."""
+        return (
+            f"estimate: peak memory {size(int(self.largest.peak))} in {self.largest.stage}, disk "
+            f"{size(int(self.disk))}"
+        )
+
+    @property
+    def problems(self) -> list[str]:
+        """What does not fit, and what would make it fit."""
+        problems = []
+        for stage in self.stages:
+            if self.memory_limit is not None and stage.peak > self.memory_limit:
+                most = max(stage.memory, key=lambda part: stage.memory[part])
+                remedy = " or ".join(stage.settings) or "a smaller model"
+                problems.append(
+                    f"{stage.stage} needs {size(int(stage.peak))}, and this machine has "
+                    f"{size(self.memory_limit)}. Most of it is {most} "
+                    f"({size(int(stage.memory[most]))}). Less memory: {remedy}"
+                )
+        if self.disk_free is not None and self.disk > self.disk_free:
+            problems.append(
+                f"the job needs {size(int(self.disk))} of disk, and {size(self.disk_free)} are "
+                "free. Choose another --out, or free space"
+            )
+        return problems
+
     def to_json(self) -> dict[str, Any]:
         """For `qwlora plan --json`."""
-        return {**asdict(self), "memory": dict(self.memory), "peak": self.peak}
+        stages = [{**asdict(stage), "peak": stage.peak} for stage in self.stages]
+        derived = {"peak": self.largest.peak, "disk": self.disk, "problems": self.problems}
+        return {**asdict(self), **derived, "stages": stages}
+
+
+def plan_job(recipe: Recipe, out: Path, track: Track = untracked) -> Estimates:
+    """Estimate all stages of a recipe. Reads configurations and headers, no weights and no text.
+
+    Raises:
+        SourceError: the model's configuration cannot be read.
+        GridError: the base's grid does not fit the model.
+        TrainingError: an adapter does not fit the model.
+        CaptureError: the model does not run without data, as most mixtures of experts.
+    """
+    recipe = resolve_compute(recipe)
+    plan = make_plan(recipe, UnreadTexts(recipe), Digests(trust_mtime=True))
+    return estimate(recipe, plan, out, track)
+
+
+def estimate(
+    recipe: Recipe,
+    stages: Sequence[Stage],
+    out: Path,
+    track: Track = untracked,
+    holds_float_model: bool = False,
+) -> Estimates:
+    """Estimate `stages` of a recipe; see `plan_job`.
+
+    Args:
+        holds_float_model: whether this process has loaded the float model already.
+    """
+    keeps = holds_float_model or any(stage.name == "evaluate/float" for stage in stages)
+    forecaster = Forecaster(recipe, keeps_float_model=keeps)
+    forecasts = [
+        forecaster.stage(stage) for stage in track(list(stages), "estimating", len(stages))
+    ]
+    # Resident memory of this process with what its stages import, after the runs without data.
+    importlib.import_module("qwlora.pipeline.plan.preflight")  # the Trainer and everything below
+    for target in recipe.export.targets:
+        TARGETS[target].missing()  # imports its packages
+    gc.collect()
+    return_freed_memory()
+    process = float(rss_bytes())
+    if holds_float_model:
+        process -= FLOAT * forecaster.models.values
+    folder, free = user_path(str(out)).absolute(), None
+    with contextlib.suppress(OSError):
+        free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+    with_process = (replace(f, memory={"process": process, **f.memory}) for f in forecasts)
+    return Estimates(tuple(with_process), memory_limit_bytes(), free)
 
 
 class Forecaster:
@@ -72,6 +184,9 @@ class Forecaster:
     def __init__(self, recipe: Recipe, keeps_float_model: bool = False):
         self.recipe, self._keeps_float_model = recipe, keeps_float_model
         self.models = TracedModels(recipe)
+        location = fetch(recipe.model.source)
+        self._is_gguf = location.gguf_file is not None
+        self._files = [f.stat().st_size for f in location.files if f.suffix == ".safetensors"]
 
     def stage(self, stage: Stage) -> Forecast:
         """What `stage` will need, besides the memory of the process itself."""
@@ -88,16 +203,16 @@ class Forecaster:
                 return self._verify(stage)
         return self._calibrate(stage)  # calibrate, calibrate-base
 
-    # models
+    # Models
 
     @property
     def _float_bytes(self) -> float:
-        return FLOAT * self.models.values
+        return float(FLOAT * self.models.values)
 
     @property
     def _float_memory(self) -> dict[str, float]:
-        parts = {"float model": float(self._float_bytes)}
-        if self.models.is_gguf:
+        parts = {"float model": self._float_bytes}
+        if self._is_gguf:
             # Measured, and seen with two models from GGUF files: what loading and running them
             # leaves in the allocator. Not seen in stages that load them only to read weights.
             largest = max(p.numel() for p in self.models.model.parameters())
@@ -107,16 +222,20 @@ class Forecaster:
     @property
     def _mapped_files(self) -> dict[str, float]:
         """Files in half precision stay mapped while their float32 copies are made."""
-        files = fetch(self.recipe.model.source).files
-        size = sum(file.stat().st_size for file in files if file.suffix == ".safetensors")
-        return {"mapped files": float(size)} if 0 < size < 0.9 * self._float_bytes else {}
+        mapped = float(sum(self._files))
+        return {"mapped files": mapped} if 0 < mapped < 0.9 * self._float_bytes else {}
 
     @property
     def _base_memory(self) -> dict[str, float]:
         rest = self.models.float_values
         # Floats are stored in 16 bits if that is exact, and stay mapped next to their copies.
-        stored = 0 if self.models.is_gguf else 2 * rest
+        stored = 0 if self._is_gguf else 2 * rest
         return {"packed base": self.models.packed_bytes + FLOAT * rest + stored}
+
+    @property
+    def _shard(self) -> dict[str, float]:
+        shard = min(float(SHARD_BYTES), sum(self._base_memory.values()))
+        return {} if self._is_gguf else {"shard": shard}
 
     def _logits(self, tokens: int) -> float:
         return float(FLOAT * tokens * self.models.head_shape[0])
@@ -128,11 +247,24 @@ class Forecaster:
 
     def _text(self, stage: Stage) -> Data:
         text = self.recipe.base_text() if stage.adapter is None else None
-        if stage.adapter is not None:
-            text = self.recipe.data_of(stage.adapter)
-        return text or self.recipe.data_of(self.recipe.adapters[0].name)
+        return text or self.recipe.data_of(stage.adapter or self.recipe.adapters[0].name)
 
-    # stages
+    def _operators(self, adapter: Adapter) -> int:
+        """Of the captured graph; at any length, which its operators do not depend on."""
+        tokens = self.recipe.data_of(adapter.name).sequence_tokens
+        return self.models.forward("graph", tokens, adapter).operators
+
+    def _simulation(self, adapter: Adapter, tokens: int) -> tuple[dict[str, float], float]:
+        """Memory of a captured graph, and bytes of activations in a forward pass."""
+        run = self.models.forward("graph", tokens, adapter)
+        memory = {
+            "captured graph": float(_NODE_BYTES * run.operators),
+            # float copies of what the simulation quantizes besides the base: norms, the embedding
+            "quantized copies": float(FLOAT * self.models.float_values),
+        }
+        return memory, run.peak + self._logits(tokens)
+
+    # Stages
 
     def _evaluate(self, stage: Stage) -> Forecast:
         kind = stage.name.split("/")[1]
@@ -143,7 +275,7 @@ class Forecaster:
         if kind in ("float", "imported") or compared:
             memory |= self._float_memory
             if kind == "float" and not compared:  # the checks before the job loaded it
-                memory = {"float model": float(self._float_bytes), **self._mapped_files}
+                memory = {"float model": self._float_bytes, **self._mapped_files}
         peak: float = self.models.forward("float", tokens).peak
         if kind in ("base", "adapted", "simulated"):
             memory |= self._base_memory
@@ -178,7 +310,7 @@ class Forecaster:
             largest = FLOAT * max(math.prod(models.head_shape), 6 * widest)
             memory = {"largest layer": float(largest)} | self._shard
             settings = ("a model as safetensors, which is read layer by layer",)
-        if models.is_gguf or self._keeps_float_model:
+        if self._is_gguf or self._keeps_float_model:
             memory |= self._float_memory
         if base.tuning.steps:
             step = models.training(self.recipe.adapters[0], tokens, 1)
@@ -197,96 +329,74 @@ class Forecaster:
         inner, out = max(shape for block in models.blocks for shape in block)
         # Inputs and outputs of a block's products, their gradients, and copies of both.
         copies = max(sum(2 * i + 4 * o for i, o in block) for block in models.blocks)
-        memory = {
-            "hidden states of all calibration sequences": FLOAT
-            * count
-            * tokens
-            * models.head_shape[1],
-            "second moments of a block": FLOAT * squares,
-            "solver of the largest layer": FLOAT * (4 * inner**2 + 6 * inner * out),
-            "activations of a block": FLOAT * tokens * copies,
+        values = {
+            "hidden states of all calibration sequences": count * tokens * models.head_shape[1],
+            "second moments of a block": squares,
+            "solver of the largest layer": 4 * inner**2 + 6 * inner * out,
+            "activations of a block": tokens * copies,
         }
-        if not models.is_gguf:
+        if not self._is_gguf:
             block = max(sum(i * o for i, o in block) for block in models.blocks)
-            outside = models.values - models.packed_weights
-            memory["float blocks"] = FLOAT * (outside + 2 * block)
-        return {name: float(size) for name, size in memory.items()} | self._shard
-
-    @property
-    def _shard(self) -> dict[str, float]:
-        size = min(float(SHARD_BYTES), sum(self._base_memory.values()))
-        return {} if self.models.is_gguf else {"shard": size}
+            values["float blocks"] = models.values - models.packed_weights + 2 * block
+        return {name: float(FLOAT * number) for name, number in values.items()} | self._shard
 
     def _train(self, stage: Stage) -> Forecast:
         adapter, models = self._adapter(stage), self.models
         tokens, rows = self._text(stage).sequence_tokens, adapter.batch_sequences
-        memory, trained = self._base_memory, models.trained_values(adapter)
-        settings = ("gradient_checkpointing: true", "batch_sequences", "data.sequence_tokens")
+        trained = models.trained_values(adapter)
         during, starting = dict[str, float](), dict[str, float]()
         if adapter.steps:
             chunk = min(FLOAT * CHUNK_LOGITS, rows * self._logits(tokens))
-            half = adapter.compute == "bfloat16"
+            head = 2.0 * math.prod(models.head_shape) if adapter.compute == "bfloat16" else 0.0
             during = {
                 # weights, gradients and two moments of AdamW
                 "adapter and optimizer": 4.0 * FLOAT * trained,
                 "activations": float(models.training(adapter, tokens, rows).peak),
                 # logits of a chunk, their softmax and gradient; under autocast also the head
-                "logits of a chunk": 3 * chunk
-                + (2.0 * math.prod(models.head_shape) if half else 0.0),
+                "logits of a chunk": 3 * chunk + head,
             }
         if adapter.objective == "recovery":
             during |= self._float_memory
         if adapter.init != "zero":
             largest = max(max(shape) for block in models.blocks for shape in block)
             starting = {
-                "float model": float(self._float_bytes),
+                "float model": self._float_bytes,
                 "factors of the largest layer": 8.0 * FLOAT * largest**2,
             }
-        larger = max(during, starting, key=lambda parts: sum(parts.values()))
-        return Forecast(stage.name, memory | larger, FLOAT * trained, settings)
-
-    def _graph_run(self, adapter: Adapter) -> TracedRun:
-        """The graph at any length, which its operators do not depend on."""
-        tokens = self.recipe.data_of(adapter.name).sequence_tokens
-        return self.models.forward("graph", tokens, adapter)
-
-    def _simulation(self, adapter: Adapter, tokens: int) -> tuple[dict[str, float], float]:
-        """Memory of a captured graph, and bytes of activations in a forward pass."""
-        run = self.models.forward("graph", tokens, adapter)
-        memory = {
-            "captured graph": float(_NODE_BYTES * run.operators),
-            # float copies of what the simulation quantizes besides the base: norms, the embedding
-            "quantized copies": float(FLOAT * self.models.float_values),
-        }
-        return memory, run.peak + self._logits(tokens)
+        memory = self._base_memory | max(during, starting, key=lambda parts: sum(parts.values()))
+        settings = ("gradient_checkpointing: true", "batch_sequences", "data.sequence_tokens")
+        return Forecast(stage.name, memory, FLOAT * trained, settings)
 
     def _calibrate(self, stage: Stage) -> Forecast:
         adapter = self._adapter(stage)
         graph, peak = self._simulation(adapter, self._text(stage).sequence_tokens)
         memory = self._base_memory | graph | {"activations": peak}
         # About a quarter of a graph's operators have a quantizer.
-        memory["samples of activations"] = FLOAT * VALUES * self._graph_run(adapter).operators / 4
+        memory["samples of activations"] = FLOAT * VALUES * self._operators(adapter) / 4
         disk = 2 * FLOAT * self.models.trained_values(adapter)
         settings = ("simulation.calibration_tokens", "data.sequence_tokens")
         return Forecast(stage.name, memory, disk, settings)
 
     def _export(self, stage: Stage) -> Forecast:
         models, target = self.models, TARGETS[stage.name.split("/")[1]]
-        size = float(models.packed_bytes + FLOAT * models.float_values)
+        stored = float(models.packed_bytes + FLOAT * models.float_values)
         if not target.is_simulated:
-            return Forecast(stage.name, self._base_memory | {"files": size}, size)
+            return Forecast(stage.name, self._base_memory | {"files": stored}, stored)
+        layers = models.packed_layers
+        shapes = (layer.scheme.scale_shape(tuple(layer.tensor.shape)) for layer in layers)
+        scales = sum(map(math.prod, shapes))
         adapter, settings = self._adapter(stage), ("base.weights.block_size",)
         graph, _ = self._simulation(adapter, self._text(stage).sequence_tokens)
         memory = self._base_memory | graph
-        memory["encodings as text"] = float(_SCALE_BYTES * models.scales)
+        memory["encodings as text"] = float(_SCALE_BYTES * scales)
         if target.needs_zero_adapter and stage.adapter is not None:
-            disk = 2 * FLOAT * models.trained_values(adapter) + 24 * models.scales
+            disk = 2 * FLOAT * models.trained_values(adapter) + 24 * scales
             return Forecast(stage.name, memory, disk, settings)
-        memory["ONNX graph"] = float(_ONNX_NODE_BYTES * self._graph_run(adapter).operators)
+        memory["ONNX graph"] = float(_ONNX_NODE_BYTES * self._operators(adapter))
         memory["codes, one byte each"] = float(models.packed_weights)
         # as float32 tensors, in the ONNX model, and as bytes to write
         memory["copies of float values"] = 3.0 * FLOAT * models.float_values
-        written = size + 24 * models.scales
+        written = stored + 24 * scales
         if target.has_cases:  # weights in float, once for all graphs
             written += FLOAT * models.packed_weights
         return Forecast(stage.name, memory, written, settings)
@@ -303,19 +413,18 @@ class Forecaster:
         run = models.forward("graph", tokens, adapter)
         activations = run.outputs - FLOAT * models.packed_weights  # without unpacked weights
         layer_bytes = activations * min(1.0, self.recipe.verify.layer_tokens / tokens)
-        size = models.packed_bytes + FLOAT * models.float_values + models.packed_weights
+        stored = models.packed_bytes + FLOAT * models.float_values + models.packed_weights
         memory |= graph
-        by_layer = size + 3 * layer_bytes  # simulated values, given and computed ones
+        by_layer = stored + 3 * layer_bytes  # simulated values, given and computed ones
+        if target.needs_zero_adapter:
+            by_layer += stored  # the session of all adapters stays
         # Three models' logits and their masked copies, two differences, and in float64 the
         # logits and log-softmax of one; ONNX Runtime packs the weight of the head once more.
-        if target.needs_zero_adapter:
-            by_layer += size  # the session of all adapters stays
-        whole = size + peak + 12 * self._logits(tokens) + FLOAT * models.float_values
-        memory["model in ONNX Runtime"] = float(size)
+        whole = stored + peak + 12 * self._logits(tokens) + FLOAT * models.float_values
+        memory["model in ONNX Runtime"] = float(stored)
         part = "values of all layers" if by_layer > whole else "logits"
-        memory[part] = max(by_layer, whole) - size
+        memory[part] = max(by_layer, whole) - stored
         if target.needs_zero_adapter and stage.adapter is not None:
             memory["simulation of the base"] = sum((self._base_memory | graph).values())
-        return Forecast(
-            stage.name, memory, settings=("verify.layer_tokens", "data.sequence_tokens")
-        )
+        settings = ("verify.layer_tokens", "data.sequence_tokens")
+        return Forecast(stage.name, memory, settings=settings)

@@ -8,8 +8,7 @@ from __future__ import annotations
 from qwlora.export.registry import TARGETS
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.job.digests import Digests
-from qwlora.pipeline.job.job_texts import JobTexts
-from qwlora.pipeline.plan.stage import PlanBuilder, Stage
+from qwlora.pipeline.plan.stage import JobTexts, PlanBuilder, Stage
 from qwlora.pipeline.stages import (
     calibrate_stage,
     evaluate_stage,
@@ -69,7 +68,7 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
     for name in with_cases:
         export_stage.add_use_cases(plan, name)
         verify_stage.add_use_cases(plan, name)
-    return plan.stages
+    return list(plan.stages.values())
 
 
 def resolve_compute(recipe: Recipe) -> Recipe:

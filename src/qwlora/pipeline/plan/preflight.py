@@ -24,10 +24,10 @@ from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.pipeline.plan.plan import TUNING_DEVICE
 from qwlora.pipeline.plan.target_table import (
-    check_targets,
     kept_grids,
     model_files,
     second_rounding,
+    target_table,
 )
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.quantize.layer_rules import find_tensors, plan_layers
@@ -35,6 +35,7 @@ from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import slow_compute, training_device
 from qwlora.system.parameter_names import canonical_name, is_factor_name
 
+Packed = Callable[[str], bool]  # whether the base packs the tensor of a name
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # of weights by name, by adapter
 
 
@@ -51,18 +52,18 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
         MissingExtraError: a package that a later stage needs is not installed.
     """
     recipe, computing = context.recipe, list[tuple[str, str, str]]()  # name, precision, device
+    trained = [adapter for adapter in recipe.adapters if adapter.steps]
     if verbs & {"export", "verify"}:
         for target in (TARGETS[name] for name in recipe.export.targets):
             if target.is_simulated:
                 target.require_packages()
     if "quantize" in verbs:
-        check_targets(recipe)
+        target_table(recipe)
         if note := second_rounding(recipe):
             say(f"warning: {note}")
         if recipe.base.tuning.steps:
             computing.append(("base.tuning", recipe.base.tuning.compute, TUNING_DEVICE))
     if "train" in verbs:
-        trained = [a for a in recipe.adapters if a.steps]
         computing += [(f"adapter {a.name}", a.compute, training_device()) for a in trained]
     for what, compute, device in computing:
         if problem := slow_compute(compute, device):
@@ -71,7 +72,7 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     largest = max(text.data.largest_id() for text in texts.values())
     is_packed = any(text.data.train.position_ids is not None for text in texts.values())
     if "train" in verbs:
-        shapes = _check_adapters(context)
+        shapes = _adapter_shapes(context)
         if recipe.workflow == "qwa-lora" and is_packed:
             raise TrainingError(
                 "workflow qwa-lora: data.packing documents packs several documents into a "
@@ -81,11 +82,10 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
             root = adapter
             while (first := recipe.predecessor(root)) is not None:
                 root = first
-            source = root.continue_from
-            if source is not None and (dropout := dropout_of(source)):
+            if root.continue_from and (dropout := dropout_of(root.continue_from)):
                 say(
-                    f"adapter {adapter.name}: {source} has dropout {dropout:g}; workflow qwa-lora "
-                    "trains without dropout"
+                    f"adapter {adapter.name}: {root.continue_from} has dropout {dropout:g}; "
+                    "workflow qwa-lora trains without dropout"
                 )
     if "quantize" in verbs:
         model, packed = _unquantized(context)
@@ -95,44 +95,55 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     if note := check_positions(model, max(t.data.positions() for t in texts.values())):
         say(note)
     if verbs & {"quantize", "export"}:
-        _check_layers(context, model, packed, "quantize" in verbs)
+        _check_layers(recipe, model, packed, "quantize" in verbs)
     if "train" in verbs:
-        _check_saved(context, model, packed)
+        _check_saved(recipe, model, packed)
         _check_places(context, shapes)
     if context.whole_because is not None:
         say(
             "the model is loaded whole, since its weights cannot be read tensor by tensor: "
             f"{context.whole_because}"
         )
-    if "quantize" in verbs:
-        if recipe.base.tuning.steps:
-            _check_tuning(context, model, packed)
-        embedding: Any = model.get_input_embeddings()
-        known = embedding.weight.shape[0]
-        if largest >= known:
-            raise SourceError(
-                f"the tokenizer of {recipe.model.source!r} produces token id {largest}, "
-                f"but the model has only {known} tokens; use the tokenizer of this model"
-            )
-        # With solver keep there is no float model; training checks it on the base.
-        if is_packed and recipe.base.solver != "keep":
-            if context.lazy is None or context.holds_float_model:
-                check_isolation(context.float_model())
-            else:
-                with context.lazy.one_block_at_a_time() as passing:
-                    check_isolation(passing)
+    if "quantize" not in verbs:
+        return
+    if recipe.base.tuning.steps:
+        _check_tuning(context, model, packed)
+    embedding: Any = model.get_input_embeddings()
+    if largest >= (known := embedding.weight.shape[0]):
+        raise SourceError(
+            f"the tokenizer of {recipe.model.source!r} produces token id {largest}, "
+            f"but the model has only {known} tokens; use the tokenizer of this model"
+        )
+    # With solver keep there is no float model; training checks it on the base.
+    if is_packed and recipe.base.solver != "keep":
+        if context.lazy is None or context.holds_float_model:
+            check_isolation(context.float_model())
+        else:
+            with context.lazy.one_block_at_a_time() as passing:
+                check_isolation(passing)
 
 
-def _check_layers(
-    context: JobContext, model: PreTrainedModel, packed: Callable[[str], bool], is_new: bool
-) -> None:
+def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Packed]:
+    """The model before step 1, and which tensors will be packed."""
+    base = context.recipe.base
+    if base.solver == "keep":
+        lazy = LazyModel(model_files(context.recipe.model))
+        return lazy.model, lambda name: isinstance(
+            lazy.checkpoint.read(lazy.stored[name]), QuantizedTensor
+        )
+    model = context.float_model() if context.lazy is None else context.lazy.model
+    plan = plan_layers(model, base.weights.scheme(), base.solver, base.layer_rules())
+    return model, plan.__contains__
+
+
+def _check_layers(recipe: Recipe, model: PreTrainedModel, packed: Packed, is_new: bool) -> None:
     """Check that the targets hold the kinds of the base's packed layers and its embedding, and that
     their runtimes have the architecture.
 
     Args:
         is_new: whether the base is not quantized yet.
     """
-    recipe, kinds = context.recipe, dict[LayerKind, list[str]]()
+    kinds = dict[LayerKind, list[str]]()
     for tensor in filter(packed, find_tensors(model)):
         kind = layer_kind(model.get_submodule(tensor.rpartition(".")[0]))
         kinds.setdefault(kind, []).append(tensor)
@@ -154,21 +165,16 @@ def _check_layers(
 
 def _embedding(recipe: Recipe, model: PreTrainedModel) -> tuple[str, Scheme | None]:
     """Path of the embedding, and its scheme if it will be packed."""
-    embedding = model.get_input_embeddings()
+    base, embedding = recipe.base, model.get_input_embeddings()
     path = next(name for name, module in model.named_modules() if module is embedding)
-    if recipe.base.solver == "keep":
-        kept = (grid.scheme for grid in kept_grids(recipe) if grid.of_embedding)
-        return path, next(kept, None)
+    if base.solver == "keep":
+        return path, next((g.scheme for g in kept_grids(recipe) if g.of_embedding), None)
     name = next((n for n, tensor in find_tensors(model).items() if path in tensor.paths), "")
-    plan = plan_layers(
-        model, recipe.base.weights.scheme(), recipe.base.solver, recipe.base.layer_rules()
-    )
+    plan = plan_layers(model, base.weights.scheme(), base.solver, base.layer_rules())
     return path, plan[name].scheme if name in plan else None
 
 
-def _check_tuning(
-    context: JobContext, model: PreTrainedModel, packed: Callable[[str], bool]
-) -> None:
+def _check_tuning(context: JobContext, model: PreTrainedModel, packed: Packed) -> None:
     if (count := len(context.base_calibration_ids(2))) < 2:
         raise SourceError(
             f"base.tuning needs at least 2 training sequences, but the text gives {count}; use "
@@ -184,36 +190,17 @@ def _check_tuning(
         )
 
 
-def _unquantized(context: JobContext) -> tuple[PreTrainedModel, Callable[[str], bool]]:
-    """The model before step 1, and a function that tells which tensors will be packed."""
-    base = context.recipe.base
-    if base.solver == "keep":
-        lazy = LazyModel(model_files(context.recipe.model))
-        return lazy.model, lambda name: isinstance(
-            lazy.checkpoint.read(lazy.stored[name]), QuantizedTensor
-        )
-    model = context.float_model() if context.lazy is None else context.lazy.model
-    return model, plan_layers(
-        model, base.weights.scheme(), base.solver, base.layer_rules()
-    ).__contains__
-
-
-def _check_saved(
-    context: JobContext, model: PreTrainedModel, packed: Callable[[str], bool]
-) -> None:
+def _check_saved(recipe: Recipe, model: PreTrainedModel, packed: Packed) -> None:
     """Check that no adapter to continue contains a full copy of a layer that the base packs."""
-    readers = {
-        path: name for name, candidate in find_tensors(model).items() for path in candidate.paths
-    }
-    for adapter in context.recipe.adapters:
-        source = adapter.continue_from
-        if source is None or context.recipe.predecessor(adapter) is not None:
-            continue
-        paths = [path for path, name in readers.items() if packed(name)]
+    foreign = [a for a in recipe.adapters if a.continue_from and recipe.predecessor(a) is None]
+    tensors = find_tensors(model).items() if foreign else ()
+    paths = [path for name, tensor in tensors if packed(name) for path in tensor.paths]
+    for adapter in foreign:
+        source = str(adapter.continue_from)
         refuse_saved(adapter_folder(source), paths, f"adapter {adapter.name}: {source!r}")
 
 
-def _check_adapters(context: JobContext) -> Shapes:
+def _adapter_shapes(context: JobContext) -> Shapes:
     """Check that each adapter fits the model, its loggers are installed, and adapters that share
     all encodings have equal shapes.
 
@@ -233,7 +220,17 @@ def _check_adapters(context: JobContext) -> Shapes:
         except (TrainingError, SourceError) as error:
             raise type(error)(f"adapter {adapter.name}: {error}") from error
     if context.recipe.simulation.base_activations == "none":
-        _check_one_shape(shapes)
+        (first, known), *others = shapes.items()
+        for name, shape in others:
+            either = sorted(known.keys() | shape.keys())
+            if differ := [n for n in either if known.get(n) != shape.get(n)]:
+                here, there = (list(s.get(differ[0], ())) or "none" for s in (known, shape))
+                raise TrainingError(
+                    f"adapters {first} and {name} cannot share all encodings "
+                    f"(simulation.base_activations none): the shapes of {len(differ)} weights "
+                    f"differ, for example {differ[0]}: {here} and {there}; give them equal shapes, "
+                    "or use base_activations: adapter_only"
+                )
     return shapes
 
 
@@ -252,31 +249,15 @@ def _check_places(context: JobContext, shapes: Shapes) -> None:
                 f"{', '.join(targets)} can hold LoRA factors only. Continue an adapter without "
                 f"DoRA and modules_to_save, or {other_target}"
             )
-    linear = {
-        path
-        for path, module in context.skeleton().named_modules()
-        if floats and layer_kind(module) in (LayerKind.LINEAR, LayerKind.CONV1D)
-    }
-    for name, weights in shapes.items() if floats else ():
+    if not floats:
+        return
+    kinds = {path: layer_kind(module) for path, module in context.skeleton().named_modules()}
+    linear = {p for p, kind in kinds.items() if kind in (LayerKind.LINEAR, LayerKind.CONV1D)}
+    for name, weights in shapes.items():
         paths = {n.removeprefix("base_model.model.").partition(".lora_")[0] for n in weights}
         if others := sorted(paths - linear):
             raise TrainingError(
                 f"adapter {name} changes {listed(others)}, and {floats[0]} holds LoRA factors of "
                 "linear layers only. Name the linear layers in target_modules, for example "
                 f"[q_proj, v_proj], or {other_target}"
-            )
-
-
-def _check_one_shape(shapes: Shapes) -> None:
-    (first, known), *others = shapes.items()
-    for name, shape in others:
-        if differ := sorted(n for n in known.keys() | shape.keys() if known.get(n) != shape.get(n)):
-            here, there = (
-                list(each[differ[0]]) if differ[0] in each else "none" for each in (known, shape)
-            )
-            raise TrainingError(
-                f"adapters {first} and {name} cannot share all encodings "
-                f"(simulation.base_activations none): the shapes of {len(differ)} weights differ, "
-                f"for example {differ[0]}: {here} and {there}; give them equal shapes, or use "
-                "base_activations: adapter_only"
             )

@@ -19,12 +19,22 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from qwlora.data import Documents, load_documents
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.job.digests import Digests
-from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.recipe import Data, Recipe
+from qwlora.system.progress import Track, one_step, untracked
 
 VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
+
+# What stages write, in a job's directory. No adapter can have a name that begins with `_`.
+MOMENTS = "moments"  # second moments of the base's layers, in base/
+SOLVER_SCALES = "tuning/solver_scales.safetensors"  # scales before tuning, in base/
+BASE_SIMULATION = "base_simulation"  # encodings of the base without an adapter; workflow qwa-lora
+SHARED = "simulation/_shared"  # encodings that adapters share
+ADAPTER = "adapter"  # in simulation/NAME/: the adapter as it was calibrated
+ZERO_ADAPTER = "simulation/_base"  # of bundles of simulations
+USE_CASES = "simulation/_use_cases"  # of export.use_cases
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,50 @@ class Stage:
         return self.name.partition("/")[0]
 
 
+class JobTexts:
+    """The documents of the texts of a recipe. Each source is read once.
+
+    Raises:
+        SourceError, MissingExtraError: see `load_documents`.
+    """
+
+    def __init__(self, recipe: Recipe, track: Track = untracked):
+        self.recipe, self._track = recipe, track
+        self._loaded: dict[Any, Documents] = {}
+        for data in (*recipe.base_texts(), *recipe.texts().values()):
+            self.documents(data)
+
+    def documents(self, data: Data) -> Documents:
+        """The documents of a data section that has a source."""
+        assert data.source is not None
+        key = (data.source, data.held_out, data.reading())
+        if key not in self._loaded:
+            source, held_out, reading = key
+            with one_step(self._track, f"reading {source}"):
+                self._loaded[key] = load_documents(source, held_out, self.recipe.seed, reading)
+        return self._loaded[key]
+
+    def key(self, data: Data) -> list[Any]:
+        """Key inputs for the documents and how they are cut into sequences."""
+        documents = self.documents(data)
+        packing = data.cutting().packing_of(documents.kind)
+        template = data.read_template()
+        inputs = [documents.digest, data.sequence_tokens, packing, data.turns, template]
+        if documents.kind == "completions" and data.prompt_format != "plain":
+            inputs.append(data.prompt_format)
+        return inputs
+
+
+class UnreadTexts(JobTexts):
+    """Texts for a plan that is only looked at: nothing is read, and keys say nothing."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def key(self, data: Data) -> list[Any]:
+        return []
+
+
 class PlanBuilder:
     """Collects the stages of a recipe; a stage must be added after the stages that it needs.
 
@@ -62,12 +116,7 @@ class PlanBuilder:
 
     def __init__(self, recipe: Recipe, texts: JobTexts, digests: Digests):
         self.recipe, self.texts, self.digests = recipe, texts, digests
-        self._stages: dict[str, Stage] = {}
-
-    @property
-    def stages(self) -> list[Stage]:
-        """All stages so far, in order."""
-        return list(self._stages.values())
+        self.stages: dict[str, Stage] = {}
 
     def add(
         self,
@@ -85,10 +134,9 @@ class PlanBuilder:
                 `needs`.
             after_work: JSON values that the result depends on, but unfinished work does not.
         """
-        needed = [self._stages[need].key for need in needs]
-        work_key = hash_json([name, inputs, needed])
+        work_key = hash_json([name, inputs, [self.stages[need].key for need in needs]])
         key = work_key if after_work is None else hash_json([work_key, after_work])
-        self._stages[name] = Stage(name, key, adapter, artifact, needs, work_key)
+        self.stages[name] = Stage(name, key, adapter, artifact, needs, work_key)
 
     @cached_property
     def model(self) -> list[Any]:

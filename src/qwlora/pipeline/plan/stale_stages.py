@@ -1,4 +1,5 @@
-"""Finds the stages that are out of date, why, and the commands that run them. Imports no torch.
+"""Finds the stages that are out of date, why, and the commands that run them; and protects trained
+adapters: one that was trained with other settings is not replaced unasked. Imports no torch.
 
 A stage is current if it ran with the inputs of the plan, its files exist unmodified, and all stages
 that it needs, directly or indirectly, are current.
@@ -6,13 +7,19 @@ that it needs, directly or indirectly, are current.
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from qwlora.errors import DirectoryError
-from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.plan.stage import VERBS, Stage
+from qwlora.errors import DirectoryError, RecipeError
+from qwlora.pipeline.job import journal
+from qwlora.pipeline.job.directory import Directory, check_job
+from qwlora.pipeline.plan.plan import make_plan, resolve_compute
+from qwlora.pipeline.plan.stage import VERBS, JobTexts, Stage
+from qwlora.pipeline.stages.train_stage import trained_with
+from qwlora.recipe import Recipe, load_recipe
 
 
 def find_stale(
@@ -50,6 +57,54 @@ def dependents(plan: Sequence[Stage], name: str) -> list[str]:
         if names & set(stage.needs):
             names.add(stage.name)
     return [stage.name for stage in plan if stage.name in names - {name}]
+
+
+class JobState:
+    """An existing job: its directory, and the plan of a recipe for it.
+
+    Args:
+        texts: of the recipe, if they were read before.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, texts: JobTexts | None = None):
+        self.folder, self.recipe = folder, resolve_compute(recipe)
+        self.texts = texts or JobTexts(self.recipe)
+        self.directory = Directory.read(folder)
+        self.plan = make_plan(self.recipe, self.texts, self.directory.digests)
+
+    def stale(self) -> dict[str, str]:
+        """The stages that are not current, and why."""
+        return find_stale(self.plan, self.directory)
+
+    def require(self, stage: str, what: str = "", whatever_inputs: bool = False) -> None:
+        """Check that a stage, and all that it needs, is current.
+
+        Args:
+            what: needs the stage; default: its name.
+            whatever_inputs: see `find_stale`.
+
+        Raises:
+            DirectoryError: it is not, or the recipe no longer has this stage.
+        """
+        if not (needed := upstream(self.plan, stage)):
+            raise DirectoryError(
+                f"{str(self.folder)!r} holds {stage}, but its recipe no longer does; add it to the "
+                "recipe and run the job again"
+            )
+        if stale := find_stale(needed, self.directory, whatever_inputs):
+            raise missing_error(what or stage, stale, self.folder)
+
+
+def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
+    """The recipe of an existing job.
+
+    Raises:
+        DirectoryError: the folder is not a job directory.
+        RecipeError: the recipe or a change is not valid.
+    """
+    journal.finish(folder)
+    check_job(folder)
+    return load_recipe(folder / "recipe.yaml", changes)
 
 
 def check_needs(
@@ -91,20 +146,17 @@ def missing_error(
         command: returns the command line that runs a verb.
     """
     needed = {name.partition("/")[0] for name in reasons}
-    verbs = [verb for verb in VERBS if verb in needed]
+    run = command or (lambda verb: command_line(verb, folder))
     return DirectoryError(
         f"{what} needs {', '.join(reasons)}, missing or out of date in {str(folder)!r}:\n"
         + "".join(f"  {name}: {reason}\n" for name, reason in reasons.items())
-        + f"Run first: {command_line(verbs, folder, command)}"
+        + f"Run first: {' && '.join(run(verb) for verb in VERBS if verb in needed)}"
     )
 
 
-def command_line(
-    verbs: Iterable[str], folder: Path, command: Callable[[str], str] | None = None
-) -> str:
-    """The commands that run `verbs` one after the other on the job in `folder`."""
-    run = command or (lambda verb: shlex.join(["qwlora", verb, "--out", str(folder)]))
-    return " && ".join(run(verb) for verb in verbs)
+def command_line(verb: str, folder: Path) -> str:
+    """The command that runs `verb` on the job in `folder`."""
+    return shlex.join(["qwlora", verb, "--out", str(folder)])
 
 
 def run_line(folder: Path, *options: str) -> str:
@@ -112,3 +164,72 @@ def run_line(folder: Path, *options: str) -> str:
     return shlex.join(
         ["qwlora", "run", str(folder / "recipe.yaml"), "--out", str(folder), *options]
     )
+
+
+def check_kept(
+    plan: Sequence[Stage],
+    waiting: Iterable[Stage],
+    directory: Directory,
+    recipe: Recipe,
+    stale: Mapping[str, str],
+) -> None:
+    """Check that no stage that is about to run replaces an adapter trained with other settings, and
+    that the recipe has every adapter that was trained in the directory.
+
+    An adapter whose files are missing or damaged is trained again with the same settings, which
+    replaces nothing.
+
+    Raises:
+        DirectoryError: one would be replaced, and what differs; or the recipe lacks one, such as
+            one that was added with `qwlora adapters add`.
+    """
+    folder, names = directory.path / "adapters", {adapter.name for adapter in recipe.adapters}
+    others = [name for name in directory.trained_adapters() if name not in names]
+    if lost := [name for name in others if (folder / name).is_dir()]:
+        raise DirectoryError(
+            f"{str(directory.path)!r} has adapters {', '.join(lost)}, which this recipe lacks. Run "
+            f"{str(directory.path / 'recipe.yaml')!r}, add them to the recipe, or remove them: "
+            f"qwlora adapters remove {directory.path} {lost[0]}"
+        )
+    records = directory.records
+    again = {s.name for s in waiting if s.name in records and records[s.name].key != s.key}
+    problems = []
+    for adapter in recipe.adapters:
+        stage = f"train/{adapter.name}"
+        if stage in again and (folder / adapter.name).is_dir():
+            old = records[stage].results.get("train", {}).get(adapter.name, {})
+            reasons = _differences(old.get("settings", {}), trained_with(recipe, adapter))
+            changed = [s.name for s in upstream(plan, stage) if s.name in again and s.name != stage]
+            reasons += [f"{name}: {stale[name]}" for name in changed]
+            problems.append(f"{adapter.name}: {'; '.join(reasons) or stale[stage]}")
+    if "quantize" in again:
+        trained = sorted(path.name for path in folder.glob("*"))
+        if not problems and trained:
+            problems = [f"{', '.join(trained)}: their base would be replaced"]
+        with contextlib.suppress(RecipeError):
+            before, now = (
+                r.model_dump(mode="json", include={"model", "base"})
+                for r in (load_recipe(directory.path / "recipe.yaml"), recipe)
+            )
+            problems += _differences(before, now) if problems else []
+    if problems:
+        raise DirectoryError(
+            f"{str(directory.path)!r} has adapters that were trained differently:\n"
+            + "".join(f"  {problem}\n" for problem in problems)
+            + "Nothing was changed. Give the new adapter another name, use another --out, or "
+            "replace the old one with --replace (it stays in place until the new one is finished)"
+        )
+
+
+def _differences(old: Any, new: Any, path: str = "") -> list[str]:
+    """`key: old value, now new value` for every leaf that differs."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [
+            line
+            for key in sorted(old.keys() | new.keys())
+            for line in _differences(old.get(key), new.get(key), f"{path}.{key}" if path else key)
+        ]
+    if old == new:
+        return []
+    before, after = ("the default" if value is None else f"{value!r}" for value in (old, new))
+    return [f"{path}: {before}, now {after}"]

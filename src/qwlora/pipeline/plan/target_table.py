@@ -32,59 +32,40 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
     With solver keep, the integers of the model's files are read.
 
     Raises:
-        GridError, SourceError: see `check_targets`; or the model's files cannot be read.
-    """
-    grids, facts = _facts(recipe)
-    reasons = _reasons(recipe, facts)
-    copying = [name for name, target in TARGETS.items() if is_copied(target, facts)]
-    rows = list(table_rows(grids, TARGETS, recipe.export.targets, copying))
-    return rows, [f"{name}: {reason}" for name, reason in reasons.items()]
-
-
-def check_targets(recipe: Recipe) -> None:
-    """Check that the solver fits the model's files, and the targets of the recipe hold its base.
-
-    Raises:
         GridError: a target cannot hold the grids, or not the integers that base.solver keep takes.
-        SourceError: base.solver does not fit the model, or a target needs another kind of file.
+        SourceError: base.solver does not fit the model, a target needs another kind of file, or the
+            model's files cannot be read.
     """
-    _reasons(recipe, _facts(recipe)[1])
-
-
-def _facts(recipe: Recipe) -> tuple[dict[Grid, str], ModelFacts]:
-    """The grids of the base and what they are for, and all that is known of it."""
-    location, keeps = fetch(recipe.model.source), recipe.base.solver == "keep"
-    if keeps and location.holds_floats and not location.gguf_file and not recipe.model.encodings:
+    model, location = recipe.model, fetch(recipe.model.source)
+    keeps = recipe.base.solver == "keep"
+    if keeps and location.holds_floats and not location.gguf_file and not model.encodings:
         raise SourceError(
-            f"base.solver keep: model {recipe.model.source!r} has no integers to keep; use another "
+            f"base.solver keep: model {model.source!r} has no integers to keep; use another "
             "solver, or set model.encodings"
         )
     if not keeps and not location.holds_floats:
         raise SourceError(
-            f"model {recipe.model.source!r} is already quantized; use base.solver: keep to take "
-            "its integers unchanged"
+            f"model {model.source!r} is already quantized; use base.solver: keep to take its "
+            "integers unchanged"
         )
     grids = kept_grids(recipe) if keeps else recipe.base.grids()
-    return grids, ModelFacts(grids=list(grids), source=location.path, keeps=keeps)
-
-
-def _reasons(recipe: Recipe, facts: ModelFacts) -> dict[str, str]:
-    """Why each target cannot hold the base, of those that cannot; see `check_targets`."""
-    refused = {name: refusals(target, facts) for name, target in TARGETS.items()}
-    reasons = {name: "; ".join(found) for name, found in refused.items() if found}
-    asked = [name for name in recipe.export.targets if name in reasons]
+    facts = ModelFacts(grids=list(grids), source=location.path, keeps=keeps)
+    refused = {name: "; ".join(refusals(target, facts)) for name, target in TARGETS.items()}
+    asked = [name for name in recipe.export.targets if refused[name]]
     for name in asked:
         if refusals(TARGETS[name], replace(facts, grids=())):
             raise SourceError(
-                f"export.targets: {name}: {reasons[name]}, and {recipe.model.source!r} is not one. "
+                f"export.targets: {name}: {refused[name]}, and {model.source!r} is not one. "
                 f"Remove {name}, or set model.source to such a file"
             )
     if asked:
         raise GridError(
-            f"export.targets: {'; '.join(f'{name} cannot hold {reasons[name]}' for name in asked)}"
+            f"export.targets: {'; '.join(f'{name} cannot hold {refused[name]}' for name in asked)}"
             ". Remove the target, or quantize the model anew"
         )
-    return reasons
+    copying = [name for name, target in TARGETS.items() if is_copied(target, facts)]
+    rows = list(table_rows(grids, TARGETS, recipe.export.targets, copying))
+    return rows, [f"{name}: {reason}" for name, reason in refused.items() if reason]
 
 
 def second_rounding(recipe: Recipe) -> str | None:
@@ -99,14 +80,14 @@ def second_rounding(recipe: Recipe) -> str | None:
         kinds = {tensor.kind for tensor in GgufFile(location.path).tensors.values()}
         if not (integers := sorted(kinds - FLOATS.keys())):
             return None
-        what, remedy = f"holds integers ({', '.join(integers)})", "set base.solver: keep"
+        problem, remedy = f"holds integers ({', '.join(integers)})", "set base.solver: keep"
     elif _lies_on_grid(recipe, location.path):
-        what = "holds weights that were rounded to integers before"
+        problem = "holds weights that were rounded to integers before"
         remedy = "set model.encodings to their encodings, and base.solver: keep"
     else:
         return None
     return (
-        f"{recipe.model.source} {what}; base.solver: {solver} rounds them a second time, to "
+        f"{recipe.model.source} {problem}; base.solver: {solver} rounds them a second time, to "
         f"another grid. To keep them, {remedy}"
     )
 
@@ -147,11 +128,10 @@ def kept_grids(recipe: Recipe) -> dict[Grid, str]:
 
     lazy = LazyModel(model_files(recipe.model))
     embedding = lazy.model.get_input_embeddings()
-    found: dict[Grid, str] = {}
+    grids: dict[Grid, str] = {}
     for name, stored in lazy.stored.items():
         tensor = lazy.checkpoint.read(stored)
         if isinstance(tensor, QuantizedTensor):
-            path = name.rpartition(".")[0]
-            of_embedding = lazy.model.get_submodule(path) is embedding
-            found.setdefault(Grid(tensor.encoding.scheme, None, of_embedding), name)
-    return found
+            of_embedding = lazy.model.get_submodule(name.rpartition(".")[0]) is embedding
+            grids.setdefault(Grid(tensor.encoding.scheme, None, of_embedding), name)
+    return grids

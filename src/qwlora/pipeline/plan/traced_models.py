@@ -30,7 +30,7 @@ from qwlora.adapter.attach import attach
 from qwlora.adapter.training_step import lean_steps
 from qwlora.errors import CaptureError, QwloraError
 from qwlora.formats.meta_model import build_model
-from qwlora.formats.model_source import fetch, load_config
+from qwlora.formats.model_source import load_config
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.replace import place_empty_, tie_weights_
@@ -38,7 +38,6 @@ from qwlora.quantize.layer_rules import plan_layers
 from qwlora.quantize.quantize_blocks import tensors_by_block
 from qwlora.recipe import Adapter, Recipe
 
-_device = torch.ops.prim.device.default
 _KEPT_SCHEME = "w4-block32"  # of integers that the model's files hold, whose grid is in their data
 
 
@@ -69,30 +68,25 @@ class _Counting(TorchDispatchMode):
         super().__init__()
         self.run = TracedRun()
         self._alive: dict[int, int] = {}  # bytes of storages that exist
-        self._bytes = 0  # of all of them
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func is _device:
-            return func(*args, **(kwargs or {}))
-        known = {id(t.untyped_storage()) for t in _tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        made = _tensors(result)
-        new = [t for t in made if id(t.untyped_storage()) not in known]
+        if func is torch.ops.prim.device.default:
+            return result
+        known = {id(t.untyped_storage()) for t in _tensors((args, kwargs))}
+        results = _tensors(result)
+        new = [t for t in results if id(t.untyped_storage()) not in known]
         self.run.operators += 1
         if new or func._schema.is_mutable:  # else a view, perhaps of a weight
-            self.run.outputs += sum(t.nbytes for t in made)
+            self.run.outputs += sum(t.nbytes for t in results)
         for storage in (tensor.untyped_storage() for tensor in new):
             if id(storage) not in self._alive:
                 self._alive[id(storage)] = storage.nbytes()
-                self._bytes += storage.nbytes()
-                self.run.peak = max(self.run.peak, self._bytes)
-                weakref.finalize(storage, self._release, id(storage))
+                self.run.peak = max(self.run.peak, sum(self._alive.values()))
+                weakref.finalize(storage, self._alive.pop, id(storage), None)
         return result
-
-    def _release(self, key: int) -> None:
-        self._bytes -= self._alive.pop(key, 0)
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -150,7 +144,7 @@ class TracedModels:
         return sum(p.numel() for p in self.model.parameters())
 
     @cached_property
-    def _layers(self) -> list[PackedLayer]:
+    def packed_layers(self) -> list[PackedLayer]:
         """All packed layers; tied ones once."""
         layers = [module for module in self.base.modules() if isinstance(module, PackedLayer)]
         return [layer for layer in layers if not layer.is_tied]
@@ -158,18 +152,12 @@ class TracedModels:
     @cached_property
     def packed_bytes(self) -> int:
         """Bytes of all packed layers: codes, scales and offsets."""
-        return sum(layer.tensor.nbytes for layer in self._layers)
+        return sum(layer.tensor.nbytes for layer in self.packed_layers)
 
     @cached_property
     def packed_weights(self) -> int:
         """Weights of all packed layers."""
-        return sum(math.prod(layer.tensor.shape) for layer in self._layers)
-
-    @cached_property
-    def scales(self) -> int:
-        """Scales of all packed layers."""
-        shapes = (layer.scheme.scale_shape(tuple(layer.tensor.shape)) for layer in self._layers)
-        return sum(map(math.prod, shapes))
+        return sum(math.prod(layer.tensor.shape) for layer in self.packed_layers)
 
     @property
     def float_values(self) -> int:
@@ -182,13 +170,12 @@ class TracedModels:
         blocks = []
         for names in tensors_by_block(self.model, self.schemes).values():
             modules = [self.model.get_submodule(name.rpartition(".")[0]) for name in names]
+            linear = [m for m in modules if isinstance(m, nn.Linear | Conv1D)]
+            shapes = [(m.weight.shape[1], m.weight.shape[0]) for m in linear]
             blocks.append(
                 [
-                    (m.weight.shape[0], m.weight.shape[1])
-                    if isinstance(m, Conv1D)
-                    else (m.weight.shape[1], m.weight.shape[0])
-                    for m in modules
-                    if isinstance(m, nn.Linear | Conv1D)
+                    s[::-1] if isinstance(m, Conv1D) else s
+                    for m, s in zip(linear, shapes, strict=True)
                 ]
             )
         return blocks
@@ -200,11 +187,6 @@ class TracedModels:
         embedding: Any = self.model.get_input_embeddings()
         shape = (embedding if head is None else head).weight.shape
         return int(shape[0]), int(shape[-1])
-
-    @property
-    def is_gguf(self) -> bool:
-        """Whether the model comes from a GGUF file."""
-        return fetch(self.recipe.model.source).gguf_file is not None
 
     def trained_values(self, adapter: Adapter) -> int:
         """Trainable parameters of an adapter."""

@@ -1,34 +1,36 @@
 """The results of a job (docs/results.md), and the files that show them to people: results.json,
 report.html and the model cards.
 
-Nothing reads these files back. What a run leaves for the next command, besides the records of its
-stages, is in `.qwlora/status.json`, with a checksum.
+Nothing reads these files back: `read_job` collects the results from the records of the stages. What
+a run leaves for the next command besides these is in `.qwlora/status.json`, with a checksum.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwlora.errors import QwloraWarning
+from qwlora.errors import DirectoryError, QwloraWarning
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.output_path import as_directory_errors
 from qwlora.pipeline.job.stage_records import Record, read_record
 from qwlora.pipeline.plan.stage import Stage
+from qwlora.pipeline.plan.stale_stages import JobState, job_recipe, run_line, upstream
 from qwlora.pipeline.results.model_cards import write_cards
 from qwlora.recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml
-from qwlora.report.page import render
-from qwlora.report.results_view import Job
+from qwlora.report.page import render, render_comparison
+from qwlora.report.results_view import BASE, Job
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 
 RESULTS_FORMAT = 1
 REPORT, STATUS = "report.html", "status.json"
 TIMING = "timing"  # of one stage, in its record; `stages` and `sizes` in results.json
+PAGE_MARK = '<meta name="generator" content="QWLoRA">'
 
 
 def collect_results(
@@ -132,3 +134,64 @@ def last_status(folder: Path) -> dict[str, Any]:
     """The status that the last run wrote; empty if there is none, or it is damaged."""
     record = read_record(folder / ".qwlora" / STATUS, "run")
     return {} if record is None else record.results
+
+
+def read_job(folder: Path) -> Job:
+    """A job as it is now: the results of the stages that are current, by the rules of `run`.
+
+    Raises:
+        DirectoryError: the folder is not a job directory, or nothing has run in it.
+        RecipeError: its recipe is not valid.
+        SourceError: the recipe's model or text is not there any more.
+    """
+    recipe, status = job_recipe(folder), last_status(folder)
+    if not Directory.read(folder).records and not status:
+        raise DirectoryError(
+            f"{str(folder)!r} has no results yet. Run the job first: `{run_line(folder)}`"
+        )
+    state = JobState(folder, recipe)
+    plan, directory = state.plan, state.directory
+    results = collect_results(directory, state.recipe, plan, state.stale())
+    merge_results(results, status)
+    run = results.setdefault("run", {})
+    keys = {name: record.key for name, record in directory.records.items()}
+    is_outdated = any(keys.get(stage.name) != stage.key for stage in plan)
+    if run.setdefault("state", "finished") == "finished" and is_outdated:
+        run["state"] = "incomplete"
+    changed = dict[tuple[str, str], str]()  # why files are no longer those that were checked
+    for stage in plan:
+        if stage.verb == "verify" and stage.name in keys:
+            _, target, *adapter = stage.name.split("/")
+            recorded = [needed.name for needed in upstream(plan, stage.name) if needed.name in keys]
+            reasons = filter(None, (directory.problem(name, None) for name in recorded))
+            if (reason := next(reasons, None)) is not None:
+                changed[target, adapter[0] if adapter else BASE] = reason
+    return job_of(folder, state.recipe, results, changed)
+
+
+def rebuild_reports(folders: Sequence[Path], page: Path | None = None) -> list[Path]:
+    """Write the report of each job, and for several jobs the page that compares them.
+
+    Args:
+        page: the page that compares; needed for several jobs. It replaces an older one.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        DirectoryError, RecipeError, SourceError: see `read_job`; or a file cannot be written.
+    """
+    if page is not None and page.exists():
+        with page.open(encoding="utf-8", errors="replace") as file:
+            if PAGE_MARK not in file.read(2000):
+                raise DirectoryError(
+                    f"{str(page)!r} exists and is not a page of qwlora. Give another --out"
+                )
+    jobs = [read_job(folder) for folder in folders]
+    pages = [(folder / REPORT, render(job)) for folder, job in zip(folders, jobs, strict=True)]
+    if page is not None:
+        pages.append((page, render_comparison(jobs)))
+    for path, text in pages:
+        with as_directory_errors(path.parent):
+            write_text(path, text)
+    return [path for path, _ in pages]

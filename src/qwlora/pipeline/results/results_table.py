@@ -1,50 +1,22 @@
-"""The results table that is printed at the end of a run."""
+"""What the console shows of a job: the results table at the end of a run, and one adapter."""
 
 from __future__ import annotations
 
+import json
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
-from qwlora.errors import size
+from qwlora.errors import DirectoryError, size, suggestion
 from qwlora.export.proof.checks import Check, shown
-
-
-def print_summary(results: dict[str, Any], console: Console) -> None:
-    """Print perplexity, sizes, times and parity, as far as they were measured."""
-    table = Table(
-        title=f"{results['recipe']}",
-        show_header=False,
-        title_justify="left",
-        box=None,
-        pad_edge=False,
-    )
-    for row in result_rows(results):
-        table.add_row(*row)
-    console.print()
-    console.print(table)
-
-
-def closing_lines(out: Path) -> list[str]:
-    """The last lines of a run: the report's verdict, where the report is, and what to do next."""
-    from qwlora.pipeline.results.job_report import read_job
-    from qwlora.pipeline.results.results import REPORT
-    from qwlora.report.verdict import verdict
-
-    job = read_job(out)
-    found = verdict(job)
-    lines = [f"verdict  {found.kind.label}. {found.sentence}", f"report   {out / REPORT}"]
-    if job.state == "incomplete":
-        command = ["qwlora", "run", str(out / "recipe.yaml"), "--out", str(out)]
-        lines.append(f"next     {shlex.join(command)}")
-    elif job.state == "finished":
-        lines.append(f"next     {shlex.join(['qwlora', 'generate', str(out), 'a prompt'])}")
-    return lines
-
+from qwlora.pipeline.plan.stale_stages import run_line
+from qwlora.pipeline.results.results import REPORT, read_job
+from qwlora.report.verdict import verdict
 
 Row = tuple[str, str]
 
@@ -54,6 +26,30 @@ _KINDS = (
     ("adapted", "after adapter"),
     ("simulated", "simulated, adapter"),
 )
+_BARS, _WIDTH = "▁▂▃▄▅▆▇█", 60  # of a sparkline
+
+
+def print_summary(results: dict[str, Any], console: Console) -> None:
+    """Print perplexity, sizes, times and parity, as far as they were measured."""
+    table = Table(
+        title=results["recipe"], show_header=False, title_justify="left", box=None, pad_edge=False
+    )
+    for row in result_rows(results):
+        table.add_row(*row)
+    console.print()
+    console.print(table)
+
+
+def closing_lines(out: Path) -> list[str]:
+    """The last lines of a run: the report's verdict, where the report is, and what to do next."""
+    job = read_job(out)
+    ruling = verdict(job)
+    lines = [f"verdict  {ruling.kind.label}. {ruling.sentence}", f"report   {out / REPORT}"]
+    if job.state == "incomplete":
+        lines.append(f"next     {run_line(out)}")
+    elif job.state == "finished":
+        lines.append(f"next     {shlex.join(['qwlora', 'generate', str(out), 'a prompt'])}")
+    return lines
 
 
 def result_rows(results: dict[str, Any]) -> Iterator[Row]:
@@ -70,8 +66,8 @@ def result_rows(results: dict[str, Any]) -> Iterator[Row]:
     for text, measured in perplexity.get("on", {}).items():
         models = {kind: measured[kind] for kind in ("float", "base") if kind in measured}
         values = (models | measured.get("adapted", {})).items()
-        found = ", ".join(f"{model} {value:.3f}" for model, value in values)
-        yield f"perplexity on the text of {text}", found
+        shown_values = ", ".join(f"{model} {value:.3f}" for model, value in values)
+        yield f"perplexity on the text of {text}", shown_values
     yield from _divergence_rows(results)
     if base := results.get("base"):
         yield (
@@ -92,21 +88,18 @@ def result_rows(results: dict[str, Any]) -> Iterator[Row]:
     for target, adapters in results.get("export", {}).items():
         for name, export in adapters.items():
             yield f"size, {target} {name}", size(export["bytes"])
-    parities = [
-        (f"{target} {name}", parity)
-        for target, adapters in results.get("parity", {}).items()
-        for name, parity in adapters.items()
-    ]
-    for name, parity in parities:
-        if "not_run" not in parity:
-            yield from _parity_rows(name, parity)
-    for name, parity in parities:
-        verdict = "PASS"
-        if "not_run" in parity:
-            verdict = f"written, not run: {parity['not_run']}"
-        elif problems := parity.get("problems"):
-            verdict = f"FAIL: {'; '.join(problems)}"
-        yield f"verdict, {name}", verdict
+    verdicts = list[Row]()
+    for target, adapters in results.get("parity", {}).items():
+        for name, parity in adapters.items():
+            outcome = "PASS"
+            if "not_run" in parity:
+                outcome = f"written, not run: {parity['not_run']}"
+            else:
+                yield from _parity_rows(f"{target} {name}", parity)
+                if problems := parity.get("problems"):
+                    outcome = f"FAIL: {'; '.join(problems)}"
+            verdicts.append((f"verdict, {target} {name}", outcome))
+    yield from verdicts
     seconds = {verb: stage["seconds"] for verb, stage in results["stages"].items()}
     parts = ", ".join(f"{verb} {s:.0f}" for verb, s in seconds.items())
     yield "seconds", f"{parts}; total {sum(seconds.values()):.0f}"
@@ -175,3 +168,73 @@ def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any])
             f"{name} did not learn: its loss went from {start:.3f} to {end:.3f} (means of {part} "
             "steps). Try a lower learning_rate, or more steps",
         )
+
+
+def adapter_card(folder: Path, name: str) -> dict[str, Any]:
+    """The parts of a job's results that concern an adapter, and the bytes of its weights.
+
+    Raises:
+        DirectoryError, RecipeError, SourceError: see `read_job`; or there is no such adapter.
+    """
+    results = read_job(folder).results
+    train = results.get("train", {})
+    if name not in train:
+        raise DirectoryError(
+            f"{str(folder)!r} has no trained adapter {name!r}{suggestion(name, list(train))}"
+        )
+    perplexity = results.get("perplexity", {})
+    weights = folder / "adapters" / name / "adapter_model.safetensors"
+    return {
+        "name": name,
+        "base": results.get("base", {}).get("fingerprint"),
+        "train": train[name],
+        "data": results.get("texts", {}).get(name, results.get("data")),
+        "perplexity": {
+            **{k: perplexity[k] for k in ("float", "base") if k in perplexity},
+            **{
+                kind: perplexity[kind][name]
+                for kind in ("adapted", "simulated")
+                if name in perplexity.get(kind, {})
+            },
+        },
+        "on": {
+            text: measured["adapted"][name]
+            for text, measured in perplexity.get("on", {}).items()
+            if name in measured.get("adapted", {})
+        },
+        "bytes": weights.stat().st_size if weights.is_file() else None,
+    }
+
+
+def card_lines(card: dict[str, Any]) -> list[str]:
+    """The card as text."""
+    train = card["train"]
+    rows: list[Row] = [("base", (card["base"] or "unknown")[:16])]
+    rows += [
+        (key, json.dumps(value) if isinstance(value, dict | list) else str(value))
+        for key, value in train.get("settings", {}).items()
+    ]
+    if card["data"]:
+        counts = card["data"]["train"]
+        rows.append(
+            ("text", f"{counts['documents']:,} documents, {counts['tokens']:,} tokens to train on")
+        )
+    rows.append(("steps", f"{train['steps']}, {train['step_seconds']:.2f} s each"))
+    if losses := train.get("losses"):
+        rows.append(("loss", f"{losses[0]:.3f} to {losses[-1]:.3f}  {sparkline(losses)}"))
+    rows += [(f"perplexity, {kind}", f"{v:.3f}") for kind, v in card["perplexity"].items()]
+    rows += [(f"on the text of {text}", f"{value:.3f}") for text, value in card["on"].items()]
+    weights = "" if card["bytes"] is None else f", {size(card['bytes'])}"
+    rows.append(("size", f"{train['trainable_parameters']:,} parameters{weights}"))
+    width = max(len(key) for key, _ in rows)
+    return [card["name"], *(f"  {key:{width}}  {value}" for key, value in rows)]
+
+
+def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
+    """The course of `values` as one line of block characters, at most `width` of them."""
+    groups = min(width, len(values))
+    ends = [len(values) * i // groups for i in range(groups + 1)]
+    means = [sum(values[start:end]) / (end - start) for start, end in pairwise(ends)]
+    low, high = min(means), max(means)
+    top = len(_BARS) - 1
+    return "".join(_BARS[round((m - low) / (high - low) * top) if high > low else 0] for m in means)

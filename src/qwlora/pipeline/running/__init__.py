@@ -1,1 +1,38 @@
 """One run: the models that stages share, the stages in order, and what a run says."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qwlora.system.compute_precision import SlowComputeWarning
+from qwlora.system.progress import Track
+
+if TYPE_CHECKING:
+    from qwlora.pipeline.plan.stage import JobTexts
+    from qwlora.pipeline.running.loaded_models import JobContext
+    from qwlora.recipe import Recipe
+
+
+def new_context(recipe: Recipe, texts: JobTexts, out: Path, track: Track) -> JobContext:
+    """Make a job's context. Imports torch and transformers, and keeps them quiet."""
+    quiet_libraries()
+    from qwlora.pipeline.running.loaded_models import JobContext
+
+    return JobContext(recipe, texts, out, track)
+
+
+def quiet_libraries() -> None:
+    """Silence progress bars, notices and deprecation warnings of other libraries."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    for category in (FutureWarning, DeprecationWarning, SlowComputeWarning):
+        warnings.filterwarnings("ignore", category=category)  # preflight reports the last one
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    for name in ("torch.onnx", "torch.onnx._internal.exporter._registration", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)

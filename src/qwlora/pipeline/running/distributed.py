@@ -51,9 +51,7 @@ def wait_for_others() -> None:
 
 
 def announced_stages() -> Iterator[str]:
-    """Called by all other processes: yield each stage to join, until the first process is
-    finished.
-    """
+    """Called by all other processes: yield each stage to join, until the first is finished."""
     while (name := _broadcast(None)) is not None:
         atexit.register(_exit)
         yield name

@@ -84,17 +84,14 @@ class JobStatus:
         try:
             yield
         except (KeyboardInterrupt, Exception) as error:
-            state = "interrupted"
             if isinstance(error, Exception):
-                state = "failed"
                 self._extra = {"error": described_error(error, self._run["stage"])}
             if isinstance(error, VerificationError):  # what was measured is a part of the results
                 self._extra |= error.results or {}
-            results: dict[str, Any] | None = None
             with contextlib.suppress(Exception):  # the first error is the one to report
-                results = self.write(state)
-            if isinstance(error, VerificationError):
-                error.results = results or error.results
+                results = self.write("failed" if self._extra else "interrupted")
+                if isinstance(error, VerificationError):
+                    error.results = results
             raise
 
     def write(self, state: str) -> dict[str, Any]:
@@ -131,8 +128,7 @@ class JobStatus:
 
 def described_error(error: BaseException, stage: str) -> dict[str, Any]:
     """The key `error` of results.json, without paths of the working and home folders."""
-    name = type(error).__name__
-    message = str(error) or name
+    message = str(error) or type(error).__name__
     for folder, short in ((str(Path.cwd()), "."), (str(Path.home()), "~")):
         if len(folder) > 1:
             message = message.replace(folder, short)
@@ -145,7 +141,8 @@ def described_error(error: BaseException, stage: str) -> dict[str, Any]:
     else:
         remedy = "This may be a bug: run the command again with --debug and report the traceback."
     again = "Then run the same command. Finished stages are not repeated."
-    described = {"class": name, "message": message, "stage": stage, "remedy": [remedy, again]}
+    described: dict[str, Any] = {"class": type(error).__name__, "message": message, "stage": stage}
+    described["remedy"] = [remedy, again]
     if isinstance(error, QwloraError):
         known = next(c for c in type(error).__mro__ if c.__module__ == QwloraError.__module__)
         described["docs"] = f"docs/errors/{known.__name__}.md"

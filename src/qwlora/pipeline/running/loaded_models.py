@@ -1,4 +1,4 @@
-"""State that the stages of one process share: data, models and the simulation.
+"""State that the stages of one process share: data, models and simulations.
 
 Each is loaded on first use. Large ones are released as soon as another one replaces them.
 """
@@ -18,11 +18,21 @@ from accelerate import init_empty_weights
 from torch import Tensor, nn
 
 from qwlora.adapter.adapter_folder import adapter_folder, check_adapter, load_adapter, reading
-from qwlora.adapter.attach import attach, attach_existing, without_dropout_
+from qwlora.adapter.attach import (
+    LoraShape,
+    attach,
+    attach_existing,
+    check_existing,
+    check_shape,
+    without_dropout_,
+)
 from qwlora.data import Documents, Prepared, prepare
 from qwlora.data.prepared_data import describe
 from qwlora.data.sequences import Sequences
 from qwlora.errors import SourceError
+from qwlora.export.canonical_adapter import read_canonical
+from qwlora.export.npu.use_case_adapters import peft_names, use_case_model
+from qwlora.export.target import members
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_files import read_record
 from qwlora.formats.base_folder import load_base
@@ -31,17 +41,17 @@ from qwlora.formats.meta_model import build_model
 from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
 from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme
-from qwlora.pipeline.job.job_paths import ADAPTER, BASE_SIMULATION
-from qwlora.pipeline.job.job_texts import JobTexts
+from qwlora.pipeline.plan.stage import ADAPTER, BASE_SIMULATION, USE_CASES, ZERO_ADAPTER, JobTexts
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.base_section import Model
+from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
 from qwlora.simulation.load_simulation import restore
 from qwlora.simulation.placement import Placement, place, refuse_ineffective_rules
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
 from qwlora.simulation.training_graph import TrainingGraph
-from qwlora.system.parameter_names import parameter_name
+from qwlora.system.parameter_names import canonical_name, is_factor_name, parameter_name
 from qwlora.system.progress import Track, one_step, untracked
 
 if TYPE_CHECKING:
@@ -105,24 +115,28 @@ def _alternating(texts: Sequence[Tensor]) -> Iterator[Tensor]:
 
 
 class JobContext:
-    """Lazily loaded inputs of the stages of one job directory."""
+    """Lazily loaded inputs of the stages of one job directory.
+
+    Attributes:
+        whole_because: why the weights cannot be read tensor by tensor; set by `lazy`.
+        on_training: called after each training step with a function that describes the progress.
+    """
 
     def __init__(self, recipe: Recipe, texts: JobTexts, path: Path, track: Track):
         self.recipe, self.texts, self.path, self.track = recipe, texts, path, track
         self._prepared: dict[Data, PreparedText] = {}
         self._float_model: PreTrainedModel | None = None
         self._simulation: tuple[str, Simulation] | None = None
-        self.use_cases: dict[str, Simulation] | None = None  # see common_simulations.py
-        self.zero_adapter: Simulation | None = None  # see common_simulations.py
+        self._zero_adapter: Simulation | None = None
         self._rules_are_checked = False
-        # Why the weights cannot be read tensor by tensor; set by `lazy`.
         self.whole_because: str | None = None
-        # Called after each training step with a function that describes the progress.
         self.on_training: Callable[[Callable[[], dict[str, Any]]], None] = lambda progress: None
 
     def step(self, description: str) -> AbstractContextManager[None]:
         """Report the block as one step of a stage."""
         return one_step(self.track, description)
+
+    # Texts
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
@@ -152,12 +166,12 @@ class JobContext:
 
     def all_texts(self) -> dict[str, PreparedText]:
         """All texts of the job: the base's under the name `base`, those of adapters by name."""
-        recipe, found = self.recipe, dict[Data, str]()
+        recipe, names = self.recipe, dict[Data, str]()
         for adapter in (*recipe.base.calibrate_on, *recipe.texts()):
-            found.setdefault(recipe.data_of(adapter), adapter)
+            names.setdefault(recipe.data_of(adapter), adapter)
         if recipe.data.source is not None:
-            found.setdefault(recipe.data, "base")
-        return {name: self.prepared(data) for data, name in found.items()}
+            names.setdefault(recipe.data, "base")
+        return {name: self.prepared(data) for data, name in names.items()}
 
     def base_calibration_ids(self, count: int) -> Tensor:
         """Token ids that the base is calibrated on: int64 [count, tokens], fewer if there are not
@@ -177,30 +191,22 @@ class JobContext:
         else:
             rows = self.base_calibration_ids(self.recipe.data.calibration_sequences)
         return {
-            "batches": [
-                {"input_ids": row[None], "attention_mask": row[None].new_ones(1, len(row))}
-                for row in rows
-            ],
+            "batches": [one_row(row) for row in rows],
             "track": self.track,
             "tokens": self.recipe.simulation.calibration_tokens,
         }
 
-    @property
-    def allow_unseen(self) -> bool:
-        """Whether a value that no calibration data reached stays float."""
-        return self.recipe.simulation.unseen == "float"
-
-    def calibrate(self, simulation: Simulation, *adapters: str) -> CalibrationReport:
-        """Calibrate a simulation, see `calibration`."""
-        return simulation.calibrate(**self.calibration(*adapters), allow_unseen=self.allow_unseen)
-
     def sample(self, adapter: str) -> dict[str, Tensor]:
         """A batch of one held-out sequence: golden inputs, and the shapes of fixed graphs."""
-        ids = self.text(adapter).data.held_out.input_ids[:1]
+        return one_row(self.text(adapter).data.held_out.input_ids[0])
+
+    @property
+    def example_inputs(self) -> dict[str, Tensor]:
+        """Example inputs for capturing a graph."""
+        ids = self.base_calibration_ids(1)[:, :16].repeat(2, 1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
-    def adapter(self, name: str) -> Adapter:
-        return next(a for a in self.recipe.adapters if a.name == name)
+    # Models
 
     def float_model(self) -> PreTrainedModel:
         """The model before step 1; kept in memory until `take_float_model` or `base`."""
@@ -209,6 +215,16 @@ class JobContext:
             with self.step("loading the model"):
                 self._float_model = load_model(model.source, model.trust_remote_code)
         return self._float_model
+
+    def take_float_model(self) -> PreTrainedModel:
+        """The float model, for a caller that modifies it; the context forgets it."""
+        model, self._float_model = self.float_model(), None
+        return model
+
+    @property
+    def holds_float_model(self) -> bool:
+        """Whether the float model is in memory."""
+        return self._float_model is not None
 
     @cached_property
     def lazy(self) -> LazyModel | None:
@@ -234,16 +250,6 @@ class JobContext:
         config = None if self._float_model is None else self._float_model.config
         return skeleton(self.recipe.model, config)
 
-    @property
-    def holds_float_model(self) -> bool:
-        """Whether the float model is in memory."""
-        return self._float_model is not None
-
-    def take_float_model(self) -> PreTrainedModel:
-        """The float model, for a caller that modifies it; the context forgets it."""
-        model, self._float_model = self.float_model(), None
-        return model
-
     @cached_property
     def packed_names(self) -> frozenset[str]:
         """Names of the tensors that the base on disk holds packed."""
@@ -251,8 +257,7 @@ class JobContext:
 
     @property
     def base_fingerprint(self) -> str:
-        fingerprint: str = read_record(self.path / "base")["fingerprint"]
-        return fingerprint
+        return str(read_record(self.path / "base")["fingerprint"])
 
     def base(self) -> PreTrainedModel:
         """A fresh copy of the frozen base."""
@@ -266,6 +271,10 @@ class JobContext:
         model.name_or_path = ""  # PEFT would write the folder into every adapter
         return model
 
+    def adapter(self, name: str) -> Adapter:
+        """The recipe's section of an adapter."""
+        return next(a for a in self.recipe.adapters if a.name == name)
+
     def imported(self, name: str) -> PeftModel:
         """The float model with the adapter that adapter `name` continues."""
         from peft import PeftModel
@@ -278,6 +287,29 @@ class JobContext:
     def adapted(self, name: str) -> PeftModel:
         """A fresh copy of the base with the trained adapter."""
         return load_adapter(self.base(), self.path / "adapters" / name).eval()
+
+    def with_adapters(self, *names: str) -> PeftModel:
+        """A fresh copy of the base with trained adapters, the first of them active."""
+        model = self.adapted(names[0])
+        for number, name in enumerate(names[1:], 1):
+            folder = self.path / "adapters" / name
+            check_adapter(folder, self.base_fingerprint)
+            with reading(folder, model):
+                model.load_adapter(str(folder), adapter_name=f"{number}")
+        return model.eval()
+
+    def untrained(self, adapter: Adapter) -> PeftModel:
+        """A fresh copy of the base with a new adapter, or with the one that this one continues."""
+        base, seed, first = self.base(), self.recipe.seed, self.recipe.predecessor(adapter)
+        source = str(self.path / "adapters" / first.name) if first else adapter.continue_from
+        if source is None:
+            return attach(base, adapter.lora_shape(), seed)
+        model = attach_existing(base, source, adapter.unknown_base, seed)
+        if self.recipe.workflow == "qwa-lora" and adapter.steps:
+            without_dropout_(model)
+        return model
+
+    # Simulations
 
     @property
     def schemes(self) -> Schemes:
@@ -297,20 +329,18 @@ class JobContext:
         )
 
     @property
-    def example_inputs(self) -> dict[str, Tensor]:
-        """Example inputs for capturing a graph."""
-        ids = self.base_calibration_ids(1)[:, :16].repeat(2, 1)
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    def allow_unseen(self) -> bool:
+        """Whether a value that no calibration data reached stays float."""
+        return self.recipe.simulation.unseen == "float"
 
-    def with_adapters(self, *names: str) -> PeftModel:
-        """A fresh copy of the base with trained adapters, the first of them active."""
-        model = self.adapted(names[0])
-        for number, name in enumerate(names[1:], 1):
-            folder = self.path / "adapters" / name
-            check_adapter(folder, self.base_fingerprint)
-            with reading(folder, model):
-                model.load_adapter(str(folder), adapter_name=f"{number}")
-        return model.eval()
+    def simulate(self, model: nn.Module) -> Simulation:
+        """Capture a model as a simulation that is not calibrated yet."""
+        with self.step("capturing the graph"):
+            return simulate(model, self.example_inputs, self.schemes)
+
+    def calibrate(self, simulation: Simulation, *adapters: str) -> CalibrationReport:
+        """Calibrate a simulation, see `calibration`."""
+        return simulation.calibrate(**self.calibration(*adapters), allow_unseen=self.allow_unseen)
 
     def new_simulation(self, name: str, model: PeftModel | None = None) -> Simulation:
         """Capture base and adapter as a simulation that is not calibrated yet.
@@ -321,15 +351,84 @@ class JobContext:
         Args:
             model: the base with the adapter. Default: a fresh copy of both.
         """
-        self._simulation = self.zero_adapter = None
-        model = model or self.with_adapters(name)
-        with self.step("capturing the graph"):
-            simulation = simulate(model, self.example_inputs, self.schemes)
+        self._simulation = self._zero_adapter = None
+        simulation = self.simulate(model or self.with_adapters(name))
         self.check_rules(simulation.placement)
         if self.recipe.workflow == "qwa-lora":
             simulation.fix_encodings(load_activations(self.path / BASE_SIMULATION))
         self._simulation = (name, simulation)
         return simulation
+
+    def simulation(self, name: str) -> Simulation:
+        """The calibrated simulation of an adapter, captured again if it is not in memory."""
+        if self._simulation is None or self._simulation[0] != name:
+            folder = self.path / "simulation" / name
+            model = load_adapter(self.base(), folder / ADAPTER).eval()
+            simulation = self.new_simulation(name, model)
+            restore(simulation, folder, self.recipe.simulation.base_activations == "none")
+        assert self._simulation is not None
+        return self._simulation[1]
+
+    def new_zero_adapter(self) -> Simulation:
+        """Capture a zero adapter on every layer that an adapter of the job changes: what a runtime
+        that can switch adapters computes without one. Not calibrated yet."""
+        first, *others = self.recipe.adapters
+        layers = self._layers(first)
+        union = layers.union(*(self._layers(adapter) for adapter in others))
+        if union == layers:
+            model = self.untrained(first).eval()
+        else:
+            shape = LoraShape(first.rank, first.alpha, target_modules=sorted(union))
+            model = attach(self.base(), shape, self.recipe.seed).eval()
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if is_factor_name(canonical_name(name)):
+                    parameter.zero_()
+        self._zero_adapter = self.simulate(model)
+        return self._zero_adapter
+
+    def zero_adapter(self) -> Simulation:
+        """The calibrated zero adapter; kept until the next simulation is captured."""
+        if self._zero_adapter is None:
+            restore(self.new_zero_adapter(), self.path / ZERO_ADAPTER)
+        assert self._zero_adapter is not None
+        return self._zero_adapter
+
+    def _layers(self, adapter: Adapter) -> set[str]:
+        """Paths of the layers that an adapter changes."""
+        while (predecessor := self.recipe.predecessor(adapter)) is not None:
+            adapter = predecessor
+        if adapter.continue_from is None:
+            shapes = check_shape(self.skeleton(), adapter.lora_shape())
+        else:
+            shapes = check_existing(adapter.continue_from, adapter.unknown_base, self.skeleton())
+        return {canonical_name(name).partition(".lora_")[0] for name in shapes if ".lora_" in name}
+
+    def new_use_cases(self) -> AdapterSimulations:
+        """Capture all use cases and the zero adapter; not calibrated yet."""
+        recipe = self.recipe
+        adapters = {
+            name: read_canonical(self.path / "simulation" / name / ADAPTER)
+            for case in recipe.use_cases()
+            for name in members(case)
+        }
+        model = use_case_model(self.base(), adapters, recipe.use_cases())
+        shared = recipe.simulation.base_activations
+        return simulate_adapters(model, self.example_inputs, self.schemes, shared)
+
+    @cached_property
+    def use_cases(self) -> dict[str, Simulation]:
+        """The calibrated simulation of every use case by name, and of the zero adapter as `base`;
+        kept in memory."""
+        simulations, names = self.new_use_cases(), peft_names(self.recipe.use_cases())
+        for name, simulation in simulations.items():
+            restore(simulation, self.path / USE_CASES / name)
+        return {case: simulations[name] for case, name in {**names, BASE: BASE}.items()}
+
+    def training_graph(self, model: PeftModel) -> TrainingGraph:
+        """Base and adapter as one graph to train through, with calibrated base activations."""
+        simulation = self.simulate(model.eval())
+        return TrainingGraph(simulation, load_activations(self.path / BASE_SIMULATION))
 
     def check_rules(self, *placements: Placement) -> None:
         """Check once, before anything is trained, that every placement rule has an effect.
@@ -366,30 +465,7 @@ class JobContext:
         if self.recipe.workflow == "qwa-lora" or shares:
             yield self.base()
 
-    def untrained(self, adapter: Adapter) -> PeftModel:
-        """A fresh copy of the base with a new adapter, or with the one that this one continues."""
-        base, seed, first = self.base(), self.recipe.seed, self.recipe.predecessor(adapter)
-        source = str(self.path / "adapters" / first.name) if first else adapter.continue_from
-        if source is None:
-            return attach(base, adapter.lora_shape(), seed)
-        model = attach_existing(base, source, adapter.unknown_base, seed)
-        if self.recipe.workflow == "qwa-lora" and adapter.steps:
-            without_dropout_(model)
-        return model
 
-    def training_graph(self, model: PeftModel) -> TrainingGraph:
-        """Base and adapter as one graph to train through, with calibrated base activations."""
-        with self.step("capturing the graph"):
-            simulation = simulate(model.eval(), self.example_inputs, self.schemes)
-        return TrainingGraph(simulation, load_activations(self.path / BASE_SIMULATION))
-
-    def simulation(self, name: str) -> Simulation:
-        """The calibrated simulation, captured again if it is not in memory."""
-        if self._simulation is None or self._simulation[0] != name:
-            folder = self.path / "simulation" / name
-            simulation = self.new_simulation(
-                name, load_adapter(self.base(), folder / ADAPTER).eval()
-            )
-            restore(simulation, folder, self.recipe.simulation.base_activations == "none")
-        assert self._simulation is not None
-        return self._simulation[1]
+def one_row(ids: Tensor) -> dict[str, Tensor]:
+    """A batch of one sequence [tokens] without padding."""
+    return {"input_ids": ids[None], "attention_mask": ids[None].new_ones(1, len(ids))}

@@ -20,13 +20,11 @@ from qwlora.formats.card_mark import text_of
 from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.directory import Directory, RecipeChangedError
-from qwlora.pipeline.job.job_texts import JobTexts
 from qwlora.pipeline.job.output_path import as_directory_errors, check_outside_data
 from qwlora.pipeline.job.stage_records import Record, record_path
 from qwlora.pipeline.plan.plan import make_plan, resolve_compute
-from qwlora.pipeline.plan.replace_guard import check_kept, check_none_lost
-from qwlora.pipeline.plan.stage import VERBS, Stage
-from qwlora.pipeline.plan.stale_stages import check_needs, dependents, find_stale
+from qwlora.pipeline.plan.stage import VERBS, JobTexts, Stage
+from qwlora.pipeline.plan.stale_stages import check_kept, check_needs, dependents, find_stale
 from qwlora.pipeline.results.results import (
     TIMING,
     collect_results,
@@ -34,6 +32,7 @@ from qwlora.pipeline.results.results import (
     merge_results,
     write_results,
 )
+from qwlora.pipeline.running import new_context
 from qwlora.pipeline.running.distributed import (
     announce,
     announced_stages,
@@ -41,7 +40,6 @@ from qwlora.pipeline.running.distributed import (
     wait_for_others,
 )
 from qwlora.pipeline.running.job_status import JobStatus
-from qwlora.pipeline.running.new_context import new_context
 from qwlora.pipeline.stages import RUN
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.system.atomic import total_bytes
@@ -162,7 +160,6 @@ class _Run:
         waiting = self._waiting(asked)
         check_needs(self.plan, waiting, verbs, self.out, self.stale, command)
         if not replace:
-            check_none_lost(peek, self.recipe)
             check_kept(self.plan, waiting, peek, self.recipe, self.stale)
         if waiting and not peek.is_writable:
             first = waiting[0].name
@@ -186,7 +183,7 @@ class _Run:
             self._prepare(waiting, estimates=watch is not None)
         elif not (peek := self._peek()).is_writable:
             for stage in asked:
-                self.say(_skipped_line(stage))
+                self._say_skipped(stage)
             results = collect_results(peek, self.recipe, self.plan, self.stale)
             merge_results(results, last_status(self.out))
             return results
@@ -204,6 +201,9 @@ class _Run:
     def _waiting(self, asked: Sequence[Stage]) -> list[Stage]:
         return [s for s in asked if s.name in self.stale or s.name in self.always]
 
+    def _say_skipped(self, stage: Stage) -> None:
+        self.say(f"{stage.name}: skipped, nothing it depends on has changed")
+
     def _prepare(self, waiting: Sequence[Stage], estimates: bool) -> None:
         """All checks of text and model, which need no writing, and the estimate."""
         verbs = {stage.verb for stage in waiting}
@@ -212,18 +212,19 @@ class _Run:
         )
         for name, text in (prepared := self.context.all_texts()).items():
             self.say(summary(text.describe(), name if len(prepared) > 1 else None))
-        if estimates:
-            from qwlora.pipeline.plan.estimates import estimate, summary_line
+        if not estimates:
+            return
+        from qwlora.pipeline.plan.forecast import estimate
 
-            holds_float = self.context.holds_float_model
-            try:
-                found = estimate(self.recipe, waiting, self.out, self.track, holds_float)
-            except Exception as error:  # an estimate is no reason to stop a job
-                self.say(f"no estimate of memory: {described(error)}")
-            else:
-                self.say(summary_line(found))
-                for problem in found.problems:
-                    self.say(f"warning: {problem}")
+        holds_float = self.context.holds_float_model
+        try:
+            forecast = estimate(self.recipe, waiting, self.out, self.track, holds_float)
+        except Exception as error:  # an estimate is no reason to stop a job
+            self.say(f"no estimate of memory: {described(error)}")
+        else:
+            self.say(forecast.summary)
+            for problem in forecast.problems:
+                self.say(f"warning: {problem}")
 
     def _run_stages(
         self, directory: Directory, asked: Sequence[Stage], watch: Watch
@@ -239,7 +240,7 @@ class _Run:
         for stage in asked:
             if not self._waiting([stage]):
                 directory.drop_work(stage.name, stage.work_key)  # of a run killed at its end
-                self.say(_skipped_line(stage))
+                self._say_skipped(stage)
                 continue
             if stage.name in waiting:
                 watch(stage.name, 1 + waiting.index(stage.name), len(waiting))
@@ -250,21 +251,37 @@ class _Run:
 
     def _run_stage(self, directory: Directory, stage: Stage, status: JobStatus) -> float:
         """Run one stage, and mark those that read what it wrote; returns its seconds."""
-        reason = self.stale.get(stage.name, "has not run")
-        self.say(f"{stage.name} ...{'' if reason.startswith('has not run') else f' ({reason})'}")
-        follows = dependents(self.plan, stage.name)
-        if stage.name not in self.stale or stage.verb == "verify":
-            directory.drop(stage.name, *follows)  # an earlier success must not outlast a failure
-            self.stale.setdefault(stage.name, "is running")
-        status.begin(stage.name)
+        name, reason = stage.name, self.stale.get(stage.name, "has not run")
+        self.say(f"{name} ...{'' if reason.startswith('has not run') else f' ({reason})'}")
+        follows = dependents(self.plan, name)
+        if name not in self.stale or stage.verb == "verify":
+            directory.drop(name, *follows)  # an earlier success must not outlast a failure
+            self.stale.setdefault(name, "is running")
+        status.begin(name)
         if self.context is None:
             self.context = new_context(self.recipe, self.texts, self.out, self.track)
         self.context.on_training = status.train
-        seconds = _execute(directory, self.context, stage, follows)
-        for name in follows:
-            if not self.stale.get(name, "").startswith("has not run"):
-                self.stale[name] = f"reads {stage.name}, which ran again"
-        del self.stale[stage.name]
+        began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
+        gc.collect()
+        return_freed_memory()  # of the stages before
+        reset_peak_rss()
+        with as_directory_errors(directory.path), directory.scratch() as scratch:
+            if stage.verb == "train":
+                announce(name)
+            work = directory.work(name, stage.work_key)
+            results = RUN[stage.verb](self.context, stage, scratch, work)
+            wait_for_others()
+            seconds = time.perf_counter() - began
+            results[TIMING] = {"started": started, "peak_rss_bytes": peak_rss_bytes()}
+            if stage.artifact is not None:
+                results[TIMING]["bytes"] = total_bytes(scratch.rglob("*"))
+            record = Record(stage.key, seconds, results)
+            directory.commit(name, record, scratch, stage.artifact, follows)
+            directory.drop_work(name)
+        for other in follows:
+            if not self.stale.get(other, "").startswith("has not run"):
+                self.stale[other] = f"reads {name}, which ran again"
+        del self.stale[name]
         return seconds
 
 
@@ -276,33 +293,6 @@ def _join_stages(context: Any, plan: Sequence[Stage]) -> dict[str, Any]:
         work = Directory(context.path).work(name, stage.work_key)
         RUN[stage.verb](context, stage, work, work)  # only the first process writes an artifact
     return {}
-
-
-def _skipped_line(stage: Stage) -> str:
-    return f"{stage.name}: skipped, nothing it depends on has changed"
-
-
-def _execute(directory: Directory, context: Any, stage: Stage, follows: Collection[str]) -> float:
-    began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
-    gc.collect()
-    return_freed_memory()  # of the stages before
-    reset_peak_rss()
-    with as_directory_errors(directory.path), directory.scratch() as scratch:
-        if stage.verb == "train":
-            announce(stage.name)
-        results = RUN[stage.verb](
-            context, stage, scratch, directory.work(stage.name, stage.work_key)
-        )
-        wait_for_others()
-        seconds = time.perf_counter() - began
-        results[TIMING] = {"started": started, "peak_rss_bytes": peak_rss_bytes()}
-        if stage.artifact is not None:
-            results[TIMING]["bytes"] = total_bytes(scratch.rglob("*"))
-        directory.commit(
-            stage.name, Record(stage.key, seconds, results), scratch, stage.artifact, follows
-        )
-        directory.drop_work(stage.name)
-    return seconds
 
 
 def _start_context(

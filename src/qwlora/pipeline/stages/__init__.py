@@ -10,8 +10,7 @@ A stage keeps unfinished work in the folder `work`, and resumes from it after an
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from qwlora.pipeline.stages import (
     calibrate_stage,
@@ -22,13 +21,7 @@ from qwlora.pipeline.stages import (
     verify_stage,
 )
 
-if TYPE_CHECKING:
-    from qwlora.pipeline.plan.stage import Stage
-    from qwlora.pipeline.running.loaded_models import JobContext
-
-    Run = Callable[[JobContext, Stage, Path, Path], dict[str, Any]]
-
-RUN: dict[str, Run] = {
+RUN: dict[str, Callable[..., dict[str, Any]]] = {
     "quantize": quantize_stage.run,
     "calibrate-base": calibrate_stage.run_base,
     "train": train_stage.run,

@@ -18,14 +18,23 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
+from qwlora.export.target import NONE, members
 from qwlora.grid.range_estimator import RangeEstimator
-from qwlora.pipeline.job.job_paths import ADAPTER, BASE_SIMULATION, SHARED, USE_CASES, ZERO_ADAPTER
-from qwlora.pipeline.plan.stage import PlanBuilder, Stage
+from qwlora.pipeline.plan.stage import (
+    ADAPTER,
+    BASE_SIMULATION,
+    SHARED,
+    USE_CASES,
+    ZERO_ADAPTER,
+    PlanBuilder,
+    Stage,
+)
 from qwlora.quantize.revisions import REVISIONS
 from qwlora.recipe import Adapter, Data, Recipe
 
 if TYPE_CHECKING:
     from qwlora.pipeline.running.loaded_models import JobContext
+    from qwlora.simulation.simulation import Simulation
 
 
 NAME = "calibrate"
@@ -48,7 +57,7 @@ def range_inputs(plan: PlanBuilder, texts: Iterable[Data]) -> list[Any]:
 
 
 def add_base(plan: PlanBuilder) -> None:
-    """Add the stage of the base, if the workflow is qwa-lora."""
+    """Add the stage of the base's own encodings, if the workflow is qwa-lora."""
     if plan.recipe.workflow == "qwa-lora":
         inputs = range_inputs(plan, plan.recipe.base_texts())
         plan.add("calibrate-base", inputs, ("quantize",), artifact=BASE_SIMULATION)
@@ -77,25 +86,17 @@ def add_zero(plan: PlanBuilder) -> None:
     elsewhere the recipe does not say the layers, but its files may."""
     recipe = plan.recipe
     first, *others = recipe.adapters
-    counted = [
-        adapter
-        for adapter in others
-        if not (_is_from_elsewhere(recipe, adapter) and _is_covered(recipe, adapter))
-    ]
+    foreign = [a for a in recipe.adapters if a.continue_from and recipe.predecessor(a) is None]
+    counted = [first, *(a for a in others if a not in foreign or not _is_covered(recipe, a))]
     shape = first.model_dump(include={"rank", "rank_pattern"})
-    layers = {a.model_dump_json(include={"target_modules", "layers"}) for a in (first, *counted)}
-    shapes = [shape, *sorted(layers)]
-    needs = [f"train/{a.name}" for a in (first, *counted) if _is_from_elsewhere(recipe, a)]
+    layers = {a.model_dump_json(include={"target_modules", "layers"}) for a in counted}
+    needs = [f"train/{a.name}" for a in counted if a in foreign]
     if recipe.workflow == "qwa-lora":
         needs.append("calibrate-base")
     if _shares(plan):
         needs.append(NAME)
-    inputs = [range_inputs(plan, recipe.base_texts()), shapes, recipe.seed]
+    inputs = [range_inputs(plan, recipe.base_texts()), [shape, *sorted(layers)], recipe.seed]
     plan.add(ZERO, inputs, ("quantize", *needs), artifact=ZERO_ADAPTER)
-
-
-def _is_from_elsewhere(recipe: Recipe, adapter: Adapter) -> bool:
-    return adapter.continue_from is not None and recipe.predecessor(adapter) is None
 
 
 def _is_covered(recipe: Recipe, adapter: Adapter) -> bool:
@@ -111,11 +112,10 @@ def _is_covered(recipe: Recipe, adapter: Adapter) -> bool:
         config = json.loads((folder / "adapter_config.json").read_text())
         with safe_open(folder / "adapter_model.safetensors", "np") as file:
             shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        factors = [_FACTOR.fullmatch(name) for name, shape in shapes.items() if len(shape) == 2]
-        layers = {match[1] for match in factors if match is not None}
-        is_plain = len(shapes) == len([f for f in factors if f]) and not config.get(
-            "target_parameters"
-        )
+        factors = [len(s) == 2 and _FACTOR.fullmatch(name) for name, s in shapes.items()]
+        layers = {match[1] for match in factors if match}
+        if not layers or not all(factors) or config.get("target_parameters"):
+            return False
     except (OSError, ValueError, AttributeError, RecursionError, SafetensorError):
         return False
 
@@ -125,8 +125,7 @@ def _is_covered(recipe: Recipe, adapter: Adapter) -> bool:
         return modules.lower() == "all-linear" and _IN_BLOCK.fullmatch(layer) is not None
 
     new = [a for a in recipe.adapters if a.continue_from is None and a.layers is None]
-    covers = (all(targets(a.target_modules, layer) for layer in layers) for a in new)
-    return is_plain and bool(layers) and any(covers)
+    return any(all(targets(a.target_modules, layer) for layer in layers) for a in new)
 
 
 def add_use_cases(plan: PlanBuilder) -> None:
@@ -142,11 +141,7 @@ def _shares(plan: PlanBuilder) -> bool:
 
 def run_base(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Calibrate the base without an adapter."""
-    from qwlora.simulation.simulation import simulate
-
-    base = context.base()
-    with context.step("capturing the graph"):
-        simulation = simulate(base, context.example_inputs, context.schemes)
+    simulation = context.simulate(context.base())
     context.check_rules(simulation.placement)
     report = context.calibrate(simulation)
     simulation.save(scratch)
@@ -155,24 +150,18 @@ def run_base(context: JobContext, stage: Stage, scratch: Path, work: Path) -> di
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Calibrate one adapter, or the encodings that adapters share."""
+    """Calibrate one adapter, the encodings that adapters share, the zero adapter or use cases."""
+    if stage.adapter is not None:
+        return _calibrate_adapter(context, stage.adapter, scratch)
+    other = {CASES: _calibrate_use_cases, ZERO: _calibrate_zero_adapter, NAME: _calibrate_shared}
+    return other[stage.name](context, scratch)
+
+
+def _calibrate_adapter(context: JobContext, name: str, scratch: Path) -> dict[str, Any]:
     from qwlora.adapter.adapter_folder import save_adapter
     from qwlora.analysis.encodings_summary import encodings_summary
     from qwlora.analysis.token_scores import perplexity
-    from qwlora.simulation.adapter_simulations import apply_shared_encodings
-    from qwlora.simulation.saved_simulation import load_encodings
 
-    if stage.name == CASES:
-        from qwlora.pipeline.stages.common_simulations import calibrate_use_cases
-
-        return calibrate_use_cases(context, scratch)
-    if stage.name == ZERO:
-        from qwlora.pipeline.stages.common_simulations import calibrate_zero_adapter
-
-        return calibrate_zero_adapter(context, scratch)
-    if stage.adapter is None:
-        return _calibrate_shared(context, scratch)
-    name, section = stage.adapter, context.recipe.simulation
     simulation = context.new_simulation(name)
     report = context.calibrate(simulation, name)
     measured: dict[str, Any] = {
@@ -181,20 +170,28 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         "constants": list(report.constants),
         "unseen": list(report.unseen),
     }
-    if section.base_activations != "all":
+    if context.recipe.simulation.base_activations != "all":
         measured["perplexity_with_own_encodings"] = perplexity(
             simulation.logits,
             context.text(name).evaluation,
             "perplexity, own encodings",
             context.track,
         )
-        apply_shared_encodings(
-            simulation, load_encodings(context.path / SHARED), section.base_activations
-        )
+    _apply_shared(context, simulation)
     measured |= encodings_summary(simulation)
     simulation.save(scratch)
     save_adapter(simulation.origin.model, scratch / ADAPTER, context.base_fingerprint)
     return {"simulation": {name: measured}}
+
+
+def _apply_shared(context: JobContext, simulation: Simulation) -> None:
+    """Replace encodings of one adapter by those that all share, if they share any."""
+    from qwlora.simulation.adapter_simulations import apply_shared_encodings
+    from qwlora.simulation.saved_simulation import load_encodings
+
+    shares = context.recipe.simulation.base_activations
+    if shares != "all":
+        apply_shared_encodings(simulation, load_encodings(context.path / SHARED), shares)
 
 
 def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
@@ -202,20 +199,50 @@ def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
     from qwlora.simulation.adapter_simulations import simulate_adapters
     from qwlora.simulation.saved_simulation import save_encodings
 
-    section = context.recipe.simulation
-    model = context.with_adapters(*(adapter.name for adapter in context.recipe.adapters))
+    names = [adapter.name for adapter in context.recipe.adapters]
+    shares = context.recipe.simulation.base_activations
+    model = context.with_adapters(*names)
     with context.step("capturing the graph"):
-        simulations = simulate_adapters(
-            model, context.example_inputs, context.schemes, section.base_activations
-        )
+        simulations = simulate_adapters(model, context.example_inputs, context.schemes, shares)
     context.check_rules(*(simulation.placement for simulation in simulations.values()))
-    simulations.observe(**context.calibration(*(a.name for a in context.recipe.adapters)))
+    simulations.observe(**context.calibration(*names))
     simulations.freeze(allow_unseen=context.allow_unseen)
     save_encodings(simulations.shared, scratch)
     return {
         "sharing": {
-            "base_activations": section.base_activations,
+            "base_activations": shares,
             "encodings": len(simulations.shared),
             "captures": simulations.captures,
         }
     }
+
+
+def _calibrate_zero_adapter(context: JobContext, scratch: Path) -> dict[str, Any]:
+    """Calibrate the zero adapter on the text of the base."""
+    from qwlora.simulation.saved_simulation import load_activations
+
+    simulation = context.new_zero_adapter()
+    if context.recipe.workflow == "qwa-lora":
+        simulation.fix_encodings(load_activations(context.path / BASE_SIMULATION))
+    context.calibrate(simulation)
+    _apply_shared(context, simulation)
+    simulation.save(scratch)
+    return {"zero_adapter": {"encodings": len(simulation.encodings)}}
+
+
+def _calibrate_use_cases(context: JobContext, scratch: Path) -> dict[str, Any]:
+    """Calibrate every use case on the texts of its adapters, and the zero adapter on all texts."""
+    from qwlora.export.npu.use_case_adapters import peft_names, share_unaffected
+    from qwlora.simulation.adapter_simulations import BASE
+
+    cases, simulations = context.recipe.use_cases(), context.new_use_cases()
+    texts = {name: members(case) for case, name in peft_names(cases).items() if case != NONE}
+    texts[BASE] = [adapter.name for adapter in context.recipe.adapters]
+    batches = {name: context.calibration(*adapters)["batches"] for name, adapters in texts.items()}
+    tokens = context.recipe.simulation.calibration_tokens
+    simulations.observe(batches, context.track, tokens)
+    simulations.freeze(allow_unseen=context.allow_unseen)
+    share_unaffected(simulations)
+    for name, simulation in simulations.items():
+        simulation.save(scratch / name)
+    return {"use_cases": {case: {"adapters": members(case)} for case in cases}}

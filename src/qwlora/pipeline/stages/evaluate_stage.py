@@ -30,9 +30,6 @@ if TYPE_CHECKING:
     from qwlora.pipeline.running.loaded_models import JobContext
 
 
-NAME = "evaluate"
-
-
 def add(plan: PlanBuilder, kind: str, needs: tuple[str, ...] = (), name: str | None = None) -> None:
     """Add the stages of one model: `float`, `base`, `imported`, `adapted` or `simulated`."""
     recipe = plan.recipe
@@ -42,7 +39,7 @@ def add(plan: PlanBuilder, kind: str, needs: tuple[str, ...] = (), name: str | N
     if kind == "imported":
         start = next(a.continue_from for a in recipe.adapters if a.name == name)
         model.append([start, adapter_contents(plan, start)])
-    stage = f"{NAME}/{kind}" if name is None else f"{NAME}/{kind}/{name}"
+    stage = f"evaluate/{kind}" if name is None else f"evaluate/{kind}/{name}"
     if own is not None:
         plan.add(stage, [*model, plan.held_out(own)], needs, name)
     if len(recipe.texts()) > 1 and kind not in ("imported", "simulated"):
@@ -53,28 +50,26 @@ def add(plan: PlanBuilder, kind: str, needs: tuple[str, ...] = (), name: str | N
                 plan.add(f"{stage}/on/{text}", inputs, needs, name)
 
 
+def is_compared(kind: str, other: str) -> bool:
+    """Whether a model is compared with the float model on its own text, or on `other`."""
+    return kind != "float" and (not other or kind == "base")
+
+
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Score the model on held-out text."""
     from qwlora.analysis.token_scores import score_tokens
 
-    model, _, other = stage.name.removeprefix(f"{NAME}/").partition("/on/")
+    model, _, other = stage.name.removeprefix("evaluate/").partition("/on/")
     kind, name = model.partition("/")[0], stage.adapter
     text = context.text(other or name)
     logits, reference = _models(context, kind, name, compared=is_compared(kind, other))
-    where = f" on the text of {other}" if other else ""
-    scores = score_tokens(
-        logits, text.evaluation, f"perplexity, {kind}{where}", context.track, reference
-    )
-    found = {}
+    what = f"perplexity, {kind} on the text of {other}" if other else f"perplexity, {kind}"
+    scores = score_tokens(logits, text.evaluation, what, context.track, reference)
+    results: dict[str, Any] = {"data": text.describe()}
     for key, value in scores.to_json().items():
         by_model = {kind: value if name is None else {name: value}}
-        found[key] = {"on": {other: by_model}} if other else by_model
-    return {**found, "data": text.describe()}
-
-
-def is_compared(kind: str, other: str) -> bool:
-    """Whether a model is compared with the float model on its own text, or on `other`."""
-    return kind != "float" and (not other or kind == "base")
+        results[key] = {"on": {other: by_model}} if other else by_model
+    return results
 
 
 def _models(

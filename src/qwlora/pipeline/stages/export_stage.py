@@ -15,8 +15,7 @@ from qwlora.export.proof.folder import WITHOUT_CACHE, record_digest, write_recor
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE, ExportedBase, ExportedGraph, ExportedUseCases, Target
 from qwlora.formats.model_source import fetch
-from qwlora.pipeline.job.job_paths import ADAPTER
-from qwlora.pipeline.plan.stage import PlanBuilder, Stage
+from qwlora.pipeline.plan.stage import ADAPTER, PlanBuilder, Stage
 from qwlora.pipeline.stages.calibrate_stage import CASES, ZERO
 from qwlora.system.atomic import total_bytes
 
@@ -25,22 +24,28 @@ if TYPE_CHECKING:
     from qwlora.pipeline.running.loaded_models import JobContext
 
 
-NAME = "export"
-
-
 def add_base(plan: PlanBuilder, target: str) -> None:
     """Add the stage that writes the base of a bundle."""
-    stage, is_simulated = f"{NAME}/{target}", TARGETS[target].is_simulated
+    stage, is_simulated = f"export/{target}", TARGETS[target].is_simulated
     inputs, need = (_version(plan), ZERO) if is_simulated else ([], "quantize")
     plan.add(stage, inputs, (need,), None, f"{stage}/{BASE}")
 
 
 def add(plan: PlanBuilder, target: str, name: str) -> None:
     """Add the stage of one target and adapter."""
-    known = TARGETS[target]
-    *base, stage = known.stages(target, name)
-    made = f"calibrate/{name}" if known.is_simulated else f"train/{name}"
-    plan.add(stage, [*_version(plan), *_graphs(plan, target)], (*base, made), name, stage)
+    kind = TARGETS[target]
+    *base, stage = kind.stages(target, name)
+    need = f"calibrate/{name}" if kind.is_simulated else f"train/{name}"
+    plan.add(stage, [*_version(plan), *_graphs(plan, target)], (*base, need), name, stage)
+
+
+def add_use_cases(plan: PlanBuilder, target: str) -> None:
+    """Add the stage of a target that holds all use cases together."""
+    stage, kind = f"export/{target}", TARGETS[target]
+    inputs: list[Any] = [plan.recipe.export.encodings_version, *_graphs(plan, target)]
+    if kind.compilers:  # the files are compiled once these are installed
+        inputs = [*_graphs(plan, target), kind.missing()]
+    plan.add(stage, inputs, (CASES,), None, stage)
 
 
 def _version(plan: PlanBuilder) -> list[str]:
@@ -55,53 +60,40 @@ def _graphs(plan: PlanBuilder, target: str) -> list[Any]:
     return [] if graphs is None else [graphs.model_dump()]
 
 
-def add_use_cases(plan: PlanBuilder, target: str) -> None:
-    """Add the stage of a target that holds all use cases together."""
-    stage, known = f"{NAME}/{target}", TARGETS[target]
-    inputs: list[Any] = [plan.recipe.export.encodings_version, *_graphs(plan, target)]
-    if known.compilers:  # the files are compiled once these are installed
-        inputs = [*_graphs(plan, target), known.missing()]
-    plan.add(stage, inputs, (CASES,), None, stage)
-
-
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Write the files."""
-    _, name, *_ = stage.name.split("/")
-    target, bundle = TARGETS[name], context.path / NAME / name
+    name, adapter = stage.name.split("/")[1], stage.adapter
+    target, bundle = TARGETS[name], context.path / "export" / name
     if target.has_cases:
         return {"export": {name: _write_cases(context, target, name, scratch)}}
     record, reason = {"base_fingerprint": context.base_fingerprint}, None
-    exported = _exported(context, target, name, stage.adapter)
-    with context.step(f"writing files for {stage.adapter or BASE}"):
-        if stage.adapter is None:
+    exported = _exported(context, target, name, adapter)
+    with context.step(f"writing files for {adapter or BASE}"):
+        if adapter is None:
             reason = target.backend.write_base(exported, scratch)
         else:
             target.backend.write_adapter(exported, bundle / BASE, scratch)
-    size = total_bytes(scratch.glob(target.model_files))
+    written: dict[str, Any] = {"bytes": total_bytes(scratch.glob(target.model_files))}
     if target.is_simulated:
-        holds_base = stage.adapter is None or not target.has_base
+        holds_base = adapter is None or not target.has_base
         if holds_base and not target.cached_graphs:  # a program gives it text of any length
             context.tokenizer.save_pretrained(scratch)
-        if stage.adapter is not None:
-            calibrated = context.path / "simulation" / stage.adapter / ADAPTER
-            shutil.copytree(calibrated, scratch / ADAPTER)
-            record["adapter"] = stage.adapter
+        if adapter is not None:
+            shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
+            record["adapter"] = adapter
             if target.has_base:
                 record["base"] = record_digest(bundle / BASE)
-    written = {"bytes": size, **({} if reason is None else {WITHOUT_CACHE: reason})}
     if reason is not None:
-        record[WITHOUT_CACHE] = reason
+        written[WITHOUT_CACHE] = record[WITHOUT_CACHE] = reason
     write_record(scratch, record)
-    return {"export": {name: {stage.adapter or BASE: written}}}
+    return {"export": {name: {adapter or BASE: written}}}
 
 
 def _exported(context: JobContext, target: Target, name: str, adapter: str | None) -> Any:
     """The base or an adapter, as the target's writers take it."""
     if target.is_simulated:
-        from qwlora.pipeline.stages.common_simulations import zero_adapter_simulation
-
         if adapter is None:
-            return _graph(context, name, zero_adapter_simulation(context), {})
+            return _graph(context, name, context.zero_adapter(), {})
         metadata = {"qwlora.adapter": adapter}
         return _graph(context, name, context.simulation(adapter), metadata, adapter)
     if adapter is None:
@@ -137,11 +129,9 @@ def _write_cases(
     context: JobContext, target: Target, name: str, scratch: Path
 ) -> dict[str, dict[str, int]]:
     """Write all use cases; returns the size of what belongs to each, and of all other files."""
-    from qwlora.pipeline.stages.common_simulations import use_case_simulations
-
     cases = {
         case: _graph(context, name, simulation, {"qwlora.use_case": case})
-        for case, simulation in use_case_simulations(context).items()
+        for case, simulation in context.use_cases.items()
     }
     base = cases.pop(BASE)
     exported = ExportedUseCases(base, cases, context.recipe.simulation.base_activations)

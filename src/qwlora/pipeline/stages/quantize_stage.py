@@ -7,8 +7,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.pipeline.job.job_paths import MOMENTS, SOLVER_SCALES
-from qwlora.pipeline.plan.stage import PlanBuilder, Stage
+from qwlora.pipeline.plan.stage import MOMENTS, SOLVER_SCALES, PlanBuilder, Stage
 from qwlora.pipeline.plan.target_table import model_files, second_rounding
 from qwlora.quantize.revisions import REVISIONS
 from qwlora.quantize.solvers import SOLVERS
@@ -20,22 +19,17 @@ if TYPE_CHECKING:
     from qwlora.quantize.quantize_model import BaseSize, QuantizeReport
 
 
-NAME = "quantize"
-ARTIFACT = "base"
-
-
 def add(plan: PlanBuilder) -> None:
     """Add the stage. Unfinished work does not depend on tuning, which comes last."""
-    recipe = plan.recipe
-    base, named = recipe.base, {recipe.base.solver, *(r.solver for r in recipe.base.rules)}
+    recipe, base, model = plan.recipe, plan.recipe.base, plan.recipe.model
+    named = {base.solver, *(rule.solver for rule in base.rules)}
     solvers = [name for name in SOLVERS if name in named]
     observed: list[Any] | None = None
     if any(SOLVERS[name].needs_calibration for name in solvers) or needs_moments(recipe):
         observed = [plan.base_text, recipe.seed, REVISIONS["layer_statistics"]]
-    section, encodings = recipe.model, None
-    if section.encodings is not None:
-        (digest,) = plan.contents([Path(section.encodings)])
-        encodings = [digest, section.keep_float, section.block_order]
+    encodings: list[Any] | None = None
+    if model.encodings is not None:
+        encodings = [*plan.contents([Path(model.encodings)]), model.keep_float, model.block_order]
     inputs = [
         plan.model,
         encodings,
@@ -52,7 +46,7 @@ def add(plan: PlanBuilder) -> None:
             recipe.seed,
             REVISIONS["tune_scales"],
         ]
-    plan.add(NAME, inputs, artifact=ARTIFACT, after_work=tuning)
+    plan.add("quantize", inputs, artifact="base", after_work=tuning)
 
 
 def needs_moments(recipe: Recipe) -> bool:
@@ -75,7 +69,6 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     if (work / MOMENTS).is_dir():
         # Linked, not moved: if the run is killed now, the next one still finds them in `work`.
         shutil.copytree(work / MOMENTS, scratch / MOMENTS, copy_function=link)
-    layers = {name: asdict(layer) for name, layer in report.layers.items()}
     if note := second_rounding(context.recipe):
         measured["second_rounding"] = note
     return {
@@ -83,7 +76,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
             **asdict(size),
             "bits_per_weight": size.bits_per_weight,
             "fingerprint": identity,
-            "layers": layers,
+            "layers": {name: asdict(layer) for name, layer in report.layers.items()},
             **measured,
         }
     }
@@ -108,16 +101,15 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
     )
 
     base, source = context.recipe.base, public_name(context.recipe.model.source)
+    tokenizer, scheme, track = context.tokenizer, base.weights.scheme(), context.track
     calibration = context.base_calibration_ids(base.calibration_sequences)
     moments = MomentStore.resumed(work / MOMENTS) if needs_moments(context.recipe) else None
     if base.solver == "keep":
-        model = load_precomputed(model_files(context.recipe.model), context.track)
+        model = load_precomputed(model_files(context.recipe.model), track)
         if moments is not None:
-            observe_moments(model, calibration, moments, track=context.track)
-        return save_base(model, scratch, context.tokenizer, source=source), QuantizeReport(
-            base_size(model)
-        )
-    scheme = base.weights.scheme()
+            observe_moments(model, calibration, moments, track=track)
+        report = QuantizeReport(base_size(model))
+        return save_base(model, scratch, tokenizer, source=source), report
     arguments: dict[str, Any] = {
         "rules": base.layer_rules(),
         "calibration": calibration,
@@ -128,22 +120,17 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
             for solver in SOLVERS.values()
             if solver.settings
         },
-        "track": context.track,
+        "track": track,
     }
     if context.lazy is not None and not context.holds_float_model:
+        checkpoint = context.lazy.checkpoint
         streamed = quantize_checkpoint(
-            context.lazy.checkpoint,
-            context.tokenizer,
-            scratch,
-            source,
-            scheme,
-            base.solver,
-            **arguments,
+            checkpoint, tokenizer, scratch, source, scheme, base.solver, **arguments
         )
         return streamed.fingerprint, streamed.report
     model = context.take_float_model()
     report = quantize_(model, scheme, base.solver, **arguments)
-    return save_base(model, scratch, context.tokenizer, source=source), report
+    return save_base(model, scratch, tokenizer, source=source), report
 
 
 def _tune(

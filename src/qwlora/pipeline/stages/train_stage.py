@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import FingerprintError, SourceError
-from qwlora.pipeline.job.job_paths import MOMENTS, SOLVER_SCALES
-from qwlora.pipeline.plan.replace_guard import trained_with
-from qwlora.pipeline.plan.stage import PlanBuilder, Stage
+from qwlora.pipeline.plan.stage import MOMENTS, SOLVER_SCALES, PlanBuilder, Stage
 from qwlora.pipeline.running.distributed import is_first_process
 from qwlora.quantize.revisions import REVISIONS
-from qwlora.recipe import Adapter
+from qwlora.recipe import Adapter, Recipe
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -25,7 +23,6 @@ if TYPE_CHECKING:
     from qwlora.pipeline.running.loaded_models import JobContext
 
 
-NAME = "train"
 # settings that do not change the result
 _WITHOUT_EFFECT = {"checkpoint_steps", "report_to", "data"}  # the text itself is an input
 
@@ -45,8 +42,7 @@ def add(plan: PlanBuilder, adapter: Adapter) -> None:
     if recipe.workflow == "qwa-lora":
         needs = (*needs, "calibrate-base")
     inputs = [adapter.model_dump(exclude=unused), learns, recipe.seed]
-    artifact = f"adapters/{adapter.name}"
-    plan.add(f"{NAME}/{adapter.name}", inputs, needs, adapter.name, artifact)
+    plan.add(f"train/{adapter.name}", inputs, needs, adapter.name, f"adapters/{adapter.name}")
 
 
 def adapter_contents(plan: PlanBuilder, source: str | None) -> list[tuple[str, str | None]]:
@@ -58,6 +54,13 @@ def adapter_contents(plan: PlanBuilder, source: str | None) -> list[tuple[str, s
     if folder is None or not folder.is_dir():
         return []
     return plan.contents(sorted(p for p in folder.iterdir() if p.is_file()))
+
+
+def trained_with(recipe: Recipe, adapter: Adapter) -> dict[str, Any]:
+    """The settings that an adapter is trained with, without defaults: recorded in the results."""
+    settings = adapter.model_dump(mode="json", exclude_defaults=True, exclude={"name", "data"})
+    data = recipe.data_of(adapter).model_dump(mode="json", exclude_defaults=True)
+    return {**settings, "data": data, "seed": recipe.seed, "workflow": recipe.workflow}
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -77,7 +80,7 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     model = context.untrained(adapter)
     initialized: dict[str, Any] = {}
     if adapter.init != "zero":
-        initialized = _initialize(context, model, adapter)
+        initialized = {"init": _initialize(context, model, adapter)}
         reset_peak_rss()
     report = _train(context, model, adapter, work)
     if (after := fingerprint(model)) != identity:
@@ -102,14 +105,11 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         "resumed_from_step": report.resumed_from_step,
         "losses": list(report.losses),
         "layers": updates,
+        **initialized,
     }
     if adapter.evaluation_steps:
-        measured |= {
-            "evaluations": [list(e) for e in report.evaluations],
-            "best_step": report.best_step,
-        }
-    if initialized:
-        measured["init"] = initialized
+        measured["evaluations"] = [list(e) for e in report.evaluations]
+        measured["best_step"] = report.best_step
     return {"train": {adapter.name: measured}, "data": context.text(adapter.name).describe()}
 
 
@@ -149,20 +149,19 @@ def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict
     from qwlora.grid.second_moments import MomentStore
     from qwlora.nn import weight_out_in
 
-    floats = context.take_float_model()
+    floats, base = context.take_float_model(), context.path / "base"
 
     def weight(path: str) -> Tensor:
         return weight_out_in(floats.get_submodule(path)).detach()
 
-    moments = MomentStore(context.path / "base" / MOMENTS) if adapter.init == "qera" else None
     reports = initialize_(
         model,
         adapter.init,
         weight,
-        moments,
+        MomentStore(base / MOMENTS) if adapter.init == "qera" else None,
         share=adapter.init_share,
         track=context.track,
-        solver_scales=solver_scales(context.path / "base"),
+        solver_scales=solver_scales(base),
     )
     layers = {path: asdict(report) for path, report in reports.items()}
     return {"method": adapter.init, "layers": layers}

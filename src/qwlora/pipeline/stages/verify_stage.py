@@ -4,9 +4,11 @@ with the trained model where activations are floats. `verify/TARGET` is the zero
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qwlora.errors import VerificationError
 from qwlora.export.proof.folder import (
     RECORD,
     WITHOUT_CACHE,
@@ -25,71 +27,60 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from qwlora.data.sequences import Sequences
-    from qwlora.export.proof.checks import Limits, Parity
+    from qwlora.export.proof.checks import Parity
     from qwlora.export.proof.reference import Reference
     from qwlora.pipeline.running.loaded_models import JobContext
 
 
-NAME = "verify"
 # Graphs for NPUs round cosines, sines and masks on top of what a simulation rounds: this share of
 # the largest logit counts as noise, about 30 dB.
 GRAPHS_NOISE = 0.002
-_SHIPPED = ("perplexity", "top1_agreement")
 
 
 def add_base(plan: PlanBuilder, target: str) -> None:
     """Add the stage of the zero adapter."""
     inputs = [plan.recipe.verify.model_dump(), plan.text(plan.recipe.adapters[0].name)]
-    plan.add(f"{NAME}/{target}", inputs, (f"export/{target}",))
+    plan.add(f"verify/{target}", inputs, (f"export/{target}",))
 
 
 def add(plan: PlanBuilder, target: str, name: str) -> None:
     """Add the stage of one target and adapter."""
-    known = TARGETS[target]
-    inputs: list[Any] = [plan.recipe.verify.model_dump(), plan.text(name)]
-    if known.has_base:
-        inputs.append(known.missing())  # it is verified once its runtime is installed
-    _add(plan, target, name, name, inputs)
+    # a bundle is verified once its runtime is installed
+    missing = [TARGETS[target].missing()] if TARGETS[target].has_base else []
+    _add(plan, target, name, name, [plan.text(name), *missing])
 
 
 def add_use_cases(plan: PlanBuilder, target: str) -> None:
     """Add a stage for every use case of a target."""
-    known, texts = TARGETS[target], [plan.texts.key(t) for t in plan.recipe.texts().values()]
+    texts = [plan.texts.key(text) for text in plan.recipe.texts().values()]
+    emulator = [TARGETS[target].missing()] if TARGETS[target].compilers else []
     for case in plan.recipe.use_cases():
-        inputs: list[Any] = [plan.recipe.verify.model_dump(), texts]
-        if known.compilers:
-            inputs.append(known.missing())  # the emulator
-        _add(plan, target, case, None, inputs)
+        _add(plan, target, case, None, [texts, *emulator])
 
 
 def _add(plan: PlanBuilder, target: str, name: str, adapter: str | None, inputs: list[Any]) -> None:
-    known = TARGETS[target]
-    artifact = f"export/{target}/{PROOF}/{name}" if known.has_proof else None
-    needs = tuple(known.stages(target, name))
-    plan.add(f"{NAME}/{target}/{name}", inputs, needs, adapter, artifact)
+    kind = TARGETS[target]
+    artifact = f"export/{target}/{PROOF}/{name}" if kind.has_proof else None
+    inputs = [plan.recipe.verify.model_dump(), *inputs]
+    needs = tuple(kind.stages(target, name))
+    plan.add(f"verify/{target}/{name}", inputs, needs, adapter, artifact)
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Run the exported files on held-out text and compare the result with the recipe's limits."""
-    from qwlora.errors import VerificationError
-    from qwlora.export.proof.checks import Limits
-
     _, name, *cases = stage.name.split("/")
-    section, adapter = context.recipe.verify, cases[0] if cases else BASE
-    limits = Limits(
-        perplexity_difference=section.perplexity_difference,
-        layer_steps=section.layer_steps,
-        layer_mean_steps=section.layer_mean_steps,
-    )
-    has_readme = adapter != BASE and TARGETS[name].has_base
+    has_readme = bool(cases) and TARGETS[name].has_base
+    proof = _Verification(context, name, cases[0] if cases else BASE)
     if has_readme:
-        _write_readme(context, name, adapter, None)  # says nothing of it before there is a verdict
-    proof = _Verification(context, name, adapter, limits).run(scratch)
+        proof.write_readme({})  # says nothing of it before there is a verdict
+    figures = proof.run(scratch)
     if has_readme:
-        _write_readme(context, name, adapter, proof.record)
-    results = {"parity": {name: {adapter: proof.results}}}
-    if problems := proof.results.get("problems"):
-        what = f"export/{name}/{adapter}: the exported files do not compute what was {proof.of}"
+        proof.write_readme({proof.adapter: proof.record})
+    results = {"parity": {name: {proof.adapter: figures}}}
+    if problems := figures.get("problems"):
+        what = (
+            f"export/{name}/{proof.adapter}: the exported files do not compute what was {proof.of}"
+        )
         raise VerificationError(what, problems, results)
     return results
 
@@ -100,63 +91,78 @@ class _Verification:
     Attributes:
         of: what the files are compared with.
         record: of the proof; empty without one.
-        results: for results.json.
     """
 
-    def __init__(self, context: JobContext, name: str, adapter: str, limits: Limits):
-        self.context, self.name, self.adapter, self.limits = context, name, adapter, limits
+    def __init__(self, context: JobContext, name: str, adapter: str):
+        self.context, self.name, self.adapter = context, name, adapter
         self.target, self.bundle = TARGETS[name], context.path / "export" / name
         self.parts = self.target.parts(self.bundle, adapter)
         self.of = "simulated" if self.target.is_simulated else "trained"
         self.record: dict[str, Any] = {}
-        self.results: dict[str, Any] = {}
 
-    def run(self, scratch: Path) -> _Verification:
-        """Run the files, and write the proof into `scratch`."""
-        from qwlora.export.proof.checks import verdict
+    def run(self, scratch: Path) -> dict[str, Any]:
+        """Run the files, and write the proof into `scratch`; returns figures for results.json."""
+        from qwlora.export.proof.checks import Limits, verdict
         from qwlora.export.proof.measure import proven
+        from qwlora.export.proof.readme import facts
         from qwlora.export.proof.reference import BASE_SEQUENCES, first_sequences
 
         for folder in self.parts.values():
             manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
+        section = self.context.recipe.verify
+        limits = Limits(
+            perplexity_difference=section.perplexity_difference,
+            layer_steps=section.layer_steps,
+            layer_mean_steps=section.layer_mean_steps,
+        )
         model, simulation, reference = self._reference()
+        missing, results = None, dict[str, Any]()
         if self.target.has_proof and self.adapter != BASE:
-            self._begin_record(model)
+            self.record = {
+                "target": self.name,
+                "adapter": self.adapter,
+                **facts(model, self.context.recipe.model.source),
+                "base_fingerprint": self.context.base_fingerprint,
+                "of": {part: record_digest(folder) for part, folder in self.parts.items()},
+                "limits": {"perplexity_difference": limits.perplexity_difference},
+            }
+            if BASE in self.parts and (reason := without_cache(self.parts[BASE])) is not None:
+                self.record[WITHOUT_CACHE] = reason
             if missing := self.target.missing():
-                self.record["not_run"] = self.results["not_run"] = missing
-        if not self.results:
+                self.record["not_run"] = results["not_run"] = missing
+        if not missing:
             parity = self._run(simulation, reference)
             if self.record:
-                self.record |= proven(self.target, parity, reference, self.limits)
-            self.results = self._figures(parity) | verdict(parity.checks(self.limits))
-            if "not_run" in parity.figures and self.results["passed"]:
-                del self.results["passed"]
+                self.record |= proven(self.target, parity, reference, limits)
+            results = self._figures(parity) | verdict(parity.checks(limits))
+            if "not_run" in parity.figures and results["passed"]:
+                del results["passed"]
         if self.record:
             write_proof(scratch, first_sequences(reference, BASE_SEQUENCES), self.record)
-        return self
+        return results
 
     def _run(self, simulation: Reference | None, reference: dict[str, Tensor]) -> Parity:
         """Whole sequences and tokens one by one; where the runtime allows it also layers, and
         whether other adapters leave a trace."""
-        from dataclasses import asdict
-
         from qwlora.export.proof.compare import verify_layers
         from qwlora.export.proof.measure import compare_cache, measure, switching
 
-        track = self.context.track
+        track, recipe = self.context.track, self.context.recipe
         parity, runtime = measure(self.target, self.bundle, self.adapter, reference, track)
-        ids = reference["ids"][:1, : self.context.recipe.verify.layer_tokens]
+        ids = reference["ids"][:1, : recipe.verify.layer_tokens]
         adapter = None if self.adapter == BASE else self.bundle / self.adapter
+        names = [a.name for a in recipe.adapters if a.name != self.adapter]
+        others = [self.bundle / name for name in names if is_of_base(self.bundle, name)]
         if runtime.switches:
             runtime.use(adapter)
         if runtime.has_layers and simulation is not None:
             layers = verify_layers(runtime, simulation, ids, track)
             parity = parity.extended(asdict(layers), layers)
         if runtime.has_cache:
-            logits, bits = compare_cache(runtime, reference, adapter, self._others())
+            logits, bits = compare_cache(runtime, reference, adapter, others)
             parity = parity.extended({"cache": logits.to_json()}, logits, bits)
-        if runtime.switches and (self._others() or self.target.is_simulated):
-            parity = parity.extended({}, *switching(runtime, adapter, self._others(), ids))
+        if runtime.switches and (others or self.target.is_simulated):
+            parity = parity.extended({}, *switching(runtime, adapter, others, ids))
         return parity
 
     def _reference(self) -> tuple[Any, Reference | None, dict[str, Tensor]]:
@@ -164,10 +170,6 @@ class _Verification:
         about held-out text."""
         from qwlora.export.onnx.adapters_as_inputs import ZeroAdapter
         from qwlora.export.proof.reference import logits_of, make_reference, simulated_logits
-        from qwlora.pipeline.stages.common_simulations import (
-            use_case_simulations,
-            zero_adapter_simulation,
-        )
 
         context, target = self.context, self.target
         if not target.is_simulated:
@@ -176,15 +178,15 @@ class _Verification:
             rounded = None if rounding is None else logits_of(model, rounding)
             return model, None, make_reference(logits_of(model), self._text(), rounded=rounded)
         if target.has_cases:
-            simulation: Any = use_case_simulations(context)[self.adapter]
+            simulation: Any = context.use_cases[self.adapter]
         elif self.adapter == BASE:
-            simulation = ZeroAdapter(zero_adapter_simulation(context))
+            simulation = ZeroAdapter(context.zero_adapter())
         else:
             simulation = context.simulation(self.adapter)
         states = {"adapter": simulated_logits(simulation)}
         if target.has_base and self.adapter != BASE:
             # released as soon as another simulation is captured
-            states["base"] = simulated_logits(zero_adapter_simulation(context))
+            states["base"] = simulated_logits(context.zero_adapter())
         section = context.recipe.simulation
         bitwidth = min(section.activation_bitwidth, section.adapter_activation_bitwidth or 16)
         reference = make_reference(
@@ -208,8 +210,7 @@ class _Verification:
         held_out = self.context.text(owner).data.held_out.first(recipe.verify.sequences)
         if (graphs := self._graphs()) is None:
             return held_out
-        most = most_tokens(graphs)
-        few = held_out.first(BASE_SEQUENCES)
+        most, few = most_tokens(graphs), held_out.first(BASE_SEQUENCES)
         return few if few.input_ids.shape[1] <= most else few.cut(most)
 
     def _graphs(self) -> Path | None:
@@ -219,26 +220,6 @@ class _Verification:
         places = [place for f in self.parts.values() for place in (f, f / BASE)]
         return next((place for place in places if has_graphs(place)), None)
 
-    def _others(self) -> list[Path]:
-        """The folders of the other adapters that are there."""
-        names = [a.name for a in self.context.recipe.adapters if a.name != self.adapter]
-        return [self.bundle / name for name in names if is_of_base(self.bundle, name)]
-
-    def _begin_record(self, model: Any) -> None:
-        """What a proof says of the files."""
-        from qwlora.export.proof.readme import facts
-
-        self.record = {
-            "target": self.name,
-            "adapter": self.adapter,
-            **facts(model, self.context.recipe.model.source),
-            "base_fingerprint": self.context.base_fingerprint,
-            "of": {part: record_digest(folder) for part, folder in self.parts.items()},
-            "limits": {"perplexity_difference": self.limits.perplexity_difference},
-        }
-        if BASE in self.parts and (reason := without_cache(self.parts[BASE])) is not None:
-            self.record[WITHOUT_CACHE] = reason
-
     def _figures(self, parity: Parity) -> dict[str, Any]:
         """Figures for results.json: those of the adapter at the top."""
         from qwlora.export.proof.checks import only_finite
@@ -247,26 +228,19 @@ class _Verification:
         exact, shipped = figures.pop("exact"), figures.pop("shipped", {}).get("adapter", {})
         for key in ("load_seconds", "peak_memory_bytes", "bytes"):
             figures.pop(key, None)
-        main = exact["adapter"]
-        figures |= {"of": self.of, **main}
-        figures |= {f"shipped_{k}": shipped[k] for k in _SHIPPED if k in shipped}
+        figures |= {"of": self.of, **exact["adapter"]}
+        for key in ("perplexity", "top1_agreement"):
+            if key in shipped:
+                figures[f"shipped_{key}"] = shipped[key]
         if "off_is_equal" in exact:
             figures["off_is_equal"] = exact["off_is_equal"]
         if self.record:
             figures["proof"] = self.record["figures"]
         return figures
 
+    def write_readme(self, proof: Mapping[str, Mapping[str, Any]]) -> None:
+        """Write the README of the bundle, with `proof` in the place of the adapter's."""
+        from qwlora.export.proof.readme import write_readme
 
-def _write_readme(
-    context: JobContext, name: str, adapter: str, proof: Mapping[str, Any] | None
-) -> None:
-    """Write the README of a bundle.
-
-    Args:
-        proof: of the adapter; None: it is left out.
-    """
-    from qwlora.export.proof.readme import write_readme
-
-    bundle = context.path / "export" / name
-    own = {} if proof is None else {adapter: proof}
-    write_readme(bundle, {**current_proofs(bundle, without=adapter), **own})
+        proofs = current_proofs(self.bundle, without=self.adapter)
+        write_readme(self.bundle, {**proofs, **proof})

@@ -1,4 +1,5 @@
-"""Merge an adapter of a job into its base, and measure beforehand what that loses.
+"""Models that commands write to a folder: an adapter of a job merged into its base, with a measure
+of what that loses, and the integers of a quantized checkpoint as a base.
 
     float         W_hat + Delta as a float model: computes the same as base and adapter, but is as
                   large as the float model
@@ -11,6 +12,7 @@ scaling * lora_B @ lora_A.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,11 +21,18 @@ from torch import Tensor
 
 from qwlora.adapter.adapter_deltas import RoundingLoss, rounding_losses, untie_
 from qwlora.analysis.token_scores import logits_of, perplexity
+from qwlora.errors import SourceError
+from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.base_folder import save_base
+from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
+from qwlora.formats.model_origin import public_name
+from qwlora.formats.model_source import fetch, load_tokenizer
+from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn.replace import pack_at_, restore_conv1d_, tie_weights_, unpack_
 from qwlora.pipeline.running.loaded_models import JobContext
-from qwlora.system.progress import Track
+from qwlora.quantize.quantize_model import BaseSize, base_size
+from qwlora.system.progress import Track, untracked
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -69,6 +78,7 @@ class MergeVerdict:
         """Whether merging keeps what the adapter improved; false if it improved nothing."""
         return self.kept is not None and self.kept >= KEPT
 
+    @property
     def recommendation(self) -> str:
         """Advice in one sentence."""
         if self.kept is None:
@@ -84,13 +94,9 @@ class MergeVerdict:
 
     def to_json(self) -> dict[str, Any]:
         """For `qwlora merge-check --json`."""
-        names = ("share", "base", "adapted", "merged", "kept", "is_harmless")
-        layers = self.layers.items()
-        return {
-            **{name: getattr(self, name) for name in names},
-            "recommendation": self.recommendation(),
-            "layers": {name: {**asdict(layer), "share": layer.share} for name, layer in layers},
-        }
+        names = ("share", "base", "adapted", "merged", "kept", "is_harmless", "recommendation")
+        layers = {n: {**asdict(layer), "share": layer.share} for n, layer in self.layers.items()}
+        return {**{name: getattr(self, name) for name in names}, "layers": layers}
 
 
 def merge_verdict(context: JobContext, name: str, track: Track) -> MergeVerdict:
@@ -144,3 +150,34 @@ def write_merged(context: JobContext, name: str, into: Into, folder: Path) -> No
         context.tokenizer.save_pretrained(folder)
     else:
         save_base(merged, folder, context.tokenizer, source=context.recipe.model.source)
+
+
+def import_base(
+    source: str,
+    folder: Path,
+    encodings: Path | None = None,
+    *,
+    keep_float: Sequence[str] = (),
+    track: Track = untracked,
+) -> tuple[str, BaseSize]:
+    """Write the integers of `source` to `folder`; returns the base's fingerprint and size.
+
+    Args:
+        source: a checkpoint, as `model.source` of a recipe takes it.
+        folder: an empty folder.
+        encodings: AIMET encodings of a float checkpoint whose weights lie on their grid.
+        keep_float: with `encodings`, globs of parameters or layers that stay float.
+
+    Raises:
+        SourceError: the checkpoint cannot be read, or is float and no encodings are given.
+        EncodingsFileError: the encodings do not fit the model.
+    """
+    checkpoint = open_checkpoint(fetch(source).path, encodings, keep_float=keep_float)
+    if isinstance(checkpoint, FloatCheckpoint):
+        raise SourceError(
+            f"model {source!r} is a float model, which has no integers to import. Give the AIMET "
+            "encodings that its weights lie on with --encodings, or quantize it: qwlora init"
+        )
+    tokenizer = load_tokenizer(source)
+    model = load_precomputed(checkpoint, track)
+    return save_base(model, folder, tokenizer, source=public_name(source)), base_size(model)

@@ -5,6 +5,12 @@ refused before anything is written. Only encodings that adapters share are calib
 
 The recipe is read under the job's lock. A change is made completely, by the next command if this
 one is killed (`journal.py`); so a command that is repeated after a kill finds its change made.
+
+All functions raise:
+
+    DirectoryError    the folder is not a job directory, or is in use; there is no such adapter, or
+                      there is one already
+    RecipeError       a setting is not valid, or the base or another adapter would change
 """
 
 from __future__ import annotations
@@ -21,8 +27,7 @@ from qwlora.formats.user_path import user_path
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.plan.plan import make_plan, resolve_compute
-from qwlora.pipeline.plan.stage import JobTexts, Stage
-from qwlora.pipeline.stages.calibrate_stage import CASES
+from qwlora.pipeline.plan.stage import CASES, JobTexts, Stage
 from qwlora.recipe import Adapter, Recipe, parse_recipe
 from qwlora.system.atomic import flush
 
@@ -42,11 +47,6 @@ def add_adapter(
         data: source of its text. Default: that of `like`.
         like: the adapter whose settings it takes. Default: the first in the recipe.
         changes: changes to these settings, `key=value`.
-
-    Raises:
-        DirectoryError: the folder is not a job directory, has such an adapter, or the base would
-            change.
-        RecipeError: a setting is not valid.
     """
     command: list[str | None] = ["add", name, data, like, *changes]
     with Directory.edit(folder) as (directory, recipe, finished):
@@ -55,8 +55,7 @@ def add_adapter(
         model = _named(recipe, like or recipe.adapters[0].name, folder)
         entry = {**model.model_dump(mode="json"), "name": name}
         if data is not None:
-            own = recipe.data_of(model).model_dump(mode="json")
-            entry["data"] = {**own, "source": data}
+            entry["data"] = {**recipe.data_of(model).model_dump(mode="json"), "source": data}
         changed = _with_adapter(folder, recipe, entry, changes)
         _check_kept(*_plans(folder, recipe, changed), folder)
         directory.change(command, changed)
@@ -80,10 +79,9 @@ def import_adapter(
 
     Raises:
         SourceError: there is no LoRA adapter at `source`, or it does not fit the model.
-        DirectoryError, RecipeError: as for `add_adapter`.
     """
     from qwlora.adapter.attach import check_existing
-    from qwlora.adapter.mlx_adapter import is_mlx_adapter
+    from qwlora.adapter.mlx_adapter import convert_mlx_adapter, is_mlx_adapter
     from qwlora.pipeline.running.loaded_models import skeleton
 
     command: list[str | None] = ["import", name, source, data, str(continues), *changes]
@@ -94,55 +92,39 @@ def import_adapter(
             check_existing(source, "accept", skeleton(recipe.model))
         entry: dict[str, Any] = {"name": name, "continue_from": source, "unknown_base": "accept"}
         if not continues:
-            entry |= {"steps": 0}
+            entry["steps"] = 0
         if data is not None:
             entry["data"] = {**recipe.data.model_dump(mode="json"), "source": data}
         changed = _with_adapter(folder, recipe, entry, changes)  # before anything is written
+        moves: list[tuple[str, str]] = []
         with directory.scratch() as scratch:
-            moves = []
             if is_mlx:
-                place, is_new = _convert(folder, path, source, scratch, recipe)
-                moves = [(str(scratch.relative_to(folder)), place)] if is_new else []
-                *others, adapter = changed.adapters
+                convert_mlx_adapter(path, scratch)
+                flush(scratch)
+                place = f"{IMPORTS}/{_content_digest(scratch)}"
+                if not (folder / place).exists():
+                    moves = [(str(scratch.relative_to(folder)), place)]
+                elif (now := _content_digest(folder / place)) != Path(place).name:
+                    raise DirectoryError(
+                        f"{str(folder / place)!r} has other content than when it was imported "
+                        f"(SHA-256 {now[:16]}); move it away, then import again"
+                    )
+                try:
+                    check_existing(str(scratch), "accept", skeleton(recipe.model))
+                except SourceError as error:
+                    raise SourceError(str(error).replace(str(scratch), source)) from error
                 imported = {"continue_from": str(folder.absolute() / place)}
+                *others, adapter = changed.adapters
                 adapters = [*others, adapter.model_copy(update=imported)]
                 changed = changed.model_copy(update={"adapters": adapters})
             _check_kept(*_plans(folder, recipe, changed), folder)
             directory.change(command, changed, moves=moves)
 
 
-def _convert(
-    folder: Path, path: Path, source: str, scratch: Path, recipe: Recipe
-) -> tuple[str, bool]:
-    """Convert an adapter of mlx-lm into `scratch`; returns its place in the job, and whether
-    nothing is there yet."""
-    from qwlora.adapter.attach import check_existing
-    from qwlora.adapter.mlx_adapter import convert_mlx_adapter
-    from qwlora.pipeline.running.loaded_models import skeleton
-
-    convert_mlx_adapter(path, scratch)
-    flush(scratch)
-    place = f"{IMPORTS}/{_content_digest(scratch)}"
-    is_new = not (folder / place).exists()
-    if not is_new and (now := _content_digest(folder / place)) != Path(place).name:
-        raise DirectoryError(
-            f"{str(folder / place)!r} has other content than when it was imported (SHA-256 "
-            f"{now[:16]}); move it away, then import again"
-        )
-    try:
-        check_existing(str(scratch), "accept", skeleton(recipe.model))
-    except SourceError as error:
-        raise SourceError(str(error).replace(str(scratch), source)) from error
-    return place, is_new
-
-
 def rename_adapter(folder: Path, old: str, new: str) -> None:
     """Rename an adapter in the recipe, its folders, its records and results.
 
     Files of use cases have the names of adapters in them; the next run writes them again.
-
-    Raises:
-        DirectoryError, RecipeError: as for `add_adapter`.
     """
     command: list[str | None] = ["rename", old, new]
     with Directory.edit(folder) as (directory, recipe, finished):
@@ -156,7 +138,7 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
                     adapter[key] = new
         names = recipe.base.calibrate_on
         content["base"]["calibrate_on"] = [new if name == old else name for name in names]
-        changed = resolve_compute(parse_recipe(content, str(folder / "recipe.yaml")))
+        changed = _parsed(folder, content)
         before, after = _plans(folder, recipe, changed)
         together = {name for name, target in TARGETS.items() if target.has_cases}  # names inside
         renamed = [
@@ -170,13 +152,17 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
             is_whole = stage.verb == "verify" and directory.problem(stage.name, None) is None
             if is_whole and proof.is_file():
                 files[f"{now.artifact}/{PROOF_RECORD}"] = renamed_proof(proof, new)
-        directory.change(
-            command,
-            changed,
-            renamed=renamed,
-            in_results=lambda results: _renamed(results, old, new),
-            files=files,
-        )
+
+        def in_results(results: Any, depth: int = 4) -> Any:
+            """With the key `old` replaced, down to the depth at which names of adapters are."""
+            if not isinstance(results, dict) or not depth:
+                return results
+            return {
+                new if key == old else key: in_results(value, 2 if key == "tasks" else depth - 1)
+                for key, value in results.items()
+            }
+
+        directory.change(command, changed, renamed=renamed, in_results=in_results, files=files)
 
 
 def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda: None) -> None:
@@ -186,8 +172,8 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
         confirm: called before anything is deleted, if the adapter can be removed.
 
     Raises:
-        DirectoryError: the folder is not a job directory, has no such adapter or only this one;
-            another adapter continues it; or the base was calibrated on its text.
+        DirectoryError: also if it is the only one, another adapter continues it, or the base was
+            calibrated on its text.
     """
     command: list[str | None] = ["remove", name]
     with Directory.edit(folder) as (directory, recipe, finished):
@@ -212,7 +198,7 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
             )
         content = recipe.model_dump(mode="json")
         content["adapters"] = [a for a in content["adapters"] if a["name"] != name]
-        changed = resolve_compute(parse_recipe(content, str(folder / "recipe.yaml")))
+        changed = _parsed(folder, content)
         before, after = _plans(folder, recipe, changed)
         _check_kept(before, after, folder, gone=name)
         unused = []  # the converted source, if no other adapter has it
@@ -221,20 +207,20 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
             if source.resolve().parent == (folder / IMPORTS).resolve():
                 unused = [f"{IMPORTS}/{source.name}"]
         confirm()
-        directory.change(
-            command,
-            changed,
-            removed=[stage for stage in before if stage.adapter == name],
-            removals=unused,
-        )
+        removed = [stage for stage in before if stage.adapter == name]
+        directory.change(command, changed, removed=removed, removals=unused)
 
 
 def _named(recipe: Recipe, name: str, folder: Path) -> Adapter:
-    for adapter in recipe.adapters:
-        if adapter.name == name:
-            return adapter
-    known = [a.name for a in recipe.adapters]
-    raise DirectoryError(f"{str(folder)!r} has no adapter {name!r}{suggestion(name, known)}")
+    adapters = {adapter.name: adapter for adapter in recipe.adapters}
+    if name not in adapters:
+        similar = suggestion(name, list(adapters))
+        raise DirectoryError(f"{str(folder)!r} has no adapter {name!r}{similar}")
+    return adapters[name]
+
+
+def _parsed(folder: Path, content: dict[str, Any], changes: tuple[str, ...] = ()) -> Recipe:
+    return resolve_compute(parse_recipe(content, str(folder / "recipe.yaml"), changes))
 
 
 def _with_adapter(
@@ -251,7 +237,7 @@ def _with_adapter(
     if recipe.data.source is None and not recipe.base.calibrate_on:
         content["base"]["calibrate_on"] = list(recipe.texts())  # what the base was calibrated on
     changes = tuple(f"adapters.{len(recipe.adapters)}.{change}" for change in changes)
-    return resolve_compute(parse_recipe(content, str(folder / "recipe.yaml"), changes))
+    return _parsed(folder, content, changes)
 
 
 def _plans(folder: Path, before: Recipe, after: Recipe) -> tuple[list[Stage], list[Stage]]:
@@ -280,13 +266,3 @@ def _content_digest(folder: Path) -> str:
     for path in sorted(folder.iterdir()):
         digest.update(f"{path.name}\0{Digests().content(path)}\0".encode())
     return digest.hexdigest()
-
-
-def _renamed(results: Any, old: str, new: str, depth: int = 4) -> Any:
-    """`results` with the key `old` replaced, down to the depth at which names of adapters are."""
-    if not isinstance(results, dict) or not depth:
-        return results
-    return {
-        new if key == old else key: _renamed(value, old, new, 2 if key == "tasks" else depth - 1)
-        for key, value in results.items()
-    }

@@ -110,18 +110,18 @@ def prepared(
                 f"{what} of {str(folder)!r} cannot be uploaded: {'; '.join(reasons)}. Run first: "
                 f"{run_line(folder)}"
             )
+    exports, notes = _exports(job, directory, stale, adapter)
+    fingerprint, note = read_record(folder / "base")["fingerprint"], _pushed(folder)
     with tempfile.TemporaryDirectory(prefix="qwlora-push-") as temporary:
         scratch = Path(temporary)
-        exports, notes = _exports(job, directory, stale, adapter)
-        fingerprint, note = read_record(folder / "base")["fingerprint"], _pushed(folder)
         if adapter is None:
-            artifact, files = "base", _recorded(directory, "quantize", "base")
+            what, artifact, hub = "the base", "base", Repositories(repository, license=license)
             unwanted = (f"{MOMENTS}/", f"{SOLVER_SCALES.partition('/')[0]}/")
-            files = {name: p for name, p in files.items() if not name.startswith(unwanted)}
-            hub = Repositories(repository, license=license)
+            written = _recorded(directory, "quantize", "base")
+            files = {name: p for name, p in written.items() if not name.startswith(unwanted)}
         else:
+            what, artifact = f"adapter {adapter}", f"adapters/{adapter}"
             base = str(note["base"]) if note.get("fingerprint") == fingerprint else None
-            artifact = f"adapters/{adapter}"
             files = _adapter_files(directory, scratch, adapter, fingerprint, base)
             hub = Repositories(base, repository, license)
             if base is None:
@@ -134,7 +134,6 @@ def prepared(
             files[CARD] = scratch / CARD
             write_text(files[CARD], card_text(job, recipe, adapter, hub))
         files |= exports
-        what = "the base" if adapter is None else f"adapter {adapter}"
         before = note["files"].get(repository, [])
         outdated = tuple(name for name in before if name not in files)
         yield Upload(what, repository, is_private, files, tuple(notes), outdated)
@@ -223,27 +222,24 @@ def _exports(
             continue
         if adapter is None and not kind.has_base:
             continue
-        stage = f"export/{target}" if adapter is None else f"export/{target}/{adapter}"
+        artifact = f"export/{target}/{adapter or 'base'}"
+        stage = f"export/{target}" if adapter is None else artifact
         checks = [f"verify/{target}/{name}" for name in ([adapter] if adapter else job.adapters)]
         if adapter is None and kind.is_simulated:  # it has a check of its own
             checks = [f"verify/{target}"]
-        unchecked = [check for check in checks if check in stale]
         if (reason := stale.get(stage)) is not None:
             notes.append(f"{stage} is left out: {reason}")
-        elif len(unchecked) == len(checks):  # a base is checked with any of its adapters
-            check = unchecked[0]
+        elif all(check in stale for check in checks):  # a base is checked with any of its adapters
             notes.append(
-                f"{stage} is left out: it has not passed its check ({check}: {stale[check]}). "
-                f"Run first: {run_line(directory.path)}"
+                f"{stage} is left out: it has not passed its check ({checks[0]}: "
+                f"{stale[checks[0]]}). Run first: {run_line(directory.path)}"
             )
         else:
-            artifact = f"export/{target}/{adapter or 'base'}"
-            folder = directory.path / artifact
-            own = _recorded(directory, stage, artifact)
-            is_ours = f"{artifact}/{CARD}" in directory.records[stage].files
-            if is_ours and (folder / CARD).is_file():  # how to use it; no card of the hub
-                own[CARD] = folder / CARD
-            files |= {f"{target}/{name}": path for name, path in own.items()}
+            exported, card = _recorded(directory, stage, artifact), f"{artifact}/{CARD}"
+            # how to use the files; no card of the hub
+            if card in directory.records[stage].files and (directory.path / card).is_file():
+                exported[CARD] = directory.path / card
+            files |= {f"{target}/{name}": path for name, path in exported.items()}
             if adapter and (missing := job.get("parity", target, adapter, "not_run")):
                 notes.append(f"{stage} was not run here: {missing}")
     return files, notes

@@ -29,11 +29,15 @@ from qwlora.formats.model_source import fetch
 from qwlora.formats.user_path import user_path
 from qwlora.grid.activation_observer import VALUES
 from qwlora.pipeline.job.digests import Digests
-from qwlora.pipeline.plan.plan import has_float_model, make_plan, resolve_compute
+from qwlora.pipeline.plan.plan import (
+    has_float_model,
+    is_compared,
+    make_plan,
+    needs_moments,
+    resolve_compute,
+)
 from qwlora.pipeline.plan.stage import Stage, UnreadTexts
 from qwlora.pipeline.plan.traced_models import TracedModels
-from qwlora.pipeline.stages.evaluate_stage import is_compared
-from qwlora.pipeline.stages.quantize_stage import needs_moments
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.system.memory import memory_limit_bytes, return_freed_memory, rss_bytes

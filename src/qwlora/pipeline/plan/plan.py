@@ -1,26 +1,61 @@
-"""The plan of a job: its stages, in order.
+"""The plan of a job: its stages in order, what each needs, and what its result depends on.
 
-Imports no torch, so that a run in which nothing changed ends at once.
+    evaluate/float            perplexity of the float model
+    quantize                  freeze the base
+    evaluate/base
+    export/TARGET             of a bundle: the base; where all use cases are together: everything
+    calibrate-base            encodings of the base's activations, in workflow qwa-lora
+    evaluate/imported/NAME    the float model with an adapter from elsewhere
+    train/NAME
+    calibrate                 encodings that adapters share, if they share any
+    calibrate/_base           the zero adapter, for targets that switch simulations
+    evaluate/adapted/NAME, calibrate/NAME, evaluate/simulated/NAME
+    export/TARGET/NAME, verify/TARGET/NAME
+    verify/TARGET             the zero adapter
+    calibrate/_use_cases      for targets that hold all use cases; then export, verify/TARGET/CASE
+
+With several texts, evaluate/MODEL/on/TEXT measures a model on the text of another adapter. Imports
+no torch, so that a run in which nothing changed ends at once.
 """
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
 from qwlora.export.registry import TARGETS
+from qwlora.export.target import BASE, PROOF
 from qwlora.formats.model_source import fetch
+from qwlora.grid.range_estimator import RangeEstimator
 from qwlora.pipeline.job.digests import Digests
-from qwlora.pipeline.plan.stage import JobTexts, PlanBuilder, Stage
-from qwlora.pipeline.stages import (
-    calibrate_stage,
-    evaluate_stage,
-    export_stage,
-    quantize_stage,
-    train_stage,
-    verify_stage,
+from qwlora.pipeline.plan.stage import (
+    BASE_SIMULATION,
+    CASES,
+    SHARED,
+    USE_CASES,
+    ZERO,
+    ZERO_ADAPTER,
+    JobTexts,
+    Stage,
+    hash_json,
 )
-from qwlora.recipe import Adapter, Recipe
+from qwlora.quantize.revisions import REVISIONS
+from qwlora.quantize.solvers import SOLVERS
+from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.system.compute_precision import auto_compute, training_device
 
 TUNING_DEVICE = "cpu"  # quantization runs on the CPU
+# settings of an adapter that do not change the result
+_WITHOUT_EFFECT = {"checkpoint_steps", "report_to", "data"}  # the text itself is an input
+_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
+_IN_BLOCK = re.compile(r".+\.\d+\..+")
 
 
 def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -> list[Stage]:
@@ -32,43 +67,265 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
         digests: digests of the model's files and of adapters to continue from. Pass those of the
             job, so that unchanged files are not read again.
     """
-    plan = PlanBuilder(recipe, texts, digests or Digests())
-    if has_float_model(recipe):
-        evaluate_stage.add(plan, "float")
-    quantize_stage.add(plan)
-    evaluate_stage.add(plan, "base", ("quantize",))
-    targets = {name: TARGETS[name] for name in recipe.export.targets}
-    simulated = [name for name, target in targets.items() if target.needs_zero_adapter]
-    for name, target in targets.items():
-        if target.has_base and not target.is_simulated:
-            export_stage.add_base(plan, name)
-    calibrate_stage.add_base(plan)
-    for adapter in recipe.adapters:
-        if is_imported(recipe, adapter) and has_float_model(recipe):
-            evaluate_stage.add(plan, "imported", (), adapter.name)
-        train_stage.add(plan, adapter)
-    calibrate_stage.add_shared(plan)
-    if simulated:
-        calibrate_stage.add_zero(plan)
-    for name in simulated:
-        export_stage.add_base(plan, name)
-    for adapter in recipe.adapters:
-        evaluate_stage.add(plan, "adapted", (f"train/{adapter.name}",), adapter.name)
-        calibrate_stage.add(plan, adapter.name)
-        evaluate_stage.add(plan, "simulated", (f"calibrate/{adapter.name}",), adapter.name)
-        for name, target in targets.items():
-            if not target.has_cases:
-                export_stage.add(plan, name, adapter.name)
-                verify_stage.add(plan, name, adapter.name)
-    for name in simulated:  # last, so that a failure leaves nothing of the adapters undone
-        verify_stage.add_base(plan, name)
+    plan = _Plan(recipe, texts, digests or Digests())
+    has_float, targets = has_float_model(recipe), plan.targets
+    bundles = [name for name, target in targets.items() if target.has_base]
     with_cases = [name for name, target in targets.items() if target.has_cases]
+    switched = [name for name, target in targets.items() if target.needs_zero_adapter]
+    if has_float:
+        plan.evaluate("float")
+    plan.quantize()
+    plan.evaluate("base", "quantize")
+    for name in bundles:
+        if name not in switched:
+            plan.add(f"export/{name}", [], "quantize", artifact=f"export/{name}/{BASE}")
+    if recipe.workflow == "qwa-lora":
+        ranges = plan.ranges(recipe.base_texts())
+        plan.add("calibrate-base", ranges, "quantize", artifact=BASE_SIMULATION)
+    for adapter in recipe.adapters:
+        if has_float and is_foreign(recipe, adapter) and adapter.unknown_base == "accept":
+            plan.evaluate("imported", adapter=adapter)
+        plan.train(adapter)
+    if plan.shares:
+        trained = [f"train/{adapter.name}" for adapter in recipe.adapters]
+        plan.add("calibrate", plan.ranges(recipe.texts().values()), *trained, artifact=SHARED)
+    if switched:
+        plan.calibrate_zero_adapter()
+    for name in switched:
+        inputs, artifact = plan.encodings_version, f"export/{name}/{BASE}"
+        plan.add(f"export/{name}", inputs, ZERO, artifact=artifact)
+    for adapter in recipe.adapters:
+        plan.evaluate("adapted", f"train/{adapter.name}", adapter=adapter)
+        plan.calibrate(adapter)
+        plan.evaluate("simulated", f"calibrate/{adapter.name}", adapter=adapter)
+        for name in targets:
+            if name not in with_cases:
+                plan.export(name, adapter.name)
+                # a bundle is verified once its runtime is installed
+                missing = [targets[name].missing()] if name in bundles else []
+                text = texts.key(recipe.data_of(adapter))
+                plan.verify(name, adapter.name, [text, *missing], adapter.name)
+    for name in switched:  # last, so that a failure leaves nothing of the adapters undone
+        text = texts.key(recipe.data_of(recipe.adapters[0]))
+        plan.add(f"verify/{name}", [recipe.verify.model_dump(), text], f"export/{name}")
     if with_cases:
-        calibrate_stage.add_use_cases(plan)
+        ranges, cases = plan.ranges(recipe.texts().values()), recipe.use_cases()
+        calibrated = [f"calibrate/{adapter.name}" for adapter in recipe.adapters]
+        plan.add(CASES, [cases, ranges], *calibrated, artifact=USE_CASES)
     for name in with_cases:
-        export_stage.add_use_cases(plan, name)
-        verify_stage.add_use_cases(plan, name)
+        # compiled and verified once the compiler and its emulator are installed
+        missing = [targets[name].missing()] if targets[name].compilers else []
+        version = [] if missing else [recipe.export.encodings_version]
+        files = [*version, *plan.graphs(name), *missing]
+        plan.add(f"export/{name}", files, CASES, artifact=f"export/{name}")
+        for case in recipe.use_cases():
+            keys = [texts.key(text) for text in recipe.texts().values()]
+            plan.verify(name, case, [keys, *missing], None)
     return list(plan.stages.values())
+
+
+class _Plan:
+    """Collects the stages of a recipe; a stage must be added after the stages that it needs."""
+
+    def __init__(self, recipe: Recipe, texts: JobTexts, digests: Digests):
+        self.recipe, self.texts, self.digests = recipe, texts, digests
+        self.targets = {name: TARGETS[name] for name in recipe.export.targets}
+        self.shares = recipe.simulation.base_activations != "all"
+        self.stages: dict[str, Stage] = {}
+
+    def add(
+        self,
+        name: str,
+        inputs: Any,
+        *needs: str,
+        adapter: str | None = None,
+        artifact: str | None = None,
+        after_work: Any = None,
+    ) -> None:
+        """Add a stage.
+
+        Args:
+            inputs: JSON values that the result and unfinished work depend on, in addition to
+                `needs`.
+            after_work: JSON values that the result depends on, but unfinished work does not.
+        """
+        work_key = hash_json([name, inputs, [self.stages[need].key for need in needs]])
+        key = work_key if after_work is None else hash_json([work_key, after_work])
+        self.stages[name] = Stage(name, key, adapter, artifact, needs, work_key)
+
+    @cached_property
+    def model(self) -> list[Any]:
+        section = self.recipe.model
+        files = self.contents(fetch(section.source).files)
+        trusted = ["trust_remote_code"] if section.trust_remote_code else []
+        return [version("qwlora"), section.source, *files, *trusted]
+
+    @cached_property
+    def base_text(self) -> list[Any]:
+        return [self.texts.key(data) for data in self.recipe.base_texts()]
+
+    @property
+    def encodings_version(self) -> list[str]:
+        """The version of encodings files, unless it is the default."""
+        export = self.recipe.export
+        is_default = export.encodings_version == type(export)().encodings_version
+        return [] if is_default else [export.encodings_version]
+
+    def held_out(self, data: Data) -> list[Any]:
+        return [*self.texts.key(data), data.evaluation_sequences]
+
+    def contents(self, files: Iterable[Path]) -> list[tuple[str, str | None]]:
+        """Name and digest of each file."""
+        return [(file.name, self.digests.identity(file)) for file in files]
+
+    def adapter_contents(self, source: str | None) -> list[tuple[str, str | None]]:
+        """Files of an adapter to continue; of one on the hub its name in the recipe is enough."""
+        folder = Path(source or "")
+        is_local = source and folder.is_dir()
+        return self.contents(sorted(filter(Path.is_file, folder.iterdir()))) if is_local else []
+
+    def graphs(self, target: str) -> list[Any]:
+        """The sizes of graphs with a cache, if the target writes some."""
+        graphs = self.recipe.export.graphs_of(target)
+        return [] if graphs is None else [graphs.model_dump()]
+
+    def ranges(self, texts: Iterable[Data]) -> list[Any]:
+        """Activation ranges that are measured on `texts`."""
+        section = self.recipe.simulation
+        counts = [[self.texts.key(text), text.calibration_sequences] for text in texts]
+        observers = {section.observer, *(r.observer for r in section.rules if r.observer)}
+        sampled = any(RangeEstimator(observer).needs_sample for observer in observers)
+        revision = [REVISIONS["activation_samples"]] if sampled else []
+        return [section.model_dump(), counts, *revision]
+
+    def quantize(self) -> None:
+        """Unfinished work does not depend on tuning, which comes last."""
+        recipe, base, model = self.recipe, self.recipe.base, self.recipe.model
+        named = {base.solver, *(rule.solver for rule in base.rules)}
+        solvers = [name for name in SOLVERS if name in named]
+        moments = needs_moments(recipe)
+        observed: list[Any] | None = None
+        if any(SOLVERS[name].needs_calibration for name in solvers) or moments:
+            observed = [self.base_text, recipe.seed, REVISIONS["layer_statistics"]]
+        encodings: list[Any] | None = None
+        if model.encodings is not None:
+            file = Path(model.encodings)
+            encodings = [*self.contents([file]), model.keep_float, model.block_order]
+        inputs = [
+            self.model,
+            encodings,
+            base.model_dump(exclude={"tuning", "calibrate_on"}),
+            observed,
+            moments and REVISIONS["second_moments"],
+            *([name, REVISIONS[name]] for name in solvers),
+        ]
+        tuning: list[Any] | None = None
+        if base.tuning.steps:
+            revision = REVISIONS["tune_scales"]
+            tuning = [base.tuning.model_dump(), self.base_text, recipe.seed, revision]
+        self.add("quantize", inputs, artifact="base", after_work=tuning)
+
+    def train(self, adapter: Adapter) -> None:
+        recipe, name = self.recipe, adapter.name
+        first, data = recipe.predecessor(adapter), recipe.data_of(adapter)
+        has_init = adapter.init != "zero"
+        settings = adapter.model_dump(exclude=_WITHOUT_EFFECT)
+        if not has_init:
+            del settings["init_share"]
+        learns: list[Any] = [
+            self.texts.key(data),
+            self.held_out(data) if adapter.evaluation_steps else None,
+            self.adapter_contents(None if first else adapter.continue_from),
+            *([REVISIONS["initialize_adapter"]] if has_init else []),
+        ]
+        needs = ["quantize", *([f"train/{first.name}"] if first else [])]
+        needs += ["calibrate-base"] if recipe.workflow == "qwa-lora" else []
+        inputs = [settings, learns, recipe.seed]
+        self.add(f"train/{name}", inputs, *needs, adapter=name, artifact=f"adapters/{name}")
+
+    def evaluate(self, kind: str, *needs: str, adapter: Adapter | None = None) -> None:
+        """Add the stages of one model: `float`, `base`, `imported`, `adapted` or `simulated`."""
+        recipe, name = self.recipe, None if adapter is None else adapter.name
+        own = recipe.base_text() if adapter is None else recipe.data_of(adapter)
+        model: list[Any] = [self.model] if kind in ("float", "imported") else []
+        model.append(REVISIONS["token_scores"])
+        if kind == "imported" and adapter is not None:
+            model.append([adapter.continue_from, self.adapter_contents(adapter.continue_from)])
+        stage = f"evaluate/{kind}" if name is None else f"evaluate/{kind}/{name}"
+        if own is not None:
+            self.add(stage, [*model, self.held_out(own)], *needs, adapter=name)
+        texts = recipe.texts() if kind not in ("imported", "simulated") else {}
+        for text, data in texts.items() if len(texts) > 1 else ():
+            if data != own:
+                measured = ["kl"] if is_compared(kind, text) else []
+                inputs = [*model, *measured, self.held_out(data)]
+                self.add(f"{stage}/on/{text}", inputs, *needs, adapter=name)
+
+    def calibrate(self, adapter: Adapter) -> None:
+        """If encodings are shared, the cost of sharing is measured on held-out text."""
+        name, data = adapter.name, self.recipe.data_of(adapter)
+        inputs = [self.ranges([data]), self.held_out(data) if self.shares else None]
+        needs = [f"train/{name}", *(["calibrate"] if self.shares else [])]
+        artifact = f"simulation/{name}"
+        self.add(f"calibrate/{name}", inputs, *needs, adapter=name, artifact=artifact)
+
+    def calibrate_zero_adapter(self) -> None:
+        """It depends on the shape of the first adapter, and on which layers have one: another
+        adapter of the same layers changes nothing. Of an adapter from elsewhere the recipe does not
+        say the layers, but its files may."""
+        recipe = self.recipe
+        first, *others = recipe.adapters
+        counted = [first]
+        counted += [a for a in others if not is_foreign(recipe, a) or not self._is_covered(a)]
+        shape = first.model_dump(include={"rank", "rank_pattern"})
+        layers = {a.model_dump_json(include={"target_modules", "layers"}) for a in counted}
+        needs = ["quantize", *(f"train/{a.name}" for a in counted if is_foreign(recipe, a))]
+        needs += ["calibrate-base"] if recipe.workflow == "qwa-lora" else []
+        needs += ["calibrate"] if self.shares else []
+        inputs = [self.ranges(recipe.base_texts()), [shape, *sorted(layers)], recipe.seed]
+        self.add(ZERO, inputs, *needs, artifact=ZERO_ADAPTER)
+
+    def _is_covered(self, adapter: Adapter) -> bool:
+        """Whether new adapters change all layers of an adapter that continues a folder, by the
+        target_modules that PEFT reads: `all-linear` is every linear layer inside a numbered block,
+        names are the ends of paths. Of a regular expression it is not known: it may take for ever.
+
+        False if the adapter is on the hub, or its files cannot be read or hold something else than
+        factors of linear layers.
+        """
+        folder = Path(str(adapter.continue_from))
+        try:
+            config = json.loads((folder / "adapter_config.json").read_text())
+            with safe_open(folder / "adapter_model.safetensors", "np") as file:
+                sizes = {n: len(file.get_slice(n).get_shape()) for n in file.keys()}  # noqa: SIM118
+            factors = [size == 2 and _FACTOR.fullmatch(name) for name, size in sizes.items()]
+            layers = {match[1] for match in factors if match}
+            if not layers or not all(factors) or config.get("target_parameters"):
+                return False
+        except (OSError, ValueError, AttributeError, RecursionError, SafetensorError):
+            return False
+
+        def targets(modules: str | list[str], layer: str) -> bool:
+            if isinstance(modules, list):
+                return any(f".{layer}".endswith(f".{name}") for name in modules)
+            return modules.lower() == "all-linear" and _IN_BLOCK.fullmatch(layer) is not None
+
+        new = [a for a in self.recipe.adapters if a.continue_from is None and a.layers is None]
+        return any(all(targets(a.target_modules, layer) for layer in layers) for a in new)
+
+    def export(self, target: str, name: str) -> None:
+        kind = self.targets[target]
+        *base, stage = kind.stages(target, name)
+        needs = [*base, f"calibrate/{name}" if kind.is_simulated else f"train/{name}"]
+        inputs = [*self.encodings_version, *self.graphs(target)]
+        self.add(stage, inputs, *needs, adapter=name, artifact=stage)
+
+    def verify(self, target: str, name: str, inputs: list[Any], adapter: str | None) -> None:
+        kind = self.targets[target]
+        inputs = [self.recipe.verify.model_dump(), *inputs]
+        artifact = f"export/{target}/{PROOF}/{name}" if kind.has_proof else None
+        needs = kind.stages(target, name)
+        self.add(f"verify/{target}/{name}", inputs, *needs, adapter=adapter, artifact=artifact)
 
 
 def resolve_compute(recipe: Recipe) -> Recipe:
@@ -89,15 +346,28 @@ def resolve_compute(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"base": base, "adapters": adapters})
 
 
-def is_imported(recipe: Recipe, adapter: Adapter) -> bool:
-    """Whether an adapter continues one that was trained elsewhere, perhaps on another base."""
-    return (
-        adapter.continue_from is not None
-        and adapter.unknown_base == "accept"
-        and recipe.predecessor(adapter) is None
-    )
+def is_foreign(recipe: Recipe, adapter: Adapter) -> bool:
+    """Whether an adapter continues one from elsewhere, not another one of the job."""
+    return adapter.continue_from is not None and recipe.predecessor(adapter) is None
 
 
 def has_float_model(recipe: Recipe) -> bool:
     """Whether there is a float model to compare with, or only integers in a quantized format."""
     return fetch(recipe.model.source).holds_floats
+
+
+def needs_moments(recipe: Recipe) -> bool:
+    """Whether the initialization of an adapter needs second moments of the base's layers."""
+    return any(adapter.init == "qera" for adapter in recipe.adapters)
+
+
+def is_compared(kind: str, other: str) -> bool:
+    """Whether a model is compared with the float model on its own text, or on `other`."""
+    return kind != "float" and (not other or kind == "base")
+
+
+def trained_with(recipe: Recipe, adapter: Adapter) -> dict[str, Any]:
+    """The settings that an adapter is trained with, without defaults: recorded in the results."""
+    settings = adapter.model_dump(mode="json", exclude_defaults=True, exclude={"name", "data"})
+    data = recipe.data_of(adapter).model_dump(mode="json", exclude_defaults=True)
+    return {**settings, "data": data, "seed": recipe.seed, "workflow": recipe.workflow}

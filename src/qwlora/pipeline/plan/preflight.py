@@ -22,7 +22,7 @@ from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.huggingface.max_positions import check_positions
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.pipeline.plan.plan import TUNING_DEVICE
+from qwlora.pipeline.plan.plan import TUNING_DEVICE, is_foreign
 from qwlora.pipeline.plan.target_table import (
     kept_grids,
     model_files,
@@ -192,7 +192,7 @@ def _check_tuning(context: JobContext, model: PreTrainedModel, packed: Packed) -
 
 def _check_saved(recipe: Recipe, model: PreTrainedModel, packed: Packed) -> None:
     """Check that no adapter to continue contains a full copy of a layer that the base packs."""
-    foreign = [a for a in recipe.adapters if a.continue_from and recipe.predecessor(a) is None]
+    foreign = [adapter for adapter in recipe.adapters if is_foreign(recipe, adapter)]
     tensors = find_tensors(model).items() if foreign else ()
     paths = [path for name, tensor in tensors if packed(name) for path in tensor.paths]
     for adapter in foreign:
@@ -213,7 +213,7 @@ def _adapter_shapes(context: JobContext) -> Shapes:
         try:
             if adapter.continue_from is None:
                 shapes[adapter.name] = check_shape(context.skeleton(), adapter.lora_shape())
-            elif context.recipe.predecessor(adapter) is None:
+            elif is_foreign(context.recipe, adapter):
                 shapes[adapter.name] = check_existing(
                     adapter.continue_from, adapter.unknown_base, context.skeleton()
                 )

@@ -1,4 +1,4 @@
-"""A stage of a job, and a builder that collects the stages of a recipe. Imports no torch.
+"""A stage of a job, and the texts of a recipe that keys of stages depend on. Imports no torch.
 
 A stage's key is a hash of everything its result depends on:
 
@@ -12,22 +12,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
-from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 from qwlora.data import Documents, load_documents
-from qwlora.formats.model_source import fetch
-from qwlora.pipeline.job.digests import Digests
 from qwlora.recipe import Data, Recipe
 from qwlora.system.progress import Track, one_step, untracked
 
 VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")
 
-# What stages write, in a job's directory. No adapter can have a name that begins with `_`.
+ZERO, CASES = "calibrate/_base", "calibrate/_use_cases"  # no adapter can have these names
+
+# What stages write, in a job's directory.
 MOMENTS = "moments"  # second moments of the base's layers, in base/
 SOLVER_SCALES = "tuning/solver_scales.safetensors"  # scales before tuning, in base/
 BASE_SIMULATION = "base_simulation"  # encodings of the base without an adapter; workflow qwa-lora
@@ -105,63 +101,6 @@ class UnreadTexts(JobTexts):
 
     def key(self, data: Data) -> list[Any]:
         return []
-
-
-class PlanBuilder:
-    """Collects the stages of a recipe; a stage must be added after the stages that it needs.
-
-    Args:
-        digests: digests of the model's files and of adapters to continue from.
-    """
-
-    def __init__(self, recipe: Recipe, texts: JobTexts, digests: Digests):
-        self.recipe, self.texts, self.digests = recipe, texts, digests
-        self.stages: dict[str, Stage] = {}
-
-    def add(
-        self,
-        name: str,
-        inputs: Any,
-        needs: tuple[str, ...] = (),
-        adapter: str | None = None,
-        artifact: str | None = None,
-        after_work: Any = None,
-    ) -> None:
-        """Add a stage.
-
-        Args:
-            inputs: JSON values that the result and unfinished work depend on, in addition to
-                `needs`.
-            after_work: JSON values that the result depends on, but unfinished work does not.
-        """
-        work_key = hash_json([name, inputs, [self.stages[need].key for need in needs]])
-        key = work_key if after_work is None else hash_json([work_key, after_work])
-        self.stages[name] = Stage(name, key, adapter, artifact, needs, work_key)
-
-    @cached_property
-    def model(self) -> list[Any]:
-        """Key inputs for the model, by content."""
-        section = self.recipe.model
-        files = fetch(section.source).files
-        trusted = ["trust_remote_code"] if section.trust_remote_code else []
-        return [version("qwlora"), section.source, *self.contents(files), *trusted]
-
-    @cached_property
-    def base_text(self) -> list[Any]:
-        """Key inputs for the text that the base is calibrated on."""
-        return [self.texts.key(data) for data in self.recipe.base_texts()]
-
-    def text(self, adapter: str) -> list[Any]:
-        """Key inputs for the text of an adapter."""
-        return self.texts.key(self.recipe.data_of(adapter))
-
-    def held_out(self, data: Data) -> list[Any]:
-        """Key inputs for the held-out part of a text that perplexity is measured on."""
-        return [*self.texts.key(data), data.evaluation_sequences]
-
-    def contents(self, files: Iterable[Path]) -> list[tuple[str, str | None]]:
-        """Name and digest of each file."""
-        return [(file.name, self.digests.identity(file)) for file in files]
 
 
 def hash_json(content: Any) -> str:

@@ -16,9 +16,8 @@ from typing import Any
 from qwlora.errors import DirectoryError, RecipeError
 from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.directory import Directory, check_job
-from qwlora.pipeline.plan.plan import make_plan, resolve_compute
+from qwlora.pipeline.plan.plan import make_plan, resolve_compute, trained_with
 from qwlora.pipeline.plan.stage import VERBS, JobTexts, Stage
-from qwlora.pipeline.stages.train_stage import trained_with
 from qwlora.recipe import Recipe, load_recipe
 
 

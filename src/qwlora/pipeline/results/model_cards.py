@@ -27,13 +27,15 @@ from qwlora.export.proof.folder import WITHOUT_CACHE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE
 from qwlora.formats.card_mark import as_code, escaped, marked
-from qwlora.formats.model_origin import UNKNOWN, ModelCardInfo, origin_of
+from qwlora.formats.model_origin import UNKNOWN, origin_of
 from qwlora.pipeline.job.directory import Directory
 from qwlora.recipe import Data, Recipe
 from qwlora.report.number_format import finite
 from qwlora.report.results_view import Job, runtime
 
-FLOAT, BASE_ALONE = "Perplexity, float model", "Perplexity, base alone"  # what to compare with
+# What was measured, its value, and the hub's name of the metric; None: it is of another model.
+Number = tuple[str, Any, str | None]
+
 _TEMPLATES = Path(__file__).parent / "cards"
 _known_origin = cache(origin_of)
 
@@ -85,89 +87,111 @@ def card_text(
     Args:
         hub: for a card that is uploaded. Default: one in the job's directory.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
     origin, known = _known_origin(recipe.model.source), hub or Repositories()
-    wanted = {"base": known.base}
+    base_model: str | None = origin.repository
+    text = recipe.base_text() if adapter is None else recipe.data_of(adapter)
+    source = (text and text.source) or ""
+    dataset = source if text is not None and is_hub_dataset(text) else None
     if adapter is None:
-        title, text = f"{origin.name}, QWLoRA base", recipe.base_text()
         fields, numbers = _of_base(job)
-        metadata: dict[str, Any] = {"library_name": "qwlora", "tags": ["qwlora", "quantized"]}
-        relation = "quantized" if origin.repository else None
+        tags, datasets, relation = ["qwlora", "quantized"], None, "quantized"
     else:
-        title, text = adapter, recipe.data_of(adapter)
         fields, numbers = _of_adapter(job, recipe, adapter)
         fields["adapter"] = adapter if hub else f"adapters/{adapter}"
-        wanted[adapter] = known.adapter
-        dataset = text.source if is_hub_dataset(text) else None
-        metadata = {"library_name": "peft", "tags": ["qwlora", "lora"], "datasets": dataset}
-        relation = "adapter" if known.base or origin.repository else None
-    numbers = {what: value for what, value in numbers.items() if finite(value) is not None}
-    license_keys, license_words = _license(origin, known.license, inherits=adapter is None)
+        tags, datasets, relation = ["qwlora", "lora"], dataset, "adapter"
+        base_model = known.base or base_model
+    numbers = [number for number in numbers if finite(number[1]) is not None]
+    stated: dict[str, Any] = {
+        "license": origin.license or UNKNOWN,
+        "license_name": origin.license_name,
+        "license_link": origin.license_link,
+    }
+    if known.license or adapter:  # an adapter's license must be stated
+        stated = {"license": known.license or UNKNOWN}
+    shown_name = source if source.startswith("python:") or dataset else PurePath(source).name
+    measured = [
+        EvalResult(
+            task_type="text-generation",
+            dataset_type=dataset or "text",
+            dataset_name=shown_name or "text",
+            dataset_split="held-out",
+            metric_type=metric,
+            metric_name=what,
+            metric_value=round(float(value), 4),
+        )
+        for what, value, metric in numbers
+        if metric is not None
+    ]
+    title = adapter or f"{origin.name}, QWLoRA base"
     data = ModelCardData(
-        **license_keys,
-        **metadata,
-        base_model=(known.base if adapter else None) or origin.repository,
-        base_model_relation=relation,
+        **stated,
+        library_name="peft" if adapter else "qwlora",
+        tags=tags,
+        datasets=datasets,
+        base_model=base_model,
+        base_model_relation=relation if base_model else None,
         pipeline_tag="text-generation",
         model_name=title,
-        eval_results=_measured(numbers, text),
+        eval_results=measured or None,
     )
-    downloads = [f"hf download {id} --local-dir {folder}" for folder, id in wanted.items() if id]
-    table = [f"| {what} | {v:.{4 if v < 1 else 2}f} |" for what, v in numbers.items()]
-    of_text = "" if text is None else f" of {shown_text(text)}"
-    repository = origin.repository
+    wanted = {"base": known.base, **({adapter: known.adapter} if adapter else {})}
     fields |= {
         "title": escaped(title),
-        "model": f"[{repository}](https://huggingface.co/{repository})"
-        if repository
+        "model": f"[{origin.repository}](https://huggingface.co/{origin.repository})"
+        if origin.repository
         else as_code(origin.name),
-        "numbers": "\n".join([f"| on held-out text{of_text} | |", "|---|--:|", *table])
-        if table
-        else "",
+        "numbers": [(what, f"{v:.{4 if v < 1 else 2}f}") for what, v, _ in numbers],
+        "text": None if text is None else shown_text(text),
         "fingerprint": job.get("base", "fingerprint"),
-        "download": "\n".join(["```shell", *downloads, "```"])
-        if downloads
-        else "Folders are relative to the job's directory.",
-        "base": "base",
+        "downloads": {folder: hub_id for folder, hub_id in wanted.items() if hub_id},
         "runtimes": list(_runtimes(job, adapter, hub is not None)),
-        "license_words": license_words,
+        "license": escaped(origin.license or ""),
+        "stated_in": origin.stated_in,
+        "stated_license": known.license and escaped(known.license),
     }
-    template = _TEMPLATES / ("base.md" if adapter is None else "adapter.md")
+    template = _TEMPLATES / ("adapter.md" if adapter else "base.md")
     card = ModelCard.from_template(data, template_path=str(template), **fields)
     return marked(re.sub(r"\n{3,}", "\n\n", str(card)))
 
 
-def _of_base(job: Job) -> tuple[dict[str, Any], dict[str, Any]]:
+def _of_base(job: Job) -> tuple[dict[str, Any], list[Number]]:
     """Fields of the template, and what was measured."""
     layers = job.section("base", "layers").values()
     schemes = Counter(str(layer.get("scheme")) for layer in layers)
     grids = ", ".join(scheme for scheme, _ in schemes.most_common(3)) or "packed integers"
-    return {"grids": grids, "bits": f"{job.get('base', 'bits_per_weight'):.2f}"}, {
-        FLOAT: job.get("perplexity", "float"),
-        "Perplexity": job.get("perplexity", "base"),
-        "KL divergence from the float model, nats": job.get("kl", "base", "mean"),
-        "Same likeliest token as the float model": job.get("top1", "base", "share"),
-    }
+    return {"grids": grids, "bits": f"{job.get('base', 'bits_per_weight'):.2f}"}, [
+        ("Perplexity, float model", job.get("perplexity", "float"), None),
+        ("Perplexity", job.get("perplexity", "base"), "perplexity"),
+        ("KL divergence from the float model, nats", job.get("kl", "base", "mean"), "kl"),
+        (
+            "Same likeliest token as the float model",
+            job.get("top1", "base", "share"),
+            "accuracy",
+        ),
+    ]
 
 
-def _of_adapter(job: Job, recipe: Recipe, name: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    adapter, training = next(a for a in recipe.adapters if a.name == name), ""
+def _of_adapter(job: Job, recipe: Recipe, name: str) -> tuple[dict[str, Any], list[Number]]:
+    adapter = next(a for a in recipe.adapters if a.name == name)
     amount = (job.section("texts", name) or job.section("data")).get("train", {})
-    documents, tokens = amount.get("documents"), amount.get("loss_tokens")
-    if steps := job.get("train", name, "steps"):
-        size = f" ({documents:,} documents, {tokens:,} loss tokens)" if documents and tokens else ""
-        training = f"Trained for {steps} steps on {shown_text(recipe.data_of(name))}{size}."
     return {
         "rank": adapter.rank,
         "alpha": f"{adapter.alpha:g}",
-        "training": training or "Imported: it was trained elsewhere.",
-    }, {
-        FLOAT: job.perplexity("float", name),
-        BASE_ALONE: job.perplexity("base", name),
-        "Perplexity": job.perplexity("adapted", name),
-        "Perplexity with activations as integers": job.perplexity("simulated", name),
-    }
+        "steps": job.get("train", name, "steps"),
+        "documents": amount.get("documents"),
+        "loss_tokens": amount.get("loss_tokens"),
+    }, [
+        ("Perplexity, float model", job.perplexity("float", name), None),
+        ("Perplexity, base alone", job.perplexity("base", name), None),
+        ("Perplexity", job.perplexity("adapted", name), "perplexity"),
+        (
+            "Perplexity with activations as integers",
+            job.perplexity("simulated", name),
+            "perplexity",
+        ),
+    ]
 
 
 def _runtimes(job: Job, adapter: str | None, on_hub: bool) -> Iterator[tuple[str, ...]]:
@@ -208,49 +232,3 @@ def shown_text(data: Data) -> str:
     if is_hub_dataset(data):
         return f"[{source}](https://huggingface.co/datasets/{source})"
     return as_code(source if source.startswith("python:") else PurePath(source).name)
-
-
-def _license(
-    origin: ModelCardInfo, stated: str | None, *, inherits: bool
-) -> tuple[dict[str, Any], str]:
-    """The metadata, and a sentence: a base has its model's license; an adapter's must be stated."""
-    model = (
-        f"The model's license is {escaped(origin.license)} ({origin.stated_in})."
-        if origin.license
-        else "The model's license is unknown: its files do not state one."
-    )
-    if stated is not None:
-        return {"license": stated}, f"This one's license is {escaped(stated)}. {model}"
-    if not inherits:
-        unknown = "Whoever trained this adapter has not stated its license"
-        return {"license": UNKNOWN}, f"{unknown} (`qwlora push --license`). {model}"
-    metadata = {
-        "license": origin.license or UNKNOWN,
-        "license_name": origin.license_name,
-        "license_link": origin.license_link,
-    }
-    return metadata, model
-
-
-def _measured(numbers: dict[str, Any], text: Data | None) -> list[Any] | None:
-    """The numbers of this model, without those of the models that it is compared with."""
-    from huggingface_hub import EvalResult
-
-    kinds = {"Perplexity": "perplexity", "KL": "kl", "Same": "accuracy"}
-    on_hub = text is not None and is_hub_dataset(text)
-    source = "" if text is None else text.source or ""
-    name = source if source.startswith("python:") or on_hub else PurePath(source).name
-    results = [
-        EvalResult(
-            task_type="text-generation",
-            dataset_type=source if on_hub else "text",
-            dataset_name=name or "text",
-            dataset_split="held-out",
-            metric_type=kinds[what.replace(",", " ").split()[0]],
-            metric_name=what,
-            metric_value=round(float(value), 4),
-        )
-        for what, value in numbers.items()
-        if what not in (FLOAT, BASE_ALONE)
-    ]
-    return results or None

@@ -1,10 +1,10 @@
-"""The stages of a job, one module each: what the key covers, what the stage needs, what it runs.
+"""What the stages of a job run, one module a verb; `plan/plan.py` says what they depend on.
 
-    add(plan, ...)                        adds the stage to a plan; imports no torch
-    run(context, stage, scratch, work)    writes the artifact to `scratch` and returns the stage's
-                                          part of results.json; imports torch
+    run(context, stage, scratch, work)
 
-A stage keeps unfinished work in the folder `work`, and resumes from it after an interruption.
+writes the artifact to `scratch` and returns the stage's part of results.json. Torch is imported
+only then. A stage keeps unfinished work in the folder `work`, and resumes from it after an
+interruption.
 """
 
 from __future__ import annotations

@@ -10,133 +10,15 @@ calibrate/_use_cases    encodings of export.use_cases, for targets that hold all
 
 from __future__ import annotations
 
-import json
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from qwlora.export.target import NONE, members
-from qwlora.grid.range_estimator import RangeEstimator
-from qwlora.pipeline.plan.stage import (
-    ADAPTER,
-    BASE_SIMULATION,
-    SHARED,
-    USE_CASES,
-    ZERO_ADAPTER,
-    PlanBuilder,
-    Stage,
-)
-from qwlora.quantize.revisions import REVISIONS
-from qwlora.recipe import Adapter, Data, Recipe
+from qwlora.pipeline.plan.stage import ADAPTER, BASE_SIMULATION, CASES, SHARED, ZERO, Stage
 
 if TYPE_CHECKING:
     from qwlora.pipeline.running.loaded_models import JobContext
     from qwlora.simulation.simulation import Simulation
-
-
-NAME = "calibrate"
-CASES, ZERO = f"{NAME}/_use_cases", f"{NAME}/_base"
-_FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
-_IN_BLOCK = re.compile(r".+\.\d+\..+")
-
-
-def range_inputs(plan: PlanBuilder, texts: Iterable[Data]) -> list[Any]:
-    """Key inputs of activation ranges that are measured on `texts`."""
-    section = plan.recipe.simulation
-    inputs: list[Any] = [
-        section.model_dump(),
-        [[plan.texts.key(t), t.calibration_sequences] for t in texts],
-    ]
-    observers = {section.observer, *(r.observer for r in section.rules if r.observer is not None)}
-    if any(RangeEstimator(observer).needs_sample for observer in observers):
-        inputs.append(REVISIONS["activation_samples"])
-    return inputs
-
-
-def add_base(plan: PlanBuilder) -> None:
-    """Add the stage of the base's own encodings, if the workflow is qwa-lora."""
-    if plan.recipe.workflow == "qwa-lora":
-        inputs = range_inputs(plan, plan.recipe.base_texts())
-        plan.add("calibrate-base", inputs, ("quantize",), artifact=BASE_SIMULATION)
-
-
-def add_shared(plan: PlanBuilder) -> None:
-    """Add the stage of shared encodings, if adapters share any."""
-    if _shares(plan):
-        trained = tuple(f"train/{adapter.name}" for adapter in plan.recipe.adapters)
-        plan.add(NAME, range_inputs(plan, plan.recipe.texts().values()), trained, artifact=SHARED)
-
-
-def add(plan: PlanBuilder, name: str) -> None:
-    """Add the stage of one adapter. If encodings are shared, held-out text is an input, since the
-    cost of sharing is measured on it."""
-    needs = (f"train/{name}", NAME) if _shares(plan) else (f"train/{name}",)
-    data = plan.recipe.data_of(name)
-    held_out = plan.held_out(data) if _shares(plan) else None
-    inputs = [range_inputs(plan, [data]), held_out]
-    plan.add(f"{NAME}/{name}", inputs, needs, name, f"simulation/{name}")
-
-
-def add_zero(plan: PlanBuilder) -> None:
-    """Add the stage of the zero adapter. It depends on the shape of the first adapter, and on which
-    layers have one: another adapter of the same layers changes nothing. Of an adapter from
-    elsewhere the recipe does not say the layers, but its files may."""
-    recipe = plan.recipe
-    first, *others = recipe.adapters
-    foreign = [a for a in recipe.adapters if a.continue_from and recipe.predecessor(a) is None]
-    counted = [first, *(a for a in others if a not in foreign or not _is_covered(recipe, a))]
-    shape = first.model_dump(include={"rank", "rank_pattern"})
-    layers = {a.model_dump_json(include={"target_modules", "layers"}) for a in counted}
-    needs = [f"train/{a.name}" for a in counted if a in foreign]
-    if recipe.workflow == "qwa-lora":
-        needs.append("calibrate-base")
-    if _shares(plan):
-        needs.append(NAME)
-    inputs = [range_inputs(plan, recipe.base_texts()), [shape, *sorted(layers)], recipe.seed]
-    plan.add(ZERO, inputs, ("quantize", *needs), artifact=ZERO_ADAPTER)
-
-
-def _is_covered(recipe: Recipe, adapter: Adapter) -> bool:
-    """Whether new adapters of `recipe` change all layers of an adapter that continues a folder, by
-    the target_modules that PEFT reads: `all-linear` is every linear layer inside a numbered block,
-    names are the ends of paths. Of a regular expression it is not known: it may take for ever.
-
-    False if the adapter is on the hub, or its files cannot be read or hold something else than
-    factors of linear layers.
-    """
-    folder = Path(str(adapter.continue_from))
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text())
-        with safe_open(folder / "adapter_model.safetensors", "np") as file:
-            shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118
-        factors = [len(s) == 2 and _FACTOR.fullmatch(name) for name, s in shapes.items()]
-        layers = {match[1] for match in factors if match}
-        if not layers or not all(factors) or config.get("target_parameters"):
-            return False
-    except (OSError, ValueError, AttributeError, RecursionError, SafetensorError):
-        return False
-
-    def targets(modules: str | list[str], layer: str) -> bool:
-        if isinstance(modules, list):
-            return any(f".{layer}".endswith(f".{name}") for name in modules)
-        return modules.lower() == "all-linear" and _IN_BLOCK.fullmatch(layer) is not None
-
-    new = [a for a in recipe.adapters if a.continue_from is None and a.layers is None]
-    return any(all(targets(a.target_modules, layer) for layer in layers) for a in new)
-
-
-def add_use_cases(plan: PlanBuilder) -> None:
-    """Add the stage of the use cases, once."""
-    cases, texts = plan.recipe.use_cases(), plan.recipe.texts().values()
-    needs = tuple(f"{NAME}/{adapter.name}" for adapter in plan.recipe.adapters)
-    plan.add(CASES, [cases, range_inputs(plan, texts)], needs, artifact=USE_CASES)
-
-
-def _shares(plan: PlanBuilder) -> bool:
-    return plan.recipe.simulation.base_activations != "all"
 
 
 def run_base(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -153,8 +35,8 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     """Calibrate one adapter, the encodings that adapters share, the zero adapter or use cases."""
     if stage.adapter is not None:
         return _calibrate_adapter(context, stage.adapter, scratch)
-    other = {CASES: _calibrate_use_cases, ZERO: _calibrate_zero_adapter, NAME: _calibrate_shared}
-    return other[stage.name](context, scratch)
+    others = {CASES: _calibrate_use_cases, ZERO: _calibrate_zero_adapter}
+    return others.get(stage.name, _calibrate_shared)(context, scratch)
 
 
 def _calibrate_adapter(context: JobContext, name: str, scratch: Path) -> dict[str, Any]:

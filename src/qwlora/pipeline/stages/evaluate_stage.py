@@ -19,40 +19,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.formats.model_source import fetch
-from qwlora.pipeline.plan.stage import PlanBuilder, Stage
-from qwlora.pipeline.stages.train_stage import adapter_contents
-from qwlora.quantize.revisions import REVISIONS
+from qwlora.pipeline.plan.plan import is_compared
+from qwlora.pipeline.plan.stage import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from qwlora.analysis.token_scores import Logits
     from qwlora.pipeline.running.loaded_models import JobContext
-
-
-def add(plan: PlanBuilder, kind: str, needs: tuple[str, ...] = (), name: str | None = None) -> None:
-    """Add the stages of one model: `float`, `base`, `imported`, `adapted` or `simulated`."""
-    recipe = plan.recipe
-    own = recipe.base_text() if name is None else recipe.data_of(name)
-    model: list[Any] = [plan.model] if kind in ("float", "imported") else []
-    model.append(REVISIONS["token_scores"])
-    if kind == "imported":
-        start = next(a.continue_from for a in recipe.adapters if a.name == name)
-        model.append([start, adapter_contents(plan, start)])
-    stage = f"evaluate/{kind}" if name is None else f"evaluate/{kind}/{name}"
-    if own is not None:
-        plan.add(stage, [*model, plan.held_out(own)], needs, name)
-    if len(recipe.texts()) > 1 and kind not in ("imported", "simulated"):
-        for text, data in recipe.texts().items():
-            if data != own:
-                measured = ["kl"] if is_compared(kind, text) else []
-                inputs = [*model, *measured, plan.held_out(data)]
-                plan.add(f"{stage}/on/{text}", inputs, needs, name)
-
-
-def is_compared(kind: str, other: str) -> bool:
-    """Whether a model is compared with the float model on its own text, or on `other`."""
-    return kind != "float" and (not other or kind == "base")
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:

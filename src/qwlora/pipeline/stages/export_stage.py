@@ -15,49 +15,12 @@ from qwlora.export.proof.folder import WITHOUT_CACHE, record_digest, write_recor
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE, ExportedBase, ExportedGraph, ExportedUseCases, Target
 from qwlora.formats.model_source import fetch
-from qwlora.pipeline.plan.stage import ADAPTER, PlanBuilder, Stage
-from qwlora.pipeline.stages.calibrate_stage import CASES, ZERO
+from qwlora.pipeline.plan.stage import ADAPTER, Stage
 from qwlora.system.atomic import total_bytes
 
 if TYPE_CHECKING:
     from qwlora.export.proof.reference import Reference
     from qwlora.pipeline.running.loaded_models import JobContext
-
-
-def add_base(plan: PlanBuilder, target: str) -> None:
-    """Add the stage that writes the base of a bundle."""
-    stage, is_simulated = f"export/{target}", TARGETS[target].is_simulated
-    inputs, need = (_version(plan), ZERO) if is_simulated else ([], "quantize")
-    plan.add(stage, inputs, (need,), None, f"{stage}/{BASE}")
-
-
-def add(plan: PlanBuilder, target: str, name: str) -> None:
-    """Add the stage of one target and adapter."""
-    kind = TARGETS[target]
-    *base, stage = kind.stages(target, name)
-    need = f"calibrate/{name}" if kind.is_simulated else f"train/{name}"
-    plan.add(stage, [*_version(plan), *_graphs(plan, target)], (*base, need), name, stage)
-
-
-def add_use_cases(plan: PlanBuilder, target: str) -> None:
-    """Add the stage of a target that holds all use cases together."""
-    stage, kind = f"export/{target}", TARGETS[target]
-    inputs: list[Any] = [plan.recipe.export.encodings_version, *_graphs(plan, target)]
-    if kind.compilers:  # the files are compiled once these are installed
-        inputs = [*_graphs(plan, target), kind.missing()]
-    plan.add(stage, inputs, (CASES,), None, stage)
-
-
-def _version(plan: PlanBuilder) -> list[str]:
-    """The version of encodings files, unless it is the default."""
-    version = plan.recipe.export.encodings_version
-    return [] if version == type(plan.recipe.export)().encodings_version else [version]
-
-
-def _graphs(plan: PlanBuilder, target: str) -> list[Any]:
-    """The sizes of graphs with a cache, if the target writes some."""
-    graphs = plan.recipe.export.graphs_of(target)
-    return [] if graphs is None else [graphs.model_dump()]
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:

@@ -7,51 +7,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.pipeline.plan.stage import MOMENTS, SOLVER_SCALES, PlanBuilder, Stage
+from qwlora.pipeline.plan.plan import needs_moments
+from qwlora.pipeline.plan.stage import MOMENTS, SOLVER_SCALES, Stage
 from qwlora.pipeline.plan.target_table import model_files, second_rounding
-from qwlora.quantize.revisions import REVISIONS
 from qwlora.quantize.solvers import SOLVERS
-from qwlora.recipe import Recipe
 from qwlora.system.atomic import link
 
 if TYPE_CHECKING:
     from qwlora.pipeline.running.loaded_models import JobContext
     from qwlora.quantize.quantize_model import BaseSize, QuantizeReport
-
-
-def add(plan: PlanBuilder) -> None:
-    """Add the stage. Unfinished work does not depend on tuning, which comes last."""
-    recipe, base, model = plan.recipe, plan.recipe.base, plan.recipe.model
-    named = {base.solver, *(rule.solver for rule in base.rules)}
-    solvers = [name for name in SOLVERS if name in named]
-    observed: list[Any] | None = None
-    if any(SOLVERS[name].needs_calibration for name in solvers) or needs_moments(recipe):
-        observed = [plan.base_text, recipe.seed, REVISIONS["layer_statistics"]]
-    encodings: list[Any] | None = None
-    if model.encodings is not None:
-        encodings = [*plan.contents([Path(model.encodings)]), model.keep_float, model.block_order]
-    inputs = [
-        plan.model,
-        encodings,
-        base.model_dump(exclude={"tuning", "calibrate_on"}),
-        observed,
-        needs_moments(recipe) and REVISIONS["second_moments"],
-        *([name, REVISIONS[name]] for name in solvers),
-    ]
-    tuning = None
-    if base.tuning.steps:
-        tuning = [
-            base.tuning.model_dump(),
-            plan.base_text,
-            recipe.seed,
-            REVISIONS["tune_scales"],
-        ]
-    plan.add("quantize", inputs, artifact="base", after_work=tuning)
-
-
-def needs_moments(recipe: Recipe) -> bool:
-    """Whether the initialization of an adapter needs second moments of the base's layers."""
-    return any(adapter.init == "qera" for adapter in recipe.adapters)
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import FingerprintError, SourceError
-from qwlora.pipeline.plan.stage import MOMENTS, SOLVER_SCALES, PlanBuilder, Stage
+from qwlora.pipeline.plan.plan import trained_with
+from qwlora.pipeline.plan.stage import MOMENTS, SOLVER_SCALES, Stage
 from qwlora.pipeline.running.distributed import is_first_process
-from qwlora.quantize.revisions import REVISIONS
-from qwlora.recipe import Adapter, Recipe
+from qwlora.recipe import Adapter
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -21,46 +21,6 @@ if TYPE_CHECKING:
 
     from qwlora.adapter.train import TrainingReport
     from qwlora.pipeline.running.loaded_models import JobContext
-
-
-# settings that do not change the result
-_WITHOUT_EFFECT = {"checkpoint_steps", "report_to", "data"}  # the text itself is an input
-
-
-def add(plan: PlanBuilder, adapter: Adapter) -> None:
-    """Add the stage of one adapter."""
-    recipe, first = plan.recipe, plan.recipe.predecessor(adapter)
-    unused = _WITHOUT_EFFECT | (set() if adapter.init != "zero" else {"init_share"})
-    learns: list[Any] = [
-        plan.text(adapter.name),
-        plan.held_out(recipe.data_of(adapter)) if adapter.evaluation_steps else None,
-        adapter_contents(plan, None if first else adapter.continue_from),
-    ]
-    if adapter.init != "zero":
-        learns.append(REVISIONS["initialize_adapter"])
-    needs = ("quantize", f"train/{first.name}") if first else ("quantize",)
-    if recipe.workflow == "qwa-lora":
-        needs = (*needs, "calibrate-base")
-    inputs = [adapter.model_dump(exclude=unused), learns, recipe.seed]
-    plan.add(f"train/{adapter.name}", inputs, needs, adapter.name, f"adapters/{adapter.name}")
-
-
-def adapter_contents(plan: PlanBuilder, source: str | None) -> list[tuple[str, str | None]]:
-    """Names and digests of the files of an adapter to continue.
-
-    Empty for an adapter on the hub: its name, a part of the recipe, identifies it.
-    """
-    folder = Path(source) if source else None
-    if folder is None or not folder.is_dir():
-        return []
-    return plan.contents(sorted(p for p in folder.iterdir() if p.is_file()))
-
-
-def trained_with(recipe: Recipe, adapter: Adapter) -> dict[str, Any]:
-    """The settings that an adapter is trained with, without defaults: recorded in the results."""
-    settings = adapter.model_dump(mode="json", exclude_defaults=True, exclude={"name", "data"})
-    data = recipe.data_of(adapter).model_dump(mode="json", exclude_defaults=True)
-    return {**settings, "data": data, "seed": recipe.seed, "workflow": recipe.workflow}
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from qwlora.export.proof.folder import (
     write_proof,
 )
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import BASE, PROOF, members
+from qwlora.export.target import BASE, members
 from qwlora.formats import manifest
-from qwlora.pipeline.plan.stage import PlanBuilder, Stage
+from qwlora.pipeline.plan.stage import Stage
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -35,35 +35,6 @@ if TYPE_CHECKING:
 # Graphs for NPUs round cosines, sines and masks on top of what a simulation rounds: this share of
 # the largest logit counts as noise, about 30 dB.
 GRAPHS_NOISE = 0.002
-
-
-def add_base(plan: PlanBuilder, target: str) -> None:
-    """Add the stage of the zero adapter."""
-    inputs = [plan.recipe.verify.model_dump(), plan.text(plan.recipe.adapters[0].name)]
-    plan.add(f"verify/{target}", inputs, (f"export/{target}",))
-
-
-def add(plan: PlanBuilder, target: str, name: str) -> None:
-    """Add the stage of one target and adapter."""
-    # a bundle is verified once its runtime is installed
-    missing = [TARGETS[target].missing()] if TARGETS[target].has_base else []
-    _add(plan, target, name, name, [plan.text(name), *missing])
-
-
-def add_use_cases(plan: PlanBuilder, target: str) -> None:
-    """Add a stage for every use case of a target."""
-    texts = [plan.texts.key(text) for text in plan.recipe.texts().values()]
-    emulator = [TARGETS[target].missing()] if TARGETS[target].compilers else []
-    for case in plan.recipe.use_cases():
-        _add(plan, target, case, None, [texts, *emulator])
-
-
-def _add(plan: PlanBuilder, target: str, name: str, adapter: str | None, inputs: list[Any]) -> None:
-    kind = TARGETS[target]
-    artifact = f"export/{target}/{PROOF}/{name}" if kind.has_proof else None
-    inputs = [plan.recipe.verify.model_dump(), *inputs]
-    needs = tuple(kind.stages(target, name))
-    plan.add(f"verify/{target}/{name}", inputs, needs, adapter, artifact)
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:

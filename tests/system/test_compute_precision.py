@@ -170,7 +170,7 @@ def test_a_forced_slow_precision_is_said(
     recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "qwlora.pipeline.running.run_job.RUN",
+        "qwlora.pipeline.stages.RUN",
         {verb: lambda *_: {} for verb in ("quantize", "train")},
     )
 

@@ -28,8 +28,9 @@ from qwlora.pipeline.commands.open_job import (
     open_job,
 )
 from qwlora.pipeline.plan.plan import has_float_model
+from qwlora.pipeline.plan.stage import UnreadTexts
 from qwlora.pipeline.plan.stale_stages import JobState, command_line, job_recipe
-from qwlora.pipeline.running import quiet_libraries
+from qwlora.pipeline.running import new_context, quiet_libraries
 from qwlora.system.progress import Track, untracked
 
 if TYPE_CHECKING:
@@ -187,26 +188,18 @@ class JobModels:
             ExportError: the runtime refuses the files.
         """
         self.check(name)
-        quiet_libraries()
         if name.stage in ("simulated", *TARGETS):
             return self._open_graph(name)
-        section = self.recipe.model
+        context = new_context(self.recipe, UnreadTexts(self.recipe), self.folder, untracked)
         if name.stage == "float":
-            from qwlora.formats.model_source import load_model
-
-            return load_model(section.source, section.trust_remote_code)
-        from qwlora.adapter.adapter_folder import load_adapter
-        from qwlora.formats.base_folder import load_base
+            return context.float_model()
         from qwlora.nn.few_row_kernels import use_few_row_kernels_
 
-        folder = self.folder / "base"
-        model: Any = load_base(folder, trust_remote_code=section.trust_remote_code).eval()
-        if name.adapter is not None:
-            # its `generate` passes everything on to the model that it wraps
-            model = load_adapter(model, self.folder / "adapters" / name.adapter).eval()
+        # the `generate` of an adapter passes everything on to the model that it wraps
+        model: Any = context.base() if name.adapter is None else context.adapted(name.adapter)
         if not exact:
             use_few_row_kernels_(model)
-        return cast("PreTrainedModel", model)
+        return cast("PreTrainedModel", model.eval())
 
     def _open_graph(self, name: ModelName) -> PreTrainedModel:
         context, adapter = open_job(self.folder, next(iter(name.adapters), None))

@@ -40,7 +40,6 @@ from qwlora.pipeline.running.distributed import (
     wait_for_others,
 )
 from qwlora.pipeline.running.job_status import JobStatus
-from qwlora.pipeline.stages import RUN
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.system.atomic import total_bytes
 from qwlora.system.cpu_threads import process_count
@@ -261,6 +260,8 @@ class _Run:
         if self.context is None:
             self.context = new_context(self.recipe, self.texts, self.out, self.track)
         self.context.on_training = status.train
+        from qwlora.pipeline.stages import RUN
+
         began, started = time.perf_counter(), datetime.now(UTC).isoformat(timespec="seconds")
         gc.collect()
         return_freed_memory()  # of the stages before
@@ -287,6 +288,8 @@ class _Run:
 
 def _join_stages(context: Any, plan: Sequence[Stage]) -> dict[str, Any]:
     """Join the stages that all processes run together; returns no results."""
+    from qwlora.pipeline.stages import RUN
+
     by_name = {stage.name: stage for stage in plan}
     for name in announced_stages():
         stage = by_name[name]

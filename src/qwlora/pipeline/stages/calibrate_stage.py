@@ -11,14 +11,18 @@ calibrate/_use_cases    encodings of export.use_cases, for targets that hold all
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qwlora.adapter.adapter_folder import save_adapter
+from qwlora.analysis.encodings_summary import encodings_summary
+from qwlora.analysis.token_scores import perplexity
+from qwlora.export.npu.use_case_adapters import peft_names, share_unaffected
 from qwlora.export.target import NONE, members
 from qwlora.pipeline.plan.stage import ADAPTER, BASE_SIMULATION, CASES, SHARED, ZERO, Stage
-
-if TYPE_CHECKING:
-    from qwlora.pipeline.running.loaded_models import JobContext
-    from qwlora.simulation.simulation import Simulation
+from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.simulation.adapter_simulations import BASE, apply_shared_encodings, simulate_adapters
+from qwlora.simulation.saved_simulation import load_activations, load_encodings, save_encodings
+from qwlora.simulation.simulation import Simulation
 
 
 def run_base(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -40,9 +44,6 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
 
 
 def _calibrate_adapter(context: JobContext, name: str, scratch: Path) -> dict[str, Any]:
-    from qwlora.adapter.adapter_folder import save_adapter
-    from qwlora.analysis.encodings_summary import encodings_summary
-    from qwlora.analysis.token_scores import perplexity
 
     simulation = context.new_simulation(name)
     report = context.calibrate(simulation, name)
@@ -68,8 +69,6 @@ def _calibrate_adapter(context: JobContext, name: str, scratch: Path) -> dict[st
 
 def _apply_shared(context: JobContext, simulation: Simulation) -> None:
     """Replace encodings of one adapter by those that all share, if they share any."""
-    from qwlora.simulation.adapter_simulations import apply_shared_encodings
-    from qwlora.simulation.saved_simulation import load_encodings
 
     shares = context.recipe.simulation.base_activations
     if shares != "all":
@@ -78,8 +77,6 @@ def _apply_shared(context: JobContext, simulation: Simulation) -> None:
 
 def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
     """Calibrate the shared encodings, on the values of every adapter and of the base alone."""
-    from qwlora.simulation.adapter_simulations import simulate_adapters
-    from qwlora.simulation.saved_simulation import save_encodings
 
     names = [adapter.name for adapter in context.recipe.adapters]
     shares = context.recipe.simulation.base_activations
@@ -101,7 +98,6 @@ def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
 
 def _calibrate_zero_adapter(context: JobContext, scratch: Path) -> dict[str, Any]:
     """Calibrate the zero adapter on the text of the base."""
-    from qwlora.simulation.saved_simulation import load_activations
 
     simulation = context.new_zero_adapter()
     if context.recipe.workflow == "qwa-lora":
@@ -114,8 +110,6 @@ def _calibrate_zero_adapter(context: JobContext, scratch: Path) -> dict[str, Any
 
 def _calibrate_use_cases(context: JobContext, scratch: Path) -> dict[str, Any]:
     """Calibrate every use case on the texts of its adapters, and the zero adapter on all texts."""
-    from qwlora.export.npu.use_case_adapters import peft_names, share_unaffected
-    from qwlora.simulation.adapter_simulations import BASE
 
     cases, simulations = context.recipe.use_cases(), context.new_use_cases()
     texts = {name: members(case) for case, name in peft_names(cases).items() if case != NONE}

@@ -16,22 +16,19 @@ its logits would take gigabytes.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
+
+from qwlora.analysis.token_scores import Logits, logits_of, score_tokens
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.plan.plan import is_compared
 from qwlora.pipeline.plan.stage import Stage
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from qwlora.analysis.token_scores import Logits
-    from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.pipeline.running.loaded_models import JobContext
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Score the model on held-out text."""
-    from qwlora.analysis.token_scores import score_tokens
 
     model, _, other = stage.name.removeprefix("evaluate/").partition("/on/")
     kind, name = model.partition("/")[0], stage.adapter
@@ -50,7 +47,6 @@ def _models(
     context: JobContext, kind: str, name: str | None, compared: bool
 ) -> tuple[Logits, Logits | None]:
     """Logits of a model, and those of the float model if they are to be compared."""
-    from qwlora.analysis.token_scores import logits_of
 
     if kind == "float":
         return logits_of(context.float_model()), None

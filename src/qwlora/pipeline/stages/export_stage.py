@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.proof.folder import WITHOUT_CACHE, record_digest, write_record
+from qwlora.export.proof.reference import Reference
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE, ExportedBase, ExportedGraph, ExportedUseCases, Target
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.plan.stage import ADAPTER, Stage
+from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.system.atomic import total_bytes
-
-if TYPE_CHECKING:
-    from qwlora.export.proof.reference import Reference
-    from qwlora.pipeline.running.loaded_models import JobContext
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -63,7 +62,6 @@ def _exported(context: JobContext, target: Target, name: str, adapter: str | Non
         location = fetch(context.recipe.model.source)
         gguf_file = location.path if location.gguf_file else None
         return ExportedBase(context.base(), context.tokenizer, gguf_file)
-    from qwlora.export.canonical_adapter import read_canonical
 
     return read_canonical(context.path / "adapters" / adapter)
 

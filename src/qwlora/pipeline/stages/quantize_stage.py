@@ -5,17 +5,29 @@ from __future__ import annotations
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from safetensors.torch import save_file
+
+from qwlora.formats.assemble_model import load_precomputed
+from qwlora.formats.base_folder import save_base
+from qwlora.formats.model_origin import public_name
+from qwlora.grid.second_moments import MomentStore
 from qwlora.pipeline.plan.plan import needs_moments
 from qwlora.pipeline.plan.stage import MOMENTS, SOLVER_SCALES, Stage
 from qwlora.pipeline.plan.target_table import model_files, second_rounding
+from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.quantize.quantize_blocks import observe_moments
+from qwlora.quantize.quantize_model import (
+    BaseSize,
+    QuantizeReport,
+    base_size,
+    quantize_,
+    quantize_checkpoint,
+)
 from qwlora.quantize.solvers import SOLVERS
+from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
 from qwlora.system.atomic import link
-
-if TYPE_CHECKING:
-    from qwlora.pipeline.running.loaded_models import JobContext
-    from qwlora.quantize.quantize_model import BaseSize, QuantizeReport
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -52,17 +64,6 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
     Uses the float model if it is in memory, otherwise its files, one block at a time if their
     format allows it.
     """
-    from qwlora.formats.assemble_model import load_precomputed
-    from qwlora.formats.base_folder import save_base
-    from qwlora.formats.model_origin import public_name
-    from qwlora.grid.second_moments import MomentStore
-    from qwlora.quantize.quantize_blocks import observe_moments
-    from qwlora.quantize.quantize_model import (
-        QuantizeReport,
-        base_size,
-        quantize_,
-        quantize_checkpoint,
-    )
 
     base, source = context.recipe.base, public_name(context.recipe.model.source)
     tokenizer, scheme, track = context.tokenizer, base.weights.scheme(), context.track
@@ -104,12 +105,6 @@ def _tune(
 
     Also writes the scales before tuning: adapter initialization corrects the solver's error.
     """
-    from safetensors.torch import save_file
-
-    from qwlora.formats.base_folder import save_base
-    from qwlora.formats.model_origin import public_name
-    from qwlora.quantize.quantize_model import base_size
-    from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
 
     section, model = context.recipe.base.tuning, context.load_base(solved)
     settings = TuningSettings(**section.model_dump(), seed=context.recipe.seed)

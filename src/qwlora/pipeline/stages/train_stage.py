@@ -7,20 +7,29 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from qwlora.adapter.adapter_deltas import adapter_updates
+from qwlora.adapter.adapter_folder import save_adapter
+from qwlora.adapter.attach import check_trainable
+from qwlora.adapter.initialize import initialize_
+from qwlora.adapter.train import Display, TrainingReport, train_adapter
+from qwlora.data.sequences import check_isolation
 from qwlora.errors import FingerprintError, SourceError
+from qwlora.grid.second_moments import MomentStore
+from qwlora.nn import weight_out_in
+from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.plan.plan import trained_with
 from qwlora.pipeline.plan.stage import MOMENTS, SOLVER_SCALES, Stage
 from qwlora.pipeline.running.distributed import is_first_process
+from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.recipe import Adapter
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from torch import Tensor
-
-    from qwlora.adapter.train import TrainingReport
-    from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
@@ -29,10 +38,6 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
     Raises:
         FingerprintError: training changed the base.
     """
-    from qwlora.adapter.adapter_deltas import adapter_updates
-    from qwlora.adapter.adapter_folder import save_adapter
-    from qwlora.nn.fingerprint import fingerprint
-    from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 
     adapter, identity = context.adapter(str(stage.adapter)), context.base_fingerprint
     context.check_rules()
@@ -75,9 +80,6 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
 
 def _train(context: JobContext, model: PeftModel, adapter: Adapter, work: Path) -> TrainingReport:
     """Train the adapter of `model`, if it has steps."""
-    from qwlora.adapter.attach import check_trainable
-    from qwlora.adapter.train import Display, TrainingReport, train_adapter
-    from qwlora.data.sequences import check_isolation
 
     if not adapter.steps:
         return TrainingReport(0, 0.0, 0, check_trainable(model), ())
@@ -105,9 +107,6 @@ def _train(context: JobContext, model: PeftModel, adapter: Adapter, work: Path) 
 def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict[str, Any]:
     """Initialize the adapter to correct the quantization error; returns each layer's error before
     and after."""
-    from qwlora.adapter.initialize import initialize_
-    from qwlora.grid.second_moments import MomentStore
-    from qwlora.nn import weight_out_in
 
     floats, base = context.take_float_model(), context.path / "base"
 
@@ -133,8 +132,6 @@ def solver_scales(base: Path) -> dict[str, Tensor]:
     Raises:
         SourceError: the file is damaged.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     path = base / SOLVER_SCALES
     try:

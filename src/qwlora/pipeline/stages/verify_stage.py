@@ -6,9 +6,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from torch import Tensor
+
+from qwlora.data.sequences import Sequences
 from qwlora.errors import VerificationError
+from qwlora.export.npu.kv_cache_graphs import has_graphs, most_tokens
+from qwlora.export.onnx.adapters_as_inputs import ZeroAdapter
+from qwlora.export.proof.checks import Limits, Parity, only_finite, verdict
+from qwlora.export.proof.compare import verify_layers
 from qwlora.export.proof.folder import (
     RECORD,
     WITHOUT_CACHE,
@@ -18,19 +25,21 @@ from qwlora.export.proof.folder import (
     without_cache,
     write_proof,
 )
+from qwlora.export.proof.measure import compare_cache, measure, proven, switching
+from qwlora.export.proof.readme import facts, write_readme
+from qwlora.export.proof.reference import (
+    BASE_SEQUENCES,
+    Reference,
+    first_sequences,
+    logits_of,
+    make_reference,
+    simulated_logits,
+)
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE, members
 from qwlora.formats import manifest
 from qwlora.pipeline.plan.stage import Stage
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from qwlora.data.sequences import Sequences
-    from qwlora.export.proof.checks import Parity
-    from qwlora.export.proof.reference import Reference
-    from qwlora.pipeline.running.loaded_models import JobContext
-
+from qwlora.pipeline.running.loaded_models import JobContext
 
 # Graphs for NPUs round cosines, sines and masks on top of what a simulation rounds: this share of
 # the largest logit counts as noise, about 30 dB.
@@ -73,10 +82,6 @@ class _Verification:
 
     def run(self, scratch: Path) -> dict[str, Any]:
         """Run the files, and write the proof into `scratch`; returns figures for results.json."""
-        from qwlora.export.proof.checks import Limits, verdict
-        from qwlora.export.proof.measure import proven
-        from qwlora.export.proof.readme import facts
-        from qwlora.export.proof.reference import BASE_SEQUENCES, first_sequences
 
         for folder in self.parts.values():
             manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
@@ -115,8 +120,6 @@ class _Verification:
     def _run(self, simulation: Reference | None, reference: dict[str, Tensor]) -> Parity:
         """Whole sequences and tokens one by one; where the runtime allows it also layers, and
         whether other adapters leave a trace."""
-        from qwlora.export.proof.compare import verify_layers
-        from qwlora.export.proof.measure import compare_cache, measure, switching
 
         track, recipe = self.context.track, self.context.recipe
         parity, runtime = measure(self.target, self.bundle, self.adapter, reference, track)
@@ -139,8 +142,6 @@ class _Verification:
     def _reference(self) -> tuple[Any, Reference | None, dict[str, Tensor]]:
         """The model that the files were made of, its simulation if there is one, and what it says
         about held-out text."""
-        from qwlora.export.onnx.adapters_as_inputs import ZeroAdapter
-        from qwlora.export.proof.reference import logits_of, make_reference, simulated_logits
 
         context, target = self.context, self.target
         if not target.is_simulated:
@@ -172,8 +173,6 @@ class _Verification:
     def _text(self) -> Sequences:
         """Held-out text of the adapter, or of the first one of a use case, as far as the context of
         the graphs goes."""
-        from qwlora.export.npu.kv_cache_graphs import most_tokens
-        from qwlora.export.proof.reference import BASE_SEQUENCES
 
         recipe = self.context.recipe
         names = {adapter.name for adapter in recipe.adapters}
@@ -186,14 +185,12 @@ class _Verification:
 
     def _graphs(self) -> Path | None:
         """The folder of graphs with a key-value cache; None if there are none."""
-        from qwlora.export.npu.kv_cache_graphs import has_graphs
 
         places = [place for f in self.parts.values() for place in (f, f / BASE)]
         return next((place for place in places if has_graphs(place)), None)
 
     def _figures(self, parity: Parity) -> dict[str, Any]:
         """Figures for results.json: those of the adapter at the top."""
-        from qwlora.export.proof.checks import only_finite
 
         figures = only_finite(parity.figures)
         exact, shipped = figures.pop("exact"), figures.pop("shipped", {}).get("adapter", {})
@@ -211,7 +208,6 @@ class _Verification:
 
     def write_readme(self, proof: Mapping[str, Mapping[str, Any]]) -> None:
         """Write the README of the bundle, with `proof` in the place of the adapter's."""
-        from qwlora.export.proof.readme import write_readme
 
         proofs = current_proofs(self.bundle, without=self.adapter)
         write_readme(self.bundle, {**proofs, **proof})

@@ -110,11 +110,11 @@ def test_layers_of_a_simulation_are_written(job: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ids", "arguments", "said"),
     [
-        ([1.5], ["--stage", "simulated"], "holds float64 [1]; give integers"),
-        ([[1], [2]], ["--stage", "simulated"], "holds int64 [2, 1]; give integers"),
+        ([1.5], ["--stage", "simulated"], "it holds float64 [1]. Give a .npy file of integers"),
+        ([[1], [2]], ["--stage", "simulated"], "it holds int64 [2, 1]. Give a .npy"),
         ([1, 260], ["--stage", "simulated"], "ids from 1 to 260; the model has 0 to 259"),
-        ([], ["--stage", "simulated"], "give integers"),
-        (None, ["--stage", "simulated"], "is not a .npy file"),
+        ([], ["--stage", "simulated"], "of integers [tokens]"),
+        (None, ["--stage", "simulated"], "Give a .npy file of integers"),
         ([1], ["--stage", "adapted"], "'adapted' has no quantized activations; choose one of"),
         ([1], [], "has not exported adapter 'first' to onnx yet"),
         ([1], ["--adapter", "second"], "has not trained adapter 'second' yet"),

@@ -251,12 +251,12 @@ def test_a_lock_on_a_file_that_was_removed_does_not_count(
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("loop", "is a loop of symbolic links"),
-        ("loop/out", "is a loop of symbolic links"),
+        ("loop", "Too many levels of symbolic links"),
+        ("loop/out", "Too many levels of symbolic links"),
         ("dangling", r"is a link to 'nowhere', which does not exist"),
         ("dangling/out", r"dangling' is a link to 'nowhere', which does not exist"),
-        ("x" * 300, r"longest name: 300 bytes.*too long"),
-        ("x/" * 2500, r"too long for the file system"),
+        ("x" * 300, "File name too long"),
+        ("x/" * 2500, "File name too long"),
         ("file", "is a file; --out names a directory"),
         ("file/out", "file' is a file; choose another --out"),
     ],
@@ -277,7 +277,7 @@ def test_an_unusable_path_is_refused_with_the_reason(
 def test_a_verb_says_the_same_of_a_path_in_which_it_looks_for_the_recipe() -> None:
     done = qwlora("train", "--out", "x/" * 2500)
     assert (done.returncode, len(done.stderr) < 1000) == (2, True)
-    assert "too long for the file system; choose another --out" in done.stderr
+    assert "File name too long; choose another --out" in done.stderr
 
 
 def test_a_link_to_a_folder_is_that_folder(recipe: Recipe, tmp_path: Path) -> None:

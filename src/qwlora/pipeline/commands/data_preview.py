@@ -30,9 +30,6 @@ def preview(
     Returns:
         `data`: counts as in results.json. `documents`: for each document in training sequence
         number `sequence`, a list of runs {text, tokens, in_loss}.
-
-    Raises:
-        SourceError: see `load_documents` and `prepare`; or there is no sequence of that number.
     """
     from qwlora.data.sequences import IGNORED
 

@@ -66,7 +66,6 @@ def dump_layers(
         DirectoryError: the job lacks the model, its files are out of date, or `out` exists.
         SourceError: the ids cannot be read, or are none of this model.
         CalibrationError: no activation is quantized.
-        VerificationError, ExportError: the files contradict each other, or cannot be run.
     """
     models, runtime = JobModels(folder), None
     if stage is None:
@@ -101,34 +100,22 @@ def dump_layers(
 
 
 def _read_ids(path: Path) -> npt.NDArray[np.int64]:
-    """Token ids [tokens].
-
-    Raises:
-        SourceError: the file holds something else.
-    """
+    """Token ids [tokens]."""
     try:
-        array = np.load(path, allow_pickle=False)
-        if not isinstance(array, np.ndarray):  # .npz
-            raise ValueError("it holds several arrays")
+        array = np.asarray(np.load(path, allow_pickle=False))
+        if array.dtype.kind not in "iu" or array.ndim == 0 or array.size != array.shape[-1]:
+            raise ValueError(f"it holds {array.dtype} {list(array.shape)}")
     except (OSError, ValueError, EOFError) as error:
         raise SourceError(
-            f"{str(path)!r} is not a .npy file: {error}. Give one with token ids"
+            f"{str(path)!r}: {error}. Give a .npy file of integers [tokens]"
         ) from error
-    if array.dtype.kind not in "iu" or array.ndim not in (1, 2) or array.size != array.shape[-1]:
-        raise SourceError(
-            f"{str(path)!r} holds {array.dtype} {list(array.shape)}; give integers [tokens]"
-        )
     return array.astype(np.int64).reshape(-1)
 
 
 def _batch(
     context: JobContext, adapter: str, given: npt.NDArray[np.int64] | None, length: int | None
 ) -> dict[str, Tensor]:
-    """Ids and mask of one sequence, padded on the right to `length`, that of the files.
-
-    Raises:
-        SourceError: too many or no ids, or some that the model has not.
-    """
+    """Ids and mask of one sequence, padded on the right to `length`, that of the files."""
     import torch
     from torch.nn.functional import pad
 

@@ -54,7 +54,6 @@ class ModelName:
 
     @property
     def adapters(self) -> list[str]:
-        """Names of its adapters."""
         if self.adapter is None:
             return []
         return members(self.adapter) if self.is_use_case else [self.adapter]
@@ -96,22 +95,13 @@ def model_name(text: str, adapters: Iterable[str]) -> ModelName:
 
 
 class JobModels:
-    """Opens the models of one job.
-
-    Args:
-        folder: the job's directory.
-
-    Raises:
-        DirectoryError: the folder is not a job directory.
-        RecipeError: its recipe is not valid.
-    """
+    """Opens the models of the job in `folder`. What is not there is a DirectoryError."""
 
     def __init__(self, folder: Path):
         self.folder, self.recipe = folder, job_recipe(folder)
 
     @property
     def adapters(self) -> list[str]:
-        """Names of the recipe's adapters."""
         return [adapter.name for adapter in self.recipe.adapters]
 
     def models(self, stage: str) -> list[ModelName]:
@@ -124,9 +114,6 @@ class JobModels:
 
         Args:
             adapter: adapter or use case. Default: the first in the recipe.
-
-        Raises:
-            DirectoryError: there is no such stage.
         """
         if stage not in STAGES:
             raise DirectoryError(f"there is no stage {stage!r}{suggestion(stage, STAGES)}")
@@ -135,11 +122,7 @@ class JobModels:
         return self.models(stage)[0] if adapter is None else ModelName(stage, adapter)
 
     def check(self, name: ModelName) -> None:
-        """Check that the model's files are there, before anything large is loaded.
-
-        Raises:
-            DirectoryError: the adapter or use case is unknown, or a step has to run first.
-        """
+        """Check that the model's files are there, before anything large is loaded."""
         if name.stage == "float":
             return
         job, targets = f"{str(self.folder)!r}", self.recipe.export.targets
@@ -182,7 +165,6 @@ class JobModels:
                 see `nn/few_row_kernels.py`.
 
         Raises:
-            DirectoryError: see `check`; or the files are out of date.
             SourceError: the float model cannot be loaded, or there is none.
             FingerprintError: a file was changed, or the adapter is of another base.
             ExportError: the runtime refuses the files.
@@ -219,11 +201,7 @@ class JobModels:
         return SimulatedModel(run, context.skeleton())
 
     def tokenizer(self, name: ModelName) -> PreTrainedTokenizerBase:
-        """The tokenizer, with the chat template that the recipe sets for the adapter's text.
-
-        Raises:
-            SourceError: it cannot be loaded.
-        """
+        """The tokenizer, with the chat template that the recipe sets for the adapter's text."""
         from qwlora.formats.model_source import load_tokenizer
 
         base, model = self.folder / "base", self.recipe.model
@@ -255,11 +233,6 @@ def evaluate_tasks(
 
     Returns:
         The key `tasks` of results.json.
-
-    Raises:
-        MissingExtraError: lm-eval is not installed.
-        SourceError: a task cannot be loaded.
-        DirectoryError: see `JobModels.check`; or the job has no model yet.
     """
     job = JobModels(folder)
     if models is None:

@@ -43,8 +43,8 @@ def open_job(
         changes: changes to the job's recipe for this context only; see `load_recipe`.
 
     Raises:
-        DirectoryError: the folder is not a job directory, has no such trained adapter, or files of
-            the adapter or the base are missing or modified.
+        DirectoryError: there is no such job or trained adapter, or files of the adapter or the base
+            are missing or modified.
         RecipeError: a change is of something else than the simulation and the counts of sequences:
             the base and the adapters exist already.
         FingerprintError: the adapter was trained on a different base.
@@ -78,11 +78,7 @@ def open_job(
 
 
 def check_current(context: JobContext, stages: Iterable[str]) -> None:
-    """Check that stages of the context's job, and all that they need, are current.
-
-    Raises:
-        DirectoryError: one is not, or the recipe no longer has it.
-    """
+    """Check that stages of the context's job, and all that they need, are current."""
     job = JobState(context.path, context.recipe, context.texts)
     for stage in stages:
         job.require(stage)
@@ -109,12 +105,6 @@ def add_task_scores(folder: Path, model: str, stage: str, scores: dict[str, Any]
     Args:
         model: its name in results.json, such as `adapted/NAME`.
         scores: by task.
-
-    Returns:
-        The content of results.json.
-
-    Raises:
-        DirectoryError: the folder is not a job directory, is in use, or cannot be written.
     """
     recipe = resolve_compute(job_recipe(folder))
     with Directory.open(folder, recipe) as directory:

@@ -68,7 +68,6 @@ class Upload:
 
     @property
     def size_bytes(self) -> int:
-        """Sum of the sizes of the files."""
         return sum(file.stat().st_size for file in self.files.values())
 
 
@@ -88,9 +87,8 @@ def prepared(
         license: of the adapter or base, as the hub writes it; default: see `model_cards`.
 
     Raises:
-        DirectoryError: the folder is not a job directory, or what is asked for is not there,
-            incomplete, changed, or of another recipe than the one that is there now.
-        SourceError: the model or a text of the recipe is not there any more.
+        DirectoryError: what is asked for is not there, incomplete, changed, or of another recipe
+            than the one that is there now.
     """
     state = JobState(folder, job_recipe(folder))
     recipe, directory, stale = state.recipe, state.directory, state.stale()

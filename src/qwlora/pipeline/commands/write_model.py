@@ -80,7 +80,6 @@ class MergeVerdict:
 
     @property
     def recommendation(self) -> str:
-        """Advice in one sentence."""
         if self.kept is None:
             return (
                 "There is nothing to merge: the adapter does not improve perplexity on this text."
@@ -93,7 +92,6 @@ class MergeVerdict:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """For `qwlora merge-check --json`."""
         names = ("share", "base", "adapted", "merged", "kept", "is_harmless", "recommendation")
         layers = {n: {**asdict(layer), "share": layer.share} for n, layer in self.layers.items()}
         return {**{name: getattr(self, name) for name in names}, "layers": layers}
@@ -167,10 +165,6 @@ def import_base(
         folder: an empty folder.
         encodings: AIMET encodings of a float checkpoint whose weights lie on their grid.
         keep_float: with `encodings`, globs of parameters or layers that stay float.
-
-    Raises:
-        SourceError: the checkpoint cannot be read, or is float and no encodings are given.
-        EncodingsFileError: the encodings do not fit the model.
     """
     checkpoint = open_checkpoint(fetch(source).path, encodings, keep_float=keep_float)
     if isinstance(checkpoint, FloatCheckpoint):

@@ -126,10 +126,6 @@ class Directory:
         Yields:
             the directory, its recipe, and the command of an interrupted change that was finished
             just now (empty: there was none).
-
-        Raises:
-            DirectoryError: it is not a job directory, is in use, or cannot be written.
-            RecipeError: its recipe is not valid.
         """
         directory = cls(path)
         check_job(path)
@@ -247,11 +243,7 @@ class Directory:
         return all(os.access(folder, os.W_OK) for folder in folders if folder.exists())
 
     def check_writable(self) -> None:
-        """Check that the directory, and its .qwlora folder, is writable.
-
-        Raises:
-            DirectoryError: it is not.
-        """
+        """Check that the directory, and its .qwlora folder, is writable."""
         if not self.is_writable:
             raise DirectoryError(f"{str(self.path)!r} is not writable; choose another --out")
 
@@ -328,9 +320,6 @@ class Directory:
         """Replace the artifact with the scratch folder and record the stage.
 
         Marks the records of `dependents`, which were made from the old artifact, as outdated.
-
-        Raises:
-            DirectoryError: `artifact` contains something that the job did not make.
         """
         moves, files = list[tuple[str, str]](), dict[str, str]()
         if artifact is not None:
@@ -347,15 +336,10 @@ class Directory:
         self._make([], moves, [artifact] if artifact else [], {**old, stage: new})
 
     def set_results(self, stage: str, results: dict[str, Any]) -> None:
-        """Replace the results of a finished stage."""
         self._write(stage, replace(self.records[stage], results=results))
 
     def write_card(self, artifact: str, text: str) -> None:
-        """Write the model card of an artifact, unless it has this text or the user edited it.
-
-        Raises:
-            DirectoryError: it cannot be written.
-        """
+        """Write the model card of an artifact, unless it has this text or the user edited it."""
         card, name = self.path / artifact / CARD, f"{artifact}/{CARD}"
         if not card.parent.is_dir() or is_users_card(card) or text_of(card) == text:
             return
@@ -473,11 +457,7 @@ class Directory:
 
 
 def check_job(folder: Path) -> None:
-    """Check that `folder` is the directory of a job.
-
-    Raises:
-        DirectoryError: it is not.
-    """
+    """Check that `folder` is the directory of a job."""
     if not (folder / "recipe.yaml").is_file():
         raise DirectoryError(
             f"{str(folder)!r} is not a job directory: it has no recipe.yaml; `qwlora run` "

@@ -74,10 +74,6 @@ def make(
         moves: from and to; nothing may be there but what is removed.
         removals: paths to delete before; they need not exist.
         files: content by path; None: delete it.
-
-    Raises:
-        DirectoryError: a path leads out of the job. Nothing was changed.
-        OSError: the disk is full, or a folder cannot be written.
     """
     _empty_trash(job)
     removed = [path for path in removals if os.path.lexists(job / path)]

@@ -65,17 +65,8 @@ def check_output(path: Path) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except OSError as error:
-        reason = error.strerror or str(error)
-        if error.errno == errno.ELOOP:
-            reason = "it is a loop of symbolic links"
-        elif error.errno == errno.ENAMETOOLONG:
-            longest = max(len(part.encode()) for part in path.absolute().parts)
-            reason = (
-                f"the path has {len(str(path))} characters (longest name: {longest} bytes), too "
-                "long for the file system"
-            )
         raise DirectoryError(
-            f"{_shown(path)} cannot be used: {reason}; choose another --out"
+            f"{_shown(path)} cannot be used: {error.strerror}; choose another --out"
         ) from error
     if path.is_dir():
         return True
@@ -96,11 +87,8 @@ def check_output(path: Path) -> bool:
 
 
 def check_outside_data(path: Path, recipe: Recipe) -> None:
-    """Check that `path` is not inside the folder that a recipe reads its data from.
-
-    Raises:
-        DirectoryError: it is; the next run would read the job's files as data.
-    """
+    """Check that `path` is not inside the folder that a recipe reads its data from: the next run
+    would read the job's files as data."""
     target = os.path.realpath(path)
     for data in (recipe.data, *recipe.texts().values()):
         folder = os.path.realpath(os.path.expanduser(data.source or ""))

@@ -40,7 +40,6 @@ class Record:
     files: dict[str, str] = field(default_factory=dict)
 
     def text(self, stage: str) -> str:
-        """The content of its file."""
         content = {"stage": stage, **asdict(self)}
         return strict_json.dumps({**content, "sha256": _checksum(content)}) + "\n"
 

@@ -69,7 +69,6 @@ class Forecast:
 
     @property
     def peak(self) -> float:
-        """Bytes at the peak."""
         return sum(self.memory.values())
 
 
@@ -93,12 +92,10 @@ class Estimates:
 
     @property
     def largest(self) -> Forecast:
-        """The stage that needs the most memory."""
         return max(self.stages, key=lambda stage: stage.peak)
 
     @property
     def summary(self) -> str:
-        """The estimate in one line."""
         return (
             f"estimate: peak memory {size(int(self.largest.peak))} in {self.largest.stage}, disk "
             f"{size(int(self.disk))}"
@@ -125,7 +122,6 @@ class Estimates:
         return problems
 
     def to_json(self) -> dict[str, Any]:
-        """For `qwlora plan --json`."""
         stages = [{**asdict(stage), "peak": stage.peak} for stage in self.stages]
         derived = {"peak": self.largest.peak, "disk": self.disk, "problems": self.problems}
         return {**asdict(self), **derived, "stages": stages}
@@ -135,9 +131,6 @@ def plan_job(recipe: Recipe, out: Path, track: Track = untracked) -> Estimates:
     """Estimate all stages of a recipe. Reads configurations and headers, no weights and no text.
 
     Raises:
-        SourceError: the model's configuration cannot be read.
-        GridError: the base's grid does not fit the model.
-        TrainingError: an adapter does not fit the model.
         CaptureError: the model does not run without data, as most mixtures of experts.
     """
     recipe = resolve_compute(recipe)

@@ -60,11 +60,7 @@ class Stage:
 
 
 class JobTexts:
-    """The documents of the texts of a recipe. Each source is read once.
-
-    Raises:
-        SourceError, MissingExtraError: see `load_documents`.
-    """
+    """The documents of the texts of a recipe. Each source is read once."""
 
     def __init__(self, recipe: Recipe, track: Track = untracked):
         self.recipe, self._track = recipe, track

@@ -72,18 +72,14 @@ class JobState:
         self.plan = make_plan(self.recipe, self.texts, self.directory.digests)
 
     def stale(self) -> dict[str, str]:
-        """The stages that are not current, and why."""
         return find_stale(self.plan, self.directory)
 
     def require(self, stage: str, what: str = "", whatever_inputs: bool = False) -> None:
-        """Check that a stage, and all that it needs, is current.
+        """Check that a stage, and all that it needs, is current and still in the recipe.
 
         Args:
             what: needs the stage; default: its name.
             whatever_inputs: see `find_stale`.
-
-        Raises:
-            DirectoryError: it is not, or the recipe no longer has this stage.
         """
         if not (needed := upstream(self.plan, stage)):
             raise DirectoryError(
@@ -95,12 +91,7 @@ class JobState:
 
 
 def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
-    """The recipe of an existing job.
-
-    Raises:
-        DirectoryError: the folder is not a job directory.
-        RecipeError: the recipe or a change is not valid.
-    """
+    """The recipe of an existing job."""
     journal.finish(folder)
     check_job(folder)
     return load_recipe(folder / "recipe.yaml", changes)
@@ -114,11 +105,8 @@ def check_needs(
     stale: Mapping[str, str],
     command: Callable[[str], str] | None = None,
 ) -> None:
-    """Check that no stage in `waiting` needs others that are neither current nor requested.
-
-    Raises:
-        DirectoryError: names all commands that must run first.
-    """
+    """Check that no stage in `waiting` needs others that are neither current nor requested. The
+    error names all commands that must run first."""
     missing, added = set[str](), [need for stage in waiting for need in stage.needs]
     by_name = {stage.name: stage for stage in plan}
     while added:
@@ -177,10 +165,6 @@ def check_kept(
 
     An adapter whose files are missing or damaged is trained again with the same settings, which
     replaces nothing.
-
-    Raises:
-        DirectoryError: one would be replaced, and what differs; or the recipe lacks one, such as
-            one that was added with `qwlora adapters add`.
     """
     folder, names = directory.path / "adapters", {adapter.name for adapter in recipe.adapters}
     others = [name for name in directory.trained_adapters() if name not in names]

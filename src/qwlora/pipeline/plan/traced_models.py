@@ -32,6 +32,7 @@ from qwlora.errors import CaptureError, QwloraError
 from qwlora.formats.meta_model import build_model
 from qwlora.formats.model_source import load_config
 from qwlora.grid.scheme import Scheme, parse_scheme
+from qwlora.nn import weight_out_in
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.replace import place_empty_, tie_weights_
 from qwlora.quantize.layer_rules import plan_layers
@@ -94,12 +95,7 @@ def _tensors(values: Any) -> list[Tensor]:
 
 
 class TracedModels:
-    """Traces the models of a recipe; each run once.
-
-    Raises:
-        SourceError: the model's configuration cannot be read.
-        CaptureError: the model does not run without data, as most mixtures of experts.
-    """
+    """Traces the models of a recipe; each run once."""
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
@@ -151,12 +147,10 @@ class TracedModels:
 
     @cached_property
     def packed_bytes(self) -> int:
-        """Bytes of all packed layers: codes, scales and offsets."""
         return sum(layer.tensor.nbytes for layer in self.packed_layers)
 
     @cached_property
     def packed_weights(self) -> int:
-        """Weights of all packed layers."""
         return sum(math.prod(layer.tensor.shape) for layer in self.packed_layers)
 
     @property
@@ -171,13 +165,8 @@ class TracedModels:
         for names in tensors_by_block(self.model, self.schemes).values():
             modules = [self.model.get_submodule(name.rpartition(".")[0]) for name in names]
             linear = [m for m in modules if isinstance(m, nn.Linear | Conv1D)]
-            shapes = [(m.weight.shape[1], m.weight.shape[0]) for m in linear]
-            blocks.append(
-                [
-                    s[::-1] if isinstance(m, Conv1D) else s
-                    for m, s in zip(linear, shapes, strict=True)
-                ]
-            )
+            shapes = [weight_out_in(module).shape for module in linear]
+            blocks.append([(inner, out) for out, inner in shapes])
         return blocks
 
     @property
@@ -189,7 +178,6 @@ class TracedModels:
         return int(shape[0]), int(shape[-1])
 
     def trained_values(self, adapter: Adapter) -> int:
-        """Trainable parameters of an adapter."""
         return sum(p.numel() for p in self._attached(adapter).parameters() if p.requires_grad)
 
     def forward(self, kind: str, tokens: int, adapter: Adapter | None = None) -> TracedRun:

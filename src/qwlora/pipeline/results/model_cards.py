@@ -55,11 +55,7 @@ class Repositories:
 
 
 def write_cards(directory: Directory, recipe: Recipe, job: Job) -> None:
-    """Write the cards of all folders whose stages are current, if they changed.
-
-    Raises:
-        DirectoryError: a card cannot be written.
-    """
+    """Write the cards of all folders whose stages are current, if they changed."""
     cards = dict[str, str]()
     try:
         if job.section("base"):

@@ -137,13 +137,7 @@ def last_status(folder: Path) -> dict[str, Any]:
 
 
 def read_job(folder: Path) -> Job:
-    """A job as it is now: the results of the stages that are current, by the rules of `run`.
-
-    Raises:
-        DirectoryError: the folder is not a job directory, or nothing has run in it.
-        RecipeError: its recipe is not valid.
-        SourceError: the recipe's model or text is not there any more.
-    """
+    """A job as it is now: the results of the stages that are current, by the rules of `run`."""
     recipe, status = job_recipe(folder), last_status(folder)
     if not Directory.read(folder).records and not status:
         raise DirectoryError(
@@ -177,9 +171,6 @@ def rebuild_reports(folders: Sequence[Path], page: Path | None = None) -> list[P
 
     Returns:
         The files that were written.
-
-    Raises:
-        DirectoryError, RecipeError, SourceError: see `read_job`; or a file cannot be written.
     """
     if page is not None and page.exists():
         with page.open(encoding="utf-8", errors="replace") as file:

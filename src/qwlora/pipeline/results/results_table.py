@@ -171,11 +171,7 @@ def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any])
 
 
 def adapter_card(folder: Path, name: str) -> dict[str, Any]:
-    """The parts of a job's results that concern an adapter, and the bytes of its weights.
-
-    Raises:
-        DirectoryError, RecipeError, SourceError: see `read_job`; or there is no such adapter.
-    """
+    """The parts of a job's results that concern an adapter, and the bytes of its weights."""
     results = read_job(folder).results
     train = results.get("train", {})
     if name not in train:

@@ -95,7 +95,6 @@ class JobStatus:
             raise
 
     def write(self, state: str) -> dict[str, Any]:
-        """Write results.json and report.html."""
         began = time.monotonic()
         results = self._write(self._keys(state))
         self._written = time.monotonic()

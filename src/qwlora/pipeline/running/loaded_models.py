@@ -89,7 +89,6 @@ class PreparedText:
 
     @cached_property
     def data(self) -> Prepared:
-        """All sequences."""
         return prepare(self._documents, self._tokenizer, self.section.cutting(), self._track)
 
     @property
@@ -103,7 +102,6 @@ class PreparedText:
         return self.data.calibration_ids[: self.section.calibration_sequences]
 
     def describe(self) -> dict[str, Any]:
-        """Counts of documents, tokens and sequences."""
         counts = describe(self._documents, self.data)
         return {**counts, "evaluation": self.evaluation.counts()}
 
@@ -133,7 +131,6 @@ class JobContext:
         self.on_training: Callable[[Callable[[], dict[str, Any]]], None] = lambda progress: None
 
     def step(self, description: str) -> AbstractContextManager[None]:
-        """Report the block as one step of a stage."""
         return one_step(self.track, description)
 
     # Texts
@@ -202,7 +199,6 @@ class JobContext:
 
     @property
     def example_inputs(self) -> dict[str, Tensor]:
-        """Example inputs for capturing a graph."""
         ids = self.base_calibration_ids(1)[:, :16].repeat(2, 1)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -223,7 +219,6 @@ class JobContext:
 
     @property
     def holds_float_model(self) -> bool:
-        """Whether the float model is in memory."""
         return self._float_model is not None
 
     @cached_property
@@ -260,7 +255,6 @@ class JobContext:
         return str(read_record(self.path / "base")["fingerprint"])
 
     def base(self) -> PreTrainedModel:
-        """A fresh copy of the frozen base."""
         self._float_model = None
         return self.load_base(self.path / "base")
 
@@ -272,7 +266,6 @@ class JobContext:
         return model
 
     def adapter(self, name: str) -> Adapter:
-        """The recipe's section of an adapter."""
         return next(a for a in self.recipe.adapters if a.name == name)
 
     def imported(self, name: str) -> PeftModel:
@@ -313,7 +306,6 @@ class JobContext:
 
     @property
     def schemes(self) -> Schemes:
-        """Schemes and rules of the recipe's simulation."""
         section = self.recipe.simulation
         return Schemes(
             activations=Scheme(section.activation_bitwidth, section.activation_symmetric),
@@ -334,7 +326,6 @@ class JobContext:
         return self.recipe.simulation.unseen == "float"
 
     def simulate(self, model: nn.Module) -> Simulation:
-        """Capture a model as a simulation that is not calibrated yet."""
         with self.step("capturing the graph"):
             return simulate(model, self.example_inputs, self.schemes)
 

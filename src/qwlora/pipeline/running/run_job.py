@@ -53,13 +53,9 @@ Watch = Callable[[str, int, int], None]
 def run_file(
     path: Path, out: Path, changes: tuple[str, ...] = (), **options: Any
 ) -> dict[str, Any]:
-    """`run` with the recipe in the file `path`, by default that of the job itself.
+    """`run` with the recipe in the file `path`, which may be the job's own, and `changes` to it.
 
     If another command changes the job's recipe before this one has its lock, it is read again.
-
-    Args:
-        changes: see `load_recipe`.
-        options: arguments of `run`.
     """
     while True:
         journal.finish(out)  # before the recipe in the job's directory is read

@@ -33,11 +33,7 @@ from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Train one adapter.
-
-    Raises:
-        FingerprintError: training changed the base.
-    """
+    """Train one adapter, and check that the base stays as it is."""
 
     adapter, identity = context.adapter(str(stage.adapter)), context.base_fingerprint
     context.check_rules()
@@ -127,11 +123,7 @@ def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict
 
 
 def solver_scales(base: Path) -> dict[str, Tensor]:
-    """Scales of the base in a folder before tuning, by layer; empty if it was not tuned.
-
-    Raises:
-        SourceError: the file is damaged.
-    """
+    """Scales of the base in a folder before tuning, by layer; empty if it was not tuned."""
 
     path = base / SOLVER_SCALES
     try:

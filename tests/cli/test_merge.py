@@ -29,7 +29,7 @@ from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import is_packed, packed_weights
 from qwlora.nn.replace import unpack_
 from qwlora.pipeline.commands.open_job import open_job
-from qwlora.pipeline.commands.write_model import MergeVerdict, merged_model, write_merged
+from qwlora.pipeline.commands.write_model import merge_effect, merged_model, write_merged
 from qwlora.pipeline.job.output_path import check_target, new_folder
 from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.layer_rules import LayerRule
@@ -142,12 +142,12 @@ def test_a_tie_that_no_configuration_undoes_is_refused(monkeypatch: pytest.Monke
 
 
 def test_what_is_kept_of_no_gain_is_null() -> None:
-    verdict = MergeVerdict({}, base=5.0, adapted=5.0, merged=5.1)
-    assert json.loads(json.dumps(verdict.to_json(), allow_nan=False))["kept"] is None
+    verdict = merge_effect({}, base=5.0, adapted=5.0, merged=5.1)
+    assert json.loads(json.dumps(verdict, allow_nan=False))["kept"] is None
     assert "the adapter does not improve perplexity on this text" in merge_lines(
-        MergeVerdict({}, 5.0, 6.0, 5.1)
+        merge_effect({}, 5.0, 6.0, 5.1)
     )
-    assert MergeVerdict({}, base=6.0, adapted=5.0, merged=5.5).kept == 0.5
+    assert merge_effect({}, base=6.0, adapted=5.0, merged=5.5)["kept"] == 0.5
 
 
 @pytest.mark.parametrize(
@@ -155,12 +155,14 @@ def test_what_is_kept_of_no_gain_is_null() -> None:
 )
 def test_the_advice_weighs_what_is_kept_of_the_gain(merged: float, advice: str) -> None:
     """An adapter that gained 10 %: a merge that is 1 % worse than it may have lost most of that."""
-    verdict = MergeVerdict({}, base=10.0, adapted=9.0, merged=merged)
-    assert verdict.recommendation.startswith(advice)
-    assert MergeVerdict({}, base=20.0, adapted=10.0, merged=11.0).is_harmless  # keeps exactly 90 %
-    small = MergeVerdict({}, base=10.0, adapted=9.95, merged=9.9974)  # keeps 5.2 %, 0.5 % worse
-    assert not small.is_harmless
-    assert small.recommendation.startswith("Keep the adapter separate")
+    verdict = merge_effect({}, base=10.0, adapted=9.0, merged=merged)
+    assert verdict["recommendation"].startswith(advice)
+    assert merge_effect({}, base=20.0, adapted=10.0, merged=11.0)[
+        "is_harmless"
+    ]  # keeps exactly 90 %
+    small = merge_effect({}, base=10.0, adapted=9.95, merged=9.9974)  # keeps 5.2 %, 0.5 % worse
+    assert not small["is_harmless"]
+    assert small["recommendation"].startswith("Keep the adapter separate")
 
 
 def test_merged_onto_the_grid_it_is_the_float_merge_rounded() -> None:

@@ -31,7 +31,7 @@ from qwlora.pipeline.job.stage_records import Record
 from qwlora.pipeline.plan.plan import make_plan, resolve_compute
 from qwlora.pipeline.plan.stage import JobTexts, Stage
 from qwlora.pipeline.plan.stale_stages import find_stale
-from qwlora.pipeline.results.results_table import adapter_card, card_lines, result_rows, sparkline
+from qwlora.pipeline.results.results_table import adapter_card, card_lines, result_rows
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import Recipe, load_recipe
 
@@ -251,14 +251,6 @@ def test_the_card_of_an_adapter(job: Path) -> None:
         adapter_card(job / "base", "first")
     (job / "results.json").write_text("{")
     assert adapter_card(job, "first") == card
-
-
-@pytest.mark.parametrize(
-    ("values", "line"), [([2.0, 1.0], "█▁"), ([1.0, 1.0], "▁▁"), (range(120), None)]
-)
-def test_a_sparkline_shows_the_course(values: Any, line: str | None) -> None:
-    found = sparkline(list(values))
-    assert found == line if line else (len(found), found[0], found[-1]) == (60, "▁", "█")
 
 
 @pytest.mark.parametrize(

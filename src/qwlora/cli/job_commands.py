@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -19,9 +20,6 @@ from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.shared_arguments import AdapterName, AsJson, Job, Yes
 from qwlora.cli.terminal import print_result
 from qwlora.errors import UploadError, size
-
-if TYPE_CHECKING:
-    from qwlora.pipeline.commands.write_model import MergeVerdict
 
 Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
@@ -115,7 +113,7 @@ def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
 
     with ProgressDisplay(as_json) as display:
         verdict = merge_verdict(context, name, display.track)
-    print_result(verdict.to_json(), merge_lines(verdict), as_json)
+    print_result(verdict, merge_lines(verdict), as_json)
 
 
 def merge(
@@ -150,19 +148,19 @@ def merge(
     print(f"wrote {out}")
 
 
-def merge_lines(verdict: MergeVerdict) -> list[str]:
+def merge_lines(effect: Mapping[str, Any]) -> list[str]:
     """What a merge loses, in words."""
-    worst = sorted(verdict.layers.items(), key=lambda item: -item[1].share)[:3]
-    most = ", ".join(f"{path} {layer.share:.1%}" for path, layer in worst)
+    worst = sorted(effect["layers"].items(), key=lambda item: -item[1]["share"])[:3]
+    most = ", ".join(f"{path} {layer['share']:.1%}" for path, layer in worst)
     return [
-        f"{verdict.share:.1%} of the adapter's weight changes are smaller than half a quantization "
-        f"step of the base (most in {most})",
-        f"perplexity: base {verdict.base:.3f}, with the adapter {verdict.adapted:.3f}, merged into "
-        f"the integers {verdict.merged:.3f}",
+        f"{effect['share']:.1%} of the adapter's weight changes are smaller than half a "
+        f"quantization step of the base (most in {most})",
+        f"perplexity: base {effect['base']:.3f}, with the adapter {effect['adapted']:.3f}, merged "
+        f"into the integers {effect['merged']:.3f}",
         "the adapter does not improve perplexity on this text"
-        if verdict.kept is None
-        else f"the merged integers keep {verdict.kept:.1%} of the adapter's improvement",
-        verdict.recommendation,
+        if effect["kept"] is None
+        else f"the merged integers keep {effect['kept']:.1%} of the adapter's improvement",
+        effect["recommendation"],
     ]
 
 

@@ -12,8 +12,8 @@ scaling * lora_B @ lora_A.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -42,63 +42,48 @@ Into = Literal["float", "requantized"]
 KEPT = 0.9  # share of the adapter's improvement that a merge must keep to be called harmless
 
 
-@dataclass(frozen=True)
-class MergeVerdict:
-    """Effect of merging an adapter into the base's integers.
+def merge_effect(
+    layers: Mapping[str, RoundingLoss], base: float, adapted: float, merged: float
+) -> dict[str, Any]:
+    """Effect of merging an adapter into the base's integers, for `qwlora merge-check --json`.
 
     Args:
         layers: rounding loss by canonical layer path.
         base, adapted, merged: perplexity on held-out text of the base, of the base with the
             adapter, and of the requantized merge.
+
+    Returns:
+        The arguments, and `share` of all entries of the adapter's delta that are smaller than half
+        a step; `kept`, the share of the adapter's improvement in perplexity that is left (may be
+        negative; None if there was none); `is_harmless` and a `recommendation`.
     """
-
-    layers: dict[str, RoundingLoss]
-    base: float
-    adapted: float
-    merged: float
-
-    @property
-    def share(self) -> float:
-        """Share of all entries of the adapter's delta that are smaller than half a step."""
-        return sum(layer.below for layer in self.layers.values()) / max(
-            1, sum(layer.entries for layer in self.layers.values())
-        )
-
-    @property
-    def kept(self) -> float | None:
-        """Share of the adapter's improvement in perplexity that is left after merging.
-
-        May be negative. None if the adapter did not improve perplexity.
-        """
-        gained = self.base - self.adapted
-        return (self.base - self.merged) / gained if gained > 0 else None
-
-    @property
-    def is_harmless(self) -> bool:
-        """Whether merging keeps what the adapter improved; false if it improved nothing."""
-        return self.kept is not None and self.kept >= KEPT
-
-    @property
-    def recommendation(self) -> str:
-        if self.kept is None:
-            return (
-                "There is nothing to merge: the adapter does not improve perplexity on this text."
-            )
-        if self.is_harmless:
-            return "Merge, or keep the adapter separate to swap adapters."
-        return (
+    gained = base - adapted
+    kept = (base - merged) / gained if gained > 0 else None
+    is_harmless = kept is not None and kept >= KEPT
+    if kept is None:
+        advice = "There is nothing to merge: the adapter does not improve perplexity on this text."
+    elif is_harmless:
+        advice = "Merge, or keep the adapter separate to swap adapters."
+    else:
+        advice = (
             f"Keep the adapter separate, or use --into float: less than {KEPT:.0%} of its "
             "improvement is left in the integers."
         )
+    losses = layers.values()
+    return {
+        "share": sum(loss.below for loss in losses) / max(1, sum(loss.entries for loss in losses)),
+        "base": base,
+        "adapted": adapted,
+        "merged": merged,
+        "kept": kept,
+        "is_harmless": is_harmless,
+        "recommendation": advice,
+        "layers": {name: {**asdict(loss), "share": loss.share} for name, loss in layers.items()},
+    }
 
-    def to_json(self) -> dict[str, Any]:
-        names = ("share", "base", "adapted", "merged", "kept", "is_harmless", "recommendation")
-        layers = {n: {**asdict(layer), "share": layer.share} for n, layer in self.layers.items()}
-        return {**{name: getattr(self, name) for name in names}, "layers": layers}
 
-
-def merge_verdict(context: JobContext, name: str, track: Track) -> MergeVerdict:
-    """Measure the effect of merging adapter `name`."""
+def merge_verdict(context: JobContext, name: str, track: Track) -> dict[str, Any]:
+    """Measure the effect of merging adapter `name`; see `merge_effect`."""
     evaluation = context.text(name).evaluation
 
     def measured(model: Any, what: str) -> float:
@@ -109,7 +94,7 @@ def merge_verdict(context: JobContext, name: str, track: Track) -> MergeVerdict:
     after = measured(adapted, "adapted")
     before = measured(context.base(), "base")
     merged = measured(merged_model(adapted, "requantized"), "merged")
-    return MergeVerdict(layers, before, after, merged)
+    return merge_effect(layers, before, after, merged)
 
 
 def merged_model(adapted: PeftModel, into: Into) -> PreTrainedModel:

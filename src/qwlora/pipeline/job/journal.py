@@ -22,8 +22,8 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from qwlora.errors import DirectoryError
 from qwlora.export.proof.folder import current_proofs
@@ -35,27 +35,6 @@ from qwlora.system import strict_json
 from qwlora.system.atomic import flush_folder, write_text
 
 JOURNAL, TRASH = "journal.json", "trash"
-
-
-@dataclass(frozen=True)
-class Change:
-    """See the module's docstring."""
-
-    command: list[str | None]
-    moves: list[list[str]]
-    files: dict[str, str | None]
-
-    def check_inside(self, job: Path) -> None:
-        """Check that no path leads out of the job, by itself or through a link."""
-        for path in (*(path for pair in self.moves for path in pair), *self.files):
-            parts = PurePosixPath(path).parts
-            folder = (job / path).parent.resolve()
-            is_inside = folder.is_relative_to(job.resolve())
-            if not parts or parts[0] == "/" or ".." in parts or not is_inside:
-                raise DirectoryError(
-                    f"{path!r} leads out of the job's directory {str(job)!r}, so it is not "
-                    "changed. If a folder of the job is a link, replace it by what it points to"
-                )
 
 
 def make(
@@ -78,9 +57,9 @@ def make(
     _empty_trash(job)
     removed = [path for path in removals if os.path.lexists(job / path)]
     trash = [[path, f".qwlora/{TRASH}/{number}"] for number, path in enumerate(removed)]
-    change = Change(command, [*trash, *map(list, moves)], dict(files))
-    change.check_inside(job)
-    write_text(_journal(job), strict_json.dumps(asdict(change), indent=1) + "\n")
+    change = {"command": command, "moves": [*trash, *map(list, moves)], "files": dict(files)}
+    _check_inside(job, change)
+    write_text(_journal(job), strict_json.dumps(change, indent=1) + "\n")
     finish_locked(job)
 
 
@@ -111,32 +90,33 @@ def finish_locked(job: Path) -> list[str | None]:
     if not is_pending(job):
         return []
     try:
-        change = Change(**json.loads(_journal(job).read_text(encoding="utf-8")))
-        change.check_inside(job)
-    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        change = json.loads(_journal(job).read_text(encoding="utf-8"))
+        command: list[str | None] = change["command"]
+        _check_inside(job, change)
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise DirectoryError(
             f"{str(_journal(job))!r} is damaged ({error}): a change of the job was interrupted "
             "and cannot be finished. Delete the file, then look what is there: "
             f"qwlora adapters check {job}"
         ) from error
-    for old, new in change.moves:
+    for old, new in change["moves"]:
         if os.path.lexists(job / old) and not os.path.lexists(job / new):
             (job / new).parent.mkdir(parents=True, exist_ok=True)
             (job / old).rename(job / new)
             flush_folder((job / old).parent)
             flush_folder((job / new).parent)
-    for name, text in change.files.items():
+    for name, text in change["files"].items():
         if text is None:
             (job / name).unlink(missing_ok=True)
         else:
             (job / name).parent.mkdir(parents=True, exist_ok=True)
             write_text(job / name, text)
-    if change.command:  # adapters changed
+    if command:  # adapters changed
         _write_bundle_readmes(job)
     _journal(job).unlink()
     flush_folder(_journal(job).parent)
     _empty_trash(job)
-    return change.command
+    return command
 
 
 def is_pending(job: Path) -> bool:
@@ -151,6 +131,18 @@ def _journal(job: Path) -> Path:
 def _empty_trash(job: Path) -> None:
     if (job / ".qwlora" / TRASH).exists():
         shutil.rmtree(job / ".qwlora" / TRASH)
+
+
+def _check_inside(job: Path, change: Mapping[str, Any]) -> None:
+    """Check that no path of a change leads out of the job, by itself or through a link."""
+    for path in (*(path for old, new in change["moves"] for path in (old, new)), *change["files"]):
+        parts = PurePosixPath(path).parts
+        is_inside = (job / path).parent.resolve().is_relative_to(job.resolve())
+        if not parts or parts[0] == "/" or ".." in parts or not is_inside:
+            raise DirectoryError(
+                f"{path!r} leads out of the job's directory {str(job)!r}, so it is not changed. If "
+                "a folder of the job is a link, replace it by what it points to"
+            )
 
 
 def _write_bundle_readmes(job: Path) -> None:

@@ -187,18 +187,14 @@ class Forecaster:
 
     def stage(self, stage: Stage) -> Forecast:
         """What `stage` will need, besides the memory of the process itself."""
-        match stage.verb:
-            case "evaluate":
-                return self._evaluate(stage)
-            case "quantize":
-                return self._quantize(stage)
-            case "train":
-                return self._train(stage)
-            case "export":
-                return self._export(stage)
-            case "verify":
-                return self._verify(stage)
-        return self._calibrate(stage)  # calibrate, calibrate-base
+        forecasts = {
+            "evaluate": self._evaluate,
+            "quantize": self._quantize,
+            "train": self._train,
+            "export": self._export,
+            "verify": self._verify,
+        }
+        return forecasts.get(stage.verb, self._calibrate)(stage)  # calibrate, calibrate-base
 
     # Models
 

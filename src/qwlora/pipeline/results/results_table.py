@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ _KINDS = (
     ("adapted", "after adapter"),
     ("simulated", "simulated, adapter"),
 )
-_BARS, _WIDTH = "▁▂▃▄▅▆▇█", 60  # of a sparkline
 
 
 def print_summary(results: dict[str, Any], console: Console) -> None:
@@ -179,20 +177,14 @@ def adapter_card(folder: Path, name: str) -> dict[str, Any]:
             f"{str(folder)!r} has no trained adapter {name!r}{suggestion(name, list(train))}"
         )
     perplexity = results.get("perplexity", {})
+    models = {**perplexity, **{k: perplexity.get(k, {}).get(name) for k, _ in _KINDS}}
     weights = folder / "adapters" / name / "adapter_model.safetensors"
     return {
         "name": name,
         "base": results.get("base", {}).get("fingerprint"),
         "train": train[name],
         "data": results.get("texts", {}).get(name, results.get("data")),
-        "perplexity": {
-            **{k: perplexity[k] for k in ("float", "base") if k in perplexity},
-            **{
-                kind: perplexity[kind][name]
-                for kind in ("adapted", "simulated")
-                if name in perplexity.get(kind, {})
-            },
-        },
+        "perplexity": {k: v for k, v in models.items() if isinstance(v, float)},
         "on": {
             text: measured["adapted"][name]
             for text, measured in perplexity.get("on", {}).items()
@@ -204,7 +196,7 @@ def adapter_card(folder: Path, name: str) -> dict[str, Any]:
 
 def card_lines(card: dict[str, Any]) -> list[str]:
     """The card as text."""
-    train = card["train"]
+    name, train, perplexity = card["name"], card["train"], card["perplexity"]
     rows: list[Row] = [("base", (card["base"] or "unknown")[:16])]
     rows += [
         (key, json.dumps(value) if isinstance(value, dict | list) else str(value))
@@ -215,22 +207,9 @@ def card_lines(card: dict[str, Any]) -> list[str]:
         rows.append(
             ("text", f"{counts['documents']:,} documents, {counts['tokens']:,} tokens to train on")
         )
-    rows.append(("steps", f"{train['steps']}, {train['step_seconds']:.2f} s each"))
-    if losses := train.get("losses"):
-        rows.append(("loss", f"{losses[0]:.3f} to {losses[-1]:.3f}  {sparkline(losses)}"))
-    rows += [(f"perplexity, {kind}", f"{v:.3f}") for kind, v in card["perplexity"].items()]
+    rows += _training_rows(name, train, {})
+    rows += [(f"perplexity, {kind}", f"{v:.3f}") for kind, v in perplexity.items()]
     rows += [(f"on the text of {text}", f"{value:.3f}") for text, value in card["on"].items()]
-    weights = "" if card["bytes"] is None else f", {size(card['bytes'])}"
-    rows.append(("size", f"{train['trainable_parameters']:,} parameters{weights}"))
+    rows += [] if card["bytes"] is None else [("size", size(card["bytes"]))]
     width = max(len(key) for key, _ in rows)
-    return [card["name"], *(f"  {key:{width}}  {value}" for key, value in rows)]
-
-
-def sparkline(values: Sequence[float], width: int = _WIDTH) -> str:
-    """The course of `values` as one line of block characters, at most `width` of them."""
-    groups = min(width, len(values))
-    ends = [len(values) * i // groups for i in range(groups + 1)]
-    means = [sum(values[start:end]) / (end - start) for start, end in pairwise(ends)]
-    low, high = min(means), max(means)
-    top = len(_BARS) - 1
-    return "".join(_BARS[round((m - low) / (high - low) * top) if high > low else 0] for m in means)
+    return [name, *(f"  {key:{width}}  {value}" for key, value in rows)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -117,26 +116,24 @@ def run(
         announce(None)
 
 
-@dataclass
 class _Run:
-    """One run, in the first process. Its first fields are what `run` got and made.
+    """One run, in the first process."""
 
-    Args:
-        stale: why each stage that is not current has to run.
-        always: stages that run even if they are current.
-        context: None until a stage, or a check before all stages, needs it.
-    """
-
-    recipe: Recipe
-    out: Path
-    texts: JobTexts
-    plan: list[Stage]
-    digests: Digests
-    track: Track
-    say: Say
-    stale: dict[str, str] = field(default_factory=dict)
-    always: set[str] = field(default_factory=set)
-    context: Any = None
+    def __init__(
+        self,
+        recipe: Recipe,
+        out: Path,
+        texts: JobTexts,
+        plan: list[Stage],
+        digests: Digests,
+        track: Track,
+        say: Say,
+    ):
+        self.recipe, self.out, self.texts, self.plan = recipe, out, texts, plan
+        self.digests, self.track, self.say = digests, track, say
+        self.stale: dict[str, str] = {}  # why each stage that is not current has to run
+        self.always: set[str] = set()  # stages that run even if they are current
+        self.context: Any = None  # until a stage, or a check before all stages, needs it
 
     def check(
         self, verbs: Collection[str], command: Callable[[str], str] | None, replace: bool

@@ -145,7 +145,7 @@ def test_a_command_that_is_killed_at_any_change_is_finished_or_undone_by_the_nex
     after = state(job)
     assert after != before
     others = itertools.cycle(
-        [listed, job_recipe, Directory.read, lambda j: Directory.peek(j, job_recipe(j))]
+        [listed, job_recipe, Directory.read, lambda j: Directory.read(j, job_recipe(j))]
     )
     for number in itertools.count(1 + len(command) % 3, 3):
         fresh()

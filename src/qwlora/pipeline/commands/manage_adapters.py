@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwlora.errors import DirectoryError, RecipeError, SourceError, suggestion
+from qwlora.errors import DirectoryError, RecipeError, SourceError
 from qwlora.export.proof.folder import PROOF_RECORD, renamed_proof
 from qwlora.export.registry import TARGETS
 from qwlora.formats.user_path import user_path
@@ -28,7 +28,8 @@ from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.plan.plan import make_plan, resolve_compute
 from qwlora.pipeline.plan.stage import CASES, JobTexts, Stage
-from qwlora.recipe import Adapter, Recipe, parse_recipe
+from qwlora.pipeline.plan.stale_stages import adapter_named
+from qwlora.recipe import Recipe, parse_recipe
 from qwlora.system.atomic import flush
 
 IMPORTS = ".qwlora/imports"  # converted sources of adapters, by the digest of their content
@@ -52,7 +53,7 @@ def add_adapter(
     with Directory.edit(folder) as (directory, recipe, finished):
         if finished == command:
             return
-        model = _named(recipe, like or recipe.adapters[0].name, folder)
+        model = adapter_named(recipe, like or recipe.adapters[0].name, folder)
         entry = {**model.model_dump(mode="json"), "name": name}
         if data is not None:
             entry["data"] = {**recipe.data_of(model).model_dump(mode="json"), "source": data}
@@ -130,7 +131,7 @@ def rename_adapter(folder: Path, old: str, new: str) -> None:
     with Directory.edit(folder) as (directory, recipe, finished):
         if finished == command:
             return
-        _named(recipe, old, folder)
+        adapter_named(recipe, old, folder)
         content = recipe.model_dump(mode="json")
         for adapter in content["adapters"]:
             for key in ("name", "continue_from"):
@@ -179,7 +180,7 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
     with Directory.edit(folder) as (directory, recipe, finished):
         if finished == command:
             return
-        adapter = _named(recipe, name, folder)
+        adapter = adapter_named(recipe, name, folder)
         if len(recipe.adapters) == 1:
             raise DirectoryError(
                 f"{name!r} is the only adapter of {str(folder)!r}, and a recipe needs one; delete "
@@ -209,14 +210,6 @@ def remove_adapter(folder: Path, name: str, confirm: Callable[[], None] = lambda
         confirm()
         removed = [stage for stage in before if stage.adapter == name]
         directory.change(command, changed, removed=removed, removals=unused)
-
-
-def _named(recipe: Recipe, name: str, folder: Path) -> Adapter:
-    adapters = {adapter.name: adapter for adapter in recipe.adapters}
-    if name not in adapters:
-        similar = suggestion(name, list(adapters))
-        raise DirectoryError(f"{str(folder)!r} has no adapter {name!r}{similar}")
-    return adapters[name]
 
 
 def _parsed(folder: Path, content: dict[str, Any], changes: tuple[str, ...] = ()) -> Recipe:

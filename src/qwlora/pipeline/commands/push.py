@@ -28,7 +28,7 @@ from typing import Any
 from qwlora.adapter.adapter_check import problems
 from qwlora.adapter.adapter_folder import FILE
 from qwlora.adapter.peft_support import CONFIG
-from qwlora.errors import DirectoryError, QwloraError, UploadError, described, listed, suggestion
+from qwlora.errors import DirectoryError, QwloraError, UploadError, described, listed
 from qwlora.export.registry import TARGETS
 from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
@@ -36,7 +36,13 @@ from qwlora.formats.card_mark import is_users_card
 from qwlora.pipeline.job.directory import CARD, Directory
 from qwlora.pipeline.job.output_path import as_directory_errors
 from qwlora.pipeline.plan.stage import MOMENTS, SOLVER_SCALES
-from qwlora.pipeline.plan.stale_stages import JobState, job_recipe, run_line, upstream
+from qwlora.pipeline.plan.stale_stages import (
+    JobState,
+    adapter_named,
+    job_recipe,
+    run_line,
+    upstream,
+)
 from qwlora.pipeline.results.model_cards import Repositories, card_text
 from qwlora.pipeline.results.results import collect_results, job_of
 from qwlora.report.results_view import Job
@@ -95,11 +101,7 @@ def prepared(
     job = job_of(folder, recipe, collect_results(directory, recipe, state.plan, stale))
     stages = {"quantize": "the base"}
     if adapter is not None:
-        known = [a.name for a in recipe.adapters]
-        if adapter not in known:
-            raise DirectoryError(
-                f"{str(folder)!r} has no adapter {adapter!r}{suggestion(adapter, known)}"
-            )
+        adapter_named(recipe, adapter, folder)
         stages[f"train/{adapter}"] = f"adapter {adapter!r}"
     for stage, what in stages.items():
         needed = [s.name for s in upstream(state.plan, stage) if s.name in stale]

@@ -59,7 +59,7 @@ class RecipeChangedError(DirectoryError):
 
 
 class Directory:
-    """The directory of one job. `open` or `edit` to write to it, `peek` or `read` to look at it.
+    """The directory of one job. `open` or `edit` to write to it, `read` to look at it.
 
     Attributes:
         records: of stages that ran.
@@ -151,20 +151,15 @@ class Directory:
                     remove_empty(created)
 
     @classmethod
-    def peek(cls, path: Path, recipe: Recipe) -> Directory:
-        """The records of `path` without claiming it. Raises like `check_owner`."""
-        journal.finish(path)
-        cls(path).check_owner(recipe)
-        return cls.read(path)
-
-    @classmethod
-    def read(cls, path: Path) -> Directory:
-        """The records of `path`, regardless of its owner; empty if no job ran there.
+    def read(cls, path: Path, recipe: Recipe | None = None) -> Directory:
+        """The records of `path`; empty if no job ran there. With a recipe, also checks the owner.
 
         Claims nothing. Writes only to finish a change that was interrupted.
         """
         journal.finish(path)
         directory = cls(path)
+        if recipe is not None:
+            directory.check_owner(recipe)
         directory._read_records()
         return directory
 

@@ -19,6 +19,7 @@ from qwlora.export.registry import TARGETS
 from qwlora.export.target_compatibility import ModelFacts, refusals
 from qwlora.export.weights.weights_folder import layer_kind
 from qwlora.formats.assemble_model import LazyModel
+from qwlora.formats.base_files import read_record
 from qwlora.formats.huggingface.max_positions import check_positions
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
@@ -33,7 +34,7 @@ from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe
 from qwlora.system.compute_precision import slow_compute, training_device
-from qwlora.system.parameter_names import canonical_name, is_factor_name
+from qwlora.system.parameter_names import canonical_name, is_factor_name, parameter_name
 
 Packed = Callable[[str], bool]  # whether the base packs the tensor of a name
 Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # of weights by name, by adapter
@@ -90,7 +91,8 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
     if "quantize" in verbs:
         model, packed = _unquantized(context)
     else:  # the existing base without weights
-        model, packed = context.skeleton(), lambda name: name in context.packed_names
+        layers = read_record(context.path / "base")["layers"]
+        model, packed = context.skeleton(), frozenset(map(parameter_name, layers)).__contains__
         model.tie_weights()
     if note := check_positions(model, max(t.data.positions() for t in texts.values())):
         say(note)

@@ -13,12 +13,12 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qwlora.errors import DirectoryError, RecipeError
+from qwlora.errors import DirectoryError, RecipeError, suggestion
 from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.directory import Directory, check_job
 from qwlora.pipeline.plan.plan import make_plan, resolve_compute, trained_with
 from qwlora.pipeline.plan.stage import VERBS, JobTexts, Stage
-from qwlora.recipe import Recipe, load_recipe
+from qwlora.recipe import Adapter, Recipe, load_recipe
 
 
 def find_stale(
@@ -95,6 +95,15 @@ def job_recipe(folder: Path, changes: tuple[str, ...] = ()) -> Recipe:
     journal.finish(folder)
     check_job(folder)
     return load_recipe(folder / "recipe.yaml", changes)
+
+
+def adapter_named(recipe: Recipe, name: str, folder: Path) -> Adapter:
+    """An adapter of the job in `folder`; the error says which names are similar."""
+    adapters = {adapter.name: adapter for adapter in recipe.adapters}
+    if name not in adapters:
+        similar = suggestion(name, list(adapters))
+        raise DirectoryError(f"{str(folder)!r} has no adapter {name!r}{similar}")
+    return adapters[name]
 
 
 def check_needs(

@@ -50,8 +50,7 @@ from qwlora.simulation.placement import Placement, place, refuse_ineffective_rul
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
-from qwlora.simulation.training_graph import TrainingGraph
-from qwlora.system.parameter_names import canonical_name, is_factor_name, parameter_name
+from qwlora.system.parameter_names import canonical_name, is_factor_name
 from qwlora.system.progress import Track, one_step, untracked
 
 if TYPE_CHECKING:
@@ -245,11 +244,6 @@ class JobContext:
         config = None if self._float_model is None else self._float_model.config
         return skeleton(self.recipe.model, config)
 
-    @cached_property
-    def packed_names(self) -> frozenset[str]:
-        """Names of the tensors that the base on disk holds packed."""
-        return frozenset(parameter_name(path) for path in read_record(self.path / "base")["layers"])
-
     @property
     def base_fingerprint(self) -> str:
         return str(read_record(self.path / "base")["fingerprint"])
@@ -277,15 +271,11 @@ class JobContext:
         with reading(folder, model):
             return PeftModel.from_pretrained(model, str(folder)).eval()
 
-    def adapted(self, name: str) -> PeftModel:
-        """A fresh copy of the base with the trained adapter."""
-        return load_adapter(self.base(), self.path / "adapters" / name).eval()
-
-    def with_adapters(self, *names: str) -> PeftModel:
+    def adapted(self, *names: str) -> PeftModel:
         """A fresh copy of the base with trained adapters, the first of them active."""
-        model = self.adapted(names[0])
-        for number, name in enumerate(names[1:], 1):
-            folder = self.path / "adapters" / name
+        first, *others = (self.path / "adapters" / name for name in names)
+        model = load_adapter(self.base(), first)
+        for number, folder in enumerate(others, 1):
             check_adapter(folder, self.base_fingerprint)
             with reading(folder, model):
                 model.load_adapter(str(folder), adapter_name=f"{number}")
@@ -343,7 +333,7 @@ class JobContext:
             model: the base with the adapter. Default: a fresh copy of both.
         """
         self._simulation = self._zero_adapter = None
-        simulation = self.simulate(model or self.with_adapters(name))
+        simulation = self.simulate(model or self.adapted(name))
         self.check_rules(simulation.placement)
         if self.recipe.workflow == "qwa-lora":
             simulation.fix_encodings(load_activations(self.path / BASE_SIMULATION))
@@ -415,11 +405,6 @@ class JobContext:
         for name, simulation in simulations.items():
             restore(simulation, self.path / USE_CASES / name)
         return {case: simulations[name] for case, name in {**names, BASE: BASE}.items()}
-
-    def training_graph(self, model: PeftModel) -> TrainingGraph:
-        """Base and adapter as one graph to train through, with calibrated base activations."""
-        simulation = self.simulate(model.eval())
-        return TrainingGraph(simulation, load_activations(self.path / BASE_SIMULATION))
 
     def check_rules(self, *placements: Placement) -> None:
         """Check once, before anything is trained, that every placement rule has an effect.

@@ -186,7 +186,7 @@ class _Run:
             return self._run_stages(directory, asked, watch or (lambda stage, number, count: None))
 
     def _peek(self) -> Directory:
-        directory = Directory.peek(self.out, self.recipe)
+        directory = Directory.read(self.out, self.recipe)
         directory.digests = self.digests
         return directory
 

@@ -1,12 +1,4 @@
-"""Step 3: encodings of activations and adapters.
-
-calibrate-base    encodings of the base's activations, in workflow qwa-lora: adapters are then
-                  trained through the quantized activations
-calibrate         encodings that adapters share, if simulation.base_activations shares any
-calibrate/NAME    encodings of one adapter
-calibrate/_base         encodings of a zero adapter, for targets that switch simulations
-calibrate/_use_cases    encodings of export.use_cases, for targets that hold all of them
-"""
+"""Step 3: encodings of activations and adapters; the stages are listed in `plan/plan.py`."""
 
 from __future__ import annotations
 
@@ -44,7 +36,6 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
 
 
 def _calibrate_adapter(context: JobContext, name: str, scratch: Path) -> dict[str, Any]:
-
     simulation = context.new_simulation(name)
     report = context.calibrate(simulation, name)
     measured: dict[str, Any] = {
@@ -69,7 +60,6 @@ def _calibrate_adapter(context: JobContext, name: str, scratch: Path) -> dict[st
 
 def _apply_shared(context: JobContext, simulation: Simulation) -> None:
     """Replace encodings of one adapter by those that all share, if they share any."""
-
     shares = context.recipe.simulation.base_activations
     if shares != "all":
         apply_shared_encodings(simulation, load_encodings(context.path / SHARED), shares)
@@ -77,10 +67,9 @@ def _apply_shared(context: JobContext, simulation: Simulation) -> None:
 
 def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
     """Calibrate the shared encodings, on the values of every adapter and of the base alone."""
-
     names = [adapter.name for adapter in context.recipe.adapters]
     shares = context.recipe.simulation.base_activations
-    model = context.with_adapters(*names)
+    model = context.adapted(*names)
     with context.step("capturing the graph"):
         simulations = simulate_adapters(model, context.example_inputs, context.schemes, shares)
     context.check_rules(*(simulation.placement for simulation in simulations.values()))
@@ -98,7 +87,6 @@ def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
 
 def _calibrate_zero_adapter(context: JobContext, scratch: Path) -> dict[str, Any]:
     """Calibrate the zero adapter on the text of the base."""
-
     simulation = context.new_zero_adapter()
     if context.recipe.workflow == "qwa-lora":
         simulation.fix_encodings(load_activations(context.path / BASE_SIMULATION))
@@ -110,7 +98,6 @@ def _calibrate_zero_adapter(context: JobContext, scratch: Path) -> dict[str, Any
 
 def _calibrate_use_cases(context: JobContext, scratch: Path) -> dict[str, Any]:
     """Calibrate every use case on the texts of its adapters, and the zero adapter on all texts."""
-
     cases, simulations = context.recipe.use_cases(), context.new_use_cases()
     texts = {name: members(case) for case, name in peft_names(cases).items() if case != NONE}
     texts[BASE] = [adapter.name for adapter in context.recipe.adapters]

@@ -1,12 +1,8 @@
-"""Stages `evaluate/...`: perplexity of float model, base, every adapter and every simulation, and
-how far each of the last three is from the float model on the same tokens.
+"""Perplexity of float model, base, every adapter and every simulation, and how far each of the last
+three is from the float model on the same tokens. The stages are listed in `plan/plan.py`.
 
-evaluate/MODEL             on its own text: that of the base, or of the adapter
-evaluate/MODEL/on/TEXT     on the text of another adapter, if adapters have different texts
-
-MODEL is `float`, `base`, `adapted/NAME`, `simulated/NAME`, or, for an adapter from elsewhere,
-`imported/NAME`: the float model with the adapter as it came, so that the step to this base can be
-seen. The last two are measured on their own text only.
+`imported/NAME` is the float model with an adapter from elsewhere as it came, so that the step to
+this base can be seen. It and `simulated/NAME` are measured on their own text only.
 
 KL divergence and token agreement are measured on the model's own text, and for the base on every
 text, if there is a float model. It runs again beside the other one, sequence by sequence: keeping
@@ -29,7 +25,6 @@ from qwlora.pipeline.running.loaded_models import JobContext
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Score the model on held-out text."""
-
     model, _, other = stage.name.removeprefix("evaluate/").partition("/on/")
     kind, name = model.partition("/")[0], stage.adapter
     text = context.text(other or name)
@@ -47,7 +42,6 @@ def _models(
     context: JobContext, kind: str, name: str | None, compared: bool
 ) -> tuple[Logits, Logits | None]:
     """Logits of a model, and those of the float model if they are to be compared."""
-
     if kind == "float":
         return logits_of(context.float_model()), None
     if kind == "imported":

@@ -1,9 +1,4 @@
-"""Stages of step 4: write the files for a runtime.
-
-export/TARGET/NAME    the files of an adapter, or, of a bundle, what it changes
-export/TARGET         of a bundle: the base, in the folder export/TARGET/base; where all use cases
-                      are together: everything
-"""
+"""Step 4: write the files for a runtime; the stages are listed in `plan/plan.py`."""
 
 from __future__ import annotations
 

@@ -64,7 +64,6 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
     Uses the float model if it is in memory, otherwise its files, one block at a time if their
     format allows it.
     """
-
     base, source = context.recipe.base, public_name(context.recipe.model.source)
     tokenizer, scheme, track = context.tokenizer, base.weights.scheme(), context.track
     calibration = context.base_calibration_ids(base.calibration_sequences)
@@ -105,7 +104,6 @@ def _tune(
 
     Also writes the scales before tuning: adapter initialization corrects the solver's error.
     """
-
     section, model = context.recipe.base.tuning, context.load_base(solved)
     settings = TuningSettings(**section.model_dump(), seed=context.recipe.seed)
     sequences = context.base_calibration_ids(section.steps + HELD_OUT_SEQUENCES)

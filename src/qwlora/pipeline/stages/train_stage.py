@@ -25,16 +25,17 @@ from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import weight_out_in
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.plan.plan import trained_with
-from qwlora.pipeline.plan.stage import MOMENTS, SOLVER_SCALES, Stage
+from qwlora.pipeline.plan.stage import BASE_SIMULATION, MOMENTS, SOLVER_SCALES, Stage
 from qwlora.pipeline.running.distributed import is_first_process
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.recipe import Adapter
+from qwlora.simulation.saved_simulation import load_activations
+from qwlora.simulation.training_graph import TrainingGraph
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 
 
 def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
     """Train one adapter, and check that the base stays as it is."""
-
     adapter, identity = context.adapter(str(stage.adapter)), context.base_fingerprint
     context.check_rules()
     reset_peak_rss()
@@ -76,14 +77,16 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
 
 def _train(context: JobContext, model: PeftModel, adapter: Adapter, work: Path) -> TrainingReport:
     """Train the adapter of `model`, if it has steps."""
-
     if not adapter.steps:
         return TrainingReport(0, 0.0, 0, check_trainable(model), ())
     text = context.text(adapter.name)
     if text.data.train.position_ids is not None:
         check_isolation(model)
     teacher = context.take_float_model() if adapter.objective == "recovery" else None
-    graph = context.training_graph(model) if context.recipe.workflow == "qwa-lora" else None
+    graph = None
+    if context.recipe.workflow == "qwa-lora":  # train through calibrated base activations
+        activations = load_activations(context.path / BASE_SIMULATION)
+        graph = TrainingGraph(context.simulate(model.eval()), activations)
     return train_adapter(
         model,
         text.data.train,
@@ -103,7 +106,6 @@ def _train(context: JobContext, model: PeftModel, adapter: Adapter, work: Path) 
 def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict[str, Any]:
     """Initialize the adapter to correct the quantization error; returns each layer's error before
     and after."""
-
     floats, base = context.take_float_model(), context.path / "base"
 
     def weight(path: str) -> Tensor:
@@ -124,7 +126,6 @@ def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict
 
 def solver_scales(base: Path) -> dict[str, Tensor]:
     """Scales of the base in a folder before tuning, by layer; empty if it was not tuned."""
-
     path = base / SOLVER_SCALES
     try:
         return load_file(path) if path.exists() else {}

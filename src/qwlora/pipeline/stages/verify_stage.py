@@ -82,7 +82,6 @@ class _Verification:
 
     def run(self, scratch: Path) -> dict[str, Any]:
         """Run the files, and write the proof into `scratch`; returns figures for results.json."""
-
         for folder in self.parts.values():
             manifest.check(folder, RECORD, f"export {str(folder)!r}", "export it again")
         section = self.context.recipe.verify
@@ -120,7 +119,6 @@ class _Verification:
     def _run(self, simulation: Reference | None, reference: dict[str, Tensor]) -> Parity:
         """Whole sequences and tokens one by one; where the runtime allows it also layers, and
         whether other adapters leave a trace."""
-
         track, recipe = self.context.track, self.context.recipe
         parity, runtime = measure(self.target, self.bundle, self.adapter, reference, track)
         ids = reference["ids"][:1, : recipe.verify.layer_tokens]
@@ -142,7 +140,6 @@ class _Verification:
     def _reference(self) -> tuple[Any, Reference | None, dict[str, Tensor]]:
         """The model that the files were made of, its simulation if there is one, and what it says
         about held-out text."""
-
         context, target = self.context, self.target
         if not target.is_simulated:
             model = context.adapted(self.adapter)
@@ -173,7 +170,6 @@ class _Verification:
     def _text(self) -> Sequences:
         """Held-out text of the adapter, or of the first one of a use case, as far as the context of
         the graphs goes."""
-
         recipe = self.context.recipe
         names = {adapter.name for adapter in recipe.adapters}
         owner = next((n for n in members(self.adapter) if n in names), recipe.adapters[0].name)
@@ -185,13 +181,11 @@ class _Verification:
 
     def _graphs(self) -> Path | None:
         """The folder of graphs with a key-value cache; None if there are none."""
-
         places = [place for f in self.parts.values() for place in (f, f / BASE)]
         return next((place for place in places if has_graphs(place)), None)
 
     def _figures(self, parity: Parity) -> dict[str, Any]:
         """Figures for results.json: those of the adapter at the top."""
-
         figures = only_finite(parity.figures)
         exact, shipped = figures.pop("exact"), figures.pop("shipped", {}).get("adapter", {})
         for key in ("load_seconds", "peak_memory_bytes", "bytes"):
@@ -208,6 +202,5 @@ class _Verification:
 
     def write_readme(self, proof: Mapping[str, Mapping[str, Any]]) -> None:
         """Write the README of the bundle, with `proof` in the place of the adapter's."""
-
         proofs = current_proofs(self.bundle, without=self.adapter)
         write_readme(self.bundle, {**proofs, **proof})

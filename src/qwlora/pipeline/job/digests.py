@@ -4,7 +4,7 @@ A cached digest is valid while the file's size, mtime, ctime and inode stay the 
 detects a file that was rewritten in place and had its mtime restored: the kernel sets it at every
 write, and programs cannot choose its value.
 
-    {"sha256": "of the rest", "files": {"/a/file": [size, mtime_ns, ctime_ns, inode, "digest"]}}
+    {"files": {"/a/file": [size, mtime_ns, ctime_ns, inode, "digest"]}, "sha256": "of the rest"}
 
 The cache may be deleted at any time; a damaged one is ignored. Imports no torch.
 """
@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from qwlora.system import strict_json
+from qwlora.pipeline.job.stage_records import sealed, unsealed
 from qwlora.system.atomic import write_text
 from qwlora.system.file_stamps import Stamps, file_stamps
 from qwlora.system.progress import Track, untracked
@@ -46,16 +45,11 @@ class Digests:
         self, cache: Path | None = None, *, trust_mtime: bool = False, track: Track = untracked
     ):
         self.cache, self.trust_mtime, self.track = cache, trust_mtime, track
-        self._known = dict[str, tuple[Stamps, str]]()
         self._is_changed = False
-        with contextlib.suppress(
-            OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError
-        ):
-            content: Any = json.loads(cache.read_bytes()) if cache else {"files": {}, "sha256": ""}
-            if content["sha256"] == _checksum(content["files"]):
-                self._known = {
-                    p: ((a, b, c, d), e) for p, (a, b, c, d, e) in content["files"].items()
-                }
+        files = ((unsealed(cache) if cache else None) or {}).get("files", {})
+        self._known: dict[str, tuple[Stamps, str]] = {
+            path: ((a, b, c, d), digest) for path, (a, b, c, d, digest) in files.items()
+        }
 
     def content(self, path: str | Path) -> str | None:
         """SHA-256 of a file's content, as hex digits; None if it cannot be read."""
@@ -95,7 +89,7 @@ class Digests:
             return
         kept = {p: [*s, d] for p, (s, d) in sorted(self._known.items()) if os.path.exists(p)}
         with contextlib.suppress(OSError):
-            write_text(self.cache, strict_json.dumps({"sha256": _checksum(kept), "files": kept}))
+            write_text(self.cache, sealed({"files": kept}))
             self._is_changed = False
 
     def _cached(self, path: str) -> str | None:
@@ -117,7 +111,3 @@ class Digests:
         for chunk in track(chunks, f"reading {os.path.basename(path)}", count):
             digest.update(chunk)
         return digest.hexdigest()
-
-
-def _checksum(files: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()

@@ -40,8 +40,7 @@ class Record:
     files: dict[str, str] = field(default_factory=dict)
 
     def text(self, stage: str) -> str:
-        content = {"stage": stage, **asdict(self)}
-        return strict_json.dumps({**content, "sha256": _checksum(content)}) + "\n"
+        return sealed({"stage": stage, **asdict(self)})
 
     def outdated(self) -> Record:
         """The record once the stage must run again: its files remain the job's."""
@@ -64,13 +63,20 @@ def read_records(job: Path) -> tuple[dict[str, Record], list[str]]:
 
 def read_record(file: Path, stage: str) -> Record | None:
     """The record of `stage` in `file`; None if it is missing or damaged."""
+    content = unsealed(file)
+    return Record(**content) if content and content.pop("stage", None) == stage else None
+
+
+def sealed(content: dict[str, Any]) -> str:
+    """JSON text of `content` with a checksum."""
+    return strict_json.dumps({**content, "sha256": _checksum(content)}) + "\n"
+
+
+def unsealed(file: Path) -> dict[str, Any] | None:
+    """The content of a file that `sealed` made; None if it is missing or damaged."""
     try:
-        content = json.loads(file.read_bytes())
-        checksum = content.pop("sha256")
-        if content["stage"] != stage or _checksum(content) != checksum:
-            return None
-        del content["stage"]
-        return Record(**content)
+        content: dict[str, Any] = json.loads(file.read_bytes())
+        return content if content.pop("sha256") == _checksum(content) else None
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
 

@@ -12,25 +12,19 @@ import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import qwlora
+from cli.command_line import qwlora as cli
 from conftest import byte_tokenizer
-from qwlora.cli.main import main
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 
 
-def run_cli(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, *arguments: str | Path
-) -> tuple[int, str, str]:
-    monkeypatch.setattr("sys.argv", ["qwlora", *map(str, arguments)])
-    with pytest.raises(SystemExit) as caught:
-        main()
-    captured = capsys.readouterr()
-    return int(caught.value.code or 0), captured.out, captured.err
-
-
 @pytest.fixture
-def call(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    return lambda *arguments: run_cli(capsys, monkeypatch, *arguments)
+def call() -> Any:
+    def run(*arguments: str | Path) -> tuple[int, str, str]:
+        done = cli(*arguments)
+        return done.returncode, done.stdout, done.stderr
+
+    return run
 
 
 def refused(call: Any, recipe: Path, out: Path, *arguments: str) -> str:

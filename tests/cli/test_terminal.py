@@ -54,11 +54,7 @@ def test_no_way_of_printing_passes_control_characters_on(
 ) -> None:
     monkeypatch.setenv("TERM", "xterm-256color")
     out, err = stream(), stream()
-    with (
-        contextlib.redirect_stdout(out),
-        contextlib.redirect_stderr(err),
-        safe_streams(["data"]),
-    ):
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), safe_streams(["data"]):
         if kind == "print":
             print(HOSTILE)
             print(HOSTILE, file=sys.stderr)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 import resource
@@ -161,21 +160,6 @@ def test_smollm2_learns_what_the_assistant_says(smollm2: PreTrainedTokenizerBase
     ]
     first = in_loss.index(True)
     assert tokenizer.decode(ids[:first]).endswith("<|im_start|>assistant\n")
-    # transformers' own mask, for the same template with markers around what it renders of the assistant's messages
-    body = "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}"
-    assert body in tokenizer.chat_template
-    spoken = "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}"
-    header = "{% if message['role'] == 'assistant' %}{{'<|im_start|>assistant\n'}}"
-    marked = tokenizer.chat_template.replace(
-        body, f"{header}{spoken}{{% else %}}{body}{{% endif %}}"
-    )
-
-    def make(template: str) -> PreTrainedTokenizerBase:
-        copied = copy.deepcopy(tokenizer)
-        copied.chat_template = template
-        return copied
-
-    assert_marked(marked, talk, make)
 
 
 def test_a_token_that_begins_in_the_header_is_not_the_assistants(

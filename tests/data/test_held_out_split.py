@@ -85,7 +85,7 @@ def test_sources_in_python_modules() -> None:
 
 
 def test_what_is_no_text_is_named(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match=r"no file of a supported kind: \.txt, \.md"):
+    with pytest.raises(SourceError, match=r"no file of a supported kind \(\.txt, \.md"):
         load_documents(str(tmp_path), 0.2, 0)
     with pytest.raises(SourceError, match="cannot be read: No such file or directory"):
         load_documents(str(tmp_path / "no.txt"), 0.2, 0)

@@ -205,7 +205,7 @@ def test_a_model_that_mixes_documents_is_refused_until_the_recipe_chooses(
             "data.chat_template: '/not/there.jinja' does not exist. Give a file with a Jinja",
         ),
         (
-            "data={source: x, text_column: a, messages_column: b}",
+            "data={text_column: a, messages_column: b}",
             "text_column and messages_column exclude each other; set only one kind",
         ),
         (

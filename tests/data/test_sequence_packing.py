@@ -157,8 +157,7 @@ def test_models_that_mix_documents_are_refused() -> None:
     for model in (mamba.train(), bloom, tiny_model("opt")):
         name = type(model).__name__
         with pytest.raises(
-            SourceError,
-            match=rf"{name} .*data.packing: documents .* Set data.packing to none",
+            SourceError, match=rf"{name} .*data.packing: documents .* Set data.packing to none"
         ):
             check_isolation(model)
     assert mamba.training

@@ -126,7 +126,7 @@ FLOAT_SOFTMAX = {"rules": [{"match": "*.softmax", "keep": "float"}]}
         ({"adapters": [{**ADAPTERS[0], "name": "host"}]}, "host is the name of another .*/qairt"),
         ({"workflow": "qwa-lora"}, "use workflow qw-lora"),
         ({"adapters": OTHER_LENGTH}, "sequence_tokens: first 32, second 16; .* remove qairt"),
-        ({**HTP, "export": {"targets": ["qnn"], "graphs": {"prefill": 8, "decode": 8}}}, "less th"),
+        ({**HTP, "export": {"targets": ["qnn"], "graphs": {"prefill": 8, "decode": 8}}}, "greater"),
         ({**HTP, "export": {"targets": ["qnn"], "graphs": {"context": 128}}}, "than prefill 128"),
         ({**HTP, "adapters": [{**TWO[0], "name": "zero"}]}, "zero is the name of another file"),
         (

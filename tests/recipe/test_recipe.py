@@ -13,8 +13,7 @@ import yaml
 
 from qwlora.errors import RecipeError
 from qwlora.recipe import Recipe, load_recipe
-from qwlora.recipe.reference import recipe_reference
-from qwlora.recipe.starter import full_recipe, starter_recipe
+from qwlora.recipe.reference import full_recipe, recipe_reference, starter_recipe
 
 
 def problems(path: Path, *changes: str) -> list[str]:
@@ -23,111 +22,58 @@ def problems(path: Path, *changes: str) -> list[str]:
     return list(caught.value.problems)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            "data.sequence_tokns=5",
-            "data.sequence_tokns: unknown key; did you mean sequence_tokens?",
-        ),
-        ("bse.solver=rtn", "bse: unknown key; did you mean base?"),
-        ("base.weights.bitwith=3", "base.weights.bitwith: unknown key; did you mean bitwidth?"),
-        ("adapters.0.rnk=3", "adapters.0.rnk: unknown key; did you mean rank?"),
-        (
-            "base.weights.bitwidth=9",
-            "base.weights.bitwidth: Input should be 2, 3, 4, 5, 6, 7 or 8 (given: 9)",
-        ),
-        (
-            "base.weights.bitwidth=four",
-            "base.weights.bitwidth: Input should be 2, 3, 4, 5, 6, 7 or 8 (given: 'four')",
-        ),
-        (
-            "base.weights={granularity: channel, block_size: 32}",
-            "base.weights: block_size needs granularity block or lpbq, not channel; remove block_size",
-        ),
-        ("adapters.0.warmup_steps=6", "adapters.0: warmup_steps (6) must be fewer than steps (6)"),
-        (
-            "adapters.0.name=../x",
-            "adapters.0.name: String should match pattern '^[A-Za-z0-9][A-Za-z0-9_-]*$' (given: '../x')",
-        ),
-        ("adapters.0.alpha=.inf", "adapters.0.alpha: Input should be a finite number (given: inf)"),
-        (
-            "adapters.0.learning_rate=1e9",
-            "adapters.0.learning_rate: Input should be less than or equal to 1 (given: 1000000000.0)",
-        ),
-        (
-            "adapters.0.rank=99999999999",
-            "adapters.0.rank: Input should be less than 2147483648 (given: 99999999999)",
-        ),
-        (
-            "seed=4294967296",
-            "seed: Input should be less than or equal to 4294967295 (given: 4294967296)",
-        ),
-        ("adapters=[]", "adapters: List should have at least 1 item after validation, not 0"),
-        (
-            "adapters=[{name: a}, {name: b}, {name: A}]",
-            "adapters: adapters a, A: each name becomes a folder, and some file systems ignore case; "
-            "choose names that differ in more than case",
-        ),
-        (
-            f"adapters=[{{name: {'a' * 300}}}]",
-            f"adapters.0.name: String should have at most 100 characters (given: {'a' * 300!r})",
-        ),
-        ("data.held_out=1.5", "data.held_out: Input should be less than 1 (given: 1.5)"),
-        (
-            "model.block_order=rows",
-            "model.block_order: Input should be 'channel' or 'tensor' (given: 'rows')",
-        ),
-        ("model={}", "model.source: required, but not set"),
-        ("simulation.polcy=npu", "simulation.polcy: unknown key; did you mean policy?"),
-        (
-            "simulation.policy=gpu",
-            "simulation.policy: Input should be 'npu', 'matmul-inputs' or 'weights-only' (given: 'gpu')",
-        ),
-        (
-            "simulation.percentile=40",
-            "simulation.percentile: Input should be greater than 50 (given: 40)",
-        ),
-        (
-            "simulation.percentile=.nan",
-            "simulation.percentile: Input should be a finite number (given: nan)",
-        ),
-        (
-            "simulation.rules=[{match: x, minimum: .nan}]",
-            "simulation.rules.0.minimum: Input should be a finite number (given: nan)",
-        ),
-        (
-            "simulation.rules=[{match: x, maximum: .inf}]",
-            "simulation.rules.0.maximum: Input should be a finite number (given: inf)",
-        ),
-        (
-            "adapters.0.learning_rate=.inf",
-            "adapters.0.learning_rate: Input should be a finite number (given: inf)",
-        ),
-        (
-            "simulation.rules=[{match: x, bits: 8}]",
-            "simulation.rules.0.bits: unknown key; did you mean bitwidth?",
-        ),
-        (
-            "simulation.rules=[{match: lm_head, keep: float, bitwidth: 8}]",
-            "simulation.rules.0: rule 'lm_head': keep: float contradicts bitwidth; remove one of them",
-        ),
-        (
-            "simulation={activation_bitwidth: 4, rules: [{match: x, bitwidth: 6}]}",
-            "recipe: simulation.activation_bitwidth 4, simulation.rules.0.bitwidth 6: "
-            "onnx supports activations of 8 or 16 bits; use one of these; or remove a target from "
-            "export.targets",
-        ),
-        (
-            "simulation.adapter_activation_bitwidth=4",
-            "recipe: simulation.adapter_activation_bitwidth 4: onnx supports activations of 8 or "
-            "16 bits; use one of these; or remove a target from export.targets",
-        ),
-        ("seed", "--set seed: expected KEY=VALUE, for example base.weights.bitwidth=3"),
-        ("adapters.7.rank=3", "--set adapters.7.rank=3: the recipe has no adapters.7.rank"),
-        ("name.x=3", "--set name.x=3: name is a single value, not a section"),
-    ],
-)
+MISTAKES = {
+    "data.sequence_tokns=5": "data.sequence_tokns: unknown key; did you mean sequence_tokens?",
+    "bse.solver=rtn": "bse: unknown key; did you mean base?",
+    "base.weights.bitwith=3": "base.weights.bitwith: unknown key; did you mean bitwidth?",
+    "adapters.0.rnk=3": "adapters.0.rnk: unknown key; did you mean rank?",
+    "simulation.rules=[{match: x, bits: 8}]": (
+        "simulation.rules.0.bits: unknown key; did you mean bitwidth?"
+    ),
+    "base.weights.bitwidth=four": (
+        "base.weights.bitwidth: Input should be 2, 3, 4, 5, 6, 7 or 8 (given: 'four')"
+    ),
+    "base.weights={granularity: channel, block_size: 32}": (
+        "base.weights: block_size needs granularity block or lpbq, not channel; remove block_size"
+    ),
+    "adapters.0.warmup_steps=6": "adapters.0: warmup_steps (6) must be fewer than steps (6)",
+    "adapters.0.name=../x": (
+        "adapters.0.name: String should match pattern '^[A-Za-z0-9][A-Za-z0-9_-]*$' (given: '../x')"
+    ),
+    f"adapters=[{{name: {'a' * 300}}}]": (
+        f"adapters.0.name: String should have at most 100 characters (given: {'a' * 300!r})"
+    ),
+    "adapters.0.alpha=.inf": "adapters.0.alpha: Input should be a finite number (given: inf)",
+    "simulation.rules=[{match: x, minimum: .nan}]": (
+        "simulation.rules.0.minimum: Input should be a finite number (given: nan)"
+    ),
+    "adapters=[]": "adapters: List should have at least 1 item after validation, not 0",
+    "adapters=[{name: a}, {name: b}, {name: A}]": (
+        "adapters a, A: each name becomes a folder, and some file systems ignore case; "
+        "choose names that differ in more than case"
+    ),
+    "model={}": "model.source: required, but not set",
+    "simulation.percentile=40": (
+        "simulation.percentile: Input should be greater than 50 (given: 40)"
+    ),
+    "simulation.rules=[{match: lm_head, keep: float, bitwidth: 8}]": (
+        "simulation.rules.0: rule 'lm_head': keep: float contradicts bitwidth; remove one of them"
+    ),
+    "simulation={activation_bitwidth: 4, rules: [{match: x, bitwidth: 6}]}": (
+        "simulation.activation_bitwidth 4, simulation.rules.0.bitwidth 6: onnx supports "
+        "activations of 8 or 16 bits; use one of these, or remove onnx from export.targets"
+    ),
+    "simulation.adapter_activation_bitwidth=4": (
+        "simulation.adapter_activation_bitwidth 4: onnx supports activations of 8 or 16 bits; "
+        "use one of these, or remove onnx from export.targets"
+    ),
+    "seed": "--set seed: expected KEY=VALUE, for example base.weights.bitwidth=3",
+    "adapters.7.rank=3": "--set adapters.7.rank=3: the recipe has no adapters.7.rank",
+    "name.x=3": "--set name.x=3: name is a single value, not a section",
+}
+
+
+@pytest.mark.parametrize(("change", "message"), MISTAKES.items())
 def test_each_mistake_is_named(recipe_for: Any, change: str, message: str) -> None:
     assert problems(recipe_for(), change) == [message]
 
@@ -319,10 +265,66 @@ def test_a_short_name_that_is_none_is_an_error(recipe_for: Any) -> None:
 
 def test_validation_and_help_need_no_torch(recipe_for: Any) -> None:
     code = (
-        "import sys; from pathlib import Path; import qwlora.cli.main, qwlora.recipe.starter; from qwlora.recipe import load_recipe; "
+        "import sys; from pathlib import Path; import qwlora.cli.main, qwlora.recipe.reference; from qwlora.recipe import load_recipe; "
         f"load_recipe(Path({str(recipe_for())!r})); "
         "sys.argv = ['qwlora', '--help']\ntry:\n qwlora.cli.main.main()\nexcept SystemExit: pass\n"
         "print('heavy:', [m for m in ('torch', 'transformers', 'peft', 'onnx') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.endswith("heavy: []\n")
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize("value", ["[a]", "2024-01-31T00:00:00", "x" * 300, "3"])
+def test_a_name_that_cannot_be_one_names_its_key(recipe_for: Any, value: str) -> None:
+    changes = (f"adapters.0.name={value}", "adapters.0.continue_from=first/second")
+    assert problems(recipe_for(), f"name={value}")[0].startswith("name: ")
+    assert problems(recipe_for(), *changes)[0].startswith("adapters.0.name: ")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fact"),
+    [
+        *((key, "~nouser/x", "home directory") for key in ("model.source", "data.chat_template")),
+        *((key, f"/{LONG}", "too long") for key in ("model.encodings", "data.source")),
+        ("adapters.0.continue_from", f"/{LONG}", "too long"),
+    ],
+)
+def test_a_path_that_cannot_be_one_names_its_key(
+    recipe_for: Any, key: str, value: str, fact: str
+) -> None:
+    problem = next(p for p in problems(recipe_for(), f"{key}={value}") if p.startswith(key))
+    assert fact in problem
+    assert len(problem) < 600
+
+
+def test_a_template_that_is_not_utf8_names_its_line(recipe_for: Any, tmp_path: Path) -> None:
+    (tmp_path / "chat.jinja").write_bytes(b"{{ messages }}\n\xff")
+    (problem,) = problems(recipe_for(), f"data.chat_template={tmp_path / 'chat.jinja'}")
+    assert "chat.jinja:2" in problem
+    assert "UTF-8" in problem
+
+
+def test_every_problem_of_several_sections_is_listed_once(recipe_for: Any, tmp_path: Path) -> None:
+    """A value that an adapter takes from the data section is one problem, and so is each clash."""
+    adapters = [{"name": "a", "data": {"turns": "apart"}}, {"name": "b", "continue_from": "c"}]
+    recipe = recipe_for(adapters=adapters, data={"source": "/not/there.txt"})
+    places = [problem.split(":")[0] for problem in problems(recipe)]
+    assert places == ["data.source", "adapters.1.continue_from"]
+    changes = ("workflow=qwa-lora", "data.packing=documents", "adapters.0.dropout=0.1")
+    assert len(problems(recipe_for(), *changes, "base.calibrate_on=[x]")) == 3
+
+
+def test_a_folder_without_a_slash_is_no_adapter_of_the_recipe(
+    recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "first").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    adapters = [{"name": "first"}, {"name": "b", "continue_from": "elsewhere"}]
+    adapters.append({"name": "c", "continue_from": "first"})
+    recipe = load_recipe(recipe_for(adapters=adapters))
+    starts = [adapter.continue_from for adapter in recipe.adapters]
+    assert starts == [None, str(tmp_path / "elsewhere"), "first"]

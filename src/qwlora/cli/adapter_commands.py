@@ -9,16 +9,13 @@ import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
 from qwlora.cli.shared_arguments import AsJson, Job, Yes
-from qwlora.cli.terminal import console, print_json, print_result
-
-if TYPE_CHECKING:
-    from qwlora.adapter.adapter_check import AdapterReport
+from qwlora.cli.tables import table
+from qwlora.cli.terminal import print_result
 
 app = typer.Typer(
     help="Add, import, show, rename, remove and check adapters.",
@@ -37,42 +34,28 @@ Folder = Annotated[
 @app.command("list")
 def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
     """List each adapter's type, size and base. Exit code 2 if one cannot be read."""
-    from qwlora.adapter.adapter_check import (
-        AdapterReport,
-        adapter_report,
-        find_adapters,
-        job_fingerprint,
-    )
+    from qwlora.adapter.adapter_check import adapter_report, find_adapters, job_fingerprint
     from qwlora.errors import QwloraError, SourceError
     from qwlora.pipeline.job import journal
 
     journal.finish(folder)
-    base, reports, unreadable = job_fingerprint(folder), list[AdapterReport](), list[str]()
+    base, reports, unreadable = job_fingerprint(folder), [], list[str]()
     for adapter in find_adapters(folder):
         try:
             reports.append(adapter_report(adapter, folder))
         except QwloraError as error:
             unreadable.append(str(error))
-    if as_json:
-        print_json({"base": base, "adapters": [asdict(report) for report in reports]})
-    elif reports:
-        _print(reports, base)
-    if unreadable:
-        raise SourceError("\n".join(unreadable))
-
-
-def _print(reports: list[AdapterReport], base: str | None) -> None:
-    table = Table(
-        "adapter", "kind", "rank", "alpha", "layers", "parameters", "base", box=None, pad_edge=False
-    )
+    rows = [("adapter", "kind", "rank", "alpha", "layers", "parameters", "base")]
     for report in reports:
         other = " (a different base)" if base not in (None, report.base) else ""
-        whose = "unknown" if report.base is None else f"{report.base[:16]}{other}"
-        sizes = map(str, (report.rank, report.alpha, report.modules))
-        table.add_row(report.name, report.kind, *sizes, f"{report.parameters:,}", whose)
-    console(width=120).print(table)
-    if base is not None:
-        print(f"base {base[:16]}")
+        trained_on = "unknown" if report.base is None else f"{report.base[:16]}{other}"
+        sizes = (str(report.rank), str(report.alpha), str(report.modules))
+        rows.append((report.name, report.kind, *sizes, f"{report.parameters:,}", trained_on))
+    lines = [*table(rows), *([f"base {base[:16]}"] if base else [])]
+    record = {"base": base, "adapters": [asdict(report) for report in reports]}
+    print_result(record, lines if reports else [], as_json)
+    if unreadable:
+        raise SourceError("\n".join(unreadable))
 
 
 @app.command()
@@ -101,7 +84,6 @@ def check(
 
     directory = Directory.read(folder)
     base, missing = job_fingerprint(folder), directory.missing_adapters()
-    wrong, changed = len(missing), 0
     for name in missing:
         print(
             f"adapters/{name}: this job trained it, but the folder is missing. Train it again: "
@@ -113,12 +95,13 @@ def check(
         if not missing:
             raise
         adapters = []
+    code = 1 if missing else 0
     for adapter in adapters:
         reasons = problems(adapter, base, "refuse" if needs_base else "accept")
         if lost := directory.missing_files(str(adapter.relative_to(folder))):
             reasons.append(f"{', '.join(lost)} is missing, which this job wrote")
-        wrong += bool(reasons)
-        changed += bool(manifest.changed_files(adapter, FILE))
+        if reasons:
+            code = 2 if manifest.changed_files(adapter, FILE) else max(code, 1)
         good = "good"
         if not (adapter / FILE).exists():
             good += "; does not record its base"
@@ -127,12 +110,11 @@ def check(
         if not manifest.has_digests(adapter, FILE):
             good += "; unverified (no digests of its files)"
         print(f"{adapter.relative_to(folder)}: {'; '.join(reasons) or good}")
-    if changed:
-        raise SystemExit(2)
-    if wrong:
-        raise SystemExit(1)
+    if code:
+        raise SystemExit(code)
 
 
+Name = Annotated[str, typer.Argument(help="Its name.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option(
@@ -190,9 +172,7 @@ def _print_added(folder: Path, name: str, what_next: str) -> None:
 
 @app.command()
 def rename(
-    folder: Job,
-    old: Annotated[str, typer.Argument(help="Its name.")],
-    new: Annotated[str, typer.Argument(help="The new name.")],
+    folder: Job, old: Name, new: Annotated[str, typer.Argument(help="The new name.")]
 ) -> None:
     """Rename an adapter of a job, with its files and results. Nothing is computed again."""
     from qwlora.pipeline.commands.manage_adapters import rename_adapter
@@ -202,9 +182,7 @@ def rename(
 
 
 @app.command()
-def remove(
-    folder: Job, name: Annotated[str, typer.Argument(help="Its name.")], yes: Yes = False
-) -> None:
+def remove(folder: Job, name: Name, yes: Yes = False) -> None:
     """Remove an adapter from a job, with its files and results."""
     from qwlora.errors import DirectoryError
     from qwlora.pipeline.commands.manage_adapters import remove_adapter
@@ -219,9 +197,7 @@ def remove(
 
 
 @app.command()
-def show(
-    folder: Job, name: Annotated[str, typer.Argument(help="Its name.")], as_json: AsJson = False
-) -> None:
+def show(folder: Job, name: Name, as_json: AsJson = False) -> None:
     """Show an adapter's settings, text, losses, perplexities and size."""
     from qwlora.pipeline.results.results_table import adapter_card, card_lines
 

@@ -131,8 +131,8 @@ def convert(
         if getattr(source, name) is not None and getattr(converted, name) is None
     ]
     if dropped:
-        what = " and ".join(dropped)
-        print(f"version {version} has no {what}; no encoding depends on them", file=sys.stderr)
+        names = " and ".join(dropped)
+        print(f"version {version} has no {names}; no encoding depends on them", file=sys.stderr)
     if out is None:
         print(to_text(converted), end="")
     else:
@@ -162,21 +162,21 @@ def diff(
 
 
 def _row(encoding: aimet_encodings.Entry, file: aimet_encodings.EncodingsFile) -> tuple[str, ...]:
-    section = "-"
+    section, kind, offset = "-", f"int{encoding.bitwidth}", "-"
     if file.parameters is not None:
         section = "parameter" if encoding.name in file.parameters else "activation"
     granularity = encoding.granularity
     granularity += f" axis {encoding.axis}" if encoding.axis is not None else ""
     granularity += f" of {encoding.block_size}" if encoding.block_size is not None else ""
-    lpbq = aimet_encodings.LpbqEncoding
-    scale = encoding.channel_scale if isinstance(encoding, lpbq) else encoding.scale
-    kind, offset = f"int{encoding.bitwidth}", "-"
-    if isinstance(encoding, aimet_encodings.FloatEncoding):
-        kind = encoding.format or f"float{encoding.bitwidth}"
-    elif isinstance(encoding, aimet_encodings.IntegerEncoding):
-        sign = "" if encoding.signed in (None, True) else "u"
-        kind = f"{sign}int{encoding.bitwidth}{' symmetric' if encoding.symmetric else ''}"
-        offset = _extent(encoding.offset)
+    match encoding:
+        case aimet_encodings.LpbqEncoding():
+            scale: Any = encoding.channel_scale
+        case aimet_encodings.FloatEncoding():
+            kind, scale = encoding.format or f"float{encoding.bitwidth}", encoding.scale
+        case aimet_encodings.IntegerEncoding():
+            kind = f"{'u' if encoding.signed is False else ''}{kind}"
+            kind += " symmetric" if encoding.symmetric else ""
+            scale, offset = encoding.scale, _extent(encoding.offset)
     shown = "-" if scale is None else _extent(scale)
     return printable(encoding.name), section, kind, granularity, shown, offset
 

@@ -1,7 +1,7 @@
 """`qwlora generate` and `qwlora chat`: text from the models of a job.
 
     qwlora generate DIR "prompt"                          the first adapter
-    qwlora generate DIR "prompt" --compare base,NAME      several answers next to each other
+    qwlora generate DIR "prompt" --compare base,NAME      several answers
     qwlora chat DIR --adapter NAME                        a conversation; /reset and /exit
 
 The answer goes to standard output, everything else to standard error.
@@ -14,13 +14,10 @@ import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.panel import Panel
-from rich.table import Table
-from rich.text import Text
 
 from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.shared_arguments import AdapterName, AsJson, Job
-from qwlora.cli.terminal import console, print_json
+from qwlora.cli.terminal import print_json
 from qwlora.system.stop_signals import number_of
 
 if TYPE_CHECKING:
@@ -117,15 +114,20 @@ def generate(
     from qwlora.analysis.generate_text import Sampling, generate_text, prompt_ids
 
     sampling = Sampling(max_new_tokens, temperature, seed)
-    streams = compare is None and not as_json
     answers: list[tuple[str, Answer]] = []
     for name in names:  # one model in memory at a time
         model, tokenizer = _open(models, name, exact)
         is_raw = raw or not tokenizer.chat_template
         ids = prompt_ids(tokenizer, prompt if is_raw else [{"role": "user", "content": prompt}])
-        write = _write if streams else lambda text: None
-        answers.append((str(name), generate_text(model, tokenizer, ids, sampling, write)))
+        if compare is not None and not as_json:
+            print(f"== {name}")
+        write = (lambda text: None) if as_json else _write
+        answer = generate_text(model, tokenizer, ids, sampling, write)
+        answers.append((str(name), answer))
         del model
+        if not as_json:
+            print("\n" if name != names[-1] else "", flush=True)
+            _say(_speed(answer))
     if as_json:
         content = [
             {
@@ -138,22 +140,6 @@ def generate(
             for name, answer in answers
         ]
         print_json({"prompt": prompt, "answers": content})
-    elif streams:
-        print(flush=True)
-        _say(_speed(answers[0][1]))
-    elif not sys.stdout.isatty():
-        print("\n\n".join(f"== {name}\n{answer.text}" for name, answer in answers))
-    else:
-        table = Table.grid(expand=True, padding=(0, 1))
-        for _ in answers:
-            table.add_column(ratio=1)
-        table.add_row(
-            *(
-                Panel(Text(answer.text), title=Text(name), subtitle=Text(_speed(answer)))
-                for name, answer in answers
-            )
-        )
-        console().print(table)
 
 
 def chat(

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -79,24 +80,54 @@ def inspect(
             "--encodings needs a float model; SOURCE is an adapter or a job's directory. Give the "
             "float model's folder"
         )
-    if is_adapter:
-        if against is not None:
-            raise SourceError(
-                f"--against compares two models, but {source} is an adapter; remove --against"
-            )
-        record = _adapter(path)
-        lines = _adapter_lines(record)
-    elif is_job:
-        record, lines = _job(path, against)
-    else:
+    if is_adapter and against is not None:
+        raise SourceError(
+            f"--against compares two models, but {source} is an adapter; remove --against"
+        )
+    model: Inspection | None = None
+    if not is_adapter and (not is_job or (path / "base").is_dir()):
         from qwlora.analysis.inspect_model import inspect_source
 
-        floats = keep_float or ()
-        inspection = inspect_source(
-            source, against, encodings=encodings, keep_float=floats, block_order=block_order
+        model = inspect_source(
+            str(path / "base") if is_job else source,
+            against,
+            encodings=encodings,
+            keep_float=keep_float or (),
+            block_order=block_order,
         )
-        record, lines = inspection.to_json(), list(_model_lines(inspection))
+    lines = [] if model is None else list(_model_lines(model))
+    record: dict[str, Any] = {} if model is None else model.to_json()
+    if is_adapter:
+        record, lines = _adapter(path, None)
+    elif is_job:
+        folders = sorted(p.parent for p in path.glob("adapters/*/adapter_config.json"))
+        adapters = [_adapter(folder, model.fingerprint if model else None) for folder in folders]
+        patterns = ("simulation/*", "export/*/*", "results.json")
+        files = sorted(str(p.relative_to(path)) for glob in patterns for p in path.glob(glob))
+        lines = [f"job directory {source}", *(lines or ["no base yet"])]
+        lines += [line for _, described in adapters for line in described]
+        lines += [f"contains {file}" for file in files]
+        record = {"kind": "job directory", "source": source, "base": record or None}
+        record |= {"adapters": [content for content, _ in adapters], "artifacts": files}
     print_result(record, lines, as_json)
+
+
+def _adapter(folder: Path, base: str | None) -> tuple[dict[str, Any], list[str]]:
+    """An adapter as JSON and in lines, compared with the fingerprint of the base next to it."""
+    from qwlora.adapter.adapter_check import adapter_report
+
+    report = adapter_report(folder, folder.parent)
+    lines = [
+        f"adapter {folder}",
+        f"{report.kind} of rank {report.rank}, alpha {report.alpha}, on {report.modules} layers, "
+        f"{report.parameters:,} weights",
+        f"trained on the base with fingerprint {report.base}"
+        if report.base
+        else "does not record which base it was trained on",
+    ]
+    if None not in (base, report.base) and base != report.base:
+        lines.append("  this is NOT the base in this directory")
+    return {"source": str(folder), **asdict(report)}, lines
 
 
 def _model_lines(inspection: Inspection) -> Iterator[str]:
@@ -128,75 +159,3 @@ def _range(views: Sequence[TensorView]) -> str:
     values = sorted(view.sqnr_db for view in views if view.sqnr_db is not None)
     ends = ["exact" if math.isinf(value) and value > 0 else f"{value:.2f}" for value in values]
     return "" if not ends else ends[0] if values[0] == values[-1] else f"{ends[0]} to {ends[-1]}"
-
-
-def _adapter(folder: Path) -> dict[str, Any]:
-    from qwlora.adapter.adapter_folder import FILE, base_of, check_files
-    from qwlora.formats.huggingface.safetensors_files import read_header
-    from qwlora.system.strict_json import read_object
-
-    config = read_object(folder / "adapter_config.json")
-    weights = folder / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise SourceError(
-            f"adapter {str(folder)!r} has no adapter_model.safetensors; save it with "
-            "qwlora.save_adapter or PEFT's save_pretrained"
-        )
-    check_files(folder)
-    tensors = [
-        {"name": name, "shape": list(entry.shape), "dtype": entry.dtype}
-        for name, entry in read_header(weights).items()
-    ]
-    keys = "peft_type r lora_alpha use_rslora use_dora target_modules base_model_name_or_path"
-    return {
-        "kind": "adapter",
-        "source": str(folder),
-        "base_fingerprint": base_of(folder) if (folder / FILE).is_file() else None,
-        **{key: config.get(key) for key in keys.split()},
-        "tensors": tensors,
-    }
-
-
-def _adapter_lines(record: dict[str, Any]) -> list[str]:
-    targets = record["target_modules"]
-    count = sum(math.prod(tensor["shape"]) for tensor in record["tensors"])
-    layers = ", ".join(sorted(targets)) if isinstance(targets, list) else targets
-    return [
-        f"adapter {record['source']}",
-        f"{record['peft_type']} of rank {record['r']}, alpha {record['lora_alpha']}, on {layers}",
-        f"{len(record['tensors'])} tensors, {count:,} weights",
-        f"trained on the base with fingerprint {record['base_fingerprint']}"
-        if record["base_fingerprint"]
-        else "does not record which base it was trained on",
-    ]
-
-
-def _job(folder: Path, against: str | None) -> tuple[dict[str, Any], list[str]]:
-    base = folder / "base"
-    model, lines = None, list[str]()
-    if base.is_dir():
-        from qwlora.analysis.inspect_model import inspect_source
-
-        inspection = inspect_source(str(base), against)
-        model, lines = inspection.to_json(), list(_model_lines(inspection))
-    adapters = [
-        _adapter(config.parent) for config in sorted(folder.glob("adapters/*/adapter_config.json"))
-    ]
-    artifacts = sorted(
-        str(p.relative_to(folder))
-        for pattern in ("simulation/*", "export/*/*", "results.json")
-        for p in folder.glob(pattern)
-    )
-    record = {
-        "kind": "job directory",
-        "source": str(folder),
-        "base": model,
-        "adapters": adapters,
-        "artifacts": artifacts,
-    }
-    shown = [f"job directory {folder}", *(lines or ["no base yet"])]
-    for adapter in adapters:
-        shown += _adapter_lines(adapter)
-        if model and adapter["base_fingerprint"] not in (None, model["fingerprint"]):
-            shown.append("  this is NOT the base in this directory")
-    return record, [*shown, *(f"contains {artifact}" for artifact in artifacts)]

@@ -20,7 +20,7 @@ import signal
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -37,7 +37,7 @@ from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.recipe_commands import check, data, init, plan
 from qwlora.cli.shared_arguments import AsJson, Changes, Quiet
 from qwlora.cli.simulate_command import simulate
-from qwlora.cli.tables import score_table
+from qwlora.cli.tables import score_lines
 from qwlora.cli.terminal import console, print_json, print_result, safe_streams
 from qwlora.errors import (
     LESS_MEMORY,
@@ -207,8 +207,7 @@ def evaluate(
         ),
     ] = None,
     limit: Annotated[
-        int | None,
-        typer.Option(min=1, help="With --tasks: documents of each task. Default: all."),
+        int | None, typer.Option(min=1, help="With --tasks: documents of each task. Default: all.")
     ] = None,
     changes: Changes = None,
     as_json: AsJson = False,
@@ -230,10 +229,7 @@ def evaluate(
 
     with ProgressDisplay(quiet or as_json) as display:
         scores = evaluate_tasks(recipe, tasks, models, limit, display.track, display.say)
-    if as_json:
-        print_json(scores)
-    else:
-        console(width=120).print(score_table(scores))
+    print_result(scores, score_lines(scores), as_json)
 
 
 def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
@@ -303,19 +299,12 @@ def _run(
         raise failure
 
 
-app.command()(check)
-app.command()(data)
-app.command()(init)
-app.command()(plan)
-app.command()(inspect)
-app.command("merge-check")(merge_check)
-app.command()(merge)
-app.command()(simulate)
-app.command("dump-layers")(dump_layers)
-app.command()(report)
-app.command()(push)
-app.command()(generate)
-app.command()(chat)
+_commands: tuple[Callable[..., None], ...] = (
+    *(check, data, init, plan, inspect, merge_check, merge),
+    *(simulate, dump_layers, report, push, generate, chat),
+)
+for _command in _commands:
+    app.command()(_command)
 app.add_typer(adapters_app, name="adapters")
 app.add_typer(base_app, name="base")
 app.add_typer(encodings_app, name="encodings")
@@ -326,7 +315,11 @@ def main() -> None:
     configure_threads()
     for name in _PROGRESS_OF_OTHERS:
         os.environ.setdefault(name, "1")
-    warnings.formatwarning = _format_warning
+    warnings.formatwarning = lambda message, category, filename, lineno, line=None: (
+        f"qwlora: warning: {message}\n"  # others as usual, without the source line
+        if category.__module__.startswith("qwlora.")
+        else f"{filename}:{lineno}: {category.__name__}: {message}\n"
+    )
     arguments, debug = _without_debug(sys.argv[1:])
     with safe_streams(arguments):
         try:
@@ -335,19 +328,6 @@ def main() -> None:
             if debug:
                 traceback.print_exception(error)
             _fail(_message(error), 1 if isinstance(error, VerificationError) else 2)
-
-
-def _format_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    line: str | None = None,
-) -> str:
-    """QWLoRA's own warnings in one line; all others as usual, without the source line."""
-    if category.__module__.startswith("qwlora."):
-        return f"qwlora: warning: {message}\n"
-    return f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _without_debug(arguments: Sequence[str]) -> tuple[list[str], bool]:
@@ -362,17 +342,16 @@ def _message(error: BaseException) -> str:
         error = error.__cause__  # typer wraps EOFError, which a truncated file raises too
     if isinstance(error, QwloraError):
         return str(error)
-    usage = getattr(error, "format_message", None)  # a usage error of click
-    if usage is not None:
+    if usage := getattr(error, "format_message", None):  # a usage error of click
         return str(usage())
     file = file_being_read(error)
-    where = f" while reading {file}" if file else ""
+    where, text = f" while reading {file}" if file else "", described(error)
     if is_out_of_memory(error):
-        return f"out of memory{where} ({described(error)}). {LESS_MEMORY}"
+        return f"out of memory{where} ({text}). {LESS_MEMORY}"
     if is_out_of_space(error):
-        return f"no space left on the disk{where} ({described(error)}). Free some and run again"
+        return f"no space left on the disk{where} ({text}). Free some and run again"
     if isinstance(error, OSError) and error.filename is not None:
-        return f"{described(error)}{where}"
+        return f"{text}{where}"
     remedy = "If the file is damaged, replace it. Otherwise run" if file else "Run"
     return (
         f"unexpected error{where}: {type(error).__name__}: {error}. {remedy} the command again "

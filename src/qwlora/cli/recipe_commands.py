@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
-from rich.text import Text
 
 from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.shared_arguments import AsJson, Changes
 from qwlora.cli.tables import table
-from qwlora.cli.terminal import console, print_json, print_result
+from qwlora.cli.terminal import print_result
 from qwlora.errors import DirectoryError, size
 from qwlora.system.atomic import write_text
 
@@ -74,7 +73,7 @@ def init(
     ] = False,
 ) -> None:
     """Write a recipe to start from. Never overwrites a file."""
-    from qwlora.recipe.starter import full_recipe, starter_recipe
+    from qwlora.recipe.reference import full_recipe, starter_recipe
 
     if path.exists():
         raise DirectoryError(f"{str(path)!r} exists and was not changed. Give another path")
@@ -116,38 +115,25 @@ def plan(
 
     with ProgressDisplay(as_json) as display:
         estimates = plan_job(content, out, display.track)
-    if as_json:
-        print_json(estimates.to_json())
-        return
-    if note := second_rounding(content):
-        print(f"warning: {note}\n")
-    _print_estimates(estimates)
+    note = second_rounding(content)
+    lines = [f"warning: {note}\n"] if note else []
+    print_result(estimates.to_json(), [*lines, *_estimate_lines(estimates)], as_json)
 
 
-def _print_estimates(estimates: Estimates) -> None:
-    shown = console(width=100)
-    rows = Table(box=None, pad_edge=False, header_style="bold")
-    rows.add_column("stage", no_wrap=True, overflow="ellipsis")
-    for column in ("peak memory", "disk"):
-        rows.add_column(column, justify="right", no_wrap=True)
-    rows.add_column("most of the memory", overflow="fold")
-    limit, free = estimates.memory_limit, estimates.disk_free
+def _estimate_lines(estimates: Estimates) -> Iterator[str]:
+    rows = [("stage", "peak memory", "disk", "most of the memory")]
     for stage in estimates.stages:
         parts = {name: count for name, count in stage.memory.items() if name != "process"}
         most = max(parts, key=lambda part: parts[part])
-        rows.add_row(
-            stage.stage,
-            Text(size(int(stage.peak)), "red" if limit is not None and stage.peak > limit else ""),
-            size(int(stage.disk)) if stage.disk else "",
-            f"{most}, {size(int(parts[most]))}",
-        )
-    largest = estimates.largest
+        disk = size(int(stage.disk)) if stage.disk else ""
+        largest_part = f"{most}, {size(int(parts[most]))}"
+        rows.append((stage.stage, size(int(stage.peak)), disk, largest_part))
+    yield from table(rows)
+    limit, free, largest = estimates.memory_limit, estimates.disk_free, estimates.largest
     of_limit = "" if limit is None else f" of {size(limit)}"
     of_free = "" if free is None else f" of {size(free)} free"
-    shown.print(rows)
-    shown.print(f"\nmemory  {size(int(largest.peak))}{of_limit}, in {largest.stage}")
-    shown.print(f"disk    {size(int(estimates.disk))}{of_free}\n")
+    yield f"\nmemory  {size(int(largest.peak))}{of_limit}, in {largest.stage}"
+    yield f"disk    {size(int(estimates.disk))}{of_free}\n"
+    yield from (f"Does not fit: {problem}" for problem in estimates.problems)
     if not estimates.problems:
-        shown.print("Everything fits.", style="green")
-    for problem in estimates.problems:
-        shown.print(f"Does not fit: {problem}", style="red")
+        yield "Everything fits."

@@ -108,23 +108,19 @@ def _cost_lines(account: dict[str, Any]) -> Iterator[str]:
 
 def _suggestion_lines(record: dict[str, Any]) -> Iterator[str]:
     wide, searched = len(record["wide"]), len(record["wide"]) + record["narrow"]
-    rest = (
-        f"; {record['kept']} more keep the grid that a rule of the recipe gives them"
-        if record["kept"]
-        else ""
-    )
+    kept = f"; {record['kept']} more keep the grid that a rule of the recipe gives them"
     yield (
         f"adapter {record['adapter']}: {wide} of {searched} activations at 16 bits, the others at 8"
-        f"{rest}"
+        f"{kept if record['kept'] else ''}"
     )
-    plain, limit = record["float_activations"], record["limit"]
+    plain = record["float_activations"]
     yield (
         f"perplexity on the {record['sequences']} held-out sequences used for the search: "
         f"{_compared(record['measured'], plain)}"
     )
     yield (
-        f"limit on these sequences: {_compared(limit, plain)}; all {searched} at 16 bits: "
-        f"{record['all_wide']:.4f}, all at 8 bits: {record['all_narrow']:.4f}"
+        f"limit on these sequences: {_compared(record['limit'], plain)}; all {searched} at 16 "
+        f"bits: {record['all_wide']:.4f}, all at 8 bits: {record['all_narrow']:.4f}"
     )
     if (fresh := record["fresh"]) is None:
         yield (
@@ -135,9 +131,7 @@ def _suggestion_lines(record: dict[str, Any]) -> Iterator[str]:
         compared = _compared(fresh["measured"], fresh["float_activations"])
         yield f"perplexity on {fresh['sequences']} sequences not used for the search: {compared}"
     yield from _unshared(record)
-    yield ""
-    yield "simulation:"
-    yield "  activation_bitwidth: 8"
+    yield "\nsimulation:\n  activation_bitwidth: 8"
     yield "  rules:" if record["rules"] else "  rules: []"
     yield from (f"    - {strict_json.dumps(rule)}" for rule in record["rules"])
 

@@ -6,8 +6,6 @@ import re
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
-from rich.table import Table
-
 T = TypeVar("T")
 
 
@@ -40,30 +38,25 @@ def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
         yield "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
 
 
-def score_table(tasks: dict[str, Any]) -> Table:
-    """Scores of tasks, as `tasks` in results.json: a row for each task, metric and model."""
-    rows = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("task", "metric", "model"):
-        rows.add_column(column, overflow="fold")
-    for column in ("value", "± stderr"):
-        rows.add_column(column, justify="right", no_wrap=True)
+def score_lines(tasks: dict[str, Any]) -> Iterator[str]:
+    """Scores of tasks, as `tasks` in results.json: a line for each task, metric and model."""
     models: dict[str, dict[str, Any]] = {}
     for stage, content in tasks.items():
         if stage in ("float", "base"):
             models[stage] = content
         else:
             models |= {f"{stage}/{adapter}": scores for adapter, scores in content.items()}
-    for task in dict.fromkeys(task for scores in models.values() for task in scores):
-        first = next(scores[task] for scores in models.values() if task in scores)
-        for metric in first["metrics"]:
-            title = (task, metric)  # repeated words are left out
-            for model, scores in models.items():
-                score = scores.get(task, {}).get("metrics", {}).get(metric)
-                if score is not None:
-                    error = "" if score["stderr"] is None else f"{score['stderr']:.4f}"
-                    rows.add_row(*title, model, f"{score['value']:.4f}", error)
-                    title = ("", "")
-    return rows
+    rows = [
+        (task, metric, model, score["value"], score["stderr"])
+        for model, scores in models.items()
+        for task, measured in scores.items()
+        for metric, score in measured["metrics"].items()
+    ]
+    texts = [
+        (*names, f"{value:.4f}", "" if error is None else f"{error:.4f}")
+        for *names, value, error in sorted(rows, key=lambda row: row[:2])
+    ]
+    yield from table([("task", "metric", "model", "value", "± stderr"), *texts])
 
 
 def _numbers(names: Iterable[str]) -> str:

@@ -11,16 +11,9 @@ Importing this package imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from qwlora.data.document import (
-    Completion,
-    Conversation,
-    Document,
-    Documents,
-    Text,
-    split_documents,
-)
+from qwlora.data.document import Completion, Conversation, Document, Documents, Text
 from qwlora.data.prepared_data import Cutting, Prepared, prepare
-from qwlora.data.read_source import Reading, locate_documents, read_documents
+from qwlora.data.read_source import Reading, load_documents, locate_documents
 
 __all__ = [
     "Completion",
@@ -35,19 +28,3 @@ __all__ = [
     "locate_documents",
     "prepare",
 ]
-
-
-def load_documents(
-    source: str, held_out: float, seed: int, reading: Reading | None = None
-) -> Documents:
-    """Read and split `source`.
-
-    Args:
-        held_out: share of the characters to hold out of training; at least one document.
-
-    Raises:
-        SourceError: the source is missing or empty, or a record is bad (file and line are named).
-        MissingExtraError: the package that reads this kind of source is not installed.
-    """
-    documents, skipped = read_documents(source, reading or Reading())
-    return split_documents(documents, held_out, seed, skipped)

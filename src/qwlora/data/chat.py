@@ -30,6 +30,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -71,7 +72,11 @@ def encode_conversation(
     messages, tools, where = conversation.messages, conversation.tools, conversation.where
     rendered = partial(render, tokenizer=tokenizer, where=where, tools=tools)
     text = rendered(messages)  # also with markers, so that what exceeds a limit ends here
-    if tools and text == _without_tools(conversation, tokenizer):
+    without_tools = None
+    if tools:
+        with suppress(SourceError):  # the template requires tools
+            without_tools = rendered(messages, tools=())
+    if text == without_tools:
         raise SourceError(
             f"{where}: the model's chat template ignores tools, so their definitions would be "
             "lost. Name a file with a template that renders them in data.chat_template, or remove "
@@ -174,14 +179,6 @@ def render(
     if len(rendered) > most:
         raise large
     return rendered
-
-
-def _without_tools(conversation: Conversation, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """The text without the tools; None if the template requires tools."""
-    try:
-        return render(conversation.messages, tokenizer, conversation.where)
-    except SourceError:
-        return None
 
 
 def _span(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -29,13 +29,6 @@ _LINE = 80  # characters
 
 
 class _Document:
-    """Base of the three kinds.
-
-    Attributes:
-        characters: of all its text.
-        answers: the texts that count in the loss; none for running text, where all of it does.
-    """
-
     kind: ClassVar[str]
 
     @property
@@ -112,6 +105,8 @@ class Conversation(_Document):
 
 
 Document = Text | Completion | Conversation
+"""`characters` is the length of all its text; `answers` are the texts that count in the loss, none
+for running text, where all of it does."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +177,9 @@ def _without_overlap(
     train: tuple[Document, ...], held_out: tuple[Document, ...], skipped: int
 ) -> Documents:
     texts = [d.text for d in held_out if isinstance(d, Text)]
-    paragraphs = _long(paragraph for text in texts for paragraph in text.split("\n\n"))
-    answers = _long(answer for document in held_out for answer in document.answers)
+    paragraphs = {_normal(paragraph) for text in texts for paragraph in text.split("\n\n")}
+    answers = {_normal(answer) for document in held_out for answer in document.answers}
+    paragraphs, answers = ({t for t in part if len(t) > _LINE} for part in (paragraphs, answers))
     identities = {_normal(d.identity) for d in held_out}
     kept: list[Document] = []
     removed_paragraphs = 0
@@ -204,10 +200,6 @@ def _without_overlap(
             "on. The source repeats itself: remove duplicates or add documents"
         )
     return Documents(tuple(kept), held_out, skipped, len(train) - len(kept), removed_paragraphs)
-
-
-def _long(texts: Iterable[str]) -> set[str]:
-    return {text for text in map(_normal, texts) if len(text) > _LINE}
 
 
 def _normal(text: str) -> str:

@@ -117,13 +117,10 @@ def prepare(
 
 def describe(documents: Documents, prepared: Prepared) -> dict[str, Any]:
     """The section `data` of results.json."""
+    of_source = ("skipped_records", "overlapping_documents", "overlapping_paragraphs")
     return {
-        "kind": prepared.kind,
-        "chat_template": prepared.chat_template,
-        "packing": prepared.packing,
-        "skipped_records": documents.skipped_records,
-        "overlapping_documents": documents.overlapping_documents,
-        "overlapping_paragraphs": documents.overlapping_paragraphs,
+        **{key: getattr(prepared, key) for key in ("kind", "chat_template", "packing")},
+        **{key: getattr(documents, key) for key in of_source},
         "train": asdict(prepared.train_counts),
         "held_out": asdict(prepared.held_out_counts),
     }

@@ -11,16 +11,15 @@
                                          sequence, or a mapping's values)
     owner/name                           a dataset on the Hugging Face hub
 
-All documents of a source are of one kind. Refused are compressed files, spreadsheets, and records
-by the middle of the name, which would be trained on as running text (a.jsonl.bak, a.csv~, a.json5).
+All documents of a source are of one kind. Refused are compressed files, spreadsheets, and a file
+with records in the middle of its name, which would be trained on as running text (a.jsonl.bak).
 
 Of a folder, all visible files of these kinds are read; with a split, those named after it, as on
 the hub: the split or a synonym stands between separators in the file's name (`my_test.jsonl`,
 `train-00000-of-00001.parquet`) or, if that is true for no file, in the name of a folder
-(`train/0.jsonl`). A file that is refused is an error if it belongs to the split. Ignored are hidden
-files, files about other files (`a.csv.sha256`), a dataset's card next to records, and files of any
-other kind (images, code). A folder in which nothing but the card can be read is refused, so that
-nobody trains on the card.
+(`train/0.jsonl`). A compressed file or spreadsheet is an error if it belongs to the split. Ignored
+are a dataset's card next to records, and files of any other kind (images, code, checksums). A
+folder in which nothing but the card can be read is refused, so that nobody trains on the card.
 """
 
 from __future__ import annotations
@@ -34,12 +33,12 @@ from typing import Any
 
 from qwlora import errors
 from qwlora.data import tabular_files
-from qwlora.data.document import Document, Text
+from qwlora.data.document import Document, Documents, Text, split_documents
 from qwlora.data.records import (
-    TEXT_FIELDS,
+    TEXT_COLUMNS,
+    Columns,
     EmptyRecordError,
-    Fields,
-    choose_fields,
+    choose_columns,
     make_document,
 )
 from qwlora.data.text_files import read_csv, read_json, read_text
@@ -51,13 +50,15 @@ RECORD_SUFFIXES = (
     *(".jsonl", ".jsonlines", ".ndjson", ".json"),
     *(".csv", ".tsv", ".parquet", ".arrow", ".feather"),
 )
-_COMPRESSED = re.compile(r"\.(gz|tgz|bz2|xz|zst|zip|tar|7z|rar|lz4|lzma|br)")
-_TABLE = re.compile(r"\.(xlsx|xls|ods|orc|avro|pkl|pickle|sqlite3?|db|tfrecord)")
+_REMEDIES = {
+    r"\.(gz|tgz|bz2|xz|zst|zip|tar|7z|rar|lz4|lzma|br)": "unpack it first",
+    r"\.(xlsx|xls|ods|orc|avro|pkl|pickle|sqlite3?|tfrecord)": (
+        "save its records as .jsonl, .csv or .parquet"
+    ),
+}
 _RECORD_WITHIN = re.compile(  # longest first: .jsonl, not .json
     rf"({'|'.join(map(re.escape, sorted(RECORD_SUFFIXES, key=len, reverse=True)))})(?![a-z])"
 )
-_MADE_OF_RECORDS = re.compile(r"\.(py|sh|html|png|svg|jpe?g|pdf)")  # a.csv.py
-_ABOUT_A_FILE = re.compile(r"\.(asc|crc|dvc|idx|license|lock|md5|sha1|sha256|sha512|sig)")
 _CARDS = ("readme", "license")
 _SPLITS = {
     "train": ("train", "training"),
@@ -106,11 +107,26 @@ def locate_documents(source: str) -> None:
         )
 
 
+def load_documents(
+    source: str, held_out: float, seed: int, reading: Reading | None = None
+) -> Documents:
+    """Read and split `source`.
+
+    Args:
+        held_out: share of the characters to hold out of training; at least one document.
+
+    Raises:
+        SourceError, MissingExtraError: as `read_documents`.
+    """
+    documents, skipped = read_documents(source, reading or Reading())
+    return split_documents(documents, held_out, seed, skipped)
+
+
 def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:
     """All documents of `source`, and the number of empty records that were skipped.
 
     Raises:
-        SourceError: it cannot be read; a bad record is named with file and line.
+        SourceError: the source is missing or empty, or a record is bad (file and line are named).
         MissingExtraError: the package that reads this kind of source is not installed.
     """
     reader, path = _Reader(how), user_path(source)
@@ -142,12 +158,12 @@ def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:
 
 @dataclass
 class _Reader:
-    """Collects documents; the first record determines the fields of all."""
+    """Collects documents; the first record determines the columns of all."""
 
     reading: Reading
     documents: list[Document] = field(default_factory=list)
     skipped: int = 0
-    fields: Fields | None = None
+    columns: Columns | None = None
 
     def add_file(self, path: Path) -> None:
         if why := _refusal(path):
@@ -175,22 +191,22 @@ class _Reader:
 
     def add_table(self, table: tabular_files.Table, where: str) -> None:
         names, rows = table
-        fields = choose_fields(names, self.reading.columns, where)
-        if self.fields is not None and fields != self.fields:
+        columns = choose_columns(names, self.reading.columns, where)
+        if self.columns not in (None, columns):
             raise SourceError(
-                f"{where}: this table has {'+'.join(fields.columns)}, the files before it "
-                f"{'+'.join(self.fields.columns)}. A source holds one kind: move the others to "
+                f"{where}: this table has {'+'.join(columns)}, the files before it "
+                f"{'+'.join(self.columns or ())}. A source holds one kind: move the others to "
                 "another folder"
             )
-        self.fields = fields
-        self.add_records(rows(fields.among(names)))
+        self.columns = columns
+        self.add_records(rows([name for name in columns.values() if name in names]))
 
     def add_records(self, rows: Iterable[tuple[str, Any]]) -> None:
         for where, record in rows:
-            if self.fields is None and isinstance(record, dict) and record:
-                self.fields = choose_fields(record, self.reading.columns, where)
+            if self.columns is None and isinstance(record, dict) and record:
+                self.columns = choose_columns(record, self.reading.columns, where)
             try:
-                self.documents.append(make_document(record, self.fields or TEXT_FIELDS, where))
+                self.documents.append(make_document(record, self.columns or TEXT_COLUMNS, where))
             except EmptyRecordError as error:
                 if not self.reading.skip_empty:
                     raise SourceError(
@@ -231,17 +247,20 @@ def _refusal(file: Path) -> str | None:
     suffix = file.suffix.lower()
     if suffix in (*TEXT_SUFFIXES, *RECORD_SUFFIXES):
         return None
-    if _COMPRESSED.fullmatch(suffix):
-        return f"{suffix} files are not read: unpack it first"
-    if _TABLE.fullmatch(suffix):
-        return f"{suffix} files are not read: save its records as .jsonl, .csv or .parquet"
     within = _RECORD_WITHIN.search(file.name.lower())
-    if within and not _MADE_OF_RECORDS.fullmatch(suffix):
+    if within and not _remedy(file):
         return (
             f"its name contains {within[1]} but does not end in it: rename it to end in "
             f"{within[1]}, or in .txt if it is running text"
         )
-    return None
+    return _remedy(file)
+
+
+def _remedy(file: Path) -> str | None:
+    """What to do with a compressed file or a spreadsheet; None for other files."""
+    suffix = file.suffix.lower()
+    remedies = (remedy for kinds, remedy in _REMEDIES.items() if re.fullmatch(kinds, suffix))
+    return next((f"{suffix} files are not read: {remedy}" for remedy in remedies), None)
 
 
 def _files_of(folder: Path, split: str | None) -> list[Path]:
@@ -261,29 +280,19 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
         for p in folder.rglob("*")
         if p.is_file() and not any(n.startswith(".") for n in p.relative_to(folder).parts)
     )
-    about = [
-        p
-        for p in visible
-        if p.name.lower() in ("dataset_infos.json", "thumbs.db")
-        or _ABOUT_A_FILE.fullmatch(p.suffix.lower())
-    ]
-    records = [p for p in visible if p.suffix.lower() in RECORD_SUFFIXES and p not in about]
-    refused = [p for p in visible if _refusal(p) and p not in about]
     texts = [p for p in visible if p.suffix.lower() in TEXT_SUFFIXES]
-    cards = [p for p in texts if p.stem.lower() in _CARDS]
-    others = [p for p in visible if p.suffix and p not in texts]
-    if records or refused:
-        texts = [p for p in texts if p not in cards]
-    elif texts and texts == cards and others:
+    records = [
+        p for p in visible if p.suffix.lower() in RECORD_SUFFIXES and p.name != "dataset_infos.json"
+    ]
+    unreadable = [p for p in visible if _remedy(p)]
+    contents = [p for p in texts if p.stem.lower() not in _CARDS]
+    if records or unreadable or (not contents and len(texts) < len(visible)):
+        texts = contents  # without a dataset's card
+    if not (files := sorted([*records, *unreadable, *texts])):
         raise SourceError(
-            f"{where} holds a dataset's card ({cards[0].name}) and no file of a supported kind, "
-            f"only {named(others)}. Save the records as .jsonl, .csv or .parquet, or name the "
-            "card's own file to train on it"
-        )
-    if not (files := sorted([*records, *refused, *texts])):
-        raise SourceError(
-            f"{where} holds no file of a supported kind: "
-            f"{', '.join((*TEXT_SUFFIXES, *RECORD_SUFFIXES))}"
+            f"{where} holds no file of a supported kind ("
+            f"{', '.join((*TEXT_SUFFIXES, *RECORD_SUFFIXES))}), only {named(visible, 4)}. Save its "
+            "records as one of these. To train on a dataset's card, name its file"
         )
     if split is not None:
         words = "|".join(map(re.escape, _SPLITS.get(split, (split,))))
@@ -298,9 +307,9 @@ def _files_of(folder: Path, split: str | None) -> list[Path]:
                 "Correct data.split, or remove it to read all files"
             )
         files = chosen
-    if wrong := [p for p in files if p in refused]:
+    if wrong := [p for p in files if p in unreadable]:
         raise SourceError(
-            f"{where} holds {named(wrong)}: {_refusal(wrong[0])}; or move it out of the folder"
+            f"{where} holds {named(wrong)}: {_remedy(wrong[0])}; or move it out of the folder"
         )
     kinds = {p in records: p.name for p in reversed(files)}
     if len(kinds) == 2:

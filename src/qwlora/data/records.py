@@ -19,11 +19,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from qwlora.data.document import ASSISTANT, ROLES, Completion, Conversation, Document, Text
-from qwlora.errors import SourceError, listed, near_names, suggestion
+from qwlora.errors import SourceError, foreign_as, listed, near_names, suggestion
 
 KINDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
@@ -70,91 +69,65 @@ class EmptyRecordError(SourceError):
     """A record has the right fields, but they are empty."""
 
 
-@dataclass(frozen=True)
-class Fields:
-    """The kind of records in a source, and the column of each field.
-
-    Args:
-        names: columns of the required fields.
-        optional: columns of fields that a record may lack.
-    """
-
-    kind: str
-    names: Mapping[str, str]
-    optional: Mapping[str, str]
-
-    @property
-    def columns(self) -> tuple[str, ...]:
-        return tuple(self.names.values())
-
-    def among(self, present: Collection[str]) -> tuple[str, ...]:
-        """The columns of a table to read: the required ones, and the optional ones it has."""
-        return (*self.columns, *(name for name in self.optional.values() if name in present))
+Columns = dict[str, str]
+"""The column of each field that records of a source have. `tools` and `input` may be missing."""
+TEXT_COLUMNS: Columns = {"text": "text"}
 
 
-def _fields(kind: str, asked: Mapping[str, str]) -> Fields:
-    """Fields of `kind`, in the columns `asked` or in those named like the fields."""
-    names = {role: asked.get(role, role) for role in KINDS[kind]}
-    optional = {role: asked.get(role, role) for role in _OPTIONAL.get(kind, ())}
-    taken = set(names.values())
-    return Fields(kind, names, {r: name for r, name in optional.items() if name not in taken})
+def _columns(kind: str, asked: Mapping[str, str]) -> Columns:
+    """The fields of `kind`, in the columns `asked` or in those named like the fields."""
+    required = {field: asked.get(field, field) for field in KINDS[kind]}
+    optional = {field: asked.get(field, field) for field in _OPTIONAL.get(kind, ())}
+    taken = required.values()
+    return required | {field: name for field, name in optional.items() if name not in taken}
 
 
-TEXT_FIELDS = _fields("text", {})
-_FOUND_BY_NAME = (
-    *(_fields(kind, {}) for kind in KINDS),
-    _fields("conversations", {"messages": "conversations"}),
+_BY_NAME = (
+    *(_columns(kind, {}) for kind in KINDS),
+    _columns("conversations", {"messages": "conversations"}),
 )
 
 
-def choose_fields(present: Collection[str], asked: Mapping[str, str], where: str) -> Fields:
+def _required(columns: Columns) -> list[str]:
+    return [name for field, name in columns.items() if field not in (TOOLS, "input")]
+
+
+def choose_columns(present: Collection[str], asked: Mapping[str, str], where: str) -> Columns:
     """Decide which of the columns `present` are used; the recipe `asked` for some, by field.
 
     Raises:
-        SourceError: a column from the recipe is missing, the columns fit no kind or several, or
-            they hold preferences (chosen and rejected).
+        SourceError: a column from the recipe is missing, or the columns fit no kind or several.
     """
     if asked:
         kind = next(
-            kind for kind, roles in KINDS.items() if set(asked) & {*roles, *_OPTIONAL.get(kind, ())}
+            kind
+            for kind, fields in KINDS.items()
+            if set(asked) & {*fields, *_OPTIONAL.get(kind, ())}
         )
-        fields = _fields(kind, asked)
-        for role, name in {**fields.names, **asked}.items():
-            if name not in present:
+        columns = _columns(kind, asked)
+        for field, name in {**columns, **asked}.items():
+            if name not in present and (field in KINDS[kind] or field in asked):
                 raise SourceError(
-                    f"{where}: there is no column {name!r} (data.{role}_column)"
+                    f"{where}: there is no column {name!r} (data.{field}_column)"
                     f"{suggestion(name, present)}"
                 )
-        return fields
-    lower = {name.lower(): name for name in present}
-    if "rejected" in lower and (chosen := lower.get("chosen")):
-        pair = (
-            f"data.prompt_column: prompt and data.completion_column: {chosen}"
-            if "prompt" in present
-            else f"data.text_column: {chosen}"
-        )
-        raise SourceError(
-            f"{where}: these are preference data (columns {listed(present, 20)}): pairs of a "
-            "chosen and a rejected answer, as DPO takes them. QWLoRA trains on answers, not on "
-            f"preferences. To train on the chosen answers, set data.messages_column: {chosen} if "
-            f"it holds lists of messages, or {pair} if it holds text"
-        )
-    complete = [fields for fields in _FOUND_BY_NAME if set(fields.columns) <= set(present)]
+        return columns
+    complete = [columns for columns in _BY_NAME if set(_required(columns)) <= set(present)]
     if len(complete) == 1:
         return complete[0]
     if complete:
-        kinds = " and ".join("+".join(fields.columns) for fields in complete)
-        first = [next(iter(fields.names.items())) for fields in complete]
-        keys = " or ".join(f"data.{role}_column: {name}" for role, name in first)
+        kinds = " and ".join("+".join(_required(columns)) for columns in complete)
+        first = [next(iter(columns.items())) for columns in complete]
+        keys = " or ".join(f"data.{field}_column: {name}" for field, name in first)
         raise SourceError(
             f"{where}: has both {kinds}, and only one of them can be trained on. Say which in the "
             f"recipe ({keys})"
         )
     guesses = [
-        f", perhaps data.{role}_column: {near}"
-        for roles in KINDS.values()
-        for role in roles
-        for near in near_names(role, present, 1)
+        f", perhaps data.{field}_column: {near}"
+        for fields in KINDS.values()
+        for field in fields
+        for near in near_names(field, present, 1)
     ]
     raise SourceError(
         f"{where}: its columns ({listed(present, 20)}) are neither text, nor prompt and "
@@ -163,7 +136,7 @@ def choose_fields(present: Collection[str], asked: Mapping[str, str], where: str
     )
 
 
-def make_document(record: Any, fields: Fields, where: str) -> Document:
+def make_document(record: Any, columns: Columns, where: str) -> Document:
     """The document in `record`.
 
     Raises:
@@ -174,42 +147,37 @@ def make_document(record: Any, fields: Fields, where: str) -> Document:
         raise SourceError(
             f"{where}: a record must be an object with named fields, not {_type(record)}"
         )
-    if missing := [name for name in fields.columns if name not in record]:
-        if not record:
-            raise EmptyRecordError(f"{where}: the record is empty")
-        for other in _FOUND_BY_NAME:
-            if set(other.columns) <= set(record):
-                raise SourceError(
-                    f"{where}: this record has {'+'.join(other.columns)}, those before it "
-                    f"{'+'.join(fields.columns)}. A source holds one kind"
-                )
+    if not record:
+        raise EmptyRecordError(f"{where}: the record is empty")
+    needed = _required(columns)
+    if missing := [name for name in needed if name not in record]:
         raise SourceError(
-            f"{where}: the field {missing[0]!r} is missing{suggestion(missing[0], record)}"
+            f"{where}: the field {missing[0]!r} is missing{suggestion(missing[0], record)}. The "
+            f"records before it have {'+'.join(needed)}, and a source holds one kind"
         )
-    if fields.kind == "conversations":
-        tools = _tools(record.get(TOOLS), where) if TOOLS in fields.optional else ()
-        name = fields.names["messages"]
+    if name := columns.get("messages"):
+        tools = _tools(record.get(columns[TOOLS]), where) if TOOLS in columns else ()
         return Conversation(_messages(record[name], name, where), where, tools)
-    values = {role: _string(record[name], name, where) for role, name in fields.names.items()}
-    for role, value in values.items():
-        if not value.strip():
-            raise EmptyRecordError(f"{where}: {fields.names[role]!r} is empty")
-    if fields.kind == "text":
-        return Text(values["text"], where)
-    if fields.kind == "completions":
-        return Completion(values["prompt"], values["completion"], where)
+    values = {
+        field: _string(record[name], name, where)
+        for field, name in columns.items()
+        if name in needed or record.get(name) is not None
+    }
+    for field, value in values.items():
+        if not value.strip() and columns[field] in needed:
+            raise EmptyRecordError(f"{where}: {columns[field]!r} is empty")
+    match values:
+        case {"text": text}:
+            return Text(text, where)
+        case {"prompt": prompt, "completion": completion}:
+            return Completion(prompt, completion, where)
     # Alpaca's own prompt as plain text; as a user's message the instruction, and the input below it
-    column = fields.optional.get("input")
-    extra = "" if column is None else record.get(column)
-    about = "" if column is None or extra is None else _string(extra, column, where)
-    has_input = bool(about.strip())
-    prompt = _ALPACA.format(
-        instruction=values["instruction"],
-        paired=_PAIRED if has_input else "",
-        input=f"### Input:\n{about}\n\n" if has_input else "",
-    )
-    message = f"{values['instruction']}\n\n{about}" if has_input else values["instruction"]
-    return Completion(prompt, values["output"], where, message)
+    message, about = values["instruction"], values.get("input", "")
+    shown = {"instruction": message, "paired": "", "input": ""}
+    if about.strip():
+        message = f"{message}\n\n{about}"
+        shown |= {"paired": _PAIRED, "input": f"### Input:\n{about}\n\n"}
+    return Completion(_ALPACA.format(**shown), values["output"], where, message)
 
 
 def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...]:
@@ -269,16 +237,13 @@ def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
         raise SourceError(
             f"{where}: {TOOLS!r} must be a list of tools, or the JSON of one, not {_type(value)}"
         )
-    for i, tool in enumerate(value, 1):
+    for number, tool in enumerate(value, 1):
         if not isinstance(tool, Mapping):
             raise SourceError(
-                f"{where}: tool {i} must be an object (a JSON schema), not {_type(tool)}"
+                f"{where}: tool {number} must be an object (a JSON schema), not {_type(tool)}"
             )
-    try:
-        written = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise SourceError(f"{where}: {TOOLS!r} cannot be written as JSON: {error}") from error
-    _string(written, TOOLS, where)
+    with foreign_as(SourceError, f"{where}: {TOOLS!r} cannot be written as JSON"):
+        _string(json.dumps(value, ensure_ascii=False, allow_nan=False), TOOLS, where)
     return tuple(value)
 
 

@@ -174,7 +174,6 @@ def _pack(lengths: Sequence[int], room: int) -> list[list[int]]:
     """Indices that share a sequence (best fit: the fullest one with enough room)."""
     bins: list[list[int]] = []
     open_bins: list[tuple[int, int]] = []  # (room left, bin), ascending
-    shortest = min(lengths)
     for index, length in enumerate(lengths):
         at = bisect.bisect_left(open_bins, (length, -1))
         if at < len(open_bins):
@@ -183,7 +182,7 @@ def _pack(lengths: Sequence[int], room: int) -> list[list[int]]:
             left, chosen = room, len(bins)
             bins.append([])
         bins[chosen].append(index)
-        if left - length >= shortest:
+        if left > length:
             bisect.insort(open_bins, (left - length, chosen))
     return bins
 

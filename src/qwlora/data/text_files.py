@@ -10,12 +10,13 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from qwlora.errors import SourceError
-from qwlora.formats.aimet_encodings.model import repeated
+from qwlora.system.strict_json import distinct_keys
 
 Rows = Iterator[tuple[str, Any]]
 """(place, record)."""
@@ -67,7 +68,7 @@ def _parsed(text: str, path: Path, line: int | None) -> Any:
     """The value of `text`, which is the whole file, or its line number `line`."""
     where = str(path) if line is None else f"{path}:{line}"
     try:
-        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_distinct)
+        return json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=distinct_keys)
     except json.JSONDecodeError as error:
         hint = ""
         if text.strip() in ("[", "{"):
@@ -85,12 +86,6 @@ def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a value of JSON")
 
 
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if twice := repeated(key for key, _ in pairs):
-        raise ValueError(f"the key {twice[0]!r} occurs twice in one object")
-    return dict(pairs)
-
-
 def read_csv(path: Path) -> tuple[list[str], Rows]:
     """Column names, and the rows, each with the number of its first line (`file:line`).
 
@@ -102,7 +97,7 @@ def read_csv(path: Path) -> tuple[list[str], Rows]:
     if not lines:
         raise SourceError(f"{path}: the file is empty. Its first line must name the columns")
     header = lines[0][1]
-    if twice := repeated(header):
+    if twice := [name for name, count in Counter(header).items() if count > 1]:
         raise SourceError(f"{path}:1: two columns are named {twice[0]!r}")
 
     def rows() -> Rows:

@@ -74,13 +74,21 @@ def encode_documents(
             text = document if isinstance(document, str) else document.text
             ids = [*_ids(text, tokenizer), *_end(tokenizer)]
             encoded.append(Tokens(ids, [True] * len(ids), divisible=True, document=number))
-        elif isinstance(document, Completion):
-            pair = (
-                _encode_pair(document, tokenizer)
-                if as_chat
-                else _encode_plain(document, tokenizer, start)
-            )
+        elif isinstance(document, Completion) and as_chat:
+            try:
+                pair = encode_conversation(document.as_conversation(), tokenizer)
+            except SourceError as error:
+                raise SourceError(
+                    f"{error}. To train on prompts and completions without the chat template, set "
+                    "data.prompt_format: plain"
+                ) from error
             encoded.append(Tokens(*pair, document=number))
+        elif isinstance(document, Completion):
+            prompt, completion = _prompt_and_completion(document, tokenizer)
+            if completion[-1:] != (end := _end(tokenizer)):
+                completion = [*completion, *end]
+            in_loss = [False] * len(start + prompt) + [True] * len(completion)
+            encoded.append(Tokens(start + prompt + completion, in_loss, document=number))
         else:
             apart = turns == "apart"
             encoded += [
@@ -103,28 +111,6 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         if full[at : at + len(bare)] == bare:
             return full[:at]
     return []
-
-
-def _encode_pair(
-    document: Completion, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[int], list[bool]]:
-    try:
-        return encode_conversation(document.as_conversation(), tokenizer)
-    except SourceError as error:
-        raise SourceError(
-            f"{error}. To train on prompts and completions without the chat template, set "
-            "data.prompt_format: plain"
-        ) from error
-
-
-def _encode_plain(
-    document: Completion, tokenizer: PreTrainedTokenizerBase, start: list[int]
-) -> tuple[list[int], list[bool]]:
-    prompt, completion = _prompt_and_completion(document, tokenizer)
-    prompt = [*start, *prompt]
-    if completion[-1:] != _end(tokenizer):
-        completion = [*completion, *_end(tokenizer)]
-    return [*prompt, *completion], [False] * len(prompt) + [True] * len(completion)
 
 
 def _prompt_and_completion(

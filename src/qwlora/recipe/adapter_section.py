@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, field_validator
 
+from qwlora.errors import SourceError
+from qwlora.formats.user_path import does_not_exist, source_path
 from qwlora.recipe.data_section import Data
-from qwlora.recipe.section import Count, Name, Section
+from qwlora.recipe.section import Count, Name, NotNegative, Section, located
 from qwlora.system.parameter_names import pattern_problem
 
 if TYPE_CHECKING:
@@ -23,123 +27,101 @@ _SHAPE = {  # keys of `LoraShape`, whose module imports torch
 Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW changes a weight by about this much per step
 
 
+def _start(text: str) -> str:
+    """The name of an adapter of the recipe as it is; anything else must be a source of one."""
+
+    def check(text: str) -> None:
+        path = source_path(text)
+        if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
+            raise SourceError(
+                f"adapter {text!r} {does_not_exist(text, path)}. Give the name of an adapter in "
+                "this recipe, a folder with adapter_config.json, package:NAME/PATH for a folder "
+                "inside an installed package, or a hub id"
+            )
+
+    return located(text, check) if re.search(r"[/:]", text) else text
+
+
 class Adapter(Section):
     """Step 2: one adapter: its shape, initialization and training."""
 
-    name: Name = Field(description="name of the adapter and of its folder")
-    data: Data | None = Field(
-        None,
-        description="its own text: any keys of the data section, which gives the defaults of the "
-        "others",
-    )
-    continue_from: str | None = Field(
-        None,
-        description="trained adapter to continue training: the name of one listed before this one, "
-        "a PEFT folder, package:NAME/PATH or a hub id. Its shape and dropout are kept (no dropout "
-        "in workflow qwa-lora). Default: a new adapter",
-    )
-    objective: Literal["text", "recovery"] = Field(
-        "text",
-        description="text: the next token; recovery: match the float model as well, to be "
-        "continued by other adapters",
-    )
-    unknown_base: Literal["refuse", "accept"] = Field(
-        "refuse",
-        description="accept: continue_from may be an adapter that does not record which base it "
-        "was trained on, such as one that PEFT saved",
-    )
-    rank: Rank = Field(16, description="inner dimension of lora_B @ lora_A")
-    alpha: Annotated[float, Field(gt=0)] = Field(
-        32.0, description="the adapter is scaled by alpha / rank"
-    )
-    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
-        0.0, description="dropout before lora_A during training"
-    )
-    target_modules: str | list[str] = Field(
-        "all-linear",
-        description="layers that get an adapter: module names, or a regular expression over whole "
-        "paths",
-    )
-    target_parameters: list[str] = Field(
-        [],
-        description="fused experts that get an adapter too, by the end of their names: "
-        "mlp.experts.down_proj",
-    )
-    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead of alpha / rank")
-    init: Literal["zero", "svd", "qera"] = Field(
-        "zero",
-        description="zero: lora_B is zero; svd: correct the error of the weights; qera: correct "
-        "the error of layer outputs (best; needs the float weights and second moments). "
-        "Set by the preset",
-    )
-    init_share: Annotated[float, Field(gt=0, le=1)] = Field(
-        0.5,
-        description="share of the ranks that carry the correction, rounded up; the rest are zero "
-        "and free to learn. Use 1 at 2 bits",
-    )
-    dora: bool = Field(False, description="DoRA: train the norm of every output as well")
-    rank_pattern: dict[str, Rank] = Field(
-        {},
-        description="other ranks for some layers: end of the module path, or a regular expression",
-    )
-    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = Field(
-        {}, description="other alphas for some layers, written like rank_pattern"
-    )
-    layers: list[Annotated[int, Field(ge=0)]] | None = Field(
-        None, description="numbers of the transformer layers that get an adapter. Default: all"
-    )
-    steps: Annotated[int, Field(ge=0)] = Field(
-        60, description="optimizer steps, at most. 0 with continue_from uses that adapter as it is"
-    )
-    batch_sequences: Count = Field(1, description="sequences per forward pass, over all processes")
-    accumulation_steps: Count = Field(1, description="forward passes per optimizer step")
-    learning_rate: Rate = Field(5e-4, description="peak learning rate of AdamW")
-    weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="weight decay of AdamW")
-    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = Field(
-        "cosine", description="course of the learning rate"
-    )
-    warmup_steps: Annotated[int, Field(ge=0)] = Field(
-        5, description="steps from zero to the peak learning rate"
-    )
-    clip: Annotated[float, Field(ge=0)] = Field(
-        1.0, description="largest norm of the gradient; 0 disables clipping"
-    )
-    compute: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="precision of the forward and backward pass; auto: bfloat16 if the device "
-        "has instructions for it (never in workflow qwa-lora), else float32. Weights and "
-        "optimizer stay float32",
-    )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="recompute activations in the backward pass: about a quarter of the memory for "
-        "15 percent more time",
-    )
-    loss: Literal["chunked", "whole"] | None = Field(
-        None,
-        description="chunked: never holds the logits of a whole batch; whole: the model's own "
-        "loss. Default: chunked, whole with workflow qwa-lora",
-    )
-    evaluation_steps: Count | None = Field(
-        None,
-        description="steps between evaluations on held-out text; the best adapter is kept. "
-        "Default: no evaluation",
-    )
-    patience: Count | None = Field(
-        None,
-        description="stop after this many evaluations without improvement; needs evaluation_steps",
-    )
-    divergence: Literal["stop", "ignore"] = Field(
-        "stop",
-        description="stop: end with an error if the loss stays far above its first value; ignore: "
-        "keep going. A loss that is not finite always stops",
-    )
-    report_to: list[str] = Field(
-        [], description="loggers, by their transformers names: tensorboard, wandb, mlflow"
-    )
-    checkpoint_steps: Count = Field(
-        10, description="steps between checkpoints; an interrupted run resumes from the last one"
-    )
+    name: Name
+    """name of the adapter and of its folder"""
+    data: Data | None = None
+    """its own text: any keys of the data section, which gives the defaults of the others"""
+    continue_from: Annotated[str, AfterValidator(_start)] | None = None
+    """trained adapter to continue training: the name of one listed before this one, a PEFT folder,
+    package:NAME/PATH or a hub id. Its shape and dropout are kept (no dropout in workflow qwa-lora).
+    Default: a new adapter"""
+    objective: Literal["text", "recovery"] = "text"
+    """text: the next token; recovery: match the float model as well, to be continued by other
+    adapters"""
+    unknown_base: Literal["refuse", "accept"] = "refuse"
+    """accept: continue_from may be an adapter that does not record which base it was trained on,
+    such as one that PEFT saved"""
+    rank: Rank = 16
+    """inner dimension of lora_B @ lora_A"""
+    alpha: Annotated[float, Field(gt=0)] = 32.0
+    """the adapter is scaled by alpha / rank"""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """dropout before lora_A during training"""
+    target_modules: str | list[str] = "all-linear"
+    """layers that get an adapter: module names, or a regular expression over whole paths"""
+    target_parameters: list[str] = []
+    """fused experts that get an adapter too, by the end of their names: mlp.experts.down_proj"""
+    rslora: bool = False
+    """scale by alpha / sqrt(rank) instead of alpha / rank"""
+    init: Literal["zero", "svd", "qera"] = "zero"
+    """zero: lora_B is zero; svd: correct the error of the weights; qera: correct the error of layer
+    outputs (best; needs the float weights and second moments). Set by the preset"""
+    init_share: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """share of the ranks that carry the correction, rounded up; the rest are zero and free to
+    learn. Use 1 at 2 bits"""
+    dora: bool = False
+    """DoRA: train the norm of every output as well"""
+    rank_pattern: dict[str, Rank] = {}
+    """other ranks for some layers: end of the module path, or a regular expression"""
+    alpha_pattern: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """other alphas for some layers, written like rank_pattern"""
+    layers: list[NotNegative] | None = None
+    """numbers of the transformer layers that get an adapter. Default: all"""
+    steps: NotNegative = 60
+    """optimizer steps, at most. 0 with continue_from uses that adapter as it is"""
+    batch_sequences: Count = 1
+    """sequences per forward pass, over all processes"""
+    accumulation_steps: Count = 1
+    """forward passes per optimizer step"""
+    learning_rate: Rate = 5e-4
+    """peak learning rate of AdamW"""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """weight decay of AdamW"""
+    schedule: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "cosine"
+    """course of the learning rate"""
+    warmup_steps: NotNegative = 5
+    """steps from zero to the peak learning rate"""
+    clip: Annotated[float, Field(ge=0)] = 1.0
+    """largest norm of the gradient; 0 disables clipping"""
+    compute: Literal["auto", "float32", "bfloat16"] = "auto"
+    """precision of the forward and backward pass; auto: bfloat16 if the device has instructions for
+    it (never in workflow qwa-lora), else float32. Weights and optimizer stay float32"""
+    gradient_checkpointing: bool = False
+    """recompute activations in the backward pass: about a quarter of the memory for 15 percent more
+    time"""
+    loss: Literal["chunked", "whole"] | None = None
+    """chunked: never holds the logits of a whole batch; whole: the model's own loss. Default:
+    chunked, whole with workflow qwa-lora"""
+    evaluation_steps: Count | None = None
+    """steps between evaluations on held-out text; the best adapter is kept. Default: no
+    evaluation"""
+    patience: Count | None = None
+    """stop after this many evaluations without improvement; needs evaluation_steps"""
+    divergence: Literal["stop", "ignore"] = "stop"
+    """stop: end with an error if the loss stays far above its first value; ignore: keep going. A
+    loss that is not finite always stops"""
+    report_to: list[str] = []
+    """loggers, by their transformers names: tensorboard, wandb, mlflow"""
+    checkpoint_steps: Count = 10
+    """steps between checkpoints; an interrupted run resumes from the last one"""
 
     def lora_shape(self) -> LoraShape:
         """Which layers get an adapter and its size, in the form that `attach` takes."""
@@ -163,52 +145,47 @@ class Adapter(Section):
             loss=self.loss or ("whole" if whole_loss else "chunked"),
         )
 
-    def without_graph(self) -> list[str]:
+    def without_graph(self) -> Iterator[str]:
         """Settings that cannot be trained through a captured graph, and what to use instead."""
-        problems = [
-            (
-                self.objective == "recovery",
-                "objective recovery needs layer outputs, which the graph does not have; use text",
+        problems = {
+            "objective recovery needs layer outputs, which the graph does not have; use text": (
+                self.objective == "recovery"
             ),
-            (
-                self.dropout > 0,
-                "dropout is missing in the graph, which is captured in eval mode; set it to 0",
+            "dropout is missing in the graph, which is captured in eval mode; set it to 0": (
+                self.dropout > 0
             ),
-            (
-                self.gradient_checkpointing,
-                "gradient_checkpointing needs modules, which the graph replaces; remove it",
+            "gradient_checkpointing needs modules, which the graph replaces; remove it": (
+                self.gradient_checkpointing
             ),
-            (
-                self.compute == "bfloat16",
-                "compute bfloat16 is too coarse for the activation grids; use float32",
+            "compute bfloat16 is too coarse for the activation grids; use float32": (
+                self.compute == "bfloat16"
             ),
-            (
-                self.loss == "chunked",
-                "loss chunked needs an output head outside of the graph; use whole",
+            "loss chunked needs an output head outside of the graph; use whole": (
+                self.loss == "chunked"
             ),
-        ]
-        return [f"adapter {self.name}: {problem}" for is_set, problem in problems if is_set]
+        }
+        for problem, is_set in problems.items():
+            if is_set:
+                yield f"workflow qwa-lora: adapter {self.name}: {problem}"
 
     @field_validator("target_modules", "rank_pattern", "alpha_pattern")
     @classmethod
     def _are_regular(cls, value: Any) -> Any:
-        problems = [pattern_problem(value)] if isinstance(value, str) else []
-        if isinstance(value, dict):
-            problems = [pattern_problem(pattern, is_end=True) for pattern in value]
+        patterns = [value] if isinstance(value, str) else value if isinstance(value, dict) else []
+        problems = [pattern_problem(text, is_end=isinstance(value, dict)) for text in patterns]
         if any(problems):
             raise ValueError("; ".join(filter(None, problems)))
         return value
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Adapter:
+    def problems(self) -> Iterator[str]:
         continues = self.continue_from is not None
         shape = sorted(self.model_dump(include=_SHAPE, exclude_unset=True, exclude_defaults=True))
         if continues and shape:
-            raise ValueError(
+            yield (
                 f"{', '.join(shape)}: with continue_from, these come from that adapter; remove them"
             )
         if not continues and self.steps == 0:
-            raise ValueError(
+            yield (
                 "steps is 0, so nothing would be trained; set steps, or continue_from to use an "
                 "adapter as it is"
             )
@@ -219,21 +196,16 @@ class Adapter(Section):
         }
         named = [key for key, is_set in unsupported.items() if is_set]
         if self.target_parameters and named:
-            raise ValueError(
+            yield (
                 f"{', '.join(named)}: PEFT does not support this together with target_parameters; "
                 "remove one of them"
             )
         if self.init != "zero" and (self.dora or continues):
-            raise ValueError(
+            yield (
                 f"init {self.init} cannot be combined with dora or continue_from; remove it, or "
                 f"remove {'continue_from' if continues else 'dora'}"
             )
         if self.steps and self.warmup_steps >= self.steps and self.schedule != "constant":
-            raise ValueError(
-                f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps})"
-            )
+            yield f"warmup_steps ({self.warmup_steps}) must be fewer than steps ({self.steps})"
         if self.patience is not None and self.evaluation_steps is None:
-            raise ValueError(
-                "patience counts evaluations, but there are none; set evaluation_steps"
-            )
-        return self
+            yield "patience counts evaluations, but there are none; set evaluation_steps"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field
 
-from qwlora.data import Cutting, Reading
+from qwlora.data import Cutting, Reading, locate_documents
 from qwlora.data.records import FIELDS
 from qwlora.data.text_files import read_text
-from qwlora.recipe.section import Count, Section
+from qwlora.recipe.section import Count, Section, file, located
 
 
 class Data(Section):
@@ -20,95 +22,65 @@ class Data(Section):
     has its own, and the base is calibrated on all of them.
     """
 
-    source: str | None = Field(
-        None,
-        description="a .txt, .md, .json, .jsonl, .csv, .tsv, .parquet or .arrow file, a folder of "
-        "them, a folder from datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a hub id",
-    )
-    split: str | None = Field(
-        None,
-        description="which split to use. Default: train for datasets; for a folder, all files, or "
-        "those named after the split",
-    )
-    subset: str | None = Field(None, description="configuration of a hub dataset that has several")
-    text_column: str | None = Field(
-        None,
-        description="column with running text. Default: columns named text, prompt and completion, "
-        "messages, conversations (ShareGPT), or instruction and output (Alpaca) are recognized",
-    )
-    prompt_column: str | None = Field(
-        None, description="column with the prompt, which is not trained on"
-    )
-    completion_column: str | None = Field(
-        None, description="column with the completion, which is trained on"
-    )
-    messages_column: str | None = Field(
-        None,
-        description="column with conversations, lists of {role, content} or of ShareGPT's "
-        "{from, value}; only the assistant's messages are trained on",
-    )
-    instruction_column: str | None = Field(
-        None, description="column with the instruction of Alpaca's records; not trained on"
-    )
-    input_column: str | None = Field(
-        None,
-        description="column with what the instruction is about, which may be empty; not trained on",
-    )
-    output_column: str | None = Field(
-        None, description="column with the answer to the instruction, which is trained on"
-    )
-    empty_records: Literal["error", "skip"] = Field(
-        "error", description="what to do with an empty record"
-    )
-    chat_template: str | None = Field(
-        None, description="file with a Jinja chat template, used instead of the tokenizer's"
-    )
-    prompt_format: Literal["auto", "plain"] = Field(
-        "auto",
-        description="prompts and completions, instructions and outputs: auto: as a user's and an "
-        "assistant's message, if the tokenizer has a chat template; plain: as running text, the "
-        "completion after the prompt",
-    )
-    turns: Literal["together", "apart"] = Field(
-        "together",
-        description="together: a conversation is one document; apart: every assistant message ends "
-        "a document of its own",
-    )
-    packing: Literal["join", "documents", "none"] | None = Field(
-        None,
-        description="join: concatenate and cut anywhere; documents: pack whole documents into one "
-        "sequence, attention masked between them; none: one document per sequence, "
-        "padded. Default: join for running text, documents otherwise",
-    )
-    sequence_tokens: Annotated[int, Field(ge=8)] = Field(
-        512, description="tokens per sequence, in training and evaluation"
-    )
-    held_out: Annotated[float, Field(gt=0, lt=1)] = Field(
-        0.2, description="share of the documents kept from training for evaluation"
-    )
-    evaluation_sequences: Count = Field(
-        16, description="held-out sequences that perplexity is measured on, at most"
-    )
-    calibration_sequences: Count = Field(
-        8,
-        description="training sequences that activation ranges are measured on, at most. Weights "
-        "have base.calibration_sequences",
-    )
+    source: Annotated[str, AfterValidator(partial(located, check=locate_documents))] | None = None
+    """a .txt, .md, .json, .jsonl, .csv, .tsv, .parquet or .arrow file, a folder of them, a folder
+    from datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a hub id"""
+    split: str | None = None
+    """which split to use. Default: train for datasets; for a folder, all files, or those named
+    after the split"""
+    subset: str | None = None
+    """configuration of a hub dataset that has several"""
+    text_column: str | None = None
+    """column with running text. Default: columns named text, prompt and completion, messages,
+    conversations (ShareGPT), or instruction and output (Alpaca) are recognized"""
+    prompt_column: str | None = None
+    """column with the prompt, which is not trained on"""
+    completion_column: str | None = None
+    """column with the completion, which is trained on"""
+    messages_column: str | None = None
+    """column with conversations, lists of {role, content} or of ShareGPT's {from, value}; only the
+    assistant's messages are trained on"""
+    instruction_column: str | None = None
+    """column with the instruction of Alpaca's records; not trained on"""
+    input_column: str | None = None
+    """column with what the instruction is about, which may be empty; not trained on"""
+    output_column: str | None = None
+    """column with the answer to the instruction, which is trained on"""
+    empty_records: Literal["error", "skip"] = "error"
+    """what to do with an empty record"""
+    chat_template: Annotated[str, file("a file with a Jinja template", read_text)] | None = None
+    """file with a Jinja chat template, used instead of the tokenizer's"""
+    prompt_format: Literal["auto", "plain"] = "auto"
+    """prompts and completions, instructions and outputs: auto: as a user's and an assistant's
+    message, if the tokenizer has a chat template; plain: as running text, the completion after the
+    prompt"""
+    turns: Literal["together", "apart"] = "together"
+    """together: a conversation is one document; apart: every assistant message ends a document of
+    its own"""
+    packing: Literal["join", "documents", "none"] | None = None
+    """join: concatenate and cut anywhere; documents: pack whole documents into one sequence,
+    attention masked between them; none: one document per sequence, padded. Default: join for
+    running text, documents otherwise"""
+    sequence_tokens: Annotated[int, Field(ge=8)] = 512
+    """tokens per sequence, in training and evaluation"""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """share of the documents kept from training for evaluation"""
+    evaluation_sequences: Count = 16
+    """held-out sequences that perplexity is measured on, at most"""
+    calibration_sequences: Count = 8
+    """training sequences that activation ranges are measured on, at most. Weights have
+    base.calibration_sequences"""
 
-    @model_validator(mode="after")
-    def _one_kind_of_columns(self) -> Data:
-        kinds = {
-            "text_column": self.text_column,
-            "prompt_column": self.prompt_column or self.completion_column,
-            "messages_column": self.messages_column,
-            "instruction_column": self.instruction_column
-            or self.input_column
-            or self.output_column,
-        }
-        asked = [name for name, column in kinds.items() if column]
+    def problems(self) -> Iterator[str]:
+        columns = [
+            ("text_column",),
+            ("prompt_column", "completion_column"),
+            ("messages_column",),
+            ("instruction_column", "input_column", "output_column"),
+        ]
+        asked = [keys[0] for keys in columns if any(getattr(self, key) for key in keys)]
         if len(asked) > 1:
-            raise ValueError(f"{' and '.join(asked)} exclude each other; set only one kind")
-        return self
+            yield f"{' and '.join(asked)} exclude each other; set only one kind"
 
     def read_template(self) -> str | None:
         """The text of `chat_template`; None if it is not set.

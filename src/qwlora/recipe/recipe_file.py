@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import copy
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
-from qwlora.data.text_files import read_text
-from qwlora.errors import RecipeError, SourceError, suggestion
-from qwlora.formats.user_path import does_not_exist, source_path, user_path
+from qwlora.errors import RecipeError, suggestion
 from qwlora.recipe.whole_recipe import Recipe
 from qwlora.recipe.yaml_core import load_yaml
 
@@ -49,18 +46,17 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
     return parse_recipe(content, source, changes)
 
 
-def parse_recipe(given: Mapping[str, Any], source: str, changes: tuple[str, ...] = ()) -> Recipe:
+def parse_recipe(recipe: Mapping[str, Any], source: str, changes: tuple[str, ...] = ()) -> Recipe:
     """A recipe from its content; `source` is the file that messages name. See `load_recipe`."""
-    content = copy.deepcopy(dict(given))
+    content = copy.deepcopy(dict(recipe))
     problems = [p for change in changes if (p := _change(content, change))]
-    problems += _check_sources(content)
     try:
-        recipe = Recipe.model_validate(content)
+        checked = Recipe.model_validate(content)
     except ValidationError as error:
         raise RecipeError(source, [*problems, *_describe(error)]) from error
     if problems:
         raise RecipeError(source, problems)
-    return recipe
+    return checked
 
 
 def _change(content: dict[str, Any], change: str) -> str | None:
@@ -87,88 +83,28 @@ def _change(content: dict[str, Any], change: str) -> str | None:
 
 
 def _describe(error: ValidationError) -> Iterator[str]:
+    of_data = set[tuple[str, str]]()
     for item in error.errors():
-        where = ".".join(str(p) for p in item["loc"])
+        *sections, key = item["loc"] or ("",)
+        where = ".".join(map(str, (*sections, key)))
+        if sections == ["data"]:
+            of_data.add((str(key), item["msg"]))
+        elif sections[2:] == ["data"] and (str(key), item["msg"]) in of_data:
+            continue  # the adapter has this value from the data section
         if item["type"] == "extra_forbidden":
             section: Any = Recipe
-            for key in item["loc"][:-1]:
-                if isinstance(key, str):  # others number the items of a list
-                    section = section.model_fields[key].annotation
+            for part in sections:
+                if isinstance(part, str):  # others number the items of a list
+                    section = section.model_fields[part].annotation
                     section = next(iter(get_args(section)), section)
-            known = list(section.model_fields)
-            yield f"{where}: unknown key{suggestion(str(item['loc'][-1]), known)}"
+            yield f"{where}: unknown key{suggestion(str(key), list(section.model_fields))}"
         elif item["type"] == "missing":
             yield f"{where}: required, but not set"
+        elif item["type"] == "value_error":
+            reason = item["ctx"]["error"]
+            problems = reason.problems if isinstance(reason, RecipeError) else [reason]
+            yield from (f"{where}: {p}" if where else p for p in problems)
         else:
-            value, is_ours = item.get("input"), item["type"] == "value_error"
-            is_whole = isinstance(value, dict | list | BaseModel)
-            text = "" if is_ours or is_whole else f" (given: {value!r})"
-            yield f"{where or 'recipe'}: {item['msg'].removeprefix('Value error, ')}{text}"
-
-
-def _sources(
-    content: dict[str, Any],
-) -> Iterator[tuple[str, dict[str, Any], str, Callable[[str], Any]]]:
-    """Every place of a recipe that may name a file: where it is, the mapping and the key that hold
-    it, and a function that raises SourceError for a value that names nothing. Loads nothing."""
-    from qwlora.data import locate_documents
-    from qwlora.formats.model_source import locate
-
-    adapters = content.get("adapters")
-    adapters = [a for a in adapters if isinstance(a, dict)] if isinstance(adapters, list) else []
-    names = {name for a in adapters if isinstance(name := a.get("name"), str)}
-
-    def check_adapter(source: str) -> None:
-        is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source)
-        path = source_path(source)
-        if not is_hub_id and not path.exists():
-            raise SourceError(
-                f"adapter {source!r} {does_not_exist(source, path)}. Give the name of an adapter "
-                "in this recipe, a folder with adapter_config.json, package:NAME/PATH for a "
-                "folder inside an installed package, or a hub id"
-            )
-
-    def check_template(source: str) -> None:
-        read_text(_file(source, "a file with a Jinja template"))
-
-    of_adapter: dict[str, Callable[[str], Any]] = {"continue_from": check_adapter}
-    data: dict[str, Callable[[str], Any]]
-    data = {"source": locate_documents, "chat_template": check_template}
-    model = {
-        "source": locate,
-        "encodings": lambda source: _file(source, "the .encodings or .json file that AIMET wrote"),
-    }
-    sections: list[tuple[str, Any, dict[str, Callable[[str], Any]]]] = [
-        ("model", content.get("model"), model),
-        ("data", content.get("data"), data),
-        *((f"adapters.{i}.data", a.get("data"), data) for i, a in enumerate(adapters)),
-        *((f"adapters.{i}", a, of_adapter) for i, a in enumerate(adapters)),
-    ]
-    for where, part, checks in sections:
-        for key, check in checks.items() if isinstance(part, dict) else ():
-            is_name = key == "continue_from" and part.get(key) in names  # of this recipe
-            if isinstance(part.get(key), str) and not is_name:
-                yield f"{where}.{key}", part, key, check
-
-
-def _file(source: str, wanted: str) -> Path:
-    path = user_path(source)
-    if not path.is_file():
-        what = "is a folder" if path.is_dir() else does_not_exist(source, path)
-        raise SourceError(f"{source!r} {what}. Give {wanted}")
-    return path
-
-
-def _check_sources(content: dict[str, Any]) -> list[str]:
-    """Problems with sources that do not exist. Makes paths in `content` absolute, so that the
-    resolved recipe does not depend on the current directory."""
-    problems = []
-    for where, part, key, check in list(_sources(content)):
-        try:
-            check(part[key])
-            path = user_path(part[key])
-            if key in ("encodings", "chat_template") or path.exists():
-                part[key] = str(path.absolute())
-        except SourceError as error:
-            problems.append(f"{where}: {error}")
-    return problems
+            value = item["input"]
+            text = "" if isinstance(value, dict | list) else f" (given: {value!r})"
+            yield f"{where}: {item['msg']}{text}"

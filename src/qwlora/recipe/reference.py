@@ -1,16 +1,28 @@
-"""Generates docs/recipe.md, the recipe reference, from the JSON schema of the recipe.
+"""The keys of a recipe as text: what `qwlora init` writes, and docs/recipe.md.
 
-`make docs/recipe.md` writes it.
+starter_recipe()      starter.yaml: the settings most people change
+full_recipe()         every key with its description; those with a default are commented out
+recipe_reference()    docs/recipe.md, which `make docs/recipe.md` writes
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from importlib.resources import files
 from typing import Any
 
-from qwlora.recipe import PRESETS, Recipe
+from pydantic import BaseModel
+
+from qwlora.recipe import PRESETS, Adapter, Recipe
 from qwlora.recipe.yaml_core import flow
 
-_HEAD = """\
+_FULL = """\
+# A QWLoRA recipe with every option. Run it with: qwlora run THIS_FILE --out out
+# Commented lines show defaults; uncomment a line to change it.
+"""
+_PLACEHOLDERS = {"model.source": "path/to/model", "data.source": "path/to/text"}
+_ADAPTER = PRESETS[Recipe.model_fields["preset"].default]["adapter"]
+_PAGE = """\
 # Recipe reference
 
 Every key of a recipe, with its type, default and meaning. `qwlora init` writes a short recipe to
@@ -29,80 +41,81 @@ _BELOW_PRESETS = """
 Keys set in the recipe override the preset. `init: qera` is not applied to adapters with
 `dora` or `continue_from`, nor with `base.solver: keep`.
 """
-_TYPES = {"string": "text", "integer": "integer", "number": "number"}
+
+
+def starter_recipe() -> str:
+    """A short recipe: two sources to fill in, and the settings that most people change."""
+    return files("qwlora.recipe").joinpath("starter.yaml").read_text(encoding="utf-8")
+
+
+def full_recipe() -> str:
+    """Every key with its description: required keys with placeholders, the rest commented out."""
+    return _FULL + "\n".join(_keys(Recipe, "", is_set=True)) + "\n"
+
+
+def _keys(section: type[BaseModel], path: str, is_set: bool) -> Iterator[str]:
+    """The lines of a section; commented out unless `is_set` and without a default."""
+    for name, field in section.model_fields.items():
+        key, inner = f"{path}{name}", field.annotation
+        comment = f"  # {' '.join(field.description.split())}" if field.description else ""
+        if not path:
+            yield ""
+        if key == "adapters":
+            first, *rest = _keys(Adapter, "adapters.", is_set=True)
+            yield from (f"adapters:{comment}", f"  - {first}", *(f"    {line}" for line in rest))
+        elif isinstance(inner, type) and issubclass(inner, BaseModel):
+            shown = is_set and key in ("model", "data")
+            yield f"{'' if shown else '# '}{name}:{comment}"
+            for line in _keys(inner, f"{key}.", is_set=shown):
+                yield f"  {line}" if shown else f"#   {line.removeprefix('# ')}"
+        elif is_set and (key in _PLACEHOLDERS or key == "adapters.name"):
+            yield f"{name}: {_PLACEHOLDERS.get(key, 'first')}{comment}"
+        else:
+            preset = _ADAPTER if path == "adapters." else {}
+            default = flow(preset.get(name, field.default))
+            yield f"{'# ' if is_set else ''}{name}: {default}{comment}"
 
 
 def recipe_reference() -> str:
-    """The page as Markdown."""
+    """The page as Markdown: the presets, and a table for each section of the JSON schema."""
     schema = Recipe.model_json_schema()
-    presets = "".join(
-        f"| `{name}` | {', '.join(f'`{line}`' for line in _flat(preset))} |\n"
-        for name, preset in PRESETS.items()
-    )
-    lines = [_HEAD + presets + _BELOW_PRESETS, *_section("Top level", "", schema, schema["$defs"])]
-    return "\n".join(lines).rstrip() + "\n"
+    page = _PAGE + "".join(f"| `{name}` | `{flow(sets)}` |\n" for name, sets in PRESETS.items())
+    page += _BELOW_PRESETS
+    for name, section in {"Recipe": schema, **schema["$defs"]}.items():
+        page += f"\n## {name}\n\n{section['description']}\n\n"
+        page += "| key | type | default | meaning |\n|---|---|---|---|\n"
+        for key, field in section["properties"].items():
+            kind, default = _type(field), field.get("default")
+            shown = "required" if key in section.get("required", ()) else ""
+            if key == "init":
+                shown = "by preset"
+            elif default is not None and "$ref" not in field:
+                shown = f"`{flow(default)}`"
+            meaning = " ".join(field.get("description", "").split()).replace("|", "\\|")
+            page += f"| `{key}` | {kind} | {shown} | {meaning} |\n"
+    return page
 
 
-def _flat(preset: dict[str, Any], path: str = "") -> list[str]:
-    lines = []
-    for key, value in preset.items():
-        where = f"{path}{'adapters[]' if key == 'adapter' else key}"
-        lines += _flat(value, f"{where}.") if isinstance(value, dict) else [f"{where}: {value}"]
-    return lines
-
-
-def _section(title: str, path: str, section: dict[str, Any], every: dict[str, Any]) -> list[str]:
-    """A table of a section's keys, followed by the tables of its subsections."""
-    about = [section["description"], ""] if path else []
-    rows, inner = ["| key | type | default | meaning |", "|---|---|---|---|"], list[str]()
-    for name, field in section["properties"].items():
-        where, kind = f"{path}{name}", _inner(field)
-        if path and kind == "Data":  # has its own table
-            kind = None
-        many = field.get("type") == "array"
-        if kind is not None:
-            title_of = f"{where}[]" if many else where
-            inner += _section(title_of, f"{title_of}.", every[kind], every)
-            anchor = "".join(c for c in title_of if c.isalnum() or c == "_")
-            shown = f"list of [{title_of}](#{anchor})" if many else "section"
-        else:
-            shown = _type(field, every)
-        default = field.get("default")
-        value = "required" if name in section.get("required", ()) else ""
-        if where == "adapters[].init":
-            value = "by preset"
-        elif default is not None and not (kind and not many):
-            value = f"`{flow(default)}`"
-        meaning = field.get("description", "").replace("|", "\\|")
-        rows.append(f"| `{name}` | {shown} | {value} | {meaning} |")
-    return [f"## {title}\n", *about, *rows, "", *inner]
-
-
-def _inner(field: dict[str, Any]) -> str | None:
-    """The name of the section that a field holds, in a list or instead of null; None if none."""
-    kinds = [k for k in field.get("anyOf", [field]) if k.get("type") != "null"]
-    kind = kinds[0].get("items", kinds[0]) if len(kinds) == 1 else {}
-    reference = kind.get("$ref")
-    return None if reference is None else str(reference.rpartition("/")[2])
-
-
-def _type(field: dict[str, Any], every: dict[str, Any]) -> str:
-    if kinds := field.get("anyOf"):
-        return " or ".join(_type(kind, every) for kind in kinds if kind.get("type") != "null")
-    if reference := field.get("$ref"):
-        name = reference.rpartition("/")[2]
-        return f"keys of [{name.lower()}](#{name.lower()})"
-    if values := field.get("enum", [field["const"]] if "const" in field else None):
-        return " \\| ".join(f"`{value}`" for value in values)
-    match field.get("type"):
-        case "array":
-            return f"list of {_type(field['items'], every)}"
-        case "object":
-            return f"text to {_type(field['additionalProperties'], every)}"
-        case "boolean":
+def _type(field: dict[str, Any]) -> str:
+    match field:
+        case {"anyOf": kinds}:
+            return " or ".join(_type(kind) for kind in kinds if kind != {"type": "null"})
+        case {"$ref": str(reference)}:
+            name = reference.rpartition("/")[2]
+            return f"[{name}](#{name.lower()})"
+        case {"enum": values}:
+            return " \\| ".join(f"`{value}`" for value in values)
+        case {"const": value}:
+            return f"`{value}`"
+        case {"items": kind}:
+            return f"list of {_type(kind)}"
+        case {"additionalProperties": dict(kind)}:
+            return f"text to {_type(kind)}"
+        case {"type": "boolean"}:
             return "`true` \\| `false`"
-        case kind:
-            return _TYPES[str(kind)]
+        case {"type": kind}:
+            return "text" if kind == "string" else str(kind)
+    raise AssertionError(f"no name for the type {field}")
 
 
 if __name__ == "__main__":

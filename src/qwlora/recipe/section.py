@@ -2,15 +2,57 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+
+from qwlora.errors import RecipeError, SourceError
+from qwlora.formats.user_path import does_not_exist, user_path
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
 Count = Annotated[int, Field(ge=1)]
+NotNegative = Annotated[int, Field(ge=0)]
 
 
 class Section(BaseModel):
-    """Base class of recipe sections. Immutable; rejects unknown keys, `.nan` and `.inf`."""
+    """Base class of recipe sections. Immutable; rejects unknown keys, `.nan` and `.inf`.
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    The docstring of a field is its description in `qwlora init --full` and docs/recipe.md.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    def problems(self) -> Iterator[str]:
+        """Why valid keys of this section cannot work together, and what to change."""
+        yield from ()
+
+    @model_validator(mode="after")
+    def _works_together(self) -> Self:
+        if problems := list(self.problems()):
+            raise RecipeError("", problems)
+        return self
+
+
+def located(text: str, check: Callable[[str], object]) -> str:
+    """A path, hub id or module that `check` accepts, which raises SourceError. Paths are made
+    absolute, so that the resolved recipe does not depend on the current directory."""
+    check(text)
+    path = user_path(text)
+    return str(path.absolute()) if path.exists() else text
+
+
+def file(wanted: str, read: Callable[[Path], object] = Path.exists) -> AfterValidator:
+    """Validates the path of a file that `read` can read; `wanted` says which to give."""
+
+    def check(text: str) -> None:
+        path = user_path(text)
+        if not path.is_file():
+            problem = "is a folder" if path.is_dir() else does_not_exist(text, path)
+            raise SourceError(f"{text!r} {problem}. Give {wanted}")
+        read(path)
+
+    return AfterValidator(lambda text: located(text, check))

@@ -5,40 +5,27 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from random_files import FILES
 
-import qwlora.cli.main
+from cli.command_line import qwlora
 from qwlora.formats.aimet_encodings import convert, read_encodings
 
 NEW, OLD, LEGACY = (
     str(FILES / f"aimet-{version}.encodings") for version in ("2.0.0", "1.0.0", "0.6.1")
 )
 MODEL = str(FILES / "model.onnx")
-Run = Callable[..., tuple[int, str, str]]
 
 
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Run the command line; returns exit code, stdout, stderr."""
-
-    def call(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["qwlora", "encodings", *arguments])
-        code = 0
-        try:
-            qwlora.cli.main.main()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return call
+def run(*arguments: str) -> tuple[int, str, str]:
+    """Exit code, stdout and stderr of `qwlora encodings ...`."""
+    done = qwlora("encodings", *arguments)
+    return done.returncode, done.stdout, done.stderr
 
 
-def test_show_lists_every_encoding(run: Run) -> None:
+def test_show_lists_every_encoding() -> None:
     code, out, _ = run("show", NEW)
     lines = out.splitlines()
     assert code == 0
@@ -55,7 +42,7 @@ def test_show_lists_every_encoding(run: Run) -> None:
     )
 
 
-def test_show_json_has_the_same_fields_in_all_versions(run: Run) -> None:
+def test_show_json_has_the_same_fields_in_all_versions() -> None:
     code, out, _ = run("show", OLD, "--json")
     record = json.loads(out)
     assert code == 0
@@ -79,7 +66,7 @@ def test_show_json_has_the_same_fields_in_all_versions(run: Run) -> None:
     }
 
 
-def test_validate_exits_1_only_on_errors(run: Run) -> None:
+def test_validate_exits_1_only_on_errors() -> None:
     code, out, _ = run("validate", OLD)
     assert (code, out) == (0, f"{OLD}: valid, no findings\n")
     pytest.importorskip("onnx")
@@ -92,7 +79,7 @@ def test_validate_exits_1_only_on_errors(run: Run) -> None:
     assert out.endswith("2 errors, 3 warnings\n")
 
 
-def test_convert_prints_or_writes(run: Run, tmp_path: Path) -> None:
+def test_convert_prints_or_writes(tmp_path: Path) -> None:
     code, out, _ = run("convert", NEW, "--to", "2.1.0")
     assert code == 0
     (tmp_path / "printed").write_text(out)
@@ -102,7 +89,7 @@ def test_convert_prints_or_writes(run: Run, tmp_path: Path) -> None:
     assert read_encodings(tmp_path / "written") == read_encodings(tmp_path / "printed")
 
 
-def test_convert_refuses_a_loss_until_it_is_accepted(run: Run, tmp_path: Path) -> None:
+def test_convert_refuses_a_loss_until_it_is_accepted(tmp_path: Path) -> None:
     target = tmp_path / "out.encodings"
     code, out, err = run("convert", OLD, "--to", "0.6.1", "--out", str(target))
     assert (code, out) == (2, "")
@@ -117,7 +104,7 @@ def test_convert_refuses_a_loss_until_it_is_accepted(run: Run, tmp_path: Path) -
     assert len(read_encodings(target).encodings) == 12
 
 
-def test_convert_takes_lacking_fields_from_model_and_options(run: Run, tmp_path: Path) -> None:
+def test_convert_takes_lacking_fields_from_model_and_options(tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     target = str(tmp_path / "out.encodings")
     code, _, err = run("convert", NEW, "--to", "1.0.0", "--lossy", "--onnx", MODEL)
@@ -129,7 +116,7 @@ def test_convert_takes_lacking_fields_from_model_and_options(run: Run, tmp_path:
     assert converted == expected
 
 
-def test_diff_exits_1_when_files_differ(run: Run) -> None:
+def test_diff_exits_1_when_files_differ() -> None:
     assert run("diff", OLD, OLD)[:2] == (0, "no differences\n")
     code, out, _ = run("diff", OLD, NEW)
     assert code == 1
@@ -152,7 +139,7 @@ def test_diff_exits_1_when_files_differ(run: Run) -> None:
         (["convert", OLD], "--to"),
     ],
 )
-def test_bad_input_exits_2(run: Run, arguments: list[str], message: str) -> None:
+def test_bad_input_exits_2(arguments: list[str], message: str) -> None:
     if "--onnx" in arguments:
         pytest.importorskip("onnx")
     code, out, err = run(*arguments)

@@ -28,8 +28,6 @@ from qwlora.formats.aimet_encodings import (
 )
 from qwlora.formats.aimet_encodings.encodings_file import parse, to_document
 
-PAIRS = [(a, b) for a in VERSIONS for b in VERSIONS]
-
 
 def through_json(file: EncodingsFile) -> EncodingsFile:
     again, findings = parse(to_document(file))
@@ -53,52 +51,25 @@ def is_held(e: Entry, source: str, target: str) -> bool:
     return not from_split or e.symmetric == bool((e.offset == -(2 ** (e.bitwidth - 1))).all())
 
 
-@pytest.mark.parametrize(("source", "target"), PAIRS)
-@given(st.data())
-def test_an_encoding_comes_back_exactly_or_its_loss_is_listed(
-    source: str, target: str, data: st.DataObject
-) -> None:
-    encoding, tensor = data.draw(encodings(source))
-    graph = {"w": tensor}
-    parameters = frozenset({"w"} if tensor.parameter else ()) if source < "2" else None
-    file = EncodingsFile(source, (encoding,), parameters)
-    known = {"graph": graph, "decompressed_bitwidth": DECOMPRESSED_BITWIDTH}
-    if is_held(encoding, source, target):
-        there = through_json(convert(file, target, **known))
-        assert there.version == target
-        back = through_json(convert(there, source, **known))
-        if getattr(encoding, "axis", None) == -2:
-            file = file.replace(encodings=(encoding.replace(axis=0),))
-        assert back == file
-    else:
-        with pytest.raises(ConversionError) as caught:
-            convert(file, target, **known)
-        assert caught.value.lost
-        assert not caught.value.lacking
-        assert all(line.startswith("w: ") for line in caught.value.lost)
-        kept = through_json(convert(file, target, lossy=True, **known))
-        assert len(kept.encodings) == (
-            0 if any("whole encoding" in line for line in caught.value.lost) else 1
-        )
-
-
-@pytest.mark.parametrize(("source", "target"), PAIRS)
+@pytest.mark.parametrize(("source", "target"), [(a, b) for a in VERSIONS for b in VERSIONS])
 @given(st.data())
 def test_a_file_comes_back_exactly_or_its_loss_is_listed(
     source: str, target: str, data: st.DataObject
 ) -> None:
     file, graph = data.draw(files(source))
     known = {"graph": graph, "decompressed_bitwidth": DECOMPRESSED_BITWIDTH}
-    if not all(is_held(e, source, target) for e in file.encodings):
+    lost = {e.name for e in file.encodings if not is_held(e, source, target)}
+    if lost:
         with pytest.raises(ConversionError) as caught:
             convert(file, target, **known)
         assert caught.value.lost
         assert not caught.value.lacking
         kept = through_json(convert(file, target, lossy=True, **known))
         assert convert(kept, target, **known) == kept
-        assert all(kept.by_name[e.name] for e in file.encodings if is_held(e, source, target))
+        assert {e.name for e in file.encodings} - lost <= kept.by_name.keys()
     else:
         there = through_json(convert(file, target, **known))
+        assert there.version == target
         positive = tuple(
             e.replace(axis=0) if getattr(e, "axis", None) == -2 else e for e in file.encodings
         )
@@ -106,14 +77,6 @@ def test_a_file_comes_back_exactly_or_its_loss_is_listed(
         if source < "2" <= target:  # they say how the file came about, and change no grid
             file = file.replace(excluded_layers=None, quantizer_args=None)
         assert back == file.replace(encodings=positive)
-
-
-@pytest.mark.parametrize("version", VERSIONS)
-@given(st.data())
-def test_a_file_converts_to_its_own_version_unchanged(version: str, data: st.DataObject) -> None:
-    file, _ = data.draw(files(version))
-    assert convert(file, version) == file
-    assert through_json(file) == file
 
 
 @given(st.data())
@@ -247,16 +210,6 @@ def test_what_is_lacking_is_never_invented(
         convert(one(source, encoding), target, lossy, graph=tensors)
 
 
-def test_blocks_take_their_shape_from_the_graph() -> None:
-    converted = convert(one("1.0.0", BLOCK), "2.0.0", graph=CONV).encodings[0]
-    assert isinstance(converted, IntegerEncoding)
-    assert (converted.scale.tolist(), converted.axis, converted.signed) == (
-        [[0.1, 0.2], [0.3, 0.4]],
-        1,
-        True,
-    )
-
-
 @pytest.mark.parametrize(("count", "lines"), [(3, 3), (4, 1)])
 def test_equal_problems_of_many_encodings_share_a_line(count: int, lines: int) -> None:
     some = tuple(IntegerEncoding(f"w{i}", 8, 0.1, -128, False) for i in range(count))
@@ -275,9 +228,11 @@ def test_a_channel_scale_of_two_axes_is_lost_to_2_1_0() -> None:
     assert list(caught.value.lost) == ["w: the whole encoding, LPBQ of 4 bits"]
 
 
-def test_an_unknown_version_is_refused() -> None:
-    with pytest.raises(ConversionError, match=r"version '3' is not one of 0\.6\.1"):
+def test_an_unknown_version_or_order_is_refused() -> None:
+    with pytest.raises(ConversionError, match=r"'3' is not one of 0\.6\.1"):
         convert(one("1.0.0", CHANNEL), "3")
+    with pytest.raises(ConversionError, match="'rows' is not one of channel, tensor"):
+        convert(one("1.0.0", BLOCK), "2.0.0", block_order="rows")  # type: ignore[arg-type]
 
 
 def test_aimets_2_0_0_and_2_1_0_are_the_same_file() -> None:
@@ -364,8 +319,3 @@ def test_blocks_of_unknown_order_are_not_flattened() -> None:
         convert(one("2.0.0", nested), "1.0.0", graph={"w": MATMUL})
     assert caught.value.lost
     assert "--block-order" in str(caught.value)
-
-
-def test_an_unknown_order_is_refused() -> None:
-    with pytest.raises(ConversionError, match="block order 'rows' is not one of channel, tensor"):
-        convert(one("1.0.0", BLOCK), "2.0.0", block_order="rows")  # type: ignore[arg-type]

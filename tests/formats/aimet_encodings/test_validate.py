@@ -258,12 +258,9 @@ def test_scales_that_fit_the_model_are_not_errors(
     tmp_path: Path, version: str, encoding: Entry
 ) -> None:
     assert errors_of(tmp_path, version, encoding) == []
-
-
-def test_a_parameter_listed_as_activation_is_an_error(tmp_path: Path) -> None:
-    assert errors_of(tmp_path, "1.0.0", integers("gemm", 1.0), parameter=False) == [
-        "gemm, section: says an activation, but it is a parameter of the graph"
-    ]
+    if version < "2":
+        (error,) = errors_of(tmp_path, version, encoding, parameter=False)
+        assert "section: says an activation, but it is a parameter of the graph" in error
 
 
 def test_an_offset_outside_its_codes_is_an_error_and_an_odd_one_a_warning() -> None:
@@ -306,13 +303,6 @@ def test_problems_inside_the_json_are_findings(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(EncodingsFileError, match="is not JSON"):
         validate(path)
-
-
-def test_a_value_is_validated_before_it_is_written() -> None:
-    file = EncodingsFile(
-        "1.0.0", (IntegerEncoding("w", 8, 1.0, 0, False, signed=True),), frozenset()
-    )
-    assert [f.message for f in validate(file)] == ["1.0.0 cannot hold, or needs: w: signed True"]
 
 
 def test_a_file_that_is_not_onnx_says_so(tmp_path: Path) -> None:

@@ -98,8 +98,7 @@ def encoding_differences(
 
 def _array_difference(a: Any, b: Any, tolerance: float, strict: bool) -> tuple[Any, ...] | None:
     """The first values that differ as texts, and the largest relative difference of scales."""
-    same_order = not strict and a.size == b.size and 1 in (a.ndim, b.ndim)
-    if a.shape != b.shape and not same_order:
+    if a.shape != b.shape and (strict or a.size != b.size or 1 not in (a.ndim, b.ndim)):
         return f"shape {list(a.shape)}", f"shape {list(b.shape)}"
     left, right = a.reshape(-1), b.reshape(-1)
     relative, unequal = None, left != right
@@ -110,5 +109,4 @@ def _array_difference(a: Any, b: Any, tolerance: float, strict: bool) -> tuple[A
         return None
     i, more = int(unequal.argmax()), int(unequal.sum()) - 1
     where = f" at {i}" if left.size > 1 else ""
-    where += f", and {more} more" if more else ""
-    return f"{left[i]}{where}", str(right[i]), relative
+    return f"{left[i]}{where}{f', and {more} more' if more else ''}", str(right[i]), relative

@@ -30,7 +30,6 @@ bitwidth) is *lacking*: it comes from the model's graph or from the caller.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,8 +52,6 @@ from qwlora.formats.aimet_encodings.model import (
 from qwlora.formats.aimet_encodings.onnx_tensors import Graph, OnnxTensor
 from qwlora.formats.aimet_encodings.version_2 import channel_axis_of, channel_shape
 
-_UNKNOWN = OnnxTensor(parameter=False)
-
 
 @dataclass(frozen=True)
 class _Target:
@@ -66,7 +63,7 @@ class _Target:
     block_order: BlockOrder | None  # of flat block scales
 
     def tensor(self, entry: Entry) -> OnnxTensor:
-        return self.graph.get(entry.name, _UNKNOWN)
+        return self.graph.get(entry.name, OnnxTensor(parameter=False))
 
 
 class _Lacking(Exception):  # noqa: N818 (never leaves this module)
@@ -98,23 +95,17 @@ def convert(
         ConversionError: the version or the order is unknown; something would be lost and `lossy` is
             False; or something is lacking.
     """
-    producer: Any = file.producer or {}
-    if block_order is None and producer.get("package") == "qwlora":
-        block_order = producer.get("block_order", "tensor")
-    known: tuple[tuple[str, str | None, Sequence[str | None]], ...] = (
-        ("encodings version", version, VERSIONS),
-        ("block order", block_order, (*BLOCK_ORDERS, None)),
-    )
-    for what, value, choices in known:
+    if block_order is None and (file.producer or {}).get("package") == "qwlora":
+        block_order = (file.producer or {}).get("block_order", "tensor")  # type: ignore[assignment]
+    for value, choices in ((version, VERSIONS), (block_order or "tensor", BLOCK_ORDERS)):
         if value not in choices:
-            shown = ", ".join(choice for choice in choices if choice)
-            problem = f"{what} {printable(str(value))!r} is not one of {shown}"
+            problem = f"{printable(str(value))!r} is not one of {', '.join(choices)}"
             raise ConversionError(problem, (), ())
     target = _Target(version, graph or {}, decompressed_bitwidth, block_order)
     source = replace(target, version=file.version)
     lost: list[tuple[str, str]] = []
     lacking: list[tuple[str, str]] = []
-    kept: list[Entry] = []
+    kept: dict[str, Entry] = {}
     for entry in file.encodings:
         shape, axis = target.tensor(entry).shape, entry.axis
         if axis is not None and axis < 0 and shape is not None and -axis <= len(shape):
@@ -127,32 +118,30 @@ def convert(
         if projected is None:
             lost.append((entry.name, f"the whole encoding, {_description(entry)}"))
         else:
-            kept.append(projected)
+            kept[entry.name] = projected
             lost += [(entry.name, field) for field in _lost_fields(entry, projected, source)]
-    names = {entry.name for entry in kept}
-    in_graph = {name for name in names if name in target.graph}
-    parameters_in_graph = {name for name in in_graph if target.graph[name].parameter}
-    if has_axes(version):
-        if file.parameters is not None:
-            lost += [
-                (name, "whether it is a parameter or an activation")
-                for name in sorted(names)
-                if name not in in_graph
-                or (name in file.parameters) != (name in parameters_in_graph)
-            ]
-    elif file.parameters is None:
+    stored = {name for name in kept if name in target.graph and target.graph[name].parameter}
+    unknown = "whether it is a parameter"
+    if has_axes(version) and file.parameters is not None:
+        lost += [
+            (name, f"{unknown} or an activation")
+            for name in sorted(kept)
+            if name not in target.graph or (name in file.parameters) != (name in stored)
+        ]
+    elif not has_axes(version) and file.parameters is None:
         lacking += [
-            (name, "whether it is a parameter; give the model's graph (--onnx)")
-            for name in sorted(names - in_graph)
+            (name, f"{unknown}; give the model's graph (--onnx)")
+            for name in sorted(kept.keys() - target.graph.keys())
         ]
     if lacking or (lost and not lossy):
         raise ConversionError(
             f"encodings {file.version} -> {version}", shared_lines(lost), shared_lines(lacking)
         )
+    encodings = tuple(kept.values())
     if has_axes(version):
-        return EncodingsFile(version, tuple(kept), producer=file.producer)
-    parameters = parameters_in_graph if file.parameters is None else file.parameters & names
-    return file.replace(version=version, encodings=tuple(kept), parameters=frozenset(parameters))
+        return EncodingsFile(version, encodings, producer=file.producer)
+    parameters = frozenset(stored if file.parameters is None else file.parameters & kept.keys())
+    return file.replace(version=version, encodings=encodings, parameters=parameters)
 
 
 def _lost_fields(entry: Entry, projected: Entry, source: _Target) -> list[str]:
@@ -168,80 +157,76 @@ def _lost_fields(entry: Entry, projected: Entry, source: _Target) -> list[str]:
 
 
 def _description(entry: Entry) -> str:
-    match entry:
-        case IntegerEncoding():
-            return f"integers of {entry.bitwidth} bits"
-        case LpbqEncoding():
-            return f"LPBQ of {entry.bitwidth} bits"
-        case FloatEncoding():
-            name = f" ({entry.format})" if entry.format else ""
-            return f"floats of {entry.bitwidth} bits{name}"
+    kind = {IntegerEncoding: "integers", LpbqEncoding: "LPBQ", FloatEncoding: "floats"}[type(entry)]
+    name = f" ({entry.format})" if isinstance(entry, FloatEncoding) and entry.format else ""
+    return f"{kind} of {entry.bitwidth} bits{name}"
 
 
 def _project(entry: Entry, target: _Target) -> Entry | None:
-    """What the target can express of an encoding, None if nothing.
-
-    Raises:
-        _Lacking: the target needs something that is not known.
-    """
-    match entry:
-        case IntegerEncoding():
-            return (_nested_integers if has_axes(target.version) else _flat_integers)(entry, target)
-        case LpbqEncoding():
-            return (_nested_lpbq if has_axes(target.version) else _flat_lpbq)(entry, target)
-        case FloatEncoding():
-            return entry if has_axes(target.version) == (entry.format is not None) else None
+    """What the target can express of an encoding, None if nothing. Raises `_Lacking`."""
+    if isinstance(entry, FloatEncoding):
+        return entry if has_axes(target.version) == (entry.format is not None) else None
+    return (_nested if has_axes(target.version) else _flat)(entry, target)
 
 
-def _flat_integers(entry: IntegerEncoding, target: _Target) -> IntegerEncoding:
-    legacy = target.version == "0.6.1"
-    one = entry.granularity == "tensor" or (legacy and entry.scale.size == 1)
-    shape = () if one else (-1,)
-    scale, offset = (_in_order(values, entry, target) for values in (entry.scale, entry.offset))
-    return IntegerEncoding(
-        entry.name,
-        entry.bitwidth,
-        scale.reshape(shape),
-        offset.reshape(shape),
-        entry.symmetric,
-        block_size=None if legacy else entry.block_size,
-        zero_point_shift=entry.zero_point_shift,
-    )
-
-
-def _nested_integers(entry: IntegerEncoding, target: _Target) -> IntegerEncoding:
-    centered = bool((entry.offset == entry.center).all())
-    signed = entry.symmetric if entry.signed is None else entry.signed
-    entry = entry.replace(symmetric=centered, signed=signed)
-    if entry.axis is not None or entry.granularity == "tensor":
-        return entry
-    if entry.block_size is None:
-        return entry.replace(axis=_channel_axis(target.tensor(entry), entry.scale.size))
-    axis, scale, offset = _nested(entry, entry.block_size, target, entry.scale, entry.offset)
-    return entry.replace(axis=axis, scale=scale, offset=offset)
-
-
-def _flat_lpbq(entry: LpbqEncoding, target: _Target) -> LpbqEncoding | None:
-    if target.version == "0.6.1":
+def _flat(entry: IntegerEncoding | LpbqEncoding, target: _Target) -> Entry | None:
+    """Without axes: one list of scales, blocks in the target's order."""
+    is_legacy = target.version == "0.6.1"
+    if isinstance(entry, IntegerEncoding):
+        one = entry.granularity == "tensor" or (is_legacy and entry.scale.size == 1)
+        scale, offset = (
+            _in_order(values, entry, target.tensor(entry).channel_axis, target)
+            for values in (entry.scale, entry.offset)
+        )
+        return entry.replace(
+            scale=scale.reshape(() if one else -1),
+            offset=offset.reshape(() if one else -1),
+            signed=None,
+            axis=None,
+            block_size=None if is_legacy else entry.block_size,
+        )
+    if is_legacy:
         return None
     decompressed = entry.decompressed_bitwidth or target.decompressed_bitwidth
     if not decompressed:
         raise _Lacking("its decompressed bitwidth (--decompressed-bitwidth)")
-    return LpbqEncoding(
-        entry.name,
-        entry.bitwidth,
-        entry.block_size,
-        _in_order(entry.block_scale, entry, target).reshape(-1),
-        entry.channel_scale.reshape(-1),
-        decompressed,
+    return entry.replace(
+        block_scale=_in_order(entry.block_scale, entry, entry.channel_axis, target).reshape(-1),
+        channel_scale=entry.channel_scale.reshape(-1),
+        decompressed_bitwidth=decompressed,
+        axis=None,
+        channel_axis=None,
     )
 
 
-def _nested_lpbq(entry: LpbqEncoding, target: _Target) -> LpbqEncoding | None:
+def _in_order(
+    nested: npt.NDArray[Any],
+    entry: IntegerEncoding | LpbqEncoding,
+    channel: int | None,
+    target: _Target,
+) -> npt.NDArray[Any]:
+    """Nested block scales, turned so that reading them in order gives the target's list."""
+    block, has_blocks = entry.axis, entry.block_size is not None
+    if not has_blocks or block is None or channel is None or channel < block:
+        return nested
+    return nested.swapaxes(block, channel) if target.block_order == "channel" else nested
+
+
+def _nested(entry: IntegerEncoding | LpbqEncoding, target: _Target) -> Entry | None:
+    """With axes, and scales in the shape of the tensor's channels or blocks."""
+    if isinstance(entry, IntegerEncoding):
+        signed = entry.symmetric if entry.signed is None else entry.signed
+        entry = entry.replace(symmetric=entry.is_centered, signed=signed)
+        if entry.axis is not None or entry.granularity == "tensor":
+            return entry
+        if entry.block_size is None:
+            return entry.replace(axis=_channel_axis(target.tensor(entry), entry.scale.size))
+        axis, scale, offset = _blocks(entry, target, entry.scale, entry.offset)
+        return entry.replace(axis=axis, scale=scale, offset=offset)
     entry = entry.replace(decompressed_bitwidth=None)
     if entry.axis is None:
         channels = entry.channel_scale
-        axis, blocks = _nested(entry, entry.block_size, target, entry.block_scale)
+        axis, blocks = _blocks(entry, target, entry.block_scale)
         channel = _channel_axis(target.tensor(entry), channels.size)
         entry = entry.replace(
             axis=axis,
@@ -263,45 +248,24 @@ def _nested_lpbq(entry: LpbqEncoding, target: _Target) -> LpbqEncoding | None:
     return entry
 
 
-def _in_order(
-    nested: npt.NDArray[Any], entry: IntegerEncoding | LpbqEncoding, target: _Target
-) -> npt.NDArray[Any]:
-    """Nested block scales, turned so that reading them in order gives the target's list."""
-    channel = target.tensor(entry).channel_axis
-    if isinstance(entry, LpbqEncoding):
-        channel = entry.channel_axis
-    if entry.axis is None or entry.block_size is None or channel is None:
-        return nested
-    by_channel = target.block_order == "channel" and entry.axis < channel
-    return nested.swapaxes(entry.axis, channel) if by_channel else nested
-
-
 def _channel_axis(tensor: OnnxTensor, channels: int) -> int:
-    """The axis of `channels` scales.
-
-    Raises:
-        _Lacking: the graph does not say, or contradicts.
-    """
+    """The axis of `channels` scales. Raises `_Lacking`."""
     if tensor.shape is None or tensor.channel_axis is None:
         raise _Lacking(
             "its channel axis; give the model's graph (--onnx), in which the op that reads the "
             "tensor implies one"
         )
-    if tensor.shape[tensor.channel_axis] != channels:
+    if (size := tensor.shape[tensor.channel_axis]) != channels:
         raise _Lacking(
             f"its channel axis: there are {channels} scales, but axis {tensor.channel_axis} has "
-            f"{tensor.shape[tensor.channel_axis]} in the graph"
+            f"{size} in the graph"
         )
     return tensor.channel_axis
 
 
-def _nested(entry: Entry, block_size: int, target: _Target, *flat: npt.NDArray[Any]) -> Any:
-    """The block axis, and flat lists with one value per block in the shape of the blocks.
-
-    Raises:
-        _Lacking: the graph does not say the axes, or contradicts.
-    """
-    tensor, count = target.tensor(entry), flat[0].size
+def _blocks(entry: Entry, target: _Target, *flat: npt.NDArray[Any]) -> Any:
+    """The block axis, and flat lists in the shape of the blocks. Raises `_Lacking`."""
+    tensor, count, block_size = target.tensor(entry), flat[0].size, entry.block_size or 1
     block, channel, sizes = tensor.block_axis, tensor.channel_axis, tensor.shape
     if sizes is None or block is None or channel is None:
         raise _Lacking(
@@ -315,13 +279,13 @@ def _nested(entry: Entry, block_size: int, target: _Target, *flat: npt.NDArray[A
             f"the shape of its scales: blocks of {block_size} on a tensor of {list(sizes)} "
             f"are not {count}"
         )
-    if block < channel and target.block_order is None:
+    if channel < block or target.block_order == "tensor":
+        return block, *(values.reshape(shape) for values in flat)
+    if target.block_order is None:
         raise _Lacking(
             "the order of its block scales: 1.0.0 lists them as the tensor is stored in some files "
             "and by channel in others, and the two differ here; give --block-order tensor (files "
             "of AIMET's sim.onnx.export) or --block-order channel (files of its sim.export)"
         )
-    if block < channel and target.block_order == "channel":
-        shape[block], shape[channel] = shape[channel], shape[block]
-        return block, *(values.reshape(shape).swapaxes(block, channel) for values in flat)
-    return block, *(values.reshape(shape) for values in flat)
+    shape[block], shape[channel] = shape[channel], shape[block]
+    return block, *(values.reshape(shape).swapaxes(block, channel) for values in flat)

@@ -20,17 +20,20 @@ from qwlora.errors import EncodingsFileError, described
 from qwlora.formats.aimet_encodings.convert import convert
 from qwlora.formats.aimet_encodings.findings import Finding, describe, findings_of, printable
 from qwlora.formats.aimet_encodings.json_fields import Document
-from qwlora.formats.aimet_encodings.model import VERSIONS, EncodingsFile
+from qwlora.formats.aimet_encodings.model import EncodingsFile
 from qwlora.formats.aimet_encodings.version_0_6_1 import Document061
 from qwlora.formats.aimet_encodings.version_1_0_0 import Document100
-from qwlora.formats.aimet_encodings.version_2 import Document200, Document210
+from qwlora.formats.aimet_encodings.version_2 import Document2
 from qwlora.system.atomic import write_text
 from qwlora.system.strict_json import distinct_keys
 
 LIMIT_BYTES = 2**31
-DOCUMENTS: dict[str, type[Document]] = dict(
-    zip(VERSIONS, (Document061, Document100, Document200, Document210), strict=True)
-)
+DOCUMENTS: dict[str, type[Document]] = {
+    "0.6.1": Document061,
+    "1.0.0": Document100,
+    "2.0.0": Document2,
+    "2.1.0": Document2,
+}
 
 
 def read_encodings(path: Path | str) -> EncodingsFile:
@@ -64,11 +67,7 @@ def write_encodings(file: EncodingsFile, path: Path | str, version: str | None =
 
 
 def to_text(file: EncodingsFile) -> str:
-    """The text that `write_encodings` writes: JSON with one encoding per line.
-
-    Raises:
-        ConversionError, EncodingsFileError: as `write_encodings`.
-    """
+    """The text that `write_encodings` writes: JSON with one encoding per line."""
     fields = (f" {json.dumps(key)}: {_lines(value)}" for key, value in to_document(file).items())
     return "{\n" + ",\n".join(fields) + "\n}\n"
 
@@ -84,30 +83,26 @@ def _lines(value: Any) -> str:
 
 
 def to_document(file: EncodingsFile) -> dict[str, Any]:
-    """The JSON value that `write_encodings` writes.
-
-    Raises:
-        ConversionError, EncodingsFileError: as `write_encodings`.
-    """
+    """The JSON value that `write_encodings` writes; same errors."""
     if file.version not in DOCUMENTS:
         problem = f"version {printable(file.version)!r} is not one of {', '.join(DOCUMENTS)}"
         raise EncodingsFileError("encodings", [problem])
     convert(file, file.version)  # refuses what the version cannot express; arrays are shared
+    entries = DOCUMENTS[file.version].sections_of(file)
     document: dict[str, Any] = {"version": file.version}
     if file.producer is not None:
         document["producer"] = dict(file.producer)
-    entries = DOCUMENTS[file.version].sections_of(file)
-    fields: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     if file.excluded_layers is not None:
-        fields["excluded_layers"] = list(file.excluded_layers)
+        settings["excluded_layers"] = list(file.excluded_layers)
     if file.quantizer_args is not None:
-        fields["quantizer_args"] = dict(file.quantizer_args)
+        settings["quantizer_args"] = dict(file.quantizer_args)
     # entries are valid by construction; the other fields are checked without them
     empty = {section: type(values)() for section, values in entries.items()}
-    _, findings = parse(document | empty | fields)
+    _, findings = parse(document | empty | settings)
     if findings:
         raise EncodingsFileError("encodings", [str(finding) for finding in findings])
-    return document | entries | fields
+    return document | entries | settings
 
 
 def parse(document: Any) -> tuple[EncodingsFile | None, list[Finding]]:

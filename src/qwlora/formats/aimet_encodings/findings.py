@@ -10,9 +10,7 @@ from pydantic import ValidationError
 
 from qwlora.errors import EncodingsFileError
 
-Severity = Literal["error", "warning"]
-
-VECTOR_FIELDS = {"rows_per_block", "cols_per_block", "vector_dim", "vector_stride", "index_bw"}
+_VECTOR_FIELDS = {"rows_per_block", "cols_per_block", "vector_dim", "vector_stride", "index_bw"}
 _KINDS = {"integer", "float", "items", "plain", "nested"}  # in pydantic's paths, not in files
 
 
@@ -27,7 +25,7 @@ class Finding:
         field: of the encoding, or "".
     """
 
-    severity: Severity
+    severity: Literal["error", "warning"]
     where: str
     field: str
     message: str
@@ -39,18 +37,15 @@ class Finding:
 
 def findings_of(error: ValidationError, document: dict[str, Any]) -> Iterator[Finding]:
     """The problems that pydantic found in `document`, by entry and field."""
-    # in 0.6.1 the entries of a section are the values of an object, named by their keys
-    sections = {
-        key: [*value] if isinstance(value, dict) else value for key, value in document.items()
-    }
     for problem in error.errors(include_url=False):
         section, *keys = problem["loc"]
         where = "file"
         if keys and isinstance(keys[0], int):
-            index = int(keys.pop(0))
-            entry = sections[str(section)][index]
+            # in 0.6.1 the entries of a section are the values of an object, named by their keys
+            entry = list(document[str(section)])[keys[0]]
             name = entry.get("name") if isinstance(entry, dict) else entry
-            where = name or "''" if isinstance(name, str) else f"{section}[{index}]"
+            where = name or "''" if isinstance(name, str) else f"{section}[{keys[0]}]"
+            keys = keys[1:]
         else:
             keys = [section, *keys]
         field = ".".join(
@@ -62,7 +57,7 @@ def findings_of(error: ValidationError, document: dict[str, Any]) -> Iterator[Fi
 
 def _messages(problem: dict[str, Any]) -> tuple[str, ...]:
     kind, value = problem["type"], problem["input"]
-    if value == "VECTOR" or problem["loc"][-1] in VECTOR_FIELDS:
+    if value == "VECTOR" or problem["loc"][-1] in _VECTOR_FIELDS:
         return ("is vector quantization, which is not supported",)
     if kind == "missing":
         return ("is missing",)

@@ -75,11 +75,10 @@ def entry_of(
     transposed: bool = False,
     block_order: BlockOrder = "tensor",
 ) -> Entry:
-    """The entry that describes `encoding`.
+    """The entry that describes `encoding`, of a tensor [..., out, in].
 
     Args:
         name: the tensor's name in the file.
-        encoding: of a tensor [..., out, in].
         version: of the file that will hold the entry.
         transposed: the tensor of that name is stored [in, out].
         block_order: of flat block scales (before 2.0).
@@ -87,11 +86,10 @@ def entry_of(
     Raises:
         EncodingsFileError: the encoding has float offsets.
     """
-    if encoding.scheme.float_offset:
-        raise EncodingsFileError(
-            name, [f"{encoding.scheme} has float offsets, which no encodings file can hold"]
-        )
     scheme, scale, offset = encoding.scheme, encoding.scale.detach().cpu(), encoding.offset.cpu()
+    if scheme.float_offset:
+        problem = f"{scheme} has float offsets, which no encodings file can hold"
+        raise EncodingsFileError(name, [problem])
     nested = has_axes(version)
     turned = transposed and (nested or block_order == "tensor")
     last = 0 if transposed else scale.ndim - 1  # the axis of the inputs

@@ -11,10 +11,10 @@ from abc import abstractmethod
 from collections.abc import Collection, Sequence
 from itertools import chain
 from math import isfinite
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 
 from qwlora.errors import EncodingsFileError
 from qwlora.formats.aimet_encodings.findings import describe, printable
@@ -26,7 +26,7 @@ MAX_INTEGER = 2**40  # larger than any code or offset, far below the end of int6
 
 def numbers_of(value: Any) -> Floats:
     """Finite numbers: one, a list, or nested lists of equal lengths."""
-    items, shape = _rectangle(value, (int, float), "numbers")
+    items, shape = _rectangle(value, {int, float}, "numbers")
     try:
         numbers = np.array(items, dtype=np.float64)
     except OverflowError:
@@ -42,17 +42,16 @@ def numbers_of(value: Any) -> Floats:
 
 def integers_of(value: Any) -> Integers:
     """Integers of at most `MAX_INTEGER`: one, a list, or nested lists of equal lengths."""
-    items, shape = _rectangle(value, (int,), "integers")
+    items, shape = _rectangle(value, {int}, "integers")
     for extreme in (min(items), max(items)):
         if abs(extreme) > MAX_INTEGER:
             raise ValueError(f"contains {describe(extreme)}; the limit is {MAX_INTEGER}")
     return np.array(items, dtype=np.int64).reshape(shape)
 
 
-def _rectangle(value: Any, kinds: Collection[type], what: str) -> tuple[list[Any], tuple[int, ...]]:
+def _rectangle(value: Any, kinds: set[type], what: str) -> tuple[list[Any], list[int]]:
     """The leaves of nested lists of equal lengths, and those lengths."""
-    items: list[Any] = [value]
-    shape: list[int] = []
+    items, shape = [value], list[int]()
     while isinstance(items[0], list):
         length = len(items[0])
         if not all(isinstance(item, list) and len(item) == length for item in items):
@@ -63,10 +62,10 @@ def _rectangle(value: Any, kinds: Collection[type], what: str) -> tuple[list[Any
             raise ValueError(f"is nested deeper than {MAX_RANK} lists")
         shape.append(length)
         items = list(chain.from_iterable(items))
-    if not set(map(type, items)) <= {*kinds}:
+    if not set(map(type, items)) <= kinds:
         wrong = next(item for item in items if type(item) not in kinds)
         raise ValueError(f"contains {describe(wrong)}; {what} are needed")
-    return items, tuple(shape)
+    return items, shape
 
 
 def _flat(array: Any) -> Any:
@@ -78,8 +77,8 @@ def _flat(array: Any) -> Any:
 Name = Annotated[str, Field(min_length=1)]
 NestedNumbers = Annotated[Any, PlainValidator(numbers_of)]
 NestedIntegers = Annotated[Any, PlainValidator(integers_of)]
-FlatNumbers = Annotated[Any, PlainValidator(lambda value: _flat(numbers_of(value)))]
-FlatIntegers = Annotated[Any, PlainValidator(lambda value: _flat(integers_of(value)))]
+FlatNumbers = Annotated[NestedNumbers, AfterValidator(_flat)]
+FlatIntegers = Annotated[NestedIntegers, AfterValidator(_flat)]
 
 
 class Strict(BaseModel):
@@ -89,10 +88,9 @@ class Strict(BaseModel):
 
 
 class JsonEntry(Strict):
-    """The fields of an entry as a version has them."""
+    """The fields of an entry as a version has them. A document holds its `entry`."""
 
     name: Name
-    _entry: Entry | None = None
 
     @abstractmethod
     def entry(self) -> Entry:
@@ -117,16 +115,8 @@ class JsonEntry(Strict):
         if problems:
             raise EncodingsFileError(self.name, problems)
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Self:
-        self._entry = self.entry()
-        return self
 
-    @property
-    def value(self) -> Entry:
-        """The checked entry."""
-        assert self._entry is not None, "set by validation"
-        return self._entry
+AsEntry = AfterValidator(lambda fields: fields.entry())
 
 
 class Document(Strict):
@@ -163,17 +153,16 @@ def _settings(value: Any) -> dict[str, Any]:
 class SectionsDocument(Document):
     """0.6.1 and 1.0.0."""
 
-    activation_encodings: Sequence[JsonEntry]
-    param_encodings: Sequence[JsonEntry]
+    activation_encodings: Sequence[Any]
+    param_encodings: Sequence[Any]
     excluded_layers: list[Name] | None = None
     quantizer_args: Annotated[dict[str, Any] | None, PlainValidator(_settings)] = None
 
     def content(self) -> EncodingsFile:
-        parameters = [entry.value for entry in self.param_encodings]
         return EncodingsFile(
             self.version,
-            (*(entry.value for entry in self.activation_encodings), *parameters),
-            frozenset(entry.name for entry in parameters),
+            (*self.activation_encodings, *self.param_encodings),
+            frozenset(entry.name for entry in self.param_encodings),
             None if self.excluded_layers is None else tuple(self.excluded_layers),
             self.quantizer_args,
             self.producer,  # type: ignore[arg-type]
@@ -181,12 +170,11 @@ class SectionsDocument(Document):
 
     @classmethod
     def sections_of(cls, file: EncodingsFile) -> dict[str, Any]:
-        parameters = file.parameters or frozenset()
-        activations = [e for e in file.encodings if e.name not in parameters]
-        return {
-            "activation_encodings": cls.section(activations),
-            "param_encodings": cls.section([e for e in file.encodings if e.name in parameters]),
-        }
+        sections: dict[str, list[Entry]] = {"activation_encodings": [], "param_encodings": []}
+        for entry in file.encodings:
+            is_parameter = entry.name in (file.parameters or ())
+            sections["param_encodings" if is_parameter else "activation_encodings"].append(entry)
+        return {key: cls.section(entries) for key, entries in sections.items()}
 
     @classmethod
     @abstractmethod

@@ -20,9 +20,9 @@ Values only, numpy, no torch. `encodings_file.py` reads and writes files, `conve
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal, Self, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -55,21 +55,34 @@ class _Entry:
     Args:
         name: of the tensor.
         bitwidth: 1 to 32.
+
+    Raises:
+        EncodingsFileError: the values contradict one another or are out of range.
     """
 
     name: str
     bitwidth: int
 
+    arrays: ClassVar[dict[str, type[np.generic]]] = {}  # the fields that become read-only arrays
+    replace = replace
     __hash__ = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        problems: list[str] = []
-        if not self.name:
-            problems.append("has no name")
+        problems = [] if self.name else ["has no name"]
         if not 1 <= self.bitwidth <= MAX_BITWIDTH:
             problems.append(f"bitwidth is {self.bitwidth}, not from 1 to {MAX_BITWIDTH}")
-        problems += [*self._problems()] if not problems else []
-        if problems:
+        for key, dtype in self.arrays.items():
+            if getattr(self, key) is None:
+                continue
+            values = np.asarray(getattr(self, key))
+            with np.errstate(invalid="ignore"):
+                array = values.astype(dtype)
+            if dtype is np.int64 and (array != values).any():
+                wrong = values[array != values][0]
+                problems.append(f"{key} holds {wrong}; integers are needed")
+            array.flags.writeable = False
+            object.__setattr__(self, key, array)
+        if problems := problems or [*self._problems()]:
             raise EncodingsFileError(repr(self.name), problems)
 
     def _problems(self) -> Iterator[str]:
@@ -78,27 +91,8 @@ class _Entry:
     def __eq__(self, other: object) -> bool:
         if type(self) is not type(other):
             return NotImplemented
-        pairs = ((getattr(self, f.name), getattr(other, f.name)) for f in fields(self))
-        return all(np.array_equal(a, b) if isinstance(a, np.ndarray) else a == b for a, b in pairs)
-
-    def replace(self, **changes: Any) -> Self:
-        """A copy with some fields changed."""
-        return replace(self, **changes)
-
-    def _freeze(self, key: str, dtype: Any) -> None:
-        """Make a field a read-only array.
-
-        Raises:
-            EncodingsFileError: it holds fractions where integers are needed.
-        """
-        values = np.asarray(getattr(self, key))
-        with np.errstate(invalid="ignore"):
-            array = values.astype(dtype)
-        if dtype is np.int64 and (array != values).any():
-            wrong = values[array != values][0]
-            raise EncodingsFileError(repr(self.name), [f"{key} holds {wrong}; integers are needed"])
-        array.flags.writeable = False
-        object.__setattr__(self, key, array)
+        keys = [field.name for field in fields(self)]
+        return all(np.array_equal(getattr(self, key), getattr(other, key)) for key in keys)
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,9 +107,6 @@ class IntegerEncoding(_Entry):
         axis: of the channels or the blocks; None per tensor, and in 0.6.1 and 1.0.0.
         block_size: values along `axis` that share a scale; None without blocks.
         zero_point_shift: 0 or 0.5, in steps.
-
-    Raises:
-        EncodingsFileError: the values contradict one another or are out of range.
     """
 
     scale: Floats
@@ -126,13 +117,10 @@ class IntegerEncoding(_Entry):
     block_size: int | None = None
     zero_point_shift: float = 0.0
 
-    def __post_init__(self) -> None:
-        self._freeze("scale", np.float64)
-        self._freeze("offset", np.int64)
-        super().__post_init__()
+    arrays = {"scale": np.float64, "offset": np.int64}
 
     def _problems(self) -> Iterator[str]:
-        yield from _grid_problems(self.scale, self.axis, self.block_size)
+        yield from _shape_problems(self.scale, self.axis, self.block_size)
         if self.scale.shape != self.offset.shape:
             yield f"scale has shape {list(self.scale.shape)} but offset {list(self.offset.shape)}"
         if self.zero_point_shift not in (0, 0.5):
@@ -141,12 +129,17 @@ class IntegerEncoding(_Entry):
     @property
     def granularity(self) -> str:
         """`tensor`, `channel` or `block`."""
-        return _granularity(self.scale, self.block_size)
+        return _granularity(self)
 
     @property
     def center(self) -> int:
         """The offset of a symmetric grid."""
         return -(2 ** (self.bitwidth - 1))
+
+    @property
+    def is_centered(self) -> bool:
+        """Whether the grid is symmetric, whatever `symmetric` says."""
+        return bool((self.offset == self.center).all())
 
 
 @dataclass(frozen=True, eq=False)
@@ -163,9 +156,6 @@ class LpbqEncoding(_Entry):
         axis: of the blocks, not negative; None in 1.0.0.
         channel_axis: of `channel_scale`, not negative; None in 1.0.0, and in 2.0.0 if the shapes
             leave it open.
-
-    Raises:
-        EncodingsFileError: the values contradict one another or are out of range.
     """
 
     block_size: int
@@ -175,16 +165,12 @@ class LpbqEncoding(_Entry):
     axis: int | None = None
     channel_axis: int | None = None
 
+    arrays = {"block_scale": np.int64, "channel_scale": np.float64}
     granularity = "LPBQ"
-
-    def __post_init__(self) -> None:
-        self._freeze("block_scale", np.int64)
-        self._freeze("channel_scale", np.float64)
-        super().__post_init__()
 
     def _problems(self) -> Iterator[str]:
         yield from _range_problems(self.channel_scale, "channel scales")
-        yield from _grid_problems(self.block_scale, self.axis, self.block_size, "block scales")
+        yield from _shape_problems(self.block_scale, self.axis, self.block_size, "block scales")
         blocks, channels = self.block_scale.shape, self.channel_scale.shape
         if len(blocks) != len(channels) or any(
             b % c for b, c in zip(blocks, channels, strict=True) if c
@@ -192,18 +178,12 @@ class LpbqEncoding(_Entry):
             yield f"{list(channels)} channel scales cannot share {list(blocks)} block scales evenly"
         if self.decompressed_bitwidth is None or not self.block_scale.size:
             return
+        of_bits = f"{self.bitwidth} compressed of {self.decompressed_bitwidth} decompressed bits"
+        largest = 2.0 ** (self.decompressed_bitwidth - self.bitwidth)
         if not self.bitwidth <= self.decompressed_bitwidth <= MAX_BITWIDTH:
-            yield (
-                f"{self.bitwidth} compressed of {self.decompressed_bitwidth} decompressed bits "
-                f"is not possible; the limit is {MAX_BITWIDTH}"
-            )
-        elif self.block_scale.max() > (
-            largest := 2 ** (self.decompressed_bitwidth - self.bitwidth)
-        ):
-            yield (
-                f"block scales reach {self.block_scale.max()}; with {self.bitwidth} of "
-                f"{self.decompressed_bitwidth} bits they end at {largest}"
-            )
+            yield f"{of_bits} is not possible; the limit is {MAX_BITWIDTH}"
+        elif self.block_scale.max() > largest:
+            yield f"block scales reach {self.block_scale.max()}; {of_bits} end at {largest:.0f}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -216,9 +196,6 @@ class FloatEncoding(_Entry):
             distinguish float16 from bfloat16.
         scale: float64 > 0, shaped as in `IntegerEncoding`; None without a format (a scale of 1).
         axis, block_size: as in `IntegerEncoding`.
-
-    Raises:
-        EncodingsFileError: the values contradict one another or are out of range.
     """
 
     format: str | None = None
@@ -226,10 +203,7 @@ class FloatEncoding(_Entry):
     axis: int | None = None
     block_size: int | None = None
 
-    def __post_init__(self) -> None:
-        if self.scale is not None:
-            self._freeze("scale", np.float64)
-        super().__post_init__()
+    arrays = {"scale": np.float64}
 
     def _problems(self) -> Iterator[str]:
         if self.format is not None and FLOAT_FORMATS.get(self.format) != self.bitwidth:
@@ -237,21 +211,21 @@ class FloatEncoding(_Entry):
         if (self.format is None) != (self.scale is None):
             yield "has a scale but no format, or a format but no scale"
         if self.scale is not None:
-            yield from _grid_problems(self.scale, self.axis, self.block_size)
+            yield from _shape_problems(self.scale, self.axis, self.block_size)
 
     @property
     def granularity(self) -> str:
         """`tensor`, `channel` or `block`."""
-        return _granularity(self.scale, self.block_size)
+        return _granularity(self)
 
 
 Entry = IntegerEncoding | LpbqEncoding | FloatEncoding
 
 
-def _granularity(scale: Floats | None, block_size: int | None) -> str:
-    if block_size is not None:
+def _granularity(entry: IntegerEncoding | FloatEncoding) -> str:
+    if entry.block_size is not None:
         return "block"
-    return "tensor" if scale is None or not scale.ndim else "channel"
+    return "channel" if entry.scale is not None and entry.scale.ndim else "tensor"
 
 
 def _range_problems(scale: npt.NDArray[Any], what: str) -> Iterator[str]:
@@ -263,10 +237,10 @@ def _range_problems(scale: npt.NDArray[Any], what: str) -> Iterator[str]:
         )
 
 
-def _grid_problems(
+def _shape_problems(
     scale: npt.NDArray[Any], axis: int | None, block_size: int | None, what: str = "scale"
 ) -> Iterator[str]:
-    """What contradicts the shape of scales; they are nested only for blocks along a known axis."""
+    """Scales are nested only for blocks along a known axis."""
     yield from _range_problems(scale, what)
     if not scale.size:
         yield f"{what} is empty"
@@ -306,14 +280,17 @@ class EncodingsFile:
     quantizer_args: Mapping[str, Any] | None = None
     producer: Mapping[str, str] | None = None
 
+    replace = replace
     __hash__ = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
-        names = [entry.name for entry in self.encodings]
-        problems = [f"{name!r}: two encodings have this name" for name in repeated(names)]
+        counts = Counter(entry.name for entry in self.encodings)
+        problems = [
+            f"{n!r}: two encodings have this name" for n, count in counts.items() if count > 1
+        ]
         problems += [
             f"{name!r}: is listed as a parameter, but has no encoding"
-            for name in sorted((self.parameters or frozenset()) - set(names))
+            for name in sorted((self.parameters or frozenset()) - set(counts))
         ]
         if problems:
             raise EncodingsFileError("encodings", problems)
@@ -326,21 +303,10 @@ class EncodingsFile:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, EncodingsFile):
             return NotImplemented
-        names = [f.name for f in fields(self) if f.name != "encodings"]
-        return self.by_name == other.by_name and all(
-            getattr(self, name) == getattr(other, name) for name in names
-        )
-
-    def replace(self, **changes: Any) -> EncodingsFile:
-        """A copy with some fields changed."""
-        return replace(self, **changes)
+        mine, others = (vars(file) | {"encodings": file.by_name} for file in (self, other))
+        return mine == others
 
 
 def has_axes(version: str) -> bool:
     """Whether a version has axes and nested scales (2.x), instead of sections and flat lists."""
     return version >= "2"
-
-
-def repeated(names: Iterable[str]) -> list[str]:
-    """The names that are there more than once."""
-    return [name for name, count in Counter(names).items() if count > 1]

@@ -10,8 +10,7 @@ import math
 from collections.abc import Iterator
 from pathlib import Path
 
-from qwlora.errors import ConversionError, EncodingsFileError
-from qwlora.formats.aimet_encodings.encodings_file import load_json, parse, to_document
+from qwlora.formats.aimet_encodings.encodings_file import load_json, parse
 from qwlora.formats.aimet_encodings.findings import Finding, shared_lines
 from qwlora.formats.aimet_encodings.model import EncodingsFile, Entry, IntegerEncoding, LpbqEncoding
 from qwlora.formats.aimet_encodings.onnx_tensors import Graph, OnnxTensor, read_graph
@@ -23,7 +22,7 @@ def validate(
     """Findings, errors first.
 
     Args:
-        file: a path, or a value before it is written.
+        file: a path, or a value; whether its version can hold a value is known when it is written.
         onnx_path: the model; names, shapes and axes are compared with its graph.
 
     Raises:
@@ -31,29 +30,13 @@ def validate(
             Problems inside the JSON are findings.
         MissingExtraError: a model is given, and onnx is not installed.
     """
-    parsed: EncodingsFile | None
-    if isinstance(file, EncodingsFile):
-        parsed, findings = file, [*_unwritable(file)]
-    else:
-        parsed, findings = parse(load_json(file))
+    parsed, findings = (file, []) if isinstance(file, EncodingsFile) else parse(load_json(file))
     graph = read_graph(onnx_path) if onnx_path is not None else None
     if parsed is not None:
         for encoding in parsed.encodings:
             findings += _odd_values(encoding)
-        if graph is not None:
-            findings += _against_graph(parsed, graph)
+        findings += _against_graph(parsed, graph) if graph is not None else ()
     return sorted(findings, key=lambda finding: finding.severity == "warning")
-
-
-def _unwritable(file: EncodingsFile) -> Iterator[Finding]:
-    try:
-        to_document(file)
-    except EncodingsFileError as error:
-        for problem in error.problems:
-            yield Finding("error", "file", "", problem)
-    except ConversionError as error:
-        for item in (*error.lost, *error.lacking):
-            yield Finding("error", "file", "", f"{file.version} cannot hold, or needs: {item}")
 
 
 def _odd_values(encoding: Entry) -> Iterator[Finding]:
@@ -67,7 +50,7 @@ def _odd_values(encoding: Entry) -> Iterator[Finding]:
             f"{offset.size} grids: zero is not on the grid"
         )
         yield Finding("error", name, "offset", problem)
-    elif encoding.symmetric and (offset != encoding.center).any():
+    elif encoding.symmetric and not encoding.is_centered:
         problem = (
             f"is {offset.reshape(-1)[0]}, but the encoding is called symmetric, which needs "
             f"{encoding.center}"
@@ -82,10 +65,10 @@ def _against_graph(file: EncodingsFile, graph: Graph) -> Iterator[Finding]:
             yield Finding("error", name, "name", "is not the name of a tensor in the graph")
             continue
         if file.parameters is not None and (name in file.parameters) != tensor.parameter:
-            said, kind = "a parameter", "an activation"
-            if tensor.parameter:
-                said, kind = kind, said
-            yield Finding("error", name, "section", f"says {said}, but it is {kind} of the graph")
+            kinds = ("an activation", "a parameter")
+            said, is_kind = kinds[not tensor.parameter], kinds[tensor.parameter]
+            message = f"says {said}, but it is {is_kind} of the graph"
+            yield Finding("error", name, "section", message)
         if tensor.shape is not None and (problem := _shape_problem(encoding, tensor, tensor.shape)):
             yield Finding("error", name, "scale", problem)
     encoded = file.by_name.keys()

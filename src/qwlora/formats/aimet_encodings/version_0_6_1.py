@@ -22,6 +22,7 @@ from pydantic import BeforeValidator, Discriminator, Field, Tag
 from qwlora.formats.aimet_encodings.findings import describe
 from qwlora.formats.aimet_encodings.json_fields import (
     MAX_INTEGER,
+    AsEntry,
     JsonEntry,
     SectionsDocument,
     Strict,
@@ -56,8 +57,10 @@ class FloatItem(Strict):
 
 
 def _kind(items: Any) -> str:
-    first = items[0] if isinstance(items, list) and items else None
-    return "float" if isinstance(first, dict) and first.get("dtype") == "float" else "integer"
+    match items:
+        case [{"dtype": "float"}, *_]:
+            return "float"
+    return "integer"
 
 
 class Channels(JsonEntry):
@@ -76,9 +79,9 @@ class Channels(JsonEntry):
         for key in ("bitwidth", "is_symmetric", "zero_point_shift"):
             if len({getattr(item, key) for item in self.items}) > 1:
                 raise ValueError(f"{key} differs among the channels")
-        columns = ("scale", "offset", "min", "max")
         scale, offset, low, high = (
-            np.array([getattr(item, key) for item in self.items]) for key in columns
+            np.array([getattr(item, key) for item in self.items])
+            for key in ("scale", "offset", "min", "max")
         )
         shape = () if len(self.items) == 1 else (len(self.items),)
         encoding = IntegerEncoding(
@@ -89,7 +92,9 @@ class Channels(JsonEntry):
             first.is_symmetric == "True",
             zero_point_shift=first.zero_point_shift,
         )
-        for key, stated, computed in zip(columns[2:], (low, high), _range(encoding), strict=True):
+        for key, stated, computed in zip(
+            ("min", "max"), (low, high), _range(encoding), strict=True
+        ):
             tolerance = 0.5 * scale + 1e-5 * np.abs(computed)
             off = ~(np.abs(stated - computed) <= tolerance)
             if off.any():
@@ -106,7 +111,7 @@ def _named(section: Any) -> list[dict[str, Any]]:
     return [{"name": name, "items": items} for name, items in section.items()]
 
 
-Section = Annotated[list[Channels], BeforeValidator(_named)]
+Section = Annotated[list[Annotated[Channels, AsEntry]], BeforeValidator(_named)]
 
 
 class Document061(SectionsDocument):

@@ -13,11 +13,12 @@ Entries:
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
 from qwlora.formats.aimet_encodings.json_fields import (
+    AsEntry,
     FlatIntegers,
     FlatNumbers,
     JsonEntry,
@@ -58,7 +59,11 @@ class Entry100(JsonEntry):
         if scale.size != offset.size:
             raise ValueError(f"offset has {offset.size} values, but scale has {scale.size}")
         if self.enc_type == "LPBQ":
-            return self._lpbq()
+            center = -(2 ** (self.bw - 1))
+            if not self.is_sym or (offset != center).any():
+                raise ValueError(f"LPBQ is symmetric: is_sym is true, and each offset {center}")
+            blocks, size = self.per_block_int_scale, self.block_size or 0
+            return LpbqEncoding(self.name, self.compressed_bw, size, blocks, scale, self.bw)
         if self.enc_type == "PER_TENSOR":
             if scale.size != 1:
                 raise ValueError(f"scale has {scale.size} values; PER_TENSOR has one")
@@ -76,27 +81,13 @@ class Entry100(JsonEntry):
             zero_point_shift=float(shift.flat[0]),
         )
 
-    def _lpbq(self) -> Entry:
-        entry = LpbqEncoding(
-            self.name,
-            self.compressed_bw,
-            self.block_size or 0,
-            self.per_block_int_scale,
-            self.scale,
-            decompressed_bitwidth=self.bw,
-        )
-        center = -(2 ** (self.bw - 1))
-        if not self.is_sym or (self.offset != center).any():
-            raise ValueError(f"LPBQ is symmetric: is_sym is true, and each offset {center}")
-        return entry
-
 
 class Document100(SectionsDocument):
     """A file of version 1.0.0."""
 
     version: Literal["1.0.0"]
-    activation_encodings: list[Entry100]
-    param_encodings: list[Entry100]
+    activation_encodings: list[Annotated[Entry100, AsEntry]]
+    param_encodings: list[Annotated[Entry100, AsEntry]]
 
     @classmethod
     def section(cls, encodings: list[Entry]) -> Any:

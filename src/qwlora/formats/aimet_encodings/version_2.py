@@ -28,6 +28,7 @@ from qwlora.formats.aimet_encodings.findings import printable
 from qwlora.formats.aimet_encodings.json_fields import (
     MAX_INTEGER,
     MAX_RANK,
+    AsEntry,
     Document,
     FlatNumbers,
     JsonEntry,
@@ -60,11 +61,27 @@ def _known_dtype(dtype: str) -> str:
     return dtype
 
 
-class _Entry(JsonEntry):
+class NestedScale(Strict):
+    """An integer scale per block with a float scale per channel."""
+
+    x: NestedIntegers
+    x_scale: FlatNumbers
+    axis: Axis
+
+
+class Entry2(JsonEntry):
+    """An entry of either version."""
+
     output_dtype: Annotated[str, AfterValidator(_known_dtype)]
     axis: Axis | None = None
     block_size: int | None = None
     y_zero_point: NestedNumbers = None
+    y_scale: Annotated[
+        Annotated[NestedNumbers, Tag("plain")] | Annotated[NestedScale, Tag("nested")],
+        Discriminator(lambda value: "nested" if isinstance(value, dict) else "plain"),
+    ] = None
+    per_block_int_scale: NestedIntegers = None
+    per_channel_float_scale: NestedNumbers = None
 
     @model_validator(mode="before")
     @classmethod
@@ -74,22 +91,33 @@ class _Entry(JsonEntry):
             raise ValueError("a float scale with a scale of its own (NVFP4) is not supported")
         return entry
 
-    def scaled(self, scale: Floats) -> Entry:
-        """Integers or floats with plain scales."""
+    def entry(self) -> Entry:
+        if isinstance(self.y_scale, NestedScale):
+            self.check_fields({"output_dtype", "axis", "block_size", "y_scale"})
+            blocks, channels = self.y_scale.x, self.y_scale.x_scale
+            channel = _positive(self.y_scale.axis, blocks.ndim, "y_scale.axis")
+            if channels.size != blocks.shape[channel]:
+                raise ValueError(
+                    f"y_scale.x_scale has {channels.size} values, but axis {self.y_scale.axis} of "
+                    f"x has {blocks.shape[channel]}"
+                )
+            channels = channels.reshape(channel_shape(blocks.ndim, channel))
+            return self._lpbq(blocks, channels, channel)
+        if self.per_block_int_scale is not None:
+            scales = {"per_block_int_scale", "per_channel_float_scale"}
+            self.check_fields({"output_dtype", "axis", "block_size", *scales})
+            return self._lpbq(self.per_block_int_scale, self.per_channel_float_scale, None)
         self.check_fields({"output_dtype", "y_scale"}, {"axis", "block_size", "y_zero_point"})
-        axis = self.axis
+        scale, axis, size, dtype = self.y_scale, self.axis, self.block_size, self.output_dtype
         if scale.ndim and axis is None:
             raise ValueError("axis is missing; a y_scale that is a list needs one")
-        if axis is not None and self.block_size is not None:
+        if axis is not None and size is not None:
             axis = _positive(axis, scale.ndim)
-        if self.output_dtype in FLOAT_FORMATS:
+        if dtype in FLOAT_FORMATS:
             if self.y_zero_point is not None:
                 raise ValueError("y_zero_point is not a field of floats")
-            dtype = self.output_dtype
-            return FloatEncoding(
-                self.name, FLOAT_FORMATS[dtype], dtype, scale, axis, self.block_size
-            )
-        signed, bitwidth = _integer_format(self.output_dtype)
+            return FloatEncoding(self.name, FLOAT_FORMATS[dtype], dtype, scale, axis, size)
+        signed, bitwidth = _integer_format(dtype)
         center = -(2 ** (bitwidth - 1))
         zero_point = np.zeros(scale.shape) if self.y_zero_point is None else self.y_zero_point
         whole = np.ceil(zero_point)
@@ -102,100 +130,41 @@ class _Entry(JsonEntry):
             raise ValueError(
                 f"y_zero_point has shape {list(zero_point.shape)}, but y_scale {list(scale.shape)}"
             )
-        offset, size = (center if signed else 0) - whole.astype(np.int64), self.block_size
+        offset = (center if signed else 0) - whole.astype(np.int64)
         symmetric, shift = bool((offset == center).all()), shifts.pop()
         return IntegerEncoding(
             self.name, bitwidth, scale, offset, symmetric, signed, axis, size, shift
         )
 
-    def lpbq(self, blocks: Integers, channels: Floats, channel_axis: int | None) -> Entry:
-        """Integers with LPBQ's two scales."""
-        if not self.output_dtype.startswith("int"):
+    def _lpbq(self, blocks: Integers, channels: Floats, channel_axis: int | None) -> Entry:
+        signed, bitwidth = _integer_format(self.output_dtype)
+        if not signed:
             raise ValueError("output_dtype must be int1 to int32: LPBQ is signed and symmetric")
-        bitwidth = _integer_format(self.output_dtype)[1]
-        assert self.axis is not None, "checked before"
-        assert self.block_size is not None, "checked before"
-        axis = _positive(self.axis, blocks.ndim)
+        axis = _positive(self.axis or 0, blocks.ndim)
         if channel_axis is None:
             channel_axis = channel_axis_of(channels.shape, axis)
-        return LpbqEncoding(
-            self.name, bitwidth, self.block_size, blocks, channels, None, axis, channel_axis
-        )
+        size = self.block_size or 0
+        return LpbqEncoding(self.name, bitwidth, size, blocks, channels, None, axis, channel_axis)
 
 
-class Entry200(_Entry):
-    """An entry of version 2.0.0."""
+class Document2(Document):
+    """A file of version 2.0.0 or 2.1.0."""
 
-    y_scale: NestedNumbers = None
-    per_block_int_scale: NestedIntegers = None
-    per_channel_float_scale: NestedNumbers = None
+    version: Literal["2.0.0", "2.1.0"]
+    encodings: list[Annotated[Entry2, AsEntry]]
 
-    def entry(self) -> Entry:
-        if self.per_block_int_scale is None:
-            return self.scaled(self.y_scale)
-        scales = {"per_block_int_scale", "per_channel_float_scale"}
-        self.check_fields({"output_dtype", "axis", "block_size", *scales})
-        return self.lpbq(self.per_block_int_scale, self.per_channel_float_scale, None)
-
-
-class NestedScale(Strict):
-    """An integer scale per block with a float scale per channel."""
-
-    x: NestedIntegers
-    x_scale: FlatNumbers
-    axis: Axis
-
-
-class Entry210(_Entry):
-    """An entry of version 2.1.0."""
-
-    y_scale: Annotated[
-        Annotated[NestedNumbers, Tag("plain")] | Annotated[NestedScale, Tag("nested")],
-        Discriminator(lambda value: "nested" if isinstance(value, dict) else "plain"),
-    ]
-
-    def entry(self) -> Entry:
-        nested = self.y_scale
-        if not isinstance(nested, NestedScale):
-            return self.scaled(nested)
-        self.check_fields({"output_dtype", "axis", "block_size", "y_scale"})
-        blocks, channels = nested.x, nested.x_scale
-        axis = _positive(nested.axis, blocks.ndim, "y_scale.axis")
-        if channels.size != blocks.shape[axis]:
-            raise ValueError(
-                f"y_scale.x_scale has {channels.size} values, but axis {nested.axis} of x has "
-                f"{blocks.shape[axis]}"
-            )
-        return self.lpbq(blocks, channels.reshape(channel_shape(blocks.ndim, axis)), axis)
-
-
-class _Document2(Document):
     def content(self) -> EncodingsFile:
-        encodings = tuple(entry.value for entry in self.encodings)  # type: ignore[attr-defined]
-        return EncodingsFile(self.version, encodings, producer=self.producer)  # type: ignore[arg-type]
+        entries: Any = self.encodings
+        return EncodingsFile(self.version, tuple(entries), producer=self.producer)  # type: ignore[arg-type]
 
     @classmethod
     def sections_of(cls, file: EncodingsFile) -> dict[str, Any]:
-        return {"encodings": [json_of(encoding, file.version) for encoding in file.encodings]}
-
-
-class Document200(_Document2):
-    """A file of version 2.0.0."""
-
-    version: Literal["2.0.0"]
-    encodings: list[Entry200]
-
-
-class Document210(_Document2):
-    """A file of version 2.1.0."""
-
-    version: Literal["2.1.0"]
-    encodings: list[Entry210]
+        return {"encodings": [_json_of(encoding, file.version) for encoding in file.encodings]}
 
 
 def _integer_format(dtype: str) -> tuple[bool, int]:
-    """(signed, bitwidth) of int8, uint4 ..."""
-    return not dtype.startswith("u"), int(dtype.removeprefix("u").removeprefix("int"))
+    """(signed, bitwidth) of int8, uint4 ...; floats count as unsigned."""
+    return dtype.startswith("int"), int(re.sub(r"\D+", "", dtype)[:2])
 
 
 def _positive(axis: int, rank: int, field: str = "axis") -> int:
@@ -219,7 +188,7 @@ def channel_shape(rank: int, channel_axis: int) -> tuple[int, ...]:
     return tuple(-1 if axis == channel_axis else 1 for axis in range(rank))
 
 
-def json_of(encoding: Entry, version: str) -> dict[str, Any]:
+def _json_of(encoding: Entry, version: str) -> dict[str, Any]:
     """The JSON of an entry."""
     entry: dict[str, Any] = {"name": encoding.name}
     if isinstance(encoding, LpbqEncoding):

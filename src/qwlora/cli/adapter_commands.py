@@ -13,7 +13,7 @@ from typing import Annotated
 
 import typer
 
-from qwlora.cli.shared_arguments import AsJson, Job, Yes
+from qwlora.cli.shared_arguments import AsJson, Job, Name, Yes
 from qwlora.cli.tables import table
 from qwlora.cli.terminal import print_result
 
@@ -114,7 +114,6 @@ def check(
         raise SystemExit(code)
 
 
-Name = Annotated[str, typer.Argument(help="Its name.")]
 Settings = Annotated[
     list[str] | None,
     typer.Option(

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from qwlora.cli.shared_arguments import AsJson
+from qwlora.cli.shared_arguments import AsJson, Encodings, KeepFloat
 from qwlora.cli.tables import group_similar, table
 from qwlora.cli.terminal import print_result
 from qwlora.errors import SourceError, size
@@ -43,21 +43,8 @@ def inspect(
             "full.",
         ),
     ] = None,
-    encodings: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="An AIMET encodings file for the float model SOURCE; shows the grids it gives.",
-        ),
-    ] = None,
-    keep_float: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="GLOB",
-            help="With --encodings: parameters or layers that stay float, like model.keep_float in "
-            "a recipe. May be repeated.",
-        ),
-    ] = None,
+    encodings: Encodings = None,
+    keep_float: KeepFloat = None,
     block_order: Annotated[
         Literal["channel", "tensor"] | None,
         typer.Option(

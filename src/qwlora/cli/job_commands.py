@@ -17,11 +17,9 @@ from typing import Annotated, Any, Literal
 import typer
 
 from qwlora.cli.progress_bars import ProgressDisplay
-from qwlora.cli.shared_arguments import AdapterName, AsJson, Job, Yes
+from qwlora.cli.shared_arguments import AdapterName, AsJson, Encodings, Job, KeepFloat, Name, Yes
 from qwlora.cli.terminal import print_result
 from qwlora.errors import UploadError, size
-
-Name = Annotated[str, typer.Argument(help="The adapter's name.")]
 
 
 def report(
@@ -225,18 +223,8 @@ def import_(
         ),
     ],
     out: Annotated[Path, typer.Option("--out", help="Folder to create.")],
-    encodings: Annotated[
-        Path | None,
-        typer.Option(
-            help="AIMET encodings of a float checkpoint whose weights already lie on their grid."
-        ),
-    ] = None,
-    keep_float: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="With --encodings: glob of parameters or layers that stay float. May be repeated."
-        ),
-    ] = None,
+    encodings: Encodings = None,
+    keep_float: KeepFloat = None,
 ) -> None:
     """Write the integers of a quantized checkpoint as a base folder.
 

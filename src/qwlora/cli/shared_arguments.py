@@ -28,3 +28,18 @@ AdapterName = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Show no progress; print the results only.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
+Name = Annotated[str, typer.Argument(help="The adapter's name.")]
+Encodings = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE", help="An AIMET encodings file: the grids of a float model's weights."
+    ),
+]
+KeepFloat = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="GLOB",
+        help="With --encodings: parameters or layers that stay float, like model.keep_float in a "
+        "recipe. May be repeated.",
+    ),
+]

@@ -159,18 +159,17 @@ def test_each_format_holds_each_kind(tmp_path: Path, name: str, kind: str) -> No
     assert all(name in d.where for d in found)
 
 
+NOT_USABLE = "this is not JSON that can be used: "
+EMPTY = " is empty. Remove the record, or set data.empty_records: skip"
 WRONG_LINES = [
     ('{"text": "a"', "this is not JSON: Expecting ',' delimiter at character 13"),
-    (
-        "[",
-        "this is not JSON: Expecting value at character 2. A .jsonl file holds one whole object a line",
-    ),
-    ('{"text": NaN}', "this is not JSON that can be used: NaN is not a value of JSON"),
+    ("[", "Expecting value at character 2. A .jsonl file holds one whole object a line"),
+    ('{"text": NaN}', f"{NOT_USABLE}NaN is not a value of JSON"),
     ('{"text": "a", "text": "b"}', "has the key 'text' twice in one object"),
-    ("[" * 100_000, "this is not JSON that can be used: maximum recursion depth"),
+    ("[" * 100_000, f"{NOT_USABLE}maximum recursion depth"),
     ('"text"', "a record must be an object with named fields, not a string"),
-    ("{}", "the record is empty. Remove the record, or set data.empty_records: skip"),
-    ('{"text": " "}', "'text' is empty. Remove the record, or set data.empty_records: skip"),
+    ("{}", f"the record{EMPTY}"),
+    ('{"text": " "}', f"'text'{EMPTY}"),
     ('{"Text": "a"}', "the field 'text' is missing; did you mean Text?"),
     ('{"text": null}', "'text' must be a string, not null"),
     ('{"text": true}', "'text' must be a string, not true or false"),
@@ -184,34 +183,24 @@ def user(content: Any = "Hi", **more: Any) -> dict[str, Any]:
     return {"role": "user", "content": content, **more}
 
 
+def said(**message: Any) -> list[dict[str, Any]]:
+    """A question, and this message after it."""
+    return [user(), message]
+
+
 WRONG_MESSAGES = [
     ("Hi", "'messages' must be a list of messages with role and content, not a string"),
     ([], "'messages' is empty"),
     ([user()], "there is no message of the assistant"),
     (["Hi"], "message 1 must be an object with role and content, not a string"),
-    (
-        [user(), {"from": "gpt", "value": "Hello"}],
-        "message 2: 'role' is missing; did you mean from",
-    ),
-    ([user(), {"role": "assistant"}], "message 2: 'content' is missing; there are role"),
-    ([user(), {"role": "assistant", "content": None}], "message 2: 'content' is null"),
-    (
-        [user(), {"role": "asistant", "content": "Hello"}],
-        "message 2: unknown role 'asistant'; did you mean assistant?",
-    ),
-    (
-        [user(), {"role": "bot", "content": "Hello"}],
-        "message 2: unknown role 'bot'; there are system, developer, user, assistant, tool",
-    ),
-    ([user(), {"role": 3, "content": "Hello"}], "message 2: 'role' must be a string, not a number"),
-    (
-        [user([{"type": "text", "text": "Hi"}]), TALK[1]],
-        "message 1: 'content' must be a string, not a list",
-    ),
-    (
-        [user(), {"role": "assistant", "content": " \n"}],
-        "message 2: the assistant's content is empty",
-    ),
+    (said(**GPT), "message 2: 'role' is missing; did you mean from"),
+    (said(role="assistant"), "message 2: 'content' is missing; there are role"),
+    (said(role="assistant", content=None), "message 2: 'content' is null"),
+    (said(role="asistant", content="x"), "unknown role 'asistant'; did you mean assistant?"),
+    (said(role="bot", content="x"), "role 'bot'; there are system, developer, user, assistant, t"),
+    (said(role=3, content="x"), "message 2: 'role' must be a string, not a number"),
+    (said(role="assistant", content=[]), "message 2: 'content' must be a string, not a list"),
+    (said(role="assistant", content=" \n"), "message 2: the assistant's content is empty"),
     ([HUMAN, {"from": "gpt"}], "message 2: 'value' is missing"),
     ([HUMAN, {"role": "assistant", "content": "x"}], "message 2: 'from' is missing"),
     ([HUMAN, {"from": "humn", "value": "x"}], "message 2: unknown role 'humn'; did you mean hu"),
@@ -359,6 +348,11 @@ def test_time_is_linear_in_the_number_of_columns(tmp_path: Path, suffix: str) ->
     assert time.process_time() - began < 20
 
 
+UTF8 = "is not UTF-8 text"
+NO_KIND = (
+    "are neither text, nor prompt and completion, nor messages or conversations, nor instruction "
+    "and output. Name them in the recipe"
+)
 WRONG_TABLES = [
     ("a.csv", b"", "the file is empty. Its first line must name the columns"),
     ("a.csv", b"text,text\na,b\n", ":1: two columns are named 'text'"),
@@ -367,57 +361,22 @@ WRONG_TABLES = [
         b'prompt,completion\n"two\nlines",b\na,b,c\n',
         ":4: this record has 3 fields, and the header 2. Quote fields that contain a comma",
     ),
-    (
-        "a.tsv",
-        b"prompt\tcompletion\na\tb\na\tb\tc\n",
-        ":3: this record has 3 fields, and the header 2. Quote fields that contain a tab",
-    ),
+    ("a.tsv", b"prompt\tcompletion\na\tb\tc\n", ":2: this record has 3 fields, and the header 2"),
     ("a.csv", b'text\na\n"b" c\n', ":3: this is not CSV: ',' expected after '\"'"),
     ("a.csv", b"messages\nhello\n", ":2: 'messages' must be a list of messages"),
-    (
-        "a.csv",
-        b"txt\nhello\n",
-        "its columns (txt) are neither text, nor prompt and completion, nor messages or "
-        "conversations, nor instruction and output. Name them in the recipe, perhaps "
-        "data.text_column: txt",
-    ),
-    ("a.csv", b"text\na\xff\n", ":2: byte 2 of the line (0xff) is not UTF-8 text"),
-    (
-        "a.jsonl",
-        b'{"text": "a"}\n{"text": "\xe9"}\n',
-        ":2: byte 11 of the line (0xe9) is not UTF-8 text",
-    ),
+    ("a.csv", b"txt\nhello\n", f"columns (txt) {NO_KIND}, perhaps data.text_column: txt"),
+    ("a.csv", b"text\na\xff\n", f":2: byte 2 of the line (0xff) {UTF8}"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": "\xe9"}\n', f":2: byte 11 of the line (0xe9) {UTF8}"),
     ("a.jsonl", b"\n", "holds no text: it has no records"),
-    (
-        "a.jsonl",
-        b'{"a": 1}\n',
-        ":1: its columns (a) are neither text, nor prompt and completion, nor messages or "
-        "conversations, nor instruction and output. Name them in the recipe (data.text_column",
-    ),
-    (
-        "a.jsonl",
-        b'{"text": "a", "messages": []}\n',
-        ":1: has both text and messages, and only one of them can be trained on. Say which in the recipe",
-    ),
+    ("a.jsonl", b'{"a": 1}\n', f":1: its columns (a) {NO_KIND} (data.text_column"),
+    ("a.jsonl", b'{"text": "a", "messages": []}\n', ":1: has both text and messages, and only"),
     ("a.parquet", b"PAR1 not really", "this is not a Parquet file"),
     ("a.arrow", b"not arrow at all", "this is not an Arrow file"),
     ("a.json", b"[]", "holds no text: it has no records"),
-    (
-        "a.json",
-        b'[\n{"text": "a"},\n{"text" "b"}]',
-        ":3: this is not JSON: Expecting ':' delimiter at character 9",
-    ),
-    (
-        "a.json",
-        b'[{"text": "a"}, {"text": NaN}]',
-        "this is not JSON that can be used: NaN is not a value of JSON",
-    ),
-    ("a.json", b'[{"text": "a"}, {"text": 3}]', " record 2: 'text' must be a string, not a number"),
-    (
-        "a.json",
-        b'{\n "text": "a"\n}',
-        "this is not JSON: Expecting property name enclosed in double quotes at character 2. A .json file holds a list of records, or one",
-    ),
+    ("a.json", b'[\n{"text": "a"},\n{"text" "b"}]', ":3: this is not JSON: Expecting ':' deli"),
+    ("a.json", b'[{"text": "a"}, {"text": NaN}]', f"{NOT_USABLE}NaN is not a value of JSON"),
+    ("a.json", b'[{"text": "a"}, {"text": 3}]', " record 2: 'text' must be a string, not a"),
+    ("a.json", b'{\n "text": "a"\n}', "character 2. A .json file holds a list of records, or one"),
     ("a.txt.gz", b"x", ".gz files are not read: unpack it first"),
 ]
 
@@ -762,13 +721,13 @@ def of(folder: Path, *records: dict[str, Any], **columns: str) -> list[Document]
 
 
 def test_sharegpt_roles_become_those_of_chat_templates(tmp_path: Path) -> None:
-    roles = {"user": "human user", "tool": "tool observation function_response"}
-    roles |= {"assistant": "gpt chatgpt bot model assistant", "system": "system"}
-    for role, names in {**roles, "developer": "developer"}.items():
-        for name in names.split():
-            (found,) = of(tmp_path, {"conversations": [{"from": name, "value": "x"}, *SHAREGPT]})
-            assert isinstance(found, Conversation)
-            assert found.messages == ({"role": role, "content": "x"}, *TALK)
+    names = {"human": "user", "observation": "tool", "function_response": "tool"}
+    names |= dict.fromkeys(("gpt", "chatgpt", "bot", "model"), "assistant")
+    names |= {role: role for role in ("user", "tool", "assistant", "system", "developer")}
+    for name, role in names.items():
+        (talk,) = of(tmp_path, {"conversations": [{"from": name, "value": "x"}, *SHAREGPT]})
+        assert isinstance(talk, Conversation)
+        assert talk.messages == ({"role": role, "content": "x"}, *TALK)
 
 
 def test_the_form_of_messages_does_not_depend_on_their_column(tmp_path: Path) -> None:

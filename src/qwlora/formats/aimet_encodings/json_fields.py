@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
-from itertools import chain
 from math import isfinite
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 
 from qwlora.errors import EncodingsFileError
@@ -26,9 +26,8 @@ MAX_INTEGER = 2**40  # larger than any code or offset, far below the end of int6
 
 def numbers_of(value: Any) -> Floats:
     """Finite numbers: one, a list, or nested lists of equal lengths."""
-    items, shape = _rectangle(value, {int, float}, "numbers")
     try:
-        numbers = np.array(items, dtype=np.float64)
+        numbers: Floats = _rectangle(value, (int, float), "numbers").astype(np.float64)
     except OverflowError:
         raise ValueError("contains an integer that is too large for a float") from None
     bad = ~np.isfinite(numbers)
@@ -37,35 +36,28 @@ def numbers_of(value: Any) -> Floats:
             f"{int(bad.sum())} of {numbers.size} values are not finite, the first is "
             f"{numbers[bad][0]}"
         )
-    return numbers.reshape(shape)
+    return numbers
 
 
 def integers_of(value: Any) -> Integers:
     """Integers of at most `MAX_INTEGER`: one, a list, or nested lists of equal lengths."""
-    items, shape = _rectangle(value, {int}, "integers")
-    for extreme in (min(items), max(items)):
+    integers = _rectangle(value, (int,), "integers")
+    for extreme in (integers.min(), integers.max()):
         if abs(extreme) > MAX_INTEGER:
             raise ValueError(f"contains {describe(extreme)}; the limit is {MAX_INTEGER}")
-    return np.array(items, dtype=np.int64).reshape(shape)
+    return integers.astype(np.int64)
 
 
-def _rectangle(value: Any, kinds: set[type], what: str) -> tuple[list[Any], list[int]]:
-    """The leaves of nested lists of equal lengths, and those lengths."""
-    items, shape = [value], list[int]()
-    while isinstance(items[0], list):
-        length = len(items[0])
-        if not all(isinstance(item, list) and len(item) == length for item in items):
-            raise ValueError("contains lists of different lengths, or lists and numbers")
-        if not length:
-            raise ValueError("is empty")
-        if len(shape) == MAX_RANK:
-            raise ValueError(f"is nested deeper than {MAX_RANK} lists")
-        shape.append(length)
-        items = list(chain.from_iterable(items))
-    if not set(map(type, items)) <= kinds:
-        wrong = next(item for item in items if type(item) not in kinds)
-        raise ValueError(f"contains {describe(wrong)}; {what} are needed")
-    return items, shape
+def _rectangle(value: Any, kinds: Collection[type], what: str) -> npt.NDArray[Any]:
+    """Nested lists as an array of Python's numbers."""
+    array = np.array(value, dtype=object)  # lists of different lengths are kept as values
+    if not array.size:
+        raise ValueError("is empty")
+    if wrong := [item for item in array.flat if type(item) not in kinds]:
+        raise ValueError(f"contains {describe(wrong[0])}; {what} in lists of one length are needed")
+    if array.ndim > MAX_RANK:
+        raise ValueError(f"is nested deeper than {MAX_RANK} lists")
+    return array
 
 
 def _flat(array: Any) -> Any:

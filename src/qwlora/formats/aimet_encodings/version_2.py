@@ -22,7 +22,7 @@ import re
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, Tag
 
 from qwlora.formats.aimet_encodings.findings import printable
 from qwlora.formats.aimet_encodings.json_fields import (
@@ -82,14 +82,6 @@ class Entry2(JsonEntry):
     ] = None
     per_block_int_scale: NestedIntegers = None
     per_channel_float_scale: NestedNumbers = None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_nvfp4(cls, entry: Any) -> Any:
-        nested = isinstance(entry, dict) and isinstance(entry.get("y_scale"), dict)
-        if nested and entry.get("output_dtype") in [*FLOAT_FORMATS]:
-            raise ValueError("a float scale with a scale of its own (NVFP4) is not supported")
-        return entry
 
     def entry(self) -> Entry:
         if isinstance(self.y_scale, NestedScale):

@@ -251,17 +251,17 @@ def changed(version: str, section: str, name: str, **fields: Any) -> dict[str, A
 # By version, section and entry: fields, and what is said about them.
 BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
     ("0.6.1", "param_encodings", "channel.weight"): {
-        "bitwidth differs among the channels": {"bitwidth": 4}
+        "bitwidth: is a list; it must be a valid integer": {"bitwidth": 4}
     },
     ("0.6.1", "activation_encodings", "x"): {
         "bitwidth is 33, not from 1 to 32": {"bitwidth": 33},
-        "item 0.is_symmetric: is False; it must be 'True' or 'False'": {"is_symmetric": False},
+        "is_symmetric: is False; it must be 'True' or 'False'": {"is_symmetric": False},
         "min is -3.0 in item 0, but scale and offset make it -2.17": {"min": -3.0},
-        "item 0.max: is missing": {"max": ...},
-        "item 0.index_bw: is vector quantization, which is not supported": {"index_bw": 4},
+        "max is missing": {"max": ...},
+        "index_bw: is vector quantization, which is not supported": {"index_bw": 4},
     },
     ("0.6.1", "param_encodings", "shifted.weight_0"): {
-        "zero_point_shift differs": {"zero_point_shift": 0.25}
+        "zero_point_shift: is a list; it must be a valid number": {"zero_point_shift": 0.25}
     },
     ("1.0.0", "activation_encodings", "x"): {
         "scale: 1 of 1 values are not finite": {"scale": [math.nan]},

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from qwlora.errors import EncodingsFileError
 
 _VECTOR_FIELDS = {"rows_per_block", "cols_per_block", "vector_dim", "vector_stride", "index_bw"}
-_KINDS = {"integer", "float", "items", "plain", "nested"}  # in pydantic's paths, not in files
+_KINDS = {"plain", "nested"}  # in pydantic's paths, not in files
 
 
 @dataclass(frozen=True)

@@ -17,15 +17,15 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import BeforeValidator
 
 from qwlora.formats.aimet_encodings.findings import describe
 from qwlora.formats.aimet_encodings.json_fields import (
-    MAX_INTEGER,
     AsEntry,
+    FlatIntegers,
+    FlatNumbers,
     JsonEntry,
     SectionsDocument,
-    Strict,
 )
 from qwlora.formats.aimet_encodings.model import (
     Entry,
@@ -36,66 +36,36 @@ from qwlora.formats.aimet_encodings.model import (
 )
 
 
-class IntegerItem(Strict):
-    """The grid of one channel."""
+class Entry061(JsonEntry):
+    """A name, and its items by field: numbers of each channel, and what all channels share."""
 
-    min: float
-    max: float
-    scale: float
-    offset: Annotated[int, Field(ge=-MAX_INTEGER, le=MAX_INTEGER)]
+    dtype: Literal["int", "float"]
     bitwidth: int
-    dtype: Literal["int"]
-    is_symmetric: Literal["True", "False"]
+    is_symmetric: Literal["True", "False"] = "False"
     zero_point_shift: float = 0.0
-
-
-class FloatItem(Strict):
-    """A float without a scale."""
-
-    bitwidth: int
-    dtype: Literal["float"]
-
-
-def _kind(items: Any) -> str:
-    match items:
-        case [{"dtype": "float"}, *_]:
-            return "float"
-    return "integer"
-
-
-class Channels(JsonEntry):
-    """A name and its items."""
-
-    items: Annotated[
-        Annotated[list[IntegerItem], Tag("integer"), Field(min_length=1)]
-        | Annotated[list[FloatItem], Tag("float"), Field(max_length=1)],
-        Discriminator(_kind),
-    ]
+    scale: FlatNumbers = None
+    offset: FlatIntegers = None
+    min: FlatNumbers = None
+    max: FlatNumbers = None
 
     def entry(self) -> Entry:
-        first = self.items[0]
-        if isinstance(first, FloatItem):
-            return FloatEncoding(self.name, first.bitwidth)
-        for key in ("bitwidth", "is_symmetric", "zero_point_shift"):
-            if len({getattr(item, key) for item in self.items}) > 1:
-                raise ValueError(f"{key} differs among the channels")
-        scale, offset, low, high = (
-            np.array([getattr(item, key) for item in self.items])
-            for key in ("scale", "offset", "min", "max")
-        )
-        shape = () if len(self.items) == 1 else (len(self.items),)
+        if self.dtype == "float":
+            self.check_fields({"dtype", "bitwidth"})
+            return FloatEncoding(self.name, self.bitwidth)
+        numbers = {"scale", "offset", "min", "max"}
+        self.check_fields({"dtype", "bitwidth", "is_symmetric", *numbers}, {"zero_point_shift"})
+        shape = () if self.scale.size == 1 else (-1,)
         encoding = IntegerEncoding(
             self.name,
-            first.bitwidth,
-            scale.reshape(shape),
-            offset.reshape(shape),
-            first.is_symmetric == "True",
-            zero_point_shift=first.zero_point_shift,
+            self.bitwidth,
+            self.scale.reshape(shape),
+            self.offset.reshape(shape),
+            self.is_symmetric == "True",
+            zero_point_shift=self.zero_point_shift,
         )
-        for key, stated, computed in zip(
-            ("min", "max"), (low, high), _range(encoding), strict=True
-        ):
-            tolerance = 0.5 * scale + 1e-5 * np.abs(computed)
+        for key, computed in zip(("min", "max"), _range(encoding), strict=True):
+            stated = getattr(self, key)
+            tolerance = 0.5 * self.scale + 1e-5 * np.abs(computed)
             off = ~(np.abs(stated - computed) <= tolerance)
             if off.any():
                 i = int(off.argmax())
@@ -105,13 +75,26 @@ class Channels(JsonEntry):
         return encoding
 
 
-def _named(section: Any) -> list[dict[str, Any]]:
+def _by_field(section: Any) -> list[dict[str, Any]]:
     if not isinstance(section, dict):
         raise ValueError(f"is {describe(section)}; an object is needed")
-    return [{"name": name, "items": items} for name, items in section.items()]
+    entries = []
+    for name, items in section.items():
+        entry = {"name": name, "items": items}
+        if isinstance(items, list) and all(isinstance(item, dict) for item in items):
+            keys = dict.fromkeys(key for item in items for key in item)
+            fields: dict[str, Any] = dict.fromkeys(keys)
+            for key in keys & Entry061.model_fields.keys():
+                fields[key] = [item.get(key) for item in items]
+            for key in {"dtype", "bitwidth", "is_symmetric", "zero_point_shift"} & fields.keys():
+                if all(value == fields[key][0] for value in fields[key]):
+                    fields[key] = fields[key][0]
+            entry = {"name": name, **fields}
+        entries.append(entry)
+    return entries
 
 
-Section = Annotated[list[Annotated[Channels, AsEntry]], BeforeValidator(_named)]
+Section = Annotated[list[Annotated[Entry061, AsEntry]], BeforeValidator(_by_field)]
 
 
 class Document061(SectionsDocument):

@@ -325,63 +325,47 @@ def test_an_assistant_that_speaks_first_has_turns_and_tools() -> None:
     ]
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        (
-            "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('the user speaks first') }}{% endif %}"
-            + unmarked(CHATML),
-            r"chat.jsonl:7: the model's chat template refuses these messages \(assistant, user, assistant, user, assistant\): the user speaks first",
+REFUSES = r"chat.jsonl:7: the model's chat template refuses these messages "
+NAMES_ROLES = "{% for m in messages %}{{ m['role'] }}{% endfor %}"
+REFUSED = [
+    (TALK, "", "the model's tokenizer has no chat template"),
+    (TALK, "{{ raise_exception('must alternate') }}", rf"{REFUSES}\(user, .*must alternate"),
+    (TALK, "{{ messages[0]['role' }}", REFUSES),
+    (TALK, NAMES_ROLES, "message 2: the chat template has no generation prompt and changes"),
+    (
+        TALK,
+        "{% for m in messages %}{% generation %}{% endgeneration %}{{ m['content'] }}{% endfor %}",
+        "renders no token of the assistant's messages|chat template refuses",
+    ),
+    (
+        SPOKEN_TO,
+        "{% if messages[0]['role'] == 'assistant' %}{{ raise_exception('users first') }}{% endif %}",
+        rf"{REFUSES}\(assistant, user, assistant, user, assistant\): users first",
+    ),
+    (
+        SPOKEN_TO,
+        "{% if messages | length == 1 %}{{ raise_exception('no question') }}{% endif %}"
+        + unmarked(CHATML),
+        rf"{REFUSES}\(assistant\): no question",
+    ),
+    (SPOKEN_TO, NAMES_ROLES, "message 1: the chat template has no generation prompt and changes"),
+    (SPOKEN_TO, FORGETS, r"message 1: the chat template renders this .* Set data.turns: apart"),
+    (
+        SPOKEN_TO,
+        unmarked(CHATML).replace(
+            "{{ message['role'] }}", "{{ message['role'] | replace('assistant', 'bot') }}"
         ),
-        (
-            "{% if messages | length == 1 and messages[0]['role'] == 'assistant' %}{{ raise_exception('no question') }}{% endif %}"
-            + unmarked(CHATML),
-            r"chat.jsonl:7: the model's chat template refuses these messages \(assistant\): no question",
-        ),
-        (
-            "{% for m in messages %}{{ m['role'] }}{% endfor %}",
-            "message 1: the chat template has no generation prompt and changes the content",
-        ),
-        (
-            FORGETS,
-            r"message 1: the chat template renders this message differently .* Set data.turns: apart",
-        ),
-        (
-            unmarked(CHATML).replace(
-                "{{ message['role'] }}",
-                "{{ 'bot' if message['role'] == 'assistant' else message['role'] }}",
-            ),
-            "message 1: the chat template renders this message differently",
-        ),
-    ],
-)
-def test_an_assistant_that_cannot_speak_first_is_refused(template: str, message: str) -> None:
-    with pytest.raises(SourceError, match=message):
-        encode_conversation(SPOKEN_TO, with_template(template))
+        "message 1: the chat template renders this message differently",
+    ),
+]
 
 
-@pytest.mark.parametrize(
-    ("template", "message"),
-    [
-        ("", "the model's tokenizer has no chat template"),
-        (
-            "{{ raise_exception('roles must alternate') }}",
-            r"chat.jsonl:7: the model's chat template refuses these messages \(user, assistant, .*roles must alternate",
-        ),
-        ("{{ messages[0]['role' }}", "chat.jsonl:7: the model's chat template refuses"),
-        (
-            "{% for m in messages %}{{ m['role'] }}{% endfor %}",
-            "message 2: the chat template has no generation prompt and changes the content",
-        ),
-        (
-            "{% for m in messages %}{% generation %}{% endgeneration %}{{ m['content'] }}{% endfor %}",
-            "renders no token of the assistant's messages|chat template refuses",
-        ),
-    ],
-)
-def test_what_cannot_be_rendered_is_refused(template: str, message: str) -> None:
+@pytest.mark.parametrize(("talk", "template", "message"), REFUSED)
+def test_what_cannot_be_rendered_or_located_is_refused(
+    talk: Conversation, template: str, message: str
+) -> None:
     with pytest.raises(SourceError, match=message):
-        encode_conversation(TALK, with_template(template))
+        encode_conversation(talk, with_template(template))
 
 
 def test_slow_tokenizers_are_refused() -> None:
@@ -395,6 +379,11 @@ def test_slow_tokenizers_are_refused() -> None:
         encode_conversation(TALK, Slow())  # type: ignore[arg-type]
 
 
+def assert_prompt_is_that_of_inference(tokenizer: Any, prompt: str, tokens: Any) -> None:
+    before = [i for i, flag in zip(tokens.ids, tokens.in_loss, strict=True) if not flag]
+    assert before == tokenizer(prompt)["input_ids"] == tokens.ids[: len(before)]
+
+
 @pytest.mark.parametrize(
     ("prompt", "completion"),
     [("Question: hi Answer:", " yes"), ("Hello ", "world"), ("2+2=", "4<|im_end|>")],
@@ -402,14 +391,10 @@ def test_slow_tokenizers_are_refused() -> None:
 def test_a_completion_follows_its_prompt_as_it_will_at_inference(
     smollm2: PreTrainedTokenizerBase, prompt: str, completion: str
 ) -> None:
-    tokenizer = smollm2
-    (tokens,) = encode_documents([Completion(prompt, completion)], tokenizer, prompt_format="plain")
-    given = [i for i, flag in zip(tokens.ids, tokens.in_loss, strict=True) if not flag]
-    assert given == tokenizer(prompt)["input_ids"] == tokens.ids[: len(given)]
-    assert (
-        tokenizer.decode(tokens.ids[len(given) :])
-        == completion.removesuffix("<|im_end|>") + "<|im_end|>"
-    )
+    (tokens,) = encode_documents([Completion(prompt, completion)], smollm2, prompt_format="plain")
+    assert_prompt_is_that_of_inference(smollm2, prompt, tokens)
+    said = smollm2.decode([i for i, flag in zip(tokens.ids, tokens.in_loss, strict=True) if flag])
+    assert said == completion.removesuffix("<|im_end|>") + "<|im_end|>"
 
 
 def prefixing_tokenizer(kind: str) -> PreTrainedTokenizerFast:
@@ -452,12 +437,9 @@ def test_no_space_comes_between_prompt_and_completion(
 ) -> None:
     tokenizer = prefixing_tokenizer(kind)
     (tokens,) = encode_documents([Completion(prompt, completion)], tokenizer)
-    given = [i for i, flag in zip(tokens.ids, tokens.in_loss, strict=True) if not flag]
-    assert given == tokenizer(prompt)["input_ids"] == tokens.ids[: len(given)]
-    assert (
-        tokenizer.decode(tokens.ids, clean_up_tokenization_spaces=False)
-        == prompt + completion + "</s>"
-    )
+    assert_prompt_is_that_of_inference(tokenizer, prompt, tokens)
+    text = tokenizer.decode(tokens.ids, clean_up_tokenization_spaces=False)
+    assert text == f"{prompt}{completion}</s>"
     assert tokenizer.unk_token_id not in tokens.ids
 
 

@@ -143,22 +143,12 @@ def test_the_mask_is_shown(
 
 @pytest.mark.slow
 def test_a_run_on_conversations(recipe_for: Any, chat: dict[str, Any], tmp_path: Path) -> None:
-    said: list[str] = []
-    adapters = [
-        {
-            "name": "first",
-            "rank": 4,
-            "steps": 12,
-            "warmup_steps": 1,
-            "learning_rate": 1e-2,
-            "evaluation_steps": 6,
-        }
-    ]
-    results = run(
-        load_recipe(recipe_for(data=chat, adapters=adapters)), tmp_path / "out", say=said.append
-    )
-    assert said[0].startswith("data (conversations, packing documents): training ")
-    assert "loss tokens; held out " in said[0]
+    lines: list[str] = []
+    adapter = {"name": "first", "rank": 4, "steps": 12, "warmup_steps": 1, "learning_rate": 1e-2}
+    recipe = recipe_for(data=chat, adapters=[{**adapter, "evaluation_steps": 6}])
+    results = run(load_recipe(recipe), tmp_path / "out", say=lines.append)
+    assert lines[0].startswith("data (conversations, packing documents): training ")
+    assert "loss tokens; held out " in lines[0]
     data = results["data"]
     assert data == json.loads((tmp_path / "out" / "results.json").read_text())["data"]
     assert data["train"]["sequences"] < data["train"]["documents"]
@@ -167,13 +157,8 @@ def test_a_run_on_conversations(recipe_for: Any, chat: dict[str, Any], tmp_path:
     parity = results["parity"]["onnx"]["first"]
     assert parity["perplexity"] == pytest.approx(parity["reference_perplexity"], rel=0.003)
     assert parity["tokens"] < data["held_out"]["tokens"]
-    assert (
-        run(
-            load_recipe(recipe_for(data=chat, adapters=adapters)), tmp_path / "out", say=said.append
-        )
-        == results
-    )
-    assert all("skipped" in line for line in said[-9:])
+    assert run(load_recipe(recipe), tmp_path / "out", say=lines.append) == results
+    assert all("skipped" in line for line in lines[-9:])
 
 
 def test_a_model_that_mixes_documents_is_refused_until_the_recipe_chooses(
@@ -193,32 +178,16 @@ def test_a_model_that_mixes_documents_is_refused_until_the_recipe_chooses(
     assert results["train"]["first"]["steps"] == 6
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (
-            "data.packing=dense",
-            "data.packing: Input should be 'join', 'documents' or 'none' (given: 'dense')",
-        ),
-        (
-            "data.chat_template=/not/there.jinja",
-            "data.chat_template: '/not/there.jinja' does not exist. Give a file with a Jinja",
-        ),
-        (
-            "data={text_column: a, messages_column: b}",
-            "text_column and messages_column exclude each other; set only one kind",
-        ),
-        (
-            "data.source=corpus/train.jsonl",
-            "data.source: data source 'corpus/train.jsonl' does not exist (looked for "
-            f"{Path.cwd()}/corpus/train.jsonl). Give a file (text, .jsonl",
-        ),
-        (
-            "data.mesages_column=x",
-            "data.mesages_column: unknown key; did you mean messages_column?",
-        ),
-    ],
-)
+DATA_MISTAKES = {
+    "data.packing=dense": "data.packing: Input should be 'join', 'documents' or 'none' (given: 'de",
+    "data.chat_template=/not/there.jinja": "'/not/there.jinja' does not exist. Give a file with a J",
+    "data={text_column: a, messages_column: b}": "text_column and messages_column exclude each",
+    "data.source=corpus/train.jsonl": "data.source: data source 'corpus/train.jsonl' does not exist "
+    f"(looked for {Path.cwd()}/corpus/train.jsonl). Give a file (text, .jsonl",
+}
+
+
+@pytest.mark.parametrize(("change", "message"), DATA_MISTAKES.items())
 def test_the_recipe_names_what_is_wrong_with_its_data(
     recipe_for: Any, change: str, message: str
 ) -> None:

@@ -130,27 +130,10 @@ def test_models_that_keep_documents_apart_are_accepted(name: str) -> None:
 @torch.no_grad()
 def test_models_that_mix_documents_are_refused() -> None:
     torch.manual_seed(0)
-    mamba = MambaForCausalLM(
-        MambaConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=32,
-            num_hidden_layers=2,
-            eos_token_id=256,
-            pad_token_id=257,
-            bos_token_id=256,
-        )
-    )
-    bloom = BloomForCausalLM(
-        BloomConfig(
-            vocab_size=VOCABULARY,
-            hidden_size=64,
-            n_layer=2,
-            n_head=4,
-            eos_token_id=256,
-            pad_token_id=257,
-            bos_token_id=256,
-        )
-    )
+    tokens = {"vocab_size": VOCABULARY, "eos_token_id": 256, "pad_token_id": 257}
+    tokens["bos_token_id"] = 256
+    mamba = MambaForCausalLM(MambaConfig(hidden_size=32, num_hidden_layers=2, **tokens))
+    bloom = BloomForCausalLM(BloomConfig(hidden_size=64, n_layer=2, n_head=4, **tokens))
     for parameter in bloom.parameters():
         if parameter.ndim > 1:
             parameter.mul_(4)

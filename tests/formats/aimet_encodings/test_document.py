@@ -409,7 +409,7 @@ INTEGERS = partial(IntegerEncoding, "w", 8)
     [
         (lambda: INTEGERS([0.1, 0.2], [0], False), r"scale has shape \[2\] but offset \[1\]"),
         (lambda: INTEGERS([0.1, 0.1], [-1, -0.5], False), r"offset holds -0\.5; integers are"),
-        (lambda: INTEGERS(0.1, float("inf"), False), "offset holds inf; integers in lists"),
+        (lambda: INTEGERS(0.1, float("inf"), False), "offset holds inf; integers are needed"),
         (lambda: INTEGERS(-0.1, 0, False), "scale must be above 0"),
         (lambda: INTEGERS(0.1, 0, False, zero_point_shift=0.25), r"_shift is 0\.25, not 0 or 0.5"),
         (lambda: FloatEncoding("w", 4, "float8e5m2", 1.0), "'float8e5m2' is not a float format"),

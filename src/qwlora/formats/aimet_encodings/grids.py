@@ -86,10 +86,11 @@ def entry_of(
     Raises:
         EncodingsFileError: the encoding has float offsets.
     """
-    scheme, scale, offset = encoding.scheme, encoding.scale.detach().cpu(), encoding.offset.cpu()
+    scheme = encoding.scheme
     if scheme.float_offset:
         problem = f"{scheme} has float offsets, which no encodings file can hold"
         raise EncodingsFileError(name, [problem])
+    scale, offset = encoding.scale.detach().cpu(), encoding.offset.cpu()
     nested = has_axes(version)
     turned = transposed and (nested or block_order == "tensor")
     last = 0 if transposed else scale.ndim - 1  # the axis of the inputs

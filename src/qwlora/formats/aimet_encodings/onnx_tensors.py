@@ -78,11 +78,11 @@ def read_graph(path: Path | str) -> dict[str, OnnxTensor]:
     onnx, ir = require("onnx", "onnx"), require("onnx_ir", "onnx")
     try:
         model = onnx.load(str(path), load_external_data=False)
+        if not model.HasField("graph"):
+            raise ValueError
         with suppress(Exception):  # onnx raises several private classes; the types are optional
             model = onnx.shape_inference.infer_shapes(model)
         graph = ir.from_proto(model).graph
-        if not model.HasField("graph"):
-            raise ValueError
     except OSError as error:
         problem = f"cannot be read: {error.strerror or error}"
         raise EncodingsFileError(str(path), [problem]) from error

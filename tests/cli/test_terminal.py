@@ -137,7 +137,7 @@ def test_near_names_take_no_longer_for_a_file_of_many_names() -> None:
     assert near_names("zzzz", (f"column{i}" for i in range(10**6))) == []
 
 
-@pytest.mark.parametrize("value", ["1e-300", "1e-5", "-1", "nan", "inf", "1e9"])
+@pytest.mark.parametrize("value", ["1e-5", "-1", "nan", "inf", "1e9"])
 def test_temperatures_that_no_runtime_can_use_are_refused(value: str, tmp_path: Path) -> None:
     result = qwlora("generate", tmp_path, "hi", "--temperature", value)
     assert (result.returncode, result.stdout) == (2, "")

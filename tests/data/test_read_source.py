@@ -86,6 +86,11 @@ def read(path: Path | str, reading: Reading | None = None) -> list[Document]:
     return read_documents(str(path), reading or Reading())[0]
 
 
+def refused(source: Path | str, reading: Reading | None = None, *, match: str) -> None:
+    with pytest.raises(SourceError, match=match):
+        read(source, reading)
+
+
 def without_place(documents: list[Document]) -> list[Document]:
     return [type(d)(**{k: v for k, v in vars(d).items() if k != "where"}) for d in documents]
 
@@ -306,16 +311,14 @@ def test_a_bad_record_is_named(tmp_path: Path, kind: str, record: Any, message: 
     path, good = tmp_path / "bad.jsonl", json.dumps(GOOD[kind])
     line = record if isinstance(record, str) else json.dumps(record)
     path.write_text(f"{good}\n\n{line}\n{good}\n")
-    with pytest.raises(SourceError, match=re.escape(f"{path}:3: ") + ".*" + re.escape(message)):
-        read(path)
+    refused(path, match=re.escape(f"{path}:3: ") + ".*" + re.escape(message))
 
 
 def test_tools_that_no_json_holds_are_named(tmp_path: Path) -> None:
     tools = [{"since": datetime.date(2020, 1, 1)}]
     write_parquet(tmp_path / "bad.parquet", [{"messages": TALK, "tools": tools}])
     expected = r"bad.parquet row 1: 'tools' cannot be written as JSON: Object of type date"
-    with pytest.raises(SourceError, match=expected):
-        read(tmp_path / "bad.parquet")
+    refused(tmp_path / "bad.parquet", match=expected)
 
 
 def test_empty_records_may_be_skipped_and_are_counted(tmp_path: Path) -> None:
@@ -325,8 +328,7 @@ def test_empty_records_may_be_skipped_and_are_counted(tmp_path: Path) -> None:
     assert (len(documents), skipped) == (2, 2)
     assert load_documents(str(path), 0.5, 0, skipping).skipped_records == 2
     write_jsonl(path, [{"text": "a"}, {"text": 3}])  # only what is empty may be skipped
-    with pytest.raises(SourceError, match="must be a string"):
-        read(path, skipping)
+    refused(path, skipping, match="must be a string")
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
@@ -340,11 +342,9 @@ def test_time_is_linear_in_the_number_of_columns(tmp_path: Path, suffix: str) ->
         mark = "," if suffix == ".csv" else "\t"
         path.write_text(mark.join(names) + "\n" + mark.join("x" for _ in names) + "\n")
     began = time.process_time()
-    with pytest.raises(SourceError, match="'twice'"):
-        read(path)
+    refused(path, match="'twice'")
     path.write_text(path.read_text().replace("twice", "once", 1))
-    with pytest.raises(SourceError, match=r"text_column|columns"):
-        read(path)
+    refused(path, match=r"text_column|columns")
     assert time.process_time() - began < 20
 
 
@@ -384,8 +384,7 @@ WRONG_TABLES = [
 @pytest.mark.parametrize(("name", "content", "message"), WRONG_TABLES)
 def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(SourceError, match=re.escape(name) + ".*" + re.escape(message)):
-        read(tmp_path / name)
+    refused(tmp_path / name, match=re.escape(name) + ".*" + re.escape(message))
 
 
 @pytest.mark.parametrize("name", ["data.parquet", "data.arrow", "data.feather", "saved"])
@@ -398,21 +397,14 @@ def test_a_bad_row_of_a_table_is_counted(
     column = pa.array([1.0, value]) if value is not None else pa.array(["a", None])
     records = pa.table({"text": column.cast(pa.string()) if value is None else column}).to_pylist()
     WRITERS[name](tmp_path / name, [{"text": v["text"]} for v in records][::-1])
-    with pytest.raises(
-        SourceError, match=rf"{name}.* row 1: 'text' must be a string, not {message}"
-    ):
-        read(tmp_path / name)
+    refused(tmp_path / name, match=rf"{name}.* row 1: 'text' must be a string, not {message}")
 
 
 @pytest.mark.parametrize("file", ["data-00000-of-00001.arrow", "state.json", "dataset_info.json"])
 def test_a_damaged_saved_dataset_is_named(tmp_path: Path, file: str) -> None:
     write_saved(tmp_path / "saved", RECORDS["text"])
     (tmp_path / "saved" / file).write_text("{")
-    with pytest.raises(
-        SourceError,
-        match=r"saved: this folder has dataset_info.json or dataset_dict.json, but datasets cannot load it: ",
-    ):
-        read(tmp_path / "saved")
+    refused(tmp_path / "saved", match="saved: this folder has .*, but datasets cannot load it: ")
 
 
 def test_columns_may_be_named(tmp_path: Path) -> None:
@@ -421,21 +413,10 @@ def test_columns_may_be_named(tmp_path: Path) -> None:
     reading = Reading({"prompt": "question", "completion": "answer"})
     assert without_place(read(path, reading)) == [Completion("2+2=", "4")]
     (tmp_path / "a.txt").write_text("x")
-    for file, columns, message in (
-        (
-            "a.jsonl",
-            {"prompt": "question", "completion": "anser"},
-            r"a.jsonl:1: there is no column 'anser' \(data.completion_column\); .* answer\?",
-        ),
-        (
-            "a.jsonl",
-            {"text": "x"},
-            r"no column 'x' \(data.text_column\); there are question, answer, text",
-        ),
-        ("a.txt", {"text": "x"}, "running text and has no columns; remove data.text_column"),
-    ):
-        with pytest.raises(SourceError, match=message):
-            read(tmp_path / file, Reading(columns))
+    other, missing = Reading({"prompt": "question", "completion": "anser"}), Reading({"text": "x"})
+    refused(path, other, match=r":1: there is no column 'anser' \(data.completion_column\); .* ans")
+    refused(path, missing, match=r"no column 'x' \(data.text_column\); there are question, answer")
+    refused(tmp_path / "a.txt", missing, match="has no columns; remove data.text_column")
 
 
 def test_a_folder_holds_one_kind(tmp_path: Path) -> None:
@@ -443,14 +424,11 @@ def test_a_folder_holds_one_kind(tmp_path: Path) -> None:
     write_parquet(tmp_path / "b.parquet", RECORDS["text"])
     assert without_place(read(tmp_path)) == expected("text") * 2
     write_csv(tmp_path / "c.csv", RECORDS["completions"])
-    with pytest.raises(
-        SourceError,
-        match=r"c.csv: this table has prompt\+completion, the files before it text. A source holds one kind",
-    ):
-        read(tmp_path)
+    refused(
+        tmp_path, match=r"c.csv: this table has prompt\+completion, the files before it text\. A"
+    )
     (tmp_path / "d.txt").write_text("text")
-    with pytest.raises(SourceError, match=r"holds running text \(d.txt\) and records \(a.jsonl\)"):
-        read(tmp_path)
+    refused(tmp_path, match=r"holds running text \(d.txt\) and records \(a.jsonl\)")
 
 
 def test_splits_of_a_folder_are_named_as_on_the_hub(tmp_path: Path) -> None:
@@ -475,11 +453,11 @@ def test_splits_of_a_folder_are_named_as_on_the_hub(tmp_path: Path) -> None:
     assert names(clone, "test") == ["test-00000-of-00001"]
     assert names(clone, "validation") == ["validation"]
     assert len(names(clone, None)) == 4
-    with pytest.raises(
-        SourceError,
+    refused(
+        clone,
+        Reading(split="rain"),
         match=r"named after the split 'rain' .*; there are data/test-00000-of-00001.parquet, ",
-    ):
-        read(clone, Reading(split="rain"))
+    )
     for folder in ("train", "dev", "more"):
         (tmp_path / "folders" / folder).mkdir(parents=True)
         write_jsonl(tmp_path / "folders" / folder / "0.jsonl", [{"text": folder}])
@@ -493,15 +471,14 @@ def test_splits_of_a_folder_are_named_as_on_the_hub(tmp_path: Path) -> None:
 def test_a_split_of_what_has_none_is_refused(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "train.jsonl", RECORDS["text"])
     for source in (str(tmp_path / "train.jsonl"), "python:string:ascii_letters"):
-        with pytest.raises(SourceError, match=r"has no splits; remove data.split: train"):
-            read(source, Reading(split="train"))
+        refused(source, Reading(split="train"), match=r"has no splits; remove data.split: train")
     (tmp_path / "texts").mkdir()
     (tmp_path / "texts" / "a.txt").write_text("text")
-    with pytest.raises(
-        SourceError,
-        match=r"no file or folder in it is named after the split 'train'.*there are a.txt. Correct data.split, or remove it",
-    ):
-        read(tmp_path / "texts", Reading(split="train"))
+    refused(
+        tmp_path / "texts",
+        Reading(split="train"),
+        match="named after the split 'train'.*there are a.txt. Correct data.split, or",
+    )
 
 
 def test_json_in_a_folder_is_read_or_named(tmp_path: Path) -> None:
@@ -509,10 +486,7 @@ def test_json_in_a_folder_is_read_or_named(tmp_path: Path) -> None:
     write_json(tmp_path / "b.json", RECORDS["text"])
     assert without_place(read(tmp_path)) == expected("text") * 2
     (tmp_path / "c.json").write_text('{"version": 1}')
-    with pytest.raises(
-        SourceError, match=r"c.json:1: the field 'text' is missing; there are version"
-    ):
-        read(tmp_path)
+    refused(tmp_path, match=r"c.json:1: the field 'text' is missing; there are version")
     (tmp_path / "README.md").write_text("read alone, it is a document")
     for name in ("a.jsonl", "b.json", "c.json"):
         (tmp_path / name).unlink()
@@ -535,16 +509,14 @@ def test_records_that_are_not_read_are_refused_alone_and_if_packed_in_a_folder(
     tmp_path: Path, name: str, message: str, is_packed: bool
 ) -> None:
     write_jsonl(tmp_path / name, RECORDS["text"])
-    with pytest.raises(SourceError, match=re.escape(f"data source '{tmp_path / name}': {message}")):
-        read(tmp_path / name)
+    refused(tmp_path / name, match=re.escape(f"data source '{tmp_path / name}': {message}"))
     folder = tmp_path / "folder"
     (folder / "data").mkdir(parents=True)
     write_jsonl(folder / "data" / name, RECORDS["text"])
     write_jsonl(folder / "a.jsonl", RECORDS["text"])
     if is_packed:
         expected_error = re.escape(f"holds data/{name}: {message}") + ".*; or move it out"
-        with pytest.raises(SourceError, match=expected_error):
-            read(folder)
+        refused(folder, match=expected_error)
     else:
         assert without_place(read(folder)) == expected("text")
 
@@ -553,11 +525,11 @@ def test_of_a_split_only_its_own_files_must_be_read(tmp_path: Path) -> None:
     for name in ("train.jsonl", "test.jsonl.gz", "test-2.jsonl.gz", "images.zip"):
         write_jsonl(tmp_path / name, RECORDS["text"])
     assert without_place(read(tmp_path, Reading(split="train"))) == expected("text")
-    with pytest.raises(
-        SourceError,
+    refused(
+        tmp_path,
+        Reading(split="test"),
         match=r"holds test-2.jsonl.gz and 1 more: .gz files are not read: unpack it first",
-    ):
-        read(tmp_path, Reading(split="test"))
+    )
 
 
 def test_a_folder_may_hold_other_files_besides_but_a_card_is_not_its_data(tmp_path: Path) -> None:
@@ -565,11 +537,7 @@ def test_a_folder_may_hold_other_files_besides_but_a_card_is_not_its_data(tmp_pa
     names += " data.jsonl.dvc picture.png loader.py Thumbs.db data.csv.py data.jsonl.sha1"
     for name in names.split():
         (tmp_path / name).write_text("# about")
-    with pytest.raises(
-        SourceError,
-        match=r"no file of a supported kind .*, only .* and 7 more.*card",
-    ):
-        read(tmp_path)
+    refused(tmp_path, match=r"no file of a supported kind .*, only .* and 7 more.*card")
     write_jsonl(tmp_path / "data.jsonl", RECORDS["text"])
     assert without_place(read(tmp_path)) == expected("text")
 
@@ -585,18 +553,19 @@ def test_splits_of_a_saved_dataset(tmp_path: Path) -> None:
     datasets.DatasetDict(parts).save_to_disk(str(tmp_path / "both"))
     assert without_place(read(tmp_path / "both")) == [Text("train")]
     assert without_place(read(tmp_path / "both", Reading(split="test"))) == [Text("test")]
-    with pytest.raises(
-        SourceError, match=r"there is no split 'tset'. Set data.split to one of train, test"
-    ):
-        read(tmp_path / "both", Reading(split="tset"))
+    refused(
+        tmp_path / "both",
+        Reading(split="tset"),
+        match=r"there is no split 'tset'. Set data.split to one of train, test",
+    )
     datasets.DatasetDict({"a": parts["train"], "b": parts["test"]}).save_to_disk(
         str(tmp_path / "neither")
     )
-    with pytest.raises(SourceError, match=r"it has several splits. Set data.split to one of a, b"):
-        read(tmp_path / "neither")
+    refused(tmp_path / "neither", match=r"it has several splits. Set data.split to one of a, b")
     parts["train"].save_to_disk(str(tmp_path / "one"))
-    with pytest.raises(SourceError, match=r"has no splits; remove data.split: train"):
-        read(tmp_path / "one", Reading(split="train"))
+    refused(
+        tmp_path / "one", Reading(split="train"), match=r"has no splits; remove data.split: train"
+    )
 
 
 def test_a_hub_id_is_asked_for_what_the_recipe_says(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -687,8 +656,7 @@ def test_a_file_of_kilobytes_that_fills_memory_is_refused(tmp_path: Path, name: 
         pa.parquet.write_table(table, tmp_path / name, compression="zstd", use_dictionary=False)
     else:
         pa.feather.write_feather(table, str(tmp_path / name), compression="zstd", chunksize=1)
-    with pytest.raises(SourceError, match=rf"{name}: .*more than 1000 times as many.*\.jsonl"):
-        read(tmp_path / name)
+    refused(tmp_path / name, match=rf"{name}: .*more than 1000 times as many.*\.jsonl")
 
 
 @pytest.mark.parametrize("name", ["bad.parquet", "bad.arrow"])
@@ -701,8 +669,7 @@ def test_columns_that_are_not_utf8_name_their_file(tmp_path: Path, name: str) ->
         pa.parquet.write_table(table, tmp_path / name)
     else:
         pa.feather.write_feather(table, tmp_path / name)
-    with pytest.raises(SourceError, match=rf"{name}.*after row 0.*utf-8"):
-        read(tmp_path / name)
+    refused(tmp_path / name, match=rf"{name}.*after row 0.*utf-8")
 
 
 def of(folder: Path, *records: dict[str, Any], **columns: str) -> list[Document]:

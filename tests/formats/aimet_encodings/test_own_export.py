@@ -5,19 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import helper, numpy_helper
 from peft import LoraConfig, get_peft_model
 
 from conftest import tiny_model
 from qwlora import quantize_, simulate
 from qwlora.export.onnx.onnx import export_onnx
 from qwlora.formats.aimet_encodings import convert, read_encodings, read_graph, validate
-
-FLOAT = onnx.TensorProto.FLOAT
 
 
 @pytest.fixture(scope="module")
@@ -47,18 +42,6 @@ def test_a_quantized_tensor_without_its_encoding_is_found(bundle: Path, tmp_path
     (tmp_path / "less.encodings").write_text(json.dumps(record))
     found = validate(tmp_path / "less.encodings", bundle / "model.onnx")
     assert sorted((f.severity, f.where) for f in found) == [("warning", n) for n in sorted(removed)]
-
-
-def test_a_graph_without_quantizers_needs_an_encoding_for_each_product(tmp_path: Path) -> None:
-    product = helper.make_node("MatMul", ["x", "w"], ["y"])
-    shaped = [helper.make_tensor_value_info(n, FLOAT, [2, 2]) for n in "xy"]
-    weight = numpy_helper.from_array(np.ones((2, 2), np.float32), "w")
-    graph = helper.make_graph([product], "g", shaped[:1], shaped[1:], [weight])
-    onnx.save(helper.make_model(graph), tmp_path / "float.onnx")
-    record = {"version": "1.0.0", "param_encodings": [], "activation_encodings": []}
-    (tmp_path / "none.encodings").write_text(json.dumps(record))
-    found = validate(tmp_path / "none.encodings", tmp_path / "float.onnx")
-    assert {f.where for f in found if f.severity == "warning"} >= {"x", "w", "y"}
 
 
 def test_blocks_convert_to_2_x_and_back(bundle: Path) -> None:

@@ -255,13 +255,12 @@ def test_an_adapter_and_a_job_directory(base: tuple[Path, Any], tmp_path: Path, 
     config = LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
     wrapped, place = get_peft_model(model, config), tmp_path / "adapters" / "first"
     save_adapter(wrapped, place)
-    record = record_of(call, place)
-    facts = [record[key] for key in ("kind", "r", "lora_alpha", "base_fingerprint")]
-    assert facts == ["adapter", 2, 4, fingerprint(model)]
-    assert sum(math.prod(t["shape"]) for t in record["tensors"].values()) == sum(
-        p.numel() for n, p in wrapped.named_parameters() if "lora_" in n
-    )
-    assert "LORA of rank 2, alpha 4, on q_proj, v_proj" in call(place)[1]
+    record = json.loads(call(place, "--json")[1])
+    facts = [record[key] for key in ("kind", "rank", "alpha", "modules", "base")]
+    assert facts == ["LoRA", 2, 4, 2 * model.config.num_hidden_layers, fingerprint(model)]
+    sizes = [p.numel() for name, p in wrapped.named_parameters() if "lora_" in name]
+    assert record["parameters"] == sum(sizes)
+    assert "LoRA of rank 2, alpha 4" in call(place)[1]
     (tmp_path / ".qwlora").mkdir()
     _, out, _ = call(tmp_path)
     assert f"trained on the base with fingerprint {fingerprint(model)}" in out
@@ -296,7 +295,7 @@ def test_whatever_else_is_refused_with_a_reason(
         (tmp_path / "text.txt",): r"is neither a folder nor a \.gguf file|is not a \.gguf file",
         (tmp_path / "empty",): "has no config.json",
         (tmp_path / "bad.gguf",): "bad.gguf",
-        (tmp_path / "half",): "has no adapter_model.safetensors",
+        (tmp_path / "half",): "adapter_model.safetensors cannot|adapter_model.safetensors.*no",
         ("somebody/a-model-that-is-not-here",): "cannot be downloaded from the hub either:\n",
         (folder, "--against", tmp_path / "nowhere"): "does not exist",
         (folder, "--against", checkpoints["gpt2"]): "no tensor name in common",

@@ -1,18 +1,6 @@
 """Convert an encodings file to another version, without losing or inventing anything.
 
-    what                                  0.6.1     1.0.0     2.0.0     2.1.0
-    activations and parameters separate    yes       yes       no        no
-    excluded layers, quantizer_args        yes       yes       no        no
-    `symmetric` is a field                 yes       yes       no        no
-    signed or unsigned codes               no        no        yes       yes
-    axis, nested scales                    no        no        yes       yes
-    per block                              no        yes       yes       yes
-    per channel with one channel           no        yes       yes       yes
-    LPBQ                                   no        yes       yes       yes
-    LPBQ's decompressed bitwidth            -        yes       no        no
-    LPBQ's channel scale                    -        flat      any       one axis
-    float16 without a scale                yes       yes       no        no
-    float8, float4 with scales             no        no        yes       yes
+The table in docs/encodings.md says what each version holds.
 
 In 2.x, symmetric means that every offset is at the center. From 0.6.1 or 1.0.0 to 2.x, symmetric
 codes become signed; the grid is the same.

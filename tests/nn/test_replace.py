@@ -4,7 +4,6 @@ before `assert_frozen`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -132,20 +131,15 @@ def test_a_compiled_model_computes_its_codes_after_quantizing(plain: PreTrainedM
     torch.testing.assert_close(logits(compiled), logits(plain))
 
 
-@pytest.fixture
-def process_group(tmp_path: Path) -> Iterator[None]:
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1
-    )
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("process_group")
-def test_a_model_in_distributed_data_parallel_is_refused() -> None:
-    wrapped = nn.parallel.DistributedDataParallel(tiny_model("qwen3"))
-    with pytest.raises(GridError, match=r"DistributedDataParallel.*quantize first"):
-        quantize_(wrapped, "w4-block32", "rtn")
+def test_a_model_in_distributed_data_parallel_is_refused(tmp_path: Path) -> None:
+    store = f"file://{tmp_path}/store"
+    torch.distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(tiny_model("qwen3"))
+        with pytest.raises(GridError, match=r"DistributedDataParallel.*quantize first"):
+            quantize_(wrapped, "w4-block32", "rtn")
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize(
@@ -168,8 +162,7 @@ def test_a_computed_weight_is_refused_by_name_unless_a_rule_keeps_it_float(compu
 
 def test_the_remedy_for_a_computed_weight_works() -> None:
     model = tiny_model("qwen3")
-    layer = parametrizations.weight_norm(model.get_submodule(UP))
-    remove_parametrizations(layer, "weight")
+    remove_parametrizations(parametrizations.weight_norm(model.get_submodule(UP)), "weight")
     quantize_(model, "w4-block32", "rtn")
     assert f"{UP}.weight" in packed_weights(model)
 

@@ -27,9 +27,9 @@ from qwlora.nn.fingerprint import adapter_fingerprint
 from qwlora.simulation.adapter_simulations import (
     AdapterSimulations,
     BaseActivations,
+    load_simulation,
     simulate_adapters,
 )
-from qwlora.simulation.load_simulation import load_simulation
 from qwlora.simulation.saved_simulation import load_encodings
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.parameter_names import is_adapter_name
@@ -401,7 +401,7 @@ def test_the_adapter_that_adds_zero_comes_back_from_disk(
     [
         ("wide", r"q_proj\.lora_A\.weight .*rank.* share less"),
         ("narrow", r"values have an encoding with one adapter and none .*the same target_modules"),
-        ("second", r"1 values have an encoding .*, lm_head.linear first.* more data"),
+        ("second", r"1 values have an encoding .*, lm_head.linear first.*more data"),
     ],
 )
 def test_what_cannot_be_shared_says_why(model: PeftModel, other: str, message: str) -> None:
@@ -464,6 +464,6 @@ def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
         simulate_adapters(with_first, inputs(), Schemes(rules=wrong))
     assert "'*.k_proj.lora_A.weight' matches no value; did you mean " in str(caught.value)
     assert (
-        "'*.up_proj.lora_B.weight' matches only weights, model.layers.0.mlp.up_proj.lora_B.weight"
+        "'*.up_proj.lora_B.weight' matches no activations, but model.layers.0.mlp.up_proj.lora_B.weight"
         in str(caught.value)
     )

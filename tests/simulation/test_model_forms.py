@@ -24,11 +24,6 @@ from qwlora.errors import CaptureError, GridError, SourceError
 from qwlora.export.proof.compare import is_language_model
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.capture import capture
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.grid.scheme import PerBlock, Scheme
-from qwlora.nn import pack_at_
-from qwlora.nn.packed_layer import PackedLayer
 
 IDS = torch.randint(0, 256, (4, 8), generator=torch.Generator().manual_seed(0))
 MASK = torch.ones_like(IDS)
@@ -102,21 +97,6 @@ def test_models_on_the_meta_device_are_refused_by_their_tensors() -> None:
     ):
         with pytest.raises(error, match=r"model.embed_tokens.weight.* and \d+ more .*meta device"):
             call()
-
-
-def test_a_head_that_is_tied_to_a_packed_embedding_reads_its_codes() -> None:
-    model = tiny_model("llama")
-    weight = model.model.embed_tokens.weight.detach()
-    encoding = measure(weight, Scheme(8, granularity=PerBlock(32)))
-
-    pack_at_(
-        model, "model.embed_tokens.weight", QuantizedTensor(encoding.quantize(weight), encoding)
-    )
-
-    head = model.lm_head
-    assert isinstance(head, PackedLayer)
-    assert head.is_tied
-    assert torch.equal(head.codes, model.model.embed_tokens.codes)
 
 
 def test_labels_in_the_example_are_left_out_of_the_graph(simulation: qwlora.Simulation) -> None:

@@ -300,7 +300,7 @@ def test_one_end_of_a_range_can_be_fixed() -> None:
         ),
         (
             PlacementRule("*.lora_A.weight", bitwidth=8),
-            "matches only weights, .*lora_A.weight first; add of: weights",
+            "matches no activations, but .*lora_A.weight; set of: weights",
         ),
         (
             PlacementRule("*.softmax", keep="float"),

@@ -227,15 +227,16 @@ def test_it_is_captured_where_the_model_is(tmp_path: Path, monkeypatch: pytest.M
     calibrated(adapted()).save(tmp_path)
     record = json.loads((tmp_path / "simulation.json").read_text())
     monkeypatch.setattr(
-        "qwlora.simulation.load_simulation.fingerprint", lambda model: record["base_fingerprint"]
+        "qwlora.simulation.adapter_simulations.fingerprint",
+        lambda model: record["base_fingerprint"],
     )
     monkeypatch.setattr(
-        "qwlora.simulation.load_simulation.adapter_fingerprint",
+        "qwlora.simulation.adapter_simulations.adapter_fingerprint",
         lambda model: record["adapter_fingerprint"],
     )
     with (
         mock.patch(
-            "qwlora.simulation.load_simulation.simulate", side_effect=InterruptedError
+            "qwlora.simulation.adapter_simulations.simulate", side_effect=InterruptedError
         ) as simulated,
         pytest.raises(InterruptedError),
     ):

@@ -36,18 +36,6 @@ def calibrated(architecture: str) -> tuple[PeftModel, Simulation]:
     return model, simulation
 
 
-@pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
-def test_captured_graph_computes_what_the_model_computes_with_padding_too(
-    architecture: str,
-) -> None:
-    model = adapted(architecture)
-    graph = capture(model, inputs()).program.module(check_guards=False)
-    padded = inputs(3, 24, seed=5)
-    padded["attention_mask"][0, :10] = 0
-    with torch.no_grad(), visible_implementations(model):
-        assert torch.equal(graph(*padded.values())[0], model(**padded, use_cache=False).logits)
-
-
 def test_captured_graph_shares_storage_with_the_model_and_needs_one_row() -> None:
     model, batch = adapted("llama"), inputs(3, 20)
     graph = capture(model, inputs(rows=1)).program.module(check_guards=False)
@@ -111,14 +99,6 @@ def test_decisions_by_operator_and_module_class() -> None:
         assert decisions[module, operator][0] is Decision.QUANTIZE
 
 
-def test_residual_additions_get_encodings_when_asked() -> None:
-    model = adapted("llama")
-    simulation = simulate(model, inputs(), Schemes(quantize_residual_adds=True))
-    names = {m.name for m in simulation.marks}
-    assert {"model.layers.0.add", "model.layers.0.add_1"} <= names
-    assert not any(p.reason == "a residual addition" for p in simulation.placement.values)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", EACH_ARCHITECTURE)
 def test_simulation_is_close_at_16_bits_and_not_the_same(architecture: str) -> None:
@@ -152,14 +132,6 @@ def test_simulated_values_lie_on_their_grids() -> None:
     for name, value in values.items():
         assert torch.equal(encodings[name].fake_quantize(value), value)
         assert len(value.unique()) <= 2**16
-
-
-def test_base_encodings_are_those_of_the_packed_layers() -> None:
-    model, simulation = calibrated("gpt2")
-    packed = model.get_submodule("base_model.model.transformer.h.0.attn.c_attn.base_layer")
-    assert torch.equal(
-        simulation.encodings["transformer.h.0.attn.c_attn.weight"].scale, packed.scale
-    )
 
 
 def test_perturbed_logits_differ_a_little() -> None:

@@ -409,7 +409,7 @@ class BaseCheckpoint(BaseFiles, ShownCheckpoint):
             stored.rpartition(".")[2]: self._checked(stored, scheme.to_text())
             for stored in self.stored[name]
         }
-        expected = PackedTensor.empty(scheme, shape, "meta").parts
+        expected = PackedTensor.empty(scheme, shape).parts
         for part, tensor in zip(Parts._fields, expected, strict=True):
             have, want = (None if t is None else list(t.shape) for t in (tensors.get(part), tensor))
             if have != want:

@@ -34,15 +34,8 @@ _MASK = "attention_mask"
 
 
 def as_arguments(batch: Any, names: Sequence[str]) -> dict[str, Any]:
-    """`batch` by argument name.
-
-    Args:
-        names: what the model or graph takes, in order.
-
-    Raises:
-        CaptureError: the batch has none of the forms above or more tensors than there are names,
-            or it has another tensor (usually labels) where the attention mask would be.
-    """
+    """`batch` by argument name; `names` is what the model or graph takes, in order. Refuses other
+    forms, too many tensors, and a tensor (usually labels) where the attention mask would be."""
     if isinstance(batch, Mapping):
         return {name: value for name, value in batch.items() if name != LABELS or name in names}
     tensors = [batch] if isinstance(batch, Tensor) else batch
@@ -69,12 +62,8 @@ def as_arguments(batch: Any, names: Sequence[str]) -> dict[str, Any]:
 def check_token_ids(
     arguments: Mapping[str, Any], model: nn.Module, error: type[QwloraError]
 ) -> None:
-    """Refuse token ids that `model` has no embedding of; arguments without `input_ids` pass.
-
-    Raises:
-        QwloraError: of type `error`: they are no integers [batch, tokens], there are none, or one
-            is outside the vocabulary.
-    """
+    """Refuse token ids that are no integers [batch, tokens] or outside the vocabulary of `model`;
+    arguments without `input_ids` pass."""
     ids = arguments.get("input_ids")
     if not isinstance(ids, Tensor):
         return

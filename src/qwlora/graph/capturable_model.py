@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from qwlora.nn.packed_layer import PackedLayer, is_packed
 
@@ -36,12 +36,8 @@ _CHOICES = ("_attn_implementation_internal", "_experts_implementation_internal")
 def visible_implementations(model: nn.Module) -> Iterator[None]:
     """Within, transformers models inside `model` use the implementations that can be captured."""
     models = [m for m in model.modules() if isinstance(m, PreTrainedModel)]
-    before = [
-        (config, key, config.__dict__[key])
-        for config in _configs(models)
-        for key in _CHOICES
-        if key in config.__dict__
-    ]
+    configs = {id(model.config): model.config for model in models}.values()
+    before = [(c, key, vars(c)[key]) for c in configs for key in _CHOICES if key in vars(c)]
     try:
         inside: set[int] = set()
         for each in models:
@@ -54,18 +50,6 @@ def visible_implementations(model: nn.Module) -> Iterator[None]:
     finally:
         for config, key, choice in before:
             setattr(config, key, choice)
-
-
-def _configs(models: list[PreTrainedModel]) -> list[PreTrainedConfig]:
-    """Every config of the models, including nested ones, once."""
-    found: dict[int, Any] = {}
-    waiting: list[Any] = [model.config for model in models]
-    while waiting:
-        config = waiting.pop()
-        if isinstance(config, PreTrainedConfig) and id(config) not in found:
-            found[id(config)] = config
-            waiting += [getattr(config, key, None) for key in config.sub_configs]
-    return list(found.values())
 
 
 @contextmanager

@@ -234,11 +234,8 @@ def rebound(
     model: nn.Module,
     example_inputs: Mapping[str, Any],
 ) -> Captured:
-    """`captured` with `program`, the same graph over other tensors.
-
-    Raises:
-        CaptureError: its outputs differ from those of `model`.
-    """
+    """`captured` with `program`, the same graph over other tensors; refused if its outputs differ
+    from those of `model`."""
     tensors = _separate(Structure.of(_completed(model, example_inputs), PAST)[1], rows=2)
     axes = Axes.of(program, captured.arguments.names, tensors)
     with in_float32(model), visible_implementations(model), torch.no_grad():

@@ -65,11 +65,8 @@ class Axes:
         tensors: Tensors,
         cached: Collection[str] = (),
     ) -> Axes:
-        """The dynamic axes of a program.
-
-        Args:
-            cached: names of the inputs that are cached keys and values.
-        """
+        """The dynamic axes of a program; `cached` are the names of the inputs that are cached keys
+        and values."""
         values = {n.name: n.meta["val"] for n in program.graph.nodes if n.op == "placeholder"}
         symbols: dict[AxisIndex, str] = {}
         labels: dict[str, str] = {}
@@ -117,11 +114,8 @@ class Axes:
     def shapes(
         self, program: ExportedProgram, outputs: tuple[str, ...], fixed: set[AxisIndex]
     ) -> dict[str, tuple[str | int, ...]]:
-        """Shape of every input and output, with names for dynamic axes.
-
-        Args:
-            fixed: axes that `check_graph` found to be fixed although they have a symbol.
-        """
+        """Shape of every input and output, with names for dynamic axes but those in `fixed`, which
+        the model fixes although they have a symbol."""
         closed = {self.symbols[place]: self.sizes[place[0]][place[1]] for place in fixed}
         found: dict[str, tuple[str | int, ...]] = {}
         for index, name in enumerate(self.names):

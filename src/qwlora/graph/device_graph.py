@@ -128,12 +128,8 @@ def lift_host_inputs(
 
 
 def run_host(host: QuantizedGraph, mask: Tensor, positions: Tensor) -> dict[str, Tensor]:
-    """Inputs of the device graph by name.
-
-    Args:
-        mask: int64 [1, context], 1 where there is a token.
-        positions: int64 [1, tokens].
-    """
+    """Inputs of the device graph by name, from int64 mask [1, context], 1 where there is a token,
+    and positions [1, tokens]."""
     given = {HOST_INPUTS[MASK]: mask, HOST_INPUTS[POSITIONS]: positions}
     outputs = host.program.module(check_guards=False)(*(given[name] for name in host.inputs))
     return dict(zip(host.interface.outputs, outputs, strict=True))
@@ -387,11 +383,8 @@ def lift_scaling(
 
 
 def scaling_of(program: ExportedProgram) -> float | None:
-    """alpha / rank of the adapter in a graph; None if there is none.
-
-    Raises:
-        CaptureError: layers of the adapter have different scalings.
-    """
+    """alpha / rank of the adapter in a graph; None if there is none. Refuses layers with different
+    scalings."""
     branch = factor_nodes(program)
     values = (_scaling(node) for node in program.graph.nodes if node.name in branch)
     scalings = sorted({value for value in values if value is not None})

@@ -292,11 +292,8 @@ def computed_from(
     placeholders: Collection[str],
     stop_at: frozenset[str] = frozenset(),
 ) -> set[str]:
-    """Names of the nodes computed from nothing but `placeholders` (included) and tensor sizes.
-
-    Args:
-        stop_at: operators whose results do not count.
-    """
+    """Names of the nodes computed from nothing but `placeholders` (included) and tensor sizes;
+    results of the operators in `stop_at` do not count."""
     found = set(placeholders)
     for node in calls(program):
         computed = operator_of(node) not in stop_at and all(

@@ -28,11 +28,7 @@ _AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 def inlined_graph(program: ExportedProgram) -> Graph:
-    """A copy of the program's graph without nested graphs.
-
-    Raises:
-        CaptureError: a nested graph cannot be inlined. The message names its module.
-    """
+    """A copy of the program's graph without nested graphs; refuses those that cannot be inlined."""
     graph = copy.deepcopy(program.graph)
     _inline_(graph, program.graph_module)
     return graph

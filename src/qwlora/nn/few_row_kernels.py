@@ -35,13 +35,8 @@ Product = Callable[[Tensor], Tensor]  # bfloat16 [rows, in] -> [rows, out]
 
 
 def use_few_row_kernels_(model: nn.Module) -> int:
-    """Use the kernels in the packed linear layers of `model` that they fit, in place.
-
-    The model is for inference from then on: `assert_frozen` refuses it.
-
-    Returns:
-        The number of these layers.
-    """
+    """Use the kernels in the packed linear layers of `model` that they fit, in place; returns their
+    number. The model is for inference from then on: `assert_frozen` refuses it."""
     count = 0
     for module in model.modules():
         if isinstance(module, PackedLinear) and module.is_plain:

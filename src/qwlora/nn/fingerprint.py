@@ -90,11 +90,8 @@ def keep_fingerprint_(model: nn.Module, now: str, identity: str) -> None:
 
 def remember_floats_(model: nn.Module, digests: Mapping[str, str] | None = None) -> None:
     """Store digests of the float tensors of `model`, so that `changed_floats` finds those that
-    change. Packed layers need none: nothing trains integers.
-
-    Args:
-        digests: of all tensors, if they are known.
-    """
+    change; `digests` of all tensors, if they are known. Packed layers need none: nothing trains
+    integers."""
     inner = unwrapped(model)
     inner = getattr(inner, "get_base_model", lambda: inner)()
     inner.__dict__[_FLOATS] = {
@@ -104,13 +101,9 @@ def remember_floats_(model: nn.Module, digests: Mapping[str, str] | None = None)
 
 
 def changed_floats(model: nn.Module, digests: Mapping[str, str]) -> list[str]:
-    """Names of the float tensors that changed since `remember_floats_`; empty if that was never
-    called. Tensors that were cast to a narrower dtype since are omitted: their previous values are
-    unknown.
-
-    Args:
-        digests: of all tensors, as they are now.
-    """
+    """Names of the float tensors whose digests, now `digests`, changed since `remember_floats_`;
+    empty if that was never called. Tensors that were cast to a narrower dtype since are omitted:
+    their previous values are unknown."""
     before = _remembered(model, _FLOATS)
     if before is None:
         return []

@@ -45,11 +45,8 @@ def assert_frozen(model: nn.Module) -> None:
 
 
 def check_finite(name: str, tensor: Tensor, allow_infinity: bool = False) -> None:
-    """See that `tensor` holds no NaN and no infinity; tensors without data or floats pass.
-
-    Args:
-        allow_infinity: for buffers, which may be attention masks.
-    """
+    """See that `tensor` holds no NaN, and no infinity unless that is allowed (a buffer may be a
+    mask); tensors without data or floats pass."""
     if tensor.is_meta or not tensor.is_floating_point() or not tensor.numel():
         return
     values = tensor.detach()
@@ -69,14 +66,11 @@ def check_finite(name: str, tensor: Tensor, allow_infinity: bool = False) -> Non
     )
 
 
-def check_base_finite(module: nn.Module, path: str = "") -> None:
-    """`check_finite` for every tensor of the base in `module`, which is at `path` of its model."""
+def check_base_finite(module: nn.Module) -> None:
+    """`check_finite` for every tensor of the base in `module`."""
     for name, (layout, tensor) in base_tensors(module).items():
-        check_finite(
-            f"{path}.{name}" if path else name,
-            tensor,
-            allow_infinity=not layout and not isinstance(tensor, nn.Parameter),
-        )
+        is_buffer = not layout and not isinstance(tensor, nn.Parameter)
+        check_finite(name, tensor, allow_infinity=is_buffer)
 
 
 def refuse_meta(model: nn.Module, error: type[QwloraError]) -> None:

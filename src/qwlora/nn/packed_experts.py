@@ -27,11 +27,7 @@ from qwlora.system.parameter_names import FOLDER
 
 
 class PackedParameter(PackedLayer):
-    """The codes of one parameter.
-
-    Args:
-        transposed: whether the module stores the parameter as [experts, in, out].
-    """
+    """The codes of one parameter; `transposed` if the module stores it as [experts, in, out]."""
 
     def __init__(self, tensor: PackedTensor, transposed: bool, dtype: torch.dtype):
         super().__init__()

@@ -80,22 +80,16 @@ class PackedTensor:
         return cls(scheme, codes.shape[-1], parts)
 
     @classmethod
-    def empty(
-        cls,
-        scheme: Scheme,
-        shape: tuple[int, ...],
-        device: torch.device | str | None = None,
-        dtype: torch.dtype = torch.float16,
-    ) -> PackedTensor:
-        """Parts without contents, to be read from a file; float ones of `dtype`."""
+    def empty(cls, scheme: Scheme, shape: tuple[int, ...]) -> PackedTensor:
+        """Parts without values (on the meta device), to be read from a file."""
         groups, granularity = scheme.scale_shape(shape), scheme.granularity
 
         def floats(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=dtype, device=device)
+            return torch.empty(shape, dtype=torch.float16, device="meta")
 
         def integers(bitwidth: int, *rows: int) -> Tensor:
             shape = (*rows[:-1], packed_row_bytes(rows[-1], bitwidth)) if rows else ()
-            return torch.empty(shape, dtype=torch.uint8, device=device)
+            return torch.empty(shape, dtype=torch.uint8, device="meta")
 
         parts = Parts(integers(scheme.bitwidth, *shape), floats(*groups))
         if isinstance(granularity, Lpbq):

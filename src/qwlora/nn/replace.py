@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import cast
 
-import torch
 from accelerate.hooks import AlignDevicesHook, SequentialHook, add_hook_to_module
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -160,15 +159,13 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
     return layer
 
 
-def place_empty_(
-    model: nn.Module, path: str, scheme: Scheme, device: torch.device | str = "meta"
-) -> PackedLayer:
-    """Put a packed layer with empty buffers at `path`, its module path in a packed model, to load
-    with `load_state_dict(assign=True)`."""
+def place_empty_(model: nn.Module, path: str, scheme: Scheme) -> PackedLayer:
+    """Put a packed layer with buffers on the meta device at `path`, its module path in a packed
+    model, to load with `load_state_dict(assign=True)`."""
     module_path, is_expert, name = path.rpartition(f".{FOLDER}.")
     module = model.get_submodule(module_path if is_expert else path)
     weight = parameter_out_in(module, name) if is_expert else weight_out_in(module)
-    tensor = PackedTensor.empty(scheme, tuple(weight.shape), device)
+    tensor = PackedTensor.empty(scheme, tuple(weight.shape))
     if is_expert:
         return pack_parameter_(module, name, tensor)
     layer = packed_on(module, tensor)

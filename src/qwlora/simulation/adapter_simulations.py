@@ -32,6 +32,7 @@ import contextlib
 import copy
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 
 from qwlora.adapter.active_adapters import (
     activate_,
+    active_adapter,
     active_adapters,
     adapter_names,
     without_adapters,
@@ -52,14 +54,20 @@ from qwlora.graph.quantized_graph import Kind, rebuilt
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import encoding_from_range, group_range
 from qwlora.grid.scheme import Scheme
+from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
 from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.packed_layer import packed_layers
 from qwlora.simulation.fake_quantizer import Quantizer, device_of, estimate_encodings
 from qwlora.simulation.placement import refuse_ineffective_rules
 from qwlora.simulation.placement_rules import Schemes
-from qwlora.simulation.saved_simulation import SimulationSource
-from qwlora.simulation.simulation import Batches, Simulation
-from qwlora.system.parameter_names import adapter_of, canonical_name
+from qwlora.simulation.saved_simulation import (
+    SimulationSource,
+    check_files,
+    read_inputs,
+    read_record,
+)
+from qwlora.simulation.simulation import Batches, Simulation, simulate
+from qwlora.system.parameter_names import adapter_of, canonical_name, is_adapter_name
 from qwlora.system.progress import Track, untracked
 
 BaseActivations = Literal["all", "adapter_only", "none"]
@@ -209,17 +217,61 @@ def simulate_adapters(
     return AdapterSimulations(simulations, base_activations, captures)
 
 
+def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
+    """The simulation that was saved in `folder`, captured again from `model`.
+
+    Its logits are those of the saved one, bit for bit.
+
+    Args:
+        model: the same base with the same adapter, on any device. For the zero adapter
+            (`simulate_adapters(...)["base"]`) any adapter of the same shape.
+
+    Raises:
+        CalibrationError: the folder holds no complete simulation, or the base or the adapter has
+            another fingerprint.
+        GridError: the adapter does not have the shape of the saved zero adapter.
+        FingerprintError: a file changed after it was saved.
+    """
+    folder = Path(folder)
+    record = read_record(folder)
+    check_files(folder)
+    adapter = adapter_fingerprint(model)
+    is_zero_adapter = record.adapter_fingerprint is None and any(
+        is_adapter_name(name) for name in record.encodings
+    )
+    if is_zero_adapter and adapter is None:
+        raise CalibrationError(
+            f"{str(folder)!r} is a simulation of a zero adapter. Give it a model with an active "
+            "adapter of that shape"
+        )
+    for what, digest, saved in (
+        ("base", fingerprint(model), record.base_fingerprint),
+        ("adapter", None if is_zero_adapter else adapter, record.adapter_fingerprint),
+    ):
+        if digest != saved:
+            raise CalibrationError(
+                f"{str(folder)!r} is a simulation of the {what} with fingerprint "
+                f"{saved or '(none)'}, but this model's is {digest or '(none)'}. "
+                "Give it the model it was made from, or calibrate again"
+            )
+    inputs = read_inputs(folder, record, device_of(model))
+    if is_zero_adapter:
+        names = [active_adapter(model)]
+        simulation = simulate_adapters(model, inputs, record.schemes, adapters=names)[BASE]
+    else:
+        simulation = simulate(model, inputs, record.schemes)
+    simulation.restore_from(folder)
+    return simulation
+
+
 def _rebound(
     first: Simulation,
     bound: Mapping[str, Tensor],
     weights: Mapping[str, Tensor],
     origin: SimulationSource,
 ) -> Simulation | None:
-    """The graph of `first` with other adapter weights; None if it then does not compute the model.
-
-    Args:
-        bound: the adapter weights of `first`, by name.
-    """
+    """The graph of `first`, whose adapter weights are `bound`, with other adapter weights; None if
+    it then does not compute the model."""
     replacements = {bound[name].data_ptr(): tensor for name, tensor in weights.items()}
     state = {
         name: replacements.get(tensor.data_ptr(), tensor)

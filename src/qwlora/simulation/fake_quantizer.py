@@ -117,11 +117,8 @@ class Quantizer(nn.Module):
         return self.encoding
 
     def is_mask(self, may_be_infinite: bool) -> bool:
-        """Whether an end of the range that is not fixed is beyond 1e30.
-
-        Args:
-            may_be_infinite: whether infinite values, too, are those of a mask.
-        """
+        """Whether an end of the range that is not fixed is beyond 1e30; infinite values are those
+        of a mask only if they `may_be_infinite`."""
         low, high = self.observer.low, self.observer.high
         if low is None or high is None:
             return False
@@ -146,11 +143,8 @@ class Quantizer(nn.Module):
 
 
 class FrozenWeight(nn.Module):
-    """A weight quantized once; doing that in every forward costs more than the layer itself.
-
-    Attributes:
-        mode: FLOAT returns the float weight.
-    """
+    """A weight quantized once; doing that in every forward costs more than the layer itself. Mode
+    FLOAT returns the float weight."""
 
     def __init__(self, weight: Tensor, encoding: Encoding):
         super().__init__()
@@ -164,12 +158,8 @@ class FrozenWeight(nn.Module):
 
 
 def estimate_encodings(quantizers: Sequence[Quantizer]) -> None:
-    """Set the encoding of each of `quantizers` from what it observed, or from its fixed ends.
-
-    Raises:
-        CalibrationError: observed values were not finite, or an estimator needs a sample and none
-            was kept. The message names the first few quantizers.
-    """
+    """Set the encoding of each of `quantizers` from what it observed, or from its fixed ends;
+    refuses ranges that are not finite."""
     alike: dict[tuple[Scheme, RangeEstimator], list[Quantizer]] = defaultdict(list)
     for quantizer in quantizers:
         alike[quantizer.scheme, quantizer.estimator].append(quantizer)

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from typing import Literal
 
 from torch.export import ExportedProgram
@@ -69,22 +70,20 @@ def cached_graph(
         CalibrationError: the simulation is not calibrated.
         CaptureError: a value of the simulation is not in the graph, or has another shape.
     """
-    known = simulation.encodings
+    encodings = simulation.encodings
     program = _with_weights(captured.program, simulation.program)
     placement = place(program, simulation.origin.schemes, captured.input_names)
-    kinds = {mark.name: mark.kind for mark in simulation.marks}
     nodes = {value.name: value.node for value in placement.values}
-    if missing := [name for name in known if name not in nodes]:
+    if missing := [name for name in encodings if name not in nodes]:
         raise CaptureError(
-            f"{len(missing)} of {len(known)} encodings have no value in the graph with a cache: "
-            f"{listed(missing, 3)}. The model computes something else with a cache than without, "
-            "so its encodings do not carry over"
+            f"{len(missing)} of {len(encodings)} encodings have no value in the graph with a "
+            f"cache: {listed(missing, 3)}. The model computes something else with a cache than "
+            "without, so its encodings do not carry over"
         )
-    encodings = {name: known[name] for name in nodes if name in known}
-    marks = {nodes[name]: GraphValue(nodes[name], name, kinds[name]) for name in encodings}
+    marks = {nodes[m.name]: replace(m, node=nodes[m.name]) for m in simulation.marks}
     names = {node: name for name, node in nodes.items()}
     for added in cache_additions(captured).values() if quantize_past else ():
-        encoding = encoding_before(added.new, marks, known)
+        encoding = encoding_before(added.new, marks, encodings)
         for node in (added.past, added.whole):
             if encoding is not None:
                 marks[node.name] = GraphValue(node.name, names[node.name], Kind.ACTIVATION)

@@ -137,12 +137,8 @@ def mask_floor(graph: QuantizedGraph) -> float:
 def npu_form(
     graph: QuantizedGraph, sizes: CacheSizes, floor: float, largest_scaling: float | None
 ) -> NpuGraph:
-    """`npu_graph` of a graph of `cached_graph`.
-
-    Args:
-        floor: of the mask.
-        largest_scaling: see `npu_graph`; None: alpha / rank stays a constant of the graph.
-    """
+    """`npu_graph` of a graph of `cached_graph`, with this floor of the mask. Without
+    `largest_scaling`, alpha / rank stays a constant of the graph."""
     program, interface, host = lift_host_inputs(graph.program, graph.interface, floor)
     scaling = None
     if largest_scaling is not None:

@@ -26,6 +26,7 @@ from qwlora.simulation.placement_rules import PlacementRule, Policy, Schemes
 from qwlora.system.parameter_names import canonical_name, parameter_name
 
 _NO_VALUE = "matches no value"
+_OTHER = {"activations": "weights", "weights": "activations"}
 _NUMBERED_LAST = {
     Trait.FLOAT64,
     Trait.INTEGER_ORIGIN,
@@ -106,11 +107,7 @@ def place(
 
 
 def refuse_ineffective_rules(placements: Sequence[Placement]) -> None:
-    """Check that each user rule has an effect in one of several graphs.
-
-    Raises:
-        CalibrationError: rules have no effect in any graph; all are named.
-    """
+    """Refuse user rules that have no effect in any of several graphs; all are named."""
     reasons = [placement.unused_rules for placement in placements]
     problems = [
         # of the reasons in several graphs, prefer one of a graph where the rule matches something
@@ -127,11 +124,8 @@ def refuse_ineffective_rules(placements: Sequence[Placement]) -> None:
 def _decided(
     value: GraphValue, policy: Policy, rules: Sequence[PlacementRule], effective: set[int]
 ) -> GraphValue:
-    """`value` with the decision of the first rule that fits.
-
-    Args:
-        effective: gets the index of the user's rule that decided, if one did.
-    """
+    """`value` with the decision of the first rule that fits. The index of a user's rule that
+    decided is added to `effective`."""
     if value.kind is Kind.BASE:
         return replace(value, reason="a packed weight of the base")
     fitting = [
@@ -170,12 +164,10 @@ def _why_unused(rule: PlacementRule, values: Sequence[GraphValue], policy: Polic
         if rule.is_for(value.kind is not Kind.ACTIVATION) and value.kind is not Kind.BASE
     ]
     if not open_to:
-        first = matched[0].name
+        first, of = matched[0].name, rule.of or "activations"
         if all(value.kind is Kind.BASE for value in matched):
             return f"matches only packed weights, {first} first; their grids cannot change"
-        if rule.of is None:
-            return f"matches only weights, {first} first; add of: weights"
-        return f"matches no {rule.of}, but {first}; change of: {rule.of}"
+        return f"matches no {of}, but {first}; set of: {_OTHER[of]}"
     if rule.keep is None and not rule.force:
         return (
             f"matches nothing that policy {policy.name} quantizes and no earlier rule decides; "

@@ -150,46 +150,36 @@ class PlacementRule:
     of: Literal["activations", "weights"] | None = None
 
     def __post_init__(self) -> None:
-        if problem := self.problem():
-            raise GridError(f"rule {self.match!r}: {problem}")
-        if isinstance(self.observer, str):
-            object.__setattr__(self, "observer", as_estimator(self.observer))
-
-    def problem(self) -> str | None:
-        """Why the rule is invalid; None if it is valid."""
-        grid = {
-            "bitwidth": self.bitwidth,
-            "symmetric": self.symmetric,
-            "minimum": self.minimum,
-            "maximum": self.maximum,
-            "observer": self.observer,
-        }
-        given = [key for key, value in grid.items() if value is not None]
+        keys = ("bitwidth", "symmetric", "minimum", "maximum", "observer")
+        given = [key for key in keys if getattr(self, key) is not None]
+        ends = {"minimum": self.minimum, "maximum": self.maximum}
+        infinite = [k for k, end in ends.items() if end is not None and not math.isfinite(end)]
+        of_activations = [key for key in given if key not in ("bitwidth", "symmetric")]
+        low, high = self.minimum or 0, self.maximum or 0
+        problem = None
         if self.keep is not None and (given or self.force):
-            return f"keep: float contradicts {', '.join(given or ['force'])}; remove one of them"
-        if self.keep is None and not given and not self.force:
-            return (
+            problem = f"keep: float contradicts {', '.join(given or ['force'])}; remove one of them"
+        elif self.keep is None and not given and not self.force:
+            problem = (
                 "it changes nothing; add keep: float, bitwidth, symmetric, a range or an observer"
             )
-        if self.bitwidth is not None and self.bitwidth not in BITWIDTHS:
-            return f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"
-        ends = {"minimum": self.minimum, "maximum": self.maximum}
-        if wrong := [k for k, end in ends.items() if end is not None and not math.isfinite(end)]:
-            return f"{' and '.join(wrong)} must be finite; omit an end that the data decides"
-        if (
-            (self.minimum or 0) > 0
-            or (self.maximum or 0) < 0
-            or (self.minimum, self.maximum) == (0, 0)
-        ):
-            return f"the range {self.minimum} to {self.maximum} must contain zero and another value"
-        if self.of == "weights" and (
-            of_activations := [n for n in given if n not in ("bitwidth", "symmetric")]
-        ):
-            return (
+        elif self.bitwidth is not None and self.bitwidth not in BITWIDTHS:
+            problem = f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"
+        elif infinite:
+            problem = f"{' and '.join(infinite)} must be finite; omit an end that the data decides"
+        elif low > 0 or high < 0 or (self.minimum, self.maximum) == (0, 0):
+            problem = (
+                f"the range {self.minimum} to {self.maximum} must contain zero and another value"
+            )
+        elif self.of == "weights" and of_activations:
+            problem = (
                 f"{', '.join(of_activations)} is for activations; the range of a weight comes from "
                 "its values"
             )
-        return None
+        if problem:
+            raise GridError(f"rule {self.match!r}: {problem}")
+        if isinstance(self.observer, str):
+            object.__setattr__(self, "observer", as_estimator(self.observer))
 
     @property
     def options(self) -> GridOptions:

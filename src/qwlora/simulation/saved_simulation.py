@@ -139,12 +139,7 @@ def save_encodings(encodings: Mapping[str, Encoding], folder: Path) -> None:
 
 
 def load_encodings(folder: Path) -> dict[str, Encoding]:
-    """The encodings in `folder`. A simulation's folder has all but those of packed base weights.
-
-    Raises:
-        CalibrationError: encodings are missing, or the file cannot be read.
-        FingerprintError: the file changed after it was saved.
-    """
+    """The encodings in `folder`. A simulation's folder has all but those of packed base weights."""
     if (folder / ENCODINGS).exists():
         check_files(folder, only=[ENCODINGS])
     try:

@@ -84,11 +84,8 @@ class SimulatedModel(PreTrainedModel, GenerationMixin):
         return output.to_tuple() if return_dict is False else output
 
     def _loss(self, logits: Tensor | None, labels: Tensor, count: Any) -> Tensor:
-        """`loss_function` of these logits.
-
-        Args:
-            count: of the labels to average over; None: those of the batch.
-        """
+        """`loss_function` of these logits, averaged over `count` labels; None: those of the
+        batch."""
         config = self.config
         problem = f"the loss of {self.name} needs more than logits and labels"
         remedy = "compute it from the outputs, without labels"

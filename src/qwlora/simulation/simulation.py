@@ -11,7 +11,7 @@
                       are kept: more batches can follow, and another scheme needs no new data
 
 The graph computes in float32 for bfloat16 and float16 models too (`graph/capturable_model.py`).
-`load_simulation.py` reads what `Simulation.save` writes.
+`load_simulation` reads what `Simulation.save` writes.
 """
 
 from __future__ import annotations
@@ -56,7 +56,12 @@ from qwlora.simulation.fake_quantizer import (
 )
 from qwlora.simulation.placement import Placement, place
 from qwlora.simulation.placement_rules import Schemes
-from qwlora.simulation.saved_simulation import SimulationSource, write_simulation
+from qwlora.simulation.saved_simulation import (
+    SimulationSource,
+    load_encodings,
+    read_record,
+    write_simulation,
+)
 from qwlora.simulation.simulated_model import SimulatedModel, transformers_model
 from qwlora.system.progress import Track, untracked
 
@@ -415,6 +420,21 @@ class Simulation(nn.Module):
         self._place_encodings()
         self._set_mode(Mode.SIMULATE)
 
+    def restore_from(self, folder: str | Path, adapter_weights: bool = True) -> None:
+        """`restore` what a simulation of the same base and adapter saved in `folder`.
+
+        Args:
+            adapter_weights: also the encodings of the adapter's weights. Where adapters share them,
+                they do not follow from this adapter's own values.
+
+        Raises:
+            CalibrationError: the folder does not hold them, or they belong to other values.
+        """
+        encodings = load_encodings(Path(folder))
+        if adapter_weights:
+            self.set_adapter_encodings(encodings)
+        self.restore({**self.base_encodings, **encodings}, read_record(Path(folder)).dropped)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move to a device; the captured model stays where it is."""
         dtypes = {tensor.dtype for tensor in (*self.parameters(), *self.buffers())}
@@ -549,11 +569,7 @@ class Simulation(nn.Module):
         return SimulatedModel(self, transformers_model(self.origin.model))
 
     def save(self, folder: str | Path) -> None:
-        """Write the simulation to `folder`; see `saved_simulation.py`.
-
-        Raises:
-            CalibrationError: an activation has no encoding yet, or see `write_simulation`.
-        """
+        """Write the simulation to `folder`; see `saved_simulation.py`."""
         encodings = {n: e for n, e in self.encodings.items() if n not in self.base_encodings}
         write_simulation(Path(folder), self.origin, self.explain(), encodings, self._dropped)
 

@@ -78,11 +78,7 @@ class TrainingGraph(nn.Module):
             )
 
     def forward(self, **inputs: Any) -> Tensor:
-        """Logits.
-
-        Args:
-            inputs: the model's arguments.
-        """
+        """Logits, from the model's arguments."""
         captured = self.simulation.captured
         outputs = self.simulation.graph_module(*captured.bind(inputs))
         return captured.named(outputs)[captured.interface.primary]

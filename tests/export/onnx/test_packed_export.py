@@ -20,7 +20,7 @@ from qwlora.export.proof.checks import Limits
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.scheme import PerBlock, PerTensor, Scheme, parse_scheme
 from qwlora.nn import packed_weights
-from qwlora.simulation.load_simulation import load_simulation
+from qwlora.simulation.adapter_simulations import load_simulation
 from qwlora.simulation.saved_simulation import load_encodings
 
 pytestmark = pytest.mark.usefixtures("shared_captures")

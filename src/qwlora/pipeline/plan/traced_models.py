@@ -38,6 +38,7 @@ from qwlora.nn.replace import place_empty_, tie_weights_
 from qwlora.quantize.layer_rules import plan_layers
 from qwlora.quantize.quantize_blocks import tensors_by_block
 from qwlora.recipe import Adapter, Recipe
+from qwlora.system.parameter_names import FOLDER
 
 _KEPT_SCHEME = "w4-block32"  # of integers that the model's files hold, whose grid is in their data
 
@@ -130,7 +131,7 @@ class TracedModels:
         nn.Module.to(model, "meta")
         for name, scheme in self.schemes.items():
             path, _, key = name.rpartition(".")
-            place_empty_(model, path if key == "weight" else f"{path}.packed.{key}", scheme)
+            place_empty_(model, path if key == "weight" else f"{path}.{FOLDER}.{key}", scheme)
         tie_weights_(model)
         return model.requires_grad_(False).eval()
 

@@ -45,7 +45,6 @@ from qwlora.pipeline.plan.stage import ADAPTER, BASE_SIMULATION, USE_CASES, ZERO
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.base_section import Model
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
-from qwlora.simulation.load_simulation import restore
 from qwlora.simulation.placement import Placement, place, refuse_ineffective_rules
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.saved_simulation import load_activations
@@ -346,7 +345,8 @@ class JobContext:
             folder = self.path / "simulation" / name
             model = load_adapter(self.base(), folder / ADAPTER).eval()
             simulation = self.new_simulation(name, model)
-            restore(simulation, folder, self.recipe.simulation.base_activations == "none")
+            shares_weights = self.recipe.simulation.base_activations == "none"
+            simulation.restore_from(folder, shares_weights)
         assert self._simulation is not None
         return self._simulation[1]
 
@@ -371,7 +371,7 @@ class JobContext:
     def zero_adapter(self) -> Simulation:
         """The calibrated zero adapter; kept until the next simulation is captured."""
         if self._zero_adapter is None:
-            restore(self.new_zero_adapter(), self.path / ZERO_ADAPTER)
+            self.new_zero_adapter().restore_from(self.path / ZERO_ADAPTER)
         assert self._zero_adapter is not None
         return self._zero_adapter
 
@@ -403,7 +403,7 @@ class JobContext:
         kept in memory."""
         simulations, names = self.new_use_cases(), peft_names(self.recipe.use_cases())
         for name, simulation in simulations.items():
-            restore(simulation, self.path / USE_CASES / name)
+            simulation.restore_from(self.path / USE_CASES / name)
         return {case: simulations[name] for case, name in {**names, BASE: BASE}.items()}
 
     def check_rules(self, *placements: Placement) -> None:

@@ -73,13 +73,13 @@ def write_checkpoint(folder: Path, sizes: dict[str, int]) -> int:
 
 
 def quantize(source: Path, out: Path) -> None:
-    from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
+    from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
     from qwlora.formats.model_source import load_tokenizer
     from qwlora.quantize.quantize_model import quantize_checkpoint
 
     tokenizer = load_tokenizer(str(source))
     out.mkdir()
-    quantize_checkpoint(FloatCheckpoint(source), tokenizer, out, str(source), SCHEME, "rtn")
+    quantize_checkpoint(FolderCheckpoint(source), tokenizer, out, str(source), SCHEME, "rtn")
 
 
 def load(out: Path) -> None:

@@ -13,7 +13,7 @@ import pytest
 from cli.command_line import qwlora
 from qwlora.errors import SourceError, reading
 from qwlora.formats.assemble_model import LazyModel
-from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
+from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 
 
 @pytest.fixture
@@ -132,5 +132,5 @@ def test_impossible_configurations_name_the_model(
 def test_a_damaged_generation_config_is_named(checkpoints: dict[str, Path], model: Path) -> None:
     (model / "generation_config.json").write_text('{"max_length": ')
     with pytest.raises(SourceError, match="cannot be read") as caught:
-        LazyModel(FloatCheckpoint(model))
+        LazyModel(FolderCheckpoint(model))
     assert str(model / "generation_config.json") in str(caught.value)

@@ -7,7 +7,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from markdown_it import MarkdownIt
 
-from qwlora.formats.card_mark import MOST_CHARACTERS, as_code, escaped, one_line
+from qwlora.formats.model_card import MOST_CHARACTERS, as_code, escaped, one_line
 
 MARKDOWN = MarkdownIt("commonmark").enable(["table", "strikethrough"])
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from gguf import GGUFWriter
 
-from qwlora.formats.model_origin import ModelCardInfo, card_metadata, origin_of
+from qwlora.formats.model_card import ModelCardInfo, card_metadata, origin_of
 
 
 def gguf(path: Path, **metadata: str) -> Path:
@@ -109,7 +109,7 @@ def test_the_origin_of_a_gguf_file_is_read_without_torch(tmp_path: Path) -> None
     """Every run writes the model cards, also one that skips all stages."""
     file = gguf(tmp_path / "a.gguf", name="A", organization="someone")
     code = (
-        "import sys; from qwlora.formats.model_origin import origin_of; "
+        "import sys; from qwlora.formats.model_card import origin_of; "
         f"print(origin_of({str(file)!r}).name, 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

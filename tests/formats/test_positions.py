@@ -26,7 +26,7 @@ from transformers import (
 )
 
 from qwlora.errors import SourceError
-from qwlora.formats.huggingface.max_positions import check_positions
+from qwlora.formats.huggingface.model_config import check_positions
 
 GPT: dict[str, Any] = {"vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
 BERT: dict[str, Any] = {

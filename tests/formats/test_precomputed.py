@@ -56,7 +56,7 @@ def model_of(kind: str) -> PreTrainedModel:
 class Held:
     """A checkpoint in memory with the values of `model`, quantized if a scheme is given."""
 
-    folder = None
+    path = Path("in memory")
 
     def __init__(self, model: PreTrainedModel, scheme: Scheme | None = None):
         self.model, self.config, self.scheme = model, model.config, scheme

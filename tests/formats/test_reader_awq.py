@@ -145,11 +145,11 @@ def test_settings_that_are_refused(tmp_path: Path, settings: dict[str, Any], mes
         ({"scales": torch.ones(4, 32)}, r"scales' is F32 \[4, 32\], but .* \[2, 32\]"),
         (
             {"qweight": torch.zeros(63, 4, dtype=torch.int32)},
-            "groups of 32 do not divide 63 inputs",
+            "groups of 32 do not divide rows of 63",
         ),
         (
             {"qweight": torch.zeros(48, 4, dtype=torch.int32)},
-            "groups of 32 do not divide 48 inputs",
+            "groups of 32 do not divide rows of 48",
         ),
         ({"qweight": torch.zeros(64, 4, dtype=torch.int16)}, "qweight' is I16"),
         ({"qweight": torch.zeros(64, 4, 1, dtype=torch.int32)}, "must be matrices"),

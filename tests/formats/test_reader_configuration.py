@@ -1,4 +1,4 @@
-"""A small config.json with huge layer counts is refused before transformers expands it."""
+"""A small config.json with huge counts is refused before transformers expands it."""
 
 from __future__ import annotations
 
@@ -20,6 +20,11 @@ from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.formats.open_checkpoint import open_checkpoint
 
 MANY = 10**6  # a list of 8 MB, were it expanded
+SOURCES: list[Callable[[Path], Any]] = [
+    open_checkpoint,
+    lambda folder: load_model(str(folder)),
+    lambda folder: load_tokenizer(str(folder)),
+]
 
 
 @pytest.fixture
@@ -30,54 +35,34 @@ def expanded(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-def write(folder: Path, record: dict[str, Any], files: dict[str, Any] | None = None) -> Path:
-    save_file({"a": torch.ones(2)}, folder / "model.safetensors")
-    for name, content in {"config.json": record, **(files or {})}.items():
-        (folder / name).write_text(json.dumps(content))
-    return folder
+def edit(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **changes}))
 
 
 @pytest.mark.parametrize(
     ("record", "key"),
     [
         ({"model_type": "qwen3", "num_hidden_layers": MANY}, "num_hidden_layers"),
-        ({"model_type": "gemma2", "num_hidden_layers": MANY}, "num_hidden_layers"),
         ({"model_type": "gpt2", "n_layer": MANY}, "n_layer"),
         ({"model_type": "bart", "decoder_layers": MANY}, "decoder_layers"),
-        (
-            {"model_type": "gemma3", "text_config": {"num_hidden_layers": MANY}},
-            "text_config.num_hidden_layers",
-        ),
+        ({"text_config": {"num_hidden_layers": MANY}}, "text_config.num_hidden_layers"),
         ({"model_type": "gpt_neo", "attention_types": [[["global"], MANY]]}, "attention_types"),
         ({"model_type": "llama", "num_labels": MANY}, "num_labels"),
+        ({"configuration_files": ["config.4.0.0.json"]}, "num_hidden_layers"),
     ],
 )
 def test_counts_are_checked_before_transformers_reads_them(
     tmp_path: Path, record: dict[str, Any], key: str, expanded: list[Any]
 ) -> None:
-    write(tmp_path, record)
-    for opening in (
-        open_checkpoint,
-        lambda folder: load_model(str(folder)),
-        lambda folder: load_tokenizer(str(folder)),
-    ):
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(record))
+    (tmp_path / "config.4.0.0.json").write_text(json.dumps({"num_hidden_layers": MANY}))
+    for opening in SOURCES:
         with pytest.raises(
-            SourceError,
-            match=rf"config.json': {key} is {MANY}, but a model with these files has \d to [\d,]+\.",
+            SourceError, match=rf"config.json': {key} is {MANY}, but models have \d to [\d,]+\."
         ):
             opening(tmp_path)
-    assert not expanded
-
-
-def test_the_file_that_config_json_names_is_checked(tmp_path: Path, expanded: list[Any]) -> None:
-    other = {"model_type": "qwen3", "num_hidden_layers": MANY}
-    write(
-        tmp_path,
-        {"model_type": "qwen3", "configuration_files": ["config.4.0.0.json"]},
-        {"config.4.0.0.json": other},
-    )
-    with pytest.raises(SourceError, match=f"num_hidden_layers is {MANY}"):
-        open_checkpoint(tmp_path)
     assert not expanded
 
 
@@ -90,33 +75,21 @@ def test_counts_of_a_base(
     model = tiny_model("llama")
     quantize_(model, "w4-block32", "rtn")
     save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": MANY}))
+    edit(tmp_path, num_hidden_layers=MANY)
     reseal(tmp_path, "base.json")
-    with pytest.raises(
-        SourceError,
-        match=f"config.json': num_hidden_layers is {MANY}, but .* has 0 to 128",
-    ):
+    with pytest.raises(SourceError, match="num_hidden_layers is 1000000, but models have 0 to"):
         opening(tmp_path)
     assert not expanded
 
 
-def test_more_parameters_than_files_hold(tmp_path: Path) -> None:
-    """A count that honest files may have, of layers that are not there."""
+def test_counts_that_models_have(tmp_path: Path) -> None:
+    """A count of layers that are not in the files, and large numbers that count nothing."""
     tiny_model("llama").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 120}))
+    edit(tmp_path, max_window_layers=94, vocabulary={"size": MANY})
+    assert open_checkpoint(tmp_path).names()
+    edit(tmp_path, num_hidden_layers=120)
     with pytest.raises(
         SourceError,
         match=r"'model.layers.2.self_attn.q_proj.weight', .* missing from the files, but needed",
     ):
         open_checkpoint(tmp_path)
-
-
-def test_counts_of_what_is_not_there_are_no_reason_to_refuse(tmp_path: Path) -> None:
-    tiny_model("llama").save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(
-        json.dumps({**config, "max_window_layers": 94, "vocabulary": {"size": MANY}})
-    )
-    assert open_checkpoint(tmp_path).names()

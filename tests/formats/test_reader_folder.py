@@ -24,7 +24,7 @@ from transformers import (
 
 from qwlora.errors import SourceError
 from qwlora.formats.assemble_model import load_precomputed
-from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint, FolderCheckpoint
+from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint, FormatReader
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.encoding import Encoding
@@ -73,12 +73,12 @@ def same(checkpoint: FolderCheckpoint, model: PreTrainedModel) -> bool:
 @pytest.mark.parametrize("model", [llama, mixtral, gpt2])
 def test_what_transformers_saves_is_read_back(tmp_path: Path, model: Any) -> None:
     model().save_pretrained(tmp_path)
-    assert same(FloatCheckpoint(tmp_path), model())
+    assert same(FolderCheckpoint(tmp_path), model())
 
 
 def test_experts_are_stored_apart_and_read_as_one(tmp_path: Path) -> None:
     mixtral().save_pretrained(tmp_path)
-    checkpoint = FloatCheckpoint(tmp_path)
+    checkpoint = FolderCheckpoint(tmp_path)
     assert "model.layers.0.block_sparse_moe.experts.2.w1.weight" in checkpoint.files
     assert checkpoint.read("model.layers.0.mlp.experts.gate_up_proj").shape == (3, 128, 32)  # type: ignore[union-attr]
 
@@ -86,10 +86,10 @@ def test_experts_are_stored_apart_and_read_as_one(tmp_path: Path) -> None:
 def test_shards_and_a_missing_prefix(tmp_path: Path) -> None:
     llama().save_pretrained(tmp_path / "shards", max_shard_size="20KB")
     assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
-    assert same(FloatCheckpoint(tmp_path / "shards"), llama())
+    assert same(FolderCheckpoint(tmp_path / "shards"), llama())
     gpt2().transformer.save_pretrained(tmp_path / "headless")
-    assert "h.0.ln_1.weight" in FloatCheckpoint(tmp_path / "headless").files
-    assert same(FloatCheckpoint(tmp_path / "headless"), gpt2())
+    assert "h.0.ln_1.weight" in FolderCheckpoint(tmp_path / "headless").files
+    assert same(FolderCheckpoint(tmp_path / "headless"), gpt2())
 
 
 def test_tied_weights_count_once_under_either_name(tmp_path: Path) -> None:
@@ -102,12 +102,12 @@ def test_tied_weights_count_once_under_either_name(tmp_path: Path) -> None:
         {"lm_head.weight": table, "model.embed_tokens.weight": table.clone()},
     ):
         save_file({**tensors, **stored}, tmp_path / "model.safetensors")
-        assert same(FloatCheckpoint(tmp_path), model)
+        assert same(FolderCheckpoint(tmp_path), model)
     save_file(
         {**tensors, "lm_head.weight": table, "model.embed_tokens.weight": table + 1},
         tmp_path / "model.safetensors",
     )
-    checkpoint = FloatCheckpoint(tmp_path)
+    checkpoint = FolderCheckpoint(tmp_path)
     with pytest.raises(
         SourceError,
         match=r"config.json ties 'model.embed_tokens.weight' and 'lm_head.weight', but the files hold different values",
@@ -130,7 +130,7 @@ def test_tied_integers_that_differ_in_their_offset(tmp_path: Path, offset: int) 
     )
     codes, scale = torch.ones(table.shape, dtype=torch.uint8), torch.ones(64, 2)
 
-    class Integers(SafetensorsFiles):
+    class Integers(FormatReader):
         def read(self, name: str) -> Any:
             if name not in ("lm_head.weight", "model.embed_tokens.weight"):
                 return super().read(name)
@@ -138,7 +138,7 @@ def test_tied_integers_that_differ_in_their_offset(tmp_path: Path, offset: int) 
             offsets = torch.full((64, 2), value, dtype=torch.int32)
             return QuantizedTensor(codes, Encoding(Scheme(4, False, PerBlock(16)), scale, offsets))
 
-    checkpoint = FolderCheckpoint(tmp_path, lambda files: Integers(tmp_path))
+    checkpoint = FolderCheckpoint(tmp_path, Integers)
     if offset == -8:
         assert isinstance(checkpoint.read("model.embed_tokens.weight"), QuantizedTensor)
         return
@@ -153,15 +153,15 @@ def test_old_buffers_are_left_out(tmp_path: Path) -> None:
         {**tensors, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)},
         tmp_path / "model.safetensors",
     )
-    assert same(FloatCheckpoint(tmp_path), llama())
+    assert same(FolderCheckpoint(tmp_path), llama())
 
 
-class Quantized:
+class Quantized(FormatReader):
     """Stored tensors of which every expert is integers on one scheme."""
 
     def __init__(self, files: SafetensorsFiles, scheme: Scheme, only: str = "experts"):
-        self.files, self.scheme, self.only = files, scheme, only
-        self.names, self.shape = files.names, files.shape
+        super().__init__(files)
+        self.scheme, self.only = scheme, only
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
         value = self.files.read(name)
@@ -233,15 +233,13 @@ TENSORS: dict[str, dict[str, Tensor | None]] = {
     },
 }
 CONFIGURATIONS: dict[str, dict[str, Any]] = {
-    "num_hidden_layers is 1000000000, but a model with these files has 0 to 128": {
-        "num_hidden_layers": 10**9
-    },
+    "num_hidden_layers is 1000000000, but models have 0 to 1,000": {"num_hidden_layers": 10**9},
     "config.json cannot be read": {"model_type": "nonesuch"},
-    "vocab_size is -3, but a model with these files has 1 to": {"vocab_size": -3},
+    "vocab_size is -3, but models have 1 to 100,000,000": {"vocab_size": -3},
     "quant_method 'hqq' is not supported; gptq, awq, compressed-tensors, mlx, GGUF files and": {
         "quantization_config": {"quant_method": "hqq"}
     },
-    'quantization_config must be an object, but is "gptq"': {"quantization_config": "gptq"},
+    "quantization_config must be an object, but is 'gptq'": {"quantization_config": "gptq"},
 }
 
 
@@ -369,7 +367,7 @@ def test_the_only_file_under_another_name_is_read(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").rename(
         tmp_path / "gptq_model-4bit-128g.safetensors.index.json"
     )
-    assert same(FloatCheckpoint(tmp_path), llama())
+    assert same(FolderCheckpoint(tmp_path), llama())
     (tmp_path / "another.safetensors.index.json").write_text("{}")
     with pytest.raises(
         SourceError,

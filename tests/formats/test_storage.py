@@ -242,7 +242,7 @@ def resign(folder: Path) -> None:
         for name in tensors
     }
     digests = {name: tensor_digest(name, kinds[name], t) for name, t in tensors.items()}
-    numbers = config_numbers(empty_model(read_config(folder, len(tensors))))
+    numbers = config_numbers(empty_model(read_config(folder)))
     edit_record(
         folder,
         lambda r: r.update(fingerprint=combined_fingerprint(digests, numbers), tensors=digests),

@@ -15,7 +15,7 @@ from qwlora import quantize_
 from qwlora.analysis.token_scores import perplexity
 from qwlora.errors import CalibrationError, NonFiniteError
 from qwlora.formats.base_folder import save_base
-from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
+from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.nn.frozen import check_base_finite, check_finite
 from qwlora.quantize.quantize_model import quantize_checkpoint
 
@@ -51,7 +51,7 @@ def test_nan_outside_the_packed_layers_is_not_frozen(
     with_nan(tensor, index).save_pretrained(tmp_path / "floats")
     with pytest.raises(CalibrationError, match=f"{tensor} contains {found}"):
         quantize_checkpoint(
-            FloatCheckpoint(tmp_path / "floats"),
+            FolderCheckpoint(tmp_path / "floats"),
             byte_tokenizer(),
             tmp_path / "base",
             "somewhere",

@@ -16,7 +16,7 @@ from cli.command_line import qwlora
 from qwlora.errors import DirectoryError
 from qwlora.export.proof.folder import RECORD, write_record
 from qwlora.formats import manifest
-from qwlora.formats.card_mark import marked
+from qwlora.formats.model_card import marked
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.output_path import check_output, lock_folder
 from qwlora.pipeline.job.stage_records import Record, is_unclaimed, read_owner

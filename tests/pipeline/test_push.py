@@ -27,7 +27,7 @@ from pipeline.fake_hub import TOKEN, FakeHub, Repository, fake_hub
 from qwlora.errors import DirectoryError, UploadError
 from qwlora.export.proof.folder import proofs
 from qwlora.export.proof.readme import write_readme
-from qwlora.formats.model_origin import ModelCardInfo
+from qwlora.formats.model_card import ModelCardInfo
 from qwlora.pipeline.commands import push as push_module
 from qwlora.pipeline.commands.push import prepared, send
 from qwlora.pipeline.job.stage_records import read_record

@@ -48,7 +48,7 @@ def test_values_without_a_model() -> None:
 def test_a_base_before_and_after_each_step(tmp_path: Path) -> None:
     model, teacher = tiny_model("llama"), tiny_model("llama")
     model.save_pretrained(tmp_path / "float")
-    assert "FloatCheckpoint of llama" in shown(qwlora.open_checkpoint(tmp_path / "float"))
+    assert "FolderCheckpoint of llama" in shown(qwlora.open_checkpoint(tmp_path / "float"))
     weights = {name: p.detach().clone() for name, p in model.named_parameters()}
     report = qwlora.quantize_(model, "w4-block32")
     assert re.search(r"14 int4 symmetric per block 32 by search.* 4.50 bits", shown(report))

@@ -31,7 +31,7 @@ from qwlora.formats.base_files import BaseCheckpoint
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
-from qwlora.formats.meta_model import empty_model, place_name
+from qwlora.formats.meta_model import empty_model
 from qwlora.formats.model_source import fetch, quantization_of
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.quantized_tensor import QuantizedTensor
@@ -199,10 +199,10 @@ class _ModelFiles:
         names = set()
         for path, module in empty_model(self.reader.config).named_modules():
             if isinstance(module, Conv1D):
-                names.add(place_name((path, "weight")))
+                names.add(f"{path}.weight")
             if getattr(module, "is_transposed", False):
                 parameters = module.named_parameters(recurse=False)
-                names |= {place_name((path, key)) for key, p in parameters if p.ndim == 3}
+                names |= {f"{path}.{key}" for key, p in parameters if p.ndim == 3}
         return frozenset(names)
 
 

@@ -43,7 +43,7 @@ from qwlora.data.records import (
 )
 from qwlora.data.text_files import read_csv, read_json, read_text
 from qwlora.errors import SourceError, listed
-from qwlora.formats.user_path import does_not_exist, user_path
+from qwlora.formats.user_path import looked_for, user_path
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (
@@ -101,8 +101,8 @@ def locate_documents(source: str) -> None:
             )
     elif not user_path(source).exists() and not _is_hub_id(source):
         raise SourceError(
-            f"data source {source!r} {does_not_exist(source, user_path(source))}. Give a file "
-            f"(text, {', '.join(RECORD_SUFFIXES)}), a folder of such files or of "
+            f"data source {source!r} does not exist{looked_for(source, user_path(source))}. Give "
+            f"a file (text, {', '.join(RECORD_SUFFIXES)}), a folder of such files or of "
             "datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a dataset's hub id like owner/name"
         )
 

@@ -28,15 +28,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import EncodingsFileError, GridError, SourceError, near_names
 from qwlora.formats.aimet_encodings.encodings_file import read_encodings
 from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of
 from qwlora.formats.aimet_encodings.model import BlockOrder, EncodingsFile, Entry, FloatEncoding
-from qwlora.formats.checkpoint import ShownCheckpoint
-from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
+from qwlora.formats.checkpoint import Checkpoint
+from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
@@ -48,7 +47,7 @@ from qwlora.grid.sqnr import sqnr_db
 LEAST_SQNR, WORSE = 12.0, 6.0
 
 
-class AimetCheckpoint(ShownCheckpoint):
+class AimetCheckpoint(Checkpoint):
     """A float checkpoint and its encodings.
 
     Args:
@@ -57,7 +56,7 @@ class AimetCheckpoint(ShownCheckpoint):
         keep_float, block_order: see `matched_encodings`.
 
     Raises:
-        SourceError: see `FloatCheckpoint`.
+        SourceError: see `FolderCheckpoint`.
         EncodingsFileError: see `matched_encodings`.
     """
 
@@ -68,9 +67,8 @@ class AimetCheckpoint(ShownCheckpoint):
         keep_float: Sequence[str] = (),
         block_order: BlockOrder | None = None,
     ):
-        self.floats = FloatCheckpoint(folder)
-        self.folder = self.path = self.floats.folder
-        self.config: PretrainedConfig = self.floats.config
+        self.floats = FolderCheckpoint(folder)
+        self.path, self.config = self.floats.path, self.floats.config
         self._grids = matched_encodings(self.floats.model, encodings, keep_float, block_order)
 
     def names(self) -> list[str]:
@@ -96,15 +94,12 @@ class AimetCheckpoint(ShownCheckpoint):
             _check_fit(matrix.float(), quantized)
             return quantized
         except GridError as error:
-            raise SourceError(f"{str(self.folder)!r}: {name!r}: {error}") from error
+            raise SourceError(f"{str(self.path)!r}: {name!r}: {error}") from error
 
 
 def _check_fit(weight: Tensor, quantized: QuantizedTensor) -> None:
-    """Refuse an encoding that cannot have been made for this weight.
-
-    Raises:
-        GridError: it is much worse than a min-max grid of the same scheme.
-    """
+    """Refuse an encoding that cannot have been made for this weight: it is much worse than a
+    min-max grid of the same scheme."""
     scheme, values = quantized.encoding.scheme, quantized.dequantize()
     by_range = measure(weight, scheme).fake_quantize(weight)
     signal = float(weight.square().sum())
@@ -157,45 +152,53 @@ def matched_encodings(
         if name in parameters and (not is_numbered or parameters[name].ndim == 2):
             first = first_names[id(parameters[name])]
             entries.setdefault(first, []).append((entry, is_numbered))
-        elif file.parameters is not None and entry.name in file.parameters:
+        # files of version 2.x do not separate activations
+        elif file.parameters is None or entry.name in file.parameters:
             unknown.append(entry.name)
-            problems.append(
-                f"{entry.name!r} is listed as a parameter, but the model has no such "
-                f"parameter{_near(entry.name, list(first_names.values()))}"
-            )
-        elif file.parameters is None:  # files of version 2.x do not separate activations
-            unknown.append(entry.name)
+            if file.parameters is not None:
+                problems.append(
+                    f"{entry.name!r} is listed as a parameter, but the model has no such "
+                    f"parameter{_near(entry.name, list(first_names.values()))}"
+                )
+    grids: dict[str, Encoding] = {}
     for name in first_names.values():
         layer = name.rpartition(".")[0]
+        if any(fnmatch.fnmatchcase(part, glob) for part in (name, layer) for glob in keep_float):
+            continue
+        if name in entries:
+            try:
+                if grid := _agreed_grid(model, name, entries[name], file, block_order):
+                    grids[name] = grid
+            except SourceError as error:
+                problems.append(f"{entries[name][0][0].name!r} {error}")
+            continue
         is_linear = isinstance(model.get_submodule(layer), nn.Linear | Conv1D)
-        is_kept = _is_kept(name, keep_float) or layer in (file.excluded_layers or ())
-        if is_linear and name.endswith(".weight") and name not in entries and not is_kept:
+        if is_linear and name.endswith(".weight") and layer not in (file.excluded_layers or ()):
             problems.append(
                 f"{name!r}, the weight of a Linear layer, has no entry{_near(name, unknown)}. "
                 f"To keep it float, set {_keeping(layer)}"
             )
-    grids: dict[str, Encoding] = {}
-    for name, matches in entries.items():
-        if _is_kept(name, keep_float):
-            continue
-        try:
-            first_grid, *others = [
-                _grid(model, name, entry, is_numbered, file, block_order)
-                for entry, is_numbered in matches
-            ]
-            for (other, _), grid in zip(matches[1:], others, strict=True):
-                if not (grid is first_grid or (grid and grid.equals(first_grid))):
-                    raise SourceError(
-                        f"and {other.name!r} are tied in the model, but have different encodings. "
-                        "Remove one of the two entries"
-                    )
-            if first_grid is not None:
-                grids[name] = first_grid
-        except SourceError as error:
-            problems.append(f"{matches[0][0].name!r} {error}")
     if problems:
         raise EncodingsFileError(str(path), problems)
     return grids
+
+
+def _agreed_grid(
+    model: nn.Module,
+    name: str,
+    entries: list[tuple[Entry, bool]],
+    file: EncodingsFile,
+    block_order: BlockOrder | None,
+) -> Encoding | None:
+    """The encoding that all entries of a parameter give it; None if it stays float."""
+    grids = [_grid(model, name, *entry, file, block_order) for entry in entries]
+    for (entry, _), grid in zip(entries[1:], grids[1:], strict=True):
+        if not (grid is grids[0] or (grid and grids[0] and grid.equals(grids[0]))):
+            raise SourceError(
+                f"and {entry.name!r} are tied in the model, but have different encodings. "
+                "Remove one of the two entries"
+            )
+    return grids[0]
 
 
 def _grid(
@@ -249,11 +252,6 @@ def _is_conv1d_weight(model: nn.Module, name: str) -> bool:
 def _shape_out_in(model: nn.Module, name: str) -> tuple[int, ...]:
     shape = tuple(model.get_parameter(name).shape)
     return shape[::-1] if _is_conv1d_weight(model, name) else shape
-
-
-def _is_kept(name: str, globs: Sequence[str]) -> bool:
-    layer = name.rpartition(".")[0]
-    return any(fnmatch.fnmatchcase(path, glob) for path in (name, layer) for glob in globs)
 
 
 def _keeping(name: str) -> str:

@@ -21,15 +21,13 @@ from qwlora.errors import GridError, SourceError, listed
 from qwlora.formats.base_files import save_as_base_
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.meta_model import (
-    Place,
     blocks_of,
     empty_model,
     is_below,
-    place_name,
     put_,
     read_generation_config_,
     tensor_at,
-    tensor_places,
+    tensor_names,
 )
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.nn import pack_at_, tie_weights_
@@ -66,16 +64,13 @@ class LazyModel:
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint = checkpoint
         self.model = empty_model(checkpoint.config)
-        if checkpoint.folder is not None:
-            read_generation_config_(self.model, checkpoint.folder)
-        self.places = tensor_places(self.model)
-        first = {
-            place_name(place): name for name, places in self.places.items() for place in places
-        }
+        read_generation_config_(self.model, checkpoint.path)
+        self.aliases = tensor_names(self.model)
+        first = {alias: name for name, aliases in self.aliases.items() for alias in aliases}
         # a tied tensor may be stored under any of its names
         self.stored = {first.get(name, name): name for name in checkpoint.names()}
-        missing = self.places.keys() - self.stored.keys()
-        unknown = self.stored.keys() - self.places.keys()
+        missing = self.aliases.keys() - self.stored.keys()
+        unknown = self.stored.keys() - self.aliases.keys()
         if missing or unknown:
             raise SourceError(
                 f"the files and config.json ({type(self.model).__name__}) do not match: missing: "
@@ -91,7 +86,7 @@ class LazyModel:
         Raises:
             SourceError: a tensor cannot be read, or its shape differs from its parameter's.
         """
-        names = [n for n in self.stored if any(is_below(p, path) for p in self._waiting(n))]
+        names = [n for n in self.stored if any(is_below(a, path) for a in self._waiting(n))]
         for name in track(names, "reading", len(names)):
             self.load_(name)
         return self.model.get_submodule(path)
@@ -100,15 +95,17 @@ class LazyModel:
         """Load every tensor that is used outside the modules at `paths`, even if also used
         inside."""
         for name in self.stored:
-            if not all(any(is_below(place, path) for path in paths) for place in self.places[name]):
+            if not all(
+                any(is_below(alias, path) for path in paths) for alias in self.aliases[name]
+            ):
                 self.load_(name)
 
     def release_(self, path: str = "") -> None:
         """Drop the data of float tensors that are used only in module `path`; packed layers
         stay."""
-        for places in self.places.values():
-            tensors = {p: t for p in places if (t := tensor_at(self.model, p)) is not None}
-            if tensors and all(is_below(place, path) for place in tensors):
+        for aliases in self.aliases.values():
+            tensors = {a: t for a in aliases if (t := tensor_at(self.model, a)) is not None}
+            if tensors and all(is_below(alias, path) for alias in tensors):
                 put_(self.model, tensors, next(iter(tensors.values())).to("meta"))
 
     @contextmanager
@@ -135,15 +132,15 @@ class LazyModel:
                 hook.remove()
             self.release_()
 
-    def _waiting(self, name: str) -> list[Place]:
-        """The places of a tensor that still exist in the model and have no data."""
-        tensors = {place: tensor_at(self.model, place) for place in self.places[name]}
-        return [place for place, tensor in tensors.items() if tensor is not None and tensor.is_meta]
+    def _waiting(self, name: str) -> list[str]:
+        """The names of a tensor that still exist in the model and have no data."""
+        tensors = {alias: tensor_at(self.model, alias) for alias in self.aliases[name]}
+        return [alias for alias, tensor in tensors.items() if tensor is not None and tensor.is_meta]
 
     def load_(self, name: str) -> None:
         """Load one parameter or buffer by name if it has no data yet; see `materialize_`."""
-        places = self._waiting(name)
-        if not places:
+        aliases = self._waiting(name)
+        if not aliases:
             return
         value = self.checkpoint.read(self.stored[name])
         if isinstance(value, QuantizedTensor):
@@ -153,10 +150,10 @@ class LazyModel:
                 raise SourceError(
                     f"{name} is {value.encoding.scheme} in the files and cannot be packed: {error}"
                 ) from error
-            if len(self.places[name]) > 1:
+            if len(self.aliases[name]) > 1:
                 tie_weights_(self.model)
             return
-        expected = tensor_at(self.model, places[0])
+        expected = tensor_at(self.model, aliases[0])
         assert expected is not None
         if value.shape != expected.shape:
             raise SourceError(
@@ -164,7 +161,7 @@ class LazyModel:
                 "the model that config.json describes; download the model again"
             )
         check_finite(name, value, allow_infinity=not isinstance(expected, nn.Parameter))
-        put_(self.model, places, value.to(torch.float32) if value.is_floating_point() else value)
+        put_(self.model, aliases, value.to(torch.float32) if value.is_floating_point() else value)
 
 
 def _calling(action: Callable[[str], object], path: str) -> Callable[..., None]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -18,15 +19,15 @@ import transformers
 from pydantic import BaseModel, ConfigDict, PositiveInt, ValidationError
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
 from qwlora.errors import FingerprintError, GridError, SourceError, lines, listed
 from qwlora.formats import manifest
-from qwlora.formats.checkpoint import ShownCheckpoint
+from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface.model_config import read_config
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
-from qwlora.formats.meta_model import Place, tensor_at, tensor_places
+from qwlora.formats.meta_model import tensor_at, tensor_names
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.nn import PackedLayer, is_packed, tie_weights_
@@ -120,7 +121,20 @@ class BaseWriter:
     ) -> str:
         """Write the last shard, configuration, tokenizer and base.json. Returns the fingerprint."""
         self._write_shard()
-        files = self._write_configuration(model, tokenizer, self._name_shards())
+        config: Any = copy.deepcopy(model.config)
+        config.dtype, config.architectures = model.dtype, [type(model).__name__]
+        config.quantization_config = {"quant_method": "qwlora", "weights": self._name_shards()}
+        with replacing_files(self.folder) as scratch:
+            if _is_remote(type(model)):  # save_pretrained copies only config's and tokenizer's code
+                custom_object_save(model, scratch, config)
+            config.save_pretrained(scratch)
+            config.transformers_weights = WITHOUT_QWLORA  # save_pretrained would leave it out
+            config.to_json_file(Path(scratch, "config.json"))
+            if tokenizer is not None:
+                tokenizer.save_pretrained(scratch)
+            if model.can_generate() and model.generation_config is not None:
+                model.generation_config.save_pretrained(scratch)
+            files = files_in(scratch)
         identity = combined_fingerprint(self.digests, config_numbers(model))
         record = {
             "format": FORMAT,
@@ -143,51 +157,23 @@ class BaseWriter:
     def _name_shards(self) -> str:
         """Rename the shards, and write an index if there are several. Returns the file's name, or
         the index's."""
-        count = len(self._shards)
-        names = [f"{STEM}-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
-        names = [f"{STEM}.safetensors"] if count == 1 else names
-        for i, name in enumerate(names):
+        count, total, weight_map = len(self._shards), 0, dict[str, str]()
+        for i, tensors in enumerate(self._shards):
+            name = f"{STEM}-{i + 1:05}-of-{count:05}.safetensors"
+            name = name if count > 1 else f"{STEM}.safetensors"
             # safetensors creates files that only their owner can read
             self._part(i).chmod(self.folder.stat().st_mode & 0o666)
             move_into_place(self._part(i), self.folder / name)
+            weight_map |= dict.fromkeys(tensors, name)
+            total += sum(tensors.values())
         if count == 1:
-            return names[0]
-        pairs = zip(names, self._shards, strict=True)
-        weight_map = {tensor: name for name, tensors in pairs for tensor in tensors}
-        total = sum(sum(tensors.values()) for tensors in self._shards)
-        index = {
-            "metadata": {"total_size": total},
-            "weight_map": dict(sorted(weight_map.items())),
-        }
+            return name
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
         write_text(self.folder / INDEX, strict_json.dumps(index, indent=1) + "\n")
         return INDEX
 
     def _part(self, index: int) -> Path:
         return self.folder / f".shard-{index:05}.part"
-
-    def _write_configuration(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, weights: str
-    ) -> list[str]:
-        """Write configuration, tokenizer and generation settings; returns the paths of these
-        files.
-
-        Args:
-            weights: the file with the weights, or their index.
-        """
-        config: Any = copy.deepcopy(model.config)
-        config.dtype, config.architectures = model.dtype, [type(model).__name__]
-        config.quantization_config = {"quant_method": "qwlora", "weights": weights}
-        with replacing_files(self.folder) as scratch:
-            if _is_remote(type(model)):  # save_pretrained copies only config's and tokenizer's code
-                custom_object_save(model, scratch, config)
-            config.save_pretrained(scratch)
-            config.transformers_weights = WITHOUT_QWLORA  # save_pretrained would leave it out
-            config.to_json_file(Path(scratch, "config.json"))
-            if tokenizer is not None:
-                tokenizer.save_pretrained(scratch)
-            if model.can_generate() and model.generation_config is not None:
-                model.generation_config.save_pretrained(scratch)
-            return files_in(scratch)
 
 
 def write_base(
@@ -210,11 +196,7 @@ def write_base(
 
 
 def _class_name(model: PreTrainedModel) -> str | None:
-    """The class of transformers that `load_base` will build; None if the model has its own code.
-
-    Raises:
-        SourceError: the class is from another library, so config.json does not determine it.
-    """
+    """The class of transformers that `load_base` will build; None if the model has its own code."""
     kinds = type(model).__mro__
     if any(_is_remote(kind) for kind in kinds):
         return None
@@ -231,34 +213,103 @@ def _class_name(model: PreTrainedModel) -> str | None:
 
 
 def _is_remote(kind: type) -> bool:
-    """Whether transformers loaded this class from Python code in a model's folder."""
+    """Whether the class is from Python code in a model's folder."""
     return kind.__module__.startswith("transformers_modules.")
 
 
-class BaseFiles:
-    """The base in `folder`, and the steps to load it into a model that was built without data:
-    `place_packed_`, then all tensors of `verified`, then `finish_`.
+class BaseCheckpoint(Checkpoint):
+    """The base in `folder`.
+
+    As a `Checkpoint`, so that another job can freeze the same integers again. Or to load it into a
+    model that was built without data: `place_packed_`, then all tensors of `verified`, then
+    `finish_`. Each tensor is compared with its digest in base.json when it is read.
+
+    Args:
+        folder: the base's folder.
+        config: the configuration; default: that of the folder.
+        trust_remote_code: run Python code from the folder to read it.
 
     Raises:
-        SourceError: the folder is not a base, has another format version, or cannot be read.
-        FingerprintError: the configuration or the tokenizer was changed after saving.
+        SourceError: the folder is not a base, has another format version, or cannot be read; a part
+            of a layer is missing or has the wrong shape.
+        GridError: base.json describes an invalid layer; scales or offsets are invalid.
+        FingerprintError: the configuration, the tokenizer or a tensor was changed after saving.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.where = folder, f"base {str(folder)!r}"
-        self.record = read_record(folder)
-        # weights are not listed there: each tensor has its own digest, checked when it is read
-        manifest.check(folder, RECORD, self.where, "quantize again")
+    def __init__(
+        self,
+        folder: str | Path,
+        config: PretrainedConfig | None = None,
+        trust_remote_code: bool = False,
+    ):
+        self.path = Path(folder)
+        self.where = f"base {str(folder)!r}"
+        self.record = read_record(self.path)
+        # weights are not listed there: each tensor has its own digest
+        manifest.check(self.path, RECORD, self.where, "quantize again")
         self.files = SafetensorsFiles(folder, STEM)
-        self.layers = read_layers(self.record, self.where)
+        self.layers = _read_layers(self.record, self.where)
+        self.config = config or read_config(self.path, trust_remote_code)
         self.digests: dict[str, str] = {}
         self.packed: frozenset[str] = frozenset()
+        self._path_of = {parameter_name(path): path for path in self.layers}
+        parts = {
+            f"{path}.{part}": name for name, path in self._path_of.items() for part in Parts._fields
+        }
+        self.stored: dict[str, list[str]] = {}
+        for name in self.files.names():
+            self.stored.setdefault(parts.get(name, name), []).append(name)
 
-    def place_packed_(self, model: PreTrainedModel) -> dict[str, list[Place]]:
+    def names(self) -> list[str]:
+        return list(self.stored)
+
+    def schemes(self) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
+        """Scheme and shape of each packed parameter."""
+        return {name: self.layers[path] for name, path in self._path_of.items()}
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        if name not in self.stored:
+            raise SourceError(f"{self.where}: there is no tensor {name!r}")
+        if name not in self._path_of:
+            return self._checked(name, "")
+        path = self._path_of[name]
+        scheme, shape = self.layers[path]
+        tensors = {
+            stored.rpartition(".")[2]: self._checked(stored, scheme.to_text())
+            for stored in self.stored[name]
+        }
+        expected = PackedTensor.empty(scheme, shape).parts
+        for part, tensor in zip(Parts._fields, expected, strict=True):
+            have, want = (None if t is None else list(t.shape) for t in (tensors.get(part), tensor))
+            if have != want:
+                raise SourceError(
+                    f"{self.where}: {path}.{part} is {have or 'missing'}, but {scheme} needs "
+                    f"{want or 'none'}; quantize again"
+                )
+        with self._naming(path):
+            return PackedTensor(scheme, shape[-1], Parts(**tensors)).quantized
+
+    def _checked(self, name: str, layout: str) -> Tensor:
+        tensor = self.files.read(name)
+        if tensor_digest(name, layout, tensor) != self.record["tensors"].get(name):
+            raise FingerprintError(
+                f"{self.where}: {name} changed after saving. Copy it again, or quantize again"
+            )
+        return tensor
+
+    @contextmanager
+    def _naming(self, layer: str) -> Iterator[None]:
+        """Put the base and a layer on a GridError about its numbers."""
+        try:
+            yield
+        except GridError as error:
+            raise GridError(f"{self.where}: layer {layer}: {error}; quantize again") from error
+
+    def place_packed_(self, model: PreTrainedModel) -> dict[str, list[str]]:
         """Insert empty packed layers, and check names, shapes and types of all stored tensors.
 
         Returns:
-            The places of each stored tensor.
+            All names of each stored tensor.
 
         Raises:
             SourceError: the tensors are not those of the model; the message lists them.
@@ -272,22 +323,11 @@ class BaseFiles:
             except (AttributeError, *_UNUSABLE, RuntimeError) as error:
                 raise _misfit(name, error, self.where) from error
         tie_weights_(model)
-        places = tensor_places(model)
-        self._check_headers(model, places)
-        self.packed = frozenset(name for name, (layout, _) in base_tensors(model).items() if layout)
-        return places
-
-    def _check_headers(self, model: PreTrainedModel, places: Mapping[str, list[Place]]) -> None:
-        """Compare names, shapes and types of all stored tensors with the model before any is read.
-
-        Raises:
-            SourceError: they differ; the message lists the first ones.
-        """
-        stored = set(self.files.names())
-        wrong = [f"{name} is missing" for name in sorted(places.keys() - stored)]
-        wrong += [f"{name} is not in the model" for name in sorted(stored - places.keys())]
-        for name in sorted(places.keys() & stored):
-            expected = tensor_at(model, places[name][0])
+        names, stored = tensor_names(model), set(self.files.names())
+        wrong = [f"{name} is missing" for name in sorted(names.keys() - stored)]
+        wrong += [f"{name} is not in the model" for name in sorted(stored - names.keys())]
+        for name in sorted(names.keys() & stored):
+            expected = tensor_at(model, name)
             assert expected is not None
             dtypes = _FLOATS if expected.is_floating_point() else (_DTYPES[expected.dtype],)
             shape, dtype = self.files.shape(name), self.files.dtype(name)
@@ -302,30 +342,33 @@ class BaseFiles:
                 f"{self.where}: its tensors do not match {RECORD} and config.json; quantize "
                 f"again\n  {shown}"
             )
+        self.packed = frozenset(name for name, (layout, _) in base_tensors(model).items() if layout)
+        return names
 
-    def verified(self, model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    def verified(
+        self, model: PreTrainedModel, check_configuration: bool = False
+    ) -> Iterator[tuple[str, Tensor]]:
         """Name and tensor, as a view of the mapped file, of everything stored.
 
         Raises:
-            FingerprintError: after the last one, if any differs from its digest.
+            FingerprintError: after the last one, if any differs from its digest, or
+                (`check_configuration`) the configuration is not the one that was saved.
         """
         layouts = {name: layout for name, (layout, _) in base_tensors(model).items()}
         for name in self.files.names():
             tensor = self.files.read(name)
             self.digests[name] = tensor_digest(name, layouts[name], tensor)
             yield name, tensor
-        saved = self.record["tensors"]
+        saved, identity = self.record["tensors"], self._identity(model)
         changed = [name for name, digest in self.digests.items() if saved.get(name) != digest]
-        self._refuse_changes(model, listed(changed) if changed else None)
-
-    def check_configuration(self, model: PreTrainedModel) -> None:
-        """Compare the fingerprint with the saved one, after `verified`.
-
-        Raises:
-            FingerprintError: the model's configuration is not the one it was saved with.
-        """
-        is_changed = self._identity(model) != self.record["fingerprint"]
-        self._refuse_changes(model, "config.json or its fingerprint" if is_changed else None)
+        if not changed and check_configuration and identity != self.record["fingerprint"]:
+            changed = ["config.json or its fingerprint"]
+        if changed:
+            raise FingerprintError(
+                f"{self.where} has fingerprint {identity}, but {RECORD} says "
+                f"{self.record['fingerprint']}: {listed(changed)} changed after saving. Copy it "
+                "again, or quantize again"
+            )
 
     def finish_(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
         """Check the grids, and note on the model which base it is.
@@ -337,10 +380,8 @@ class BaseFiles:
             if isinstance(layer, PackedLayer):
                 layer.compute_dtype = dtype
             if _is_stored(layer):
-                try:
+                with self._naming(name):
                     _ = layer.encoding  # checks its numbers; any packed codes are valid
-                except GridError as error:
-                    raise self._bad_numbers(name, error) from error
         digests = dict(self.digests)
         for name, (layout, tensor) in base_tensors(model).items():
             # stored floats are float32 or narrower, and digests are of their float32 values
@@ -351,84 +392,10 @@ class BaseFiles:
         now = combined_fingerprint(digests, config_numbers(model))
         if now != self.record["fingerprint"] == self._identity(model):
             keep_fingerprint_(model, now, self.record["fingerprint"])
-        _belongs_to_(model, self.folder, self.record["source"])
-
-    def _bad_numbers(self, layer: str, error: GridError) -> GridError:
-        return GridError(f"{self.where}: layer {layer}: {error}; quantize again")
+        _belongs_to_(model, self.path, self.record["source"])
 
     def _identity(self, model: PreTrainedModel) -> str:
         return combined_fingerprint(self.digests, config_numbers(model))
-
-    def _refuse_changes(self, model: PreTrainedModel, changed: str | None) -> None:
-        if changed is not None:
-            raise FingerprintError(
-                f"{self.where} has fingerprint {self._identity(model)}, but {RECORD} says "
-                f"{self.record['fingerprint']}: {changed} changed after saving. Copy it again, or "
-                "quantize again"
-            )
-
-
-class BaseCheckpoint(BaseFiles, ShownCheckpoint):
-    """The tensors of the base in `folder` as a `Checkpoint`, so that another job can freeze the
-    same integers again. Each is compared with its digest in base.json when it is read.
-
-    Raises:
-        SourceError: the folder is not a base, has another format version, or cannot be read; a part
-            of a layer is missing or has the wrong shape.
-        GridError: base.json describes an invalid layer; scales or offsets are invalid.
-        FingerprintError: the configuration, the tokenizer or a tensor was changed after saving.
-    """
-
-    def __init__(self, folder: str | Path):
-        super().__init__(Path(folder))
-        self.path = self.folder
-        self.config = read_config(self.folder, len(self.files.names()))
-        self.path_of = {parameter_name(path): path for path in self.layers}
-        parts = {
-            f"{path}.{part}": name for name, path in self.path_of.items() for part in Parts._fields
-        }
-        self.stored: dict[str, list[str]] = {}
-        for name in self.files.names():
-            self.stored.setdefault(parts.get(name, name), []).append(name)
-
-    def names(self) -> list[str]:
-        return list(self.stored)
-
-    def schemes(self) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
-        """Scheme and shape of each packed parameter."""
-        return {name: self.layers[path] for name, path in self.path_of.items()}
-
-    def read(self, name: str) -> Tensor | QuantizedTensor:
-        if name not in self.stored:
-            raise SourceError(f"{self.where}: there is no tensor {name!r}")
-        if name not in self.path_of:
-            return self._checked(name, "")
-        path = self.path_of[name]
-        scheme, shape = self.layers[path]
-        tensors = {
-            stored.rpartition(".")[2]: self._checked(stored, scheme.to_text())
-            for stored in self.stored[name]
-        }
-        expected = PackedTensor.empty(scheme, shape).parts
-        for part, tensor in zip(Parts._fields, expected, strict=True):
-            have, want = (None if t is None else list(t.shape) for t in (tensors.get(part), tensor))
-            if have != want:
-                raise SourceError(
-                    f"{self.where}: {path}.{part} is {have or 'missing'}, but {scheme} needs "
-                    f"{want or 'none'}; quantize again"
-                )
-        try:
-            return PackedTensor(scheme, shape[-1], Parts(**tensors)).quantized
-        except GridError as error:
-            raise self._bad_numbers(path, error) from error
-
-    def _checked(self, name: str, layout: str) -> Tensor:
-        tensor = self.files.read(name)
-        if tensor_digest(name, layout, tensor) != self.record["tensors"].get(name):
-            raise FingerprintError(
-                f"{self.where}: {name} changed after saving. Copy it again, or quantize again"
-            )
-        return tensor
 
 
 def _is_stored(layer: nn.Module) -> TypeGuard[PackedLayer]:
@@ -446,10 +413,7 @@ def save_as_base_(model: PreTrainedModel, source: str | None = None) -> None:
     """Let `model.save_pretrained(folder)` write a base while the model has packed layers.
 
     transformers' own method would write codes and scales without saying what they are, and then
-    load them as random weights.
-
-    Args:
-        source: where the model came from, recorded in base.json; default: `model.name_or_path`.
+    load them as random weights. `source` is recorded in base.json; default: `model.name_or_path`.
     """
     source = (model.name_or_path or "") if source is None else source
     model.__dict__["save_pretrained"] = _SaveAsBase(model, source)
@@ -516,7 +480,9 @@ class _Layer(BaseModel):
     float_offset: bool = False
 
 
-def read_layers(record: Mapping[str, Any], where: str) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
+def _read_layers(
+    record: Mapping[str, Any], where: str
+) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
     """Scheme and shape of each packed layer in a `base.json`, by module path.
 
     Raises:

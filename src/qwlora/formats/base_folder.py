@@ -21,9 +21,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwlora.formats.base_files import BaseFiles, write_base
+from qwlora.formats.base_files import BaseCheckpoint, write_base
 from qwlora.formats.hf_quantizer import register_with_transformers
-from qwlora.formats.huggingface.model_config import read_config
 from qwlora.formats.meta_model import empty_model, put_, read_generation_config_
 
 
@@ -77,15 +76,13 @@ def load_base(
         FingerprintError: a tensor, the configuration or the tokenizer was changed after saving.
     """
     register_with_transformers()
-    base = BaseFiles(Path(folder))
-    config = read_config(base.folder, len(base.files.names()), trust_remote_code)
-    model = empty_model(config, trust_remote_code, base.record.get("class"))
-    places = base.place_packed_(model)
-    for name, tensor in base.verified(model):
+    base = BaseCheckpoint(folder, trust_remote_code=trust_remote_code)
+    model = empty_model(base.config, trust_remote_code, base.record.get("class"))
+    names = base.place_packed_(model)
+    for name, tensor in base.verified(model, check_configuration=True):
         is_cast = tensor.is_floating_point() and name not in base.packed
-        put_(model, places[name], tensor.to(dtype) if is_cast else tensor)
-    base.check_configuration(model)
-    read_generation_config_(model, base.folder)
+        put_(model, names[name], tensor.to(dtype) if is_cast else tensor)
+    read_generation_config_(model, base.path)
     base.finish_(model, dtype)
     model.to(device)  # type: ignore[arg-type] # transformers hides the signature of Module.to
     return model

@@ -1,4 +1,4 @@
-"""The interface of all checkpoint readers: tensors by Hugging Face parameter name, one at a time.
+"""The base class of all checkpoint readers: tensors by Hugging Face parameter name, one at a time.
 
 A tensor that is stored as integers is read as a `QuantizedTensor`, any other as a float tensor. A
 reader loads a tensor only when it is asked for, so the whole model is never in memory as floats.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 from torch import Tensor
 from transformers import PretrainedConfig
@@ -16,26 +15,22 @@ from transformers import PretrainedConfig
 from qwlora.grid.quantized_tensor import QuantizedTensor
 
 
-class Checkpoint(Protocol):
+class Checkpoint:
     """The stored tensors of one model.
 
     Attributes:
         config: the Hugging Face configuration, without its `quantization_config`.
+        path: the file, or the folder of the files, which may also hold a generation_config.json.
     """
 
     config: PretrainedConfig
-
-    @property
-    def folder(self) -> Path | None:
-        """The folder of the files, which may also hold a generation_config.json; None if there is
-        none."""
-        ...
+    path: Path
 
     def names(self) -> Sequence[str]:
         """Parameter names of the model that `config` builds
         (`model.layers.0.mlp.down_proj.weight`), tied tensors once, in the model's order if that is
         known."""
-        ...
+        raise NotImplementedError
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
         """Read one tensor, as integers `[out, in]` if it is stored as integers.
@@ -44,16 +39,6 @@ class Checkpoint(Protocol):
             SourceError: the tensor cannot be read, or no `Encoding` can express how it is stored.
                 The message names the tensor and the format.
         """
-        ...
-
-
-class ShownCheckpoint:
-    """A reader with a short `repr`: its class, model, number of tensors and path."""
-
-    config: PretrainedConfig
-    path: Path
-
-    def names(self) -> Sequence[str]:
         raise NotImplementedError
 
     def __repr__(self) -> str:

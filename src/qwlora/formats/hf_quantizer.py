@@ -4,7 +4,7 @@
     model = AutoModelForCausalLM.from_pretrained("out/base", device_map="auto")
 
 gives the model of `load_base`, with the same checks, in the dtype and on the devices that
-transformers chooses. transformers reads the tensors; `base_files.BaseFiles` inserts the packed
+transformers chooses. transformers reads the tensors; `BaseCheckpoint` inserts the packed
 layers before that and compares every stored tensor with its digest. `save_pretrained` writes a
 base.
 
@@ -26,7 +26,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from qwlora.errors import SourceError
-from qwlora.formats.base_files import RECORD, BaseFiles, read_record
+from qwlora.formats.base_files import RECORD, BaseCheckpoint, read_record
 from qwlora.formats.manifest import FILES
 from qwlora.nn import PackedLayer
 
@@ -48,7 +48,7 @@ class QwloraQuantizer(HfQuantizer):
     """Inserts packed layers before transformers reads the weights, and checks the base."""
 
     quantization_config: QwloraConfig
-    _base: BaseFiles
+    _base: BaseCheckpoint
     _dtype: torch.dtype
 
     @property
@@ -95,7 +95,8 @@ class QwloraQuantizer(HfQuantizer):
         **unused: Any,
     ) -> None:
         self._dtype = dtype or torch.float32
-        self._base = base = BaseFiles(_folder_of(Path(checkpoint_files[0])))
+        folder = _folder_of(Path(checkpoint_files[0]))
+        self._base = base = BaseCheckpoint(folder, model.config)
         expected = base.record.get("class")
         if expected not in (None, type(model).__name__):
             raise SourceError(

@@ -1,8 +1,8 @@
-"""Models built without data on the meta device, and the places of their tensors.
+"""Models built without data on the meta device, and the names of their tensors.
 
-A place is a module path and the key of a parameter or buffer there; a tied tensor has several
-places. Code that loads a checkpoint or a base puts each tensor at all of its places. Only buffers
-that are not stored in files (rotary frequencies, masks) have data from the start.
+A tied tensor has several names. Code that loads a checkpoint or a base puts each tensor at all of
+its names. Only buffers that are not stored in files (rotary frequencies, masks) have data from the
+start.
 """
 
 from __future__ import annotations
@@ -24,9 +24,6 @@ from transformers import (
 
 from qwlora.errors import SourceError, foreign_as
 
-Place = tuple[str, str]
-"""Path of a module, and the key of its parameter or buffer."""
-
 
 def empty_model(
     config: PretrainedConfig,
@@ -34,14 +31,10 @@ def empty_model(
     class_name: str | None = None,
     buffers: bool = True,
 ) -> PreTrainedModel:
-    """Build the model of `config` without data: frozen, in evaluation mode, weights tied.
+    """As `build_model`, but without data: frozen, in evaluation mode, weights tied.
 
     Args:
-        config, trust_remote_code, class_name: as for `build_model`.
         buffers: give data to buffers that are not stored; False is enough for names and shapes.
-
-    Raises:
-        SourceError: no such model can be built from the configuration.
     """
     with init_empty_weights(include_buffers=False) if buffers else torch.device("meta"):
         model = build_model(config, trust_remote_code, class_name)
@@ -72,17 +65,13 @@ def build_model(
                 "install the version that the model was saved with"
             )
     kind = type(config).__name__
+    settings: dict[str, Any] = {"dtype": torch.float32}
     with foreign_as(
         SourceError, f"config.json ({kind}) does not describe a causal language model"
     ):  # bad values can fail anywhere in a model class
-        model: PreTrainedModel
-        if class_name is None:
-            model = named.from_config(
-                config, dtype=torch.float32, trust_remote_code=trust_remote_code
-            )
-        else:
-            model = named._from_config(config, dtype=torch.float32)
-    return model
+        if class_name is not None:
+            return named._from_config(config, **settings)
+        return named.from_config(config, trust_remote_code=trust_remote_code, **settings)
 
 
 def blocks_of(model: nn.Module) -> list[str]:
@@ -96,9 +85,9 @@ def blocks_of(model: nn.Module) -> list[str]:
     return blocks
 
 
-def tensor_places(model: nn.Module) -> dict[str, list[Place]]:
-    """The places of each parameter and saved buffer, by the name of its first place."""
-    places: dict[int, list[Place]] = {}
+def tensor_names(model: nn.Module) -> dict[str, list[str]]:
+    """All names of each parameter and saved buffer, by its first name."""
+    names: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         saved = {
             key: buffer
@@ -107,49 +96,40 @@ def tensor_places(model: nn.Module) -> dict[str, list[Place]]:
         }
         for key, tensor in (module._parameters | saved).items():
             if tensor is not None:
-                places.setdefault(id(tensor), []).append((path, key))
-    return {place_name(of_tensor[0]): of_tensor for of_tensor in places.values()}
+                names.setdefault(id(tensor), []).append(f"{path}.{key}" if path else key)
+    return {of_tensor[0]: of_tensor for of_tensor in names.values()}
 
 
-def place_name(place: Place) -> str:
-    """The name of the tensor at this place."""
-    return ".".join(filter(None, place))
+def is_below(name: str, path: str) -> bool:
+    """Whether a tensor is in the module at `path`; the empty path contains every tensor."""
+    return not path or name.startswith(f"{path}.")
 
 
-def is_below(place: Place, path: str) -> bool:
-    """Whether a place is in the module at `path`; the empty path contains every place."""
-    return not path or place[0] == path or place[0].startswith(f"{path}.")
-
-
-def tensor_at(model: nn.Module, place: Place) -> Tensor | None:
-    """The tensor at a place; None if the module there was replaced and has no such tensor."""
-    path, key = place
+def tensor_at(model: nn.Module, name: str) -> Tensor | None:
+    """The tensor of a name; None if its module was replaced and has no such tensor."""
+    path, _, key = name.rpartition(".")
     module = model.get_submodule(path)
     parameter = module._parameters.get(key)
     return parameter if parameter is not None else module._buffers.get(key)
 
 
-def put_(model: nn.Module, places: Iterable[Place], tensor: Tensor) -> None:
-    """Put one tensor at all of its places, as a frozen parameter where the module has a
+def put_(model: nn.Module, names: Iterable[str], tensor: Tensor) -> None:
+    """Put one tensor at all of its names, as a frozen parameter where the module has a
     parameter."""
     parameter: nn.Parameter | None = None
-    for path, key in places:
+    for name in names:
+        path, _, key = name.rpartition(".")
         module = model.get_submodule(path)
         if key in module._parameters:
-            parameter = (
-                nn.Parameter(tensor, requires_grad=False) if parameter is None else parameter
-            )
+            if parameter is None:
+                parameter = nn.Parameter(tensor, requires_grad=False)
             module._parameters[key] = parameter
         else:
             module._buffers[key] = tensor
 
 
 def read_generation_config_(model: PreTrainedModel, folder: Path) -> None:
-    """Give the model the generation_config.json in `folder`, if there is one.
-
-    Raises:
-        SourceError: transformers cannot read it.
-    """
+    """Give the model the generation_config.json in `folder`, if there is one."""
     path = folder / "generation_config.json"
     if path.is_file():
         with foreign_as(SourceError, f"{str(path)!r} cannot be read", "correct it, or remove it"):

@@ -14,17 +14,15 @@ can report a missing model before anything else is loaded.
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import SourceError, listed
-from qwlora.formats.user_path import does_not_exist, looked_for, source_path
+from qwlora.formats.user_path import looked_for, source_path
 from qwlora.system.strict_json import read_object
 
 if TYPE_CHECKING:
@@ -52,14 +50,10 @@ class Location:
     gguf_file: str | None
     files: tuple[Path, ...]
 
-    def arguments(self) -> dict[str, Any]:
-        """Further keyword arguments for `from_pretrained`."""
-        return {"gguf_file": self.gguf_file} if self.gguf_file else {}
-
     @property
     def path(self) -> Path:
         """The folder, or the GGUF file."""
-        return Path(self.pretrained) / self.gguf_file if self.gguf_file else Path(self.pretrained)
+        return Path(self.pretrained, self.gguf_file or "")
 
     @property
     def holds_floats(self) -> bool:
@@ -83,25 +77,22 @@ def locate(source: str) -> Location:
         return Location(on_hub[1], on_hub[2], ())
     if not path.exists():
         raise SourceError(
-            f"model {source!r} {does_not_exist(source, path)}. Give a folder with config.json, a "
-            ".gguf file, package:NAME/PATH for a file inside an installed package, or a "
-            "hub id like owner/name"
+            f"model {source!r} does not exist{looked_for(source, path)}. Give a folder with "
+            "config.json, a .gguf file, package:NAME/PATH for a file inside an installed package, "
+            "or a hub id like owner/name"
         )
     if path.is_dir():
         if not (path / "config.json").exists():
-            names = sorted(p.name for p in path.glob("*.gguf"))
-            remedy = (
-                f"give one of its files: {listed(names)}"
-                if names
-                else "give the folder of a Hugging Face checkpoint, or a .gguf file"
-            )
+            remedy = "give the folder of a Hugging Face checkpoint, or a .gguf file"
+            if names := sorted(p.name for p in path.glob("*.gguf")):
+                remedy = f"give one of its files: {listed(names)}"
             raise SourceError(f"model folder {source!r} has no config.json; {remedy}")
         files = (p for p in path.iterdir() if p.is_file() and p.name != CARD)
         return Location(str(path), None, tuple(sorted(files)))
     if path.suffix != ".gguf":
         raise SourceError(
-            f"model file {source!r} is not a .gguf file. "
-            "For a Hugging Face checkpoint, give its folder"
+            f"model file {source!r} is not a .gguf file. For a Hugging Face checkpoint, give its "
+            "folder"
         )
     return Location(str(path.parent), path.name, (path,))
 
@@ -122,7 +113,7 @@ def quantization_of(folder: Path) -> tuple[str | None, dict[str, Any]]:
             if not isinstance(settings, dict):
                 raise SourceError(
                     f"{str(folder / 'config.json')!r}: {key} must be an object, but is "
-                    f"{json.dumps(settings)[:80]}. Download the file again"
+                    f"{settings!r:.80}. Download the file again"
                 )
             method = settings.get("quant_method")
             if method is None and "config_groups" in settings:
@@ -162,11 +153,11 @@ def _downloaded_model(repository: str, *files: str) -> Path:
 def downloaded(
     what: str, repository: str, files: Sequence[str], ignored: Sequence[str] | None = None
 ) -> Path:
-    """Download files of `repository` and return their local folder.
+    """Download files of a hub id `owner/name` and return their local folder.
 
     Args:
         what: `model` or `adapter`, for the message.
-        repository: the hub id, `owner/name`.
+        repository: the hub id.
         files: globs of the files to download.
         ignored: globs of files not to download even if `files` matches them.
 
@@ -175,14 +166,9 @@ def downloaded(
     """
     from huggingface_hub import snapshot_download
 
+    skip = None if ignored is None else list(ignored)
     try:
-        return Path(
-            snapshot_download(
-                repository,
-                allow_patterns=list(files),
-                ignore_patterns=None if ignored is None else list(ignored),
-            )
-        )
+        return Path(snapshot_download(repository, allow_patterns=[*files], ignore_patterns=skip))
     except Exception as error:  # the client raises many types: offline, not found, private ...
         raise SourceError(
             f"{what} {repository!r} is not a local path{looked_for(repository, Path(repository))}, "
@@ -192,40 +178,27 @@ def downloaded(
 
 def _readable(source: str) -> Location:
     """As `fetch`, after checking that transformers can read the configuration without filling the
-    memory, and that gguf is installed if needed.
-
-    Raises:
-        SourceError: config.json or the header of the GGUF file has impossible values.
-        MissingExtraError: gguf is not installed.
-    """
+    memory, and that gguf is installed if needed."""
     location = fetch(source)
     if location.gguf_file:
         from qwlora.formats.gguf.gguf_file import GgufFile
 
         GgufFile(location.path)
     else:
-        from qwlora.formats.huggingface.model_config import check_folder
+        from qwlora.formats.huggingface.model_config import check_values
 
-        check_folder(location.path)
+        check_values(location.path)
     return location
 
 
-@contextmanager
-def _loading(what: str) -> Iterator[None]:
-    """Turn any exception of transformers into a SourceError about `what`."""
-    from qwlora.formats.huggingface.model_config import reading_config
+def _from_pretrained(auto: Any, location: Location, what: str, **settings: Any) -> Any:
+    """`auto.from_pretrained`; any error of transformers becomes a SourceError."""
+    from qwlora.formats.huggingface.model_config import loading
 
-    with reading_config(f"{what} cannot be loaded"):
-        try:
-            yield
-        except RuntimeError as error:
-            if "ignore_mismatched_sizes" in str(error):  # transformers prints a table of them
-                raise SourceError(
-                    f"{what}: its files hold tensors of other shapes than config.json describes. "
-                    "Compare hidden_size, intermediate_size, vocab_size and the numbers of heads "
-                    "in config.json with the original, or download the model again"
-                ) from error
-            raise
+    if location.gguf_file:
+        settings["gguf_file"] = location.gguf_file
+    with loading(f"{what} cannot be loaded"):
+        return auto.from_pretrained(location.pretrained, **settings)
 
 
 def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -250,20 +223,20 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
     if location.gguf_file:
         from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 
-        GgufCheckpoint.check_names(location.path)
-    else:
-        from qwlora.formats.huggingface.safetensors_files import check_shards_are_inside
+        GgufCheckpoint(location.path, as_floats=True)  # refuses tensors that transformers skips
+    elif any(location.path.glob("*.safetensors*")):
+        from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 
-        check_shards_are_inside(location.path)
-    with _loading(f"model {source!r}"):
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location.pretrained,
-            config=None if location.gguf_file else load_config(source, trust_remote_code),
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=trust_remote_code,
-            **location.arguments(),
-        )
+        SafetensorsFiles(location.path)  # refuses an index that names files outside of the folder
+    loaded = _from_pretrained(
+        AutoModelForCausalLM,
+        location,
+        f"model {source!r}",
+        config=None if location.gguf_file else load_config(source, trust_remote_code),
+        dtype=torch.float32,
+        output_loading_info=True,
+        trust_remote_code=trust_remote_code,
+    )
     model: PreTrainedModel = loaded[0]
     # transformers fills missing tensors with random numbers and silently skips unknown ones: half
     # of the checkpoint if config.json says one layer instead of two. Tensors that its model classes
@@ -280,10 +253,6 @@ def load_model(source: str, trust_remote_code: bool = False) -> PreTrainedModel:
             "whole language model"
         )
     if location.gguf_file:
-        from qwlora.formats.gguf.gguf_file import GgufFile
-        from qwlora.formats.gguf.rope_config import warn_of_positions
-
-        warn_of_positions(GgufFile(location.path), model.config)
         forget_gguf_(model)
     return model.eval()
 
@@ -312,11 +281,10 @@ def load_config(source: str, trust_remote_code: bool = False) -> PretrainedConfi
 
     from qwlora.formats.huggingface.model_config import use_default_implementations_
 
-    location = _readable(source)
-    with _loading(f"model {source!r}"):
-        config = AutoConfig.from_pretrained(
-            location.pretrained, trust_remote_code=trust_remote_code, **location.arguments()
-        )
+    location, trust = _readable(source), trust_remote_code
+    config: PretrainedConfig = _from_pretrained(
+        AutoConfig, location, f"model {source!r}", trust_remote_code=trust
+    )
     use_default_implementations_(config)
     return config
 
@@ -329,7 +297,7 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
     """
     from transformers import AutoTokenizer
 
-    location = _readable(source)
+    location, trust = _readable(source), trust_remote_code
     missing = SourceError(
         f"model {source!r} has no tokenizer. Put its files (tokenizer.json and "
         "tokenizer_config.json) in the folder of the weights"
@@ -338,10 +306,10 @@ def load_tokenizer(source: str, trust_remote_code: bool = False) -> PreTrainedTo
         re.match("(tokenizer|vocab|spiece|sentencepiece)", file.name) for file in location.files
     ):
         raise missing
-    with _loading(f"the tokenizer of model {source!r}"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            location.pretrained, trust_remote_code=trust_remote_code, **location.arguments()
-        )
+    what = f"the tokenizer of model {source!r}"
+    tokenizer: PreTrainedTokenizerBase = _from_pretrained(
+        AutoTokenizer, location, what, trust_remote_code=trust
+    )
     if not tokenizer("a word", add_special_tokens=False)["input_ids"]:
         raise missing
     return tokenizer

@@ -5,25 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from qwlora.errors import SourceError
 from qwlora.formats.aimet import AimetCheckpoint
 from qwlora.formats.aimet_encodings.model import BlockOrder
 from qwlora.formats.base_files import RECORD, BaseCheckpoint
 from qwlora.formats.checkpoint import Checkpoint
-from qwlora.formats.huggingface.compressed_tensors import CompressedTensorsCheckpoint
-from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
-from qwlora.formats.huggingface.mlx import MlxCheckpoint
-from qwlora.formats.huggingface.qweight import QweightCheckpoint
+from qwlora.formats.huggingface.compressed_tensors import CompressedTensors
+from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint, FormatReader
+from qwlora.formats.huggingface.mlx import MlxTensors
+from qwlora.formats.huggingface.qweight import QweightTensors
 from qwlora.formats.model_source import quantization_of
 from qwlora.formats.user_path import looked_for
 
-METHODS: dict[str, Callable[[Path, dict[str, Any]], Checkpoint]] = {
-    "gptq": partial(QweightCheckpoint, method="gptq"),
-    "awq": partial(QweightCheckpoint, method="awq"),
-    "compressed-tensors": CompressedTensorsCheckpoint,
-    "mlx": MlxCheckpoint,
+METHODS: dict[str, Callable[..., FormatReader]] = {
+    "gptq": partial(QweightTensors, method="gptq"),
+    "awq": partial(QweightTensors, method="awq"),
+    "compressed-tensors": CompressedTensors,
+    "mlx": MlxTensors,
 }
 
 
@@ -69,10 +68,10 @@ def open_checkpoint(
     if encodings is not None:
         return AimetCheckpoint(path, encodings, keep_float, block_order)
     if method is None:
-        return FloatCheckpoint(path)
+        return FolderCheckpoint(path)
     if method not in METHODS:
         raise SourceError(
             f"{str(path)!r}: quant_method {method!r} is not supported; {', '.join(METHODS)}, GGUF "
             "files and float models with AIMET encodings are. Quantize the float model instead"
         )
-    return METHODS[method](path, settings)
+    return FolderCheckpoint(path, lambda files: METHODS[method](files, settings))

@@ -8,7 +8,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from qwlora.errors import SourceError
+from qwlora.errors import SourceError, shortened
 
 
 def user_path(text: str) -> Path:
@@ -20,25 +20,20 @@ def user_path(text: str) -> Path:
     """
     try:
         path = Path(text).expanduser()
-    except RuntimeError as error:
-        raise SourceError(f"{text!r}: the home directory of that user is not known") from error
-    try:
         with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
             path.stat()
+    except RuntimeError as error:
+        raise SourceError(f"{text!r}: the home directory of that user is not known") from error
     except (OSError, ValueError) as error:
-        shown = text if len(text) <= 200 else f"{text[:200]}... ({len(text)} characters)"
         reason = getattr(error, "strerror", None) or error
-        raise SourceError(f"{shown!r} is not a path that can be used: {reason}") from error
+        raise SourceError(
+            f"{shortened(repr(text), 200)} is not a path that can be used: {reason}"
+        ) from error
     return path
 
 
-def does_not_exist(text: str, path: Path) -> str:
-    """`does not exist`, for a message about `text`, with the absolute path that was looked for."""
-    return f"does not exist{looked_for(text, path)}"
-
-
 def looked_for(text: str, path: Path) -> str:
-    """` (looked for ABSOLUTE PATH)`; empty if `text` is that path."""
+    """` (looked for ABSOLUTE PATH)`, for a message about `text`; empty if it is that path."""
     absolute = str(path.absolute())
     return "" if absolute == text else f" (looked for {absolute})"
 
@@ -54,7 +49,12 @@ def source_path(source: str) -> Path:
     if not source.startswith("package:"):
         return user_path(source)
     name, _, rest = source.removeprefix("package:").partition("/")
-    folders = _package_folders([name]) or _package_folders(_packages_of_distribution(name))
+    folders = _package_folders(name)
+    if not folders:
+        distribution = _normalized(name)
+        for package, installed_by in importlib.metadata.packages_distributions().items():
+            if distribution in map(_normalized, installed_by):
+                folders += _package_folders(package)
     if not folders:
         raise SourceError(
             f"{source!r}: the Python package {name!r} is not installed. "
@@ -64,22 +64,11 @@ def source_path(source: str) -> Path:
     return next((path for path in paths if path.exists()), paths[0])
 
 
-def _package_folders(names: list[str]) -> list[Path]:
-    """The folders of those Python packages that are installed."""
-    folders = []
-    for name in names:
-        spec = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
-        if spec is not None and spec.submodule_search_locations:
-            folders += [Path(place) for place in spec.submodule_search_locations]
-    return folders
+def _package_folders(name: str) -> list[Path]:
+    spec = importlib.util.find_spec(name) if name.isidentifier() else None
+    return [Path(place) for place in (spec and spec.submodule_search_locations) or ()]
 
 
-def _packages_of_distribution(name: str) -> list[str]:
-    """Names of the Python packages that a distribution installs; none if it is not installed."""
-    try:
-        distribution = importlib.metadata.distribution(name)
-    except (importlib.metadata.PackageNotFoundError, ValueError):
-        return []
-    if declared := (distribution.read_text("top_level.txt") or "").split():
-        return declared
-    return sorted({file.parts[0] for file in distribution.files or () if len(file.parts) > 1})
+def _normalized(distribution: str) -> str:
+    """The name by which package indexes compare distributions (PEP 503)."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()

@@ -31,7 +31,7 @@ from torch import nn
 from qwlora.errors import GridError, SourceError
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_files import BaseWriter
-from qwlora.formats.meta_model import Place, is_below, put_, tensor_at
+from qwlora.formats.meta_model import is_below, put_, tensor_at
 from qwlora.nn import tie_weights_
 from qwlora.system.progress import Track
 
@@ -64,7 +64,7 @@ class InFiles:
     def modules(self, plan: Collection[str], track: Track) -> Iterator[str]:
         modules: dict[str, list[str]] = {}
         for name in self.lazy.stored:
-            modules.setdefault(self.lazy.places[name][0][0], []).append(name)
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
         for path in track(list(modules), "quantizing", len(modules)):
             for name in modules[path]:
                 self.lazy.load_(name)
@@ -73,11 +73,10 @@ class InFiles:
                     yield name
             self.writer.add(self.model.get_submodule(path), path)
             for name in modules[path]:  # keep only the shapes, packed or not
-                places = self.lazy.places[name]
-                if (tensor := tensor_at(self.model, places[0])) is None:
+                if (tensor := tensor_at(self.model, name)) is None:
                     self.model.get_submodule(path).to("meta")
                 else:
-                    put_(self.model, places, tensor.to("meta"))
+                    put_(self.model, self.lazy.aliases[name], tensor.to("meta"))
 
     @contextmanager
     def blocks(self, blocks: Mapping[str, Sequence[str]], batches: int) -> Iterator[None]:
@@ -116,14 +115,14 @@ class InFiles:
     def _is_shared(self, block: str, blocks: Collection[str]) -> bool:
         """Whether a tensor of the block is read elsewhere too."""
 
-        def block_of(place: Place) -> str | None:
-            return next((path for path in blocks if is_below(place, path)), None)
+        def block_of(name: str) -> str | None:
+            return next((path for path in blocks if is_below(name, path)), None)
 
-        readers = [{block_of(place) for place in ps} for ps in self.lazy.places.values()]
+        readers = [{block_of(name) for name in names} for names in self.lazy.aliases.values()]
         return any(block in paths and len(paths) > 1 for paths in readers)
 
     def _check_float(self, name: str) -> None:
-        if tensor_at(self.model, self.lazy.places[name][0]) is None:
+        if tensor_at(self.model, name) is None:
             raise SourceError(
                 f"{name} is already integers in the files. Omit the scheme to keep them, or start "
                 "from a float checkpoint."

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from pydantic import AfterValidator, Field, field_validator
 
 from qwlora.errors import SourceError
-from qwlora.formats.user_path import does_not_exist, source_path
+from qwlora.formats.user_path import looked_for, source_path
 from qwlora.recipe.data_section import Data
 from qwlora.recipe.section import Count, Name, NotNegative, Section, located
 from qwlora.system.parameter_names import pattern_problem
@@ -34,9 +34,9 @@ def _start(text: str) -> str:
         path = source_path(text)
         if not path.exists() and not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", text):
             raise SourceError(
-                f"adapter {text!r} {does_not_exist(text, path)}. Give the name of an adapter in "
-                "this recipe, a folder with adapter_config.json, package:NAME/PATH for a folder "
-                "inside an installed package, or a hub id"
+                f"adapter {text!r} does not exist{looked_for(text, path)}. Give the name of an "
+                "adapter in this recipe, a folder with adapter_config.json, package:NAME/PATH for "
+                "a folder inside an installed package, or a hub id"
             )
 
     return located(text, check) if re.search(r"[/:]", text) else text

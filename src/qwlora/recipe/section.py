@@ -9,7 +9,7 @@ from typing import Annotated, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from qwlora.errors import RecipeError, SourceError
-from qwlora.formats.user_path import does_not_exist, user_path
+from qwlora.formats.user_path import looked_for, user_path
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_-]*$", max_length=100)]
 Count = Annotated[int, Field(ge=1)]
@@ -51,7 +51,7 @@ def file(wanted: str, read: Callable[[Path], object] = Path.exists) -> AfterVali
     def check(text: str) -> None:
         path = user_path(text)
         if not path.is_file():
-            problem = "is a folder" if path.is_dir() else does_not_exist(text, path)
+            problem = "is a folder" if path.is_dir() else f"does not exist{looked_for(text, path)}"
             raise SourceError(f"{text!r} {problem}. Give {wanted}")
         read(path)
 

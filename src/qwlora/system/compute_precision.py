@@ -1,4 +1,5 @@
-"""The precision that `compute: auto` selects, and a warning where bfloat16 is emulated.
+"""The processor, the precision that `compute: auto` selects on it or on an accelerator, and a
+warning where bfloat16 is emulated.
 
 bfloat16 if the device has instructions for it, else float32. A processor without bfloat16
 instructions converts each operand instead, which made a layer seven times slower than float32.
@@ -11,13 +12,13 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import platform
 import sys
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 from qwlora.errors import QwloraWarning
-from qwlora.system.processor import processor_facts
 
 Compute = Literal["float32", "bfloat16"]
 
@@ -71,8 +72,23 @@ def slow_compute(compute: str, device: str) -> str | None:
     )
 
 
+def processor_name() -> str:
+    """The processor's model, for example "AMD EPYC 9B14"; empty if it is unknown."""
+    return _processor_facts().get("model name") or platform.processor()
+
+
+def _processor_facts() -> dict[str, str]:
+    """Names and values of the first core in /proc/cpuinfo; empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return {}
+    pairs = [line.partition(":") for line in reversed(lines)]
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
 def _cpu_has_bfloat16() -> bool:
-    facts = processor_facts()
+    facts = _processor_facts()
     if not facts:  # not Linux
         import torch
 

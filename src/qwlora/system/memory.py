@@ -13,8 +13,6 @@ import resource
 import sys
 from pathlib import Path
 
-_STATUS = Path("/proc/self/status")
-
 
 def return_freed_memory() -> bool:
     """Make glibc return its free pages to the system now; False if malloc is not glibc's.
@@ -35,10 +33,21 @@ def reset_peak_rss() -> None:
 
 def rss_bytes() -> int:
     """Resident size in bytes now; the peak where the system does not tell it."""
+    return _status_bytes("VmRSS") or peak_rss_bytes()
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident size in bytes since `reset_peak_rss`."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _status_bytes("VmHWM") or (peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _status_bytes(field: str) -> int:
+    """A size in /proc/self/status; 0 where there is none."""
     with contextlib.suppress(OSError):
-        if match := re.search(r"VmRSS:\s+(\d+) kB", _STATUS.read_text()):
+        if match := re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()):
             return int(match[1]) * 1024
-    return peak_rss_bytes()
+    return 0
 
 
 def memory_limit_bytes() -> int | None:
@@ -50,12 +59,3 @@ def memory_limit_bytes() -> int | None:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             limits.append(int(Path(file).read_text()))
     return min(limits) if limits else None
-
-
-def peak_rss_bytes() -> int:
-    """Largest resident size in bytes since `reset_peak_rss`."""
-    with contextlib.suppress(OSError):
-        if match := re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text()):
-            return int(match[1]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

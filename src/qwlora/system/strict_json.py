@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,24 +52,22 @@ def dumps(value: Any, indent: int | None = None) -> str:
     try:
         return json.dumps(value, indent=indent, allow_nan=False)
     except ValueError as error:
-        found = _non_finite(value, "")
-        if found is None:
+        path, number = next(_non_finite(value), ("", None))
+        if number is None:
             raise
-        path, number = found
         raise NonFiniteError(
             f"{path or 'the value'} is {number}, which JSON cannot hold. Nothing was written; "
             "look for the step that computed it"
         ) from error
 
 
-def _non_finite(value: Any, path: str) -> tuple[str, float] | None:
-    """The first number without a value in JSON, and its path."""
-    if isinstance(value, float):
-        return None if math.isfinite(value) else (path, value)
-    if isinstance(value, dict):
-        parts = [(f"{path}.{key}" if path else str(key), part) for key, part in value.items()]
+def _non_finite(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Paths and values of numbers that JSON cannot hold."""
+    if isinstance(value, float) and not math.isfinite(value):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _non_finite(part, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list | tuple):
-        parts = [(f"{path}[{index}]", part) for index, part in enumerate(value)]
-    else:
-        return None
-    return next((found for where, part in parts if (found := _non_finite(part, where))), None)
+        for index, part in enumerate(value):
+            yield from _non_finite(part, f"{path}[{index}]")

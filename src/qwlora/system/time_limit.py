@@ -13,8 +13,6 @@ from types import FrameType
 from qwlora.errors import QwloraError
 
 SECONDS = 10.0
-
-
 MEMORY_BYTES = 2**30
 
 

@@ -23,7 +23,7 @@ from qwlora.errors import ExportError, VerificationError
 from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph
-from qwlora.formats.card_mark import CARD_MARK
+from qwlora.formats.model_card import CARD_MARK
 from qwlora.grid.sqnr import sqnr_db
 from qwlora.simulation.simulation import Simulation
 from simulation.test_npu_graph import simulated

@@ -23,7 +23,7 @@ from qwlora.export.proof.compare import verify_language_model
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph
 from qwlora.formats.aimet_encodings import validate
-from qwlora.formats.card_mark import CARD_MARK
+from qwlora.formats.model_card import CARD_MARK
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.packed_layer import PackedLayer

@@ -28,7 +28,7 @@ from qwlora.export.npu.use_case_adapters import peft_names, share_unaffected, us
 from qwlora.export.proof.checks import Limits
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph, ExportedUseCases
-from qwlora.formats.card_mark import CARD_MARK
+from qwlora.formats.model_card import CARD_MARK
 from qwlora.simulation.adapter_simulations import (
     BASE,
     AdapterSimulations,

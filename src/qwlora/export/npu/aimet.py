@@ -29,7 +29,7 @@ from qwlora.export.npu.kv_cache_graphs import has_graphs, read_graphs, write_gra
 from qwlora.export.proof.contents import GOLDEN_FILES, SIMULATED_ADAPTER, Contents
 from qwlora.export.runtime import Runtime
 from qwlora.export.target import Backend, ExportedGraph
-from qwlora.formats.card_mark import marked
+from qwlora.formats.model_card import marked
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.system.optional_packages import require
 

@@ -63,7 +63,7 @@ from qwlora.export.target import PROOF, Backend, ExportedUseCases
 from qwlora.formats.aimet_encodings import read_encodings
 from qwlora.formats.aimet_encodings.compare import encoding_differences
 from qwlora.formats.aimet_encodings.model import EncodingsFile
-from qwlora.formats.card_mark import marked
+from qwlora.formats.model_card import marked
 from qwlora.graph.quantized_graph import Kind
 from qwlora.simulation.npu_graph import NpuGraph
 from qwlora.system.atomic import files_in

@@ -35,8 +35,8 @@ from qwlora.export.proof.reference import Logits, check_ids, check_reference
 from qwlora.export.runtime import Runtime
 from qwlora.export.target import BASE, Target
 from qwlora.system.atomic import total_bytes
+from qwlora.system.compute_precision import processor_name
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
-from qwlora.system.processor import processor_name
 from qwlora.system.progress import Track, untracked
 
 DECODED = 16  # tokens

@@ -13,13 +13,13 @@ from qwlora.export.proof.checks import shown
 from qwlora.export.proof.folder import README, WITHOUT_CACHE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE
-from qwlora.formats.card_mark import escaped, is_users_card, marked
+from qwlora.formats.model_card import escaped, is_users_card, marked
 from qwlora.system.atomic import total_bytes, write_text
 
 
 def facts(model: Any, source: str) -> dict[str, Any]:
     """What a README says about a packed base that was made from the model `source`."""
-    from qwlora.formats.model_origin import origin_of
+    from qwlora.formats.model_card import origin_of
     from qwlora.grid.scheme import short_name
     from qwlora.nn.packed_layer import packed_weights
 

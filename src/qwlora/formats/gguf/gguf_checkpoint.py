@@ -11,39 +11,47 @@ to integers, if it only moves rows or blocks. `blocks.py` says which encoding ea
 becomes. Tensors of type F32, F16 and BF16 are read as float32, those of type F64 as float64.
 
 The file is memory-mapped, and each tensor is read when it is asked for. Scaled rotary positions are
-not read, because transformers does not read them; see `rope_config.py`.
+not read, because transformers does not read them unless its code for the architecture does (gpt-oss
+has it); a warning says so. In the file, they are
+
+    ARCH.rope.scaling.type, .factor, ...      position scaling (linear, yarn, longrope);
+                                              ARCH.rope.scale_linear in old files
+    rope_freqs.weight, rope_factors_*.weight  factors of the rotary frequencies
 """
 
 from __future__ import annotations
 
 import math
+import re
 import tempfile
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 from jaxtyping import Int64
 from torch import Tensor
-from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
-from qwlora.errors import ExportError, SourceError, foreign_as, listed
-from qwlora.formats.checkpoint import ShownCheckpoint
+from qwlora.errors import ExportError, QwloraWarning, SourceError, foreign_as, listed
 from qwlora.formats.gguf.blocks import TYPES, Blocks, decode_blocks, to_quantized
 from qwlora.formats.gguf.gguf_file import TOKENS, GgufFile
-from qwlora.formats.gguf.rope_config import FACTORS, warn_of_positions
-from qwlora.formats.gguf.tensor_names import GgufOrigin, Reordering, find_reordering, gguf_origins
-from qwlora.formats.meta_model import empty_model, place_name, tensor_at, tensor_places
+from qwlora.formats.gguf.tensor_names import Reordering, find_reordering, gguf_origins
+from qwlora.formats.mapped_checkpoint import MappedCheckpoint, Origin
+from qwlora.formats.meta_model import empty_model
 from qwlora.grid.quantized_tensor import QuantizedTensor
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+_ROPE_FACTORS = re.compile(r"(.*\.)?rope_(freqs|factors_long|factors_short)\.weight")
 
 
-class GgufCheckpoint(ShownCheckpoint):
+class GgufCheckpoint(MappedCheckpoint):
     """A GGUF file.
 
     Args:
         path: the file.
+        as_floats: accept types that only transformers reads, as floats.
 
     Attributes:
         config: the configuration that transformers reads from the file's metadata.
@@ -55,73 +63,48 @@ class GgufCheckpoint(ShownCheckpoint):
             not supported (the message lists all such tensors).
     """
 
-    config: PretrainedConfig
-    model: PreTrainedModel
-    folder = None
+    described_in = "its metadata"
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, as_floats: bool = False):
         self.path = Path(path)
-        self._origins = self._placed(self._mapped(path))
-        refused = {
-            source: kind
-            for origin in self._origins.values()
-            for source, kind in self._kinds(origin).items()
-            if kind not in TYPES.keys() | FLOATS.keys()
-        }
-        if refused:
-            kinds = ", ".join(sorted(set(refused.values())))
-            raise self.file.error(
-                f"{listed([f'{name} ({kind})' for name, kind in refused.items()])}: {kinds} cannot "
-                "be expressed as integer codes with scales. Use a file with "
-                f"{', '.join(TYPES)} or floats ({', '.join(FLOATS)})"
-            )
-        warn_of_positions(self.file, self.config)
-
-    @classmethod
-    def check_names(cls, path: str | Path) -> None:
-        """Refuse a file with tensors that its model does not have; transformers silently skips
-        them.
-
-        Raises:
-            SourceError: there are such tensors (the message lists them), or the file is damaged.
-        """
-        cls.__new__(cls)._mapped(path)
-
-    def _mapped(self, path: str | Path) -> dict[str, GgufOrigin]:
-        """Open the file, and find the stored tensors of each parameter of its model."""
         self.file = GgufFile(path)
         settings, self.config = self._read_config()
         try:
             self.model = empty_model(self.config)
         except SourceError as error:
-            raise self.file.error(str(error).replace("config.json", "its metadata")) from error
+            raise self._error(str(error).replace("config.json", "its metadata")) from error
         origins, unknown = gguf_origins(self.file, settings, self.model)
-        if unknown := [name for name in unknown if not FACTORS.fullmatch(name)]:
-            raise self.file.error(
-                f"{listed(unknown)}: not in {type(self.model).__name__}, which its metadata "
-                f"describe ({self.config.num_hidden_layers} layers). Update transformers, or "
-                "download the file again"
+        self._place_(origins, [name for name in unknown if not _ROPE_FACTORS.fullmatch(name)])
+        refused: dict[str, str] = {}
+        for origin in self.origins:
+            shape = self.model.get_parameter_or_buffer(origin.target).shape
+            values = sum(math.prod(self.file.tensors[source].shape) for source in origin.sources)
+            if values != shape.numel():
+                raise self._error(
+                    f"parameter {origin.target!r} is {list(shape)}, but its tensors "
+                    f"({', '.join(origin.sources)}) have {values} values. The file is damaged; "
+                    "download it again"
+                )
+            kinds = self._kinds(origin)
+            refused |= {n: k for n, k in kinds.items() if k not in TYPES.keys() | FLOATS.keys()}
+        if refused and not as_floats:
+            raise self._error(
+                f"{listed([f'{name} ({kind})' for name, kind in refused.items()])}: "
+                f"{', '.join(sorted(set(refused.values())))} cannot be expressed as integer codes "
+                f"with scales. Use a file with {', '.join(TYPES)} or floats ({', '.join(FLOATS)})"
             )
-        return origins
+        self._warn_of_positions()
 
-    def names(self) -> list[str]:
-        return list(self._origins)
-
-    def read(self, name: str) -> Tensor | QuantizedTensor:
-        origin = self._origin(name)
+    def _converted(self, origin: Origin) -> Tensor | QuantizedTensor:
         kinds = self._kinds(origin)
         kind = kinds[origin.sources[0]]
         if len(set(kinds.values())) > 1:
             parts = ", ".join(f"{source} ({kind})" for source, kind in kinds.items())
-            raise self.file.error(
-                f"parameter {name!r} is stored in several tensors of different types: "
+            raise self._error(
+                f"parameter {origin.target!r} is stored in several tensors of different types: "
                 f"{parts}. Use a file that has the same type for them"
             )
         return self._floats(origin, FLOATS[kind]) if kind in FLOATS else self._integers(origin)
-
-    def stored_names(self, name: str) -> tuple[str, ...]:
-        """The names of the stored tensors of one parameter."""
-        return self._origins[name].sources
 
     def stored_rows(self, name: str) -> tuple[str, Int64[Tensor, " out"]]:
         """The stored tensor of a matrix [out, in], and the stored row of each of its rows.
@@ -130,7 +113,7 @@ class GgufCheckpoint(ShownCheckpoint):
             SourceError: there is no such parameter.
             ExportError: it is stored in several tensors, transposed, or with its columns moved.
         """
-        origin = self._origin(name)
+        origin = self._origins_of(name)[0]
         shapes = [self.file.tensors[source].shape for source in origin.sources]
         order = find_reordering(origin, shapes, 1, self._what(origin))
         if len(origin.sources) > 1 or order.transposed or order.columns is not None:
@@ -140,22 +123,14 @@ class GgufCheckpoint(ShownCheckpoint):
             )
         return origin.sources[0], order.rows.flatten()
 
-    def _origin(self, name: str) -> GgufOrigin:
-        if name not in self._origins:
-            raise self.file.error(
-                f"{name!r} is not a parameter of {type(self.model).__name__} (tied parameters "
-                "have the first of their names)"
-            )
-        return self._origins[name]
-
-    def _kinds(self, origin: GgufOrigin) -> dict[str, str]:
+    def _kinds(self, origin: Origin) -> dict[str, str]:
         return {source: self.file.tensors[source].kind for source in origin.sources}
 
-    def _what(self, origin: GgufOrigin) -> str:
+    def _what(self, origin: Origin) -> str:
         source, kind = next(iter(self._kinds(origin).items()))
         return f"{str(self.file.path)!r}: tensor {source!r} ({kind}, parameter {origin.target!r})"
 
-    def _floats(self, origin: GgufOrigin, dtype: torch.dtype) -> Tensor:
+    def _floats(self, origin: Origin, dtype: torch.dtype) -> Tensor:
         stored = {
             source: self.file.raw(source).view(dtype).view(self.file.tensors[source].shape)
             for source in origin.sources
@@ -165,11 +140,9 @@ class GgufCheckpoint(ShownCheckpoint):
             f"{self._what(origin)}: transformers' conversion of this tensor fails",
             "download the file again",
         ):
-            value = origin.convert(stored)
-        self._check_shape(origin, tuple(value.shape))
-        return value.to(torch.promote_types(dtype, torch.float32))
+            return origin.convert(stored).to(torch.promote_types(dtype, torch.float32))
 
-    def _integers(self, origin: GgufOrigin) -> QuantizedTensor:
+    def _integers(self, origin: Origin) -> QuantizedTensor:
         what, kinds = self._what(origin), self._kinds(origin)
         parts = [decode_blocks(kind, self.file.raw(source)) for source, kind in kinds.items()]
         shapes = [tuple(part.codes.shape) for part in parts]
@@ -179,24 +152,7 @@ class GgufCheckpoint(ShownCheckpoint):
                 f"lengths ({', '.join(map(str, shapes))}); download the file again"
             )
         reordering = find_reordering(origin, shapes, parts[0].size, what)
-        blocks = _reorder(reordering, parts)
-        shape = tuple(blocks.codes.shape)
-        self._check_shape(origin, shape[::-1] if reordering.transposed else shape)
-        return to_quantized(blocks, what)
-
-    def _check_shape(self, origin: GgufOrigin, shape: tuple[int, ...]) -> None:
-        expected = self._expected(origin)
-        if shape != expected:
-            raise SourceError(
-                f"{self._what(origin)} has shape {list(shape)}, but {list(expected)} in the model "
-                "that the file's metadata describe; download the file again"
-            )
-
-    def _expected(self, origin: GgufOrigin) -> tuple[int, ...]:
-        path, _, key = origin.target.rpartition(".")
-        tensor = tensor_at(self.model, (path, key))
-        assert tensor is not None
-        return tuple(tensor.shape)
+        return to_quantized(_reorder(reordering, parts), what)
 
     def _read_config(self) -> tuple[dict[str, Any], PretrainedConfig]:
         """The settings that transformers reads from the metadata, and the configuration made of
@@ -217,45 +173,34 @@ class GgufCheckpoint(ShownCheckpoint):
                 settings["vocab_size"] = tokens
             return settings, CONFIG_MAPPING[settings["model_type"]].from_dict(dict(settings))
 
-    def _placed(self, origins: dict[str, GgufOrigin]) -> dict[str, GgufOrigin]:
-        """The same in the model's order, tied tensors once, after checking that nothing is
-        missing."""
-        result: dict[str, GgufOrigin] = {}
-        missing = []
-        for name, places in tensor_places(self.model).items():
-            copies = [origins[alias] for alias in map(place_name, places) if alias in origins]
-            if not copies:
-                missing.append(name)
-                continue
-            if any(not self._same(copies[0], copy) for copy in copies[1:]):
-                both = listed([source for copy in copies for source in copy.sources])
-                raise self.file.error(
-                    f"{both} hold different values, but the model that its metadata describe ties "
-                    "them"
-                )
-            result[name] = copies[0]
-        if missing:
-            raise self.file.error(
-                f"{listed(missing)}: missing from the file, but needed by "
-                f"{type(self.model).__name__}, which its metadata describe; download it again"
+    def _warn_of_positions(self) -> None:
+        """Warn if the file scales positions and the configuration does not."""
+        file = self.file
+        parameters = getattr(self.config.get_text_config(), "rope_parameters", None) or {}
+        unread = [name for name in file.tensors if _ROPE_FACTORS.fullmatch(name)]
+        by_layer_type = [part for part in parameters.values() if isinstance(part, dict)]
+        if all(
+            part.get("rope_type", "default") == "default" for part in (parameters, *by_layer_type)
+        ):
+            prefix = (
+                f"{file.architecture}.rope.scal"  # scaling.type, scaling.factor ..., scale_linear
             )
-        for name, origin in result.items():
-            values = sum(math.prod(self.file.tensors[source].shape) for source in origin.sources)
-            shape = self._expected(origin)
-            if values != math.prod(shape):
-                raise self.file.error(
-                    f"parameter {name!r} is {list(shape)}, but its tensors "
-                    f"({', '.join(origin.sources)}) have {values} values. The file is damaged; "
-                    "download it again"
-                )
-        return result
-
-    def _same(self, a: GgufOrigin, b: GgufOrigin) -> bool:
-        return len(a.sources) == len(b.sources) and all(
-            self.file.tensors[x].kind == self.file.tensors[y].kind
-            and torch.equal(self.file.raw(x), self.file.raw(y))
-            for x, y in zip(a.sources, b.sources, strict=True)
-        )
+            scaling = {key: value for key, value in file.metadata.items() if key.startswith(prefix)}
+            kind = scaling.get(f"{prefix}ing.type", "linear")  # llama.cpp's own default
+            factor = scaling.get(f"{prefix}ing.factor", scaling.get(f"{prefix}e_linear", 0))
+            if kind != "none" and not (kind == "linear" and factor in (0, 1)):
+                unread = [f"{key} = {value}" for key, value in scaling.items()] + unread
+        if unread:
+            warnings.warn(
+                f"{str(file.path)!r} scales rotary positions ({listed(unread)}). llama.cpp "
+                "applies this, but transformers does not read it from a GGUF "
+                f"file (rope_parameters {parameters or None}), so results differ, mostly on long "
+                "texts. Give the model's Hugging Face folder as the source, "
+                "or, in Python, set config.rope_parameters of open_checkpoint(...) before "
+                "load_precomputed",
+                QwloraWarning,
+                stacklevel=3,
+            )
 
 
 def _reorder(reordering: Reordering, parts: list[Blocks]) -> Blocks:

@@ -9,9 +9,9 @@
 Everything is little-endian. A string is a u64 length and UTF-8 bytes; an array is u32 type, u64
 count and values.
 
-Every length and count is compared with the remaining bytes, so a damaged header cannot cost much
-time or memory, whatever it claims. transformers reads the same header again for the configuration
-and checks much less, so values that would harm it are refused here. Source: `docs/gguf.md` of ggml.
+No read goes beyond the end of the file, so a damaged header cannot cost much time or memory,
+whatever it claims. transformers reads the same header again for the configuration and checks much
+less, so values that would harm it are refused here. Source: `docs/gguf.md` of ggml.
 """
 
 from __future__ import annotations
@@ -38,14 +38,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 VERSIONS = (2, 3)
-MOST_AXES, MOST_NAME_BYTES = 4, 64  # limits of ggml
 # `struct` characters of the scalar types 0 to 12; 8 and 9 are STRING and ARRAY
 SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
 TOKENS = "tokenizer.ggml.tokens"
 UNBOUNDED = ("context", "window", "vocab_size")
 """Metadata keys with these words may be larger than any axis of a tensor."""
-_AGAIN = "It is truncated or damaged; download it again"
 
 
 @dataclass(frozen=True)
@@ -82,11 +80,12 @@ class GgufFile:
             raise self.error("it is too short for a GGUF file")
         # copy on write, because torch expects writable memory; the file is never modified
         self._bytes = np.memmap(self.path, dtype=np.uint8, mode="c")
+        self._data = self._bytes.data
+        self._position = 0  # of the next byte of the header
         self._spans: dict[str, tuple[int, int, bool]] = {}  # of each pair; whether an array
+        self.metadata: dict[str, Any] = {}
         self.tensors: dict[str, StoredTensor] = {}
-        reader = _Reader(self)
-        self.metadata = reader.pairs(self._spans)
-        self._place_tensors_(reader)
+        self._read_header_()
         self._check_metadata()
 
     @property
@@ -109,7 +108,7 @@ class GgufFile:
         vocabulary. From this file, it takes a hundredth of the time.
         """
         pairs = [
-            bytes(self._bytes[start:end])
+            bytes(self._data[start:end])
             for key, (start, end, is_array) in self._spans.items()
             if not (is_array and key.startswith("tokenizer."))
         ]
@@ -122,47 +121,67 @@ class GgufFile:
         head = struct.pack("<4sIQQ", b"GGUF", VERSIONS[-1], len(table), len(pairs))
         return b"".join([head, *pairs, *table, bytes(2 * self._alignment)])
 
-    def error(self, what: str) -> SourceError:
+    def error(self, problem: str) -> SourceError:
         """A SourceError whose message starts with the file's path."""
-        return SourceError(f"{str(self.path)!r}: {what}")
+        return SourceError(f"{str(self.path)!r}: {problem}")
+
+    def _damaged(self, problem: str) -> SourceError:
+        return self.error(f"{problem}. It is truncated or damaged; download it again")
 
     @property
     def _alignment(self) -> int:
         size = self.metadata.get("general.alignment", 32)
         if not isinstance(size, int) or not 8 <= size <= 2**20 or size & (size - 1):
-            raise self.error(
-                f"general.alignment is {size!r}, not a power of two of at least 8. {_AGAIN}"
-            )
+            raise self._damaged(f"general.alignment is {size!r}, not a power of two of at least 8")
         return size
 
-    def _place_tensors_(self, reader: _Reader) -> None:
-        """Read the table of tensors, and check that the file holds all of their bytes."""
+    def _read_header_(self) -> None:
+        """Read metadata and tensors, and check that the file holds the bytes of all tensors."""
+        magic, version, tensors, pairs = self._take("4sIQQ")
+        if magic != b"GGUF":
+            raise self.error(f"it begins with {magic!r}, but a GGUF file begins with b'GGUF'")
+        if version not in VERSIONS:
+            swapped = "; the file is big-endian, convert it with gguf_convert_endian.py"
+            raise self.error(
+                f"GGUF version {version} is not supported, {' and '.join(map(str, VERSIONS))} "
+                f"are{'' if version & 0xFFFF else swapped}"
+            )
+        for _ in range(pairs):
+            start, key = self._position, self._string()
+            if key in self.metadata:
+                raise self._damaged(f"metadata key {key[:80]!r} occurs twice")
+            (kind,) = self._take("I")
+            self.metadata[key] = self._value(key, kind)
+            self._spans[key] = (start, self._position, kind == ARRAY)
+        table, kinds = [], {kind.value: kind for kind in GGMLQuantizationType}
+        for _ in range(tensors):
+            name, (axes,) = self._string(), self._take("I")
+            *lengths, kind, offset = self._take(f"{axes}QIQ")
+            table.append((name, kind, tuple(reversed(lengths)), offset))
         alignment = self._alignment
-        table = [reader.tensor() for _ in range(reader.tensor_count)]
-        first = math.ceil(reader.position / alignment) * alignment
+        first = math.ceil(self._position / alignment) * alignment
         for name, number, shape, offset in table:
-            try:
-                kind = GGMLQuantizationType(number)
-            except ValueError:
+            if number not in kinds:
                 raise self.error(
                     f"tensor {name!r} is of type {number}, which the installed gguf package does "
                     "not know; update it, or download the file again"
-                ) from None
+                )
+            kind = kinds[number]
             values, size_bytes = GGML_QUANT_SIZES[kind]
-            if shape[-1] % values:
-                raise self.error(
-                    f"tensor {name!r} has rows of {shape[-1]} values, which blocks of {values} "
-                    f"({kind.name}) do not divide. {_AGAIN}"
+            if not shape or 0 in shape or shape[-1] % values or math.prod(shape) >= 2**63:
+                raise self._damaged(
+                    f"tensor {name!r} has the invalid shape {list(shape)}; rows of {kind.name} "
+                    f"have a multiple of {values} values"
                 )
             start, length = first + offset, math.prod(shape) // values * size_bytes
-            if offset % alignment or start + length > len(self._bytes):
-                raise self.error(
+            if offset % alignment or start + length > len(self._data):
+                raise self._damaged(
                     f"tensor {name!r} ({kind.name}, shape {list(shape)}) would be at bytes "
-                    f"{start} to {start + length}, but the file has {len(self._bytes)} and its "
-                    f"tensors start at multiples of {alignment}. {_AGAIN}"
+                    f"{start} to {start + length}, but the file has {len(self._data)} and its "
+                    f"tensors start at multiples of {alignment}"
                 )
             if name in self.tensors:
-                raise self.error(f"tensor {name!r} occurs twice. {_AGAIN}")
+                raise self._damaged(f"tensor {name!r} occurs twice")
             self.tensors[name] = StoredTensor(name, kind.name, shape, start, length)
 
     def _check_metadata(self) -> None:
@@ -187,122 +206,53 @@ class GgufFile:
             limit = len(self.tensors) if key.endswith(".block_count") else longest
             fits = math.isfinite(value) if isinstance(value, float) else abs(value) <= limit
             if not fits:
-                raise self.error(
+                raise self._damaged(
                     f"{key} is {value}, but the file has {len(self.tensors)} tensors, none longer "
-                    f"than {longest} along an axis. {_AGAIN}"
+                    f"than {longest} along an axis"
                 )
 
-
-class _Reader:
-    """Reads the header sequentially; `position` is the next byte."""
-
-    def __init__(self, file: GgufFile):
-        self.file, self.data, self.position = file, file._bytes.data, 0
-        magic, version = self.take("4sI")
-        if magic != b"GGUF":
-            raise file.error(f"it begins with {magic!r}, but a GGUF file begins with b'GGUF'")
-        if version not in VERSIONS:
-            swapped = "; the file is big-endian, convert it with gguf_convert_endian.py"
-            raise file.error(
-                f"GGUF version {version} is not supported, {' and '.join(map(str, VERSIONS))} "
-                f"are{'' if version & 0xFFFF else swapped}"
-            )
-        self.tensor_count, self.pair_count = self.take("QQ")
-        for count, smallest, what in (
-            (self.tensor_count, 33, "tensors"),
-            (self.pair_count, 14, "metadata pairs"),
-        ):
-            if count * smallest > len(self.data):
-                raise file.error(
-                    f"its header claims {count} {what}, more than its {len(self.data)} bytes can "
-                    f"hold. {_AGAIN}"
-                )
-
-    def skip(self, size: int) -> int:
+    def _skip(self, size: int) -> int:
         """Move behind the next `size` bytes; returns where they start."""
-        start = self.position
-        if size > len(self.data) - start:
-            raise self.file.error(
+        start = self._position
+        if size > len(self._data) - start:
+            raise self._damaged(
                 f"byte {start} of its header asks for {size} more bytes, but the file has "
-                f"{len(self.data)}. {_AGAIN}"
+                f"{len(self._data)}"
             )
-        self.position += size
+        self._position += size
         return start
 
-    def take(self, layout: str) -> tuple[Any, ...]:
+    def _take(self, layout: str) -> tuple[Any, ...]:
         """Read values of a `struct` layout."""
-        start = self.skip(struct.calcsize(f"<{layout}"))
-        return struct.unpack_from(f"<{layout}", self.data, start)
+        start = self._skip(struct.calcsize(f"<{layout}"))
+        return struct.unpack_from(f"<{layout}", self._data, start)
 
-    def string(self, what: str, most: int | None = None) -> str:
-        (length,) = self.take("Q")
-        if most is not None and length > most:
-            raise self.file.error(
-                f"a {what} of {length} bytes at byte {self.position}; at most {most} are allowed. "
-                f"{_AGAIN}"
-            )
-        start = self.skip(length)
-        text = bytes(self.data[start : self.position])
+    def _string(self) -> str:
+        (length,) = self._take("Q")
+        start = self._skip(length)
+        text = bytes(self._data[start : self._position])
         try:
             return text.decode()
         except UnicodeDecodeError:
-            raise self.file.error(
-                f"a {what} at byte {start} is not UTF-8: {text[:40]!r}. {_AGAIN}"
-            ) from None
+            raise self._damaged(f"a string at byte {start} is not UTF-8: {text[:40]!r}") from None
 
-    def pairs(self, spans: dict[str, tuple[int, int, bool]]) -> dict[str, Any]:
-        metadata: dict[str, Any] = {}
-        for _ in range(self.pair_count):
-            start = self.position
-            key = self.string("key", 2**16 - 1)
-            if key in metadata:
-                raise self.file.error(f"metadata key {key[:80]!r} occurs twice. {_AGAIN}")
-            (kind,) = self.take("I")
-            metadata[key] = self.value(key, kind)
-            spans[key] = (start, self.position, kind == ARRAY)
-        return metadata
-
-    def value(self, key: str, kind: int) -> Any:
+    def _value(self, key: str, kind: int) -> Any:
         """A scalar or string; of an array, the length."""
         if kind == STRING:
-            return self.string(f"value of {key!r}")
+            return self._string()
         if kind in SCALARS:
-            return self.take(SCALARS[kind])[0]
+            return self._take(SCALARS[kind])[0]
         if kind != ARRAY:
-            raise self.file.error(
-                f"the value of {key!r} is of type {kind}, which GGUF does not have. {_AGAIN}"
-            )
-        kind, count = self.take("IQ")
+            raise self._damaged(f"the value of {key!r} is of type {kind}, which GGUF does not have")
+        kind, count = self._take("IQ")
         if kind in SCALARS:
-            self.skip(count * struct.calcsize(f"<{SCALARS[kind]}"))
+            self._skip(count * struct.calcsize(f"<{SCALARS[kind]}"))
         elif kind == STRING:
-            start = self.skip(count * 8)  # each has its length; checked before any is read
-            self.position = start
             for _ in range(count):
-                self.string(f"string in {key!r}")
+                self._string()
         else:
-            raise self.file.error(
+            raise self.error(
                 f"the array {key!r} holds values of type {kind}, but only numbers and strings are "
                 "supported"
             )
         return count
-
-    def tensor(self) -> tuple[str, int, tuple[int, ...], int]:
-        """Name, number of the type, shape and offset of one tensor of the table."""
-        name = self.string("tensor name", MOST_NAME_BYTES)
-        if not name.isprintable() or set(name) & set("/\\ ") or not name:
-            raise self.file.error(
-                f"{name!r} is not a valid tensor name: it is empty, or contains slashes, spaces or "
-                f"unprintable characters. {_AGAIN}"
-            )
-        (axes,) = self.take("I")
-        if not 1 <= axes <= MOST_AXES:
-            raise self.file.error(
-                f"tensor {name!r} has {axes} axes; 1 to {MOST_AXES} are allowed. {_AGAIN}"
-            )
-        *lengths, kind, offset = self.take(f"{axes}QIQ")
-        if 0 in lengths or math.prod(lengths) >= 2**63:
-            raise self.file.error(
-                f"tensor {name!r} has the invalid shape {list(reversed(lengths))}. {_AGAIN}"
-            )
-        return name, kind, tuple(reversed(lengths)), offset

@@ -2,8 +2,7 @@
 
 transformers has two kinds of conversions: for some architectures the same as for its own
 checkpoints (`integrations.gguf`), for the others a processor class per architecture
-(`modeling_gguf_pytorch_utils`). Here both become a `GgufOrigin`: the stored tensors of one
-parameter, and a function that converts them.
+(`modeling_gguf_pytorch_utils`). Here both become `Origin`s.
 
 Float tensors are converted directly. For integers, the function is probed to learn how it reorders
 values: its input is filled with row numbers, then with column numbers, and the result shows where
@@ -14,9 +13,8 @@ subtracting one, is refused for integers.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,25 +30,11 @@ from transformers.modeling_gguf_pytorch_utils import (
 
 from qwlora.errors import SourceError, foreign_as
 from qwlora.formats.gguf.gguf_file import GgufFile
-from qwlora.formats.huggingface.transformers_names import StoredTensors, origins
+from qwlora.formats.huggingface.transformers_names import origins
+from qwlora.formats.mapped_checkpoint import Origin
 
 FIRST = 1000
 """The number given to row 0 and column 0 in a probe. Results below it were computed, not moved."""
-
-
-@dataclass(frozen=True)
-class GgufOrigin:
-    """The stored tensors of one parameter, and the conversion to it.
-
-    Args:
-        target: the parameter's name.
-        sources: names of the stored tensors.
-        convert: makes the parameter from the stored tensors, by name; all on the CPU.
-    """
-
-    target: str
-    sources: tuple[str, ...]
-    convert: Callable[[Mapping[str, Tensor]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -72,7 +56,7 @@ class Reordering:
 
 def gguf_origins(
     file: GgufFile, config: Mapping[str, Any], model: PreTrainedModel
-) -> tuple[dict[str, GgufOrigin], list[str]]:
+) -> tuple[dict[str, Origin], list[str]]:
     """Find the stored tensors of each parameter.
 
     Args:
@@ -96,21 +80,7 @@ def gguf_origins(
             return _Processor(file, config, model).origins(file)
         shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
         mapping = get_gguf_conversion_mapping(architecture, model.config)
-        by_target, unknown = origins(model, shapes, where, mapping)
-        return {
-            target: GgufOrigin(
-                target,
-                tuple(name for name, _ in stored.sources),
-                partial(_converted, stored, model, target),
-            )
-            for target, stored in by_target.items()
-        }, unknown
-
-
-def _converted(
-    stored: StoredTensors, model: PreTrainedModel, target: str, tensors: Mapping[str, Tensor]
-) -> Tensor:
-    return stored.convert(model, tensors)[target]
+        return origins(model, shapes, where, mapping)
 
 
 class _Processor:
@@ -121,7 +91,7 @@ class _Processor:
         self.processor = kind(config=dict(config))
         self.mapping = get_gguf_hf_weights_map(_OuterModules(model), self.processor)
 
-    def origins(self, file: GgufFile) -> tuple[dict[str, GgufOrigin], list[str]]:
+    def origins(self, file: GgufFile) -> tuple[dict[str, Origin], list[str]]:
         """As `gguf_origins`."""
         sources: dict[str, list[str]] = {}
         unknown = []
@@ -131,12 +101,9 @@ class _Processor:
             for target in targets:
                 sources.setdefault(target, []).append(name)
         return {
-            target: GgufOrigin(target, tuple(names), partial(self._parameter, target))
+            target: Origin(target, tuple(names), self._parameters)
             for target, names in sources.items()
         }, unknown
-
-    def _parameter(self, target: str, tensors: Mapping[str, Tensor]) -> Tensor:
-        return self._parameters(tensors)[target]
 
     def _targets(self, name: str, shape: tuple[int, ...]) -> list[str]:
         """The parameters that the processor makes from a stored tensor."""
@@ -188,7 +155,7 @@ class _OuterModules:
 
 
 def find_reordering(
-    origin: GgufOrigin, shapes: Sequence[tuple[int, ...]], block: int, what: str
+    origin: Origin, shapes: Sequence[tuple[int, ...]], block: int, what: str
 ) -> Reordering:
     """How `origin.convert` reorders the rows and columns of its sources.
 
@@ -214,7 +181,7 @@ def find_reordering(
             return _probed(origin, [(*shape[:-1], width) for shape in shapes], block, what)
 
 
-def _probed(origin: GgufOrigin, shapes: list[tuple[int, ...]], block: int, what: str) -> Reordering:
+def _probed(origin: Origin, shapes: list[tuple[int, ...]], block: int, what: str) -> Reordering:
     by_row, by_column, total, width = {}, {}, 0, shapes[0][-1]
     numbers = torch.arange(FIRST, FIRST + width, dtype=torch.int32)
     for source, shape in zip(origin.sources, shapes, strict=True):

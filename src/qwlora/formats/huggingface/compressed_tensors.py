@@ -26,18 +26,17 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor, nn
 
-from qwlora.errors import SourceError, shortened
-from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
+from qwlora.errors import SourceError, foreign_as, shortened
+from qwlora.formats.huggingface.huggingface_folder import FormatReader
 from qwlora.formats.huggingface.int32_words import (
-    granularity_of_groups,
+    group_granularity,
     pack_words,
     quantized_tensor,
     unpack_words,
@@ -47,32 +46,7 @@ from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Blocks, Granularity, PerChannel, PerTensor, Scheme
 from qwlora.system.time_limit import SECONDS, time_limit
 
-PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
 ACTIVATIONS = re.compile(r"\.(input|output|[qkv])_(scale|zero_point)$")
-
-
-def _refusing(is_refused: Callable[[Any], Any], reason: str) -> AfterValidator:
-    def check(value: Any) -> Any:
-        if is_refused(value):
-            raise ValueError(reason)
-        return value
-
-    return AfterValidator(check)
-
-
-def _valid_pattern(target: str) -> str:
-    try:
-        re.compile(target.removeprefix("re:") if target.startswith("re:") else "")
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"is not a valid regular expression ({error})") from error
-    return target
-
-
-_WEIGHTS_ONLY = (
-    "quantizes more than weights. Only weights are read: to import them with float activations, "
-    "remove this key from config.json"
-)
-_Unread = Annotated[Any, _refusing(bool, _WEIGHTS_ONLY)]
 _Format = Literal[
     "pack-quantized", "int-quantized", "naive-quantized", "dense", "mixed-precision", None
 ]
@@ -89,214 +63,167 @@ class Weights(BaseModel):
     strategy: Literal["tensor", "channel", "group", None] = None
     group_size: int | None = None
 
-    @model_validator(mode="after")
-    def _default_strategy(self) -> Self:
-        if self.strategy is None:
-            per_group = "channel" if self.group_size == -1 else "group"
-            self.strategy = "tensor" if self.group_size is None else per_group  # type: ignore[assignment]
-        if self.strategy == "group" and self.group_size is None:
-            raise ValueError("strategy group needs a group_size")
-        return self
-
     def layout(self, shape: tuple[int, ...], where: str) -> tuple[Granularity, tuple[int, ...]]:
         """The granularity of a layer `[out, in]`, and the shape of its scales."""
-        if self.strategy == "tensor":
+        strategy, size = self.strategy, self.group_size
+        if strategy == "tensor" or (strategy is None and size is None):
             return PerTensor(), ()
-        size = shape[1] if self.strategy == "channel" else self.group_size or 0
-        if size < 1 or shape[1] % size:
-            raise SourceError(
-                f"{where}: groups of {size} do not divide rows of {shape[1]} evenly, but all "
-                "blocks must have the same size. Quantize the float model instead"
-            )
-        count = shape[1] // size
-        return granularity_of_groups(shape[1], count, where), (shape[0], count)
+        if strategy == "channel" or (strategy is None and size == -1):
+            size = shape[1]
+        granularity = group_granularity(shape[1], size or 0, where)
+        return granularity, (shape[0], shape[1] // (size or 1))
 
 
 class _Group(BaseModel):
-    targets: list[Annotated[str, AfterValidator(_valid_pattern)]]
+    targets: list[str]
     weights: Weights | None = None
     format: _Format = None
-    input_activations: _Unread = None
-    output_activations: _Unread = None
+    input_activations: None = None
+    output_activations: None = None
+
+
+class _Dense(BaseModel):
+    format: Literal["dense"] = "dense"
+
+
+class _NoRotations(BaseModel):
+    config_groups: Annotated[dict[str, Any], Field(max_length=0)] = {}
 
 
 class _Settings(BaseModel):
-    """The `quantization_config`, as far as it says how weights are stored."""
+    """The `quantization_config`, as far as it says how weights are stored. What computes something
+    else than weights must be None or empty."""
 
     format: _Format = None
-    config_groups: Annotated[
-        dict[str, _Group],
-        _refusing(
-            lambda groups: not any(group.weights for group in groups.values()),
-            "quantizes no weights. Give a checkpoint with quantized weights, or the float model",
-        ),
-    ]
-    sparsity_config: Annotated[
-        dict[str, Any] | None,
-        _refusing(lambda v: v and v.get("format", "dense") != "dense", "weights must be dense"),
-    ] = None
-    transform_config: Annotated[
-        dict[str, Any] | None,
-        _refusing(
-            lambda v: v and v.get("config_groups"),
-            "applies rotations at run time; use a checkpoint without transforms",
-        ),
-    ] = None
-    kv_cache_scheme: _Unread = None
+    config_groups: Annotated[dict[str, _Group], Field(min_length=1)]
+    sparsity_config: _Dense | None = None
+    transform_config: _NoRotations | None = None
+    kv_cache_scheme: None = None
 
 
-def _read_settings(settings: Mapping[str, Any], where: str) -> _Settings:
+def _read_groups(settings: Mapping[str, Any], where: str) -> list[tuple[list[str], Weights]]:
+    """Targets and weights of the config groups that quantize weights."""
     try:
-        return _Settings.model_validate(dict(settings))
+        groups = _Settings.model_validate(dict(settings)).config_groups.values()
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]
         key, value = ".".join(map(str, problem["loc"])), shortened(repr(problem["input"]), 80)
         raise SourceError(
-            f"{where}: {key} is {value}: {problem['msg'].removeprefix('Value error, ')}. If the "
-            "file is as its tool wrote it, quantize the float model instead"
+            f"{where}: {key} is {value}: {problem['msg']}. Only dense integer weights are read. "
+            "Quantize the float model instead; or, to import the weights with float activations, "
+            "remove the settings of activations and cache from config.json"
         ) from error
+    return [(group.targets, group.weights) for group in groups if group.weights is not None]
 
 
-class CompressedTensorsCheckpoint(FolderCheckpoint):
-    """A folder that compressed-tensors wrote.
-
-    Args:
-        folder: a folder with config.json and safetensors files.
-        settings: the `quantization_config`.
-
-    Raises:
-        SourceError: see `FolderCheckpoint`; also if the settings name a format without integer
-            weights.
-    """
-
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
-        super().__init__(folder, lambda files: CompressedTensors(files, settings, self._place))
-
-    def _place(self, stored: str) -> tuple[str, frozenset[str]]:
-        """The model's name for a stored layer, and the names of its classes. A layer that the model
-        has fused into a larger one (an expert) counts as a Linear."""
-        for alias, origin in (copy for copies in self._origins.values() for copy in copies):
-            if origin.converter is None and origin.sources[0][0] == f"{stored}.weight":
-                path = alias.rpartition(".")[0]
-                kinds = type(self.model.get_submodule(path)).__mro__
-                return path, frozenset(k.__name__ for k in kinds if issubclass(k, nn.Module))
-        return as_linear(stored)
-
-
-def as_linear(stored: str) -> tuple[str, frozenset[str]]:
-    """The name and classes of a Linear layer whose name in the model is its stored name."""
-    return stored, frozenset({"Linear", "Module"})
-
-
-class CompressedTensors:
-    """The tensors of `files` under the float model's names (`FormatReader`).
+class CompressedTensors(FormatReader):
+    """The tensors of `files`, which compressed-tensors wrote.
 
     Args:
         files: the stored tensors.
         settings: the `quantization_config`.
-        place: returns the model's name for a stored layer and the names of its classes.
+
+    Raises:
+        SourceError: the settings name a format without integer weights.
     """
 
-    def __init__(
-        self,
-        files: SafetensorsFiles,
-        settings: Mapping[str, Any],
-        place: Callable[[str], tuple[str, frozenset[str]]] = as_linear,
-    ):
-        self.files, self._place = files, place
-        groups = _read_settings(settings, f"{str(files.folder)!r}, quantization_config")
-        self._groups = [g for g in groups.config_groups.values() if g.weights is not None]
-        stored = files.names()
-        self._is_packed = {
-            name.removesuffix("_scale"): False for name in stored if name.endswith(".weight_scale")
-        } | {
-            name.removesuffix("_packed"): True for name in stored if name.endswith(".weight_packed")
-        }
+    label = "compressed-tensors"
+    parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+
+    def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any]):
+        super().__init__(files)
+        self._groups = _read_groups(settings, f"{str(files.folder)!r}, quantization_config")
+        if not self._groups:
+            raise SourceError(
+                f"{str(files.folder)!r}, quantization_config: config_groups quantizes no weights. "
+                "Give a checkpoint with quantized weights, or the float model"
+            )
+        for name in files.names():
+            layer, _, part = name.rpartition(".")
+            if part in ("weight_scale", "weight_packed"):
+                self.layer_of[f"{layer}.weight"] = layer
 
     def names(self) -> list[str]:
-        layers = self._is_packed.keys()
-        parts = {f"{name.removesuffix('weight')}{part}" for name in layers for part in PARTS}
-        floats = [n for n in self.files.names() if n not in parts and n not in layers]
-        return [*layers, *(name for name in floats if not ACTIVATIONS.search(name))]
+        return [name for name in super().names() if not ACTIVATIONS.search(name)]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        if not self._is_packed.get(name, False):
-            return self.files.shape(name)
-        shape = self.files.read(f"{name}_shape").flatten().tolist()
-        words = self.files.shape(f"{name}_packed")
+    def layer_shape(self, layer: str) -> tuple[int, ...]:
+        if not self._is_packed(layer):
+            return self.files.shape(f"{layer}.weight")
+        shape = self.files.read(f"{layer}.weight_shape").flatten().tolist()
+        words = self.files.shape(f"{layer}.weight_packed")
         fits = len(shape) == len(words) == 2 and shape[0] == words[0]
         if not fits or not 0 <= shape[1] <= 32 * words[1]:
             raise SourceError(
-                f"{self._where(name)}: weight_shape {shape} and weight_packed {list(words)} do not "
+                f"{self.where(layer)}: weight_shape {shape} and weight_packed {list(words)} do not "
                 "belong together; download the model again"
             )
         return int(shape[0]), int(shape[1])
 
-    def read(self, name: str) -> Tensor | QuantizedTensor:
-        if name not in self._is_packed:
-            return self.files.read(name)
-        where, shape, weights = self._where(name), self.shape(name), self._weights(name)
+    def read_layer(self, layer: str) -> QuantizedTensor:
+        where, shape, weights = self.where(layer), self.layer_shape(layer), self._weights(layer)
         if len(shape) != 2:
             raise SourceError(f"{where}: the weight has shape {list(shape)}, but must be a matrix")
         granularity, scales = weights.layout(shape, where)
-        self._check_order(name, weights, shape[1])
-        codes = self._codes(name, weights.num_bits, shape)
-        scale = self.files.read_as(f"{name}_scale", FLOATS, scales, where, flat=True)
-        offset = -self._zeros(name, weights, scales) - 2 ** (weights.num_bits - 1)
+        self._check_order(layer, weights, shape[1])
+        codes = self._codes(layer, weights.num_bits, shape)
+        scale = self.files.read_as(f"{layer}.weight_scale", FLOATS, scales, where, flat=True)
+        offset = -self._zeros(layer, weights, scales) - 2 ** (weights.num_bits - 1)
         return quantized_tensor(codes, weights.num_bits, granularity, scale, offset, where)
 
-    def _where(self, name: str) -> str:
-        return f"{str(self.files.folder)!r}: tensor {name!r} (compressed-tensors)"
+    def _is_packed(self, layer: str) -> bool:
+        return f"{layer}.weight_packed" in self.files
 
-    def _weights(self, name: str) -> Weights:
+    def _weights(self, layer: str) -> Weights:
         """The settings of a layer's group, chosen as the module docstring says."""
-        if len(self._groups) == 1 and (only := self._groups[0].weights) is not None:
-            return only
+        if len(self._groups) == 1:
+            return self._groups[0][1]
         # if two groups have the same target, the last one wins
-        by_target = {target: g.weights for g in self._groups for target in g.targets}
-        layer = name.removesuffix(".weight")
-        path, classes = self._place(layer)
+        by_target = {target: weights for targets, weights in self._groups for target in targets}
+        path, module = self.module_of(layer)
+        kinds = type(module).__mro__ if module is not None else (nn.Linear, nn.Module)
+        classes = sorted(kind.__name__ for kind in kinds if issubclass(kind, nn.Module))
         late = SourceError(
-            f"{self._where(name)}: the regular expressions in the targets of config.json take more "
+            f"{self.where(layer)}: the regular expressions in the targets of config.json take more "
             f"than {SECONDS:g} s to match; write them without nested repetitions like (a+)+"
         )
-        with time_limit(late):
+        invalid = f"{self.where(layer)}: a target is not a valid regular expression"
+        with time_limit(late), foreign_as(SourceError, invalid):
             patterns = [
                 target
                 for target in sorted(by_target)
                 if target.startswith("re:")
                 and (re.match(target[3:], layer) or re.match(target[3:], path))
             ]
-        for target in (layer, path, *patterns, *sorted(classes)):
-            if (weights := by_target.get(target)) is not None:
-                return weights
+        for target in (layer, path, *patterns, *classes):
+            if target in by_target:
+                return by_target[target]
         raise SourceError(
-            f"{self._where(name)}: no config group has a target that matches the layer's name "
-            f"or class ({', '.join(sorted(classes - {'Module'}))}). Add it to the targets in "
-            "config.json"
+            f"{self.where(layer)}: no config group has a target that matches the layer's name "
+            f"or class ({', '.join(c for c in classes if c != 'Module')}). Add it to the targets "
+            "in config.json"
         )
 
-    def _check_order(self, name: str, weights: Weights, in_features: int) -> None:
-        if f"{name}_g_idx" not in self.files:
+    def _check_order(self, layer: str, weights: Weights, in_features: int) -> None:
+        if f"{layer}.weight_g_idx" not in self.files:
             return
-        index = self.files.read(f"{name}_g_idx").long().flatten()
+        index = self.files.read(f"{layer}.weight_g_idx").long().flatten()
         in_order = torch.arange(in_features) // (weights.group_size or in_features)
         unordered = bool((index == -1).all())  # how the library marks layers without an order
         if not unordered and not torch.equal(index, in_order):
             raise SourceError(
-                f"{self._where(name)} was quantized in activation order with scattered groups "
+                f"{self.where(layer)} was quantized in activation order with scattered groups "
                 "(actorder: group), which blocks cannot express. "
                 "Quantize the float model again with actorder: weight, or without"
             )
 
-    def _codes(self, name: str, bitwidth: int, shape: tuple[int, ...]) -> Tensor:
+    def _codes(self, layer: str, bitwidth: int, shape: tuple[int, ...]) -> Tensor:
         """Unsigned codes."""
-        where, half = self._where(name), 2 ** (bitwidth - 1)
-        if self._is_packed[name]:
+        where, half = self.where(layer), 2 ** (bitwidth - 1)
+        if self._is_packed(layer):
             needed = (shape[0], math.ceil(shape[1] * bitwidth / 32))
-            words = self.files.read_as(f"{name}_packed", ("I32",), needed, where)
+            words = self.files.read_as(f"{layer}.weight_packed", ("I32",), needed, where)
             return unpack_words(words, bitwidth, shape[1])
-        codes = self.files.read_as(name, ("I8",), shape, where)
+        codes = self.files.read_as(f"{layer}.weight", ("I8",), shape, where)
         if codes.numel() and not -half <= int(codes.min()) <= int(codes.max()) < half:
             raise SourceError(
                 f"{where} holds values from {int(codes.min())} to {int(codes.max())}, which do not "
@@ -304,27 +231,27 @@ class CompressedTensors:
             )
         return (codes.to(torch.int16) + half).to(torch.uint8)
 
-    def _zeros(self, name: str, weights: Weights, scales: tuple[int, ...]) -> Tensor:
+    def _zeros(self, layer: str, weights: Weights, scales: tuple[int, ...]) -> Tensor:
         """Signed zero points, int32, in the shape of the scales."""
-        where, stored, bitwidth = self._where(name), f"{name}_zero_point", weights.num_bits
-        if stored not in self.files:
+        where, bitwidth, name = self.where(layer), weights.num_bits, f"{layer}.weight_zero_point"
+        if name not in self.files:
             if not weights.symmetric:
                 raise SourceError(
-                    f"{where}: config.json says symmetric: false, but {stored!r} is missing; "
+                    f"{where}: config.json says symmetric: false, but {name!r} is missing; "
                     "download the model again"
                 )
             return torch.zeros(scales, dtype=torch.int32)
-        if self._is_packed[name] and scales and self.files.dtype(stored) == "I32":
+        if self._is_packed(layer) and scales and self.files.dtype(name) == "I32":
             needed = (math.ceil(scales[0] * bitwidth / 32), scales[1])
-            words = self.files.read_as(stored, ("I32",), needed, where).t().contiguous()
+            words = self.files.read_as(name, ("I32",), needed, where).t().contiguous()
             fields = unpack_words(words, bitwidth, scales[0]).t().to(torch.int32)
             zeros = fields - 2 ** (bitwidth - 1)
         else:
-            zeros = self.files.read_as(stored, ("I8", "I32"), scales, where, flat=True)
+            zeros = self.files.read_as(name, ("I8", "I32"), scales, where, flat=True)
         if weights.symmetric and bool(zeros.any()):
             raise SourceError(
                 f"{where}: config.json says symmetric: true, but {int(zeros.count_nonzero())} of "
-                f"{zeros.numel()} zero points in {stored!r} differ from 0. Set symmetric to what "
+                f"{zeros.numel()} zero points in {name!r} differ from 0. Set symmetric to what "
                 "the model was quantized with"
             )
         return zeros.to(torch.int32)

@@ -44,8 +44,7 @@ def unpack_words(
 
 
 def pack_words(codes: UInt8[Tensor, "rows count"], bitwidth: int) -> Int[Tensor, "rows words"]:
-    """Undo `unpack_words`: one little-endian bit stream per row, padded with zeros to whole
-    words."""
+    """Undo `unpack_words`; each row is padded with zeros to whole words."""
     rows = []
     for part in codes.split(max(1, _AT_ONCE // max(1, codes.shape[1]))):
         bits = (part.unsqueeze(-1) >> torch.arange(bitwidth, dtype=torch.uint8)) & 1
@@ -56,18 +55,18 @@ def pack_words(codes: UInt8[Tensor, "rows count"], bitwidth: int) -> Int[Tensor,
     return torch.cat(rows)
 
 
-def granularity_of_groups(in_features: int, count: int, where: str) -> Granularity:
-    """The granularity of `count` scales per row of `in_features`.
+def group_granularity(in_features: int, size: float, where: str) -> Granularity:
+    """The granularity of groups of `size` inputs.
 
     Raises:
-        SourceError: the row cannot be divided into `count` blocks of equal size.
+        SourceError: rows of `in_features` cannot be divided into groups of that size.
     """
-    if not count or in_features % count:
+    if size < 1 or size % 1 or in_features % size:
         raise SourceError(
-            f"{where}: {count} groups do not divide rows of {in_features} evenly, but all blocks "
-            "must have the same size. Quantize the float model instead"
+            f"{where}: groups of {size:g} do not divide rows of {in_features} evenly, but all "
+            "blocks must have the same size. Quantize the float model instead"
         )
-    return PerChannel(0) if count == 1 else PerBlock(in_features // count)
+    return PerChannel(0) if size == in_features else PerBlock(int(size))
 
 
 def quantized_tensor(

@@ -22,15 +22,13 @@ Source: `mlx.core.quantize` and `mlx_lm.utils` of mlx 0.32 and mlx-lm 0.32. Mode
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from qwlora.errors import GridError, SourceError
 from qwlora.formats.bitwidths import MLX_BITWIDTHS
-from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
+from qwlora.formats.huggingface.huggingface_folder import FormatReader
 from qwlora.formats.huggingface.int32_words import unpack_words
 from qwlora.formats.huggingface.safetensors_files import FLOATS, SafetensorsFiles
 from qwlora.grid.encoding import Encoding
@@ -38,57 +36,36 @@ from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
 
 
-class MlxCheckpoint(FolderCheckpoint):
-    """A folder that mlx-lm quantized.
-
-    Args:
-        folder: a folder with config.json and safetensors files.
-        settings: the `quantization` section of config.json.
+class MlxTensors(FormatReader):
+    """The tensors of `files`; `settings` is the `quantization` section of config.json.
 
     Raises:
-        SourceError: see `FolderCheckpoint`; also if the mode is not affine, or a group size or
-            bitwidth does not fit its tensors.
+        SourceError: the mode is not affine.
     """
 
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any]):
-        super().__init__(folder, lambda files: MlxTensors(files, settings))
-
-
-class MlxTensors:
-    """The tensors of `files` under the float model's names (`FormatReader`)."""
+    label, parts = "MLX", ("weight", "scales", "biases")
 
     def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any]):
-        self.files, self.settings = files, settings
-        self._where = f"{str(files.folder)!r} (MLX)"
-        names = files.names()
-        layers = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
+        super().__init__(files)
+        self.settings = settings
+        layers = [n.removesuffix(".scales") for n in files.names() if n.endswith(".scales")]
         self.layer_of = {f"{layer}.weight": layer for layer in layers}
-        self._parts = {f"{layer}.{part}" for layer in layers for part in ("scales", "biases")}
-        mode = settings.get("mode", "affine")
-        if mode != "affine":
+        if (mode := settings.get("mode", "affine")) != "affine":
             raise SourceError(
-                f"{self._where}: MLX mode {mode!r} is not supported, only affine, which has "
-                "integers. Quantize again with mlx_lm.convert -q --q-mode affine"
+                f"{str(files.folder)!r}: MLX mode {mode!r} is not supported, only affine, which "
+                "has integers. Quantize again with mlx_lm.convert -q --q-mode affine"
             )
 
-    def names(self) -> list[str]:
-        return [name for name in self.files.names() if name not in self._parts]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self.layer_of:
-            return self.files.shape(name)
-        _, group = self._layout(name)
-        rows, groups = self.files.shape(f"{self.layer_of[name]}.scales")
+    def layer_shape(self, layer: str) -> tuple[int, ...]:
+        _, group = self._layout(layer)
+        rows, groups = self.files.shape(f"{layer}.scales")
         return rows, groups * group
 
-    def read(self, name: str) -> Tensor | QuantizedTensor:
-        if name not in self.layer_of:
-            return self.files.read(name)
-        (bitwidth, group), layer = self._layout(name), self.layer_of[name]
-        scale, minimum = (
-            self.files.read(f"{layer}.{part}").to(torch.float32) for part in ("scales", "biases")
-        )
-        codes = unpack_words(self.files.read(name), bitwidth, scale.shape[-1] * group)
+    def read_layer(self, layer: str) -> QuantizedTensor:
+        bitwidth, group = self._layout(layer)
+        words, scale, minimum = (self.files.read(f"{layer}.{part}") for part in self.parts)
+        scale, minimum = scale.to(torch.float32), minimum.to(torch.float32)
+        codes = unpack_words(words, bitwidth, scale.shape[-1] * group)
         steps, negative = 2**bitwidth - 1, scale < 0
         minimum = torch.where(negative, minimum + scale * steps, minimum)
         reversed_codes = negative.repeat_interleave(group, dim=1)
@@ -97,15 +74,10 @@ class MlxTensors:
         try:
             return QuantizedTensor(codes, Encoding(scheme, scale.abs(), minimum))
         except GridError as error:
-            raise SourceError(f"{self._where}: {name!r}: {error}") from error
+            raise SourceError(f"{self.where(layer)}: {error}") from error
 
-    def _layout(self, name: str) -> tuple[int, int]:
-        """Bitwidth and group size of a quantized tensor.
-
-        Raises:
-            SourceError: the settings do not say them, or they do not fit the stored tensors.
-        """
-        layer = self.layer_of[name]
+    def _layout(self, layer: str) -> tuple[int, int]:
+        """Bitwidth and group size of a layer, after checking that its tensors fit them."""
         of_layer = self.settings.get(layer)
         settings = of_layer if isinstance(of_layer, Mapping) else self.settings
         bitwidth, group = settings.get("bits"), settings.get("group_size")
@@ -116,15 +88,16 @@ class MlxTensors:
             or group < 1
         ):
             raise SourceError(
-                f"{self._where}: config.json gives {layer!r} bits {bitwidth!r} and group_size "
+                f"{self.where(layer)}: config.json gives it bits {bitwidth!r} and group_size "
                 f"{group!r}, but MLX has {', '.join(map(str, MLX_BITWIDTHS))} bits and a whole "
                 "number"
             )
-        where = f"{self._where}, {bitwidth} bits in groups of {group}"
-        stored = self.files.shape(name) if name in self.files else ()
+        where = f"{self.where(layer)}, {bitwidth} bits in groups of {group}"
+        weight = f"{layer}.weight"
+        stored = self.files.shape(weight) if weight in self.files else ()
         rows, words = stored if len(stored) == 2 else (0, 0)
         groups = words * 32 // bitwidth // group
-        self.files.check(name, ("U32",), (rows, groups * group * bitwidth // 32), where)
+        self.files.check(weight, ("U32",), (rows, groups * group * bitwidth // 32), where)
         for part in ("scales", "biases"):
             self.files.check(f"{layer}.{part}", FLOATS, (rows, groups), where)
         return bitwidth, group

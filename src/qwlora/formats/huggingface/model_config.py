@@ -1,57 +1,85 @@
-"""Reading a model's config.json after checking the counts that transformers would choke on.
+"""What a model's config.json says: read with a check of its counts, and the number of positions.
 
 While transformers reads a configuration, it expands some numbers: `num_hidden_layers` into a list
 of layer types, `num_labels` into label names. A config.json of 1 KB can therefore fill the memory
-before any model is built. So counts are first compared with the number of stored tensors, because
-every layer has at least one. Other values that no model has get an error that names their key.
+before any model is built, so such counts have limits here. Names of things that transformers does
+not have get an error that names their key.
+
+The longest sequence that a model has positions for:
+
+    max_position_embeddings, no rope_parameters    a table with one row per position (GPT-2, OPT,
+                                                   BERT, GPT-J's sines): longer ones are impossible
+    with rope_parameters                           rotary, computed for any position: longer ones
+                                                   run, but the model was not trained on them
+
+The limit of rotary positions is
+
+    max(max_position_embeddings, factor * original_max_position_embeddings)
+
+because `max_position_embeddings` is the scaled length in some configurations (Llama 3.1) and the
+unscaled one in others (Qwen2.5 with YaRN).
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from qwlora.errors import SourceError, foreign_as
+from qwlora.errors import QwloraError, SourceError, foreign_as, listed
 
-FEW = 128  # lowest limit: valid configurations of small models contain such numbers too
-MOST = 10_000  # layers, if the number of tensors is not known
-# Pattern of keys, lowest and highest value; the highest number of layers is an argument.
-_COUNTS: tuple[tuple[str, int, int | None], ...] = (
-    (
-        r".*(layers|blocks|depths?|_dense_replace)|n_layer|num_layer|attention_types",
-        -1,  # "none" in some configurations
-        None,
-    ),
-    ("num_labels", 0, 300_000),  # one tensor holds all labels
+# Pattern of keys, lowest and highest value.
+_COUNTS = (
+    # -1 is "none" in some configurations
+    (r".*(layers|blocks|depths?|_dense_replace)|n_layer|num_layer|attention_types", -1, 1000),
+    ("num_labels", 0, 300_000),
     # above 10^8, products of two counts do not fit in memory
     ("hidden_size|vocab_size|num_attention_heads|num_key_value_heads", 1, 10**8),
 )
-_ACTIVATIONS = re.compile("hidden_act(ivation)?|activation_function|feed_forward_act")
+# Pattern of keys, and the names that they may have unless the model has its own code.
+_NAMES: tuple[tuple[str, Collection[str]], ...] = (
+    ("hidden_act(ivation)?|activation_function|feed_forward_act", ACT2FN.keys()),
+    ("rope_type", {"default", *ROPE_INIT_FUNCTIONS}),
+    ("(torch_)?dtype", {"auto", *(n for n, v in vars(torch).items() if type(v) is torch.dtype)}),
+)
+# What transformers' errors mean, by words in them.
+_MEANINGS = {
+    "trust_remote_code": (
+        "it needs Python code from its own folder (auto_map in config.json or "
+        "tokenizer_config.json), and QWLoRA does not run it by default. Read the code; if you "
+        "trust it, set model.trust_remote_code: true in the recipe"
+    ),
+    "ignore_mismatched_sizes": (
+        "its files hold tensors of other shapes than config.json describes. Compare hidden_size, "
+        "intermediate_size, vocab_size and the numbers of heads in config.json with the original, "
+        "or download the model again"
+    ),
+}
+_UNSCALED = ("default", "axial", "proportional")  # rope types without a scaling factor
 
 
-def read_config(folder: Path, tensors: int, trust_remote_code: bool = False) -> PretrainedConfig:
+def read_config(folder: Path, trust_remote_code: bool = False) -> PretrainedConfig:
     """Read the configuration, without what it says about the files of the weights
     (`quantization_config`, `transformers_weights`).
 
     Args:
         folder: the folder that contains config.json.
-        tensors: the number of tensors stored in the folder.
         trust_remote_code: run Python code from the folder if config.json refers to any.
 
     Raises:
-        SourceError: config.json is missing or unreadable, has more layers than there are tensors,
-            or transformers does not know the model type.
+        SourceError: config.json is missing or unreadable, has a count that no model has, or
+            transformers does not know the model type.
     """
-    check_folder(folder, max(tensors, FEW))
-    with reading_config(f"{str(folder)!r}: config.json cannot be read"):
+    check_values(folder)
+    with loading(f"{str(folder)!r}: config.json cannot be read"):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
     use_default_implementations_(config)
     for part in (config, config.get_text_config()):
@@ -70,65 +98,88 @@ def use_default_implementations_(config: PretrainedConfig) -> None:
             part._experts_implementation_internal = None
 
 
-def check_folder(folder: Path, most: int = MOST) -> None:
-    """Check that config.json has at most `most` layers, and only values that a model can have.
+def check_values(folder: Path) -> None:
+    """Check that config.json has only counts and names that a model can have.
 
     Raises:
         SourceError: it does not (the message names the key), or it cannot be read.
     """
-    with reading_config(f"{str(folder)!r}: config.json cannot be read"):
+    with loading(f"{str(folder)!r}: config.json cannot be read"):
         # reads the file that AutoConfig reads; config.json can redirect to another one
         settings, _ = PretrainedConfig.get_config_dict(folder)
     entries: list[tuple[str, str, Any]] = [("", "", settings)]  # dotted path, last key, value
     while entries:
         path, key, value = entries.pop()
+        problem = ""
         if isinstance(value, Mapping):
             entries += [(f"{path}.{name}".lstrip("."), str(name), v) for name, v in value.items()]
         elif isinstance(value, list):
             entries += [(path, key, item) for item in value]
-        elif problem := _problem(key, value, most, "auto_map" in settings):
+        elif isinstance(value, float) and math.isnan(value):
+            problem = "which is not a number"
+        elif type(value) is int:
+            for pattern, low, high in _COUNTS:
+                if not low <= value <= high and re.fullmatch(pattern, key):
+                    problem = f"but models have {max(low, 0)} to {high:,}"
+        elif isinstance(value, str) and "auto_map" not in settings:
+            for pattern, known in _NAMES:
+                if re.fullmatch(pattern, key) and value.removeprefix("torch.") not in known:
+                    problem = f"and transformers knows {listed(sorted(known), 40)}"
+        if problem:
             raise SourceError(
                 f"{str(folder / 'config.json')!r}: {path} is {value!r}, {problem}. Correct it, or "
                 "download the model again"
             )
 
 
-def _problem(key: str, value: Any, layers: int, has_own_code: bool) -> str | None:
-    """Why no model has this value under `key`; None if one can have it."""
-    if isinstance(value, float) and value != value:
-        return "which is not a number"
-    for pattern, low, limit in _COUNTS if type(value) is int else ():
-        high = layers if limit is None else limit
-        if not low <= value <= high and re.fullmatch(pattern, key):
-            return f"but a model with these files has {max(low, 0)} to {high:,}"
-    if not isinstance(value, str):
-        return None
-    if key in ("dtype", "torch_dtype") and value != "auto":
-        kind = getattr(torch, value.removeprefix("torch."), None)
-        return None if isinstance(kind, torch.dtype) else "which is no dtype of torch"
-    known = {"default", *ROPE_INIT_FUNCTIONS}
-    if key == "rope_type" and not has_own_code and value not in known:
-        return f"and transformers knows {', '.join(sorted(known))}"
-    is_activation = _ACTIVATIONS.fullmatch(key) and not has_own_code
-    return "which transformers does not have" if is_activation and value not in ACT2FN else None
-
-
 @contextmanager
-def reading_config(what: str) -> Iterator[None]:
-    """Raise any error inside as a SourceError `what: the error`; say what to do if transformers
-    refuses to run the model's own code.
-
-    Raises:
-        SourceError: anything was raised.
-    """
+def loading(what: str) -> Iterator[None]:
+    """Raise any error inside as a SourceError `what: the error`, in our words if transformers'
+    lack the remedy."""
     with foreign_as(SourceError, what):
         try:
             yield
-        except ValueError as error:
-            if "trust_remote_code" not in str(error):
-                raise
-            raise SourceError(
-                f"{what}: it needs Python code from its own folder (auto_map in config.json or "
-                "tokenizer_config.json), and QWLoRA does not run it by default. Read the code; if "
-                "you trust it, set model.trust_remote_code: true in the recipe"
-            ) from error
+        except QwloraError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            for words, meaning in _MEANINGS.items():
+                if words in str(error):
+                    raise SourceError(f"{what}: {meaning}") from error
+            raise
+
+
+def check_positions(model: PreTrainedModel, count: int) -> str | None:
+    """Check that sequences of `count` tokens have positions.
+
+    Returns:
+        A warning if `count` exceeds the length that the model was trained on, else None. Also None
+        if rotary positions are scaled to a length that the configuration does not state.
+
+    Raises:
+        SourceError: the model has a table of positions with fewer than `count` rows.
+    """
+    config: Any = model.config.get_text_config()
+    stated = getattr(config, "max_position_embeddings", None)
+    if not isinstance(stated, int) or stated <= 0:
+        return None
+    rows = stated
+    rope = getattr(config, "rope_parameters", None) or {}
+    # either one dictionary for each type of layer, or a single one
+    for part in [part for part in rope.values() if isinstance(part, dict)] or [rope]:
+        kind, factor = part.get("rope_type", "default"), part.get("factor")
+        original = part.get("original_max_position_embeddings") or stated
+        if kind == "dynamic" or (factor is None and kind not in _UNSCALED and original >= stated):
+            return None
+        rows = max(rows, int((factor or 1) * original))
+    if count <= rows:
+        return None
+    sentence = (
+        f"sequences have {count} tokens, but {type(model).__name__} has positions for {rows} "
+        f"(max_position_embeddings{'' if rows == stated else f' {stated}, scaled'})"
+    )
+    if not rope:
+        raise SourceError(f"{sentence}: set data.sequence_tokens to {rows} or less")
+    return (
+        f"{sentence}. It was not trained on longer sequences; expect worse results, or lower "
+        "data.sequence_tokens"
+    )

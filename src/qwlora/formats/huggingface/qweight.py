@@ -30,17 +30,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from qwlora.errors import SourceError
-from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
+from qwlora.errors import SourceError, listed
+from qwlora.formats.huggingface.huggingface_folder import FormatReader
 from qwlora.formats.huggingface.int32_words import (
-    granularity_of_groups,
+    group_granularity,
     quantized_tensor,
     unpack_words,
 )
@@ -61,23 +60,6 @@ NIBBLE_OF_COLUMN = [0, 4, 1, 5, 2, 6, 3, 7]
 _ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # one in every field of a word
 
 
-class QweightCheckpoint(FolderCheckpoint):
-    """A folder that AutoGPTQ, GPT-QModel or AutoAWQ wrote.
-
-    Args:
-        folder: a folder with config.json and safetensors files.
-        settings: the `quantization_config`, or the contents of the older `quantize_config.json`
-            (GPTQ) or `quant_config.json` (AWQ).
-        method: `gptq` or `awq`.
-
-    Raises:
-        SourceError: see `FolderCheckpoint`; also if the settings name another layout or bitwidth.
-    """
-
-    def __init__(self, folder: str | Path, settings: Mapping[str, Any], method: str):
-        super().__init__(folder, lambda files: QweightTensors(files, settings, method))
-
-
 class _Size(NamedTuple):
     """Bitwidth and lengths of the axes of one layer."""
 
@@ -93,58 +75,60 @@ class _Size(NamedTuple):
         return length if plain == axis else math.ceil(length * self.bitwidth / 32)
 
 
-class QweightTensors:
-    """The tensors of `files` under the float model's names (`FormatReader`)."""
+class QweightTensors(FormatReader):
+    """The tensors of `files`, which AutoGPTQ, GPT-QModel or AutoAWQ wrote.
+
+    Args:
+        files: the stored tensors.
+        settings: the `quantization_config`, or the contents of the older `quantize_config.json`
+            (GPTQ) or `quant_config.json` (AWQ).
+        method: `gptq` or `awq`.
+
+    Raises:
+        SourceError: the settings name another layout, bitwidth or group size.
+    """
+
+    parts = (*PARTS, "g_idx")
 
     def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any], method: str):
-        self.files, self.label = files, method.upper()
-        where = f"{str(files.folder)!r}, quantization_config"
+        super().__init__(files)
+        self.label = method.upper()
         keys = ("checkpoint_format", "format") if method == "gptq" else ("version", "format")
         layout = next((str(settings[key]).lower() for key in keys if settings.get(key)), "")
+        layout = "marlin" if settings.get("is_marlin_format") else layout
         self.layout = layout or LAYOUTS[method][0]
-        if settings.get("is_marlin_format"):
-            self.layout = "marlin"
         self.bitwidth: Any = settings.get("bits", settings.get("w_bit"))
         self.group_size: Any = settings.get("group_size", settings.get("q_group_size"))
-        if self.layout not in LAYOUTS[method]:
-            raise SourceError(
-                f"{where}: {self.label} layout {self.layout!r} is not supported; "
-                f"{' and '.join(LAYOUTS[method])} are. Save the checkpoint in one of these"
-            )
-        if type(self.bitwidth) is not int or self.bitwidth not in BITWIDTHS[method]:
-            raise SourceError(
-                f"{where}: bits is {self.bitwidth!r}, but {self.label} files have "
-                f"{', '.join(map(str, BITWIDTHS[method]))} bits; quantize the float model instead"
-            )
-        size = self.group_size
-        if method == "awq" and (type(size) is not int or not (size > 0 or size == -1)):
-            raise SourceError(
-                f"{where}: group_size is {size!r}, but must be a positive integer, or -1 for whole "
-                "rows"
-            )
         self.is_mixed = bool(settings.get("dynamic"))  # some layers have other bitwidths
         layers = [n.removesuffix(".qweight") for n in files.names() if n.endswith(".qweight")]
         self.layer_of = {f"{layer}.weight": layer for layer in layers}
+        size, problem = self.group_size, ""
+        if self.layout not in LAYOUTS[method]:
+            known = " and ".join(LAYOUTS[method])
+            problem = (
+                f"{self.label} layout {self.layout!r} is not supported; {known} are. Save the "
+                "checkpoint in one of these"
+            )
+        elif type(self.bitwidth) is not int or self.bitwidth not in BITWIDTHS[method]:
+            problem = (
+                f"bits is {self.bitwidth!r}, but {self.label} files have "
+                f"{listed(BITWIDTHS[method])} bits; quantize the float model instead"
+            )
+        elif method == "awq" and (type(size) is not int or not (size > 0 or size == -1)):
+            problem = (
+                f"group_size is {size!r}, but must be a positive integer, or -1 for whole rows"
+            )
+        if problem:
+            raise SourceError(f"{str(files.folder)!r}, quantization_config: {problem}")
 
-    def names(self) -> list[str]:
-        layers = self.layer_of.values()
-        parts = {f"{layer}.{part}" for layer in layers for part in (*PARTS, "g_idx")}
-        return [*self.layer_of, *(name for name in self.files.names() if name not in parts)]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        if name not in self.layer_of:
-            return self.files.shape(name)
-        size = self._size(self.layer_of[name])
+    def layer_shape(self, layer: str) -> tuple[int, ...]:
+        size = self._size(layer)
         return size.outputs, size.inputs
 
-    def read(self, name: str) -> Tensor | QuantizedTensor:
-        if name not in self.layer_of:
-            return self.files.read(name)
-        layer = self.layer_of[name]
-        size, where = self._size(layer), self._where(layer)
+    def read_layer(self, layer: str) -> QuantizedTensor:
+        size, where = self._size(layer), self.where(layer)
         codes, zeros, scale = (self._part(layer, part, size) for part in PARTS)
         scale, offset = scale.to(torch.float32)[:, : size.groups], -zeros.to(torch.int32)
-        granularity = granularity_of_groups(size.inputs, size.groups, where)
         if f"{layer}.g_idx" in self.files:
             order = self._groups(layer, size)
             scale, offset = scale[:, order], offset[:, order]
@@ -153,10 +137,8 @@ class QweightTensors:
             reversed_codes = negative.repeat_interleave(size.inputs // size.groups, dim=1)
             codes = torch.where(reversed_codes, steps - codes, codes)
             scale, offset = scale.abs(), torch.where(negative, -steps - offset, offset)
+        granularity = group_granularity(size.inputs, size.inputs / size.groups, where)
         return quantized_tensor(codes, size.bitwidth, granularity, scale, offset, where)
-
-    def _where(self, layer: str) -> str:
-        return f"{str(self.files.folder)!r}: layer {layer!r} ({self.label})"
 
     def _part(self, layer: str, part: str, size: _Size) -> Tensor:
         """Codes, zero points or scales as [out, in or groups]."""
@@ -176,12 +158,8 @@ class QweightTensors:
         return values if first == "out" else values.t()
 
     def _size(self, layer: str) -> _Size:
-        """The sizes of a layer, after checking that types and shapes of its tensors agree.
-
-        Raises:
-            SourceError: they do not.
-        """
-        where = self._where(layer)
+        """The sizes of a layer, after checking that types and shapes of its tensors agree."""
+        where, index = self.where(layer), f"{layer}.g_idx"
         shapes = [
             self.files.shape(name) if (name := f"{layer}.{part}") in self.files else ()
             for part in PARTS
@@ -191,36 +169,32 @@ class QweightTensors:
                 f"{where}: {', '.join(PARTS)} have the shapes {[*map(list, shapes)]}, but all must "
                 "be matrices; download the model again"
             )
-        size = (self._gptq_size if self.label == "GPTQ" else self._awq_size)(layer, shapes)
-        granularity_of_groups(size.inputs, size.groups, where)
-        for part, axes, shape in zip(PARTS, AXES[self.layout], shapes, strict=True):
-            needed = [size.of(axis) for axis in axes]
+        bitwidth, axes = self.bitwidth, AXES[self.layout]
+        length = {
+            axis.rstrip("*"): count * 32 // bitwidth if axis.endswith("*") else count
+            for axis, count in zip(axes[0], shapes[0], strict=True)
+        }
+        if self.label == "GPTQ" and index in self.files:
+            length["in"] = math.prod(self.files.shape(index))
+            words = shapes[0][0]
+            fitting = [b for b in BITWIDTHS["gptq"] if words == math.ceil(length["in"] * b / 32)]
+            if self.is_mixed and fitting and bitwidth not in fitting:
+                bitwidth = fitting[0]
+        if self.label == "GPTQ":
+            groups = shapes[2][0]
+            group = length["in"] / groups if groups else 0
+        else:
+            group = length["in"] if self.group_size == -1 else self.group_size
+            groups = length["in"] // group
+        group_granularity(length["in"], group, where)
+        size = _Size(bitwidth, length["in"], length["out"], groups)
+        for part, part_axes, shape in zip(PARTS, axes, shapes, strict=True):
+            needed = [size.of(axis) for axis in part_axes]
             if self.layout == "gemv" and part != "qweight":  # groups are padded
                 needed[1] = max(needed[1], shape[1])
             dtypes = FLOATS if part == "scales" else ("I32",)
             self.files.check(f"{layer}.{part}", dtypes, needed, where)
         return size
-
-    def _gptq_size(self, layer: str, shapes: list[tuple[int, ...]]) -> _Size:
-        (words, outputs), _, (groups, _) = shapes
-        bitwidth, inputs = self.bitwidth, words * 32 // self.bitwidth
-        if f"{layer}.g_idx" in self.files:
-            inputs = math.prod(self.files.shape(f"{layer}.g_idx"))
-            fitting = [b for b in BITWIDTHS["gptq"] if words == math.ceil(inputs * b / 32)]
-            if self.is_mixed and fitting and bitwidth not in fitting:
-                bitwidth = fitting[0]
-        return _Size(bitwidth, inputs, outputs, groups)
-
-    def _awq_size(self, layer: str, shapes: list[tuple[int, ...]]) -> _Size:
-        rows, words = shapes[0]
-        inputs, outputs = (rows, words * 8) if self.layout == "gemm" else (words * 8, rows)
-        group = inputs if self.group_size == -1 else self.group_size
-        if inputs % group:
-            raise SourceError(
-                f"{self._where(layer)}: groups of {group} do not divide {inputs} inputs; download "
-                "the model again"
-            )
-        return _Size(4, inputs, outputs, inputs // group)
 
     def _groups(self, layer: str, size: _Size) -> Int[Tensor, " blocks"]:
         """The group number of each block of contiguous inputs.
@@ -228,7 +202,7 @@ class QweightTensors:
         Raises:
             SourceError: the inputs of a group are not contiguous.
         """
-        where, count = self._where(layer), size.groups
+        where, count = self.where(layer), size.groups
         index = self.files.read(f"{layer}.g_idx").reshape(-1).long()
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < count:
             raise SourceError(

@@ -12,7 +12,6 @@ larger than memory do not accumulate in the process.
 from __future__ import annotations
 
 import math
-import os
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -50,9 +49,16 @@ class SafetensorsFiles:
     """
 
     def __init__(self, folder: str | Path, stem: str = "model", mapped: bool = True):
-        self.folder, self._backend = Path(folder), "mmap" if mapped else "pread"
-        self._single, self._index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
-        self._tensors = self._opened()
+        self.folder = Path(folder)
+        self._tensors: dict[str, StoredTensor] = {}
+        for file in _files_of(self.folder, f"{stem}.safetensors"):
+            stored = read_header(file, "mmap" if mapped else "pread")
+            if twice := sorted(stored.keys() & self._tensors.keys()):
+                raise SourceError(
+                    f"{str(file)!r}: {listed(map(repr, twice))} is also in another shard; download "
+                    "the model again"
+                )
+            self._tensors |= stored
 
     def names(self) -> list[str]:
         """All tensor names, in the order in which they are stored."""
@@ -66,7 +72,7 @@ class SafetensorsFiles:
         return self._tensor(name).shape
 
     def dtype(self, name: str) -> str:
-        """The tensor's type as safetensors names it: `F32`, `BF16`, `I32` ..."""
+        """The tensor's type as safetensors names it."""
         return self._tensor(name).dtype
 
     def nbytes(self, name: str) -> int:
@@ -127,64 +133,39 @@ class SafetensorsFiles:
         return self.read(name).reshape(tuple(shape))
 
     def _tensor(self, name: str) -> StoredTensor:
-        try:
-            return self._tensors[name]
-        except KeyError:
+        if name not in self:
             raise SourceError(
                 f"{str(self.folder)!r}: there is no tensor {name!r} in its safetensors files"
-            ) from None
-
-    def _opened(self) -> dict[str, StoredTensor]:
-        index = self._file(self._index, "*.safetensors.index.json", instead_of=self._single)
-        if index is None:
-            single = self._file(self._single, "*.safetensors")
-            if single is not None:
-                return read_header(single, self._backend)
-            pickles = sorted(p.name for p in self.folder.glob("pytorch_model*.bin"))
-            raise SourceError(
-                f"{str(self.folder)!r} holds {pickles[0]}, a pickle file, which can run code when "
-                "it is read. Save the model as safetensors first (model.save_pretrained)"
-                if pickles
-                else f"{str(self.folder)!r} has neither {self._single} nor {self._index}. "
-                "Give the folder of a Hugging Face checkpoint"
             )
-        tensors: dict[str, StoredTensor] = {}
-        for file in _shards(index):
-            stored = read_header(file, self._backend)
-            if twice := sorted(stored.keys() & tensors.keys()):
-                raise SourceError(
-                    f"{str(file)!r}: {listed(map(repr, twice))} is also in another shard; download "
-                    "the model again"
-                )
-            tensors |= stored
-        return tensors
+        return self._tensors[name]
 
-    def _file(self, name: str, pattern: str, instead_of: str = "") -> Path | None:
-        """The file `name`, or else the only one that matches `pattern`, unless `instead_of` exists.
 
-        Raises:
-            SourceError: several files match.
-        """
-        if (self.folder / name).is_file():
-            return self.folder / name
-        if instead_of and (self.folder / instead_of).is_file():
-            return None
-        matches = sorted(path for path in self.folder.glob(pattern) if path.is_file())
-        if len(matches) > 1:
-            names = listed(path.name for path in matches)
-            raise SourceError(
-                f"{str(self.folder)!r} has neither {self._single} nor {self._index}, but several "
-                f"other files: {names}. Rename the right one to {name}, or remove the others"
-            )
-        return matches[0] if matches else None
+def _files_of(folder: Path, single: str) -> list[Path]:
+    """The file `single`, or the shards of its index, or else the only such file or index."""
+    index = f"{single}.index.json"
+    if (folder / index).is_file():
+        return _shards(folder / index)
+    if (folder / single).is_file():
+        return [folder / single]
+    files = sorted(folder.glob("*.safetensors.index.json")) or sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return _shards(files[0]) if files[0].suffix == ".json" else files
+    missing = f"{str(folder)!r} has neither {single} nor {index}"
+    if files:
+        raise SourceError(
+            f"{missing}, but several other files: {listed(path.name for path in files)}. Rename "
+            "the right one, or remove the others"
+        )
+    if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
+        raise SourceError(
+            f"{str(folder)!r} holds {pickles[0]}, a pickle file, which can run code when it is "
+            "read. Save the model as safetensors first (model.save_pretrained)"
+        )
+    raise SourceError(f"{missing}. Give the folder of a Hugging Face checkpoint")
 
 
 def _shards(index: Path) -> list[Path]:
-    """The files that an index names. What they hold is compared with the model, not the index.
-
-    Raises:
-        SourceError: a file is missing or outside of the folder, or the index is malformed.
-    """
+    """The files that an index names. What they hold is compared with the model, not the index."""
     weight_map = read_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise SourceError(
@@ -205,23 +186,6 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / file for file in sorted(by_file)]
 
 
-def check_shards_are_inside(folder: Path) -> None:
-    """Refuse an index that names files outside of its folder, which transformers would read.
-
-    Raises:
-        SourceError: with the index, the tensor and the file.
-    """
-    for index in sorted(folder.glob("*.index.json")):
-        weight_map = read_object(index).get("weight_map")
-        for name, file in weight_map.items() if isinstance(weight_map, dict) else ():
-            path = os.path.normpath(str(file))
-            if os.path.isabs(path) or path.split(os.sep)[0] == os.pardir:
-                raise SourceError(
-                    f"{str(index)!r}: tensor {name!r} is listed in {file!r}, outside of the "
-                    "model's folder. Put the file into the folder and its plain name into the index"
-                )
-
-
 def read_header(file: Path, backend: str = "pread") -> dict[str, StoredTensor]:
     """The tensors of a safetensors file, in the order in which they are stored; reads no data.
 
@@ -231,11 +195,11 @@ def read_header(file: Path, backend: str = "pread") -> dict[str, StoredTensor]:
     try:
         handle = safe_open(file, framework="pt", backend=backend)
         slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
-        return {
-            name: StoredTensor(handle, part.get_dtype(), tuple(part.get_shape()))
-            for name, part in slices.items()
-        }
     except (OSError, SafetensorError) as error:
         raise SourceError(
             f"{str(file)!r} is truncated, or not a safetensors file ({error}); download it again"
         ) from error
+    return {
+        name: StoredTensor(handle, part.get_dtype(), tuple(part.get_shape()))
+        for name, part in slices.items()
+    }

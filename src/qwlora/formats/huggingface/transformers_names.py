@@ -16,7 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -33,6 +33,7 @@ from transformers.core_model_loading import (
 )
 
 from qwlora.errors import SourceError, listed
+from qwlora.formats.mapped_checkpoint import Origin
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Blocks, PerBlock
@@ -44,40 +45,12 @@ ROW_OPERATIONS = tuple(
 )
 
 
-@dataclass
-class StoredTensors:
-    """The stored tensors of one or more parameters, and the conversion between them.
-
-    Args:
-        first_target: the parameter's name; the first one if the conversion makes several.
-        converter: the conversion of transformers, or None if the parameter is stored as it is.
-        sources: names of the stored tensors, each with the pattern of the conversion that matched
-            it.
-    """
-
-    first_target: str
-    converter: WeightConverter | None = None
-    sources: list[tuple[str, str]] = field(default_factory=list)
-
-    def convert(self, model: PreTrainedModel, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The parameters made from the stored `tensors`."""
-        if self.converter is None:
-            return {self.first_target: tensors[self.sources[0][0]]}
-        converter = deepcopy(self.converter)
-        for stored, pattern in self.sources:
-            # transformers accepts a callable, but says Tensor
-            value: Any = partial(tensors.__getitem__, stored)
-            converter.add_tensor(self.first_target, stored, pattern, value)
-        converted = converter.convert(self.first_target, model=model, config=model.config)
-        return {name: v[0] if isinstance(v, list) else v for name, v in converted.items()}
-
-
 def origins(
     model: PreTrainedModel,
     stored: Mapping[str, tuple[int, ...]],
     where: str,
     transforms: Sequence[WeightTransform] | None = None,
-) -> tuple[dict[str, StoredTensors], list[str]]:
+) -> tuple[dict[str, Origin], list[str]]:
     """Find the stored tensors of each parameter.
 
     Args:
@@ -100,7 +73,8 @@ def origins(
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     by_pattern = {pattern: c for c in converters for pattern in c.source_patterns}
-    by_first: dict[str, StoredTensors] = {}
+    # stored names and patterns by parameter (the first of a conversion that makes several)
+    sources: dict[str, list[tuple[str, str | None]]] = {}
     unknown: list[str] = []
     for name in sorted(stored, key=dot_natural_key):
         prefix = model.base_model_prefix
@@ -109,55 +83,70 @@ def origins(
             target, pattern = rename_source_key(name, [], [], prefix, meta)
         if target not in meta:
             unknown.append(name)
-        elif pattern is not None:
-            by_first.setdefault(target, StoredTensors(target, by_pattern[pattern]))
-            by_first[target].sources.append((name, pattern))
-        elif target in by_first:
+        elif pattern is None and target in sources:
             raise SourceError(
-                f"{where}: tensors {by_first[target].sources[0][0]!r} and {name!r} are both "
+                f"{where}: tensors {sources[target][0][0]!r} and {name!r} are both "
                 f"parameter {target!r}; remove one of them from the checkpoint"
             )
         else:
-            by_first[target] = StoredTensors(target, None, [(name, name)])
-    by_target: dict[str, StoredTensors] = {}
-    for origin in by_first.values():
-        sources = {name: torch.empty(stored[name], device="meta") for name, _ in origin.sources}
+            sources.setdefault(target, []).append((name, pattern))
+    by_target: dict[str, Origin] = {}
+    for first, parts in sources.items():
+        converter = by_pattern.get(parts[0][1] or "")
+        convert = partial(_converted, model, first, converter, parts)
+        empty = {name: torch.empty(stored[name], device="meta") for name, _ in parts}
         try:
-            by_target |= dict.fromkeys(origin.convert(model, sources), origin)
+            converted = convert(empty)
         except (ValueError, RuntimeError, KeyError, IndexError, TypeError, AttributeError) as error:
             raise SourceError(
-                f"{where}: parameter {origin.first_target!r} cannot be made from "
-                f"{listed(sources, 4)}: {error}; download the model again"
+                f"{where}: parameter {first!r} cannot be made from "
+                f"{listed(empty, 4)}: {error}; download the model again"
             ) from error
-    return by_target, [name for name in unknown if not _ignored(name, model)]
+        operations = () if converter is None else tuple(converter.operations)
+        for target, tensor in converted.items():
+            shape = tuple(tensor.shape)
+            by_target[target] = Origin(target, tuple(empty), convert, operations, shape)
+    ignored = list(model._keys_to_ignore_on_load_unexpected or [])
+    buffers = [name for name, _ in model.named_buffers()]
+    old = ("rotary_emb.inv_freq", "position_ids")  # stored by older versions of transformers
+    ignored += [rf"(^|\.){re.escape(o)}$" for o in old if any(n.endswith(o) for n in buffers)]
+    return by_target, [n for n in unknown if not any(re.search(part, n) for part in ignored)]
 
 
-def _ignored(name: str, model: PreTrainedModel) -> bool:
-    """Whether transformers silently ignores this stored tensor, for example an old buffer."""
-    patterns = list(model._keys_to_ignore_on_load_unexpected or [])
-    buffers = [buffer for buffer, _ in model.named_buffers()]
-    if any(buffer.endswith("rotary_emb.inv_freq") for buffer in buffers):
-        patterns.append(r"rotary_emb\.inv_freq")
-    if any(buffer.endswith("position_ids") for buffer in buffers):
-        patterns.append(r"(^|\.)position_ids$")
-    return any(re.search(pattern, name) for pattern in patterns)
+def _converted(
+    model: PreTrainedModel,
+    target: str,
+    converter: WeightConverter | None,
+    sources: Sequence[tuple[str, str | None]],
+    tensors: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """The parameters made from stored tensors; `target` is the first."""
+    if converter is None:
+        return {target: tensors[sources[0][0]]}
+    converter = deepcopy(converter)
+    for stored, pattern in sources:
+        # transformers accepts a callable, but says Tensor
+        value: Any = partial(tensors.__getitem__, stored)
+        converter.add_tensor(target, stored, pattern or "", value)
+    converted = converter.convert(target, model=model, config=model.config)
+    return {name: v[0] if isinstance(v, list) else v for name, v in converted.items()}
 
 
 def convert_quantized(
-    origin: StoredTensors, model: PreTrainedModel, parts: Mapping[str, QuantizedTensor], where: str
-) -> dict[str, QuantizedTensor]:
-    """As `StoredTensors.convert`, for codes, scales and offsets separately.
+    origin: Origin, parts: Mapping[str, QuantizedTensor], where: str
+) -> QuantizedTensor:
+    """As `Origin.convert`, for codes, scales and offsets separately.
 
     Raises:
         SourceError: the stored parts have different schemes, or the conversion does more than move
             rows.
     """
-    if origin.converter is None:
-        return {origin.first_target: parts[origin.sources[0][0]]}
-    for op in origin.converter.operations:
+    if not origin.operations:
+        return parts[origin.sources[0]]
+    for op in origin.operations:
         if not isinstance(op, ROW_OPERATIONS) or getattr(op, "dim", 0) < 0:
             raise SourceError(
-                f"{where}: parameter {origin.first_target!r} needs the conversion {op!r}, which "
+                f"{where}: parameter {origin.target!r} needs the conversion {op!r}, which "
                 "is not possible on integers. Quantize the float model instead"
             )
     blocks = {name: _as_blocks(part) for name, part in parts.items()}
@@ -165,17 +154,19 @@ def convert_quantized(
     if len(schemes) > 1:
         parts_of = "; ".join(f"{name}: {scheme}" for scheme, name in schemes.items())
         raise SourceError(
-            f"{where}: the parts of parameter {origin.first_target!r} have different schemes "
+            f"{where}: the parts of parameter {origin.target!r} have different schemes "
             f"({parts_of}), but a parameter must have one. Quantize the float model instead"
         )
     (scheme,) = schemes
-    codes = origin.convert(model, {name: part.codes for name, part in blocks.items()})
-    scales = origin.convert(model, {name: part.encoding.scale for name, part in blocks.items()})
-    ends = origin.convert(model, {name: part.encoding.low_end for name, part in blocks.items()})
-    return {
-        name: QuantizedTensor(codes[name], Encoding(scheme, scales[name], ends[name]))
-        for name in codes
-    }
+    codes, scale, low_end = (
+        origin.convert({name: read(part) for name, part in blocks.items()})
+        for read in (
+            lambda part: part.codes,
+            lambda part: part.encoding.scale,
+            lambda part: part.encoding.low_end,
+        )
+    )
+    return QuantizedTensor(codes, Encoding(scheme, scale, low_end))
 
 
 def _as_blocks(part: QuantizedTensor) -> QuantizedTensor:

@@ -32,7 +32,7 @@ from qwlora.errors import DirectoryError, QwloraError, UploadError, described, l
 from qwlora.export.registry import TARGETS
 from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
-from qwlora.formats.card_mark import is_users_card
+from qwlora.formats.model_card import is_users_card
 from qwlora.pipeline.job.directory import CARD, Directory
 from qwlora.pipeline.job.output_path import as_directory_errors
 from qwlora.pipeline.plan.stage import MOMENTS, SOLVER_SCALES

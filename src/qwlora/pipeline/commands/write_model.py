@@ -24,8 +24,8 @@ from qwlora.analysis.token_scores import logits_of, perplexity
 from qwlora.errors import SourceError
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.base_folder import save_base
-from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
-from qwlora.formats.model_origin import public_name
+from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
+from qwlora.formats.model_card import public_name
 from qwlora.formats.model_source import fetch, load_tokenizer
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.quantized_tensor import QuantizedTensor
@@ -152,7 +152,7 @@ def import_base(
         keep_float: with `encodings`, globs of parameters or layers that stay float.
     """
     checkpoint = open_checkpoint(fetch(source).path, encodings, keep_float=keep_float)
-    if isinstance(checkpoint, FloatCheckpoint):
+    if isinstance(checkpoint, FolderCheckpoint):
         raise SourceError(
             f"model {source!r} is a float model, which has no integers to import. Give the AIMET "
             "encodings that its weights lie on with --encodings, or quantize it: qwlora init"

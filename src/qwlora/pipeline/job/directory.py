@@ -28,7 +28,7 @@ from types import MappingProxyType
 from typing import Any
 
 from qwlora.errors import DirectoryError, RecipeError, listed
-from qwlora.formats.card_mark import is_users_card, text_of
+from qwlora.formats.model_card import is_users_card, text_of
 from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.output_path import (

@@ -94,14 +94,14 @@ def second_rounding(recipe: Recipe) -> str | None:
 
 def _lies_on_grid(recipe: Recipe, folder: Path) -> bool:
     from qwlora.formats.assemble_model import LazyModel
-    from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
+    from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
     from qwlora.quantize.layer_rules import plan_layers
     from qwlora.quantize.requantization_check import is_on_grid
 
     if recipe.model.trust_remote_code:
         return False
     try:
-        lazy = LazyModel(FloatCheckpoint(folder))
+        lazy = LazyModel(FolderCheckpoint(folder))
     except SourceError:  # pickles: only loading the whole model would tell
         return False
     base = recipe.base

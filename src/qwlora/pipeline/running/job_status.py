@@ -20,8 +20,8 @@ from typing import Any
 
 from qwlora.errors import LESS_MEMORY, QwloraError, VerificationError, is_out_of_memory
 from qwlora.pipeline.plan.stage import Stage
+from qwlora.system.compute_precision import processor_name
 from qwlora.system.memory import peak_rss_bytes
-from qwlora.system.processor import processor_name
 
 PACKAGES = ("qwlora", "torch", "transformers", "peft", "onnx", "onnxruntime")
 LEAST_SECONDS = 10.0  # between two writes while training

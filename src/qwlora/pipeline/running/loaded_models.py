@@ -36,7 +36,7 @@ from qwlora.export.target import members
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_files import read_record
 from qwlora.formats.base_folder import load_base
-from qwlora.formats.huggingface.huggingface_folder import FloatCheckpoint
+from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.meta_model import build_model
 from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
 from qwlora.graph.capture import capture
@@ -232,7 +232,7 @@ class JobContext:
             self.whole_because = "model.trust_remote_code is true, so the model's own code loads it"
             return None
         try:
-            return LazyModel(FloatCheckpoint(location.path))
+            return LazyModel(FolderCheckpoint(location.path))
         except SourceError as error:
             # Weights that transformers converts on loading, or pickles: load the whole model.
             self.whole_because = str(error)

@@ -15,7 +15,7 @@ from typing import Any
 
 from qwlora.data.prepared_data import summary
 from qwlora.errors import DirectoryError, described
-from qwlora.formats.card_mark import text_of
+from qwlora.formats.model_card import text_of
 from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.directory import Directory, RecipeChangedError

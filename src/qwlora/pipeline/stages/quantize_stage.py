@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.base_folder import save_base
-from qwlora.formats.model_origin import public_name
+from qwlora.formats.model_card import public_name
 from qwlora.grid.second_moments import MomentStore
 from qwlora.pipeline.plan.plan import needs_moments
 from qwlora.pipeline.plan.stage import MOMENTS, SOLVER_SCALES, Stage

@@ -1,12 +1,17 @@
-"""Where a model came from and its license, as far as its own files say. Nothing is guessed.
+"""What a model's own files say about its origin and license, and text of others in README.md files.
 
-checkpoint folder   the metadata of its README.md (a model card): license, license_name,
-                    license_link. The hub id if the folder is in the hub's cache
-GGUF file           general.license, general.license.name, general.license.link; the hub id
-                    from general.source.huggingface.repository, general.source.repo_url or
-                    general.repo_url
-hub id              the id itself, and the metadata of its README.md, the only file downloaded
-base folder         as for a checkpoint folder
+Nothing is guessed:
+
+    checkpoint folder   the metadata of its README.md (a model card): license, license_name,
+                        license_link. The hub id if the folder is in the hub's cache
+    GGUF file           general.license, general.license.name, general.license.link; the hub id
+                        from general.source.huggingface.repository, general.source.repo_url or
+                        general.repo_url
+    hub id              the id itself, and the metadata of its README.md, the only file downloaded
+    base folder         as for a checkpoint folder
+
+In the README.md files that QWLoRA writes, such text is one line of escaped characters, so that it
+cannot write headings, tables or HTML of its own. A README.md that a user edited is never replaced.
 """
 
 from __future__ import annotations
@@ -21,10 +26,12 @@ from typing import Any
 import yaml
 
 from qwlora.errors import QwloraError, SourceError
-from qwlora.formats.card_mark import one_line
 from qwlora.formats.model_source import CARD, downloaded, locate
 
 UNKNOWN = "unknown"  # the hub's own word, which it shows as such
+CARD_MARK = "<!-- Written by QWLoRA. Delete this line to keep your own changes. -->"
+MOST_CHARACTERS = 200
+_PEFT_TEMPLATE = "[More Information Needed]"  # in the card that PEFT writes next to an adapter
 _ID = r"[\w.-]+/[\w.-]+?"
 
 
@@ -110,3 +117,40 @@ def card_metadata(path: Path) -> dict[str, Any]:
         return metadata_load(path) or {}
     except (OSError, ValueError, yaml.YAMLError, RecursionError):
         return {}
+
+
+def one_line(text: str) -> str:
+    """`text` without line breaks and invisible characters, cut after `MOST_CHARACTERS`."""
+    visible = "".join(c if c.isprintable() else " " for c in text[: 10 * MOST_CHARACTERS])
+    line = " ".join(visible.split())
+    return line if len(line) <= MOST_CHARACTERS else f"{line[:MOST_CHARACTERS]}..."
+
+
+def escaped(text: str) -> str:
+    """`text` as one line of Markdown that shows it letter by letter."""
+    line = one_line(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+    return re.sub(r"([\\`*_{}\[\]#|~$])", r"\\\1", line)
+
+
+def as_code(text: str) -> str:
+    """`text` as one line of code in Markdown."""
+    return f"`{one_line(text).replace('`', chr(39))}`"
+
+
+def marked(text: str) -> str:
+    """A README.md of QWLoRA, with `CARD_MARK` at its end."""
+    return f"{text.rstrip()}\n\n{CARD_MARK}\n"
+
+
+def is_users_card(card: Path) -> bool:
+    """Whether a README.md was written or edited by the user."""
+    text = text_of(card)
+    return bool(text) and CARD_MARK not in text and _PEFT_TEMPLATE not in text
+
+
+def text_of(file: Path) -> str:
+    """The text of a file; empty if it cannot be read."""
+    try:
+        return file.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""

@@ -14,14 +14,12 @@ from typing import Any
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -29,6 +27,7 @@ from transformers import (
 )
 
 from conftest import ARCHITECTURES, byte_tokenizer, text, tiny_model
+from formats.models import edit_json, edit_tensors, mixtral
 from qwlora import fingerprint, load_base, quantize_, save_adapter, save_base
 from qwlora.errors import FingerprintError, SourceError
 from qwlora.formats import hf_quantizer
@@ -87,36 +86,20 @@ def test_from_pretrained_gives_the_model_of_load_base(
     assert not any(parameter.requires_grad for parameter in model.parameters())
 
 
-def _packed_embedding() -> PreTrainedModel:
-    model = tiny_model("llama")
-    scheme = parse_scheme("w4-block32")
+def packed_embedding() -> PreTrainedModel:
+    model, scheme = tiny_model("llama"), parse_scheme("w4-block32")
     quantize_(model, scheme, "rtn", rules=[LayerRule("*embed_tokens", scheme)])
     return model
 
 
-def _lpbq() -> PreTrainedModel:
-    return quantized("qwen3", "w4-lpbq16")
-
-
-def _experts() -> PreTrainedModel:
-    torch.manual_seed(0)
-    model = MixtralForCausalLM(
-        MixtralConfig(
-            vocab_size=260,
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            num_local_experts=4,
-        )
-    ).eval()
+def experts() -> PreTrainedModel:
+    model = mixtral(vocab_size=260)
     quantize_(model, "w4-block32", "rtn")
     assert any("experts" in name for name in packed_layers(model))
     return model
 
 
-@pytest.mark.parametrize("make", [_packed_embedding, _lpbq, _experts])
+@pytest.mark.parametrize("make", [packed_embedding, lambda: quantized(scheme="w4-lpbq16"), experts])
 def test_tied_heads_and_experts_load_as_well(
     tmp_path: Path, make: Callable[[], PreTrainedModel]
 ) -> None:
@@ -179,18 +162,12 @@ def test_another_class_is_refused_by_name(base: Path) -> None:
         AutoModel.from_pretrained(base)
 
 
-def test_changed_weights_are_refused(own_base: Path) -> None:
-    tensors = load_file(own_base / "base.safetensors")
-    name = "model.layers.0.mlp.up_proj.packed"
-    tensors[name] = tensors[name] ^ 1
-    save_file(tensors, own_base / "base.safetensors", metadata={"format": "pt"})
+def test_changed_files_are_refused(own_base: Path) -> None:
+    path, name = own_base / "base.safetensors", "model.layers.0.mlp.up_proj.packed"
+    edit_tensors(path, {name: load_file(path)[name] ^ 1})
     with pytest.raises(FingerprintError, match=f"{name} changed after saving"):
         AutoModelForCausalLM.from_pretrained(own_base)
-
-
-def test_a_changed_configuration_is_refused(own_base: Path) -> None:
-    config = json.loads((own_base / "config.json").read_text())
-    (own_base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.1}))
+    edit_json(own_base / "config.json", rms_norm_eps=0.1)
     with pytest.raises(FingerprintError, match=r"config.json changed"):
         AutoModelForCausalLM.from_pretrained(own_base)
 

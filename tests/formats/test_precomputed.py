@@ -14,15 +14,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    MixtralConfig,
-    MixtralForCausalLM,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
+from formats.models import mixtral
 from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.errors import CalibrationError, GridError, SourceError
 from qwlora.formats.assemble_model import LazyModel, load_precomputed
@@ -39,18 +35,7 @@ KINDS = (*ARCHITECTURES, "mixtral")
 
 
 def model_of(kind: str) -> PreTrainedModel:
-    if kind != "mixtral":
-        return tiny_model(kind)
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 96,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "vocab_size": 260,
-    }
-    return MixtralForCausalLM(MixtralConfig(**sizes, num_local_experts=4, pad_token_id=0)).eval()
+    return mixtral(vocab_size=260) if kind == "mixtral" else tiny_model(kind)
 
 
 class Held:

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
+from formats import models
 from qwlora.errors import EncodingsFileError, SourceError
 from qwlora.formats.aimet import AimetCheckpoint
 from qwlora.formats.aimet_encodings import (
@@ -35,27 +36,15 @@ from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
 GOLDEN = Path(__file__).parent / "aimet_encodings" / "files"
-SIZES = {
-    "vocab_size": 48,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-}
 DOWN = "model.layers.0.mlp.down_proj.weight"
 
 
 def llama(tied: bool = False) -> PreTrainedModel:
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**SIZES, tie_word_embeddings=tied))
+    return models.llama(vocab_size=48, num_hidden_layers=1, tie_word_embeddings=tied)
 
 
 def gpt2() -> PreTrainedModel:
-    torch.manual_seed(0)
-    return GPT2LMHeadModel(
-        GPT2Config(vocab_size=48, n_embd=32, n_layer=1, n_head=2, n_positions=32)
-    )
+    return models.gpt2(vocab_size=48, n_layer=1)
 
 
 # Grids of AIMET's own files

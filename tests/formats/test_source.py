@@ -11,10 +11,11 @@ import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.utils import filter_repo_objects
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from conftest import byte_tokenizer, tiny_model
 from formats.gguf_models import metadata_of, stored_shapes, write_file
+from formats.models import edit_json, edit_tensors
 from qwlora import load_precomputed, quantize_, save_base
 from qwlora.adapter.adapter_folder import adapter_folder
 from qwlora.analysis.inspect_model import inspect_source
@@ -23,6 +24,7 @@ from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.model_source import _downloaded_model, fetch, load_model, load_tokenizer, locate
 
+FILE = "model.safetensors"
 DOWN = "model.layers.1.mlp.down_proj.weight"
 
 
@@ -32,13 +34,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def change(folder: Path, name: str, value: torch.Tensor | None) -> None:
-    tensors = {**load_file(folder / "model.safetensors"), name: value}
-    save_file(
-        {key: tensor for key, tensor in tensors.items() if tensor is not None},
-        folder / "model.safetensors",
-        metadata={"format": "pt"},
-    )
+def loaded(folder: Path) -> torch.Tensor:
+    return load_model(str(folder)).get_parameter(DOWN)
 
 
 @pytest.mark.parametrize("place", ["../outside.safetensors", "a/../../outside.safetensors"])
@@ -48,27 +45,16 @@ def test_an_index_that_names_a_file_outside_of_the_folder_is_refused(
     folder = tmp_path / "model"
     tiny_model("llama").save_pretrained(folder)
     (folder / "a").mkdir()
-    names = load_file(folder / "model.safetensors")
-    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    names = load_file(folder / FILE)
+    (folder / FILE).rename(tmp_path / "outside.safetensors")
     index = {"metadata": {}, "weight_map": dict.fromkeys(names, place)}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(
-        SourceError,
-        match=r"outside\.safetensors', which is not a \.safetensors file in this folder",
-    ):
+    (folder / f"{FILE}.index.json").write_text(json.dumps(index))
+    with pytest.raises(SourceError, match=r"outside\.safetensors', which is not a .* this folder"):
         load_model(str(folder))
 
 
-def test_a_whole_checkpoint_is_loaded(folder: Path) -> None:
-    assert torch.equal(
-        load_model(str(folder)).get_parameter(DOWN), tiny_model("llama").get_parameter(DOWN)
-    )
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_half_precision_checkpoint_becomes_a_float32_model(
-    tmp_path: Path, dtype: torch.dtype
-) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_checkpoint_becomes_a_float32_model(tmp_path: Path, dtype: torch.dtype) -> None:
     tiny_model("llama").to(dtype).save_pretrained(tmp_path)
     expected = tiny_model("llama").get_parameter(DOWN).to(dtype).float()
     for model in (load_model(str(tmp_path)), load_precomputed(FolderCheckpoint(tmp_path))):
@@ -76,24 +62,30 @@ def test_a_half_precision_checkpoint_becomes_a_float32_model(
         assert torch.equal(model.get_parameter(DOWN), expected)
 
 
-def test_what_is_missing_is_not_made_up(folder: Path) -> None:
-    change(folder, DOWN, None)
-    with pytest.raises(
-        SourceError,
-        match=rf"missing from its files: {DOWN} of LlamaForCausalLM\. .*download it again",
-    ):
-        load_model(str(folder))
-    change(folder, "model.layers.1.mlp.down.weight", torch.ones(2))
-    with pytest.raises(
-        SourceError,
-        match=r"LlamaForCausalLM; its files hold model.layers.1.mlp.down.weight, which .* lacks",
-    ):
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        (
+            {DOWN: None},
+            rf"missing from its files: {DOWN} of LlamaForCausalLM\. .*download it again",
+        ),
+        (
+            {DOWN: None, "model.layers.1.mlp.down.weight": torch.ones(2)},
+            "Llama.*; its files hold model.layers.1.mlp.down.weight, which LlamaForCausalLM lacks",
+        ),
+        ({DOWN: torch.ones(3, 3)}, "tensors of other shapes"),
+    ],
+)
+def test_what_is_missing_is_not_made_up(
+    folder: Path, tensors: dict[str, torch.Tensor | None], message: str
+) -> None:
+    edit_tensors(folder / FILE, tensors)
+    with pytest.raises(SourceError, match=message):
         load_model(str(folder))
 
 
 def test_a_config_with_fewer_layers_than_the_files_is_refused(folder: Path) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 1}))
+    edit_json(folder / "config.json", num_hidden_layers=1)
     for load in (load_model, FolderCheckpoint):
         with pytest.raises(SourceError, match=r"model\.layers\.1\..* and 4 more"):
             load(str(folder))
@@ -103,31 +95,19 @@ def test_a_gguf_file_with_more_layers_than_its_metadata_is_refused(tmp_path: Pat
     config = tiny_model("llama").config
     shapes = stored_shapes("llama", config)
     config.num_hidden_layers = 1
-    file = write_file(
-        tmp_path / "half.gguf",
-        "llama",
-        metadata_of("llama", config, "llama"),
-        shapes,
-        lambda *_: "F32",
-        tokens=config.vocab_size,
-    )
+    metadata = metadata_of("llama", config, "llama")
+    path, tokens = tmp_path / "half.gguf", config.vocab_size
+    file = write_file(path, "llama", metadata, shapes, lambda *_: "F32", tokens)
     for load in (load_model, GgufCheckpoint):
         with pytest.raises(SourceError, match=r"blk\.1\.\w+.* and 4 more"):
             load(str(file))
 
 
 def test_tensors_that_transformers_ignores_are_ignored(folder: Path) -> None:
-    change(folder, "model.layers.0.self_attn.rotary_emb.inv_freq", torch.ones(8))
-    change(folder, "lm_head.weight", tiny_model("llama").model.embed_tokens.weight.detach())
-    assert torch.equal(
-        load_model(str(folder)).get_parameter(DOWN), tiny_model("llama").get_parameter(DOWN)
-    )
-
-
-def test_what_has_another_shape_is_not_made_up(folder: Path) -> None:
-    change(folder, DOWN, torch.ones(3, 3))
-    with pytest.raises(SourceError, match="tensors of other shapes"):
-        load_model(str(folder))
+    head = tiny_model("llama").model.embed_tokens.weight.detach()
+    frequencies = {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}
+    edit_tensors(folder / FILE, {**frequencies, "lm_head.weight": head})
+    assert torch.equal(loaded(folder), tiny_model("llama").get_parameter(DOWN))
 
 
 def test_integers_are_not_loaded_as_floats(
@@ -136,10 +116,7 @@ def test_integers_are_not_loaded_as_floats(
     model, base = tiny_model("llama"), tmp_path_factory.mktemp("base")
     quantize_(model, "w4-block32", "rtn")
     save_base(model, base, byte_tokenizer(), source="somewhere")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(
-        json.dumps({**config, "quantization_config": {"quant_method": "gptq"}})
-    )
+    edit_json(folder / "config.json", quantization_config={"quant_method": "gptq"})
     for source in (folder, base):
         assert not locate(str(source)).holds_floats
         with pytest.raises(SourceError, match=r"holds integers.*\(base.solver: keep\)"):
@@ -147,10 +124,7 @@ def test_integers_are_not_loaded_as_floats(
 
 
 def test_a_folder_without_a_tokenizer_says_so(folder: Path) -> None:
-    with pytest.raises(
-        SourceError,
-        match=r"has no tokenizer.*\(tokenizer.json",
-    ):
+    with pytest.raises(SourceError, match=r"has no tokenizer.*\(tokenizer.json"):
         load_tokenizer(str(folder))
     byte_tokenizer().save_pretrained(folder)
     assert load_tokenizer(str(folder))("a")["input_ids"]
@@ -200,9 +174,8 @@ def test_a_hub_id_is_downloaded_and_read_like_a_folder(hub: Callable[[str], Path
     byte_tokenizer().save_pretrained(folder)
     (folder / "onnx").mkdir()
     (folder / "onnx" / "model.safetensors").write_bytes(b"another format of the same weights")
-    assert torch.equal(
-        load_model("owner/floats").get_parameter(DOWN), tiny_model("llama").get_parameter(DOWN)
-    )
+    expected = tiny_model("llama").get_parameter(DOWN)
+    assert torch.equal(load_model("owner/floats").get_parameter(DOWN), expected)
     assert load_tokenizer("owner/floats")("a")["input_ids"]
     assert not (fetch("owner/floats").path / "onnx").exists()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,25 +10,36 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from conftest import ARCHITECTURES, byte_tokenizer, reseal, tiny_model
+from formats.models import edit_json, edit_tensors
 from qwlora import PerChannel, Scheme, fingerprint, load_base, quantize_, save_base
 from qwlora.errors import FingerprintError, GridError, SourceError
 from qwlora.formats.base_files import BaseWriter
+from qwlora.formats.huggingface.model_config import read_config
+from qwlora.formats.meta_model import empty_model
 from qwlora.grid.scheme import parse_scheme
-from qwlora.nn.fingerprint import combined_fingerprint, config_numbers
+from qwlora.nn.fingerprint import combined_fingerprint, config_numbers, tensor_digest
 from qwlora.quantize.layer_rules import LayerRule
 
 IDS = torch.arange(40).view(2, 20)
 LAYER = "model.layers.0.mlp.up_proj"
 
 
+def quantized(model: Any = None, scheme: Any = "w4-block32", rules: Any = ()) -> Any:
+    model = model or tiny_model("llama")
+    quantize_(model, scheme, "rtn", rules=rules)
+    return model
+
+
+def saved(model: Any, folder: Path) -> str:
+    return save_base(model, folder, byte_tokenizer(), source="somewhere")
+
+
 @pytest.fixture
 def base(tmp_path: Path) -> Path:
-    model = tiny_model("llama")
-    quantize_(model, "w4-block32", "rtn")
-    save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
+    saved(quantized(), tmp_path)
     return tmp_path
 
 
@@ -44,9 +54,8 @@ def base(tmp_path: Path) -> Path:
     ids=str,
 )
 def test_base_on_disk_is_the_same_base(tmp_path: Path, architecture: str, scheme: Scheme) -> None:
-    model = tiny_model(architecture)
-    quantize_(model, scheme, "rtn")
-    identity = save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
+    model = quantized(tiny_model(architecture), scheme)
+    identity = saved(model, tmp_path)
     loaded = load_base(tmp_path)
     assert fingerprint(loaded) == fingerprint(model) == identity
     assert not any(p.requires_grad for p in loaded.parameters())
@@ -69,7 +78,7 @@ def test_a_large_base_lies_in_shards_and_is_the_same(
     assert all(sum(t.nbytes for t in load_file(s).values()) <= max(20_000, largest) for s in shards)
     with torch.no_grad():
         assert torch.equal(load_base(folder)(IDS).logits, model(IDS).logits)
-    save_base(model, folder, byte_tokenizer(), source="somewhere")
+    saved(model, folder)
     assert [p.name for p in folder.glob("*.safetensors*")] == ["base.safetensors"], (
         "nothing of the older, larger base remains"
     )
@@ -91,27 +100,20 @@ def test_a_narrower_type_keeps_grid_frequencies_and_fingerprint(base: Path) -> N
 
 
 def test_a_packed_embedding_gives_the_type_that_was_asked_for(tmp_path: Path) -> None:
-    model = tiny_model("llama")
-    quantize_(
-        model, "w4-block32", "rtn", rules=[LayerRule("*embed_tokens", parse_scheme("w4-block32"))]
-    )
-    save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
+    model = quantized(rules=[LayerRule("*embed_tokens", parse_scheme("w4-block32"))])
+    saved(model, tmp_path)
     narrow: Any = load_base(tmp_path, dtype=torch.bfloat16)
     assert narrow.model.embed_tokens(IDS).dtype == narrow(IDS).logits.dtype == torch.bfloat16
     assert fingerprint(narrow) == fingerprint(model)
 
 
 def test_floats_that_were_narrow_are_stored_narrow_and_come_back_exact(tmp_path: Path) -> None:
-    model = tiny_model("llama").bfloat16().float()
-    quantize_(model, "w4-block32", "rtn")
-    save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
+    model, name = quantized(tiny_model("llama").bfloat16().float()), "model.embed_tokens.weight"
+    saved(model, tmp_path)
     stored, loaded = load_file(tmp_path / "base.safetensors"), load_base(tmp_path)
-    assert stored["model.embed_tokens.weight"].element_size() == 2
-    assert loaded.get_parameter("model.embed_tokens.weight").dtype == torch.float32
-    assert torch.equal(
-        loaded.get_parameter("model.embed_tokens.weight"),
-        model.get_parameter("model.embed_tokens.weight"),
-    )
+    assert stored[name].element_size() == 2
+    assert loaded.get_parameter(name).dtype == torch.float32
+    assert torch.equal(loaded.get_parameter(name), model.get_parameter(name))
 
 
 def test_the_files_are_mapped_not_copied(base: Path) -> None:
@@ -132,88 +134,50 @@ def edit_record(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     reseal(folder, "base.json")
 
 
-def edit_tensors(
-    folder: Path, change: Callable[[dict[str, torch.Tensor]], Any], sign: bool = False
-) -> None:
-    """Rewrite the tensors; `sign` makes base.json agree, as somebody would who means harm."""
-    tensors = {name: t.clone() for name, t in load_file(folder / "base.safetensors").items()}
-    change(tensors)
-    save_file(tensors, folder / "base.safetensors", metadata={"format": "pt"})
-    if sign:
-        with pytest.raises(FingerprintError) as caught:
-            load_base(folder)
-        edit_record(
-            folder,
-            lambda r: r.update(fingerprint=str(caught.value).split("has fingerprint ")[1][:64]),
-        )
-
-
 def test_a_changed_tensor_or_configuration_is_named(base: Path) -> None:
     path = base / "base.safetensors"
-    whole = path.read_bytes()
-    edit_tensors(base, lambda t: t[f"{LAYER}.packed"][0].bitwise_xor_(1))
+    packed = load_file(path)[f"{LAYER}.packed"]
+    edit_tensors(path, {f"{LAYER}.packed": packed ^ 1})
     with pytest.raises(
         FingerprintError,
-        match=rf"base.json says .*: {LAYER}.packed changed after saving. Copy it again, or quantize again",
+        match=rf"base.json says .*: {LAYER}.packed changed after saving. Copy it again, or quantize",
     ):
         load_base(base)
-    path.write_bytes(whole)
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
-    with pytest.raises(
-        FingerprintError, match=r": config.json changed after saving .* quantize again"
-    ):
+    edit_tensors(path, {f"{LAYER}.packed": packed})
+    edit_json(base / "config.json", rms_norm_eps=1e-3)
+    with pytest.raises(FingerprintError, match=r": config.json changed .* quantize again"):
+        load_base(base)
+    reseal(base, "base.json")
+    with pytest.raises(FingerprintError, match=r": config.json or its fingerprint changed"):
         load_base(base)
 
 
-def test_truncated_files_are_refused(base: Path) -> None:
-    path = base / "base.safetensors"
-    whole = path.read_bytes()
-    for length in (0, 4, 1000, len(whole) - 1):
-        path.write_bytes(whole[:length])
-        with pytest.raises(SourceError, match=r"truncated|bytes"):
-            load_base(base)
-
-
-def reshape(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{LAYER}.packed"] = tensors[f"{LAYER}.packed"].flatten()
-
-
-def drop(tensors: dict[str, torch.Tensor]) -> None:
-    del tensors["model.norm.weight"]
-
-
-def add(tensors: dict[str, torch.Tensor]) -> None:
-    tensors["../../outside"] = torch.zeros(2)
-
-
-def retype(tensors: dict[str, torch.Tensor]) -> None:
-    tensors[f"{LAYER}.packed"] = tensors[f"{LAYER}.packed"].to(torch.int16)
+PACKED = f"{LAYER}.packed"
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("name", "change", "message"),
     [
-        (reshape, rf"{LAYER}.packed is \[8192\] of U8, not \[128, 32\] of U8"),
-        (retype, rf"{LAYER}.packed is \[128, 32\] of I16, not \[128, 32\] of U8"),
-        (drop, "model.norm.weight is missing"),
-        (add, "../../outside is not in the model"),
+        (PACKED, torch.flatten, rf"{PACKED} is \[4096\] of U8, not \[128, 32\] of U8"),
+        (PACKED, torch.Tensor.short, rf"{PACKED} is \[128, 32\] of I16, not \[128, 32\] of U8"),
+        ("model.norm.weight", lambda t: None, "model.norm.weight is missing"),
+        ("../../outside", lambda t: torch.zeros(2), "../../outside is not in the model"),
     ],
 )
 def test_tensors_of_another_kind_are_named_before_any_is_read(
-    base: Path, change: Any, message: str
+    base: Path, name: str, change: Any, message: str
 ) -> None:
-    edit_tensors(base, change)
-    with pytest.raises(SourceError, match=message.replace("8192", "4096")):
+    path = base / "base.safetensors"
+    edit_tensors(path, {name: change(load_file(path).get(name))})
+    with pytest.raises(SourceError, match=message):
         load_base(base)
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan"), float("inf")])
 def test_impossible_scales_are_named_though_fingerprints_agree(base: Path, scale: float) -> None:
-    def change(tensors: dict[str, torch.Tensor]) -> None:
-        tensors[f"{LAYER}.scale"].view(-1)[3] = scale
-
-    edit_tensors(base, change)
+    scales = load_file(base / "base.safetensors")[f"{LAYER}.scale"]
+    scales.view(-1)[3] = scale
+    edit_tensors(base / "base.safetensors", {f"{LAYER}.scale": scales})
     resign(base)
     with pytest.raises(
         GridError,
@@ -224,33 +188,15 @@ def test_impossible_scales_are_named_though_fingerprints_agree(base: Path, scale
 
 def resign(folder: Path) -> None:
     """Make base.json agree with the tensors there are."""
-    from qwlora.formats.huggingface.model_config import read_config
-    from qwlora.formats.meta_model import empty_model
-    from qwlora.nn.fingerprint import tensor_digest
-
-    record = json.loads((folder / "base.json").read_text())
-    tensors = load_file(folder / "base.safetensors")
-    kinds = {
-        name: next(
-            (
-                parse(layer).to_text()
-                for path, layer in record["layers"].items()
-                if name.startswith(path + ".")
-            ),
-            "",
-        )
-        for name in tensors
+    layers = json.loads((folder / "base.json").read_text())["layers"]
+    layouts = {path: Scheme.from_json(layer).to_text() for path, layer in layers.items()}
+    digests = {
+        name: tensor_digest(name, layouts.get(name.rpartition(".")[0], ""), tensor)
+        for name, tensor in load_file(folder / "base.safetensors").items()
     }
-    digests = {name: tensor_digest(name, kinds[name], t) for name, t in tensors.items()}
     numbers = config_numbers(empty_model(read_config(folder)))
-    edit_record(
-        folder,
-        lambda r: r.update(fingerprint=combined_fingerprint(digests, numbers), tensors=digests),
-    )
-
-
-def parse(layer: dict[str, Any]) -> Scheme:
-    return Scheme.from_json(layer.get("scheme", layer))
+    identity = combined_fingerprint(digests, numbers)
+    edit_record(folder, lambda r: r.update(fingerprint=identity, tensors=digests))
 
 
 @pytest.mark.parametrize(
@@ -278,13 +224,7 @@ def parse(layer: dict[str, Any]) -> Scheme:
 def test_absurd_layers_are_refused_by_name(base: Path, name: str, layer: Any) -> None:
     def change(record: dict[str, Any]) -> None:
         layers = record["layers"]
-        known = layers[LAYER]
-        absurd = (
-            {**known, **layer, "scheme": {**known.get("scheme", {}), **layer}}
-            if isinstance(layer, dict)
-            else layer
-        )
-        layers[name] = absurd
+        layers[name] = {**layers[LAYER], **layer} if isinstance(layer, dict) else layer
 
     edit_record(base, change)
     with pytest.raises(
@@ -294,40 +234,26 @@ def test_absurd_layers_are_refused_by_name(base: Path, name: str, layer: Any) ->
         load_base(base)
 
 
-def test_base_json_itself(base: Path) -> None:
-    good = (base / "base.json").read_text()
-    for text, message in {
-        json.dumps(
-            json.loads(good) | {"format": 1}
-        ): "has format 1, but this version reads 4; quantize again",
-        json.dumps(
-            json.loads(good) | {"format": 99}
-        ): "has format 99, but this version reads 4; quantize again, with the same version",
-        json.dumps(json.loads(good) | {"format": None}): "has format None",
-        json.dumps(
-            json.loads(good) | {"layers": [], "source": 3}
-        ): "in base.json: source and layers",
-        "[]": "is not a JSON object",
-        "{": "cannot be read",
-        "[" * 100_000: "cannot be read",
-    }.items():
-        (base / "base.json").write_text(text)
-        with pytest.raises(SourceError, match=message):
-            load_base(base)
-    (base / "base.json").unlink()
-    with pytest.raises(SourceError, match="is not a QWLoRA base"):
-        load_base(base)
-
-
-def test_an_index_cannot_point_outside(base: Path) -> None:
-    (base / "base.safetensors").rename(base.parent / "elsewhere.safetensors")
-    (base / "base.safetensors.index.json").write_text(
-        json.dumps({"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}})
-    )
-    with pytest.raises(
-        SourceError,
-        match=r"'../elsewhere.safetensors', which is not a .safetensors file in this folder",
-    ):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format": 1}, "has format 1, but this version reads 4; quantize again, with the same"),
+        ({"format": None}, "has format None"),
+        ({"layers": [], "source": 3}, "in base.json: source and layers"),
+        ("[]", "is not a JSON object"),
+        ("{", "cannot be read"),
+        ("[" * 100_000, "cannot be read"),
+        (None, "is not a QWLoRA base"),
+    ],
+)
+def test_base_json_itself(base: Path, changes: Any, message: str) -> None:
+    if isinstance(changes, dict):
+        edit_json(base / "base.json", **changes)
+    elif changes is None:
+        (base / "base.json").unlink()
+    else:
+        (base / "base.json").write_text(changes)
+    with pytest.raises(SourceError, match=message):
         load_base(base)
 
 
@@ -344,17 +270,7 @@ def test_an_index_cannot_point_outside(base: Path) -> None:
     ids=str,
 )
 def test_an_absurd_configuration_costs_nothing(base: Path, change: dict[str, Any]) -> None:
-    config = json.loads((base / "config.json").read_text())
-    (base / "config.json").write_text(json.dumps(config | change))
+    edit_json(base / "config.json", **change)
     reseal(base, "base.json")
     with pytest.raises(SourceError, match=r"config.json"):
-        load_base(base)
-
-
-def test_a_header_that_claims_more_than_the_file_is_refused(base: Path) -> None:
-    path = base / "base.safetensors"
-    path.write_bytes(struct.pack("<Q", 2**40) + path.read_bytes()[8:])
-    with pytest.raises(
-        SourceError, match=r"base\.safetensors' is truncated, or not a safetensors file"
-    ):
         load_base(base)

@@ -10,7 +10,7 @@ import torch
 
 from cli.command_line import qwlora
 from conftest import byte_tokenizer, tiny_model
-from formats.test_model_origin import gguf
+from formats.test_model_card import gguf
 from qwlora import Scheme
 from qwlora.errors import SourceError
 from qwlora.grid.min_max import measure

@@ -10,8 +10,9 @@ Tensors are read one at a time, so the peak memory is the finished model plus on
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import nn
@@ -118,19 +119,21 @@ class LazyModel:
             if type(self.model.get_submodule(path)).forward is not nn.Module.forward
         ]
         self.load_outside_(blocks)
-        hooks = []
-        for path in blocks:
-            block = self.model.get_submodule(path)
-            hooks += [
-                block.register_forward_pre_hook(_calling(self.materialize_, path)),
-                block.register_forward_hook(_calling(self.release_, path)),
-            ]
-        try:
+        with ExitStack() as stack:
+            stack.callback(self.release_)
+            for path in blocks:
+                block = self.model.get_submodule(path)
+                loading = block.register_forward_pre_hook(partial(self._load_block_, path))
+                releasing = block.register_forward_hook(partial(self._release_block_, path))
+                stack.callback(loading.remove)
+                stack.callback(releasing.remove)
             yield self.model
-        finally:
-            for hook in hooks:
-                hook.remove()
-            self.release_()
+
+    def _load_block_(self, path: str, *ignored: object) -> None:
+        self.materialize_(path)
+
+    def _release_block_(self, path: str, *ignored: object) -> None:
+        self.release_(path)
 
     def _waiting(self, name: str) -> list[str]:
         """The names of a tensor that still exist in the model and have no data."""
@@ -162,12 +165,3 @@ class LazyModel:
             )
         check_finite(name, value, allow_infinity=not isinstance(expected, nn.Parameter))
         put_(self.model, aliases, value.to(torch.float32) if value.is_floating_point() else value)
-
-
-def _calling(action: Callable[[str], object], path: str) -> Callable[..., None]:
-    """A module hook that calls `action(path)`."""
-
-    def hook(*ignored: object) -> None:
-        action(path)
-
-    return hook

@@ -483,11 +483,7 @@ class _Layer(BaseModel):
 def _read_layers(
     record: Mapping[str, Any], where: str
 ) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
-    """Scheme and shape of each packed layer in a `base.json`, by module path.
-
-    Raises:
-        GridError: the record of a layer is invalid.
-    """
+    """Scheme and shape of each packed layer in a `base.json`, by module path."""
     layers = {}
     for name, layer in record["layers"].items():
         try:

@@ -6,11 +6,8 @@
 The record is `qwlora.json` for an adapter, `base.json` for a base, and `simulation.json` for a
 simulation. Its `files` lists the files that were written together, by path relative to the folder.
 The record's own entry is the digest of all its other fields. Files that are not listed (README.md,
-notes) are not checked. To accept an edited file, delete its entry from `files`; it is then no
-longer checked.
-
-A folder without a record is from another tool and cannot be checked; `check` warns that it is
-unverified.
+notes) are not checked. To accept an edited file, delete its entry from `files`. A folder without a
+record is from another tool and cannot be checked.
 """
 
 from __future__ import annotations

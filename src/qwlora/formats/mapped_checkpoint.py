@@ -59,8 +59,9 @@ class MappedCheckpoint(Checkpoint):
     def read(self, name: str) -> Tensor | QuantizedTensor:
         first, *copies = [self._converted(origin) for origin in self._origins_of(name)]
         if any(not _same(first, copy) for copy in copies):
+            aliases = " and ".join(repr(origin.target) for origin in self._origins[name])
             raise self._error(
-                f"{self.described_in} ties {self._aliases(name)}, but the files hold different "
+                f"{self.described_in} ties {aliases}, but the files hold different "
                 "values for them. Set tie_word_embeddings to false in config.json"
             )
         return first
@@ -81,9 +82,6 @@ class MappedCheckpoint(Checkpoint):
 
     def _error(self, problem: str) -> SourceError:
         return SourceError(f"{str(self.path)!r}: {problem}")
-
-    def _aliases(self, name: str) -> str:
-        return " and ".join(repr(origin.target) for origin in self._origins[name])
 
     def _origins_of(self, name: str) -> list[Origin]:
         if name not in self._origins:

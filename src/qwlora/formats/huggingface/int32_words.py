@@ -56,11 +56,7 @@ def pack_words(codes: UInt8[Tensor, "rows count"], bitwidth: int) -> Int[Tensor,
 
 
 def group_granularity(in_features: int, size: float, where: str) -> Granularity:
-    """The granularity of groups of `size` inputs.
-
-    Raises:
-        SourceError: rows of `in_features` cannot be divided into groups of that size.
-    """
+    """The granularity of groups of `size` inputs; refused if they do not divide the row."""
     if size < 1 or size % 1 or in_features % size:
         raise SourceError(
             f"{where}: groups of {size:g} do not divide rows of {in_features} evenly, but all "

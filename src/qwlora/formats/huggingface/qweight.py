@@ -197,11 +197,7 @@ class QweightTensors(FormatReader):
         return size
 
     def _groups(self, layer: str, size: _Size) -> Int[Tensor, " blocks"]:
-        """The group number of each block of contiguous inputs.
-
-        Raises:
-            SourceError: the inputs of a group are not contiguous.
-        """
+        """The group number of each block of contiguous inputs."""
         where, count = self.where(layer), size.groups
         index = self.files.read(f"{layer}.g_idx").reshape(-1).long()
         if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < count:

@@ -152,9 +152,10 @@ def _files_of(folder: Path, single: str) -> list[Path]:
         return _shards(files[0]) if files[0].suffix == ".json" else files
     missing = f"{str(folder)!r} has neither {single} nor {index}"
     if files:
+        name = index if files[0].suffix == ".json" else single
         raise SourceError(
             f"{missing}, but several other files: {listed(path.name for path in files)}. Rename "
-            "the right one, or remove the others"
+            f"the right one to {name}, or remove the others"
         )
     if pickles := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
         raise SourceError(

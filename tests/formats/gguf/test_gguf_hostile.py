@@ -34,23 +34,17 @@ CONFIG = LlamaConfig(
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     """A whole file of a few kilobytes."""
-    kinds = {
-        "attn_q": "Q4_0",
-        "attn_k": "Q8_0",
-        "ffn_up": "Q4_1",
-        "ffn_down": "Q5_0",
-        "ffn_gate": "Q5_1",
-    }
-    path = write_file(
+    kinds = {"attn_q": "Q4_0", "attn_k": "Q8_0", "ffn_up": "Q4_1"}
+    kinds |= {"ffn_down": "Q5_0", "ffn_gate": "Q5_1"}
+
+    def kind_of(name: str, shape: tuple[int, ...]) -> str:
+        return next((kind for part, kind in kinds.items() if f".{part}." in name), "F32")
+
+    path, metadata = (
         tmp_path_factory.mktemp("good") / "good.gguf",
-        "llama",
         metadata_of("llama", CONFIG, "llama"),
-        stored_shapes("llama", CONFIG),
-        lambda name, shape: next(
-            (kind for part, kind in kinds.items() if f".{part}." in name), "F32"
-        ),
-        tokens=16,
     )
+    write_file(path, "llama", metadata, stored_shapes("llama", CONFIG), kind_of, tokens=16)
     assert len(GgufCheckpoint(path).names()) == 11
     return path.read_bytes()
 

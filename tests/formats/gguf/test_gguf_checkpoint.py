@@ -140,25 +140,22 @@ def hybrid_file(folder: Path, value_head_dim: int, experts: bool, kinds: tuple[s
     arch = "qwen35moe" if experts else "qwen35"
     key_heads, value_heads, key_dim, hidden = 2, 4, 32, 256
     values = value_heads * value_head_dim
+    mixed = 2 * key_heads * key_dim + values
     linear: dict[str, tuple[int, ...]] = {
-        "attn_qkv.weight": (2 * key_heads * key_dim + values, hidden),
+        "attn_qkv.weight": (mixed, hidden),
         "attn_gate.weight": (values, hidden),
         "ssm_alpha.weight": (value_heads, hidden),
         "ssm_beta.weight": (value_heads, hidden),
-        "ssm_conv1d.weight": (2 * key_heads * key_dim + values, 4),
+        "ssm_conv1d.weight": (mixed, 4),
         "ssm_norm.weight": (value_head_dim,),
         "ssm_a": (value_heads,),
         "ssm_dt.bias": (value_heads,),
         "ssm_out.weight": (hidden, values),
     }
-    full: dict[str, tuple[int, ...]] = {
-        "attn_q.weight": (512, hidden),
-        "attn_k.weight": (128, hidden),
-        "attn_v.weight": (128, hidden),
-        "attn_output.weight": (hidden, 256),
-        "attn_q_norm.weight": (64,),
-        "attn_k_norm.weight": (64,),
-    }
+    rows = {"q": 512, "k": 128, "v": 128}
+    full: dict[str, tuple[int, ...]] = {f"attn_{p}.weight": (n, hidden) for p, n in rows.items()}
+    full |= {"attn_output.weight": (hidden, 256)}
+    full |= dict.fromkeys(("attn_q_norm.weight", "attn_k_norm.weight"), (64,))
     both = {"attn_norm.weight": (hidden,), "post_attention_norm.weight": (hidden,)}
     forward = {"gate": (512, hidden), "up": (512, hidden), "down": (hidden, 512)}
     if experts:
@@ -191,8 +188,7 @@ def hybrid_file(folder: Path, value_head_dim: int, experts: bool, kinds: tuple[s
     if experts:
         lengths = ("expert_feed_forward_length", "expert_shared_feed_forward_length")
         numbers |= dict.fromkeys(lengths, 512) | {"expert_count": 4, "expert_used_count": 2}
-    choose = in_turn(kinds)
-    joined: dict[str, str] = {}
+    choose, joined = in_turn(kinds), dict[str, str]()
 
     def kind_of(name: str, shape: tuple[int, ...]) -> str:
         if any(part in name for part in ("gate_exps", "up_exps")):
@@ -203,9 +199,8 @@ def hybrid_file(folder: Path, value_head_dim: int, experts: bool, kinds: tuple[s
     return write_file(folder / f"{arch}.gguf", arch, metadata, shapes, kind_of)
 
 
-NEWER = tuple(
-    kind for kind in KINDS if kind not in ("Q5_0", "Q5_1")
-)  # transformers has no Q5_0 and Q5_1 there
+# transformers has no Q5_0 and Q5_1 there
+NEWER = tuple(kind for kind in KINDS if kind not in ("Q5_0", "Q5_1"))
 
 
 @pytest.mark.parametrize("first", [0, 3, 6])
@@ -222,57 +217,52 @@ def test_conversions_move_rows_and_whole_blocks_of_columns(
 
 def test_columns_that_leave_their_blocks_are_refused(tmp_path: Path) -> None:
     checkpoint = GgufCheckpoint(hybrid_file(tmp_path, 16, False, ("Q8_0",)))
-    with pytest.raises(
-        SourceError,
-        match=r"'blk.0.ssm_out.weight' \(Q8_0, .*moves columns of this tensor out of their blocks of 32",
-    ):
+    facts = (
+        r"'blk.0.ssm_out.weight' \(Q8_0, .*moves columns of this tensor out of their blocks of 32"
+    )
+    with pytest.raises(SourceError, match=facts):
         checkpoint.read("model.layers.0.linear_attn.out_proj.weight")
 
 
-def test_values_that_transformers_changes_are_refused(tmp_path: Path) -> None:
-    choose = in_turn()
-    path = file_of(
-        tmp_path,
-        "gemma3",
-        lambda name, shape: "Q8_0" if name == "blk.1.attn_norm.weight" else choose(name, shape),
-    )
-    with pytest.raises(
-        SourceError,
-        match=r"'blk.1.attn_norm.weight' \(Q8_0, .*transformers changes the values of this tensor",
-    ):
-        GgufCheckpoint(path).read("model.layers.1.input_layernorm.weight")
-
-
-def test_joined_experts_of_two_types_are_refused(tmp_path: Path) -> None:
-    types = {"blk.0.ffn_up_exps.weight": "Q8_0", "blk.0.ffn_gate_exps.weight": "Q4_K"}
-    path = file_of(tmp_path, "qwen3moe", types)
-    with pytest.raises(
-        SourceError,
-        match=r"blk.0.ffn_gate_exps.weight \(Q4_K\), blk.0.ffn_up_exps.weight \(Q8_0\)\. Use a file",
-    ):
-        GgufCheckpoint(path).read("model.layers.0.mlp.experts.gate_up_proj")
-
-
-def test_types_that_no_grid_expresses_are_named(tmp_path: Path) -> None:
-    types = {"blk.0.ffn_up.weight": "TQ2_0", "blk.1.attn_q.weight": "MXFP4"}
-    expected = r"blk.0.ffn_up.weight \(TQ2_0\), blk.1.attn_q.weight \(MXFP4\): MXFP4, TQ2_0 cannot be expressed .* Use a file with Q4_0, .*"
-    with pytest.raises(SourceError, match=expected):
-        GgufCheckpoint(file_of(tmp_path, "llama", types))
+@pytest.mark.parametrize(
+    ("arch", "types", "parameter", "message"),
+    [
+        (
+            "gemma3",
+            {"blk.1.attn_norm.weight": "Q8_0"},
+            "model.layers.1.input_layernorm.weight",
+            r"'blk.1.attn_norm.weight' \(Q8_0, .*transformers changes the values of this tensor",
+        ),
+        (
+            "qwen3moe",
+            {"blk.0.ffn_up_exps.weight": "Q8_0", "blk.0.ffn_gate_exps.weight": "Q4_K"},
+            "model.layers.0.mlp.experts.gate_up_proj",
+            r"blk.0.ffn_gate_exps.weight \(Q4_K\), blk.0.ffn_up_exps.weight \(Q8_0\)\. Use a file",
+        ),
+        (
+            "llama",
+            {"blk.0.ffn_up.weight": "TQ2_0", "blk.1.attn_q.weight": "MXFP4"},
+            "",
+            r"blk.0.ffn_up.weight \(TQ2_0\), blk.1.attn_q.weight \(MXFP4\): MXFP4, TQ2_0 cannot be "
+            "expressed .* Use a file with Q4_0, .*",
+        ),
+    ],
+)
+def test_types_that_cannot_be_kept_are_refused(
+    tmp_path: Path, arch: str, types: dict[str, str], parameter: str, message: str
+) -> None:
+    path = file_of(tmp_path, arch, types)
+    with pytest.raises(SourceError, match=message):
+        GgufCheckpoint(path).read(parameter)
 
 
 def test_a_tied_head_comes_once_and_first(tmp_path: Path) -> None:
-    tied, untied = tmp_path / "tied", tmp_path / "untied"
-    tied.mkdir()
-    untied.mkdir()
-    names = GgufCheckpoint(file_of(tied, "llama", {}, tie_word_embeddings=True)).names()
-    assert names[0] == "model.embed_tokens.weight"
-    assert "lm_head.weight" not in names
-    assert GgufCheckpoint(file_of(untied, "llama", {})).names()[-1] == "lm_head.weight"
-    with pytest.raises(
-        SourceError,
-        match=r"'lm_head.weight' is not a parameter of LlamaForCausalLM \(tied",
-    ):
-        GgufCheckpoint(tied / "m.gguf").read("lm_head.weight")
+    assert GgufCheckpoint(file_of(tmp_path, "llama", {})).names()[-1] == "lm_head.weight"
+    checkpoint = GgufCheckpoint(file_of(tmp_path, "llama", {}, tie_word_embeddings=True))
+    assert checkpoint.names()[0] == "model.embed_tokens.weight"
+    assert "lm_head.weight" not in checkpoint.names()
+    with pytest.raises(SourceError, match=r"'lm_head.weight' is not a parameter of Llama.* \(tied"):
+        checkpoint.read("lm_head.weight")
 
 
 def test_copies_of_a_tied_tensor_that_differ_are_refused(tmp_path: Path) -> None:
@@ -287,9 +277,7 @@ def test_copies_of_a_tied_tensor_that_differ_are_refused(tmp_path: Path) -> None
 
 def test_floats_of_64_bits_stay_what_they_are(tmp_path: Path) -> None:
     path = file_of(tmp_path, "llama", {"blk.1.ffn_norm.weight": "F64"})
-    stored = next(
-        tensor for tensor in gguf.GGUFReader(path).tensors if tensor.name == "blk.1.ffn_norm.weight"
-    )
+    stored = next(t for t in gguf.GGUFReader(path).tensors if t.name == "blk.1.ffn_norm.weight")
     read = GgufCheckpoint(path).read("model.layers.1.post_attention_layernorm.weight")
     assert isinstance(read, torch.Tensor)
     assert read.dtype == torch.float64
@@ -376,14 +364,10 @@ def test_scalings_that_change_nothing_are_no_reason_to_warn(
 def test_the_configuration_is_transformers_own(tmp_path: Path) -> None:
     for name in ("llama", "gemma3", "mamba"):
         path = small_file(tmp_path, name)
-        wanted, found = (
-            AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict(),
-            GgufCheckpoint(path).config.to_dict(),
-        )
-        assert {key for key in wanted | found if wanted.get(key) != found.get(key)} <= {
-            "_name_or_path",
-            "dtype",
-        }
+        wanted = AutoConfig.from_pretrained(path.parent, gguf_file=path.name).to_dict()
+        found = GgufCheckpoint(path).config.to_dict()
+        different = {key for key in wanted | found if wanted.get(key) != found.get(key)}
+        assert different <= {"_name_or_path", "dtype"}
         assert found["vocab_size"] == 96
 
 

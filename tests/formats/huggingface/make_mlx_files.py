@@ -3,7 +3,7 @@ files/mlx-llama and files/mlx-adapter.
 
 Run by hand, in an environment with mlx 0.32.4 and mlx-lm 0.32.2 (on Linux: `mlx[cpu]`):
 
-    python tests/formats/make_mlx_files.py
+    python tests/formats/huggingface/make_mlx_files.py
 
 MLX quantizes each layer and dequantizes it into `expected.safetensors`.
 """
@@ -20,7 +20,7 @@ from mlx_lm import utils
 from mlx_lm.models import llama
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
-FILES = Path(__file__).parent / "files"
+FILES = Path(__file__).parents[1] / "files"
 IN, OUT = 128, 4
 CONFIG = {
     "model_type": "llama",

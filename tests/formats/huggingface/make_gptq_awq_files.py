@@ -4,7 +4,7 @@ libraries: files/gptq-*, files/awq-* and files/gptqmodel-llama.
 Run by hand, in an environment with gptqmodel 7.7.0 and AutoAWQ 0.2.9 (no GPU needed; AutoAWQ's
 Python files are enough):
 
-    python tests/formats/make_gptq_awq_files.py
+    python tests/formats/huggingface/make_gptq_awq_files.py
 
 Each layer is packed by the library, its scales are set to float32 again, and the library unpacks it
 into `expected.safetensors`.
@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-FILES = Path(__file__).parent / "files"
+FILES = Path(__file__).parents[1] / "files"
 IN, OUT = 64, 32
 
 

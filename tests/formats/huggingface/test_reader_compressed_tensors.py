@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,9 @@ from compressed_tensors.quantization import (
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
+from formats.models import edit_json, llama
 from qwlora.errors import SourceError
 from qwlora.formats.huggingface.compressed_tensors import CompressedTensors
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
@@ -35,14 +35,16 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 }
 
 
-LLAMA = LlamaConfig(
-    vocab_size=32,
-    hidden_size=64,
-    intermediate_size=128,
-    num_hidden_layers=1,
-    num_attention_heads=2,
-    num_key_value_heads=1,
-)
+INTEGER = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
+EIGHT = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+
+
+def small_llama() -> PreTrainedModel:
+    return llama(vocab_size=32, hidden_size=64, intermediate_size=128, num_hidden_layers=1)
+
+
+def weights(seed: int = 0, rows: int = OUT, columns: int = IN) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
 
 
 def grouped(weight: Tensor, arguments: QuantizationArgs) -> Tensor:
@@ -78,32 +80,21 @@ def compressed(
     return held, wide
 
 
-def settings_of(layout: str, record: dict[str, Any], **more: Any) -> dict[str, Any]:
-    group = {
-        "targets": ["Linear"],
-        "weights": record,
-        "input_activations": None,
-        "output_activations": None,
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": layout,
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head"],
-        **more,
-    }
+def settings_of(layout: str, record: dict[str, Any]) -> dict[str, Any]:
+    group = {"targets": ["Linear"], "weights": record, "input_activations": None}
+    return {"format": layout, "config_groups": {"group_0": group}, "ignore": ["lm_head"]}
 
 
 def opened(folder: Path, held: dict[str, Tensor], settings: dict[str, Any]) -> CompressedTensors:
-    save_file(
-        {f"layer.{part}": tensor.contiguous() for part, tensor in held.items()},
-        folder / "model.safetensors",
-    )
+    stored = {f"layer.{part}": tensor.contiguous() for part, tensor in held.items()}
+    save_file(stored, folder / "model.safetensors")
     return CompressedTensors(SafetensorsFiles(folder), settings)
 
 
-def read(tensors: CompressedTensors) -> QuantizedTensor:
-    value = tensors.read("layer.weight")
+def read(
+    folder: Path, held: dict[str, Tensor], layout: str, record: dict[str, Any]
+) -> QuantizedTensor:
+    value = opened(folder, held, settings_of(layout, record)).read("layer.weight")
     assert isinstance(value, QuantizedTensor)
     return value
 
@@ -115,46 +106,29 @@ def read(tensors: CompressedTensors) -> QuantizedTensor:
 def test_layers_equal_the_librarys(
     tmp_path: Path, layout: str, strategy: str, symmetric: bool, dtype: torch.dtype
 ) -> None:
+    granularity = {"tensor": PerTensor(), "channel": PerChannel(0), "group": PerBlock(16)}
     for bits in (2, 3, 4, 5, 6, 7, 8) if layout == "pack-quantized" else (4, 8):
-        weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(bits))
+        weight = weights(bits)
         record = {"num_bits": bits, "type": "int", "symmetric": symmetric, **STRATEGIES[strategy]}
         held, expected = compressed(weight, layout, record, dtype)
-        found = read(opened(tmp_path, held, settings_of(layout, record)))
+        found = read(tmp_path, held, layout, record)
+        scheme = found.encoding.scheme
         assert torch.equal(found.dequantize(), expected)
-        assert found.encoding.scheme.bitwidth == bits
-        assert (
-            found.encoding.scheme.symmetric >= symmetric
-        )  # an asymmetric tensor may happen to have its zero in the middle
-        granularity = {
-            "tensor": PerTensor(),
-            "channel": PerChannel(0),
-            "group": PerBlock(16),
-        }[strategy]
-        assert found.encoding.scheme.granularity == granularity
+        assert (scheme.bitwidth, scheme.granularity) == (bits, granularity[strategy])
+        # an asymmetric tensor may happen to have its zero in the middle
+        assert scheme.symmetric >= symmetric
         assert bool((found.dequantize() - weight).abs().max() < 4)
 
 
 def test_rows_that_do_not_fill_words(tmp_path: Path) -> None:
-    """20 codes of 3 bits in 2 words a row."""
-    weight = torch.randn(24, 20, generator=torch.Generator().manual_seed(0))
-    record = {"num_bits": 3, "type": "int", "symmetric": True, "strategy": "channel"}
-    held, expected = compressed(weight, "pack-quantized", record, torch.float32)
-    found = read(opened(tmp_path, held, settings_of("pack-quantized", record)))
-    assert torch.equal(found.dequantize(), expected)
-
-
-def test_the_older_packing_with_gaps_is_refused(tmp_path: Path) -> None:
-    """compressed-tensors 0.13 put `32 // bits` whole codes into a word, without crossing words."""
-    record = {"num_bits": 3, "type": "int", "symmetric": True, "strategy": "channel"}
-    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
-    held, _ = compressed(weight, "pack-quantized", record, torch.float32)
-    words = torch.zeros(OUT, 7, dtype=torch.int32)
-    with pytest.raises(SourceError, match=r"weight_packed' is I32 \[24, 7\], but .* \[24, 6\]"):
-        read(
-            opened(
-                tmp_path, {**held, "weight_packed": words}, settings_of("pack-quantized", record)
-            )
-        )
+    """20 codes of 3 bits in 2 words a row. compressed-tensors 0.13 put `32 // bits` whole codes into
+    a word, without crossing words; that is refused."""
+    record = {**EIGHT, "num_bits": 3}
+    held, expected = compressed(weights(columns=20), "pack-quantized", record, torch.float32)
+    assert torch.equal(read(tmp_path, held, "pack-quantized", record).dequantize(), expected)
+    held["weight_packed"] = torch.zeros(OUT, 3, dtype=torch.int32)
+    with pytest.raises(SourceError, match=r"weight_packed' is I32 \[24, 3\], but .* \[24, 2\]"):
+        read(tmp_path, held, "pack-quantized", record)
 
 
 def model_folder(
@@ -164,8 +138,7 @@ def model_folder(
     **more: Any,
 ) -> dict[str, Tensor]:
     """Compress the layers of a tiny llama that `layouts` names; returns the expected values."""
-    torch.manual_seed(0)
-    LlamaForCausalLM(LLAMA).save_pretrained(folder)
+    small_llama().save_pretrained(folder)
     stored, expected = {}, {}
     for name, value in load_file(folder / "model.safetensors").items():
         layout = next(
@@ -186,34 +159,21 @@ def model_folder(
         f"{layer}k_scale": torch.ones(1),
     }
     save_file(stored, folder / "model.safetensors")
-    record = json.loads((folder / "config.json").read_text())
-    record["quantization_config"] = {
-        "quant_method": "compressed-tensors",
-        "config_groups": groups,
-        **more,
-    }
-    (folder / "config.json").write_text(json.dumps(record))
+    settings = {"quant_method": "compressed-tensors", "config_groups": groups, **more}
+    edit_json(folder / "config.json", quantization_config=settings)
     return expected
 
 
 def test_a_whole_checkpoint_of_two_groups(tmp_path: Path) -> None:
     """8-bit attention and 4-bit MLP, told apart by a pattern. Scales of activations, whose settings
     were removed from config.json, are left out."""
-    eight = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
-    four = {"num_bits": 4, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}
+    four = {**INTEGER, "symmetric": False, "group_size": 32}
+    attention, mlp = ("int-quantized", EIGHT), ("pack-quantized", four)
     groups = {
-        "group_0": {
-            "targets": [r"re:.*self_attn.*"],
-            "weights": eight,
-            "format": "int-quantized",
-        },
-        "group_1": {"targets": ["Linear"], "weights": four, "format": "pack-quantized"},
+        "group_0": {"targets": [r"re:.*self_attn.*"], "weights": EIGHT, "format": attention[0]},
+        "group_1": {"targets": ["Linear"], "weights": four, "format": mlp[0]},
     }
-    layouts: dict[str, tuple[str, dict[str, Any]]] = {
-        "self_attn.q_proj": ("int-quantized", eight),
-        "self_attn.o_proj": ("int-quantized", eight),
-    }
-    layouts |= {"up_proj": ("pack-quantized", four), "down_proj": ("pack-quantized", four)}
+    layouts = {"q_proj": attention, "o_proj": attention, "up_proj": mlp, "down_proj": mlp}
     expected = model_folder(tmp_path, groups, layouts, format="mixed-precision")
     checkpoint = open_checkpoint(tmp_path)
     assert set(checkpoint.names()) == expected.keys()
@@ -227,9 +187,8 @@ def test_a_whole_checkpoint_of_two_groups(tmp_path: Path) -> None:
         )
 
 
-INTEGER = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 16}
 REFUSED_WEIGHTS: dict[str, dict[str, Any]] = {
-    r"weights.type is 'float': .*quantize the float model instead": {"type": "float"},
+    r"weights.type is 'float': .*Quantize the float model instead": {"type": "float"},
     "num_bits is 16: .*less than or equal to 8": {"num_bits": 16},
     "strategy is 'tensor_group': .*'tensor', 'channel', 'group'": {"strategy": "tensor_group"},
     "strategy is 'block'": {"strategy": "block"},
@@ -308,56 +267,42 @@ DAMAGED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("message", DAMAGED)
 def test_damaged_layers(tmp_path: Path, message: str) -> None:
-    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
-    stored: dict[str, Any] = compressed(weight, "pack-quantized", INTEGER, torch.float32)[0]
+    stored: dict[str, Any] = compressed(weights(), "pack-quantized", INTEGER, torch.float32)[0]
     tensors = {k: v for k, v in (stored | DAMAGED[message]).items() if v is not None}
     with pytest.raises(SourceError, match=message):
-        read(opened(tmp_path, tensors, settings_of("pack-quantized", INTEGER)))
+        read(tmp_path, tensors, "pack-quantized", INTEGER)
 
 
 def test_group_order_that_changes_nothing(tmp_path: Path) -> None:
-    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(0))
-    held, expected = compressed(weight, "pack-quantized", INTEGER, torch.float32)
+    held, expected = compressed(weights(), "pack-quantized", INTEGER, torch.float32)
     for order in (torch.arange(IN) // 16, torch.full((IN,), -1)):
-        found = read(
-            opened(
-                tmp_path,
-                {**held, "weight_g_idx": order.int()},
-                settings_of("pack-quantized", INTEGER),
-            )
-        )
-        assert torch.equal(found.dequantize(), expected)
+        held["weight_g_idx"] = order.int()
+        assert torch.equal(read(tmp_path, held, "pack-quantized", INTEGER).dequantize(), expected)
 
 
 @pytest.mark.parametrize("layout", ["pack-quantized", "int-quantized"])
 def test_a_symmetry_that_the_tensors_contradict(tmp_path: Path, layout: str) -> None:
-    weight = torch.randn(OUT, IN, generator=torch.Generator().manual_seed(2)) + 1
     record = {**INTEGER, "symmetric": False}
-    held, _ = compressed(weight, layout, record, torch.float32)
-    said = settings_of(layout, {**INTEGER, "symmetric": True})
+    held, _ = compressed(weights(2) + 1, layout, record, torch.float32)
     with pytest.raises(SourceError, match=r"says symmetric: true, but \d+ of \d+ zero points"):
-        read(opened(tmp_path, held, said))
+        read(tmp_path, held, layout, INTEGER)
     held["weight_zero_point"] = torch.zeros_like(held["weight_zero_point"])
     if layout == "int-quantized":
-        assert read(opened(tmp_path, held, said)).encoding.scheme.symmetric
+        assert read(tmp_path, held, layout, INTEGER).encoding.scheme.symmetric
     del held["weight_zero_point"]
     with pytest.raises(SourceError, match=r"symmetric: false, but '.*zero_point' is missing"):
-        read(opened(tmp_path, held, settings_of(layout, record)))
+        read(tmp_path, held, layout, record)
 
 
 def test_codes_outside_their_bits(tmp_path: Path) -> None:
-    held = {
-        "weight": torch.full((OUT, IN), 9, dtype=torch.int8),
-        "weight_scale": torch.ones(OUT, 4),
-    }
-    with pytest.raises(SourceError, match="holds values from 9 to 9, which do not fit in 4 bits"):
-        read(opened(tmp_path, held, settings_of("int-quantized", INTEGER)))
-    held["weight"] = held["weight"].float()
-    with pytest.raises(SourceError, match=r"'layer\.weight' is F32"):
-        read(opened(tmp_path, held, settings_of("int-quantized", INTEGER)))
-
-
-EIGHT = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    codes = torch.full((OUT, IN), 9, dtype=torch.int8)
+    for weight, message in (
+        (codes, "holds values from 9 to 9, which do not fit in 4 bits"),
+        (codes.float(), r"'layer\.weight' is F32"),
+    ):
+        held = {"weight": weight, "weight_scale": torch.ones(OUT, 4)}
+        with pytest.raises(SourceError, match=message):
+            read(tmp_path, held, "int-quantized", INTEGER)
 
 
 @pytest.mark.parametrize(
@@ -381,7 +326,7 @@ def test_groups_are_the_librarys(tmp_path: Path, targets: tuple[list[str], list[
         f"group_{i}": {"targets": names, "weights": weights}
         for i, (names, weights) in enumerate(zip(targets, (INTEGER, EIGHT), strict=True))
     }
-    asked = LlamaForCausalLM(LLAMA)
+    asked = small_llama()
     apply_quantization_config(
         asked, QuantizationConfig(config_groups=groups, quantization_status="frozen")
     )
@@ -404,15 +349,19 @@ def test_groups_are_the_librarys(tmp_path: Path, targets: tuple[list[str], list[
         assert torch.equal(found.dequantize(), expected[f"{path}.weight"])
 
 
-def test_a_layer_that_no_group_means(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("Embedding", r"no config group has a target that matches .*\(Linear\)\. Add it to the"),
+        ("re:(", "a target is not a valid regular expression"),
+    ],
+)
+def test_a_layer_whose_group_is_not_known(tmp_path: Path, target: str, message: str) -> None:
     settings = settings_of("pack-quantized", INTEGER)
     settings["config_groups"] = {
-        f"group_{i}": {"targets": [target], "weights": INTEGER}
-        for i, target in enumerate(("Embedding", "lm_head"))
+        f"group_{i}": {"targets": [name], "weights": INTEGER}
+        for i, name in enumerate((target, "lm_head"))
     }
-    held, _ = compressed(torch.randn(OUT, IN), "pack-quantized", INTEGER, torch.float32)
-    with pytest.raises(
-        SourceError,
-        match=r"no config group has a target that matches .*\(Linear\)\. Add it to the targets",
-    ):
-        read(opened(tmp_path, held, settings))
+    held, _ = compressed(weights(), "pack-quantized", INTEGER, torch.float32)
+    with pytest.raises(SourceError, match=message):
+        opened(tmp_path, held, settings).read("layer.weight")

@@ -28,37 +28,22 @@ from transformers import (
 from qwlora.errors import SourceError
 from qwlora.formats.huggingface.model_config import check_positions
 
-GPT: dict[str, Any] = {"vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 2, "n_positions": 16}
-BERT: dict[str, Any] = {
-    "vocab_size": 99,
-    "hidden_size": 32,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    "max_position_embeddings": 16,
-}
+ROWS = 16
+GPT: dict[str, Any] = {"vocab_size": 99, "n_embd": 32, "n_layer": 1, "n_head": 2}
+GPT |= {"n_positions": ROWS}
+BERT: dict[str, Any] = {"vocab_size": 99, "hidden_size": 32, "max_position_embeddings": ROWS}
+NEO = {**BERT, "num_layers": 1, "num_heads": 2, "attention_types": [[["global"], 1]]}
+BERT |= {"num_hidden_layers": 1, "num_attention_heads": 2}
 WIDE: dict[str, Any] = {**BERT, "intermediate_size": 32}
-TABLES: dict[str, tuple[PreTrainedConfig, int]] = {
-    "gpt2": (GPT2Config(**GPT), 16),
-    "opt": (
-        OPTConfig(**BERT, ffn_dim=32, word_embed_proj_dim=32),
-        16,
-    ),
-    "bert": (BertConfig(**WIDE, is_decoder=True), 16),
-    "neo": (
-        GPTNeoConfig(
-            vocab_size=99,
-            hidden_size=32,
-            num_layers=1,
-            num_heads=2,
-            attention_types=[[["global"], 1]],
-            max_position_embeddings=16,
-        ),
-        16,
-    ),
-    "bigcode": (GPTBigCodeConfig(**GPT), 16),
-    "openai": (OpenAIGPTConfig(**GPT), 16),
-    "gptj": (GPTJConfig(**GPT, rotary_dim=8), 16),
-    "ctrl": (CTRLConfig(**GPT, dff=32), 16),
+TABLES: dict[str, PreTrainedConfig] = {
+    "gpt2": GPT2Config(**GPT),
+    "opt": OPTConfig(**BERT, ffn_dim=32, word_embed_proj_dim=32),
+    "bert": BertConfig(**WIDE, is_decoder=True),
+    "neo": GPTNeoConfig(**NEO),
+    "bigcode": GPTBigCodeConfig(**GPT),
+    "openai": OpenAIGPTConfig(**GPT),
+    "gptj": GPTJConfig(**GPT, rotary_dim=8),
+    "ctrl": CTRLConfig(**GPT, dff=32),
 }
 
 
@@ -69,19 +54,18 @@ def empty(config: PreTrainedConfig) -> Any:
 
 @pytest.mark.parametrize("kind", TABLES)
 def test_a_table_ends_where_the_model_fails(kind: str) -> None:
-    config, rows = TABLES[kind]
-    model = AutoModelForCausalLM.from_config(config).eval()
-    ids = torch.arange(3, rows + 4)[None]
+    model = AutoModelForCausalLM.from_config(TABLES[kind]).eval()
+    ids = torch.arange(3, ROWS + 4)[None]
     with torch.no_grad():
-        model(ids[:, :rows], use_cache=False)
+        model(ids[:, :ROWS], use_cache=False)
         with pytest.raises((IndexError, RuntimeError)):
             model(ids, use_cache=False)
-    assert check_positions(empty(config), rows) is None
-    with pytest.raises(
-        SourceError,
-        match=rf"have {rows + 1} tokens, but .* has positions for {rows} \(max_position_embeddings\): set data.sequence_tokens to {rows}",
-    ):
-        check_positions(empty(config), rows + 1)
+    assert check_positions(empty(TABLES[kind]), ROWS) is None
+    facts = (
+        r"have 17 tokens, but .* for 16 \(max_position_embeddings\): set data.sequence_tokens to 16"
+    )
+    with pytest.raises(SourceError, match=facts):
+        check_positions(empty(TABLES[kind]), ROWS + 1)
 
 
 @pytest.mark.parametrize(
@@ -89,19 +73,15 @@ def test_a_table_ends_where_the_model_fails(kind: str) -> None:
 )
 def test_computed_positions_are_spoken_of(config: PreTrainedConfig) -> None:
     model = empty(config)
-    assert check_positions(model, 16) is None
+    assert check_positions(model, ROWS) is None
     assert "has positions for 16 (max_position_embeddings). It was not trained on longer" in str(
-        check_positions(model, 17)
+        check_positions(model, ROWS + 1)
     )
 
 
 def test_a_model_without_positions_has_no_end() -> None:
-    assert (
-        check_positions(
-            empty(BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2)), 1000
-        )
-        is None
-    )
+    model = empty(BloomConfig(vocab_size=99, hidden_size=32, n_layer=1, n_head=2))
+    assert check_positions(model, 1000) is None
 
 
 LINEAR = {"rope_type": "linear", "factor": 4.0}
@@ -116,10 +96,8 @@ LONG = {"rope_type": "longrope", "short_factor": [1.0] * 8, "long_factor": [2.0]
         (LINEAR, 64),
         (YARN, 64),
         ({**YARN, "original_max_position_embeddings": 16}, 64),
-        (
-            {**LLAMA3, "original_max_position_embeddings": 2},
-            16,
-        ),  # the stated count is the scaled one, as in Llama 3.1
+        # the stated count is the scaled one, as in Llama 3.1
+        ({**LLAMA3, "original_max_position_embeddings": 2}, 16),
         ({**LLAMA3, "original_max_position_embeddings": 8}, 32),
         ({**LONG, "original_max_position_embeddings": 4}, 16),
         ({**LONG, "original_max_position_embeddings": 16}, None),
@@ -145,13 +123,7 @@ def test_layers_of_two_kinds_reach_as_far_as_the_further() -> None:
         "full_attention": {**LINEAR, "rope_theta": 1e4},
         "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
     }
-    model = empty(
-        Gemma3TextConfig(
-            **{**WIDE, "num_hidden_layers": 2},
-            num_key_value_heads=1,
-            head_dim=16,
-            rope_parameters=layers,
-        )
-    )
+    sizes = {**WIDE, "num_hidden_layers": 2, "num_key_value_heads": 1, "head_dim": 16}
+    model = empty(Gemma3TextConfig(**sizes, rope_parameters=layers))
     assert check_positions(model, 64) is None
     assert "has positions for 64" in str(check_positions(model, 65))

@@ -2,33 +2,36 @@
 
 from __future__ import annotations
 
-import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from safetensors.torch import load_file
 
+from formats.models import edit_json, edit_tensors, llama
 from qwlora.errors import SourceError
 from qwlora.formats.huggingface.qweight import QweightTensors
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.quantized_tensor import QuantizedTensor
-from qwlora.grid.scheme import PerBlock, PerChannel
+from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 
-FILES = Path(__file__).parent / "files"
+FILES = Path(__file__).parents[1] / "files"
 
 
-def opened(
+def read(
     folder: Path, version: str = "gemm", group_size: Any = 32, **settings: Any
-) -> QweightTensors:
-    return QweightTensors(
-        SafetensorsFiles(folder),
-        {"bits": 4, "version": version, "group_size": group_size, "zero_point": True, **settings},
-        "awq",
-    )
+) -> QuantizedTensor:
+    settings = {"bits": 4, "version": version, "group_size": group_size, **settings}
+    value = QweightTensors(SafetensorsFiles(folder), settings, "awq").read("layer.weight")
+    assert isinstance(value, QuantizedTensor)
+    return value
+
+
+def expected(folder: Path) -> torch.Tensor:
+    return load_file(folder / "expected.safetensors")["layer.weight"]
 
 
 @pytest.mark.parametrize(
@@ -36,77 +39,36 @@ def opened(
 )
 def test_layers_equal_autoawqs(version: str, group: int) -> None:
     folder = FILES / f"awq-{version}-{group}"
-    found = opened(folder, version, group).read("layer.weight")
-    assert isinstance(found, QuantizedTensor)
-    assert torch.equal(
-        found.dequantize(), load_file(folder / "expected.safetensors")["layer.weight"]
-    )
-    assert found.encoding.scheme.granularity == (PerChannel(0) if group == 64 else PerBlock(group))
-    assert not found.encoding.scheme.symmetric
+    for size in (group, -1) if group == 64 else (group,):  # -1: a whole row is a group
+        found = read(folder, version, size)
+        assert torch.equal(found.dequantize(), expected(folder))
+        granularity = PerChannel(0) if group == 64 else PerBlock(group)
+        assert found.encoding.scheme == Scheme(4, False, granularity)
 
 
 def test_a_layout_read_as_the_other_does_not_fit() -> None:
     with pytest.raises(SourceError, match=r"download the model again"):
-        opened(FILES / "awq-gemm-32", "gemv").read("layer.weight")
-
-
-def test_a_whole_row_is_a_group() -> None:
-    folder = FILES / "awq-gemm-64"
-    found = opened(folder, group_size=-1).read("layer.weight")
-    assert isinstance(found, QuantizedTensor)
-    assert torch.equal(
-        found.dequantize(), load_file(folder / "expected.safetensors")["layer.weight"]
-    )
+        read(FILES / "awq-gemm-32", "gemv")
 
 
 def awq_model(folder: Path, **settings: Any) -> dict[str, torch.Tensor]:
     """A tiny llama whose down_proj is the golden layer; the weights that must come out."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=32,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-    )
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    name = "model.layers.0.mlp.down_proj"
+    llama(num_hidden_layers=1).save_pretrained(folder)
+    name, golden = "model.layers.0.mlp.down_proj", FILES / "awq-gemm-32"
     tensors = load_file(folder / "model.safetensors")
-    weights = {key: value for key, value in tensors.items() if key != f"{name}.weight"}
-    golden = load_file(FILES / "awq-gemm-32" / "model.safetensors")
-    save_file(
-        {
-            **weights,
-            **{
-                f"{name}.{part}": golden[f"layer.{part}"]
-                for part in ("qweight", "qzeros", "scales")
-            },
-        },
-        folder / "model.safetensors",
-    )
-    record = json.loads((folder / "config.json").read_text())
-    record["quantization_config"] = {
-        "quant_method": "awq",
-        "bits": 4,
-        "group_size": 32,
-        "version": "gemm",
-        "modules_to_not_convert": ["lm_head"],
-        **settings,
-    }
-    (folder / "config.json").write_text(json.dumps(record))
-    return {
-        **weights,
-        f"{name}.weight": load_file(FILES / "awq-gemm-32" / "expected.safetensors")["layer.weight"],
-    }
+    layer = load_file(golden / "model.safetensors")
+    parts = {f"{name}.{part}": layer[f"layer.{part}"] for part in ("qweight", "qzeros", "scales")}
+    edit_tensors(folder / "model.safetensors", {f"{name}.weight": None, **parts})
+    record = {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", **settings}
+    edit_json(folder / "config.json", quantization_config=record)
+    return {**tensors, f"{name}.weight": expected(golden)}
 
 
 def test_a_whole_checkpoint(tmp_path: Path) -> None:
-    expected = awq_model(tmp_path)
+    wanted = awq_model(tmp_path)
     checkpoint = open_checkpoint(tmp_path)
-    assert set(checkpoint.names()) == expected.keys()
-    for name, value in expected.items():
+    assert set(checkpoint.names()) == wanted.keys()
+    for name, value in wanted.items():
         found = checkpoint.read(name)
         assert isinstance(found, QuantizedTensor) == name.endswith("down_proj.weight")
         assert torch.equal(
@@ -133,10 +95,7 @@ def test_settings_that_are_refused(tmp_path: Path, settings: dict[str, Any], mes
 @pytest.mark.parametrize(
     ("parts", "message"),
     [
-        (
-            {"qzeros": None},
-            r"layer 'layer' \(AWQ\): .*\[\].* must be matrices",
-        ),
+        ({"qzeros": None}, r"layer 'layer' \(AWQ\): .*\[\].* must be matrices"),
         (
             {"scales": torch.full((2, 32), -1.0)},
             r"layer 'layer' \(AWQ\): a scale is a finite positive number, but 64 of 64 are not, -1.0 the first",
@@ -156,12 +115,8 @@ def test_settings_that_are_refused(tmp_path: Path, settings: dict[str, Any], mes
     ],
 )
 def test_damaged_layers(tmp_path: Path, parts: dict[str, Any], message: str) -> None:
-    held = load_file(FILES / "awq-gemm-32" / "model.safetensors") | {
-        f"layer.{part}": tensor for part, tensor in parts.items()
-    }
-    save_file(
-        {name: tensor for name, tensor in held.items() if tensor is not None},
-        tmp_path / "model.safetensors",
-    )
+    file = tmp_path / "model.safetensors"
+    shutil.copy(FILES / "awq-gemm-32" / file.name, file)
+    edit_tensors(file, {f"layer.{part}": tensor for part, tensor in parts.items()})
     with pytest.raises(SourceError, match=message):
-        opened(tmp_path).read("layer.weight")
+        read(tmp_path)

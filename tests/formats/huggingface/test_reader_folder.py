@@ -1,0 +1,327 @@
+"""Safetensors folders: header checks, and stored names mapped to the model's parameters."""
+
+from __future__ import annotations
+
+import json
+import resource
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from formats.models import edit_json, edit_tensors, gpt2, llama, mixtral
+from qwlora.errors import SourceError
+from qwlora.formats.assemble_model import load_precomputed
+from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint, FormatReader
+from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
+from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.grid.encoding import Encoding
+from qwlora.grid.min_max import measure
+from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
+
+FILE = "model.safetensors"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+
+def same(folder: Path, model: PreTrainedModel) -> bool:
+    checkpoint = FolderCheckpoint(folder)
+    expected = {name: tensor.data for name, tensor in model.named_parameters()}
+    return checkpoint.names() == list(expected) and all(
+        torch.equal(checkpoint.read(name), value)  # type: ignore[arg-type]
+        for name, value in expected.items()
+    )
+
+
+@pytest.mark.parametrize("model", [llama, mixtral, gpt2])
+def test_what_transformers_saves_is_read_back(tmp_path: Path, model: Any) -> None:
+    model().save_pretrained(tmp_path)
+    assert same(tmp_path, model())
+
+
+def test_shards_and_a_missing_prefix(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert len(list((tmp_path / "shards").glob("*.safetensors"))) > 2
+    assert same(tmp_path / "shards", llama())
+    gpt2().transformer.save_pretrained(tmp_path / "headless")
+    assert "h.0.ln_1.weight" in FolderCheckpoint(tmp_path / "headless").files
+    assert same(tmp_path / "headless", gpt2())
+
+
+def test_tied_weights_count_once_under_either_name(tmp_path: Path) -> None:
+    model = llama(tie_word_embeddings=True)
+    model.save_pretrained(tmp_path)
+    table = load_file(tmp_path / FILE)[EMBEDDING]
+    for stored in (None, table.clone()):
+        edit_tensors(tmp_path / FILE, {HEAD: table, EMBEDDING: stored})
+        assert same(tmp_path, model)
+    edit_tensors(tmp_path / FILE, {EMBEDDING: table + 1})
+    checkpoint = FolderCheckpoint(tmp_path)
+    with pytest.raises(
+        SourceError, match=f"ties '{EMBEDDING}' and '{HEAD}', but the files hold different values"
+    ):
+        checkpoint.read(EMBEDDING)
+    with pytest.raises(SourceError, match=f"'{HEAD}' is not a parameter of LlamaForCausalLM"):
+        checkpoint.read(HEAD)
+
+
+@pytest.mark.parametrize("offset", [-8, -7])
+def test_tied_integers_that_differ_in_their_offset(tmp_path: Path, offset: int) -> None:
+    llama(tie_word_embeddings=True).save_pretrained(tmp_path)
+    edit_tensors(tmp_path / FILE, {HEAD: load_file(tmp_path / FILE)[EMBEDDING]})
+    codes, scale = torch.ones(64, 32, dtype=torch.uint8), torch.ones(64, 2)
+
+    class Integers(FormatReader):
+        def read(self, name: str) -> Any:
+            if name not in (HEAD, EMBEDDING):
+                return super().read(name)
+            offsets = torch.full((64, 2), offset if name == HEAD else -8, dtype=torch.int32)
+            return QuantizedTensor(codes, Encoding(Scheme(4, False, PerBlock(16)), scale, offsets))
+
+    checkpoint = FolderCheckpoint(tmp_path, Integers)
+    if offset == -8:
+        assert isinstance(checkpoint.read(EMBEDDING), QuantizedTensor)
+        return
+    with pytest.raises(SourceError, match="the files hold different values"):
+        checkpoint.read(EMBEDDING)
+
+
+def test_old_buffers_are_left_out(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    edit_tensors(tmp_path / FILE, {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})
+    assert same(tmp_path, llama())
+
+
+class Quantized(FormatReader):
+    """Stored tensors of which every expert is integers on one scheme."""
+
+    def __init__(self, files: SafetensorsFiles, scheme: Scheme, only: str = "experts"):
+        super().__init__(files)
+        self.scheme, self.only = scheme, only
+
+    def read(self, name: str) -> Tensor | QuantizedTensor:
+        value = self.files.read(name)
+        if self.only not in name:
+            return value
+        encoding = measure(value, self.scheme)
+        return QuantizedTensor(encoding.quantize(value), encoding)
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(0), PerBlock(16)], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_quantized_experts_become_one_quantized_tensor(
+    tmp_path: Path, granularity: Granularity, symmetric: bool
+) -> None:
+    """The values are those of each expert, quantized alone, joined as transformers joins floats."""
+    mixtral(num_hidden_layers=1).save_pretrained(tmp_path)
+    scheme = Scheme(4, symmetric, granularity)
+    checkpoint = FolderCheckpoint(tmp_path, lambda files: Quantized(files, scheme))
+    floats = load_file(tmp_path / FILE)
+
+    def expert(index: int, part: str) -> Tensor:
+        value = floats[f"model.layers.0.block_sparse_moe.experts.{index}.{part}.weight"]
+        return measure(value, scheme).fake_quantize(value)
+
+    fused, down = (
+        checkpoint.read(f"model.layers.0.mlp.experts.{name}")
+        for name in ("gate_up_proj", "down_proj")
+    )
+    assert isinstance(fused, QuantizedTensor)
+    assert isinstance(down, QuantizedTensor)
+    assert fused.codes.shape == (3, 128, 32)
+    for i in range(3):
+        assert torch.equal(fused.dequantize()[i], torch.cat([expert(i, "w1"), expert(i, "w3")]))
+        assert torch.equal(down.dequantize()[i], expert(i, "w2"))
+
+
+def test_experts_of_two_kinds_are_refused(tmp_path: Path) -> None:
+    mixtral().save_pretrained(tmp_path)
+    down = "model.layers.0.mlp.experts.down_proj"
+
+    class Mixed(Quantized):
+        def read(self, name: str) -> Tensor | QuantizedTensor:
+            self.scheme = Scheme(8 if ".1." in name else 4)
+            return super().read(name)
+
+    for reader, message in (
+        (
+            lambda files: Quantized(files, Scheme(4), only="experts.1"),
+            f"'{down}' is stored in several tensors.*experts.0.w2.weight is float and .*experts.1",
+        ),
+        (
+            lambda files: Mixed(files, Scheme(4)),
+            f"the parts of parameter '{down}' have different schemes",
+        ),
+    ):
+        with pytest.raises(SourceError, match=message):
+            FolderCheckpoint(tmp_path, reader).read(down)
+
+
+TENSORS: dict[str, dict[str, Tensor | None]] = {
+    "'model.norm.weight' is missing from the files": {"model.norm.weight": None},
+    "'model.extra.weight' is in the files, but not in LlamaForCausalLM": {
+        "model.extra.weight": torch.ones(2)
+    },
+    r"'model.norm.weight' has shape \[33\] in the files, but \[32\] in the model": {
+        "model.norm.weight": torch.ones(33)
+    },
+}
+CONFIGURATIONS: dict[str, dict[str, Any]] = {
+    "config.json cannot be read": {"model_type": "nonesuch"},
+    "vocab_size is -3, but models have 1 to 100,000,000": {"vocab_size": -3},
+    "quant_method 'hqq' is not supported; gptq, awq, compressed-tensors, mlx, GGUF files and": {
+        "quantization_config": {"quant_method": "hqq"}
+    },
+    "quantization_config must be an object, but is 'gptq'": {"quantization_config": "gptq"},
+}
+
+
+@pytest.mark.parametrize("message", [*TENSORS, *CONFIGURATIONS])
+def test_folders_that_do_not_fit_their_configuration(tmp_path: Path, message: str) -> None:
+    llama().save_pretrained(tmp_path)
+    edit_tensors(tmp_path / FILE, TENSORS.get(message, {}))
+    edit_json(tmp_path / "config.json", **CONFIGURATIONS.get(message, {}))
+    with pytest.raises(SourceError, match=message):
+        open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"a": ' + "[" * 100_000, "{"])
+def test_a_damaged_generation_config_is_named(tmp_path: Path, content: str) -> None:
+    llama().save_pretrained(tmp_path)
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(SourceError, match=r"generation_config.json' cannot be read.*remove it"):
+        load_precomputed(open_checkpoint(tmp_path))
+
+
+def test_paths_that_are_no_checkpoint(tmp_path: Path) -> None:
+    cases: list[tuple[str, str | None, str | None, str]] = [
+        ("absent", None, None, "is neither a folder nor a .gguf file"),
+        ("", None, None, "config.json' cannot be read"),
+        ("model.gguf", "x", None, r"is quantized already \(GGUF\).*only with a float model"),
+        ("", "x", '{"quantization_config": {"quant_method": "awq"}}', r"quantized already \(awq\)"),
+        ("", None, "[1]", "is not a JSON object"),
+    ]
+    for path, encodings, config, message in cases:
+        if config is not None:
+            (tmp_path / "config.json").write_text(config)
+        with pytest.raises(SourceError, match=message):
+            open_checkpoint(tmp_path / path, encodings)
+
+
+def header(content: Any, data: bytes = b"", length: int | None = None) -> bytes:
+    text = content if isinstance(content, bytes) else json.dumps(content).encode()
+    return struct.pack("<Q", len(text) if length is None else length) + text + data
+
+
+ENTRY = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [  # what safetensors refuses reaches the user with the file's name
+        b"",
+        header(b"{}", length=10**12),
+        header({"a": ENTRY}, b"\0" * 4),
+        header({"a": ENTRY | {"shape": [2**40, 2**40]}}, b"\0" * 8),
+        header({"a": ENTRY, "b": ENTRY}, b"\0" * 8),  # they overlap
+        header(b"[" * 200000),
+    ],
+)
+def test_damaged_files(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / FILE).write_bytes(content)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(
+        SourceError, match=r"model\.safetensors' is truncated, or not a safetensors file"
+    ):
+        SafetensorsFiles(tmp_path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # KiB
+
+
+OUTSIDE = "which is not a .safetensors file in this folder"
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "message"),
+    [
+        ({"a": "../outside.safetensors"}, f"'a' is listed in '../outside.safetensors', {OUTSIDE}"),
+        ({"a": "/etc/passwd"}, "tensor 'a' is listed in '/etc/passwd'"),
+        ({"a": "..\\x.safetensors"}, OUTSIDE),
+        ({"a": "absent.safetensors"}, "'absent.safetensors', which should contain tensor 'a', is"),
+        (
+            {"a": "one.safetensors", "c": "two.safetensors"},
+            r"two\.safetensors': 'c' is also in another shard",
+        ),
+        ({"a": 3}, "weight_map must give the file name of each tensor"),
+        (None, "weight_map must give"),
+    ],
+)
+def test_damaged_indices(tmp_path: Path, weight_map: Any, message: str) -> None:
+    save_file({"a": torch.ones(2), "c": torch.ones(2)}, tmp_path / "one.safetensors")
+    save_file({"c": torch.ones(2)}, tmp_path / "two.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path.parent / "outside.safetensors")
+    (tmp_path / f"{FILE}.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(SourceError, match=message):
+        SafetensorsFiles(tmp_path)
+    for text, reason in (('{"weight_map": {"a": "x", "a": "x"}}', "the key 'a' twice"), ("[]", "")):
+        (tmp_path / f"{FILE}.index.json").write_text(text)
+        with pytest.raises(SourceError, match=reason or "is not a JSON object"):
+            SafetensorsFiles(tmp_path)
+
+
+def test_no_files_or_pickles(tmp_path: Path) -> None:
+    with pytest.raises(
+        SourceError, match=r"has neither model.safetensors nor model.safetensors.index.json"
+    ):
+        SafetensorsFiles(tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(SourceError, match=r"holds pytorch_model.bin, a pickle"):
+        SafetensorsFiles(tmp_path)
+
+
+def test_the_only_file_under_another_name_is_read(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path, max_shard_size="20KB")
+    other = tmp_path / "gptq_model-4bit-128g.safetensors.index.json"
+    (tmp_path / f"{FILE}.index.json").rename(other)
+    assert same(tmp_path, llama())
+    (tmp_path / "another.safetensors.index.json").write_text("{}")
+    with pytest.raises(
+        SourceError, match=rf"another.safetensors.index.json, {other.name}\. Rename"
+    ):
+        SafetensorsFiles(tmp_path)
+    for index in tmp_path.glob("*.index.json"):
+        index.unlink()
+    with pytest.raises(
+        SourceError,
+        match=r"has neither .* files: model-00001-of.* more\. Rename .* to model.safetensors,",
+    ):
+        SafetensorsFiles(tmp_path)
+
+
+def test_reading_one_tensor_leaves_the_rest_on_disk(tmp_path: Path) -> None:
+    """200 MB in the file; resident memory grows by what is read."""
+    tensors = {
+        "large": torch.zeros(50_000_000),
+        "small": torch.arange(3),
+        "half": torch.ones(2, dtype=torch.bfloat16),
+    }
+    save_file(tensors, tmp_path / FILE)
+
+    def resident_bytes() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    before = resident_bytes()
+    files = SafetensorsFiles(tmp_path)
+    assert files.read("small").tolist() == [0, 1, 2]
+    assert (files.dtype("half"), files.shape("large")) == ("BF16", (50_000_000,))
+    assert sorted(files.names()) == ["half", "large", "small"]
+    assert files.read("half").dtype == torch.bfloat16
+    mapped = files.read("large")
+    assert resident_bytes() - before < 20_000_000
+    assert mapped.shape == (50_000_000,)
+    with pytest.raises(SourceError, match="there is no tensor 'other' in its safetensors files"):
+        files.read("other")

@@ -1,0 +1,58 @@
+"""Small models and changes to their files that several tests need."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PreTrainedModel,
+)
+
+SIZES = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
+
+
+def llama(**changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(LlamaConfig(**SIZES | changes)).eval()
+
+
+def mixtral(**changes: Any) -> PreTrainedModel:
+    torch.manual_seed(0)
+    return MixtralForCausalLM(MixtralConfig(**SIZES | {"num_local_experts": 3} | changes)).eval()
+
+
+def gpt2(**changes: Any) -> PreTrainedModel:
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 32}
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**sizes | changes)).eval()
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change keys of a JSON file; None removes one."""
+    content = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: v for key, v in content.items() if v is not None}))
+
+
+def edit_tensors(path: Path, changes: dict[str, Tensor | None]) -> None:
+    """Change tensors of a safetensors file; None removes one."""
+    content = load_file(path) | changes
+    tensors = {name: tensor for name, tensor in content.items() if tensor is not None}
+    save_file(tensors, path, metadata={"format": "pt"})

@@ -24,7 +24,6 @@ from qwlora.analysis.token_scores import logits_of, perplexity
 from qwlora.errors import SourceError
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.base_folder import save_base
-from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.model_card import public_name
 from qwlora.formats.model_source import fetch, load_tokenizer
 from qwlora.formats.open_checkpoint import open_checkpoint
@@ -151,12 +150,13 @@ def import_base(
         encodings: AIMET encodings of a float checkpoint whose weights lie on their grid.
         keep_float: with `encodings`, globs of parameters or layers that stay float.
     """
-    checkpoint = open_checkpoint(fetch(source).path, encodings, keep_float=keep_float)
-    if isinstance(checkpoint, FolderCheckpoint):
+    location = fetch(source)
+    if encodings is None and location.holds_floats and not location.gguf_file:
         raise SourceError(
             f"model {source!r} is a float model, which has no integers to import. Give the AIMET "
             "encodings that its weights lie on with --encodings, or quantize it: qwlora init"
         )
+    checkpoint = open_checkpoint(location.path, encodings, keep_float=keep_float)
     tokenizer = load_tokenizer(source)
     model = load_precomputed(checkpoint, track)
     return save_base(model, folder, tokenizer, source=public_name(source)), base_size(model)

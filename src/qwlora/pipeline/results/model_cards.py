@@ -26,8 +26,7 @@ from qwlora.errors import QwloraError, QwloraWarning
 from qwlora.export.proof.folder import WITHOUT_CACHE
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE
-from qwlora.formats.model_card import as_code, escaped, marked
-from qwlora.formats.model_card import UNKNOWN, origin_of
+from qwlora.formats.model_card import UNKNOWN, as_code, escaped, marked, origin_of
 from qwlora.pipeline.job.directory import Directory
 from qwlora.recipe import Data, Recipe
 from qwlora.report.number_format import finite

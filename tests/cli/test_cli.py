@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -72,46 +73,29 @@ def test_wrong_input_is_refused(
 
 def test_block_size_that_does_not_divide(call: Any, recipe_for: Any, tmp_path: Path) -> None:
     message = refused(call, recipe_for(), tmp_path / "out", "--set", "base.weights.block_size=48")
-    assert (
-        "14 of 14 layers do not fit their scheme; choose a block size that divides their input"
-        in message
-    )
-    assert (
-        "model.layers.0.self_attn.q_proj.weight: int4 symmetric per block 48 does not fit: blocks of 48 do not divide the last axis"
-        in message
-    )
+    assert "14 of 14 layers do not fit their scheme; choose a block size that" in message
+    first = "model.layers.0.self_attn.q_proj.weight: int4 symmetric per block 48 does not fit"
+    assert f"{first}: blocks of 48 do not divide the last axis" in message
 
 
 def test_damaged_model(
     call: Any, recipe_for: Any, tmp_path: Path, checkpoints: dict[str, Path]
 ) -> None:
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in checkpoints["llama"].iterdir():
-        (broken / file.name).write_bytes(
-            file.read_bytes()[: 1000 if file.suffix == ".safetensors" else None]
-        )
-    assert "cannot be loaded" in refused(
-        call, recipe_for(model={"source": str(broken)}), tmp_path / "out"
-    )
+    broken = shutil.copytree(checkpoints["llama"], tmp_path / "broken")
+    weights = broken / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    recipe = recipe_for(model={"source": str(broken)})
+    assert "cannot be loaded" in refused(call, recipe, tmp_path / "out")
 
 
 def test_tokenizer_of_another_model(call: Any, recipe_for: Any, tmp_path: Path) -> None:
-    small = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=50,
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=4,
-        )
-    )
-    small.save_pretrained(tmp_path / "small")
-    assert "tokenizer" in refused(
-        call, recipe_for(model={"source": str(tmp_path / "small")}), tmp_path / "out"
-    )
+    sizes = {"vocab_size": 50, "hidden_size": 64, "intermediate_size": 64}
+    config = LlamaConfig(**sizes, num_hidden_layers=1, num_attention_heads=4)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "small")
+    recipe = recipe_for(model={"source": str(tmp_path / "small")})
+    assert "tokenizer" in refused(call, recipe, tmp_path / "out")
     byte_tokenizer().save_pretrained(tmp_path / "small")
-    message = refused(call, recipe_for(model={"source": str(tmp_path / "small")}), tmp_path / "out")
+    message = refused(call, recipe, tmp_path / "out")
     assert "but the model has only 50 tokens" in message
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +90,7 @@ def test_the_innermost_file_is_named() -> None:
 
 @pytest.fixture
 def model(tmp_path: Path, checkpoints: dict[str, Path]) -> Path:
-    copy = tmp_path / "model"
-    copy.mkdir()
-    for file in checkpoints["llama"].iterdir():
-        (copy / file.name).write_bytes(file.read_bytes())
-    return copy
+    return shutil.copytree(checkpoints["llama"], tmp_path / "model")
 
 
 @pytest.mark.parametrize(

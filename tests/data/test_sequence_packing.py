@@ -41,19 +41,10 @@ def records(count: int, longest: int, seed: int = 0) -> list[Tokens]:
 
 def sliding_model() -> PreTrainedModel:
     torch.manual_seed(0)
-    config = Gemma3TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        sliding_window=8,
-        layer_types=["sliding_attention", "full_attention"],
-        eos_token_id=256,
-        pad_token_id=257,
-    )
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "sliding_window": 8}
+    counts = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "vocab_size": VOCABULARY}
+    config = Gemma3TextConfig(**sizes, **counts, **layers, eos_token_id=256, pad_token_id=257)
     return Gemma3ForCausalLM(config).eval()
 
 

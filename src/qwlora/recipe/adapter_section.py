@@ -39,7 +39,7 @@ def _start(text: str) -> str:
                 "a folder inside an installed package, or a hub id"
             )
 
-    return located(text, check) if re.search(r"[/:]", text) else text
+    return text if re.fullmatch(r"[\w.-]+", text) else located(text, check)
 
 
 class Adapter(Section):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -132,7 +133,7 @@ class Recipe(Section):
                 adapter = _filled(adapter, preset["adapter"])
             if isinstance(adapter.get("data"), dict):
                 adapter = {**adapter, "data": {**data, **adapter["data"]}}
-            if isinstance(start, str) and "/" not in start and start not in names:
+            if isinstance(start, str) and re.fullmatch(r"[\w.-]+", start) and start not in names:
                 adapter = {**adapter, "continue_from": f"./{start}"}  # no name: a folder
             filled.append(adapter)
         if any(a.get("dora") or a.get("target_parameters") for a in filled):

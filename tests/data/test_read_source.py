@@ -197,7 +197,7 @@ WRONG_MESSAGES = [
     ("Hi", "'messages' must be a list of messages with role and content, not a string"),
     ([], "'messages' is empty"),
     ([user()], "there is no message of the assistant"),
-    (["Hi"], "message 1 must be an object with role and content, not a string"),
+    (["Hi"], "message 1: must be an object with role and content, not a string"),
     (said(**GPT), "message 2: 'role' is missing; did you mean from"),
     (said(role="assistant"), "message 2: 'content' is missing; there are role"),
     (said(role="assistant", content=None), "message 2: 'content' is null"),

@@ -1,15 +1,4 @@
-"""Which files a source consists of, and the documents in them.
-
-    ./file.txt, .md, or any other        one document, running text
-    ./file.jsonl, .jsonlines, .ndjson    one document per line
-    ./file.json                          one document per element of its list, or line
-    ./file.csv, .tsv                     one document per row
-    ./file.parquet, .arrow, .feather     one document per row
-    ./folder                             saved by `datasets.save_to_disk`, or files of the kinds
-                                         above, subfolders included
-    python:MODULE:ATTRIBUTE              strings in an installed Python module (one string, a
-                                         sequence, or a mapping's values)
-    owner/name                           a dataset on the Hugging Face hub
+"""Which files a source consists of, and the documents in them. docs/data.md lists the sources.
 
 All documents of a source are of one kind. Refused are compressed files, spreadsheets, and a file
 with records in the middle of its name, which would be trained on as running text (a.jsonl.bak).

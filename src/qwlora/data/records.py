@@ -1,16 +1,8 @@
 """A record (a row of a table, a line of JSON) to a document.
 
-The recipe names the columns, or their names determine the kind:
-
-    text                       running text
-    prompt and completion      the completion counts in the loss
-    messages                   a list of {role, content}; the assistant's count in the loss
-    conversations              the same in ShareGPT's form: a list of {from, value}. The first
-                               message determines which form a list has, not the column
-    tools, next to messages    optional: JSON schemas of the functions that may be called, as a list
-                               or as the JSON of a list
-    instruction and output     Alpaca: the output counts in the loss
-    input, next to them        optional: what the instruction is about
+The recipe names the columns, or their names determine the kind; docs/data.md has the table. The
+first message determines whether a list is OpenAI's ({role, content}) or ShareGPT's ({from, value}),
+not the column. `tools` may be next to messages, and `input` next to instruction and output.
 
 A bad record is refused with its file and line. Nothing is repaired or skipped silently.
 """
@@ -18,7 +10,8 @@ A bad record is refused with its file and line. Nothing is repaired or skipped s
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from qwlora.data.document import ASSISTANT, ROLES, Completion, Conversation, Document, Text
@@ -143,29 +136,28 @@ def make_document(record: Any, columns: Columns, where: str) -> Document:
         EmptyRecordError: the record is empty.
         SourceError: a field is missing or has the wrong type, or a message is malformed.
     """
-    if not isinstance(record, Mapping):
-        raise SourceError(
-            f"{where}: a record must be an object with named fields, not {_type(record)}"
-        )
-    if not record:
-        raise EmptyRecordError(f"{where}: the record is empty")
-    needed = _required(columns)
-    if missing := [name for name in needed if name not in record]:
-        raise SourceError(
-            f"{where}: the field {missing[0]!r} is missing{suggestion(missing[0], record)}. The "
-            f"records before it have {'+'.join(needed)}, and a source holds one kind"
-        )
-    if name := columns.get("messages"):
-        tools = _tools(record.get(columns[TOOLS]), where) if TOOLS in columns else ()
-        return Conversation(_messages(record[name], name, where), where, tools)
-    values = {
-        field: _string(record[name], name, where)
-        for field, name in columns.items()
-        if name in needed or record.get(name) is not None
-    }
-    for field, value in values.items():
-        if not value.strip() and columns[field] in needed:
-            raise EmptyRecordError(f"{where}: {columns[field]!r} is empty")
+    with _named(where):
+        if not isinstance(record, Mapping):
+            raise SourceError(f"a record must be an object with named fields, not {_type(record)}")
+        if not record:
+            raise EmptyRecordError("the record is empty")
+        needed = _required(columns)
+        if missing := [name for name in needed if name not in record]:
+            raise SourceError(
+                f"the field {missing[0]!r} is missing{suggestion(missing[0], record)}. The records "
+                f"before it have {'+'.join(needed)}, and a source holds one kind"
+            )
+        if name := columns.get("messages"):
+            tools = _tools(record.get(columns[TOOLS])) if TOOLS in columns else ()
+            return Conversation(_messages(record[name], name), where, tools)
+        values = {
+            field: _string(record[name], name)
+            for field, name in columns.items()
+            if name in needed or record.get(name) is not None
+        }
+        for field, value in values.items():
+            if not value.strip() and columns[field] in needed:
+                raise EmptyRecordError(f"{columns[field]!r} is empty")
     match values:
         case {"text": text}:
             return Text(text, where)
@@ -180,82 +172,83 @@ def make_document(record: Any, columns: Columns, where: str) -> Document:
     return Completion(_ALPACA.format(**shown), values["output"], where, message)
 
 
-def _messages(value: Any, name: str, where: str) -> tuple[Mapping[str, Any], ...]:
+@contextmanager
+def _named(where: str) -> Iterator[None]:
+    """Errors inside name their place."""
+    try:
+        yield
+    except SourceError as error:
+        raise type(error)(f"{where}: {error}") from error
+
+
+def _messages(value: Any, name: str) -> tuple[Mapping[str, Any], ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise SourceError(
-            f"{where}: {name!r} must be a list of messages with role and content, "
-            f"not {_type(value)}"
+            f"{name!r} must be a list of messages with role and content, not {_type(value)}"
         )
     if not value:
-        raise EmptyRecordError(f"{where}: {name!r} is empty")
+        raise EmptyRecordError(f"{name!r} is empty")
     sharegpt = isinstance(value[0], Mapping) and "from" in value[0] and "role" not in value[0]
-    messages = tuple(
-        _message(message, f"{where}: message {i}", sharegpt) for i, message in enumerate(value, 1)
-    )
-    if not any(m["role"] == ASSISTANT for m in messages):
-        raise SourceError(f"{where}: there is no message of the {ASSISTANT} to train on")
-    return messages
+    messages = []
+    for number, message in enumerate(value, 1):
+        with _named(f"message {number}"):
+            messages.append(_message(message, sharegpt))
+    if not any(message["role"] == ASSISTANT for message in messages):
+        raise SourceError(f"there is no message of the {ASSISTANT} to train on")
+    return tuple(messages)
 
 
-def _message(message: Any, where: str, sharegpt: bool) -> Mapping[str, Any]:
+def _message(message: Any, sharegpt: bool) -> Mapping[str, Any]:
     """A message with role and content; ShareGPT's has `from` and `value` instead."""
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     if not isinstance(message, Mapping):
-        raise SourceError(
-            f"{where} must be an object with {role_key} and {content_key}, not {_type(message)}"
-        )
+        raise SourceError(f"must be an object with role and content, not {_type(message)}")
     rest = {key: value for key, value in message.items() if value is not None}
     calls_tools = bool(rest.get("tool_calls"))
     for key in (role_key, content_key):
         if key not in rest and not (key == content_key and calls_tools):
-            what = "is null" if key in message else f"is missing{suggestion(key, message)}"
-            raise SourceError(f"{where}: {key!r} {what}")
-    name = _string(rest.pop(role_key), role_key, where)
+            problem = "is null" if key in message else f"is missing{suggestion(key, message)}"
+            raise SourceError(f"{key!r} {problem}")
+    name = _string(rest.pop(role_key), role_key)
     role = _SHAREGPT_ROLES.get(name, name) if sharegpt else name
     if role not in ROLES:
         known = (*ROLES, *_SHAREGPT_ROLES) if sharegpt else ROLES
-        raise SourceError(f"{where}: unknown role {name!r}{suggestion(name, known)}")
+        raise SourceError(f"unknown role {name!r}{suggestion(name, known)}")
     if content_key not in rest:
         return {"role": role, **rest}
-    content = _string(rest.pop(content_key), content_key, where)
+    content = _string(rest.pop(content_key), content_key)
     if not content.strip() and role in ("user", ASSISTANT) and not calls_tools:
-        raise EmptyRecordError(f"{where}: the {role}'s {content_key} is empty")
+        raise EmptyRecordError(f"the {role}'s {content_key} is empty")
     return {"role": role, "content": content, **rest}
 
 
-def _tools(value: Any, where: str) -> tuple[Mapping[str, Any], ...]:
+def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
     if isinstance(value, str):  # as in tables, where the tools of rows differ in structure
-        try:
+        with foreign_as(SourceError, f"{TOOLS!r} is a string, but not the JSON of a list of tools"):
             value = json.loads(value) if value.strip() else None
-        except ValueError as error:
-            raise SourceError(
-                f"{where}: {TOOLS!r} is a string, but not the JSON of a list of tools: {error}"
-            ) from error
     if value is None:
         return ()
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise SourceError(
-            f"{where}: {TOOLS!r} must be a list of tools, or the JSON of one, not {_type(value)}"
+            f"{TOOLS!r} must be a list of tools, or the JSON of one, not {_type(value)}"
         )
     for number, tool in enumerate(value, 1):
         if not isinstance(tool, Mapping):
-            raise SourceError(
-                f"{where}: tool {number} must be an object (a JSON schema), not {_type(tool)}"
-            )
-    with foreign_as(SourceError, f"{where}: {TOOLS!r} cannot be written as JSON"):
-        _string(json.dumps(value, ensure_ascii=False, allow_nan=False), TOOLS, where)
+            raise SourceError(f"tool {number} must be an object (a JSON schema), not {_type(tool)}")
+    with foreign_as(SourceError, f"{TOOLS!r} cannot be written as JSON"):
+        _string(json.dumps(value, ensure_ascii=False, allow_nan=False), TOOLS)
     return tuple(value)
 
 
-def _string(value: Any, name: str, where: str) -> str:
+def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise SourceError(f"{where}: {name!r} must be a string, not {_type(value)}")
+        raise SourceError(f"{name!r} must be a string, not {_type(value)}")
     try:
         value.encode()
     except UnicodeEncodeError as error:
         raise SourceError(
-            f"{where}: {name!r} holds half a surrogate pair at character {error.start}, which is "
-            "not valid UTF-8"
+            f"{name!r} holds half a surrogate pair at character {error.start}, which is not valid "
+            "UTF-8"
         ) from error
     return value
 

@@ -27,18 +27,7 @@ from qwlora.errors import SourceError
 
 @dataclass
 class Counts:
-    """Counts of one part (training or held out).
-
-    Args:
-        documents: in the source; with `turns: apart`, turns.
-        tokens: in all documents, before anything is cut.
-        sequences, sequence_tokens: number of sequences, and the length of each.
-        loss_tokens: those in the sequences that the loss is a mean over.
-        truncated_documents, truncated_tokens: documents that were too long, and the tokens cut off.
-        dropped_documents: documents without a loss token in any sequence.
-        dropped_tokens: tokens in no sequence, including truncated ones.
-        padding_tokens: tokens in the sequences that belong to no document.
-    """
+    """Counts of one part (training or held out); docs/data.md explains each."""
 
     documents: int = 0
     tokens: int = 0

@@ -141,6 +141,7 @@ def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
     position = r"position_ids .* captured with input_ids, attention_mask .* first token"
     unknown = "the graph was captured without this argument"
     left_padded = torch.tensor([[0] * 3 + [1] * 9, [1] * 12])  # has other positions
+    padded = {"attention_mask": left_padded, "max_new_tokens": 1}
     for message, call in (
         (position, lambda: model(**given, position_ids=positions + 1)),
         (f"token_type_ids: {unknown}", lambda: model(**given, token_type_ids=torch.zeros(2, 12))),
@@ -151,10 +152,7 @@ def test_arguments_that_the_graph_knows_nothing_of_are_refused() -> None:
         ("input_ids: .* not with None", lambda: model(attention_mask=given["attention_mask"])),
         ("is for evaluation", model.train),
         ("not a checkpoint", lambda: model.save_pretrained("somewhere")),
-        (
-            "position_ids .*example inputs",
-            lambda: model.generate(given["input_ids"], attention_mask=left_padded),
-        ),
+        ("position_ids .*example inputs", lambda: model.generate(given["input_ids"], **padded)),
     ):
         with pytest.raises(CaptureError, match=message):
             call()

@@ -25,7 +25,7 @@ from qwlora.formats import manifest
 from qwlora.system.atomic import files_in
 
 from .hostile_models import Evil
-from .jobs import write_recipe
+from .jobs import fresh, write_recipe
 from .record import Record
 from .victims import Ended, parallel, python, qwlora, seeds
 
@@ -218,19 +218,15 @@ def _kind(name: str, adapters: set[str]) -> str:
 
 
 def _problem(ended: Ended, marker: Path, *, may_pass: bool) -> str:
-    problems = []
-    if ended.code == 0 and not may_pass:
-        problems.append(f"passed: {ended.out.strip()[-200:]}")
     said = replace(ended, code=2) if ended.code == 1 else ended  # 1: refused by the proof
-    if ended.code and (problem := said.refused()):
-        problems.append(problem)
-    if len(ended.err) > 20_000:
-        problems.append(f"a message of {len(ended.err)} characters")
-    if ended.seconds > SECONDS:
-        problems.append(f"took {ended.seconds:.0f} s")
-    if marker.exists():
-        problems.append("its code ran")
-    return "; ".join(problems)
+    problems = {
+        f"passed: {ended.out.strip()[-200:]}": not ended.code and not may_pass,
+        said.refused(): ended.code and said.refused(),
+        f"a message of {len(ended.err)} characters": len(ended.err) > 20_000,
+        f"took {ended.seconds:.0f} s": ended.seconds > SECONDS,
+        "its code ran": marker.exists(),
+    }
+    return "; ".join(problem for problem, is_so in problems.items() if is_so)
 
 
 def test_changed_bundles_are_refused_before_they_are_run(
@@ -261,7 +257,7 @@ def test_changed_bundles_are_refused_before_they_are_run(
         generator = seeds(seed, "bundle", target, kind, how)
         work, marker = folder / "trial", folder / "trial" / "marker"
         shutil.rmtree(work, ignore_errors=True)
-        bundle = Path(shutil.copytree(bundles[target], work / target))
+        bundle = fresh(bundles[target], work / target)
         if how.startswith("add "):
             done = add(bundle / name, how.removeprefix("add "), marker)
         else:

@@ -52,10 +52,26 @@ class Reader:
 
 
 CARD = {r"README\.md$": "a model card is for people; the next run writes it again"}
-NOT_LOADED = "inputs of adapters' starts, read by `train`, whose record covers them"
-FOUND_AGAIN = (
-    "a change that is still valid is an edit of the recipe, and what depends on it is out of date"
-)
+BASE = CARD | {
+    r"^base/(moments|second_moments|tuning)/": (
+        "inputs of adapters' starts, read by `train`, whose record covers them"
+    )
+}
+JOB = CARD | {
+    r"^(results\.json|report\.html)$": "written, never read; the next verb writes it again",
+    r"^recipe\.yaml$": (
+        "a change that is still valid is an edit of the recipe, and what depends on it is out of "
+        "date"
+    ),
+    r"^\.qwlora/lock$": "its content is never read",
+    r"/proof/": "`verify` says that it has changed, and makes it again",
+    r"^\.qwlora/digests\.json$": "a cache with a checksum; a damaged one is not used",
+    r"^\.qwlora/status\.json$": "a checksum; a damaged one counts as none",
+    r"^\.qwlora/records/": (
+        "each record has a checksum; `verify` says that one is damaged, and its stage runs again "
+        "when it is needed"
+    ),
+}
 
 
 def _load_base(job: Path, file: Path, logs: Path) -> Ended:
@@ -77,61 +93,29 @@ def _load_simulation(job: Path, file: Path, logs: Path) -> Ended:
     return python(load, logs)
 
 
+def _check(job: Path, file: Path, logs: Path) -> Ended:
+    return qwlora("adapters", "check", job, logs=logs)
+
+
+def _merge_check(job: Path, file: Path, logs: Path) -> Ended:
+    adapter = file.parts[1] if file.parts[0] == "adapters" else "first"
+    return qwlora("merge-check", job, adapter, logs=logs)
+
+
 def _verb(verb: str) -> Callable[[Path, Path, Path], Ended]:
     return lambda job, file, logs: qwlora(verb, "--out", job, logs=logs)
 
 
+MEASURED = r"^(base|base_simulation|adapters|simulation/NAME)/"
 READERS = (
-    Reader(
-        "load_base",
-        r"^base/",
-        _load_base,
-        CARD | {r"^base/(moments|second_moments|tuning)/": NOT_LOADED},
-    ),
+    Reader("load_base", r"^base/", _load_base, BASE),
     Reader("load_adapter", r"^adapters/|/NAME/adapter/", _load_adapter, CARD),
     Reader("load_simulation", r"^simulation/NAME/", _load_simulation, CARD),
-    Reader(
-        "adapters check",
-        r"^adapters/",
-        lambda job, file, logs: qwlora("adapters", "check", job, logs=logs),
-        CARD,
-    ),
-    Reader(
-        "merge-check",
-        r"^(adapters|base)/",
-        lambda job, file, logs: qwlora(
-            "merge-check", job, file.parts[1] if file.parts[0] == "adapters" else "first", logs=logs
-        ),
-        CARD | {r"^base/(moments|second_moments|tuning)/": NOT_LOADED},
-    ),
+    Reader("adapters check", r"^adapters/", _check, CARD),
+    Reader("merge-check", r"^(adapters|base)/", _merge_check, BASE),
     Reader("train", r"^(base|base_simulation)/", _verb("train"), CARD),
-    Reader(
-        "evaluate",
-        r"^(base|base_simulation|adapters|simulation/NAME)/",
-        _verb("evaluate"),
-        CARD,
-        jobs=("qwa", "shared"),
-    ),
-    Reader(
-        "verify",
-        "",
-        _verb("verify"),
-        CARD
-        | {
-            r"^results\.json$": "written, never read; the next verb writes it again",
-            r"^recipe\.yaml$": FOUND_AGAIN,
-            r"^\.qwlora/lock$": "its content is never read",
-            r"^report\.html$": "written, never read; the next verb writes it again",
-            r"/proof/": "`verify` says that it has changed, and makes it again",
-            r"^\.qwlora/digests\.json$": "a cache with a checksum; a damaged one is not used",
-            r"^\.qwlora/status\.json$": "a checksum; a damaged one counts as none",
-            r"^\.qwlora/records/": (
-                "each record has a checksum; `verify` says that one is damaged, and its stage runs "
-                "again when it is needed"
-            ),
-        },
-        jobs=("qwa",),
-    ),
+    Reader("evaluate", MEASURED, _verb("evaluate"), CARD, jobs=("qwa", "shared")),
+    Reader("verify", "", _verb("verify"), JOB, jobs=("qwa",)),
 )
 
 

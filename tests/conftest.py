@@ -142,8 +142,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("checkpoints")
     for architecture in ARCHITECTURES:
         tiny_model(architecture).save_pretrained(folder / architecture)
-        byte_tokenizer().save_pretrained(folder / architecture)
-    return {architecture: folder / architecture for architecture in ARCHITECTURES}
+    tiny_model("llama", layers=1).save_pretrained(folder / "one-layer llama")
+    names = (*ARCHITECTURES, "one-layer llama")
+    for name in names:
+        byte_tokenizer().save_pretrained(folder / name)
+    return {name: folder / name for name in names}
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from conftest import write_recipe
-from qwlora.pipeline.plan.stage import VERBS
+from qwlora.pipeline.plan.plan import make_plan
+from qwlora.pipeline.plan.stage import VERBS, JobTexts
 from qwlora.pipeline.running import run_job
 from qwlora.pipeline.stages import RUN
 from qwlora.recipe import load_recipe
@@ -46,6 +47,13 @@ class FakeJob:
             (scratch / "weights.bin").write_bytes(stage.name.encode() * 10)
             (scratch / "part" / "settings.json").write_text('{"a": 1}')
         return {stage.name: {"measured": 1}}
+
+
+def stage_keys(path: Path, *changes: str, digests: Any = None) -> dict[str, str]:
+    """The key of each stage of a recipe's job."""
+    recipe = load_recipe(path, changes)
+    plan = make_plan(recipe, JobTexts(recipe), digests)
+    return {stage.name: stage.key for stage in plan}
 
 
 @pytest.fixture

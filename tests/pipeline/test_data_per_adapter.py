@@ -11,8 +11,8 @@ import pytest
 import yaml
 
 from conftest import text
+from pipeline.conftest import stage_keys
 from qwlora.errors import RecipeError
-from qwlora.pipeline.plan.plan import make_plan
 from qwlora.pipeline.plan.stage import JobTexts
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
@@ -40,11 +40,6 @@ def two_texts(recipe_for: Any, texts: dict[str, Path]) -> Any:
     data = {"sequence_tokens": 32, "evaluation_sequences": 4, "calibration_sequences": 3}
     adapters = [{"name": n, "data": {"source": str(path)}, **SETTINGS} for n, path in texts.items()]
     return lambda **sections: recipe_for(**{"data": data, "adapters": adapters, **sections})
-
-
-def keys(path: Path) -> dict[str, str]:
-    recipe = load_recipe(path)
-    return {stage.name: stage.key for stage in make_plan(recipe, JobTexts(recipe))}
 
 
 def test_an_adapters_data_takes_what_it_does_not_set_from_the_data_section(
@@ -106,11 +101,11 @@ def test_a_change_of_one_text_concerns_its_adapter_only(
     two_texts: Any, texts: dict[str, Path], corpus: Path
 ) -> None:
     with_own_text = {"sequence_tokens": 32, "source": str(corpus)}
-    before = keys(two_texts(data=with_own_text))
+    before = stage_keys(two_texts(data=with_own_text))
     content = yaml.safe_load(two_texts(data=with_own_text).read_text())
     content["adapters"][1]["data"]["held_out"] = 0.4
     path = two_texts(data=with_own_text, adapters=content["adapters"])
-    changed = {name for name, key in keys(path).items() if before[name] != key}
+    changed = {name for name, key in stage_keys(path).items() if before[name] != key}
     assert all("digits" in name for name in changed)
     assert {"train/digits", "calibrate/digits", "evaluate/adapted/words/on/digits"} <= changed
 

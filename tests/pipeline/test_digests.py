@@ -10,12 +10,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.conftest import FakeJob
+from pipeline.conftest import FakeJob, stage_keys
 from qwlora.pipeline.job import digests as module
 from qwlora.pipeline.job.digests import Digests
-from qwlora.pipeline.plan.plan import make_plan
-from qwlora.pipeline.plan.stage import JobTexts
-from qwlora.recipe import load_recipe
 
 SETTLED_NS = module.SETTLED_NS
 
@@ -134,10 +131,10 @@ def test_without_a_file_there_is_no_digest_and_without_a_job_no_cache(tmp_path: 
 
 
 def keys(path: Path, cache: Path, *changes: str) -> dict[str, str]:
-    recipe, digests = load_recipe(path, changes), Digests(cache)
-    plan = make_plan(recipe, JobTexts(recipe), digests)
+    digests = Digests(cache)
+    found = stage_keys(path, *changes, digests=digests)
     digests.save()
-    return {stage.name: stage.key for stage in plan}
+    return found
 
 
 def test_a_model_retrained_in_place_is_another_model(

@@ -78,7 +78,7 @@ def lpbq(draw: Any, version: str, name: str, channels: int, blocks: int, size: i
     if version == "1.0.0":
         flat = (scale.reshape(-1) for scale in (block_scale, channel_scale))
         return LpbqEncoding(name, bitwidth, size, *flat, decompressed)
-    return LpbqEncoding(name, bitwidth, size, block_scale, channel_scale, axis=1, channel_axis=0)
+    return LpbqEncoding(name, bitwidth, size, block_scale, channel_scale, axis=1)
 
 
 @st.composite

@@ -171,8 +171,7 @@ def test_without_a_graph_the_sections_are_lost_to_2_x() -> None:
     assert (kept.parameters, kept.excluded_layers, kept.quantizer_args) == (None, None, None)
 
 
-NEW_LPBQ = LpbqEncoding("w", 4, 3, [[1, 2]], [[0.1]], axis=1, channel_axis=0)
-OPEN_LPBQ = LpbqEncoding("w", 4, 3, [[[1]]], [[[0.1]]], axis=1)
+NEW_LPBQ = LpbqEncoding("w", 4, 3, [[1, 2]], [[0.1]], axis=1)
 
 
 @pytest.mark.parametrize(
@@ -186,7 +185,6 @@ OPEN_LPBQ = LpbqEncoding("w", 4, 3, [[[1]]], [[[0.1]]], axis=1)
         ("1.0.0", LPBQ, "2.1.0", None, "w: its block axis"),
         ("2.0.0", NEW_LPBQ, "1.0.0", (2, 6, 0, 1), "decompressed bitwidth"),
         ("2.0.0", SIGNED, "1.0.0", None, "whether it is a parameter"),
-        ("2.0.0", OPEN_LPBQ, "2.1.0", None, "channel axis, which its shapes leave open"),
     ],
 )
 @pytest.mark.parametrize("lossy", [False, True])

@@ -82,7 +82,7 @@ def test_names_in_only_one_file_are_differences() -> None:
 def test_fields_that_a_version_lacks_are_not_differences() -> None:
     flat = A.replace(signed=None, axis=None)
     assert diff(one(flat, "1.0.0", True), one(A)) == []
-    nested = LpbqEncoding("w", 4, 2, [[1, 2]], [[0.5]], None, 1, 0)
+    nested = LpbqEncoding("w", 4, 2, [[1, 2]], [[0.5]], None, 1)
     assert diff(one(LpbqEncoding("w", 4, 2, [1, 2], [0.5], 8), "1.0.0", True), one(nested)) == []
     assert [
         d.field

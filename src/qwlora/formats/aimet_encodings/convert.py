@@ -38,7 +38,7 @@ from qwlora.formats.aimet_encodings.model import (
     has_axes,
 )
 from qwlora.formats.aimet_encodings.onnx_tensors import Graph, OnnxTensor
-from qwlora.formats.aimet_encodings.version_2 import channel_axis_of, channel_shape
+from qwlora.formats.aimet_encodings.version_2 import channel_shape
 
 
 @dataclass(frozen=True)
@@ -183,7 +183,6 @@ def _flat(entry: IntegerEncoding | LpbqEncoding, target: _Target) -> Entry | Non
         channel_scale=entry.channel_scale.reshape(-1),
         decompressed_bitwidth=decompressed,
         axis=None,
-        channel_axis=None,
     )
 
 
@@ -218,21 +217,14 @@ def _nested(entry: IntegerEncoding | LpbqEncoding, target: _Target) -> Entry | N
         channel = _channel_axis(target.tensor(entry), channels.size)
         entry = entry.replace(
             axis=axis,
-            channel_axis=channel,
             block_scale=blocks,
             channel_scale=channels.reshape(channel_shape(blocks.ndim, channel)),
         )
-    assert entry.axis is not None
-    shape, channel_axis = entry.channel_scale.shape, entry.channel_axis
-    if target.version == "2.0.0":
-        return entry.replace(channel_axis=channel_axis_of(shape, entry.axis))
-    if sum(size > 1 for size in shape) > 1 or (
-        channel_axis is not None
-        and entry.channel_scale.size != entry.block_scale.shape[channel_axis]
+    channel_axis = entry.channel_axis
+    if target.version == "2.1.0" and (
+        channel_axis is None or entry.channel_scale.size != entry.block_scale.shape[channel_axis]
     ):
         return None
-    if channel_axis is None:
-        raise _Lacking("its channel axis, which its shapes leave open")
     return entry
 
 

@@ -118,7 +118,6 @@ def entry_of(
                 placed(row.double()),
                 None if nested else scheme.bitwidth + scale_bitwidth,
                 last if nested else None,
-                (1 if transposed else 0) if nested else None,
             )
         case Blocks() as blocks:
             raise GridError(f"{scheme}: AIMET's files have no blocks of kind {blocks.kind}")

@@ -154,8 +154,6 @@ class LpbqEncoding(_Entry):
         decompressed_bitwidth: of the channel's grid (`bw` in 1.0.0). Block scales are at most
             2^(decompressed_bitwidth - bitwidth). None in 2.x.
         axis: of the blocks, not negative; None in 1.0.0.
-        channel_axis: of `channel_scale`, not negative; None in 1.0.0, and in 2.0.0 if the shapes
-            leave it open.
     """
 
     block_size: int
@@ -163,10 +161,19 @@ class LpbqEncoding(_Entry):
     channel_scale: Floats
     decompressed_bitwidth: int | None = None
     axis: int | None = None
-    channel_axis: int | None = None
 
     arrays = {"block_scale": np.int64, "channel_scale": np.float64}
     granularity = "LPBQ"
+
+    @property
+    def channel_axis(self) -> int | None:
+        """The axis along which channel scales differ; None if they are flat, or have several."""
+        if self.axis is None:
+            return None
+        sizes = self.channel_scale.shape
+        others = sorted({*range(len(sizes))} - {self.axis}, key=lambda i: self.block_scale.shape[i])
+        axes = [i for i, size in enumerate(sizes) if size > 1] or others[:1]
+        return axes[0] if len(axes) == 1 else None
 
     def _problems(self) -> Iterator[str]:
         yield from _range_problems(self.channel_scale, "channel scales")

@@ -93,12 +93,11 @@ class Entry2(JsonEntry):
                     f"y_scale.x_scale has {channels.size} values, but axis {self.y_scale.axis} of "
                     f"x has {blocks.shape[channel]}"
                 )
-            channels = channels.reshape(channel_shape(blocks.ndim, channel))
-            return self._lpbq(blocks, channels, channel)
+            return self._lpbq(blocks, channels.reshape(channel_shape(blocks.ndim, channel)))
         if self.per_block_int_scale is not None:
             scales = {"per_block_int_scale", "per_channel_float_scale"}
             self.check_fields({"output_dtype", "axis", "block_size", *scales})
-            return self._lpbq(self.per_block_int_scale, self.per_channel_float_scale, None)
+            return self._lpbq(self.per_block_int_scale, self.per_channel_float_scale)
         self.check_fields({"output_dtype", "y_scale"}, {"axis", "block_size", "y_zero_point"})
         scale, axis, size, dtype = self.y_scale, self.axis, self.block_size, self.output_dtype
         if scale.ndim and axis is None:
@@ -128,15 +127,12 @@ class Entry2(JsonEntry):
             self.name, bitwidth, scale, offset, symmetric, signed, axis, size, shift
         )
 
-    def _lpbq(self, blocks: Integers, channels: Floats, channel_axis: int | None) -> Entry:
+    def _lpbq(self, blocks: Integers, channels: Floats) -> Entry:
         signed, bitwidth = _integer_format(self.output_dtype)
         if not signed:
             raise ValueError("output_dtype must be int1 to int32: LPBQ is signed and symmetric")
-        axis = _positive(self.axis or 0, blocks.ndim)
-        if channel_axis is None:
-            channel_axis = channel_axis_of(channels.shape, axis)
-        size = self.block_size or 0
-        return LpbqEncoding(self.name, bitwidth, size, blocks, channels, None, axis, channel_axis)
+        axis, size = _positive(self.axis or 0, blocks.ndim), self.block_size or 0
+        return LpbqEncoding(self.name, bitwidth, size, blocks, channels, axis=axis)
 
 
 class Document2(Document):
@@ -163,16 +159,6 @@ def _positive(axis: int, rank: int, field: str = "axis") -> int:
     if not -rank <= axis < rank:
         raise ValueError(f"{field} is {axis}, outside scales of {rank} axes")
     return axis % rank
-
-
-def channel_axis_of(shape: tuple[int, ...], block_axis: int) -> int | None:
-    """The axis of a channel scale: the only one longer than 1, or the other of two.
-
-    None if the shapes leave it open.
-    """
-    long = [axis for axis, size in enumerate(shape) if size > 1]
-    others = long or [axis for axis in range(len(shape)) if axis != block_axis]
-    return others[0] if len(others) == 1 else None
 
 
 def channel_shape(rank: int, channel_axis: int) -> tuple[int, ...]:

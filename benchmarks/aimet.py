@@ -57,8 +57,7 @@ from qwlora import LayerRule, Scheme, Schemes, quantize_
 from qwlora.errors import ExportError
 from qwlora.export.npu.aimet import write_aimet
 from qwlora.export.npu.float_onnx import MOVES
-from qwlora.export.npu.qnn import export_qnn
-from qwlora.export.npu.qnn_runtime import QnnModel, open_graph, placement
+from qwlora.export.npu.qnn import QnnModel, export_qnn, open_graph, placement
 from qwlora.export.target import ExportedGraph
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.scheme import parse_scheme

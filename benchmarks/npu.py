@@ -32,10 +32,9 @@ from peft import LoraConfig, get_peft_model
 
 from measuring import RESULTS, SMOLLM2, distance, machine_line, markdown, train_, write_table
 from qwlora import LayerRule, Scheme, Schemes, quantize_
-from qwlora.export.npu.aimet import open_aimet_graphs
+from qwlora.export.npu.aimet import open_aimet
 from qwlora.export.npu.qairt import open_qairt
-from qwlora.export.npu.qnn import export_qnn
-from qwlora.export.npu.qnn_runtime import QnnModel
+from qwlora.export.npu.qnn import QnnModel, export_qnn
 from qwlora.export.proof.compare import perplexity
 from qwlora.export.proof.reference import token_losses
 from qwlora.export.registry import TARGETS
@@ -152,7 +151,7 @@ def as_floats(
             continue
         else:
             kind.backend.write_adapter(one, folder, folder / name)
-            opened, size = open_aimet_graphs(folder / name), sizes((folder / name).rglob("*"))
+            opened, size = open_aimet(folder / name), sizes((folder / name).rglob("*"))
         simulation = one.simulation
         assert isinstance(simulation, Simulation)
         found = {"cpu": opened.logits(ids, decode)}

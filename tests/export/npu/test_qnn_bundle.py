@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,15 +11,14 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
+from export.proofs import reference_of, sqnr
 from qwlora import LayerRule, Scheme, Schemes, quantize_
-from qwlora.errors import ExportError, FingerprintError
+from qwlora.errors import ExportError
 from qwlora.export.npu.htp_limits import input_problem, table_problem, weight_problem
-from qwlora.export.npu.qnn import check_bundle, export_qnn, verify_qnn
-from qwlora.export.npu.qnn_runtime import QnnModel
+from qwlora.export.npu.qnn import QnnModel, export_qnn, verify_qnn
 from qwlora.export.proof.checks import Limits
 from qwlora.export.weights.gguf import LlamaRuntime
 from qwlora.grid.scheme import PerChannel, parse_scheme
-from qwlora.grid.sqnr import sqnr_db
 from qwlora.simulation.adapter_simulations import simulate_adapters
 from qwlora.simulation.simulation import Simulation
 from simulation.tiny_architectures import inputs, make
@@ -64,11 +62,6 @@ def test_tables_and_inputs_have_one_scale() -> None:
     assert "w8-tensor" in str(table_problem(parse_scheme("w4-channel")))
     assert input_problem(Scheme(8)) is None
     assert "granularity: tensor" in str(input_problem(Scheme(8, granularity=PerChannel(0))))
-
-
-def sqnr(found: torch.Tensor, expected: torch.Tensor) -> float:
-    noise = (found.double() - expected.double()).square().sum()
-    return sqnr_db(float(expected.double().square().sum()), float(noise))
 
 
 def simulated(embeddings: Scheme, schemes: Schemes = SCHEMES) -> Mapping[str, Simulation]:
@@ -125,10 +118,10 @@ def generated(model: QnnModel, prompt: torch.Tensor, count: int) -> tuple[torch.
     cache, ids, found = model.empty_cache(), prompt, []
     for first in range(0, prompt.shape[1], 8):
         piece = prompt[:, first : first + 8]
-        found.append(torch.from_numpy(model.call_logits("prefill", piece, first, cache)))
+        found.append(model.call_logits("prefill", piece, first, cache))
     for _ in range(count):
         token = found[-1][:, -1:].argmax(-1)
-        found.append(torch.from_numpy(model.call_logits("decode", token, ids.shape[1], cache)))
+        found.append(model.call_logits("decode", token, ids.shape[1], cache))
         ids = torch.cat([ids, token], 1)
     return ids, torch.cat(found, 1)
 
@@ -167,16 +160,12 @@ def test_prefill_and_decode_share_one_weight_file(
     places: list[set[tuple[str, int, int]]] = []
     for graph in ("prefill", "decode"):
         model = onnx.load(base / f"{graph}.onnx", load_external_data=False)
-        stored = [t for t in model.graph.initializer if t.external_data]
-        assert all(len(t.raw_data) < 512 for t in model.graph.initializer)
-        of = [{entry.key: entry.value for entry in t.external_data} for t in stored]
-        places.append({(e["location"], int(e["offset"]), int(e["length"])) for e in of})
+        of = [{e.key: e.value for e in t.external_data} for t in model.graph.initializer]
+        places.append({(e["location"], int(e["offset"]), int(e["length"])) for e in of if e})
     assert places[0] == places[1]
-    assert {location for location, _, _ in places[0]} == {"weights.data"}
-    bytes_stored = sum(length for _, _, length in places[0])
-    assert bytes_stored > 60_000  # codes of the whole model
     assert [path.name for path in base.glob("*.data")] == ["weights.data"]
-    assert (base / "weights.data").stat().st_size < 1.2 * bytes_stored
+    bytes_stored = sum(length for _, _, length in places[0])
+    assert 60_000 < bytes_stored <= (base / "weights.data").stat().st_size < 1.2 * bytes_stored
 
 
 @pytest.mark.slow
@@ -211,43 +200,6 @@ def test_llama_cpp_runs_in_the_process_of_the_emulator(
     QnnModel(folder / "base", folder / "first", htp=True).logits(IDS)
     with pytest.raises(ExportError, match=r"nothing\.gguf.*failed to load model"):
         LlamaRuntime(tmp_path / "nothing.gguf")
-
-
-@pytest.mark.slow
-def test_a_flipped_bit_or_a_missing_file_is_refused(
-    bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
-) -> None:
-    _, folder = bundle
-    copied = tmp_path / "copied"
-    shutil.copytree(folder, copied)
-    for part in ("base", "first"):
-        for path in sorted(p for p in (copied / part).rglob("*") if p.is_file()):
-            whole = path.read_bytes()
-            middle = len(whole) // 2
-            path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
-            with pytest.raises(FingerprintError, match=path.name.replace(".", r"\.")):
-                check_bundle(copied, "first")
-            path.unlink()
-            with pytest.raises(FingerprintError, match=path.name.replace(".", r"\.")):
-                check_bundle(copied, "first")
-            path.write_bytes(whole)
-    check_bundle(copied, "first")
-    (copied / "base" / "notes").touch()
-    with pytest.raises(FingerprintError, match="not exported: notes"):
-        check_bundle(copied, "first")
-
-
-@pytest.mark.slow
-def test_an_adapter_in_the_place_of_another_is_refused(
-    bundle: tuple[Mapping[str, Simulation], Path], tmp_path: Path
-) -> None:
-    _, folder = bundle
-    copied = tmp_path / "copied"
-    shutil.copytree(folder, copied)
-    shutil.rmtree(copied / "first")
-    shutil.copytree(copied / "second", copied / "first")
-    with pytest.raises(FingerprintError, match="first' holds adapter second of these graphs"):
-        check_bundle(copied, "first")
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,22 +15,20 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from conftest import tiny_model
-from export.proofs import check_parity, reference_of, verify_onnx, verify_onnx_outputs
+from export.proofs import check_parity, verify_onnx, verify_onnx_outputs
 from qwlora import PerChannel, Scheme, Schemes, Simulation, quantize_, simulate
 from qwlora.data.sequences import Sequences
-from qwlora.errors import ExportError, MissingExtraError, VerificationError
+from qwlora.errors import ExportError
 from qwlora.export.npu.aimet_encodings import write_encodings
 from qwlora.export.onnx.onnx import export_onnx
 from qwlora.export.onnx.onnx_runtime import OnnxModel
-from qwlora.export.proof.checks import Limits, Parity
-from qwlora.export.proof.compare import compare_logits
+from qwlora.export.proof.checks import Limits
 from qwlora.export.proof.measure import measure_logits
 from qwlora.export.proof.reference import make_reference, simulated_logits
 from qwlora.formats.aimet_encodings import LpbqEncoding, read_encodings, validate
 from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of
 from qwlora.graph.quantized_graph import Kind
 from qwlora.nn import packed_weights
-from qwlora.system import optional_packages as extras
 
 pytestmark = pytest.mark.usefixtures("shared_captures")
 IDS = torch.randint(0, 256, (4, 24), generator=torch.Generator().manual_seed(3))
@@ -55,6 +52,11 @@ def made(
     simulation.calibrate([batch])
     export_onnx(simulation.graph(), folder, {"qwlora.note": "test"})
     return simulation
+
+
+def initializer(folder: Path, name: str) -> np.ndarray:
+    stored = onnx.load(folder / "model.onnx").graph.initializer
+    return next(onnx.numpy_helper.to_array(i) for i in stored if i.name == name)
 
 
 @pytest.fixture(scope="module")
@@ -124,18 +126,11 @@ def test_eight_bit_activations(tmp_path: Path) -> None:
 def test_adapter_weights_of_every_width(
     tmp_path: Path, bitwidth: int, symmetric: bool, container: str
 ) -> None:
-    simulation = made(
-        "w4-block32",
-        tmp_path,
-        Schemes(adapter_weights=Scheme(bitwidth, symmetric, PerChannel(0))),
-    )
+    weights = Scheme(bitwidth, symmetric, PerChannel(0))
+    simulation = made("w4-block32", tmp_path, Schemes(adapter_weights=weights))
     check_parity(verify_onnx(tmp_path, simulation, IDS, layer_tokens=16), Limits(), "it")
     name = "model.layers.0.mlp.up_proj.lora_A.weight"
-    stored = next(
-        onnx.numpy_helper.to_array(i)
-        for i in onnx.load(tmp_path / "model.onnx").graph.initializer
-        if i.name == f"{name}.codes"
-    )
+    stored = initializer(tmp_path, f"{name}.codes")
     assert stored.dtype == container
     codes = simulation.encodings[name].quantize(simulation.adapter_weights[name])
     np.testing.assert_array_equal(stored, (codes - symmetric * 2 ** (bitwidth - 1)).T.numpy())
@@ -151,31 +146,15 @@ def test_aimet_entries_describe_the_grids(bundle: tuple[Path, Simulation]) -> No
     folder, simulation = bundle
     record = json.loads((folder / "model.encodings").read_text())
     parameters = {e["name"]: e for e in record["param_encodings"]}
-    weight = parameters["model.layers.0.mlp.up_proj.weight"]
-    encoding = simulation.encodings["model.layers.0.mlp.up_proj.weight"]
-    assert weight["enc_type"] == "PER_BLOCK"
-    assert (weight["bw"], weight["block_size"], weight["is_sym"], set(weight["offset"])) == (
-        4,
-        32,
-        True,
-        {-8},
-    )
-    np.testing.assert_array_equal(np.float32(weight["scale"]), encoding.scale.T.flatten().numpy())
-    stored = next(
-        i
-        for i in onnx.load(folder / "model.onnx").graph.initializer
-        if i.name == "model.layers.0.mlp.up_proj.weight.scale"
-    )
-    np.testing.assert_array_equal(
-        np.float32(weight["scale"]), onnx.numpy_helper.to_array(stored).flatten()
-    )
+    name = "model.layers.0.mlp.up_proj.weight"
+    weight, scales = parameters[name], simulation.encodings[name].scale.T.flatten().numpy()
+    assert (weight["enc_type"], weight["bw"], weight["block_size"]) == ("PER_BLOCK", 4, 32)
+    assert (weight["is_sym"], set(weight["offset"])) == (True, {-8})
+    np.testing.assert_array_equal(np.float32(weight["scale"]), scales)
+    np.testing.assert_array_equal(initializer(folder, f"{name}.scale").flatten(), scales)
     lora = parameters["model.layers.0.mlp.up_proj.lora_A.weight"]
-    assert (lora["enc_type"], lora["bw"], len(lora["scale"]), set(lora["offset"])) == (
-        "PER_CHANNEL",
-        8,
-        4,
-        {-128},
-    )
+    assert (lora["enc_type"], lora["bw"], len(lora["scale"])) == ("PER_CHANNEL", 8, 4)
+    assert set(lora["offset"]) == {-128}
     assert all(
         e["bw"] == 16 and e["enc_type"] == "PER_TENSOR" and not e["is_sym"]
         for e in record["activation_encodings"]
@@ -217,9 +196,8 @@ def test_quant_scheme_names_the_observer_of_the_activations(
 ) -> None:
     graph = replace(bundle[1].graph(), observer=observer)
     write_encodings(graph, tmp_path / "model.encodings")
-    assert (
-        read_encodings(tmp_path / "model.encodings").quantizer_args["quant_scheme"] == quant_scheme
-    )
+    arguments = read_encodings(tmp_path / "model.encodings").quantizer_args
+    assert arguments["quant_scheme"] == quant_scheme
 
 
 def test_a_simulation_tells_the_writer_which_observer_ran(bundle: tuple[Path, Simulation]) -> None:
@@ -231,22 +209,7 @@ def test_a_simulation_tells_the_writer_which_observer_ran(bundle: tuple[Path, Si
 
 
 def test_the_validator_finds_nothing_wrong_with_the_bundle(bundle: tuple[Path, Simulation]) -> None:
-    folder = bundle[0]
-    assert validate(folder / "model.encodings", folder / "model.onnx") == []
-    record = json.loads((folder / "model.encodings").read_text())
-    record["param_encodings"][0]["scale"][0] = -1.0
-    record["activation_encodings"][3]["name"] = "no.such.tensor"
-    (folder / "wrong.encodings").write_text(json.dumps(record))
-    assert (
-        len(
-            [
-                f
-                for f in validate(folder / "wrong.encodings", folder / "model.onnx")
-                if f.severity == "error"
-            ]
-        )
-        >= 1
-    )
+    assert validate(bundle[0] / "model.encodings", bundle[0] / "model.onnx") == []
 
 
 def test_file_carries_its_metadata_and_axis_names(bundle: tuple[Path, Simulation]) -> None:
@@ -256,86 +219,3 @@ def test_file_carries_its_metadata_and_axis_names(bundle: tuple[Path, Simulation
         ["batch", "tokens"]
     ] * 2
     assert {n.domain for n in model.graph.node} == {""}
-
-
-def test_a_changed_scale_fails_the_proof(bundle: tuple[Path, Simulation], tmp_path: Path) -> None:
-    folder, simulation = bundle
-    model = onnx.load(folder / "model.onnx")
-    scale = next(
-        i for i in model.graph.initializer if i.name == "model.layers.0.mlp.up_proj.weight.scale"
-    )
-    scale.CopyFrom(
-        onnx.numpy_helper.from_array(
-            onnx.numpy_helper.to_array(scale) * np.float32(1.01), scale.name
-        )
-    )
-    onnx.save(model, tmp_path / "model.onnx")
-    parity = verify_onnx(tmp_path, simulation, IDS, layer_tokens=16, limits=None)
-    assert parity.figures["worst_layer"] == "model.layers.0.mlp.up_proj.linear"
-    with pytest.raises(
-        VerificationError,
-        match=r"layer model.layers.0.mlp.up_proj.linear, .*: [\d.]+ steps \(limit: at most 2 steps",
-    ):
-        verify_onnx(tmp_path, simulation, IDS, layer_tokens=16)
-
-
-def test_each_exceeded_limit_is_reported(bundle: tuple[Path, Simulation]) -> None:
-    folder, simulation = bundle
-    reference = reference_of(simulation, IDS)
-    good = compare_logits(OnnxModel(folder).logits, reference)
-    assert good.noise_allowed is not None
-    for change, message in (
-        (
-            {
-                "perplexity": 1.01 * float(good.reference_perplexity or 0),
-                "floor_perplexity_difference": 0.006,
-            },
-            r"perplexity: 1.00% \(limit: at most 0.90%\)",
-        ),
-        ({"perplexity": math.nan}, "perplexity: not finite"),
-        ({"top1_agreement": 0.5}, r"likeliest token: 50.00% \(limit: at least 9"),
-        ({"rms_log_prob_difference": 2 * good.noise_allowed}, "root mean square"),
-        ({"max_log_prob_difference": math.inf}, "largest logit: not finite"),
-    ):
-        check_parity(Parity({}, (good,)), Limits(), "it")
-        with pytest.raises(VerificationError, match=message):
-            check_parity(Parity({}, (replace(good, **change),)), Limits(), "it")
-
-
-def test_nothing_compared_is_no_pass() -> None:
-    with pytest.raises(VerificationError, match="nothing was compared"):
-        check_parity(Parity({}, ()), Limits(), "it")
-
-
-def test_rounding_alone_never_fails_the_proof(bundle: tuple[Path, Simulation]) -> None:
-    """The floor of perplexity: two simulations that differ only in rounding agree within it."""
-    good = verify_onnx(bundle[0], bundle[1], IDS, layer_tokens=16)
-    difference, total, count = 0.0, 0.0, 0
-    for ids in IDS:
-        expected, perturbed = (
-            torch.nn.functional.cross_entropy(
-                outputs({"input_ids": ids[None]})["logits"][0, :-1].double(),
-                ids[1:],
-                reduction="none",
-            )
-            for outputs in (bundle[1].outputs, bundle[1].perturbed_outputs)
-        )
-        difference += float((perturbed - expected).square().sum())
-        total += float((perturbed - expected).sum())
-        count += len(ids) - 1
-    floor = good.figures["floor_perplexity_difference"]
-    assert floor == pytest.approx(math.expm1(1.96 * math.sqrt(difference) / count), rel=1e-6)
-    assert 0 <= floor < 0.1
-
-
-def test_unreadable_file_and_missing_extra(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bundle: tuple[Path, Simulation]
-) -> None:
-    (tmp_path / "model.onnx").write_bytes(b"no")
-    with pytest.raises(Exception, match=r"model.onnx|onnx"):
-        verify_onnx(tmp_path, bundle[1], IDS, layer_tokens=16)
-    with pytest.raises(
-        MissingExtraError,
-        match=r"not_there .*pip install 'qwlora\[onnx\]'",
-    ):
-        extras.require("not_there", "onnx")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import re
-import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,7 +26,7 @@ from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.compare import verify_language_model
 from qwlora.export.proof.contents import ADAPTER_FILE
 from qwlora.export.proof.folder import RECORD, is_of_base, record_digest
-from qwlora.export.proof.measure import compare_cache, switching
+from qwlora.export.proof.measure import compare_cache
 from qwlora.export.target import ExportedGraph
 from qwlora.formats import manifest
 from qwlora.simulation.simulation import Simulation
@@ -120,19 +117,6 @@ def test_switching_gives_the_bits_of_separate_sessions_and_of_whole_models(
     assert torch.equal(OnnxModel(tmp_path).logits(IDS), alone["wide"])
 
 
-def test_a_session_that_keeps_an_adapter_is_noticed(bundle: Bundle) -> None:
-    class Sticky(OnnxModel):
-        def use(self, adapter: Path | None) -> None:
-            if adapter is not None:
-                super().use(adapter)
-
-    wide, narrow = bundle.folder / "wide", bundle.folder / "narrow"
-    runtime, sticky = (kind(bundle.folder / "base") for kind in (OnnxModel, Sticky))
-    assert all(bits.passed for bits in switching(runtime, wide, [narrow], IDS[:1]))
-    (wrong,) = [b for b in switching(sticky, wide, [narrow], IDS[:1]) if not b.passed]
-    assert "without an adapter" in wrong.what
-
-
 def test_tokens_one_by_one_with_the_cache_are_the_simulation(bundle: Bundle) -> None:
     runtime = OnnxModel(bundle.folder / "base")
     assert runtime.has_cache
@@ -149,36 +133,6 @@ def test_tokens_one_by_one_with_the_cache_are_the_simulation(bundle: Bundle) -> 
         for _ in range(4):  # whole sequences
             tokens = torch.cat([tokens, plain.logits(tokens)[:, -1:].argmax(-1)], dim=1)
         assert runtime.decode(LONG, 4) == tokens[0, -4:].tolist()
-
-
-def test_wrong_caches_are_noticed(bundle: Bundle) -> None:
-    class Forgetful(OnnxModel):
-        """Loses the oldest token of the cache."""
-
-        def extend(
-            self, ids: Tensor, past: Mapping[str, Tensor]
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            return super().extend(ids, {name: part[:, :, 1:] for name, part in past.items()})
-
-    class Shared(OnnxModel):
-        """Has one cache for all adapters."""
-
-        own: dict[str, Tensor]
-
-        def extend(
-            self, ids: Tensor, past: Mapping[str, Tensor]
-        ) -> tuple[Tensor, dict[str, Tensor]]:
-            logits, self.own = super().extend(ids, self.own if past else {})
-            return logits, self.own
-
-    wide, made = bundle.folder / "wide", bundle.simulations["wide"]
-    reference = reference_of(made, LONG)
-    for wrong, problem in (
-        (Forgetful(bundle.folder / "base"), r"log-probabilities of 16 tokens, one by one with the"),
-        (Shared(bundle.folder / "base"), "if other adapters run between the steps: no"),
-    ):
-        parity = Parity({}, compare_cache(wrong, reference, wide, []))
-        assert re.search(problem, parity.problems(Limits())[-1])
 
 
 def test_a_model_without_a_cache_is_written_for_whole_sequences(
@@ -217,18 +171,6 @@ def test_of_other_adapters_only_the_file_that_is_loaded_is_read(tmp_path: Path) 
     (tmp_path / "other" / ADAPTER_FILE).write_text("changed")
     assert not is_of_base(tmp_path, "other")
     assert not is_of_base(tmp_path, "missing")
-
-
-def test_a_replaced_adapter_is_read_again(bundle: Bundle, tmp_path: Path) -> None:
-    runtime, own = OnnxModel(bundle.folder / "base"), tmp_path / "adapter"
-    found = []
-    for name in ("wide", "narrow"):
-        shutil.rmtree(own, ignore_errors=True)
-        shutil.copytree(bundle.folder / name, own)
-        runtime.use(own)
-        found.append(runtime.logits(IDS))
-        assert torch.equal(found[-1], bundle.logits(name, OnnxModel(bundle.folder / "base")))
-    assert not torch.equal(*found)
 
 
 @pytest.mark.filterwarnings("ignore:Model has .tie_word_embeddings")

@@ -17,7 +17,7 @@ from conftest import byte_tokenizer
 from export.weights.test_weights_targets import adapters, base, target
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import CanonicalAdapter, read_canonical
-from qwlora.export.onnx.matmul_nbits import _container, _operands
+from qwlora.export.onnx.matmul_nbits import container_bits, operands
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
@@ -40,9 +40,9 @@ def test_matmul_nbits_multiplies_with_the_base_s_weights(scheme: Scheme) -> None
     """ONNX Runtime's operator on the identity gives the weight."""
     assert TARGETS["genai"].scheme_problem(scheme) is None
     for name, layer in list(packed_weights(base(scheme)).items())[-3:]:
-        arrays, block = _operands(layer)
+        arrays, block = operands(layer)
         rows, columns = layer.tensor.shape
-        bits = _container(scheme.bitwidth)
+        bits = container_bits(scheme.bitwidth)
         node = helper.make_node(
             "MatMulNBits",
             ["x", *arrays],
@@ -143,39 +143,6 @@ def test_one_session_of_onnx_runtime_has_all_adapters_and_none(tmp_path: Path) -
     unknown = CanonicalAdapter({"model.layers.9.mlp.up_proj": (torch.ones(2, 64),) * 2}, None)
     with pytest.raises(ExportError, match=r"no place .*model\.layers\.9\.mlp\.up_proj"):
         target("genai").write_adapter(unknown, tmp_path / "base", tmp_path / "first")
-
-
-@pytest.mark.client
-def test_genai_switches_adapters_in_the_middle_of_a_generation(tmp_path: Path) -> None:
-    import onnxruntime_genai as og
-
-    adapted = written(tmp_path)
-    model = og.Model(str(tmp_path / "base"))
-    known = og.Adapters(model)
-    for name in ("first", "second"):
-        known.load(str(tmp_path / name / "adapter.onnx_adapter"), name)
-    known.load(str(tmp_path / "base" / "none.onnx_adapter"), "none")
-    options = og.GeneratorParams(model)
-    options.set_search_options(max_length=40, min_length=40, do_sample=False)
-    generator = og.Generator(model, options)
-    generator.append_tokens(IDS[0].numpy().astype(np.int32))
-    cache, ids, expected = None, IDS, []
-    for name in (None, "first", "second", None, "first"):
-        if expected:
-            generator.set_active_adapter(known, name or "none")
-        for _ in range(4):
-            generator.generate_next_token()
-            with torch.no_grad():
-                if name is None:
-                    with adapted.disable_adapter():
-                        result = adapted(input_ids=ids, past_key_values=cache, use_cache=True)
-                else:
-                    adapted.set_adapter(name)
-                    result = adapted(input_ids=ids, past_key_values=cache, use_cache=True)
-            cache, ids = result.past_key_values, result.logits[:, -1:].argmax(-1)
-            expected.append(int(ids))
-    assert generator.get_sequence(0)[20:].tolist() == expected
-    del generator, known, options, model
 
 
 @pytest.mark.client

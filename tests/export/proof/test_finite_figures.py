@@ -21,8 +21,7 @@ from export.proofs import check_parity, verify_weights
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export import runtime as runtime_module
-from qwlora.export.npu import qnn, qnn_runtime
-from qwlora.export.npu.qnn import export_qnn
+from qwlora.export.npu import qnn
 from qwlora.export.proof import reference as reference_module
 from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.compare import (
@@ -345,22 +344,14 @@ def test_a_compiler_that_writes_no_file_is_an_error(
         ("_options", lambda: options),
         ("require", lambda *names: SimpleNamespace(__version__="1")),
     ):
-        monkeypatch.setattr(qnn_runtime, name, fake)
+        monkeypatch.setattr(qnn, name, fake)
 
     def compiled(path: Path, options: object) -> None:
         (tmp_path / "device" / "prefill_ctx.onnx").touch()
 
-    monkeypatch.setattr(qnn_runtime, "_session", compiled)
-    assert "onnxruntime-qnn" in qnn_runtime.compile_graphs(tmp_path, ["prefill"])
+    monkeypatch.setattr(qnn, "_session", compiled)
+    assert "onnxruntime-qnn" in qnn.compile_graphs(tmp_path, ["prefill"])
     assert "exit 139" in (tmp_path / "device" / "README.md").read_text()
     shutil.rmtree(tmp_path / "device")
     with pytest.raises(ExportError, match=r"decode.onnx.*wrote no device/decode_ctx.onnx"):
-        qnn_runtime.compile_graphs(tmp_path, ["prefill", "decode"])
-
-
-@pytest.mark.parametrize("part", ["base", "first", "zero"])
-def test_a_folder_that_holds_a_part_of_a_bundle_is_refused(part: str, tmp_path: Path) -> None:
-    (tmp_path / part).mkdir()
-    simulations: Any = {"first": None}
-    with pytest.raises(ExportError, match=f"already holds {part}"):
-        export_qnn(simulations, {"decode": 1}, 8, tmp_path)
+        qnn.compile_graphs(tmp_path, ["prefill", "decode"])

@@ -18,7 +18,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qwlora.export.npu.float_onnx import TensorEncoding
+from qwlora.export.npu.float_onnx import FloatOnnx, TensorEncoding
 from qwlora.formats import aimet_encodings as files
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
@@ -48,17 +48,13 @@ def write_encodings(graph: QuantizedGraph, path: Path, transposed: Collection[st
     _write(graph, tensors, path, "1.0.0", "tensor")
 
 
-def write_float_encodings(
-    graph: QuantizedGraph, tensors: Mapping[str, TensorEncoding], path: Path, version: str
-) -> None:
+def write_float_encodings(float_onnx: FloatOnnx, path: Path, version: str) -> None:
     """Write the encodings of a float model.
 
     Args:
-        graph: where the model comes from.
-        tensors: grids by name of the tensor; see `FloatOnnx`.
         version: 1.0.0 or 2.0.0.
     """
-    _write(graph, tensors, path, version, "channel")
+    _write(float_onnx.graph, float_onnx.encodings, path, version, "channel")
 
 
 def _write(
@@ -76,12 +72,13 @@ def _write(
         "excluded_layers": tuple(name.removesuffix(".weight") for name in excluded),
         "quantizer_args": _quantizer_args(graph),
     }
+    entries = (
+        entry_of(name, tensor.encoding, file_version, tensor.transposed, block_order)
+        for name, tensor in tensors.items()
+    )
     file = files.EncodingsFile(
         file_version,
-        tuple(
-            entry_of(name, tensor.encoding, file_version, tensor.transposed, block_order)
-            for name, tensor in tensors.items()
-        ),
+        tuple(entries),
         producer=producer | ({"block_order": "channel"} if block_order == "channel" else {}),
         **(sections if file_version < "2" else {}),
     )

@@ -16,33 +16,54 @@ Shapes are fixed, since an NPU has no others: everything that only depends on th
 
 What only moves values of a tensor (Reshape, Slice, Concat ...) has that tensor's grid, and its name
 with the operator appended, so tensors of one name have one grid in graphs of any size.
+
+AIMET and QAIRT take causal language models as graphs with a key-value cache, one for prefill and
+one for decode, with RMSNormalization as one operator (opset 23). All have the same weights and
+names; tensors of one name have one encoding. Every float tensor has one. Two kinds get it here:
+
+    sigmoid, tanh, erf    of a value with an encoding: their range, with as many bits
+    a constant c          scale |c|: c is one step
+
+Values inside an activation function that the model makes of several operators stay without;
+graphs.json lists them (`float`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from qwlora.errors import ExportError, listed
-from qwlora.export.onnx.onnx_graph import DEQUANTIZE, MARKER, to_onnx
+from qwlora.export.npu.htp_rewrites import OPSET as NPU_OPSET
+from qwlora.export.onnx.onnx_edits import constant, new_node, remove_unused, tensor_of
 from qwlora.export.onnx.onnx_model import (
+    DEQUANTIZE,
     OPSET,
     check_names,
     codes_of,
     is_matrix_transpose,
     replace_marker,
+    rewrite_markers,
+    to_onnx,
 )
-from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.export.target import ExportedGraph
+from qwlora.graph.kv_cache_capture import CacheSizes
+from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.grid.encoding import Encoding
-from qwlora.nn.custom_ops import NAMESPACE
+from qwlora.grid.min_max import encoding_from_range
+from qwlora.grid.scheme import Scheme
+from qwlora.simulation.kv_cache_graph import cached_graph, capture_with_cache
+from qwlora.simulation.npu_graph import NpuGraph, mask_floor, npu_form
+from qwlora.simulation.simulation import Simulation
 from qwlora.system.optional_packages import require
 
 _NO_LIMIT = 2**40
+_RANGES = {"Sigmoid": (0.0, 1.0), "Tanh": (-1.0, 1.0), "Erf": (-1.0, 1.0)}
 MOVES = frozenset(
     {"Concat", "Expand", "Flatten", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze"}
 ) | {"Tile", "Transpose", "Unsqueeze"}
@@ -55,72 +76,114 @@ class TensorEncoding:
     Args:
         transposed: the tensor is stored [in, out]; `encoding` is of [out, in].
         parameter: it is an initializer.
-        carried: the tensor only moves values of another one, and got that one's grid.
     """
 
     encoding: Encoding
     transposed: bool = False
     parameter: bool = False
-    carried: bool = False
 
 
 @dataclass(frozen=True)
 class FloatOnnx:
-    """An `onnx_ir.Model` and the grids of its tensors by name, activations first."""
+    """A graph as an `onnx_ir.Model`, and the grids of its tensors by name, activations first."""
 
+    graph: QuantizedGraph
     model: Any
     encodings: dict[str, TensorEncoding]
 
+    @property
+    def inner(self) -> list[str]:
+        """Names of the float tensors without an encoding."""
+        return sorted(set(float_tensors(self.model)) - self.encodings.keys())
+
+
+def float_graphs(
+    cases: Mapping[str, ExportedGraph], name: str
+) -> Iterator[tuple[str, FloatOnnx, NpuGraph]]:
+    """One of the graphs of `ExportedGraph.graphs` for each use case, one at a time.
+
+    All have one mask.
+
+    Args:
+        cases: by name; their simulations differ in tensors and encodings only.
+        name: of the graph.
+    """
+    simulations = dict[str, Simulation]()
+    for case, exported in cases.items():
+        assert isinstance(exported.simulation, Simulation)
+        simulations[case] = exported.simulation
+    first = next(iter(cases))
+    sizes = CacheSizes(cases[first].graphs[name], cases[first].context)
+    captured = capture_with_cache(simulations[first], sizes, "new")
+    cached = {case: cached_graph(own, captured) for case, own in simulations.items()}
+    floor = min(mask_floor(graph) for graph in cached.values())
+    for case, graph in cached.items():
+        npu = npu_form(graph, sizes, floor, None)
+        shapes = npu.device.interface.shapes
+        float_onnx = to_float_onnx(npu.device, shapes, NPU_OPSET, everywhere=True)
+        float_onnx.model.metadata_props.update(cases[case].metadata)
+        yield case, float_onnx, npu
+
 
 def to_float_onnx(
-    graph: QuantizedGraph, inputs: Mapping[str, Tensor], opset: int = OPSET
+    graph: QuantizedGraph,
+    shapes: Mapping[str, Sequence[int | str]],
+    opset: int = OPSET,
+    everywhere: bool = False,
 ) -> FloatOnnx:
-    """The float model of `graph` with the shapes of `inputs`.
+    """The float model of `graph`.
+
+    Args:
+        shapes: of the inputs, by name.
+        everywhere: give every float tensor an encoding; see the module.
 
     Raises:
         ExportError: an operator has no translation, a weight has float offsets, two tensors would
-            have the same name, or the graph does not fit the shapes of `inputs`.
+            have the same name, or the graph does not fit `shapes`.
         MissingExtraError: the `onnx` extra is not installed.
     """
-    _refuse_float_offsets(graph)
-    model = to_onnx(graph, opset)
-    _fix_shapes(model, graph, inputs)
-    rewriter = _FloatRewriter(model, graph)
-    rewriter.run()
-    _store_gathered(model, rewriter.encodings)
-    _carry(model, rewriter.encodings)
-    _name_moved(model, rewriter.encodings)
-    model.producer_name = "qwlora"
-    ordered = sorted(rewriter.encodings.items(), key=lambda item: item[1].parameter)
-    return FloatOnnx(model, dict(ordered))
-
-
-def _refuse_float_offsets(graph: QuantizedGraph) -> None:
-    wrong = [n for n, encoding in graph.encodings.items() if encoding.scheme.float_offset]
-    if wrong:
+    if wrong := [n for n, encoding in graph.encodings.items() if encoding.scheme.float_offset]:
         raise ExportError(
             f"{listed(wrong, 3)} {'has' if len(wrong) == 1 else 'have'} float offsets, which no "
             "encodings file and no NPU has. Quantize with base.solver: gptq, or export to onnx"
         )
+    model = to_onnx(graph, opset)
+    _fix_shapes_(model, graph, shapes)
+    rewriter = _FloatRewriter(model)
+    rewrite_markers(model, graph, rewriter.activation, rewriter.weight)
+    encodings = rewriter.encodings
+    check_names(model, encodings)
+    from onnx_ir.passes.common import ShapeInferencePass
+
+    ShapeInferencePass()(model)
+    _store_gathered_(model, encodings)
+    _carry_(model, encodings)
+    model.producer_name = "qwlora"
+    ordered = dict(sorted(encodings.items(), key=lambda item: item[1].parameter))
+    if everywhere:
+        _encode_rest_(model, ordered)
+    return FloatOnnx(graph, model, ordered)
 
 
-def _fix_shapes(model: Any, graph: QuantizedGraph, inputs: Mapping[str, Tensor]) -> None:
-    """Give the graph's inputs the shapes of `inputs`, and fold what then is constant.
+def _fix_shapes_(
+    model: Any, graph: QuantizedGraph, shapes: Mapping[str, Sequence[int | str]]
+) -> None:
+    """Give the graph's inputs fixed shapes, and fold what then is constant.
 
     Markers stay, so a value with an encoding is never folded into another one.
     """
-    from onnx_ir.passes.common import LiftConstantsToInitializersPass, RemoveUnusedNodesPass
+    from onnx_ir.passes.common import LiftConstantsToInitializersPass
     from onnxscript.optimizer import fold_constants
 
     ir = require("onnx_ir", "onnx")
-    sizes: dict[str, int] = {}
+    sizes: dict[str, int | str] = {}
     for name in graph.inputs:
-        for axis, size in zip(graph.interface.shapes[name], inputs[name].shape, strict=True):
+        for axis, size in zip(graph.interface.shapes[name], shapes[name], strict=True):
             if sizes.setdefault(str(axis), size) != size or (
                 isinstance(axis, int) and axis != size
             ):
                 raise ExportError(
-                    f"input {name} has shape {list(inputs[name].shape)}, but the graph takes "
+                    f"input {name} has shape {list(shapes[name])}, but the graph takes "
                     f"{list(graph.interface.shapes[name])}"
                 )
     for value in [*model.graph.inputs, *model.graph.outputs]:
@@ -132,82 +195,52 @@ def _fix_shapes(model: Any, graph: QuantizedGraph, inputs: Mapping[str, Tensor])
                 output.shape = None  # torch's private symbols
     limits = {"input_size_limit": _NO_LIMIT, "output_size_limit": _NO_LIMIT}
     fold_constants(model, onnx_shape_inference=True, **limits)
-    RemoveUnusedNodesPass()(model)
+    remove_unused(model)
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
 
 
 class _FloatRewriter:
     """Removes markers, and gives their values the names of their encodings."""
 
-    def __init__(self, model: Any, graph: QuantizedGraph):
-        self.model, self.graph = model, graph
-        self.ir = require("onnx_ir", "onnx")
+    def __init__(self, model: Any):
+        self.model = model
         self.encodings: dict[str, TensorEncoding] = {}
 
-    def run(self) -> None:
-        from onnx_ir.passes.common import RemoveUnusedNodesPass, ShapeInferencePass
-
-        kinds = {mark.name: mark.kind for mark in self.graph.marks}
-        for node in [n for n in self.model.graph if n.domain == NAMESPACE and n.op_type == MARKER]:
-            name = node.attributes["name"].value
-            rewrite = self._activation if kinds[name] is Kind.ACTIVATION else self._weight
-            rewrite(node, name, self.graph.encodings[name])
-        RemoveUnusedNodesPass()(self.model)
-        self.model.graph.opset_imports.pop(NAMESPACE, None)
-        self._check()
-        ShapeInferencePass()(self.model)
-
-    def _activation(self, node: Any, name: str, encoding: Encoding) -> None:
+    def activation(self, node: Any, name: str, encoding: Encoding) -> None:
         source = node.inputs[0]
         is_constant = source.const_value is not None
-        self.encodings[name] = TensorEncoding(encoding, parameter=is_constant)
         if is_constant:
-            values = encoding.fake_quantize(torch.from_numpy(np.array(source.const_value.numpy())))
-            replace_marker(self.model, node, self._initializer(name, values))
-            return
-        is_named = source.is_graph_input() or source.name in self.encodings
-        if is_named and source.name != name:  # one value with two names
-            identity = self.ir.node("Identity", [source])
+            source = self._stored(name, encoding.fake_quantize(tensor_of(source)))
+        elif (source.is_graph_input() or source.name in self.encodings) and source.name != name:
+            identity = new_node("Identity", [source], name)  # one value with two names
             self.model.graph.insert_before(node, identity)
+            identity.outputs[0].type, identity.outputs[0].shape = source.type, source.shape
             source = identity.outputs[0]
-            source.type, source.shape = node.inputs[0].type, node.inputs[0].shape
         source.name = name
+        self.encodings[name] = TensorEncoding(encoding, parameter=is_constant)
         replace_marker(self.model, node, source)
 
-    def _weight(self, node: Any, name: str, encoding: Encoding) -> None:
-        source, uses = node.inputs[0], [user for user, _ in node.outputs[0].uses()]
+    def weight(self, node: Any, name: str, encoding: Encoding) -> None:
+        source, readers = node.inputs[0], [user for user, _ in node.outputs[0].uses()]
         values = encoding.dequantize(codes_of(source, encoding)).float()
-        turned = [user for user in uses if is_matrix_transpose(user)]
+        turned = [user for user in readers if is_matrix_transpose(user)]
         if turned:
-            own = name if len(turned) == len(uses) else f"{name}.transposed"
-            initializer = self._initializer(own, values.T)
-            self.encodings[own] = TensorEncoding(encoding, transposed=True, parameter=True)
+            copy = name if len(turned) == len(readers) else f"{name}.transposed"
+            initializer = self._stored(copy, values.T)
+            self.encodings[copy] = TensorEncoding(encoding, transposed=True, parameter=True)
             for user in turned:
-                self.ir.convenience.replace_all_uses_with(user.outputs[0], initializer)
+                user.outputs[0].replace_all_uses_with(initializer)
                 self.model.graph.remove(user, safe=True)
-        if len(turned) < len(uses):
-            initializer = self._initializer(name, values)
+        if len(turned) < len(readers):
+            node.outputs[0].replace_all_uses_with(self._stored(name, values))
             self.encodings[name] = TensorEncoding(encoding, parameter=True)
-            self.ir.convenience.replace_all_uses_with(node.outputs[0], initializer)
         self.model.graph.remove(node, safe=True)
 
-    def _initializer(self, name: str, values: Tensor) -> Any:
-        array = values.detach().contiguous().numpy()
-        value = self.ir.val(name, const_value=self.ir.tensor(array, name=name))
-        self.model.graph.initializers.pop(name, None)  # the float weight that it replaces
-        self.model.graph.register_initializer(value)
-        return value
-
-    def _check(self) -> None:
-        used = {v for node in self.model.graph for v in node.inputs if v is not None}
-        initializers = self.model.graph.initializers
-        for name in [n for n, value in initializers.items() if value not in used]:
-            if not initializers[name].is_graph_output():
-                del initializers[name]
-        check_names(self.model, self.encodings)
+    def _stored(self, name: str, values: Tensor) -> Any:
+        return constant(self.model, name, values.detach().contiguous().numpy())
 
 
-def _store_gathered(model: Any, encodings: dict[str, TensorEncoding]) -> None:
+def _store_gathered_(model: Any, encodings: dict[str, TensorEncoding]) -> None:
     """Give each table and the rows that are read from it one grid: that of the rows, if the table
     has several, else that of the table."""
     ir = require("onnx_ir", "onnx")
@@ -222,45 +255,57 @@ def _store_gathered(model: Any, encodings: dict[str, TensorEncoding]) -> None:
             encodings[node.outputs[0].name] = TensorEncoding(grid)
         if not grid.scale.ndim or len(table.uses()) > 1:
             continue
-        values = torch.from_numpy(np.array(table.const_value.numpy()))
-        rounded = rows.encoding.fake_quantize(values).numpy()
+        rounded = rows.encoding.fake_quantize(tensor_of(table)).numpy()
         table.const_value = ir.tensor(rounded, name=table.name)
         encodings[table.name] = TensorEncoding(rows.encoding, parameter=True)
 
 
-def _carry(model: Any, encodings: dict[str, TensorEncoding]) -> None:
-    """Give what only moves values of one grid (Reshape, Slice, Concat ...) the same grid."""
-    for node in model.graph:
-        sources = _moved_inputs(node)
-        if not sources or any(source.name not in encodings for source in sources):
-            continue
-        first = encodings[sources[0].name]
-        if first.encoding.scale.ndim or any(
-            not first.encoding.equals(encodings[source.name].encoding) for source in sources
-        ):
-            continue
-        for output in node.outputs:
-            if output.name not in encodings:
-                encodings[output.name] = TensorEncoding(first.encoding, carried=True)
-
-
-def _name_moved(model: Any, encodings: dict[str, TensorEncoding]) -> None:
-    """Name each tensor with a carried grid after the tensor whose values it moves."""
+def _carry_(model: Any, encodings: dict[str, TensorEncoding]) -> None:
+    """Give what only moves values of one grid (Reshape, Slice, Concat ...) the same grid, and a
+    name after the tensor whose values it moves."""
     taken = {value.name for node in model.graph for value in (*node.inputs, *node.outputs) if value}
     for node in model.graph:
-        for output in node.outputs:
-            entry = encodings.get(output.name)
-            if entry is None or not entry.carried or output.is_graph_output():
-                continue
-            stem = f"{_moved_inputs(node)[0].name}.{node.op_type.lower()}"
-            names = (stem, *(f"{stem}_{number}" for number in range(1, len(taken) + 1)))
-            name = next(name for name in names if name not in taken)
-            encodings[name] = encodings.pop(output.name)
-            output.name = name
-            taken.add(name)
+        if node.domain or node.op_type not in MOVES:
+            continue
+        sources = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+        grids = [encodings[s.name].encoding for s in sources if s.name in encodings]
+        if len(grids) < len(sources) or any(
+            grid.scale.ndim or not grid.equals(grids[0]) for grid in grids
+        ):
+            continue
+        stem = f"{sources[0].name}.{node.op_type.lower()}"
+        for output in (value for value in node.outputs if value.name not in encodings):
+            if not output.is_graph_output():
+                names = (f"{stem}_{number}" if number else stem for number in count())
+                output.name = next(name for name in names if name not in taken)
+                taken.add(output.name)
+            encodings[output.name] = TensorEncoding(grids[0])
 
 
-def _moved_inputs(node: Any) -> list[Any]:
-    if node.domain or node.op_type not in MOVES:
-        return []
-    return list(node.inputs) if node.op_type == "Concat" else [node.inputs[0]]
+def _encode_rest_(model: Any, encodings: dict[str, TensorEncoding]) -> None:
+    """Encodings of bounded functions and of constants."""
+    for node in model.graph:
+        name, source = node.outputs[0].name, node.inputs[0].name if node.inputs else ""
+        if node.op_type in _RANGES and name not in encodings and source in encodings:
+            low, high = (torch.tensor(end) for end in _RANGES[node.op_type])
+            bits = encodings[source].encoding.scheme.bitwidth
+            grid = encoding_from_range(low, high, Scheme(bits, symmetric=False))
+            encodings[name] = TensorEncoding(grid)
+    for name in float_tensors(model):
+        if name not in model.graph.initializers or name in encodings:
+            continue
+        number = tensor_of(model.graph.initializers[name])
+        if number.numel() == 1 and float(number):
+            offset = torch.tensor(0 if float(number) > 0 else -1)
+            grid = Encoding(Scheme(16, symmetric=False), number.abs().reshape(()), offset)
+            encodings[name] = TensorEncoding(grid, parameter=True)
+
+
+def float_tensors(model: Any) -> Iterator[str]:
+    """Names of the float tensors that the graph reads, computes or stores."""
+    floats = require("onnx_ir", "onnx").DataType.FLOAT
+    graph = model.graph
+    computed = (value for node in graph for value in node.outputs)
+    for value in (*graph.inputs, *graph.initializers.values(), *computed):
+        if value.dtype == floats:
+            yield value.name

@@ -31,12 +31,20 @@ So one file serves every adapter: a runtime sets the adapter's codes as inputs.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from qwlora.errors import ExportError
+from qwlora.export.onnx.onnx_edits import (
+    constant,
+    constants,
+    insert_rounding,
+    new_node,
+    numbers,
+    remove_unused,
+)
 from qwlora.export.onnx.onnx_model import build_model
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.system.optional_packages import require
@@ -75,6 +83,7 @@ def npu_onnx(graph: QuantizedGraph, metadata: Mapping[str, str]) -> tuple[Any, d
             _quantize_bias_(model, node)
         elif node.op_type == "Add":
             _quantize_before_bias_(model, node)
+    remove_unused(model)
     return model, _adapter_inputs_(model, graph)
 
 
@@ -83,21 +92,21 @@ def _add_zero_point_(model: Any, node: Any) -> None:
     codes, scale = (value.const_value for value in node.inputs)
     zeros = np.zeros(tuple(scale.shape), codes.numpy().dtype)
     node.resize_inputs(3)
-    node.replace_input_with(2, *_constants(model, node.outputs[0].name, {"zero_point": zeros}))
+    node.replace_input_with(2, *constants(model, node.outputs[0].name, {"zero_point": zeros}))
 
 
 def _split_gemm_(model: Any, node: Any) -> None:
     """Make a MatMul and an Add of a Gemm whose weight has 4 bits or less."""
     weight = node.inputs[1].producer()
-    if len(node.inputs) < 3 or not _has_four_bits(weight) or _flag(node, "transA"):
+    if len(node.inputs) < 3 or not _has_four_bits(weight) or node.attributes.get_int("transA", 0):
         return
-    if _flag(node, "transB"):
+    if node.attributes.get_int("transB", 0):
         if len(weight.outputs[0].uses()) > 1:
             return
         _turn_(model, weight)
     name = node.outputs[0].name
-    product = _node("MatMul", node.inputs[:2], f"{name}.product")
-    total = _node("Add", [product.outputs[0], node.inputs[2]], f"{name}.sum")
+    product = new_node("MatMul", node.inputs[:2], f"{name}.product")
+    total = new_node("Add", [product.outputs[0], node.inputs[2]], f"{name}.sum")
     node.outputs[0].replace_all_uses_with(total.outputs[0], replace_graph_outputs=True)
     model.graph.insert_before(node, [product, total])
     model.graph.remove(node, safe=True)
@@ -111,7 +120,7 @@ def _round_norm_(model: Any, node: Any) -> None:
     is_added = {reader.op_type for reader in readers} == {"Add"}
     if not is_added or stored is None or stored.op_type != "DequantizeLinear":
         return
-    scale, zero_point = (_number(value) for value in stored.inputs[1:])
+    scale, zero_point = (numbers(value) for value in stored.inputs[1:])
     if zero_point.dtype != np.uint16:
         return
     farthest = max(int(zero_point), 65535 - int(zero_point))
@@ -119,34 +128,27 @@ def _round_norm_(model: Any, node: Any) -> None:
         "scale": np.float32(scale * np.float32(farthest / 32767)),
         "zero_point": np.uint16(32768),
     }
-    grid = _constants(model, f"{name}.input", symmetric)
-    _insert_quantized_(model, x, f"{name}.input", grid, [node])
-    x, codes = node.inputs[0], _number(weight.inputs[0])
-    negative = _node("Neg", [x], f"{name}.negative")
-    both = _node("Concat", [x, negative.outputs[0]], f"{name}.both", {"axis": -1})
-    twice = _constants(model, f"{weight.outputs[0].name}.twice", {"codes": np.tile(codes, 2)})
-    values = _node("DequantizeLinear", [*twice, *weight.inputs[1:]], f"{name}.weight")
+    grid = constants(model, f"{name}.input", symmetric)
+    insert_rounding(model, x, f"{name}.input", grid, [node])
+    x, codes = node.inputs[0], numbers(weight.inputs[0])
+    negative = new_node("Neg", [x], f"{name}.negative")
+    both = new_node("Concat", [x, negative.outputs[0]], f"{name}.both", {"axis": -1})
+    twice = constants(model, f"{weight.outputs[0].name}.twice", {"codes": np.tile(codes, 2)})
+    values = new_node("DequantizeLinear", [*twice, *weight.inputs[1:]], f"{name}.weight")
     attributes = {"axis": -1, "epsilon": node.attributes["epsilon"].value}
     factors = [both.outputs[0], values.outputs[0]]
-    norm = _node("LayerNormalization", factors, f"{name}.norm", attributes)
+    norm = new_node("LayerNormalization", factors, f"{name}.norm", attributes)
     part = {"start": [0], "end": codes.shape, "axis": [-1]}
-    bounds = _constants(model, name, {key: np.array(end, np.int64) for key, end in part.items()})
-    half = _node("Slice", [norm.outputs[0], *bounds], f"{name}.half")
+    bounds = constants(model, name, {key: np.array(end, np.int64) for key, end in part.items()})
+    half = new_node("Slice", [norm.outputs[0], *bounds], f"{name}.half")
     quantize = next(iter(node.outputs[0].uses()))[0]
     node.outputs[0].replace_all_uses_with(half.outputs[0])
     model.graph.insert_before(node, [negative, both, values, norm, half])
     model.graph.remove(node, safe=True)
-    _insert_quantized_(model, negative.outputs[0], f"{name}.negated", grid, [both])
-    _insert_quantized_(model, both.outputs[0], f"{name}.pair", grid, [norm])
+    insert_rounding(model, negative.outputs[0], f"{name}.negated", grid, [both])
+    insert_rounding(model, both.outputs[0], f"{name}.pair", grid, [norm])
     outputs = list(quantize.inputs[1:])
-    _insert_quantized_(model, norm.outputs[0], f"{name}.normed", outputs, [half])
-    if not weight.outputs[0].uses():
-        model.graph.remove(weight, safe=True)
-        model.graph.initializers.pop(f"{weight.outputs[0].name}{CODES}")
-
-
-def _flag(node: Any, name: str) -> bool:
-    return name in node.attributes and bool(node.attributes[name].value)
+    insert_rounding(model, norm.outputs[0], f"{name}.normed", outputs, [half])
 
 
 def _turn_(model: Any, stored: Any) -> None:
@@ -155,12 +157,8 @@ def _turn_(model: Any, stored: Any) -> None:
     for index, value in enumerate(stored.inputs):
         if value.shape.rank() < 2:
             continue
-        array = np.ascontiguousarray(_number(value).T)
-        turned = ir.tensor(array, dtype=value.const_value.dtype, name=value.name)
-        model.graph.initializers.pop(value.name)
-        new = ir.val(value.name, const_value=turned)
-        model.graph.register_initializer(new)
-        stored.replace_input_with(index, new)
+        turned = np.ascontiguousarray(numbers(value).T)
+        stored.replace_input_with(index, constant(model, value.name, turned))
     stored.outputs[0].shape = ir.Shape(stored.inputs[0].shape)
     if "axis" in stored.attributes:
         _set_(stored, "axis", 1 - stored.attributes["axis"].value)
@@ -172,13 +170,13 @@ def _repeat_scales_(model: Any, node: Any) -> None:
     if not _has_four_bits(stored):
         return
     inputs, outputs = stored.inputs[0].shape
-    scale = _number(stored.inputs[1])
+    scale = numbers(stored.inputs[1])
     size = next((size for size in _BLOCKS if inputs % size == 0), None)
     if scale.ndim > 1 or size is None:
         return
     scales = np.tile(np.broadcast_to(scale, outputs), (inputs // size, 1))
-    zeros = np.zeros(scales.shape, _number(stored.inputs[2]).dtype)
-    grid = _constants(model, f"{stored.outputs[0].name}.blocks", {"scale": scales, "zero": zeros})
+    zeros = np.zeros(scales.shape, numbers(stored.inputs[2]).dtype)
+    grid = constants(model, f"{stored.outputs[0].name}.blocks", {"scale": scales, "zero": zeros})
     for index, value in enumerate(grid, 1):
         stored.replace_input_with(index, value)
     _set_(stored, "axis", 0)
@@ -204,7 +202,7 @@ def _quantize_gathered_(model: Any, node: Any) -> None:
         return
     gathered, name = node.outputs[0], f"{table.outputs[0].name}.gathered"
     users = [user for user, _ in gathered.uses()]
-    _insert_quantized_(model, gathered, name, list(table.inputs[1:]), users)
+    insert_rounding(model, gathered, name, list(table.inputs[1:]), users)
 
 
 def _put_norm_second_(node: Any) -> None:
@@ -241,7 +239,7 @@ def _quantize_bias_(model: Any, node: Any) -> None:
     if any(each is None or each.op_type != "DequantizeLinear" for each in (x, weight, bias)):
         return
     value, name = _dequantized(bias), bias.outputs[0].name
-    scale = (_number(x.inputs[1]) * _number(weight.inputs[1])).astype(np.float32)
+    scale = (numbers(x.inputs[1]) * numbers(weight.inputs[1])).astype(np.float32)
     codes = np.round(value.astype(np.float64) / scale)
     if np.abs(codes).max(initial=0) > 2**31 - 1:
         raise ExportError(
@@ -254,8 +252,8 @@ def _quantize_bias_(model: Any, node: Any) -> None:
         "scale": scale,
         "zero_point": np.zeros(scale.shape, np.int32),
     }
-    parts, axis = _constants(model, f"{name}.int32", grid), {"axis": 0} if scale.ndim else {}
-    values = _node("DequantizeLinear", parts, f"{name}.int32", axis)
+    parts, axis = constants(model, f"{name}.int32", grid), {"axis": 0} if scale.ndim else {}
+    values = new_node("DequantizeLinear", parts, f"{name}.int32", axis)
     node.replace_input_with(2, values.outputs[0])
     model.graph.insert_before(node, values)
 
@@ -277,71 +275,35 @@ def _quantize_before_bias_(model: Any, node: Any) -> None:
         or quantize.op_type != "QuantizeLinear"
     ):
         return
-    scale, zero_point = (_number(value) for value in quantize.inputs[1:])
+    scale, zero_point = (numbers(value) for value in quantize.inputs[1:])
     values, steps = _dequantized(stored), np.iinfo(zero_point.dtype).max
     low = -float(zero_point) * float(scale) - max(float(values.max()), 0.0)
     high = (steps - float(zero_point)) * float(scale) - min(float(values.min()), 0.0)
     wider = np.float32((high - low) / 65535)
     name = f"{quantize.outputs[0].name.removesuffix(CODES)}.product"
     grid = {"scale": wider, "zero_point": np.uint16(round(-low / float(wider)))}
-    _insert_quantized_(model, product, name, _constants(model, name, grid), [node])
+    insert_rounding(model, product, name, constants(model, name, grid), [node])
 
 
 def _dequantized(node: Any) -> Any:
     """The value of a DequantizeLinear of a constant on one grid."""
-    codes, scale, zero_point = (_number(value) for value in node.inputs)
+    codes, scale, zero_point = (numbers(value) for value in node.inputs)
     return (codes.astype(np.float64) - zero_point) * scale
-
-
-def _number(value: Any) -> Any:
-    return value.const_value.numpy()
-
-
-def _node(
-    operator: str, inputs: Sequence[Any], name: str, attributes: Mapping[str, Any] | None = None
-) -> Any:
-    """A node whose output has the same name."""
-    node = require("onnx_ir", "onnx").node(operator, inputs, attributes, name=name)
-    node.outputs[0].name = name
-    return node
-
-
-def _constants(model: Any, name: str, parts: Mapping[str, Any]) -> list[Any]:
-    """Initializers `name.part`."""
-    ir, values = require("onnx_ir", "onnx"), []
-    for part, array in parts.items():
-        tensor = ir.tensor(np.asarray(array), name=f"{name}.{part}")
-        values.append(ir.val(f"{name}.{part}", const_value=tensor))
-        model.graph.register_initializer(values[-1])
-    return values
-
-
-def _insert_quantized_(
-    model: Any, value: Any, name: str, grid: Sequence[Any], users: Sequence[Any]
-) -> None:
-    """Quantize and dequantize a value between its producer and `users`."""
-    codes = _node("QuantizeLinear", [value, *grid], f"{name}{CODES}")
-    values = _node("DequantizeLinear", [codes.outputs[0], *grid], name)
-    for user in users:
-        for index, given in enumerate(user.inputs):
-            if given is value:
-                user.replace_input_with(index, values.outputs[0])
-    model.graph.insert_after(value.producer(), [codes, values])
 
 
 def _widen_(model: Any, node: Any) -> None:
     """Quantize to 16 bits before 8 bits what an operator of 16-bit inputs computed."""
     value, scale, zero_point = node.inputs
     producer = value.producer()
-    is_eight = _number(zero_point).dtype == np.uint8
+    is_eight = numbers(zero_point).dtype == np.uint8
     if not is_eight or producer is None or producer.op_type in _KEEPS_WIDTH:
         return
     name = f"{node.outputs[0].name.removesuffix(CODES)}.wide"
     grid = {
-        "scale": _number(scale) / np.float32(_FINER),
-        "zero_point": _number(zero_point).astype(np.uint16) * np.uint16(_FINER),
+        "scale": numbers(scale) / np.float32(_FINER),
+        "zero_point": numbers(zero_point).astype(np.uint16) * np.uint16(_FINER),
     }
-    _insert_quantized_(model, value, name, _constants(model, name, grid), [node])
+    insert_rounding(model, value, name, constants(model, name, grid), [node])
 
 
 def _adapter_inputs_(model: Any, graph: QuantizedGraph) -> dict[str, Any]:

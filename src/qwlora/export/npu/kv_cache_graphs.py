@@ -1,13 +1,22 @@
-"""Run graphs with a key-value cache in ONNX Runtime: prefill in pieces, then token by token.
+"""A folder of graphs with a key-value cache: written with golden outputs, and run in ONNX Runtime,
+prefill in pieces, then token by token.
 
     graphs.json           sizes, files and grids of the graphs
     GRAPH_host.onnx       positions and mask -> cos, sin, float mask; run before each call
+    golden/GRAPH/         inputs of one call, and what ONNX Runtime computes of them; for a model
+                          without a cache golden/, a batch and what the simulation computes of it
+      input_ids.npy ...   every input and output of the graph, with its type
+      golden.json         name, role, type, shape and SHA-256 of each
 
 The cache is on the host. Valid tokens are on its right, next to the new ones.
+
+A device's output cannot equal golden outputs bit for bit (noise floor): compare SQNR and the
+likeliest token.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping
@@ -17,10 +26,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from qwlora.errors import ExportError, foreign_as, reading
+from qwlora.errors import ExportError, reading
+from qwlora.export.onnx.onnx_edits import load_graph, save_graph
 from qwlora.export.onnx.onnx_model import build_model
-from qwlora.export.onnx.onnx_runtime import open_session
+from qwlora.export.onnx.onnx_runtime import open_session, run_session
 from qwlora.export.runtime import Runtime
 from qwlora.graph.capture import IDS, MASK, POSITIONS
 from qwlora.graph.device_graph import HOST_INPUTS
@@ -30,7 +41,7 @@ from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import require
 
-GRAPHS, FORMAT = "graphs.json", 1
+GRAPHS, FORMAT, GOLDEN = "graphs.json", 1, "golden"
 
 
 def write_graphs(
@@ -47,31 +58,28 @@ def write_graphs(
     """
     record: dict[str, Any] = {"format": FORMAT, "context": 0, "graphs": {}, **more}
     for name, graph in graphs.items():
-        host, _ = build_model(graph.host, {})
-        file = f"{name}_host.onnx"
-        require("onnx_ir", "onnx").save(host, folder / file)
+        host, file = build_model(graph.host, {})[0], f"{name}_host.onnx"
+        save_graph(host, folder / file, data=None)
+        interface, encodings = graph.device.interface, graph.device.encodings
         record["context"] = graph.sizes.context
-        record["graphs"][name] = {**_described(graph), "host": file, **files[name]}
+        record["graphs"][name] = {
+            "tokens": graph.sizes.tokens,
+            "mask_floor": graph.floor,
+            "inputs": {name: list(interface.shapes[name]) for name in interface.inputs},
+            "outputs": {name: list(interface.shapes[name]) for name in interface.outputs},
+            "encodings": {
+                name: {
+                    "bitwidth": encodings[name].scheme.bitwidth,
+                    "scale": float(encodings[name].scale),
+                    "offset": int(encodings[name].offset),
+                }
+                for name in (*interface.inputs, *interface.outputs)
+                if name in encodings
+            },
+            "host": file,
+            **files[name],
+        }
     write_text(folder / GRAPHS, strict_json.dumps(record, indent=1) + "\n")
-
-
-def _described(graph: NpuGraph) -> dict[str, Any]:
-    interface, encodings = graph.device.interface, graph.device.encodings
-    return {
-        "tokens": graph.sizes.tokens,
-        "mask_floor": graph.floor,
-        "inputs": {name: list(interface.shapes[name]) for name in interface.inputs},
-        "outputs": {name: list(interface.shapes[name]) for name in interface.outputs},
-        "encodings": {
-            name: {
-                "bitwidth": encodings[name].scheme.bitwidth,
-                "scale": float(encodings[name].scale),
-                "offset": int(encodings[name].offset),
-            }
-            for name in (*interface.inputs, *interface.outputs)
-            if name in encodings
-        },
-    }
 
 
 def share_weights(model: Any, first: Path) -> list[str]:
@@ -80,10 +88,10 @@ def share_weights(model: Any, first: Path) -> list[str]:
     Returns:
         names of the weights in that file that this model does not have, or has otherwise.
     """
-    ir, differing = require("onnx_ir", "onnx"), []
-    for name, value in ir.load(first).graph.initializers.items():
+    differing, external = [], require("onnx_ir", "onnx").ExternalTensor
+    for name, value in load_graph(first).graph.initializers.items():
         stored, own = value.const_value, model.graph.initializers.get(name)
-        if not isinstance(stored, ir.ExternalTensor):
+        if not isinstance(stored, external):
             continue
         values = None if own is None else own.const_value
         if values is None or (values.dtype, values.tobytes()) != (stored.dtype, stored.tobytes()):
@@ -91,6 +99,30 @@ def share_weights(model: Any, first: Path) -> list[str]:
         else:
             own.const_value = stored
     return differing
+
+
+def write_golden(folder: Path, inputs: Mapping[str, Tensor], outputs: Mapping[str, Tensor]) -> None:
+    """Write one batch and its outputs into a new folder."""
+    folder.mkdir(parents=True)
+    record = {
+        role: [write_array(folder, name, tensor) for name, tensor in tensors.items()]
+        for role, tensors in (("inputs", inputs), ("outputs", outputs))
+    }
+    (folder / "golden.json").write_text(strict_json.dumps(record, indent=1) + "\n")
+
+
+def write_array(folder: Path, name: str, tensor: Tensor) -> dict[str, object]:
+    """Write a tensor as `NAME.npy`; returns its entry in the record."""
+    path = folder / f"{name}.npy"
+    array = tensor.detach().cpu().numpy()
+    np.save(path, array, allow_pickle=False)
+    return {
+        "name": name,
+        "file": path.name,
+        "dtype": str(array.dtype),
+        "shape": list(array.shape),
+        "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+    }
 
 
 def has_graphs(folder: Path) -> bool:
@@ -131,7 +163,7 @@ class CachedGraphs(Runtime):
         self.tokens: dict[str, int] = {n: graph["tokens"] for n, graph in self.graphs.items()}
         self.names = sorted(self.tokens, key=lambda name: -self.tokens[name])
         self._hosts = {n: open_session(folder / self.graphs[n]["host"], {}) for n in self.names}
-        self.fixed: dict[str, Any] = {}
+        self.fixed: dict[str, Tensor] = {}
 
     @property
     def call_tokens(self) -> int:
@@ -142,8 +174,8 @@ class CachedGraphs(Runtime):
         """The session of a graph."""
 
     @abstractmethod
-    def open_layers(self, name: str) -> tuple[Any, list[str]]:
-        """A session on the CPU with every quantized activation as an output, and their names."""
+    def open_layers(self, name: str) -> Any:
+        """A session of it on the CPU whose outputs are the quantized activations."""
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         cache = self.empty_cache()
@@ -151,7 +183,7 @@ class CachedGraphs(Runtime):
             self.call_logits(name, ids[:, first : first + count], first, cache)
             for name, first, count in list(self._calls(ids.shape[1], steps))
         ]
-        return torch.from_numpy(np.concatenate(parts, 1))
+        return torch.cat(parts, 1)
 
     def _calls(self, tokens: int, steps: int) -> Iterator[tuple[str, int, int]]:
         """(graph, tokens before, new tokens) of each call of `logits`.
@@ -173,21 +205,21 @@ class CachedGraphs(Runtime):
             yield name, first, count
             first += count
 
-    def empty_cache(self) -> dict[str, Any]:
+    def empty_cache(self) -> dict[str, Tensor]:
         """Keys and values of no token, by input name, as `call` takes them."""
         return {
-            name: np.zeros((*shape[:2], self.context, shape[3]), np.float32)
+            name: torch.zeros(*shape[:2], self.context, shape[3])
             for name, shape in self.graphs[self.names[-1]]["inputs"].items()
             if name.startswith("past_")
         }
 
-    def call_logits(self, name: str, ids: Tensor, past: int, cache: dict[str, Any]) -> Any:
+    def call_logits(self, name: str, ids: Tensor, past: int, cache: dict[str, Tensor]) -> Tensor:
         """Logits [1, tokens, vocabulary] of one call; see `call`."""
         return self.call(name, ids, past, cache)[1]["logits"][:, : ids.shape[1]]
 
     def call(
-        self, name: str, ids: Tensor, past: int, cache: dict[str, Any]
-    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        self, name: str, ids: Tensor, past: int, cache: dict[str, Tensor], session: Any = None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One call of a graph: its inputs and its outputs, by name.
 
         Args:
@@ -195,51 +227,42 @@ class CachedGraphs(Runtime):
             past: tokens before.
             cache: keys and values, valid ones on the right, at least as many as the graph takes.
                 Those of the new tokens are put into it.
+            session: another one of the graph.
         """
-        session = self.open(name)
-        feed = self._feed(name, session, ids, past, cache)
-        outputs = self._run(name, session, [o.name for o in session.get_outputs()], feed)
+        sizes, count = CacheSizes(self.tokens[name], self.context), ids.shape[1]
+        mask, positions = host_arguments(sizes, past, count)
+        arguments = {HOST_INPUTS[MASK]: mask, HOST_INPUTS[POSITIONS]: positions}
+        inputs = {
+            **run_session(self._hosts[name], arguments),
+            IDS: pad(ids.int(), (0, sizes.tokens - count)),
+            **{key: value[:, :, value.shape[2] - sizes.past :] for key, value in cache.items()},
+            **self.fixed,
+        }
+        session = session or self.open(name)
+        outputs = run_session(session, inputs)
         for key in cache:
-            new = outputs[key.replace("_in", "_out")][:, :, : ids.shape[1]]
-            cache[key] = np.concatenate([cache[key], new], 2)[:, :, -self.context :]
-        return feed, outputs
+            if (new := outputs.get(key.replace("_in", "_out"))) is not None:
+                cache[key] = torch.cat([cache[key], new[:, :, :count]], 2)[:, :, -self.context :]
+        return {each.name: inputs[each.name] for each in session.get_inputs()}, outputs
+
+    def write_golden(self, ids: Tensor, case: str = "") -> None:
+        """Write one call of each graph: the largest on the first tokens, the others on those after
+        it.
+
+        Args:
+            ids: [1, tokens], at least one for each graph.
+        """
+        cache, past = self.empty_cache(), 0
+        for following, name in zip(reversed(range(len(self.names))), self.names, strict=True):
+            count = min(self.tokens[name], ids.shape[1] - past - following)
+            call = self.call(name, ids[:, past : past + count], past, cache)
+            write_golden(self.folder / GOLDEN / case / name, *call)
+            past += count
 
     def layers(
         self, tensors: Mapping[str, Tensor]
     ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
         """One call of the largest graph, with an empty cache; see `Runtime`."""
         name, count = self.names[0], int(tensors[MASK].sum())
-        session, names = self.open_layers(name)
-        feed = self._feed(name, session, tensors[IDS][:, :count], 0, self.empty_cache())
-        given = {key: torch.from_numpy(np.ascontiguousarray(array)) for key, array in feed.items()}
-        found = self._run(name, session, names, feed)
-        return given, {key: torch.from_numpy(array) for key, array in found.items()}
-
-    def _feed(
-        self, name: str, session: Any, ids: Tensor, past: int, cache: Mapping[str, Any]
-    ) -> dict[str, Any]:
-        """The inputs of a call, see `call`."""
-        sizes, count = CacheSizes(self.tokens[name], self.context), ids.shape[1]
-        mask, positions = host_arguments(sizes, past, count)
-        given = {HOST_INPUTS[MASK]: mask.numpy(), HOST_INPUTS[POSITIONS]: positions.numpy()}
-        host = self._hosts[name]
-        wanted = [output.name for output in host.get_outputs()]
-        inputs = {each.name: given[each.name] for each in host.get_inputs()}
-        feed = dict(zip(wanted, host.run(wanted, inputs), strict=True))
-        feed[IDS] = np.zeros((1, sizes.tokens), np.int32)
-        feed[IDS][:, :count] = ids.numpy()
-        feed |= {n: value[:, :, value.shape[2] - sizes.past :] for n, value in cache.items()}
-        feed |= self.fixed
-        names = [each.name for each in session.get_inputs()]
-        if missing := [each for each in names if each not in feed]:
-            raise ExportError(
-                f"graph {name} in {str(self.folder)!r} has an input {missing[0]} that neither its "
-                "host graph nor the adapter gives; export the bundle again"
-            )
-        return {each: feed[each] for each in names}
-
-    def _run(
-        self, name: str, session: Any, outputs: list[str], feed: dict[str, Any]
-    ) -> dict[str, Any]:
-        with foreign_as(ExportError, f"graph {name} in {str(self.folder)!r}"):
-            return dict(zip(outputs, session.run(outputs, feed), strict=True))
+        ids, session = tensors[IDS][:, :count], self.open_layers(name)
+        return self.call(name, ids, 0, self.empty_cache(), session)

@@ -9,32 +9,40 @@ files of codes, which are inputs of the graphs.
       device/                                       compiled for the HTP, weights once; for a device
         prefill_ctx.onnx, decode_ctx.onnx, *.bin
       graphs.json                                   sizes, files, grids of inputs and outputs
-      qwlora.json                                   fingerprint, digests
     first/, second/, zero/
       adapter.safetensors                           codes of lora_A and lora_B, lora_alpha
-      qwlora.json
 
 An adapter's tensors are inputs of every graph, under these names, so a runtime switches adapters by
 feeding others; `zero` computes the base alone. All adapters share one grid. An adapter of a lower
 rank than the highest is padded with zeros.
 
 Without onnxruntime-qnn nothing is compiled; the QDQ graphs can be compiled where it is installed.
+onnxruntime-qnn holds the HTP compiler and an emulator of the HTP for x86-64 Linux. It computes what
+the NPU computes, slowly, so it proves a bundle and measures no speed. It cannot load a context
+binary that several graphs share: version 2.7 reports QNN_COMMON_ERROR_NOT_SUPPORTED or crashes
+(exit 139). So the compiled graphs are in a folder for devices, and the emulator compiles the QDQ
+graphs again: what is proven is what the compiler makes of these graphs, not the binary's bytes.
 
-It is proven by its graphs on the CPU and on Qualcomm's HTP emulator:
+    run = QnnModel(folder / "base", folder / "first", htp=True)
+    run.logits(ids)               prefill in pieces, then token by token; the cache is on the host
+    run.use(folder / "zero")      another adapter in the same loaded graphs
 
-    files       every file has the digest that was recorded; adapters fit the graphs
+It is proven by its graphs on the CPU and on the emulator:
+
     CPU         in ONNX Runtime without optimizations
     HTP         if onnxruntime-qnn is installed; also partitions, and nodes left to the CPU
-
-The logits are compared as those of all targets, see `proof/compare.py`.
 """
 
 from __future__ import annotations
 
+import ctypes
+import importlib
+import importlib.util
 import json
 import tempfile
+from collections import Counter
 from collections.abc import Mapping
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +50,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwlora.errors import ExportError, FingerprintError, MissingExtraError, listed
+from qwlora.errors import ExportError, MissingExtraError, foreign_as, listed
 from qwlora.export.npu.htp_limits import (
     SMALLEST_RESCALE,
     input_problem,
@@ -50,29 +58,33 @@ from qwlora.export.npu.htp_limits import (
     weight_problem,
 )
 from qwlora.export.npu.htp_rewrites import CODES, npu_onnx
-from qwlora.export.npu.kv_cache_graphs import share_weights, write_graphs
-from qwlora.export.npu.qnn_runtime import (
-    ADAPTER,
-    ZERO,
-    QnnModel,
-    compile_graphs,
-    compiled_file,
-    require_emulator,
-)
+from qwlora.export.npu.kv_cache_graphs import CachedGraphs, share_weights, write_graphs
+from qwlora.export.onnx.onnx_edits import load_graph, save_graph
+from qwlora.export.onnx.onnx_runtime import exposed, open_model
 from qwlora.export.proof.checks import Parity, at_most
 from qwlora.export.proof.compare import compare_logits
-from qwlora.export.proof.folder import RECORD, record_digest
 from qwlora.export.proof.reference import first_sequences
 from qwlora.export.target import BASE, NONE, Backend, ExportedUseCases
-from qwlora.formats import manifest
 from qwlora.graph.device_graph import ALPHA, scaling_of
 from qwlora.graph.kv_cache_capture import CacheSizes
 from qwlora.graph.nodes import calls, operation
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.simulation.npu_graph import NpuGraph, npu_graph
 from qwlora.simulation.simulation import Simulation
-from qwlora.system.atomic import files_in, write_tensors
+from qwlora.system.atomic import read_tensors, write_tensors
 from qwlora.system.optional_packages import require
+
+WEIGHTS, ADAPTER, DEVICE, ZERO = "weights.data", "adapter.safetensors", "device", "zero"
+# Snapdragon 8 Gen 3. The provider's default is an old chip without 4-bit blocks and 16-bit weights.
+CHIP = {"soc_model": "57", "htp_arch": "75"}
+PROVIDER = "QNNExecutionProvider"
+DECODED = 4  # of the last tokens of a sequence: one by one, since the emulator takes seconds
+_README = """\
+Compiled with onnxruntime-qnn {version} for a device with this chip (soc_model {soc_model}, \
+htp_arch {htp_arch}). Load them there,
+with ONNX Runtime and its QNN provider. They were not run. Do not load them on x86-64: the emulator
+cannot read a binary that two graphs share, and may crash (exit 139). There, load ../*.onnx instead.
+"""
 
 
 class Qnn(Backend):
@@ -90,8 +102,8 @@ class Qnn(Backend):
     def own_files(self, folder: Path, case: str) -> list[Path]:
         return list((folder / _folder(case)).iterdir())
 
-    def open(self, folder: Path, case: str) -> QnnRuntime:
-        return QnnRuntime(folder, _folder(case))
+    def open(self, folder: Path, case: str) -> QnnModel:
+        return QnnModel(folder / BASE, folder / _folder(case), htp=True)
 
     def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
         return (
@@ -103,88 +115,6 @@ class Qnn(Backend):
 def _folder(case: str) -> str:
     """Of a use case; the one without an adapter has the zero adapter."""
     return ZERO if case == NONE else case
-
-
-class QnnRuntime(QnnModel):
-    """The graphs with one adapter, on the HTP's emulator."""
-
-    def __init__(self, bundle: Path, adapter: str):
-        check_bundle(bundle, adapter)
-        super().__init__(bundle / BASE, bundle / adapter, htp=True)
-        self.bundle, self.adapter = bundle, adapter
-
-    def parity(self, reference: Mapping[str, Tensor]) -> Parity:
-        return verify_qnn(self.bundle, self.adapter, reference)
-
-
-DECODED = 4  # of the last tokens of a sequence: one by one, since the emulator takes seconds
-
-
-def check_bundle(folder: Path, name: str) -> None:
-    """Compare the files of the graphs and of adapter `name` with what was recorded.
-
-    Raises:
-        FingerprintError: a file was changed, added or removed, or the adapter is not one of these
-            graphs.
-    """
-    for part in (folder / BASE, folder / name):
-        what = f"{str(part)!r}"
-        if not manifest.has_digests(part, RECORD):
-            raise FingerprintError(f"{what} has no readable {RECORD}; copy it again")
-        manifest.check(part, RECORD, what, "export it again")
-        if added := sorted({*files_in(part)} - {*manifest.listed_files(part, RECORD)}):
-            raise FingerprintError(
-                f"{what} holds files that were not exported: {listed(added)}; remove them"
-            )
-    record = json.loads((folder / name / RECORD).read_text())
-    of_these = record.get("base") == record_digest(folder / BASE)
-    if record.get("adapter") != name or not of_these:
-        raise FingerprintError(
-            f"{str(folder / name)!r} holds adapter {record.get('adapter')} of "
-            f"{'these' if of_these else 'other'} graphs; copy the whole bundle again"
-        )
-
-
-def verify_qnn(folder: Path, name: str, reference: Mapping[str, Tensor]) -> Parity:
-    """Run the first sequence of a reference with one adapter.
-
-    Args:
-        name: of the adapter's folder.
-
-    Returns:
-        figures of the CPU and, if the emulator is installed, of the HTP; `exact` has those of the
-        last. Otherwise `not_run` says how to install it.
-
-    Raises:
-        ExportError: a runtime refuses the files.
-    """
-    base, adapter = folder / BASE, folder / name
-    one = first_sequences(reference, 1)
-    steps = min(DECODED, one["ids"].shape[1] - 1)
-    on_cpu = partial(QnnModel(base, adapter, htp=False).logits, steps=steps)
-    run = compare_logits(on_cpu, one, where=" on the CPU")
-    parity = Parity({"cpu": run.to_json(), "exact": {"adapter": run.to_json()}}, (run,))
-    try:
-        require_emulator()
-    except MissingExtraError as error:
-        return parity.extended({"not_run": str(error)})
-    with tempfile.TemporaryDirectory() as profiles:
-        model = QnnModel(base, adapter, htp=True, profiles=Path(profiles))
-        run = compare_logits(partial(model.logits, steps=steps), one, where=" on the HTP")
-        placement = model.placement()
-    figures: dict[str, Any] = {"htp": run.to_json(), "exact": {"adapter": run.to_json()}}
-    rows = [
-        row
-        for name, place in placement.items()
-        for row in (
-            at_most(f"partitions of graph {name} on the HTP", place["partitions"], 1),
-            at_most(f"nodes of graph {name} on the CPU", place["cpu_nodes"], 0),
-        )
-    ]
-    return parity.extended({**figures, "placement": placement}, run, *rows)
-
-
-WEIGHTS = "weights.data"
 
 
 def export_qnn(
@@ -204,49 +134,51 @@ def export_qnn(
         metadata: added to the ONNX files.
 
     Raises:
-        ExportError: `folder` holds a part of a bundle already, the HTP refuses the graphs or
-            computes them wrongly, or adapters have different encodings.
+        ExportError: the HTP refuses the graphs or computes them wrongly, or adapters have different
+            encodings.
+        FileExistsError: `folder` holds a bundle already.
         CaptureError, CalibrationError: see `npu_graph`.
         MissingExtraError: the `onnx` extra is not installed.
     """
-    if ZERO in simulations or BASE in simulations:
-        raise ExportError(f"an adapter is called {ZERO} or {BASE}; choose another name")
-    if there := [name for name in (BASE, *simulations, ZERO) if (folder / name).exists()]:
-        raise ExportError(
-            f"{str(folder)!r} already holds {listed(there)}; remove it, or export into another "
-            "folder"
-        )
     _refuse_different_encodings(simulations)
     ranks = {
         name: max((min(t.shape) for t in simulation.adapter_weights.values()), default=0)
         for name, simulation in simulations.items()
     }
     largest = max(simulations, key=ranks.__getitem__)
-    scaling = max(scaling_of(each.program) or 0.0 for each in simulations.values())
-    made = {
-        name: npu_graph(simulations[largest], CacheSizes(tokens, context), scaling)
+    scalings = {n: scaling_of(simulation.program) or 0.0 for n, simulation in simulations.items()}
+    npus = {
+        name: npu_graph(simulations[largest], CacheSizes(tokens, context), max(scalings.values()))
         for name, tokens in graphs.items()
     }
-    for graph in made.values():
+    for graph in npus.values():
         refuse_graph(graph.device)
     base = folder / BASE
     base.mkdir(parents=True)
-    codes = _write_graphs(made, base, metadata or {})
+    codes = _write_graphs(npus, base, metadata or {})
     try:
-        compiler = compile_graphs(base, list(made))
+        compiler = compile_graphs(base, list(npus))
     except MissingExtraError:
         compiler = None
-    shapes = {name: list(array.shape) for name, array in codes.items()}
     files = {
         name: {"qdq": f"{name}.onnx", "compiled": compiled_file(name) if compiler else None}
-        for name in made
+        for name in npus
     }
-    write_graphs(base, made, files, {"adapter_inputs": shapes, "compiler": compiler})
-    manifest.write(base, RECORD, {}, files_in(base))
-    for name, simulation in simulations.items():
-        own = {n: _padded(_codes(simulation, n), array) for n, array in codes.items()}
-        _write_adapter(folder, name, own, scaling_of(simulation.program) or 0.0)
-    _write_adapter(folder, ZERO, {n: np.zeros_like(array) for n, array in codes.items()}, 0.0)
+    shapes = {name: list(array.shape) for name, array in codes.items()}
+    write_graphs(base, npus, files, {"adapter_inputs": shapes, "compiler": compiler})
+    for adapter in (*simulations, ZERO):
+        tensors = {ALPHA: torch.tensor([scalings.get(adapter, 0.0)])}
+        for name, array in codes.items():
+            padded = np.zeros_like(array)
+            if adapter != ZERO:
+                weight = name.removesuffix(CODES)
+                encoding = simulations[adapter].encodings[weight]
+                stored = encoding.quantize(simulations[adapter].adapter_weights[weight]).int()
+                signed = (stored + encoding.scheme.symmetric_offset).T.numpy()
+                padded[: signed.shape[0], : signed.shape[1]] = signed
+            tensors[name] = torch.from_numpy(padded)
+        (folder / adapter).mkdir()
+        write_tensors(folder / adapter / ADAPTER, tensors)
 
 
 def refuse_graph(graph: QuantizedGraph) -> None:
@@ -290,14 +222,13 @@ def _rescale_problems(graph: QuantizedGraph) -> dict[str, list[str]]:
 
 
 def _refuse_different_encodings(simulations: Mapping[str, Simulation]) -> None:
-    (first, one), *others = simulations.items()
-    known = one.encodings
-    for name, other in others:
-        own = other.encodings
+    (first, simulation), *others = simulations.items()
+    known = simulation.encodings
+    for name, encodings in ((name, other.encodings) for name, other in others):
         differing = [
             key
-            for key in {**known, **own}
-            if key not in known or not known[key].equals(own.get(key))
+            for key in {**known, **encodings}
+            if key not in known or not known[key].equals(encodings.get(key))
         ]
         if differing:
             raise ExportError(
@@ -315,36 +246,228 @@ def _write_graphs(
     Returns:
         the adapter's codes by input name.
     """
-    ir, codes, first = require("onnx_ir", "onnx"), dict[str, Any](), next(iter(graphs))
+    codes, first = dict[str, Any](), next(iter(graphs))
     for name, graph in graphs.items():
         model, codes = npu_onnx(graph.device, {**metadata, "qwlora.graph": name})
-        if name == first:
-            ir.save(model, base / f"{name}.onnx", external_data=WEIGHTS)
-        else:
+        if name != first:
             share_weights(model, base / f"{first}.onnx")
-            ir.save(model, base / f"{name}.onnx")
+        save_graph(model, base / f"{name}.onnx", WEIGHTS if name == first else None)
     return codes
 
 
-def _codes(simulation: Simulation, name: str) -> Any:
-    """The codes of an adapter's weight as the graph's input holds them: transposed, signed."""
-    weight = name.removesuffix(CODES)
-    encoding = simulation.encodings[weight]
-    codes = encoding.quantize(simulation.adapter_weights[weight]).to(torch.int32)
-    bits = encoding.scheme.bitwidth
-    return (codes + encoding.scheme.symmetric_offset).T.numpy().astype(f"int{bits}")
+def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
+    """Compile the QDQ graphs in `base` for the HTP, into folder `device`; they share their weights.
+
+    Returns:
+        name and version of the compiler, and the chip.
+
+    Raises:
+        MissingExtraError: onnxruntime-qnn is not installed.
+        ExportError: the compiler refuses a graph, or writes nothing.
+    """
+    devices = _devices()
+    (base / DEVICE).mkdir()
+    sessions = []
+    for name in names:
+        options = _options()
+        entries = {
+            "ep.context_enable": "1",
+            "ep.context_embed_mode": "0",
+            "ep.context_file_path": str(base / compiled_file(name)),
+            "ep.share_ep_contexts": "1",
+            "ep.stop_share_ep_contexts": "1" if name == names[-1] else "0",
+        }
+        for key, value in entries.items():
+            options.add_session_config_entry(key, value)
+        provider = {**_provider(), "enable_htp_weight_sharing": "1"}
+        options.add_provider_for_devices(devices, provider)
+        sessions.append(_session(base / f"{name}.onnx", options))
+    for name in names:
+        if not (base / compiled_file(name)).is_file():
+            raise ExportError(
+                f"onnxruntime-qnn read {str(base / f'{name}.onnx')!r} without an error, but wrote "
+                f"no {compiled_file(name)}. Install another version of onnxruntime-qnn, "
+                "or remove it to export without compiling"
+            )
+    version = str(require("onnxruntime_qnn", "qnn").__version__)
+    (base / DEVICE / "README.md").write_text(_README.format(version=version, **CHIP))
+    return {"onnxruntime-qnn": version, **CHIP}
 
 
-def _padded(codes: Any, like: Any) -> Any:
-    """`codes` in the shape of `like`, with zeros for the ranks that it has not."""
-    padded = np.zeros_like(like)
-    padded[tuple(slice(0, size) for size in codes.shape)] = codes
-    return padded
+def compiled_file(name: str) -> str:
+    """The file in `base` of a compiled graph."""
+    return f"{DEVICE}/{name}_ctx.onnx"
 
 
-def _write_adapter(bundle: Path, name: str, codes: Mapping[str, Any], scaling: float) -> None:
-    (bundle / name).mkdir()
-    tensors = {key: torch.from_numpy(array) for key, array in codes.items()}
-    write_tensors(bundle / name / ADAPTER, {**tensors, ALPHA: torch.tensor([scaling])})
-    record = {"adapter": name, "base": record_digest(bundle / BASE)}
-    manifest.write(bundle / name, RECORD, record, [ADAPTER])
+class QnnModel(CachedGraphs):
+    """The graphs of a bundle with one adapter at a time.
+
+    Args:
+        base: folder of the graphs.
+        adapter: folder of an adapter.
+        htp: on the HTP emulator; else on the CPU, without optimizations.
+        profiles: a folder for `placement` to record in what each provider runs.
+    """
+
+    def __init__(self, base: Path, adapter: Path, htp: bool, profiles: Path | None = None):
+        super().__init__(base)
+        self.htp, self.adapter = htp, adapter
+        self._sessions: dict[str, Any] = {}
+        self._profiles = profiles
+        self.use(adapter)
+
+    def use(self, adapter: Path | None) -> None:
+        self.fixed, _ = read_tensors((adapter or self.folder.parent / ZERO) / ADAPTER)
+
+    def _file(self, name: str) -> Path:
+        return self.folder / str(self.graphs[name]["qdq"])
+
+    def open(self, name: str) -> Any:
+        if name not in self._sessions:
+            profile = self._profiles / name if self._profiles is not None else None
+            self._sessions[name] = open_graph(self._file(name), self.htp, profile)
+        return self._sessions[name]
+
+    def open_layers(self, name: str) -> Any:
+        return open_model(exposed(load_graph(self._file(name))), False, open_graph)
+
+    def parity(self, reference: Mapping[str, Tensor]) -> Parity:
+        return verify_qnn(self.folder.parent, self.adapter.name, reference)
+
+    def placement(self) -> dict[str, dict[str, Any]]:
+        """By graph: partitions on the HTP, and what ran on the CPU besides the graph's edges.
+
+        The edges are the quantization of inputs and the dequantization of outputs. Ends profiling,
+        which needs `profiles`.
+        """
+        return {
+            name: placement(session, sum(len(self.graphs[name][k]) for k in ("inputs", "outputs")))
+            for name, session in self._sessions.items()
+        }
+
+
+def verify_qnn(folder: Path, name: str, reference: Mapping[str, Tensor]) -> Parity:
+    """Run the first sequence of a reference with one adapter.
+
+    Args:
+        name: of the adapter's folder.
+
+    Returns:
+        figures of the CPU and, if the emulator is installed, of the HTP; `exact` has those of the
+        last. Otherwise `not_run` says how to install it.
+
+    Raises:
+        ExportError: a runtime refuses the files.
+    """
+    base, adapter = folder / BASE, folder / name
+    one = first_sequences(reference, 1)
+    steps = min(DECODED, one["ids"].shape[1] - 1)
+    on_cpu = partial(QnnModel(base, adapter, htp=False).logits, steps=steps)
+    run = compare_logits(on_cpu, one, where=" on the CPU")
+    parity = Parity({"cpu": run.to_json(), "exact": {"adapter": run.to_json()}}, (run,))
+    try:
+        require_emulator()
+    except MissingExtraError as error:
+        return parity.extended({"not_run": str(error)})
+    with tempfile.TemporaryDirectory() as profiles:
+        model = QnnModel(base, adapter, htp=True, profiles=Path(profiles))
+        run = compare_logits(partial(model.logits, steps=steps), one, where=" on the HTP")
+        placement = model.placement()
+    figures: dict[str, Any] = {"htp": run.to_json(), "exact": {"adapter": run.to_json()}}
+    rows = [
+        row
+        for name, place in placement.items()
+        for row in (
+            at_most(f"partitions of graph {name} on the HTP", place["partitions"], 1),
+            at_most(f"nodes of graph {name} on the CPU", place["cpu_nodes"], 0),
+        )
+    ]
+    return parity.extended({**figures, "placement": placement}, run, *rows)
+
+
+def open_graph(path: Path, htp: bool, profile: Path | None = None) -> Any:
+    """A session of a QDQ graph.
+
+    Args:
+        htp: compile it for the HTP, for its emulator; else the CPU, without optimizations.
+        profile: prefix of a file for `placement`.
+    """
+    options = _options()
+    if profile is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
+    if htp:
+        options.add_provider_for_devices(_devices(), _provider())
+    else:
+        levels = require("onnxruntime", "onnx").GraphOptimizationLevel
+        options.graph_optimization_level = levels.ORT_DISABLE_ALL
+    return _session(path, options)
+
+
+def placement(session: Any, edges: int) -> dict[str, int]:
+    """Partitions on the HTP, and what ran on the CPU besides the graph's edges. Ends profiling.
+
+    Args:
+        session: opened with a profile, and run.
+        edges: how many inputs may be quantized and outputs dequantized on the CPU.
+    """
+    events = json.loads(Path(session.end_profiling()).read_text())
+    kernels = {
+        event["name"]: event["args"]
+        for event in events
+        if event.get("cat") == "Node" and event["name"].endswith("kernel_time")
+    }
+    ran = Counter((kernel.get("provider"), kernel.get("op_name")) for kernel in kernels.values())
+    on_cpu = {op: n for (provider, op), n in ran.items() if provider != PROVIDER}
+    at_edges = sum(n for op, n in on_cpu.items() if op in ("QuantizeLinear", "DequantizeLinear"))
+    return {
+        "partitions": sum(n for (provider, _), n in ran.items() if provider == PROVIDER),
+        "cpu_nodes": sum(on_cpu.values()) - at_edges + max(0, at_edges - edges),
+        "edge_nodes": at_edges,
+    }
+
+
+def require_emulator() -> None:
+    """Import onnxruntime-qnn."""
+    _devices()
+
+
+@cache
+def _devices() -> list[Any]:
+    """The HTP as a device of ONNX Runtime."""
+    provider, runtime = require("onnxruntime_qnn", "qnn"), require("onnxruntime", "qnn")
+    _keep_libffi()
+    runtime.register_execution_provider_library(PROVIDER, provider.get_library_path())
+    return [device for device in runtime.get_ep_devices() if device.ep_name == PROVIDER][:1]
+
+
+def _keep_libffi() -> None:
+    """Let cffi, with which llama.cpp is called, keep its libffi.
+
+    libQnnHtp.so has a libffi of its own, of another version, and ONNX Runtime loads it for the
+    whole process: calls through cffi would then crash. Names are looked up in the order in which
+    libraries were made visible to all, so the one that is already in memory is made so first.
+    """
+    maps = Path("/proc/self/maps")  # of Linux; elsewhere, libraries have names of their own
+    if importlib.util.find_spec("_cffi_backend") is None or not maps.exists():
+        return
+    importlib.import_module("_cffi_backend")
+    files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
+    for file in sorted(file for file in files if "/libffi" in file):
+        ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
+
+
+def _provider() -> dict[str, str]:
+    return {"backend_path": require("onnxruntime_qnn", "qnn").get_qnn_htp_path(), **CHIP}
+
+
+def _options() -> Any:
+    options = require("onnxruntime", "onnx").SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    return options
+
+
+def _session(path: Path, options: Any) -> Any:
+    with foreign_as(ExportError, f"ONNX Runtime cannot load {str(path)!r}"):
+        return require("onnxruntime", "onnx").InferenceSession(str(path), options)

@@ -15,11 +15,11 @@ from collections.abc import Mapping, Sequence
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
-from torch.export import ExportedProgram
 from transformers import PreTrainedModel
 
 from qwlora.export.canonical_adapter import PREFIX, CanonicalAdapter
 from qwlora.export.target import NONE, members
+from qwlora.graph.graph_analysis import computed_from
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations
 from qwlora.system.parameter_names import is_adapter_name
 
@@ -81,21 +81,10 @@ def share_unaffected(simulations: AdapterSimulations) -> None:
     cases have the same base."""
     base = simulations[BASE]
     for simulation in simulations.values():
-        affected = _affected_nodes(simulation.program)
+        specs = simulation.program.graph_signature.input_specs
+        of_base = [s.arg.name for s in specs if not is_adapter_name(str(s.target))]
+        unaffected = computed_from(simulation.program, of_base)
         for mark in simulation.marks:
-            if mark.node not in affected and mark.name in simulation.quantizers:
+            if mark.node in unaffected and mark.name in simulation.quantizers:
                 quantizer = simulation.quantizers[mark.name]
                 quantizer.encoding = base.quantizers[mark.name].encoding
-
-
-def _affected_nodes(program: ExportedProgram) -> set[str]:
-    """Names of the nodes whose values depend on an adapter's parameter."""
-    affected = {
-        spec.arg.name
-        for spec in program.graph_signature.input_specs
-        if is_adapter_name(str(spec.target))
-    }
-    for node in program.graph.nodes:
-        if any(source.name in affected for source in node.all_input_nodes):
-            affected.add(node.name)
-    return affected

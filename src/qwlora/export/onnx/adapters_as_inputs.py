@@ -30,24 +30,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.fx import Node
 
 from qwlora.errors import CaptureError, ExportError, listed
-from qwlora.export.onnx.onnx_model import (
-    DATA_FILE,
+from qwlora.export.onnx.onnx_edits import (
     MODEL_FILE,
-    activation_arrays,
     add_input,
-    build_model,
-    weight_arrays,
+    load_graph,
+    numbers,
+    save_graph,
     write_adapter_file,
 )
-from qwlora.export.onnx.onnx_runtime import load_graph
+from qwlora.export.onnx.onnx_model import activation_arrays, build_model, weight_arrays
 from qwlora.export.proof.contents import ADAPTER_FILE
 from qwlora.export.proof.reference import Reference
-from qwlora.graph.aten_ops import base_name
 from qwlora.graph.graph_analysis import branch_nodes
-from qwlora.graph.nodes import operator_of, parameter_names
+from qwlora.graph.nodes import operation, parameter_names
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.scheme import Blocks, PerChannel
 from qwlora.simulation.kv_cache_graph import cached_graph, capture_with_cache
@@ -62,14 +59,7 @@ _REMEDY = (
     "If another adapter changes this layer, give all adapters the same target_modules and layers, "
     "or use target onnx_each, which writes a model for each adapter; else calibrate on more data"
 )
-
-
-def _storable(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """`array` in a form that adapter files can have."""
-    name = array.dtype.name
-    if name in ("int4", "uint4"):
-        array = array.astype(name.replace("4", "8"))
-    return array.reshape(array.shape or (1,))
+Arrays = dict[str, np.ndarray[Any, Any]]
 
 
 def graph_with_cache(simulation: Simulation) -> tuple[QuantizedGraph, str | None]:
@@ -96,39 +86,33 @@ def write_switchable(
     Raises:
         ExportError: see `build_model`; or the adapter is not one of LoRA factors alone.
     """
-    _refuse_others(graph)
     model, transposed = build_model(graph, metadata)
-    known = {_input_name(name): value for name, value in model.graph.initializers.items()}
+    known = {
+        name
+        if name.endswith((".codes", *_GRID))
+        else canonical_name(name.removeprefix("model.")): value
+        for name, value in model.graph.initializers.items()
+    }
     branch, fixed = branch_nodes(graph.program), set[str]()
     for mark in graph.marks:
         if mark.kind is Kind.ACTIVATION and mark.node not in branch and not base_activations:
             fixed |= {f"{mark.name}{part}" for part in _GRID}
     values = _values(graph, transposed)
-    for name in values:
-        if name.endswith(_SCALING):
-            layer = name.removesuffix(_SCALING)
-            factors = (f"{layer}.lora_B.weight", f"{layer}.lora_embedding_B")
-            stored = next(n for f in factors for n in (f"{f}.codes", f) if n in known)
-            known[name] = _scaling(known[stored])
+    for layer in [n.removesuffix(_SCALING) for n in values if n.endswith(_SCALING)]:
+        factors = (f"{layer}.lora_B.weight", f"{layer}.lora_embedding_B")
+        stored = (known[n] for f in factors for n in (f"{f}.codes", f) if n in known)
+        known[f"{layer}{_SCALING}"] = _scaling(next(stored))
     for name, array in values.items():
-        value = known.get(name)
-        if value is None or name in fixed:
+        if name not in known or name in fixed:
             continue
         shape = list[int | str](array.shape)
         if (rank := _rank(name, graph, transposed)) is not None:
             axis, shape[rank[0]] = rank
             array = np.take(array, [], axis)
-        add_input(model, name, array, shape, value)
+        add_input(model, name, array, shape, known[name])
     model.metadata_props[_TRANSPOSED] = json.dumps(sorted(transposed))
-    require("onnx_ir", "onnx").save(model, folder / MODEL_FILE, external_data=DATA_FILE)
+    save_graph(model, folder / MODEL_FILE)
     return transposed
-
-
-def _input_name(initializer: str) -> str:
-    """What an initializer is called as an input."""
-    if initializer.endswith((".codes", *_GRID)):
-        return initializer
-    return canonical_name(initializer.removeprefix("model."))
 
 
 def write_adapter(graph: QuantizedGraph, base: Path, folder: Path) -> set[str]:
@@ -142,74 +126,75 @@ def write_adapter(graph: QuantizedGraph, base: Path, folder: Path) -> set[str]:
     """
     model = load_graph(base / MODEL_FILE)
     shared, transposed = model.graph, set(json.loads(model.metadata_props[_TRANSPOSED]))
-    _refuse_others(graph)
     values = _values(graph, transposed)
     defaults = {value.name for value in shared.inputs if value.const_value is not None}
-    fixed = {name: shared.initializers.get(name) for name in values.keys() - defaults}
-    if unknown := sorted({name.rpartition(".")[0] for name in fixed if fixed[name] is None}):
+    fixed = values.keys() - defaults
+    if unknown := sorted({n.rpartition(".")[0] for n in fixed if n not in shared.initializers}):
         raise ExportError(
             f"the adapter's simulation quantizes {listed(unknown, 3)}, the exported base does not. "
             f"{_REMEDY}"
         )
-    for name, value in fixed.items():
-        assert value is not None
-        if not np.array_equal(value.const_value.numpy().reshape(-1), values[name].reshape(-1)):
+    for name in fixed:
+        of_base = numbers(shared.initializers[name])
+        if not np.array_equal(of_base.reshape(-1), values[name].reshape(-1)):
             raise ExportError(f"{name} of the adapter is not that of the base; export both again")
     for node in shared:
         if node.op_type == "QuantizeLinear" and node.inputs[1].name in defaults - values.keys():
             values |= _unchanged(node, values)
-    own = {name: array for name, array in values.items() if name in defaults}
-    write_adapter_file(own, folder / ADAPTER_FILE)
+    changed = {name: array for name, array in values.items() if name in defaults}
+    write_adapter_file(changed, folder / ADAPTER_FILE)
     return transposed
 
 
-def _values(graph: QuantizedGraph, transposed: Collection[str]) -> dict[str, np.ndarray[Any, Any]]:
-    """What `graph` has for the inputs of the base's model, and for its fixed grids, by name.
+def _values(graph: QuantizedGraph, transposed: Collection[str]) -> Arrays:
+    """What `graph` has for the inputs of the base's model, and for its fixed grids, by name, in a
+    form that adapter files can have.
 
     It is read from the graph: a translation to ONNX takes longer than everything else of an
     adapter's export.
     """
     program, marked = graph.program, {mark.node for mark in graph.marks}
+    names = map(canonical_name, program.state_dict)
+    if others := [n for n in names if is_adapter_name(n) and not is_factor_name(n)]:
+        raise ExportError(
+            f"the adapter has {listed(others, 3)}: only LoRA factors can be switched. Train "
+            "without them, or use target onnx_each, which writes a model for each adapter"
+        )
     nodes = {node.name: node for node in program.graph.nodes}
     weights = {
         spec.arg.name: program.state_dict[spec.target].detach()
         for spec in program.graph_signature.input_specs
         if spec.target in program.state_dict
     }
-    found = dict[str, np.ndarray[Any, Any]]()
+    values: Arrays = {}
     for mark in graph.marks:
-        encoding, arrays = graph.encodings[mark.name], dict[str, np.ndarray[Any, Any]]()
+        encoding, arrays = graph.encodings[mark.name], dict[str, Any]()
         if mark.kind is Kind.ACTIVATION:
             arrays = activation_arrays(mark.name, encoding)
         elif mark.kind is Kind.ADAPTER:
             codes = encoding.quantize(weights[mark.node])
             arrays = weight_arrays(codes, encoding, mark.name in transposed)
-        found |= {f"{mark.name}{part}": _storable(array) for part, array in arrays.items()}
+        for part, array in arrays.items():
+            kind = array.dtype.name  # no adapter file has 4 bits
+            stored = array.astype(kind.replace("4", "8")) if kind in ("int4", "uint4") else array
+            values[f"{mark.name}.{part}"] = stored.reshape(stored.shape or (1,))
     for placeholder, name in parameter_names(program).items():
         node, path = nodes[placeholder], canonical_name(name)
         if not (node.users and is_factor_name(path)):
             continue
         if placeholder not in marked:
-            found[path] = weights[placeholder].cpu().numpy()
+            values[path] = weights[placeholder].cpu().numpy()
         if not _is_first(path):
-            while not (_is_product(node) and isinstance(node.args[1], int | float)):
+            while not (operation(node) == "mul" and isinstance(node.args[1], int | float)):
                 (node,) = node.users
-            found[f"{path.partition('.lora_')[0]}{_SCALING}"] = np.array([node.args[1]], np.float32)
-    return found
+            factor = np.array([node.args[1]], np.float32)
+            values[f"{path.partition('.lora_')[0]}{_SCALING}"] = factor
+    return values
 
 
-def _is_product(node: Node) -> bool:
-    return node.op == "call_function" and base_name(operator_of(node)) == "mul"
-
-
-def _unchanged(
-    node: Any, values: Mapping[str, np.ndarray[Any, Any]]
-) -> dict[str, np.ndarray[Any, Any]]:
+def _unchanged(node: Any, values: Arrays) -> Arrays:
     """Grid of a value that the model quantizes in `node` and the adapter does not have; see the
     module.
-
-    Raises:
-        ExportError: the value is not one of an adapter's.
     """
     name, source = node.inputs[1].name.removesuffix(".scale"), node.inputs[0].producer()
     read = [] if source is None else [value.name for value in source.inputs if value is not None]
@@ -221,15 +206,6 @@ def _unchanged(
     raise ExportError(
         f"the exported base quantizes {name}, the adapter's simulation does not. {_REMEDY}"
     )
-
-
-def _refuse_others(graph: QuantizedGraph) -> None:
-    names = map(canonical_name, graph.program.state_dict)
-    if others := [n for n in names if is_adapter_name(n) and not is_factor_name(n)]:
-        raise ExportError(
-            f"the adapter has {listed(others, 3)}: only LoRA factors can be switched. Train "
-            "without them, or use target onnx_each, which writes a model for each adapter"
-        )
 
 
 def _scaling(factor: Any) -> Any:
@@ -253,13 +229,12 @@ def _is_first(factor: str) -> bool:
 
 def _rank(name: str, graph: QuantizedGraph, transposed: Collection[str]) -> tuple[int, str] | None:
     """Axis of an input that has the adapter's rank, and the axis's name; None if none has."""
-    layer, is_factor, _ = name.partition(".lora_")
     factor, _, part = name.rpartition(".")
     if is_factor_name(name):  # a float one
         factor, part = name, "weight"
-    if not (is_factor and is_factor_name(factor)):
+    if not is_factor_name(factor):
         return None
-    axis, rank = 0 if _is_first(factor) else 1, f"rank:{layer}"
+    axis, rank = 0 if _is_first(factor) else 1, f"rank:{factor.partition('.lora_')[0]}"
     place = 1 - axis if factor in transposed else axis
     if part in ("codes", "weight"):
         return place, rank
@@ -288,10 +263,6 @@ class ZeroAdapter:
     def graph(self) -> QuantizedGraph:
         graph = self._graph()
         nodes = {node.name: node for node in graph.program.graph.nodes}
-        inside = {
-            name
-            for name in branch_nodes(graph.program)
-            if base_name(operator_of(nodes[name])) != "add"
-        }
+        inside = {n for n in branch_nodes(graph.program) if operation(nodes[n]) != "add"}
         marks = tuple(mark for mark in graph.marks if mark.node not in inside)
         return replace(graph, marks=marks)

@@ -23,25 +23,24 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.errors import ExportError, foreign_as
 from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.onnx.matmul_nbits import (
-    empty_factors,
-    matmul_nbits,
-    switchable_model,
+    add_branches_,
+    base_graph,
+    matmul_nbits_,
     write_onnx_adapter,
 )
-from qwlora.export.onnx.onnx_model import DATA_FILE, MODEL_FILE
+from qwlora.export.onnx.onnx_edits import DATA_FILE, MODEL_FILE, save_graph
 from qwlora.export.proof.contents import ADAPTER_FILE, TOKENIZER, Contents
 from qwlora.export.runtime import Runtime
 from qwlora.export.target import Backend, ExportedBase
 from qwlora.export.weights.weights_folder import write_settings
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
-from qwlora.system.optional_packages import require
 
+CONFIG_FILE = "genai_config.json"
 NO_ADAPTER = "none.onnx_adapter"  # switches a running generation back to the base
 _LOADING = """\
 Needs `pip install onnxruntime-genai`.
@@ -112,29 +111,29 @@ class Genai(Backend):
             MODEL_FILE,
             DATA_FILE,
             NO_ADAPTER,
-            "genai_config.json",
+            CONFIG_FILE,
             "config.json",
             "generation_config.json",
             *TOKENIZER,
         ),
         adapter=(ADAPTER_FILE,),
-        forms={"genai_config.json": _FORM},
+        forms={CONFIG_FILE: _FORM},
     )
 
     def write_base(self, exported: ExportedBase, folder: Path) -> None:
         model = exported.model
-        graph = switchable_model(model)
-        matmul_nbits(graph, model)
-        require("onnx_ir", "onnx").save(graph, folder / MODEL_FILE, external_data=DATA_FILE)
-        nothing = CanonicalAdapter({}, None)
-        write_onnx_adapter(nothing, empty_factors(folder / MODEL_FILE), folder / NO_ADAPTER)
+        graph = base_graph(model)
+        add_branches_(graph, model)
+        matmul_nbits_(graph, model)
+        save_graph(graph, folder / MODEL_FILE)
+        write_onnx_adapter({}, folder / MODEL_FILE, folder / NO_ADAPTER)
         model.config.get_text_config().save_pretrained(folder)
         config = _config(exported, {value.name: value.shape for value in graph.graph.inputs})
-        write_text(folder / "genai_config.json", strict_json.dumps(config, indent=2) + "\n")
+        write_text(folder / CONFIG_FILE, strict_json.dumps(config, indent=2) + "\n")
         write_settings(model, exported.tokenizer, folder)
 
     def write_adapter(self, exported: CanonicalAdapter, base: Path, folder: Path) -> None:
-        write_onnx_adapter(exported, empty_factors(base / MODEL_FILE), folder / ADAPTER_FILE)
+        write_onnx_adapter(exported.factors, base / MODEL_FILE, folder / ADAPTER_FILE)
 
     def open(self, folder: Path, case: str) -> GenaiRuntime:
         return GenaiRuntime(folder)
@@ -145,13 +144,10 @@ class Genai(Backend):
 
 
 def _config(exported: ExportedBase, shapes: dict[str, Any]) -> dict[str, Any]:
-    """genai_config.json.
+    """genai_config.json. If no token begins or pads a text, the one that ends it does.
 
     Args:
         shapes: of the graph's inputs by name.
-
-    Raises:
-        ExportError: the model's configuration has no longest sequence.
     """
     text: Any = exported.model.config.get_text_config()
     positions = getattr(text, "max_position_embeddings", None)
@@ -162,48 +158,33 @@ def _config(exported: ExportedBase, shapes: dict[str, Any]) -> dict[str, Any]:
         )
     keys, layers = shapes["past_key_values.0.key"], sum(n.endswith(".key") for n in shapes)
     sizes = (layers, text.num_attention_heads, keys[1], text.hidden_size, keys[3])
+    tokenizer, settings = exported.tokenizer, exported.model.generation_config
+
+    def token(key: str) -> Any:
+        chosen = getattr(settings, key, None)
+        return getattr(text, key, None) if chosen is None else chosen
+
+    end = token("eos_token_id")
+    if end is None:
+        end = 0 if tokenizer is None else tokenizer.eos_token_id or 0
+    first = end[0] if isinstance(end, list) else end
+    begin, pad = token("bos_token_id"), token("pad_token_id")
     return {
         "model": {
             "type": "llama",
             "context_length": positions,
             "vocab_size": text.vocab_size,
-            **_special_tokens(exported.model, exported.tokenizer),
+            "bos_token_id": first if begin is None else begin,
+            "eos_token_id": end,
+            "pad_token_id": first if pad is None else pad,
             "decoder": {**_FIXED, **dict(zip(_SIZES, sizes, strict=True))},
         },
         "search": {**_SEARCH, "max_length": positions},
     }
 
 
-def _special_tokens(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None
-) -> dict[str, Any]:
-    """Ids of the tokens that begin, end and pad a text. Where none pads, the one that ends does."""
-    settings: Any = model.generation_config or model.config.get_text_config()
-    own: Any = model.config.get_text_config()
-    begin, end, pad = (
-        getattr(settings, key, None) if getattr(settings, key, None) is not None else own_id
-        for key, own_id in (
-            ("bos_token_id", own.bos_token_id),
-            ("eos_token_id", own.eos_token_id),
-            ("pad_token_id", own.pad_token_id),
-        )
-    )
-    if end is None:
-        end = 0 if tokenizer is None else tokenizer.eos_token_id or 0
-    first = end[0] if isinstance(end, list) else end
-    return {
-        "bos_token_id": first if begin is None else begin,
-        "eos_token_id": end,
-        "pad_token_id": first if pad is None else pad,
-    }
-
-
 class GenaiRuntime(Runtime):
-    """The folder in onnxruntime-genai.
-
-    Raises:
-        ExportError: onnxruntime-genai refuses the folder.
-    """
+    """The folder in onnxruntime-genai."""
 
     switches = True
 

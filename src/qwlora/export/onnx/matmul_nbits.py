@@ -27,9 +27,18 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import ExportError, listed
-from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.format_limits import NBITS_BLOCKS, nbits_problem
-from qwlora.export.onnx.onnx_model import add_input, build_model, write_adapter_file
+from qwlora.export.onnx.onnx_edits import (
+    add_input,
+    constants,
+    load_graph,
+    new_node,
+    numbers,
+    remove_unused,
+    replace_value,
+    write_adapter_file,
+)
+from qwlora.export.onnx.onnx_model import build_model
 from qwlora.export.weights.weights_folder import largest_group, refuse, width_problem
 from qwlora.formats.huggingface.int32_words import pack_words
 from qwlora.graph.kv_cache_capture import capture_cached
@@ -39,85 +48,78 @@ from qwlora.nn.packed_layer import PackedLayer, PackedLinear
 from qwlora.simulation.placement import place
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.simulation import base_encodings
-from qwlora.system.optional_packages import require
 
 EXACT = 1  # MatMulNBits' accuracy level: float32; 4 rounds activations to 8 bits
 _DOMAIN = "com.microsoft"
 
 
-def switchable_model(model: PreTrainedModel, branches: bool = True) -> Any:
+def base_graph(model: PreTrainedModel) -> Any:
     """The `onnx_ir.Model` of a base, with DequantizeLinear nodes for its integers.
-
-    Args:
-        branches: whether to add the places for adapters.
 
     Raises:
         ExportError: an operator has no translation.
         CaptureError: the model has no graph with a cache.
     """
-    captured = capture_cached(model)
-    schemes = Schemes(policy="weights-only")
-    placed = place(captured.program, schemes, captured.input_names).marks
+    captured, known = capture_cached(model), base_encodings(model)
+    placed = place(captured.program, Schemes(policy="weights-only"), captured.input_names).marks
     marks = tuple(mark for mark in placed if mark.kind is Kind.BASE)
-    known = base_encodings(model)
-    graph = QuantizedGraph(
-        captured.program,
-        captured.interface,
-        marks,
-        {mark.name: known[mark.name] for mark in marks},
-    )
-    made, _ = build_model(graph, {})
-    if branches:
-        _add_branches(made, model)
-    return made
+    encodings = {mark.name: known[mark.name] for mark in marks}
+    graph = QuantizedGraph(captured.program, captured.interface, marks, encodings)
+    return build_model(graph, {})[0]
 
 
-def matmul_nbits(made: Any, model: PreTrainedModel) -> None:
-    """Make the packed linear layers of `made` MatMulNBits nodes, in place.
+def add_branches_(graph: Any, model: PreTrainedModel) -> None:
+    """Add the places for adapters to the graph of a base; see the module."""
+    linears = linear_modules(model)
+    for node, path in list(matrix_products(graph, linears)):
+        layer, rank = linears[path], f"rank:{path}"
+        if isinstance(layer, nn.Linear):
+            rows, columns = layer.out_features, layer.in_features
+        else:
+            columns, rows = layer.get_parameter("weight").shape
+        none_a, none_b = np.zeros((columns, 0), np.float32), np.zeros((0, rows), np.float32)
+        a = add_input(graph, f"{path}.lora_A", none_a, (columns, rank))
+        b = add_input(graph, f"{path}.lora_B", none_b, (rank, rows))
+        inner = new_node("MatMul", [node.inputs[0], a], f"{path}.inner")
+        outer = new_node("MatMul", [inner.outputs[0], b], f"{path}.update")
+        total = new_node("Add", [node.outputs[0], outer.outputs[0]], f"{path}.adapted")
+        replace_value(node.outputs[0], total.outputs[0])
+        total.replace_input_with(0, node.outputs[0])
+        graph.graph.insert_after(node, [inner, outer, total])
 
-    Raises:
-        ExportError: a layer's grid does not fit; all are listed.
-    """
-    ir = require("onnx_ir", "onnx")
+
+def matmul_nbits_(graph: Any, model: PreTrainedModel) -> None:
+    """Make the packed linear layers of a base's graph MatMulNBits nodes."""
     problems = list[str]()
     layers = {p: module for p, module in model.named_modules() if isinstance(module, PackedLinear)}
-    for node, path in list(matrix_products(made, layers)):
+    for node, path in list(matrix_products(graph, layers)):
         layer = layers[path]
         if problem := nbits_problem(layer.scheme) or width_problem(layer, NBITS_BLOCKS):
             problems.append(f"{path}: {problem}")
             continue
-        arrays, block = _operands(layer)
+        arrays, block = operands(layer)
         rows, columns = layer.tensor.shape
-        inputs = [node.inputs[0]]
-        for part, array in arrays.items():
-            value = ir.val(f"{path}.{part}", const_value=ir.tensor(array, name=f"{path}.{part}"))
-            made.graph.register_initializer(value)
-            inputs.append(value)
         attributes = {
             "K": columns,
             "N": rows,
-            "bits": _container(layer.scheme.bitwidth),
+            "bits": container_bits(layer.scheme.bitwidth),
             "block_size": block,
             "accuracy_level": EXACT,
         }
-        new = ir.node(
-            "MatMulNBits", inputs, attributes=attributes, domain=_DOMAIN, name=f"{path}/product"
-        )
-        nodes = [new]
+        inputs = [node.inputs[0], *constants(graph, path, arrays)]
+        nodes = [new_node("MatMulNBits", inputs, f"{path}.output", attributes, _DOMAIN)]
         if node.op_type == "Gemm" and len(node.inputs) > 2:
-            new.outputs[0].name = f"{path}.product"
-            nodes.append(ir.node("Add", [new.outputs[0], node.inputs[2]], name=f"{path}/bias"))
-        nodes[-1].outputs[0].name = f"{path}.output"
-        _take_place(made, node.outputs[0], nodes[-1].outputs[0])
-        made.graph.insert_before(node, nodes)
-        made.graph.remove(node, safe=True)
+            terms = [nodes[0].outputs[0], node.inputs[2]]
+            nodes.append(new_node("Add", terms, f"{path}.sum"))
+        replace_value(node.outputs[0], nodes[-1].outputs[0])
+        graph.graph.insert_before(node, nodes)
     refuse("genai", problems)
-    made.graph.opset_imports[_DOMAIN] = 1
-    _remove_unused(made)
+    graph.graph.opset_imports[_DOMAIN] = 1
+    remove_unused(graph)
 
 
 def write_onnx_adapter(
-    adapter: CanonicalAdapter, empty: Mapping[str, np.ndarray[Any, Any]], path: Path
+    factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]], base: Path, path: Path
 ) -> None:
     """Write an `.onnx_adapter` file.
 
@@ -125,81 +127,36 @@ def write_onnx_adapter(
     what an earlier adapter of a generation set and the next one does not.
 
     Args:
-        empty: `empty_factors` of the base's model.
+        factors: see `CanonicalAdapter`.
+        base: the base's model.
 
     Raises:
         ExportError: the base has no place for a module.
     """
-    if missing := [name for name in adapter.factors if f"{name}.lora_A" not in empty]:
+    inputs = load_graph(base).graph.inputs
+    values = {value.name: numbers(value) for value in inputs if value.const_value is not None}
+    if missing := [name for name in factors if f"{name}.lora_A" not in values]:
         raise ExportError(
             f"the exported base has no place for the adapter's {listed(missing)}: they are no "
             "linear layers of the captured graph. Train the adapter without them"
         )
-    arrays = dict(empty)
-    for module, (a, b) in adapter.factors.items():
-        for half, factor in (("A", a), ("B", b)):
-            array = factor.t().contiguous().numpy().astype(np.float32)
-            arrays[f"{module}.lora_{half}"] = array
-    write_adapter_file(arrays, path)
+    for module, pair in factors.items():
+        for half, factor in zip("AB", pair, strict=True):
+            values[f"{module}.lora_{half}"] = factor.t().contiguous().float().numpy()
+    write_adapter_file(values, path)
 
 
-def empty_factors(path: Path) -> dict[str, np.ndarray[Any, Any]]:
-    """The factors of rank 0 of all layers of an ONNX file, by the names of its inputs."""
-    model = require("onnx_ir", "onnx").load(path)
-    return {
-        value.name: value.const_value.numpy()
-        for value in model.graph.inputs
-        if value.const_value is not None
-    }
-
-
-def _add_branches(made: Any, model: PreTrainedModel) -> None:
-    ir = require("onnx_ir", "onnx")
-    linears = linear_modules(model)
-    for node, path in list(matrix_products(made, linears)):
-        rows, columns = _shape(linears[path])
-        sides = (("A", (columns, f"rank:{path}")), ("B", (f"rank:{path}", rows)))
-        factors = [
-            add_input(made, f"{path}.lora_{half}", _empty(shape), shape) for half, shape in sides
-        ]
-        inner = ir.node("MatMul", [node.inputs[0], factors[0]], name=f"{path}/lora_A")
-        outer = ir.node("MatMul", [inner.outputs[0], factors[1]], name=f"{path}/lora_B")
-        old = node.outputs[0]
-        total = ir.node("Add", [old, outer.outputs[0]], name=f"{path}/lora_add")
-        for new, suffix in ((inner, "inner"), (outer, "update"), (total, "adapted")):
-            new.outputs[0].name = f"{path}.{suffix}"
-        _take_place(made, old, total.outputs[0])
-        total.replace_input_with(0, old)
-        made.graph.insert_after(node, [inner, outer, total])
-
-
-def _empty(shape: tuple[int | str, ...]) -> np.ndarray[Any, Any]:
-    return np.zeros([0 if isinstance(size, str) else size for size in shape], np.float32)
-
-
-def _take_place(made: Any, old: Any, new: Any) -> None:
-    """Let `new` take the place of `old` for everyone who reads it, with its name if it is an output
-    of the graph."""
-    ir = require("onnx_ir", "onnx")
-    new.type, new.shape = old.type, old.shape
-    for index, output in enumerate(made.graph.outputs):
-        if output is old:
-            name = old.name
-            old.name, new.name = f"{name}.before", name
-            made.graph.outputs[index] = new
-    ir.convenience.replace_all_uses_with(old, new)
-
-
-def matrix_products(made: Any, modules: Any) -> Iterator[tuple[Any, str]]:
+def matrix_products(graph: Any, modules: Any) -> Iterator[tuple[Any, str]]:
     """Nodes that multiply with the weight of a module, and the path of the module."""
-    for node in made.graph:
+    for node in graph.graph:
         if node.op_type in ("MatMul", "Gemm"):
             value, producer = node.inputs[1], node.inputs[1].producer()
             if producer is not None and producer.op_type == "Transpose":
                 value = producer.inputs[0]
-            path = str(value.name).removeprefix("model.model.").removesuffix(".weight")
-            for name in (str(value.name).removesuffix(".weight"), f"model.{path}", path):
-                if str(value.name).endswith(".weight") and name in modules:
+            path, is_weight, _ = str(value.name).rpartition(".weight")
+            short = path.removeprefix("model.model.")
+            for name in (path, f"model.{short}", short):
+                if is_weight and name in modules:
                     yield node, name
                     break
 
@@ -213,33 +170,16 @@ def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
-def _shape(module: nn.Module) -> tuple[int, int]:
-    """[out, in]."""
-    if isinstance(module, PackedLinear):
-        rows, columns = module.tensor.shape
-        return rows, columns
-    weight = module.get_parameter("weight")
-    rows, columns = weight.t().shape if isinstance(module, Conv1D) else weight.shape
-    return rows, columns
-
-
-def _remove_unused(made: Any) -> None:
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
-
-    inputs = list(made.graph.inputs)
-    RemoveUnusedNodesPass()(made)
-    assert len(inputs) == len(made.graph.inputs)
-
-
-def _container(bitwidth: int) -> int:
+def container_bits(bitwidth: int) -> int:
+    """Bits of an integer in MatMulNBits."""
     return next(bits for bits in (2, 4, 8) if bits >= bitwidth)
 
 
-def _operands(layer: PackedLayer) -> tuple[dict[str, np.ndarray[Any, Any]], int]:
+def operands(layer: PackedLayer) -> tuple[dict[str, np.ndarray[Any, Any]], int]:
     """Codes, scales and zero points of MatMulNBits, and its block size."""
     block, (rows, columns) = largest_group(layer, NBITS_BLOCKS), layer.tensor.shape
     assert block is not None
-    encoding, scheme, bits = layer.encoding, layer.scheme, _container(layer.scheme.bitwidth)
+    encoding, scheme, bits = layer.encoding, layer.scheme, container_bits(layer.scheme.bitwidth)
     width = block * bits // 8
     packed = pack_words(layer.codes, bits).view(torch.uint8)[:, : columns * bits // 8]
 

@@ -17,9 +17,15 @@ from pathlib import Path
 
 from qwlora.export.npu.aimet_encodings import write_encodings
 from qwlora.export.onnx.adapters_as_inputs import graph_with_cache, write_adapter, write_switchable
-from qwlora.export.onnx.onnx_model import write_onnx
-from qwlora.export.onnx.onnx_runtime import OPTIONS_FORM, OnnxModel, write_session_options
-from qwlora.export.proof.contents import SIMULATED_ADAPTER, TOKENIZER, Contents
+from qwlora.export.onnx.onnx_edits import DATA_FILE, MODEL_FILE, save_graph
+from qwlora.export.onnx.onnx_model import build_model
+from qwlora.export.onnx.onnx_runtime import (
+    OPTIONS_FILE,
+    OPTIONS_FORM,
+    OnnxModel,
+    write_session_options,
+)
+from qwlora.export.proof.contents import ADAPTER_FILE, SIMULATED_ADAPTER, TOKENIZER, Contents
 from qwlora.export.target import Backend, ExportedGraph
 from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.simulation.simulation import Simulation
@@ -76,12 +82,6 @@ print(tokenizer.decode(ids[0]))
 ```"""
 
 
-def _opening(base: str, adapter: str | None) -> str:
-    """The lines that open a session, with an adapter if one is given."""
-    lines = "" if adapter is None else _ADAPTER.format(adapter=adapter)
-    return _OPENING.format(base=base, adapter=lines)
-
-
 def export_onnx(
     graph: QuantizedGraph, folder: str | Path, metadata: Mapping[str, str] | None = None
 ) -> None:
@@ -95,12 +95,13 @@ def export_onnx(
         metadata: added to the metadata of the ONNX file.
 
     Raises:
-        ExportError: ONNX cannot express the graph (see `write_onnx`).
+        ExportError: ONNX cannot express the graph (see `build_model`).
         MissingExtraError: the `onnx` extra is not installed.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    transposed = write_onnx(graph, folder, metadata or {})
+    model, transposed = build_model(graph, metadata or {})
+    save_graph(model, folder / MODEL_FILE)
     write_encodings(graph, folder / ENCODINGS_FILE, transposed)
     write_session_options(graph, folder)
 
@@ -109,15 +110,9 @@ class Onnx(Backend):
     """One model for the base and all adapters; ONNX Runtime runs it."""
 
     contents = Contents(
-        base=(
-            "model.onnx",
-            "model.onnx.data",
-            "model.encodings",
-            "session_options.json",
-            *TOKENIZER,
-        ),
-        adapter=("adapter.onnx_adapter", "model.encodings", *SIMULATED_ADAPTER),
-        forms={"session_options.json": OPTIONS_FORM},
+        base=(MODEL_FILE, DATA_FILE, ENCODINGS_FILE, OPTIONS_FILE, *TOKENIZER),
+        adapter=(ADAPTER_FILE, ENCODINGS_FILE, *SIMULATED_ADAPTER),
+        forms={OPTIONS_FILE: OPTIONS_FORM},
     )
 
     def write_base(self, exported: ExportedGraph, folder: Path) -> str | None:
@@ -139,7 +134,9 @@ class Onnx(Backend):
         return runtime
 
     def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
-        return _opening(base, adapter) + (_WITH_CACHE if has_cache else _WITHOUT_CACHE)
+        lines = "" if adapter is None else _ADAPTER.format(adapter=adapter)
+        loop = _WITH_CACHE if has_cache else _WITHOUT_CACHE
+        return _OPENING.format(base=base, adapter=lines) + loop
 
 
 class OnnxEach(Backend):
@@ -152,4 +149,6 @@ class OnnxEach(Backend):
         return OnnxModel(folder)
 
     def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
-        return "" if adapter is None else _opening(adapter, None) + _WITHOUT_CACHE
+        if adapter is None:
+            return ""
+        return _OPENING.format(base=adapter, adapter="") + _WITHOUT_CACHE

@@ -9,117 +9,249 @@
 Codes are int4, int8 or int16, unsigned if the grid is asymmetric. The name of an encoding is the
 name of its tensor. The weight of a Linear layer is stored [in, out], as the right operand of its
 MatMul: ONNX Runtime fuses that form into MatMulNBits.
+
+A `QuantizedGraph` lists marks: the values that have an encoding (`simulation/placement.py` chooses
+them). Each mark becomes a marker, a `qwlora::quantized` node, in a copy of the captured program.
+`torch.onnx.export` passes these markers and the `qwlora::dequantize` nodes of packed weights
+through as custom operators, keeps torch's names, and optimizes nothing. Then both are rewritten.
+
+`torch.onnx.export` is by far the slowest step of an export, and depends on no tensor's values. So
+the last translations are kept without tensors: adapters of one structure are translated once.
 """
 
 from __future__ import annotations
 
+import copy
+import hashlib
+import warnings
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.fx import Node
 
 from qwlora.errors import ExportError, listed
-from qwlora.export.onnx.onnx_graph import DEQUANTIZE, MARKER, to_onnx
-from qwlora.graph.quantized_graph import Kind, QuantizedGraph
+from qwlora.export.onnx.onnx_edits import (
+    constant,
+    constants,
+    insert_rounding,
+    new_node,
+    remove_unused,
+    replace_value,
+    tensor_of,
+)
+from qwlora.graph.quantized_graph import Kind, QuantizedGraph, insert_after, with_graph
 from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.packing import unpack
 from qwlora.grid.scheme import Blocks, PerChannel, PerTensor
 from qwlora.nn.custom_ops import NAMESPACE
 from qwlora.system.optional_packages import require
 
+MARKER, DEQUANTIZE = "Quantized", "Dequantize"
+TRANSLATIONS_KEPT = 8
+_translations_by_structure: dict[str, Any] = {}  # without tensors; the last one was used last
 OPSET = 21  # the first with int4, 16-bit and blocked DequantizeLinear
 OF_INPUT = ".dequantized"  # of a quantized input's name: its value on its grid
-MODEL_FILE, DATA_FILE = "model.onnx", "model.onnx.data"
 
 
-def write_onnx(graph: QuantizedGraph, folder: Path, metadata: Mapping[str, str]) -> set[str]:
-    """Write `model.onnx` and its external data into `folder`.
-
-    Returns:
-        names of the weights that are stored [in, out].
+def build_model(
+    graph: QuantizedGraph, metadata: Mapping[str, str], opset: int = OPSET
+) -> tuple[Any, set[str]]:
+    """The `onnx_ir.Model` of a graph, and names of the weights that are stored [in, out].
 
     Raises:
         ExportError: an operator has no translation, activations have a bitwidth other than 8 or 16,
             or two tensors have the same name.
         MissingExtraError: the `onnx` extra is not installed.
     """
-    model, transposed = build_model(graph, metadata)
-    require("onnx_ir", "onnx").save(model, folder / MODEL_FILE, external_data=DATA_FILE)
-    return transposed
-
-
-def build_model(
-    graph: QuantizedGraph, metadata: Mapping[str, str], opset: int = OPSET
-) -> tuple[Any, set[str]]:
-    """The `onnx_ir.Model` that `write_onnx` writes, and the weights that are stored [in, out].
-
-    Raises:
-        ExportError, MissingExtraError: see `write_onnx`.
-    """
     model = to_onnx(graph, opset)
-    rewriter = _Rewriter(model, graph)
-    rewriter.run()
-    _name_dimensions(model, graph.interface.shapes)
+    rewriter = _Rewriter(model, {mark.name for mark in graph.marks if mark.kind is Kind.PARAMETER})
+    rewrite_markers(model, graph, rewriter.activation, rewriter.weight)
+    check_names(model, graph.encodings)
+    for value in [*model.graph.inputs, *model.graph.outputs]:
+        value.shape = require("onnx_ir", "onnx").Shape(graph.interface.shapes[value.name])
+    for output in (output for node in model.graph for output in node.outputs):
+        if not output.is_graph_output():
+            output.shape = None  # torch's private symbols; runtimes infer their own
     model.producer_name = "qwlora"
     model.metadata_props.update(metadata)
     return model, rewriter.transposed
 
 
+def to_onnx(graph: QuantizedGraph, opset: int) -> Any:
+    """The `onnx_ir.Model` of `graph`, markers included."""
+    ir = require("onnx_ir", "onnx")
+    program = _marked_program(graph)
+    key = _structure(program, graph, opset)
+    translation = _translations_by_structure.pop(key, None)
+    if translation is None:
+        translation = _translate(program, graph, opset)
+        for name, _ in _tensors(program):
+            if name in translation.graph.initializers:
+                translation.graph.initializers[name].const_value = None
+    _translations_by_structure[key] = translation
+    while len(_translations_by_structure) > TRANSLATIONS_KEPT:
+        del _translations_by_structure[next(iter(_translations_by_structure))]
+    model = translation.clone()
+    for name, tensor in _tensors(program):
+        if name in model.graph.initializers:
+            model.graph.initializers[name].const_value = ir.tensor(tensor, name=name)
+    return model
+
+
+def _marked_program(graph: QuantizedGraph) -> ExportedProgram:
+    """A copy of the program in which every mark is a node; tensors are shared."""
+    copied = copy.deepcopy(graph.program.graph)
+    nodes = {node.name: node for node in copied.nodes}
+    last_input = [node for node in copied.nodes if node.op == "placeholder"][-1]
+    for mark in reversed(graph.marks):
+        node = nodes[mark.node]
+        place = last_input if node.op == "placeholder" else node
+        insert_after(node, partial(_marker, mark.name), place)
+    return with_graph(graph.program, copied)
+
+
+def _marker(name: str, node: Node) -> Node:
+    return node.graph.call_function(torch.ops.qwlora.quantized.default, (node, name))
+
+
+def _structure(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> str:
+    """A digest of everything that a translation depends on, which excludes values of tensors."""
+    digest = hashlib.sha256(repr((opset, graph.interface)).encode())
+    digest.update(f"{program.graph_signature} {program.range_constraints}".encode())
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        form = (value.dtype, tuple(value.shape)) if isinstance(value, Tensor) else value
+        origin = node.meta.get("nn_module_stack"), node.meta.get("stack_trace")
+        digest.update(f"{node.format_node()} {form} {origin}\n".encode())
+    return digest.hexdigest()
+
+
+def _tensors(program: ExportedProgram) -> Iterator[tuple[str, Tensor]]:
+    """Tensors of the program by the names of their initializers; ONNX has complex ones as pairs."""
+    for name, tensor in {**program.state_dict, **program.constants}.items():
+        if isinstance(tensor, Tensor):
+            yield name, torch.view_as_real(tensor) if tensor.is_complex() else tensor.detach()
+
+
+def _translate(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> Any:
+    require("onnx", "onnx")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about its own deprecations here
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                custom_translation_table=_translations(),
+                opset_version=opset,
+                optimize=False,
+                verbose=False,
+                input_names=list(graph.inputs),
+                output_names=list(graph.interface.outputs),
+            )
+    except Exception as error:  # torch.onnx raises several private classes
+        raise ExportError(f"torch.onnx cannot translate the graph: {error}") from error
+    assert exported is not None
+    from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+    ClearMetadataAndDocStringPass()(exported.model)  # stack traces, with paths of this machine
+    return exported.model
+
+
+def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Our two torch operators as nodes of our own domain, which are rewritten later."""
+    ir, op = require("onnx_ir", "onnx"), require("onnxscript", "onnx").opset21
+
+    def our_node(x: Any, operator: str) -> Any:
+        value = op.Identity(x)
+        value.producer().domain, value.producer().op_type = NAMESPACE, operator
+        return value
+
+    def translate_quantized(x: Any, name: str) -> Any:
+        value = our_node(x, MARKER)
+        value.producer().attributes["name"] = ir.AttrString("name", name)
+        return value
+
+    def translate_dequantize(
+        packed: Any,
+        scale: Any,
+        block_scale: Any,
+        zero_point: Any,
+        minimum: Any,
+        count: int,
+        layout: str,
+    ) -> Any:
+        return our_node(packed, DEQUANTIZE)  # its grid is written from the weight's encoding
+
+    return {
+        torch.ops.qwlora.quantized.default: translate_quantized,
+        torch.ops.qwlora.dequantize.default: translate_dequantize,
+    }
+
+
+Rewrite = Callable[[Any, str, Encoding], None]
+
+
+def rewrite_markers(
+    model: Any, graph: QuantizedGraph, activation: Rewrite, weight: Rewrite
+) -> None:
+    """Call `activation` or `weight` with each marker, its name and encoding; they replace it."""
+    kinds = {mark.name: mark.kind for mark in graph.marks}
+    for node in [n for n in model.graph if n.domain == NAMESPACE and n.op_type == MARKER]:
+        name = node.attributes["name"].value
+        rewrite = activation if kinds[name] is Kind.ACTIVATION else weight
+        rewrite(node, name, graph.encodings[name])
+    remove_unused(model)
+    model.graph.opset_imports.pop(NAMESPACE, None)
+
+
 class _Rewriter:
-    def __init__(self, model: Any, graph: QuantizedGraph):
-        self.model, self.graph = model, graph
-        self.ir = require("onnx_ir", "onnx")
+    """Replaces markers by QuantizeLinear and DequantizeLinear.
+
+    Args:
+        parameters: names of the weights that are no operands of a matrix product.
+    """
+
+    def __init__(self, model: Any, parameters: set[str]):
+        self.model, self.parameters = model, parameters
         self.transposed: set[str] = set()
         self.inputs = {value.name for value in model.graph.inputs}
         # By tensor of the model and whether it is transposed: tied weights share initializers.
         self.initializers: dict[tuple[int, bool], list[Any]] = {}
 
-    def run(self) -> None:
-        kinds = {mark.name: mark.kind for mark in self.graph.marks}
-        for node in [n for n in self.model.graph if n.domain == NAMESPACE and n.op_type == MARKER]:
-            name = node.attributes["name"].value
-            encoding = self.graph.encodings[name]
-            if kinds[name] is Kind.ACTIVATION:
-                self._activation(node, name, encoding)
-            else:
-                self._weight(node, name, encoding, right_operand=kinds[name] is not Kind.PARAMETER)
-        from onnx_ir.passes.common import RemoveUnusedNodesPass
+    def activation(self, node: Any, name: str, encoding: Encoding) -> None:
+        grid = constants(self.model, name, activation_arrays(name, encoding))
+        tensor, source = activation_tensor(name, self.inputs), node.inputs[0]
+        value = insert_rounding(self.model, source, tensor, grid, [node], f"{name}.codes")
+        replace_marker(self.model, node, value)
 
-        RemoveUnusedNodesPass()(self.model)
-        self.model.graph.opset_imports.pop(NAMESPACE, None)
-        check_names(self.model, self.graph.encodings)
-
-    def _activation(self, node: Any, name: str, encoding: Encoding) -> None:
-        grid = [
-            self._initializer(f"{name}{part}", array)
-            for part, array in activation_arrays(name, encoding).items()
-        ]
-        codes = self.ir.node("QuantizeLinear", [node.inputs[0], *grid], name=f"{name}/quantize")
-        codes.outputs[0].name = f"{name}.codes"
-        inputs = [codes.outputs[0], *grid]
-        values = self.ir.node("DequantizeLinear", inputs, name=f"{name}/dequantize")
-        self._replace(node, [codes, values], activation_tensor(name, self.inputs))
-
-    def _weight(self, node: Any, name: str, encoding: Encoding, right_operand: bool) -> None:
-        readers = [user for user, _ in node.outputs[0].uses()]
-        transposed = right_operand and bool(readers) and all(map(is_matrix_transpose, readers))
-        inputs, axis = self._weight_initializers(node.inputs[0], name, encoding, transposed)
-        nodes = [
-            self.ir.node("DequantizeLinear", inputs, attributes=axis, name=f"{name}/dequantize")
-        ]
+    def weight(self, node: Any, name: str, encoding: Encoding) -> None:
+        source, readers = node.inputs[0], [user for user, _ in node.outputs[0].uses()]
+        is_operand = bool(readers) and name not in self.parameters
+        transposed = is_operand and all(map(is_matrix_transpose, readers))
+        key = (id(source), transposed)
+        if key not in self.initializers:
+            arrays = weight_arrays(codes_of(source, encoding), encoding, transposed)
+            self.initializers[key] = constants(self.model, name, arrays)
+        shape = tuple(source.shape)
+        axis = _axis_attributes(encoding, transposed, len(shape))
+        nodes = [new_node("DequantizeLinear", self.initializers[key], name, axis)]
         if encoding.scheme.float_offset:
             nodes[0].outputs[0].name = f"{name}.scaled"
-            shape = tuple(node.inputs[0].shape)
             nodes += self._add_minimum(nodes[0].outputs[0], name, encoding, transposed, shape)
-        self._replace(node, nodes, name)
+        value, old = nodes[-1].outputs[0], node.outputs[0]
+        value.name, value.type, value.shape = name, old.type, old.shape
+        self.model.graph.insert_before(node, nodes)
+        replace_marker(self.model, node, value)
         if transposed:
             self.transposed.add(name)
             for user in readers:
-                value = nodes[-1].outputs[0]
-                self.ir.convenience.replace_all_uses_with(user.outputs[0], value)
+                user.outputs[0].replace_all_uses_with(value)
                 self.model.graph.remove(user, safe=True)
 
     def _add_minimum(
@@ -130,73 +262,39 @@ class _Rewriter:
         minimum = aligned(encoding.minimum, granularity, len(shape))
         if not isinstance(granularity, Blocks):
             minimum = minimum.mT if transposed and minimum.ndim else minimum
-            steps = [("Add", "minimum", minimum.contiguous().numpy(), "add")]
+            steps = [("Add", "minimum", minimum.contiguous().numpy())]
         else:
             (rows, columns), size = shape, granularity.size
             split, whole = [rows, columns // size, size], [rows, columns]
             if transposed:
                 minimum, split, whole = minimum.permute(1, 2, 0), [*split[1:], rows], whole[::-1]
             steps = [
-                ("Reshape", "blocks", np.array(split), "split"),
-                ("Add", "minimum", minimum.contiguous().numpy(), "add"),
-                ("Reshape", "whole", np.array(whole), "join"),
+                ("Reshape", "blocks", np.array(split)),
+                ("Add", "minimum", minimum.contiguous().numpy()),
+                ("Reshape", "whole", np.array(whole)),
             ]
         nodes = list[Any]()
-        for operator, part, array, step in steps:
-            inputs = [scaled, self._initializer(f"{name}.{part}", array)]
-            nodes.append(self.ir.node(operator, inputs, name=f"{name}/{step}"))
+        for operator, part, array in steps:
+            operand = constant(self.model, f"{name}.{part}", array)
+            nodes.append(new_node(operator, [scaled, operand], f"{name}.{part}.{operator.lower()}"))
             scaled = nodes[-1].outputs[0]
-            scaled.name = f"{name}.{step}"
         return nodes
-
-    def _weight_initializers(
-        self, value: Any, name: str, encoding: Encoding, transposed: bool
-    ) -> tuple[list[Any], dict[str, Any]]:
-        """Codes, scale and, if asymmetric, zero point; tied weights share them."""
-        attributes = _axis_attributes(encoding, transposed, len(value.shape))
-        key = (id(value), transposed)
-        if key not in self.initializers:
-            arrays = weight_arrays(codes_of(value, encoding), encoding, transposed)
-            made = [self._initializer(f"{name}{part}", array) for part, array in arrays.items()]
-            self.initializers[key] = made
-        return self.initializers[key], attributes
-
-    def _initializer(self, name: str, array: np.ndarray[Any, Any]) -> Any:
-        ir = self.ir
-        value = ir.val(name, const_value=ir.tensor(array, name=name))
-        self.model.graph.register_initializer(value)
-        return value
-
-    def _replace(self, node: Any, new: list[Any], name: str) -> None:
-        """Replace a marker by `new`, whose last output is called `name`."""
-        old, value = node.outputs[0], new[-1].outputs[0]
-        value.name, value.type, value.shape = name, old.type, old.shape
-        self.model.graph.insert_before(node, new)
-        replace_marker(self.model, node, value)
 
 
 def replace_marker(model: Any, node: Any, value: Any) -> None:
     """Replace a marker by `value`. A graph output keeps its own name, after an Identity."""
-    ir, old = require("onnx_ir", "onnx"), node.outputs[0]
+    old = node.outputs[0]
+    for user, index in old.uses():
+        user.replace_input_with(index, value)
     if old.is_graph_output():
-        identity = ir.node("Identity", [value])
-        output = identity.outputs[0]
-        output.type, output.shape = old.type, old.shape
-        output.name, old.name = old.name, f"{old.name}.marker"
+        identity = new_node("Identity", [value], f"{value.name}.output")
         model.graph.insert_before(node, identity)
-        for index, other in enumerate(model.graph.outputs):
-            if other is old:
-                model.graph.outputs[index] = output
-    ir.convenience.replace_all_uses_with(old, value)
+        replace_value(old, identity.outputs[0])
     model.graph.remove(node, safe=True)
 
 
 def check_names(model: Any, encodings: Collection[str]) -> None:
-    """Check that tensors have distinct names, and that each encoding is of one of them.
-
-    Raises:
-        ExportError: two have the same name, or an encoding has no tensor.
-    """
+    """Check that tensors have distinct names, and that each encoding is of one of them."""
     computed = [output.name for node in model.graph for output in node.outputs]
     stored = [*model.graph.inputs, *model.graph.initializers.values()]
     counts = Counter([*(value.name for value in stored), *computed])
@@ -209,9 +307,6 @@ def check_names(model: Any, encodings: Collection[str]) -> None:
 def activation_arrays(name: str, encoding: Encoding) -> dict[str, np.ndarray[Any, Any]]:
     """The grid of an activation as its QuantizeLinear takes it, by suffix of the initializer's
     name.
-
-    Raises:
-        ExportError: the grid has other than 8 or 16 bits.
     """
     bits = encoding.scheme.bitwidth
     if bits not in (8, 16):
@@ -219,8 +314,8 @@ def activation_arrays(name: str, encoding: Encoding) -> dict[str, np.ndarray[Any
             f"{name}: ONNX has no {bits}-bit QuantizeLinear for activations; use 8 or 16 bits"
         )
     return {
-        ".scale": encoding.scale.cpu().numpy(),
-        ".zero_point": (-encoding.offset).cpu().numpy().astype(f"uint{bits}"),
+        "scale": encoding.scale.cpu().numpy(),
+        "zero_point": (-encoding.offset).cpu().numpy().astype(f"uint{bits}"),
     }
 
 
@@ -234,18 +329,23 @@ def weight_arrays(
         codes: [out, in].
         transposed: the arrays are [in, out].
     """
+    import ml_dtypes
+
     turn = (lambda t: t.T) if transposed else (lambda t: t)
     scale = encoding.scale if encoding.scale.ndim < 2 else turn(encoding.scale)
-    kind = _container(encoding)
-    shift = encoding.scheme.symmetric_offset if encoding.scheme.symmetric else 0
+    bits, signed = encoding.scheme.bitwidth, encoding.scheme.symmetric
+    shift, wide = encoding.scheme.symmetric_offset if signed else 0, 8 if bits <= 8 else 16
+    kind = np.dtype(f"{'int' if signed else 'uint'}{wide}")
+    if bits <= 4:
+        kind = np.dtype(ml_dtypes.int4 if signed else ml_dtypes.uint4)
     whole = (turn(codes).to(torch.int32) + shift).contiguous()
     found = {
-        ".codes": whole.cpu().numpy().astype(kind),
-        ".scale": scale.contiguous().cpu().numpy(),
+        "codes": whole.cpu().numpy().astype(kind),
+        "scale": scale.contiguous().cpu().numpy(),
     }
-    if not (encoding.scheme.symmetric or encoding.scheme.float_offset):
+    if not (signed or encoding.scheme.float_offset):
         offset = encoding.offset if encoding.offset.ndim < 2 else turn(encoding.offset)
-        found[".zero_point"] = (-offset).contiguous().cpu().numpy().astype(kind)
+        found["zero_point"] = (-offset).contiguous().cpu().numpy().astype(kind)
     return found
 
 
@@ -258,9 +358,8 @@ def codes_of(value: Any, encoding: Encoding) -> torch.Tensor:
     """Codes of a weight: those of a packed layer, or of an adapter's float weight, rounded."""
     producer = value.producer()
     if producer is not None and producer.domain == NAMESPACE and producer.op_type == DEQUANTIZE:
-        packed = torch.from_numpy(np.array(producer.inputs[0].const_value.numpy()))
-        return unpack(packed, encoding.scheme.bitwidth, value.shape[-1])
-    return encoding.quantize(torch.from_numpy(np.array(value.const_value.numpy())))
+        return unpack(tensor_of(producer.inputs[0]), encoding.scheme.bitwidth, value.shape[-1])
+    return encoding.quantize(tensor_of(value))
 
 
 def is_matrix_transpose(node: Any) -> bool:
@@ -276,63 +375,3 @@ def _axis_attributes(encoding: Encoding, transposed: bool, ndim: int) -> dict[st
             return {"axis": 0 if transposed else ndim - 1, "block_size": size}
         case PerTensor():
             return {}
-
-
-def _container(encoding: Encoding) -> Any:
-    """The narrowest ONNX integer type for the codes."""
-    import ml_dtypes
-
-    bits, signed = encoding.scheme.bitwidth, encoding.scheme.symmetric
-    if bits <= 4:
-        return ml_dtypes.int4 if signed else ml_dtypes.uint4
-    return np.dtype(f"{'int' if signed else 'uint'}{8 if bits <= 8 else 16}")
-
-
-def _name_dimensions(model: Any, shapes: Mapping[str, tuple[str | int, ...]]) -> None:
-    """Give inputs and outputs the shapes of the captured graph, with names for variable axes."""
-    ir = require("onnx_ir", "onnx")
-    for value in [*model.graph.inputs, *model.graph.outputs]:
-        value.shape = ir.Shape(shapes[value.name])
-    for node in model.graph:
-        for output in node.outputs:
-            if not output.is_graph_output():
-                output.shape = None  # torch's private symbols; runtimes infer their own
-
-
-def add_input(
-    model: Any,
-    name: str,
-    default: np.ndarray[Any, Any],
-    shape: Sequence[int | str],
-    replaced: Any = None,
-) -> Any:
-    """Add an input with a default to an `onnx_ir.Model`.
-
-    Args:
-        shape: with names for axes of any size; it says more than that of the default.
-        replaced: the initializer that the input takes the place of.
-    """
-    ir = require("onnx_ir", "onnx")
-    tensor = ir.tensor(default, name=name)
-    value = ir.Value(
-        name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape), const_value=tensor
-    )
-    if replaced is not None:
-        ir.convenience.replace_all_uses_with(replaced, value)
-        model.graph.initializers.pop(replaced.name, None)
-    model.graph.register_initializer(value)
-    model.graph.inputs.append(value)
-    return value
-
-
-def write_adapter_file(values: Mapping[str, np.ndarray[Any, Any]], path: Path) -> None:
-    """Write an adapter file of ONNX Runtime: values of inputs that have a default, by name. It
-    takes no scalars, and of integers only those of 8 bits and more."""
-    runtime = require("onnxruntime", "onnx")
-    written = runtime.AdapterFormat()
-    written.set_adapter_version(1)
-    written.set_model_version(1)
-    written.set_parameters(
-        {name: runtime.OrtValue.ortvalue_from_numpy(array) for name, array in values.items()}
-    )
-    written.export_adapter(str(path))

@@ -39,8 +39,8 @@ from qwlora.export.canonical_adapter import (
     CanonicalAdapter,
     write_peft,
 )
-from qwlora.export.onnx.matmul_nbits import linear_modules, matrix_products, switchable_model
-from qwlora.export.onnx.onnx_model import DATA_FILE, MODEL_FILE
+from qwlora.export.onnx.matmul_nbits import base_graph, linear_modules, matrix_products
+from qwlora.export.onnx.onnx_edits import MODEL_FILE, save_graph
 from qwlora.export.proof.contents import TOKENIZER, Contents
 from qwlora.export.runtime import Runtime
 from qwlora.export.target import Backend, ExportedBase
@@ -86,14 +86,13 @@ class Openvino(Backend):
             exported.model,
             exported.tokenizer,
         )
-        graph, paths = switchable_model(model, branches=False), set[str]()
-        for node, path in list(matrix_products(graph, linear_modules(model))):
+        graph, paths = base_graph(model), set[str]()
+        for node, path in matrix_products(graph, linear_modules(model)):
             node.name = path
             paths.add(path)
         with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch, MODEL_FILE)
-            require("onnx_ir", "onnx").save(graph, file, external_data=DATA_FILE)
-            read = openvino.Core().read_model(file)
+            save_graph(graph, Path(scratch, MODEL_FILE))
+            read = openvino.Core().read_model(Path(scratch, MODEL_FILE))
             _name_products(read, paths)
             _keep_state(openvino, read)
             openvino.save_model(read, folder / IR, compress_to_fp16=False)
@@ -112,11 +111,11 @@ class Openvino(Backend):
         return OpenvinoRuntime(folder, EXACT, OpenvinoRuntime(folder, {}))
 
     def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
-        if adapter is None:
-            return _LOADING.format(base=base, adapter="", given="", used="")
-        line = f'adapter = og.Adapter("{adapter}/adapter_model.safetensors")\n'
-        given = ", adapters=og.AdapterConfig([adapter])"
-        return _LOADING.format(base=base, adapter=line, given=given, used=given)
+        line = given = used = ""
+        if adapter is not None:
+            line = f'adapter = og.Adapter("{adapter}/adapter_model.safetensors")\n'
+            given = used = ", adapters=og.AdapterConfig([adapter])"
+        return _LOADING.format(base=base, adapter=line, given=given, used=used)
 
 
 def _name_products(model: Any, paths: set[str]) -> None:
@@ -190,11 +189,7 @@ class OpenvinoRuntime(Runtime):
         self._active: Path | None = None
 
     def use(self, adapter: Path | None) -> None:
-        """Switch to an adapter's folder, or to none. Adapters stay loaded.
-
-        Raises:
-            ExportError: OpenVINO cannot read it, or the model has no product for a module.
-        """
+        """Switch to an adapter's folder, or to none. Adapters stay loaded."""
         import openvino_genai as genai
 
         if adapter is not None and adapter not in self._factors:
@@ -269,18 +264,18 @@ def _add_factors(model: Any) -> dict[str, Any]:
 
     none = {}
     for node in [n for n in model.get_ops() if n.get_type_name() == "MatMul"]:
-        weight = node.input_value(1)
-        if len(weight.get_partial_shape()) != 2 or _is_computed(weight.get_node()):
+        shape = node.input_value(1).get_partial_shape()
+        if len(shape) != 2 or shape.is_dynamic:  # no weight
             continue
-        columns, rows = weight.get_shape()
+        columns, rows = shape.to_shape()
         if node.get_attributes()["transpose_b"]:
             rows, columns = columns, rows
         module, readers = node.get_friendly_name(), node.output(0).get_target_inputs()
         inputs = []
-        for part, shape in (("lora_A", (-1, columns)), ("lora_B", (rows, -1))):
-            factor = op.parameter(PartialShape(shape), Type.f32, f"{module}.{part}")
+        for part, sizes in (("lora_A", (-1, columns)), ("lora_B", (rows, -1))):
+            factor = op.parameter(PartialShape(sizes), Type.f32, f"{module}.{part}")
             factor.output(0).get_tensor().add_names({f"{module}.{part}"})
-            none[f"{module}.{part}"] = np.zeros([max(size, 0) for size in shape], np.float32)
+            none[f"{module}.{part}"] = np.zeros([max(size, 0) for size in sizes], np.float32)
             inputs.append(factor)
         model.add_parameters(inputs)
         inner = op.matmul(node.input_value(0), inputs[0], False, True)
@@ -289,16 +284,3 @@ def _add_factors(model: Any) -> dict[str, Any]:
             reader.replace_source_output(total.output(0))
     model.validate_nodes_and_infer_types()
     return none
-
-
-def _is_computed(node: Any) -> bool:
-    """Whether a node depends on the model's inputs or state."""
-    waiting, seen = [node], set[str]()
-    while waiting:
-        found = waiting.pop()
-        if found.get_type_name() in ("Parameter", "ReadValue"):
-            return True
-        sources = [value.get_node() for value in found.input_values()]
-        waiting += [source for source in sources if source.get_name() not in seen]
-        seen.update(source.get_name() for source in sources)
-    return False

@@ -146,7 +146,7 @@ def _write(
     batch: Mapping[str, Tensor],
     folder: Path,
 ) -> dict[str, Any]:
-    from qwlora.export.npu.golden import write_array
+    from qwlora.export.npu.kv_cache_graphs import write_array
     from qwlora.export.onnx.onnx_model import OF_INPUT
 
     simulated = simulation.values(batch)

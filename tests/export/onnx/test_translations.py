@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from qwlora import Scheme, Schemes, Simulation, quantize_, simulate
-from qwlora.export.onnx import onnx_graph
+from qwlora.export.onnx import onnx_model
 from qwlora.export.onnx.onnx import export_onnx
 
 BATCH = {"input": torch.randn(8, 32, generator=torch.Generator().manual_seed(3))}
@@ -33,7 +33,7 @@ def test_a_second_model_of_a_structure_is_not_translated_and_gets_the_same_files
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: dict[str, object] = {}
-    monkeypatch.setattr(onnx_graph, "_translations_by_structure", kept)
+    monkeypatch.setattr(onnx_model, "_translations_by_structure", kept)
     first, second = simulation(0), simulation(1, activations=8)
     with mock.patch("torch.onnx.export", side_effect=torch.onnx.export) as translations:
         export_onnx(first.graph(), tmp_path / "first")
@@ -49,8 +49,8 @@ def test_a_second_model_of_a_structure_is_not_translated_and_gets_the_same_files
 def test_another_structure_is_translated_anew_and_the_oldest_translation_is_dropped(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(onnx_graph, "_translations_by_structure", {})
-    monkeypatch.setattr(onnx_graph, "TRANSLATIONS_KEPT", 1)
+    monkeypatch.setattr(onnx_model, "_translations_by_structure", {})
+    monkeypatch.setattr(onnx_model, "TRANSLATIONS_KEPT", 1)
     first, wider = simulation(0).graph(), simulation(0, width=64).graph()
     with mock.patch("torch.onnx.export", side_effect=torch.onnx.export) as translations:
         for graph in (first, wider, first):
@@ -63,4 +63,4 @@ def test_files_name_no_path_of_this_machine(tmp_path: Path) -> None:
     export_onnx(simulation(0).graph(), tmp_path)
     for name, content in files(tmp_path).items():
         assert b"stack_trace" not in content, name
-        assert str(Path(onnx_graph.__file__).parents[3]).encode() not in content, name
+        assert str(Path(onnx_model.__file__).parents[3]).encode() not in content, name

@@ -116,12 +116,16 @@ def test_every_adapter_computes_its_simulation(
 def generated(model: QnnModel, prompt: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
     """(ids, logits) of a prompt and `count` greedy tokens after it: prefill, then decode."""
     cache, ids, found = model.empty_cache(), prompt, []
+
+    def run(graph: str, tokens: torch.Tensor, past: int) -> None:
+        logits = model.call(graph, tokens, past, cache)[1]["logits"]
+        found.append(logits[:, : tokens.shape[1]])
+
     for first in range(0, prompt.shape[1], 8):
-        piece = prompt[:, first : first + 8]
-        found.append(model.call_logits("prefill", piece, first, cache))
+        run("prefill", prompt[:, first : first + 8], first)
     for _ in range(count):
         token = found[-1][:, -1:].argmax(-1)
-        found.append(model.call_logits("decode", token, ids.shape[1], cache))
+        run("decode", token, ids.shape[1])
         ids = torch.cat([ids, token], 1)
     return ids, torch.cat(found, 1)
 

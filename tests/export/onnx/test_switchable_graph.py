@@ -16,12 +16,11 @@ from qwlora import Scheme, Schemes, quantize_, simulate
 from qwlora.errors import CaptureError, ExportError
 from qwlora.export.onnx.adapters_as_inputs import (
     ZeroAdapter,
-    graph_with_cache,
     write_adapter,
     write_switchable,
 )
 from qwlora.export.onnx.onnx import Onnx, export_onnx
-from qwlora.export.onnx.onnx_runtime import OnnxModel, write_session_options
+from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.compare import verify_language_model
 from qwlora.export.proof.contents import ADAPTER_FILE
@@ -82,10 +81,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     for name, made in simulations.items():
         (folder / name).mkdir()
         if name == "base":
-            graph, reason = graph_with_cache(made)
-            assert reason is None
-            write_switchable(graph, folder / name, {}, base_activations=True)
-            write_session_options(made.graph(), folder / name)
+            assert Onnx().write_base(ExportedGraph(made, {}, {}), folder / name) is None
         else:
             write_adapter(made.graph(), folder / "base", folder / name)
     return Bundle(folder, simulations)

@@ -334,22 +334,15 @@ def test_profiles_of_a_runtime_that_fails_are_removed(monkeypatch: pytest.Monkey
 def test_a_compiler_that_writes_no_file_is_an_error(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    options = SimpleNamespace(
-        add_session_config_entry=lambda *entry: None,
-        add_provider_for_devices=lambda *given: None,
-    )
+    def compiled(*arguments: object) -> None:
+        (tmp_path / "device" / "prefill_ctx.onnx").touch()
+
     for name, fake in (
         ("_devices", list),
-        ("_provider", dict),
-        ("_options", lambda: options),
+        ("open_graph", compiled),
         ("require", lambda *names: SimpleNamespace(__version__="1")),
     ):
         monkeypatch.setattr(qnn, name, fake)
-
-    def compiled(path: Path, options: object) -> None:
-        (tmp_path / "device" / "prefill_ctx.onnx").touch()
-
-    monkeypatch.setattr(qnn, "_session", compiled)
     assert "onnxruntime-qnn" in qnn.compile_graphs(tmp_path, ["prefill"])
     assert "exit 139" in (tmp_path / "device" / "README.md").read_text()
     shutil.rmtree(tmp_path / "device")

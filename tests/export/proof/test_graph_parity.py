@@ -30,7 +30,7 @@ PLACED = {"partitions": 2, "cpu_nodes": 3}
 
 def replace_qnn(monkeypatch: pytest.MonkeyPatch, model: type) -> None:
     """Let `verify_qnn` run `model`, without files and emulator."""
-    for name, fake in (("QnnModel", model), ("require_emulator", lambda: None)):
+    for name, fake in (("QnnModel", model), ("_devices", list)):
         monkeypatch.setattr(qnn, name, fake)
 
 
@@ -61,7 +61,7 @@ def test_a_qnn_bundle_is_compared_on_the_cpu_and_on_the_htp(
 
     replace_qnn(monkeypatch, Model)
     if not is_installed:
-        monkeypatch.setattr(qnn, "require_emulator", absent)
+        monkeypatch.setattr(qnn, "_devices", absent)
     parity = qnn.verify_qnn(Path(), "first", REFERENCE)
     problems = parity.problems(Limits())
     if not is_installed:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -178,20 +178,10 @@ class CachedGraphs(Runtime):
         """A session of it on the CPU whose outputs are the quantized activations."""
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
-        cache = self.empty_cache()
-        parts = [
-            self.call_logits(name, ids[:, first : first + count], first, cache)
-            for name, first, count in list(self._calls(ids.shape[1], steps))
-        ]
-        return torch.cat(parts, 1)
-
-    def _calls(self, tokens: int, steps: int) -> Iterator[tuple[str, int, int]]:
-        """(graph, tokens before, new tokens) of each call of `logits`.
-
-        A graph that has no room for all the tokens that it takes would drop the first ones, also if
-        some are padding; then the smallest one is called.
-        """
+        """See `Runtime`. A graph that has no room for all the tokens that it takes would drop the
+        first ones, also if some are padding; then the smallest one is called."""
         largest, smallest, first = self.names[0], self.names[-1], 0
+        cache, parts, tokens = self.empty_cache(), list[Tensor](), ids.shape[1]
         while first < tokens:
             left = tokens - steps - first
             fits = first + self.tokens[largest] <= self.context
@@ -202,8 +192,10 @@ class CachedGraphs(Runtime):
                     f"{first}, or export with a larger export.graphs.context"
                 )
             count = min(self.tokens[name], left if left > 0 else tokens - first)
-            yield name, first, count
+            _, outputs = self.call(name, ids[:, first : first + count], first, cache)
+            parts.append(outputs["logits"][:, :count])
             first += count
+        return torch.cat(parts, 1)
 
     def empty_cache(self) -> dict[str, Tensor]:
         """Keys and values of no token, by input name, as `call` takes them."""
@@ -212,10 +204,6 @@ class CachedGraphs(Runtime):
             for name, shape in self.graphs[self.names[-1]]["inputs"].items()
             if name.startswith("past_")
         }
-
-    def call_logits(self, name: str, ids: Tensor, past: int, cache: dict[str, Tensor]) -> Tensor:
-        """Logits [1, tokens, vocabulary] of one call; see `call`."""
-        return self.call(name, ids, past, cache)[1]["logits"][:, : ids.shape[1]]
 
     def call(
         self, name: str, ids: Tensor, past: int, cache: dict[str, Tensor], session: Any = None

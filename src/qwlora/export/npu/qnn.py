@@ -265,11 +265,10 @@ def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
         MissingExtraError: onnxruntime-qnn is not installed.
         ExportError: the compiler refuses a graph, or writes nothing.
     """
-    devices = _devices()
+    _devices()
     (base / DEVICE).mkdir()
-    sessions = []
+    sessions = []  # that share weights
     for name in names:
-        options = _options()
         entries = {
             "ep.context_enable": "1",
             "ep.context_embed_mode": "0",
@@ -277,11 +276,8 @@ def compile_graphs(base: Path, names: list[str]) -> dict[str, str]:
             "ep.share_ep_contexts": "1",
             "ep.stop_share_ep_contexts": "1" if name == names[-1] else "0",
         }
-        for key, value in entries.items():
-            options.add_session_config_entry(key, value)
-        provider = {**_provider(), "enable_htp_weight_sharing": "1"}
-        options.add_provider_for_devices(devices, provider)
-        sessions.append(_session(base / f"{name}.onnx", options))
+        provider = {"enable_htp_weight_sharing": "1"}
+        sessions.append(open_graph(base / f"{name}.onnx", True, None, entries, provider))
     for name in names:
         if not (base / compiled_file(name)).is_file():
             raise ExportError(
@@ -366,7 +362,7 @@ def verify_qnn(folder: Path, name: str, reference: Mapping[str, Tensor]) -> Pari
     run = compare_logits(on_cpu, one, where=" on the CPU")
     parity = Parity({"cpu": run.to_json(), "exact": {"adapter": run.to_json()}}, (run,))
     try:
-        require_emulator()
+        _devices()
     except MissingExtraError as error:
         return parity.extended({"not_run": str(error)})
     with tempfile.TemporaryDirectory() as profiles:
@@ -385,23 +381,37 @@ def verify_qnn(folder: Path, name: str, reference: Mapping[str, Tensor]) -> Pari
     return parity.extended({**figures, "placement": placement}, run, *rows)
 
 
-def open_graph(path: Path, htp: bool, profile: Path | None = None) -> Any:
+def open_graph(
+    path: Path,
+    htp: bool,
+    profile: Path | None = None,
+    entries: Mapping[str, str] | None = None,
+    provider: Mapping[str, str] | None = None,
+) -> Any:
     """A session of a QDQ graph.
 
     Args:
         htp: compile it for the HTP, for its emulator; else the CPU, without optimizations.
         profile: prefix of a file for `placement`.
+        entries, provider: further options of the session, and of the HTP.
     """
-    options = _options()
+    runtime = require("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = torch.get_num_threads()
+    for key, value in (entries or {}).items():
+        options.add_session_config_entry(key, value)
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
     if htp:
-        options.add_provider_for_devices(_devices(), _provider())
+        library = require("onnxruntime_qnn", "qnn").get_qnn_htp_path()
+        chosen = {"backend_path": library, **CHIP, **(provider or {})}
+        options.add_provider_for_devices(_devices(), chosen)
     else:
-        levels = require("onnxruntime", "onnx").GraphOptimizationLevel
-        options.graph_optimization_level = levels.ORT_DISABLE_ALL
-    return _session(path, options)
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    with foreign_as(ExportError, f"ONNX Runtime cannot load {str(path)!r}"):
+        return runtime.InferenceSession(str(path), options)
 
 
 def placement(session: Any, edges: int) -> dict[str, int]:
@@ -427,14 +437,9 @@ def placement(session: Any, edges: int) -> dict[str, int]:
     }
 
 
-def require_emulator() -> None:
-    """Import onnxruntime-qnn."""
-    _devices()
-
-
 @cache
 def _devices() -> list[Any]:
-    """The HTP as a device of ONNX Runtime."""
+    """The HTP as a device of ONNX Runtime; raises MissingExtraError without onnxruntime-qnn."""
     provider, runtime = require("onnxruntime_qnn", "qnn"), require("onnxruntime", "qnn")
     _keep_libffi()
     runtime.register_execution_provider_library(PROVIDER, provider.get_library_path())
@@ -455,19 +460,3 @@ def _keep_libffi() -> None:
     files = {line.split(maxsplit=5)[-1] for line in maps.read_text().splitlines()}
     for file in sorted(file for file in files if "/libffi" in file):
         ctypes.CDLL(file, mode=ctypes.RTLD_GLOBAL)
-
-
-def _provider() -> dict[str, str]:
-    return {"backend_path": require("onnxruntime_qnn", "qnn").get_qnn_htp_path(), **CHIP}
-
-
-def _options() -> Any:
-    options = require("onnxruntime", "onnx").SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = torch.get_num_threads()
-    return options
-
-
-def _session(path: Path, options: Any) -> Any:
-    with foreign_as(ExportError, f"ONNX Runtime cannot load {str(path)!r}"):
-        return require("onnxruntime", "onnx").InferenceSession(str(path), options)

@@ -31,7 +31,7 @@ from typing import Any
 
 import numpy as np
 
-from qwlora.errors import CaptureError, ExportError, listed
+from qwlora.errors import ExportError, listed
 from qwlora.export.onnx.onnx_edits import (
     MODEL_FILE,
     add_input,
@@ -47,8 +47,6 @@ from qwlora.graph.graph_analysis import branch_nodes
 from qwlora.graph.nodes import operation, parameter_names
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.grid.scheme import Blocks, PerChannel
-from qwlora.simulation.kv_cache_graph import cached_graph, capture_with_cache
-from qwlora.simulation.simulation import Simulation
 from qwlora.system.optional_packages import require
 from qwlora.system.parameter_names import canonical_name, is_adapter_name, is_factor_name
 
@@ -60,16 +58,6 @@ _REMEDY = (
     "or use target onnx_each, which writes a model for each adapter; else calibrate on more data"
 )
 Arrays = dict[str, np.ndarray[Any, Any]]
-
-
-def graph_with_cache(simulation: Simulation) -> tuple[QuantizedGraph, str | None]:
-    """The simulation's graph with a key-value cache, and None; or the graph without one, and why
-    the model has none."""
-    try:
-        captured = capture_with_cache(simulation)
-        return cached_graph(simulation, captured, quantize_past=False), None
-    except CaptureError as error:
-        return simulation.graph(), str(error)
 
 
 def write_switchable(

@@ -15,8 +15,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from qwlora.errors import CaptureError
 from qwlora.export.npu.aimet_encodings import write_encodings
-from qwlora.export.onnx.adapters_as_inputs import graph_with_cache, write_adapter, write_switchable
+from qwlora.export.onnx.adapters_as_inputs import write_adapter, write_switchable
 from qwlora.export.onnx.onnx_edits import DATA_FILE, MODEL_FILE, save_graph
 from qwlora.export.onnx.onnx_model import build_model
 from qwlora.export.onnx.onnx_runtime import (
@@ -28,6 +29,7 @@ from qwlora.export.onnx.onnx_runtime import (
 from qwlora.export.proof.contents import ADAPTER_FILE, SIMULATED_ADAPTER, TOKENIZER, Contents
 from qwlora.export.target import Backend, ExportedGraph
 from qwlora.graph.quantized_graph import QuantizedGraph
+from qwlora.simulation.kv_cache_graph import cached_graph, capture_with_cache
 from qwlora.simulation.simulation import Simulation
 
 ENCODINGS_FILE = "model.encodings"
@@ -117,7 +119,11 @@ class Onnx(Backend):
 
     def write_base(self, exported: ExportedGraph, folder: Path) -> str | None:
         assert isinstance(exported.simulation, Simulation)
-        graph, reason = graph_with_cache(exported.simulation)
+        try:
+            captured, reason = capture_with_cache(exported.simulation), None
+            graph = cached_graph(exported.simulation, captured, quantize_past=False)
+        except CaptureError as error:
+            graph, reason = exported.simulation.graph(), str(error)
         base_activations = exported.updatable == "all"
         transposed = write_switchable(graph, folder, exported.metadata, base_activations)
         write_encodings(graph, folder / ENCODINGS_FILE, transposed)

@@ -101,6 +101,6 @@ def test_masked_tokens_do_not_count_where_the_context_cuts_a_sequence(
     context: Any = SimpleNamespace(
         path=tmp_path, recipe=recipe, text=lambda name: SimpleNamespace(data=data)
     )
-    text = verify_stage._Verification(context, "qairt", "first", Limits())._text()
+    text = verify_stage._Verification(context, "qairt", "first")._text()
     assert torch.equal(text.input_ids, IDS[rows, :8])
     assert int((text.labels[:, 1:] != IGNORED).sum()) == counted

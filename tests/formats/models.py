@@ -19,6 +19,8 @@ from transformers import (
     PreTrainedModel,
 )
 
+from qwlora.grid.quantized_tensor import QuantizedTensor
+
 SIZES = {
     "vocab_size": 64,
     "hidden_size": 32,
@@ -56,3 +58,17 @@ def edit_tensors(path: Path, changes: dict[str, Tensor | None]) -> None:
     content = load_file(path) | changes
     tensors = {name: tensor for name, tensor in content.items() if tensor is not None}
     save_file(tensors, path, metadata={"format": "pt"})
+
+
+def read_integers(checkpoint: Any, name: str) -> QuantizedTensor:
+    """A tensor that must be stored as integers."""
+    value = checkpoint.read(name)
+    assert isinstance(value, QuantizedTensor), name
+    return value
+
+
+def read_floats(checkpoint: Any, name: str) -> Tensor:
+    """A tensor that must be stored as floats."""
+    value = checkpoint.read(name)
+    assert isinstance(value, Tensor), name
+    return value

@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
-from formats.models import mixtral
+from formats.models import mixtral, read_integers
 from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.errors import CalibrationError, GridError, SourceError
 from qwlora.formats.assemble_model import LazyModel, load_precomputed
@@ -64,17 +64,15 @@ class Held:
                 return value.clone()
             array = value.numpy().copy()  # alive as long as any tensor on its memory is
             self.given.append(weakref.ref(array))
-            self.most_alive = max(
-                self.most_alive, sum(a().nbytes for a in self.given if a() is not None)
-            )  # type: ignore[union-attr]
+            alive = [held for reference in self.given if (held := reference()) is not None]
+            self.most_alive = max(self.most_alive, sum(held.nbytes for held in alive))
             return torch.from_numpy(array)
-        if key != "weight":
-            return (
-                quantized(parameter_out_in(module, key), self.scheme)
-                if value.ndim == 3
-                else value.clone()
-            )
-        return quantized(weight_out_in(module), self.scheme)
+        if key == "weight":
+            return quantized(weight_out_in(module), self.scheme)
+        is_experts = value.ndim == 3
+        return (
+            quantized(parameter_out_in(module, key), self.scheme) if is_experts else value.clone()
+        )
 
 
 def quantized(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
@@ -90,11 +88,8 @@ def float_twin(checkpoint: Held) -> PreTrainedModel:
         value = checkpoint.read(name)
         if isinstance(value, QuantizedTensor):
             parameter, weight = twin.get_parameter(name), value.dequantize()
-            parameter.data.copy_(
-                weight.T
-                if isinstance(twin.get_submodule(name.rpartition(".")[0]), Conv1D)
-                else weight.view(parameter.shape)
-            )
+            is_turned = isinstance(twin.get_submodule(name.rpartition(".")[0]), Conv1D)
+            parameter.data.copy_(weight.T if is_turned else weight.view(parameter.shape))
     return twin
 
 
@@ -112,8 +107,7 @@ def test_an_assembled_model_computes_what_its_float_twin_computes(
     assert not any(p.requires_grad for p in model.parameters())
     for name, layer in packed_weights(model).items():
         if not layer.is_tied:
-            value = checkpoint.read(name)
-            assert isinstance(value, QuantizedTensor)
+            value = read_integers(checkpoint, name)
             assert torch.equal(layer.codes, value.codes)
     identity = save_base(model, tmp_path, byte_tokenizer(), source="somewhere")
     loaded = load_base(tmp_path)
@@ -122,44 +116,27 @@ def test_an_assembled_model_computes_what_its_float_twin_computes(
         assert torch.equal(loaded(IDS).logits, logits)
 
 
-def test_a_tied_tensor_is_read_once_and_its_codes_are_held_once() -> None:
+def test_a_tied_tensor_is_read_once_under_either_name() -> None:
     checkpoint = Held(tiny_model("llama"), parse_scheme("w4-block32"))
     assert "lm_head.weight" not in checkpoint.names()
     model: Any = load_precomputed(checkpoint)
     assert is_packed(model.lm_head)
     assert model.lm_head.tensor.parts.packed is model.model.embed_tokens.packed
-    floats: Any = load_precomputed(Held(tiny_model("llama")))
-    assert floats.lm_head.weight is floats.model.embed_tokens.weight
-
-
-def test_a_tied_tensor_may_be_stored_under_its_other_name() -> None:
-    checkpoint = Held(tiny_model("llama"))
-    checkpoint.order = [
-        "lm_head.weight" if n == "model.embed_tokens.weight" else n for n in checkpoint.order
-    ]
-    model = load_precomputed(checkpoint)
+    floats = Held(tiny_model("llama"))
+    floats.order[floats.order.index("model.embed_tokens.weight")] = "lm_head.weight"
+    model = load_precomputed(floats)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
     with torch.no_grad():
         assert torch.equal(model(IDS).logits, tiny_model("llama")(IDS).logits)
 
 
-def test_narrow_floats_become_float32() -> None:
-    model, narrow = (
-        load_precomputed(Held(tiny_model("llama").bfloat16())),
-        tiny_model("llama").bfloat16(),
-    )
-    assert {p.dtype for p in model.parameters()} == {torch.float32}
-    assert all(torch.equal(p, narrow.get_parameter(n).float()) for n, p in model.named_parameters())
-
-
 def test_all_wrong_names_are_told_together() -> None:
     checkpoint = Held(tiny_model("llama"))
-    checkpoint.order = [n for n in checkpoint.order if "q_proj" not in n] + [
-        "model.layers.9.mlp.up_proj.weight"
-    ]
-    with pytest.raises(
-        SourceError,
-        match=r"missing: .*0.self_attn.q_proj.weight, .*1.self_attn.q_proj.weight; unknown to the model: .*9.mlp.up_proj.weight",
-    ):
+    checkpoint.order = [n for n in checkpoint.order if "q_proj" not in n] + ["model.layers.9.mlp"]
+    wrong = (
+        r"missing: .*0.self_attn.q_proj.weight, .*1.*q_proj.weight; unknown .*: model.layers.9.mlp"
+    )
+    with pytest.raises(SourceError, match=wrong):
         load_precomputed(checkpoint)
 
 
@@ -175,29 +152,32 @@ class Changed(Held):
         return self.change(value) if name == self.name else value
 
 
-def test_a_tensor_of_another_shape_is_named() -> None:
-    up = "model.layers.0.mlp.up_proj.weight"
-    with pytest.raises(
-        SourceError, match=rf"{up} has shape \[64, 128\] in the files, but \[128, 64\] in the model"
-    ):
-        load_precomputed(Changed(up, lambda t: t.T))
-    with pytest.raises(
-        SourceError,
-        match=rf"{up} is int4 symmetric per block 32 in the files and cannot be packed: .*\[64, 128\]",
-    ):
-        load_precomputed(
-            Changed(
-                up,
-                lambda q: quantized(torch.randn(64, 128), q.encoding.scheme),
-                parse_scheme("w4-block32"),
-            )
-        )
-    norm = "model.norm.weight"
-    with pytest.raises(
-        SourceError,
-        match=rf"{norm} is int8 symmetric per tensor in the files and cannot be packed",
-    ):
-        load_precomputed(Changed(norm, lambda t: quantized(t, parse_scheme("w8-tensor"))))
+UP, NORM = "model.layers.0.mlp.up_proj.weight", "model.norm.weight"
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "scheme", "message"),
+    [
+        (UP, lambda t: t.T, None, rf"{UP} has shape \[64, 128\] in the files, but \[128, 64\] in"),
+        (
+            UP,
+            lambda q: quantized(torch.randn(64, 128), q.encoding.scheme),
+            parse_scheme("w4-block32"),
+            rf"{UP} is int4 symmetric per block 32 in the files and cannot be .*\[64, 128\]",
+        ),
+        (
+            NORM,
+            lambda t: quantized(t, parse_scheme("w8-tensor")),
+            None,
+            rf"{NORM} is int8 symmetric per tensor in the files and cannot be packed",
+        ),
+    ],
+)
+def test_a_tensor_that_does_not_fit_is_named(
+    name: str, change: Callable[[Any], Any], scheme: Scheme | None, message: str
+) -> None:
+    with pytest.raises(SourceError, match=message):
+        load_precomputed(Changed(name, change, scheme))
 
 
 def test_a_configuration_of_no_language_model_is_refused() -> None:

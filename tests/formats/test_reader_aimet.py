@@ -17,6 +17,7 @@ import torch
 from transformers import PreTrainedModel
 
 from formats import models
+from formats.models import read_floats, read_integers
 from qwlora.errors import EncodingsFileError, SourceError
 from qwlora.formats.aimet import AimetCheckpoint
 from qwlora.formats.aimet_encodings import (
@@ -126,8 +127,7 @@ def test_a_checkpoint_on_a_shifted_grid_is_packed_and_computes_its_levels(tmp_pa
     )
     entries = {**all_entries(model), DOWN: shifted}
     path = saved(tmp_path, list(entries.values()), "1.0.0", model)
-    found = AimetCheckpoint(tmp_path, path).read(DOWN)
-    assert isinstance(found, QuantizedTensor)
+    found = read_integers(AimetCheckpoint(tmp_path, path), DOWN)
     step = scale[:, None]
     codes = ((weight / step - 0.5).round() + 2).clamp(0, 3)  # AIMET's formula
     assert torch.equal(found.codes.float(), codes)
@@ -259,8 +259,7 @@ def test_a_layer_that_stores_its_weight_in_by_out(
         arguments["block_order"] = "tensor"
     checkpoint = open_checkpoint(tmp_path, encodings, **arguments)
     for name, value in floats.items():
-        found = checkpoint.read(name)
-        assert isinstance(found, QuantizedTensor)
+        found = read_integers(checkpoint, name)
         assert found.codes.shape == value.shape[::-1]
         assert torch.equal(found.dequantize(), expected[name].fake_quantize(value.t()))
 
@@ -278,8 +277,7 @@ def test_a_file_of_another_producer_needs_the_order_of_its_blocks(tmp_path: Path
     )
     with pytest.raises(EncodingsFileError, match=r"9 problems(.|\n)*flat list of blocks"):
         open_checkpoint(tmp_path, encodings)
-    found = open_checkpoint(tmp_path, encodings, block_order="tensor").read(DOWN)
-    assert isinstance(found, QuantizedTensor)
+    found = read_integers(open_checkpoint(tmp_path, encodings, block_order="tensor"), DOWN)
     assert torch.equal(found.encoding.scale, expected[DOWN].scale)
 
 
@@ -318,7 +316,7 @@ def test_everything_that_does_not_fit_is_one_error(tmp_path: Path) -> None:
 def test_activations_of_2_x_are_not_taken_for_parameters(tmp_path: Path) -> None:
     entries = [*all_entries(llama()).values(), per_tensor("/model/layers.0/Add_output_0", 16)]
     checkpoint = opened(tmp_path, [e.replace(signed=True) for e in entries], "2.0.0")
-    assert isinstance(checkpoint.read(DOWN), QuantizedTensor)
+    read_integers(checkpoint, DOWN)
 
 
 def test_what_stays_float(tmp_path: Path) -> None:
@@ -337,8 +335,7 @@ def test_what_stays_float(tmp_path: Path) -> None:
     checkpoint = AimetCheckpoint(tmp_path, encodings, keep_float=["*.down_proj", "model.embed*"])
     floats = dict(llama().named_parameters())
     for name in ("lm_head.weight", DOWN, up, norm, "model.embed_tokens.weight"):
-        found = checkpoint.read(name)
-        assert isinstance(found, torch.Tensor)
+        found = read_floats(checkpoint, name)
         assert torch.equal(found, floats[name])
     with pytest.raises(
         EncodingsFileError,
@@ -366,7 +363,7 @@ def test_tied_weights_have_one_grid(tmp_path: Path) -> None:
     of_head_only = [e for name, e in entries.items() if "embed" not in name]
     for others in (entries.values(), of_head_only):
         checkpoint = opened(tmp_path, [*others, head], model=model)
-        assert isinstance(checkpoint.read("model.embed_tokens.weight"), QuantizedTensor)
+        read_integers(checkpoint, "model.embed_tokens.weight")
     with pytest.raises(
         EncodingsFileError,
         match=r"'lm_head.weight' are tied in the model, but have different encodings",
@@ -397,7 +394,7 @@ def test_encodings_of_another_checkpoint_are_refused(
         return opened(tmp_path / str(factor), entries)
 
     for factor in (1.0, 0.7):
-        assert isinstance(checkpoint(factor).read(DOWN), QuantizedTensor)
+        read_integers(checkpoint(factor), DOWN)
     for factor in (0.1, 40.0 if bitwidth < 8 else 400.0):
         with pytest.raises(
             SourceError,

@@ -10,13 +10,12 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import byte_tokenizer, reseal, tiny_model
-from formats.models import edit_json, edit_tensors
+from formats.models import edit_json, edit_tensors, read_floats, read_integers
 from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.errors import FingerprintError, SourceError
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.base_files import BaseCheckpoint
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import parse_scheme
 from qwlora.quantize.layer_rules import LayerRule
 
@@ -45,8 +44,8 @@ def test_the_same_base_comes_out(base: Path) -> None:
     assert fingerprint(found) == fingerprint(expected)
     ids = torch.arange(20).view(1, -1)
     assert torch.equal(found(ids).logits, expected(ids).logits)
-    assert isinstance(checkpoint.read(f"{UP}.weight"), QuantizedTensor)
-    assert isinstance(checkpoint.read("model.layers.0.self_attn.v_proj.weight"), torch.Tensor)
+    read_integers(checkpoint, f"{UP}.weight")
+    read_floats(checkpoint, "model.layers.0.self_attn.v_proj.weight")
 
 
 def test_what_changed_is_named(base: Path) -> None:

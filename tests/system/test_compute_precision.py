@@ -37,11 +37,7 @@ ARM = "processor\t: 0\nFeatures\t: fp asimd{} sve\nCPU part\t: 0xd40\n"
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """What was found out about this machine, before and after."""
-    cached = (
-        compute_precision.has_bfloat16,
-        compute_precision.training_device,
-        compute_precision._nvidia_major,
-    )
+    cached = (has_bfloat16, training_device, compute_precision._nvidia_major)
     for function in cached:
         function.cache_clear()
     yield
@@ -101,25 +97,29 @@ class Driver:
 
 
 @pytest.mark.parametrize(
-    ("count", "major", "device", "expected"),
-    [(1, 9, "cuda", True), (2, 8, "cuda", True), (1, 7, "cuda", False), (0, 9, "cpu", None)],
+    ("library", "count", "major", "device", "expected"),
+    [
+        ("torch_cuda", 1, 9, "cuda", True),
+        ("torch_cuda", 2, 8, "cuda", True),
+        ("torch_cuda", 1, 7, "cuda", False),
+        ("torch_cuda", 0, 9, "cpu", None),
+        ("torch_cpu", 1, 9, "cpu", None),
+    ],
 )
 def test_an_nvidia_gpu_is_asked_through_its_driver(
-    count: int, major: int, device: str, expected: bool | None, monkeypatch: pytest.MonkeyPatch
+    library: str,
+    count: int,
+    major: int,
+    device: str,
+    expected: bool | None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(count, major))
-    monkeypatch.setattr(compute_precision, "_has_library", lambda name: name == "torch_cuda")
+    monkeypatch.setattr(compute_precision, "_has_library", lambda name: name == library)
     monkeypatch.setattr(sys, "platform", "linux")
     assert training_device() == device
     if expected is not None:
         assert has_bfloat16("cuda") is expected
-
-
-def test_a_torch_without_cuda_trains_on_the_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(1, 9))
-    monkeypatch.setattr(compute_precision, "_has_library", lambda name: False)
-    monkeypatch.setattr(sys, "platform", "linux")
-    assert training_device() == "cpu"
 
 
 def keys(recipe: Recipe) -> dict[str, str]:

@@ -71,24 +71,22 @@ def test_a_group_outside_the_container_is_looked_up_at_the_root(machine: Path) -
     assert usable_cores(machine) == 1
 
 
-def test_threads_wait_passively_and_are_as_many_as_the_cores() -> None:
-    environment: dict[str, str] = {}
+WAITING = {"OMP_WAIT_POLICY": "passive"}
+COUNT = {"OMP_NUM_THREADS": str(usable_cores())}
+
+
+@pytest.mark.parametrize(
+    ("chosen", "added"),
+    [
+        ("", WAITING | COUNT),
+        *((name, COUNT) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")),
+        *((name, WAITING) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")),
+    ],
+)
+def test_what_the_user_did_not_set_is_set(chosen: str, added: dict[str, str]) -> None:
+    environment = {chosen: "7"}
     configure_threads(environment)
-    assert environment == {"OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": str(usable_cores())}
-
-
-@pytest.mark.parametrize("name", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"])
-def test_a_way_of_waiting_that_the_user_set_stays(name: str) -> None:
-    environment = {name: "7"}
-    configure_threads(environment)
-    assert environment == {name: "7", "OMP_NUM_THREADS": str(usable_cores())}
-
-
-@pytest.mark.parametrize("name", ["OMP_NUM_THREADS", "MKL_NUM_THREADS"])
-def test_a_number_of_threads_that_the_user_set_stays(name: str) -> None:
-    environment = {name: "7"}
-    configure_threads(environment)
-    assert environment == {name: "7", "OMP_WAIT_POLICY": "passive"}
+    assert environment == added | {chosen: "7"}
 
 
 @pytest.mark.parametrize(("processes", "threads"), [("2", "2"), ("3", "1"), ("9", "1")])
@@ -116,7 +114,6 @@ def test_the_command_line_decides_before_torch_is_imported() -> None:
         "main()\n"
     )
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("OMP_", "MKL_"))}
-    done = subprocess.run(
-        [sys.executable, "-c", script, "."], env=clean, capture_output=True, text=True, check=False
-    )
-    assert done.stdout.split() == ["passive", str(usable_cores())], done.stderr
+    command = [sys.executable, "-c", script, "."]
+    done = subprocess.run(command, env=clean, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.stdout.split() == ["passive", str(usable_cores())]

@@ -46,10 +46,21 @@ def waiting(*arguments: str) -> list[str]:
     return [sys.executable, "-c", WAITING.format(arguments=list(arguments))]
 
 
-@pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_ends_a_command_with_its_exit_code_and_one_message(number: int) -> None:
+RUN = ("run", "recipe.yaml", "--out", "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "number", "remedy"),
+    [
+        *((RUN, number, "The same command resumes from here.") for number in STOP_SIGNALS),
+        (("merge-check", "out", "first"), signal.SIGTERM, "Run the command again."),
+    ],
+)
+def test_a_signal_ends_a_command_with_its_exit_code_and_one_message(
+    arguments: tuple[str, ...], number: int, remedy: str
+) -> None:
     process = subprocess.Popen(
-        waiting("run", "recipe.yaml", "--out", "out"),
+        waiting(*arguments),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -60,25 +71,8 @@ def test_a_signal_ends_a_command_with_its_exit_code_and_one_message(number: int)
     assert process.stdout.readline() == "waiting\n"
     process.send_signal(number)
     out, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert out == "cleaned up\n"
-    name = signal.Signals(number).name
-    assert errors == f"qwlora: interrupted by {name}. The same command resumes from here.\n"
-
-
-def test_commands_without_stages_say_so_too(tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        waiting("merge-check", "out", "first"),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.stdout is not None
-    process.stdout.readline()
-    process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 143
-    assert errors == "qwlora: interrupted by SIGTERM. Run the command again.\n"
+    assert (process.returncode, out) == (128 + number, "cleaned up\n")
+    assert errors == f"qwlora: interrupted by {signal.Signals(number).name}. {remedy}\n"
 
 
 def test_a_closed_terminal_ends_a_command_that_still_cleans_up(tmp_path: Path) -> None:

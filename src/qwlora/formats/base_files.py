@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -416,31 +417,29 @@ def save_as_base_(model: PreTrainedModel, source: str | None = None) -> None:
     load them as random weights. `source` is recorded in base.json; default: `model.name_or_path`.
     """
     source = (model.name_or_path or "") if source is None else source
-    model.__dict__["save_pretrained"] = _SaveAsBase(model, source)
+    # a partial is copied along with the model that it holds
+    model.__dict__["save_pretrained"] = partial(_save_pretrained, model, source)
 
 
-class _SaveAsBase:
-    """`save_pretrained` of one model; it is copied along with the model."""
-
-    def __init__(self, model: PreTrainedModel, source: str):
-        self.model, self.source = model, source
-
-    def __call__(
-        self, save_directory: str | Path, is_main_process: bool = True, **settings: Any
-    ) -> None:
-        model = self.model
-        if not packed_layers(model) or getattr(model, "_hf_peft_config_loaded", False):
-            method = type(model).save_pretrained  # floats, or the adapter of model.add_adapter
-            method(model, save_directory, is_main_process=is_main_process, **settings)
-            return
-        unknown = ("state_dict", "variant", "push_to_hub", "distributed_checkpoint")
-        if refused := [name for name in unknown if settings.get(name)]:
-            raise SourceError(
-                f"save_pretrained: a QWLoRA base cannot be saved with {listed(refused)}. Leave it "
-                "out; to upload the base, call model.push_to_hub"
-            )
-        if is_main_process:
-            write_base(model, None, save_directory, self.source)
+def _save_pretrained(
+    model: PreTrainedModel,
+    source: str,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    **settings: Any,
+) -> None:
+    if not packed_layers(model) or getattr(model, "_hf_peft_config_loaded", False):
+        method = type(model).save_pretrained  # floats, or the adapter of model.add_adapter
+        method(model, save_directory, is_main_process=is_main_process, **settings)
+        return
+    unknown = ("state_dict", "variant", "push_to_hub", "distributed_checkpoint")
+    if refused := [name for name in unknown if settings.get(name)]:
+        raise SourceError(
+            f"save_pretrained: a QWLoRA base cannot be saved with {listed(refused)}. Leave it "
+            "out; to upload the base, call model.push_to_hub"
+        )
+    if is_main_process:
+        write_base(model, None, save_directory, source)
 
 
 def read_record(folder: Path) -> dict[str, Any]:

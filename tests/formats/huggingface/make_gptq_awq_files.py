@@ -17,6 +17,7 @@ import os
 import shutil
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -40,6 +41,17 @@ def measured(
     return scale, zero
 
 
+def parts(case: str, layer: torch.nn.Module, *names: str) -> dict[str, torch.Tensor]:
+    return {f"{case}.{name}": getattr(layer, name).clone() for name in names}
+
+
+def unpacked(layer: torch.nn.Module) -> torch.Tensor:
+    """What GPT-QModel makes of a layer, with scales in float32."""
+    layer.scales = layer.scales.float()
+    layer.post_init()
+    return layer.dequantize_weight().t().float().contiguous()
+
+
 def gptq() -> None:
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
     from gptqmodel.quantization.config import QuantizeConfig
@@ -50,40 +62,21 @@ def gptq() -> None:
 
     for version in (1, 2):
         tensors, expected = {}, {}
-        for bits in (2, 3, 4, 8):
-            for symmetric in (True, False):
-                for group in (32, IN):
-                    case = f"w{bits}-{'symmetric' if symmetric else 'asymmetric'}-{group}"
-                    torch.manual_seed(bits)
-                    linear = torch.nn.Linear(IN, OUT, bias=True)
-                    linear.weight.data[
-                        0
-                    ].abs_()  # a zero point of 0, from which version 1 subtracts one
-                    scale, zero = measured(linear.weight.data, bits, group, symmetric)
-                    index = torch.arange(IN, dtype=torch.int32) // group
-                    layer = TorchLinear(
-                        bits,
-                        group,
-                        symmetric,
-                        False,
-                        IN,
-                        OUT,
-                        True,
-                        torch.int32,
-                        register_buffers=True,
-                    )
-                    layer.pack(linear, scale, zero, index)
-                    if version == 1:
-                        convert_gptq_v2_to_v1_format_module(layer, QuantizeConfig(bits=bits))
-                    tensors |= {
-                        f"{case}.{part}": getattr(layer, part).clone()
-                        for part in ("qweight", "qzeros", "scales", "g_idx", "bias")
-                    }
-                    if version == 1:
-                        convert_gptq_v1_to_v2_format_module(layer, bits, torch.int32)
-                    layer.scales = layer.scales.float()
-                    layer.post_init()
-                    expected[f"{case}.weight"] = layer.dequantize_weight().t().float().contiguous()
+        for bits, symmetric, group in product((2, 3, 4, 8), (True, False), (32, IN)):
+            case = f"w{bits}-{'symmetric' if symmetric else 'asymmetric'}-{group}"
+            torch.manual_seed(bits)
+            linear = torch.nn.Linear(IN, OUT, bias=True)
+            linear.weight.data[0].abs_()  # a zero point of 0, from which version 1 subtracts one
+            scale, zero = measured(linear.weight.data, bits, group, symmetric)
+            sizes = (bits, group, symmetric, False, IN, OUT, True, torch.int32)
+            layer = TorchLinear(*sizes, register_buffers=True)
+            layer.pack(linear, scale, zero, torch.arange(IN, dtype=torch.int32) // group)
+            if version == 1:
+                convert_gptq_v2_to_v1_format_module(layer, QuantizeConfig(bits=bits))
+            tensors |= parts(case, layer, "qweight", "qzeros", "scales", "g_idx", "bias")
+            if version == 1:
+                convert_gptq_v1_to_v2_format_module(layer, bits, torch.int32)
+            expected[f"{case}.weight"] = unpacked(layer)
         written(f"gptq-v{version}", tensors, expected)
 
 
@@ -102,13 +95,8 @@ def scattered() -> None:
     ):
         layer = TorchLinear(4, 16, False, True, IN, OUT, False, torch.int32, register_buffers=True)
         layer.pack(linear, scale, zero, index.int())
-        tensors |= {
-            f"{case}.{part}": getattr(layer, part).clone()
-            for part in ("qweight", "qzeros", "scales", "g_idx")
-        }
-        layer.scales = layer.scales.float()
-        layer.post_init()
-        expected[f"{case}.weight"] = layer.dequantize_weight().t().float().contiguous()
+        tensors |= parts(case, layer, "qweight", "qzeros", "scales", "g_idx")
+        expected[f"{case}.weight"] = unpacked(layer)
     written("gptq-order", tensors, expected)
 
 
@@ -122,27 +110,20 @@ def awq() -> None:
             torch.manual_seed(group)
             linear = torch.nn.Linear(IN, OUT, bias=False)
             scale, zero = measured(linear.weight.data, 4, group, False)
-            each = [t.repeat_interleave(group, 1) for t in (scale, zero)]
-            codes = (torch.round(linear.weight.data / each[0]) + each[1]).clamp(0, 15)
-            linear.weight.data = (codes - each[1]) * each[
-                0
-            ]  # AutoAWQ packs weights that are on the grid already
+            scales, zeros = (t.repeat_interleave(group, 1) for t in (scale, zero))
+            codes = (torch.round(linear.weight.data / scales) + zeros).clamp(0, 15)
+            # AutoAWQ packs weights that are on the grid already
+            linear.weight.data = (codes - zeros) * scales
             if kind == "gemm":
-                layer = WQLinear_GEMM.from_linear(
-                    linear, 4, group, scales=scale.t().contiguous(), zeros=zero.t().contiguous()
-                )
-                expected = (
-                    dequantize_gemm(layer.qweight, layer.qzeros, layer.scales.float(), 4, group)
-                    .t()
-                    .contiguous()
-                )
-            else:  # AutoAWQ unpacks gemv on a GPU only; these are the integers that it was given to pack
+                turned = {"scales": scale.t().contiguous(), "zeros": zero.t().contiguous()}
+                layer = WQLinear_GEMM.from_linear(linear, 4, group, **turned)
+                scales = layer.scales.float()
+                expected = dequantize_gemm(layer.qweight, layer.qzeros, scales, 4, group).t()
+            else:  # AutoAWQ unpacks gemv on a GPU only; these integers were given to it to pack
                 layer = WQLinear_GEMV.from_linear(linear, 4, group, scales=scale, zeros=zero)
                 expected = linear.weight.data
-            tensors = {
-                f"layer.{part}": getattr(layer, part) for part in ("qweight", "qzeros", "scales")
-            }
-            written(f"awq-{kind}-{group}", tensors, {"layer.weight": expected})
+            tensors = parts("layer", layer, "qweight", "qzeros", "scales")
+            written(f"awq-{kind}-{group}", tensors, {"layer.weight": expected.contiguous()})
 
 
 def llama() -> None:
@@ -154,14 +135,9 @@ def llama() -> None:
 
     with tempfile.TemporaryDirectory() as directory:
         torch.manual_seed(0)
-        config = LlamaConfig(
-            vocab_size=64,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-        )
+        sizes = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 128}
+        heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+        config = LlamaConfig(**sizes, **heads, num_hidden_layers=1)
         config.bos_token_id = config.eos_token_id = config.pad_token_id = 1
         LlamaForCausalLM(config).half().save_pretrained(directory)
         tokenizer = Tokenizer(models.WordLevel({f"{i}": i for i in range(64)}, unk_token="0"))
@@ -169,24 +145,16 @@ def llama() -> None:
         PreTrainedTokenizerFast(
             tokenizer_object=tokenizer, unk_token="0", eos_token="1", pad_token="1", bos_token="1"
         ).save_pretrained(directory)
-        model = GPTQModel.load(
-            directory,
-            QuantizeConfig(bits=4, group_size=32, sym=False, desc_act=False),
-            dtype=torch.float16,
-        )
-        model.quantize(
-            [
-                {"input_ids": torch.randint(64, (64,)).tolist(), "attention_mask": [1] * 64}
-                for _ in range(32)
-            ],
-            batch_size=1,
-        )
+        settings = QuantizeConfig(bits=4, group_size=32, sym=False, desc_act=False)
+        model = GPTQModel.load(directory, settings, dtype=torch.float16)
+        rows = [torch.randint(64, (64,)).tolist() for _ in range(32)]
+        data = [{"input_ids": row, "attention_mask": [1] * 64} for row in rows]
+        model.quantize(data, batch_size=1)
         target = FILES / "gptqmodel-llama"
         shutil.rmtree(target, ignore_errors=True)
         model.save(str(target))
-        loaded = GPTQModel.load(
-            str(target), backend=BACKEND.GPTQ_TORCH, device="cpu", dtype=torch.float16
-        )
+        cpu = {"backend": BACKEND.GPTQ_TORCH, "device": "cpu", "dtype": torch.float16}
+        loaded = GPTQModel.load(str(target), **cpu)
         expected = {}
         for name, module in loaded.model.named_modules():
             if hasattr(module, "dequantize_weight"):
@@ -197,9 +165,8 @@ def llama() -> None:
             if file.name not in ("config.json", "model.safetensors", "expected.safetensors"):
                 file.unlink()
         record = json.loads((target / "config.json").read_text())
-        del record["quantization_config"]["meta"][
-            "offload_to_disk_path"
-        ]  # of the machine that ran this
+        # of the machine that ran this
+        del record["quantization_config"]["meta"]["offload_to_disk_path"]
         (target / "config.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -207,10 +174,8 @@ def written(
     folder: str, tensors: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]
 ) -> None:
     (FILES / folder).mkdir(parents=True, exist_ok=True)
-    save_file(
-        {name: tensor.contiguous() for name, tensor in tensors.items()},
-        FILES / folder / "model.safetensors",
-    )
+    stored = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(stored, FILES / folder / "model.safetensors")
     save_file(expected, FILES / folder / "expected.safetensors")
 
 

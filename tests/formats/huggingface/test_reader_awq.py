@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from formats.models import edit_json, edit_tensors, llama
+from formats.models import edit_json, edit_tensors, llama, read_integers
 from qwlora.errors import SourceError
 from qwlora.formats.huggingface.qweight import QweightTensors
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
@@ -25,9 +25,7 @@ def read(
     folder: Path, version: str = "gemm", group_size: Any = 32, **settings: Any
 ) -> QuantizedTensor:
     settings = {"bits": 4, "version": version, "group_size": group_size, **settings}
-    value = QweightTensors(SafetensorsFiles(folder), settings, "awq").read("layer.weight")
-    assert isinstance(value, QuantizedTensor)
-    return value
+    return read_integers(QweightTensors(SafetensorsFiles(folder), settings, "awq"), "layer.weight")
 
 
 def expected(folder: Path) -> torch.Tensor:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from formats.models import edit_json, llama
+from formats.models import edit_json, llama, read_integers
 from qwlora.errors import SourceError
 from qwlora.formats.huggingface.compressed_tensors import CompressedTensors
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
@@ -94,9 +94,7 @@ def opened(folder: Path, held: dict[str, Tensor], settings: dict[str, Any]) -> C
 def read(
     folder: Path, held: dict[str, Tensor], layout: str, record: dict[str, Any]
 ) -> QuantizedTensor:
-    value = opened(folder, held, settings_of(layout, record)).read("layer.weight")
-    assert isinstance(value, QuantizedTensor)
-    return value
+    return read_integers(opened(folder, held, settings_of(layout, record)), "layer.weight")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
@@ -343,8 +341,7 @@ def test_groups_are_the_librarys(tmp_path: Path, targets: tuple[list[str], list[
     expected = model_folder(tmp_path, groups, layouts, format="pack-quantized")
     checkpoint = open_checkpoint(tmp_path)
     for path, weights in schemes.items():
-        found = checkpoint.read(f"{path}.weight")
-        assert isinstance(found, QuantizedTensor)
+        found = read_integers(checkpoint, f"{path}.weight")
         assert found.encoding.scheme.bitwidth == weights.num_bits
         assert torch.equal(found.dequantize(), expected[f"{path}.weight"])
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from formats.models import read_integers
 from qwlora.errors import SourceError
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.huggingface.mlx import MlxTensors
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.model_source import locate
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.quantized_tensor import QuantizedTensor
 
 FILES = Path(__file__).parents[1] / "files"
 
@@ -27,8 +27,7 @@ FILES = Path(__file__).parents[1] / "files"
 def test_layers_equal_mlxs(bits: int, group: int) -> None:
     folder, name = FILES / "mlx-layers", f"w{bits}-{group}.weight"
     tensors = MlxTensors(SafetensorsFiles(folder), {"bits": bits, "group_size": group})
-    found = tensors.read(name)
-    assert isinstance(found, QuantizedTensor)
+    found = read_integers(tensors, name)
     assert tensors.shape(name) == found.codes.shape
     expected = load_file(folder / "expected.safetensors")[name]
     rounding = torch.finfo(torch.float32).eps * float(expected.abs().max())
@@ -45,8 +44,7 @@ def test_a_whole_model_computes_mlx_lms_logits() -> None:
     folder = FILES / "mlx-llama"
     assert not locate(str(folder)).holds_floats
     checkpoint = open_checkpoint(folder)
-    embedding = checkpoint.read("model.embed_tokens.weight")
-    assert isinstance(embedding, QuantizedTensor)
+    embedding = read_integers(checkpoint, "model.embed_tokens.weight")
     assert embedding.encoding.scheme.bitwidth == 8
     expected = load_file(folder / "expected.safetensors")
     with torch.no_grad():

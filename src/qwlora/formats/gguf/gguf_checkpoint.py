@@ -35,10 +35,10 @@ from transformers import CONFIG_MAPPING, PretrainedConfig
 from transformers.integrations.gguf.gguf_config_mapping import GGUF_CONFIG_ARCHS
 
 from qwlora.errors import ExportError, QwloraWarning, SourceError, foreign_as, listed
+from qwlora.formats.checkpoint import MappedCheckpoint, Origin
 from qwlora.formats.gguf.blocks import TYPES, Blocks, decode_blocks, to_quantized
 from qwlora.formats.gguf.gguf_file import TOKENS, GgufFile
 from qwlora.formats.gguf.tensor_names import Reordering, find_reordering, gguf_origins
-from qwlora.formats.mapped_checkpoint import MappedCheckpoint, Origin
 from qwlora.formats.meta_model import empty_model
 from qwlora.grid.quantized_tensor import QuantizedTensor
 

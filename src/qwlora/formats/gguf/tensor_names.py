@@ -29,9 +29,9 @@ from transformers.modeling_gguf_pytorch_utils import (
 )
 
 from qwlora.errors import SourceError, foreign_as
+from qwlora.formats.checkpoint import Origin
 from qwlora.formats.gguf.gguf_file import GgufFile
 from qwlora.formats.huggingface.transformers_names import origins
-from qwlora.formats.mapped_checkpoint import Origin
 
 FIRST = 1000
 """The number given to row 0 and column 0 in a probe. Results below it were computed, not moved."""

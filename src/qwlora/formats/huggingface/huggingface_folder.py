@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import SourceError
+from qwlora.formats.checkpoint import MappedCheckpoint, Origin
 from qwlora.formats.huggingface.model_config import read_config
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.huggingface.transformers_names import convert_quantized, origins
-from qwlora.formats.mapped_checkpoint import MappedCheckpoint, Origin
 from qwlora.formats.meta_model import empty_model
 from qwlora.grid.quantized_tensor import QuantizedTensor
 

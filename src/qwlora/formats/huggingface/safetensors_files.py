@@ -52,7 +52,18 @@ class SafetensorsFiles:
         self.folder = Path(folder)
         self._tensors: dict[str, StoredTensor] = {}
         for file in _files_of(self.folder, f"{stem}.safetensors"):
-            stored = read_header(file, "mmap" if mapped else "pread")
+            try:
+                handle = safe_open(file, framework="pt", backend="mmap" if mapped else "pread")
+                slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
+            except (OSError, SafetensorError) as error:
+                raise SourceError(
+                    f"{str(file)!r} is truncated, or not a safetensors file ({error}); download it "
+                    "again"
+                ) from error
+            stored = {
+                name: StoredTensor(handle, part.get_dtype(), tuple(part.get_shape()))
+                for name, part in slices.items()
+            }
             if twice := sorted(stored.keys() & self._tensors.keys()):
                 raise SourceError(
                     f"{str(file)!r}: {listed(map(repr, twice))} is also in another shard; download "
@@ -185,22 +196,3 @@ def _shards(index: Path) -> list[Path]:
                 "missing; download it too"
             )
     return [index.parent / file for file in sorted(by_file)]
-
-
-def read_header(file: Path, backend: str = "pread") -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, in the order in which they are stored; reads no data.
-
-    Raises:
-        SourceError: the file is truncated or malformed.
-    """
-    try:
-        handle = safe_open(file, framework="pt", backend=backend)
-        slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
-    except (OSError, SafetensorError) as error:
-        raise SourceError(
-            f"{str(file)!r} is truncated, or not a safetensors file ({error}); download it again"
-        ) from error
-    return {
-        name: StoredTensor(handle, part.get_dtype(), tuple(part.get_shape()))
-        for name, part in slices.items()
-    }

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -154,18 +153,21 @@ def with_graph(program: ExportedProgram, graph: Graph) -> ExportedProgram:
         for n in output.args[0]
     ]
     count = sum(spec.kind is InputKind.USER_INPUT for spec in inputs)
-    entry = copy.deepcopy(program.module_call_graph[0])
+    entry = program.module_call_graph[0]
     assert entry.signature is not None
-    entry.signature.in_spec = tree_structure((tuple(range(count)), {}))
-    entry.signature.out_spec = tree_structure(tuple(range(len(outputs))))
-    entry.signature.forward_arg_names = None
+    call = replace(
+        entry.signature,
+        in_spec=tree_structure((tuple(range(count)), {})),
+        out_spec=tree_structure(tuple(range(len(outputs)))),
+        forward_arg_names=None,
+    )
     graph.lint()
     return rebuilt(
         program,
         root=GraphModule(program.graph_module, graph),
         graph=graph,
         graph_signature=ExportGraphSignature(inputs, outputs),
-        module_call_graph=[entry],
+        module_call_graph=[replace(entry, signature=call)],
         example_inputs=None,
     )
 

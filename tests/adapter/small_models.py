@@ -24,13 +24,8 @@ from transformers import (
 from conftest import ARCHITECTURES, VOCABULARY, tiny_model
 
 IDS = {"vocab_size": VOCABULARY, "bos_token_id": 256, "eos_token_id": 256, "pad_token_id": 257}
-SMALL = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 2,
-    **IDS,
-}
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, **IDS}
+SMALL = {**SIZES, "intermediate_size": 48}
 LOGIT_CHANGES: dict[str, Callable[[], PreTrainedModel]] = {
     "soft cap": lambda: Gemma2ForCausalLM(
         Gemma2Config(
@@ -54,16 +49,7 @@ OTHERS: dict[str, Callable[[], PreTrainedModel]] = {
             router_aux_loss_coef=0.5,
         )
     ),
-    "projected": lambda: OPTForCausalLM(
-        OPTConfig(
-            hidden_size=32,
-            ffn_dim=48,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            word_embed_proj_dim=16,
-            **IDS,
-        )
-    ),
+    "projected": lambda: OPTForCausalLM(OPTConfig(**SIZES, ffn_dim=48, word_embed_proj_dim=16)),
     "head by another name": lambda: GPTNeoXForCausalLM(
         GPTNeoXConfig(**SMALL, attn_implementation="eager")
     ),
@@ -76,3 +62,11 @@ def built(name: str) -> PreTrainedModel:
         return tiny_model(name)
     torch.manual_seed(0)
     return {**LOGIT_CHANGES, **OTHERS}[name]().eval()
+
+
+def mixture(layers: int = 1) -> PreTrainedModel:
+    """A model with four fused experts per layer."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": layers}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    return MixtralForCausalLM(MixtralConfig(**sizes, **heads, vocab_size=VOCABULARY)).eval()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import reseal, tiny_model
 from qwlora import fingerprint, load_adapter, quantize_, save_adapter
@@ -26,7 +27,8 @@ from qwlora.adapter.attach import (
     check_shape,
     check_trainable,
 )
-from qwlora.adapter.peft_support import WEIGHTS
+from qwlora.adapter.chunked_loss import ChunkedLoss
+from qwlora.adapter.peft_support import CONFIG, WEIGHTS
 from qwlora.errors import FingerprintError, SourceError, TrainingError
 from qwlora.formats.manifest import UnverifiedWarning
 
@@ -49,6 +51,12 @@ def drawn(model: Any) -> Any:
     return model.eval()
 
 
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    result: torch.Tensor = model(IDS).logits
+    return result
+
+
 def test_refuses_trainable_base_parameters() -> None:
     model = attach(base(), LoraShape(4, 8), seed=0)
     model.get_input_embeddings().weight.requires_grad_(True)
@@ -60,45 +68,24 @@ def test_refuses_trainable_base_parameters() -> None:
         check_trainable(base())
 
 
-@pytest.mark.parametrize("rank", [129, 2**31 - 1])
-def test_refuses_a_rank_above_every_layer(rank: int) -> None:
-    for shape, layer in (
-        (LoraShape(rank, 8), r"mlp.\w+_proj, is 128 x 64"),
-        (LoraShape(4, 8, rank_pattern={"q_proj": rank}), "self_attn.q_proj, is 64 x 64"),
-    ):
-        with pytest.raises(TrainingError, match=rf"rank {rank} is above both sides of .*{layer}"):
-            check_shape(tiny_model("llama"), shape)
-    check_shape(tiny_model("llama"), LoraShape(128, 8))
-
-
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (
-            {"target_modules": ["no_such_layer"]},
-            r"LoRA cannot be attached to target_modules \['no_such_layer'\]",
-        ),
+        ({"target_modules": ["no_such_layer"]}, r"attached to target_modules \['no_such_layer'\]"),
         (
             {"target_modules": ["q_proj", "w_proj"]},
-            r"does not have: target_modules 'w_proj'\. Its layers are, for example, q_proj, k_proj",
+            r"not have: target_modules 'w_proj'\. Its layers are, for example, q_proj, k_proj",
         ),
         ({"rank_pattern": {"q_prj": 2}}, "rank_pattern 'q_prj'"),
         ({"alpha_pattern": {"q_prj": 2}}, "alpha_pattern 'q_prj'"),
-        (
-            {"layers": [1, 5], "target_modules": ["q_proj"]},
-            "layers 5: the model has layers 0 to 1; choose among these",
-        ),
-        ({"layers": [5]}, "layers 5: the model has layers 0 to 1"),
+        ({"layers": [1, 5]}, "layers 5: the model has layers 0 to 1; choose among these"),
         ({"target_modules": ["mlp"]}, "cannot be attached"),
     ],
 )
 def test_names_unmatched_targets_on_a_model_without_weights(
     shape: dict[str, Any], message: str
 ) -> None:
-    from accelerate import init_empty_weights
-    from transformers import AutoModelForCausalLM
-
-    with init_empty_weights():
+    with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(tiny_model("llama").config)
     with pytest.raises(TrainingError, match=message):
         check_shape(skeleton, LoraShape(4, 8, **shape))
@@ -115,14 +102,11 @@ def test_all_linear_with_layers_adapts_every_linear_of_these_layers(
     model = attach(base(architecture), LoraShape(4, 8, layers=[1]), seed=0)
     assert model.targeted_module_names == chosen
     check_shape(tiny_model(architecture), LoraShape(4, 8, layers=[1]))  # of which GPT-2 has Conv1D
-    assert (
-        attach(base(architecture), LoraShape(4, 8, layers=[0, 1]), seed=0).targeted_module_names
-        == everywhere
-    )
+    both = attach(base(architecture), LoraShape(4, 8, layers=[0, 1]), seed=0)
+    assert both.targeted_module_names == everywhere
     save_adapter(model, tmp_path)
-    assert (
-        PeftModel.from_pretrained(base(architecture), str(tmp_path)).targeted_module_names == chosen
-    )
+    alone = PeftModel.from_pretrained(base(architecture), str(tmp_path))
+    assert alone.targeted_module_names == chosen
 
 
 KINDS: dict[str, LoraShape] = {
@@ -141,15 +125,8 @@ KINDS: dict[str, LoraShape] = {
 def test_every_kind_round_trips_bitwise_as_a_plain_peft_adapter(kind: str, tmp_path: Path) -> None:
     model = drawn(attach(base("qwen3"), KINDS[kind], seed=0))
     save_adapter(model, tmp_path)
-    assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "adapter_config.json",
-        "adapter_model.safetensors",
-        "qwlora.json",
-    ]
-    with torch.no_grad():
-        assert torch.equal(
-            load_adapter(base("qwen3"), tmp_path).eval()(IDS).logits, model(IDS).logits
-        )
+    assert {p.name for p in tmp_path.iterdir()} == {CONFIG, WEIGHTS, FILE}
+    assert torch.equal(logits(load_adapter(base("qwen3"), tmp_path).eval()), logits(model))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["use_rslora"], config["use_dora"]) == (kind == "rslora", kind == "dora")
     assert check_trainable(attach_existing(base("qwen3"), str(tmp_path))) == check_trainable(
@@ -188,10 +165,8 @@ def test_convolution_gets_an_adapter(tmp_path: Path) -> None:
     ]
     assert len(convolutions) == 1
     save_adapter(model, tmp_path)
-    with torch.no_grad():
-        logits = model(IDS).logits
-        assert torch.equal(load_adapter(convolutional(), tmp_path).eval()(IDS).logits, logits)
-        assert not torch.equal(convolutional()(IDS).logits, logits)
+    assert torch.equal(logits(load_adapter(convolutional(), tmp_path).eval()), logits(model))
+    assert not torch.equal(logits(convolutional()), logits(model))
 
 
 ALONE = """
@@ -218,16 +193,15 @@ def test_peft_alone_loads_every_kind_onto_the_float_model(
     for kind, shape in KINDS.items():
         model = drawn(attach(tiny_model("qwen3").requires_grad_(False), shape, seed=0))
         save_adapter(model, tmp_path / kind)
-        with torch.no_grad():
-            expected[kind] = model(IDS).logits
+        expected[kind] = logits(model)
     folders = [str(tmp_path / kind) for kind in KINDS]
     subprocess.run(
         [sys.executable, "-c", ALONE, str(checkpoints["qwen3"]), *folders],
         check=True,
         capture_output=True,
     )
-    for kind, logits in expected.items():
-        torch.testing.assert_close(torch.load(tmp_path / kind / "logits.pt"), logits)
+    for kind, result in expected.items():
+        torch.testing.assert_close(torch.load(tmp_path / kind / "logits.pt"), result)
 
 
 def test_adapter_saved_by_peft_needs_unknown_base_accept(tmp_path: Path) -> None:
@@ -240,8 +214,7 @@ def test_adapter_saved_by_peft_needs_unknown_base_accept(tmp_path: Path) -> None
     for load in (load_adapter, attach_existing):
         with pytest.warns(UnverifiedWarning, match=r"qwlora.json.* is missing"):
             loaded = load(base(), str(tmp_path), unknown_base="accept").eval()
-        with torch.no_grad():
-            assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+        assert torch.equal(logits(loaded), logits(model))
     with pytest.raises(SourceError, match="unknown_base is refuse or accept, not 'maybe'"):
         load_adapter(base(), tmp_path, unknown_base="maybe")
     save_adapter(model, tmp_path)
@@ -262,11 +235,8 @@ def test_refuses_anything_but_a_lora_adapter(tmp_path: Path) -> None:
 
 
 def test_refuses_an_adapter_of_another_architecture(tmp_path: Path) -> None:
-    save_adapter(
-        get_peft_model(base("qwen3"), LoraConfig(r=2, target_modules=["k_proj", "o_proj"])),
-        tmp_path,
-    )
-    (tmp_path / "qwlora.json").unlink()
+    config = LoraConfig(r=2, target_modules=["k_proj", "o_proj"])
+    get_peft_model(base("qwen3"), config).save_pretrained(str(tmp_path))
     with (
         pytest.warns(UnverifiedWarning, match=r"qwlora.json"),
         pytest.raises(SourceError, match="does not fit GPT2LMHeadModel"),
@@ -277,53 +247,38 @@ def test_refuses_an_adapter_of_another_architecture(tmp_path: Path) -> None:
 def test_refuses_an_adapter_without_a_fingerprint(tmp_path: Path) -> None:
     model = get_peft_model(base(), LoraConfig(r=2, target_modules="all-linear"))
     save_adapter(model, tmp_path)
-    assert json.loads((tmp_path / "qwlora.json").read_text())["base_fingerprint"] == fingerprint(
-        model
-    )
+    record = json.loads((tmp_path / "qwlora.json").read_text())
+    assert record["base_fingerprint"] == fingerprint(model)
     for content in ("", "[]", '{"base_fingerprint": 3}'):
         (tmp_path / "qwlora.json").write_text(content)
         with pytest.raises(SourceError):
             load_adapter(base(), tmp_path)
 
 
-def cut_short(folder: Path) -> None:
-    weights = folder / "adapter_model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-
-
 @pytest.mark.parametrize(
-    ("damage", "message"),
+    ("file", "content", "message"),
     [
+        (WEIGHTS, b"cut short", r"adapter_model.safetensors cannot be read \(.*\); copy it again"),
+        (WEIGHTS, None, r"has no adapter_model.safetensors"),
+        (CONFIG, b"{", r"adapter_config.json cannot be read"),
         (
-            cut_short,
-            r"adapter_model.safetensors cannot be read \(.*\); copy it again",
-        ),
-        (
-            lambda folder: (folder / "adapter_model.safetensors").unlink(),
-            r"has no adapter_model.safetensors",
-        ),
-        (
-            lambda folder: (folder / "adapter_config.json").write_text("{"),
-            r"adapter_config.json cannot be read",
-        ),
-        (
-            lambda folder: (folder / "adapter_config.json").write_text(
-                '{"peft_type": "LORA", "r": 3, "target_modules": ["q_proj"]}'
-            ),
-            "q_proj.lora_A.weight has rank 2, but adapter_config.json says 3",
+            CONFIG,
+            b'{"peft_type": "LORA", "r": 3, "target_modules": ["q_proj"]}',
+            "adapter_config.json asks for rank 3, but the weights have at most 2",
         ),
     ],
 )
-def test_names_a_damaged_adapter_and_the_remedy(tmp_path: Path, damage: Any, message: str) -> None:
+def test_names_a_damaged_adapter_and_the_remedy(
+    tmp_path: Path, file: str, content: bytes | None, message: str
+) -> None:
     save_adapter(get_peft_model(base(), LoraConfig(r=2, target_modules=["q_proj"])), tmp_path)
-    damage(tmp_path)
+    (tmp_path / file).unlink()
+    if content is not None:
+        (tmp_path / file).write_bytes(content)
     reseal(tmp_path, "qwlora.json")
-    for load in (
-        lambda: load_adapter(base(), tmp_path),
-        lambda: attach_existing(base(), str(tmp_path)),
-    ):
+    for load in (load_adapter, attach_existing):
         with pytest.raises(SourceError, match=message) as caught:
-            load()
+            load(base(), str(tmp_path))
         assert str(tmp_path) in str(caught.value)
 
 
@@ -349,58 +304,33 @@ def own_loop(model: Any, steps: int = 8) -> list[float]:
 
 @pytest.mark.parametrize("chunked", [False, True])
 def test_custom_loop_trains_on_a_packed_base(chunked: bool, tmp_path: Path) -> None:
-    from qwlora.adapter.chunked_loss import ChunkedLoss
-
-    model = tiny_model("llama")
-    quantize_(model, "w4-block32")
-    identity = fingerprint(model)
-    peft = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
-    if chunked:
-        ChunkedLoss(peft)
-    losses = own_loop(peft)
+    peft = get_peft_model(base(), LoraConfig(r=4, target_modules="all-linear"))
+    identity = fingerprint(peft)
+    with ChunkedLoss(peft) if chunked else nullcontext():
+        losses = own_loop(peft)
     assert losses[-1] < losses[0]
     assert fingerprint(peft) == identity
     save_adapter(peft, tmp_path)
     assert isinstance(load_adapter(base(), tmp_path), PeftModel)
 
 
-class Rounded(torch.nn.Module):
-    """A custom frozen layer: a weight on a custom grid, without parameters."""
-
-    def __init__(self, layer: torch.nn.Linear):
-        super().__init__()
-        self.in_features, self.out_features = layer.in_features, layer.out_features
-        step = layer.weight.detach().abs().max() / 7
-        self.register_buffer("weight", (layer.weight.detach() / step).round() * step)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x @ self.weight.T
-
-
-@pytest.mark.parametrize("by", ["parametrization", "rounding"])
-def test_adapter_on_a_custom_frozen_base(by: str, tmp_path: Path) -> None:
+def test_adapter_on_a_custom_frozen_base(tmp_path: Path) -> None:
     def frozen() -> PreTrainedModel:
         model = tiny_model("llama").requires_grad_(False)
-        for _, layer in list(model.named_modules()):
+        for layer in model.modules():
             if isinstance(layer, torch.nn.Linear) and layer is not model.lm_head:
-                rounded = Rounded(layer).weight
-                if by == "rounding":
-                    layer.weight.copy_(rounded)
-                else:
-                    layer.weight = torch.nn.Parameter(rounded, requires_grad=False)
+                step = layer.weight.abs().max() / 7
+                layer.weight.copy_((layer.weight / step).round() * step)
         return model
 
     model = get_peft_model(frozen(), LoraConfig(r=4, target_modules="all-linear"))
     identity = fingerprint(model)
-    assert check_trainable(model) > 0
     losses = own_loop(model)
     assert losses[-1] < losses[0]
     assert fingerprint(model) == identity
     save_adapter(model, tmp_path)
-    with torch.no_grad():
-        assert torch.equal(
-            load_adapter(frozen(), tmp_path).eval()(IDS).logits, model.eval()(IDS).logits
-        )
+    loaded = load_adapter(frozen(), tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model.eval()))
     with pytest.raises(FingerprintError):
         load_adapter(base(), tmp_path)
 
@@ -409,6 +339,7 @@ SLOW_PATTERN = r"(.+)+\d\d\d!"
 UNVERIFIED = pytest.mark.filterwarnings("ignore:.* is unverified")
 
 
+@UNVERIFIED
 @pytest.mark.parametrize(
     "shape",
     [
@@ -417,9 +348,14 @@ UNVERIFIED = pytest.mark.filterwarnings("ignore:.* is unverified")
     ],
 )
 @pytest.mark.usefixtures("short_time_limit")
-def test_refuses_a_pattern_with_exponential_time(shape: LoraShape) -> None:
+def test_refuses_a_pattern_with_exponential_time(tmp_path: Path, shape: LoraShape) -> None:
     with pytest.raises(SourceError, match=r"_(modules|pattern) .*nested repetitions"):
         check_shape(tiny_model("llama"), shape)
+    model = saved_adapter(
+        tmp_path, target_modules=shape.target_modules, rank_pattern=shape.rank_pattern
+    )
+    with pytest.raises(SourceError, match=r"_(modules|pattern) .*nested repetitions"):
+        load_adapter(model, tmp_path, unknown_base="accept")
 
 
 def saved_adapter(folder: Path, **config: Any) -> PreTrainedModel:
@@ -433,34 +369,11 @@ def saved_adapter(folder: Path, **config: Any) -> PreTrainedModel:
 
 
 def assert_refused(model: PreTrainedModel, folder: Path, message: str) -> None:
-    """By everything that reads an adapter."""
+    """With a base and before there is one."""
     with pytest.raises(SourceError, match=message):
         load_adapter(model, folder, unknown_base="accept")
     with pytest.raises(SourceError, match=message):
-        attach_existing(base(), str(folder), "accept")
-    with pytest.raises(SourceError, match=message):
         check_existing(str(folder), "accept", tiny_model("llama"))
-
-
-@UNVERIFIED
-@pytest.mark.usefixtures("short_time_limit")
-def test_refuses_a_slow_pattern_in_an_existing_adapter(tmp_path: Path) -> None:
-    model = saved_adapter(tmp_path, target_modules=SLOW_PATTERN)
-    with pytest.raises(SourceError, match=r"target_modules .*nested repetitions"):
-        load_adapter(model, tmp_path, unknown_base="accept")
-
-
-@UNVERIFIED
-def test_loftq_without_scipy_names_the_missing_package(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = saved_adapter(tmp_path, init_lora_weights="loftq")
-    monkeypatch.setattr("peft.tuners.lora.config.is_scipy_available", bool, raising=False)
-    monkeypatch.setitem(sys.modules, "scipy", None)
-    with pytest.raises(SourceError, match="scipy"):
-        load_adapter(model, tmp_path, unknown_base="accept")
-    with pytest.raises(SourceError, match="scipy"):
-        check_existing(str(tmp_path), "accept", skeleton=tiny_model("llama"))
 
 
 @UNVERIFIED
@@ -492,8 +405,7 @@ def test_one_of_several_adapters_is_saved_by_name_and_loaded_under_another(
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
             module.set_adapter("two")
-    with torch.no_grad():
-        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    assert torch.equal(logits(loaded), logits(model))
     save_adapter(loaded, tmp_path / "again", adapter="mine")
     load_adapter(loaded, tmp_path / "again", adapter_name="second")
     assert list(loaded.peft_config) == ["mine", "second"]
@@ -511,7 +423,6 @@ def test_one_of_several_adapters_is_saved_by_name_and_loaded_under_another(
         ({"alpha_pattern": {"q_proj": 0}}, "q_proj: 0, so it changes nothing"),
         ({"bias": "lora_only"}, "bias: 'lora_only', which is not supported"),
         ({"layer_replication": [[0, 1], [0, 2]]}, "layer_replication: .* repeats layers"),
-        ({"trainable_token_indices": [1, 2]}, "trainable_token_indices: .* is not supported"),
         ({"use_qalora": True}, "use_qalora: True, which is not supported"),
     ],
     ids=str,
@@ -524,8 +435,10 @@ def test_refuses_settings_that_would_change_the_adapter(
 
 
 @UNVERIFIED
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("part", ["layers.1.mlp.up_proj.lora_A", "layers.0.mlp.down_proj.lora_B"])
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [(float("nan"), "1.mlp.up_proj.lora_A"), (-float("inf"), "0.mlp.down_proj.lora_B")],
+)
 def test_refuses_weights_that_are_not_finite(tmp_path: Path, value: float, part: str) -> None:
     model = saved_adapter(tmp_path)
     tensors = load_file(tmp_path / WEIGHTS)
@@ -541,7 +454,7 @@ def test_refuses_weights_that_are_not_finite(tmp_path: Path, value: float, part:
     [
         (
             {"layers.7.mlp.up_proj.lora_A": (2, 64), "layers.7.mlp.up_proj.lora_B": (128, 2)},
-            "2 of its tensors have no place.*layers.7.mlp.*trained on a model with other layers",
+            "2 weights differ.*layers.7.mlp.*model needs none.*a model with other layers",
         ),
         ({"embed_tokens": (260, 64)}, "embed_tokens.*save_embedding_layers=False"),
         ({"layers.0.input_layernorm": (64,)}, "input_layernorm.weight would replace weights"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +12,8 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import MixtralConfig, MixtralForCausalLM
 
+from adapter.small_models import mixture
 from cli.command_line import qwlora
 from conftest import reseal, tiny_model
 from qwlora import save_adapter
@@ -25,6 +24,7 @@ from qwlora.adapter.adapter_check import (
     job_fingerprint,
     problems,
 )
+from qwlora.adapter.adapter_folder import base_of
 from qwlora.errors import SourceError
 from qwlora.formats.base_files import FORMAT
 from qwlora.pipeline.job.stage_records import Record, record_path
@@ -42,9 +42,7 @@ def job(tmp_path: Path) -> Path:
         )
         save_adapter(model, tmp_path / "adapters" / name)
     (tmp_path / "base").mkdir()
-    identity = json.loads((tmp_path / "adapters" / "a" / "qwlora.json").read_text())[
-        "base_fingerprint"
-    ]
+    identity = base_of(tmp_path / "adapters" / "a")
     record = {"format": FORMAT, "fingerprint": identity, "source": "", "layers": {}, "tensors": {}}
     (tmp_path / "base" / "base.json").write_text(json.dumps(record))
     (tmp_path / ".qwlora" / "work").mkdir(parents=True)
@@ -55,21 +53,11 @@ def job(tmp_path: Path) -> Path:
 def test_report_matches_the_adapters(job: Path) -> None:
     a, b = (adapter_report(folder, job) for folder in find_adapters(job))
     weights = load_file(job / "adapters" / "a" / WEIGHTS)
-    assert a == AdapterReport(
-        "adapters/a",
-        "LoRA",
-        2,
-        4,
-        4,
-        sum(t.numel() for t in weights.values()),
-        job_fingerprint(job),
-    )
+    count = sum(t.numel() for t in weights.values())
+    assert a == AdapterReport("adapters/a", "LoRA", 2, 4, 4, count, job_fingerprint(job))
     assert (b.kind, b.modules) == ("DoRA", 4)
-    assert (
-        problems(job / "adapters" / "a", job_fingerprint(job))
-        == problems(job / "adapters" / "b", job_fingerprint(job))
-        == []
-    )
+    for name in "ab":
+        assert problems(job / "adapters" / name, job_fingerprint(job)) == []
 
 
 def damaged(folder: Path, **changes: Any) -> None:
@@ -77,8 +65,10 @@ def damaged(folder: Path, **changes: Any) -> None:
     name = next(n for n in tensors if "lora_A" in n)
     if "value" in changes:
         tensors[name][0, 0] = changes["value"]
-    if "rank" in changes:
-        tensors[name] = torch.zeros(changes["rank"], tensors[name].shape[1])
+    if "config_rank" in changes:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        config["r"] = changes["config_rank"]
+        (folder / "adapter_config.json").write_text(json.dumps(config))
     if changes.get("drop"):
         del tensors[name]
     save_file(tensors, folder / WEIGHTS)
@@ -89,7 +79,7 @@ def damaged(folder: Path, **changes: Any) -> None:
     ("change", "message"),
     [
         ({"value": torch.nan}, "lora_A.weight has values that are not finite"),
-        ({"rank": 5}, "lora_A.weight has rank 5, but adapter_config.json says 2"),
+        ({"config_rank": 5}, "asks for rank 5, but the weights have at most 2"),
         ({"drop": True}, "lora_B.weight has no matching lora_A"),
     ],
 )
@@ -100,67 +90,15 @@ def test_names_each_damage(job: Path, change: dict[str, Any], message: str) -> N
     assert message in found[0]
 
 
-@pytest.fixture
-def on_experts(tmp_path: Path) -> Path:
-    """PEFT's own adapter on two fused parameters of four experts each, and on attention."""
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    model = MixtralForCausalLM(MixtralConfig(**sizes, vocab_size=260, num_local_experts=4))
+def test_adapters_on_fused_experts_pass(tmp_path: Path) -> None:
     parameters = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
-    get_peft_model(
-        model, LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)
-    ).save_pretrained(str(tmp_path))
-    return tmp_path
-
-
-def test_adapters_on_fused_experts_pass(on_experts: Path) -> None:
-    assert sorted(len(t) for n, t in load_file(on_experts / WEIGHTS).items() if "lora_A" in n) == [
-        2,
-        8,
-        8,
-    ]
-    assert problems(on_experts, None) == []
-    config = json.loads((on_experts / "adapter_config.json").read_text())
-    config["target_parameters"] = ["gate_up_proj", "down_proj"]  # PEFT takes the ends of names
-    (on_experts / "adapter_config.json").write_text(json.dumps(config))
-    assert problems(on_experts, None) == []
-
-
-@pytest.mark.parametrize(
-    ("layer", "rank", "message"),
-    [
-        (
-            "mlp.experts.lora_A",
-            7,
-            "experts.lora_A.weight has rank 7, but adapter_config.json says 2 for each expert",
-        ),
-        (
-            "experts.base_layer.lora_A",
-            6,
-            "experts.base_layer.lora_A.weight has rank 6, and its lora_B has rank 8",
-        ),
-        ("q_proj.lora_A", 8, "q_proj.lora_A.weight has rank 8, but adapter_config.json says 2"),
-    ],
-)
-def test_names_wrong_ranks_on_fused_experts(
-    on_experts: Path, layer: str, rank: int, message: str
-) -> None:
-    tensors = load_file(on_experts / WEIGHTS)
-    name = next(n for n in tensors if f"{layer}.weight" in n)
-    save_file({**tensors, name: torch.zeros(rank, tensors[name].shape[1])}, on_experts / WEIGHTS)
-    (found,) = problems(on_experts, None)
-    assert found.endswith(message)
-
-
-def test_names_unequal_ranks_under_a_rank_pattern(job: Path) -> None:
-    damaged(job / "adapters" / "b", rank=5)
-    (found,) = problems(job / "adapters" / "b", job_fingerprint(job))
-    assert "lora_A.weight has rank 5, and its lora_B has rank 3" in found
+    config = LoraConfig(r=2, target_modules=["q_proj"], target_parameters=parameters)
+    get_peft_model(mixture(), config).save_pretrained(str(tmp_path))
+    assert problems(tmp_path, None) == []
+    content = json.loads((tmp_path / "adapter_config.json").read_text())
+    content["target_parameters"] = ["gate_up_proj", "down_proj"]  # PEFT takes the ends of names
+    (tmp_path / "adapter_config.json").write_text(json.dumps(content))
+    assert problems(tmp_path, None) == []
 
 
 def test_names_unreadable_files(job: Path) -> None:
@@ -185,10 +123,8 @@ def test_names_unreadable_files(job: Path) -> None:
 def test_names_an_adapter_of_another_base(job: Path) -> None:
     assert "but the base here has 0000" in problems(job / "adapters" / "a", "0" * 64)[0]
     (job / "adapters" / "a" / "qwlora.json").unlink()
-    assert (
-        "does not say which base"
-        in problems(job / "adapters" / "a", job_fingerprint(job), "refuse")[0]
-    )
+    refused = problems(job / "adapters" / "a", job_fingerprint(job), "refuse")
+    assert "does not say which base" in refused[0]
     assert problems(job / "adapters" / "a", job_fingerprint(job)) == []
     (job / "adapters" / "a" / "qwlora.json").write_text("{}")
     assert "qwlora.json changed" in problems(job / "adapters" / "a", job_fingerprint(job))[0]
@@ -199,12 +135,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_commands(job: Path) -> None:
-    listed = subprocess.run(
-        [sys.executable, "-m", "qwlora", "adapters", "list", str(job)],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    listed = command("list", str(job))
     assert listed.returncode == 0, listed.stderr
     assert "adapters/b" in listed.stdout
     assert "DoRA" in listed.stdout
@@ -229,17 +160,13 @@ def test_reports_a_deleted_adapter_as_missing(job: Path) -> None:
         write_record(job, stage, Record("key"))
     checked = command("check", str(job))
     assert checked.returncode == 1
-    message = (
-        f"adapters/c: this job trained it, but the folder is missing. "
-        f"Train it again: qwlora train --out {job}\n"
-    )
+    message = "adapters/c: this job trained it, but the folder is missing. Train it again: "
+    message += f"qwlora train --out {job}\n"
     assert checked.stdout == f"{message}adapters/a: good\nadapters/b: good\n"
     shutil.rmtree(job / "adapters")
     checked = command("check", str(job))
-    assert (checked.returncode, checked.stdout) == (
-        1,
-        message.replace("adapters/c", "adapters/a") + message,
-    )
+    both = message.replace("adapters/c", "adapters/a") + message
+    assert (checked.returncode, checked.stdout) == (1, both)
 
 
 def test_a_job_misses_a_file_that_it_wrote(job: Path) -> None:
@@ -254,14 +181,11 @@ def test_a_job_misses_a_file_that_it_wrote(job: Path) -> None:
 
 
 def test_adapters_saved_by_peft_pass(tmp_path: Path) -> None:
-    get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(
-        str(tmp_path / "a")
-    )
+    model = get_peft_model(tiny_model("qwen3"), LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(str(tmp_path / "a"))
     checked = command("check", str(tmp_path))
-    assert (checked.returncode, checked.stdout) == (
-        0,
-        "a: good; does not record its base; unverified (no digests of its files)\n",
-    ), checked.stderr
+    good = "a: good; does not record its base; unverified (no digests of its files)\n"
+    assert (checked.returncode, checked.stdout) == (0, good), checked.stderr
     asked = command("check", str(tmp_path), "--needs-base")
     assert (asked.returncode, "does not say which base it belongs to" in asked.stdout) == (1, True)
 
@@ -273,7 +197,5 @@ def test_list_shows_the_others_when_one_adapter_is_unreadable(job: Path) -> None
     assert "adapters/b" in listed.stdout
     assert f"adapters/a': {WEIGHTS} cannot be read" in listed.stderr
     listed = command("list", str(job), "--json")
-    assert (listed.returncode, [a["name"] for a in json.loads(listed.stdout)["adapters"]]) == (
-        2,
-        ["adapters/b"],
-    )
+    names = [a["name"] for a in json.loads(listed.stdout)["adapters"]]
+    assert (listed.returncode, names) == (2, ["adapters/b"])

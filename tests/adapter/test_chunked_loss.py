@@ -36,27 +36,25 @@ def loss_and_gradients(model: torch.nn.Module, **more: Any) -> tuple[Tensor, dic
     model.zero_grad()
     loss = model(**batch(), **more).loss
     loss.backward()
-    return loss.detach(), {
-        n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None
-    }
+    named = model.named_parameters()
+    return loss.detach(), {n: p.grad.clone() for n, p in named if p.grad is not None}
 
 
-def assert_same(model: torch.nn.Module, chunk_tokens: int = 7, **more: Any) -> None:
+@pytest.fixture(autouse=True)
+def chunks_of_seven_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwlora.adapter.chunked_loss.CHUNK_LOGITS", 6 * VOCABULARY)
+
+
+def assert_same(model: torch.nn.Module, **more: Any) -> None:
     loss, gradients = loss_and_gradients(model, **more)
-    chunked = ChunkedLoss(model, chunk_tokens)
-    chunked_loss, chunked_gradients = loss_and_gradients(model, **more)
-    chunked.remove()
+    with ChunkedLoss(model):
+        chunked_loss, chunked_gradients = loss_and_gradients(model, **more)
     torch.testing.assert_close(chunked_loss, loss, rtol=1e-6, atol=0)
     assert chunked_gradients.keys() == gradients.keys()
     largest = max(float(g.abs().max()) for g in gradients.values())
     for name, gradient in gradients.items():
-        torch.testing.assert_close(
-            chunked_gradients[name],
-            gradient,
-            rtol=1e-5,
-            atol=2e-6 * largest,
-            msg=lambda m, n=name: f"{n}: {m}",
-        )
+        near = {"rtol": 1e-5, "atol": 2e-6 * largest}
+        torch.testing.assert_close(chunked_gradients[name], gradient, **near, msg=name)
 
 
 @pytest.mark.parametrize("name", [*ARCHITECTURES, *LOGIT_CHANGES, *OTHERS])
@@ -69,9 +67,8 @@ def test_loss_and_gradients_match_the_models_own(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["qwen3", "soft cap"])
 def test_adapter_on_the_head_gets_gradients(name: str) -> None:
-    model = get_peft_model(
-        built(name), LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-    ).eval()
+    config = LoraConfig(r=4, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
+    model = get_peft_model(built(name), config).eval()
     assert_same(model)
     assert any("lm_head.lora_A" in n for n in loss_and_gradients(model)[1])
 
@@ -79,18 +76,15 @@ def test_adapter_on_the_head_gets_gradients(name: str) -> None:
 def test_packed_base_and_packed_head() -> None:
     model = tiny_model("qwen3")  # its head is not tied, so it is packed too
     quantize_(model, "w4-block32")
-    assert_same(
-        get_peft_model(
-            model.requires_grad_(False),
-            LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False),
-        ).eval()
-    )
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    assert_same(get_peft_model(model.requires_grad_(False), config).eval())
 
 
-def test_shifted_labels_and_a_single_chunk() -> None:
+def test_shifted_labels_and_a_single_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("qwlora.adapter.chunked_loss.CHUNK_LOGITS", 1000 * VOCABULARY)
     model = tiny_model("llama")
     shifted = torch.nn.functional.pad(batch()["labels"], (0, 1), value=-100)[:, 1:].contiguous()
-    assert_same(model, chunk_tokens=1000, shift_labels=shifted)
+    assert_same(model, shift_labels=shifted)
 
 
 class _Largest(TorchDispatchMode):
@@ -117,53 +111,53 @@ def is_logits(tensor: Tensor) -> bool:
 def test_logits_of_the_whole_batch_never_exist(name: str) -> None:
     model = built(name).requires_grad_(False)
     peft = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
-    ChunkedLoss(peft, 5)
+    ChunkedLoss(peft)
     with _Largest(is_logits) as largest:
         output = peft(**batch())
         output.loss.backward()
-    assert largest.numbers == 5 * VOCABULARY
+    assert largest.numbers == 7 * VOCABULARY
     assert output.logits is None
 
 
 def test_without_gradients_and_without_labels() -> None:
     model = tiny_model("llama")
     own = model(**batch()).loss
-    ChunkedLoss(model, 7)
+    ChunkedLoss(model)
     with torch.no_grad():
         torch.testing.assert_close(model(**batch()).loss, own, rtol=1e-6, atol=0)
     inputs = {k: v for k, v in batch().items() if k != "labels"}
     assert model(**inputs).logits.shape == (3, 21, VOCABULARY)
-    assert model.generate(
-        **{k: v[:1] for k, v in inputs.items()}, max_new_tokens=2, do_sample=False
-    ).shape == (1, 23)
+    first = {k: v[:1] for k, v in inputs.items()}
+    assert model.generate(**first, max_new_tokens=2, do_sample=False).shape == (1, 23)
 
 
 def test_bfloat16_autocast_is_close() -> None:
     model = tiny_model("llama")
     with torch.autocast("cpu", torch.bfloat16):
         own, gradients = loss_and_gradients(model)
-        ChunkedLoss(model, 7)
+        ChunkedLoss(model)
         loss, chunked = loss_and_gradients(model)
     torch.testing.assert_close(loss, own, rtol=1e-2, atol=0)
-    name = "model.layers.0.self_attn.q_proj.weight"
-    assert (
-        torch.nn.functional.cosine_similarity(
-            chunked[name].flatten(), gradients[name].flatten(), dim=0
-        )
-        > 0.999
-    )
+    assert alike(chunked, gradients, 0.999)
+
+
+def alike(found: dict[str, Tensor], expected: dict[str, Tensor], least: float) -> bool:
+    """Whether all gradients have nearly the same direction."""
+    pairs = [(found[name].flatten(), g.flatten()) for name, g in expected.items()]
+    return all(float(torch.cosine_similarity(*pair, dim=0)) > least for pair in pairs)
 
 
 def sliced(
-    hidden: Tensor, targets: Tensor, weight: Tensor, rows: int | None, bias: Tensor | None = None
+    hidden: Tensor, targets: Tensor, weight: Tensor, rows: int, bias: Tensor | None = None
 ) -> Tensor:
-    count = len(weight)
-    return sliced_cross_entropy(hidden, targets, lambda i, j: weight[i:j], count, bias, rows)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("qwlora.adapter.cross_entropy.SLICE_LOGITS", (rows - 1) * len(hidden))
+        return sliced_cross_entropy(hidden, targets, lambda i, j: weight[i:j], len(weight), bias)
 
 
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [7, 100, None])
-def test_sum_over_vocabulary_slices_is_the_cross_entropy(bias: bool, rows: int | None) -> None:
+@pytest.mark.parametrize("rows", [7, 100, 1000])
+def test_sum_over_vocabulary_slices_is_the_cross_entropy(bias: bool, rows: int) -> None:
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(100, 16, generator=generator)
     offset = torch.randn(100, generator=generator) if bias else None
@@ -216,32 +210,23 @@ def test_refuses_labels_outside_the_vocabulary(label: int) -> None:
     model, given = tiny_model("llama"), batch()
     ChunkedLoss(model)
     given["labels"][1, 3] = label
-    with pytest.raises(
-        TrainingError,
-        match=rf"labels range from .*{label}.* {VOCABULARY} entries.* -100",
-    ):
+    message = rf"labels range from .*{label}.* {VOCABULARY} entries.* -100"
+    with pytest.raises(TrainingError, match=message):
         model(**given)
 
 
 def test_head_weight_is_never_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("qwlora.adapter.cross_entropy.SLICE_LOGITS", 600)
     model = tiny_model("llama").requires_grad_(False)
-    peft = get_peft_model(
-        model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    )
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft = get_peft_model(model, config)
     with torch.autocast("cpu", torch.bfloat16):
         own, gradients = loss_and_gradients(peft)
         ChunkedLoss(peft)
         with _Largest(lambda t: t.dtype == torch.bfloat16) as largest:
             loss, chunked = loss_and_gradients(peft)
     torch.testing.assert_close(loss, own, rtol=1e-3, atol=0)
-    for name, gradient in gradients.items():
-        assert (
-            torch.nn.functional.cosine_similarity(
-                chunked[name].flatten(), gradient.flatten(), dim=0
-            )
-            > 0.999
-        ), name
+    assert alike(chunked, gradients, 0.999)
     assert largest.numbers < VOCABULARY * 64
 
 
@@ -254,9 +239,8 @@ def test_packed_head_is_never_unpacked_at_once(
     model = tiny_model(name)
     quantize_(model, "w4-block32", "rtn", rules=[LayerRule("lm_head", parse_scheme("w8-block32"))])
     assert type(model.get_output_embeddings()) is PackedLinear
-    peft = get_peft_model(
-        model, LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
-    )
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    peft = get_peft_model(model, config)
     with torch.autocast("cpu", torch.bfloat16, enabled=half):
         own, gradients = loss_and_gradients(peft)
         ChunkedLoss(peft)
@@ -269,10 +253,7 @@ def test_packed_head_is_never_unpacked_at_once(
         monkeypatch.setattr(PackedTensor, "dequantize", counted)
         loss, chunked = loss_and_gradients(peft)
     torch.testing.assert_close(loss, own, rtol=1e-3 if half else 1e-6, atol=0)
-    for key, gradient in gradients.items():
-        assert torch.nn.functional.cosine_similarity(
-            chunked[key].flatten(), gradient.flatten(), dim=0
-        ) > (0.999 if half else 0.99999), key
+    assert alike(chunked, gradients, 0.999 if half else 0.99999)
     assert max(shape[0] for shape in unpacked) < VOCABULARY
 
 
@@ -293,36 +274,16 @@ def smoothed(logits: Tensor, labels: Tensor, vocab_size: int, **kwargs: Any) -> 
 def test_refuses_models_with_another_loss() -> None:
     model = tiny_model("llama")
     model.loss_function = smoothed
-    with pytest.raises(
-        TrainingError,
-        match=r"LlamaForCausalLM cannot be trained .*small batch its own loss is .*`loss: whole`",
+    sizes = {"vocab_size": VOCABULARY, "d_model": 32, "d_ff": 32, "d_kv": 16, "num_layers": 1}
+    t5 = T5ForConditionalGeneration(T5Config(**sizes, num_heads=2, decoder_start_token_id=0))
+    for other, message in (
+        (model, r"LlamaForCausalLM cannot be .*batch its own loss is .*`loss: whole`"),
+        (LlamaModel(tiny_model("llama").config), "LlamaModel cannot be .* it has no output head"),
+        (torch.nn.Linear(2, 2), "Linear is not a model of transformers"),
+        (t5, "T5ForConditionalGeneration cannot be trained with the chunked loss"),
     ):
-        ChunkedLoss(model)
-    with pytest.raises(
-        TrainingError,
-        match="LlamaModel cannot be trained with the chunked loss: it has no output head",
-    ):
-        ChunkedLoss(LlamaModel(tiny_model("llama").config))
-    with pytest.raises(TrainingError, match="Linear is not a model of transformers"):
-        ChunkedLoss(torch.nn.Linear(2, 2))
-
-
-def test_refuses_a_loss_that_needs_the_logits() -> None:
-    model = T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=VOCABULARY,
-            d_model=32,
-            d_ff=32,
-            d_kv=16,
-            num_layers=1,
-            num_heads=2,
-            decoder_start_token_id=0,
-        )
-    )
-    with pytest.raises(
-        TrainingError, match="T5ForConditionalGeneration cannot be trained with the chunked loss"
-    ):
-        ChunkedLoss(model)
+        with pytest.raises(TrainingError, match=message):
+            ChunkedLoss(other)
 
 
 def test_refuses_a_change_of_logits_that_the_configuration_does_not_say() -> None:

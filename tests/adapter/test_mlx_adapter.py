@@ -42,8 +42,6 @@ def write_mlx(folder: Path, config: dict[str, Any] | None = None, **replaced: Te
 
 
 def test_the_converted_adapter_computes_mlx_lms_formula(tmp_path: Path) -> None:
-    from safetensors.torch import load_file
-
     source = write_mlx(tmp_path / "mlx")
     assert is_mlx_adapter(source)
     (tmp_path / "peft").mkdir()
@@ -55,9 +53,8 @@ def test_the_converted_adapter_computes_mlx_lms_formula(tmp_path: Path) -> None:
         expected.get_submodule(module).weight.data += 20.0 * (a @ b).T
     ids = torch.arange(24).reshape(2, 12) % VOCABULARY
     with torch.no_grad():
-        torch.testing.assert_close(
-            converted(ids).logits, expected(ids).logits, rtol=1e-4, atol=1e-4
-        )
+        found, logits = converted(ids).logits, expected(ids).logits
+    torch.testing.assert_close(found, logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -66,11 +63,7 @@ def test_the_converted_adapter_computes_mlx_lms_formula(tmp_path: Path) -> None:
         ({"fine_tune_type": "dora"}, {}, "type dora; only lora"),
         ({"lora_parameters": {"rank": 4}}, {}, r"adapter_config\.json of mlx-lm .*scale"),
         ({}, {"lm_head.m": torch.ones(3)}, r"missing or unknown: lm_head\.lora_a, .*lm_head\.m"),
-        (
-            {},
-            {"model.layers.1.mlp.up_proj.lora_b": torch.ones(3, 128)},
-            r"lora_a \[64, 4\] and lora_b \[3, 128\]",
-        ),
+        ({}, {"model.layers.1.mlp.up_proj.lora_b": torch.ones(3, 128)}, r"lora_b \[3, 128\]"),
     ],
 )
 def test_what_cannot_be_converted_is_named(

@@ -92,9 +92,7 @@ def test_saving_a_changed_base_makes_it_a_new_base(tmp_path: Path) -> None:
     load_adapter(load_base(tmp_path), tmp_path / "adapter")
 
 
-def test_casting_the_base_is_no_change_but_casting_back_is(
-    tmp_path: Path,
-) -> None:
+def test_casting_the_base_is_no_change_but_casting_back_is(tmp_path: Path) -> None:
     model = get_peft_model(base(), lora())
     model(input_ids=IDS, labels=IDS).loss.backward()
     torch.optim.AdamW(p for p in model.parameters() if p.requires_grad).step()
@@ -102,18 +100,6 @@ def test_casting_the_base_is_no_change_but_casting_back_is(
     save_adapter(model.to(torch.bfloat16), tmp_path / "second")  # type: ignore[arg-type]
     with pytest.raises(FingerprintError, match=r"changed.*lm_head\.weight"):
         save_adapter(model.to(torch.float32), tmp_path / "third")  # type: ignore[arg-type]
-
-
-def test_injected_adapter_is_saved_like_a_peft_model(folder: Path, tmp_path: Path) -> None:
-    model = load_base(folder)
-    inject_adapter_in_model(lora(), model)
-    save_adapter(model, tmp_path)
-    found = {path.name for path in tmp_path.iterdir()}
-    assert found >= {"adapter_config.json", "adapter_model.safetensors", "qwlora.json"}
-    assert not any(name.startswith("model") for name in found)
-    loaded = load_adapter(load_base(folder), tmp_path)
-    torch.testing.assert_close(logits(loaded), logits(model))
-    assert not torch.allclose(logits(model), logits(load_base(folder)))
 
 
 def test_named_injected_adapters_get_separate_folders(tmp_path: Path) -> None:

@@ -38,10 +38,9 @@ def test_distance_is_of_the_head_inputs(architecture: str) -> None:
     model, teacher = pair(architecture)
     with torch.no_grad():
         h, g = (m(IDS[:2], output_hidden_states=True).hidden_states[-1] for m in (model, teacher))
-    recovery = RecoveryLoss(model, teacher)
-    model(input_ids=IDS[:2], labels=IDS[:2])
-    found = recovery.distance({"input_ids": IDS[:2], "labels": IDS[:2]})
-    recovery.remove()
+    with RecoveryLoss(model, teacher) as recovery:
+        model(input_ids=IDS[:2], labels=IDS[:2])
+        found = recovery.distance({"input_ids": IDS[:2], "labels": IDS[:2]})
     assert float(found.detach()) == pytest.approx(
         float((h - g).square().sum() / g.square().sum()), rel=1e-4
     )
@@ -60,29 +59,19 @@ def test_padding_does_not_count() -> None:
         (far, size), (other_far, other_size) = terms(IDS[:1]), terms(IDS[1:2, :10])
     recovery = RecoveryLoss(model, teacher)
     ids, labels = IDS[:2].clone(), IDS[:2].clone()
-    ids[1, 10:], labels[1, 10:], labels[:, :4] = (
-        0,
-        -100,
-        -100,
-    )  # padding at the end; a question is outside the loss, but counts
-    without: dict[str, Tensor] = {"input_ids": ids, "labels": labels}
-    for inputs in (
-        without,
-        {
-            "input_ids": ids,
-            "attention_mask": (torch.arange(24) < torch.tensor([[24], [10]])).long(),
-        },
+    ids[1, 10:], labels[1, 10:] = 0, -100  # padding
+    labels[:, :4] = -100  # a question is outside the loss, but counts
+    mask = (torch.arange(24) < torch.tensor([[24], [10]])).long()
+    nothing = torch.full_like(ids, -100)  # one of several accumulated batches
+    expected = float((far + other_far) / (size + other_size))
+    for more, distance in (
+        ({"labels": labels}, expected),
+        ({"attention_mask": mask}, expected),
+        ({"labels": nothing}, 0.0),
     ):
-        model(**inputs)
-        assert float(recovery.distance(inputs).detach()) == pytest.approx(
-            float((far + other_far) / (size + other_size)), rel=1e-4
-        )
-    nothing = {
-        "input_ids": ids,
-        "labels": torch.full_like(ids, -100),
-    }  # one of several accumulated batches
-    model(input_ids=ids)
-    assert float(recovery.distance(nothing).detach()) == 0
+        model(input_ids=ids)
+        found = recovery.distance({"input_ids": ids, **more})
+        assert float(found.detach()) == pytest.approx(distance, rel=1e-4)
 
 
 @pytest.mark.parametrize("name", LOGIT_CHANGES)
@@ -92,21 +81,10 @@ def test_models_that_change_their_logits_are_recovered(name: str, tmp_path: Path
         teacher = built(name)
         model = copy.deepcopy(teacher)
         quantize_(model, "w2-block16-asymmetric")
-        adapted = get_peft_model(
-            model,
-            LoraConfig(
-                r=8, init_lora_weights=False, target_modules="all-linear", task_type="CAUSAL_LM"
-            ),
-        )
-        losses.append(
-            train_adapter(
-                adapted,
-                IDS,
-                TrainingSettings(2, 5e-3, 4, 1, "cosine", 30, 0, loss=loss),
-                tmp_path / loss,
-                teacher=teacher,
-            ).losses
-        )
+        config = LoraConfig(r=8, init_lora_weights=False, target_modules="all-linear")
+        settings = TrainingSettings(2, 5e-3, 4, 1, "cosine", 30, 0, loss=loss)
+        adapted, work = get_peft_model(model, config), tmp_path / loss
+        losses.append(train_adapter(adapted, IDS, settings, work, teacher=teacher).losses)
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -131,17 +109,11 @@ def test_recovery_gets_closer_to_the_float_model_than_plain_training(
         model, teacher = pair("llama")
         if name != "base":
             settings = TrainingSettings(30, 5e-3, 4, 1, "cosine", 30, 0, loss=loss)
-            train_adapter(
-                model,
-                IDS,
-                settings,
-                tmp_path / name,
-                teacher=teacher if name == "recovery" else None,
-            )
+            goal = teacher if name == "recovery" else None
+            train_adapter(model, IDS, settings, tmp_path / name, teacher=goal)
         with torch.no_grad():
-            distances[name] = float(
-                (model.eval()(IDS).logits - teacher(IDS).logits).square().mean()
-            )
+            off = model.eval()(IDS).logits - teacher(IDS).logits
+        distances[name] = float(off.square().mean())
     assert distances["recovery"] < 0.8 * distances["base"]
     assert distances["recovery"] < 0.8 * distances["text"]
 
@@ -173,11 +145,6 @@ def test_refuses_a_later_start_and_recovery_without_floats(
     later = [{"name": "one", "continue_from": "two"}, {"name": "two"}]
     with pytest.raises(RecipeError, match=r"one.*two.*listed before"):
         load_recipe(recipe_for(adapters=later))
-    with pytest.raises(
-        RecipeError, match=r"adapters back: objective recovery and .* need the float model"
-    ):
-        load_recipe(
-            recipe_for(
-                adapters=[{"name": "back", "objective": "recovery"}], base={"solver": "keep"}
-            )
-        )
+    back = [{"name": "back", "objective": "recovery"}]
+    with pytest.raises(RecipeError, match=r"back: objective recovery .* need the float model"):
+        load_recipe(recipe_for(adapters=back, base={"solver": "keep"}))

@@ -28,11 +28,8 @@ def weight_changes(lean: bool, half: bool, chunked: bool = True) -> dict[str, Te
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1.0)
     ids, before = torch.arange(64).view(2, 32), patched_state(model)
     start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
-    with (
-        qwlora.memory_saving(model, half, chunked_loss=chunked)
-        if lean
-        else contextlib.nullcontext()
-    ):
+    saving = qwlora.memory_saving(model, half, chunked_loss=chunked)
+    with saving if lean else contextlib.nullcontext():
         for _ in range(3):
             with torch.autocast("cpu", torch.bfloat16, enabled=half):
                 loss = model(input_ids=ids, labels=ids, use_cache=False).loss
@@ -40,19 +37,13 @@ def weight_changes(lean: bool, half: bool, chunked: bool = True) -> dict[str, Te
             optimizer.step()
             optimizer.zero_grad()
     assert patched_state(model) == before
-    return {
-        name: p.detach() - start[name] for name, p in model.named_parameters() if p.requires_grad
-    }
+    return {n: p.detach() - start[n] for n, p in model.named_parameters() if p.requires_grad}
 
 
 def patched_state(model: torch.nn.Module) -> list[Any]:
     """Everything that `memory_saving` replaces."""
     modules = [
-        (
-            len(m._forward_hooks),
-            "forward" in m.__dict__,
-            getattr(m, "cast_input_dtype_enabled", None),
-        )
+        (len(m._forward_hooks), "forward" in vars(m), vars(m).get("cast_input_dtype_enabled"))
         for m in model.modules()
     ]
     return [torch.get_float32_matmul_precision(), *modules]
@@ -110,14 +101,8 @@ def test_reduced_precision_products_are_refused(
     def product(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
         if x.dtype == torch.float64 or torch.get_float32_matmul_precision() == "highest":
             return own(x, w)
-        return own(
-            *(
-                (t.contiguous().view(torch.int32) >> rounded_bits << rounded_bits).view(
-                    torch.float32
-                )
-                for t in (x, w)
-            )
-        )
+        rounded = (t.contiguous().view(torch.int32) >> rounded_bits << rounded_bits for t in (x, w))
+        return own(*(t.view(torch.float32) for t in rounded))
 
     monkeypatch.setattr(torch.Tensor, "__matmul__", product)
     with onednn_float32_matmul():

@@ -122,13 +122,10 @@ def test_sqnr_against_the_float_model_is_that_of_a_plain_computation(
     for name, layer in packed_weights(model).items():
         w = plain.get_parameter(name).detach()
         w = w.T if architecture == "gpt2" and ".c_" in name else w
-        assert found[name].sqnr_db == pytest.approx(
-            decibel(w, layer.quantized.dequantize()), abs=1e-6
-        )
-        assert 15 < (found[name].sqnr_db or 0) < 35
-    floats = [t.sqnr_db for t in found.values() if not t.is_integers]
-    assert floats
-    assert set(floats) == {math.inf}
+        expected = decibel(w, layer.quantized.dequantize())
+        assert found[name].sqnr_db == pytest.approx(expected, abs=1e-6)
+        assert 15 < expected < 35
+    assert {t.sqnr_db for t in found.values() if not t.is_integers} == {math.inf}
 
 
 def test_equal_sources_are_exact(base: tuple[Path, Any], call: Call) -> None:
@@ -185,9 +182,7 @@ def test_symmetry_is_claimed_only_where_it_was_read(tmp_path: Path) -> None:
     """Of two GPTQ layers of one kind, one happens to have every zero point in the middle."""
     shutil.copytree(GPTQ, tmp_path, dirs_exist_ok=True)
     files = load_file(tmp_path / "model.safetensors")
-    names = [
-        name for name in sorted(files) if name.endswith(("up_proj.qzeros", "gate_proj.qzeros"))
-    ]
+    names = [n for n in sorted(files) if n.endswith(("up_proj.qzeros", "gate_proj.qzeros"))]
     # 8, less the one that version 1 subtracts; and another
     for name, zero in zip(names, (0x77777777, 0x55555555), strict=False):
         files[name] = torch.full_like(files[name], zero)
@@ -207,15 +202,12 @@ def test_a_folder_of_floats_with_aimet_encodings(
     architecture: str, tmp_path: Path, call: Call, checkpoints: dict[str, Path]
 ) -> None:
     folder, file = checkpoints[architecture], tmp_path / "model.encodings"
-    weights = {
-        f"{n}.weight": m.weight.detach().T if architecture == "gpt2" else m.weight.detach()
-        for n, m in tiny_model(architecture).named_modules()
-        if isinstance(m, KINDS) and n != "lm_head"
-    }
-    grids = {
-        name: measure(weight, Scheme(4, ".1." not in name, PerChannel(0)))
-        for name, weight in weights.items()
-    }
+    weights, grids = {}, {}
+    for path, module in tiny_model(architecture).named_modules():
+        if isinstance(module, KINDS) and path != "lm_head":
+            weight, name = module.weight.detach(), f"{path}.weight"
+            weights[name] = weight.T if architecture == "gpt2" else weight
+            grids[name] = measure(weights[name], Scheme(4, ".1." not in name, PerChannel(0)))
     entries = [json_of(entry_of(name, grid, "1.0.0")) for name, grid in grids.items()]
     content = {"version": "1.0.0", "activation_encodings": [], "param_encodings": entries}
     file.write_text(json.dumps(content))

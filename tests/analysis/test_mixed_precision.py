@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from itertools import combinations
+from itertools import chain, combinations
 from typing import Any
 
 import pytest
@@ -142,26 +142,18 @@ def test_what_a_rule_decided_is_not_searched() -> None:
 
 def test_rules_are_exact_where_names_fit_their_neighbours() -> None:
     """`m.mul` is the name of one value and fits all products of `m`; and a glob's star passes dots."""
-    values = [
-        f"model.layers.{layer}.{value}"
-        for value in ("mlp.mul", "mlp.mul_1", "mul")
-        for layer in (0, 1)
-    ]
+    ends = ("mlp.mul", "mlp.mul_1", "mul")
+    values = [f"model.layers.{layer}.{value}" for value in ends for layer in (0, 1)]
     names = {value: (value, value.rpartition(".")[0], value.removesuffix("_1")) for value in values}
-    for chosen in (
-        combination for size in range(len(values) + 1) for combination in combinations(values, size)
-    ):
+    for chosen in chain.from_iterable(combinations(values, n) for n in range(len(values) + 1)):
         rules = rules_for(chosen, names, 8, 16)
         given = {
             value: next((rule.bitwidth for rule in rules if rule.fits(fitting)), 8)
             for value, fitting in names.items()
         }
         assert given == {value: 16 if value in chosen else 8 for value in values}, chosen
-    assert [rule.match for rule in rules_for(values, names, 8, 16)] == [
-        "model.layers.*.mlp.mul",
-        "model.layers.*.mlp.mul_1",
-        "model.layers.*.mul",
-    ]
+    globs = [rule.match for rule in rules_for(values, names, 8, 16)]
+    assert globs == [f"model.layers.*.{value}" for value in ends]
 
 
 def test_a_limit_that_nothing_keeps_is_refused() -> None:

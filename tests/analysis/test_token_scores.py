@@ -85,9 +85,8 @@ def test_a_model_compared_with_itself_and_tokens_that_it_excludes() -> None:
         return model(ids).index_fill(-1, torch.tensor([7]), -math.inf)
 
     found = score_tokens(excluding, IDS, "", reference=excluding).to_json()
-    assert found["kl"] == pytest.approx(
-        {"mean": 0, "stderr": 0, "document_stderr": None, "p999": 0}, abs=1e-6
-    )
+    nothing = {"mean": 0, "stderr": 0, "document_stderr": None, "p999": 0}
+    assert found["kl"] == pytest.approx(nothing, abs=1e-6)
     assert found["top1"]["share"] == found["perplexity_ratio"]["value"] == 1
     # The other direction is infinite: the model gives no probability to what the reference may say.
     with pytest.raises(NonFiniteError, match=r"perplexity, base: the KL .* sequence 1 of 4 .* inf"):
@@ -111,12 +110,9 @@ def test_only_loss_tokens_count_and_a_part_at_a_time_gives_the_same(
     with torch.no_grad():
         p, q = (m(IDS).logits[:, :-1].log_softmax(-1) for m in (other, model))
     kept = labels[:, 1:] != IGNORED
-    assert whole.comparison is not None
-    torch.testing.assert_close(
-        whole.comparison.kl, (p.exp() * (p - q)).sum(-1)[kept].double(), rtol=1e-4, atol=1e-5
-    )
+    kl = (p.exp() * (p - q)).sum(-1)[kept].double()
+    torch.testing.assert_close(whole.comparison.kl, kl, rtol=1e-4, atol=1e-5)
     assert whole.sequences.tolist() == kept.nonzero()[:, 0].tolist()
-    assert whole.documents is not None
     assert whole.documents.tolist() == documents[:, 1:][kept].tolist()
     assert data.counts() == {"sequences": 4, "loss_tokens": int(kept.sum()), "documents": 4}
 

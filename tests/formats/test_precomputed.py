@@ -250,8 +250,7 @@ def test_streaming_writes_the_base_that_quantizing_in_memory_writes(
     streamed = stream(checkpoint, tmp_path / "streamed", rules=rules, shard_bytes=30_000)
     model = model_of(kind)
     report = quantize_(model, "w4-block32", "rtn", rules=rules)
-    assert streamed.fingerprint == fingerprint(model)
-    assert streamed.report == report
+    assert streamed == (fingerprint(model), report)
     loaded = load_base(tmp_path / "streamed")
     with torch.no_grad():
         assert torch.equal(loaded(IDS).logits, model(IDS).logits)
@@ -272,7 +271,7 @@ def test_streaming_holds_one_module_and_a_shard(
 
 def test_streaming_keeps_the_integers_of_a_checkpoint(tmp_path: Path) -> None:
     checkpoint = Held(tiny_model("llama"), parse_scheme("w4-block32"))
-    identity = quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", None).fingerprint
+    identity, _ = quantize_checkpoint(checkpoint, byte_tokenizer(), tmp_path, "x", None)
     assert identity == fingerprint(load_precomputed(checkpoint)) == fingerprint(load_base(tmp_path))
     with pytest.raises(SourceError, match=r"q_proj\.weight is already integers.*scheme"):
         stream(checkpoint, tmp_path)

@@ -40,13 +40,10 @@ def test_error_is_at_most_half_a_step_inside_the_grid(case):
 def test_measured_grid_reaches_both_ends(case):
     x, scheme = case
     encoding = measure(x, scheme)
-    reach = (
-        0.5 if scheme.symmetric else 1.0
-    )  # an asymmetric grid is shifted by up to half a step so that zero is exact
+    # an asymmetric grid is shifted by up to half a step so that zero is exact
+    reach = (0.5 if scheme.symmetric else 1.0) * per_value(encoding.scale, scheme, x)
     error = (encoding.fake_quantize(x) - x).abs()
-    assert (
-        error <= reach * per_value(encoding.scale, scheme, x) * 1.00001 + 2**-22 * x.abs()
-    ).all()
+    assert (error <= reach * 1.00001 + 2**-22 * x.abs()).all()
 
 
 @thorough
@@ -69,6 +66,7 @@ def test_fake_quantize_is_dequantize_of_quantize_bit_for_bit(case):
     assert codes.shape == x.shape
     assert torch.equal(encoding.dequantize(codes), encoding.fake_quantize(x))
     assert torch.equal(encoding.quantize(encoding.dequantize(codes)), codes)
+    assert (encoding.fake_quantize(torch.zeros_like(x)) == 0).all()
 
 
 @thorough
@@ -80,20 +78,9 @@ def test_codes_are_in_range_and_follow_the_equation(case, stretch):
     codes = encoding.quantize(x * stretch)
     assert codes.min() >= 0
     assert codes.max() <= 2**scheme.bitwidth - 1
-    for value, code, s, o in zip(
-        (x * stretch).flatten(), codes.flatten(), scale.flatten(), offset.flatten(), strict=True
-    ):
-        assert int(code) == min(
-            max(round(float(value / s)) - int(o), 0), scheme.steps
-        )  # Python rounds half to even too
-
-
-@thorough
-@given(cases())
-def test_zero_is_exact(case):
-    x, scheme = case
-    encoding = measure(x, scheme)
-    assert (encoding.fake_quantize(torch.zeros_like(x)) == 0).all()
+    columns = (tensor.flatten() for tensor in (x * stretch, codes, scale, offset))
+    for value, code, s, o in zip(*columns, strict=True):  # Python rounds half to even too
+        assert int(code) == min(max(round(float(value / s)) - int(o), 0), scheme.steps)
 
 
 @thorough
@@ -146,21 +133,14 @@ def test_gradient_stops_exactly_where_the_clamp_starts():
 
 def test_division_rounds_half_to_even():
     encoding = Encoding(Scheme(4), torch.tensor(0.5), torch.tensor(-8, dtype=torch.int32))
-    assert encoding.quantize(torch.tensor([0.25, 0.75, 1.25, -0.25, -0.75])).tolist() == [
-        8,
-        10,
-        10,
-        8,
-        6,
-    ]
+    x = torch.tensor([0.25, 0.75, 1.25, -0.25, -0.75])
+    assert encoding.quantize(x).tolist() == [8, 10, 10, 8, 6]
 
 
 def test_division_is_not_multiplication_by_the_reciprocal():
     scale = torch.tensor(0.0437)
     x = (torch.arange(-127, 127) + 0.5) * scale
-    assert not torch.equal(torch.round(x / scale), torch.round(x * (1 / scale))), (
-        "this data must tell the two apart"
-    )
+    assert not torch.equal(torch.round(x / scale), torch.round(x * (1 / scale)))
     encoding = Encoding(Scheme(8), scale, torch.tensor(-128, dtype=torch.int32))
     assert torch.equal(encoding.quantize(x).int() - 128, torch.round(x / scale).int())
 
@@ -199,18 +179,11 @@ def test_fake_quantize_in_place_is_fake_quantize_bit_for_bit_and_in_the_same_mem
 
 def test_fake_quantize_in_place_refuses_what_others_still_need():
     encoding, x = measure(torch.randn(4, 4), Scheme(4)), torch.randn(4, 4, requires_grad=True)
-    with pytest.raises(
-        GridError,
-        match=r"writes over what a gradient would need; use fake_quantize, or torch\.no_grad\(\)",
-    ):
-        encoding.fake_quantize_(x)
+    for shared in (x, torch.randn(4, 1).expand(4, 4)):
+        with pytest.raises(GridError, match="must not be expanded or need a gradient"):
+            encoding.fake_quantize_(shared)
     with torch.no_grad():
         assert encoding.fake_quantize_(x) is x
-        with pytest.raises(
-            GridError,
-            match=r"shape \[4, 4\] with strides \[1, 0\] is expanded and cannot be written over",
-        ):
-            encoding.fake_quantize_(torch.randn(4, 1).expand(4, 4))
 
 
 @pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(1), PerBlock(2)])
@@ -224,15 +197,9 @@ def test_a_strided_tensor_is_quantized_like_its_copy(granularity):
 def test_infinity_gets_the_last_code_and_nan_is_refused():
     encoding = measure(torch.tensor([-1.0, 1.0]), Scheme(4))
     assert encoding.quantize(torch.tensor([math.inf, -math.inf])).tolist() == [15, 0]
-    assert encoding.fake_quantize(torch.tensor([math.nan])).isnan().all(), (
-        "a nan stays visible in a simulation"
-    )
+    assert encoding.fake_quantize(torch.tensor([math.nan])).isnan().all()  # visible in a simulation
     with pytest.raises(GridError, match="1 of 2 values are nan, which has no code"):
         encoding.quantize(torch.tensor([math.nan, 0.0]))
-
-
-def test_an_empty_tensor_has_no_codes():
-    encoding = measure(torch.tensor([-1.0, 1.0]), Scheme(4))
     assert encoding.quantize(torch.empty(0, 3)).shape == (0, 3)
     assert encoding.fake_quantize(torch.empty(0, 3)).shape == (0, 3)
 
@@ -255,22 +222,16 @@ def test_a_tensor_of_another_shape_is_refused(case):
 
 def test_impossible_encodings_are_refused(monkeypatch):
     zero = torch.tensor(0, dtype=torch.int32)
-    monkeypatch.setattr(
-        jaxtyping.config, "jaxtyping_disable", True
-    )  # as in a user's process, where signatures are not checked
+    # as in a user's process, where signatures are not checked
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(GridError, match=r"scale has shape \[2\] but offset \[\]"):
         Encoding(Scheme(4), torch.ones(2), zero)
     for bad in (0.0, -1.0, math.nan, math.inf):
-        with pytest.raises(
-            GridError,
-            match=rf"a scale is a finite positive number, but 1 of 2 are not, {bad} the first",
-        ):
+        with pytest.raises(GridError, match=rf"finite positive .* 1 of 2 are not, {bad} the first"):
             Encoding(Scheme(4), torch.tensor([1.0, bad]), zero.expand(2))
     for bad in (1, -16):
         with pytest.raises(GridError, match=r"an offset is outside \[-15, 0\]"):
-            Encoding(
-                Scheme(4, symmetric=False), torch.tensor(1.0), torch.tensor(bad, dtype=torch.int32)
-            )
+            Encoding(Scheme(4, False), torch.tensor(1.0), torch.tensor(bad, dtype=torch.int32))
 
 
 def test_one_offset_for_all_groups_gives_what_many_give():

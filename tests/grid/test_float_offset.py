@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qwlora.errors import CalibrationError, GridError
+from qwlora.errors import GridError
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
@@ -39,9 +39,8 @@ def test_values_are_those_of_ggufs_q4_1():
     gguf = pytest.importorskip("gguf")
     x = np.random.default_rng(0).standard_normal((6, 64)).astype(np.float32)
     kind = gguf.GGMLQuantizationType.Q4_1
-    stored = gguf.quantize(x, kind).reshape(
-        6, 2, 20
-    )  # a block: float16 scale and minimum, then code j low and code j + 16 high in byte j
+    # a block: float16 scale and minimum, then code j low and code j + 16 high in byte j
+    stored = gguf.quantize(x, kind).reshape(6, 2, 20)
     scale, minimum = (
         torch.from_numpy(stored[..., i : i + 2].copy().view(np.float16)[..., 0].astype(np.float32))
         for i in (0, 2)
@@ -54,9 +53,9 @@ def test_values_are_those_of_ggufs_q4_1():
 
 def test_a_scheme_takes_one_kind_of_low_end():
     offset = torch.zeros(2, 1, dtype=torch.int32)
-    with pytest.raises(GridError, match="this grid has a float minimum, not"):
+    with pytest.raises(GridError, match="this grid's minimum has another type"):
         Encoding(SCHEME, torch.ones(2, 1), offset)
-    with pytest.raises(GridError, match=r"int4 asymmetric per .*has integer offsets, not"):
+    with pytest.raises(GridError, match=r"int4 asymmetric per .*offset has another type"):
         Encoding(Scheme(4, False, PerBlock(32)), torch.ones(2, 1), torch.zeros(2, 1))
 
 
@@ -66,14 +65,10 @@ def test_the_low_end_of_integer_offsets_is_their_lowest_value():
     assert torch.equal(encoding.minimum, encoding.dequantize(zeros)[:, :1])
 
 
-def test_whoever_asks_for_its_offset_is_refused():
-    encoding = measure(torch.randn(2, 32), SCHEME)
-    with pytest.raises(GridError, match=r"a float minimum, which has no integer offset"):
-        _ = encoding.offset
-
-
 def test_impossible_ones_are_refused(monkeypatch):
     one = torch.ones(1)
+    with pytest.raises(GridError, match=r"a float minimum, which has no integer offset"):
+        _ = measure(torch.randn(2, 32), SCHEME).offset
     with pytest.raises(GridError, match="a symmetric grid has no float offset; say symmetric=F"):
         Scheme(4, float_offset=True)
     with pytest.raises(GridError, match="a minimum is not finite"):
@@ -85,12 +80,6 @@ def test_impossible_ones_are_refused(monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     with pytest.raises(GridError, match=r"scale has shape \[1\] but minimum \[2\]"):
         Encoding(SCHEME, one, torch.ones(2))
-
-
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_data_that_is_not_finite_is_refused(bad):
-    with pytest.raises(CalibrationError, match="the observed range is not finite"):
-        measure(torch.tensor([bad] + [0.0] * 31), SCHEME)
 
 
 def test_one_value_is_exact():

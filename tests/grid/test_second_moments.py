@@ -33,18 +33,12 @@ def test_what_has_no_moment_says_so() -> None:
         _ = SecondMoment().matrix
     with pytest.raises(CalibrationError, match="nan or infinity"):
         seen(torch.full((2, 4), float("inf")))
-    with pytest.raises(CalibrationError, match="width 4 where they had 8"):
-        seen(torch.ones(2, 8), torch.ones(2, 4))
     assert torch.equal(seen(torch.zeros(5, 3)).matrix, torch.zeros(3, 3))
 
 
 def test_a_folder_gives_back_what_was_put_in_it(tmp_path: Path) -> None:
-    moment = LayerMoments(
-        *(
-            seen(torch.randn(20, n, generator=torch.Generator().manual_seed(n))).matrix
-            for n in (6, 4)
-        )
-    )
+    torch.manual_seed(0)
+    moment = LayerMoments(*(seen(torch.randn(20, n)).matrix for n in (6, 4)))
     MomentStore(tmp_path)["a.q"] = moment
     again = MomentStore(tmp_path)
     MomentStore(tmp_path)["head"] = LayerMoments(moment.input)
@@ -54,5 +48,5 @@ def test_a_folder_gives_back_what_was_put_in_it(tmp_path: Path) -> None:
     assert torch.equal(again["a.q"].input, moment.input)
     assert torch.equal(again["a.q"].output, moment.output)
     (tmp_path / "broken.safetensors").write_bytes(b"no")
-    with pytest.raises(SourceError, match=r"broken\.safetensors.* delete them and quantize again"):
+    with pytest.raises(SourceError, match=r"broken\.safetensors.* quantize again"):
         MomentStore(tmp_path)

@@ -20,7 +20,7 @@ from export.npu.test_qnn_bundle import EMULATED
 from qwlora.errors import DirectoryError, FingerprintError, GridError, RecipeError
 from qwlora.export.proof.folder import RECORD, record_digest, verify_bundle
 from qwlora.formats import manifest
-from qwlora.grid.sqnr import sqnr_db
+from qwlora.grid.encoding import sqnr_db
 from qwlora.pipeline.plan.stage import VERBS
 from qwlora.pipeline.results.results_table import print_summary
 from qwlora.pipeline.running.run_job import run

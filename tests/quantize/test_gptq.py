@@ -8,7 +8,7 @@ from torch import Tensor
 
 from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.min_max import measure
-from qwlora.grid.scheme import Scheme, parse_scheme
+from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
 from qwlora.quantize.gptq import GptqSettings, solve_gptq
 from qwlora.quantize.scale_search import search_scale, storable_scale
 
@@ -38,27 +38,22 @@ def output_error(difference: Tensor, moment: Tensor) -> float:
 
 
 @pytest.mark.parametrize("name", SCHEMES)
-@pytest.mark.parametrize("activation_order", [False, True])
+@pytest.mark.parametrize("order", [False, True])
 def test_the_output_error_falls_from_rounding_to_gptq_to_its_refinement(
-    name: str, activation_order: bool
+    name: str, order: bool
 ) -> None:
     weight, moment = problem()
     scheme = parse_scheme(name)
     rounded = output_error(weight - measure(weight, scheme).fake_quantize(weight), moment)
-    plain, _ = solve_gptq(
-        weight, scheme, moment, GptqSettings(activation_order=activation_order, sweeps=0)
-    )
-    refined, report = solve_gptq(
-        weight, scheme, moment, GptqSettings(activation_order=activation_order)
-    )
+    plain, _ = solve_gptq(weight, scheme, moment, GptqSettings(sweeps=0, activation_order=order))
+    refined, _ = solve_gptq(weight, scheme, moment, GptqSettings(activation_order=order))
     errors = [output_error(weight - q.dequantize(), moment) for q in (plain, refined)]
     assert errors[1] < errors[0] < 0.7 * rounded
-    assert report["error"] == pytest.approx(errors[1] / output_error(weight, moment), rel=1e-3)
     assert int(refined.codes.max()) <= scheme.steps
 
 
 def test_without_refinement_it_is_the_recursion_of_the_paper() -> None:
-    """Column by column with the inverse Hessian updated by elimination, in float64; no Cholesky factor, no runs of columns."""
+    """The inverse Hessian updated by elimination, in float64; no Cholesky factor, no runs."""
     weight, moment = problem(out=8, columns=48)
     scheme = parse_scheme("w4-channel")
     found, report = solve_gptq(weight, scheme, moment, GptqSettings(sweeps=0))
@@ -100,30 +95,22 @@ def test_a_moment_of_few_tokens_is_damped_until_it_can_be_factored(tokens: int) 
     moment = x.T @ x / tokens
     found, report = solve_gptq(weight, parse_scheme("w4-channel"), moment)
     assert report["damping"] >= 0.01
-    assert output_error(weight - found.dequantize(), moment) < output_error(
-        weight - measure(weight, parse_scheme("w4-channel")).fake_quantize(weight), moment
-    )
-
-
-def test_without_damping_a_moment_that_cannot_be_factored_gets_some() -> None:
-    weight, _ = problem()
-    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(1))
+    rounded = measure(weight, parse_scheme("w4-channel")).fake_quantize(weight)
+    errors = [output_error(weight - w, moment) for w in (found.dequantize(), rounded)]
+    assert errors[0] < errors[1]
     settings = GptqSettings(damping=0.0)
-    _, report = solve_gptq(weight, parse_scheme("w4-channel"), x.T @ x / 3, settings)
+    _, report = solve_gptq(weight, parse_scheme("w4-channel"), moment / 1e8, settings)
     assert 0 < report["damping"] < 0.01
 
 
-def test_impossible_settings_are_refused() -> None:
+def test_impossible_settings_and_wrong_input_are_refused() -> None:
     with pytest.raises(GridError, match="damping -1 is not a finite number of at least 0"):
         GptqSettings(damping=-1)
     with pytest.raises(GridError, match=r"sweeps .*-1.*at least 0"):
         GptqSettings(sweeps=-1)
-
-
-def test_wrong_input_is_refused_by_name() -> None:
     weight, moment = problem()
-    with pytest.raises(GridError, match=r"needs a moment of shape \[128, 128\], not \[64, 64\]"):
-        solve_gptq(weight, parse_scheme("w4-channel"), moment[:64, :64])
+    with pytest.raises(GridError, match="gptq needs scales per output"):
+        solve_gptq(weight, Scheme(4, granularity=PerChannel(1)), moment)
     with pytest.raises(GridError, match="blocks of 48 do not divide"):
         solve_gptq(weight, parse_scheme("w4-block48"), moment)
     with pytest.raises(CalibrationError, match="nan or infinity"):
@@ -148,14 +135,11 @@ def test_block_scales_survive_float16() -> None:
     scale = search_scale(weight, parse_scheme("w4-block32")).scale
     assert torch.equal(scale, scale.half().float())
     tiny = torch.tensor([1e-7, 1e6, 0.1])
-    assert torch.equal(storable_scale(tiny)[:2], tiny[:2]), (
-        "scales that float16 would round badly stay as they are"
-    )
+    assert torch.equal(storable_scale(tiny)[:2], tiny[:2])  # float16 would round them badly
 
 
 def test_a_clipping_penalty_widens_the_grid() -> None:
     weight, _ = problem()
     scheme = Scheme(3)
-    assert float(search_scale(weight, scheme, clipping_penalty=3).scale) > float(
-        search_scale(weight, scheme).scale
-    )
+    wide, narrow = (search_scale(weight, scheme, clipping_penalty=p).scale for p in (3, 1))
+    assert float(wide) > float(narrow)

@@ -44,20 +44,16 @@ def rows(seed: int = 0) -> Tensor:
 def test_a_token_weighs_what_its_error_moves_in_the_output_relative_to_that() -> None:
     x = rows()
     y = nn.Sequential(Part(nn.Identity()))(x)[0].detach()
-    expected = (
-        x[0].T
-        @ (x[0] * (400 / y.square().sum(-1, keepdim=True)))
-        / (400 / y.square().sum(-1)).sum()
-    )
+    weights = 400 / y.square().sum(-1, keepdim=True)
+    expected = x[0].T @ (x[0] * weights) / weights.sum()
     error = (observed(nn.Identity(), x).input.matrix - expected).norm() / expected.norm()
     assert error < 0.05, "one probe of 400 outputs is within some percent of the mean"
 
 
 def test_what_all_tokens_read_is_all_that_counts() -> None:
     x = rows()
-    torch.testing.assert_close(
-        observed(lambda z: z[:, :1].expand_as(z), x).input.matrix, x[0, 0].outer(x[0, 0])
-    )
+    found = observed(lambda z: z[:, :1].expand_as(z), x).input.matrix
+    torch.testing.assert_close(found, x[0, 0].outer(x[0, 0]))
 
 
 def test_a_token_with_a_huge_output_hardly_counts_and_one_of_zeros_is_no_infinity() -> None:
@@ -65,12 +61,8 @@ def test_a_token_with_a_huge_output_hardly_counts_and_one_of_zeros_is_no_infinit
     spiked, silent = x.clone(), x.clone()
     spiked[0, 0] *= 5000
     silent[0, 0] = 0
-    without, *others = (
-        moment / moment.trace()
-        for moment in (
-            observed(nn.Identity(), batch).input.matrix for batch in (x[:, 1:], spiked, silent)
-        )
-    )
+    found = (observed(nn.Identity(), b).input.matrix for b in (x[:, 1:], spiked, silent))
+    without, *others = (moment / moment.trace() for moment in found)
     assert all((other - without).norm() < 0.3 * without.norm() for other in others)
 
 
@@ -83,7 +75,7 @@ class Result:
 
 
 class Tangled(nn.Module):
-    """A layer called twice, its input and output changed in place, one that nothing reads, and a result in a dataclass."""
+    """A layer called twice, its input and output changed in place, and one that nothing reads."""
 
     def __init__(self, in_place: bool):
         super().__init__()
@@ -127,26 +119,20 @@ def test_half_precision(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_layers_of_a_block_against_its_jacobian(architecture: str) -> None:
-    """w_t and G from all derivatives of a block's output; those found from many probes of the same three tokens."""
+    """From all derivatives of a block's output, and from many probes of the same three tokens."""
     model, ids = tiny_model(architecture), torch.tensor([[7, 3, 200]])
     part = (
-        next(path for path, module in model.named_modules() if isinstance(module, nn.ModuleList))
-        + ".1"
+        next(p for p, module in model.named_modules() if isinstance(module, nn.ModuleList)) + ".1"
     )
-    products = [
-        f"{part}.{path}.weight"
-        for path, module in model.get_submodule(part).named_modules()
-        if isinstance(module, nn.Linear | Conv1D)
-    ]
+    named = model.get_submodule(part).named_modules()
+    products = [f"{part}.{p}.weight" for p, m in named if isinstance(m, nn.Linear | Conv1D)]
     with BlockRunner(model, [part], [{"input_ids": ids, "use_cache": False}] * 300) as runner:
         next(iter(runner))
         found = observe(model, part, products, runner)
         for name in products:
             for side, expected in _by_jacobian(model, name, runner).items():
-                assert (getattr(found[name], side).matrix - expected).norm() < {
-                    "input": 0.12,
-                    "output": 0.3,
-                }[side] * expected.norm(), (name, side)
+                off = (getattr(found[name], side).matrix - expected).norm() / expected.norm()
+                assert off < {"input": 0.12, "output": 0.3}[side], (name, side)
 
 
 def _by_jacobian(model: nn.Module, name: str, runner: BlockRunner) -> dict[str, Tensor]:
@@ -179,18 +165,13 @@ def _by_jacobian(model: nn.Module, name: str, runner: BlockRunner) -> dict[str, 
 
 
 def test_what_cannot_be_followed_is_named() -> None:
-    with pytest.raises(
-        CalibrationError,
-        match=r"no tensor in the result of 0 can be differentiated back to its layers, which gptq.*by a rule",
+    for then, message in (
+        (torch.Tensor.detach, r"no tensor in the result of 0 can be .*, which gptq.*by a rule"),
+        (lambda z: z.detach() + torch.zeros(1, requires_grad=True), "no tensor in the result of 0"),
+        (lambda z: (z - z).sqrt(), r"0\.layer\.weight: the gradient of .* nan or infinity"),
     ):
-        observed(torch.Tensor.detach, rows())
-    with pytest.raises(CalibrationError, match="no tensor in the result of 0"):
-        observed(lambda z: z.detach() + torch.zeros(1, requires_grad=True), rows())
-    with pytest.raises(
-        CalibrationError,
-        match=r"0\.layer\.weight: the gradient of the layer's output holds nan or infinity",
-    ):
-        observed(lambda z: (z - z).sqrt(), rows())
+        with pytest.raises(CalibrationError, match=message):
+            observed(then, rows())
 
     class Forward(torch.autograd.Function):
         @staticmethod

@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
-    MixtralConfig,
-    MixtralForCausalLM,
     PreTrainedModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
+from adapter.small_models import mixture
 from conftest import ARCHITECTURES, tiny_model
 from formats.packing import packed_and_twin
 from qwlora import (
@@ -45,18 +44,9 @@ def token_ids(count: int = 6, tokens: int = 24) -> Tensor:
     return torch.randint(0, 250, (count, tokens), generator=torch.Generator().manual_seed(0))
 
 
-def mixture() -> PreTrainedModel:
-    torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
-    return MixtralForCausalLM(
-        MixtralConfig(**sizes, vocab_size=260, num_local_experts=4, max_position_embeddings=64)
-    ).eval()
+def first_list(model: nn.Module) -> str:
+    """Path of the model's list of blocks."""
+    return next(path for path, m in model.named_modules() if isinstance(m, nn.ModuleList))
 
 
 def linear_names(model: nn.Module) -> list[str]:
@@ -90,14 +80,11 @@ def test_rules_mix_grids_and_solvers_and_keep_layers_float() -> None:
         LayerRule("lm_head", parse_scheme("w8-channel")),
     ]
     report = quantize_(model, "w4-block32", "search", rules=rules)
-    schemes = {
-        name.removesuffix(".weight"): str(layer.scheme)
-        for name, layer in packed_weights(model).items()
-    }
+    schemes = {name: str(layer.scheme) for name, layer in packed_weights(model).items()}
     assert not any(name.startswith("model.layers.0") for name in schemes)
-    assert schemes["model.layers.1.mlp.down_proj"] == "int8 symmetric per block 16"
-    assert schemes["model.layers.1.mlp.up_proj"] == "int4 symmetric per block 32"
-    assert schemes["lm_head"] == "int8 symmetric per channel"
+    assert schemes["model.layers.1.mlp.down_proj.weight"] == "int8 symmetric per block 16"
+    assert schemes["model.layers.1.mlp.up_proj.weight"] == "int4 symmetric per block 32"
+    assert schemes["lm_head.weight"] == "int8 symmetric per channel"
     assert report.layers["model.layers.1.mlp.down_proj.weight"].solver == "rtn"
 
 
@@ -115,13 +102,11 @@ def test_a_tied_embedding_is_packed_once_when_a_rule_names_it_or_its_head() -> N
 
 
 def test_fused_experts_are_packed_by_default_a_channel_being_a_row_of_one() -> None:
-    model = mixture()
+    model = mixture(layers=2)
     before = model(token_ids()).logits
     report = quantize_(model, "w8-channel", "search")
-    assert (
-        report.layers["model.layers.0.mlp.experts.gate_up_proj"].scheme
-        == "int8 symmetric per block 32"
-    )
+    experts = report.layers["model.layers.0.mlp.experts.gate_up_proj"]
+    assert experts.scheme == "int8 symmetric per block 32"
     assert report.size.float_weights < 2.2 * 260 * 32
     assert (model(token_ids()).logits - before).abs().max() < 0.05 * before.abs().max()
 
@@ -133,31 +118,21 @@ def test_gptq_beats_rounding_in_every_layer_and_says_so() -> None:
     assert all(layer.error < layer.rtn_error for layer in report.layers.values())
     ids = torch.randint(0, 250, (8, 32), generator=torch.Generator().manual_seed(7))
     with torch.no_grad():
-        errors = [
-            float((m(ids).logits - reference(ids).logits).square().mean()) for m in (model, rounded)
-        ]
-    assert errors[0] < errors[1]
+        off, further = (m(ids).logits - reference(ids).logits for m in (model, rounded))
+    assert off.square().mean() < further.square().mean()
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_moments_are_those_of_the_inputs_that_the_quantized_parts_before_make(
     architecture: str,
 ) -> None:
-    """Against a model whose first part alone is quantized: what the second part then sees, and does not see without that."""
+    """Against a model whose first part alone is quantized."""
     ids, found = token_ids(8), []
     for first in (parse_scheme("w2-block32"), None):
         model, moments = tiny_model(architecture), MomentStore()
-        part = next(
-            path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)
-        )
-        quantize_(
-            model,
-            "w2-block32",
-            "gptq",
-            rules=[LayerRule(f"{part}.0.*", first)],
-            calibration=ids,
-            moments=moments,
-        )
+        part = first_list(model)
+        rules = [LayerRule(f"{part}.0.*", first)]
+        quantize_(model, "w2-block32", "gptq", rules=rules, calibration=ids, moments=moments)
         found.append({path: moments[path] for path in moments if path.startswith(f"{part}.1.")})
     beside = MomentStore()
     half = tiny_model(architecture)
@@ -165,9 +140,8 @@ def test_moments_are_those_of_the_inputs_that_the_quantized_parts_before_make(
     quantize_(half, "w2-block32", "gptq", calibration=ids, moments=beside)
     assert set(found[0]) == set(beside)
     for path in beside:
-        for of_half, whole, without in zip(
-            beside[path], found[0][path], found[1][path], strict=True
-        ):
+        moments_of = beside[path], found[0][path], found[1][path]
+        for of_half, whole, without in zip(*moments_of, strict=True):
             torch.testing.assert_close(of_half, whole)
             assert (of_half - without).norm() > 0.01 * of_half.norm()
 
@@ -179,16 +153,9 @@ def test_moments_of_a_packed_model_are_those_of_the_floats_that_it_stands_for(
     ids = token_ids(8)
     model, twin = packed_and_twin(tiny_model(architecture), "w4-block32")
     found, beside = observe_moments(model, ids), MomentStore()
-    part = next(path for path, module in twin.named_modules() if isinstance(module, nn.ModuleList))
     for seen in (0, 1):  # by the other way, each part while the one before it holds the same floats
-        quantize_(
-            copy.deepcopy(twin),
-            "w4-block32",
-            "rtn",
-            rules=[LayerRule(f"{part}.{1 - seen}.*", None)],
-            calibration=ids,
-            moments=beside,
-        )
+        rules, half = [LayerRule(f"{first_list(twin)}.{1 - seen}.*", None)], copy.deepcopy(twin)
+        quantize_(half, "w4-block32", "rtn", rules=rules, calibration=ids, moments=beside)
     assert len(beside) >= 8
     for path in beside:
         torch.testing.assert_close(tuple(found[path]), tuple(beside[path]))
@@ -213,11 +180,8 @@ def test_a_head_has_no_moment_of_outputs_as_large_as_the_vocabulary(tied: bool) 
         assert all((found[path].output is None) == (path == "lm_head") for path in found)
         assert len(found) >= 14
     assert observe_moments(model, ids)["lm_head"].input.shape == (64, 64)
-
-
-def test_a_float_model_has_no_packed_layers_to_observe() -> None:
     with pytest.raises(GridError, match="no linear layer of the model is packed"):
-        observe_moments(tiny_model("llama"), token_ids())
+        observe_moments(tiny_model("llama"), ids)
 
 
 def test_only_layers_that_follow_their_inputs_need_to_be_differentiated() -> None:
@@ -228,13 +192,8 @@ def test_only_layers_that_follow_their_inputs_need_to_be_differentiated() -> Non
         CalibrationError, match=r"no tensor in the result of model\.layers\.0 can be differentiated"
     ):
         quantize_(model, "w4-block32", "gptq", calibration=token_ids())
-    report = quantize_(
-        model,
-        "w4-block32",
-        "gptq",
-        rules=[LayerRule("model.layers.0.*", parse_scheme("w4-block32"), "search")],
-        calibration=token_ids(),
-    )
+    rules = [LayerRule("model.layers.0.*", parse_scheme("w4-block32"), "search")]
+    report = quantize_(model, "w4-block32", "gptq", rules=rules, calibration=token_ids())
     assert report.layers["model.layers.0.mlp.up_proj.weight"].solver == "search"
     assert report.layers["model.layers.1.mlp.up_proj.weight"].solver == "gptq"
 
@@ -290,11 +249,6 @@ def test_another_call_does_not_use_cached_blocks(tmp_path: Path, change: dict[st
     assert changed(work=tmp_path) == changed()
 
 
-def test_settings_of_an_unknown_solver_are_refused() -> None:
-    with pytest.raises(GridError, match="solver 'gtpq' is not one of"):
-        solve(settings={"gtpq": GptqSettings()})
-
-
 def test_a_cached_block_is_recomputed_where_moments_are_missing_or_of_another_revision(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -328,11 +282,8 @@ def test_block_runner_pauses_all_batches_before_each_block_and_leaves_no_trace()
     expected = model(ids[:1]).logits
     order, calls = [], []
     hook = model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
-    with BlockRunner(
-        model,
-        ["lm_head", "model.layers.1", "model.layers.0"],
-        [{"input_ids": row[None]} for row in ids],
-    ) as runner:
+    blocks = ["lm_head", "model.layers.1", "model.layers.0"]
+    with BlockRunner(model, blocks, [{"input_ids": row[None]} for row in ids]) as runner:
         for block in runner:
             order.append(block)
             if block == "model.layers.0":
@@ -353,23 +304,20 @@ def test_an_error_inside_the_model_reaches_the_caller() -> None:
 
 
 def test_what_cannot_be_quantized_is_named() -> None:
-    with pytest.raises(
-        GridError,
-        match=r"14 of 14 layers do not fit.*\n.*q_proj.*block 48 does not fit: blocks of 48 do not divide .*\[64, 64\]",
-    ):
+    message = r"14 of 14 layers do not fit.*\n.*q_proj.*block 48 does not fit: .*\[64, 64\]"
+    with pytest.raises(GridError, match=message):
         quantize_(tiny_model("llama"), "w4-block48")
     with pytest.raises(GridError, match="scheme 'int4' is not understood"):
         quantize_(tiny_model("llama"), "int4")
-    with pytest.raises(GridError, match="solver 'magic' is not one of rtn, search"):
-        quantize_(tiny_model("llama"), "w4-block32", solver="magic")
+    for wrong in ({"solver": "magic"}, {"settings": {"magic": None}}):
+        with pytest.raises(GridError, match="solver 'magic' is not one of rtn, search"):
+            quantize_(tiny_model("llama"), "w4-block32", **wrong)
     with pytest.raises(GridError, match="need calibration data"):
         quantize_(tiny_model("llama"), "w4-block32", solver="gptq")
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
-    with pytest.raises(
-        CalibrationError,
-        match=r"model.layers.1.mlp.up_proj.weight contains 1 NaN \(first at index \[3, 4\]\)",
-    ):
+    message = r"model.layers.1.mlp.up_proj.weight contains 1 NaN \(first at index \[3, 4\]\)"
+    with pytest.raises(CalibrationError, match=message):
         quantize_(model, "w4-block32")
     with pytest.raises(GridError, match="no layer left"):
         quantize_(nn.ReLU(), "w4-block32")
@@ -406,24 +354,14 @@ def test_what_stands_beside_the_body_of_a_model_is_a_head_and_stays_float() -> N
     config = GPT2Config(
         vocab_size=260, n_positions=64, n_embd=32, n_layer=1, n_head=2, num_labels=3, pad_token_id=0
     )
-    for wrap in (
-        lambda m: m,
-        lambda m: get_peft_model(
-            m, LoraConfig(target_modules=["c_attn"], task_type="SEQ_CLS", fan_in_fan_out=True)
-        ),
-    ):
+    lora = LoraConfig(target_modules=["c_attn"], task_type="SEQ_CLS", fan_in_fan_out=True)
+    for wrap in (lambda m: m, lambda m: get_peft_model(m, lora)):
         found = find_tensors(wrap(GPT2ForSequenceClassification(config)))
-        assert {c.paths[0].rpartition(".")[2] for c in found.values() if c.by_default} == {
-            "c_attn",
-            "c_proj",
-            "c_fc",
-        }
+        default = {c.paths[0].rpartition(".")[2] for c in found.values() if c.by_default}
+        assert default == {"c_attn", "c_proj", "c_fc"}
         assert ("score",) in [c.paths for c in found.values()], "a rule still reaches it"
-    report = quantize_(
-        GPT2ForSequenceClassification(config),
-        "w4-block32",
-        rules=[LayerRule("score", parse_scheme("w8-block32"))],
-    )
+    rules = [LayerRule("score", parse_scheme("w8-block32"))]
+    report = quantize_(GPT2ForSequenceClassification(config), "w4-block32", rules=rules)
     assert report.layers["score.weight"].scheme.startswith("int8")
 
 

@@ -17,7 +17,7 @@ from qwlora.errors import CalibrationError, CaptureError
 from qwlora.export.npu.htp_rewrites import npu_onnx
 from qwlora.graph.device_graph import run_host
 from qwlora.graph.kv_cache_capture import CacheSizes
-from qwlora.grid.sqnr import sqnr_db
+from qwlora.grid.encoding import sqnr_db
 from qwlora.simulation.npu_graph import NpuGraph, host_arguments, npu_graph
 from qwlora.simulation.simulation import Simulation
 from simulation.tiny_architectures import inputs, make

@@ -35,18 +35,13 @@ def active_adapters(model: nn.Module) -> list[str]:
 
 
 def active_adapter(model: nn.Module) -> str:
-    """The active adapter, the first if there are several.
-
-    Raises:
-        TrainingError: none is active.
-    """
-    active = active_adapters(model)
-    if not active:
-        raise TrainingError(
-            f"{type(model).__name__} has no active adapter; attach one with peft.get_peft_model, "
-            "or say which"
-        )
-    return active[0]
+    """The active adapter, the first if there are several."""
+    if active := active_adapters(model):
+        return active[0]
+    raise TrainingError(
+        f"{type(model).__name__} has no active adapter; attach one with peft.get_peft_model, or "
+        "say which"
+    )
 
 
 def activate_(model: nn.Module, names: Sequence[str]) -> None:
@@ -66,15 +61,11 @@ def without_adapters(model: nn.Module) -> Iterator[None]:
         with model.disable_adapter():
             yield
         return
-    layers = list(_layers(model))
-    before = [layer.disable_adapters for layer in layers]
-    try:
-        for layer in layers:
+    with contextlib.ExitStack() as stack:
+        for layer in _layers(model):
+            stack.callback(layer.enable_adapters, not layer.disable_adapters)
             layer.enable_adapters(False)
         yield
-    finally:
-        for layer, disabled in zip(layers, before, strict=True):
-            layer.enable_adapters(not disabled)
 
 
 def _layers(model: nn.Module) -> Iterator[Any]:

@@ -19,31 +19,19 @@ from qwlora.formats.base_files import RECORD, read_record
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """What one adapter folder contains.
+    """What one adapter folder contains."""
 
-    Args:
-        name: path relative to the searched folder.
-        kind: LoRA, rsLoRA, DoRA, or PEFT's name of another method.
-        rank, alpha: defaults, for modules that no pattern matches.
-        modules: number of layers with an adapter.
-        base: fingerprint of the base it was trained on; None if unknown.
-    """
-
-    name: str
-    kind: str
-    rank: int | None
-    alpha: float | None
-    modules: int
+    name: str  # path relative to the searched folder
+    kind: str  # LoRA, rsLoRA, DoRA, or PEFT's name of another method
+    rank: int | None  # for modules that no pattern matches
+    alpha: float | None  # same
+    modules: int  # number of layers with an adapter
     parameters: int
-    base: str | None
+    base: str | None  # fingerprint of the base it was trained on; None if unknown
 
 
 def find_adapters(folder: Path) -> list[Path]:
-    """Adapter folders in `folder`, itself included; not in hidden folders (training checkpoints).
-
-    Raises:
-        SourceError: there is none, or `folder` is not a folder.
-    """
+    """Adapter folders in `folder`, itself included; not in hidden folders (checkpoints)."""
     if not folder.is_dir():
         raise SourceError(f"{str(folder)!r} is not a folder")
     adapters = sorted(
@@ -57,12 +45,7 @@ def find_adapters(folder: Path) -> list[Path]:
 
 
 def adapter_report(adapter: Path, below: Path) -> AdapterReport:
-    """Describe the adapter in folder `adapter`; its name is relative to `below`.
-
-    Raises:
-        SourceError: its configuration or its weights cannot be read.
-        FingerprintError: its configuration changed after it was saved.
-    """
+    """Describe the adapter in folder `adapter`; its name is relative to `below`."""
     if manifest.has_digests(adapter, FILE):
         check_files(adapter, only=[CONFIG])
     config = read_config(adapter)
@@ -81,11 +64,7 @@ def adapter_report(adapter: Path, below: Path) -> AdapterReport:
 
 
 def job_fingerprint(folder: Path) -> str | None:
-    """Fingerprint of the base of the job in directory `folder`; None if there is no job.
-
-    Raises:
-        SourceError: base.json cannot be read.
-    """
+    """Fingerprint of the base of the job in directory `folder`; None if there is no job."""
     base = folder / "base"
     return str(read_record(base)["fingerprint"]) if (base / RECORD).exists() else None
 
@@ -95,7 +74,7 @@ def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> l
 
     Args:
         base: fingerprint to compare with; None compares nothing.
-        unknown_base: `refuse` reports an adapter that does not record its base; `accept` does not.
+        unknown_base: whether to `refuse` or `accept` an adapter that does not record its base.
     """
     wrong = [
         f"{file} changed after saving: copy it again, or train it again"

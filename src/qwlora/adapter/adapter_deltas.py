@@ -37,17 +37,11 @@ from qwlora.system.parameter_names import canonical_name
 
 @dataclass(frozen=True)
 class RoundingLoss:
-    """What rounding loses of one layer's delta.
+    """What rounding loses of one layer's delta."""
 
-    Args:
-        below: entries below half a step.
-        entries: all entries.
-        rms_steps: root mean square of the delta, in steps.
-    """
-
-    below: int
-    entries: int
-    rms_steps: float
+    below: int  # entries below half a step
+    entries: int  # all entries
+    rms_steps: float  # root mean square of the delta, in steps
 
     @property
     def share(self) -> float:
@@ -57,10 +51,9 @@ class RoundingLoss:
 def _adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any, Any]]:
     """(canonical path, PEFT's layer, base layer) of every layer that has the adapter."""
     for name, module in model.named_modules():
-        if isinstance(module, LoraLayer) and adapter in (
-            *module.lora_A,
-            *module.lora_embedding_A,
-        ):
+        if not isinstance(module, LoraLayer):
+            continue
+        if adapter in (*module.lora_A, *module.lora_embedding_A):
             yield canonical_name(name), module, module.get_base_layer()
 
 
@@ -104,9 +97,6 @@ def untie_(model: nn.Module) -> list[list[str]]:
 
     Returns:
         For each cloned weight, the canonical paths of the layers that shared it.
-
-    Raises:
-        MergeError: the model class ties such a layer regardless of its configuration.
     """
     sharing: dict[int, list[str]] = {}
     for name, module in model.named_modules():

@@ -12,7 +12,7 @@ import copy
 import json
 import re
 import warnings
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import accumulate
 from pathlib import Path
@@ -53,12 +53,12 @@ def save_adapter(
 
     Args:
         model: a `PeftModel`, or a model after `peft.inject_adapter_in_model`.
-        base_fingerprint: if it is known; default: computed.
+        base_fingerprint: default: computed.
         adapter: the one to write, directly into `folder`. Default: all; PEFT gives each but
             `default` a folder of its own.
 
     Raises:
-        SourceError: the model has no adapter, or none of this name.
+        SourceError: the model has no such adapter.
         GridError: a packed layer does not compute its codes, see `assert_frozen`.
         FingerprintError: a float tensor of the base changed since the base was made or loaded, so
             the adapter belongs to no base that anybody has.
@@ -76,24 +76,22 @@ def save_adapter(
         )
     if packed_layers(model):
         assert_frozen(model)
-    identity = base_fingerprint or _unmoved_fingerprint(model)
+    if base_fingerprint is None:
+        digests = tensor_digests(model)
+        if moved := changed_floats(model, digests):
+            raise FingerprintError(
+                f"{len(moved)} float tensors of the base changed since it was quantized or loaded: "
+                f"{listed(moved)}. An adapter fits only the base that it was trained on. If the "
+                "optimizer moved them, give it only parameters with requires_grad, and train again "
+                "on a fresh base; if the change is intended, save this base first "
+                "(qwlora.save_base)"
+            )
+        base_fingerprint = fingerprint_of(digests, model)
     for old in folder.rglob(FILE):
         old.unlink()  # never an old statement next to new weights
-    record = {"format": FORMAT, "base_fingerprint": identity}
+    record = {"format": FORMAT, "base_fingerprint": base_fingerprint}
     for written in write_adapter(model, folder, adapter=adapter):
         manifest.write(written, FILE, record, (CONFIG, WEIGHTS))
-
-
-def _unmoved_fingerprint(model: nn.Module) -> str:
-    digests = tensor_digests(model)
-    if moved := changed_floats(model, digests):
-        raise FingerprintError(
-            f"{len(moved)} float tensors of the base changed since it was quantized or loaded: "
-            f"{listed(moved)}. An adapter fits only the base that it was trained on. If the "
-            "optimizer moved them, give it only parameters with requires_grad, and train again on "
-            "a fresh base; if the change is intended, save this base first (qwlora.save_base)"
-        )
-    return fingerprint_of(digests, model)
 
 
 def write_adapter(
@@ -102,7 +100,8 @@ def write_adapter(
     state: dict[str, Tensor] | None = None,
     adapter: str | None = None,
 ) -> list[Path]:
-    """The files of PEFT's `save_pretrained`, also for a model that adapters were injected into.
+    """Write the files of PEFT's `save_pretrained`, also for a model that adapters were injected
+    into; returns the folder of each adapter.
 
     Embeddings below an adapter are frozen and belong to the base, so they are not saved with it
     (and no hub is asked). Sets (target_modules), which PEFT writes in arbitrary order, are sorted,
@@ -111,9 +110,6 @@ def write_adapter(
     Args:
         state: the model's weights. Default: read from the model.
         adapter: the only one to write, then into `folder` itself.
-
-    Returns:
-        The folder of each adapter.
     """
     is_peft = isinstance(model, PeftModel)
     base: nn.Module = model.get_base_model() if isinstance(model, PeftModel) else model
@@ -179,7 +175,7 @@ def load_adapter(
             adapted = PeftModel.from_pretrained(
                 model, str(folder), adapter_name=adapter_name, is_trainable=is_trainable
             )
-    refuse_unplaced(folder, shapes_of(adapted, adapter_name))
+    check_fit(folder, adapted, adapter_name)
     return adapted
 
 
@@ -189,41 +185,32 @@ def shapes_of(model: PeftModel, adapter_name: str = "default") -> dict[str, tupl
     return {name: tuple(tensor.shape) for name, tensor in state.items()}
 
 
-def refuse_unplaced(folder: Path, wanted: Collection[str]) -> None:
-    """Refuse an adapter with tensors that none of the `wanted` names has: PEFT would drop them.
-
-    Raises:
-        SourceError: naming them.
-    """
-    unplaced = [name for name, *_ in weights_of(folder, read=False) if name not in wanted]
-    if unplaced:
+def check_fit(folder: Path, adapted: PeftModel, adapter_name: str = "default") -> None:
+    """Compare the names and shapes in the file with those of the adapter in the model. PEFT would
+    drop tensors without a place, and leave others at their initial values."""
+    wanted = shapes_of(adapted, adapter_name)
+    shapes = {name: tuple(shape) for name, shape, _ in weights_of(folder, read=False)}
+    names = sorted(wanted.keys() | shapes.keys())
+    if wrong := [name for name in names if wanted.get(name) != shapes.get(name)]:
+        needed, stored = (list(s[wrong[0]]) if wrong[0] in s else "none" for s in (wanted, shapes))
+        model = type(adapted.get_base_model()).__name__
         raise SourceError(
-            f"adapter {str(folder)!r}: {len(unplaced)} of its tensors have no place in the model "
-            f"and would be dropped: {listed(unplaced, 3)}. It was trained on a model with other "
-            "layers, or its target_modules changed"
+            f"adapter {str(folder)!r} does not fit {model}: {len(wrong)} weights differ, for "
+            f"example {wrong[0]}: the model needs {needed}, the file has {stored}. It was trained "
+            "on a model with other layers, or its target_modules changed"
         )
 
 
 def refuse_saved(folder: Path, packed: Iterable[str], what: str) -> None:
-    """Refuse an adapter that saves one of the layers at the paths `packed` as floats.
+    """Refuse an adapter (`what`) that saves one of the layers at the paths `packed` as floats.
 
     PEFT's `modules_to_save` are ends of module paths, and include everything inside the module.
-
-    Args:
-        what: the adapter, for the message.
-
-    Raises:
-        SourceError: naming the layers.
     """
     names = read_config(folder).get("modules_to_save") or ()
     saved = [
         path
         for path in packed
-        if any(
-            part.endswith(name)
-            for name in names
-            for part in accumulate(path.split("."), "{}.{}".format)
-        )
+        if any(part.endswith(tuple(names)) for part in accumulate(path.split("."), "{}.{}".format))
     ]
     if saved:
         rules = ", ".join(f"{{match: {path}, keep: float}}" for path in saved[:3])
@@ -237,11 +224,7 @@ def refuse_saved(folder: Path, packed: Iterable[str], what: str) -> None:
 @contextmanager
 def reading(folder: Path, model: nn.Module) -> Iterator[None]:
     """Turn any error of PEFT and safetensors while reading the adapter into a SourceError: a value
-    of its configuration can fail anywhere in PEFT.
-
-    Raises:
-        SourceError: a file is damaged, or does not fit the model.
-    """
+    of its configuration can fail anywhere in PEFT."""
     what = f"adapter {str(folder)!r}"
     check_pattern_times(model, read_config(folder), what)
     with (
@@ -260,18 +243,8 @@ def without_pattern_warnings() -> Iterator[None]:
 
 
 def check_adapter(folder: Path, base_fingerprint: str | None, unknown_base: str = "refuse") -> None:
-    """Check that `folder` has a LoRA adapter, unchanged since it was saved, of the right base.
-
-    Args:
-        base_fingerprint: of the base; None if there is none yet to compare with.
-        unknown_base: whether to `refuse` or `accept` an adapter that does not record its base.
-
-    Raises:
-        SourceError: it has none, or not one that records its base.
-        FingerprintError: it was trained on another base, or a file changed after it was saved.
-
-    Warns:
-        UnverifiedWarning: there is a base, and the adapter's files have no digests.
+    """Check that `folder` has a LoRA adapter, unchanged since it was saved, of the right base. See
+    `load_adapter` for arguments and errors; without a `base_fingerprint` there is no base yet.
     """
     what = f"adapter {str(folder)!r}"
     if unknown_base not in ("refuse", "accept"):
@@ -303,11 +276,7 @@ def check_files(folder: Path, only: Iterable[str] | None = None) -> None:
 
 
 def base_of(folder: Path) -> str:
-    """Fingerprint of the base that the adapter in `folder` was trained on.
-
-    Raises:
-        SourceError: it does not record one.
-    """
+    """Fingerprint of the base that the adapter in `folder` was trained on."""
     try:
         fingerprint = json.loads((folder / FILE).read_text())["base_fingerprint"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
@@ -324,11 +293,8 @@ def base_of(folder: Path) -> str:
 
 
 def adapter_folder(source: str) -> Path:
-    """The local folder of `source`; a hub id is downloaded (configuration, weights, fingerprint).
-
-    Raises:
-        SourceError: it is neither a folder nor a reachable hub id.
-    """
+    """The local folder of `source`, a folder or a hub id, which is downloaded (configuration,
+    weights, fingerprint)."""
     path = source_path(source)
     if path.is_dir():
         return path

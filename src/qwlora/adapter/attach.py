@@ -12,12 +12,10 @@ from __future__ import annotations
 import re
 import warnings
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -25,19 +23,14 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.adapter.adapter_folder import (
     adapter_folder,
     check_adapter,
+    check_fit,
     load_adapter,
-    refuse_unplaced,
+    reading,
     shapes_of,
     without_pattern_warnings,
 )
-from qwlora.adapter.peft_support import (
-    CONFIG,
-    check_contents,
-    check_pattern_times,
-    read_config,
-    weights_of,
-)
-from qwlora.errors import SourceError, TrainingError, foreign_as, listed
+from qwlora.adapter.peft_support import CONFIG, check_contents, check_pattern_times, read_config
+from qwlora.errors import SourceError, TrainingError, listed
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
 
 
@@ -67,20 +60,18 @@ class LoraShape:
     target_parameters: list[str] = field(default_factory=list)
 
     def config(self, model: nn.Module) -> LoraConfig:
-        """PEFT's configuration of this shape for `model`.
-
-        PEFT does not support `all-linear` with `layers`, so it is replaced by module names.
-        """
-        lists_names = (
-            self.layers is not None
-            and isinstance(self.target_modules, str)
-            and self.target_modules.lower() == "all-linear"
-        )
+        """PEFT's configuration of this shape for `model`. PEFT does not support `all-linear` with
+        `layers`, so it is replaced by names inside a layer (`mlp.up_proj`)."""
+        targets = self.target_modules
+        if self.layers is not None and isinstance(targets, str) and targets.lower() == "all-linear":
+            linear = (n for n, m in model.named_modules() if isinstance(m, nn.Linear | Conv1D))
+            matches = (re.match(r".*?\.\d+\.(.+)", name) for name in linear)
+            targets = sorted({match[1] for match in matches if match})
         return LoraConfig(
             r=self.rank,
             lora_alpha=self.alpha,
             lora_dropout=self.dropout,
-            target_modules=_linear_in_layers(model) if lists_names else self.target_modules,
+            target_modules=targets,
             use_rslora=self.rslora,
             use_dora=self.dora,
             rank_pattern=dict(self.rank_pattern),
@@ -92,12 +83,7 @@ class LoraShape:
 
 
 def attach(model: PreTrainedModel, shape: LoraShape, seed: int) -> PeftModel:
-    """Attach a new LoRA adapter to `model` with seeded initial weights; the base is frozen.
-
-    Raises:
-        TrainingError: PEFT refuses the shape; a target parameter belongs to a layer; or a name,
-            pattern or layer number in `shape` matches nothing.
-    """
+    """Attach a new LoRA adapter to `model` with seeded initial weights; the base is frozen."""
     if shape.layers:  # a layer's number is the first in a path
         paths = (re.match(r"(?:.*?\.)?(\d+)(?:\.|$)", name) for name, _ in model.named_modules())
         numbers = {int(match[1]) for match in paths if match}
@@ -130,9 +116,8 @@ def _check_matches(model: PeftModel, shape: LoraShape) -> None:
     modules, parameters = model.targeted_module_names, model.base_model.targeted_parameter_names
     everywhere = [name for name, _ in base.named_modules()]  # other layers have it, with `layers`
     names = modules if shape.layers is None else everywhere
-    ends = [("target_modules", name, names) for name in shape.target_modules]
-    if isinstance(shape.target_modules, str):
-        ends = []
+    targets = [] if isinstance(shape.target_modules, str) else shape.target_modules
+    ends = [("target_modules", name, names) for name in targets]
     ends += [("target_parameters", name, parameters) for name in shape.target_parameters]
     unmatched = [
         f"{key} {end!r}"
@@ -151,15 +136,15 @@ def _check_matches(model: PeftModel, shape: LoraShape) -> None:
             for name, module in base.named_modules()
             if isinstance(module, nn.Linear) and not is_adapter_name(name)
         ]
-        experts = [
+        experts = {
             re.sub(r"^.*?\.\d+\.", "", canonical_name(name))
             for name, p in base.named_parameters()
             if p.ndim == 3 and not is_adapter_name(name)
-        ]
+        }
         examples = list(dict.fromkeys(layers))[:8] or modules[:4]
         raise TrainingError(
             f"the model does not have: {'; '.join(unmatched)}. Its layers are, for example, "
-            f"{', '.join(examples)}; its fused experts: {listed(sorted({*experts}))}"
+            f"{', '.join(examples)}; its fused experts: {listed(sorted(experts))}"
         )
     for path in parameters:
         owner = base.get_submodule(path.rpartition(".")[0])
@@ -172,45 +157,19 @@ def _check_matches(model: PeftModel, shape: LoraShape) -> None:
 
 
 def check_shape(skeleton: PreTrainedModel, shape: LoraShape) -> dict[str, tuple[int, ...]]:
-    """Check `shape` on a model without weights (on the meta device), which is changed by this.
+    """Check `shape`, as `attach` does, on a model without weights, which is changed by this.
 
     Returns:
         The shapes of the adapter's weights, by their names in an adapter file.
-
-    Raises:
-        TrainingError: see `attach`; or a rank exceeds both sides of every layer that has it.
     """
     with torch.device("meta"):
-        adapted = attach(skeleton, shape, seed=0)
-    largest: dict[int, tuple[int, int, str]] = {}
-    for name, module in adapted.named_modules():
-        if isinstance(module, LoraLayer):
-            is_parameter = isinstance(module, ParamWrapper)
-            weight = module.get_param()[0] if is_parameter else module.get_base_layer().weight
-            sides = sorted((weight.shape[0], weight[0].numel()), reverse=True)
-            for rank in module.r.values():
-                largest[rank] = max(largest.get(rank, (0, 0, "")), (*sides, canonical_name(name)))
-    for rank, (longer, shorter, name) in largest.items():
-        if rank > longer:
-            raise TrainingError(
-                f"rank {rank} is above both sides of every layer that has it; the largest, {name}, "
-                f"is {longer} x {shorter}. Lower the rank"
-            )
-    return shapes_of(adapted)
+        return shapes_of(attach(skeleton, shape, seed=0))
 
 
 def attach_existing(
     model: PreTrainedModel, source: str, unknown_base: str = "refuse", seed: int = 0
 ) -> PeftModel:
-    """Attach the adapter at `source`, a PEFT folder or a hub id, to `model`, trainable.
-
-    Args:
-        unknown_base: whether to `refuse` or `accept` an adapter that does not record which base it
-            was trained on, such as one that PEFT saved.
-
-    Raises:
-        SourceError, FingerprintError: see `adapter_folder` and `load_adapter`.
-    """
+    """`load_adapter` of the adapter at `source`, a PEFT folder or a hub id, trainable."""
     torch.manual_seed(seed)  # for dropout
     return load_adapter(model, adapter_folder(source), True, unknown_base)
 
@@ -218,15 +177,6 @@ def attach_existing(
 def dropout_of(source: str) -> float:
     """The dropout of the adapter at `source`, which must have passed `check_existing`."""
     return float(read_config(adapter_folder(source)).get("lora_dropout") or 0.0)
-
-
-def without_dropout_(model: PeftModel) -> None:
-    """Set the dropout of the adapters of `model` to 0, in their configurations too."""
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Dropout) and is_adapter_name(path):
-            module.p = 0.0
-    for config in model.peft_config.values():
-        config.lora_dropout = 0.0
 
 
 def check_existing(
@@ -239,57 +189,40 @@ def check_existing(
 
     Returns:
         The shapes of the adapter's weights by their names in its file; empty without a skeleton.
-
-    Raises:
-        SourceError: `source` has no LoRA adapter, its weights are a pickle or not finite, it has a
-            setting that is not supported, does not record its base, or does not fit the skeleton.
     """
     folder = adapter_folder(source)
     check_adapter(folder, None, unknown_base)
     check_contents(folder)
-    return {} if skeleton is None else _check_fit(skeleton, source, folder)
-
-
-def _check_fit(skeleton: PreTrainedModel, source: str, folder: Path) -> dict[str, tuple[int, ...]]:
-    """Compare the weight file with the names and shapes that this model needs."""
+    if skeleton is None:
+        return {}
     what = f"adapter {source!r} does not fit {type(skeleton).__name__}"
-    check_pattern_times(skeleton, read_config(folder), f"adapter {source!r}")
-    with (
-        foreign_as(SourceError, what),  # a configuration value can fail anywhere in PEFT
-        torch.device("meta"),
-        warnings.catch_warnings(),
-    ):
+    with reading(folder, skeleton), torch.device("meta"):
         warnings.simplefilter("ignore")  # repeated when the adapter is attached
         config = LoraConfig.from_pretrained(str(folder))
         transposed = config.fan_in_fan_out
         adapted = get_peft_model(skeleton, config)
-    wanted = shapes_of(adapted)
     if transposed and not config.fan_in_fan_out:  # PEFT unsets it for layers that are not Conv1D
         raise SourceError(
             f"{what}: {CONFIG} has fan_in_fan_out: true, for weights stored [in, out], but the "
             "model stores [out, in]. Import it onto the model that it was trained on, or set "
             "fan_in_fan_out to false if this is that model"
         )
-    shapes = {name: tuple(shape) for name, shape, _ in weights_of(folder, read=False)}
-    if wrong := sorted(name for name in wanted if shapes.get(name) != wanted[name]):
-        name = wrong[0]
-        shape = list(shapes[name]) if name in shapes else "none"
-        raise SourceError(
-            f"{what}: {len(wrong)} of {len(wanted)} weights differ, for example {name}: the model "
-            f"needs {list(wanted[name])}, the file has {shape}"
-        )
-    refuse_unplaced(folder, wanted)
-    return wanted
+    check_fit(folder, adapted)
+    return shapes_of(adapted)
+
+
+def without_dropout_(model: PeftModel) -> None:
+    """Set the dropout of the adapters of `model` to 0, in their configurations too."""
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Dropout) and is_adapter_name(path):
+            module.p = 0.0
+    for config in model.peft_config.values():
+        config.lora_dropout = 0.0
 
 
 def check_trainable(model: nn.Module) -> int:
-    """Number of trainable parameters; all must belong to the adapter.
-
-    Those are LoRA's matrices, DoRA's magnitudes and PEFT's modules_to_save.
-
-    Raises:
-        TrainingError: another parameter is trainable, none is, or one holds NaN or infinity.
-    """
+    """Number of trainable parameters; all must be finite and belong to the adapter: LoRA's
+    matrices, DoRA's magnitudes and PEFT's modules_to_save."""
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     others = [name for name in trainable if not is_adapter_name(name)]
     if others:
@@ -306,10 +239,3 @@ def check_trainable(model: nn.Module) -> int:
                 "from files or initial weights that are"
             )
     return sum(trainable.values())
-
-
-def _linear_in_layers(model: nn.Module) -> list[str]:
-    """Names inside a layer (`mlp.up_proj`) of the modules that PEFT's `all-linear` selects."""
-    linear = (n for n, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D))
-    matches = (re.match(r".*?\.\d+\.(.+)", name) for name in linear)
-    return sorted({match[1] for match in matches if match})

@@ -24,6 +24,7 @@ Given up: the logits of a forward with labels (`output.logits` is None), and sec
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -56,19 +57,17 @@ _PROBE_TOKENS = 8
 _MIN_TRIM_TOKENS = 1024
 
 
-class ChunkedLoss:
-    """The chunked loss of `model`, attached in place; `remove` restores the model's own forward.
-
-    Args:
-        model: a causal language model of transformers, or a PEFT model around one.
-        chunk_tokens: tokens whose logits exist at one time; default: as many as make 32 MiB.
+class ChunkedLoss(contextlib.ExitStack):
+    """The chunked loss of `model`, a causal language model of transformers or a PEFT model around
+    one. It is attached in place, until the context ends.
 
     Raises:
         TrainingError: the model has no output head, or computes another loss than this one. Train
             it with `loss: whole`.
     """
 
-    def __init__(self, model: nn.Module, chunk_tokens: int | None = None):
+    def __init__(self, model: nn.Module):
+        super().__init__()
         self._model = causal_model(model)
         head = self._model.get_output_embeddings()
         if not isinstance(head, nn.Module):
@@ -77,7 +76,7 @@ class ChunkedLoss:
         tensors = (*head.parameters(), *head.buffers())
         self._device = next((t.device for t in tensors), torch.device("cpu"))
         self._vocabulary = vocabulary_size(self._model)
-        self._chunk_tokens = chunk_tokens or CHUNK_LOGITS // self._vocabulary + 1
+        self._chunk_tokens = CHUNK_LOGITS // self._vocabulary + 1
         self._own_forward, self._own_head = self._model.forward, head.forward
         self._captured: list[Tensor] = []
         self._logit_changes = _logit_changes(self._model)
@@ -89,12 +88,7 @@ class ChunkedLoss:
                 return self._own_forward(*args, **kwargs)
             return self._forward(*args, **kwargs)
 
-        self._replaced = replaced(self._model, forward)
-        self._replaced.__enter__()
-
-    def remove(self) -> None:
-        """Restore the model's own forward."""
-        self._replaced.__exit__(None, None, None)
+        self.enter_context(replaced(self._model, forward))
 
     def _forward(self, *args: Any, **kwargs: Any) -> Any:
         self._return_memory(kwargs["labels"].numel())
@@ -135,8 +129,7 @@ class ChunkedLoss:
         count, items = int(kept.sum()), kwargs.get("num_items_in_batch")
         if not count and items is None:
             raise TrainingError(
-                "a batch has no loss token: all its labels are -100. Remove such sequences from "
-                "the training data"
+                "a batch has no loss token: all labels are -100. Remove it from the training data"
             )
         if count < len(targets):
             hidden, targets = hidden[kept], targets[kept]
@@ -194,17 +187,15 @@ class ChunkedLoss:
                 torch.autocast(self._device.type, enabled=False),
             ):
                 torch.manual_seed(0)
-                self._compare_logits()
-                self._compare_losses()
+                ids = torch.randint(0, self._vocabulary, (2, _PROBE_TOKENS)).to(self._device)
+                batch: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+                batch |= {"use_cache": False, "return_dict": True}
+                self._compare_logits(batch)
+                self._compare_losses(batch)
         finally:
             self._model.train(training)
 
-    def _batch(self) -> dict[str, Any]:
-        ids = torch.randint(0, self._vocabulary, (2, _PROBE_TOKENS)).to(self._device)
-        mask = torch.ones_like(ids)
-        return {"input_ids": ids, "attention_mask": mask, "use_cache": False, "return_dict": True}
-
-    def _compare_logits(self) -> None:
+    def _compare_logits(self, batch: dict[str, Any]) -> None:
         sent: list[Tensor] = []
 
         def random_logits(hidden: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -213,17 +204,15 @@ class ChunkedLoss:
 
         try:
             with torch.no_grad(), replaced(self._head, random_logits):
-                received = self._own_forward(**self._batch()).logits
+                received = self._own_forward(**batch).logits
         except (RuntimeError, ValueError, TypeError) as error:
             raise self._refusal(f"it does not run on token ids alone ({error})") from error
         if not sent or not torch.equal(received.float(), self._p(sent[0]).float()):
             raise self._refusal(
-                "it changes logits after the output head in a way that its configuration does not "
-                "say"
+                "it changes logits after its head in a way that its configuration does not say"
             )
 
-    def _compare_losses(self) -> None:
-        batch = self._batch()
+    def _compare_losses(self, batch: dict[str, Any]) -> None:
         labels = batch["input_ids"].clone()
         labels[:, 2] = IGNORED
         hidden: list[Tensor] = []
@@ -274,17 +263,17 @@ def causal_model(model: nn.Module) -> PreTrainedModel:
 
 def _logit_changes(model: PreTrainedModel) -> list[Callable[[Tensor], Tensor]]:
     """P, as functions of logits in order: what the configuration asks for after the head."""
-    config = model.config.get_text_config()
-    changes: list[Callable[[Tensor], Tensor]] = []
-    if factor := getattr(config, "logit_scale", None) or getattr(
-        config, "lm_head_multiplier", None
-    ):
-        changes.append(lambda z: z * factor)
-    if divisor := getattr(config, "logits_scaling", None):
-        changes.append(lambda z: z / divisor)
-    if cap := getattr(config, "final_logit_softcapping", None):
-        changes.append(lambda z: torch.tanh(z / cap) * cap)
-    return changes
+    config: Any = model.config.get_text_config()
+    factor: Any = getattr(config, "logit_scale", None)
+    factor = factor or getattr(config, "lm_head_multiplier", None)
+    divisor: Any = getattr(config, "logits_scaling", None)
+    cap: Any = getattr(config, "final_logit_softcapping", None)
+    changes: list[tuple[Any, Callable[[Tensor], Tensor]]] = [
+        (factor, lambda z: z * factor),
+        (divisor, lambda z: z / divisor),
+        (cap, lambda z: torch.tanh(z / cap) * cap),
+    ]
+    return [change for value, change in changes if value]
 
 
 def _computed_rows(head: nn.Module, dtype: torch.dtype) -> WeightRows | None:

@@ -41,16 +41,12 @@ WeightRows = Callable[[int, int], Tensor]
 def chunked_cross_entropy(
     hidden: Tensor, targets: Tensor, head: HeadPath, trained: list[nn.Parameter], chunk_tokens: int
 ) -> Tensor:
-    """Sum of the cross-entropies of `head(hidden)`, `chunk_tokens` at a time.
+    """Sum of the cross-entropies of `head(hidden)`, `chunk_tokens` at a time: float32, in nats.
 
     Args:
-        hidden: [tokens, hidden].
-        targets: int64 [tokens].
+        hidden, targets: [tokens, hidden] and int64 [tokens].
         head: maps hidden states to logits [tokens, vocabulary].
         trained: trainable parameters used by `head`.
-
-    Returns:
-        A scalar in float32, in nats.
     """
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
     total: Tensor = _ChunkedCrossEntropy.apply(
@@ -113,22 +109,17 @@ def sliced_cross_entropy(
     weight_rows: WeightRows,
     vocabulary: int,
     bias: Tensor | None,
-    slice_rows: int | None = None,
 ) -> Tensor:
-    """Sum of the cross-entropies of `F.linear(hidden, weight, bias)`, in the dtype of the weight.
+    """Sum of the cross-entropies of `F.linear(hidden, weight, bias)`, in the dtype of the weight:
+    float32, in nats.
 
     Args:
-        hidden: [tokens, hidden].
-        targets: int64 [tokens].
+        hidden, targets: [tokens, hidden] and int64 [tokens].
         weight_rows: `weight_rows(start, stop)` are rows of the frozen weight, [rows, hidden].
         vocabulary: number of rows of the weight.
         bias: [vocabulary], frozen.
-        slice_rows: vocabulary entries whose logits exist at one time; default: 4 MiB of logits.
-
-    Returns:
-        A scalar in float32, in nats.
     """
-    rows = slice_rows or SLICE_LOGITS // max(1, len(hidden)) + 1
+    rows = SLICE_LOGITS // max(1, len(hidden)) + 1
     wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
     slices = [(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
     total: Tensor = _SlicedCrossEntropy.apply(

@@ -27,14 +27,8 @@ from qwlora.system.parameter_names import is_adapter_name
 
 
 def enable_fsdp_(accelerator: Any) -> bool:
-    """Whether the launcher asked for FSDP; on CPUs, switch it on.
-
-    Accelerate supports FSDP on accelerators only. On CPUs it ignores the request without a message
-    and copies the model to every process.
-
-    Raises:
-        TrainingError: FSDP was asked for, but processes of this kind cannot shard.
-    """
+    """Whether the launcher asked for FSDP; on CPUs, switch it on: accelerate supports accelerators
+    only, and on CPUs it silently copies the model to every process."""
     if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
         return False
     if accelerator.state.distributed_type == DistributedType.MULTI_CPU:
@@ -50,24 +44,21 @@ def enable_fsdp_(accelerator: Any) -> bool:
 
 def prepare_sharding_(trainer: Any) -> None:
     """Turn the buffers of packed layers into parameters, which FSDP2 shards; a no-op without FSDP.
-
-    Raises:
-        TrainingError: FSDP version 1, which flattens parameters and cannot hold integers.
-    """
+    Version 1 flattens parameters and cannot hold integers."""
     if not trainer.is_fsdp_enabled:
         return
     plugin = trainer.accelerator.state.fsdp_plugin
     if plugin.fsdp_version != 2:
-        raise TrainingError(
-            "FSDP version 1 cannot shard the packed integers of the base. Launch with "
-            "--fsdp_version 2"
-        )
+        raise TrainingError("FSDP 1 cannot shard packed integers. Launch with --fsdp_version 2")
     # Every process has loaded the base already; this would discard and send it again.
     plugin.cpu_ram_efficient_loading = False
     plugin.mixed_precision_policy = None
     for layer in trainer.model.modules():
         if isinstance(layer, PackedLayer):
-            _make_parameters(layer)
+            for name, tensor in list(layer._buffers.items()):
+                if tensor is not None and tensor.ndim:  # FSDP2 shards along the first axis
+                    del layer._buffers[name]
+                    layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
 
 def base_bytes(model: nn.Module) -> int:
@@ -106,18 +97,7 @@ def gather_(trainer: Any) -> None:
                     )
                 module._parameters[name] = gathered[id(shard)]
         if isinstance(module, PackedLayer):
-            _make_buffers(module)
-
-
-def _make_parameters(layer: nn.Module) -> None:
-    for name, tensor in list(layer._buffers.items()):
-        if tensor is not None and tensor.ndim:  # FSDP2 shards along the first axis
-            del layer._buffers[name]
-            layer.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-
-
-def _make_buffers(layer: nn.Module) -> None:
-    for name, parameter in list(layer._parameters.items()):
-        if parameter is not None and name != "bias":
-            del layer._parameters[name]
-            layer.register_buffer(name, parameter.detach())
+            for name, parameter in list(module._parameters.items()):
+                if parameter is not None and name != "bias":
+                    del module._parameters[name]
+                    module.register_buffer(name, parameter.detach())

@@ -48,24 +48,21 @@ def fused_lora(model: nn.Module) -> Iterator[None]:
 
 def _forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     active = [name for name in layer.active_adapters if name in layer.lora_A]
-    if args or kwargs or len(active) != 1 or not _is_plain(layer, active[0]):
-        return LoraLinear.forward(layer, x, *args, **kwargs)
-    adapter, dtype = active[0], compute_dtype(x)
-    lora_a, lora_b = layer.lora_A[adapter], layer.lora_B[adapter]
-    if x.ndim < 2 or dtype == x.dtype != lora_a.weight.dtype:
-        return LoraLinear.forward(layer, x)
-    x = x.to(dtype)
-    u = lora_a(layer.lora_dropout[adapter](x)) * layer.scaling[adapter]
-    return layer.base_layer.add_to(lora_b(u), x)
-
-
-def _is_plain(layer: Any, adapter: str) -> bool:
-    """Whether the equation above is all that `layer` computes."""
-    return not (
-        layer.disable_adapters
+    adapter, dtype = "".join(active[:1]), compute_dtype(x)
+    is_plain = len(active) == 1 and not (  # the equation above is all that `layer` computes
+        args
+        or kwargs
+        or layer.disable_adapters
         or layer.merged
         or adapter in layer.lora_variant
         or layer.lora_B[adapter].bias is not None
         or not layer.base_layer.is_plain
         or torch.compiler.is_compiling()
+        or x.ndim < 2
+        or dtype == x.dtype != layer.lora_A[adapter].weight.dtype
     )
+    if not is_plain:
+        return LoraLinear.forward(layer, x, *args, **kwargs)
+    x, lora_a, lora_b = x.to(dtype), layer.lora_A[adapter], layer.lora_B[adapter]
+    u = lora_a(layer.lora_dropout[adapter](x)) * layer.scaling[adapter]
+    return layer.base_layer.add_to(lora_b(u), x)

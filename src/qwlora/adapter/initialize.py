@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, cast
 
 import torch
 from jaxtyping import Float
@@ -42,7 +42,6 @@ from qwlora.adapter.active_adapters import active_adapter
 from qwlora.errors import TrainingError, listed
 from qwlora.grid.second_moments import LayerMoments, factor_damped
 from qwlora.nn import PackedLinear
-from qwlora.nn.packed_tensor import PackedTensor
 from qwlora.system.parameter_names import canonical_name
 from qwlora.system.progress import Track, untracked
 
@@ -58,12 +57,8 @@ _TINY = torch.finfo(torch.float32).tiny
 
 @dataclass(frozen=True)
 class InitReport:
-    """Relative error `tr(G E R E^T) / tr(G W R W^T)` of one layer, R and G damped (1 for svd).
-
-    Args:
-        before: without the adapter, E = D.
-        after: with the adapter.
-    """
+    """Relative error `tr(G E R E^T) / tr(G W R W^T)` of one layer, R and G damped (1 for svd):
+    before, without the adapter (E = D), and after."""
 
     before: float
     after: float
@@ -90,9 +85,8 @@ def initialize_(
     track: Track = untracked,
     solver_scales: Mapping[str, Tensor] | None = None,
 ) -> InitReports:
-    """Initialize the adapter of each quantized linear layer in `model`, in place.
-
-    Other layers keep PEFT's default.
+    """Initialize the adapter of each quantized linear layer in `model`, in place. Other layers keep
+    PEFT's default.
 
     Args:
         weights: canonical path to the float weight [out, in] that the layer was quantized from.
@@ -105,10 +99,6 @@ def initialize_(
 
     Returns:
         The error of each initialized layer, by canonical path.
-
-    Raises:
-        TrainingError: there is no quantized layer, a moment is missing or not finite, a scale
-            belongs to another layer, the share is out of range, or the adapter is DoRA.
     """
     if init == "zero":
         return InitReports()
@@ -117,7 +107,17 @@ def initialize_(
             f"the share of ranks that init {init} corrects with is in (0, 1], not {share:g}"
         )
     adapter, moments, scales = adapter or active_adapter(model), moments or {}, solver_scales or {}
-    layers = _quantized_layers(model, adapter)
+    layers: dict[str, LoraLayer] = {}  # packed linear layers that have the adapter
+    for name, module in model.named_modules():
+        if not isinstance(module, LoraLayer) or adapter not in module.lora_A:
+            continue
+        if isinstance(module.get_base_layer(), PackedLinear):
+            layers[canonical_name(name)] = module
+            if module.use_dora.get(adapter):
+                raise TrainingError(
+                    f"{canonical_name(name)}: a DoRA adapter has magnitudes, which depend on the "
+                    "initial weights. Use init zero"
+                )
     if not layers:
         raise TrainingError(
             f"init {init} corrects the quantization error, but no layer with adapter {adapter!r} "
@@ -128,18 +128,22 @@ def initialize_(
             f"there are no moments of {listed(missing, 3)}, which init qera needs. Measure them "
             "with observe_moments, pass calibration data and moments to quantize_, or use init svd"
         )
-    known = {canonical_name(name) for name, _ in model.named_modules()}
-    if unknown := sorted(scales.keys() - known):
-        raise TrainingError(
-            f"the model has no {listed(unknown, 3)}, whose scale before tuning was given. Pass the "
-            "scales of this base, by canonical path"
-        )
     reports = InitReports()
     for path in track(list(layers), "initializing the adapter", len(layers)):
-        moment = moments[path] if init == "qera" else None
+        layer, measure = layers[path], Measure(moments[path] if init == "qera" else None)
         weight = weights(path).detach().float()
-        difference = solver_difference(path, layers[path], weight, scales)
-        reports[path] = _initialize(layers[path], adapter, weight, difference, moment, share)
+        difference = solver_difference(path, layer, weight, scales)
+        ranks = math.ceil(share * layer.r[adapter] - 1e-9)  # rounded up, except for float rounding
+        b, a, singular = measure.best_correction(difference, ranks)
+        used = int((singular > _MIN_SINGULAR * singular[0]).sum())
+        root = float(layer.scaling[adapter]) ** 0.5
+        with torch.no_grad():  # A keeps PEFT's default in all other ranks
+            layer.lora_A[adapter].weight[:used] = a[:used] / root
+            layer.lora_B[adapter].weight[:, :used] = b[:, :used] / root
+            layer.lora_B[adapter].weight[:, used:] = 0
+        corrected = difference - b[:, :used] @ a[:used]
+        whole, before, after = map(measure.of, (weight, difference, corrected))
+        reports[path] = InitReport(before / whole, after / whole)
     return reports
 
 
@@ -149,13 +153,8 @@ def solver_difference(
     weight: Float[Tensor, "out in"],
     solver_scales: Mapping[str, Tensor],
 ) -> Float[Tensor, "out in"]:
-    """D of the layer at `path`: its float weight minus the solver's quantized weight.
-
-    Raises:
-        TrainingError: the scale before tuning has another shape than the layer's scale.
-    """
-    base: Any = layer.get_base_layer()
-    tensor: PackedTensor = base.tensor
+    """D of the layer at `path`: its float weight minus the solver's quantized weight."""
+    tensor = cast(PackedLinear, layer.get_base_layer()).tensor
     if (before := solver_scales.get(path)) is not None:
         scale, minimum = tensor.parts.scale, tensor.parts.minimum
         if before.shape != scale.shape:
@@ -178,18 +177,10 @@ class Correction(NamedTuple):
 
 
 class Measure:
-    """The cost of a weight error E: `|E|^2`, or with moments `|K^T E L|^2 = tr(G E R E^T)`, damped.
-
-    Raises:
-        TrainingError: the moment is not finite, or is a plain matrix.
-    """
+    """The cost of a weight error E: `|E|^2`, or with moments `|K^T E L|^2 = tr(G E R E^T)`,
+    damped."""
 
     def __init__(self, moment: LayerMoments | None):
-        if isinstance(moment, Tensor):
-            raise TrainingError(
-                "the moments of a layer are a qwlora.LayerMoments (R and G), not a matrix. "
-                "For R alone, pass LayerMoments(R)"
-            )
         inner, outer = (None, None) if moment is None else (moment.input, moment.output)
         self._inner = None if inner is None else _root(inner, _DAMPING_INPUT)
         self._outer = None if outer is None else _root(outer, _DAMPING_OUTPUT)
@@ -219,52 +210,11 @@ class Measure:
         return matrix if self._outer is None else self._outer.T @ matrix
 
 
-def _initialize(
-    layer: LoraLayer,
-    adapter: str,
-    weight: Tensor,
-    difference: Tensor,
-    moment: LayerMoments | None,
-    share: float,
-) -> InitReport:
-    scaling, measure = float(layer.scaling[adapter]), Measure(moment)
-    ranks = math.ceil(share * layer.r[adapter] - 1e-9)  # rounded up, except for float rounding
-    b, a, singular = measure.best_correction(difference, ranks)
-    used = int((singular > _MIN_SINGULAR * singular[0]).sum())
-    with torch.no_grad():  # A keeps PEFT's default in all other ranks
-        layer.lora_A[adapter].weight[:used] = a[:used] / scaling**0.5
-        layer.lora_B[adapter].weight[:, :used] = b[:, :used] / scaling**0.5
-        layer.lora_B[adapter].weight[:, used:] = 0
-    whole, before, after = (
-        measure.of(matrix) for matrix in (weight, difference, difference - b[:, :used] @ a[:used])
-    )
-    return InitReport(before / whole, after / whole)
-
-
-def _quantized_layers(model: nn.Module, adapter: str) -> dict[str, LoraLayer]:
-    """Packed linear layers that have the adapter, by canonical path."""
-    layers = {}
-    for name, module in model.named_modules():
-        if (
-            isinstance(module, LoraLayer)
-            and adapter in module.lora_A
-            and isinstance(module.get_base_layer(), PackedLinear)
-        ):
-            if module.use_dora.get(adapter):
-                raise TrainingError(
-                    f"{canonical_name(name)}: a DoRA adapter has magnitudes, which depend on the "
-                    "initial weights. Use init zero"
-                )
-            layers[canonical_name(name)] = module
-    return layers
-
-
 def _root(moment: Tensor, damping: float) -> Tensor:
     """Lower triangular L of the damped moment; damping grows until it is positive definite."""
     if not bool(moment.isfinite().all()):
         raise TrainingError(
-            "the moments contain nan or infinity. Quantize again, or measure them again with "
-            "observe_moments"
+            "the moments contain nan or infinity. Quantize again, or use observe_moments"
         )
 
     def factor(damped: Tensor) -> Tensor | None:
@@ -281,12 +231,8 @@ def _leading_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     kept = min(rank, rows, columns)
     wide = matrix if rows <= columns else matrix.T
     if min(rows, columns) <= _MAX_EXACT_SIZE:
-        u = (
-            torch.linalg.eigh(wide.double() @ wide.double().T)
-            .eigenvectors[:, -kept:]
-            .flip(1)
-            .to(matrix.dtype)
-        )
+        gram = wide.double() @ wide.double().T
+        u = torch.linalg.eigh(gram).eigenvectors[:, -kept:].flip(1).to(matrix.dtype)
     else:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)

@@ -32,12 +32,7 @@ def is_mlx_adapter(folder: Path) -> bool:
 
 
 def convert_mlx_adapter(source: Path, target: Path) -> None:
-    """Write the adapter in `source` into the empty folder `target`, as PEFT does.
-
-    Raises:
-        SourceError: a file cannot be read; it is no LoRA adapter; or a tensor is neither lora_a nor
-            lora_b, or does not fit its partner.
-    """
+    """Write the adapter in `source` into the empty folder `target`, as PEFT does."""
     what = f"adapter {str(source)!r}"
     try:
         config = json.loads((source / CONFIG).read_text(encoding="utf-8"))

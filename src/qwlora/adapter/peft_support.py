@@ -34,7 +34,6 @@ _UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
     "arrow_config": ((None,), "it routes tokens between adapters"),
     "kasa_config": ((None,), "it changes the base's weights"),
 }
-_PARTNERS = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
 # Keys of adapter_config.json that hold regular expressions, and what PEFT makes of one.
 _PATTERNS = {
     "target_modules": r"(?:{})\Z",
@@ -47,11 +46,7 @@ _PATTERNS = {
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """PEFT's configuration of the adapter in `folder`.
-
-    Raises:
-        SourceError: it cannot be read.
-    """
+    """PEFT's configuration of the adapter in `folder`."""
     try:
         config = json.loads((folder / CONFIG).read_text())
     except (OSError, ValueError, RecursionError) as error:
@@ -65,11 +60,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def weights_of(folder: Path, read: bool) -> Iterator[tuple[str, list[int], Any]]:
-    """Name, shape and (with `read`) values of each tensor.
-
-    Raises:
-        SourceError: the file cannot be read.
-    """
+    """Name, shape and (with `read`) values of each tensor."""
     try:
         with safe_open(folder / WEIGHTS, "pt") as file:
             for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
@@ -83,46 +74,15 @@ def weights_of(folder: Path, read: bool) -> Iterator[tuple[str, list[int], Any]]
 
 
 def check_contents(folder: Path) -> None:
-    """Refuse an adapter with a damaged weight, or with a setting that is not supported.
-
-    Raises:
-        SourceError: with the first of `content_problems`.
-    """
+    """Refuse an adapter that has one of `content_problems`."""
     if problem := next(content_problems(folder), None):
         raise SourceError(f"adapter {str(folder)!r}: {problem}")
 
 
 def content_problems(folder: Path) -> Iterator[str]:
-    """What is wrong with the configuration and the weights in `folder`, in words.
-
-    Raises:
-        SourceError: one of them cannot be read.
-    """
+    """What is wrong with the configuration and the weights in `folder`, in words: damaged weights,
+    settings that are not supported."""
     config = read_config(folder)
-    yield from _setting_problems(config)
-    shapes = {}
-    for name, shape, tensor in weights_of(folder, read=True):
-        shapes[name] = shape
-        if not bool(tensor.isfinite().all()):
-            yield f"{name} has values that are not finite"
-    if not shapes:
-        yield f"{WEIGHTS} has no weights"
-    copies = [name for name in shapes if "lora_" not in name]
-    if copies and not config.get("modules_to_save"):
-        yield (
-            f"{listed(copies, 3)} would replace weights of the frozen base. If they are copies of "
-            "its embeddings, save the adapter with save_embedding_layers=False"
-        )
-    yield from _rank_problems(shapes, config)
-    for pair in _PARTNERS:
-        for first, second in (pair, pair[::-1]):
-            for name in sorted(shapes):
-                partner = name.replace(f".{first}", f".{second}")
-                if f".{first}" in name and partner not in shapes:
-                    yield f"{name} has no matching {second}"
-
-
-def _setting_problems(config: dict[str, Any]) -> Iterator[str]:
     for key, (accepted, why) in _UNSUPPORTED.items():
         if (value := config.get(key)) not in accepted:
             yield f"{CONFIG} has {key}: {value!r}, which is not supported ({why})"
@@ -135,43 +95,39 @@ def _setting_problems(config: dict[str, Any]) -> Iterator[str]:
             yield f"{CONFIG} has {key}: {alpha!r}, which is not a finite number"
         elif alpha == 0:
             yield f"{CONFIG} has {key}: 0, so it changes nothing; use the alpha of its training"
-
-
-def _rank_problems(shapes: dict[str, list[int]], config: dict[str, Any]) -> Iterator[str]:
-    """Check lora_A [rank, in] and lora_B [out, rank] of each layer.
-
-    For a parameter in target_parameters: [experts * rank, in] and [out, experts * rank]. PEFT wraps
-    its module once per parameter, so `base_layer` can occur in the path.
-    """
-    rank = config.get("r")
-    targets = [name for name in config.get("target_parameters") or () if isinstance(name, str)]
-    owners = [target.rpartition(".")[0] for target in targets]
-    for name, shape in shapes.items():
-        if not name.endswith(".lora_A.weight"):
-            continue
-        rows = shape[0] if shape else None
-        partner = shapes.get(name.replace(".lora_A", ".lora_B"))
-        columns = rows if partner is None else next(iter(partner[1:2]), None)
-        path = "." + name.removesuffix(".lora_A.weight").replace(".base_layer", "")
-        has_experts = any(not owner or path.endswith(f".{owner}") for owner in owners)
-        fits = rows == rank or (
-            has_experts and rows and isinstance(rank, int) and rank > 0 and rows % rank == 0
+    names, highest = list[str](), 0
+    for name, shape, tensor in weights_of(folder, read=True):
+        names.append(name)
+        if "lora_A" in name or "lora_embedding_A" in name:
+            highest = max(highest, *shape[:1])
+        if not bool(tensor.isfinite().all()):
+            yield f"{name} has values that are not finite"
+    if not names:
+        yield f"{WEIGHTS} has no weights"
+    patterns = config.get("rank_pattern")
+    for rank in (config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())):
+        if isinstance(rank, int) and rank > highest:  # PEFT would allocate factors of this size
+            yield f"{CONFIG} asks for rank {rank}, but the weights have at most {highest}"
+    copies = [name for name in names if "lora_" not in name]
+    if copies and not config.get("modules_to_save"):
+        yield (
+            f"{listed(copies, 3)} would replace weights of the frozen base. If they are copies of "
+            "its embeddings, save the adapter with save_embedding_layers=False"
         )
-        if not fits and not config.get("rank_pattern"):
-            each = " for each expert" if has_experts else ""
-            yield f"{name} has rank {rows}, but {CONFIG} says {rank}{each}"
-        elif len(shape) == 2 and rows != columns:  # a grouped convolution's lora_B has fewer
-            yield f"{name} has rank {rows}, and its lora_B has rank {columns}"
+    for pair in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        for first, second in (pair, pair[::-1]):
+            for name in sorted(names):
+                partner = name.replace(f".{first}", f".{second}")
+                if f".{first}" in name and partner not in names:
+                    yield f"{name} has no matching {second}"
 
 
 def check_pattern_times(model: nn.Module, config: Mapping[str, Any], where: str) -> None:
     """Match each regular expression in `config`, PEFT's keys, with each module path of `model`.
 
     One like `(a+)+b` takes time that grows exponentially with the length of what it is matched
-    with. PEFT matches without a limit, and an adapter from elsewhere brings its own.
-
-    Raises:
-        SourceError: one takes longer than `SECONDS` for all paths.
+    with. PEFT matches without a limit, and an adapter from elsewhere brings its own. One that takes
+    longer than `SECONDS` for all paths is refused.
     """
     paths = [path for path, _ in model.named_modules()]
     for key, form in _PATTERNS.items():

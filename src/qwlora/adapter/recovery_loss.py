@@ -27,16 +27,13 @@ class _HeadReachedError(Exception):
     """Ends the teacher's forward at its head: its logits are not needed."""
 
 
-class RecoveryLoss:
-    """The second term of the loss. Hooks capture the head inputs of `model` and `teacher`.
-
-    Both models must be on one device. `remove` removes the hooks.
-
-    Raises:
-        TrainingError: one of the models has no output head.
+class RecoveryLoss(contextlib.ExitStack):
+    """The second term of the loss. Until the context ends, hooks capture the inputs of the heads of
+    `model` and `teacher`, which must be on one device.
     """
 
     def __init__(self, model: nn.Module, teacher: nn.Module):
+        super().__init__()
         self._teacher = teacher.eval().requires_grad_(False)
         self._student_state: Tensor | None = None
         self._teacher_state: Tensor | None = None
@@ -45,18 +42,15 @@ class RecoveryLoss:
             raise TrainingError(
                 "recovery compares the inputs of output heads, but the model has no output head"
             )
-        self._hooks = [
+        for hook in (
             model.register_forward_pre_hook(lambda *_: setattr(self, "_student_state", None)),
             heads[0].register_forward_pre_hook(self._capture),
             heads[1].register_forward_pre_hook(self._capture_teacher),
-        ]
+        ):
+            self.callback(hook.remove)
 
     def distance(self, inputs: Mapping[str, Any]) -> Tensor:
-        """The second term of the loss, a scalar, for the inputs of the model's last forward.
-
-        Raises:
-            TrainingError: the hidden states of the two models differ in shape.
-        """
+        """The second term of the loss, a scalar, for the inputs of the model's last forward."""
         forward_inputs = {
             name: value
             for name, value in inputs.items()
@@ -74,14 +68,17 @@ class RecoveryLoss:
                 f"{list(h.shape)} in the base. Recover with the float model that the base was "
                 "quantized from"
             )
-        mask = _token_mask(inputs, h)[..., None]
-        off, size = ((x.square() * mask).sum() for x in (h.float() - g.float(), g.float()))
+        mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+        if isinstance(mask, Tensor) and mask.ndim == 2:
+            is_token = mask.to(h.device) > 0
+        elif labels is not None:
+            is_token = (labels.to(h.device) != IGNORED).flip(-1).cumsum(-1).flip(-1) > 0
+        else:
+            is_token = torch.ones(h.shape[:-1], dtype=torch.bool, device=h.device)
+        off, size = (
+            (x.square() * is_token[..., None]).sum() for x in (h.float() - g.float(), g.float())
+        )
         return off / size.clamp_min(torch.finfo(size.dtype).tiny)
-
-    def remove(self) -> None:
-        """Remove the hooks."""
-        for hook in self._hooks:
-            hook.remove()
 
     def _capture(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         # Only the first call of a forward: the chunked loss calls the head again, on parts.
@@ -91,13 +88,3 @@ class RecoveryLoss:
     def _capture_teacher(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self._teacher_state = args[0]
         raise _HeadReachedError
-
-
-def _token_mask(inputs: Mapping[str, Any], state: Tensor) -> Tensor:
-    """True for every token that is not padding, [batch, tokens] on the device of `state`."""
-    mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-    if isinstance(mask, Tensor) and mask.ndim == 2:
-        return mask.to(state.device) > 0
-    if labels is None:
-        return torch.ones(state.shape[:-1], dtype=torch.bool, device=state.device)
-    return (labels.to(state.device) != IGNORED).flip(-1).cumsum(-1).flip(-1) > 0

@@ -16,8 +16,7 @@ order) and ends with the same bits.
 from __future__ import annotations
 
 import contextlib
-import os
-from collections.abc import Iterator, Sequence, Sized
+from collections.abc import Sequence, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,26 +24,24 @@ from typing import Any
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import (
+    TensorBoardCallback,
+    get_reporting_integration_callbacks,
+)
 
+from qwlora.adapter import training_checkpoints as checkpoints
 from qwlora.adapter.adapter_folder import reading
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.chunked_loss import causal_model
 from qwlora.adapter.fsdp import gather_, prepare_sharding_
 from qwlora.adapter.peft_support import WEIGHTS
+from qwlora.adapter.recovery_loss import RecoveryLoss
 from qwlora.adapter.trainer import AdapterTrainer
 from qwlora.adapter.training_callbacks import TrainingMonitor, Watch, evaluations_of, losses_of
-from qwlora.adapter.training_checkpoints import (
-    delete_newer,
-    evaluations_without_improvement,
-    final_checkpoint,
-    last_checkpoint,
-    read_state,
-    step_of,
-)
-from qwlora.adapter.training_step import TrainableGraph, replaced_forward, training_steps
+from qwlora.adapter.training_step import lean_steps, replaced_forward
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import MissingExtraError, TrainingError
 from qwlora.graph.call_arguments import vocabulary_size
@@ -86,38 +83,25 @@ class TrainingSettings:
 
 @dataclass(frozen=True)
 class Display:
-    """Where the progress of a run is shown.
-
-    Args:
-        logs: folder for TensorBoard files.
-        watch: see `Watch`.
-    """
+    """Where the progress of a run is shown."""
 
     track: Track = untracked
-    logs: Path | None = None
+    logs: Path | None = None  # folder for TensorBoard files
     watch: Watch = lambda progress: None
 
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """Results of a training run.
-
-    Args:
-        step_seconds: mean over the steps since the run started or resumed, without the first.
-        losses: of all steps, including those before an interruption.
-        evaluations: (step, loss) on held-out text.
-        base_bytes: bytes of the base in one process: a shard's, if the base was sharded. 0 if the
-            run had already ended and was only restored.
-    """
+    """Results of a training run, including the steps before an interruption."""
 
     steps: int
-    step_seconds: float
+    step_seconds: float  # mean since the run started or resumed, without the first step
     resumed_from_step: int
     trainable_parameters: int
     losses: tuple[float, ...]
-    evaluations: tuple[tuple[int, float], ...] = ()
+    evaluations: tuple[tuple[int, float], ...] = ()  # (step, loss) on held-out text
     best_step: int | None = None
-    base_bytes: int = 0
+    base_bytes: int = 0  # in one process; 0 if the run had ended and was only restored
 
 
 class Interrupted(Stopped):
@@ -140,7 +124,7 @@ def train_adapter(
     work: Path,
     held_out: TrainingData | None = None,
     teacher: PreTrainedModel | None = None,
-    training_graph: TrainableGraph | None = None,
+    training_graph: nn.Module | None = None,
     display: Display | None = None,
 ) -> TrainingReport:
     """Train the active adapter of `model`, in place.
@@ -150,12 +134,12 @@ def train_adapter(
     Args:
         held_out: evaluated every `evaluation_steps`; the adapter of the best evaluation is kept.
         teacher: the float model, to train for recovery (`recovery_loss.py`).
-        training_graph: replaces the model's forward during training (`graph_forward`).
+        training_graph: replaces the model's forward during training (`replaced_forward`).
 
     Raises:
         GridError: a packed layer does not compute its codes, see `assert_frozen`.
-        TrainingError: see `check_trainable`, `ChunkedLoss` and `graph_forward`; the batch cannot be
-            divided among the processes; or the loss is not finite or has diverged.
+        TrainingError: see `check_trainable` and `replaced_forward`; the batch cannot be divided
+            among the processes; or the loss is not finite or has diverged.
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint of the last finished step is in
             `work`.
     """
@@ -169,85 +153,72 @@ def train_adapter(
     keeps_best = settings.evaluation_steps is not None
     if keeps_best and held_out is None:
         raise TrainingError("evaluation_steps needs held-out text, but there is no held-out text")
-    last = last_checkpoint(work)
-    if last and (final := final_checkpoint(last, settings.steps, settings.patience, keeps_best)):
-        with reading(final, model):  # training had ended, but the adapter was not saved
-            set_peft_model_state_dict(model, load_file(final / WEIGHTS))
-        return _report(read_state(last), settings, step_of(last), trainable)
+    last = checkpoints.last_checkpoint(work)
     arguments = _arguments(settings, work, process_count())
     vocabulary = vocabulary_size(causal_model(model)) if settings.divergence == "stop" else None
     monitor = TrainingMonitor(display.track, settings.checkpoint_steps, vocabulary, display.watch)
-    with (
-        replaced_forward(model, training_graph, settings.loss == "chunked", process_count()),
-        _logging_to(display.logs, settings.report_to),
+
+    def report(state: TrainerState) -> TrainingReport:
+        return TrainingReport(
+            steps=state.global_step,
+            step_seconds=monitor.mean_step_seconds,
+            resumed_from_step=checkpoints.step_of(last) if last else 0,
+            trainable_parameters=trainable,
+            losses=tuple(losses_of(state)),
+            evaluations=evaluations_of(state),
+            best_step=state.best_global_step if keeps_best else None,
+            base_bytes=monitor.base_bytes,
+        )
+
+    if last and (
+        final := checkpoints.final_checkpoint(last, settings.steps, settings.patience, keeps_best)
     ):
+        with reading(final, model):  # training had ended, but the adapter was not saved
+            set_peft_model_state_dict(model, load_file(final / WEIGHTS))
+        return report(checkpoints.read_state(last))
+    with replaced_forward(model, training_graph, settings.loss == "chunked", process_count()):
         trainer = AdapterTrainer(
             model,
             arguments,
             train_dataset=_dataset(sequences),
             eval_dataset=None if held_out is None else _dataset(held_out),
-            callbacks=[monitor, *_early_stopping(settings, last)],
+            callbacks=[monitor],
         )
+        if settings.patience:
+            # The Trainer could restore its count, but would recreate every callback and restore
+            # control flags too.
+            stopping = EarlyStoppingCallback(settings.patience)
+            if last:
+                stopping.early_stopping_patience_counter = (
+                    checkpoints.evaluations_without_improvement(last)
+                )
+            trainer.add_callback(stopping)
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and display.logs is not None:
+                callback.logging_dir = str(display.logs)
         trainer.accelerator.wait_for_everyone()  # until every process has found `last`
         if trainer.is_world_process_zero():
-            delete_newer(work, last)
+            checkpoints.delete_newer(work, last)
         if teacher is not None:
             teacher.to(arguments.device)  # type: ignore[arg-type] # hidden by transformers
         if training_graph is not None:
             training_graph.to(trainer.args.device)
             trainer.uses_graph = True
         prepare_sharding_(trainer)
-        with (
-            on_stop_signal(monitor.interrupt),
-            training_steps(model, trainer.args.bf16, teacher) as trainer.recovery,
-        ):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(on_stop_signal(monitor.interrupt))
+            if teacher is not None:
+                trainer.recovery = stack.enter_context(RecoveryLoss(model, teacher))
+            stack.enter_context(lean_steps(model, trainer.args.bf16))
             trainer.train(resume_from_checkpoint=str(last) if last else None)
         if monitor.interrupted is not None:
             raise Interrupted(trainer.state.global_step, monitor.interrupted)
     gather_(trainer)
-    return _report(trainer.state, settings, step_of(last) if last else 0, trainable, monitor)
-
-
-def _report(
-    state: TrainerState,
-    settings: TrainingSettings,
-    resumed_from_step: int,
-    trainable: int,
-    monitor: TrainingMonitor | None = None,
-) -> TrainingReport:
-    return TrainingReport(
-        steps=state.global_step,
-        step_seconds=monitor.mean_step_seconds if monitor else 0.0,
-        resumed_from_step=resumed_from_step,
-        trainable_parameters=trainable,
-        losses=tuple(losses_of(state)),
-        evaluations=evaluations_of(state),
-        best_step=state.best_global_step if settings.evaluation_steps else None,
-        base_bytes=monitor.base_bytes if monitor else 0,
-    )
-
-
-def _early_stopping(settings: TrainingSettings, last: Path | None) -> list[EarlyStoppingCallback]:
-    """Early stopping with its count restored from the checkpoint `last`.
-
-    The Trainer could restore it, but would recreate every callback and restore control flags too.
-    """
-    if not settings.patience:
-        return []
-    stopping = EarlyStoppingCallback(settings.patience)
-    if last:
-        stopping.early_stopping_patience_counter = evaluations_without_improvement(last)
-    return [stopping]
+    return report(trainer.state)
 
 
 def check_loggers(report_to: Sequence[str]) -> None:
-    """Check that the Trainer knows every logger and that its package is installed.
-
-    Raises:
-        MissingExtraError: a logger is unknown, or its package is missing.
-    """
-    from transformers.integrations.integration_utils import get_reporting_integration_callbacks
-
+    """Check that the Trainer knows every logger and that its package is installed."""
     for name in report_to:
         try:
             for callback in get_reporting_integration_callbacks([name]):
@@ -311,17 +282,3 @@ def _arguments(settings: TrainingSettings, work: Path, processes: int) -> Traini
     if arguments.n_gpu > 1:
         arguments._n_gpu = 1
     return arguments
-
-
-@contextlib.contextmanager
-def _logging_to(logs: Path | None, report_to: Sequence[str]) -> Iterator[None]:
-    """Set the environment variable from which the TensorBoard callback takes its folder."""
-    key = "TENSORBOARD_LOGGING_DIR"
-    if logs is None or "tensorboard" not in report_to or key in os.environ:
-        yield
-        return
-    os.environ[key] = str(logs)
-    try:
-        yield
-    finally:
-        del os.environ[key]

@@ -14,11 +14,13 @@ what is replaced inside the model.
 from __future__ import annotations
 
 import contextlib
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from transformers import PrinterCallback, Trainer
 
 from qwlora.adapter.adapter_folder import write_adapter
@@ -32,15 +34,10 @@ from qwlora.system.parameter_names import canonical_name
 
 
 class AdapterTrainer(Trainer):
-    """Checks losses and gradients before the optimizer step; saves checkpoints as plain adapters.
+    """Checks losses and gradients before the optimizer step; saves plain adapters."""
 
-    Attributes:
-        recovery: the recovery loss, which is added to the model's; None without a float model.
-        uses_graph: whether a graph replaces the model's forward, so that its layers do not run.
-    """
-
-    recovery: RecoveryLoss | None = None
-    uses_graph: bool = False
+    recovery: RecoveryLoss | None = None  # added to the model's own loss
+    uses_graph: bool = False  # a graph replaces the model's forward, so its layers do not run
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -55,11 +52,7 @@ class AdapterTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model)
 
     def _checked_batch(self, items: list[Any]) -> dict[str, Any]:
-        """A batch, still on the CPU, where checking it costs nothing.
-
-        Raises:
-            TrainingError: see `check_token_ids`; or no token of it is in the loss.
-        """
+        """A batch, checked while it is still on the CPU, where that costs nothing."""
         batch: dict[str, Any] = self._collate(items)
         check_token_ids(batch, self.adapted, TrainingError)
         labels = batch.get("labels")
@@ -79,9 +72,9 @@ class AdapterTrainer(Trainer):
         loss = super().compute_loss(model, inputs, *args, **kwargs)
         if self.recovery is None:
             return loss
-        distance = self.recovery.distance(inputs) / (
-            self.args.gradient_accumulation_steps if model.training else 1
-        )
+        distance = self.recovery.distance(inputs)
+        if model.training:
+            distance = distance / self.args.gradient_accumulation_steps
         return (loss[0] + distance, *loss[1:]) if isinstance(loss, tuple) else loss + distance
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -91,11 +84,8 @@ class AdapterTrainer(Trainer):
     def autocast_smart_context_manager(
         self, cache_enabled: bool | None = True
     ) -> contextlib.AbstractContextManager[Any]:
-        """Autocast for a sharded model only.
-
-        Accelerate wraps other models in autocast itself. For a sharded one it relies on FSDP2's
-        mixed precision policy, which we turn off (`fsdp.py`).
-        """
+        """Autocast for a sharded model only. Accelerate wraps other models in autocast itself; for
+        a sharded one it relies on FSDP2's mixed precision policy, which we turn off (`fsdp.py`)."""
         return self.accelerator.autocast() if self.is_fsdp_enabled else contextlib.nullcontext()
 
     def training_step(
@@ -107,9 +97,13 @@ class AdapterTrainer(Trainer):
             # The layers of a sharded model are on several processes; with a graph they do not run.
             where = "" if sharded or self.uses_graph else self._first_bad_output(inputs)
             self._stop(f"the loss is {float(loss)}", where)
-        if not sharded and (name := _first_bad_gradient(self.adapted)):
-            where = f"; the first, from the top of the model, is that of {name}"
-            self._stop("a gradient is not finite", where)
+        if not sharded:
+            named = [(n, p.grad) for n, p in self.adapted.named_parameters() if p.grad is not None]
+            finite = torch.stack([gradient.isfinite().all() for _, gradient in named])
+            if not bool(finite.all()):  # one transfer from the device a step
+                name = canonical_name(named[int((~finite).nonzero().max())][0])
+                where = f"; the first, from the top of the model, is that of {name}"
+                self._stop("a gradient is not finite", where)
         return loss
 
     @torch.no_grad()
@@ -117,25 +111,17 @@ class AdapterTrainer(Trainer):
         """Which layer's output is the first that is not finite, in words; runs the model again."""
         bad: list[str] = []
 
-        def check(name: str, output: Any) -> None:
-            if isinstance(output, dict):
-                output = output.values()
-            elif not isinstance(output, tuple | list):
-                output = (output,)
-            floats = (t for t in output if isinstance(t, Tensor) and t.is_floating_point())
-            if not all(bool(t.isfinite().all()) for t in floats):
+        def check(name: str, module: nn.Module, args: Any, output: Any) -> None:
+            leaves = (t for t in tree_leaves(output) if isinstance(t, Tensor))
+            if not all(bool(t.isfinite().all()) for t in leaves if t.is_floating_point()):
                 bad.append(canonical_name(name) or "the model itself")
 
-        handles = [
-            module.register_forward_hook(lambda _, __, output, name=name: check(name, output))
-            for name, module in self.adapted.named_modules()
-        ]
-        try:
-            with self.compute_loss_context_manager():
-                self.adapted(**self._prepare_inputs(inputs))
-        finally:
-            for handle in handles:
-                handle.remove()
+        with contextlib.ExitStack() as stack:
+            for name, module in self.adapted.named_modules():
+                hook = functools.partial(check, name)
+                stack.callback(module.register_forward_hook(hook).remove)
+            stack.enter_context(self.compute_loss_context_manager())
+            self.adapted(**self._prepare_inputs(inputs))
         if not bad:
             return "; the outputs of all layers are finite"
         return f"; the first output that is not finite is that of {bad[0]}"
@@ -149,12 +135,9 @@ class AdapterTrainer(Trainer):
         )
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save a checkpoint; for a sharded model, save the unsharded adapter too.
-
-        With it, the adapter of a finished run is restored without starting several processes. It is
-        written first because each process of the Trainer checks that the best checkpoint's folder
-        exists before the Trainer creates it.
-        """
+        """Save a checkpoint; for a sharded model, the unsharded adapter too, from which a finished
+        run is restored without starting several processes. It is written first because each process
+        of the Trainer checks that the best checkpoint's folder exists before it is created."""
         if self.is_fsdp_enabled:
             self._save(output_dir, whole_adapter(self.adapted))
         super().save_model(output_dir, _internal_call)
@@ -165,13 +148,3 @@ class AdapterTrainer(Trainer):
         if self.args.should_save:
             folder = Path(str(output_dir or self.args.output_dir))
             write_adapter(self.adapted, folder, state_dict)
-
-
-def _first_bad_gradient(model: nn.Module) -> str | None:
-    """Name of the parameter nearest the output whose gradient has a nan or infinity, or None."""
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    finite = [gradient.isfinite().all() for gradient in gradients.values()]
-    if not finite or bool(torch.stack(finite).all()):  # one transfer from the device a step
-        return None
-    names = zip(reversed(gradients), reversed(finite), strict=True)
-    return next(canonical_name(name) for name, is_finite in names if not bool(is_finite))

@@ -26,7 +26,6 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -45,39 +44,28 @@ Watch = Callable[[Callable[[], dict[str, Any]]], None]
 `step_seconds`, and, if training diverged, the `limit` of the loss."""
 
 
-@dataclass(frozen=True)
-class Divergence:
-    """The last `steps` losses are above `limit`: each if `steps` is FEW, else their mean."""
+def divergence(losses: Sequence[float], vocabulary: int) -> tuple[float, int] | None:
+    """Apply the rule above to the losses of all steps so far.
 
-    limit: float
-    steps: int
-
-
-def divergence(losses: Sequence[float], vocabulary: int) -> Divergence | None:
-    """Apply the rule above to the losses of all steps so far; None if they have not diverged."""
+    Returns:
+        None if they have not diverged, else (limit, n): the last n losses are above the limit, each
+        if n is FEW, else their mean.
+    """
     window = min(MANY, max(FEW, len(losses) // 4))
-    for steps in sorted({FEW, window}):
-        last = losses[-steps:]
-        above = min(last) if steps == FEW else statistics.fmean(last)
-        limits = [_limit(losses[:-steps], window, steps)]
-        if steps == FEW and len(losses) > FEW:
+    for n in sorted({FEW, window}):
+        last, before = losses[-n:], losses[:-n]
+        limits = [math.inf]
+        if len(before) >= window:
+            values = torch.tensor(before, dtype=torch.float64)
+            sums = torch.nn.functional.pad(values.cumsum(0), (1, 0))
+            m = float((sums[window:] - sums[:-window]).min()) / window
+            s = float(values.diff().square().mean() / 2) ** 0.5
+            limits = [max(2 * m, m + 1, m + 3 * math.sqrt(2 * math.log(len(before)) / n) * s)]
+        if n == FEW and len(losses) > FEW:
             limits.append(max(losses[0] + 1, math.log(vocabulary) + 1))
-        if above > min(limits):
-            return Divergence(min(limits), steps)
+        if (min(last) if n == FEW else statistics.fmean(last)) > min(limits):
+            return min(limits), n
     return None
-
-
-def _limit(before: Sequence[float], window: int, steps: int) -> float:
-    """The first limit of the rule above, from the losses before the last `steps`."""
-    if len(before) < window:
-        return math.inf
-    values = torch.tensor(before, dtype=torch.float64)
-    sums = torch.nn.functional.pad(values.cumsum(0), (1, 0))
-    lowest = float((sums[window:] - sums[:-window]).min()) / window
-    spread = float(values.diff().square().mean() / 2) ** 0.5
-    return max(
-        2 * lowest, lowest + 1, lowest + 3 * math.sqrt(2 * math.log(len(before)) / steps) * spread
-    )
 
 
 class TrainingMonitor(TrainerCallback):
@@ -88,7 +76,6 @@ class TrainingMonitor(TrainerCallback):
     Args:
         checkpoint_steps: steps between checkpoints, in addition to those after an evaluation.
         vocabulary: number of entries; None disables the divergence check.
-        watch: see `Watch`.
     """
 
     def __init__(self, track: Track, checkpoint_steps: int, vocabulary: int | None, watch: Watch):
@@ -136,14 +123,9 @@ class TrainingMonitor(TrainerCallback):
             seal(Path(str(args.output_dir), f"checkpoint-{state.global_step}"))
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **_: Any,
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any
     ) -> None:
-        if "loss" not in (logs or {}):
+        if "loss" not in given["logs"]:
             return
         losses = losses_of(state)
 
@@ -157,14 +139,15 @@ class TrainingMonitor(TrainerCallback):
             }
 
         self.watch(progress)
-        if self.vocabulary is None or (found := divergence(losses, self.vocabulary)) is None:
+        if self.vocabulary is None or (diverged := divergence(losses, self.vocabulary)) is None:
             return
-        self.watch(lambda: {**progress(), "limit": found.limit})
-        mean = "" if found.steps == FEW else "in the mean "
+        limit, steps = diverged
+        self.watch(lambda: {**progress(), "limit": limit})
+        mean = "" if steps == FEW else "in the mean "
         raise TrainingError(
             f"training diverged: the loss is {losses[-1]:.3f} at step {state.global_step}, and "
-            f"{mean}above {found.limit:.3f} for {found.steps} steps (lowest before: "
-            f"{min(losses[: -found.steps]):.3f}); {last_good(Path(str(args.output_dir)))}. Lower "
+            f"{mean}above {limit:.3f} for {steps} steps (lowest before: "
+            f"{min(losses[:-steps]):.3f}); {last_good(Path(str(args.output_dir)))}. Lower "
             f"the learning rate (now {args.learning_rate:g}) or raise warmup_steps. To continue "
             "anyway, set divergence: ignore"
         )

@@ -28,30 +28,29 @@ def seal(checkpoint: Path) -> None:
 
 def last_checkpoint(work: Path) -> Path | None:
     """The newest complete checkpoint, if that of its best evaluation is complete too, or None.
+    Deletes nothing, because several processes call it and must find the same."""
 
-    Deletes nothing, because several processes call it and must find the same.
-    """
+    def is_complete(checkpoint: Path) -> bool:
+        return manifest.has_digests(checkpoint, DIGESTS) and not manifest.changed_files(
+            checkpoint, DIGESTS
+        )
+
     newest_first = sorted(work.glob("checkpoint-*"), key=step_of, reverse=True)
-    return next((c for c in newest_first if _is_complete(c) and _is_complete(_best(c) or c)), None)
+    return next((c for c in newest_first if is_complete(c) and is_complete(_best(c) or c)), None)
 
 
 def delete_newer(work: Path, last: Path | None) -> None:
-    """Delete the checkpoints newer than `last`, which are incomplete or damaged.
-
-    One process calls it, after all of them have found `last`.
-    """
+    """Delete the checkpoints newer than `last`, which are incomplete or damaged. One process calls
+    it, after all of them have found `last`."""
     for checkpoint in work.glob("checkpoint-*"):
         if last is None or step_of(checkpoint) > step_of(last):
             shutil.rmtree(checkpoint)
 
 
 def final_checkpoint(last: Path, steps: int, patience: int | None, keeps_best: bool) -> Path | None:
-    """The checkpoint with the final adapter if training had ended at `last`, else None.
-
-    Training ends after all steps, or after `patience` evaluations without improvement.
-
-    Args:
-        keeps_best: whether the final adapter is that of the best evaluation, not of the last step.
+    """The checkpoint with the final adapter if training had ended at `last`, else None: after all
+    steps, or after `patience` evaluations without improvement. With `keeps_best` the final adapter
+    is that of the best evaluation, not of the last step.
     """
     stopped_early = patience and evaluations_without_improvement(last) >= patience
     if read_state(last).global_step < steps and not stopped_early:
@@ -93,10 +92,3 @@ def _best(checkpoint: Path) -> Path | None:
     """The checkpoint of the best evaluation so far, which training may end with."""
     step = read_state(checkpoint).best_global_step
     return checkpoint.with_name(f"checkpoint-{step}") if step else None
-
-
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether it was sealed, and no file has changed since."""
-    return manifest.has_digests(checkpoint, DIGESTS) and not manifest.changed_files(
-        checkpoint, DIGESTS
-    )

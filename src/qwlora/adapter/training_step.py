@@ -8,7 +8,7 @@ user's own, is rows 1 and 3 to 5.
     | 1 | `forward` of the causal model and,   | `ChunkedLoss`               | the logits of a whole
     |   | while it runs, its `_loss_function`  | chunked_loss.py             | batch never exist
     |   | and the `forward` of its head        |                             |
-    |   | or: `forward` of the causal model    | `graph_forward` below       | train on quantized
+    |   | or: `forward` of the causal model    | `replaced_forward` below    | train on quantized
     |   |                                      |                             | activations
     | 2 | nothing: pre-hooks on the model and  | `RecoveryLoss`              | distance to the
     |   | on both output heads                 | recovery_loss.py            | float model
@@ -22,17 +22,15 @@ user's own, is rows 1 and 3 to 5.
 Row 1 comes before row 4 because `ChunkedLoss` keeps the head's `forward` that it finds, which must
 outlive row 4. The other rows do not depend on each other.
 
-Written for and tested with torch 2.13, transformers 5.24 and peft 0.21.2 (pyproject.toml has the
-ranges). What each row relies on beyond the documented interfaces:
+What each row relies on beyond the documented interfaces of torch 2.13, transformers 5.24 and peft
+0.21.2 (pyproject.toml has the ranges):
 
     1  transformers: `loss_function` reads the instance attribute `_loss_function`; a causal model's
        forward calls its head once and passes labels, logits and `num_items_in_batch` to the loss
     4  peft: the attributes of `peft.tuners.lora.Linear`; its forward is B(A(dropout(x))) * scaling
     5  torch: precision "medium" selects oneDNN on CPUs
 
-What `trainer.AdapterTrainer` changes by subclassing is not here: the recovery term is added to the
-loss, non-finite numbers stop the run, and checkpoints are plain adapters. It relies on these
-private or undocumented parts of transformers' Trainer: `_loss_shifts_labels`,
+`trainer.AdapterTrainer` relies on these parts of transformers' Trainer: `_loss_shifts_labels`,
 `_load_from_checkpoint`, `_load_best_model`, `_save`, `create_accelerator_and_postprocess` and
 `autocast_smart_context_manager`. `train.py` sets `TrainingArguments._n_gpu`.
 """
@@ -42,74 +40,33 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.helpers import disable_input_dtype_casting
-from torch import Tensor, nn
-from transformers import PreTrainedModel
+from torch import nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from qwlora.adapter.chunked_loss import ChunkedLoss, causal_model
 from qwlora.adapter.fused_forward import fused_lora
-from qwlora.adapter.recovery_loss import RecoveryLoss
 from qwlora.errors import TrainingError
 from qwlora.nn.temporary import replaced
 
 # Relative to the largest sum of 512 products. Measured errors: float32 1e-6, TF32 7e-4,
 # bfloat16 2e-3.
 _FLOAT32_TOLERANCE = 1e-5
-_NOT_INPUTS = frozenset(
-    {
-        "labels",
-        "num_items_in_batch",
-        "use_cache",
-        "return_dict",
-        "output_attentions",
-        "output_hidden_states",
-    }
+_NOT_INPUTS = (
+    *("labels", "num_items_in_batch", "use_cache", "return_dict"),
+    *("output_attentions", "output_hidden_states"),
 )
-
-
-class TrainableGraph(Protocol):
-    """A graph that replaces the model's forward; see `simulation.training_graph.TrainingGraph`."""
-
-    def __call__(self, **inputs: Any) -> Tensor:
-        """Logits, differentiable in the adapter's weights."""
-
-    def to(self, device: torch.device) -> Any:
-        """Move to the model's device; parameters that are there already are not copied."""
 
 
 @contextlib.contextmanager
 def replaced_forward(
-    model: nn.Module,
-    graph: TrainableGraph | None,
-    chunked: bool,
-    processes: int = 1,
+    model: nn.Module, graph: nn.Module | None, chunked: bool, processes: int = 1
 ) -> Iterator[None]:
-    """Row 1, until the context ends.
-
-    Args:
-        graph: replaces the forward of `model`, see `graph_forward`.
-        chunked: without a graph, use the chunked loss.
-        processes: number of training processes.
-
-    Raises:
-        TrainingError: see `ChunkedLoss` and `graph_forward`.
-    """
-    with contextlib.ExitStack() as stack:
-        if graph is not None:
-            stack.enter_context(graph_forward(model, graph, processes))
-        elif chunked:
-            stack.callback(ChunkedLoss(model).remove)
-        yield
-
-
-@contextlib.contextmanager
-def graph_forward(model: nn.Module, graph: TrainableGraph, processes: int) -> Iterator[None]:
-    """Replace the forward of `model` by a graph of what it computes once it is quantized.
+    """Row 1, until the context ends: the chunked loss if `chunked`, or a graph of what the model
+    computes once it is quantized (`simulation/training_graph.py`).
 
         loss = L(graph(inputs), labels),    L the model's own loss function
 
@@ -117,13 +74,15 @@ def graph_forward(model: nn.Module, graph: TrainableGraph, processes: int) -> It
     and files are the same as for other training. Given up: the logits of a whole batch exist,
     because the output head is inside the graph.
 
-    Args:
-        processes: number of training processes.
-
     Raises:
-        TrainingError: several processes, or a router loss, which a graph does not support. What
-            else it does not support is refused in the recipe (`Adapter.without_graph`).
+        TrainingError: see `ChunkedLoss`; or, with a graph, several training `processes` or a router
+            loss. What else a graph does not support is refused in the recipe
+            (`Adapter.without_graph`).
     """
+    if graph is None:
+        with ChunkedLoss(model) if chunked else contextlib.nullcontext():
+            yield
+        return
     if processes > 1:
         raise TrainingError(
             "training on quantized activations (a captured graph) does not support "
@@ -153,28 +112,6 @@ def graph_forward(model: nn.Module, graph: TrainableGraph, processes: int) -> It
 
 
 @contextlib.contextmanager
-def training_steps(
-    model: PeftModel, autocast: bool, teacher: PreTrainedModel | None = None
-) -> Iterator[RecoveryLoss | None]:
-    """Rows 2 to 5, until the context ends; yields the recovery loss if there is a teacher.
-
-    Args:
-        model: on the device where it is trained.
-        autocast: whether the forward runs under autocast.
-        teacher: the float model, on the same device.
-
-    Raises:
-        TrainingError: see `RecoveryLoss`.
-    """
-    with contextlib.ExitStack() as stack:
-        recovery = None if teacher is None else RecoveryLoss(model, teacher)
-        if recovery is not None:
-            stack.callback(recovery.remove)
-        stack.enter_context(lean_steps(model, autocast))
-        yield recovery
-
-
-@contextlib.contextmanager
 def memory_saving(
     model: nn.Module, autocast: bool = False, chunked_loss: bool = True
 ) -> Iterator[None]:
@@ -192,9 +129,6 @@ def memory_saving(
             would cast them to float32 first.
         chunked_loss: compute `model(ids, labels=ids).loss` without the logits of the whole batch,
             see `ChunkedLoss`. False for a loss of your own, which needs the logits.
-
-    Raises:
-        TrainingError: see `ChunkedLoss`.
     """
     with replaced_forward(model, None, chunked_loss), lean_steps(model, autocast):
         yield
@@ -227,20 +161,14 @@ def onednn_float32_matmul(device: torch.device | str = "cpu") -> Iterator[None]:
         return
     torch.set_float32_matmul_precision("medium")
     try:
-        if not _products_are_exact():
-            torch.set_float32_matmul_precision("highest")
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(512, 512, generator=generator)
+        w = torch.randn(1024, 512, generator=generator)
+        y = x @ w.T
+        for product, left, right in ((y, x, w.T), (y @ w, y, w)):
+            exact = left.double() @ right.double()
+            if float((product - exact).abs().max() / exact.abs().max()) >= _FLOAT32_TOLERANCE:
+                torch.set_float32_matmul_precision("highest")
         yield
     finally:
         torch.set_float32_matmul_precision("highest")
-
-
-def _products_are_exact() -> bool:
-    generator = torch.Generator().manual_seed(0)
-    x, w = torch.randn(512, 512, generator=generator), torch.randn(1024, 512, generator=generator)
-    y = x @ w.T
-    for product, left, right in ((y, x, w.T), (y @ w, y, w)):
-        exact = left.double() @ right.double()
-        error = float((product - exact).abs().max())
-        if error >= _FLOAT32_TOLERANCE * float(exact.abs().max()):
-            return False
-    return True

@@ -24,14 +24,8 @@ from qwlora.errors import SourceError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen.
-
-    Args:
-        max_new_tokens: most tokens of an answer.
-        temperature: 0: always the likeliest token. Above: sample from softmax(logits /
-            temperature), over the whole vocabulary.
-        seed: of the samples.
-    """
+    """How tokens are chosen: always the likeliest at temperature 0, else from softmax(logits /
+    temperature), over the whole vocabulary."""
 
     max_new_tokens: int = 128
     temperature: float = 0.0
@@ -40,19 +34,12 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer and how long it took.
+    """An answer and how long it took."""
 
-    Args:
-        text: without special tokens.
-        tokens: number of generated tokens, with the one that ended it.
-        first_seconds: until the first token, which includes reading the prompt.
-        seconds: until the last one.
-    """
-
-    text: str
-    tokens: int
-    first_seconds: float
-    seconds: float
+    text: str  # without special tokens
+    tokens: int  # generated, with the one that ended it
+    first_seconds: float  # until the first token, which includes reading the prompt
+    seconds: float  # until the last one
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -64,11 +51,7 @@ class Answer:
 def prompt_ids(
     tokenizer: PreTrainedTokenizerBase, prompt: str | Sequence[Mapping[str, Any]]
 ) -> Int64[Tensor, "1 tokens"]:
-    """Token ids of a text, or of a conversation rendered with the tokenizer's chat template.
-
-    Raises:
-        SourceError: the template refuses the conversation, or the prompt has no tokens.
-    """
+    """Token ids of a text, or of a conversation rendered with the tokenizer's chat template."""
     messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
     for message in messages:
         try:
@@ -102,9 +85,6 @@ def generate_text(
 
     Args:
         write: receives the text in parts, as soon as no later token can change them.
-
-    Raises:
-        SourceError: the prompt leaves no position for an answer.
     """
     count, limit = ids.shape[1], sampling.max_new_tokens
     config: Any = model.config.get_text_config()
@@ -116,7 +96,9 @@ def generate_text(
                 "shorten the prompt"
             )
         limit = min(limit, positions - count)
-    ends = _end_tokens(model, tokenizer)
+    stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    tokens = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
+    ends = list(dict.fromkeys(token for token in tokens if token is not None))
     padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (ends or [0])[0]
     chosen: dict[str, Any] = {"do_sample": False}
     if sampling.temperature > 0:
@@ -124,26 +106,16 @@ def generate_text(
     settings = GenerationConfig(
         max_new_tokens=limit, eos_token_id=ends or None, pad_token_id=padding, **chosen
     )
-    streamer, generate = _Streamer(tokenizer, write), cast(Any, model).generate
+    streamer = _Streamer(tokenizer, write)
     torch.manual_seed(sampling.seed)
     with torch.inference_mode():
-        generate(
+        cast(Any, model).generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             generation_config=settings,
             streamer=streamer,
         )
     return streamer.answer()
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer, of the model's generation settings and of the tokenizer."""
-    settings: Any = getattr(model, "generation_config", None)
-    tokens = [tokenizer.eos_token_id]
-    if settings is not None:
-        stated = settings.eos_token_id
-        tokens += stated if isinstance(stated, list) else [stated]
-    return list(dict.fromkeys(token for token in tokens if token is not None))
 
 
 class _Streamer(TextStreamer):

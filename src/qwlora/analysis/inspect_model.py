@@ -16,13 +16,11 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
-from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import SourceError
 from qwlora.formats.aimet import AimetCheckpoint
@@ -31,32 +29,27 @@ from qwlora.formats.base_files import BaseCheckpoint
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
-from qwlora.formats.meta_model import empty_model
 from qwlora.formats.model_source import fetch, quantization_of
 from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.grid.encoding import sqnr_db
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.grid.sqnr import sqnr_db
+
+if TYPE_CHECKING:
+    from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 
 FLOATS = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 
 
 @dataclass(frozen=True)
 class TensorView:
-    """One tensor of a model.
-
-    Args:
-        shape: of the values; `[out, in]` for integers.
-        grid: the scheme, without symmetry if the tensor was not read; or the dtype of floats.
-        bytes: all stored bytes, including scales and offsets.
-        sqnr_db: SQNR against another source, if one was given; infinite if equal.
-    """
+    """One tensor of a model."""
 
     name: str
-    shape: tuple[int, ...]
-    grid: str
-    bytes: int
-    sqnr_db: float | None = None
+    shape: tuple[int, ...]  # of the values; `[out, in]` for integers
+    grid: str  # the scheme, without symmetry if the tensor was not read; or the dtype of floats
+    bytes: int  # all stored bytes, including scales and offsets
+    sqnr_db: float | None = None  # against another source, if one was given; infinite if equal
 
     @property
     def weights(self) -> int:
@@ -82,18 +75,12 @@ class TensorView:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The content of a model's files.
+    """The content of a model's files."""
 
-    Args:
-        kind: the format, in words.
-        source: as given.
-        fingerprint: of a QWLoRA base; None for other formats.
-    """
-
-    kind: str
+    kind: str  # the format, in words
     source: str
     tensors: tuple[TensorView, ...]
-    fingerprint: str | None = None
+    fingerprint: str | None = None  # of a QWLoRA base
 
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
@@ -145,10 +132,6 @@ def inspect_source(
             tensor. Reads both in full, one tensor at a time.
         encodings, keep_float, block_order: an AIMET encodings file for the float model in `source`;
             see `open_checkpoint`.
-
-    Raises:
-        SourceError: a source has another format or cannot be read, or no tensor is in both.
-        EncodingsFileError: the encodings do not fit the model.
     """
     files = _open(fetch(source).path, encodings, keep_float, block_order)
     views = _views(files)
@@ -156,8 +139,7 @@ def inspect_source(
         reference = _open(fetch(against).path)
         if not files.headers.keys() & reference.headers.keys():
             raise SourceError(
-                f"{source!r} and {against!r} have no tensor name in common. Give two versions of "
-                "the same model"
+                f"{source!r} and {against!r} have no tensor name in common. They must be one model"
             )
         views = [_compared(view, files, reference) for view in views]
     return Inspection(files.kind, source, tuple(views), files.fingerprint)
@@ -174,36 +156,13 @@ class _Header(NamedTuple):
 
 @dataclass(frozen=True)
 class _ModelFiles:
-    """The files of one model, opened by their headers.
-
-    Args:
-        kind: the format, in words.
-        reader: reads one parameter or buffer by name.
-        headers: what is stored for each of them.
-        schemes: grid and shape of the tensors whose headers state them.
-        fingerprint: of a QWLoRA base.
-    """
+    """The files of one model, opened by their headers. Schemes are those that headers state."""
 
     kind: str
-    reader: Checkpoint | SafetensorsFiles
+    reader: Checkpoint | SafetensorsFiles  # of one parameter or buffer by name
     headers: Mapping[str, tuple[_Header, ...]]
     schemes: Mapping[str, tuple[Scheme, tuple[int, ...]]] = field(default_factory=dict)
     fingerprint: str | None = None
-
-    @cached_property
-    def transposed(self) -> frozenset[str]:
-        """Names of the parameters stored as `[in, out]`: weights of Conv1D, and experts of modules
-        with `is_transposed` (see `nn/packed_experts.py`). Slow: it builds the model."""
-        if isinstance(self.reader, SafetensorsFiles):
-            return frozenset()
-        names = set()
-        for path, module in empty_model(self.reader.config).named_modules():
-            if isinstance(module, Conv1D):
-                names.add(f"{path}.weight")
-            if getattr(module, "is_transposed", False):
-                parameters = module.named_parameters(recurse=False)
-                names |= {f"{path}.{key}" for key, p in parameters if p.ndim == 3}
-        return frozenset(names)
 
 
 def _open(
@@ -212,42 +171,47 @@ def _open(
     keep_float: Sequence[str] = (),
     block_order: BlockOrder | None = None,
 ) -> _ModelFiles:
+    schemes: dict[str, tuple[Scheme, tuple[int, ...]]] = {}
+    fingerprint, reader = None, None
     try:
-        checkpoint = open_checkpoint(
-            path, encodings, keep_float=keep_float, block_order=block_order
-        )
+        reader = open_checkpoint(path, encodings, keep_float=keep_float, block_order=block_order)
     except SourceError:
         is_config = path.is_dir() and (path / "config.json").is_file()
         if encodings is not None or not is_config or quantization_of(path)[0] is not None:
             raise
-        files = SafetensorsFiles(path)  # not a language model; its headers can still be shown
+    if reader is None:  # not a language model; its headers can still be shown
+        kind, files = "float checkpoint", SafetensorsFiles(path)
         stored = {name: [name] for name in files.names()}
-        return _ModelFiles("float checkpoint", files, _headers(files, stored))
-    if isinstance(checkpoint, BaseCheckpoint):
-        headers = _headers(checkpoint.files, checkpoint.stored)
-        fingerprint = checkpoint.record["fingerprint"]
-        return _ModelFiles("QWLoRA base", checkpoint, headers, checkpoint.schemes(), fingerprint)
-    if isinstance(checkpoint, AimetCheckpoint):
-        kind, headers = "float checkpoint with AIMET encodings", _folder_headers(checkpoint.floats)
-        return _ModelFiles(kind, checkpoint, headers, checkpoint.schemes())
-    if isinstance(checkpoint, FolderCheckpoint):
-        kind = f"{quantization_of(path)[0] or 'float'} checkpoint"
-        return _ModelFiles(kind, checkpoint, _folder_headers(checkpoint))
-    from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
-
-    assert isinstance(checkpoint, GgufCheckpoint)
-    in_file = checkpoint.file.tensors
+    elif isinstance(reader, BaseCheckpoint):
+        kind, files, stored = "QWLoRA base", reader.files, reader.stored
+        schemes, fingerprint = reader.schemes(), reader.record["fingerprint"]
+    elif isinstance(reader, AimetCheckpoint):
+        kind, files = "float checkpoint with AIMET encodings", reader.floats.files
+        stored, schemes = _stored(reader.floats), reader.schemes()
+    elif isinstance(reader, FolderCheckpoint):
+        kind, files = f"{quantization_of(path)[0] or 'float'} checkpoint", reader.files
+        stored = _stored(reader)
+    else:
+        in_file = cast("GgufCheckpoint", reader).file.tensors
+        headers = {
+            name: tuple(
+                _Header("weight", in_file[key].kind, in_file[key].shape, in_file[key].size_bytes)
+                for key in cast("GgufCheckpoint", reader).stored_names(name)
+            )
+            for name in reader.names()
+        }
+        return _ModelFiles("GGUF file", reader, headers)
     headers = {
         name: tuple(
-            _Header("weight", stored.kind, stored.shape, stored.size_bytes)
-            for stored in (in_file[key] for key in checkpoint.stored_names(name))
+            _Header(p.rpartition(".")[2], files.dtype(p), files.shape(p), files.nbytes(p))
+            for p in parts
         )
-        for name in checkpoint.names()
+        for name, parts in stored.items()
     }
-    return _ModelFiles("GGUF file", checkpoint, headers)
+    return _ModelFiles(kind, files if reader is None else reader, headers, schemes, fingerprint)
 
 
-def _folder_headers(checkpoint: FolderCheckpoint) -> dict[str, tuple[_Header, ...]]:
+def _stored(checkpoint: FolderCheckpoint) -> dict[str, list[str]]:
     """The stored tensors of each parameter: the one of its name, or all of its layer except the
     bias."""
     files = checkpoint.files
@@ -255,7 +219,7 @@ def _folder_headers(checkpoint: FolderCheckpoint) -> dict[str, tuple[_Header, ..
     for name in files.names():
         if not name.endswith(".bias"):
             by_layer.setdefault(name.rpartition(".")[0], []).append(name)
-    stored = {
+    return {
         name: [
             part
             for source in checkpoint.stored_names(name)
@@ -264,21 +228,6 @@ def _folder_headers(checkpoint: FolderCheckpoint) -> dict[str, tuple[_Header, ..
             )
         ]
         for name in checkpoint.names()
-    }
-    return _headers(files, stored)
-
-
-def _headers(
-    files: SafetensorsFiles, stored: Mapping[str, Sequence[str]]
-) -> dict[str, tuple[_Header, ...]]:
-    return {
-        name: tuple(
-            _Header(
-                part.rpartition(".")[2], files.dtype(part), files.shape(part), files.nbytes(part)
-            )
-            for part in parts
-        )
-        for name, parts in stored.items()
     }
 
 
@@ -294,49 +243,51 @@ def _views(files: _ModelFiles) -> list[TensorView]:
             shape_and_grid = headers[0].shape, FLOATS[headers[0].dtype]
         else:
             if headers not in known:
-                shape, grid = _described(files.reader.read(name))
-                if alike[headers] > 1:
-                    grid = re.sub(" a?symmetric", "", grid)
-                known[headers] = shape, grid
+                value = files.reader.read(name)
+                if isinstance(value, QuantizedTensor):
+                    shape, grid = value.codes.shape, str(value.encoding.scheme)
+                    if alike[headers] > 1:
+                        grid = re.sub(" a?symmetric", "", grid)
+                else:
+                    shape, grid = value.shape, str(value.dtype).removeprefix("torch.")
+                known[headers] = tuple(shape), grid
             shape_and_grid = known[headers]
         views.append(TensorView(name, *shape_and_grid, sum(part.bytes for part in headers)))
     return views
-
-
-def _described(value: Tensor | QuantizedTensor) -> tuple[tuple[int, ...], str]:
-    if isinstance(value, QuantizedTensor):
-        return tuple(value.codes.shape), str(value.encoding.scheme)
-    return tuple(value.shape), str(value.dtype).removeprefix("torch.")
 
 
 def _compared(view: TensorView, files: _ModelFiles, reference: _ModelFiles) -> TensorView:
     if view.name not in reference.headers:
         return view
     ours, theirs = files.reader.read(view.name), reference.reader.read(view.name)
-    w_hat = _laid_out_like(theirs, ours, files, view.name)
-    w = _laid_out_like(ours, theirs, reference, view.name)
-    if w.shape != w_hat.shape:
+    pairs = [
+        (w_hat, w)
+        for w_hat in _layouts(ours, theirs)
+        for w in _layouts(theirs, ours)
+        if w_hat.shape == w.shape
+    ]
+    if not pairs:
+        shapes = [list(_layouts(value, value)[0].shape) for value in (ours, theirs)]
         raise SourceError(
-            f"{view.name} has shape {list(w_hat.shape)} in one source and {list(w.shape)} in the "
-            "other. Give two versions of the same model"
+            f"{view.name} has shape {shapes[0]} in one source and {shapes[1]} in the other. Give "
+            "two versions of the same model"
         )
     if isinstance(ours, QuantizedTensor):
         view = replace(view, grid=str(ours.encoding.scheme))
-    noise, signal = (float(values.double().square().sum()) for values in (w - w_hat, w))
-    return replace(view, sqnr_db=sqnr_db(signal, noise))
+    ratios = [
+        sqnr_db(float(w.double().square().sum()), float((w - w_hat).double().square().sum()))
+        for w_hat, w in pairs
+    ]
+    return replace(view, sqnr_db=max(ratios))
 
 
-def _laid_out_like(
-    pattern: Tensor | QuantizedTensor,
-    value: Tensor | QuantizedTensor,
-    files: _ModelFiles,
-    name: str,
-) -> Tensor:
-    """The values of `value` as floats; as `[out, in]` if the pattern is integers."""
+def _layouts(value: Tensor | QuantizedTensor, other: Tensor | QuantizedTensor) -> list[Tensor]:
+    """The values of `value` as floats, in each layout that it may have. Next to integers [out, in],
+    floats may be [in, out] (Conv1D, some fused experts) or a kernel: the better fit is right."""
     if isinstance(value, QuantizedTensor):
-        return value.dequantize()
+        return [value.dequantize()]
     values = value.to(torch.float32)
-    if not isinstance(pattern, QuantizedTensor):
-        return values
-    values = values.mT if name in files.transposed else values
-    return values.flatten(1) if pattern.codes.ndim == 2 and values.ndim > 2 else values
+    if not isinstance(other, QuantizedTensor) or values.ndim < 2:
+        return [values]
+    is_kernel = other.codes.ndim == 2 < values.ndim
+    return [values.flatten(1)] if is_kernel else [values, values.mT]

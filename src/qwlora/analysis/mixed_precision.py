@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwlora.analysis.sensitivity import Loss, sensitivities
+from qwlora.analysis.sensitivity import sensitivities
 from qwlora.errors import CalibrationError
 from qwlora.simulation.placement_rules import PlacementRule
 from qwlora.simulation.simulation import Simulation
@@ -29,21 +29,14 @@ from qwlora.system.progress import Track, untracked
 class Suggestion:
     """The result of a search, which the simulation has afterwards.
 
-    Args:
-        wide: names of the activations on the wide grid, in graph order.
-        narrow: number of activations on the narrow grid.
-        kept: number of activations that were not searched.
-        rules: rules that create the assignment in a simulation with narrow activations; append them
-            to its other rules.
-        measured, all_narrow, all_wide: the measure of the assignment and of both extremes.
-        limit: as given.
+    The rules create it in a simulation with narrow activations; append them to its other rules.
     """
 
-    wide: tuple[str, ...]
-    narrow: int
-    kept: int
+    wide: tuple[str, ...]  # names of the activations on the wide grid, in graph order
+    narrow: int  # number of activations on the narrow grid
+    kept: int  # number of activations that were not searched
     rules: tuple[PlacementRule, ...]
-    measured: float
+    measured: float  # the measure of the assignment
     all_narrow: float
     all_wide: float
     limit: float
@@ -56,7 +49,6 @@ def suggest(
     limit: float,
     narrow: int = 8,
     wide: int = 16,
-    loss: Loss | None = None,
     track: Track = untracked,
 ) -> Suggestion:
     """Search for an assignment of bitwidths and apply it to a calibrated simulation.
@@ -66,9 +58,6 @@ def suggest(
         measure: what to keep within `limit`, smaller is better; for example the simulation's
             perplexity. It is called several dozen times.
         narrow, wide: bitwidths.
-
-    Raises:
-        CalibrationError: the measure exceeds the limit even with all activations on the wide grid.
     """
     ruled = {mark.name for mark in simulation.marks if mark.ruled}
     searched = [n for n, q in simulation.quantizers.items() if not q.fixed and n not in ruled]
@@ -95,7 +84,7 @@ def suggest(
             "(simulation.rules with keep: float)"
         )
     all_narrow = measured([])
-    ranking = [s.name for s in sensitivities(simulation, batches, loss, track)]
+    ranking = [s.name for s in sensitivities(simulation, batches, track=track)]
     ranking = [name for name in ranking if name in set(searched)]
     chosen = _promote(ranking, lambda names: measured(names) <= limit, track)
     chosen = _demote(chosen, lambda names: measured(names) <= limit, track)

@@ -1,4 +1,5 @@
-"""How much each part of a simulation adds to the loss, and how far its activations are off.
+"""What quantization does to a simulation: how much each part adds to the loss, and how far its
+activations are off.
 
 adapted            only base weights are quantized
 adapter_weights    also lora_A and lora_B
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 
 from qwlora.graph.quantized_graph import Kind
-from qwlora.grid.sqnr import sqnr_db
+from qwlora.grid.encoding import sqnr_db
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.progress import Track, untracked
 
@@ -22,11 +23,7 @@ from qwlora.system.progress import Track, untracked
 def cumulative_costs(
     simulation: Simulation, measure: Callable[[], float], track: Track = untracked
 ) -> dict[str, float]:
-    """`measure()` after each step above, by name. Steps that quantize nothing are omitted.
-
-    Raises:
-        CalibrationError: an activation has no encoding yet.
-    """
+    """`measure()` after each step above, by name. Steps that quantize nothing are omitted."""
     simulation.encodings  # noqa: B018 (raises if not calibrated)
     adapter, parameters = (
         [m.name for m in simulation.marks if m.kind is kind and m.name in simulation.weights]
@@ -69,3 +66,23 @@ def layer_sqnr(
             signal[name] += float(expected[name].square().sum())
             noise[name] += float((value - expected[name]).square().sum())
     return {name: sqnr_db(signal[name], noise[name]) for name in signal}
+
+
+def encodings_summary(simulation: Simulation) -> dict[str, Any]:
+    """`ranges` of activations by name (min = offset * scale, max = (offset + 2^bitwidth - 1) *
+    scale, to six digits), and `bits`: the number of encodings by kind and bitwidth."""
+    ranges: dict[str, dict[str, float]] = {}
+    bits: dict[str, dict[str, int]] = {}
+    for name, kind in {mark.name: mark.kind for mark in simulation.marks}.items():
+        encoding = simulation.encodings.get(name)
+        if encoding is None:  # stays float
+            continue
+        width = encoding.scheme.bitwidth
+        by_width = bits.setdefault(kind.value, {})
+        by_width[str(width)] = by_width.get(str(width), 0) + 1
+        if kind is Kind.ACTIVATION:
+            low = encoding.offset * encoding.scale
+            ends = low.min(), (low + encoding.scheme.steps * encoding.scale).max()
+            least, most = (float(f"{float(end):.6g}") for end in ends)
+            ranges[name] = {"min": least, "max": most, "bitwidth": width}
+    return {"ranges": ranges, "bits": bits}

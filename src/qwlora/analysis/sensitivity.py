@@ -14,14 +14,14 @@ information as in Li et al. 2021 (BRECQ, https://arxiv.org/abs/2102.05426).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.sqnr import sqnr_db
+from qwlora.grid.encoding import Encoding, sqnr_db
 from qwlora.nn.temporary import gradients_disabled
 from qwlora.simulation.fake_quantizer import Quantizer
 from qwlora.simulation.simulation import Simulation
@@ -32,18 +32,12 @@ Loss = Callable[[Tensor, Mapping[str, Any]], Tensor]
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """The sensitivity of one quantizer.
-
-    Args:
-        bitwidth: of its encoding.
-        cost: estimated increase of the loss, summed over all batches.
-        sqnr_db: `10 log10 (sum x^2 / sum e^2)`, on the values of the float graph.
-    """
+    """The sensitivity of one quantizer."""
 
     name: str
-    bitwidth: int
-    cost: float
-    sqnr_db: float
+    bitwidth: int  # of its encoding
+    cost: float  # estimated increase of the loss, summed over all batches
+    sqnr_db: float  # `10 log10 (sum x^2 / sum e^2)`, on the values of the float graph
 
 
 @dataclass
@@ -64,9 +58,6 @@ def sensitivities(
     Args:
         batches: the model's arguments; keep them short, all activations are in memory at once.
         loss: maps primary output and batch to a scalar. Default: `next_token_loss`.
-
-    Raises:
-        CalibrationError: an activation has no encoding yet.
     """
     simulation.encodings  # noqa: B018 (raises if not calibrated)
     sums = {name: _Sums() for name in simulation.quantizers}
@@ -80,18 +71,17 @@ def sensitivities(
         result: Tensor = _MeasureCost.apply(output, quantizer.encoding, sums[quantizer.name])
         return result
 
-    hooks = [q.register_forward_hook(add_cost_node) for q in simulation.quantizers.values()]
-    try:
+    with ExitStack() as stack:
+        for quantizer in simulation.quantizers.values():
+            stack.callback(quantizer.register_forward_hook(add_cost_node).remove)
         # without it, gradients of parameters would make values require gradients before their hook
-        with gradients_disabled(simulation), simulation.only():
-            for batch in track(batches, "measuring sensitivity", len(batches)):
-                with torch.enable_grad():
-                    value = (loss or next_token_loss)(simulation.primary(batch), batch)
-                torch.autograd.backward(value, inputs=leaves)
-                leaves.clear()
-    finally:
-        for hook in hooks:
-            hook.remove()
+        stack.enter_context(gradients_disabled(simulation))
+        stack.enter_context(simulation.only())
+        for batch in track(batches, "measuring sensitivity", len(batches)):
+            with torch.enable_grad():
+                value = (loss or next_token_loss)(simulation.primary(batch), batch)
+            torch.autograd.backward(value, inputs=leaves)
+            leaves.clear()
     ranking = [
         Sensitivity(
             name, q.scheme.bitwidth, sums[name].cost, sqnr_db(sums[name].signal, sums[name].noise)

@@ -18,6 +18,7 @@ import logging
 import math
 import random
 from collections.abc import Iterator, Sequence
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +36,7 @@ _BOOTSTRAPS = 1000  # for standard errors of metrics that are not means
 
 
 def load_tasks(names: Sequence[str]) -> dict[str, Any]:
-    """The tasks and groups of `names`, as `lm_eval.evaluate` takes them.
-
-    Raises:
-        MissingExtraError: lm-eval is not installed.
-        SourceError: there is no such task or file, or it or its dataset cannot be read.
-    """
+    """The tasks and groups of `names`, as `lm_eval.evaluate` takes them."""
     require("lm_eval", EXTRA)
     from lm_eval.tasks import TaskManager
 
@@ -74,11 +70,7 @@ def score_tasks(
     description: str = "scoring tasks",
     track: Track = untracked,
 ) -> dict[str, Any]:
-    """Scores by task and group.
-
-    Args:
-        tasks: from `load_tasks`.
-        limit: documents of each task; None for all.
+    """Scores by task and group of `tasks` (see `load_tasks`), on the first `limit` documents.
 
     Returns:
         For each: `value`, `stderr` and `metric` of its first metric, `higher_is_better`, `shots`,
@@ -97,11 +89,20 @@ def score_tasks(
         bootstrap_iters=_BOOTSTRAPS,
         log_samples=False,
     )
-    return {
-        name: _score(name, scores, results)
-        for name, scores in results["results"].items()
-        if _metrics(scores)
-    }
+    better, shots = results.get("higher_is_better", {}), results.get("n-shot", {})
+    counts, report = results.get("n-samples", {}), {}
+    for name, scores in results["results"].items():
+        if metrics := _metrics(scores):
+            metric, first = next(iter(metrics.items()))
+            report[name] = {
+                **first,
+                "metric": metric,
+                "higher_is_better": better.get(name, {}).get(metric.partition(" (")[0]),
+                "shots": shots.get(name),
+                "documents": counts.get(name, {}).get("effective"),
+                "metrics": metrics,
+            }
+    return report
 
 
 def _harness(
@@ -130,14 +131,9 @@ def _harness(
             next(self._steps, None)
             return logits
 
-        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood(requests, True)
-
-        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().generate_until(requests, True)
-
-        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
-            return super().loglikelihood_rolling(requests, True)
+        loglikelihood = partialmethod(HFLM.loglikelihood, disable_tqdm=True)
+        loglikelihood_rolling = partialmethod(HFLM.loglikelihood_rolling, disable_tqdm=True)
+        generate_until = partialmethod(HFLM.generate_until, disable_tqdm=True)
 
     return Harness(pretrained=model, tokenizer=tokenizer, batch_size=1)
 
@@ -153,20 +149,6 @@ def _metrics(scores: dict[str, Any]) -> dict[str, dict[str, float | None]]:
         stderr = _finite(scores.get(f"{metric}_stderr,{filtered}"))
         metrics[name] = {"value": _finite(value), "stderr": stderr}
     return metrics
-
-
-def _score(name: str, scores: dict[str, Any], results: dict[str, Any]) -> dict[str, Any]:
-    metrics = _metrics(scores)
-    metric, first = next(iter(metrics.items()))
-    better = results.get("higher_is_better", {}).get(name, {})
-    return {
-        **first,
-        "metric": metric,
-        "higher_is_better": better.get(metric.partition(" (")[0]),
-        "shots": results.get("n-shot", {}).get(name),
-        "documents": results.get("n-samples", {}).get(name, {}).get("effective"),
-        "metrics": metrics,
-    }
 
 
 def _finite(value: Any) -> float | None:

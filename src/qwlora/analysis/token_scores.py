@@ -48,34 +48,21 @@ def logits_of(model: Callable[..., Any]) -> Logits:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A model against the reference, by loss token.
-
-    Args:
-        reference_nll: of the reference, nats.
-        kl: KL divergence from the reference, nats.
-        same_likeliest: whether both have the same likeliest token.
-    """
+    """A model against the reference, by loss token."""
 
     reference_nll: Float64[Tensor, " tokens"]
-    kl: Float64[Tensor, " tokens"]
-    same_likeliest: Bool[Tensor, " tokens"]
+    kl: Float64[Tensor, " tokens"]  # divergence from the reference, nats
+    same_likeliest: Bool[Tensor, " tokens"]  # whether both have the same likeliest token
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """The loss tokens of some sequences, in order.
+    """The loss tokens of some sequences, in order."""
 
-    Args:
-        nll: negative log-likelihood, nats.
-        sequences: the sequence of each token.
-        documents: the document of each token, if known.
-        comparison: with a reference only.
-    """
-
-    nll: Float64[Tensor, " tokens"]
-    sequences: Int64[Tensor, " tokens"]
-    documents: Int64[Tensor, " tokens"] | None
-    comparison: Comparison | None
+    nll: Float64[Tensor, " tokens"]  # negative log-likelihood, nats
+    sequences: Int64[Tensor, " tokens"]  # the sequence of each token
+    documents: Int64[Tensor, " tokens"] | None  # the document of each token, if known
+    comparison: Comparison | None  # with a reference only
 
     @property
     def perplexity(self) -> float:
@@ -144,10 +131,6 @@ def score_tokens(
 
     Args:
         reference: logits of the model to compare with; runs on each sequence after the other.
-
-    Raises:
-        NonFiniteError: a sum over a sequence is NaN or infinite, or the mean loss is too large for
-            a perplexity. The message names the sequence.
     """
     data = as_sequences(sequences)
     parts: list[tuple[Tensor, ...]] = []

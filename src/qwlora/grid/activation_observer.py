@@ -107,7 +107,9 @@ class SampleObserver:
         if x.requires_grad:
             x = x.detach()
         if self.sampled:
-            rows = _as_rows(x)
+            rows = x  # along the last axis, with a single axis of rows where that needs no copy
+            if x.ndim < 2 or x.is_contiguous():
+                rows = x.reshape(-1, x.shape[-1] if x.ndim > 1 else 1)
             ends = self._take_tails(rows, torch.stack([-rows.amin(-1), rows.amax(-1)]).flatten(1))
         else:
             ends = torch.stack([-x.amin(), x.amax()])  # two passes, faster than torch.aminmax
@@ -144,19 +146,14 @@ class SampleObserver:
 
     def _take_tails(self, rows: Tensor, reach: Float[Tensor, "2 rows"]) -> Float[Tensor, " 2"]:
         """Keep the values furthest out, given how far each row reaches on either side; returns how
-        far all rows reach.
-        """
-        furthest, where = reach.topk(
-            max(1, min(ROWS_IN_TAIL, reach.shape[1] // 2))
-        )  # of half of the rows at most, so that the bounds never cross
+        far all rows reach."""
+        # of half of the rows at most, so that the bounds never cross
+        furthest, where = reach.topk(max(1, min(ROWS_IN_TAIL, reach.shape[1] // 2)))
         lows, highs = furthest.tolist()
         tails, bounds = furthest, (lows[-1], highs[-1])
         if lows[0] > _FAR_OUT * lows[-1] or highs[0] > _FAR_OUT * highs[-1]:
-            values = (
-                rows.reshape(-1, rows.shape[-1])
-                .index_select(0, where[:, :ROWS_LOOKED_AT].flatten())
-                .view(2, -1)
-            )
+            looked_at = where[:, :ROWS_LOOKED_AT].flatten()
+            values = rows.reshape(-1, rows.shape[-1]).index_select(0, looked_at).view(2, -1)
             values[0].neg_()
             if values.shape[1] > VALUES_IN_TAIL:
                 values = values.topk(VALUES_IN_TAIL).values
@@ -177,15 +174,17 @@ class SampleObserver:
     def _take(self, rows: Tensor) -> None:
         columns = rows.shape[-1]
         count = rows.numel() // columns
-        if not self.row_stride:
-            self.row_stride, self.column_stride = _strides(count, columns)
+        if not self.row_stride:  # all columns if a row is within a batch's limit
+            self.row_stride, self.column_stride = count, -(-columns // VALUES_A_BATCH)
+            if columns <= VALUES_A_BATCH:
+                self.row_stride, self.column_stride = -(-count // (VALUES_A_BATCH // columns)), 1
         while -(-count // self.row_stride) * -(-columns // self.column_stride) > VALUES_A_BATCH:
             self._halve(of_rows=self.row_stride < count)
-        taken = _every(rows, _turned(self.batches, _ROW_TURN, self.row_stride), self.row_stride)
+        first = int(self.batches * _ROW_TURN % 1 * self.row_stride)
+        taken = _every(rows, first, self.row_stride)
         if self.column_stride > 1:
-            taken = taken[
-                :, _turned(self.batches, _COLUMN_TURN, self.column_stride) :: self.column_stride
-            ]
+            first = int(self.batches * _COLUMN_TURN % 1 * self.column_stride)
+            taken = taken[:, first :: self.column_stride]
         self._add_to_sample(taken)
         while self._sample_count > VALUES:  # a stride beyond the axis would skip whole batches
             self._halve(
@@ -229,42 +228,17 @@ def _further(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:
     return max(a[0], b[0]), max(a[1], b[1])
 
 
-def _strides(rows: int, columns: int) -> tuple[int, int]:
-    """Strides of sampled rows and columns: all columns if a row is within a batch's limit."""
-    if columns <= VALUES_A_BATCH:
-        return -(-rows // (VALUES_A_BATCH // columns)), 1
-    return rows, -(-columns // VALUES_A_BATCH)
-
-
-def _as_rows(x: Tensor) -> Float[Tensor, "*axes columns"]:
-    """`x` along its last axis, with a single axis of rows where that needs no copy."""
-    if x.ndim < 2:
-        return x.reshape(-1, 1)
-    return x.view(-1, x.shape[-1]) if x.is_contiguous() else x
-
-
-def _turned(batches: int, turn: float, stride: int) -> int:
-    """Where in a stride a batch begins."""
-    return int(batches * turn % 1 * stride)
-
-
-def _every(
-    rows: Float[Tensor, "*axes columns"], first: int, stride: int
-) -> Float[Tensor, "some columns"]:
-    """Rows at equal distances over all axes but the last; copies only those."""
+def _every(rows: Float[Tensor, "*axes columns"], first: int, stride: int) -> Tensor:
+    """Rows [some, columns] at equal distances over all axes but the last; copies only those."""
     if rows.ndim == 2:
         return rows[first::stride]
     count = rows.numel() // rows.shape[-1]
-    return rows[
-        torch.unravel_index(
-            torch.arange(min(first, count), count, stride, device=rows.device), rows.shape[:-1]
-        )
-    ]
+    chosen = torch.arange(min(first, count), count, stride, device=rows.device)
+    return rows[torch.unravel_index(chosen, rows.shape[:-1])]
 
 
 @lru_cache(maxsize=16)  # activations have few sizes, and drawing takes longer than a small layer
 def _any_of(count: int, keep: int) -> Tensor:
     """Ascending indices of `keep` out of `count`; always the same."""
-    return (
-        torch.randperm(count, generator=torch.Generator().manual_seed(count))[:keep].sort().values
-    )
+    generator = torch.Generator().manual_seed(count)
+    return torch.randperm(count, generator=generator)[:keep].sort().values

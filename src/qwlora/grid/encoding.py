@@ -24,6 +24,7 @@ is narrowed.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import torch
@@ -46,10 +47,6 @@ class Encoding:
         scale: float32, shape `scheme.scale_shape(tensor.shape)`.
         low_end: of the same shape. int32, the offset, in `[-(2^bitwidth - 1), 0]`; for a
             float-offset scheme float32, the minimum: the value of code 0.
-
-    Raises:
-        GridError: the shapes differ, a scale is not finite and positive, an offset is out of range,
-            a minimum is not finite, or the scheme needs the other kind of `low_end`.
     """
 
     scheme: Scheme
@@ -71,9 +68,7 @@ class Encoding:
             )
         if self.low_end.is_floating_point() != self.scheme.float_offset:
             raise GridError(
-                f"{self.scheme}: this grid has "
-                + ("a float minimum" if self.scheme.float_offset else "integer offsets")
-                + f", not {self.low_end.dtype}"
+                f"{self.scheme}: this grid's {kind} has another type than {self.low_end.dtype}"
             )
         if self.scheme.float_offset and not bool(torch.isfinite(self.low_end).all()):
             raise GridError("a minimum is not finite")
@@ -82,9 +77,7 @@ class Encoding:
         lowest, highest = int(self.low_end.min()), int(self.low_end.max())
         if not -self.scheme.steps <= lowest <= highest <= 0:
             raise GridError(f"an offset is outside [-{self.scheme.steps}, 0]")
-        if (
-            lowest == highest
-        ):  # clamping between two numbers costs half of clamping between two tensors
+        if lowest == highest:  # clamping between numbers costs half of clamping between tensors
             object.__setattr__(self, "uniform_offset", lowest)
 
     @property
@@ -115,11 +108,8 @@ class Encoding:
         )
 
     def quantize(self, x: Float[Tensor, "*shape"]) -> Integer[Tensor, "*shape"]:
-        """Codes of `x`: uint8 up to 8 bits, int32 above; infinity gets the last code of its side.
-
-        Raises:
-            GridError: `x` holds nan, or its shape does not fit the scheme.
-        """
+        """Codes of `x`: uint8 up to 8 bits, int32 above; infinity gets the last code of its side,
+        nan is refused."""
         x_grouped, scale, low_end = self._grouped(x)
         if self.scheme.float_offset:
             codes = torch.div(x_grouped - low_end, scale).round_()
@@ -157,21 +147,14 @@ class Encoding:
 
     def fake_quantize_(self, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
         """`fake_quantize` written over `x` itself, bit for bit the same; memory that is there
-        already costs a fraction of memory that has to be fetched.
-
-        Raises:
-            GridError: a gradient is wanted through `x`, or `x` is expanded, so that several of its
-                values lie in one place.
-        """
-        if torch.is_grad_enabled() and x.requires_grad:
+        already costs a fraction of memory that has to be fetched. `x` must not be expanded or
+        need a gradient."""
+        is_expanded = any(
+            size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)
+        )
+        if is_expanded or (torch.is_grad_enabled() and x.requires_grad):
             raise GridError(
-                "fake_quantize_ writes over what a gradient would need; use fake_quantize, or "
-                "torch.no_grad()"
-            )
-        if any(size > 1 and step == 0 for size, step in zip(x.shape, x.stride(), strict=True)):
-            raise GridError(
-                f"a tensor of shape {list(x.shape)} with strides {list(x.stride())} is expanded "
-                "and cannot be written over; use fake_quantize"
+                "fake_quantize_ writes over its input: it must not be expanded or need a gradient"
             )
         x_grouped, scale, _ = self._grouped(x)
         if self.scheme.float_offset or _wide(x) is not x:
@@ -256,3 +239,15 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         (inside,) = ctx.saved_tensors  # type: ignore[attr-defined]
         return gradient * inside, None, None, None
+
+
+def sqnr_db(signal: float, noise: float) -> float:
+    """`10 log10(signal / noise)` of two sums of squares: infinite without noise, minus infinite
+    without signal, NaN if one of them is NaN or infinite.
+    """
+    if not (math.isfinite(signal) and math.isfinite(noise)):
+        return math.nan
+    if not noise:
+        return math.inf
+    ratio = signal / noise
+    return 10 * math.log10(ratio) if ratio else -math.inf

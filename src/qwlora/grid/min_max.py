@@ -29,11 +29,7 @@ from qwlora.grid.scheme import Blocks, PerChannel, PerTensor, Scheme
 def encoding_from_range(
     low: Float[Tensor, "*groups"], high: Float[Tensor, "*groups"], scheme: Scheme
 ) -> Encoding:
-    """The encoding of a range, one scale per entry of `low` and `high`.
-
-    Raises:
-        CalibrationError: a bound is nan or infinite, or the width of the range overflows float32.
-    """
+    """The encoding of a range, one scale per entry of `low` and `high`."""
     if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
         raise CalibrationError("the observed range is not finite (nan or infinity in the data)")
     if not bool(torch.isfinite(high.float() - low.float()).all()):

@@ -108,9 +108,7 @@ def _spread(
             .bitwise_right_shift_(7 - place)
             .bitwise_and_(_EACH_BYTE << place)
         )
-    codes = words.view(-1).view(
-        torch.uint8
-    )  # little-endian machines, as is every one that torch is built for
+    codes = words.view(-1).view(torch.uint8)  # all machines that torch is built for: little-endian
     return codes.view(*words.shape[:-1], words.shape[-1] * (8 // width))
 
 

@@ -21,11 +21,7 @@ class QuantizedTensor:
     Args:
         codes: from 0, uint8 up to 8 bits; `[out, in]` for a matrix (whatever way round its layer
             stores it), `[experts, out, in]` for fused experts; blocks run along the last axis.
-        encoding: integer or float offsets.
-
-    Raises:
-        GridError: the encoding's scales do not fit the codes, or the codes are signed (int8, or
-            any is negative).
+        encoding: integer or float offsets, with scales that fit the codes.
     """
 
     codes: Integer[Tensor, "*shape"]

@@ -16,14 +16,11 @@ ESTIMATORS: tuple[str, ...] = get_args(EstimatorName)
 class RangeEstimator:
     """How the range of an activation is chosen from what an observer kept.
 
-        min-max         the lowest and the highest value
-        percentile      leaves (100 - percentile) % of the values outside at either end
-        squared-error   the least sum of (x - x_hat)^2
-        sqnr            the same, with clipped values counted three times
-                        (AIMET's `post_training_tf_enhanced`)
-
-    Raises:
-        CalibrationError: the name is unknown, or the percentile is not in (50, 100].
+    min-max         the lowest and the highest value
+    percentile      leaves (100 - percentile) % of the values outside at either end
+    squared-error   the least sum of (x - x_hat)^2
+    sqnr            the same, with clipped values counted three times
+                    (AIMET's `post_training_tf_enhanced`)
     """
 
     name: str = "min-max"

@@ -128,10 +128,9 @@ def least_error_grid(
     is_narrow = (high - low) / scheme.steps < smallest
     candidates = _symmetric_candidates if scheme.symmetric else _asymmetric_candidates
     scale, offset = candidates(low, high, scheme)
-    errors = _exact_errors if scheme.steps <= _MOST_EXACT_STEPS else _modeled_errors
     for spread in (0.01 if scheme.symmetric else 1 / 16, None):
         scale = scale.clamp(min=smallest)
-        best = errors(points, scale, offset, scheme.steps, gamma).argmin(1, keepdim=True)
+        best = _errors(points, scale, offset, scheme.steps, gamma).argmin(1, keepdim=True)
         scale, offset = scale.gather(1, best), offset.gather(1, best)
         if spread is not None:
             scale, offset = _neighbors(scale, offset, spread, scheme)
@@ -189,20 +188,16 @@ def _neighbors(
     )
 
 
-def _modeled_errors(
+def _errors(
     points: WeightedPoints, scale: Candidates, offset: Candidates, steps: int, gamma: float
 ) -> Candidates:
+    """The error of each candidate: exact up to 31 steps, modeled above."""
     clipped, inside = _clipped_errors(points, scale, offset, steps, gamma)
-    near = points.below(torch.cat([-scale / 2, scale / 2], 1)).expand(3, -1, -1)
-    below, not_above = points.sums.gather(2, near).split(scale.shape[1], 2)
-    weight, _, squares = not_above - below
-    return clipped + squares + (inside - weight).clamp_(min=0) * scale.square() / 12
-
-
-def _exact_errors(
-    points: WeightedPoints, scale: Candidates, offset: Candidates, steps: int, gamma: float
-) -> Candidates:
-    clipped, _ = _clipped_errors(points, scale, offset, steps, gamma)
+    if steps > _MOST_EXACT_STEPS:
+        near = points.below(torch.cat([-scale / 2, scale / 2], 1)).expand(3, -1, -1)
+        below, not_above = points.sums.gather(2, near).split(scale.shape[1], 2)
+        weight, _, squares = not_above - below
+        return clipped + squares + (inside - weight).clamp_(min=0) * scale.square() / 12
     at_once = max(1, _LOOKUPS_AT_ONCE // (steps * len(scale)))
     chunks = zip(scale.split(at_once, 1), offset.split(at_once, 1), strict=True)
     unweighted = torch.cat([_unweighted_errors(points, s, o, steps) for s, o in chunks], 1)

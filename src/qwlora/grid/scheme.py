@@ -140,9 +140,6 @@ class Scheme:
         granularity: how the tensor is divided among scales.
         float_offset: the grid is `q * scale + minimum` with a float minimum (GGUF's Q4_1, Q4_K
             ...), so zero need not be exact.
-
-    Raises:
-        GridError: the bitwidth is not one of `BITWIDTHS`, or the parts contradict each other.
     """
 
     bitwidth: int
@@ -154,10 +151,7 @@ class Scheme:
         if self.symmetric and self.float_offset:
             raise GridError("a symmetric grid has no float offset; say symmetric=False")
         if isinstance(self.granularity, Lpbq) and not self.symmetric:
-            raise GridError(
-                "blocks with integer scales (LPBQ) are symmetric; say symmetric=True, or use "
-                "PerBlock"
-            )
+            raise GridError("LPBQ grids are symmetric; say symmetric=True, or use PerBlock")
         if self.bitwidth not in BITWIDTHS:
             raise GridError(
                 f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"
@@ -174,11 +168,7 @@ class Scheme:
         return -(2 ** (self.bitwidth - 1))
 
     def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """Shape of `scale` and `offset` for a tensor of `shape`.
-
-        Raises:
-            GridError: the block does not divide the last axis, or the channel axis is not there.
-        """
+        """Shape of `scale` and `offset` for a tensor of `shape`."""
         match self.granularity:
             case PerTensor():
                 return ()
@@ -201,10 +191,8 @@ class Scheme:
         return self.granularity.nearest(scale) if isinstance(self.granularity, Blocks) else scale
 
     def to_json(self) -> dict[str, Any]:
-        """Plain values: `{bitwidth, symmetric, axis, block_size}`, with `axis` per channel and
-        `block_size` per block only. Further fields of blocks are added, and `float_offset` where it
-        is true.
-        """
+        """Plain values: `{bitwidth, symmetric, axis, block_size}`; `axis` per channel, `block_size`
+        and further fields per block, and `float_offset` where it is true."""
         granularity = self.granularity
         record: dict[str, Any] = {
             "bitwidth": self.bitwidth,
@@ -251,9 +239,6 @@ class Scheme:
 def parse_scheme(text: str) -> Scheme:
     """Read a short name: `w4-block32`, `w8-channel`, `w4-tensor`, optionally with `-asymmetric` at
     the end; `w4-lpbq64` for blocks with integer scales.
-
-    Raises:
-        GridError: the name does not follow the pattern.
     """
     kinds = "|".join(Blocks.KINDS)
     match = re.fullmatch(rf"w(\d+)-(?:({kinds})(\d+)|(channel)|(tensor))(-asymmetric)?", text)

@@ -28,12 +28,7 @@ _LEAST_DAMPING = 1e-6  # of a matrix that is not positive definite without any
 
 
 class SecondMoment:
-    """Running second moment of rows, in one pass.
-
-    Raises:
-        CalibrationError: a row is not finite or has another width than before; `matrix` without
-            data.
-    """
+    """Running second moment of finite rows, in one pass."""
 
     def __init__(self) -> None:
         self.total: Tensor | None = None
@@ -49,20 +44,13 @@ class SecondMoment:
         w = rows.new_ones(len(rows)) if weights is None else weights.detach().reshape(-1).float()
         if self.total is None:
             self.total = rows.new_zeros(rows.shape[-1], rows.shape[-1])
-        if self.total.shape[0] != rows.shape[-1]:
-            raise CalibrationError(
-                f"rows have width {rows.shape[-1]} where they had {self.total.shape[0]} before"
-            )
         if not bool(torch.isfinite(w.sum())):
             raise CalibrationError(
-                "the gradient of the layer's output holds nan or infinity (or overflows when "
-                "squared)"
+                "the gradient of the layer's output, or its square, holds nan or infinity"
             )
         scaled = rows * w.sqrt().unsqueeze(1)
         if not bool(torch.isfinite(scaled.square().sum())):
-            raise CalibrationError(
-                "the layer's input holds nan or infinity (or overflows when squared)"
-            )
+            raise CalibrationError("the layer's input, or its square, holds nan or infinity")
         self.total.addmm_(scaled.T, scaled)
         self.weight += float(w.sum())
 
@@ -117,12 +105,8 @@ def _symmetric(upper: Tensor) -> Tensor:
     return upper.triu() + upper.triu(1).T
 
 
-def _triangle(matrix: Float[Tensor, "n n"]) -> Float[Tensor, " entries"]:
-    """The upper triangle as a vector."""
-    return matrix[tuple(torch.triu_indices(*matrix.shape))]
-
-
 def _whole(triangle: Float[Tensor, " entries"]) -> Float[Tensor, "n n"]:
+    """The matrix with this upper triangle."""
     size = (math.isqrt(8 * len(triangle) + 1) - 1) // 2
     matrix = triangle.new_zeros(size, size)
     matrix[tuple(torch.triu_indices(size, size))] = triangle
@@ -143,8 +127,7 @@ class MomentStore(UserDict[str, LayerMoments]):
                 self.data[read_metadata(file)["layer"]] = file
             except (OSError, SafetensorError, KeyError, ValueError) as error:
                 raise SourceError(
-                    f"the moments in {str(file)!r} cannot be read ({error}); delete them and "
-                    "quantize again"
+                    f"the moments in {str(file)!r} cannot be read ({error}); quantize again"
                 ) from error
 
     @classmethod
@@ -163,8 +146,12 @@ class MomentStore(UserDict[str, LayerMoments]):
         self.data[layer] = moment
         if self.folder is not None:
             self.data[layer] = file = self.folder / f"{layer}.safetensors"
-            matrices = {k: _triangle(m) for k, m in moment._asdict().items() if m is not None}
-            write_tensors(file, matrices, {"layer": layer})
+            triangles = {
+                name: matrix[tuple(torch.triu_indices(*matrix.shape))]
+                for name, matrix in moment._asdict().items()
+                if matrix is not None
+            }
+            write_tensors(file, triangles, {"layer": layer})
 
     def __getitem__(self, layer: str) -> LayerMoments:
         stored = self.data[layer]

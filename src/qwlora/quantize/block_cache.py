@@ -41,12 +41,7 @@ QuantizedBlock = dict[str, tuple[QuantizedTensor, LayerReport]]
 
 class BlockCache:
     """Call `begin` for each block in model order, then `read`; if that returns None, quantize the
-    block and `write` it.
-
-    Args:
-        folder: where the files are; None disables the cache.
-        batches: calibration inputs; part of the key.
-        moments: second moments collected along the way, or None.
+    block and `write` it. Without a folder, nothing is stored.
     """
 
     def __init__(

@@ -16,6 +16,7 @@ Held in memory: the hidden state of each batch, once.
 
 from __future__ import annotations
 
+import inspect
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -62,18 +63,16 @@ class _Batch(threading.Thread):
         """Called by the gate, in the batch's thread."""
         self.at, self.repeat = name, call
         self._paused.release()
-        self._wait()
-
-    def _wait(self) -> None:
         self._go.acquire()
         if self._stopped:
             raise _Stop
 
     def run(self) -> None:
         try:
-            self._wait()
-            with torch.no_grad():
-                self._forward()
+            self._go.acquire()
+            if not self._stopped:
+                with torch.no_grad():
+                    self._forward()
         except _Stop:
             pass
         except BaseException as error:  # raised again by `resume`
@@ -82,14 +81,10 @@ class _Batch(threading.Thread):
 
 
 class BlockRunner(ExitStack, Iterable[str]):
-    """A model with gates before the modules named in `blocks`; use as a context manager.
-
-    Raises:
-        CalibrationError: the batches do not reach the blocks in one order.
-    """
+    """A model with gates before the modules named in `blocks`; use as a context manager."""
 
     def __init__(
-        self, model: nn.Module, blocks: Sequence[str], batches: Sequence[Mapping[str, Any]]
+        self, model: nn.Module, blocks: Iterable[str], batches: Sequence[Mapping[str, Any]]
     ):
         super().__init__()
         self.model = model
@@ -99,7 +94,8 @@ class BlockRunner(ExitStack, Iterable[str]):
             module = model.get_submodule(name)
             self._gates[name] = self.enter_context(ExitStack())
             self._gates[name].enter_context(replaced(module, self._gate(name, module)))
-        self.batches = [_Batch(partial(model, **batch)) for batch in batches]
+        options = {"use_cache": False} if "use_cache" in arguments_of(model) else {}
+        self.batches = [_Batch(partial(model, **{**batch, **options})) for batch in batches]
         for batch in self.batches:
             self.callback(batch.stop)
 
@@ -141,3 +137,9 @@ class BlockRunner(ExitStack, Iterable[str]):
             return inner(*args, **kwargs) if now is module else now(*args, **kwargs)
 
         return gate
+
+
+def arguments_of(model: nn.Module) -> tuple[str, ...]:
+    """Names of the arguments of a model's forward, in order, through PEFT's wrapper."""
+    inner = getattr(model, "get_base_model", lambda: model)()
+    return tuple(inspect.signature(inner.forward).parameters)

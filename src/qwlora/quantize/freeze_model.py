@@ -129,30 +129,25 @@ def _from_codes(given: tuple[Tensor, ...], bitwidth: int | None, signed: bool) -
             f"codes run from {int(integers.min())} to {int(integers.max())}, but {bitwidth} bits "
             f"{'signed' if signed else 'unsigned'} hold {lowest} to {lowest + 2 * half - 1}"
         )
-    granularity, shape = _granularity(tuple(scale.shape), tuple(integers.shape))
+    rows, columns = integers.shape[0], integers.shape[-1]
+    granularity: Granularity
+    match tuple(scale.shape):
+        case () | (1,) | (1, 1):
+            granularity = PerTensor()
+        case (n, blocks) if n == rows and blocks > 1 and columns % blocks == 0:
+            granularity = PerBlock(columns // blocks)
+        case (n,) | (n, 1) if n == rows:
+            granularity = PerChannel()
+        case _:
+            raise GridError(
+                f"a scale of shape {list(scale.shape)} fits no granularity of codes "
+                f"{list(integers.shape)}: [] (per tensor), [{rows}] (per channel) or "
+                f"[{rows}, {columns} / block size]"
+            )
+    shape = Scheme(8, granularity=granularity).scale_shape(tuple(integers.shape))
     offset = more[0].to(torch.int32) if more else torch.zeros_like(scale, dtype=torch.int32)
     offset = (offset + lowest).expand(scale.shape).reshape(shape)
     is_symmetric = bool((offset == -half).all())
     scheme = Scheme(bitwidth, is_symmetric, granularity)
     encoding = Encoding(scheme, scale.float().reshape(shape).contiguous(), offset.contiguous())
     return QuantizedTensor(wide.to(torch.uint8), encoding)
-
-
-def _granularity(
-    scale: tuple[int, ...], codes: tuple[int, ...]
-) -> tuple[Granularity, tuple[int, ...]]:
-    """The granularity of a scale, and the shape that its scheme gives it."""
-    rows, columns = codes[0], codes[-1]
-    if len(scale) == 2 and scale[0] == rows and scale[1] > 1 and columns % scale[1] == 0:
-        return PerBlock(columns // scale[1]), scale
-    granularity: Granularity
-    if not scale or scale in ((1,), (1, 1)):
-        granularity = PerTensor()
-    elif scale in ((rows,), (rows, 1)):
-        granularity = PerChannel()
-    else:
-        raise GridError(
-            f"a scale of shape {list(scale)} fits no granularity of codes {list(codes)}: [] (per "
-            f"tensor), [{rows}] (per channel) or [{rows}, {columns} / block size]"
-        )
-    return granularity, Scheme(8, granularity=granularity).scale_shape(codes)

@@ -11,10 +11,10 @@ a whole (PEFT's `modules_to_save`). A rule can name any layer that can be packed
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
@@ -31,17 +31,11 @@ from qwlora.system.parameter_names import canonical_name, is_adapter_name
 
 @dataclass(frozen=True)
 class LayerRule:
-    """What happens to the layers whose path matches.
+    """What happens to the layers whose path matches."""
 
-    Args:
-        match: a glob (`*`, `?`, `[...]`) over the whole canonical module path.
-        scheme: their scheme; None keeps them float.
-        solver: their solver. Default: that of the base.
-    """
-
-    match: str
-    scheme: Scheme | None
-    solver: str | None = None
+    match: str  # a glob (`*`, `?`, `[...]`) over the whole canonical module path
+    scheme: Scheme | None  # None keeps them float
+    solver: str | None = None  # default: that of the base
 
 
 @dataclass(frozen=True)
@@ -60,14 +54,11 @@ class Candidate:
     Args:
         paths: canonical paths of the layers that read it (two if they are tied); for a parameter
             that is not the weight of a layer, its own path.
-        by_default: whether it is quantized without a rule.
-        has_matrix_input: whether a solver that needs calibration can solve it (matrices of Linear
-            and Conv1D).
     """
 
     paths: tuple[str, ...]
-    by_default: bool
-    has_matrix_input: bool
+    by_default: bool  # whether it is quantized without a rule
+    has_matrix_input: bool  # whether a solver that needs calibration can solve it
 
 
 def plan_layers(
@@ -114,28 +105,16 @@ def plan_layers(
                 )
             chosen = "search"
         plan[name] = Assignment(rule.scheme, chosen, settings.get(chosen))
-    if problems:
-        shown = "\n  ".join(problems)
-        raise GridError(f"{len(problems)} of the base's rules cannot be followed:\n  {shown}")
-    return _fitted(model, plan)
-
-
-def _fitted(model: nn.Module, plan: Mapping[str, Assignment]) -> dict[str, Assignment]:
-    """The plan with its schemes fitted to the tensors. Refuses layers that cannot be packed or do
-    not fit; all are named.
-    """
-    problems = [
+    _refuse(problems, "of the base's rules cannot be followed:")
+    unpackable = [
         f"{canonical_name(path)} {problem}"
         for path, _, key in (name.rpartition(".") for name in plan)
         if key == "weight" and (problem := replacement_problem(model.get_submodule(path)))
     ]
-    if problems:
-        shown = "\n  ".join(lines(problems))
-        raise GridError(
-            f"{len(problems)} layers cannot be quantized as they are; change them, or keep them "
-            f"float by a rule\n  {shown}"
-        )
-    fitted = {}
+    _refuse(
+        unpackable,
+        "layers cannot be quantized as they are; change them, or keep them float by a rule",
+    )
     for name, todo in plan.items():
         scheme, shape = todo.scheme, tuple(tensor_out_in(model, name).shape)
         if len(shape) == 3 and isinstance(scheme.granularity, PerChannel):
@@ -145,16 +124,20 @@ def _fitted(model: nn.Module, plan: Mapping[str, Assignment]) -> dict[str, Assig
             scheme.scale_shape(shape)
         except GridError as error:
             problems.append(f"{canonical_name(name)}: {scheme} does not fit: {error}")
-        fitted[name] = replace(todo, scheme=scheme)
-    if problems:
-        shown = "\n  ".join(lines(problems))
-        raise GridError(
-            f"{len(problems)} of {len(plan)} layers do not fit their scheme; choose a block size "
-            f"that divides their input\n  {shown}"
-        )
+        plan[name] = replace(todo, scheme=scheme)
+    _refuse(
+        problems,
+        f"of {len(plan)} layers do not fit their scheme; choose a block size that divides their "
+        "input",
+    )
     if not plan:
         raise GridError("the model has no layer left to quantize")
-    return fitted
+    return plan
+
+
+def _refuse(problems: Sequence[str], what: str) -> None:
+    if problems:
+        raise GridError("\n  ".join([f"{len(problems)} {what}", *lines(problems)]))
 
 
 def find_tensors(model: nn.Module) -> dict[str, Candidate]:
@@ -179,37 +162,19 @@ def find_tensors(model: nn.Module) -> dict[str, Candidate]:
         if key == "weight" and (is_packable(module) or has_computed_weight(module)):
             is_matrix = isinstance(module, nn.Linear | Conv1D) and len(names) == 1
             candidates[names[0]] = Candidate(paths, is_matrix and module not in heads, is_matrix)
-        elif _is_expert_stack(module._parameters[key]):
+            continue
+        parameter = cast(nn.Parameter, module._parameters[key])
+        if parameter.ndim == 3 and parameter.is_floating_point() and min(parameter.shape) > 1:
+            # a stack of matrices, one per expert
             candidates[names[0]] = Candidate(paths, by_default=True, has_matrix_input=False)
     return candidates
-
-
-def _is_expert_stack(parameter: nn.Parameter | None) -> bool:
-    """Whether a parameter is a stack of matrices, one per expert."""
-    return (
-        parameter is not None
-        and parameter.ndim == 3
-        and parameter.is_floating_point()
-        and min(parameter.shape) > 1
-    )
 
 
 def _heads(model: nn.Module) -> set[nn.Module]:
     """The modules that compute the result from the last hidden state: the output head, and anything
     else outside a transformers model's body (a classifier, a projection)."""
-    heads: set[nn.Module] = set()
-    for inner in _transformers_models(model):
-        output = inner.get_output_embeddings()
-        body = set(inner.base_model.modules())
-        heads.add(getattr(output, "base_layer", output))
-        heads.update(module for module in inner.modules() if module not in body)
-    return heads
-
-
-def _transformers_models(model: nn.Module) -> Iterator[PreTrainedModel]:
-    """The outermost transformers models in `model`: itself, or what a wrapper holds."""
-    if isinstance(model, PreTrainedModel):
-        yield model
-        return
-    for child in model.children():
-        yield from _transformers_models(child)
+    if not isinstance(model, PreTrainedModel):  # a wrapper may hold some
+        return set[nn.Module]().union(*map(_heads, model.children()))
+    output, body = model.get_output_embeddings(), set(model.base_model.modules())
+    others = (module for module in model.modules() if module not in body)
+    return {getattr(output, "base_layer", output), *others}

@@ -23,14 +23,12 @@ others, so calibration data should have no padding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, is_dataclass
-from itertools import count
 from typing import Any
 
 import torch
-from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers.pytorch_utils import Conv1D
@@ -56,17 +54,6 @@ class Observed:
         """Their current values."""
         return LayerMoments(self.input.matrix, None if self.output is None else self.output.matrix)
 
-    def add(self, layer: str, x: Tensor, gradient: Tensor | None) -> None:
-        """Add the tokens of one call, given the gradient of its output."""
-        if gradient is None or not x.numel():
-            return
-        try:
-            self.input.update(x, gradient.float().square().sum(-1))
-            if self.output is not None:
-                self.output.update(gradient)
-        except CalibrationError as error:
-            raise CalibrationError(f"{layer}: {error}") from error
-
 
 def observe(
     model: nn.Module, block: str, tensors: Sequence[str], runner: BlockRunner, outputs: bool = True
@@ -80,9 +67,7 @@ def observe(
         for name in tensors
         if name.endswith(".weight")
     }
-    products = {
-        name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)
-    }
+    products = {name: m for name, m in modules.items() if isinstance(m, nn.Linear | Conv1D)}
     if not products:
         return {}
     statistics: dict[str, Observed] = {}
@@ -91,17 +76,24 @@ def observe(
         gradients_disabled(model.get_submodule(block)),
         _recorded(products) as calls,
     ):
-        seeds = count()
-        for result in runner.repeat():
+        for seed, result in enumerate(runner.repeat()):
             if calls:
                 outputs_of_calls = [z for _, _, z in calls]
-                gradients = _gradients(canonical_name(block), result, outputs_of_calls, next(seeds))
+                gradients = _gradients(canonical_name(block), result, outputs_of_calls, seed)
                 for (name, x, _), gradient in zip(calls, gradients, strict=True):
+                    if gradient is None or not x.numel():
+                        continue
                     if name not in statistics:
                         has_output = outputs and name != f"{block}.weight"
                         output = SecondMoment() if has_output else None
                         statistics[name] = Observed(SecondMoment(), output)
-                    statistics[name].add(canonical_name(name), x, gradient)
+                    observed = statistics[name]
+                    try:
+                        observed.input.update(x, gradient.float().square().sum(-1))
+                        if observed.output is not None:
+                            observed.output.update(gradient)
+                    except CalibrationError as error:
+                        raise CalibrationError(f"{canonical_name(name)}: {error}") from error
                 del gradients, gradient, x, outputs_of_calls
             del result  # before the next batch runs
             calls.clear()
@@ -119,7 +111,11 @@ def _gradients(
     try:
         for y in _tensors(result):
             if y.requires_grad:
-                probe = _probe(y, torch.Generator().manual_seed(seed))
+                length = y.detach().float().norm(dim=-1, keepdim=True)  # the probe is r / |y|
+                usual = length[length > 0]
+                shortest = _SHORTEST * usual.median() if usual.numel() else torch.ones_like(length)
+                r = torch.randn(y.shape, generator=torch.Generator().manual_seed(seed))
+                probe = (r.to(length) / length.maximum(shortest)).to(y)
                 gradients = torch.autograd.grad(
                     y, outputs, probe, retain_graph=True, allow_unused=True
                 )
@@ -148,33 +144,17 @@ def _recorded(products: Mapping[str, nn.Module]) -> Iterator[list[tuple[str, Ten
     in place.
     """
     calls: list[tuple[str, Tensor, Tensor]] = []
+    names = {module: name for name, module in products.items()}
 
-    def record(name: str) -> Callable[..., Tensor]:
-        def hook(
-            module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> Tensor:
-            x = args[0] if args else next(iter(kwargs.values()))
-            calls.append((name, x.detach().clone(), output.requires_grad_()))
-            return output.clone()
+    def record(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor:
+        x = args[0] if args else next(iter(kwargs.values()))
+        calls.append((names[module], x.detach().clone(), output.requires_grad_()))
+        return output.clone()
 
-        return hook
-
-    hooks = [
-        module.register_forward_hook(record(name), with_kwargs=True)
-        for name, module in products.items()
-    ]
-    try:
+    with ExitStack() as stack:
+        for module in names:
+            hook = module.register_forward_hook(record, with_kwargs=True)
+            stack.callback(hook.remove)
         yield calls
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def _probe(
-    y: Float[Tensor, "*tokens features"], generator: torch.Generator
-) -> Float[Tensor, "*tokens features"]:
-    """`r / |y|`."""
-    length = y.detach().float().norm(dim=-1, keepdim=True)
-    usual = length[length > 0]
-    shortest = _SHORTEST * usual.median() if usual.numel() else torch.ones_like(length)
-    return (torch.randn(y.shape, generator=generator).to(length) / length.maximum(shortest)).to(y)

@@ -51,12 +51,7 @@ class InMemory:
 
 
 class InFiles:
-    """A checkpoint whose modules are in memory while they are quantized, and then go to `writer`.
-
-    Raises:
-        SourceError: a tensor cannot be read, or one to quantize is already integers.
-        GridError: the model runs a block again that was released.
-    """
+    """A checkpoint whose modules are in memory until they are quantized and go to `writer`."""
 
     def __init__(self, lazy: LazyModel, writer: BaseWriter):
         self.lazy, self.writer, self.model = lazy, writer, lazy.model
@@ -114,12 +109,11 @@ class InFiles:
 
     def _is_shared(self, block: str, blocks: Collection[str]) -> bool:
         """Whether a tensor of the block is read elsewhere too."""
-
-        def block_of(name: str) -> str | None:
-            return next((path for path in blocks if is_below(name, path)), None)
-
-        readers = [{block_of(name) for name in names} for names in self.lazy.aliases.values()]
-        return any(block in paths and len(paths) > 1 for paths in readers)
+        for names in self.lazy.aliases.values():
+            readers = {next((p for p in blocks if is_below(name, p)), None) for name in names}
+            if block in readers and len(readers) > 1:
+                return True
+        return False
 
     def _check_float(self, name: str) -> None:
         if tensor_at(self.model, name) is None:

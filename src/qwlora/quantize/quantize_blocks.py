@@ -15,7 +15,6 @@ activations of one batch in the block, and the hidden states of all batches.
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from qwlora.graph.call_arguments import as_arguments, check_token_ids
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import is_packed, pack_at_, tensor_out_in
 from qwlora.quantize.block_cache import BlockCache
-from qwlora.quantize.block_runner import BlockRunner
+from qwlora.quantize.block_runner import BlockRunner, arguments_of
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.layer_statistics import observe
 from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor
@@ -54,7 +53,7 @@ def quantize_blocks_(
     """
     reports: dict[str, LayerReport] = {}
     cache = BlockCache(work, batches, moments)
-    with _runner(model, blocks, batches) as runner:
+    with BlockRunner(model, blocks, batches) as runner:
         for path in track(runner, "quantizing", len(blocks)):
             floats = {name: tensor_out_in(model, name) for name in blocks[path]}
             cache.begin(path, floats, plan)
@@ -93,16 +92,10 @@ def observe_moments(
     track: Track = untracked,
 ) -> MomentStore:
     """Second moments of the packed linear layers of a quantized model, for adapter initializations
-    that need them when the base was quantized elsewhere.
+    that need them when the base was quantized elsewhere. See `quantize_` for `calibration`.
 
     Args:
-        calibration: token ids [sequences, tokens], or batches as a DataLoader gives them (dicts,
-            tensors, tuples).
         moments: where they are stored. Default: in memory.
-
-    Raises:
-        GridError: no linear layer is packed.
-        CalibrationError: an input holds nan or infinity, or a part cannot be differentiated.
     """
     moments = moments if moments is not None else MomentStore()
     packed = [
@@ -113,7 +106,7 @@ def observe_moments(
     if not packed:
         raise GridError("no linear layer of the model is packed. Quantize it first.")
     blocks = tensors_by_block(model, packed)
-    with _runner(model, blocks, batches_of(calibration, model)) as runner:
+    with BlockRunner(model, blocks, batches_of(calibration, model)) as runner:
         for path in track(runner, "observing", len(blocks)):
             for name, observed in observe(model, path, blocks[path], runner).items():
                 moments[canonical_name(name).removesuffix(".weight")] = observed.moment
@@ -123,12 +116,7 @@ def observe_moments(
 def batches_of(
     calibration: Tensor | Iterable[Any] | None, model: nn.Module
 ) -> Sequence[Mapping[str, Any]]:
-    """The keyword arguments of `model`, batch by batch.
-
-    Args:
-        calibration: token ids [sequences, tokens], or batches as a DataLoader gives them; see
-            `call_arguments.py`.
-    """
+    """The keyword arguments of `model`, batch by batch, of the `calibration` of `quantize_`."""
     if calibration is None:
         raise GridError(
             "solver gptq and moments need calibration data: token ids, or batches of the model's "
@@ -152,16 +140,3 @@ def tensors_by_block(model: nn.Module, tensors: Iterable[str]) -> dict[str, list
         inside = (path for path in paths if name.startswith(f"{path}."))
         blocks.setdefault(next(inside, name.rpartition(".")[0]), []).append(name)
     return blocks
-
-
-def _runner(
-    model: nn.Module, blocks: Iterable[str], batches: Sequence[Mapping[str, Any]]
-) -> BlockRunner:
-    options = {"use_cache": False} if "use_cache" in arguments_of(model) else {}
-    return BlockRunner(model, list(blocks), [{**batch, **options} for batch in batches])
-
-
-def arguments_of(model: nn.Module) -> tuple[str, ...]:
-    """Names of the arguments of a model's forward, in order, through PEFT's wrapper."""
-    inner = getattr(model, "get_base_model", lambda: model)()
-    return tuple(inspect.signature(inner.forward).parameters)

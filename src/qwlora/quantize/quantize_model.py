@@ -23,7 +23,7 @@ from typing import Any, TypedDict, Unpack
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwlora.errors import GridError
+from qwlora.errors import GridError, listed
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_files import SHARD_BYTES, BaseWriter, save_as_base_
 from qwlora.formats.checkpoint import Checkpoint
@@ -34,11 +34,10 @@ from qwlora.nn import pack_at_, packed_weights, tensor_out_in, tie_weights_
 from qwlora.nn.fingerprint import remember_floats_
 from qwlora.nn.frozen import assert_frozen, check_base_finite, refuse_meta
 from qwlora.nn.packed_layer import unwrapped
-from qwlora.quantize.layer_rules import Assignment, LayerRule, plan_layers
+from qwlora.quantize.layer_rules import LayerRule, plan_layers
 from qwlora.quantize.model_source import InFiles, InMemory
 from qwlora.quantize.quantize_blocks import batches_of, quantize_blocks_, tensors_by_block
-from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor
-from qwlora.quantize.requantization_check import warn_of_second_rounding
+from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor, warn_of_second_rounding
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
 from qwlora.system.progress import Track, untracked
@@ -46,13 +45,11 @@ from qwlora.system.progress import Track, untracked
 
 @dataclass(frozen=True)
 class BaseSize:
-    """Size of the packed layers (codes, scales and offsets), and the number of weights that stay
-    float.
-    """
+    """Size of the packed layers."""
 
-    bytes: int
+    bytes: int  # of codes, scales and offsets
     weights: int
-    float_weights: int
+    float_weights: int  # that stay float
 
     @property
     def bits_per_weight(self) -> float:
@@ -68,10 +65,9 @@ class QuantizeReport:
 
     def __repr__(self) -> str:
         counts = Counter(f"{layer.scheme} by {layer.solver}" for layer in self.layers.values())
-        grids = ", ".join(f"{count} {how}" for how, count in counts.most_common(3))
-        more = f" and {len(counts) - 3} other grids" if len(counts) > 3 else ""
+        grids = listed([f"{count} {how}" for how, count in counts.most_common()], 3)
         return (
-            f"QuantizeReport of {len(self.layers)} tensors ({grids}{more}): "
+            f"QuantizeReport of {len(self.layers)} tensors ({grids}): "
             f"{self.size.bits_per_weight:.2f} bits per weight, {self.size.bytes / 1e6:.1f} MB, and "
             f"{self.size.float_weights:,} float weights"
         )
@@ -120,19 +116,19 @@ def quantize_(
             data, or a block cannot be differentiated.
     """
     model = model_to_pack(model)
-    plan = plan_layers(model, scheme, solver, rules, settings)
-    check_base_finite(model)
-    layers = _pack_(InMemory(model), plan, calibration, moments, work, track)
+    layers = _pack_(
+        InMemory(model),
+        scheme,
+        solver,
+        rules=rules,
+        settings=settings,
+        calibration=calibration,
+        moments=moments,
+        work=work,
+        track=track,
+    )
     finish_packing_(model)
     return QuantizeReport(base_size(model), layers)
-
-
-@dataclass(frozen=True)
-class QuantizedCheckpoint:
-    """The fingerprint of the base that was written, and how each tensor was quantized."""
-
-    fingerprint: str
-    report: QuantizeReport
 
 
 def quantize_checkpoint(
@@ -145,48 +141,40 @@ def quantize_checkpoint(
     *,
     shard_bytes: int = SHARD_BYTES,
     **options: Unpack[QuantizeOptions],
-) -> QuantizedCheckpoint:
+) -> tuple[str, QuantizeReport]:
     """Write the base of `checkpoint` into `folder`, which must exist. Same result as `quantize_`
     and `save_base`; see `model_source.py` for what is in memory.
+
+    Returns:
+        The fingerprint of the base, and how each tensor was quantized.
 
     Args:
         scheme: as for `quantize_`. None keeps the integers that the checkpoint has, and quantizes
             nothing.
         shard_bytes: size of a shard, which is also held in memory.
         options: as for `quantize_`.
-
-    Raises:
-        GridError: as `quantize_`; or the model runs a block again after a later one.
-        SourceError: a tensor cannot be read, or a layer to quantize is already integers.
-        CalibrationError: as `quantize_`.
     """
-    lazy = LazyModel(checkpoint)
-    rules, settings = options.get("rules", ()), options.get("settings")
-    plan = {} if scheme is None else plan_layers(lazy.model, scheme, solver, rules, settings)
-    writer = BaseWriter(Path(folder), shard_bytes)
-    layers = _pack_(
-        InFiles(lazy, writer),
-        plan,
-        options.get("calibration"),
-        options.get("moments"),
-        options.get("work"),
-        options.get("track", untracked),
-    )
+    lazy, writer = LazyModel(checkpoint), BaseWriter(Path(folder), shard_bytes)
+    layers = _pack_(InFiles(lazy, writer), scheme, solver, **options)
     report = QuantizeReport(base_size(lazy.model), layers)
-    return QuantizedCheckpoint(writer.finish(lazy.model, tokenizer, source), report)
+    return writer.finish(lazy.model, tokenizer, source), report
 
 
 def _pack_(
     source: InMemory | InFiles,
-    plan: Mapping[str, Assignment],
-    calibration: Tensor | Iterable[Any] | None,
-    moments: MomentStore | None,
-    work: Path | None,
-    track: Track,
+    scheme: Scheme | str | None,
+    solver: str,
+    rules: Sequence[LayerRule] = (),
+    settings: Mapping[str, Any] | None = None,
+    calibration: Tensor | Iterable[Any] | None = None,
+    moments: MomentStore | None = None,
+    work: Path | None = None,
+    track: Track = untracked,
 ) -> dict[str, LayerReport]:
-    """Quantize the tensors in `plan` and pack them, block by block if there is something to
-    observe."""
+    """Quantize and pack the layers of `source`, block by block if there is something to observe."""
     model, reports = source.model, dict[str, LayerReport]()
+    plan = {} if scheme is None else plan_layers(model, scheme, solver, rules, settings)
+    check_base_finite(model)  # tensors that are still in files are checked when they are read
     if moments is not None or any(SOLVERS[todo.solver].needs_calibration for todo in plan.values()):
         batches = batches_of(calibration, model)
         blocks = tensors_by_block(model, plan)

@@ -1,16 +1,26 @@
 """The registry of solvers: how codes and encoding of a float weight are found.
 
-A new solver is one module with a `solve` function and, if it has settings, their class, one entry
-here and its revision in `revisions.py`. Recipes and rules take the names from here. Free of torch:
-a solver's module is imported when it first solves something.
+    solve(weight, scheme, moment, settings) -> (QuantizedTensor, report)
+
+    weight      float32 [out, in], or [experts, out, in]
+    moment      second moment of the layer's input [in, in], if calibration data reached it
+    settings    an object of the solver's settings class; None for the defaults
+    report      the fields of the `LayerReport` that only the solver knows
+
+It raises GridError if the scheme does not fit the weight, and CalibrationError if weight or moment
+hold nan or infinity, or the moment is missing.
+
+A new solver is one module with such a function and, if it has settings, their class, one entry here
+and its revision in `revisions.py`. Recipes and rules take the names from here. Free of torch: a
+solver's module is imported when it first solves something.
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from qwlora.errors import GridError
 
@@ -20,46 +30,23 @@ if TYPE_CHECKING:
     from qwlora.grid.quantized_tensor import QuantizedTensor
     from qwlora.grid.scheme import Scheme
 
-
-class Solve(Protocol):
-    """Quantize one weight."""
-
-    def __call__(
-        self, weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: Any
-    ) -> tuple[QuantizedTensor, dict[str, float]]:
-        """Codes and encoding, and fields of the `LayerReport` that the solver knows.
-
-        Args:
-            weight: float32 [out, in], or [experts, out, in].
-            moment: second moment of the layer's input [in, in], if calibration data reached it.
-            settings: an object of the solver's settings class; None for the defaults.
-
-        Raises:
-            GridError: the scheme does not fit the weight.
-            CalibrationError: weight or moment hold nan or infinity, or the moment is missing.
-        """
+    Solve = Callable[[Tensor, Scheme, Tensor | None, Any], tuple[QuantizedTensor, dict[str, float]]]
 
 
 @dataclass(frozen=True)
 class Solver:
-    """An entry of the registry.
-
-    Args:
-        function: the `Solve`, as "module:function" in this package.
-        needs_calibration: whether it needs the second moment of the layer's input.
-        settings: the class of its settings, as "module:class" in this package; None without any. A
-            recipe has them in the key of `base` that has the solver's name.
-    """
+    """An entry of the registry. A recipe has a solver's settings in the key of `base` that has its
+    name."""
 
     name: str
-    function: str
-    needs_calibration: bool = False
-    settings: str | None = None
+    function: str  # as "module:function" in this package
+    needs_calibration: bool = False  # whether it needs the second moment of the layer's input
+    settings: str | None = None  # their class, as "module:class"; None without any
 
     @property
     def solve(self) -> Solve:
         """The solver's function."""
-        return cast(Solve, _imported(self.function))
+        return cast("Solve", _imported(self.function))
 
     def settings_of(self, values: Mapping[str, Any]) -> Any:
         """An object of the settings class with these fields."""

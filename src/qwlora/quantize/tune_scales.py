@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,7 +42,8 @@ from qwlora.nn.fingerprint import (
 )
 from qwlora.nn.temporary import gradients_disabled
 from qwlora.quantize.block_cache import named_inputs, read_keyed
-from qwlora.quantize.quantize_blocks import arguments_of, batches_of
+from qwlora.quantize.block_runner import arguments_of
+from qwlora.quantize.quantize_blocks import batches_of
 from qwlora.quantize.revisions import REVISIONS
 from qwlora.quantize.tuned_parameters import Tunable
 from qwlora.system.atomic import write_tensors
@@ -55,7 +56,9 @@ _LARGEST_CHANGE = 0.5  # of a tuned value, relative
 _POSITIONS = 512  # of a sequence at which logits are compared
 _WARMUP = 5  # steps
 _CLIP = 1.0  # norm of the gradient
-_SECONDS_BETWEEN, _TIMES_WRITING = 60.0, 20  # of checkpoints
+# A step takes a second or an hour, so checkpoints are written by the clock: every minute, or after
+# this many times as long as writing takes. Their size is three float32 numbers per tuned number.
+_SECONDS_BETWEEN, _TIMES_WRITING = 60.0, 20
 
 
 @dataclass(frozen=True)
@@ -69,10 +72,7 @@ class TuningSettings:
             weight by up to 2^(b - 1) times that change, and few weights give a noisy gradient.
         compute: "float32", "bfloat16" (by autocast), or "auto": bfloat16 if the model's device has
             instructions for it, else float32.
-        seed: seed of the order of sequences.
-
-    Raises:
-        CalibrationError: a number is out of its range.
+        seed: of the order of sequences.
     """
 
     steps: int = 128
@@ -85,8 +85,7 @@ class TuningSettings:
         if self.steps < 1 or not 0 < self.learning_rate < 1 or not is_known:
             raise CalibrationError(
                 "tuning takes at least 1 step, a learning rate between 0 and 1, and computes in "
-                f"float32 or bfloat16, not {self.steps}, {self.learning_rate:g} "
-                f"and {self.compute}"
+                f"float32 or bfloat16, not {self.steps}, {self.learning_rate:g} and {self.compute}"
             )
 
 
@@ -95,21 +94,17 @@ class TuningReport:
     """The result of tuning.
 
     Args:
-        layers: number of layers whose scales were tuned.
-        norms: number of norms whose weights were tuned.
         before, after: divergence of the float model's next token from the quantized one's, in nats,
             on the held-out sequences.
-        kept: whether the tuned values are in the model.
-        resumed_from_step: 0, or the step after which an interrupted call resumed.
         solver_scales: the layers' scales before tuning, by canonical path, if `kept`. An adapter's
             initialization corrects the error of the solver.
     """
 
-    layers: int
-    norms: int
+    layers: int  # whose scales were tuned
+    norms: int  # whose weights were tuned
     before: float
     after: float
-    kept: bool
+    kept: bool  # whether the tuned values are in the model
     resumed_from_step: int = 0
     solver_scales: dict[str, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
@@ -135,17 +130,17 @@ def tune_(
 
     Raises:
         GridError: no linear layer is packed.
-        CalibrationError: there are fewer than two sequences, the two models share a norm, their
-            logits are of different shapes, or the divergence is NaN.
-        SafetensorError: `work` cannot be written to.
+        CalibrationError: the models or the data do not fit each other, or the divergence is NaN.
     """
-    settings = _resolved(settings or TuningSettings(), model)
+    settings = settings or TuningSettings()
+    device = next(model.parameters()).device.type
+    if problem := slow_compute(settings.compute, device):
+        warnings.warn(problem, SlowComputeWarning, stacklevel=2)
+    if settings.compute == "auto":
+        settings = replace(settings, compute=auto_compute(device))
     tuned = Tunable(model)
     if not tuned.layers:
-        raise GridError(
-            "no linear layer of the model is packed, so there are no scales to tune; quantize it "
-            "first"
-        )
+        raise GridError("no linear layer of the model is packed; quantize it before tuning scales")
     of_teacher = {id(parameter) for parameter in teacher.parameters()}
     if shared := [name for name, norm in tuned.norms.items() if id(norm.weight) in of_teacher]:
         raise CalibrationError(
@@ -159,18 +154,18 @@ def tune_(
         )
     count = len(batches) - min(HELD_OUT_SEQUENCES, max(1, len(batches) // 4))
     training, held_out = batches[:count], batches[count:]
-    divergence = _Divergence(model, teacher)
-    checkpoint = _Checkpoint(work, _dependencies(settings, batches, model, teacher))
+    checkpoint = None
+    if work is not None:
+        checkpoint = work / "tuning.safetensors", _key(settings, batches, model, teacher)
     with _evaluated(model), _evaluated(teacher):
-        before = divergence.mean(held_out)
+        before = _mean_divergence(model, teacher, held_out)
         with tuned.learning():
-            descent = _Descent(tuned.by_rate(settings.learning_rate), settings)
-            resumed = descent.run(divergence, training, checkpoint, track)
+            resumed = _descend(tuned, model, teacher, training, settings, checkpoint, track)
         old, kept = tuned.state(), False
         scales = {canonical_name(n): layer.tensor.parts.scale for n, layer in tuned.layers.items()}
         try:
             tuned.multiply_()
-            after = divergence.mean(held_out)
+            after = _mean_divergence(model, teacher, held_out)
             kept = after < before
         finally:
             if not kept:
@@ -181,27 +176,21 @@ def tune_(
     return TuningReport(layers, norms, before, after, kept, resumed, scales if kept else {})
 
 
-def _resolved(settings: TuningSettings, model: nn.Module) -> TuningSettings:
-    """The settings with "auto" replaced by a precision; warns if the requested one is slow here."""
-    device = next(model.parameters()).device.type
-    if problem := slow_compute(settings.compute, device):
-        warnings.warn(problem, SlowComputeWarning, stacklevel=3)
-    if settings.compute == "auto":
-        return replace(settings, compute=auto_compute(device))
-    return settings
-
-
-def _dependencies(
+def _key(
     settings: TuningSettings,
     batches: Sequence[Mapping[str, Any]],
     model: nn.Module,
     teacher: nn.Module,
-) -> Iterator[Any]:
-    """Everything that the result depends on."""
-    yield from (REVISIONS["tune_scales"], settings, *named_inputs(batches))
-    yield adapter_fingerprint(model)
+) -> str:
+    """A digest of everything that the result depends on."""
+    digest = hashlib.sha256()
+    update_digest(digest, [REVISIONS["tune_scales"], settings, *named_inputs(batches)])
+    update_digest(digest, [adapter_fingerprint(model)])
     for part in (model, teacher):
-        yield from (fingerprint(part), sorted({str(p.dtype) for p in part.parameters()}))
+        update_digest(
+            digest, [fingerprint(part), sorted({str(p.dtype) for p in part.parameters()})]
+        )
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -217,149 +206,123 @@ def _evaluated(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-class _Checkpoint:
-    """The state of an unfinished tuning in a file: the same call resumes from it and ends with the
-    same bits. Without a folder nothing is stored.
+def _descend(
+    tuned: Tunable,
+    model: nn.Module,
+    teacher: nn.Module,
+    batches: Sequence[Mapping[str, Any]],
+    settings: TuningSettings,
+    checkpoint: tuple[Path, str] | None,
+    track: Track,
+) -> int:
+    """AdamW on the divergence, one sequence per step, none repeated until all are used.
 
-    The key is a digest of everything that the result depends on; a damaged file is ignored. The
-    state is written by the clock, because a step may take a second or an hour: every minute, or
-    after twenty times as long as writing takes. Its size is three float32 numbers per tuned number.
+    Args:
+        checkpoint: file and key of the state of an unfinished call, which is resumed with the same
+            bits. A damaged file, or one with another key, is ignored.
+
+    Returns:
+        The number of steps that the checkpoint saved.
     """
-
-    def __init__(self, folder: Path | None, dependencies: Iterable[Any]):
-        self._file, self.key = None if folder is None else folder / "tuning.safetensors", ""
-        if folder is not None:
-            update_digest(digest := hashlib.sha256(), dependencies)
-            self.key = digest.hexdigest()
-        self._due = monotonic() + _SECONDS_BETWEEN
-
-    def read(self) -> dict[str, Tensor] | None:
-        """The state that the same call stored; None if it must start from the beginning."""
-        stored = None if self._file is None else read_keyed(self._file, self.key)
-        return None if stored is None else stored[0]
-
-    def write(self, state: Callable[[], dict[str, Tensor]]) -> None:
-        """Store the result of `state` if it is time to."""
-        if self._file is None or (began := monotonic()) < self._due:
-            return
-        write_tensors(self._file, state(), {"key": self.key})
-        self._due = (now := monotonic()) + max(_SECONDS_BETWEEN, _TIMES_WRITING * (now - began))
-
-
-class _Descent:
-    """AdamW on the divergence, one sequence per step, none repeated until all are used."""
-
-    def __init__(self, by_rate: Mapping[float, list[nn.Parameter]], settings: TuningSettings):
-        self.steps, self.compute = settings.steps, settings.compute
-        self.generator = torch.Generator().manual_seed(settings.seed)
-        self.factors = [factor for group in by_rate.values() for factor in group]
-        groups = [{"params": group, "peak": rate} for rate, group in by_rate.items()]
-        self.optimizer = torch.optim.AdamW(groups, weight_decay=0)
-        self.done, self.order = 0, list[int]()
-
-    def run(
-        self,
-        divergence: _Divergence,
-        batches: Sequence[Mapping[str, Any]],
-        checkpoint: _Checkpoint,
-        track: Track,
-    ) -> int:
-        """Run all steps, or those after the checkpoint; returns the number of the latter."""
-        if (state := checkpoint.read()) is not None:
-            self._restore_(state)
-        resumed = self.done
-        for step in track(range(resumed, self.steps), "tuning scales", self.steps - resumed):
-            if not self.order:
-                self.order = torch.randperm(len(batches), generator=self.generator).tolist()
-            loss = divergence(batches[self.order.pop()], self.compute, self.generator)
-            if not bool(torch.isfinite(loss)):
-                raise CalibrationError(
-                    f"tuning scales: the divergence is {float(loss.detach())} at step {step + 1}; "
-                    "use a lower learning rate, or compute: float32"
-                )
-            self.optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.factors, _CLIP)
-            warmup = min(1, (step + 1) / min(_WARMUP, self.steps))
-            for group in self.optimizer.param_groups:
-                cosine = 0.5 + 0.5 * math.cos(math.pi * step / self.steps)
-                group["lr"] = group["peak"] * (warmup * cosine)
-            self.optimizer.step()
-            with torch.no_grad():
-                for factor in self.factors:
-                    factor.clamp_(-_LARGEST_CHANGE, _LARGEST_CHANGE)
-            self.done = step + 1
-            checkpoint.write(self._state)
-        return resumed
-
-    def _state(self) -> dict[str, Tensor]:
-        tensors = {
-            "order": torch.tensor(self.order, dtype=torch.int64),
-            "done": torch.tensor(self.done),
-            "generator": self.generator.get_state(),
-        }
-        for i, factor in enumerate(self.factors):
-            values = {"factor": factor.detach(), **self.optimizer.state[factor]}
-            tensors |= {f"{name}/{i}": value for name, value in values.items()}
-        return tensors
-
-    @torch.no_grad()
-    def _restore_(self, tensors: dict[str, Tensor]) -> None:
-        self.order, self.done = tensors.pop("order").tolist(), int(tensors.pop("done"))
-        self.generator.set_state(tensors.pop("generator"))
-        for key, value in tensors.items():
-            name, _, number = key.partition("/")
-            factor = self.factors[int(number)]
-            if name == "factor":
-                factor.copy_(value)
-            else:  # AdamW counts steps on the CPU
-                self.optimizer.state[factor][name] = value if name == "step" else value.to(factor)
-
-
-class _Divergence:
-    """The divergence of two models on a batch."""
-
-    def __init__(self, model: nn.Module, teacher: nn.Module):
-        self.model, self.teacher = model, teacher
-        self.arguments = set(arguments_of(model)) & set(arguments_of(teacher))
-
-    def __call__(
-        self, batch: Mapping[str, Any], compute: str, generator: torch.Generator
-    ) -> Tensor:
-        """Mean KL in nats, over the batch's positions, or some of them where it has many."""
-        inputs = {name: value for name, value in batch.items() if name != "labels"}
-        has_decoder = "decoder_input_ids" in inputs
-        mask = inputs.get("decoder_attention_mask" if has_decoder else "attention_mask")
-        ids = inputs.get("input_ids")
-        if "use_cache" in self.arguments:
-            inputs["use_cache"] = False
-        if "logits_to_keep" in self.arguments and isinstance(ids, Tensor) and not has_decoder:
-            count = ids.shape[-1]
-            if count > _POSITIONS:
-                chosen = torch.randperm(count, generator=generator)[:_POSITIONS].sort().values
-                inputs["logits_to_keep"] = chosen = chosen.to(ids.device)
-                mask = mask[:, chosen] if isinstance(mask, Tensor) and mask.ndim == 2 else mask
-        h = _logits(self.model, inputs, compute)
-        with torch.no_grad():
-            g = _logits(self.teacher, inputs, compute)
-        if g.shape != h.shape:
+    generator = torch.Generator().manual_seed(settings.seed)
+    by_rate = tuned.by_rate(settings.learning_rate)
+    factors = [factor for group in by_rate.values() for factor in group]
+    optimizer = torch.optim.AdamW(
+        [{"params": group, "peak": rate} for rate, group in by_rate.items()], weight_decay=0
+    )
+    order, resumed, steps = list[int](), 0, settings.steps
+    if checkpoint is not None and (stored := read_keyed(*checkpoint)) is not None:
+        tensors, _ = stored
+        order, resumed = tensors["order"].tolist(), int(tensors["done"])
+        generator.set_state(tensors["generator"])
+        for i, factor in enumerate(factors):
+            factor.data.copy_(tensors[f"factor/{i}"])
+            moments = {key: tensors[f"{key}/{i}"].to(factor) for key in ("exp_avg", "exp_avg_sq")}
+            # AdamW counts steps on the CPU
+            optimizer.state[factor] = {"step": tensors[f"step/{i}"], **moments}
+    due = monotonic() + _SECONDS_BETWEEN
+    for step in track(range(resumed, steps), "tuning scales", steps - resumed):
+        if not order:
+            order = torch.randperm(len(batches), generator=generator).tolist()
+        loss = _divergence(model, teacher, batches[order.pop()], settings.compute, generator)
+        if not bool(torch.isfinite(loss)):
             raise CalibrationError(
-                f"the float model's logits are {list(g.shape)}, the quantized one's "
-                f"{list(h.shape)}: give two versions of the same model"
+                f"tuning scales: the divergence is {float(loss.detach())} at step {step + 1}; "
+                "use a lower learning rate, or compute: float32"
             )
-        divergence = F.kl_div(
-            h.float().log_softmax(-1), g.float().log_softmax(-1), log_target=True, reduction="none"
-        ).sum(-1)
-        if not isinstance(mask, Tensor) or mask.shape != divergence.shape:
-            return divergence.mean()
-        real = mask.to(divergence)
-        return (divergence * real).sum() / real.sum().clamp(min=1)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(factors, _CLIP)
+        warmup = min(1, (step + 1) / min(_WARMUP, steps))
+        for group in optimizer.param_groups:
+            cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
+            group["lr"] = group["peak"] * (warmup * cosine)
+        optimizer.step()
+        for factor in factors:
+            factor.data.clamp_(-_LARGEST_CHANGE, _LARGEST_CHANGE)
+        if checkpoint is not None and (began := monotonic()) >= due:
+            state = {
+                "order": torch.tensor(order, dtype=torch.int64),
+                "done": torch.tensor(step + 1),
+                "generator": generator.get_state(),
+            }
+            for i, factor in enumerate(factors):
+                values = {"factor": factor.detach(), **optimizer.state[factor]}
+                state |= {f"{name}/{i}": value for name, value in values.items()}
+            write_tensors(checkpoint[0], state, {"key": checkpoint[1]})
+            now = monotonic()
+            due = now + max(_SECONDS_BETWEEN, _TIMES_WRITING * (now - began))
+    return resumed
 
-    @torch.no_grad()
-    def mean(self, batches: Sequence[Mapping[str, Any]]) -> float:
-        """Over several batches, in float32 and always at the same positions."""
-        means = [self(batch, "float32", torch.Generator().manual_seed(0)) for batch in batches]
-        return float(torch.stack(means).mean())
+
+def _divergence(
+    model: nn.Module,
+    teacher: nn.Module,
+    batch: Mapping[str, Any],
+    compute: str,
+    generator: torch.Generator,
+) -> Tensor:
+    """Mean KL in nats, over the batch's positions, or some of them where it has many."""
+    arguments = set(arguments_of(model)) & set(arguments_of(teacher))
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    has_decoder = "decoder_input_ids" in inputs
+    mask = inputs.get("decoder_attention_mask" if has_decoder else "attention_mask")
+    ids = inputs.get("input_ids")
+    if "use_cache" in arguments:
+        inputs["use_cache"] = False
+    if "logits_to_keep" in arguments and isinstance(ids, Tensor) and not has_decoder:
+        count = ids.shape[-1]
+        if count > _POSITIONS:
+            chosen = torch.randperm(count, generator=generator)[:_POSITIONS].sort().values
+            inputs["logits_to_keep"] = chosen = chosen.to(ids.device)
+            mask = mask[:, chosen] if isinstance(mask, Tensor) and mask.ndim == 2 else mask
+    h = _logits(model, inputs, compute)
+    with torch.no_grad():
+        g = _logits(teacher, inputs, compute)
+    if g.shape != h.shape:
+        raise CalibrationError(
+            f"the float model's logits are {list(g.shape)}, the quantized one's {list(h.shape)}: "
+            "give two versions of the same model"
+        )
+    divergence = F.kl_div(
+        h.float().log_softmax(-1), g.float().log_softmax(-1), log_target=True, reduction="none"
+    ).sum(-1)
+    if not isinstance(mask, Tensor) or mask.shape != divergence.shape:
+        return divergence.mean()
+    real = mask.to(divergence)
+    return (divergence * real).sum() / real.sum().clamp(min=1)
+
+
+@torch.no_grad()
+def _mean_divergence(
+    model: nn.Module, teacher: nn.Module, batches: Sequence[Mapping[str, Any]]
+) -> float:
+    """Over several batches, in float32 and always at the same positions."""
+    means = [
+        _divergence(model, teacher, batch, "float32", torch.Generator().manual_seed(0))
+        for batch in batches
+    ]
+    return float(torch.stack(means).mean())
 
 
 def _logits(model: nn.Module, inputs: Mapping[str, Any], compute: str) -> Tensor:

@@ -21,11 +21,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
-from torch.nn.utils.parametrize import (
-    is_parametrized,
-    register_parametrization,
-    remove_parametrizations,
-)
 
 from qwlora.grid.encoding import aligned, grouped
 from qwlora.grid.scheme import PerBlock
@@ -50,19 +45,18 @@ class Tunable:
             if type(module) is PackedLinear and not module.is_tied
         }
         self.factors = {
-            name: _zeros_like(layer.tensor.parts.scale) for name, layer in self.layers.items()
+            name: _factor_of(layer.tensor.parts.scale) for name, layer in self.layers.items()
         }
         self.norms: dict[str, Any] = {}
-        self._gains: dict[str, _TunedGain] = {}
-        by_weight: dict[int, _TunedGain] = {}
+        self._gains: dict[str, tuple[nn.Parameter, float]] = {}  # f and constant
+        by_weight: dict[int, nn.Parameter] = {}
         for name, module in modules.items():
             if is_adapter_name(f"{name}.weight") or (constant := _gain_constant(module)) is None:
                 continue
             weight = cast(nn.Parameter, module.weight)
             if id(weight) not in by_weight:  # norms that share a weight share its factor
-                self.factors[name] = _zeros_like(weight)
-                by_weight[id(weight)] = _TunedGain(self.factors[name], constant)
-            self.norms[name], self._gains[name] = module, by_weight[id(weight)]
+                self.factors[name] = by_weight[id(weight)] = _factor_of(weight)
+            self.norms[name], self._gains[name] = module, (by_weight[id(weight)], constant)
 
     def by_rate(self, highest: float) -> dict[float, list[nn.Parameter]]:
         """The factors, grouped by learning rate."""
@@ -78,23 +72,15 @@ class Tunable:
     @contextmanager
     def learning(self) -> Iterator[None]:
         """Inside the block, the model computes with everything multiplied by `1 + f`, and f gets
-        gradients.
-        """
-        order = {name: list(norm._parameters) for name, norm in self.norms.items()}
-        try:
-            with ExitStack() as stack:
-                for name, layer in self.layers.items():
-                    forward = partial(_forward, layer, self.factors[name])
-                    stack.enter_context(replaced(layer, forward))
-                for name, norm in self.norms.items():
-                    register_parametrization(norm, "weight", self._gains[name])
-                yield
-        finally:
+        gradients."""
+        with ExitStack() as stack:
+            for name, layer in self.layers.items():
+                forward: Any = partial(_forward, layer, self.factors[name])
+                stack.enter_context(replaced(layer, forward))
             for name, norm in self.norms.items():
-                if is_parametrized(norm, "weight"):
-                    remove_parametrizations(norm, "weight", leave_parametrized=False)
-                    for key in order[name]:
-                        norm._parameters[key] = norm._parameters.pop(key)
+                forward = partial(_with_gain, norm, norm.forward, self._gains[name])
+                stack.enter_context(replaced(norm, forward))
+            yield
 
     def state(self) -> dict[str, Parts | Tensor]:
         """The current scales and gains, by name."""
@@ -117,7 +103,7 @@ class Tunable:
         for name, norm in self.norms.items():
             if name in self.factors:
                 dtype = narrowest(norm.weight, (*_PUBLISHED, norm.weight.dtype)).dtype
-                norm.weight.copy_(self._gains[name](norm.weight).to(dtype))
+                norm.weight.copy_(_tuned_gain(norm.weight, *self._gains[name]).to(dtype))
 
     @torch.no_grad()
     def restore_(self, state: Mapping[str, Any]) -> None:
@@ -128,7 +114,7 @@ class Tunable:
             norm.weight.copy_(state[name])
 
 
-def _zeros_like(numbers: Tensor) -> nn.Parameter:
+def _factor_of(numbers: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.zeros_like(numbers, dtype=torch.float32))
 
 
@@ -159,29 +145,32 @@ def _gain_constant(module: nn.Module) -> float | None:
         return None
     if not all(isinstance(y, Tensor) and y.shape == x.shape for y in (at_0, at_1, at_2)):
         return None
-    if not torch.allclose(at_2 - at_1, at_1 - at_0, atol=1e-5):
+    slope = at_1 - at_0
+    if not torch.allclose(at_2 - at_1, slope, atol=1e-5):
         return None
     if not bool(at_0.any()):
         return 0.0
-    return 1.0 if torch.allclose(at_0, at_1 - at_0, atol=1e-5) else None
+    return 1.0 if torch.allclose(at_0, slope, atol=1e-5) else None
 
 
-class _TunedGain(nn.Module):
-    """Parametrization of `w` that multiplies the gain, `constant + w`, by `1 + f`. f is in a tuple
-    so that it is not a parameter of the model.
-    """
-
-    def __init__(self, factor: nn.Parameter, constant: float):
-        super().__init__()
-        self.factor, self.constant = (factor,), constant
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return (weight + self.factor[0] * (self.constant + weight)).to(weight.dtype)
+def _tuned_gain(weight: Tensor, factor: Tensor, constant: float) -> Tensor:
+    """The weight of a norm whose gain, `constant + w`, is multiplied by `1 + f`."""
+    return (weight + factor * (constant + weight)).to(weight.dtype)
 
 
-def _forward(layer: PackedLinear, factor: Tensor, x: Tensor) -> Tensor:
-    y: Tensor = _TunedProduct.apply(x, factor, layer.bias, layer.packed_weight)
-    return y
+def _with_gain(norm: nn.Module, forward: Any, gain: tuple[Tensor, float], *args: Any) -> Any:
+    """`forward` of the norm, with the tuned weight instead of its own."""
+    parameters: dict[str, Any] = norm._parameters
+    weight = parameters["weight"]
+    parameters["weight"] = _tuned_gain(weight, *gain)
+    try:
+        return forward(*args)
+    finally:
+        parameters["weight"] = weight
+
+
+def _forward(layer: PackedLinear, factor: Tensor, x: Tensor) -> Any:
+    return _TunedProduct.apply(x, factor, layer.bias, layer.packed_weight)
 
 
 class _TunedProduct(torch.autograd.Function):

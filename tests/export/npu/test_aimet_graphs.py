@@ -24,7 +24,7 @@ from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph
 from qwlora.formats.model_card import CARD_MARK
-from qwlora.grid.sqnr import sqnr_db
+from qwlora.grid.encoding import sqnr_db
 from qwlora.simulation.simulation import Simulation
 from simulation.test_npu_graph import simulated
 

@@ -34,7 +34,7 @@ from qwlora.export.proof.readme import proof_table
 from qwlora.export.proof.reference import Reference, logits_of, make_reference
 from qwlora.export.registry import TARGETS
 from qwlora.graph.quantized_graph import GraphValue, Interface, Kind
-from qwlora.grid.sqnr import sqnr_db
+from qwlora.grid.encoding import sqnr_db
 from qwlora.pipeline.results.results_table import print_summary
 from qwlora.system import strict_json
 

@@ -53,7 +53,7 @@ from qwlora.export.proof.reference import (
 from qwlora.export.runtime import Runtime
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.quantized_graph import Interface, Kind
-from qwlora.grid.sqnr import sqnr_db
+from qwlora.grid.encoding import sqnr_db
 from qwlora.system.progress import Track, one_step
 
 LOGIT_DIFFERENCE = 1e-4

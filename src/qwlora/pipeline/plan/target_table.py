@@ -96,7 +96,7 @@ def _lies_on_grid(recipe: Recipe, folder: Path) -> bool:
     from qwlora.formats.assemble_model import LazyModel
     from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
     from qwlora.quantize.layer_rules import plan_layers
-    from qwlora.quantize.requantization_check import is_on_grid
+    from qwlora.quantize.quantize_tensor import is_on_grid
 
     if recipe.model.trust_remote_code:
         return False

@@ -88,10 +88,9 @@ def _quantize(context: JobContext, scratch: Path, work: Path) -> tuple[str, Quan
     }
     if context.lazy is not None and not context.holds_float_model:
         checkpoint = context.lazy.checkpoint
-        streamed = quantize_checkpoint(
+        return quantize_checkpoint(
             checkpoint, tokenizer, scratch, source, scheme, base.solver, **arguments
         )
-        return streamed.fingerprint, streamed.report
     model = context.take_float_model()
     report = quantize_(model, scheme, base.solver, **arguments)
     return save_base(model, scratch, tokenizer, source=source), report

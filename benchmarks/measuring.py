@@ -22,9 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from qwlora.grid.sqnr import sqnr_db
 from torch import Tensor, nn
 
+from qwlora.grid.encoding import sqnr_db
 from qwlora.system.compute_precision import processor_name
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.adapter.adapter_folder import save_adapter
-from qwlora.analysis.encodings_summary import encodings_summary
+from qwlora.analysis.quantization_costs import encodings_summary
 from qwlora.analysis.token_scores import perplexity
 from qwlora.export.npu.use_case_adapters import peft_names, share_unaffected
 from qwlora.export.target import NONE, members

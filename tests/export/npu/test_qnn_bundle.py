@@ -18,7 +18,6 @@ from qwlora.export.npu.htp_limits import input_problem, table_problem, weight_pr
 from qwlora.export.npu.qnn import QnnModel, export_qnn, verify_qnn
 from qwlora.export.proof.checks import Limits
 from qwlora.export.weights.gguf import LlamaRuntime
-from qwlora.grid.encoding import sqnr_db
 from qwlora.grid.scheme import PerChannel, parse_scheme
 from qwlora.simulation.adapter_simulations import simulate_adapters
 from qwlora.simulation.simulation import Simulation

@@ -178,13 +178,8 @@ class Structure:
         return _mapped(self.template, filled)
 
     def flatten(self, value: Any) -> tuple[Tensor, ...]:
-        """The tensors of another value of this structure.
-
-        Constants and None may be left out.
-
-        Raises:
-            CaptureError: its structure or a constant differs. The message names the first place.
-        """
+        """The tensors of another value of this structure; constants and None may be left out.
+        Another structure or constant is refused, with its first place."""
         expected = dict(_leaves(self.template))
         given = dict(_leaves(value, stop_at=expected))
         if more := [path for path in given if path not in expected and given[path] is not None]:

@@ -139,14 +139,9 @@ def check_graph(
     axes: Axes,
     outputs: Sequence[str],
 ) -> set[AxisIndex]:
-    """Compare the graph of `module(*tensors)` with the module.
-
-    Returns:
-        The axes that have the example's size only.
-
-    Raises:
-        CaptureError: an output differs. The message names the first module whose output differs.
-    """
+    """Compare the graph of `module(*tensors)` with the module; returns the axes that have the
+    example's size only. An output that differs is refused, with the first module whose output
+    differs."""
     graph = program.module(check_guards=False)
     if difference := _difference(module(*tensors), graph(*tensors), outputs):
         raise _refusal(program, module, tensors, difference)

@@ -72,19 +72,11 @@ _MASKED = -1e30  # a mask's entries below this mean minus infinity
 def lift_host_inputs(
     program: ExportedProgram, interface: Interface, floor: float
 ) -> tuple[ExportedProgram, Interface, QuantizedGraph]:
-    """Split a program with static shapes in two.
-
-    Args:
-        floor: what masked entries of a float mask become; negative.
-
-    Returns:
-        The device program, which takes token ids (int32), the outputs of the host graph and the
-        other inputs; its interface; and the host graph, which takes token_mask and token_positions.
-
-    Raises:
-        CaptureError: the device would read a boolean or a complex number, or compute with integers;
-            the message names the operator.
-    """
+    """Split a program with static shapes in two: the device program, which takes token ids (int32),
+    the outputs of the host graph and the other inputs, with its interface; and the host graph,
+    which takes token_mask and token_positions. Masked entries of a float mask become `floor`.
+    Operators by which the device would read a boolean or a complex number, or compute with
+    integers, are refused by name."""
     graph = copy.deepcopy(program.graph)
     inputs = dict(zip(program.graph_signature.user_inputs, interface.inputs, strict=True))
     fixed = stored_tensors(program) - set(parameter_names(program))

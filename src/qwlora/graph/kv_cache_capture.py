@@ -69,17 +69,10 @@ def capture_cached(
     sizes: CacheSizes | None = None,
     present: Literal["all", "new"] = "all",
 ) -> Captured:
-    """The graph of a causal language model that continues a sequence.
-
-    Args:
-        sizes: of a static graph of one row. Default: any number of rows, tokens and past tokens.
-        present: keys and values that the graph returns: of past and new tokens, or of the new ones
-            only.
-
-    Raises:
-        CaptureError: the model takes no `input_ids`, `attention_mask` or `position_ids`, or returns
-            no keys and values for each layer; or see `capture`.
-    """
+    """The graph of a causal language model that continues a sequence: of one row and these sizes,
+    or of any number of rows, tokens and past tokens. It returns keys and values of past and new
+    tokens, or of the new ones only. Models without `input_ids`, `attention_mask`, `position_ids` or
+    keys and values for each layer are refused."""
     tokens, past = (sizes.tokens, sizes.past) if sizes else (_EXAMPLE_TOKENS, _EXAMPLE_PAST)
     rows = 1 if sizes else 2
     ids = torch.ones(rows, past + tokens, dtype=torch.int64)

@@ -107,11 +107,7 @@ class Interface:
 @dataclass(frozen=True)
 class QuantizedGraph:
     """A captured program with an encoding for every mark; base weights may have float offsets.
-
-    Args:
-        marks: the values that have an encoding.
-        observer: name of the estimator that chose the ranges of activations.
-    """
+    `observer` names the estimator that chose the ranges of activations."""
 
     program: ExportedProgram
     interface: Interface

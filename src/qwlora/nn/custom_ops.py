@@ -47,13 +47,9 @@ def _operator(
     shape: Callable[..., tuple[int, ...]],
     keeps_dtype: bool,
 ) -> Any:
-    """An operator on `inputs` (at most one tensor) and a packed weight.
-
-    Args:
-        compute: takes the `PackedTensor`, then the input.
-        shape: of the result, from the shape of the codes, then the input.
-        keeps_dtype: whether the result has the dtype of the input; else float32.
-    """
+    """An operator on `inputs` (at most one tensor) and a packed weight. `compute` takes the
+    `PackedTensor`, then the input; `shape` gives that of the result, from the shape of the codes,
+    then the input. The result is float32, or has the dtype of the input."""
 
     def run(*arguments: Any) -> Tensor:
         *x, packed, scale, block_scale, zero_point, minimum, count, layout = arguments

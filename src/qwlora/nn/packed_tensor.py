@@ -57,12 +57,8 @@ class PackedTensor:
 
     @classmethod
     def from_quantized(cls, quantized: QuantizedTensor) -> PackedTensor:
-        """Pack `quantized`, without loss.
-
-        Raises:
-            GridError: the bitwidth is above 8, a code does not fit it, or LPBQ scales are not
-                integers times their row's scale.
-        """
+        """Pack `quantized`, without loss. Refuses bitwidths above 8, codes that do not fit, and
+        LPBQ scales that are not integers times their row's scale."""
         codes, encoding = quantized.codes, quantized.encoding
         scheme, scale = encoding.scheme, encoding.scale
         block_scale = zero_point = minimum = None

@@ -192,17 +192,10 @@ class UnpackedConv1D(nn.Linear):
 
 
 def unpack_(model: nn.Module) -> dict[str, QuantizedTensor]:
-    """Replace every packed layer of `model` by its float class, in place. Tied layers share one
-    parameter. What replaced a Conv1D becomes an `UnpackedConv1D`, because a PEFT layer may wrap it
-    as a Linear; `restore_conv1d_` makes it a Conv1D again.
-
-    Returns:
-        The packed tensors by their canonical names.
-
-    Raises:
-        MergeError: the model has fused experts, which stay packed, or a layer has a forward of its
-            own.
-    """
+    """Replace every packed layer of `model` by its float class, in place, and return the packed
+    tensors by canonical name. Tied layers share one parameter. What replaced a Conv1D becomes an
+    `UnpackedConv1D`, because a PEFT layer may wrap it as a Linear; `restore_conv1d_` makes it a
+    Conv1D again. Fused experts and layers with a forward of their own are refused."""
     layers = {
         name: module for name, module in model.named_modules() if isinstance(module, PackedLayer)
     }

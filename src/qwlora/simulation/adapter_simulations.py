@@ -327,15 +327,8 @@ def shared_encodings(
     simulations: Iterable[Simulation], base_activations: BaseActivations
 ) -> dict[str, Encoding]:
     """The encodings that frozen simulations share, from what all of them observed; with `none`,
-    those of adapter weights too.
-
-    Args:
-        base_activations: see the module's docstring.
-
-    Raises:
-        CalibrationError: a value has another shape or scheme in one of the simulations, or with
-            `none` a value is missing in one of them.
-    """
+    those of adapter weights too. Values with another shape or scheme in one of the simulations are
+    refused, and with `none` missing ones."""
     quantizers: dict[str, Quantizer] = {}
     weights: dict[str, tuple[Scheme, Tensor, Tensor]] = {}  # scheme, low and high ends
     names: set[str] | None = None
@@ -399,14 +392,9 @@ def _shared_activations(simulation: Simulation, base_activations: BaseActivation
 def apply_shared_encodings(
     simulation: Simulation, encodings: Mapping[str, Encoding], base_activations: BaseActivations
 ) -> None:
-    """Replace encodings of a frozen simulation by the shared ones.
-
-    With `adapter_only`, the sum of a layer that no earlier adapter changed keeps its own encoding.
-
-    Raises:
-        CalibrationError: a shared activation has no encoding in `encodings`.
-        GridError: the shape of an encoding does not match its weight.
-    """
+    """Replace encodings of a frozen simulation by the shared ones, which must have all that it
+    shares. With `adapter_only`, the sum of a layer that no earlier adapter changed keeps its own
+    encoding."""
     names = _shared_activations(simulation, base_activations)
     sums = branch_nodes(simulation.program) if base_activations == "adapter_only" else set()
     optional = {mark.name for mark in simulation.marks if mark.node in sums}

@@ -258,14 +258,8 @@ def insert_quantizers(
     schemes: Schemes,
     known: Mapping[str, FrozenWeight],
 ) -> tuple[GraphModule, dict[str, Quantizer], dict[str, FrozenWeight]]:
-    """The program as a module with a quantizer after each of `values` but packed weights.
-
-    Args:
-        known: quantized copies of weights, by name; they are shared.
-
-    Returns:
-        the module, the quantizers of activations by name, and those of weights by name.
-    """
+    """The program as a module with a quantizer after each of `values` but packed weights; and by
+    name the quantizers of activations, and those of weights, of which `known` ones are shared."""
     module = program.module(check_guards=False)
     nodes = {node.name: node for node in module.graph.nodes}
     # placeholders of the program are attributes of the module, but for inputs

@@ -58,18 +58,9 @@ def capture_with_cache(
 def cached_graph(
     simulation: Simulation, captured: Captured, quantize_past: bool = True
 ) -> QuantizedGraph:
-    """The graph of `captured` on the grids and with the weights of `simulation`.
-
-    Args:
-        simulation: calibrated.
-        captured: by `capture_cached`, of the simulation's model with an adapter of this structure
-            active.
-        quantize_past: see the module.
-
-    Raises:
-        CalibrationError: the simulation is not calibrated.
-        CaptureError: a value of the simulation is not in the graph, or has another shape.
-    """
+    """The graph of `captured` (by `capture_cached`, of the simulation's model with an adapter of
+    this structure active) on the grids and with the weights of a calibrated simulation. Values of
+    the simulation that the graph lacks or has in another shape are refused."""
     encodings = simulation.encodings
     program = _with_weights(captured.program, simulation.program)
     placement = place(program, simulation.origin.schemes, captured.input_names)

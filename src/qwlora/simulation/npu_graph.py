@@ -101,18 +101,9 @@ def host_arguments(sizes: CacheSizes, past: int, tokens: int) -> tuple[Tensor, T
 def npu_graph(
     simulation: Simulation, sizes: CacheSizes, largest_scaling: float | None = None
 ) -> NpuGraph:
-    """The graph of a calibrated simulation for a number of new tokens and a context.
-
-    Args:
-        simulation: of a causal language model with `simulation.origin.model`'s active adapter.
-        largest_scaling: alpha / rank of any adapter that the graph will run with. Default: that of
-            the simulation's.
-
-    Raises:
-        CaptureError: the model has no cache that can be captured, or its positions or mask cannot
-            be lifted out.
-        CalibrationError: a value of the device graph would stay float.
-    """
+    """The graph of a calibrated simulation, of a causal language model with its adapter active, for
+    a number of new tokens and a context. `largest_scaling` is alpha / rank of any adapter that it
+    will run with; default: that of the simulation's. Values that would stay float are refused."""
     graph = cached_graph(simulation, capture_with_cache(simulation, sizes, "new"))
     return npu_form(graph, sizes, mask_floor(graph), largest_scaling or 0.0)
 

@@ -81,15 +81,8 @@ class Placement:
 def place(
     program: ExportedProgram, schemes: Schemes, input_names: Mapping[str, str] | None = None
 ) -> Placement:
-    """Decide about every floating-point value of `program`.
-
-    Args:
-        input_names: names of the model's inputs by placeholder. Default: the placeholder's name.
-
-    Raises:
-        CalibrationError: there is no such policy; or rules have no effect (all are named), and
-            `schemes` refuses that.
-    """
+    """Decide about every floating-point value of `program`; `input_names` are those of its inputs
+    by placeholder. Rules without effect are refused, all by name, unless `schemes` allows them."""
     policy, rules = schemes.placement_policy(), schemes.rules
     analysis = GraphAnalysis(program, policy.one_operation)
     values = list(_graph_values(program, analysis, input_names or {}))

@@ -89,18 +89,9 @@ def write_simulation(
     encodings: Mapping[str, Encoding],
     dropped: Iterable[str],
 ) -> None:
-    """Write a calibrated simulation to `folder`, which is created if missing.
-
-    Files from before are replaced only when all new ones are written.
-
-    Args:
-        encodings: to store.
-        dropped: names of values that calibration left float.
-
-    Raises:
-        CalibrationError: an example input is not JSON; or an encoding has float offsets, which the
-            encodings file cannot hold.
-    """
+    """Write a calibrated simulation, with these encodings, to `folder`, which is created if
+    missing. Files from before are replaced only when all new ones are written. `dropped` are values
+    that calibration left float."""
     arguments, examples = Structure.of(dict(origin.example_inputs))
     inputs = {
         name: json.loads(json.dumps(argument, default=partial(_named, name)))

@@ -229,14 +229,9 @@ class Simulation(nn.Module):
                 quantizer.encoding = None
 
     def fix_encodings(self, encodings: Mapping[str, Encoding]) -> None:
-        """Use activation encodings of another simulation of the same base.
-
-        `observe` simulates these activations and observes the others; `freeze` does not change
-        them. Activations that the policy leaves float here stay float.
-
-        Raises:
-            CalibrationError: an encoding has no value in this graph.
-        """
+        """Use activation encodings of another simulation of the same base: `observe` simulates
+        these activations and observes the others; `freeze` does not change them. Activations that
+        the policy leaves float here stay float. Names that the graph lacks are refused."""
         _refuse_unknown(encodings, self.placement.values)
         for name, quantizer in self.quantizers.items():
             encoding = encodings.get(name)
@@ -363,14 +358,8 @@ class Simulation(nn.Module):
         }
 
     def set_adapter_encodings(self, encodings: Mapping[str, Encoding]) -> None:
-        """Quantize adapter weights on the given grids instead of the measured ones.
-
-        Args:
-            encodings: by name; names that are not adapter weights are ignored.
-
-        Raises:
-            GridError: the shape of an encoding does not match its weight.
-        """
+        """Quantize adapter weights on the given grids instead of the measured ones; names that are
+        not adapter weights are ignored."""
         nodes = self._adapter_nodes()
         for name, weight in self.adapter_weights.items():
             if name in encodings:
@@ -421,15 +410,9 @@ class Simulation(nn.Module):
         self._set_mode(Mode.SIMULATE)
 
     def restore_from(self, folder: str | Path, adapter_weights: bool = True) -> None:
-        """`restore` what a simulation of the same base and adapter saved in `folder`.
-
-        Args:
-            adapter_weights: also the encodings of the adapter's weights. Where adapters share them,
-                they do not follow from this adapter's own values.
-
-        Raises:
-            CalibrationError: the folder does not hold them, or they belong to other values.
-        """
+        """`restore` what a simulation of the same base and adapter saved in `folder`. Where
+        adapters share the encodings of their weights, these do not follow from this adapter's own
+        values: `adapter_weights` takes them too."""
         encodings = load_encodings(Path(folder))
         if adapter_weights:
             self.set_adapter_encodings(encodings)

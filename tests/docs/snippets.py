@@ -6,6 +6,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,11 @@ def commands(path: Path) -> Iterator[tuple[str, str]]:
         yield f"{path.name}:{text.count(chr(10), 0, match.start()) + 1}", match[1]
 
 
+@cache
+def command_line() -> Any:
+    return typer.main.get_command(app)
+
+
 def problem_of_command(command: str) -> str | None:
     """What is wrong with a command: no such program, subcommand, option or argument."""
     words = shlex.split(command, comments=True)
@@ -84,7 +90,7 @@ def problem_of_command(command: str) -> str | None:
     if words[0] != "qwlora":
         return None if words[0] in PROGRAMS else f"unknown program {words[0]}"
     context: Any = None
-    found: Any = typer.main.get_command(app)
+    found = command_line()
     rest = [word for word in words[1:] if word != "--debug"]
     is_whole = len(rest) > 0
     while is_whole and "commands" in vars(found) and rest:

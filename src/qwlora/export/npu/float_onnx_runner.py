@@ -107,7 +107,6 @@ class FloatOnnxModel(OnnxModel):
         return grid_of(self.file.by_name[name], layout, self.file.version), values
 
     def run(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Every output by name, given every input by name."""
         shapes = {i.name: tuple(i.shape) for i in self.session.get_inputs()}
         tokens, padded = None, dict(tensors)
         for name in tensors.keys() & shapes.keys():

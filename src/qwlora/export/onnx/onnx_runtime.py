@@ -59,8 +59,9 @@ class OnnxModel(Runtime):
 
     def __init__(self, folder: Path, switches: bool = False):
         self.folder, self.switches = folder, switches
-        self._adapter: Any = None  # kept, since the options do not keep it alive
-        self._options: Any = None  # of runs with the active adapter
+        # by folder: the adapter, which its options do not keep alive, and the options of its runs
+        self._adapters: dict[Path | None, tuple[Any, Any]] = {None: (None, None)}
+        self._options: Any = None  # of the active adapter
 
     @cached_property
     def session(self) -> Any:
@@ -76,15 +77,14 @@ class OnnxModel(Runtime):
         return load_graph(self.folder / MODEL_FILE)
 
     def use(self, adapter: Path | None) -> None:
-        self._options = None
-        if adapter is None:
-            return
-        file, runtime = adapter / ADAPTER_FILE, require("onnxruntime", "onnx")
-        with foreign_as(ExportError, f"ONNX Runtime cannot load {str(file)!r}"):
-            self._adapter, options = runtime.LoraAdapter(), runtime.RunOptions()
-            self._adapter.Load(str(file))
-            options.add_active_adapter(self._adapter)
-        self._options = options
+        if adapter is not None and adapter not in self._adapters:
+            file, runtime = adapter / ADAPTER_FILE, require("onnxruntime", "onnx")
+            with foreign_as(ExportError, f"ONNX Runtime cannot load {str(file)!r}"):
+                loaded, options = runtime.LoraAdapter(), runtime.RunOptions()
+                loaded.Load(str(file))
+                options.add_active_adapter(loaded)
+            self._adapters[adapter] = loaded, options
+        self._options = self._adapters[adapter][1]
 
     @property
     def has_cache(self) -> bool:

@@ -4,23 +4,21 @@
     with torch.autocast("cpu", enabled=False): ...    the same
 
 Placement and exporters work on one flat graph. Inlining is valid where the context changes no
-value: gradient modes never do, and autocast does not if it is disabled or changes no result's
-dtype. Other operators with nested graphs (data-dependent branches, loops) are refused.
+value: gradient modes, and autocast that is disabled. Enabled autocast and other operators with
+nested graphs (data-dependent branches, loops) are refused.
 """
 
 from __future__ import annotations
 
 import copy
-from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Graph, GraphModule, Node
 
 from qwlora.errors import CaptureError
-from qwlora.graph.nodes import module_of, nodes_in
+from qwlora.graph.nodes import module_of
 from qwlora.system.parameter_names import canonical_name
 
 _GRADIENT_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
@@ -45,7 +43,7 @@ def _inline_(graph: Graph, owner: GraphModule) -> None:
         _inline_(body, inner)
         if node.target is _GRADIENT_MODE:
             arguments = node.args[2:]
-        elif node.target is _AUTOCAST and not (node.args[2] and _changes_types(body)):
+        elif node.target is _AUTOCAST and not node.args[2]:  # not enabled
             arguments = node.args[5:]
         else:
             raise CaptureError(_refusal(node))
@@ -60,29 +58,6 @@ def _inline_(graph: Graph, owner: GraphModule) -> None:
         for attribute in held:
             if not attribute.users:
                 graph.erase_node(attribute)
-
-
-def _changes_types(graph: Graph) -> bool:
-    """Whether autocast gave a result a dtype that its arguments and options do not explain."""
-    for node in graph.nodes:
-        result = _float_value(node)
-        if node.op != "call_function" or result is None:
-            continue
-        options = [*node.args, *node.kwargs.values()]
-        values = [_float_value(n) for option in options for n in nodes_in(option)]
-        types = [value.dtype for value in values if value is not None]
-        if (
-            types
-            and result.dtype not in options
-            and result.dtype != reduce(torch.promote_types, types)
-        ):
-            return True
-    return False
-
-
-def _float_value(node: Node) -> Tensor | None:
-    value = node.meta.get("val")
-    return value if isinstance(value, Tensor) and value.is_floating_point() else None
 
 
 def _refusal(node: Node) -> str:

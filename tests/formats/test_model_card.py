@@ -18,7 +18,6 @@ from qwlora.formats.model_card import (
     MOST_CHARACTERS,
     ModelCardInfo,
     as_code,
-    card_metadata,
     escaped,
     one_line,
     origin_of,
@@ -111,11 +110,6 @@ def test_a_gguf_file_has_what_its_keys_say(tmp_path: Path) -> None:
 
 def test_a_model_that_is_gone_has_a_name(tmp_path: Path) -> None:
     assert origin_of(str(tmp_path / "gone")) == ModelCardInfo("gone")
-
-
-def test_metadata_of_a_card_end_at_the_second_line_of_dashes(tmp_path: Path) -> None:
-    (tmp_path / "README.md").write_text("---\na: 1\n---\nb: 2\n---\n")
-    assert card_metadata(tmp_path / "README.md") == {"a": 1}
 
 
 def test_the_origin_of_a_gguf_file_is_read_without_torch(tmp_path: Path) -> None:

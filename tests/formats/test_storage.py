@@ -13,12 +13,14 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 
 from conftest import ARCHITECTURES, byte_tokenizer, reseal, tiny_model
-from formats.models import edit_json, edit_tensors
+from formats.models import edit_json, edit_tensors, read_floats, read_integers
 from qwlora import PerChannel, Scheme, fingerprint, load_base, quantize_, save_base
 from qwlora.errors import FingerprintError, GridError, SourceError
-from qwlora.formats.base_files import BaseWriter
+from qwlora.formats.assemble_model import load_precomputed
+from qwlora.formats.base_files import BaseCheckpoint, BaseWriter
 from qwlora.formats.huggingface.model_config import read_config
 from qwlora.formats.meta_model import empty_model
+from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn.fingerprint import combined_fingerprint, config_numbers, tensor_digest
 from qwlora.quantize.layer_rules import LayerRule
@@ -274,3 +276,66 @@ def test_an_absurd_configuration_costs_nothing(base: Path, change: dict[str, Any
     reseal(base, "base.json")
     with pytest.raises(SourceError, match=r"config.json"):
         load_base(base)
+
+
+RULES = [
+    LayerRule("*.q_proj", parse_scheme("w3-block32-asymmetric")),
+    LayerRule("*.up_proj", parse_scheme("w4-lpbq16")),
+    LayerRule("*.v_proj", None),
+    LayerRule("*.k_proj", parse_scheme("w8-channel")),
+    LayerRule("model.embed_tokens", parse_scheme("w6-block8")),
+]
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A base with a grid of every kind, to be read as a `Checkpoint`."""
+    saved(quantized(rules=RULES), tmp_path)
+    return tmp_path
+
+
+def test_the_same_base_comes_out(mixed: Path) -> None:
+    checkpoint, expected = open_checkpoint(mixed), load_base(mixed)
+    assert isinstance(checkpoint, BaseCheckpoint)
+    found = load_precomputed(checkpoint)
+    assert fingerprint(found) == fingerprint(expected)
+    ids = torch.arange(20).view(1, -1)
+    assert torch.equal(found(ids).logits, expected(ids).logits)
+    read_integers(checkpoint, f"{LAYER}.weight")
+    read_floats(checkpoint, "model.layers.0.self_attn.v_proj.weight")
+
+
+def test_what_changed_is_named(mixed: Path) -> None:
+    path, name = mixed / "base.safetensors", f"{LAYER}.packed"
+    edit_tensors(path, {name: load_file(path)[name] ^ 1})
+    checkpoint = BaseCheckpoint(mixed)
+    checkpoint.read("model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(FingerprintError, match=rf"{name} changed after saving"):
+        checkpoint.read(f"{LAYER}.weight")
+
+
+def test_parts_that_do_not_fit_are_named(mixed: Path) -> None:
+    path, name = mixed / "base.safetensors", f"{LAYER}.block_scale"
+    block_scale = load_file(path)[name]
+    edit_tensors(path, {name: None})
+    with pytest.raises(
+        SourceError,
+        match=rf"{name} is missing, but int4 .* block 16 with int4 scales needs \[128, 2\]; quantize",
+    ):
+        BaseCheckpoint(mixed).read(f"{LAYER}.weight")
+    edit_tensors(path, {name: block_scale})
+    layers = json.loads((mixed / "base.json").read_text())["layers"]
+    layers[LAYER]["shape"] = [128, 32]
+    edit_json(mixed / "base.json", layers=layers)
+    reseal(mixed, "base.json")
+    with pytest.raises(
+        SourceError, match=rf"{LAYER}.packed is \[128, 32\], but .* needs \[128, 16\]"
+    ):
+        BaseCheckpoint(mixed).read(f"{LAYER}.weight")
+
+
+def test_names_and_encodings_that_there_are_none_of(mixed: Path) -> None:
+    with pytest.raises(SourceError, match="there is no tensor 'other'"):
+        BaseCheckpoint(mixed).read("other")
+    with pytest.raises(SourceError, match=r"is quantized already \(a base\)"):
+        open_checkpoint(mixed, encodings="x")

@@ -75,7 +75,12 @@ def origin_of(source: str) -> ModelCardInfo:
         # a folder of the hub's cache: models--OWNER--NAME/snapshots/REVISION
         if repository is None and below == "snapshots" and cached.startswith("models--"):
             repository = cached.removeprefix("models--").replace("--", "/", 1)
-    license_keys = _license(card_metadata(folder / CARD))
+    from huggingface_hub.repocard import metadata_load
+
+    try:
+        license_keys = _license(metadata_load(folder / CARD) or {})
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        license_keys = _license({})
     return ModelCardInfo(name, repository, *license_keys, f"{CARD} of the model")
 
 
@@ -107,16 +112,6 @@ def _license(data: Mapping[str, Any]) -> tuple[str | None, str | None, str | Non
         for key in ("license", "license_name", "license_link")
     )
     return (None, None, None) if stated == UNKNOWN else (stated, name, link)
-
-
-def card_metadata(path: Path) -> dict[str, Any]:
-    """The metadata at the top of a model card; empty if there are none that can be read."""
-    from huggingface_hub.repocard import metadata_load
-
-    try:
-        return metadata_load(path) or {}
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
-        return {}
 
 
 def one_line(text: str) -> str:

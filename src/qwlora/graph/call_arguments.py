@@ -111,13 +111,8 @@ class CacheSlot:
 
 @dataclass(frozen=True)
 class Structure:
-    """A value with its tensors taken out.
-
-    Args:
-        template: the value with a slot for each tensor.
-        names: of the slots, in order.
-        cached: names of the tensors in key-value caches.
-    """
+    """A value with its tensors taken out: the template has a slot for each, `names` are those of
+    the slots in order, `cached` those of tensors in key-value caches."""
 
     template: Any
     names: tuple[str, ...]

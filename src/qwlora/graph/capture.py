@@ -63,12 +63,9 @@ _CASTS = (
 
 @dataclass(frozen=True)
 class Captured:
-    """A graph, its inputs and outputs, and how they map to the model's arguments and result.
-
-    Args:
-        interface: an output with the name of an input is called `out_NAME` there, since tensor
-            names in a file are unique.
-    """
+    """A graph, its inputs and outputs, and how they map to the model's arguments and result. An
+    output with the name of an input is called `out_NAME`, since tensor names in a file are
+    unique."""
 
     program: ExportedProgram
     interface: Interface

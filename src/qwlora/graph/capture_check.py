@@ -43,14 +43,8 @@ AxisIndex = tuple[int, int]  # (index of an input, axis)
 
 @dataclass(frozen=True)
 class Axes:
-    """The dynamic axes of a program's inputs.
-
-    Args:
-        names: of the inputs.
-        sizes: shape of each example input.
-        symbols: the symbol of each dynamic axis.
-        labels: the name of each symbol.
-    """
+    """The dynamic axes of a program's inputs: names and example shapes of the inputs, the symbol of
+    each dynamic axis, and the name of each symbol."""
 
     names: tuple[str, ...]
     sizes: tuple[tuple[int, ...], ...]

@@ -54,11 +54,8 @@ _OF_ADAPTER = re.compile(r"(.*?)\.(?:lora_\w+|modules_to_save)(?:\.|$)")
 
 
 class GraphAnalysis:
-    """The traits of the values of one program.
-
-    Args:
-        one_operation: a regular expression over class names, see `Policy`.
-    """
+    """The traits of the values of one program; `one_operation` is a regular expression over class
+    names, see `Policy`."""
 
     def __init__(self, program: ExportedProgram, one_operation: str):
         self.program = program

@@ -38,15 +38,8 @@ _EXAMPLE_TOKENS, _EXAMPLE_PAST = 3, 5  # sizes that differ, so that torch.export
 
 @dataclass(frozen=True)
 class CacheSizes:
-    """The sizes of a static graph, in tokens.
-
-    Args:
-        tokens: new tokens of one call.
-        context: new and past tokens together.
-
-    Raises:
-        CaptureError: there is no new token, or no room for a past one.
-    """
+    """The sizes of a static graph, in tokens: new ones of one call, and the context, new and past
+    ones together. At least one is new, and there is room for a past one."""
 
     tokens: int
     context: int

@@ -52,16 +52,9 @@ class PackedWeightOwner(nn.Module):
 
 @dataclass(frozen=True, slots=True)
 class PackedWeight:
-    """A packed weight, or one expert of it, as stored or with the last two axes exchanged.
-
-    A `WeightView` shows it as a tensor.
-
-    Args:
-        owner: the packed layer.
-        shape: shape of the values.
-        index: index into the first axis; None for the whole weight.
-        transposed: whether the last two axes are exchanged relative to the codes.
-    """
+    """A packed weight of the layer `owner`, or with `index` one expert of it, with values of shape
+    `shape`: as stored, or `transposed`, with the last two axes exchanged. A `WeightView` shows it
+    as a tensor."""
 
     owner: PackedWeightOwner
     shape: tuple[int, ...]

@@ -42,20 +42,10 @@ class Mode(StrEnum):
 
 
 class Quantizer(nn.Module):
-    """Observes an activation during calibration and fake-quantizes it afterwards.
-
-    Observations are kept, so another `scheme` takes effect with the next freeze, without new data.
-
-    Args:
-        name: of the encoding.
-        scheme: must be per tensor.
-        estimator: how the range is chosen. Default: min-max.
-        minimum, maximum: fixed ends of the range. None: as estimated.
-        in_place: whether the input may be overwritten.
-
-    Raises:
-        CalibrationError: the scheme has several scales, or float offsets.
-    """
+    """Observes an activation during calibration and fake-quantizes it afterwards, on a per-tensor
+    grid with an integer offset. The range is estimated (default: min-max), but for ends that are
+    fixed. With `in_place` the input may be overwritten. Observations are kept, so another `scheme`
+    takes effect with the next freeze, without new data."""
 
     def __init__(
         self,

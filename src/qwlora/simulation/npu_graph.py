@@ -71,14 +71,9 @@ _WEIGHT = Scheme(16)
 
 @dataclass(frozen=True)
 class NpuGraph:
-    """A graph of fixed size for an NPU, and the graph of what its host computes.
-
-    Args:
-        sizes: tokens and context.
-        floor: of the mask; negative.
-        scaling: alpha / rank of the simulation's adapter, the value of input `lora_alpha`; None
-            without such an input.
-    """
+    """A graph of fixed size for an NPU, and the graph of what its host computes. The floor of the
+    mask is negative; `scaling` is alpha / rank of the simulation's adapter, the value of input
+    `lora_alpha`, and None without such an input."""
 
     sizes: CacheSizes
     device: QuantizedGraph

@@ -50,12 +50,8 @@ _VERSION = "2.1.0"
 
 @dataclass(frozen=True)
 class SimulationSource:
-    """What a simulation was made from.
-
-    Args:
-        adapter_fingerprint: of the active adapter at that time; None if there was none, or for a
-            zero adapter.
-    """
+    """What a simulation was made from. The fingerprint is of the active adapter at that time; None
+    if there was none, or for a zero adapter."""
 
     model: nn.Module
     example_inputs: Mapping[str, Any]

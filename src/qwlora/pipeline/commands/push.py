@@ -25,10 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwlora.adapter.adapter_check import problems
 from qwlora.adapter.adapter_folder import FILE
 from qwlora.adapter.peft_support import CONFIG
-from qwlora.errors import DirectoryError, QwloraError, UploadError, described, listed
+from qwlora.errors import DirectoryError, QwloraError, UploadError, described
 from qwlora.export.registry import TARGETS
 from qwlora.formats import manifest
 from qwlora.formats.base_files import RECORD, read_record
@@ -99,30 +98,29 @@ def prepared(
     state = JobState(folder, job_recipe(folder))
     recipe, directory, stale = state.recipe, state.directory, state.stale()
     job = job_of(folder, recipe, collect_results(directory, recipe, state.plan, stale))
-    stages = {"quantize": "the base"}
+    what, stage = "the base", "quantize"
     if adapter is not None:
         adapter_named(recipe, adapter, folder)
-        stages[f"train/{adapter}"] = f"adapter {adapter!r}"
-    for stage, what in stages.items():
-        needed = [s.name for s in upstream(state.plan, stage) if s.name in stale]
-        if reasons := [f"{name} {stale[name]}" for name in needed]:
-            raise DirectoryError(
-                f"{what} of {str(folder)!r} cannot be uploaded: {'; '.join(reasons)}. Run first: "
-                f"{run_line(folder)}"
-            )
+        what, stage = f"adapter {adapter}", f"train/{adapter}"
+    needed = [s.name for s in upstream(state.plan, stage) if s.name in stale]
+    if reasons := [f"{name} {stale[name]}" for name in needed]:
+        raise DirectoryError(
+            f"{what} of {str(folder)!r} cannot be uploaded: {'; '.join(reasons)}. Run first: "
+            f"{run_line(folder)}"
+        )
     exports, notes = _exports(job, directory, stale, adapter)
     fingerprint, note = read_record(folder / "base")["fingerprint"], _pushed(folder)
     with tempfile.TemporaryDirectory(prefix="qwlora-push-") as temporary:
         scratch = Path(temporary)
         if adapter is None:
-            what, artifact, hub = "the base", "base", Repositories(repository, license=license)
+            artifact, hub = "base", Repositories(repository, license=license)
             unwanted = (f"{MOMENTS}/", f"{SOLVER_SCALES.partition('/')[0]}/")
             written = _recorded(directory, "quantize", "base")
             files = {name: p for name, p in written.items() if not name.startswith(unwanted)}
         else:
-            what, artifact = f"adapter {adapter}", f"adapters/{adapter}"
+            artifact = f"adapters/{adapter}"
             base = str(note["base"]) if note.get("fingerprint") == fingerprint else None
-            files = _adapter_files(directory, scratch, adapter, fingerprint, base)
+            files = _adapter_files(directory, scratch, adapter, base)
             hub = Repositories(base, repository, license)
             if base is None:
                 notes.append(
@@ -246,12 +244,9 @@ def _exports(
 
 
 def _adapter_files(
-    directory: Directory, scratch: Path, name: str, fingerprint: str, base: str | None
+    directory: Directory, scratch: Path, name: str, base: str | None
 ) -> dict[str, Path]:
     """The adapter's files; its configuration names `base`, the base on the hub."""
-    folder = directory.path / "adapters" / name
-    if found := problems(folder, fingerprint, "refuse"):
-        raise DirectoryError(f"adapter {name!r} cannot be uploaded: {listed(found)}")
     files = _recorded(directory, f"train/{name}", f"adapters/{name}")
     if base is not None:
         config = json.loads(files[CONFIG].read_text()) | {"base_model_name_or_path": base}

@@ -41,17 +41,7 @@ Shapes = Mapping[str, Mapping[str, tuple[int, ...]]]  # of weights by name, by a
 
 
 def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) -> None:
-    """Check everything that the stages of `verbs` need. Passes warnings and notes to `say`.
-
-    Raises:
-        SourceError: the text is too short; its sequences are too long for the model; the model
-            cannot be loaded, or cannot mask attention between documents in one sequence.
-        GridError: the base's grid does not fit the model, or a target cannot hold its layers.
-        TrainingError: an adapter does not fit the model, or differs in shape from those it shares
-            all encodings with.
-        ExportError: an adapter from elsewhere has what a target cannot hold.
-        MissingExtraError: a package that a later stage needs is not installed.
-    """
+    """Check everything that the stages of `verbs` need. Passes warnings and notes to `say`."""
     recipe, computing = context.recipe, list[tuple[str, str, str]]()  # name, precision, device
     trained = [adapter for adapter in recipe.adapters if adapter.steps]
     if verbs & {"export", "verify"}:

@@ -197,7 +197,7 @@ class TracedModels:
             if kind == "graph":
                 body: Any = model.get_base_model() if isinstance(model, PeftModel) else model
                 body.set_attn_implementation("eager")
-            self._runs[key] = _traced(model, tokens, 1, lambda call: call())
+            self._runs[key] = _traced(model, tokens)
         return self._runs[key]
 
     def training(self, adapter: Adapter, tokens: int, rows: int) -> TracedRun:
@@ -211,14 +211,8 @@ class TracedModels:
                     gradient_checkpointing_kwargs={"use_reentrant": False}
                 )
             half = adapter.compute == "bfloat16"
-
-            def step(call: Callable[[], Tensor]) -> None:
-                with torch.enable_grad(), torch.autocast("cpu", torch.bfloat16, enabled=half):
-                    loss = call()[:, -1].float().sum()
-                loss.backward()
-
             with lean_steps(model, half):
-                self._runs[key] = _traced(model, tokens, rows, step, logits_to_keep=1)
+                self._runs[key] = _traced(model, tokens, rows, trains=True, half=half)
         return self._runs[key]
 
     def _attached(self, adapter: Adapter) -> Any:
@@ -226,29 +220,28 @@ class TracedModels:
 
 
 def _traced(
-    model: nn.Module,
-    tokens: int,
-    rows: int,
-    run: Callable[[Callable[[], Tensor]], Any],
-    **arguments: Any,
+    model: nn.Module, tokens: int, rows: int = 1, trains: bool = False, half: bool = False
 ) -> TracedRun:
     with FakeTensorMode():
         _without_data_(model)
         ids = torch.zeros(rows, tokens, dtype=torch.long)
-        mask = torch.ones_like(ids)
+        arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        arguments |= {"use_cache": False, **({"logits_to_keep": 1} if trains else {})}
 
-        def call() -> Tensor:
-            logits: Tensor = model(
-                input_ids=ids, attention_mask=mask, use_cache=False, **arguments
-            ).logits
-            return logits
+        def run() -> None:
+            autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
+            with torch.set_grad_enabled(trains), autocast:
+                result: Tensor = model(**arguments).logits
+                if trains:
+                    result = result[:, -1].float().sum()
+            if trains:
+                result.backward()
 
         # torch also logs, with a traceback, what it raises on tensors without data
         logger = logging.getLogger("torch._subclasses.fake_tensor")
         was_disabled, logger.disabled = logger.disabled, True
         try:
-            with torch.no_grad():
-                return traced_run(lambda: run(call))
+            return traced_run(run)
         except QwloraError:
             raise
         except Exception as error:  # models raise anything

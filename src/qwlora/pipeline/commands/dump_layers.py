@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from qwlora.pipeline.running.loaded_models import JobContext
     from qwlora.simulation.simulation import Simulation
 
-RECORD, INPUTS, SIMULATED, RUNTIME = "layers.json", "inputs", "simulated", "runtime"
-FOLDER = "layers"  # in a job
 STAGES = ("simulated", *(name for name, target in TARGETS.items() if target.is_simulated))
 
 
@@ -77,7 +75,7 @@ def dump_layers(
         )
     name = models.name(stage, case)
     models.check(name)
-    out = out or folder / FOLDER / stage / str(name.adapter)
+    out = out or folder / "layers" / stage / str(name.adapter)
     if out.exists():
         raise DirectoryError(f"{str(out)!r} exists. Nothing was changed. Give another --out")
     ids = None if ids_file is None else _read_ids(ids_file)
@@ -159,7 +157,7 @@ def _write(
     computed: dict[str, Tensor] = {}
     if runtime is not None:
         inputs, computed = runtime.layers(inputs)
-    for part in (INPUTS, SIMULATED, RUNTIME):
+    for part in ("inputs", "simulated", "runtime"):
         (folder / part).mkdir(parents=True)
     layers = []
     for tensor in computed or simulated:
@@ -168,7 +166,7 @@ def _write(
         if expected is not None and value is not None and expected.shape != value.shape:
             expected = None
         entry: dict[str, Any] = {"tensor": tensor, "encoding": encoding}
-        for part, array in ((SIMULATED, expected), (RUNTIME, value)):
+        for part, array in (("simulated", expected), ("runtime", value)):
             written = None if array is None else write_array(folder / part, tensor, array)
             entry[part] = written and {k: v for k, v in written.items() if k != "name"}
         layers.append(entry)
@@ -176,8 +174,8 @@ def _write(
         "stage": name.stage,
         "use_case": name.adapter,
         "tokens": int(batch["attention_mask"].sum()),
-        "inputs": [write_array(folder / INPUTS, key, value) for key, value in inputs.items()],
+        "inputs": [write_array(folder / "inputs", key, value) for key, value in inputs.items()],
         "layers": layers,
     }
-    (folder / RECORD).write_text(strict_json.dumps(record, indent=1) + "\n")
+    (folder / "layers.json").write_text(strict_json.dumps(record, indent=1) + "\n")
     return record

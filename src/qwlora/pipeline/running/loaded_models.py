@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice, zip_longest
 from pathlib import Path
@@ -50,7 +51,7 @@ from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.saved_simulation import load_activations
 from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
 from qwlora.system.parameter_names import canonical_name, is_factor_name
-from qwlora.system.progress import Track, one_step, untracked
+from qwlora.system.progress import Track, one_step
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -68,6 +69,7 @@ def skeleton(model: Model, config: PreTrainedConfig | None = None) -> PreTrained
         return build_model(config, model.trust_remote_code)
 
 
+@dataclass(eq=False)
 class PreparedText:
     """The sequences of one data section, cut on first use.
 
@@ -75,19 +77,14 @@ class PreparedText:
         tokenizer: with the chat template that the section asks for.
     """
 
-    def __init__(
-        self,
-        section: Data,
-        documents: Documents,
-        tokenizer: PreTrainedTokenizerBase,
-        track: Track = untracked,
-    ):
-        self.section, self._documents, self._tokenizer = section, documents, tokenizer
-        self._track = track
+    section: Data
+    documents: Documents
+    tokenizer: PreTrainedTokenizerBase
+    track: Track
 
     @cached_property
     def data(self) -> Prepared:
-        return prepare(self._documents, self._tokenizer, self.section.cutting(), self._track)
+        return prepare(self.documents, self.tokenizer, self.section.cutting(), self.track)
 
     @property
     def evaluation(self) -> Sequences:
@@ -100,7 +97,7 @@ class PreparedText:
         return self.data.calibration_ids[: self.section.calibration_sequences]
 
     def describe(self) -> dict[str, Any]:
-        counts = describe(self._documents, self.data)
+        counts = describe(self.documents, self.data)
         return {**counts, "evaluation": self.evaluation.counts()}
 
 

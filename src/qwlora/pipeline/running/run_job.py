@@ -93,13 +93,7 @@ def run(
         recipe_text: see `Directory.open`.
 
     Returns:
-        The content of `results.json`.
-
-    Raises:
-        SourceError, GridError: the model or text cannot be used; nothing was written.
-        DirectoryError: `out` cannot be used, a stage that must run first is not current, or an
-            adapter would be replaced.
-        QwloraError: a stage failed; the stages before it stay finished.
+        The content of `results.json`. An error of a stage leaves the stages before it finished.
     """
     check_outside_data(out, recipe)
     recipe = resolve_compute(recipe)

@@ -101,7 +101,7 @@ def test_kernels_of_torch_are_used_unless_answers_are_to_be_exact(
     job: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A product of the kernel's that is zero everywhere shows where it is used."""
-    zero = "qwlora.nn.few_row_kernels._product"
+    zero = "qwlora.nn.few_row_kernels._int4_product"
     monkeypatch.setattr(
         zero, lambda layer: lambda rows: rows.new_zeros(len(rows), layer.out_features)
     )

@@ -77,11 +77,7 @@ class ModelName:
 
 
 def model_name(text: str, adapters: Iterable[str]) -> ModelName:
-    """Parse the name of a model; see the module's docstring.
-
-    Raises:
-        DirectoryError: it is neither a stage nor an adapter; the message lists similar names.
-    """
+    """Parse the name of a model; see the module's docstring."""
     known = list(adapters)
     stage, _, adapter = text.partition("/")
     if text in ("float", "base"):

@@ -97,13 +97,11 @@ def merge_verdict(context: JobContext, name: str, track: Track) -> dict[str, Any
 
 
 def merged_model(adapted: PeftModel, into: Into) -> PreTrainedModel:
-    """Merge and return the model. Destroys `adapted`.
-
-    Weights that were tied to a layer with an adapter are untied.
+    """Merge and return the model. Destroys `adapted`. Weights that were tied to a layer with an
+    adapter are untied.
 
     Raises:
-        MergeError: the model has fused experts, or ties a layer with an adapter in code, so that
-            no configuration unties it.
+        MergeError: the model has fused experts, or ties a layer with an adapter in code.
     """
     packed = unpack_(adapted)
     for layers in untie_(adapted):

@@ -90,8 +90,6 @@ class Directory:
 
         Raises:
             RecipeChangedError: it has another text by now.
-            DirectoryError: it belongs to another recipe or to something else, is in use, or
-                cannot be written.
         """
         journal.finish(path)
         directory = cls(path)
@@ -171,11 +169,7 @@ class Directory:
     # Whose it is
 
     def check_owner(self, recipe: Recipe) -> None:
-        """Check that the directory is free or belongs to this job (same recipe name and model).
-
-        Raises:
-            DirectoryError: it belongs to another recipe, or contains something else.
-        """
+        """Check that the directory is free or belongs to this job (same recipe name and model)."""
         with as_directory_errors(self.path):
             if not check_output(self.path):
                 return
@@ -203,14 +197,11 @@ class Directory:
                 )
 
     def check_replaceable(self, stage: str, artifact: str, new: Collection[str] = ()) -> None:
-        """Check that everything at the artifact of `stage` was made by this job.
+        """Check that everything at the artifact of `stage` was made by this job: a record lists it.
 
         Args:
             new: files that replace the artifact's. If the stage's record is damaged, files of these
                 names count as the job's; if they are not known yet, all do.
-
-        Raises:
-            DirectoryError: it contains a file that no record lists.
         """
         target, prefix = self.path / artifact, f"{artifact}/"
         is_damaged = stage in self.damaged

@@ -64,12 +64,7 @@ def make(
 
 
 def finish(job: Path) -> None:
-    """Make the rest of a change whose process was killed, if there is one.
-
-    Raises:
-        DirectoryError: another process holds the job's lock; the job is read-only; or the journal
-            is damaged.
-    """
+    """Make the rest of a change whose process was killed, if there is one."""
     if not is_pending(job):
         return
     if not all(os.access(folder, os.W_OK) for folder in (job, job / ".qwlora")):

@@ -54,12 +54,7 @@ def as_directory_errors(path: Path) -> Iterator[None]:
 
 
 def check_output(path: Path) -> bool:
-    """Whether the folder `path` exists. If it does not, check that it can be created.
-
-    Raises:
-        DirectoryError: it is a file, a dangling link or a loop of links; its name or path is too
-            long; its parent is a file or not writable.
-    """
+    """Whether the folder `path` exists. If it does not, check that it can be created."""
     try:
         os.stat(path / ("x" * _LONGEST_INSIDE))
     except (FileNotFoundError, NotADirectoryError):
@@ -109,10 +104,8 @@ def lock_folder(folder: Path, protected: Path) -> tuple[IO[str], list[Path]]:
         protected: the folder that nobody else may write meanwhile, for messages.
 
     Returns:
-        The open lock file, and the folders that this call created, outermost first.
-
-    Raises:
-        DirectoryError: another process holds the lock. Folders created here are removed again.
+        The open lock file, and the folders that this call created, outermost first. If another
+        process holds the lock, these are removed again.
     """
     created: list[Path] = []
     try:
@@ -142,15 +135,11 @@ def lock_folder(folder: Path, protected: Path) -> tuple[IO[str], list[Path]]:
 @contextlib.contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
     """An empty folder to write a model to. When the block ends without an error, it becomes
-    `folder`.
+    `folder`, which must be new or empty.
 
     It is in `.qwlora-write-HASH` (of the path of `folder`), next to `folder` and locked. The next
-    command that writes the same folder removes what a killed one left there.
-
-    Raises:
-        DirectoryError: `folder` is a file, is not empty, is the current directory or a mount point,
-            cannot be created, or another process writes it; or the disk is full. Nothing
-            half-written stays; only what this call created is removed.
+    command that writes the same folder removes what a killed one left there. After an error,
+    nothing half-written stays, and only what this call created is removed.
     """
     check_target(folder)
     folder = Path(os.path.realpath(folder))

@@ -87,11 +87,7 @@ def _checksum(content: Any) -> str:
 
 
 def read_owner(path: Path) -> tuple[str, str] | None:
-    """Recipe name and model of the job in `path`; None if it is not a job directory.
-
-    Raises:
-        DirectoryError: its recipe cannot be read.
-    """
+    """Recipe name and model of the job in `path`; None if it is not a job directory."""
     if not (path / FOLDER).is_dir() or is_unclaimed(path):
         return None
     try:

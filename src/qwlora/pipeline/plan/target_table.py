@@ -33,8 +33,7 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
 
     Raises:
         GridError: a target cannot hold the grids, or not the integers that base.solver keep takes.
-        SourceError: base.solver does not fit the model, a target needs another kind of file, or the
-            model's files cannot be read.
+        SourceError: base.solver does not fit the model, or a target needs another kind of file.
     """
     model, location = recipe.model, fetch(recipe.model.source)
     keeps = recipe.base.solver == "keep"

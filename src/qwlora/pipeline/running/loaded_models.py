@@ -413,9 +413,6 @@ class JobContext:
 
         Args:
             placements: placements of graphs that the caller captured anyway.
-
-        Raises:
-            CalibrationError: names all rules without effect.
         """
         known, unused = list(placements), [set(p.unused_rules) for p in placements]
         graphs = self._graphs()

@@ -26,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from cli.command_line import qwlora
 from conftest import byte_tokenizer, tiny_model, write_recipe
 from qwlora.analysis.generate_text import Answer
-from qwlora.pipeline.commands.model_names import JobModels
+from qwlora.pipeline.commands.open_job import JobModels
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 

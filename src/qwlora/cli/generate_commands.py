@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qwlora.analysis.generate_text import Answer
-    from qwlora.pipeline.commands.model_names import JobModels, ModelName
+    from qwlora.pipeline.commands.open_job import JobModels, ModelName
 
 
 def _checked_temperature(value: float) -> float:
@@ -98,7 +98,7 @@ def generate(
             "--compare names its models itself, for example base,simulated/first; remove "
             "--adapter and --stage"
         )
-    from qwlora.pipeline.commands.model_names import JobModels, model_name
+    from qwlora.pipeline.commands.open_job import JobModels, model_name
 
     models = JobModels(job)
     if compare is None:
@@ -157,7 +157,7 @@ def chat(
     /reset forgets the conversation, /exit or Ctrl-D ends it, Ctrl-C ends an answer. Without a chat
     template, or with --raw, each message continues the text so far.
     """
-    from qwlora.pipeline.commands.model_names import JobModels
+    from qwlora.pipeline.commands.open_job import JobModels
 
     models = JobModels(job)
     name = models.name(stage or "adapted", adapter)

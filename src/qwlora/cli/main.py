@@ -225,7 +225,7 @@ def evaluate(
             "--tasks needs the job's directory as argument, without --out and --set: "
             "qwlora evaluate DIR --tasks TASK"
         )
-    from qwlora.pipeline.commands.model_names import evaluate_tasks
+    from qwlora.pipeline.commands.open_job import evaluate_tasks
 
     with ProgressDisplay(quiet or as_json) as display:
         scores = evaluate_tasks(recipe, tasks, models, limit, display.track, display.say)

@@ -24,8 +24,13 @@ import numpy.typing as npt
 
 from qwlora.errors import CalibrationError, DirectoryError, SourceError
 from qwlora.export.registry import TARGETS
-from qwlora.pipeline.commands.model_names import JobModels, ModelName
-from qwlora.pipeline.commands.open_job import check_current, is_calibrated, open_job
+from qwlora.pipeline.commands.open_job import (
+    JobModels,
+    ModelName,
+    check_current,
+    is_calibrated,
+    open_job,
+)
 from qwlora.system import strict_json
 from qwlora.system.atomic import move_into_place
 from qwlora.system.progress import Track, untracked

@@ -12,7 +12,7 @@ from torch import Tensor
 from qwlora.data.sequences import Sequences, as_sequences
 from qwlora.errors import VerificationError
 from qwlora.export.onnx.onnx_runtime import OnnxModel
-from qwlora.export.proof.checks import Limits, Parity
+from qwlora.export.proof.checks import LIMITS, Limits, Parity
 from qwlora.export.proof.compare import verify_language_model, verify_outputs
 from qwlora.export.proof.measure import measure_logits, measure_runtime
 from qwlora.export.proof.reference import (
@@ -24,14 +24,11 @@ from qwlora.export.proof.reference import (
 )
 from qwlora.export.runtime import Runtime
 
-LIMITS = Limits()
 
-
-def check_parity(parity: Parity, limits: Limits, name: str) -> None:
+def check_parity(parity: Parity, name: str) -> None:
     """Raises VerificationError: a check failed, or there is none; it lists every one."""
-    found = parity.to_json(limits)
-    if not found["passed"]:
-        raise VerificationError(name, found["problems"] or ["nothing was compared"])
+    if parity.problems or not parity.checks:
+        raise VerificationError(name, parity.problems or ["nothing was compared"])
 
 
 def verify_weights(
@@ -53,22 +50,27 @@ def verify_onnx(
     simulation: Reference,
     ids: Tensor,
     layer_tokens: int,
-    limits: Limits | None = LIMITS,
+    limits: Limits = LIMITS,
+    has_to_pass: bool = True,
 ) -> Parity:
-    """A language model in ONNX Runtime against its simulation; None: within any limits."""
-    parity = verify_language_model(OnnxModel(folder), simulation, ids, layer_tokens)
-    if limits is not None:
-        check_parity(parity, limits, str(folder))
+    """A language model in ONNX Runtime against its simulation."""
+    parity = verify_language_model(OnnxModel(folder), simulation, ids, layer_tokens, limits)
+    if has_to_pass:
+        check_parity(parity, str(folder))
     return parity
 
 
 def verify_onnx_outputs(
-    folder: Path, simulation: Reference, batches: Any, limits: Limits | None = LIMITS
+    folder: Path,
+    simulation: Reference,
+    batches: Any,
+    limits: Limits = LIMITS,
+    has_to_pass: bool = True,
 ) -> Parity:
-    """Any model in ONNX Runtime against its simulation; None: within any limits."""
-    parity = verify_outputs(OnnxModel(folder), simulation, batches)
-    if limits is not None:
-        check_parity(parity, limits, str(folder))
+    """Any model in ONNX Runtime against its simulation."""
+    parity = verify_outputs(OnnxModel(folder), simulation, batches, limits)
+    if has_to_pass:
+        check_parity(parity, str(folder))
     return parity
 
 
@@ -79,9 +81,11 @@ def reference_of(simulation: Reference, ids: Tensor, least_noise: float = 0.0) -
     return make_reference({"adapter": logits}, text, {"adapter": perturbed}, None, least_noise)
 
 
-def verify_graphs(logits: Logits, simulation: Reference, ids: Tensor) -> Parity:
+def verify_graphs(
+    logits: Logits, simulation: Reference, ids: Tensor, limits: Limits = LIMITS
+) -> Parity:
     """Graphs with a key-value cache against their simulation."""
-    return measure_logits(logits, reference_of(simulation, ids, 0.002))
+    return measure_logits(logits, reference_of(simulation, ids, 0.002), limits)
 
 
 def sqnr(logits: Tensor, expected: Tensor) -> float:

@@ -26,7 +26,6 @@ from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import CaptureError, ExportError
 from qwlora.export.canonical_adapter import read_canonical
-from qwlora.export.proof.checks import Limits
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase
 from qwlora.export.target_compatibility import ModelFacts, refusals
@@ -120,7 +119,7 @@ def outcome(architecture: str, name: str) -> str:
         except (ExportError, CaptureError) as error:
             first = (str(error).splitlines()[1:] or [str(error)])[0]  # of the layers, or the whole
             return f"no: {first.rpartition(': ')[2]}"
-        problems = found.problems(Limits())
+        problems = found.problems
         return "no: more than rounding differs" if problems else "yes"
 
 

@@ -13,7 +13,6 @@ import qwlora
 from conftest import byte_tokenizer, tiny_model
 from export.proofs import check_parity, verify_onnx
 from qwlora.export.onnx.onnx import export_onnx
-from qwlora.export.proof.checks import Limits
 from qwlora.simulation.adapter_simulations import simulate_adapters
 
 HALF = [torch.bfloat16, torch.float16]
@@ -47,7 +46,7 @@ def test_a_half_precision_model_goes_the_whole_way_to_a_verified_file(
 
     export_onnx(simulation.graph(), tmp_path / "onnx")
     parity = verify_onnx(tmp_path / "onnx", simulation, IDS[2], layer_tokens=16)
-    check_parity(parity, Limits(), "onnx")
+    check_parity(parity, "onnx")
 
     with torch.no_grad():
         own, found = model(**BATCHES[0]).logits, simulation(**BATCHES[0]).logits

@@ -14,7 +14,7 @@ from torch import Tensor
 from conftest import byte_tokenizer, tiny_model
 from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.errors import GridError
-from qwlora.export.format_limits import gguf_problem
+from qwlora.export.format_limits import GGUF
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import measure
@@ -111,6 +111,6 @@ def test_another_kind_of_blocks_is_one_class(
     loaded = load_base(tmp_path)
     assert fingerprint(loaded) == fingerprint(model)
     assert {layer.scheme for layer in packed_weights(loaded).values()} == {scheme}
-    assert gguf_problem(scheme) is None
+    assert GGUF.problem(scheme) is None
     with pytest.raises(GridError, match="no blocks of kind power"):
         entry_of("w", layer.encoding, "2.1.0")

@@ -129,7 +129,7 @@ TWO_GRIDS = {
         ("hf", {"dora": True}, {}, "hf holds LoRA factors .* no DoRA"),
         ("hf", {"name": "base"}, {}, "base is the name of another file or folder in export/hf"),
         ("mlx", {}, {"weights": {"bitwidth": 7, "block_size": 32}}, "mlx cannot hold int7"),
-        ("mlx", {}, {"weights": {"bitwidth": 4, "block_size": 16}}, "MLX has groups of 32"),
+        ("mlx", {}, {"weights": {"bitwidth": 4, "block_size": 16}}, "MLX has blocks of 32"),
         ("hf", {}, TWO_GRIDS, "int4 asymmetric.*, int8 asymmetric.* together"),
     ],
 )

@@ -15,11 +15,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from export.proofs import check_parity, verify_onnx_outputs
+from export.proofs import verify_onnx_outputs
 from qwlora import Scheme, Schemes, quantize_
 from qwlora.export.onnx.onnx import export_onnx
 from qwlora.export.proof.checks import Limits, Parity
-from qwlora.export.proof.compare import OutputFigures
+from qwlora.export.proof.compare import OutputDifference
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.capture import Captured, capture
 from qwlora.graph.quantized_graph import Kind
@@ -74,7 +74,7 @@ def simulated(
     start = time.perf_counter()
     simulation.calibrate([inputs(name, seed) for seed in SEEDS])
     seconds = time.perf_counter() - start
-    difference = OutputFigures("primary")
+    difference = OutputDifference()
     for seed in SEEDS:
         with torch.no_grad(), visible_implementations(model):
             expected = primary(model(**inputs(name, seed)))
@@ -90,12 +90,13 @@ def exported(
     export_onnx(simulation.graph(), folder)
     seconds = time.perf_counter() - start
     batches = [inputs(name, seed) for seed in range(2)]
-    parity = verify_onnx_outputs(folder, simulation, batches, limits=None)
-    steps = (ALL[name].layer_steps, ALL[name].layer_mean_steps)
+    tiny = ALL[name]
     limits = Limits(
-        layer_steps=steps[0], layer_mean_steps=steps[1], below_floor=BELOW_FLOOR[bitwidth]
+        layer_steps=tiny.layer_steps,
+        layer_mean_steps=tiny.layer_mean_steps,
+        below_floor=BELOW_FLOOR[bitwidth],
     )
-    check_parity(parity, limits, name)
+    parity = verify_onnx_outputs(folder, simulation, batches, limits)
     return parity, seconds
 
 

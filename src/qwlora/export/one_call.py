@@ -11,7 +11,6 @@ Targets qairt and qnn hold base and adapters together.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -24,22 +23,23 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.data.sequences import as_sequences
-from qwlora.errors import ExportError, SourceError, foreign_as, suggestion
+from qwlora.errors import ExportError, SourceError, suggestion
 from qwlora.export.canonical_adapter import read_canonical
-from qwlora.export.proof.checks import Check, Limits
+from qwlora.export.proof.checks import LIMITS, Check, Limits, Parity
 from qwlora.export.proof.compare import is_language_model, verify_language_model, verify_outputs
 from qwlora.export.proof.folder import RECORD, write_record
 from qwlora.export.proof.measure import measure_runtime
 from qwlora.export.proof.reference import logits_of, make_reference
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import BASE, NONE, ExportedBase, ExportedGraph, ExportedUseCases, Target
+from qwlora.export.runtime import Runtime
+from qwlora.export.target import BASE, NONE, ExportedBase, ExportedGraph, ExportedUseCases
+from qwlora.formats import manifest
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.simulation.adapter_simulations import AdapterSimulations
 from qwlora.simulation.simulation import Simulation
 
 T = TypeVar("T")
 _GRAPHS = {"prefill": 128, "decode": 1}
-_LIMITS = Limits()
 
 
 def export_files(
@@ -131,7 +131,7 @@ def verify_files(
     folder: str | Path,
     made: Simulation | AdapterSimulations | PeftModel,
     batches: Collection[Mapping[str, Any]] | Int64[Tensor, "count tokens"],
-    limits: Limits = _LIMITS,
+    limits: Limits = LIMITS,
     layer_tokens: int = 128,
 ) -> list[Check]:
     """Run the files of `export_files` in their runtime, and compare them with what they were made
@@ -153,51 +153,43 @@ def verify_files(
             them.
     """
     folder = Path(folder)
-    target, rows = _target_of(folder), list[Check]()
+    record = manifest.read(folder / RECORD) or manifest.read(folder / BASE / RECORD)
+    if not record:
+        raise SourceError(f"{str(folder)!r} has no {RECORD}; write it with qwlora.export_files")
+    if (name := str(record.get("target"))) not in TARGETS:
+        raise SourceError(f"{str(folder)!r} is for target {name!r}, which is unknown; export again")
+    target, parities = TARGETS[name], dict[str, Parity]()
+    target.require_packages()
+
+    def of_simulation(runtime: Runtime, simulation: Simulation) -> Parity:
+        if is_language_model(simulation.graph().interface):
+            ids = _ids(batches)
+            return verify_language_model(runtime, simulation, ids, layer_tokens, limits)
+        return verify_outputs(runtime, simulation, list(batches), limits)
+
     if isinstance(made, Simulation):
-        runtime = target.backend.open(folder, "")
-        return _simulated(runtime, made, batches, layer_tokens).checks(limits)
+        return list(of_simulation(target.backend.open(folder, ""), made).checks)
     if isinstance(made, AdapterSimulations):
-        for name, simulation in made.items():
-            if name != BASE and (target.has_cases or (folder / name).is_dir()):
-                found = _simulated(target.open(folder, name), simulation, batches, layer_tokens)
-                rows += _of(name, found.checks(limits))
-        return rows
-    runtime, text = target.open(folder), as_sequences(_ids(batches))
-    for name in made.peft_config:
-        if (folder / name).is_dir():
-            made.set_adapter(name)
-            rounding = target.backend.rounding(made)
-            rounded = None if rounding is None else logits_of(made, rounding)
-            reference = make_reference(logits_of(made), text, rounded=rounded)
-            rows += _of(name, measure_runtime(runtime, folder / name, reference).checks(limits))
-    return rows
-
-
-def _simulated(runtime: Any, simulation: Simulation, batches: Any, layer_tokens: int) -> Any:
-    if is_language_model(simulation.graph().interface):
-        return verify_language_model(runtime, simulation, _ids(batches), layer_tokens)
-    return verify_outputs(runtime, simulation, batches)
+        for adapter, simulation in made.items():
+            if adapter != BASE and (target.has_cases or (folder / adapter).is_dir()):
+                parities[adapter] = of_simulation(target.open(folder, adapter), simulation)
+    else:
+        runtime, text = target.open(folder), as_sequences(_ids(batches))
+        for adapter in made.peft_config:
+            if (folder / adapter).is_dir():
+                made.set_adapter(adapter)
+                rounding = target.backend.rounding(made)
+                rounded = None if rounding is None else logits_of(made, rounding)
+                reference = make_reference(logits_of(made), text, rounded=rounded)
+                parities[adapter] = measure_runtime(runtime, folder / adapter, reference, limits)
+    return [
+        replace(row, what=f"{adapter}: {row.what}")
+        for adapter, parity in parities.items()
+        for row in parity.checks
+    ]
 
 
 def _ids(batches: Any) -> Tensor:
     if isinstance(batches, Tensor):
         return batches
     return torch.cat([batch["input_ids"] for batch in batches])
-
-
-def _of(adapter: str, rows: list[Check]) -> list[Check]:
-    return [replace(row, what=f"{adapter}: {row.what}") for row in rows]
-
-
-def _target_of(folder: Path) -> Target:
-    path = next((p for p in (folder / RECORD, folder / BASE / RECORD) if p.is_file()), None)
-    if path is None:
-        raise SourceError(f"{str(folder)!r} has no {RECORD}; write it with qwlora.export_files")
-    with foreign_as(SourceError, f"{str(path)!r} cannot be read", "export the files again"):
-        name = json.loads(path.read_text()).get("target")
-    if name not in TARGETS:
-        raise SourceError(f"{str(path)!r} has target {name!r}, which is unknown; export it again")
-    target = TARGETS[name]
-    target.require_packages()
-    return target

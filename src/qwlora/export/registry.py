@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from qwlora.export.format_limits import (
-    compressed_tensors_kind_problem,
-    compressed_tensors_problem,
-    encodings_problem,
-    gguf_kind_problem,
-    gguf_problem,
-    htp_embedding_problem,
-    htp_problem,
-    mlx_kind_problem,
-    mlx_problem,
-    nbits_problem,
-    openvino_problem,
+    AIMET_ENCODINGS,
+    COMPRESSED_TENSORS,
+    GGUF,
+    MLX,
+    NBITS,
+    OPENVINO,
     transformers_conflict,
 )
+from qwlora.export.npu.htp_limits import table_problem, weight_problem
 from qwlora.export.target import Layout, Target
 
 _ONNX = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
@@ -47,7 +43,7 @@ TARGETS: dict[str, Target] = {
         activation_bitwidths=(8, 16),
         cached_graphs=True,
         model_files="*.aimet/*",
-        scheme_problem=encodings_problem,
+        scheme_problem=AIMET_ENCODINGS.problem,
     ),
     "qairt": Target(
         backend_class="qwlora.export.npu.qairt:Qairt",
@@ -58,7 +54,7 @@ TARGETS: dict[str, Target] = {
         activation_bitwidths=(8, 16),
         cached_graphs=True,
         reserved=frozenset({"none", "base", "model", "host"}),
-        scheme_problem=encodings_problem,
+        scheme_problem=AIMET_ENCODINGS.problem,
     ),
     "qnn": Target(
         backend_class="qwlora.export.npu.qnn:Qnn",
@@ -71,23 +67,23 @@ TARGETS: dict[str, Target] = {
         cached_graphs=True,
         has_proof=False,
         reserved=frozenset({"none", "base", "zero"}),
-        scheme_problem=htp_problem,
-        embedding_problem=htp_embedding_problem,
+        scheme_problem=weight_problem,
+        embedding_problem=table_problem,
     ),
     "genai": Target(
         backend_class="qwlora.export.onnx.genai:Genai",
         extra="genai",
         packages=(*_ONNX, "onnxruntime_genai"),
-        scheme_problem=nbits_problem,
+        scheme_problem=NBITS.problem,
     ),
     "hf": Target(
         backend_class="qwlora.export.weights.hf:Hf",
         extra="hf",
         packages=("compressed_tensors",),
         writes_float_embeddings=True,
-        scheme_problem=compressed_tensors_problem,
+        scheme_problem=COMPRESSED_TENSORS.problem,
         conflict=transformers_conflict,
-        kind_problem=compressed_tensors_kind_problem,
+        kind_problem=COMPRESSED_TENSORS.kind_problem,
     ),
     "gguf": Target(
         backend_class="qwlora.export.weights.gguf:Gguf",
@@ -95,20 +91,20 @@ TARGETS: dict[str, Target] = {
         packages=("gguf", "llama_cpp_py_sync"),
         source_suffix=".gguf",
         has_float16_scales=True,
-        scheme_problem=gguf_problem,
-        kind_problem=gguf_kind_problem,
+        scheme_problem=GGUF.problem,
+        kind_problem=GGUF.kind_problem,
     ),
     "mlx": Target(
         backend_class="qwlora.export.weights.mlx:Mlx",
         extra="mlx",
         packages=("mlx.core", "mlx_lm"),
-        scheme_problem=mlx_problem,
-        kind_problem=mlx_kind_problem,
+        scheme_problem=MLX.problem,
+        kind_problem=MLX.kind_problem,
     ),
     "openvino": Target(
         backend_class="qwlora.export.onnx.openvino:Openvino",
         extra="openvino",
         packages=("openvino", "openvino_genai", "openvino_tokenizers"),
-        scheme_problem=openvino_problem,
+        scheme_problem=OPENVINO.problem,
     ),
 }

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qwlora.export.proof.checks import Parity
+    from qwlora.export.proof.checks import Limits, Parity
 
 
 class Runtime(ABC):
@@ -86,6 +86,6 @@ class Runtime(ABC):
         """
         raise NotImplementedError
 
-    def parity(self, reference: Mapping[str, Tensor]) -> Parity | None:
+    def parity(self, reference: Mapping[str, Tensor], limits: Limits) -> Parity | None:
         """The comparison with a reference, if running `logits` is not all of it."""
         return None

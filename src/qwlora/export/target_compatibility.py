@@ -18,7 +18,7 @@ from pathlib import Path
 
 from qwlora.export.format_limits import LayerKind
 from qwlora.export.target import Target
-from qwlora.grid.scheme import Blocks, Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import Blocks, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.grid.scheme import short_name as named
 
 ROUNDING_SOLVERS = ("search", "sqnr", "gptq")  # they round scales of blocks to float16
@@ -206,16 +206,8 @@ def _moved(grids: Collection[Grid], targets: Collection[Target]) -> dict[Scheme,
 
 def _distance(asked: Scheme, found: Scheme) -> tuple[float, ...]:
     bits = found.bitwidth - asked.bitwidth
-    return (
-        abs(bits),
-        bits < 0,
-        found.symmetric != asked.symmetric,
-        *_apart(asked.granularity, found.granularity),
-    )
-
-
-def _apart(asked: Granularity, found: Granularity) -> tuple[float, ...]:
-    if asked == found:
-        return 0, 0
-    sizes = [g.size for g in (asked, found) if isinstance(g, Blocks)]
-    return 1, abs(math.log2(sizes[0] / sizes[1])) if len(sizes) == 2 else 20
+    of_block = 0.0
+    if asked.granularity != found.granularity:
+        sizes = [s.granularity.size for s in (asked, found) if isinstance(s.granularity, Blocks)]
+        of_block = 1 + (abs(math.log2(sizes[0] / sizes[1])) if len(sizes) == 2 else 20)
+    return abs(bits), bits < 0, found.symmetric != asked.symmetric, of_block

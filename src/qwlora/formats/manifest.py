@@ -52,12 +52,12 @@ def add(folder: Path, name: str, files: Iterable[str]) -> None:
 
 def has_digests(folder: Path, name: str) -> bool:
     """Whether the record has digests, so that `check` can detect changed files."""
-    return FILES in _read(folder / name)
+    return FILES in read(folder / name)
 
 
 def listed_files(folder: Path, name: str) -> list[str]:
     """The files with a digest in the record; empty if it has no digests."""
-    listed = _read(folder / name).get(FILES, {})
+    listed = read(folder / name).get(FILES, {})
     return sorted(listed) if isinstance(listed, dict) else []
 
 
@@ -99,7 +99,7 @@ def changed_files(folder: Path, name: str, only: Iterable[str] | None = None) ->
     record."""
     if not (folder / name).exists():
         return []
-    record = _read(folder / name)
+    record = read(folder / name)
     listed = record.pop(FILES, None)
     if not isinstance(listed, dict):
         return [name]
@@ -111,7 +111,8 @@ def changed_files(folder: Path, name: str, only: Iterable[str] | None = None) ->
     ]
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """A record; empty if there is none, or it cannot be read."""
     try:
         record = json.loads(path.read_text())
     except (OSError, ValueError, RecursionError):

@@ -42,7 +42,8 @@ def written(made: Simulation, folder: Path, version: str = "1.0.0") -> Path:
 
 
 def verified(folder: Path, made: Simulation) -> Parity:
-    return verify_graphs(partial(AIMET.open(folder, "").logits, steps=4), made, IDS)
+    logits = partial(AIMET.open(folder, "").logits, steps=4)
+    return verify_graphs(logits, made, IDS, Limits(perplexity_difference=0.02))
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,7 @@ def copied(folder: Path, tmp_path: Path) -> Path:
 
 def test_prefill_then_decode_is_the_simulation(folder: Path, llama: Simulation) -> None:
     parity = verified(folder, llama)
-    assert not parity.problems(Limits(perplexity_difference=0.02))
+    assert not parity.problems
     model, logits = llama.origin.model, AIMET.open(folder, "").logits(IDS)
     assert sqnr(logits, llama.logits(IDS)) > 45
     with torch.no_grad(), model.disable_adapter():
@@ -216,7 +217,7 @@ def test_damaged_files_are_refused_by_name(
 def test_other_architectures(name: str, tmp_path: Path) -> None:
     made = simulated(name)
     parity = verified(written(made, tmp_path), made)
-    assert not parity.problems(Limits(perplexity_difference=0.02))
+    assert not parity.problems
     record = json.loads((tmp_path / "graphs.json").read_text())
     inner = record["float"]["decode"]
     assert bool(inner) == (name == "GPT-2")  # its GELU is made of several operators

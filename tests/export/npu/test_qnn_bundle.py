@@ -94,8 +94,9 @@ def test_every_adapter_computes_its_simulation(
 ) -> None:
     simulations, folder = bundle
     simulation = simulations["base" if name == "zero" else name]
-    parity = verify_qnn(folder, name, reference_of(simulation, IDS, 0.002))
-    assert parity.problems(Limits(perplexity_difference=0.02)) == []
+    limits = Limits(perplexity_difference=0.02)
+    parity = verify_qnn(folder, name, reference_of(simulation, IDS, 0.002), limits)
+    assert parity.problems == []
     assert parity.figures["cpu"]["top1_agreement"] > 0.9
     others = [simulations[other] for other in simulations if simulations[other] is not simulation]
     logits = QnnModel(folder / "base", folder / name, htp=False).logits(IDS)

@@ -22,7 +22,6 @@ from qwlora.errors import ExportError
 from qwlora.export.npu.aimet_encodings import write_encodings
 from qwlora.export.onnx.onnx import export_onnx
 from qwlora.export.onnx.onnx_runtime import OnnxModel
-from qwlora.export.proof.checks import Limits
 from qwlora.export.proof.measure import measure_logits
 from qwlora.export.proof.reference import make_reference, simulated_logits
 from qwlora.formats.aimet_encodings import LpbqEncoding, read_encodings, validate
@@ -78,7 +77,7 @@ def test_every_grid_is_exported_exactly(tmp_path: Path, scheme: str) -> None:
     simulation.calibrate(batches)
     export_onnx(simulation.graph(), tmp_path)
     parity = verify_onnx_outputs(tmp_path, simulation, batches)
-    check_parity(parity, Limits(), scheme)
+    check_parity(parity, scheme)
     assert parity.figures["sqnr"]["output"] > 60
     file = onnx.load(tmp_path / "model.onnx")
     arrays = {i.name: onnx.numpy_helper.to_array(i) for i in file.graph.initializer}
@@ -99,7 +98,7 @@ def test_a_runtime_that_rounds_activations_on_its_own_fails_the_proof(
     reference = make_reference({"adapter": simulation.logits}, text, perturbed)
 
     def problems() -> list[str]:
-        return measure_logits(OnnxModel(folder).logits, reference).problems(Limits())
+        return measure_logits(OnnxModel(folder).logits, reference).problems
 
     assert not problems()
     options = {"session.qdq_matmulnbits_accuracy_level": "4"}
@@ -109,7 +108,7 @@ def test_a_runtime_that_rounds_activations_on_its_own_fails_the_proof(
 
 def test_eight_bit_activations(tmp_path: Path) -> None:
     simulation = made("w4-block32", tmp_path, Schemes(activations=Scheme(8, symmetric=False)))
-    check_parity(verify_onnx(tmp_path, simulation, IDS, layer_tokens=16), Limits(), "a8")
+    check_parity(verify_onnx(tmp_path, simulation, IDS, layer_tokens=16), "a8")
     kinds = {
         i.data_type
         for i in onnx.load(tmp_path / "model.onnx").graph.initializer
@@ -128,7 +127,7 @@ def test_adapter_weights_of_every_width(
 ) -> None:
     weights = Scheme(bitwidth, symmetric, PerChannel(0))
     simulation = made("w4-block32", tmp_path, Schemes(adapter_weights=weights))
-    check_parity(verify_onnx(tmp_path, simulation, IDS, layer_tokens=16), Limits(), "it")
+    check_parity(verify_onnx(tmp_path, simulation, IDS, layer_tokens=16), "it")
     name = "model.layers.0.mlp.up_proj.lora_A.weight"
     stored = initializer(tmp_path, f"{name}.codes")
     assert stored.dtype == container

@@ -21,7 +21,6 @@ from qwlora.export.onnx.adapters_as_inputs import (
 )
 from qwlora.export.onnx.onnx import Onnx, export_onnx
 from qwlora.export.onnx.onnx_runtime import OnnxModel
-from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.compare import verify_language_model
 from qwlora.export.proof.contents import ADAPTER_FILE
 from qwlora.export.proof.folder import RECORD, is_of_base, record_digest
@@ -94,7 +93,7 @@ def test_one_session_computes_the_base_and_every_adapter(bundle: Bundle) -> None
         runtime.use(bundle.adapter(name))
         reference = ZeroAdapter(made) if name == "base" else made
         parity = verify_language_model(runtime, reference, IDS, layer_tokens=16)
-        assert parity.problems(Limits()) == [], name
+        assert parity.problems == [], name
         assert parity.figures["top1_agreement"] == 1
         layers[name] = parity.figures["layers"]
     assert layers["wide"] - layers["base"] == 3 * len(WIDE)  # lora_A, lora_B, their scaled product
@@ -119,9 +118,9 @@ def test_tokens_one_by_one_with_the_cache_are_the_simulation(bundle: Bundle) -> 
     for name, made in bundle.simulations.items():
         own, others = bundle.adapter(name), [bundle.folder / n for n in ("wide", "narrow")]
         reference = ZeroAdapter(made) if name == "base" else made
-        logits, bits = compare_cache(runtime, reference_of(reference, LONG), own, others)
-        assert Parity({}, (logits, bits)).problems(Limits()) == [], name
-        assert (logits.tokens, logits.top1_agreement) == (16, 1)
+        cache = compare_cache(runtime, reference_of(reference, LONG), own, others)
+        assert cache.problems == [], name
+        assert (cache.figures["tokens"], cache.figures["top1_agreement"]) == (16, 1)
         runtime.use(own)
         plain = OnnxModel(bundle.folder / "base")
         plain.use(own)
@@ -181,7 +180,7 @@ def test_an_adapter_on_an_embedding_is_switched(tmp_path: Path) -> None:
     for folder, reference in ((None, ZeroAdapter(zero)), (tmp_path / "own", own)):
         runtime.use(folder)
         parity = verify_language_model(runtime, reference, IDS, layer_tokens=16)
-        assert parity.problems(Limits()) == []
+        assert parity.problems == []
 
 
 def test_an_adapter_is_small_and_the_weights_are_there_once(bundle: Bundle) -> None:

@@ -23,7 +23,7 @@ from qwlora.errors import ExportError, VerificationError
 from qwlora.export import runtime as runtime_module
 from qwlora.export.npu import qnn
 from qwlora.export.proof import reference as reference_module
-from qwlora.export.proof.checks import Limits, Parity
+from qwlora.export.proof.checks import Limits, Parity, only_finite, verdict
 from qwlora.export.proof.compare import (
     compare_layers,
     verify_language_model,
@@ -168,7 +168,7 @@ def simulated_reference() -> dict[str, Tensor]:
 
 def cache_parity(logits: Tensor) -> Parity:
     runtime: Any = Runtime(logits)
-    return Parity({}, compare_cache(runtime, simulated_reference(), None, []))
+    return compare_cache(runtime, simulated_reference(), None, [])
 
 
 PROOFS = [weights_parity, language_parity, outputs_parity, graphs_parity]
@@ -185,17 +185,17 @@ def test_an_sqnr_of_values_that_are_not_finite_is_nan() -> None:
 def test_logits_that_are_not_finite_fail_every_proof(compare: Any, logits: Tensor) -> None:
     parity = compare(logits)
     with pytest.raises(VerificationError, match="not finite"):
-        check_parity(parity, Limits(), "it")
-    strict_json.dumps(parity.to_json(Limits()))
-    assert not compare(LOGITS).problems(Limits())
+        check_parity(parity, "it")
+    strict_json.dumps(only_finite(parity.figures) | verdict(parity.checks))
+    assert not compare(LOGITS).problems
 
 
 @pytest.mark.parametrize("compare", [weights_parity, language_parity, graphs_parity])
 def test_a_perplexity_that_overflows_fails_the_proof(compare: Any) -> None:
     parity = compare(LARGE)
     with pytest.raises(VerificationError, match=r"difference of perplexity.*: not finite"):
-        check_parity(parity, Limits(), "it")
-    found = parity.to_json(Limits())
+        check_parity(parity, "it")
+    found = only_finite(parity.figures) | verdict(parity.checks)
     strict_json.dumps(found)
     found |= {"of": "trained", "sequences": 1, "tokens": TOKENS}
     table = summary("hf", found)
@@ -207,11 +207,11 @@ def test_a_wrong_runtime_gives_one_sentence_everywhere() -> None:
     """Logits with noise, in every kind of proof: only where it was computed differs."""
     noise = torch.randn(LOGITS.shape, generator=torch.Generator().manual_seed(10))
     problems = [
-        [re.sub(" with(out)? the adapter", "", problem) for problem in parity.problems(Limits())]
+        [re.sub(" with(out)? the adapter", "", problem) for problem in parity.problems]
         for parity in (compare(LOGITS + noise) for compare in (language_parity, graphs_parity))
     ]
     assert problems[0] == problems[1]
-    weights = weights_parity(LOGITS + noise).problems(Limits())
+    weights = weights_parity(LOGITS + noise).problems
     same = "tokens with the same likeliest token"
     assert [p for p in problems[0] if p.startswith("difference of perplexity")] == [
         p.replace(" with the adapter", "")
@@ -225,7 +225,7 @@ def test_a_wrong_runtime_gives_one_sentence_everywhere() -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_a_cache_that_gives_no_numbers_fails(value: float) -> None:
     parity = cache_parity(damaged(value, TOKENS - 1))
-    first, *_ = parity.problems(Limits())
+    first, *_ = parity.problems
     assert first.startswith("largest logit of 16 tokens, one by one with the cache: not finite")
 
 
@@ -262,8 +262,8 @@ def test_one_layer_that_computes_no_number_is_named() -> None:
 
     computed = {"up": torch.ones(4), "down": torch.tensor([1.0, math.nan, 1.0, 1.0])}
     runtime: Any = SimpleNamespace(run_layers=lambda values, tensors: computed)
-    parity = Parity({}, (compare_layers(runtime, Layers(), {}),))
-    assert "layer down, the worst of 2: not finite" in parity.problems(Limits())[0]
+    (problem, *_) = compare_layers(runtime, Layers(), {}).problems
+    assert "layer down, the worst of 2: not finite" in problem
 
 
 @pytest.fixture

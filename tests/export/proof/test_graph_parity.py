@@ -13,7 +13,7 @@ import torch
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import MissingExtraError
 from qwlora.export.npu import qnn
-from qwlora.export.proof.checks import Limits, Parity
+from qwlora.export.proof.checks import Parity, verdict
 from qwlora.export.proof.measure import measure_logits
 from qwlora.export.proof.reference import make_reference
 from qwlora.pipeline.stages import verify_stage
@@ -39,7 +39,7 @@ def parity_of(logits: torch.Tensor) -> Parity:
 
 
 def test_results_of_equal_logits_are_finite() -> None:
-    found = parity_of(LOGITS).to_json(Limits())
+    found = verdict(parity_of(LOGITS).checks)
     strict_json.dumps(found)
     assert found["passed"]
     assert [check["value"] for check in found["checks"]] == [0.0, 1.0, pytest.approx(0, abs=1e-6)]
@@ -63,7 +63,7 @@ def test_a_qnn_bundle_is_compared_on_the_cpu_and_on_the_htp(
     if not is_installed:
         monkeypatch.setattr(qnn, "_devices", absent)
     parity = qnn.verify_qnn(Path(), "first", REFERENCE)
-    problems = parity.problems(Limits())
+    problems = parity.problems
     if not is_installed:
         assert problems == []
         assert parity.figures["not_run"] == "qwlora[qnn]"

@@ -34,7 +34,7 @@ def noisy(size: float) -> Callable[[Tensor], Tensor]:
 
 
 def broken(logits: Callable[[Tensor], Tensor], reference: dict[str, Tensor]) -> list[str]:
-    return measure_logits(logits, reference).problems(Limits())
+    return measure_logits(logits, reference).problems
 
 
 def simulated(noise: float, bitwidth: int = 16) -> dict[str, Tensor]:

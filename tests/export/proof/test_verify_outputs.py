@@ -25,7 +25,6 @@ from qwlora import (
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export.onnx.onnx import export_onnx
 from qwlora.export.onnx.onnx_runtime import OnnxModel
-from qwlora.export.proof.checks import Limits, Parity
 from qwlora.export.proof.compare import compare_layers
 from simulation.tiny_architectures import inputs, make
 
@@ -49,11 +48,11 @@ def test_an_exported_image_model_computes_what_was_simulated(
 ) -> None:
     folder, simulation = bundle
     parity = verify_onnx_outputs(folder, simulation, BATCHES)
-    check_parity(parity, Limits(), NAME)
+    check_parity(parity, NAME)
     assert parity.figures["sqnr"]["logits"] > 60
     assert parity.figures["layers"] == sum(m.kind == "activation" for m in simulation.marks)
     rows = verify_files(folder, simulation, BATCHES)
-    assert rows == parity.checks(Limits())
+    assert rows == list(parity.checks)
     assert {row.what for row in rows} >= {"signal to noise of output logits"}
 
 
@@ -80,7 +79,7 @@ def test_without_session_options_integer_kernels_change_results(tmp_path: Path) 
     assert json.loads(options.read_text())["session.disable_quant_qdq"] == "1"
     faithful = verify_onnx_outputs(tmp_path, simulation, batches)
     options.unlink()
-    careless = verify_onnx_outputs(tmp_path, simulation, batches, limits=None)
+    careless = verify_onnx_outputs(tmp_path, simulation, batches, has_to_pass=False)
     assert careless.figures["sqnr"]["output"] < faithful.figures["sqnr"]["output"] - 10
 
 
@@ -117,7 +116,9 @@ def test_a_changed_scale_fails_the_proof(bundle: tuple[Path, Simulation], tmp_pa
     onnx.save(file, tmp_path / "model.onnx")
     (tmp_path / "session_options.json").write_text((folder / "session_options.json").read_text())
     assert (
-        verify_onnx_outputs(tmp_path, simulation, BATCHES, limits=None).figures["worst_layer_steps"]
+        verify_onnx_outputs(tmp_path, simulation, BATCHES, has_to_pass=False).figures[
+            "worst_layer_steps"
+        ]
         > 2
     )
     with pytest.raises(
@@ -160,7 +161,7 @@ def test_exports_with_a_cache_decode_after_prefill(tmp_path: Path) -> None:
         ("decode", decode, follow),
     ):
         export_onnx(simulation.graph(), tmp_path / name)
-        check_parity(verify_onnx_outputs(tmp_path / name, simulation, [batch]), Limits(), name)
+        check_parity(verify_onnx_outputs(tmp_path / name, simulation, [batch]), name)
     begun = OnnxModel(tmp_path / "prefill").run(prefill.bind({"input_ids": first}))
     runtime = OnnxModel(tmp_path / "decode")
     state = {
@@ -203,5 +204,5 @@ def test_few_steps_in_a_small_layer_are_chance_but_not_all_of_them(
             wrong[: max(1, int(share * len(wrong)))] += encodings[small].scale
             return {**found, small: wrong.view_as(values[small])}
 
-    parity = Parity({}, (compare_layers(OneStepOff(folder), simulation, BATCHES[0]),))
-    assert bool(parity.problems(Limits())) == (share == 1.0)
+    parity = compare_layers(OneStepOff(folder), simulation, BATCHES[0])
+    assert bool(parity.problems) == (share == 1.0)

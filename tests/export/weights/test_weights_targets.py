@@ -19,7 +19,6 @@ from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import read_canonical
-from qwlora.export.proof.checks import Limits
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import Backend, ExportedBase
 from qwlora.formats.assemble_model import load_precomputed
@@ -177,7 +176,7 @@ def test_the_runtime_computes_base_and_adapters(
         )
         adapted.set_adapter(adapter)
         parity = verify_weights(runtime, adapted, folder, as_sequences(IDS))
-        assert parity.problems(Limits()) == []
+        assert parity.problems == []
         assert parity.figures["exact"]["adapter"]["tokens"] == IDS.numel()
         runtime.use(folder)
         tokens = runtime.decode(IDS[:1], 4)  # with a cache
@@ -186,7 +185,7 @@ def test_the_runtime_computes_base_and_adapters(
             likeliest = adapted(input_ids=whole).logits[0, -5:-1].argmax(-1)
         assert tokens == likeliest.tolist()
     wrong = verify_weights(runtime, adapted, tmp_path / "second", as_sequences(IDS))
-    assert any("with the adapter" in problem for problem in wrong.problems(Limits()))
+    assert any("with the adapter" in problem for problem in wrong.problems)
 
 
 def test_the_lines_of_the_readme_load_a_base_of_several_schemes(

@@ -28,15 +28,17 @@ def weight_problem(scheme: Scheme) -> str | None:
     """Why the HTP does not compute products with such a weight; None if it does."""
     blocks = isinstance(scheme.granularity, Blocks)
     if scheme.float_offset or not scheme.symmetric:
-        return "the HTP takes symmetric weights; the nearest is the same without asymmetric"
-    if scheme.bitwidth == 2 and not blocks:
-        return "the HTP computes 2 bits per tensor or channel wrongly; the nearest is w4-channel"
-    if scheme.bitwidth == 16 and blocks:
-        return "the HTP takes 16-bit weights per tensor or per channel; the nearest is w16-channel"
-    if scheme.bitwidth not in (2, *_BITS):
+        problem = "takes symmetric weights; the nearest is the same without asymmetric"
+    elif scheme.bitwidth == 2 and not blocks:
+        problem = "computes 2 bits per tensor or channel wrongly; the nearest is w4-channel"
+    elif scheme.bitwidth == 16 and blocks:
+        problem = "takes 16-bit weights per tensor or per channel; the nearest is w16-channel"
+    elif scheme.bitwidth not in (2, *_BITS):
         nearest = min(bits for bits in _BITS if bits > scheme.bitwidth)
-        return f"the HTP has weights of 2, 4, 8 and 16 bits; the nearest has {nearest}"
-    return None
+        problem = f"has weights of 2, 4, 8 and 16 bits; the nearest has {nearest}"
+    else:
+        return None
+    return f"{scheme}: the HTP {problem}"
 
 
 def table_problem(scheme: Scheme) -> str | None:
@@ -46,7 +48,7 @@ def table_problem(scheme: Scheme) -> str | None:
         or scheme.bitwidth not in (8, 16)
         or not scheme.symmetric
     ):
-        return "the HTP reads rows of tables with one symmetric scale; the nearest is w8-tensor"
+        return f"{scheme}: the HTP reads tables with one symmetric scale; the nearest is w8-tensor"
     return None
 
 

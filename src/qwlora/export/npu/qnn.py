@@ -61,7 +61,7 @@ from qwlora.export.npu.htp_rewrites import CODES, npu_onnx
 from qwlora.export.npu.kv_cache_graphs import CachedGraphs, share_weights, write_graphs
 from qwlora.export.onnx.onnx_edits import load_graph, save_graph
 from qwlora.export.onnx.onnx_runtime import exposed, open_model
-from qwlora.export.proof.checks import Parity, at_most
+from qwlora.export.proof.checks import LIMITS, Limits, Parity, at_most
 from qwlora.export.proof.compare import compare_logits
 from qwlora.export.proof.reference import first_sequences
 from qwlora.export.target import BASE, NONE, Backend, ExportedUseCases
@@ -327,8 +327,8 @@ class QnnModel(CachedGraphs):
     def open_layers(self, name: str) -> Any:
         return open_model(exposed(load_graph(self._file(name))), False, open_graph)
 
-    def parity(self, reference: Mapping[str, Tensor]) -> Parity:
-        return verify_qnn(self.folder.parent, self.adapter.name, reference)
+    def parity(self, reference: Mapping[str, Tensor], limits: Limits) -> Parity:
+        return verify_qnn(self.folder.parent, self.adapter.name, reference, limits)
 
     def placement(self) -> dict[str, dict[str, Any]]:
         """By graph: partitions on the HTP, and what ran on the CPU besides the graph's edges.
@@ -342,7 +342,9 @@ class QnnModel(CachedGraphs):
         }
 
 
-def verify_qnn(folder: Path, name: str, reference: Mapping[str, Tensor]) -> Parity:
+def verify_qnn(
+    folder: Path, name: str, reference: Mapping[str, Tensor], limits: Limits = LIMITS
+) -> Parity:
     """Run the first sequence of a reference with one adapter.
 
     Args:
@@ -359,17 +361,18 @@ def verify_qnn(folder: Path, name: str, reference: Mapping[str, Tensor]) -> Pari
     one = first_sequences(reference, 1)
     steps = min(DECODED, one["ids"].shape[1] - 1)
     on_cpu = partial(QnnModel(base, adapter, htp=False).logits, steps=steps)
-    run = compare_logits(on_cpu, one, where=" on the CPU")
-    parity = Parity({"cpu": run.to_json(), "exact": {"adapter": run.to_json()}}, (run,))
+    run = compare_logits(on_cpu, one, limits, where=" on the CPU")
+    parity = Parity({"cpu": run.figures, "exact": {"adapter": run.figures}}, run.checks)
     try:
         _devices()
     except MissingExtraError as error:
         return parity.extended({"not_run": str(error)})
     with tempfile.TemporaryDirectory() as profiles:
         model = QnnModel(base, adapter, htp=True, profiles=Path(profiles))
-        run = compare_logits(partial(model.logits, steps=steps), one, where=" on the HTP")
+        logits = partial(model.logits, steps=steps)
+        run = compare_logits(logits, one, limits, where=" on the HTP")
         placement = model.placement()
-    figures: dict[str, Any] = {"htp": run.to_json(), "exact": {"adapter": run.to_json()}}
+    figures: dict[str, Any] = {"htp": run.figures, "exact": {"adapter": run.figures}}
     rows = [
         row
         for name, place in placement.items()
@@ -378,7 +381,7 @@ def verify_qnn(folder: Path, name: str, reference: Mapping[str, Tensor]) -> Pari
             at_most(f"nodes of graph {name} on the CPU", place["cpu_nodes"], 0),
         )
     ]
-    return parity.extended({**figures, "placement": placement}, run, *rows)
+    return parity.extended({**figures, "placement": placement}, *run.checks, *rows)
 
 
 def open_graph(

@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import ExportError, listed
-from qwlora.export.format_limits import NBITS_BLOCKS, nbits_problem
+from qwlora.export.format_limits import NBITS, NBITS_BLOCKS
 from qwlora.export.onnx.onnx_edits import (
     add_input,
     constants,
@@ -94,7 +94,7 @@ def matmul_nbits_(graph: Any, model: PreTrainedModel) -> None:
     layers = {p: module for p, module in model.named_modules() if isinstance(module, PackedLinear)}
     for node, path in list(matrix_products(graph, layers)):
         layer = layers[path]
-        if problem := nbits_problem(layer.scheme) or width_problem(layer, NBITS_BLOCKS):
+        if problem := NBITS.problem(layer.scheme) or width_problem(layer, NBITS_BLOCKS):
             problems.append(f"{path}: {problem}")
             continue
         arrays, block = operands(layer)

@@ -7,9 +7,9 @@ nothing. JSON holds no NaN and no infinity: such a value is None in a check, whi
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 Unit = Literal["share", "steps", "dB", "nats", ""]
 _FORMS = {"share": ".2%", "steps": ".4g", "dB": ".1f", "nats": ".3g", "": ".4g"}
@@ -31,6 +31,9 @@ class Limits:
     perplexity_difference: float = 0.003
     sqnr: float = 60.0
     below_floor: float = 6.0
+
+
+LIMITS = Limits()
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,9 @@ class Check:
         """Whether there is an answer, or a finite number and a finite limit."""
         if isinstance(self.value, bool):
             return True
-        return all(
-            isinstance(number, int | float)
-            and not isinstance(number, bool)
-            and math.isfinite(number)
-            for number in (self.value, self.limit)
-        )
+        if self.value is None or self.limit is None or isinstance(self.limit, bool):
+            return False
+        return math.isfinite(self.value) and math.isfinite(self.limit)
 
     @property
     def share_of_limit(self) -> float:
@@ -97,10 +97,6 @@ class Check:
             return "not finite"
         unit = f" {self.unit}" if self.unit not in ("", "share") else ""
         return f"{value:{_FORMS[self.unit]}}{unit}"
-
-    def to_json(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> Check:
@@ -141,43 +137,25 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-class Measured(Protocol):
-    """A part of what was measured, whose limits a recipe has."""
-
-    def checks(self, limits: Limits) -> Iterator[Check]: ...
-
-
-Part = Check | Measured
-
-
 @dataclass(frozen=True)
 class Parity:
     """How far exported files are from what they were made of.
 
     Args:
         figures: for JSON.
-        parts: what the checks are made of.
     """
 
     figures: dict[str, Any]
-    parts: tuple[Part, ...]
+    checks: tuple[Check, ...]
 
-    def extended(self, figures: Mapping[str, Any], *parts: Part) -> Parity:
-        """The same with more figures and parts."""
-        return Parity({**self.figures, **figures}, (*self.parts, *parts))
+    def extended(self, figures: Mapping[str, Any], *checks: Check) -> Parity:
+        """The same with more figures and checks."""
+        return Parity({**self.figures, **figures}, (*self.checks, *checks))
 
-    def checks(self, limits: Limits) -> list[Check]:
-        """All checks, of every part."""
-        rows = ([p] if isinstance(p, Check) else p.checks(limits) for p in self.parts)
-        return [check for part in rows for check in part]
-
-    def problems(self, limits: Limits) -> list[str]:
+    @property
+    def problems(self) -> list[str]:
         """A sentence for each check that failed."""
-        return [check.sentence for check in self.checks(limits) if not check.passed]
-
-    def to_json(self, limits: Limits) -> dict[str, Any]:
-        """Figures, checks and verdict, without numbers that are NaN or infinite."""
-        return {**only_finite(self.figures), **verdict(self.checks(limits))}
+        return [check.sentence for check in self.checks if not check.passed]
 
 
 def verdict(checks: Iterable[Check]) -> dict[str, Any]:
@@ -187,7 +165,7 @@ def verdict(checks: Iterable[Check]) -> dict[str, Any]:
     return {
         "passed": bool(rows) and all(row.passed for row in rows),
         "problems": [row.sentence for row in rows if not row.passed],
-        "checks": [row.to_json() for row in rows],
+        "checks": [asdict(row) for row in rows],
     }
 
 

@@ -31,8 +31,7 @@ NaN and infinity are never within a limit.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -41,7 +40,7 @@ from torch import Tensor
 
 from qwlora.data.sequences import IGNORED, Sequences, as_sequences
 from qwlora.errors import VerificationError
-from qwlora.export.proof.checks import Check, Limits, Parity, at_least, at_most
+from qwlora.export.proof.checks import LIMITS, Check, Limits, Parity, at_least, at_most
 from qwlora.export.proof.reference import (
     Logits,
     Reference,
@@ -54,7 +53,7 @@ from qwlora.export.runtime import Runtime
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.quantized_graph import Interface, Kind
 from qwlora.grid.encoding import sqnr_db
-from qwlora.system.progress import Track, one_step
+from qwlora.system.progress import Track, untracked
 
 LOGIT_DIFFERENCE = 1e-4
 AGREEMENT = 0.999
@@ -63,63 +62,41 @@ FEW = 1000  # values of a layer, whose mean is partly chance
 WRONG = 15.0  # dB; a wrong operator gives less, however much rounding changes
 
 
-@dataclass(frozen=True, kw_only=True)
-class LogitsFigures:
-    """Logits of one runtime and state.
+def logits_checks(figures: Mapping[str, Any], limits: Limits, where: str = "") -> list[Check]:
+    """The checks of `compare_logits`.
 
     Args:
         where: in a sentence, such as " on the HTP".
-        max_log_prob_difference: infinite if logits of any token hold NaN or infinity.
-        floor_top1_agreement: lower end of the 95 % interval (Wilson) for another sample as large.
-        floor_perplexity_difference: relative; what rounding explains in 95 % of samples as large.
-        perplexity, reference_perplexity: None if only some tokens were run.
-        largest_allowed, noise_allowed: in log-probabilities; one of them is None.
     """
-
-    where: str
-    max_log_prob_difference: float
-    rms_log_prob_difference: float
-    top1_agreement: float
-    kl_divergence: float
-    perplexity: float | None
-    reference_perplexity: float | None
-    tokens: int
-    sequences: int
-    floor_top1_agreement: float
-    floor_perplexity_difference: float
-    largest_allowed: float | None
-    noise_allowed: float | None
-
-    def to_json(self) -> dict[str, Any]:
-        """The figures."""
-        return {k: v for k, v in asdict(self).items() if k != "where" and v is not None}
-
-    def checks(self, limits: Limits) -> Iterator[Check]:
-        if not math.isfinite(self.max_log_prob_difference):
-            yield at_most(f"largest logit{self.where}", math.nan, math.inf)
-        if self.perplexity is not None and self.reference_perplexity is not None:
-            both = (self.perplexity, self.reference_perplexity)
-            drift = abs(both[0] / both[1] - 1) if all(map(math.isfinite, both)) else math.nan
-            allowed = limits.perplexity_difference + self.floor_perplexity_difference
-            yield at_most(f"difference of perplexity{self.where}", drift, allowed, "share")
-        what = f"tokens with the same likeliest token{self.where}"
-        yield at_least(what, self.top1_agreement, self.floor_top1_agreement, "share")
-        if self.noise_allowed is not None:
-            what = f"difference of log-probabilities{self.where} (root mean square)"
-            yield at_most(what, self.rms_log_prob_difference, self.noise_allowed, "nats")
-        else:
-            what = f"largest difference of a log-probability{self.where}"
-            bound = math.nan if self.largest_allowed is None else self.largest_allowed
-            yield at_most(what, self.max_log_prob_difference, bound, "nats")
+    rows = []
+    if not math.isfinite(figures["max_log_prob_difference"]):
+        rows.append(at_most(f"largest logit{where}", math.nan, math.inf))
+    if "perplexity" in figures:
+        both = figures["perplexity"], figures["reference_perplexity"]
+        drift = abs(both[0] / both[1] - 1) if all(map(math.isfinite, both)) else math.nan
+        allowed = limits.perplexity_difference + figures["floor_perplexity_difference"]
+        rows.append(at_most(f"difference of perplexity{where}", drift, allowed, "share"))
+    what = f"tokens with the same likeliest token{where}"
+    same, least = figures["top1_agreement"], figures["floor_top1_agreement"]
+    rows.append(at_least(what, same, least, "share"))
+    if "noise_allowed" in figures:
+        what = f"difference of log-probabilities{where} (root mean square)"
+        differs, allowed = figures["rms_log_prob_difference"], figures["noise_allowed"]
+    else:
+        what = f"largest difference of a log-probability{where}"
+        differs, allowed = figures["max_log_prob_difference"], figures["largest_allowed"]
+    return [*rows, at_most(what, differs, allowed, "nats")]
 
 
 def compare_logits(
     logits: Logits,
     reference: Mapping[str, Tensor],
+    limits: Limits = LIMITS,
     state: str = "adapter",
     where: str = "",
     last: int | None = None,
-) -> LogitsFigures:
+    track: Track = untracked,
+) -> Parity:
     """Compare a runtime's logits of the reference's sequences.
 
     If only some tokens count for the loss, the logits that predict those are compared.
@@ -127,6 +104,12 @@ def compare_logits(
     Args:
         logits: of token ids [1, tokens].
         last: compare the last tokens of each sequence only, whose logits `logits` returns.
+
+    Returns:
+        figures: the largest difference of a log-probability, which is infinite if logits of any
+        token hold NaN or infinity, and others; perplexities unless `last`; and what rounding
+        explains: a share and a relative difference of perplexity in 95 % of samples as large,
+        differences of log-probabilities.
 
     Raises:
         SourceError: the reference is of another vocabulary.
@@ -139,7 +122,8 @@ def compare_logits(
     masks = [_predicting(labels)[part] for _, labels in rows]
     if last is not None or not any(bool(mask.any()) for mask in masks):
         masks = [torch.ones_like(mask) for mask in masks]
-    for number, ((ids, labels), predicting) in enumerate(zip(rows, masks, strict=True)):
+    for number, (ids, labels) in enumerate(track(rows, "verifying", len(rows))):
+        predicting = masks[number]
         found = logits(ids[None]).double()
         top = reference[f"{state}.top"][number, part].long()
         check_ids(top, found.shape[-1])
@@ -157,18 +141,18 @@ def compare_logits(
             expected_nll += float(reference[f"{state}.losses"][number].sum())
     tokens = int(torch.cat(masks).sum())
     counted = sum(int((labels[1:] != IGNORED).sum()) for _, labels in rows)
-    return LogitsFigures(
-        where=where,
-        max_log_prob_difference=most,
-        rms_log_prob_difference=_rms(torch.cat(differences)),
-        top1_agreement=same / tokens,
-        kl_divergence=divergence / tokens,
-        perplexity=perplexity(nll, counted) if last is None else None,
-        reference_perplexity=perplexity(expected_nll, counted) if last is None else None,
-        tokens=tokens,
-        sequences=len(rows),
-        **_floor(reference, state, masks, part, counted),
-    )
+    figures: dict[str, Any] = {
+        "max_log_prob_difference": most,
+        "rms_log_prob_difference": _rms(torch.cat(differences)),
+        "top1_agreement": same / tokens,
+        "kl_divergence": divergence / tokens,
+    }
+    if last is None:
+        figures["perplexity"] = perplexity(nll, counted)
+        figures["reference_perplexity"] = perplexity(expected_nll, counted)
+    figures |= {"tokens": tokens, "sequences": len(rows)}
+    figures |= _floor(reference, state, masks, part, counted)
+    return Parity(figures, tuple(logits_checks(figures, limits, where)))
 
 
 def _predicting(labels: Tensor) -> Tensor:
@@ -185,25 +169,21 @@ def _floor(
     compared: list[Tensor],
     part: slice,
     counted: int,
-) -> dict[str, Any]:
+) -> dict[str, float]:
     """What rounding alone explains."""
-    exact = 2 * LOGIT_DIFFERENCE * float(reference[f"{state}.largest"].max())
-    rounding = reference.get(f"{state}.rounding")
-    noise = reference.get(f"{state}.noise")
-    allowed = exact + (0.0 if rounding is None else 2 * float(rounding.max()))
-    floor = {
-        "floor_top1_agreement": AGREEMENT,
-        "floor_perplexity_difference": 0.0,
-        "largest_allowed": allowed if noise is None else None,
-        "noise_allowed": None if noise is None else exact + NOISE * _rms(noise.double()),
-    }
+    agreement, drift = AGREEMENT, 0.0
     if (same := reference.get(f"{state}.other_same")) is not None:
         shares = [row[part][mask] for row, mask in zip(same, compared, strict=True)]
-        floor["floor_top1_agreement"] = lowest_agreement(torch.cat(shares))
+        agreement = lowest_agreement(torch.cat(shares))
         change = reference[f"{state}.other_losses"] - reference[f"{state}.losses"]
-        squared = float(change.square().sum())
-        floor["floor_perplexity_difference"] = perplexity_floor(squared, counted)
-    return floor
+        drift = perplexity_floor(float(change.square().sum()), counted)
+    floor = {"floor_top1_agreement": agreement, "floor_perplexity_difference": drift}
+    exact = 2 * LOGIT_DIFFERENCE * float(reference[f"{state}.largest"].max())
+    if (noise := reference.get(f"{state}.noise")) is not None:
+        return {**floor, "noise_allowed": exact + NOISE * _rms(noise.double())}
+    rounding = reference.get(f"{state}.rounding")
+    coarse = 0.0 if rounding is None else 2 * float(rounding.max())
+    return {**floor, "largest_allowed": exact + coarse}
 
 
 def lowest_agreement(same: Tensor) -> float:
@@ -280,74 +260,59 @@ def is_told_apart(reference: Mapping[str, Tensor], limits: Limits) -> bool:
     counted = int((few["labels"][:, 1:] != IGNORED).sum())
     compared = [torch.ones_like(row, dtype=torch.bool) for row in few["ids"]]
     same = few["base.top"][..., 0] == few["adapter.top"][..., 0]
-    figures = LogitsFigures(
-        where="",
-        max_log_prob_difference=largest((base - adapter).abs()),
-        rms_log_prob_difference=_rms(base - adapter),
-        top1_agreement=float(same.double().mean()),
-        kl_divergence=0.0,
-        perplexity=perplexity(float(base.sum()), counted),
-        reference_perplexity=perplexity(float(adapter.sum()), counted),
-        tokens=same.numel(),
-        sequences=len(same),
+    figures = {
+        "max_log_prob_difference": largest((base - adapter).abs()),
+        "rms_log_prob_difference": _rms(base - adapter),
+        "top1_agreement": float(same.double().mean()),
+        "perplexity": perplexity(float(base.sum()), counted),
+        "reference_perplexity": perplexity(float(adapter.sum()), counted),
         **_floor(few, "adapter", compared, slice(None), counted),
-    )
-    return not all(check.passed for check in figures.checks(limits))
-
-
-@dataclass(frozen=True)
-class LayerFigures:
-    """How far layers are from the simulation, in steps of each layer's output grid.
-
-    Args:
-        worst_layer: the layer with the largest difference, `worst_layer_steps`.
-        worst_layer_mean_steps: the largest mean difference of any layer. A mean of fewer than `FEW`
-            values counts as if there were as many, the others equal: of 64 values, a few are a
-            step off by chance.
-        layers: how many were compared.
-    """
-
-    worst_layer: str
-    worst_layer_steps: float
-    worst_layer_mean_steps: float
-    layers: int
-
-    def checks(self, limits: Limits) -> Iterator[Check]:
-        if self.layers:
-            what = f"difference of layer {self.worst_layer}, the worst of {self.layers:,}"
-            yield at_most(what, self.worst_layer_steps, limits.layer_steps, "steps")
-            what = "largest mean difference of a layer"
-            yield at_most(what, self.worst_layer_mean_steps, limits.layer_mean_steps, "steps")
+    }
+    return not all(check.passed for check in logits_checks(figures, limits))
 
 
 def compare_layers(
-    runtime: Runtime, reference: Reference, batch: Mapping[str, Any]
-) -> LayerFigures:
-    """Run every layer on the simulation's value of its inputs for `batch`."""
+    runtime: Runtime, reference: Reference, batch: Mapping[str, Any], limits: Limits = LIMITS
+) -> Parity:
+    """Run every layer on the simulation's value of its inputs for `batch`, and compare in steps of
+    each layer's output grid. A mean of fewer than `FEW` values counts as if there were as many, the
+    others equal: of 64 values, a few are a step off by chance."""
     graph, simulated = reference.graph(), reference.values(batch)
     names = [mark.name for mark in graph.marks if mark.kind is Kind.ACTIVATION]
+    figures: dict[str, Any] = {
+        "worst_layer": "",
+        "worst_layer_steps": 0.0,
+        "worst_layer_mean_steps": 0.0,
+        "layers": len(names),
+    }
     if not names:  # only weights are quantized
-        return LayerFigures("", 0.0, 0.0, 0)
+        return Parity(figures, ())
     values = {name: simulated[name] for name in names}
     outputs = runtime.run_layers(values, reference.bind(batch))
     steps = [(outputs[name] - values[name]).abs() / graph.encodings[name].scale for name in names]
     worst_steps = torch.stack([s.max() for s in steps])
-    means = [s.sum() / max(s.numel(), FEW) for s in steps]
-    mean = torch.stack(means).max()  # NaN if one of them is
+    means = torch.stack([s.sum() / max(s.numel(), FEW) for s in steps])
     worst = int(worst_steps.argmax())
-    return LayerFigures(names[worst], float(worst_steps[worst]), float(mean), len(names))
+    largest_steps, mean = float(worst_steps[worst]), float(means.max())  # NaN if one of them is
+    figures["worst_layer"], figures["worst_layer_steps"] = names[worst], largest_steps
+    figures["worst_layer_mean_steps"] = mean
+    what = f"difference of layer {names[worst]}, the worst of {len(names):,}"
+    of_mean = "largest mean difference of a layer"
+    return Parity(
+        figures,
+        (
+            at_most(what, largest_steps, limits.layer_steps, "steps"),
+            at_most(of_mean, mean, limits.layer_mean_steps, "steps"),
+        ),
+    )
 
 
-@dataclass
-class OutputFigures:
+class OutputDifference:
     """Running difference between one output of two computations, and between two simulations of it;
     `largest` is infinite and `sqnr` NaN if one of them holds NaN or infinity."""
 
-    name: str
-    signal: float = 0.0
-    noise: float = 0.0
-    floor_noise: float = 0.0
-    largest: float = 0.0
+    def __init__(self) -> None:
+        self.signal = self.noise = self.floor_noise = self.largest = 0.0
 
     def update(self, found: Tensor, expected: Tensor, perturbed: Tensor) -> None:
         """Add one batch."""
@@ -367,15 +332,14 @@ class OutputFigures:
         """Of two simulations, in dB."""
         return sqnr_db(self.signal, self.floor_noise)
 
-    def checks(self, limits: Limits) -> Iterator[Check]:
+    def check(self, name: str, limits: Limits) -> Check:
+        """Whether it is as near as two simulations are."""
         least = max(WRONG, min(limits.sqnr, self.floor_sqnr - limits.below_floor))
-        yield at_least(f"signal to noise of output {self.name}", self.sqnr, least, "dB")
+        return at_least(f"signal to noise of output {name}", self.sqnr, least, "dB")
 
 
 def verify_outputs(
-    runtime: Runtime,
-    reference: Reference,
-    batches: Collection[Any],
+    runtime: Runtime, reference: Reference, batches: Collection[Any], limits: Limits = LIMITS
 ) -> Parity:
     """Compare every output on `batches`, and every layer on the first of them.
 
@@ -390,22 +354,23 @@ def verify_outputs(
         raise VerificationError("verification needs at least one batch of the model's inputs")
     interface = reference.graph().interface
     batches = [as_arguments(batch, interface.inputs) for batch in batches]
-    layers = compare_layers(runtime, reference, batches[0])
-    outputs: dict[str, OutputFigures] = {}
+    layers = compare_layers(runtime, reference, batches[0], limits)
+    outputs: dict[str, OutputDifference] = {}
     for batch in batches:
         found = runtime.run(reference.bind(batch))
         perturbed = reference.perturbed_outputs(batch)
         for name, expected in reference.outputs(batch).items():
-            output = outputs.setdefault(name, OutputFigures(name))
+            output = outputs.setdefault(name, OutputDifference())
             output.update(found[name], expected, perturbed[name])
     figures = {
-        **asdict(layers),
+        **layers.figures,
         "primary": interface.primary,
         "sqnr": {name: output.sqnr for name, output in outputs.items()},
         "floor_sqnr": {name: output.floor_sqnr for name, output in outputs.items()},
         "max_abs_difference": {name: output.largest for name, output in outputs.items()},
     }
-    return Parity(figures, (*outputs.values(), layers))
+    checks = [output.check(name, limits) for name, output in outputs.items()]
+    return Parity(figures, (*checks, *layers.checks))
 
 
 def verify_language_model(
@@ -413,6 +378,7 @@ def verify_language_model(
     simulation: Reference,
     sequences: Sequences | Int64[Tensor, "count tokens"],
     layer_tokens: int,
+    limits: Limits = LIMITS,
 ) -> Parity:
     """Compare logits and perplexity on `sequences`, and layers on a part of the first one if the
     runtime gives these.
@@ -423,34 +389,14 @@ def verify_language_model(
     Raises:
         ExportError: the runtime refuses the files.
     """
-    data, layers = as_sequences(sequences), list[LayerFigures]()
+    data, layers = as_sequences(sequences), Parity({}, ())
     if runtime.has_layers:
         ids = data.input_ids[:1, :layer_tokens]
-        layers.append(compare_layers(runtime, simulation, {"input_ids": ids}))
+        layers = compare_layers(runtime, simulation, {"input_ids": ids}, limits)
     logits, perturbed = simulated_logits(simulation)
     reference = make_reference({"adapter": logits}, data, {"adapter": perturbed})
-    run = compare_logits(runtime.logits, reference)
-    figures = run.to_json() | (asdict(layers[0]) if layers else {})
-    return Parity(figures, (run, *layers))
-
-
-def verify_layers(
-    runtime: Runtime, simulation: Reference, ids: Tensor, track: Track
-) -> LayerFigures:
-    """`compare_layers` of token ids [1, tokens], with progress."""
-    with one_step(track, "comparing layers"):
-        return compare_layers(runtime, simulation, {"input_ids": ids})
-
-
-def tracked(logits: Logits, track: Track, count: int) -> Logits:
-    """`logits`, with one step of progress for each of `count` calls."""
-    steps = iter(track(range(count), "verifying", count))
-
-    def counted(ids: Tensor) -> Tensor:
-        next(steps, None)
-        return logits(ids)
-
-    return counted
+    run = compare_logits(runtime.logits, reference, limits)
+    return run.extended(layers.figures, *layers.checks)
 
 
 def is_language_model(interface: Interface) -> bool:

@@ -17,7 +17,6 @@ run replaces it. Hidden files next to that of the bundle (.gitattributes, .cache
 from __future__ import annotations
 
 import hashlib
-import json
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -42,11 +41,7 @@ FORMAT = 1
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
     """Write the record of exported files, with digests of all of them but README.md, which a user
     may edit."""
-    manifest.write(folder, RECORD, record, _without_readme(files_in(folder)))
-
-
-def _without_readme(files: Iterable[str]) -> list[str]:
-    return [name for name in files if name != README]
+    manifest.write(folder, RECORD, record, set(files_in(folder)) - {README})
 
 
 def write_proof(folder: Path, reference: Mapping[str, Any], record: Mapping[str, Any]) -> None:
@@ -72,12 +67,9 @@ def record_digest(folder: Path) -> str:
 def is_of_base(bundle: Path, adapter: str) -> bool:
     """Whether the adapter was exported for the base that is there, and what its runtime loads is
     whole."""
-    folder = bundle / adapter
-    try:
-        base, record = (json.loads((f / RECORD).read_text()) for f in (bundle / BASE, folder))
-    except (OSError, ValueError):
-        return False
-    if not isinstance(base, dict) or not isinstance(record, dict):
+    folder, base = bundle / adapter, manifest.read(bundle / BASE / RECORD)
+    record = manifest.read(folder / RECORD)
+    if not base or not record:
         return False
     digest = record_digest(bundle / BASE)  # adapters of a switchable target have it
     is_of = record.get("base", digest) == digest
@@ -89,8 +81,8 @@ def is_of_base(bundle: Path, adapter: str) -> bool:
 
 def without_cache(base: Path) -> str | None:
     """Why a base's files have no key-value cache; None: they have one, or always do."""
-    found: str | None = json.loads((base / RECORD).read_text()).get(WITHOUT_CACHE)
-    return found
+    reason: str | None = manifest.read(base / RECORD).get(WITHOUT_CACHE)
+    return reason
 
 
 def is_bundle(folder: Path) -> bool:
@@ -123,34 +115,25 @@ def current_proofs(bundle: Path, without: str | None = None) -> dict[str, dict[s
             continue
         try:
             record = _read_proof(path)
-            if not _has_both_digests(path.parent) or manifest.changed_files(
-                path.parent, PROOF_RECORD, only=()
-            ):
+            is_whole = _has_both_digests(path.parent)
+            if not is_whole or manifest.changed_files(path.parent, PROOF_RECORD, only=()):
                 raise SourceError(f"{str(path)!r} changed after saving")
         except SourceError as error:
-            warnings.warn(
-                f"{README} leaves out adapter {name}: {error}", QwloraWarning, stacklevel=2
-            )
+            message = f"{README} leaves out adapter {name}: {error}"
+            warnings.warn(message, QwloraWarning, stacklevel=2)
             continue
-        if _is_of_files(bundle, name, record):
-            found[name] = record
+        try:
+            parts = TARGETS[str(record.get("target"))].parts(bundle, name)
+            if {part: record_digest(folder) for part, folder in parts.items()} == record["of"]:
+                found[name] = record
+        except (KeyError, OSError):  # an unknown target, or no files
+            continue
     return found
 
 
 def _has_both_digests(proof: Path) -> bool:
     """Whether the record of a proof has the digests of itself and of the reference."""
     return manifest.listed_files(proof, PROOF_RECORD) == sorted([PROOF_RECORD, REFERENCE])
-
-
-def _is_of_files(bundle: Path, name: str, record: Mapping[str, Any]) -> bool:
-    """Whether a proof is of the base and the adapter that are there."""
-    if (target := TARGETS.get(str(record.get("target")))) is None:
-        return False
-    folders = target.parts(bundle, name)
-    try:
-        return {part: record_digest(folder) for part, folder in folders.items()} == record["of"]
-    except OSError:
-        return False
 
 
 def _proof_paths(bundle: Path) -> list[Path]:
@@ -163,27 +146,20 @@ def _read_proof(path: Path) -> dict[str, Any]:
     Raises:
         SourceError: it cannot be read, has another format, or lacks the limits.
     """
-    try:
-        record = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise SourceError(f"{str(path)!r} cannot be read ({error}); copy it again") from error
-    again = "copy it again, or verify the job again"
-    if not isinstance(record, dict):
-        raise SourceError(f"{str(path)!r} holds no JSON object; {again}")
-    if record.get("format") != FORMAT:
-        raise SourceError(
-            f"{str(path)!r} has format {record.get('format')!r}, not {FORMAT}; verify the job again"
-        )
-    limits, of = record.get("limits"), record.get("of")
+    record = manifest.read(path)
+    limits, of, form = record.get("limits"), record.get("of"), record.get("format")
     limit = limits.get("perplexity_difference") if isinstance(limits, dict) else None
-    if not isinstance(limit, int | float) or not isinstance(of, dict):
-        missing = "of" if not isinstance(of, dict) else "limits.perplexity_difference"
-        raise SourceError(f"{str(path)!r} has no {missing}; {again}")
-    if isinstance(limit, bool) or not 0 < limit <= 1:
-        raise SourceError(
-            f"{str(path)!r} has limits.perplexity_difference {limit}, not a relative difference "
-            f"above 0 and up to 1; {again}"
-        )
+    is_limit = isinstance(limit, int | float) and not isinstance(limit, bool) and 0 < limit <= 1
+    needed = {
+        "no readable record": bool(record),
+        f"format {form!r}, not {FORMAT}": form == FORMAT,
+        f"limits.perplexity_difference {limit!r}, not a relative difference above 0 and up to 1": (
+            is_limit
+        ),
+        "no of": isinstance(of, dict),
+    }
+    if problem := next((problem for problem, holds in needed.items() if not holds), None):
+        raise SourceError(f"{str(path)!r} has {problem}; copy it again, or verify the job again")
     return record
 
 
@@ -202,7 +178,9 @@ def check_complete(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> No
     known = {BASE, PROOF, README, *records}
     parts = [(path, path.name in records) for path in (bundle / PROOF).iterdir()]
     if any(TARGETS[r["target"]].has_cases for r in records.values()):
-        if unproven := sorted(set(_use_cases(bundle)) - records.keys()):
+        cases = manifest.read(bundle / RECORD).get("use_cases")
+        names = map(str, cases if isinstance(cases, list) else ())
+        if unproven := sorted(set(names) - records.keys()):
             raise FingerprintError(
                 f"{str(bundle)!r} has no {PROOF}/NAME of use cases {listed(unproven)}; copy the "
                 "whole bundle again, or verify the job that exported it"
@@ -221,13 +199,25 @@ def check_complete(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> No
         )
 
 
-def _use_cases(bundle: Path) -> list[str]:
-    """The use cases that were exported; none if the record cannot be read (see `check_files`)."""
-    try:
-        record = json.loads((bundle / RECORD).read_text())
-        return [str(case) for case in record["use_cases"]]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        return []
+def check_recorded(folder: Path, files: Iterable[str] | None = None) -> None:
+    """Compare a folder of exported files with the record in it.
+
+    Args:
+        files: those that belong to the record; default: all that are there.
+
+    Raises:
+        FingerprintError: a file was changed, added or removed.
+    """
+    what = repr(str(folder))
+    if not manifest.has_digests(folder, RECORD):
+        raise FingerprintError(f"{what} has no readable {RECORD} with digests; copy it again")
+    known = {*manifest.listed_files(folder, RECORD)} - {README}
+    manifest.check(folder, RECORD, what, "export it again", only=known)
+    files = files_in(folder) if files is None else files
+    if added := sorted(set(files) - known - {README}):
+        raise FingerprintError(
+            f"{what} holds files that were not exported: {listed(added)}; remove them"
+        )
 
 
 def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
@@ -239,12 +229,13 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
             of the proof; or the proof has no digests, or is that of another adapter.
         SourceError: see `check_contents`.
     """
-    if not _has_both_digests(bundle / PROOF / name):
+    proof = bundle / PROOF / name
+    if not _has_both_digests(proof):
         raise FingerprintError(
-            f"{str(bundle / PROOF / name / PROOF_RECORD)!r} lacks the digests of itself and of "
-            f"{REFERENCE}; copy it again, or verify the job again"
+            f"{str(proof / PROOF_RECORD)!r} lacks the digests of itself and of {REFERENCE}; copy "
+            "it again, or verify the job again"
         )
-    manifest.check(bundle / PROOF / name, PROOF_RECORD, f"proof of {name}", "verify the job again")
+    manifest.check(proof, PROOF_RECORD, f"proof of {name}", "verify the job again")
     if record.get("adapter") != name:
         raise FingerprintError(
             f"{PROOF}/{name} is the proof of adapter {record.get('adapter')!r}; copy the whole "
@@ -252,33 +243,20 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
         )
     target = TARGETS[record["target"]]
     for part, folder in target.parts(bundle, name).items():
-        what = f"{str(folder)!r}"
-        if not manifest.has_digests(folder, RECORD):
-            raise FingerprintError(f"{what} has no readable {RECORD} with digests; copy it again")
-        known = _without_readme(manifest.listed_files(folder, RECORD))
-        own = _without_readme(files_in(folder))
-        if folder == bundle:
-            own = [file for file in own if not _is_of_other(file)]
-        manifest.check(folder, RECORD, what, "export it again", only=known)
-        if record_digest(folder) != record.get("of", {}).get(part):
+        files = [file for file in files_in(folder) if file != README]
+        if folder == bundle:  # without those of proofs, and what is hidden
+            files = [file for file in files if not file.startswith((f"{PROOF}/", "."))]
+        check_recorded(folder, files)
+        if record_digest(folder) != record["of"].get(part):
             raise FingerprintError(
-                f"{what} is not the one that the proof in {PROOF}/{name} is of; copy the whole "
-                "bundle again, or verify the job again"
+                f"{str(folder)!r} is not the one that the proof in {PROOF}/{name} is of; copy the "
+                "whole bundle again, or verify the job again"
             )
-        if added := sorted(set(own) - set(known)):
-            raise FingerprintError(
-                f"{what} holds files that were not exported: {listed(added)}; remove them"
-            )
-        check_contents(target.backend.contents, folder, own, part == BASE)
-    if added := sorted(set(files_in(bundle / PROOF / name)) - {PROOF_RECORD, REFERENCE}):
+        check_contents(target.backend.contents, folder, files, part == BASE)
+    if added := sorted(set(files_in(proof)) - {PROOF_RECORD, REFERENCE}):
         raise FingerprintError(
-            f"{str(bundle / PROOF / name)!r} holds files of no proof: {listed(added)}; remove them"
+            f"{str(proof)!r} holds files of no proof: {listed(added)}; remove them"
         )
-
-
-def _is_of_other(name: str) -> bool:
-    """Whether a file of a bundle belongs to a proof, or is hidden or in a hidden folder."""
-    return name.startswith((f"{PROOF}/", "."))
 
 
 def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str, Any]]:
@@ -302,13 +280,12 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
         raise SourceError(
             f"{str(bundle)!r} has no {PROOF}/NAME/{PROOF_RECORD}; verify the job that exported it"
         )
-    for record in records.values():
-        if str(record.get("target")) not in TARGETS:
-            unknown = record.get("target")
-            raise SourceError(
-                f"{str(bundle)!r} is for target {unknown!r}, which is unknown; copy it again, or "
-                "export it again"
-            )
+    targets = {str(record.get("target")) for record in records.values()}
+    if unknown := sorted(targets - TARGETS.keys()):
+        raise SourceError(
+            f"{str(bundle)!r} is for target {listed(map(repr, unknown))}, which is unknown; copy "
+            "it again, or export it again"
+        )
     check_complete(bundle, records)
     for name, record in records.items():
         check_files(bundle, name, record)
@@ -316,7 +293,7 @@ def verify_bundle(bundle: Path, track: Track = untracked) -> dict[str, dict[str,
     for name, record in track(records.items(), "verifying", len(records)):
         target = TARGETS[record["target"]]
         reference, _ = read_tensors(bundle / PROOF / name / REFERENCE)
-        parity, _ = measure(target, bundle, name, reference)
         limits = Limits(perplexity_difference=record["limits"]["perplexity_difference"])
+        parity, _ = measure(target, bundle, name, reference, limits)
         results[name] = proven(target, parity, reference, limits)
     return results

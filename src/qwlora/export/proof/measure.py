@@ -23,14 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qwlora.export.proof.checks import Check, Limits, Parity, Part, at_least, is_so
-from qwlora.export.proof.compare import (
-    LogitsFigures,
-    compare_logits,
-    is_same,
-    is_told_apart,
-    tracked,
+from qwlora.export.proof.checks import (
+    LIMITS,
+    Check,
+    Limits,
+    Parity,
+    at_least,
+    is_so,
+    only_finite,
+    verdict,
 )
+from qwlora.export.proof.compare import compare_logits, is_same, is_told_apart
 from qwlora.export.proof.reference import Logits, check_ids, check_reference
 from qwlora.export.runtime import Runtime
 from qwlora.export.target import BASE, Target
@@ -52,6 +55,7 @@ def measure(
     bundle: Path,
     name: str,
     reference: Mapping[str, Tensor],
+    limits: Limits = LIMITS,
     track: Track = untracked,
 ) -> tuple[Parity, Runtime]:
     """Run the files of an adapter, a use case or the base.
@@ -75,10 +79,10 @@ def measure(
     runtime = target.open(bundle, None if target.has_base else name)
     load_seconds = time.perf_counter() - began
     if not runtime.switches or name == BASE:
-        parity = runtime.parity(reference)
+        parity = runtime.parity(reference, limits)
         logits = partial(runtime.logits, steps=DECODED)
-        return parity or measure_logits(logits, reference, track), runtime
-    parity = measure_runtime(runtime, bundle / name, reference, track)
+        return parity or measure_logits(logits, reference, limits, track), runtime
+    parity = measure_runtime(runtime, bundle / name, reference, limits, track)
     cost = {
         "load_seconds": load_seconds,
         "peak_memory_bytes": peak_rss_bytes() - before,
@@ -94,39 +98,40 @@ def measure_runtime(
     runtime: Runtime,
     adapter: Path,
     reference: Mapping[str, Tensor],
+    limits: Limits = LIMITS,
     track: Track = untracked,
 ) -> Parity:
     """`measure` of an open runtime that switches adapters, without what loading it costs."""
     check_ids(reference["ids"], runtime.logits(torch.zeros(1, 1, dtype=torch.int64)).shape[-1])
-    parts: list[Part] = []
-    figures = {"exact": _run(runtime, adapter, reference, parts, track)}
-    if runtime.shipped is not None:
-        figures["shipped"] = _run(runtime.shipped, adapter, reference, [], untracked)
-        parts.append(is_so(f"{OFF} (shipped)", figures["shipped"]["off_is_equal"]))
-    return Parity(figures, tuple(parts))
+    exact = _run(runtime, adapter, reference, limits, track)
+    parity = Parity({"exact": exact.figures}, exact.checks)
+    if runtime.shipped is None:
+        return parity
+    shipped = _run(runtime.shipped, adapter, reference, limits, untracked).figures
+    return parity.extended({"shipped": shipped}, is_so(f"{OFF} (shipped)", shipped["off_is_equal"]))
 
 
 def measure_logits(
-    logits: Logits, reference: Mapping[str, Tensor], track: Track = untracked
+    logits: Logits,
+    reference: Mapping[str, Tensor],
+    limits: Limits = LIMITS,
+    track: Track = untracked,
 ) -> Parity:
     """`measure` of files that hold base and adapter together: figures of `adapter` only."""
     check_reference(reference)
-    run = tracked(logits, track, len(reference["ids"]))
-    figures = compare_logits(run, reference)
-    return Parity({"exact": {"adapter": figures.to_json()}}, (figures,))
+    run = compare_logits(logits, reference, limits, track=track)
+    return Parity({"exact": {"adapter": run.figures}}, run.checks)
 
 
 def proven(
     target: Target, parity: Parity, reference: Mapping[str, Tensor], limits: Limits
 ) -> dict[str, Any]:
     """What a proof records: figures and checks, program and machine."""
-    measured = parity.to_json(limits)
-    checks = {key: measured.pop(key) for key in ("passed", "problems", "checks")}
     return {
         "client": client(target),
         "machine": f"{processor_name()}, {torch.get_num_threads()} threads",
-        "figures": measured,
-        **checks,
+        "figures": only_finite(parity.figures),
+        **verdict(parity.checks),
         "notes": [] if is_told_apart(reference, limits) else [SAME],
     }
 
@@ -148,38 +153,33 @@ def decoded(agreement: float, floor: float) -> Check:
 
     Args:
         agreement: share that is the likeliest for the whole sequence.
-        floor: share of tokens that two correct runtimes agree on.
+        floor: share of tokens that two correct runtimes agree on. Of samples of `DECODED` tokens,
+            97.5 % reach the limit.
     """
-    least = min(DECODE_AGREEMENT, _least_of_sample(floor, DECODED))
+    below, cases = 0.0, 0
+    while below <= 0.025 and cases < DECODED:
+        below += math.comb(DECODED, cases) * floor**cases * (1 - floor) ** (DECODED - cases)
+        cases += 1
+    least = (cases - 1) / DECODED if below > 0.025 else 1.0
     what = "tokens decoded one by one that are the likeliest for the whole sequence"
-    return at_least(what, agreement, least, "share")
-
-
-def _least_of_sample(share: float, count: int) -> float:
-    """The share that 97.5 % of samples of `count` cases reach if it is `share` of all cases."""
-    below = 0.0
-    for cases in range(count):
-        below += math.comb(count, cases) * share**cases * (1 - share) ** (count - cases)
-        if below > 0.025:
-            return cases / count
-    return 1.0
+    return at_least(what, agreement, min(DECODE_AGREEMENT, least), "share")
 
 
 def _run(
     runtime: Runtime,
     adapter: Path,
     reference: Mapping[str, Tensor],
-    parts: list[Part],
+    limits: Limits,
     track: Track,
-) -> dict[str, Any]:
-    """Figures of one runtime; what is checked is added to `parts`."""
+) -> Parity:
+    """Figures and checks of one runtime."""
     first = reference["ids"][:1]
     runtime.use(None)
-    base = compare_logits(runtime.logits, reference, "base", " without the adapter")
+    base = compare_logits(runtime.logits, reference, limits, "base", " without the adapter")
     before = runtime.logits(first)
     runtime.use(adapter)
-    run = tracked(runtime.logits, track, len(reference["ids"]))
-    whole = compare_logits(run, reference, where=" with the adapter")
+    where = " with the adapter"
+    whole = compare_logits(runtime.logits, reference, limits, where=where, track=track)
     prompt = first[:, : max(1, first.shape[1] - DECODED)]
     began = time.perf_counter()
     runtime.logits(prompt)
@@ -192,21 +192,18 @@ def _run(
     runtime.use(None)
     off_is_equal = is_same(runtime.logits(first), before)
     has_floor = "adapter.other_same" in reference
-    parts += [
-        base,
-        whole,
-        decoded(agreement, whole.floor_top1_agreement if has_floor else 1.0),
-        is_so(OFF, off_is_equal),
-    ]
-    return {
-        "base": base.to_json(),
-        "adapter": whole.to_json(),
+    floor = whole.figures["floor_top1_agreement"] if has_floor else 1.0
+    figures = {
+        "base": base.figures,
+        "adapter": whole.figures,
         "decode_agreement": agreement,
         "prefill_tokens_per_second": prompt.shape[1] / prefill,
         "decode_tokens_per_second": decode_tokens_per_second,
         "off_is_equal": off_is_equal,
         "switch_seconds": switch_seconds(runtime, adapter, first[:, :1]),
     }
+    checks = (decoded(agreement, floor), is_so(OFF, off_is_equal))
+    return Parity(figures, (*base.checks, *whole.checks, *checks))
 
 
 def decode_speed(runtime: Runtime, token: Tensor) -> float:
@@ -263,7 +260,8 @@ def compare_cache(
     reference: Mapping[str, Tensor],
     adapter: Path | None,
     others: Sequence[Path],
-) -> tuple[LogitsFigures, Check]:
+    limits: Limits = LIMITS,
+) -> Parity:
     """Run the first sequence as a prefill and then token by token: compare the logits of these
     tokens, and their bits while other adapters and the base run between the steps, each with a
     cache of its own.
@@ -280,9 +278,9 @@ def compare_cache(
     runtime.use(None)
     one = {name: tensor[:1] for name, tensor in reference.items()}
     where = f" of {count} tokens, one by one with the cache"
-    figures = compare_logits(lambda _: logits, one, where=where, last=count)
+    run = compare_logits(lambda _: logits, one, limits, where=where, last=count)
     what = "with the cache, logits have the same bits if other adapters run between the steps"
-    return figures, is_so(what, is_same(logits, switched))
+    return run.extended({}, is_so(what, is_same(logits, switched)))
 
 
 def _stepwise(

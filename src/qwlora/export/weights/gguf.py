@@ -41,7 +41,7 @@ from transformers import activations
 
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import CanonicalAdapter
-from qwlora.export.format_limits import gguf_problem
+from qwlora.export.format_limits import GGUF
 from qwlora.export.proof.contents import Contents
 from qwlora.export.runtime import Runtime
 from qwlora.export.target import Backend, ExportedBase
@@ -87,7 +87,7 @@ class Gguf(Backend):
             stored = checkpoint.read(name)
             if isinstance(stored, QuantizedTensor) and stored.equals(layer.quantized):
                 continue
-            if problem := gguf_problem(layer.scheme) or width_problem(layer, (BLOCK,)):
+            if problem := GGUF.problem(layer.scheme) or width_problem(layer, (BLOCK,)):
                 problems.append(f"{name}: {problem}")
                 continue
             try:

@@ -29,12 +29,7 @@ from transformers import AutoModelForCausalLM
 from qwlora.adapter.peft_support import check_pattern_times, read_config
 from qwlora.errors import ExportError, foreign_as
 from qwlora.export.canonical_adapter import PEFT_FILES, PEFT_FORM, CanonicalAdapter, write_peft
-from qwlora.export.format_limits import (
-    LayerKind,
-    compressed_tensors_kind_problem,
-    compressed_tensors_problem,
-    transformers_conflict,
-)
+from qwlora.export.format_limits import COMPRESSED_TENSORS, LayerKind, transformers_conflict
 from qwlora.export.proof.contents import MODEL_FILES, OTHER_KEYS, PLAIN, TOKENIZER, Contents
 from qwlora.export.runtime import Runtime
 from qwlora.export.target import Backend, ExportedBase
@@ -145,9 +140,9 @@ class Hf(Backend):
 
 def _problem(layer: PackedLayer) -> str | None:
     kind = layer_kind(layer)
-    if problem := compressed_tensors_kind_problem(kind):
-        return problem
-    return compressed_tensors_problem(layer.scheme) if kind is LayerKind.LINEAR else None
+    problem = COMPRESSED_TENSORS.kind_problem(kind)
+    has_integers = kind is LayerKind.LINEAR
+    return problem or (COMPRESSED_TENSORS.problem(layer.scheme) if has_integers else None)
 
 
 def load(folder: Path) -> Any:

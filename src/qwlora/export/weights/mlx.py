@@ -37,7 +37,7 @@ from transformers import PreTrainedModel
 
 from qwlora.errors import ExportError, foreign_as
 from qwlora.export.canonical_adapter import CanonicalAdapter
-from qwlora.export.format_limits import MLX_GROUPS, mlx_kind_problem, mlx_problem
+from qwlora.export.format_limits import MLX, MLX_GROUPS
 from qwlora.export.proof.contents import MODEL_FILES, NUMBER, OTHER_KEYS, PLAIN, TOKENIZER, Contents
 from qwlora.export.runtime import Runtime
 from qwlora.export.target import Backend, ExportedBase
@@ -131,7 +131,7 @@ def _settings(layout: tuple[int, int]) -> dict[str, int]:
 
 
 def _problem(layer: PackedLayer) -> str | None:
-    problem = mlx_kind_problem(layer_kind(layer)) or mlx_problem(layer.scheme)
+    problem = MLX.kind_problem(layer_kind(layer)) or MLX.problem(layer.scheme)
     return problem or width_problem(layer, MLX_GROUPS)
 
 

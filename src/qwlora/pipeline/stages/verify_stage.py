@@ -4,7 +4,6 @@ with the trained model where activations are floats. `verify/TARGET` is the zero
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from qwlora.errors import VerificationError
 from qwlora.export.npu.kv_cache_graphs import has_graphs, most_tokens
 from qwlora.export.onnx.adapters_as_inputs import ZeroAdapter
 from qwlora.export.proof.checks import Limits, Parity, only_finite, verdict
-from qwlora.export.proof.compare import verify_layers
+from qwlora.export.proof.compare import compare_layers
 from qwlora.export.proof.folder import (
     RECORD,
     WITHOUT_CACHE,
@@ -40,6 +39,7 @@ from qwlora.export.target import BASE, members
 from qwlora.formats import manifest
 from qwlora.pipeline.plan.stage import Stage
 from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.system.progress import one_step
 
 # Graphs for NPUs round cosines, sines and masks on top of what a simulation rounds: this share of
 # the largest logit counts as noise, about 30 dB.
@@ -106,21 +106,23 @@ class _Verification:
             if missing := self.target.missing():
                 self.record["not_run"] = results["not_run"] = missing
         if not missing:
-            parity = self._run(simulation, reference)
+            parity = self._run(simulation, reference, limits)
             if self.record:
                 self.record |= proven(self.target, parity, reference, limits)
-            results = self._figures(parity) | verdict(parity.checks(limits))
+            results = self._figures(parity) | verdict(parity.checks)
             if "not_run" in parity.figures and results["passed"]:
                 del results["passed"]
         if self.record:
             write_proof(scratch, first_sequences(reference, BASE_SEQUENCES), self.record)
         return results
 
-    def _run(self, simulation: Reference | None, reference: dict[str, Tensor]) -> Parity:
+    def _run(
+        self, simulation: Reference | None, reference: dict[str, Tensor], limits: Limits
+    ) -> Parity:
         """Whole sequences and tokens one by one; where the runtime allows it also layers, and
         whether other adapters leave a trace."""
         track, recipe = self.context.track, self.context.recipe
-        parity, runtime = measure(self.target, self.bundle, self.adapter, reference, track)
+        parity, runtime = measure(self.target, self.bundle, self.adapter, reference, limits, track)
         ids = reference["ids"][:1, : recipe.verify.layer_tokens]
         adapter = None if self.adapter == BASE else self.bundle / self.adapter
         names = [a.name for a in recipe.adapters if a.name != self.adapter]
@@ -128,11 +130,12 @@ class _Verification:
         if runtime.switches:
             runtime.use(adapter)
         if runtime.has_layers and simulation is not None:
-            layers = verify_layers(runtime, simulation, ids, track)
-            parity = parity.extended(asdict(layers), layers)
+            with one_step(track, "comparing layers"):
+                layers = compare_layers(runtime, simulation, {"input_ids": ids}, limits)
+            parity = parity.extended(layers.figures, *layers.checks)
         if runtime.has_cache:
-            logits, bits = compare_cache(runtime, reference, adapter, others)
-            parity = parity.extended({"cache": logits.to_json()}, logits, bits)
+            cache = compare_cache(runtime, reference, adapter, others, limits)
+            parity = parity.extended({"cache": cache.figures}, *cache.checks)
         if runtime.switches and (others or self.target.is_simulated):
             parity = parity.extended({}, *switching(runtime, adapter, others, ids))
         return parity

@@ -12,11 +12,9 @@ experts, biases and whole modules have no such form and are refused.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError
@@ -27,6 +25,7 @@ from qwlora.adapter.adapter_folder import FILE
 from qwlora.adapter.peft_support import CONFIG, WEIGHTS, read_config
 from qwlora.errors import ExportError, SourceError, listed
 from qwlora.export.proof.contents import NUMBER, OTHER_KEYS, PLAIN, Form
+from qwlora.formats import manifest
 from qwlora.system import strict_json
 
 PREFIX = "base_model.model."  # of PEFT's names
@@ -99,11 +98,14 @@ def read_canonical(folder: Path) -> CanonicalAdapter:
             "linear layers can be exported to this target. Remove it from export.targets, or train "
             "an adapter without DoRA, embeddings, convolutions and experts"
         )
-    factors = {
-        module: (found["A"].contiguous(), (found["B"] * _scaling(config, module, found["A"])))
-        for module, found in halves.items()
-    }
-    return CanonicalAdapter(factors, _fingerprint(folder))
+    patterns, factors = config.get("alpha_pattern") or {}, {}
+    for module, pair in halves.items():
+        a, b, rank = pair["A"].contiguous(), pair["B"], len(pair["A"])
+        alpha = patterns.get(get_pattern_key(patterns.keys(), module), config["lora_alpha"])
+        scaling = float(alpha) / (rank**0.5 if config.get("use_rslora") else rank)
+        factors[module] = (a, b * scaling)
+    fingerprint = manifest.read(folder / FILE).get("base_fingerprint")
+    return CanonicalAdapter(factors, None if fingerprint is None else str(fingerprint))
 
 
 def write_peft(adapter: CanonicalAdapter, folder: Path) -> None:
@@ -129,18 +131,3 @@ def write_peft(adapter: CanonicalAdapter, folder: Path) -> None:
         "target_modules": sorted(ranks),
     }
     (folder / CONFIG).write_text(strict_json.dumps(config, indent=2) + "\n")
-
-
-def _scaling(config: dict[str, Any], module: str, a: Tensor) -> float:
-    patterns = config.get("alpha_pattern") or {}
-    key = get_pattern_key(patterns.keys(), module)
-    alpha, rank = float(patterns.get(key, config["lora_alpha"])), len(a)
-    return alpha / rank**0.5 if config.get("use_rslora") else alpha / rank
-
-
-def _fingerprint(folder: Path) -> str | None:
-    try:
-        found = json.loads((folder / FILE).read_text())["base_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return str(found)

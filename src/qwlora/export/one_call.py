@@ -94,17 +94,18 @@ def export_files(
         known.require_packages()
     folder.mkdir(parents=True, exist_ok=True)
     if not (known.has_base or known.has_cases):
-        one = exported(_checked(made, Simulation, target, "one simulation"))
-        backend.write_adapter(one, folder / BASE, folder)
+        simulation = _checked(made, Simulation, target, "one simulation")
+        backend.write_adapter(exported(simulation), folder / BASE, folder)
         finish(folder, True)
         return
     base: Any
     if known.is_simulated:
-        all_of = _checked(made, AdapterSimulations, target, "what simulate_adapters returns")
-        changes: dict[str, Any] = {name: exported(all_of[name]) for name in all_of}
-        base = replace(changes.pop(BASE), updatable=all_of.base_activations)
+        together = _checked(made, AdapterSimulations, target, "what simulate_adapters returns")
+        changes: dict[str, Any] = {name: exported(together[name]) for name in together}
+        updatable = together.base_activations
+        base = replace(changes.pop(BASE), updatable=updatable)
         if known.has_cases:
-            cases = ExportedUseCases(base, {**changes, NONE: base}, all_of.base_activations)
+            cases = ExportedUseCases(base, {**changes, NONE: base}, updatable)
             backend.write_cases(cases, folder)
             finish(folder, True)
             return

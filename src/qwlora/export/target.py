@@ -56,7 +56,7 @@ class Layout(Enum):
     CASES = auto()
 
 
-def _any(_: Any) -> None:
+def _no_problem(_: Any) -> None:
     return None
 
 
@@ -99,10 +99,10 @@ class Target:
     source_suffix: str = ""
     has_float16_scales: bool = False
     writes_float_embeddings: bool = False
-    scheme_problem: Callable[[Scheme], str | None] = _any
+    scheme_problem: Callable[[Scheme], str | None] = _no_problem
     embedding_problem: Callable[[Scheme], str | None] | None = None
-    conflict: Callable[[Collection[Scheme]], str | None] = _any
-    kind_problem: Callable[[LayerKind], str | None] = _any
+    conflict: Callable[[Collection[Scheme]], str | None] = _no_problem
+    kind_problem: Callable[[LayerKind], str | None] = _no_problem
 
     @cached_property
     def backend(self) -> Backend:

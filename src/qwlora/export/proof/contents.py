@@ -135,7 +135,8 @@ def check_contents(contents: Contents, folder: Path, files: Iterable[str], is_ba
     """
     patterns = (*(contents.base if is_base else contents.adapter), "qwlora.json", "README.md")
     files = sorted(files)
-    if unknown := [file for file in files if not any(_matches(file, p) for p in patterns)]:
+    paths = {file: PurePosixPath("/", file) for file in files}
+    if unknown := [f for f in files if not any(paths[f].match(f"/{p}") for p in patterns)]:
         raise SourceError(
             f"{str(folder)!r} holds {listed(unknown)}, which no export writes there. {_AGAIN}"
         )
@@ -144,53 +145,43 @@ def check_contents(contents: Contents, folder: Path, files: Iterable[str], is_ba
         problems = list[str]()
         if path.suffix == ".json" and path.name != "tokenizer.json":
             problems = list(_json_problems(contents, path))
-        elif file in contents.scripts and not _is_of_template(path, contents.scripts[file]):
-            problems = ["it is not the script that an export writes"]
+        elif (template := contents.scripts.get(file)) is not None:
+            text = resources.files("qwlora.export").joinpath(template).read_text(encoding="utf-8")
+            pattern = re.sub("@[A-Z_]+@", "[a-z0-9-]+", re.escape(text))
+            if not re.fullmatch(pattern, path.read_text(encoding="utf-8", errors="replace")):
+                problems = ["it is not the script that an export writes"]
         elif path.suffix == ".onnx":
             problems = list(onnx_problems(path))
         if problems:
             raise SourceError(f"{str(path)!r}: {listed(problems)}. {_AGAIN}")
 
 
-def _is_of_template(path: Path, template: str) -> bool:
-    text = resources.files("qwlora.export").joinpath(template).read_text(encoding="utf-8")
-    pattern = re.sub("@[A-Z_]+@", "[a-z0-9-]+", re.escape(text))
-    return re.fullmatch(pattern, path.read_text(encoding="utf-8", errors="replace")) is not None
-
-
-def _matches(file: str, pattern: str) -> bool:
-    return PurePosixPath("/", file).match(f"/{pattern}")
-
-
 def _json_problems(contents: Contents, path: Path) -> Iterator[str]:
     with foreign_as(SourceError, f"{str(path)!r} cannot be read"):
         content = json.loads(path.read_text())
-    yield from _code(content)
+    values = list(_values(content))
+    for key, value in values:
+        if key in CODE_KEYS and value is not None:
+            yield f"{key} {_short(value)} names code to load"
     if (form := contents.forms.get(path.name)) is not None:
         yield from misfits(content, form)
     elif path.name == "graphs.json":
-        yield from _outside(content)
+        for _, value in values:
+            if isinstance(value, str) and (value.startswith("/") or ".." in value.split("/")):
+                yield f"{_short(value)} leads out of the folder"
     elif path.name in ("config.json", "generation_config.json"):
         yield from _unknown_text(content, contents.settings)
 
 
-def _code(value: Any) -> Iterator[str]:
-    """A phrase for each key that makes a library load code."""
-    for key, inner in value.items() if isinstance(value, dict) else ():
-        if key in CODE_KEYS and inner is not None:
-            yield f"{key} {_short(inner)} names code to load"
-        yield from _code(inner)
-    for inner in value if isinstance(value, list) else ():
-        yield from _code(inner)
-
-
-def _outside(value: Any) -> Iterator[str]:
-    """A phrase for each file name that leads out of the folder."""
-    if isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from _outside(inner)
-    elif isinstance(value, str) and (value.startswith("/") or ".." in value.split("/")):
-        yield f"{_short(value)} leads out of the folder"
+def _values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """A JSON value and all values inside it, each with its key in a dict."""
+    yield key, value
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _values(inner, name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _values(inner)
 
 
 def misfits(value: Any, form: Form, key: str = "the content") -> Iterator[str]:
@@ -236,8 +227,18 @@ def known_settings(settings: Mapping[str, Any], added: Iterable[str] = ()) -> di
     Args:
         added: keys that stay.
     """
-    known = {*_keys_of_class(str(settings.get("model_type", ""))), *added, "model_type"}
-    return {k: v for k, v in settings.items() if k in known or not _has_text(v)}
+    from transformers import CONFIG_MAPPING, GenerationConfig
+
+    known, model_type = {*added, "model_type"}, str(settings.get("model_type", ""))
+    if not model_type:
+        known |= GenerationConfig().to_dict().keys()
+    elif model_type in CONFIG_MAPPING:
+        known |= CONFIG_MAPPING[model_type]().to_dict().keys()
+    return {
+        key: value
+        for key, value in settings.items()
+        if key in known or not any(isinstance(inner, str) for _, inner in _values(value))
+    }
 
 
 def _unknown_text(content: Any, added: Mapping[str, Form]) -> Iterator[str]:
@@ -254,23 +255,6 @@ def _unknown_text(content: Any, added: Mapping[str, Form]) -> Iterator[str]:
             yield from _unknown_text(value, {})
 
 
-def _keys_of_class(model_type: str) -> set[str]:
-    """The keys that a class of transformers defines, for a generation if there is no type."""
-    from transformers import CONFIG_MAPPING, GenerationConfig
-
-    if not model_type:
-        return set(GenerationConfig().to_dict())
-    if model_type not in CONFIG_MAPPING:
-        return set()
-    return set(CONFIG_MAPPING[model_type]().to_dict())
-
-
-def _has_text(value: Any) -> bool:
-    if isinstance(value, dict | list):
-        return any(map(_has_text, value.values() if isinstance(value, dict) else value))
-    return isinstance(value, str)
-
-
 def onnx_problems(path: Path) -> Iterator[str]:
     """A phrase for each part of an ONNX file that is not in it or in a file next to it.
 
@@ -279,7 +263,12 @@ def onnx_problems(path: Path) -> Iterator[str]:
     """
     with foreign_as(SourceError, f"{str(path)!r} is not an ONNX model"):
         model = require("onnx", "onnx").load(path, load_external_data=False)
-    for message in _messages(model):
+    waiting: list[Any] = [model]
+    while waiting:
+        message = waiting.pop()
+        for descriptor, value in message.ListFields():
+            if descriptor.message_type is not None:
+                waiting += value if isinstance(value, Sequence) else [value]
         kind = type(message).__name__
         if kind == "TensorProto":
             for entry in message.external_data:
@@ -287,13 +276,3 @@ def onnx_problems(path: Path) -> Iterator[str]:
                     yield f"tensor {message.name!r} is stored in {entry.value!r}"
         elif kind == "NodeProto" and message.op_type == "EPContext":
             yield f"node {message.name!r} is compiled code of an accelerator"
-
-
-def _messages(message: Any) -> Iterator[Any]:
-    """Every message inside a protobuf message, and itself."""
-    waiting = [message]
-    while waiting:
-        yield (current := waiting.pop())
-        for descriptor, value in current.ListFields():
-            if descriptor.message_type is not None:
-                waiting += value if isinstance(value, Sequence) else [value]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,38 +40,30 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
         (bundle / README).unlink(missing_ok=True)
         return
     names, some = sorted(records), next(iter(records.values()))
-    sizes = {path: size(total_bytes((bundle / path).rglob("*"))) for path in (BASE, *names)}
     grids = ", ".join(f"{count} of {grid}" for grid, count in some["grids"].items())
     adapters = "one LoRA adapter" if len(names) == 1 else f"{len(names)} LoRA adapters"
+    usage = TARGETS[some["target"]].backend.usage
     parts = [
         f"# {escaped(some['model'])} for {some['target']}",
         f"A quantized base model and {adapters} trained on exactly these integers. "
         f"Weights: {grids}. Fingerprint of the base: `{some['base_fingerprint'][:16]}`.",
         "## Run\n\nIn this folder:",
-        *_usage(some, names[0]),
-        "| folder | what | size |\n|---|---|---|\n"
-        + "\n".join(
-            f"| `{path}/` | {'base' if path == BASE else 'adapter'} | {n} |"
-            for path, n in sizes.items()
-        ),
+        usage(BASE, names[0], has_cache=WITHOUT_CACHE not in some),
+    ]
+    if WITHOUT_CACHE in some:
+        why = "The files have no key-value cache, so every token runs the whole sequence"
+        parts.append(f"{why}: {some[WITHOUT_CACHE]}")
+    sizes = {path: size(total_bytes((bundle / path).rglob("*"))) for path in (BASE, *names)}
+    rows = [f"| `{p}/` | {'base' if p == BASE else 'adapter'} | {n} |" for p, n in sizes.items()]
+    stated = some["license"]
+    of_base = ", whose files do not state one" if stated is None else f": {escaped(stated)}"
+    parts += [
+        "\n".join(["| folder | what | size |", "|---|---|---|", *rows]),
         "## Proof\n\n" + "\n".join(proof_table(records)),
         "`qwlora verify .` repeats this, on any machine that has the program.",
-        f"## License\n\n{_license(some['license'])}",
+        f"## License\n\nThat of the base model{of_base}.",
     ]
     write_text(bundle / README, marked("\n\n".join(parts)))
-
-
-def _usage(record: Mapping[str, Any], adapter: str) -> list[str]:
-    reason = record.get(WITHOUT_CACHE)
-    usage = TARGETS[record["target"]].backend.usage(BASE, adapter, has_cache=reason is None)
-    why = "The files have no key-value cache, so every token runs the whole sequence"
-    return [usage, *([] if reason is None else [f"{why}: {reason}"])]
-
-
-def _license(stated: str | None) -> str:
-    if stated is None:
-        return "That of the base model, whose files do not state one."
-    return f"That of the base model: {escaped(stated)}."
 
 
 def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
@@ -88,27 +81,21 @@ def proof_table(records: Mapping[str, Mapping[str, Any]]) -> list[str]:
         if "not_run" in record:
             notes.append(f"{name}: written, not run. {escaped(record['not_run'])}")
             continue
-        for settings in ("exact", "shipped"):
-            if (found := record["figures"].get(settings)) is None:
+        for settings, state in product(("exact", "shipped"), ("base", "adapter")):
+            if (of := (run := record["figures"].get(settings, {})).get(state)) is None:
                 continue
-            for state in ("base", "adapter"):
-                if (of := found.get(state)) is None:
-                    continue
-                is_adapter = state == "adapter"
+            is_adapter, speeds = state == "adapter", " | "
+            if is_adapter and "switch_seconds" in run:
                 speeds = (
-                    f"{found['prefill_tokens_per_second']:.0f}, "
-                    f"{found['decode_tokens_per_second']:.1f} | "
-                    f"{1000 * found['switch_seconds']:.2g} ms"
-                    if is_adapter and "switch_seconds" in found
-                    else " | "
+                    f"{run['prefill_tokens_per_second']:.0f}, "
+                    f"{run['decode_tokens_per_second']:.1f} | {1000 * run['switch_seconds']:.2g} ms"
                 )
-                lines.append(
-                    f"| {name if is_adapter else 'none'} | {settings} | "
-                    f"{shown(of, 'reference_perplexity', '.3f')}, "
-                    f"{shown(of, 'perplexity', '.3f')} | {shown(of, 'kl_divergence', '.2g')} | "
-                    f"{of['top1_agreement']:.2%} | "
-                    f"{shown(of, 'max_log_prob_difference', '.2g')} | {speeds} |"
-                )
+            lines.append(
+                f"| {name if is_adapter else 'none'} | {settings} | "
+                f"{shown(of, 'reference_perplexity', '.3f')}, {shown(of, 'perplexity', '.3f')} | "
+                f"{shown(of, 'kl_divergence', '.2g')} | {of['top1_agreement']:.2%} | "
+                f"{shown(of, 'max_log_prob_difference', '.2g')} | {speeds} |"
+            )
         clients = ", ".join(f"{n} {v}" for n, v in record["client"].items())
         memory, load = (record["figures"].get(k) for k in ("peak_memory_bytes", "load_seconds"))
         cost = "" if load is None else f"; {size(memory)} of memory, loaded in {load:.2g} s"

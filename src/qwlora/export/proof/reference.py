@@ -195,12 +195,10 @@ def _problems(reference: Mapping[str, Tensor]) -> Iterator[str]:
         parts = {n.partition(".")[2]: t for n, t in reference.items() if n.startswith(f"{state}.")}
         forms = _forms(state, ids, parts)
         known |= {f"{state}.{name}" for name in forms}
-        wrong = [name for name in forms if _form(parts.get(name, torch.empty(0))) != forms[name]]
+        given = {name: _form(parts.get(name, torch.empty(0))) for name in forms}
+        wrong = [f"{n} is {given[n]}, not {form}" for n, form in forms.items() if given[n] != form]
         if wrong or not parts["top"].numel():
-            yield f"{state}: " + listed(
-                f"{name} is {_form(parts.get(name, torch.empty(0)))}, not {forms[name]}"
-                for name in wrong or ["top"]
-            )
+            yield f"{state}: {listed(wrong or ['top is empty'])}"
             continue
         yield from (f"{state}: {problem}" for problem in _wrong_values(parts))
     if unknown := sorted(set(reference) - known):

@@ -194,19 +194,13 @@ def _blocks(layer: PackedLayer, rows: Tensor) -> tuple[str, np.ndarray[Any, Any]
     if scheme.bitwidth == 8:
         parts.append((grouped.to(torch.int16) - 128).to(torch.int8).view(torch.uint8))
     else:
-        if scheme.bitwidth == 5:
-            parts.append(_fifth_bits(grouped))
+        if scheme.bitwidth == 5:  # bit 4 of 32 codes as four bytes, code i in bit i
+            high, weights = grouped >> 4, 2 ** torch.arange(8, dtype=torch.uint8)
+            parts.append((high.unflatten(-1, (4, 8)) * weights).sum(-1, dtype=torch.uint8))
         low = grouped & 15
         parts.append(low[..., :16] | (low[..., 16:] << 4))
     kind = f"Q{scheme.bitwidth}_{1 if scheme.float_offset else 0}"
     return kind, torch.cat(parts, -1).flatten(1).numpy()
-
-
-def _fifth_bits(grouped: Tensor) -> Tensor:
-    """Bit 4 of 32 codes as four bytes, code i in bit i."""
-    high = (grouped >> 4).unflatten(-1, (4, 8))
-    weights = 2 ** torch.arange(8, dtype=torch.uint8)
-    return (high * weights).sum(-1, dtype=torch.uint8)
 
 
 class GeluFromTable:
@@ -234,8 +228,9 @@ class GeluFromTable:
 
 
 @cache
-def _errors_of_llama() -> list[str]:
-    """The error messages of llama.cpp, which then prints nothing; the list grows as it fails."""
+def _log_of_llama() -> tuple[list[str], Any]:
+    """The error messages of llama.cpp, which then prints nothing; the list grows as it fails. And
+    the function that listens, of which llama.cpp has the address only."""
     from llama_cpp_py_sync._cffi_bindings import get_ffi, get_lib
 
     ffi, errors = get_ffi(), list[str]()
@@ -246,11 +241,7 @@ def _errors_of_llama() -> list[str]:
 
     callback = ffi.callback("void(enum ggml_log_level, const char *, void *)", listen)
     get_lib().llama_log_set(callback, ffi.NULL)
-    _CALLBACKS.append(callback)  # llama.cpp has its address only
-    return errors
-
-
-_CALLBACKS: list[Any] = []
+    return errors, callback
 
 
 class LlamaRuntime(Runtime):
@@ -271,7 +262,7 @@ class LlamaRuntime(Runtime):
 
         self.shipped = shipped
         self._llama, self._ffi = get_lib(), get_ffi()
-        self._errors = _errors_of_llama()
+        self._errors, _ = _log_of_llama()
         self._llama.llama_backend_init()
         self._adapters: dict[Path, Any] = {}
         self._active: Path | None = None
@@ -300,23 +291,18 @@ class LlamaRuntime(Runtime):
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         tokens = ids[0].tolist()
         self._make_room(len(tokens))
-        self._clear()
         found = torch.from_numpy(self._decode(tokens, 0))
         return found.view(1, len(tokens), self._vocabulary)
 
     def decode(self, ids: Tensor, count: int) -> list[int]:
         tokens, position, found = ids[0].tolist(), 0, list[int]()
         self._make_room(len(tokens) + count)
-        self._clear()
         while len(found) < count:
             logits = self._decode(tokens, position)[-self._vocabulary :]
             position += len(tokens)
             tokens = [int(logits.argmax())]
             found += tokens
         return found
-
-    def _clear(self) -> None:
-        self._llama.llama_memory_clear(self._llama.llama_get_memory(self._context), True)
 
     def _decode(self, tokens: list[int], position: int) -> Any:
         """Logits of tokens that follow `position` tokens, float32 [tokens * vocabulary]."""
@@ -339,8 +325,10 @@ class LlamaRuntime(Runtime):
         return "; ".join(self._errors[-3:]) or "it gives no reason"
 
     def _make_room(self, tokens: int) -> None:
-        """A context for sequences of this length."""
+        """An empty context for sequences of this length."""
         if tokens <= self._tokens:
+            memory = self._llama.llama_get_memory(self._context)
+            self._llama.llama_memory_clear(memory, True)
             return
         llama, model, room = self._llama, self._model, -(-tokens // 256) * 256
         parameters = llama.llama_context_default_params()

@@ -84,7 +84,11 @@ class Mlx(Backend):
         for name, layer in layers.items():
             path, group = name.removesuffix(".weight"), largest_group(layer, MLX_GROUPS)
             assert group is not None
-            scales, biases = _scales_and_biases(layer, group)
+            encoding, shape = layer.encoding, layer.tensor.shape
+            scales, biases = (
+                spread(number, layer.scheme.granularity, shape, group).float().contiguous()
+                for number in (encoding.scale, encoding.minimum)
+            )
             words = pack_words(layer.codes, layer.scheme.bitwidth).view(torch.uint32)
             tensors |= {name: words, f"{path}.scales": scales, f"{path}.biases": biases}
             layouts[path] = (group, layer.scheme.bitwidth)
@@ -133,16 +137,6 @@ def _settings(layout: tuple[int, int]) -> dict[str, int]:
 def _problem(layer: PackedLayer) -> str | None:
     problem = MLX.kind_problem(layer_kind(layer)) or MLX.problem(layer.scheme)
     return problem or width_problem(layer, MLX_GROUPS)
-
-
-def _scales_and_biases(layer: PackedLayer, group: int) -> tuple[Tensor, Tensor]:
-    """Both [out, in / group]."""
-    encoding, shape = layer.encoding, layer.tensor.shape
-    scale, minimum = (
-        spread(number, layer.scheme.granularity, shape, group).float().contiguous()
-        for number in (encoding.scale, encoding.minimum)
-    )
-    return scale, minimum
 
 
 def _rope(model: PreTrainedModel) -> dict[str, Any]:

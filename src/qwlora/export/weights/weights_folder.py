@@ -47,13 +47,11 @@ def float_tensors(model: nn.Module) -> dict[str, Tensor]:
         for name in module.state_dict()
         if name != "bias"
     }
-    seen = set[int]()
-    found = {}
+    tensors: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if name not in inside and id(tensor) not in seen:
-            seen.add(id(tensor))
-            found[name] = tensor.detach()
-    return found
+        if name not in inside:
+            tensors.setdefault(id(tensor), (name, tensor.detach()))
+    return dict(tensors.values())
 
 
 def as_float16(values: Tensor) -> Tensor:

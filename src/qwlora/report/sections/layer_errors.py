@@ -6,8 +6,9 @@ Layers are a grid: a column for each block of the model, a row for each projecti
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -34,8 +35,7 @@ QUESTION = "Which layers lost most, and where did the adapter help?"
 _BLOCK = re.compile(r"^(.*?)\.?\b(\d{1,9})\.(.+)$")
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a tensor is: its block, and its name within the block."""
 
     block: int
@@ -61,47 +61,34 @@ def blocks_per_column(last: int) -> int:
     return -(-(last + 1) // MOST_COLUMNS)
 
 
-@dataclass(frozen=True)
 class LayerGrid:
-    """Values by place.
+    """Values of tensors by place.
 
-    Args:
+    Attributes:
         rows: kinds, in the order of the model.
         columns: the first block of each.
         cells: the largest value by (row, column), with its place.
+        largest: the cell of the largest value.
         left_out: number of kinds that have no row, since there are too many.
     """
 
-    rows: tuple[str, ...]
-    columns: range
-    cells: Mapping[tuple[int, int], tuple[float, Place]]
-    left_out: int
-
-    @property
-    def largest(self) -> tuple[int, int]:
-        """The cell of the largest value."""
-        return max(self.cells, key=lambda cell: self.cells[cell][0])
-
-
-def grid_of(values: Mapping[str, float]) -> LayerGrid | None:
-    """Arrange values of tensors; None if none is in a block."""
-    placed = [(place, value) for name, value in values.items() if (place := place_of(name))]
-    if not placed:
-        return None
-    last = max(place.block for place, _ in placed)
-    group = blocks_per_column(last)
-    worst: dict[str, float] = {}
-    for place, value in placed:
-        worst[place.kind] = max(value, worst.get(place.kind, value))
-    kept = set(sorted(worst, key=lambda kind: -worst[kind])[:MOST_KINDS])
-    rows = {kind: number for number, kind in enumerate(k for k in worst if k in kept)}
-    cells: dict[tuple[int, int], tuple[float, Place]] = {}
-    for place, value in placed:
-        if place.kind in rows:
-            cell = (rows[place.kind], place.block // group)
-            if cell not in cells or value > cells[cell][0]:
-                cells[cell] = (value, place)
-    return LayerGrid(tuple(rows), range(0, last + 1, group), cells, len(worst) - len(rows))
+    def __init__(self, placed: Sequence[tuple[Place, float]]):
+        last = max(place.block for place, _ in placed)
+        self.columns = range(0, last + 1, blocks_per_column(last))
+        worst: dict[str, float] = {}
+        for place, value in placed:
+            worst[place.kind] = max(value, worst.get(place.kind, value))
+        kept = set(sorted(worst, key=lambda kind: -worst[kind])[:MOST_KINDS])
+        self.rows = [kind for kind in worst if kind in kept]
+        self.left_out = len(worst) - len(self.rows)
+        numbers = {kind: number for number, kind in enumerate(self.rows)}
+        self.cells: dict[tuple[int, int], tuple[float, Place]] = {}
+        for place, value in placed:
+            if place.kind in kept:
+                cell = (numbers[place.kind], place.block // self.columns.step)
+                if cell not in self.cells or value > self.cells[cell][0]:
+                    self.cells[cell] = (value, place)
+        self.largest = max(self.cells, key=lambda cell: self.cells[cell][0])
 
 
 @dataclass(frozen=True)
@@ -149,9 +136,9 @@ def view(job: Job, adapter: str) -> View | None:
     if not values:
         return None
     maps = [
-        _map(grid, measure, numbers, {} if len(widths) == 1 else bits)
+        _map(LayerGrid(placed), measure, numbers, {} if len(widths) == 1 else bits)
         for measure, numbers in values.items()
-        if (grid := grid_of(numbers)) is not None
+        if (placed := [(p, number) for name, number in numbers.items() if (p := place_of(name))])
     ]
     of_one = "Which layers lost most?" if of_base else "Where did the adapter help?"
     return {

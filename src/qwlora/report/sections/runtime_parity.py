@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -15,48 +15,38 @@ from qwlora.report.verdict import Outcome, outcome_of, proof_evidence
 MOST_SHOWN = 3.0  # times a limit; longer bars end there
 
 
-@dataclass(frozen=True)
-class Agreement:
+class Agreement(NamedTuple):
     """One runtime; without `share` it was not checked, for the reason `why`."""
 
     name: str
+    why: str
     share: float | None
-    floor: float | None = None
-    tokens: float | None = None
-    why: str = ""
+    floor: float | None
+    tokens: float | None
 
 
-@section(
-    "parity",
-    "Runtimes",
-    "Does each runtime compute what was trained?",
-    position=60,
-    of_adapter=True,
-)
+QUESTION = "Does each runtime compute what was trained?"
+
+
+@section("parity", "Runtimes", QUESTION, position=60, of_adapter=True)
 def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
-    rows = [_agreement(job, target, adapter) for target in job.targets]
-    measured = [row for row in rows if row.share is not None]
-    if not rows or (not measured and job.state != "finished"):
+    rows = []
+    for target in job.targets:
+        keys = ("top1_agreement", "floor_top1_agreement", "tokens")
+        figures = [job.number("parity", target, adapter, key) for key in keys]
+        why = str(job.get("parity", target, adapter, "not_run") or "not checked")
+        if (reason := job.stale.get((target, adapter))) is not None:
+            figures, why = [None] * len(keys), f"files changed after the check: {reason}"
+        rows.append(Agreement(runtime(target), why, *figures))
+    is_measured = any(row.share is not None for row in rows)
+    if not rows or (not is_measured and job.state != "finished"):
         return None
     return {
-        "figure": figure(lambda width: _draw(rows, width)) if measured else "",
+        "figure": figure(lambda width: _draw(rows, width)) if is_measured else "",
         "answer": _answer(job, adapter, rows),
         "limits": [limits for target in job.targets if (limits := _limits(job, target, adapter))],
     }
-
-
-def _agreement(job: Job, target: str, adapter: str) -> Agreement:
-    if (reason := job.stale.get((target, adapter))) is not None:
-        return Agreement(runtime(target), None, why=f"files changed after the check: {reason}")
-    place = ("parity", target, adapter)
-    return Agreement(
-        runtime(target),
-        job.number(*place, "top1_agreement"),
-        job.number(*place, "floor_top1_agreement"),
-        job.number(*place, "tokens"),
-        str(job.get(*place, "not_run") or "not checked"),
-    )
 
 
 def _draw(rows: list[Agreement], width: int) -> Drawing:
@@ -114,21 +104,19 @@ def _answer(job: Job, adapter: str, rows: list[Agreement]) -> Markup:
         return Markup("<b>Not proven for {}: {}.</b> Check the files with {}.").format(
             listed([row.name for row in missing]), missing[0].why, job.verb_command("verify")
         )
-    does = "does" if len(rows) == 1 else "do"
+    does, agrees = ("does", "It agrees") if len(rows) == 1 else ("do", "")
     answer = Markup("<b>{} {}.</b>").format(listed([row.name for row in rows]), does)
     graphs, weights = (
-        [runtime(t) for t in job.targets if job.compared_with(t, adapter) == kind]
+        listed([runtime(t) for t in job.targets if job.compared_with(t, adapter) == kind])
         for kind in ("simulated", "adapted")
     )
     if graphs:
         answer += Markup(
             " {} with the simulation at least as often as the simulation agrees with itself when "
             "sums are taken in another order."
-        ).format("It agrees" if len(rows) == 1 else f"{listed(graphs)} agrees")
+        ).format(agrees or f"{graphs} agrees")
     if weights:
-        answer += Markup(" {} has the logits of the trained model, up to rounding.").format(
-            listed(weights)
-        )
+        answer += Markup(" {} has the logits of the trained model, up to rounding.").format(weights)
     return answer
 
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import NamedTuple
 
 from markupsafe import Markup
 
@@ -15,8 +14,7 @@ LOWER_IS_BETTER = ("perplexity", "byte_perplexity", "word_perplexity", "bits_per
 HEADS = {**KINDS, "float": "Float"}
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """The score of a task, and its place in the results."""
 
     value: float
@@ -25,13 +23,9 @@ class Score:
     shots: str
     path: tuple[str, ...]
 
-    @property
-    def is_share(self) -> bool:
-        return 0 <= self.value <= 1
-
     def shown(self, reference: Score | None) -> Markup:
         """Value and standard error; bold if it differs from the reference by more than two."""
-        written = precise_percent if self.is_share else significant
+        written = precise_percent if 0 <= self.value <= 1 else significant
         value = tagged(written(self.value), self.value, (*self.path, "value"))
         if self.stderr is None:
             return value
@@ -79,15 +73,10 @@ def _scores(job: Job, stage: str, adapter: str) -> dict[str, Score]:
     of_adapter = job.section(*path, adapter)
     if of_adapter and "value" not in of_adapter:
         path = (*path, adapter)
-    tasks: dict[str, Any] = job.section(*path)
-    return {
-        task: Score(
-            value,
-            finite(score.get("stderr")),
-            str(score.get("metric", "")),
-            str(score.get("shots", "")),
-            (*path, task),
-        )
-        for task, score in tasks.items()
-        if isinstance(score, dict) and (value := finite(score.get("value"))) is not None
-    }
+    scores = {}
+    for task, score in job.section(*path).items():
+        if isinstance(score, dict) and (value := finite(score.get("value"))) is not None:
+            metric, shots = (str(score.get(key, "")) for key in ("metric", "shots"))
+            stderr = finite(score.get("stderr"))
+            scores[task] = Score(value, stderr, metric, shots, (*path, task))
+    return scores

@@ -13,7 +13,16 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from qwlora.report.comparison import comparison
 from qwlora.report.key_figures import tiles
-from qwlora.report.number_format import NOT_MEASURED, count, finite
+from qwlora.report.number_format import (
+    NOT_MEASURED,
+    count,
+    finite,
+    fixed,
+    listed,
+    percent,
+    seconds,
+    significant,
+)
 from qwlora.report.report_section import View
 from qwlora.report.results_view import Job, without_folders
 from qwlora.report.sections import sections
@@ -26,7 +35,7 @@ _FIRST = {"running": ("training", "cost"), "finished": ()}  # sections; of a job
 
 @cache
 def _environment() -> Environment:
-    return Environment(
+    environment = Environment(
         loader=PackageLoader("qwlora.report", "templates"),
         autoescape=True,
         auto_reload=False,  # a job runs for hours; the package may be upgraded meanwhile
@@ -34,6 +43,10 @@ def _environment() -> Environment:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.globals["not_measured"] = NOT_MEASURED
+    for written in (count, fixed, listed, percent, seconds, significant):
+        environment.filters[written.__name__] = written
+    return environment
 
 
 def render(job: Job) -> str:
@@ -51,7 +64,6 @@ def render(job: Job) -> str:
             subtitle=f"{job.model}{bits}, {adapters}",
             verdict=judged,
             tiles=tiles(job),
-            not_measured=NOT_MEASURED,
             remedies=remedy_lines,
             remedy_command=remedy_command,
             message=without_folders(str(job.get("error", "message") or "")),

@@ -7,12 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
-from markupsafe import Markup
-
 from qwlora.report.drawing import Drawing, Scale, log_ticks, panels, shortened
-from qwlora.report.number_format import TIMES, count, finite, listed, significant
+from qwlora.report.number_format import TIMES, count, finite, significant
 from qwlora.report.report_section import Cell, Table, View, section
-from qwlora.report.results_view import Job, code
+from qwlora.report.results_view import Job
 from qwlora.report.sections.layer_errors import blocks_per_column, place_of
 
 PANELS = 8
@@ -97,7 +95,7 @@ def view(job: Job, adapter: str) -> View | None:
         "low": significant(low, 1),
         "high": significant(high, 1),
         "figure": drawn if shown else "",
-        "answer": _answer(shown),
+        **_worst(shown),
         "table": table,
         "left_out": f"{'; '.join(left_out)}." if left_out else "",
         "command": f"qwlora simulate {job.name} --suggest 0.01",
@@ -173,32 +171,16 @@ def _draw(panel: Panel, low: float, high: float, width: int) -> Drawing:
     return drawing
 
 
-def _answer(shown: list[Panel]) -> Markup:
-    if not shown:
-        return Markup("<b>Only the number of encodings was recorded.</b>")
+def _worst(shown: list[Panel]) -> View:
+    """The largest value, of those that stand out if any do."""
     places = [(panel, block) for panel in shown for block in panel.ranges]
     out = [(panel, block) for panel, block in places if panel.stands_out(block) and panel.median]
-    panel, block = max(out or places, key=lambda place: place[0].ranges[place[1]].peak)
-    entry = panel.ranges[block]
-    if not out:
-        return Markup(
-            "<b>None stands out.</b> The largest value is {}, the {} of layer {}; the median of "
-            "its kind is {}."
-        ).format(significant(entry.peak), panel.title.lower(), block, significant(panel.median))
+    largest = max(out or places, key=lambda p: p[0].ranges[p[1]].peak, default=None)
+    if largest is None:
+        return {"panel": None}
+    panel, block = largest
     blocks = [str(b) for p, b in out if p is panel]
-    now = f", on the {entry.bitwidth}-bit grid in use it is {entry.step(entry.bitwidth)}"
-    return Markup(
-        "<b>The outputs of {} in layer{} {} do.</b> Layer {} reaches {}. On an 8-bit grid one step "
-        "there would be {}{}."
-    ).format(
-        code(panel.module.rpartition(".")[2] or panel.module),
-        "s" if len(blocks) > 1 else "",
-        listed(blocks),
-        block,
-        significant(entry.peak),
-        entry.step(8),
-        now if entry.bitwidth > 8 else "",
-    )
+    return {"panel": panel, "block": block, "blocks": blocks, "range": panel.ranges[block]}
 
 
 def _table(simulation: dict[str, Any]) -> Table:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from qwlora.report import number_format as form
 from qwlora.report.number_format import percent, perplexity, precise_percent
 from qwlora.report.report_section import Cell, Table, View, section
-from qwlora.report.results_view import FILES, Job, code
+from qwlora.report.results_view import FILES, Job
 
 MOST_IN_MATRIX = 12
 STRENGTHS = (0.1, 0.3)  # relative changes at which the color of a cell becomes stronger
@@ -40,7 +40,7 @@ def view(job: Job, adapter: str) -> View | None:
     return {
         "texts": texts,
         "matrix": matrix if len(job.adapters) <= MOST_IN_MATRIX else {},
-        "answer": _answer(job, texts),
+        "better": _better_than_own(job, texts),
         "table": Table(caption, rows, words=("Best text", "Worst text"), sortable=True),
     }
 
@@ -90,23 +90,15 @@ def _cell(job: Job, name: str | None, text: str | None) -> MatrixCell:
     return MatrixCell(shown, percent(change, sign=True), kind)
 
 
-def _answer(job: Job, texts: list[str]) -> Markup:
-    if not texts:
-        return Markup(
-            "<b>All adapters were tested on one text.</b> Each adapter needs a text of its own "
-            "before this says which helps where: set {}."
-        ).format(code("adapters[].data"))
-    best = {}
+def _better_than_own(job: Job, texts: list[str]) -> list[str] | None:
+    """Adapters that are the best on the text of another; None if a text was not measured."""
+    better = []
     for text in texts:
         numbers = {name: job.number(*_path(name, text)) for name in job.adapters}
         values = {name: number for name, number in numbers.items() if number is not None}
-        if values:
-            best[text] = min(values, key=lambda n: values[n])
-    others = [
-        f"{name} on the text of {text}" for text, name in best.items() if job.text_of(name) != text
-    ]
-    if len(best) == len(texts) and not others:
-        return Markup("<b>Each adapter is the best on its own text.</b>")
-    return Markup("<b>Not every adapter is the best on its own text: {} is better.</b>").format(
-        form.listed(others)
-    )
+        if not values:
+            return None
+        best = min(values, key=lambda n: values[n])
+        if job.text_of(best) != text:
+            better.append(f"{best} on the text of {text}")
+    return better

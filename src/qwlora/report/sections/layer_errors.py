@@ -10,11 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from markupsafe import Markup
-
 from qwlora.report.drawing import Drawing, figure, is_narrow, shortened
 from qwlora.report.number_format import (
-    NOT_MEASURED,
     count,
     finite,
     percent,
@@ -23,7 +20,7 @@ from qwlora.report.number_format import (
     tagged,
 )
 from qwlora.report.report_section import Cell, Table, View, section
-from qwlora.report.results_view import Job, capitalized, code
+from qwlora.report.results_view import Job, capitalized
 
 MOST_COLUMNS = 120  # above, a column is a group of blocks, and shows the worst of them
 MOST_KINDS = 60  # rows; those with the largest values
@@ -140,11 +137,15 @@ def view(job: Job, adapter: str) -> View | None:
         for measure, numbers in values.items()
         if (placed := [(p, number) for name, number in numbers.items() if (p := place_of(name))])
     ]
+    measured, missing = {measure.key for measure in values}, ""
+    if of_base and job.section("base", "layers"):
+        missing = next((k for k in ("weight_error", "error") if k not in measured), "")
     of_one = "Which layers lost most?" if of_base else "Where did the adapter help?"
     return {
         "maps": maps,
         "table": _table(values, bits if of_base else None),
-        "missing": _missing(job, {measure.key for measure in values}) if of_base else "",
+        "missing": missing,
+        "solver": str(job.setting("base", "solver") or "chosen"),
         "question": "" if of_base and adapter else of_one,
     }
 
@@ -261,17 +262,3 @@ def _table(values: dict[LayerMeasure, dict[str, float]], bits: dict[str, str] | 
         most=12,
         left_out=len(ranks) - len(layers),
     )
-
-
-def _missing(job: Job, measured: set[str]) -> Markup | str:
-    if not job.section("base", "layers"):
-        return ""
-    if "weight_error" not in measured:
-        said = Markup("Weight error: {}. The base has the integers of its file.")
-        return said.format(NOT_MEASURED)
-    if "error" not in measured:
-        return Markup(
-            "Error of the layer's <em>output</em>, which weighs each weight by how much it "
-            "matters: {}. The {} solver does not look at data; {} records it."
-        ).format(NOT_MEASURED, code(str(job.setting("base", "solver") or "chosen")), code("gptq"))
-    return ""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from qwlora.report.drawing import Bar, Drawing, Scale, bars, figure, is_narrow, shortened, ticks
-from qwlora.report.number_format import count, listed, precise_percent
+from qwlora.report.number_format import count, precise_percent
 from qwlora.report.report_section import View, section
 from qwlora.report.results_view import Job, capitalized, code, runtime
 from qwlora.report.verdict import Outcome, outcome_of, proof_evidence
@@ -42,9 +42,23 @@ def view(job: Job, adapter: str) -> View | None:
     is_measured = any(row.share is not None for row in rows)
     if not rows or (not is_measured and job.state != "finished"):
         return None
+    of_outcome: dict[Outcome, list[str]] = {outcome: [] for outcome in Outcome}
+    of_kind: dict[str, list[str]] = {"simulated": [], "adapted": []}
+    for target in job.targets:
+        of_outcome[outcome_of(proof_evidence(job, target, adapter))].append(target)
+        of_kind[job.compared_with(target, adapter)].append(runtime(target))
+    failed, missing = of_outcome[Outcome.FAILED], of_outcome[Outcome.MISSING]
+    problems = job.get("parity", failed[0], adapter, "problems") if failed else []
     return {
         "figure": figure(lambda width: _draw(rows, width)) if is_measured else "",
-        "answer": _answer(job, adapter, rows),
+        "names": [row.name for row in rows],
+        "failed": [runtime(target) for target in failed],
+        "problems": "; ".join(str(problem) for problem in problems or []),
+        "missing": [runtime(target) for target in missing],
+        "why": rows[job.targets.index(missing[0])].why if missing else "",
+        "verify": job.verb_command("verify"),
+        "graphs": of_kind["simulated"],
+        "weights": of_kind["adapted"],
         "limits": [limits for target in job.targets if (limits := _limits(job, target, adapter))],
     }
 
@@ -90,34 +104,6 @@ def _draw(rows: list[Agreement], width: int) -> Drawing:
         drawing.circle(scale(row.share), y, 6, f"mark {color}", title)
         drawing.text(width, y + 5, shown, "nm2", "end")
     return drawing
-
-
-def _answer(job: Job, adapter: str, rows: list[Agreement]) -> Markup:
-    outcomes = [outcome_of(proof_evidence(job, target, adapter)) for target in job.targets]
-    by_outcome = list(zip(job.targets, rows, outcomes, strict=True))
-    if failed := [t for t, _, outcome in by_outcome if outcome is Outcome.FAILED]:
-        problems = job.get("parity", failed[0], adapter, "problems") or []
-        return Markup("<b>{} does not.</b> {}.").format(
-            listed([runtime(t) for t in failed]), "; ".join(str(p) for p in problems)
-        )
-    if missing := [row for _, row, outcome in by_outcome if outcome is Outcome.MISSING]:
-        return Markup("<b>Not proven for {}: {}.</b> Check the files with {}.").format(
-            listed([row.name for row in missing]), missing[0].why, job.verb_command("verify")
-        )
-    does, agrees = ("does", "It agrees") if len(rows) == 1 else ("do", "")
-    answer = Markup("<b>{} {}.</b>").format(listed([row.name for row in rows]), does)
-    graphs, weights = (
-        listed([runtime(t) for t in job.targets if job.compared_with(t, adapter) == kind])
-        for kind in ("simulated", "adapted")
-    )
-    if graphs:
-        answer += Markup(
-            " {} with the simulation at least as often as the simulation agrees with itself when "
-            "sums are taken in another order."
-        ).format(agrees or f"{graphs} agrees")
-    if weights:
-        answer += Markup(" {} has the logits of the trained model, up to rounding.").format(weights)
-    return answer
 
 
 def _limits(job: Job, target: str, adapter: str) -> dict[str, Markup | str] | None:

@@ -45,9 +45,13 @@ def view(job: Job, adapter: str) -> View | None:
     if sum(step.after is not None for step in steps) < 2:
         return None
     missing = "waiting" if job.state == "running" else "not measured"
+    packing, training = job.change("base", "float", adapter), job.change("adapted", "base", adapter)
+    won_back = packing and training and -math.log1p(training) / math.log1p(packing)
     return {
         "figure": figure(lambda width: _draw(steps, width, missing)),
-        "answer": _answer(job, adapter),
+        "packing": packing,
+        "training": training,
+        "won_back": won_back,  # as a share of what packing cost
         "note": _note(job, adapter),
         "table": _table(job, adapter),
     }
@@ -130,34 +134,6 @@ def _draw_step(drawing: Drawing, scale: Scale, step: Step, y: float) -> None:
         title = f"{step.name}: {step.before:.3f} to {step.after:.3f}, {step.change}"
         drawing.line(scale(step.before), y - 24, scale(step.before), y, "conn")
         drawing.rect(start - (end - start < 2), y, max(end - start, 2), 22, kind, title, 2)
-
-
-def _answer(job: Job, adapter: str) -> Markup:
-    packing, training = job.change("base", "float", adapter), job.change("adapted", "base", adapter)
-    direction = "better" if training is not None and training < 0 else "worse"
-    gain = percent(abs(training or 0.0))
-    if packing is None and training is None:
-        return Markup("<b>The packed base is measured; nothing after it is yet.</b>")
-    if packing is None:
-        return Markup(
-            "<b>The adapter made the packed base {} {}.</b> The model's files hold only integers, "
-            "so there is no float model to compare with."
-        ).format(gain, direction)
-    cost = f"Packing cost {percent(packing)}"
-    if packing <= 0:
-        cost = f"Packing cost nothing: perplexity is {percent(-packing)} better"
-    if training is None:
-        return Markup("<b>{}.</b>").format(cost)
-    if packing <= 0 or training >= 0:
-        than = Markup("<b>{}; the adapter made it {} {} than the packed base.</b>")
-        return than.format(cost, gain, direction)
-    share = -math.log1p(training) / math.log1p(packing)
-    if share > 10:
-        return Markup("<b>{}; the adapter then made the model {} better.</b>").format(cost, gain)
-    more = " More than 100% means that it repaired the damage and then learned the text."
-    return Markup("<b>{}; the adapter won back {:.0%} of it.</b>{}").format(
-        cost, share, more if share > 1 else ""
-    )
 
 
 def _note(job: Job, adapter: str) -> str:

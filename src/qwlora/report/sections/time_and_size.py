@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from markupsafe import Markup
-
 from qwlora.report import number_format as form
 from qwlora.report.drawing import Bar, bars, figure
-from qwlora.report.number_format import NOT_MEASURED, finite, fixed, percent, seconds, size
+from qwlora.report.number_format import finite, fixed, percent, seconds, size
 from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import FILES, FLOAT_BYTES, Job, capitalized, runtime
 
@@ -65,7 +63,7 @@ def view(job: Job, adapter: str) -> View | None:
         "left_out": max(0, len(stages) - MOST_BARS),
         "table": Table("Time and peak memory of each stage", table, sortable=True),
         "sizes": figure(lambda width: bars("Size", sizes, largest, width)) if sizes else "",
-        "answer": _answer(job),
+        "model": _whole_model(job),
     }
 
 
@@ -103,18 +101,17 @@ def _size_bar(name: str, number: float, floats: float = 0.0) -> Bar:
     return Bar(name, size(number), parts)
 
 
-def _answer(job: Job) -> Markup:
-    bits, packed = job.number("base", "bits_per_weight"), job.number("base", "bytes")
-    weights, floats = job.number("base", "weights"), job.number("base", "float_weights")
+def _whole_model(job: Job) -> View | None:
+    """Bits of the whole model, and what of it stays float; None if it was not measured."""
+    path = ("base", "bits_per_weight")
+    packed, weights = job.number("base", "bytes"), job.number("base", "weights")
+    floats, bits = job.number("base", "float_weights"), job.shown(fixed, *path)
     if bits is None or packed is None or weights is None or floats is None:
-        return Markup("Sizes: {}.").format(NOT_MEASURED)
+        return None
     stored = packed + FLOAT_BYTES * floats
-    return Markup(
-        "<b>{} bits per packed weight, {} over the whole model.</b> {} values stay float "
-        "(embeddings, norms, biases); in float32 they are {} of the base."
-    ).format(
-        job.shown(fixed, "base", "bits_per_weight"),
-        fixed(8 * stored / (weights + floats), 1),
-        f"{fixed(floats / 1e6, 1)} million" if floats >= 1e6 else form.count(floats),
-        percent(FLOAT_BYTES * floats / stored),
-    )
+    return {
+        "bits": bits,
+        "all_bits": fixed(8 * stored / (weights + floats), 1),
+        "floats": f"{fixed(floats / 1e6, 1)} million" if floats >= 1e6 else form.count(floats),
+        "share": percent(FLOAT_BYTES * floats / stored),
+    }

@@ -9,9 +9,9 @@ from markupsafe import Markup
 
 from qwlora.report import number_format as form
 from qwlora.report.drawing import Drawing, Scale, figure, is_narrow, ticks
-from qwlora.report.number_format import NOT_MEASURED, count, finite, fixed, three_decimals
+from qwlora.report.number_format import count, finite, fixed, three_decimals
 from qwlora.report.report_section import View, section
-from qwlora.report.results_view import Job, code
+from qwlora.report.results_view import Job
 
 SMOOTHED = 8  # steps
 MOST_STEPS = 2000  # above, a band of the smallest and largest loss for each pixel
@@ -45,6 +45,12 @@ class Course:
         return [
             (sums[n] - sums[max(0, n - SMOOTHED)]) / min(n, SMOOTHED) for n in range(1, len(sums))
         ]
+
+    @property
+    def final_held_out(self) -> float:
+        """The held-out loss of the adapter that was kept."""
+        last = self.held_out[-1][1]
+        return dict(self.held_out).get(self.best_step or -1, last) if self.is_evaluated else last
 
 
 def course(job: Job, adapter: str) -> Course | None:
@@ -90,7 +96,7 @@ def view(job: Job, adapter: str) -> View | None:
         "hatched": is_part,
         "smoothed": SMOOTHED,
         "figure": figure(lambda width: _draw(run, width)),
-        "answer": _answer(run),
+        "run": run,
         "facts": _facts(job, adapter),
     }
 
@@ -154,38 +160,6 @@ def _draw(run: Course, width: int) -> Drawing:
         drawing.text(left + 4, y(run.limit) - 6, f"divergence limit {fixed(run.limit)}", "ax")
         drawing.circle(x(done), y(run.losses[-1]), 6, "worst", f"Stopped at step {done}")
     return drawing
-
-
-def _answer(run: Course) -> Markup:
-    first, last, done = run.losses[0], run.means[-1], len(run.losses)
-    if run.limit is not None:
-        return Markup(
-            "<b>No: it diverged at step {}.</b> The loss was {}, above the limit of {}."
-        ).format(count(done), fixed(run.losses[-1]), fixed(run.limit))
-    if done < run.steps:
-        so_far = "So far, yes" if last < first else "Not yet"
-        return Markup(
-            "<b>{}: step {} of {}, loss {} at first and {} now.</b> No step was above the "
-            "divergence limit."
-        ).format(so_far, count(done), count(run.steps), fixed(first), fixed(last))
-    if len(run.held_out) < 2:
-        fell = "fell" if last < first else "did not fall"
-        return Markup(
-            "<b>The training loss {}: {} to {} nats per token.</b> On held-out text: {}."
-        ).format(fell, fixed(first), fixed(last), NOT_MEASURED)
-    (first_step, before), (_, after) = run.held_out[0], run.held_out[-1]
-    if run.is_evaluated and run.best_step is not None:
-        after = dict(run.held_out).get(run.best_step, after)
-    answer, fell = ("Yes", "fell") if after < before else ("No", "rose")
-    at = f" at step {first_step}" if first_step else ""
-    sentence = Markup("<b>{}: held-out loss {} from {}{} to {} nats per token.</b> ")
-    sentence = sentence.format(answer, fell, fixed(before), at, fixed(after))
-    if run.is_evaluated:
-        kept = f"The adapter of step {count(run.best_step)} was kept." if run.best_step else ""
-        return sentence + kept
-    return sentence + Markup(
-        "Between start and end it was {}. Set {} to see where it stops falling."
-    ).format(NOT_MEASURED, code(f"evaluation_steps: {max(1, run.steps // 6)}"))
 
 
 def _facts(job: Job, adapter: str) -> list[tuple[str, Markup | str]]:

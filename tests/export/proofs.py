@@ -22,7 +22,7 @@ from qwlora.export.proof.reference import (
     make_reference,
     simulated_logits,
 )
-from qwlora.export.runtime import Runtime
+from qwlora.export.target import Runtime
 
 
 def check_parity(parity: Parity, name: str) -> None:

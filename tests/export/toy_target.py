@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from qwlora.errors import ExportError
-from qwlora.export.runtime import Runtime
-from qwlora.export.target import Backend, ExportedGraph, Layout, Target
+from qwlora.export.target import Backend, ExportedGraph, Layout, Runtime, Target
 
 TARGET = Target(  # the line of the registry
     backend_class="export.toy_target:Text",

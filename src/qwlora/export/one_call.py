@@ -31,8 +31,7 @@ from qwlora.export.proof.folder import RECORD, write_record
 from qwlora.export.proof.measure import measure_runtime
 from qwlora.export.proof.reference import logits_of, make_reference
 from qwlora.export.registry import TARGETS
-from qwlora.export.runtime import Runtime
-from qwlora.export.target import BASE, NONE, ExportedBase, ExportedGraph, ExportedUseCases
+from qwlora.export.target import BASE, NONE, ExportedBase, ExportedGraph, ExportedUseCases, Runtime
 from qwlora.formats import manifest
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.simulation.adapter_simulations import AdapterSimulations

@@ -25,37 +25,37 @@ from qwlora.formats.model_source import load_model
 from qwlora.system.time_limit import time_limit
 
 
-def check(target: str, folder: Path, is_base: bool = True) -> None:
+def check(folder: Path, place: str) -> None:
+    """Check the files of `folder` as those of a `target/base` or a `target/adapter`."""
+    target, part = place.split("/")
     files = [str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()]
-    check_contents(TARGETS[target].backend.contents, folder, files, is_base)
+    check_contents(TARGETS[target].backend.contents, folder, files, part == "base")
 
 
 @pytest.mark.parametrize(
-    ("target", "is_base", "name"),
+    ("place", "name"),
     [
-        ("genai", True, "ops.so"),
-        ("genai", True, "ops.dll"),
-        ("genai", False, "genai_config.json"),
-        ("hf", True, "modeling_llama.py"),
-        ("hf", True, "pytorch_model.bin"),
-        ("hf", True, "adapter_config.json"),  # transformers would load the adapter that it names
-        ("hf", False, "adapter_model.bin"),
-        ("hf", False, "sub/adapter_config.json"),
-        ("mlx", True, "custom.py"),
-        ("openvino", True, "extension.so"),
-        ("onnx", True, "libops.dylib"),
-        ("gguf", False, "base.gguf"),
-        ("qairt", False, "run.sh"),
-        ("aimet", False, "model.aimet/plugin.so"),
+        ("genai/base", "ops.so"),
+        ("genai/base", "ops.dll"),
+        ("genai/adapter", "genai_config.json"),
+        ("hf/base", "modeling_llama.py"),
+        ("hf/base", "pytorch_model.bin"),
+        ("hf/base", "adapter_config.json"),  # transformers would load the adapter that it names
+        ("hf/adapter", "adapter_model.bin"),
+        ("hf/adapter", "sub/adapter_config.json"),
+        ("mlx/base", "custom.py"),
+        ("openvino/base", "extension.so"),
+        ("onnx/base", "libops.dylib"),
+        ("gguf/adapter", "base.gguf"),
+        ("qairt/adapter", "run.sh"),
+        ("aimet/adapter", "model.aimet/plugin.so"),
     ],
 )
-def test_a_file_that_no_export_writes_is_refused(
-    target: str, is_base: bool, name: str, tmp_path: Path
-) -> None:
+def test_a_file_that_no_export_writes_is_refused(place: str, name: str, tmp_path: Path) -> None:
     (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
     (tmp_path / name).write_text("{}")
     with pytest.raises(SourceError, match=f"holds {re.escape(name)}, which no export writes"):
-        check(target, tmp_path, is_base)
+        check(tmp_path, place)
 
 
 GENAI = {"model": {"type": "llama", "decoder": {"session_options": {"provider_options": []}}}}
@@ -75,81 +75,52 @@ def put(content: Any, path: str, value: Any) -> Any:
     return copied
 
 
+PROVIDERS = [{"qnn": {"backend_path": "x"}}]
+HUNGRY_GROUP = {"group_0": {"targets": ["re:((a+)+)+b"]}}
+OPTIONS = "model/decoder/session_options"
+
+
 @pytest.mark.parametrize(
-    ("target", "is_base", "name", "content", "path", "value"),
+    ("place", "name", "content", "path", "value"),
     [
-        ("genai", True, "genai_config.json", GENAI, "model/decoder/filename", "../first/x.onnx"),
-        (
-            "genai",
-            True,
-            "genai_config.json",
-            GENAI,
-            "model/decoder/session_options/custom_ops_library",
-            "model.onnx.data",
-        ),
-        (
-            "genai",
-            True,
-            "genai_config.json",
-            GENAI,
-            "model/decoder/session_options/provider_options",
-            [{"qnn": {"backend_path": "x"}}],
-        ),
-        ("genai", True, "genai_config.json", GENAI, "model/vision", {"filename": "model.onnx"}),
-        ("hf", True, "config.json", CONFIG, "auto_map", {"AutoModelForCausalLM": "x--y.Z"}),
-        ("hf", True, "config.json", CONFIG, "attn_implementation", "someone/kernel"),
-        ("hf", True, "config.json", CONFIG, "text_config/_attn_implementation", "a/b"),
-        ("hf", True, "config.json", CONFIG, "model_type", "no_such_model"),
-        ("hf", True, "config.json", CONFIG, "a_setting", {"of": ["text"]}),
-        ("hf", True, "config.json", CONFIG, "quantization_config", {"quant_method": "bitnet"}),
-        (
-            "hf",
-            True,
-            "config.json",
-            CONFIG,
-            "quantization_config/config_groups",
-            {"group_0": {"targets": ["re:((a+)+)+b"]}},
-        ),
-        ("hf", True, "config.json", CONFIG, "quantization_config/ignore", ["re:(.*a){30}"]),
-        ("hf", True, "generation_config.json", {}, "custom_generate", "someone/code"),
-        ("hf", True, "tokenizer_config.json", {}, "auto_map", {"AutoTokenizer": ["x.Y", None]}),
-        (
-            "hf",
-            False,
-            "adapter_config.json",
-            PEFT,
-            "auto_mapping",
-            {"parent_library": "antigravity"},
-        ),
-        ("hf", False, "adapter_config.json", PEFT, "megatron_core", "this"),
-        ("hf", False, "adapter_config.json", PEFT, "target_modules", "((a+)+)+b"),
-        ("hf", False, "adapter_config.json", PEFT, "peft_type", "LOHA"),
-        ("hf", False, "adapter_config.json", PEFT, "use_dora", True),
-        ("hf", False, "adapter_config.json", PEFT, "base_model_name_or_path", "someone/model"),
-        ("mlx", True, "config.json", CONFIG, "model_file", "model.safetensors"),
-        ("mlx", True, "config.json", CONFIG, "quantization", {"group_size": "32"}),
-        ("mlx", False, "adapter_config.json", MLX, "fine_tune_type", "full"),
-        ("openvino", True, "config.json", CONFIG, "experts_implementation", "a/b"),
-        ("onnx", True, "session_options.json", {}, "session.qdq_matmulnbits_accuracy_level", "4"),
-        ("onnx", True, "session_options.json", {}, "ep.context_file_path", "/etc/passwd"),
-        ("aimet", False, "graphs.json", {}, "graphs/decode/host", "../../other.onnx"),
-        ("qairt", False, "graphs.json", {}, "graphs/decode/host", "/etc/passwd"),
+        ("genai/base", "genai_config.json", GENAI, "model/decoder/filename", "../first/x.onnx"),
+        ("genai/base", "genai_config.json", GENAI, f"{OPTIONS}/custom_ops_library", "model.data"),
+        ("genai/base", "genai_config.json", GENAI, f"{OPTIONS}/provider_options", PROVIDERS),
+        ("genai/base", "genai_config.json", GENAI, "model/vision", {"filename": "model.onnx"}),
+        ("hf/base", "config.json", CONFIG, "auto_map", {"AutoModelForCausalLM": "x--y.Z"}),
+        ("hf/base", "config.json", CONFIG, "attn_implementation", "someone/kernel"),
+        ("hf/base", "config.json", CONFIG, "text_config/_attn_implementation", "a/b"),
+        ("hf/base", "config.json", CONFIG, "model_type", "no_such_model"),
+        ("hf/base", "config.json", CONFIG, "a_setting", {"of": ["text"]}),
+        ("hf/base", "config.json", CONFIG, "quantization_config", {"quant_method": "bitnet"}),
+        ("hf/base", "config.json", CONFIG, "quantization_config/config_groups", HUNGRY_GROUP),
+        ("hf/base", "config.json", CONFIG, "quantization_config/ignore", ["re:(.*a){30}"]),
+        ("hf/base", "generation_config.json", {}, "custom_generate", "someone/code"),
+        ("hf/base", "tokenizer_config.json", {}, "auto_map", {"AutoTokenizer": ["x.Y", None]}),
+        ("hf/adapter", "adapter_config.json", PEFT, "auto_mapping", {"parent_library": "x"}),
+        ("hf/adapter", "adapter_config.json", PEFT, "megatron_core", "this"),
+        ("hf/adapter", "adapter_config.json", PEFT, "target_modules", "((a+)+)+b"),
+        ("hf/adapter", "adapter_config.json", PEFT, "peft_type", "LOHA"),
+        ("hf/adapter", "adapter_config.json", PEFT, "use_dora", True),
+        ("hf/adapter", "adapter_config.json", PEFT, "base_model_name_or_path", "someone/model"),
+        ("mlx/base", "config.json", CONFIG, "model_file", "model.safetensors"),
+        ("mlx/base", "config.json", CONFIG, "quantization", {"group_size": "32"}),
+        ("mlx/adapter", "adapter_config.json", MLX, "fine_tune_type", "full"),
+        ("openvino/base", "config.json", CONFIG, "experts_implementation", "a/b"),
+        ("onnx/base", "session_options.json", {}, "session.qdq_matmulnbits_accuracy_level", "4"),
+        ("onnx/base", "session_options.json", {}, "ep.context_file_path", "/etc/passwd"),
+        ("aimet/adapter", "graphs.json", {}, "graphs/decode/host", "../../other.onnx"),
+        ("qairt/adapter", "graphs.json", {}, "graphs/decode/host", "/etc/passwd"),
     ],
 )
 def test_a_value_that_no_export_writes_is_refused(
-    target: str,
-    is_base: bool,
-    name: str,
-    content: dict[str, Any],
-    path: str,
-    value: Any,
-    tmp_path: Path,
+    place: str, name: str, content: dict[str, Any], path: str, value: Any, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_text(json.dumps(content))
-    check(target, tmp_path, is_base)
+    check(tmp_path, place)
     (tmp_path / name).write_text(json.dumps(put(content, path, value)))
     with pytest.raises(SourceError, match=rf"{name}.*nothing in it was run"):
-        check(target, tmp_path, is_base)
+        check(tmp_path, place)
 
 
 @pytest.mark.parametrize("content", ["[]", '["a"]', '"a"', "{", "1" * 5000])
@@ -159,7 +130,7 @@ def test_configurations_of_another_kind_are_refused(content: str, tmp_path: Path
         folder.mkdir()
         (folder / name).write_text(content)
         with pytest.raises(SourceError, match=name):
-            check(target, folder)
+            check(folder, f"{target}/base")
 
 
 @pytest.mark.parametrize(
@@ -190,11 +161,11 @@ def test_a_script_that_the_user_would_run_is_the_exporters(tmp_path: Path) -> No
     path = tmp_path / "submit_aihub.py"
     for word in ("w8a16", "int8"):
         path.write_text(script.replace("@FULL_TYPE@", word))
-        check("aimet", tmp_path, is_base=False)
+        check(tmp_path, "aimet/adapter")
     for changed in (script.replace("@FULL_TYPE@", 'int8"; import os; "'), f"{script}\nprint(1)"):
         path.write_text(changed)
         with pytest.raises(SourceError, match=r"submit_aihub\.py.* not the script"):
-            check("aimet", tmp_path, is_base=False)
+            check(tmp_path, "aimet/adapter")
 
 
 @pytest.mark.parametrize("kind", ["link", "folder link", "pipe"])
@@ -225,11 +196,11 @@ def test_tensor_data_elsewhere_is_refused(location: str, tmp_path: Path) -> None
     entry.key, entry.value = "location", "model.onnx.data"
     (tmp_path / "model.onnx.data").write_bytes(bytes(4))
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
-    check("genai", tmp_path)
+    check(tmp_path, "genai/base")
     entry.value = location
     (tmp_path / "model.onnx").write_bytes(model.SerializeToString())
     with pytest.raises(SourceError, match="'w' is stored in"):
-        check("genai", tmp_path)
+        check(tmp_path, "genai/base")
 
 
 def test_a_compiled_context_is_refused(tmp_path: Path) -> None:
@@ -237,7 +208,7 @@ def test_a_compiled_context_is_refused(tmp_path: Path) -> None:
     graph = helper.make_graph([node], "g", [], [helper.make_tensor_value_info("y", 1, [1])])
     onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
     with pytest.raises(SourceError, match="compiled code"):
-        check("onnx", tmp_path)
+        check(tmp_path, "onnx/base")
 
 
 def test_a_pattern_that_takes_forever_is_refused_before_peft_matches_it(

@@ -20,7 +20,7 @@ from export.proof.test_graph_parity import replace_qnn
 from export.proofs import check_parity, verify_weights
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import ExportError, VerificationError
-from qwlora.export import runtime as runtime_module
+from qwlora.export import target as target_module
 from qwlora.export.npu import qnn
 from qwlora.export.proof import reference as reference_module
 from qwlora.export.proof.checks import Limits, Parity, only_finite, verdict
@@ -87,7 +87,7 @@ class Model:
         return SimpleNamespace(logits=self.logits[:, : input_ids.shape[1]])
 
 
-class Runtime(runtime_module.Runtime):
+class Runtime(target_module.Runtime):
     """A runtime with chosen logits, also of tokens that follow others in a cache."""
 
     switches = True

@@ -42,8 +42,7 @@ def target() -> Backend:
     return TARGETS["gguf"].backend
 
 
-@pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_gguf(folder: Path) -> Path:
     """A llama of one layer with Q4_0 matrices."""
     config = LlamaConfig(
         hidden_size=64,
@@ -56,12 +55,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tie_word_embeddings=True,
     )
     return write_file(
-        tmp_path_factory.mktemp("gguf") / "tiny.gguf",
+        folder / "tiny.gguf",
         "llama",
-        metadata_of("llama", config, "llama"),
+        {**metadata_of("llama", config, "llama"), "tokenizer.ggml.model": "no_vocab"},
         stored_shapes("llama", config),
         lambda name, shape: "Q4_0" if name.startswith("blk") and len(shape) > 1 else "F32",
     )
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_gguf(tmp_path_factory.mktemp("gguf"))
 
 
 def float_model(source: Path) -> PreTrainedModel:
@@ -71,9 +75,8 @@ def float_model(source: Path) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             value = checkpoint.read(name)
-            parameter.copy_(
-                value.dequantize() * 32 if isinstance(value, QuantizedTensor) else value.float()
-            )
+            is_grid = isinstance(value, QuantizedTensor)
+            parameter.copy_(32 * value.dequantize() if is_grid else value.float())
     return model.eval()
 
 

@@ -11,12 +11,11 @@ import pytest
 import torch
 from numpy.typing import NDArray
 from peft import PeftModel
-from transformers import LlamaConfig
 
 from conftest import byte_tokenizer
 from export.client_programs import with_clients
+from export.weights.test_gguf_target import tiny_gguf
 from export.weights.test_weights_targets import adapters, base, target
-from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.onnx.openvino import EXACT
 from qwlora.export.registry import TARGETS
@@ -30,33 +29,11 @@ NEW_TOKENS = 8
 STATES = ("first", "second", None, "first")
 
 
-def gguf_file(folder: Path) -> Path:
-    """A llama of one layer with Q4_0 matrices."""
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=96,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
-    metadata = metadata_of("llama", config, "llama")
-    return write_file(
-        folder / "tiny.gguf",
-        "llama",
-        {**metadata, "tokenizer.ggml.model": "no_vocab"},
-        stored_shapes("llama", config),
-        lambda name, shape: "Q4_0" if name.startswith("blk") and len(shape) > 1 else "F32",
-    )
-
-
 def written(name: str, folder: Path) -> PeftModel:
     """The files of a target: a base and adapters of different ranks and layers."""
     kind, source = target(name), None
     if name == "gguf":
-        source = gguf_file(folder)
+        source = tiny_gguf(folder)
         model: Any = load_precomputed(open_checkpoint(source))
     else:
         model = base("w4-block32", solver="search" if TARGETS[name].has_float16_scales else "rtn")

@@ -55,11 +55,8 @@ def adapters(model: Any, folder: Path) -> PeftModel:
     """Two adapters, one with rsLoRA and patterns, in folders of their own."""
     torch.manual_seed(0)
     names = {path.rpartition(".")[2] for path, _ in model.named_modules()}
-    some = [
-        name
-        for name in ("q_proj", "up_proj", "down_proj", "c_attn", "c_fc", "fc2")
-        if name in names
-    ]
+    known = ("q_proj", "up_proj", "down_proj", "c_attn", "c_fc", "fc2")
+    some = [name for name in known if name in names]
     wide = next(name for name in ("up_proj", "c_fc", "fc2") if name in names)
     a = LoraConfig(r=4, lora_alpha=8, target_modules="all-linear", init_lora_weights=False)
     b = LoraConfig(
@@ -127,8 +124,6 @@ def test_every_scheme_is_held_bit_for_bit_or_refused(
 
 
 MIXED = [LayerRule(match="*.mlp.*", scheme=Scheme(8, True, PerChannel()))]
-
-
 EMBEDDING = [LayerRule(match="*embed_tokens", scheme=Scheme(8, True, PerBlock(32)))]
 
 
@@ -146,15 +141,17 @@ EMBEDDING = [LayerRule(match="*embed_tokens", scheme=Scheme(8, True, PerBlock(32
                     ("llama", "w8-channel", EMBEDDING),
                 )
             ),
-            ("genai", "llama", "w4-block32", []),
-            ("genai", "qwen3", Scheme(4, False, PerBlock(32)), MIXED),
-            ("genai", "gpt2", Scheme(3, False, PerBlock(64)), []),
-            ("genai", "opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
+            *(
+                (name, *case)
+                for name in ("genai", "openvino")
+                for case in (
+                    ("llama", "w4-block32", []),
+                    ("qwen3", Scheme(4, False, PerBlock(32)), MIXED),
+                    ("gpt2", Scheme(3, False, PerBlock(64)), []),
+                    ("opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
+                )
+            ),
             ("genai", "llama", Scheme(2, True, PerChannel()), EMBEDDING),
-            ("openvino", "llama", "w4-block32", []),
-            ("openvino", "qwen3", Scheme(4, False, PerBlock(32)), MIXED),
-            ("openvino", "gpt2", Scheme(3, False, PerBlock(64)), []),
-            ("openvino", "opt", Scheme(4, False, PerBlock(32), float_offset=True), []),
         ]
     ),
 )

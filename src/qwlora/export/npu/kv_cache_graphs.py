@@ -32,7 +32,7 @@ from qwlora.errors import ExportError, reading
 from qwlora.export.onnx.onnx_edits import load_graph, save_graph
 from qwlora.export.onnx.onnx_model import build_model
 from qwlora.export.onnx.onnx_runtime import open_session, run_session
-from qwlora.export.runtime import Runtime
+from qwlora.export.target import Runtime
 from qwlora.graph.capture import IDS, MASK, POSITIONS
 from qwlora.graph.device_graph import HOST_INPUTS
 from qwlora.graph.kv_cache_capture import CacheSizes

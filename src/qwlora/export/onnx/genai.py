@@ -34,8 +34,7 @@ from qwlora.export.onnx.matmul_nbits import (
 )
 from qwlora.export.onnx.onnx_edits import DATA_FILE, MODEL_FILE, save_graph
 from qwlora.export.proof.contents import ADAPTER_FILE, TOKENIZER, Contents
-from qwlora.export.runtime import Runtime
-from qwlora.export.target import Backend, ExportedBase
+from qwlora.export.target import Backend, ExportedBase, Runtime
 from qwlora.export.weights.weights_folder import write_settings
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text

@@ -31,7 +31,7 @@ from qwlora.errors import ExportError, SourceError, foreign_as, listed
 from qwlora.export.onnx.onnx_edits import MODEL_FILE, load_graph, remove_unused, save_graph
 from qwlora.export.onnx.onnx_model import activation_tensor
 from qwlora.export.proof.contents import ADAPTER_FILE, misfits
-from qwlora.export.runtime import Runtime
+from qwlora.export.target import Runtime
 from qwlora.graph.capture import IDS, MASK, PAST, POSITIONS, PRESENT
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
 from qwlora.system import strict_json

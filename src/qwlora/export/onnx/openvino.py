@@ -42,8 +42,7 @@ from qwlora.export.canonical_adapter import (
 from qwlora.export.onnx.matmul_nbits import base_graph, linear_modules, matrix_products
 from qwlora.export.onnx.onnx_edits import MODEL_FILE, save_graph
 from qwlora.export.proof.contents import TOKENIZER, Contents
-from qwlora.export.runtime import Runtime
-from qwlora.export.target import Backend, ExportedBase
+from qwlora.export.target import Backend, ExportedBase, Runtime
 from qwlora.export.weights.weights_folder import write_settings
 from qwlora.graph.capture import IDS
 from qwlora.system.optional_packages import require

@@ -49,7 +49,7 @@ from qwlora.export.proof.reference import (
     simulated_logits,
     token_losses,
 )
-from qwlora.export.runtime import Runtime
+from qwlora.export.target import Runtime
 from qwlora.graph.call_arguments import as_arguments
 from qwlora.graph.quantized_graph import Interface, Kind
 from qwlora.grid.encoding import sqnr_db

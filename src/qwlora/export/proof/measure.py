@@ -35,8 +35,7 @@ from qwlora.export.proof.checks import (
 )
 from qwlora.export.proof.compare import compare_logits, is_same, is_told_apart
 from qwlora.export.proof.reference import Logits, check_ids, check_reference
-from qwlora.export.runtime import Runtime
-from qwlora.export.target import BASE, Target
+from qwlora.export.target import BASE, Runtime, Target
 from qwlora.system.atomic import total_bytes
 from qwlora.system.compute_precision import processor_name
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss

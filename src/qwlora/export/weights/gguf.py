@@ -43,8 +43,7 @@ from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.format_limits import GGUF
 from qwlora.export.proof.contents import Contents
-from qwlora.export.runtime import Runtime
-from qwlora.export.target import Backend, ExportedBase
+from qwlora.export.target import Backend, ExportedBase, Runtime
 from qwlora.export.weights.weights_folder import (
     as_float16,
     layers_to_write,

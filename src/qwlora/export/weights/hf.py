@@ -31,8 +31,7 @@ from qwlora.errors import ExportError, foreign_as
 from qwlora.export.canonical_adapter import PEFT_FILES, PEFT_FORM, CanonicalAdapter, write_peft
 from qwlora.export.format_limits import COMPRESSED_TENSORS, LayerKind, transformers_conflict
 from qwlora.export.proof.contents import MODEL_FILES, OTHER_KEYS, PLAIN, TOKENIZER, Contents
-from qwlora.export.runtime import Runtime
-from qwlora.export.target import Backend, ExportedBase
+from qwlora.export.target import Backend, ExportedBase, Runtime
 from qwlora.export.weights.weights_folder import (
     float_tensors,
     layer_kind,

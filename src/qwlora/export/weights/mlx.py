@@ -39,8 +39,7 @@ from qwlora.errors import ExportError, foreign_as
 from qwlora.export.canonical_adapter import CanonicalAdapter
 from qwlora.export.format_limits import MLX, MLX_GROUPS
 from qwlora.export.proof.contents import MODEL_FILES, NUMBER, OTHER_KEYS, PLAIN, TOKENIZER, Contents
-from qwlora.export.runtime import Runtime
-from qwlora.export.target import Backend, ExportedBase
+from qwlora.export.target import Backend, ExportedBase, Runtime
 from qwlora.export.weights.weights_folder import (
     float_tensors,
     largest_group,

@@ -38,7 +38,7 @@ from qwlora.system.progress import Track, untracked
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qwlora.export.runtime import Runtime
+    from qwlora.export.target import Runtime
     from qwlora.pipeline.running.loaded_models import JobContext
     from qwlora.simulation.simulation import Simulation
 

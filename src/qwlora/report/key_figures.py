@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from markupsafe import Markup
 
 from qwlora.report import number_format as form
-from qwlora.report.number_format import Format, count, percent, precise_percent, size, tagged
+from qwlora.report.number_format import Format, percent, precise_percent, size, tagged
 from qwlora.report.results_view import BASE, FILES, Job, runtime
 from qwlora.report.sections.training_course import SMOOTHED
 
@@ -120,15 +120,15 @@ def _shipping(job: Job, adapter: str) -> Tile:
     what is expected; and its parts in words."""
     drifts = {t: drift for t in job.targets if (drift := job.drift(t, adapter)) is not None}
     target = max(drifts, key=lambda t: abs(drifts[t]), default="")
-    cost, note = drifts.get(target), ""
-    if cost is not None:
-        note = f"export {precise_percent(cost, True)}"
-        if job.compared_with(target, adapter) == "simulated":  # else files hold no activations
-            simulation, export = job.change("simulated", "adapted", adapter), cost
-            cost = None if simulation is None else (1 + simulation) * (1 + export) - 1
-            note = f"simulation {precise_percent(simulation or 0.0, True)}, {note}"
-    if cost is None:
+    export, simulation, note = drifts.get(target), 0.0, ""
+    if job.compared_with(target, adapter) == "simulated":  # else files hold no activations
+        change = job.change("simulated", "adapted", adapter)
+        export, simulation = (None, 0.0) if change is None else (export, change)
+        note = f"simulation {precise_percent(simulation, True)}, "
+    if export is None:
         return Tile("Cost of shipping", SHIPPING, None, _add(job, "verify"))
+    cost = (1 + simulation) * (1 + export) - 1 if simulation else export
+    note += f"export {precise_percent(export, True)}"
     return Tile("Cost of shipping", SHIPPING, _change(cost), note, badness=cost)
 
 
@@ -196,12 +196,8 @@ def _size_of_all(job: Job) -> Tile:
 
 
 def _of_unfinished(job: Job) -> list[Tile]:
-    training = job.section("run", "training")
+    training, plan = job.section("run", "training"), len(job.planned_stages)
     adapter = str(training.get("adapter") or (job.adapters or [""])[0])
-    plan, steps = len(job.planned_stages), training.get("steps") or 0
-    rest = steps - (training.get("step") or 0)
-    step_seconds = job.number("run", "training", "step_seconds") if steps else None
-    left = step_seconds and step_seconds * rest
     losses = training.get("losses") or []
     last = losses[-SMOOTHED:]
     return [
@@ -212,12 +208,10 @@ def _of_unfinished(job: Job) -> list[Tile]:
             f"{len(job.finished_stages)}{f' of {plan}' if plan else ''} stages done",
         ),
         Tile(
-            "Left in training",
-            "Remaining steps times the mean time of a step.",
-            _value(left, lambda s: f"about {form.seconds(s)}"),
-            "no adapter is being trained"
-            if step_seconds is None
-            else f"{count(rest)} steps at {form.seconds(step_seconds)}",
+            "Time per step",
+            "Mean time of a training step.",
+            job.shown(form.seconds, "run", "training", "step_seconds"),
+            "" if training else "no adapter is being trained",
         ),
         Tile(
             "Training loss",

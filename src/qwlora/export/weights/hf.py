@@ -61,6 +61,21 @@ _GROUP = {
 }
 _FORM = {**_METHOD, "ignore": [PLAIN], "config_groups": {OTHER_KEYS: _GROUP}, "dequantize": True}
 
+_USAGE = """Needs `pip install compressed-tensors`. vLLM and SGLang read the same files.
+
+```python
+{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = AutoModelForCausalLM.from_pretrained("{base}")
+{wrap}ids = tokenizer("Hello", return_tensors="pt").input_ids
+print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))
+```
+
+```shell
+vllm serve {base}{serve}
+```"""
+
 
 class Hf(Backend):
     """compressed-tensors and PEFT; transformers and PEFT run it."""
@@ -115,26 +130,15 @@ class Hf(Backend):
         return runtime
 
     def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
-        lines = [
-            "Needs `pip install compressed-tensors`. vLLM and SGLang read the same files.",
-            "",
-            "```python",
-            "from transformers import AutoModelForCausalLM, AutoTokenizer",
-            "",
-            f'tokenizer = AutoTokenizer.from_pretrained("{base}")',
-            f'model = AutoModelForCausalLM.from_pretrained("{base}")',
-        ]
-        serve = f"vllm serve {base}"
+        imports = wrap = serve = ""
         if adapter is not None:
-            lines[3:3] = ["import torch", "from peft import PeftModel"]
-            lines.append("model(torch.tensor([[0]]))  # unpacks all layers")
-            lines.append(f'model = PeftModel.from_pretrained(model, "{adapter}")')
-            serve += f" --enable-lora --lora-modules adapter={adapter}"
-        lines += [
-            'ids = tokenizer("Hello", return_tensors="pt").input_ids',
-            "print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))",
-        ]
-        return "\n".join([*lines, "```", "", "```shell", serve, "```"])
+            imports = "import torch\nfrom peft import PeftModel\n"
+            wrap = (
+                "model(torch.tensor([[0]]))  # unpacks all layers\n"
+                f'model = PeftModel.from_pretrained(model, "{adapter}")\n'
+            )
+            serve = f" --enable-lora --lora-modules adapter={adapter}"
+        return _USAGE.format(base=base, imports=imports, wrap=wrap, serve=serve)
 
 
 def _problem(layer: PackedLayer) -> str | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from qwlora.export.format_limits import (
     AIMET_ENCODINGS,
     COMPRESSED_TENSORS,
@@ -15,54 +17,40 @@ from qwlora.export.npu.htp_limits import table_problem, weight_problem
 from qwlora.export.target import Layout, Target
 
 _ONNX = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
+_simulated = partial(
+    Target,
+    extra="onnx",
+    packages=_ONNX,
+    is_simulated=True,
+    activation_bitwidths=(8, 16),  # QuantizeLinear of opset 21
+)
 
 TARGETS: dict[str, Target] = {
-    "onnx": Target(
-        backend_class="qwlora.export.onnx.onnx:Onnx",
-        extra="onnx",
-        packages=_ONNX,
-        is_simulated=True,
-        activation_bitwidths=(8, 16),  # QuantizeLinear of opset 21
-    ),
-    "onnx_each": Target(
+    "onnx": _simulated(backend_class="qwlora.export.onnx.onnx:Onnx"),
+    "onnx_each": _simulated(
         backend_class="qwlora.export.onnx.onnx:OnnxEach",
-        extra="onnx",
-        packages=_ONNX,
         layout=Layout.EACH,
-        is_simulated=True,
-        activation_bitwidths=(8, 16),
         has_proof=False,
         model_files="model.onnx*",
     ),
-    "aimet": Target(
+    "aimet": _simulated(
         backend_class="qwlora.export.npu.aimet:Aimet",
-        extra="onnx",
-        packages=_ONNX,
         layout=Layout.EACH,
-        is_simulated=True,
-        activation_bitwidths=(8, 16),
         cached_graphs=True,
         model_files="*.aimet/*",
         scheme_problem=AIMET_ENCODINGS.problem,
     ),
-    "qairt": Target(
+    "qairt": _simulated(
         backend_class="qwlora.export.npu.qairt:Qairt",
-        extra="onnx",
-        packages=_ONNX,
         layout=Layout.CASES,
-        is_simulated=True,
-        activation_bitwidths=(8, 16),
         cached_graphs=True,
         reserved=frozenset({"none", "base", "model", "host"}),
         scheme_problem=AIMET_ENCODINGS.problem,
     ),
-    "qnn": Target(
+    "qnn": _simulated(
         backend_class="qwlora.export.npu.qnn:Qnn",
-        extra="onnx",
-        packages=_ONNX,
         compilers=("onnxruntime_qnn", "qnn"),
         layout=Layout.CASES,
-        is_simulated=True,
         activation_bitwidths=(16,),
         cached_graphs=True,
         has_proof=False,

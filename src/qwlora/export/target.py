@@ -135,8 +135,7 @@ class Target:
     @property
     def taken_names(self) -> frozenset[str]:
         """Names that no adapter can have."""
-        folders = [BASE] * self.has_base + [PROOF] * self.has_proof
-        return self.reserved.union(folders)
+        return self.reserved.union([BASE] * self.has_base, [PROOF] * self.has_proof)
 
     def missing(self) -> str | None:
         """Which package is missing, and how to install it; None if all are there."""
@@ -149,20 +148,12 @@ class Target:
         return None
 
     def require_packages(self) -> None:
-        """Import `packages`.
-
-        Raises:
-            MissingExtraError: one is missing; the message names the extra that installs it.
-        """
+        """Import `packages`; a MissingExtraError names the extra that installs a missing one."""
         for package in self.packages:
             require(package, self.extra)
 
     def parts(self, bundle: Path, name: str) -> dict[str, Path]:
-        """The folders with the files of an adapter or use case, by what they are.
-
-        Args:
-            bundle: folder of the target.
-        """
+        """The folders in a `bundle` with the files of an adapter or use case, by what they are."""
         if self.has_base:
             adapter = {} if name == BASE else {"adapter": bundle / name}
             return {BASE: bundle / BASE, **adapter}

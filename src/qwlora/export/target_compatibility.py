@@ -131,17 +131,16 @@ def nearest(scheme: Scheme, targets: Collection[Target]) -> Scheme | None:
 
 def refusal(grids: Collection[Grid], targets: Mapping[str, Target]) -> str | None:
     """Why `targets` cannot hold a base with these grids, and what they can; None if they can."""
-    lacking = [
+    lacking = "; ".join(
         f"{name} cannot hold {found}"
         for name, target in targets.items()
         for found in refusals(target, ModelFacts(grids=grids))
-    ]
+    )
     if not lacking:
         return None
-    moved = _moved(grids, list(targets.values()))
+    moved, together = _moved(grids, list(targets.values())), " and ".join(targets)
     if None in moved.values():
-        together = " and ".join(targets)
-        return f"{'; '.join(lacking)}. No scheme suits {together}; export them from different jobs"
+        return f"{lacking}. No scheme suits {together}; export them from different jobs"
     remedies = [
         f"{named(best)} instead of {named(asked)}"
         for asked, best in moved.items()
@@ -150,10 +149,7 @@ def refusal(grids: Collection[Grid], targets: Mapping[str, Target]) -> str | Non
     rounds = all(grid.solver in (None, *ROUNDING_SOLVERS) for grid in grids)
     if not rounds and any(target.has_float16_scales for target in targets.values()):
         remedies.append(f"solver {' or '.join(ROUNDING_SOLVERS)}")
-    return (
-        f"{'; '.join(lacking)}. The nearest that {' and '.join(targets)} can hold: "
-        f"{', '.join(remedies)}"
-    )
+    return f"{lacking}. The nearest that {together} can hold: {', '.join(remedies)}"
 
 
 def table_rows(

@@ -22,14 +22,13 @@ from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export import target as target_module
 from qwlora.export.npu import qnn
-from qwlora.export.proof import reference as reference_module
-from qwlora.export.proof.checks import Limits, Parity, only_finite, verdict
+from qwlora.export.proof.checks import LIMITS, Parity, only_finite, verdict
 from qwlora.export.proof.compare import (
     compare_layers,
     verify_language_model,
     verify_outputs,
 )
-from qwlora.export.proof.measure import compare_cache, measure, measure_logits, proven
+from qwlora.export.proof.measure import compare_cache, measure_logits, proven
 from qwlora.export.proof.readme import proof_table
 from qwlora.export.proof.reference import Reference, logits_of, make_reference
 from qwlora.export.registry import TARGETS
@@ -242,12 +241,10 @@ class Overflow(nullcontext[None]):
         self.model.logits = LOGITS
 
 
-def test_a_model_that_the_rounding_breaks_limits_nothing(proofs: Any) -> None:
-    model: Any = Model()
-    rounded = logits_of(model, Overflow(model))
-    found = proofs(Runtime(LOGITS), make_reference(logits_of(model), TEXT, rounded=rounded))
-    assert not found["passed"]
-    assert any("limit: at most not finite" in problem for problem in found["problems"])
+def test_a_model_that_the_rounding_breaks_limits_nothing() -> None:
+    model, runtime = cast(Any, Model()), cast(Any, Runtime(LOGITS))
+    problems = verify_weights(runtime, model, Path(), TEXT, Overflow(model)).problems
+    assert any("limit: at most not finite" in problem for problem in problems)
 
 
 def test_one_layer_that_computes_no_number_is_named() -> None:
@@ -266,47 +263,26 @@ def test_one_layer_that_computes_no_number_is_named() -> None:
     assert "layer down, the worst of 2: not finite" in problem
 
 
-@pytest.fixture
-def proofs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
-    """A function from a runtime to what `qwlora verify BUNDLE` finds of it, with its JSON checked."""
-    target, model = TARGETS["hf"], cast(Any, Model())
-    monkeypatch.setattr(reference_module, "TOP", 4)  # a reference holds only the likeliest tokens
-    reference = make_reference(logits_of(model), TEXT)
-    for folder in ("base", "first"):
-        (tmp_path / folder).mkdir()
-
-    def prove(runtime: Runtime, of: dict[str, Tensor] = reference) -> dict[str, Any]:
-        monkeypatch.setattr(type(target.backend), "open", lambda self, base, case: runtime)
-        parity, _ = measure(target, tmp_path, "first", of)
-        found = proven(target, parity, of, Limits())
-        strict_json.dumps(found)
-        return found
-
-    return prove
+def record_of(logits: Tensor, shipped: Tensor | None = None) -> tuple[dict[str, Any], str]:
+    """The record of a proof, and its table in a README."""
+    model: Any = Model()
+    parity, reference = weights_parity(logits, shipped), make_reference(logits_of(model), TEXT)
+    record = proven(TARGETS["hf"], parity, reference, LIMITS)
+    strict_json.dumps(record)
+    return record, "\n".join(proof_table({"first": record}))
 
 
-@every_broken
-def test_a_bundle_whose_logits_are_not_finite_fails_its_proof(proofs: Any, logits: Tensor) -> None:
-    assert proofs(Runtime(LOGITS))["passed"]
-    found = proofs(Runtime(logits))
-    assert any(p.startswith("largest logit with the adapter: not") for p in found["problems"])
-    assert not any("switched off" in problem for problem in found["problems"])
-    assert "| not finite |" in "\n".join(proof_table({"first": found}))
-
-
-def test_a_bundle_whose_perplexity_overflows_fails_its_proof(proofs: Any) -> None:
-    found = proofs(Runtime(LARGE))
-    assert any(
-        "perplexity with the adapter: not finite" in problem for problem in found["problems"]
-    )
-    assert ", not finite |" in "\n".join(proof_table({"first": found}))
-
-
-@pytest.mark.parametrize("shipped", [*BROKEN.values(), LARGE], ids=[*BROKEN, "a wrong scale"])
-def test_a_bundle_passes_whatever_it_computes_as_shipped(proofs: Any, shipped: Tensor) -> None:
-    found = proofs(Runtime(LOGITS, shipped))
-    assert found["passed"], found["problems"]
-    assert "not finite" in "\n".join(proof_table({"first": found}))
+@pytest.mark.parametrize("logits", [*BROKEN.values(), LARGE], ids=[*BROKEN, "a wrong scale"])
+def test_a_proof_shows_what_is_not_finite_and_checks_nothing_as_shipped(logits: Tensor) -> None:
+    record, table = record_of(logits)
+    is_broken = logits is not LARGE
+    what = "largest logit with the adapter" if is_broken else "perplexity with the adapter"
+    assert any(f"{what}: not finite" in problem for problem in record["problems"])
+    assert not any("switched off" in problem for problem in record["problems"])
+    assert ("| not finite |" if is_broken else ", not finite |") in table
+    record, table = record_of(LOGITS, logits)
+    assert record["passed"], record["problems"]
+    assert "not finite" in table
 
 
 def test_profiles_of_a_runtime_that_fails_are_removed(monkeypatch: pytest.MonkeyPatch) -> None:

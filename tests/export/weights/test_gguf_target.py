@@ -42,24 +42,25 @@ def target() -> Backend:
     return TARGETS["gguf"].backend
 
 
-def tiny_gguf(folder: Path) -> Path:
-    """A llama of one layer with Q4_0 matrices."""
-    config = LlamaConfig(
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=HEADS,
-        num_key_value_heads=KV_HEADS,
-        vocab_size=96,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
+def tiny_gguf(folder: Path, kind: str = "Q4_0", **changes: int) -> Path:
+    """A llama of one layer, with matrices of a kind of block."""
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": KV_HEADS,
+        "vocab_size": 96,
+        "max_position_embeddings": 128,
+    }
+    config = LlamaConfig(**sizes | changes, tie_word_embeddings=True)
     return write_file(
         folder / "tiny.gguf",
         "llama",
         {**metadata_of("llama", config, "llama"), "tokenizer.ggml.model": "no_vocab"},
         stored_shapes("llama", config),
-        lambda name, shape: "Q4_0" if name.startswith("blk") and len(shape) > 1 else "F32",
+        lambda name, shape: kind if name.startswith("blk") and len(shape) > 1 else "F32",
+        tokens=config.vocab_size,
     )
 
 

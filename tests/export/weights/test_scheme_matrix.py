@@ -21,14 +21,13 @@ from conftest import byte_tokenizer
 from export.client_programs import with_clients
 from export.proofs import verify_weights
 from export.support_matrix import SCHEMES, WEIGHTS
-from formats.gguf_models import metadata_of, stored_shapes, write_file
+from export.weights.test_gguf_target import float_model, tiny_gguf
 from qwlora import save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.proof.compare import LOGIT_DIFFERENCE
 from qwlora.export.target import ExportedBase, Target
-from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
@@ -40,51 +39,32 @@ IDS = torch.randint(3, 90, (1, 24), generator=torch.Generator().manual_seed(3))
 MATRICES = 7  # of a layer
 
 
-def config(layers: int) -> LlamaConfig:
-    """Of a llama whose matrices have blocks of 128."""
-    return LlamaConfig(
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        vocab_size=300,
-        max_position_embeddings=128,
-        tie_word_embeddings=True,
-    )
+SIZES = {  # matrices have blocks of 128
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "vocab_size": 300,
+    "max_position_embeddings": 128,
+}
 
 
-def float_model(layers: int) -> Any:
+def model_for(
+    name: str, schemes: Sequence[Scheme], folder: Path = Path()
+) -> tuple[Any, Path | None]:
+    """A float model with a matrix for each scheme, and the file that it comes from."""
+    layers = -(-len(schemes) // MATRICES)
+    if name == "gguf":
+        source = tiny_gguf(folder, "F32", **SIZES, num_hidden_layers=layers)
+        return float_model(source), source
     torch.manual_seed(0)
-    return with_large_weights(LlamaForCausalLM(config(layers)))
-
-
-def float_model_of_gguf(layers: int, folder: Path) -> tuple[Any, Path]:
-    """A model with random weights in float32, and the GGUF file that it comes from."""
-    source = write_file(
-        folder / "float.gguf",
-        "llama",
-        {**metadata_of("llama", config(layers), "llama"), "tokenizer.ggml.model": "no_vocab"},
-        stored_shapes("llama", config(layers)),
-        lambda name, shape: "F32",
-        tokens=300,
-    )
-    checkpoint = GgufCheckpoint(source)
-    model: Any = type(checkpoint.model)(checkpoint.config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            value = checkpoint.read(name)
-            assert isinstance(value, Tensor)
-            parameter.copy_(value)
-    return model.eval(), source
-
-
-def with_large_weights(model: nn.Module) -> nn.Module:
+    config = LlamaConfig(**SIZES, num_hidden_layers=layers, tie_word_embeddings=True)
+    model: Any = LlamaForCausalLM(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
                 parameter.mul_(4)
-    return model.eval()
+    return model.eval(), None
 
 
 def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
@@ -97,16 +77,10 @@ def linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 def quantized(weight: Tensor, scheme: Scheme, half: bool) -> QuantizedTensor:
     """By minimum and maximum; `half`: with a scale and offset that are float16."""
-    encoding: Encoding
-    if scheme.float_offset:
-        encoding = measure(weight, scheme)
-        if half:
-            rounded = (encoding.scale.half().float(), encoding.minimum.half().float())
-            encoding = Encoding(scheme, *rounded)
-    else:
-        encoding = measure(weight, scheme)
-        if half:
-            encoding = Encoding(scheme, encoding.scale.half().float(), encoding.offset)
+    encoding = measure(weight, scheme)
+    if half:
+        offset = encoding.minimum.half().float() if scheme.float_offset else encoding.offset
+        encoding = Encoding(scheme, encoding.scale.half().float(), offset)
     return QuantizedTensor(encoding.quantize(weight), encoding)
 
 
@@ -114,10 +88,6 @@ def pack(model: nn.Module, schemes: Sequence[Scheme], half: bool) -> None:
     """Give each matrix one of the schemes, until every scheme has one."""
     for (name, module), scheme in zip(linears(model), cycle(schemes), strict=False):
         pack_at_(model, name, quantized(module.weight.detach(), scheme, half))
-
-
-def layers_for(schemes: Sequence[Scheme]) -> int:
-    return -(-len(schemes) // MATRICES)
 
 
 def groups(target: Target, schemes: Sequence[Scheme]) -> list[list[Scheme]]:
@@ -137,13 +107,10 @@ def test_the_runtime_computes_every_scheme_that_the_target_holds(name: str, tmp_
     target = WEIGHTS[name]
     held = [scheme for scheme in SCHEMES if target.scheme_problem(scheme) is None]
     for number, schemes in enumerate(groups(target, held)):
-        folder, source = tmp_path / str(number), None
+        folder = tmp_path / str(number)
         for part in ("base", "trained", "adapter"):
             (folder / part).mkdir(parents=True)
-        if name == "gguf":
-            model, source = float_model_of_gguf(layers_for(schemes), folder)
-        else:
-            model = float_model(layers_for(schemes))
+        model, source = model_for(name, schemes, folder)
         pack(model, schemes, target.has_float16_scales)
         target.backend.write_base(ExportedBase(model, byte_tokenizer(), source), folder / "base")
         torch.manual_seed(1)
@@ -159,14 +126,11 @@ def test_the_runtime_computes_every_scheme_that_the_target_holds(name: str, tmp_
 
 @pytest.mark.parametrize("name", WEIGHTS)
 def test_a_scheme_that_the_target_lacks_is_refused(name: str, tmp_path: Path) -> None:
-    target, source = WEIGHTS[name], None
+    target = WEIGHTS[name]
     lacking = [scheme for scheme in SCHEMES if target.scheme_problem(scheme) is not None]
     if not lacking:
         pytest.skip("it holds every scheme")
-    if name == "gguf":
-        model, source = float_model_of_gguf(layers_for(lacking), tmp_path)
-    else:
-        model = float_model(layers_for(lacking))
+    model, source = model_for(name, lacking, tmp_path)
     pack(model, lacking, target.has_float16_scales)
     (tmp_path / "base").mkdir()
     with pytest.raises(ExportError, match=f"cannot hold {len(linears(model))} layers"):
@@ -177,7 +141,7 @@ def test_a_scheme_that_the_target_lacks_is_refused(name: str, tmp_path: Path) ->
 @torch.no_grad()
 def test_a_layer_whose_integers_are_off_by_one_is_noticed() -> None:
     """By the limit that runtimes keep, whichever layer and scheme it is."""
-    model = float_model(layers_for(SCHEMES))
+    model, _ = model_for("hf", SCHEMES)
     found = [
         (module, quantized(module.weight.detach(), scheme, half=False))
         for (_, module), scheme in zip(linears(model), cycle(SCHEMES), strict=False)

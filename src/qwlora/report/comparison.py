@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from qwlora.report import number_format as form
 from qwlora.report.drawing import Drawing, Scale, figure, is_narrow, shortened, ticks
-from qwlora.report.number_format import fixed, perplexity, precise_percent, three_decimals
+from qwlora.report.number_format import fixed, precise_percent, three_decimals
 from qwlora.report.report_section import Cell, Table
 from qwlora.report.results_view import KINDS, Job, capitalized, runtime, without_folders
 from qwlora.report.sections.training_course import SMOOTHED, course
@@ -50,10 +50,12 @@ def comparison(jobs: Sequence[Job]) -> dict[str, Any]:
         for name, job in zip(names, jobs, strict=True)
         for adapter in job.adapters
     ]
+    measured: list[Any] = [s for s in series if s.perplexity is not None]
     return {
         "title": f"{' and '.join(names[:2])}{' …' if len(names) > 2 else ''} · QWLoRA comparison",
         "verdicts": {name: verdict(job) for name, job in zip(names, jobs, strict=True)},
-        "answer": _answer(series),
+        "ranked": sorted(measured, key=lambda s: s.perplexity),
+        "share_a_text": _share_a_text(series),
         "stages": _stage_table(series),
         "stage_figure": _stage_figure(series),
         "size_quality": _size_quality(series),
@@ -77,19 +79,6 @@ def _names(jobs: Sequence[Job]) -> list[str]:
 
 def _share_a_text(series: list[Series]) -> bool:
     return len({s.text for s in series}) == 1
-
-
-def _answer(series: list[Series]) -> str:
-    values = {s.name: value for s in series if (value := s.perplexity) is not None}
-    if len(values) < 2:
-        return "Fewer than two of these jobs were evaluated."
-    if not _share_a_text(series):
-        return "They were tested on different texts, so their perplexities cannot be compared."
-    best, worst = min(values, key=lambda n: values[n]), max(values, key=lambda n: values[n])
-    return (
-        f"{best} has the lowest perplexity, {perplexity(values[best])}; {worst} has the highest, "
-        f"{perplexity(values[worst])}."
-    )
 
 
 def _stage_table(series: list[Series]) -> Table:
@@ -154,7 +143,7 @@ class Point(NamedTuple):
         return not is_equal and other.bits <= self.bits and other.perplexity <= self.perplexity
 
 
-def _size_quality(series: list[Series]) -> dict[str, str | Markup] | None:
+def _size_quality(series: list[Series]) -> dict[str, Any] | None:
     """The plot of jobs with bases of different sizes that were tested on the same text; points that
     another one beats are hollow."""
     numbers = [(s.job.number("base", "bits_per_weight"), s.perplexity, s.name) for s in series]
@@ -162,12 +151,6 @@ def _size_quality(series: list[Series]) -> dict[str, str | Markup] | None:
     if len({point.bits for point in points}) < 2 or not _share_a_text(series):
         return None
     best = [p for p in points if not any(p.is_beaten_by(other) for other in points)]
-    words = [f"{p.name} ({perplexity(p.perplexity)} at {fixed(p.bits)} bits)" for p in sorted(best)]
-    answer = f"Best at their size: {', '.join(words[:-1])} and {words[-1]}."
-    if len(best) == len(points):
-        answer = "Each is a trade of its own: fewer bits cost quality."
-    elif len(best) == 1:
-        answer = f"{words[0]} is both smallest and best."
     bits, values = [p.bits for p in points], [p.perplexity for p in points]
     described = "; ".join(f"{p.name}: {p.perplexity:.3f} at {p.bits:.2f} bits" for p in points)
 
@@ -188,7 +171,7 @@ def _size_quality(series: list[Series]) -> dict[str, str | Markup] | None:
             drawing.label(px + side, py + 4, shortened(point.name, 110, 12), "ax", anchor)
         return drawing
 
-    return {"answer": answer, "figure": figure(draw)}
+    return {"best": sorted(best), "are_all": len(best) == len(points), "figure": figure(draw)}
 
 
 def _training_figure(series: list[Series]) -> Markup | str:

@@ -20,7 +20,7 @@ from qwlora.report.number_format import (
     fixed,
     listed,
     percent,
-    seconds,
+    perplexity,
     significant,
 )
 from qwlora.report.report_section import View
@@ -44,7 +44,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals["not_measured"] = NOT_MEASURED
-    for written in (count, fixed, listed, percent, seconds, significant):
+    for written in (count, fixed, listed, percent, perplexity, significant):
         environment.filters[written.__name__] = written
     return environment
 

@@ -162,13 +162,19 @@ def _all_evidence(job: Job) -> Iterator[Evidence]:
         yield from _of_target(job, target)
     for adapter in job.adapters:
         yield from _gain(job, adapter)
-    for names in identical_adapters(job):
-        yield Evidence(
-            Outcome.CAUTION,
-            f"{listed(names)} have the same loss in every step: same data, settings and seed",
-            f"{len(names)} of {len(job.adapters)}",
-            against=f"{listed(names)} are identical",
-        )
+    same: dict[tuple[float, ...], list[str]] = {}  # adapters by the loss of every step
+    for name in job.adapters:
+        losses = job.get("train", name, "losses")
+        if isinstance(losses, list) and losses:
+            same.setdefault(tuple(losses), []).append(name)
+    for names in same.values():
+        if len(names) > 1:
+            yield Evidence(
+                Outcome.CAUTION,
+                f"{listed(names)} have the same loss in every step: same data, settings and seed",
+                f"{len(names)} of {len(job.adapters)}",
+                against=f"{listed(names)} are identical",
+            )
     for target in job.targets:
         yield from _few_tokens(job, target)
 
@@ -225,18 +231,15 @@ def _gain(job: Job, adapter: str) -> Iterator[Evidence]:
         if (stderr := job.number("perplexity_ratio", kind, adapter, "stderr")) is not None:
             least, needed = 2 * stderr, f"2 standard errors ({form.precise_percent(2 * stderr)})"
         is_better = change < 0 and -change >= least
-        against = "than the float model on held-out text"
+        who, on = "the adapter" if is_only else adapter, "than the float model on held-out text"
+        worse = f"{who} is {percent(change)} worse {on}"
+        unclear = f"{who} is not clearly better {on} ({percent(change)})"
         yield Evidence(
             Outcome.PASSED if is_better else Outcome.CAUTION,
             f"{name} against the float model, held-out text",
             tagged(percent(change, sign=True), change),
             "perplexity" if is_better else f"better by {needed} expected",
-            f"{'the adapter' if is_only else adapter} is "
-            + (
-                f"{percent(change)} worse {against}"
-                if change > 0
-                else f"not clearly better {against} ({percent(change)})"
-            ),
+            worse if change > 0 else unclear,
         )
     elif over_base is not None:
         yield Evidence(
@@ -248,16 +251,6 @@ def _gain(job: Job, adapter: str) -> Iterator[Evidence]:
         )
     else:
         yield Evidence(Outcome.MISSING, f"{name} against the float model")
-
-
-def identical_adapters(job: Job) -> list[list[str]]:
-    """Groups of adapters with the same loss in every training step."""
-    groups: dict[tuple[float, ...], list[str]] = {}
-    for name in job.adapters:
-        losses = job.get("train", name, "losses")
-        if isinstance(losses, list) and losses:
-            groups.setdefault(tuple(losses), []).append(name)
-    return [names for names in groups.values() if len(names) > 1]
 
 
 def _tokens(job: Job, target: str) -> dict[str, float]:
@@ -301,10 +294,8 @@ def _unproven(job: Job) -> str:
 
 def _strongest_fact(job: Job, is_proven: bool) -> str:
     adapters, gains = len(job.adapters), job.gains()
-    several = (
-        "Both exported files compute" if adapters == 2 else f"All {adapters} exported files compute"
-    )
-    files = "The exported file computes" if adapters == 1 else several
+    few = {1: "The exported file computes", 2: "Both exported files compute"}
+    files = few.get(adapters, f"All {adapters} exported files compute")
     if not gains or max(gains.values()) >= 0:
         return f"{files} what you trained" if is_proven else "The job is finished"
     gain = f"beats the float model by {percent(-max(gains.values()))}"

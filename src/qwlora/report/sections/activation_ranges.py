@@ -11,7 +11,7 @@ from qwlora.report.drawing import Drawing, Scale, log_ticks, panels, shortened
 from qwlora.report.number_format import TIMES, count, finite, significant
 from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import Job
-from qwlora.report.sections.layer_errors import blocks_per_column, place_of
+from qwlora.report.sections.layer_errors import LayerGrid, Place, place_of
 
 PANELS = 8
 STANDS_OUT = 20.0  # times the median of its kind
@@ -145,23 +145,17 @@ def _draw(panel: Panel, low: float, high: float, width: int) -> Drawing:
         drawing.line(4, scale(tick), right, scale(tick))
         if number % max(1, len(decades) // 2) == 0 and number:
             drawing.text(right, scale(tick) - 2, significant(tick, 1), "axs", "end")
-    last = max(panel.ranges)
-    group = blocks_per_column(last)
-    columns: dict[int, int] = {}
-    for block, entry in panel.ranges.items():
-        shown = columns.setdefault(block // group, block)
-        if entry.peak > panel.ranges[shown].peak:
-            columns[block // group] = block
-    step = (width - 8) / (last // group + 1)
+    grid = LayerGrid([(Place(block, ""), entry.peak) for block, entry in panel.ranges.items()])
+    group, step = grid.columns.step, (width - 8) / len(grid.columns)
     bar = max(min(step * 0.55, 6), 1)
-    for column, block in columns.items():
-        entry, x = panel.ranges[block], 4 + (column + 0.5) * step - bar / 2
+    for (_, column), (_, place) in grid.cells.items():
+        entry, x = panel.ranges[place.block], 4 + (column + 0.5) * step - bar / 2
         kind = "k-gain" if entry.bitwidth <= 8 else "k-neu"
-        kind = f"mark {'k-loss' if panel.stands_out(block) else kind}"
+        kind = f"mark {'k-loss' if panel.stands_out(place.block) else kind}"
         y = min(scale(max(entry.peak, low)), base - 1)
         if group == 1:
             span = f"from {significant(entry.low)} to {significant(entry.high)}"
-            words = f"Layer {block}, {panel.title}: {span}, {entry.bitwidth} bits"
+            words = f"Layer {place.block}, {panel.title}: {span}, {entry.bitwidth} bits"
             drawing.rect(x, y, bar, base - y, kind, words)
         else:
             drawing.square(x, y, bar, base - y, kind)

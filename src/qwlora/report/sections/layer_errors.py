@@ -53,11 +53,6 @@ def place_of(tensor: str) -> Place | None:
     return Place(int(match[2]), kind)
 
 
-def blocks_per_column(last: int) -> int:
-    """How many blocks share a column, if `last` is the last block."""
-    return -(-(last + 1) // MOST_COLUMNS)
-
-
 class LayerGrid:
     """Values of tensors by place.
 
@@ -71,7 +66,7 @@ class LayerGrid:
 
     def __init__(self, placed: Sequence[tuple[Place, float]]):
         last = max(place.block for place, _ in placed)
-        self.columns = range(0, last + 1, blocks_per_column(last))
+        self.columns = range(0, last + 1, -(-(last + 1) // MOST_COLUMNS))
         worst: dict[str, float] = {}
         for place, value in placed:
             worst[place.kind] = max(value, worst.get(place.kind, value))

@@ -89,6 +89,7 @@ def only_losses(reference: dict[str, Tensor]) -> None:
         of("ids", lambda t: t[0]),
         of("ids", lambda t: t - 1),
         of("ids", lambda t: t.int()),
+        lambda reference: reference.update({n: reference[n] - 90 for n in ("ids", "labels")}),
         of("labels", lambda t: t[:, :5]),
         of("labels", lambda t: t + 1),
         of("labels", lambda t: torch.cat([t[:, :1], torch.full_like(t[:, 1:], IGNORED)], 1)),

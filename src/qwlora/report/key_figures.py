@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from qwlora.report import number_format as form
 from qwlora.report.number_format import Format, percent, precise_percent, size, tagged
-from qwlora.report.results_view import BASE, FILES, Job, runtime
+from qwlora.report.results_view import FILES, Job, runtime
 from qwlora.report.sections.training_course import SMOOTHED
 
 PERPLEXITY = (
@@ -48,15 +48,10 @@ class Tile:
 
 def tiles(job: Job) -> list[Tile]:
     """The key figures of a job, as far as it got; of several adapters always the worst."""
-    names = job.adapters
-    if job.state not in ("finished", "failed") or not names:
+    if job.state not in ("finished", "failed") or not job.adapters:
         return _of_unfinished(job)
-    return [
-        _perplexity(job, names[0]) if len(names) == 1 else _gains(job),
-        _packing(job, names[0]),
-        *(_worst(job, tile) for tile in (_shipping, _divergence, _same_token)),
-        _file_size(job, names[0]) if len(names) == 1 else _size_of_all(job),
-    ]
+    kinds = (_perplexity, _packing, _shipping, _divergence, _same_token, _file_size)
+    return [_worst(job, kind) for kind in kinds]
 
 
 def _worst(job: Job, tile_of: Callable[[Job, str], Tile]) -> Tile:
@@ -95,7 +90,7 @@ def _perplexity(job: Job, adapter: str) -> Tile:
     elif value is None:
         note = _add(job, "evaluate")
     unit = f"float {form.perplexity(reference)}" if reference else ""
-    return Tile(label, PERPLEXITY, value, note, unit)
+    return Tile(label, PERPLEXITY, value, note, unit, badness=change)
 
 
 def _packing(job: Job, adapter: str) -> Tile:
@@ -111,8 +106,8 @@ def _packing(job: Job, adapter: str) -> Tile:
         note = f"{form.perplexity(before)} to {form.perplexity(after)}, before training"
     elif after:
         note = "the model's files hold only integers"
-    value = _change(job.change("base", "float", adapter))
-    return Tile("Cost of packing", tip, value, note)
+    change = job.change("base", "float", adapter)
+    return Tile("Cost of packing", tip, _change(change), note, badness=change)
 
 
 def _shipping(job: Job, adapter: str) -> Tile:
@@ -169,30 +164,8 @@ def _file_size(job: Job, adapter: str) -> Tile:
     if whole and not note:
         note = f"{value / whole:.0%} of {size(whole)} in float32"
     number, unit = size(value).split(" ")
-    return Tile(f"Size of the {name}", tip, tagged(number, value, path), note, unit)
-
-
-def _gains(job: Job) -> Tile:
-    gains, value, note = job.gains(), None, _add(job, "evaluate")
-    if gains:
-        better, weakest = sum(g < 0 for g in gains.values()), max(gains, key=lambda n: gains[n])
-        value = Markup("{} <small>of {}</small>").format(better, len(job.adapters))
-        note = Markup("weakest: {}, {}").format(weakest, percent(gains[weakest], sign=True))
-    tip = "Adapters with a lower perplexity than the float model, each on its own held-out text."
-    return Tile("Better than the float model", tip, value, note)
-
-
-def _size_of_all(job: Job) -> Tile:
-    label, tip = "Size of all files", "Exported files of all adapters, and of their base."
-    target = job.targets[0] if job.targets else ""
-    sizes = [job.number("export", target, name, "bytes") for name in job.adapters]
-    exported = [number for number in sizes if number is not None]
-    if not exported:
-        return Tile(label, tip, None, _add(job, "export"))
-    total = sum(exported) + (job.number("export", target, BASE, "bytes") or 0.0)
-    number, unit = size(total).split(" ")
-    note = f"{len(exported)} of {len(job.adapters)} adapters exported"
-    return Tile(label, tip, tagged(number, total), note, unit)
+    shown = tagged(number, value, path)
+    return Tile(f"Size of the {name}", tip, shown, note, unit, badness=value)
 
 
 def _of_unfinished(job: Job) -> list[Tile]:

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -199,27 +199,6 @@ def check_complete(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> No
         )
 
 
-def check_recorded(folder: Path, files: Iterable[str] | None = None) -> None:
-    """Compare a folder of exported files with the record in it.
-
-    Args:
-        files: those that belong to the record; default: all that are there.
-
-    Raises:
-        FingerprintError: a file was changed, added or removed.
-    """
-    what = repr(str(folder))
-    if not manifest.has_digests(folder, RECORD):
-        raise FingerprintError(f"{what} has no readable {RECORD} with digests; copy it again")
-    known = {*manifest.listed_files(folder, RECORD)} - {README}
-    manifest.check(folder, RECORD, what, "export it again", only=known)
-    files = files_in(folder) if files is None else files
-    if added := sorted(set(files) - known - {README}):
-        raise FingerprintError(
-            f"{what} holds files that were not exported: {listed(added)}; remove them"
-        )
-
-
 def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
     """Compare base, adapter and proof of a bundle with their digests, with each other, and with
     what the target writes.
@@ -243,14 +222,21 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
         )
     target = TARGETS[record["target"]]
     for part, folder in target.parts(bundle, name).items():
+        what, known = repr(str(folder)), {*manifest.listed_files(folder, RECORD)} - {README}
         files = [file for file in files_in(folder) if file != README]
         if folder == bundle:  # without those of proofs, and what is hidden
             files = [file for file in files if not file.startswith((f"{PROOF}/", "."))]
-        check_recorded(folder, files)
+        if not manifest.has_digests(folder, RECORD):
+            raise FingerprintError(f"{what} has no readable {RECORD} with digests; copy it again")
+        manifest.check(folder, RECORD, what, "export it again", only=known)
         if record_digest(folder) != record["of"].get(part):
             raise FingerprintError(
-                f"{str(folder)!r} is not the one that the proof in {PROOF}/{name} is of; copy the "
-                "whole bundle again, or verify the job again"
+                f"{what} is not the one that the proof in {PROOF}/{name} is of; copy the whole "
+                "bundle again, or verify the job again"
+            )
+        if added := sorted(set(files) - known):
+            raise FingerprintError(
+                f"{what} holds files that were not exported: {listed(added)}; remove them"
             )
         check_contents(target.backend.contents, folder, files, part == BASE)
     if added := sorted(set(files_in(proof)) - {PROOF_RECORD, REFERENCE}):

@@ -141,7 +141,9 @@ def _options(
     """Declares --debug for --help; `main` has removed it from the arguments by now."""
 
 
-def _add_job_command(name: str) -> None:
+def _job_command(name: str) -> Callable[..., None]:
+    """The function of `run`, or of the command for one verb."""
+
     def command(
         recipe: Annotated[
             Path | None,
@@ -170,13 +172,53 @@ def _add_job_command(name: str) -> None:
             if is_bundle(recipe):
                 _verify_bundle(recipe, as_json, quiet)
                 return
-        _run(name, recipe, out, changes, as_json, quiet, trust_mtime, replace)
+        from qwlora.pipeline.job.output_path import check_output
+        from qwlora.pipeline.running.run_job import run_file
 
-    app.command(name, help=_SUMMARY[name])(command)
+        if out is None:
+            others = {
+                "verify": ", or a folder of exported files (with the folders base and proof)",
+                "evaluate": ", or DIR and --tasks",
+            }
+            raise DirectoryError(f"{name} needs --out, the job's directory{others.get(name, '')}")
+        check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
+        path = recipe or out / "recipe.yaml"
+        options = [str(path), "--out", str(out)]
+        options += [part for change in changes or () for part in ("--set", change)]
+        options += ["--trust-mtime"] if trust_mtime else []
+        failure: VerificationError | None = None
+        try:
+            with ProgressDisplay(quiet or as_json) as display:
+                results: dict[str, Any] | None = run_file(
+                    path,
+                    out,
+                    tuple(changes or ()),
+                    verbs=VERBS if name == "run" else (name,),
+                    track=display.track,
+                    say=display.say,
+                    command=lambda verb: shlex.join(["qwlora", verb, *options]),
+                    trust_mtime=trust_mtime,
+                    replace=replace,
+                    watch=None if quiet or as_json else display.watch,
+                )
+        except VerificationError as error:
+            failure, results = error, error.results
+        if results and as_json:
+            print_json(results)
+        elif results:  # in a distributed run, only the first process has some
+            from qwlora.pipeline.results.results_table import closing_lines, print_summary
+
+            print_summary(results, console(width=120))
+            with contextlib.suppress(DirectoryError):  # a job that cannot be written has no report
+                print("", *closing_lines(out), sep="\n")
+        if failure is not None:
+            raise failure
+
+    return command
 
 
 for _name in ("run", *(verb for verb in VERBS if verb != "evaluate")):
-    _add_job_command(_name)
+    app.command(_name, help=_SUMMARY[_name])(_job_command(_name))
 
 
 @app.command(help=_SUMMARY["evaluate"])
@@ -218,7 +260,8 @@ def evaluate(
     if tasks is None:
         if models is not None or limit is not None:
             raise typer.BadParameter("--models and --limit need --tasks; add it, or remove them")
-        _run("evaluate", recipe, out, changes, as_json, quiet, trust_mtime)
+        command = _job_command("evaluate")
+        command(recipe, out, changes, as_json, quiet, trust_mtime=trust_mtime)
         return
     if recipe is None or out is not None or changes:
         raise typer.BadParameter(
@@ -244,59 +287,6 @@ def _verify_bundle(folder: Path, as_json: bool, quiet: bool) -> None:
     if problems := [f"{name}: {p}" for name, proof in proofs.items() for p in proof["problems"]]:
         what = f"{str(folder)!r}: the files do not compute what was trained"
         raise VerificationError(what, problems, {})
-
-
-def _run(
-    name: str,
-    recipe_file: Path | None,
-    out: Path | None,
-    changes: list[str] | None,
-    as_json: bool,
-    quiet: bool,
-    trust_mtime: bool,
-    replace: bool = False,
-) -> None:
-    from qwlora.pipeline.job.output_path import check_output
-    from qwlora.pipeline.running.run_job import run_file
-
-    if out is None:
-        others = {
-            "verify": ", or a folder of exported files (with the folders base and proof)",
-            "evaluate": ", or DIR and --tasks",
-        }
-        raise DirectoryError(f"{name} needs --out, the job's directory{others.get(name, '')}")
-    check_output(out)  # first, so that a wrong --out is not reported as a missing recipe
-    path = recipe_file or out / "recipe.yaml"
-    options = [str(path), "--out", str(out)]
-    options += [part for change in changes or () for part in ("--set", change)]
-    options += ["--trust-mtime"] if trust_mtime else []
-    failure: VerificationError | None = None
-    try:
-        with ProgressDisplay(quiet or as_json) as display:
-            results: dict[str, Any] | None = run_file(
-                path,
-                out,
-                tuple(changes or ()),
-                verbs=VERBS if name == "run" else (name,),
-                track=display.track,
-                say=display.say,
-                command=lambda verb: shlex.join(["qwlora", verb, *options]),
-                trust_mtime=trust_mtime,
-                replace=replace,
-                watch=None if quiet or as_json else display.watch,
-            )
-    except VerificationError as error:
-        failure, results = error, error.results
-    if results and as_json:
-        print_json(results)
-    elif results:  # in a distributed run, only the first process has some
-        from qwlora.pipeline.results.results_table import closing_lines, print_summary
-
-        print_summary(results, console(width=120))
-        with contextlib.suppress(DirectoryError):  # a job that cannot be written has no report
-            print("", *closing_lines(out), sep="\n")
-    if failure is not None:
-        raise failure
 
 
 _commands: tuple[Callable[..., None], ...] = (

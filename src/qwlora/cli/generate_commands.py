@@ -127,7 +127,12 @@ def generate(
         del model
         if not as_json:
             print("\n" if name != names[-1] else "", flush=True)
-            _say(_speed(answer))
+            rate = answer.tokens_per_second
+            then = "" if rate is None else f", then {rate:.1f} per second"
+            plural = "" if answer.tokens == 1 else "s"
+            _say(
+                f"{answer.tokens} token{plural}: the first after {answer.first_seconds:.2f} s{then}"
+            )
     if as_json:
         content = [
             {
@@ -210,13 +215,6 @@ def _read_line() -> str | None:
             return None
     line = sys.stdin.readline()
     return line.strip() if line else None
-
-
-def _speed(answer: Answer) -> str:
-    tokens = "1 token" if answer.tokens == 1 else f"{answer.tokens} tokens"
-    rate = answer.tokens_per_second
-    rest = "" if rate is None else f", then {rate:.1f} per second"
-    return f"{tokens}: the first after {answer.first_seconds:.2f} s{rest}"
 
 
 def _write(text: str) -> None:

@@ -93,7 +93,17 @@ def read_csv(path: Path) -> tuple[list[str], Rows]:
         SourceError: it is not CSV, has no header, a column twice, or a row that does not fit.
     """
     between, delimiter = ("tab", "\t") if path.suffix.lower() == ".tsv" else ("comma", ",")
-    lines = [(line, row) for line, row in _csv_lines(path, delimiter) if row]
+    lines, line = list[tuple[int, list[str]]](), 1
+    before = csv.field_size_limit(2**31 - 1)  # by default 131,072 characters
+    try:
+        reader = csv.reader(io.StringIO(decode(path), newline=""), delimiter=delimiter, strict=True)
+        for row in reader:
+            lines += [(line, row)] if row else []
+            line = reader.line_num + 1
+    except csv.Error as error:
+        raise SourceError(f"{path}:{line}: this is not CSV: {error}") from error
+    finally:
+        csv.field_size_limit(before)
     if not lines:
         raise SourceError(f"{path}: the file is empty. Its first line must name the columns")
     header = lines[0][1]
@@ -110,16 +120,3 @@ def read_csv(path: Path) -> tuple[list[str], Rows]:
             yield f"{path}:{line}", dict(zip(header, row, strict=True))
 
     return header, rows()
-
-
-def _csv_lines(path: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    before, line = csv.field_size_limit(2**31 - 1), 1  # by default 131,072 characters
-    try:
-        reader = csv.reader(io.StringIO(decode(path), newline=""), delimiter=delimiter, strict=True)
-        for row in reader:
-            yield line, row
-            line = reader.line_num + 1
-    except csv.Error as error:
-        raise SourceError(f"{path}:{line}: this is not CSV: {error}") from error
-    finally:
-        csv.field_size_limit(before)

@@ -85,7 +85,7 @@ def test_damaged_model(
     weights = broken / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     recipe = recipe_for(model={"source": str(broken)})
-    assert "cannot be loaded" in refused(call, recipe, tmp_path / "out")
+    assert "is truncated, or not a safetensors file" in refused(call, recipe, tmp_path / "out")
 
 
 def test_tokenizer_of_another_model(call: Any, recipe_for: Any, tmp_path: Path) -> None:

@@ -107,7 +107,7 @@ def lift_host_inputs(
     outputs = tuple(names.values())
     shapes = {**interface.shapes, **{name: _shape(node) for node, name in names.items()}}
     taken = [inputs[name] for name in host.graph_signature.user_inputs]
-    host_shapes = {HOST_INPUTS[name]: shapes[name] for name in taken}
+    host_shapes = {HOST_INPUTS[name]: interface.shapes[name] for name in taken}
     host_interface = Interface(
         tuple(host_shapes),
         outputs,

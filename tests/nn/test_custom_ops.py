@@ -42,20 +42,3 @@ def test_operators_survive_torchs_own_checks():
         torch.library.opcheck(dequantize, parts, test_utils=tests)
         torch.library.opcheck(gather, (torch.tensor([[2, 0], [1, 1]]), *parts), test_utils=tests)
         torch.library.opcheck(linear, (x.clone().requires_grad_(), *parts))
-
-
-def test_gradient_of_linear_is_that_of_the_floats():
-    packed = example(Scheme(4, False, PerBlock(4)))
-    x = torch.randn(2, 3, 8, requires_grad=True)
-    expected = torch.nn.functional.linear(x, packed.dequantize())
-    found = linear(x, *arguments(packed))
-    assert torch.equal(found, expected)
-    seed = torch.randn_like(found)
-    torch.testing.assert_close(
-        torch.autograd.grad(found, x, seed), torch.autograd.grad(expected, x, seed)
-    )
-
-
-def test_quantized_marks_and_changes_nothing():
-    x = torch.randn(3)
-    assert torch.equal(quantized(x, "name"), x)

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
 from qwlora.errors import CaptureError, TrainingError
 from qwlora.graph.quantized_graph import Kind
@@ -97,12 +97,11 @@ def _keep_codes_(graph_module: GraphModule) -> None:
         if node.op != "call_function" or node.target is not _aten.linear.default:
             continue
         x, weight, *bias = node.args
-        source = _through_views(weight)
-        if source is None:
+        if weight.target is not torch.ops.qwlora.dequantize.default:
             continue
         with graph_module.graph.inserting_before(node):
             product = graph_module.graph.call_function(
-                torch.ops.qwlora.linear.default, (x, *source.args)
+                torch.ops.qwlora.linear.default, (x, *weight.args)
             )
             if bias and bias[0] is not None:
                 product = graph_module.graph.call_function(_aten.add.Tensor, (product, bias[0]))
@@ -111,14 +110,3 @@ def _keep_codes_(graph_module: GraphModule) -> None:
         graph_module.graph.erase_node(node)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
-
-
-def _through_views(node: Any) -> Node | None:
-    """The dequantize node that `node` is a view of with the same shape."""
-    while isinstance(node, Node) and node.target in (_aten.view.default, _aten.reshape.default):
-        viewed: Any = node.args[0]
-        if node.meta["val"].shape != viewed.meta["val"].shape:
-            return None
-        node = viewed
-    is_dequantize = isinstance(node, Node) and node.target is torch.ops.qwlora.dequantize.default
-    return node if is_dequantize else None

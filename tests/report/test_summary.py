@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any
 
 import pytest
@@ -17,9 +18,9 @@ PARITY = {
     "sequences": 8,
     "tokens": 2048,
     "checks": [
-        at_most("difference of perplexity", 0.002, 0.003, "share").to_json(),
-        at_least("tokens with the same likeliest token", 0.99, 0.98, "share").to_json(),
-        at_most("difference of layer up, the worst of 3", 1.0, 2.0, "steps").to_json(),
+        asdict(at_most("difference of perplexity", 0.002, 0.003, "share")),
+        asdict(at_least("tokens with the same likeliest token", 0.99, 0.98, "share")),
+        asdict(at_most("difference of layer up, the worst of 3", 1.0, 2.0, "steps")),
     ],
 }
 

@@ -2,7 +2,7 @@
 
 Up to 4,096 values in a batch the sample is complete. There, up to 4 bits, the error of a grid is exact
 and AIMET's candidates are among ours: no error is larger than AIMET's by more than the rounding of a
-scale to float32. From 6 bits on the error is modeled (`grid/range_search.py`), and of more values there
+scale to float32. From 6 bits on the error is modeled (`grid/estimate_ranges.py`), and of more values there
 is a sample of 12,288 (`grid/activation_observer.py`); what that costs is bounded here.
 
 A percentile is not chosen for its error. What is compared is how far its range is from that of the

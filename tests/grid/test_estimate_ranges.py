@@ -11,10 +11,14 @@ from torch import Tensor
 from qwlora.errors import CalibrationError
 from qwlora.grid.activation_observer import VALUES, SampleObserver
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.estimate_ranges import estimate_ranges
+from qwlora.grid.estimate_ranges import (
+    estimate_ranges,
+    least_error_grid,
+    share_outside,
+    weighted_points,
+)
 from qwlora.grid.min_max import encoding_from_range, measure
 from qwlora.grid.range_estimator import ESTIMATORS, RangeEstimator
-from qwlora.grid.range_search import least_error_grid, share_outside, weighted_points
 from qwlora.grid.scheme import Scheme
 
 SHAPE = (2, 96, 384)
@@ -78,7 +82,7 @@ SMALL: dict[str, Callable[[], Tensor]] = {
 }
 
 
-# Up to 4 bits the error is exact. Beyond that it is modeled (range_search.py), and the model does not
+# Up to 4 bits the error is exact. Beyond that it is modeled (estimate_ranges.py), and the model does not
 # know where the roundings of 600 values happen to cancel.
 ALLOWED = {2: 1e-6, 3: 1e-6, 4: 1e-6, 8: 0.06, 16: 0.13}
 

@@ -234,12 +234,7 @@ def _grid(
     module = model.get_submodule(name.rpartition(".")[0])
     channel_axis = 1 if isinstance(module, nn.modules.conv._ConvTransposeNd) else 0
     layout = TensorLayout(shape, is_conv1d != is_numbered, channel_axis, block_order)
-    grid = grid_of(entry, layout, file.version)
-    try:
-        grid.scheme.scale_shape(shape)
-    except GridError as error:
-        raise SourceError(f"does not fit: {error}") from error
-    return grid
+    return grid_of(entry, layout, file.version)
 
 
 def _is_conv1d_weight(model: nn.Module, name: str) -> bool:

@@ -269,16 +269,6 @@ def test_users_rules_come_first() -> None:
     assert reasons[weight] == "rule '*.1.self_attn.v_proj*'"
 
 
-def test_one_end_of_a_range_can_be_fixed() -> None:
-    made = simulation(Schemes(rules=[PlacementRule("*.mlp.mul", maximum=1000.0)]))
-    made.calibrate([batch()])
-    quantizer = made.quantizers["model.layers.0.mlp.mul"]
-    assert quantizer.encoding is not None
-    assert float(quantizer.encoding.scale) == pytest.approx(
-        (1000 - float(quantizer.observer.low or 0)) / 65535
-    )
-
-
 @pytest.mark.parametrize(
     ("rule", "message"),
     [

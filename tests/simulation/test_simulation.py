@@ -20,7 +20,6 @@ from qwlora.export.onnx.onnx import export_onnx
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.capture import capture
 from qwlora.graph.quantized_graph import Kind
-from qwlora.graph.value_traits import Decision
 from qwlora.simulation.simulation import Simulation
 from simulation.captured import adapted_layer as adapted
 from simulation.captured import batch as inputs
@@ -76,27 +75,6 @@ def test_every_value_is_decided_about_and_every_weight_has_an_encoding(architect
     assert kinds[Kind.ADAPTER] == sum("lora_" in n for n, _ in model.named_parameters())
     assert set(graph.encodings) == {m.name for m in graph.marks}
     assert len({m.name for m in graph.marks}) == len(graph.marks)
-
-
-def test_decisions_by_operator_and_module_class() -> None:
-    decisions = {
-        (p.module, p.operator): (p.decision, p.reason)
-        for p in calibrated("llama")[1].placement.values
-    }
-    inside = (Decision.FLOAT, "inside LlamaRMSNorm, which is one operation")
-    layer = "model.layers.0"
-    assert decisions[f"{layer}.input_layernorm", "rsqrt"] == inside
-    assert decisions[f"{layer}.input_layernorm", "mul"][1] == "output of LlamaRMSNorm"
-    assert decisions[f"{layer}.self_attn", "add"] == (Decision.FLOAT, "combined with a mask")
-    assert decisions[layer, "add"] == (Decision.FLOAT, "a residual addition")
-    assert decisions[f"{layer}.self_attn", "transpose"][0] is Decision.SHARE
-    assert decisions["model.rotary_emb", "cos"][0] is Decision.FLOAT
-    for module, operator in (
-        (f"{layer}.self_attn", "softmax"),
-        (f"{layer}.mlp.up_proj.lora_A", "linear"),
-        (f"{layer}.mlp.up_proj.lora_B", "linear"),
-    ):
-        assert decisions[module, operator][0] is Decision.QUANTIZE
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from rich.table import Table
 
 from cli.command_line import qwlora
 from qwlora.cli.progress_bars import ProgressDisplay
+from qwlora.cli.tables import score_lines
 from qwlora.cli.terminal import console, print_json, safe_streams
 from qwlora.errors import (
     EncodingsFileError,
@@ -161,3 +162,15 @@ def test_progress_bars_of_other_libraries_are_not_shown(tmp_path: Path) -> None:
         [sys.executable, "-c", script], capture_output=True, text=True, check=True
     )
     assert result.stderr == ""
+
+
+def test_scores_of_tasks_are_one_table() -> None:
+    def scores(value: float, error: float | None) -> dict[str, Any]:
+        return {"copa": {"metrics": {"acc": {"value": value, "stderr": error}}}}
+
+    stages = {"base": scores(0.5, None), "adapted": {"first": scores(0.75, 0.1)}}
+    assert [line.split() for line in score_lines(stages)] == [
+        ["task", "metric", "model", "value", "±", "stderr"],
+        ["copa", "acc", "base", "0.5000"],
+        ["copa", "acc", "adapted/first", "0.7500", "0.1000"],
+    ]

@@ -34,7 +34,8 @@ def _install(session: nox.Session, *arguments: str, without_dependencies: str = 
 
 
 def _fast(session: nox.Session) -> None:
-    session.run("pytest", "-q", "--numprocesses", "2", "--dist", "loadfile", env=ONE_THREAD)
+    workers = ["--numprocesses", "2", "--dist", "loadfile", "--no-loadscope-reorder"]
+    session.run("pytest", "-q", *workers, env=ONE_THREAD)
 
 
 @nox.session

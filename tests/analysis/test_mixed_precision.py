@@ -73,7 +73,7 @@ def test_costs_fall_with_the_bitwidth_and_leave_the_simulation_as_it_was() -> No
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 def test_costs_do_not_depend_on_what_may_be_trained(architecture: str) -> None:
-    model = tiny_model(architecture)
+    model = tiny_model(architecture, layers=1)
     quantize_(model, "w4-block32", solver="rtn")
     made = simulate(model, BATCHES[0], Schemes(Scheme(4, symmetric=False)))
     made.calibrate(BATCHES)

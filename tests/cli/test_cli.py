@@ -135,7 +135,9 @@ def test_what_must_run_first_is_a_whole_command(call: Any, recipe_for: Any, tmp_
 
 
 def test_json_is_the_only_output(call: Any, recipe_for: Any, tmp_path: Path) -> None:
-    code, out, errors = call("run", recipe_for(), "--out", tmp_path / "out", "--json")
+    code, out, errors = call(
+        "run", recipe_for("one-layer llama"), "--out", tmp_path / "out", "--json"
+    )
     assert code == 0
     assert errors == ""
     assert json.loads(out) == json.loads((tmp_path / "out" / "results.json").read_text())
@@ -145,7 +147,8 @@ def test_failed_proof_exits_with_one_and_names_the_limit(
     call: Any, recipe_for: Any, tmp_path: Path
 ) -> None:
     limit = ("--set", "verify.layer_mean_steps=1e-14", "--set", "verify.layer_steps=1e-14")
-    code, out, errors = call("run", recipe_for("gpt2"), "--out", tmp_path / "out", *limit)
+    recipe = recipe_for("one-layer llama")
+    code, out, errors = call("run", recipe, "--out", tmp_path / "out", *limit)
     assert code == 1
     assert re.search(r"export/onnx/first: .*simulated", errors)
     assert "limit: at most 1e-14 steps" in errors

@@ -31,7 +31,7 @@ def test_the_result_of_a_job_generates_and_its_file_computes_the_same(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     recipe = load_recipe(
-        recipe_for(adapters=[{"name": "support", "rank": 4, "steps": 6}]),
+        recipe_for("one-layer llama", adapters=[{"name": "support", "rank": 4, "steps": 6}]),
         ("simulation.activation_bitwidth=8", "simulation.adapter_weights.bitwidth=4"),
     )
     run(recipe, tmp_path / "out", ("quantize", "train", "calibrate", "export"))
@@ -63,7 +63,7 @@ def test_python_example_runs_and_proves_its_file(
     (code,) = examples("Your own training loop")
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
-    model = tiny_model("llama")
+    model = tiny_model("llama", layers=1)
     first = torch.randint(0, 256, (1, 32)).repeat(2, 1)
     names = {"model": model, "tokenizer": byte_tokenizer(), "batches": [first] * 8}
     before = model(input_ids=first, labels=first).loss.item()

@@ -216,9 +216,9 @@ print(sys.meta_path == finders)
     "preparation",
     [
         "import qwlora.hf",
-        "import transformers, qwlora.hf",
+        pytest.param("import transformers, qwlora.hf", marks=pytest.mark.slow),
         "import qwlora; qwlora.register_with_transformers()",
-        "import qwlora; qwlora.load_base({base!r})",
+        pytest.param("import qwlora; qwlora.load_base({base!r})", marks=pytest.mark.slow),
     ],
 )
 def test_transformers_loads_a_base_after(base: Path, preparation: str) -> None:

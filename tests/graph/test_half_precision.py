@@ -15,14 +15,14 @@ from export.proofs import check_parity, verify_onnx
 from qwlora.export.onnx.onnx import export_onnx
 from qwlora.simulation.adapter_simulations import simulate_adapters
 
-HALF = [torch.bfloat16, torch.float16]
+HALF = [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
 IDS = torch.randint(0, 256, (3, 2, 16), generator=torch.Generator().manual_seed(0))
 BATCHES = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in IDS]
 
 
 def trained(folder: Path, dtype: torch.dtype, **lora: bool) -> PeftModel:
     """A checkpoint in `dtype`, loaded in its own type, quantized and trained for a step."""
-    tiny_model("llama").to(dtype).save_pretrained(folder)
+    tiny_model("llama", layers=1).to(dtype).save_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder)
     assert model.dtype == dtype
     qwlora.quantize_(model, "w4-block32")

@@ -39,7 +39,9 @@ def two_texts(recipe_for: Any, texts: dict[str, Path]) -> Any:
     """Write a recipe of one adapter per text; the data section has no source."""
     data = {"sequence_tokens": 32, "evaluation_sequences": 4, "calibration_sequences": 3}
     adapters = [{"name": n, "data": {"source": str(path)}, **SETTINGS} for n, path in texts.items()]
-    return lambda **sections: recipe_for(**{"data": data, "adapters": adapters, **sections})
+    return lambda **sections: recipe_for(
+        "one-layer llama", **{"data": data, "adapters": adapters, **sections}
+    )
 
 
 def test_an_adapters_data_takes_what_it_does_not_set_from_the_data_section(

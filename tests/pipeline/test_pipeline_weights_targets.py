@@ -62,7 +62,7 @@ def finish(
     def run_job(*targets: str, **sections: Any) -> Path:
         folder = tmp_path_factory.mktemp("job")
         sections |= {"adapters": ADAPTERS, "export": {"targets": targets}}
-        recipe = write_recipe(folder, checkpoints["llama"], corpus, **sections)
+        recipe = write_recipe(folder, checkpoints["one-layer llama"], corpus, **sections)
         run(load_recipe(recipe), folder / "job", VERBS)
         return folder / "job"
 

@@ -112,9 +112,9 @@ def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
     ("architecture", "scheme"),
     [
         ("llama", "w3-block32"),
-        ("llama", "w3-channel"),
+        pytest.param("llama", "w3-channel", marks=pytest.mark.slow),
         ("llama", "w2-block32-asymmetric"),
-        ("gpt2", "w3-block32"),
+        pytest.param("gpt2", "w3-block32", marks=pytest.mark.slow),
     ],
 )
 def test_the_model_comes_nearer_and_no_code_moves(

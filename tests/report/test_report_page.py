@@ -143,7 +143,15 @@ def some(name: str) -> list[tuple[str, ...]]:
     return [p for p in found if all("." not in k or kept.fullmatch(k) for k in p)]
 
 
-@pytest.mark.parametrize(("name", "depth"), [("finished", 9), ("two", 3), ("failed", 2)])
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [
+        ("finished", 3),
+        pytest.param("finished", 9, marks=pytest.mark.slow),
+        ("two", 2),
+        ("failed", 2),
+    ],
+)
 def test_any_key_may_be_missing(name: str, depth: int) -> None:
     results = results_of(name)
     keys = [path for path in some(name) if len(path) <= depth]
@@ -217,15 +225,15 @@ def test_plots_hold_every_value() -> None:
 def test_a_page_of_many_layers_is_bounded() -> None:
     results = results_of("finished")
     layer = next(iter(results["base"]["layers"].values()))
-    one_block = {f"model.layers.{n}.q_proj.weight": layer for n in range(100_000)}
-    many_kinds = {f"model.layers.0.kind_{n}.weight": layer for n in range(100_000)}
+    one_block = {f"model.layers.{n}.q_proj.weight": layer for n in range(20_000)}
+    many_kinds = {f"model.layers.0.kind_{n}.weight": layer for n in range(20_000)}
     results["base"]["layers"] = {**one_block, **many_kinds}
     began = time.process_time()
     html = render(job_of("finished", results))
     assert time.process_time() - began < 60
     assert len(html) < 5_000_000
     assert "more rows are in results.json" in html
-    assert "99,941 kinds of layers" in html
+    assert "19,941 kinds of layers" in html
     html = render(many_layers(1000))
     assert len(html.encode()) < 1.5e6
     table = html.split('id="t-layers"')[1].split("</table>")[0]

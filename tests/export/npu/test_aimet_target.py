@@ -77,7 +77,14 @@ def test_the_files_compute_what_was_simulated(folder: Path, lpbq: Simulation) ->
 
 
 @pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
-@pytest.mark.parametrize("scheme", ["w4-lpbq32", "w4-block32-asymmetric", "w3-channel"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "w4-lpbq32",
+        "w4-block32-asymmetric",
+        pytest.param("w3-channel", marks=pytest.mark.slow),
+    ],
+)
 def test_stored_weights_give_the_codes_of_the_base_again(
     scheme: str, version: str, lpbq: Simulation, tmp_path: Path
 ) -> None:

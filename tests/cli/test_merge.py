@@ -95,8 +95,10 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("architecture", ENDS)
-@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=["embedding", "head", "both"])
+@pytest.mark.parametrize(
+    ("architecture", "which"),
+    [("llama", (0,)), ("llama", (1,)), *((architecture, (0, 1)) for architecture in ENDS)],
+)
 @pytest.mark.parametrize("is_packed_too", [False, True], ids=["float", "packed"])
 def test_a_tied_layer_that_has_an_adapter_is_merged_by_itself(
     architecture: str, which: tuple[int, ...], is_packed_too: bool, tmp_path: Path

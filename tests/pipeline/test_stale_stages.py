@@ -174,8 +174,9 @@ DAMAGED = {
 }
 
 
-@pytest.mark.parametrize("stage", ["quantize", "evaluate/base", "verify/onnx"])
-@pytest.mark.parametrize("what", DAMAGED)
+@pytest.mark.parametrize(
+    ("what", "stage"), zip(DAMAGED, 2 * ("quantize", "evaluate/base", "verify/onnx"), strict=True)
+)
 def test_a_damaged_record_makes_its_stage_run_again(job: FakeJob, what: str, stage: str) -> None:
     job.run()
     file = job.out / ".qwlora" / "records" / f"{stage}.json"

@@ -83,6 +83,7 @@ def test_prefill_then_decode_is_the_simulation(name: str, tmp_path: Path) -> Non
     for tokens in (FIRST, 1):
         (tmp_path / str(tokens)).mkdir()
         graph = npu_graph(simulation, CacheSizes(tokens, CONTEXT))
+        assert graph.host.interface.shapes["token_mask"] == (1, CONTEXT)
         graphs[tokens] = OnCpu(graph, tmp_path / str(tokens))
     prefill, decode = (graphs[tokens].graph.device for tokens in (FIRST, 1))
     shared = prefill.encodings.keys() & decode.encodings.keys()

@@ -100,7 +100,7 @@ def test_float_model_moves_to_the_training_device(
     assert sent == [next(model.parameters()).device]
 
 
-@pytest.mark.parametrize("loss", ["chunked", "whole"])
+@pytest.mark.parametrize("loss", ["chunked", pytest.param("whole", marks=pytest.mark.slow)])
 def test_recovery_gets_closer_to_the_float_model_than_plain_training(
     loss: str, tmp_path: Path
 ) -> None:

@@ -76,6 +76,7 @@ class OnCpu:
         return dict(zip(names, map(torch.from_numpy, found), strict=True))
 
 
+@pytest.mark.slow  # export/npu/test_qairt.py does the same with adapters in the fast lane
 @pytest.mark.parametrize("name", ["Llama", *SLOW])
 def test_prefill_then_decode_is_the_simulation(name: str, tmp_path: Path) -> None:
     simulation = simulated(name)

@@ -14,7 +14,7 @@ from torch import Tensor
 from conftest import byte_tokenizer, tiny_model
 from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.errors import GridError
-from qwlora.export.format_limits import GGUF
+from qwlora.export.registry import GGUF
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import measure

@@ -185,7 +185,7 @@ def test_a_section_costs_a_module_and_a_template(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "toy_section.py").write_text(
-        "from qwlora.report.report_section import section\n"
+        "from qwlora.report.sections import section\n"
         "@section('toy', 'Toy', 'Toy?', position=35)\n"
         "def view(job, adapter):\n"
         "    return {'steps': job.get('train', adapter, 'steps')}\n"

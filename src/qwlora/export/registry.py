@@ -1,20 +1,118 @@
-"""All export targets by the name that recipes use."""
+"""All export targets by the name that recipes use, and what their formats can hold. Imports no
+torch."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 
-from qwlora.export.format_limits import (
-    AIMET_ENCODINGS,
-    COMPRESSED_TENSORS,
-    GGUF,
-    MLX,
-    NBITS,
-    OPENVINO,
-    transformers_conflict,
-)
+from qwlora.errors import listed
 from qwlora.export.npu.htp_limits import table_problem, weight_problem
 from qwlora.export.target import Layout, Target
+from qwlora.formats.bitwidths import MLX_BITWIDTHS
+from qwlora.grid.scheme import Blocks, Scheme
+
+MLX_GROUPS = (128, 64, 32)
+NBITS_BLOCKS = (256, 128, 64, 32, 16)  # of ONNX Runtime's MatMulNBits
+_ANY = range(2, 17)
+
+
+class LayerKind(Enum):
+    """What a weight is part of."""
+
+    LINEAR = "a Linear layer"
+    CONV1D = "transformers' Conv1D"  # of GPT-2; its weight is [in, out]
+    EMBEDDING = "an embedding"  # never refused: written as floats where it cannot be integers
+    OTHER = "another layer"  # experts that are stacked in one tensor, convolutions
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormatLimits:
+    """What a format holds.
+
+    Args:
+        name: the format's, in messages.
+        symmetric, zero_point, float_offset: bitwidths of grids that are symmetric, or have an
+            integer or a float offset.
+        block: blocks are multiples of it.
+        refused: kinds of layers, and why they are.
+    """
+
+    name: str
+    symmetric: Collection[int] = _ANY
+    zero_point: Collection[int] = _ANY
+    float_offset: Collection[int] = _ANY
+    block: int = 1
+    refused: Mapping[LayerKind, str] = field(default_factory=dict)
+
+    def problem(self, scheme: Scheme) -> str | None:
+        """Why it cannot hold integers of a scheme; None if it can."""
+        bits, kind = self.symmetric, "symmetric grids"
+        if scheme.float_offset:
+            bits, kind = self.float_offset, "float offsets"
+        elif not scheme.symmetric:
+            bits, kind = self.zero_point, "integer zero points"
+        if not bits:
+            return f"{scheme}: {self.name} has no {kind}"
+        if scheme.bitwidth not in bits:
+            return f"{scheme}: {self.name} has {listed(bits, 9)} bits with {kind}"
+        match scheme.granularity:
+            case Blocks(size) if size % self.block:
+                return f"{scheme}: {self.name} has blocks of {self.block} and multiples of it"
+        return None
+
+    def kind_problem(self, kind: LayerKind) -> str | None:
+        """Why it cannot hold a kind of layer; None if it can."""
+        return f"{self.name} {self.refused[kind]}" if kind in self.refused else None
+
+
+_LINEAR_ONLY = {
+    LayerKind.OTHER: "has integers of Linear layers and embeddings only",
+    LayerKind.CONV1D: "has no integers for transformers' Conv1D",
+}
+AIMET_ENCODINGS = FormatLimits(name="an AIMET encodings file", float_offset=())
+COMPRESSED_TENSORS = FormatLimits(name="compressed-tensors", float_offset=(), refused=_LINEAR_ONLY)
+GGUF = FormatLimits(
+    name="GGUF",
+    symmetric=(4, 5, 8),
+    zero_point=(),
+    float_offset=(4, 5),
+    block=32,
+    refused={
+        LayerKind.CONV1D: "holds transformers' Conv1D in a form that no adapter can be added to"
+    },
+)
+MLX = FormatLimits(
+    name="MLX",
+    symmetric=MLX_BITWIDTHS,
+    zero_point=MLX_BITWIDTHS,
+    float_offset=MLX_BITWIDTHS,
+    block=MLX_GROUPS[-1],
+    refused=_LINEAR_ONLY,
+)
+NBITS = FormatLimits(
+    name="MatMulNBits",
+    symmetric=range(2, 9),
+    zero_point=range(2, 9),
+    float_offset=range(2, 5),
+    block=NBITS_BLOCKS[-1],
+)
+OPENVINO = FormatLimits(
+    name="OpenVINO", symmetric=range(2, 9), zero_point=range(2, 9), float_offset=range(2, 9)
+)
+
+
+def transformers_conflict(schemes: Collection[Scheme]) -> str | None:
+    """Why transformers cannot read layers of these schemes from one folder; None if it can."""
+    if len(schemes) < 2 or all(scheme.symmetric for scheme in schemes):
+        return None
+    return (
+        f"{listed(sorted(map(str, schemes)))} together: transformers reads an asymmetric scheme "
+        "only if all layers have it"
+    )
+
 
 _ONNX = ("onnx", "onnxscript", "onnx_ir", "onnxruntime")
 _simulated = partial(

@@ -33,9 +33,9 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qwlora.export.format_limits import LayerKind
     from qwlora.export.proof.checks import Limits, Parity
     from qwlora.export.proof.reference import Reference
+    from qwlora.export.registry import LayerKind
     from qwlora.grid.scheme import Scheme
     from qwlora.simulation.adapter_simulations import BaseActivations
 

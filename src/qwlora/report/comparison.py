@@ -11,8 +11,8 @@ from markupsafe import Markup
 from qwlora.report import number_format as form
 from qwlora.report.drawing import Drawing, Scale, figure, is_narrow, shortened, ticks
 from qwlora.report.number_format import fixed, precise_percent, three_decimals
-from qwlora.report.report_section import Cell, Table
 from qwlora.report.results_view import KINDS, Job, capitalized, runtime, without_folders
+from qwlora.report.sections import Cell, Table
 from qwlora.report.sections.training_course import SMOOTHED, course
 from qwlora.report.verdict import verdict
 

@@ -23,9 +23,8 @@ from qwlora.report.number_format import (
     perplexity,
     significant,
 )
-from qwlora.report.report_section import View
 from qwlora.report.results_view import Job, without_folders
-from qwlora.report.sections import sections
+from qwlora.report.sections import View, sections
 from qwlora.report.verdict import remedies, verdict
 
 REFRESH_SECONDS = 15

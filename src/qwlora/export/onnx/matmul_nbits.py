@@ -27,7 +27,6 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import ExportError, listed
-from qwlora.export.format_limits import NBITS, NBITS_BLOCKS
 from qwlora.export.onnx.onnx_edits import (
     add_input,
     constants,
@@ -39,6 +38,7 @@ from qwlora.export.onnx.onnx_edits import (
     write_adapter_file,
 )
 from qwlora.export.onnx.onnx_model import build_model
+from qwlora.export.registry import NBITS, NBITS_BLOCKS
 from qwlora.export.weights.weights_folder import largest_group, refuse, width_problem
 from qwlora.formats.huggingface.int32_words import pack_words
 from qwlora.graph.kv_cache_capture import capture_cached

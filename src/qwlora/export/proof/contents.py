@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path, PurePosixPath
-from stat import S_ISDIR, S_ISREG
+from stat import S_ISDIR, S_ISLNK, S_ISREG
 from typing import Any
 
 from qwlora.errors import SourceError, foreign_as, listed
@@ -102,22 +102,17 @@ def check_plain(bundle: Path) -> None:
     Raises:
         SourceError: there is one.
     """
-    waiting = [bundle]
-    while waiting:
-        folder = waiting.pop()
-        with os.scandir(folder) as scan:
-            entries = list(scan)
-        for entry in entries:
-            mode = entry.stat(follow_symlinks=False).st_mode
-            if folder == bundle and entry.name.startswith("."):
-                continue
-            if S_ISDIR(mode):
-                waiting.append(Path(entry.path))
-            elif not S_ISREG(mode):
-                kind = "a link" if entry.is_symlink() else "not a regular file"
+    for folder, folders, files in os.walk(bundle):
+        if folder == str(bundle):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            files = [name for name in files if not name.startswith(".")]
+        for path in (os.path.join(folder, name) for name in (*folders, *files)):
+            mode = os.lstat(path).st_mode
+            if not S_ISDIR(mode) and not S_ISREG(mode):
+                kind = "a link" if S_ISLNK(mode) else "not a regular file"
                 raise SourceError(
-                    f"{entry.path!r} is {kind}; a bundle holds regular files only. Copy it with "
-                    "the files that links point to, for example with `cp -rL`"
+                    f"{path!r} is {kind}; a bundle holds regular files only. Copy it with the "
+                    "files that links point to, for example with `cp -rL`"
                 )
 
 

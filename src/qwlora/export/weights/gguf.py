@@ -41,8 +41,8 @@ from transformers import activations
 
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import CanonicalAdapter
-from qwlora.export.format_limits import GGUF
 from qwlora.export.proof.contents import Contents
+from qwlora.export.registry import GGUF
 from qwlora.export.target import Backend, ExportedBase, Runtime
 from qwlora.export.weights.weights_folder import (
     as_float16,

@@ -37,8 +37,8 @@ from transformers import PreTrainedModel
 
 from qwlora.errors import ExportError, foreign_as
 from qwlora.export.canonical_adapter import CanonicalAdapter
-from qwlora.export.format_limits import MLX, MLX_GROUPS
 from qwlora.export.proof.contents import MODEL_FILES, NUMBER, OTHER_KEYS, PLAIN, TOKENIZER, Contents
+from qwlora.export.registry import MLX, MLX_GROUPS
 from qwlora.export.target import Backend, ExportedBase, Runtime
 from qwlora.export.weights.weights_folder import (
     float_tensors,

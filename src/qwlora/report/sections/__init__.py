@@ -1,11 +1,93 @@
-"""The sections of the report, in their order. A section costs one module here and one template."""
+"""The sections of the report: a question each, and its answer in numbers and drawings.
+
+A section costs one module here and one template.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from pkgutil import iter_modules
+from typing import Any
 
-from qwlora.report.report_section import ReportSection
+from markupsafe import Markup
+
+from qwlora.report.results_view import Job
+
+View = dict[str, Any]
+Cell = str | Markup | None
+
+
+@dataclass(frozen=True)
+class ReportSection:
+    """A question, and the template of its module's name, which answers it.
+
+    Args:
+        id: in the page's address.
+        label: in the list of contents.
+        position: sections are sorted by it.
+        of_job, of_adapter: whether the section is drawn for the whole job, and for each adapter.
+            With a single adapter both are one: `view` is called once, with its name.
+        view: what the template draws, or None to leave the section out. The key `question`
+            replaces the question. The adapter is empty for what concerns the whole job.
+    """
+
+    id: str
+    label: str
+    question: str
+    position: int
+    of_job: bool
+    of_adapter: bool
+    view: Callable[[Job, str], View | None]
+
+    def drawn(self, job: Job, adapter: str, id: str = "") -> View | None:
+        """What the page shows; None if there is nothing to show."""
+        if (view := self.view(job, adapter)) is None:
+            return None
+        return {
+            "id": id or self.id,
+            "label": self.label,
+            "question": view.get("question") or self.question,
+            "template": f"{self.view.__module__.rpartition('.')[2]}.html",
+            "view": view,
+        }
+
+
+def section(
+    id: str,
+    label: str,
+    question: str,
+    position: int,
+    of_job: bool = False,
+    of_adapter: bool = False,
+) -> Callable[[Callable[[Job, str], View | None]], ReportSection]:
+    """Decorator of a section's `view`."""
+    return partial(ReportSection, id, label, question, position, of_job, of_adapter)
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table. The first cell of a row names it; None is a value that was not measured.
+
+    Args:
+        rows: cells by column; all rows have the same columns.
+        marked: numbers of the rows to highlight.
+        words: columns that hold words, which are aligned left.
+        sortable: a reader may sort it by any column.
+        most: rows that are shown at once; the others are shown on request.
+        left_out: rows that the page does not have.
+    """
+
+    caption: str | Markup
+    rows: Sequence[Mapping[str, Cell]]
+    marked: Sequence[int] = ()
+    words: Collection[str] = ()
+    sortable: bool = False
+    most: int = 50
+    note: str | Markup = ""
+    left_out: int = 0
 
 
 def sections() -> list[ReportSection]:

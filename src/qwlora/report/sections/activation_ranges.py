@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 
 from qwlora.report.drawing import Drawing, Scale, log_ticks, panels, shortened
 from qwlora.report.number_format import TIMES, count, finite, significant
-from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import Job
+from qwlora.report.sections import Cell, Table, View, section
 from qwlora.report.sections.layer_errors import LayerGrid, Place, place_of
 
 PANELS = 8

@@ -8,8 +8,8 @@ from markupsafe import Markup
 
 from qwlora.report import number_format as form
 from qwlora.report.number_format import percent, perplexity, precise_percent
-from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import FILES, Job
+from qwlora.report.sections import Cell, Table, View, section
 
 MOST_IN_MATRIX = 12
 STRENGTHS = (0.1, 0.3)  # relative changes at which the color of a cell becomes stronger

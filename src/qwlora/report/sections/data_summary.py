@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from qwlora.report.number_format import count, finite
-from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import Job, without_folders
+from qwlora.report.sections import Cell, Table, View, section
 
 KINDS = {
     "text": "plain text",

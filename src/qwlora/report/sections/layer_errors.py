@@ -19,8 +19,8 @@ from qwlora.report.number_format import (
     significant,
     tagged,
 )
-from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import Job, capitalized
+from qwlora.report.sections import Cell, Table, View, section
 
 MOST_COLUMNS = 120  # above, a column is a group of blocks, and shows the worst of them
 MOST_KINDS = 60  # rows; those with the largest values

@@ -5,8 +5,8 @@ from __future__ import annotations
 from markupsafe import Markup
 
 from qwlora.report.number_format import NOT_MEASURED, size
-from qwlora.report.report_section import View, section
 from qwlora.report.results_view import Job, without_folders
+from qwlora.report.sections import View, section
 
 NOT_RECORDED = Markup('<span class="nm">not recorded</span>')
 

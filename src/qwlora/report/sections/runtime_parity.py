@@ -8,8 +8,8 @@ from markupsafe import Markup
 
 from qwlora.report.drawing import Bar, Drawing, Scale, bars, figure, is_narrow, shortened, ticks
 from qwlora.report.number_format import count, precise_percent
-from qwlora.report.report_section import View, section
 from qwlora.report.results_view import Job, capitalized, code, runtime
+from qwlora.report.sections import View, section
 from qwlora.report.verdict import Outcome, outcome_of, proof_evidence
 
 MOST_SHOWN = 3.0  # times a limit; longer bars end there

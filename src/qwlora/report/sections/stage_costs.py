@@ -10,8 +10,8 @@ from markupsafe import Markup
 from qwlora.report import number_format as form
 from qwlora.report.drawing import Drawing, Scale, figure, is_narrow, shortened
 from qwlora.report.number_format import TIMES, percent, perplexity, precise_percent, three_decimals
-from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import KINDS, Job, runtime
+from qwlora.report.sections import Cell, Table, View, section
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import NamedTuple
 from markupsafe import Markup
 
 from qwlora.report.number_format import finite, precise_percent, significant, tagged
-from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import KINDS, Job, runtime
+from qwlora.report.sections import Cell, Table, View, section
 
 LOWER_IS_BETTER = ("perplexity", "byte_perplexity", "word_perplexity", "bits_per_byte")
 HEADS = {**KINDS, "float": "Float"}

@@ -5,8 +5,8 @@ from __future__ import annotations
 from qwlora.report import number_format as form
 from qwlora.report.drawing import Bar, bars, figure
 from qwlora.report.number_format import finite, fixed, percent, seconds, size
-from qwlora.report.report_section import Cell, Table, View, section
 from qwlora.report.results_view import FILES, FLOAT_BYTES, Job, capitalized, runtime
+from qwlora.report.sections import Cell, Table, View, section
 
 MOST_BARS = 40
 QUESTIONS = {"failed": "Where did it stop?", "running": "Where is the job?"}

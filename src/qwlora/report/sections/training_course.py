@@ -10,8 +10,8 @@ from markupsafe import Markup
 from qwlora.report import number_format as form
 from qwlora.report.drawing import Drawing, Scale, figure, is_narrow, ticks
 from qwlora.report.number_format import count, finite, fixed, three_decimals
-from qwlora.report.report_section import View, section
 from qwlora.report.results_view import Job
+from qwlora.report.sections import View, section
 
 SMOOTHED = 8  # steps
 MOST_STEPS = 2000  # above, a band of the smallest and largest loss for each pixel

@@ -5,27 +5,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
 
 from qwlora.errors import listed
 from qwlora.export.npu.htp_limits import table_problem, weight_problem
-from qwlora.export.target import Layout, Target
+from qwlora.export.target import LayerKind, Layout, Target
 from qwlora.formats.bitwidths import MLX_BITWIDTHS
 from qwlora.grid.scheme import Blocks, Scheme
 
 MLX_GROUPS = (128, 64, 32)
 NBITS_BLOCKS = (256, 128, 64, 32, 16)  # of ONNX Runtime's MatMulNBits
 _ANY = range(2, 17)
-
-
-class LayerKind(Enum):
-    """What a weight is part of."""
-
-    LINEAR = "a Linear layer"
-    CONV1D = "transformers' Conv1D"  # of GPT-2; its weight is [in, out]
-    EMBEDDING = "an embedding"  # never refused: written as floats where it cannot be integers
-    OTHER = "another layer"  # experts that are stacked in one tensor, convolutions
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
     from qwlora.export.proof.checks import Limits, Parity
     from qwlora.export.proof.reference import Reference
-    from qwlora.export.registry import LayerKind
     from qwlora.grid.scheme import Scheme
     from qwlora.simulation.adapter_simulations import BaseActivations
 
@@ -47,6 +46,15 @@ NONE, AND = "none", "+"  # use cases: no adapter; the names of several
 def members(case: str) -> list[str]:
     """Names of the adapters of a use case."""
     return [] if case == NONE else case.split(AND)
+
+
+class LayerKind(Enum):
+    """What a weight is part of."""
+
+    LINEAR = "a Linear layer"
+    CONV1D = "transformers' Conv1D"  # of GPT-2; its weight is [in, out]
+    EMBEDDING = "an embedding"  # never refused: written as floats where it cannot be integers
+    OTHER = "another layer"  # experts that are stacked in one tensor, convolutions
 
 
 class Layout(Enum):

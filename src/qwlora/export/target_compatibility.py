@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
-from qwlora.export.registry import LayerKind
-from qwlora.export.target import Target
+from qwlora.export.target import LayerKind, Target
 from qwlora.grid.scheme import Blocks, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.grid.scheme import short_name as named
 

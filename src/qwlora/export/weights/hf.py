@@ -30,8 +30,8 @@ from qwlora.adapter.peft_support import check_pattern_times, read_config
 from qwlora.errors import ExportError, foreign_as
 from qwlora.export.canonical_adapter import PEFT_FILES, PEFT_FORM, CanonicalAdapter, write_peft
 from qwlora.export.proof.contents import MODEL_FILES, OTHER_KEYS, PLAIN, TOKENIZER, Contents
-from qwlora.export.registry import COMPRESSED_TENSORS, LayerKind, transformers_conflict
-from qwlora.export.target import Backend, ExportedBase, Runtime
+from qwlora.export.registry import COMPRESSED_TENSORS, transformers_conflict
+from qwlora.export.target import Backend, ExportedBase, LayerKind, Runtime
 from qwlora.export.weights.weights_folder import (
     float_tensors,
     layer_kind,

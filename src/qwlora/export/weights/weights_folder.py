@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import ExportError, lines
 from qwlora.export.proof.contents import known_settings
-from qwlora.export.registry import LayerKind
+from qwlora.export.target import LayerKind
 from qwlora.grid.scheme import Blocks
 from qwlora.nn.packed_layer import PackedLayer, PackedLinear, packed_weights
 from qwlora.system import strict_json

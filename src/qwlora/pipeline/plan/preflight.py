@@ -14,7 +14,8 @@ from qwlora.adapter.attach import check_existing, check_shape, dropout_of
 from qwlora.adapter.train import check_loggers
 from qwlora.data.sequences import check_isolation
 from qwlora.errors import ExportError, GridError, SourceError, TrainingError, listed
-from qwlora.export.registry import TARGETS, LayerKind
+from qwlora.export.registry import TARGETS
+from qwlora.export.target import LayerKind
 from qwlora.export.target_compatibility import ModelFacts, refusals
 from qwlora.export.weights.weights_folder import layer_kind
 from qwlora.formats.assemble_model import LazyModel

@@ -12,7 +12,7 @@ import pytest
 
 from cli.command_line import qwlora
 from qwlora.cli.simulate_command import _suggestion_lines
-from qwlora.cli.tables import group_similar, table
+from qwlora.cli.terminal import group_similar, table
 from qwlora.errors import DirectoryError
 from qwlora.pipeline.commands.simulate_job import explain_placement
 from qwlora.pipeline.job.directory import Directory

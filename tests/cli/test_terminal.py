@@ -16,8 +16,7 @@ from rich.table import Table
 
 from cli.command_line import qwlora
 from qwlora.cli.progress_bars import ProgressDisplay
-from qwlora.cli.tables import score_lines
-from qwlora.cli.terminal import console, print_json, safe_streams
+from qwlora.cli.terminal import console, print_json, safe_streams, score_lines
 from qwlora.errors import (
     EncodingsFileError,
     RecipeError,

@@ -14,8 +14,7 @@ from typing import Annotated
 import typer
 
 from qwlora.cli.shared_arguments import AsJson, Job, Name, Yes
-from qwlora.cli.tables import table
-from qwlora.cli.terminal import print_result
+from qwlora.cli.terminal import print_result, table
 
 app = typer.Typer(
     help="Add, import, show, rename, remove and check adapters.",

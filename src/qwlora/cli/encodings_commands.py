@@ -20,8 +20,7 @@ import numpy as np
 import typer
 
 from qwlora.cli.shared_arguments import AsJson
-from qwlora.cli.tables import table
-from qwlora.cli.terminal import print_json
+from qwlora.cli.terminal import print_json, table
 from qwlora.formats import aimet_encodings
 from qwlora.formats.aimet_encodings.encodings_file import to_text
 from qwlora.formats.aimet_encodings.findings import printable

@@ -19,8 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from qwlora.cli.shared_arguments import AsJson, Encodings, KeepFloat
-from qwlora.cli.tables import group_similar, table
-from qwlora.cli.terminal import print_result
+from qwlora.cli.terminal import group_similar, print_result, table
 from qwlora.errors import SourceError, size
 
 if TYPE_CHECKING:

@@ -37,8 +37,7 @@ from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.recipe_commands import check, data, init, plan
 from qwlora.cli.shared_arguments import AsJson, Changes, Quiet
 from qwlora.cli.simulate_command import simulate
-from qwlora.cli.tables import score_lines
-from qwlora.cli.terminal import console, print_json, print_result, safe_streams
+from qwlora.cli.terminal import console, print_json, print_result, safe_streams, score_lines
 from qwlora.errors import (
     LESS_MEMORY,
     DirectoryError,

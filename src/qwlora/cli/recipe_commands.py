@@ -10,8 +10,7 @@ import typer
 
 from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.shared_arguments import AsJson, Changes
-from qwlora.cli.tables import table
-from qwlora.cli.terminal import print_result
+from qwlora.cli.terminal import print_result, table
 from qwlora.errors import DirectoryError, size
 from qwlora.system.atomic import write_text
 

@@ -16,8 +16,7 @@ import typer
 
 from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.shared_arguments import AdapterName, AsJson, Changes, Job
-from qwlora.cli.tables import group_similar, table
-from qwlora.cli.terminal import print_result
+from qwlora.cli.terminal import group_similar, print_result, table
 from qwlora.system import strict_json
 
 if TYPE_CHECKING:

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from qwlora import errors
-from qwlora.data import tabular_files
 from qwlora.data.document import Document, Documents, Text, split_documents
 from qwlora.data.records import (
     TEXT_COLUMNS,
@@ -30,7 +29,15 @@ from qwlora.data.records import (
     choose_columns,
     make_document,
 )
-from qwlora.data.text_files import read_csv, read_json, read_text
+from qwlora.data.rows import (
+    SAVED_DATASET,
+    Table,
+    read_arrow,
+    read_csv,
+    read_dataset,
+    read_json,
+    read_text,
+)
 from qwlora.errors import SourceError, listed
 from qwlora.formats.user_path import looked_for, user_path
 
@@ -130,9 +137,9 @@ def read_documents(source: str, how: Reading) -> tuple[list[Document], int]:
     elif is_file:
         reader.add_file(path)
     elif not path.is_dir():
-        reader.add_table(tabular_files.read_dataset(source, how.split, how.subset), source)
-    elif any((path / name).is_file() for name in tabular_files.SAVED_DATASET):
-        reader.add_table(tabular_files.read_dataset(str(path), how.split), str(path))
+        reader.add_table(read_dataset(source, how.split, how.subset), source)
+    elif any((path / name).is_file() for name in SAVED_DATASET):
+        reader.add_table(read_dataset(str(path), how.split), str(path))
     else:
         for file in _files_of(path, how.split):
             reader.add_file(file)
@@ -163,7 +170,7 @@ class _Reader:
                 names, rows = read_csv(path)
                 self.add_table((names, lambda _: rows), str(path))
             elif suffix in (".parquet", ".arrow", ".feather"):
-                self.add_table(tabular_files.read_arrow(path), str(path))
+                self.add_table(read_arrow(path), str(path))
             elif suffix in RECORD_SUFFIXES:
                 self.add_records(read_json(path))
             else:
@@ -178,7 +185,7 @@ class _Reader:
             )
         self.documents += texts
 
-    def add_table(self, table: tabular_files.Table, where: str) -> None:
+    def add_table(self, table: Table, where: str) -> None:
         names, rows = table
         columns = choose_columns(names, self.reading.columns, where)
         if self.columns not in (None, columns):

@@ -11,7 +11,7 @@ from pydantic import AfterValidator, Field
 
 from qwlora.data import Cutting, Reading, locate_documents
 from qwlora.data.records import FIELDS
-from qwlora.data.text_files import read_text
+from qwlora.data.rows import read_text
 from qwlora.recipe.section import Count, Section, file, located
 
 

@@ -18,7 +18,7 @@ from qwlora.export.npu.htp_rewrites import npu_onnx
 from qwlora.graph.device_graph import run_host
 from qwlora.graph.kv_cache_capture import CacheSizes
 from qwlora.grid.encoding import sqnr_db
-from qwlora.simulation.npu_graph import NpuGraph, host_arguments, npu_graph
+from qwlora.simulation.kv_cache_graph import NpuGraph, host_arguments, npu_graph
 from qwlora.simulation.simulation import Simulation
 from simulation.tiny_architectures import inputs, make
 

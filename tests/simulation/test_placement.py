@@ -12,9 +12,8 @@ from torch.export import ExportedProgram
 
 from qwlora import PlacementRule, Scheme, Schemes
 from qwlora.errors import CalibrationError, GridError
-from qwlora.graph.aten_ops import MAKES_VALUES, MOVES_DATA
 from qwlora.graph.capturable_model import visible_implementations
-from qwlora.graph.nodes import operation, origin
+from qwlora.graph.nodes import MAKES_VALUES, MOVES_DATA, operation, origin
 from qwlora.graph.quantized_graph import Kind
 from qwlora.graph.value_traits import Decision, Trait
 from qwlora.grid.scheme import PerChannel

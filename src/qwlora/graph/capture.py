@@ -8,7 +8,9 @@ to the model. The graph
 - takes any size of each axis that the model does not fix (`Captured.interface` lists them)
 - has no nodes without arithmetic: assertions, casts to the same dtype, inactive dropout, layout
   copies, empty parts of a concatenation
-- has no nested graphs (`inline_subgraphs.py`), and dequantizes each packed weight once
+- has no nested graphs: torch.export makes them of `with torch.enable_grad()` and of disabled
+  autocast; others are refused (branches on data, loops, enabled autocast)
+- dequantizes each packed weight once
 - returns the module's outputs, bit for bit (`capture_check.py`)
 
 A causal language model with a key-value cache is two graphs with the same encodings:
@@ -21,6 +23,7 @@ A causal language model with a key-value cache is two graphs with the same encod
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -30,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.export.graph_signature import InputKind
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -38,12 +41,11 @@ from qwlora.errors import CaptureError, foreign_as
 from qwlora.graph.call_arguments import LABELS, Structure, cache_of, tokens_in
 from qwlora.graph.capturable_model import in_float32, visible_implementations, widened
 from qwlora.graph.capture_check import Axes, AxisIndex, check_graph
-from qwlora.graph.inline_subgraphs import inlined_graph
-from qwlora.graph.nodes import buffer_names, calls, module_path, operation
+from qwlora.graph.nodes import buffer_names, calls, module_of, module_path, operation
 from qwlora.graph.quantized_graph import Interface, with_graph
 from qwlora.nn.frozen import refuse_meta
 from qwlora.nn.packed_layer import PackedLayer
-from qwlora.system.parameter_names import parameter_name
+from qwlora.system.parameter_names import canonical_name, parameter_name
 
 PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
 CACHE = "cache"  # name of the argument in newer models
@@ -59,6 +61,8 @@ _CASTS = (
     _aten._to_copy.default,
     _aten.type_as.default,
 )
+_GRADIENT_MODE = torch.ops.higher_order.wrap_with_set_grad_enabled
+_AUTOCAST = torch.ops.higher_order.wrap_with_autocast
 
 
 @dataclass(frozen=True)
@@ -425,3 +429,54 @@ def _is_empty(node: Any) -> bool:
 def _value(node: Any) -> Tensor | None:
     value = node.meta.get("val") if isinstance(node, Node) else None
     return value if isinstance(value, Tensor) else None
+
+
+def inlined_graph(program: ExportedProgram) -> Graph:
+    """A copy of the program's graph without nested graphs; refuses those that cannot be inlined."""
+    graph = copy.deepcopy(program.graph)
+    _inline_(graph, program.graph_module)
+    return graph
+
+
+def _inline_(graph: Graph, owner: GraphModule) -> None:
+    for node in list(graph.nodes):
+        held = [a for a in node.all_input_nodes if a.op == "get_attr"]
+        modules = (getattr(owner, str(attribute.target), None) for attribute in held)
+        inner = next((module for module in modules if isinstance(module, GraphModule)), None)
+        if node.op != "call_function" or inner is None:
+            continue
+        body = copy.deepcopy(inner.graph)
+        _inline_(body, inner)
+        if node.target is _GRADIENT_MODE:
+            arguments = node.args[2:]
+        elif node.target is _AUTOCAST and not node.args[2]:  # not enabled
+            arguments = node.args[5:]
+        else:
+            raise CaptureError(_refusal(node))
+        placeholders = [n for n in body.nodes if n.op == "placeholder"]
+        values: dict[Node, Any] = dict(zip(placeholders, arguments, strict=True))
+        with graph.inserting_before(node):
+            results = graph.graph_copy(body, values)
+        for user in list(node.users):  # a getitem for each result
+            user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+            graph.erase_node(user)
+        graph.erase_node(node)
+        for attribute in held:
+            if not attribute.users:
+                graph.erase_node(attribute)
+
+
+def _refusal(node: Node) -> str:
+    where = canonical_name(module_of(node)[0]) or "the model"
+    if node.target is _AUTOCAST:
+        device, dtype = node.args[0], node.args[1]
+        return (
+            f"{where} computes under torch.autocast({device!r}, {dtype}), which changes the dtype "
+            "of operators without a trace in the graph. Remove autocast, or cast the model "
+            "(model.to(dtype)), and capture again"
+        )
+    return (
+        f"{where} runs {getattr(node.target, '__name__', node.target)}, an operator with a nested "
+        "graph whose values could not be quantized. Write that part without it (torch.where "
+        "instead of a branch, for example), and capture again"
+    )

@@ -46,10 +46,10 @@ from torch.export import ExportedProgram
 from torch.fx import Graph, Node
 
 from qwlora.errors import CaptureError
-from qwlora.graph.aten_ops import base_name
 from qwlora.graph.capture import IDS, MASK, POSITIONS
 from qwlora.graph.graph_analysis import computed_from, factor_nodes
 from qwlora.graph.nodes import (
+    base_name,
     calls,
     module_of,
     moved_from,

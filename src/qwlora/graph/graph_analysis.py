@@ -22,18 +22,16 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from qwlora.graph.aten_ops import (
+from qwlora.graph.nodes import (
     MASKS,
     MATRIX_PRODUCTS,
     MOVES_DATA,
     SEVERAL_OPERATIONS,
     SOFTMAXES,
     base_name,
-    is_known,
-)
-from qwlora.graph.nodes import (
     calls,
     class_name,
+    is_known,
     module_path,
     module_stack,
     moved_from,

@@ -1,5 +1,14 @@
-"""Nodes of a captured graph: their operators, their modules, and the tensors of the model they
-read."""
+"""Nodes of a captured graph: their operators, their modules, and the tensors that they read.
+
+ATen operators by what they do to values, for placement:
+
+    MOVES_DATA        every output value is an input value, so the input's encoding also holds it
+    MAKES_VALUES      computes new values
+    MATRIX_PRODUCTS   the matrix products among MAKES_VALUES, with the positions of their factors
+
+Placement reports operators in neither of the first two as unknown. In-place operators are listed
+without their trailing underscore.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +18,91 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
 
-from qwlora.graph.aten_ops import MOVES_DATA, base_name
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+MOVES_DATA = _names("""
+    view reshape _unsafe_view view_as transpose permute t mT movedim moveaxis swapaxes swapdims
+    adjoint numpy_T
+    expand expand_as broadcast_to broadcast_tensors repeat repeat_interleave tile squeeze unsqueeze
+    flatten unflatten ravel unfold as_strided atleast_2d
+    slice select narrow index index_select gather take take_along_dim diagonal masked_select
+    split split_with_sizes chunk unsafe_chunk unsafe_split unbind tensor_split hsplit vsplit dsplit
+    roll flip fliplr flipud rot90
+    pixel_shuffle pixel_unshuffle channel_shuffle native_channel_shuffle im2col
+    clone contiguous alias detach lift_fresh lift_fresh_copy to _to_copy type_as real imag positive
+    max_pool1d max_pool2d max_pool3d max_pool2d_with_indices adaptive_max_pool1d adaptive_max_pool2d
+    upsample_nearest1d upsample_nearest2d upsample_nearest3d
+    topk sort amax amin tril triu
+""")
+
+# Positions of the factors; an argument may also be a list of factors.
+MATRIX_PRODUCTS: dict[str, tuple[int, ...]] = {
+    **dict.fromkeys(
+        _names("""
+            linear matmul mm mv bmm dot inner outer tensordot _grouped_mm grouped_mm
+            convolution conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d
+        """),
+        (0, 1),
+    ),
+    **dict.fromkeys(_names("addmm addmv addbmm baddbmm"), (1, 2)),
+    "einsum": (1,),
+    "bilinear": (0, 1, 2),
+    "scaled_dot_product_attention": (0, 1, 2),
+}
+
+MAKES_VALUES = frozenset(MATRIX_PRODUCTS) | _names("""
+    embedding embedding_bag one_hot
+    add sub rsub mul multiply div divide true_divide floor_divide remainder fmod pow float_power
+    square sqrt rsqrt reciprocal neg abs sign maximum minimum
+    addcmul addcdiv lerp clamp clamp_min clamp_max clip floor ceil round trunc frac where
+    masked_fill masked_scatter nan_to_num logaddexp hypot atan2
+    exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh erf erfc erfinv
+    sinc
+    relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish sigmoid log_sigmoid logit
+    hardsigmoid hardswish hardtanh hardshrink softshrink softplus
+    threshold glu softmax _softmax log_softmax _log_softmax logsumexp
+    layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm batch_norm
+    _native_batch_norm_legit_no_training instance_norm
+    linalg_vector_norm linalg_norm norm renorm cosine_similarity cdist
+    sum mean nanmean prod cumsum cumprod logcumsumexp cummax cummin max min median mode std var
+    std_mean var_mean any all
+    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
+    upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d
+    upsample_trilinear3d grid_sampler grid_sampler_2d affine_grid_generator
+    cat concat concatenate stack hstack vstack dstack column_stack pad constant_pad_nd
+    reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
+    scatter scatter_add scatter_reduce index_add index_copy index_fill index_put slice_scatter
+    select_scatter copy block_diag diag_embed col2im
+    arange linspace zeros ones full empty zeros_like ones_like full_like empty_like new_zeros
+    new_ones new_full new_empty scalar_tensor eye fill zero
+    polar complex view_as_complex view_as_real rand randn rand_like randn_like dropout
+    native_dropout bernoulli
+    lstm gru rnn_tanh rnn_relu kron cross
+""")
+
+# Modules that run one of these are several operations to a runtime, whatever their class name.
+SEVERAL_OPERATIONS = frozenset(MATRIX_PRODUCTS) | {"softmax", "dequantize"}
+
+# Operators that apply a mask.
+MASKS = frozenset({"add", "sub", "where", "masked_fill", "mul"})
+# Operators that read masked values.
+SOFTMAXES = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"})
+
+# The result may be a view of an argument, so it must not be overwritten.
+MAY_ALIAS = MOVES_DATA | {"einsum", "dropout", "pad", "view_as_complex", "view_as_real"}
+
+
+def base_name(operator: str) -> str:
+    """The operator's name without the trailing underscore of an in-place variant."""
+    return operator[:-1] if operator.endswith("_") and not operator.endswith("__") else operator
+
+
+def is_known(operator: str) -> bool:
+    """Whether the operator is in MOVES_DATA or MAKES_VALUES."""
+    return base_name(operator) in MOVES_DATA or base_name(operator) in MAKES_VALUES
 
 
 def operator_of(node: Node) -> str:

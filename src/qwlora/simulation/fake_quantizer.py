@@ -15,8 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter
 
 from qwlora.errors import CalibrationError, listed
-from qwlora.graph.aten_ops import MAY_ALIAS, base_name, is_known
-from qwlora.graph.nodes import operator_of
+from qwlora.graph.nodes import MAY_ALIAS, base_name, is_known, operator_of
 from qwlora.graph.quantized_graph import GraphValue, Kind, insert_after
 from qwlora.graph.value_traits import GridOptions
 from qwlora.grid.activation_observer import SampleObserver

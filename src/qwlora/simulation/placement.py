@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from qwlora.errors import CalibrationError, suggestion
 from qwlora.graph.graph_analysis import GraphAnalysis
-from qwlora.graph.nodes import buffer_names, module_of, operation, operator_of
+from qwlora.graph.nodes import base_name, buffer_names, module_of, operation, operator_of
 from qwlora.graph.quantized_graph import GraphValue, Kind
 from qwlora.graph.value_traits import Decision, Trait
 from qwlora.simulation.placement_rules import PlacementRule, Policy, Schemes
@@ -124,7 +124,7 @@ def _decided(
     fitting = [
         rule
         for rule in policy.rules
-        if rule.fits(value.operator, value.module_class, value.module, value.traits)
+        if rule.fits(base_name(value.operator), value.module_class, value.module, value.traits)
     ]
     deciding = next(rule for rule in fitting if rule.decision is not None)
     decision, reason, options = deciding.decision, deciding.reason, deciding.options

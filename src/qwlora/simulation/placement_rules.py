@@ -22,7 +22,6 @@ import yaml
 from pydantic import TypeAdapter
 
 from qwlora.errors import CalibrationError, GridError
-from qwlora.graph.aten_ops import base_name
 from qwlora.graph.value_traits import Decision, GridOptions, Trait
 from qwlora.grid.range_estimator import RangeEstimator, as_estimator
 from qwlora.grid.scheme import BITWIDTHS, PerChannel, Scheme
@@ -72,7 +71,7 @@ class PolicyRule:
         """Whether the rule decides about a value with these properties."""
         return (
             (self.trait is None or self.trait in traits)
-            and (self.operators is None or base_name(operator) in self.operators)
+            and (self.operators is None or operator in self.operators)
             and (
                 self.module_class is None or re.search(self.module_class, module_class) is not None
             )

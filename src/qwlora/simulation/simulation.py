@@ -32,9 +32,9 @@ from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from qwlora.errors import CalibrationError, CaptureError, QwloraWarning, listed, suggestion
-from qwlora.graph.aten_ops import MASKS, base_name
 from qwlora.graph.call_arguments import as_arguments, check_token_ids
 from qwlora.graph.capture import Captured, capture
+from qwlora.graph.nodes import MASKS, base_name
 from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph
 from qwlora.graph.value_traits import Decision
 from qwlora.grid.encoding import Encoding

@@ -57,8 +57,13 @@ from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import encoding_from_range
 from qwlora.grid.scheme import Scheme
-from qwlora.simulation.kv_cache_graph import cached_graph, capture_with_cache
-from qwlora.simulation.npu_graph import NpuGraph, mask_floor, npu_form
+from qwlora.simulation.kv_cache_graph import (
+    NpuGraph,
+    cached_graph,
+    capture_with_cache,
+    mask_floor,
+    npu_form,
+)
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.optional_packages import require
 

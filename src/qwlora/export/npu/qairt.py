@@ -54,7 +54,7 @@ from qwlora.formats.aimet_encodings.compare import encoding_differences
 from qwlora.formats.aimet_encodings.model import EncodingsFile
 from qwlora.formats.model_card import marked
 from qwlora.graph.quantized_graph import Kind
-from qwlora.simulation.npu_graph import NpuGraph
+from qwlora.simulation.kv_cache_graph import NpuGraph
 from qwlora.system.atomic import files_in
 from qwlora.system.file_stamps import Stamps, file_stamps
 

@@ -23,7 +23,7 @@ from qwlora import fingerprint, quantize_, save_adapter, save_base
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.cli.main import main
 from qwlora.formats.aimet_encodings.grids import entry_of
-from qwlora.formats.aimet_encodings.version_1_0_0 import json_of
+from qwlora.formats.aimet_encodings.version_1 import json_of
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme

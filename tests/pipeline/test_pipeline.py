@@ -29,7 +29,7 @@ from qwlora.errors import EncodingsFileError, FingerprintError, SourceError
 from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.export.proof.folder import verify_bundle
 from qwlora.formats.aimet_encodings.grids import entry_of
-from qwlora.formats.aimet_encodings.version_1_0_0 import json_of
+from qwlora.formats.aimet_encodings.version_1 import json_of
 from qwlora.formats.base_folder import load_base
 from qwlora.grid.min_max import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme

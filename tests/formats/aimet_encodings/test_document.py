@@ -29,7 +29,7 @@ from qwlora.formats.aimet_encodings import (
 )
 from qwlora.formats.aimet_encodings.encodings_file import load_json, parse, to_document
 from qwlora.formats.aimet_encodings.grids import entry_of
-from qwlora.formats.aimet_encodings.version_1_0_0 import json_of
+from qwlora.formats.aimet_encodings.version_1 import json_of
 
 GOLDEN = {
     version: json.loads((FILES / f"aimet-{version}.encodings").read_text()) for version in VERSIONS

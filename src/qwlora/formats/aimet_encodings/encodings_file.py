@@ -21,8 +21,7 @@ from qwlora.formats.aimet_encodings.convert import convert
 from qwlora.formats.aimet_encodings.findings import Finding, describe, findings_of, printable
 from qwlora.formats.aimet_encodings.json_fields import Document
 from qwlora.formats.aimet_encodings.model import EncodingsFile
-from qwlora.formats.aimet_encodings.version_0_6_1 import Document061
-from qwlora.formats.aimet_encodings.version_1_0_0 import Document100
+from qwlora.formats.aimet_encodings.version_1 import Document061, Document100
 from qwlora.formats.aimet_encodings.version_2 import Document2
 from qwlora.system.atomic import write_text
 from qwlora.system.strict_json import distinct_keys

@@ -1,5 +1,5 @@
-"""What the JSON of all versions shares: arrays from nested lists, the fields of a file, and the two
-sections of 0.6.1 and 1.0.0. One module per version has a `Document` with its entries.
+"""What the JSON of all versions shares: arrays from nested lists, and the fields of a file. The
+modules of the versions have a `Document` with its entries.
 
 Time and memory are proportional to the file: nothing is broadcast or expanded, and arrays have at
 most `MAX_RANK` axes.
@@ -8,8 +8,7 @@ most `MAX_RANK` axes.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
-from math import isfinite
+from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -17,7 +16,7 @@ import numpy.typing as npt
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidator
 
 from qwlora.errors import EncodingsFileError
-from qwlora.formats.aimet_encodings.findings import describe, printable
+from qwlora.formats.aimet_encodings.findings import describe
 from qwlora.formats.aimet_encodings.model import EncodingsFile, Entry, Floats, Integers
 
 MAX_RANK = 8
@@ -126,49 +125,3 @@ class Document(Strict):
     @abstractmethod
     def sections_of(cls, file: EncodingsFile) -> dict[str, Any]:
         """The JSON of the entries of `file`, which the version can express."""
-
-
-def _settings(value: Any) -> dict[str, Any]:
-    """A flat object of plain values."""
-    if not isinstance(value, dict):
-        raise ValueError(f"is {describe(value)}; an object is needed")
-    for key, setting in value.items():
-        is_plain = isinstance(setting, str | bool | int | float)
-        if not is_plain or (isinstance(setting, float) and not isfinite(setting)):
-            raise ValueError(
-                f"has {describe(setting)} under {printable(key)!r}; a string, a finite number, "
-                "true or false is needed"
-            )
-    return value
-
-
-class SectionsDocument(Document):
-    """0.6.1 and 1.0.0."""
-
-    activation_encodings: Sequence[Any]
-    param_encodings: Sequence[Any]
-    excluded_layers: list[Name] | None = None
-    quantizer_args: Annotated[dict[str, Any] | None, PlainValidator(_settings)] = None
-
-    def content(self) -> EncodingsFile:
-        return EncodingsFile(
-            self.version,
-            (*self.activation_encodings, *self.param_encodings),
-            frozenset(entry.name for entry in self.param_encodings),
-            None if self.excluded_layers is None else tuple(self.excluded_layers),
-            self.quantizer_args,
-            self.producer,  # type: ignore[arg-type]
-        )
-
-    @classmethod
-    def sections_of(cls, file: EncodingsFile) -> dict[str, Any]:
-        sections: dict[str, list[Entry]] = {"activation_encodings": [], "param_encodings": []}
-        for entry in file.encodings:
-            is_parameter = entry.name in (file.parameters or ())
-            sections["param_encodings" if is_parameter else "activation_encodings"].append(entry)
-        return {key: cls.section(entries) for key, entries in sections.items()}
-
-    @classmethod
-    @abstractmethod
-    def section(cls, encodings: list[Entry]) -> Any:
-        """The JSON of some entries."""

@@ -101,8 +101,10 @@ def inspect(
 def _adapter(folder: Path, base: str | None) -> tuple[dict[str, Any], list[str]]:
     """An adapter as JSON and in lines, compared with the fingerprint of the base next to it."""
     from qwlora.adapter.adapter_check import adapter_report
+    from qwlora.adapter.adapter_folder import check_files
 
     report = adapter_report(folder, folder.parent)
+    check_files(folder)
     lines = [
         f"adapter {folder}",
         f"{report.kind} of rank {report.rank}, alpha {report.alpha}, on {report.modules} layers, "

@@ -19,7 +19,7 @@ from qwlora.analysis import token_scores
 from qwlora.analysis.token_scores import clustered_error, logits_of, score_tokens
 from qwlora.data.sequences import IGNORED, Sequences
 from qwlora.errors import NonFiniteError
-from qwlora.pipeline.plan.stage import JobTexts
+from qwlora.pipeline.plan.plan import JobTexts
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe

@@ -20,7 +20,7 @@ from qwlora.data import Completion, Conversation, Cutting, Documents, prepare
 from qwlora.data.prepared_data import describe, summary
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import RecipeError, SourceError
-from qwlora.pipeline.plan.stage import JobTexts
+from qwlora.pipeline.plan.plan import JobTexts
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 

@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 from conftest import VOCABULARY, byte_tokenizer, tiny_model
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from qwlora.export.registry import TARGETS
-from qwlora.pipeline.plan.stage import VERBS
+from qwlora.pipeline import VERBS
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import Recipe, load_recipe
 

@@ -24,7 +24,7 @@ from qwlora.errors import ExportError, MissingExtraError
 from qwlora.export.proof.reference import make_reference
 from qwlora.export.registry import TARGETS
 from qwlora.formats import manifest
-from qwlora.pipeline.plan.stage import Stage
+from qwlora.pipeline.plan.plan import Stage
 from qwlora.pipeline.stages import export_stage, verify_stage
 from qwlora.recipe.whole_recipe import Export
 

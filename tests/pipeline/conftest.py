@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from conftest import write_recipe
-from qwlora.pipeline.plan.plan import make_plan
-from qwlora.pipeline.plan.stage import VERBS, JobTexts
+from qwlora.pipeline import VERBS
+from qwlora.pipeline.plan.plan import JobTexts, make_plan
 from qwlora.pipeline.running import run_job
 from qwlora.pipeline.stages import RUN
 from qwlora.recipe import load_recipe

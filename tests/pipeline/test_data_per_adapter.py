@@ -13,7 +13,7 @@ import yaml
 from conftest import text
 from pipeline.conftest import stage_keys
 from qwlora.errors import RecipeError
-from qwlora.pipeline.plan.stage import JobTexts
+from qwlora.pipeline.plan.plan import JobTexts
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.recipe.yaml_core import dump_yaml

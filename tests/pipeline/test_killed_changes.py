@@ -29,8 +29,7 @@ from qwlora.pipeline.commands.open_job import add_task_scores
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.journal import JOURNAL
 from qwlora.pipeline.job.stage_records import Record
-from qwlora.pipeline.plan.plan import make_plan, resolve_compute
-from qwlora.pipeline.plan.stage import JobTexts
+from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
 from qwlora.pipeline.plan.stale_stages import find_stale, job_recipe
 from qwlora.recipe import load_recipe
 

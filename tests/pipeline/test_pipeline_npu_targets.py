@@ -21,7 +21,7 @@ from qwlora.errors import DirectoryError, FingerprintError, GridError, RecipeErr
 from qwlora.export.proof.folder import RECORD, record_digest, verify_bundle
 from qwlora.formats import manifest
 from qwlora.grid.encoding import sqnr_db
-from qwlora.pipeline.plan.stage import VERBS
+from qwlora.pipeline import VERBS
 from qwlora.pipeline.results.results_table import print_summary
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe

@@ -37,10 +37,10 @@ from qwlora.export.proof.folder import (
 )
 from qwlora.export.proof.readme import write_readme
 from qwlora.export.registry import TARGETS
+from qwlora.pipeline import VERBS
 from qwlora.pipeline.commands.manage_adapters import remove_adapter, rename_adapter
 from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.plan.plan import make_plan, resolve_compute
-from qwlora.pipeline.plan.stage import VERBS, JobTexts
+from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
 from qwlora.pipeline.plan.stale_stages import find_stale
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe

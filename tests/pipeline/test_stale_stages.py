@@ -19,8 +19,7 @@ from qwlora.pipeline.commands.manage_adapters import add_adapter
 from qwlora.pipeline.commands.open_job import open_job
 from qwlora.pipeline.commands.simulate_job import explain_placement
 from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.plan.plan import make_plan
-from qwlora.pipeline.plan.stage import JobTexts
+from qwlora.pipeline.plan.plan import JobTexts, make_plan
 from qwlora.pipeline.plan.stale_stages import dependents
 from qwlora.pipeline.running import run_job
 from qwlora.recipe import load_recipe

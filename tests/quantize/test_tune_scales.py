@@ -24,8 +24,7 @@ from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
 from qwlora.nn import PackedLinear, pack_module
 from qwlora.nn.fingerprint import fingerprint
-from qwlora.pipeline.plan.plan import make_plan
-from qwlora.pipeline.plan.stage import SOLVER_SCALES, JobTexts
+from qwlora.pipeline.plan.plan import SOLVER_SCALES, JobTexts, make_plan
 from qwlora.pipeline.running.run_job import run
 from qwlora.pipeline.stages.train_stage import solver_scales
 from qwlora.quantize import tune_scales

@@ -16,8 +16,7 @@ import torch
 import yaml
 
 from conftest import tiny_model
-from qwlora.pipeline.plan.plan import make_plan, resolve_compute
-from qwlora.pipeline.plan.stage import JobTexts
+from qwlora.pipeline.plan.plan import JobTexts, make_plan, resolve_compute
 from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.quantize.tune_scales import TuningSettings, tune_

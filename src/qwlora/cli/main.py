@@ -49,7 +49,7 @@ from qwlora.errors import (
     is_out_of_space,
     shortened,
 )
-from qwlora.pipeline.plan.stage import VERBS
+from qwlora.pipeline import VERBS
 from qwlora.system.cpu_threads import configure_threads
 from qwlora.system.stop_signals import number_of, on_stop_signal, raise_stopped
 

@@ -3,3 +3,6 @@
 A stage reads the artifacts of earlier stages and writes its own. It is skipped if nothing that it
 depends on has changed.
 """
+
+# The commands that run stages: the first part of a stage's name.
+VERBS = ("quantize", "calibrate-base", "train", "calibrate", "export", "verify", "evaluate")

@@ -8,7 +8,7 @@ from typing import Any
 
 from qwlora.data.prepared_data import heading
 from qwlora.errors import SourceError
-from qwlora.pipeline.plan.stage import JobTexts
+from qwlora.pipeline.plan.plan import JobTexts
 from qwlora.pipeline.running import new_context
 from qwlora.recipe import Recipe
 from qwlora.system.progress import Track, untracked

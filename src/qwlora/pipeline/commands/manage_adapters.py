@@ -26,8 +26,7 @@ from qwlora.export.registry import TARGETS
 from qwlora.formats.user_path import user_path
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.directory import Directory
-from qwlora.pipeline.plan.plan import make_plan, resolve_compute
-from qwlora.pipeline.plan.stage import CASES, JobTexts, Stage
+from qwlora.pipeline.plan.plan import CASES, JobTexts, Stage, make_plan, resolve_compute
 from qwlora.pipeline.plan.stale_stages import adapter_named
 from qwlora.recipe import Recipe, parse_recipe
 from qwlora.system.atomic import flush

@@ -25,8 +25,13 @@ from qwlora.export.registry import TARGETS
 from qwlora.export.target import members
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.output_path import as_directory_errors
-from qwlora.pipeline.plan.plan import has_float_model, make_plan, resolve_compute
-from qwlora.pipeline.plan.stage import JobTexts, UnreadTexts
+from qwlora.pipeline.plan.plan import (
+    JobTexts,
+    UnreadTexts,
+    has_float_model,
+    make_plan,
+    resolve_compute,
+)
 from qwlora.pipeline.plan.stale_stages import (
     JobState,
     command_line,

@@ -34,7 +34,7 @@ from qwlora.formats.base_files import RECORD, read_record
 from qwlora.formats.model_card import is_users_card
 from qwlora.pipeline.job.directory import CARD, Directory
 from qwlora.pipeline.job.output_path import as_directory_errors
-from qwlora.pipeline.plan.stage import MOMENTS, SOLVER_SCALES
+from qwlora.pipeline.plan.plan import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.plan.stale_stages import (
     JobState,
     adapter_named,

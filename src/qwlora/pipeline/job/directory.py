@@ -45,7 +45,7 @@ from qwlora.pipeline.job.stage_records import (
     read_records,
     record_path,
 )
-from qwlora.pipeline.plan.stage import Stage
+from qwlora.pipeline.plan.plan import Stage
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.system.atomic import flush, write_text

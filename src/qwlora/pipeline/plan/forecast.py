@@ -30,13 +30,14 @@ from qwlora.formats.user_path import user_path
 from qwlora.grid.activation_observer import VALUES
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.plan.plan import (
+    Stage,
+    UnreadTexts,
     has_float_model,
     is_compared,
     make_plan,
     needs_moments,
     resolve_compute,
 )
-from qwlora.pipeline.plan.stage import Stage, UnreadTexts
 from qwlora.pipeline.plan.traced_models import TracedModels
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Adapter, Data, Recipe

@@ -1,5 +1,11 @@
 """The plan of a job: its stages in order, what each needs, and what its result depends on.
 
+A stage's key is a hash of everything its result depends on, so that a change reruns exactly the
+stages that it affects:
+
+    its section of the recipe, the revisions of the package and of the algorithms that it runs,
+    the content of its text or model, the keys of the stages that it needs
+
     evaluate/float            perplexity of the float model
     quantize                  freeze the base
     evaluate/base
@@ -20,9 +26,11 @@ no torch, so that a run in which nothing changed ends at once.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -30,32 +38,99 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from qwlora.data import Documents, load_documents
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE, PROOF
 from qwlora.formats.model_source import fetch
 from qwlora.grid.range_estimator import RangeEstimator
 from qwlora.pipeline.job.digests import Digests
-from qwlora.pipeline.plan.stage import (
-    BASE_SIMULATION,
-    CASES,
-    SHARED,
-    USE_CASES,
-    ZERO,
-    ZERO_ADAPTER,
-    JobTexts,
-    Stage,
-    hash_json,
-)
 from qwlora.quantize.revisions import REVISIONS
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.system.compute_precision import auto_compute, training_device
+from qwlora.system.progress import Track, one_step, untracked
 
+ZERO, CASES = "calibrate/_base", "calibrate/_use_cases"  # no adapter can have these names
+
+# What stages write, in a job's directory.
+MOMENTS = "moments"  # second moments of the base's layers, in base/
+SOLVER_SCALES = "tuning/solver_scales.safetensors"  # scales before tuning, in base/
+BASE_SIMULATION = "base_simulation"  # encodings of the base without an adapter; workflow qwa-lora
+SHARED = "simulation/_shared"  # encodings that adapters share
+ADAPTER = "adapter"  # in simulation/NAME/: the adapter as it was calibrated
+ZERO_ADAPTER = "simulation/_base"  # of bundles of simulations
+USE_CASES = "simulation/_use_cases"  # of export.use_cases
 TUNING_DEVICE = "cpu"  # quantization runs on the CPU
 # settings of an adapter that do not change the result
 _WITHOUT_EFFECT = {"checkpoint_steps", "report_to", "data"}  # the text itself is an input
 _FACTOR = re.compile(r"base_model\.model\.(.+)\.lora_[AB]\.weight")
 _IN_BLOCK = re.compile(r".+\.\d+\..+")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage.
+
+    Args:
+        name: `verb` or `verb/...`; unique.
+        key: hash of everything the result depends on.
+        adapter: name of the adapter that the stage works on, if any.
+        artifact: the folder that the stage writes, relative to the job's directory.
+        needs: names of the stages whose results it reads.
+        work_key: hash of everything that unfinished work depends on; may cover less than `key`.
+    """
+
+    name: str
+    key: str
+    adapter: str | None = None
+    artifact: str | None = None
+    needs: tuple[str, ...] = ()
+    work_key: str = ""
+
+    @property
+    def verb(self) -> str:
+        """The command that runs the stage."""
+        return self.name.partition("/")[0]
+
+
+class JobTexts:
+    """The documents of the texts of a recipe. Each source is read once."""
+
+    def __init__(self, recipe: Recipe, track: Track = untracked):
+        self.recipe, self._track = recipe, track
+        self._loaded: dict[Any, Documents] = {}
+        for data in (*recipe.base_texts(), *recipe.texts().values()):
+            self.documents(data)
+
+    def documents(self, data: Data) -> Documents:
+        """The documents of a data section that has a source."""
+        assert data.source is not None
+        key = (data.source, data.held_out, data.reading())
+        if key not in self._loaded:
+            source, held_out, reading = key
+            with one_step(self._track, f"reading {source}"):
+                self._loaded[key] = load_documents(source, held_out, self.recipe.seed, reading)
+        return self._loaded[key]
+
+    def key(self, data: Data) -> list[Any]:
+        """Key inputs for the documents and how they are cut into sequences."""
+        documents = self.documents(data)
+        packing = data.cutting().packing_of(documents.kind)
+        template = data.read_template()
+        inputs = [documents.digest, data.sequence_tokens, packing, data.turns, template]
+        if documents.kind == "completions" and data.prompt_format != "plain":
+            inputs.append(data.prompt_format)
+        return inputs
+
+
+class UnreadTexts(JobTexts):
+    """Texts for a plan that is only looked at: nothing is read, and keys say nothing."""
+
+    def __init__(self, recipe: Recipe):
+        self.recipe = recipe
+
+    def key(self, data: Data) -> list[Any]:
+        return []
 
 
 def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -> list[Stage]:
@@ -149,8 +224,8 @@ class _Plan:
                 `needs`.
             after_work: JSON values that the result depends on, but unfinished work does not.
         """
-        work_key = hash_json([name, inputs, [self.stages[need].key for need in needs]])
-        key = work_key if after_work is None else hash_json([work_key, after_work])
+        work_key = _hash([name, inputs, [self.stages[need].key for need in needs]])
+        key = work_key if after_work is None else _hash([work_key, after_work])
         self.stages[name] = Stage(name, key, adapter, artifact, needs, work_key)
 
     @cached_property
@@ -371,3 +446,8 @@ def trained_with(recipe: Recipe, adapter: Adapter) -> dict[str, Any]:
     settings = adapter.model_dump(mode="json", exclude_defaults=True, exclude={"name", "data"})
     data = recipe.data_of(adapter).model_dump(mode="json", exclude_defaults=True)
     return {**settings, "data": data, "seed": recipe.seed, "workflow": recipe.workflow}
+
+
+def _hash(content: Any) -> str:
+    """SHA-256 of a JSON value."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.errors import DirectoryError, RecipeError, suggestion
+from qwlora.pipeline import VERBS
 from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.directory import Directory, check_job
-from qwlora.pipeline.plan.plan import make_plan, resolve_compute, trained_with
-from qwlora.pipeline.plan.stage import VERBS, JobTexts, Stage
+from qwlora.pipeline.plan.plan import JobTexts, Stage, make_plan, resolve_compute, trained_with
 from qwlora.recipe import Adapter, Recipe, load_recipe
 
 

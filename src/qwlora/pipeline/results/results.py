@@ -17,7 +17,7 @@ from qwlora.errors import DirectoryError, QwloraWarning
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.output_path import as_directory_errors
 from qwlora.pipeline.job.stage_records import Record, read_record
-from qwlora.pipeline.plan.stage import Stage
+from qwlora.pipeline.plan.plan import Stage
 from qwlora.pipeline.plan.stale_stages import JobState, job_recipe, run_line, upstream
 from qwlora.pipeline.results.model_cards import write_cards
 from qwlora.recipe import Recipe

@@ -12,7 +12,7 @@ from qwlora.system.compute_precision import SlowComputeWarning
 from qwlora.system.progress import Track
 
 if TYPE_CHECKING:
-    from qwlora.pipeline.plan.stage import JobTexts
+    from qwlora.pipeline.plan.plan import JobTexts
     from qwlora.pipeline.running.loaded_models import JobContext
     from qwlora.recipe import Recipe
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.errors import LESS_MEMORY, QwloraError, VerificationError, is_out_of_memory
-from qwlora.pipeline.plan.stage import Stage
+from qwlora.pipeline.plan.plan import Stage
 from qwlora.system.compute_precision import processor_name
 from qwlora.system.memory import peak_rss_bytes
 

@@ -42,7 +42,7 @@ from qwlora.formats.meta_model import build_model
 from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
 from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme
-from qwlora.pipeline.plan.stage import ADAPTER, BASE_SIMULATION, USE_CASES, ZERO_ADAPTER, JobTexts
+from qwlora.pipeline.plan.plan import ADAPTER, BASE_SIMULATION, USE_CASES, ZERO_ADAPTER, JobTexts
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.recipe.base_section import Model
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters

@@ -16,13 +16,13 @@ from typing import Any
 from qwlora.data.prepared_data import summary
 from qwlora.errors import DirectoryError, described
 from qwlora.formats.model_card import text_of
+from qwlora.pipeline import VERBS
 from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.directory import Directory, RecipeChangedError
 from qwlora.pipeline.job.output_path import as_directory_errors, check_outside_data
 from qwlora.pipeline.job.stage_records import Record, record_path
-from qwlora.pipeline.plan.plan import make_plan, resolve_compute
-from qwlora.pipeline.plan.stage import VERBS, JobTexts, Stage
+from qwlora.pipeline.plan.plan import JobTexts, Stage, make_plan, resolve_compute
 from qwlora.pipeline.plan.stale_stages import check_kept, check_needs, dependents, find_stale
 from qwlora.pipeline.results.results import (
     TIMING,

@@ -10,7 +10,7 @@ from qwlora.analysis.quantization_costs import encodings_summary
 from qwlora.analysis.token_scores import perplexity
 from qwlora.export.npu.use_case_adapters import peft_names, share_unaffected
 from qwlora.export.target import NONE, members
-from qwlora.pipeline.plan.stage import ADAPTER, BASE_SIMULATION, CASES, SHARED, ZERO, Stage
+from qwlora.pipeline.plan.plan import ADAPTER, BASE_SIMULATION, CASES, SHARED, ZERO, Stage
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.simulation.adapter_simulations import BASE, apply_shared_encodings, simulate_adapters
 from qwlora.simulation.saved_simulation import load_activations, load_encodings, save_encodings

@@ -18,8 +18,7 @@ from torch import Tensor
 
 from qwlora.analysis.token_scores import Logits, logits_of, score_tokens
 from qwlora.formats.model_source import fetch
-from qwlora.pipeline.plan.plan import is_compared
-from qwlora.pipeline.plan.stage import Stage
+from qwlora.pipeline.plan.plan import Stage, is_compared
 from qwlora.pipeline.running.loaded_models import JobContext
 
 

@@ -12,7 +12,7 @@ from qwlora.export.proof.reference import Reference
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE, ExportedBase, ExportedGraph, ExportedUseCases, Target
 from qwlora.formats.model_source import fetch
-from qwlora.pipeline.plan.stage import ADAPTER, Stage
+from qwlora.pipeline.plan.plan import ADAPTER, Stage
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.system.atomic import total_bytes
 

@@ -13,8 +13,7 @@ from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.model_card import public_name
 from qwlora.grid.second_moments import MomentStore
-from qwlora.pipeline.plan.plan import needs_moments
-from qwlora.pipeline.plan.stage import MOMENTS, SOLVER_SCALES, Stage
+from qwlora.pipeline.plan.plan import MOMENTS, SOLVER_SCALES, Stage, needs_moments
 from qwlora.pipeline.plan.target_table import model_files, second_rounding
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.quantize.quantize_blocks import observe_moments

@@ -24,8 +24,7 @@ from qwlora.errors import FingerprintError, SourceError
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import weight_out_in
 from qwlora.nn.fingerprint import fingerprint
-from qwlora.pipeline.plan.plan import trained_with
-from qwlora.pipeline.plan.stage import BASE_SIMULATION, MOMENTS, SOLVER_SCALES, Stage
+from qwlora.pipeline.plan.plan import BASE_SIMULATION, MOMENTS, SOLVER_SCALES, Stage, trained_with
 from qwlora.pipeline.running.distributed import is_first_process
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.recipe import Adapter

@@ -37,7 +37,7 @@ from qwlora.export.proof.reference import (
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE, members
 from qwlora.formats import manifest
-from qwlora.pipeline.plan.stage import Stage
+from qwlora.pipeline.plan.plan import Stage
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.system.progress import one_step
 

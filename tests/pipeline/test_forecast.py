@@ -16,8 +16,8 @@ from cli.command_line import qwlora
 from conftest import VOCABULARY, byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.pipeline.plan import forecast
+from qwlora.pipeline.plan.forecast import TracedModels, traced_run
 from qwlora.pipeline.plan.plan import resolve_compute
-from qwlora.pipeline.plan.traced_models import TracedModels, traced_run
 from qwlora.quantize.quantize_model import base_size, quantize_
 from qwlora.recipe import Recipe, load_recipe
 

@@ -204,50 +204,42 @@ HARMLESS = ("code for a known model type", "attention of a hub repository")
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
-def _shapes(content: dict[str, torch.Tensor]) -> None:
-    for name in list(content)[:2]:
-        content[name] = torch.zeros(3, 5)
+def _update(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]) -> Attack:
+    """Add tensors to an adapter, or replace them."""
+    return tensors(lambda content: content.update(change(content)), ADAPTER_WEIGHTS)
 
 
-def _empty_names(content: dict[str, torch.Tensor]) -> None:
-    for name in list(content):
-        content[name.replace("lora_A", "lora_C")] = content.pop(name)
+def _named(new: Callable[[str], str], keeps_old: bool = True) -> Attack:
+    """Store every tensor of an adapter under another name too, or only there."""
+
+    def change(content: dict[str, torch.Tensor]) -> None:
+        for name in list(content):
+            content[new(name)] = content[name].clone() if keeps_old else content.pop(name)
+
+    return tensors(change, ADAPTER_WEIGHTS)
 
 
-def _nan(content: dict[str, torch.Tensor]) -> None:
-    next(iter(content.values())).view(-1)[0] = float("nan")
+def _number(place: int, value: float) -> Attack:
+    def change(content: dict[str, torch.Tensor]) -> None:
+        next(iter(content.values())).view(-1)[place] = value
 
-
-def _infinity(content: dict[str, torch.Tensor]) -> None:
-    next(iter(content.values())).view(-1)[-1] = float("-inf")
-
-
-def _deeper(content: dict[str, torch.Tensor]) -> None:
-    for name in list(content):
-        content[name.replace("layers.1.", "layers.7.")] = content[name].clone()
-
-
-def _embedding(content: dict[str, torch.Tensor]) -> None:
-    content["base_model.model.model.embed_tokens.weight"] = torch.zeros(4, 64)
-
-
-def _clash(content: dict[str, torch.Tensor]) -> None:
-    for name in list(content):
-        content[name.upper()] = content[name].clone()
+    return tensors(change, ADAPTER_WEIGHTS)
 
 
 CONFIG = "adapter_config.json"
 ADAPTERS: dict[str, Attack] = {
     "pickled adapter": pickled("adapter_model.bin", ADAPTER_WEIGHTS),
     "pickle named .safetensors": pickled(ADAPTER_WEIGHTS, ADAPTER_WEIGHTS),
-    "wrong shapes": tensors(_shapes, ADAPTER_WEIGHTS),
-    "other names": tensors(_empty_names, ADAPTER_WEIGHTS),
+    "wrong shapes": _update(lambda content: {name: torch.zeros(3, 5) for name in [*content][:2]}),
+    "other names": _named(lambda name: name.replace("lora_A", "lora_C"), keeps_old=False),
     "no tensors": tensors(dict.clear, ADAPTER_WEIGHTS),
-    "NaN": tensors(_nan, ADAPTER_WEIGHTS),
-    "infinity": tensors(_infinity, ADAPTER_WEIGHTS),
-    "more layers than the model": tensors(_deeper, ADAPTER_WEIGHTS),
-    "an embedding of its own": tensors(_embedding, ADAPTER_WEIGHTS),
-    "names that differ in case only": tensors(_clash, ADAPTER_WEIGHTS),
+    "NaN": _number(0, float("nan")),
+    "infinity": _number(-1, float("-inf")),
+    "more layers than the model": _named(lambda name: name.replace("layers.1.", "layers.7.")),
+    "an embedding of its own": _update(
+        lambda _: {"base_model.model.model.embed_tokens.weight": torch.zeros(4, 64)}
+    ),
+    "names that differ in case only": _named(str.upper),
     "weights are deep": header(f'{{"a": {DEEP}}}', file=ADAPTER_WEIGHTS),
     "weights with a header of an exabyte": header("{}", 2**60, file=ADAPTER_WEIGHTS),
     "config is deep": write(CONFIG, f'{{"a": {DEEP}}}'),

@@ -17,7 +17,7 @@ from conftest import byte_tokenizer
 from export.weights.test_weights_targets import adapters, base, target
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import CanonicalAdapter, read_canonical
-from qwlora.export.onnx.matmul_nbits import container_bits, operands
+from qwlora.export.onnx.genai import container_bits, operands
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme

@@ -31,9 +31,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.fx import Node
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import ExportError, listed
 from qwlora.export.onnx.onnx_edits import (
@@ -45,11 +47,16 @@ from qwlora.export.onnx.onnx_edits import (
     replace_value,
     tensor_of,
 )
+from qwlora.graph.kv_cache_capture import capture_cached
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph, insert_after, with_graph
 from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.packing import unpack
 from qwlora.grid.scheme import Blocks, PerChannel, PerTensor
 from qwlora.nn.custom_ops import NAMESPACE
+from qwlora.nn.packed_layer import PackedLinear
+from qwlora.simulation.placement import place
+from qwlora.simulation.placement_rules import Schemes
+from qwlora.simulation.simulation import base_encodings
 from qwlora.system.optional_packages import require
 
 MARKER, DEQUANTIZE = "Quantized", "Dequantize"
@@ -375,3 +382,42 @@ def _axis_attributes(encoding: Encoding, transposed: bool, ndim: int) -> dict[st
             return {"axis": 0 if transposed else ndim - 1, "block_size": size}
         case PerTensor():
             return {}
+
+
+def base_graph(model: PreTrainedModel) -> Any:
+    """The `onnx_ir.Model` of a base, with DequantizeLinear nodes for its integers.
+
+    Raises:
+        ExportError: an operator has no translation.
+        CaptureError: the model has no graph with a cache.
+    """
+    captured, known = capture_cached(model), base_encodings(model)
+    placed = place(captured.program, Schemes(policy="weights-only"), captured.input_names).marks
+    marks = tuple(mark for mark in placed if mark.kind is Kind.BASE)
+    encodings = {mark.name: known[mark.name] for mark in marks}
+    graph = QuantizedGraph(captured.program, captured.interface, marks, encodings)
+    return build_model(graph, {})[0]
+
+
+def matrix_products(graph: Any, modules: Any) -> Iterator[tuple[Any, str]]:
+    """Nodes that multiply with the weight of a module, and the path of the module."""
+    for node in graph.graph:
+        if node.op_type in ("MatMul", "Gemm"):
+            value, producer = node.inputs[1], node.inputs[1].producer()
+            if producer is not None and producer.op_type == "Transpose":
+                value = producer.inputs[0]
+            path, is_weight, _ = str(value.name).rpartition(".weight")
+            short = path.removeprefix("model.model.")
+            for name in (path, f"model.{short}", short):
+                if is_weight and name in modules:
+                    yield node, name
+                    break
+
+
+def linear_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """Linear layers by path, packed or not."""
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D | PackedLinear)
+    }

@@ -39,8 +39,8 @@ from qwlora.export.canonical_adapter import (
     CanonicalAdapter,
     write_peft,
 )
-from qwlora.export.onnx.matmul_nbits import base_graph, linear_modules, matrix_products
 from qwlora.export.onnx.onnx_edits import MODEL_FILE, save_graph
+from qwlora.export.onnx.onnx_model import base_graph, linear_modules, matrix_products
 from qwlora.export.proof.contents import TOKENIZER, Contents
 from qwlora.export.target import Backend, ExportedBase, Runtime
 from qwlora.export.weights.weights_folder import write_settings

@@ -152,7 +152,7 @@ def test_factors_are_finite_when_there_is_nothing_to_correct(nothing: str) -> No
     moments = LayerMoments(correlated(8), correlated(6) * (nothing != "gradient"))
     found = Measure(moments).best_correction(difference, 3)
     assert all(bool(torch.as_tensor(x).isfinite().all()) for x in found)
-    assert not (found.b @ found.a).any() or nothing == "gradient"
+    assert not (found[0] @ found[1]).any() or nothing == "gradient"
     with pytest.raises(TrainingError, match="the moments contain nan or infinity"):
         Measure(LayerMoments(torch.full((8, 8), float("nan"))))
 

@@ -31,7 +31,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, cast
+from typing import Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -168,14 +168,6 @@ def solver_difference(
     return weight - tensor.dequantize()
 
 
-class Correction(NamedTuple):
-    """B, A and S (decreasing) of the module's equation for scaling 1; rank at most the matrix's."""
-
-    b: Float[Tensor, "out rank"]
-    a: Float[Tensor, "rank in"]
-    singular: Float[Tensor, " rank"]
-
-
 class Measure:
     """The cost of a weight error E: `|E|^2`, or with moments `|K^T E L|^2 = tr(G E R E^T)`,
     damped."""
@@ -190,8 +182,11 @@ class Measure:
         energy = torch.linalg.vector_norm(self._weighted(matrix), dtype=torch.float64).square()
         return float(energy.clamp(min=_TINY))
 
-    def best_correction(self, difference: Float[Tensor, "out in"], rank: int) -> Correction:
-        """The best correction of `difference` D of the given rank."""
+    def best_correction(
+        self, difference: Float[Tensor, "out in"], rank: int
+    ) -> tuple[Float[Tensor, "out rank"], Float[Tensor, "rank in"], Float[Tensor, " rank"]]:
+        """B, A and S (decreasing) of the module's equation for scaling 1, the best correction of
+        `difference` D; of the matrix's rank, if that is below `rank`."""
         b, s, a = _leading_svd(self._weighted(difference), rank)
         b = b * s
         if self._outer is not None:
@@ -202,7 +197,7 @@ class Measure:
         if self._inner is not None:  # shorter where inputs are large; |L|^2 = tr R
             size = float(self._inner.square().sum(dtype=torch.float64))
             balance = min(1.0, len(difference) / size) ** 0.25 * balance
-        return Correction(b * balance, a / balance.unsqueeze(1), s)
+        return b * balance, a / balance.unsqueeze(1), s
 
     def _weighted(self, matrix: Tensor) -> Tensor:
         """K^T M L."""

@@ -14,7 +14,7 @@ from torch import nn
 from conftest import EACH_ARCHITECTURE
 from export.proofs import verify_onnx_outputs
 from qwlora import PerChannel, Scheme, Schemes, simulate
-from qwlora.analysis.sensitivity import sensitivities
+from qwlora.analysis.quantization_costs import sensitivities
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.export.onnx.onnx import export_onnx
 from qwlora.graph.capturable_model import visible_implementations

@@ -6,7 +6,7 @@ for any causal model (`chunked_loss.py`). Loop, schedules, resuming, bfloat16, s
 loggers are the Trainer's in both. What is replaced inside a step is listed in `training_step.py`.
 
 Checked here: only the adapter receives gradients (by parameter name, before the first step), and
-the loss stays finite and does not diverge (`training_callbacks.py`). That the base is unchanged is
+the loss stays finite and does not diverge (`trainer.py`). That the base is unchanged is
 checked by the caller, who knows its fingerprint (`pipeline`).
 
 A killed run resumes from its last checkpoint (adapter, optimizer, schedule, random state, data
@@ -39,8 +39,13 @@ from qwlora.adapter.chunked_loss import causal_model
 from qwlora.adapter.fsdp import gather_, prepare_sharding_
 from qwlora.adapter.peft_support import WEIGHTS
 from qwlora.adapter.recovery_loss import RecoveryLoss
-from qwlora.adapter.trainer import AdapterTrainer
-from qwlora.adapter.training_callbacks import TrainingMonitor, Watch, evaluations_of, losses_of
+from qwlora.adapter.trainer import (
+    AdapterTrainer,
+    TrainingMonitor,
+    Watch,
+    evaluations_of,
+    losses_of,
+)
 from qwlora.adapter.training_step import lean_steps, replaced_forward
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import MissingExtraError, TrainingError

@@ -1,6 +1,6 @@
 """Mixed precision: the fewest activations on a wide grid that keep a measure within a limit.
 
-    rank       all on the narrow grid, by the cost of `sensitivity.py`
+    rank       all on the narrow grid, by the cost of `quantization_costs.py`
     promote    the k most costly to the wide grid: the smallest k with `measure() <= limit`, by
                bisection
     demote     groups of promoted activations (same name in any layer) back to the narrow grid where
@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qwlora.analysis.sensitivity import sensitivities
+from qwlora.analysis.quantization_costs import sensitivities
 from qwlora.errors import CalibrationError
 from qwlora.simulation.placement_rules import PlacementRule
 from qwlora.simulation.simulation import Simulation

@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -71,17 +71,6 @@ class QuantizeReport:
             f"{self.size.bits_per_weight:.2f} bits per weight, {self.size.bytes / 1e6:.1f} MB, and "
             f"{self.size.float_weights:,} float weights"
         )
-
-
-class QuantizeOptions(TypedDict, total=False):
-    """Keyword arguments of `quantize_` and `quantize_checkpoint`, explained at `quantize_`."""
-
-    rules: Sequence[LayerRule]
-    settings: Mapping[str, Any] | None
-    calibration: Tensor | Iterable[Any] | None
-    moments: MomentStore | None
-    work: Path | None
-    track: Track
 
 
 def quantize_(
@@ -140,7 +129,7 @@ def quantize_checkpoint(
     solver: str = "search",
     *,
     shard_bytes: int = SHARD_BYTES,
-    **options: Unpack[QuantizeOptions],
+    **options: Any,
 ) -> tuple[str, QuantizeReport]:
     """Write the base of `checkpoint` into `folder`, which must exist. Same result as `quantize_`
     and `save_base`; see `model_source.py` for what is in memory.

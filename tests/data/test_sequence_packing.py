@@ -21,8 +21,14 @@ from transformers import (
 
 from conftest import VOCABULARY, tiny_model
 from qwlora.analysis.token_scores import perplexity
-from qwlora.data.sequence_packing import cut_into_sequences, joined_ids
-from qwlora.data.sequences import IGNORED, Sequences, check_isolation, isolation_leak
+from qwlora.data.sequences import (
+    IGNORED,
+    Sequences,
+    check_isolation,
+    cut_into_sequences,
+    isolation_leak,
+    joined_ids,
+)
 from qwlora.data.tokenization import Tokens
 from qwlora.errors import SourceError
 

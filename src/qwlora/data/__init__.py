@@ -3,7 +3,7 @@
     read_source        source -> documents of one kind: text, completions or conversations
     document           the kinds, and training and held-out documents without overlap
     tokenization       documents -> tokens, each with whether it counts in the loss
-    sequence_packing   tokens -> sequences of equal length
+    sequences          tokens -> sequences of equal length
     prepared_data      all of it for one model's tokenizer, with the counts
 
 Importing this package imports neither torch nor transformers.

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedTokenizerBase
 
-    from qwlora.data.sequence_packing import Counts
-    from qwlora.data.sequences import Sequences
+    from qwlora.data.sequences import Counts, Sequences
 
 _LOSSES = ("truncated_documents", "dropped_documents", "dropped_tokens")
 
@@ -85,7 +84,7 @@ def prepare(
     Raises:
         SourceError: a conversation cannot be rendered, or a part is shorter than one sequence.
     """
-    from qwlora.data.sequence_packing import cut_into_sequences, joined_ids
+    from qwlora.data.sequences import cut_into_sequences, joined_ids
 
     kind, packing = documents.kind, cutting.packing_of(documents.kind)
     start, tokens = start_tokens(tokenizer), cutting.sequence_tokens

@@ -10,7 +10,7 @@ from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn import is_packable, pack_module, tie_weights_, weight_out_in
-from qwlora.nn.packed_experts import pack_parameter_, parameter_out_in
+from qwlora.nn.packed_layer import pack_parameter_, parameter_out_in
 from qwlora.nn.packed_tensor import PackedTensor
 
 

@@ -26,7 +26,7 @@ from qwlora.grid.min_max import measure
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn import is_packable, is_packed, packed_weights, weight_out_in
-from qwlora.nn.packed_experts import parameter_out_in
+from qwlora.nn.packed_layer import parameter_out_in
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.quantize.quantize_model import quantize_checkpoint
 

@@ -46,19 +46,20 @@ from qwlora.graph.nodes import (
 from qwlora.graph.value_traits import Trait
 from qwlora.system.parameter_names import is_adapter_name
 
+# Class names of modules that are one operation to a runtime but several to torch, unless they run a
+# matrix product or a softmax; their inner values are not quantized.
+_ONE_OPERATION = re.compile(r"(?i)Norm|RotaryEmbedding|RotaryPosition|GELU|SiLU|Swish|Activation")
 # parameters of an adapter; the first group is the adapted layer
 _FACTOR = re.compile(r"(.*?)\.lora_\w+(?:\.|$)")
 _OF_ADAPTER = re.compile(r"(.*?)\.(?:lora_\w+|modules_to_save)(?:\.|$)")
 
 
 class GraphAnalysis:
-    """The traits of the values of one program; `one_operation` is a regular expression over class
-    names, see `Policy`."""
+    """The traits of the values of one program."""
 
-    def __init__(self, program: ExportedProgram, one_operation: str):
+    def __init__(self, program: ExportedProgram):
         self.program = program
         self.parameters = parameter_names(program)
-        self._one_operation = re.compile(one_operation)
         # stack keys of the modules that are several operations, whatever their names
         self._compound = {
             key
@@ -123,7 +124,7 @@ class GraphAnalysis:
     def owner(self, node: Node) -> tuple[str, str] | None:
         """(stack key, class name) of the outermost module around `node` that is one operation."""
         for key, (_, kind) in module_stack(node).items():
-            if key not in self._compound and self._one_operation.search(class_name(kind)):
+            if key not in self._compound and _ONE_OPERATION.search(class_name(kind)):
                 return key, class_name(kind)
         return None
 

@@ -26,7 +26,7 @@ class Trait(StrEnum):
     # A mask was added to it or selected among its values; also everything computed from such a
     # value on the way to a softmax.
     MASKED = "masked"
-    # Made and read inside a module that counts as one operation (`Policy.one_operation`).
+    # Made and read inside a module that counts as one operation.
     INSIDE_ONE_OPERATION = "inside-one-operation"
     # Made inside such a module and read outside of it.
     LEAVES_ONE_OPERATION = "leaves-one-operation"

@@ -23,13 +23,15 @@ from transformers.pytorch_utils import Conv1D
 from qwlora.errors import GridError, MergeError
 from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Scheme
-from qwlora.nn.packed_experts import PackedParameter, pack_parameter_, parameter_out_in
 from qwlora.nn.packed_layer import (
     PackedLayer,
+    PackedParameter,
     accelerate_hook,
     instance_calls,
     is_packed,
+    pack_parameter_,
     packed_class,
+    parameter_out_in,
 )
 from qwlora.nn.packed_tensor import PackedTensor
 from qwlora.system.parameter_names import FOLDER, canonical_name

@@ -84,7 +84,7 @@ def place(
     """Decide about every floating-point value of `program`; `input_names` are those of its inputs
     by placeholder. Rules without effect are refused, all by name, unless `schemes` allows them."""
     policy, rules = schemes.placement_policy(), schemes.rules
-    analysis = GraphAnalysis(program, policy.one_operation)
+    analysis = GraphAnalysis(program)
     values = list(_graph_values(program, analysis, input_names or {}))
     effective = set[int]()
     decided = [_decided(value, policy, rules, effective) for value in values]

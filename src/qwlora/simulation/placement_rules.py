@@ -26,11 +26,6 @@ from qwlora.graph.value_traits import Decision, GridOptions, Trait
 from qwlora.grid.range_estimator import RangeEstimator, as_estimator
 from qwlora.grid.scheme import BITWIDTHS, PerChannel, Scheme
 
-# Class names of modules that are one operation to a runtime but several to torch; their inner
-# values are not quantized.
-ONE_OPERATION = r"(?i)Norm|RotaryEmbedding|RotaryPosition|GELU|SiLU|Swish|Activation"
-
-
 # What to do about a user's rule without effect in a graph; it may be for another graph of the job.
 UnusedRules = Literal["refuse", "allow"]
 
@@ -81,16 +76,10 @@ class PolicyRule:
 
 @dataclass(frozen=True)
 class Policy:
-    """Rules in order; the last must fit everything.
-
-    Args:
-        one_operation: a regular expression over class names of modules that count as one
-            operation, unless they run a matrix product or a softmax.
-    """
+    """Rules in order; the last must fit everything."""
 
     name: str
     rules: tuple[PolicyRule, ...]
-    one_operation: str = ONE_OPERATION
 
     def __post_init__(self) -> None:
         last = self.rules[-1] if self.rules else None

@@ -115,8 +115,8 @@ def grid_problem(target: Target, grid: Grid) -> str | None:
     return None
 
 
-def nearest(scheme: Scheme, targets: Collection[Target]) -> Scheme | None:
-    """The scheme closest to `scheme` that all targets hold; None if there is none."""
+def nearest(scheme: Scheme, targets: Collection[Target]) -> Scheme:
+    """The scheme closest to `scheme` that all targets hold: each holds w4-block32."""
     candidates = [
         Scheme(bitwidth, symmetric, granularity)
         for bitwidth, symmetric, granularity in product(
@@ -125,7 +125,7 @@ def nearest(scheme: Scheme, targets: Collection[Target]) -> Scheme | None:
         if symmetric or not isinstance(granularity, Lpbq)
     ]
     held = [c for c in candidates if not any(grid_problem(t, Grid(c, "search")) for t in targets)]
-    return min(held, key=lambda found: _distance(scheme, found), default=None)
+    return min(held, key=lambda found: _distance(scheme, found))
 
 
 def refusal(grids: Collection[Grid], targets: Mapping[str, Target]) -> str | None:
@@ -137,17 +137,16 @@ def refusal(grids: Collection[Grid], targets: Mapping[str, Target]) -> str | Non
     )
     if not lacking:
         return None
-    moved, together = _moved(grids, list(targets.values())), " and ".join(targets)
-    if None in moved.values():
-        return f"{lacking}. No scheme suits {together}; export them from different jobs"
-    remedies = [
-        f"{named(best)} instead of {named(asked)}"
-        for asked, best in moved.items()
-        if best is not None and best != asked
-    ]
+    kinds, asked = list(targets.values()), [grid.scheme for grid in grids]
+    best = [nearest(scheme, kinds) for scheme in asked]
+    if any(target.conflict(set(best)) for target in kinds):  # symmetric ones have none
+        best = [nearest(Scheme(s.bitwidth, True, s.granularity), kinds) for s in asked]
+    moved = dict(zip(asked, best, strict=True))
+    remedies = [f"{named(new)} instead of {named(s)}" for s, new in moved.items() if new != s]
     rounds = all(grid.solver in (None, *ROUNDING_SOLVERS) for grid in grids)
-    if not rounds and any(target.has_float16_scales for target in targets.values()):
+    if not rounds and any(target.has_float16_scales for target in kinds):
         remedies.append(f"solver {' or '.join(ROUNDING_SOLVERS)}")
+    together = " and ".join(targets)
     return f"{lacking}. The nearest that {together} can hold: {', '.join(remedies)}"
 
 
@@ -178,25 +177,12 @@ def table_rows(
                 cells.append("holds")
             elif grid_problem(target, grid) is None:
                 cells.append("not together" if name in conflicts else "holds")
-            elif grid.solver is not None and (best := nearest(grid.scheme, [target])):
-                cells.append("other solver" if best == grid.scheme else named(best))
-            else:
+            elif grid.solver is None:
                 cells.append("cannot")
+            else:
+                best = nearest(grid.scheme, [target])
+                cells.append("other solver" if best == grid.scheme else named(best))
         yield named(grid.scheme), place, *cells
-
-
-def _moved(grids: Collection[Grid], targets: Collection[Target]) -> dict[Scheme, Scheme | None]:
-    """The nearest scheme that all targets hold for each grid; if the results conflict with each
-    other, symmetric ones, and if these do too, the one with the most bits for all."""
-    schemes = [grid.scheme for grid in grids]
-    symmetric = [Scheme(s.bitwidth, True, s.granularity) for s in schemes]
-    widest = max(symmetric, key=lambda scheme: scheme.bitwidth)
-    for wanted in (schemes, symmetric, [widest] * len(schemes)):
-        found = [nearest(scheme, targets) for scheme in wanted]
-        held = {scheme for scheme in found if scheme is not None}
-        if not any(target.conflict(held) for target in targets):
-            break
-    return dict(zip(schemes, found, strict=True))
 
 
 def _distance(asked: Scheme, found: Scheme) -> tuple[float, ...]:

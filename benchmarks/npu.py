@@ -23,6 +23,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from pydoc_data.topics import topics
 from typing import Any
@@ -38,7 +39,7 @@ from qwlora.export.npu.qnn import QnnModel, export_qnn
 from qwlora.export.proof.compare import perplexity
 from qwlora.export.proof.reference import token_losses
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedGraph, ExportedUseCases
+from qwlora.export.target import ExportedGraph
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.scheme import parse_scheme
 from qwlora.simulation.adapter_simulations import simulate_adapters
@@ -141,7 +142,7 @@ def as_floats(
     """The rows of target aimet or qairt."""
     rows, kind = {}, TARGETS[target]
     if kind.has_cases:
-        kind.backend.write_cases(ExportedUseCases(made["none"], made, "none"), folder)
+        kind.backend.write_cases(replace(made["none"], updatable="none"), made, folder)
     for name, one in made.items():
         began = time.perf_counter()
         if kind.has_cases:

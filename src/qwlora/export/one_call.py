@@ -31,7 +31,7 @@ from qwlora.export.proof.folder import RECORD, write_record
 from qwlora.export.proof.measure import measure_runtime
 from qwlora.export.proof.reference import logits_of, make_reference
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import BASE, NONE, ExportedBase, ExportedGraph, ExportedUseCases, Runtime
+from qwlora.export.target import BASE, NONE, ExportedBase, ExportedGraph, Runtime
 from qwlora.formats import manifest
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.simulation.adapter_simulations import AdapterSimulations
@@ -101,11 +101,9 @@ def export_files(
     if known.is_simulated:
         together = _checked(made, AdapterSimulations, target, "what simulate_adapters returns")
         changes: dict[str, Any] = {name: exported(together[name]) for name in together}
-        updatable = together.base_activations
-        base = replace(changes.pop(BASE), updatable=updatable)
+        base = replace(changes.pop(BASE), updatable=together.base_activations)
         if known.has_cases:
-            cases = ExportedUseCases(base, {**changes, NONE: base}, updatable)
-            backend.write_cases(cases, folder)
+            backend.write_cases(base, {**changes, NONE: base}, folder)
             finish(folder, True)
             return
     else:

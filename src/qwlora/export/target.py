@@ -233,21 +233,6 @@ class ExportedGraph:
     updatable: BaseActivations = "all"
 
 
-@dataclass(frozen=True)
-class ExportedUseCases:
-    """All use cases of a base.
-
-    Args:
-        base: the zero adapter.
-        cases: by name. Their graphs differ in the adapter's weights and in encodings only.
-        updatable: as of `ExportedGraph`.
-    """
-
-    base: ExportedGraph
-    cases: Mapping[str, ExportedGraph]
-    updatable: BaseActivations
-
-
 class Runtime(ABC):
     """A model in its runtime, with exact settings.
 
@@ -361,8 +346,14 @@ class Backend(ABC):
         """
         raise NotImplementedError
 
-    def write_cases(self, exported: ExportedUseCases, folder: Path) -> None:
+    def write_cases(
+        self, base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path
+    ) -> None:
         """Write all use cases into `folder`.
+
+        Args:
+            base: the zero adapter.
+            cases: by name. Their graphs differ in the adapter's weights and in encodings only.
 
         Raises:
             ExportError: the files cannot express the graphs, or their bases differ.

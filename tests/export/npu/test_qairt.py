@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from qwlora.export.npu.float_onnx_runner import FloatOnnxModel
 from qwlora.export.npu.use_case_adapters import peft_names, share_unaffected, use_case_model
 from qwlora.export.proof.checks import Limits
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import ExportedGraph, ExportedUseCases
+from qwlora.export.target import ExportedGraph
 from qwlora.formats.model_card import CARD_MARK
 from qwlora.simulation.adapter_simulations import (
     BASE,
@@ -79,7 +80,7 @@ def written(made: AdapterSimulations, path: Path, mode: BaseActivations) -> Path
         return ExportedGraph(made[name], {}, sample, "1.0.0", GRAPHS, CONTEXT)
 
     cases = {case: exported(name) for case, name in peft_names(CASES).items()}
-    QAIRT.write_cases(ExportedUseCases(exported(BASE), cases, mode), path)
+    QAIRT.write_cases(replace(exported(BASE), updatable=mode), cases, path)
     return path
 
 

@@ -48,7 +48,7 @@ from qwlora.export.npu.float_onnx_runner import FloatGraphs, FloatOnnxModel
 from qwlora.export.npu.kv_cache_graphs import read_graphs, share_weights, write_graphs
 from qwlora.export.onnx.onnx_edits import load_graph, numbers, save_graph
 from qwlora.export.proof.contents import GOLDEN_FILES, Contents
-from qwlora.export.target import PROOF, Backend, ExportedUseCases
+from qwlora.export.target import PROOF, Backend, ExportedGraph
 from qwlora.formats.aimet_encodings import read_encodings
 from qwlora.formats.aimet_encodings.compare import encoding_differences
 from qwlora.formats.aimet_encodings.model import EncodingsFile
@@ -82,8 +82,10 @@ class Qairt(Backend):
         )
     )
 
-    def write_cases(self, exported: ExportedUseCases, folder: Path) -> None:
-        write_qairt(exported, folder)
+    def write_cases(
+        self, base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path
+    ) -> None:
+        write_qairt(base, cases, folder)
 
     def own_files(self, folder: Path, case: str) -> list[Path]:
         encodings = [f"{graph}_{case}.encodings" for graph in read_graphs(folder)["graphs"]]
@@ -99,34 +101,34 @@ class Qairt(Backend):
         )
 
 
-def write_qairt(exported: ExportedUseCases, folder: Path) -> None:
+def write_qairt(base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path) -> None:
     """Write all files."""
     folder.mkdir(parents=True, exist_ok=True)
-    npus, inner, files, cases = {}, {}, {}, list(exported.cases)
-    for graph in exported.base.graphs:
-        npus[graph], inner[graph] = _write_graph(exported, graph, folder)
+    npus, inner, files = {}, {}, {}
+    for graph in base.graphs:
+        npus[graph], inner[graph] = _write_graph(base, cases, graph, folder)
         # each use case has grids of its own
         files[graph] = {"model": f"{graph}_model.onnx", "encodings": {}}
-    write_graphs(folder, npus, files, {"float": inner, "use_cases": cases})
+    write_graphs(folder, npus, files, {"float": inner, "use_cases": list(cases)})
     for case in cases:
-        _opened(folder, case).write_golden(exported.cases[case].sample["input_ids"], case)
+        _opened(folder, case).write_golden(cases[case].sample["input_ids"], case)
     template = resources.files("qwlora.export.npu") / "qairt_templates" / "README.md.template"
-    text = template.read_text().replace("@UPDATABLE@", exported.updatable)
+    text = template.read_text().replace("@UPDATABLE@", base.updatable)
     (folder / "README.md").write_text(marked(text))
 
 
 def _write_graph(
-    exported: ExportedUseCases, graph: str, folder: Path
+    base: ExportedGraph, cases: Mapping[str, ExportedGraph], graph: str, folder: Path
 ) -> tuple[NpuGraph, list[str]]:
     """Write the files of one graph.
 
     Returns:
         the graph with the zero adapter, and the names of its float tensors without an encoding.
     """
-    file, version = folder / f"{graph}_model.onnx", exported.base.encodings_version
-    first = folder / f"{next(iter(exported.base.graphs))}_model.onnx"
-    bases, names, cases = [], list[str](), {BASE: exported.base, **exported.cases}
-    for case, float_onnx, npu in float_graphs(cases, graph):
+    file, version = folder / f"{graph}_model.onnx", base.encodings_version
+    first = folder / f"{next(iter(base.graphs))}_model.onnx"
+    bases, names = [], list[str]()
+    for case, float_onnx, npu in float_graphs({BASE: base, **cases}, graph):
         write_float_encodings(float_onnx, folder / f"{graph}_{case}.encodings", version)
         model, stored = float_onnx.model, first if case == BASE else file
         differing = set(share_weights(model, stored)) - set(names) if stored.exists() else None
@@ -137,13 +139,13 @@ def _write_graph(
             marks = float_onnx.graph.marks
             names = [mark.name for mark in marks if mark.kind is Kind.ADAPTER]
             (folder / LIST_FILE).write_text("".join(f"{name}\n" for name in names))
-            model.metadata_props[UPDATABLE] = exported.updatable
+            model.metadata_props[UPDATABLE] = base.updatable
             save_graph(model, file, DATA_FILE if file == first else None, smallest=64)
             bases.append((npu, float_onnx.inner))
         else:
             weights = {name: numbers(model.graph.initializers[name]) for name in names}
             save_file(weights, folder / f"{case}.safetensors", {"format": "np"})
-    for list_file, content in use_case_lists(list(exported.cases), graph).items():
+    for list_file, content in use_case_lists(list(cases), graph).items():
         (folder / list_file).write_text(yaml.safe_dump(content, sort_keys=False))
     return bases[0]
 

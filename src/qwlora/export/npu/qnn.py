@@ -64,7 +64,7 @@ from qwlora.export.onnx.onnx_runtime import exposed, open_model
 from qwlora.export.proof.checks import LIMITS, Limits, Parity, at_most
 from qwlora.export.proof.compare import compare_logits
 from qwlora.export.proof.reference import first_sequences
-from qwlora.export.target import BASE, NONE, Backend, ExportedUseCases
+from qwlora.export.target import BASE, NONE, Backend, ExportedGraph
 from qwlora.graph.device_graph import ALPHA, scaling_of
 from qwlora.graph.kv_cache_capture import CacheSizes
 from qwlora.graph.nodes import calls, operation
@@ -90,13 +90,14 @@ cannot read a binary that two graphs share, and may crash (exit 139). There, loa
 class Qnn(Backend):
     """QDQ graphs; the HTP's emulator runs them, and ONNX Runtime on the CPU."""
 
-    def write_cases(self, exported: ExportedUseCases, folder: Path) -> None:
+    def write_cases(
+        self, base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path
+    ) -> None:
         simulations = {}
-        for case, graph in exported.cases.items():
+        for case, graph in cases.items():
             assert isinstance(graph.simulation, Simulation)
             if case != NONE:
                 simulations[case] = graph.simulation
-        base = exported.base
         export_qnn(simulations, base.graphs, base.context, folder, base.metadata)
 
     def own_files(self, folder: Path, case: str) -> list[Path]:

@@ -10,7 +10,7 @@ from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.proof.folder import WITHOUT_CACHE, record_digest, write_record
 from qwlora.export.proof.reference import Reference
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import BASE, ExportedBase, ExportedGraph, ExportedUseCases, Target
+from qwlora.export.target import BASE, ExportedBase, ExportedGraph, Target
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.plan.plan import ADAPTER, Stage
 from qwlora.pipeline.running.loaded_models import JobContext
@@ -90,8 +90,7 @@ def _write_cases(
         for case, simulation in context.use_cases.items()
     }
     base = cases.pop(BASE)
-    exported = ExportedUseCases(base, cases, context.recipe.simulation.base_activations)
-    target.backend.write_cases(exported, scratch)
+    target.backend.write_cases(base, cases, scratch)
     record = {"base_fingerprint": context.base_fingerprint, "use_cases": list(cases)}
     write_record(scratch, record)
     sizes = {case: total_bytes(target.backend.own_files(scratch, case)) for case in cases}

@@ -19,15 +19,14 @@ from pydantic import ValidationError
 from qwlora.errors import EncodingsFileError, described
 from qwlora.formats.aimet_encodings.convert import convert
 from qwlora.formats.aimet_encodings.findings import Finding, describe, findings_of, printable
-from qwlora.formats.aimet_encodings.json_fields import Document
 from qwlora.formats.aimet_encodings.model import EncodingsFile
-from qwlora.formats.aimet_encodings.version_1 import Document061, Document100
+from qwlora.formats.aimet_encodings.version_1 import Document061, Document100, SectionsDocument
 from qwlora.formats.aimet_encodings.version_2 import Document2
 from qwlora.system.atomic import write_text
 from qwlora.system.strict_json import distinct_keys
 
 LIMIT_BYTES = 2**31
-DOCUMENTS: dict[str, type[Document]] = {
+DOCUMENTS: dict[str, type[SectionsDocument | Document2]] = {
     "0.6.1": Document061,
     "1.0.0": Document100,
     "2.0.0": Document2,

@@ -7,7 +7,6 @@ most `MAX_RANK` axes.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Collection
 from typing import Annotated, Any, Literal
 
@@ -17,7 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PlainValidato
 
 from qwlora.errors import EncodingsFileError
 from qwlora.formats.aimet_encodings.findings import describe
-from qwlora.formats.aimet_encodings.model import EncodingsFile, Entry, Floats, Integers
+from qwlora.formats.aimet_encodings.model import Floats, Integers
 
 MAX_RANK = 8
 MAX_INTEGER = 2**40  # larger than any code or offset, far below the end of int64
@@ -79,17 +78,10 @@ class Strict(BaseModel):
 
 
 class JsonEntry(Strict):
-    """The fields of an entry as a version has them. A document holds its `entry`."""
+    """The fields of an entry as a version has them. A subclass has `entry()`, the entry, which
+    raises ValueError if they contradict one another; a document holds the result."""
 
     name: Name
-
-    @abstractmethod
-    def entry(self) -> Entry:
-        """The entry.
-
-        Raises:
-            ValueError: its fields contradict one another.
-        """
 
     def check_fields(self, needed: Collection[str], optional: Collection[str] = ()) -> None:
         """Refuse an entry without the fields of its kind, or with others.
@@ -111,17 +103,9 @@ AsEntry = AfterValidator(lambda fields: fields.entry())
 
 
 class Document(Strict):
-    """A file of one version."""
+    """A file of one version. A subclass has `content()`, the values, and `sections_of(file)`, the
+    JSON of the entries of a file that the version can express."""
 
     version: str
     # `block_order` is in our own files only.
     producer: dict[Literal["package", "version", "block_order"], Name] | None = None
-
-    @abstractmethod
-    def content(self) -> EncodingsFile:
-        """The values."""
-
-    @classmethod
-    @abstractmethod
-    def sections_of(cls, file: EncodingsFile) -> dict[str, Any]:
-        """The JSON of the entries of `file`, which the version can express."""

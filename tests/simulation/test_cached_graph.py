@@ -16,9 +16,8 @@ from qwlora.errors import CaptureError
 from qwlora.export.onnx.onnx import export_onnx
 from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.graph.capture import Captured
-from qwlora.graph.kv_cache_capture import CacheSizes, capture_cached
 from qwlora.simulation.adapter_simulations import simulate_adapters
-from qwlora.simulation.kv_cache_graph import cached_graph
+from qwlora.simulation.kv_cache_graph import CacheSizes, cached_graph, capture_cached
 from qwlora.simulation.simulation import Simulation
 from simulation.tiny_architectures import inputs, make
 

@@ -16,9 +16,8 @@ from qwlora import LayerRule, Scheme, Schemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.export.npu.htp_rewrites import npu_onnx
 from qwlora.graph.device_graph import run_host
-from qwlora.graph.kv_cache_capture import CacheSizes
 from qwlora.grid.encoding import sqnr_db
-from qwlora.simulation.kv_cache_graph import NpuGraph, host_arguments, npu_graph
+from qwlora.simulation.kv_cache_graph import CacheSizes, NpuGraph, host_arguments, npu_graph
 from qwlora.simulation.simulation import Simulation
 from simulation.tiny_architectures import inputs, make
 

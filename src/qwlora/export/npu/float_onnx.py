@@ -52,12 +52,12 @@ from qwlora.export.onnx.onnx_model import (
     to_onnx,
 )
 from qwlora.export.target import ExportedGraph
-from qwlora.graph.kv_cache_capture import CacheSizes
 from qwlora.graph.quantized_graph import QuantizedGraph
 from qwlora.grid.encoding import Encoding
 from qwlora.grid.min_max import encoding_from_range
 from qwlora.grid.scheme import Scheme
 from qwlora.simulation.kv_cache_graph import (
+    CacheSizes,
     NpuGraph,
     cached_graph,
     capture_with_cache,

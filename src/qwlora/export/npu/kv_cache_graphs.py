@@ -35,8 +35,7 @@ from qwlora.export.onnx.onnx_runtime import open_session, run_session
 from qwlora.export.target import Runtime
 from qwlora.graph.capture import IDS, MASK, POSITIONS
 from qwlora.graph.device_graph import HOST_INPUTS
-from qwlora.graph.kv_cache_capture import CacheSizes
-from qwlora.simulation.kv_cache_graph import NpuGraph, host_arguments
+from qwlora.simulation.kv_cache_graph import CacheSizes, NpuGraph, host_arguments
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text
 from qwlora.system.optional_packages import require

@@ -66,10 +66,9 @@ from qwlora.export.proof.compare import compare_logits
 from qwlora.export.proof.reference import first_sequences
 from qwlora.export.target import BASE, NONE, Backend, ExportedGraph
 from qwlora.graph.device_graph import ALPHA, scaling_of
-from qwlora.graph.kv_cache_capture import CacheSizes
 from qwlora.graph.nodes import calls, operation
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
-from qwlora.simulation.kv_cache_graph import NpuGraph, npu_graph
+from qwlora.simulation.kv_cache_graph import CacheSizes, NpuGraph, npu_graph
 from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import read_tensors, write_tensors
 from qwlora.system.optional_packages import require

@@ -47,13 +47,13 @@ from qwlora.export.onnx.onnx_edits import (
     replace_value,
     tensor_of,
 )
-from qwlora.graph.kv_cache_capture import capture_cached
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph, insert_after, with_graph
 from qwlora.grid.encoding import Encoding, aligned
 from qwlora.grid.packing import unpack
 from qwlora.grid.scheme import Blocks, PerChannel, PerTensor
 from qwlora.nn.custom_ops import NAMESPACE
 from qwlora.nn.packed_layer import PackedLinear
+from qwlora.simulation.kv_cache_graph import capture_cached
 from qwlora.simulation.placement import place
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.simulation import base_encodings

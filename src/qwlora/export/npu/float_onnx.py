@@ -44,7 +44,6 @@ from qwlora.export.onnx.onnx_edits import constant, new_node, remove_unused, ten
 from qwlora.export.onnx.onnx_model import (
     DEQUANTIZE,
     OPSET,
-    check_names,
     codes_of,
     is_matrix_transpose,
     replace_marker,
@@ -143,8 +142,8 @@ def to_float_onnx(
         everywhere: give every float tensor an encoding; see the module.
 
     Raises:
-        ExportError: an operator has no translation, a weight has float offsets, two tensors would
-            have the same name, or the graph does not fit `shapes`.
+        ExportError: an operator has no translation, a weight has float offsets, or the graph does
+            not fit `shapes`.
         MissingExtraError: the `onnx` extra is not installed.
     """
     if wrong := [n for n, encoding in graph.encodings.items() if encoding.scheme.float_offset]:
@@ -157,7 +156,6 @@ def to_float_onnx(
     rewriter = _FloatRewriter(model)
     rewrite_markers(model, graph, rewriter.activation, rewriter.weight)
     encodings = rewriter.encodings
-    check_names(model, encodings)
     from onnx_ir.passes.common import ShapeInferencePass
 
     ShapeInferencePass()(model)

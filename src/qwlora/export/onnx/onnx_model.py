@@ -24,7 +24,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import warnings
-from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -37,7 +36,7 @@ from torch.fx import Node
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.errors import ExportError, listed
+from qwlora.errors import ExportError
 from qwlora.export.onnx.onnx_edits import (
     constant,
     constants,
@@ -72,14 +71,13 @@ def build_model(
     """The `onnx_ir.Model` of a graph, and names of the weights that are stored [in, out].
 
     Raises:
-        ExportError: an operator has no translation, activations have a bitwidth other than 8 or 16,
-            or two tensors have the same name.
+        ExportError: an operator has no translation, or activations have a bitwidth other than 8 or
+            16.
         MissingExtraError: the `onnx` extra is not installed.
     """
     model = to_onnx(graph, opset)
     rewriter = _Rewriter(model, {mark.name for mark in graph.marks if mark.kind is Kind.PARAMETER})
     rewrite_markers(model, graph, rewriter.activation, rewriter.weight)
-    check_names(model, graph.encodings)
     for value in [*model.graph.inputs, *model.graph.outputs]:
         value.shape = require("onnx_ir", "onnx").Shape(graph.interface.shapes[value.name])
     for output in (output for node in model.graph for output in node.outputs):
@@ -298,17 +296,6 @@ def replace_marker(model: Any, node: Any, value: Any) -> None:
         model.graph.insert_before(node, identity)
         replace_value(old, identity.outputs[0])
     model.graph.remove(node, safe=True)
-
-
-def check_names(model: Any, encodings: Collection[str]) -> None:
-    """Check that tensors have distinct names, and that each encoding is of one of them."""
-    computed = [output.name for node in model.graph for output in node.outputs]
-    stored = [*model.graph.inputs, *model.graph.initializers.values()]
-    counts = Counter([*(value.name for value in stored), *computed])
-    if repeated := sorted(name for name, count in counts.items() if count > 1):
-        raise ExportError(f"two tensors of the exported graph have the name {repeated[0]}")
-    if missing := [name for name in encodings if name not in counts]:
-        raise ExportError(f"encodings without a tensor in the exported graph: {listed(missing, 3)}")
 
 
 def activation_arrays(name: str, encoding: Encoding) -> dict[str, np.ndarray[Any, Any]]:

@@ -12,6 +12,7 @@ Exit codes:
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +25,7 @@ from qwlora.cli.terminal import print_json, table
 from qwlora.formats import aimet_encodings
 from qwlora.formats.aimet_encodings.encodings_file import to_text
 from qwlora.formats.aimet_encodings.findings import printable
-from qwlora.formats.aimet_encodings.validate import finding_lines, summary
+from qwlora.formats.aimet_encodings.validate import finding_lines
 
 app = typer.Typer(
     name="encodings",
@@ -73,8 +74,10 @@ def validate(file: File, onnx: Model = None) -> None:
     findings = aimet_encodings.validate(file, onnx)
     for line in finding_lines(findings):
         print(line)
-    print(f"{file}: {summary(findings)}")
-    if any(finding.severity == "error" for finding in findings):
+    counts = Counter(finding.severity for finding in findings)
+    texts = [f"{n} {kind}{'' if n == 1 else 's'}" for kind, n in sorted(counts.items())]
+    print(f"{file}: {', '.join(texts) or 'valid, no findings'}")
+    if counts["error"]:
         raise SystemExit(1)
 
 

@@ -123,11 +123,3 @@ def finding_lines(findings: list[Finding]) -> list[str]:
         *(f"error: {finding}" for finding in findings if finding.severity == "error"),
         *(f"warning: {line}" for line in shared_lines(warnings, "tensors")),
     ]
-
-
-def summary(findings: list[Finding]) -> str:
-    """`2 errors, 1 warning`, or `valid, no findings`."""
-    errors = sum(finding.severity == "error" for finding in findings)
-    counts = {"error": errors, "warning": len(findings) - errors}
-    texts = [f"{n} {word}{'' if n == 1 else 's'}" for word, n in counts.items() if n]
-    return ", ".join(texts) or "valid, no findings"

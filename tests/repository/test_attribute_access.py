@@ -17,7 +17,7 @@ FOREIGN = {
     "yaml": "CSafeDumper",
     "transformers": "_hf_peft_config_loaded activation_checkpointing config default_config_fields dim distributed_config "
     "register_quantization_config "
-    "generation_config hf_device_map is_encoder_decoder is_transposed layers logits max_position_embeddings offset output_router_logits "
+    "eos_token_id generation_config hf_device_map is_encoder_decoder is_transposed layers logits max_position_embeddings offset output_router_logits "
     "quantization_config quantization_method register_quantization_config rope_parameters to_dict vocab_size "
     "final_logit_softcapping get_input_embeddings lm_head_multiplier logit_scale logits_scaling",
 }

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).parent.parent / "src" / "qwlora"
+PACKAGE = Path(__file__).parents[2] / "src" / "qwlora"
 # Folders and files directly below the package. A file imports from its own folder or lower levels.
 LEVELS = (
     {"errors"},

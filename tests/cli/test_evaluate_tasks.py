@@ -98,7 +98,7 @@ def test_every_model_is_scored_and_the_float_model_as_by_lm_eval(
     view = task_scores.view.view(Job(results, {}, "", "job"), "first")
     assert view is not None
     stages = ["Float", "Packed base", "With adapter", "Simulated", "ONNX Runtime"]
-    assert view["table"].columns[3:] == stages
+    assert [*view["table"].rows[0]][3:] == stages
 
 
 @pytest.mark.client

@@ -74,7 +74,7 @@ class Job:
 
 
 def fresh(source: Path, place: Path) -> Path:
-    """A copy of a folder in the place of what is there."""
+    """A copy of a folder that replaces what is there."""
     shutil.rmtree(place, ignore_errors=True)
     return Path(shutil.copytree(source, place))
 

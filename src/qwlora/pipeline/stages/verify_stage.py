@@ -204,6 +204,6 @@ class _Verification:
         return figures
 
     def write_readme(self, proof: Mapping[str, Mapping[str, Any]]) -> None:
-        """Write the README of the bundle, with `proof` in the place of the adapter's."""
+        """Write the README of the bundle, with `proof` instead of the adapter's stored one."""
         proofs = current_proofs(self.bundle, without=self.adapter)
         write_readme(self.bundle, {**proofs, **proof})

@@ -21,6 +21,7 @@ import torch
 from export.toy_target import TARGET
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError, MissingExtraError
+from qwlora.export.proof.readme import usage
 from qwlora.export.proof.reference import make_reference
 from qwlora.export.registry import TARGETS
 from qwlora.formats import manifest
@@ -113,9 +114,11 @@ def test_the_onnx_target_opens_its_files_in_onnx_runtime(tmp_path: Path) -> None
         onnx.open(tmp_path)
 
 
-def test_the_registry_and_the_recipe_load_neither_torch_nor_onnx() -> None:
+def test_registry_recipe_and_usage_load_neither_torch_nor_onnx() -> None:
+    """So that a run in which nothing changed, which writes the cards, ends at once."""
     program = (
-        "import sys, qwlora.recipe, qwlora.export.registry;"
+        "import sys, qwlora.recipe, qwlora.export.registry, qwlora.export.proof.readme as u;"
+        "assert all(u.usage(name, 'b', 'a') for name in qwlora.export.registry.TARGETS);"
         "print(sorted({'torch', 'onnx', 'onnxruntime', 'transformers', 'mlx'} & set(sys.modules)))"
     )
     done = subprocess.run(
@@ -144,8 +147,8 @@ KINDS = {"Target", "Backend", "Runtime"} | {
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_target_says_how_its_files_are_loaded(target: str) -> None:
     known = TARGETS[target]
-    with_adapter = known.backend.usage("the/base", "the/adapter")
-    alone = known.backend.usage("the/base", None)
+    with_adapter = usage(target, "the/base", "the/adapter")
+    alone = usage(target, "the/base", None)
     if not known.has_cases:  # where everything is in one folder
         assert "the/adapter" in with_adapter
     assert with_adapter.count("```") % 2 == alone.count("```") % 2 == 0

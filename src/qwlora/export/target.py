@@ -373,16 +373,6 @@ class Backend(ABC):
             case: the use case, where these are together.
         """
 
-    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
-        """How a program loads the files, in Markdown; empty if there is nothing to show.
-
-        Args:
-            base: the folder of the base, or of all use cases.
-            adapter: the folder of an adapter; None: the base alone.
-            has_cache: whether the files have a key-value cache.
-        """
-        return ""
-
     def architecture_problem(self, model_type: str) -> str | None:
         """Why the runtime cannot run a `model_type` of transformers; None if it can, or if that is
         unknown because it is not installed."""

@@ -18,6 +18,7 @@ from export.weights.test_weights_targets import adapters, base, target
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import CanonicalAdapter, read_canonical
 from qwlora.export.onnx.genai import container_bits, operands
+from qwlora.export.proof.readme import usage
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
@@ -150,7 +151,7 @@ def test_the_readme_s_lines_run(tmp_path: Path) -> None:
     import contextlib
 
     written(tmp_path)
-    lines = target("genai").usage("base", "first")
+    lines = usage("genai", "base", "first")
     code = lines.partition("```python\n")[2].partition("```")[0]
     with contextlib.chdir(tmp_path):
         exec(code, {})

@@ -19,6 +19,7 @@ from qwlora import quantize_, save_adapter
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import read_canonical
+from qwlora.export.proof.readme import usage
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import Backend, ExportedBase
 from qwlora.formats.assemble_model import load_precomputed
@@ -197,7 +198,7 @@ def test_the_lines_of_the_readme_load_a_base_of_several_schemes(
     canonical = read_canonical(tmp_path / "trained" / "second")
     kind.write_adapter(canonical, tmp_path / "base", tmp_path / "second")
     monkeypatch.chdir(tmp_path)
-    code, loaded = kind.usage("base", "second"), dict[str, Any]()
+    code, loaded = usage("hf", "base", "second"), dict[str, Any]()
     exec(code.partition("```python\n")[2].partition("```")[0], loaded)
     runtime = kind.open(tmp_path / "base", "base")
     runtime.use(tmp_path / "second")  # before anything else

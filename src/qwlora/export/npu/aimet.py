@@ -64,14 +64,6 @@ class Aimet(Backend):
     def open(self, folder: Path, case: str) -> FloatOnnxModel | FloatGraphs:
         return open_aimet(folder)
 
-    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
-        if adapter is None:
-            return ""
-        return (
-            f"Base and adapter are one model, `{adapter}/*.aimet`, for AI Hub and aimet-onnx. "
-            f"`{adapter}/README.md` has the commands."
-        )
-
 
 def write_aimet(exported: ExportedGraph, folder: Path) -> None:
     """Write a `.aimet` folder for each of `exported.graphs`, or one for a model without a cache,

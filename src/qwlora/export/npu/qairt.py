@@ -94,12 +94,6 @@ class Qairt(Backend):
     def open(self, folder: Path, case: str) -> FloatGraphs:
         return open_qairt(folder, case)
 
-    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
-        return (
-            f"`{base}` holds base and adapters together, as use cases, for Qualcomm's converter "
-            "and LoRA importer."
-        )
-
 
 def write_qairt(base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path) -> None:
     """Write all files."""

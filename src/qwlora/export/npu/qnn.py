@@ -105,12 +105,6 @@ class Qnn(Backend):
     def open(self, folder: Path, case: str) -> QnnModel:
         return QnnModel(folder / BASE, folder / _folder(case), htp=True)
 
-    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
-        return (
-            f"`{base}` holds graphs with a key-value cache for Qualcomm's HTP, and a folder for "
-            "each adapter, whose tensors are inputs of the graphs."
-        )
-
 
 def _folder(case: str) -> str:
     """Of a use case; the one without an adapter has the zero adapter."""

@@ -70,26 +70,6 @@ EXACT = 1  # MatMulNBits' accuracy level: float32; 4 rounds activations to 8 bit
 _DOMAIN = "com.microsoft"
 CONFIG_FILE = "genai_config.json"
 NO_ADAPTER = "none.onnx_adapter"  # switches a running generation back to the base
-_LOADING = """\
-Needs `pip install onnxruntime-genai`.
-
-```python
-import onnxruntime_genai as og
-
-model = og.Model("{base}")
-tokenizer = og.Tokenizer(model)
-options = og.GeneratorParams(model)
-options.set_search_options(max_length=64)
-generator = og.Generator(model, options){switch}
-generator.append_tokens(tokenizer.encode("Hello"))
-while not generator.is_done():
-    generator.generate_next_token()
-print(tokenizer.decode(generator.get_sequence(0)))
-```"""
-_SWITCH = """
-adapters = og.Adapters(model)
-adapters.load("{adapter}/adapter.onnx_adapter", "adapter")
-generator.set_active_adapter(adapters, "adapter")  # also in the middle of a generation"""
 
 
 _ID = (int, type(None))
@@ -165,10 +145,6 @@ class Genai(Backend):
 
     def open(self, folder: Path, case: str) -> GenaiRuntime:
         return GenaiRuntime(folder)
-
-    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
-        switch = "" if adapter is None else _SWITCH.format(adapter=adapter)
-        return _LOADING.format(base=base, switch=switch)
 
 
 def _config(exported: ExportedBase, shapes: dict[str, Any]) -> dict[str, Any]:

@@ -33,55 +33,6 @@ from qwlora.simulation.kv_cache_graph import cached_graph, capture_with_cache
 from qwlora.simulation.simulation import Simulation
 
 ENCODINGS_FILE = "model.encodings"
-_OPENING = """\
-Activations are on their grids. Pass `session_options.json`: by default ONNX Runtime quantizes
-activations to 8 bits on its own.
-
-```python
-import json, numpy, onnxruntime
-from transformers import AutoTokenizer
-
-options = onnxruntime.SessionOptions()
-options.log_severity_level = 3  # else a warning for every input with a default
-with open("{base}/session_options.json") as file:
-    for key, value in json.load(file).items():
-        options.add_session_config_entry(key, value)
-session = onnxruntime.InferenceSession("{base}/model.onnx", options)
-run = onnxruntime.RunOptions()
-{adapter}tokenizer = AutoTokenizer.from_pretrained("{base}")
-ids = numpy.array([tokenizer("Hello").input_ids])
-"""
-_ADAPTER = """\
-adapter = onnxruntime.LoraAdapter()
-adapter.Load("{adapter}/adapter.onnx_adapter")
-run.add_active_adapter(adapter)  # without this line, the session computes the base
-"""
-_WITH_CACHE = """\
-cache = {
-    value.name: numpy.zeros([1, value.shape[1], 0, value.shape[3]], numpy.float32)
-    for value in session.get_inputs() if value.name.startswith("past_key_values.")
-}
-new = ids
-for _ in range(20):
-    past = ids.shape[1] - new.shape[1]
-    logits, *present = session.run(None, {
-        "input_ids": new,
-        "attention_mask": numpy.ones_like(ids),
-        "position_ids": numpy.arange(past, ids.shape[1])[None],
-        **cache,
-    }, run)
-    cache = dict(zip(cache, present))
-    new = logits[:, -1:].argmax(-1)
-    ids = numpy.concatenate([ids, new], axis=1)
-print(tokenizer.decode(ids[0]))
-```"""
-_WITHOUT_CACHE = """\
-for _ in range(20):
-    inputs = {"input_ids": ids, "attention_mask": numpy.ones_like(ids)}
-    (logits,) = session.run(["logits"], inputs, run)
-    ids = numpy.concatenate([ids, logits[:, -1:].argmax(-1)], axis=1)
-print(tokenizer.decode(ids[0]))
-```"""
 
 
 def export_onnx(
@@ -139,11 +90,6 @@ class Onnx(Backend):
         _ = runtime.session  # loaded here, so that it is refused here
         return runtime
 
-    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
-        lines = "" if adapter is None else _ADAPTER.format(adapter=adapter)
-        loop = _WITH_CACHE if has_cache else _WITHOUT_CACHE
-        return _OPENING.format(base=base, adapter=lines) + loop
-
 
 class OnnxEach(Backend):
     """A model for each adapter; ONNX Runtime runs it."""
@@ -153,8 +99,3 @@ class OnnxEach(Backend):
 
     def open(self, folder: Path, case: str) -> OnnxModel:
         return OnnxModel(folder)
-
-    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
-        if adapter is None:
-            return ""
-        return _OPENING.format(base=adapter, adapter="") + _WITHOUT_CACHE

@@ -55,15 +55,6 @@ EXACT = {
     "KV_CACHE_PRECISION": "f32",
     "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
 }
-_LOADING = """\
-Needs `pip install openvino-genai`.
-
-```python
-import openvino_genai as og
-
-{adapter}pipeline = og.LLMPipeline("{base}", "CPU", ATTENTION_BACKEND="SDPA"{given})
-print(pipeline.generate("Hello", max_new_tokens=32{used}))
-```"""
 
 
 class Openvino(Backend):
@@ -108,13 +99,6 @@ class Openvino(Backend):
 
     def open(self, folder: Path, case: str) -> OpenvinoRuntime:
         return OpenvinoRuntime(folder, EXACT, OpenvinoRuntime(folder, {}))
-
-    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
-        line = given = used = ""
-        if adapter is not None:
-            line = f'adapter = og.Adapter("{adapter}/adapter_model.safetensors")\n'
-            given = used = ", adapters=og.AdapterConfig([adapter])"
-        return _LOADING.format(base=base, adapter=line, given=given, used=used)
 
 
 def _name_products(model: Any, paths: set[str]) -> None:

@@ -9,13 +9,37 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
 from qwlora.errors import size
 from qwlora.export.proof.checks import shown
 from qwlora.export.proof.folder import README, WITHOUT_CACHE
-from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE
 from qwlora.formats.model_card import escaped, is_users_card, marked
 from qwlora.system.atomic import total_bytes, write_text
+
+
+def usage(target: str, base: str, adapter: str | None, has_cache: bool = True) -> str:
+    """How a program loads the files, in Markdown; empty if the target has no template
+    in `export/usage_templates`. Model cards show it too, also of a run in which nothing changed: so
+    this imports no backend, which would import torch.
+
+    Args:
+        target: its name in `TARGETS`.
+        base: the folder of the base, or of all use cases.
+        adapter: the folder of an adapter; None: the base alone.
+        has_cache: whether the files have a key-value cache.
+    """
+    environment = Environment(
+        loader=PackageLoader("qwlora.export", "usage_templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    if (name := f"{target}.md") not in environment.list_templates():
+        return ""
+    lines = environment.get_template(name).render(base=base, adapter=adapter, has_cache=has_cache)
+    return lines.strip()
 
 
 def facts(model: Any, source: str) -> dict[str, Any]:
@@ -42,13 +66,12 @@ def write_readme(bundle: Path, records: Mapping[str, Mapping[str, Any]]) -> None
     names, some = sorted(records), next(iter(records.values()))
     grids = ", ".join(f"{count} of {grid}" for grid, count in some["grids"].items())
     adapters = "one LoRA adapter" if len(names) == 1 else f"{len(names)} LoRA adapters"
-    usage = TARGETS[some["target"]].backend.usage
     parts = [
         f"# {escaped(some['model'])} for {some['target']}",
         f"A quantized base model and {adapters} trained on exactly these integers. "
         f"Weights: {grids}. Fingerprint of the base: `{some['base_fingerprint'][:16]}`.",
         "## Run\n\nIn this folder:",
-        usage(BASE, names[0], has_cache=WITHOUT_CACHE not in some),
+        usage(some["target"], BASE, names[0], has_cache=WITHOUT_CACHE not in some),
     ]
     if WITHOUT_CACHE in some:
         why = "The files have no key-value cache, so every token runs the whole sequence"

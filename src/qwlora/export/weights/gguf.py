@@ -128,10 +128,6 @@ class Gguf(Backend):
             float_copy(folder / BASE, floats)
             return LlamaRuntime(floats, shipped)  # which has mapped the file, and needs no name
 
-    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
-        with_adapter = "" if adapter is None else f" --lora {adapter}/{ADAPTER}"
-        return f"```shell\nllama-cli -m {base}/{BASE}{with_adapter} -p Hello\n```"
-
     def rounding(self, model: nn.Module) -> AbstractContextManager[None] | None:
         modules: list[nn.Module] = [m for m in model.modules() if isinstance(m, _GELUS)]
         return GeluFromTable(modules) if modules else None

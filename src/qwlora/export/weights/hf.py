@@ -61,21 +61,6 @@ _GROUP = {
 }
 _FORM = {**_METHOD, "ignore": [PLAIN], "config_groups": {OTHER_KEYS: _GROUP}, "dequantize": True}
 
-_USAGE = """Needs `pip install compressed-tensors`. vLLM and SGLang read the same files.
-
-```python
-{imports}from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained("{base}")
-model = AutoModelForCausalLM.from_pretrained("{base}")
-{wrap}ids = tokenizer("Hello", return_tensors="pt").input_ids
-print(tokenizer.decode(model.generate(ids, max_new_tokens=20)[0]))
-```
-
-```shell
-vllm serve {base}{serve}
-```"""
-
 
 class Hf(Backend):
     """compressed-tensors and PEFT; transformers and PEFT run it."""
@@ -128,17 +113,6 @@ class Hf(Backend):
         runtime = TransformersRuntime(load(folder))
         runtime.logits(torch.zeros(1, 1, dtype=torch.int64))  # unpacks all layers
         return runtime
-
-    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
-        imports = wrap = serve = ""
-        if adapter is not None:
-            imports = "import torch\nfrom peft import PeftModel\n"
-            wrap = (
-                "model(torch.tensor([[0]]))  # unpacks all layers\n"
-                f'model = PeftModel.from_pretrained(model, "{adapter}")\n'
-            )
-            serve = f" --enable-lora --lora-modules adapter={adapter}"
-        return _USAGE.format(base=base, imports=imports, wrap=wrap, serve=serve)
 
 
 def _problem(layer: PackedLayer) -> str | None:

@@ -116,10 +116,6 @@ class Mlx(Backend):
     def open(self, folder: Path, case: str) -> MlxRuntime:
         return MlxRuntime(folder)
 
-    def usage(self, base: str, adapter: str | None, has_cache: bool = True) -> str:
-        with_adapter = "" if adapter is None else f" --adapter-path {adapter}"
-        return f'```shell\nmlx_lm.generate --model {base}{with_adapter} --prompt "Hello"\n```'
-
     def architecture_problem(self, model_type: str) -> str | None:
         if find_spec("mlx") is None or find_spec("mlx_lm") is None:
             return None

@@ -24,6 +24,7 @@ from typing import Any
 
 from qwlora.errors import QwloraError, QwloraWarning
 from qwlora.export.proof.folder import WITHOUT_CACHE
+from qwlora.export.proof.readme import usage
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE
 from qwlora.formats.model_card import UNKNOWN, as_code, escaped, marked, origin_of
@@ -199,8 +200,8 @@ def _runtimes(job: Job, adapter: str | None, on_hub: bool) -> Iterator[tuple[str
         folder = f"export/{target}" if kind.has_cases else base
         exported = f"{adapter}/{target}" if on_hub else f"export/{target}/{adapter}"
         has_cache = job.get("export", target, BASE, WITHOUT_CACHE) is None
-        if usage := kind.backend.usage(folder, adapter and exported, has_cache):
-            yield runtime(target), usage, _check(job, target, adapter) if adapter else ""
+        if lines := usage(target, folder, adapter and exported, has_cache):
+            yield runtime(target), lines, _check(job, target, adapter) if adapter else ""
 
 
 def _check(job: Job, target: str, name: str) -> str:

@@ -10,6 +10,7 @@ parameters are there, and copies of a tied tensor are equal.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from qwlora.errors import SourceError, listed
 from qwlora.grid.quantized_tensor import QuantizedTensor
 
 
-class Checkpoint:
+class Checkpoint(ABC):
     """The stored tensors of one model.
 
     Attributes:
@@ -34,12 +35,13 @@ class Checkpoint:
     config: PretrainedConfig
     path: Path
 
+    @abstractmethod
     def names(self) -> Sequence[str]:
         """Parameter names of the model that `config` builds
         (`model.layers.0.mlp.down_proj.weight`), tied tensors once, in the model's order if that is
         known."""
-        raise NotImplementedError
 
+    @abstractmethod
     def read(self, name: str) -> Tensor | QuantizedTensor:
         """Read one tensor, as integers `[out, in]` if it is stored as integers.
 
@@ -47,7 +49,6 @@ class Checkpoint:
             SourceError: the tensor cannot be read, or no `Encoding` can express how it is stored.
                 The message names the tensor and the format.
         """
-        raise NotImplementedError
 
     def __repr__(self) -> str:
         kind, model, count = type(self).__name__, self.config.model_type, len(self.names())
@@ -110,9 +111,9 @@ class MappedCheckpoint(Checkpoint):
         """The origins of all parameters and of copies of tied ones."""
         return [origin for copies in self._origins.values() for origin in copies]
 
+    @abstractmethod
     def _converted(self, origin: Origin) -> Tensor | QuantizedTensor:
         """A parameter, made from its stored tensors."""
-        raise NotImplementedError
 
     def _error(self, problem: str) -> SourceError:
         return SourceError(f"{str(self.path)!r}: {problem}")

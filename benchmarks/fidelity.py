@@ -44,7 +44,7 @@ from qwlora.adapter.training_step import onednn_float32_matmul
 from qwlora.analysis.token_scores import logits_of, perplexity
 from qwlora.data import load_documents
 from qwlora.formats.model_source import load_model, load_tokenizer
-from qwlora.grid.min_max import measure
+from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import LayerMoments, MomentStore
 from qwlora.nn import weight_out_in

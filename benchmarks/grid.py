@@ -19,10 +19,9 @@ from torch.ao.quantization import HistogramObserver, MinMaxObserver, PerChannelM
 
 from measuring import earlier_result, machine_line, write_result
 from qwlora.grid.activation_observer import SampleObserver
+from qwlora.grid.encoding import group_range, measure
 from qwlora.grid.estimate_ranges import estimate_ranges
-from qwlora.grid.min_max import group_range, measure
-from qwlora.grid.range_estimator import RangeEstimator
-from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
+from qwlora.grid.scheme import PerBlock, PerChannel, RangeEstimator, Scheme
 
 REPEATS = 15
 SECONDS = 3.0

@@ -20,7 +20,6 @@ SHAPES_CHECKED = [
     f"qwlora.{module}"
     for module in (
         "grid.encoding",
-        "grid.min_max",
         "grid.packing",
         "analysis.perplexity",
         "analysis.token_scores",

@@ -32,10 +32,8 @@ if TYPE_CHECKING:
     from qwlora.formats.hf_quantizer import register_with_transformers
     from qwlora.formats.open_checkpoint import open_checkpoint
     from qwlora.graph.value_traits import Decision, Trait
-    from qwlora.grid.encoding import Encoding
-    from qwlora.grid.quantized_tensor import QuantizedTensor
-    from qwlora.grid.range_estimator import RangeEstimator
-    from qwlora.grid.scheme import Blocks, PerBlock, PerChannel, PerTensor, Scheme
+    from qwlora.grid.encoding import Encoding, QuantizedTensor
+    from qwlora.grid.scheme import Blocks, PerBlock, PerChannel, PerTensor, RangeEstimator, Scheme
     from qwlora.grid.second_moments import LayerMoments, MomentStore
     from qwlora.nn import PackedLinear
     from qwlora.nn.fingerprint import fingerprint
@@ -73,10 +71,8 @@ _NAMES = {
     "formats.hf_quantizer": ("register_with_transformers",),
     "formats.open_checkpoint": ("open_checkpoint",),
     "graph.value_traits": ("Decision", "Trait"),
-    "grid.encoding": ("Encoding",),
-    "grid.quantized_tensor": ("QuantizedTensor",),
-    "grid.range_estimator": ("RangeEstimator",),
-    "grid.scheme": ("Blocks", "PerBlock", "PerChannel", "PerTensor", "Scheme"),
+    "grid.encoding": ("Encoding", "QuantizedTensor"),
+    "grid.scheme": ("Blocks", "PerBlock", "PerChannel", "PerTensor", "RangeEstimator", "Scheme"),
     "grid.second_moments": ("LayerMoments", "MomentStore"),
     "nn": ("PackedLinear",),
     "nn.fingerprint": ("fingerprint",),

@@ -15,8 +15,7 @@ from torch import Tensor
 from conftest import tiny_model
 from qwlora.adapter.initialize import Measure, initialize_, solver_difference
 from qwlora.errors import TrainingError
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.grid.second_moments import LayerMoments, MomentStore
 from qwlora.nn import pack_module, weight_out_in

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor
 
 from qwlora.grid.activation_observer import SampleObserver
-from qwlora.grid.encoding import Encoding
+from qwlora.grid.encoding import Encoding, encoding_from_range
 from qwlora.grid.estimate_ranges import estimate_ranges
-from qwlora.grid.min_max import encoding_from_range
-from qwlora.grid.range_estimator import RangeEstimator
-from qwlora.grid.scheme import PerChannel, Scheme
+from qwlora.grid.scheme import PerChannel, RangeEstimator, Scheme
 from qwlora.quantize.scale_search import search_scale
 
 from .oracle import PercentileEncodingAnalyzer, SqnrEncodingAnalyzer, aimet_numbers, aimet_quantizer

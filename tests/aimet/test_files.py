@@ -25,7 +25,7 @@ from qwlora.formats.aimet_encodings import (  # noqa: E402
     write_encodings,
 )
 from qwlora.grid.encoding import Encoding as GridEncoding  # noqa: E402
-from qwlora.grid.min_max import measure  # noqa: E402
+from qwlora.grid.encoding import measure  # noqa: E402
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme  # noqa: E402
 
 GRIDS = [

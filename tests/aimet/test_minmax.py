@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qwlora.grid.min_max import measure
+from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import BITWIDTHS, PerBlock, PerChannel, PerTensor, Scheme
 
 from .oracle import aimet_quantizer, compare

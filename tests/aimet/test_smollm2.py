@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, files
 import pytest
 import torch
 
-from qwlora.grid.min_max import measure
+from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
 from .oracle import aimet_quantizer, compare

@@ -25,7 +25,7 @@ from qwlora.cli.main import main
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.formats.aimet_encodings.version_1 import json_of
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
-from qwlora.grid.min_max import measure
+from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
 from qwlora.nn import packed_weights
 from qwlora.quantize.layer_rules import LayerRule

@@ -39,7 +39,7 @@ from qwlora.formats.aimet_encodings import (
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.min_max import measure
+from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
 from qwlora.quantize.layer_rules import LayerRule
 

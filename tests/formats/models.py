@@ -19,7 +19,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 
 SIZES = {
     "vocab_size": 64,

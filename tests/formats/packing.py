@@ -6,8 +6,7 @@ import copy
 
 from torch import Tensor, nn
 
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn import is_packable, pack_module, tie_weights_, weight_out_in
 from qwlora.nn.packed_layer import pack_parameter_, parameter_out_in

@@ -22,8 +22,7 @@ from formats.models import mixtral, read_integers
 from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.errors import CalibrationError, GridError, SourceError
 from qwlora.formats.assemble_model import LazyModel, load_precomputed
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn import is_packable, is_packed, packed_weights, weight_out_in
 from qwlora.nn.packed_layer import parameter_out_in

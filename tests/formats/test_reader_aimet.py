@@ -31,9 +31,7 @@ from qwlora.formats.aimet_encodings import (
 from qwlora.formats.aimet_encodings.grids import TensorLayout, entry_of, grid_of
 from qwlora.formats.aimet_encodings.model import Entry
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import Granularity, Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 
 GOLDEN = Path(__file__).parent / "aimet_encodings" / "files"

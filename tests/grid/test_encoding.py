@@ -9,8 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qwlora.errors import GridError
-from qwlora.grid.encoding import Encoding, aligned, grouped
-from qwlora.grid.min_max import measure
+from qwlora.grid.encoding import Encoding, aligned, grouped, measure
 from qwlora.grid.scheme import BITWIDTHS, PerBlock, PerChannel, PerTensor, Scheme
 
 from .strategies import brief, cases, matrices, schemes_for, thorough

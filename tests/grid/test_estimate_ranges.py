@@ -10,16 +10,14 @@ from torch import Tensor
 
 from qwlora.errors import CalibrationError
 from qwlora.grid.activation_observer import VALUES, SampleObserver
-from qwlora.grid.encoding import Encoding
+from qwlora.grid.encoding import Encoding, encoding_from_range, measure
 from qwlora.grid.estimate_ranges import (
     estimate_ranges,
     least_error_grid,
     share_outside,
     weighted_points,
 )
-from qwlora.grid.min_max import encoding_from_range, measure
-from qwlora.grid.range_estimator import ESTIMATORS, RangeEstimator
-from qwlora.grid.scheme import Scheme
+from qwlora.grid.scheme import ESTIMATORS, RangeEstimator, Scheme
 
 SHAPE = (2, 96, 384)
 SEARCHES = {"squared-error": 1.0, "sqnr": 3.0}

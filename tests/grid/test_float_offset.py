@@ -10,8 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwlora.errors import GridError
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.min_max import measure
+from qwlora.grid.encoding import Encoding, measure
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 
 from .strategies import brief, matrices

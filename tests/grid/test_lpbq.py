@@ -16,8 +16,7 @@ from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.errors import GridError
 from qwlora.export.registry import GGUF
 from qwlora.formats.aimet_encodings.grids import entry_of
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.min_max import measure
+from qwlora.grid.encoding import Encoding, measure
 from qwlora.grid.scheme import Blocks, Lpbq, PerBlock, Scheme, parse_scheme, short_name
 from qwlora.nn import packed_weights
 

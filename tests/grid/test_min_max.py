@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qwlora.errors import CalibrationError, GridError
-from qwlora.grid.min_max import encoding_from_range, group_range, measure
+from qwlora.grid.encoding import encoding_from_range, group_range, measure
 from qwlora.grid.scheme import BITWIDTHS, PerBlock, PerChannel, PerTensor, Scheme
 
 from .strategies import brief, cases, thorough

@@ -5,8 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grid.strategies import brief, matrices, schemes_for
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.nn.custom_ops import dequantize, gather, linear, quantized
 from qwlora.nn.packed_tensor import PackedTensor

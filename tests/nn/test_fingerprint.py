@@ -6,9 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn import pack_module
 from qwlora.nn.fingerprint import (

@@ -13,8 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from formats.packing import quantized
 from qwlora import PackedLinear
 from qwlora.errors import GridError, MergeError
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn import PackedLayer, is_packable, is_packed, pack_module, weight_out_in
 from qwlora.nn.packed_layer import PackedEmbedding

@@ -7,9 +7,7 @@ from hypothesis import strategies as st
 
 from grid.strategies import cases, thorough
 from qwlora.errors import GridError
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
 from qwlora.nn.packed_tensor import PackedTensor, narrowest
 

@@ -31,7 +31,7 @@ from qwlora.export.proof.folder import verify_bundle
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.formats.aimet_encodings.version_1 import json_of
 from qwlora.formats.base_folder import load_base
-from qwlora.grid.min_max import measure
+from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn import packed_weights
 from qwlora.nn.fingerprint import fingerprint

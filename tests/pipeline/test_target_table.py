@@ -13,7 +13,7 @@ from conftest import byte_tokenizer, tiny_model
 from formats.test_model_card import gguf
 from qwlora import Scheme
 from qwlora.errors import SourceError
-from qwlora.grid.min_max import measure
+from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerBlock
 from qwlora.pipeline.plan.target_table import second_rounding
 from qwlora.pipeline.running.run_job import run

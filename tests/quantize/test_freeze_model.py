@@ -14,8 +14,7 @@ from qwlora import fingerprint, freeze_, quantize_
 from qwlora.errors import EncodingsFileError, GridError
 from qwlora.formats.aimet_encodings import EncodingsFile, write_encodings
 from qwlora.formats.aimet_encodings.grids import entry_of
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.min_max import measure
+from qwlora.grid.encoding import Encoding, measure
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn.packed_layer import packed_weights
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from qwlora.errors import CalibrationError, GridError
-from qwlora.grid.min_max import measure
+from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
 from qwlora.quantize.gptq import GptqSettings, solve_gptq
 from qwlora.quantize.scale_search import search_scale, storable_scale

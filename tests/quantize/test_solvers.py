@@ -14,8 +14,7 @@ from torch import Tensor
 from conftest import tiny_model
 from qwlora import quantize_
 from qwlora.errors import CalibrationError, GridError
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.nn import packed_weights
 from qwlora.quantize.revisions import REVISIONS

@@ -19,8 +19,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from conftest import tiny_model
 from qwlora.errors import CalibrationError, GridError, RecipeError, SourceError
 from qwlora.formats.base_folder import load_base
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme, parse_scheme
 from qwlora.nn import PackedLinear, pack_module
 from qwlora.nn.fingerprint import fingerprint

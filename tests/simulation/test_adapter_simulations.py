@@ -21,7 +21,7 @@ from qwlora.export.onnx.onnx import export_onnx
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.graph_analysis import branch_nodes, lora_branch
 from qwlora.graph.quantized_graph import Kind
-from qwlora.grid.min_max import encoding_from_range
+from qwlora.grid.encoding import encoding_from_range
 from qwlora.grid.scheme import PerChannel
 from qwlora.nn.fingerprint import adapter_fingerprint
 from qwlora.simulation.adapter_simulations import (

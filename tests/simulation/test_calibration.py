@@ -13,7 +13,7 @@ from qwlora.errors import CalibrationError
 from qwlora.graph.capturable_model import visible_implementations
 from qwlora.graph.value_traits import Decision
 from qwlora.grid.activation_observer import SampleObserver
-from qwlora.grid.range_estimator import ESTIMATORS
+from qwlora.grid.scheme import ESTIMATORS
 from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.simulation import Simulation, tokens_of
 from simulation.captured import adapted, batch, simulation

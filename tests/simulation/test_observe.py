@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from qwlora.errors import CalibrationError
-from qwlora.grid.range_estimator import RangeEstimator
-from qwlora.grid.scheme import PerChannel, Scheme
+from qwlora.grid.scheme import PerChannel, RangeEstimator, Scheme
 from qwlora.simulation.fake_quantizer import Mode, Quantizer, estimate_encodings
 
 

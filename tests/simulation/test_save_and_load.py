@@ -25,8 +25,7 @@ from qwlora import (
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.formats.aimet_encodings import IntegerEncoding, read_encodings, validate
 from qwlora.graph.quantized_graph import Kind
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.nn import pack_at_
 from qwlora.simulation.placement_rules import PlacementRule
 from qwlora.simulation.saved_simulation import load_activations

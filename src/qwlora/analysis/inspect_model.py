@@ -31,8 +31,7 @@ from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.model_source import fetch, quantization_of
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.encoding import sqnr_db
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor, sqnr_db
 from qwlora.grid.scheme import Scheme
 
 if TYPE_CHECKING:

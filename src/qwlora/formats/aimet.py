@@ -36,9 +36,7 @@ from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of
 from qwlora.formats.aimet_encodings.model import BlockOrder, EncodingsFile, Entry, FloatEncoding
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
-from qwlora.grid.encoding import Encoding, sqnr_db
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor, measure, sqnr_db
 from qwlora.grid.scheme import BITWIDTHS, Scheme
 
 # An encoding below LEAST_SQNR that is WORSE than a min-max grid is refused, both in dB. Clipping

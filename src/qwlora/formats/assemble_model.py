@@ -30,7 +30,7 @@ from qwlora.formats.meta_model import (
     tensor_at,
     tensor_names,
 )
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 from qwlora.nn import pack_at_, tie_weights_
 from qwlora.nn.fingerprint import remember_floats_
 from qwlora.nn.frozen import check_finite

@@ -29,7 +29,7 @@ from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface.model_config import read_config
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.meta_model import tensor_at, tensor_names
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.nn import PackedLayer, is_packed, tie_weights_
 from qwlora.nn.fingerprint import (

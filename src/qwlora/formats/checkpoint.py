@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import PretrainedConfig, PreTrainedModel
 
 from qwlora.errors import SourceError, listed
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 
 
 class Checkpoint(ABC):

@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import astuple, dataclass
 from enum import StrEnum
 
-from qwlora.grid.range_estimator import RangeEstimator
+from qwlora.grid.scheme import RangeEstimator
 
 
 class Trait(StrEnum):

@@ -1,4 +1,4 @@
-"""The measured grid of a tensor: quantize, dequantize, fake-quantize.
+"""The measured grid of a tensor: quantize, dequantize, fake-quantize, and its min-max range.
 
 An encoding holds one `scale` (float32, > 0) and one `offset` (integer, AIMET's sign) per tensor,
 channel or block:
@@ -20,6 +20,18 @@ There, zero need not be on the grid, and an integer offset cannot replace the mi
 It divides and rounds half to even, as ONNX QuantizeLinear does; multiplying by a reciprocal would
 differ in the last code. Values narrower than float32 are computed in float32, and only the result
 is narrowed.
+
+The encoding of a min-max range, which always contains zero, so that zero is exact. The scale is
+AIMET's (aimet-torch 2.42, `MinMaxEncodingAnalyzer`), bit for bit:
+
+    asymmetric   scale = (max - min) / steps,  offset = round(min / scale)
+    symmetric    scale = max(max / floor(steps / 2), -min / ceil(steps / 2)),
+                 offset = -2^(bitwidth - 1)
+
+with `steps = 2^bitwidth - 1`: the smallest symmetric grid that clips at neither end. At 2 bits
+AIMET divides the positive end by 2 instead of 1 and accepts the clipping. A range that float32
+cannot tell from zero gets the smallest scale, `min(eps, 0.01 / steps)`. Only the range of a
+float-offset grid need not contain zero: code 0 is the lowest value, the last code the highest.
 """
 
 from __future__ import annotations
@@ -32,7 +44,7 @@ from jaxtyping import Float, Int, Integer, Shaped
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from qwlora.errors import GridError
+from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.scheme import Blocks, Granularity, PerChannel, PerTensor, Scheme
 
 Bound = Tensor | int
@@ -188,6 +200,51 @@ class Encoding:
         )
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class QuantizedTensor:
+    """A tensor as integers: codes and the encoding that gives them values. Solvers and readers
+    return it, packed layers take it.
+
+    Args:
+        codes: from 0, uint8 up to 8 bits; `[out, in]` for a matrix (whatever way round its layer
+            stores it), `[experts, out, in]` for fused experts; blocks run along the last axis.
+        encoding: integer or float offsets, with scales that fit the codes.
+    """
+
+    codes: Integer[Tensor, "*shape"]
+    encoding: Encoding
+
+    def __post_init__(self) -> None:
+        bitwidth = self.encoding.scheme.bitwidth
+        is_signed = self.codes.dtype == torch.int8 or (
+            self.codes.dtype != torch.uint8 and self.codes.numel() > 0 and int(self.codes.min()) < 0
+        )
+        if is_signed:
+            half = 2 ** (bitwidth - 1)
+            raise GridError(
+                f"the codes are signed ({self.codes.dtype}), but codes run from 0 to "
+                f"{2 * half - 1}: pass (codes.int() + {half}).to(torch.uint8). A code's value is "
+                f"(code + offset) * scale, so a symmetric grid has offset -{half}"
+            )
+        expected = self.encoding.scheme.scale_shape(tuple(self.codes.shape))
+        if tuple(self.encoding.scale.shape) != expected:
+            raise GridError(
+                f"codes of shape {list(self.codes.shape)} need scales of shape {list(expected)}, "
+                f"not {list(self.encoding.scale.shape)}"
+            )
+
+    def __repr__(self) -> str:
+        return f"QuantizedTensor({list(self.codes.shape)}, {self.encoding.scheme})"
+
+    def equals(self, other: QuantizedTensor) -> bool:
+        """Whether both have the same codes on the same grid."""
+        return torch.equal(self.codes, other.codes) and self.encoding.equals(other.encoding)
+
+    def dequantize(self) -> Float[Tensor, "*shape"]:
+        """The values, float32."""
+        return self.encoding.dequantize(self.codes)
+
+
 def grouped(x: Tensor, granularity: Granularity) -> Tensor:
     """`x` with its blocks, where it has blocks, on an axis of their own."""
     return x.unflatten(-1, (-1, granularity.size)) if isinstance(granularity, Blocks) else x
@@ -251,3 +308,72 @@ def sqnr_db(signal: float, noise: float) -> float:
         return math.inf
     ratio = signal / noise
     return 10 * math.log10(ratio) if ratio else -math.inf
+
+
+def encoding_from_range(
+    low: Float[Tensor, "*groups"], high: Float[Tensor, "*groups"], scheme: Scheme
+) -> Encoding:
+    """The encoding of a range, one scale per entry of `low` and `high`."""
+    if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
+        raise CalibrationError("the observed range is not finite (nan or infinity in the data)")
+    if not bool(torch.isfinite(high.float() - low.float()).all()):
+        raise CalibrationError(
+            "the observed range is wider than float32 can hold; look for values that are masks or "
+            "an overflow"
+        )
+    steps, smallest = scheme.steps, smallest_scale(scheme)
+    if scheme.float_offset:
+        low = low.float()
+        scale = scheme.nearest(((high.float() - low) / steps).clamp(min=smallest))
+        return Encoding(scheme, scale, low)
+    low, high = low.float().clamp(max=0), high.float().clamp(min=0)
+    narrow = smallest * ((high - low) / steps < smallest)
+    if scheme.symmetric:
+        positive, negative = math.floor(steps / 2), math.ceil(steps / 2)
+        high, low = high + positive * narrow, low - negative * narrow
+        step = torch.maximum(high / (positive if steps > 3 else 2), -low / negative)
+        # AIMET stores the two ends and derives the scale from them. So the last bit is equal.
+        scale = (positive * step - (-negative * step)) / steps
+        offset = torch.full_like(scale, scheme.symmetric_offset)
+    else:
+        high = high + steps * narrow
+        scale = (high - low) / steps
+        offset = torch.round(low / scale.clamp(min=smallest)).clamp(-steps, 0)
+    scale = scheme.nearest(scale.clamp(min=smallest))
+    return Encoding(scheme, scale, offset.to(torch.int32))
+
+
+def smallest_scale(scheme: Scheme) -> float:
+    """The scale of a range that float32 cannot tell from zero."""
+    return min(torch.finfo(torch.float32).eps, 0.01 / scheme.steps)
+
+
+def group_range(
+    x: Float[Tensor, "*shape"], scheme: Scheme
+) -> tuple[Float[Tensor, "*groups"], Float[Tensor, "*groups"]]:
+    """Lowest and highest value of each group of `x`."""
+    shape = scheme.scale_shape(tuple(x.shape))
+    if not x.numel():
+        raise CalibrationError(f"a tensor of shape {list(x.shape)} holds no values to measure")
+    if isinstance(scheme.granularity, PerTensor):
+        low, high = torch.aminmax(x)
+        return low, high
+    rows = rows_of_groups(x, scheme)
+    # five times faster than torch.aminmax along an axis
+    return rows.amin(-1).view(shape), rows.amax(-1).view(shape)
+
+
+def rows_of_groups(x: Tensor, scheme: Scheme) -> Float[Tensor, "groups values"]:
+    """`x` with one row per group, in the order of the scales."""
+    match scheme.granularity:
+        case PerTensor():
+            return x.reshape(1, -1)
+        case PerChannel(axis):
+            return x.movedim(axis, 0).reshape(x.shape[axis], -1)
+        case Blocks(size):
+            return x.reshape(-1, size)
+
+
+def measure(x: Float[Tensor, "*shape"], scheme: Scheme) -> Encoding:
+    """The min-max encoding of one tensor."""
+    return encoding_from_range(*group_range(x, scheme), scheme)

@@ -42,9 +42,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 
 from qwlora.grid.activation_observer import SampleObserver
-from qwlora.grid.min_max import smallest_scale
-from qwlora.grid.range_estimator import RangeEstimator
-from qwlora.grid.scheme import Scheme
+from qwlora.grid.encoding import smallest_scale
+from qwlora.grid.scheme import RangeEstimator, Scheme
 
 _POINTS_AT_ONCE = 2**17
 _MOST_EXACT_STEPS = 31

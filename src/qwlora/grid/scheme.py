@@ -1,4 +1,5 @@
-"""The request for a quantized tensor: bitwidth, symmetry, granularity. Plain values, free of torch.
+"""The request for a quantized tensor: bitwidth, symmetry, granularity, and how the range of an
+activation is estimated. Plain values, free of torch.
 
 A code is an unsigned integer `q` in `[0, 2^bitwidth - 1]`; an encoding (see `encoding.py`) maps it
 to `x_hat = (q + offset) * scale`. The granularity says how many scales and offsets a tensor has:
@@ -19,9 +20,9 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import asdict, dataclass, field, fields
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
-from qwlora.errors import GridError
+from qwlora.errors import CalibrationError, GridError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -262,3 +263,43 @@ def short_name(scheme: Scheme) -> str:
         where = f"{granularity.kind}{granularity.size}"
     name = f"w{scheme.bitwidth}-{where}{'' if scheme.symmetric else '-asymmetric'}"
     return name if parse_scheme(name) == scheme else str(scheme)
+
+
+EstimatorName = Literal["min-max", "percentile", "squared-error", "sqnr"]
+ESTIMATORS: tuple[str, ...] = get_args(EstimatorName)
+
+
+@dataclass(frozen=True)
+class RangeEstimator:
+    """How the range of an activation is chosen from what an observer kept (`estimate_ranges.py`).
+
+    min-max         the lowest and the highest value
+    percentile      leaves (100 - percentile) % of the values outside at either end
+    squared-error   the least sum of (x - x_hat)^2
+    sqnr            the same, with clipped values counted three times
+                    (AIMET's `post_training_tf_enhanced`)
+    """
+
+    name: str = "min-max"
+    percentile: float = 99.99
+
+    def __post_init__(self) -> None:
+        if self.name not in ESTIMATORS:
+            raise CalibrationError(f"observer {self.name!r} is not one of {', '.join(ESTIMATORS)}")
+        if not 50 < self.percentile <= 100:
+            raise CalibrationError(f"percentile {self.percentile} is not in (50, 100]")
+
+    @property
+    def needs_sample(self) -> bool:
+        """Whether the estimator reads a sample of the values, not only their extremes."""
+        return self.name != "min-max"
+
+    @property
+    def gamma(self) -> float:
+        """Weight of the squared error of a clipped value."""
+        return 3.0 if self.name == "sqnr" else 1.0
+
+
+def as_estimator(observer: str | RangeEstimator) -> RangeEstimator:
+    """An estimator by name, with its default parameters."""
+    return RangeEstimator(observer) if isinstance(observer, str) else observer

@@ -37,8 +37,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import GridError
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.custom_ops import dequantize, gather, linear
 from qwlora.nn.packed_tensor import PackedTensor, Parts

@@ -22,9 +22,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from qwlora.grid.encoding import Encoding, aligned, grouped
+from qwlora.grid.encoding import Encoding, QuantizedTensor, aligned, grouped
 from qwlora.grid.packing import pack, packed_row_bytes, unpack
-from qwlora.grid.quantized_tensor import QuantizedTensor
 from qwlora.grid.scheme import Blocks, Lpbq, Scheme
 
 _AT_ONCE = 2**18  # codes unpacked together, so that the steps in between stay in a core's cache

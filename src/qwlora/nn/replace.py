@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from qwlora.errors import GridError, MergeError
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.packed_layer import (
     PackedLayer,

@@ -24,7 +24,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn.fingerprint import update_digest

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from qwlora.errors import GridError, lines, suggestion
 from qwlora.formats.aimet import matched_encodings
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn import pack_at_, tensor_out_in
 from qwlora.quantize.layer_rules import find_tensors

@@ -35,9 +35,7 @@ import torch
 from torch import Tensor
 
 from qwlora.errors import CalibrationError, GridError
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import Blocks, PerBlock, PerChannel, Scheme
 from qwlora.grid.second_moments import factor_damped
 from qwlora.quantize.scale_search import search_scale, storable_scale

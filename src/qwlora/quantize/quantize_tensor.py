@@ -28,8 +28,7 @@ import torch
 from torch import Tensor
 
 from qwlora.errors import CalibrationError, QwloraWarning, listed
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.second_moments import output_energy
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.solvers import SOLVERS

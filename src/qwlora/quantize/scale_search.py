@@ -25,9 +25,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.min_max import encoding_from_range, measure, rows_of_groups
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import (
+    Encoding,
+    QuantizedTensor,
+    encoding_from_range,
+    measure,
+    rows_of_groups,
+)
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 
 _FRACTIONS = tuple(torch.linspace(1.0, 0.3, 15).tolist())

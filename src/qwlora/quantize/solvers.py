@@ -27,7 +27,7 @@ from qwlora.errors import GridError
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from qwlora.grid.quantized_tensor import QuantizedTensor
+    from qwlora.grid.encoding import QuantizedTensor
     from qwlora.grid.scheme import Scheme
 
     Solve = Callable[[Tensor, Scheme, Tensor | None, Any], tuple[QuantizedTensor, dict[str, float]]]

@@ -10,8 +10,7 @@ from pydantic import Field
 
 from qwlora.export.npu.htp_limits import input_problem
 from qwlora.export.target import Target
-from qwlora.grid.range_estimator import EstimatorName, RangeEstimator
-from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import EstimatorName, PerChannel, PerTensor, RangeEstimator, Scheme
 from qwlora.recipe.section import Count, Section
 from qwlora.recipe.yaml_core import flow
 from qwlora.simulation.placement_rules import PlacementRule

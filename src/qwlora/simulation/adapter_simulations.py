@@ -51,8 +51,7 @@ from qwlora.graph.capturable_model import in_float32
 from qwlora.graph.capture import capture, rebound
 from qwlora.graph.graph_analysis import branch_nodes, lora_branch
 from qwlora.graph.quantized_graph import Kind, rebuilt
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.min_max import encoding_from_range, group_range
+from qwlora.grid.encoding import Encoding, encoding_from_range, group_range
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
 from qwlora.nn.frozen import assert_frozen

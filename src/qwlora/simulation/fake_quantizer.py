@@ -19,11 +19,9 @@ from qwlora.graph.nodes import MAY_ALIAS, base_name, is_known, operator_of
 from qwlora.graph.quantized_graph import GraphValue, Kind, insert_after
 from qwlora.graph.value_traits import GridOptions
 from qwlora.grid.activation_observer import SampleObserver
-from qwlora.grid.encoding import Encoding
+from qwlora.grid.encoding import Encoding, encoding_from_range, measure
 from qwlora.grid.estimate_ranges import estimate_ranges, observed_ranges
-from qwlora.grid.min_max import encoding_from_range, measure
-from qwlora.grid.range_estimator import RangeEstimator, as_estimator
-from qwlora.grid.scheme import PerChannel, PerTensor, Scheme
+from qwlora.grid.scheme import PerChannel, PerTensor, RangeEstimator, Scheme, as_estimator
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.system.parameter_names import is_factor_name
 

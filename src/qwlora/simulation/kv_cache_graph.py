@@ -95,10 +95,8 @@ from qwlora.graph.nodes import (
     used_placeholders,
 )
 from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph, rebuilt, with_graph
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.min_max import encoding_from_range, measure
-from qwlora.grid.range_estimator import as_estimator
-from qwlora.grid.scheme import Scheme
+from qwlora.grid.encoding import Encoding, encoding_from_range, measure
+from qwlora.grid.scheme import Scheme, as_estimator
 from qwlora.simulation.adapter_simulations import restored_adapters
 from qwlora.simulation.fake_quantizer import grid_ends
 from qwlora.simulation.placement import place

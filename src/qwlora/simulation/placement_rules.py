@@ -23,8 +23,7 @@ from pydantic import TypeAdapter
 
 from qwlora.errors import CalibrationError, GridError
 from qwlora.graph.value_traits import Decision, GridOptions, Trait
-from qwlora.grid.range_estimator import RangeEstimator, as_estimator
-from qwlora.grid.scheme import BITWIDTHS, PerChannel, Scheme
+from qwlora.grid.scheme import BITWIDTHS, PerChannel, RangeEstimator, Scheme, as_estimator
 
 # What to do about a user's rule without effect in a graph; it may be for another graph of the job.
 UnusedRules = Literal["refuse", "allow"]

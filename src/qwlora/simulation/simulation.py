@@ -38,7 +38,7 @@ from qwlora.graph.nodes import MASKS, base_name
 from qwlora.graph.quantized_graph import GraphValue, Kind, QuantizedGraph
 from qwlora.graph.value_traits import Decision
 from qwlora.grid.encoding import Encoding
-from qwlora.grid.range_estimator import as_estimator
+from qwlora.grid.scheme import as_estimator
 from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.packed_layer import packed_layers, packed_weights, unwrapped
 from qwlora.simulation.fake_quantizer import (

@@ -28,8 +28,7 @@ from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.model_source import load_model, locate
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, Scheme
 from qwlora.nn import pack_at_, packed_weights
 

@@ -28,9 +28,7 @@ from qwlora.errors import ExportError
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.proof.compare import LOGIT_DIFFERENCE
 from qwlora.export.target import ExportedBase, Target
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import Scheme, short_name
 from qwlora.nn.replace import pack_at_
 

@@ -24,8 +24,7 @@ from qwlora.export.registry import TARGETS
 from qwlora.export.target import Backend, ExportedBase
 from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn import pack_at_, packed_weights
 from qwlora.quantize.layer_rules import LayerRule

@@ -10,7 +10,7 @@ import torch
 from formats.gguf_models import HALVES, KINDS, WITH_MINIMUM, random_rows, with_one_zero
 from qwlora.errors import SourceError
 from qwlora.formats.gguf.blocks import decode_blocks, to_quantized
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 from qwlora.nn.packed_tensor import PackedTensor
 
 

@@ -37,7 +37,7 @@ from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.gguf.tensor_names import _OuterModules, find_reordering
 from qwlora.formats.model_source import load_model
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 
 SMALL = {
     "hidden_size": 256,

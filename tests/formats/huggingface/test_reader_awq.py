@@ -15,7 +15,7 @@ from qwlora.errors import SourceError
 from qwlora.formats.huggingface.qweight import QweightTensors
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 
 FILES = Path(__file__).parents[1] / "files"

@@ -24,7 +24,7 @@ from qwlora.errors import SourceError
 from qwlora.formats.huggingface.compressed_tensors import CompressedTensors
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor
 
 OUT, IN = 24, 64

@@ -20,9 +20,7 @@ from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint, FormatReader
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.min_max import measure
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
 
 FILE = "model.safetensors"

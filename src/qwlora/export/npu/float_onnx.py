@@ -52,8 +52,7 @@ from qwlora.export.onnx.onnx_model import (
 )
 from qwlora.export.target import ExportedGraph
 from qwlora.graph.quantized_graph import QuantizedGraph
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.min_max import encoding_from_range
+from qwlora.grid.encoding import Encoding, encoding_from_range
 from qwlora.grid.scheme import Scheme
 from qwlora.simulation.kv_cache_graph import (
     CacheSizes,

@@ -51,8 +51,7 @@ from qwlora.export.weights.weights_folder import (
     width_problem,
 )
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
-from qwlora.grid.encoding import spread
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor, spread
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.system.optional_packages import require
 

@@ -44,8 +44,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from qwlora.errors import SourceError
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
 
 CONSTANT_SCALE = 2.0**-14

@@ -40,7 +40,7 @@ from qwlora.formats.gguf.blocks import TYPES, Blocks, decode_blocks, to_quantize
 from qwlora.formats.gguf.gguf_file import TOKENS, GgufFile
 from qwlora.formats.gguf.tensor_names import Reordering, find_reordering, gguf_origins
 from qwlora.formats.meta_model import empty_model
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 
 FLOATS = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
 _ROPE_FACTORS = re.compile(r"(.*\.)?rope_(freqs|factors_long|factors_short)\.weight")

@@ -42,7 +42,7 @@ from qwlora.formats.huggingface.int32_words import (
     unpack_words,
 )
 from qwlora.formats.huggingface.safetensors_files import FLOATS, SafetensorsFiles
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Blocks, Granularity, PerChannel, PerTensor, Scheme
 from qwlora.system.time_limit import SECONDS, time_limit
 

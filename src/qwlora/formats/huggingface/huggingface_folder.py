@@ -19,7 +19,7 @@ from qwlora.formats.huggingface.model_config import read_config
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.huggingface.transformers_names import convert_quantized, origins
 from qwlora.formats.meta_model import empty_model
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 
 
 class FormatReader:

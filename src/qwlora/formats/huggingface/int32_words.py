@@ -15,8 +15,7 @@ from jaxtyping import Int, UInt8
 from torch import Tensor
 
 from qwlora.errors import GridError, SourceError
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, Scheme
 
 _AT_ONCE = 2**22  # codes whose bits are in memory at once, a byte each

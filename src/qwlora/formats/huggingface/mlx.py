@@ -31,8 +31,7 @@ from qwlora.formats.bitwidths import MLX_BITWIDTHS
 from qwlora.formats.huggingface.huggingface_folder import FormatReader
 from qwlora.formats.huggingface.int32_words import unpack_words
 from qwlora.formats.huggingface.safetensors_files import FLOATS, SafetensorsFiles
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor
 from qwlora.grid.scheme import PerBlock, Scheme
 
 

@@ -44,7 +44,7 @@ from qwlora.formats.huggingface.int32_words import (
     unpack_words,
 )
 from qwlora.formats.huggingface.safetensors_files import FLOATS, SafetensorsFiles
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 
 PARTS = ("qweight", "qzeros", "scales")
 _GPTQ_AXES = (("in*", "out"), ("groups", "out*"), ("groups", "out"))

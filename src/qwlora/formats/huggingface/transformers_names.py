@@ -34,8 +34,7 @@ from transformers.core_model_loading import (
 
 from qwlora.errors import SourceError, listed
 from qwlora.formats.checkpoint import Origin
-from qwlora.grid.encoding import Encoding
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor
 from qwlora.grid.scheme import Blocks, PerBlock
 
 ROW_OPERATIONS = tuple(

@@ -27,7 +27,7 @@ from qwlora.formats.base_folder import save_base
 from qwlora.formats.model_card import public_name
 from qwlora.formats.model_source import fetch, load_tokenizer
 from qwlora.formats.open_checkpoint import open_checkpoint
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 from qwlora.nn.replace import pack_at_, restore_conv1d_, tie_weights_, unpack_
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.quantize.quantize_model import BaseSize, base_size

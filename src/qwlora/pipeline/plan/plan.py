@@ -42,7 +42,7 @@ from qwlora.data import Documents, load_documents
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE, PROOF
 from qwlora.formats.model_source import fetch
-from qwlora.grid.range_estimator import RangeEstimator
+from qwlora.grid.scheme import RangeEstimator
 from qwlora.pipeline.job.digests import Digests
 from qwlora.quantize.revisions import REVISIONS
 from qwlora.quantize.solvers import SOLVERS

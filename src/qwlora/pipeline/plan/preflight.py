@@ -21,7 +21,7 @@ from qwlora.export.weights.weights_folder import layer_kind
 from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_files import read_record
 from qwlora.formats.huggingface.model_config import check_positions
-from qwlora.grid.quantized_tensor import QuantizedTensor
+from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.pipeline.plan.plan import TUNING_DEVICE, is_foreign
 from qwlora.pipeline.plan.target_table import (

@@ -123,7 +123,7 @@ def model_files(model: Model) -> Checkpoint:
 def kept_grids(recipe: Recipe) -> dict[Grid, str]:
     """The grids of the integers in the model's files, and one tensor that has each."""
     from qwlora.formats.assemble_model import LazyModel
-    from qwlora.grid.quantized_tensor import QuantizedTensor
+    from qwlora.grid.encoding import QuantizedTensor
 
     lazy = LazyModel(model_files(recipe.model))
     embedding = lazy.model.get_input_embeddings()

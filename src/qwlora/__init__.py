@@ -19,41 +19,62 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qwlora.adapter.adapter_folder import load_adapter, save_adapter
-    from qwlora.adapter.initialize import InitReports, initialize_
-    from qwlora.adapter.training_step import memory_saving
-    from qwlora.errors import QwloraError
-    from qwlora.export.one_call import export_files, verify_files
-    from qwlora.export.proof.checks import Check, Limits
-    from qwlora.formats.aimet_encodings import EncodingsFile, read_encodings, write_encodings
-    from qwlora.formats.assemble_model import load_precomputed
-    from qwlora.formats.base_folder import load_base, save_base
-    from qwlora.formats.checkpoint import Checkpoint
-    from qwlora.formats.hf_quantizer import register_with_transformers
-    from qwlora.formats.open_checkpoint import open_checkpoint
-    from qwlora.graph.value_traits import Decision, Trait
-    from qwlora.grid.encoding import Encoding, QuantizedTensor
-    from qwlora.grid.scheme import Blocks, PerBlock, PerChannel, PerTensor, RangeEstimator, Scheme
-    from qwlora.grid.second_moments import LayerMoments, MomentStore
-    from qwlora.nn import PackedLinear
-    from qwlora.nn.fingerprint import fingerprint
-    from qwlora.nn.frozen import assert_frozen
-    from qwlora.quantize.freeze_model import freeze_
-    from qwlora.quantize.layer_rules import LayerRule
-    from qwlora.quantize.quantize_blocks import observe_moments
-    from qwlora.quantize.quantize_model import QuantizeReport, quantize_
-    from qwlora.quantize.tune_scales import TuningReport, TuningSettings, tune_
-    from qwlora.simulation.adapter_simulations import (
-        AdapterSimulations,
-        load_simulation,
-        simulate_adapters,
-    )
-    from qwlora.simulation.placement import Placement
-    from qwlora.simulation.placement_rules import PlacementRule, Policy, PolicyRule, Schemes
-    from qwlora.simulation.simulated_model import SimulatedModel
-    from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
-    from qwlora.simulation.training_graph import TrainingGraph
-    from qwlora.system.progress import Track
+    from qwlora.adapter.adapter_folder import load_adapter as load_adapter
+    from qwlora.adapter.adapter_folder import save_adapter as save_adapter
+    from qwlora.adapter.initialize import InitReports as InitReports
+    from qwlora.adapter.initialize import initialize_ as initialize_
+    from qwlora.adapter.training_step import memory_saving as memory_saving
+    from qwlora.errors import QwloraError as QwloraError
+    from qwlora.export.one_call import export_files as export_files
+    from qwlora.export.one_call import verify_files as verify_files
+    from qwlora.export.proof.checks import Check as Check
+    from qwlora.export.proof.checks import Limits as Limits
+    from qwlora.formats.aimet_encodings import EncodingsFile as EncodingsFile
+    from qwlora.formats.aimet_encodings import read_encodings as read_encodings
+    from qwlora.formats.aimet_encodings import write_encodings as write_encodings
+    from qwlora.formats.assemble_model import load_precomputed as load_precomputed
+    from qwlora.formats.base_folder import load_base as load_base
+    from qwlora.formats.base_folder import save_base as save_base
+    from qwlora.formats.checkpoint import Checkpoint as Checkpoint
+    from qwlora.formats.hf_quantizer import register_with_transformers as register_with_transformers
+    from qwlora.formats.open_checkpoint import open_checkpoint as open_checkpoint
+    from qwlora.graph.value_traits import Decision as Decision
+    from qwlora.graph.value_traits import Trait as Trait
+    from qwlora.grid.encoding import Encoding as Encoding
+    from qwlora.grid.encoding import QuantizedTensor as QuantizedTensor
+    from qwlora.grid.scheme import Blocks as Blocks
+    from qwlora.grid.scheme import PerBlock as PerBlock
+    from qwlora.grid.scheme import PerChannel as PerChannel
+    from qwlora.grid.scheme import PerTensor as PerTensor
+    from qwlora.grid.scheme import RangeEstimator as RangeEstimator
+    from qwlora.grid.scheme import Scheme as Scheme
+    from qwlora.grid.second_moments import LayerMoments as LayerMoments
+    from qwlora.grid.second_moments import MomentStore as MomentStore
+    from qwlora.nn import PackedLinear as PackedLinear
+    from qwlora.nn.fingerprint import fingerprint as fingerprint
+    from qwlora.nn.frozen import assert_frozen as assert_frozen
+    from qwlora.quantize.freeze_model import freeze_ as freeze_
+    from qwlora.quantize.layer_rules import LayerRule as LayerRule
+    from qwlora.quantize.quantize_blocks import observe_moments as observe_moments
+    from qwlora.quantize.quantize_model import QuantizeReport as QuantizeReport
+    from qwlora.quantize.quantize_model import quantize_ as quantize_
+    from qwlora.quantize.tune_scales import TuningReport as TuningReport
+    from qwlora.quantize.tune_scales import TuningSettings as TuningSettings
+    from qwlora.quantize.tune_scales import tune_ as tune_
+    from qwlora.simulation.adapter_simulations import AdapterSimulations as AdapterSimulations
+    from qwlora.simulation.adapter_simulations import load_simulation as load_simulation
+    from qwlora.simulation.adapter_simulations import simulate_adapters as simulate_adapters
+    from qwlora.simulation.placement import Placement as Placement
+    from qwlora.simulation.placement_rules import PlacementRule as PlacementRule
+    from qwlora.simulation.placement_rules import Policy as Policy
+    from qwlora.simulation.placement_rules import PolicyRule as PolicyRule
+    from qwlora.simulation.placement_rules import Schemes as Schemes
+    from qwlora.simulation.simulated_model import SimulatedModel as SimulatedModel
+    from qwlora.simulation.simulation import CalibrationReport as CalibrationReport
+    from qwlora.simulation.simulation import Simulation as Simulation
+    from qwlora.simulation.simulation import simulate as simulate
+    from qwlora.simulation.training_graph import TrainingGraph as TrainingGraph
+    from qwlora.system.progress import Track as Track
 
 __version__ = "0.1.0"
 
@@ -95,65 +116,7 @@ _NAMES = {
     "system.progress": ("Track",),
 }
 _HOME = {name: module for module, names in _NAMES.items() for name in names}
-
-__all__ = [
-    "AdapterSimulations",
-    "Blocks",
-    "CalibrationReport",
-    "Check",
-    "Checkpoint",
-    "Decision",
-    "Encoding",
-    "EncodingsFile",
-    "InitReports",
-    "LayerMoments",
-    "LayerRule",
-    "Limits",
-    "MomentStore",
-    "PackedLinear",
-    "PerBlock",
-    "PerChannel",
-    "PerTensor",
-    "Placement",
-    "PlacementRule",
-    "Policy",
-    "PolicyRule",
-    "QuantizeReport",
-    "QuantizedTensor",
-    "QwloraError",
-    "RangeEstimator",
-    "Scheme",
-    "Schemes",
-    "SimulatedModel",
-    "Simulation",
-    "Track",
-    "TrainingGraph",
-    "Trait",
-    "TuningReport",
-    "TuningSettings",
-    "assert_frozen",
-    "export_files",
-    "fingerprint",
-    "freeze_",
-    "initialize_",
-    "load_adapter",
-    "load_base",
-    "load_precomputed",
-    "load_simulation",
-    "memory_saving",
-    "observe_moments",
-    "open_checkpoint",
-    "quantize_",
-    "read_encodings",
-    "register_with_transformers",
-    "save_adapter",
-    "save_base",
-    "simulate",
-    "simulate_adapters",
-    "tune_",
-    "verify_files",
-    "write_encodings",
-]
+__all__ = [name for names in _NAMES.values() for name in names]
 
 
 def __dir__() -> list[str]:

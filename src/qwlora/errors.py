@@ -23,8 +23,7 @@ found, where, and what to do.
 
 Other libraries raise their own errors for damaged or hostile files. Code that hands them a file
 does so inside `reading(file)`, which puts the file's name on the error. The command line turns
-any error into one message; `described` and `file_being_read` give its parts. A report says what
-to do in the `remedy` of the class.
+any error into one message; `described` and `file_being_read` give its parts.
 """
 
 from __future__ import annotations
@@ -71,23 +70,15 @@ def lines(items: Sequence[str], most: int = 5) -> list[str]:
 def near_names(name: str, names: Iterable[str], count: int = 3) -> list[str]:
     """The names with a spelling similar to `name`, closest first; case is ignored.
 
-    Dotted names are compared by their last part (`*.up_prj` and `layers.0.mlp.up_proj`), or as a
-    whole if the last part is correct or similar to none.
+    If no whole name is similar, their last parts are compared: `*.up_prj` and
+    `layers.0.mlp.up_proj`.
     """
     known = list(dict.fromkeys(islice(names, 2000)))  # each comparison takes about 10 us
-    end = _last_part(name).lower()
-    same_end = [other for other in known if _last_part(other).lower() == end]
-    if "." not in name or not same_end:
-        ends: dict[str, str] = {}
-        for other in known:
-            ends.setdefault(_last_part(other).lower(), other)
-        if near := difflib.get_close_matches(end, ends, n=count, cutoff=0.5):
-            return [ends[spelling] for spelling in near]
-        if "." not in name:
-            return []
-    spellings = {other.lower(): other for other in same_end or known}
-    near = difflib.get_close_matches(name.lower(), spellings, n=count, cutoff=0.4)
-    return [spellings[spelling] for spelling in near]
+    for part in (str, lambda dotted: dotted.rpartition(".")[2]):
+        spellings = {part(other).lower(): other for other in reversed(known)}
+        if near := difflib.get_close_matches(part(name).lower(), spellings, count, 0.5):
+            return [spellings[spelling] for spelling in near]
+    return []
 
 
 def suggestion(name: str, names: Collection[str], count: int = 1) -> str:
@@ -111,10 +102,6 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if not hours else f"{hours} h {rest} min" if rest else f"{hours} h"
 
 
-def _last_part(name: str) -> str:
-    return name.rpartition(".")[2]
-
-
 LESS_MEMORY = (
     "Free memory, or use less: a smaller model, smaller data.sequence_tokens or "
     "adapters.batch_sequences, or gradient_checkpointing: true"
@@ -127,11 +114,6 @@ _OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 class QwloraError(Exception):
     """Base class: catches every error that QWLoRA raises on purpose."""
 
-    remedy = (
-        "Free space, or correct the permissions, if the message says so. Otherwise run the command "
-        "again with --debug and report the traceback."
-    )
-
 
 class QwloraWarning(UserWarning):
     """Base class of every warning that QWLoRA gives; the command line prints it in one line."""
@@ -139,8 +121,6 @@ class QwloraWarning(UserWarning):
 
 class RecipeError(QwloraError, ValueError):
     """The recipe cannot be followed; `problems` lists every finding, so one edit fixes them all."""
-
-    remedy = "Change the recipe as the message says."
 
     def __init__(self, source: str, problems: Sequence[str]):
         self.source, self.problems = source, tuple(problems)
@@ -150,25 +130,17 @@ class RecipeError(QwloraError, ValueError):
 class SourceError(QwloraError, ValueError):
     """A model or data source is missing, empty, damaged or of an unknown kind."""
 
-    remedy = "Correct the model or the data source that the message names."
-
 
 class GridError(QwloraError, ValueError):
     """A scheme, an encoding or codes do not fit the tensor that they are applied to."""
-
-    remedy = "Choose another grid or block size for the layers that the message names."
 
 
 class FingerprintError(QwloraError, ValueError):
     """Artifacts that must share a base do not, or a file differs from the digest saved with it."""
 
-    remedy = "Restore the file that the message names, or make it again."
-
 
 class DirectoryError(QwloraError, OSError):
     """An output directory or file belongs to something else, or cannot be written."""
-
-    remedy = "Make the folder usable as the message says: space, permissions, or --out."
 
     def __str__(self) -> str:
         return str(self.args[0])
@@ -181,28 +153,17 @@ class MergeError(QwloraError, RuntimeError):
 class TrainingError(QwloraError, RuntimeError):
     """Training would change the base, or the loss is NaN or infinite."""
 
-    remedy = (
-        "Change the settings of the adapter as the message says. A lower learning_rate or more "
-        "warmup_steps helps most often."
-    )
-
 
 class CaptureError(QwloraError, RuntimeError):
     """torch.export cannot capture the model, or its graph computes other values."""
-
-    remedy = "Change the part of the model or of the simulation that the message names."
 
 
 class CalibrationError(QwloraError, ValueError):
     """A tensor received no data, or values that no grid can hold (NaN, infinity)."""
 
-    remedy = "Give the tensor that the message names other calibration data, or keep it float."
-
 
 class ExportError(QwloraError, RuntimeError):
     """The target format cannot hold what was simulated."""
-
-    remedy = "Change what the target cannot hold, or choose another target."
 
 
 class EncodingsFileError(QwloraError, ValueError):
@@ -244,8 +205,6 @@ class VerificationError(QwloraError, RuntimeError):
         results: what was measured, in the form of results.json.
     """
 
-    remedy = "Do not use the exported files until the check has passed."
-
     def __init__(
         self, what: str, problems: Sequence[str] = (), results: dict[str, Any] | None = None
     ):
@@ -260,13 +219,9 @@ class UploadError(QwloraError, RuntimeError):
 class NonFiniteError(QwloraError, ArithmeticError):
     """A perplexity or another result is NaN or infinite."""
 
-    remedy = "Find the layer or the data that gives NaN or infinity."
-
 
 class MissingExtraError(QwloraError, ImportError):
     """An optional dependency is needed; the message names the extra to install."""
-
-    remedy = "Install the package that the message names."
 
 
 @contextmanager

@@ -12,12 +12,13 @@ import torch
 
 from conftest import tiny_model
 from qwlora import PlacementRule, Scheme, Schemes, quantize_, simulate
-from qwlora.analysis.mixed_precision import rules_for, suggest
 from qwlora.analysis.quantization_costs import (
     cumulative_costs,
     layer_sqnr,
     next_token_loss,
+    rules_for,
     sensitivities,
+    suggest,
 )
 from qwlora.errors import CalibrationError
 from qwlora.simulation.simulation import Simulation

@@ -12,8 +12,7 @@ from unittest import mock
 import pytest
 
 from cli.command_line import qwlora
-from qwlora.cli import progress_bars
-from qwlora.cli.progress_bars import ProgressDisplay
+from qwlora.cli.terminal import LINE_SECONDS, ProgressDisplay
 from qwlora.system.progress import one_step
 
 
@@ -89,8 +88,8 @@ def test_one_step_ends_also_when_the_block_fails() -> None:
 def test_without_a_terminal_lines_are_few(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert progress_bars.LINE_SECONDS == 30.0
-    monkeypatch.setattr(progress_bars, "LINE_SECONDS", 0.4)
+    assert LINE_SECONDS == 30.0
+    monkeypatch.setattr("qwlora.cli.terminal.LINE_SECONDS", 0.4)
     with ProgressDisplay() as display:
         display.watch("train/a", 1, 1)
         for _ in display.track(range(10), "training", 10):
@@ -107,7 +106,7 @@ def test_without_a_terminal_lines_are_few(
 def test_quiet_shows_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(progress_bars, "LINE_SECONDS", 0.05)
+    monkeypatch.setattr("qwlora.cli.terminal.LINE_SECONDS", 0.05)
     with ProgressDisplay(quiet=True) as display:
         display.say("a line")
         assert list(display.track(range(3), "training", 3)) == [0, 1, 2]

@@ -188,12 +188,13 @@ def test_what_cannot_be_used_is_named_before_anything_is_loaded(
 def test_text_that_is_not_utf8_is_refused(job: Path) -> None:
     for raw in ([], ["--raw"]):
         for command, typed, place in (
-            (["generate", job, "caf\udce9"], "", 4),
-            (["chat", job], "hi\udcff\n", 3),
+            (["generate", job, "caf\udce9"], "", 3),
+            (["chat", job], "hi\udcff\n", 2),
         ):
             code, out, err = call(*command, "--stage", "base", *raw, typed=typed)
             assert (code, out, "unexpected" in err) == (2, "", False)
-            assert f"not UTF-8 text at character {place}" in err
+            assert "the prompt is not UTF-8 text" in err
+            assert f"in position {place}:" in err
 
 
 def test_an_answer_with_control_characters_is_shown_as_escapes(

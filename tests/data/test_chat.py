@@ -14,8 +14,7 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from conftest import byte_tokenizer
 from qwlora.data import Completion, Conversation
-from qwlora.data.chat import encode_conversation
-from qwlora.data.tokenization import encode_documents
+from qwlora.data.tokenization import encode_conversation, encode_documents
 from qwlora.errors import SourceError
 from qwlora.formats.model_source import load_tokenizer
 

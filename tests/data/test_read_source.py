@@ -172,14 +172,14 @@ WRONG_LINES = [
     ('{"text": NaN}', f"{NOT_USABLE}NaN is not a value of JSON"),
     ('{"text": "a", "text": "b"}', "has the key 'text' twice in one object"),
     ("[" * 100_000, f"{NOT_USABLE}maximum recursion depth"),
-    ('"text"', "a record must be an object with named fields, not a string"),
+    ('"text"', "a record must be an object with named fields, not 'text'"),
     ("{}", f"the record{EMPTY}"),
     ('{"text": " "}', f"'text'{EMPTY}"),
     ('{"Text": "a"}', "the field 'text' is missing; did you mean Text?"),
-    ('{"text": null}', "'text' must be a string, not null"),
-    ('{"text": true}', "'text' must be a string, not true or false"),
+    ('{"text": null}', "'text' must be a string, not None"),
+    ('{"text": true}', "'text' must be a string, not True"),
     ('{"text": ["a"]}', "'text' must be a string, not a list"),
-    ('{"text": "a\\ud800"}', "'text' holds half a surrogate pair at character 1"),
+    ('{"text": "a\\ud800"}', "'text' is not UTF-8 text: "),
     ('{"messages": []}', "The records before it have text, and a source holds one kind"),
 ]
 
@@ -194,16 +194,16 @@ def said(**message: Any) -> list[dict[str, Any]]:
 
 
 WRONG_MESSAGES = [
-    ("Hi", "'messages' must be a list of messages with role and content, not a string"),
+    ("Hi", "'messages' must be a list of messages with role and content, not 'Hi'"),
     ([], "'messages' is empty"),
     ([user()], "there is no message of the assistant"),
-    (["Hi"], "message 1: must be an object with role and content, not a string"),
+    (["Hi"], "message 1: must be an object with role and content, not 'Hi'"),
     (said(**GPT), "message 2: 'role' is missing; did you mean from"),
     (said(role="assistant"), "message 2: 'content' is missing; there are role"),
     (said(role="assistant", content=None), "message 2: 'content' is null"),
     (said(role="asistant", content="x"), "unknown role 'asistant'; did you mean assistant?"),
     (said(role="bot", content="x"), "role 'bot'; there are system, developer, user, assistant, t"),
-    (said(role=3, content="x"), "message 2: 'role' must be a string, not a number"),
+    (said(role=3, content="x"), "message 2: 'role' must be a string, not 3"),
     (said(role="assistant", content=[]), "message 2: 'content' must be a string, not a list"),
     (said(role="assistant", content=" \n"), "message 2: the assistant's content is empty"),
     ([HUMAN, {"from": "gpt"}], "message 2: 'value' is missing"),
@@ -284,12 +284,12 @@ def test_conversations_with_other_tools_are_others() -> None:
 
 
 WRONG_TOOLS = [
-    (3, "'tools' must be a list of tools, or the JSON of one, not a number"),
+    (3, "'tools' must be a list of tools, or the JSON of one, not 3"),
     ("weather", "'tools' is a string, but not the JSON of a list of tools: Expecting value"),
     (json.dumps(TOOLS[0]), "'tools' must be a list of tools, or the JSON of one, not an object"),
-    ([TOOLS[0], "weather"], "tool 2 must be an object (a JSON schema), not a string"),
+    ([TOOLS[0], "weather"], "tool 2 must be an object (a JSON schema), not 'weather'"),
     ('[{"name": NaN}]', "'tools' cannot be written as JSON: Out of range float"),
-    ([{"name": "\ud800"}], "'tools' holds half a surrogate pair at character 11"),
+    ([{"name": "\ud800"}], "'tools' is not UTF-8 text: "),
 ]
 
 
@@ -375,7 +375,7 @@ WRONG_TABLES = [
     ("a.json", b"[]", "holds no text: it has no records"),
     ("a.json", b'[\n{"text": "a"},\n{"text" "b"}]', ":3: this is not JSON: Expecting ':' deli"),
     ("a.json", b'[{"text": "a"}, {"text": NaN}]', f"{NOT_USABLE}NaN is not a value of JSON"),
-    ("a.json", b'[{"text": "a"}, {"text": 3}]', " record 2: 'text' must be a string, not a"),
+    ("a.json", b'[{"text": "a"}, {"text": 3}]', " record 2: 'text' must be a string, not 3"),
     ("a.json", b'{\n "text": "a"\n}', "character 2. A .json file holds a list of records, or one"),
     ("a.txt.gz", b"x", ".gz files are not read: unpack it first"),
 ]
@@ -389,7 +389,7 @@ def test_a_bad_file_is_named(tmp_path: Path, name: str, content: bytes, message:
 
 @pytest.mark.parametrize("name", ["data.parquet", "data.arrow", "data.feather", "saved"])
 @pytest.mark.parametrize(
-    ("value", "message"), [(float("nan"), "nan"), (None, "null"), (2.5, "a number")]
+    ("value", "message"), [(float("nan"), "nan"), (None, "None"), (2.5, "2.5")]
 )
 def test_a_bad_row_of_a_table_is_counted(
     tmp_path: Path, name: str, value: Any, message: str

@@ -18,8 +18,8 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, TextStreamer
 
-from qwlora.data.chat import render
-from qwlora.errors import SourceError
+from qwlora.data.tokenization import render
+from qwlora.errors import SourceError, foreign_as
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,8 @@ class Answer:
 
     text: str  # without special tokens
     tokens: int  # generated, with the one that ended it
-    first_seconds: float  # until the first token, which includes reading the prompt
-    seconds: float  # until the last one
-
-    @property
-    def tokens_per_second(self) -> float | None:
-        """Rate after the first token; None for a single token."""
-        rest = self.seconds - self.first_seconds
-        return (self.tokens - 1) / rest if self.tokens > 1 and rest > 0 else None
+    first_token_seconds: float  # includes reading the prompt
+    tokens_per_second: float | None  # after the first token; None for a single token
 
 
 def prompt_ids(
@@ -53,14 +47,9 @@ def prompt_ids(
 ) -> Int64[Tensor, "1 tokens"]:
     """Token ids of a text, or of a conversation rendered with the tokenizer's chat template."""
     messages = [{"content": prompt}] if isinstance(prompt, str) else prompt
-    for message in messages:
-        try:
+    with foreign_as(SourceError, "the prompt is not UTF-8 text"):
+        for message in messages:
             message["content"].encode()
-        except UnicodeEncodeError as error:
-            raise SourceError(
-                f"the prompt is not UTF-8 text at character {error.start + 1}; type it in a "
-                "terminal that uses UTF-8, or convert the file it is from"
-            ) from error
     if isinstance(prompt, str):
         ids: Any = tokenizer(prompt)["input_ids"]
     else:
@@ -137,5 +126,6 @@ class _Streamer(TextStreamer):
             self._write(text)
 
     def answer(self) -> Answer:
-        first, last = self._times[0] - self._began, self._times[-1] - self._began
-        return Answer("".join(self._parts), len(self._times), first, last)
+        first, last, count = self._times[0], self._times[-1], len(self._times)
+        rate = (count - 1) / (last - first) if last > first else None
+        return Answer("".join(self._parts), count, first - self._began, rate)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -60,7 +60,7 @@ class TensorView:
 
     @property
     def bits_per_weight(self) -> float:
-        return bits_per_weight([self])
+        return 8 * self.bytes / self.weights if self.weights else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; `exact` is true if the SQNR is infinite, which JSON cannot express."""
@@ -81,39 +81,21 @@ class Inspection:
     tensors: tuple[TensorView, ...]
     fingerprint: str | None = None  # of a QWLoRA base
 
+    @property
+    def totals(self) -> dict[str, dict[str, Any]]:
+        """Sizes of `all` tensors, and of those that are `integers`."""
+        parts = {"all": self.tensors, "integers": [t for t in self.tensors if t.is_integers]}
+        totals = {}
+        for name, tensors in parts.items():
+            count, stored = sum(t.weights for t in tensors), sum(t.bytes for t in tensors)
+            bits = 8 * stored / count if count else 0.0
+            totals[name] = {"weights": count, "bytes": stored, "bits_per_weight": bits}
+        return totals
+
     def to_json(self) -> dict[str, Any]:
         """JSON values."""
-        parts = {"all": self.tensors, "integers": [t for t in self.tensors if t.is_integers]}
-        totals = {
-            name: {
-                "weights": weights(tensors),
-                "bytes": size_bytes(tensors),
-                "bits_per_weight": bits_per_weight(tensors),
-            }
-            for name, tensors in parts.items()
-        }
-        return {
-            "kind": self.kind,
-            "source": self.source,
-            "fingerprint": self.fingerprint,
-            "totals": totals,
-            "tensors": [tensor.to_json() for tensor in self.tensors],
-        }
-
-
-def weights(views: Iterable[TensorView]) -> int:
-    """Number of weights in these tensors."""
-    return sum(view.weights for view in views)
-
-
-def size_bytes(views: Iterable[TensorView]) -> int:
-    """Stored bytes of these tensors."""
-    return sum(view.bytes for view in views)
-
-
-def bits_per_weight(views: Sequence[TensorView]) -> float:
-    """Stored bits per weight, scales and offsets included."""
-    return 8 * size_bytes(views) / weights(views) if weights(views) else 0.0
+        content = {key: getattr(self, key) for key in ("kind", "source", "fingerprint", "totals")}
+        return content | {"tensors": [tensor.to_json() for tensor in self.tensors]}
 
 
 def inspect_source(
@@ -259,25 +241,20 @@ def _compared(view: TensorView, files: _ModelFiles, reference: _ModelFiles) -> T
     if view.name not in reference.headers:
         return view
     ours, theirs = files.reader.read(view.name), reference.reader.read(view.name)
-    pairs = [
-        (w_hat, w)
-        for w_hat in _layouts(ours, theirs)
-        for w in _layouts(theirs, ours)
+    pairs = [(w_hat, w) for w_hat in _layouts(ours, theirs) for w in _layouts(theirs, ours)]
+    ratios = [
+        sqnr_db(float(w.double().square().sum()), float((w - w_hat).double().square().sum()))
+        for w_hat, w in pairs
         if w_hat.shape == w.shape
     ]
-    if not pairs:
-        shapes = [list(_layouts(value, value)[0].shape) for value in (ours, theirs)]
+    if not ratios:
+        shapes = [list(tensor.shape) for tensor in pairs[0]]
         raise SourceError(
             f"{view.name} has shape {shapes[0]} in one source and {shapes[1]} in the other. Give "
             "two versions of the same model"
         )
-    if isinstance(ours, QuantizedTensor):
-        view = replace(view, grid=str(ours.encoding.scheme))
-    ratios = [
-        sqnr_db(float(w.double().square().sum()), float((w - w_hat).double().square().sum()))
-        for w_hat, w in pairs
-    ]
-    return replace(view, sqnr_db=max(ratios))
+    grid = str(ours.encoding.scheme) if isinstance(ours, QuantizedTensor) else view.grid
+    return replace(view, grid=grid, sqnr_db=max(ratios))
 
 
 def _layouts(value: Tensor | QuantizedTensor, other: Tensor | QuantizedTensor) -> list[Tensor]:
@@ -288,5 +265,4 @@ def _layouts(value: Tensor | QuantizedTensor, other: Tensor | QuantizedTensor) -
     values = value.to(torch.float32)
     if not isinstance(other, QuantizedTensor) or values.ndim < 2:
         return [values]
-    is_kernel = other.codes.ndim == 2 < values.ndim
-    return [values.flatten(1)] if is_kernel else [values, values.mT]
+    return [values, values.mT, values.flatten(1)]

@@ -1,28 +1,46 @@
-"""What quantization does to a simulation: how much each part and each activation adds to the loss,
-and how far activations are off.
+"""What quantization costs: how much each part of a simulation and each activation adds to the loss,
+and which activations need a wide grid.
 
-adapted            only base weights are quantized
-adapter_weights    also lora_A and lora_B
-parameters         also norm weights, biases and everything else that step 1 left float
-activations        also activations: the simulation as it is exported
+`cumulative_costs` measures the parts, one added after the other:
+
+    adapted            only base weights are quantized
+    adapter_weights    also lora_A and lora_B
+    parameters         also norm weights, biases and everything else that step 1 left float
+    activations        also activations: the simulation as it is exported
+
+`suggest` finds the fewest activations on a wide grid that keep a measure within a limit:
+
+    rank       all on the narrow grid, by the cost of `sensitivities`
+    promote    the k most costly to the wide grid: the smallest k with `measure() <= limit`, by
+               bisection
+    demote     groups of promoted activations (same name in any layer) back to the narrow grid where
+               the limit still holds, least costly first
+
+Measurements decide; the ranking only orders the search. Bisection assumes that the measure falls
+with k, so the result satisfies the limit but may not be minimal. Bitwidths that a user's rule or
+an earlier calibration fixed do not change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+import re
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from qwlora.errors import CalibrationError
 from qwlora.graph.quantized_graph import Kind
 from qwlora.grid.encoding import sqnr_db
 from qwlora.nn.temporary import gradients_disabled
 from qwlora.simulation.fake_quantizer import Quantizer
+from qwlora.simulation.placement_rules import PlacementRule
 from qwlora.simulation.simulation import Simulation
-from qwlora.system.progress import Track, untracked
+from qwlora.system.progress import Track, one_step, untracked
 
 
 def cumulative_costs(
@@ -93,9 +111,6 @@ def encodings_summary(simulation: Simulation) -> dict[str, Any]:
     return {"ranges": ranges, "bits": bits}
 
 
-Loss = Callable[[Tensor, Mapping[str, Any]], Tensor]
-
-
 @dataclass(frozen=True)
 class Sensitivity:
     """The sensitivity of one quantizer."""
@@ -106,38 +121,27 @@ class Sensitivity:
     sqnr_db: float  # `10 log10 (sum x^2 / sum e^2)`, on the values of the float graph
 
 
-@dataclass
-class _Sums:
-    cost: float = 0.0
-    signal: float = 0.0
-    noise: float = 0.0
-
-
 def sensitivities(
-    simulation: Simulation,
-    batches: Collection[Mapping[str, Any]],
-    loss: Loss | None = None,
-    track: Track = untracked,
+    simulation: Simulation, batches: Collection[Mapping[str, Any]], track: Track = untracked
 ) -> list[Sensitivity]:
     """The activation quantizers of a calibrated simulation, most costly first, by one forward and
     backward pass per batch.
 
-        cost = 1/2 sum (g e)^2,     e = x_hat - x,     g = dL/dx
+        cost = 1/2 sum (g e)^2,     e = x_hat - x,     g = dL/dx,     L: `next_token_loss`
 
     summed over the values x of the activation. This is the second-order term of the loss, with the
     diagonal of the empirical Fisher information instead of the Hessian; the first-order term is
     omitted because rounding errors have no preferred direction. Costs are taken at the float graph
-    and ignore how errors add up: use them to rank, and measure the result (`mixed_precision.py`).
+    and ignore how errors add up: use them to rank, and measure the result (`suggest`).
 
     Source: Dong et al. 2019 (HAWQ, https://arxiv.org/abs/1905.03696), with Fisher information as in
     Li et al. 2021 (BRECQ, https://arxiv.org/abs/2102.05426).
 
     Args:
         batches: the model's arguments; keep them short, all activations are in memory at once.
-        loss: maps primary output and batch to a scalar. Default: `next_token_loss`.
     """
     simulation.encodings  # noqa: B018 (raises if not calibrated)
-    sums = {name: _Sums() for name in simulation.quantizers}
+    cost, signal, noise = (dict.fromkeys(simulation.quantizers, 0.0) for _ in range(3))
     leaves: list[Tensor] = []
 
     def add_cost_node(quantizer: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -145,14 +149,14 @@ def sensitivities(
         if not output.requires_grad:
             output = output.detach().requires_grad_()
             leaves.append(output)
-        x, encoding, of_value = output.detach().clone(), quantizer.encoding, sums[quantizer.name]
+        x, encoding, name = output.detach().clone(), quantizer.encoding, quantizer.name
         assert encoding is not None
 
         def add_cost(gradient: Tensor) -> None:
             error = encoding.fake_quantize(x) - x
-            of_value.noise += float(error.square().sum())
-            of_value.signal += float(x.square().sum())
-            of_value.cost += 0.5 * float((error * gradient).square().sum())
+            noise[name] += float(error.square().sum())
+            signal[name] += float(x.square().sum())
+            cost[name] += 0.5 * float((error * gradient).square().sum())
 
         output.register_hook(add_cost)
         return output.clone()  # later operators may overwrite it
@@ -165,13 +169,11 @@ def sensitivities(
         stack.enter_context(simulation.only())
         for batch in track(batches, "measuring sensitivity", len(batches)):
             with torch.enable_grad():
-                value = (loss or next_token_loss)(simulation.primary(batch), batch)
+                value = next_token_loss(simulation.primary(batch), batch)
             torch.autograd.backward(value, inputs=leaves)
             leaves.clear()
     ranking = [
-        Sensitivity(
-            name, q.scheme.bitwidth, sums[name].cost, sqnr_db(sums[name].signal, sums[name].noise)
-        )
+        Sensitivity(name, q.scheme.bitwidth, cost[name], sqnr_db(signal[name], noise[name]))
         for name, q in simulation.quantizers.items()
     ]
     return sorted(ranking, key=lambda s: -s.cost)
@@ -185,3 +187,126 @@ def next_token_loss(logits: Tensor, batch: Mapping[str, Any]) -> Tensor:
     return nn.functional.cross_entropy(
         logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=-100, reduction="sum"
     )
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """The result of a search, which the simulation has afterwards.
+
+    The rules create it in a simulation with narrow activations; append them to its other rules.
+    """
+
+    wide: tuple[str, ...]  # names of the activations on the wide grid, in graph order
+    narrow: int  # number of activations on the narrow grid
+    kept: int  # number of activations that were not searched
+    rules: tuple[PlacementRule, ...]
+    measured: float  # the measure of the assignment
+    all_narrow: float
+    all_wide: float
+
+
+def suggest(
+    simulation: Simulation,
+    batches: Collection[Mapping[str, Any]],
+    measure: Callable[[], float],
+    limit: float,
+    narrow: int = 8,
+    wide: int = 16,
+    track: Track = untracked,
+) -> Suggestion:
+    """Search for an assignment of bitwidths and apply it to a calibrated simulation.
+
+    Args:
+        batches: see `sensitivities`.
+        measure: what to keep within `limit`, smaller is better; for example the simulation's
+            perplexity. It is called several dozen times.
+        narrow, wide: bitwidths.
+    """
+    ruled = {mark.name for mark in simulation.marks if mark.ruled}
+    searched = [n for n, q in simulation.quantizers.items() if not q.fixed and n not in ruled]
+    known: dict[frozenset[str], float] = {}
+
+    def measured(names: Sequence[str]) -> float:
+        """The measure with `names` on the wide grid and the rest on the narrow one."""
+        chosen = frozenset(names)
+        for name in searched:
+            quantizer = simulation.quantizers[name]
+            scheme = replace(quantizer.scheme, bitwidth=wide if name in chosen else narrow)
+            if quantizer.scheme != scheme:  # setting it drops the encoding
+                quantizer.scheme = scheme
+        simulation.freeze()
+        if chosen not in known:
+            known[chosen] = measure()
+        return known[chosen]
+
+    all_wide = measured(searched)
+    if not all_wide <= limit:
+        raise CalibrationError(
+            f"with every activation at {wide} bits the measure is {all_wide:.5g}, above the limit "
+            f"of {limit:.5g}. Raise the limit, or keep the most costly activations float "
+            "(simulation.rules with keep: float)"
+        )
+    all_narrow = measured([])
+    ranking = [s.name for s in sensitivities(simulation, batches, track) if s.name in searched]
+    with one_step(track, "promoting"):
+        enough = bisect_left(
+            range(len(ranking)), True, key=lambda count: measured(ranking[:count]) <= limit
+        )
+    wide_names = promoted = ranking[:enough]
+    groups = list(_by_kind(promoted).values())
+    groups.sort(key=lambda names: -min(map(promoted.index, names)))
+    for group in track(groups, "demoting", len(groups)):
+        fewer = [name for name in wide_names if name not in group]
+        if measured(fewer) <= limit:
+            wide_names = fewer
+    result = measured(wide_names)  # sets it
+    values = {v.name: v.names for v in simulation.placement.values if v.name in searched}
+    return Suggestion(
+        tuple(name for name in searched if name in wide_names),
+        len(searched) - len(wide_names),
+        len(simulation.quantizers) - len(searched),
+        rules_for(wide_names, values, narrow, wide),
+        result,
+        all_narrow,
+        all_wide,
+    )
+
+
+def rules_for(
+    chosen: Collection[str], names: Mapping[str, tuple[str, ...]], narrow: int, wide: int
+) -> tuple[PlacementRule, ...]:
+    """Rules that make `chosen` wide and everything else narrow.
+
+    One glob covers a value of all layers where it matches no other value. The name of the first
+    value of a module and operator (`model.layers.0.mlp.mul`) also matches the next (`mul_1`), so
+    exceptions for narrow ones come first.
+
+    Args:
+        names: by value, the names that a glob matches.
+    """
+    exceptions: dict[str, PlacementRule] = {}
+    rules = []
+    for kind, members in _by_kind(list(names)).items():
+        among = [name for name in members if name in chosen]
+        everywhere = PlacementRule(kind, bitwidth=wide)
+        if len(among) == len(members) and not any(
+            everywhere.fits(fitting) for name, fitting in names.items() if name not in chosen
+        ):
+            rules.append(everywhere)
+            continue
+        for rule in (PlacementRule(name, bitwidth=wide) for name in among):
+            rules.append(rule)
+            exceptions |= {
+                name: PlacementRule(name, bitwidth=narrow)
+                for name, fitting in names.items()
+                if name not in chosen and rule.fits(fitting)
+            }
+    return (*exceptions.values(), *rules)
+
+
+def _by_kind(names: Sequence[str]) -> dict[str, list[str]]:
+    """Names grouped by a glob that replaces the layer number."""
+    kinds: dict[str, list[str]] = {}
+    for name in names:
+        kinds.setdefault(re.sub(r"(?<=\.)\d+(?=\.)", "*", name), []).append(name)
+    return kinds

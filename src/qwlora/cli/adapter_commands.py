@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import shlex
 import sys
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from qwlora.cli.shared_arguments import AsJson, Job, Name, Yes
 from qwlora.cli.terminal import print_result, table
+
+if TYPE_CHECKING:
+    from qwlora.adapter.adapter_check import AdapterReport
 
 app = typer.Typer(
     help="Add, import, show, rename, remove and check adapters.",
@@ -44,17 +48,22 @@ def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
             reports.append(adapter_report(adapter, folder))
         except QwloraError as error:
             unreadable.append(str(error))
+    lines = [*adapter_lines(reports, base), *([f"base {base[:16]}"] if base else [])]
+    record = {"base": base, "adapters": [asdict(report) for report in reports]}
+    print_result(record, lines if reports else [], as_json)
+    if unreadable:
+        raise SourceError("\n".join(unreadable))
+
+
+def adapter_lines(reports: Iterable[AdapterReport], base: str | None) -> list[str]:
+    """A table of adapters; one that was trained on another base than `base` is marked."""
     rows = [("adapter", "kind", "rank", "alpha", "layers", "parameters", "base")]
     for report in reports:
         other = " (a different base)" if base not in (None, report.base) else ""
         trained_on = "unknown" if report.base is None else f"{report.base[:16]}{other}"
         sizes = (str(report.rank), str(report.alpha), str(report.modules))
         rows.append((report.name, report.kind, *sizes, f"{report.parameters:,}", trained_on))
-    lines = [*table(rows), *([f"base {base[:16]}"] if base else [])]
-    record = {"base": base, "adapters": [asdict(report) for report in reports]}
-    print_result(record, lines if reports else [], as_json)
-    if unreadable:
-        raise SourceError("\n".join(unreadable))
+    return list(table(rows))
 
 
 @app.command()

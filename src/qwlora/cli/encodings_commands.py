@@ -151,8 +151,6 @@ def diff(
     ] = 0.0,
 ) -> None:
     """List the differences between two files of any versions. Exit code 1 if there are any."""
-    if tolerance != tolerance:
-        raise typer.BadParameter("--tolerance is nan, which is not a number; use 0 or more")
     files = [aimet_encodings.read_encodings(file) for file in (first, second)]
     differences = aimet_encodings.diff(files[0], files[1], tolerance)
     for difference in differences:

@@ -11,29 +11,19 @@ from __future__ import annotations
 
 import signal
 import sys
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.shared_arguments import AdapterName, AsJson, Job
-from qwlora.cli.terminal import print_json
+from qwlora.cli.terminal import ProgressDisplay, print_json
 from qwlora.system.stop_signals import number_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from qwlora.analysis.generate_text import Answer
     from qwlora.pipeline.commands.open_job import JobModels, ModelName
-
-
-def _checked_temperature(value: float) -> float:
-    if value != 0 and not 1e-4 <= value <= 1e4:  # float32 logits would overflow, or all be equal
-        raise typer.BadParameter(
-            f"{value:g} is out of range: 0 picks the likeliest token, and 0.0001 to 10000 sample"
-        )
-    return value
-
 
 StageName = Annotated[
     str | None,
@@ -57,7 +47,7 @@ Temperature = Annotated[
     float,
     typer.Option(
         "--temperature",
-        callback=_checked_temperature,
+        min=0.0,
         help="0: always the likeliest token. Above 0: sample; 1 is the model's own distribution.",
     ),
 ]
@@ -114,7 +104,7 @@ def generate(
     from qwlora.analysis.generate_text import Sampling, generate_text, prompt_ids
 
     sampling = Sampling(max_new_tokens, temperature, seed)
-    answers: list[tuple[str, Answer]] = []
+    answers = []
     for name in names:  # one model in memory at a time
         model, tokenizer = _open(models, name, exact)
         is_raw = raw or not tokenizer.chat_template
@@ -123,28 +113,16 @@ def generate(
             print(f"== {name}")
         write = (lambda text: None) if as_json else _write
         answer = generate_text(model, tokenizer, ids, sampling, write)
-        answers.append((str(name), answer))
+        answers.append({"model": str(name), **asdict(answer)})
         del model
         if not as_json:
             print("\n" if name != names[-1] else "", flush=True)
-            rate = answer.tokens_per_second
+            rate, plural = answer.tokens_per_second, "" if answer.tokens == 1 else "s"
             then = "" if rate is None else f", then {rate:.1f} per second"
-            plural = "" if answer.tokens == 1 else "s"
-            _say(
-                f"{answer.tokens} token{plural}: the first after {answer.first_seconds:.2f} s{then}"
-            )
+            first = f"{answer.first_token_seconds:.2f} s"
+            _say(f"{answer.tokens} token{plural}: the first after {first}{then}")
     if as_json:
-        content = [
-            {
-                "model": name,
-                "text": answer.text,
-                "tokens": answer.tokens,
-                "first_token_seconds": answer.first_seconds,
-                "tokens_per_second": answer.tokens_per_second,
-            }
-            for name, answer in answers
-        ]
-        print_json({"prompt": prompt, "answers": content})
+        print_json({"prompt": prompt, "answers": answers})
 
 
 def chat(
@@ -206,15 +184,12 @@ def _open(
 
 def _read_line() -> str | None:
     """The next message; None at the end of the input."""
-    if sys.stdin.isatty():
+    if is_terminal := sys.stdin.isatty():
         import readline  # noqa: F401 (gives `input` its line editing)
-
-        try:
-            return input("> ").strip()
-        except EOFError:
-            return None
-    line = sys.stdin.readline()
-    return line.strip() if line else None
+    try:
+        return input("> " if is_terminal else "").strip()
+    except EOFError:
+        return None
 
 
 def _write(text: str) -> None:

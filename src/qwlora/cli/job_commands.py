@@ -16,9 +16,8 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.shared_arguments import AdapterName, AsJson, Encodings, Job, KeepFloat, Name, Yes
-from qwlora.cli.terminal import print_result
+from qwlora.cli.terminal import ProgressDisplay, print_result
 from qwlora.errors import UploadError, size
 
 

@@ -31,13 +31,18 @@ import typer.core
 from qwlora.cli.adapter_commands import app as adapters_app
 from qwlora.cli.encodings_commands import app as encodings_app
 from qwlora.cli.generate_commands import chat, generate
-from qwlora.cli.inspect_command import inspect
 from qwlora.cli.job_commands import base_app, dump_layers, merge, merge_check, push, report
-from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.recipe_commands import check, data, init, plan
 from qwlora.cli.shared_arguments import AsJson, Changes, Quiet
-from qwlora.cli.simulate_command import simulate
-from qwlora.cli.terminal import console, print_json, print_result, safe_streams, score_lines
+from qwlora.cli.show_commands import inspect, simulate
+from qwlora.cli.terminal import (
+    ProgressDisplay,
+    console,
+    print_json,
+    print_result,
+    safe_streams,
+    score_lines,
+)
 from qwlora.errors import (
     LESS_MEMORY,
     DirectoryError,

@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from qwlora.cli.progress_bars import ProgressDisplay
 from qwlora.cli.shared_arguments import AsJson, Changes
-from qwlora.cli.terminal import print_result, table
-from qwlora.errors import DirectoryError, size
+from qwlora.cli.terminal import ProgressDisplay, print_result, table
+from qwlora.errors import DirectoryError, foreign_as, size
 from qwlora.system.atomic import write_text
 
 if TYPE_CHECKING:
@@ -76,12 +75,8 @@ def init(
 
     if path.exists():
         raise DirectoryError(f"{str(path)!r} exists and was not changed. Give another path")
-    try:
+    with foreign_as(DirectoryError, f"{str(path)!r} cannot be written", "give another path"):
         write_text(path, full_recipe() if full else starter_recipe())
-    except OSError as error:
-        raise DirectoryError(
-            f"{str(path)!r} cannot be written: {error.strerror}. Give another path"
-        ) from error
     print(
         f"wrote {path}; set model.source and data.source in it, then: qwlora run {path} --out out"
     )

@@ -6,6 +6,15 @@ as escapes (`\x1b`); only `console` writes real ones, for colors and bars.
 
 With --json, standard output is JSON alone: only `print_json` writes to it. What libraries print
 there, such as a banner when they are imported, goes to standard error.
+
+Progress is shown on standard error: bars on a terminal, else a line at most every 30 seconds.
+
+    2/9 quantize            ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━
+    quantizing              ━━━━━━━━━━━━━━━━━━━━━━━━━━━━━━  10/30  0:01:12 left
+
+The first row is the job's stage, for commands that run one; the others are the steps that run now.
+The time left of a step follows from what it has done. They are erased when the command ends, also
+with an error or Ctrl-C. Text that is printed meanwhile appears above them.
 """
 
 from __future__ import annotations
@@ -15,16 +24,22 @@ import io
 import os
 import re
 import sys
+import threading
+import time
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any, TextIO, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderableType
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.segment import Segment
+from rich.table import Column
 
 from qwlora.errors import escaped
 from qwlora.system import strict_json
 
 T = TypeVar("T")
+LINE_SECONDS = 30.0  # between lines of progress without a terminal
 
 
 class _Escaping:
@@ -71,21 +86,17 @@ def console(stderr: bool = False, width: int | None = None) -> Console:
 def safe_streams(arguments: Sequence[str]) -> Iterator[None]:
     """Standard streams for one command, whose `arguments` may contain --json."""
     before = sys.stdin, sys.stdout, sys.stderr
-    for stream in before[1:]:
-        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding than UTF-8
-            stream.reconfigure(errors="backslashreplace")
-    if isinstance(sys.stdin, io.TextIOWrapper):  # as in arguments; `prompt_ids` refuses them
-        sys.stdin.reconfigure(errors="surrogateescape")
+    # input as in arguments, which `prompt_ids` refuses; output to a terminal that is not UTF-8
+    for stream, errors in zip(before, ("surrogateescape", *["backslashreplace"] * 2), strict=True):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors=errors)
     sys.stderr = _Escaping(before[2])
-    with contextlib.ExitStack() as stack:
-        if "--json" in arguments:
-            stack.enter_context(_only_json(before[1]))
-        else:
-            sys.stdout = _Escaping(before[1])
-        try:
+    sys.stdout = sys.stderr if "--json" in arguments else _Escaping(before[1])
+    try:
+        with _only_json(before[1]) if "--json" in arguments else contextlib.nullcontext():
             yield
-        finally:
-            sys.stdin, sys.stdout, sys.stderr = before
+    finally:
+        sys.stdin, sys.stdout, sys.stderr = before
 
 
 _for_json: TextIO | None = None
@@ -96,22 +107,16 @@ def _only_json(stream: TextIO) -> Iterator[None]:
     """Let only `print_json` write to `stream`; other output, also of C code, goes to standard
     error."""
     global _for_json
-    sys.stdout = sys.stderr
-    if stream is not sys.__stdout__:  # a test captures it
+    with contextlib.ExitStack() as stack:
         _for_json = stream
+        if stream is sys.__stdout__:  # else a test captures it
+            stream.flush()
+            _for_json = stack.enter_context(os.fdopen(os.dup(1), "w", encoding="utf-8"))
+            stack.callback(os.dup2, _for_json.fileno(), 1)
+            os.dup2(2, 1)
         try:
             yield
         finally:
-            _for_json = None
-        return
-    stream.flush()
-    with os.fdopen(os.dup(1), "w", encoding="utf-8") as _for_json:
-        os.dup2(2, 1)
-        try:
-            yield
-        finally:
-            _for_json.flush()
-            os.dup2(_for_json.fileno(), 1)
             _for_json = None
 
 
@@ -126,6 +131,90 @@ def print_result(value: Any, lines: Iterable[str], as_json: bool) -> None:
         print_json(value)
     else:
         print("\n".join(lines))
+
+
+class ProgressDisplay:
+    """Shows the steps of one command; a context manager around it.
+
+    What is printed meanwhile goes to standard error, since standard output is for results, and
+    runtimes such as GPTQModel print there.
+
+    Args:
+        quiet: show nothing.
+    """
+
+    def __init__(self, quiet: bool = False):
+        self._quiet = quiet
+        screen = console(stderr=True)
+        names = Column(no_wrap=True, overflow="ellipsis", max_width=screen.width // 2)
+        self._progress = Progress(
+            TextColumn("{task.description}", markup=False, table_column=names),
+            BarColumn(max(8, min(30, screen.width // 5))),
+            TextColumn("{task.fields[count]}", markup=False, justify="right"),
+            TextColumn("{task.fields[left]}", markup=False),
+            console=screen,
+            transient=True,
+            refresh_per_second=4,
+        )
+        self._stage: tuple[TaskID, str] | None = None
+        self._ended = threading.Event()
+        self._exit = contextlib.ExitStack()
+
+    def __enter__(self) -> ProgressDisplay:
+        self._exit.enter_context(contextlib.redirect_stdout(sys.stderr))
+        if not self._quiet and self._progress.console.is_terminal:
+            self._exit.enter_context(self._progress)
+        elif not self._quiet:
+            lines = threading.Thread(target=self._print_lines, daemon=True)
+            lines.start()
+            self._exit.callback(lines.join)
+        self._exit.callback(self._ended.set)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exit.close()
+
+    def watch(self, stage: str, number: int, count: int) -> None:
+        """A stage of a job begins, the `number`th of `count`."""
+        if self._stage is not None:
+            self._progress.remove_task(self._stage[0])
+        row = self._progress.add_task(
+            f"{number}/{count} {stage}", total=count, completed=number - 1, count="", left=""
+        )
+        self._stage = row, f"{stage} ({number} of {count})"
+
+    def say(self, line: str) -> None:
+        """Print a line on standard error, above the bars."""
+        if not self._quiet:
+            print(escaped(line), file=sys.stderr, flush=True)
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
+        """A `Track`."""
+        step = self._progress.add_task(f"  {description}", total=total, count="", left="")
+        began = time.monotonic()
+        self._progress.refresh()  # so that a short step is seen as well
+        try:
+            for done, item in enumerate(items, 1):
+                yield item
+                count, left = str(done), ""
+                if total:
+                    seconds = round((time.monotonic() - began) * (total - done) / done)
+                    count, left = f"{done}/{total}", f"{timedelta(seconds=seconds)} left"
+                self._progress.update(step, completed=done, count=count, left=left)
+            self._progress.refresh()
+        finally:
+            self._progress.remove_task(step)
+
+    def _print_lines(self) -> None:
+        """Say what runs now, and the time left of it."""
+        while not self._ended.wait(LINE_SECONDS):
+            parts = [] if self._stage is None else [self._stage[1]]
+            if steps := self._progress.tasks[len(parts) :]:
+                words = [steps[-1].description.strip(), steps[-1].fields["count"]]
+                line = " ".join(filter(None, words))
+                parts.append(", ".join(filter(None, [line, steps[-1].fields["left"]])))
+            if parts:
+                self.say(": ".join(parts))
 
 
 def group_similar(

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from qwlora.data.sequences import Counts, Sequences
 
-_LOSSES = ("truncated_documents", "dropped_documents", "dropped_tokens")
-
 
 @dataclass(frozen=True)
 class Cutting:
@@ -135,15 +133,15 @@ def heading(description: dict[str, Any]) -> str:
 
 def summary(description: dict[str, Any], name: str | None = None) -> str:
     """The same in one line; `name` tells several texts apart."""
+    keys = [
+        *("documents", "tokens", "sequences", "loss_tokens"),
+        *("truncated_documents", "dropped_documents", "dropped_tokens"),
+    ]
     parts = []
     for part, label in (("train", "training"), ("held_out", "held out")):
-        c = description[part]
-        counts = [
-            f"{c[name]:,} {name.replace('_', ' ')}"
-            for name in ("documents", "tokens", "sequences", "loss_tokens", *_LOSSES)
-            if c[name] or name not in _LOSSES
-        ]
-        parts.append(f"{label} {', '.join(counts)}")
+        counts = {key: description[part][key] for key in keys}
+        words = [f"{n:,} {key.replace('_', ' ')}" for key, n in counts.items() if n]
+        parts.append(f"{label} {', '.join(words)}")
     if count := description["skipped_records"]:
         parts.append(f"{count:,} empty records skipped")
     if count := description["overlapping_documents"]:

@@ -38,7 +38,7 @@ from qwlora.data.rows import (
     read_json,
     read_text,
 )
-from qwlora.errors import SourceError, listed
+from qwlora.errors import SourceError, foreign_as, listed
 from qwlora.formats.user_path import looked_for, user_path
 
 TEXT_SUFFIXES = (".txt", ".md")
@@ -213,12 +213,9 @@ class _Reader:
 
 def _strings_of_module(source: str) -> list[Text]:
     module_name, _, attribute = source.removeprefix("python:").partition(":")
-    try:
+    what = f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module"
+    with foreign_as(SourceError, what):
         value = getattr(importlib.import_module(module_name), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise SourceError(
-            f"data source {source!r} is not python:MODULE:ATTRIBUTE of an installed module: {error}"
-        ) from error
     if isinstance(value, str):
         return [Text(value, source)]
     texts = list(value.values()) if isinstance(value, Mapping) else value
@@ -240,11 +237,9 @@ def _is_hub_id(source: str) -> bool:
 
 def _refusal(file: Path) -> str | None:
     """Why a file of this name is refused and what to do; None if it can be read."""
-    suffix = file.suffix.lower()
-    if suffix in (*TEXT_SUFFIXES, *RECORD_SUFFIXES):
+    if file.suffix.lower() in (*TEXT_SUFFIXES, *RECORD_SUFFIXES):
         return None
-    within = _RECORD_WITHIN.search(file.name.lower())
-    if within and not _remedy(file):
+    if (within := _RECORD_WITHIN.search(file.name.lower())) and not _remedy(file):
         return (
             f"its name contains {within[1]} but does not end in it: rename it to end in "
             f"{within[1]}, or in .txt if it is running text"

@@ -16,6 +16,7 @@ from typing import Any
 
 from qwlora.data.document import ASSISTANT, ROLES, Completion, Conversation, Document, Text
 from qwlora.errors import SourceError, foreign_as, listed, near_names, suggestion
+from qwlora.formats.aimet_encodings.findings import describe
 
 KINDS: dict[str, tuple[str, ...]] = {
     "text": ("text",),
@@ -24,7 +25,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "instructions": ("instruction", "output"),
 }
 TOOLS = "tools"
-_OPTIONAL = {"conversations": (TOOLS,), "instructions": ("input",)}
+OPTIONAL = {"conversations": (TOOLS,), "instructions": ("input",)}
 FIELDS = (*(name for fields in KINDS.values() for name in fields), "input")
 """Fields whose columns a recipe may name."""
 _SHAREGPT_ROLES = {
@@ -47,15 +48,6 @@ completes the request.
 {input}### Response:
 """
 _PAIRED = ", paired with an input that provides further context"
-_TYPES = {
-    type(None): "null",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    str: "a string",
-    list: "a list",
-    dict: "an object",
-}
 
 
 class EmptyRecordError(SourceError):
@@ -70,7 +62,7 @@ TEXT_COLUMNS: Columns = {"text": "text"}
 def _columns(kind: str, asked: Mapping[str, str]) -> Columns:
     """The fields of `kind`, in the columns `asked` or in those named like the fields."""
     required = {field: asked.get(field, field) for field in KINDS[kind]}
-    optional = {field: asked.get(field, field) for field in _OPTIONAL.get(kind, ())}
+    optional = {field: asked.get(field, field) for field in OPTIONAL.get(kind, ())}
     taken = required.values()
     return required | {field: name for field, name in optional.items() if name not in taken}
 
@@ -92,11 +84,7 @@ def choose_columns(present: Collection[str], asked: Mapping[str, str], where: st
         SourceError: a column from the recipe is missing, or the columns fit no kind or several.
     """
     if asked:
-        kind = next(
-            kind
-            for kind, fields in KINDS.items()
-            if set(asked) & {*fields, *_OPTIONAL.get(kind, ())}
-        )
+        kind = next(k for k, fields in KINDS.items() if {*fields, *OPTIONAL.get(k, ())} & {*asked})
         columns = _columns(kind, asked)
         for field, name in {**columns, **asked}.items():
             if name not in present and (field in KINDS[kind] or field in asked):
@@ -138,7 +126,9 @@ def make_document(record: Any, columns: Columns, where: str) -> Document:
     """
     with _named(where):
         if not isinstance(record, Mapping):
-            raise SourceError(f"a record must be an object with named fields, not {_type(record)}")
+            raise SourceError(
+                f"a record must be an object with named fields, not {describe(record)}"
+            )
         if not record:
             raise EmptyRecordError("the record is empty")
         needed = _required(columns)
@@ -184,7 +174,7 @@ def _named(where: str) -> Iterator[None]:
 def _messages(value: Any, name: str) -> tuple[Mapping[str, Any], ...]:
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise SourceError(
-            f"{name!r} must be a list of messages with role and content, not {_type(value)}"
+            f"{name!r} must be a list of messages with role and content, not {describe(value)}"
         )
     if not value:
         raise EmptyRecordError(f"{name!r} is empty")
@@ -202,7 +192,7 @@ def _message(message: Any, sharegpt: bool) -> Mapping[str, Any]:
     """A message with role and content; ShareGPT's has `from` and `value` instead."""
     role_key, content_key = ("from", "value") if sharegpt else ("role", "content")
     if not isinstance(message, Mapping):
-        raise SourceError(f"must be an object with role and content, not {_type(message)}")
+        raise SourceError(f"must be an object with role and content, not {describe(message)}")
     rest = {key: value for key, value in message.items() if value is not None}
     calls_tools = bool(rest.get("tool_calls"))
     for key in (role_key, content_key):
@@ -230,11 +220,13 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
         return ()
     if isinstance(value, str) or not isinstance(value, Sequence):
         raise SourceError(
-            f"{TOOLS!r} must be a list of tools, or the JSON of one, not {_type(value)}"
+            f"{TOOLS!r} must be a list of tools, or the JSON of one, not {describe(value)}"
         )
     for number, tool in enumerate(value, 1):
         if not isinstance(tool, Mapping):
-            raise SourceError(f"tool {number} must be an object (a JSON schema), not {_type(tool)}")
+            raise SourceError(
+                f"tool {number} must be an object (a JSON schema), not {describe(tool)}"
+            )
     with foreign_as(SourceError, f"{TOOLS!r} cannot be written as JSON"):
         _string(json.dumps(value, ensure_ascii=False, allow_nan=False), TOOLS)
     return tuple(value)
@@ -242,17 +234,7 @@ def _tools(value: Any) -> tuple[Mapping[str, Any], ...]:
 
 def _string(value: Any, name: str) -> str:
     if not isinstance(value, str):
-        raise SourceError(f"{name!r} must be a string, not {_type(value)}")
-    try:
+        raise SourceError(f"{name!r} must be a string, not {describe(value)}")
+    with foreign_as(SourceError, f"{name!r} is not UTF-8 text"):
         value.encode()
-    except UnicodeEncodeError as error:
-        raise SourceError(
-            f"{name!r} holds half a surrogate pair at character {error.start}, which is not valid "
-            "UTF-8"
-        ) from error
     return value
-
-
-def _type(value: Any) -> str:
-    is_nan = isinstance(value, float) and value != value
-    return "nan" if is_nan else _TYPES.get(type(value), f"a {type(value).__name__}")

@@ -44,7 +44,7 @@ def decode(path: Path) -> str:
         content = path.read_bytes()
         return content.decode("utf-8").removeprefix("\ufeff")
     except OSError as error:
-        raise SourceError(f"data source {str(path)!r} cannot be read: {error.strerror}") from error
+        raise SourceError(f"{str(path)!r} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:
         line = content.count(b"\n", 0, error.start) + 1
         column = error.start - content.rfind(b"\n", 0, error.start)
@@ -190,19 +190,19 @@ def read_dataset(source: str, split: str | None, subset: str | None = None) -> T
         MissingExtraError: datasets is not installed.
     """
     datasets = require("datasets", "data", f"to read {source!r}")
-    if Path(source).is_dir():
-        what = (
-            f"{source}: this folder has {' or '.join(SAVED_DATASET)}, but datasets cannot load it"
+    is_saved = Path(source).is_dir()
+    what = (
+        f"{source}: this folder has {' or '.join(SAVED_DATASET)}, but datasets cannot load it"
+        if is_saved
+        else f"data source {source!r} is not a local file or folder"
+        f"{looked_for(source, Path(source))}, and datasets cannot load it from the hub"
+    )
+    with foreign_as(SourceError, what):
+        loaded = (
+            datasets.load_from_disk(source)
+            if is_saved
+            else datasets.load_dataset(source, name=subset)
         )
-        with foreign_as(SourceError, what):
-            loaded = datasets.load_from_disk(source)
-    else:
-        what = (
-            f"data source {source!r} is not a local file or folder"
-            f"{looked_for(source, Path(source))}, and datasets cannot load it from the hub"
-        )
-        with foreign_as(SourceError, what):
-            loaded = datasets.load_dataset(source, name=subset)
     if isinstance(loaded, datasets.DatasetDict):
         names = list(loaded)
         wanted = split or ("train" if "train" in names else names[0] if len(names) == 1 else None)

@@ -4,7 +4,7 @@
     Completion     what the tokenizer puts before a text, the prompt, the completion and the
                    end-of-sequence token; the last two are in the loss. With a chat template, a
                    conversation of two messages (`renders_pairs`)
-    Conversation   what the chat template renders (see `chat`)
+    Conversation   what the chat template renders; see below
 
 At inference the prompt is tokenized alone, so it is here. The tokens of the completion are the
 first of these that leave the decoded text unchanged:
@@ -16,23 +16,54 @@ first of these that leave the decoded text unchanged:
 
 Otherwise both are tokenized together, and the loss begins at the first token that differs from the
 prompt's.
+
+The tokenizer's own chat template renders a conversation. Which tokens are the assistant's:
+
+    template has {% generation %} markers   what is between them (return_assistant_tokens_mask)
+    template has none                       for the assistant's message i, what
+                                            `render(messages[:i + 1])` adds to
+                                            `render(messages[:i], add_generation_prompt=True)`
+
+The second method needs each of these renderings to be a prefix of the whole text, which is checked
+for every message. A template that renders past messages differently (some drop the reasoning of
+earlier turns) is refused; with `turns: apart` each turn is rendered as the last, as at inference.
+
+Special cases:
+    no generation prompt   the template ignores `add_generation_prompt`, so its header is part of
+                           the difference. The message then begins at its content, including the
+                           spaces before it: SentencePiece has one token for a space and a word.
+    assistant first        transformers renders no empty conversation. The message begins after
+                           the generation prompt in what two renderings, with different contents,
+                           have in common.
+    tools                  are rendered, not in the loss; a template that ignores them is refused.
+    end of a turn          white space after the turn's special end token is not in the loss:
+                           generation stops before it.
+
+A token belongs to the message that contains its first character.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
-from qwlora.data.chat import common_prefix_length, encode_conversation, split_turns
-from qwlora.data.document import Completion, Document, Text
-from qwlora.errors import SourceError
+from qwlora.data.document import ASSISTANT, Completion, Conversation, Document, Text
+from qwlora.errors import SourceError, foreign_as, listed
 from qwlora.system.progress import Track, untracked
+from qwlora.system.time_limit import SECONDS, memory_limit, time_limit
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _SENTINELS = ("\n", ".", "a")
+Messages = Sequence[Mapping[str, Any]]
+_MOST_ADDED = 100_000  # characters that a template may add: system prompts, headers
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
 @dataclass(frozen=True)
@@ -140,3 +171,201 @@ def _decoded(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
 
 def _end(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [tokenizer.eos_token_id] if tokenizer.eos_token_id is not None else []
+
+
+def encode_conversation(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, last_only: bool = False
+) -> tuple[list[int], list[bool]]:
+    """(ids, whether each counts in the loss), both [tokens].
+
+    Args:
+        last_only: only the assistant's last message counts in the loss.
+
+    Raises:
+        SourceError: there is no chat template; it refuses the conversation or leaves out its
+            tools; or it does not show which tokens are the assistant's.
+    """
+    if not tokenizer.chat_template:
+        raise SourceError(
+            "the model's tokenizer has no chat template, so messages cannot be rendered. Name a "
+            "file with one in data.chat_template, or use prompt and completion columns"
+        )
+    if not tokenizer.is_fast:
+        raise SourceError(
+            f"the tokenizer ({type(tokenizer).__name__}) does not report the positions of its "
+            "tokens in the text. Conversations need a fast tokenizer"
+        )
+    messages, tools, where = conversation.messages, conversation.tools, conversation.where
+    rendered = partial(render, tokenizer=tokenizer, where=where, tools=tools)
+    text = rendered(messages)  # also with markers, so that what exceeds a limit ends here
+    without_tools = None
+    if tools:
+        with suppress(SourceError):  # the template requires tools
+            without_tools = rendered(messages, tools=())
+    if text == without_tools:
+        raise SourceError(
+            f"{where}: the model's chat template ignores tools, so their definitions would be "
+            "lost. Name a file with a template that renders them in data.chat_template, or remove "
+            "the field 'tools' from the records"
+        )
+    plain_tools: Any = [dict(tool) for tool in tools] or None
+    if _GENERATION.search(tokenizer.get_chat_template(tools=plain_tools)):
+        encoded: Any = tokenizer.apply_chat_template(
+            [dict(m) for m in messages],
+            tools=plain_tools,
+            tokenize=True,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+            tokenizer_kwargs={"verbose": False},
+        )
+        in_loss = [bool(flag) for flag in encoded["assistant_masks"]]
+        if last_only:
+            end = max((i for i, flag in enumerate(in_loss) if flag), default=-1) + 1
+            start = next((i + 1 for i in range(end - 1, -1, -1) if not in_loss[i]), 0)
+            in_loss = [flag and start <= i for i, flag in enumerate(in_loss)]
+    else:
+        ends_of_turn = {
+            *tokenizer.all_special_tokens,
+            *(t.content for t in tokenizer.added_tokens_decoder.values() if t.special),
+        }
+        speaking = [i for i, message in enumerate(messages) if message["role"] == ASSISTANT]
+        spans = [
+            _span(messages, i, text, rendered, tuple(ends_of_turn), f"{where}: message {i + 1}")
+            for i in speaking[-1 if last_only else 0 :]
+        ]
+        encoded = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
+        in_loss = [
+            any(start <= first < end for start, end in spans)
+            for first, _ in encoded["offset_mapping"]
+        ]
+    if not any(in_loss):
+        raise SourceError(
+            f"{where}: the chat template renders no token of the {ASSISTANT}'s messages, so there "
+            "is nothing to train on"
+        )
+    return encoded["input_ids"], in_loss
+
+
+def split_turns(conversation: Conversation) -> list[Conversation]:
+    """One conversation for each message of the assistant, which ends it."""
+    messages = conversation.messages
+    ends = [i + 1 for i, message in enumerate(messages) if message["role"] == ASSISTANT]
+    return [replace(conversation, messages=messages[:end]) for end in ends]
+
+
+def common_prefix_length(one: Sequence[Any], other: Sequence[Any]) -> int:
+    """Number of equal elements at the start of both."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))
+
+
+def render(
+    messages: Messages,
+    tokenizer: PreTrainedTokenizerBase,
+    where: str,
+    tools: Sequence[Mapping[str, Any]] = (),
+    prompt: bool = False,
+) -> str:
+    """The text of `messages`, rendered with the tokenizer's chat template.
+
+    A template is a program from the model's folder, so its time, memory and output are limited.
+
+    Args:
+        where: what messages name.
+        prompt: end with the header of the assistant's next message.
+
+    Raises:
+        SourceError: the template refuses the messages, or exceeds a limit.
+    """
+    remedy = "name a file with another template in data.chat_template"
+    late = SourceError(
+        f"{where}: the model's chat template has not rendered this conversation after "
+        f"{SECONDS:g} s; {remedy}"
+    )
+    most = _MOST_ADDED + 20 * sum(
+        len(json.dumps(part, default=str)) for part in (*messages, *tools)
+    )
+    large = SourceError(
+        f"{where}: the model's chat template renders more than {most:,} characters for these "
+        f"{len(messages)} messages; {remedy}"
+    )
+    roles = listed(m["role"] for m in messages)
+    refusal = f"{where}: the model's chat template refuses these messages ({roles})"
+    with foreign_as(SourceError, refusal), time_limit(late), memory_limit(large):
+        rendered = str(
+            tokenizer.apply_chat_template(
+                [dict(m) for m in messages],
+                tools=[dict(tool) for tool in tools] or None,
+                tokenize=False,
+                add_generation_prompt=prompt,
+            )
+        )
+    if len(rendered) > most:
+        raise large
+    return rendered
+
+
+def _span(
+    messages: Messages,
+    i: int,
+    text: str,
+    rendered: Callable[..., str],
+    ends_of_turn: tuple[str, ...],
+    where: str,
+) -> tuple[int, int]:
+    """(start, end), in characters of `text`, of the assistant's message number i."""
+    after = rendered(messages[: i + 1])
+    if i:
+        before = rendered(messages[:i], prompt=True)
+        start: int | None = len(before)
+        if not after.startswith(before):
+            start = None
+        elif before == rendered(messages[:i]):
+            start = _content_start(messages[i], after, len(before), where)
+    else:
+        start = _start_of_greeting(messages[0], after, rendered, where)
+    if start is None or not text.startswith(after):
+        raise SourceError(
+            f"{where}: the chat template renders this message differently when another follows, so "
+            f"the {ASSISTANT}'s tokens cannot be located. Set data.turns: apart, or use a template "
+            "with {% generation %} markers (data.chat_template)"
+        )
+    spoken = after[start:].rstrip()
+    return start, start + len(spoken) if spoken.endswith(ends_of_turn) else len(after)
+
+
+def _start_of_greeting(
+    greeting: Mapping[str, Any], text: str, rendered: Callable[..., str], where: str
+) -> int | None:
+    """Start of a first message: after the last generation prompt in the header, which is what
+    does not depend on the message's content; None if the header has no generation prompt."""
+    content = greeting.get("content") or ""
+    other = next(c for c in "abc" if c not in (content[:1], content.strip()[:1]))
+    header = text[: common_prefix_length(text, rendered([{**greeting, "content": other}]))]
+    question = [{"role": "user", "content": "a"}]
+    unasked, asked = (rendered(question, prompt=prompt) for prompt in (False, True))
+    if unasked == asked:
+        return _content_start(greeting, text, 0, where, earliest=len(header))
+    prompt = asked[common_prefix_length(unasked, asked) :].lstrip()
+    return header.rfind(prompt) + len(prompt) if prompt in header else None
+
+
+def _content_start(
+    message: Mapping[str, Any], text: str, start: int, where: str, earliest: int = 0
+) -> int:
+    """Start of the content and of the spaces before it, for an empty generation prompt.
+
+    Without a header (`[/INST] Hi`) this is `start`.
+    """
+    content = (message.get("content") or "").strip()
+    at = text.find(content, max(start, earliest)) if content else -1
+    if at < 0:
+        raise SourceError(
+            f"{where}: the chat template has no generation prompt and changes the content, so the "
+            f"{ASSISTANT}'s tokens cannot be located. Use a template with "
+            "{% generation %} markers (data.chat_template)"
+        )
+    header = text[start:at]
+    return start + len(header.rstrip(" ")) if header.strip() else start

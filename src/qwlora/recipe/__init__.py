@@ -5,9 +5,8 @@ print them. Validation reports all problems at once: unknown keys (with the clos
 wrong types, values out of range, combinations that cannot work, and sources that do not exist.
 """
 
-from qwlora.recipe.adapter_section import Adapter
-from qwlora.recipe.base_section import Base
-from qwlora.recipe.data_section import Data
+from qwlora.recipe.adapter_section import Adapter, Data
+from qwlora.recipe.grid_sections import Base
 from qwlora.recipe.recipe_file import load_recipe, parse_recipe
 from qwlora.recipe.whole_recipe import PRESETS, Recipe
 

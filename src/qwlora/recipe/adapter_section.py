@@ -1,23 +1,109 @@
-"""Recipe section `adapters`: step 2."""
+"""Recipe sections `data` and `adapters`: the text, and step 2."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from dataclasses import fields
+from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, field_validator
 
+from qwlora.data import Cutting, Reading, locate_documents
+from qwlora.data.records import FIELDS, KINDS, OPTIONAL
+from qwlora.data.rows import read_text
 from qwlora.errors import SourceError
 from qwlora.formats.user_path import looked_for, source_path
-from qwlora.recipe.data_section import Data
-from qwlora.recipe.section import Count, Name, NotNegative, Section, located
+from qwlora.recipe.section import Count, Name, NotNegative, Section, file, located
 from qwlora.system.parameter_names import pattern_problem
 
 if TYPE_CHECKING:
     from qwlora.adapter.attach import LoraShape
     from qwlora.adapter.train import TrainingSettings
+
+
+class Data(Section):
+    """Training, calibration and evaluation text, and how it becomes sequences.
+
+    It is the base's text, and the default of every adapter's. If `source` is not set, every adapter
+    has its own, and the base is calibrated on all of them.
+    """
+
+    source: Annotated[str, AfterValidator(partial(located, check=locate_documents))] | None = None
+    """a .txt, .md, .json, .jsonl, .csv, .tsv, .parquet or .arrow file, a folder of them, a folder
+    from datasets.save_to_disk, python:MODULE:ATTRIBUTE, or a hub id"""
+    split: str | None = None
+    """which split to use. Default: train for datasets; for a folder, all files, or those named
+    after the split"""
+    subset: str | None = None
+    """configuration of a hub dataset that has several"""
+    text_column: str | None = None
+    """column with running text. Default: columns named text, prompt and completion, messages,
+    conversations (ShareGPT), or instruction and output (Alpaca) are recognized"""
+    prompt_column: str | None = None
+    """column with the prompt, which is not trained on"""
+    completion_column: str | None = None
+    """column with the completion, which is trained on"""
+    messages_column: str | None = None
+    """column with conversations, lists of {role, content} or of ShareGPT's {from, value}; only the
+    assistant's messages are trained on"""
+    instruction_column: str | None = None
+    """column with the instruction of Alpaca's records; not trained on"""
+    input_column: str | None = None
+    """column with what the instruction is about, which may be empty; not trained on"""
+    output_column: str | None = None
+    """column with the answer to the instruction, which is trained on"""
+    empty_records: Literal["error", "skip"] = "error"
+    """what to do with an empty record"""
+    chat_template: Annotated[str, file("a file with a Jinja template", read_text)] | None = None
+    """file with a Jinja chat template, used instead of the tokenizer's"""
+    prompt_format: Literal["auto", "plain"] = "auto"
+    """prompts and completions, instructions and outputs: auto: as a user's and an assistant's
+    message, if the tokenizer has a chat template; plain: as running text, the completion after the
+    prompt"""
+    turns: Literal["together", "apart"] = "together"
+    """together: a conversation is one document; apart: every assistant message ends a document of
+    its own"""
+    packing: Literal["join", "documents", "none"] | None = None
+    """join: concatenate and cut anywhere; documents: pack whole documents into one sequence,
+    attention masked between them; none: one document per sequence, padded. Default: join for
+    running text, documents otherwise"""
+    sequence_tokens: Annotated[int, Field(ge=8)] = 512
+    """tokens per sequence, in training and evaluation"""
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """share of the documents kept from training for evaluation"""
+    evaluation_sequences: Count = 16
+    """held-out sequences that perplexity is measured on, at most"""
+    calibration_sequences: Count = 8
+    """training sequences that activation ranges are measured on, at most. Weights have
+    base.calibration_sequences"""
+
+    def problems(self) -> Iterator[str]:
+        named = self.reading().columns.keys()
+        if not any(named <= {*fields, *OPTIONAL.get(kind, ())} for kind, fields in KINDS.items()):
+            columns = " and ".join(f"{field}_column" for field in named)
+            yield f"{columns} exclude each other; set only one kind"
+
+    def read_template(self) -> str | None:
+        """The text of `chat_template`; None if it is not set.
+
+        Raises:
+            SourceError: the file cannot be read, or is not UTF-8.
+        """
+        return None if self.chat_template is None else read_text(Path(self.chat_template))
+
+    def reading(self) -> Reading:
+        """How the source is read."""
+        names = {role: getattr(self, f"{role}_column") for role in FIELDS}
+        columns = {role: name for role, name in names.items() if name is not None}
+        return Reading(columns, self.split, self.subset, self.empty_records == "skip")
+
+    def cutting(self) -> Cutting:
+        """How documents become sequences."""
+        return Cutting(self.sequence_tokens, self.packing, self.turns, self.prompt_format)
+
 
 Rank = Annotated[int, Field(ge=1, lt=2**31)]  # layer sizes are checked before training
 _SHAPE = {  # keys of `LoraShape`, whose module imports torch

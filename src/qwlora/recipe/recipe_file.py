@@ -10,7 +10,8 @@ from typing import Any, get_args
 import yaml
 from pydantic import ValidationError
 
-from qwlora.errors import RecipeError, suggestion
+from qwlora.data.rows import read_text
+from qwlora.errors import RecipeError, SourceError, suggestion
 from qwlora.recipe.whole_recipe import Recipe
 from qwlora.recipe.yaml_core import load_yaml
 
@@ -27,18 +28,11 @@ def load_recipe(path: Path, changes: tuple[str, ...] = ()) -> Recipe:
     """
     source = str(path)
     try:
-        text = path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise RecipeError(source, [f"line {line} is not UTF-8 text; convert the file"]) from error
-    except (OSError, ValueError) as error:
-        raise RecipeError(
-            source, [f"cannot be read: {getattr(error, 'strerror', None) or error}"]
-        ) from error
-    try:
-        content = load_yaml(text)
+        content = load_yaml(read_text(path))
     except yaml.YAMLError as error:
         raise RecipeError(source, [f"is not YAML: {error}"]) from error
+    except SourceError as error:
+        raise RecipeError(source, [str(error)]) from error
     if not isinstance(content, dict):
         raise RecipeError(
             source, ["is not a mapping of sections; `qwlora init` writes a recipe to start from"]

@@ -20,8 +20,10 @@ _FULL = """\
 # A QWLoRA recipe with every option. Run it with: qwlora run THIS_FILE --out out
 # Commented lines show defaults; uncomment a line to change it.
 """
-_PLACEHOLDERS = {"model.source": "path/to/model", "data.source": "path/to/text"}
-_ADAPTER = PRESETS[Recipe.model_fields["preset"].default]["adapter"]
+_SET = {  # the keys without a default, and their sections
+    **dict.fromkeys(("model", "data", "adapters")),
+    **{"model.source": "path/to/model", "data.source": "path/to/text", "adapters.name": "first"},
+}
 _PAGE = """\
 # Recipe reference
 
@@ -50,30 +52,27 @@ def starter_recipe() -> str:
 
 def full_recipe() -> str:
     """Every key with its description: required keys with placeholders, the rest commented out."""
-    return _FULL + "\n".join(_keys(Recipe, "", is_set=True)) + "\n"
+    lines = "\n".join(_keys(Recipe, "", ""))
+    return f"{_FULL}{lines}\n".replace("    name: first", "  - name: first")
 
 
-def _keys(section: type[BaseModel], path: str, is_set: bool) -> Iterator[str]:
-    """The lines of a section; commented out unless `is_set` and without a default."""
+def _keys(section: type[BaseModel], path: str, indent: str) -> Iterator[str]:
+    """The lines of a section. `path` ends in a period, unless it is empty."""
+    preset = PRESETS[Recipe.model_fields["preset"].default]["adapter"]
     for name, field in section.model_fields.items():
-        key, inner = f"{path}{name}", field.annotation
-        comment = f"  # {' '.join(field.description.split())}" if field.description else ""
+        key, comment = f"{path}{name}", ""
+        kind = Adapter if key == "adapters" else field.annotation
+        if field.description:
+            comment = f"  # {' '.join(field.description.split())}"
+        mark = "" if key in _SET else "# "
         if not path:
             yield ""
-        if key == "adapters":
-            first, *rest = _keys(Adapter, "adapters.", is_set=True)
-            yield from (f"adapters:{comment}", f"  - {first}", *(f"    {line}" for line in rest))
-        elif isinstance(inner, type) and issubclass(inner, BaseModel):
-            shown = is_set and key in ("model", "data")
-            yield f"{'' if shown else '# '}{name}:{comment}"
-            for line in _keys(inner, f"{key}.", is_set=shown):
-                yield f"  {line}" if shown else f"#   {line.removeprefix('# ')}"
-        elif is_set and (key in _PLACEHOLDERS or key == "adapters.name"):
-            yield f"{name}: {_PLACEHOLDERS.get(key, 'first')}{comment}"
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            yield f"{mark}{indent}{name}:{comment}"
+            yield from _keys(kind, f"{key}.", "    " if key == "adapters" else f"{indent}  ")
         else:
-            preset = _ADAPTER if path == "adapters." else {}
-            default = flow(preset.get(name, field.default))
-            yield f"{'# ' if is_set else ''}{name}: {default}{comment}"
+            default = (preset if path == "adapters." else {}).get(name, field.default)
+            yield f"{mark}{indent}{name}: {_SET.get(key) or flow(default)}{comment}"
 
 
 def recipe_reference() -> str:

@@ -11,11 +11,9 @@ from pydantic import Field, model_validator
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import NONE, members
 from qwlora.export.target_compatibility import refusal
-from qwlora.recipe.adapter_section import Adapter
-from qwlora.recipe.base_section import Base, Model
-from qwlora.recipe.data_section import Data
+from qwlora.recipe.adapter_section import Adapter, Data
+from qwlora.recipe.grid_sections import Base, Model, SimulationSection
 from qwlora.recipe.section import Count, Name, Section
-from qwlora.recipe.simulation_section import SimulationSection
 
 if TYPE_CHECKING:
     TargetName = str

@@ -2,7 +2,7 @@
 
 Such a step takes a `Track`, a function that yields the items and may draw a progress bar.
 The default `untracked` draws nothing; the command line passes a `rich` bar
-(`cli/progress_bars.py`), so no step depends on a terminal.
+(`cli/terminal.py`), so no step depends on a terminal.
 """
 
 from __future__ import annotations

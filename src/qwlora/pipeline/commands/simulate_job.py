@@ -104,7 +104,7 @@ def suggest_bitwidths(
     context, name = open_job(
         folder, adapter, (*changes, f"simulation.activation_bitwidth={NARROW_BITS}"), track
     )
-    from qwlora.analysis.mixed_precision import suggest
+    from qwlora.analysis.quantization_costs import suggest
 
     if context.recipe.workflow == "qwa-lora":
         raise CalibrationError(
@@ -116,11 +116,12 @@ def suggest_bitwidths(
     searched, others = context.text(name).evaluation.spread(SEARCHED_SEQUENCES)
     with simulation.only():
         reference = _simulated(simulation, searched)
+    limit = (1 + share) * reference
     result = suggest(
         simulation,
         _sensitivity_batches(context, name),
         lambda: _simulated(simulation, searched),
-        (1 + share) * reference,
+        limit,
         NARROW_BITS,
         WIDE_BITS,
         track=context.track,
@@ -131,10 +132,11 @@ def suggest_bitwidths(
         with simulation.only():
             fresh["float_activations"] = _simulated(simulation, others)
     rules = context.recipe.simulation.rules
-    figures = ("narrow", "kept", "measured", "all_narrow", "all_wide", "limit")
+    figures = ("narrow", "kept", "measured", "all_narrow", "all_wide")
     return {
         "adapter": name,
         **{figure: getattr(result, figure) for figure in figures},
+        "limit": limit,
         "float_activations": reference,
         "sequences": len(searched),
         "fresh": fresh,

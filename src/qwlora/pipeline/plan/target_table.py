@@ -18,7 +18,7 @@ from qwlora.export.target_compatibility import (
 )
 from qwlora.formats.model_source import fetch
 from qwlora.recipe import Recipe
-from qwlora.recipe.base_section import Model
+from qwlora.recipe.grid_sections import Model
 
 if TYPE_CHECKING:
     from qwlora.formats.checkpoint import Checkpoint

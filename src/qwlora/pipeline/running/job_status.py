@@ -133,10 +133,8 @@ def described_error(error: BaseException, stage: str) -> dict[str, Any]:
             message = message.replace(folder, short)
     if is_out_of_memory(error):
         remedy = f"{LESS_MEMORY}."
-    elif isinstance(error, QwloraError):
-        remedy = error.remedy
-    elif isinstance(error, OSError):
-        remedy = QwloraError.remedy
+    elif isinstance(error, QwloraError | OSError):
+        remedy = "Correct what the message names."
     else:
         remedy = "This may be a bug: run the command again with --debug and report the traceback."
     again = "Then run the same command. Finished stages are not repeated."

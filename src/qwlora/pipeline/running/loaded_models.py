@@ -44,7 +44,7 @@ from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme
 from qwlora.pipeline.plan.plan import ADAPTER, BASE_SIMULATION, USE_CASES, ZERO_ADAPTER, JobTexts
 from qwlora.recipe import Adapter, Data, Recipe
-from qwlora.recipe.base_section import Model
+from qwlora.recipe.grid_sections import Model
 from qwlora.simulation.adapter_simulations import BASE, AdapterSimulations, simulate_adapters
 from qwlora.simulation.placement import Placement, place, refuse_ineffective_rules
 from qwlora.simulation.placement_rules import Schemes

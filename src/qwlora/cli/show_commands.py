@@ -1,0 +1,293 @@
+"""`qwlora inspect`: describe a model's files, an adapter or a job without loading the model.
+
+    model or frozen base       shape, grid and bits per weight of every tensor, similar ones grouped
+    float model + encodings    the grids that an AIMET encodings file gives it
+    adapter                    its size, and the base it was trained on
+    job directory              its base and adapters, and whether they belong together
+
+A model is a folder (float, GPTQ, AWQ, compressed-tensors, MLX), a .gguf file or package:NAME/PATH.
+
+`qwlora simulate DIR`: show what step 3 does to an adapter of a job. Writes nothing.
+
+--explain          every value of the graph: its grid, and the rule that decided
+--costs            perplexity cost of each part of the simulation; the most expensive activations
+--suggest SHARE    which activations need 16 bits, so that perplexity with the others at 8 bits
+                   is at most (1 + SHARE) times that with float activations
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from qwlora.cli.adapter_commands import adapter_lines
+from qwlora.cli.shared_arguments import AdapterName, AsJson, Changes, Encodings, Job, KeepFloat
+from qwlora.cli.terminal import ProgressDisplay, group_similar, print_result, table
+from qwlora.errors import SourceError, size
+from qwlora.system import strict_json
+
+if TYPE_CHECKING:
+    from qwlora.analysis.inspect_model import Inspection, TensorView
+    from qwlora.graph.quantized_graph import GraphValue
+    from qwlora.simulation.placement import Placement
+
+
+def inspect(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A model's folder or .gguf file, package:NAME/PATH for a file in an installed "
+            "package, a frozen base, an adapter, or a job's directory."
+        ),
+    ],
+    against: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SOURCE",
+            help="The float model to compare with; adds the SQNR of every tensor. Reads both in "
+            "full.",
+        ),
+    ] = None,
+    encodings: Encodings = None,
+    keep_float: KeepFloat = None,
+    block_order: Annotated[
+        Literal["channel", "tensor"] | None,
+        typer.Option(
+            help="With --encodings: how a file of version 1.0.0 orders blocks, like "
+            "model.block_order in a recipe."
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Describe a model, an adapter or a job.
+
+    Shows shapes, grids, bits per weight and the fingerprint.
+    """
+    path = Path(source)
+    if encodings is None and (keep_float or block_order):
+        raise SourceError("--keep-float and --block-order need --encodings; add it, or remove them")
+    of_model = encodings is not None or against is not None
+    is_adapter = not of_model and (path / "adapter_config.json").is_file()
+    is_job = encodings is None and (path / ".qwlora").is_dir()
+    model: Inspection | None = None
+    if not is_adapter and (not is_job or (path / "base").is_dir()):
+        from qwlora.analysis.inspect_model import inspect_source
+
+        model = inspect_source(
+            str(path / "base") if is_job else source,
+            against,
+            encodings=encodings,
+            keep_float=keep_float or (),
+            block_order=block_order,
+        )
+    lines = [] if model is None else list(_model_lines(model))
+    record: dict[str, Any] = {} if model is None else model.to_json()
+    if is_adapter:
+        (record,), lines = _adapters([path], None)
+    elif is_job:
+        folders = sorted(p.parent for p in path.glob("adapters/*/adapter_config.json"))
+        records, table_lines = _adapters(folders, model.fingerprint if model else None)
+        patterns = ("simulation/*", "export/*/*", "results.json")
+        files = sorted(str(p.relative_to(path)) for glob in patterns for p in path.glob(glob))
+        lines = [f"job directory {source}", *(lines or ["no base yet"]), *table_lines]
+        lines += [f"contains {file}" for file in files]
+        record = {"kind": "job directory", "source": source, "base": record or None}
+        record |= {"adapters": records, "artifacts": files}
+    print_result(record, lines, as_json)
+
+
+def _adapters(folders: Sequence[Path], base: str | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """Adapters as JSON and in lines, compared with the fingerprint of the base next to them."""
+    from qwlora.adapter.adapter_check import adapter_report
+    from qwlora.adapter.adapter_folder import check_files
+
+    reports = [adapter_report(folder, folder.parent) for folder in folders]
+    for folder in folders:
+        check_files(folder)
+    pairs = zip(folders, reports, strict=True)
+    records = [{"source": str(folder), **asdict(report)} for folder, report in pairs]
+    return records, adapter_lines(reports, base) if reports else []
+
+
+def _model_lines(inspection: Inspection) -> Iterator[str]:
+    yield f"{inspection.kind} {inspection.source}"
+    if inspection.fingerprint:
+        yield f"fingerprint {inspection.fingerprint}"
+    measured = any(view.sqnr_db is not None for view in inspection.tensors)
+    rows = [("tensor", "count", "shape", "grid", "bits/weight", *(["SQNR dB"] if measured else []))]
+    for name, views in group_similar(
+        inspection.tensors, lambda view: view.name, lambda view: (view.shape, view.grid, view.bytes)
+    ):
+        shape, bits = "x".join(map(str, views[0].shape)), f"{views[0].bits_per_weight:.2f}"
+        row = (name, str(len(views)), shape, views[0].grid, bits)
+        rows.append((*row, _range(views)) if measured else row)
+    yield from table(rows)
+    for label, total in inspection.totals.items():
+        if total["weights"]:
+            yield (
+                f"{label}: {total['weights']:,} weights, {size(total['bytes'])}, "
+                f"{total['bits_per_weight']:.3f} bits per weight"
+            )
+
+
+def _range(views: Sequence[TensorView]) -> str:
+    """Least and largest SQNR."""
+    values = sorted(view.sqnr_db for view in views if view.sqnr_db is not None)
+    ends = ["exact" if math.isinf(value) and value > 0 else f"{value:.2f}" for value in values]
+    return "" if not ends else ends[0] if values[0] == values[-1] else f"{ends[0]} to {ends[-1]}"
+
+
+def simulate(
+    job: Job,
+    explain: Annotated[
+        bool,
+        typer.Option(
+            "--explain",
+            help="List every value with its grid and the rule that decided; similar ones share a "
+            "line.",
+        ),
+    ] = False,
+    adapter: AdapterName = None,
+    changes: Changes = None,
+    costs: Annotated[
+        bool,
+        typer.Option(
+            "--costs",
+            help="Measure how much perplexity each part of the simulation costs, and list the most "
+            "expensive activations.",
+        ),
+    ] = False,
+    suggest: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SHARE",
+            min=0.0,
+            max=1.0,
+            help="Find the activations that need 16 bits, the rest having 8, for perplexity to "
+            "rise by at most this share over float activations (0.05 is 5 %), measured on a few "
+            "held-out sequences.",
+        ),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which values the simulation quantizes, and why.
+
+    Prints counts by default. --explain lists every value; --costs and --suggest measure perplexity.
+    """
+    if explain + costs + (suggest is not None) > 1:
+        raise typer.BadParameter(
+            "--explain, --costs and --suggest exclude each other; give one at a time"
+        )
+    asked = tuple(changes or ())
+    from qwlora.pipeline.commands.simulate_job import (
+        explain_placement,
+        measure_costs,
+        suggest_bitwidths,
+    )
+
+    with ProgressDisplay(as_json or not (costs or suggest is not None)) as display:
+        if costs:
+            record = measure_costs(job, adapter, asked, display.track)
+            lines = _cost_lines(record)
+        elif suggest is not None:
+            record = suggest_bitwidths(job, adapter, asked, suggest, display.track)
+            lines = _suggestion_lines(record)
+        else:
+            name, log = explain_placement(job, adapter, asked)
+            record, lines = {"adapter": name, **log.to_json()}, _lines(name, log, explain)
+    print_result(record, lines, as_json)
+
+
+def _cost_lines(account: dict[str, Any]) -> Iterator[str]:
+    parts = account["perplexity"].items()
+    activations = [
+        (s["name"], str(s["bitwidth"]), f"{s['cost']:.3g}", f"{s['sqnr_db']:.1f}")
+        for s in account["sensitivity"]
+    ]
+    layers = [(name, f"{db:.1f}") for name, db in account["layer_sqnr_db"].items()]
+    yield f"adapter {account['adapter']}"
+    yield from _unshared(account)
+    yield from table(
+        [("perplexity", ""), *((what.replace("_", " "), f"{value:.4f}") for what, value in parts)]
+    )
+    yield ""
+    heads = ("most expensive activations", "bits", "cost, nats/token", "SQNR, dB")
+    yield from table([heads, *activations])
+    yield ""
+    yield from table([("layers furthest from float", "SQNR, dB"), *layers])
+
+
+def _suggestion_lines(record: dict[str, Any]) -> Iterator[str]:
+    wide, searched = len(record["wide"]), len(record["wide"]) + record["narrow"]
+    kept = f"; {record['kept']} more keep the grid that a rule of the recipe gives them"
+    yield (
+        f"adapter {record['adapter']}: {wide} of {searched} activations at 16 bits, the others at 8"
+        f"{kept if record['kept'] else ''}"
+    )
+    heads = {"measured": "these rules", "limit": "limit", "float_activations": "float activations"}
+    heads |= {"all_wide": "all at 16 bits", "all_narrow": "all at 8 bits"}
+    rows = [(f"perplexity on the {record['sequences']} held-out sequences of the search", "")]
+    rows += [(head, f"{record[key]:.4f}") for key, head in heads.items()]
+    if (fresh := record["fresh"]) is not None:
+        rows.append((f"perplexity on {fresh['sequences']} other sequences", ""))
+        rows += [(head, f"{fresh[key]:.4f}") for key, head in heads.items() if key in fresh]
+    yield from table(rows)
+    if fresh is None:
+        yield (
+            "the search used all evaluation sequences; raise data.evaluation_sequences to measure "
+            "the result on other text"
+        )
+    yield from _unshared(record)
+    yield "\nsimulation:\n  activation_bitwidth: 8"
+    yield "  rules:" if record["rules"] else "  rules: []"
+    yield from (f"    - {strict_json.dumps(rule)}" for rule in record["rules"])
+
+
+def _unshared(record: dict[str, Any]) -> Iterator[str]:
+    if "unshared" in record:
+        yield (
+            "measured with separate encodings for this adapter; the recipe shares some among "
+            f"adapters (base_activations: {record['unshared']}), which costs more"
+        )
+
+
+def _lines(name: str, log: Placement, everything: bool) -> Iterator[str]:
+    counts = Counter(value.decision.value for value in log.values)
+    counted = ", ".join(f"{counts[d]} {d}" for d in ("quantize", "share", "float"))
+    yield f"adapter {name}, policy {log.policy}: {counted}"
+    rows: list[tuple[str, ...]]
+    if everything:
+        rows = [("value", "count", "class", "decision", "grid", "reason")]
+        for pattern, values in group_similar(
+            log.values, _name, lambda v: (v.module_class, v.decision, v.reason, _grid(v))
+        ):
+            v, count = values[0], str(len(values))
+            decided = (v.module_class, v.decision.value, _grid(v), v.reason)
+            rows.append((pattern, count, *decided))
+    else:
+        reasons = Counter((v.kind.value, v.decision.value, v.grid, v.reason) for v in log.values)
+        rows = [("tensor", "count", "decision", "grid", "reason")]
+        rows += [(kind, str(count), *decided) for (kind, *decided), count in reasons.items()]
+    yield from table(rows)
+    if log.unknown:
+        operators = ", ".join(f"{name} ({count})" for name, count in sorted(log.unknown.items()))
+        yield (
+            f"operators unknown to the policy: {operators}. See --explain for the reasons; where a "
+            "decision is wrong, add a rule to simulation.rules"
+        )
+
+
+def _name(value: GraphValue) -> str:
+    """The value's name without the number that distinguishes values of the same operator."""
+    return f"{value.module or 'output'}.{value.operator}" if value.is_computed else value.name
+
+
+def _grid(value: GraphValue) -> str:
+    """The grid, and the observer unless it is min-max."""
+    return value.grid if value.observer in ("", "min-max") else f"{value.grid}, {value.observer}"

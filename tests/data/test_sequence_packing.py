@@ -249,10 +249,10 @@ def test_what_is_too_long_is_truncated_and_counted() -> None:
 
 
 def test_calibration_sees_no_padding() -> None:
-    ids = joined_ids(records(5, 30), 16, [7], "training")
+    ids = joined_ids(records(5, 30), 16, [], "training")
     assert ids.shape[1] == 16
     assert not (ids == PAD).any()
-    assert joined_ids([Tokens([1, 2, 3], [False, True, True])], 16, [7], "training").tolist() == [
+    assert joined_ids([Tokens([1, 2, 3], [False, True, True])], 16, [], "training").tolist() == [
         [1, 2, 3]
     ]
 

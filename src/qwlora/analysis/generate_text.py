@@ -53,10 +53,8 @@ def prompt_ids(
     if isinstance(prompt, str):
         ids: Any = tokenizer(prompt)["input_ids"]
     else:
-        try:
-            text = render(prompt, tokenizer, "the prompt", prompt=True)
-        except SourceError as error:
-            raise SourceError(f"{error}; --raw generates without the template") from error
+        where = "the prompt (--raw generates without a template)"
+        text = render(prompt, tokenizer, where, prompt=True)
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if not ids:
         raise SourceError("the prompt is empty; give at least one word")

@@ -79,7 +79,8 @@ class Completion(_Document):
         asked = self.prompt if self.user_message is None else self.user_message
         contents = {"user": asked, ASSISTANT: self.completion}
         messages = ({"role": role, "content": content} for role, content in contents.items())
-        return Conversation(tuple(messages), self.where)
+        where = f"{self.where} (data.prompt_format: plain needs no chat template)"
+        return Conversation(tuple(messages), where)
 
 
 @dataclass(frozen=True)

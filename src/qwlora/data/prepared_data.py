@@ -85,7 +85,8 @@ def prepare(
     from qwlora.data.sequences import cut_into_sequences, joined_ids
 
     kind, packing = documents.kind, cutting.packing_of(documents.kind)
-    start, tokens = start_tokens(tokenizer), cutting.sequence_tokens
+    start = start_tokens(tokenizer) if kind == "text" else []
+    tokens = cutting.sequence_tokens
     ends = (tokenizer.pad_token_id, tokenizer.eos_token_id)
     padding = next((i for i in ends if i is not None), 0)
     train_tokens, held_out_tokens = (

@@ -150,7 +150,7 @@ def cut_into_sequences(
 
     Args:
         packing: join, documents or none.
-        start: tokens before a text; added to each sequence, or piece, of running text.
+        start: tokens before each sequence, or piece, of running text; none for other documents.
         padding: token id of padding.
         part: name of the part for messages, such as `training`.
 
@@ -160,10 +160,7 @@ def cut_into_sequences(
     counts = Counts(documents=len(encoded), tokens=sum(len(t.ids) for t in encoded))
     if packing == "join":
         sequences = _join(encoded, sequence_tokens, start, part)
-        added = len(start) if _is_text(encoded) else 0
-        counts.dropped_tokens = counts.tokens - len(sequences) * (
-            sequences.input_ids.shape[1] - added
-        )
+        counts.dropped_tokens = counts.tokens - sequences.input_ids[:, len(start) :].numel()
     else:
         pieces = _pieces(encoded, sequence_tokens, start, part, counts)
         lengths = [len(piece.ids) for piece in pieces]
@@ -185,7 +182,6 @@ def joined_ids(
     Raises:
         SourceError: running text is shorter than one sequence (records make one short sequence).
     """
-    start = start if _is_text(encoded) else ()
     ids = torch.tensor([i for tokens in encoded for i in tokens.ids], dtype=torch.int64)
     fresh = sequence_tokens - len(start)
     if len(ids) < fresh and encoded and not encoded[0].divisible:
@@ -200,19 +196,15 @@ def joined_ids(
     return torch.cat([starts, ids[: count * fresh].view(count, fresh)], dim=1)
 
 
-def _is_text(encoded: Sequence[Tokens]) -> bool:
-    return all(tokens.divisible for tokens in encoded)
-
-
 def _join(
     encoded: Sequence[Tokens], sequence_tokens: int, start: Sequence[int], part: str
 ) -> Sequences:
     ids = joined_ids(encoded, sequence_tokens, start, part)
-    added = len(start) if _is_text(encoded) else 0
+    added = len(start)
     numbers = [tokens.document for tokens in encoded for _ in tokens.ids]
     rows = torch.tensor(numbers[: len(ids) * (ids.shape[1] - added)]).view(len(ids), -1)
     documents = torch.cat([rows[:, :1].expand(-1, added), rows], dim=1)
-    if _is_text(encoded):
+    if encoded[0].divisible:
         return Sequences(ids, ids, documents=documents)
     flags = [flag for tokens in encoded for flag in tokens.in_loss]
     labels = ids.masked_fill(~torch.tensor(flags[: ids.numel()]).view(ids.shape), IGNORED)
@@ -231,12 +223,11 @@ def _pieces(
     """Documents of at most `sequence_tokens`, each with a loss token."""
     pieces: list[Tokens] = []
     for tokens in encoded:
-        before = list(start) if tokens.divisible else []
-        fresh = sequence_tokens - len(before)
+        fresh = sequence_tokens - len(start)
         parts = [
             Tokens(
-                before + tokens.ids[at : at + fresh],
-                [False] * len(before) + tokens.in_loss[at : at + fresh],
+                [*start, *tokens.ids[at : at + fresh]],
+                [False] * len(start) + tokens.in_loss[at : at + fresh],
                 document=tokens.document,
             )
             for at in (range(0, len(tokens.ids), fresh) if tokens.divisible else (0,))
@@ -246,7 +237,7 @@ def _pieces(
         counts.truncated_documents += over > 0
         counts.truncated_tokens += over
         counts.dropped_documents += not kept
-        counts.dropped_tokens += len(tokens.ids) - sum(len(p.ids) - len(before) for p in kept)
+        counts.dropped_tokens += len(tokens.ids) - sum(len(p.ids) - len(start) for p in kept)
         pieces += kept
     if not pieces:
         raise SourceError(

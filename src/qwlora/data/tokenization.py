@@ -106,13 +106,7 @@ def encode_documents(
             ids = [*_ids(text, tokenizer), *_end(tokenizer)]
             encoded.append(Tokens(ids, [True] * len(ids), divisible=True, document=number))
         elif isinstance(document, Completion) and as_chat:
-            try:
-                pair = encode_conversation(document.as_conversation(), tokenizer)
-            except SourceError as error:
-                raise SourceError(
-                    f"{error}. To train on prompts and completions without the chat template, set "
-                    "data.prompt_format: plain"
-                ) from error
+            pair = encode_conversation(document.as_conversation(), tokenizer)
             encoded.append(Tokens(*pair, document=number))
         elif isinstance(document, Completion):
             prompt, completion = _prompt_and_completion(document, tokenizer)

@@ -504,6 +504,8 @@ def test_a_pair_is_rendered_with_the_chat_template() -> None:
 def test_a_template_that_refuses_a_pair_can_be_switched_off() -> None:
     tokenizer = with_template("{{ raise_exception('no users here') }}")
     pair = Completion("Q", "A", "a.jsonl:1")
-    with pytest.raises(SourceError, match=r"a\.jsonl:1 \(data\.prompt_format: plain.*no users here"):
+    with pytest.raises(
+        SourceError, match=r"a\.jsonl:1 \(data\.prompt_format: plain.*no users here"
+    ):
         encode_documents([pair], tokenizer)
     assert encode_documents([pair], tokenizer, prompt_format="plain")

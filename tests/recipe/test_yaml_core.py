@@ -93,4 +93,4 @@ def test_yaml_that_cannot_be_used_is_one_problem(tmp_path: Path, text: str, fact
 
 def test_a_recipe_that_is_not_utf8_names_the_line(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_bytes(b"name: x\n# caf\xe9\n")
-    assert "line 2" in problem(tmp_path / "recipe.yaml")
+    assert "recipe.yaml:2: byte 6" in problem(tmp_path / "recipe.yaml")

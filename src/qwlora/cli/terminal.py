@@ -248,23 +248,22 @@ def table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
 
 def score_lines(tasks: dict[str, Any]) -> Iterator[str]:
     """Scores of tasks, as `tasks` in results.json: a line for each task, metric and model."""
+
+    def four_decimals(value: float | None) -> str:
+        return "" if value is None else f"{value:.4f}"
+
     models: dict[str, dict[str, Any]] = {}
     for stage, content in tasks.items():
-        if stage in ("float", "base"):
-            models[stage] = content
-        else:
-            models |= {f"{stage}/{adapter}": scores for adapter, scores in content.items()}
+        is_one = stage in ("float", "base")
+        models |= {stage: content} if is_one else {f"{stage}/{a}": c for a, c in content.items()}
     rows = [
-        (task, metric, model, score["value"], score["stderr"])
+        (task, metric, model, *map(four_decimals, (score["value"], score["stderr"])))
         for model, scores in models.items()
         for task, measured in scores.items()
         for metric, score in measured["metrics"].items()
     ]
-    texts = [
-        (*names, f"{value:.4f}", "" if error is None else f"{error:.4f}")
-        for *names, value, error in sorted(rows, key=lambda row: row[:2])
-    ]
-    yield from table([("task", "metric", "model", "value", "± stderr"), *texts])
+    rows.sort(key=lambda row: row[:2])
+    yield from table([("task", "metric", "model", "value", "± stderr"), *rows])
 
 
 def _numbers(names: Iterable[str]) -> str:

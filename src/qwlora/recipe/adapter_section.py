@@ -110,6 +110,13 @@ _SHAPE = {  # keys of `LoraShape`, whose module imports torch
     *("rank", "alpha", "dropout", "target_modules", "target_parameters"),
     *("rslora", "dora", "rank_pattern", "alpha_pattern", "layers"),
 }
+_NOT_IN_GRAPH = {
+    "objective recovery": "needs layer outputs, which the graph does not have; use text",
+    "dropout": "is missing in the graph, which is captured in eval mode; set it to 0",
+    "gradient_checkpointing True": "needs modules, which the graph replaces; remove it",
+    "compute bfloat16": "is too coarse for the activation grids; use float32",
+    "loss chunked": "needs an output head outside of the graph; use whole",
+}
 Rate = Annotated[float, Field(gt=0, le=1)]  # AdamW changes a weight by about this much per step
 
 
@@ -233,26 +240,11 @@ class Adapter(Section):
 
     def without_graph(self) -> Iterator[str]:
         """Settings that cannot be trained through a captured graph, and what to use instead."""
-        problems = {
-            "objective recovery needs layer outputs, which the graph does not have; use text": (
-                self.objective == "recovery"
-            ),
-            "dropout is missing in the graph, which is captured in eval mode; set it to 0": (
-                self.dropout > 0
-            ),
-            "gradient_checkpointing needs modules, which the graph replaces; remove it": (
-                self.gradient_checkpointing
-            ),
-            "compute bfloat16 is too coarse for the activation grids; use float32": (
-                self.compute == "bfloat16"
-            ),
-            "loss chunked needs an output head outside of the graph; use whole": (
-                self.loss == "chunked"
-            ),
-        }
-        for problem, is_set in problems.items():
-            if is_set:
-                yield f"workflow qwa-lora: adapter {self.name}: {problem}"
+        settings = {f"{key} {value}" for key, value in self}
+        settings |= {"dropout"} if self.dropout else set()
+        for setting, reason in _NOT_IN_GRAPH.items():
+            if setting in settings:
+                yield f"workflow qwa-lora: adapter {self.name}: {setting} {reason}"
 
     @field_validator("target_modules", "rank_pattern", "alpha_pattern")
     @classmethod
@@ -275,12 +267,8 @@ class Adapter(Section):
                 "steps is 0, so nothing would be trained; set steps, or continue_from to use an "
                 "adapter as it is"
             )
-        unsupported = {
-            "dropout": self.dropout > 0,
-            "dora": self.dora,
-            "layers": self.layers is not None,
-        }
-        named = [key for key, is_set in unsupported.items() if is_set]
+        keys = ("dropout", "dora", "layers")
+        named = [key for key in keys if getattr(self, key) not in (0.0, False, None)]
         if self.target_parameters and named:
             yield (
                 f"{', '.join(named)}: PEFT does not support this together with target_parameters; "

@@ -20,7 +20,7 @@ from qwlora.nn import packed_weights
 from qwlora.quantize.revisions import REVISIONS
 from qwlora.quantize.scale_search import search_scale
 from qwlora.quantize.solvers import SOLVERS, Solver, solver_named
-from qwlora.recipe import base_section
+from qwlora.recipe import grid_sections
 
 SCHEME = Scheme(3, granularity=PerBlock(16))
 
@@ -36,10 +36,10 @@ def test_a_solver_that_needs_calibration_says_so_without_it(solver: Solver) -> N
 
 def test_recipes_take_the_names_from_the_registry() -> None:
     for name in SOLVERS:
-        assert base_section.Base(solver=name).solver == name
-        assert base_section.BaseRule(match="*", solver=name).solver == name
+        assert grid_sections.Base(solver=name).solver == name
+        assert grid_sections.BaseRule(match="*", solver=name).solver == name
     with pytest.raises(ValueError, match=r"gptq.* or 'keep'"):
-        base_section.Base(solver="best")
+        grid_sections.Base(solver="best")
     with pytest.raises(GridError, match="'best' is not one of rtn, search, sqnr, gptq"):
         solver_named("best")
 

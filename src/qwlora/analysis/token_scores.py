@@ -145,22 +145,17 @@ def score_tokens(
         for what, values in zip(
             ("loss", "reference's loss", "KL divergence"), scores, strict=False
         ):
-            if not math.isfinite(total := float(values.sum())):
+            if not (total := float(values.sum())) <= LARGEST_LOSS * len(values):
                 raise NonFiniteError(
                     f"{description}: the {what} on sequence {number + 1} of {len(data)} of the "
-                    f"held-out text is {total}. Check the model's weights, and what was trained or "
-                    "calibrated last"
+                    f"held-out text is {total}, which gives no perplexity. Check the model's "
+                    "weights, and what was trained or calibrated last"
                 )
         parts.append(scores)
         numbers.append(torch.full_like(predicted, number))
         if data.documents is not None:
             documents.append(data.documents[number][predicted])
     nll, *against = (torch.cat(columns) for columns in zip(*parts, strict=True))
-    if (mean := float(nll.mean())) > LARGEST_LOSS:
-        raise NonFiniteError(
-            f"{description}: the mean loss over the {len(data)} sequences of the held-out text is "
-            f"{mean:.4g} nats, too much for a perplexity. Check the model's weights"
-        )
     return TokenScores(
         nll,
         torch.cat(numbers),

@@ -210,7 +210,7 @@ def test_a_suggestion_counts_and_prints_the_rules_that_are_there(job: Path) -> N
 @pytest.mark.parametrize("share", ["5", "-0.1"])
 def test_a_share_is_between_zero_and_one(tmp_path: Path, share: str) -> None:
     code, _, errors = simulate(tmp_path, f"--suggest={share}")
-    assert (code, "'--suggest': " in errors, "0.0<=x<=1.0" in errors) == (2, True, True)
+    assert (code, "'--suggest': Input should be" in errors) == (2, True)
 
 
 def test_a_suggestion_says_which_text_each_figure_is_of() -> None:

@@ -32,11 +32,11 @@ if TYPE_CHECKING:
     from qwlora.formats.aimet_encodings import EncodingsFile as EncodingsFile
     from qwlora.formats.aimet_encodings import read_encodings as read_encodings
     from qwlora.formats.aimet_encodings import write_encodings as write_encodings
-    from qwlora.formats.assemble_model import load_precomputed as load_precomputed
     from qwlora.formats.base_folder import load_base as load_base
+    from qwlora.formats.base_folder import register_with_transformers as register_with_transformers
     from qwlora.formats.base_folder import save_base as save_base
     from qwlora.formats.checkpoint import Checkpoint as Checkpoint
-    from qwlora.formats.hf_quantizer import register_with_transformers as register_with_transformers
+    from qwlora.formats.open_checkpoint import load_precomputed as load_precomputed
     from qwlora.formats.open_checkpoint import open_checkpoint as open_checkpoint
     from qwlora.graph.value_traits import Decision as Decision
     from qwlora.graph.value_traits import Trait as Trait
@@ -86,11 +86,9 @@ _NAMES = {
     "export.one_call": ("export_files", "verify_files"),
     "export.proof.checks": ("Check", "Limits"),
     "formats.aimet_encodings": ("EncodingsFile", "read_encodings", "write_encodings"),
-    "formats.assemble_model": ("load_precomputed",),
-    "formats.base_folder": ("load_base", "save_base"),
+    "formats.base_folder": ("load_base", "register_with_transformers", "save_base"),
     "formats.checkpoint": ("Checkpoint",),
-    "formats.hf_quantizer": ("register_with_transformers",),
-    "formats.open_checkpoint": ("open_checkpoint",),
+    "formats.open_checkpoint": ("load_precomputed", "open_checkpoint"),
     "graph.value_traits": ("Decision", "Trait"),
     "grid.encoding": ("Encoding", "QuantizedTensor"),
     "grid.scheme": ("Blocks", "PerBlock", "PerChannel", "PerTensor", "RangeEstimator", "Scheme"),

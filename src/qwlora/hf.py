@@ -5,6 +5,6 @@ For programs that only use transformers and PEFT. `qwlora.load_base` and `save_b
 
 from __future__ import annotations
 
-from qwlora.formats.hf_quantizer import register_with_transformers
+from qwlora.formats.base_folder import register_with_transformers
 
 register_with_transformers()

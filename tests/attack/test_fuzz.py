@@ -37,8 +37,7 @@ from qwlora.formats.aimet_encodings import (
     write_encodings,
 )
 from qwlora.formats.aimet_encodings.grids import entry_of
-from qwlora.formats.assemble_model import load_precomputed
-from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.encoding import measure
 from qwlora.grid.scheme import PerChannel, Scheme, parse_scheme
 from qwlora.quantize.layer_rules import LayerRule

@@ -30,8 +30,7 @@ from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase
 from qwlora.export.target_compatibility import ModelFacts, refusals
 from qwlora.export.weights.weights_folder import layer_kind
-from qwlora.formats.assemble_model import load_precomputed
-from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, short_name
 from qwlora.nn.packed_layer import packed_weights
 from simulation.tiny_architectures import DECODER, make, with_large_weights

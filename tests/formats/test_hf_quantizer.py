@@ -30,8 +30,8 @@ from conftest import ARCHITECTURES, byte_tokenizer, text, tiny_model
 from formats.models import edit_json, edit_tensors, mixtral
 from qwlora import fingerprint, load_base, quantize_, save_adapter, save_base
 from qwlora.errors import FingerprintError, SourceError
-from qwlora.formats import hf_quantizer
 from qwlora.formats.base_files import BaseWriter
+from qwlora.formats.base_folder import QwloraConfig
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn.packed_layer import packed_layers
 from qwlora.quantize.layer_rules import LayerRule
@@ -145,11 +145,10 @@ def test_the_dtype_is_by_default_the_one_that_the_model_had(tmp_path: Path) -> N
             {"device_map": {"model": "disk", "lm_head": "cpu"}},
             "on disk.*max_",
         ),
-        (AutoModelForCausalLM, {"dtype": torch.int8}, "torch.int8.*bfloat16"),
         (AutoModelForCausalLM, {"tp_plan": "auto"}, "tp_plan.*device_map"),
         (AutoModel, {}, "LlamaForCausalLM, not a LlamaModel"),
     ],
-    ids=["disk", "dtype", "tp_plan", "class"],
+    ids=["disk", "tp_plan", "class"],
 )
 def test_what_cannot_be_honored_is_refused(
     base: Path, kind: Any, settings: dict[str, Any], facts: str
@@ -159,7 +158,7 @@ def test_what_cannot_be_honored_is_refused(
 
 
 def test_a_float_model_is_not_quantized_while_it_is_loaded(checkpoints: dict[str, Path]) -> None:
-    settings = hf_quantizer.QwloraConfig()
+    settings = QwloraConfig()
     with pytest.raises(SourceError, match=r"qwlora\.quantize_"):
         AutoModelForCausalLM.from_pretrained(checkpoints["llama"], quantization_config=settings)
 
@@ -400,7 +399,7 @@ def test_files_that_the_hub_cache_lacks_are_downloaded(
             shutil.copy(base / name, snapshot)
             wanted.remove(name)
 
-    monkeypatch.setattr("qwlora.formats.hf_quantizer.snapshot_download", download)
+    monkeypatch.setattr("qwlora.formats.base_folder.snapshot_download", download)
     model = AutoModelForCausalLM.from_pretrained(
         "owner/name", cache_dir=tmp_path, local_files_only=True
     )

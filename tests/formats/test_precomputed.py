@@ -21,7 +21,8 @@ from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
 from formats.models import mixtral, read_integers
 from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.errors import CalibrationError, GridError, SourceError
-from qwlora.formats.assemble_model import LazyModel, load_precomputed
+from qwlora.formats.meta_model import LazyModel
+from qwlora.formats.open_checkpoint import load_precomputed
 from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn import is_packable, is_packed, packed_weights, weight_out_in

@@ -195,37 +195,17 @@ def test_integers_and_single_files_are_had_from_the_hub(hub: Callable[[str], Pat
     assert not (found.path.parents[1] / "other.gguf").exists()
 
 
-@pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the Python package `tiny_files`, which the distribution `Some.Models` installs
-    with a second package."""
-    info = tmp_path / "some_models-1.dist-info"
-    for folder in (info, tmp_path / "a_module", tmp_path / "tiny_files"):
-        folder.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: Some.Models\nVersion: 1\n")
-    (tmp_path / "a_module" / "__init__.py").touch()
-    (tmp_path / "tiny_files" / "__init__.py").touch()
-    (tmp_path / "tiny_files" / "model.gguf").touch()
-    (tmp_path / "tiny_files" / "adapter").mkdir()
-    monkeypatch.syspath_prepend(str(tmp_path))
-    return tmp_path / "tiny_files"
-
-
-@pytest.mark.parametrize("name", ["tiny_files", "Some.Models", "some-models", "some_models"])
-@pytest.mark.parametrize("listed_in", ["top_level.txt", "RECORD"])
-def test_a_package_is_found_by_its_name_and_by_its_distributions(
-    package: Path, name: str, listed_in: str
+@pytest.mark.parametrize("name", ["tiny_files", "tiny-files"])
+def test_a_package_is_found_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    info = package.parent / "some_models-1.dist-info"
-    names = ("a_module", "tiny_files")
-    (info / listed_in).write_text(
-        "\n".join(names)
-        if listed_in == "top_level.txt"
-        else "".join(f"{n}/__init__.py,,\n" for n in names)
-    )
+    package = tmp_path / "tiny_files"
+    (package / "adapter").mkdir(parents=True)
+    (package / "model.gguf").touch()
+    monkeypatch.syspath_prepend(str(tmp_path))
     assert locate(f"package:{name}/model.gguf").path == package / "model.gguf"
     assert adapter_folder(f"package:{name}/adapter") == package / "adapter"
-    with pytest.raises(SourceError, match=r"does not exist \(looked for .*/\w+/no\.gguf\)"):
+    with pytest.raises(SourceError, match=r"does not exist \(looked for .*/tiny_files/no\.gguf\)"):
         locate(f"package:{name}/no.gguf")
 
 

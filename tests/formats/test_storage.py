@@ -16,11 +16,10 @@ from conftest import ARCHITECTURES, byte_tokenizer, reseal, tiny_model
 from formats.models import edit_json, edit_tensors, read_floats, read_integers
 from qwlora import PerChannel, Scheme, fingerprint, load_base, quantize_, save_base
 from qwlora.errors import FingerprintError, GridError, SourceError
-from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.base_files import BaseCheckpoint, BaseWriter
 from qwlora.formats.huggingface.model_config import read_config
 from qwlora.formats.meta_model import empty_model
-from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn.fingerprint import combined_fingerprint, config_numbers, tensor_digest
 from qwlora.quantize.layer_rules import LayerRule
@@ -75,7 +74,7 @@ def test_a_large_base_lies_in_shards_and_is_the_same(
     assert writer.finish(model, byte_tokenizer(), "somewhere") == fingerprint(model)
     shards = sorted(folder.glob("base-*.safetensors"))
     assert len(shards) > 3
-    assert shards[0].name == f"base-00001-of-{len(shards):05}.safetensors"
+    assert shards[0].name == "base-00001.safetensors"
     largest = max(t.nbytes for t in model.state_dict().values())
     assert all(sum(t.nbytes for t in load_file(s).values()) <= max(20_000, largest) for s in shards)
     with torch.no_grad():
@@ -142,7 +141,7 @@ def test_a_changed_tensor_or_configuration_is_named(base: Path) -> None:
     edit_tensors(path, {f"{LAYER}.packed": packed ^ 1})
     with pytest.raises(
         FingerprintError,
-        match=rf"base.json says .*: {LAYER}.packed changed after saving. Copy it again, or quantize",
+        match=rf"{LAYER}.packed changed after saving: .* in base.json. Copy it again, or quantize",
     ):
         load_base(base)
     edit_tensors(path, {f"{LAYER}.packed": packed})
@@ -160,8 +159,8 @@ PACKED = f"{LAYER}.packed"
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        (PACKED, torch.flatten, rf"{PACKED} is \[4096\] of U8, not \[128, 32\] of U8"),
-        (PACKED, torch.Tensor.short, rf"{PACKED} is \[128, 32\] of I16, not \[128, 32\] of U8"),
+        (PACKED, torch.flatten, rf"{PACKED} is uint8 \[4096\], not uint8 \[128, 32\]"),
+        (PACKED, torch.Tensor.short, rf"{PACKED} is int16 \[128, 32\], not uint8 \[128, 32\]"),
         ("model.norm.weight", lambda t: None, "model.norm.weight is missing"),
         ("../../outside", lambda t: torch.zeros(2), "../../outside is not in the model"),
     ],
@@ -183,7 +182,7 @@ def test_impossible_scales_are_named_though_fingerprints_agree(base: Path, scale
     resign(base)
     with pytest.raises(
         GridError,
-        match=rf"layer {LAYER}: a scale is a finite positive number, but 1 of .*quantize again",
+        match=rf"layer .{LAYER}. of base.json: a scale is a finite positive number, but 1 of .*quantize again",
     ):
         load_base(base)
 
@@ -231,7 +230,7 @@ def test_absurd_layers_are_refused_by_name(base: Path, name: str, layer: Any) ->
     edit_record(base, change)
     with pytest.raises(
         (GridError, SourceError),
-        match=rf"layer '{name}' in base.json does not fit .*; quantize again|the offset",
+        match=rf"layer '{name}' of base.json: .*; quantize again|the offset",
     ):
         load_base(base)
 

@@ -33,8 +33,7 @@ from qwlora.adapter.peft_support import (
 )
 from qwlora.errors import FingerprintError, SourceError, foreign_as, listed
 from qwlora.formats import manifest
-from qwlora.formats.model_source import downloaded
-from qwlora.formats.user_path import looked_for, source_path
+from qwlora.formats.model_source import downloaded, looked_for, source_path
 from qwlora.nn.fingerprint import changed_floats, fingerprint_of, remember_floats_, tensor_digests
 from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.packed_layer import packed_layers, packed_weights, unwrapped

@@ -167,8 +167,8 @@ def _open(
         kind, files, stored = "QWLoRA base", reader.files, reader.stored
         schemes, fingerprint = reader.schemes(), reader.record["fingerprint"]
     elif isinstance(reader, AimetCheckpoint):
-        kind, files = "float checkpoint with AIMET encodings", reader.floats.files
-        stored, schemes = _stored(reader.floats), reader.schemes()
+        kind, files = "float checkpoint with AIMET encodings", reader.files
+        stored, schemes = _stored(reader), reader.schemes()
     elif isinstance(reader, FolderCheckpoint):
         kind, files = f"{quantization_of(path)[0] or 'float'} checkpoint", reader.files
         stored = _stored(reader)

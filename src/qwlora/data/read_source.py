@@ -39,7 +39,7 @@ from qwlora.data.rows import (
     read_text,
 )
 from qwlora.errors import SourceError, foreign_as, listed
-from qwlora.formats.user_path import looked_for, user_path
+from qwlora.formats.model_source import looked_for, user_path
 
 TEXT_SUFFIXES = (".txt", ".md")
 RECORD_SUFFIXES = (

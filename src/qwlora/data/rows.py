@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from qwlora.errors import SourceError, foreign_as
-from qwlora.formats.user_path import looked_for
+from qwlora.formats.model_source import looked_for
 from qwlora.system.optional_packages import require
 from qwlora.system.strict_json import distinct_keys
 

@@ -34,7 +34,6 @@ from qwlora.errors import EncodingsFileError, GridError, SourceError, near_names
 from qwlora.formats.aimet_encodings.encodings_file import read_encodings
 from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of
 from qwlora.formats.aimet_encodings.model import BlockOrder, EncodingsFile, Entry, FloatEncoding
-from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure, sqnr_db
 from qwlora.grid.scheme import BITWIDTHS, Scheme
@@ -44,7 +43,7 @@ from qwlora.grid.scheme import BITWIDTHS, Scheme
 LEAST_SQNR, WORSE = 12.0, 6.0
 
 
-class AimetCheckpoint(Checkpoint):
+class AimetCheckpoint(FolderCheckpoint):
     """A float checkpoint and its encodings.
 
     Args:
@@ -64,26 +63,22 @@ class AimetCheckpoint(Checkpoint):
         keep_float: Sequence[str] = (),
         block_order: BlockOrder | None = None,
     ):
-        self.floats = FolderCheckpoint(folder)
-        self.path, self.config = self.floats.path, self.floats.config
-        self._grids = matched_encodings(self.floats.model, encodings, keep_float, block_order)
-
-    def names(self) -> list[str]:
-        return self.floats.names()
+        super().__init__(folder)
+        self._grids = matched_encodings(self.model, encodings, keep_float, block_order)
 
     def schemes(self) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
         """Scheme and shape `[out, in]` of each parameter that becomes integers; reads no tensor
         data."""
-        shapes = {name: _shape_out_in(self.floats.model, name) for name in self._grids}
+        shapes = {name: _shape_out_in(self.model, name) for name in self._grids}
         return {n: (self._grids[n].scheme, shape) for n, shape in shapes.items() if len(shape) > 1}
 
     def read(self, name: str) -> Tensor | QuantizedTensor:
-        value = self.floats.read(name)
+        value = super().read(name)
         grid = self._grids.get(name)
         if grid is None:
             return value
         assert isinstance(value, Tensor), "a float checkpoint has floats"
-        matrix = value.t() if _is_conv1d_weight(self.floats.model, name) else value
+        matrix = value.t() if _is_conv1d_weight(self.model, name) else value
         try:
             if value.ndim < 2:
                 return grid.fake_quantize(value.float())
@@ -139,16 +134,33 @@ def matched_encodings(
     file = read_encodings(path)
     parameters = dict(model.named_parameters(remove_duplicate=False))
     first_names = {id(parameter): name for name, parameter in model.named_parameters()}
-    entries: dict[str, list[tuple[Entry, bool]]] = {}  # with numbered names of ONNX or not
+    grids: dict[str, tuple[str, Encoding | None]] = {}  # with the name of the entry
     unknown: list[str] = []
     problems: list[str] = []
+
+    def is_kept(name: str) -> bool:
+        layer = name.rpartition(".")[0]
+        return any(fnmatch.fnmatchcase(n, glob) for n in (name, layer) for glob in keep_float)
+
     for entry in file.encodings:
         numbered = re.fullmatch(r"(.+)_\d{1,9}", entry.name)
         name = entry.name if entry.name in parameters or not numbered else numbered[1]
         is_numbered = name != entry.name
         if name in parameters and (not is_numbered or parameters[name].ndim == 2):
             first = first_names[id(parameters[name])]
-            entries.setdefault(first, []).append((entry, is_numbered))
+            if is_kept(first):
+                continue
+            grid = None
+            try:
+                grid = _grid(model, first, entry, is_numbered, file, block_order)
+            except SourceError as error:
+                problems.append(f"{entry.name!r} {error}")
+            other, agreed = grids.setdefault(first, (entry.name, grid))
+            if not (grid is agreed or (grid and agreed and grid.equals(agreed))):
+                problems.append(
+                    f"{other!r} and {entry.name!r} are tied in the model, but have different "
+                    "encodings. Remove one of the two entries"
+                )
         # files of version 2.x do not separate activations
         elif file.parameters is None or entry.name in file.parameters:
             unknown.append(entry.name)
@@ -157,45 +169,19 @@ def matched_encodings(
                     f"{entry.name!r} is listed as a parameter, but the model has no such "
                     f"parameter{_near(entry.name, list(first_names.values()))}"
                 )
-    grids: dict[str, Encoding] = {}
     for name in first_names.values():
-        layer = name.rpartition(".")[0]
-        if any(fnmatch.fnmatchcase(part, glob) for part in (name, layer) for glob in keep_float):
-            continue
-        if name in entries:
-            try:
-                if grid := _agreed_grid(model, name, entries[name], file, block_order):
-                    grids[name] = grid
-            except SourceError as error:
-                problems.append(f"{entries[name][0][0].name!r} {error}")
-            continue
+        layer, _, leaf = name.rpartition(".")
         is_linear = isinstance(model.get_submodule(layer), nn.Linear | Conv1D)
-        if is_linear and name.endswith(".weight") and layer not in (file.excluded_layers or ()):
+        excluded = name in grids or is_kept(name) or layer in (file.excluded_layers or ())
+        if is_linear and leaf == "weight" and not excluded:
             problems.append(
                 f"{name!r}, the weight of a Linear layer, has no entry{_near(name, unknown)}. "
                 f"To keep it float, set {_keeping(layer)}"
             )
     if problems:
         raise EncodingsFileError(str(path), problems)
-    return grids
-
-
-def _agreed_grid(
-    model: nn.Module,
-    name: str,
-    entries: list[tuple[Entry, bool]],
-    file: EncodingsFile,
-    block_order: BlockOrder | None,
-) -> Encoding | None:
-    """The encoding that all entries of a parameter give it; None if it stays float."""
-    grids = [_grid(model, name, *entry, file, block_order) for entry in entries]
-    for (entry, _), grid in zip(entries[1:], grids[1:], strict=True):
-        if not (grid is grids[0] or (grid and grids[0] and grid.equals(grids[0]))):
-            raise SourceError(
-                f"and {entry.name!r} are tied in the model, but have different encodings. "
-                "Remove one of the two entries"
-            )
-    return grids[0]
+    in_order = ((name, grids[name][1]) for name in first_names.values() if name in grids)
+    return {name: grid for name, grid in in_order if grid is not None}
 
 
 def _grid(

@@ -9,8 +9,7 @@ A float tensor is copied only if another dtype is requested.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.dynamic_module_utils import custom_object_save
 
-from qwlora.errors import FingerprintError, GridError, SourceError, lines, listed
+from qwlora.errors import FingerprintError, GridError, SourceError, described, lines, listed
 from qwlora.formats import manifest
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface.model_config import read_config
@@ -45,12 +44,13 @@ from qwlora.nn.packed_layer import packed_layers
 from qwlora.nn.packed_tensor import PackedTensor, Parts, narrowest
 from qwlora.nn.replace import place_empty_
 from qwlora.system import strict_json
-from qwlora.system.atomic import files_in, move_into_place, replacing_files, write_text
+from qwlora.system.atomic import files_in, replacing, replacing_files, write_text
 from qwlora.system.parameter_names import canonical_name, parameter_name
 from qwlora.system.strict_json import read_object
 
 STEM = "base"
-INDEX = "base.safetensors.index.json"
+WEIGHTS = f"{STEM}.safetensors"
+INDEX = f"{WEIGHTS}.index.json"
 SHARD_BYTES = 2**29
 FORMAT = 4
 RECORD = "base.json"
@@ -58,28 +58,18 @@ WITHOUT_QWLORA = (
     "this model is a QWLoRA base; run `pip install qwlora`, and `import qwlora.hf` before you "
     "load it"
 )
-_FLOATS = ("F32", "BF16", "F16")
-_DTYPES = {
-    torch.uint8: "U8",
-    torch.int8: "I8",
-    torch.int16: "I16",
-    torch.int32: "I32",
-    torch.int64: "I64",
-    torch.bool: "BOOL",
-    torch.float64: "F64",
-}
-_UNUSABLE = (KeyError, TypeError, ValueError, OverflowError)  # what a bad record raises
+# what a bad record raises
+_UNUSABLE = (AttributeError, KeyError, TypeError, ValueError, OverflowError, RuntimeError)
 
 
 class BaseWriter:
     """Writes a base module by module; for a whole model, use `write_base`.
 
-        base.safetensors                                        all fits into `shard_bytes`
-        base-00001-of-00003.safetensors ... and an index file   otherwise, as in Hugging Face
-                                                                folders
+        base.safetensors                               all fits into `shard_bytes`
+        base-00001.safetensors ... and an index file   otherwise
 
-    At most one shard is in memory; a larger tensor gets its own file. Shards have temporary names
-    until `finish` renames them. Creating a `BaseWriter` deletes an earlier base from the folder.
+    At most one shard is in memory; a larger tensor gets its own file. Creating a `BaseWriter`
+    deletes an earlier base from the folder.
     """
 
     def __init__(self, folder: Path, shard_bytes: int = SHARD_BYTES):
@@ -87,9 +77,9 @@ class BaseWriter:
         self.digests: dict[str, str] = {}
         self._layers: dict[str, Any] = {}
         self._waiting: dict[str, Tensor] = {}
-        self._shards: list[dict[str, int]] = []  # bytes of the tensors of each shard
-        shards = f"{STEM}-*-of-*.safetensors"
-        for name in (RECORD, f"{STEM}.safetensors", shards, INDEX, ".shard-*.part"):
+        self._file_of: dict[str, str] = {}  # of each tensor in a shard
+        self._bytes = 0  # of the tensors in shards
+        for name in (RECORD, WEIGHTS, INDEX, f"{STEM}-*.safetensors", f".{STEM}*.part"):
             for file in folder.glob(name):
                 file.unlink()
 
@@ -108,7 +98,7 @@ class BaseWriter:
             stored = narrowest(tensor) if tensor.dtype == torch.float32 else tensor
             waiting = sum(other.nbytes for other in self._waiting.values())
             if self._waiting and waiting + stored.nbytes > self.shard_bytes:
-                self._write_shard()
+                self._write_shard_()
             self._waiting[full] = stored.detach().cpu().contiguous()
         for below, layer in module.named_modules(prefix=path):
             if _is_stored(layer) and not layer.tensor.parts.packed.is_meta:
@@ -121,10 +111,15 @@ class BaseWriter:
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, source: str
     ) -> str:
         """Write the last shard, configuration, tokenizer and base.json. Returns the fingerprint."""
-        self._write_shard()
+        weights = INDEX if self._file_of else WEIGHTS
+        self._write_shard_(None if self._file_of else WEIGHTS)
+        if weights == INDEX:
+            total = {"total_size": self._bytes}
+            index = {"metadata": total, "weight_map": dict(sorted(self._file_of.items()))}
+            write_text(self.folder / INDEX, strict_json.dumps(index, indent=1) + "\n")
         config: Any = copy.deepcopy(model.config)
         config.dtype, config.architectures = model.dtype, [type(model).__name__]
-        config.quantization_config = {"quant_method": "qwlora", "weights": self._name_shards()}
+        config.quantization_config = {"quant_method": "qwlora", "weights": weights}
         with replacing_files(self.folder) as scratch:
             if _is_remote(type(model)):  # save_pretrained copies only config's and tokenizer's code
                 custom_object_save(model, scratch, config)
@@ -150,31 +145,15 @@ class BaseWriter:
         manifest.write(self.folder, RECORD, record, files)
         return identity
 
-    def _write_shard(self) -> None:
-        save_file(self._waiting, self._part(len(self._shards)), metadata={"format": "pt"})
-        self._shards.append({name: tensor.nbytes for name, tensor in self._waiting.items()})
-        self._waiting = {}
-
-    def _name_shards(self) -> str:
-        """Rename the shards, and write an index if there are several. Returns the file's name, or
-        the index's."""
-        count, total, weight_map = len(self._shards), 0, dict[str, str]()
-        for i, tensors in enumerate(self._shards):
-            name = f"{STEM}-{i + 1:05}-of-{count:05}.safetensors"
-            name = name if count > 1 else f"{STEM}.safetensors"
+    def _write_shard_(self, name: str | None = None) -> None:
+        name = name or f"{STEM}-{len({*self._file_of.values()}) + 1:05}.safetensors"
+        with replacing(self.folder / name) as scratch:
+            save_file(self._waiting, scratch, metadata={"format": "pt"})
             # safetensors creates files that only their owner can read
-            self._part(i).chmod(self.folder.stat().st_mode & 0o666)
-            move_into_place(self._part(i), self.folder / name)
-            weight_map |= dict.fromkeys(tensors, name)
-            total += sum(tensors.values())
-        if count == 1:
-            return name
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        write_text(self.folder / INDEX, strict_json.dumps(index, indent=1) + "\n")
-        return INDEX
-
-    def _part(self, index: int) -> Path:
-        return self.folder / f".shard-{index:05}.part"
+            scratch.chmod(self.folder.stat().st_mode & 0o666)
+        self._file_of |= dict.fromkeys(self._waiting, name)
+        self._bytes += sum(tensor.nbytes for tensor in self._waiting.values())
+        self._waiting = {}
 
 
 def write_base(
@@ -192,7 +171,7 @@ def write_base(
     writer.add(model)
     identity = writer.finish(model, tokenizer, source)
     remember_floats_(model, writer.digests)
-    _belongs_to_(model, Path(folder), source)
+    save_as_base_(model, source, Path(folder))
     return identity
 
 
@@ -249,7 +228,15 @@ class BaseCheckpoint(Checkpoint):
         # weights are not listed there: each tensor has its own digest
         manifest.check(self.path, RECORD, self.where, "quantize again")
         self.files = SafetensorsFiles(folder, STEM)
-        self.layers = _read_layers(self.record, self.where)
+        self.layers: dict[str, tuple[Scheme, tuple[int, ...]]] = {}  # by module path
+        for path, layer in self.record["layers"].items():
+            try:
+                shape = tuple(_Layer.model_validate(layer).shape)
+                scheme = Scheme.from_json(layer)
+                scheme.scale_shape(shape)
+            except _UNUSABLE as error:
+                raise self._invalid(path, error) from error
+            self.layers[path] = scheme, shape
         self.config = config or read_config(self.path, trust_remote_code)
         self.digests: dict[str, str] = {}
         self.packed: frozenset[str] = frozenset()
@@ -287,24 +274,26 @@ class BaseCheckpoint(Checkpoint):
                     f"{self.where}: {path}.{part} is {have or 'missing'}, but {scheme} needs "
                     f"{want or 'none'}; quantize again"
                 )
-        with self._naming(path):
+        try:
             return PackedTensor(scheme, shape[-1], Parts(**tensors)).quantized
+        except GridError as error:
+            raise self._invalid(path, error) from error
 
     def _checked(self, name: str, layout: str) -> Tensor:
         tensor = self.files.read(name)
-        if tensor_digest(name, layout, tensor) != self.record["tensors"].get(name):
+        self.digests[name] = tensor_digest(name, layout, tensor)
+        if self.digests[name] != self.record["tensors"].get(name):
             raise FingerprintError(
-                f"{self.where}: {name} changed after saving. Copy it again, or quantize again"
+                f"{self.where}: {name} changed after saving: its digest is not that in {RECORD}. "
+                "Copy it again, or quantize again"
             )
         return tensor
 
-    @contextmanager
-    def _naming(self, layer: str) -> Iterator[None]:
-        """Put the base and a layer on a GridError about its numbers."""
-        try:
-            yield
-        except GridError as error:
-            raise GridError(f"{self.where}: layer {layer}: {error}; quantize again") from error
+    def _invalid(self, layer: str, error: Exception) -> GridError:
+        reason = described(error)
+        if isinstance(error, ValidationError):
+            reason = "; ".join(f"{e['loc']}: {e['msg']}" for e in error.errors(include_url=False))
+        return GridError(f"{self.where}: layer {layer!r} of {RECORD}: {reason}; quantize again")
 
     def place_packed_(self, model: PreTrainedModel) -> dict[str, list[str]]:
         """Insert empty packed layers, and check names, shapes and types of all stored tensors.
@@ -321,22 +310,16 @@ class BaseCheckpoint(Checkpoint):
                 layer = place_empty_(model, name, scheme)
                 if layer.tensor.shape != shape:
                     raise GridError(f"its shape is {list(shape)}, not {list(layer.tensor.shape)}")
-            except (AttributeError, *_UNUSABLE, RuntimeError) as error:
-                raise _misfit(name, error, self.where) from error
+            except _UNUSABLE as error:
+                raise self._invalid(name, error) from error
         tie_weights_(model)
         names, stored = tensor_names(model), set(self.files.names())
         wrong = [f"{name} is missing" for name in sorted(names.keys() - stored)]
         wrong += [f"{name} is not in the model" for name in sorted(stored - names.keys())]
         for name in sorted(names.keys() & stored):
-            expected = tensor_at(model, name)
-            assert expected is not None
-            dtypes = _FLOATS if expected.is_floating_point() else (_DTYPES[expected.dtype],)
-            shape, dtype = self.files.shape(name), self.files.dtype(name)
-            if shape != tuple(expected.shape) or dtype not in dtypes:
-                wrong.append(
-                    f"{name} is {list(shape)} of {dtype}, not {list(expected.shape)} of "
-                    f"{' or '.join(dtypes)}"
-                )
+            have, want = (_kind(t) for t in (self.files.read(name), tensor_at(model, name)))
+            if have != want:
+                wrong.append(f"{name} is {have}, not {want}")
         if wrong:
             shown = "\n  ".join(lines(wrong))
             raise SourceError(
@@ -352,23 +335,17 @@ class BaseCheckpoint(Checkpoint):
         """Name and tensor, as a view of the mapped file, of everything stored.
 
         Raises:
-            FingerprintError: after the last one, if any differs from its digest, or
-                (`check_configuration`) the configuration is not the one that was saved.
+            FingerprintError: one differs from its digest; or, after the last one
+                (`check_configuration`), the configuration is not the one that was saved.
         """
         layouts = {name: layout for name, (layout, _) in base_tensors(model).items()}
         for name in self.files.names():
-            tensor = self.files.read(name)
-            self.digests[name] = tensor_digest(name, layouts[name], tensor)
-            yield name, tensor
-        saved, identity = self.record["tensors"], self._identity(model)
-        changed = [name for name, digest in self.digests.items() if saved.get(name) != digest]
-        if not changed and check_configuration and identity != self.record["fingerprint"]:
-            changed = ["config.json or its fingerprint"]
-        if changed:
+            yield name, self._checked(name, layouts[name])
+        identity, saved = self._identity(model), self.record["fingerprint"]
+        if check_configuration and identity != saved:
             raise FingerprintError(
-                f"{self.where} has fingerprint {identity}, but {RECORD} says "
-                f"{self.record['fingerprint']}: {listed(changed)} changed after saving. Copy it "
-                "again, or quantize again"
+                f"{self.where} has fingerprint {identity}, but {RECORD} says {saved}: config.json "
+                "or its fingerprint changed after saving. Copy it again, or quantize again"
             )
 
     def finish_(self, model: PreTrainedModel, dtype: torch.dtype) -> None:
@@ -381,8 +358,10 @@ class BaseCheckpoint(Checkpoint):
             if isinstance(layer, PackedLayer):
                 layer.compute_dtype = dtype
             if _is_stored(layer):
-                with self._naming(name):
+                try:
                     _ = layer.encoding  # checks its numbers; any packed codes are valid
+                except GridError as error:
+                    raise self._invalid(name, error) from error
         digests = dict(self.digests)
         for name, (layout, tensor) in base_tensors(model).items():
             # stored floats are float32 or narrower, and digests are of their float32 values
@@ -393,10 +372,17 @@ class BaseCheckpoint(Checkpoint):
         now = combined_fingerprint(digests, config_numbers(model))
         if now != self.record["fingerprint"] == self._identity(model):
             keep_fingerprint_(model, now, self.record["fingerprint"])
-        _belongs_to_(model, self.path, self.record["source"])
+        save_as_base_(model, self.record["source"], self.path)
 
     def _identity(self, model: PreTrainedModel) -> str:
         return combined_fingerprint(self.digests, config_numbers(model))
+
+
+def _kind(tensor: Tensor | None) -> str:
+    """Type and shape; floats may have any width."""
+    assert tensor is not None
+    kind = "float" if tensor.is_floating_point() else str(tensor.dtype).removeprefix("torch.")
+    return f"{kind} {list(tensor.shape)}"
 
 
 def _is_stored(layer: nn.Module) -> TypeGuard[PackedLayer]:
@@ -404,19 +390,20 @@ def _is_stored(layer: nn.Module) -> TypeGuard[PackedLayer]:
     return isinstance(layer, PackedLayer) and is_packed(layer) and not layer.is_tied
 
 
-def _belongs_to_(model: PreTrainedModel, folder: Path, source: str) -> None:
-    """Note the base's folder, which PEFT writes into adapters, and what `save_pretrained` needs."""
-    model.name_or_path = str(folder)
-    save_as_base_(model, source)
-
-
-def save_as_base_(model: PreTrainedModel, source: str | None = None) -> None:
-    """Let `model.save_pretrained(folder)` write a base while the model has packed layers.
+def save_as_base_(
+    model: PreTrainedModel, source: str | None = None, folder: Path | None = None
+) -> None:
+    """Let `model.save_pretrained` write a base while the model has packed layers.
 
     transformers' own method would write codes and scales without saying what they are, and then
-    load them as random weights. `source` is recorded in base.json; default: `model.name_or_path`.
+    load them as random weights.
+
+    Args:
+        source: recorded in base.json; default: `model.name_or_path`.
+        folder: the base that the model is from, which PEFT writes into adapters.
     """
     source = (model.name_or_path or "") if source is None else source
+    model.name_or_path = model.name_or_path if folder is None else str(folder)
     # a partial is copied along with the model that it holds
     model.__dict__["save_pretrained"] = partial(_save_pretrained, model, source)
 
@@ -477,28 +464,3 @@ class _Layer(BaseModel):
     block_size: int | None
     scale_bitwidth: int | None = None
     float_offset: bool = False
-
-
-def _read_layers(
-    record: Mapping[str, Any], where: str
-) -> dict[str, tuple[Scheme, tuple[int, ...]]]:
-    """Scheme and shape of each packed layer in a `base.json`, by module path."""
-    layers = {}
-    for name, layer in record["layers"].items():
-        try:
-            shape = tuple(_Layer.model_validate(layer).shape)
-            scheme = Scheme.from_json(layer)
-            scheme.scale_shape(shape)
-        except _UNUSABLE as error:
-            raise _misfit(name, error, where) from error
-        layers[name] = scheme, shape
-    return layers
-
-
-def _misfit(name: str, error: Exception, where: str) -> GridError:
-    reason = str(error) or type(error).__name__
-    if isinstance(error, ValidationError):
-        reason = "; ".join(f"{e['loc']}: {e['msg']}" for e in error.errors(include_url=False))
-    return GridError(
-        f"{where}: layer {name!r} in {RECORD} does not fit the model ({reason}); quantize again"
-    )

@@ -6,24 +6,43 @@
       base.json              format, fingerprint, source, scheme and shape of each packed layer,
                              digests of each tensor and of the files below (`manifest.py`); written
                              last, so a folder without it is not a base
-      config.json, ...       the model's configuration and tokenizer, as Hugging Face writes them,
-                             for transformers' `from_pretrained` (`hf_quantizer.py`)
+      config.json, ...       the model's configuration and tokenizer, as Hugging Face writes them
 
 transformers warns about a quantization method that it does not know and goes on with random
 weights. So the weights are in a file that it does not look for, and `transformers_weights` in
 config.json, which it takes as a file name and refuses, says what to install.
+
+transformers loads the same model, with the same checks, in the dtype and on the devices that it
+chooses:
+
+    import qwlora.hf
+    model = AutoModelForCausalLM.from_pretrained("out/base", device_map="auto")
+
+It reads the tensors; `BaseCheckpoint` inserts the packed layers before that and compares every
+stored tensor with its digest. `save_pretrained` writes a base. Refused: quantizing a float model
+while it is loaded, offloading to disk, tensor parallelism. Written for transformers 5.24.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from huggingface_hub import snapshot_download
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from qwlora.formats.base_files import BaseCheckpoint, write_base
-from qwlora.formats.hf_quantizer import register_with_transformers
+from qwlora.errors import SourceError
+from qwlora.formats.base_files import RECORD, WEIGHTS, BaseCheckpoint, read_record, write_base
+from qwlora.formats.manifest import FILES
 from qwlora.formats.meta_model import empty_model, put_, read_generation_config_
+from qwlora.nn import PackedLayer
+
+METHOD = "qwlora"
 
 
 def save_base(
@@ -86,3 +105,134 @@ def load_base(
     base.finish_(model, dtype)
     model.to(device)  # type: ignore[arg-type] # transformers hides the signature of Module.to
     return model
+
+
+class QwloraConfig(QuantizationConfigMixin):
+    """`quantization_config` in the config.json of a base.
+
+    Args:
+        weights: the file with the weights, or their index.
+    """
+
+    def __init__(self, weights: str = WEIGHTS, **unused: Any):
+        self.quant_method, self.weights = METHOD, weights  # type: ignore[assignment]
+
+
+class QwloraQuantizer(HfQuantizer):
+    """Inserts packed layers before transformers reads the weights, and checks the base."""
+
+    quantization_config: QwloraConfig
+    _base: BaseCheckpoint
+    _dtype: torch.dtype
+
+    @property
+    def is_trainable(self) -> bool:
+        """Adapters can be trained on the model."""
+        return True
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes a base; see `base_files.save_as_base_`."""
+        return True
+
+    def validate_environment(self, device_map: Any = None, **unused: Any) -> None:
+        if not self.pre_quantized:
+            raise SourceError(
+                "from_pretrained does not quantize to QWLoRA's integers. Load the float model "
+                "without quantization_config, then call qwlora.quantize_(model, ...)"
+            )
+        self._refuse_disk(device_map)
+
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        # the last call before the files are looked for: give the name of the weights in place of
+        # the sentence that stops transformers without qwlora
+        if getattr(config, "distributed_config", None) is not None:
+            raise SourceError(
+                "a QWLoRA base cannot be split by distributed_config, tp_plan or tp_size; leave "
+                "them out, or use device_map"
+            )
+        config.transformers_weights = self.quantization_config.weights
+        return config
+
+    def _process_model_before_weight_loading(
+        self,
+        model: PreTrainedModel,
+        dtype: torch.dtype | None = None,
+        checkpoint_files: Sequence[str] = (),
+        **unused: Any,
+    ) -> None:
+        self._dtype = dtype or torch.float32
+        folder = _folder_of(Path(checkpoint_files[0]))
+        self._base = base = BaseCheckpoint(folder, model.config)
+        expected = base.record.get("class")
+        if expected not in (None, type(model).__name__):
+            raise SourceError(
+                f"{base.where} is a {expected}, not a {type(model).__name__}; load it with "
+                f"transformers.{expected}.from_pretrained"
+            )
+        # `model.tie_weights()`, which transformers switches off while it builds a model to load
+        for target, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+            path, _, key = target.rpartition(".")
+            model.get_submodule(path)._parameters[key] = model.get_parameter(source)
+        base.place_packed_(model)
+        for target in list(model.all_tied_weights_keys):
+            if isinstance(model.get_submodule(target.rpartition(".")[0]), PackedLayer):
+                del model.all_tied_weights_keys[target]  # no parameter: it reads the other's codes
+        for name, stored in base.verified(model):
+            if name in base.packed and stored.is_floating_point():
+                path, _, key = name.rpartition(".")
+                buffers = model.get_submodule(path)._buffers
+                buffers[key] = torch.empty_like(stored, device="meta")  # scales keep their dtype
+        for layer in model.modules():
+            if isinstance(layer, PackedLayer):
+                layer._is_hf_initialized = True
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> list[Any]:
+        return []  # a base has the names of the model in memory
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **unused: Any) -> None:
+        self._refuse_disk(getattr(model, "hf_device_map", None))
+        config: Any = model.config
+        del config.transformers_weights
+        model.requires_grad_(False)
+        name = model.name_or_path or ""
+        self._base.finish_(model, self._dtype)
+        if not Path(name).is_dir():
+            model.name_or_path = name  # an id on the hub, which adapters should name
+        del self._base  # open files; the model keeps the quantizer, and may be copied
+
+    def _refuse_disk(self, device_map: Any) -> None:
+        if isinstance(device_map, dict) and "disk" in device_map.values():
+            modules = [name or "the model" for name, place in device_map.items() if place == "disk"]
+            raise SourceError(
+                f"device_map puts {modules[0]} on disk, but packed integers stay in memory. Map "
+                "all modules to devices or to the processor, or allow it more with max_memory"
+            )
+
+
+def register_with_transformers() -> None:
+    """Let `from_pretrained`, `pipeline`, `Trainer` and PEFT load QWLoRA bases in this process.
+
+    `load_base` and `save_base` call it; `import qwlora.hf` does too.
+    """
+    if METHOD not in auto.AUTO_QUANTIZER_MAPPING:
+        auto.register_quantization_config(METHOD)(QwloraConfig)
+        auto.register_quantizer(METHOD)(QwloraQuantizer)
+
+
+def _folder_of(weights: Path) -> Path:
+    """The base's folder; in the hub's cache, its other files are downloaded into it."""
+    folder = weights.parent
+    cached = folder.parent.parent  # models--OWNER--NAME/snapshots/REVISION
+    if folder.parent.name != "snapshots" or not cached.name.startswith("models--"):
+        return folder
+    files = [RECORD]
+    for _ in range(2):  # base.json, then the files that it lists
+        if missing := [file for file in files if not (folder / file).is_file()]:
+            snapshot_download(
+                cached.name.removeprefix("models--").replace("--", "/"),
+                revision=folder.name,
+                cache_dir=cached.parent,
+                allow_patterns=missing,
+            )
+        files = list(read_record(folder).get(FILES, {}))
+    return folder

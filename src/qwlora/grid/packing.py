@@ -10,14 +10,19 @@ A plane is dense. Planes of 4 or 2 bits start in the low bits of a byte, as in O
 planes of 1 bit start in the high bit, as in `numpy.packbits`. A row is padded with zero codes to a
 whole number of groups, where a group is the fewest codes that fill whole bytes in every plane. So a
 code costs exactly `bitwidth` bits, and rows share no bytes.
+
+Files of other tools have one stream of bits a row instead, in little-endian int32 words: code `i`
+occupies the bits `[i * bitwidth, (i + 1) * bitwidth)`, so a 3-bit code may cross a word boundary
+(`pack_words`). For 4 and 2 bits both layouts are the same.
 """
 
 from __future__ import annotations
 
 import math
 
+import numpy as np
 import torch
-from jaxtyping import UInt8
+from jaxtyping import Int, Integer, UInt8
 from torch import Tensor
 
 from qwlora.errors import GridError
@@ -26,6 +31,7 @@ from qwlora.errors import GridError
 # apart so that they do not overlap, have bit 7 - k at the top of byte k.
 _NINE_APART = sum(1 << 9 * k for k in range(8)) - 2**64
 _EACH_BYTE = 0x0101010101010101
+_AT_ONCE = 2**22  # codes whose bits are in memory at once, a byte each
 
 
 def planes_of(bitwidth: int) -> list[int]:
@@ -117,3 +123,36 @@ def _widened(narrow: Tensor, dtype: torch.dtype) -> Tensor:
     dtype do not allow.
     """
     return torch.empty(narrow.shape, dtype=dtype, device=narrow.device).copy_(narrow)
+
+
+def unpack_words(
+    words: Integer[Tensor, "rows words"], bitwidth: int, count: int
+) -> UInt8[Tensor, "rows count"]:
+    """Unpack the first `count` codes of each row; `bitwidth` is 1 to 8."""
+    stream = words.contiguous().view(torch.uint8)
+    # the smallest number of codes that fills whole bytes, and the number of these bytes
+    group, width = 8 // math.gcd(bitwidth, 8), bitwidth // math.gcd(bitwidth, 8)
+    groups = math.ceil(count / group)
+    if stream.shape[-1] < groups * width:  # the last group of a row may be incomplete
+        stream = torch.nn.functional.pad(stream, (0, groups * width - stream.shape[-1]))
+    fields = stream[..., : groups * width].unflatten(-1, (groups, width))
+    codes = []
+    for place in range(0, group * bitwidth, bitwidth):
+        byte, shift = divmod(place, 8)
+        field = fields[..., byte] >> shift
+        if shift + bitwidth > 8:
+            field = field | fields[..., byte + 1] << (8 - shift)
+        codes.append(field & (2**bitwidth - 1))
+    return torch.stack(codes, -1).flatten(-2)[..., :count]
+
+
+def pack_words(codes: UInt8[Tensor, "rows count"], bitwidth: int) -> Int[Tensor, "rows words"]:
+    """Undo `unpack_words`; each row is padded with zeros to whole words."""
+    rows = []
+    for part in codes.split(max(1, _AT_ONCE // max(1, codes.shape[1]))):
+        bits = (part.unsqueeze(-1) >> torch.arange(bitwidth, dtype=torch.uint8)) & 1
+        stream = bits.flatten(1)
+        stream = torch.nn.functional.pad(stream, (0, -stream.shape[1] % 32))
+        packed = np.packbits(stream.numpy(), axis=1, bitorder="little")
+        rows.append(torch.from_numpy(packed).view(torch.int32))
+    return torch.cat(rows)

@@ -29,9 +29,8 @@ from typing import Any
 from torch import nn
 
 from qwlora.errors import GridError, SourceError
-from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_files import BaseWriter
-from qwlora.formats.meta_model import is_below, put_, tensor_at
+from qwlora.formats.meta_model import LazyModel, is_below, put_, tensor_at
 from qwlora.nn import tie_weights_
 from qwlora.system.progress import Track
 

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.errors import GridError, listed
-from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_files import SHARD_BYTES, BaseWriter, save_as_base_
 from qwlora.formats.checkpoint import Checkpoint
+from qwlora.formats.meta_model import LazyModel
 from qwlora.formats.model_source import forget_gguf_
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import MomentStore

@@ -15,7 +15,7 @@ from qwlora.data import Cutting, Reading, locate_documents
 from qwlora.data.records import FIELDS, KINDS, OPTIONAL
 from qwlora.data.rows import read_text
 from qwlora.errors import SourceError
-from qwlora.formats.user_path import looked_for, source_path
+from qwlora.formats.model_source import looked_for, source_path
 from qwlora.recipe.section import Count, Name, NotNegative, Section, file, located
 from qwlora.system.parameter_names import pattern_problem
 

@@ -20,8 +20,7 @@ from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.onnx.openvino import EXACT
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase
-from qwlora.formats.assemble_model import load_precomputed
-from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 
 WEIGHTS = [name for name, kind in TARGETS.items() if not kind.is_simulated]
 IDS = torch.randint(3, 90, (1, 20), generator=torch.Generator().manual_seed(5))

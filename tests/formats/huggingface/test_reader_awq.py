@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from formats.models import edit_json, edit_tensors, llama, read_integers
 from qwlora.errors import SourceError
-from qwlora.formats.huggingface.qweight import QweightTensors
+from qwlora.formats.huggingface.gptq_awq_mlx import QweightTensors
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.encoding import QuantizedTensor
@@ -95,8 +95,8 @@ def test_settings_that_are_refused(tmp_path: Path, settings: dict[str, Any], mes
     [
         ({"qzeros": None}, r"layer 'layer' \(AWQ\): .*\[\].* must be matrices"),
         (
-            {"scales": torch.full((2, 32), -1.0)},
-            r"layer 'layer' \(AWQ\): a scale is a finite positive number, but 64 of 64 are not, -1.0 the first",
+            {"scales": torch.zeros(2, 32)},
+            r"layer 'layer' \(AWQ\): a scale is a finite positive number, but 64 of 64 are not, 0.0 the first",
         ),
         ({"scales": torch.full((2, 32), torch.inf)}, "a scale is a finite positive number"),
         ({"scales": torch.ones(4, 32)}, r"scales' is F32 \[4, 32\], but .* \[2, 32\]"),

@@ -16,10 +16,9 @@ from transformers import PreTrainedModel
 
 from formats.models import edit_json, edit_tensors, gpt2, llama, mixtral, read_integers
 from qwlora.errors import SourceError
-from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint, FormatReader
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
-from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
 
@@ -246,10 +245,10 @@ OUTSIDE = "which is not a .safetensors file in this folder"
 @pytest.mark.parametrize(
     ("weight_map", "message"),
     [
-        ({"a": "../outside.safetensors"}, f"'a' is listed in '../outside.safetensors', {OUTSIDE}"),
-        ({"a": "/etc/passwd"}, "tensor 'a' is listed in '/etc/passwd'"),
+        ({"a": "../outside.safetensors"}, f"lists '../outside.safetensors', {OUTSIDE}"),
+        ({"a": "/etc/passwd"}, f"lists '/etc/passwd', {OUTSIDE}"),
         ({"a": "..\\x.safetensors"}, OUTSIDE),
-        ({"a": "absent.safetensors"}, "'absent.safetensors', which should contain tensor 'a', is"),
+        ({"a": "absent.safetensors"}, f"lists 'absent.safetensors', {OUTSIDE}; download"),
         (
             {"a": "one.safetensors", "c": "two.safetensors"},
             r"two\.safetensors': 'c' is also in another shard",

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from formats.models import edit_json, edit_tensors
 from qwlora.errors import SourceError
-from qwlora.formats.huggingface.qweight import QweightTensors
+from qwlora.formats.huggingface.gptq_awq_mlx import QweightTensors
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.open_checkpoint import open_checkpoint
 from qwlora.grid.encoding import QuantizedTensor

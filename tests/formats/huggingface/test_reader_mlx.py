@@ -13,11 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from formats.models import read_integers
 from qwlora.errors import SourceError
-from qwlora.formats.assemble_model import load_precomputed
-from qwlora.formats.huggingface.mlx import MlxTensors
+from qwlora.formats.huggingface.gptq_awq_mlx import MlxTensors
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
 from qwlora.formats.model_source import locate
-from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 
 FILES = Path(__file__).parents[1] / "files"
 

@@ -31,7 +31,7 @@ from qwlora.export.onnx.onnx_runtime import (
     open_model,
 )
 from qwlora.formats import aimet_encodings as files
-from qwlora.formats.aimet_encodings.compare import encoding_differences
+from qwlora.formats.aimet_encodings.convert import encoding_differences
 from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of
 from qwlora.formats.aimet_encodings.model import EncodingsFile, Entry, IntegerEncoding
 from qwlora.graph.capture import IDS, MASK

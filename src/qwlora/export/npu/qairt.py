@@ -50,7 +50,7 @@ from qwlora.export.onnx.onnx_edits import load_graph, numbers, save_graph
 from qwlora.export.proof.contents import GOLDEN_FILES, Contents
 from qwlora.export.target import PROOF, Backend, ExportedGraph
 from qwlora.formats.aimet_encodings import read_encodings
-from qwlora.formats.aimet_encodings.compare import encoding_differences
+from qwlora.formats.aimet_encodings.convert import encoding_differences
 from qwlora.formats.aimet_encodings.model import EncodingsFile
 from qwlora.formats.model_card import marked
 from qwlora.graph.quantized_graph import Kind

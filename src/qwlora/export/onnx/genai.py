@@ -60,8 +60,8 @@ from qwlora.export.weights.weights_folder import (
     width_problem,
     write_settings,
 )
-from qwlora.formats.huggingface.int32_words import pack_words
 from qwlora.grid.encoding import spread
+from qwlora.grid.packing import pack_words
 from qwlora.nn.packed_layer import PackedLayer, PackedLinear
 from qwlora.system import strict_json
 from qwlora.system.atomic import write_text

@@ -49,8 +49,8 @@ from qwlora.export.weights.weights_folder import (
     width_problem,
     write_folder,
 )
-from qwlora.formats.huggingface.int32_words import pack_words
 from qwlora.grid.encoding import spread
+from qwlora.grid.packing import pack_words
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.system import strict_json
 

@@ -12,10 +12,9 @@ which needs torch, turns grids into entries and back.
 
 from __future__ import annotations
 
-from qwlora.formats.aimet_encodings.compare import Difference, diff
-from qwlora.formats.aimet_encodings.convert import convert
-from qwlora.formats.aimet_encodings.encodings_file import read_encodings, write_encodings
-from qwlora.formats.aimet_encodings.findings import Finding
+from qwlora.formats.aimet_encodings.convert import Difference, convert, diff
+from qwlora.formats.aimet_encodings.encodings_file import read_encodings, validate, write_encodings
+from qwlora.formats.aimet_encodings.json_fields import Finding
 from qwlora.formats.aimet_encodings.model import (
     FLOAT_FORMATS,
     VERSIONS,
@@ -27,7 +26,6 @@ from qwlora.formats.aimet_encodings.model import (
     LpbqEncoding,
 )
 from qwlora.formats.aimet_encodings.onnx_tensors import OnnxTensor, read_graph
-from qwlora.formats.aimet_encodings.validate import validate
 
 __all__ = [
     "FLOAT_FORMATS",

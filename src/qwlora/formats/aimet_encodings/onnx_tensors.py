@@ -30,7 +30,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwlora.errors import EncodingsFileError
+from qwlora.errors import EncodingsFileError, described
 from qwlora.system.optional_packages import require
 
 _MOVES = {
@@ -79,15 +79,12 @@ def read_graph(path: Path | str) -> dict[str, OnnxTensor]:
     try:
         model = onnx.load(str(path), load_external_data=False)
         if not model.HasField("graph"):
-            raise ValueError
+            raise ValueError("it has no graph")
         with suppress(Exception):  # onnx raises several private classes; the types are optional
             model = onnx.shape_inference.infer_shapes(model)
         graph = ir.from_proto(model).graph
-    except OSError as error:
-        problem = f"cannot be read: {error.strerror or error}"
-        raise EncodingsFileError(str(path), [problem]) from error
     except Exception as error:  # protobuf's errors have no common base class
-        problem = f"is not an ONNX model: {type(error).__name__}"
+        problem = f"is not an ONNX model that can be read ({described(error)})"
         raise EncodingsFileError(str(path), [problem]) from error
     outputs = [value for node in graph for value in node.outputs if value.name]
     computed_by = _carriers(graph, outputs)

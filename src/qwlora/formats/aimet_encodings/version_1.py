@@ -21,15 +21,12 @@ written, and when read they must agree within half a step. In 1.0.0 a section is
 
 from __future__ import annotations
 
-from abc import abstractmethod
-from collections.abc import Sequence
 from math import isfinite
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Generic, Literal, TypeVar, cast
 
 import numpy as np
 from pydantic import BeforeValidator, PlainValidator
 
-from qwlora.formats.aimet_encodings.findings import describe, printable
 from qwlora.formats.aimet_encodings.json_fields import (
     AsEntry,
     Document,
@@ -37,6 +34,8 @@ from qwlora.formats.aimet_encodings.json_fields import (
     FlatNumbers,
     JsonEntry,
     Name,
+    describe,
+    printable,
 )
 from qwlora.formats.aimet_encodings.model import (
     EncodingsFile,
@@ -46,6 +45,8 @@ from qwlora.formats.aimet_encodings.model import (
     IntegerEncoding,
     LpbqEncoding,
 )
+
+Section = TypeVar("Section")
 
 
 def _settings(value: Any) -> dict[str, Any]:
@@ -62,19 +63,20 @@ def _settings(value: Any) -> dict[str, Any]:
     return value
 
 
-class SectionsDocument(Document):
-    """0.6.1 and 1.0.0."""
+class SectionsDocument(Document, Generic[Section]):
+    """0.6.1 and 1.0.0, by the JSON of a section."""
 
-    activation_encodings: Sequence[Any]
-    param_encodings: Sequence[Any]
+    activation_encodings: Section
+    param_encodings: Section
     excluded_layers: list[Name] | None = None
     quantizer_args: Annotated[dict[str, Any] | None, PlainValidator(_settings)] = None
 
     def content(self) -> EncodingsFile:
+        activations, parameters = cast(Any, (self.activation_encodings, self.param_encodings))
         return EncodingsFile(
             self.version,
-            (*self.activation_encodings, *self.param_encodings),
-            frozenset(entry.name for entry in self.param_encodings),
+            (*activations, *parameters),
+            frozenset(entry.name for entry in parameters),
             None if self.excluded_layers is None else tuple(self.excluded_layers),
             self.quantizer_args,
             self.producer,  # type: ignore[arg-type]
@@ -86,12 +88,9 @@ class SectionsDocument(Document):
         for entry in file.encodings:
             is_parameter = entry.name in (file.parameters or ())
             sections["param_encodings" if is_parameter else "activation_encodings"].append(entry)
-        return {key: cls.section(entries) for key, entries in sections.items()}
-
-    @classmethod
-    @abstractmethod
-    def section(cls, encodings: list[Entry]) -> Any:
-        """The JSON of some entries."""
+        if file.version == "0.6.1":
+            return {key: {e.name: _items(e) for e in entries} for key, entries in sections.items()}
+        return {key: [json_of(e) for e in entries] for key, entries in sections.items()}
 
 
 class Entry061(JsonEntry):
@@ -152,19 +151,7 @@ def _by_field(section: Any) -> list[dict[str, Any]]:
     return entries
 
 
-Section = Annotated[list[Annotated[Entry061, AsEntry]], BeforeValidator(_by_field)]
-
-
-class Document061(SectionsDocument):
-    """A file of version 0.6.1."""
-
-    version: Literal["0.6.1"]
-    activation_encodings: Section
-    param_encodings: Section
-
-    @classmethod
-    def section(cls, encodings: list[Entry]) -> Any:
-        return {encoding.name: _items(encoding) for encoding in encodings}
+Section061 = Annotated[list[Annotated[Entry061, AsEntry]], BeforeValidator(_by_field)]
 
 
 def _items(encoding: Entry) -> list[dict[str, Any]]:
@@ -255,16 +242,7 @@ class Entry100(JsonEntry):
         )
 
 
-class Document100(SectionsDocument):
-    """A file of version 1.0.0."""
-
-    version: Literal["1.0.0"]
-    activation_encodings: list[Annotated[Entry100, AsEntry]]
-    param_encodings: list[Annotated[Entry100, AsEntry]]
-
-    @classmethod
-    def section(cls, encodings: list[Entry]) -> Any:
-        return [json_of(encoding) for encoding in encodings]
+Section100 = list[Annotated[Entry100, AsEntry]]
 
 
 def json_of(encoding: Entry) -> dict[str, Any]:

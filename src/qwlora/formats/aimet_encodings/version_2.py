@@ -24,7 +24,6 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, Discriminator, Field, Tag
 
-from qwlora.formats.aimet_encodings.findings import printable
 from qwlora.formats.aimet_encodings.json_fields import (
     MAX_INTEGER,
     MAX_RANK,
@@ -35,6 +34,7 @@ from qwlora.formats.aimet_encodings.json_fields import (
     NestedIntegers,
     NestedNumbers,
     Strict,
+    printable,
 )
 from qwlora.formats.aimet_encodings.model import (
     FLOAT_FORMATS,

@@ -37,10 +37,9 @@ Source: `ggml-common.h` and `ggml-quants.c` of llama.cpp.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 
 import torch
-from jaxtyping import Float, UInt8
+from jaxtyping import UInt8
 from torch import Tensor
 
 from qwlora.errors import SourceError
@@ -51,125 +50,71 @@ CONSTANT_SCALE = 2.0**-14
 _AT_ONCE = 2**15
 
 
-@dataclass(frozen=True, eq=False)
-class Blocks:
-    """Decoded blocks as stored: scales may be negative or zero.
-
-    Args:
-        bitwidth: bits of a code.
-        codes: `[*rows, in]`.
-        scale: `[*rows, in / size]`.
-        minimum: the same shape; None where the value is `(code - 2^(bitwidth - 1)) * scale`.
-    """
-
-    bitwidth: int
-    codes: UInt8[Tensor, "*rows in"]
-    scale: Float[Tensor, "*rows groups"]
-    minimum: Float[Tensor, "*rows groups"] | None = None
-
-    @property
-    def size(self) -> int:
-        """The number of codes per scale."""
-        return self.codes.shape[-1] // self.scale.shape[-1]
-
-    def parts(self) -> list[Tensor]:
-        """All tensors."""
-        return [self.codes, self.scale, *([] if self.minimum is None else [self.minimum])]
-
-    def with_parts(self, parts: Sequence[Tensor]) -> Blocks:
-        """A copy with other tensors, in the order of `parts`."""
-        codes, scale, *minimum = parts
-        return replace(self, codes=codes, scale=scale, minimum=minimum[0] if minimum else None)
-
-
-def decode_blocks(kind: str, raw: UInt8[Tensor, "*rows bytes"]) -> Blocks:
+def decode_blocks(kind: str, raw: UInt8[Tensor, "*rows bytes"]) -> list[Tensor]:
     """Decode rows of the GGUF type `kind`, a key of `TYPES`.
 
     Works on a limited number of blocks at a time, so that temporary tensors stay small.
+
+    Returns:
+        Codes `[*rows, in]`; scales `[*rows, in / size]`, which may be negative or zero; and, for
+        types with one, minimums of the same shape.
     """
-    bytes_per_block, decode = TYPES[kind]
+    _, bytes_per_block, decode = TYPES[kind]
     fields = raw.reshape(-1, bytes_per_block)
-    first = decode(fields[:1])
-    whole = [torch.empty((len(fields), part.shape[-1]), dtype=part.dtype) for part in first.parts()]
+    whole = [part.new_empty((len(fields), part.shape[-1])) for part in decode(fields[:1])]
     for start in range(0, len(fields), _AT_ONCE):
-        for part, piece in zip(
-            whole, decode(fields[start : start + _AT_ONCE]).parts(), strict=True
-        ):
-            part[start : start + _AT_ONCE] = piece
-    return first.with_parts([part.view(*raw.shape[:-1], -1) for part in whole])
+        some = slice(start, start + _AT_ONCE)
+        for part, piece in zip(whole, decode(fields[some]), strict=True):
+            part[some] = piece
+    return [part.view(*raw.shape[:-1], -1) for part in whole]
 
 
-def to_quantized(blocks: Blocks, what: str) -> QuantizedTensor:
+def to_quantized(kind: str, parts: Sequence[Tensor], what: str) -> QuantizedTensor:
     """The quantized tensor with exactly these values.
 
     Args:
-        blocks: decoded blocks.
+        kind: the GGUF type.
+        parts: what `decode_blocks` returns.
         what: the tensor and its type, for messages.
 
     Raises:
         SourceError: a scale or minimum is not finite, or a negative scale cannot be converted
             exactly.
     """
-    for part, name in ((blocks.scale, "scale"), (blocks.minimum, "minimum")):
-        if part is not None and not bool(torch.isfinite(part).all()):
+    for part, name in zip(parts[1:], ("scale", "minimum"), strict=False):
+        if bad := int((~torch.isfinite(part)).sum()):
             raise SourceError(
-                f"{what}: {int((~torch.isfinite(part)).sum())} of {part.numel()} {name}s are nan "
-                "or infinite. The file is damaged; download it again"
+                f"{what}: {bad} of {part.numel()} {name}s are nan or infinite. The file is "
+                "damaged; download it again"
             )
-    return _float_offset(blocks, what) if blocks.minimum is not None else _integer_offset(blocks)
-
-
-def _integer_offset(blocks: Blocks) -> QuantizedTensor:
-    steps, middle, size = 2**blocks.bitwidth - 1, 2 ** (blocks.bitwidth - 1), blocks.size
-    constant, negative = blocks.scale == 0, blocks.scale < 0
-    codes = _filled(blocks.codes.unflatten(-1, (-1, size)), constant, middle)
-    scale = blocks.scale.abs().masked_fill_(constant, CONSTANT_SCALE)
-    symmetric = True
-    if bool(negative.any()):
-        turned = negative.unsqueeze(-1)
-        symmetric = not bool((turned & (codes == 0)).any())
-        # uint8 wraps around modulo 256; the results are in 0 to 255
-        codes = torch.where(turned, codes.neg().add_((steps + symmetric) % 256), codes)
-    offset = torch.full(scale.shape, -middle, dtype=torch.int32)
-    if not symmetric:
-        offset = offset.masked_fill_(negative, 1 - middle)
-    return QuantizedTensor(
-        codes.flatten(-2),
-        Encoding(Scheme(blocks.bitwidth, symmetric, PerBlock(size)), scale, offset),
-    )
-
-
-def _float_offset(blocks: Blocks, what: str) -> QuantizedTensor:
-    assert blocks.minimum is not None
-    steps, size = 2**blocks.bitwidth - 1, blocks.size
-    codes, minimum, scale = blocks.codes.unflatten(-1, (-1, size)), blocks.minimum, blocks.scale
+    bitwidth, (codes, scale, *minimum) = TYPES[kind][0], parts
+    steps, middle, size = 2**bitwidth - 1, 2 ** (bitwidth - 1), codes.shape[-1] // scale.shape[-1]
+    codes = codes.unflatten(-1, (-1, size))
     constant, negative = scale == 0, scale < 0
-    if bool(negative.any()):
-        stored, d, m = (
-            codes[negative],
-            scale[negative].unsqueeze(-1),
-            minimum[negative].unsqueeze(-1),
-        )
-        turned, low = steps - stored, d * steps + m
-        if not torch.equal(stored.float() * d + m, turned.float() * -d + low):
+    symmetric = not minimum and not bool((codes[negative] == 0).any())
+    if minimum:
+        low_end = minimum[0].clone()
+        d, m = (part[negative].unsqueeze(-1) for part in (scale, low_end))
+        stored, low = codes[negative], d * steps + m
+        if not torch.equal(stored.float() * d + m, (steps - stored).float() * -d + low):
             raise SourceError(
                 f"{what}: {int(negative.sum())} of {scale.numel()} scales are negative, and no "
                 "positive scale gives exactly the same values; "
                 "quantize the float model again with llama-quantize"
             )
-        codes, minimum = codes.clone(), minimum.clone()
-        codes[negative], minimum[negative] = turned, low.squeeze(-1)
-    codes = _filled(codes, constant, 0)
-    scheme = Scheme(blocks.bitwidth, symmetric=False, granularity=PerBlock(size), float_offset=True)
-    return QuantizedTensor(
-        codes.flatten(-2),
-        Encoding(scheme, scale.abs().masked_fill_(constant, CONSTANT_SCALE), minimum),
-    )
-
-
-def _filled(codes: Tensor, constant: Tensor, code: int) -> Tensor:
-    """Replace the codes of constant blocks by `code`."""
-    return codes.masked_fill(constant.unsqueeze(-1), code) if bool(constant.any()) else codes
+        low_end[negative] = low.squeeze(-1)
+    else:
+        low_end = torch.full(scale.shape, -middle, dtype=torch.int32)
+        low_end.masked_fill_(negative, -middle if symmetric else 1 - middle)
+    if bool(negative.any()):
+        # uint8 wraps around modulo 256; the results are in 0 to 255
+        reversed_codes = codes.neg().add_((steps + symmetric) % 256)
+        codes = torch.where(negative.unsqueeze(-1), reversed_codes, codes)
+    if bool(constant.any()):
+        codes = codes.masked_fill(constant.unsqueeze(-1), 0 if minimum else middle)
+    scale = scale.abs().masked_fill_(constant, CONSTANT_SCALE)
+    scheme = Scheme(bitwidth, symmetric, PerBlock(size), float_offset=bool(minimum))
+    return QuantizedTensor(codes.flatten(-2), Encoding(scheme, scale, low_end))
 
 
 def _half(fields: Tensor, start: int) -> Tensor:
@@ -191,72 +136,65 @@ def bit_planes(
     return ((fields.unsqueeze(-2) >> shifts) & (2**width - 1)).flatten(-2)
 
 
-def _simple(bitwidth: int, with_minimum: bool) -> Callable[[Tensor], Blocks]:
-    def decode(fields: Tensor) -> Blocks:
+def _simple(bitwidth: int, with_minimum: bool) -> Callable[[Tensor], list[Tensor]]:
+    def decode(fields: Tensor) -> list[Tensor]:
         codes = fields[..., -32:] ^ 0x80 if bitwidth == 8 else halves(fields[..., -16:])
         if bitwidth == 5:
             codes |= bit_planes(fields[..., -20:-16].unsqueeze(-1), 8, 1).flatten(-2) << 4
-        return Blocks(bitwidth, codes, _half(fields, 0), _half(fields, 2) if with_minimum else None)
+        return [codes, *(_half(fields, start) for start in (0, 2)[: 1 + with_minimum])]
 
     return decode
 
 
-def _q2_k(fields: Tensor) -> Blocks:
-    pairs, codes = (
-        fields[..., :16],
-        bit_planes(fields[..., 16:80].unflatten(-1, (2, 32)), 4, 2).flatten(-2),
-    )
-    return Blocks(2, codes, _half(fields, 80) * (pairs & 0xF), -(_half(fields, 82) * (pairs >> 4)))
+def _q2_k(fields: Tensor) -> list[Tensor]:
+    pairs = fields[..., :16]
+    codes = bit_planes(fields[..., 16:80].unflatten(-1, (2, 32)), 4, 2).flatten(-2)
+    return [codes, _half(fields, 80) * (pairs & 0xF), -(_half(fields, 82) * (pairs >> 4))]
 
 
-def _q3_k(fields: Tensor) -> Blocks:
-    high, low = (
-        bit_planes(fields[..., :32], 8, 1),
-        bit_planes(fields[..., 32:96].unflatten(-1, (2, 32)), 4, 2).flatten(-2),
-    )
+def _q3_k(fields: Tensor) -> list[Tensor]:
+    high = bit_planes(fields[..., :32], 8, 1)
+    low = bit_planes(fields[..., 32:96].unflatten(-1, (2, 32)), 4, 2).flatten(-2)
     scales = halves(fields[..., 96:104]) | bit_planes(fields[..., 104:108], 4, 2) << 4
-    return Blocks(3, low | high << 2, _half(fields, 108) * (scales.to(torch.float32) - 32))
+    return [low | high << 2, _half(fields, 108) * (scales.to(torch.float32) - 32)]
 
 
-def _k_scales(fields: Tensor) -> tuple[Tensor, Tensor]:
+def _k_scales(fields: Tensor) -> list[Tensor]:
     """The float32 scales and minimums of the eight blocks of 32 in Q4_K and Q5_K; their integers
     have six bits each, in the twelve bytes from byte 4."""
     first, second, rest = fields[..., 4:16].chunk(3, -1)
     scale = torch.cat([first & 0x3F, rest & 0xF | first >> 6 << 4], -1)
     minimum = torch.cat([second & 0x3F, rest >> 4 | second >> 6 << 4], -1)
-    return _half(fields, 0) * scale, -(_half(fields, 2) * minimum)
+    return [_half(fields, 0) * scale, -(_half(fields, 2) * minimum)]
 
 
-def _q4_k(fields: Tensor) -> Blocks:
+def _q4_k(fields: Tensor) -> list[Tensor]:
     codes = halves(fields[..., 16:144].unflatten(-1, (4, 32))).flatten(-2)
-    return Blocks(4, codes, *_k_scales(fields))
+    return [codes, *_k_scales(fields)]
 
 
-def _q5_k(fields: Tensor) -> Blocks:
-    codes = (
-        halves(fields[..., 48:176].unflatten(-1, (4, 32))).flatten(-2)
-        | bit_planes(fields[..., 16:48], 8, 1) << 4
-    )
-    return Blocks(5, codes, *_k_scales(fields))
+def _q5_k(fields: Tensor) -> list[Tensor]:
+    low = halves(fields[..., 48:176].unflatten(-1, (4, 32))).flatten(-2)
+    return [low | bit_planes(fields[..., 16:48], 8, 1) << 4, *_k_scales(fields)]
 
 
-def _q6_k(fields: Tensor) -> Blocks:
+def _q6_k(fields: Tensor) -> list[Tensor]:
     low = halves(fields[..., :128].unflatten(-1, (2, 64))).flatten(-2)
     high = bit_planes(fields[..., 128:192].unflatten(-1, (2, 32)), 4, 2).flatten(-2)
-    return Blocks(6, low | high << 4, _half(fields, 208) * fields[..., 192:208].view(torch.int8))
+    return [low | high << 4, _half(fields, 208) * fields[..., 192:208].view(torch.int8)]
 
 
-TYPES: dict[str, tuple[int, Callable[[Tensor], Blocks]]] = {
-    "Q4_0": (18, _simple(4, False)),
-    "Q4_1": (20, _simple(4, True)),
-    "Q5_0": (22, _simple(5, False)),
-    "Q5_1": (24, _simple(5, True)),
-    "Q8_0": (34, _simple(8, False)),
-    "Q2_K": (84, _q2_k),
-    "Q3_K": (110, _q3_k),
-    "Q4_K": (144, _q4_k),
-    "Q5_K": (176, _q5_k),
-    "Q6_K": (210, _q6_k),
+TYPES: dict[str, tuple[int, int, Callable[[Tensor], list[Tensor]]]] = {
+    "Q4_0": (4, 18, _simple(4, False)),
+    "Q4_1": (4, 20, _simple(4, True)),
+    "Q5_0": (5, 22, _simple(5, False)),
+    "Q5_1": (5, 24, _simple(5, True)),
+    "Q8_0": (8, 34, _simple(8, False)),
+    "Q2_K": (2, 84, _q2_k),
+    "Q3_K": (3, 110, _q3_k),
+    "Q4_K": (4, 144, _q4_k),
+    "Q5_K": (5, 176, _q5_k),
+    "Q6_K": (6, 210, _q6_k),
 }
-"""By type: the bytes of a block, and the function that decodes uint8 `[blocks, bytes]` into
-`Blocks` with codes `[blocks, codes]` and scales `[blocks, groups]`."""
+"""By type: bits of a code, bytes of a block, and the function that decodes uint8 `[blocks, bytes]`
+into codes `[blocks, codes]`, scales `[blocks, groups]` and, where there are any, minimums."""

@@ -35,15 +35,10 @@ from torch import Tensor, nn
 
 from qwlora.errors import SourceError, foreign_as, shortened
 from qwlora.formats.huggingface.huggingface_folder import FormatReader
-from qwlora.formats.huggingface.int32_words import (
-    group_granularity,
-    pack_words,
-    quantized_tensor,
-    unpack_words,
-)
 from qwlora.formats.huggingface.safetensors_files import FLOATS, SafetensorsFiles
 from qwlora.grid.encoding import QuantizedTensor
-from qwlora.grid.scheme import Blocks, Granularity, PerChannel, PerTensor, Scheme
+from qwlora.grid.packing import pack_words, unpack_words
+from qwlora.grid.scheme import Blocks, PerChannel, PerTensor, Scheme
 from qwlora.system.time_limit import SECONDS, time_limit
 
 ACTIVATIONS = re.compile(r"\.(input|output|[qkv])_(scale|zero_point)$")
@@ -62,16 +57,6 @@ class Weights(BaseModel):
     symmetric: bool = True
     strategy: Literal["tensor", "channel", "group", None] = None
     group_size: int | None = None
-
-    def layout(self, shape: tuple[int, ...], where: str) -> tuple[Granularity, tuple[int, ...]]:
-        """The granularity of a layer `[out, in]`, and the shape of its scales."""
-        strategy, size = self.strategy, self.group_size
-        if strategy == "tensor" or (strategy is None and size is None):
-            return PerTensor(), ()
-        if strategy == "channel" or (strategy is None and size == -1):
-            size = shape[1]
-        granularity = group_granularity(shape[1], size or 0, where)
-        return granularity, (shape[0], shape[1] // (size or 1))
 
 
 class _Group(BaseModel):
@@ -101,21 +86,6 @@ class _Settings(BaseModel):
     kv_cache_scheme: None = None
 
 
-def _read_groups(settings: Mapping[str, Any], where: str) -> list[tuple[list[str], Weights]]:
-    """Targets and weights of the config groups that quantize weights."""
-    try:
-        groups = _Settings.model_validate(dict(settings)).config_groups.values()
-    except ValidationError as error:
-        problem = error.errors(include_url=False)[0]
-        key, value = ".".join(map(str, problem["loc"])), shortened(repr(problem["input"]), 80)
-        raise SourceError(
-            f"{where}: {key} is {value}: {problem['msg']}. Only dense integer weights are read. "
-            "Quantize the float model instead; or, to import the weights with float activations, "
-            "remove the settings of activations and cache from config.json"
-        ) from error
-    return [(group.targets, group.weights) for group in groups if group.weights is not None]
-
-
 class CompressedTensors(FormatReader):
     """The tensors of `files`, which compressed-tensors wrote.
 
@@ -129,19 +99,26 @@ class CompressedTensors(FormatReader):
 
     label = "compressed-tensors"
     parts = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape", "weight_g_idx")
+    markers = ("weight_scale", "weight_packed")
 
     def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any]):
         super().__init__(files)
-        self._groups = _read_groups(settings, f"{str(files.folder)!r}, quantization_config")
+        try:
+            groups = _Settings.model_validate(dict(settings)).config_groups.values()
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            key, value = ".".join(map(str, problem["loc"])), shortened(repr(problem["input"]), 80)
+            raise self.settings_error(
+                f"{key} is {value}: {problem['msg']}. Only dense integer weights are read. "
+                "Quantize the float model instead; or, to import the weights with float "
+                "activations, remove the settings of activations and cache from config.json"
+            ) from error
+        self._groups = [(g.targets, g.weights) for g in groups if g.weights is not None]
         if not self._groups:
-            raise SourceError(
-                f"{str(files.folder)!r}, quantization_config: config_groups quantizes no weights. "
-                "Give a checkpoint with quantized weights, or the float model"
+            raise self.settings_error(
+                "config_groups quantizes no weights. Give a checkpoint with quantized weights, or "
+                "the float model"
             )
-        for name in files.names():
-            layer, _, part = name.rpartition(".")
-            if part in ("weight_scale", "weight_packed"):
-                self.layer_of[f"{layer}.weight"] = layer
 
     def names(self) -> list[str]:
         return [name for name in super().names() if not ACTIVATIONS.search(name)]
@@ -163,12 +140,17 @@ class CompressedTensors(FormatReader):
         where, shape, weights = self.where(layer), self.layer_shape(layer), self._weights(layer)
         if len(shape) != 2:
             raise SourceError(f"{where}: the weight has shape {list(shape)}, but must be a matrix")
-        granularity, scales = weights.layout(shape, where)
+        strategy, size = weights.strategy, weights.group_size
+        scales: tuple[int, ...] = ()
+        if strategy != "tensor" and (strategy, size) != (None, None):
+            if strategy == "channel" or (strategy is None and size == -1):
+                size = shape[1]
+            scales = (shape[0], self.group_count(layer, shape[1], size or 0))
         self._check_order(layer, weights, shape[1])
         codes = self._codes(layer, weights.num_bits, shape)
         scale = self.files.read_as(f"{layer}.weight_scale", FLOATS, scales, where, flat=True)
         offset = -self._zeros(layer, weights, scales) - 2 ** (weights.num_bits - 1)
-        return quantized_tensor(codes, weights.num_bits, granularity, scale, offset, where)
+        return self.quantized(layer, weights.num_bits, codes, scale, offset)
 
     def _is_packed(self, layer: str) -> bool:
         return f"{layer}.weight_packed" in self.files
@@ -224,12 +206,10 @@ class CompressedTensors(FormatReader):
             words = self.files.read_as(f"{layer}.weight_packed", ("I32",), needed, where)
             return unpack_words(words, bitwidth, shape[1])
         codes = self.files.read_as(f"{layer}.weight", ("I8",), shape, where)
-        if codes.numel() and not -half <= int(codes.min()) <= int(codes.max()) < half:
-            raise SourceError(
-                f"{where} holds values from {int(codes.min())} to {int(codes.max())}, which do not "
-                f"fit in {bitwidth} bits; download the model again"
-            )
-        return (codes.to(torch.int16) + half).to(torch.uint8)
+        codes = (codes.to(torch.int16) + half).to(torch.uint8)  # negative numbers wrap around
+        if codes.numel() and int(codes.max()) >= 2 * half:
+            raise SourceError(f"{where}: codes do not fit in {bitwidth} bits; download it again")
+        return codes
 
     def _zeros(self, layer: str, weights: Weights, scales: tuple[int, ...]) -> Tensor:
         """Signed zero points, int32, in the shape of the scales."""

@@ -10,22 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.errors import SourceError
-from qwlora.formats.checkpoint import MappedCheckpoint, Origin
+from qwlora.errors import GridError, SourceError
+from qwlora.formats.checkpoint import MappedCheckpoint, Origin, convert_quantized, origins
 from qwlora.formats.huggingface.model_config import read_config
 from qwlora.formats.huggingface.safetensors_files import SafetensorsFiles
-from qwlora.formats.huggingface.transformers_names import convert_quantized, origins
 from qwlora.formats.meta_model import empty_model
-from qwlora.grid.encoding import QuantizedTensor
+from qwlora.grid.encoding import Encoding, QuantizedTensor
+from qwlora.grid.scheme import Granularity, PerBlock, PerChannel, PerTensor, Scheme
 
 
 class FormatReader:
     """The tensors of `files` under the float model's names; this class reads floats.
 
-    A subclass reads layers of integers: it fills `layer_of`, and implements `layer_shape` and
+    A subclass reads layers of integers: it names its `parts`, and implements `layer_shape` and
     `read_layer`.
 
     Attributes:
@@ -36,15 +37,75 @@ class FormatReader:
     label = "float"
     parts: tuple[str, ...] = ()
     """The stored tensors of a layer, after its name."""
+    markers: tuple[str, ...] = ()
+    """Those that only a layer of integers has."""
 
     def __init__(self, files: SafetensorsFiles):
         self.files = files
-        self.layer_of: dict[str, str] = {}
+        named = (name.rpartition(".") for name in files.names())
+        layers = [layer for layer, _, part in named if part in self.markers]
+        self.layer_of = {f"{layer}.weight": layer for layer in layers}
         self.module_of: Callable[[str], tuple[str, nn.Module | None]] = lambda layer: (layer, None)
 
     def where(self, layer: str) -> str:
         """The layer in messages."""
         return f"{str(self.files.folder)!r}: layer {layer!r} ({self.label})"
+
+    def settings_error(self, problem: str) -> SourceError:
+        """A SourceError about the settings in config.json."""
+        return SourceError(f"{str(self.files.folder)!r}, quantization_config: {problem}")
+
+    def group_count(self, layer: str, in_features: int, size: float) -> int:
+        """The number of groups of `size` inputs in a row.
+
+        Raises:
+            SourceError: they do not divide the row evenly.
+        """
+        if size < 1 or size % 1 or in_features % size:
+            raise SourceError(
+                f"{self.where(layer)}: groups of {size:g} do not divide rows of {in_features} "
+                "evenly, but all blocks must have the same size. Quantize the float model instead"
+            )
+        return in_features // int(size)
+
+    def quantized(
+        self, layer: str, bitwidth: int, codes: Tensor, scale: Tensor, low_end: Tensor
+    ) -> QuantizedTensor:
+        """A layer from its numbers. Codes of a group with a negative scale are counted from the
+        other end:
+
+            code' = steps - code      offset' = -steps - offset
+            scale' = -scale           minimum' = minimum + steps * scale,  steps = 2^bitwidth - 1
+
+        Args:
+            codes: uint8 `[out, in]`.
+            scale: of any float type, `[out, groups]`, or `[]` for the whole tensor.
+            low_end: of the same shape: offsets (integers, AIMET's sign) or minimums (floats).
+
+        Raises:
+            SourceError: a scale is zero or not finite, or an offset is out of range.
+        """
+        scale, steps = scale.to(torch.float32), 2**bitwidth - 1
+        has_minimum = low_end.is_floating_point()
+        granularity: Granularity = PerTensor()
+        if scale.ndim:
+            size = codes.shape[1] // scale.shape[1]
+            if bool((negative := scale < 0).any()):
+                codes = torch.where(negative.repeat_interleave(size, dim=1), steps - codes, codes)
+                turned = low_end + scale * steps if has_minimum else -steps - low_end
+                low_end, scale = torch.where(negative, turned, low_end), scale.abs()
+            granularity = PerBlock(size)
+            if scale.shape[1] == 1 and not has_minimum:
+                granularity, scale, low_end = PerChannel(0), scale.flatten(), low_end.flatten()
+        symmetric = not has_minimum and bool((low_end == -(2 ** (bitwidth - 1))).all())
+        scheme = Scheme(bitwidth, symmetric, granularity, float_offset=has_minimum)
+        low_end = low_end.to(torch.float32 if has_minimum else torch.int32).contiguous()
+        try:
+            return QuantizedTensor(
+                codes.contiguous(), Encoding(scheme, scale.contiguous(), low_end)
+            )
+        except GridError as error:
+            raise SourceError(f"{self.where(layer)}: {error}") from error
 
     def names(self) -> list[str]:
         """All names."""

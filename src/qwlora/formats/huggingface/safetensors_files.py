@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -24,14 +24,6 @@ from qwlora.errors import SourceError, listed
 from qwlora.system.strict_json import read_object
 
 FLOATS = ("F32", "BF16", "F16", "F64")
-
-
-class StoredTensor(NamedTuple):
-    """A tensor of an open file, and its type as safetensors names it: `F32`, `BF16`, `I32` ..."""
-
-    handle: Any  # of safe_open
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class SafetensorsFiles:
@@ -50,41 +42,37 @@ class SafetensorsFiles:
 
     def __init__(self, folder: str | Path, stem: str = "model", mapped: bool = True):
         self.folder = Path(folder)
-        self._tensors: dict[str, StoredTensor] = {}
+        self._stored: dict[str, tuple[Any, Any]] = {}  # open file and slice of each tensor
         for file in _files_of(self.folder, f"{stem}.safetensors"):
             try:
                 handle = safe_open(file, framework="pt", backend="mmap" if mapped else "pread")
-                slices = {name: handle.get_slice(name) for name in handle.offset_keys()}
+                stored = {name: (handle, handle.get_slice(name)) for name in handle.offset_keys()}
             except (OSError, SafetensorError) as error:
                 raise SourceError(
                     f"{str(file)!r} is truncated, or not a safetensors file ({error}); download it "
                     "again"
                 ) from error
-            stored = {
-                name: StoredTensor(handle, part.get_dtype(), tuple(part.get_shape()))
-                for name, part in slices.items()
-            }
-            if twice := sorted(stored.keys() & self._tensors.keys()):
+            if twice := sorted(stored.keys() & self._stored.keys()):
                 raise SourceError(
                     f"{str(file)!r}: {listed(map(repr, twice))} is also in another shard; download "
                     "the model again"
                 )
-            self._tensors |= stored
+            self._stored |= stored
 
     def names(self) -> list[str]:
         """All tensor names, in the order in which they are stored."""
-        return list(self._tensors)
+        return list(self._stored)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self._stored
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The tensor's shape."""
-        return self._tensor(name).shape
+        return tuple(self._of(name)[1].get_shape())
 
     def dtype(self, name: str) -> str:
-        """The tensor's type as safetensors names it."""
-        return self._tensor(name).dtype
+        """The tensor's type as safetensors names it: `F32`, `BF16`, `I32` ..."""
+        return str(self._of(name)[1].get_dtype())
 
     def nbytes(self, name: str) -> int:
         """The size of the stored tensor."""
@@ -99,7 +87,7 @@ class SafetensorsFiles:
             SourceError: there is no such tensor, or torch does not have its type.
         """
         try:
-            return self._tensor(name).handle.get_tensor(name)
+            return self._of(name)[0].get_tensor(name)
         except (SafetensorError, RuntimeError, AttributeError, TypeError) as error:
             raise SourceError(
                 f"{str(self.folder)!r}: tensor {name!r} cannot be read: {error}"
@@ -123,11 +111,11 @@ class SafetensorsFiles:
         """
         if name not in self:
             raise SourceError(f"{where}: {name!r} is missing; download the model again")
-        stored = self._tensor(name)
-        fits = math.prod(stored.shape) == math.prod(shape) if flat else stored.shape == (*shape,)
-        if stored.dtype not in dtypes or not fits:
+        dtype, stored = self.dtype(name), self.shape(name)
+        fits = math.prod(stored) == math.prod(shape) if flat else stored == (*shape,)
+        if dtype not in dtypes or not fits:
             raise SourceError(
-                f"{where}: {name!r} is {stored.dtype} {list(stored.shape)}, but the settings in "
+                f"{where}: {name!r} is {dtype} {list(stored)}, but the settings in "
                 f"config.json need {' or '.join(dtypes)} {list(shape)}; download the model again"
             )
 
@@ -143,12 +131,12 @@ class SafetensorsFiles:
         self.check(name, dtypes, shape, where, flat)
         return self.read(name).reshape(tuple(shape))
 
-    def _tensor(self, name: str) -> StoredTensor:
+    def _of(self, name: str) -> tuple[Any, Any]:
         if name not in self:
             raise SourceError(
                 f"{str(self.folder)!r}: there is no tensor {name!r} in its safetensors files"
             )
-        return self._tensors[name]
+        return self._stored[name]
 
 
 def _files_of(folder: Path, single: str) -> list[Path]:
@@ -183,16 +171,12 @@ def _shards(index: Path) -> list[Path]:
         raise SourceError(
             f"{str(index)!r}: weight_map must give the file name of each tensor; download it again"
         )
-    by_file = {file: name for name, file in weight_map.items()}
-    for file, name in by_file.items():
-        if set(file) & set("/\\\0") or not file.endswith(".safetensors"):
+    files = sorted({*weight_map.values()})
+    for file in files:
+        is_inside = file.endswith(".safetensors") and not set(file) & set("/\\\0")
+        if not is_inside or not (index.parent / file).is_file():
             raise SourceError(
-                f"{str(index)!r}: tensor {name!r} is listed in {file!r}, which is not a "
-                ".safetensors file in this folder"
+                f"{str(index)!r} lists {file!r}, which is not a .safetensors file in this folder; "
+                "download it too"
             )
-        if not (index.parent / file).is_file():
-            raise SourceError(
-                f"{str(index)!r}: file {file!r}, which should contain tensor {name!r}, is "
-                "missing; download it too"
-            )
-    return [index.parent / file for file in sorted(by_file)]
+    return [index.parent / file for file in files]

@@ -23,7 +23,7 @@ from typing import Any
 from qwlora.errors import DirectoryError, RecipeError, SourceError
 from qwlora.export.proof.folder import PROOF_RECORD, renamed_proof
 from qwlora.export.registry import TARGETS
-from qwlora.formats.user_path import user_path
+from qwlora.formats.model_source import user_path
 from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.plan.plan import CASES, JobTexts, Stage, make_plan, resolve_compute

@@ -22,11 +22,10 @@ from torch import Tensor
 from qwlora.adapter.adapter_deltas import RoundingLoss, rounding_losses, untie_
 from qwlora.analysis.token_scores import logits_of, perplexity
 from qwlora.errors import SourceError
-from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.model_card import public_name
 from qwlora.formats.model_source import fetch, load_tokenizer
-from qwlora.formats.open_checkpoint import open_checkpoint
+from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.nn.replace import pack_at_, restore_conv1d_, tie_weights_, unpack_
 from qwlora.pipeline.running.loaded_models import JobContext

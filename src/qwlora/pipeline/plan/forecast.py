@@ -42,8 +42,7 @@ from qwlora.errors import CaptureError, QwloraError, size
 from qwlora.export.registry import TARGETS
 from qwlora.formats.base_files import SHARD_BYTES
 from qwlora.formats.meta_model import build_model
-from qwlora.formats.model_source import fetch, load_config
-from qwlora.formats.user_path import user_path
+from qwlora.formats.model_source import fetch, load_config, user_path
 from qwlora.grid.activation_observer import VALUES
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn import weight_out_in

@@ -18,9 +18,9 @@ from qwlora.export.registry import TARGETS
 from qwlora.export.target import LayerKind
 from qwlora.export.target_compatibility import ModelFacts, refusals
 from qwlora.export.weights.weights_folder import layer_kind
-from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_files import read_record
 from qwlora.formats.huggingface.model_config import check_positions
+from qwlora.formats.meta_model import LazyModel
 from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme
 from qwlora.pipeline.plan.plan import TUNING_DEVICE, is_foreign

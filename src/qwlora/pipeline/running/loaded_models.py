@@ -34,11 +34,10 @@ from qwlora.errors import SourceError
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.npu.use_case_adapters import peft_names, use_case_model
 from qwlora.export.target import members
-from qwlora.formats.assemble_model import LazyModel
 from qwlora.formats.base_files import read_record
 from qwlora.formats.base_folder import load_base
 from qwlora.formats.huggingface.huggingface_folder import FolderCheckpoint
-from qwlora.formats.meta_model import build_model
+from qwlora.formats.meta_model import LazyModel, build_model
 from qwlora.formats.model_source import fetch, load_config, load_model, load_tokenizer
 from qwlora.graph.capture import capture
 from qwlora.grid.scheme import Scheme

@@ -9,9 +9,9 @@ from typing import Any
 
 from safetensors.torch import save_file
 
-from qwlora.formats.assemble_model import load_precomputed
 from qwlora.formats.base_folder import save_base
 from qwlora.formats.model_card import public_name
+from qwlora.formats.open_checkpoint import load_precomputed
 from qwlora.grid.second_moments import MomentStore
 from qwlora.pipeline.plan.plan import MOMENTS, SOLVER_SCALES, Stage, needs_moments
 from qwlora.pipeline.plan.target_table import model_files, second_rounding

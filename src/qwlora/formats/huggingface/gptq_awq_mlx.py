@@ -1,7 +1,7 @@
-"""Readers for GPTQ and AWQ checkpoints in a Hugging Face folder: integers in int32 words.
+"""Readers for GPTQ, AWQ and MLX checkpoints in a Hugging Face folder: integers in 32-bit words.
 
-Both store a layer [out, in] in groups of `g` inputs as three tensors, with these axes; words hold
-the axis with a star, as a little-endian bit stream:
+GPTQ and AWQ store a layer [out, in] in groups of `g` inputs as three tensors, with these axes;
+words hold the axis with a star, as a little-endian bit stream:
 
     layout         writers                   qweight         qzeros            scales
     gptq, gptq_v2  AutoGPTQ, GPT-QModel      [in*, out]      [groups, out*]    [groups, out]
@@ -15,15 +15,29 @@ activation order, the inputs of a group may be scattered; `PerBlock` needs conti
 such a layer is refused. Contiguous groups may be numbered in any order. Version 1 stores
 `zero - 1`, version 2 `zero`. For version 1, one is added to every field of a packed word, including
 carries into the next field, because the writers subtract it the same way (as does GPT-QModel).
-AutoRound writes negative scales. With `steps = 2^bitwidth - 1`, such a block becomes
-
-    code' = steps - code,    scale' = -scale,    offset' = -steps - offset
+AutoRound writes negative scales (see `FormatReader.quantized`).
 
 AWQ has 4 bits and groups in order. In `gemm`, nibble `n` of a word belongs to column
 `(0, 2, 4, 6, 1, 3, 5, 7)[n]` of its eight. In `gemv`, the groups are padded to whole words.
 
 Values are computed in float32 from the stored scales; those of GPT-QModel and AutoAWQ are
 identical if their scales are float32.
+
+MLX, as `mlx_lm.convert -q` writes it: config.json has a `quantization` section: `group_size`,
+`bits`, and, under the name of a module that differs, its own `group_size` and `bits`, or false if
+it stays float. For a Linear or Embedding [out, in]:
+
+    weight   uint32 [out, in * bits / 32]   codes; each row is a little-endian bit stream
+    scales   float [out, in / group_size]   may be negative
+    biases   float [out, in / group_size]   the value of code 0; not the layer's own bias
+
+    W[o, i] = scales[o, g] * code[o, i] + biases[o, g],   g = i // group_size
+
+Codes of a group with a negative scale are counted from the other end (`FormatReader.quantized`),
+which changes no value but by the rounding of one float32 addition.
+
+Source: `mlx.core.quantize` and `mlx_lm.utils` of mlx 0.32 and mlx-lm 0.32. Modes other than
+`affine` (mxfp4, nvfp4, mxfp8) have no integers and are refused.
 """
 
 from __future__ import annotations
@@ -37,14 +51,11 @@ from jaxtyping import Int
 from torch import Tensor
 
 from qwlora.errors import SourceError, listed
+from qwlora.formats.bitwidths import MLX_BITWIDTHS
 from qwlora.formats.huggingface.huggingface_folder import FormatReader
-from qwlora.formats.huggingface.int32_words import (
-    group_granularity,
-    quantized_tensor,
-    unpack_words,
-)
 from qwlora.formats.huggingface.safetensors_files import FLOATS, SafetensorsFiles
 from qwlora.grid.encoding import QuantizedTensor
+from qwlora.grid.packing import unpack_words
 
 PARTS = ("qweight", "qzeros", "scales")
 _GPTQ_AXES = (("in*", "out"), ("groups", "out*"), ("groups", "out"))
@@ -88,7 +99,7 @@ class QweightTensors(FormatReader):
         SourceError: the settings name another layout, bitwidth or group size.
     """
 
-    parts = (*PARTS, "g_idx")
+    parts, markers = (*PARTS, "g_idx"), ("qweight",)
 
     def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any], method: str):
         super().__init__(files)
@@ -100,8 +111,6 @@ class QweightTensors(FormatReader):
         self.bitwidth: Any = settings.get("bits", settings.get("w_bit"))
         self.group_size: Any = settings.get("group_size", settings.get("q_group_size"))
         self.is_mixed = bool(settings.get("dynamic"))  # some layers have other bitwidths
-        layers = [n.removesuffix(".qweight") for n in files.names() if n.endswith(".qweight")]
-        self.layer_of = {f"{layer}.weight": layer for layer in layers}
         size, problem = self.group_size, ""
         if self.layout not in LAYOUTS[method]:
             known = " and ".join(LAYOUTS[method])
@@ -119,26 +128,20 @@ class QweightTensors(FormatReader):
                 f"group_size is {size!r}, but must be a positive integer, or -1 for whole rows"
             )
         if problem:
-            raise SourceError(f"{str(files.folder)!r}, quantization_config: {problem}")
+            raise self.settings_error(problem)
 
     def layer_shape(self, layer: str) -> tuple[int, ...]:
         size = self._size(layer)
         return size.outputs, size.inputs
 
     def read_layer(self, layer: str) -> QuantizedTensor:
-        size, where = self._size(layer), self.where(layer)
+        size = self._size(layer)
         codes, zeros, scale = (self._part(layer, part, size) for part in PARTS)
-        scale, offset = scale.to(torch.float32)[:, : size.groups], -zeros.to(torch.int32)
+        scale, offset = scale[:, : size.groups], -zeros.to(torch.int32)
         if f"{layer}.g_idx" in self.files:
             order = self._groups(layer, size)
             scale, offset = scale[:, order], offset[:, order]
-        if self.label == "GPTQ":
-            negative, steps = scale < 0, 2**size.bitwidth - 1
-            reversed_codes = negative.repeat_interleave(size.inputs // size.groups, dim=1)
-            codes = torch.where(reversed_codes, steps - codes, codes)
-            scale, offset = scale.abs(), torch.where(negative, -steps - offset, offset)
-        granularity = group_granularity(size.inputs, size.inputs / size.groups, where)
-        return quantized_tensor(codes, size.bitwidth, granularity, scale, offset, where)
+        return self.quantized(layer, size.bitwidth, codes, scale, offset)
 
     def _part(self, layer: str, part: str, size: _Size) -> Tensor:
         """Codes, zero points or scales as [out, in or groups]."""
@@ -185,8 +188,7 @@ class QweightTensors(FormatReader):
             group = length["in"] / groups if groups else 0
         else:
             group = length["in"] if self.group_size == -1 else self.group_size
-            groups = length["in"] // group
-        group_granularity(length["in"], group, where)
+        groups = self.group_count(layer, length["in"], group)
         size = _Size(bitwidth, length["in"], length["out"], groups)
         for part, part_axes, shape in zip(PARTS, axes, shapes, strict=True):
             needed = [size.of(axis) for axis in part_axes]
@@ -214,3 +216,59 @@ class QweightTensors(FormatReader):
                 "in GPT-QModel"
             )
         return runs[:, 0]
+
+
+class MlxTensors(FormatReader):
+    """The tensors of `files`; `settings` is the `quantization` section of config.json.
+
+    Raises:
+        SourceError: the mode is not affine.
+    """
+
+    label, parts, markers = "MLX", ("weight", "scales", "biases"), ("scales",)
+
+    def __init__(self, files: SafetensorsFiles, settings: Mapping[str, Any]):
+        super().__init__(files)
+        self.settings = settings
+        if (mode := settings.get("mode", "affine")) != "affine":
+            raise self.settings_error(
+                f"MLX mode {mode!r} is not supported, only affine, which has integers. Quantize "
+                "again with mlx_lm.convert -q --q-mode affine"
+            )
+
+    def layer_shape(self, layer: str) -> tuple[int, ...]:
+        _, group = self._layout(layer)
+        rows, groups = self.files.shape(f"{layer}.scales")
+        return rows, groups * group
+
+    def read_layer(self, layer: str) -> QuantizedTensor:
+        bitwidth, group = self._layout(layer)
+        words, scale, minimum = (self.files.read(f"{layer}.{part}") for part in self.parts)
+        codes = unpack_words(words, bitwidth, scale.shape[-1] * group)
+        return self.quantized(layer, bitwidth, codes, scale, minimum.to(torch.float32))
+
+    def _layout(self, layer: str) -> tuple[int, int]:
+        """Bitwidth and group size of a layer, after checking that its tensors fit them."""
+        of_layer = self.settings.get(layer)
+        settings = of_layer if isinstance(of_layer, Mapping) else self.settings
+        bitwidth, group = settings.get("bits"), settings.get("group_size")
+        if (
+            type(bitwidth) is not int
+            or type(group) is not int
+            or bitwidth not in MLX_BITWIDTHS
+            or group < 1
+        ):
+            raise SourceError(
+                f"{self.where(layer)}: config.json gives it bits {bitwidth!r} and group_size "
+                f"{group!r}, but MLX has {', '.join(map(str, MLX_BITWIDTHS))} bits and a whole "
+                "number"
+            )
+        where = f"{self.where(layer)}, {bitwidth} bits in groups of {group}"
+        weight = f"{layer}.weight"
+        stored = self.files.shape(weight) if weight in self.files else ()
+        rows, words = stored if len(stored) == 2 else (0, 0)
+        groups = words * 32 // bitwidth // group
+        self.files.check(weight, ("U32",), (rows, groups * group * bitwidth // 32), where)
+        for part in ("scales", "biases"):
+            self.files.check(f"{layer}.{part}", FLOATS, (rows, groups), where)
+        return bitwidth, group

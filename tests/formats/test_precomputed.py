@@ -19,11 +19,12 @@ from transformers.pytorch_utils import Conv1D
 
 from conftest import ARCHITECTURES, byte_tokenizer, tiny_model
 from formats.models import mixtral, read_integers
+from formats.packing import quantized
 from qwlora import fingerprint, load_base, quantize_, save_base
 from qwlora.errors import CalibrationError, GridError, SourceError
 from qwlora.formats.meta_model import LazyModel
 from qwlora.formats.open_checkpoint import load_precomputed
-from qwlora.grid.encoding import QuantizedTensor, measure
+from qwlora.grid.encoding import QuantizedTensor
 from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn import is_packable, is_packed, packed_weights, weight_out_in
 from qwlora.nn.packed_layer import parameter_out_in
@@ -73,11 +74,6 @@ class Held:
         return (
             quantized(parameter_out_in(module, key), self.scheme) if is_experts else value.clone()
         )
-
-
-def quantized(weight: Tensor, scheme: Scheme) -> QuantizedTensor:
-    encoding = measure(weight.detach(), scheme)
-    return QuantizedTensor(encoding.quantize(weight.detach()), encoding)
 
 
 def float_twin(checkpoint: Held) -> PreTrainedModel:

@@ -239,7 +239,7 @@ BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
         "is_symmetric: is False; it must be 'True' or 'False'": {"is_symmetric": False},
         "min is -3.0 in item 0, but scale and offset make it -2.17": {"min": -3.0},
         "max is missing": {"max": ...},
-        "index_bw: is vector quantization, which is not supported": {"index_bw": 4},
+        "index_bw: is not a field of this entry": {"index_bw": 4},
     },
     ("0.6.1", "param_encodings", "shifted.weight_0"): {
         "zero_point_shift: is a list; it must be a valid number": {"zero_point_shift": 0.25}
@@ -253,7 +253,7 @@ BAD_FIELDS: dict[tuple[str, str, str], dict[str, dict[str, Any]]] = {
         "scale has 2 values; PER_TENSOR has one": {"scale": [0.1, 0.2], "offset": [0, 0]},
         "offset: contains an integer of 71 bits": {"offset": [2**70]},
         "is_sym: is 'False'; it must be a valid boolean": {"is_sym": "False"},
-        "enc_type: is vector quantization": {"enc_type": "VECTOR"},
+        "enc_type: is 'VECTOR'; it must be 'PER_TENSOR', 'PER_CHANNEL'": {"enc_type": "VECTOR"},
         "bw: is missing": {"bw": ...},
     },
     ("1.0.0", "param_encodings", "channel.weight"): {

@@ -11,7 +11,6 @@ from qwlora.errors import ConversionError, EncodingsFileError
 from qwlora.formats.aimet_encodings import (
     VERSIONS,
     EncodingsFile,
-    LpbqEncoding,
     read_encodings,
     write_encodings,
 )
@@ -68,15 +67,6 @@ def test_a_grid_comes_back_from_every_version_that_can_hold_it(
     assert torch.equal(again.offset, encoding.offset)
     assert again.scheme.granularity == scheme.granularity
     assert again.scheme.bitwidth == scheme.bitwidth
-
-
-@pytest.mark.parametrize("version", ["1.0.0", "2.0.0", "2.1.0"])
-def test_lpbq_is_written_as_lpbq(version: str, tmp_path: Path) -> None:
-    encoding = grid(Scheme(4, True, Lpbq(BLOCK)))
-    (entry,) = written(encoding, version, tmp_path / "x", False).encodings
-    assert isinstance(entry, LpbqEncoding)
-    assert (entry.block_scale.max(), entry.block_size) == (16, BLOCK)
-    assert '"LPBQ"' in (tmp_path / "x").read_text() or version > "2"
 
 
 @pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.bitwidth == 4], ids=str)

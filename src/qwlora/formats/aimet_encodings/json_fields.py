@@ -20,7 +20,6 @@ from qwlora.formats.aimet_encodings.model import Floats, Integers
 
 MAX_RANK = 8
 MAX_INTEGER = 2**40  # larger than any code or offset, far below the end of int64
-_VECTOR_FIELDS = {"rows_per_block", "cols_per_block", "vector_dim", "vector_stride", "index_bw"}
 _KINDS = {"plain", "nested"}  # in pydantic's paths, not in files
 
 
@@ -156,8 +155,6 @@ def findings_of(error: ValidationError, document: dict[str, Any]) -> Iterator[Fi
 
 def _messages(problem: dict[str, Any]) -> tuple[str, ...]:
     kind, value = problem["type"], problem["input"]
-    if value == "VECTOR" or problem["loc"][-1] in _VECTOR_FIELDS:
-        return ("is vector quantization, which is not supported",)
     if kind == "missing":
         return ("is missing",)
     if kind == "extra_forbidden":

@@ -55,9 +55,9 @@ from measuring import (
 )
 from qwlora import LayerRule, Scheme, Schemes, quantize_
 from qwlora.errors import ExportError
-from qwlora.export.npu.aimet import write_aimet
 from qwlora.export.npu.float_onnx import MOVES
-from qwlora.export.npu.qnn import QnnModel, export_qnn, open_graph, placement
+from qwlora.export.npu.qnn import QnnModel, open_graph, placement
+from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.scheme import parse_scheme
@@ -238,10 +238,14 @@ def run_qwlora(folder: Path) -> dict[str, Any]:
         }
     save_file(simulated, folder / "qwlora-logits.safetensors")
     with phases("export"):
-        write_aimet(ExportedGraph(own, {}, example), out / "aimet")
+        exported = ExportedGraph(own, {}, example)
+        TARGETS["aimet"].backend.write_adapter(exported, out / "aimet", out / "aimet")
     graphs = {"prefill": settings["graph_tokens"]}
     with phases("export for the HTP"):
-        export_qnn({"first": own}, graphs, 2 * settings["graph_tokens"], out / "qnn")
+        exported = ExportedGraph(
+            own, {}, example, graphs=graphs, context=2 * settings["graph_tokens"]
+        )
+        TARGETS["qnn"].backend.write_cases(exported, {"first": exported}, out / "qnn")
     return {
         "machine": machine_line(),
         "phases": phases.figures,

@@ -32,17 +32,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from measuring import RESULTS, SMOLLM2, distance, machine_line, markdown, train_, write_table
-from qwlora import LayerRule, Scheme, Schemes, quantize_
-from qwlora.export.npu.aimet import open_aimet
-from qwlora.export.npu.qairt import open_qairt
-from qwlora.export.npu.qnn import QnnModel, export_qnn
+from qwlora import LayerRule, Scheme, Schemes, export_files, quantize_
+from qwlora.export.npu.qnn import QnnModel
 from qwlora.export.proof.compare import perplexity
 from qwlora.export.proof.reference import token_losses
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedGraph
 from qwlora.formats.model_source import load_model, load_tokenizer
 from qwlora.grid.scheme import parse_scheme
-from qwlora.simulation.adapter_simulations import simulate_adapters
+from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
 from qwlora.simulation.simulation import Simulation
 
 SCHEMES = Schemes(
@@ -146,15 +144,17 @@ def as_floats(
     for name, one in made.items():
         began = time.perf_counter()
         if kind.has_cases:
-            opened = open_qairt(folder, name)
+            opened = kind.backend.open(folder, name)
             size = sizes(kind.backend.own_files(folder, name))
         elif name == "none":
             continue
         else:
             kind.backend.write_adapter(one, folder, folder / name)
-            opened, size = open_aimet(folder / name), sizes((folder / name).rglob("*"))
+            opened, size = (
+                kind.backend.open(folder / name, name),
+                sizes((folder / name).rglob("*")),
+            )
         simulation = one.simulation
-        assert isinstance(simulation, Simulation)
         found = {"cpu": opened.logits(ids, decode)}
         rows[name] = {**compared(simulation, found, ids), "bytes": size}
         rows[name]["seconds"] = time.perf_counter() - began
@@ -196,7 +196,7 @@ def sizes(paths: Iterable[Path]) -> int:
 
 
 def on_htp(
-    simulations: Mapping[str, Simulation],
+    simulations: AdapterSimulations,
     graphs: dict[str, int],
     context: int,
     held_out: torch.Tensor,
@@ -205,8 +205,7 @@ def on_htp(
 ) -> dict[str, Any]:
     """The result of target qnn."""
     began = time.perf_counter()
-    own = {name: simulations[name] for name in TEXTS}
-    export_qnn(own, graphs, context, folder)
+    export_files(simulations, "qnn", folder, graphs=graphs, context=context)
     export_seconds = time.perf_counter() - began
     print(f"exported in {export_seconds:.0f} s", flush=True)
     rows = {}

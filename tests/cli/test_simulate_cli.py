@@ -100,7 +100,7 @@ def test_layers_of_a_simulation_are_written(job: Path, tmp_path: Path) -> None:
     assert np.load(out / "inputs" / "input_ids.npy").tolist() == [ids.tolist()]
     _, log = explain_placement(job)
     quantized = {v.name for v in log.values if v.kind == "activation" and v.grid}
-    assert {layer["encoding"] for layer in record["layers"]} == quantized
+    assert {layer["tensor"] for layer in record["layers"]} == quantized
     for layer in record["layers"]:
         value = np.load(out / "simulated" / layer["simulated"]["file"])
         assert list(value.shape) == layer["simulated"]["shape"]

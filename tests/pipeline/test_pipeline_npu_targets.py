@@ -63,7 +63,7 @@ def dumped(job: Path, graph: Path, stage: str, case: str, least_sqnr: float) -> 
                 assert list(values[part].shape) == layer[part]["shape"]
                 assert hashlib.sha256(path.read_bytes()).hexdigest() == layer[part]["sha256"]
         if "simulated" in values:
-            layers[layer["encoding"]] = values["runtime"]
+            layers[layer["tensor"]] = values["runtime"]
             assert sqnr(values["runtime"], values["simulated"]) > least_sqnr, layer["tensor"]
     for each in record["inputs"]:
         assert list(np.load(folder / "inputs" / each["file"]).shape) == each["shape"]

@@ -189,7 +189,7 @@ def dump_layers(
     """Write every layer's output, to compare with a device.
 
     What the simulation computes, and what ONNX Runtime computes from the exported files on the CPU.
-    layers.json lists the tensors, with their names in the files and those of their encodings.
+    layers.json lists the tensors, with the names that they and their encodings have in the files.
     """
     from qwlora.pipeline.commands.dump_layers import dump_layers as dump
 

@@ -122,14 +122,14 @@ TARGETS: dict[str, Target] = {
         model_files="model.onnx*",
     ),
     "aimet": _simulated(
-        backend_class="qwlora.export.npu.aimet:Aimet",
+        backend_class="qwlora.export.npu.float_targets:Aimet",
         layout=Layout.EACH,
         cached_graphs=True,
         model_files="*.aimet/*",
         scheme_problem=AIMET_ENCODINGS.problem,
     ),
     "qairt": _simulated(
-        backend_class="qwlora.export.npu.qairt:Qairt",
+        backend_class="qwlora.export.npu.float_targets:Qairt",
         layout=Layout.CASES,
         cached_graphs=True,
         reserved=frozenset({"none", "base", "model", "host"}),

@@ -34,9 +34,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from qwlora.export.proof.checks import Limits, Parity
-    from qwlora.export.proof.reference import Reference
     from qwlora.grid.scheme import Scheme
     from qwlora.simulation.adapter_simulations import BaseActivations
+    from qwlora.simulation.simulation import Simulation
 
 
 BASE, PROOF = "base", "proof"  # folders of a bundle, next to those of adapters
@@ -224,7 +224,7 @@ class ExportedGraph:
         updatable: which encodings change with the adapter, see `simulation/adapter_simulations.py`.
     """
 
-    simulation: Reference
+    simulation: Simulation
     metadata: Mapping[str, str]
     sample: Mapping[str, Tensor]
     encodings_version: str = "1.0.0"

@@ -72,15 +72,14 @@ def main(folder: Path) -> None:
         made = simulation(grid)
         placed = to_float_onnx(made.graph(), {name: t.shape for name, t in sample.items()})
         codes = {}
-        for name, tensor in placed.encodings.items():
-            if tensor.parameter:
-                value = placed.model.graph.initializers[name].const_value
-                stored = torch.from_numpy(value.numpy().copy())
-                values = stored.T if tensor.transposed else stored
-                scheme = tensor.encoding.scheme
+        for name, encoding in placed.encodings.items():
+            if (initializer := placed.model.graph.initializers.get(name)) is not None:
+                turned = name in placed.transposed
+                stored = torch.from_numpy(initializer.const_value.numpy().copy())
+                scheme = encoding.scheme
                 shift = scheme.symmetric_offset if scheme.symmetric else 0
-                found = tensor.encoding.quantize(values).to(torch.int64) + shift
-                codes[name] = (found.T if tensor.transposed else found).numpy()
+                found = encoding.quantize(stored.T if turned else stored).to(torch.int64) + shift
+                codes[name] = (found.T if turned else found).numpy()
         for version in VERSIONS:
             path = folder / f"{grid}-{version}"
             aimet.write_adapter(ExportedGraph(made, {}, sample, version), path, path)

@@ -6,7 +6,6 @@ import json
 import runpy
 import shutil
 import sys
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -17,7 +16,7 @@ import onnx
 import pytest
 import torch
 
-from export.damage import flip_bit, swap
+from export.damage import flip_bit
 from export.proofs import sqnr, verify_graphs
 from qwlora.errors import ExportError, VerificationError
 from qwlora.export.proof.checks import Limits, Parity
@@ -85,6 +84,23 @@ def test_no_token_is_dropped_at_the_end_of_the_context(llama: Simulation, tmp_pa
         logits(torch.cat([ids, ids[:, :1]], 1))
 
 
+def entries_of(folder: Path) -> dict[str, Any]:
+    document = json.loads((folder / "model.encodings").read_text())
+    sections = ("param_encodings", "activation_encodings", "encodings")
+    return {e["name"]: e for s in sections for e in document.get(s, [])}
+
+
+def without_encoding(folder: Path) -> set[str]:
+    """Names of the float tensors that have none; every entry is of a float tensor."""
+    model = onnx.shape_inference.infer_shapes(onnx.load(folder / "model.onnx"))
+    typed = [*model.graph.value_info, *model.graph.input, *model.graph.output]
+    floats = {v.name for v in typed if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+    floats |= {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
+    entries = entries_of(folder).keys()
+    assert entries <= floats
+    return floats - entries
+
+
 @pytest.mark.parametrize("version", ["1.0.0", "2.0.0"])
 def test_every_float_tensor_has_an_encoding_and_names_are_tied(
     version: str, folder: Path, llama: Simulation, tmp_path: Path
@@ -95,17 +111,11 @@ def test_every_float_tensor_has_an_encoding_and_names_are_tied(
     assert len(graphs) > 150
     known: dict[str, Any] = {}
     for name in GRAPHS:
-        document = json.loads((files / f"{name}.aimet/model.encodings").read_text())
-        sections = ("param_encodings", "activation_encodings", "encodings")
-        entries = {e["name"]: e for s in sections for e in document.get(s, [])}
-        model = onnx.load(files / f"{name}.aimet/model.onnx")
-        model = onnx.shape_inference.infer_shapes(model)
-        typed = [*model.graph.value_info, *model.graph.input, *model.graph.output]
-        floats = {v.name for v in typed if v.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
-        floats |= {t.name for t in model.graph.initializer if t.data_type == onnx.TensorProto.FLOAT}
-        assert floats == entries.keys()
-        assert {i.name for i in model.graph.input} >= {"attention_mask", "past_key_0_in"}
-        assert "lora_alpha" not in floats
+        entries = entries_of(files / f"{name}.aimet")
+        assert without_encoding(files / f"{name}.aimet") == set()
+        inputs = {i.name for i in onnx.load(files / f"{name}.aimet/model.onnx").graph.input}
+        assert inputs >= {"attention_mask", "past_key_0_in"}
+        assert "lora_alpha" not in inputs
         assert (entries["past_key_1_in"] | {"name": ""}) == entries["past_key_1_out"] | {"name": ""}
         for each in known.keys() & entries.keys():
             assert known[each] == entries[each]
@@ -168,49 +178,10 @@ def test_the_script_links_both_graphs_and_compares_each(
     assert "prefill past_value_1_out: SQNR" in said
 
 
-def edit_entry(graph: str, tensor: str, key: str, change: Callable[[Any], Any]) -> Any:
-    def edit(folder: Path) -> None:
-        path = folder / f"{graph}.aimet/model.encodings"
-        document = json.loads(path.read_text())
-        both = document["param_encodings"] + document["activation_encodings"]
-        entry = next(e for e in both if e["name"] == tensor)
-        entry[key] = change(entry[key])
-        path.write_text(json.dumps(document))
-
-    return edit
-
-
-NORM = "model.norm.mul"
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (
-            flip_bit("decode.aimet/model.data"),
-            r"decode\.aimet/model\.data differs from prefill\.aimet/model\.data",
-        ),
-        (
-            edit_entry("decode", NORM, "scale", lambda s: [x * 1.01 for x in s]),
-            r"decode\.aimet/model\.encodings: the entry of model\.norm\.mul differs",
-        ),
-        (
-            edit_entry("decode", "past_key_0_in", "scale", lambda s: [x * 1.01 for x in s]),
-            r"the entry of past_key_0_in differs from graphs\.json.*"
-            r"past_key_0_in and past_key_0_out have different entries",
-        ),
-        (
-            swap("prefill.aimet/model.onnx", "decode.aimet/model.onnx"),
-            r"model\.onnx: .*input_ids.* differ from inputs of",
-        ),
-    ],
-    ids=["bit-flipped", "untied", "cache-untied", "graphs-swapped"],
-)
-def test_damaged_files_are_refused_by_name(
-    damage: Callable[[Path], None], said: str, copied: Path
-) -> None:
-    damage(copied)
-    with pytest.raises(VerificationError, match=f"(?s){said}"):
+@pytest.mark.parametrize("graph", GRAPHS)
+def test_changed_weights_are_refused_by_name(graph: str, copied: Path) -> None:
+    flip_bit(f"{graph}.aimet/model.data")(copied)
+    with pytest.raises(VerificationError, match=r"(?s)model\.onnx: .* not on the grid"):
         AIMET.open(copied, "")
 
 
@@ -219,7 +190,6 @@ def test_other_architectures(name: str, tmp_path: Path) -> None:
     made = simulated(name)
     parity = verified(written(made, tmp_path), made)
     assert not parity.problems
-    record = json.loads((tmp_path / "graphs.json").read_text())
-    inner = record["float"]["decode"]
+    inner = without_encoding(tmp_path / "decode.aimet")
     assert bool(inner) == (name == "GPT-2")  # its GELU is made of several operators
     assert not any("norm" in each or "ln_" in each for each in inner)

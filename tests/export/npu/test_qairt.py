@@ -20,9 +20,10 @@ from safetensors.numpy import load_file, save_file
 from export.damage import edit_json, flip_bit, swap
 from export.proofs import sqnr, verify_graphs
 from qwlora import LayerRule, Scheme, quantize_
-from qwlora.errors import VerificationError
+from qwlora.errors import ExportError, VerificationError
 from qwlora.export.canonical_adapter import CanonicalAdapter
-from qwlora.export.npu.float_onnx_runner import FloatOnnxModel
+from qwlora.export.npu import float_targets
+from qwlora.export.npu.float_onnx import float_graphs
 from qwlora.export.npu.use_case_adapters import peft_names, share_unaffected, use_case_model
 from qwlora.export.proof.checks import Limits
 from qwlora.export.registry import TARGETS
@@ -200,27 +201,6 @@ def test_only_what_the_mode_updates_differs_between_use_cases(
     assert not {n for n in differing if n.endswith(".weight")} - lora
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_a_use_case_runs_with_the_bases_encodings_outside_its_branches(
-    case: str, copied: Path
-) -> None:
-    """As an importer in mode adapter_only loads it: nothing is clipped."""
-    expected = QAIRT.open(copied, case).logits(IDS)
-    for graph in GRAPHS:
-        path = copied / f"{graph}_{case}.encodings"
-        merged, base = (
-            json.loads(file.read_text()) for file in (path, copied / f"{graph}_base.encodings")
-        )
-        for section in ("activation_encodings", "param_encodings"):
-            own = {entry["name"]: entry for entry in merged[section]}
-            merged[section] = [
-                own[entry["name"]] if is_of_branch(entry["name"]) else entry
-                for entry in base[section]
-            ]
-        path.write_text(json.dumps(merged))
-    assert torch.equal(QAIRT.open(copied, case).logits(IDS), expected)
-
-
 def edit_weights(name: str, change: Callable[[dict[str, Any]], object]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
         weights = load_file(folder / name)
@@ -228,19 +208,6 @@ def edit_weights(name: str, change: Callable[[dict[str, Any]], object]) -> Calla
         save_file(weights, folder / name)
 
     return edit
-
-
-def edit_text(name: str, old: str, new: str) -> Callable[[Path], object]:
-    def edit(folder: Path) -> None:
-        text = (folder / name).read_text()
-        assert old in text
-        (folder / name).write_text(text.replace(old, new))
-
-    return edit
-
-
-def name_cases(*cases: object) -> Callable[[Path], None]:
-    return edit_json("graphs.json", lambda record: record.update(use_cases=cases))
 
 
 def rename(weights: dict[str, Any]) -> None:
@@ -251,101 +218,52 @@ def shrink(weights: dict[str, Any]) -> None:
     weights[f"{V}.lora_A.weight"] = weights[f"{V}.lora_A.weight"][:, :4].copy()
 
 
-def move(name: str) -> Callable[[dict[str, Any]], None]:
-    def edit(document: dict[str, Any]) -> None:
-        (entry,) = (e for e in document["activation_encodings"] if e["name"] == name)
-        entry["offset"] = [entry["offset"][0] + 1]
-
-    return edit
-
-
-def move_cache(folder: Path) -> None:
-    for case in ("base", *CASES):
-        edit_json(f"decode_{case}.encodings", move("past_value_0_in"))(folder)
-
-
-def test_a_folder_is_checked_once(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checked, calls = FloatOnnxModel.problems, list[str]()
-
-    def check(model: FloatOnnxModel) -> list[str]:
-        calls.append(model.encodings.name)
-        return checked(model)
-
-    monkeypatch.setattr(FloatOnnxModel, "problems", check)
-    for case in CASES:
-        QAIRT.open(copied, case)
-    assert calls == [f"{graph}_{case}.encodings" for case in ("base", *CASES) for graph in GRAPHS]
-
-
 DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "bit-of-lora": (flip_bit("B.safetensors"), r"B\.safetensors: .*not on the grid"),
     "bit-of-base": (flip_bit("model.data"), r"prefill_model\.onnx: .*not on the grid"),
-    "encodings-dropped": (
-        lambda f: (f / "decode_A+B.encodings").unlink(),
-        r"decode_A\+B\.encodings is missing",
-    ),
-    "data-dropped": (lambda f: (f / "model.data").unlink(), r"model\.data is missing"),
     "encodings-swapped": (
         swap("decode_A.encodings", "decode_B.encodings"),
-        r"A\.safetensors: .*not on the grid.*decode_A\.encodings",
+        r"B\.safetensors: .*not on the grid.*decode_B\.encodings",
     ),
     "weights-swapped": (
         swap("A.safetensors", "B.safetensors"),
-        r"A\.safetensors: .*not on the grid",
-    ),
-    "graphs-swapped": (
-        swap("prefill_model.onnx", "decode_model.onnx"),
-        r"prefill_model\.onnx: .*differ from inputs of prefill",
+        r"B\.safetensors: .*not on the grid",
     ),
     "tensor-renamed": (
         edit_weights("B.safetensors", rename),
-        r"B\.safetensors: other has shape .*, but in prefill_model\.onnx None",
+        r"B\.safetensors: other .* is no weight of prefill_model\.onnx",
     ),
     "rank-changed": (
-        edit_weights("A.safetensors", shrink),
-        r"A\.safetensors: .*\(64, 4\).*prefill_model\.onnx \(64, 5\).*rank",
+        edit_weights("B.safetensors", shrink),
+        r"B\.safetensors: .*\[64, 4\] is no weight of prefill_model\.onnx",
     ),
-    "entry-dropped": (
-        edit_json("decode_B.encodings", lambda d: d["activation_encodings"].pop()),
-        r"decode_B\.encodings: .* has no entry",
+    "weights-cut": (
+        lambda f: (f / "B.safetensors").write_bytes(b"x"),
+        r"B\.safetensors' cannot be read",
     ),
     "entry-renamed": (
         edit_json("decode_B.encodings", lambda d: d["param_encodings"][0].update(name="x")),
         r"decode_B\.encodings: .*x.*not the name of a tensor",
     ),
-    "base-entry-changed": (
-        edit_json("decode_B.encodings", move("model.norm.mul")),
-        r"decode_B\.encodings: the entry of model\.norm\.mul",
+    "list-changed": (
+        lambda f: (f / "lora_weight_list.txt").write_text("x\n"),
+        r"lora_weight_list\.txt does not list what is in the folder",
     ),
-    "cache-of-a-use-case": (
-        edit_json("decode_B.encodings", move("past_value_0_in")),
-        r"decode_B\.encodings: the entry of past_value_0_in differs from",
+    "list-dropped": (
+        lambda f: (f / "decode_lora_config.yaml").unlink(),
+        r"decode_lora_config\.yaml does not list",
     ),
-    "cache-untied": (
-        move_cache,
-        r"decode_base\.encodings: past_value_0_in and past_value_0_out have different entries",
+    "use-case-dropped": (
+        edit_json("graphs.json", lambda record: record.update(use_cases=["A"])),
+        r"prefill_lora_config\.yaml does not list",
+    ),
+    "use-cases-are-a-number": (
+        edit_json("graphs.json", lambda record: record.update(use_cases=3)),
+        r"prefill_lora_adaptor_list\.yaml does not list",
     ),
     "version-dropped": (
         edit_json("decode_B.encodings", lambda d: d.pop("version")),
         r"decode_B\.encodings: .*version",
-    ),
-    "list-changed": (
-        lambda f: (f / "lora_weight_list.txt").write_text("x\n"),
-        r"lora_weight_list\.txt: x is not an initializer",
-    ),
-    "config-changed": (
-        edit_text("decode_lora_config.yaml", ": B.safetensors", ": A.safetensors"),
-        r"decode_lora_config\.yaml: does not list the files of use cases A, B, A\+B, none",
-    ),
-    "name-leads-out": (name_cases("../B"), r"graphs\.json: '\.\./B' is not the name of a use case"),
-    "name-is-a-list": (name_cases([]), r"graphs\.json: \[\] is not the name of a use case"),
-    "no-yaml": (
-        edit_text("prefill_lora_adaptor_list.yaml", "name: B\n", "name: {\n"),
-        r"prefill_lora_adaptor_list\.yaml is no YAML",
-    ),
-    "use-case-dropped": (
-        name_cases("A"),
-        r"prefill_lora_config\.yaml: does not list the files of use cases A",
     ),
 }
 
@@ -353,7 +271,42 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damaged_files_are_refused_by_name(kind: str, copied: Path) -> None:
     damage, message = DAMAGE[kind]
-    QAIRT.open(copied, "A")  # unchanged files are not checked again
     damage(copied)
-    with pytest.raises(VerificationError, match=f"(?s){message}"):
-        QAIRT.open(copied, "A")
+    with pytest.raises((VerificationError, ExportError), match=f"(?s){message}"):
+        QAIRT.open(copied, "B")
+
+
+@pytest.mark.parametrize(
+    ("mode", "tensor", "is_refused"),
+    [
+        ("adapter_only", "model.norm.mul", True),
+        ("adapter_only", f"{V}.lora_A.linear", False),
+        ("all", "model.norm.mul", False),
+        ("all", "model.norm.weight", True),
+        ("none", f"{V}.lora_A.linear", True),
+    ],
+)
+def test_use_cases_that_differ_in_more_than_the_mode_updates_are_not_written(
+    mode: BaseActivations,
+    tensor: str,
+    is_refused: bool,
+    simulations: AdapterSimulations,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def graphs(cases: Any, name: str) -> Any:
+        """Both cases are the base, but for one encoding of the second."""
+        (made,) = float_graphs({"base": cases["base"]}, name)
+        yield made
+        grid = made[1].encodings[tensor]
+        changed = replace(grid, scale=grid.scale * 2)
+        yield "none", replace(made[1], encodings={**made[1].encodings, tensor: changed}), made[2]
+
+    monkeypatch.setattr(float_targets, "float_graphs", graphs)
+    sample = {"input_ids": IDS, "attention_mask": torch.ones_like(IDS)}
+    base = ExportedGraph(simulations[BASE], {}, sample, "1.0.0", {"decode": 1}, CONTEXT, mode)
+    if is_refused:
+        with pytest.raises(ExportError, match=rf"^{tensor} of decode_none differ from decode_mod"):
+            QAIRT.write_cases(base, {"none": base}, tmp_path)
+    else:
+        QAIRT.write_cases(base, {"none": base}, tmp_path)

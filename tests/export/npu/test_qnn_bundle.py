@@ -12,14 +12,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from export.proofs import reference_of, sqnr
-from qwlora import LayerRule, Scheme, Schemes, quantize_
+from qwlora import LayerRule, Scheme, Schemes, export_files, quantize_
 from qwlora.errors import ExportError
 from qwlora.export.npu.htp_limits import input_problem, table_problem, weight_problem
-from qwlora.export.npu.qnn import QnnModel, export_qnn, verify_qnn
+from qwlora.export.npu.qnn import QnnModel, verify_qnn
 from qwlora.export.proof.checks import Limits
 from qwlora.export.weights.gguf import LlamaRuntime
 from qwlora.grid.scheme import PerChannel, parse_scheme
-from qwlora.simulation.adapter_simulations import simulate_adapters
+from qwlora.simulation.adapter_simulations import AdapterSimulations, simulate_adapters
 from qwlora.simulation.simulation import Simulation
 from simulation.tiny_architectures import inputs, make
 
@@ -64,7 +64,7 @@ def test_tables_and_inputs_have_one_scale() -> None:
     assert "granularity: tensor" in str(input_problem(Scheme(8, granularity=PerChannel(0))))
 
 
-def simulated(embeddings: Scheme, schemes: Schemes = SCHEMES) -> Mapping[str, Simulation]:
+def simulated(embeddings: Scheme, schemes: Schemes = SCHEMES) -> AdapterSimulations:
     """Adapters of two ranks and scalings, on one set of encodings."""
     model = make("Llama")
     quantize_(model, "w4-channel", solver="rtn", rules=[LayerRule("*embed_tokens", embeddings)])
@@ -81,8 +81,8 @@ def simulated(embeddings: Scheme, schemes: Schemes = SCHEMES) -> Mapping[str, Si
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> tuple[Mapping[str, Simulation], Path]:
     simulations, folder = simulated(Scheme(8)), tmp_path_factory.mktemp("qnn") / "bundle"
-    own = {name: simulations[name] for name in ("first", "second")}
-    export_qnn(own, {"prefill": 8, "decode": 1}, CONTEXT, folder)
+    graphs = {"prefill": 8, "decode": 1}
+    export_files(simulations, "qnn", folder, graphs=graphs, context=CONTEXT)
     return simulations, folder
 
 
@@ -212,7 +212,6 @@ def test_a_base_that_the_htp_does_not_take_is_refused_before_anything_is_written
     tmp_path: Path,
 ) -> None:
     simulations = simulated(parse_scheme("w4-channel"))
-    own = {"first": simulations["first"]}
     with pytest.raises(ExportError, match=r"embed_tokens.weight: .*nearest is w8-tensor"):
-        export_qnn(own, {"decode": 1}, 8, tmp_path / "bundle")
-    assert not (tmp_path / "bundle").exists()
+        export_files(simulations, "qnn", tmp_path, graphs={"decode": 1}, context=8)
+    assert not list(tmp_path.iterdir())

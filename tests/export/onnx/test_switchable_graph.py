@@ -14,12 +14,13 @@ from conftest import tiny_model
 from export.proofs import reference_of
 from qwlora import Scheme, Schemes, quantize_, simulate
 from qwlora.errors import CaptureError, ExportError
-from qwlora.export.onnx.adapters_as_inputs import (
+from qwlora.export.onnx.onnx import (
+    Onnx,
     ZeroAdapter,
+    export_onnx,
     write_adapter,
     write_switchable,
 )
-from qwlora.export.onnx.onnx import Onnx, export_onnx
 from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.export.proof.compare import verify_language_model
 from qwlora.export.proof.contents import ADAPTER_FILE

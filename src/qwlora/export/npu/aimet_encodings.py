@@ -1,11 +1,10 @@
 """The AIMET encodings file of an exported ONNX model.
 
-    write_encodings          for a QDQ model: version 1.0.0, block scales in the order of the
-                             tensor ([in / block, out] for the weight of a MatMul), as in AIMET's
-                             own ONNX export
-    write_float_encodings    for a float model, as aimet-onnx reads it: 1.0.0 or 2.0.0. In 1.0.0,
-                             block scales are in one list, channel by channel, however the tensor
-                             is stored; the producer says so (`block_order`)
+    QDQ model      version 1.0.0, block scales in the order of the tensor ([in / block, out] for the
+                   weight of a MatMul), as in AIMET's own ONNX export
+    float model    as aimet-onnx reads it: 1.0.0 or 2.0.0. In 1.0.0, block scales are in one list,
+                   channel by channel, however the tensor is stored; the producer says so
+                   (`block_order`)
 
 Every encoding has the name of its ONNX tensor. A weight with float offsets has no encoding in any
 AIMET file; its layer is listed in `excluded_layers`.
@@ -13,12 +12,12 @@ AIMET file; its layer is listed in `excluded_layers`.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from qwlora.export.npu.float_onnx import FloatOnnx, TensorEncoding
+from qwlora.export.npu.float_onnx import FloatOnnx
 from qwlora.formats import aimet_encodings as files
 from qwlora.formats.aimet_encodings.grids import entry_of
 from qwlora.graph.quantized_graph import Kind, QuantizedGraph
@@ -32,54 +31,43 @@ _QUANT_SCHEMES = {
 }
 
 
-def write_encodings(graph: QuantizedGraph, path: Path, transposed: Collection[str] = ()) -> None:
-    """Write every encoding of `graph`, named like the tensors of the ONNX file.
-
-    Args:
-        transposed: names of the weights that the ONNX file stores as [in, out].
-    """
-    marks = sorted(graph.marks, key=lambda mark: mark.kind is not Kind.ACTIVATION)
-    tensors = {
-        mark.name: TensorEncoding(
-            graph.encodings[mark.name], mark.name in transposed, mark.kind is not Kind.ACTIVATION
-        )
-        for mark in marks
-    }
-    _write(graph, tensors, path, "1.0.0", "tensor")
-
-
-def write_float_encodings(float_onnx: FloatOnnx, path: Path, version: str) -> None:
-    """Write the encodings of a float model.
-
-    Args:
-        version: 1.0.0 or 2.0.0.
-    """
-    _write(float_onnx.graph, float_onnx.encodings, path, version, "channel")
-
-
-def _write(
-    graph: QuantizedGraph,
-    tensors: Mapping[str, TensorEncoding],
+def write_encodings(
+    model: QuantizedGraph | FloatOnnx,
     path: Path,
-    file_version: str,
-    block_order: files.BlockOrder,
+    transposed: Collection[str] = (),
+    file_version: str = "1.0.0",
 ) -> None:
-    excluded = [n for n, tensor in tensors.items() if tensor.encoding.scheme.float_offset]
-    tensors = {name: tensor for name, tensor in tensors.items() if name not in excluded}
+    """Write every encoding of a model, activations first.
+
+    Args:
+        model: the graph of a QDQ model, or a float model.
+        transposed: names of the weights that a QDQ model stores as [in, out].
+        file_version: 1.0.0, or 2.0.0 of a float model.
+    """
+    if isinstance(model, FloatOnnx):
+        graph, encodings, transposed = model.graph, model.encodings, model.transposed
+        parameters = encodings.keys() & model.model.graph.initializers.keys()
+        order: files.BlockOrder = "channel"
+    else:
+        graph, order = model, "tensor"
+        encodings = {mark.name: graph.encodings[mark.name] for mark in graph.marks}
+        parameters = {mark.name for mark in graph.marks if mark.kind is not Kind.ACTIVATION}
+    excluded = [name for name, encoding in encodings.items() if encoding.scheme.float_offset]
     producer = {"package": "qwlora", "version": version("qwlora")}
     sections: dict[str, Any] = {
-        "parameters": frozenset(name for name, tensor in tensors.items() if tensor.parameter),
+        "parameters": frozenset(parameters.difference(excluded)),
         "excluded_layers": tuple(name.removesuffix(".weight") for name in excluded),
         "quantizer_args": _quantizer_args(graph),
     }
     entries = (
-        entry_of(name, tensor.encoding, file_version, tensor.transposed, block_order)
-        for name, tensor in tensors.items()
+        entry_of(name, encodings[name], file_version, name in transposed, order)
+        for name in sorted(encodings, key=parameters.__contains__)
+        if name not in excluded
     )
     file = files.EncodingsFile(
         file_version,
         tuple(entries),
-        producer=producer | ({"block_order": "channel"} if block_order == "channel" else {}),
+        producer=producer | ({"block_order": order} if order == "channel" else {}),
         **(sections if file_version < "2" else {}),
     )
     files.write_encodings(file, path)

@@ -24,14 +24,13 @@ names; tensors of one name have one encoding. Every float tensor has one. Two ki
     sigmoid, tanh, erf    of a value with an encoding: their range, with as many bits
     a constant c          scale |c|: c is one step
 
-Values inside an activation function that the model makes of several operators stay without;
-graphs.json lists them (`float`).
+Values inside an activation function that the model makes of several operators stay without.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
@@ -62,7 +61,6 @@ from qwlora.simulation.kv_cache_graph import (
     mask_floor,
     npu_form,
 )
-from qwlora.simulation.simulation import Simulation
 from qwlora.system.optional_packages import require
 
 _NO_LIMIT = 2**40
@@ -73,31 +71,54 @@ MOVES = frozenset(
 
 
 @dataclass(frozen=True)
-class TensorEncoding:
-    """The grid of one tensor of the file.
+class FloatOnnx:
+    """A graph as an `onnx_ir.Model`, and the grids of its tensors by name; those of its
+    initializers are of parameters.
 
     Args:
-        transposed: the tensor is stored [in, out]; `encoding` is of [out, in].
-        parameter: it is an initializer.
+        transposed: names of the tensors that are stored [in, out]; their grids are of [out, in].
     """
-
-    encoding: Encoding
-    transposed: bool = False
-    parameter: bool = False
-
-
-@dataclass(frozen=True)
-class FloatOnnx:
-    """A graph as an `onnx_ir.Model`, and the grids of its tensors by name, activations first."""
 
     graph: QuantizedGraph
     model: Any
-    encodings: dict[str, TensorEncoding]
+    encodings: dict[str, Encoding] = field(default_factory=dict)
+    transposed: set[str] = field(default_factory=set)
 
-    @property
-    def inner(self) -> list[str]:
-        """Names of the float tensors without an encoding."""
-        return sorted(set(float_tensors(self.model)) - self.encodings.keys())
+    def take_activation(self, node: Any, name: str, encoding: Encoding) -> None:
+        """Remove the marker of an activation; its value gets the name of its encoding."""
+        source = node.inputs[0]
+        if source.const_value is not None:
+            source = self._stored(name, encoding.fake_quantize(tensor_of(source)))
+        elif (source.is_graph_input() or source.name in self.encodings) and source.name != name:
+            # one value with two names; on opening, a DequantizeLinear is called `name`
+            identity = new_node("Identity", [source], f"{name}.identity")
+            self.model.graph.insert_before(node, identity)
+            identity.outputs[0].type, identity.outputs[0].shape = source.type, source.shape
+            source = identity.outputs[0]
+        source.name = name
+        self.encodings[name] = encoding
+        replace_marker(self.model, node, source)
+
+    def take_weight(self, node: Any, name: str, encoding: Encoding) -> None:
+        """Replace the marker of a weight by its values; see the module."""
+        source, readers = node.inputs[0], [user for user, _ in node.outputs[0].uses()]
+        values = encoding.dequantize(codes_of(source, encoding)).float()
+        turned = [user for user in readers if is_matrix_transpose(user)]
+        if turned:
+            copy = name if len(turned) == len(readers) else f"{name}.transposed"
+            initializer = self._stored(copy, values.T)
+            self.encodings[copy] = encoding
+            self.transposed.add(copy)
+            for user in turned:
+                user.outputs[0].replace_all_uses_with(initializer)
+                self.model.graph.remove(user, safe=True)
+        if len(turned) < len(readers):
+            node.outputs[0].replace_all_uses_with(self._stored(name, values))
+            self.encodings[name] = encoding
+        self.model.graph.remove(node, safe=True)
+
+    def _stored(self, name: str, values: Tensor) -> Any:
+        return constant(self.model, name, values.detach().contiguous().numpy())
 
 
 def float_graphs(
@@ -111,38 +132,29 @@ def float_graphs(
         cases: by name; their simulations differ in tensors and encodings only.
         name: of the graph.
     """
-    simulations = dict[str, Simulation]()
-    for case, exported in cases.items():
-        assert isinstance(exported.simulation, Simulation)
-        simulations[case] = exported.simulation
-    first = next(iter(cases))
-    sizes = CacheSizes(cases[first].graphs[name], cases[first].context)
-    captured = capture_with_cache(simulations[first], sizes, "new")
-    cached = {case: cached_graph(own, captured) for case, own in simulations.items()}
+    first = next(iter(cases.values()))
+    sizes = CacheSizes(first.graphs[name], first.context)
+    captured = capture_with_cache(first.simulation, sizes, "new")
+    cached = {case: cached_graph(own.simulation, captured) for case, own in cases.items()}
     floor = min(mask_floor(graph) for graph in cached.values())
     for case, graph in cached.items():
         npu = npu_form(graph, sizes, floor, None)
-        shapes = npu.device.interface.shapes
-        float_onnx = to_float_onnx(npu.device, shapes, NPU_OPSET, everywhere=True)
+        float_onnx = to_float_onnx(npu.device, npu.device.interface.shapes, for_npu=True)
         float_onnx.model.metadata_props.update(cases[case].metadata)
         yield case, float_onnx, npu
 
 
 def to_float_onnx(
-    graph: QuantizedGraph,
-    shapes: Mapping[str, Sequence[int | str]],
-    opset: int = OPSET,
-    everywhere: bool = False,
+    graph: QuantizedGraph, shapes: Mapping[str, Sequence[int | str]], for_npu: bool = False
 ) -> FloatOnnx:
     """The float model of `graph`.
 
     Args:
         shapes: of the inputs, by name.
-        everywhere: give every float tensor an encoding; see the module.
+        for_npu: with norms as one operator, and an encoding for every float tensor; see the module.
 
     Raises:
-        ExportError: an operator has no translation, a weight has float offsets, or the graph does
-            not fit `shapes`.
+        ExportError: an operator has no translation, or a weight has float offsets.
         MissingExtraError: the `onnx` extra is not installed.
     """
     if wrong := [n for n, encoding in graph.encodings.items() if encoding.scheme.float_offset]:
@@ -150,21 +162,19 @@ def to_float_onnx(
             f"{listed(wrong, 3)} {'has' if len(wrong) == 1 else 'have'} float offsets, which no "
             "encodings file and no NPU has. Quantize with base.solver: gptq, or export to onnx"
         )
-    model = to_onnx(graph, opset)
+    model = to_onnx(graph, NPU_OPSET if for_npu else OPSET)
     _fix_shapes_(model, graph, shapes)
-    rewriter = _FloatRewriter(model)
-    rewrite_markers(model, graph, rewriter.activation, rewriter.weight)
-    encodings = rewriter.encodings
+    result = FloatOnnx(graph, model)
+    rewrite_markers(model, graph, result.take_activation, result.take_weight)
     from onnx_ir.passes.common import ShapeInferencePass
 
     ShapeInferencePass()(model)
-    _store_gathered_(model, encodings)
-    _carry_(model, encodings)
+    _store_gathered_(model, result.encodings)
+    _carry_(model, result.encodings)
     model.producer_name = "qwlora"
-    ordered = dict(sorted(encodings.items(), key=lambda item: item[1].parameter))
-    if everywhere:
-        _encode_rest_(model, ordered)
-    return FloatOnnx(graph, model, ordered)
+    if for_npu:
+        _encode_rest_(model, result.encodings)
+    return result
 
 
 def _fix_shapes_(
@@ -178,16 +188,11 @@ def _fix_shapes_(
     from onnxscript.optimizer import fold_constants
 
     ir = require("onnx_ir", "onnx")
-    sizes: dict[str, int | str] = {}
-    for name in graph.inputs:
-        for axis, size in zip(graph.interface.shapes[name], shapes[name], strict=True):
-            if sizes.setdefault(str(axis), size) != size or (
-                isinstance(axis, int) and axis != size
-            ):
-                raise ExportError(
-                    f"input {name} has shape {list(shapes[name])}, but the graph takes "
-                    f"{list(graph.interface.shapes[name])}"
-                )
+    sizes = {
+        str(axis): size
+        for name in graph.inputs
+        for axis, size in zip(graph.interface.shapes[name], shapes[name], strict=True)
+    }
     for value in [*model.graph.inputs, *model.graph.outputs]:
         shape = graph.interface.shapes[value.name]
         value.shape = ir.Shape([sizes.get(str(axis), axis) for axis in shape])
@@ -201,48 +206,7 @@ def _fix_shapes_(
     LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
 
 
-class _FloatRewriter:
-    """Removes markers, and gives their values the names of their encodings."""
-
-    def __init__(self, model: Any):
-        self.model = model
-        self.encodings: dict[str, TensorEncoding] = {}
-
-    def activation(self, node: Any, name: str, encoding: Encoding) -> None:
-        source = node.inputs[0]
-        is_constant = source.const_value is not None
-        if is_constant:
-            source = self._stored(name, encoding.fake_quantize(tensor_of(source)))
-        elif (source.is_graph_input() or source.name in self.encodings) and source.name != name:
-            identity = new_node("Identity", [source], name)  # one value with two names
-            self.model.graph.insert_before(node, identity)
-            identity.outputs[0].type, identity.outputs[0].shape = source.type, source.shape
-            source = identity.outputs[0]
-        source.name = name
-        self.encodings[name] = TensorEncoding(encoding, parameter=is_constant)
-        replace_marker(self.model, node, source)
-
-    def weight(self, node: Any, name: str, encoding: Encoding) -> None:
-        source, readers = node.inputs[0], [user for user, _ in node.outputs[0].uses()]
-        values = encoding.dequantize(codes_of(source, encoding)).float()
-        turned = [user for user in readers if is_matrix_transpose(user)]
-        if turned:
-            copy = name if len(turned) == len(readers) else f"{name}.transposed"
-            initializer = self._stored(copy, values.T)
-            self.encodings[copy] = TensorEncoding(encoding, transposed=True, parameter=True)
-            for user in turned:
-                user.outputs[0].replace_all_uses_with(initializer)
-                self.model.graph.remove(user, safe=True)
-        if len(turned) < len(readers):
-            node.outputs[0].replace_all_uses_with(self._stored(name, values))
-            self.encodings[name] = TensorEncoding(encoding, parameter=True)
-        self.model.graph.remove(node, safe=True)
-
-    def _stored(self, name: str, values: Tensor) -> Any:
-        return constant(self.model, name, values.detach().contiguous().numpy())
-
-
-def _store_gathered_(model: Any, encodings: dict[str, TensorEncoding]) -> None:
+def _store_gathered_(model: Any, encodings: dict[str, Encoding]) -> None:
     """Give each table and the rows that are read from it one grid: that of the rows, if the table
     has several, else that of the table."""
     ir = require("onnx_ir", "onnx")
@@ -252,17 +216,17 @@ def _store_gathered_(model: Any, encodings: dict[str, TensorEncoding]) -> None:
         table, rows = node.inputs[0], encodings.get(node.outputs[0].name)
         if rows is None:
             continue
-        grid = encodings[table.name].encoding
+        grid = encodings[table.name]
         if not grid.scale.ndim and grid.scheme.bitwidth in (8, 16):
-            encodings[node.outputs[0].name] = TensorEncoding(grid)
+            encodings[node.outputs[0].name] = grid
         if not grid.scale.ndim or len(table.uses()) > 1:
             continue
-        rounded = rows.encoding.fake_quantize(tensor_of(table)).numpy()
+        rounded = rows.fake_quantize(tensor_of(table)).numpy()
         table.const_value = ir.tensor(rounded, name=table.name)
-        encodings[table.name] = TensorEncoding(rows.encoding, parameter=True)
+        encodings[table.name] = rows
 
 
-def _carry_(model: Any, encodings: dict[str, TensorEncoding]) -> None:
+def _carry_(model: Any, encodings: dict[str, Encoding]) -> None:
     """Give what only moves values of one grid (Reshape, Slice, Concat ...) the same grid, and a
     name after the tensor whose values it moves."""
     taken = {value.name for node in model.graph for value in (*node.inputs, *node.outputs) if value}
@@ -270,7 +234,7 @@ def _carry_(model: Any, encodings: dict[str, TensorEncoding]) -> None:
         if node.domain or node.op_type not in MOVES:
             continue
         sources = node.inputs if node.op_type == "Concat" else node.inputs[:1]
-        grids = [encodings[s.name].encoding for s in sources if s.name in encodings]
+        grids = [encodings[s.name] for s in sources if s.name in encodings]
         if len(grids) < len(sources) or any(
             grid.scale.ndim or not grid.equals(grids[0]) for grid in grids
         ):
@@ -281,33 +245,23 @@ def _carry_(model: Any, encodings: dict[str, TensorEncoding]) -> None:
                 names = (f"{stem}_{number}" if number else stem for number in count())
                 output.name = next(name for name in names if name not in taken)
                 taken.add(output.name)
-            encodings[output.name] = TensorEncoding(grids[0])
+            encodings[output.name] = grids[0]
 
 
-def _encode_rest_(model: Any, encodings: dict[str, TensorEncoding]) -> None:
+def _encode_rest_(model: Any, encodings: dict[str, Encoding]) -> None:
     """Encodings of bounded functions and of constants."""
     for node in model.graph:
         name, source = node.outputs[0].name, node.inputs[0].name if node.inputs else ""
         if node.op_type in _RANGES and name not in encodings and source in encodings:
             low, high = (torch.tensor(end) for end in _RANGES[node.op_type])
-            bits = encodings[source].encoding.scheme.bitwidth
-            grid = encoding_from_range(low, high, Scheme(bits, symmetric=False))
-            encodings[name] = TensorEncoding(grid)
-    for name in float_tensors(model):
-        if name not in model.graph.initializers or name in encodings:
+            bits = encodings[source].scheme.bitwidth
+            encodings[name] = encoding_from_range(low, high, Scheme(bits, symmetric=False))
+    floats = require("onnx_ir", "onnx").DataType.FLOAT
+    for name, value in model.graph.initializers.items():
+        if value.dtype != floats or name in encodings:
             continue
-        number = tensor_of(model.graph.initializers[name])
+        number = tensor_of(value)
         if number.numel() == 1 and float(number):
             offset = torch.tensor(0 if float(number) > 0 else -1)
-            grid = Encoding(Scheme(16, symmetric=False), number.abs().reshape(()), offset)
-            encodings[name] = TensorEncoding(grid, parameter=True)
-
-
-def float_tensors(model: Any) -> Iterator[str]:
-    """Names of the float tensors that the graph reads, computes or stores."""
-    floats = require("onnx_ir", "onnx").DataType.FLOAT
-    graph = model.graph
-    computed = (value for node in graph for value in node.outputs)
-    for value in (*graph.inputs, *graph.initializers.values(), *computed):
-        if value.dtype == floats:
-            yield value.name
+            scale = number.abs().reshape(())
+            encodings[name] = Encoding(Scheme(16, symmetric=False), scale, offset)

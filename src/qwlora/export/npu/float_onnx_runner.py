@@ -2,28 +2,32 @@
 
 Everything comes from the delivered files: each activation entry becomes a QuantizeLinear and a
 DequantizeLinear behind its tensor; parameters are checked to lie on the grid of their entry, so
-rounding them would change nothing. Nothing of the simulation is read.
+rounding them would change nothing. Nothing of the simulation is read. Other damage is found by the
+digests of the files.
 
 Shapes are fixed. Shorter sequences are padded on the right and masked; their outputs are cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from safetensors.numpy import load_file
 from torch import Tensor, nn
 
-from qwlora.errors import EncodingsFileError, ExportError, GridError, SourceError, listed
-from qwlora.export.npu.float_onnx import float_tensors
-from qwlora.export.npu.kv_cache_graphs import CachedGraphs
+from qwlora.errors import (
+    EncodingsFileError,
+    ExportError,
+    GridError,
+    SourceError,
+    foreign_as,
+)
 from qwlora.export.onnx.onnx_edits import constants, insert_rounding, load_graph, tensor_of
-from qwlora.export.onnx.onnx_model import OF_INPUT, activation_arrays, activation_tensor
+from qwlora.export.onnx.onnx_model import activation_arrays, activation_tensor
 from qwlora.export.onnx.onnx_runtime import (
     EIGHT_BIT_OPTIONS,
     SESSION_OPTIONS,
@@ -31,9 +35,8 @@ from qwlora.export.onnx.onnx_runtime import (
     open_model,
 )
 from qwlora.formats import aimet_encodings as files
-from qwlora.formats.aimet_encodings.convert import encoding_differences
 from qwlora.formats.aimet_encodings.grids import TensorLayout, grid_of
-from qwlora.formats.aimet_encodings.model import EncodingsFile, Entry, IntegerEncoding
+from qwlora.formats.aimet_encodings.model import EncodingsFile
 from qwlora.graph.capture import IDS, MASK
 from qwlora.grid.encoding import Encoding
 from qwlora.system.optional_packages import require
@@ -78,9 +81,8 @@ class FloatOnnxModel(OnnxModel):
             return [f"{where}: {error}"]
         if problems := [f"{where}: {found}" for found in findings if found.severity == "error"]:
             return problems
-        replaced = load_file(self.weights) if self.weights else {}
         for name, stored in self.parameters().items():
-            file = self.weights if self.weights and name in replaced else self.model
+            file = self.weights if self.weights and name in self.replaced else self.model
             try:
                 grid, values = self.grid(name, stored)
                 wrong = int((grid.fake_quantize(values) != values).sum())
@@ -97,7 +99,8 @@ class FloatOnnxModel(OnnxModel):
         """The encoded initializers by name; read again in every call."""
         initializers = self._load_float().graph.initializers
         names = (e.name for e in self.file.encodings if self.graph[e.name].parameter)
-        return {name: tensor_of(initializers[name]) for name in names}
+        with foreign_as(ExportError, f"the weights of {str(self.model)!r} cannot be read"):
+            return {name: tensor_of(initializers[name]) for name in names}
 
     def grid(self, name: str, values: Tensor) -> tuple[Encoding, Tensor]:
         """Grid and values of a parameter, both of the tensor as [..., out, in]."""
@@ -131,17 +134,24 @@ class FloatOnnxModel(OnnxModel):
         computed = {name: value for name, value in values.items() if name not in stored}
         return super().run_layers(computed, tensors) | stored
 
-    def layers(
-        self, tensors: Mapping[str, Tensor]
-    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-        inputs, found = super().layers(tensors)
-        return inputs, {name.removesuffix(OF_INPUT): value for name, value in found.items()}
+    @cached_property
+    def replaced(self) -> Mapping[str, Any]:
+        """The arrays in `weights`."""
+        if self.weights is None:
+            return {}
+        with foreign_as(ExportError, f"{str(self.weights)!r} cannot be read"):
+            return load_file(self.weights)
 
     def _load_float(self) -> Any:
         model = load_graph(self.model)
-        for name, array in load_file(self.weights).items() if self.weights else ():
-            tensor = require("onnx_ir", "onnx").tensor(array, name=name)
-            model.graph.initializers[name].const_value = tensor
+        for name, array in self.replaced.items():
+            value = model.graph.initializers.get(name)
+            if value is None or tuple(value.shape) != array.shape:
+                raise ExportError(
+                    f"{self.weights}: {name} of shape {list(array.shape)} is no weight of "
+                    f"{self.model.name}. Copy the files again"
+                )
+            value.const_value = require("onnx_ir", "onnx").tensor(array, name=name)
         return model
 
     def load(self) -> Any:
@@ -164,66 +174,3 @@ class FloatOnnxModel(OnnxModel):
                 if output is value:
                     model.graph.outputs[index] = result
         return model
-
-
-class FloatGraphs(CachedGraphs):
-    """Float models with a cache in ONNX Runtime on the CPU.
-
-    Args:
-        folder: where graphs.json is.
-        models: by name of the graph.
-    """
-
-    def __init__(self, folder: Path, models: Mapping[str, FloatOnnxModel]):
-        super().__init__(folder)
-        self.models = models
-
-    def open(self, name: str) -> Any:
-        return self.models[name].session
-
-    def open_layers(self, name: str) -> Any:
-        return self.models[name].open_layers()
-
-    def layers(
-        self, tensors: Mapping[str, Tensor]
-    ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
-        inputs, layers = super().layers(tensors)
-        return inputs, {name.removesuffix(OF_INPUT): value for name, value in layers.items()}
-
-    def problems(self) -> list[str]:
-        """Promises that the files break: each model's; if there is none, float tensors without an
-        encoding, and what differs between graphs, or from graphs.json."""
-        of_models = [problem for name in self.names for problem in self.models[name].problems()]
-        return of_models or [p for name in self.names for p in self._differences(name)]
-
-    def _differences(self, name: str) -> Iterator[str]:
-        model, record = self.models[name], self.graphs[name]
-        known, where = model.file.by_name, model.encodings.relative_to(self.folder)
-        graph = load_graph(model.model)
-        for side, values in (("inputs", graph.graph.inputs), ("outputs", graph.graph.outputs)):
-            shapes, wanted = {v.name: [int(n) for n in v.shape] for v in values}, record[side]
-            if differing := [n for n in {**shapes, **wanted} if shapes.get(n) != wanted.get(n)]:
-                file = model.model.relative_to(self.folder)
-                yield f"{file}: {listed(differing, 3)} differ from {side} of {name} in graphs.json"
-        inner = {*known, *self.record["float"][name]}
-        if bare := [tensor for tensor in float_tensors(graph) if tensor not in inner]:
-            yield f"{where}: {listed(bare, 3)} {'has' if len(bare) == 1 else 'have'} no entry"
-        for tensor, grid in record["encodings"].items():
-            if _grid(known.get(tensor)) != grid:
-                yield f"{where}: the entry of {tensor} differs from graphs.json"
-        for tensor in record["inputs"]:
-            new = tensor.replace("_in", "_out")
-            if new in record["outputs"] and _grid(known.get(tensor)) != _grid(known.get(new)):
-                yield f"{where}: {tensor} and {new} have different entries"
-        first = self.models[self.names[0]].file.by_name
-        for tensor, entry in known.items():
-            if tensor in first and encoding_differences(first[tensor], entry):
-                yield f"{where}: the entry of {tensor} differs from that of graph {self.names[0]}"
-
-
-def _grid(entry: Entry | None) -> dict[str, float] | None:
-    """An entry as graphs.json has it."""
-    if not isinstance(entry, IntegerEncoding) or entry.scale.size != 1:
-        return None
-    scale, offset = np.float32(entry.scale.item()), int(entry.offset.item())
-    return {"bitwidth": entry.bitwidth, "scale": float(scale), "offset": offset}

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ from torch.nn.functional import pad
 from qwlora.errors import ExportError, reading
 from qwlora.export.onnx.onnx_edits import load_graph, save_graph
 from qwlora.export.onnx.onnx_model import build_model
-from qwlora.export.onnx.onnx_runtime import open_session, run_session
+from qwlora.export.onnx.onnx_runtime import OnnxModel, open_session, run_session
 from qwlora.export.target import Runtime
 from qwlora.graph.capture import IDS, MASK, POSITIONS
 from qwlora.graph.device_graph import HOST_INPUTS
@@ -47,7 +46,7 @@ def write_graphs(
     folder: Path,
     graphs: Mapping[str, NpuGraph],
     files: Mapping[str, Mapping[str, Any]],
-    more: Mapping[str, Any],
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the host graphs and graphs.json.
 
@@ -55,7 +54,7 @@ def write_graphs(
         files: fields of each graph in graphs.json: names of its files.
         more: fields of the record.
     """
-    record: dict[str, Any] = {"format": FORMAT, "context": 0, "graphs": {}, **more}
+    record: dict[str, Any] = {"format": FORMAT, "context": 0, "graphs": {}, **(more or {})}
     for name, graph in graphs.items():
         host, file = build_model(graph.host, {})[0], f"{name}_host.onnx"
         save_graph(host, folder / file, data=None)
@@ -148,6 +147,7 @@ class CachedGraphs(Runtime):
 
     Args:
         folder: where graphs.json is.
+        models: the graphs by name.
 
     Attributes:
         names: of the graphs, largest first.
@@ -155,10 +155,11 @@ class CachedGraphs(Runtime):
         fixed: inputs that are the same in every call.
     """
 
-    def __init__(self, folder: Path):
-        self.folder, self.record = folder, read_graphs(folder)
-        self.graphs: dict[str, Any] = self.record["graphs"]
-        self.context: int = self.record["context"]
+    def __init__(self, folder: Path, models: Mapping[str, OnnxModel]):
+        record = read_graphs(folder)
+        self.folder, self.models = folder, models
+        self.graphs: dict[str, Any] = record["graphs"]
+        self.context: int = record["context"]
         self.tokens: dict[str, int] = {n: graph["tokens"] for n, graph in self.graphs.items()}
         self.names = sorted(self.tokens, key=lambda name: -self.tokens[name])
         self._hosts = {n: open_session(folder / self.graphs[n]["host"], {}) for n in self.names}
@@ -167,14 +168,6 @@ class CachedGraphs(Runtime):
     @property
     def call_tokens(self) -> int:
         return self.tokens[self.names[0]]
-
-    @abstractmethod
-    def open(self, name: str) -> Any:
-        """The session of a graph."""
-
-    @abstractmethod
-    def open_layers(self, name: str) -> Any:
-        """A session of it on the CPU whose outputs are the quantized activations."""
 
     def logits(self, ids: Tensor, steps: int = 0) -> Tensor:
         """See `Runtime`. A graph that has no room for all the tokens that it takes would drop the
@@ -225,7 +218,7 @@ class CachedGraphs(Runtime):
             **{key: value[:, :, value.shape[2] - sizes.past :] for key, value in cache.items()},
             **self.fixed,
         }
-        session = session or self.open(name)
+        session = session or self.models[name].session
         outputs = run_session(session, inputs)
         for key in cache:
             if (new := outputs.get(key.replace("_in", "_out"))) is not None:
@@ -251,5 +244,5 @@ class CachedGraphs(Runtime):
     ) -> tuple[Mapping[str, Tensor], dict[str, Tensor]]:
         """One call of the largest graph, with an empty cache; see `Runtime`."""
         name, count = self.names[0], int(tensors[MASK].sum())
-        ids, session = tensors[IDS][:, :count], self.open_layers(name)
+        ids, session = tensors[IDS][:, :count], self.models[name].open_layers()
         return self.call(name, ids, 0, self.empty_cache(), session)

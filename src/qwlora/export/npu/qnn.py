@@ -1,8 +1,6 @@
 """The `qnn` target: compiled graphs with a key-value cache for Qualcomm's HTP, and adapters as
 files of codes, which are inputs of the graphs.
 
-    export_qnn({"first": a, "second": b}, {"prefill": 128, "decode": 1}, 1024, folder)
-
     base/
       prefill.onnx, decode.onnx, weights.data       QDQ graphs that share one weight file
       prefill_host.onnx, decode_host.onnx           positions and mask -> cos, sin, float mask
@@ -42,7 +40,7 @@ import json
 import tempfile
 from collections import Counter
 from collections.abc import Mapping
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +48,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from qwlora.errors import ExportError, MissingExtraError, foreign_as, listed
+from qwlora.errors import ExportError, MissingExtraError, listed
 from qwlora.export.npu.htp_limits import (
     SMALLEST_RESCALE,
     input_problem,
@@ -58,9 +56,14 @@ from qwlora.export.npu.htp_limits import (
     weight_problem,
 )
 from qwlora.export.npu.htp_rewrites import CODES, npu_onnx
-from qwlora.export.npu.kv_cache_graphs import CachedGraphs, share_weights, write_graphs
+from qwlora.export.npu.kv_cache_graphs import (
+    CachedGraphs,
+    read_graphs,
+    share_weights,
+    write_graphs,
+)
 from qwlora.export.onnx.onnx_edits import load_graph, save_graph
-from qwlora.export.onnx.onnx_runtime import exposed, open_model
+from qwlora.export.onnx.onnx_runtime import OnnxModel, exposed, open_model, open_session
 from qwlora.export.proof.checks import LIMITS, Limits, Parity, at_most
 from qwlora.export.proof.compare import compare_logits
 from qwlora.export.proof.reference import first_sequences
@@ -92,12 +95,55 @@ class Qnn(Backend):
     def write_cases(
         self, base: ExportedGraph, cases: Mapping[str, ExportedGraph], folder: Path
     ) -> None:
-        simulations = {}
-        for case, graph in cases.items():
-            assert isinstance(graph.simulation, Simulation)
-            if case != NONE:
-                simulations[case] = graph.simulation
-        export_qnn(simulations, base.graphs, base.context, folder, base.metadata)
+        """Write a bundle. All use cases need one set of encodings (`base_activations="none"`).
+
+        Raises:
+            ExportError: the HTP refuses the graphs or computes them wrongly, or adapters have
+                different encodings.
+            FileExistsError: `folder` holds a bundle already.
+            CaptureError, CalibrationError: see `npu_graph`.
+        """
+        simulations = {n: graph.simulation for n, graph in cases.items() if n != NONE}
+        _refuse_different_encodings(simulations)
+        ranks = {
+            name: max((min(t.shape) for t in simulation.adapter_weights.values()), default=0)
+            for name, simulation in simulations.items()
+        }
+        largest = max(simulations, key=ranks.__getitem__)
+        scalings = {n: scaling_of(own.program) or 0.0 for n, own in simulations.items()}
+        highest = max(scalings.values())
+        npus = {
+            name: npu_graph(simulations[largest], CacheSizes(tokens, base.context), highest)
+            for name, tokens in base.graphs.items()
+        }
+        for graph in npus.values():
+            refuse_graph(graph.device)
+        graphs = folder / BASE
+        graphs.mkdir(parents=True)
+        codes = _write_graphs(npus, graphs, base.metadata)
+        try:
+            compiler = compile_graphs(graphs, list(npus))
+        except MissingExtraError:
+            compiler = None
+        files = {
+            name: {"qdq": f"{name}.onnx", "compiled": compiled_file(name) if compiler else None}
+            for name in npus
+        }
+        shapes = {name: list(array.shape) for name, array in codes.items()}
+        write_graphs(graphs, npus, files, {"adapter_inputs": shapes, "compiler": compiler})
+        for adapter in (*simulations, ZERO):
+            tensors = {ALPHA: torch.tensor([scalings.get(adapter, 0.0)])}
+            for name, array in codes.items():
+                padded = np.zeros_like(array)
+                if adapter != ZERO:
+                    weight = name.removesuffix(CODES)
+                    encoding = simulations[adapter].encodings[weight]
+                    stored = encoding.quantize(simulations[adapter].adapter_weights[weight]).int()
+                    signed = (stored + encoding.scheme.symmetric_offset).T.numpy()
+                    padded[: signed.shape[0], : signed.shape[1]] = signed
+                tensors[name] = torch.from_numpy(padded)
+            (folder / adapter).mkdir()
+            write_tensors(folder / adapter / ADAPTER, tensors)
 
     def own_files(self, folder: Path, case: str) -> list[Path]:
         return list((folder / _folder(case)).iterdir())
@@ -109,70 +155,6 @@ class Qnn(Backend):
 def _folder(case: str) -> str:
     """Of a use case; the one without an adapter has the zero adapter."""
     return ZERO if case == NONE else case
-
-
-def export_qnn(
-    simulations: Mapping[str, Simulation],
-    graphs: Mapping[str, int],
-    context: int,
-    folder: Path,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Write a bundle into `folder`.
-
-    Args:
-        simulations: calibrated, by adapter, with one set of encodings for all
-            (`base_activations="none"`).
-        graphs: number of new tokens of each graph, by name.
-        context: new and past tokens together, in every graph.
-        metadata: added to the ONNX files.
-
-    Raises:
-        ExportError: the HTP refuses the graphs or computes them wrongly, or adapters have different
-            encodings.
-        FileExistsError: `folder` holds a bundle already.
-        CaptureError, CalibrationError: see `npu_graph`.
-        MissingExtraError: the `onnx` extra is not installed.
-    """
-    _refuse_different_encodings(simulations)
-    ranks = {
-        name: max((min(t.shape) for t in simulation.adapter_weights.values()), default=0)
-        for name, simulation in simulations.items()
-    }
-    largest = max(simulations, key=ranks.__getitem__)
-    scalings = {n: scaling_of(simulation.program) or 0.0 for n, simulation in simulations.items()}
-    npus = {
-        name: npu_graph(simulations[largest], CacheSizes(tokens, context), max(scalings.values()))
-        for name, tokens in graphs.items()
-    }
-    for graph in npus.values():
-        refuse_graph(graph.device)
-    base = folder / BASE
-    base.mkdir(parents=True)
-    codes = _write_graphs(npus, base, metadata or {})
-    try:
-        compiler = compile_graphs(base, list(npus))
-    except MissingExtraError:
-        compiler = None
-    files = {
-        name: {"qdq": f"{name}.onnx", "compiled": compiled_file(name) if compiler else None}
-        for name in npus
-    }
-    shapes = {name: list(array.shape) for name, array in codes.items()}
-    write_graphs(base, npus, files, {"adapter_inputs": shapes, "compiler": compiler})
-    for adapter in (*simulations, ZERO):
-        tensors = {ALPHA: torch.tensor([scalings.get(adapter, 0.0)])}
-        for name, array in codes.items():
-            padded = np.zeros_like(array)
-            if adapter != ZERO:
-                weight = name.removesuffix(CODES)
-                encoding = simulations[adapter].encodings[weight]
-                stored = encoding.quantize(simulations[adapter].adapter_weights[weight]).int()
-                signed = (stored + encoding.scheme.symmetric_offset).T.numpy()
-                padded[: signed.shape[0], : signed.shape[1]] = signed
-            tensors[name] = torch.from_numpy(padded)
-        (folder / adapter).mkdir()
-        write_tensors(folder / adapter / ADAPTER, tensors)
 
 
 def refuse_graph(graph: QuantizedGraph) -> None:
@@ -216,13 +198,12 @@ def _rescale_problems(graph: QuantizedGraph) -> dict[str, list[str]]:
 
 
 def _refuse_different_encodings(simulations: Mapping[str, Simulation]) -> None:
-    (first, simulation), *others = simulations.items()
-    known = simulation.encodings
-    for name, encodings in ((name, other.encodings) for name, other in others):
+    first, *others = simulations
+    known = simulations[first].encodings
+    for name in others:
+        own = simulations[name].encodings
         differing = [
-            key
-            for key in {**known, **encodings}
-            if key not in known or not known[key].equals(encodings.get(key))
+            n for n in {**known, **own} if n not in known or not known[n].equals(own.get(n))
         ]
         if differing:
             raise ExportError(
@@ -289,6 +270,21 @@ def compiled_file(name: str) -> str:
     return f"{DEVICE}/{name}_ctx.onnx"
 
 
+class QnnGraph(OnnxModel):
+    """A QDQ graph on the HTP emulator, or on the CPU without optimizations."""
+
+    def __init__(self, file: Path, htp: bool, profile: Path | None):
+        super().__init__(file.parent)
+        self.file, self.htp, self.profile = file, htp, profile
+
+    @cached_property
+    def session(self) -> Any:
+        return open_graph(self.file, self.htp, self.profile)
+
+    def open_layers(self) -> Any:
+        return open_model(exposed(load_graph(self.file)), {}, is_optimized=False)
+
+
 class QnnModel(CachedGraphs):
     """The graphs of a bundle with one adapter at a time.
 
@@ -300,26 +296,14 @@ class QnnModel(CachedGraphs):
     """
 
     def __init__(self, base: Path, adapter: Path, htp: bool, profiles: Path | None = None):
-        super().__init__(base)
-        self.htp, self.adapter = htp, adapter
-        self._sessions: dict[str, Any] = {}
-        self._profiles = profiles
+        files = {n: base / str(graph["qdq"]) for n, graph in read_graphs(base)["graphs"].items()}
+        places = {name: profiles / name if profiles else None for name in files}
+        super().__init__(base, {n: QnnGraph(file, htp, places[n]) for n, file in files.items()})
         self.use(adapter)
 
     def use(self, adapter: Path | None) -> None:
-        self.fixed, _ = read_tensors((adapter or self.folder.parent / ZERO) / ADAPTER)
-
-    def _file(self, name: str) -> Path:
-        return self.folder / str(self.graphs[name]["qdq"])
-
-    def open(self, name: str) -> Any:
-        if name not in self._sessions:
-            profile = self._profiles / name if self._profiles is not None else None
-            self._sessions[name] = open_graph(self._file(name), self.htp, profile)
-        return self._sessions[name]
-
-    def open_layers(self, name: str) -> Any:
-        return open_model(exposed(load_graph(self._file(name))), False, open_graph)
+        self.adapter = adapter or self.folder.parent / ZERO
+        self.fixed, _ = read_tensors(self.adapter / ADAPTER)
 
     def parity(self, reference: Mapping[str, Tensor], limits: Limits) -> Parity:
         return verify_qnn(self.folder.parent, self.adapter.name, reference, limits)
@@ -330,10 +314,9 @@ class QnnModel(CachedGraphs):
         The edges are the quantization of inputs and the dequantization of outputs. Ends profiling,
         which needs `profiles`.
         """
-        return {
-            name: placement(session, sum(len(self.graphs[name][k]) for k in ("inputs", "outputs")))
-            for name, session in self._sessions.items()
-        }
+        edges = {n: len(g["inputs"]) + len(g["outputs"]) for n, g in self.graphs.items()}
+        ran = {n: model.session for n, model in self.models.items() if "session" in vars(model)}
+        return {name: placement(session, edges[name]) for name, session in ran.items()}
 
 
 def verify_qnn(
@@ -392,23 +375,11 @@ def open_graph(
         profile: prefix of a file for `placement`.
         entries, provider: further options of the session, and of the HTP.
     """
-    runtime = require("onnxruntime", "onnx")
-    options = runtime.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = torch.get_num_threads()
-    for key, value in (entries or {}).items():
-        options.add_session_config_entry(key, value)
-    if profile is not None:
-        options.enable_profiling = True
-        options.profile_file_prefix = str(profile)
-    if htp:
-        library = require("onnxruntime_qnn", "qnn").get_qnn_htp_path()
-        chosen = {"backend_path": library, **CHIP, **(provider or {})}
-        options.add_provider_for_devices(_devices(), chosen)
-    else:
-        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    with foreign_as(ExportError, f"ONNX Runtime cannot load {str(path)!r}"):
-        return runtime.InferenceSession(str(path), options)
+    if not htp:
+        return open_session(path, entries or {}, is_optimized=False, profile=profile)
+    library = require("onnxruntime_qnn", "qnn").get_qnn_htp_path()
+    device = _devices(), {"backend_path": library, **CHIP, **(provider or {})}
+    return open_session(path, entries or {}, profile=profile, device=device)
 
 
 def placement(session: Any, edges: int) -> dict[str, int]:

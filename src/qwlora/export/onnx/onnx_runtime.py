@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -187,24 +187,44 @@ def exposed(model: Any) -> Any:
     return model
 
 
-def open_session(path: Path, session_options: Mapping[str, str]) -> Any:
-    """An ONNX Runtime session on the CPU."""
+def open_session(
+    path: Path,
+    entries: Mapping[str, str],
+    is_optimized: bool = True,
+    profile: Path | None = None,
+    device: tuple[list[Any], Mapping[str, str]] | None = None,
+) -> Any:
+    """An ONNX Runtime session.
+
+    Args:
+        entries: of its configuration.
+        is_optimized: whether ONNX Runtime may change the graph.
+        profile: prefix of a file that tells what ran where.
+        device: devices and options of their provider. Default: the CPU.
+    """
     runtime = require("onnxruntime", "onnx")
     options = runtime.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # errors are raised
     options.intra_op_num_threads = torch.get_num_threads()
-    for key, value in session_options.items():
+    for key, value in entries.items():
         options.add_session_config_entry(key, value)
+    if not is_optimized:
+        options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
+    if device is not None:
+        options.add_provider_for_devices(*device)
+    providers = ["CPUExecutionProvider"] if device is None else None
     with foreign_as(ExportError, f"ONNX Runtime cannot load {str(path)!r}"):
-        return runtime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return runtime.InferenceSession(str(path), options, providers=providers)
 
 
-def open_model(model: Any, options: Any, opener: Callable[[Path, Any], Any] = open_session) -> Any:
-    """A session of an `onnx_ir.Model`."""
+def open_model(model: Any, entries: Mapping[str, str], is_optimized: bool = True) -> Any:
+    """A session of an `onnx_ir.Model` on the CPU; see `open_session`."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, MODEL_FILE)
         save_graph(model, path)
-        return opener(path, options)
+        return open_session(path, entries, is_optimized)
 
 
 def run_session(

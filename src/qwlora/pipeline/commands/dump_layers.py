@@ -3,8 +3,7 @@
     inputs/NAME.npy        every input of the files
     simulated/TENSOR.npy   what the simulation computes
     runtime/TENSOR.npy     what ONNX Runtime computes from the files, in one run
-    layers.json            stage, use case, and for each tensor: its name in the files, the name of
-                           its encoding, type, shape and SHA-256
+    layers.json            stage, use case, and for each tensor: its name, type, shape and SHA-256
 
 Values are real numbers on their grids, after quantization and dequantization. A tensor that only
 moves values of another one, or that only graphs with a key-value cache have, is not in the
@@ -161,26 +160,26 @@ def _write(
     inputs: Mapping[str, Tensor] = simulation.bind(batch)
     computed: dict[str, Tensor] = {}
     if runtime is not None:
-        inputs, computed = runtime.layers(inputs)
+        inputs, layers = runtime.layers(inputs)
+        computed = {name.removesuffix(OF_INPUT): value for name, value in layers.items()}
     for part in ("inputs", "simulated", "runtime"):
         (folder / part).mkdir(parents=True)
-    layers = []
+    entries = []
     for tensor in computed or simulated:
-        encoding = tensor.removesuffix(OF_INPUT)
-        expected, value = simulated.get(encoding), computed.get(tensor)
+        expected, value = simulated.get(tensor), computed.get(tensor)
         if expected is not None and value is not None and expected.shape != value.shape:
             expected = None
-        entry: dict[str, Any] = {"tensor": tensor, "encoding": encoding}
+        entry: dict[str, Any] = {"tensor": tensor}
         for part, array in (("simulated", expected), ("runtime", value)):
             written = None if array is None else write_array(folder / part, tensor, array)
             entry[part] = written and {k: v for k, v in written.items() if k != "name"}
-        layers.append(entry)
+        entries.append(entry)
     record = {
         "stage": name.stage,
         "use_case": name.adapter,
         "tokens": int(batch["attention_mask"].sum()),
         "inputs": [write_array(folder / "inputs", key, value) for key, value in inputs.items()],
-        "layers": layers,
+        "layers": entries,
     }
     (folder / "layers.json").write_text(strict_json.dumps(record, indent=1) + "\n")
     return record

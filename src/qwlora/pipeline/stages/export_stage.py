@@ -8,12 +8,12 @@ from typing import Any
 
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.proof.folder import WITHOUT_CACHE, record_digest, write_record
-from qwlora.export.proof.reference import Reference
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE, ExportedBase, ExportedGraph, Target
 from qwlora.formats.model_source import fetch
 from qwlora.pipeline.plan.plan import ADAPTER, Stage
 from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.simulation.simulation import Simulation
 from qwlora.system.atomic import total_bytes
 
 
@@ -64,7 +64,7 @@ def _exported(context: JobContext, target: Target, name: str, adapter: str | Non
 def _graph(
     context: JobContext,
     target: str,
-    simulation: Reference,
+    simulation: Simulation,
     metadata: dict[str, str],
     adapter: str | None = None,
 ) -> ExportedGraph:

@@ -12,7 +12,7 @@ from torch import Tensor
 from qwlora.data.sequences import Sequences
 from qwlora.errors import VerificationError
 from qwlora.export.npu.kv_cache_graphs import has_graphs, most_tokens
-from qwlora.export.onnx.adapters_as_inputs import ZeroAdapter
+from qwlora.export.onnx.onnx import ZeroAdapter
 from qwlora.export.proof.checks import Limits, Parity, only_finite, verdict
 from qwlora.export.proof.compare import compare_layers
 from qwlora.export.proof.folder import (

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 from markupsafe import Markup
 
 from qwlora.report import number_format as form
-from qwlora.report.drawing import Drawing, Scale, figure, is_narrow, shortened, ticks
-from qwlora.report.number_format import fixed, precise_percent, three_decimals
+from qwlora.report.drawing import Drawing, Row, chart, figure, is_narrow, shortened
+from qwlora.report.number_format import fixed, three_decimals
 from qwlora.report.results_view import KINDS, Job, capitalized, runtime, without_folders
 from qwlora.report.sections import Cell, Table
-from qwlora.report.sections.training_course import SMOOTHED, course
+from qwlora.report.sections.runtime_parity import parity_cells
+from qwlora.report.sections.training_course import SMOOTHED, course, loss_axes
 from qwlora.report.verdict import verdict
 
 COLORS = {"float": "k-float", "base": "d-loss", "adapted": "d-gain", "simulated": "d-held2"}
@@ -97,81 +98,43 @@ def _stage_table(series: list[Series]) -> Table:
 
 
 def _stage_figure(series: list[Series]) -> Markup | str:
-    rows = {
-        s.name: {k: value for k in KINDS if (value := s.job.perplexity(k, s.adapter)) is not None}
-        for s in series
-    }
-    values = [value for row in rows.values() for value in row.values()]
-    if not values:
+    rows = []
+    for s in series:
+        known = {k: value for k in KINDS if (value := s.job.perplexity(k, s.adapter)) is not None}
+        dots = [(v, COLORS[k], f"{KINDS[k]}: {v:.3f}") for k, v in known.items()]
+        last = three_decimals(list(known.values())[-1]) if known else "not measured"
+        rows.append(Row(s.name, last, dots=dots))
+    if not any(row.dots for row in rows):
         return ""
-    margin = max((max(values) / min(values)) ** 0.06, 1.005)
-    words = "; ".join(
-        f"{name}: " + ", ".join(f"{KINDS[kind]} {value:.3f}" for kind, value in row.items())
-        for name, row in rows.items()
-    )
-
-    def draw(width: int) -> Drawing:
-        narrow = is_narrow(width)
-        left, step = (0, 56) if narrow else (180, 44)
-        ends = min(values) / margin, max(values) * margin
-        scale, height = Scale(*ends, left + 8, width - 20, logarithmic=True), 44 + step * len(rows)
-        drawing = Drawing(width, height, "Perplexity by stage and job", f"{words}.")
-        drawing.vertical_grid(scale, 8, height - 28)
-        for number, (name, row) in enumerate(rows.items()):
-            y = 28 + step * number + (14 if narrow else 0)
-            drawing.text(0, y - 12 if narrow else y + 5, shortened(name, 170), "lb")
-            if row:
-                drawing.line(scale(min(row.values())), y, scale(max(row.values())), y, "conn")
-            for kind, value in row.items():
-                title = f"{KINDS[kind]}: {value:.3f}"
-                drawing.circle(scale(value), y, 5, f"mark {COLORS[kind]}", title)
-        return drawing
-
-    return figure(draw)
-
-
-class Point(NamedTuple):
-    """Bits per packed weight, encodings included, and perplexity on held-out text."""
-
-    bits: float
-    perplexity: float
-    name: str
-
-    def is_beaten_by(self, other: Point) -> bool:
-        """Whether `other` is at least as good in both, and better in one."""
-        is_equal = other[:2] == self[:2]
-        return not is_equal and other.bits <= self.bits and other.perplexity <= self.perplexity
+    return figure(lambda width: chart("Perplexity by stage and job", rows, width))
 
 
 def _size_quality(series: list[Series]) -> dict[str, Any] | None:
-    """The plot of jobs with bases of different sizes that were tested on the same text; points that
-    another one beats are hollow."""
-    numbers = [(s.job.number("base", "bits_per_weight"), s.perplexity, s.name) for s in series]
-    points = [Point(bits, value, name) for bits, value, name in numbers if bits and value]
-    if len({point.bits for point in points}) < 2 or not _share_a_text(series):
+    """Jobs with bases of different sizes that were tested on the same text, by bits per packed
+    weight, encodings included. The best are those that no other equals in both and beats in one."""
+    numbers = [(s.job.number("base", "bits_per_weight"), s.perplexity, s) for s in series]
+    points = [(bits, value, s) for bits, value, s in numbers if bits and value]
+    if len({bits for bits, _, _ in points}) < 2 or not _share_a_text(series):
         return None
-    best = [p for p in points if not any(p.is_beaten_by(other) for other in points)]
-    bits, values = [p.bits for p in points], [p.perplexity for p in points]
-    described = "; ".join(f"{p.name}: {p.perplexity:.3f} at {p.bits:.2f} bits" for p in points)
-
-    def draw(width: int) -> Drawing:
-        left, right, bottom = 44, width - 16, 240
-        x = Scale(min(bits) * 0.95, max(bits) * 1.05, left, right)
-        y = Scale(min(values) * 0.97, max(values) * 1.03, bottom, 20, logarithmic=True)
-        drawing = Drawing(width, 280, "Perplexity by size of the base", f"{described}.")
-        drawing.horizontal_grid(y, left, right)
-        for tick in ticks(x.low, x.high, 5):
-            drawing.text(x(tick), bottom + 18, f"{tick:g}", "ax", "middle")
-        drawing.text(right, bottom + 36, "bits per packed weight", "ax", "end")
-        for point in points:
-            px, py = x(point.bits), y(point.perplexity)
-            title = f"{point.name}: {three_decimals(point.perplexity)}"
-            drawing.circle(px, py, 5, f"mark {'m-data' if point in best else 'm-rtn'}", title)
-            side, anchor = (-12, "end") if px > width - 120 else (12, "start")
-            drawing.label(px + side, py + 4, shortened(point.name, 110, 12), "ax", anchor)
-        return drawing
-
-    return {"best": sorted(best), "are_all": len(best) == len(points), "figure": figure(draw)}
+    points.sort(key=lambda point: point[:2])
+    best, rows = list[int](), list[dict[str, Cell]]()
+    for number, (_, value, s) in enumerate(points):
+        if not best or value < points[best[-1]][1]:
+            best.append(number)
+        kind = str(s.job.final_kind(s.adapter))
+        rows.append(
+            {
+                "Job": s.name,
+                "Bits per weight": s.job.shown(fixed, "base", "bits_per_weight"),
+                "Perplexity": s.job.shown(three_decimals, *s.job.path(kind, s.adapter)),
+            }
+        )
+    caption = "Size and quality; the best at their size are marked"
+    return {
+        "best": [points[number] for number in best],
+        "are_all": len(best) == len(points),
+        "table": Table(caption, rows, best, sortable=True),
+    }
 
 
 def _training_figure(series: list[Series]) -> Markup | str:
@@ -179,27 +142,21 @@ def _training_figure(series: list[Series]) -> Markup | str:
     lines = dict(list(courses.items())[:MOST_LINES])
     if not lines:
         return ""
-    values = [value for means in lines.values() for value in means]
-    margin = 0.06 * ((max(values) - min(values)) or 1)
+    title, steps = f"Training loss, mean of {SMOOTHED} steps", max(map(len, lines.values()))
     words = "; ".join(
         f"{name}: {means[0]:.3f} to {means[-1]:.3f} in {len(means)} steps"
         for name, means in lines.items()
     )
 
     def draw(width: int) -> Drawing:
-        narrow = is_narrow(width)
-        left, right = 40, width - (16 if narrow else 150)
-        x = Scale(1, max(2, *map(len, lines.values())), left, right)
-        y = Scale(min(values) - margin, max(values) + margin, 240, 16)
-        drawing = Drawing(width, 268, f"Training loss, mean of {SMOOTHED} steps", f"{words}.")
-        drawing.horizontal_grid(y, left, right)
-        drawing.text(right, 260, f"step {form.count(x.high)}", "ax", "end")
+        values = [value for means in lines.values() for value in means]
+        drawing, x, y = loss_axes(width, title, f"{words}.", steps, values)
         for number, (name, means) in enumerate(lines.items()):
             points = [(x(n), y(value)) for n, value in enumerate(means, 1)]
             px, py = points[-1]
             drawing.polyline(points[:: max(1, len(points) // 800)], f"mark s{number}")
             drawing.circle(px, py, 3, f"mark c{number}", f"{name}: {means[-1]:.3f}")
-            side, anchor = (-8, "end") if narrow else (8, "start")
+            side, anchor = (-8, "end") if is_narrow(width) else (8, "start")
             drawing.label(px + side, py + 4, shortened(name, 138, 12), f"t{number}", anchor)
         return drawing
 
@@ -207,22 +164,12 @@ def _training_figure(series: list[Series]) -> Markup | str:
 
 
 def _parity_table(series: list[Series]) -> Table:
-    rows: list[dict[str, Cell]] = []
-    for s in series:
-        for target in s.job.targets:
-            place, drift = ("parity", target, s.adapter), s.job.drift(target, s.adapter)
-            is_passed = s.job.get(*place, "passed")
-            row: dict[str, Cell] = {
-                "Perplexity off by": None if drift is None else precise_percent(abs(drift)),
-                "Same token": s.job.shown(precise_percent, *place, "top1_agreement"),
-                "Noise floor": s.job.shown(precise_percent, *place, "floor_top1_agreement"),
-                "Worst layer, steps": s.job.shown(fixed, *place, "worst_layer_steps"),
-                "Check": None if is_passed is None else "passed" if is_passed else "failed",
-            }
-            if (target, s.adapter) in s.job.stale:
-                row = dict.fromkeys(row)
-            rows.append({"Files": f"{s.name}: {runtime(target)}", **row})
-    return Table("Exported files against the simulation", rows, sortable=True)
+    rows: list[dict[str, Cell]] = [
+        {"Files": f"{s.name}: {runtime(target)}", **parity_cells(s.job, target, s.adapter)}
+        for s in series
+        for target in s.job.targets
+    ]
+    return Table("Exported files against what they were made of", rows, sortable=True)
 
 
 def _cost_table(names: list[str], jobs: Sequence[Job]) -> Table:

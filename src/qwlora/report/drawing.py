@@ -1,4 +1,4 @@
-"""Inline SVG: drawings, scales, bars, and figures that are drawn for wide and for narrow windows.
+"""Inline SVG: drawings, scales, charts, and figures that are drawn for wide and for narrow windows.
 
 A plotting library draws one size and scales it; text must stay 11 to 13 px on a phone, so each
 figure is drawn for 740 and 358 px and the style sheet shows one of them. Colors are classes, so
@@ -16,7 +16,6 @@ from markupsafe import Markup, escape
 from qwlora.report.number_format import Format, significant
 
 WIDTHS = {"wide": 740, "narrow": 358}
-PANEL_WIDTHS = {"large": 208, "small": 168}
 
 Point = tuple[float, float]
 
@@ -88,13 +87,7 @@ class Drawing:
             self.line(left, y(tick), right, y(tick))
             self.text(left - 6, y(tick) + 4, written(tick), "ax", "end")
 
-    def vertical_grid(self, x: Scale, top: float, bottom: float) -> None:
-        """Lines from `top` to `bottom`, with their values below them."""
-        for tick in ticks(x.low, x.high, 4 if is_narrow(self.width) else 8):
-            self.line(x(tick), top, x(tick), bottom)
-            self.text(x(tick), bottom + 18, significant(tick), "ax", "middle")
-
-    def svg(self, kind: str = "plot") -> Markup:
+    def svg(self) -> Markup:
         """The drawing as inline SVG."""
         width, height = self.width, f"{self.height:g}"
         size = f'viewBox="0 0 {width} {height}" width="{width}" height="{height}"'
@@ -103,7 +96,7 @@ class Drawing:
             for color, paths in sorted(self._squares.items())
         ]
         return Markup(
-            f'<svg class="{kind}" {size} role="img"><title>{escape(self._title)}</title>'
+            f'<svg class="plot" {size} role="img"><title>{escape(self._title)}</title>'
             f"<desc>{escape(self._description)}</desc>{''.join([*squares, *self._parts])}</svg>"
         )
 
@@ -117,15 +110,6 @@ def figure(draw: Callable[[int], Drawing]) -> Markup:
     """A figure, drawn for each width."""
     drawn = [f'<div class="{name}">{draw(width).svg()}</div>' for name, width in WIDTHS.items()]
     return Markup(f'<div class="fig">{"".join(drawn)}</div>')
-
-
-def panels(draw: Callable[[int], Sequence[Drawing]]) -> Markup:
-    """Small multiples: as many in a row as fit, and two on a phone, drawn for each width."""
-    drawn = (
-        f'<div class="sm-grid {name}">{"".join(d.svg("plot sm") for d in draw(width))}</div>'
-        for name, width in PANEL_WIDTHS.items()
-    )
-    return Markup("".join(drawn))
 
 
 class Scale:
@@ -160,12 +144,6 @@ def ticks(low: float, high: float, most: int = 8) -> list[float]:
     return [round(n * step, 12) for n in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
-def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten between `low` and `high`."""
-    first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
-    return [10.0**n for n in range(first, last + 1)]
-
-
 def shortened(text: str, pixels: float, size: float = 13) -> str:
     """`text`, cut with an ellipsis so that it is not wider than `pixels`."""
     most = max(int(pixels / (0.5 * size)), 3)
@@ -173,47 +151,80 @@ def shortened(text: str, pixels: float, size: float = 13) -> str:
 
 
 @dataclass(frozen=True)
-class Bar:
-    """One row of a bar chart.
+class Row:
+    """One row of a chart.
 
     Args:
         value: in words, at the end of the row.
-        parts: start, end, class of the color, tooltip. Empty: nothing was measured.
+        parts: bars: start, end, class of the color, tooltip.
+        dots: value, class of the color, tooltip.
         hatched: the row is hatched; the tooltip that says why.
-        limit: where a line is, and its words.
+        detail: below the name.
     """
 
     name: str
     value: str
     parts: Sequence[tuple[float, float, str, str]] = ()
+    dots: Sequence[tuple[float, str, str]] = ()
     hatched: str = ""
-    limit: tuple[float, str] | None = None
+    detail: str = ""
 
 
-def bars(title: str, rows: Sequence[Bar], most: float, width: int) -> Drawing:
-    """Rows of horizontal bars on one scale from 0 to `most`; on a phone, names are above them."""
-    has_limits, narrow = any(row.limit for row in rows), is_narrow(width)
-    top = 24 if has_limits else 6
-    left, right, step = (0, 0, 42) if narrow else (260, 116, 38 if has_limits else 30)
-    scale, end = Scale(0, most or 1, left, width - right), width - right
-    words = "; ".join(f"{row.name} {row.value}" for row in rows)
-    drawing = Drawing(width, top + step * len(rows), title, f"{words}.")
+def chart(
+    title: str,
+    rows: Sequence[Row],
+    width: int,
+    ends: tuple[float, float] | None = None,
+    line: tuple[float, str] | None = None,
+) -> Drawing:
+    """Rows of bars and dots on one scale; on a phone, names are above them.
+
+    Args:
+        ends: of the scale. Default: a logarithmic one that has room for all values, and an axis.
+        line: where one is drawn through all rows, and its words.
+    """
+    narrow, logarithmic = is_narrow(width), ends is None
+    if ends is None:
+        values = [v for row in rows for v, *_ in row.dots]
+        values += [v for row in rows for part in row.parts for v in part[:2]]
+        margin = max((max(values) / min(values)) ** 0.08, 1.005)
+        ends = min(values) / margin, max(values) * margin
+    longest = 12 + 7.5 * max(len(row.value) for row in rows)
+    left, end, step = (0, width, 44) if narrow else (250, width - longest, 36)
+    top = 26 if line else 6
+    bottom = top + step * len(rows)
+    scale = Scale(ends[0], ends[1] or 1, left, end, logarithmic)
+    words = [f"{row.name} {row.value}" for row in rows] + ([line[1]] if line else [])
+    drawing = Drawing(width, bottom + 22 * logarithmic, title, f"{'; '.join(words)}.")
+    if logarithmic:
+        for tick in ticks(scale.low, scale.high, 4 if narrow else 8):
+            drawing.line(scale(tick), top, scale(tick), bottom)
+            drawing.text(scale(tick), bottom + 18, significant(tick), "ax", "middle")
+    if line is not None:
+        x = scale(line[0])
+        anchor = "start" if x < (left + end) / 2 else "end"
+        drawing.line(x, 16, x, bottom, "limit")
+        drawing.text(x, 12, line[1], "ax", anchor)
     for number, row in enumerate(rows):
-        y, value = top + step * number, row.value
-        base, room = y + 11, left - 8.0
-        if narrow:
-            y, base = y + 16, y + 11
-            value += f", {row.limit[1]}" if row.limit else ""
-            room = width - 7.5 * len(value) - 10
-        drawing.text(0, base, shortened(row.name, room), "lb")
-        drawing.text(width, base, value, "nm2" if row.parts else "mut", "end")
-        drawing.rect(left, y, end - left, 12, "hatch" if row.hatched else "track", row.hatched, 2)
+        y, name = top + step * number, row.name
+        room = width - longest if narrow else left - 8.0
+        if narrow and row.detail:
+            name += f", {row.detail}"
+        elif row.detail:
+            drawing.text(0, y + 25, shortened(row.detail, room, 12), "ax")
+        drawing.text(0, y + 11, shortened(name, room), "lb")
+        kind = "nm2" if row.parts or row.dots else "mut"
+        drawing.text(width, y + 11, row.value, kind, "end")
+        y += 16 if narrow else 0
+        if row.hatched or not logarithmic:
+            kind = "hatch" if row.hatched else "track"
+            drawing.rect(left, y, end - left, 12, kind, row.hatched, 2)
         for start, stop, color, tooltip in row.parts:
             x = min(scale(start), end - 2)
             drawing.rect(x, y, max(scale(stop) - x, 2), 12, f"mark {color}", tooltip, 2)
-        if row.limit:
-            x = scale(row.limit[0])
-            drawing.line(x, y - 3, x, y + 15, "limit")
-            if not narrow:
-                drawing.text(x, y - 7, row.limit[1], "ax", "middle")
+        places = [scale(value) for value, *_ in row.dots]
+        if len(places) > 1:
+            drawing.line(min(places), y + 6, max(places), y + 6, "conn")
+        for x, (_, color, tooltip) in zip(places, row.dots, strict=True):
+            drawing.circle(x, y + 6, 5, f"mark {color}", tooltip)
     return drawing

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from markupsafe import Markup
 
 from qwlora.report import number_format as form
-from qwlora.report.number_format import Format, percent, precise_percent, size, tagged
-from qwlora.report.results_view import FILES, Job, runtime
-from qwlora.report.sections.training_course import SMOOTHED
+from qwlora.report.number_format import percent, precise_percent, size, tagged
+from qwlora.report.results_view import BASE, FILES, Job, runtime
 
 PERPLEXITY = (
     "Perplexity: how surprised the model is by held-out text, on average. 1 is perfect. Lower is "
@@ -24,6 +24,8 @@ SHIPPING = (
     "What you lose between the trained adapter and the exported file: integer activations, then "
     "the runtime."
 )
+PACKING = "How much worse the model got when its weights became integers, before any training."
+SIZE = "Graph and weights; where the base has files of its own, what each further adapter costs."
 SAME_TOKEN = (
     "Same likeliest token: how often two models would pick the same next word. Here: exported file "
     "against simulation."
@@ -48,18 +50,15 @@ class Tile:
 
 def tiles(job: Job) -> list[Tile]:
     """The key figures of a job, as far as it got; of several adapters always the worst."""
-    if job.state not in ("finished", "failed") or not job.adapters:
-        return _of_unfinished(job)
     kinds = (_perplexity, _packing, _shipping, _divergence, _same_token, _file_size)
     return [_worst(job, kind) for kind in kinds]
 
 
 def _worst(job: Job, tile_of: Callable[[Job, str], Tile]) -> Tile:
     """The tile of the adapter with the largest badness; of several it says which."""
-    named = {name: tile_of(job, name) for name in job.adapters}
-    measured = [name for name, tile in named.items() if tile.badness is not None]
-    name = max(measured, key=lambda n: named[n].badness or 0.0, default=job.adapters[0])
-    if len(named) == 1 or not measured:
+    named = {name: tile_of(job, name) for name in job.adapters or [""]}
+    name = max(named, key=lambda n: -math.inf if (b := named[n].badness) is None else b)
+    if len(named) == 1 or named[name].badness is None:
         return named[name]
     return replace(named[name], note=Markup("worst: {}, {}").format(name, named[name].note))
 
@@ -71,12 +70,8 @@ def _add(job: Job, verb: str) -> Markup:
     return Markup("add it: {}").format(job.verb_command(verb))
 
 
-def _value(value: float | None, written: Format) -> Markup | None:
-    return None if value is None else tagged(written(value), value)
-
-
 def _change(value: float | None) -> Markup | None:
-    return _value(value, lambda change: percent(change, sign=True))
+    return None if value is None else tagged(percent(value, sign=True), value)
 
 
 def _perplexity(job: Job, adapter: str) -> Tile:
@@ -94,12 +89,6 @@ def _perplexity(job: Job, adapter: str) -> Tile:
 
 
 def _packing(job: Job, adapter: str) -> Tile:
-    """How much worse the packed base is than the float model."""
-    bits = job.number("base", "bits_per_weight")
-    tip = (
-        "How much worse the model got when its weights became integers"
-        f"{f' of {bits:.2f} bits each' if bits else ''}, before any training."
-    )
     before, after = (job.perplexity(kind, adapter) for kind in ("float", "base"))
     note: Markup | str = _add(job, "evaluate")
     if before and after:
@@ -107,7 +96,7 @@ def _packing(job: Job, adapter: str) -> Tile:
     elif after:
         note = "the model's files hold only integers"
     change = job.change("base", "float", adapter)
-    return Tile("Cost of packing", tip, _change(change), note, badness=change)
+    return Tile("Cost of packing", PACKING, _change(change), note, badness=change)
 
 
 def _shipping(job: Job, adapter: str) -> Tile:
@@ -151,54 +140,14 @@ def _same_token(job: Job, adapter: str) -> Tile:
 
 def _file_size(job: Job, adapter: str) -> Tile:
     target = job.targets[0] if job.targets else ""
-    name = FILES.get(target, f"files for {target}" if target else "exported file")
-    path, tip, note = ("export", target, adapter, "bytes"), "Graph and weights.", ""
-    value, packed, whole = job.number(*path), job.number("base", "bytes"), job.float_bytes
-    if (base := job.number("export", target, "base", "bytes")) is not None:
-        tip = "What each further adapter costs. Graph and weights are in the base."
-        note = f"the adapter; the base has {size(base)}"
-    elif packed:
-        tip += f" Packed layers take {size(packed)}; what stayed float takes the rest."
+    files = FILES.get(target, f"files for {target}" if target else "exported file")
+    label, path, note = f"Size of the {files}", ("export", target, adapter, "bytes"), ""
+    value, whole = job.number(*path), job.float_bytes
     if value is None:
-        return Tile(f"Size of the {name}", tip, None, _add(job, "export"))
-    if whole and not note:
+        return Tile(label, SIZE, None, _add(job, "export"))
+    if (base := job.number("export", target, BASE, "bytes")) is not None:
+        note = f"the adapter; the base has {size(base)}"
+    elif whole:
         note = f"{value / whole:.0%} of {size(whole)} in float32"
     number, unit = size(value).split(" ")
-    shown = tagged(number, value, path)
-    return Tile(f"Size of the {name}", tip, shown, note, unit, badness=value)
-
-
-def _of_unfinished(job: Job) -> list[Tile]:
-    training, plan = job.section("run", "training"), len(job.planned_stages)
-    adapter = str(training.get("adapter") or (job.adapters or [""])[0])
-    losses = training.get("losses") or []
-    last = losses[-SMOOTHED:]
-    return [
-        Tile(
-            "Time so far",
-            "Time of all stages so far, also of those that an earlier run finished.",
-            _value(job.seconds_so_far, form.seconds),
-            f"{len(job.finished_stages)}{f' of {plan}' if plan else ''} stages done",
-        ),
-        Tile(
-            "Time per step",
-            "Mean time of a training step.",
-            job.shown(form.seconds, "run", "training", "step_seconds"),
-            "" if training else "no adapter is being trained",
-        ),
-        Tile(
-            "Training loss",
-            "Average surprise per token on the training text. Lower is better.",
-            _value(sum(last) / len(last) if last else None, form.fixed),
-            f"mean of {len(last)} steps; it began at {form.fixed(losses[0])}" if last else "",
-            "nats" if last else "",
-        ),
-        _packing(job, adapter),
-        Tile(
-            "Peak memory",
-            "Largest memory of the process since the stage started.",
-            job.shown(size, "run", "peak_rss_bytes"),
-            str(job.get("run", "stage") or ""),
-        ),
-        _divergence(job, adapter),
-    ]
+    return Tile(label, SIZE, tagged(number, value, path), note, unit, badness=value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
@@ -42,19 +43,13 @@ def signed(text: str) -> str:
     return text.replace("-", MINUS)
 
 
-def count(value: float) -> str:
-    """`1,595`."""
-    return fixed(value, 0)
-
-
 def fixed(value: float, digits: int = 2) -> str:
     """With a fixed number of decimals and separated thousands."""
     return signed(f"{value:,.{digits}f}")
 
 
-def three_decimals(value: float) -> str:
-    """`13.619`."""
-    return fixed(value, 3)
+count = partial(fixed, digits=0)  # `1,595`
+three_decimals = partial(fixed, digits=3)  # `13.619`
 
 
 def perplexity(value: float) -> str:
@@ -73,9 +68,7 @@ def percent(value: float, sign: bool = False, digits: int | None = None) -> str:
     return signed(f"{100 * value:{'+' if sign else ''},.{digits}f}%")
 
 
-def precise_percent(value: float, sign: bool = False) -> str:
-    """A share as a percentage with two decimals, for tables and limits."""
-    return percent(value, sign, 2)
+precise_percent = partial(percent, digits=2)  # for tables and limits
 
 
 def significant(value: float, digits: int = 3) -> str:

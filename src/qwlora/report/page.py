@@ -11,18 +11,10 @@ from functools import cache
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
+from qwlora.report import number_format
 from qwlora.report.comparison import comparison
 from qwlora.report.key_figures import tiles
-from qwlora.report.number_format import (
-    NOT_MEASURED,
-    count,
-    finite,
-    fixed,
-    listed,
-    percent,
-    perplexity,
-    significant,
-)
+from qwlora.report.number_format import NOT_MEASURED, count, finite
 from qwlora.report.results_view import Job, without_folders
 from qwlora.report.sections import View, sections
 from qwlora.report.verdict import remedies, verdict
@@ -43,8 +35,8 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.globals["not_measured"] = NOT_MEASURED
-    for written in (count, fixed, listed, percent, perplexity, significant):
-        environment.filters[written.__name__] = written
+    for name in ("count", "fixed", "listed", "percent", "perplexity", "significant"):
+        environment.filters[name] = getattr(number_format, name)
     return environment
 
 

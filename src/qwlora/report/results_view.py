@@ -238,11 +238,6 @@ def _at(content: Any, path: tuple[Any, ...]) -> Any:
     return content
 
 
-def is_of_perplexity(row: Check) -> bool:
-    """Whether a check of a proof is of a perplexity."""
-    return row.what.startswith("difference of perplexity")
-
-
 def runtime(target: str) -> str:
     """The runtime's name of an export target."""
     return RUNTIMES.get(target, target)

@@ -30,7 +30,6 @@ from qwlora.report.results_view import (
     Job,
     capitalized,
     code,
-    is_of_perplexity,
     runtime,
     without_folders,
 )
@@ -387,7 +386,8 @@ def remedies(job: Job) -> tuple[list[str | Markup], str]:
             failed = [row for row in job.proof_rows(target, name) if not row.passed]
             sequences = form.finite(parity.get("sequences")) or ENOUGH_SEQUENCES
             # a small sample explains a perplexity that is off, and nothing else
-            if failed and sequences < ENOUGH_SEQUENCES and all(map(is_of_perplexity, failed)):
+            are_perplexities = all(r.what.startswith("difference of perplexity") for r in failed)
+            if failed and sequences < ENOUGH_SEQUENCES and are_perplexities:
                 options = f" --set verify.sequences={ENOUGH_SEQUENCES}"
                 more = Markup(
                     "<b>Test on more text.</b> {} sequences are few for a limit of {}. Set {} to "

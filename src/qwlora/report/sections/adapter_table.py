@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from markupsafe import Markup
 
 from qwlora.report import number_format as form
@@ -15,31 +13,27 @@ MOST_IN_MATRIX = 12
 STRENGTHS = (0.1, 0.3)  # relative changes at which the color of a cell becomes stronger
 
 
-@dataclass(frozen=True)
-class MatrixCell:
-    """A perplexity and its change against the packed base; `kind` is its color."""
-
-    value: Markup | None
-    change: str = ""
-    kind: str = "nmc"
-
-
 @section("adapters", "Adapters", "Which adapter helps where?", position=10, of_job=True)
 def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
     if len(job.adapters) < 2:
         return None
     texts = list(job.section("perplexity", "on"))
-    columns: list[str | None] = list(texts) or [None]  # a single one if all have the same text
-    matrix = {
-        name or "none (packed base)": [_cell(job, name, text) for text in columns]
-        for name in (None, *job.adapters)
-    }
+    # a single column if all have the same text
+    columns = {f"Text of {text}": text for text in texts} or {"Shared text": ""}
+    matrix: list[dict[str, Cell]] = [
+        {
+            "Adapter": name or "none (packed base)",
+            **{title: _cell(job, name, text) for title, text in columns.items()},
+        }
+        for name in ("", *job.adapters)
+    ]
     rows = [_row(job, name, texts) for name in job.adapters]
     caption = "All adapters. Select a column heading to sort."
     return {
         "texts": texts,
-        "matrix": matrix if len(job.adapters) <= MOST_IN_MATRIX else {},
+        "matrix": Table("Perplexity, and change against the packed base.", matrix),
+        "has_matrix": len(job.adapters) <= MOST_IN_MATRIX,
         "better": _better_than_own(job, texts),
         "table": Table(caption, rows, words=("Best text", "Worst text"), sortable=True),
     }
@@ -62,7 +56,7 @@ def _row(job: Job, name: str, texts: list[str]) -> dict[str, Cell]:
         FILES.get(target, "Exported file"): job.shown(form.size, "export", target, name, "bytes"),
     }
     values = {
-        text: (job.number(*_path(name, text)), job.number(*_path(None, text))) for text in texts
+        text: (job.number(*_path(name, text)), job.number(*_path("", text))) for text in texts
     }
     changes = {text: value / base for text, (value, base) in values.items() if value and base}
     if texts:
@@ -71,23 +65,26 @@ def _row(job: Job, name: str, texts: list[str]) -> dict[str, Cell]:
     return row
 
 
-def _path(name: str | None, text: str | None) -> tuple[str, ...]:
+def _path(name: str, text: str) -> tuple[str, ...]:
     """The place of the perplexity of an adapter, or without one of the packed base, on a text."""
-    kind = ("base",) if name is None else ("adapted", name)
+    kind = ("adapted", name) if name else ("base",)
     return ("perplexity", "on", text, *kind) if text else ("perplexity", *kind)
 
 
-def _cell(job: Job, name: str | None, text: str | None) -> MatrixCell:
-    value, base = job.number(*_path(name, text)), job.number(*_path(None, text))
+def _cell(job: Job, name: str, text: str) -> Cell:
+    """A perplexity and its change against the packed base, colored."""
+    value, base = job.number(*_path(name, text)), job.number(*_path("", text))
     shown = job.shown(perplexity, *_path(name, text))
     if value is None:
-        return MatrixCell(None)
-    if name is None or not base:
-        return MatrixCell(shown, "reference", "z")
-    change = value / base - 1
-    strength = 1 + sum(abs(change) >= limit for limit in STRENGTHS)
-    kind = "z" if abs(change) < 0.0005 else f"{'g' if change < 0 else 'l'}{strength}"
-    return MatrixCell(shown, percent(change, sign=True), kind)
+        return None
+    words, kind = "reference", "z"
+    if name and base:
+        change = value / base - 1
+        words = percent(change, sign=True)
+        if abs(change) >= 0.0005:
+            strength = 1 + sum(abs(change) >= limit for limit in STRENGTHS)
+            kind = f"{'g' if change < 0 else 'l'}{strength}"
+    return Markup('<span class="c {}">{}<small>{}</small></span>').format(kind, shown, words)
 
 
 def _better_than_own(job: Job, texts: list[str]) -> list[str] | None:

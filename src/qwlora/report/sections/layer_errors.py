@@ -6,12 +6,13 @@ Layers are a grid: a column for each block of the model, a row for each projecti
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from qwlora.report.drawing import Drawing, figure, is_narrow, shortened
+from qwlora.report.drawing import Drawing, Scale, figure, is_narrow, shortened
 from qwlora.report.number_format import (
+    Format,
+    Path,
     count,
     finite,
     percent,
@@ -60,7 +61,8 @@ class LayerGrid:
         rows: kinds, in the order of the model.
         columns: the first block of each.
         cells: the largest value by (row, column), with its place.
-        largest: the cell of the largest value.
+        largest, worst: the cell of the largest value, and its place.
+        low, median, high: of the cells.
         left_out: number of kinds that have no row, since there are too many.
     """
 
@@ -81,56 +83,56 @@ class LayerGrid:
                 if cell not in self.cells or value > self.cells[cell][0]:
                     self.cells[cell] = (value, place)
         self.largest = max(self.cells, key=lambda cell: self.cells[cell][0])
+        values = sorted(value for value, _ in self.cells.values())
+        self.low, self.median, self.high = values[0], values[len(values) // 2], values[-1]
+        self.worst = self.cells[self.largest][1]
 
 
-@dataclass(frozen=True)
-class LayerMeasure:
-    """A number of each layer.
+class LayerMeasure(NamedTuple):
+    """A number of each layer: its key in the results of a layer, its title and its definition."""
 
-    Args:
-        what: its definition.
-        path: of the layers in the results.
-        key: of the number in a layer's dict.
-    """
-
+    key: str
     title: str
     what: str
-    path: tuple[str, ...]
-    key: str
 
-    def values(self, job: Job) -> dict[str, float]:
-        """The numbers by layer."""
-        layers = job.section(*self.path).items()
-        numbers = {name: finite(report.get(self.key)) for name, report in layers}
-        return {name: number for name, number in numbers.items() if number is not None}
+
+MEASURES = (
+    LayerMeasure("weight_error", "Weight error", "Share of the weights' energy lost by rounding."),
+    LayerMeasure(
+        "error",
+        "Output error",
+        "Share of the layer's output lost, each input weighted by how much it matters.",
+    ),
+    LayerMeasure(
+        "gain", "Adapter gain", "Size of the adapter's update relative to the frozen weight."
+    ),
+)
+Values = dict[str, tuple[float, Path]]  # by layer: a number, and its place in the results
 
 
 @section("layers", "Layers", QUESTION, position=40, of_job=True, of_adapter=True)
 def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
-    of_base = len(job.adapters) == 1 or not adapter
-    schemes = {n: str(of.get("scheme")) for n, of in job.section("base", "layers").items()}
-    # `int4 symmetric per block 32`
-    matches = {name: re.match(r"u?int(\d+)", scheme) for name, scheme in schemes.items()}
-    bits = {name: match[1] for name, match in matches.items() if match}
-    widths = set(bits.values())
-    rounding = f"{next(iter(widths))} bits" if len(widths) == 1 else "integers"
-    measures = []
-    if of_base:
-        what = f"Share of the weights' energy lost by rounding to {rounding}."
-        measures.append(LayerMeasure("Weight error", what, ("base", "layers"), "weight_error"))
-        what = "Share of the layer's output lost, each input weighted by how much it matters."
-        measures.append(LayerMeasure("Output error", what, ("base", "layers"), "error"))
-    if adapter:
-        what = "Size of the adapter's update relative to the frozen weight."
-        measures.append(LayerMeasure("Adapter gain", what, ("train", adapter, "layers"), "gain"))
-    values = {measure: numbers for measure in measures if (numbers := measure.values(job))}
+    of_base, bits = len(job.adapters) == 1 or not adapter, dict[str, str]()
+    for name, layer in job.section("base", "layers").items():
+        if match := re.match(r"u?int(\d+)", str(layer.get("scheme"))):  # `int4 symmetric per ...`
+            bits[name.removesuffix(".weight")] = match[1]
+    values: dict[LayerMeasure, Values] = {}
+    for measure in MEASURES:
+        path = ("train", adapter, "layers") if measure.key == "gain" else ("base", "layers")
+        numbers: Values = {
+            name.removesuffix(".weight"): (number, (*path, name, measure.key))
+            for name, layer in job.section(*path).items()
+            if (number := finite(layer.get(measure.key))) is not None
+        }
+        if numbers and (adapter if measure.key == "gain" else of_base):
+            values[measure] = numbers
     if not values:
         return None
     maps = [
-        _map(LayerGrid(placed), measure, numbers, {} if len(widths) == 1 else bits)
+        _map(LayerGrid(placed), measure, len(numbers), bits if len(set(bits.values())) > 1 else {})
         for measure, numbers in values.items()
-        if (placed := [(p, number) for name, number in numbers.items() if (p := place_of(name))])
+        if (placed := [(p, n) for layer, (n, _) in numbers.items() if (p := place_of(layer))])
     ]
     measured, missing = {measure.key for measure in values}, ""
     if of_base and job.section("base", "layers"):
@@ -146,19 +148,17 @@ def view(job: Job, adapter: str) -> View | None:
 
 
 def _map(
-    grid: LayerGrid, measure: LayerMeasure, values: dict[str, float], bits: dict[str, str]
+    grid: LayerGrid, measure: LayerMeasure, layers: int, bits: dict[str, str]
 ) -> dict[str, object]:
     """One heat map. `folded`: nothing stands out, so the map is folded into its sentence.
 
     Args:
         bits: of each layer, to print them into the cells; empty if all layers have the same.
     """
-    numbers = sorted(value for value, _ in grid.cells.values())
-    low, high, median = numbers[0], numbers[-1], numbers[len(numbers) // 2]
-    name = grid.cells[grid.largest][1].name
+    low, high, median, name = grid.low, grid.high, grid.median, grid.worst.name
     if high < EVEN * median:
         span = f"{percent(low)} and {percent(high)}"
-        answer = f"All {count(len(values))} layers lie within {span}: nothing stands out."
+        answer = f"All {count(layers)} layers lie within {span}: nothing stands out."
     elif measure.key == "gain":
         answer = f"Training changed {name} most, by {percent(high)}."
     else:
@@ -166,76 +166,88 @@ def _map(
         answer = (
             f"{capitalized(name)} lost most: {percent(high)}, {times or 'the others lose nothing'}."
         )
+    title = f"{measure.title} by layer and projection"
+    places = {place: number for n, number in bits.items() if (place := place_of(n)) is not None}
     left_out = f" The {count(grid.left_out)} kinds of layers with the smallest values are left out."
     return {
         "title": measure.title,
         "what": measure.what + left_out * bool(grid.left_out),
         "answer": answer,
-        "figure": figure(lambda width: _draw(grid, width, measure.title, low, high, bits)),
+        "figure": figure(lambda width: heat_map(grid, width, title, percent, places)),
         "low": percent(low),
         "high": percent(high),
         "folded": high < EVEN * median,
     }
 
 
-def _draw(
-    grid: LayerGrid, width: int, title: str, low: float, high: float, bits: dict[str, str]
+def heat_map(
+    grid: LayerGrid,
+    width: int,
+    title: str,
+    written: Format,
+    bits: Mapping[Place, str],
+    logarithmic: bool = False,
 ) -> Drawing:
-    left, cell, columns = (48 if is_narrow(width) else 64), 17, len(grid.columns)
+    """A cell for each place; more contrast is larger, and the largest is outlined.
+
+    Args:
+        written: how values are written.
+        bits: printed into the cells.
+    """
+    narrow, cell, columns = is_narrow(width), 17, len(grid.columns)
+    names = [kind.rpartition(".")[2].removesuffix("_proj") for kind in grid.rows]
+    left = min(max(64, 6 * max(map(len, names)) + 8), 104)
+    left = 48 if narrow and left == 64 else left
     step = (width - left) / columns
     square = step - 1 if step > 4 else step
-    height = cell * len(grid.rows) + 22
+    height = cell * len(names) + 22
     drawing = Drawing(
         width,
         height,
-        f"{title} by layer and projection",
-        f"{len(grid.cells)} cells: {columns} columns by {len(grid.rows)} projections. "
-        f"Smallest {percent(low)}, largest {percent(high)} at "
-        f"{grid.cells[grid.largest][1].name}. The table lists the largest.",
+        title,
+        f"{len(grid.cells)} cells: {columns} columns by {len(names)} rows. Smallest "
+        f"{written(grid.low)}, largest {written(grid.high)} at {grid.worst.name}.",
     )
-    has_titles = not is_narrow(width) and grid.columns.step == 1 and len(grid.cells) <= MOST_TITLES
-    digits = {place_of(name): number for name, number in bits.items()}
+    # a logarithmic scale begins at a ten thousandth of its end
+    low = max(grid.low, 1e-4 * grid.high) or 1.0 if logarithmic else grid.low
+    shade = Scale(low, max(low, grid.high), 0, BINS, logarithmic)
+    has_titles = not narrow and grid.columns.step == 1 and len(grid.cells) <= MOST_TITLES
     for (row, column), (number, place) in grid.cells.items():
-        x, y = left + column * step, row * cell
-        shade = min(BINS - 1, int(BINS * (number - low) / ((high - low) or 1)))
+        x, y, dark = left + column * step, row * cell, min(BINS - 1, int(shade(number)))
         if has_titles:
-            words = f"{capitalized(place.name)}: {title.lower()} {percent(number)}"
-            drawing.rect(x, y, square, cell - 1, f"mark q{shade}", words)
+            words = f"{capitalized(place.name)}: {written(number)}"
+            drawing.rect(x, y, square, cell - 1, f"mark q{dark}", words)
         else:
-            drawing.square(x, y, square, cell - 1, f"mark q{shade}")
-        if place in digits and step >= 12:
-            kind = "dg2" if shade >= 4 else "dg"
-            drawing.text(x + square / 2, y + 12, digits[place], kind, "middle")
-    for row, kind in enumerate(grid.rows):
+            drawing.square(x, y, square, cell - 1, f"mark q{dark}")
+        if place in bits and step >= 12:
+            kind = "dg2" if dark >= 4 else "dg"
+            drawing.text(x + square / 2, y + 12, bits[place], kind, "middle")
+    for row, name in enumerate(names):
         for column in range(columns):
             if (row, column) not in grid.cells and step > 4:
                 words = "Stays float, or was not measured"
                 drawing.rect(left + column * step, row * cell, square, cell - 1, "hatch", words)
-        name = kind.rpartition(".")[2].removesuffix("_proj")
         drawing.text(left - 6, row * cell + 12, shortened(name, left - 6, 12), "ax", "end")
     row, column = grid.largest
     drawing.rect(left + column * step, row * cell, square, cell - 1, "worst")
     drawing.text(left - 6, height - 6, "layer", "ax", "end")
-    tenths = max(1, round(columns / (6 if is_narrow(width) else 12) / 5) * 5)
+    tenths = max(1, round(columns / (6 if narrow else 12) / 5) * 5)
     for column in range(0, columns, tenths if columns > 12 else 1):
         x = left + (column + 0.5) * step
         drawing.text(x, height - 6, str(grid.columns[column]), "ax", "middle")
     return drawing
 
 
-def _table(values: dict[LayerMeasure, dict[str, float]], bits: dict[str, str] | None) -> Table:
+def _table(values: dict[LayerMeasure, Values], bits: dict[str, str] | None) -> Table:
     """The layers, by how far above the median they are in any column.
 
     Args:
         bits: of each layer; None without a column for them.
     """
     ranks: dict[str, float] = {}
-    names: dict[tuple[str, str], str] = {}
-    for measure, numbers in values.items():
-        median = sorted(numbers.values())[len(numbers) // 2] or 1e-30
-        for name, number in numbers.items():
-            layer = name.removesuffix(".weight")
-            names[measure.key, layer] = name
+    for numbers in values.values():
+        median = sorted(number for number, _ in numbers.values())[len(numbers) // 2] or 1e-30
+        for layer, (number, _) in numbers.items():
             ranks[layer] = max(number / median, ranks.get(layer, 0.0))
     layers = sorted(ranks, key=lambda layer: -ranks[layer])[:MOST_LAYERS]
     rows: list[dict[str, Cell]] = []
@@ -243,12 +255,12 @@ def _table(values: dict[LayerMeasure, dict[str, float]], bits: dict[str, str] | 
         place = place_of(layer)
         row: dict[str, Cell] = {"Layer": capitalized(place.name) if place else layer}
         if bits is not None:
-            row["Bits"] = bits.get(f"{layer}.weight", bits.get(layer, "float"))
+            row["Bits"] = bits.get(layer, "float")
         for measure, numbers in values.items():
             row[measure.title] = None
-            if (name := names.get((measure.key, layer), "")) in numbers:
-                path = (*measure.path, name, measure.key)
-                row[measure.title] = tagged(precise_percent(numbers[name]), numbers[name], path)
+            if layer in numbers:
+                number, path = numbers[layer]
+                row[measure.title] = tagged(precise_percent(number), number, path)
         rows.append(row)
     return Table(
         "Layers, those furthest above the median of a column first. Select a heading to sort.",

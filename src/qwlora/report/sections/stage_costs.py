@@ -3,52 +3,28 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from markupsafe import Markup
 
 from qwlora.report import number_format as form
-from qwlora.report.drawing import Drawing, Scale, figure, is_narrow, shortened
+from qwlora.report.drawing import Row, chart, figure
 from qwlora.report.number_format import TIMES, percent, perplexity, precise_percent, three_decimals
 from qwlora.report.results_view import KINDS, Job, runtime
 from qwlora.report.sections import Cell, Table, View, section
 
 
-@dataclass(frozen=True)
-class Step:
-    """A bar from `before` to `after`; without `after` the stage was not measured.
-
-    Args:
-        detail: below the name.
-        value: instead of the perplexity, if `after` is no measured one.
-    """
-
-    name: str
-    detail: str
-    before: float | None
-    after: float | None
-    value: str = ""
-
-    @property
-    def change(self) -> str:
-        """The relative change in words."""
-        if self.before is None or self.after is None:
-            return ""
-        change = self.after / self.before - 1
-        return (precise_percent if abs(change) < 0.01 else percent)(change, True)
-
-
 @section("stages", "Cost by stage", "What did each stage cost?", position=20, of_adapter=True)
 def view(job: Job, adapter: str) -> View | None:
     """What the template draws."""
-    steps = _steps(job, adapter)
-    if sum(step.after is not None for step in steps) < 2:
+    rows = _rows(job, adapter)
+    if sum(not row.hatched for row in rows) < 2:
         return None
-    missing = "waiting" if job.state == "running" else "not measured"
     packing, training = job.change("base", "float", adapter), job.change("adapted", "base", adapter)
     won_back = packing and training and -math.log1p(training) / math.log1p(packing)
+    start = job.perplexity("float", adapter)
+    line = None if start is None else (start, "float model")
     return {
-        "figure": figure(lambda width: _draw(steps, width, missing)),
+        "figure": figure(lambda width: chart("Perplexity by stage", rows, width, line=line)),
         "packing": packing,
         "training": training,
         "won_back": won_back,  # as a share of what packing cost
@@ -57,7 +33,7 @@ def view(job: Job, adapter: str) -> View | None:
     }
 
 
-def _steps(job: Job, adapter: str) -> list[Step]:
+def _rows(job: Job, adapter: str) -> list[Row]:
     """One for each stage, and for the files of each target."""
     bits, activation_bits = job.bitwidth, job.setting("simulation", "activation_bitwidth")
     trained = job.number("train", adapter, "steps")
@@ -67,73 +43,39 @@ def _steps(job: Job, adapter: str) -> list[Step]:
         "adapted": adapter if trained is None else f"{adapter}, {form.count(trained)} steps",
         "simulated": f"{activation_bits or 'integer'}{'-bit' * bool(activation_bits)} activations",
     }
-    steps: list[Step] = []
+    missing = "waiting" if job.state == "running" else "not measured"
+    rows: list[Row] = []
+
+    def add(
+        name: str, detail: str, before: float | None, after: float | None, shown: str = ""
+    ) -> None:
+        if after is None:
+            rows.append(Row(name, missing, hatched=f"{name}: not measured", detail=detail))
+        elif before is None:
+            dot = (after, "k-float", f"{name}: {after:.3f}")
+            rows.append(Row(name, perplexity(after), dots=[dot], detail=detail))
+        else:
+            change = after / before - 1
+            words = (precise_percent if abs(change) < 0.01 else percent)(change, True)
+            title = f"{name}: {before:.3f} to {after:.3f}, {words}"
+            color = "k-loss" if change > 0 else "k-gain"
+            part = (min(before, after), max(before, after), color, title)
+            value = f"{shown or perplexity(after)}, {words}"
+            rows.append(Row(name, value, [part], detail=detail))
+
     before: float | None = None
     for kind, title in KINDS.items():
         after = job.perplexity(kind, adapter)
         if kind == "float" and after is None and job.perplexity("base", adapter) is not None:
             continue  # the model's files hold only integers
-        steps.append(Step(title, details[kind], before, after))
+        add(title, details[kind], before, after)
         before = after or before
     for target in job.targets:
         drift = job.drift(target, adapter)
         start = job.perplexity(job.compared_with(target, adapter), adapter)
         end = start * (1 + drift) if start and drift is not None else None
-        value = "" if drift is None else f"{TIMES} {1 + drift:.4f}"
-        steps.append(Step("Exported file", runtime(target), start, end, value))
-    return steps
-
-
-def _draw(steps: list[Step], width: int, missing: str) -> Drawing:
-    narrow = is_narrow(width)
-    left, right = (118, 80) if narrow else (216, 186)
-    values = [v for step in steps for v in (step.before, step.after) if v is not None]
-    margin = max((max(values) / min(values)) ** 0.08, 1.005)
-    low, high = min(values) / margin, max(values) * margin
-    scale = Scale(low, high, left, width - right, logarithmic=True)
-    words = ", ".join(
-        f"{step.name} {step.after:.3f}" if step.after is not None else f"{step.name} not measured"
-        for step in steps
-    )
-    height = 58 + 46 * len(steps)
-    words = f"Perplexity on held-out text: {words}."
-    drawing = Drawing(width, height, "Perplexity by stage", words)
-    drawing.vertical_grid(scale, 24, height - 30)
-    drawing.text(0, 14, "Stage", "hd")
-    drawing.text(width if narrow else width - 78, 14, "Perplexity", "hd", "end")
-    if not narrow:
-        drawing.text(width, 14, "Change", "hd", "end")
-    if (start := steps[0].after) is not None:
-        drawing.line(scale(start), 24, scale(start), height - 30, "ref")
-    for number, step in enumerate(steps):
-        y = 40 + 46 * number
-        drawing.text(0, y + 10, step.name, "lb")
-        drawing.text(0, y + 25, shortened(step.detail, left - 6, 12), "ax")
-        _draw_step(drawing, scale, step, y)
-        value = step.value or (perplexity(step.after) if step.after is not None else "")
-        change, kind = step.change if number else "reference", "nm2" if value else "mut"
-        if narrow:
-            drawing.text(width, y + 10, value or missing, kind, "end")
-            drawing.text(width, y + 25, change if value else "", "ax", "end")
-        else:
-            drawing.text(width - 78, y + 10, value, "nm2", "end")
-            drawing.text(width, y + 10, change or missing, kind, "end")
-    return drawing
-
-
-def _draw_step(drawing: Drawing, scale: Scale, step: Step, y: float) -> None:
-    if step.after is None:
-        low, high = scale(scale.low), scale(scale.high)
-        drawing.rect(low, y, high - low, 22, "hatch", f"{step.name}: not measured", 4)
-    elif step.before is None:
-        title = f"{step.name}: {step.after:.3f}"
-        drawing.rect(scale(step.after) - 2, y, 4, 22, "mark k-float", title, 2)
-    else:
-        start, end = sorted((scale(step.before), scale(step.after)))
-        kind = f"mark {'k-loss' if step.after > step.before else 'k-gain'}"
-        title = f"{step.name}: {step.before:.3f} to {step.after:.3f}, {step.change}"
-        drawing.line(scale(step.before), y - 24, scale(step.before), y, "conn")
-        drawing.rect(start - (end - start < 2), y, max(end - start, 2), 22, kind, title, 2)
+        add("Exported file", runtime(target), start, end, f"{TIMES} {1 + (drift or 0.0):.4f}")
+    return rows
 
 
 def _note(job: Job, adapter: str) -> str:

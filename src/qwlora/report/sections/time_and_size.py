@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qwlora.report import number_format as form
-from qwlora.report.drawing import Bar, bars, figure
+from qwlora.report.drawing import Row, chart, figure
 from qwlora.report.number_format import finite, fixed, percent, seconds, size
 from qwlora.report.results_view import FILES, FLOAT_BYTES, Job, capitalized, runtime
 from qwlora.report.sections import Cell, Table, View, section
@@ -25,7 +25,7 @@ def view(job: Job, adapter: str) -> View | None:
     stages = [*(name for name in done if name not in plan), *plan]
     longest = max(stages, key=lambda name: times.get(name, 0.0))
     share = percent(times.get(longest, 0.0) / total) if total else "0%"
-    time, table, begin, waits = list[Bar](), list[dict[str, Cell]](), 0.0, False
+    time, table, begin, waits = list[Row](), list[dict[str, Cell]](), 0.0, False
     for name in stages:
         verb, *parts = name.replace("/on/", " on text of ").split("/")
         # no adapter's name begins with an underscore: `calibrate/_base` is of the base
@@ -37,15 +37,15 @@ def view(job: Job, adapter: str) -> View | None:
             of_job = percent(times[name] / total) if total else "0%"
             tooltip = f"{title}: {seconds(times[name])}, {of_job} of the job"
             color = "k-gain" if name == longest else "k-neu"
-            time.append(Bar(title, seconds(times[name]), [(begin, end, color, tooltip)]))
+            time.append(Row(title, seconds(times[name]), [(begin, end, color, tooltip)]))
             begin = end
         elif name == current and job.state == "failed":
             failed = (begin, begin + 0.02 * total, "k-loss", f"{title} failed")
             state = "failed"
-            time.append(Bar(title, state, [failed]))
+            time.append(Row(title, state, [failed]))
         else:
             state = "running" if name == current and job.state == "running" else "waiting"
-            time.append(Bar(title, state, hatched=f"{title}: {state}"))
+            time.append(Row(title, state, hatched=f"{title}: {state}"))
             waits = True
         row: dict[str, Cell] = {"Stage": title, "Time": state, "Peak memory": None}
         if not state:
@@ -59,15 +59,15 @@ def view(job: Job, adapter: str) -> View | None:
         "question": QUESTIONS.get(job.state),
         "summary": f"{seconds(total)} in all; the longest stage was {of_longest}, {share} of it.",
         "waits": waits,
-        "time": figure(lambda width: bars("Time by stage", time[:MOST_BARS], total, width)),
+        "time": figure(lambda w: chart("Time by stage", time[:MOST_BARS], w, (0, total))),
         "left_out": max(0, len(stages) - MOST_BARS),
         "table": Table("Time and peak memory of each stage", table, sortable=True),
-        "sizes": figure(lambda width: bars("Size", sizes, largest, width)) if sizes else "",
+        "sizes": figure(lambda w: chart("Size", sizes, w, (0, largest))) if sizes else "",
         "model": _whole_model(job),
     }
 
 
-def _sizes(job: Job) -> list[Bar]:
+def _sizes(job: Job) -> list[Row]:
     packed, values = job.number("base", "bytes"), job.number("base", "float_weights")
     if packed is None:
         return []
@@ -90,7 +90,7 @@ def _sizes(job: Job) -> list[Bar]:
     return rows
 
 
-def _size_bar(name: str, number: float, floats: float = 0.0) -> Bar:
+def _size_bar(name: str, number: float, floats: float = 0.0) -> Row:
     """A bar of bytes, those that stay float last."""
     new = number - min(floats, number)
     parts = []
@@ -98,7 +98,7 @@ def _size_bar(name: str, number: float, floats: float = 0.0) -> Bar:
         parts.append((0.0, new, "k-gain", f"{name}: {size(new)} packed or new"))
     if new < number:
         parts.append((new, number, "k-neu2", f"{name}: {size(number - new)} stay float"))
-    return Bar(name, size(number), parts)
+    return Row(name, size(number), parts)
 
 
 def _whole_model(job: Job) -> View | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -14,7 +15,7 @@ from qwlora.report.results_view import Job
 from qwlora.report.sections import View, section
 
 SMOOTHED = 8  # steps
-MOST_STEPS = 2000  # above, a band of the smallest and largest loss for each pixel
+MOST_POINTS = 1000  # above, one for several steps: their largest loss
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,11 @@ class Course:
     is_evaluated: bool
     best_step: int | None
     limit: float | None
+
+    @property
+    def grouped(self) -> int:
+        """Steps that are drawn as one point."""
+        return -(-len(self.losses) // MOST_POINTS)
 
     @property
     def means(self) -> list[float]:
@@ -101,45 +107,43 @@ def view(job: Job, adapter: str) -> View | None:
     }
 
 
+def loss_axes(
+    width: int, title: str, words: str, steps: float, values: Sequence[float]
+) -> tuple[Drawing, Scale, Scale]:
+    """A drawing with scales of steps and of losses that have room for all values."""
+    left, top, bottom, narrow = 38, 22, 240, is_narrow(width)
+    right, low, high = width - (16 if narrow else 150), min(values), max(values)
+    margin = 0.06 * ((high - low) or abs(high) or 1)
+    x, y = Scale(0, steps, left, right), Scale(low - margin, high + margin, bottom, top)
+    drawing, marks = Drawing(width, 270, title, words), ticks(y.low, y.high, 5)
+    digits = max(1, -math.floor(math.log10(marks[1] - marks[0]))) if len(marks) > 1 else 2
+    drawing.horizontal_grid(y, left, right, lambda tick: fixed(tick, digits))
+    for tick in ticks(0, steps, 4 if narrow else 6):
+        if tick == int(tick) and x(tick) < right - 40:
+            drawing.text(x(tick), bottom + 20, count(tick), "ax", "middle")
+    drawing.text(right, bottom + 20, f"step {count(steps)}", "ax", "end")
+    return drawing, x, y
+
+
 def _draw(run: Course, width: int) -> Drawing:
-    narrow = is_narrow(width)
-    left, right, bottom, top = 38, (16 if narrow else 150), 240, 22
-    end, means, done = width - right, run.means, len(run.losses)
+    means, done = run.means, len(run.losses)
     values = [*run.losses, *(loss for _, loss in run.held_out)]
     values += [run.limit] if run.limit is not None else []
-    low, high = min(values), max(values)
-    margin = 0.06 * ((high - low) or abs(high) or 1)
-    x = Scale(0, run.steps, left, end)
-    y = Scale(low - margin, high + margin, bottom, top)
     shown = three_decimals(means[0]), three_decimals(means[-1])
     words = f"Training loss, mean of {SMOOTHED} steps: from {shown[0]} to {shown[1]}"
     words += f" over {count(done)} of {count(run.steps)} steps."
     for step, loss in run.held_out[:12]:
         words += f" Held-out loss at step {step}: {three_decimals(loss)}."
-    drawing = Drawing(width, 270, "Training and held-out loss", words)
-    marks = ticks(y.low, y.high, 5)
-    digits = max(1, -math.floor(math.log10(marks[1] - marks[0]))) if len(marks) > 1 else 2
-    drawing.horizontal_grid(y, left, end, lambda tick: fixed(tick, digits))
-    for tick in ticks(0, run.steps, 4 if narrow else 6):
-        if tick == int(tick) and x(tick) < end - 40:
-            drawing.text(x(tick), bottom + 20, count(tick), "ax", "middle")
-    drawing.text(end, bottom + 20, f"step {count(run.steps)}", "ax", "end")
+    drawing, x, y = loss_axes(width, "Training and held-out loss", words, run.steps, values)
+    left, end = x(0), x(run.steps)
     if done < run.steps:
         title = f"Steps {done + 1} to {run.steps}: still to come"
-        drawing.rect(x(done), top, end - x(done), bottom - top, "hatch", title)
-    points = [(x(n), y(loss)) for n, loss in enumerate(run.losses, 1)]
-    if done > MOST_STEPS:
-        columns: dict[int, list[float]] = {}
-        for px, py in points:
-            columns.setdefault(int(px), []).append(py)
-        upper = [(float(px), min(ys)) for px, ys in columns.items()]
-        lower = [(float(px), max(ys)) for px, ys in columns.items()]
-        drawing.polyline([*upper, *reversed(lower)], "mark band", "Z")
-    else:
-        drawing.polyline(points, "mark raw")
+        drawing.rect(x(done), y(y.high), end - x(done), y(y.low) - y(y.high), "hatch", title)
+    groups = range(0, done, run.grouped)
+    raw = [(x(n + 1), y(max(run.losses[n : n + run.grouped]))) for n in groups]
+    drawing.polyline(raw, "mark raw")
     line = [(x(n), y(mean)) for n, mean in enumerate(means, 1)]
-    thinned = max(1, len(line) // 1500)  # at most two points a pixel
-    drawing.polyline([*line[:-1:thinned], line[-1]], "mark l-train")
+    drawing.polyline([*line[: -1 : run.grouped], line[-1]], "mark l-train")
     held_out = [(x(step), y(loss)) for step, loss in run.held_out]
     drawing.polyline(held_out, "l-held2" if run.is_evaluated else "l-held")
     for (step, loss), place in zip(run.held_out, held_out, strict=True):
@@ -148,7 +152,7 @@ def _draw(run: Course, width: int) -> Drawing:
         drawing.circle(*place, 6 if is_kept else 5, "mark d-held", title)
     training = f"{fixed(means[-1])} training, mean"
     held = f"{fixed(run.held_out[-1][1])} held out" if run.held_out else ""
-    if narrow:
+    if is_narrow(width):
         drawing.text(left, 12, training, "tt")
         drawing.text(end, 12, held, "th", "end")
     else:
@@ -163,10 +167,10 @@ def _draw(run: Course, width: int) -> Drawing:
 
 
 def _facts(job: Job, adapter: str) -> list[tuple[str, Markup | str]]:
-    """Labels and values."""
+    """Labels and values; of a training that runs, as far as they are known."""
     path, setting = ("train", adapter), job.adapter_settings().get(adapter, {})
-    if not job.section(*path):
-        return []
+    live = path if job.section(*path) else ("run", "training")
+    memory = (*path, "peak_rss_bytes") if live == path else ("run", "peak_rss_bytes")
     batch, rate = setting.get("batch_sequences"), setting.get("learning_rate")
     of_batch = f", of {batch} sequence{'s' if batch != 1 else ''}" if batch else ""
     whole = (job.number("base", "weights") or 0) + (job.number("base", "float_weights") or 0)
@@ -176,8 +180,8 @@ def _facts(job: Job, adapter: str) -> list[tuple[str, Markup | str]]:
     share = f" ({form.percent(trained / whole)} of the model)" if whole else ""
     facts: dict[str, Markup | str | None] = {
         "Steps": steps and steps + of_batch,
-        "Time per step": job.shown(form.seconds, *path, "step_seconds"),
-        "Peak memory": job.shown(form.size, *path, "peak_rss_bytes"),
+        "Time per step": job.shown(form.seconds, *live, "step_seconds"),
+        "Peak memory": job.shown(form.size, *memory),
         "Trained parameters": parameters and parameters + share,
         "Learning rate": f"{rate:g}, {setting.get('schedule')}{warm_up}" if rate else None,
         "Precision": job.get(*path, "compute"),

@@ -383,7 +383,7 @@ def test_every_token_is_compared_where_all_count() -> None:
 
 def test_a_reference_counts_tokens_that_follow_one() -> None:
     text = Sequences(IDS, IDS.clone())
-    with pytest.raises(SourceError, match="nothing about the adapter"):
+    with pytest.raises(SourceError, match=r"adapter\.top is missing"):
         check_reference(make_reference({"base": says(TABLE)}, text))
     reference = make_reference({"adapter": says(TABLE)}, text)
     labels = torch.full_like(IDS, IGNORED)

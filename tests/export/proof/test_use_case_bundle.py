@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwlora.errors import FingerprintError
+from qwlora.errors import FingerprintError, SourceError
 from qwlora.export.proof.folder import (
     check_complete,
     check_files,
@@ -84,5 +84,5 @@ def test_a_proof_without_a_digest_is_refused(key: str, bundle: Path) -> None:
     path = bundle / "proof" / "first" / "proof.json"
     before, name, after = path.read_text().rpartition(f'"{key}": ')
     path.write_text(before + name.replace(key[0], chr(ord(key[0]) ^ 1), 1) + after)
-    with pytest.raises(FingerprintError, match=r"first/proof\.json' lacks the digests"):
+    with pytest.raises(SourceError, match=r"first/proof\.json' has no digests of itself"):
         check(bundle)

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +106,7 @@ def current_proofs(bundle: Path, without: str | None = None) -> dict[str, dict[s
         without: an adapter to leave out.
 
     Warns:
-        QwloraWarning: one cannot be read, or was edited; it is left out.
+        QwloraWarning: one cannot be read, or changed; it is left out.
     """
     found = {}
     for path in _proof_paths(bundle):
@@ -115,9 +115,6 @@ def current_proofs(bundle: Path, without: str | None = None) -> dict[str, dict[s
             continue
         try:
             record = _read_proof(path)
-            is_whole = _has_both_digests(path.parent)
-            if not is_whole or manifest.changed_files(path.parent, PROOF_RECORD, only=()):
-                raise SourceError(f"{str(path)!r} changed after saving")
         except SourceError as error:
             message = f"{README} leaves out adapter {name}: {error}"
             warnings.warn(message, QwloraWarning, stacklevel=2)
@@ -131,11 +128,6 @@ def current_proofs(bundle: Path, without: str | None = None) -> dict[str, dict[s
     return found
 
 
-def _has_both_digests(proof: Path) -> bool:
-    """Whether the record of a proof has the digests of itself and of the reference."""
-    return manifest.listed_files(proof, PROOF_RECORD) == sorted([PROOF_RECORD, REFERENCE])
-
-
 def _proof_paths(bundle: Path) -> list[Path]:
     return sorted(bundle.glob(f"{PROOF}/*/{PROOF_RECORD}"))
 
@@ -144,9 +136,12 @@ def _read_proof(path: Path) -> dict[str, Any]:
     """A proof.json.
 
     Raises:
-        SourceError: it cannot be read, has another format, or lacks the limits.
+        SourceError: it cannot be read, changed after saving, has another format, or lacks the
+            limits.
     """
-    record = manifest.read(path)
+    record, folder = manifest.read(path), path.parent
+    listed_files = manifest.listed_files(folder, PROOF_RECORD)
+    changed = manifest.changed_files(folder, PROOF_RECORD, only=())
     limits, of, form = record.get("limits"), record.get("of"), record.get("format")
     limit = limits.get("perplexity_difference") if isinstance(limits, dict) else None
     is_limit = isinstance(limit, int | float) and not isinstance(limit, bool) and 0 < limit <= 1
@@ -157,6 +152,8 @@ def _read_proof(path: Path) -> dict[str, Any]:
             is_limit
         ),
         "no of": isinstance(of, dict),
+        f"no digests of itself and of {REFERENCE}": listed_files == [PROOF_RECORD, REFERENCE],
+        "changed after saving": not changed,
     }
     if problem := next((problem for problem, holds in needed.items() if not holds), None):
         raise SourceError(f"{str(path)!r} has {problem}; copy it again, or verify the job again")
@@ -205,16 +202,11 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
 
     Raises:
         FingerprintError: a file was changed, added or removed, or base and adapter are not those
-            of the proof; or the proof has no digests, or is that of another adapter.
+            of the proof; or the proof is that of another adapter.
         SourceError: see `check_contents`.
     """
     proof = bundle / PROOF / name
-    if not _has_both_digests(proof):
-        raise FingerprintError(
-            f"{str(proof / PROOF_RECORD)!r} lacks the digests of itself and of {REFERENCE}; copy "
-            "it again, or verify the job again"
-        )
-    manifest.check(proof, PROOF_RECORD, f"proof of {name}", "verify the job again")
+    _check_sealed(proof, PROOF_RECORD, files_in(proof), "verify the job again")
     if record.get("adapter") != name:
         raise FingerprintError(
             f"{PROOF}/{name} is the proof of adapter {record.get('adapter')!r}; copy the whole "
@@ -222,26 +214,27 @@ def check_files(bundle: Path, name: str, record: Mapping[str, Any]) -> None:
         )
     target = TARGETS[record["target"]]
     for part, folder in target.parts(bundle, name).items():
-        what, known = repr(str(folder)), {*manifest.listed_files(folder, RECORD)} - {README}
         files = [file for file in files_in(folder) if file != README]
         if folder == bundle:  # without those of proofs, and what is hidden
             files = [file for file in files if not file.startswith((f"{PROOF}/", "."))]
-        if not manifest.has_digests(folder, RECORD):
-            raise FingerprintError(f"{what} has no readable {RECORD} with digests; copy it again")
-        manifest.check(folder, RECORD, what, "export it again", only=known)
+        _check_sealed(folder, RECORD, files, "export it again")
         if record_digest(folder) != record["of"].get(part):
             raise FingerprintError(
-                f"{what} is not the one that the proof in {PROOF}/{name} is of; copy the whole "
-                "bundle again, or verify the job again"
-            )
-        if added := sorted(set(files) - known):
-            raise FingerprintError(
-                f"{what} holds files that were not exported: {listed(added)}; remove them"
+                f"{str(folder)!r} is not the one that the proof in {PROOF}/{name} is of; copy the "
+                "whole bundle again, or verify the job again"
             )
         check_contents(target.backend.contents, folder, files, part == BASE)
-    if added := sorted(set(files_in(proof)) - {PROOF_RECORD, REFERENCE}):
+
+
+def _check_sealed(folder: Path, name: str, files: Sequence[str], remedy: str) -> None:
+    """Compare a folder with the digests in its record, and its files with those that it lists."""
+    known = {*manifest.listed_files(folder, name)} - {README}
+    if name not in known:
+        raise FingerprintError(f"{str(folder)!r} has no readable {name} with digests; {remedy}")
+    manifest.check(folder, name, repr(str(folder)), remedy, only=known)
+    if added := sorted(set(files) - known):
         raise FingerprintError(
-            f"{str(proof)!r} holds files of no proof: {listed(added)}; remove them"
+            f"{str(folder)!r} holds files that were not exported: {listed(added)}; remove them"
         )
 
 

@@ -176,57 +176,56 @@ def check_ids(ids: Tensor, vocabulary: int) -> None:
 
 
 def _problems(reference: Mapping[str, Tensor]) -> Iterator[str]:
-    ids, labels = (reference.get(name, torch.empty(0)) for name in ("ids", "labels"))
+    ids = reference.get("ids", torch.empty(0))
     if ids.dtype != torch.int64 or ids.ndim != 2 or len(ids) < 1 or ids.shape[1] < 2:
         yield f"ids are {_form(ids)}, not int64 [1 or more sequences, 2 or more tokens]"
         return
+    has_base = any(name.startswith("base.") for name in reference)
+    states, forms = STATES if has_base else ("adapter",), {"ids": _form(ids), "labels": _form(ids)}
+    for state in states:
+        forms |= _forms(state, ids, reference)
+    given = {name: _form(tensor) for name, tensor in reference.items()}
+    wrong = [name for name in sorted(forms | given) if given.get(name) != forms.get(name)]
+    if wrong:
+        shown = (f"{n} is {given.get(n, 'missing')}, not {forms.get(n, 'known')}" for n in wrong)
+        yield listed(shown)
+        return
     if int(ids.min()) < 0:
         yield "ids are negative"
-    counted = labels != IGNORED
-    if labels.shape != ids.shape or labels.dtype != ids.dtype:
-        yield f"labels are {_form(labels)}, and ids {_form(ids)}"
-    elif not bool(counted[:, 1:].any()) or bool((labels != ids)[counted].any()):
+    counted = reference["labels"] != IGNORED
+    if not bool(counted[:, 1:].any()) or bool((reference["labels"] != ids)[counted].any()):
         yield "labels count no token, or others than ids has"
-    states = [state for state in STATES if any(n.startswith(f"{state}.") for n in reference)]
-    if "adapter" not in states:
-        yield "it holds nothing about the adapter"
-    known = {"ids", "labels"}
     for state in states:
         parts = {n.partition(".")[2]: t for n, t in reference.items() if n.startswith(f"{state}.")}
-        forms = _forms(state, ids, parts)
-        known |= {f"{state}.{name}" for name in forms}
-        given = {name: _form(parts.get(name, torch.empty(0))) for name in forms}
-        wrong = [f"{n} is {given[n]}, not {form}" for n, form in forms.items() if given[n] != form]
-        if wrong or not parts["top"].numel():
-            yield f"{state}: {listed(wrong or ['top is empty'])}"
-            continue
         yield from (f"{state}: {problem}" for problem in _wrong_values(parts))
-    if unknown := sorted(set(reference) - known):
-        yield f"unknown tensors {listed(unknown)}"
 
 
-def _forms(state: str, ids: Tensor, parts: Mapping[str, Tensor]) -> dict[str, str]:
-    """Types and sizes that the tensors of a state have to have."""
+def _forms(state: str, ids: Tensor, reference: Mapping[str, Tensor]) -> dict[str, str]:
+    """Types and sizes that the tensors of a state have to have, by name."""
     rows = min(len(ids), BASE_SEQUENCES) if state == "base" else len(ids)
-    tokens, top = ids.shape[1], parts["top"].shape[-1] if "top" in parts else 0
+    tokens, likeliest = ids.shape[1], reference.get(f"{state}.top", ids)
+    top = likeliest.shape[-1] if likeliest.ndim else 0
     forms = {
         "top": f"int32 [{rows}, {tokens}, {top}]",
         "log_probs": f"float32 [{rows}, {tokens}, {top}]",
         "losses": f"float64 [{rows}, {tokens - 1}]",
         "largest": f"float32 [{rows}]",
     }
-    if {*_OTHERS, "noise", "rounding"} & parts.keys():
-        bound = "rounding" if "rounding" in parts else "noise"
+    if any(f"{state}.{name}" in reference for name in (*_OTHERS, "noise", "rounding")):
+        bound = "rounding" if f"{state}.rounding" in reference else "noise"
         forms |= {
             "other_losses": f"float64 [{rows}, {tokens - 1}]",
             "other_same": f"bool [{rows}, {tokens}]",
             bound: f"float32 [{rows}]",
         }
-    return forms
+    return {f"{state}.{name}": form for name, form in forms.items()}
 
 
 def _wrong_values(parts: Mapping[str, Tensor]) -> Iterator[str]:
     """What no model says. Other computations may overflow: then nothing passes."""
+    if not parts["top"].numel():
+        yield "top is empty"
+        return
     for name in ("log_probs", "losses", "largest"):
         if not bool(parts[name].isfinite().all()):
             yield f"{name} holds NaN or infinity"

@@ -28,7 +28,7 @@ from qwlora.errors import CaptureError, ExportError
 from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import ExportedBase
-from qwlora.export.target_compatibility import ModelFacts, refusals
+from qwlora.export.target_compatibility import refusals
 from qwlora.export.weights.weights_folder import layer_kind
 from qwlora.formats.open_checkpoint import load_precomputed, open_checkpoint
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme, short_name
@@ -98,8 +98,7 @@ def outcome(architecture: str, name: str) -> str:
             (folder / part).mkdir()
         model, source = made(architecture, name, folder)
         kinds = {layer_kind(layer): ["one"] for layer in packed_weights(model).values()}
-        facts = ModelFacts(kinds=kinds, model_type=model.config.model_type)
-        if problems := refusals(target, facts):
+        if problems := refusals(target, kinds=kinds, model_type=model.config.model_type):
             return f"no: {problems[0].partition(': one')[0]}"
         try:
             target.backend.write_base(

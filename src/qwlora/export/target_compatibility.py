@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
@@ -38,9 +38,16 @@ class Grid:
     of_embedding: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class ModelFacts:
-    """What is known of a base, as far as it is known yet.
+def refusals(
+    target: Target,
+    grids: Collection[Grid] = (),
+    source: Path | None = None,
+    keeps: bool = False,
+    kinds: Mapping[LayerKind, Sequence[str]] | None = None,
+    model_type: str = "",
+    embedding: tuple[str, Scheme | None] | None = None,
+) -> list[str]:
+    """Why a target cannot hold a base, by what is known of it yet; empty if it can.
 
     Args:
         grids: of its weights.
@@ -50,46 +57,33 @@ class ModelFacts:
         model_type: the architecture's name in transformers.
         embedding: path of the embedding, and its scheme; None: it stays float.
     """
-
-    grids: Collection[Grid] = ()
-    source: Path | None = None
-    keeps: bool = False
-    kinds: Mapping[LayerKind, Sequence[str]] = field(default_factory=dict)
-    model_type: str = ""
-    embedding: tuple[str, Scheme | None] | None = None
-
-
-def refusals(target: Target, facts: ModelFacts) -> list[str]:
-    """Why a target cannot hold a base; empty if it can."""
-    suffix = target.source_suffix
-    if suffix and facts.source is not None and facts.source.suffix != suffix:
+    suffix, reasons = target.source_suffix, list[str]()
+    if suffix and source is not None and source.suffix != suffix:
         return [f"the model must come from a {suffix.removeprefix('.').upper()} file"]
-    reasons = list[str]()
-    if not is_copied(target, facts):
-        reasons += [reason for g in facts.grids if (reason := grid_problem(target, g)) is not None]
-        schemes = {g.scheme for g in facts.grids if not _is_float(target, g)}
+    if not is_copied(target, source, keeps):
+        reasons += filter(None, (grid_problem(target, grid) for grid in grids))
+        schemes = {grid.scheme for grid in grids if not _is_float(target, grid)}
         if not reasons and (conflict := target.conflict(schemes)):
             reasons.append(conflict)
-    for kind, names in facts.kinds.items():
+    for kind, names in (kinds or {}).items():
         if reason := target.kind_problem(kind):
             reasons.append(f"{reason}: {names[0]}, {len(names)} weights in all")
-    if facts.model_type and not target.is_simulated:
-        architecture = target.backend.architecture_problem(facts.model_type)
-        reasons += [] if architecture is None else [architecture]
-    if target.embedding_problem is not None and facts.embedding is not None:
-        path, scheme = facts.embedding
+    if model_type and not target.is_simulated:
+        reasons += filter(None, [target.backend.architecture_problem(model_type)])
+    if target.embedding_problem is not None and embedding is not None:
+        path, scheme = embedding
         reason = f"{path} stays float" if scheme is None else target.embedding_problem(scheme)
         rule = f"Add to base.rules, first: {{match: '{path}', bitwidth: 8, granularity: tensor}}"
-        rule = "Quantize the model anew" if facts.keeps else rule
+        rule = "Quantize the model anew" if keeps else rule
         if reason:
             reasons.append(f"{reason}, and the HTP reads its rows with one scale. {rule}")
     return reasons
 
 
-def is_copied(target: Target, facts: ModelFacts) -> bool:
+def is_copied(target: Target, source: Path | None, keeps: bool) -> bool:
     """Whether the target writes the model's own file, whatever its grids."""
-    source, suffix = facts.source, target.source_suffix
-    return facts.keeps and source is not None and bool(suffix) and source.suffix == suffix
+    suffix = target.source_suffix
+    return keeps and source is not None and bool(suffix) and source.suffix == suffix
 
 
 def _is_float(target: Target, grid: Grid) -> bool:
@@ -133,7 +127,7 @@ def refusal(grids: Collection[Grid], targets: Mapping[str, Target]) -> str | Non
     lacking = "; ".join(
         f"{name} cannot hold {found}"
         for name, target in targets.items()
-        for found in refusals(target, ModelFacts(grids=grids))
+        for found in refusals(target, grids)
     )
     if not lacking:
         return None

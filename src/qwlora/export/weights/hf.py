@@ -110,7 +110,11 @@ class Hf(Backend):
         write_peft(exported, folder)
 
     def open(self, folder: Path, case: str) -> TransformersRuntime:
-        runtime = TransformersRuntime(load(folder))
+        with foreign_as(ExportError, f"transformers cannot load {str(folder)!r}"):
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=False
+            )
+        runtime = TransformersRuntime(model.eval())
         runtime.logits(torch.zeros(1, 1, dtype=torch.int64))  # unpacks all layers
         return runtime
 
@@ -120,18 +124,6 @@ def _problem(layer: PackedLayer) -> str | None:
     problem = COMPRESSED_TENSORS.kind_problem(kind)
     has_integers = kind is LayerKind.LINEAR
     return problem or (COMPRESSED_TENSORS.problem(layer.scheme) if has_integers else None)
-
-
-def load(folder: Path) -> Any:
-    """The folder in transformers, in float32. Code in the folder is not run.
-
-    Raises:
-        ExportError: transformers refuses the folder.
-    """
-    with foreign_as(ExportError, f"transformers cannot load {str(folder)!r}"):
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False
-        ).eval()
 
 
 class TransformersRuntime(Runtime):

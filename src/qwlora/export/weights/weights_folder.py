@@ -20,9 +20,6 @@ from qwlora.grid.scheme import Blocks
 from qwlora.nn.packed_layer import PackedLayer, PackedLinear, packed_weights
 from qwlora.system import strict_json
 
-# what targets add to config.json, see `Contents.settings`
-ADDED_SETTINGS = ("quantization", "quantization_config", "rope_scaling", "rope_theta")
-
 
 def layers_to_write(model: PreTrainedModel) -> dict[str, PackedLayer]:
     """Packed layers by the name of their weight, without output heads that share an embedding."""
@@ -116,23 +113,28 @@ def write_folder(
     if "quantization_config" in vars(config):
         del config.quantization_config
     config.save_pretrained(folder)
-    content = json.loads((folder / "config.json").read_text())
-    content.pop("transformers_weights", None)
-    (folder / "config.json").write_text(strict_json.dumps({**content, **changes}, indent=2) + "\n")
-    write_settings(model, tokenizer, folder)
+    write_settings(model, tokenizer, folder, changes)
 
 
 def write_settings(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    changes: Mapping[str, Any] | None = None,
 ) -> None:
     """Write the generation settings and the tokenizer next to config.json, and leave out settings
-    that are text and that transformers does not know: runtimes may take one for a file to load."""
+    that are text and that transformers does not know: runtimes may take one for a file to load.
+
+    Args:
+        changes: keys to set in config.json.
+    """
     if model.can_generate() and model.generation_config is not None:
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    for name in ("config.json", "generation_config.json"):
+    for name, changed in (("config.json", changes or {}), ("generation_config.json", {})):
         if (folder / name).is_file():
-            content = json.loads((folder / name).read_text())
-            known = known_settings(content, ADDED_SETTINGS)
+            content = {**json.loads((folder / name).read_text()), **changed}
+            content.pop("transformers_weights", None)
+            known = known_settings(content, changed)
             (folder / name).write_text(strict_json.dumps(known, indent=2) + "\n")

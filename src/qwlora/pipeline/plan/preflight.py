@@ -16,7 +16,7 @@ from qwlora.data.sequences import check_isolation
 from qwlora.errors import ExportError, GridError, SourceError, TrainingError, listed
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import LayerKind
-from qwlora.export.target_compatibility import ModelFacts, refusals
+from qwlora.export.target_compatibility import refusals
 from qwlora.export.weights.weights_folder import layer_kind
 from qwlora.formats.base_files import read_record
 from qwlora.formats.huggingface.model_config import check_positions
@@ -141,14 +141,10 @@ def _check_layers(recipe: Recipe, model: PreTrainedModel, packed: Packed, is_new
         kinds.setdefault(kind, []).append(tensor)
     targets = {name: TARGETS[name] for name in recipe.export.targets}
     reads_table = is_new and any(target.embedding_problem for target in targets.values())
-    facts = ModelFacts(
-        keeps=recipe.base.solver == "keep",
-        kinds=kinds,
-        model_type=str(model.config.model_type),
-        embedding=_embedding(recipe, model) if reads_table else None,
-    )
+    embedding = _embedding(recipe, model) if reads_table else None
+    keeps, model_type = recipe.base.solver == "keep", str(model.config.model_type)
     for name, target in targets.items():
-        if reasons := refusals(target, facts):
+        if reasons := refusals(target, (), None, keeps, kinds, model_type, embedding):
             raise GridError(
                 f"target {name} cannot hold {recipe.model.source!r}: {'; '.join(reasons)}. To "
                 f"export to other targets only, remove {name} from export.targets"

@@ -3,7 +3,6 @@ quantized: which targets hold the grids of the base, and whether its integers ar
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,6 @@ from qwlora.errors import GridError, SourceError
 from qwlora.export.registry import TARGETS
 from qwlora.export.target_compatibility import (
     Grid,
-    ModelFacts,
     is_copied,
     refusals,
     table_rows,
@@ -48,11 +46,14 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
             "integers unchanged"
         )
     grids = kept_grids(recipe) if keeps else recipe.base.grids()
-    facts = ModelFacts(grids=list(grids), source=location.path, keeps=keeps)
-    refused = {name: "; ".join(refusals(target, facts)) for name, target in TARGETS.items()}
+    source = location.path
+    refused = {
+        name: "; ".join(refusals(target, list(grids), source, keeps))
+        for name, target in TARGETS.items()
+    }
     asked = [name for name in recipe.export.targets if refused[name]]
     for name in asked:
-        if refusals(TARGETS[name], replace(facts, grids=())):
+        if refusals(TARGETS[name], (), source, keeps):
             raise SourceError(
                 f"export.targets: {name}: {refused[name]}, and {model.source!r} is not one. "
                 f"Remove {name}, or set model.source to such a file"
@@ -62,7 +63,7 @@ def target_table(recipe: Recipe) -> tuple[list[tuple[str, ...]], list[str]]:
             f"export.targets: {'; '.join(f'{name} cannot hold {refused[name]}' for name in asked)}"
             ". Remove the target, or quantize the model anew"
         )
-    copying = [name for name, target in TARGETS.items() if is_copied(target, facts)]
+    copying = [name for name, target in TARGETS.items() if is_copied(target, source, keeps)]
     rows = list(table_rows(grids, TARGETS, recipe.export.targets, copying))
     return rows, [f"{name}: {reason}" for name, reason in refused.items() if reason]
 

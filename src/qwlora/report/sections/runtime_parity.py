@@ -5,7 +5,7 @@ The checks of a single adapter are under the verdict.
 
 from __future__ import annotations
 
-from qwlora.report.number_format import count, fixed, precise_percent
+from qwlora.report.number_format import fixed, precise_percent, three_decimals
 from qwlora.report.results_view import Job, runtime
 from qwlora.report.sections import Cell, Table, View, section
 from qwlora.report.verdict import Outcome, outcome_of, proof_evidence
@@ -58,10 +58,11 @@ def parity_cells(job: Job, target: str, adapter: str) -> dict[str, Cell]:
     place, drift = ("parity", target, adapter), job.drift(target, adapter)
     is_passed = job.get(*place, "passed")
     cells: dict[str, Cell] = {
-        "Perplexity off by": None if drift is None else precise_percent(abs(drift)),
+        "Perplexity": job.shown(three_decimals, *place, "perplexity"),
+        "Expected": job.shown(three_decimals, *place, "reference_perplexity"),
+        "Off by": None if drift is None else precise_percent(abs(drift)),
         "Same token": job.shown(precise_percent, *place, "top1_agreement"),
         "Noise floor": job.shown(precise_percent, *place, "floor_top1_agreement"),
-        "Tokens": job.shown(count, *place, "tokens"),
         "Worst layer, steps": job.shown(fixed, *place, "worst_layer_steps"),
         "Check": None if is_passed is None else "passed" if is_passed else "failed",
     }

@@ -28,7 +28,6 @@ def view(job: Job, adapter: str) -> View | None:
         "packing": packing,
         "training": training,
         "won_back": won_back,  # as a share of what packing cost
-        "note": _note(job, adapter),
         "table": _table(job, adapter),
     }
 
@@ -76,21 +75,6 @@ def _rows(job: Job, adapter: str) -> list[Row]:
         end = start * (1 + drift) if start and drift is not None else None
         add("Exported file", runtime(target), start, end, f"{TIMES} {1 + (drift or 0.0):.4f}")
     return rows
-
-
-def _note(job: Job, adapter: str) -> str:
-    for target in job.targets:
-        keys = ("sequences", "perplexity", "reference_perplexity")
-        numbers = [job.number("parity", target, adapter, key) for key in keys]
-        if None not in numbers:
-            sequences, value, expected = (number or 0.0 for number in numbers)
-            return (
-                f"The exported file was run on {form.count(sequences)} "
-                f"sequence{'' if sequences == 1 else 's'}: "
-                f"{three_decimals(value)}, where {three_decimals(expected)} is expected. "
-                "Compare those two with each other, not with the table."
-            )
-    return ""
 
 
 def _table(job: Job, adapter: str) -> Table:

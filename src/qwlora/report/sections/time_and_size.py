@@ -6,7 +6,7 @@ from qwlora.report import number_format as form
 from qwlora.report.drawing import Row, chart, figure
 from qwlora.report.number_format import finite, fixed, percent, seconds, size
 from qwlora.report.results_view import FILES, FLOAT_BYTES, Job, capitalized, runtime
-from qwlora.report.sections import Cell, Table, View, section
+from qwlora.report.sections import View, section
 
 MOST_BARS = 40
 QUESTIONS = {"failed": "Where did it stop?", "running": "Where is the job?"}
@@ -25,33 +25,28 @@ def view(job: Job, adapter: str) -> View | None:
     stages = [*(name for name in done if name not in plan), *plan]
     longest = max(stages, key=lambda name: times.get(name, 0.0))
     share = percent(times.get(longest, 0.0) / total) if total else "0%"
-    time, table, begin, waits = list[Row](), list[dict[str, Cell]](), 0.0, False
+    time, begin, waits = list[Row](), 0.0, False
     for name in stages:
         verb, *parts = name.replace("/on/", " on text of ").split("/")
         # no adapter's name begins with an underscore: `calibrate/_base` is of the base
         said = (part[1:].replace("_", " ") if part.startswith("_") else part for part in parts)
         title = " ".join([capitalized(verb), *said])
-        path, state = ("stages", name.partition("/")[0], "parts", name), ""
         if name in times:
-            end = begin + times[name]
+            end, value = begin + times[name], seconds(times[name])
+            if (memory := finite(done[name].get("peak_rss_bytes"))) is not None:
+                value += f", {size(memory)}"
             of_job = percent(times[name] / total) if total else "0%"
             tooltip = f"{title}: {seconds(times[name])}, {of_job} of the job"
             color = "k-gain" if name == longest else "k-neu"
-            time.append(Row(title, seconds(times[name]), [(begin, end, color, tooltip)]))
+            time.append(Row(title, value, [(begin, end, color, tooltip)]))
             begin = end
         elif name == current and job.state == "failed":
             failed = (begin, begin + 0.02 * total, "k-loss", f"{title} failed")
-            state = "failed"
-            time.append(Row(title, state, [failed]))
+            time.append(Row(title, "failed", [failed]))
         else:
             state = "running" if name == current and job.state == "running" else "waiting"
             time.append(Row(title, state, hatched=f"{title}: {state}"))
             waits = True
-        row: dict[str, Cell] = {"Stage": title, "Time": state, "Peak memory": None}
-        if not state:
-            row["Time"] = job.shown(seconds, *path, "seconds") or seconds(0)
-            row["Peak memory"] = job.shown(size, *path, "peak_rss_bytes")
-        table.append(row)
     sizes = _sizes(job)
     largest = max((stop for row in sizes for _, stop, _, _ in row.parts), default=0.0)
     of_longest = time[stages.index(longest)].name.lower()
@@ -61,7 +56,6 @@ def view(job: Job, adapter: str) -> View | None:
         "waits": waits,
         "time": figure(lambda w: chart("Time by stage", time[:MOST_BARS], w, (0, total))),
         "left_out": max(0, len(stages) - MOST_BARS),
-        "table": Table("Time and peak memory of each stage", table, sortable=True),
         "sizes": figure(lambda w: chart("Size", sizes, w, (0, largest))) if sizes else "",
         "model": _whole_model(job),
     }

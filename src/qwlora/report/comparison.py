@@ -9,7 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from qwlora.report import number_format as form
-from qwlora.report.drawing import Drawing, Row, chart, figure, is_narrow, shortened
+from qwlora.report.drawing import Drawing, Row, chart, figure, shortened
 from qwlora.report.number_format import fixed, three_decimals
 from qwlora.report.results_view import KINDS, Job, capitalized, runtime, without_folders
 from qwlora.report.sections import Cell, Table
@@ -156,8 +156,7 @@ def _training_figure(series: list[Series]) -> Markup | str:
             px, py = points[-1]
             drawing.polyline(points[:: max(1, len(points) // 800)], f"mark s{number}")
             drawing.circle(px, py, 3, f"mark c{number}", f"{name}: {means[-1]:.3f}")
-            side, anchor = (-8, "end") if is_narrow(width) else (8, "start")
-            drawing.label(px + side, py + 4, shortened(name, 138, 12), f"t{number}", anchor)
+            drawing.label(px - 8, py - 6, shortened(name, 138, 12), f"t{number}", "end")
         return drawing
 
     return figure(draw)

@@ -25,7 +25,7 @@ def view(job: Job, adapter: str) -> View | None:
     stages = [*(name for name in done if name not in plan), *plan]
     longest = max(stages, key=lambda name: times.get(name, 0.0))
     share = percent(times.get(longest, 0.0) / total) if total else "0%"
-    time, begin, waits = list[Row](), 0.0, False
+    time, begin = list[Row](), 0.0
     for name in stages:
         verb, *parts = name.replace("/on/", " on text of ").split("/")
         # no adapter's name begins with an underscore: `calibrate/_base` is of the base
@@ -46,14 +46,13 @@ def view(job: Job, adapter: str) -> View | None:
         else:
             state = "running" if name == current and job.state == "running" else "waiting"
             time.append(Row(title, state, hatched=f"{title}: {state}"))
-            waits = True
     sizes = _sizes(job)
     largest = max((stop for row in sizes for _, stop, _, _ in row.parts), default=0.0)
     of_longest = time[stages.index(longest)].name.lower()
     return {
         "question": QUESTIONS.get(job.state),
         "summary": f"{seconds(total)} in all; the longest stage was {of_longest}, {share} of it.",
-        "waits": waits,
+        "waits": any(row.hatched for row in time),
         "time": figure(lambda w: chart("Time by stage", time[:MOST_BARS], w, (0, total))),
         "left_out": max(0, len(stages) - MOST_BARS),
         "sizes": figure(lambda w: chart("Size", sizes, w, (0, largest))) if sizes else "",

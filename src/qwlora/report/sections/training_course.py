@@ -111,14 +111,14 @@ def loss_axes(
     width: int, title: str, words: str, steps: float, values: Sequence[float]
 ) -> tuple[Drawing, Scale, Scale]:
     """A drawing with scales of steps and of losses that have room for all values."""
-    left, top, bottom, narrow = 38, 22, 240, is_narrow(width)
-    right, low, high = width - (16 if narrow else 150), min(values), max(values)
+    left, right, top, bottom = 38, width - 16, 22, 240
+    low, high = min(values), max(values)
     margin = 0.06 * ((high - low) or abs(high) or 1)
     x, y = Scale(0, steps, left, right), Scale(low - margin, high + margin, bottom, top)
     drawing, marks = Drawing(width, 270, title, words), ticks(y.low, y.high, 5)
     digits = max(1, -math.floor(math.log10(marks[1] - marks[0]))) if len(marks) > 1 else 2
     drawing.horizontal_grid(y, left, right, lambda tick: fixed(tick, digits))
-    for tick in ticks(0, steps, 4 if narrow else 6):
+    for tick in ticks(0, steps, 4 if is_narrow(width) else 6):
         if tick == int(tick) and x(tick) < right - 40:
             drawing.text(x(tick), bottom + 20, count(tick), "ax", "middle")
     drawing.text(right, bottom + 20, f"step {count(steps)}", "ax", "end")
@@ -152,13 +152,8 @@ def _draw(run: Course, width: int) -> Drawing:
         drawing.circle(*place, 6 if is_kept else 5, "mark d-held", title)
     training = f"{fixed(means[-1])} training, mean"
     held = f"{fixed(run.held_out[-1][1])} held out" if run.held_out else ""
-    if is_narrow(width):
-        drawing.text(left, 12, training, "tt")
-        drawing.text(end, 12, held, "th", "end")
-    else:
-        if held:
-            drawing.label(x(done) + 10, held_out[-1][1] + 4, held, "th")
-        drawing.label(x(done) + 10, y(means[-1]) + 4, training, "tt")
+    drawing.text(left, 12, training, "tt")
+    drawing.text(end, 12, held, "th", "end")
     if run.limit is not None:
         drawing.line(left, y(run.limit), end, y(run.limit), "limit")
         drawing.text(left + 4, y(run.limit) - 6, f"divergence limit {fixed(run.limit)}", "ax")

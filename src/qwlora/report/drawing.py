@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
-from qwlora.report.number_format import Format, significant
+from qwlora.report.number_format import significant
 
 WIDTHS = {"wide": 740, "narrow": 358}
 
@@ -78,14 +78,6 @@ class Drawing:
         if points:
             line = " L".join(f"{x:.1f},{y:.1f}" for x, y in points)
             self._parts.append(f'<path d="M{line}{end}" class="{kind}"/>')
-
-    def horizontal_grid(
-        self, y: Scale, left: float, right: float, written: Format = significant
-    ) -> None:
-        """Lines across the drawing from `left` to `right`, with their values before them."""
-        for tick in ticks(y.low, y.high, 5):
-            self.line(left, y(tick), right, y(tick))
-            self.text(left - 6, y(tick) + 4, written(tick), "ax", "end")
 
     def svg(self) -> Markup:
         """The drawing as inline SVG."""

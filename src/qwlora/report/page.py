@@ -16,7 +16,7 @@ from qwlora.report.comparison import comparison
 from qwlora.report.key_figures import tiles
 from qwlora.report.number_format import NOT_MEASURED, count, finite
 from qwlora.report.results_view import Job, without_folders
-from qwlora.report.sections import View, sections
+from qwlora.report.sections import ReportSection, View, sections
 from qwlora.report.verdict import remedies, verdict
 
 REFRESH_SECONDS = 15
@@ -42,10 +42,14 @@ def _environment() -> Environment:
 
 def render(job: Job) -> str:
     """report.html of a job, whatever its results hold."""
-    judged, is_running = verdict(job), job.state == "running"
-    remedy_lines, remedy_command = remedies(job)
+    judged, is_running, names = verdict(job), job.state == "running", job.adapters
     bits = f" · {job.bitwidth}-bit base" if job.bitwidth else ""
-    adapters = f"{count(len(job.adapters))} adapter{'s' if len(job.adapters) != 1 else ''}"
+    adapters = f"{count(len(names))} adapter{'s' if len(names) != 1 else ''}"
+    first, alone = _FIRST.get(job.state, ("cost",)), names[0] if len(names) == 1 else ""
+    shown = _views(job, alone, [s for s in sections() if alone or (names and s.of_job)])
+    shown.sort(key=lambda s: first.index(s["id"]) if s["id"] in first else len(first))
+    of_each = [s for s in sections() if s.of_adapter and not alone]
+    folds = {name: _views(job, name, of_each, f"-{n}") for n, name in enumerate(names, 1)}
     return (
         _environment()
         .get_template("page.html")
@@ -55,13 +59,13 @@ def render(job: Job) -> str:
             subtitle=f"{job.model}{bits}, {adapters}",
             verdict=judged,
             tiles=tiles(job),
-            remedies=remedy_lines,
-            remedy_command=remedy_command,
+            remedies=remedies(job),
+            remedy_command=without_folders(job.command),
             message=without_folders(str(job.get("error", "message") or "")),
             error_page=str(job.get("error", "docs") or ""),
             second_rounding=without_folders(str(job.get("base", "second_rounding") or "")),
-            sections=_sections(job),
-            folds=_folds(job),
+            sections=shown,
+            folds={name: fold for name, fold in folds.items() if fold},
             refresh=REFRESH_SECONDS if is_running else None,
             updated=job.get("run", "updated") if is_running else None,
             patience=_patience(job),
@@ -69,35 +73,15 @@ def render(job: Job) -> str:
     )
 
 
+def _views(job: Job, adapter: str, chosen: Sequence[ReportSection], suffix: str = "") -> list[View]:
+    """What sections show of an adapter; with an empty name, of the whole job."""
+    drawn = (section.drawn(job, adapter, f"{section.id}{suffix}") for section in chosen)
+    return [view for view in drawn if view is not None]
+
+
 def render_comparison(jobs: Sequence[Job]) -> str:
     """The page that compares jobs side by side."""
     return _environment().get_template("comparison.html").render(**comparison(jobs))
-
-
-def _sections(job: Job) -> list[View]:
-    """The sections of the whole job; with one adapter those of the adapter too."""
-    names, first = job.adapters, _FIRST.get(job.state, ("cost",))
-    shown = [
-        drawn
-        for section in sections()
-        if len(names) == 1 or (names and section.of_job)
-        if (drawn := section.drawn(job, names[0] if len(names) == 1 else "")) is not None
-    ]
-    return sorted(shown, key=lambda s: first.index(s["id"]) if s["id"] in first else len(first))
-
-
-def _folds(job: Job) -> dict[str, list[View]]:
-    """The sections of each of several adapters."""
-    names, of_adapter = job.adapters, [section for section in sections() if section.of_adapter]
-    folds = {
-        name: [
-            drawn
-            for section in of_adapter
-            if (drawn := section.drawn(job, name, f"{section.id}-{number}")) is not None
-        ]
-        for number, name in enumerate(names if len(names) > 1 else (), 1)
-    }
-    return {name: fold for name, fold in folds.items() if fold}
 
 
 def _patience(job: Job) -> float:

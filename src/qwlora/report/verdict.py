@@ -15,7 +15,6 @@ The sentence is the strongest fact for, ", but ", the strongest fact against.
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -37,7 +36,6 @@ from qwlora.report.results_view import (
 NO_ADAPTER = "none"  # the use case of the base, in targets of use cases
 LEAST_GAIN = 0.01  # an adapter should beat the float model by this much
 FEW_TOKENS = 1000  # a proof on fewer tokens is a caution
-ENOUGH_SEQUENCES = 8  # of a proof whose perplexity is off; fewer differ this much by chance
 
 
 class VerdictKind(Enum):
@@ -263,11 +261,9 @@ def _few_tokens(job: Job, target: str) -> Iterator[Evidence]:
     name = min(known, key=lambda n: known[n], default="")
     if not known or known[name] >= FEW_TOKENS:
         return
-    has_setting = job.number("parity", target, name, "sequences") is not None
-    more = "; raise verify.sequences" if has_setting else ""
     yield Evidence(
         Outcome.CAUTION,
-        f"Tokens on which {runtime(target)} was checked{more}",
+        f"Tokens on which {runtime(target)} was checked; raise verify.sequences",
         tagged(count(known[name]), known[name], ("parity", target, name, "tokens")),
         f"{count(FEW_TOKENS)} or more expected",
         f"{'it was' if len(known) == 1 else 'they were'} checked on "
@@ -354,10 +350,8 @@ def _unfinished(job: Job, evidence: tuple[Evidence, ...]) -> Verdict:
         sentence += f"{done}."
         below = Markup("Run {}: finished stages are not repeated.").format(code(job.command))
     elif step and steps:
-        sentence = (
-            f"Training of {training.get('adapter')} is at step {count(step)} of {count(steps)}"
-            f"{_trend(training.get('losses') or [])}."
-        )
+        who = training.get("adapter")
+        sentence = f"Training of {who} is at step {count(step)} of {count(steps)}."
         progress = step / steps
         if step_seconds := job.number("run", "training", "step_seconds"):
             left = duration((steps - step) * step_seconds)
@@ -367,41 +361,7 @@ def _unfinished(job: Job, evidence: tuple[Evidence, ...]) -> Verdict:
     return Verdict(VerdictKind.NONE_YET, sentence, below, evidence, progress)
 
 
-def _trend(losses: list[float]) -> str:
-    if len(losses) < 8:
-        return ""
-    part = max(1, len(losses) // 5)
-    start, end = statistics.fmean(losses[:part]), statistics.fmean(losses[-part:])
-    return ", and the loss is falling" if end < start else ", and the loss is not falling yet"
-
-
-def remedies(job: Job) -> tuple[list[str | Markup], str]:
-    """What to do about a failed job, most likely first, and the command to run then: what the error
-    recorded, after what the figures of a failed proof suggest."""
-    lines: list[str | Markup] = []
-    options = ""
-    for target in job.targets:
-        for name in (*job.adapters, BASE):
-            parity = job.section("parity", target, name)
-            failed = [row for row in job.proof_rows(target, name) if not row.passed]
-            sequences = form.finite(parity.get("sequences")) or ENOUGH_SEQUENCES
-            # a small sample explains a perplexity that is off, and nothing else
-            are_perplexities = all(r.what.startswith("difference of perplexity") for r in failed)
-            if failed and sequences < ENOUGH_SEQUENCES and are_perplexities:
-                options = f" --set verify.sequences={ENOUGH_SEQUENCES}"
-                more = Markup(
-                    "<b>Test on more text.</b> {} sequences are few for a limit of {}. Set {} to "
-                    "{} and run the same command. Finished stages are skipped."
-                )
-                key, limit = code("verify.sequences"), failed[0].shown_limit
-                lines.append(more.format(count(sequences), limit, key, ENOUGH_SEQUENCES))
-            if failed and (steps := form.finite(parity.get("worst_layer_steps"))) is not None:
-                layer = Markup(
-                    "<b>Look at the worst layer</b> under Runtimes: {}, {} steps off. A broken "
-                    "layer shows as many steps, not as a small drift."
-                )
-                worst = code(str(parity.get("worst_layer")))
-                lines.append(layer.format(worst, form.significant(steps)))
+def remedies(job: Job) -> list[str]:
+    """What to do about a failed job, most likely first, as the error recorded it."""
     recorded = job.get("error", "remedy")
-    lines += [without_folders(str(line)) for line in recorded or [] if isinstance(recorded, list)]
-    return lines, without_folders(job.command) + options
+    return [without_folders(str(line)) for line in recorded or [] if isinstance(recorded, list)]

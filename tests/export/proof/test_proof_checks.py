@@ -29,19 +29,21 @@ from qwlora.export.proof.compare import (
     AGREEMENT,
     LOGIT_DIFFERENCE,
     NOISE,
-    OutputDifference,
     compare_layers,
     compare_logits,
     is_same,
     largest,
     logits_checks,
     lowest_agreement,
+    output_check,
     perplexity,
     perplexity_floor,
+    verify_outputs,
 )
 from qwlora.export.proof.measure import compare_cache, decoded, switching
 from qwlora.export.proof.reference import check_reference, make_reference
 from qwlora.graph.quantized_graph import GraphValue, Kind
+from qwlora.grid.encoding import sqnr_db
 from qwlora.system import strict_json
 
 NAN, INF = math.nan, math.inf
@@ -269,20 +271,27 @@ def test_layers_are_within_each_limit(steps: float, mean: float, passes: bool) -
 def test_outputs_are_as_near_as_two_simulations(
     noise: float, floor_noise: float, passes: bool
 ) -> None:
-    difference = OutputDifference()
-    difference.signal, difference.noise, difference.floor_noise = 1.0, noise, floor_noise
-    assert difference.check("logits", LIMITS).passed == passes
+    sqnr, floor = sqnr_db(1.0, noise), sqnr_db(1.0, floor_noise)
+    assert output_check("logits", sqnr, floor, LIMITS).passed == passes
 
 
 def test_differences_of_outputs_add_up() -> None:
-    figures = OutputDifference()
     one = torch.tensor([1.0, 2.0])
-    figures.update(one + 0.5, one, one + 0.25)
-    figures.update(one + 0.25, one, one)
-    assert (figures.signal, figures.noise, figures.floor_noise) == (10.0, 0.625, 0.125)
-    assert figures.largest == 0.5
-    assert figures.sqnr == pytest.approx(10 * math.log10(16))
-    assert figures.floor_sqnr == pytest.approx(10 * math.log10(80))
+    interface = SimpleNamespace(inputs=("x",), primary="y")
+    graph = SimpleNamespace(interface=interface, marks=(), encodings={})
+    simulation: Any = SimpleNamespace(
+        graph=lambda: graph,
+        values=lambda batch: {},
+        bind=lambda batch: batch,
+        outputs=lambda batch: {"y": one},
+        perturbed_outputs=lambda batch: {"y": one + 0.25 * batch["x"]},
+    )
+    runtime: Any = SimpleNamespace(run=lambda batch: {"y": one + 0.25 + 0.25 * batch["x"]})
+    batches = [{"x": torch.tensor(1.0)}, {"x": torch.tensor(0.0)}]
+    figures = verify_outputs(runtime, simulation, batches, LIMITS).figures
+    assert figures["max_abs_difference"] == {"y": 0.5}
+    assert figures["sqnr"]["y"] == pytest.approx(10 * math.log10(10 / 0.625))
+    assert figures["floor_sqnr"]["y"] == pytest.approx(10 * math.log10(10 / 0.125))
 
 
 @pytest.mark.parametrize(

@@ -307,35 +307,10 @@ def compare_layers(
     )
 
 
-class OutputDifference:
-    """Running difference between one output of two computations, and between two simulations of it;
-    `largest` is infinite and `sqnr` NaN if one of them holds NaN or infinity."""
-
-    def __init__(self) -> None:
-        self.signal = self.noise = self.floor_noise = self.largest = 0.0
-
-    def update(self, found: Tensor, expected: Tensor, perturbed: Tensor) -> None:
-        """Add one batch."""
-        difference = (found.double() - expected.double()).abs()
-        self.signal += float(expected.double().square().sum())
-        self.noise += float(difference.square().sum())
-        self.floor_noise += float((perturbed.double() - expected.double()).square().sum())
-        self.largest = max(self.largest, largest(difference))
-
-    @property
-    def sqnr(self) -> float:
-        """In dB; infinite if equal."""
-        return sqnr_db(self.signal, self.noise)
-
-    @property
-    def floor_sqnr(self) -> float:
-        """Of two simulations, in dB."""
-        return sqnr_db(self.signal, self.floor_noise)
-
-    def check(self, name: str, limits: Limits) -> Check:
-        """Whether it is as near as two simulations are."""
-        least = max(WRONG, min(limits.sqnr, self.floor_sqnr - limits.below_floor))
-        return at_least(f"signal to noise of output {name}", self.sqnr, least, "dB")
+def output_check(name: str, sqnr: float, floor: float, limits: Limits) -> Check:
+    """Whether an output is as near as two simulations of it are; both in dB."""
+    least = max(WRONG, min(limits.sqnr, floor - limits.below_floor))
+    return at_least(f"signal to noise of output {name}", sqnr, least, "dB")
 
 
 def verify_outputs(
@@ -355,21 +330,26 @@ def verify_outputs(
     interface = reference.graph().interface
     batches = [as_arguments(batch, interface.inputs) for batch in batches]
     layers = compare_layers(runtime, reference, batches[0], limits)
-    outputs: dict[str, OutputDifference] = {}
+    sums, most = dict[str, Tensor](), dict[str, float]()  # of squares; the largest difference
     for batch in batches:
         found = runtime.run(reference.bind(batch))
         perturbed = reference.perturbed_outputs(batch)
         for name, expected in reference.outputs(batch).items():
-            output = outputs.setdefault(name, OutputDifference())
-            output.update(found[name], expected, perturbed[name])
+            signal, difference = expected.double(), found[name].double() - expected.double()
+            parts = signal, difference, perturbed[name].double() - signal
+            squares = torch.stack([part.square().sum() for part in parts])
+            sums[name] = sums[name] + squares if name in sums else squares
+            most[name] = max(most.get(name, 0.0), largest(difference.abs()))
+    sqnr = {name: sqnr_db(float(s[0]), float(s[1])) for name, s in sums.items()}
+    floor = {name: sqnr_db(float(s[0]), float(s[2])) for name, s in sums.items()}
     figures = {
         **layers.figures,
         "primary": interface.primary,
-        "sqnr": {name: output.sqnr for name, output in outputs.items()},
-        "floor_sqnr": {name: output.floor_sqnr for name, output in outputs.items()},
-        "max_abs_difference": {name: output.largest for name, output in outputs.items()},
+        "sqnr": sqnr,
+        "floor_sqnr": floor,
+        "max_abs_difference": most,
     }
-    checks = [output.check(name, limits) for name, output in outputs.items()]
+    checks = [output_check(name, sqnr[name], floor[name], limits) for name in sums]
     return Parity(figures, (*checks, *layers.checks))
 
 

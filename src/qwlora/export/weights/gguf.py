@@ -122,23 +122,18 @@ class Gguf(Backend):
 
     def open(self, folder: Path, case: str) -> LlamaRuntime:
         shipped = LlamaRuntime(folder / BASE)
+        dequantize = require("gguf", "gguf").quants.dequantize
         with tempfile.TemporaryDirectory() as scratch:
             floats = Path(scratch, BASE)
-            float_copy(folder / BASE, floats)
+            reader, writer = _copying(folder / BASE, floats)
+            for tensor in reader.tensors:  # all weights as float32
+                writer.add_tensor(tensor.name, dequantize(tensor.data, tensor.tensor_type))
+            _finish(writer)
             return LlamaRuntime(floats, shipped)  # which has mapped the file, and needs no name
 
     def rounding(self, model: nn.Module) -> AbstractContextManager[None] | None:
         modules: list[nn.Module] = [m for m in model.modules() if isinstance(m, _GELUS)]
         return GeluFromTable(modules) if modules else None
-
-
-def float_copy(source: Path, target: Path) -> None:
-    """Write the GGUF file `source` with all weights as float32, by the gguf package."""
-    gguf = require("gguf", "gguf")
-    reader, writer = _copying(source, target)
-    for tensor in reader.tensors:
-        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type))
-    _finish(writer)
 
 
 def _copying(source: Path, target: Path) -> tuple[Any, Any]:

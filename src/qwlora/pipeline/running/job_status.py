@@ -133,6 +133,11 @@ def described_error(error: BaseException, stage: str) -> dict[str, Any]:
             message = message.replace(folder, short)
     if is_out_of_memory(error):
         remedy = f"{LESS_MEMORY}."
+    elif isinstance(error, VerificationError):
+        remedy = (
+            "Do not use the exported files until the check has passed. If only the perplexity "
+            "differs, barely, raise verify.sequences."
+        )
     elif isinstance(error, QwloraError | OSError):
         remedy = "Correct what the message names."
     else:

@@ -42,12 +42,12 @@ class ReportSection:
     of_adapter: bool
     view: Callable[[Job, str], View | None]
 
-    def drawn(self, job: Job, adapter: str, id: str = "") -> View | None:
+    def drawn(self, job: Job, adapter: str, id: str) -> View | None:
         """What the page shows; None if there is nothing to show."""
         if (view := self.view(job, adapter)) is None:
             return None
         return {
-            "id": id or self.id,
+            "id": id,
             "label": self.label,
             "question": view.get("question") or self.question,
             "template": f"{self.view.__module__.rpartition('.')[2]}.html",

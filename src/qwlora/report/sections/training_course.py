@@ -117,7 +117,9 @@ def loss_axes(
     x, y = Scale(0, steps, left, right), Scale(low - margin, high + margin, bottom, top)
     drawing, marks = Drawing(width, 270, title, words), ticks(y.low, y.high, 5)
     digits = max(1, -math.floor(math.log10(marks[1] - marks[0]))) if len(marks) > 1 else 2
-    drawing.horizontal_grid(y, left, right, lambda tick: fixed(tick, digits))
+    for tick in marks:
+        drawing.line(left, y(tick), right, y(tick))
+        drawing.text(left - 6, y(tick) + 4, fixed(tick, digits), "ax", "end")
     for tick in ticks(0, steps, 4 if is_narrow(width) else 6):
         if tick == int(tick) and x(tick) < right - 40:
             drawing.text(x(tick), bottom + 20, count(tick), "ax", "middle")

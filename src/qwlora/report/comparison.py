@@ -1,4 +1,4 @@
-"""The page that compares jobs: columns are jobs, and only the recipe's lines that differ."""
+"""The page that compares jobs, with only the lines of the recipes that differ."""
 
 from __future__ import annotations
 
@@ -83,18 +83,19 @@ def _share_a_text(series: list[Series]) -> bool:
 
 
 def _stage_table(series: list[Series]) -> Table:
-    rows: list[dict[str, Cell]] = [
-        {
-            "Stage": title,
-            **{s.name: s.job.shown(three_decimals, *s.job.path(kind, s.adapter)) for s in series},
-        }
-        for kind, title in KINDS.items()
-    ]
-    last: dict[str, Cell] = {"Stage": "KL to float, simulated"}
+    rows: list[dict[str, Cell]] = []
     for s in series:
-        path = (*s.job.path("simulated", s.adapter, "kl"), "mean")
-        last[s.name] = s.job.shown(form.significant, *path)
-    return Table("Perplexity on held-out text, by stage", [*rows, last])
+        kl = (*s.job.path("simulated", s.adapter, "kl"), "mean")
+        paths = {title: s.job.path(kind, s.adapter) for kind, title in KINDS.items()}
+        rows.append(
+            {
+                "Job": s.name,
+                "Bits per weight": s.job.shown(fixed, "base", "bits_per_weight"),
+                **{title: s.job.shown(three_decimals, *path) for title, path in paths.items()},
+                "KL to float, simulated": s.job.shown(form.significant, *kl),
+            }
+        )
+    return Table("Perplexity on held-out text, by stage", rows, sortable=True)
 
 
 def _stage_figure(series: list[Series]) -> Markup | str:
@@ -110,31 +111,16 @@ def _stage_figure(series: list[Series]) -> Markup | str:
 
 
 def _size_quality(series: list[Series]) -> dict[str, Any] | None:
-    """Jobs with bases of different sizes that were tested on the same text, by bits per packed
-    weight, encodings included. The best are those that no other equals in both and beats in one."""
-    numbers = [(s.job.number("base", "bits_per_weight"), s.perplexity, s) for s in series]
-    points = [(bits, value, s) for bits, value, s in numbers if bits and value]
-    if len({bits for bits, _, _ in points}) < 2 or not _share_a_text(series):
+    """Of jobs with bases of different sizes that were tested on the same text: those that no other
+    equals both in bits per packed weight, encodings included, and in perplexity."""
+    numbers = [(s.job.number("base", "bits_per_weight"), s.perplexity, s.name) for s in series]
+    points = sorted((bits, value, name) for bits, value, name in numbers if bits and value)
+    if len({bits for bits, *_ in points}) < 2 or not _share_a_text(series):
         return None
-    points.sort(key=lambda point: point[:2])
-    best, rows = list[int](), list[dict[str, Cell]]()
-    for number, (_, value, s) in enumerate(points):
-        if not best or value < points[best[-1]][1]:
-            best.append(number)
-        kind = str(s.job.final_kind(s.adapter))
-        rows.append(
-            {
-                "Job": s.name,
-                "Bits per weight": s.job.shown(fixed, "base", "bits_per_weight"),
-                "Perplexity": s.job.shown(three_decimals, *s.job.path(kind, s.adapter)),
-            }
-        )
-    caption = "Size and quality; the best at their size are marked"
-    return {
-        "best": [points[number] for number in best],
-        "are_all": len(best) == len(points),
-        "table": Table(caption, rows, best, sortable=True),
-    }
+    best = points[:1]
+    for point in points:
+        best += [point] if point[1] < best[-1][1] else []
+    return {"best": best, "are_all": len(best) == len(points)}
 
 
 def _training_figure(series: list[Series]) -> Markup | str:
@@ -173,16 +159,15 @@ def _parity_table(series: list[Series]) -> Table:
 
 def _cost_table(names: list[str], jobs: Sequence[Job]) -> Table:
     verbs = dict.fromkeys(verb for job in jobs for verb in job.section("stages"))
-    measures = {
-        **{capitalized(verb): (form.seconds, ("stages", verb, "seconds")) for verb in verbs},
-        "Packed layers": (form.size, ("base", "bytes")),
-        "Bits per weight": (fixed, ("base", "bits_per_weight")),
-    }
-    rows: list[dict[str, Cell]] = []
-    for title, (written, path) in measures.items():
-        cells = [job.shown(written, *path) for job in jobs]
-        rows.append({"": title, **dict(zip(names, cells, strict=True))})
-    return Table("Time by stage, and size", rows)
+    rows: list[dict[str, Cell]] = [
+        {
+            "Job": name,
+            **{capitalized(v): job.shown(form.seconds, "stages", v, "seconds") for v in verbs},
+            "Packed layers": job.shown(form.size, "base", "bytes"),
+        }
+        for name, job in zip(names, jobs, strict=True)
+    ]
+    return Table("Time by stage, and size", rows, sortable=True)
 
 
 def _recipe_table(names: list[str], jobs: Sequence[Job]) -> Table:

@@ -73,11 +73,11 @@ class Drawing:
         end = f"><title>{escape(title)}</title></{element}>" if title else "/>"
         self._parts.append(f"<{element} {attributes}{end}")
 
-    def polyline(self, points: Sequence[Point], kind: str, end: str = "") -> None:
-        """A line through points; with the end `Z` an area."""
+    def polyline(self, points: Sequence[Point], kind: str) -> None:
+        """A line through points."""
         if points:
             line = " L".join(f"{x:.1f},{y:.1f}" for x, y in points)
-            self._parts.append(f'<path d="M{line}{end}" class="{kind}"/>')
+            self._parts.append(f'<path d="M{line}" class="{kind}"/>')
 
     def svg(self) -> Markup:
         """The drawing as inline SVG."""

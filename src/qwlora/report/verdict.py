@@ -222,32 +222,29 @@ def _gain(job: Job, adapter: str) -> Iterator[Evidence]:
         return
     is_only = len(job.adapters) == 1
     name = ("Simulated adapter" if kind == "simulated" else "Adapter") if is_only else adapter
-    change, over_base = job.change(kind, "float", adapter), job.change(kind, "base", adapter)
-    if change is not None:
-        least, needed = LEAST_GAIN, f"{LEAST_GAIN:.0%}"
-        if (stderr := job.number("perplexity_ratio", kind, adapter, "stderr")) is not None:
-            least, needed = 2 * stderr, f"2 standard errors ({form.precise_percent(2 * stderr)})"
-        is_better = change < 0 and -change >= least
-        who, on = "the adapter" if is_only else adapter, "than the float model on held-out text"
-        worse = f"{who} is {percent(change)} worse {on}"
-        unclear = f"{who} is not clearly better {on} ({percent(change)})"
-        yield Evidence(
-            Outcome.PASSED if is_better else Outcome.CAUTION,
-            f"{name} against the float model, held-out text",
-            tagged(percent(change, sign=True), change),
-            "perplexity" if is_better else f"better by {needed} expected",
-            worse if change > 0 else unclear,
-        )
-    elif over_base is not None:
-        yield Evidence(
-            Outcome.PASSED if over_base < 0 else Outcome.CAUTION,
-            f"{name} against the packed base, held-out text (there is no float model)",
-            tagged(percent(over_base, sign=True), over_base),
-            "perplexity",
-            "the adapter is no better than the packed base on held-out text",
-        )
-    else:
+    who = "the adapter" if is_only else adapter
+    reference, model = "float", "float model"
+    least, needed = LEAST_GAIN, f"better by {LEAST_GAIN:.0%} expected"
+    if (stderr := job.number("perplexity_ratio", kind, adapter, "stderr")) is not None:
+        least, percentage = 2 * stderr, form.precise_percent(2 * stderr)
+        needed = f"better by 2 standard errors ({percentage}) expected"
+    if job.change(kind, "float", adapter) is None:
+        reference, model = "base", "packed base"
+        least, needed = 0.0, "better expected, as there is no float model"
+    if (change := job.change(kind, reference, adapter)) is None:
         yield Evidence(Outcome.MISSING, f"{name} against the float model")
+        return
+    is_better = change < 0 and -change >= least
+    shown = f"not clearly better than the {model} on held-out text ({percent(change)})"
+    if change > 0:
+        shown = f"{percent(change)} worse than the {model} on held-out text"
+    yield Evidence(
+        Outcome.PASSED if is_better else Outcome.CAUTION,
+        f"{name} against the {model}, held-out text",
+        tagged(percent(change, sign=True), change),
+        "perplexity" if is_better else needed,
+        f"{who} is {shown}",
+    )
 
 
 def _tokens(job: Job, target: str) -> dict[str, float]:

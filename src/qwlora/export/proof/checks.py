@@ -105,15 +105,10 @@ class Check:
             number if isinstance(number, bool | int | float) else None
             for number in (fields.get("value"), fields.get("limit"))
         )
-        unit, bound = fields.get("unit"), fields.get("bound")
-        return cls(
-            str(fields.get("what")),
-            value,
-            limit,
-            fields.get("passed") is True,
-            unit if unit in _FORMS else "",
-            "at least" if bound == "at least" else "at most",
-        )
+        unit: Any = fields["unit"] if fields.get("unit") in _FORMS else ""
+        bound: Any = "at least" if fields.get("bound") == "at least" else "at most"
+        is_passed = fields.get("passed") is True
+        return cls(str(fields.get("what")), value, limit, is_passed, unit, bound)
 
 
 def at_most(what: str, value: float, limit: float, unit: Unit = "") -> Check:

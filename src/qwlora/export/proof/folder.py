@@ -79,12 +79,6 @@ def is_of_base(bundle: Path, adapter: str) -> bool:
     return not manifest.changed_files(folder, RECORD, only=loaded)
 
 
-def without_cache(base: Path) -> str | None:
-    """Why a base's files have no key-value cache; None: they have one, or always do."""
-    reason: str | None = manifest.read(base / RECORD).get(WITHOUT_CACHE)
-    return reason
-
-
 def is_bundle(folder: Path) -> bool:
     """Whether a folder has the layout of a bundle."""
     return (folder / PROOF).is_dir() and ((folder / BASE).is_dir() or bool(_proof_paths(folder)))

@@ -187,7 +187,9 @@ def _run(
     sequence = torch.cat([prompt, torch.tensor([tokens])], dim=1)
     likeliest = runtime.logits(sequence)[0, prompt.shape[1] - 1 : -1].argmax(-1)
     agreement = float((likeliest == sequence[0, prompt.shape[1] :]).float().mean())
-    decode_tokens_per_second = decode_speed(runtime, first[:, :1])
+    began = time.perf_counter()
+    runtime.decode(first[:, :1], DECODED)
+    decoding = time.perf_counter() - began
     runtime.use(None)
     off_is_equal = is_same(runtime.logits(first), before)
     has_floor = "adapter.other_same" in reference
@@ -197,19 +199,12 @@ def _run(
         "adapter": whole.figures,
         "decode_agreement": agreement,
         "prefill_tokens_per_second": prompt.shape[1] / prefill,
-        "decode_tokens_per_second": decode_tokens_per_second,
+        "decode_tokens_per_second": DECODED / decoding,
         "off_is_equal": off_is_equal,
         "switch_seconds": switch_seconds(runtime, adapter, first[:, :1]),
     }
     checks = (decoded(agreement, floor), is_so(OFF, off_is_equal))
     return Parity(figures, (*base.checks, *whole.checks, *checks))
-
-
-def decode_speed(runtime: Runtime, token: Tensor) -> float:
-    """Tokens per second, one by one with a cache, that follow one token [1, 1]."""
-    began = time.perf_counter()
-    runtime.decode(token, DECODED)
-    return DECODED / (time.perf_counter() - began)
 
 
 def switch_seconds(runtime: Runtime, adapter: Path, token: Tensor) -> float:

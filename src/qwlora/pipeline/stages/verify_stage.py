@@ -21,7 +21,6 @@ from qwlora.export.proof.folder import (
     current_proofs,
     is_of_base,
     record_digest,
-    without_cache,
     write_proof,
 )
 from qwlora.export.proof.measure import compare_cache, measure, proven, switching
@@ -101,8 +100,9 @@ class _Verification:
                 "of": {part: record_digest(folder) for part, folder in self.parts.items()},
                 "limits": {"perplexity_difference": limits.perplexity_difference},
             }
-            if BASE in self.parts and (reason := without_cache(self.parts[BASE])) is not None:
-                self.record[WITHOUT_CACHE] = reason
+            base = manifest.read(self.parts[BASE] / RECORD) if BASE in self.parts else {}
+            if WITHOUT_CACHE in base:
+                self.record[WITHOUT_CACHE] = base[WITHOUT_CACHE]
             if missing := self.target.missing():
                 self.record["not_run"] = results["not_run"] = missing
         if not missing:

@@ -302,14 +302,14 @@ def test_a_place_that_cannot_be_written_is_refused_before_the_verdict(
 def test_a_full_disk_is_an_error_of_ours_and_keeps_nothing(
     job: Path, mounted: Any, into: Any, size: str
 ) -> None:
-    session, _ = open_job(job)
+    opened, _ = open_job(job)
     disk = mounted(f"size={size}")
     full = "new/merged': no space left on the disk. Nothing half-written was kept. Free some space"
     with (
         pytest.raises(DirectoryError, match=full),
         new_folder(disk / "new" / "merged") as folder,
     ):
-        write_merged(session, "first", into, folder)
+        write_merged(opened.new_context(), "first", into, folder)
     assert list(disk.iterdir()) == []
 
 
@@ -327,7 +327,7 @@ def test_a_place_that_is_read_only_or_cannot_be_replaced_is_named(
 
 def test_what_is_not_there_is_named(job: Path, tmp_path: Path) -> None:
     unknown = qwlora("merge-check", job, "other").stderr
-    assert "has no trained adapter 'other'; the recipe has first" in unknown
+    assert "has no adapter 'other'; there are first" in unknown
     assert "is not a job directory" in qwlora("merge-check", tmp_path, "first").stderr
     wrong = qwlora("merge", job, "first", "--into", "gold", "--out", tmp_path / "x")
     assert (wrong.returncode, "'requantized'" in wrong.stderr) == (2, True)

@@ -116,8 +116,8 @@ def test_layers_of_a_simulation_are_written(job: Path, tmp_path: Path) -> None:
         ([], ["--stage", "simulated"], "of integers [tokens]"),
         (None, ["--stage", "simulated"], "Give a .npy file of integers"),
         ([1], ["--stage", "adapted"], "'adapted' has no quantized activations; choose one of"),
-        ([1], [], "has not exported adapter 'first' to onnx yet"),
-        ([1], ["--adapter", "second"], "has not trained adapter 'second' yet"),
+        ([1], [], "has no export/onnx/first yet. Run first: qwlora export"),
+        ([1], ["--adapter", "second"], "has no adapters/second, export/onnx/second yet"),
         ([1], ["--stage", "simulated", "--out", "here"], "here' exists. Nothing was changed"),
     ],
 )
@@ -238,7 +238,7 @@ def test_what_cannot_be_shown(job: Path, tmp_path: Path) -> None:
     assert "is not a job directory: it has no recipe.yaml" in errors
     code, _, errors = simulate(job, "--adapter", "second")
     assert code == 2
-    assert "has no trained adapter 'second'; the recipe has first, second. Train it" in errors
+    assert "has no adapters/second yet. Run first: qwlora train --out" in errors
     code, _, errors = simulate(job, "--set", "simulation.rules=[{match: lm_hed, bitwidth: 8}]")
     assert code == 2
     assert "'lm_hed' matches no value; did you mean lm_head" in errors
@@ -276,7 +276,7 @@ def test_what_is_of_another_recipe_is_not_shown(job: Path, tmp_path: Path) -> No
         explain_placement(out)
     for folder in ("adapters", "simulation"):
         (out / folder / "first").rename(out / folder / "before")
-    with pytest.raises(DirectoryError, match="holds calibrate/before, but its recipe no longer"):
+    with pytest.raises(DirectoryError, match="has no adapter 'before'; there are first"):
         explain_placement(out, "before")
 
 

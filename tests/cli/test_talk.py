@@ -166,10 +166,10 @@ def test_an_answer_ends_at_the_last_position(job: Path) -> None:
     [
         (("--adapter", "frist"), ("no adapter 'frist'", "did you mean first")),
         (("--compare", "base,frist"), ("no model or adapter 'frist'", "did you mean first")),
-        (("--adapter", "second"), ("not trained adapter 'second' yet", "qwlora train --out")),
+        (("--adapter", "second"), ("has no adapters/second yet", "qwlora train --out")),
         (
             ("--adapter", "second", "--stage", "onnx"),
-            ("not trained", "train --out", "&& qwlora export --out"),
+            ("no adapters/second, export/onnx/second", "train --out", "&& qwlora export --out"),
         ),
         (("--stage", "simulatd"), ("no stage 'simulatd'", "did you mean simulated")),
         (("--stage", "gguf"), ("not exported to gguf", "has onnx, hf", "export.targets")),
@@ -239,7 +239,7 @@ def test_a_folder_that_is_no_job_or_has_no_base_is_refused(job: Path, tmp_path: 
     shutil.copy(job / "recipe.yaml", tmp_path)
     code, _, err = call("generate", tmp_path, PROMPT)
     assert (code, err.count("\n")) == (2, 1)
-    assert "has no base yet. Run first: qwlora quantize" in err
+    assert "has no base, adapters/first yet. Run first: qwlora quantize" in err
     assert "&& qwlora train --out" in err
 
 
@@ -254,7 +254,7 @@ def test_a_use_case_is_found_by_its_own_name(job: Path, tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     code, _, err = call("generate", tmp_path, PROMPT, "--stage", "qairt", "--adapter", "none")
     assert (code, err.count("\n")) == (2, 1)
-    assert "has not exported use cases to qairt yet. Run first: qwlora export --out" in err
+    assert "has no export/qairt yet. Run first: qwlora export --out" in err
     (tmp_path / "export" / "qairt").mkdir(parents=True)
     code, _, err = call("generate", tmp_path, PROMPT, "--stage", "qairt", "--adapter", "second")
     assert (code, err.count("\n")) == (2, 1)

@@ -62,7 +62,8 @@ def job(recipe_for: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Fak
     for verb in RUN:
         monkeypatch.setitem(RUN, verb, fake.stage)
     context = SimpleNamespace(all_texts=dict)
-    monkeypatch.setattr(run_job, "_start_context", lambda *arguments: context)
+    monkeypatch.setattr(run_job, "new_context", lambda *arguments: context)
+    monkeypatch.setattr("qwlora.pipeline.plan.preflight.preflight", lambda *arguments: None)
     return fake
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.conftest import FakeJob, stage_keys
+from pipeline.conftest import stage_keys
 from qwlora.pipeline.job import digests as module
 from qwlora.pipeline.job.digests import Digests
 
@@ -54,9 +54,7 @@ def test_an_unchanged_file_is_read_once(tmp_path: Path, reads: list[str]) -> Non
     file, cache = tmp_path / "a", tmp_path / "cache.json"
     file.write_bytes(b"old")
     digests = Digests(cache)
-    assert (
-        digests.content(file) == digests.content(file) == digests.identity(file) == sha256(b"old")
-    )
+    assert digests.content(file) == digests.content(file) == sha256(b"old")
     digests.save()
     assert Digests(cache).content(file) == sha256(b"old")
     assert reads == ["a"]
@@ -90,23 +88,6 @@ def test_a_file_written_just_now_is_not_cached(
     assert reads == ["a", "a"]
 
 
-def test_trusted_mtime_reads_nothing_but_artifacts(tmp_path: Path, reads: list[str]) -> None:
-    file, cache = tmp_path / "a", tmp_path / "cache.json"
-    file.write_bytes(b"old")
-    digests = Digests(cache, trust_mtime=True)
-    identity = digests.identity(file)
-    rewrite(file, b"new")
-    assert digests.identity(file) == identity
-    assert not reads
-    os.utime(file, ns=(1, 1))
-    assert (stamped := digests.identity(file)) != identity
-    digests.save()
-    assert Digests(cache).identity(file) == stamped  # a run without the option does not start over
-    assert Digests(cache).content(file) == sha256(b"new")
-    rewrite(file, b"yet")
-    assert Digests(cache).identity(file) == sha256(b"yet")
-
-
 @pytest.mark.parametrize("damage", [b"", b"[]", b"{}", b'{"files": 1, "sha256": 2}', b"\xff", None])
 def test_a_damaged_cache_is_ignored(tmp_path: Path, damage: bytes | None) -> None:
     file, cache = tmp_path / "a", tmp_path / "cache.json"
@@ -120,7 +101,7 @@ def test_a_damaged_cache_is_ignored(tmp_path: Path, damage: bytes | None) -> Non
 
 def test_without_a_file_there_is_no_digest_and_without_a_job_no_cache(tmp_path: Path) -> None:
     assert Digests().content(tmp_path / "none") is None
-    assert Digests().identity(tmp_path) is None
+    assert Digests().content(tmp_path) is None
     file = tmp_path / "a"
     file.write_bytes(b"old")
     for place in (None, tmp_path / "none" / "cache.json"):
@@ -166,11 +147,3 @@ def test_an_adapter_to_continue_counts_by_its_content(recipe_for: Any, tmp_path:
     changed = {name for name in before if after[name] != before[name]}
     assert "train/first" in changed
     assert "quantize" not in changed
-
-
-def test_a_run_with_trusted_mtime_and_one_without_are_the_same_job(job: FakeJob) -> None:
-    job.run(trust_mtime=True)
-    job.run(trust_mtime=True)
-    assert not job.ran
-    job.run()
-    assert not job.ran

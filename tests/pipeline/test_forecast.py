@@ -16,7 +16,7 @@ from cli.command_line import qwlora
 from conftest import VOCABULARY, byte_tokenizer, tiny_model
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.pipeline.plan import forecast
-from qwlora.pipeline.plan.forecast import TracedModels, traced_run
+from qwlora.pipeline.plan.forecast import TracedModels, TracedRun
 from qwlora.pipeline.plan.plan import resolve_compute
 from qwlora.quantize.quantize_model import base_size, quantize_
 from qwlora.recipe import Recipe, load_recipe
@@ -55,14 +55,11 @@ def models(recipe: Recipe) -> TracedModels:
 def test_the_peak_is_what_is_alive_together() -> None:
     with FakeTensorMode(), torch.no_grad():
         x, weight = torch.empty(8, 16), torch.empty(32, 16)
-
-        def call() -> None:
+        with (run := TracedRun()):
             y = torch.nn.functional.linear(x, weight)  # 8 x 32
             z = y.relu()  # beside y
             del y
             (z + z).sum()  # z, its double and the sum
-
-        run = traced_run(call)
     assert run.peak == 4 * (2 * 8 * 32 + 1)
     assert run.outputs == 4 * (3 * 8 * 32 + 1)
 
@@ -70,7 +67,8 @@ def test_the_peak_is_what_is_alive_together() -> None:
 def test_training_keeps_what_autograd_keeps() -> None:
     with FakeTensorMode():
         x, weight = torch.empty(8, 16), torch.empty(32, 16, requires_grad=True)
-        run = traced_run(lambda: torch.nn.functional.linear(x, weight).exp().sum().backward())
+        with (run := TracedRun()):
+            torch.nn.functional.linear(x, weight).exp().sum().backward()
     # the exponential and its sum are kept, and the gradient of the sum comes to them
     assert run.peak >= 4 * 2 * 8 * 32
 

@@ -25,7 +25,7 @@ from qwlora.pipeline.commands.manage_adapters import (
     remove_adapter,
     rename_adapter,
 )
-from qwlora.pipeline.commands.open_job import add_task_scores
+from qwlora.pipeline.commands.open_job import JobModels, add_task_scores
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.journal import JOURNAL
 from qwlora.pipeline.job.stage_records import Record
@@ -85,10 +85,11 @@ def finished(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
                 (scratch / "file.bin").write_text(name)
                 stage = plan[name]
                 directory.commit(name, Record(stage.key, 1.0), scratch, stage.artifact, ())
-        unfinished = directory.work("train/second", plan["train/second"].work_key)
+        unfinished = directory.work("train/second", plan["train/second"].key)
         unfinished.mkdir(parents=True)
         (unfinished / "checkpoint").write_text("half")
-    add_task_scores(job, "adapted/first", "train/first", {"first": {"acc": 1}})
+    models = JobModels(job)
+    add_task_scores(models, models.name("adapted", "first"), {"first": {"acc": 1}})
     return job
 
 

@@ -25,7 +25,7 @@ from qwlora.pipeline.commands.manage_adapters import (
     remove_adapter,
     rename_adapter,
 )
-from qwlora.pipeline.commands.open_job import add_task_scores
+from qwlora.pipeline.commands.open_job import JobModels, add_task_scores
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.stage_records import Record
 from qwlora.pipeline.plan.plan import JobTexts, Stage, make_plan, resolve_compute
@@ -131,13 +131,14 @@ def test_a_renamed_adapter_keeps_its_files_and_results(job: Path) -> None:
 
 def test_scores_of_tasks_belong_to_the_model_that_was_scored(job: Path) -> None:
     arc, piqa = {"arc": {"value": 0.5}}, {"piqa": {"value": 0.6}}
-    add_task_scores(job, "base", "quantize", arc)
-    add_task_scores(job, "adapted/first", "train/first", {"first": {"value": 0.7}})
-    tasks = add_task_scores(job, "base", "quantize", piqa)["tasks"]
+    base, first, second = JobModels(job).named("base,first,second")
+    add_task_scores(JobModels(job), base, arc)
+    add_task_scores(JobModels(job), first, {"first": {"value": 0.7}})
+    tasks = add_task_scores(JobModels(job), base, piqa)["tasks"]
     assert tasks == {"base": arc | piqa, "adapted": {"first": {"first": {"value": 0.7}}}}
     assert json.loads((job / "results.json").read_text())["tasks"] == tasks
     rename_adapter(job, "first", "one")  # and not the task of the same name
-    tasks = add_task_scores(job, "adapted/second", "train/second", arc)["tasks"]
+    tasks = add_task_scores(JobModels(job), second, arc)["tasks"]
     assert tasks["adapted"] == {"one": {"first": {"value": 0.7}}, "second": arc}
     run(load_recipe(job / "recipe.yaml", ("adapters.0.steps=3",)), job, VERBS, replace=True)
     tasks = json.loads((job / "results.json").read_text())["tasks"]

@@ -66,8 +66,8 @@ def test_adapters_share_what_the_recipe_says(recipe_for: Any, tmp_path: Path) ->
         assert results["perplexity"]["simulated"][name] == pytest.approx(own_perplexity, rel=0.05)
         assert results["perplexity"]["simulated"][name] != own_perplexity
 
-    session, _ = open_job(out, "a", (EIGHT_BITS, "simulation.base_activations=none"))
-    restored = session.simulation("a").encodings  # also of the base's packed weights
+    opened, _ = open_job(out, "a", (EIGHT_BITS, "simulation.base_activations=none"))
+    restored = opened.new_context().simulation("a").encodings  # also of the base's packed weights
     assert restored.keys() > a.keys()
     assert all(torch.equal(restored[name].scale, encoding.scale) for name, encoding in a.items())
 

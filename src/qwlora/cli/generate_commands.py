@@ -88,15 +88,13 @@ def generate(
             "--compare names its models itself, for example base,simulated/first; remove "
             "--adapter and --stage"
         )
-    from qwlora.pipeline.commands.open_job import JobModels, model_name
+    from qwlora.pipeline.commands.open_job import JobModels
 
     models = JobModels(job)
     if compare is None:
         names = [models.name(stage or "adapted", adapter)]
     else:
-        names = [
-            model_name(name.strip(), models.adapters) for name in compare.split(",") if name.strip()
-        ]
+        names = models.named(compare)
         if not names:
             raise typer.BadParameter("--compare needs the names of models, for example base,first")
     for name in names:

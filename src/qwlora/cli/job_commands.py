@@ -105,11 +105,11 @@ def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:
     """
     from qwlora.pipeline.commands.open_job import open_job
 
-    context, name = open_job(job, name)
+    opened, name = open_job(job, name)
     from qwlora.pipeline.commands.write_model import merge_verdict
 
     with ProgressDisplay(as_json) as display:
-        verdict = merge_verdict(context, name, display.track)
+        verdict = merge_verdict(opened.new_context(), name, display.track)
     print_result(verdict, merge_lines(verdict), as_json)
 
 
@@ -134,7 +134,8 @@ def merge(
     from qwlora.pipeline.job.output_path import check_outside_data, new_folder
 
     with new_folder(out) as folder:
-        context, name = open_job(job, name)
+        opened, name = open_job(job, name)
+        context = opened.new_context()
         check_outside_data(out, context.recipe)
         from qwlora.pipeline.commands.write_model import merge_verdict, write_merged
 

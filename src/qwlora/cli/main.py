@@ -92,15 +92,6 @@ Out = Annotated[
         help="The job's directory: receives the base, adapters, exports and results.json."
     ),
 ]
-TrustMtime = Annotated[
-    bool,
-    typer.Option(
-        "--trust-mtime",
-        help="Treat a model file as unchanged if its size and mtime are, without hashing its "
-        "content (for models of terabytes). Default: hash the content, again whenever size, mtime, "
-        "ctime or inode changes. Give this option to every run of the job.",
-    ),
-]
 # Read by tqdm, huggingface_hub and datasets when they are imported; our bars are ours.
 _PROGRESS_OF_OTHERS = (
     "TQDM_DISABLE",
@@ -168,7 +159,6 @@ def _job_command(name: str) -> Callable[..., None]:
                 "place until the new one is finished.",
             ),
         ] = False,
-        trust_mtime: TrustMtime = False,
     ) -> None:
         if name == "verify" and recipe is not None and recipe.is_dir():
             from qwlora.export.proof.folder import is_bundle
@@ -189,7 +179,6 @@ def _job_command(name: str) -> Callable[..., None]:
         path = recipe or out / "recipe.yaml"
         options = [str(path), "--out", str(out)]
         options += [part for change in changes or () for part in ("--set", change)]
-        options += ["--trust-mtime"] if trust_mtime else []
         failure: VerificationError | None = None
         try:
             with ProgressDisplay(quiet or as_json) as display:
@@ -201,7 +190,6 @@ def _job_command(name: str) -> Callable[..., None]:
                     track=display.track,
                     say=display.say,
                     command=lambda verb: shlex.join(["qwlora", verb, *options]),
-                    trust_mtime=trust_mtime,
                     replace=replace,
                     watch=None if quiet or as_json else display.watch,
                 )
@@ -258,14 +246,12 @@ def evaluate(
     changes: Changes = None,
     as_json: AsJson = False,
     quiet: Quiet = False,
-    trust_mtime: TrustMtime = False,
 ) -> None:
     """See `_SUMMARY`."""
     if tasks is None:
         if models is not None or limit is not None:
             raise typer.BadParameter("--models and --limit need --tasks; add it, or remove them")
-        command = _job_command("evaluate")
-        command(recipe, out, changes, as_json, quiet, trust_mtime=trust_mtime)
+        _job_command("evaluate")(recipe, out, changes, as_json, quiet)
         return
     if recipe is None or out is not None or changes:
         raise typer.BadParameter(

@@ -23,13 +23,7 @@ import numpy.typing as npt
 
 from qwlora.errors import CalibrationError, DirectoryError, SourceError
 from qwlora.export.registry import TARGETS
-from qwlora.pipeline.commands.open_job import (
-    JobModels,
-    ModelName,
-    check_current,
-    is_calibrated,
-    open_job,
-)
+from qwlora.pipeline.commands.open_job import JobModels, ModelName
 from qwlora.system import strict_json
 from qwlora.system.atomic import move_into_place
 from qwlora.system.progress import Track, untracked
@@ -69,26 +63,24 @@ def dump_layers(
         SourceError: the ids cannot be read, or are none of this model.
         CalibrationError: no activation is quantized.
     """
-    models, runtime = JobModels(folder), None
+    job, runtime = JobModels(folder, track=track), None
     if stage is None:
-        targets = (name for name in models.recipe.export.targets if name in STAGES)
+        targets = (name for name in job.recipe.export.targets if name in STAGES)
         stage = next(targets, "simulated")
     if stage not in STAGES:
         raise DirectoryError(
             f"stage {stage!r} has no quantized activations; choose one of {', '.join(STAGES)}"
         )
-    name = models.name(stage, case)
-    models.check(name)
+    name = job.name(stage, case)
+    job.check(name)
     out = out or folder / "layers" / stage / str(name.adapter)
     if out.exists():
         raise DirectoryError(f"{str(out)!r} exists. Nothing was changed. Give another --out")
     ids = None if ids_file is None else _read_ids(ids_file)
-    context, adapter = open_job(folder, next(iter(name.adapters), None), track=track)
+    job.require(name.made_by)
+    context, adapter = job.new_context(), [*name.adapters, job.recipe.adapters[0].name][0]
     if stage != "simulated":
-        check_current(context, name.export_stages)
-        runtime = TARGETS[stage].open(context.path / "export" / stage, name.adapter)
-    elif not is_calibrated(context, adapter):
-        raise DirectoryError(f"{str(folder)!r} has not calibrated {adapter!r} yet; calibrate first")
+        runtime = TARGETS[stage].open(folder / "export" / stage, name.adapter)
     batch = _batch(context, adapter, ids, None if runtime is None else runtime.call_tokens)
     if name.is_use_case:
         simulation = context.use_cases[str(name.adapter)]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import copy
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -25,20 +25,8 @@ from qwlora.export.registry import TARGETS
 from qwlora.export.target import members
 from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.output_path import as_directory_errors
-from qwlora.pipeline.plan.plan import (
-    JobTexts,
-    UnreadTexts,
-    has_float_model,
-    make_plan,
-    resolve_compute,
-)
-from qwlora.pipeline.plan.stale_stages import (
-    JobState,
-    command_line,
-    find_stale,
-    job_recipe,
-    run_line,
-)
+from qwlora.pipeline.plan.plan import has_float_model
+from qwlora.pipeline.plan.stale_stages import JobState, command_line, find_stale, run_line
 from qwlora.pipeline.results.results import last_status, write_results
 from qwlora.pipeline.running import new_context, quiet_libraries
 from qwlora.system.progress import Track, untracked
@@ -51,72 +39,6 @@ if TYPE_CHECKING:
 
 STAGES = ("float", "base", "adapted", "simulated", *TARGETS)
 _COUNTS = ("data.evaluation_sequences", "data.calibration_sequences")
-
-
-def open_job(
-    folder: Path,
-    adapter: str | None = None,
-    changes: tuple[str, ...] = (),
-    track: Track = untracked,
-) -> tuple[JobContext, str]:
-    """The context of an existing job, and the name of one of its trained adapters.
-
-    Args:
-        adapter: default: the first in the recipe.
-        changes: changes to the job's recipe for this context only; see `load_recipe`.
-
-    Raises:
-        DirectoryError: there is no such job or trained adapter, or files of the adapter or the base
-            are missing or modified.
-        RecipeError: a change is of something else than the simulation and the counts of sequences:
-            the base and the adapters exist already.
-        FingerprintError: the adapter was trained on a different base.
-    """
-    recipe = job_recipe(folder, changes)
-    keys = {change: change.partition("=")[0] for change in changes}
-    refused = [c for c, k in keys.items() if k.split(".")[0] != "simulation" and k not in _COUNTS]
-    if refused:
-        options = [part for change in refused for part in ("--set", change)]
-        problem = (
-            f"{shlex.join(options)}: this command can only change simulation.* and "
-            f"{' and '.join(_COUNTS)}. Run the job with the change first: "
-            f"{run_line(folder, *options)}"
-        )
-        raise RecipeError(str(folder / "recipe.yaml"), [problem])
-    name = adapter or recipe.adapters[0].name
-    if not (folder / "adapters" / name).is_dir():
-        known = ", ".join(adapter.name for adapter in recipe.adapters)
-        raise DirectoryError(
-            f"{str(folder)!r} has no trained adapter {name!r}; the recipe has {known}. Train it: "
-            f"{command_line('train', folder)}"
-        )
-    job = JobState(folder, recipe)
-    if f"train/{name}" in {stage.name for stage in job.plan}:
-        job.require(f"train/{name}", f"adapter {name!r}", whatever_inputs=True)
-    context = new_context(job.recipe, job.texts, folder, track)
-    from qwlora.adapter.adapter_folder import check_adapter
-
-    check_adapter(folder / "adapters" / name, context.base_fingerprint)
-    return context, name
-
-
-def check_current(context: JobContext, stages: Iterable[str]) -> None:
-    """Check that stages of the context's job, and all that they need, are current."""
-    job = JobState(context.path, context.recipe, context.texts)
-    for stage in stages:
-        job.require(stage)
-
-
-def is_calibrated(context: JobContext, name: str) -> bool:
-    """Whether adapter `name` is calibrated in the context's job.
-
-    Raises:
-        DirectoryError: the calibration is of another recipe, adapter or base.
-    """
-    if not (context.path / "simulation" / name).is_dir():
-        return False
-    check_current(context, [f"calibrate/{name}"])
-    return True
 
 
 @dataclass(frozen=True)
@@ -138,16 +60,10 @@ class ModelName:
         return members(self.adapter) if self.is_use_case else [self.adapter]
 
     @property
-    def export_stages(self) -> list[str]:
-        """The stages that write its files; the last one has their folder as its name. Of a target
-        only."""
-        return TARGETS[self.stage].stages(self.stage, str(self.adapter))
-
-    @property
     def made_by(self) -> str:
         """The stage that makes the model; of `float`, the one whose key covers its files."""
         if self.stage in TARGETS:
-            return self.export_stages[-1]
+            return TARGETS[self.stage].stages(self.stage, str(self.adapter))[-1]
         made = {"adapted": f"train/{self.adapter}", "simulated": f"calibrate/{self.adapter}"}
         return made.get(self.stage, "quantize")
 
@@ -155,33 +71,17 @@ class ModelName:
         return self.stage if self.adapter is None else f"{self.stage}/{self.adapter}"
 
 
-def model_name(text: str, adapters: Iterable[str]) -> ModelName:
-    """Parse the name of a model; see the module's docstring."""
-    known = list(adapters)
-    stage, _, adapter = text.partition("/")
-    if text in ("float", "base"):
-        return ModelName(text)
-    if adapter and stage in STAGES[2:]:
-        return ModelName(stage, adapter)
-    if text in known:
-        return ModelName("adapted", text)
-    names = ["float", "base", *known]
-    raise DirectoryError(f"there is no model or adapter {text!r}{suggestion(text, names)}")
+class JobModels(JobState):
+    """An existing job and its models. What is not there is a DirectoryError."""
 
-
-class JobModels:
-    """Opens the models of the job in `folder`. What is not there is a DirectoryError."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.recipe = folder, job_recipe(folder)
-
-    @property
-    def adapters(self) -> list[str]:
-        return [adapter.name for adapter in self.recipe.adapters]
+    def new_context(self) -> JobContext:
+        """Nothing is loaded in it; what is, is released with it."""
+        return new_context(self.recipe, self.texts, self.folder, self.track)
 
     def models(self, stage: str) -> list[ModelName]:
         """The models of a stage other than `float` and `base`: one an adapter or use case."""
-        names = self.recipe.use_cases() if ModelName(stage).is_use_case else self.adapters
+        adapters = [adapter.name for adapter in self.recipe.adapters]
+        names = self.recipe.use_cases() if ModelName(stage).is_use_case else adapters
         return [ModelName(stage, name) for name in names]
 
     def name(self, stage: str, adapter: str | None) -> ModelName:
@@ -196,6 +96,19 @@ class JobModels:
             return ModelName(stage)
         return self.models(stage)[0] if adapter is None else ModelName(stage, adapter)
 
+    def named(self, names: str) -> list[ModelName]:
+        """Models by their names, separated by commas; see the module's docstring."""
+        short = {str(model.adapter): model for model in self.models("adapted")}
+        short |= {name: ModelName(name) for name in ("float", "base")}
+        models = []
+        for name in _split(names):
+            stage, _, adapter = name.partition("/")
+            if name not in short and (not adapter or stage not in STAGES[2:]):
+                similar = suggestion(name, list(short))
+                raise DirectoryError(f"there is no model or adapter {name!r}{similar}")
+            models.append(short.get(name) or ModelName(stage, adapter))
+        return models
+
     def check(self, name: ModelName) -> None:
         """Check that the model's files are there, before anything large is loaded."""
         if name.stage == "float":
@@ -207,30 +120,32 @@ class JobModels:
                 f"{listed(targets)}. Add {name.stage} there, then run: "
                 f"{command_line('export', self.folder)}"
             )
-        kind = "use case" if name.is_use_case else "adapter"
         if name.adapter is not None and name not in self.models(name.stage):
             known = [str(model.adapter) for model in self.models(name.stage)]
+            kind = "use case" if name.is_use_case else "adapter"
             raise DirectoryError(
                 f"{job} has no {kind} {name.adapter!r}{suggestion(name.adapter, known)}"
             )
-        needed = [
-            ("base", "quantize", "has no base yet"),
-            *(
-                (f"adapters/{a}", "train", f"has not trained adapter {a!r} yet")
-                for a in name.adapters
-            ),
-        ]
+        needed = {"base": "quantize", **{f"adapters/{a}": "train" for a in name.adapters}}
         if name.stage == "simulated":
-            problem = f"has not calibrated adapter {name.adapter!r} yet"
-            needed.append((f"simulation/{name.adapter}", "calibrate", problem))
-        if name.stage in TARGETS:
-            files = "use cases" if name.is_use_case else f"adapter {name.adapter!r}"
-            problem = f"has not exported {files} to {name.stage} yet"
-            needed.append((name.export_stages[-1], "export", problem))
-        if missing := [entry for entry in needed if not (self.folder / entry[0]).is_dir()]:
-            verbs = dict.fromkeys(verb for _, verb, _ in missing)
+            needed[f"simulation/{name.adapter}"] = "calibrate"
+        elif name.stage in TARGETS:
+            needed[name.made_by] = "export"
+        if missing := [part for part in needed if not (self.folder / part).is_dir()]:
+            verbs = dict.fromkeys(needed[part] for part in missing)
             commands = " && ".join(command_line(verb, self.folder) for verb in verbs)
-            raise DirectoryError(f"{job} {missing[0][2]}. Run first: {commands}")
+            raise DirectoryError(f"{job} has no {', '.join(missing)} yet. Run first: {commands}")
+
+    def is_calibrated(self, adapter: str) -> bool:
+        """Whether an adapter is calibrated.
+
+        Raises:
+            DirectoryError: the calibration is of another recipe, adapter or base.
+        """
+        if not (self.folder / "simulation" / adapter).is_dir():
+            return False
+        self.require(f"calibrate/{adapter}")
+        return True
 
     def open(self, name: ModelName, exact: bool = False) -> PreTrainedModel:
         """Load a model.
@@ -247,7 +162,7 @@ class JobModels:
         self.check(name)
         if name.stage in ("simulated", *TARGETS):
             return self._open_graph(name)
-        context = new_context(self.recipe, UnreadTexts(self.recipe), self.folder, untracked)
+        context = self.new_context()
         if name.stage == "float":
             return context.float_model()
         from qwlora.nn.few_row_kernels import use_few_row_kernels_
@@ -259,15 +174,14 @@ class JobModels:
         return cast("PreTrainedModel", model.eval())
 
     def _open_graph(self, name: ModelName) -> PreTrainedModel:
-        context, adapter = open_job(self.folder, next(iter(name.adapters), None))
+        self.require(name.made_by)
+        context = self.new_context()
         if name.stage == "simulated":
-            is_calibrated(context, adapter)
-            return context.simulation(adapter).as_model()
+            return context.simulation(str(name.adapter)).as_model()
         from transformers.modeling_outputs import CausalLMOutput
 
         from qwlora.simulation.simulated_model import SimulatedModel
 
-        check_current(context, name.export_stages)
         runtime = TARGETS[name.stage].open(self.folder / "export" / name.stage, name.adapter)
 
         def run(input_ids: Tensor, **_: Any) -> CausalLMOutput:
@@ -288,6 +202,46 @@ class JobModels:
         return tokenizer
 
 
+def open_job(
+    folder: Path,
+    adapter: str | None = None,
+    changes: tuple[str, ...] = (),
+    track: Track = untracked,
+) -> tuple[JobModels, str]:
+    """An existing job, and the name of one of its trained adapters.
+
+    Args:
+        adapter: default: the first in the recipe.
+        changes: changes to the job's recipe, not stored; see `load_recipe`.
+
+    Raises:
+        DirectoryError: there is no such job or trained adapter, or files of the adapter or the base
+            are missing or modified.
+        RecipeError: a change is of something else than the simulation and the counts of sequences:
+            the base and the adapters exist already.
+        FingerprintError: the adapter was trained on a different base.
+    """
+    job = JobModels(folder, changes, track)
+    keys = {change: change.partition("=")[0] for change in changes}
+    refused = [c for c, k in keys.items() if k.split(".")[0] != "simulation" and k not in _COUNTS]
+    if refused:
+        options = [part for change in refused for part in ("--set", change)]
+        problem = (
+            f"{shlex.join(options)}: this command can only change simulation.* and "
+            f"{' and '.join(_COUNTS)}. Run the job with the change first: "
+            f"{run_line(folder, *options)}"
+        )
+        raise RecipeError(str(folder / "recipe.yaml"), [problem])
+    model = job.name("adapted", adapter)
+    job.check(model)
+    name = str(model.adapter)
+    job.require(model.made_by, f"adapter {name!r}", whatever_inputs=True)
+    from qwlora.adapter.adapter_folder import check_adapter
+
+    check_adapter(folder / "adapters" / name, job.new_context().base_fingerprint)
+    return job, name
+
+
 def evaluate_tasks(
     folder: Path,
     tasks: str,
@@ -301,8 +255,8 @@ def evaluate_tasks(
 
     Args:
         tasks: names of lm-eval's tasks, or YAML files, separated by commas.
-        models: names as in `model_name`, separated by commas. Default: all that the job has and
-            whose runtime is installed.
+        models: as in `JobModels.named`. Default: all that the job has and whose runtime is
+            installed.
         limit: documents of each task; None for all.
         say: receives a line for each model that is left out.
 
@@ -310,16 +264,12 @@ def evaluate_tasks(
         The key `tasks` of results.json.
     """
     job = JobModels(folder)
-    if models is None:
-        chosen = _all_models(job, say)
-    else:
-        chosen = [model_name(name, job.adapters) for name in _split(models)]
+    chosen = _all_models(job, say) if models is None else job.named(models)
     for name in chosen:
         job.check(name)
-    state = JobState(folder, job.recipe)
-    state.directory.check_writable()
+    job.directory.check_writable()
     for stage in dict.fromkeys(name.made_by for name in chosen):
-        state.require(stage)
+        job.require(stage)
     quiet_libraries()
     from qwlora.analysis.task_harness import load_tasks, score_tasks
 
@@ -328,32 +278,29 @@ def evaluate_tasks(
         model = job.open(name, exact=True)
         scores = score_tasks(model, job.tokenizer(name), loaded, limit, f"tasks, {name}", track)
         del model
-        results = add_task_scores(folder, str(name), name.made_by, scores)
+        results = add_task_scores(job, name, scores)
     return dict(results["tasks"])
 
 
-def add_task_scores(folder: Path, model: str, stage: str, scores: dict[str, Any]) -> dict[str, Any]:
+def add_task_scores(job: JobModels, name: ModelName, scores: dict[str, Any]) -> dict[str, Any]:
     """Add scores of tasks to the results of a job, and rewrite results.json and report.html.
 
     They are results of the stage that made the model: dropped when it runs again. Scores of other
     tasks stay.
 
     Args:
-        model: its name in results.json, such as `adapted/NAME`.
         scores: by task.
     """
-    recipe = resolve_compute(job_recipe(folder))
-    with Directory.open(folder, recipe) as directory:
-        plan = make_plan(recipe, JobTexts(recipe), directory.digests)
-        results = copy.deepcopy(directory.records[stage].results)
-        tasks = results.setdefault("tasks", {})
-        for part in model.split("/", 1):
-            tasks = tasks.setdefault(part, {})
-        tasks.update(scores)
-        stale = find_stale(plan, directory)
-        with as_directory_errors(folder):
-            directory.set_results(stage, results)
-        return write_results(directory, recipe, plan, stale, last_status(folder))
+    with Directory.open(job.folder, job.recipe) as directory:
+        results = copy.deepcopy(directory.records[name.made_by].results)
+        by_model = results.setdefault("tasks", {})
+        for part in str(name).split("/", 1):
+            by_model = by_model.setdefault(part, {})
+        by_model.update(scores)
+        with as_directory_errors(job.folder):
+            directory.set_results(name.made_by, results)
+        stale = find_stale(job.plan, directory)
+        return write_results(directory, job.recipe, job.plan, stale, last_status(job.folder))
 
 
 def _split(names: str) -> list[str]:

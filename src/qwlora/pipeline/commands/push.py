@@ -38,7 +38,6 @@ from qwlora.pipeline.plan.plan import MOMENTS, SOLVER_SCALES
 from qwlora.pipeline.plan.stale_stages import (
     JobState,
     adapter_named,
-    job_recipe,
     run_line,
     upstream,
 )
@@ -95,7 +94,7 @@ def prepared(
         DirectoryError: what is asked for is not there, incomplete, changed, or of another recipe
             than the one that is there now.
     """
-    state = JobState(folder, job_recipe(folder))
+    state = JobState(folder)
     recipe, directory, stale = state.recipe, state.directory, state.stale()
     job = job_of(folder, recipe, collect_results(directory, recipe, state.plan, stale))
     what, stage = "the base", "quantize"

@@ -3,7 +3,7 @@ simulation (--costs), and mixed precision under a limit (--suggest). Writes noth
 
 All functions take `changes` to the job's recipe, see `load_recipe`, and raise:
 
-    DirectoryError, RecipeError, FingerprintError    see `open_job`, `is_calibrated`
+    DirectoryError, RecipeError, FingerprintError    see `open_job`, `JobModels.is_calibrated`
     CalibrationError                                 a rule has no effect
 """
 
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qwlora.errors import CalibrationError
-from qwlora.pipeline.commands.open_job import is_calibrated, open_job
+from qwlora.pipeline.commands.open_job import open_job
 from qwlora.system.progress import Track, untracked
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def explain_placement(
 
     Includes calibration results if the job is calibrated and there are no `changes`.
     """
-    context, name = open_job(folder, adapter, changes)
-    is_known = not changes and is_calibrated(context, name)
+    job, name = open_job(folder, adapter, changes)
+    context, is_known = job.new_context(), not changes and job.is_calibrated(name)
     simulation = context.simulation(name) if is_known else context.new_simulation(name)
     return name, simulation.explain()
 
@@ -55,11 +55,11 @@ def measure_costs(
         `sensitivity`: the most expensive activations, cost in nats per token.
         `layer_sqnr_db`: the layers that differ most from the float graph.
     """
-    context, name = open_job(folder, adapter, changes, track)
+    job, name = open_job(folder, adapter, changes, track)
+    context, calibrated = job.new_context(), not changes and job.is_calibrated(name)
     from qwlora.analysis.quantization_costs import cumulative_costs, layer_sqnr, sensitivities
     from qwlora.analysis.token_scores import logits_of, perplexity
 
-    calibrated = not changes and is_calibrated(context, name)
     simulation = context.simulation(name) if calibrated else _calibrated(context, name)
     evaluation = context.text(name).evaluation
     perplexities = {"base": perplexity(logits_of(context.base().eval()), evaluation, "perplexity")}
@@ -101,9 +101,9 @@ def suggest_bitwidths(
         CalibrationError: the limit is exceeded even with 16 bits for all; or the adapter was
             trained through quantized activations (workflow qwa-lora).
     """
-    context, name = open_job(
-        folder, adapter, (*changes, f"simulation.activation_bitwidth={NARROW_BITS}"), track
-    )
+    narrow = f"simulation.activation_bitwidth={NARROW_BITS}"
+    job, name = open_job(folder, adapter, (*changes, narrow), track)
+    context = job.new_context()
     from qwlora.analysis.quantization_costs import suggest
 
     if context.recipe.workflow == "qwa-lora":

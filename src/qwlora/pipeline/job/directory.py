@@ -54,10 +54,6 @@ _SEAL = "# Written by qwlora: "
 CARD = "README.md"  # the model card in an artifact: for people, no input of any stage
 
 
-class RecipeChangedError(DirectoryError):
-    """Another command changed the job's recipe since it was read."""
-
-
 class Directory:
     """The directory of one job. `open` or `edit` to write to it, `read` to look at it.
 
@@ -67,17 +63,21 @@ class Directory:
         damaged: stages whose record is damaged.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, digests: Digests | None = None):
         self.path, self.private = path, path / ".qwlora"
         self.records: dict[str, Record] = {}
         self.outdated: dict[str, Record] = {}
         self.damaged: list[str] = []
-        self.digests = Digests(self.private / "digests.json")
+        self.digests = digests or Digests(self.private / "digests.json")
 
     @classmethod
     @contextlib.contextmanager
     def open(
-        cls, path: Path, recipe: Recipe, recipe_text: str | None = None
+        cls,
+        path: Path,
+        recipe: Recipe,
+        recipe_text: str | None = None,
+        digests: Digests | None = None,
     ) -> Iterator[Directory]:
         """Claim `path` for `recipe`, and create it if it does not exist.
 
@@ -86,20 +86,16 @@ class Directory:
 
         Args:
             recipe_text: the directory's own recipe.yaml when `recipe` was read, or empty if there
-                was none. Default: it may have changed since.
-
-        Raises:
-            RecipeChangedError: it has another text by now.
+                was none; a DirectoryError if another command changed it. Default: not compared.
+            digests: of the job's files, if they are known.
         """
         journal.finish(path)
-        directory = cls(path)
+        directory = cls(path, digests)
         directory.check_owner(recipe)
         with directory._locked():
             directory.check_owner(recipe)  # another process may have finished a job here since
             if recipe_text is not None and text_of(path / "recipe.yaml") != recipe_text:
-                raise RecipeChangedError(
-                    f"the recipe of {str(path)!r} changed meanwhile; run again"
-                )
+                raise DirectoryError(f"the recipe of {str(path)!r} changed meanwhile; run again")
             is_new = read_owner(path) is None
             try:
                 (path / FOLDER).mkdir(exist_ok=True)
@@ -149,13 +145,15 @@ class Directory:
                     remove_empty(created)
 
     @classmethod
-    def read(cls, path: Path, recipe: Recipe | None = None) -> Directory:
+    def read(
+        cls, path: Path, recipe: Recipe | None = None, digests: Digests | None = None
+    ) -> Directory:
         """The records of `path`; empty if no job ran there. With a recipe, also checks the owner.
 
         Claims nothing. Writes only to finish a change that was interrupted.
         """
         journal.finish(path)
-        directory = cls(path)
+        directory = cls(path, digests)
         if recipe is not None:
             directory.check_owner(recipe)
         directory._read_records()
@@ -212,7 +210,11 @@ class Directory:
         known |= set(new) if is_damaged else set()
         if not target.is_dir() or target.is_symlink():
             problem = "exists and is not a folder"
-        elif foreign := [name for name in _files_in(target) if name not in known]:
+        elif foreign := [
+            name
+            for name in _files_in(target)
+            if name not in known and (name != CARD or is_users_card(target / CARD))
+        ]:
             more = f" and {len(foreign) - 1} more files" if len(foreign) > 1 else ""
             problem = f"contains {foreign[0]!r}{more}"
         else:
@@ -322,36 +324,24 @@ class Directory:
         self._make([], moves, [artifact] if artifact else [], {**old, stage: new})
 
     def set_results(self, stage: str, results: dict[str, Any]) -> None:
-        self._write(stage, replace(self.records[stage], results=results))
+        self.records[stage] = record = replace(self.records[stage], results=results)
+        write_text(self.path / record_path(stage), record.text(stage))
 
     def write_card(self, artifact: str, text: str) -> None:
         """Write the model card of an artifact, unless it has this text or the user edited it."""
-        card, name = self.path / artifact / CARD, f"{artifact}/{CARD}"
-        if not card.parent.is_dir() or is_users_card(card) or text_of(card) == text:
-            return
-        with as_directory_errors(self.path):
-            for stage, record in self.records.items():
-                if artifact in {str(Path(file).parent) for file in record.files}:
-                    if name not in record.files:
-                        if os.path.lexists(card):
-                            return  # the user's, and empty or unreadable
-                        self._write(stage, replace(record, files={**record.files, name: ""}))
-                    write_text(card, text)
-                    return
-
-    def _write(self, stage: str, record: Record) -> None:
-        self.records[stage] = record
-        write_text(self.path / record_path(stage), record.text(stage))
+        card = self.path / artifact / CARD
+        if card.parent.is_dir() and not is_users_card(card) and text_of(card) != text:
+            with as_directory_errors(self.path):
+                write_text(card, text)
 
     def work(self, stage: str, key: str) -> Path:
         """Folder for unfinished work that a stage resumes after an interruption; one per key."""
         return self.private / "work" / f"{stage.replace('/', '-')}-{key[:16]}"
 
-    def drop_work(self, stage: str, key: str | None = None) -> None:
-        """Delete the work folder of `stage` for `key`; by default those of all keys."""
-        for folder in [self.work(stage, key)] if key else self._all_work(stage):
-            if folder.exists():
-                shutil.rmtree(folder)
+    def drop_work(self, stage: str) -> None:
+        """Delete the work folders of `stage`, of all keys."""
+        for folder in self._all_work(stage):
+            shutil.rmtree(folder)
 
     def _all_work(self, stage: str) -> list[Path]:
         return list((self.private / "work").glob(f"{stage.replace('/', '-')}-{'?' * 16}"))
@@ -394,7 +384,7 @@ class Directory:
             if stage.artifact in (*(old for old, _ in pairs), *gone):
                 self.check_replaceable(stage.name, str(stage.artifact))
         for stages in renamed:
-            before, after = (self._in_job(self.work(s.name, s.work_key)) for s in stages)
+            before, after = (self._in_job(self.work(s.name, s.key)) for s in stages)
             pairs.append((before, after))
         moves = [*((o, n) for o, n in pairs if os.path.lexists(self.path / o)), *moves]
         for _, new in moves:

@@ -19,7 +19,7 @@ import logging
 import math
 import shutil
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -48,10 +48,9 @@ from qwlora.grid.scheme import Scheme, parse_scheme
 from qwlora.nn import weight_out_in
 from qwlora.nn.packed_layer import PackedLayer
 from qwlora.nn.replace import place_empty_, tie_weights_
-from qwlora.pipeline.job.digests import Digests
 from qwlora.pipeline.plan.plan import (
+    JobTexts,
     Stage,
-    UnreadTexts,
     has_float_model,
     is_compared,
     make_plan,
@@ -158,8 +157,7 @@ def plan_job(recipe: Recipe, out: Path, track: Track = untracked) -> Estimates:
         CaptureError: the model does not run without data, as most mixtures of experts.
     """
     recipe = resolve_compute(recipe)
-    plan = make_plan(recipe, UnreadTexts(recipe), Digests(trust_mtime=True))
-    return estimate(recipe, plan, out, track)
+    return estimate(recipe, make_plan(recipe, JobTexts(recipe, reads=False)), out, track)
 
 
 def estimate(
@@ -447,32 +445,19 @@ class Forecaster:
         return Forecast(stage.name, memory, settings=settings)
 
 
-@dataclass
-class TracedRun:
-    """What a computation allocates.
+class TracedRun(TorchDispatchMode):
+    """What a computation allocates. It runs in this mode and in a `FakeTensorMode`, and must not
+    read the value of any tensor.
 
-    Args:
+    Attributes:
         peak: most bytes alive at one time, of tensors that the computation itself makes.
         operators: how many operators run.
         outputs: bytes of all their results together.
     """
 
-    peak: int = 0
-    operators: int = 0
-    outputs: int = 0
-
-
-def traced_run(call: Callable[[], Any]) -> TracedRun:
-    """Run `call` in a `FakeTensorMode` of the caller; it must not read the value of any tensor."""
-    with (mode := _Counting()):
-        call()
-    return mode.run
-
-
-class _Counting(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
-        self.run = TracedRun()
+        self.peak = self.operators = self.outputs = 0
         self._alive: dict[int, int] = {}  # bytes of storages that exist
 
     def __torch_dispatch__(
@@ -484,13 +469,13 @@ class _Counting(TorchDispatchMode):
         known = {id(t.untyped_storage()) for t in _tensors((args, kwargs))}
         results = _tensors(result)
         new = [t for t in results if id(t.untyped_storage()) not in known]
-        self.run.operators += 1
+        self.operators += 1
         if new or func._schema.is_mutable:  # else a view, perhaps of a weight
-            self.run.outputs += sum(t.nbytes for t in results)
+            self.outputs += sum(t.nbytes for t in results)
         for storage in (tensor.untyped_storage() for tensor in new):
             if id(storage) not in self._alive:
                 self._alive[id(storage)] = storage.nbytes()
-                self.run.peak = max(self.run.peak, sum(self._alive.values()))
+                self.peak = max(self.peak, sum(self._alive.values()))
                 weakref.finalize(storage, self._alive.pop, id(storage), None)
         return result
 
@@ -631,21 +616,19 @@ def _traced(
         ids = torch.zeros(rows, tokens, dtype=torch.long)
         arguments: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         arguments |= {"use_cache": False, **({"logits_to_keep": 1} if trains else {})}
-
-        def run() -> None:
-            autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
-            with torch.set_grad_enabled(trains), autocast:
-                result: Tensor = model(**arguments).logits
-                if trains:
-                    result = result[:, -1].float().sum()
-            if trains:
-                result.backward()
-
         # torch also logs, with a traceback, what it raises on tensors without data
         logger = logging.getLogger("torch._subclasses.fake_tensor")
         was_disabled, logger.disabled = logger.disabled, True
         try:
-            return traced_run(run)
+            with (run := TracedRun()):
+                autocast = torch.autocast("cpu", torch.bfloat16, enabled=half)
+                with torch.set_grad_enabled(trains), autocast:
+                    result: Tensor = model(**arguments).logits
+                    if trains:
+                        result = result[:, -1].float().sum()
+                if trains:
+                    result.backward()
+            return run
         except QwloraError:
             raise
         except Exception as error:  # models raise anything

@@ -77,7 +77,6 @@ class Stage:
         adapter: name of the adapter that the stage works on, if any.
         artifact: the folder that the stage writes, relative to the job's directory.
         needs: names of the stages whose results it reads.
-        work_key: hash of everything that unfinished work depends on; may cover less than `key`.
     """
 
     name: str
@@ -85,7 +84,6 @@ class Stage:
     adapter: str | None = None
     artifact: str | None = None
     needs: tuple[str, ...] = ()
-    work_key: str = ""
 
     @property
     def verb(self) -> str:
@@ -94,13 +92,15 @@ class Stage:
 
 
 class JobTexts:
-    """The documents of the texts of a recipe. Each source is read once."""
+    """The documents of the texts of a recipe. Each source is read once, when it is needed.
 
-    def __init__(self, recipe: Recipe, track: Track = untracked):
-        self.recipe, self._track = recipe, track
+    Args:
+        reads: False for a plan that is only looked at: nothing is read, and keys say nothing.
+    """
+
+    def __init__(self, recipe: Recipe, track: Track = untracked, reads: bool = True):
+        self.recipe, self.reads, self._track = recipe, reads, track
         self._loaded: dict[Any, Documents] = {}
-        for data in (*recipe.base_texts(), *recipe.texts().values()):
-            self.documents(data)
 
     def documents(self, data: Data) -> Documents:
         """The documents of a data section that has a source."""
@@ -114,6 +114,8 @@ class JobTexts:
 
     def key(self, data: Data) -> list[Any]:
         """Key inputs for the documents and how they are cut into sequences."""
+        if not self.reads:
+            return []
         documents = self.documents(data)
         packing = data.cutting().packing_of(documents.kind)
         template = data.read_template()
@@ -121,16 +123,6 @@ class JobTexts:
         if documents.kind == "completions" and data.prompt_format != "plain":
             inputs.append(data.prompt_format)
         return inputs
-
-
-class UnreadTexts(JobTexts):
-    """Texts for a plan that is only looked at: nothing is read, and keys say nothing."""
-
-    def __init__(self, recipe: Recipe):
-        self.recipe = recipe
-
-    def key(self, data: Data) -> list[Any]:
-        return []
 
 
 def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -> list[Stage]:
@@ -143,6 +135,8 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
             job, so that unchanged files are not read again.
     """
     plan = _Plan(recipe, texts, digests or Digests())
+    for data in (*recipe.base_texts(), *recipe.texts().values()):
+        texts.key(data)  # an error is said before the model's files are read
     has_float, targets = has_float_model(recipe), plan.targets
     bundles = [name for name, target in targets.items() if target.has_base]
     with_cases = [name for name, target in targets.items() if target.has_cases]
@@ -215,18 +209,12 @@ class _Plan:
         *needs: str,
         adapter: str | None = None,
         artifact: str | None = None,
-        after_work: Any = None,
     ) -> None:
-        """Add a stage.
-
-        Args:
-            inputs: JSON values that the result and unfinished work depend on, in addition to
-                `needs`.
-            after_work: JSON values that the result depends on, but unfinished work does not.
-        """
-        work_key = _hash([name, inputs, [self.stages[need].key for need in needs]])
-        key = work_key if after_work is None else _hash([work_key, after_work])
-        self.stages[name] = Stage(name, key, adapter, artifact, needs, work_key)
+        """Add a stage; its result depends on `inputs`, JSON values, in addition to `needs`."""
+        content = [name, inputs, [self.stages[need].key for need in needs]]
+        text = json.dumps(content, sort_keys=True, allow_nan=False)
+        key = hashlib.sha256(text.encode()).hexdigest()
+        self.stages[name] = Stage(name, key, adapter, artifact, needs)
 
     @cached_property
     def model(self) -> list[Any]:
@@ -251,7 +239,8 @@ class _Plan:
 
     def contents(self, files: Iterable[Path]) -> list[tuple[str, str | None]]:
         """Name and digest of each file."""
-        return [(file.name, self.digests.identity(file)) for file in files]
+        files = files if self.texts.reads else ()
+        return [(file.name, self.digests.content(file)) for file in files]
 
     def adapter_contents(self, source: str | None) -> list[tuple[str, str | None]]:
         """Files of an adapter to continue; of one on the hub its name in the recipe is enough."""
@@ -274,7 +263,6 @@ class _Plan:
         return [section.model_dump(), counts, *revision]
 
     def quantize(self) -> None:
-        """Unfinished work does not depend on tuning, which comes last."""
         recipe, base, model = self.recipe, self.recipe.base, self.recipe.model
         named = {base.solver, *(rule.solver for rule in base.rules)}
         solvers = [name for name in SOLVERS if name in named]
@@ -286,6 +274,10 @@ class _Plan:
         if model.encodings is not None:
             file = Path(model.encodings)
             encodings = [*self.contents([file]), model.keep_float, model.block_order]
+        tuning: list[Any] | None = None
+        if base.tuning.steps:
+            revision = REVISIONS["tune_scales"]
+            tuning = [base.tuning.model_dump(), self.base_text, recipe.seed, revision]
         inputs = [
             self.model,
             encodings,
@@ -293,12 +285,9 @@ class _Plan:
             observed,
             moments and REVISIONS["second_moments"],
             *([name, REVISIONS[name]] for name in solvers),
+            tuning,
         ]
-        tuning: list[Any] | None = None
-        if base.tuning.steps:
-            revision = REVISIONS["tune_scales"]
-            tuning = [base.tuning.model_dump(), self.base_text, recipe.seed, revision]
-        self.add("quantize", inputs, artifact="base", after_work=tuning)
+        self.add("quantize", inputs, artifact="base")
 
     def train(self, adapter: Adapter) -> None:
         recipe, name = self.recipe, adapter.name
@@ -446,8 +435,3 @@ def trained_with(recipe: Recipe, adapter: Adapter) -> dict[str, Any]:
     settings = adapter.model_dump(mode="json", exclude_defaults=True, exclude={"name", "data"})
     data = recipe.data_of(adapter).model_dump(mode="json", exclude_defaults=True)
     return {**settings, "data": data, "seed": recipe.seed, "workflow": recipe.workflow}
-
-
-def _hash(content: Any) -> str:
-    """SHA-256 of a JSON value."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True, allow_nan=False).encode()).hexdigest()

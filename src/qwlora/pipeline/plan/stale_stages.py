@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.directory import Directory, check_job
 from qwlora.pipeline.plan.plan import JobTexts, Stage, make_plan, resolve_compute, trained_with
 from qwlora.recipe import Adapter, Recipe, load_recipe
+from qwlora.system.progress import Track, untracked
 
 
 def find_stale(
@@ -40,9 +42,9 @@ def find_stale(
     return stale
 
 
-def upstream(plan: Sequence[Stage], name: str) -> list[Stage]:
-    """The stage `name` and all it needs, directly or indirectly, in the order of the plan."""
-    names = {name}
+def upstream(plan: Sequence[Stage], *stages: str) -> list[Stage]:
+    """The `stages` and all they need, directly or indirectly, in the order of the plan."""
+    names = set(stages)
     for stage in reversed(plan):
         if stage.name in names:
             names |= set(stage.needs)
@@ -59,33 +61,32 @@ def dependents(plan: Sequence[Stage], name: str) -> list[str]:
 
 
 class JobState:
-    """An existing job: its directory, and the plan of a recipe for it.
+    """An existing job: its recipe, its directory, and its plan, for which the texts are read.
 
     Args:
-        texts: of the recipe, if they were read before.
+        changes: changes to the recipe, see `load_recipe`.
     """
 
-    def __init__(self, folder: Path, recipe: Recipe, texts: JobTexts | None = None):
-        self.folder, self.recipe = folder, resolve_compute(recipe)
-        self.texts = texts or JobTexts(self.recipe)
+    def __init__(self, folder: Path, changes: tuple[str, ...] = (), track: Track = untracked):
+        self.folder, self.recipe = folder, resolve_compute(job_recipe(folder, changes))
+        self.texts, self.track = JobTexts(self.recipe, track), track
         self.directory = Directory.read(folder)
-        self.plan = make_plan(self.recipe, self.texts, self.directory.digests)
+
+    @cached_property
+    def plan(self) -> list[Stage]:
+        return make_plan(self.recipe, self.texts, self.directory.digests)
 
     def stale(self) -> dict[str, str]:
         return find_stale(self.plan, self.directory)
 
     def require(self, stage: str, what: str = "", whatever_inputs: bool = False) -> None:
-        """Check that a stage, and all that it needs, is current and still in the recipe.
+        """Check that a stage of the plan, and all that it needs, is current.
 
         Args:
             what: needs the stage; default: its name.
             whatever_inputs: see `find_stale`.
         """
-        if not (needed := upstream(self.plan, stage)):
-            raise DirectoryError(
-                f"{str(self.folder)!r} holds {stage}, but its recipe no longer does; add it to the "
-                "recipe and run the job again"
-            )
+        needed = upstream(self.plan, stage)
         if stale := find_stale(needed, self.directory, whatever_inputs):
             raise missing_error(what or stage, stale, self.folder)
 
@@ -116,17 +117,10 @@ def check_needs(
 ) -> None:
     """Check that no stage in `waiting` needs others that are neither current nor requested. The
     error names all commands that must run first."""
-    missing, added = set[str](), [need for stage in waiting for need in stage.needs]
-    by_name = {stage.name: stage for stage in plan}
-    while added:
-        need = by_name[added.pop()]
-        if need.name in stale and need.verb not in verbs and need.name not in missing:
-            missing.add(need.name)
-            added += need.needs
-    if missing:
+    needed = [s for s in upstream(plan, *(s.name for s in waiting)) if s.verb not in verbs]
+    if missing := {s.name: stale[s.name] for s in needed if s.name in stale}:
         what = " and ".join(dict.fromkeys(stage.verb for stage in waiting))
-        reasons = {s.name: stale[s.name] for s in plan if s.name in missing}
-        raise missing_error(what, reasons, folder, command)
+        raise missing_error(what, missing, folder, command)
 
 
 def missing_error(

@@ -18,7 +18,7 @@ from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.output_path import as_directory_errors
 from qwlora.pipeline.job.stage_records import Record, read_record
 from qwlora.pipeline.plan.plan import Stage
-from qwlora.pipeline.plan.stale_stages import JobState, job_recipe, run_line, upstream
+from qwlora.pipeline.plan.stale_stages import JobState, run_line, upstream
 from qwlora.pipeline.results.model_cards import write_cards
 from qwlora.recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml
@@ -138,12 +138,11 @@ def last_status(folder: Path) -> dict[str, Any]:
 
 def read_job(folder: Path) -> Job:
     """A job as it is now: the results of the stages that are current, by the rules of `run`."""
-    recipe, status = job_recipe(folder), last_status(folder)
-    if not Directory.read(folder).records and not status:
+    state, status = JobState(folder), last_status(folder)
+    if not state.directory.records and not status:
         raise DirectoryError(
             f"{str(folder)!r} has no results yet. Run the job first: `{run_line(folder)}`"
         )
-    state = JobState(folder, recipe)
     plan, directory = state.plan, state.directory
     results = collect_results(directory, state.recipe, plan, state.stale())
     merge_results(results, status)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from qwlora.formats.model_card import text_of
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.digests import Digests
-from qwlora.pipeline.job.directory import Directory, RecipeChangedError
+from qwlora.pipeline.job.directory import Directory
 from qwlora.pipeline.job.output_path import as_directory_errors, check_outside_data
 from qwlora.pipeline.job.stage_records import Record, record_path
 from qwlora.pipeline.plan.plan import JobTexts, Stage, make_plan, resolve_compute
@@ -41,7 +41,6 @@ from qwlora.pipeline.running.distributed import (
 from qwlora.pipeline.running.job_status import JobStatus
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.system.atomic import total_bytes
-from qwlora.system.cpu_threads import process_count
 from qwlora.system.memory import peak_rss_bytes, reset_peak_rss, return_freed_memory
 from qwlora.system.progress import Track, untracked
 
@@ -52,18 +51,10 @@ Watch = Callable[[str, int, int], None]
 def run_file(
     path: Path, out: Path, changes: tuple[str, ...] = (), **options: Any
 ) -> dict[str, Any]:
-    """`run` with the recipe in the file `path`, which may be the job's own, and `changes` to it.
-
-    If another command changes the job's recipe before this one has its lock, it is read again.
-    """
-    while True:
-        journal.finish(out)  # before the recipe in the job's directory is read
-        before = text_of(out / "recipe.yaml")
-        try:
-            return run(load_recipe(path, changes), out, recipe_text=before, **options)
-        except RecipeChangedError:
-            if process_count() > 1:  # the others have ended
-                raise
+    """`run` with the recipe in the file `path`, which may be the job's own, and `changes` to it."""
+    journal.finish(out)  # before the recipe in the job's directory is read
+    before = text_of(out / "recipe.yaml")
+    return run(load_recipe(path, changes), out, recipe_text=before, **options)
 
 
 def run(
@@ -73,7 +64,6 @@ def run(
     track: Track = untracked,
     say: Say = lambda line: None,
     command: Callable[[str], str] | None = None,
-    trust_mtime: bool = False,
     replace: bool = False,
     watch: Watch | None = None,
     recipe_text: str | None = None,
@@ -86,7 +76,6 @@ def run(
     Args:
         say: receives one line for each stage that is skipped or run.
         command: returns the command line that runs a verb of this job, for messages.
-        trust_mtime: see `Digests`.
         replace: replace adapters that were trained with other settings.
         watch: called when a stage begins, with its name, its number and how many will run. Without
             it, memory and disk are not estimated before.
@@ -98,13 +87,26 @@ def run(
     check_outside_data(out, recipe)
     recipe = resolve_compute(recipe)
     texts = JobTexts(recipe, track)
-    digests = Digests(out / ".qwlora" / "digests.json", trust_mtime=trust_mtime, track=track)
+    digests = Digests(out / ".qwlora" / "digests.json", track)
     plan = make_plan(recipe, texts, digests)
     if not is_first_process():
         return _join_stages(new_context(recipe, texts, out, untracked), plan)
-    job = _Run(recipe, out, texts, plan, digests, track, say)
+    job = _Run(recipe, out, texts, plan, track, say)
     try:
-        return job.run(job.check(verbs, command, replace), watch, recipe_text)
+        peek = Directory.read(out, recipe, digests)
+        asked = job.check(peek, verbs, command, replace)
+        if waiting := job.waiting(asked):
+            job.prepare(waiting, estimates=watch is not None)
+        elif not peek.is_writable:
+            for stage in asked:
+                job.say_skipped(stage)
+            results = collect_results(peek, recipe, plan, job.stale)
+            merge_results(results, last_status(out))
+            return results
+        with Directory.open(out, recipe, recipe_text, digests) as directory:
+            job.stale = find_stale(plan, directory)
+            directory.drop(*(directory.records.keys() - {stage.name for stage in plan}))
+            return job.run(directory, asked, watch or (lambda stage, number, count: None))
     finally:
         digests.save()
         announce(None)
@@ -114,88 +116,61 @@ class _Run:
     """One run, in the first process."""
 
     def __init__(
-        self,
-        recipe: Recipe,
-        out: Path,
-        texts: JobTexts,
-        plan: list[Stage],
-        digests: Digests,
-        track: Track,
-        say: Say,
+        self, recipe: Recipe, out: Path, texts: JobTexts, plan: list[Stage], track: Track, say: Say
     ):
         self.recipe, self.out, self.texts, self.plan = recipe, out, texts, plan
-        self.digests, self.track, self.say = digests, track, say
+        self.track, self.say = track, say
         self.stale: dict[str, str] = {}  # why each stage that is not current has to run
         self.always: set[str] = set()  # stages that run even if they are current
         self.context: Any = None  # until a stage, or a check before all stages, needs it
 
     def check(
-        self, verbs: Collection[str], command: Callable[[str], str] | None, replace: bool
+        self,
+        directory: Directory,
+        verbs: Collection[str],
+        command: Callable[[str], str] | None,
+        replace: bool,
     ) -> list[Stage]:
         """All checks of the directory; returns the stages of `verbs`."""
         asked = [stage for stage in self.plan if stage.verb in verbs]
         if not set(VERBS) <= set(verbs):
             self.always = {stage.name for stage in asked if stage.verb == "verify"}
-        peek = self._peek()
-        self.stale = find_stale(self.plan, peek)
+        self.stale = find_stale(self.plan, directory)
         if "calibrate" not in verbs:  # simulations that were never calibrated are not evaluated
             for stage in [s for s in asked if s.name.startswith("evaluate/simulated/")]:
-                if stage.needs[0] not in peek.records:
+                if stage.needs[0] not in directory.records:
                     self.say(f"{stage.name}: left out, {stage.needs[0]} has not run")
                     asked.remove(stage)
-        waiting = self._waiting(asked)
+        waiting = self.waiting(asked)
         check_needs(self.plan, waiting, verbs, self.out, self.stale, command)
         if not replace:
-            check_kept(self.plan, waiting, peek, self.recipe, self.stale)
-        if waiting and not peek.is_writable:
+            check_kept(self.plan, waiting, directory, self.recipe, self.stale)
+        if waiting and not directory.is_writable:
             first = waiting[0].name
             raise DirectoryError(
                 f"{str(self.out)!r} is not writable, but {first} must run "
                 f"({self.stale.get(first, 'as requested')}); make the directory writable, or "
                 "copy it"
             )
-        for name in peek.damaged:
-            self.say(f"{peek.path / record_path(name)} is damaged; {name} runs again")
+        for name in directory.damaged:
+            self.say(f"{self.out / record_path(name)} is damaged; {name} runs again")
         for stage in waiting:
             if stage.artifact is not None:
-                peek.check_replaceable(stage.name, stage.artifact)
+                directory.check_replaceable(stage.name, stage.artifact)
         return asked
 
-    def run(
-        self, asked: list[Stage], watch: Watch | None, recipe_text: str | None
-    ) -> dict[str, Any]:
-        """Run the stages `asked`, as far as they are not current."""
-        if waiting := self._waiting(asked):
-            self._prepare(waiting, estimates=watch is not None)
-        elif not (peek := self._peek()).is_writable:
-            for stage in asked:
-                self._say_skipped(stage)
-            results = collect_results(peek, self.recipe, self.plan, self.stale)
-            merge_results(results, last_status(self.out))
-            return results
-        with Directory.open(self.out, self.recipe, recipe_text) as directory:
-            directory.digests = self.digests
-            self.stale = find_stale(self.plan, directory)
-            directory.drop(*(directory.records.keys() - {s.name for s in self.plan}))
-            return self._run_stages(directory, asked, watch or (lambda stage, number, count: None))
-
-    def _peek(self) -> Directory:
-        directory = Directory.read(self.out, self.recipe)
-        directory.digests = self.digests
-        return directory
-
-    def _waiting(self, asked: Sequence[Stage]) -> list[Stage]:
+    def waiting(self, asked: list[Stage]) -> list[Stage]:
         return [s for s in asked if s.name in self.stale or s.name in self.always]
 
-    def _say_skipped(self, stage: Stage) -> None:
+    def say_skipped(self, stage: Stage) -> None:
         self.say(f"{stage.name}: skipped, nothing it depends on has changed")
 
-    def _prepare(self, waiting: Sequence[Stage], estimates: bool) -> None:
+    def prepare(self, waiting: list[Stage], estimates: bool) -> None:
         """All checks of text and model, which need no writing, and the estimate."""
-        verbs = {stage.verb for stage in waiting}
-        self.context = _start_context(
-            self.recipe, self.texts, self.out, self.track, self.say, verbs
-        )
+        self.context = new_context(self.recipe, self.texts, self.out, self.track)
+        from qwlora.pipeline.plan import preflight
+
+        preflight.preflight(self.context, {stage.verb for stage in waiting}, self.say)
         for name, text in (prepared := self.context.all_texts()).items():
             self.say(summary(text.describe(), name if len(prepared) > 1 else None))
         if not estimates:
@@ -212,9 +187,8 @@ class _Run:
             for problem in forecast.problems:
                 self.say(f"warning: {problem}")
 
-    def _run_stages(
-        self, directory: Directory, asked: Sequence[Stage], watch: Watch
-    ) -> dict[str, Any]:
+    def run(self, directory: Directory, asked: list[Stage], watch: Watch) -> dict[str, Any]:
+        """Run the stages `asked`, as far as they are not current."""
         name = self.out.absolute().name
         status = JobStatus(
             lambda keys: write_results(directory, self.recipe, self.plan, self.stale, keys),
@@ -222,11 +196,11 @@ class _Run:
             f"qwlora run {name}/recipe.yaml --out {name}",
             last_status(self.out),
         )
-        waiting = [stage.name for stage in self._waiting(asked)]
+        waiting = [stage.name for stage in self.waiting(asked)]
         for stage in asked:
-            if not self._waiting([stage]):
-                directory.drop_work(stage.name, stage.work_key)  # of a run killed at its end
-                self._say_skipped(stage)
+            if not self.waiting([stage]):
+                directory.drop_work(stage.name)  # of a run killed at its end
+                self.say_skipped(stage)
                 continue
             if stage.name in waiting:
                 watch(stage.name, 1 + waiting.index(stage.name), len(waiting))
@@ -256,7 +230,7 @@ class _Run:
         with as_directory_errors(directory.path), directory.scratch() as scratch:
             if stage.verb == "train":
                 announce(name)
-            work = directory.work(name, stage.work_key)
+            work = directory.work(name, stage.key)
             results = RUN[stage.verb](self.context, stage, scratch, work)
             wait_for_others()
             seconds = time.perf_counter() - began
@@ -273,24 +247,13 @@ class _Run:
         return seconds
 
 
-def _join_stages(context: Any, plan: Sequence[Stage]) -> dict[str, Any]:
+def _join_stages(context: Any, plan: list[Stage]) -> dict[str, Any]:
     """Join the stages that all processes run together; returns no results."""
     from qwlora.pipeline.stages import RUN
 
     by_name = {stage.name: stage for stage in plan}
     for name in announced_stages():
         stage = by_name[name]
-        work = Directory(context.path).work(name, stage.work_key)
+        work = Directory(context.path).work(name, stage.key)
         RUN[stage.verb](context, stage, work, work)  # only the first process writes an artifact
     return {}
-
-
-def _start_context(
-    recipe: Recipe, texts: JobTexts, out: Path, track: Track, say: Say, verbs: set[str]
-) -> Any:
-    """The context, after all checks that need no writing."""
-    context = new_context(recipe, texts, out, track)
-    from qwlora.pipeline.plan.preflight import preflight
-
-    preflight(context, verbs, say)
-    return context

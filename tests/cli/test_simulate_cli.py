@@ -118,13 +118,17 @@ def test_layers_of_a_simulation_are_written(job: Path, tmp_path: Path) -> None:
         ([1], ["--stage", "adapted"], "'adapted' has no quantized activations; choose one of"),
         ([1], [], "has no export/onnx/first yet. Run first: qwlora export"),
         ([1], ["--adapter", "second"], "has no adapters/second, export/onnx/second yet"),
-        ([1], ["--stage", "simulated", "--out", "here"], "here' exists. Nothing was changed"),
+        (
+            [1],
+            ["--stage", "simulated", "--out", "here"],
+            "'here' is not empty; choose another --out",
+        ),
     ],
 )
 def test_layers_that_cannot_be_written_leave_nothing(
     ids: Any, arguments: list[str], said: str, job: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "here").mkdir()
+    (tmp_path / "here" / "mine").mkdir(parents=True)
     if ids is None:
         (tmp_path / "ids.npy").write_text("text")
     else:

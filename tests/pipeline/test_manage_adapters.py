@@ -204,9 +204,13 @@ def test_a_removed_adapter_leaves_the_others_as_they_are(job: Path) -> None:
 def test_an_adapter_trained_with_other_settings_is_replaced_only_on_request(job: Path) -> None:
     before = files(job, "adapters")
     path = job / "recipe.yaml"
-    with pytest.raises(DirectoryError, match=r"(?s)first: steps: 2, now 3.*--replace"):
+    with pytest.raises(
+        DirectoryError, match=r"(?s)differently, first:.*first.steps: 2, now 3.*--replace"
+    ):
         run(load_recipe(path, ("adapters.0.steps=3",)), job, VERBS)
-    with pytest.raises(DirectoryError, match=r"(?s)first, second: their base.*bitwidth: 4, now 3"):
+    with pytest.raises(
+        DirectoryError, match=r"(?s)differently, first, second:.*bitwidth: 4, now 3"
+    ):
         run(load_recipe(path, ("base.weights.bitwidth=3",)), job, ("quantize",))
     assert files(job, "adapters") == before
     run(load_recipe(path, ("adapters.0.steps=3",)), job, VERBS, replace=True)

@@ -183,7 +183,7 @@ def dump_layers(
     out: Annotated[
         Path | None,
         typer.Option(
-            help="The folder to write, which must not exist. Default: layers/STAGE/NAME in the job."
+            help="The folder to write, new or empty. Default: layers/STAGE/NAME in the job."
         ),
     ] = None,
 ) -> None:

@@ -13,7 +13,6 @@ over the whole context, so the simulation has none of their shape.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,8 +23,8 @@ import numpy.typing as npt
 from qwlora.errors import CalibrationError, DirectoryError, SourceError
 from qwlora.export.registry import TARGETS
 from qwlora.pipeline.commands.open_job import JobModels, ModelName
+from qwlora.pipeline.job.output_path import check_target, new_folder
 from qwlora.system import strict_json
-from qwlora.system.atomic import move_into_place
 from qwlora.system.progress import Track, untracked
 
 if TYPE_CHECKING:
@@ -53,13 +52,13 @@ def dump_layers(
             `simulated`.
         case: adapter or use case. Default: the first.
         ids_file: a .npy file of token ids. Default: the first held-out sequence.
-        out: a folder that does not exist. Default: layers/STAGE/CASE in the job.
+        out: a new or empty folder. Default: layers/STAGE/CASE in the job.
 
     Returns:
         the folder, and what layers.json holds.
 
     Raises:
-        DirectoryError: the job lacks the model, its files are out of date, or `out` exists.
+        DirectoryError: the job lacks the model, its files are out of date, or `out` is not empty.
         SourceError: the ids cannot be read, or are none of this model.
         CalibrationError: no activation is quantized.
     """
@@ -74,8 +73,7 @@ def dump_layers(
     name = job.name(stage, case)
     job.check(name)
     out = out or folder / "layers" / stage / str(name.adapter)
-    if out.exists():
-        raise DirectoryError(f"{str(out)!r} exists. Nothing was changed. Give another --out")
+    check_target(out)
     ids = None if ids_file is None else _read_ids(ids_file)
     job.require(name.made_by)
     context, adapter = job.new_context(), [*name.adapters, job.recipe.adapters[0].name][0]
@@ -86,11 +84,8 @@ def dump_layers(
         simulation = context.use_cases[str(name.adapter)]
     else:
         simulation = context.simulation(str(name.adapter))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".part", dir=out.parent) as scratch:
-        record = _write(simulation, runtime, name, batch, Path(scratch) / "layers")
-        move_into_place(Path(scratch) / "layers", out)
-    return out, record
+    with new_folder(out) as scratch:
+        return out, _write(simulation, runtime, name, batch, scratch)
 
 
 def _read_ids(path: Path) -> npt.NDArray[np.int64]:

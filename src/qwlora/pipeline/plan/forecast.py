@@ -264,43 +264,33 @@ class Forecaster:
         text = self.recipe.base_text() if stage.adapter is None else None
         return text or self.recipe.data_of(stage.adapter or self.recipe.adapters[0].name)
 
-    def _operators(self, adapter: Adapter) -> int:
-        """Of the captured graph; at any length, which its operators do not depend on."""
-        tokens = self.recipe.data_of(adapter.name).sequence_tokens
-        return self.models.forward("graph", tokens, adapter).operators
-
-    def _simulation(self, adapter: Adapter, tokens: int) -> tuple[dict[str, float], float]:
-        """Memory of a captured graph, and bytes of activations in a forward pass."""
-        run = self.models.forward("graph", tokens, adapter)
-        memory = {
+    def _simulation(self, stage: Stage) -> tuple[dict[str, float], TracedRun]:
+        """Memory of the stage's captured graph and base, and a forward pass."""
+        tokens = self._text(stage).sequence_tokens
+        run = self.models.forward("graph", tokens, self._adapter(stage))
+        return self._base_memory | {
             "captured graph": float(_NODE_BYTES * run.operators),
             # float copies of what the simulation quantizes besides the base: norms, the embedding
             "quantized copies": float(FLOAT * self.models.float_values),
-        }
-        return memory, run.peak + self._logits(tokens)
+        }, run
 
     # Stages
 
     def _evaluate(self, stage: Stage) -> Forecast:
-        kind = stage.name.split("/")[1]
-        tokens = self._text(stage).sequence_tokens
-        has_float = has_float_model(self.recipe)
-        compared = has_float and is_compared(kind, stage.name.partition("/on/")[2])
-        memory = dict[str, float]()
-        if kind in ("float", "imported") or compared:
-            memory |= self._float_memory
-            if kind == "float" and not compared:  # the checks before the job loaded it
-                memory = {"float model": self._float_bytes, **self._mapped_files}
-        peak: float = self.models.forward("float", tokens).peak
-        if kind in ("base", "adapted", "simulated"):
-            memory |= self._base_memory
-        if kind in ("base", "adapted"):
+        kind, tokens = stage.name.split("/")[1], self._text(stage).sequence_tokens
+        logits = peak = self._logits(tokens)
+        other = stage.name.partition("/on/")[2]
+        compared = has_float_model(self.recipe) and is_compared(kind, other)
+        memory = self._float_memory if compared or kind == "imported" else {}
+        if kind == "float":  # the checks before the job loaded it
+            memory = {"float model": self._float_bytes, **self._mapped_files}
+        if kind == "simulated":
+            graph, run = self._simulation(stage)
+            memory, peak = memory | graph, peak + run.peak
+        else:
+            memory |= {} if kind in ("float", "imported") else self._base_memory
             adapter = self._adapter(stage) if kind == "adapted" else None
             peak = self.models.forward(kind, tokens, adapter).peak
-        elif kind == "simulated":
-            graph, peak = self._simulation(self._adapter(stage), tokens)
-            memory |= graph
-        logits = self._logits(tokens)
         # Rows and log-softmax of a chunk, of both models and two differences if compared; logits
         # of the last sequence, and of the other model.
         arrays, whole = (6, 2 * logits) if compared else (2, logits)
@@ -383,12 +373,11 @@ class Forecaster:
         return Forecast(stage.name, memory, FLOAT * trained, settings)
 
     def _calibrate(self, stage: Stage) -> Forecast:
-        adapter = self._adapter(stage)
-        graph, peak = self._simulation(adapter, self._text(stage).sequence_tokens)
-        memory = self._base_memory | graph | {"activations": peak}
+        memory, run = self._simulation(stage)
+        memory["activations"] = run.peak + self._logits(self._text(stage).sequence_tokens)
         # About a quarter of a graph's operators have a quantizer.
-        memory["samples of activations"] = FLOAT * VALUES * self._operators(adapter) / 4
-        disk = 2 * FLOAT * self.models.trained_values(adapter)
+        memory["samples of activations"] = FLOAT * VALUES * run.operators / 4
+        disk = 2 * FLOAT * self.models.trained_values(self._adapter(stage))
         settings = ("simulation.calibration_tokens", "data.sequence_tokens")
         return Forecast(stage.name, memory, disk, settings)
 
@@ -400,14 +389,13 @@ class Forecaster:
         layers = models.packed_layers
         shapes = (layer.scheme.scale_shape(tuple(layer.tensor.shape)) for layer in layers)
         scales = sum(map(math.prod, shapes))
-        adapter, settings = self._adapter(stage), ("base.weights.block_size",)
-        graph, _ = self._simulation(adapter, self._text(stage).sequence_tokens)
-        memory = self._base_memory | graph
+        settings = ("base.weights.block_size",)
+        memory, run = self._simulation(stage)
         memory["encodings as text"] = float(_SCALE_BYTES * scales)
         if target.needs_zero_adapter and stage.adapter is not None:
-            disk = 2 * FLOAT * models.trained_values(adapter) + 24 * scales
+            disk = 2 * FLOAT * models.trained_values(self._adapter(stage)) + 24 * scales
             return Forecast(stage.name, memory, disk, settings)
-        memory["ONNX graph"] = float(_ONNX_NODE_BYTES * self._operators(adapter))
+        memory["ONNX graph"] = float(_ONNX_NODE_BYTES * run.operators)
         memory["codes, one byte each"] = float(models.packed_weights)
         # as float32 tensors, in the ONNX model, and as bytes to write
         memory["copies of float values"] = 3.0 * FLOAT * models.float_values
@@ -418,29 +406,29 @@ class Forecaster:
 
     def _verify(self, stage: Stage) -> Forecast:
         models, target = self.models, TARGETS[stage.name.split("/")[1]]
-        adapter, tokens = self._adapter(stage), self._text(stage).sequence_tokens
-        memory = self._base_memory
+        tokens = self._text(stage).sequence_tokens
+        logits = self._logits(tokens)
         if not target.is_simulated:
-            memory["exported model"] = sum(self._base_memory.values())
-            memory["activations and logits"] = 3 * self._logits(tokens)
-            return Forecast(stage.name, memory)
-        graph, peak = self._simulation(adapter, tokens)
-        run = models.forward("graph", tokens, adapter)
+            exported = sum(self._base_memory.values())
+            parts = {"exported model": exported, "activations and logits": 3 * logits}
+            return Forecast(stage.name, self._base_memory | parts)
+        memory, run = self._simulation(stage)
+        simulation = sum(memory.values())
         activations = run.outputs - FLOAT * models.packed_weights  # without unpacked weights
         layer_bytes = activations * min(1.0, self.recipe.verify.layer_tokens / tokens)
         stored = models.packed_bytes + FLOAT * models.float_values + models.packed_weights
-        memory |= graph
         by_layer = stored + 3 * layer_bytes  # simulated values, given and computed ones
         if target.needs_zero_adapter:
             by_layer += stored  # the session of all adapters stays
-        # Three models' logits and their masked copies, two differences, and in float64 the
-        # logits and log-softmax of one; ONNX Runtime packs the weight of the head once more.
-        whole = stored + peak + 12 * self._logits(tokens) + FLOAT * models.float_values
+        # Logits of a forward pass. Three models' logits and their masked copies, two differences,
+        # and in float64 the logits and log-softmax of one. ONNX Runtime packs the weight of the
+        # head once more.
+        whole = stored + run.peak + 13 * logits + FLOAT * models.float_values
         memory["model in ONNX Runtime"] = float(stored)
         part = "values of all layers" if by_layer > whole else "logits"
         memory[part] = max(by_layer, whole) - stored
         if target.needs_zero_adapter and stage.adapter is not None:
-            memory["simulation of the base"] = sum((self._base_memory | graph).values())
+            memory["simulation of the base"] = simulation
         settings = ("verify.layer_tokens", "data.sequence_tokens")
         return Forecast(stage.name, memory, settings=settings)
 
@@ -574,12 +562,12 @@ class TracedModels:
         """An evaluation of one sequence.
 
         Args:
-            kind: `float`, `base`, `adapted`, or `graph`, as a graph is captured: with attention
-                as single operators.
+            kind: `float` or `imported`, `base`, `adapted`, or `graph`, as a graph is captured:
+                with attention as single operators.
         """
         key = (kind, tokens, adapter and adapter.name)
         if key not in self._runs:
-            if kind == "float":
+            if kind in ("float", "imported"):
                 model: nn.Module = copy.deepcopy(self.model)
             else:
                 model = self._attached(adapter) if adapter else copy.deepcopy(self.base)

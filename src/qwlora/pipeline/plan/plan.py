@@ -161,15 +161,19 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
     if switched:
         plan.calibrate_zero_adapter()
     for name in switched:
-        inputs, artifact = plan.encodings_version, f"export/{name}/{BASE}"
-        plan.add(f"export/{name}", inputs, ZERO, artifact=artifact)
+        artifact = f"export/{name}/{BASE}"
+        plan.add(f"export/{name}", plan.files(name), ZERO, artifact=artifact)
     for adapter in recipe.adapters:
         plan.evaluate("adapted", f"train/{adapter.name}", adapter=adapter)
         plan.calibrate(adapter)
         plan.evaluate("simulated", f"calibrate/{adapter.name}", adapter=adapter)
         for name in targets:
             if name not in with_cases:
-                plan.export(name, adapter.name)
+                *base, stage = targets[name].stages(name, adapter.name)
+                source = "calibrate" if targets[name].is_simulated else "train"
+                needs = [*base, f"{source}/{adapter.name}"]
+                inputs = plan.files(name)
+                plan.add(stage, inputs, *needs, adapter=adapter.name, artifact=stage)
                 # a bundle is verified once its runtime is installed
                 missing = [targets[name].missing()] if name in bundles else []
                 text = texts.key(recipe.data_of(adapter))
@@ -184,9 +188,8 @@ def make_plan(recipe: Recipe, texts: JobTexts, digests: Digests | None = None) -
     for name in with_cases:
         # compiled and verified once the compiler and its emulator are installed
         missing = [targets[name].missing()] if targets[name].compilers else []
-        version = [] if missing else [recipe.export.encodings_version]
-        files = [*version, *plan.graphs(name), *missing]
-        plan.add(f"export/{name}", files, CASES, artifact=f"export/{name}")
+        inputs = [*plan.files(name), *missing]
+        plan.add(f"export/{name}", inputs, CASES, artifact=f"export/{name}")
         for case in recipe.use_cases():
             keys = [texts.key(text) for text in recipe.texts().values()]
             plan.verify(name, case, [keys, *missing], None)
@@ -227,13 +230,6 @@ class _Plan:
     def base_text(self) -> list[Any]:
         return [self.texts.key(data) for data in self.recipe.base_texts()]
 
-    @property
-    def encodings_version(self) -> list[str]:
-        """The version of encodings files, unless it is the default."""
-        export = self.recipe.export
-        is_default = export.encodings_version == type(export)().encodings_version
-        return [] if is_default else [export.encodings_version]
-
     def held_out(self, data: Data) -> list[Any]:
         return [*self.texts.key(data), data.evaluation_sequences]
 
@@ -248,10 +244,12 @@ class _Plan:
         is_local = source and folder.is_dir()
         return self.contents(sorted(filter(Path.is_file, folder.iterdir()))) if is_local else []
 
-    def graphs(self, target: str) -> list[Any]:
-        """The sizes of graphs with a cache, if the target writes some."""
-        graphs = self.recipe.export.graphs_of(target)
-        return [] if graphs is None else [graphs.model_dump()]
+    def files(self, target: str) -> list[Any]:
+        """What exported files depend on besides what they hold: the version of encodings files,
+        unless it is the default, and the sizes of graphs with a cache."""
+        export, graphs = self.recipe.export, self.recipe.export.graphs_of(target)
+        version = export.model_dump(include={"encodings_version"}, exclude_defaults=True)
+        return [*version.values(), *([] if graphs is None else [graphs.model_dump()])]
 
     def ranges(self, texts: Iterable[Data]) -> list[Any]:
         """Activation ranges that are measured on `texts`."""
@@ -377,13 +375,6 @@ class _Plan:
         new = [a for a in self.recipe.adapters if a.continue_from is None and a.layers is None]
         return any(all(targets(a.target_modules, layer) for layer in layers) for a in new)
 
-    def export(self, target: str, name: str) -> None:
-        kind = self.targets[target]
-        *base, stage = kind.stages(target, name)
-        needs = [*base, f"calibrate/{name}" if kind.is_simulated else f"train/{name}"]
-        inputs = [*self.encodings_version, *self.graphs(target)]
-        self.add(stage, inputs, *needs, adapter=name, artifact=stage)
-
     def verify(self, target: str, name: str, inputs: list[Any], adapter: str | None) -> None:
         kind = self.targets[target]
         inputs = [self.recipe.verify.model_dump(), *inputs]
@@ -428,10 +419,3 @@ def needs_moments(recipe: Recipe) -> bool:
 def is_compared(kind: str, other: str) -> bool:
     """Whether a model is compared with the float model on its own text, or on `other`."""
     return kind != "float" and (not other or kind == "base")
-
-
-def trained_with(recipe: Recipe, adapter: Adapter) -> dict[str, Any]:
-    """The settings that an adapter is trained with, without defaults: recorded in the results."""
-    settings = adapter.model_dump(mode="json", exclude_defaults=True, exclude={"name", "data"})
-    data = recipe.data_of(adapter).model_dump(mode="json", exclude_defaults=True)
-    return {**settings, "data": data, "seed": recipe.seed, "workflow": recipe.workflow}

@@ -18,7 +18,7 @@ from qwlora.errors import DirectoryError, RecipeError, suggestion
 from qwlora.pipeline import VERBS
 from qwlora.pipeline.job import journal
 from qwlora.pipeline.job.directory import Directory, check_job
-from qwlora.pipeline.plan.plan import JobTexts, Stage, make_plan, resolve_compute, trained_with
+from qwlora.pipeline.plan.plan import JobTexts, Stage, make_plan, resolve_compute
 from qwlora.recipe import Adapter, Recipe, load_recipe
 from qwlora.system.progress import Track, untracked
 
@@ -157,7 +157,6 @@ def run_line(folder: Path, *options: str) -> str:
 
 
 def check_kept(
-    plan: Sequence[Stage],
     waiting: Iterable[Stage],
     directory: Directory,
     recipe: Recipe,
@@ -178,33 +177,27 @@ def check_kept(
             f"qwlora adapters remove {directory.path} {lost[0]}"
         )
     records = directory.records
-    again = {s.name for s in waiting if s.name in records and records[s.name].key != s.key}
-    problems = []
-    for adapter in recipe.adapters:
-        stage = f"train/{adapter.name}"
-        if stage in again and (folder / adapter.name).is_dir():
-            old = records[stage].results.get("train", {}).get(adapter.name, {})
-            reasons = _differences(old.get("settings", {}), trained_with(recipe, adapter))
-            changed = [s.name for s in upstream(plan, stage) if s.name in again and s.name != stage]
-            reasons += [f"{name}: {stale[name]}" for name in changed]
-            problems.append(f"{adapter.name}: {'; '.join(reasons) or stale[stage]}")
-    if "quantize" in again:
-        trained = sorted(path.name for path in folder.glob("*"))
-        if not problems and trained:
-            problems = [f"{', '.join(trained)}: their base would be replaced"]
+    again = [s.name for s in waiting if s.name in records and records[s.name].key != s.key]
+    replaced = sorted(names if "quantize" in again else {n for n in names if f"train/{n}" in again})
+    if existing := [name for name in replaced if (folder / name).is_dir()]:
+        reasons = [f"{name}: {stale[name]}" for name in again]
         with contextlib.suppress(RecipeError):
-            before, now = (
-                r.model_dump(mode="json", include={"model", "base"})
-                for r in (load_recipe(directory.path / "recipe.yaml"), recipe)
-            )
-            problems += _differences(before, now) if problems else []
-    if problems:
+            before, now = map(_trained_on, (load_recipe(directory.path / "recipe.yaml"), recipe))
+            reasons = _differences(before, now) or reasons
         raise DirectoryError(
-            f"{str(directory.path)!r} has adapters that were trained differently:\n"
-            + "".join(f"  {problem}\n" for problem in problems)
+            f"{str(directory.path)!r} has adapters that were trained differently, "
+            f"{', '.join(existing)}:\n"
+            + "".join(f"  {reason}\n" for reason in reasons)
             + "Nothing was changed. Give the new adapter another name, use another --out, or "
             "replace the old one with --replace (it stays in place until the new one is finished)"
         )
+
+
+def _trained_on(recipe: Recipe) -> dict[str, Any]:
+    """The settings that adapters depend on; those of an adapter by its name."""
+    sections = {"model", "base", "data", "seed", "workflow"}
+    adapters = {adapter.name: adapter.model_dump(mode="json") for adapter in recipe.adapters}
+    return {**recipe.model_dump(mode="json", include=sections), **adapters}
 
 
 def _differences(old: Any, new: Any, path: str = "") -> list[str]:

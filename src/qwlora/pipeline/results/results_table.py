@@ -19,12 +19,15 @@ from qwlora.report.verdict import verdict
 
 Row = tuple[str, str]
 
-# The kinds of models that adapters are measured on, and their words in the table.
-_KINDS = (
-    ("imported", "float model, imported"),
-    ("adapted", "after adapter"),
-    ("simulated", "simulated, adapter"),
-)
+# The kinds of models that are measured, and their words in the table; all but the first two are of
+# an adapter.
+_KINDS = {
+    "float": "float model",
+    "base": "frozen base",
+    "imported": "float model, imported",
+    "adapted": "after adapter",
+    "simulated": "simulated, adapter",
+}
 
 
 def print_summary(results: dict[str, Any], console: Console) -> None:
@@ -55,18 +58,18 @@ def result_rows(results: dict[str, Any]) -> Iterator[Row]:
     perplexity = results.get("perplexity", {})
     if results.get("trust_remote_code"):
         yield "trust_remote_code", "true: Python code from the model's folder was run"
-    for kind, what in (("float", "float model"), ("base", "frozen base")):
-        if kind in perplexity:
-            yield f"perplexity, {what}", f"{perplexity[kind]:.3f}"
-    for kind, what in _KINDS:
-        for name, value in perplexity.get(kind, {}).items():
-            yield f"perplexity, {what} {name}", f"{value:.3f}"
+    for what, value in _by_model(perplexity):
+        yield f"perplexity, {what}", f"{value:.3f}"
     for text, measured in perplexity.get("on", {}).items():
         models = {kind: measured[kind] for kind in ("float", "base") if kind in measured}
         values = (models | measured.get("adapted", {})).items()
         shown_values = ", ".join(f"{model} {value:.3f}" for model, value in values)
         yield f"perplexity on the text of {text}", shown_values
-    yield from _divergence_rows(results)
+    agreements = dict(_by_model(results.get("top1", {})))
+    for what, kl in _by_model(results.get("kl", {})):
+        divergence = _with_error(kl["mean"], kl["stderr"], ".4f")
+        share = _with_error(agreements[what]["share"], agreements[what]["stderr"], ".2%")
+        yield f"KL from float, {what}", f"{divergence}, same likeliest token {share}"
     if base := results.get("base"):
         yield (
             "base",
@@ -103,20 +106,17 @@ def result_rows(results: dict[str, Any]) -> Iterator[Row]:
     yield "seconds", f"{parts}; total {sum(seconds.values()):.0f}"
 
 
-def _divergence_rows(results: dict[str, Any]) -> Iterator[Row]:
-    """How far each model's next-token distribution is from the float model's."""
-    divergences, agreements = results.get("kl", {}), results.get("top1", {})
-    models = [("frozen base", divergences, agreements, "base")] if "base" in divergences else []
-    for kind, what in _KINDS:
-        names = divergences.get(kind, {})
-        models += [(f"{what} {n}", divergences[kind], agreements[kind], n) for n in names]
-    for what, kl, top1, key in models:
-        divergence, share = f"{kl[key]['mean']:.4f}", f"{top1[key]['share']:.2%}"
-        if (error := kl[key]["stderr"]) is not None:
-            divergence += f" ± {error:.4f}"
-        if (error := top1[key]["stderr"]) is not None:
-            share += f" ± {error:.2%}"
-        yield f"KL from float, {what}", f"{divergence}, same likeliest token {share}"
+def _by_model(figures: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What was measured of each model, with the model's words."""
+    for kind, what in _KINDS.items():
+        if kind in ("float", "base"):
+            yield from [(what, figures[kind])] if kind in figures else []
+        else:
+            yield from ((f"{what} {name}", value) for name, value in figures.get(kind, {}).items())
+
+
+def _with_error(value: float, error: float | None, written: str) -> str:
+    return f"{value:{written}}" + ("" if error is None else f" ± {error:{written}}")
 
 
 def _parity_rows(name: str, parity: dict[str, Any]) -> Iterator[Row]:
@@ -170,24 +170,23 @@ def _training_rows(name: str, train: dict[str, Any], perplexity: dict[str, Any])
 
 def adapter_card(folder: Path, name: str) -> dict[str, Any]:
     """The parts of a job's results that concern an adapter, and the bytes of its weights."""
-    results = read_job(folder).results
-    train = results.get("train", {})
+    job = read_job(folder)
+    results, train = job.results, job.section("train")
     if name not in train:
         raise DirectoryError(
             f"{str(folder)!r} has no trained adapter {name!r}{suggestion(name, list(train))}"
         )
-    perplexity = results.get("perplexity", {})
-    models = {**perplexity, **{k: perplexity.get(k, {}).get(name) for k, _ in _KINDS}}
+    perplexities = {kind: job.perplexity(kind, name) for kind in _KINDS}
     weights = folder / "adapters" / name / "adapter_model.safetensors"
     return {
         "name": name,
-        "base": results.get("base", {}).get("fingerprint"),
+        "base": job.get("base", "fingerprint"),
         "train": train[name],
         "data": results.get("texts", {}).get(name, results.get("data")),
-        "perplexity": {k: v for k, v in models.items() if isinstance(v, float)},
+        "perplexity": {k: v for k, v in perplexities.items() if v is not None},
         "on": {
             text: measured["adapted"][name]
-            for text, measured in perplexity.get("on", {}).items()
+            for text, measured in job.section("perplexity", "on").items()
             if name in measured.get("adapted", {})
         },
         "bytes": weights.stat().st_size if weights.is_file() else None,

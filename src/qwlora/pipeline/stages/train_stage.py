@@ -24,7 +24,7 @@ from qwlora.errors import FingerprintError, SourceError
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import weight_out_in
 from qwlora.nn.fingerprint import fingerprint
-from qwlora.pipeline.plan.plan import BASE_SIMULATION, MOMENTS, SOLVER_SCALES, Stage, trained_with
+from qwlora.pipeline.plan.plan import BASE_SIMULATION, MOMENTS, SOLVER_SCALES, Stage
 from qwlora.pipeline.running.distributed import is_first_process
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.recipe import Adapter
@@ -55,10 +55,14 @@ def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[st
         for config in model.peft_config.values():  # of an adapter that was trained elsewhere
             config.base_model_name_or_path = None
         save_adapter(model, scratch, identity)
+    recipe = context.recipe
+    settings = adapter.model_dump(mode="json", exclude_defaults=True, exclude={"name", "data"})
+    data = recipe.data_of(adapter).model_dump(mode="json", exclude_defaults=True)
+    settings |= {"data": data, "seed": recipe.seed, "workflow": recipe.workflow}
     measured: dict[str, Any] = {
         "steps": report.steps,
         "compute": adapter.compute,
-        "settings": trained_with(context.recipe, adapter),
+        "settings": settings,
         "step_seconds": report.step_seconds,
         "peak_rss_bytes": peak_rss_bytes(),
         "base_bytes": report.base_bytes,

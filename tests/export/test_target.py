@@ -26,7 +26,7 @@ from qwlora.export.proof.reference import make_reference
 from qwlora.export.registry import TARGETS
 from qwlora.formats import manifest
 from qwlora.pipeline.plan.plan import Stage
-from qwlora.pipeline.stages import export_stage, verify_stage
+from qwlora.pipeline.stages import file_stages
 from qwlora.recipe.whole_recipe import Export
 
 
@@ -75,7 +75,9 @@ def test_the_export_stage_writes_through_the_target_in_its_name(
 ) -> None:
     scratch = tmp_path / "scratch"
     scratch.mkdir()
-    results = export_stage.run(context, Stage("export/text/first", "", "first"), scratch, tmp_path)
+    results = file_stages.export(
+        context, Stage("export/text/first", "", "first"), scratch, tmp_path
+    )
     written = (scratch / "model.txt").read_text()
     assert written == "graph of first first sample of first"
     assert results == {"export": {"text": {"first": {"bytes": len(written)}}}}
@@ -87,14 +89,14 @@ def test_the_export_stage_writes_through_the_target_in_its_name(
 
 @pytest.mark.filterwarnings("ignore:.*is unverified")
 @pytest.mark.usefixtures("text_target")
-def test_the_verify_stage_opens_the_files_with_the_target_in_its_name(
+def test_the_file_stages_opens_the_files_with_the_target_in_its_name(
     context: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = as_sequences(torch.ones(1, 2, dtype=torch.int64))
     made = None, None, make_reference({"adapter": lambda ids: torch.zeros(1, 2, 4)}, text)
-    monkeypatch.setattr(verify_stage._Verification, "_reference", lambda self: made)
+    monkeypatch.setattr(file_stages._Verification, "_reference", lambda self: made)
     with pytest.raises(ExportError, match=r"opened .*export.text.first"):
-        verify_stage.run(context, Stage("verify/text/first", "", "first"), tmp_path, tmp_path)
+        file_stages.verify(context, Stage("verify/text/first", "", "first"), tmp_path, tmp_path)
 
 
 def test_a_recipe_takes_every_registered_target_and_no_other() -> None:

@@ -252,7 +252,7 @@ def test_a_readme_says_what_failed_beyond_the_proof(
 ) -> None:
     copy = Path(shutil.copytree(job, tmp_path / "job"))
     broken = [is_so("switching back", False)]
-    monkeypatch.setattr("qwlora.pipeline.stages.verify_stage.switching", lambda *_: broken)
+    monkeypatch.setattr("qwlora.pipeline.stages.file_stages.switching", lambda *_: broken)
     recipe = load_recipe(copy / "recipe.yaml", ("verify.sequences=1",))
     with pytest.raises(VerificationError, match="switching back: no"):
         run(recipe, copy, VERBS)

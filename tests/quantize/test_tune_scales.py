@@ -25,7 +25,7 @@ from qwlora.nn import PackedLinear, pack_module
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline.plan.plan import SOLVER_SCALES, JobTexts, make_plan
 from qwlora.pipeline.running.run_job import run
-from qwlora.pipeline.stages.train_stage import solver_scales
+from qwlora.pipeline.stages.model_stages import solver_scales
 from qwlora.quantize import tune_scales
 from qwlora.quantize.layer_rules import LayerRule
 from qwlora.quantize.quantize_model import quantize_

@@ -16,7 +16,7 @@ from qwlora.export.npu import qnn
 from qwlora.export.proof.checks import Parity, verdict
 from qwlora.export.proof.measure import measure_logits
 from qwlora.export.proof.reference import make_reference
-from qwlora.pipeline.stages import verify_stage
+from qwlora.pipeline.stages import file_stages
 from qwlora.system import strict_json
 
 GENERATOR = torch.Generator().manual_seed(7)
@@ -101,6 +101,6 @@ def test_masked_tokens_do_not_count_where_the_context_cuts_a_sequence(
     context: Any = SimpleNamespace(
         path=tmp_path, recipe=recipe, text=lambda name: SimpleNamespace(data=data)
     )
-    text = verify_stage._Verification(context, "qairt", "first")._text()
+    text = file_stages._Verification(context, "qairt", "first")._text()
     assert torch.equal(text.input_ids, IDS[rows, :8])
     assert int((text.labels[:, 1:] != IGNORED).sum()) == counted

@@ -1,6 +1,6 @@
-"""What the stages of a job run, one module a verb; `plan/plan.py` says what they depend on.
+"""What the stages of a job run; `plan/plan.py` says what they depend on.
 
-    run(context, stage, scratch, work)
+    function(context, stage, scratch, work)
 
 writes the artifact to `scratch` and returns the stage's part of results.json. Torch is imported
 only then. A stage keeps unfinished work in the folder `work`, and resumes from it after an
@@ -12,21 +12,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from qwlora.pipeline.stages import (
-    calibrate_stage,
-    evaluate_stage,
-    export_stage,
-    quantize_stage,
-    train_stage,
-    verify_stage,
-)
+from qwlora.pipeline.stages import file_stages, model_stages
 
 RUN: dict[str, Callable[..., dict[str, Any]]] = {
-    "quantize": quantize_stage.run,
-    "calibrate-base": calibrate_stage.run_base,
-    "train": train_stage.run,
-    "calibrate": calibrate_stage.run,
-    "export": export_stage.run,
-    "verify": verify_stage.run,
-    "evaluate": evaluate_stage.run,
+    "quantize": model_stages.quantize,
+    "calibrate-base": model_stages.calibrate_base,
+    "train": model_stages.train,
+    "calibrate": model_stages.calibrate,
+    "export": file_stages.export,
+    "verify": file_stages.verify,
+    "evaluate": model_stages.evaluate,
 }

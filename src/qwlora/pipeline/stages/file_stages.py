@@ -1,8 +1,9 @@
-"""Stages `verify/TARGET/NAME`, step 5: run exported files and compare them with the simulation, or
-with the trained model where activations are floats. `verify/TARGET` is the zero adapter."""
+"""The stages that write files for runtimes and run them: `export/TARGET/NAME` and
+`verify/TARGET/NAME`. `verify/TARGET` is the zero adapter."""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from qwlora.data.sequences import Sequences
 from qwlora.errors import VerificationError
+from qwlora.export.canonical_adapter import read_canonical
 from qwlora.export.npu.kv_cache_graphs import has_graphs, most_tokens
 from qwlora.export.onnx.onnx import ZeroAdapter
 from qwlora.export.proof.checks import Limits, Parity, only_finite, verdict
@@ -22,6 +24,7 @@ from qwlora.export.proof.folder import (
     is_of_base,
     record_digest,
     write_proof,
+    write_record,
 )
 from qwlora.export.proof.measure import compare_cache, measure, proven, switching
 from qwlora.export.proof.readme import facts, write_readme
@@ -34,19 +37,105 @@ from qwlora.export.proof.reference import (
     simulated_logits,
 )
 from qwlora.export.registry import TARGETS
-from qwlora.export.target import BASE, members
+from qwlora.export.target import BASE, ExportedBase, ExportedGraph, Target, members
 from qwlora.formats import manifest
-from qwlora.pipeline.plan.plan import Stage
+from qwlora.formats.model_source import fetch
+from qwlora.pipeline.plan.plan import ADAPTER, Stage
 from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.simulation.simulation import Simulation
+from qwlora.system.atomic import total_bytes
 from qwlora.system.progress import one_step
+
+
+def export(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
+    """Step 4: write the files."""
+    name, adapter = stage.name.split("/")[1], stage.adapter
+    target, bundle = TARGETS[name], context.path / "export" / name
+    if target.has_cases:
+        return {"export": {name: _write_cases(context, target, name, scratch)}}
+    record, reason = {"base_fingerprint": context.base_fingerprint}, None
+    exported = _exported(context, target, name, adapter)
+    with context.step(f"writing files for {adapter or BASE}"):
+        if adapter is None:
+            reason = target.backend.write_base(exported, scratch)
+        else:
+            target.backend.write_adapter(exported, bundle / BASE, scratch)
+    written: dict[str, Any] = {"bytes": total_bytes(scratch.glob(target.model_files))}
+    if target.is_simulated:
+        holds_base = adapter is None or not target.has_base
+        if holds_base and not target.cached_graphs:  # a program gives it text of any length
+            context.tokenizer.save_pretrained(scratch)
+        if adapter is not None:
+            shutil.copytree(context.path / "simulation" / adapter / ADAPTER, scratch / ADAPTER)
+            record["adapter"] = adapter
+            if target.has_base:
+                record["base"] = record_digest(bundle / BASE)
+    if reason is not None:
+        written[WITHOUT_CACHE] = record[WITHOUT_CACHE] = reason
+    write_record(scratch, record)
+    return {"export": {name: {adapter or BASE: written}}}
+
+
+def _exported(context: JobContext, target: Target, name: str, adapter: str | None) -> Any:
+    """The base or an adapter, as the target's writers take it."""
+    if target.is_simulated:
+        if adapter is None:
+            return _graph(context, name, context.zero_adapter(), {})
+        metadata = {"qwlora.adapter": adapter}
+        return _graph(context, name, context.simulation(adapter), metadata, adapter)
+    if adapter is None:
+        location = fetch(context.recipe.model.source)
+        gguf_file = location.path if location.gguf_file else None
+        return ExportedBase(context.base(), context.tokenizer, gguf_file)
+
+    return read_canonical(context.path / "adapters" / adapter)
+
+
+def _graph(
+    context: JobContext,
+    target: str,
+    simulation: Simulation,
+    metadata: dict[str, str],
+    adapter: str | None = None,
+) -> ExportedGraph:
+    recipe = context.recipe
+    sizes = recipe.export.graphs_of(target)
+    return ExportedGraph(
+        simulation,
+        {"qwlora.base_fingerprint": context.base_fingerprint, **metadata},
+        context.sample(adapter or recipe.adapters[0].name),
+        recipe.export.encodings_version,
+        {} if sizes is None else {"prefill": sizes.prefill, "decode": sizes.decode},
+        0 if sizes is None else sizes.context,
+        recipe.simulation.base_activations,
+    )
+
+
+def _write_cases(
+    context: JobContext, target: Target, name: str, scratch: Path
+) -> dict[str, dict[str, int]]:
+    """Write all use cases; returns the size of what belongs to each, and of all other files."""
+    cases = {
+        case: _graph(context, name, simulation, {"qwlora.use_case": case})
+        for case, simulation in context.use_cases.items()
+    }
+    base = cases.pop(BASE)
+    target.backend.write_cases(base, cases, scratch)
+    record = {"base_fingerprint": context.base_fingerprint, "use_cases": list(cases)}
+    write_record(scratch, record)
+    sizes = {case: total_bytes(target.backend.own_files(scratch, case)) for case in cases}
+    sizes = {BASE: total_bytes(scratch.rglob("*")) - sum(sizes.values()), **sizes}
+    return {case: {"bytes": size} for case, size in sizes.items()}
+
 
 # Graphs for NPUs round cosines, sines and masks on top of what a simulation rounds: this share of
 # the largest logit counts as noise, about 30 dB.
 GRAPHS_NOISE = 0.002
 
 
-def run(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
-    """Run the exported files on held-out text and compare the result with the recipe's limits."""
+def verify(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
+    """Step 5: run the exported files on held-out text and compare them with the simulation, or with
+    the trained model where activations are floats, within the recipe's limits."""
     _, name, *cases = stage.name.split("/")
     has_readme = bool(cases) and TARGETS[name].has_base
     proof = _Verification(context, name, cases[0] if cases else BASE)

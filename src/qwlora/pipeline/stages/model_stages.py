@@ -1,0 +1,409 @@
+"""The stages that make models and measure them: `quantize`, `train`, `calibrate` and `evaluate`.
+
+Of `evaluate`, `imported/NAME` is the float model with an adapter from elsewhere as it came, so that
+the step to this base can be seen. It and `simulated/NAME` are measured on their own text only.
+
+KL divergence and token agreement are measured on the model's own text, and for the base on every
+text, if there is a float model. It runs again beside the other one, sequence by sequence: keeping
+its logits would take gigabytes.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from qwlora.adapter.adapter_deltas import adapter_updates
+from qwlora.adapter.adapter_folder import save_adapter
+from qwlora.adapter.attach import check_trainable
+from qwlora.adapter.initialize import initialize_
+from qwlora.adapter.train import Display, TrainingReport, train_adapter
+from qwlora.analysis.quantization_costs import encodings_summary
+from qwlora.analysis.token_scores import Logits, logits_of, perplexity, score_tokens
+from qwlora.data.sequences import check_isolation
+from qwlora.errors import FingerprintError, SourceError
+from qwlora.export.npu.use_case_adapters import peft_names, share_unaffected
+from qwlora.export.target import NONE, members
+from qwlora.formats.base_folder import save_base
+from qwlora.formats.model_card import public_name
+from qwlora.formats.model_source import fetch
+from qwlora.formats.open_checkpoint import load_precomputed
+from qwlora.grid.second_moments import MomentStore
+from qwlora.nn import weight_out_in
+from qwlora.nn.fingerprint import fingerprint
+from qwlora.pipeline.plan.plan import (
+    ADAPTER,
+    BASE_SIMULATION,
+    CASES,
+    MOMENTS,
+    SHARED,
+    SOLVER_SCALES,
+    ZERO,
+    Stage,
+    is_compared,
+    needs_moments,
+)
+from qwlora.pipeline.plan.target_table import model_files, second_rounding
+from qwlora.pipeline.running.distributed import is_first_process
+from qwlora.pipeline.running.loaded_models import JobContext
+from qwlora.quantize.quantize_blocks import observe_moments
+from qwlora.quantize.quantize_model import (
+    BaseSize,
+    QuantizeReport,
+    base_size,
+    quantize_,
+    quantize_checkpoint,
+)
+from qwlora.quantize.solvers import SOLVERS
+from qwlora.quantize.tune_scales import HELD_OUT_SEQUENCES, TuningSettings, tune_
+from qwlora.recipe import Adapter
+from qwlora.simulation.adapter_simulations import BASE, apply_shared_encodings, simulate_adapters
+from qwlora.simulation.saved_simulation import load_activations, load_encodings, save_encodings
+from qwlora.simulation.simulation import Simulation
+from qwlora.simulation.training_graph import TrainingGraph
+from qwlora.system.atomic import link
+from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
+
+
+def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
+    """Step 1: quantize the base, and tune it if the recipe asks for it."""
+    measured: dict[str, Any] = {}
+    if context.recipe.base.tuning.steps:
+        solved = work / "solved"
+        shutil.rmtree(solved, ignore_errors=True)
+        solved.mkdir(parents=True)
+        _, report = _write_base(context, solved, work)
+        identity, size, measured["tuning"] = _tune(context, solved, scratch, work)
+    else:
+        identity, report = _write_base(context, scratch, work)
+        size = report.size
+    if (work / MOMENTS).is_dir():
+        # Linked, not moved: if the run is killed now, the next one still finds them in `work`.
+        shutil.copytree(work / MOMENTS, scratch / MOMENTS, copy_function=link)
+    if note := second_rounding(context.recipe):
+        measured["second_rounding"] = note
+    return {
+        "base": {
+            **asdict(size),
+            "bits_per_weight": size.bits_per_weight,
+            "fingerprint": identity,
+            "layers": {name: asdict(layer) for name, layer in report.layers.items()},
+            **measured,
+        }
+    }
+
+
+def _write_base(context: JobContext, scratch: Path, work: Path) -> tuple[str, QuantizeReport]:
+    """Quantize and write the base.
+
+    Uses the float model if it is in memory, otherwise its files, one block at a time if their
+    format allows it.
+    """
+    base, source = context.recipe.base, public_name(context.recipe.model.source)
+    tokenizer, scheme, track = context.tokenizer, base.weights.scheme(), context.track
+    calibration = context.base_calibration_ids(base.calibration_sequences)
+    moments = MomentStore.resumed(work / MOMENTS) if needs_moments(context.recipe) else None
+    if base.solver == "keep":
+        model = load_precomputed(model_files(context.recipe.model), track)
+        if moments is not None:
+            observe_moments(model, calibration, moments, track=track)
+        report = QuantizeReport(base_size(model))
+        return save_base(model, scratch, tokenizer, source=source), report
+    arguments: dict[str, Any] = {
+        "rules": base.layer_rules(),
+        "calibration": calibration,
+        "moments": moments,
+        "work": work,
+        "settings": {
+            solver.name: solver.settings_of(getattr(base, solver.name).model_dump())
+            for solver in SOLVERS.values()
+            if solver.settings
+        },
+        "track": track,
+    }
+    if context.lazy is not None and not context.holds_float_model:
+        checkpoint = context.lazy.checkpoint
+        return quantize_checkpoint(
+            checkpoint, tokenizer, scratch, source, scheme, base.solver, **arguments
+        )
+    model = context.take_float_model()
+    report = quantize_(model, scheme, base.solver, **arguments)
+    return save_base(model, scratch, tokenizer, source=source), report
+
+
+def _tune(
+    context: JobContext, solved: Path, scratch: Path, work: Path
+) -> tuple[str, BaseSize, dict[str, Any]]:
+    """Tune scales and norms of the base in `solved` and write it to `scratch`.
+
+    Also writes the scales before tuning: adapter initialization corrects the solver's error.
+    """
+    section, model = context.recipe.base.tuning, context.load_base(solved)
+    settings = TuningSettings(**section.model_dump(), seed=context.recipe.seed)
+    sequences = context.base_calibration_ids(section.steps + HELD_OUT_SEQUENCES)
+    report = tune_(
+        model, context.float_model(), sequences, settings, work=work, track=context.track
+    )
+    source = public_name(context.recipe.model.source)
+    identity = save_base(model, scratch, context.tokenizer, source=source)
+    if report.solver_scales:
+        (scratch / SOLVER_SCALES).parent.mkdir()
+        save_file(report.solver_scales, scratch / SOLVER_SCALES)
+    measured = asdict(replace(report, solver_scales={}))  # these are in a file, not in the results
+    del measured["solver_scales"]
+    return identity, base_size(model), measured
+
+
+def train(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
+    """Step 2: train one adapter on the frozen base, and check that the base stays as it is."""
+    adapter, identity = context.adapter(str(stage.adapter)), context.base_fingerprint
+    context.check_rules()
+    reset_peak_rss()
+    model = context.untrained(adapter)
+    initialized: dict[str, Any] = {}
+    if adapter.init != "zero":
+        initialized = {"init": _initialize(context, model, adapter)}
+        reset_peak_rss()
+    report = _train_adapter(context, model, adapter, work)
+    if (after := fingerprint(model)) != identity:
+        raise FingerprintError(
+            f"training adapter {adapter.name} changed the base: its fingerprint was "
+            f"{identity} and is now {after}. The adapter was not saved; report this as a bug"
+        )
+    updates: dict[str, Any] = {}
+    if is_first_process():
+        updates = adapter_updates(model)
+        for config in model.peft_config.values():  # of an adapter that was trained elsewhere
+            config.base_model_name_or_path = None
+        save_adapter(model, scratch, identity)
+    recipe = context.recipe
+    settings = adapter.model_dump(mode="json", exclude_defaults=True, exclude={"name", "data"})
+    data = recipe.data_of(adapter).model_dump(mode="json", exclude_defaults=True)
+    settings |= {"data": data, "seed": recipe.seed, "workflow": recipe.workflow}
+    measured: dict[str, Any] = {
+        "steps": report.steps,
+        "compute": adapter.compute,
+        "settings": settings,
+        "step_seconds": report.step_seconds,
+        "peak_rss_bytes": peak_rss_bytes(),
+        "base_bytes": report.base_bytes,
+        "trainable_parameters": report.trainable_parameters,
+        "resumed_from_step": report.resumed_from_step,
+        "losses": list(report.losses),
+        "layers": updates,
+        **initialized,
+    }
+    if adapter.evaluation_steps:
+        measured["evaluations"] = [list(e) for e in report.evaluations]
+        measured["best_step"] = report.best_step
+    return {"train": {adapter.name: measured}, "data": context.text(adapter.name).describe()}
+
+
+def _train_adapter(
+    context: JobContext, model: PeftModel, adapter: Adapter, work: Path
+) -> TrainingReport:
+    """Train the adapter of `model`, if it has steps."""
+    if not adapter.steps:
+        return TrainingReport(0, 0.0, 0, check_trainable(model), ())
+    text = context.text(adapter.name)
+    if text.data.train.position_ids is not None:
+        check_isolation(model)
+    teacher = context.take_float_model() if adapter.objective == "recovery" else None
+    graph = None
+    if context.recipe.workflow == "qwa-lora":  # train through calibrated base activations
+        activations = load_activations(context.path / BASE_SIMULATION)
+        graph = TrainingGraph(context.simulate(model.eval()), activations)
+    return train_adapter(
+        model,
+        text.data.train,
+        adapter.training_settings(context.recipe.seed, whole_loss=graph is not None),
+        work,
+        text.evaluation if adapter.evaluation_steps else None,
+        teacher,
+        graph,
+        Display(
+            context.track,
+            context.path / "logs" / adapter.name,
+            lambda progress: context.on_training(lambda: {"adapter": adapter.name, **progress()}),
+        ),
+    )
+
+
+def _initialize(context: JobContext, model: PeftModel, adapter: Adapter) -> dict[str, Any]:
+    """Initialize the adapter to correct the quantization error; returns each layer's error before
+    and after."""
+    floats, base = context.take_float_model(), context.path / "base"
+
+    def weight(path: str) -> Tensor:
+        return weight_out_in(floats.get_submodule(path)).detach()
+
+    reports = initialize_(
+        model,
+        adapter.init,
+        weight,
+        MomentStore(base / MOMENTS) if adapter.init == "qera" else None,
+        share=adapter.init_share,
+        track=context.track,
+        solver_scales=solver_scales(base),
+    )
+    layers = {path: asdict(report) for path, report in reports.items()}
+    return {"method": adapter.init, "layers": layers}
+
+
+def solver_scales(base: Path) -> dict[str, Tensor]:
+    """Scales of the base in a folder before tuning, by layer; empty if it was not tuned."""
+    path = base / SOLVER_SCALES
+    try:
+        return load_file(path) if path.exists() else {}
+    except (OSError, SafetensorError) as error:
+        raise SourceError(
+            f"base {str(base)!r}: {path.name} cannot be read ({error}); delete it and quantize "
+            "again"
+        ) from error
+
+
+def calibrate_base(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
+    """Calibrate the base without an adapter."""
+    simulation = context.simulate(context.base())
+    context.check_rules(simulation.placement)
+    report = context.calibrate(simulation)
+    simulation.save(scratch)
+    counts = {"encodings": len(simulation.encodings), "calibration_tokens": report.tokens}
+    return {"base_simulation": counts}
+
+
+def calibrate(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
+    """Step 3: calibrate one adapter, the encodings that adapters share, the zero adapter or use
+    cases."""
+    if stage.adapter is not None:
+        return _calibrate_adapter(context, stage.adapter, scratch)
+    others = {CASES: _calibrate_use_cases, ZERO: _calibrate_zero_adapter}
+    return others.get(stage.name, _calibrate_shared)(context, scratch)
+
+
+def _calibrate_adapter(context: JobContext, name: str, scratch: Path) -> dict[str, Any]:
+    simulation = context.new_simulation(name)
+    report = context.calibrate(simulation, name)
+    measured: dict[str, Any] = {
+        "encodings": len(simulation.encodings),
+        "calibration_tokens": report.tokens,
+        "constants": list(report.constants),
+        "unseen": list(report.unseen),
+    }
+    if context.recipe.simulation.base_activations != "all":
+        measured["perplexity_with_own_encodings"] = perplexity(
+            simulation.logits,
+            context.text(name).evaluation,
+            "perplexity, own encodings",
+            context.track,
+        )
+    _apply_shared(context, simulation)
+    measured |= encodings_summary(simulation)
+    simulation.save(scratch)
+    save_adapter(simulation.origin.model, scratch / ADAPTER, context.base_fingerprint)
+    return {"simulation": {name: measured}}
+
+
+def _apply_shared(context: JobContext, simulation: Simulation) -> None:
+    """Replace encodings of one adapter by those that all share, if they share any."""
+    shares = context.recipe.simulation.base_activations
+    if shares != "all":
+        apply_shared_encodings(simulation, load_encodings(context.path / SHARED), shares)
+
+
+def _calibrate_shared(context: JobContext, scratch: Path) -> dict[str, Any]:
+    """Calibrate the shared encodings, on the values of every adapter and of the base alone."""
+    names = [adapter.name for adapter in context.recipe.adapters]
+    shares = context.recipe.simulation.base_activations
+    model = context.adapted(*names)
+    with context.step("capturing the graph"):
+        simulations = simulate_adapters(model, context.example_inputs, context.schemes, shares)
+    context.check_rules(*(simulation.placement for simulation in simulations.values()))
+    simulations.observe(**context.calibration(*names))
+    simulations.freeze(allow_unseen=context.allow_unseen)
+    save_encodings(simulations.shared, scratch)
+    return {
+        "sharing": {
+            "base_activations": shares,
+            "encodings": len(simulations.shared),
+            "captures": simulations.captures,
+        }
+    }
+
+
+def _calibrate_zero_adapter(context: JobContext, scratch: Path) -> dict[str, Any]:
+    """Calibrate the zero adapter on the text of the base."""
+    simulation = context.new_zero_adapter()
+    if context.recipe.workflow == "qwa-lora":
+        simulation.fix_encodings(load_activations(context.path / BASE_SIMULATION))
+    context.calibrate(simulation)
+    _apply_shared(context, simulation)
+    simulation.save(scratch)
+    return {"zero_adapter": {"encodings": len(simulation.encodings)}}
+
+
+def _calibrate_use_cases(context: JobContext, scratch: Path) -> dict[str, Any]:
+    """Calibrate every use case on the texts of its adapters, and the zero adapter on all texts."""
+    cases, simulations = context.recipe.use_cases(), context.new_use_cases()
+    texts = {name: members(case) for case, name in peft_names(cases).items() if case != NONE}
+    texts[BASE] = [adapter.name for adapter in context.recipe.adapters]
+    batches = {name: context.calibration(*adapters)["batches"] for name, adapters in texts.items()}
+    tokens = context.recipe.simulation.calibration_tokens
+    simulations.observe(batches, context.track, tokens)
+    simulations.freeze(allow_unseen=context.allow_unseen)
+    share_unaffected(simulations)
+    for name, simulation in simulations.items():
+        simulation.save(scratch / name)
+    return {"use_cases": {case: {"adapters": members(case)} for case in cases}}
+
+
+def evaluate(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:
+    """Score a model on held-out text; and how far base, adapters and simulations are from the float
+    model on the same tokens."""
+    model, _, other = stage.name.removeprefix("evaluate/").partition("/on/")
+    kind, name = model.partition("/")[0], stage.adapter
+    text = context.text(other or name)
+    logits, reference = _logits_and_reference(
+        context, kind, name, compared=is_compared(kind, other)
+    )
+    what = f"perplexity, {kind} on the text of {other}" if other else f"perplexity, {kind}"
+    scores = score_tokens(logits, text.evaluation, what, context.track, reference)
+    results: dict[str, Any] = {"data": text.describe()}
+    for key, value in scores.to_json().items():
+        by_model = {kind: value if name is None else {name: value}}
+        results[key] = {"on": {other: by_model}} if other else by_model
+    return results
+
+
+def _logits_and_reference(
+    context: JobContext, kind: str, name: str | None, compared: bool
+) -> tuple[Logits, Logits | None]:
+    """Logits of a model, and those of the float model if they are to be compared."""
+    if kind == "float":
+        return logits_of(context.float_model()), None
+    if kind == "imported":
+        imported = context.imported(str(name))
+        own = logits_of(imported)
+
+        def without_adapter(ids: Tensor) -> Tensor:
+            with imported.disable_adapter():
+                return own(ids)
+
+        return own, without_adapter
+    logits: Logits
+    if kind == "simulated":
+        logits = context.simulation(str(name)).logits
+    else:
+        logits = logits_of(context.base() if kind == "base" else context.adapted(str(name)))
+    if not compared or not fetch(context.recipe.model.source).holds_floats:
+        return logits, None
+    # Loading a base releases the float model, so it is loaded after it; the context must not keep
+    # it in memory through the stages that follow.
+    return logits, logits_of(context.take_float_model())

@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from qwlora.grid.encoding import sqnr_db
-from qwlora.system.compute_precision import processor_name
-from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
+from qwlora.system.machine import peak_rss_bytes, processor_name, reset_peak_rss
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

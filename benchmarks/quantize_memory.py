@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import machine_line, run_python, write_result
-from qwlora.system.memory import peak_rss_bytes
+from qwlora.system.machine import peak_rss_bytes
 
 SCHEME = "w4-block32"
 NAMES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -47,7 +47,7 @@ from measuring import (
     seconds_of_turns,
     write_result,
 )
-from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
+from qwlora.system.machine import peak_rss_bytes, reset_peak_rss
 
 SCHEMES = {2: "w2-block32-asymmetric", 3: "w3-block32", 4: "w4-block32", 8: "w8-block32"}
 SHAPES = ((1, 256), (4, 512))

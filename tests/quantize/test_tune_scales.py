@@ -104,7 +104,7 @@ def test_gradients_are_those_of_the_multiplied_weight(name: str) -> None:
     torch.testing.assert_close(layer.tensor.dequantize(), values * times, rtol=2e-3, atol=2e-4)
 
 
-@pytest.mark.filterwarnings("ignore::qwlora.system.compute_precision.SlowComputeWarning")
+@pytest.mark.filterwarnings("ignore::qwlora.system.machine.SlowComputeWarning")
 @pytest.mark.parametrize("compute", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("architecture", "scheme"),

@@ -21,8 +21,8 @@ from qwlora.pipeline.running.run_job import run
 from qwlora.quantize.quantize_model import quantize_
 from qwlora.quantize.tune_scales import TuningSettings, tune_
 from qwlora.recipe import Recipe, load_recipe
-from qwlora.system import compute_precision
-from qwlora.system.compute_precision import (
+from qwlora.system import machine
+from qwlora.system.machine import (
     SlowComputeWarning,
     auto_compute,
     has_bfloat16,
@@ -36,7 +36,7 @@ ARM = "processor\t: 0\nFeatures\t: fp asimd{} sve\nCPU part\t: 0xd40\n"
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """What was found out about this machine, before and after."""
-    cached = (has_bfloat16, training_device, compute_precision._nvidia_major)
+    cached = (has_bfloat16, training_device, machine._nvidia_major)
     for function in cached:
         function.cache_clear()
     yield
@@ -45,10 +45,10 @@ def forget() -> Iterator[None]:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
-    monkeypatch.setattr(compute_precision, "_cpu_has_bfloat16", lambda: has)
+    monkeypatch.setattr(machine, "_cpu_has_bfloat16", lambda: has)
     monkeypatch.setattr("qwlora.pipeline.plan.plan.training_device", lambda: "cpu")
     monkeypatch.setattr("qwlora.pipeline.plan.preflight.training_device", lambda: "cpu")
-    compute_precision.has_bfloat16.cache_clear()
+    machine.has_bfloat16.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_an_nvidia_gpu_is_asked_through_its_driver(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(ctypes, "CDLL", lambda name: Driver(count, major))
-    monkeypatch.setattr(compute_precision, "_has_library", lambda name: name == library)
+    monkeypatch.setattr(machine, "_has_library", lambda name: name == library)
     monkeypatch.setattr(sys, "platform", "linux")
     assert training_device() == device
     if expected is not None:
@@ -232,7 +232,7 @@ def test_tuning_in_python_resolves_auto_and_warns_when_forced(
 def test_deciding_imports_no_torch() -> None:
     script = (
         "import sys\n"
-        "from qwlora.system.compute_precision import auto_compute, training_device\n"
+        "from qwlora.system.machine import auto_compute, training_device\n"
         "auto_compute('cpu'), training_device()\n"
         "assert 'torch' not in sys.modules\n"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from qwlora.system.cpu_threads import configure_threads, usable_cores
+from qwlora.system.machine import configure_threads, usable_cores
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_what_the_user_did_not_set_is_set(chosen: str, added: dict[str, str]) ->
 def test_processes_on_one_machine_share_its_cores(
     monkeypatch: pytest.MonkeyPatch, processes: str, threads: str
 ) -> None:
-    monkeypatch.setattr("qwlora.system.cpu_threads.usable_cores", lambda: 4)
+    monkeypatch.setattr("qwlora.system.machine.usable_cores", lambda: 4)
     environment = {"LOCAL_WORLD_SIZE": processes}
     configure_threads(environment)
     assert environment["OMP_NUM_THREADS"] == threads

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwlora.system.memory import peak_rss_bytes, reset_peak_rss, return_freed_memory
+from qwlora.system.machine import peak_rss_bytes, reset_peak_rss, return_freed_memory
 
 pytestmark = pytest.mark.skipif(
     sys.platform != "linux", reason="resident memory is read from /proc"

@@ -47,7 +47,7 @@ from qwlora.graph.call_arguments import vocabulary_size
 from qwlora.nn import PackedLinear
 from qwlora.nn.packed_tensor import compute_dtype
 from qwlora.nn.temporary import replaced
-from qwlora.system.memory import return_freed_memory
+from qwlora.system.machine import return_freed_memory
 
 # Logits in a chunk: a little over 32 MiB in float32. Freed blocks above 32 MiB are returned to the
 # system by glibc's malloc.

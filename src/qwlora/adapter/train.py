@@ -52,7 +52,7 @@ from qwlora.errors import MissingExtraError, TrainingError
 from qwlora.graph.call_arguments import vocabulary_size
 from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.packed_layer import packed_layers
-from qwlora.system.cpu_threads import process_count
+from qwlora.system.machine import process_count
 from qwlora.system.progress import Track, untracked
 from qwlora.system.stop_signals import Stopped, on_stop_signal
 

@@ -79,8 +79,8 @@ def push(
         raise typer.BadParameter(f"{repository!r} is not OWNER/NAME", param_hint="--to")
     from qwlora.pipeline.commands.push import prepared, send
 
-    with prepared(job, repository, adapter, is_private=not public, license=license) as upload:
-        kind = "private" if upload.is_private else "public"
+    with prepared(job, repository, adapter, license) as upload:
+        kind = "public" if public else "private"
         print(
             f"{upload.what}: {len(upload.files)} files, {size(upload.size_bytes)}, to {repository} "
             f"({kind})"
@@ -95,7 +95,7 @@ def push(
             if not sys.stdin.isatty():
                 raise UploadError("nothing was uploaded; confirm with --yes")
             typer.confirm("Upload?", abort=True)
-        print(send(upload, job))
+        print(send(upload, job, is_private=not public))
 
 
 def merge_check(job: Job, name: Name, as_json: AsJson = False) -> None:

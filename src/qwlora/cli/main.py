@@ -55,7 +55,7 @@ from qwlora.errors import (
     shortened,
 )
 from qwlora.pipeline import VERBS
-from qwlora.system.cpu_threads import configure_threads
+from qwlora.system.machine import configure_threads
 from qwlora.system.stop_signals import number_of, on_stop_signal, raise_stopped
 
 

@@ -47,7 +47,7 @@ from qwlora.quantize.quantize_blocks import batches_of
 from qwlora.quantize.revisions import REVISIONS
 from qwlora.quantize.tuned_parameters import Tunable
 from qwlora.system.atomic import write_tensors
-from qwlora.system.compute_precision import SlowComputeWarning, auto_compute, slow_compute
+from qwlora.system.machine import SlowComputeWarning, auto_compute, slow_compute
 from qwlora.system.parameter_names import canonical_name
 from qwlora.system.progress import Track, untracked
 

@@ -37,8 +37,7 @@ from qwlora.export.proof.compare import compare_logits, is_same, is_told_apart
 from qwlora.export.proof.reference import Logits, check_ids, check_reference
 from qwlora.export.target import BASE, Runtime, Target
 from qwlora.system.atomic import total_bytes
-from qwlora.system.compute_precision import processor_name
-from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
+from qwlora.system.machine import peak_rss_bytes, processor_name, reset_peak_rss
 from qwlora.system.progress import Track, untracked
 
 DECODED = 16  # tokens

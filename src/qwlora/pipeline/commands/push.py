@@ -57,7 +57,6 @@ class Upload:
     Args:
         what: in words.
         repository: `owner/name`.
-        is_private: whether a new repository is private.
         files: by path in the repository.
         notes: what is left out, and why.
         outdated: files that this job uploaded there before, and that are not among `files`.
@@ -65,7 +64,6 @@ class Upload:
 
     what: str
     repository: str
-    is_private: bool
     files: dict[str, Path]
     notes: tuple[str, ...]
     outdated: tuple[str, ...] = ()
@@ -80,8 +78,6 @@ def prepared(
     folder: Path,
     repository: str,
     adapter: str | None,
-    *,
-    is_private: bool = True,
     license: str | None = None,
 ) -> Iterator[Upload]:
     """The upload of the base, or of an adapter. Nothing is sent.
@@ -133,11 +129,14 @@ def prepared(
         files |= exports
         before = note["files"].get(repository, [])
         outdated = tuple(name for name in before if name not in files)
-        yield Upload(what, repository, is_private, files, tuple(notes), outdated)
+        yield Upload(what, repository, files, tuple(notes), outdated)
 
 
-def send(upload: Upload, folder: Path) -> str:
+def send(upload: Upload, folder: Path, is_private: bool = True) -> str:
     """Upload as one commit; returns its address.
+
+    Args:
+        is_private: whether a new repository is private, and an existing one has to be.
 
     Raises:
         UploadError: the hub refuses, or cannot be reached, or the repository is public although it
@@ -154,8 +153,8 @@ def send(upload: Upload, folder: Path) -> str:
     # Listed first, so that a later upload knows the files if this process is killed in between.
     begun = {*note["files"].get(repository, []), *upload.files}
     try:
-        api.create_repo(repository, private=upload.is_private, exist_ok=True)
-        if upload.is_private and not api.model_info(repository).private:
+        api.create_repo(repository, private=is_private, exist_ok=True)
+        if is_private and not api.model_info(repository).private:
             raise UploadError(
                 f"{repository} is a public repository. Nothing was uploaded. Give --public to "
                 "upload to it, or another --to"

@@ -331,8 +331,7 @@ class Directory:
         """Write the model card of an artifact, unless it has this text or the user edited it."""
         card = self.path / artifact / CARD
         if card.parent.is_dir() and not is_users_card(card) and text_of(card) != text:
-            with as_directory_errors(self.path):
-                write_text(card, text)
+            write_text(card, text)
 
     def work(self, stage: str, key: str) -> Path:
         """Folder for unfinished work that a stage resumes after an interruption; one per key."""

@@ -61,7 +61,7 @@ from qwlora.quantize.layer_rules import plan_layers
 from qwlora.quantize.quantize_blocks import tensors_by_block
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Adapter, Data, Recipe
-from qwlora.system.memory import memory_limit_bytes, return_freed_memory, rss_bytes
+from qwlora.system.machine import memory_limit_bytes, return_freed_memory, rss_bytes
 from qwlora.system.parameter_names import FOLDER
 from qwlora.system.progress import Track, untracked
 

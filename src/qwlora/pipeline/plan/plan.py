@@ -47,7 +47,7 @@ from qwlora.pipeline.job.digests import Digests
 from qwlora.quantize.revisions import REVISIONS
 from qwlora.quantize.solvers import SOLVERS
 from qwlora.recipe import Adapter, Data, Recipe
-from qwlora.system.compute_precision import auto_compute, training_device
+from qwlora.system.machine import auto_compute, training_device
 from qwlora.system.progress import Track, one_step, untracked
 
 ZERO, CASES = "calibrate/_base", "calibrate/_use_cases"  # no adapter can have these names

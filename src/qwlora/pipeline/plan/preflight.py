@@ -33,7 +33,7 @@ from qwlora.pipeline.plan.target_table import (
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.quantize.layer_rules import find_tensors, plan_layers
 from qwlora.recipe import Recipe
-from qwlora.system.compute_precision import slow_compute, training_device
+from qwlora.system.machine import slow_compute, training_device
 from qwlora.system.parameter_names import canonical_name, is_factor_name, parameter_name
 
 Packed = Callable[[str], bool]  # whether the base packs the tensor of a name

@@ -14,7 +14,6 @@ job's directory, or, in an uploaded card, to where the reader downloads the file
 from __future__ import annotations
 
 import re
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,13 +21,11 @@ from functools import cache
 from pathlib import Path, PurePath
 from typing import Any
 
-from qwlora.errors import QwloraError, QwloraWarning
 from qwlora.export.proof.folder import WITHOUT_CACHE
 from qwlora.export.proof.readme import usage
 from qwlora.export.registry import TARGETS
 from qwlora.export.target import BASE
 from qwlora.formats.model_card import UNKNOWN, as_code, escaped, marked, origin_of
-from qwlora.pipeline.job.directory import Directory
 from qwlora.recipe import Data, Recipe
 from qwlora.report.number_format import finite
 from qwlora.report.results_view import Job, runtime
@@ -52,27 +49,6 @@ class Repositories:
     base: str | None = None
     adapter: str | None = None
     license: str | None = None
-
-
-def write_cards(directory: Directory, recipe: Recipe, job: Job) -> None:
-    """Write the cards of all folders whose stages are current, if they changed."""
-    cards = dict[str, str]()
-    try:
-        if job.section("base"):
-            cards["base"] = card_text(job, recipe, None)
-        for name in (a.name for a in recipe.adapters if job.section("train", a.name)):
-            cards[f"adapters/{name}"] = card_text(job, recipe, name)
-    except QwloraError:
-        raise
-    except Exception as error:  # a bug, and no reason to stop a job of hours
-        warnings.warn(
-            f"a model card was not written ({type(error).__name__}: {error}). The job is not "
-            "affected; report this as a bug",
-            QwloraWarning,
-            stacklevel=2,
-        )
-    for artifact, text in cards.items():
-        directory.write_card(artifact, text)
 
 
 def card_text(

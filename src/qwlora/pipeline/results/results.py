@@ -9,17 +9,18 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from qwlora.errors import DirectoryError, QwloraWarning
-from qwlora.pipeline.job.directory import Directory
+from qwlora.pipeline.job.directory import CARD, Directory
 from qwlora.pipeline.job.output_path import as_directory_errors
 from qwlora.pipeline.job.stage_records import Record, read_record
 from qwlora.pipeline.plan.plan import Stage
 from qwlora.pipeline.plan.stale_stages import JobState, run_line, upstream
-from qwlora.pipeline.results.model_cards import write_cards
+from qwlora.pipeline.results.model_cards import card_text
 from qwlora.recipe import Recipe
 from qwlora.recipe.yaml_core import dump_yaml
 from qwlora.report.page import render, render_comparison
@@ -111,23 +112,36 @@ def write_results(
     """
     results, folder = collect_results(directory, recipe, plan, stale), directory.path
     merge_results(results, status)
-    job, page = job_of(folder, recipe, results), None
-    try:
-        page = render(job)
-    except Exception as error:  # a bug, and no reason to stop a job of hours
-        warnings.warn(
-            f"{str(folder / REPORT)!r} was not written ({type(error).__name__}: {error}). The job "
-            "and results.json are not affected; report this as a bug",
-            QwloraWarning,
-            stacklevel=2,
-        )
+    job, pages, cards = job_of(folder, recipe, results), dict[Path, str](), dict[str, str]()
+    with _harmless_bugs(folder / REPORT):
+        pages[folder / REPORT] = render(job)
+    with _harmless_bugs(folder / "base" / CARD):
+        if job.section("base"):
+            cards["base"] = card_text(job, recipe, None)
+        for name in (a.name for a in recipe.adapters if job.section("train", a.name)):
+            cards[f"adapters/{name}"] = card_text(job, recipe, name)
     with as_directory_errors(folder):
         write_text(directory.private / STATUS, Record("", results=status).text("run"))
         write_text(folder / "results.json", strict_json.dumps(results, indent=1) + "\n")
-        if page is not None:
-            write_text(folder / REPORT, page)
-    write_cards(directory, recipe, job)
+        for path, page in pages.items():
+            write_text(path, page)
+        for artifact, text in cards.items():
+            directory.write_card(artifact, text)
     return results
+
+
+@contextmanager
+def _harmless_bugs(file: Path) -> Iterator[None]:
+    """Warn of a bug in what shows results: it is no reason to stop a job of hours."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(
+            f"{str(file)!r} was not written ({type(error).__name__}: {error}). The job and "
+            "results.json are not affected; report this as a bug",
+            QwloraWarning,
+            stacklevel=3,
+        )
 
 
 def last_status(folder: Path) -> dict[str, Any]:

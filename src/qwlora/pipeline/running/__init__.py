@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qwlora.system.compute_precision import SlowComputeWarning
+from qwlora.system.machine import SlowComputeWarning
 from qwlora.system.progress import Track
 
 if TYPE_CHECKING:

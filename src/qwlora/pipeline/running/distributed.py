@@ -15,7 +15,7 @@ from datetime import timedelta
 from typing import Any
 
 from qwlora.errors import TrainingError
-from qwlora.system.cpu_threads import process_count
+from qwlora.system.machine import process_count
 
 _PATIENCE = timedelta(days=30)  # the others wait while a large model is quantized, for hours
 _state: dict[str, Any] = {}

@@ -20,8 +20,7 @@ from typing import Any
 
 from qwlora.errors import LESS_MEMORY, QwloraError, VerificationError, is_out_of_memory
 from qwlora.pipeline.plan.plan import Stage
-from qwlora.system.compute_precision import processor_name
-from qwlora.system.memory import peak_rss_bytes
+from qwlora.system.machine import peak_rss_bytes, processor_name
 
 PACKAGES = ("qwlora", "torch", "transformers", "peft", "onnx", "onnxruntime")
 LEAST_SECONDS = 10.0  # between two writes while training
@@ -103,11 +102,9 @@ class JobStatus:
 
     def _keys(self, state: str) -> dict[str, Any]:
         if self._began is None:  # nothing ran: what the last run recorded, with the state as it is
-            last = self._before.get("run")
-            if state != "finished" and isinstance(last, dict):
+            if state != "finished" and "run" in self._before:
                 return self._before
-            kept = dict(last) if isinstance(last, dict) else {}
-            kept.pop("training", None)
+            kept = {k: v for k, v in self._before.get("run", {}).items() if k != "training"}
             return {"run": {**kept, "state": state, "stage": ""}}
         run = {
             **self._run,

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -413,26 +413,23 @@ class JobContext:
         Args:
             placements: placements of graphs that the caller captured anyway.
         """
-        known, unused = list(placements), [set(p.unused_rules) for p in placements]
-        graphs = self._graphs()
-        if self.recipe.simulation.rules and not self._rules_are_checked:
-            while not unused or set.intersection(*unused):
-                if (model := next(graphs, None)) is None:
-                    refuse_ineffective_rules(known)
-                    break
-                with self.step("capturing the graph"):
-                    captured = capture(model, self.example_inputs)
-                known.append(place(captured.program, self.schemes, captured.input_names))
-                unused.append(set(known[-1].unused_rules))
+        recipe, known = self.recipe, list(placements)
+        if self._rules_are_checked or not recipe.simulation.rules:
+            return
+        new = [adapter for adapter in recipe.adapters if recipe.predecessor(adapter) is None]
+        models: list[Callable[[], nn.Module]] = [
+            partial(self.untrained, adapter) for adapter in new
+        ]
+        if recipe.workflow == "qwa-lora" or recipe.simulation.base_activations != "all":
+            models.append(self.base)
+        for model in models:
+            if known and not set.intersection(*(set(p.unused_rules) for p in known)):
+                break
+            with self.step("capturing the graph"):
+                captured = capture(model().eval(), self.example_inputs)
+            known.append(place(captured.program, self.schemes, captured.input_names))
+        refuse_ineffective_rules(known)
         self._rules_are_checked = True
-
-    def _graphs(self) -> Iterator[nn.Module]:
-        for adapter in self.recipe.adapters:
-            if self.recipe.predecessor(adapter) is None:
-                yield self.untrained(adapter).eval()
-        shares = self.recipe.simulation.base_activations != "all"
-        if self.recipe.workflow == "qwa-lora" or shares:
-            yield self.base()
 
 
 def one_row(ids: Tensor) -> dict[str, Tensor]:

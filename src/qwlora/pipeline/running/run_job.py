@@ -41,7 +41,7 @@ from qwlora.pipeline.running.distributed import (
 from qwlora.pipeline.running.job_status import JobStatus
 from qwlora.recipe import Recipe, load_recipe
 from qwlora.system.atomic import total_bytes
-from qwlora.system.memory import peak_rss_bytes, reset_peak_rss, return_freed_memory
+from qwlora.system.machine import peak_rss_bytes, reset_peak_rss, return_freed_memory
 from qwlora.system.progress import Track, untracked
 
 Say = Callable[[str], None]

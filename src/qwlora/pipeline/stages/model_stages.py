@@ -69,7 +69,7 @@ from qwlora.simulation.saved_simulation import load_activations, load_encodings,
 from qwlora.simulation.simulation import Simulation
 from qwlora.simulation.training_graph import TrainingGraph
 from qwlora.system.atomic import link
-from qwlora.system.memory import peak_rss_bytes, reset_peak_rss
+from qwlora.system.machine import peak_rss_bytes, reset_peak_rss
 
 
 def quantize(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[str, Any]:

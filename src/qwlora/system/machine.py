@@ -1,0 +1,254 @@
+"""The machine: precision of its processor and accelerators, threads and memory.
+
+**Precision.** `compute: auto` is bfloat16 if the device has instructions for it, else float32. A
+processor without bfloat16 instructions converts each operand instead, which made a layer seven
+times slower than float32. The decision does not import torch, because stage keys depend on it and a
+run that skips every stage never imports torch. So it reads /proc/cpuinfo, and asks the driver about
+an NVIDIA GPU.
+
+**Threads.** By default OpenMP threads spin while they wait for each other. If other programs use
+the cores too, the thread that the others wait for may not be running while they use up its
+processor time: a training step of the demo takes many times longer than with one thread
+(`benchmarks/train.py shared` measures it). With OMP_WAIT_POLICY=passive they sleep instead, in
+GNU's OpenMP (torch's own packages for Linux) as in LLVM's and Intel's. torch also starts a thread
+for each physical core of the machine, even where a container or a job scheduler allows fewer. The
+number set here is that of the physical cores this process may use: its affinity mask, bounded by
+the CPU quota of its cgroup. OpenMP reads both from the environment when it is loaded, so they are
+set before torch is imported. A value that the user set stays.
+
+**Memory.** Linux can reset the peak of resident memory; on other systems it is the peak since the
+process began.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.util
+import math
+import os
+import platform
+import re
+import resource
+import sys
+from collections.abc import Iterator, MutableMapping
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+from qwlora.errors import QwloraWarning
+
+Compute = Literal["float32", "bfloat16"]
+
+_CPU_FEATURES = {"avx512_bf16", "amx_bf16", "bf16"}  # of x86, x86 and ARM
+_AMPERE = 8  # major compute capability of the first NVIDIA GPUs that multiply in bfloat16
+_MAJOR = 75  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR
+_WAITING = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+_COUNTS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+
+
+class SlowComputeWarning(QwloraWarning):
+    """bfloat16 was asked for on a device that emulates it."""
+
+
+def auto_compute(device: str) -> Compute:
+    """What `compute: auto` selects on a device of this torch type (cpu, cuda, ...)."""
+    return "bfloat16" if has_bfloat16(device) else "float32"
+
+
+@cache
+def has_bfloat16(device: str) -> bool:
+    """Whether a device of this type has bfloat16 instructions. MPS counts as having none."""
+    if device == "cpu":
+        return _cpu_has_bfloat16()
+    if device == "cuda" and _has_library("torch_cuda"):
+        return _nvidia_major() >= _AMPERE
+    if device in ("cuda", "xpu"):
+        import torch
+
+        return bool(getattr(torch, device).is_bf16_supported(including_emulation=False))
+    return False
+
+
+@cache
+def training_device() -> str:
+    """The type of the device that adapters are trained on: an accelerator if torch can use one."""
+    if sys.platform == "linux" and not _has_library("torch_hip") and not _has_library("torch_xpu"):
+        return "cuda" if _has_library("torch_cuda") and _nvidia_major() else "cpu"
+    import torch
+
+    device = torch.accelerator.current_accelerator(check_available=True)
+    return "cpu" if device is None else device.type
+
+
+def slow_compute(compute: str, device: str) -> str | None:
+    """A warning if the device emulates the requested `compute`, else None."""
+    if compute != "bfloat16" or has_bfloat16(device):
+        return None
+    kind = "processor" if device == "cpu" else f"{device} device"
+    return (
+        f"compute bfloat16: this {kind} has no bfloat16 instructions and emulates them, which "
+        "takes several times as long as float32. Set compute to auto or float32"
+    )
+
+
+def processor_name() -> str:
+    """The processor's model, for example "AMD EPYC 9B14"; empty if it is unknown."""
+    return _processor_facts().get("model name") or platform.processor()
+
+
+def _processor_facts() -> dict[str, str]:
+    """Names and values of the first core in /proc/cpuinfo; empty where there is none."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        return {}
+    pairs = [line.partition(":") for line in reversed(lines)]
+    return {name.strip(): value.strip() for name, _, value in pairs}
+
+
+def _cpu_has_bfloat16() -> bool:
+    facts = _processor_facts()
+    if not facts:  # not Linux
+        import torch
+
+        found = torch.cpu.get_capabilities()
+        return any(found.get(feature, False) for feature in _CPU_FEATURES)
+    features = facts.get("flags") or facts.get("Features", "")
+    return not _CPU_FEATURES.isdisjoint(features.split())
+
+
+def _has_library(name: str) -> bool:
+    """Whether the installed torch was built with this part."""
+    spec = importlib.util.find_spec("torch")
+    folders = (spec.submodule_search_locations or ()) if spec is not None else ()
+    return any(Path(folder, "lib", f"lib{name}.so").exists() for folder in folders)
+
+
+@cache
+def _nvidia_major() -> int:
+    """Major compute capability of the first visible NVIDIA GPU; 0 if there is none."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count, device, major = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
+    if driver.cuInit(0) or driver.cuDeviceGetCount(ctypes.byref(count)) or not count.value:
+        return 0
+    driver.cuDeviceGet(ctypes.byref(device), 0)
+    driver.cuDeviceGetAttribute(ctypes.byref(major), _MAJOR, device)
+    return major.value
+
+
+def configure_threads(environment: MutableMapping[str, str] = os.environ) -> None:
+    """Set OMP_WAIT_POLICY and OMP_NUM_THREADS for this process and those it starts.
+
+    Has no effect on this process once torch is imported. Several processes on one machine, as
+    `torchrun` starts them (LOCAL_WORLD_SIZE), share its cores.
+    """
+    if not any(name in environment for name in _WAITING):
+        environment["OMP_WAIT_POLICY"] = "passive"
+    if not any(name in environment for name in _COUNTS) and (cores := usable_cores()):
+        processes = environment.get("LOCAL_WORLD_SIZE", "1")
+        share = cores // int(processes) if processes.isdecimal() and int(processes) else cores
+        environment["OMP_NUM_THREADS"] = str(max(1, share))
+
+
+def usable_cores(root: Path = Path("/")) -> int | None:
+    """Physical cores that this process may use; None where the system does not say.
+
+    Args:
+        root: where `proc` and `sys` are.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return None
+    cores = {_siblings(root, cpu) for cpu in os.sched_getaffinity(0)}
+    return max(1, min([len(cores), *(math.ceil(quota) for quota in _quotas(root))]))
+
+
+def _siblings(root: Path, cpu: int) -> str:
+    """The hardware threads on the core of `cpu`, as the kernel lists them (`0,64`)."""
+    path = root / f"sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list"
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return str(cpu)
+
+
+def _quotas(root: Path) -> Iterator[float]:
+    """CPU quotas of the cgroups around this process, in cores; cgroup versions 1 and 2."""
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return
+    for line in lines:
+        _, controllers, path = f"{line}::".split(":")[:3]
+        if line.startswith("0::"):
+            mount, files = root / "sys/fs/cgroup", ["cpu.max"]
+        elif "cpu" in controllers.split(","):
+            mount = root / "sys/fs/cgroup/cpu"
+            files = ["cpu.cfs_quota_us", "cpu.cfs_period_us"]
+        else:
+            continue
+        inner = mount / path.lstrip("/")
+        for folder in (inner, *inner.parents):
+            try:
+                quota, period = (int(n) for f in files for n in (folder / f).read_text().split())
+            except (OSError, ValueError):  # no such file, or "max"
+                quota = period = 0
+            if quota > 0 and period > 0:
+                yield quota / period
+            if folder == mount:
+                break
+
+
+def process_count() -> int:
+    """Number of processes in this run, set by the launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def return_freed_memory() -> bool:
+    """Make glibc return its free pages to the system now; False if malloc is not glibc's.
+
+    Takes 20 ms per 100 MB, and as long again when the pages are next used. Having malloc return
+    every large block by itself (M_MMAP_THRESHOLD of 8 MiB) was slower: a checkpointed step of
+    SmolLM2 spent 5 of 28 seconds in page faults.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    return trim is not None and bool(trim(0) or True)
+
+
+def reset_peak_rss() -> None:
+    """Reset the peak (Linux only)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def rss_bytes() -> int:
+    """Resident size in bytes now; the peak where the system does not tell it."""
+    return _status_bytes("VmRSS") or peak_rss_bytes()
+
+
+def peak_rss_bytes() -> int:
+    """Largest resident size in bytes since `reset_peak_rss`."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return _status_bytes("VmHWM") or (peak if sys.platform == "darwin" else peak * 1024)
+
+
+def _status_bytes(field: str) -> int:
+    """A size in /proc/self/status; 0 where there is none."""
+    with contextlib.suppress(OSError):
+        if match := re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text()):
+            return int(match[1]) * 1024
+    return 0
+
+
+def memory_limit_bytes() -> int | None:
+    """Memory that this process may use: the machine's, or less in a container; None if unknown."""
+    limits = []
+    with contextlib.suppress(OSError, ValueError):
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for file in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(Path(file).read_text()))
+    return min(limits) if limits else None

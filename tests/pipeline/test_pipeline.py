@@ -36,7 +36,7 @@ from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 from qwlora.nn import packed_weights
 from qwlora.nn.fingerprint import fingerprint
 from qwlora.pipeline import VERBS
-from qwlora.pipeline.commands.dump_layers import dump_layers
+from qwlora.pipeline.commands.simulate_job import dump_layers
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe
 from qwlora.system.parameter_names import canonical_name, is_adapter_name

@@ -85,13 +85,15 @@ def check(
     """
     from qwlora.adapter.adapter_check import find_adapters, job_fingerprint, problems
     from qwlora.adapter.adapter_folder import FILE
+    from qwlora.adapter.peft_support import CONFIG
     from qwlora.errors import SourceError
     from qwlora.formats import manifest
     from qwlora.pipeline.job.directory import Directory
     from qwlora.pipeline.plan.stale_stages import command_line
 
     directory = Directory.read(folder)
-    base, missing = job_fingerprint(folder), directory.missing_adapters()
+    base, trained = job_fingerprint(folder), directory.trained_adapters()
+    missing = [n for n in trained if not (folder / "adapters" / n / CONFIG).is_file()]
     for name in missing:
         print(
             f"adapters/{name}: this job trained it, but the folder is missing. Train it again: "
@@ -106,7 +108,10 @@ def check(
     code = 1 if missing else 0
     for adapter in adapters:
         reasons = problems(adapter, base, "refuse" if needs_base else "accept")
-        if lost := directory.missing_files(str(adapter.relative_to(folder))):
+        place = str(adapter.relative_to(folder))
+        written = [Path(file) for record in directory.records.values() for file in record.files]
+        files = sorted(file for file in written if str(file.parent) == place)
+        if lost := [file.name for file in files if not (folder / file).is_file()]:
             reasons.append(f"{', '.join(lost)} is missing, which this job wrote")
         if reasons:
             code = 2 if manifest.changed_files(adapter, FILE) else max(code, 1)
@@ -117,7 +122,7 @@ def check(
             good += "; no base here to compare with"
         if not manifest.has_digests(adapter, FILE):
             good += "; unverified (no digests of its files)"
-        print(f"{adapter.relative_to(folder)}: {'; '.join(reasons) or good}")
+        print(f"{place}: {'; '.join(reasons) or good}")
     if code:
         raise SystemExit(code)
 

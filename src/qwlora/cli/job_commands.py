@@ -192,7 +192,7 @@ def dump_layers(
     What the simulation computes, and what ONNX Runtime computes from the exported files on the CPU.
     layers.json lists the tensors, with the names that they and their encodings have in the files.
     """
-    from qwlora.pipeline.commands.dump_layers import dump_layers as dump
+    from qwlora.pipeline.commands.simulate_job import dump_layers as dump
 
     with ProgressDisplay() as display:
         folder, record = dump(job, stage, adapter, ids, out, display.track)

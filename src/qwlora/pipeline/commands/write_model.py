@@ -15,9 +15,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
+from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from qwlora.adapter.adapter_deltas import RoundingLoss, rounding_losses, untie_
 from qwlora.analysis.token_scores import logits_of, perplexity
@@ -31,10 +33,6 @@ from qwlora.nn.replace import pack_at_, restore_conv1d_, tie_weights_, unpack_
 from qwlora.pipeline.running.loaded_models import JobContext
 from qwlora.quantize.quantize_model import BaseSize, base_size
 from qwlora.system.progress import Track, untracked
-
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedModel
 
 Into = Literal["float", "requantized"]
 KEPT = 0.9  # share of the adapter's improvement that a merge must keep to be called harmless

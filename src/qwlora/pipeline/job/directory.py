@@ -263,17 +263,6 @@ class Directory:
         """Adapters that the job has trained, whether or not their folders are there."""
         return [s.removeprefix("train/") for s in self.records if s.startswith("train/")]
 
-    def missing_adapters(self) -> list[str]:
-        """Adapters that the job has trained but whose folders are missing."""
-        folder, file = self.path / "adapters", "adapter_config.json"
-        return [name for name in self.trained_adapters() if not (folder / name / file).is_file()]
-
-    def missing_files(self, artifact: str) -> list[str]:
-        """Files that a stage wrote into `artifact` and that are no longer there."""
-        written = [Path(file) for record in self.records.values() for file in record.files]
-        files = [f for f in written if str(f.parent) == artifact and f.name != CARD]
-        return sorted(file.name for file in files if not (self.path / file).is_file())
-
     # What a stage writes
 
     @contextlib.contextmanager

@@ -82,12 +82,12 @@ def card_text(
     }
     if known.license or adapter:  # an adapter's license must be stated
         stated = {"license": known.license or UNKNOWN}
-    shown_name = source if source.startswith("python:") or dataset else PurePath(source).name
+    local_name = source if source.startswith("python:") else PurePath(source).name
     measured = [
         EvalResult(
             task_type="text-generation",
             dataset_type=dataset or "text",
-            dataset_name=shown_name or "text",
+            dataset_name=dataset or local_name or "text",
             dataset_split="held-out",
             metric_type=metric,
             metric_name=what,

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import islice, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from qwlora.adapter.adapter_folder import adapter_folder, check_adapter, load_adapter, reading
 from qwlora.adapter.attach import (
@@ -52,10 +54,6 @@ from qwlora.simulation.simulation import CalibrationReport, Simulation, simulate
 from qwlora.system.parameter_names import canonical_name, is_factor_name
 from qwlora.system.progress import Track, one_step
 
-if TYPE_CHECKING:
-    from peft import PeftModel
-    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
-
 
 def skeleton(model: Model, config: PreTrainedConfig | None = None) -> PreTrainedModel:
     """The recipe's model on the meta device, without weights: to check whether an adapter fits it.
@@ -70,20 +68,11 @@ def skeleton(model: Model, config: PreTrainedConfig | None = None) -> PreTrained
 
 @dataclass(eq=False)
 class PreparedText:
-    """The sequences of one data section, cut on first use.
-
-    Args:
-        tokenizer: with the chat template that the section asks for.
-    """
+    """The sequences of one data section."""
 
     section: Data
     documents: Documents
-    tokenizer: PreTrainedTokenizerBase
-    track: Track
-
-    @cached_property
-    def data(self) -> Prepared:
-        return prepare(self.documents, self.tokenizer, self.section.cutting(), self.track)
+    data: Prepared
 
     @property
     def evaluation(self) -> Sequences:
@@ -146,7 +135,8 @@ class JobContext:
                 tokenizer = copy.deepcopy(tokenizer)
                 tokenizer.chat_template = template
             documents = self.texts.documents(data)
-            self._prepared[data] = PreparedText(data, documents, tokenizer, self.track)
+            sequences = prepare(documents, tokenizer, data.cutting(), self.track)
+            self._prepared[data] = PreparedText(data, documents, sequences)
         return self._prepared[data]
 
     def text(self, adapter: str | None) -> PreparedText:
@@ -259,8 +249,6 @@ class JobContext:
 
     def imported(self, name: str) -> PeftModel:
         """The float model with the adapter that adapter `name` continues."""
-        from peft import PeftModel
-
         folder = adapter_folder(str(self.adapter(name).continue_from))
         model = self.take_float_model()
         with reading(folder, model):

@@ -35,7 +35,6 @@ from qwlora.pipeline.job.output_path import (
     as_directory_errors,
     check_output,
     lock_folder,
-    remove_empty,
 )
 from qwlora.pipeline.job.stage_records import (
     FOLDER,
@@ -133,16 +132,11 @@ class Directory:
     def _locked(self) -> Iterator[list[str | None]]:
         """Hold the job's lock; begins with what an interrupted command left, and the records."""
         self.check_writable()
-        with as_directory_errors(self.path):
-            lock, created = lock_folder(self.private, self.path)
-            with lock:
-                try:
-                    finished = journal.finish_locked(self.path)
-                    self._read_records()
-                    self._remove_scratch()
-                    yield finished
-                finally:
-                    remove_empty(created)
+        with as_directory_errors(self.path), lock_folder(self.private, self.path):
+            finished = journal.finish_locked(self.path)
+            self._read_records()
+            self._remove_scratch()
+            yield finished
 
     @classmethod
     def read(

@@ -72,7 +72,7 @@ def finish(job: Path) -> None:
             f"{str(job)!r} holds a change that was interrupted ({JOURNAL}), and is not writable. "
             "Make it writable, so that the change can be finished"
         )
-    with as_directory_errors(job), lock_folder(job / ".qwlora", job)[0]:
+    with as_directory_errors(job), lock_folder(job / ".qwlora", job):
         finish_locked(job)
 
 

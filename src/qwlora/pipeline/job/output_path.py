@@ -1,7 +1,7 @@
 """Folders to write to: checks of an `--out` path, its errors, the lock, and new model folders.
 
-Nothing is written before `check_output` has accepted a path. `lock_folder` creates the folder and
-returns the folders it created, so that a failed run can remove exactly those.
+Nothing is written before `check_output` has accepted a path. A failed command removes the folders
+that it created, and no others.
 """
 
 from __future__ import annotations
@@ -12,9 +12,8 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from qwlora.errors import DirectoryError, file_being_read, is_out_of_space
 from qwlora.recipe import Recipe
@@ -94,18 +93,16 @@ def check_outside_data(path: Path, recipe: Recipe) -> None:
             )
 
 
-def lock_folder(folder: Path, protected: Path) -> tuple[IO[str], list[Path]]:
-    """Create `folder`, open the file `lock` in it and lock it; closing the file unlocks it.
+@contextlib.contextmanager
+def lock_folder(folder: Path, protected: Path) -> Iterator[None]:
+    """Create `folder` and lock the file `lock` in it. Afterwards, or if another process holds the
+    lock, the folders that were created for it are removed again as far as they are empty.
 
     A process that gives up deletes its lock file while it holds the lock. So a lock is valid only
     if the locked file is still the one in the folder.
 
     Args:
         protected: the folder that nobody else may write meanwhile, for messages.
-
-    Returns:
-        The open lock file, and the folders that this call created, outermost first. If another
-        process holds the lock, these are removed again.
     """
     created: list[Path] = []
     try:
@@ -119,17 +116,23 @@ def lock_folder(folder: Path, protected: Path) -> tuple[IO[str], list[Path]]:
                 file = attempt.enter_context((folder / "lock").open("a"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 if os.path.samestat(os.fstat(file.fileno()), (folder / "lock").stat()):
-                    attempt.pop_all()
-                    return file, created
-        raise BlockingIOError
+                    lock = attempt.pop_all()
+                    break
+        else:
+            raise BlockingIOError
     except BaseException as error:
-        remove_empty(created)
+        _remove_empty(created)
         if not isinstance(error, BlockingIOError):
             raise
         raise DirectoryError(
             f"{_shown(protected)} is in use by another qwlora process; wait for it, or choose "
             "another --out"
         ) from error
+    with lock:
+        try:
+            yield
+        finally:
+            _remove_empty(created)
 
 
 @contextlib.contextmanager
@@ -146,18 +149,15 @@ def new_folder(folder: Path) -> Iterator[Path]:
     scratch = folder.with_name(
         f".qwlora-write-{hashlib.sha256(os.fsencode(folder)).hexdigest()[:16]}"
     )
-    with as_directory_errors(folder):
-        lock, created = lock_folder(scratch, folder)
-        with lock:
-            try:
-                check_target(folder)  # another process may have finished since the check
-                shutil.rmtree(scratch / "model", ignore_errors=True)  # of a killed command
-                (scratch / "model").mkdir()
-                yield scratch / "model"
-                move_into_place(scratch / "model", folder)
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
-                remove_empty(created)
+    with as_directory_errors(folder), lock_folder(scratch, folder):
+        try:
+            check_target(folder)  # another process may have finished since the check
+            shutil.rmtree(scratch / "model", ignore_errors=True)  # of a killed command
+            (scratch / "model").mkdir()
+            yield scratch / "model"
+            move_into_place(scratch / "model", folder)
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def check_target(folder: Path) -> None:
@@ -177,9 +177,9 @@ def check_target(folder: Path) -> None:
         raise DirectoryError(f"{_shown(folder)} {reason}; choose another --out")
 
 
-def remove_empty(folders: Iterable[Path]) -> None:
+def _remove_empty(folders: list[Path]) -> None:
     """Remove the empty ones among `folders`, last first."""
-    for folder in reversed(list(folders)):
+    for folder in reversed(folders):
         with contextlib.suppress(OSError):
             folder.rmdir()
 

@@ -238,7 +238,7 @@ def test_work_of_a_run_that_was_killed_when_it_was_done_is_removed(
 ) -> None:
     places: list[Path] = []
 
-    def keep(folder: Directory, stage: str) -> None:
+    def keep(folder: Directory, stage: str, key: str | None = None) -> None:
         raise KeyboardInterrupt
 
     def place(folder: Directory, stage: str, key: str) -> Path:
@@ -253,10 +253,13 @@ def test_work_of_a_run_that_was_killed_when_it_was_done_is_removed(
         with pytest.raises(KeyboardInterrupt):
             job.run("quantize")
     (work,) = places
+    other = work.with_name(f"quantize-{'0' * 16}")
+    other.mkdir()
     assert work.exists()
     job.run("quantize")
     assert job.ran == []
     assert not work.exists()
+    assert other.exists()
 
 
 def test_a_recipe_that_another_command_changes_before_the_lock_stops_the_run(

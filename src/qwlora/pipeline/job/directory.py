@@ -320,10 +320,11 @@ class Directory:
         """Folder for unfinished work that a stage resumes after an interruption; one per key."""
         return self.private / "work" / f"{stage.replace('/', '-')}-{key[:16]}"
 
-    def drop_work(self, stage: str) -> None:
-        """Delete the work folders of `stage`, of all keys."""
-        for folder in self._all_work(stage):
-            shutil.rmtree(folder)
+    def drop_work(self, stage: str, key: str | None = None) -> None:
+        """Delete the work folder of `stage` for `key`; by default those of all keys."""
+        for folder in [self.work(stage, key)] if key else self._all_work(stage):
+            if folder.exists():
+                shutil.rmtree(folder)
 
     def _all_work(self, stage: str) -> list[Path]:
         return list((self.private / "work").glob(f"{stage.replace('/', '-')}-{'?' * 16}"))

@@ -199,7 +199,7 @@ class _Run:
         waiting = [stage.name for stage in self.waiting(asked)]
         for stage in asked:
             if not self.waiting([stage]):
-                directory.drop_work(stage.name)  # of a run killed at its end
+                directory.drop_work(stage.name, stage.key)  # of a run killed at its end
                 self.say_skipped(stage)
                 continue
             if stage.name in waiting:

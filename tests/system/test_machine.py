@@ -251,7 +251,7 @@ def test_deciding_imports_no_torch() -> None:
 
 @pytest.fixture
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A root folder of a root with eight hardware threads, two to a core."""
+    """The root folder of a machine with eight hardware threads, two to a core."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     for cpu in range(8):
         folder = tmp_path / f"sys/devices/system/cpu/cpu{cpu}/topology"

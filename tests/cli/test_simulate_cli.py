@@ -76,7 +76,7 @@ def test_alike_values_are_one_line(job: Path) -> None:
 def test_json_has_every_value_and_what_was_calibrated(job: Path) -> None:
     _, out, _ = simulate(job, "--json")
     found = json.loads(out)
-    assert (found["adapter"], found["policy"], found["unknown"]) == ("first", "npu", {})
+    assert (found["adapter"], found["policy"]) == ("first", "npu")
     values = {value["name"]: value for value in found["values"]}
     assert len(values) == len(found["values"])
     softmax = values["model.layers.1.self_attn.softmax"]

@@ -78,11 +78,11 @@ def test_layers_under_wrappers_are_simulated_and_exported(tmp_path: Path) -> Non
     [
         (
             "autocast",
-            r"the model computes under torch.autocast\('cpu', torch.bfloat16\), which changes the dtype .* Remove autocast",
+            r"the model runs wrap_with_autocast, a nested graph .* cast the model",
         ),
         (
             "branch",
-            "the model runs cond, an operator with a nested graph.*capture again",
+            "the model runs cond, a nested graph.*capture again",
         ),
         (
             "operator",

@@ -450,7 +450,7 @@ def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
     assert unused == [[1], [0], [1]]
     for name, layer in (("first", "layers.0.self_attn.q_proj"), ("second", "layers.0.mlp.up_proj")):
         weight = f"model.{layer}.lora_A.weight"
-        assert simulations[name].encoding_of_weight(weight).scheme.bitwidth == 4
+        assert simulations[name].weights[weight].encoding.scheme.bitwidth == 4
     simulations.calibrate([inputs()])
     simulations["first"].save(tmp_path)
     with_first.set_adapter("first")
@@ -464,6 +464,6 @@ def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
         simulate_adapters(with_first, inputs(), Schemes(rules=wrong))
     assert "'*.k_proj.lora_A.weight' matches no value; did you mean " in str(caught.value)
     assert (
-        "'*.up_proj.lora_B.weight' matches no activations, but model.layers.0.mlp.up_proj.lora_B.weight"
+        "'*.up_proj.lora_B.weight' changes none of the 1 values that it matches, model.layers.0.mlp"
         in str(caught.value)
     )

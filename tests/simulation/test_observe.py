@@ -7,7 +7,7 @@ import torch
 
 from qwlora.errors import CalibrationError
 from qwlora.grid.scheme import PerChannel, RangeEstimator, Scheme
-from qwlora.simulation.fake_quantizer import Mode, Quantizer, estimate_encodings
+from qwlora.simulation.fake_quantizer import Quantizer, estimate_encodings
 
 
 @pytest.fixture(autouse=True)
@@ -22,8 +22,7 @@ def test_quantizer_says_what_it_cannot_do() -> None:
         ):
             Quantizer("it", scheme)
     quantizer = Quantizer("it", Scheme(8))
-    quantizer.mode = Mode.SIMULATE
-    with pytest.raises(CalibrationError, match="it has no encoding; call calibrate"):
+    with pytest.raises(CalibrationError, match="it has no encoding yet; call calibrate"):
         quantizer(torch.ones(2))
     quantizer.observer.update(torch.ones(2))
     quantizer.estimator = RangeEstimator("sqnr")
@@ -45,7 +44,7 @@ def test_in_place_is_the_same_and_only_where_no_gradient_is() -> None:
     quantizer.observer.update(x)
     estimate_encodings([quantizer])
     assert quantizer.encoding is not None
-    quantizer.mode, expected = Mode.SIMULATE, quantizer.encoding.fake_quantize(x)
+    expected = quantizer.encoding.fake_quantize(x)
     learning = x.clone().requires_grad_()
     assert torch.equal(quantizer(learning), expected)
     assert torch.equal(learning, x)

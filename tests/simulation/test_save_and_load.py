@@ -178,7 +178,7 @@ def test_what_a_folder_held_stays_until_all_is_written(tmp_path: Path) -> None:
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     never = tmp_path / "never"
     simulation.quantizers["lm_head.linear"].encoding = None
-    with pytest.raises(CalibrationError, match="have no encoding yet"):
+    with pytest.raises(CalibrationError, match="has no encoding yet"):
         simulation.save(never)
     assert not never.exists()
 

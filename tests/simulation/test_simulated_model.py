@@ -230,7 +230,8 @@ def test_the_grid_of_an_activation_goes_to_another_device_and_comes_back(
     monkeypatch.setattr(Encoding, "__post_init__", lambda self: None)  # looks at numbers
     with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
         for device in ("cuda:0", "cpu"):
-            simulation._place_encodings(torch.device(device))
+            for each in simulation.quantizers.values():
+                each.to(device)
             encodings = [
                 q.encoding for q in simulation.quantizers.values() if q.encoding is not None
             ]

@@ -275,12 +275,6 @@ def _lines(name: str, log: Placement, everything: bool) -> Iterator[str]:
         rows = [("tensor", "count", "decision", "grid", "reason")]
         rows += [(kind, str(count), *decided) for (kind, *decided), count in reasons.items()]
     yield from table(rows)
-    if log.unknown:
-        operators = ", ".join(f"{name} ({count})" for name, count in sorted(log.unknown.items()))
-        yield (
-            f"operators unknown to the policy: {operators}. See --explain for the reasons; where a "
-            "decision is wrong, add a rule to simulation.rules"
-        )
 
 
 def _name(value: GraphValue) -> str:

@@ -40,12 +40,19 @@ from transformers.cache_utils import Cache
 from qwlora.errors import CaptureError, foreign_as
 from qwlora.graph.call_arguments import LABELS, Structure, cache_of, tokens_in
 from qwlora.graph.capturable_model import in_float32, visible_implementations, widened
-from qwlora.graph.capture_check import Axes, AxisIndex, check_graph
-from qwlora.graph.nodes import buffer_names, calls, module_of, module_path, operation
+from qwlora.graph.capture_check import Axes, check_graph
+from qwlora.graph.nodes import (
+    buffer_names,
+    calls,
+    module_path,
+    operation,
+    operator_of,
+    place_of,
+)
 from qwlora.graph.quantized_graph import Interface, with_graph
 from qwlora.nn.frozen import refuse_meta
 from qwlora.nn.packed_layer import PackedLayer
-from qwlora.system.parameter_names import canonical_name, parameter_name
+from qwlora.system.parameter_names import parameter_name
 
 PAST, PRESENT, USE_CACHE = "past_key_values", "present", "use_cache"
 CACHE = "cache"  # name of the argument in newer models
@@ -222,11 +229,16 @@ def capture(model: nn.Module, example_inputs: Mapping[str, Any], static: bool = 
                 f"{', '.join(names) or 'none'}), so there is nothing to simulate"
             )
         axes = Axes.of(program, arguments.names, tensors, arguments.cached)
-        program, fixed = _cleaned(program, flat, tensors, axes, names)
-    sizes = axes.shapes(program, names, fixed)
+        try:
+            cleaned = _clean(program, flat, keep_layout=False)
+            fixed = check_graph(cleaned, flat, tensors, axes, names)
+        except CaptureError:  # a sum may have another order without layout copies
+            cleaned = _clean(program, flat, keep_layout=True)
+            fixed = check_graph(cleaned, flat, tensors, axes, names)
+    sizes = axes.shapes(cleaned, names, fixed)
     primary = "logits" if "logits" in floats else floats[0]
     interface = Interface(arguments.names, names, primary, sizes, arguments.cached)
-    return Captured(program, interface, arguments, result)
+    return Captured(cleaned, interface, arguments, result)
 
 
 def rebound(
@@ -301,35 +313,9 @@ def _is_all_ones(mask: Any) -> bool:
     return isinstance(mask, Tensor) and mask.ndim == 2 and bool((mask == 1).all())
 
 
-def _cleaned(
-    program: ExportedProgram,
-    flat: FlatModel,
-    tensors: tuple[Tensor, ...],
-    axes: Axes,
-    outputs: tuple[str, ...],
-) -> tuple[ExportedProgram, set[AxisIndex]]:
-    """The cleaned and checked program, and the axes that the model fixes.
-
-    Layout copies are removed too, unless that changes the order of a sum: then the check fails, and
-    all of them are kept.
-    """
-    packed = {
-        path: module
-        for path, module in flat.named_modules(remove_duplicate=False)
-        if isinstance(module, PackedLayer)
-    }
-    cleaned = _clean(program, packed, keep_layout=False)
-    try:
-        return cleaned, check_graph(cleaned, flat, tensors, axes, outputs)
-    except CaptureError:
-        cleaned = _clean(program, packed, keep_layout=True)
-        return cleaned, check_graph(cleaned, flat, tensors, axes, outputs)
-
-
-def _clean(
-    program: ExportedProgram, packed: Mapping[str, nn.Module], keep_layout: bool
-) -> ExportedProgram:
-    graph = inlined_graph(program)
+def _clean(program: ExportedProgram, flat: FlatModel, keep_layout: bool) -> ExportedProgram:
+    graph = copy.deepcopy(program.graph)
+    _inline_(graph, program.graph_module)
     learning = _learning(graph, program)
     for node in list(graph.nodes):
         if node.target is _aten._assert_tensor_metadata.default:
@@ -349,7 +335,7 @@ def _clean(
             graph.erase_node(node)
         elif node.target is _aten.cat.default:
             node.args = ([part for part in node.args[0] if not _is_empty(part)], *node.args[1:])
-    _dequantize_once_(graph, packed)
+    _dequantize_once_(graph, flat)
     graph.eliminate_dead_code()  # such as a weight of which only the dtype was read
     cleaned = with_graph(program, graph)
     _refuse_hidden_codes(cleaned)
@@ -387,11 +373,16 @@ def _refuse_hidden_codes(program: ExportedProgram) -> None:
                 )
 
 
-def _dequantize_once_(graph: Graph, packed: Mapping[str, nn.Module]) -> None:
+def _dequantize_once_(graph: Graph, flat: FlatModel) -> None:
     """Merge the nodes that dequantize the same layer, which ran twice or whose adapter reads it.
 
     A tied layer keeps its own node, because nodes carry the name of their layer.
     """
+    packed = {
+        path: module
+        for path, module in flat.named_modules(remove_duplicate=False)
+        if isinstance(module, PackedLayer)
+    }
     first: dict[tuple[Any, ...], list[tuple[nn.Module | None, Node]]] = {}
     for node in list(graph.nodes):
         if operation(node) != "dequantize":
@@ -407,38 +398,22 @@ def _dequantize_once_(graph: Graph, packed: Mapping[str, nn.Module]) -> None:
 
 
 def _changes_nothing(node: Node) -> bool:
-    if node.target in _SAME_VALUES:
-        return True
     if node.target is _aten.dropout.default:
         return node.args[2] is False
-    before, after = (_value(node.args[0]), _value(node)) if node.target in _CASTS else (None, None)
-    return (
-        before is not None
-        and after is not None
-        and before.dtype == after.dtype
-        and before.device == after.device
-    )
+    if node.target in _CASTS:
+        before, after = node.all_input_nodes[0].meta["val"], node.meta["val"]
+        return bool(before.dtype == after.dtype and before.device == after.device)
+    return node.target in _SAME_VALUES
 
 
-def _is_empty(node: Any) -> bool:
+def _is_empty(node: Node) -> bool:
     """Whether a node is an empty vector, which torch.cat ignores whatever the other shapes."""
-    value = _value(node)
-    return value is not None and value.ndim == 1 and value.shape[0] == 0
-
-
-def _value(node: Any) -> Tensor | None:
-    value = node.meta.get("val") if isinstance(node, Node) else None
-    return value if isinstance(value, Tensor) else None
-
-
-def inlined_graph(program: ExportedProgram) -> Graph:
-    """A copy of the program's graph without nested graphs; refuses those that cannot be inlined."""
-    graph = copy.deepcopy(program.graph)
-    _inline_(graph, program.graph_module)
-    return graph
+    value = node.meta["val"]
+    return bool(value.ndim == 1 and value.shape[0] == 0)
 
 
 def _inline_(graph: Graph, owner: GraphModule) -> None:
+    """Replace nested graphs by their nodes; refuses those that cannot be inlined."""
     for node in list(graph.nodes):
         held = [a for a in node.all_input_nodes if a.op == "get_attr"]
         modules = (getattr(owner, str(attribute.target), None) for attribute in held)
@@ -452,7 +427,11 @@ def _inline_(graph: Graph, owner: GraphModule) -> None:
         elif node.target is _AUTOCAST and not node.args[2]:  # not enabled
             arguments = node.args[5:]
         else:
-            raise CaptureError(_refusal(node))
+            raise CaptureError(
+                f"{place_of(node)} runs {operator_of(node)}, a nested graph whose values could not "
+                "be quantized: autocast, a branch on data, or a loop. Write that part without it "
+                "(cast the model with model.to(dtype), use torch.where), and capture again"
+            )
         placeholders = [n for n in body.nodes if n.op == "placeholder"]
         values: dict[Node, Any] = dict(zip(placeholders, arguments, strict=True))
         with graph.inserting_before(node):
@@ -464,19 +443,3 @@ def _inline_(graph: Graph, owner: GraphModule) -> None:
         for attribute in held:
             if not attribute.users:
                 graph.erase_node(attribute)
-
-
-def _refusal(node: Node) -> str:
-    where = canonical_name(module_of(node)[0]) or "the model"
-    if node.target is _AUTOCAST:
-        device, dtype = node.args[0], node.args[1]
-        return (
-            f"{where} computes under torch.autocast({device!r}, {dtype}), which changes the dtype "
-            "of operators without a trace in the graph. Remove autocast, or cast the model "
-            "(model.to(dtype)), and capture again"
-        )
-    return (
-        f"{where} runs {getattr(node.target, '__name__', node.target)}, an operator with a nested "
-        "graph whose values could not be quantized. Write that part without it (torch.where "
-        "instead of a branch, for example), and capture again"
-    )

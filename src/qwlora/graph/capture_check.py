@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -190,40 +191,30 @@ def _refusal(
 
 def _first_difference(program: ExportedProgram, module: nn.Module, tensors: Tensors) -> str:
     """A sentence that names the first module, in order of completion, whose output differs."""
-    recorder, stopped = _Recorder(program.module(check_guards=False)), ""
-    try:
+    recorder = _Recorder(program.module(check_guards=False))
+    with suppress(Exception):  # from an operator; earlier values are known
         recorder.run(*tensors)
-    except Exception as error:  # from an operator; earlier values are known
-        stopped = f", after which the graph stops with {type(error).__name__}"
     differing: list[str] = []
-    seen = set[str]()
 
     def compare(path: str, called: nn.Module, output: Any) -> None:
         first = next((leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)), None)
-        if first is None or path in seen:
-            return
-        seen.add(path)
-        values = [value for value in recorder.values[path] if value.shape == first.shape]
-        if values and not any(_same(first, value) for value in values):
+        # the values of the first call, so that a later call finds none
+        values = recorder.values.pop(path, [])
+        same_shape = [v for v in values if first is not None and v.shape == first.shape]
+        if first is not None and same_shape and not any(_same(first, v) for v in same_shape):
             name = path.removeprefix("model.") or "the model"
             differing.append(f"{name} ({type(called).__name__})")
 
-    hooks = [
-        inner.register_forward_hook(lambda m, _, output, path=path: compare(path, m, output))
-        for path, inner in module.named_modules()
-        if path
-    ]
-    try:
+    with ExitStack() as stack:
+        for path, inner in module.named_modules():
+            hook = inner.register_forward_hook(
+                lambda m, _, output, path=path: compare(path, m, output)
+            )
+            stack.callback(hook.remove)
         module(*tensors)
-    finally:
-        for hook in hooks:
-            hook.remove()
     if differing:
-        return f"The first module whose output differs is {differing[0]}{stopped}"
-    return (
-        "Every module that can be compared has the same output; the difference arises between "
-        f"modules{stopped}"
-    )
+        return f"The first module whose output differs is {differing[0]}"
+    return "Every module that can be compared has the same output"
 
 
 class _Recorder(Interpreter):

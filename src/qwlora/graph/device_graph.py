@@ -51,22 +51,20 @@ from qwlora.graph.graph_analysis import computed_from, factor_nodes
 from qwlora.graph.nodes import (
     base_name,
     calls,
-    module_of,
     moved_from,
     operation,
     operator_of,
     parameter_names,
+    place_of,
     stored_tensors,
 )
 from qwlora.graph.quantized_graph import Interface, QuantizedGraph, with_graph
-from qwlora.system.parameter_names import canonical_name
 
 COS, SIN = f"{POSITIONS}_cos", f"{POSITIONS}_sin"
 # names of the host graph's inputs; its outputs have those that the device graph's inputs have
 HOST_INPUTS = {MASK: "token_mask", POSITIONS: "token_positions"}
 _DECIDING = (MASK, POSITIONS)
 _NOT_CONSTANT = frozenset({"dequantize", "embedding"})  # of weights
-_MASKED = -1e30  # a mask's entries below this mean minus infinity
 
 
 def lift_host_inputs(
@@ -97,7 +95,7 @@ def lift_host_inputs(
             source = operator_of(node)
             raise _no_float(user, f"reads {kind} that positions and masks decide ({source})")
     names = _names(lifted, decided, inputs)
-    host = _host(program, graph, list(names), constants | decided, floor)
+    host = _host(program, graph, names, constants | decided, floor)
     device, device_inputs = _device(program, graph, names, decided, inputs)
     for node in calls(device):
         value = node.meta.get("val")
@@ -144,29 +142,26 @@ def _merge_equal_(graph: Graph, names: set[str]) -> None:
 
 
 def _no_float(node: Node, problem: str) -> CaptureError:
-    place = canonical_name(module_of(node)[0]) or "the model"
     return CaptureError(
-        f"{place} ({operator_of(node)}) {problem}, and an accelerator takes floats. Export the "
-        "model without graphs for an NPU"
+        f"{place_of(node)} ({operator_of(node)}) {problem}, and an accelerator takes floats. "
+        "Export the model without graphs for an NPU"
     )
 
 
 def _names(lifted: Sequence[Node], decided: set[str], inputs: Mapping[str, str]) -> dict[Node, str]:
     """A name for each lifted node, in order of names: masks, cosines, sines, positions."""
-    stems: dict[Node, str] = {}
+    nodes: dict[str, list[Node]] = {stem: [] for stem in (MASK, COS, SIN, POSITIONS)}
     for node in lifted:
         ancestors = _ancestors(node, decided)
         waves = {operation(n) for n in ancestors} & {"cos", "sin"}
         sources = {inputs[n.name] for n in ancestors if n.op == "placeholder"}
-        stems[node] = MASK if MASK in sources else POSITIONS
-        if len(waves) == 1:
-            stems[node] = COS if waves == {"cos"} else SIN
-    order = (MASK, COS, SIN)
-    names: dict[Node, str] = {}
-    for stem in (*order, *(s for s in dict.fromkeys(stems.values()) if s not in order)):
-        for number, node in enumerate(n for n in lifted if stems[n] == stem):
-            names[node] = f"{stem}_{number}" if number else stem
-    return names
+        stem = MASK if MASK in sources else POSITIONS
+        nodes[f"{POSITIONS}_{waves.pop()}" if len(waves) == 1 else stem].append(node)
+    return {
+        node: f"{stem}_{number}" if number else stem
+        for stem, named in nodes.items()
+        for number, node in enumerate(named)
+    }
 
 
 def _ancestors(node: Node, decided: set[str]) -> set[Node]:
@@ -181,41 +176,34 @@ def _ancestors(node: Node, decided: set[str]) -> set[Node]:
 
 
 def _host(
-    program: ExportedProgram, graph: Graph, lifted: Sequence[Node], names: set[str], floor: float
+    program: ExportedProgram,
+    graph: Graph,
+    names: Mapping[Node, str],
+    decided: set[str],
+    floor: float,
 ) -> ExportedProgram:
-    """The program that computes `lifted`."""
-    made = Graph()
+    """The program that computes the nodes in `names` as an accelerator takes them: integers of 32
+    bits, no number below `floor` in a mask."""
+    host = Graph()
     copied: dict[Node, Node] = {}
     for node in graph.nodes:
-        if node.name in names:
-            copied[node] = made.node_copy(node, copied.__getitem__)
-    results = [_as_input(made, copied[node], floor) for node in lifted]
-    made.output(tuple(results))
-    made.eliminate_dead_code()
-    for node in list(made.nodes):
+        if node.name in decided:
+            copied[node] = host.node_copy(node, copied.__getitem__)
+    results = []
+    for node, name in names.items():
+        value, result = node.meta["val"], copied[node]
+        if not value.is_floating_point():
+            result = host.call_function(torch.ops.aten.to.dtype, (result, torch.int32))
+        elif name.startswith(MASK):
+            result = host.call_function(torch.ops.aten.clamp.default, (result, floor))
+        result.meta["val"] = _int32(value)
+        results.append(result)
+    host.output(tuple(results))
+    host.eliminate_dead_code()
+    for node in list(host.nodes):
         if node.op == "placeholder" and not node.users:
-            made.erase_node(node)
-    return with_graph(program, made)
-
-
-def _as_input(graph: Graph, node: Node, floor: float) -> Node:
-    """`node` as an accelerator takes it: integers of 32 bits, no number below `floor` in a mask."""
-    value = node.meta["val"]
-    if not value.is_floating_point():
-        cast = graph.call_function(torch.ops.aten.to.dtype, (node, torch.int32))
-        cast.meta["val"] = _int32(value)
-        return cast
-    ends = {
-        float(argument)
-        for source in _ancestors(node, {n.name for n in graph.nodes})
-        for argument in source.args
-        if isinstance(argument, int | float)
-    }
-    if not any(end < _MASKED for end in ends):
-        return node
-    above = graph.call_function(torch.ops.aten.clamp.default, (node, floor))
-    above.meta["val"] = value
-    return above
+            host.erase_node(node)
+    return with_graph(program, host)
 
 
 def _device(
@@ -299,45 +287,35 @@ def rewritten(program: ExportedProgram) -> ExportedProgram:
 
 def _fuse_(rsqrt: Node) -> None:
     """Replace the norm around `rsqrt`, if it is one."""
-    match _arguments(rsqrt, "rsqrt"):
-        case [Node() as added]:
-            match _arguments(added, "add"):
-                case [Node() as mean, float() as epsilon]:
-                    match _arguments(mean, "mean"):
-                        case [Node() as square, [-1], True]:
-                            _fuse_norm_(rsqrt, _root(square), epsilon)
+    match _nested(rsqrt, depth=4):
+        case "rsqrt", [
+            "add",
+            ["mean", [name, Node() as x, factor], [-1], True],
+            float() as epsilon,
+        ]:
+            scaled, other = _product(rsqrt)
+            y, weight = _product(scaled)
+            is_norm = other is x and (name, factor) in (("pow", 2), ("mul", x))
+            if is_norm and y is not None and weight is not None and weight.meta["val"].ndim == 1:
+                y.target = torch.ops.aten.rms_norm.default
+                y.args = (x, [int(x.meta["val"].shape[-1])], weight, epsilon)
 
 
-def _fuse_norm_(rsqrt: Node, x: Node | None, epsilon: float) -> None:
-    scaled = _only_user(rsqrt)
-    if x is None or scaled is None or set(_arguments(scaled, "mul")) != {x, rsqrt}:
-        return
-    y = _only_user(scaled)
-    factors = [] if y is None else [f for f in _arguments(y, "mul") if f is not scaled]
-    if y is None or len(factors) != 1 or not isinstance(weight := factors[0], Node):
-        return
-    if weight.meta["val"].ndim == 1:
-        y.target = torch.ops.aten.rms_norm.default
-        y.args = (x, [int(x.meta["val"].shape[-1])], weight, epsilon)
+def _nested(node: Any, depth: int) -> Any:
+    """The operation and the arguments of a node, and those of its arguments."""
+    if not depth or not isinstance(node, Node):
+        return node
+    return [operation(node), *(_nested(argument, depth - 1) for argument in node.args)]
 
 
-def _root(square: Node) -> Node | None:
-    """x, if the node is x^2."""
-    match _arguments(square, "pow") or _arguments(square, "mul"):
-        case [Node() as x, 2]:
-            return x if operation(square) == "pow" else None
-        case [Node() as x, Node() as other] if x is other:
-            return x
-    return None
-
-
-def _arguments(node: Node, name: str) -> list[Any]:
-    """The arguments of a call of an operator; empty for other nodes."""
-    return list(node.args) if operation(node) == name else []
-
-
-def _only_user(node: Node) -> Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+def _product(factor: Node | None) -> tuple[Node | None, Node | None]:
+    """The product that alone reads `factor`, and its other factor."""
+    users = list(factor.users) if factor is not None else []
+    if len(users) == 1 and operation(users[0]) == "mul":
+        others = [other for other in users[0].args if other is not factor]
+        if len(others) == 1 and isinstance(others[0], Node):
+            return users[0], others[0]
+    return None, None
 
 
 def _slice_(part: Node) -> None:
@@ -362,8 +340,8 @@ def lift_scaling(
     scaling = scaling_of(program)
     if scaling is None:
         return program, interface, None
-    graph, branch = copy.deepcopy(program.graph), factor_nodes(program)
-    scaled = [n for n in graph.nodes if n.name in branch and _scaling(n) is not None]
+    graph, names = copy.deepcopy(program.graph), _scalings(program)
+    scaled = [node for node in graph.nodes if node.name in names]
     last = graph.find_nodes(op="placeholder")[-1]
     with graph.inserting_after(last):
         alpha = graph.placeholder(ALPHA)
@@ -377,9 +355,7 @@ def lift_scaling(
 def scaling_of(program: ExportedProgram) -> float | None:
     """alpha / rank of the adapter in a graph; None if there is none. Refuses layers with different
     scalings."""
-    branch = factor_nodes(program)
-    values = (_scaling(node) for node in program.graph.nodes if node.name in branch)
-    scalings = sorted({value for value in values if value is not None})
+    scalings = sorted(set(_scalings(program).values()))
     if len(scalings) > 1:
         raise CaptureError(
             f"layers of the adapter have {len(scalings)} different scalings ({scalings[0]:g} to "
@@ -389,7 +365,12 @@ def scaling_of(program: ExportedProgram) -> float | None:
     return scalings[0] if scalings else None
 
 
-def _scaling(node: Node) -> float | None:
-    """The number that a node multiplies with, if it is one of an adapter's scalings."""
-    factor = node.args[1] if operation(node) == "mul" else None
-    return float(factor) if isinstance(factor, int | float) else None
+def _scalings(program: ExportedProgram) -> dict[str, float]:
+    """The number that each node of an adapter multiplies with, by the node's name."""
+    branch = factor_nodes(program)
+    return {
+        node.name: float(node.args[1])
+        for node in calls(program)
+        if node.name in branch and operation(node) == "mul"
+        if isinstance(node.args[1], int | float)
+    }

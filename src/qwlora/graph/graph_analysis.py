@@ -28,10 +28,8 @@ from qwlora.graph.nodes import (
     MOVES_DATA,
     SEVERAL_OPERATIONS,
     SOFTMAXES,
-    base_name,
     calls,
     class_name,
-    is_known,
     module_path,
     module_stack,
     moved_from,
@@ -87,7 +85,7 @@ class GraphAnalysis:
             Trait.FLOAT64: {
                 n.name
                 for n in calls(program)
-                if _is_float(n) and n.meta["val"].dtype == torch.float64
+                if getattr(n.meta.get("val"), "dtype", None) == torch.float64
             },
             Trait.INTEGER_ORIGIN: integer_origins - _moved_versions(program, multiplied),
             Trait.MASKED: _masked(program, integer_origins) - integer_origins,
@@ -114,11 +112,8 @@ class GraphAnalysis:
         if owner := self.owner(node):
             outside = any(owner[0] not in module_stack(user) for user in node.users)
             found.add(Trait.LEAVES_ONE_OPERATION if outside else Trait.INSIDE_ONE_OPERATION)
-        operator = operator_of(node)
-        if base_name(operator) in MOVES_DATA:
+        if operation(node) in MOVES_DATA:
             found.add(Trait.DATA_MOVEMENT)
-        if not is_known(operator):
-            found.add(Trait.UNKNOWN)
         return frozenset(found)
 
     def owner(self, node: Node) -> tuple[str, str] | None:

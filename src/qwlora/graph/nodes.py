@@ -3,11 +3,9 @@
 ATen operators by what they do to values, for placement:
 
     MOVES_DATA        every output value is an input value, so the input's encoding also holds it
-    MAKES_VALUES      computes new values
-    MATRIX_PRODUCTS   the matrix products among MAKES_VALUES, with the positions of their factors
+    MATRIX_PRODUCTS   matrix products, with the positions of their factors
 
-Placement reports operators in neither of the first two as unknown. In-place operators are listed
-without their trailing underscore.
+All others compute new values. In-place operators are listed without their trailing underscore.
 """
 
 from __future__ import annotations
@@ -17,6 +15,8 @@ from typing import Any
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.fx import Node
+
+from qwlora.system.parameter_names import canonical_name
 
 
 def _names(text: str) -> frozenset[str]:
@@ -53,36 +53,6 @@ MATRIX_PRODUCTS: dict[str, tuple[int, ...]] = {
     "scaled_dot_product_attention": (0, 1, 2),
 }
 
-MAKES_VALUES = frozenset(MATRIX_PRODUCTS) | _names("""
-    embedding embedding_bag one_hot
-    add sub rsub mul multiply div divide true_divide floor_divide remainder fmod pow float_power
-    square sqrt rsqrt reciprocal neg abs sign maximum minimum
-    addcmul addcdiv lerp clamp clamp_min clamp_max clip floor ceil round trunc frac where
-    masked_fill masked_scatter nan_to_num logaddexp hypot atan2
-    exp exp2 expm1 log log2 log10 log1p sin cos tan asin acos atan sinh cosh tanh erf erfc erfinv
-    sinc
-    relu relu6 leaky_relu prelu rrelu elu celu selu gelu silu mish sigmoid log_sigmoid logit
-    hardsigmoid hardswish hardtanh hardshrink softshrink softplus
-    threshold glu softmax _softmax log_softmax _log_softmax logsumexp
-    layer_norm native_layer_norm rms_norm _fused_rms_norm group_norm native_group_norm batch_norm
-    _native_batch_norm_legit_no_training instance_norm
-    linalg_vector_norm linalg_norm norm renorm cosine_similarity cdist
-    sum mean nanmean prod cumsum cumprod logcumsumexp cummax cummin max min median mode std var
-    std_mean var_mean any all
-    avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d
-    upsample_linear1d upsample_bilinear2d _upsample_bilinear2d_aa upsample_bicubic2d
-    upsample_trilinear3d grid_sampler grid_sampler_2d affine_grid_generator
-    cat concat concatenate stack hstack vstack dstack column_stack pad constant_pad_nd
-    reflection_pad1d reflection_pad2d replication_pad1d replication_pad2d
-    scatter scatter_add scatter_reduce index_add index_copy index_fill index_put slice_scatter
-    select_scatter copy block_diag diag_embed col2im
-    arange linspace zeros ones full empty zeros_like ones_like full_like empty_like new_zeros
-    new_ones new_full new_empty scalar_tensor eye fill zero
-    polar complex view_as_complex view_as_real rand randn rand_like randn_like dropout
-    native_dropout bernoulli
-    lstm gru rnn_tanh rnn_relu kron cross
-""")
-
 # Modules that run one of these are several operations to a runtime, whatever their class name.
 SEVERAL_OPERATIONS = frozenset(MATRIX_PRODUCTS) | {"softmax", "dequantize"}
 
@@ -91,18 +61,16 @@ MASKS = frozenset({"add", "sub", "where", "masked_fill", "mul"})
 # Operators that read masked values.
 SOFTMAXES = frozenset({"softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"})
 
-# The result may be a view of an argument, so it must not be overwritten.
-MAY_ALIAS = MOVES_DATA | {"einsum", "dropout", "pad", "view_as_complex", "view_as_real"}
+# Frequent operators whose result is never a view of an argument, so that it may be overwritten.
+OVERWRITABLE = frozenset(MATRIX_PRODUCTS) - {"einsum"} | _names("""
+    add sub mul div neg pow sqrt rsqrt exp sum mean cumsum cat
+    relu gelu silu sigmoid tanh softmax _softmax embedding layer_norm rms_norm group_norm batch_norm
+""")
 
 
 def base_name(operator: str) -> str:
     """The operator's name without the trailing underscore of an in-place variant."""
     return operator[:-1] if operator.endswith("_") and not operator.endswith("__") else operator
-
-
-def is_known(operator: str) -> bool:
-    """Whether the operator is in MOVES_DATA or MAKES_VALUES."""
-    return base_name(operator) in MOVES_DATA or base_name(operator) in MAKES_VALUES
 
 
 def operator_of(node: Node) -> str:
@@ -168,6 +136,11 @@ def module_of(node: Node) -> tuple[str, str]:
     `FlatModel`."""
     path, kind = next(reversed(module_stack(node).values()), ("", ""))
     return path.removeprefix("model").removeprefix("."), class_name(kind)
+
+
+def place_of(node: Node) -> str:
+    """The innermost module around a node, for messages."""
+    return canonical_name(module_of(node)[0]) or "the model"
 
 
 def used_placeholders(program: ExportedProgram) -> set[str]:

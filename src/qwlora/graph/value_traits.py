@@ -50,8 +50,6 @@ class Trait(StrEnum):
     KEY_OR_VALUE = "key-or-value"
     # lora_A(x), lora_B(lora_A(x)) and the scaling of it; not the sum with the base layer's output.
     LORA_BRANCH = "lora-branch"
-    # Made by an operator that `nodes.py` does not list.
-    UNKNOWN = "unknown"
 
 
 class Decision(StrEnum):

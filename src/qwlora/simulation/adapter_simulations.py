@@ -71,6 +71,7 @@ from qwlora.system.progress import Track, untracked
 
 BaseActivations = Literal["all", "adapter_only", "none"]
 BASE = "base"
+_Weights = Mapping[str, Tensor]  # of an adapter, by path
 
 
 class AdapterSimulations(dict[str, Simulation]):
@@ -183,34 +184,34 @@ def simulate_adapters(
         assert_frozen(model)
     asked, schemes = schemes, replace(schemes or Schemes(), unused_rules="allow")
     simulations: dict[str, Simulation] = {}
-    first: dict[Hashable, tuple[Simulation, dict[str, Tensor]]] = {}  # by structure
+    first: dict[Hashable, tuple[Simulation, _Weights]] = {}  # by structure
     captures = 0
+
+    def simulated(
+        origin: SimulationSource, graphs: Iterable[tuple[Simulation, _Weights, _Weights]]
+    ) -> Simulation:
+        """From one of `graphs` and their weights with other weights, or captured."""
+        nonlocal captures
+        for simulation, bound, weights in graphs:
+            if (found := _rebound(simulation, bound, weights, origin)) is not None:
+                return found
+        captures += 1
+        return Simulation(capture(model, example_inputs), origin)
+
     with restored_adapters(model), in_float32(model):
         for name in names:
             activate_(model, [name])
-            origin = SimulationSource.of(model, example_inputs, schemes)
             weights = _weights(model, name)
             structure = _structure(model, name, weights)
-            simulation = None
-            if structure in first:
-                simulation = _rebound(*first[structure], weights, origin)
-            if simulation is None:
-                simulation = Simulation(capture(model, example_inputs), origin)
-                captures += 1
-                first.setdefault(structure, (simulation, weights))
-            simulations[name] = simulation
+            origin = SimulationSource.of(model, example_inputs, schemes)
+            graphs = [(*first[structure], weights)] if structure in first else []
+            simulations[name] = simulated(origin, graphs)
+            first.setdefault(structure, (simulations[name], weights))
         with without_adapters(model):
             # the model's own adapter is disabled, not removed, and would be in the fingerprint
             origin = SimulationSource(model, dict(example_inputs), schemes, None)
-            zero_adapters = (
-                _rebound(simulation, weights, _zeros(weights), origin)
-                for simulation, weights in first.values()
-            )
-            base = next((found for found in zero_adapters if found is not None), None)
-            if base is None:
-                base = Simulation(capture(model, example_inputs), origin)
-                captures += 1
-            simulations[BASE] = base
+            zeros = ((s, weights, _zeros(weights)) for s, weights in first.values())
+            simulations[BASE] = simulated(origin, zeros)
     if asked is None or asked.unused_rules == "refuse":
         refuse_ineffective_rules([simulation.placement for simulation in simulations.values()])
     return AdapterSimulations(simulations, base_activations, captures)
@@ -264,10 +265,7 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
 
 
 def _rebound(
-    first: Simulation,
-    bound: Mapping[str, Tensor],
-    weights: Mapping[str, Tensor],
-    origin: SimulationSource,
+    first: Simulation, bound: _Weights, weights: _Weights, origin: SimulationSource
 ) -> Simulation | None:
     """The graph of `first`, whose adapter weights are `bound`, with other adapter weights; None if
     it then does not compute the model."""
@@ -285,11 +283,11 @@ def _rebound(
     return Simulation(captured, origin, {name: first.weights[name] for name in parameters})
 
 
-def _zeros(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _zeros(weights: _Weights) -> _Weights:
     return {n: nn.Parameter(torch.zeros_like(p), False) for n, p in weights.items()}
 
 
-def _weights(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+def _weights(model: nn.Module, adapter: str) -> _Weights:
     """The parameters of an adapter by path, without the adapter's name in it."""
     return {
         canonical_name(path): p
@@ -298,7 +296,7 @@ def _weights(model: nn.Module, adapter: str) -> dict[str, Tensor]:
     }
 
 
-def _structure(model: nn.Module, adapter: str, weights: Mapping[str, Tensor]) -> Hashable:
+def _structure(model: nn.Module, adapter: str, weights: _Weights) -> Hashable:
     """Equal for adapters that differ in the values of their parameters only."""
     shapes = {(name, tuple(p.shape), p.dtype) for name, p in weights.items()}
     layers = {
@@ -332,9 +330,9 @@ def shared_encodings(
     weights: dict[str, tuple[Scheme, Tensor, Tensor]] = {}  # scheme, low and high ends
     names: set[str] | None = None
     for simulation in simulations:
-        # a graph without any adapter lacks the adapter's values in every mode
-        if base_activations == "none" and simulation.adapter_weights:
-            own = {*simulation.quantizers, *simulation.adapter_weights}
+        own_weights = simulation.adapter_weights if base_activations == "none" else {}
+        if own_weights:  # a graph without any adapter lacks the adapter's values in every mode
+            own = {*simulation.quantizers, *own_weights}
             names = own if names is None else names
             if differing := sorted(own ^ names):
                 raise CalibrationError(
@@ -345,8 +343,7 @@ def shared_encodings(
                 )
         for name in _shared_activations(simulation, base_activations):
             quantizer = simulation.quantizers[name]
-            earlier = quantizers.get(name)
-            if earlier is None:
+            if (earlier := quantizers.get(name)) is None:
                 quantizers[name] = copy.deepcopy(quantizer)
             elif earlier.scheme != quantizer.scheme:
                 raise CalibrationError(
@@ -355,9 +352,7 @@ def shared_encodings(
                 )
             else:
                 earlier.observer.merge(quantizer.observer)
-        for name, weight in (
-            simulation.adapter_weights.items() if base_activations == "none" else ()
-        ):
+        for name, weight in own_weights.items():
             scheme = simulation.weights[name].encoding.scheme
             low, high = group_range(weight, scheme)
             known, lowest, highest = weights.get(name, (scheme, low, high))
@@ -404,8 +399,6 @@ def apply_shared_encodings(
         )
     for name in names:
         if name in encodings:
-            quantizer = simulation.quantizers[name]
-            quantizer.encoding = encodings[name]
-            quantizer.move_encoding(device_of(simulation.graph_module))
+            simulation.quantizers[name].encoding = encodings[name]
     if base_activations == "none":
         simulation.set_adapter_encodings(encodings)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from itertools import chain
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule, Interpreter
 
 from qwlora.errors import CalibrationError, listed
-from qwlora.graph.nodes import MAY_ALIAS, base_name, is_known, operator_of
+from qwlora.graph.nodes import OVERWRITABLE, operator_of
 from qwlora.graph.quantized_graph import GraphValue, Kind, insert_after
 from qwlora.graph.value_traits import GridOptions
 from qwlora.grid.activation_observer import SampleObserver
@@ -56,10 +56,11 @@ class Quantizer(nn.Module):
         super().__init__()
         self.name, self.estimator = name, estimator or RangeEstimator()
         self.minimum, self.maximum, self.in_place = minimum, maximum, in_place
-        self.mode = Mode.FLOAT
+        self.mode = Mode.SIMULATE
         self.observer = SampleObserver(self.estimator.needs_sample and not self.is_pinned)
-        self.encoding: Encoding | None = None
+        self.device = torch.device("cpu")
         self.fixed = False  # set by `fix_encodings`: not calibrated
+        self._encoding: Encoding | None = None
         self.scheme = scheme
 
     @property
@@ -74,7 +75,20 @@ class Quantizer(nn.Module):
                 f"{self.name}: activations need a per-tensor scheme with an integer offset, "
                 f"not {scheme}"
             )
-        self._scheme, self.encoding = scheme, None
+        self._scheme, self._encoding = scheme, None
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """The grid, on the device of the graph; None before calibration. Setting it sets the
+        scheme, too."""
+        return self._encoding
+
+    @encoding.setter
+    def encoding(self, encoding: Encoding | None) -> None:
+        if encoding is not None:
+            self.scheme = encoding.scheme
+            encoding = moved_encoding(encoding, self.device)
+        self._encoding = encoding
 
     @property
     def is_pinned(self) -> bool:
@@ -86,20 +100,22 @@ class Quantizer(nn.Module):
             case Mode.OBSERVE:
                 self.observer.update(x)
             case Mode.SIMULATE:
-                encoding = self._known_encoding()
+                encoding = self.known_encoding()
                 in_place = self.in_place and not (torch.is_grad_enabled() and x.requires_grad)
                 x = encoding.fake_quantize_(x) if in_place else encoding.fake_quantize(x)
             case Mode.RECIPROCAL:
-                encoding = self._known_encoding()
+                encoding = self.known_encoding()
                 low, high = encoding.offset, encoding.offset + encoding.scheme.steps
                 x = torch.mul(x, 1.0 / encoding.scale).round_().clamp_(low, high)
                 x = x.mul_(encoding.scale)
         return x
 
-    def _known_encoding(self) -> Encoding:
+    def known_encoding(self) -> Encoding:
+        """The encoding; refused before calibration."""
         if self.encoding is None:
             raise CalibrationError(
-                f"{self.name} has no encoding; call calibrate, or freeze after observe"
+                f"{self.name} has no encoding yet; call calibrate, or freeze after observe. To "
+                "compute with float activations, use `with simulation.only():`"
             )
         return self.encoding
 
@@ -120,10 +136,11 @@ class Quantizer(nn.Module):
         low, high = self.observer.low, self.observer.high
         return low is not None and high is not None and bool(low == high)
 
-    def move_encoding(self, device: torch.device) -> None:
-        """Move the encoding, if there is one, to a device."""
-        if self.encoding is not None:
-            self.encoding = moved_encoding(self.encoding, device)
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Move encoding and observations to a device."""
+        self.device = fn(torch.empty(0)).device
+        self.encoding, self.observer = self.encoding, self.observer.to(self.device)
+        return self
 
     def extra_repr(self) -> str:
         return f"{self.name}, {self.scheme}, {self.mode}"
@@ -163,9 +180,7 @@ def estimate_encodings(quantizers: Sequence[Quantizer]) -> None:
         many = Scheme(scheme.bitwidth, scheme.symmetric, PerChannel(0))
         together = encoding_from_range(low, high, many)
         for i, quantizer in enumerate(group):
-            device = quantizer.observer.ends.device
-            scale, offset = together.scale[i].to(device), together.offset[i].to(device)
-            quantizer.encoding = Encoding(scheme, scale, offset)
+            quantizer.encoding = Encoding(scheme, together.scale[i], together.offset[i])
 
 
 def _estimated(
@@ -256,16 +271,16 @@ def insert_quantizers(
             nodes[spec.arg.name] = attributes[spec.target]
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
     nodes |= zip(program.graph_signature.user_inputs, inputs, strict=True)
-    activations, weights = dict[str, Quantizer](), dict[str, FrozenWeight]()
+    activations, weights, device = (
+        dict[str, Quantizer](),
+        dict[str, FrozenWeight](),
+        device_of(module),
+    )
     frozen: dict[int, FrozenWeight] = {}  # by address: tied weights share one quantized copy
     for value in values:
         if value.kind is Kind.BASE:
             continue
         node, options = nodes[value.node], value.options
-        operator = operator_of(node) if node.op == "call_function" else ""
-        # its value shares no storage, so the quantizer may overwrite it
-        is_fresh = is_known(operator) and operator not in MAY_ALIAS
-        is_fresh = is_fresh and base_name(operator) == operator
         quantizer: nn.Module
         if value.kind is Kind.ACTIVATION:
             quantizer = activations[value.name] = Quantizer(
@@ -274,13 +289,13 @@ def insert_quantizers(
                 options.observer or as_estimator(schemes.observer),
                 options.minimum,
                 options.maximum,
-                is_fresh,
-            )
+                node.op == "call_function" and operator_of(node) in OVERWRITABLE,
+            ).to(device)
         elif value.name in known:
             quantizer = weights[value.name] = known[value.name]
         else:
             scheme = schemes.adapter_weights if is_factor_name(value.name) else schemes.parameters
-            weight = attribute_of(module, str(node.target)).detach()
+            weight = module.get_parameter(str(node.target)).detach()
             shared = frozen.get(weight.data_ptr())
             if shared is None or shared.value.shape != weight.shape:
                 scheme = _with_options(scheme, options)
@@ -308,13 +323,6 @@ def remove_quantizers_(module: GraphModule, nodes: Iterable[str]) -> None:
             module.graph.erase_node(node)
             module.delete_submodule(str(node.target))
     module.recompile()
-
-
-def attribute_of(module: nn.Module, path: str) -> Tensor:
-    """The tensor that a `get_attr` node reads."""
-    owner, _, name = path.rpartition(".")
-    tensor: Tensor = getattr(module.get_submodule(owner), name)
-    return tensor
 
 
 def _with_options(scheme: Scheme, options: GridOptions) -> Scheme:

@@ -57,11 +57,11 @@ score stays `MASKED_BELOW` below every other one: e^-20 of a probability, less t
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -91,6 +91,7 @@ from qwlora.graph.nodes import (
     operation,
     operator_of,
     origin,
+    place_of,
     stored_tensors,
     used_placeholders,
 )
@@ -133,15 +134,11 @@ class CacheSizes:
         return self.context - self.tokens
 
 
-def capture_cached(
-    model: nn.Module,
-    sizes: CacheSizes | None = None,
-    present: Literal["all", "new"] = "all",
-) -> Captured:
+def capture_cached(model: nn.Module, sizes: CacheSizes | None = None) -> Captured:
     """The graph of a causal language model that continues a sequence: of one row and these sizes,
-    or of any number of rows, tokens and past tokens. It returns keys and values of past and new
-    tokens, or of the new ones only. Models without `input_ids`, `attention_mask`, `position_ids` or
-    keys and values for each layer are refused."""
+    which returns keys and values of the new tokens only; or of any number of rows, tokens and past
+    tokens, which returns those of past and new ones. Models without `input_ids`, `attention_mask`,
+    `position_ids` or keys and values for each layer are refused."""
     tokens, past = (sizes.tokens, sizes.past) if sizes else (_EXAMPLE_TOKENS, _EXAMPLE_PAST)
     rows = 1 if sizes else 2
     ids = torch.ones(rows, past + tokens, dtype=torch.int64)
@@ -158,28 +155,19 @@ def capture_cached(
             name: tuple(CONTEXT if size in names else size for size in shape)
             for name, shape in captured.interface.shapes.items()
         }
-        captured = replace(captured, interface=replace(captured.interface, shapes=shapes))
-    return _only_new(captured) if present == "new" else captured
+        return replace(captured, interface=replace(captured.interface, shapes=shapes))
+    return _only_new(captured)
 
 
-@dataclass(frozen=True)
-class CacheAddition:
-    """A node that appends new keys or values to a past input."""
-
-    past: Node
-    new: Node
-    whole: Node
-
-
-def cache_additions(captured: Captured) -> dict[str, CacheAddition]:
-    """The nodes that append to past inputs, by the name of the input."""
-    names = {k: v for k, v in captured.input_names.items() if v in captured.interface.cached}
-    found = {}
+def cache_additions(captured: Captured) -> dict[str, tuple[Node, Node, Node]]:
+    """The node of each past input, that of the new keys or values, and the one that appends these,
+    by the name of the input."""
+    found, names = {}, captured.input_names
     for node in calls(captured.program):
-        if operation(node) == "cat":
-            match node.args[0]:
-                case [Node() as past, Node() as new] if past.name in names:
-                    found[names[past.name]] = CacheAddition(past, new, node)
+        match operation(node), *node.args:
+            case "cat", [Node() as past, Node() as new], *_:
+                if (name := names.get(past.name)) in captured.interface.cached:
+                    found[name] = past, new, node
     return found
 
 
@@ -191,20 +179,11 @@ def _example_cache(model: nn.Module, ids: Tensor, past: int) -> list[tuple[Tenso
     with foreign_as(CaptureError, problem, remedy), torch.no_grad():
         result = model(input_ids=ids, use_cache=True)
     cache = result.get(PAST) if isinstance(result, Mapping) else None
-    if cache is None:
+    _, tensors = Structure.of({PAST: cache})
+    if not tensors or any(t.ndim != 4 or t.shape[2] != ids.shape[1] for t in tensors):
         raise CaptureError(
-            f"{kind} returns no {PAST}, so its state is not keys and values of tokens, and it has "
-            "no graph with a cache. Export it without one"
-        )
-    try:
-        _, tensors = Structure.of({PAST: cache})
-    except CaptureError as error:
-        raise CaptureError(f"{kind}: {error}") from error
-    if odd := next((t for t in tensors if t.ndim != 4 or t.shape[2] != ids.shape[1]), None):
-        raise CaptureError(
-            f"the cache of {kind} has a tensor of shape {list(odd.shape)} for {ids.shape[1]} "
-            "tokens. Keys and values [batch, heads, tokens, width] can be inputs of a graph. "
-            "Export it without a cache"
+            f"{kind} returns no {PAST} with keys and values [batch, heads, tokens, width], so it "
+            "has no graph with a cache. Export it without one"
         )
     # a fixed pattern, so that every capture sees the same data
     g = torch.Generator().manual_seed(0)
@@ -216,45 +195,35 @@ def _example_cache(model: nn.Module, ids: Tensor, past: int) -> list[tuple[Tenso
 
 def _only_new(captured: Captured) -> Captured:
     """The graph that returns keys and values of the new tokens only."""
-    interface = captured.interface
-    additions = cache_additions(captured)
-    graph = type(captured.program.graph)()
-    copied: dict[Node, Node] = {}
-    graph.graph_copy(captured.program.graph, copied)
-    results = []
-    shapes = dict(interface.shapes)
-    for name, node in zip(
-        interface.outputs, captured.program.graph.output_node().args[0], strict=True
-    ):
+    interface, additions = captured.interface, cache_additions(captured)
+    graph = copy.deepcopy(captured.program.graph)
+    nodes, output = {node.name: node for node in graph.nodes}, graph.output_node()
+    results, shapes = [], dict(interface.shapes)
+    for name, node in zip(interface.outputs, output.args[0], strict=True):
         if name.startswith(f"{PRESENT}."):
             past = f"{PAST}{name.removeprefix(PRESENT)}"
-            added = additions.get(past)
-            if added is None or added.whole is not node:
+            _, new, whole = additions.get(past, (node, node, None))
+            if whole is None or whole.name != node.name:
                 raise CaptureError(
                     f"output {name} is not input {past} with new tokens after it, so there is no "
                     "output of the new tokens alone. Export the whole keys and values"
                 )
-            node = added.new
-            tokens = interface.shapes[IDS][1]
-            shapes[name] = (*shapes[name][:2], tokens, *shapes[name][3:])
-        results.append(copied[node])
-    graph.output(tuple(results))
+            node = nodes[new.name]
+            shapes[name] = (*shapes[name][:2], shapes[IDS][1], *shapes[name][3:])
+        results.append(node)
+    output.args = (tuple(results),)
     program = with_graph(captured.program, graph)
     return replace(captured, program=program, interface=replace(interface, shapes=shapes))
 
 
-def capture_with_cache(
-    simulation: Simulation,
-    sizes: CacheSizes | None = None,
-    present: Literal["all", "new"] = "all",
-) -> Captured:
+def capture_with_cache(simulation: Simulation, sizes: CacheSizes | None = None) -> Captured:
     """`capture_cached` of the simulation's model, with the simulation's adapter active."""
     model = simulation.origin.model
     adapters = {adapter_of(name) for name in _used(simulation.program)} - {None}
-    with restored_adapters(model) if adapters else nullcontext():
+    with restored_adapters(model):
         if adapters:
             activate_(model, [str(name) for name in adapters])
-        return capture_cached(model, sizes, present)
+        return capture_cached(model, sizes)
 
 
 def cached_graph(
@@ -275,9 +244,9 @@ def cached_graph(
         )
     marks = {nodes[m.name]: replace(m, node=nodes[m.name]) for m in simulation.marks}
     names = {node: name for name, node in nodes.items()}
-    for added in cache_additions(captured).values() if quantize_past else ():
-        encoding = encoding_before(added.new, marks, encodings)
-        for node in (added.past, added.whole):
+    for past, new, whole in cache_additions(captured).values() if quantize_past else ():
+        encoding = encoding_before(new, marks, encodings)
+        for node in (past, whole):
             if encoding is not None:
                 marks[node.name] = GraphValue(node.name, names[node.name], Kind.ACTIVATION)
                 encodings[names[node.name]] = encoding
@@ -364,7 +333,7 @@ def npu_graph(
     """The graph of a calibrated simulation, of a causal language model with its adapter active, for
     a number of new tokens and a context. `largest_scaling` is alpha / rank of any adapter that it
     will run with; default: that of the simulation's. Values that would stay float are refused."""
-    graph = cached_graph(simulation, capture_with_cache(simulation, sizes, "new"))
+    graph = cached_graph(simulation, capture_with_cache(simulation, sizes))
     return npu_form(graph, sizes, mask_floor(graph), largest_scaling or 0.0)
 
 
@@ -483,7 +452,7 @@ def _refuse_float_values(program: ExportedProgram, marks: dict[str, GraphValue])
     """Refuse values that would be computed in half precision."""
     constants = computed_from(program, stored_tensors(program))
     floats = [
-        f"{module_of(node)[0].removeprefix('model.') or 'the model'} ({operator_of(node)})"
+        f"{place_of(node)} ({operator_of(node)})"
         for node in calls(program)
         if node.name not in marks
         and node.name not in constants

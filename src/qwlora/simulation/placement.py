@@ -26,7 +26,6 @@ from qwlora.simulation.placement_rules import PlacementRule, Policy, Schemes
 from qwlora.system.parameter_names import canonical_name, parameter_name
 
 _NO_VALUE = "matches no value"
-_OTHER = {"activations": "weights", "weights": "activations"}
 _NUMBERED_LAST = {
     Trait.FLOAT64,
     Trait.INTEGER_ORIGIN,
@@ -60,11 +59,6 @@ class Placement:
         """The values that get an encoding."""
         return [value for value in self.values if value.decision is Decision.QUANTIZE]
 
-    @property
-    def unknown(self) -> Counter[str]:
-        """Number of occurrences of each unknown operator."""
-        return Counter(value.operator for value in self.values if Trait.UNKNOWN in value.traits)
-
     def exclude(self, names: Collection[str], decision: Decision, reason: str) -> None:
         """Override the decision for these values: they get no encoding."""
         self.values[:] = [
@@ -74,8 +68,7 @@ class Placement:
 
     def to_json(self) -> dict[str, Any]:
         """The log as JSON values."""
-        values = [value.to_json() for value in self.values]
-        return {"policy": self.policy, "unknown": dict(self.unknown), "values": values}
+        return {"policy": self.policy, "values": [value.to_json() for value in self.values]}
 
 
 def place(
@@ -89,7 +82,7 @@ def place(
     effective = set[int]()
     decided = [_decided(value, policy, rules, effective) for value in values]
     unused = {
-        index: f"{rule.match!r} {_why_unused(rule, values, policy)}"
+        index: f"{rule.match!r} {_why_unused(rule, decided)}"
         for index, rule in enumerate(rules)
         if index not in effective
     }
@@ -111,6 +104,8 @@ def refuse_ineffective_rules(placements: Sequence[Placement]) -> None:
     if problems:
         raise CalibrationError(
             "\n  ".join([f"{len(problems)} placement rules have no effect:", *problems])
+            + "\nRemove them. Or move a rule before the one that decides; set of: weights or of: "
+            "activations; or force: true for values that the policy does not quantize"
         )
 
 
@@ -146,27 +141,15 @@ def _decided(
     return replace(value, decision=decision, reason=reason, options=options)
 
 
-def _why_unused(rule: PlacementRule, values: Sequence[GraphValue], policy: Policy) -> str:
+def _why_unused(rule: PlacementRule, values: Sequence[GraphValue]) -> str:
     matched = [value for value in values if rule.fits(value.names)]
     if not matched:
         names = [name for value in values for name in value.names]
         return f"{_NO_VALUE}{suggestion(rule.match, names, 3)}"
-    open_to = [
-        value
-        for value in matched
-        if rule.is_for(value.kind is not Kind.ACTIVATION) and value.kind is not Kind.BASE
-    ]
-    if not open_to:
-        first, of = matched[0].name, rule.of or "activations"
-        if all(value.kind is Kind.BASE for value in matched):
-            return f"matches only packed weights, {first} first; their grids cannot change"
-        return f"matches no {of}, but {first}; set of: {_OTHER[of]}"
-    if rule.keep is None and not rule.force:
-        return (
-            f"matches nothing that policy {policy.name} quantizes and no earlier rule decides; "
-            "force: true quantizes it anyway"
-        )
-    return "matches only values that an earlier rule decides; move it up, or remove it"
+    return (
+        f"changes none of the {len(matched)} values that it matches, {matched[0].name} first "
+        f"({matched[0].reason})"
+    )
 
 
 def _graph_values(
@@ -179,38 +162,30 @@ def _graph_values(
         tensor = node.meta.get("val")
         if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
             continue
-        traits = analysis.traits(node)
+        traits, owner = analysis.traits(node), analysis.owner(node)
+        name, kind, operator = "", Kind.ACTIVATION, operator_of(node)
         path, module_class = module_of(node)
+        module = canonical_name(path)
         if (parameter := analysis.parameters.get(node.name)) is not None:
+            if not node.users:
+                continue
             kind = Kind.ADAPTER if Trait.ADAPTER_WEIGHT in traits else Kind.PARAMETER
-            name = canonical_name(parameter)
+            name, operator = canonical_name(parameter), "weight"
             module = name.rpartition(".")[0]
-            if node.users:
-                values.append(GraphValue(node.name, name, kind, "weight", module, "", traits))
         elif Trait.INPUT in traits:
-            name = input_names.get(node.name, node.name)
-            values.append(GraphValue(node.name, name, Kind.ACTIVATION, "input", traits=traits))
+            name, operator = input_names.get(node.name, node.name), "input"
         elif operation(node) == "dequantize":
             stored = parameter_name(buffers[node.args[0].name].removesuffix(".packed"))
             # a tied layer reads the codes of another layer
             name = stored if stored not in stored_weights else parameter_name(path)
             stored_weights.add(stored)
-            module = name.rpartition(".")[0]
-            values.append(GraphValue(node.name, name, Kind.BASE, "weight", module, module_class))
-        elif node.op == "call_function":
-            owner = analysis.owner(node)
-            values.append(
-                GraphValue(
-                    node.name,
-                    "",
-                    Kind.ACTIVATION,
-                    operator_of(node),
-                    canonical_name(path),
-                    module_class,
-                    traits,
-                    owner[1] if owner else "",
-                )
-            )
+            kind, operator, module = Kind.BASE, "weight", name.rpartition(".")[0]
+        elif node.op != "call_function":
+            continue
+        owner_class = owner[1] if owner else ""
+        values.append(
+            GraphValue(node.name, name, kind, operator, module, module_class, traits, owner_class)
+        )
     names = _numbered(values)
     return (replace(value, name=value.name or names[value.node]) for value in values)
 

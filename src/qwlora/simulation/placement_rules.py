@@ -96,13 +96,6 @@ POLICIES = {
 }
 
 
-def policy(name: str) -> Policy:
-    """The policy of this name."""
-    if name not in POLICIES:
-        raise CalibrationError(f"placement policy {name!r} is not one of {', '.join(POLICIES)}")
-    return POLICIES[name]
-
-
 @dataclass(frozen=True)
 class PlacementRule:
     """A user's rule for the values that a glob matches; the first rule that fits decides.
@@ -139,8 +132,6 @@ class PlacementRule:
     def __post_init__(self) -> None:
         keys = ("bitwidth", "symmetric", "minimum", "maximum", "observer")
         given = [key for key in keys if getattr(self, key) is not None]
-        ends = {"minimum": self.minimum, "maximum": self.maximum}
-        infinite = [k for k, end in ends.items() if end is not None and not math.isfinite(end)]
         of_activations = [key for key in given if key not in ("bitwidth", "symmetric")]
         low, high = self.minimum or 0, self.maximum or 0
         problem = None
@@ -152,11 +143,10 @@ class PlacementRule:
             )
         elif self.bitwidth is not None and self.bitwidth not in BITWIDTHS:
             problem = f"bitwidth {self.bitwidth} is not one of {BITWIDTHS[0]} to {BITWIDTHS[-1]}"
-        elif infinite:
-            problem = f"{' and '.join(infinite)} must be finite; omit an end that the data decides"
-        elif low > 0 or high < 0 or (self.minimum, self.maximum) == (0, 0):
+        elif not -math.inf < low <= 0 <= high < math.inf or (self.minimum, self.maximum) == (0, 0):
             problem = (
-                f"the range {self.minimum} to {self.maximum} must contain zero and another value"
+                f"the range {self.minimum} to {self.maximum} must be finite and contain zero and "
+                "another value; omit an end that the data decides"
             )
         elif self.of == "weights" and of_activations:
             problem = (
@@ -237,7 +227,10 @@ class Schemes:
 
     def placement_policy(self) -> Policy:
         """The policy with a rule for each of the options above."""
-        chosen = policy(self.policy) if isinstance(self.policy, str) else self.policy
+        chosen = self.policy if isinstance(self.policy, Policy) else POLICIES.get(self.policy)
+        if chosen is None:
+            known = ", ".join(POLICIES)
+            raise CalibrationError(f"placement policy {self.policy!r} is not one of {known}")
         rules = [
             rule
             for rule in chosen.rules

@@ -115,10 +115,7 @@ def write_simulation(
 
 def save_encodings(encodings: Mapping[str, Encoding], folder: Path) -> None:
     """Write encodings into `folder`, with a record of their digest."""
-    try:
-        entries = tuple(entry_of(name, e, _VERSION) for name, e in encodings.items())
-    except EncodingsFileError as error:
-        raise CalibrationError(str(error)) from error
+    entries = tuple(entry_of(name, e, _VERSION) for name, e in encodings.items())
     producer = {"package": "qwlora", "version": version("qwlora")}
     file = files.EncodingsFile(_VERSION, entries, producer=producer)
     files.write_encodings(file, folder / ENCODINGS)

@@ -28,7 +28,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from qwlora.errors import CalibrationError, CaptureError, QwloraWarning, listed, suggestion
@@ -46,8 +45,6 @@ from qwlora.simulation.fake_quantizer import (
     Mode,
     Quantizer,
     SumInHalves,
-    attribute_of,
-    device_of,
     estimate_encodings,
     grid_ends,
     insert_quantizers,
@@ -70,6 +67,7 @@ from qwlora.system.progress import Track, untracked
 Batches = Iterable[Any]
 
 _MASK, _UNSEEN = "a mask: values beyond 1e30", "no calibration data reached it"
+_RESTORED = "left float by the restored calibration"
 
 
 @dataclass(frozen=True)
@@ -128,16 +126,14 @@ class Simulation(nn.Module):
             raise CaptureError(
                 f"two values would have the name {duplicates[0]}; activate one adapter at a time"
             )
-        packed = base_encodings(origin.model)
+        packed = packed_weights(origin.model)
         self.base_encodings = {
-            mark.name: packed[mark.name] for mark in self.marks if mark.kind is Kind.BASE
+            mark.name: packed[mark.name].encoding for mark in self.marks if mark.kind is Kind.BASE
         }
         self.graph_module, self.quantizers, self.weights = insert_quantizers(
             captured.program, self.marks, origin.schemes, known or {}
         )
         self._tokens = self._batches = 0  # that `observe` has run
-        self._chosen = 0  # depth of nested `only` contexts
-        self._dropped = dict[str, str]()  # reasons of values that calibration left float, by name
 
     @property
     def marks(self) -> list[GraphValue]:
@@ -164,7 +160,7 @@ class Simulation(nn.Module):
         if value.decision is not Decision.QUANTIZE:
             return value
         if (quantizer := self.quantizers.get(value.name)) is None:
-            return replace(value, grid=str(self.encoding_of_weight(value.name).scheme))
+            return replace(value, grid=str(self._weight_encodings[value.name].scheme))
         low, high = quantizer.minimum, quantizer.maximum
         if quantizer.encoding is not None:
             low, high = grid_ends(quantizer.encoding)
@@ -179,9 +175,8 @@ class Simulation(nn.Module):
                 for every method that computes simulated values.
             CaptureError: see `Captured.bind`.
         """
-        return self.captured.result_of(
-            self._simulated({**dict(zip(self.inputs, first, strict=False)), **arguments})
-        )
+        arguments |= zip(self.inputs, first, strict=False)
+        return self.captured.result_of(self._simulated(arguments))
 
     def calibrate(
         self,
@@ -221,7 +216,7 @@ class Simulation(nn.Module):
                 if tokens is not None and self._tokens - tokens_before >= tokens:
                     break
         finally:
-            self._set_mode(Mode.FLOAT)
+            self._set_mode(Mode.SIMULATE)
         if self._batches == batches_before:
             raise CalibrationError("calibration needs at least one batch, but got none")
         for quantizer in self.quantizers.values():
@@ -234,14 +229,11 @@ class Simulation(nn.Module):
         the policy leaves float here stay float. Names that the graph lacks are refused."""
         _refuse_unknown(encodings, self.placement.values)
         for name, quantizer in self.quantizers.items():
-            encoding = encodings.get(name)
-            if encoding is not None:
-                quantizer.scheme = encoding.scheme
-                quantizer.encoding, quantizer.fixed = encoding, True
-        self._place_encodings()
+            if name in encodings:
+                quantizer.encoding, quantizer.fixed = encodings[name], True
 
     def freeze(self, allow_unseen: bool = False) -> CalibrationReport:
-        """Set missing encodings from all observed data, and simulate from now on.
+        """Set missing encodings from all observed data.
 
         Masks are left float: values beyond 1e30, or infinite results of operators that apply masks,
         unless a rule fixed that end of the range.
@@ -251,13 +243,8 @@ class Simulation(nn.Module):
                 instead of raising an error.
 
         Raises:
-            CalibrationError: nothing was observed; or an activation saw no data or non-finite
-                values. The message names it.
+            CalibrationError: an activation saw no data or non-finite values. The message names it.
         """
-        if not self._batches and any(
-            q.encoding is None and not q.is_pinned for q in self.quantizers.values()
-        ):
-            raise CalibrationError("calibration needs at least one batch, but nothing was observed")
         operators = {value.name: base_name(value.operator) for value in self.marks}
         masks = [n for n, q in self.quantizers.items() if q.is_mask(operators[n] in MASKS)]
         self._drop(masks, _MASK)
@@ -274,26 +261,20 @@ class Simulation(nn.Module):
             )
         self._drop(unseen, _UNSEEN)
         estimate_encodings([q for q in self.quantizers.values() if q.encoding is None])
-        self._place_encodings()
-        self._set_mode(Mode.SIMULATE)
-        return CalibrationReport(
-            self._tokens,
-            self._batches,
-            tuple(name for name, q in self.quantizers.items() if q.is_constant),
-            tuple(name for name, why in self._dropped.items() if why == _UNSEEN),
-            tuple(name for name, why in self._dropped.items() if why == _MASK),
-        )
+        constants = tuple(name for name, q in self.quantizers.items() if q.is_constant)
+        left = self._left_float(_UNSEEN), self._left_float(_MASK)
+        return CalibrationReport(self._tokens, self._batches, constants, *left)
 
     @property
     def dropped(self) -> frozenset[str]:
         """Names of placed activations that calibration left float: masks and unseen values."""
-        return frozenset(self._dropped)
+        return frozenset(self._left_float(_MASK, _UNSEEN, _RESTORED))
+
+    def _left_float(self, *reasons: str) -> tuple[str, ...]:
+        return tuple(value.name for value in self.placement.values if value.reason in reasons)
 
     def _drop(self, names: Collection[str], reason: str) -> None:
         """Remove quantizers from the graph, with the reason in the placement log."""
-        if not names:
-            return
-        self._dropped |= dict.fromkeys(names, reason)
         for name in names:
             del self.quantizers[name]
         remove_quantizers_(self.graph_module, [m.node for m in self.marks if m.name in names])
@@ -321,11 +302,9 @@ class Simulation(nn.Module):
         before = {name: module.mode for name, module in modules.items()}
         for module in modules.values():
             module.mode = Mode.SIMULATE if id(module) in on else Mode.FLOAT
-        self._chosen += 1
         try:
             yield
         finally:
-            self._chosen -= 1
             for name, module in modules.items():
                 module.mode = before[name]
 
@@ -336,45 +315,33 @@ class Simulation(nn.Module):
         Raises:
             CalibrationError: before `calibrate`.
         """
-        self._refuse_uncalibrated()
-        known = self._weight_encodings()
-        known |= {n: q.encoding for n, q in self.quantizers.items() if q.encoding is not None}
+        known = self._weight_encodings
+        known |= {name: q.known_encoding() for name, q in self.quantizers.items()}
         return {mark.name: known[mark.name] for mark in self.marks}
 
-    def encoding_of_weight(self, name: str) -> Encoding:
-        """The encoding of a weight; known before `calibrate`."""
-        is_base = name in self.base_encodings
-        return self.base_encodings[name] if is_base else self.weights[name].encoding
-
+    @property
     def _weight_encodings(self) -> dict[str, Encoding]:
         return {**self.base_encodings, **{n: w.encoding for n, w in self.weights.items()}}
 
     @property
     def adapter_weights(self) -> dict[str, Tensor]:
         """The float weights of the adapter, by name."""
+        targets = self.program.graph_signature.inputs_to_parameters
         return {
-            name: attribute_of(self.graph_module, str(node.all_input_nodes[0].target)).detach()
-            for name, node in self._adapter_nodes().items()
+            mark.name: self.graph_module.get_parameter(targets[mark.node]).detach()
+            for mark in self.marks
+            if mark.kind is Kind.ADAPTER
         }
 
     def set_adapter_encodings(self, encodings: Mapping[str, Encoding]) -> None:
         """Quantize adapter weights on the given grids instead of the measured ones; names that are
         not adapter weights are ignored."""
-        nodes = self._adapter_nodes()
+        nodes = {mark.name: mark.node for mark in self.marks}
         for name, weight in self.adapter_weights.items():
             if name in encodings:
                 encoding = moved_encoding(encodings[name], weight.device)
                 self.weights[name] = FrozenWeight(weight, encoding)
-                self.graph_module.add_submodule(str(nodes[name].target), self.weights[name])
-
-    def _adapter_nodes(self) -> dict[str, Node]:
-        """The node of each adapter weight's quantizer, by the weight's name."""
-        calls = {str(n.target): n for n in self.graph_module.graph.nodes if n.op == "call_module"}
-        return {
-            mark.name: calls[f"quantizer_{mark.node}"]
-            for mark in self.marks
-            if mark.kind is Kind.ADAPTER
-        }
+                self.graph_module.add_submodule(f"quantizer_{nodes[name]}", self.weights[name])
 
     def restore(self, encodings: Mapping[str, Encoding], dropped: Collection[str] = ()) -> None:
         """Use the encodings of an earlier calibration.
@@ -388,26 +355,21 @@ class Simulation(nn.Module):
                 the one measured from its values, or an activation has no encoding.
         """
         _refuse_unknown(encodings, self.marks)
-        for name, encoding in self._weight_encodings().items():
+        for name, encoding in self._weight_encodings.items():
             if name not in encodings or not encoding.equals(encodings[name]):
                 raise CalibrationError(
                     f"the encoding of {name} does not match the weight's values. Calibrate again"
                 )
-        missing = [name for name in self.quantizers if name not in {*encodings, *dropped}]
-        if missing:
+        left = [name for name in self.quantizers if name not in encodings]
+        if missing := [name for name in left if name not in dropped]:
             raise CalibrationError(
                 f"{len(missing)} activations have no encoding, {missing[0]} first: the encodings "
                 "belong to another placement. Calibrate again, or name the values that calibration "
                 "left float: dropped=other.dropped"
             )
-        left = [n for n in self.quantizers if not isinstance(encodings.get(n), Encoding)]
-        self._drop(left, "left float by the restored calibration")
+        self._drop(left, _RESTORED)
         for name, quantizer in self.quantizers.items():
-            encoding = encodings[name]
-            quantizer.scheme = encoding.scheme
-            quantizer.encoding = encoding
-        self._place_encodings()
-        self._set_mode(Mode.SIMULATE)
+            quantizer.encoding = encodings[name]
 
     def restore_from(self, folder: str | Path, adapter_weights: bool = True) -> None:
         """`restore` what a simulation of the same base and adapter saved in `folder`. Where
@@ -420,9 +382,8 @@ class Simulation(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """Move to a device; the captured model stays where it is."""
-        dtypes = {tensor.dtype for tensor in (*self.parameters(), *self.buffers())}
-        dtypes.add(torch.float32)  # of the scales
-        if any(fn(torch.empty(0, dtype=dtype)).dtype != dtype for dtype in dtypes):
+        moved = fn(torch.empty(0))
+        if moved.dtype != torch.float32:
             raise CaptureError(
                 "A simulation cannot be cast: its graph computes in float32, for models in half "
                 "precision too. Only its device can be changed, with to(device)"
@@ -432,26 +393,17 @@ class Simulation(nn.Module):
         copies: dict[int, nn.Parameter] = {}
         for module in self.graph_module.modules():
             for name, parameter in module._parameters.items():
-                if parameter is not None and fn(parameter).device != parameter.device:
+                if parameter is not None and parameter.device != moved.device:
                     copied = nn.Parameter(parameter.detach(), parameter.requires_grad)
                     module._parameters[name] = copies.setdefault(id(parameter), copied)
         super()._apply(fn, recurse)
-        device = fn(torch.empty(0)).device
         for node in self.graph_module.graph.nodes:  # such as arange(..., device=cpu)
             node.args, node.kwargs = map_aggregate(
-                (node.args, node.kwargs), lambda v: device if isinstance(v, torch.device) else v
+                (node.args, node.kwargs),
+                lambda v: moved.device if isinstance(v, torch.device) else v,
             )
         self.graph_module.recompile()
-        self._place_encodings(device)
-        for quantizer in self.quantizers.values():
-            quantizer.observer = quantizer.observer.to(device)
         return self
-
-    def _place_encodings(self, device: torch.device | None = None) -> None:
-        """Move activation encodings to the device of the graph, or to `device`."""
-        device = device or device_of(self.graph_module)
-        for quantizer in self.quantizers.values():
-            quantizer.move_encoding(device)
 
     def _set_mode(self, mode: Mode) -> None:
         for quantizer in self.quantizers.values():
@@ -484,7 +436,6 @@ class Simulation(nn.Module):
         Runtimes differ in both. The distance to `outputs` is the noise floor of a comparison
         between two correct runtimes.
         """
-        self._refuse_uncalibrated()
         self._set_mode(Mode.RECIPROCAL)
         try:
             with torch.no_grad():
@@ -519,22 +470,8 @@ class Simulation(nn.Module):
 
     def _simulated(self, batch: Mapping[str, Any]) -> Sequence[Tensor]:
         """One forward with every quantizer, or with those that `only` enables."""
-        if not self._chosen:
-            self._refuse_uncalibrated()
         outputs: Sequence[Tensor] = self.graph_module(*self.captured.bind(batch))
         return outputs
-
-    @property
-    def _uncalibrated(self) -> list[str]:
-        return [name for name, quantizer in self.quantizers.items() if quantizer.encoding is None]
-
-    def _refuse_uncalibrated(self) -> None:
-        if missing := self._uncalibrated:
-            raise CalibrationError(
-                f"{len(missing)} activations have no encoding yet, {missing[0]} first; call "
-                "calibrate, or freeze after observe. To compute with float activations, use "
-                "`with simulation.only():`"
-            )
 
     def as_model(self) -> SimulatedModel:
         """The simulation with the interface of a transformers model.
@@ -543,7 +480,7 @@ class Simulation(nn.Module):
             CalibrationError: an activation has no encoding yet.
             CaptureError: the model is not from transformers, or was captured with a cache.
         """
-        self._refuse_uncalibrated()
+        self.encodings  # noqa: B018 (raises if not calibrated)
         if self.captured.interface.cached:
             raise CaptureError(
                 "the graph takes keys and values of earlier tokens; capture without "
@@ -554,11 +491,11 @@ class Simulation(nn.Module):
     def save(self, folder: str | Path) -> None:
         """Write the simulation to `folder`; see `saved_simulation.py`."""
         encodings = {n: e for n, e in self.encodings.items() if n not in self.base_encodings}
-        write_simulation(Path(folder), self.origin, self.explain(), encodings, self._dropped)
+        write_simulation(Path(folder), self.origin, self.explain(), encodings, self.dropped)
 
     def __repr__(self) -> str:
         kinds = Counter(mark.kind for mark in self.marks)
-        missing = len(self._uncalibrated)
+        missing = sum(quantizer.encoding is None for quantizer in self.quantizers.values())
         return (
             f"Simulation of {type(self.origin.model).__name__}: "
             f"{kinds[Kind.BASE]:,} base weights, {kinds[Kind.ADAPTER]:,} adapter weights, "
@@ -611,11 +548,6 @@ def _refuse_unknown(encodings: Iterable[str], values: Iterable[GraphValue]) -> N
             f"{len(unknown)} encodings have no value in the graph: {listed(unknown, 3)}. "
             "Calibrate again"
         )
-
-
-def base_encodings(model: nn.Module) -> dict[str, Encoding]:
-    """The encodings of the packed weights of `model`, by weight name."""
-    return {name: layer.encoding for name, layer in packed_weights(model).items()}
 
 
 def tokens_of(batch: Mapping[str, Any]) -> int:

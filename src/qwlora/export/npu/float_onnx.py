@@ -134,7 +134,7 @@ def float_graphs(
     """
     first = next(iter(cases.values()))
     sizes = CacheSizes(first.graphs[name], first.context)
-    captured = capture_with_cache(first.simulation, sizes, "new")
+    captured = capture_with_cache(first.simulation, sizes)
     cached = {case: cached_graph(own.simulation, captured) for case, own in cases.items()}
     floor = min(mask_floor(graph) for graph in cached.values())
     for case, graph in cached.items():

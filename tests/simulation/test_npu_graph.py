@@ -15,7 +15,7 @@ from torch import Tensor
 from qwlora import LayerRule, Scheme, Schemes, quantize_, simulate
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.export.npu.htp_rewrites import npu_onnx
-from qwlora.graph.device_graph import run_host
+from qwlora.graph.device_graph import run_host, scaling_of
 from qwlora.grid.encoding import sqnr_db
 from qwlora.simulation.kv_cache_graph import CacheSizes, NpuGraph, host_arguments, npu_graph
 from qwlora.simulation.simulation import Simulation
@@ -49,12 +49,12 @@ def simulated(name: str, schemes: Schemes = SCHEMES) -> Simulation:
 class OnCpu:
     """A graph with its adapter in ONNX Runtime, without optimizations."""
 
-    def __init__(self, graph: NpuGraph, folder: Path):
+    def __init__(self, graph: NpuGraph, scaling: float | None, folder: Path):
         model, codes = npu_onnx(graph.device, {})
         onnx_ir.save(model, folder / "model.onnx")
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        self.graph, self.fixed = graph, {**codes, "lora_alpha": np.float32([graph.scaling])}
+        self.graph, self.fixed = graph, {**codes, "lora_alpha": np.float32([scaling])}
         self.session = onnxruntime.InferenceSession(
             folder / "model.onnx", options, providers=["CPUExecutionProvider"]
         )
@@ -84,7 +84,8 @@ def test_prefill_then_decode_is_the_simulation(name: str, tmp_path: Path) -> Non
         (tmp_path / str(tokens)).mkdir()
         graph = npu_graph(simulation, CacheSizes(tokens, CONTEXT))
         assert graph.host.interface.shapes["token_mask"] == (1, CONTEXT)
-        graphs[tokens] = OnCpu(graph, tmp_path / str(tokens))
+        scaling = scaling_of(simulation.program)
+        graphs[tokens] = OnCpu(graph, scaling, tmp_path / str(tokens))
     prefill, decode = (graphs[tokens].graph.device for tokens in (FIRST, 1))
     shared = prefill.encodings.keys() & decode.encodings.keys()
     assert shared == prefill.encodings.keys()

@@ -332,14 +332,8 @@ def _slice_(part: Node) -> None:
 
 def lift_scaling(
     program: ExportedProgram, interface: Interface
-) -> tuple[ExportedProgram, Interface, float | None]:
-    """The program with the scaling as its last input, and its value; None without an adapter.
-
-    Every adapted layer reads the same input.
-    """
-    scaling = scaling_of(program)
-    if scaling is None:
-        return program, interface, None
+) -> tuple[ExportedProgram, Interface]:
+    """The program of an adapter with the scaling as its last input, which every layer reads."""
     graph, names = copy.deepcopy(program.graph), _scalings(program)
     scaled = [node for node in graph.nodes if node.name in names]
     last = graph.find_nodes(op="placeholder")[-1]
@@ -349,7 +343,7 @@ def lift_scaling(
     for node in scaled:
         node.args = (node.args[0], alpha)
     inputs, shapes = (*interface.inputs, ALPHA), {**interface.shapes, ALPHA: (1,)}
-    return with_graph(program, graph), replace(interface, inputs=inputs, shapes=shapes), scaling
+    return with_graph(program, graph), replace(interface, inputs=inputs, shapes=shapes)
 
 
 def scaling_of(program: ExportedProgram) -> float | None:

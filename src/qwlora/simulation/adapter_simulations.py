@@ -48,15 +48,20 @@ from qwlora.adapter.active_adapters import (
 )
 from qwlora.errors import CalibrationError, CaptureError
 from qwlora.graph.capturable_model import in_float32
-from qwlora.graph.capture import capture, rebound
+from qwlora.graph.capture import Captured, capture, rebound
 from qwlora.graph.graph_analysis import branch_nodes, lora_branch
-from qwlora.graph.quantized_graph import Kind, rebuilt
+from qwlora.graph.quantized_graph import rebuilt
 from qwlora.grid.encoding import Encoding, encoding_from_range, group_range
 from qwlora.grid.scheme import Scheme
 from qwlora.nn.fingerprint import adapter_fingerprint, fingerprint
 from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.packed_layer import packed_layers
-from qwlora.simulation.fake_quantizer import Quantizer, device_of, estimate_encodings
+from qwlora.simulation.fake_quantizer import (
+    FrozenWeight,
+    Quantizer,
+    device_of,
+    estimate_encodings,
+)
 from qwlora.simulation.placement import refuse_ineffective_rules
 from qwlora.simulation.placement_rules import Schemes
 from qwlora.simulation.saved_simulation import (
@@ -185,6 +190,7 @@ def simulate_adapters(
     asked, schemes = schemes, replace(schemes or Schemes(), unused_rules="allow")
     simulations: dict[str, Simulation] = {}
     first: dict[Hashable, tuple[Simulation, _Weights]] = {}  # by structure
+    frozen: dict[int, FrozenWeight] = {}
     captures = 0
 
     def simulated(
@@ -193,10 +199,12 @@ def simulate_adapters(
         """From one of `graphs` and their weights with other weights, or captured."""
         nonlocal captures
         for simulation, bound, weights in graphs:
-            if (found := _rebound(simulation, bound, weights, origin)) is not None:
-                return found
-        captures += 1
-        return Simulation(capture(model, example_inputs), origin)
+            if (captured := _rebound(simulation, bound, weights, origin)) is not None:
+                break
+        else:
+            captured = capture(model, example_inputs)
+            captures += 1
+        return Simulation(captured, origin, frozen)
 
     with restored_adapters(model), in_float32(model):
         for name in names:
@@ -266,7 +274,7 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
 
 def _rebound(
     first: Simulation, bound: _Weights, weights: _Weights, origin: SimulationSource
-) -> Simulation | None:
+) -> Captured | None:
     """The graph of `first`, whose adapter weights are `bound`, with other adapter weights; None if
     it then does not compute the model."""
     replacements = {bound[name].data_ptr(): tensor for name, tensor in weights.items()}
@@ -276,11 +284,9 @@ def _rebound(
     }
     program = rebuilt(first.program, state_dict=state)
     try:
-        captured = rebound(first.captured, program, origin.model, origin.example_inputs)
+        return rebound(first.captured, program, origin.model, origin.example_inputs)
     except CaptureError:
         return None
-    parameters = [mark.name for mark in first.marks if mark.kind is Kind.PARAMETER]
-    return Simulation(captured, origin, {name: first.weights[name] for name in parameters})
 
 
 def _zeros(weights: _Weights) -> _Weights:

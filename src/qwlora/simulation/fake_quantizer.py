@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from enum import StrEnum
 from itertools import chain
@@ -258,10 +258,11 @@ def insert_quantizers(
     program: ExportedProgram,
     values: Iterable[GraphValue],
     schemes: Schemes,
-    known: Mapping[str, FrozenWeight],
+    frozen: dict[int, FrozenWeight],
 ) -> tuple[GraphModule, dict[str, Quantizer], dict[str, FrozenWeight]]:
     """The program as a module with a quantizer after each of `values` but packed weights; and by
-    name the quantizers of activations, and those of weights, of which `known` ones are shared."""
+    name the quantizers of activations, and those of weights. `frozen` are the latter by address:
+    tied weights share one, and so do simulations of one model."""
     module = program.module(check_guards=False)
     nodes = {node.name: node for node in module.graph.nodes}
     # placeholders of the program are attributes of the module, but for inputs
@@ -271,12 +272,8 @@ def insert_quantizers(
             nodes[spec.arg.name] = attributes[spec.target]
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
     nodes |= zip(program.graph_signature.user_inputs, inputs, strict=True)
-    activations, weights, device = (
-        dict[str, Quantizer](),
-        dict[str, FrozenWeight](),
-        device_of(module),
-    )
-    frozen: dict[int, FrozenWeight] = {}  # by address: tied weights share one quantized copy
+    activations, weights = dict[str, Quantizer](), dict[str, FrozenWeight]()
+    device = device_of(module)
     for value in values:
         if value.kind is Kind.BASE:
             continue
@@ -291,8 +288,6 @@ def insert_quantizers(
                 options.maximum,
                 node.op == "call_function" and operator_of(node) in OVERWRITABLE,
             ).to(device)
-        elif value.name in known:
-            quantizer = weights[value.name] = known[value.name]
         else:
             scheme = schemes.adapter_weights if is_factor_name(value.name) else schemes.parameters
             weight = module.get_parameter(str(node.target)).detach()

@@ -81,6 +81,7 @@ from qwlora.graph.device_graph import (
     lift_scaling,
     rewritten,
     run_host,
+    scaling_of,
 )
 from qwlora.graph.graph_analysis import computed_from
 from qwlora.graph.nodes import (
@@ -306,14 +307,12 @@ def _used(program: ExportedProgram) -> list[str]:
 @dataclass(frozen=True)
 class NpuGraph:
     """A graph of fixed size for an NPU, and the graph of what its host computes. The floor of the
-    mask is negative; `scaling` is alpha / rank of the simulation's adapter, the value of input
-    `lora_alpha`, and None without such an input."""
+    mask is negative."""
 
     sizes: CacheSizes
     device: QuantizedGraph
     host: QuantizedGraph
     floor: float
-    scaling: float | None
 
 
 def host_arguments(sizes: CacheSizes, past: int, tokens: int) -> tuple[Tensor, Tensor]:
@@ -360,9 +359,9 @@ def npu_form(
     """`npu_graph` of a graph of `cached_graph`, with this floor of the mask. Without
     `largest_scaling`, alpha / rank stays a constant of the graph."""
     program, interface, host = lift_host_inputs(graph.program, graph.interface, floor)
-    scaling = None
-    if largest_scaling is not None:
-        program, interface, scaling = lift_scaling(program, interface)
+    scaling = None if largest_scaling is None else scaling_of(program)
+    if scaling is not None:
+        program, interface = lift_scaling(program, interface)
     program = rewritten(program)
     nodes = {node.name for node in program.graph.nodes}
     marks = {mark.node: mark for mark in graph.marks if mark.node in nodes}
@@ -392,7 +391,7 @@ def npu_form(
         {_renamed(name): encoding for name, encoding in encodings.items()},
         graph.observer,
     )
-    return NpuGraph(sizes, device, host, floor, scaling)
+    return NpuGraph(sizes, device, host, floor)
 
 
 def _add_masked_scores_(

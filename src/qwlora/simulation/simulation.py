@@ -94,7 +94,8 @@ class Simulation(nn.Module):
 
     Args:
         captured: the graph of `origin.model`.
-        known: quantized copies of base parameters that other simulations have, by name.
+        frozen: quantized copies of float weights that other simulations of the model have, by
+            address; those of this one are added.
 
     Attributes:
         placement: every value of the graph, and the rule that decided about it.
@@ -111,7 +112,7 @@ class Simulation(nn.Module):
         self,
         captured: Captured,
         origin: SimulationSource,
-        known: Mapping[str, FrozenWeight] | None = None,
+        frozen: dict[int, FrozenWeight] | None = None,
     ):
         super().__init__()
         self.captured, self.origin = captured, origin
@@ -131,7 +132,7 @@ class Simulation(nn.Module):
             mark.name: packed[mark.name].encoding for mark in self.marks if mark.kind is Kind.BASE
         }
         self.graph_module, self.quantizers, self.weights = insert_quantizers(
-            captured.program, self.marks, origin.schemes, known or {}
+            captured.program, self.marks, origin.schemes, {} if frozen is None else frozen
         )
         self._tokens = self._batches = 0  # that `observe` has run
 

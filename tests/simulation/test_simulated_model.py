@@ -12,7 +12,6 @@ from conftest import EACH_ARCHITECTURE, tiny_model
 from qwlora import quantize_, simulate
 from qwlora.errors import CaptureError
 from qwlora.grid.encoding import Encoding
-from qwlora.simulation.fake_quantizer import Mode
 from qwlora.simulation.simulation import Simulation
 from simulation import tiny_architectures
 from simulation.captured import adapted_layer as adapted
@@ -238,7 +237,6 @@ def test_the_grid_of_an_activation_goes_to_another_device_and_comes_back(
             assert {str(tensor.device) for e in encodings for tensor in (e.scale, e.offset)} == {
                 device
             }
-            quantizer.mode = Mode.RECIPROCAL
             assert str(quantizer(torch.ones(2, 3, device=device)).device) == device
 
 

@@ -49,6 +49,7 @@ from qwlora.errors import CaptureError
 from qwlora.graph.capture import IDS, MASK, POSITIONS
 from qwlora.graph.graph_analysis import computed_from, factor_nodes
 from qwlora.graph.nodes import (
+    ancestors,
     base_name,
     calls,
     moved_from,
@@ -103,7 +104,8 @@ def lift_host_inputs(
             kind = str(value.dtype).removeprefix("torch.")
             raise _no_float(node, f"computes {kind} values from tokens, weights or the cache")
     outputs = tuple(names.values())
-    shapes = {**interface.shapes, **{name: _shape(node) for node, name in names.items()}}
+    lifted_shapes = {name: tuple(map(int, n.meta["val"].shape)) for n, name in names.items()}
+    shapes = {**interface.shapes, **lifted_shapes}
     taken = [inputs[name] for name in host.graph_signature.user_inputs]
     host_shapes = {HOST_INPUTS[name]: interface.shapes[name] for name in taken}
     host_interface = Interface(
@@ -152,9 +154,10 @@ def _names(lifted: Sequence[Node], decided: set[str], inputs: Mapping[str, str])
     """A name for each lifted node, in order of names: masks, cosines, sines, positions."""
     nodes: dict[str, list[Node]] = {stem: [] for stem in (MASK, COS, SIN, POSITIONS)}
     for node in lifted:
-        ancestors = _ancestors(node, decided)
-        waves = {operation(n) for n in ancestors} & {"cos", "sin"}
-        sources = {inputs[n.name] for n in ancestors if n.op == "placeholder"}
+        read = ancestors(node, lambda n: n.name in decided)
+        made_from = [n for n in read if n.name in decided]
+        waves = {operation(n) for n in made_from} & {"cos", "sin"}
+        sources = {inputs[n.name] for n in made_from if n.op == "placeholder"}
         stem = MASK if MASK in sources else POSITIONS
         nodes[f"{POSITIONS}_{waves.pop()}" if len(waves) == 1 else stem].append(node)
     return {
@@ -162,17 +165,6 @@ def _names(lifted: Sequence[Node], decided: set[str], inputs: Mapping[str, str])
         for stem, named in nodes.items()
         for number, node in enumerate(named)
     }
-
-
-def _ancestors(node: Node, decided: set[str]) -> set[Node]:
-    """`node` and the decided nodes that it was computed from."""
-    found, waiting = {node}, [node]
-    while waiting:
-        for source in waiting.pop().all_input_nodes:
-            if source.name in decided and source not in found:
-                found.add(source)
-                waiting.append(source)
-    return found
 
 
 def _host(
@@ -256,10 +248,6 @@ def _is_view_of_ids(node: Node) -> bool:
 
 def _int32(value: Tensor) -> Tensor:
     return value if value.is_floating_point() else value.to(torch.int32)
-
-
-def _shape(node: Node) -> tuple[int, ...]:
-    return tuple(int(size) for size in node.meta["val"].shape)
 
 
 ALPHA = "lora_alpha"

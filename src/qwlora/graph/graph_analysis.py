@@ -28,6 +28,7 @@ from qwlora.graph.nodes import (
     MOVES_DATA,
     SEVERAL_OPERATIONS,
     SOFTMAXES,
+    ancestors,
     calls,
     class_name,
     module_path,
@@ -144,8 +145,8 @@ class GraphAnalysis:
                 (i, made.name)
                 for i, factor in enumerate(_factors(node))
                 if factor.name not in self._constants and _is_float(made := origin(factor))
+                if made.name not in self._adapted_weights
             ]
-            activations = [(i, n) for i, n in activations if n not in self._adapted_weights]
             multiplied.update(name for _, name in activations)
             second.update(name for i, name in activations if i > 0 and len(activations) > 1)
         return multiplied, second
@@ -215,29 +216,12 @@ def residual_additions(program: ExportedProgram) -> set[str]:
     order = {node: index for index, node in enumerate(program.graph.nodes)}
     found = set()
     for node in calls(program):
-        if operation(node) == "add":
-            tensors = (a for a in node.all_input_nodes if _is_tensor(a))
-            operands = sorted(tensors, key=order.__getitem__)
-            if (
-                len(operands) == 2
-                and operands[0].op == "call_function"
-                and _flows_into(operands[0], operands[1], order)
-            ):
+        operands = sorted(filter(_is_tensor, node.all_input_nodes), key=order.__getitem__)
+        if operation(node) == "add" and len(operands) == 2 and operands[0].op == "call_function":
+            x, added = operands
+            if x in ancestors(added, lambda n, x=x: order[n] > order[x]):  # type: ignore[misc]
                 found.add(node.name)
     return found
-
-
-def _flows_into(source: Node, target: Node, order: dict[Node, int]) -> bool:
-    """Whether `target` was computed from `source`; nodes before `source` need no visit."""
-    waiting, seen = [target], {target}
-    while waiting:
-        for node in waiting.pop().all_input_nodes:
-            if node is source:
-                return True
-            if order[node] > order[source] and node not in seen:
-                seen.add(node)
-                waiting.append(node)
-    return False
 
 
 def _angles(program: ExportedProgram) -> set[str]:

@@ -10,6 +10,7 @@ All others compute new values. In-place operators are listed without their trail
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -110,6 +111,17 @@ def origin(node: Node) -> Node:
     while (source := moved_from(node)) is not None:
         node = source
     return node
+
+
+def ancestors(node: Node, is_followed: Callable[[Node], bool]) -> set[Node]:
+    """`node`, what it reads, what that reads and so on, where the reader `is_followed`."""
+    found, waiting = {node}, [node]
+    while waiting:
+        reader = waiting.pop()
+        new = set(reader.all_input_nodes) - found if is_followed(reader) else ()
+        found.update(new)
+        waiting += new
+    return found
 
 
 def module_stack(node: Node) -> dict[str, tuple[str, str]]:

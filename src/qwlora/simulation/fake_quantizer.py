@@ -35,7 +35,6 @@ class Mode(StrEnum):
     FLOAT = "float"
     OBSERVE = "observe"
     SIMULATE = "simulate"
-    RECIPROCAL = "reciprocal"  # simulate with x * (1 / scale); see `perturbed_outputs`
 
 
 class Quantizer(nn.Module):
@@ -96,19 +95,13 @@ class Quantizer(nn.Module):
         return self.minimum is not None and self.maximum is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        match self.mode:
-            case Mode.OBSERVE:
-                self.observer.update(x)
-            case Mode.SIMULATE:
-                encoding = self.known_encoding()
-                in_place = self.in_place and not (torch.is_grad_enabled() and x.requires_grad)
-                x = encoding.fake_quantize_(x) if in_place else encoding.fake_quantize(x)
-            case Mode.RECIPROCAL:
-                encoding = self.known_encoding()
-                low, high = encoding.offset, encoding.offset + encoding.scheme.steps
-                x = torch.mul(x, 1.0 / encoding.scale).round_().clamp_(low, high)
-                x = x.mul_(encoding.scale)
-        return x
+        if self.mode is Mode.OBSERVE:
+            self.observer.update(x)
+        if self.mode is not Mode.SIMULATE:
+            return x
+        encoding = self.known_encoding()
+        in_place = self.in_place and not (torch.is_grad_enabled() and x.requires_grad)
+        return encoding.fake_quantize_(x) if in_place else encoding.fake_quantize(x)
 
     def known_encoding(self) -> Encoding:
         """The encoding; refused before calibration."""
@@ -230,8 +223,18 @@ def grid_ends(encoding: Encoding) -> tuple[float, float]:
     return offset * scale, (offset + encoding.scheme.steps) * scale
 
 
-class SumInHalves(Interpreter):
-    """Runs a graph with each sum over k of a matrix product or convolution in two halves."""
+class OtherArithmetic(Interpreter):
+    """Runs a simulated graph with x * (1 / scale) instead of x / scale, and with each sum over k of
+    a matrix product or convolution in two halves."""
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        quantizer = self.submodules[target]
+        if not isinstance(quantizer, Quantizer):
+            return super().call_module(target, args, kwargs)
+        encoding = quantizer.known_encoding()
+        low, high = encoding.offset, encoding.offset + encoding.scheme.steps
+        codes = torch.mul(args[0], 1.0 / encoding.scale).round_().clamp_(low, high)
+        return codes.mul_(encoding.scale)
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target is _aten.linear.default:

@@ -86,6 +86,7 @@ from qwlora.graph.device_graph import (
 from qwlora.graph.graph_analysis import computed_from
 from qwlora.graph.nodes import (
     MOVES_DATA,
+    ancestors,
     calls,
     module_of,
     moved_from,
@@ -342,14 +343,11 @@ def mask_floor(graph: QuantizedGraph) -> float:
     marks = {mark.node: mark.name for mark in graph.marks}
     widest = 0.0
     for node in graph.program.graph.nodes:
-        waiting = node.all_input_nodes[:1] if operation(node) == "softmax" else []
-        while waiting:
-            read = waiting.pop()
-            if read.name in marks:
-                low, high = grid_ends(graph.encodings[marks[read.name]])
-                widest = max(widest, high - low)
-            else:
-                waiting += read.all_input_nodes
+        if operation(node) == "softmax":
+            for read in ancestors(node.all_input_nodes[0], lambda n: n.name not in marks):
+                if read.name in marks:
+                    low, high = grid_ends(graph.encodings[marks[read.name]])
+                    widest = max(widest, high - low)
     return -(MASKED_BELOW + widest)
 
 

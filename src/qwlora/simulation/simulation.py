@@ -43,8 +43,8 @@ from qwlora.nn.packed_layer import packed_layers, packed_weights, unwrapped
 from qwlora.simulation.fake_quantizer import (
     FrozenWeight,
     Mode,
+    OtherArithmetic,
     Quantizer,
-    SumInHalves,
     estimate_encodings,
     grid_ends,
     insert_quantizers,
@@ -217,7 +217,8 @@ class Simulation(nn.Module):
                 if tokens is not None and self._tokens - tokens_before >= tokens:
                     break
         finally:
-            self._set_mode(Mode.SIMULATE)
+            for quantizer in self.quantizers.values():
+                quantizer.mode = Mode.SIMULATE
         if self._batches == batches_before:
             raise CalibrationError("calibration needs at least one batch, but got none")
         for quantizer in self.quantizers.values():
@@ -406,10 +407,6 @@ class Simulation(nn.Module):
         self.graph_module.recompile()
         return self
 
-    def _set_mode(self, mode: Mode) -> None:
-        for quantizer in self.quantizers.values():
-            quantizer.mode = mode
-
     def graph(self) -> QuantizedGraph:
         """The graph and its encodings, for an exporter."""
         observer = as_estimator(self.origin.schemes.observer).name
@@ -437,14 +434,9 @@ class Simulation(nn.Module):
         Runtimes differ in both. The distance to `outputs` is the noise floor of a comparison
         between two correct runtimes.
         """
-        self._set_mode(Mode.RECIPROCAL)
-        try:
-            with torch.no_grad():
-                return self.captured.named(
-                    SumInHalves(self.graph_module).run(*self.captured.bind(batch))
-                )
-        finally:
-            self._set_mode(Mode.SIMULATE)
+        run = OtherArithmetic(self.graph_module).run
+        with torch.no_grad():
+            return self.captured.named(run(*self.captured.bind(batch)))
 
     def values(self, batch: Tensor | Mapping[str, Any]) -> dict[str, Tensor]:
         """Every quantized activation of one simulated forward, by name.

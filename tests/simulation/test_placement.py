@@ -115,11 +115,13 @@ def test_names_do_not_depend_on_what_is_decided(every_kind: ExportedProgram) -> 
 
 
 def test_second_factors_are_symmetric_where_asked(every_kind: ExportedProgram) -> None:
-    rule = PlacementRule("down.linear", symmetric=False)
+    rule = PlacementRule("down.linear", symmetric=False, observer="sqnr")
     for rules, expected in ((), {"down.linear"}), ((rule,), set()):
         schemes = Schemes(rules=rules, symmetric_matmul_second_input=True)
         values = place(every_kind, schemes).marks
         assert {value.name for value in values if value.options.symmetric} == expected
+        observers = {value.options.observer for value in values} - {None}
+        assert observers == {rule.observer for rule in rules}
     made = simulation(Schemes(symmetric_matmul_second_input=True))
     symmetric = {name for name, q in made.quantizers.items() if q.scheme.symmetric}
     attention = "model.layers.{}.self_attn."

@@ -188,7 +188,7 @@ class Structure:
             if isinstance(leaf, Slot) and isinstance(found, Tensor):
                 tensors.append(found)
             elif isinstance(leaf, CacheSlot):
-                pairs = _pairs(found, path) if isinstance(found, Cache) else list(found or ())
+                pairs = _pairs(found, path)
                 if len(pairs) != len(leaf.layers):
                     raise CaptureError(
                         f"{path}: the graph was captured with a cache of {len(leaf.layers)} "
@@ -231,7 +231,10 @@ def _join(path: str, key: object) -> str:
     return f"{path}.{key}" if path else str(key)
 
 
-def _pairs(cache: Cache, path: str) -> list[tuple[Tensor, Tensor]]:
+def _pairs(cache: Any, path: str) -> list[tuple[Tensor, ...]]:
+    """Keys and values of each layer, of a cache or as they are."""
+    if not isinstance(cache, Cache):
+        return list(cache or ())
     pairs = [
         (getattr(layer, "keys", None), getattr(layer, "values", None))
         for layer in getattr(cache, "layers", [])
@@ -249,8 +252,7 @@ def tokens_in(cache: Any) -> int:
 
     The maximum over layers, since some layers keep only a window.
     """
-    pairs = _pairs(cache, "the cache") if isinstance(cache, Cache) else list(cache or ())
-    return max((int(key.shape[-2]) for key, *_ in pairs), default=0)
+    return max((int(key.shape[-2]) for key, *_ in _pairs(cache, "the cache")), default=0)
 
 
 def cache_of(pairs: list[tuple[Tensor, Tensor]]) -> DynamicCache:

@@ -7,7 +7,7 @@ them.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from qwlora.grid.scheme import RangeEstimator
@@ -72,6 +72,4 @@ class GridOptions:
 
     def filled(self, other: GridOptions) -> GridOptions:
         """With the options of `other` where they are None."""
-        return GridOptions(
-            *(a if a is not None else b for a, b in zip(astuple(self), astuple(other), strict=True))
-        )
+        return replace(other, **{k: value for k, value in vars(self).items() if value is not None})

@@ -41,7 +41,6 @@ from torch import Tensor, nn
 
 from qwlora.adapter.active_adapters import (
     activate_,
-    active_adapter,
     active_adapters,
     adapter_names,
     without_adapters,
@@ -71,7 +70,7 @@ from qwlora.simulation.saved_simulation import (
     read_record,
 )
 from qwlora.simulation.simulation import Batches, Simulation, simulate
-from qwlora.system.parameter_names import adapter_of, canonical_name, is_adapter_name
+from qwlora.system.parameter_names import adapter_of, canonical_name
 from qwlora.system.progress import Track, untracked
 
 BaseActivations = Literal["all", "adapter_only", "none"]
@@ -231,30 +230,20 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
     Its logits are those of the saved one, bit for bit.
 
     Args:
-        model: the same base with the same adapter, on any device. For the zero adapter
-            (`simulate_adapters(...)["base"]`) any adapter of the same shape.
+        model: the same base with the same adapter, on any device. A zero adapter is loaded with
+            `simulate_adapters(...)["base"].restore_from(folder)`.
 
     Raises:
         CalibrationError: the folder holds no complete simulation, or the base or the adapter has
             another fingerprint.
-        GridError: the adapter does not have the shape of the saved zero adapter.
         FingerprintError: a file changed after it was saved.
     """
     folder = Path(folder)
     record = read_record(folder)
     check_files(folder)
-    adapter = adapter_fingerprint(model)
-    is_zero_adapter = record.adapter_fingerprint is None and any(
-        is_adapter_name(name) for name in record.encodings
-    )
-    if is_zero_adapter and adapter is None:
-        raise CalibrationError(
-            f"{str(folder)!r} is a simulation of a zero adapter. Give it a model with an active "
-            "adapter of that shape"
-        )
     for what, digest, saved in (
         ("base", fingerprint(model), record.base_fingerprint),
-        ("adapter", None if is_zero_adapter else adapter, record.adapter_fingerprint),
+        ("adapter", adapter_fingerprint(model), record.adapter_fingerprint),
     ):
         if digest != saved:
             raise CalibrationError(
@@ -263,11 +252,7 @@ def load_simulation(folder: str | Path, model: nn.Module) -> Simulation:
                 "Give it the model it was made from, or calibrate again"
             )
     inputs = read_inputs(folder, record, device_of(model))
-    if is_zero_adapter:
-        names = [active_adapter(model)]
-        simulation = simulate_adapters(model, inputs, record.schemes, adapters=names)[BASE]
-    else:
-        simulation = simulate(model, inputs, record.schemes)
+    simulation = simulate(model, inputs, record.schemes)
     simulation.restore_from(folder)
     return simulation
 

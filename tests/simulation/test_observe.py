@@ -28,13 +28,12 @@ def test_quantizer_says_what_it_cannot_do() -> None:
     quantizer.estimator = RangeEstimator("sqnr")
     with pytest.raises(CalibrationError, match=r"it was observed without a sample.* sqnr"):
         estimate_encodings([quantizer])
-    for bad, message in (
-        (torch.nan, r"not finite \(nan or infinity in the data\)"),
-        (3e38, "wider than float32 can hold; look for values that are masks"),
-    ):
+    for bad in (torch.nan, 3e38):
         quantizer = Quantizer("it", Scheme(8, symmetric=False))
         quantizer.observer.update(torch.tensor([bad, -bad]))
-        with pytest.raises(CalibrationError, match=f"it: the observed range is {message}"):
+        with pytest.raises(
+            CalibrationError, match="it: the observed range is not finite, or wider"
+        ):
             estimate_encodings([quantizer])
 
 

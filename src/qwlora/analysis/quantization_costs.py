@@ -222,7 +222,7 @@ def suggest(
             perplexity. It is called several dozen times.
         narrow, wide: bitwidths.
     """
-    ruled = {mark.name for mark in simulation.marks if mark.ruled}
+    ruled = {mark.name for mark in simulation.marks if mark.rule is not None}
     searched = [n for n, q in simulation.quantizers.items() if not q.fixed and n not in ruled]
     known: dict[frozenset[str], float] = {}
 

@@ -123,7 +123,9 @@ def run_host(host: QuantizedGraph, mask: Tensor, positions: Tensor) -> dict[str,
     """Inputs of the device graph by name, from int64 mask [1, context], 1 where there is a token,
     and positions [1, tokens]."""
     given = {HOST_INPUTS[MASK]: mask, HOST_INPUTS[POSITIONS]: positions}
-    outputs = host.program.module(check_guards=False)(*(given[name] for name in host.inputs))
+    outputs = host.program.module(check_guards=False)(
+        *(given[name] for name in host.interface.inputs)
+    )
     return dict(zip(host.interface.outputs, outputs, strict=True))
 
 

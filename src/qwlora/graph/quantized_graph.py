@@ -43,7 +43,7 @@ class GraphValue:
         module, module_class: path and class of the innermost module that computed it.
         owner: class of the enclosing module that is one operation; empty if there is none.
         reason: of the rule that decided.
-        ruled: whether that was a rule of the user.
+        rule: index of the user's rule that decided; None if it was one of the policy.
         grid: of a quantized value, in words; as the next three, from `Simulation.explain` only.
         observer: how an activation's range is chosen.
         low, high: ends of an activation's grid, once calibrated or fixed.
@@ -59,7 +59,7 @@ class GraphValue:
     owner: str = ""
     decision: Decision = Decision.QUANTIZE
     reason: str = ""
-    ruled: bool = False
+    rule: int | None = None
     options: GridOptions = GridOptions()
     grid: str = ""
     observer: str = ""
@@ -79,7 +79,7 @@ class GraphValue:
 
     def to_json(self) -> dict[str, Any]:
         """What the placement log says about the value."""
-        omitted = {"node", "traits", "owner", "ruled", "options"}
+        omitted = {"node", "traits", "owner", "rule", "options"}
         return {key: value for key, value in vars(self).items() if key not in omitted}
 
 
@@ -114,11 +114,6 @@ class QuantizedGraph:
     marks: tuple[GraphValue, ...]
     encodings: Mapping[str, Encoding]
     observer: str = "min-max"
-
-    @property
-    def inputs(self) -> tuple[str, ...]:
-        """Names of the graph's inputs."""
-        return self.interface.inputs
 
 
 def insert_after(node: Node, make: Callable[[Node], Node], place: Node | None = None) -> Node:

@@ -189,14 +189,10 @@ def _estimated(
         )
     low, high = observed_ranges(observers)
     if bad := (~torch.isfinite(high - low)).nonzero().flatten().tolist():
-        is_wide = bool(torch.isfinite(low[bad]).all() and torch.isfinite(high[bad]).all())
-        problem = (
-            "wider than float32 can hold; look for values that are masks or an overflow"
-            if is_wide
-            else "not finite (nan or infinity in the data)"
+        raise CalibrationError(
+            f"{listed([quantizers[i].name for i in bad], 3)}: the observed range is not finite, or "
+            "wider than float32 can hold. Look for nan or infinity, masks, or an overflow"
         )
-        names = listed([quantizers[i].name for i in bad], 3)
-        raise CalibrationError(f"{names}: the observed range is {problem}")
     return estimate_ranges(observers, scheme, estimator)
 
 

@@ -25,7 +25,6 @@ from qwlora.graph.value_traits import Decision, Trait
 from qwlora.simulation.placement_rules import PlacementRule, Policy, Schemes
 from qwlora.system.parameter_names import canonical_name, parameter_name
 
-_NO_VALUE = "matches no value"
 _NUMBERED_LAST = {
     Trait.FLOAT64,
     Trait.INTEGER_ORIGIN,
@@ -41,12 +40,12 @@ class Placement:
 
     Args:
         policy: its name.
-        unused_rules: why a user's rule has no effect, by its index.
+        unused_rules: the user's rules that have no effect, by index.
     """
 
     policy: str
     values: list[GraphValue]
-    unused_rules: dict[int, str] = field(default_factory=dict)
+    unused_rules: dict[int, PlacementRule] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         counts = Counter(value.decision.value for value in self.values)
@@ -77,15 +76,10 @@ def place(
     """Decide about every floating-point value of `program`; `input_names` are those of its inputs
     by placeholder. Rules without effect are refused, all by name, unless `schemes` allows them."""
     policy, rules = schemes.placement_policy(), schemes.rules
-    analysis = GraphAnalysis(program)
-    values = list(_graph_values(program, analysis, input_names or {}))
-    effective = set[int]()
-    decided = [_decided(value, policy, rules, effective) for value in values]
-    unused = {
-        index: f"{rule.match!r} {_why_unused(rule, decided)}"
-        for index, rule in enumerate(rules)
-        if index not in effective
-    }
+    values = _graph_values(program, GraphAnalysis(program), input_names or {})
+    decided = [_decided(value, policy, rules) for value in values]
+    deciding = {value.rule for value in decided}
+    unused = {index: rule for index, rule in enumerate(rules) if index not in deciding}
     placement = Placement(policy.name, decided, unused)
     if schemes.unused_rules == "refuse":
         refuse_ineffective_rules([placement])
@@ -94,13 +88,19 @@ def place(
 
 def refuse_ineffective_rules(placements: Sequence[Placement]) -> None:
     """Refuse user rules that have no effect in any of several graphs; all are named."""
-    reasons = [placement.unused_rules for placement in placements]
-    problems = [
-        # of the reasons in several graphs, prefer one of a graph where the rule matches something
-        min((unused[index] for unused in reasons), key=lambda why: _NO_VALUE in why)
-        for index in reasons[0]
-        if all(index in unused for unused in reasons)
-    ]
+    values = [value for placement in placements for value in placement.values]
+    problems = []
+    for index, rule in placements[0].unused_rules.items():
+        matched = [value for value in values if rule.fits(value.names)]
+        if any(index not in placement.unused_rules for placement in placements):
+            continue
+        if matched:
+            first = f"{matched[0].name} first ({matched[0].reason})"
+            problem = f"changes none of the {len(matched)} values that it matches, {first}"
+        else:
+            names = [name for value in values for name in value.names]
+            problem = f"matches no value{suggestion(rule.match, names, 3)}"
+        problems.append(f"{rule.match!r} {problem}")
     if problems:
         raise CalibrationError(
             "\n  ".join([f"{len(problems)} placement rules have no effect:", *problems])
@@ -109,11 +109,8 @@ def refuse_ineffective_rules(placements: Sequence[Placement]) -> None:
         )
 
 
-def _decided(
-    value: GraphValue, policy: Policy, rules: Sequence[PlacementRule], effective: set[int]
-) -> GraphValue:
-    """`value` with the decision of the first rule that fits. The index of a user's rule that
-    decided is added to `effective`."""
+def _decided(value: GraphValue, policy: Policy, rules: Sequence[PlacementRule]) -> GraphValue:
+    """`value` with the decision of the first rule that fits."""
     if value.kind is Kind.BASE:
         return replace(value, reason="a packed weight of the base")
     fitting = [
@@ -128,8 +125,7 @@ def _decided(
     for index, rule in enumerate(rules):
         is_placed = rule.keep is not None or rule.force or decision is Decision.QUANTIZE
         if is_placed and rule.is_for(value.kind is not Kind.ACTIVATION) and rule.fits(value.names):
-            effective.add(index)
-            value = replace(value, ruled=True)
+            value = replace(value, rule=index)
             if rule.keep is not None:
                 return replace(value, decision=Decision.FLOAT, reason=rule.reason)
             decision, options = Decision.QUANTIZE, rule.options
@@ -139,17 +135,6 @@ def _decided(
         if grid_rule.decision is None:
             options = options.filled(grid_rule.options)
     return replace(value, decision=decision, reason=reason, options=options)
-
-
-def _why_unused(rule: PlacementRule, values: Sequence[GraphValue]) -> str:
-    matched = [value for value in values if rule.fits(value.names)]
-    if not matched:
-        names = [name for value in values for name in value.names]
-        return f"{_NO_VALUE}{suggestion(rule.match, names, 3)}"
-    return (
-        f"changes none of the {len(matched)} values that it matches, {matched[0].name} first "
-        f"({matched[0].reason})"
-    )
 
 
 def _graph_values(

@@ -190,7 +190,7 @@ def _fix_shapes_(
     ir = require("onnx_ir", "onnx")
     sizes = {
         str(axis): size
-        for name in graph.inputs
+        for name in graph.interface.inputs
         for axis, size in zip(graph.interface.shapes[name], shapes[name], strict=True)
     }
     for value in [*model.graph.inputs, *model.graph.outputs]:

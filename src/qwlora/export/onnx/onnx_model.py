@@ -155,7 +155,7 @@ def _translate(program: ExportedProgram, graph: QuantizedGraph, opset: int) -> A
                 opset_version=opset,
                 optimize=False,
                 verbose=False,
-                input_names=list(graph.inputs),
+                input_names=list(graph.interface.inputs),
                 output_names=list(graph.interface.outputs),
             )
     except Exception as error:  # torch.onnx raises several private classes

@@ -133,11 +133,15 @@ class Structure:
             CaptureError: two tensors would have the same name, or a cache has no pairs of keys and
                 values.
         """
-        found: list[tuple[str, Tensor]] = []
+        tensors: dict[str, Tensor] = {}
         cached: list[str] = []
 
         def slot(name: str, tensor: Tensor) -> Slot:
-            found.append((name, tensor))
+            if name in tensors:
+                raise CaptureError(
+                    f"two tensors of the arguments or the result would be called {name}; rename one"
+                )
+            tensors[name] = tensor
             return Slot(name)
 
         def place(path: str, leaf: Any) -> Any:
@@ -153,12 +157,7 @@ class Structure:
             return CacheSlot(tuple(layers))
 
         template = _mapped(value, place)
-        names = tuple(name for name, _ in found)
-        if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise CaptureError(
-                f"two tensors of the arguments or the result would be called {twice[0]}; rename one"
-            )
-        return cls(template, names, frozenset(cached)), tuple(tensor for _, tensor in found)
+        return cls(template, tuple(tensors), frozenset(cached)), tuple(tensors.values())
 
     def fill(self, tensors: Mapping[str, Tensor]) -> Any:
         """The value with `tensors` by name in its slots."""

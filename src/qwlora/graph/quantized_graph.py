@@ -138,10 +138,10 @@ def with_graph(program: ExportedProgram, graph: Graph) -> ExportedProgram:
         for n in graph.nodes
         if n.op == "placeholder"
     ]
-    (output,) = (n for n in graph.nodes if n.op == "output")
+    results: Any = graph.output_node().args[0]
     outputs = [
         OutputSpec(OutputKind.USER_OUTPUT, TensorArgument(name=n.name), target=None)
-        for n in output.args[0]
+        for n in results
     ]
     count = sum(spec.kind is InputKind.USER_INPUT for spec in inputs)
     entry = program.module_call_graph[0]

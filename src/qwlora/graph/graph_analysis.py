@@ -74,7 +74,6 @@ class GraphAnalysis:
         }
         # embeddings are data, although they are looked up by integers
         integer_origins = computed_from(program, integers, frozenset({"embedding"}))
-        self._inputs = set(program.graph_signature.user_inputs)
         fixed = stored_tensors(program)
         self._constants = computed_from(program, fixed)
         adapter = {name for name, path in self.parameters.items() if is_adapter_name(path)}
@@ -90,7 +89,7 @@ class GraphAnalysis:
             },
             Trait.INTEGER_ORIGIN: integer_origins - _moved_versions(program, multiplied),
             Trait.MASKED: _masked(program, integer_origins) - integer_origins,
-            Trait.ANGLE: _angles(program),
+            Trait.ANGLE: _angles(program) - self.parameters.keys(),
             Trait.ADAPTED_WEIGHT: _moved_versions(
                 program, self._adapted_weights - {n.name for n in placeholders}
             ),
@@ -100,21 +99,18 @@ class GraphAnalysis:
             Trait.MATMUL_INPUT: multiplied,
             Trait.MATMUL_SECOND_INPUT: second,
             Trait.KEY_OR_VALUE: self._find_keys_and_values(),
+            Trait.INPUT: set(program.graph_signature.user_inputs),
+            Trait.ADAPTER_WEIGHT: adapter,
+            Trait.PARAMETER: self.parameters.keys() - adapter,
+            Trait.DATA_MOVEMENT: {n.name for n in calls(program) if operation(n) in MOVES_DATA},
         }
 
     def traits(self, node: Node) -> frozenset[Trait]:
         """All traits of the floating-point value of `node`."""
         found = {trait for trait, names in self._names.items() if node.name in names}
-        if (parameter := self.parameters.get(node.name)) is not None:
-            kind = Trait.ADAPTER_WEIGHT if is_adapter_name(parameter) else Trait.PARAMETER
-            return frozenset(found - {Trait.ANGLE} | {kind})
-        if node.op == "placeholder":
-            return frozenset(found | ({Trait.INPUT} if node.name in self._inputs else set()))
         if owner := self.owner(node):
             outside = any(owner[0] not in module_stack(user) for user in node.users)
             found.add(Trait.LEAVES_ONE_OPERATION if outside else Trait.INSIDE_ONE_OPERATION)
-        if operation(node) in MOVES_DATA:
-            found.add(Trait.DATA_MOVEMENT)
         return frozenset(found)
 
     def owner(self, node: Node) -> tuple[str, str] | None:

@@ -277,10 +277,11 @@ class Simulation(nn.Module):
 
     def _drop(self, names: Collection[str], reason: str) -> None:
         """Remove quantizers from the graph, with the reason in the placement log."""
-        for name in names:
-            del self.quantizers[name]
-        remove_quantizers_(self.graph_module, [m.node for m in self.marks if m.name in names])
-        self.placement.exclude(names, Decision.FLOAT, reason)
+        if names:
+            for name in names:
+                del self.quantizers[name]
+            remove_quantizers_(self.graph_module, [m.node for m in self.marks if m.name in names])
+            self.placement.exclude(names, Decision.FLOAT, reason)
 
     @contextmanager
     def only(self, *matches: str) -> Iterator[None]:

@@ -152,8 +152,8 @@ def test_keys_and_values_of_earlier_tokens_are_example_inputs_too(tmp_path: Path
     keys = next(value for value in log.values if value.name == "past_key_values.0.key")
     assert (keys.decision, keys.grid) == ("share", "")
     assert keys.reason == "comes from the cache, on the grid of the output that filled it"
-    with pytest.raises(CaptureError, match="capture without past_key_values"):
-        simulation.as_model()
+    with pytest.raises(CaptureError, match="captured with a cache of 1 layers, not of 0"):
+        simulation.as_model()(ids)
 
 
 def test_what_a_folder_held_stays_until_all_is_written(tmp_path: Path) -> None:

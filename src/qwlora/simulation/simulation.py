@@ -472,14 +472,9 @@ class Simulation(nn.Module):
 
         Raises:
             CalibrationError: an activation has no encoding yet.
-            CaptureError: the model is not from transformers, or was captured with a cache.
+            CaptureError: the model is not from transformers.
         """
         self.encodings  # noqa: B018 (raises if not calibrated)
-        if self.captured.interface.cached:
-            raise CaptureError(
-                "the graph takes keys and values of earlier tokens; capture without "
-                "past_key_values to use it as a model"
-            )
         return SimulatedModel(self, transformers_model(self.origin.model))
 
     def save(self, folder: str | Path) -> None:

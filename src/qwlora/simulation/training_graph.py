@@ -42,7 +42,7 @@ class TrainingGraph(nn.Module):
     Raises:
         CalibrationError: an encoding has no activation in this graph.
         CaptureError: the graph holds copies of the trainable parameters.
-        TrainingError: the adapter has dropout, or nothing in the graph is trainable.
+        TrainingError: the adapter has dropout.
     """
 
     def __init__(self, simulation: Simulation, base_encodings: Mapping[str, Encoding]):
@@ -66,10 +66,6 @@ class TrainingGraph(nn.Module):
         remove_quantizers_(simulation.graph_module, adapter)
         _keep_codes_(simulation.graph_module)
         trainable = [p for p in simulation.graph_module.parameters() if p.requires_grad]
-        if not trainable:
-            raise TrainingError(
-                "nothing in the graph is trainable; attach an adapter before the capture"
-            )
         if not {id(p) for p in trainable} <= {id(p) for p in model.parameters()}:
             raise CaptureError(
                 "The captured graph holds copies of the model's trainable parameters, so training "

@@ -460,6 +460,6 @@ def test_a_rule_may_be_about_the_values_of_one_adapter(tmp_path: Path) -> None:
         simulate_adapters(with_first, inputs(), Schemes(rules=wrong))
     assert "'*.k_proj.lora_A.weight' matches no value; did you mean " in str(caught.value)
     assert (
-        "'*.up_proj.lora_B.weight' changes none of the 1 values that it matches, model.layers.0.mlp"
+        "'*.up_proj.lora_B.weight' matches model.layers.0.mlp.up_proj.lora_B.weight (a weight of "
         in str(caught.value)
     )

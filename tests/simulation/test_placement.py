@@ -278,19 +278,19 @@ def test_users_rules_come_first() -> None:
         ),
         (
             PlacementRule("*.input_layernorm.pow", bitwidth=8),
-            r"none of the 2 values .*, model.layers.0.input_layernorm.pow first \(inside .*\)\n.*force: true",
+            r"input_layernorm.pow \(inside .*\) and 1 more, but changes nothing\n.*force: true",
         ),
         (
             PlacementRule("*.q_proj.weight", bitwidth=8, of="weights"),
-            r"model.layers.0.self_attn.q_proj.weight first \(a packed weight of the base\)",
+            r"matches model.layers.0.self_attn.q_proj.weight \(a packed weight of the base\)",
         ),
         (
             PlacementRule("*.lora_A.weight", bitwidth=8),
-            r"lora_A.weight first \(a weight of the adapter\)\n.*of: weights",
+            r"lora_A.weight \(a weight of the adapter\) and .*\n.*of: weights",
         ),
         (
             PlacementRule("*.softmax", keep="float"),
-            r"'[*].softmax' changes none of .*; rule '\*.softmax'\)\n.* before the one that decides",
+            r"'[*].softmax' matches .*; rule '\*.softmax'\) and 1 more.*\n.* before the one that decides",
         ),
     ],
 )

@@ -95,8 +95,9 @@ def refuse_ineffective_rules(placements: Sequence[Placement]) -> None:
         if any(index not in placement.unused_rules for placement in placements):
             continue
         if matched:
-            first = f"{matched[0].name} first ({matched[0].reason})"
-            problem = f"changes none of the {len(matched)} values that it matches, {first}"
+            others = f" and {len(matched) - 1} more" if len(matched) > 1 else ""
+            first = f"{matched[0].name} ({matched[0].reason})"
+            problem = f"matches {first}{others}, but changes nothing"
         else:
             names = [name for value in values for name in value.names]
             problem = f"matches no value{suggestion(rule.match, names, 3)}"

@@ -78,7 +78,7 @@ def test_layers_under_wrappers_are_simulated_and_exported(tmp_path: Path) -> Non
     [
         (
             "autocast",
-            r"the model runs wrap_with_autocast, a nested graph .* cast the model",
+            r"the model runs wrap_with_autocast, a nested graph .*cast the model",
         ),
         (
             "branch",

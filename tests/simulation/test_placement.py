@@ -270,7 +270,7 @@ def test_users_rules_come_first() -> None:
     [
         (
             PlacementRule("*.self_attn.sofmax", bitwidth=8),
-            r"'\*.self_attn.sofmax' matches no value; did you mean model.layers.0.self_attn.softmax",
+            r"'\*.self_attn.sofmax' matches no value; did you mean .*model.layers.0.self_attn.softmax",
         ),
         (
             PlacementRule("lm_haed", keep="float"),

@@ -12,7 +12,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from conftest import tiny_model
-from qwlora.adapter.fused_forward import fused_lora
+from qwlora.adapter.training_step import fused_lora
 from qwlora.nn import PackedLinear
 from qwlora.nn.weight_view import LinearAddFunction
 from qwlora.quantize.quantize_model import quantize_

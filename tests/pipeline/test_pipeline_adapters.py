@@ -16,7 +16,7 @@ from qwlora.export.onnx.onnx_runtime import OnnxModel
 from qwlora.pipeline.commands.open_job import open_job
 from qwlora.pipeline.commands.simulate_job import explain_placement
 from qwlora.pipeline.running.run_job import run
-from qwlora.quantize.revisions import REVISIONS
+from qwlora.quantize.solvers import REVISIONS
 from qwlora.recipe import load_recipe
 from qwlora.simulation.saved_simulation import load_encodings
 

@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from conftest import VOCABULARY, tiny_model
 from qwlora import fingerprint, freeze_, quantize_
 from qwlora.errors import EncodingsFileError, GridError
 from qwlora.formats.aimet_encodings import EncodingsFile, write_encodings
 from qwlora.formats.aimet_encodings.grids import entry_of
-from qwlora.grid.encoding import Encoding, measure
+from qwlora.grid.encoding import Encoding, QuantizedTensor, measure
 from qwlora.grid.scheme import PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn.packed_layer import packed_weights
 
@@ -75,75 +75,39 @@ def test_a_weight_off_its_grid_is_named_with_its_distance_and_nothing_changes() 
     assert not packed_weights(model)
 
 
-@pytest.mark.parametrize("signed", [True, False])
-@pytest.mark.parametrize("blocks", [None, 1, 4])
-def test_codes_have_the_values_that_their_makers_formula_gives(
-    signed: bool, blocks: int | None
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    model, given, expected = tiny_model("llama"), {}, {}
-    for name, weight in weights(model).items():
-        rows, columns = weight.shape
-        low = -8 if signed else 0
-        codes = torch.randint(low, low + 16, (rows, columns), generator=generator)
-        shape = (rows,) if blocks is None else (rows, blocks)
-        scale = 0.01 + torch.rand(shape, generator=generator) / 100
-        offset = torch.zeros(shape) if signed else torch.full(shape, -7.0)
-        wide = (x.view(rows, -1) for x in (scale, offset))
-        s, o = (x.repeat_interleave(columns // x.shape[1], 1) for x in wide)
-        expected[name] = (codes + o) * s
-        kind = torch.int8 if signed else torch.uint8
-        given[name] = (codes.to(kind), scale) if signed else (codes.to(kind), scale, offset)
-    freeze_(model, codes=given, bitwidth=4, signed=signed)
-    for name, layer in packed_weights(model).items():
-        torch.testing.assert_close(layer.tensor.dequantize(), expected[name], rtol=0, atol=1e-7)
-        assert layer.encoding.scheme.symmetric == signed
-
-
-def test_frozen_codes_are_the_base_that_quantize_makes() -> None:
+def test_frozen_integers_are_the_base_that_quantize_makes() -> None:
     """The same integers, whichever way they came: one fingerprint, equal logits."""
-    quantized = tiny_model("llama")
+    quantized, frozen = tiny_model("llama"), tiny_model("llama")
     quantize_(quantized, "w4-block16", "rtn")
-    frozen = tiny_model("llama")
-    codes = {
-        name: (layer.tensor.codes, layer.encoding.scale, layer.encoding.offset)
-        for name, layer in packed_weights(quantized).items()
-    }
-    freeze_(frozen, codes=codes, bitwidth=4, signed=False)
+    freeze_(frozen, {name: layer.quantized for name, layer in packed_weights(quantized).items()})
     assert fingerprint(frozen) == fingerprint(quantized)
     with torch.no_grad():
         assert torch.equal(frozen(IDS).logits, quantized(IDS).logits)
 
 
-CODES = torch.zeros(64, 64, dtype=torch.int8)
+def integers(rows: int, code: int) -> QuantizedTensor:
+    scheme, scale = Scheme(4, granularity=PerChannel()), torch.ones(rows)
+    encoding = Encoding(scheme, scale, torch.full((rows,), -8, dtype=torch.int32))
+    return QuantizedTensor(torch.full((rows, 64), code, dtype=torch.uint8), encoding)
 
 
 @pytest.mark.parametrize(
-    ("given", "bitwidth", "problem"),
+    ("rows", "code", "problem"),
     [
-        ((CODES, torch.ones(64)), None, "need their bitwidth"),
-        ((CODES,), 4, r"\(codes, scale\)"),
-        ((CODES.float(), torch.ones(64)), 4, "float32, not integers"),
-        ((CODES + 8, torch.ones(64)), 4, "run from 8 to 8, .* hold -8 to 7"),
-        ((CODES, torch.ones(3)), 4, r"scale of shape \[3\] fits no granularity"),
-        ((CODES[:32], torch.ones(32)), 4, r"shape \[32, 64\], the weight is \[64, 64\]"),
-        ((CODES, torch.zeros(64)), 4, "scale is a finite positive number"),
+        (32, 0, r"shape \[32, 64\], the weight is \[64, 64\]"),
+        (64, 16, "code 16 does not fit in 4 bits"),
     ],
 )
-def test_codes_that_cannot_be_are_explained(
-    given: tuple[Tensor, ...], bitwidth: int | None, problem: str
-) -> None:
-    name = "model.layers.0.self_attn.q_proj.weight"
+def test_integers_that_cannot_be_are_explained(rows: int, code: int, problem: str) -> None:
+    model, name = tiny_model("llama"), "model.layers.0.self_attn.{}_proj.weight"
     with pytest.raises(GridError, match=problem):
-        freeze_(tiny_model("llama"), codes={name: given}, bitwidth=bitwidth)
+        freeze_(model, {name.format("o"): integers(64, 0), name.format("q"): integers(rows, code)})
+    assert not packed_weights(model)
 
 
 def test_unknown_names_and_nothing_at_all_are_refused() -> None:
-    codes = {"model.layers.0.self_attn.q_prj.weight": (CODES, torch.ones(64))}
     with pytest.raises(GridError, match=r"q_prj\.weight: no weight .*q_proj\.weight"):
-        freeze_(tiny_model("llama"), codes=codes, bitwidth=4)
-    with pytest.raises(GridError, match="either encodings or codes"):
-        freeze_(tiny_model("llama"))
+        freeze_(tiny_model("llama"), {"model.layers.0.self_attn.q_prj.weight": integers(64, 0)})
     with pytest.raises(GridError, match="nothing to freeze"):
         freeze_(tiny_model("llama"), {})
 

@@ -37,7 +37,7 @@ from qwlora.quantize import quantize_blocks
 from qwlora.quantize.block_runner import BlockRunner
 from qwlora.quantize.gptq import GptqSettings
 from qwlora.quantize.layer_rules import LayerRule, find_tensors
-from qwlora.quantize.revisions import REVISIONS
+from qwlora.quantize.solvers import REVISIONS
 
 
 def token_ids(count: int = 6, tokens: int = 24) -> Tensor:

@@ -1,6 +1,6 @@
 """Each stored algorithm gives its golden result under its revision.
 
-If a result changes on purpose, raise the revision in `quantize/revisions.py` and write both numbers here.
+If a result changes on purpose, raise the revision in `quantize/solvers.py` and write both numbers here.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from qwlora.grid.activation_observer import SampleObserver
 from qwlora.grid.scheme import Lpbq, PerBlock, Scheme
 from qwlora.grid.second_moments import SecondMoment
 from qwlora.quantize.quantize_blocks import observe_moments
-from qwlora.quantize.revisions import REVISIONS
-from qwlora.quantize.solvers import SOLVERS
+from qwlora.quantize.solvers import REVISIONS, SOLVERS
 from qwlora.quantize.tune_scales import TuningSettings, tune_
 
 LAYER = "model.layers.0.mlp.up_proj"
@@ -122,6 +121,6 @@ def test_every_solver_has_a_revision_that_is_known_without_torch() -> None:
     assert SOLVERS.keys() <= REVISIONS.keys()
     code = (
         "import sys; from qwlora.quantize.solvers import SOLVERS; "
-        "from qwlora.quantize.revisions import REVISIONS; assert 'torch' not in sys.modules"
+        "from qwlora.quantize.solvers import REVISIONS; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -17,9 +17,8 @@ from qwlora.errors import CalibrationError, GridError
 from qwlora.grid.encoding import QuantizedTensor, measure
 from qwlora.grid.scheme import PerBlock, Scheme
 from qwlora.nn import packed_weights
-from qwlora.quantize.revisions import REVISIONS
 from qwlora.quantize.scale_search import search_scale
-from qwlora.quantize.solvers import SOLVERS, Solver, solver_named
+from qwlora.quantize.solvers import REVISIONS, SOLVERS, Solver, solver_named
 from qwlora.recipe import grid_sections
 
 SCHEME = Scheme(3, granularity=PerBlock(16))

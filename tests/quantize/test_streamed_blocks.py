@@ -20,8 +20,7 @@ from qwlora.formats.meta_model import LazyModel
 from qwlora.grid.scheme import parse_scheme
 from qwlora.grid.second_moments import MomentStore
 from qwlora.quantize.layer_rules import LayerRule
-from qwlora.quantize.model_source import InFiles
-from qwlora.quantize.quantize_model import QuantizeReport, quantize_checkpoint
+from qwlora.quantize.quantize_model import InFiles, QuantizeReport, quantize_checkpoint
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ The sums of exp z and of exp z times W are kept relative to the largest logit so
 when a larger one comes. The gradient is written without p_t[y_t] - 1, so that in bfloat16 it is as
 exact for a nearly certain token as for any other.
 
-Both compute loss and gradient together in the forward pass, so nothing is recomputed. Given up:
-second derivatives, and the gradient of a sliced W.
+Both compute loss and gradient together in the forward pass, so nothing is recomputed; backward only
+scales the gradient. Given up: second derivatives, and the gradient of a sliced W.
 
 Source of the running sums: online softmax (Milakov and Gimelshein 2018,
 https://arxiv.org/abs/1805.02867).
@@ -38,6 +38,20 @@ HeadPath = Callable[[Tensor], Tensor]
 WeightRows = Callable[[int, int], Tensor]
 
 
+class _WithGradients(torch.autograd.Function):
+    """A sum whose gradients by its inputs are known."""
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, gradients: list[Tensor], *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        return total.clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
+        return (None, None, *(g * scale.to(g.dtype) for g in ctx.saved_tensors))
+
+
 def chunked_cross_entropy(
     hidden: Tensor, targets: Tensor, head: HeadPath, trained: list[nn.Parameter], chunk_tokens: int
 ) -> Tensor:
@@ -49,58 +63,33 @@ def chunked_cross_entropy(
         trained: trainable parameters used by `head`.
     """
     wants_gradient = torch.is_grad_enabled() and (hidden.requires_grad or bool(trained))
-    total: Tensor = _ChunkedCrossEntropy.apply(
-        hidden, targets, head, chunk_tokens, wants_gradient, *trained
-    )
-    return total
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Forward computes the gradients too; backward only scales them."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        targets: Tensor,
-        head: HeadPath,
-        chunk_tokens: int,
-        wants_gradient: bool,
-        *trained: Tensor,
-    ) -> Tensor:
-        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        gradient = torch.empty_like(hidden) if wants_gradient else hidden.new_empty(0)
-        gradients = [torch.zeros_like(p) for p in trained] if wants_gradient else []
-        buffer: Tensor | None = None
-        for start in range(0, len(hidden), chunk_tokens):
-            chunk_rows = slice(start, start + chunk_tokens)
-            rows = targets[chunk_rows, None]
-            with torch.set_grad_enabled(wants_gradient):
-                chunk = hidden[chunk_rows].detach().requires_grad_(wants_gradient)
-                logits = head(chunk)
-            if buffer is None:  # one for all chunks
-                buffer = torch.empty_like(logits, dtype=torch.float32)
-            scores = torch.log_softmax(logits.detach().float(), dim=-1, out=buffer[: len(logits)])
-            total -= scores.gather(1, rows).sum()
-            if wants_gradient:
-                scores = scores.exp_()
-                scores.scatter_add_(1, rows, torch.full_like(rows, -1, dtype=scores.dtype))
-                gradient[chunk_rows], *more = torch.autograd.grad(
-                    logits, (chunk, *trained), scores.to(logits.dtype), allow_unused=True
-                )
-                for sum_, one in zip(gradients, more, strict=True):
-                    if one is not None:
-                        sum_ += one
-        ctx.save_for_backward(gradient, *gradients)
+    total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    gradients = [torch.empty_like(hidden)] if wants_gradient else []
+    gradients += [torch.zeros_like(p) for p in trained if wants_gradient]
+    buffer: Tensor | None = None
+    for start in range(0, len(hidden), chunk_tokens):
+        chunk_rows = slice(start, start + chunk_tokens)
+        rows = targets[chunk_rows, None]
+        chunk = hidden[chunk_rows].detach().requires_grad_(wants_gradient)
+        with torch.set_grad_enabled(wants_gradient):
+            logits = head(chunk)
+        if buffer is None:  # one for all chunks
+            buffer = torch.empty_like(logits, dtype=torch.float32)
+        scores = torch.log_softmax(logits.detach().float(), dim=-1, out=buffer[: len(logits)])
+        total -= scores.gather(1, rows).sum()
+        if wants_gradient:
+            scores = scores.exp_()
+            scores.scatter_add_(1, rows, torch.full_like(rows, -1, dtype=scores.dtype))
+            gradients[0][chunk_rows], *more = torch.autograd.grad(
+                logits, (chunk, *trained), scores.to(logits.dtype), allow_unused=True
+            )
+            for sum_, one in zip(gradients[1:], more, strict=True):
+                if one is not None:
+                    sum_ += one
+    if not wants_gradient:
         return total
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, *gradients = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        first = (gradient * scale.to(gradient.dtype)) if wanted[0] else None
-        return (first, None, None, None, None, *(g * scale.to(g.dtype) for g in gradients))
+    result: Tensor = _WithGradients.apply(total, gradients, hidden, *trained)
+    return result
 
 
 def sliced_cross_entropy(
@@ -119,60 +108,37 @@ def sliced_cross_entropy(
         vocabulary: number of rows of the weight.
         bias: [vocabulary], frozen.
     """
-    rows = SLICE_LOGITS // max(1, len(hidden)) + 1
+    size = SLICE_LOGITS // max(1, len(hidden)) + 1
     wants_gradient = torch.is_grad_enabled() and hidden.requires_grad
-    slices = [(start, min(start + rows, vocabulary)) for start in range(0, vocabulary, rows)]
-    total: Tensor = _SlicedCrossEntropy.apply(
-        hidden, targets, weight_rows, bias, slices, wants_gradient
-    )
-    return total
-
-
-class _SlicedCrossEntropy(torch.autograd.Function):
-    """Forward computes the gradient too; backward only scales it."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        targets: Tensor,
-        weight_rows: WeightRows,
-        bias: Tensor | None,
-        slices: list[tuple[int, int]],
-        wants_gradient: bool,
-    ) -> Tensor:
-        picked = hidden.new_zeros(len(hidden), dtype=torch.float32)  # the target's logit
-        others = torch.zeros_like(picked)  # sum of exp of all other logits
-        highest = torch.full_like(picked, -torch.inf)
-        # Sum over all others of exp times their row of W.
-        gradient = torch.zeros_like(hidden if wants_gradient else hidden[:0], dtype=torch.float32)
-        own_row = torch.zeros_like(gradient)
-        x = hidden
-        for start, stop in slices:
-            rows = weight_rows(start, stop)
-            x = x.to(rows.dtype)  # copies in the first slice only
-            z = F.linear(x, rows, None if bias is None else bias[start:stop].to(x.dtype)).float()
-            column = targets - start
-            here = (column >= 0) & (column < z.shape[1])  # tokens with their target in this slice
-            index = column.clamp(0, z.shape[1] - 1).unsqueeze(1)  # any column, for other tokens
-            picked += z.gather(1, index).squeeze(1) * here
-            raised = torch.maximum(highest, z.amax(1))
-            shrunk = (highest - raised).exp()
-            e = z.sub_(raised.unsqueeze(1)).exp_()
-            e.scatter_(1, index, e.gather(1, index).masked_fill_(here.unsqueeze(1), 0))
-            others = others * shrunk + e.sum(1)
-            if wants_gradient:
-                gradient.mul_(shrunk.unsqueeze(1)).add_(e.to(rows.dtype) @ rows)
-                own_row[here] = rows[index[here, 0]].float()
-            highest = raised
-        total = others + (picked - highest).exp()
+    x = hidden.detach()
+    picked = x.new_zeros(len(x), dtype=torch.float32)  # the target's logit
+    others = torch.zeros_like(picked)  # sum of exp of all other logits
+    highest = torch.full_like(picked, -torch.inf)
+    # Sum over all others of exp times their row of W.
+    gradient = torch.zeros_like(x if wants_gradient else x[:0], dtype=torch.float32)
+    own_row = torch.zeros_like(gradient)
+    for start in range(0, vocabulary, size):
+        stop = min(start + size, vocabulary)
+        rows = weight_rows(start, stop)
+        x = x.to(rows.dtype)  # copies in the first slice only
+        z = F.linear(x, rows, None if bias is None else bias[start:stop].to(x.dtype)).float()
+        column = targets - start
+        here = (column >= 0) & (column < z.shape[1])  # tokens with their target in this slice
+        index = column.clamp(0, z.shape[1] - 1).unsqueeze(1)  # any column, for other tokens
+        picked += z.gather(1, index).squeeze(1) * here
+        raised = torch.maximum(highest, z.amax(1))
+        shrunk = (highest - raised).exp()
+        e = z.sub_(raised.unsqueeze(1)).exp_()
+        e.scatter_(1, index, e.gather(1, index).masked_fill_(here.unsqueeze(1), 0))
+        others = others * shrunk + e.sum(1)
         if wants_gradient:
-            gradient.sub_(own_row.mul_(others.unsqueeze(1))).div_(total.unsqueeze(1))
-        ctx.save_for_backward(gradient.to(hidden.dtype))
-        return (highest + total.log() - picked).sum()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, scale: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * scale.to(gradient.dtype), None, None, None, None, None)
+            gradient.mul_(shrunk.unsqueeze(1)).add_(e.to(rows.dtype) @ rows)
+            own_row[here] = rows[index[here, 0]].float()
+        highest = raised
+    whole = others + (picked - highest).exp()
+    total = (highest + whole.log() - picked).sum()
+    if not wants_gradient:
+        return total
+    gradient.sub_(own_row.mul_(others.unsqueeze(1))).div_(whole.unsqueeze(1))
+    result: Tensor = _WithGradients.apply(total, [gradient.to(hidden.dtype)], hidden)
+    return result

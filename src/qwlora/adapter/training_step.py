@@ -15,7 +15,7 @@ user's own, is rows 1 and 3 to 5.
     | 3 | under autocast: PEFT's cast of layer | `peft.helpers.disable_`     | autocast casts them
     |   | inputs to the weight's dtype         | `input_dtype_casting`       | anyway
     | 4 | `forward` of plain LoRA layers       | `fused_lora`                | one output array
-    |   |                                      | fused_forward.py            | instead of four
+    |   |                                      | below                       | instead of four
     | 5 | torch's float32 matmul precision     | `onednn_float32_matmul`     | faster on CPUs that
     |   |                                      | below                       | are not Intel's
 
@@ -44,12 +44,14 @@ from typing import Any
 
 import torch
 from peft.helpers import disable_input_dtype_casting
-from torch import nn
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
 from transformers.modeling_outputs import CausalLMOutput
 
 from qwlora.adapter.chunked_loss import ChunkedLoss, causal_model
-from qwlora.adapter.fused_forward import fused_lora
 from qwlora.errors import TrainingError
+from qwlora.nn import PackedLinear
+from qwlora.nn.packed_tensor import compute_dtype
 from qwlora.nn.temporary import replaced
 
 # Relative to the largest sum of 512 products. Measured errors: float32 1e-6, TF32 7e-4,
@@ -144,6 +146,58 @@ def lean_steps(model: nn.Module, autocast: bool) -> Iterator[None]:
         onednn_float32_matmul(device),
     ):
         yield
+
+
+@contextlib.contextmanager
+def fused_lora(model: nn.Module) -> Iterator[None]:
+    """Row 4: plain LoRA layers on packed codes sum in one output array, until the context ends.
+
+        u = scaling * lora_A(dropout(x)),    y = lora_B(u),    y += x W_hat^T + b
+
+    PEFT computes the base's product, computes the adapter's, scales it and adds the two: four
+    arrays of the output's size, and one more for the gradient of the scaling. Here there is one.
+    The base's product comes last and saves nothing for backward. Recomputation of a checkpointed
+    layer ends when all saved tensors exist, so it skips the base's product in the layer's last
+    linear (down_proj, a quarter of a Llama layer's products). Under autocast, x is rounded once
+    instead of once per product. Results equal PEFT's up to rounding order.
+
+    PEFT's forward remains for everything but plain LoRA on a plain packed layer: DoRA and other
+    variants, several active adapters, merged or disabled adapters, layers with hooks or with a
+    forward set on the instance, and traced graphs.
+    """
+    layers: list[Any] = [
+        m
+        for m in model.modules()
+        if type(m) is LoraLinear
+        and "forward" not in m.__dict__
+        and isinstance(m.base_layer, PackedLinear)
+    ]
+    with contextlib.ExitStack() as stack:
+        for layer in layers:
+            stack.enter_context(replaced(layer, functools.partial(_fused_forward, layer)))
+        yield
+
+
+def _fused_forward(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    adapter, dtype = "".join(active[:1]), compute_dtype(x)
+    is_plain = len(active) == 1 and not (  # the equation above is all that `layer` computes
+        args
+        or kwargs
+        or layer.disable_adapters
+        or layer.merged
+        or adapter in layer.lora_variant
+        or layer.lora_B[adapter].bias is not None
+        or not layer.base_layer.is_plain
+        or torch.compiler.is_compiling()
+        or x.ndim < 2
+        or dtype == x.dtype != layer.lora_A[adapter].weight.dtype
+    )
+    if not is_plain:
+        return LoraLinear.forward(layer, x, *args, **kwargs)
+    x, lora_a, lora_b = x.to(dtype), layer.lora_A[adapter], layer.lora_B[adapter]
+    u = lora_a(layer.lora_dropout[adapter](x)) * layer.scaling[adapter]
+    return layer.base_layer.add_to(lora_b(u), x)
 
 
 @contextlib.contextmanager

@@ -11,29 +11,51 @@ layer outside all lists. For each block, in the order of the forward pass:
 
 Peak memory: the model, one block's moments ([in, in] per layer, and [out, out] if requested), the
 activations of one batch in the block, and the hidden states of all batches.
+
+An interrupted quantization resumes after the last finished block. One safetensors file per block
+holds the packed tensors and the report of each layer. It is valid only if its key matches, a
+SHA-256 of everything that its result depends on:
+
+    calibration batches, revisions of layer statistics and second moments, whether these are stored,
+    and for this block and every block before it: float weights, assignments, solver revisions
+
+Blocks depend on the ones before them, because their inputs come from quantized predecessors: hence
+the running hash. A block whose second moments were requested but are missing is recomputed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
 from qwlora.errors import CalibrationError, GridError, listed
 from qwlora.formats.meta_model import blocks_of
 from qwlora.graph.call_arguments import as_arguments, check_token_ids
+from qwlora.grid.encoding import QuantizedTensor
+from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import MomentStore
 from qwlora.nn import is_packed, pack_at_, tensor_out_in
-from qwlora.quantize.block_cache import BlockCache
+from qwlora.nn.fingerprint import update_digest
+from qwlora.nn.packed_tensor import PackedTensor, Parts
 from qwlora.quantize.block_runner import BlockRunner, arguments_of
 from qwlora.quantize.layer_rules import Assignment
 from qwlora.quantize.layer_statistics import observe
 from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor
-from qwlora.quantize.solvers import SOLVERS
+from qwlora.quantize.solvers import REVISIONS, SOLVERS
+from qwlora.system import strict_json
+from qwlora.system.atomic import read_tensors, write_tensors
 from qwlora.system.parameter_names import canonical_name
 from qwlora.system.progress import Track, untracked
+
+QuantizedBlock = dict[str, tuple[QuantizedTensor, LayerReport]]
 
 
 def quantize_blocks_(
@@ -52,12 +74,11 @@ def quantize_blocks_(
         blocks: names of these tensors by block, see `tensors_by_block`.
     """
     reports: dict[str, LayerReport] = {}
-    cache = BlockCache(work, batches, moments)
+    cache = None if work is None else _BlockCache(work, batches, moments)
     with BlockRunner(model, blocks, batches) as runner:
         for path in track(runner, "quantizing", len(blocks)):
             floats = {name: tensor_out_in(model, name) for name in blocks[path]}
-            cache.begin(path, floats, plan)
-            block = cache.read()
+            block = None if cache is None else cache.read(path, floats, plan)
             if block is None:
                 followed = [
                     name
@@ -71,7 +92,8 @@ def quantize_blocks_(
                     block[name] = solve_tensor(name, floats.pop(name), plan[name], second)
                     if moments is not None and moment is not None:
                         moments[canonical_name(name).removesuffix(".weight")] = moment
-                cache.write(block)
+                if cache is not None:
+                    cache.write(block)
             del floats
             for name, (quantized, report) in block.items():
                 pack_at_(model, name, quantized)
@@ -140,3 +162,71 @@ def tensors_by_block(model: nn.Module, tensors: Iterable[str]) -> dict[str, list
         inside = (path for path in paths if name.startswith(f"{path}."))
         blocks.setdefault(next(inside, name.rpartition(".")[0]), []).append(name)
     return blocks
+
+
+class _BlockCache:
+    """Finished blocks in a folder. Call `read` for each block in model order; if that returns None,
+    quantize the block and `write` it."""
+
+    def __init__(
+        self, folder: Path, batches: Sequence[Mapping[str, Any]], moments: MomentStore | None
+    ):
+        self.folder, self.moments = folder, moments
+        self._digest, self._file = hashlib.sha256(), Path()
+        revisions = [
+            REVISIONS["layer_statistics"],
+            moments is not None and REVISIONS["second_moments"],
+        ]
+        update_digest(self._digest, [*revisions, *named_inputs(batches)])
+
+    def read(
+        self, block: str, floats: Mapping[str, Tensor], plan: Mapping[str, Assignment]
+    ) -> QuantizedBlock | None:
+        """The cached result of `block`, with these float tensors, or None if it must be computed. A
+        damaged or outdated file counts as missing; the next `write` replaces it."""
+        for name, tensor in floats.items():
+            update_digest(self._digest, [name, plan[name], REVISIONS[plan[name].solver], tensor])
+        self._file = self.folder / f"{canonical_name(block)}.safetensors"
+        if (stored := read_keyed(self._file, self._digest.hexdigest())) is None:
+            return None
+        tensors, metadata = stored
+        result = {}
+        for name, record in json.loads(metadata["layers"]).items():
+            parts = Parts(*(tensors.get(f"{name}/{part}") for part in Parts._fields))  # type: ignore[arg-type]
+            packed = PackedTensor(Scheme.from_json(record["scheme"]), record["count"], parts)
+            result[name] = packed.quantized, LayerReport(**record["report"])
+        observed = {
+            canonical_name(name).removesuffix(".weight")
+            for name, (_, report) in result.items()
+            if report.error is not None
+        }
+        return None if self.moments is not None and not observed <= set(self.moments) else result
+
+    def write(self, block: QuantizedBlock) -> None:
+        """Store the result of the block that was read last."""
+        tensors, records = dict[str, Tensor](), {}
+        for name, (quantized, report) in block.items():
+            packed = PackedTensor.from_quantized(quantized)
+            parts = packed.parts._asdict().items()
+            tensors |= {f"{name}/{key}": part for key, part in parts if part is not None}
+            scheme = packed.scheme.to_json()
+            records[name] = {"scheme": scheme, "count": packed.count, "report": asdict(report)}
+        metadata = {"layers": strict_json.dumps(records), "key": self._digest.hexdigest()}
+        write_tensors(self._file, tensors, metadata)
+
+
+def read_keyed(file: Path, key: str) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Tensors and metadata of a file whose metadata has this `key`; None if the file is missing or
+    damaged, or has another key."""
+    try:
+        tensors, metadata = read_tensors(file)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, RecursionError):
+        return None
+    return (tensors, metadata) if metadata.get("key") == key else None
+
+
+def named_inputs(batches: Sequence[Mapping[str, Any]]) -> Iterator[Any]:
+    """The inputs of each batch, each after its name."""
+    for batch in batches:
+        for path, value in tree_flatten_with_path(dict(batch))[0]:
+            yield from (keystr(path), value)

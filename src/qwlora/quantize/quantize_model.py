@@ -9,24 +9,46 @@
 
 `layer_rules.py` says which layers, on which grid, by which solver. Works before or after PEFT has
 wrapped the layers: only the innermost base layer is replaced.
+
+The float tensors of a model are in memory, or in files larger than memory:
+
+    modules(plan)            the names in `plan`, each when its tensor can be read; for solvers that
+                             need no data
+    blocks(blocks, batches)  a context in which the model can be run block by block
+
+In memory there is nothing to do. From files, peak memory with `modules` is one module as floats (a
+linear layer, an embedding, a layer's fused experts), what its solver needs, and one shard. With
+`blocks`:
+
+    loaded     tensors outside all blocks (embeddings, last norm, head): at the start
+               a block: when the first batch arrives at it
+    released   a block: written to disk when the last batch has arrived at the next block
+               everything else: at the end
+
+so that memory holds what is outside the blocks, one block as floats (two while batches move on)
+with its moments and the activations of a batch, one shard, and the hidden states of the batches. A
+tensor that is read both inside a block and elsewhere is kept to the end. A block that runs again
+after the next one is refused.
 """
 
 from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from qwlora.errors import GridError, listed
+from qwlora.errors import GridError, SourceError, listed
 from qwlora.formats.base_files import SHARD_BYTES, BaseWriter, save_as_base_
 from qwlora.formats.checkpoint import Checkpoint
-from qwlora.formats.meta_model import LazyModel
+from qwlora.formats.meta_model import LazyModel, is_below, put_, tensor_at
 from qwlora.formats.model_source import forget_gguf_
 from qwlora.grid.scheme import Scheme
 from qwlora.grid.second_moments import MomentStore
@@ -35,7 +57,6 @@ from qwlora.nn.fingerprint import remember_floats_
 from qwlora.nn.frozen import assert_frozen, check_base_finite, refuse_meta
 from qwlora.nn.packed_layer import unwrapped
 from qwlora.quantize.layer_rules import LayerRule, plan_layers
-from qwlora.quantize.model_source import InFiles, InMemory
 from qwlora.quantize.quantize_blocks import batches_of, quantize_blocks_, tensors_by_block
 from qwlora.quantize.quantize_tensor import LayerReport, solve_tensor, warn_of_second_rounding
 from qwlora.quantize.solvers import SOLVERS
@@ -132,7 +153,7 @@ def quantize_checkpoint(
     **options: Any,
 ) -> tuple[str, QuantizeReport]:
     """Write the base of `checkpoint` into `folder`, which must exist. Same result as `quantize_`
-    and `save_base`; see `model_source.py` for what is in memory.
+    and `save_base`; see the module for what is in memory.
 
     Returns:
         The fingerprint of the base, and how each tensor was quantized.
@@ -147,6 +168,93 @@ def quantize_checkpoint(
     layers = _pack_(InFiles(lazy, writer), scheme, solver, **options)
     report = QuantizeReport(base_size(lazy.model), layers)
     return writer.finish(lazy.model, tokenizer, source), report
+
+
+class InMemory:
+    """A model whose float tensors are in memory."""
+
+    def __init__(self, model: nn.Module):
+        self.model = model
+
+    def modules(self, plan: Collection[str], track: Track) -> Iterator[str]:
+        yield from track(list(plan), "quantizing", len(plan))
+
+    @contextmanager
+    def blocks(self, blocks: Mapping[str, Sequence[str]], batches: int) -> Iterator[None]:
+        yield
+
+
+class InFiles:
+    """A checkpoint whose modules are in memory until they are quantized and go to `writer`."""
+
+    def __init__(self, lazy: LazyModel, writer: BaseWriter):
+        self.lazy, self.writer, self.model = lazy, writer, lazy.model
+
+    def modules(self, plan: Collection[str], track: Track) -> Iterator[str]:
+        modules: dict[str, list[str]] = {}
+        for name in self.lazy.stored:
+            modules.setdefault(name.rpartition(".")[0], []).append(name)
+        for path in track(list(modules), "quantizing", len(modules)):
+            for name in modules[path]:
+                self.lazy.load_(name)
+                if name in plan:
+                    self._check_float(name)
+                    yield name
+            self.writer.add(self.model.get_submodule(path), path)
+            for name in modules[path]:  # keep only the shapes, packed or not
+                if (tensor := tensor_at(self.model, name)) is None:
+                    self.model.get_submodule(path).to("meta")
+                else:
+                    put_(self.model, self.lazy.aliases[name], tensor.to("meta"))
+
+    @contextmanager
+    def blocks(self, blocks: Mapping[str, Sequence[str]], batches: int) -> Iterator[None]:
+        arrivals = dict.fromkeys(blocks, 0)
+        visited, released = list[str](), set[str]()
+
+        def arrived(path: str, module: nn.Module, args: tuple[Any, ...]) -> None:
+            if path in released:
+                raise GridError(
+                    f"{path} runs again after a later block, so this model cannot be quantized "
+                    "block by block from its files. Load the whole model."
+                )
+            if not arrivals[path]:
+                visited.append(path)
+                self.lazy.materialize_(path)
+                for name in blocks[path]:
+                    self._check_float(name)
+            arrivals[path] += 1
+            if arrivals[path] == batches and len(visited) > 1:
+                block = visited[-2]
+                if not self._is_shared(block, blocks):
+                    released.add(block)
+                    self.writer.add(self.model.get_submodule(block), block)
+                    self.model.get_submodule(block).to("meta")
+
+        self.lazy.load_outside_(blocks)
+        with ExitStack() as stack:
+            for path in blocks:
+                module = self.model.get_submodule(path)
+                hook = module.register_forward_pre_hook(partial(arrived, path))
+                stack.callback(hook.remove)
+            yield
+        tie_weights_(self.model)
+        self.writer.add(self.model)
+
+    def _is_shared(self, block: str, blocks: Collection[str]) -> bool:
+        """Whether a tensor of the block is read elsewhere too."""
+        for names in self.lazy.aliases.values():
+            readers = {next((p for p in blocks if is_below(name, p)), None) for name in names}
+            if block in readers and len(readers) > 1:
+                return True
+        return False
+
+    def _check_float(self, name: str) -> None:
+        if tensor_at(self.model, name) is None:
+            raise SourceError(
+                f"{name} is already integers in the files. Omit the scheme to keep them, or start "
+                "from a float checkpoint."
+            )
 
 
 def _pack_(

@@ -21,6 +21,10 @@ space without loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
 import torch
 from jaxtyping import Float
 from torch import Tensor
@@ -34,36 +38,14 @@ from qwlora.grid.encoding import (
 )
 from qwlora.grid.scheme import PerBlock, PerChannel, Scheme
 
+if TYPE_CHECKING:
+    from qwlora.quantize.solvers import Solve
+
 _FRACTIONS = tuple(torch.linspace(1.0, 0.3, 15).tolist())
 _COARSE = (1.0, 0.88, 0.76)
 _NARROWEST = 0.01
 _REFITS = 3
 _HALF_NORMAL = torch.finfo(torch.float16).smallest_normal
-
-
-def solve_rtn(
-    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: None
-) -> tuple[QuantizedTensor, dict[str, float]]:
-    """Min-max range."""
-    return _rounded(weight, measure(weight, scheme))
-
-
-def solve_search(
-    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: None
-) -> tuple[QuantizedTensor, dict[str, float]]:
-    """The least squared error."""
-    return _rounded(weight, search_scale(weight, scheme))
-
-
-def solve_sqnr(
-    weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: None
-) -> tuple[QuantizedTensor, dict[str, float]]:
-    """The least squared error, with clipped weights counted three times."""
-    return _rounded(weight, search_scale(weight, scheme, clipping_penalty=3.0))
-
-
-def _rounded(weight: Tensor, encoding: Encoding) -> tuple[QuantizedTensor, dict[str, float]]:
-    return QuantizedTensor(encoding.quantize(weight), encoding), {}
 
 
 def search_scale(
@@ -161,3 +143,19 @@ class _Best:
         low = offset.to(self.x.dtype).unsqueeze(1)
         steps = torch.div(self.x, scale.unsqueeze(1)).round_()
         return torch.minimum(torch.maximum(steps, low), low + self.scheme.steps)
+
+
+def _solver(encode: Callable[[Tensor, Scheme], Encoding]) -> Solve:
+    """Round to nearest on the encoding that `encode` gives."""
+
+    def solve(
+        weight: Tensor, scheme: Scheme, moment: Tensor | None, settings: None
+    ) -> tuple[QuantizedTensor, dict[str, float]]:
+        encoding = encode(weight, scheme)
+        return QuantizedTensor(encoding.quantize(weight), encoding), {}
+
+    return solve
+
+
+solve_rtn, solve_search = _solver(measure), _solver(search_scale)
+solve_sqnr = _solver(partial(search_scale, clipping_penalty=3.0))

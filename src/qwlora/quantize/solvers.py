@@ -1,4 +1,4 @@
-"""The registry of solvers: how codes and encoding of a float weight are found.
+"""The registry of solvers, how codes and encoding of a float weight are found, and of revisions.
 
     solve(weight, scheme, moment, settings) -> (QuantizedTensor, report)
 
@@ -11,7 +11,7 @@ It raises GridError if the scheme does not fit the weight, and CalibrationError 
 hold nan or infinity, or the moment is missing.
 
 A new solver is one module with such a function and, if it has settings, their class, one entry here
-and its revision in `revisions.py`. Recipes and rules take the names from here. Free of torch: a
+and its revision. Recipes and rules take the names from here. Free of torch: a
 solver's module is imported when it first solves something.
 """
 
@@ -82,3 +82,24 @@ def solver_named(name: str) -> Solver:
     if name not in SOLVERS:
         raise GridError(f"solver {name!r} is not one of {', '.join(SOLVERS)}")
     return SOLVERS[name]
+
+
+# Revisions of the algorithms whose results are stored. Stage keys and caches contain the revisions
+# of what they run, so results of an older one are computed again. Raise a number when the same
+# inputs give other results: tests/quantize/test_revisions.py fails if a result changes and its
+# number does not.
+REVISIONS = {
+    # solvers, by their names in a recipe
+    "rtn": 1,
+    "search": 2,  # 2: ranges below 0.3 of the min-max range
+    "sqnr": 2,
+    "gptq": 2,
+    # of the base
+    "layer_statistics": 2,  # 2: tokens are weighted
+    "second_moments": 2,  # 2: moments of outputs as well
+    "tune_scales": 3,  # 2: norms are tuned as well; 3: the solver's scales are kept
+    # 2: qera weighs outputs; 3: corrects the solver's error; 4: shorter B where inputs are large
+    "initialize_adapter": 4,
+    "activation_samples": 2,  # 2: smaller
+    "token_scores": 2,  # 2: KL divergence, same likeliest token and standard errors
+}

@@ -41,10 +41,9 @@ from qwlora.nn.fingerprint import (
     update_digest,
 )
 from qwlora.nn.temporary import gradients_disabled
-from qwlora.quantize.block_cache import named_inputs, read_keyed
 from qwlora.quantize.block_runner import arguments_of
-from qwlora.quantize.quantize_blocks import batches_of
-from qwlora.quantize.revisions import REVISIONS
+from qwlora.quantize.quantize_blocks import batches_of, named_inputs, read_keyed
+from qwlora.quantize.solvers import REVISIONS
 from qwlora.quantize.tuned_parameters import Tunable
 from qwlora.system.atomic import write_tensors
 from qwlora.system.machine import SlowComputeWarning, auto_compute, slow_compute

@@ -44,8 +44,7 @@ from qwlora.export.target import BASE, PROOF
 from qwlora.formats.model_source import fetch
 from qwlora.grid.scheme import RangeEstimator
 from qwlora.pipeline.job.digests import Digests
-from qwlora.quantize.revisions import REVISIONS
-from qwlora.quantize.solvers import SOLVERS
+from qwlora.quantize.solvers import REVISIONS, SOLVERS
 from qwlora.recipe import Adapter, Data, Recipe
 from qwlora.system.machine import auto_compute, training_device
 from qwlora.system.progress import Track, one_step, untracked

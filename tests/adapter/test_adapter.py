@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from conftest import reseal, tiny_model
 from qwlora import fingerprint, load_adapter, quantize_, save_adapter
-from qwlora.adapter.adapter_folder import FILE
+from qwlora.adapter.adapter_files import CONFIG, FILE, WEIGHTS
 from qwlora.adapter.attach import (
     LoraShape,
     attach,
@@ -28,7 +28,6 @@ from qwlora.adapter.attach import (
     check_trainable,
 )
 from qwlora.adapter.chunked_loss import ChunkedLoss
-from qwlora.adapter.peft_support import CONFIG, WEIGHTS
 from qwlora.errors import FingerprintError, SourceError, TrainingError
 from qwlora.formats.manifest import UnverifiedWarning
 

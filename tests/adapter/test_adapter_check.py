@@ -17,14 +17,14 @@ from adapter.small_models import mixture
 from cli.command_line import qwlora
 from conftest import reseal, tiny_model
 from qwlora import save_adapter
-from qwlora.adapter.adapter_check import (
+from qwlora.adapter.adapter_files import (
     AdapterReport,
     adapter_report,
+    base_of,
     find_adapters,
     job_fingerprint,
     problems,
 )
-from qwlora.adapter.adapter_folder import base_of
 from qwlora.errors import SourceError
 from qwlora.formats.base_files import FORMAT
 from qwlora.pipeline.job.stage_records import Record, record_path
@@ -121,7 +121,7 @@ def test_names_unreadable_files(job: Path) -> None:
 
 
 def test_names_an_adapter_of_another_base(job: Path) -> None:
-    assert "but the base here has 0000" in problems(job / "adapters" / "a", "0" * 64)[0]
+    assert "but this base has 0000" in problems(job / "adapters" / "a", "0" * 64)[0]
     (job / "adapters" / "a" / "qwlora.json").unlink()
     refused = problems(job / "adapters" / "a", job_fingerprint(job), "refuse")
     assert "does not say which base" in refused[0]

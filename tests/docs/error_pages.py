@@ -22,7 +22,7 @@ from torch import nn
 
 from export.proofs import check_parity
 from qwlora import errors
-from qwlora.adapter.adapter_folder import check_adapter
+from qwlora.adapter.adapter_files import check_adapter
 from qwlora.adapter.attach import check_trainable
 from qwlora.errors import QwloraError
 from qwlora.export.canonical_adapter import read_canonical

@@ -17,7 +17,7 @@ from conftest import byte_tokenizer, tiny_model
 from formats.gguf_models import metadata_of, stored_shapes, write_file
 from formats.models import edit_json, edit_tensors
 from qwlora import load_precomputed, quantize_, save_base
-from qwlora.adapter.adapter_folder import adapter_folder
+from qwlora.adapter.adapter_files import adapter_folder
 from qwlora.analysis.inspect_model import inspect_source
 from qwlora.errors import SourceError
 from qwlora.formats.gguf.gguf_checkpoint import GgufCheckpoint

@@ -9,8 +9,6 @@ loaded only if the caller accepts an unknown base.
 from __future__ import annotations
 
 import copy
-import json
-import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -23,9 +21,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from qwlora.adapter.peft_support import (
+from qwlora.adapter.adapter_files import (
     CONFIG,
+    FILE,
     WEIGHTS,
+    check_adapter,
     check_contents,
     check_pattern_times,
     read_config,
@@ -33,13 +33,11 @@ from qwlora.adapter.peft_support import (
 )
 from qwlora.errors import FingerprintError, SourceError, foreign_as, listed
 from qwlora.formats import manifest
-from qwlora.formats.model_source import downloaded, looked_for, source_path
 from qwlora.nn.fingerprint import changed_floats, fingerprint_of, remember_floats_, tensor_digests
 from qwlora.nn.frozen import assert_frozen
 from qwlora.nn.packed_layer import packed_layers, packed_weights, unwrapped
 
 FORMAT = 1
-FILE = "qwlora.json"
 
 
 def save_adapter(
@@ -239,67 +237,3 @@ def without_pattern_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The following .*_pattern keys did not match")
         yield
-
-
-def check_adapter(folder: Path, base_fingerprint: str | None, unknown_base: str = "refuse") -> None:
-    """Check that `folder` has a LoRA adapter, unchanged since it was saved, of the right base. See
-    `load_adapter` for arguments and errors; without a `base_fingerprint` there is no base yet.
-    """
-    what = f"adapter {str(folder)!r}"
-    if unknown_base not in ("refuse", "accept"):
-        raise SourceError(f"unknown_base is refuse or accept, not {unknown_base!r}")
-    if not (folder / CONFIG).exists():
-        raise SourceError(f"{str(folder)!r} has no PEFT adapter: {CONFIG} is missing")
-    if (kind := read_config(folder).get("peft_type")) != "LORA":
-        raise SourceError(f"{what} is of PEFT type {kind}; only LORA is supported")
-    if not (folder / WEIGHTS).is_file():
-        raise SourceError(
-            f"{what} has no {WEIGHTS}; copy it again from where it came, or load it with PEFT and "
-            "save it again. A pickle (adapter_model.bin) is not read, since reading it runs code"
-        )
-    records_base = (folder / FILE).exists()
-    if unknown_base == "refuse" or records_base:
-        recorded = base_of(folder)
-        if base_fingerprint not in (None, recorded):
-            raise FingerprintError(
-                f"{what} was trained on the base with fingerprint {recorded}, but this base has "
-                f"{base_fingerprint}. Load it onto its own base, or train it again on this one"
-            )
-    if base_fingerprint is not None or records_base:
-        check_files(folder)
-
-
-def check_files(folder: Path, only: Iterable[str] | None = None) -> None:
-    """Compare the files of the adapter in `folder` with their digests; see `manifest.check`."""
-    manifest.check(folder, FILE, f"adapter {str(folder)!r}", "train it again", only)
-
-
-def base_of(folder: Path) -> str:
-    """Fingerprint of the base that the adapter in `folder` was trained on."""
-    try:
-        fingerprint = json.loads((folder / FILE).read_text())["base_fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise SourceError(
-            f"adapter {str(folder)!r} does not say which base it belongs to: {FILE} cannot be read "
-            f"({error}). If PEFT saved it and you know its base, set unknown_base: accept. Saving "
-            "with qwlora.save_adapter records the base"
-        ) from error
-    if not isinstance(fingerprint, str):
-        raise SourceError(
-            f"adapter {str(folder)!r}: {FILE} names no base (base_fingerprint is {fingerprint!r})"
-        )
-    return fingerprint
-
-
-def adapter_folder(source: str) -> Path:
-    """The local folder of `source`, a folder or a hub id, which is downloaded (configuration,
-    weights, fingerprint)."""
-    path = source_path(source)
-    if path.is_dir():
-        return path
-    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
-        raise SourceError(
-            f"adapter {source!r} is neither a folder nor a hub id like owner/name"
-            f"{looked_for(source, path)}"
-        )
-    return downloaded("adapter", source, [CONFIG, WEIGHTS, FILE])

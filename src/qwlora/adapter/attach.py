@@ -20,16 +20,21 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.adapter.adapter_folder import (
+from qwlora.adapter.adapter_files import (
+    CONFIG,
     adapter_folder,
     check_adapter,
+    check_contents,
+    check_pattern_times,
+    read_config,
+)
+from qwlora.adapter.adapter_folder import (
     check_fit,
     load_adapter,
     reading,
     shapes_of,
     without_pattern_warnings,
 )
-from qwlora.adapter.peft_support import CONFIG, check_contents, check_pattern_times, read_config
 from qwlora.errors import SourceError, TrainingError, listed
 from qwlora.system.parameter_names import canonical_name, is_adapter_name
 

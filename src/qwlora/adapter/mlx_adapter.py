@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwlora.adapter.peft_support import CONFIG, WEIGHTS
+from qwlora.adapter.adapter_files import CONFIG, WEIGHTS
 from qwlora.errors import SourceError, listed
 from qwlora.system import strict_json
 

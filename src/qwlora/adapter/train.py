@@ -33,11 +33,11 @@ from transformers.integrations.integration_utils import (
 )
 
 from qwlora.adapter import training_checkpoints as checkpoints
+from qwlora.adapter.adapter_files import WEIGHTS
 from qwlora.adapter.adapter_folder import reading
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.chunked_loss import causal_model
 from qwlora.adapter.fsdp import gather_, prepare_sharding_
-from qwlora.adapter.peft_support import WEIGHTS
 from qwlora.adapter.recovery_loss import RecoveryLoss
 from qwlora.adapter.trainer import (
     AdapterTrainer,

@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers import TrainerState
 
-from qwlora.adapter.peft_support import WEIGHTS
+from qwlora.adapter.adapter_files import WEIGHTS
 from qwlora.errors import reading
 from qwlora.formats import manifest
 from qwlora.system.atomic import files_in

@@ -37,7 +37,7 @@ Folder = Annotated[
 @app.command("list")
 def list_adapters(folder: Folder, as_json: AsJson = False) -> None:
     """List each adapter's type, size and base. Exit code 2 if one cannot be read."""
-    from qwlora.adapter.adapter_check import adapter_report, find_adapters, job_fingerprint
+    from qwlora.adapter.adapter_files import adapter_report, find_adapters, job_fingerprint
     from qwlora.errors import QwloraError, SourceError
     from qwlora.pipeline.job import journal
 
@@ -83,9 +83,13 @@ def check(
     Exit code 2 if a file was modified after it was saved, 1 for any other problem.
     An adapter that does not record its base passes, unless --needs-base is given.
     """
-    from qwlora.adapter.adapter_check import find_adapters, job_fingerprint, problems
-    from qwlora.adapter.adapter_folder import FILE
-    from qwlora.adapter.peft_support import CONFIG
+    from qwlora.adapter.adapter_files import (
+        CONFIG,
+        FILE,
+        find_adapters,
+        job_fingerprint,
+        problems,
+    )
     from qwlora.errors import SourceError
     from qwlora.formats import manifest
     from qwlora.pipeline.job.directory import Directory

@@ -21,8 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from qwlora.adapter.adapter_folder import FILE
-from qwlora.adapter.peft_support import CONFIG, WEIGHTS, read_config
+from qwlora.adapter.adapter_files import CONFIG, FILE, WEIGHTS, read_config
 from qwlora.errors import ExportError, SourceError, listed
 from qwlora.export.proof.contents import NUMBER, OTHER_KEYS, PLAIN, Form
 from qwlora.formats import manifest
@@ -47,7 +46,7 @@ PEFT_FORM: Form = {
     "lora_alpha": NUMBER,
     "lora_dropout": NUMBER,
     "r": int,
-    "rank_pattern": {OTHER_KEYS: int},  # regular expressions: see `peft_support.py`
+    "rank_pattern": {OTHER_KEYS: int},  # regular expressions: see `adapter_files.py`
     "alpha_pattern": {OTHER_KEYS: NUMBER},
     "target_modules": [PLAIN],
 }

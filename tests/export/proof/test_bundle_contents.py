@@ -215,7 +215,7 @@ def test_a_pattern_that_takes_forever_is_refused_before_peft_matches_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     short = partial(time_limit, seconds=0.5)
-    monkeypatch.setattr("qwlora.adapter.peft_support.time_limit", short)
+    monkeypatch.setattr("qwlora.adapter.adapter_files.time_limit", short)
     pattern = r"(?:(?:\w+\.?)*)*,"
     config = {"peft_type": "LORA", "r": 2, "alpha_pattern": {pattern: 1}, "target_modules": ["x"]}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))

@@ -26,7 +26,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from qwlora.adapter.peft_support import check_pattern_times, read_config
+from qwlora.adapter.adapter_files import check_pattern_times, read_config
 from qwlora.errors import ExportError, foreign_as
 from qwlora.export.canonical_adapter import PEFT_FILES, PEFT_FORM, CanonicalAdapter, write_peft
 from qwlora.export.proof.contents import MODEL_FILES, OTHER_KEYS, PLAIN, TOKENIZER, Contents

@@ -25,8 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qwlora.adapter.adapter_folder import FILE
-from qwlora.adapter.peft_support import CONFIG
+from qwlora.adapter.adapter_files import CONFIG, FILE
 from qwlora.errors import DirectoryError, QwloraError, UploadError, described
 from qwlora.export.registry import TARGETS
 from qwlora.formats import manifest

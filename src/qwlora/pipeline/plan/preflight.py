@@ -9,7 +9,8 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.adapter.adapter_folder import adapter_folder, refuse_saved
+from qwlora.adapter.adapter_files import adapter_folder
+from qwlora.adapter.adapter_folder import refuse_saved
 from qwlora.adapter.attach import check_existing, check_shape, dropout_of
 from qwlora.adapter.train import check_loggers
 from qwlora.data.sequences import check_isolation

@@ -20,7 +20,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from qwlora.adapter.adapter_folder import adapter_folder, check_adapter, load_adapter, reading
+from qwlora.adapter.adapter_files import adapter_folder, check_adapter
+from qwlora.adapter.adapter_folder import load_adapter, reading
 from qwlora.adapter.attach import (
     LoraShape,
     attach,

@@ -1,0 +1,291 @@
+"""The files of an adapter: what of PEFT's LoRA is supported, as one table; whether the files are
+sound, and which base they belong to.
+
+Reads adapter_config.json, adapter_model.safetensors and qwlora.json; no model is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from qwlora.errors import FingerprintError, QwloraError, SourceError, listed
+from qwlora.formats import manifest
+from qwlora.formats.base_files import RECORD, read_record
+from qwlora.formats.model_source import downloaded, looked_for, source_path
+from qwlora.system.time_limit import SECONDS, time_limit
+
+WEIGHTS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+FILE = "qwlora.json"
+
+# Keys of adapter_config.json whose values, other than these, would change what an adapter computes
+# without a word: PEFT skips some of them on packed layers, and others change the frozen base.
+_UNSUPPORTED: dict[str, tuple[tuple[Any, ...], str]] = {
+    "bias": ((None, "none"), "its biases replace those of the frozen base"),
+    "layer_replication": ((None, []), "it repeats layers of the base"),
+    "trainable_token_indices": ((None, [], {}), "it replaces rows of a frozen embedding"),
+    "alora_invocation_tokens": ((None, []), "it starts in the middle of a sequence"),
+    "use_qalora": ((None, False), "its layers read pooled inputs"),
+    "use_bdlora": ((None, False), "its factors are block-diagonal"),
+    "arrow_config": ((None,), "it routes tokens between adapters"),
+    "kasa_config": ((None,), "it changes the base's weights"),
+}
+# Keys of adapter_config.json that hold regular expressions, and what PEFT makes of one.
+_PATTERNS = {
+    "target_modules": r"(?:{})\Z",
+    "exclude_modules": r"(?:{})\Z",
+    "rank_pattern": r"(.*\.)?({})$",
+    "alpha_pattern": r"(.*\.)?({})$",
+    "modules_to_save": r"(^|.*\.){}($|\..*)",
+    "layers_pattern": r"(?:^|.*?\.){}\.(?P<idx>\d+)\.",
+}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """PEFT's configuration of the adapter in `folder`."""
+    try:
+        config = json.loads((folder / CONFIG).read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise SourceError(
+            f"adapter {str(folder)!r}: {CONFIG} cannot be read ({error}); copy it again, or train "
+            "it again"
+        ) from error
+    if not isinstance(config, dict):
+        raise SourceError(f"adapter {str(folder)!r}: {CONFIG} is not a mapping")
+    return config
+
+
+def weights_of(folder: Path, read: bool) -> Iterator[tuple[str, list[int], Any]]:
+    """Name, shape and (with `read`) values of each tensor."""
+    try:
+        with safe_open(folder / WEIGHTS, "pt") as file:
+            for name in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                tensor = file.get_tensor(name) if read else None
+                yield name, file.get_slice(name).get_shape(), tensor
+    except (OSError, SafetensorError) as error:
+        raise SourceError(
+            f"adapter {str(folder)!r}: {WEIGHTS} cannot be read ({error}); copy it again from "
+            "where it came, or train it again"
+        ) from error
+
+
+def check_contents(folder: Path) -> None:
+    """Refuse an adapter that has one of `content_problems`."""
+    if problem := next(content_problems(folder), None):
+        raise SourceError(f"adapter {str(folder)!r}: {problem}")
+
+
+def content_problems(folder: Path) -> Iterator[str]:
+    """What is wrong with the configuration and the weights in `folder`, in words: damaged weights,
+    settings that are not supported."""
+    config = read_config(folder)
+    for key, (accepted, why) in _UNSUPPORTED.items():
+        if (value := config.get(key)) not in accepted:
+            yield f"{CONFIG} has {key}: {value!r}, which is not supported ({why})"
+    alphas = {"lora_alpha": config.get("lora_alpha", 8)}
+    if isinstance(patterns := config.get("alpha_pattern"), dict):
+        alphas |= patterns
+    for key, alpha in alphas.items():
+        is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if not is_number or not math.isfinite(alpha):
+            yield f"{CONFIG} has {key}: {alpha!r}, which is not a finite number"
+        elif alpha == 0:
+            yield f"{CONFIG} has {key}: 0, so it changes nothing; use the alpha of its training"
+    names, highest = list[str](), 0
+    for name, shape, tensor in weights_of(folder, read=True):
+        names.append(name)
+        if "lora_A" in name or "lora_embedding_A" in name:
+            highest = max(highest, *shape[:1])
+        if not bool(tensor.isfinite().all()):
+            yield f"{name} has values that are not finite"
+    if not names:
+        yield f"{WEIGHTS} has no weights"
+    patterns = config.get("rank_pattern")
+    for rank in (config.get("r"), *(patterns.values() if isinstance(patterns, dict) else ())):
+        if isinstance(rank, int) and rank > highest:  # PEFT would allocate factors of this size
+            yield f"{CONFIG} asks for rank {rank}, but the weights have at most {highest}"
+    copies = [name for name in names if "lora_" not in name]
+    if copies and not config.get("modules_to_save"):
+        yield (
+            f"{listed(copies, 3)} would replace weights of the frozen base. If they are copies of "
+            "its embeddings, save the adapter with save_embedding_layers=False"
+        )
+    for pair in (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")):
+        for first, second in (pair, pair[::-1]):
+            for name in sorted(names):
+                partner = name.replace(f".{first}", f".{second}")
+                if f".{first}" in name and partner not in names:
+                    yield f"{name} has no matching {second}"
+
+
+def check_pattern_times(model: nn.Module, config: Mapping[str, Any], where: str) -> None:
+    """Match each regular expression in `config`, PEFT's keys, with each module path of `model`.
+
+    One like `(a+)+b` takes time that grows exponentially with the length of what it is matched
+    with. PEFT matches without a limit, and an adapter from elsewhere brings its own. One that takes
+    longer than `SECONDS` for all paths is refused.
+    """
+    paths = [path for path, _ in model.named_modules()]
+    for key, form in _PATTERNS.items():
+        value = config.get(key)
+        if isinstance(value, str):
+            value = [value]
+        elif key.endswith("_modules") or not isinstance(value, list | dict):
+            continue  # names, or nothing
+        for pattern in value:
+            error = SourceError(
+                f"{where}: {key} {pattern!r} takes more than {SECONDS:g} s to match the model's "
+                "module paths; write it without nested repetitions like (a+)+"
+            )
+            with suppress(re.error), time_limit(error):
+                compiled = re.compile(form.replace("{}", str(pattern)))
+                for path in paths:
+                    compiled.match(path)
+
+
+def check_adapter(folder: Path, base_fingerprint: str | None, unknown_base: str = "refuse") -> None:
+    """Check that `folder` has a LoRA adapter, unchanged since it was saved, of the right base. See
+    `load_adapter` for arguments and errors; without a `base_fingerprint` there is no base yet.
+    """
+    what = f"adapter {str(folder)!r}"
+    if not (folder / CONFIG).exists():
+        raise SourceError(f"{str(folder)!r} has no PEFT adapter: {CONFIG} is missing")
+    if (kind := read_config(folder).get("peft_type")) != "LORA":
+        raise SourceError(f"{what} is of PEFT type {kind}; only LORA is supported")
+    if not (folder / WEIGHTS).is_file():
+        raise SourceError(
+            f"{what} has no {WEIGHTS}; copy it again from where it came, or load it with PEFT and "
+            "save it again. A pickle (adapter_model.bin) is not read, since reading it runs code"
+        )
+    check_base(folder, base_fingerprint, unknown_base)
+    if base_fingerprint is not None or (folder / FILE).exists():
+        check_files(folder)
+
+
+def check_base(folder: Path, base: str | None, unknown_base: str = "refuse") -> None:
+    """Refuse an adapter that was trained on another base than that with fingerprint `base`; None
+    compares nothing.
+
+    Args:
+        unknown_base: whether to `refuse` or `accept` an adapter that does not record its base.
+    """
+    if unknown_base == "refuse" or (folder / FILE).exists():
+        recorded = base_of(folder)
+        if base not in (None, recorded):
+            raise FingerprintError(
+                f"adapter {str(folder)!r} was trained on the base with fingerprint {recorded}, but "
+                f"this base has {base}. Load it onto its own base, or train it again on this one"
+            )
+
+
+def check_files(folder: Path, only: Iterable[str] | None = None) -> None:
+    """Compare the files of the adapter in `folder` with their digests; see `manifest.check`."""
+    manifest.check(folder, FILE, f"adapter {str(folder)!r}", "train it again", only)
+
+
+def base_of(folder: Path) -> str:
+    """Fingerprint of the base that the adapter in `folder` was trained on."""
+    try:
+        fingerprint = json.loads((folder / FILE).read_text())["base_fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise SourceError(
+            f"adapter {str(folder)!r} does not say which base it belongs to: {FILE} cannot be read "
+            f"({error}). If PEFT saved it and you know its base, set unknown_base: accept. Saving "
+            "with qwlora.save_adapter records the base"
+        ) from error
+    if not isinstance(fingerprint, str):
+        raise SourceError(
+            f"adapter {str(folder)!r}: {FILE} names no base (base_fingerprint is {fingerprint!r})"
+        )
+    return fingerprint
+
+
+def adapter_folder(source: str) -> Path:
+    """The local folder of `source`, a folder or a hub id, which is downloaded (configuration,
+    weights, fingerprint)."""
+    path = source_path(source)
+    if path.is_dir():
+        return path
+    if path.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source):
+        raise SourceError(
+            f"adapter {source!r} is neither a folder nor a hub id like owner/name"
+            f"{looked_for(source, path)}"
+        )
+    return downloaded("adapter", source, [CONFIG, WEIGHTS, FILE])
+
+
+@dataclass(frozen=True)
+class AdapterReport:
+    """What one adapter folder contains."""
+
+    name: str  # path relative to the searched folder
+    kind: str  # LoRA, rsLoRA, DoRA, or PEFT's name of another method
+    rank: int | None  # for modules that no pattern matches
+    alpha: float | None  # same
+    modules: int  # number of layers with an adapter
+    parameters: int
+    base: str | None  # fingerprint of the base it was trained on; None if unknown
+
+
+def find_adapters(folder: Path) -> list[Path]:
+    """Adapter folders in `folder`, itself included; not in hidden folders (checkpoints)."""
+    if not folder.is_dir():
+        raise SourceError(f"{str(folder)!r} is not a folder")
+    adapters = sorted(
+        p.parent
+        for p in folder.rglob(CONFIG)
+        if not any(part.startswith(".") for part in p.relative_to(folder).parts)
+    )
+    if not adapters:
+        raise SourceError(f"no adapter is in {str(folder)!r}: it contains no {CONFIG}")
+    return adapters
+
+
+def adapter_report(adapter: Path, below: Path) -> AdapterReport:
+    """Describe the adapter in folder `adapter`; its name is relative to `below`."""
+    if manifest.has_digests(adapter, FILE):
+        check_files(adapter, only=[CONFIG])
+    config = read_config(adapter)
+    shapes = {name: shape for name, shape, _ in weights_of(adapter, read=False)}
+    kind = "DoRA" if config.get("use_dora") else "rsLoRA" if config.get("use_rslora") else "LoRA"
+    layers = {name.rpartition(".lora_")[0] for name in shapes if ".lora_" in name}
+    return AdapterReport(
+        name=str(adapter.relative_to(below)),
+        kind=kind if config.get("peft_type") == "LORA" else str(config.get("peft_type")),
+        rank=config.get("r"),
+        alpha=config.get("lora_alpha"),
+        modules=len(layers),
+        parameters=sum(math.prod(shape) for shape in shapes.values()),
+        base=base_of(adapter) if (adapter / FILE).exists() else None,
+    )
+
+
+def job_fingerprint(folder: Path) -> str | None:
+    """Fingerprint of the base of the job in directory `folder`; None if there is no job."""
+    base = folder / "base"
+    return str(read_record(base)["fingerprint"]) if (base / RECORD).exists() else None
+
+
+def problems(adapter: Path, base: str | None, unknown_base: str = "accept") -> list[str]:
+    """What is wrong with `adapter`, in words; empty if it is complete and belongs to `base`. See
+    `check_base` for arguments."""
+    wrong = [
+        f"{file} changed after saving: copy it again, or train it again"
+        for file in manifest.changed_files(adapter, FILE)
+    ]
+    try:
+        wrong += content_problems(adapter)
+        check_base(adapter, base, unknown_base)
+    except QwloraError as error:
+        wrong.append(str(error))
+    return wrong

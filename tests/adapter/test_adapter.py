@@ -214,8 +214,6 @@ def test_adapter_saved_by_peft_needs_unknown_base_accept(tmp_path: Path) -> None
         with pytest.warns(UnverifiedWarning, match=r"qwlora.json.* is missing"):
             loaded = load(base(), str(tmp_path), unknown_base="accept").eval()
         assert torch.equal(logits(loaded), logits(model))
-    with pytest.raises(SourceError, match="unknown_base is refuse or accept, not 'maybe'"):
-        load_adapter(base(), tmp_path, unknown_base="maybe")
     save_adapter(model, tmp_path)
     other = tiny_model("llama", seed=1)
     quantize_(other, "w4-block32")

@@ -27,7 +27,6 @@ from conftest import tiny_model
 from qwlora import fingerprint, quantize_
 from qwlora.adapter.attach import LoraShape, attach
 from qwlora.adapter.train import (
-    Display,
     TrainingReport,
     TrainingSettings,
     _arguments,
@@ -220,9 +219,9 @@ def test_resumed_run_stops_early_at_the_same_step(tmp_path: Path, patience: int)
     assert expected.best_step is not None
     assert expected.steps == expected.best_step + 3 * patience < 60
     for step in range(expected.best_step + 2, expected.steps, 3):
-        display = Display(killed_after(step))
+        track = killed_after(step)
         with pytest.raises(KeyboardInterrupt):
-            train_adapter(adapted(), IDS, settings, tmp_path / "killed", OTHER, display=display)
+            train_adapter(adapted(), IDS, settings, tmp_path / "killed", OTHER, track=track)
     resumed = adapted()
     found = train_adapter(resumed, IDS, settings, tmp_path / "killed", held_out=OTHER)
     assert found.resumed_from_step > expected.best_step
@@ -262,13 +261,12 @@ def test_unusable_text_is_named(tmp_path: Path, data: Any, message: str) -> None
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_an_adapter_that_is_not_finite_is_named_before_training(
-    tmp_path: Path, value: float
-) -> None:
+def test_a_layer_with_an_adapter_that_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
     model = adapted()
     name = [name for name, p in model.named_parameters() if p.requires_grad][3]
     model.get_parameter(name).data.view(-1)[5] = value
-    with pytest.raises(TrainingError, match=f"{name} has values that are not finite before"):
+    message = r"the loss is nan at step 1; .* not finite is that of model\.layers\.0\.self_attn"
+    with pytest.raises(TrainingError, match=message):
         train_adapter(model, IDS, SETTINGS, tmp_path)
 
 
@@ -454,7 +452,7 @@ def test_loggers_receive_the_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(MissingExtraError, match="'blackboard': blackboard is not supported"):
         check_loggers(["blackboard"])
     settings = replace(SETTINGS, report_to=("tensorboard",))
-    train_adapter(adapted(), IDS, settings, tmp_path, display=Display(logs=tmp_path / "logs"))
+    train_adapter(adapted(), IDS, settings, tmp_path, logs=tmp_path / "logs")
     assert len([t for t in told if "loss" in t and "grad_norm" in t]) == 6
     assert folders == {str(tmp_path / "logs")}
 

@@ -12,10 +12,10 @@ from qwlora.errors import CalibrationError
 from qwlora.grid.activation_observer import VALUES, SampleObserver
 from qwlora.grid.encoding import Encoding, encoding_from_range, measure
 from qwlora.grid.estimate_ranges import (
+    WeightedPoints,
     estimate_ranges,
     least_error_grid,
     share_outside,
-    weighted_points,
 )
 from qwlora.grid.scheme import ESTIMATORS, RangeEstimator, Scheme
 
@@ -126,7 +126,7 @@ def test_a_sample_costs_little_against_all_of_the_data(data: str) -> None:
     batches = [LARGE[data]() for _ in range(3)]
     x = torch.cat(batches).flatten()
     places = x.double().sort().values.unsqueeze(0)
-    points = weighted_points(places, torch.ones_like(places))
+    points = WeightedPoints(places, torch.ones_like(places))
     low, high = x.amin().view(1), x.amax().view(1)
     for bitwidth, symmetric in ((4, False), (4, True), (8, False), (8, True), (16, False)):
         scheme = Scheme(bitwidth, symmetric)

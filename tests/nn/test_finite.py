@@ -32,8 +32,8 @@ def with_nan(tensor: str, index: Any) -> PreTrainedModel:
 @pytest.mark.parametrize(
     ("tensor", "index", "found"),
     [
-        (NORM, 3, r"1 NaN \(first at index 3\)"),
-        (EMBEDDING, (5, slice(2, 4)), r"2 NaN \(first at index \[5, 2\]\)"),
+        (NORM, 3, r"1 values .* first at index \[3\]"),
+        (EMBEDDING, (5, slice(2, 4)), r"2 values .* first at index \[5, 2\]"),
     ],
 )
 def test_nan_outside_the_packed_layers_is_not_frozen(
@@ -65,9 +65,7 @@ def test_nan_and_infinities_are_counted(dtype: torch.dtype) -> None:
     values = torch.zeros(4, dtype=dtype)
     check_finite("w", values)
     values[1], values[2], values[3] = torch.nan, torch.inf, -torch.inf
-    with pytest.raises(
-        CalibrationError, match=r"w contains 1 NaN and 2 infinite \(first at index 1\)"
-    ):
+    with pytest.raises(CalibrationError, match=r"w contains 3 values .* first at index \[1\]"):
         check_finite("w", values)
 
 
@@ -76,7 +74,7 @@ def test_a_mask_of_infinities_in_a_buffer_is_no_error() -> None:
     module.register_buffer("mask", torch.tensor([0.0, -torch.inf]))
     check_base_finite(module)
     module.register_buffer("mask", torch.tensor([0.0, torch.nan]))
-    with pytest.raises(CalibrationError, match=r"mask contains 1 NaN \(first at index 1\)"):
+    with pytest.raises(CalibrationError, match=r"mask contains 1 values .* first at index \[1\]"):
         check_base_finite(module)
 
 

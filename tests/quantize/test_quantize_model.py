@@ -316,7 +316,7 @@ def test_what_cannot_be_quantized_is_named() -> None:
         quantize_(tiny_model("llama"), "w4-block32", solver="gptq")
     model = tiny_model("llama")
     model.model.layers[1].mlp.up_proj.weight.data[3, 4] = torch.nan
-    message = r"model.layers.1.mlp.up_proj.weight contains 1 NaN \(first at index \[3, 4\]\)"
+    message = r"model.layers.1.mlp.up_proj.weight contains 1 values .* first at index \[3, 4\]"
     with pytest.raises(CalibrationError, match=message):
         quantize_(model, "w4-block32")
     with pytest.raises(GridError, match="no layer left"):

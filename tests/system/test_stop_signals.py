@@ -16,7 +16,7 @@ import torch
 from conftest import tiny_model
 from qwlora import quantize_
 from qwlora.adapter.attach import LoraShape, attach
-from qwlora.adapter.train import Display, Interrupted, TrainingSettings, train_adapter
+from qwlora.adapter.train import Interrupted, TrainingSettings, train_adapter
 from qwlora.adapter.training_checkpoints import last_checkpoint
 from qwlora.system.stop_signals import STOP_SIGNALS, on_stop_signal
 
@@ -143,9 +143,7 @@ def test_training_finishes_the_step_and_writes_a_checkpoint(number: int, tmp_pat
             yield step
 
     with pytest.raises(Interrupted) as caught:
-        train_adapter(
-            adapted, torch.arange(256).view(8, 32), settings, tmp_path, display=Display(track)
-        )
+        train_adapter(adapted, torch.arange(256).view(8, 32), settings, tmp_path, track=track)
     assert caught.value.number == number
     last = last_checkpoint(tmp_path)
     assert last is not None

@@ -29,8 +29,6 @@ def adapter_names(model: nn.Module) -> list[str]:
 
 def active_adapters(model: nn.Module) -> list[str]:
     """Names of the active adapters, in order."""
-    if isinstance(model, PeftModel):
-        return list(model.active_adapters)
     return list(dict.fromkeys(name for layer in _layers(model) for name in layer.active_adapters))
 
 
@@ -57,10 +55,6 @@ def activate_(model: nn.Module, names: Sequence[str]) -> None:
 @contextlib.contextmanager
 def without_adapters(model: nn.Module) -> Iterator[None]:
     """The base alone, until the context ends."""
-    if isinstance(model, PeftModel):
-        with model.disable_adapter():
-            yield
-        return
     with contextlib.ExitStack() as stack:
         for layer in _layers(model):
             stack.callback(layer.enable_adapters, not layer.disable_adapters)

@@ -179,7 +179,7 @@ def check_base(folder: Path, base: str | None, unknown_base: str = "refuse") -> 
     Args:
         unknown_base: whether to `refuse` or `accept` an adapter that does not record its base.
     """
-    if unknown_base == "refuse" or (folder / FILE).exists():
+    if unknown_base != "accept" or (folder / FILE).exists():
         recorded = base_of(folder)
         if base not in (None, recorded):
             raise FingerprintError(

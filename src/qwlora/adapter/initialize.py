@@ -80,19 +80,17 @@ def initialize_(
     init: Init,
     weights: Callable[[str], Tensor],
     moments: Mapping[str, LayerMoments] | None = None,
-    adapter: str | None = None,
     share: float = 0.5,
     track: Track = untracked,
     solver_scales: Mapping[str, Tensor] | None = None,
 ) -> InitReports:
-    """Initialize the adapter of each quantized linear layer in `model`, in place. Other layers keep
-    PEFT's default.
+    """Initialize the active adapter of each quantized linear layer in `model`, in place. Other
+    layers keep PEFT's default.
 
     Args:
         weights: canonical path to the float weight [out, in] that the layer was quantized from.
         moments: canonical path to R and G of the layer. Required by qera (`observe_moments`, or
             `quantize_(..., moments=...)`).
-        adapter: name of the adapter; default: the active one.
         share: share of a layer's ranks that correct, rounded up; in (0, 1].
         solver_scales: canonical path of a tuned layer to its scale before tuning
             (`TuningReport.solver_scales`).
@@ -106,7 +104,7 @@ def initialize_(
         raise TrainingError(
             f"the share of ranks that init {init} corrects with is in (0, 1], not {share:g}"
         )
-    adapter, moments, scales = adapter or active_adapter(model), moments or {}, solver_scales or {}
+    adapter, moments, scales = active_adapter(model), moments or {}, solver_scales or {}
     layers: dict[str, LoraLayer] = {}  # packed linear layers that have the adapter
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer) or adapter not in module.lora_A:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -87,15 +87,6 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True)
-class Display:
-    """Where the progress of a run is shown."""
-
-    track: Track = untracked
-    logs: Path | None = None  # folder for TensorBoard files
-    watch: Watch = lambda progress: None
-
-
-@dataclass(frozen=True)
 class TrainingReport:
     """Results of a training run, including the steps before an interruption."""
 
@@ -103,8 +94,8 @@ class TrainingReport:
     step_seconds: float  # mean since the run started or resumed, without the first step
     resumed_from_step: int
     trainable_parameters: int
-    losses: tuple[float, ...]
-    evaluations: tuple[tuple[int, float], ...] = ()  # (step, loss) on held-out text
+    losses: list[float]
+    evaluations: list[list[float]] = field(default_factory=list)  # [step, loss] on held-out text
     best_step: int | None = None
     base_bytes: int = 0  # in one process; 0 if the run had ended and was only restored
 
@@ -130,7 +121,10 @@ def train_adapter(
     held_out: TrainingData | None = None,
     teacher: PreTrainedModel | None = None,
     training_graph: nn.Module | None = None,
-    display: Display | None = None,
+    *,
+    track: Track = untracked,
+    logs: Path | None = None,
+    watch: Watch = lambda progress: None,
 ) -> TrainingReport:
     """Train the active adapter of `model`, in place.
 
@@ -140,6 +134,8 @@ def train_adapter(
         held_out: evaluated every `evaluation_steps`; the adapter of the best evaluation is kept.
         teacher: the float model, to train for recovery (`recovery_loss.py`).
         training_graph: replaces the model's forward during training (`replaced_forward`).
+        logs: folder for TensorBoard files.
+        watch: called after each step.
 
     Raises:
         GridError: a packed layer does not compute its codes, see `assert_frozen`.
@@ -148,12 +144,15 @@ def train_adapter(
         Interrupted: Ctrl-C, SIGTERM or SIGHUP; a checkpoint of the last finished step is in
             `work`.
     """
-    display = display or Display()
     trainable = check_trainable(model)
     if packed_layers(model):  # LoRA on floats is trained for comparisons
         assert_frozen(model)
-    for what, data in (("training text", sequences), ("held-out text", held_out)):
-        if data is not None and isinstance(data, Sized) and not len(data):
+    texts: list[Any] = [
+        as_sequences(text) if isinstance(text, Tensor) else text for text in (sequences, held_out)
+    ]
+    training, evaluation = texts
+    for what, text in (("training text", training), ("held-out text", evaluation)):
+        if isinstance(text, Sized) and not len(text):
             raise TrainingError(f"the {what} has no sequence. Use more text, or shorter sequences")
     keeps_best = settings.evaluation_steps is not None
     if keeps_best and held_out is None:
@@ -161,7 +160,7 @@ def train_adapter(
     last = checkpoints.last_checkpoint(work)
     arguments = _arguments(settings, work, process_count())
     vocabulary = vocabulary_size(causal_model(model)) if settings.divergence == "stop" else None
-    monitor = TrainingMonitor(display.track, settings.checkpoint_steps, vocabulary, display.watch)
+    monitor = TrainingMonitor(track, settings.checkpoint_steps, vocabulary, watch)
 
     def report(state: TrainerState) -> TrainingReport:
         return TrainingReport(
@@ -169,7 +168,7 @@ def train_adapter(
             step_seconds=monitor.mean_step_seconds,
             resumed_from_step=checkpoints.step_of(last) if last else 0,
             trainable_parameters=trainable,
-            losses=tuple(losses_of(state)),
+            losses=losses_of(state),
             evaluations=evaluations_of(state),
             best_step=state.best_global_step if keeps_best else None,
             base_bytes=monitor.base_bytes,
@@ -185,8 +184,8 @@ def train_adapter(
         trainer = AdapterTrainer(
             model,
             arguments,
-            train_dataset=_dataset(sequences),
-            eval_dataset=None if held_out is None else _dataset(held_out),
+            train_dataset=training,
+            eval_dataset=evaluation,
             callbacks=[monitor],
         )
         if settings.patience:
@@ -199,8 +198,8 @@ def train_adapter(
                 )
             trainer.add_callback(stopping)
         for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, TensorBoardCallback) and display.logs is not None:
-                callback.logging_dir = str(display.logs)
+            if isinstance(callback, TensorBoardCallback) and logs is not None:
+                callback.logging_dir = str(logs)
         trainer.accelerator.wait_for_everyone()  # until every process has found `last`
         if trainer.is_world_process_zero():
             checkpoints.delete_newer(work, last)
@@ -230,10 +229,6 @@ def check_loggers(report_to: Sequence[str]) -> None:
                 callback()
         except (ValueError, RuntimeError, ImportError) as error:
             raise MissingExtraError(f"report_to {name!r}: {error}") from error
-
-
-def _dataset(sequences: TrainingData) -> Dataset[dict[str, Tensor]]:
-    return as_sequences(sequences) if isinstance(sequences, Tensor) else sequences
 
 
 def _arguments(settings: TrainingSettings, work: Path, processes: int) -> TrainingArguments:

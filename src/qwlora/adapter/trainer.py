@@ -280,7 +280,7 @@ class TrainingMonitor(TrainerCallback):
                 "step": state.global_step,
                 "steps": args.max_steps,
                 "losses": losses,
-                "evaluations": [list(e) for e in evaluations_of(state)],
+                "evaluations": evaluations_of(state),
                 "step_seconds": self.mean_step_seconds,
             }
 
@@ -306,11 +306,9 @@ class TrainingMonitor(TrainerCallback):
             self.interrupted = number
 
 
-def evaluations_of(state: TrainerState) -> tuple[tuple[int, float], ...]:
-    """(step, loss) of each evaluation on held-out text."""
-    return tuple(
-        (int(e["step"]), float(e["eval_loss"])) for e in state.log_history if "eval_loss" in e
-    )
+def evaluations_of(state: TrainerState) -> list[list[float]]:
+    """[step, loss] of each evaluation on held-out text."""
+    return [[int(e["step"]), float(e["eval_loss"])] for e in state.log_history if "eval_loss" in e]
 
 
 def losses_of(state: TrainerState) -> list[float]:

@@ -34,7 +34,6 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -107,7 +106,7 @@ def _points(observers: Sequence[SampleObserver]) -> WeightedPoints:
     samples = sorted_([o.sample for o in observers])
     if observers[0].is_complete:
         places = samples.double()
-        return weighted_points(places, torch.ones_like(places))
+        return WeightedPoints(places, torch.ones_like(places))
     bounds = torch.stack([o.bounds.cpu() for o in observers]).unsqueeze(2)  # [observers, 2, 1]
     far = sorted_([o.tails for o in observers])
     # A tail value on the inner side of a bound may also be in the sample: it moves to the bound
@@ -120,16 +119,14 @@ def _points(observers: Sequence[SampleObserver]) -> WeightedPoints:
     column = torch.arange(samples.shape[1])
     is_between = (column >= begin) & (column < end)
     weights = missing.clamp(min=0).unsqueeze(1) / (end - begin).clamp(min=1) * is_between
-    return weighted_points(
+    return WeightedPoints(
         torch.cat([-tails[:, 0].flip(1), samples.clamp(first, last), tails[:, 1]], 1).double(),
         torch.cat([tail_weights[:, 0].flip(1), weights, tail_weights[:, 1]], 1),
     )
 
 
-@dataclass(frozen=True)
 class WeightedPoints:
-    """Sorted points on the number line with a weight each, for several groups at once; made by
-    `weighted_points`.
+    """Sorted points on the number line with a weight each, for several groups at once.
 
     A value of a complete data set has weight 1; a value of a sample stands for several and weighs
     as many. With running sums, the sum of `w (x - v)^2` over any interval takes two lookups, so the
@@ -137,12 +134,19 @@ class WeightedPoints:
 
     Args:
         places: float64 [groups, points], ascending.
-        sums: running sums of weight, weight times place, and weight times place squared;
-            float64 [3, groups, points + 1], the first column 0.
+        weights: float64 [groups, points]; overwritten.
     """
 
-    places: Float[Tensor, "groups points"]
-    sums: Float[Tensor, "3 groups bounds"]
+    def __init__(
+        self, places: Float[Tensor, "groups points"], weights: Float[Tensor, "groups points"]
+    ):
+        self.places = places
+        # weight, weight times place, and weight times place squared; the first column is 0
+        self.sums = places.new_zeros(3, len(places), places.shape[1] + 1)
+        for power in range(3):
+            torch.cumsum(
+                weights if power == 0 else weights.mul_(places), 1, out=self.sums[power, :, 1:]
+            )
 
     def below(self, bounds: Float[Tensor, "groups bounds"]) -> Int64[Tensor, "groups bounds"]:
         """Number of points below each bound, which is an index into `sums`."""
@@ -176,18 +180,6 @@ class WeightedPoints:
             for column in (first, last)
         )
         return lower, upper
-
-
-def weighted_points(
-    places: Float[Tensor, "groups points"], weights: Float[Tensor, "groups points"]
-) -> WeightedPoints:
-    """Points at ascending `places`, both float64; overwrites `weights`."""
-    groups, count = places.shape
-    sums = torch.empty(3, groups, count + 1, dtype=torch.float64, device=places.device)
-    sums[:, :, 0] = 0
-    for power in range(3):
-        torch.cumsum(weights if power == 0 else weights.mul_(places), 1, out=sums[power, :, 1:])
-    return WeightedPoints(places, sums)
 
 
 def share_outside(count: float, percentile: float) -> int:

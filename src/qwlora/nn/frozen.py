@@ -55,15 +55,12 @@ def check_finite(name: str, tensor: Tensor, allow_infinity: bool = False) -> Non
     if bool(torch.isfinite(low) & torch.isfinite(high)):
         return
     bad = values.isnan() if allow_infinity else ~values.isfinite()
-    if not bool(bad.any()):
-        return
-    nan, first = int(values.isnan().sum()), bad.nonzero()[0].tolist()
-    counts = {"NaN": nan, "infinite": int(bad.sum()) - nan}
-    found = " and ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-    raise CalibrationError(
-        f"{name} contains {found} (first at index {first[0] if len(first) == 1 else first}). "
-        "QWLoRA cannot freeze a model with non-finite weights; check the checkpoint"
-    )
+    if bool(bad.any()):
+        raise CalibrationError(
+            f"{name} contains {int(bad.sum())} values that are NaN or infinite, the first at index "
+            f"{bad.nonzero()[0].tolist()}. QWLoRA cannot freeze a model with non-finite weights; "
+            "check the checkpoint"
+        )
 
 
 def check_base_finite(module: nn.Module) -> None:

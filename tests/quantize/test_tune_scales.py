@@ -313,9 +313,6 @@ def test_what_cannot_be_tuned_says_why() -> None:
         reference.model.norm.weight.fill_(float("nan"))
     with pytest.raises(CalibrationError, match=r"is nan at step 1; .*lower learning rate"):
         tune_(model, reference, ids())
-    for wrong in ({"steps": 0}, {"learning_rate": float("nan")}, {"compute": "float16"}):
-        with pytest.raises(CalibrationError, match="at least 1 step"):
-            TuningSettings(**wrong)  # type: ignore[arg-type]
 
 
 def test_a_recipe_tunes(recipe_for: Any, tmp_path: Path) -> None:

@@ -152,14 +152,6 @@ class WeightedPoints:
         """Number of points below each bound, which is an index into `sums`."""
         return torch.searchsorted(self.places, bounds)
 
-    def outside(
-        self, lower: Float[Tensor, "groups bounds"], upper: Float[Tensor, "groups bounds"]
-    ) -> tuple[Tensor, Tensor]:
-        """The sums, [3, groups, bounds], of the points below `lower` and of those above `upper`."""
-        at = self.below(torch.cat([lower, upper], 1))
-        below, not_above = self.sums.gather(2, at.expand(3, -1, -1)).split(lower.shape[1], 2)
-        return below, self.sums[:, :, -1:] - not_above
-
     def percentile_range(
         self, percentile: float
     ) -> tuple[Float[Tensor, " groups"], Float[Tensor, " groups"]]:
@@ -271,26 +263,22 @@ def _errors(
     points: WeightedPoints, scale: Candidates, offset: Candidates, steps: int, gamma: float
 ) -> Candidates:
     """The error of each candidate: exact up to 31 steps, modeled above."""
-    clipped, inside = _clipped_errors(points, scale, offset, steps, gamma)
+    first, last = offset * scale, (offset + steps) * scale
+    at = points.below(torch.cat([first - scale / 2, last + scale / 2], 1)).expand(3, -1, -1)
+    below, not_above = points.sums.gather(2, at).split(scale.shape[1], 2)
+    above = points.sums[:, :, -1:] - not_above
+    clipped = _squared_distance(below, first) + _squared_distance(above, last)
+    clipped = gamma * clipped.clamp_(min=0)
     if steps > _MOST_EXACT_STEPS:
         near = points.below(torch.cat([-scale / 2, scale / 2], 1)).expand(3, -1, -1)
-        below, not_above = points.sums.gather(2, near).split(scale.shape[1], 2)
-        weight, _, squares = not_above - below
+        low, not_high = points.sums.gather(2, near).split(scale.shape[1], 2)
+        weight, _, squares = not_high - low
+        inside = points.sums[0, :, -1:] - below[0] - above[0]
         return clipped + squares + (inside - weight).clamp_(min=0) * scale.square() / 12
     at_once = max(1, _LOOKUPS_AT_ONCE // (steps * len(scale)))
     chunks = zip(scale.split(at_once, 1), offset.split(at_once, 1), strict=True)
     unweighted = torch.cat([_unweighted_errors(points, s, o, steps) for s, o in chunks], 1)
     return unweighted + clipped * ((gamma - 1) / gamma)
-
-
-def _clipped_errors(
-    points: WeightedPoints, scale: Candidates, offset: Candidates, steps: int, gamma: float
-) -> tuple[Candidates, Candidates]:
-    """Error of the clipped values, `gamma` included, and the weight of those not clipped."""
-    first, last = offset * scale, (offset + steps) * scale
-    below, above = points.outside(first - scale / 2, last + scale / 2)
-    error = _squared_distance(below, first) + _squared_distance(above, last)
-    return gamma * error.clamp_(min=0), points.sums[0, :, -1:] - below[0] - above[0]
 
 
 def _squared_distance(sums: Float[Tensor, "3 groups candidates"], v: Candidates) -> Candidates:

@@ -58,7 +58,7 @@ def _imported(name: str) -> Any:
     return getattr(importlib.import_module(f"qwlora.{module}"), attribute)
 
 
-_REGISTERED = (
+_SOLVERS = (
     Solver("rtn", "quantize.scale_search:solve_rtn"),
     Solver("search", "quantize.scale_search:solve_search"),
     Solver("sqnr", "quantize.scale_search:solve_sqnr"),
@@ -69,7 +69,7 @@ _REGISTERED = (
         settings="quantize.gptq:GptqSettings",
     ),
 )
-SOLVERS = {solver.name: solver for solver in _REGISTERED}
+SOLVERS = {solver.name: solver for solver in _SOLVERS}
 
 if TYPE_CHECKING:
     SolverName = str

@@ -79,14 +79,6 @@ class TuningSettings:
     compute: str = "auto"
     seed: int = 0
 
-    def __post_init__(self) -> None:
-        is_known = self.compute in ("auto", "float32", "bfloat16")
-        if self.steps < 1 or not 0 < self.learning_rate < 1 or not is_known:
-            raise CalibrationError(
-                "tuning takes at least 1 step, a learning rate between 0 and 1, and computes in "
-                f"float32 or bfloat16, not {self.steps}, {self.learning_rate:g} and {self.compute}"
-            )
-
 
 @dataclass(frozen=True)
 class TuningReport:

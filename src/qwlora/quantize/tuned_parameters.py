@@ -45,7 +45,8 @@ class Tunable:
             if type(module) is PackedLinear and not module.is_tied
         }
         self.factors = {
-            name: _factor_of(layer.tensor.parts.scale) for name, layer in self.layers.items()
+            name: nn.Parameter(torch.zeros_like(layer.tensor.parts.scale, dtype=torch.float32))
+            for name, layer in self.layers.items()
         }
         self.norms: dict[str, Any] = {}
         self._gains: dict[str, tuple[nn.Parameter, float]] = {}  # f and constant
@@ -55,7 +56,9 @@ class Tunable:
                 continue
             weight = cast(nn.Parameter, module.weight)
             if id(weight) not in by_weight:  # norms that share a weight share its factor
-                self.factors[name] = by_weight[id(weight)] = _factor_of(weight)
+                self.factors[name] = by_weight[id(weight)] = nn.Parameter(
+                    torch.zeros_like(weight, dtype=torch.float32)
+                )
             self.norms[name], self._gains[name] = module, (by_weight[id(weight)], constant)
 
     def by_rate(self, highest: float) -> dict[float, list[nn.Parameter]]:

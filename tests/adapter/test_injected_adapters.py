@@ -16,8 +16,8 @@ from safetensors.torch import load_file
 import qwlora
 from conftest import tiny_model
 from qwlora import quantize_, save_adapter, simulate, simulate_adapters
-from qwlora.adapter.active_adapters import activate_, active_adapter, active_adapters
 from qwlora.adapter.adapter_deltas import rounding_losses
+from qwlora.adapter.attach import activate_, active_adapter, active_adapters
 from qwlora.errors import TrainingError
 from qwlora.nn.fingerprint import adapter_fingerprint
 

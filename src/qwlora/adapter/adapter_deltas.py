@@ -19,7 +19,6 @@ they need two weights (`untie_`).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,25 +26,12 @@ from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.adapter.active_adapters import active_adapter
+from qwlora.adapter.attach import active_adapter
 from qwlora.adapter.chunked_loss import causal_model
 from qwlora.errors import MergeError
 from qwlora.grid.encoding import aligned, grouped
 from qwlora.nn import PackedLayer, weight_out_in
 from qwlora.system.parameter_names import canonical_name
-
-
-@dataclass(frozen=True)
-class RoundingLoss:
-    """What rounding loses of one layer's delta."""
-
-    below: int  # entries below half a step
-    entries: int  # all entries
-    rms_steps: float  # root mean square of the delta, in steps
-
-    @property
-    def share(self) -> float:
-        return self.below / self.entries
 
 
 def _adapted_layers(model: nn.Module, adapter: str) -> Iterator[tuple[str, Any, Any]]:
@@ -74,8 +60,10 @@ def adapter_updates(model: nn.Module) -> dict[str, dict[str, float]]:
 
 
 @torch.no_grad()
-def rounding_losses(model: nn.Module) -> dict[str, RoundingLoss]:
-    """What requantizing loses of each packed layer's delta, by canonical path."""
+def rounding_losses(model: nn.Module) -> dict[str, dict[str, float]]:
+    """What requantizing loses of each packed layer's delta, by canonical path: the number of
+    `entries` and of those `below` half a step, their `share`, and `rms_steps`, the root mean square
+    of the delta in steps."""
     adapter = active_adapter(model)
     losses = {}
     for path, layer, base in _adapted_layers(model, adapter):
@@ -85,7 +73,12 @@ def rounding_losses(model: nn.Module) -> dict[str, RoundingLoss]:
             scale = aligned(base.encoding.scale, granularity, delta.ndim)
             steps = grouped(delta, granularity) / scale
             below = int((steps.abs() < 0.5).sum())
-            losses[path] = RoundingLoss(below, steps.numel(), float(steps.square().mean().sqrt()))
+            losses[path] = {
+                "below": below,
+                "entries": steps.numel(),
+                "rms_steps": float(steps.square().mean().sqrt()),
+                "share": below / steps.numel(),
+            }
     return losses
 
 

@@ -5,17 +5,30 @@
 
 The adapter is PEFT's. Added here are errors where PEFT is silent: a target module, pattern or layer
 number that matches nothing in the model.
+
+Which adapters are active, and switching them, works for a `PeftModel` and for a transformers model
+after `peft.inject_adapter_in_model`. transformers gives its models methods of the same names
+(`active_adapters()`, `set_adapter`, `disable_adapters`). Those of 5.24 refuse every released PEFT
+("use a version >= 0.22.0"), so the layers are asked instead. `model.load_adapter` of transformers
+refuses it too; write
+
+    model = PeftModel.from_pretrained(model, folder)
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -26,7 +39,6 @@ from qwlora.adapter.adapter_files import (
     check_adapter,
     check_contents,
     check_pattern_times,
-    read_config,
 )
 from qwlora.adapter.adapter_folder import (
     check_fit,
@@ -179,11 +191,6 @@ def attach_existing(
     return load_adapter(model, adapter_folder(source), True, unknown_base)
 
 
-def dropout_of(source: str) -> float:
-    """The dropout of the adapter at `source`, which must have passed `check_existing`."""
-    return float(read_config(adapter_folder(source)).get("lora_dropout") or 0.0)
-
-
 def check_existing(
     source: str, unknown_base: str = "refuse", skeleton: PreTrainedModel | None = None
 ) -> dict[str, tuple[int, ...]]:
@@ -238,3 +245,49 @@ def check_trainable(model: nn.Module) -> int:
     if not trainable:
         raise TrainingError("the model has no trainable parameter: attach a LoRA adapter first")
     return sum(trainable.values())
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """Names of all adapters; empty if there is none."""
+    return list(getattr(cast(Any, model), "peft_config", None) or ())
+
+
+def active_adapters(model: nn.Module) -> list[str]:
+    """Names of the active adapters, in order."""
+    return list(dict.fromkeys(name for layer in _layers(model) for name in layer.active_adapters))
+
+
+def active_adapter(model: nn.Module) -> str:
+    """The active adapter, the first if there are several."""
+    if active := active_adapters(model):
+        return active[0]
+    raise TrainingError(
+        f"{type(model).__name__} has no active adapter; attach one with peft.get_peft_model, or "
+        "say which"
+    )
+
+
+def activate_(model: nn.Module, names: Sequence[str]) -> None:
+    """Make adapters the active ones; PEFT then lets their parameters require gradients."""
+    if isinstance(model, PeftModel):
+        model.base_model.set_adapter(list(names))
+        model.active_adapter = names[0]
+        return
+    for layer in _layers(model):
+        layer.set_adapter(list(names))
+
+
+@contextlib.contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """The base alone, until the context ends."""
+    with contextlib.ExitStack() as stack:
+        for layer in _layers(model):
+            stack.callback(layer.enable_adapters, not layer.disable_adapters)
+            layer.enable_adapters(False)
+        yield
+
+
+def _layers(model: nn.Module) -> Iterator[Any]:
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            yield module

@@ -38,7 +38,7 @@ from jaxtyping import Float
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from qwlora.adapter.active_adapters import active_adapter
+from qwlora.adapter.attach import active_adapter
 from qwlora.errors import TrainingError, listed
 from qwlora.grid.second_moments import LayerMoments, factor_damped
 from qwlora.nn import PackedLinear

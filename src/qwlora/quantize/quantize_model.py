@@ -282,7 +282,7 @@ def _pack_(
             quantized, report = solve_tensor(name, tensor_out_in(model, name), plan[name])
             pack_at_(model, name, quantized)
             reports[canonical_name(name)] = report
-    warn_of_second_rounding({name: report.second_rounding for name, report in reports.items()})
+    warn_of_second_rounding(reports)
     return reports
 
 

@@ -108,9 +108,9 @@ def is_on_grid(weight: Tensor, bitwidth: int) -> bool:
     return bool(fits.float().mean() > 0.5)
 
 
-def warn_of_second_rounding(errors: Mapping[str, float | None]) -> None:
-    """Warn about layers that were rounded a second time, given the relative error of each."""
-    rounded = {name: error for name, error in errors.items() if error}
+def warn_of_second_rounding(reports: Mapping[str, LayerReport]) -> None:
+    """Warn about layers that were rounded a second time."""
+    rounded = {name: error for name, r in reports.items() if (error := r.second_rounding)}
     if not rounded:
         return
     worst = sorted(rounded.items(), key=lambda item: -item[1])

@@ -175,12 +175,15 @@ def _key(
 ) -> str:
     """A digest of everything that the result depends on."""
     digest = hashlib.sha256()
-    update_digest(digest, [REVISIONS["tune_scales"], settings, *named_inputs(batches)])
-    update_digest(digest, [adapter_fingerprint(model)])
+    inputs = [
+        REVISIONS["tune_scales"],
+        settings,
+        *named_inputs(batches),
+        adapter_fingerprint(model),
+    ]
     for part in (model, teacher):
-        update_digest(
-            digest, [fingerprint(part), sorted({str(p.dtype) for p in part.parameters()})]
-        )
+        inputs += [fingerprint(part), sorted({str(p.dtype) for p in part.parameters()})]
+    update_digest(digest, inputs)
     return digest.hexdigest()
 
 

@@ -39,7 +39,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from qwlora.adapter.active_adapters import (
+from qwlora.adapter.attach import (
     activate_,
     active_adapters,
     adapter_names,

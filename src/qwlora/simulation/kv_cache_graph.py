@@ -69,7 +69,7 @@ from torch.export import ExportedProgram
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from qwlora.adapter.active_adapters import activate_
+from qwlora.adapter.attach import activate_
 from qwlora.errors import CalibrationError, CaptureError, foreign_as, listed
 from qwlora.graph.call_arguments import Structure
 from qwlora.graph.capture import IDS, MASK, PAST, POSITIONS, PRESENT, Captured, capture

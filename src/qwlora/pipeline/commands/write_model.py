@@ -13,7 +13,6 @@ scaling * lora_B @ lora_A.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +20,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from qwlora.adapter.adapter_deltas import RoundingLoss, rounding_losses, untie_
+from qwlora.adapter.adapter_deltas import rounding_losses, untie_
 from qwlora.analysis.token_scores import logits_of, perplexity
 from qwlora.errors import SourceError
 from qwlora.formats.base_folder import save_base
@@ -39,7 +38,7 @@ KEPT = 0.9  # share of the adapter's improvement that a merge must keep to be ca
 
 
 def merge_effect(
-    layers: Mapping[str, RoundingLoss], base: float, adapted: float, merged: float
+    layers: Mapping[str, dict[str, float]], base: float, adapted: float, merged: float
 ) -> dict[str, Any]:
     """Effect of merging an adapter into the base's integers, for `qwlora merge-check --json`.
 
@@ -67,14 +66,15 @@ def merge_effect(
         )
     losses = layers.values()
     return {
-        "share": sum(loss.below for loss in losses) / max(1, sum(loss.entries for loss in losses)),
+        "share": sum(loss["below"] for loss in losses)
+        / max(1, sum(loss["entries"] for loss in losses)),
         "base": base,
         "adapted": adapted,
         "merged": merged,
         "kept": kept,
         "is_harmless": is_harmless,
         "recommendation": advice,
-        "layers": {name: {**asdict(loss), "share": loss.share} for name, loss in layers.items()},
+        "layers": layers,
     }
 
 

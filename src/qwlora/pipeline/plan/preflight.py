@@ -9,9 +9,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from qwlora.adapter.adapter_files import adapter_folder
+from qwlora.adapter.adapter_files import adapter_folder, read_config
 from qwlora.adapter.adapter_folder import refuse_saved
-from qwlora.adapter.attach import check_existing, check_shape, dropout_of
+from qwlora.adapter.attach import check_existing, check_shape
 from qwlora.adapter.train import check_loggers
 from qwlora.data.sequences import check_isolation
 from qwlora.errors import ExportError, GridError, SourceError, TrainingError, listed
@@ -74,9 +74,10 @@ def preflight(context: JobContext, verbs: set[str], say: Callable[[str], None]) 
             root = adapter
             while (first := recipe.predecessor(root)) is not None:
                 root = first
-            if root.continue_from and (dropout := dropout_of(root.continue_from)):
+            source = root.continue_from
+            if source and (dropout := read_config(adapter_folder(source)).get("lora_dropout")):
                 say(
-                    f"adapter {adapter.name}: {root.continue_from} has dropout {dropout:g}; "
+                    f"adapter {adapter.name}: {source} has dropout {dropout:g}; "
                     "workflow qwa-lora trains without dropout"
                 )
     if "quantize" in verbs:

@@ -233,8 +233,8 @@ def without_dropout_(model: PeftModel) -> None:
 
 
 def check_trainable(model: nn.Module) -> int:
-    """Number of trainable parameters; all must belong to the adapter: LoRA's matrices, DoRA's
-    magnitudes and PEFT's modules_to_save."""
+    """Number of trainable parameters; all must be finite and belong to the adapter: LoRA's
+    matrices, DoRA's magnitudes and PEFT's modules_to_save."""
     trainable = {name: p.numel() for name, p in model.named_parameters() if p.requires_grad}
     others = [name for name in trainable if not is_adapter_name(name)]
     if others:
@@ -244,6 +244,12 @@ def check_trainable(model: nn.Module) -> int:
         )
     if not trainable:
         raise TrainingError("the model has no trainable parameter: attach a LoRA adapter first")
+    for name, p in model.named_parameters():
+        if p.requires_grad and not bool(p.isfinite().all()):
+            raise TrainingError(
+                f"{name} has values that are not finite before training. Attach the adapter again, "
+                "from files or initial weights that are"
+            )
     return sum(trainable.values())
 
 

@@ -132,8 +132,21 @@ class SampleObserver:
         self._ends += other._ends
         self.batches += other.batches
         self.count += other.count
-        if self.sampled:
-            self._merge_sample(other)
+        if not self.sampled:
+            return
+        self._add_tails(other.tails, other._bounds)
+        if not self.row_stride:
+            self.row_stride, self.column_stride = other.row_stride, other.column_stride
+        ours, theirs = self.row_stride * self.column_stride, other.row_stride * other.column_stride
+        added = other.sample
+        if theirs < ours:
+            added = added[_any_of(len(added), round(len(added) * theirs / ours)).to(added.device)]
+        elif ours < theirs:
+            self._thin(round(self._sample_count * ours / theirs))
+            self.row_stride, self.column_stride = other.row_stride, other.column_stride
+        self._add_to_sample(added)
+        while self._sample_count > VALUES:
+            self._halve(of_rows=self.row_stride <= self.column_stride)
 
     def to(self, device: torch.device) -> SampleObserver:
         """A copy of the observer on `device`."""
@@ -207,21 +220,6 @@ class SampleObserver:
         sample = self.sample
         self._sample = [sample[_any_of(self._sample_count, keep).to(sample.device)]]
         self._sample_count = keep
-
-    def _merge_sample(self, other: SampleObserver) -> None:
-        self._add_tails(other.tails, other._bounds)
-        if not self.row_stride:
-            self.row_stride, self.column_stride = other.row_stride, other.column_stride
-        ours, theirs = self.row_stride * self.column_stride, other.row_stride * other.column_stride
-        added = other.sample
-        if theirs < ours:
-            added = added[_any_of(len(added), round(len(added) * theirs / ours)).to(added.device)]
-        elif ours < theirs:
-            self._thin(round(self._sample_count * ours / theirs))
-            self.row_stride, self.column_stride = other.row_stride, other.column_stride
-        self._add_to_sample(added)
-        while self._sample_count > VALUES:
-            self._halve(of_rows=self.row_stride <= self.column_stride)
 
 
 def _further(a: Sequence[float], b: Sequence[float]) -> tuple[float, float]:

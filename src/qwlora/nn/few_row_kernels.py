@@ -39,7 +39,9 @@ def use_few_row_kernels_(model: nn.Module) -> int:
     number. The model is for inference from then on: `assert_frozen` refuses it."""
     count = 0
     for module in model.modules():
-        if isinstance(module, PackedLinear) and module.is_plain:
+        if not (isinstance(module, PackedLinear) and module.is_plain):
+            continue
+        if module.tensor.parts.packed.device.type == "cpu":
             product = _int4_product(module) or _int8_product(module)
             if product is not None:
                 module.forward = functools.partial(  # type: ignore[method-assign]
@@ -68,7 +70,7 @@ def _int4_product(layer: PackedLinear) -> Product | None:
         case _:
             return None
     block = next((b for b in _BLOCKS if size % b == 0), None)
-    if not _is_on_cpu(layer) or scheme.bitwidth > 4 or not block or layer.out_features % _OUTPUTS:
+    if scheme.bitwidth > 4 or not block or layer.out_features % _OUTPUTS:
         return None
     # The kernel subtracts 8. With the middle code moved there, a symmetric grid has the zero 0.
     middle = -scheme.symmetric_offset
@@ -88,12 +90,8 @@ def _int4_product(layer: PackedLinear) -> Product | None:
 def _int8_product(layer: PackedLinear) -> Product | None:
     """The int8 kernel with the layer's weight; None if it does not fit."""
     scheme = layer.scheme
-    if not _is_on_cpu(layer) or scheme != Scheme(8, granularity=PerChannel(0)):
+    if scheme != Scheme(8, granularity=PerChannel(0)):
         return None
     codes = (layer.codes.to(torch.int16) + scheme.symmetric_offset).to(torch.int8)
     scale = layer.encoding.scale.flatten().to(torch.bfloat16)
     return lambda rows: torch.ops.aten._weight_int8pack_mm(rows, codes, scale)
-
-
-def _is_on_cpu(layer: PackedLinear) -> bool:
-    return layer.tensor.parts.packed.device.type == "cpu"

@@ -345,14 +345,6 @@ def _transpose_matrix(view: Tensor) -> Tensor:
     return _transpose(view) if view.ndim == 2 else NotImplemented
 
 
-def _itself(view: Tensor, *_: Any, **__: Any) -> Tensor:
-    return view
-
-
-def _set(view: Tensor, source: Any = None, *_: Any, **__: Any) -> Tensor:
-    return view if source is view else refuse_write()
-
-
 _HANDLERS: dict[Any, Callable[..., Any]] = {
     F.linear: _linear,
     **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__, torch.mm, Tensor.mm), _matmul),
@@ -366,7 +358,9 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     Tensor.mT.__get__: _transpose,  # type: ignore[attr-defined]
     Tensor.T.__get__: _transpose_matrix,  # type: ignore[attr-defined]
     **dict.fromkeys((Tensor.t, torch.t), _transpose_matrix),
-    **dict.fromkeys((Tensor.detach, torch.detach, Tensor.requires_grad_), _itself),
-    Tensor.data.__get__: _itself,  # type: ignore[attr-defined]
-    Tensor.set_: _set,
+    **dict.fromkeys(
+        (Tensor.detach, torch.detach, Tensor.requires_grad_, Tensor.data.__get__),  # type: ignore[attr-defined]
+        lambda view, *_, **__: view,
+    ),
+    Tensor.set_: lambda view, source=None, *_, **__: view if source is view else refuse_write(),
 }

@@ -226,7 +226,11 @@ class InFiles:
             arrivals[path] += 1
             if arrivals[path] == batches and len(visited) > 1:
                 block = visited[-2]
-                if not self._is_shared(block, blocks):
+                readers = (
+                    {next((p for p in blocks if is_below(name, p)), None) for name in names}
+                    for names in self.lazy.aliases.values()
+                )
+                if not any(block in paths and len(paths) > 1 for paths in readers):
                     released.add(block)
                     self.writer.add(self.model.get_submodule(block), block)
                     self.model.get_submodule(block).to("meta")
@@ -240,14 +244,6 @@ class InFiles:
             yield
         tie_weights_(self.model)
         self.writer.add(self.model)
-
-    def _is_shared(self, block: str, blocks: Collection[str]) -> bool:
-        """Whether a tensor of the block is read elsewhere too."""
-        for names in self.lazy.aliases.values():
-            readers = {next((p for p in blocks if is_below(name, p)), None) for name in names}
-            if block in readers and len(readers) > 1:
-                return True
-        return False
 
     def _check_float(self, name: str) -> None:
         if tensor_at(self.model, name) is None:

@@ -17,7 +17,7 @@ from qwlora.grid.encoding import Encoding, QuantizedTensor
 from qwlora.grid.scheme import Lpbq, PerBlock, PerChannel, PerTensor, Scheme
 from qwlora.nn import PackedLayer, is_packable, is_packed, pack_module, weight_out_in
 from qwlora.nn.packed_layer import PackedEmbedding
-from qwlora.nn.replace import packed_on, place_empty_
+from qwlora.nn.replace import place_empty_
 
 SCHEMES = [
     *(Scheme(bits, granularity=PerBlock(16)) for bits in range(2, 9)),
@@ -181,7 +181,7 @@ def tied() -> nn.ModuleDict:
     torch.manual_seed(0)
     embedding, head = nn.Embedding(40, 48), nn.Linear(48, 40, bias=False)
     embedding = pack_module(embedding, quantized(embedding.weight, "w4-block16"))
-    return nn.ModuleDict({"embedding": embedding, "head": packed_on(head, embedding)})
+    return nn.ModuleDict({"embedding": embedding, "head": pack_module(head, embedding)})
 
 
 def test_a_tied_head_shares_one_storage_through_everything(tied: nn.ModuleDict) -> None:

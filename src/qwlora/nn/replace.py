@@ -107,15 +107,14 @@ def tensor_out_in(model: nn.Module, name: str) -> Tensor:
     return weight_out_in(module) if is_weight else parameter_out_in(module, key)
 
 
-def pack_module(module: nn.Module, quantized: QuantizedTensor) -> PackedLayer:
-    """A packed layer that replaces `module`: codes of `quantized` [out, in]; bias, training mode
-    and all other attributes are kept."""
-    return packed_on(module, PackedTensor.from_quantized(quantized))
-
-
-def packed_on(module: nn.Module, source: PackedTensor | PackedLayer) -> PackedLayer:
-    """A layer that replaces `module`, on these codes or tied to a packed layer (an output head that
-    reads the codes of the embedding)."""
+def pack_module(
+    module: nn.Module, source: QuantizedTensor | PackedTensor | PackedLayer
+) -> PackedLayer:
+    """A packed layer that replaces `module`, on these codes [out, in] or tied to a packed layer (an
+    output head that reads the codes of the embedding); bias, training mode and all other attributes
+    are kept."""
+    if isinstance(source, QuantizedTensor):
+        source = PackedTensor.from_quantized(source)
     weight = weight_out_in(module)
     shape = source.shape if isinstance(source, PackedTensor) else source.tensor.shape
     if is_packed(module) or shape != tuple(weight.shape):
@@ -157,7 +156,7 @@ def pack_at_(model: nn.Module, name: str, quantized: QuantizedTensor) -> PackedL
     layer = pack_module(module, quantized)
     model.set_submodule(path, layer)
     for other, reader in tied:
-        model.set_submodule(other, packed_on(reader, layer))
+        model.set_submodule(other, pack_module(reader, layer))
     return layer
 
 
@@ -170,7 +169,7 @@ def place_empty_(model: nn.Module, path: str, scheme: Scheme) -> PackedLayer:
     tensor = PackedTensor.empty(scheme, tuple(weight.shape))
     if is_expert:
         return pack_parameter_(module, name, tensor)
-    layer = packed_on(module, tensor)
+    layer = pack_module(module, tensor)
     model.set_submodule(path, layer)
     return layer
 
@@ -185,7 +184,7 @@ def tie_weights_(model: PreTrainedModel) -> None:
         reader = model.get_submodule(path)
         owner = model.get_submodule(source.removesuffix(".weight"))
         if is_packed(owner) and not is_packed(reader):
-            model.set_submodule(path, packed_on(reader, owner))
+            model.set_submodule(path, pack_module(reader, owner))
     model.tie_weights()
 
 

@@ -16,8 +16,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 from adapter.small_models import LOGIT_CHANGES, OTHERS, built
 from conftest import ARCHITECTURES, VOCABULARY, tiny_model
 from qwlora import quantize_
-from qwlora.adapter.chunked_loss import ChunkedLoss
-from qwlora.adapter.cross_entropy import sliced_cross_entropy
+from qwlora.adapter.chunked_loss import ChunkedLoss, sliced_cross_entropy
 from qwlora.errors import TrainingError
 from qwlora.grid.scheme import parse_scheme
 from qwlora.nn import PackedLinear
@@ -151,7 +150,7 @@ def sliced(
     hidden: Tensor, targets: Tensor, weight: Tensor, rows: int, bias: Tensor | None = None
 ) -> Tensor:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("qwlora.adapter.cross_entropy.SLICE_LOGITS", (rows - 1) * len(hidden))
+        patch.setattr("qwlora.adapter.chunked_loss.SLICE_LOGITS", (rows - 1) * len(hidden))
         return sliced_cross_entropy(hidden, targets, lambda i, j: weight[i:j], len(weight), bias)
 
 
@@ -216,7 +215,7 @@ def test_refuses_labels_outside_the_vocabulary(label: int) -> None:
 
 
 def test_head_weight_is_never_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("qwlora.adapter.cross_entropy.SLICE_LOGITS", 600)
+    monkeypatch.setattr("qwlora.adapter.chunked_loss.SLICE_LOGITS", 600)
     model = tiny_model("llama").requires_grad_(False)
     config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
     peft = get_peft_model(model, config)
@@ -235,7 +234,7 @@ def test_head_weight_is_never_rounded_at_once(monkeypatch: pytest.MonkeyPatch) -
 def test_packed_head_is_never_unpacked_at_once(
     monkeypatch: pytest.MonkeyPatch, name: str, half: bool
 ) -> None:
-    monkeypatch.setattr("qwlora.adapter.cross_entropy.SLICE_LOGITS", 600)
+    monkeypatch.setattr("qwlora.adapter.chunked_loss.SLICE_LOGITS", 600)
     model = tiny_model(name)
     quantize_(model, "w4-block32", "rtn", rules=[LayerRule("lm_head", parse_scheme("w8-block32"))])
     assert type(model.get_output_embeddings()) is PackedLinear

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from conftest import VOCABULARY, tiny_model
-from qwlora.adapter.mlx_adapter import convert_mlx_adapter, is_mlx_adapter
+from qwlora.adapter.adapter_files import convert_mlx_adapter, is_mlx_adapter
 from qwlora.errors import SourceError
 
 MODULES = {"model.layers.0.self_attn.q_proj": 2, "model.layers.1.mlp.up_proj": 4}

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from adapter.small_models import LOGIT_CHANGES, built
 from conftest import ARCHITECTURES, tiny_model
 from qwlora import quantize_
-from qwlora.adapter.recovery_loss import RecoveryLoss
 from qwlora.adapter.train import TrainingSettings, train_adapter
+from qwlora.adapter.training_step import RecoveryLoss
 from qwlora.errors import RecipeError
 from qwlora.pipeline.running.run_job import run
 from qwlora.recipe import load_recipe

@@ -38,7 +38,6 @@ from qwlora.adapter.adapter_folder import reading
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.chunked_loss import causal_model
 from qwlora.adapter.fsdp import gather_, prepare_sharding_
-from qwlora.adapter.recovery_loss import RecoveryLoss
 from qwlora.adapter.trainer import (
     AdapterTrainer,
     TrainingMonitor,
@@ -46,7 +45,7 @@ from qwlora.adapter.trainer import (
     evaluations_of,
     losses_of,
 )
-from qwlora.adapter.training_step import lean_steps, replaced_forward
+from qwlora.adapter.training_step import RecoveryLoss, lean_steps, replaced_forward
 from qwlora.data.sequences import as_sequences
 from qwlora.errors import MissingExtraError, TrainingError
 from qwlora.graph.call_arguments import vocabulary_size
@@ -132,7 +131,7 @@ def train_adapter(
 
     Args:
         held_out: evaluated every `evaluation_steps`; the adapter of the best evaluation is kept.
-        teacher: the float model, to train for recovery (`recovery_loss.py`).
+        teacher: the float model, to train for recovery (`RecoveryLoss`).
         training_graph: replaces the model's forward during training (`replaced_forward`).
         logs: folder for TensorBoard files.
         watch: called after each step.

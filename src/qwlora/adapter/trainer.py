@@ -40,8 +40,8 @@ from transformers import (
 
 from qwlora.adapter.adapter_folder import write_adapter
 from qwlora.adapter.fsdp import base_bytes, enable_fsdp_, whole_adapter
-from qwlora.adapter.recovery_loss import RecoveryLoss
 from qwlora.adapter.training_checkpoints import last_good, seal
+from qwlora.adapter.training_step import RecoveryLoss
 from qwlora.data.sequences import IGNORED
 from qwlora.errors import TrainingError
 from qwlora.graph.call_arguments import check_token_ids

@@ -80,8 +80,8 @@ def import_adapter(
     Raises:
         SourceError: there is no LoRA adapter at `source`, or it does not fit the model.
     """
+    from qwlora.adapter.adapter_files import convert_mlx_adapter, is_mlx_adapter
     from qwlora.adapter.attach import check_existing
-    from qwlora.adapter.mlx_adapter import convert_mlx_adapter, is_mlx_adapter
     from qwlora.pipeline.running.loaded_models import skeleton
 
     command: list[str | None] = ["import", name, source, data, str(continues), *changes]

@@ -184,14 +184,18 @@ class Encoding:
         )
         return low, low + self.scheme.steps
 
-    def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """`x`, scale and low end in shapes that broadcast against each other."""
+    def check_fit(self, x: Tensor) -> None:
+        """Refuse a tensor (of values, or of codes) that needs another number of scales."""
         expected = self.scheme.scale_shape(tuple(x.shape))
         if tuple(self.scale.shape) != expected:
             raise GridError(
                 f"a tensor of shape {list(x.shape)} needs scales of shape {list(expected)}, not "
                 f"{list(self.scale.shape)}"
             )
+
+    def _grouped(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """`x`, scale and low end in shapes that broadcast against each other."""
+        self.check_fit(x)
         granularity = self.scheme.granularity
         return (
             grouped(x, granularity),
@@ -226,12 +230,7 @@ class QuantizedTensor:
                 f"{2 * half - 1}: pass (codes.int() + {half}).to(torch.uint8). A code's value is "
                 f"(code + offset) * scale, so a symmetric grid has offset -{half}"
             )
-        expected = self.encoding.scheme.scale_shape(tuple(self.codes.shape))
-        if tuple(self.encoding.scale.shape) != expected:
-            raise GridError(
-                f"codes of shape {list(self.codes.shape)} need scales of shape {list(expected)}, "
-                f"not {list(self.encoding.scale.shape)}"
-            )
+        self.encoding.check_fit(self.codes)
 
     def __repr__(self) -> str:
         return f"QuantizedTensor({list(self.codes.shape)}, {self.encoding.scheme})"

@@ -18,7 +18,7 @@ from qwlora.cli.shared_arguments import AsJson, Job, Name, Yes
 from qwlora.cli.terminal import print_result, table
 
 if TYPE_CHECKING:
-    from qwlora.adapter.adapter_check import AdapterReport
+    from qwlora.adapter.adapter_files import AdapterReport
 
 app = typer.Typer(
     help="Add, import, show, rename, remove and check adapters.",

@@ -104,8 +104,7 @@ def inspect(
 
 def _adapters(folders: Sequence[Path], base: str | None) -> tuple[list[dict[str, Any]], list[str]]:
     """Adapters as JSON and in lines, compared with the fingerprint of the base next to them."""
-    from qwlora.adapter.adapter_check import adapter_report
-    from qwlora.adapter.adapter_folder import check_files
+    from qwlora.adapter.adapter_files import adapter_report, check_files
 
     reports = [adapter_report(folder, folder.parent) for folder in folders]
     for folder in folders:

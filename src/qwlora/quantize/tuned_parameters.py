@@ -117,10 +117,6 @@ class Tunable:
             norm.weight.copy_(state[name])
 
 
-def _factor_of(numbers: Tensor) -> nn.Parameter:
-    return nn.Parameter(torch.zeros_like(numbers, dtype=torch.float32))
-
-
 @torch.no_grad()
 def _gain_constant(module: nn.Module) -> float | None:
     """0 if `module` multiplies its channels by `w`, 1 if by `1 + w`; None if neither, or if it has

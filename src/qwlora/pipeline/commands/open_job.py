@@ -236,7 +236,7 @@ def open_job(
     job.check(model)
     name = str(model.adapter)
     job.require(model.made_by, f"adapter {name!r}", whatever_inputs=True)
-    from qwlora.adapter.adapter_folder import check_adapter
+    from qwlora.adapter.adapter_files import check_adapter
 
     check_adapter(folder / "adapters" / name, job.new_context().base_fingerprint)
     return job, name

@@ -24,7 +24,7 @@ from qwlora.adapter.adapter_deltas import adapter_updates
 from qwlora.adapter.adapter_folder import save_adapter
 from qwlora.adapter.attach import check_trainable
 from qwlora.adapter.initialize import initialize_
-from qwlora.adapter.train import Display, TrainingReport, train_adapter
+from qwlora.adapter.train import TrainingReport, train_adapter
 from qwlora.analysis.quantization_costs import encodings_summary
 from qwlora.analysis.token_scores import Logits, logits_of, perplexity, score_tokens
 from qwlora.data.sequences import check_isolation
@@ -188,21 +188,15 @@ def train(context: JobContext, stage: Stage, scratch: Path, work: Path) -> dict[
     data = recipe.data_of(adapter).model_dump(mode="json", exclude_defaults=True)
     settings |= {"data": data, "seed": recipe.seed, "workflow": recipe.workflow}
     measured: dict[str, Any] = {
-        "steps": report.steps,
+        **asdict(report),
         "compute": adapter.compute,
         "settings": settings,
-        "step_seconds": report.step_seconds,
         "peak_rss_bytes": peak_rss_bytes(),
-        "base_bytes": report.base_bytes,
-        "trainable_parameters": report.trainable_parameters,
-        "resumed_from_step": report.resumed_from_step,
-        "losses": list(report.losses),
         "layers": updates,
         **initialized,
     }
-    if adapter.evaluation_steps:
-        measured["evaluations"] = [list(e) for e in report.evaluations]
-        measured["best_step"] = report.best_step
+    if not adapter.evaluation_steps:
+        del measured["evaluations"], measured["best_step"]
     return {"train": {adapter.name: measured}, "data": context.text(adapter.name).describe()}
 
 
@@ -211,7 +205,7 @@ def _train_adapter(
 ) -> TrainingReport:
     """Train the adapter of `model`, if it has steps."""
     if not adapter.steps:
-        return TrainingReport(0, 0.0, 0, check_trainable(model), ())
+        return TrainingReport(0, 0.0, 0, check_trainable(model), [])
     text = context.text(adapter.name)
     if text.data.train.position_ids is not None:
         check_isolation(model)
@@ -228,11 +222,9 @@ def _train_adapter(
         text.evaluation if adapter.evaluation_steps else None,
         teacher,
         graph,
-        Display(
-            context.track,
-            context.path / "logs" / adapter.name,
-            lambda progress: context.on_training(lambda: {"adapter": adapter.name, **progress()}),
-        ),
+        track=context.track,
+        logs=context.path / "logs" / adapter.name,
+        watch=lambda progress: context.on_training(lambda: {"adapter": adapter.name, **progress()}),
     )
 
 

@@ -184,13 +184,14 @@ class Qairt(Backend):
         return [folder / name for name in (f"{case}.safetensors", *encodings)]
 
     def open(self, folder: Path, case: str) -> CachedGraphs:
-        models, cases = _use_case_models(folder, case), read_graphs(folder).get("use_cases")
+        models = checked(folder, _use_case_models(folder, case))
+        cases = read_graphs(folder).get("use_cases")
         lists = _lists(models, cases if isinstance(cases, list) else ())
         present = {name: folder / name for name in lists if (folder / name).is_file()}
         if changed := [n for n in lists if n not in present or present[n].read_bytes() != lists[n]]:
             problems = [f"{name} does not list what is in the folder" for name in changed]
             raise VerificationError(f"{folder}: the files contradict each other", problems)
-        return CachedGraphs(folder, checked(folder, models))
+        return CachedGraphs(folder, models)
 
 
 def _use_case_models(folder: Path, case: str) -> dict[str, FloatOnnxModel]:
